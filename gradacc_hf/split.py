@@ -1,0 +1,107 @@
+"""A window → processes → micro-batches, by length and budget.
+
+Takes the lengths of a window's examples and a bound on a micro-batch; gives, for every process, the positions of the
+examples in each of its micro-batches. Numbers in, numbers out: it knows no torch, no data and no model. Which examples
+make a window is `windows.py`'s question; that any split gives the same gradient is ensured there too, by `Window.weigh`.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a micro-batch is predicted to cost, in tokens of a short example.
+
+    `fixed + tokens × (1 + length / quadratic)`: a constant per forward and backward (launches, and writing the gradient
+    of every parameter once more), the matrix products, and attention. The constants are those of a 22 M-parameter
+    encoder on a CPU; only their order of magnitude matters for where the cuts fall.
+    """
+
+    fixed: float = 128.0
+    quadratic: float = 768.0
+
+    def __call__(self, rows, length):
+        """Cost of `rows` examples padded to `length` tokens; numbers or arrays."""
+        return self.fixed + rows * length * (1.0 + length / self.quadratic)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The most that one micro-batch may hold: `max_tokens` padded tokens, or `micro_batch_size` examples."""
+
+    max_tokens: int | None = None
+    micro_batch_size: int | None = None
+
+    def __post_init__(self):
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"give max_tokens or micro_batch_size, one of the two; found {given or 'neither'}")
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+
+    def max_rows(self, length: int) -> int:
+        """How many examples padded to `length` tokens fit; at least one, since one example cannot be cut."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        assert self.max_tokens is not None
+        return max(1, self.max_tokens // max(1, length))
+
+
+def split_window(
+    lengths: Sequence[int] | np.ndarray, bound: Bound, num_processes: int = 1, cost: Cost = Cost()
+) -> list[list[np.ndarray]]:
+    """Cut a window of `len(lengths)` examples into `num_processes` lists of micro-batches.
+
+    Each micro-batch is an array of positions in `lengths`; every position comes exactly once. Processes get about equal
+    cost, not equal counts, and a process's costliest micro-batch comes first, so that one too large for the memory
+    shows at once. With fewer examples than processes some lists are empty. No micro-batch exceeds the bound unless a
+    single example does.
+    """
+    lengths = np.maximum(np.asarray(lengths), 1)
+    by_length = np.argsort(lengths, kind="stable")
+    return [_cut(positions, lengths[positions], bound, cost) for positions in _balance(by_length, lengths, num_processes, cost)]
+
+
+def _balance(by_length: np.ndarray, lengths: np.ndarray, num_processes: int, cost: Cost) -> list[np.ndarray]:
+    """Deal the examples to processes, largest first, each to the process that has the least to do (Graham 1969)."""
+    if num_processes == 1:
+        return [by_length]
+    load = [(0.0, process) for process in range(num_processes)]
+    hands: list[list[int]] = [[] for _ in range(num_processes)]
+    costs = (cost(1, lengths) - cost.fixed).tolist()
+    for position in reversed(by_length.tolist()):
+        total, process = load[0]
+        heapq.heapreplace(load, (total + costs[position], process))
+        hands[process].append(position)
+    return [np.array(hand[::-1], dtype=np.int64) for hand in hands]
+
+
+def _cut(positions: np.ndarray, lengths: np.ndarray, bound: Bound, cost: Cost) -> list[np.ndarray]:
+    """Cut one process's examples, sorted by length, where the summed cost is least.
+
+    Dynamic programming over the place of the last cut: `least[stop] = min over start of least[start] + cost(start:stop)`.
+    In sorted order an optimal cut into contiguous pieces is optimal among all cuts, as swapping two examples between
+    pieces never makes either piece shorter than its longest example.
+    """
+    n = len(positions)
+    least = np.zeros(n + 1)
+    cut_before = np.zeros(n + 1, dtype=np.int64)
+    rows = np.arange(n, 0, -1)  # rows[start - stop:] counts the examples in start:stop
+    for stop in range(1, n + 1):
+        length = int(lengths[stop - 1])
+        first = max(0, stop - bound.max_rows(length))
+        totals = least[first:stop] + cost(rows[n - (stop - first) :], length)
+        best = int(totals.argmin())
+        least[stop], cut_before[stop] = totals[best], first + best
+    pieces = []
+    stop = n
+    while stop > 0:
+        start = int(cut_before[stop])
+        pieces.append((cost(stop - start, int(lengths[stop - 1])), start, stop))
+        stop = start
+    return [positions[start:stop] for _, start, stop in sorted(pieces, reverse=True)]

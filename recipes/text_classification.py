@@ -1,0 +1,110 @@
+"""Label a text: which of a few classes does it belong to?
+
+    accelerate launch recipes/text_classification.py --config configs/text_classification_offline.yaml --budget auto
+
+Your own texts: `--data.train my.csv --data.text_column text --data.label_column label`.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from gradacc_hf.config import DataConfig
+from gradacc_hf.data import check_texts, encode_labels, load_data
+from gradacc_hf.errors import BadInput
+from gradacc_hf.metrics import load
+from gradacc_hf.recipe import Recipe, run
+
+
+def features(rows, tokenizer, text_column, max_length):
+    """Rows → what the model reads."""
+    tokens = tokenizer(rows[text_column], truncation=True, max_length=max_length, return_token_type_ids=False)
+    return {**tokens, "labels": rows["label"]}
+
+
+class TextClassification(Recipe):
+    """Label a text."""
+
+    model_class = AutoModelForSequenceClassification
+
+    @dataclass
+    class Data(DataConfig):
+        config_name: str | None = None
+        """Which configuration of the Hub's data set, where it has several."""
+        text_column: str = "text"
+        """Column that holds the text."""
+        label_column: str = "label"
+        """Column that holds the label: strings or integers."""
+        class_weights: str = "none"
+        """Weight of each class in the loss: none, balanced (by the inverse of its frequency), or spam=5,ham=1."""
+
+    def datasets(self):
+        data = self.config.data
+        splits = load_data(
+            data.train,
+            data.validation,
+            validation_fraction=data.validation_fraction,
+            seed=self.config.train.seed,
+            config_name=data.config_name,
+        )
+        self.validation_source = splits.source
+        train, validation = splits.train, splits.validation
+        for dataset in (train, validation):
+            check_texts(dataset, data.text_column)
+        train, validation, self.labels = encode_labels(train, validation, data.label_column)
+        self.class_weights = self.weigh_classes(Counter(train["label"]))
+        return self.tokenize(train), self.tokenize(validation)
+
+    def tokenize(self, dataset):
+        data = self.config.data
+        settings = {"tokenizer": self.tokenizer, "text_column": data.text_column, "max_length": data.max_length}
+        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names, desc="tokenize")
+
+    def weigh_classes(self, counts):
+        """One weight a class, in the order of the labels; None where all weigh 1."""
+        setting = self.config.data.class_weights
+        if setting == "none":
+            return None
+        if setting == "balanced":
+            return torch.tensor([counts.total() / (len(counts) * counts[c]) for c in range(len(self.labels))])
+        weights = dict(pair.partition("=")[::2] for pair in setting.split(","))
+        try:
+            return torch.tensor([float(weights[label]) for label in self.labels])
+        except (KeyError, ValueError) as error:
+            raise BadInput(
+                f"data.class_weights: found {setting!r} ({error}); allowed: none, balanced, or a number for each of "
+                f"{', '.join(self.labels)}, as in {self.labels[0]}=2,{self.labels[1]}=1"
+            ) from error
+
+    def model_overrides(self):
+        return {"id2label": dict(enumerate(self.labels)), "label2id": {label: i for i, label in enumerate(self.labels)}}
+
+    def num_items(self, batch):
+        """A weighted mean divides by the weights of its examples, so these are its items."""
+        if self.class_weights is None:
+            return len(batch["labels"])
+        return float(self.class_weights[batch["labels"]].sum())
+
+    def loss(self, outputs, batch):
+        weights = None if self.class_weights is None else self.class_weights.to(outputs.logits)
+        return torch.nn.functional.cross_entropy(outputs.logits, batch["labels"], weights)
+
+    def metrics(self, predictions, references):
+        predicted = np.stack(predictions).argmax(-1)
+        return {
+            **load("accuracy").compute(predictions=predicted, references=references),
+            **load("f1").compute(predictions=predicted, references=references),
+            **load("matthews_correlation").compute(predictions=predicted, references=references),
+        }
+
+    def baseline(self, train, validation):
+        """Always the label that is the most frequent in training."""
+        majority = Counter(train["labels"]).most_common(1)[0][0]
+        return self.metrics([np.eye(len(self.labels))[majority]] * len(validation), validation["labels"])
+
+
+if __name__ == "__main__":
+    run(TextClassification)

@@ -1,0 +1,129 @@
+"""Run by torchrun from test_distributed.py: each case on all processes, its findings from process 0 as one line of JSON.
+
+    torchrun --nproc_per_node 2 tests/distributed_worker.py ddp    (or fsdp2)
+"""
+
+import json
+import sys
+import warnings
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+
+from gradacc_hf import WindowLoader, evaluate, fine_tune
+from gradacc_hf.heads import build_head
+from gradacc_hf.loop import expect_unused_parameters, train
+from gradacc_hf.verify import RecordGradients, relative_error, whole_window_gradient
+
+LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
+
+
+def accelerator_for(engine):
+    if engine == "ddp":
+        return Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)  # on a CPU Accelerate ignores the plugin: insist
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator
+
+
+def gradients(
+    engine, kind="token_classification", model_type="bert", size=10, empty=(), max_grad_norm=0.0, lengths=LENGTHS, **split
+):
+    """One epoch of `train`: the worst error against the whole window at once, and what the processes saw."""
+    accelerator = accelerator_for(engine)
+    head, untouched = build_head(kind, model_type), build_head(kind, model_type)
+    examples = head.examples(lengths)
+    for i in empty:
+        examples[i]["labels"] = [-100] * len(examples[i]["labels"])
+    windows = WindowLoader(
+        examples, size, accelerator=accelerator, collate_fn=head.collate, num_items=head.num_items, **split
+    )  # fmt: skip
+    expect_unused_parameters(head.model, windows, accelerator)
+    recorder = RecordGradients(head.model)
+    model, optimizer = accelerator.prepare(head.model, recorder)
+    steps, indices = [], []
+
+    class Watched:  # the same windows, with a note of what this process was given
+        def __iter__(self):
+            for window in windows:
+                steps.append(len(window))
+                indices.append(window.indices.tolist())
+                yield window
+
+    if engine == "fsdp2":
+        recorder = optimizer.optimizer
+        recorder.model = accelerator.unwrap_model(model)
+    records = list(train(model, optimizer, Watched(), accelerator=accelerator, max_grad_norm=max_grad_norm))
+    errors, loss_errors = [], []
+    for record, window, gradient in zip(records, indices, recorder.gradients, strict=True):
+        batch = untouched.collate([examples[i] for i in window])
+        whole = whole_window_gradient(untouched.model, batch)
+        if max_grad_norm:
+            norm = torch.stack([g.norm() for g in whole.values()]).norm()
+            assert norm > max_grad_norm
+            assert abs(record.grad_norm / float(norm) - 1) < 1e-5
+            whole = {name: g * (max_grad_norm / (norm + 1e-6)) for name, g in whole.items()}
+        errors.append(relative_error(gradient, whole))
+        loss_errors.append(abs(record.loss / float(untouched.model(**batch).loss) - 1))
+    return {
+        "error": max(errors),
+        "loss_error": max(loss_errors),
+        "windows": len(errors),
+        "steps": gather_object([steps]),
+        "same_windows": all(seen == indices for seen in gather_object([indices])),
+        "looks_for_unused": accelerator.ddp_handler is not None,
+    }
+
+
+def evaluation(engine):
+    """Predictions come back once each, in order, and training goes on exactly after an evaluation."""
+    accelerator = accelerator_for(engine)
+    head = build_head("sequence_classification", "bert")
+    examples = head.examples(LENGTHS)
+    data = {"accelerator": accelerator, "collate_fn": head.collate, "max_tokens": 64}
+    windows, validation = WindowLoader(examples, 10, **data), WindowLoader(examples, 10, shuffle=False, **data)
+    seen = []
+
+    def validate(model):
+        found = evaluate(model, validation, accelerator=accelerator)
+        seen.append([int(label) for label in found.references] == [example["labels"] for example in examples])
+        return {"loss": found.loss}
+
+    summary = fine_tune(
+        head.model,
+        torch.optim.AdamW(head.model.parameters(), lr=1e-3),
+        windows,
+        accelerator=accelerator,
+        epochs=2,
+        validate=validate,
+        eval_every=1,
+    )
+    return {"each_once": seen, "loss": summary["eval"]["loss"], "windows": summary["windows"]}
+
+
+CASES = {
+    "unequal": lambda engine: gradients(engine, max_tokens=64),
+    "next_token": lambda engine: gradients(engine, "causal_lm", "gpt2", max_tokens=64),
+    "one_by_one": lambda engine: gradients(engine, micro_batch_size=1, size=7),
+    "fewer_examples_than_processes": lambda engine: gradients(engine, size=1, max_tokens=64, lengths=LENGTHS[:5]),
+    "no_items_here_and_there": lambda engine: gradients(
+        engine, size=5, micro_batch_size=1, empty=(*range(5), 6, 7, 8, 9, 12, 20), shuffle=False
+    ),
+    "clipped": lambda engine: gradients(engine, max_tokens=64, max_grad_norm=0.01),
+    "unused_parameters": lambda engine: gradients(engine, model_type="fnet", max_tokens=64, lengths=[12] * 23),
+    "workers": lambda engine: gradients(engine, max_tokens=64, num_workers=1),
+    "evaluation": evaluation,
+}
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    engine, *chosen = sys.argv[1:]
+    for name in chosen or CASES:
+        found = CASES[name](engine)
+        if Accelerator(cpu=True).is_main_process:
+            print(json.dumps({"case": name, **found}), flush=True)
+    torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None

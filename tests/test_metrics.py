@@ -1,0 +1,90 @@
+"""metrics/: evaluate metrics that need no download."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from gradacc_hf import metrics
+from gradacc_hf.errors import BadInput
+
+PREDICTIONS, REFERENCES = [0, 1, 2, 1, 0], [0, 1, 1, 1, 2]
+EXPECTED = {
+    "accuracy": 0.6,
+    "f1": f1_score(REFERENCES, PREDICTIONS, average="macro"),
+    "matthews_correlation": matthews_corrcoef(REFERENCES, PREDICTIONS),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "metrics"))
+    return tmp_path / "metrics"
+
+
+@pytest.mark.parametrize("name", metrics.METRICS)
+def test_a_metric_gives_scikit_learns_figure_and_writes_nothing(name, cache):
+    metric = metrics.load(name)
+    assert isinstance(metric, evaluate.Metric)
+    assert metric.name == name
+    for kind in (list, np.array, torch.tensor):
+        assert metric.compute(predictions=kind(PREDICTIONS), references=kind(REFERENCES)) == {
+            name: pytest.approx(EXPECTED[name])
+        }
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("name", metrics.METRICS)
+def test_batches_added_one_by_one_give_the_same_figure(name):
+    metric = metrics.load(name)
+    metric.add_batch(predictions=PREDICTIONS[:3], references=REFERENCES[:3])
+    for prediction, reference in zip(PREDICTIONS[3:], REFERENCES[3:], strict=True):
+        metric.add(prediction=prediction, reference=reference)
+    assert metric.compute() == {name: pytest.approx(EXPECTED[name])}
+
+
+def test_evaluate_combines_them():
+    combined = evaluate.combine([metrics.load(name) for name in metrics.METRICS])
+    assert combined.compute(predictions=PREDICTIONS, references=REFERENCES) == pytest.approx(EXPECTED)
+
+
+def test_f1_averages_as_told():
+    f1 = metrics.load("f1")
+    result = f1.compute(predictions=PREDICTIONS, references=REFERENCES, average=None)
+    assert result == {"f1": pytest.approx(f1_score(REFERENCES, PREDICTIONS, average=None).tolist())}
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_class_only_is_scored_without_a_warning():
+    assert metrics.load("matthews_correlation").compute(predictions=[1, 1], references=[1, 1]) == {
+        "matthews_correlation": 0.0
+    }
+    assert metrics.load("f1").compute(predictions=[1, 1], references=[0, 0]) == {"f1": 0.0}
+
+
+@pytest.mark.parametrize("predictions", [[0.2, 0.9], [[1, 2], [3, 4]], [], ["a", "b"]])
+def test_what_is_not_one_class_id_a_row_is_refused(predictions):
+    metric = metrics.load("accuracy")
+    with pytest.raises(BadInput, match="argmax of the logits"):
+        metric.compute(predictions=predictions, references=[0, 1])
+    assert metric.compute(predictions=[0, 1], references=[0, 1]) == {"accuracy": 1.0}
+
+
+def test_an_unknown_metric_names_the_closest():
+    with pytest.raises(BadInput, match="did you mean 'accuracy'"):
+        metrics.load("accuracy1")
+    with pytest.raises(BadInput, match=r"allowed: accuracy, f1, matthews_correlation$"):
+        metrics.load("bleu")
+
+
+def test_many_compute_at_once():
+    def score(number: int) -> float:
+        metric = metrics.load("accuracy")
+        result = metric.compute(predictions=[0] * 10, references=[0] * number + [1] * (10 - number))
+        return result["accuracy"] if result else -1.0
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(score, range(10))) == [number / 10 for number in range(10)]

@@ -1,0 +1,120 @@
+"""The split loses nothing, keeps the bound, balances processes, and is the cheapest there is."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradacc_hf.split import Bound, Cost, split_window
+
+LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=80)
+BOUNDS = st.one_of(
+    st.builds(lambda n: Bound(max_tokens=n), st.integers(1, 4096)),
+    st.builds(lambda n: Bound(micro_batch_size=n), st.integers(1, 90)),
+)
+
+
+def total_cost(lengths, pieces, cost=Cost()):
+    return sum(cost(len(piece), max(lengths[i] for i in piece)) for piece in pieces)
+
+
+@settings(deadline=None, max_examples=300)
+@given(LENGTHS, BOUNDS, st.integers(1, 9))
+def test_every_example_comes_exactly_once_and_no_micro_batch_exceeds_the_bound(lengths, bound, num_processes):
+    processes = split_window(lengths, bound, num_processes)
+    assert len(processes) == num_processes
+    pieces = [piece for process in processes for piece in process]
+    assert sorted(np.concatenate(pieces).tolist()) == list(range(len(lengths)))
+    for piece in pieces:
+        longest = max(lengths[i] for i in piece)
+        if bound.max_tokens is not None:
+            assert len(piece) * longest <= bound.max_tokens or len(piece) == 1
+        else:
+            assert len(piece) <= bound.micro_batch_size
+
+
+@settings(deadline=None, max_examples=300)
+@given(LENGTHS, BOUNDS, st.integers(1, 9))
+def test_the_slowest_process_has_at_most_the_mean_and_one_example_more(lengths, bound, num_processes):
+    cost = Cost()
+
+    def work(processes):
+        return [sum(cost(1, lengths[i]) - cost.fixed for piece in process for i in piece) for process in processes]
+
+    loads = work(split_window(lengths, bound, num_processes))
+    dearest = max(cost(1, length) - cost.fixed for length in lengths)
+    assert max(loads) <= sum(loads) / num_processes + dearest * (1 - 1 / num_processes) + 1e-6  # Graham's bound
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=7), st.integers(1, 900))
+def test_no_cut_of_any_kind_is_cheaper(lengths, max_tokens):
+    bound = Bound(max_tokens=max_tokens)
+    found = total_cost(lengths, split_window(lengths, bound)[0])
+    for assignment in itertools.product(range(len(lengths)), repeat=len(lengths)):
+        pieces = [[i for i, p in enumerate(assignment) if p == piece] for piece in set(assignment)]
+        if all(len(p) == 1 or len(p) * max(lengths[i] for i in p) <= max_tokens for p in pieces):
+            assert found <= total_cost(lengths, pieces) + 1e-6
+
+
+def test_the_costliest_micro_batch_comes_first():
+    lengths = np.random.default_rng(0).integers(1, 500, size=64)
+    (pieces,) = split_window(lengths, Bound(max_tokens=1024))
+    costs = [Cost()(len(piece), lengths[piece].max()) for piece in pieces]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_the_order_of_the_window_does_not_change_what_is_padded():
+    lengths = np.random.default_rng(0).integers(1, 500, size=64)
+    shuffled = np.random.default_rng(1).permutation(lengths)
+    shapes = [
+        [(len(piece), int(values[piece].max())) for piece in split_window(values, Bound(max_tokens=1024))[0]]
+        for values in (lengths, shuffled)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_equal_lengths_are_cut_as_seldom_as_the_bound_allows():
+    (pieces,) = split_window([10] * 16, Bound(micro_batch_size=5))
+    assert sorted(map(len, pieces), reverse=True)[0] == 5
+    assert len(pieces) == 4
+
+
+def test_an_example_longer_than_the_bound_goes_alone():
+    (pieces,) = split_window([5000, 5, 5, 5], Bound(max_tokens=64))
+    assert [piece.tolist() for piece in pieces if 0 in piece] == [[0]]
+
+
+def test_with_fewer_examples_than_processes_some_processes_have_none():
+    assert [len(process) for process in split_window([3, 4], Bound(max_tokens=64), 5)] == [1, 1, 0, 0, 0]
+
+
+def test_examples_without_tokens_are_split_too():
+    (pieces,) = split_window([0, 0, 3], Bound(max_tokens=4))
+    assert sorted(np.concatenate(pieces).tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"max_tokens": 4, "micro_batch_size": 4}, {"max_tokens": 0}, {"micro_batch_size": -1}, {"max_tokens": 1.5}],
+)
+def test_a_bound_that_cannot_work_is_refused(arguments):
+    with pytest.raises(ValueError, match="max_tokens|micro_batch_size"):
+        Bound(**arguments)
+
+
+def test_planning_time_grows_about_linearly_with_the_window():
+    lengths = np.random.default_rng(0).integers(1, 256, size=16_000)
+
+    def seconds(size):
+        times = []
+        for _ in range(5):
+            started = time.process_time()
+            split_window(lengths[:size], Bound(max_tokens=4096))
+            times.append(time.process_time() - started)
+        return min(times)
+
+    assert seconds(16_000) < 40 * seconds(1_000)  # 16 × if linear, 256 × if quadratic
