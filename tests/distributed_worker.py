@@ -23,15 +23,26 @@ LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
 def accelerator_for(engine):
     if engine == "ddp":
         return Accelerator(cpu=True)
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)  # on a CPU Accelerate ignores the plugin: insist
-    accelerator.state.fsdp_plugin = plugin
-    accelerator.state.distributed_type = DistributedType.FSDP
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    prepare = accelerator.prepare
+
+    def insist():  # on a CPU Accelerate ignores the plugin, and forgets what it was told while it prepares
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = DistributedType.FSDP
+
+    def prepare_and_insist(*objects):
+        prepared = prepare(*objects)
+        insist()
+        return prepared
+
+    insist()
+    accelerator.prepare = prepare_and_insist
     return accelerator
 
 
 def gradients(
-    engine, kind="token_classification", model_type="bert", size=10, empty=(), max_grad_norm=0.0, lengths=LENGTHS, **split
+    engine, kind="token_classification", model_type="gpt2", size=10, empty=(), max_grad_norm=0.0, lengths=LENGTHS, **split
 ):
     """One epoch of `train`: the worst error against the whole window at once, and what the processes saw."""
     accelerator = accelerator_for(engine)
@@ -82,7 +93,7 @@ def gradients(
 def evaluation(engine):
     """Predictions come back once each, in order, and training goes on exactly after an evaluation."""
     accelerator = accelerator_for(engine)
-    head = build_head("sequence_classification", "bert")
+    head = build_head("sequence_classification", "gpt2")
     examples = head.examples(LENGTHS)
     data = {"accelerator": accelerator, "collate_fn": head.collate, "max_tokens": 64}
     windows, validation = WindowLoader(examples, 10, **data), WindowLoader(examples, 10, shuffle=False, **data)

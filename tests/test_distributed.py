@@ -1,0 +1,75 @@
+"""Real processes over gloo: the gradient is that of the whole window, whatever each process is given of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradacc_hf.verify import EXACT
+
+WORKER = Path(__file__).parent / "distributed_worker.py"
+
+
+def launch(num_processes, engine, *cases):
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), str(WORKER), engine, *cases]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    return {row.pop("case"): row for row in rows}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def ddp(request):
+    return request.param, launch(request.param, "ddp")
+
+
+def test_every_case_is_exact_on_1_2_and_3_processes(ddp):
+    _, found = ddp
+    exact = {name: row for name, row in found.items() if "error" in row}
+    assert len(exact) == 8
+    for name, row in exact.items():
+        assert row["error"] < EXACT, name
+        assert row["loss_error"] < 1e-5, name
+        assert row["same_windows"], name
+
+
+def test_processes_have_unequal_accumulation_steps_and_none_has_none(ddp):
+    num_processes, found = ddp
+    steps = [row["steps"] for row in found.values() if "steps" in row]
+    assert all(min(process) >= 1 for case in steps for process in case)
+    if num_processes > 1:
+        assert any(len(set(window)) > 1 for case in steps for window in zip(*case, strict=True))
+
+
+def test_a_window_without_items_is_skipped_by_all_processes(ddp):
+    _, found = ddp
+    assert found["no_items_here_and_there"]["windows"] == 4  # of 5
+
+
+def test_parameters_that_take_no_part_in_the_loss_are_noticed_and_only_then_looked_for(ddp):
+    _, found = ddp
+    assert found["unused_parameters"]["looks_for_unused"]
+    assert not found["unequal"]["looks_for_unused"]
+
+
+def test_predictions_come_back_once_each_in_order(ddp):
+    _, found = ddp
+    assert found["evaluation"]["each_once"] == [True] * 6
+
+
+def test_a_fine_tuning_does_not_depend_on_the_number_of_processes(ddp):
+    _, found = ddp
+    assert found["evaluation"]["loss"] == pytest.approx(launch(1, "ddp", "evaluation")["evaluation"]["loss"], rel=1e-5)
+
+
+def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes():
+    cases = ["unequal", "no_items_here_and_there", "fewer_examples_than_processes", "clipped", "evaluation"]
+    found = launch(2, "fsdp2", *cases)
+    for name in cases[:-1]:
+        assert found[name]["error"] < EXACT, name
+        assert all(len(set(window)) == 1 for window in zip(*found[name]["steps"], strict=True)), name
+    assert found["evaluation"]["each_once"] == [True] * 6
