@@ -1,7 +1,8 @@
 """Writing a run's files whole or not at all.
 
 A file or folder is written beside its place under a temporary name, flushed to the disk and renamed: whoever reads it
-sees the old one or the new one, never half of one, wherever the run is killed.
+sees the old one or the new one, never half of one, wherever the run is killed. A folder takes two renames; between them
+the old one is whole under its other name, and the next write puts it back first.
 """
 
 import os
@@ -38,8 +39,7 @@ def save_model(model: torch.nn.Module, folder: Path, accelerator: Accelerator, *
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Gives a folder to fill, which takes the place of `folder` when the block ends without an error."""
     unfinished, old = folder.with_name(f".{folder.name}.unfinished"), folder.with_name(f".{folder.name}.old")
-    for leftover in (unfinished, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _tidy(folder, unfinished, old)  # what a killed run left
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
@@ -50,8 +50,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         unfinished.rename(folder)
         _flush(folder.parent)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _tidy(folder, unfinished, old)
+
+
+def _tidy(folder: Path, unfinished: Path, old: Path) -> None:
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (unfinished, old):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -52,12 +52,14 @@ def load_data(
     validation_fraction: float,
     seed: int,
     config_name: str | None = None,
+    label_column: str | None = None,
 ) -> Splits:
     """Read `data.train` and `data.validation`: a CSV, JSON, JSONL or Parquet file, a folder of such files,
     a Hub name or `embedded:docstrings`; `validation` may also name a split of `train`.
 
     Without `validation`: the first of VALIDATION_SPLITS that `train` has, else `validation_fraction` of the
-    rows (at least 1), drawn by `seed` alone. `config_name` is the Hub's, for data sets with several.
+    rows (at least 1), drawn by `seed` alone; the first row of every label in `label_column` is not drawn.
+    `config_name` is the Hub's, for data sets with several.
     """
     splits = _read(train, "data.train", config_name)
     if "train" not in splits:
@@ -67,15 +69,9 @@ def load_data(
     if validation is None:
         name = next((split for split in VALIDATION_SPLITS if split in splits), None)
         if name is None:
-            held_out, number = True, max(1, round(len(rows) * validation_fraction))
-            if not 0 < validation_fraction < 1 or number >= len(rows):
-                found = (
-                    f"{validation_fraction:g} of {len(rows):,} rows leaves nothing to train on or to hold out"
-                )
-                _refuse("data.validation_fraction", found, "between 0 and 1, or set data.validation")
-            shuffled = rows.shuffle(seed=seed, keep_in_memory=True)
-            held, rows = shuffled.select(range(number)), shuffled.select(range(number, len(rows)))
-            source = f"validation: {number:,} of {len(shuffled):,} training rows, held out by seed {seed}"
+            held_out, number_of_rows = True, len(rows)
+            rows, held = _hold_out(rows, validation_fraction, seed, label_column)
+            source = f"validation: {len(held):,} of {number_of_rows:,} training rows, held out by seed {seed}"
         else:
             held, source = splits[name], f"validation: the {name} split of {train}"
     elif validation in splits and not Path(validation).exists():
@@ -89,6 +85,25 @@ def load_data(
         if not len(split):
             _refuse(key, f"{given!r} has no rows", "give at least one")
     return Splits(rows, held, held_out, source)
+
+
+def _hold_out(
+    rows: Dataset, fraction: float, seed: int, label_column: str | None
+) -> tuple[Dataset, Dataset]:
+    """What is left, and a `fraction` of the rows, drawn by `seed` among those that are not the first of their label."""
+    number, kept = max(1, round(len(rows) * fraction)), np.zeros(len(rows), bool)
+    if label_column in rows.column_names:
+        first: dict[str, int] = {}
+        for row, label in enumerate(rows[label_column]):
+            first.setdefault(str(label), row)
+        kept[list(first.values())] = True
+    shuffled = rows.shuffle(seed=seed, keep_in_memory=True)
+    drawn = np.flatnonzero(~kept[_file_rows(shuffled)])[:number]
+    if not 0 < fraction < 1 or not len(drawn) or number >= len(rows):
+        found = f"{fraction:g} of {len(rows):,} rows leaves nothing to train on or to hold out"
+        _refuse("data.validation_fraction", found, "between 0 and 1, or set data.validation")
+    left = np.setdiff1d(np.arange(len(rows)), drawn)
+    return shuffled.select(left), shuffled.select(drawn)
 
 
 def require_column(dataset: Dataset, column: str, key: str) -> None:

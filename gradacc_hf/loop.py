@@ -150,9 +150,10 @@ class Best:
     patience: int = 0
 
     def improves(self, history: Sequence[Mapping[str, float]]) -> bool:
-        """Is the latest evaluation better than all before it? NaN is not, unless it is the first."""
-        *earlier, latest = [metrics[self.metric] for metrics in history]
-        return all(latest > value if self.direction == "max" else latest < value for value in earlier)
+        """Is the latest evaluation better than all before it? Any number is better than NaN."""
+        sign = -1 if self.direction == "max" else 1
+        *earlier, latest = [math.inf if math.isnan(m[self.metric]) else sign * m[self.metric] for m in history]
+        return all(latest < value for value in earlier)
 
 
 def fine_tune(

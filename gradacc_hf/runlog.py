@@ -65,6 +65,7 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         if self.folder is not None and self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._history = (self.folder / "history.jsonl").open("w", encoding="utf-8")
         self._progress.start()
         self._task = self._progress.add_task("", total=self.total_windows, loss=math.nan, speed="")
@@ -144,7 +145,8 @@ def versions() -> dict[str, str]:
 
 
 def _finite(values: Any) -> Any:
-    """NaN and infinity are no JSON: null instead."""
+    """NaN and infinity are no JSON: null instead. Numbers of numpy and torch become Python's."""
     if isinstance(values, dict):
         return {key: _finite(value) for key, value in values.items()}
+    values = values.item() if hasattr(values, "item") else values
     return None if isinstance(values, float) and not math.isfinite(values) else values

@@ -1,0 +1,362 @@
+"""Every figure in the README, to be measured again by whoever doubts it.
+
+    python -m gradacc_hf.bench exactness     # whose accumulated gradient is that of the whole window?
+    python -m gradacc_hf.bench speed         # the same run beside transformers.Trainer: how fast?
+
+Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All contenders
+get the same model, the same examples in the same windows, and as many optimizer steps. Single process.
+"""
+
+import argparse
+import gc
+import json
+import math
+import platform
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import disable_progress_bars
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from gradacc_hf.config import KITS, read_command_line, tokens_per_micro_batch
+from gradacc_hf.errors import BadInput
+from gradacc_hf.heads import build_head
+from gradacc_hf.loop import train
+from gradacc_hf.recipe import Recipe, make_optimizer, make_scheduler
+from gradacc_hf.split import Cost
+from gradacc_hf.verify import EXACT, RecordGradients, relative_error, whole_window_gradient
+from gradacc_hf.windows import WindowLoader, measure_lengths
+
+HEADS = {
+    "sequence_classification": ("bert", "roberta", "llama"),
+    "token_classification": ("bert", "roberta", "deberta-v2"),
+    "masked_lm": ("bert", "roberta", "modernbert"),
+    "causal_lm": ("gpt2", "llama", "qwen3"),
+    "seq2seq_lm": ("t5", "bart", "marian"),
+    "question_answering": ("bert", "roberta", "distilbert"),
+    "multiple_choice": ("bert", "roberta", "deberta-v2"),
+    "image_classification": ("vit", "swin", "dinov2"),
+}
+SPLITS = {4: "4 + 4 + 4 + 4", 5: "5 + 5 + 5 + 1"}  # micro-batch size: how it cuts a window of 16
+CONTENDERS = {"ours": "WindowLoader", "accelerate": "accumulate()", "trainer": "Trainer"}
+TRAINER_MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """One head, split and contender. `error` is relative; `norm_ratio` is ‖g‖ / ‖g of the whole window at once‖."""
+
+    kind: str
+    model_type: str
+    split: str
+    contender: str
+    error: float
+    norm_ratio: float
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Every head, split and contender; exact is an error of at most `EXACT`."""
+
+    errors: tuple[GradientError, ...]
+    measured_with: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """By contender: seconds of each repeat, padding as a share of the tokens, micro-batches over all windows.
+
+    Repeat i of both ran back to back; `ratios`, one a repeat: examples per second, ours / Trainer's.
+    """
+
+    windows: int
+    examples: int
+    seconds: dict[str, list[float]]
+    padding: dict[str, float]
+    micro_batches: dict[str, int]
+    ratios: list[float]
+    median_ratio: float
+    measured_with: dict[str, str]
+
+
+def exactness(heads: Mapping[str, Sequence[str]] = HEADS) -> Exactness:
+    """Compare the gradient that reaches the optimizer: tiny random heads on the CPU, float32, no dropout.
+
+    `heads`: model types by kind. Question answering is padded alike everywhere, as padding reaches its loss.
+    """
+    errors, lengths = [], np.random.default_rng(3).integers(3, 40, size=16).tolist()
+    for kind, model_type in _progress([(kind, name) for kind in heads for name in heads[kind]], "exactness"):
+        head = build_head(kind, model_type)
+        examples = head.examples(lengths)
+        pad_to = max(lengths) if kind == "question_answering" else None
+        collate = partial(head.collate, pad_to=pad_to)
+        whole = whole_window_gradient(head.model, collate(examples))
+        for size, split in SPLITS.items():
+            windows = WindowLoader(
+                examples,
+                len(examples),
+                accelerator=Accelerator(cpu=True),
+                collate_fn=head.collate,
+                micro_batch_size=size,
+                num_items=head.num_items,
+                pad_to=pad_to or "micro_batch",
+                shuffle=False,
+                lengths=[1] * len(examples),  # told of no lengths, it cuts as the others do
+                cost=Cost(quadratic=math.inf),
+            )
+            cut = windows.split(0, 0).processes[0]
+            assert " + ".join(str(len(micro_batch)) for micro_batch in cut) == split
+            in_order = [examples[i] for i in np.concatenate(cut)]
+            for contender in CONTENDERS:
+                recorder = RecordGradients(head.model)
+                if contender == "ours":
+                    _run_windows(head.model, recorder, windows)
+                elif contender == "accelerate":
+                    _run_accelerate(head.model, recorder, DataLoader(in_order, size, collate_fn=collate))  # type: ignore[arg-type]
+                else:
+                    arguments = {
+                        "gradient_accumulation_steps": len(cut),
+                        "max_grad_norm": 0.0,
+                        "use_cpu": True,
+                    }
+                    _run_trainer(head.model, recorder, in_order, collate, size, **arguments)
+                [gradient] = recorder.gradients  # one window, one optimizer step
+                error = relative_error(gradient, whole)
+                ratio = float(get_total_norm(gradient.values()) / get_total_norm(whole.values()))
+                errors.append(GradientError(kind, model_type, split, contender, error, ratio))
+    return Exactness(tuple(errors), _measured_with("cpu"))
+
+
+def speed(recipe: Recipe, num_windows: int = 4, repeats: int = 5) -> Speed:
+    """Time the first windows of a recipe's run, by our loop and by Trainer with micro-batches of 8, in turns.
+
+    Both get a new model each time, outside the timed part, and the same optimizer, schedule, clipping and padding
+    to the longest. A first pair, to warm up, is thrown away. Raises BadInput if there are too few windows.
+    """
+    config, examples = recipe.config, list(recipe.datasets()[0])
+    steps, rest = divmod(config.batch.effective, TRAINER_MICRO_BATCH)
+    if rest:
+        raise BadInput(
+            f"batch.effective: found {config.batch.effective}; allowed: a multiple of {TRAINER_MICRO_BATCH}"
+        )
+    windows = _windows(recipe, examples)
+    if num_windows > len(windows):
+        raise BadInput(
+            f"--windows: found {num_windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
+        )
+    in_order = [examples[i] for t in range(num_windows) for i in windows.plan.indices(0, t)]
+    trainer_arguments = {"gradient_accumulation_steps": steps, "max_grad_norm": config.optim.max_grad_norm}
+
+    def seconds_of(contender: str) -> float:
+        gc.collect()
+        set_seed(config.train.seed)
+        windows, model = _windows(recipe, examples), recipe.model()
+        optimizer = make_optimizer(model, config.optim)
+        scheduler = make_scheduler(optimizer, config, windows)
+        if contender == "ours":
+            limits = {"max_windows": num_windows, "max_grad_norm": config.optim.max_grad_norm}
+            return _run_windows(
+                model, optimizer, windows, scheduler=scheduler, compute_loss=recipe.loss, **limits
+            )
+        return _run_trainer(
+            model, optimizer, in_order, recipe.collate, TRAINER_MICRO_BATCH, scheduler, **trainer_arguments
+        )
+
+    seconds: dict[str, list[float]] = {"ours": [], "trainer": []}
+    for repeat in _progress(range(repeats + 1), "speed"):
+        for contender in sorted(seconds, reverse=repeat % 2 == 1):  # who goes first alternates
+            seconds[contender].append(seconds_of(contender))
+    seconds = {contender: times[1:] for contender, times in seconds.items()}
+    ratios = [trainer / ours for ours, trainer in zip(seconds["ours"], seconds["trainer"], strict=True)]
+
+    splits = [windows.split(0, t) for t in range(num_windows)]
+    lengths = measure_lengths(in_order, None)
+    eights = np.split(lengths, range(TRAINER_MICRO_BATCH, len(lengths), TRAINER_MICRO_BATCH))
+    padded = {"ours": sum(s.padded_tokens for s in splits), "trainer": sum(len(e) * e.max() for e in eights)}
+    return Speed(
+        windows=num_windows,
+        examples=len(in_order),
+        seconds=seconds,
+        padding={contender: float(1 - lengths.sum() / tokens) for contender, tokens in padded.items()},
+        micro_batches={"ours": sum(len(s.processes[0]) for s in splits), "trainer": len(eights)},
+        ratios=ratios,
+        median_ratio=median(ratios),
+        measured_with=_measured_with(windows.accelerator.device.type),
+    )
+
+
+def _run_windows(model: Any, optimizer: Any, windows: WindowLoader, **more: Any) -> float:
+    model, optimizer = windows.accelerator.prepare(model, optimizer)
+    started = time.perf_counter()
+    list(train(model, optimizer, windows, accelerator=windows.accelerator, **more))
+    return time.perf_counter() - started
+
+
+def _run_accelerate(model: Any, optimizer: Any, loader: DataLoader) -> None:
+    """The loop of Accelerate's guide to gradient accumulation, as it stands there."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=len(loader))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class _InOrder(Trainer):
+    """A Trainer that takes the examples as they come."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+def _run_trainer(
+    model: Any,
+    optimizer: Any,
+    examples: Any,
+    collate: Callable,
+    size: int,
+    scheduler: Any = None,
+    **arguments: Any,
+) -> float:
+    """One epoch, without evaluation, saving or logging; gives the seconds of `train()`."""
+    arguments |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    arguments |= {"num_train_epochs": 1, "per_device_train_batch_size": size, "remove_unused_columns": False}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(folder, dataloader_pin_memory=torch.cuda.is_available(), **arguments)
+        trainer = _InOrder(
+            model, settings, collate, train_dataset=examples, optimizers=(optimizer, scheduler)
+        )
+        trainer.remove_callback(PrinterCallback)
+        started = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - started
+
+
+def _windows(recipe: Recipe, examples: Sequence[Any]) -> WindowLoader:
+    config, accelerator = recipe.config, Accelerator()
+    return WindowLoader(
+        examples,
+        config.batch.effective,
+        accelerator=accelerator,
+        collate_fn=recipe.collate,
+        max_tokens=tokens_per_micro_batch(config.budget, accelerator.device.type),
+        num_items=recipe.num_items,
+        seed=config.train.seed,
+    )
+
+
+def offline_recipe() -> Recipe:
+    """The recipe of configs/text_classification_offline.yaml: MiniLM on the standard library's docstrings."""
+    kit = next(kit for kit in KITS if (kit / "recipes").is_dir())
+    recipe_class = runpy.run_path(str(kit / "recipes/text_classification.py"))["TextClassification"]
+    config = ["--config", str(kit / "configs/text_classification_offline.yaml")]
+    return recipe_class(read_command_line(config, data=recipe_class.Data))
+
+
+def _progress(steps: Sequence[Any], name: str) -> Iterable[Any]:
+    return track(steps, name, console=Console(stderr=True), transient=True)
+
+
+def _measured_with(device: str) -> dict[str, str]:
+    versions = {name: version(name) for name in ("gradacc-hf", "transformers", "accelerate", "torch")}
+    threads = str(torch.get_num_threads())
+    return {**versions, "python": platform.python_version(), "device": device, "threads": threads}
+
+
+def print_exactness(result: Exactness, console: Console) -> None:
+    """A table a split; per kind: how many heads are exact, the worst error, how long Trainer's gradient is."""
+    for split in SPLITS.values():
+        table = Table(title=f"Exact heads (worst relative error), micro-batches of {split}")
+        for header in ("kind", *CONTENDERS.values(), "Trainer: ‖g‖ / ‖g whole‖"):
+            table.add_column(header, justify="left" if header == "kind" else "right")
+        rows = [row for row in result.errors if row.split == split]
+        for kind in [*dict.fromkeys(row.kind for row in rows), "all"]:
+            by = {c: [r for r in rows if r.contender == c and kind in (r.kind, "all")] for c in CONTENDERS}
+            cells = [
+                f"{sum(r.error <= EXACT for r in of_one)} of {len(of_one)} ({max(r.error for r in of_one):.0e})"
+                for of_one in by.values()
+            ]
+            table.add_row(
+                kind.replace("_", " "), *cells, f"{median(r.norm_ratio for r in by['trainer']):.3f}"
+            )
+        console.print(table)
+
+
+def print_speed(result: Speed, console: Console) -> None:
+    """The ratio first; then the seconds, which say nothing away from the machine that took them."""
+    console.print(
+        f"{result.median_ratio:.2f} × as many examples per second as transformers.Trainer (median of "
+        f"{len(result.ratios)} paired runs of {result.windows} windows, {result.examples} examples; "
+        f"{min(result.ratios):.2f}–{max(result.ratios):.2f})"
+    )
+    table = Table("", "seconds: median (range)", "padding", "micro-batches")
+    for name, times in result.seconds.items():
+        seconds = f"{median(times):.2f} ({min(times):.2f}–{max(times):.2f})"
+        table.add_row(
+            CONTENDERS[name], seconds, f"{result.padding[name]:.1%}", str(result.micro_batches[name])
+        )
+    console.print(table)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise BadInput(message)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: 1 or more")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line. A `BadInput` ends it with its one line and exit code 2."""
+    parser = _Parser(prog="gradacc bench", description="Measure the figures in the README.")
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    benchmarks.add_parser("exactness", help="whose accumulated gradient is that of the whole window")
+    timing = benchmarks.add_parser("speed", help="the same windows by our loop and by Trainer")
+    timing.add_argument("--windows", type=_positive, default=4, help="windows in a run (%(default)s)")
+    timing.add_argument("--repeats", type=_positive, default=5, help="pairs of runs (%(default)s)")
+    for benchmark in benchmarks.choices.values():
+        benchmark.add_argument("--json", action="store_true", help="print the result as JSON")
+    console = Console(highlight=False)
+    try:
+        arguments = parser.parse_args(argv)
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        disable_progress_bars()
+        if arguments.benchmark == "exactness":
+            result, show = exactness(HEADS), print_exactness
+        else:
+            result, show = speed(offline_recipe(), arguments.windows, arguments.repeats), print_speed
+    except BadInput as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    if arguments.json:
+        print(json.dumps(asdict(result), indent=2))
+        return
+    show(result, console)  # type: ignore[arg-type]
+    console.print("measured with " + ", ".join(f"{k} {v}" for k, v in result.measured_with.items()))
+
+
+if __name__ == "__main__":
+    main()

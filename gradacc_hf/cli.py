@@ -1,0 +1,66 @@
+"""`gradacc`: the kit's own commands. A recipe has its own command line (`recipe.run`)."""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from gradacc_hf.config import KITS
+from gradacc_hf.errors import BadInput
+
+
+def main() -> None:
+    """The entry point of `gradacc`. A `BadInput` ends it with its one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="gradacc", description="Exact gradient accumulation for fine-tuning.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("ls", help="list the recipes and their configs")
+    copy = commands.add_parser("cp", help="copy a recipe and its configs into a folder, to edit")
+    copy.add_argument("name", help="a recipe, as `gradacc ls` names it")
+    copy.add_argument("folder", type=Path, help="where recipes/ and configs/ go")
+    commands.add_parser("bench", help="measure what the README says (gradacc bench --help)", add_help=False)
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if arguments.command == "ls":
+            for name in recipes():
+                print(name, *(f"configs/{path.name}" for path in configs(name)), sep="  ")
+        elif arguments.command == "cp":
+            copy_recipe(arguments.name, arguments.folder)
+        else:
+            from gradacc_hf import bench  # late: it loads torch and transformers
+
+            bench.main(rest)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def kit() -> Path:
+    """The folder that holds recipes/ and configs/: the checkout, or inside the installed package."""
+    return next(root for root in KITS if (root / "recipes").is_dir())
+
+
+def recipes() -> list[str]:
+    """Names of the recipes."""
+    return sorted(path.stem for path in (kit() / "recipes").glob("*.py"))
+
+
+def configs(name: str) -> list[Path]:
+    """The configs of a recipe: those whose `recipe:` names it."""
+    files = sorted((kit() / "configs").glob("*.yaml"))
+    return [file for file in files if f"recipe: ../recipes/{name}.py\n" in file.read_text(encoding="utf-8")]
+
+
+def copy_recipe(name: str, folder: Path) -> None:
+    """Copy recipes/NAME.py and its configs; all or, where a file is there already, none."""
+    if name not in recipes():
+        raise BadInput(f"no recipe {name!r}; there are: {', '.join(recipes())}")
+    copies = {path: folder / path.relative_to(kit()) for path in (kit() / "recipes" / f"{name}.py", *configs(name))}
+    existing = [str(target) for target in copies.values() if target.exists()]
+    if existing:
+        raise BadInput(f"{', '.join(existing)} exist already; nothing was copied: give another folder, or move them")
+    for source, target in copies.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        print(target)

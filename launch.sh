@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Sets up .venv on first use, finds the process topology for this machine, and runs a recipe through `accelerate launch`.
+#
+#   ./launch.sh                                  the main job: fine-tune MiniLM on the standard library's docstrings
+#   ./launch.sh RECIPE --config FILE [--budget NAME] [--processes N] [--section.key value …]
+#   ./launch.sh test [pytest arguments]          the tests
+#   ./launch.sh help                             this text; `./launch.sh RECIPE --help` lists a recipe's settings
+#
+# The Python to build .venv with: PYTHON=python3.12 ./launch.sh. Your own environment instead of .venv: VENV=/path/to/venv.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=${VENV:-$here/.venv}
+
+die() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  die "no Python of at least 3.11 found (tried ${PYTHON:-python3 python3.11 python3.12 python3.13}); install one, or name it: PYTHON=/path/to/python ./launch.sh"
+}
+
+# Install once: the stamp holds what was installed, and is written last.
+install() {
+  local wanted stamp="$venv/.gradacc-installed"
+  wanted=$(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)
+  [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
+  local python
+  python=$(find_python)
+  echo "installing into $venv (a few minutes, once)" >&2
+  [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --constraint "$here/constraints.txt" --editable "$here[offline,dev]"
+  echo "$wanted" >"$stamp"
+}
+
+case ${1:-} in
+  help | -h | --help)
+    usage
+    exit 0
+    ;;
+esac
+install
+export PATH="$venv/bin:$PATH"
+
+if [[ ${1:-} == test ]]; then
+  shift
+  cd "$here"
+  exec python -m pytest "$@"
+fi
+
+if [[ $# -eq 0 ]]; then
+  cd "$here"
+  set -- recipes/text_classification.py --config configs/text_classification_offline.yaml --budget auto
+fi
+recipe=$1
+shift
+[[ $recipe == -* ]] && die "the first argument is the recipe; found $recipe (./launch.sh help shows how)"
+[[ -f $recipe ]] || die "no recipe $recipe here; there are: $(cd "$here" && echo recipes/*.py)"
+
+processes=
+arguments=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --processes | --processes=*)
+      if [[ $1 == *=* ]]; then processes=${1#*=}; else
+        processes=${2:-}
+        shift
+      fi
+      [[ $processes =~ ^[1-9][0-9]{0,3}$ ]] || die "--processes: found '$processes'; allowed: 1 or more"
+      ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift || true
+done
+for argument in "${arguments[@]}"; do
+  case $argument in -h | --help) exec python "$recipe" --help ;; esac
+done
+
+gpus=$(python - <<'PY'
+import torch
+print(torch.cuda.device_count())
+PY
+)
+if ((gpus > 0)); then
+  processes=${processes:-$gpus}
+  ((processes <= gpus)) || die "--processes: found $processes; allowed: 1 to $gpus, the GPUs of this machine"
+  topology=$([[ $processes -eq 1 ]] && echo gpu || echo ddp)
+else
+  processes=${processes:-1}
+  topology=$([[ $processes -eq 1 ]] && echo cpu || echo cpu_processes)
+fi
+
+# A bad input ends here, with its one line and exit code 2: a launcher would make a traceback and 1 of it.
+python "$recipe" "${arguments[@]}" --check >/dev/null
+
+command=(accelerate launch --config_file "$here/configs/accelerate/$topology.yaml" --num_processes "$processes"
+  "$recipe" "${arguments[@]}")
+export GRADACC_PROCESSES=$processes
+echo "${command[*]@Q}" | sed "s/'\([A-Za-z0-9_.,:=/+-]*\)'/\1/g"
+exec "${command[@]}"
