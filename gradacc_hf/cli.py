@@ -11,7 +11,9 @@ from gradacc_hf.errors import BadInput
 
 def main() -> None:
     """The entry point of `gradacc`. A `BadInput` ends it with its one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="gradacc", description="Exact gradient accumulation for fine-tuning.")
+    parser = argparse.ArgumentParser(
+        prog="gradacc", description="Exact gradient accumulation for fine-tuning."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list the recipes and their configs")
     copy = commands.add_parser("cp", help="copy a recipe and its configs into a folder, to edit")
@@ -56,10 +58,14 @@ def copy_recipe(name: str, folder: Path) -> None:
     """Copy recipes/NAME.py and its configs; all or, where a file is there already, none."""
     if name not in recipes():
         raise BadInput(f"no recipe {name!r}; there are: {', '.join(recipes())}")
-    copies = {path: folder / path.relative_to(kit()) for path in (kit() / "recipes" / f"{name}.py", *configs(name))}
+    copies = {
+        path: folder / path.relative_to(kit()) for path in (kit() / "recipes" / f"{name}.py", *configs(name))
+    }
     existing = [str(target) for target in copies.values() if target.exists()]
     if existing:
-        raise BadInput(f"{', '.join(existing)} exist already; nothing was copied: give another folder, or move them")
+        raise BadInput(
+            f"{', '.join(existing)} exist already; nothing was copied: give another folder, or move them"
+        )
     for source, target in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)

@@ -1,7 +1,7 @@
 """What a mean loss is a mean over: counting items, per kind of head.
 
-An item is one term of the mean: a predicted token, a labelled token, an example. Takes a collated batch on the host,
-gives a number. Weighing by it is what makes accumulation exact (`windows.py`).
+An item is one term of the mean: a predicted token, a labelled token, an example. Takes a collated batch on
+the host, gives a number. Weighing by it is what makes accumulation exact (`windows.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +17,8 @@ CountItems = Callable[[Mapping[str, Any]], float]
 def count_labels(batch: Mapping[str, Any]) -> int:
     """Labels that are not −100; rows where labels are real or truth values (regression, multi-label).
 
-    Question answering has `start_positions` instead: its items are the examples whose answer lies inside the padded
-    length, as positions beyond it are ignored by the head.
+    Question answering has `start_positions` instead: its items are the examples whose answer lies inside the
+    padded length, as positions beyond it are ignored by the head.
     """
     if "labels" in batch:
         labels = torch.as_tensor(batch["labels"])
@@ -28,13 +28,13 @@ def count_labels(batch: Mapping[str, Any]) -> int:
     if "start_positions" in batch:
         return int((batch["start_positions"] < batch["input_ids"].shape[1]).sum())
     raise ValueError(
-        f"the batch has {sorted(batch)} and no 'labels' to count: pass num_items= a function of the batch that says "
-        "how many terms its mean loss has"
+        f"the batch has {sorted(batch)} and no 'labels' to count: pass num_items= a function of the "
+        "batch that says how many terms its mean loss has"
     )
 
 
 def count_next_token(batch: Mapping[str, Any]) -> int:
-    """Labels from position 1 on: a causal head predicts each token from those before it, so the first is no item."""
+    """Labels from position 1 on: a causal head predicts each token from those before it."""
     if "labels" not in batch:
         raise ValueError(f"num_items='next_token' counts batch['labels']; the batch has {sorted(batch)}")
     return int((batch["labels"][..., 1:] != IGNORED).sum())
@@ -48,5 +48,7 @@ def resolve(num_items: str | CountItems) -> CountItems:
     if callable(num_items):
         return num_items
     if num_items not in COUNTS:
-        raise ValueError(f"num_items is {num_items!r}; allowed: {', '.join(map(repr, COUNTS))}, or a function of the batch")
+        raise ValueError(
+            f"num_items is {num_items!r}; allowed: {', '.join(map(repr, COUNTS))}, or a function of the batch"
+        )
     return COUNTS[num_items]

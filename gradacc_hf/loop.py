@@ -15,15 +15,13 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch.distributed.tensor import DTensor
 
 from gradacc_hf.checkpoint import save_model
 from gradacc_hf.runlog import RunLog, WindowRecord
+from gradacc_hf.tryout import try_out
 from gradacc_hf.windows import WindowLoader
-
-logger = get_logger(__name__)
 
 ComputeLoss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 Predict = Callable[[Any, Mapping[str, Any]], tuple[Sequence[Any], Sequence[Any]]]
@@ -32,7 +30,9 @@ Predict = Callable[[Any, Mapping[str, Any]], tuple[Sequence[Any], Sequence[Any]]
 def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """The loss that the model computed itself, from the labels in its batch."""
     if getattr(outputs, "loss", None) is None:
-        raise ValueError(f"the model gave no loss for a batch with {sorted(batch)}: add labels, or pass compute_loss=")
+        raise ValueError(
+            f"the model gave no loss for a batch with {sorted(batch)}: add labels, or pass compute_loss="
+        )
     return outputs.loss
 
 
@@ -117,7 +117,9 @@ def evaluate(
 ) -> Evaluation:
     """Run a prepared model over all data of `windows`, dropout off, without touching any accumulation state."""
     if accelerator.distributed_type != DistributedType.FSDP:
-        model = accelerator.unwrap_model(model)  # DDP's forward is collective, and processes have unequal counts
+        model = accelerator.unwrap_model(
+            model
+        )  # DDP's forward is collective, and processes have unequal counts
     model.eval()
     rows: list[tuple[int, Any, Any]] = []
     loss_here, items_here = 0.0, 0.0
@@ -152,7 +154,9 @@ class Best:
     def improves(self, history: Sequence[Mapping[str, float]]) -> bool:
         """Is the latest evaluation better than all before it? Any number is better than NaN."""
         sign = -1 if self.direction == "max" else 1
-        *earlier, latest = [math.inf if math.isnan(m[self.metric]) else sign * m[self.metric] for m in history]
+        *earlier, latest = [
+            math.inf if math.isnan(m[self.metric]) else sign * m[self.metric] for m in history
+        ]
         return all(latest < value for value in earlier)
 
 
@@ -180,7 +184,7 @@ def fine_tune(
     windows and at the end (0: only at the end). Under `output_dir`: history.jsonl, summary.json, best/ and last/ with the
     model and `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
     """
-    expect_unused_parameters(model, windows, accelerator, compute_loss)
+    try_out(model, windows, compute_loss)
     model, optimizer = accelerator.prepare(model, optimizer)
     folder = Path(output_dir) if output_dir is not None else None
     evaluations: list[dict[str, float]] = []  # each with the window that it came after
@@ -213,9 +217,15 @@ def fine_tune(
             if validate and (record.window == total or eval_every and record.window % eval_every == 0):
                 evaluate_now(record.window)
                 if best.patience and len(evaluations) - evaluations.index(best_evaluation) > best.patience:
-                    log.console.print(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
+                    log.console.print(
+                        f"stopped early: {best.metric} has not improved in {best.patience} evaluations"
+                    )
                     break
-        if validate and log.records and (not evaluations or evaluations[-1]["window"] != log.records[-1].window):
+        if (
+            validate
+            and log.records
+            and (not evaluations or evaluations[-1]["window"] != log.records[-1].window)
+        ):
             evaluate_now(log.records[-1].window)  # windows without items made the run shorter than planned
         if folder is not None:
             save_model(model, folder / "last", accelerator, *save_with)
@@ -223,27 +233,6 @@ def fine_tune(
         eval=evaluations[-1] if evaluations else None,
         best=best_evaluation or None,
         empty_windows=windows.empty_windows,
-        effective_batch_size=windows.plan.effective_batch_size,
-        **more_summary,
+        effective_batch_size=None if callable(size := windows.plan.effective_batch_size) else size,
+        **{"baseline": None, **more_summary},
     )
-
-
-def expect_unused_parameters(
-    model: torch.nn.Module, windows: WindowLoader, accelerator: Accelerator, compute_loss: ComputeLoss = model_loss
-) -> None:
-    """Before DDP wraps the model: does any parameter take no part in the loss? Then DDP must look for such each window.
-
-    Otherwise DDP leaves their whole bucket unreduced, silently, in the first window and raises in the next.
-    """
-    if accelerator.distributed_type in (DistributedType.NO, DistributedType.FSDP) or accelerator.ddp_handler:
-        return
-    model.to(accelerator.device).eval()
-    batch = windows.probe_batch()
-    with torch.random.fork_rng():
-        compute_loss(model(**batch), batch).backward()
-    unused = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
-    model.zero_grad()
-    drops_layers = any("layerdrop" in key and value for key, value in vars(getattr(model, "config", None) or model).items())
-    if unused or drops_layers:
-        logger.warning(f"{len(unused)} parameters take no part in the loss ({', '.join(unused[:3])} …): DDP will look for them")
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)

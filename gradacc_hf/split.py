@@ -1,8 +1,9 @@
 """A window → processes → micro-batches, by length and budget.
 
-Takes the lengths of a window's examples and a bound on a micro-batch; gives, for every process, the positions of the
-examples in each of its micro-batches. Numbers in, numbers out: it knows no torch, no data and no model. Which examples
-make a window is `windows.py`'s question; that any split gives the same gradient is ensured there too, by `Window.weigh`.
+Takes the lengths of a window's examples and a bound on a micro-batch; gives, for every process, the positions
+of the examples in each of its micro-batches. Numbers in, numbers out: it knows no torch, no data and no
+model. Which examples make a window is `windows.py`'s question; that any split gives the same gradient is
+ensured there too, by `Window.weigh`.
 """
 
 import heapq
@@ -16,9 +17,9 @@ import numpy as np
 class Cost:
     """What a micro-batch is predicted to cost, in tokens of a short example.
 
-    `fixed + tokens × (1 + length / quadratic)`: a constant per forward and backward (launches, and writing the gradient
-    of every parameter once more), the matrix products, and attention. The constants are those of a 22 M-parameter
-    encoder on a CPU; only their order of magnitude matters for where the cuts fall.
+    `fixed + tokens × (1 + length / quadratic)`: a constant per forward and backward (launches, and writing
+    the gradient of every parameter once more), the matrix products, and attention. The constants are those of
+    a 22 M-parameter encoder on a CPU; only their order of magnitude matters for where the cuts fall.
     """
 
     fixed: float = 128.0
@@ -39,7 +40,9 @@ class Bound:
     def __post_init__(self):
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
-            raise ValueError(f"give max_tokens or micro_batch_size, one of the two; found {given or 'neither'}")
+            raise ValueError(
+                f"give max_tokens or micro_batch_size, one of the two; found {given or 'neither'}"
+            )
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
@@ -57,18 +60,21 @@ def split_window(
 ) -> list[list[np.ndarray]]:
     """Cut a window of `len(lengths)` examples into `num_processes` lists of micro-batches.
 
-    Each micro-batch is an array of positions in `lengths`; every position comes exactly once. Processes get about equal
-    cost, not equal counts, and a process's costliest micro-batch comes first, so that one too large for the memory
-    shows at once. With fewer examples than processes some lists are empty. No micro-batch exceeds the bound unless a
-    single example does.
+    Each micro-batch is an array of positions in `lengths`; every position comes exactly once. Processes get
+    about equal cost, not equal counts, and a process's costliest micro-batch comes first, so that one too
+    large for the memory shows at once. With fewer examples than processes some lists are empty. No
+    micro-batch exceeds the bound unless a single example does.
     """
     lengths = np.maximum(np.asarray(lengths), 1)
     by_length = np.argsort(lengths, kind="stable")
-    return [_cut(positions, lengths[positions], bound, cost) for positions in _balance(by_length, lengths, num_processes, cost)]
+    return [
+        _cut(positions, lengths[positions], bound, cost)
+        for positions in _balance(by_length, lengths, num_processes, cost)
+    ]
 
 
 def _balance(by_length: np.ndarray, lengths: np.ndarray, num_processes: int, cost: Cost) -> list[np.ndarray]:
-    """Deal the examples to processes, largest first, each to the process that has the least to do (Graham 1969)."""
+    """Deal the examples to processes, largest first, each to the one with the least to do (Graham 1969)."""
     if num_processes == 1:
         return [by_length]
     load = [(0.0, process) for process in range(num_processes)]
@@ -84,9 +90,9 @@ def _balance(by_length: np.ndarray, lengths: np.ndarray, num_processes: int, cos
 def _cut(positions: np.ndarray, lengths: np.ndarray, bound: Bound, cost: Cost) -> list[np.ndarray]:
     """Cut one process's examples, sorted by length, where the summed cost is least.
 
-    Dynamic programming over the place of the last cut: `least[stop] = min over start of least[start] + cost(start:stop)`.
-    In sorted order an optimal cut into contiguous pieces is optimal among all cuts, as swapping two examples between
-    pieces never makes either piece shorter than its longest example.
+    Dynamic programming over the place of the last cut: `least[stop] = min over start of least[start] +
+    cost(start:stop)`. In sorted order an optimal cut into contiguous pieces is optimal among all cuts, as
+    swapping two examples between pieces never makes either piece shorter than its longest example.
     """
     n = len(positions)
     least = np.zeros(n + 1)

@@ -1,7 +1,8 @@
 """Is accumulation exact? The one place with the whole-window reference gradient.
 
-`whole_window_gradient` runs a window at once, with no accumulation, no weighing and no Accelerate: what every split must
-give. `relative_error` is the measure: ‖g − reference‖ / ‖reference‖ over all parameters together, ≤ 1e-5 in float32.
+`whole_window_gradient` runs a window at once, with no accumulation, no weighing and no Accelerate: what every
+split must give. `relative_error` is the measure: ‖g − reference‖ / ‖reference‖ over all parameters together,
+≤ 1e-5 in float32.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ EXACT = 1e-5
 def whole_window_gradient(
     model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss = model_loss
 ) -> Gradient:
-    """The gradient of the mean loss of one batch that holds the whole window, by parameter; `.grad` is left empty."""
+    """The gradient of the mean loss of one batch that holds the whole window; `.grad` is left empty."""
     model.zero_grad()
     compute_loss(model(**batch), batch).backward()
     gradient = read_gradient(model)
@@ -40,7 +41,9 @@ def read_gradient(model: torch.nn.Module) -> Gradient:
 
 def relative_error(gradient: Gradient, reference: Gradient) -> float:
     """‖gradient − reference‖ / ‖reference‖, over all parameters, in float64."""
-    return _norm({name: gradient[name].double() - reference[name].double() for name in reference}) / _norm(reference)
+    return _norm({name: gradient[name].double() - reference[name].double() for name in reference}) / _norm(
+        reference
+    )
 
 
 def _norm(gradient: Gradient) -> float:

@@ -1,10 +1,12 @@
-"""The loop in the open: fine-tune MiniLM to tell which module a docstring belongs to, in one file, without a Recipe.
+"""The loop in the open: fine-tune MiniLM to tell which module a docstring belongs to, in one file, without a
+Recipe.
 
     accelerate launch --config_file configs/accelerate/cpu.yaml recipes/minimal.py
     accelerate launch --config_file configs/accelerate/cpu_processes.yaml --num_processes 2 recipes/minimal.py
 
-Copy it into your project and replace the data, the model and the collate function. Everything between `for window` and
-the scheduler's step is Accelerate's own loop; what is added is that the window says how long it is and weighs the loss.
+Copy it into your project and replace the data, the model and the collate function. Everything between `for
+window` and the scheduler's step is Accelerate's own loop; what is added is that the window says how long it
+is and weighs the loss.
 """
 
 import argparse
@@ -39,7 +41,9 @@ def main(epochs: int, max_windows: int | None) -> None:
 
     shared = {"max_tokens": 2048, "collate_fn": collate, "accelerator": accelerator}
     windows = WindowLoader(train, 64, seed=0, **shared)
-    scheduler = get_scheduler("linear", optimizer, 4, epochs * len(windows))  # not prepared: one step a window
+    scheduler = get_scheduler(
+        "linear", optimizer, 4, epochs * len(windows)
+    )  # not prepared: one step a window
 
     for epoch in range(epochs):
         model.train()
@@ -54,17 +58,21 @@ def main(epochs: int, max_windows: int | None) -> None:
                     optimizer.zero_grad()
             if not accelerator.optimizer_step_was_skipped:  # fp16 overflow
                 scheduler.step()
-            accelerator.print(f"epoch {epoch} window {window.number} of {len(windows)}: loss {window.loss:.4f}")
+            accelerator.print(
+                f"epoch {epoch} window {window.number} of {len(windows)}: loss {window.loss:.4f}"
+            )
             if window.number + 1 == max_windows:
                 break
 
     found = evaluate(model, WindowLoader(validation, 256, shuffle=False, **shared), accelerator=accelerator)
-    right = sum(logits.argmax() == label for logits, label in zip(found.predictions, found.references, strict=True))
+    right = sum(
+        logits.argmax() == label for logits, label in zip(found.predictions, found.references, strict=True)
+    )
     accelerator.print(f"accuracy {right / len(validation):.3f} on {len(validation)} held-out docstrings")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Fine-tune MiniLM on docstrings, with the loop in the open.")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--max_windows", type=int, help="stop each epoch after so many windows")
     main(**vars(parser.parse_args()))

@@ -1,6 +1,7 @@
-"""Run by torchrun from test_distributed.py: each case on all processes, its findings from process 0 as one line of JSON.
+"""Run by torchrun from test_distributed.py: each case on all processes, its findings from process 0 as one
+line of JSON.
 
-    torchrun --nproc_per_node 2 tests/distributed_worker.py ddp    (or fsdp2)
+torchrun --nproc_per_node 2 tests/distributed_worker.py ddp    (or fsdp2)
 """
 
 import json
@@ -14,7 +15,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ga
 
 from gradacc_hf import WindowLoader, evaluate, fine_tune
 from gradacc_hf.heads import build_head
-from gradacc_hf.loop import expect_unused_parameters, train
+from gradacc_hf.loop import model_loss, train
+from gradacc_hf.tryout import try_out
 from gradacc_hf.verify import RecordGradients, relative_error, whole_window_gradient
 
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
@@ -42,7 +44,14 @@ def accelerator_for(engine):
 
 
 def gradients(
-    engine, kind="token_classification", model_type="gpt2", size=10, empty=(), max_grad_norm=0.0, lengths=LENGTHS, **split
+    engine,
+    kind="token_classification",
+    model_type="gpt2",
+    size=10,
+    empty=(),
+    max_grad_norm=0.0,
+    lengths=LENGTHS,
+    **split,
 ):
     """One epoch of `train`: the worst error against the whole window at once, and what the processes saw."""
     accelerator = accelerator_for(engine)
@@ -53,7 +62,7 @@ def gradients(
     windows = WindowLoader(
         examples, size, accelerator=accelerator, collate_fn=head.collate, num_items=head.num_items, **split
     )  # fmt: skip
-    expect_unused_parameters(head.model, windows, accelerator)
+    try_out(head.model, windows, model_loss)
     recorder = RecordGradients(head.model)
     model, optimizer = accelerator.prepare(head.model, recorder)
     steps, indices = [], []
@@ -96,7 +105,10 @@ def evaluation(engine):
     head = build_head("sequence_classification", "gpt2")
     examples = head.examples(LENGTHS)
     data = {"accelerator": accelerator, "collate_fn": head.collate, "max_tokens": 64}
-    windows, validation = WindowLoader(examples, 10, **data), WindowLoader(examples, 10, shuffle=False, **data)
+    windows, validation = (
+        WindowLoader(examples, 10, **data),
+        WindowLoader(examples, 10, shuffle=False, **data),
+    )
     seen = []
 
     def validate(model):
@@ -120,12 +132,16 @@ CASES = {
     "unequal": lambda engine: gradients(engine, max_tokens=64),
     "next_token": lambda engine: gradients(engine, "causal_lm", "gpt2", max_tokens=64),
     "one_by_one": lambda engine: gradients(engine, micro_batch_size=1, size=7),
-    "fewer_examples_than_processes": lambda engine: gradients(engine, size=1, max_tokens=64, lengths=LENGTHS[:5]),
+    "fewer_examples_than_processes": lambda engine: gradients(
+        engine, size=1, max_tokens=64, lengths=LENGTHS[:5]
+    ),
     "no_items_here_and_there": lambda engine: gradients(
         engine, size=5, micro_batch_size=1, empty=(*range(5), 6, 7, 8, 9, 12, 20), shuffle=False
     ),
     "clipped": lambda engine: gradients(engine, max_tokens=64, max_grad_norm=0.01),
-    "unused_parameters": lambda engine: gradients(engine, model_type="fnet", max_tokens=64, lengths=[12] * 23),
+    "unused_parameters": lambda engine: gradients(
+        engine, model_type="fnet", max_tokens=64, lengths=[12] * 23
+    ),
     "workers": lambda engine: gradients(engine, max_tokens=64, num_workers=1),
     "evaluation": evaluation,
 }

@@ -10,7 +10,9 @@ from gradacc_hf import cli
 
 
 def gradacc(*arguments):
-    return subprocess.run([Path(sys.executable).parent / "gradacc", *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [Path(sys.executable).parent / "gradacc", *arguments], capture_output=True, text=True
+    )
 
 
 def test_ls_lists_every_recipe_with_its_configs():
@@ -31,7 +33,9 @@ def test_a_copied_recipe_is_the_one_that_its_copied_config_names(tmp_path):
     assert gradacc("cp", "text_classification", str(tmp_path)).returncode == 0
     config = tmp_path / "configs/text_classification_offline.yaml"
     (line,) = [line for line in config.read_text().splitlines() if line.startswith("recipe:")]
-    assert (config.parent / line.split()[1]).resolve() == (tmp_path / "recipes/text_classification.py").resolve()
+    assert (config.parent / line.split()[1]).resolve() == (
+        tmp_path / "recipes/text_classification.py"
+    ).resolve()
 
 
 def test_cp_overwrites_nothing(tmp_path):

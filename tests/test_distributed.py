@@ -1,5 +1,6 @@
-"""Real processes over gloo: the gradient is that of the whole window, whatever each process is given of it."""
+"""Real processes over gloo: the gradient is that of the whole window, whatever a process is given of it."""
 
+import functools
 import json
 import os
 import subprocess
@@ -13,10 +14,21 @@ from gradacc_hf.verify import EXACT
 WORKER = Path(__file__).parent / "distributed_worker.py"
 
 
+@functools.cache
 def launch(num_processes, engine, *cases):
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), str(WORKER), engine, *cases]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(num_processes),
+        str(WORKER),
+        engine,
+        *cases,
+    ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=280, env=environment)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=280, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
     return {row.pop("case"): row for row in rows}
@@ -63,7 +75,9 @@ def test_predictions_come_back_once_each_in_order(ddp):
 
 def test_a_fine_tuning_does_not_depend_on_the_number_of_processes(ddp):
     _, found = ddp
-    assert found["evaluation"]["loss"] == pytest.approx(launch(1, "ddp", "evaluation")["evaluation"]["loss"], rel=1e-5)
+    assert found["evaluation"]["loss"] == pytest.approx(
+        launch(1, "ddp", "evaluation")["evaluation"]["loss"], rel=1e-5
+    )
 
 
 def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes():

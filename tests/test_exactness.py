@@ -1,4 +1,4 @@
-"""The accumulated gradient is that of the whole window at once, for every head, every split and every window."""
+"""The accumulated gradient is that of the whole window at once, for every head, split and window."""
 
 import numpy as np
 import pytest
@@ -24,8 +24,10 @@ LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
 SPLITS = [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"max_tokens": 64}, {"max_tokens": 10_000}]
 
 
-def run_epoch(model, windows, accelerator, *, max_grad_norm=None, weigh=lambda window, loss: window.weigh(loss)):
-    """The loop that users copy, on an optimizer that keeps the gradients that reached it; gives the windows."""
+def run_epoch(
+    model, windows, accelerator, *, max_grad_norm=None, weigh=lambda window, loss: window.weigh(loss)
+):
+    """The loop that users copy, on an optimizer that keeps the gradients that reached it."""
     model, optimizer = accelerator.prepare(model, RecordGradients(model))
     handed_out = []
     for window in windows:
@@ -63,7 +65,13 @@ def test_the_gradient_is_that_of_the_whole_window(kind, model_type, problem):
     accelerator = Accelerator(cpu=True)
     for split in SPLITS:
         windows = WindowLoader(  # 10 + 10 + a partial window of 3
-            examples, 10, accelerator=accelerator, collate_fn=head.collate, num_items=head.num_items, **split, **padding
+            examples,
+            10,
+            accelerator=accelerator,
+            collate_fn=head.collate,
+            num_items=head.num_items,
+            **split,
+            **padding,
         )
         handed_out, gradients = run_epoch(head.model, windows, accelerator)
         assert [len(window.indices) for window in handed_out] == [10, 10, 3]
@@ -79,7 +87,9 @@ def test_windows_of_one_example_and_micro_batches_of_5_5_5_and_1_are_exact(size)
     head = build_head("token_classification", "bert")
     examples = head.examples([12] * 16)
     accelerator = Accelerator(cpu=True)
-    windows = WindowLoader(examples, size, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=5)
+    windows = WindowLoader(
+        examples, size, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=5
+    )
     windows._windows.split = _cut_in_fives(windows._windows.split)
     handed_out, gradients = run_epoch(head.model, windows, accelerator)
     if size == 16:
@@ -105,7 +115,9 @@ def test_a_mean_of_means_is_not_exact_on_the_same_micro_batches():
     accelerator = Accelerator(cpu=True)
     windows = WindowLoader(examples, 10, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=4)
     handed_out, gradients = run_epoch(head.model, windows, accelerator, weigh=lambda window, loss: loss)
-    errors = [relative_error(g, reference(head, examples, w)) for w, g in zip(handed_out, gradients, strict=True)]
+    errors = [
+        relative_error(g, reference(head, examples, w)) for w, g in zip(handed_out, gradients, strict=True)
+    ]
     assert max(errors) > 0.01
 
 
@@ -121,7 +133,8 @@ def test_a_model_that_padding_reaches_is_exact_only_when_a_window_is_padded_alik
         handed_out, gradients = run_epoch(head.model, windows, accelerator)
         alike = {"pad_to": 48} if pad_to == 48 else {}
         errors[pad_to] = max(
-            relative_error(g, reference(head, examples, w, **alike)) for w, g in zip(handed_out, gradients, strict=True)
+            relative_error(g, reference(head, examples, w, **alike))
+            for w, g in zip(handed_out, gradients, strict=True)
         )
     assert errors["window"] < EXACT
     assert errors[48] < EXACT

@@ -20,7 +20,11 @@ def test_next_tokens_count_from_position_one_on():
 
 
 def test_answers_count_where_they_lie_inside_the_padded_length():
-    batch = {"input_ids": torch.zeros(3, 8), "start_positions": torch.tensor([0, 7, 8]), "end_positions": torch.tensor([1, 7, 9])}
+    batch = {
+        "input_ids": torch.zeros(3, 8),
+        "start_positions": torch.tensor([0, 7, 8]),
+        "end_positions": torch.tensor([1, 7, 9]),
+    }
     assert count_labels(batch) == 2
 
 

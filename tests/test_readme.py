@@ -15,7 +15,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_loop_to_copy_runs_as_it_stands(tmp_path):
     (script := tmp_path / "loop.py").write_text(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr
     losses = [float(line) for line in done.stdout.split()]
     assert len(losses) == 12
@@ -26,8 +28,11 @@ def test_the_minimal_recipe_is_short_and_runs():
     text = (ROOT / "recipes/minimal.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 80
     done = subprocess.run(
-        [sys.executable, ROOT / "recipes/minimal.py", "--max_windows", "1"], capture_output=True, text=True, timeout=300
-    )  # fmt: skip
+        [sys.executable, ROOT / "recipes/minimal.py", "--max_windows", "1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"accuracy 0\.\d+ on \d+ held-out docstrings", done.stdout)
 
@@ -49,13 +54,17 @@ def test_the_loop_is_the_same_in_the_readme_in_minimal_and_in_the_package():
     assert [call for call in package if call in readme] == readme
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:recipes|configs|gradacc_hf)/[\w/.]+\.(?:py|yaml)", README))))
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?:recipes|configs|gradacc_hf)/[\w/.]+\.(?:py|yaml)", README)))
+)
 def test_a_path_that_the_readme_names_exists(path):
     assert (ROOT / path).is_file()
 
 
 def test_nothing_but_what_was_asked_for_stands_at_the_top():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
     top = {path.split("/")[0] for path in tracked if path and not path.startswith(".")}
     assert top <= {
         *("README.md", "pyproject.toml", "recipes", "gradacc_hf", "configs", "tests", "launch.sh"),

@@ -42,11 +42,15 @@ def test_the_slowest_process_has_at_most_the_mean_and_one_example_more(lengths, 
     cost = Cost()
 
     def work(processes):
-        return [sum(cost(1, lengths[i]) - cost.fixed for piece in process for i in piece) for process in processes]
+        return [
+            sum(cost(1, lengths[i]) - cost.fixed for piece in process for i in piece) for process in processes
+        ]
 
     loads = work(split_window(lengths, bound, num_processes))
     dearest = max(cost(1, length) - cost.fixed for length in lengths)
-    assert max(loads) <= sum(loads) / num_processes + dearest * (1 - 1 / num_processes) + 1e-6  # Graham's bound
+    assert (
+        max(loads) <= sum(loads) / num_processes + dearest * (1 - 1 / num_processes) + 1e-6
+    )  # Graham's bound
 
 
 @settings(deadline=None, max_examples=60)
@@ -99,10 +103,16 @@ def test_examples_without_tokens_are_split_too():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"max_tokens": 4, "micro_batch_size": 4}, {"max_tokens": 0}, {"micro_batch_size": -1}, {"max_tokens": 1.5}],
+    [
+        {},
+        {"max_tokens": 4, "micro_batch_size": 4},
+        {"max_tokens": 0},
+        {"micro_batch_size": -1},
+        {"max_tokens": 1.5},
+    ],
 )
 def test_a_bound_that_cannot_work_is_refused(arguments):
-    with pytest.raises(ValueError, match="max_tokens|micro_batch_size"):
+    with pytest.raises(ValueError, match=r"max_tokens|micro_batch_size"):
         Bound(**arguments)
 
 

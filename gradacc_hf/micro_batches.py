@@ -1,0 +1,171 @@
+"""A window's number → this process's micro-batches, collated on the host.
+
+Takes the windows (`plan.py`), the data set with its lengths, the bound and the item count; runs beside
+training where the loader has workers. Putting a micro-batch on the device and weighing its loss are
+`windows.py`'s.
+"""
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from gradacc_hf.items import CountItems
+from gradacc_hf.plan import WindowPlan
+from gradacc_hf.split import Bound, Cost, split_window
+
+PadTo = Literal["micro_batch", "window"] | int
+Lengths = str | Sequence[int] | np.ndarray | Callable[[Any], int] | None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one process runs forward and backward at once, on the host.
+
+    `indices` are its examples; empty for an example that is run again only because the other processes wait
+    for this one.
+    """
+
+    batch: Mapping[str, Any]
+    indices: np.ndarray
+    num_items: float
+
+
+@dataclass(frozen=True)
+class Split:
+    """One window's split: its examples, and for every process the indices of each micro-batch, with planned
+    sizes.
+
+    `tokens` and `padded_tokens` are over all processes; `pad_to` is what collating must pad to, None for the
+    longest.
+    """
+
+    indices: np.ndarray
+    processes: list[list[np.ndarray]]
+    tokens: int
+    padded_tokens: int
+    pad_to: int | None
+
+
+@dataclass
+class LocalWindows(Dataset):
+    """(epoch, window) → its split and this process's micro-batches, collated. Runs in workers."""
+
+    dataset: Any
+    collate_fn: Callable[..., Mapping[str, Any]]
+    count_items: CountItems
+    lengths: np.ndarray
+    pad_to: PadTo
+    bound: Bound
+    cost: Cost
+    plan: WindowPlan
+    num_processes: int
+    process: int
+
+    def __getitem__(self, number: tuple[int, int]) -> tuple[Split, list[MicroBatch]] | bytes:
+        split = self.split(*number)
+        local = split, [self.collate(indices, split.pad_to) for indices in split.processes[self.process]]
+        # By value: tensors in shared memory cost a file descriptor each, and a window may hold thousands.
+        return local if get_worker_info() is None else pickle.dumps(local)
+
+    def split(self, epoch: int, window: int) -> Split:
+        indices = self.plan.indices(epoch, window)
+        lengths = self.lengths[indices]
+        padded, pad_to = lengths, None
+        if self.pad_to != "micro_batch":
+            pad_to = int(lengths.max()) if self.pad_to == "window" else self.pad_to
+            padded = np.full_like(lengths, pad_to)
+        processes = split_window(padded, self.bound, self.num_processes, self.cost)
+        return Split(
+            indices=indices,
+            processes=[[indices[positions] for positions in process] for process in processes],
+            tokens=int(lengths.sum()),
+            padded_tokens=sum(
+                len(piece) * int(padded[piece].max()) for process in processes for piece in process
+            ),
+            pad_to=pad_to,
+        )
+
+    def collate(self, indices: np.ndarray, pad_to: int | None, counts: bool = True) -> MicroBatch:
+        fetch = getattr(self.dataset, "__getitems__", None)  # one call for a datasets.Dataset
+        examples = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
+        batch = self.collate_fn(examples) if pad_to is None else self.collate_fn(examples, pad_to=pad_to)
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"collate_fn gave a {type(batch).__name__}; it must give a mapping for model(**batch)"
+            )
+        num_items = float(self.count_items(batch)) if counts else 0.0
+        if not 0 <= num_items < float("inf"):
+            raise ValueError(
+                f"num_items gave {num_items} for examples {indices.tolist()}; "
+                "it must be 0 or more, and finite"
+            )
+        return MicroBatch(batch, indices if counts else indices[:0], num_items)
+
+    def find_example_with_items(self, split: Split) -> tuple[int, int | None] | None:
+        """The shortest example of the window that has items when it is alone, and what it is padded to."""
+        for index in split.indices[np.argsort(self.lengths[split.indices], kind="stable")]:
+            if self.collate(np.array([index]), split.pad_to).num_items:
+                return int(index), split.pad_to
+        return None
+
+    def idle(self, split: Split) -> MicroBatch:
+        """What a process with nothing to do runs at weight 0, as others wait: an example with items."""
+        found = self.find_example_with_items(split)
+        if found is None:
+            raise ValueError(
+                "a micro-batch has items but none of its examples alone: "
+                "num_items must be a sum over examples"
+            )
+        return self.collate(np.array([found[0]]), found[1], counts=False)
+
+
+def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
+    """Tokens of every example, int32: from a column, a sequence, a function, or by default the size of
+    `input_ids`.
+
+    Nested `input_ids` (choices) count as rows × the longest; without `input_ids` all examples are equal.
+    """
+    if isinstance(lengths, str):
+        measured = [example[lengths] for example in dataset]
+    elif callable(lengths):
+        measured = [lengths(example) for example in dataset]
+    elif lengths is not None:
+        measured = lengths
+    elif hasattr(dataset, "with_format") and "input_ids" in getattr(dataset, "column_names", ()):
+        tables = dataset.select_columns("input_ids").with_format("arrow").iter(100_000)
+        measured = np.concatenate([_column_lengths(table["input_ids"]) for table in tables])
+    elif isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]:
+        measured = [_padded_size(example["input_ids"]) for example in dataset]
+    else:
+        measured = np.ones(len(dataset))
+    array = np.asarray(measured)
+    if array.shape != (len(dataset),):
+        raise ValueError(
+            f"lengths has the shape {array.shape}; the data set has {len(dataset)} examples, one number each"
+        )
+    if not np.issubdtype(array.dtype, np.number) or not (np.isfinite(array) & (array >= 0)).all():
+        raise ValueError(
+            f"lengths must be numbers of tokens, 0 or more; found {array.dtype}: {array[:3].tolist()} …"
+        )
+    return array.astype(np.int32)
+
+
+def _column_lengths(column: Any) -> np.ndarray:
+    if pa.types.is_nested(column.type.value_type):
+        return np.array([_padded_size(row) for row in column.to_pylist()])
+    return np.asarray(pyarrow.compute.list_value_length(column))  # type: ignore[attr-defined]
+
+
+def _padded_size(ids: Any) -> int:
+    """Tokens of one example: its length; for choices or other nested rows, rows × the longest."""
+    if isinstance(ids, torch.Tensor):
+        return ids.numel()
+    nested = len(ids) > 0 and np.ndim(ids[0]) > 0
+    return len(ids) * max(len(row) for row in ids) if nested else len(ids)

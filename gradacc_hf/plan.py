@@ -1,0 +1,95 @@
+"""Which examples make window t: numbers only.
+
+(number of examples, effective batch size, seed, epoch, window) → example indices. Neither the data nor the
+hardware is known here, so neither can change a run's windows.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+EffectiveBatchSize = int | Callable[[int], int]
+
+
+class WindowPlan:
+    """The windows of every epoch, as example indices: a function of its arguments alone, never of the
+    hardware.
+
+    The order of epoch e is a permutation drawn from (seed, e); window t is a slice of it.
+    `effective_batch_size` is a number, or a function of the window's number counted over the whole run.
+    Memory: one permutation (4 bytes an example).
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        effective_batch_size: EffectiveBatchSize,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+    ):
+        self.num_examples, self.effective_batch_size = num_examples, effective_batch_size
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self._orders: dict[int, np.ndarray] = {}  # the epoch at hand only
+        self._all_starts: dict[int, Sequence[int]] = {}
+
+    def num_windows(self, epoch: int) -> int:
+        """Windows in this epoch; a partial last one counts unless `drop_last`."""
+        return len(self._starts(epoch))
+
+    def size(self, epoch: int, window: int) -> int:
+        """Examples in this window."""
+        return len(self.indices(epoch, window))
+
+    def dropped(self, epoch: int) -> int:
+        """Examples that `drop_last` leaves out of this epoch."""
+        if not self.drop_last or not self._starts(epoch):
+            return self.num_examples if self.drop_last else 0
+        last = self.num_windows(epoch) - 1
+        return self.num_examples - self._starts(epoch)[last] - self.size(epoch, last)
+
+    def indices(self, epoch: int, window: int) -> np.ndarray:
+        """Example indices of this window, over all processes."""
+        start = self._starts(epoch)[window]
+        stop = min(start + self._size_asked(self._first_number(epoch) + window), self.num_examples)
+        return self._order(epoch)[start:stop].astype(np.int64)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            order = np.arange(self.num_examples, dtype=np.int32 if self.num_examples < 2**31 else np.int64)
+            if self.shuffle:
+                np.random.default_rng([self.seed, epoch]).shuffle(order)
+            self._orders = {epoch: order}
+        return self._orders[epoch]
+
+    def _starts(self, epoch: int) -> Sequence[int]:
+        if epoch not in self._all_starts:
+            self._all_starts[epoch] = self._find_starts(epoch)
+        return self._all_starts[epoch]
+
+    def _find_starts(self, epoch: int) -> Sequence[int]:
+        if not callable(self.effective_batch_size):
+            whole = self.num_examples - self.num_examples % self.effective_batch_size
+            return range(0, whole if self.drop_last else self.num_examples, self.effective_batch_size)
+        starts, start, number = [], 0, self._first_number(epoch)
+        while start < self.num_examples:
+            size = self._size_asked(number + len(starts))
+            if self.drop_last and start + size > self.num_examples:
+                break
+            starts.append(start)
+            start += size
+        return starts
+
+    def _first_number(self, epoch: int) -> int:
+        """The number, over the whole run, of this epoch's first window."""
+        return sum(self.num_windows(earlier) for earlier in range(epoch))
+
+    def _size_asked(self, number: int) -> int:
+        if not callable(self.effective_batch_size):
+            return self.effective_batch_size
+        size = self.effective_batch_size(number)
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise ValueError(
+                f"effective_batch_size({number}) gave {size!r}; it must give an integer of at least 1"
+            )
+        return int(size)
