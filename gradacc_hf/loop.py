@@ -1,8 +1,9 @@
 """THE loop: windows in, a fine-tuned model out.
 
-`train` is the loop of the README with a record of each window; `evaluate` runs a model over data through the same split;
-`fine_tune` is both with what a real run needs around them: DDP set up for the model at hand, evaluation, early stopping,
-the best and the last model saved. Which examples and micro-batches: `windows.py`. Files and progress: `runlog.py`.
+`train` is the loop of the README with a record of each window; `evaluate` runs a model over data through the
+same split; `fine_tune` is both with what a real run needs around them: DDP set up for the model at hand,
+evaluation, early stopping, the best and the last model saved. Which examples and micro-batches: `windows.py`.
+Files and progress: `runlog.py`.
 """
 
 import math
@@ -37,7 +38,7 @@ def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def logits_and_labels(outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Predictions and references of a micro-batch, row by row: logits in float32, and labels, as numpy arrays."""
+    """Predictions and references of a micro-batch, row by row, as numpy arrays: float32 logits, labels."""
     return outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
 
 
@@ -99,7 +100,7 @@ def _number(norm: Any) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` is the mean over all items; `predictions` and `references` are by example, in the data set's order, each once."""
+    """`loss` is the mean over all items; the lists are by example, in the data set's order, each once."""
 
     loss: float
     predictions: list[Any]
@@ -115,7 +116,7 @@ def evaluate(
     compute_loss: ComputeLoss = model_loss,
     predict: Predict = logits_and_labels,
 ) -> Evaluation:
-    """Run a prepared model over all data of `windows`, dropout off, without touching any accumulation state."""
+    """Run a prepared model over all data of `windows`, dropout off; no accumulation state is touched."""
     if accelerator.distributed_type != DistributedType.FSDP:
         model = accelerator.unwrap_model(
             model
@@ -180,9 +181,10 @@ def fine_tune(
 ) -> dict[str, Any]:
     """Fine-tune a model and give the run in figures (`summary.json`); the model is trained in place.
 
-    `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every `eval_every`
-    windows and at the end (0: only at the end). Under `output_dir`: history.jsonl, summary.json, best/ and last/ with the
-    model and `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
+    `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
+    `eval_every` windows (0: only at the end) and at the end. Under `output_dir`: history.jsonl, summary.json,
+    best/ and last/ with the model and `save_with` (a tokenizer). Further keyword arguments go into the
+    summary as they are.
     """
     try_out(model, windows, compute_loss)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -192,6 +194,7 @@ def fine_tune(
 
     def evaluate_now(window: int) -> None:
         nonlocal best_evaluation
+        assert validate is not None
         metrics = validate(model)
         log.evaluation(metrics)
         evaluations.append({"window": window, **metrics})
@@ -214,19 +217,16 @@ def fine_tune(
             compute_loss=compute_loss,
         ):
             log.window(record)
-            if validate and (record.window == total or eval_every and record.window % eval_every == 0):
+            if validate and eval_every and record.window % eval_every == 0:
                 evaluate_now(record.window)
                 if best.patience and len(evaluations) - evaluations.index(best_evaluation) > best.patience:
                     log.console.print(
                         f"stopped early: {best.metric} has not improved in {best.patience} evaluations"
                     )
                     break
-        if (
-            validate
-            and log.records
-            and (not evaluations or evaluations[-1]["window"] != log.records[-1].window)
-        ):
-            evaluate_now(log.records[-1].window)  # windows without items made the run shorter than planned
+        last = log.records[-1].window if log.records else 0
+        if validate and last and last not in [evaluation["window"] for evaluation in evaluations]:
+            evaluate_now(last)
         if folder is not None:
             save_model(model, folder / "last", accelerator, *save_with)
     return log.summary(

@@ -1,0 +1,143 @@
+"""launch.sh: N processes asked for are N running, bad input is one line, no accelerate config leaks in."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECIPE = "recipes/text_classification.py"
+
+
+@pytest.fixture(scope="module")
+def venv(tmp_path_factory):
+    """What ./launch.sh would have installed: this environment, with the stamp that says so."""
+    folder = tmp_path_factory.mktemp("venv")
+    for part in ("bin", "lib", "pyvenv.cfg"):
+        (folder / part).symlink_to(Path(sys.prefix) / part)
+    wanted = subprocess.run(
+        "cat pyproject.toml constraints.txt | cksum", shell=True, cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    (folder / ".gradacc-installed").write_text(wanted + "\n")
+    return folder
+
+
+@pytest.fixture
+def launch(venv, tmp_path):
+    leak = tmp_path / "hf/accelerate/default_config.yaml"  # what `accelerate config` would have left
+    leak.parent.mkdir(parents=True)
+    leak.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 3\n")
+
+    def run(*arguments, cwd=ROOT):
+        environment = {
+            **os.environ,
+            "VENV": str(venv),
+            "HF_HOME": str(tmp_path / "hf"),
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.run(
+            [ROOT / "launch.sh", *map(str, arguments)],
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "texts.csv"
+    rows = [
+        f"{'good' if i % 3 else 'bad'} words {'and more ' * (i % 11)},{'yes' if i % 3 else 'no'}"
+        for i in range(60)
+    ]
+    path.write_text("text,label\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_it_prints_the_command_that_it_ends_in_and_runs_that_many_processes(
+    launch, texts, tmp_path, processes
+):
+    done = launch(
+        *(
+            RECIPE,
+            "--data.train",
+            texts,
+            "--batch.effective",
+            16,
+            "--train.max_windows",
+            2,
+            "--budget",
+            "cpu",
+        ),
+        *("--model.freeze", "[bert.*]", "--output.dir", tmp_path / "run", "--output.tracker", "none"),
+        *(["--processes", processes] if processes else []),
+    )
+    assert done.returncode == 0, done.stderr
+    topology = "cpu_processes" if processes else "cpu"
+    command = next(line for line in done.stdout.splitlines() if line.startswith("accelerate launch"))
+    assert re.search(
+        rf"--config_file \S*configs/accelerate/{topology}.yaml --num_processes {processes or 1} ", command
+    )
+    assert json.loads((tmp_path / "run/summary.json").read_text())["processes"] == (processes or 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["recipes/nonsense.py"], "no recipe recipes/nonsense.py here; there are: recipes/minimal.py"),
+        (["--config", "x.yaml"], "the first argument is the recipe; found --config"),
+        ([RECIPE, "--processes", "0"], "--processes: found '0'; allowed: 1 or more"),
+        ([RECIPE, "--processes", "two"], "--processes: found 'two'"),
+        ([RECIPE, "--data.train", "x.csv", "--optim.lrr", "1"], "did you mean --optim.lr?"),
+        ([RECIPE, "--data.train", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_a_bad_input_is_one_line_and_exit_code_2(launch, arguments, line):
+    done = launch(*arguments)
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_fewer_processes_than_asked_for_is_an_error(texts):
+    done = subprocess.run(
+        [sys.executable, RECIPE, "--data.train", texts, "--check"],
+        cwd=ROOT,
+        env={**os.environ, "GRADACC_PROCESSES": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "2 processes were asked for and 1 are running" in done.stderr
+
+
+def test_help_needs_no_environment(tmp_path):
+    done = subprocess.run(
+        [ROOT / "launch.sh", "help"],
+        env={**os.environ, "VENV": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert "./launch.sh test" in done.stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_no_python_is_one_line(tmp_path):
+    done = subprocess.run(
+        [ROOT / "launch.sh"],
+        env={**os.environ, "VENV": str(tmp_path / "none"), "PYTHON": "no-such-python"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no Python of at least 3.11 found (tried no-such-python)")
