@@ -3,8 +3,8 @@
     python -m gradacc_hf.bench exactness     # whose accumulated gradient is that of the whole window?
     python -m gradacc_hf.bench speed         # the same run beside transformers.Trainer: how fast?
 
-Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All contenders
-get the same model, the same examples in the same windows, and as many optimizer steps. Single process.
+Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
+same model, the same examples in the same windows, and as many optimizer steps. One process.
 """
 
 import argparse
@@ -29,21 +29,22 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import disable_progress_bars
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gradacc_hf.config import KITS, read_command_line, tokens_per_micro_batch
+from gradacc_hf.config import KITS, read_command_line
 from gradacc_hf.errors import BadInput
 from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
-from gradacc_hf.recipe import Recipe, make_optimizer, make_scheduler
+from gradacc_hf.recipe import Recipe, make_optimizer, make_scheduler, make_windows
 from gradacc_hf.split import Cost
 from gradacc_hf.verify import EXACT, RecordGradients, relative_error, whole_window_gradient
-from gradacc_hf.windows import WindowLoader, measure_lengths
+from gradacc_hf.windows import WindowLoader
 
 HEADS = {
     "sequence_classification": ("bert", "roberta", "llama"),
@@ -62,7 +63,7 @@ TRAINER_MICRO_BATCH = 8
 
 @dataclass(frozen=True)
 class GradientError:
-    """One head, split and contender. `error` is relative; `norm_ratio` is ‖g‖ / ‖g of the whole window at once‖."""
+    """Of one head, split and contender: the relative error, and ‖g‖ / ‖g of the whole window at once‖."""
 
     kind: str
     model_type: str
@@ -102,8 +103,9 @@ def exactness(heads: Mapping[str, Sequence[str]] = HEADS) -> Exactness:
 
     `heads`: model types by kind. Question answering is padded alike everywhere, as padding reaches its loss.
     """
-    errors, lengths = [], np.random.default_rng(3).integers(3, 40, size=16).tolist()
-    for kind, model_type in _progress([(kind, name) for kind in heads for name in heads[kind]], "exactness"):
+    errors, named = [], [(kind, model_type) for kind, types in heads.items() for model_type in types]
+    lengths = np.random.default_rng(3).integers(3, 40, size=16).tolist()
+    for kind, model_type in _progress(named, "exactness"):
         head = build_head(kind, model_type)
         examples = head.examples(lengths)
         pad_to = max(lengths) if kind == "question_answering" else None
@@ -132,11 +134,7 @@ def exactness(heads: Mapping[str, Sequence[str]] = HEADS) -> Exactness:
                 elif contender == "accelerate":
                     _run_accelerate(head.model, recorder, DataLoader(in_order, size, collate_fn=collate))  # type: ignore[arg-type]
                 else:
-                    arguments = {
-                        "gradient_accumulation_steps": len(cut),
-                        "max_grad_norm": 0.0,
-                        "use_cpu": True,
-                    }
+                    arguments = {"gradient_accumulation_steps": len(cut), "max_grad_norm": 0, "use_cpu": True}
                     _run_trainer(head.model, recorder, in_order, collate, size, **arguments)
                 [gradient] = recorder.gradients  # one window, one optimizer step
                 error = relative_error(gradient, whole)
@@ -148,54 +146,50 @@ def exactness(heads: Mapping[str, Sequence[str]] = HEADS) -> Exactness:
 def speed(recipe: Recipe, num_windows: int = 4, repeats: int = 5) -> Speed:
     """Time the first windows of a recipe's run, by our loop and by Trainer with micro-batches of 8, in turns.
 
-    Both get a new model each time, outside the timed part, and the same optimizer, schedule, clipping and padding
-    to the longest. A first pair, to warm up, is thrown away. Raises BadInput if there are too few windows.
+    Each gets a new model every time, outside the timed part, and the same optimizer, schedule, clipping and
+    padding to the longest. A first pair, to warm up, is thrown away. Raises BadInput if windows are too few.
     """
-    config, examples = recipe.config, list(recipe.datasets()[0])
-    steps, rest = divmod(config.batch.effective, TRAINER_MICRO_BATCH)
-    if rest:
-        raise BadInput(
-            f"batch.effective: found {config.batch.effective}; allowed: a multiple of {TRAINER_MICRO_BATCH}"
-        )
-    windows = _windows(recipe, examples)
+    optim, datasets = recipe.config.optim, recipe.datasets()
+    windows, _ = make_windows(recipe, *datasets, Accelerator())
     if num_windows > len(windows):
         raise BadInput(
             f"--windows: found {num_windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
         )
-    in_order = [examples[i] for t in range(num_windows) for i in windows.plan.indices(0, t)]
-    trainer_arguments = {"gradient_accumulation_steps": steps, "max_grad_norm": config.optim.max_grad_norm}
+    in_order = datasets[0].select(np.concatenate([windows.plan.indices(0, t) for t in range(num_windows)]))
+    steps, rest = divmod(effective := recipe.config.batch.effective, TRAINER_MICRO_BATCH)
+    if rest:
+        raise BadInput(f"batch.effective: found {effective}; allowed: a multiple of {TRAINER_MICRO_BATCH}")
 
-    def seconds_of(contender: str) -> float:
+    def run(contender: str) -> float:
         gc.collect()
-        set_seed(config.train.seed)
-        windows, model = _windows(recipe, examples), recipe.model()
-        optimizer = make_optimizer(model, config.optim)
-        scheduler = make_scheduler(optimizer, config, windows)
+        set_seed(recipe.config.train.seed)
+        windows, _ = make_windows(recipe, *datasets, Accelerator())
+        model = recipe.model()
+        optimizer = make_optimizer(model, optim)
+        scheduler = make_scheduler(optimizer, recipe.config, windows)
+        shared: dict[str, Any] = {"scheduler": scheduler, "max_grad_norm": optim.max_grad_norm}
         if contender == "ours":
-            limits = {"max_windows": num_windows, "max_grad_norm": config.optim.max_grad_norm}
-            return _run_windows(
-                model, optimizer, windows, scheduler=scheduler, compute_loss=recipe.loss, **limits
-            )
-        return _run_trainer(
-            model, optimizer, in_order, recipe.collate, TRAINER_MICRO_BATCH, scheduler, **trainer_arguments
-        )
+            shared |= {"compute_loss": recipe.loss, "max_windows": num_windows}
+            return _run_windows(model, optimizer, windows, **shared)
+        shared |= {"gradient_accumulation_steps": steps}
+        return _run_trainer(model, optimizer, in_order, recipe.collate, TRAINER_MICRO_BATCH, **shared)
 
     seconds: dict[str, list[float]] = {"ours": [], "trainer": []}
     for repeat in _progress(range(repeats + 1), "speed"):
         for contender in sorted(seconds, reverse=repeat % 2 == 1):  # who goes first alternates
-            seconds[contender].append(seconds_of(contender))
+            seconds[contender].append(run(contender))
     seconds = {contender: times[1:] for contender, times in seconds.items()}
     ratios = [trainer / ours for ours, trainer in zip(seconds["ours"], seconds["trainer"], strict=True)]
 
     splits = [windows.split(0, t) for t in range(num_windows)]
-    lengths = measure_lengths(in_order, None)
-    eights = np.split(lengths, range(TRAINER_MICRO_BATCH, len(lengths), TRAINER_MICRO_BATCH))
-    padded = {"ours": sum(s.padded_tokens for s in splits), "trainer": sum(len(e) * e.max() for e in eights)}
+    lengths = [len(ids) for ids in in_order["input_ids"]]
+    eights = [lengths[i : i + TRAINER_MICRO_BATCH] for i in range(0, len(lengths), TRAINER_MICRO_BATCH)]
+    padded = {"ours": sum(s.padded_tokens for s in splits), "trainer": sum(len(e) * max(e) for e in eights)}
     return Speed(
         windows=num_windows,
         examples=len(in_order),
         seconds=seconds,
-        padding={contender: float(1 - lengths.sum() / tokens) for contender, tokens in padded.items()},
+        padding={contender: 1 - sum(lengths) / tokens for contender, tokens in padded.items()},
         micro_batches={"ours": sum(len(s.processes[0]) for s in splits), "trainer": len(eights)},
         ratios=ratios,
         median_ratio=median(ratios),
@@ -221,6 +215,18 @@ def _run_accelerate(model: Any, optimizer: Any, loader: DataLoader) -> None:
             optimizer.zero_grad()
 
 
+class _Clock(TrainerCallback):
+    """From the first window to the last: Trainer's setting up (0.3 s) would weigh on a fast device."""
+
+    seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **_):
+        self.seconds -= time.perf_counter()
+
+    def on_train_end(self, args, state, control, **_):
+        self.seconds += time.perf_counter()
+
+
 class _InOrder(Trainer):
     """A Trainer that takes the examples as they come."""
 
@@ -237,7 +243,7 @@ def _run_trainer(
     scheduler: Any = None,
     **arguments: Any,
 ) -> float:
-    """One epoch, without evaluation, saving or logging; gives the seconds of `train()`."""
+    """One epoch, without evaluation, saving or logging; gives its seconds."""
     arguments |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
     arguments |= {"num_train_epochs": 1, "per_device_train_batch_size": size, "remove_unused_columns": False}
     with tempfile.TemporaryDirectory() as folder:
@@ -246,22 +252,9 @@ def _run_trainer(
             model, settings, collate, train_dataset=examples, optimizers=(optimizer, scheduler)
         )
         trainer.remove_callback(PrinterCallback)
-        started = time.perf_counter()
+        trainer.add_callback(clock := _Clock())
         trainer.train()
-        return time.perf_counter() - started
-
-
-def _windows(recipe: Recipe, examples: Sequence[Any]) -> WindowLoader:
-    config, accelerator = recipe.config, Accelerator()
-    return WindowLoader(
-        examples,
-        config.batch.effective,
-        accelerator=accelerator,
-        collate_fn=recipe.collate,
-        max_tokens=tokens_per_micro_batch(config.budget, accelerator.device.type),
-        num_items=recipe.num_items,
-        seed=config.train.seed,
-    )
+        return clock.seconds
 
 
 def offline_recipe() -> Recipe:
@@ -283,21 +276,22 @@ def _measured_with(device: str) -> dict[str, str]:
 
 
 def print_exactness(result: Exactness, console: Console) -> None:
-    """A table a split; per kind: how many heads are exact, the worst error, how long Trainer's gradient is."""
+    """A table a split; by kind: exact heads, the worst error, median ‖g‖ / ‖g whole‖ of Trainer."""
     for split in SPLITS.values():
-        table = Table(title=f"Exact heads (worst relative error), micro-batches of {split}")
-        for header in ("kind", *CONTENDERS.values(), "Trainer: ‖g‖ / ‖g whole‖"):
-            table.add_column(header, justify="left" if header == "kind" else "right")
+        table = Table(
+            title=f"Exact heads and worst relative error, micro-batches of {split}",
+            box=SIMPLE,
+            padding=(0, 1, 0, 0),
+        )
+        for header in ("kind", *CONTENDERS.values(), "‖g‖ ratio"):
+            table.add_column(header, justify="left" if header == "kind" else "right", no_wrap=True)
         rows = [row for row in result.errors if row.split == split]
         for kind in [*dict.fromkeys(row.kind for row in rows), "all"]:
-            by = {c: [r for r in rows if r.contender == c and kind in (r.kind, "all")] for c in CONTENDERS}
-            cells = [
-                f"{sum(r.error <= EXACT for r in of_one)} of {len(of_one)} ({max(r.error for r in of_one):.0e})"
-                for of_one in by.values()
-            ]
-            table.add_row(
-                kind.replace("_", " "), *cells, f"{median(r.norm_ratio for r in by['trainer']):.3f}"
-            )
+            chosen = [row for row in rows if kind in (row.kind, "all")]
+            by = {name: [row for row in chosen if row.contender == name] for name in CONTENDERS}
+            exact = {name: sum(row.error <= EXACT for row in by[name]) for name in by}
+            cells = [f"{exact[n]}/{len(by[n])} {max(row.error for row in by[n]):.0e}" for n in by]
+            table.add_row(kind, *cells, f"{median(row.norm_ratio for row in by['trainer']):.3f}")
         console.print(table)
 
 
@@ -308,7 +302,7 @@ def print_speed(result: Speed, console: Console) -> None:
         f"{len(result.ratios)} paired runs of {result.windows} windows, {result.examples} examples; "
         f"{min(result.ratios):.2f}–{max(result.ratios):.2f})"
     )
-    table = Table("", "seconds: median (range)", "padding", "micro-batches")
+    table = Table("", "seconds: median (range)", "padding", "micro-batches", box=SIMPLE)
     for name, times in result.seconds.items():
         seconds = f"{median(times):.2f} ({min(times):.2f}–{max(times):.2f})"
         table.add_row(

@@ -1,8 +1,8 @@
 """Writing a run's files whole or not at all.
 
-A file or folder is written beside its place under a temporary name, flushed to the disk and renamed: whoever reads it
-sees the old one or the new one, never half of one, wherever the run is killed. A folder takes two renames; between them
-the old one is whole under its other name, and the next write puts it back first.
+A file or folder is written beside its place under a temporary name, flushed to the disk and renamed: whoever
+reads it sees the old one or the new one, never half of one, wherever the run is killed. A folder takes two
+renames; between them the old one is whole under its other name, and the next write puts it back first.
 """
 
 import os
@@ -22,14 +22,17 @@ def save_model(model: torch.nn.Module, folder: Path, accelerator: Accelerator, *
 
     Called by every process, as gathering the weights of a sharded model is collective; one of them writes.
     """
-    state = accelerator.get_state_dict(model)
+    state: Any = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         unwrapped = accelerator.unwrap_model(model)
         with whole_folder(folder) as unfinished:
             if hasattr(unwrapped, "save_pretrained"):
                 unwrapped.save_pretrained(unfinished, state_dict=state)
             else:
-                save_file({name: tensor.contiguous() for name, tensor in state.items()}, unfinished / "model.safetensors")
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in state.items()},
+                    unfinished / "model.safetensors",
+                )
             for companion in companions:
                 companion.save_pretrained(unfinished)
     accelerator.wait_for_everyone()

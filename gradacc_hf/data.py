@@ -87,10 +87,8 @@ def load_data(
     return Splits(rows, held, held_out, source)
 
 
-def _hold_out(
-    rows: Dataset, fraction: float, seed: int, label_column: str | None
-) -> tuple[Dataset, Dataset]:
-    """What is left, and a `fraction` of the rows, drawn by `seed` among those that are not the first of their label."""
+def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | None) -> tuple[Dataset, Dataset]:
+    """What is left, and a `fraction` of the rows, drawn by `seed`; of no label the first row is drawn."""
     number, kept = max(1, round(len(rows) * fraction)), np.zeros(len(rows), bool)
     if label_column in rows.column_names:
         first: dict[str, int] = {}

@@ -219,7 +219,11 @@ def fine_tune(
             log.window(record)
             if validate and eval_every and record.window % eval_every == 0:
                 evaluate_now(record.window)
-                if best.patience and len(evaluations) - evaluations.index(best_evaluation) > best.patience:
+                if (
+                    best.patience
+                    and record.window < total
+                    and len(evaluations) - evaluations.index(best_evaluation) > best.patience
+                ):
                     log.console.print(
                         f"stopped early: {best.metric} has not improved in {best.patience} evaluations"
                     )

@@ -1,7 +1,7 @@
 """What a run says while it goes and leaves when it ends: progress bar, tracker, history.jsonl, summary.json.
 
-Takes one `WindowRecord` a window from `loop.py`; only the main process writes. The two files are the one schema that
-everything that reads a run (reports, comparisons) relies on.
+Takes one `WindowRecord` a window from `loop.py`; only the main process writes. The two files are the one
+schema that everything that reads a run (reports, comparisons) relies on.
 """
 
 import importlib.metadata
@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from gradacc_hf.checkpoint import write_whole
 
@@ -44,7 +51,7 @@ class WindowRecord:
 
 
 class RunLog:
-    """Shows and stores a run. `folder` None stores nothing; trackers are those that the Accelerator was given."""
+    """Shows and stores a run. `folder` None stores nothing; the trackers are those of the Accelerator."""
 
     def __init__(self, accelerator: Accelerator, total_windows: int, folder: Path | None = None):
         self.accelerator, self.total_windows, self.folder = accelerator, total_windows, folder
@@ -83,12 +90,22 @@ class RunLog:
         if self._history is not None:
             self._history.write(json.dumps(row) + "\n")
             self._history.flush()
-        self.accelerator.log({f"train/{key}": row[key] for key in ("loss", "grad_norm", "lr") if row[key] is not None}, record.window)
-        speed = f"{record.examples / record.seconds:.1f} examples/s · {record.tokens / record.seconds:,.0f} tokens/s"
+        self.accelerator.log(
+            {f"train/{key}": row[key] for key in ("loss", "grad_norm", "lr") if row[key] is not None},
+            record.window,
+        )
+        examples_per_second, tokens_per_second = (
+            record.examples / record.seconds,
+            record.tokens / record.seconds,
+        )
+        speed = f"{examples_per_second:.1f} examples/s · {tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=record.window, loss=record.loss, speed=speed)
         every = max(1, self.total_windows // 10)
         if not self.console.is_terminal and (record.window % every == 0 or record.window == 1):
-            self.console.print(f"window {record.window}/{self.total_windows} · loss {record.loss:.4f} · {speed}", soft_wrap=True)
+            self.console.print(
+                f"window {record.window}/{self.total_windows} · loss {record.loss:.4f} · {speed}",
+                soft_wrap=True,
+            )
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """An evaluation after the latest window."""
@@ -115,9 +132,13 @@ class RunLog:
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds if seconds else 0.0,
                 "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
-                "accumulation_steps": {"min": min(steps), "mean": sum(steps) / len(steps), "max": max(steps)} if steps else None,
+                "accumulation_steps": {"min": min(steps), "mean": sum(steps) / len(steps), "max": max(steps)}
+                if steps
+                else None,
                 "processes": self.accelerator.num_processes,
-                "precision": {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
+                "precision": {"no": "fp32"}.get(
+                    self.accelerator.mixed_precision, self.accelerator.mixed_precision
+                ),
                 "versions": versions(),
             }
         )
@@ -141,7 +162,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that decide what a run computes."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONS_OF}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in VERSIONS_OF},
+    }
 
 
 def _finite(values: Any) -> Any:

@@ -1,10 +1,11 @@
 """Label a text: which of a few classes does it belong to?
 
-    accelerate launch recipes/text_classification.py --config configs/text_classification_offline.yaml --budget auto
+    ./launch.sh recipes/text_classification.py --config configs/text_classification_offline.yaml --budget auto
 
 Your own texts: `--data.train my.csv --data.text_column text --data.label_column label`.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -15,7 +16,6 @@ from transformers import AutoModelForSequenceClassification
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data import check_texts, encode_labels, load_data
 from gradacc_hf.errors import BadInput
-from gradacc_hf.metrics import load
 from gradacc_hf.recipe import Recipe, run
 
 
@@ -39,16 +39,17 @@ class TextClassification(Recipe):
         label_column: str = "label"
         """Column that holds the label: strings or integers."""
         class_weights: str = "none"
-        """Weight of each class in the loss: none, balanced (by the inverse of its frequency), or spam=5,ham=1."""
+        """Weight of each class in the loss: none, balanced (1 / its frequency), or spam=5,ham=1."""
 
     def datasets(self):
-        data = self.config.data
+        data = self.data
         splits = load_data(
             data.train,
             data.validation,
             validation_fraction=data.validation_fraction,
             seed=self.config.train.seed,
             config_name=data.config_name,
+            label_column=data.label_column,
         )
         self.validation_source = splits.source
         train, validation = splits.train, splits.validation
@@ -59,28 +60,31 @@ class TextClassification(Recipe):
         return self.tokenize(train), self.tokenize(validation)
 
     def tokenize(self, dataset):
-        data = self.config.data
-        settings = {"tokenizer": self.tokenizer, "text_column": data.text_column, "max_length": data.max_length}
-        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names, desc="tokenize")
+        data = self.data
+        settings = {"text_column": data.text_column, "max_length": data.max_length}
+        settings["tokenizer"] = self.tokenizer
+        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
 
     def weigh_classes(self, counts):
         """One weight a class, in the order of the labels; None where all weigh 1."""
-        setting = self.config.data.class_weights
+        setting = self.data.class_weights
         if setting == "none":
             return None
         if setting == "balanced":
-            return torch.tensor([counts.total() / (len(counts) * counts[c]) for c in range(len(self.labels))])
-        weights = dict(pair.partition("=")[::2] for pair in setting.split(","))
-        try:
-            return torch.tensor([float(weights[label]) for label in self.labels])
-        except (KeyError, ValueError) as error:
+            mean = counts.total() / len(counts)
+            return torch.tensor([mean / max(1, counts[c]) for c in range(len(self.labels))])
+        pairs = [pair.strip().rpartition("=") for pair in setting.split(",")]
+        weights = {key: float(n) if re.fullmatch(r"\d*\.?\d+", n) else 0.0 for key, _, n in pairs}
+        if sorted(weights) != sorted(self.labels) or not all(weights.values()):
             raise BadInput(
-                f"data.class_weights: found {setting!r} ({error}); allowed: none, balanced, or a number for each of "
-                f"{', '.join(self.labels)}, as in {self.labels[0]}=2,{self.labels[1]}=1"
-            ) from error
+                f"data.class_weights: found {setting!r}; allowed: none, balanced, or a number above 0 for "
+                f"each of {', '.join(self.labels)}, as in {self.labels[0]}=2,{self.labels[1]}=1"
+            )
+        return torch.tensor([weights[label] for label in self.labels])
 
     def model_overrides(self):
-        return {"id2label": dict(enumerate(self.labels)), "label2id": {label: i for i, label in enumerate(self.labels)}}
+        ids = {label: i for i, label in enumerate(self.labels)}
+        return {"id2label": dict(enumerate(self.labels)), "label2id": ids}
 
     def num_items(self, batch):
         """A weighted mean divides by the weights of its examples, so these are its items."""
@@ -93,12 +97,12 @@ class TextClassification(Recipe):
         return torch.nn.functional.cross_entropy(outputs.logits, batch["labels"], weights)
 
     def metrics(self, predictions, references):
-        predicted = np.stack(predictions).argmax(-1)
-        return {
-            **load("accuracy").compute(predictions=predicted, references=references),
-            **load("f1").compute(predictions=predicted, references=references),
-            **load("matthews_correlation").compute(predictions=predicted, references=references),
-        }
+        from gradacc_hf.metrics import load  # slow to import, so not before it is needed
+
+        predicted, scores = np.stack(predictions).argmax(-1), {}
+        for name in ("accuracy", "f1", "matthews_correlation"):
+            scores |= load(name).compute(predictions=predicted, references=references) or {}
+        return scores
 
     def baseline(self, train, validation):
         """Always the label that is the most frequent in training."""

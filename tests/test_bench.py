@@ -1,0 +1,140 @@
+"""The benchmarks measure what they say they measure; their command line refuses in one line."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import transformers
+from datasets import Dataset
+from rich.console import Console
+
+from gradacc_hf import bench
+from gradacc_hf.bench import CONTENDERS, SPLITS, exactness, print_exactness, print_speed, speed
+from gradacc_hf.config import BatchConfig, Config
+from gradacc_hf.errors import BadInput
+from gradacc_hf.heads import build_head
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.verify import EXACT
+
+HEADS = {"sequence_classification": ["bert"], "question_answering": ["distilbert"]}
+
+
+class TinyRecipe(Recipe):
+    """Label the tokens of 32 examples, in windows of 16, with a tiny random model."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head, self.models, self.collated = build_head("token_classification", "bert"), 0, []
+
+    def datasets(self):
+        examples = self.head.examples([5, 30] * 16)
+        return Dataset.from_list(examples), Dataset.from_list(examples[:4])
+
+    def model(self):
+        self.models += 1
+        return build_head("token_classification", "bert").model
+
+    def collate(self, examples, pad_to=None):
+        self.collated += [tuple(example["input_ids"]) for example in examples]
+        return self.head.collate(examples, pad_to)
+
+
+def tiny_recipe(effective=16):
+    return TinyRecipe(Config(batch=BatchConfig(effective=effective)))
+
+
+@pytest.fixture(scope="module")
+def result():
+    return exactness(HEADS)
+
+
+@pytest.fixture
+def console():
+    return Console(record=True, width=80)
+
+
+def test_the_loader_is_exact_where_a_mean_of_means_is_not(result):
+    measured = {(e.kind, e.split, e.contender): e.error for e in result.errors}
+    assert len(measured) == len(HEADS) * len(SPLITS) * len(CONTENDERS)
+    for kind in HEADS:
+        for split in SPLITS.values():
+            assert measured[kind, split, "ours"] <= EXACT
+        assert measured[kind, "5 + 5 + 5 + 1", "accelerate"] > 0.01
+
+
+def test_equal_micro_batches_of_one_item_an_example_are_exact_for_everybody(result):
+    """Else a contender would be wrong because it got other examples."""
+    equal = [e for e in result.errors if (e.kind, e.split) == ("question_answering", "4 + 4 + 4 + 4")]
+    assert all(e.error <= EXACT for e in equal)
+    assert all(e.norm_ratio == pytest.approx(1, abs=1e-4) for e in equal)
+
+
+def test_the_table_of_exactness_is_whole_in_80_columns_and_the_result_is_json(result, console):
+    print_exactness(result, console)
+    text = console.export_text()
+    assert "…" not in text
+    assert "sequence_classification" in text
+    assert json.loads(json.dumps(asdict(result)))["measured_with"].keys() >= {
+        "torch",
+        "transformers",
+        "accelerate",
+    }
+
+
+def test_both_run_the_same_windows_with_a_new_model_each_time(console):
+    recipe = tiny_recipe()
+    result = speed(recipe, num_windows=1, repeats=1)
+    assert recipe.models == 4  # two contenders, once to warm up
+    assert (result.windows, result.examples) == (1, 16)
+    assert {name: len(times) for name, times in result.seconds.items()} == {"ours": 1, "trainer": 1}
+    assert result.ratios == [result.seconds["trainer"][0] / result.seconds["ours"][0]]
+    assert result.median_ratio == result.ratios[0]
+    assert result.micro_batches["trainer"] == 2
+    assert 0 <= result.padding["ours"] < result.padding["trainer"] < 1
+    json.dumps(asdict(result))
+    print_speed(result, console)
+    assert "× as many examples per second as transformers.Trainer" in console.export_text()
+
+
+def test_every_run_takes_the_same_examples_in_the_same_windows():
+    recipe = tiny_recipe()
+    speed(recipe, num_windows=2, repeats=1)
+    windows = [sorted(recipe.collated[start : start + 16]) for start in range(0, len(recipe.collated), 16)]
+    assert windows[:2] * 4 == windows  # each of two contenders, twice
+    assert len({*windows[0], *windows[1]}) == 32
+
+
+def test_windows_that_there_are_not_and_sizes_that_trainer_cannot_have_are_refused():
+    with pytest.raises(BadInput, match="--windows: found 3; allowed: 1 to 2"):
+        speed(tiny_recipe(), num_windows=3)
+    with pytest.raises(BadInput, match=r"batch.effective: found 12; allowed: a multiple of 8"):
+        speed(tiny_recipe(effective=12), num_windows=1)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["sped"], ["speed", "--windows", "0"], ["speed", "--repeats", "many"], ["exactness", "--x"]]
+)
+def test_a_wrong_command_line_ends_with_2_and_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        bench.main(argv)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_the_command_prints_the_result_and_the_versions(monkeypatch, capsys, result, flags):
+    monkeypatch.setattr(bench, "exactness", lambda heads: result)
+    bench.main(["exactness", *flags])
+    out = capsys.readouterr().out
+    assert transformers.__version__ in out
+    if flags:
+        assert len(json.loads(out)["errors"]) == len(result.errors)
+
+
+def test_speed_is_measured_on_the_offline_config():
+    config = bench.offline_recipe().config
+    assert (config.model.name, config.data.train) == ("embedded:minilm", "embedded:docstrings")
+    assert config.batch.effective % bench.TRAINER_MICRO_BATCH == 0
