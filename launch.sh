@@ -98,6 +98,7 @@ if ((gpus > 0)); then
 else
   processes=${processes:-1}
   topology=$([[ $processes -eq 1 ]] && echo cpu || echo cpu_processes)
+  export ACCELERATE_USE_CPU=true # with several processes, Accelerate drops its config's use_cpu
 fi
 
 # A bad input ends here, with its one line and exit code 2: a launcher would make a traceback and 1 of it.

@@ -37,11 +37,14 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gradacc_hf.config import KITS, read_command_line
+from gradacc_hf.command_line import read_command_line
+from gradacc_hf.config import KITS
 from gradacc_hf.errors import BadInput
 from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
-from gradacc_hf.recipe import Recipe, make_optimizer, make_scheduler, make_windows
+from gradacc_hf.optim import make_optimizer, make_scheduler
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import make_windows, total_windows
 from gradacc_hf.split import Cost
 from gradacc_hf.verify import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.windows import WindowLoader
@@ -166,7 +169,7 @@ def speed(recipe: Recipe, num_windows: int = 4, repeats: int = 5) -> Speed:
         windows, _ = make_windows(recipe, *datasets, Accelerator())
         model = recipe.model()
         optimizer = make_optimizer(model, optim)
-        scheduler = make_scheduler(optimizer, recipe.config, windows)
+        scheduler = make_scheduler(optimizer, recipe.config.optim, total_windows(recipe.config, windows))
         shared: dict[str, Any] = {"scheduler": scheduler, "max_grad_norm": optim.max_grad_norm}
         if contender == "ours":
             shared |= {"compute_loss": recipe.loss, "max_windows": num_windows}

@@ -33,7 +33,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from .errors import BadInput
+from gradacc_hf.errors import BadInput
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 DOCSTRINGS_FORMAT = 1  # raise it when what docstrings() gives changes: older cache files are then left alone

@@ -1,4 +1,6 @@
-"""The one error that is the user's to correct."""
+"""The one error that is the user's to correct, and how it is worded."""
+
+from typing import Any, NoReturn
 
 
 class BadInput(ValueError):
@@ -7,3 +9,18 @@ class BadInput(ValueError):
     Its message is one line: what was found, what is allowed, what to change. The command line prints it and
     exits with 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, without line breaks."""
+    return " ".join(str(error).split())
+
+
+def listed(names: Any) -> str:
+    """Names, for a message."""
+    return ", ".join(map(str, names))
+
+
+def refuse(key: str, found: str, allowed: str) -> NoReturn:
+    """Raise BadInput: the setting, what was found, what is allowed or what to do."""
+    raise BadInput(f"{key}: {found}; {allowed}") from None

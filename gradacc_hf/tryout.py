@@ -29,7 +29,7 @@ def try_out(
     if norms:
         logger.warning(
             f"{len(norms)} modules normalise over the micro-batch (BatchNorm: {norms[0]}, …): no "
-            "accumulation is exact with them; use a model with LayerNorm or GroupNorm, or freeze their statistics"
+            "accumulation is exact with them; use a model with LayerNorm or GroupNorm, or freeze them"
         )
     accelerator = windows.accelerator
     if accelerator.distributed_type == DistributedType.FSDP:  # may not fit on one device before it is sharded
@@ -55,7 +55,7 @@ def notice_padding(
         )
     if abs(padded - short) > INVARIANT * abs(short):
         logger.warning(
-            f"padding reaches the loss of this model ({short:.4f}, and {padded:.4f} with 8 tokens of padding): "
+            f"padding reaches the loss of this model ({short:.4f}, and {padded:.4f} with 8 tokens of it): "
             "no split by length is exact: pad every window alike (pad_to='window'), or mask it in the loss"
         )
 

@@ -1,12 +1,9 @@
-"""The loop in the open: fine-tune MiniLM to tell which module a docstring belongs to, in one file, without a
-Recipe.
+"""The loop in the open, without a Recipe: MiniLM learns to tell which module a docstring belongs to.
 
-    accelerate launch --config_file configs/accelerate/cpu.yaml recipes/minimal.py
-    accelerate launch --config_file configs/accelerate/cpu_processes.yaml --num_processes 2 recipes/minimal.py
+    ./launch.sh recipes/minimal.py --processes 2
 
-Copy it into your project and replace the data, the model and the collate function. Everything between `for
-window` and the scheduler's step is Accelerate's own loop; what is added is that the window says how long it
-is and weighs the loss.
+Copy it into your project and replace the data, the model and the collate function. From `for window` to the
+scheduler's step it is Accelerate's own loop, but that the window says how long it is and weighs the loss.
 """
 
 import argparse
@@ -74,5 +71,7 @@ def main(epochs: int, max_windows: int | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fine-tune MiniLM on docstrings, with the loop in the open.")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--check", action="store_true", help="say whether this would run, and stop")
     parser.add_argument("--max_windows", type=int, help="stop each epoch after so many windows")
-    main(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    print("check: this would run") if arguments.check else main(arguments.epochs, arguments.max_windows)

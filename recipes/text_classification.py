@@ -14,9 +14,11 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.data import check_texts, encode_labels, load_data
+from gradacc_hf.data import load_data
 from gradacc_hf.errors import BadInput
-from gradacc_hf.recipe import Recipe, run
+from gradacc_hf.labels import check_texts, encode_labels
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import run
 
 
 def features(rows, tokenizer, text_column, max_length):

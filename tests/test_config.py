@@ -10,7 +10,9 @@ from typing import Literal
 
 import pytest
 
+from gradacc_hf import command_line
 from gradacc_hf import config as config_module
+from gradacc_hf.command_line import read_command_line
 from gradacc_hf.config import (
     KITS,
     BudgetConfig,
@@ -18,7 +20,6 @@ from gradacc_hf.config import (
     ModelConfig,
     detect_budget,
     parse_bytes,
-    read_command_line,
     tokens_per_micro_batch,
 )
 from gradacc_hf.errors import BadInput
@@ -205,7 +206,7 @@ import sys, types
 package = types.ModuleType("gradacc_hf")  # without what its __init__ imports
 package.__path__ = [sys.argv[1]]
 sys.modules["gradacc_hf"] = package
-import gradacc_hf.config
+import gradacc_hf.command_line
 print({"torch", "transformers"} & set(sys.modules))
 """
     command = [sys.executable, "-c", code, str(Path(config_module.__file__).parent)]
@@ -225,7 +226,7 @@ def test_a_recipe_path_is_relative_to_the_config_file():
 def test_a_recipe_path_is_then_relative_to_the_kit(written, tmp_path, monkeypatch):
     recipe = tmp_path / write("kit/recipes/r.py", "")
     (tmp_path / "kit" / "configs").mkdir()
-    monkeypatch.setattr(config_module, "KITS", (tmp_path / "kit",))
+    monkeypatch.setattr(command_line, "KITS", (tmp_path / "kit",))
     write("here/a.yaml", f"recipe: {written}\ndata: {{train: x.csv}}")
     assert read_command_line(["--config", "here/a.yaml"]).recipe == str(recipe)
 

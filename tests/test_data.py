@@ -12,8 +12,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from gradacc_hf import data, embedded
-from gradacc_hf.data import check_texts, encode_labels, load_data, require_column
+from gradacc_hf.data import load_data
 from gradacc_hf.errors import BadInput
+from gradacc_hf.labels import check_texts, encode_labels, require_column
 
 ROWS = [{"text": f"text {i}", "label": "odd" if i % 2 else "even"} for i in range(20)]
 

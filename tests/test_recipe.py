@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 
 from gradacc_hf.config import OptimConfig
 from gradacc_hf.embedded import minilm_path
-from gradacc_hf.recipe import make_optimizer, run, set_dropout
+from gradacc_hf.optim import make_optimizer
+from gradacc_hf.recipe import set_dropout
+from gradacc_hf.run import run
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "text_classification.py"

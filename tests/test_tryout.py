@@ -45,4 +45,6 @@ def test_nothing_is_said_of_a_padding_invariant_model(caplog, model_type):
 
 
 def test_batch_norm_is_named(caplog):
-    assert "16 modules normalise over the micro-batch (BatchNorm: resnet.embedder" in said(caplog, "image_classification", "resnet")
+    assert "16 modules normalise over the micro-batch (BatchNorm: resnet.embedder" in said(
+        caplog, "image_classification", "resnet"
+    )

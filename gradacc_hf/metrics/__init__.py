@@ -5,7 +5,8 @@ from typing import Any
 
 import evaluate
 
-from ..errors import BadInput
+from gradacc_hf.errors import BadInput
+
 from .classification import F1, Accuracy, MatthewsCorrelation
 
 METRICS: dict[str, type[evaluate.Metric]] = {

@@ -13,7 +13,7 @@ import evaluate
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from ..errors import BadInput
+from gradacc_hf.errors import BadInput
 
 _INPUTS = """
 Args:

@@ -1,0 +1,67 @@
+"""The folder of a run: what may be written there, and nothing overwritten that was not given up."""
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+
+from gradacc_hf.checkpoint import write_whole
+from gradacc_hf.config import Config
+from gradacc_hf.errors import BadInput
+
+RUN_FILES = ("config.yaml", "history.jsonl", "summary.json", "best", "last", "logs")
+
+
+def check_output(config: Config) -> None:
+    """Refuse a folder that cannot be written, or that holds what this run would overwrite."""
+    folder = Path(config.output.dir or "runs")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"output.dir: {folder} is a file; give a folder")
+    if config.output.dir and folder.is_dir() and any(folder.iterdir()):
+        if not any((folder / name).exists() for name in RUN_FILES):
+            raise BadInput(f"output.dir: {folder} holds files that are no run's; give a new or empty folder")
+        if not config.output.overwrite:
+            raise BadInput(
+                f"output.dir: {folder} already holds a run; give a new name, or --output.overwrite true"
+            )
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise BadInput(f"output.dir: {existing} cannot be written; give a folder elsewhere")
+
+
+def open_output(config: Config, accelerator: Accelerator) -> Path:
+    """Make the run's folder on the main process, with its config; every process gets its name."""
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        name = Path(config.config or "run").stem
+        folder = Path(config.output.dir) if config.output.dir else _next_folder(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / name for name in RUN_FILES):  # of the run that --output.overwrite gives up
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        write_whole(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+        chosen = [str(folder)]
+    folder = Path(broadcast_object_list(chosen)[0])
+    if accelerator.log_with:
+        accelerator.project_configuration = ProjectConfiguration(str(folder), str(folder))
+        accelerator.init_trackers("logs")
+    return folder
+
+
+def _next_folder(name: str) -> Path:
+    """Make the next free numbered folder under runs/."""
+    Path("runs").mkdir(exist_ok=True)
+    number = 1
+    while True:
+        try:
+            (folder := Path("runs") / f"{name}-{number}").mkdir()
+            return folder
+        except FileExistsError:
+            number += 1

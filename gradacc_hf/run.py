@@ -1,0 +1,248 @@
+"""`run`: the command line of a recipe file.
+
+It does what all tasks share, in the order in which it is cheapest to find out that something is wrong:
+settings, output folder, data, windows, plan, weights; then `loop.fine_tune`.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, set_seed
+from datasets import Dataset, disable_progress_bars
+
+from gradacc_hf.command_line import read_command_line
+from gradacc_hf.config import Config, tokens_per_micro_batch
+from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.loop import Best, evaluate, fine_tune
+from gradacc_hf.optim import frozen_parameters, make_optimizer, make_scheduler
+from gradacc_hf.output import check_output, open_output
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.runlog import describe
+from gradacc_hf.windows import WindowLoader
+
+
+def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
+    """The command line of a recipe file. A `BadInput` ends it with its one line and exit code 2."""
+    try:
+        _run(recipe_class, sys.argv[1:] if argv is None else list(argv))
+    except BadInput as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
+    config = read_command_line(
+        argv, data=recipe_class.Data, description=(recipe_class.__doc__ or "").partition("\n")[0]
+    )  # fmt: skip
+    _check_early_stopping(config)
+    check_output(config)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    accelerator = make_accelerator(config)
+    recipe = recipe_class(config)
+    with accelerator.main_process_first():  # the others find what it has cached
+        training, validation = recipe.datasets()
+    windows, validation_windows = make_windows(recipe, training, validation, accelerator)
+    empty = recipe.empty_model()
+    _check_max_length(recipe, empty, training)
+    trained = [name for name, _ in empty.named_parameters()]
+    frozen = frozen_parameters(trained, config.model.freeze)
+    print_plan(recipe, windows, empty, frozen, len(validation))
+    baseline = recipe.baseline(training, validation)
+    _check_best_metric(config, baseline)
+    if config.check:
+        recipe.check_model()
+        accelerator.print("check: this would run")
+        return
+
+    set_seed(config.train.seed)  # the same new weights (a classifier's) on every process
+    model = recipe.model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    if config.budget.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = make_optimizer(model, config.optim)
+    scheduler = make_scheduler(optimizer, config.optim, total_windows(config, windows))
+    folder = open_output(config, accelerator)
+    set_seed(config.train.seed, device_specific=True)  # dropout differs by process
+
+    def validate(model: torch.nn.Module) -> dict[str, float]:
+        evaluation = evaluate(
+            model,
+            validation_windows,
+            accelerator=accelerator,
+            compute_loss=recipe.loss,
+            predict=recipe.predict,
+        )
+        return {"loss": evaluation.loss, **recipe.metrics(evaluation.predictions, evaluation.references)}
+
+    summary = fine_tune(
+        model,
+        optimizer,
+        windows,
+        accelerator=accelerator,
+        scheduler=scheduler,
+        epochs=config.train.epochs,
+        max_windows=config.train.max_windows,
+        max_grad_norm=config.optim.max_grad_norm,
+        compute_loss=recipe.loss,
+        validate=validate,
+        eval_every=config.train.eval_every,
+        best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
+        output_dir=folder,
+        save_with=[recipe.tokenizer],
+        baseline=baseline,
+    )
+    accelerator.end_training()
+    accelerator.print(
+        f"{summary['windows']} windows, {summary['examples']} examples in {summary['seconds']:.0f} s; "
+        f"{summary['padding']:.0%} of the tokens were padding"
+    )
+    if baseline:
+        accelerator.print(f"baseline: {describe(baseline)}")
+    accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """An Accelerator for the budget's precision and the run's tracker."""
+    tracker, known = config.output.tracker, sorted(map(str, LoggerType.list()))
+    if tracker != "none" and tracker not in known:
+        raise BadInput(
+            f"output.tracker: found {tracker!r}; allowed: none, {', '.join(n for n in known if n != 'all')}"
+        )
+    if tracker not in ("none", *map(str, get_available_trackers())):
+        raise BadInput(
+            f"output.tracker: {tracker} is not installed here: pip install {tracker}, or choose another"
+        )
+    precision = {"fp32": "no"}.get(config.budget.precision, config.budget.precision)
+    if precision == "fp16" and not torch.cuda.is_available():
+        print("budget.precision: fp16 needs a GPU, and none is here: training in fp32", file=sys.stderr)
+        precision = "no"
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.accelerator.is_available(),  # else several processes would each run alone
+        log_with=None if tracker == "none" or config.check else tracker,
+        project_dir="runs",  # until the run's own folder is there
+        step_scheduler_with_optimizer=False,
+    )
+    expected = int(os.environ.get("GRADACC_PROCESSES") or accelerator.num_processes)
+    if accelerator.num_processes != expected:
+        raise BadInput(
+            f"{expected} processes were asked for and {accelerator.num_processes} are running: on CPUs the "
+            "topology must be configs/accelerate/cpu_processes.yaml, as ./launch.sh passes it"
+        )
+    return accelerator
+
+
+def make_windows(
+    recipe: Recipe, training: Dataset, validation: Dataset, accelerator: Accelerator
+) -> tuple[WindowLoader, WindowLoader]:
+    """The loaders of a run: training in windows, validation in the data set's order."""
+    config = recipe.config
+    if config.batch.effective > len(training):
+        raise BadInput(
+            f"batch.effective: found {config.batch.effective}; allowed: 1 to {len(training)}, "
+            "the training examples there are"
+        )
+    shared: dict[str, Any] = {
+        "accelerator": accelerator,
+        "collate_fn": recipe.collate,
+        "num_items": recipe.num_items,
+        "pad_to": recipe.pad_to,
+        "max_tokens": tokens_per_micro_batch(config.budget, accelerator.device.type),
+        "micro_batch_size": config.budget.micro_batch_size,
+        "num_workers": config.budget.num_workers,
+    }
+    windows = WindowLoader(
+        training, config.batch.effective, seed=config.train.seed, drop_last=config.batch.drop_last, **shared
+    )  # fmt: skip
+    return windows, WindowLoader(validation, min(512, len(validation)), shuffle=False, **shared)
+
+
+def total_windows(config: Config, windows: WindowLoader) -> int:
+    """The windows of the whole run."""
+    total = sum(windows.plan.num_windows(epoch) for epoch in range(config.train.epochs))
+    return min(total, config.train.max_windows or total)
+
+
+def print_plan(
+    recipe: Recipe, windows: WindowLoader, empty: torch.nn.Module, frozen: set[str], num_validation: int
+) -> None:
+    """What is about to happen, before anything heavy does."""
+    config, plan, accelerator = recipe.config, windows.plan, windows.accelerator
+    epochs = config.train.epochs
+    sample = [
+        windows.split(0, int(t))
+        for t in np.linspace(0, plan.num_windows(0) - 1, min(100, plan.num_windows(0)))
+    ]
+    steps = [max(map(len, split.processes)) for split in sample]
+    padding = 1 - sum(split.tokens for split in sample) / sum(split.padded_tokens for split in sample)
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    still = sum(parameter.numel() for name, parameter in empty.named_parameters() if name in frozen)
+    bound = recipe.config.budget.micro_batch_size
+    tokens = tokens_per_micro_batch(config.budget, accelerator.device.type)
+    rows = (
+        ("recipe", (type(recipe).__doc__ or type(recipe).__name__).partition("\n")[0]),
+        (
+            "model",
+            f"{config.model.name}, {parameters:,} parameters"
+            + (f", {still:,} of them frozen" if still else ""),
+        ),
+        (
+            "examples",
+            f"{plan.num_examples:,} to train on, {num_validation:,} to validate ({recipe.validation_source})",
+        ),
+        ("effective batch size", f"{config.batch.effective} examples a window"),
+        (
+            "windows",
+            f"{total_windows(config, windows):,}, over {epochs} epoch{'s' * (epochs > 1)}",
+        ),
+        ("micro-batches", f"at most {bound} examples" if bound else f"at most {tokens:,} padded tokens"),
+        (
+            "accumulation steps",
+            f"{min(steps)} / {sum(steps) / len(steps):.1f} / {max(steps)} (min / mean / max)",
+        ),
+        ("padding", f"{padding:.1%} of the tokens"),
+        ("precision", {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)),
+        ("processes", f"{accelerator.num_processes} on {accelerator.device.type}"),
+    )
+    for name, value in rows:
+        accelerator.print(f"{name:<22}{value}")
+
+
+def _check_early_stopping(config: Config) -> None:
+    if config.train.early_stopping and not config.train.eval_every:
+        raise BadInput(
+            f"train.early_stopping: found {config.train.early_stopping} with train.eval_every 0, an "
+            "evaluation at the end only: set train.eval_every to 1 or more, or train.early_stopping to 0"
+        )
+
+
+def _check_max_length(recipe: Recipe, model: Any, training: Dataset) -> None:
+    """Refuse more tokens than the model has positions for."""
+    if "input_ids" not in training.column_names:
+        return
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    allowed = min(recipe.tokenizer.model_max_length, positions)
+    if recipe.config.data.max_length > allowed:
+        raise BadInput(
+            f"data.max_length: found {recipe.config.data.max_length}; allowed: 1 to {allowed}, "
+            f"the positions of {recipe.config.model.name}"
+        )
+
+
+def _check_best_metric(config: Config, baseline: Mapping[str, float] | None) -> None:
+    known = ["loss", *(baseline or {})]
+    if baseline is not None and config.train.best_metric not in known:
+        raise BadInput(f"train.best_metric: found {config.train.best_metric!r}; allowed: {', '.join(known)}")
