@@ -2,6 +2,7 @@
 
     python -m gradacc_hf.bench exactness     # whose accumulated gradient is that of the whole window?
     python -m gradacc_hf.bench speed         # the same run beside transformers.Trainer: how fast?
+    python -m gradacc_hf.bench planning      # what does it cost to plan a window?
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
 same model, the same examples in the same windows, and as many optimizer steps. One process.
@@ -43,9 +44,10 @@ from gradacc_hf.errors import BadInput
 from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
 from gradacc_hf.optim import make_optimizer, make_scheduler
+from gradacc_hf.plan import WindowPlan
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import make_windows, total_windows
-from gradacc_hf.split import Cost
+from gradacc_hf.split import Bound, Cost, split_window
 from gradacc_hf.verify import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.windows import WindowLoader
 
@@ -200,6 +202,52 @@ def speed(recipe: Recipe, num_windows: int = 4, repeats: int = 5) -> Speed:
     )
 
 
+@dataclass(frozen=True)
+class Planning:
+    """What planning costs: of the offline config's windows, and of `examples` lengths drawn at random."""
+
+    window_ms: float  # median over an epoch of the offline config
+    share_of_step: float  # of the seconds that its second window trains
+    examples: int
+    permutation_seconds: float  # once an epoch
+    large_window_ms: float  # median
+    permutation_bytes: int
+    lengths_bytes: int
+    measured_with: dict[str, str]
+
+
+def planning(recipe: Recipe, examples: int = 10_000_000) -> Planning:
+    """Time the planning of windows: their examples and their cut, from lengths alone."""
+    windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator())
+    model = recipe.model()
+    model, optimizer = windows.accelerator.prepare(model, make_optimizer(model, recipe.config.optim))
+    records = train(model, optimizer, windows, accelerator=windows.accelerator, max_windows=2)
+    step = [record.seconds for record in records][-1]
+    small = median(_milliseconds(partial(windows.split, 0, t)) for t in range(len(windows)))
+
+    lengths = np.random.default_rng(0).integers(1, 512, size=examples, dtype=np.int32)
+    plan = WindowPlan(examples, 64, seed=0, shuffle=True, drop_last=False)
+    first = _milliseconds(lambda: plan.indices(0, 0)) / 1000
+    bound = Bound(max_tokens=4096)
+    large = [_milliseconds(lambda t=t: split_window(lengths[plan.indices(0, t)], bound)) for t in range(200)]
+    return Planning(
+        window_ms=small,
+        share_of_step=small / 1000 / step,
+        examples=examples,
+        permutation_seconds=first,
+        large_window_ms=median(large),
+        permutation_bytes=plan.memory_bytes(),
+        lengths_bytes=lengths.nbytes,
+        measured_with=_measured_with(windows.accelerator.device.type),
+    )
+
+
+def _milliseconds(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - started)
+
+
 def _run_windows(model: Any, optimizer: Any, windows: WindowLoader, **more: Any) -> float:
     model, optimizer = windows.accelerator.prepare(model, optimizer)
     started = time.perf_counter()
@@ -265,7 +313,11 @@ def offline_recipe() -> Recipe:
     kit = next(kit for kit in KITS if (kit / "recipes").is_dir())
     recipe_class = runpy.run_path(str(kit / "recipes/text_classification.py"))["TextClassification"]
     config = ["--config", str(kit / "configs/text_classification_offline.yaml")]
-    return recipe_class(read_command_line(config, data=recipe_class.Data))
+    settings = read_command_line(config, data=recipe_class.Data)
+    settings.budget.max_tokens = (
+        TRAINER_MICRO_BATCH * settings.data.max_length
+    )  # the memory that Trainer needs
+    return recipe_class(settings)
 
 
 def _progress(steps: Sequence[Any], name: str) -> Iterable[Any]:
@@ -314,6 +366,16 @@ def print_speed(result: Speed, console: Console) -> None:
     console.print(table)
 
 
+def print_planning(result: Planning, console: Console) -> None:
+    """Two lines: the offline config, and many examples."""
+    console.print(
+        f"offline config: {result.window_ms:.2f} ms a window, {result.share_of_step:.3%} of its training step\n"
+        f"{result.examples:,} examples: {result.large_window_ms:.2f} ms a window of 64, after "
+        f"{result.permutation_seconds:.1f} s an epoch for the permutation; it takes "
+        f"{result.permutation_bytes / 1e6:.0f} MB, the lengths {result.lengths_bytes / 1e6:.0f} MB"
+    )
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise BadInput(message)
@@ -330,6 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _Parser(prog="gradacc bench", description="Measure the figures in the README.")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     benchmarks.add_parser("exactness", help="whose accumulated gradient is that of the whole window")
+    benchmarks.add_parser("planning", help="what it costs to plan a window")
     timing = benchmarks.add_parser("speed", help="the same windows by our loop and by Trainer")
     timing.add_argument("--windows", type=_positive, default=4, help="windows in a run (%(default)s)")
     timing.add_argument("--repeats", type=_positive, default=5, help="pairs of runs (%(default)s)")
@@ -343,6 +406,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         disable_progress_bars()
         if arguments.benchmark == "exactness":
             result, show = exactness(HEADS), print_exactness
+        elif arguments.benchmark == "planning":
+            result, show = planning(offline_recipe()), print_planning
         else:
             result, show = speed(offline_recipe(), arguments.windows, arguments.repeats), print_speed
     except BadInput as error:

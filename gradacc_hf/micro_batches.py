@@ -132,17 +132,19 @@ def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
 
     Nested `input_ids` (choices) count as rows × the longest; without `input_ids` all examples are equal.
     """
+    # not `for example in dataset`: a torch data set without __iter__ need not raise an IndexError at its end
+    examples = dataset if hasattr(dataset, "__iter__") else (dataset[i] for i in range(len(dataset)))
     if isinstance(lengths, str):
-        measured = [example[lengths] for example in dataset]
+        measured = [example[lengths] for example in examples]
     elif callable(lengths):
-        measured = [lengths(example) for example in dataset]
+        measured = [lengths(example) for example in examples]
     elif lengths is not None:
         measured = lengths
     elif hasattr(dataset, "with_format") and "input_ids" in getattr(dataset, "column_names", ()):
         tables = dataset.select_columns("input_ids").with_format("arrow").iter(100_000)
         measured = np.concatenate([_column_lengths(table["input_ids"]) for table in tables])
     elif isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]:
-        measured = [_padded_size(example["input_ids"]) for example in dataset]
+        measured = [_padded_size(example["input_ids"]) for example in examples]
     else:
         measured = np.ones(len(dataset))
     array = np.asarray(measured)

@@ -54,6 +54,10 @@ class WindowPlan:
         stop = min(start + self._size_asked(self._first_number(epoch) + window), self.num_examples)
         return self._order(epoch)[start:stop].astype(np.int64)
 
+    def memory_bytes(self) -> int:
+        """What the plan holds: the permutation of the epoch at hand."""
+        return sum(order.nbytes for order in self._orders.values())
+
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             order = np.arange(self.num_examples, dtype=np.int32 if self.num_examples < 2**31 else np.int64)

@@ -269,6 +269,23 @@ def test_lengths_come_from_a_column_a_sequence_a_function_or_the_input_ids():
     assert measure_lengths(datasets.Dataset.from_list(choices), None).tolist() == [6, 2]
 
 
+def test_a_torch_data_set_that_knows_no_end_but_its_length_is_fine(accelerator):
+    class Endless(torch.utils.data.Dataset):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            return DATA[index % len(DATA)]
+
+    assert measure_lengths(Endless(), None).tolist() == [len(example["input_ids"]) for example in DATA[:20]]
+    assert sorted(i for window in loader(accelerator, Endless()) for i in window.indices) == list(range(20))
+
+
+def test_a_collate_function_that_gives_no_mapping_is_named(accelerator):
+    with pytest.raises(ValueError, match="collate_fn gave a tuple; it must give a mapping"):
+        next(iter(loader(accelerator, collate_fn=lambda examples: (1, 2))))
+
+
 @pytest.mark.parametrize("lengths", [[1, 2], [-1] * 53, ["a"] * 53, [float("nan")] * 53])
 def test_lengths_that_do_not_fit_the_data_are_refused(lengths):
     with pytest.raises(ValueError, match="lengths"):
@@ -286,5 +303,5 @@ def test_planning_ten_million_examples_needs_their_lengths_and_one_permutation_o
     plan = WindowPlan(10_000_000, 64, seed=0, shuffle=True, drop_last=False)
     plan.indices(0, 0)
     plan.indices(1, 12345)
-    assert sum(order.nbytes for order in plan._orders.values()) == 40_000_000
+    assert plan.memory_bytes() == 40_000_000
     assert isinstance(plan._starts(0), range)
