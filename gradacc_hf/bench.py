@@ -314,9 +314,7 @@ def offline_recipe() -> Recipe:
     recipe_class = runpy.run_path(str(kit / "recipes/text_classification.py"))["TextClassification"]
     config = ["--config", str(kit / "configs/text_classification_offline.yaml")]
     settings = read_command_line(config, data=recipe_class.Data)
-    settings.budget.max_tokens = (
-        TRAINER_MICRO_BATCH * settings.data.max_length
-    )  # the memory that Trainer needs
+    settings.budget.max_tokens = TRAINER_MICRO_BATCH * settings.data.max_length  # as large as Trainer's
     return recipe_class(settings)
 
 
@@ -369,7 +367,7 @@ def print_speed(result: Speed, console: Console) -> None:
 def print_planning(result: Planning, console: Console) -> None:
     """Two lines: the offline config, and many examples."""
     console.print(
-        f"offline config: {result.window_ms:.2f} ms a window, {result.share_of_step:.3%} of its training step\n"
+        f"offline config: {result.window_ms:.2f} ms a window, {result.share_of_step:.3%} of its step\n"
         f"{result.examples:,} examples: {result.large_window_ms:.2f} ms a window of 64, after "
         f"{result.permutation_seconds:.1f} s an epoch for the permutation; it takes "
         f"{result.permutation_bytes / 1e6:.0f} MB, the lengths {result.lengths_bytes / 1e6:.0f} MB"
