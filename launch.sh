@@ -86,11 +86,10 @@ for argument in "${arguments[@]}"; do
   case $argument in -h | --help) exec python "$recipe" --help ;; esac
 done
 
-gpus=$(python - <<'PY'
-import torch
-print(torch.cuda.device_count())
-PY
-)
+gpus=0
+if command -v nvidia-smi >/dev/null || [[ -e /dev/kfd ]]; then # else the seconds that importing torch takes are saved
+  gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+fi
 if ((gpus > 0)); then
   processes=${processes:-$gpus}
   ((processes <= gpus)) || die "--processes: found $processes; allowed: 1 to $gpus, the GPUs of this machine"
@@ -104,8 +103,12 @@ fi
 # A bad input ends here, with its one line and exit code 2: a launcher would make a traceback and 1 of it.
 python "$recipe" "${arguments[@]}" --check >/dev/null
 
-command=(accelerate launch --config_file "$here/configs/accelerate/$topology.yaml" --num_processes "$processes"
-  "$recipe" "${arguments[@]}")
+command=(accelerate launch --config_file "$here/configs/accelerate/$topology.yaml" --num_processes "$processes")
+if ((gpus == 0)); then
+  threads=$(($(getconf _NPROCESSORS_ONLN) / processes))
+  command+=(--num_cpu_threads_per_process "${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}")
+fi
+command+=("$recipe" "${arguments[@]}")
 export GRADACC_PROCESSES=$processes
 echo "${command[*]@Q}" | sed "s/'\([A-Za-z0-9_.,:=/+-]*\)'/\1/g"
 exec "${command[@]}"

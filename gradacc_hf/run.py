@@ -199,10 +199,8 @@ def print_plan(
             f"{config.model.name}, {parameters:,} parameters"
             + (f", {still:,} of them frozen" if still else ""),
         ),
-        (
-            "examples",
-            f"{plan.num_examples:,} to train on, {num_validation:,} to validate ({recipe.validation_source})",
-        ),
+        ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
+        ("validation", recipe.validation_source.removeprefix("validation: ")),
         ("effective batch size", f"{config.batch.effective} examples a window"),
         (
             "windows",

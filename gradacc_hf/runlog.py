@@ -66,6 +66,7 @@ class RunLog:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
+            refresh_per_second=2,
             disable=not self.console.is_terminal,
         )
         self._history = None
