@@ -16,7 +16,7 @@ die() {
   exit 2
 }
 
-usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+usage() { sed -n -e '/^set /q' -e '1d' -e 's/^#$//p' -e 's/^# //p' "${BASH_SOURCE[0]}"; }
 
 find_python() {
   local candidate
@@ -82,12 +82,12 @@ while [[ $# -gt 0 ]]; do
   esac
   shift || true
 done
-for argument in "${arguments[@]}"; do
+for argument in ${arguments[@]+"${arguments[@]}"}; do # so written, an empty list is fine in old shells
   case $argument in -h | --help) exec python "$recipe" --help ;; esac
 done
 
 gpus=0
-if command -v nvidia-smi >/dev/null || [[ -e /dev/kfd ]]; then # else the seconds that importing torch takes are saved
+if [[ -e /dev/nvidiactl || -e /dev/dxg || -e /dev/kfd ]] || command -v nvidia-smi >/dev/null; then # else the seconds that importing torch takes are saved
   gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 fi
 if ((gpus > 0)); then
@@ -101,14 +101,14 @@ else
 fi
 
 # A bad input ends here, with its one line and exit code 2: a launcher would make a traceback and 1 of it.
-python "$recipe" "${arguments[@]}" --check >/dev/null
+python "$recipe" ${arguments[@]+"${arguments[@]}"} --check >/dev/null
 
 command=(accelerate launch --config_file "$here/configs/accelerate/$topology.yaml" --num_processes "$processes")
 if ((gpus == 0)); then
   threads=$(($(getconf _NPROCESSORS_ONLN) / processes))
   command+=(--num_cpu_threads_per_process "${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}")
 fi
-command+=("$recipe" "${arguments[@]}")
+command+=("$recipe" ${arguments[@]+"${arguments[@]}"})
 export GRADACC_PROCESSES=$processes
-echo "${command[*]@Q}" | sed "s/'\([A-Za-z0-9_.,:=/+-]*\)'/\1/g"
+printf '%q ' "${command[@]}" && echo
 exec "${command[@]}"

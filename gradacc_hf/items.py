@@ -26,7 +26,14 @@ def count_labels(batch: Mapping[str, Any]) -> int:
             return labels.shape[0]
         return int((labels != IGNORED).sum())
     if "start_positions" in batch:
-        return int((batch["start_positions"] < batch["input_ids"].shape[1]).sum())
+        length = batch["input_ids"].shape[1]
+        starts, ends = batch["start_positions"] < length, batch["end_positions"] < length
+        if (starts != ends).any():
+            raise ValueError(
+                "an answer starts inside its padded text and ends outside, or the other way round: the means "
+                "over starts and over ends have unequal items: put both outside, or leave the example out"
+            )
+        return int(starts.sum())
     raise ValueError(
         f"the batch has {sorted(batch)} and no 'labels' to count: pass num_items= a function of the "
         "batch that says how many terms its mean loss has"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 
 from gradacc_hf.checkpoint import save_model
@@ -39,6 +39,8 @@ def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
 def logits_and_labels(outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Predictions and references of a micro-batch, row by row, as numpy arrays: float32 logits, labels."""
+    if not hasattr(outputs, "logits") or "labels" not in batch:
+        raise ValueError("the model gives no logits, or the batch has no labels: pass predict= for this head")
     return outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
 
 
@@ -59,7 +61,7 @@ def train(
     `scheduler` is not prepared and is stepped once a window. `max_grad_norm` 0 does not clip.
     """
     numbers = count(1)
-    for epoch in range(epochs):
+    for _ in range(windows.state_dict()["epoch"], epochs):
         started = time.perf_counter()
         for window in windows:  # one window is one optimizer step
             model.train()
@@ -76,7 +78,7 @@ def train(
                 scheduler.step()
             yield WindowRecord(
                 window=(number := next(numbers)),
-                epoch=epoch,
+                epoch=window.epoch,
                 loss=window.loss,
                 grad_norm=_number(grad_norm),
                 lr=lr,
@@ -121,6 +123,7 @@ def evaluate(
         model = accelerator.unwrap_model(
             model
         )  # DDP's forward is collective, and processes have unequal counts
+    training = model.training
     model.eval()
     rows: list[tuple[int, Any, Any]] = []
     loss_here, items_here = 0.0, 0.0
@@ -129,8 +132,9 @@ def evaluate(
         if micro_batch.num_items:
             loss_here += float(compute_loss(outputs, batch)) * micro_batch.num_items
             items_here += micro_batch.num_items
-        rows += zip(micro_batch.indices.tolist(), *predict(outputs, batch), strict=False)
-    model.train()
+        if len(micro_batch.indices):  # else it is run again only because the others wait
+            rows += zip(micro_batch.indices.tolist(), *predict(outputs, batch), strict=True)
+    model.train(training)
     sums = gather_object([(loss_here, items_here)])
     everything = {index: (prediction, reference) for index, prediction, reference in gather_object(rows)}
     items = sum(items for _, items in sums)
@@ -195,7 +199,9 @@ def fine_tune(
     def evaluate_now(window: int) -> None:
         nonlocal best_evaluation
         assert validate is not None
-        metrics = validate(model)
+        metrics = broadcast_object_list([validate(model)])[0]  # all processes decide alike
+        if best.metric not in metrics:
+            raise ValueError(f"best: no metric {best.metric!r}; validate gave {', '.join(metrics)}")
         log.evaluation(metrics)
         evaluations.append({"window": window, **metrics})
         if best.improves(evaluations):
@@ -203,7 +209,9 @@ def fine_tune(
             if folder is not None:
                 save_model(model, folder / "best", accelerator, *save_with)
 
-    total = min(max_windows or math.inf, sum(windows.plan.num_windows(epoch) for epoch in range(epochs)))
+    state = windows.state_dict()
+    to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
+    total = min(max_windows or math.inf, to_run)
     with RunLog(accelerator, int(total), folder) as log:
         for record in train(
             model,
@@ -228,15 +236,16 @@ def fine_tune(
                         f"stopped early: {best.metric} has not improved in {best.patience} evaluations"
                     )
                     break
+        if folder is not None:
+            save_model(model, folder / "last", accelerator, *save_with)
         last = log.records[-1].window if log.records else 0
         if validate and last and last not in [evaluation["window"] for evaluation in evaluations]:
             evaluate_now(last)
-        if folder is not None:
-            save_model(model, folder / "last", accelerator, *save_with)
     return log.summary(
         eval=evaluations[-1] if evaluations else None,
         best=best_evaluation or None,
         empty_windows=windows.empty_windows,
+        empty_micro_batches=windows.empty_micro_batches,
         effective_batch_size=None if callable(size := windows.plan.effective_batch_size) else size,
         **{"baseline": None, **more_summary},
     )

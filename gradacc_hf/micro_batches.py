@@ -48,6 +48,8 @@ class Split:
 
     indices: np.ndarray
     processes: list[list[np.ndarray]]
+    epoch: int
+    window: int
     tokens: int
     padded_tokens: int
     pad_to: int | None
@@ -85,6 +87,8 @@ class LocalWindows(Dataset):
         return Split(
             indices=indices,
             processes=[[indices[positions] for positions in process] for process in processes],
+            epoch=epoch,
+            window=window,
             tokens=int(lengths.sum()),
             padded_tokens=sum(
                 len(piece) * int(padded[piece].max()) for process in processes for piece in process
@@ -100,6 +104,11 @@ class LocalWindows(Dataset):
             raise ValueError(
                 f"collate_fn gave a {type(batch).__name__}; it must give a mapping for model(**batch)"
             )
+        width = batch["input_ids"].shape[-1] if pad_to and "input_ids" in batch else pad_to or 0
+        if width < (pad_to or 0):
+            raise ValueError(
+                f"collate_fn was told pad_to={pad_to} and padded to {width} tokens: it must pad to that"
+            )
         num_items = float(self.count_items(batch)) if counts else 0.0
         if not 0 <= num_items < float("inf"):
             raise ValueError(
@@ -108,22 +117,23 @@ class LocalWindows(Dataset):
             )
         return MicroBatch(batch, indices if counts else indices[:0], num_items)
 
-    def find_example_with_items(self, split: Split) -> tuple[int, int | None] | None:
-        """The shortest example of the window that has items when it is alone, and what it is padded to."""
-        for index in split.indices[np.argsort(self.lengths[split.indices], kind="stable")]:
-            if self.collate(np.array([index]), split.pad_to).num_items:
-                return int(index), split.pad_to
+    def find_example_with_items(self, split: Split, longest: bool = False) -> MicroBatch | None:
+        """The shortest (or longest) example of the window that has items when it is collated alone."""
+        by_length = np.argsort(self.lengths[split.indices], kind="stable")
+        for index in split.indices[by_length[::-1] if longest else by_length]:
+            micro_batch = self.collate(np.array([index]), split.pad_to)
+            if micro_batch.num_items:
+                return micro_batch
         return None
 
     def idle(self, split: Split) -> MicroBatch:
         """What a process with nothing to do runs at weight 0, as others wait: an example with items."""
-        found = self.find_example_with_items(split)
-        if found is None:
-            raise ValueError(
-                "a micro-batch has items but none of its examples alone: "
-                "num_items must be a sum over examples"
-            )
-        return self.collate(np.array([found[0]]), found[1], counts=False)
+        for _ in range(10):  # a collate function that masks at random may leave an example none
+            if found := self.find_example_with_items(split):
+                return MicroBatch(found.batch, found.indices[:0], 0.0)
+        raise ValueError(
+            "a micro-batch has items but none of its examples alone: num_items must be a sum over examples"
+        )
 
 
 def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
@@ -134,7 +144,9 @@ def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
     """
     # not `for example in dataset`: a torch data set without __iter__ need not raise an IndexError at its end
     examples = dataset if hasattr(dataset, "__iter__") else (dataset[i] for i in range(len(dataset)))
-    if isinstance(lengths, str):
+    if isinstance(lengths, str) and hasattr(dataset, "select_columns"):
+        measured = dataset.select_columns(lengths)[lengths][:]
+    elif isinstance(lengths, str):
         measured = [example[lengths] for example in examples]
     elif callable(lengths):
         measured = [lengths(example) for example in examples]

@@ -23,7 +23,7 @@ def check_output(config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"output.dir: {folder} is a file; give a folder")
     if config.output.dir and folder.is_dir() and any(folder.iterdir()):
-        if not any((folder / name).exists() for name in RUN_FILES):
+        if not all((folder / name).is_file() for name in ("config.yaml", "history.jsonl")):
             raise BadInput(f"output.dir: {folder} holds files that are no run's; give a new or empty folder")
         if not config.output.overwrite:
             raise BadInput(
@@ -37,12 +37,13 @@ def check_output(config: Config) -> None:
 def open_output(config: Config, accelerator: Accelerator) -> Path:
     """Make the run's folder on the main process, with its config; every process gets its name."""
     chosen: list[Any] = [None]
+    accelerator.wait_for_everyone()  # another may still read a model from the run that is given up
     if accelerator.is_main_process:
         name = Path(config.config or "run").stem
         folder = Path(config.output.dir) if config.output.dir else _next_folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         for path in (folder / name for name in RUN_FILES):  # of the run that --output.overwrite gives up
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)

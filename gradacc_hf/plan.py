@@ -28,10 +28,17 @@ class WindowPlan:
         shuffle: bool,
         drop_last: bool,
     ):
+        self.check_seed(seed)
         self.num_examples, self.effective_batch_size = num_examples, effective_batch_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self._orders: dict[int, np.ndarray] = {}  # the epoch at hand only
         self._all_starts: dict[int, Sequence[int]] = {}
+
+    @staticmethod
+    def check_seed(seed: int) -> None:
+        """Raise ValueError for a seed that no generator takes."""
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+            raise ValueError(f"the seed is {seed!r}; it must be an integer of at least 0")
 
     def num_windows(self, epoch: int) -> int:
         """Windows in this epoch; a partial last one counts unless `drop_last`."""

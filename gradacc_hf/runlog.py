@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -150,13 +149,18 @@ class RunLog:
 
 def describe(metrics: Mapping[str, float]) -> str:
     """Metrics in a line."""
-    return " · ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+    numbers = {
+        key: f"{value:.4f}" if isinstance(value, float) else str(value) for key, value in metrics.items()
+    }
+    return " · ".join(f"{key} {number}" for key, number in numbers.items())
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has held: allocated on its GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -7,6 +7,7 @@ whole window at once.
 """
 
 import inspect
+import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Window:
     accumulation_steps: int  # micro-batches of the process that has most
     _micro_batches: list[MicroBatch]  # of this process
     _accelerator: Accelerator
+    _half_way: list[int]  # of the loader: windows whose latest pass has not come to its end
 
     def __post_init__(self):
         self._current: int | None = None  # the micro-batch handed out last
@@ -54,21 +56,38 @@ class Window:
         return len(self._micro_batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        accelerator = self._accelerator
-        accelerator.gradient_accumulation_steps = len(self)
-        accelerator.step = 0
-        # Breaking out of a prepared loader on its last batch leaves its end set, and every accumulate() after
-        # that would synchronise; the window alone says where it ends.
-        accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
+        accelerator, settings = self._accelerator, self._accelerator.gradient_state.plugin_kwargs
+        before = dict(settings), accelerator.step
+        if self._half_way:  # an earlier pass was left before its step: drop what it has accumulated
+            for optimizer in accelerator._optimizers:
+                optimizer.optimizer.zero_grad()
+        self._half_way[:] = [self.number]
         self._loss, self._weighed, self._loss_here = None, set(), 0.0
-        for current, micro_batch in enumerate(self._micro_batches):
-            self._current = current
-            yield _to_device(micro_batch.batch, accelerator)
-        self._current = None
-        if len(self._weighed) == len(self):
-            self._loss = self._loss_here
-            if accelerator.num_processes > 1:
-                self._loss = accelerator.reduce(self._loss, reduction="sum")
+        try:
+            for self._current, micro_batch in enumerate(self._micro_batches):  # noqa: B020
+                # Said anew each time, as another loader may have been run in between. And breaking out of a
+                # prepared loader on its last batch leaves its end set, so that every accumulate() would
+                # synchronise: here the window alone says where it ends.
+                settings.update(num_steps=len(self), sync_with_dataloader=False)
+                accelerator.step = self._current
+                yield _to_device(micro_batch.batch, accelerator)
+        finally:
+            self._current = None
+            settings.clear()
+            settings.update(before[0])
+            accelerator.step = before[1]
+        if self._weighed and not accelerator.sync_gradients:
+            raise RuntimeError("the window's last micro-batch did not go through accelerator.accumulate()")
+        self._half_way.clear()
+        self._finish()
+
+    def _finish(self) -> None:
+        """Add up the loss over processes; all of them come here, also one that did not weigh."""
+        loss = self._loss_here if len(self._weighed) == len(self) else math.nan
+        if self._accelerator.num_processes > 1:
+            here = torch.as_tensor(loss, dtype=torch.float32, device=self._accelerator.device)
+            loss = self._accelerator.reduce(here, reduction="sum")
+        self._loss = loss if self._weighed else None
 
     def weigh(self, loss: torch.Tensor) -> torch.Tensor:
         """What `accelerator.backward` must be given for this micro-batch's mean loss, a scalar; in float32.
@@ -95,7 +114,7 @@ class Window:
     @property
     def loss(self) -> float:
         """The exact mean over the window's items, over all processes; known after the last micro-batch."""
-        if self._loss is None:
+        if self._loss is None or len(self._weighed) < len(self):
             raise RuntimeError(
                 "window.loss is known after the last micro-batch, if each one's loss went through weigh()"
             )
@@ -127,8 +146,8 @@ class WindowLoader:
         cost: what a micro-batch is predicted to cost.
 
     `state_dict()` / `load_state_dict()`: seed, epoch and window; inside the loop's body, the window at hand
-    counts as done. `empty_micro_batches` and `empty_windows` count what had no item and was not handed out
-    (this process; all). Raises ValueError, in one line, for arguments that cannot work.
+    counts as done. `empty_micro_batches` and `empty_windows` count what had no item and was not handed out,
+    over all processes. Raises ValueError, in one line, for arguments that cannot work.
     """
 
     def __init__(
@@ -151,8 +170,8 @@ class WindowLoader:
     ):
         _refuse(accelerator)
         _check_arguments(dataset, effective_batch_size, collate_fn, pad_to)
-        self.accelerator, self.num_workers, self.pad_to = accelerator, num_workers, pad_to
-        self.takes_pad_to = _takes_pad_to(collate_fn)
+        pad_to = pad_to if isinstance(pad_to, str) else int(pad_to)
+        self.accelerator, self.num_workers = accelerator, num_workers
         self.seed, self.epoch, self.window = seed, 0, 0
         self.empty_micro_batches = self.empty_windows = 0
         self.plan = WindowPlan(len(dataset), effective_batch_size, seed, shuffle, drop_last)
@@ -170,6 +189,7 @@ class WindowLoader:
             process=accelerator.process_index,
         )
         self._started = False
+        self._half_way: list[int] = []
         self._say_what_does_not_fit(bound, pad_to)
         if self.plan.dropped(0):
             logger.warning(
@@ -208,16 +228,17 @@ class WindowLoader:
             for micro_batch in micro_batches:
                 yield micro_batch, _to_device(micro_batch.batch, self.accelerator)
 
-    def probe_batch(self, padding: int = 0) -> dict[str, Any]:
-        """One short example that has items, with `padding` tokens of padding, on the device."""
-        splits = (self.split(0, window) for window in range(self.plan.num_windows(0)))
-        found = next(filter(None, map(self._windows.find_example_with_items, splits)), None)
-        if found is None:
-            raise ValueError("no example of the data set has an item: every label is ignored")
-        index, pad_to = found
-        if padding:
-            pad_to = (pad_to or int(self._windows.lengths[index])) + padding
-        return _to_device(self._windows.collate(np.array([index]), pad_to).batch, self.accelerator)
+    def probe(self) -> list[MicroBatch]:
+        """A short example that has items, a long one, and both together: to try a model on."""
+        for split in (self.split(0, window) for window in range(self.plan.num_windows(0))):
+            alone = [self._windows.find_example_with_items(split, longest) for longest in (False, True)]
+            if alone[0] is not None and alone[1] is not None:
+                both = np.concatenate([micro_batch.indices for micro_batch in alone])  # type: ignore[union-attr]
+                found = [*alone, self._windows.collate(both, split.pad_to)]
+                return [
+                    MicroBatch(_to_device(m.batch, self.accelerator), m.indices, m.num_items) for m in found
+                ]
+        raise ValueError("no example of the data set has an item: every label is ignored")
 
     def state_dict(self) -> dict[str, int]:
         """Where the run stands, as plain numbers: the next window to run is (epoch, window)."""
@@ -227,6 +248,7 @@ class WindowLoader:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go to where `state_dict` was taken; the next pass runs the rest of that epoch."""
+        WindowPlan.check_seed(state["seed"])
         self.seed = state["seed"]
         self.plan = self._windows.plan = WindowPlan(
             self.plan.num_examples,
@@ -236,6 +258,10 @@ class WindowLoader:
             self.plan.drop_last,
         )
         self.epoch, self.window, self._started = state["epoch"], state["window"], False
+        if not 0 <= self.window < self.plan.num_windows(self.epoch):
+            raise ValueError(
+                f"window {self.window} is not one of the {len(self)} of epoch {self.epoch}: other data?"
+            )
 
     def _local_windows(self, epoch: int, start: int) -> Iterator[tuple[Split, list[MicroBatch]]]:
         numbers = [(epoch, window) for window in range(start, self.plan.num_windows(epoch))]
@@ -245,7 +271,8 @@ class WindowLoader:
             batch_size=None,
             num_workers=self.num_workers,
             collate_fn=_identity,
-            generator=torch.Generator(),  # of its own, else it draws from that of dropout
+            # The workers' seed; of its own, else it is drawn from the generator of dropout.
+            generator=torch.Generator().manual_seed(self._workers_seed(epoch)),
         )
         for local in loader:
             split, micro_batches = pickle.loads(local) if isinstance(local, bytes) else local
@@ -253,20 +280,25 @@ class WindowLoader:
                 micro_batches = [_pinned(micro_batch) for micro_batch in micro_batches]
             yield split, micro_batches
 
+    def _workers_seed(self, epoch: int) -> int:
+        numbers = [self.seed, epoch, self.accelerator.process_index]
+        return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
     def _window(self, split: Split, micro_batches: list[MicroBatch]) -> Window | None:
         """Count the window's items over all processes, and see that every process has something to run."""
         with_items = [micro_batch for micro_batch in micro_batches if micro_batch.num_items]
-        counts = self._gather([sum(m.num_items for m in with_items), len(with_items)])
+        empty = len(micro_batches) - len(with_items)
+        counts = self._gather([sum(m.num_items for m in with_items), len(with_items), empty])
         num_items, most = counts[:, 0].sum(), int(counts[:, 1].max())
-        self._count_empty(len(micro_batches) - len(with_items), num_items == 0)
+        self._count_empty(split, int(counts[:, 2].sum()), num_items == 0)
         if num_items == 0:
             return None
         fewest = most if _forwards_are_collective(self.accelerator) else 1
         if len(with_items) < fewest:
             with_items += [self._windows.idle(split)] * (fewest - len(with_items))
         return Window(
-            epoch=self.epoch,
-            number=self.window - 1,
+            epoch=split.epoch,
+            number=split.window,
             indices=split.indices,
             num_items=float(num_items),
             tokens=split.tokens,
@@ -274,6 +306,7 @@ class WindowLoader:
             accumulation_steps=most,
             _micro_batches=with_items,
             _accelerator=self.accelerator,
+            _half_way=self._half_way,
         )
 
     def _gather(self, numbers: list[float]) -> np.ndarray:
@@ -283,30 +316,31 @@ class WindowLoader:
         local = torch.tensor([numbers], dtype=torch.float64, device=self.accelerator.device)
         return send_to_device(self.accelerator.gather(local), "cpu").numpy()
 
-    def _count_empty(self, empty_micro_batches: int, window_is_empty: bool) -> None:
+    def _count_empty(self, split: Split, empty_micro_batches: int, window_is_empty: bool) -> None:
         if empty_micro_batches and not self.empty_micro_batches:
             logger.warning(
                 "some micro-batches hold no item (every label is ignored): they are skipped and counted"
             )
         if window_is_empty and not self.empty_windows:
             logger.warning(
-                f"window {self.window - 1} of epoch {self.epoch} holds no item: skipped, and counted"
+                f"window {split.window} of epoch {split.epoch} holds no item: skipped, and counted"
             )
         self.empty_micro_batches += empty_micro_batches
         self.empty_windows += int(window_is_empty)
 
     def _say_what_does_not_fit(self, bound: Bound, pad_to: PadTo) -> None:
         longest = int(self._windows.lengths.max())
+        padded = np.maximum(self._windows.lengths, pad_to if isinstance(pad_to, int) else 0)
         if isinstance(pad_to, int) and longest > pad_to:
             where = int(self._windows.lengths.argmax())
             raise ValueError(
                 f"example {where} has {longest} tokens, more than pad_to={pad_to}: truncate it, or raise that"
             )
-        if bound.max_tokens is not None and longest > bound.max_tokens:
-            count = int((self._windows.lengths > bound.max_tokens).sum())
+        if bound.max_tokens is not None and padded.max() > bound.max_tokens:
+            count = int((padded > bound.max_tokens).sum())
             logger.warning(
                 f"{count} of {self.plan.num_examples} examples are longer than max_tokens={bound.max_tokens} "
-                f"(the longest has {longest}): each goes alone in a micro-batch that exceeds it"
+                f"(the longest has {padded.max()}): each goes alone in a micro-batch that exceeds it"
             )
 
 
@@ -316,7 +350,7 @@ def _to_device(batch: Mapping[str, Any], accelerator: Accelerator) -> Any:
 
 def _pinned(micro_batch: MicroBatch) -> MicroBatch:
     pinned = {
-        key: value.pin_memory() if isinstance(value, torch.Tensor) else value
+        key: value.pin_memory() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
         for key, value in micro_batch.batch.items()
     }
     return MicroBatch(pinned, micro_batch.indices, micro_batch.num_items)
@@ -331,6 +365,12 @@ def _forwards_are_collective(accelerator: Accelerator) -> bool:
 
 
 def _refuse(accelerator: Accelerator) -> None:
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if getattr(parallelism, "non_data_parallel_size", 1) > 1:
+        raise ValueError(
+            "processes that share a model (tensor, context or sequence parallel) must see the same examples, "
+            "and here each gets its own: use data parallelism (DDP or FSDP) only"
+        )
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"{accelerator.distributed_type.value} accumulates and scales gradients by itself, so windows "
@@ -339,6 +379,10 @@ def _refuse(accelerator: Accelerator) -> None:
 
 
 def _check_arguments(dataset: Any, effective_batch_size: Any, collate_fn: Callable, pad_to: Any) -> None:
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"the data set is a mapping with {list(dataset)[:5]}: give one split, a sequence of examples"
+        )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(f"the data set must be a sequence with a length; found {type(dataset).__name__}")
     if len(dataset) == 0:
@@ -351,7 +395,9 @@ def _check_arguments(dataset: Any, effective_batch_size: Any, collate_fn: Callab
                 f"{len(dataset)} examples of the data set"
             )
     if pad_to != "micro_batch":
-        if pad_to != "window" and (isinstance(pad_to, bool) or not isinstance(pad_to, int) or pad_to < 1):
+        if pad_to != "window" and (
+            isinstance(pad_to, bool) or not isinstance(pad_to, int | np.integer) or pad_to < 1
+        ):
             raise ValueError(f"pad_to is {pad_to!r}; allowed: 'micro_batch', 'window', or a number of tokens")
         if not _takes_pad_to(collate_fn):
             raise ValueError(

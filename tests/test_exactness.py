@@ -239,3 +239,62 @@ def test_leaving_another_loader_in_its_last_batch_does_not_synchronise_every_mic
     handed_out, gradients = run_epoch(head.model, windows, accelerator)
     for window, gradient in zip(handed_out, gradients, strict=True):
         assert relative_error(gradient, reference(head, examples, window)) < EXACT
+
+
+def accumulate(model, window, batches, accelerator, optimizer):
+    """The loop over some of a window's micro-batches, up to where it is left."""
+    for number, batch in enumerate(window):
+        if number == batches:
+            break
+        with accelerator.accumulate(model):
+            accelerator.backward(window.weigh(model(**batch).loss))
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_a_window_left_half_way_leaks_nothing_into_the_next_or_into_its_own_replay():
+    head = build_head("sequence_classification", "bert")
+    examples = head.examples(LENGTHS)
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(head.model, RecordGradients(head.model))
+    windows = WindowLoader(examples, 10, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=2)
+    first, second, _ = windows
+    accumulate(model, first, 2, accelerator, optimizer)
+    accumulate(model, first, None, accelerator, optimizer)
+    accumulate(model, first, 3, accelerator, optimizer)
+    accumulate(model, second, None, accelerator, optimizer)
+    for window, gradient in zip((first, second), optimizer.optimizer.gradients, strict=True):
+        assert relative_error(gradient, reference(head, examples, window)) < EXACT
+
+
+def test_the_accelerator_is_left_as_it_was_for_other_loops():
+    head = build_head("sequence_classification", "bert")
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=7)
+    windows = WindowLoader(
+        head.examples(LENGTHS), 10, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=2
+    )
+    run_epoch(head.model, windows, accelerator)
+    assert accelerator.gradient_accumulation_steps == 7
+    assert accelerator.gradient_state.sync_with_dataloader
+
+
+def test_skipping_the_step_of_the_last_micro_batch_is_an_error():
+    head = build_head("sequence_classification", "bert")
+    accelerator = Accelerator(cpu=True)
+    windows = WindowLoader(
+        head.examples(LENGTHS), 10, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=2
+    )
+    model, optimizer = accelerator.prepare(head.model, RecordGradients(head.model))
+    window = next(iter(windows))
+
+    def skip_the_last():
+        for number, batch in enumerate(window):
+            if number == len(window) - 1:
+                continue
+            with accelerator.accumulate(model):
+                accelerator.backward(window.weigh(model(**batch).loss))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.raises(RuntimeError, match="did not go through"):
+        skip_the_last()

@@ -12,9 +12,12 @@ from gradacc_hf.tryout import try_out
 
 def said(caplog, kind, model_type, **arguments):
     head = build_head(kind, model_type)
+    examples = head.examples([5, 9, 30, 12])
+    if kind == "causal_lm":
+        examples = [{**example, "labels": example["input_ids"]} for example in examples]
     accelerator = Accelerator(cpu=True)
     windows = WindowLoader(
-        head.examples([5, 9, 30, 12]),
+        examples,
         4,
         accelerator=accelerator,
         collate_fn=head.collate,
@@ -31,7 +34,15 @@ def said(caplog, kind, model_type, **arguments):
 
 
 def test_a_loss_that_padding_reaches_is_named_with_the_cure(caplog):
-    assert "padding reaches the loss of this model" in said(caplog, "question_answering", "bert")
+    assert "no split is exact. If padding reaches the loss" in said(caplog, "question_answering", "bert")
+
+
+def test_items_that_are_not_those_of_the_loss_are_noticed(caplog):
+    assert "no split is exact" in said(caplog, "causal_lm", "gpt2", num_items="labels")
+
+
+def test_nothing_is_said_of_a_causal_model_with_its_own_items(caplog):
+    assert said(caplog, "causal_lm", "gpt2", num_items="next_token") == ""
 
 
 @pytest.mark.parametrize("pad_to", ["window", 40])
