@@ -291,9 +291,8 @@ def test_no_value_is_read_from_the_device_for_a_micro_batch_only_for_a_window(ma
         assert summary["accumulation_steps"]["max"] == 12 // size
         reads[size] = found.count
     assert reads[1] == reads[4] == reads[12]
-    assert (
-        2 * 2 <= reads[1] <= 2 * 3
-    )  # of each of two windows the loss, the gradient's norm, and one to spare
+    # of each of two windows the loss, the gradient's norm and one to spare; three losses before the run
+    assert 2 * 2 <= reads[1] <= 2 * 3 + 3
 
 
 # Evaluation, the best model, and when to stop
