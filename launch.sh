@@ -65,7 +65,7 @@ fi
 recipe=$1
 shift
 [[ $recipe == -* ]] && die "the first argument is the recipe; found $recipe (./launch.sh help shows how)"
-[[ -f $recipe ]] || die "no recipe $recipe here; there are: $(cd "$here" && echo recipes/*.py)"
+[[ -f $recipe ]] || die "no recipe $recipe here; there are: $(echo "$here"/recipes/*.py)"
 
 processes=
 arguments=()

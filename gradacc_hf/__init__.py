@@ -2,6 +2,17 @@
 
 from gradacc_hf.errors import BadInput
 from gradacc_hf.loop import Best, Evaluation, evaluate, fine_tune, train
+from gradacc_hf.tryout import try_out
 from gradacc_hf.windows import Window, WindowLoader
 
-__all__ = ["BadInput", "Best", "Evaluation", "Window", "WindowLoader", "evaluate", "fine_tune", "train"]
+__all__ = [
+    "BadInput",
+    "Best",
+    "Evaluation",
+    "Window",
+    "WindowLoader",
+    "evaluate",
+    "fine_tune",
+    "train",
+    "try_out",
+]

@@ -150,7 +150,7 @@ class OutputConfig:
 
 @dataclass
 class BudgetConfig:
-    """What the hardware allows. It changes the split, never the run."""
+    """What the hardware allows. It changes the split and the rounding of its precision, never the windows."""
 
     memory: str | None = None
     """Memory per device, such as 8GiB (units: GiB, GB, MiB, MB)."""

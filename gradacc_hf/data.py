@@ -125,7 +125,7 @@ def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
         )
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, siblings, n=1)
-    hint = f"did you mean {str(path.parent / close[0])!r}?" if close else f"give a {kinds} file, a folder"
+    hint = f"did you mean {str(path.parent / close[0])!r}?" if close else f"give a {kinds} file, or a folder"
     if suffix in BUILDERS or given.count("/") > 1 or given[:1] in "./~":
         refuse(key, f"no file or folder {given!r}", hint)
     found = embedded.hub_has(given, "dataset")

@@ -12,6 +12,16 @@ import torch
 IGNORED = -100  # torch's and transformers' label for "no item here"
 
 CountItems = Callable[[Mapping[str, Any]], float]
+ComputeLoss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
+
+
+def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The loss that the model computed itself, from the labels in its batch."""
+    if getattr(outputs, "loss", None) is None:
+        raise ValueError(
+            f"the model gave no loss for a batch with {sorted(batch)}: add labels, or pass compute_loss="
+        )
+    return outputs.loss
 
 
 def count_labels(batch: Mapping[str, Any]) -> int:

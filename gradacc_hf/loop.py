@@ -20,21 +20,12 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch.distributed.tensor import DTensor
 
 from gradacc_hf.checkpoint import save_model
+from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.runlog import RunLog, WindowRecord
 from gradacc_hf.tryout import try_out
 from gradacc_hf.windows import WindowLoader
 
-ComputeLoss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 Predict = Callable[[Any, Mapping[str, Any]], tuple[Sequence[Any], Sequence[Any]]]
-
-
-def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The loss that the model computed itself, from the labels in its batch."""
-    if getattr(outputs, "loss", None) is None:
-        raise ValueError(
-            f"the model gave no loss for a batch with {sorted(batch)}: add labels, or pass compute_loss="
-        )
-    return outputs.loss
 
 
 def logits_and_labels(outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:

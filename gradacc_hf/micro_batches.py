@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from gradacc_hf.items import CountItems
 from gradacc_hf.plan import WindowPlan
@@ -99,7 +99,14 @@ class LocalWindows(Dataset):
     def collate(self, indices: np.ndarray, pad_to: int | None, counts: bool = True) -> MicroBatch:
         fetch = getattr(self.dataset, "__getitems__", None)  # one call for a datasets.Dataset
         examples = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
-        batch = self.collate_fn(examples) if pad_to is None else self.collate_fn(examples, pad_to=pad_to)
+        try:
+            batch = self.collate_fn(examples) if pad_to is None else self.collate_fn(examples, pad_to=pad_to)
+        except RuntimeError as error:
+            if self.collate_fn is not default_collate:
+                raise
+            raise ValueError(
+                "examples of unequal length cannot be stacked: pass a collate_fn= that pads"
+            ) from error
         if not isinstance(batch, Mapping):
             raise ValueError(
                 f"collate_fn gave a {type(batch).__name__}; it must give a mapping for model(**batch)"

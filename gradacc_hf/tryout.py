@@ -1,9 +1,8 @@
 """Before a run: two short steps on the model, to notice what would silently make it inexact.
 
-Called by `loop.fine_tune` on the model as the user gave it, before Accelerate wraps it.
+Called by `loop.fine_tune`, or by whoever copied the loop, on the model before Accelerate wraps it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,17 +10,20 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
+from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.windows import WindowLoader
 
 logger = get_logger(__name__)
 
-ComputeLoss = Callable[[Any, Any], torch.Tensor]
 BATCH_NORMS = torch.nn.modules.batchnorm._BatchNorm
 SEPARABLE = 1e-3  # relative; bf16 weights round to 2⁻⁸, padding and wrong items change a loss by more
 
 
-def try_out(model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss) -> None:
-    """Warn of BatchNorm and of a loss that does not separate; tell DDP of parameters outside the loss."""
+def try_out(model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss = model_loss) -> None:
+    """Warn of BatchNorm and of a loss that does not separate; tell DDP of parameters outside the loss.
+
+    To be called before `accelerator.prepare(model)`; it leaves the model as it is, but on the device.
+    """
     norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
     if norms:
         logger.warning(

@@ -68,6 +68,8 @@ def gradients(
     steps, indices = [], []
 
     class Watched:  # the same windows, with a note of what this process was given
+        state_dict = staticmethod(windows.state_dict)
+
         def __iter__(self):
             for window in windows:
                 steps.append(len(window))
@@ -128,6 +130,24 @@ def evaluation(engine):
     return {"each_once": seen, "loss": summary["eval"]["loss"], "windows": summary["windows"]}
 
 
+def masked_at_random(engine):
+    """A collate function that masks anew each time may leave an example without items, and nobody NaN or hung."""
+    accelerator = accelerator_for(engine)
+    head = build_head("masked_lm", "bert")
+
+    def collate(examples):
+        batch = head.collate(examples)
+        hidden = torch.rand(batch["input_ids"].shape) < 0.15
+        return batch | {"labels": torch.where(hidden, batch["input_ids"], -100)}
+
+    windows = WindowLoader(
+        head.examples(LENGTHS), 3, accelerator=accelerator, collate_fn=collate, micro_batch_size=1
+    )
+    model, optimizer = accelerator.prepare(head.model, RecordGradients(head.model))
+    losses = [record.loss for record in train(model, optimizer, windows, accelerator=accelerator)]
+    return {"finite": all(np.isfinite(losses)), "windows": len(losses)}
+
+
 CASES = {
     "unequal": lambda engine: gradients(engine, max_tokens=64),
     "next_token": lambda engine: gradients(engine, "causal_lm", "gpt2", max_tokens=64),
@@ -143,6 +163,7 @@ CASES = {
         engine, model_type="fnet", max_tokens=64, lengths=[12] * 23
     ),
     "workers": lambda engine: gradients(engine, max_tokens=64, num_workers=1),
+    "masked_at_random": masked_at_random,
     "evaluation": evaluation,
 }
 

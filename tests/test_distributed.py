@@ -68,6 +68,12 @@ def test_parameters_that_take_no_part_in_the_loss_are_noticed_and_only_then_look
     assert not found["unequal"]["looks_for_unused"]
 
 
+def test_a_collate_function_that_masks_at_random_leaves_no_loss_nan_and_no_process_waiting(ddp):
+    _, found = ddp
+    assert found["masked_at_random"]["finite"]
+    assert found["masked_at_random"]["windows"] >= 6  # of 8: a window may happen to hold no mask
+
+
 def test_predictions_come_back_once_each_in_order(ddp):
     _, found = ddp
     assert found["evaluation"]["each_once"] == [True] * 6

@@ -286,6 +286,11 @@ def test_a_collate_function_that_gives_no_mapping_is_named(accelerator):
         next(iter(loader(accelerator, collate_fn=lambda examples: (1, 2))))
 
 
+def test_a_forgotten_collate_function_is_named(accelerator):
+    with pytest.raises(ValueError, match="pass a collate_fn= that pads"):
+        next(iter(WindowLoader(DATA, 16, accelerator=accelerator, max_tokens=256)))
+
+
 @pytest.mark.parametrize("lengths", [[1, 2], [-1] * 53, ["a"] * 53, [float("nan")] * 53])
 def test_lengths_that_do_not_fit_the_data_are_refused(lengths):
     with pytest.raises(ValueError, match="lengths"):
