@@ -131,7 +131,7 @@ def evaluation(engine):
 
 
 def masked_at_random(engine):
-    """A collate function that masks anew each time may leave an example without items, and nobody NaN or hung."""
+    """A collate function that masks anew each time may leave an example without items: no NaN, no hang."""
     accelerator = accelerator_for(engine)
     head = build_head("masked_lm", "bert")
 
