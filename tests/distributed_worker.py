@@ -96,6 +96,7 @@ def gradients(
         "loss_error": max(loss_errors),
         "windows": len(errors),
         "steps": gather_object([steps]),
+        "indices": indices,
         "same_windows": all(seen == indices for seen in gather_object([indices])),
         "looks_for_unused": accelerator.ddp_handler is not None,
     }

@@ -79,6 +79,12 @@ def test_predictions_come_back_once_each_in_order(ddp):
     assert found["evaluation"]["each_once"] == [True] * 6
 
 
+def test_the_windows_hold_the_same_examples_on_any_number_of_processes(ddp):
+    _, found = ddp
+    for name, row in launch(1, "ddp").items():
+        assert found[name].get("indices") == row.get("indices"), name
+
+
 def test_a_fine_tuning_does_not_depend_on_the_number_of_processes(ddp):
     _, found = ddp
     assert found["evaluation"]["loss"] == pytest.approx(
