@@ -3,7 +3,8 @@
 from gradacc_hf.errors import BadInput
 from gradacc_hf.loop import Best, Evaluation, evaluate, fine_tune, train
 from gradacc_hf.tryout import try_out
-from gradacc_hf.windows import Window, WindowLoader
+from gradacc_hf.window import Window
+from gradacc_hf.windows import WindowLoader
 
 __all__ = [
     "BadInput",

@@ -16,8 +16,8 @@ from datasets import Dataset
 from gradacc_hf.config import Config, DataConfig
 from gradacc_hf.embedded import resolve_model
 from gradacc_hf.errors import BadInput, one_line
-from gradacc_hf.items import CountItems
-from gradacc_hf.loop import logits_and_labels, model_loss
+from gradacc_hf.items import CountItems, model_loss
+from gradacc_hf.loop import logits_and_labels
 from gradacc_hf.micro_batches import PadTo
 
 

@@ -3,7 +3,7 @@
 Takes the lengths of a window's examples and a bound on a micro-batch; gives, for every process, the positions
 of the examples in each of its micro-batches. Numbers in, numbers out: it knows no torch, no data and no
 model. Which examples make a window is `plan.py`'s question; that any split gives the same gradient, that of
-`Window.weigh` in `windows.py`.
+`Window.weigh` in `window.py`.
 """
 
 import heapq

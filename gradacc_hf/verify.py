@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from gradacc_hf.loop import ComputeLoss, model_loss
+from gradacc_hf.items import ComputeLoss, model_loss
 
 Gradient = dict[str, torch.Tensor]
 

@@ -1,16 +1,13 @@
-"""The loader that hands out windows, and the window that weighs its micro-batches.
+"""The loader that hands out windows.
 
 `WindowLoader` puts together which examples make a window (`plan.py`), how it is cut (`split.py`), the
 collated micro-batches (`micro_batches.py`) and what their losses are means over (`items.py`). A `Window`
-gives this process's micro-batches and weighs their losses, so that the accumulated gradient is that of the
-whole window at once.
+(`window.py`) gives this process's micro-batches and weighs their losses.
 """
 
 import inspect
-import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,101 +21,9 @@ from gradacc_hf import items
 from gradacc_hf.micro_batches import Lengths, LocalWindows, MicroBatch, PadTo, Split, measure_lengths
 from gradacc_hf.plan import EffectiveBatchSize, WindowPlan
 from gradacc_hf.split import Bound, Cost
+from gradacc_hf.window import Window, to_device
 
 logger = get_logger(__name__)
-
-
-@dataclass(eq=False, repr=False)
-class Window:
-    """One optimizer step: iterate it for this process's micro-batches, and `weigh` each loss.
-
-    Held on the host, it can be iterated again; one micro-batch at a time is put on the device.
-    """
-
-    epoch: int
-    number: int  # in its epoch, from 0
-    indices: np.ndarray  # its examples, over all processes
-    num_items: float  # over all processes
-    tokens: int  # planned from the lengths, over all processes
-    padded_tokens: int
-    accumulation_steps: int  # micro-batches of the process that has most
-    _micro_batches: list[MicroBatch]  # of this process
-    _accelerator: Accelerator
-    _half_way: list[int]  # of the loader: windows whose latest pass has not come to its end
-
-    def __post_init__(self):
-        self._current: int | None = None  # the micro-batch handed out last
-        self._weighed: set[int] = set()
-        self._loss: Any = None
-
-    def __len__(self) -> int:
-        """This process's accumulation steps in this window."""
-        return len(self._micro_batches)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        accelerator, settings = self._accelerator, self._accelerator.gradient_state.plugin_kwargs
-        before = dict(settings), accelerator.step
-        if self._half_way:  # an earlier pass was left before its step: drop what it has accumulated
-            for optimizer in accelerator._optimizers:
-                optimizer.optimizer.zero_grad()
-        self._half_way[:] = [self.number]
-        self._loss, self._weighed, self._loss_here = None, set(), 0.0
-        try:
-            for self._current, micro_batch in enumerate(self._micro_batches):  # noqa: B020
-                # Said anew each time, as another loader may have been run in between. And breaking out of a
-                # prepared loader on its last batch leaves its end set, so that every accumulate() would
-                # synchronise: here the window alone says where it ends.
-                settings.update(num_steps=len(self), sync_with_dataloader=False)
-                accelerator.step = self._current
-                yield _to_device(micro_batch.batch, accelerator)
-        finally:
-            self._current = None
-            settings.clear()
-            settings.update(before[0])
-            accelerator.step = before[1]
-        if self._weighed and not accelerator.sync_gradients:
-            raise RuntimeError("the window's last micro-batch did not go through accelerator.accumulate()")
-        self._half_way.clear()
-        self._finish()
-
-    def _finish(self) -> None:
-        """Add up the loss over processes; all of them come here, also one that did not weigh."""
-        loss = self._loss_here if len(self._weighed) == len(self) else math.nan
-        if self._accelerator.num_processes > 1:
-            here = torch.as_tensor(loss, dtype=torch.float32, device=self._accelerator.device)
-            loss = self._accelerator.reduce(here, reduction="sum")
-        self._loss = loss if self._weighed else None
-
-    def weigh(self, loss: torch.Tensor) -> torch.Tensor:
-        """What `accelerator.backward` must be given for this micro-batch's mean loss, a scalar; in float32.
-
-        × the share of the window's items that the last micro-batch holds; × accumulation steps and ×
-        processes, because `accelerator.backward` divides by the one and DDP's or FSDP's mean over processes
-        by the other.
-        """
-        if self._current is None:
-            raise RuntimeError(
-                "weigh() weighs the micro-batch handed out last: call it inside `for batch in window`"
-            )
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            is_tensor = isinstance(loss, torch.Tensor)
-            found = f"a tensor of shape {tuple(loss.shape)}" if is_tensor else type(loss).__name__
-            raise ValueError(f"weigh() takes the micro-batch's mean loss, a scalar tensor; found {found}")
-        loss = loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
-        share = self._micro_batches[self._current].num_items / self.num_items
-        self._loss_here = self._loss_here + loss.detach() * share
-        self._weighed.add(self._current)
-        divided_by = self._accelerator.gradient_accumulation_steps * self._accelerator.num_processes
-        return loss * (share * divided_by)
-
-    @property
-    def loss(self) -> float:
-        """The exact mean over the window's items, over all processes; known after the last micro-batch."""
-        if self._loss is None or len(self._weighed) < len(self):
-            raise RuntimeError(
-                "window.loss is known after the last micro-batch, if each one's loss went through weigh()"
-            )
-        return float(self._loss)
 
 
 class WindowLoader:
@@ -226,7 +131,7 @@ class WindowLoader:
             while _forwards_are_collective(self.accelerator) and len(micro_batches) < most:
                 micro_batches.append(self._windows.collate(split.indices[:1], split.pad_to, counts=False))
             for micro_batch in micro_batches:
-                yield micro_batch, _to_device(micro_batch.batch, self.accelerator)
+                yield micro_batch, to_device(micro_batch.batch, self.accelerator)
 
     def probe(self) -> list[MicroBatch]:
         """A short example that has items, a long one, and both together: to try a model on."""
@@ -236,7 +141,7 @@ class WindowLoader:
                 both = np.concatenate([micro_batch.indices for micro_batch in alone])  # type: ignore[union-attr]
                 found = [*alone, self._windows.collate(both, split.pad_to)]
                 return [
-                    MicroBatch(_to_device(m.batch, self.accelerator), m.indices, m.num_items) for m in found
+                    MicroBatch(to_device(m.batch, self.accelerator), m.indices, m.num_items) for m in found
                 ]
         raise ValueError("no example of the data set has an item: every label is ignored")
 
@@ -248,7 +153,6 @@ class WindowLoader:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go to where `state_dict` was taken; the next pass runs the rest of that epoch."""
-        WindowPlan.check_seed(state["seed"])
         self.seed = state["seed"]
         self.plan = self._windows.plan = WindowPlan(
             self.plan.num_examples,
@@ -342,10 +246,6 @@ class WindowLoader:
                 f"{count} of {self.plan.num_examples} examples are longer than max_tokens={bound.max_tokens} "
                 f"(the longest has {padded.max()}): each goes alone in a micro-batch that exceeds it"
             )
-
-
-def _to_device(batch: Mapping[str, Any], accelerator: Accelerator) -> Any:
-    return send_to_device(dict(batch), accelerator.device, non_blocking=accelerator.device.type == "cuda")
 
 
 def _pinned(micro_batch: MicroBatch) -> MicroBatch:

@@ -15,7 +15,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ga
 
 from gradacc_hf import WindowLoader, evaluate, fine_tune
 from gradacc_hf.heads import build_head
-from gradacc_hf.loop import model_loss, train
+from gradacc_hf.items import model_loss
+from gradacc_hf.loop import train
 from gradacc_hf.tryout import try_out
 from gradacc_hf.verify import RecordGradients, relative_error, whole_window_gradient
 

@@ -561,6 +561,7 @@ def test_what_is_no_size_is_refused(size):
 
 def fake_gpus(monkeypatch, *gpus):
     import torch
+
     devices = [SimpleNamespace(total_memory=memory, major=major) for memory, major in gpus]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from gradacc_hf import WindowLoader
 from gradacc_hf.heads import build_head
-from gradacc_hf.loop import model_loss
+from gradacc_hf.items import model_loss
 from gradacc_hf.tryout import try_out
 
 

@@ -153,7 +153,7 @@ def test_the_loader_holds_no_micro_batch_that_it_has_put_on_the_device(accelerat
         alive.extend(map(weakref.ref, copied.values()))
         return copied
 
-    monkeypatch.setattr("gradacc_hf.windows.send_to_device", copy)
+    monkeypatch.setattr("gradacc_hf.window.send_to_device", copy)
     for window in loader(accelerator):
         for batch in window:
             del batch
