@@ -3,6 +3,7 @@
 #
 #   ./launch.sh                                  the main job: fine-tune MiniLM on the standard library's docstrings
 #   ./launch.sh RECIPE --config FILE [--budget NAME] [--processes N] [--section.key value …]
+#   ./launch.sh lessons [NAME] [--plot FILE.svg] the lessons: small programs that show what accumulation does
 #   ./launch.sh test [pytest arguments]          the tests
 #   ./launch.sh help                             this text; `./launch.sh RECIPE --help` lists a recipe's settings
 #
@@ -52,11 +53,14 @@ esac
 install
 export PATH="$venv/bin:$PATH"
 
-if [[ ${1:-} == test ]]; then
-  shift
-  cd "$here"
-  exec python -m pytest "$@"
-fi
+case ${1:-} in
+  test)
+    shift
+    cd "$here"
+    exec python -m pytest "$@"
+    ;;
+  lessons) exec gradacc "$@" ;;
+esac
 
 if [[ $# -eq 0 ]]; then
   cd "$here"

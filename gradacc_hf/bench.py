@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gradacc_hf.command_line import read_command_line
-from gradacc_hf.config import KITS
+from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput
 from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
@@ -310,9 +310,8 @@ def _run_trainer(
 
 def offline_recipe() -> Recipe:
     """The recipe of configs/text_classification_offline.yaml: MiniLM on the standard library's docstrings."""
-    kit = next(kit for kit in KITS if (kit / "recipes").is_dir())
-    recipe_class = runpy.run_path(str(kit / "recipes/text_classification.py"))["TextClassification"]
-    config = ["--config", str(kit / "configs/text_classification_offline.yaml")]
+    recipe_class = runpy.run_path(str(kit() / "recipes/text_classification.py"))["TextClassification"]
+    config = ["--config", str(kit() / "configs/text_classification_offline.yaml")]
     settings = read_command_line(config, data=recipe_class.Data)
     settings.budget.max_tokens = TRAINER_MICRO_BATCH * settings.data.max_length  # as large as Trainer's
     return recipe_class(settings)

@@ -5,7 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from gradacc_hf.config import KITS
+from gradacc_hf import lessons
+from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput
 
 
@@ -17,8 +18,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list the recipes and their configs")
     copy = commands.add_parser("cp", help="copy a recipe and its configs into a folder, to edit")
-    copy.add_argument("name", help="a recipe, as `gradacc ls` names it")
+    copy.add_argument("name", help="a recipe, as `gradacc ls` names it, or lessons/NAME")
     copy.add_argument("folder", type=Path, help="where recipes/ and configs/ go")
+    lesson = commands.add_parser("lessons", help="list the lessons, or run one")
+    lesson.add_argument("name", nargs="?", help="a lesson; without it, all are listed")
+    lesson.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw what the lesson shows")
     commands.add_parser("bench", help="measure what the README says (gradacc bench --help)", add_help=False)
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command != "bench":
@@ -29,6 +33,8 @@ def main() -> None:
                 print(name, *(f"configs/{path.name}" for path in configs(name)), sep="  ")
         elif arguments.command == "cp":
             copy_recipe(arguments.name, arguments.folder)
+        elif arguments.command == "lessons":
+            show_lessons(arguments.name, arguments.plot)
         else:
             from gradacc_hf import bench  # late: it loads torch and transformers
 
@@ -38,9 +44,15 @@ def main() -> None:
         sys.exit(2)
 
 
-def kit() -> Path:
-    """The folder that holds recipes/ and configs/: the checkout, or inside the installed package."""
-    return next(root for root in KITS if (root / "recipes").is_dir())
+def show_lessons(name: str | None, plot: Path | None) -> None:
+    """Run a lesson, or list all, with the question that each answers."""
+    if name is not None:
+        lessons.run(name, plot)
+        return
+    if plot is not None:
+        raise BadInput("--plot: which lesson? Give its name: gradacc lessons NAME --plot FILE.svg")
+    for lesson in lessons.names():
+        print(f"{lesson:<22}{lessons.question(lesson)}")
 
 
 def recipes() -> list[str]:
@@ -55,9 +67,12 @@ def configs(name: str) -> list[Path]:
 
 
 def copy_recipe(name: str, folder: Path) -> None:
-    """Copy recipes/NAME.py and its configs; all or, where a file is there already, none."""
-    if name not in recipes():
-        raise BadInput(f"no recipe {name!r}; there are: {', '.join(recipes())}")
+    """Copy recipes/NAME.py and its configs; all or, where a file is there already, none.
+
+    A lesson is copied as lessons/NAME.
+    """
+    if name not in recipes() and name not in [f"lessons/{lesson}" for lesson in lessons.names()]:
+        raise BadInput(f"no recipe {name!r}; there are: {', '.join(recipes())}, and lessons/NAME")
     copies = {
         path: folder / path.relative_to(kit()) for path in (kit() / "recipes" / f"{name}.py", *configs(name))
     }

@@ -204,6 +204,11 @@ KITS = (PACKAGE.parent, PACKAGE / "_kit")
 """Where recipes/ and configs/ are: beside the package in a checkout, inside it in an installed one."""
 
 
+def kit() -> Path:
+    """The folder that holds recipes/ and configs/."""
+    return next(root for root in KITS if (root / "recipes").is_dir())
+
+
 def _bytes(size: str) -> int:
     """Bytes of a size such as "8GiB"; 0 where it is none."""
     units = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}

@@ -38,6 +38,13 @@ def test_a_copied_recipe_is_the_one_that_its_copied_config_names(tmp_path):
     ).resolve()
 
 
+def test_a_copied_lesson_runs(tmp_path):
+    assert gradacc("cp", "lessons/when_to_step", str(tmp_path)).returncode == 0
+    copy = tmp_path / "recipes/lessons/when_to_step.py"
+    done = subprocess.run([sys.executable, copy], capture_output=True, text=True)
+    assert "in the kit               0.000 0.000 0.000" in done.stdout
+
+
 def test_cp_overwrites_nothing(tmp_path):
     (tmp_path / "recipes").mkdir()
     (mine := tmp_path / "recipes/text_classification.py").write_text("mine")
@@ -52,4 +59,7 @@ def test_cp_overwrites_nothing(tmp_path):
 def test_an_unknown_recipe_is_one_line(tmp_path, name):
     done = gradacc("cp", name, str(tmp_path))
     assert done.returncode == 2
-    assert done.stderr == f"error: no recipe '{name}'; there are: minimal, text_classification\n"
+    assert (
+        done.stderr
+        == f"error: no recipe '{name}'; there are: minimal, text_classification, and lessons/NAME\n"
+    )

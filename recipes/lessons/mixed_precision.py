@@ -1,0 +1,79 @@
+"""Does half precision survive accumulation? bf16 and fp16 done right, and the usual mistakes.
+
+Run it: gradacc lessons mixed_precision
+"""
+
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import mse_loss
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector
+
+from gradacc_hf import WindowLoader
+
+MAX_NORM, SCALE = 5e-6, 2.0**16  # clips each gradient here; GradScaler's first scale
+torch.manual_seed(0)
+X = torch.randn(64, 32)
+Y = X.sum(dim=1, keepdim=True)
+
+
+def new_model():
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def small_loss(outputs, y):
+    return mse_loss(outputs.float(), y) * 1e-6  # an auxiliary loss of little weight: small gradients
+
+
+def plain(dtype, size, scale=1.0, unscale=4):
+    """The gradient a window's step uses, in plain PyTorch: scale, unscale once, clip, step, update."""
+    model, optimizer = new_model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    for i, (x, y) in enumerate(zip(X.split(size), Y.split(size), strict=True), start=1):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = small_loss(model(x), y) * size / 64
+        scaler.scale(loss).backward()
+        if i == unscale:
+            scaler.unscale_(optimizer)  # a second time in a window, PyTorch refuses
+    clip_grad_norm_(model.parameters(), MAX_NORM)
+    scaler.step(optimizer)  # unscales what is not yet; skips the step after an overflow
+    scaler.update()
+    return parameters_to_vector(p.grad for p in model.parameters())
+
+
+def kit():
+    """bf16 through the kit. fp16 needs a GPU there: on a CPU, Accelerate makes it float32."""
+    model, optimizer = (accelerator := Accelerator(cpu=True, mixed_precision="bf16")).prepare(*new_model())
+    rows = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+    for window in WindowLoader(rows, 64, micro_batch_size=16, shuffle=False, accelerator=accelerator):
+        for batch in window:
+            with accelerator.accumulate(model):
+                accelerator.backward(window.weigh(small_loss(model(batch["x"]), batch["labels"])))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
+                optimizer.step()
+    return parameters_to_vector(p.grad for p in model.parameters())
+
+
+def main():
+    (truth, half), found = (plain(torch.float32, 64), torch.float16), {}
+    gradients = {"bf16": plain(torch.bfloat16, 16), "bf16, kit": kit(), "fp16": plain(half, 16, SCALE)}
+    gradients["fp16, no scaler"] = plain(half, 16)
+    gradients["fp16, clipped while scaled"] = plain(half, 16, SCALE, unscale=None)
+    gradients["fp16, unscaled after the first"] = plain(half, 16, SCALE, unscale=1)
+    for name, gradient in gradients.items():
+        error = ((gradient - truth).norm() / truth.norm()).item()
+        found[name] = {"error": error, "zeros": (gradient == 0).float().mean().item()}
+        print(f"{name:<31} off float32 at once by {error:.0e}, {found[name]['zeros']:3.0%} zeros")
+    print("In the kit: Accelerate scales, and unscales in `clip_grad_norm_`; `accumulate` says when.")
+    return found
+
+
+def draw(axes, found):
+    axes.barh(list(found), [way["error"] for way in found.values()])
+    axes.set(title="Error of a window's gradient", xlabel="relative error", xscale="log")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What do several processes exchange? Two over gloo, reducing after every micro-batch or once a window.
+
+Run it: gradacc lessons synchronise_once
+"""
+
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
+
+from gradacc_hf import WindowLoader
+
+torch.manual_seed(0)
+X = torch.randn(64, 8)
+Y = X.sum(dim=1, keepdim=True)
+ROWS = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+MODEL = torch.nn.Linear(8, 1)
+
+
+def counted(calls, bucket):  # what DDP does by itself, and a note of it
+    calls.append(bucket.index())
+    return allreduce_hook(None, bucket)
+
+
+def plain(once):  # this process's half of 64 rows, in 4 micro-batches of 8
+    MODEL.zero_grad()
+    ddp, mine = DistributedDataParallel(MODEL), slice(torch.distributed.get_rank(), None, 2)
+    ddp.register_comm_hook(calls := [], counted)
+    for i, (x, y) in enumerate(zip(X[mine].split(8), Y[mine].split(8), strict=True), start=1):
+        with ddp.no_sync() if once and i < 4 else nullcontext():
+            (mse_loss(ddp(x), y) / 4).backward()
+    return len(calls), MODEL.weight.grad
+
+
+def kit():  # `accumulate` synchronises where the window ends
+    MODEL.zero_grad()
+    ddp = (accelerator := Accelerator(cpu=True)).prepare(MODEL)
+    ddp.register_comm_hook(calls := [], counted)
+    for window in WindowLoader(ROWS, 64, micro_batch_size=8, accelerator=accelerator):
+        for batch in window:
+            with accelerator.accumulate(ddp):
+                accelerator.backward(window.weigh(mse_loss(ddp(batch["x"]), batch["labels"])))
+    return len(calls), MODEL.weight.grad
+
+
+def process(folder):  # what each of the two runs; it writes down what it saw
+    torch.distributed.init_process_group("gloo")
+    ways = {"each micro-batch": plain(once=False), "once": plain(once=True), "kit": kit()}
+    torch.save(ways, f"{folder}/{torch.distributed.get_rank()}")
+    torch.distributed.destroy_process_group()
+
+
+def main():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*torchrun, __file__, folder], check=True)
+        ways = torch.load(f"{folder}/0", weights_only=True)
+    (truth,), found = torch.autograd.grad(mse_loss(MODEL(X), Y), MODEL.weight), {}  # at once, in one process
+    for name, (reduces, gradient) in ways.items():
+        error = ((gradient - truth).norm() / truth.norm()).item()
+        found[name] = {"reduces": reduces, "error": error}
+        print(f"{name:<16} {reduces} all-reduces; gradient off one process's by {error:.0e}")
+    print("In the kit: `accelerator.accumulate` with a window: one all-reduce, in its last micro-batch.")
+    return found
+
+
+def draw(axes, found):
+    axes.bar(list(found), [way["reduces"] for way in found.values()])
+    axes.set(title="All-reduces of a window of 4 micro-batches", ylabel="all-reduces")
+
+
+if __name__ == "__main__":
+    main() if len(sys.argv) == 1 else process(sys.argv[1])

@@ -1,0 +1,78 @@
+"""Do micro-batches count alike? Not with unequal numbers of tokens: a mean of means against the mean.
+
+Run it: gradacc lessons unequal_items
+"""
+
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from gradacc_hf import WindowLoader
+
+TOKENS = (1, 2, 3, 30, 4, 2, 20, 1)  # labelled tokens in each of eight examples
+torch.manual_seed(0)
+ROWS = [{"x": torch.randn(n, 8), "labels": torch.randint(5, (n,))} for n in TOKENS]
+
+
+def collate(rows):
+    """Pad to the longest; padding is labelled −100, which the loss leaves out."""
+    x = pad_sequence([row["x"] for row in rows], batch_first=True)
+    labels = pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=-100)
+    return {"x": x, "labels": labels}
+
+
+def mean_loss(model, batch):
+    """The mean over the labelled tokens, as token classifiers and language models have it."""
+    return cross_entropy(model(batch["x"]).flatten(0, 1), batch["labels"].flatten())
+
+
+def new_model():
+    torch.manual_seed(1)
+    return torch.nn.Linear(8, 5)
+
+
+def plain(size, weight):
+    """Loss and gradient of the eight examples in micro-batches of `size`, each weighed, in plain PyTorch."""
+    model, total = new_model(), 0.0
+    for batch in (collate(ROWS[i : i + size]) for i in range(0, 8, size)):
+        loss = mean_loss(model, batch) * weight(batch)
+        loss.backward()
+        total += loss.item()
+    return total, model.weight.grad
+
+
+def kit():
+    """The same through the kit, which counts the labels that are not −100."""
+    model = (accelerator := Accelerator(cpu=True)).prepare(new_model())
+    settings = {"micro_batch_size": 2, "collate_fn": collate, "accelerator": accelerator}
+    for window in WindowLoader(ROWS, 8, **settings):
+        for batch in window:
+            with accelerator.accumulate(model):
+                accelerator.backward(window.weigh(mean_loss(model, batch)))
+    return window.loss, model.weight.grad
+
+
+def main():
+    loss, truth = plain(8, weight=lambda batch: 1)
+    ways = {"mean of means": plain(2, weight=lambda batch: 1 / 4)}
+    ways["by tokens"] = plain(2, weight=lambda batch: (batch["labels"] != -100).sum() / sum(TOKENS))
+    ways["kit"] = kit()
+    found = {"at once": {"loss": loss, "error": 0.0}}
+    print(f"{sum(TOKENS)} labelled tokens at once: loss {loss:.4f}; in micro-batches of 3, 33, 6 and 21:")
+    for name, (loss, gradient) in ways.items():
+        found[name] = {"loss": loss, "error": ((gradient - truth).norm() / truth.norm()).item()}
+        print(f"{name:<14} loss {loss:.4f}, gradient off by {found[name]['error']:.0e}")
+    print(
+        "In the kit: `num_items` says what a mean is over; `window.weigh` gives each micro-batch its share."
+    )
+    return found
+
+
+def draw(axes, found):
+    axes.bar(list(found), [way["error"] for way in found.values()])
+    axes.set(title="Error of the gradient of eight examples", ylabel="relative error")
+
+
+if __name__ == "__main__":
+    main()

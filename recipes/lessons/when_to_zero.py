@@ -1,0 +1,78 @@
+"""When to zero the gradients? Before every backward, never, or after the step: what reaches the optimizer.
+
+Run it: gradacc lessons when_to_zero
+"""
+
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import mse_loss
+
+from gradacc_hf import WindowLoader
+
+torch.manual_seed(0)
+X = torch.randn(128, 5)  # 4 windows of 4 micro-batches of 8 rows
+Y = X @ torch.randn(5, 1) + torch.randn(128, 1)
+
+
+def new_model():
+    torch.manual_seed(1)
+    model = torch.nn.Linear(5, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.0)  # weights stay, so that gradients compare
+
+
+def plain(zero):
+    """The gradients that the four steps find, (4, 5), in plain PyTorch."""
+    (model, optimizer), gradients = new_model(), []
+    for i, (x, y) in enumerate(zip(X.split(8), Y.split(8), strict=True), start=1):
+        if zero == "before every backward":
+            optimizer.zero_grad()
+        (mse_loss(model(x), y) / 4).backward()
+        if i % 4 == 0:
+            gradients.append(model.weight.grad.clone())
+            optimizer.step()
+            if zero == "after the step":
+                optimizer.zero_grad()
+    return torch.cat(gradients)
+
+
+def kit():
+    """The same through the kit."""
+    model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
+    rows, gradients = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)], []
+    for window in WindowLoader(rows, 32, micro_batch_size=8, shuffle=False, accelerator=accelerator):
+        for batch in window:
+            with accelerator.accumulate(model):
+                accelerator.backward(window.weigh(mse_loss(model(batch["x"]), batch["labels"])))
+                last = model.weight.grad.clone()
+                optimizer.step()
+                optimizer.zero_grad()  # waits for the window's last micro-batch
+        gradients.append(last)
+    return torch.cat(gradients)
+
+
+def main():
+    (model, _), found = new_model(), {}
+    losses = [mse_loss(model(x), y) for x, y in zip(X.split(32), Y.split(32), strict=True)]
+    truth = torch.cat([torch.autograd.grad(loss, model.weight)[0] for loss in losses])  # windows at once
+    ways = {name: plain(name) for name in ("before every backward", "never", "after the step")}
+    print("zeroing                 length of each window's gradient, × its own          off")
+    for name, gradients in (ways | {"in the kit": kit()}).items():
+        lengths = gradients.norm(dim=1) / truth.norm(dim=1)
+        error = ((gradients - truth).norm() / truth.norm()).item()
+        found[name] = {"lengths": lengths.tolist(), "error": error}
+        print(f"{name:<24}", *(f"{length:<10.2f}" for length in lengths), f"{error:13.0e}")
+    print("Before every backward, only the last micro-batch is left; never, all earlier windows stay in.")
+    print("In the kit: call `optimizer.zero_grad()` inside `accumulate`; it happens where the window ends.")
+    return found
+
+
+def draw(axes, found):
+    for name, way in found.items():
+        axes.plot(range(1, 5), way["lengths"], marker="o", label=name)
+    axes.set(
+        title="Gradient at the step, × the window's own", xlabel="window", xticks=range(1, 5), ylabel="length"
+    )
+
+
+if __name__ == "__main__":
+    main()

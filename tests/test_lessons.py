@@ -1,0 +1,276 @@
+"""Every lesson shows what it says: which way is right, which is wrong, and by how much."""
+
+import re
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import gradacc_hf
+from gradacc_hf import cli, lessons
+from gradacc_hf.config import kit
+from gradacc_hf.verify import EXACT
+
+FOLDER = kit() / "recipes/lessons"
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def shown(capsys, tmp_path):
+    """Run a lesson with its plot; give its figures, its text and the plot."""
+
+    def run(name):
+        figures = lessons.run(name, plot := tmp_path / "plot.svg")
+        text = capsys.readouterr().out
+        *_, last, path = text.splitlines()
+        assert path == str(plot)
+        assert last.startswith("In the kit: "), "a lesson ends with the kit's feature that does it"
+        assert ElementTree.parse(plot).getroot().tag.endswith("svg")
+        return figures
+
+    return run
+
+
+def test_eight_samples(shown):
+    found = shown("eight_samples")
+    assert found["step ratio"] == pytest.approx(4)
+    assert found["error"] < 1e-5
+    assert found["divided"] == pytest.approx(found["closed form"], abs=1e-4)
+    far = [
+        max(abs(a - b) for a, b in zip(found[way], found["label"], strict=True)) for way in ("classic", "kit")
+    ]
+    assert far[0] > 20, "four times too long a step overshoots"
+    assert far[1] < 8
+
+
+def test_when_to_step(shown):
+    found = shown("when_to_step")
+    assert {name: way["updates"] for name, way in found.items()} == {
+        "every 4": 1,
+        "in the kit": 1,
+        "every 1": 4,
+        "every 1, zeroing every 4": 4,
+    }
+    assert found["every 4"]["error"] < EXACT
+    assert found["in the kit"]["error"] < EXACT
+    assert 0.01 < found["every 1"]["error"] < 0.5
+    assert found["every 1, zeroing every 4"]["error"] > 1
+
+
+def test_when_to_zero(shown):
+    found = shown("when_to_zero")
+    assert found["after the step"]["error"] < EXACT
+    assert found["in the kit"]["error"] < EXACT
+    assert max(found["before every backward"]["lengths"]) < 0.6, "a quarter of the window, more or less"
+    assert found["never"]["lengths"][0] == pytest.approx(1), "the first window is right either way"
+    assert min(found["never"]["lengths"][1:]) > 2
+
+
+def test_pipeline_trace(shown):
+    found = shown("pipeline_trace")
+    assert found["kit"] < EXACT
+    assert found["plain"] > 1e-3, "the rows left over leak into the next epoch"
+    assert found["loss"] == sorted(found["loss"], reverse=True)
+    assert found["accuracy"][-1] > 0.9
+
+
+def test_unequal_items(shown):
+    found = shown("unequal_items")
+    assert found["mean of means"]["error"] > 0.5
+    assert abs(found["mean of means"]["loss"] - found["at once"]["loss"]) > 0.01
+    for way in ("by tokens", "kit"):
+        assert found[way]["error"] < EXACT
+        assert found[way]["loss"] == pytest.approx(found["at once"]["loss"], rel=EXACT)
+
+
+def test_sixteen_to_sixtyfour(shown):
+    found = shown("sixteen_to_sixtyfour")
+    for max_norm in (torch.inf, 0.1):
+        assert found["kit", max_norm]["error"] < EXACT
+        assert 0.01 < found["16 × 4", max_norm]["error"] < 0.1, "40 of 1,000 rows are dropped"
+    assert found["16 × 4, clipping each", 0.1]["error"] > 1.5 * found["16 × 4", 0.1]["error"]
+    assert all(found["16", torch.inf]["losses"] < found["16 × 4", torch.inf]["losses"]), (
+        "four times the steps"
+    )
+    accuracies = [found[way, torch.inf]["accuracy"].mean() for way in ("16", "16 × 4", "kit")]
+    assert max(accuracies) - min(accuracies) < 0.01
+
+
+def test_batch_norm(shown):
+    found = shown("batch_norm")
+    for norm in ("LayerNorm", "GroupNorm"):
+        assert max(*found[norm]["error"], *found[norm]["kit"], *found[norm]["row"]) < EXACT
+    errors = list(found["BatchNorm"]["error"])
+    assert errors == sorted(errors), "the smaller the micro-batch, the worse"
+    assert errors[0] > 0.01
+    assert list(found["BatchNorm"]["kit"]) == pytest.approx(errors, rel=1e-3), "no loop can help"
+    assert min(found["BatchNorm"]["row"]) > 0.1
+
+
+def test_not_quite_the_same(shown):
+    found = shown("not_quite_the_same")
+    for name in ("SGD", "AdamW"):
+        assert max(*found[f"{name}, 16 × 4"], *found[f"{name}, kit"]) < EXACT
+        assert min(found[f"{name}, 16"]) > 0.3, "four times the steps go another way"
+    assert found[1] > 0.1
+    assert found[1000] < found[1] / 10, "dropout's draws agree on average"
+
+
+def test_learning_rate(shown):
+    found = shown("learning_rate")
+    assert found["error"] < EXACT
+    first = {name: losses[0] for name, losses in found.items() if name != "error"}
+    assert first["64, 0.1"] > 1.15 * first["16, 0.1"], "a quarter of the steps lags behind"
+    assert first["64, 0.1 × 4"] == pytest.approx(first["16, 0.1"], rel=0.05), "four times the rate catches up"
+    assert first["64, 0.1 × 4"] < first["64, 0.1 × 2"] < first["64, 0.1"]
+    assert found["64, 1.0 × 4"][-1] > 2 * found["64, 1.0"][-1] * 0.75, "at a large rate the rule breaks"
+    assert max(found["64, 1.0 × 4, warm-up"][2:]) > 1, "and this warm-up does not save it"
+
+
+def test_memory(shown):
+    found = shown("memory")
+    once, *accumulated, with_the_kit = found.values()
+    for parts in accumulated:
+        assert parts["gradients"] == parts["parameters"] == once["parameters"]
+        assert parts["optimizer"] == once["optimizer"] == pytest.approx(2 * once["parameters"], rel=0.01)
+    activations = [parts["activations"] for parts in (once, *accumulated)]
+    assert all(later < 0.62 * earlier for earlier, later in pairwise(activations))
+    assert with_the_kit == pytest.approx(found["4 × 8"], rel=1e-3)
+
+
+def test_time(shown):
+    found = shown("time")
+    assert max(way["error"] for way in found.values()) < EXACT
+    assert {way["tokens"] for (_, kind), way in found.items() if kind == "alike"} == {64 * 32}
+    assert found["kit", "unequal"]["tokens"] < 0.3 * found["1 × 64", "unequal"]["tokens"]
+    # No time is asserted but the grossest: 64 passes for the tokens of one.
+    assert found["64 × 1", "alike"]["ratio"] > 1.5
+
+
+def test_mixed_precision(shown):
+    found = shown("mixed_precision")
+    assert found["bf16"]["error"] < 2**-6
+    assert found["bf16, kit"]["error"] < 2**-6
+    assert found["fp16"]["error"] < 2**-9
+    assert found["fp16"]["zeros"] == 0
+    assert found["fp16, no scaler"]["zeros"] > 0.3, "small gradients underflow"
+    for mistake in ("no scaler", "unscaled after the first"):
+        assert found[f"fp16, {mistake}"]["error"] > 0.1
+    assert found["fp16, clipped while scaled"]["error"] > 0.99, "next to nothing is left"
+
+
+def test_synchronise_once(shown):
+    found = shown("synchronise_once")
+    assert {name: way["reduces"] for name, way in found.items()} == {
+        "each micro-batch": 4,
+        "once": 1,
+        "kit": 1,
+    }
+    assert max(way["error"] for way in found.values()) < EXACT
+
+
+def test_contrastive(shown):
+    found = shown("contrastive")
+    cached = [error for name, error in found.items() if name.endswith("cached")]
+    assert len(cached) == 5
+    assert max(cached) < EXACT
+    accumulated = [found[f"{64 // size} × {size}"] for size in (32, 16, 8)]
+    assert accumulated == sorted(accumulated)
+    assert accumulated[0] > 0.2
+
+
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def test_the_path_leads_through_every_lesson_once():
+    assert sorted(lessons.names()) == NAMES
+    assert len(NAMES) == 14
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lesson_is_short_stands_alone_and_its_question_is_in_the_readme(name):
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 80
+    assert f"gradacc lessons {name}\n" in text
+    assert lessons.question(name) in README
+    imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
+    assert imported <= {"torch", "accelerate", "gradacc_hf", *sys.stdlib_module_names}
+    public = re.findall(r"^from gradacc_hf import (.+)$", text, re.MULTILINE)
+    assert [name for line in public for name in line.split(", ") if name not in gradacc_hf.__all__] == []
+    assert "from gradacc_hf." not in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_lesson_has_a_test(name):
+    assert f"test_{name}" in globals()
+
+
+def test_a_lesson_called_time_does_not_stand_in_for_the_library():
+    assert lessons.load("time") is not time
+    assert sys.modules["time"] is time
+
+
+def test_gradacc_lessons_lists_them_with_their_questions(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gradacc", "lessons"])
+    cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == lessons.names()
+    assert all(line.endswith("?") for line in lines)
+
+
+def test_a_lesson_runs_from_the_command_line(tmp_path):
+    command = [
+        Path(sys.executable).parent / "gradacc",
+        "lessons",
+        "when_to_step",
+        "--plot",
+        tmp_path / "plot.svg",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "plot.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.svg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], r"lesson: found 'nonsense'; there are: eight_samples, .*"),
+        (["../minimal"], r"lesson: found '../minimal'; there are: .*"),
+        (["--plot", "a.svg"], r"--plot: which lesson\? .*"),
+        (["batch_norm", "--plot", "a.png"], r"--plot: found a.png; allowed: a file that ends in .svg"),
+        (
+            ["batch_norm", "--plot", "there.svg"],
+            r"--plot: there.svg exists already; give another name, or move it",
+        ),
+        (
+            ["batch_norm", "--plot", "no/a.svg"],
+            r"--plot: no/a.svg cannot be written \(No such file or directory\); .*",
+        ),
+        (
+            ["batch_norm", "--plot", "there.svg/a.svg"],
+            r"--plot: .* cannot be written \(Not a directory\); .*",
+        ),
+        (
+            ["batch_norm", "--plot", f"{'a' * 300}.svg"],
+            r"--plot: a+.svg cannot be written \(File name too long\); .*",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_nothing_is_run(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("there.svg").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["gradacc", "lessons", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(f"error: {message}\n", err)
+    assert [path.name for path in tmp_path.iterdir()] == ["there.svg"]
+    assert Path("there.svg").read_text() == "mine"
