@@ -17,10 +17,13 @@ from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.config import kit
 from gradacc_hf.errors import listed, refuse
 
-# The colours of Okabe and Ito, which the colour-blind tell apart; on white, also where the page is dark.
-STYLE = {
+# The colours of Okabe and Ito, which the colour-blind tell apart; dashes, so that a line shows under another.
+# On white, also where the page is dark.
+STYLE: Any = {
+    "axes.axisbelow": True,
     "axes.grid": True,
-    "axes.prop_cycle": "cycler('color', ['0072b2', 'd55e00', '009e73', 'cc79a7', 'e69f00', '56b4e9'])",
+    "axes.prop_cycle": "cycler('color', ['0072b2', 'd55e00', '009e73', 'cc79a7', 'e69f00', '56b4e9'])"
+    " + cycler('linestyle', ['-', '--', '-.', ':', '-', '--'])",
     "axes.spines.right": False,
     "axes.spines.top": False,
     "font.size": 11,
@@ -95,6 +98,6 @@ def _write_plot(lesson: ModuleType, figures: Any, plot: Path) -> None:
         axes = figure.subplots()
         lesson.draw(axes, figures)
         if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend()
+            figure.legend(loc="outside right upper")
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     write_whole(plot, drawn.getvalue())

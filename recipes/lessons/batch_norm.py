@@ -64,12 +64,8 @@ def main():
 
 def draw(axes, found):
     for norm, errors in found.items():
-        axes.loglog((32, 16, 8, 4), errors["error"], marker="o", label=norm, base=2)
-    axes.set(
-        title="How far the gradient is from that of 64 rows",
-        xlabel="rows a micro-batch",
-        ylabel="relative error",
-    )
+        axes.semilogy((32, 16, 8, 4), errors["error"], marker="o", label=norm)
+    axes.set(title="Error of the gradient of 64 rows", xlabel="rows a micro-batch", ylabel="relative error")
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ def main():
 
 
 def draw(axes, found):
-    for name in list(found)[:-1]:
-        axes.plot(range(1, EPOCHS + 1), found[name], marker="o", label=name)
+    for i, name in enumerate(list(found)[:-1]):  # the same colour for the same way
+        axes.plot(range(1, EPOCHS + 1), found[name], color=f"C{i % 5}", ls=("-", ":")[i // 5], label=name)
     axes.set(title="Rows a step, and learning rate", xlabel="epoch", ylabel="loss", yscale="log")
 
 

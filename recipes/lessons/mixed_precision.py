@@ -12,8 +12,7 @@ from gradacc_hf import WindowLoader
 
 MAX_NORM, SCALE = 5e-6, 2.0**16  # clips each gradient here; GradScaler's first scale
 torch.manual_seed(0)
-X = torch.randn(64, 32)
-Y = X.sum(dim=1, keepdim=True)
+Y = (X := torch.randn(64, 32)).sum(dim=1, keepdim=True)
 
 
 def new_model():
@@ -58,20 +57,21 @@ def kit():
 
 def main():
     (truth, half), found = (plain(torch.float32, 64), torch.float16), {}
-    gradients = {"bf16": plain(torch.bfloat16, 16), "bf16, kit": kit(), "fp16": plain(half, 16, SCALE)}
-    gradients["fp16, no scaler"] = plain(half, 16)
+    gradients = {"bf16": plain(torch.bfloat16, 16), "bf16, kit": kit()}
+    gradients |= {"fp16": plain(half, 16, SCALE), "fp16, no scaler": plain(half, 16)}
     gradients["fp16, clipped while scaled"] = plain(half, 16, SCALE, unscale=None)
     gradients["fp16, unscaled after the first"] = plain(half, 16, SCALE, unscale=1)
     for name, gradient in gradients.items():
-        error = ((gradient - truth).norm() / truth.norm()).item()
-        found[name] = {"error": error, "zeros": (gradient == 0).float().mean().item()}
-        print(f"{name:<31} off float32 at once by {error:.0e}, {found[name]['zeros']:3.0%} zeros")
+        found[name] = {"error": ((gradient - truth).norm() / truth.norm()).item()}
+        found[name]["zeros"] = (gradient == 0).float().mean().item()
+        print(f"{name:<31} off float32 by {found[name]['error']:.0e}, {found[name]['zeros']:3.0%} zeros")
     print("In the kit: Accelerate scales, and unscales in `clip_grad_norm_`; `accumulate` says when.")
     return found
 
 
 def draw(axes, found):
     axes.barh(list(found), [way["error"] for way in found.values()])
+    axes.invert_yaxis()
     axes.set(title="Error of a window's gradient", xlabel="relative error", xscale="log")
 
 

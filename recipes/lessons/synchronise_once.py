@@ -72,7 +72,7 @@ def main():
 
 def draw(axes, found):
     axes.bar(list(found), [way["reduces"] for way in found.values()])
-    axes.set(title="All-reduces of a window of 4 micro-batches", ylabel="all-reduces")
+    axes.set(title="All-reduces of a window of 4 micro-batches", yticks=range(5))
 
 
 if __name__ == "__main__":
