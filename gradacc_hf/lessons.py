@@ -7,11 +7,13 @@ figures; `draw(axes, figures)` draws them. The order, and the answers: recipes/l
 import ast
 import importlib.util
 import io
+import os
 import re
-import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState
 
 from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.config import kit
@@ -52,8 +54,14 @@ def run(name: str, plot: Path | None = None) -> Any:
     """
     if name not in names():
         refuse("lesson", f"found {name!r}", f"there are: {listed(names())}")
+    if "RANK" in os.environ:
+        refuse("lessons", "found a launcher's RANK in the environment", "run `gradacc lessons` without one")
     if plot is not None:
         _check_plot(plot)
+    for setting in [key for key in os.environ if key.startswith("ACCELERATE_")]:
+        del os.environ[setting]  # a lesson's Accelerator is as its file says
+    AcceleratorState._reset_state(reset_partial_state=True)  # and its own
+    GradientState._reset_state()
     lesson = load(name)
     figures = lesson.main()
     if plot is not None:
@@ -82,8 +90,8 @@ def _check_plot(plot: Path) -> None:
     try:
         if plot.exists():
             refuse("--plot", f"{plot} exists already", "give another name, or move it")
-        with tempfile.NamedTemporaryFile(dir=plot.parent, suffix=plot.name):
-            pass
+        write_whole(plot, "")  # so that a lesson is not run in vain
+        plot.unlink()
     except OSError as error:
         refuse("--plot", f"{plot} cannot be written ({error.strerror})", "give a file in a folder of yours")
 

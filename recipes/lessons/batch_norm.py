@@ -25,7 +25,7 @@ def new_model(norm):
 
 
 def plain(norm, size):
-    """The gradient of 64 rows in micro-batches of `size`, and what the norm makes of the first row."""
+    """The gradient of 64 examples in micro-batches of `size`, and the first example after the norm."""
     model, normalised = new_model(norm), []
     model[1].register_forward_hook(lambda module, inputs, output: normalised.append(output[0]))
     for x, y in zip(X.split(size), Y.split(size), strict=True):
@@ -36,8 +36,8 @@ def plain(norm, size):
 def kit(norm, size):
     """The same gradient through the kit."""
     model = (accelerator := Accelerator(cpu=True)).prepare(new_model(norm))
-    rows = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
-    for window in WindowLoader(rows, 64, micro_batch_size=size, shuffle=False, accelerator=accelerator):
+    examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+    for window in WindowLoader(examples, 64, micro_batch_size=size, shuffle=False, accelerator=accelerator):
         for batch in window:
             with accelerator.accumulate(model):
                 accelerator.backward(window.weigh(mse_loss(model(batch["x"]), batch["labels"])))
@@ -46,26 +46,26 @@ def kit(norm, size):
 
 def main():
     def off(here, truth):
-        return ((here - truth).norm() / truth.norm()).item()
+        return (torch.dist(here, truth) / truth.norm()).item()
 
     found = {}
-    print("rows a micro-batch     gradient off by   in the kit   first row, normalised, off by")
+    print("examples a micro-batch     gradient off by   in the kit   first example, normalised, off by")
     for norm in NORMS:
-        (truth, row), errors = plain(norm, 64), []
+        (truth, example), errors = plain(norm, 64), []
         for size in (32, 16, 8, 4):
             gradient, row_here = plain(norm, size)
-            errors.append((off(gradient, truth), off(kit(norm, size), truth), off(row_here, row)))
+            errors.append((off(gradient, truth), off(kit(norm, size), truth), off(row_here, example)))
             print(f"{norm:<15} {size:2} {errors[-1][0]:19.0e} {errors[-1][1]:12.0e} {errors[-1][2]:22.0e}")
-        found[norm] = dict(zip(("error", "kit", "row"), zip(*errors, strict=True), strict=True))
-    print("BatchNorm divides a row by what varies in its micro-batch; the others look at that row alone.")
-    print("In the kit: `try_out`, which `fine_tune` calls, names a model's BatchNorm modules before the run.")
+        found[norm] = torch.tensor(errors).T.tolist()  # of gradients, the kit's, the first example
+    print("BatchNorm shifts and scales an example by its micro-batch's statistics, the others by its own.")
+    print("In the kit: `try_out`, which `fine_tune` calls, warns of a model's BatchNorm before the run.")
     return found
 
 
 def draw(axes, found):
     for norm, errors in found.items():
-        axes.semilogy((32, 16, 8, 4), errors["error"], marker="o", label=norm)
-    axes.set(title="Error of the gradient of 64 rows", xlabel="rows a micro-batch", ylabel="relative error")
+        axes.semilogy((32, 16, 8, 4), errors[0], marker="o", label=norm)
+    axes.set(title="Error of the gradient", xlabel="examples a micro-batch", ylabel="relative error")
 
 
 if __name__ == "__main__":

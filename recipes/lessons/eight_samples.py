@@ -1,4 +1,4 @@
-"""Why accumulate? Eight samples, one at a time, a step for every four; and what the classic program forgets.
+"""Why accumulate? Eight examples, one at a time, a step for every four; and what the classic program forgets.
 
 Run it: gradacc lessons eight_samples
 """
@@ -35,17 +35,17 @@ def closed_form():
     """The same two steps at once: the gradient of the mean squared error is 2/4 Xᵀ(Xw − y)."""
     model = new_model()[0]
     w = torch.cat([model.weight.detach().T, model.bias.detach()[None]])  # (3, 1), the bias last
-    rows = torch.cat([X, torch.ones(8, 1)], dim=1)
-    for x, y in (rows[:4], Y[:4]), (rows[4:], Y[4:]):
+    examples = torch.cat([X, torch.ones(8, 1)], dim=1)
+    for x, y in (examples[:4], Y[:4]), (examples[4:], Y[4:]):
         w = w - 0.01 * 2 / 4 * x.T @ (x @ w - y)
-    return (rows @ w).flatten().tolist()
+    return (examples @ w).flatten().tolist()
 
 
 def kit():
     """The same epoch through the kit: nothing to count, nothing to divide by."""
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
-    samples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
-    for window in WindowLoader(samples, 4, micro_batch_size=1, shuffle=False, accelerator=accelerator):
+    examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+    for window in WindowLoader(examples, 4, micro_batch_size=1, shuffle=False, accelerator=accelerator):
         for batch in window:
             with accelerator.accumulate(model):
                 accelerator.backward(window.weigh(mse_loss(model(batch["x"]), batch["labels"])))
@@ -58,9 +58,9 @@ def main():
     (classic, classic_norm), (divided, norm) = plain(divide_by=1), plain(divide_by=4)
     found = {"label": Y.flatten().tolist(), "before": new_model()[0](X).flatten().tolist()}
     found |= {"classic": classic, "divided": divided, "kit": kit(), "closed form": closed_form()}
-    print("sample    ", *(f"{name:>12}" for name in found))
-    for x, *row in zip(X.tolist(), *found.values(), strict=True):
-        print(x, *(f"{value:12.3f}" for value in row))
+    print("prediction", *(f"{name:>12}" for name in found))
+    for x, *example in zip(X.tolist(), *found.values(), strict=True):
+        print(x, *(f"{value:12.3f}" for value in example))
     error = max(abs(a - b) for a, b in zip(found["kit"], found["closed form"], strict=True))
     ratio = classic_norm / norm
     print(f"The classic program never divides by 4: its first step is {ratio:.2f} × the mean's.")
@@ -72,7 +72,7 @@ def main():
 def draw(axes, found):
     for name in ("label", "before", "classic", "kit"):
         axes.plot(range(1, 9), found[name], marker="o", label=name)
-    axes.set(title="Predictions after one epoch, two steps", xlabel="sample", ylabel="prediction")
+    axes.set(title="Predictions after one epoch, two steps", xlabel="example", ylabel="prediction")
 
 
 if __name__ == "__main__":

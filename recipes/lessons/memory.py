@@ -1,16 +1,16 @@
-"""What does it save? Peak memory of one batch of 32 against 32 rows accumulated: activations, not gradients.
+"""What does it save? Peak memory of 32 examples at once and accumulated: activations fall, not gradients.
 
 Run it: gradacc lessons memory
 """
 
 import torch
 from accelerate import Accelerator
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools.mem_tracker import MemTracker  # not a public name of torch's
 
 from gradacc_hf import WindowLoader
 
-X = torch.randn(32, 64, 128)  # rows, positions, width
-PARTS = ("parameters", "gradients", "activations", "optimizer", "other")  # at the peak, in MB
+X = torch.randn(32, 64, 128)  # examples, positions, width
+PARTS = ("parameters", "gradients", "activations", "optimizer", "temporary")  # at the peak, in MB
 
 
 def new_model():
@@ -29,13 +29,13 @@ def peak(tracker):
 
 
 def plain(size):
-    """Two steps on 32 rows in micro-batches of `size`; the second finds the optimizer's state there."""
+    """Two steps on 32 examples in micro-batches of `size`; the second finds the optimizer's state there."""
     model, optimizer = new_model()
     with (tracker := MemTracker()):
         tracker.track_external(model, optimizer)
         for _ in range(2):
             for x in X.split(size):
-                tracker.reset_mod_stats()
+                tracker.reset_mod_stats()  # else a second forward is refused
                 (model(x).pow(2).mean() * size / 32).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -44,10 +44,10 @@ def plain(size):
 
 def kit(size):
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
-    rows = [{"x": x, "labels": 0} for x in X] * 2
+    examples = [{"x": x, "labels": 0} for x in X] * 2
     with (tracker := MemTracker()):
         tracker.track_external(model, optimizer.optimizer)
-        for window in WindowLoader(rows, 32, micro_batch_size=size, accelerator=accelerator):
+        for window in WindowLoader(examples, 32, micro_batch_size=size, accelerator=accelerator):
             for batch in window:
                 tracker.reset_mod_stats()
                 with accelerator.accumulate(model):
@@ -62,7 +62,7 @@ def main():
     print("MB at the peak", *(f"{part:>11}" for part in PARTS), "      total")
     for name, parts in found.items():
         print(f"{name:<14}", *(f"{size:11.2f}" for size in parts.values()), f"{sum(parts.values()):11.2f}")
-    print("Activations fall with the micro-batch. Gradients stay: as large as the parameters.")
+    print("Activations fall. Gradients do not: at the peak all are there (of one batch, before most exist).")
     print("In the kit: `max_tokens` bounds a micro-batch, `effective_batch_size` says what a step sees.")
     return found
 
@@ -71,7 +71,7 @@ def draw(axes, found):
     for i, part in enumerate(PARTS):
         below = [sum(list(parts.values())[:i]) for parts in found.values()]
         axes.bar(list(found), [parts[part] for parts in found.values()], bottom=below, label=part)
-    axes.set(title="Memory at the peak of a step on 32 rows", ylabel="MB")
+    axes.set(title="Memory at the peak of a step on 32 examples", ylabel="MB")
 
 
 if __name__ == "__main__":

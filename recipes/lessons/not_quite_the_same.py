@@ -1,4 +1,4 @@
-"""Does everything stay as it was? The optimizer's state does; dropout's draws and the number of steps do not.
+"""Does the rest of training stay the same? The optimizer's state, the number of steps, dropout.
 
 Run it: gradacc lessons not_quite_the_same
 """
@@ -6,16 +6,13 @@ Run it: gradacc lessons not_quite_the_same
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.functional import mse_loss
-from torch.nn.utils import parameters_to_vector as vector
 
 from gradacc_hf import WindowLoader
 
 OPTIMIZERS = {"SGD": {"lr": 0.001, "momentum": 0.9}, "AdamW": {"lr": 0.01}}
-torch.manual_seed(0)
-X = torch.randn(640, 16)
+X = torch.randn(640, 16, generator=torch.manual_seed(0))
 Y = X.pow(2).sum(dim=1, keepdim=True)
-ROWS = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+EXAMPLES = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
 
 
 def new_model(optimizer, p=0.0):
@@ -24,49 +21,52 @@ def new_model(optimizer, p=0.0):
     return model, getattr(torch.optim, optimizer)(model.parameters(), **OPTIMIZERS[optimizer])
 
 
-def state(model, optimizer):  # the weights; what the optimizer remembers: momentum, or Adam's two means
-    remembered = [v for entry in optimizer.state.values() for k, v in entry.items() if k != "step"]
-    return vector(model.parameters()), vector(remembered)
+def state(model, optimizer):  # the weights and what the optimizer remembers: momentum, or Adam's two means
+    remembered = [v for entry in optimizer.state.values() for v in entry.values() if v.dim()]
+    return nn.utils.parameters_to_vector([*model.parameters(), *remembered])
 
 
 def plain(name, size, steps):  # a step every `steps` batches of `size`
     model, optimizer = new_model(name)
     for i, (x, y) in enumerate(zip(X.split(size), Y.split(size), strict=True), start=1):
-        (mse_loss(model(x), y) / steps).backward()
+        (nn.functional.mse_loss(model(x), y) / steps).backward()
         if i % steps == 0:
             optimizer.step()
             optimizer.zero_grad()
-    return state(model, optimizer)
+    return state(model, optimizer), i // steps
 
 
 def kit(name):
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model(name))
-    for window in WindowLoader(ROWS, 64, micro_batch_size=16, shuffle=False, accelerator=accelerator):
+    for window in WindowLoader(EXAMPLES, 64, micro_batch_size=16, shuffle=False, accelerator=accelerator):
         for batch in window:
             with accelerator.accumulate(model):
-                accelerator.backward(window.weigh(mse_loss(model(batch["x"]), batch["labels"])))
+                accelerator.backward(window.weigh(nn.functional.mse_loss(model(batch["x"]), batch["labels"])))
                 optimizer.step()
                 optimizer.zero_grad()
-    return state(model, optimizer)
+    return state(model, optimizer), window.number + 1
 
 
-def with_dropout(size, draws):  # the gradient of 64 rows; the mean over so many draws
-    model, _ = new_model("SGD", p=0.1)
-    for x, y in [*zip(X[:64].split(size), Y[:64].split(size), strict=True)] * draws:
-        (mse_loss(model(x), y) * size / 64 / draws).backward()
-    return vector(p.grad for p in model.parameters())
+def dropout_error(draws):  # of the gradient of 64 examples as 16 × 4, the mean over so many draws
+    a, b = (new_model("SGD", p=0.1)[0] for _ in range(2))
+    for model, size in ((a, 16), (b, 64)):
+        for x, y in [*zip(X[:64].split(size), Y[:64].split(size), strict=True)] * draws:
+            (nn.functional.mse_loss(model(x), y) * size / 64 / draws).backward()
+    a, b = (nn.utils.parameters_to_vector(p.grad for p in model.parameters()) for model in (a, b))
+    return (torch.dist(a, b) / b.norm()).item()
 
 
 def main():
-    found, off = {}, lambda here, truth: ((here - truth).norm() / truth.norm()).item()
-    for name in OPTIMIZERS:  # ten steps of 64 rows, or forty of 16
-        for way, here in ("16 × 4", plain(name, 16, 4)), ("kit", kit(name)), ("16", plain(name, 16, 1)):
-            found[f"{name}, {way}"] = errors = list(map(off, here, plain(name, 64, 1)))
-            print(f"{name:>5}, {way:<6}: weights off 64's by {errors[0]:.0e}, state by {errors[1]:.0e}")
+    found = {}
+    for opt in OPTIMIZERS:
+        ways = {"64": plain(opt, 64, 1), "16 × 4": plain(opt, 16, 4), "16": plain(opt, 16, 1)}
+        for way, (here, steps) in (ways | {"kit": kit(opt)}).items():
+            found[opt, way] = steps, (torch.dist(here, ways["64"][0]) / ways["64"][0].norm()).item()
+            print(f"{opt:>5}, {way:<6}: {steps} steps; weights, state off 64's by {found[opt, way][1]:.0e}")
     for draws in (1, 10, 100, 1000):
-        found[draws] = error = off(with_dropout(16, draws), with_dropout(64, draws))
-        print(f"dropout 0.1, mean of {draws:4} gradients: 16 × 4 off 64 by {error:.0e}")
-    print("In the kit: windows are the same on every budget; `model.dropout: 0` leaves nothing to chance.")
+        found[draws] = dropout_error(draws)
+        print(f"dropout 0.1, mean of {draws:4} gradients: 16 × 4 off 64 by {found[draws]:.0e}")
+    print("In the kit: windows are the same on every budget; `model.dropout: 0` turns dropout off.")
     return found
 
 

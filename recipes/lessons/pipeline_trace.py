@@ -1,4 +1,4 @@
-"""What happens to a row? A thousand of them, followed through window, micro-batch, model, loss and step.
+"""What happens to an example? A thousand of them, followed through window, micro-batch, model, loss and step.
 
 Run it: gradacc lessons pipeline_trace
 """
@@ -13,7 +13,7 @@ from gradacc_hf import WindowLoader
 torch.manual_seed(0)
 X = torch.randn(1000, 10)
 Y = (X @ torch.randn(10) + torch.randn(1000) > 0).long()
-ROWS = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+EXAMPLES = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
 
 
 def new_model():
@@ -30,13 +30,13 @@ def plain(size, steps):  # batches that do not fill a window stay in .grad
             if i % steps == 0:
                 optimizer.step()
                 optimizer.zero_grad()
+    print(f"plain: {i} batches of {size} an epoch, {i // steps} steps; {i % steps} batches fill no window")
     return parameters_to_vector(model.parameters()).detach()
 
 
 def kit(found):
-    """The same five epochs through the kit."""
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
-    windows = WindowLoader(ROWS, 16, micro_batch_size=4, shuffle=False, accelerator=accelerator)
+    windows = WindowLoader(EXAMPLES, 16, micro_batch_size=4, shuffle=False, accelerator=accelerator)
     for epoch in range(5):
         found["loss"].append(0.0)
         for window in windows:
@@ -47,32 +47,32 @@ def kit(found):
                     optimizer.zero_grad()
             found["loss"][epoch] += window.loss * len(window.indices) / len(X)
         found["accuracy"].append((model(X).argmax(1) == Y).float().mean().item())
-    print(f"{tuple(X.shape)} rows → {len(windows)} windows of 16, the last of {len(window.indices)}")
-    print(f"→ micro-batches {tuple(batch['x'].shape)} → logits {tuple(model(batch['x']).shape)} → loss ()")
+    print(f"kit: {tuple(X.shape)} examples -> {len(windows)} windows, the last of {len(window.indices)}")
+    print(f"-> micro-batches {tuple(batch['x'].shape)} -> logits {tuple(model(batch['x']).shape)} -> loss ()")
     return model
 
 
 def main():
+    weights = {"plain": plain(4, 4), "at once": plain(16, 1)}
     model, h = kit(found := {"loss": [], "accuracy": []}), X[:1]
-    print(f"The first row: {[round(v, 1) for v in h[0].tolist()]}, label {int(Y[0])}")
+    for loss, accuracy in zip(*found.values(), strict=True):
+        print(f"an epoch: loss during it {loss:.4f}, accuracy after it, on the same examples, {accuracy:.3f}")
+    print(f"now the first example: {[round(v, 2) for v in h[0].tolist()]}")
     for layer in (*model, torch.nn.Softmax(1)):
         h = layer(h)
-        print(f"{type(layer).__name__:>8} → {tuple(h.shape)} {[round(v, 1) for v in h[0].tolist()]}")
-    for epoch, loss, accuracy in zip(range(1, 6), *found.values(), strict=True):
-        print(f"epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.3f}")
-    truth = plain(16, 1)  # 63 steps an epoch, each at once
-    for name, weights in (("kit", parameters_to_vector(model.parameters())), ("plain", plain(4, 4))):
-        found[name] = ((weights - truth).norm() / truth.norm()).item()
-    print(f"Weights off steps of 16 rows at once: kit {found['kit']:.0e}, plain {found['plain']:.0e},")
-    print("where 250 batches of 4 leave 2 over, which leak into the next epoch's first step.")
-    print("In the kit: `WindowLoader` makes windows of what there is; the last one is a step of its own.")
+        print(f"{type(layer).__name__:>8} -> {tuple(h.shape)} {[round(v, 2) for v in h[0].tolist()]}")
+    print(f"-> class {int(h.argmax())}; its label is {int(Y[0])}")
+    weights["kit"], truth = parameters_to_vector(model.parameters()), weights["at once"]
+    found |= {name: (torch.dist(weights[name], truth) / truth.norm()).item() for name in ("plain", "kit")}
+    print(f"weights off those of windows at once: plain {found['plain']:.0e}, kit {found['kit']:.0e}")
+    print("In the kit: `WindowLoader` makes a step of the examples left over, which plain code leaks.")
     return found
 
 
 def draw(axes, found):
     for name in ("loss", "accuracy"):
         axes.plot(range(1, 6), found[name], marker="o", label=name)
-    axes.set(title="A thousand rows, 63 steps an epoch", xlabel="epoch", xticks=range(1, 6))
+    axes.set(title="A thousand examples, 63 steps an epoch", xlabel="epoch", xticks=range(1, 6))
 
 
 if __name__ == "__main__":

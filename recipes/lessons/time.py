@@ -1,4 +1,4 @@
-"""Is it faster? Sixty-four rows at once, in ever smaller micro-batches, and cut by length; on this machine.
+"""Is it faster? Sixty-four examples at once, in ever smaller micro-batches, and cut by length.
 
 Run it: gradacc lessons time
 """
@@ -17,9 +17,9 @@ LENGTHS = {"alike": [32] * 64, "unequal": torch.randn(64).exp().mul(16).clamp(2,
 MODEL = torch.nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True)
 
 
-def collate(rows):
-    padding = torch.arange(max(map(len, rows))) >= torch.tensor([[len(row)] for row in rows])
-    return {"src": pad_sequence(rows, batch_first=True), "src_key_padding_mask": padding}
+def collate(examples):
+    padding = torch.arange(max(map(len, examples))) >= torch.tensor([[len(example)] for example in examples])
+    return {"src": pad_sequence(examples, batch_first=True), "src_key_padding_mask": padding}
 
 
 def count_tokens(batch):
@@ -30,16 +30,16 @@ def mean_loss(batch):  # over the tokens that are not padding
     return (MODEL(**batch) * batch["src"])[~batch["src_key_padding_mask"]].mean()
 
 
-def plain(rows, size):
-    """Forward and backward in plain PyTorch, in micro-batches of `size`, in the rows' own order."""
-    for batch in (collate(rows[i : i + size]) for i in range(0, 64, size)):
-        (mean_loss(batch) * count_tokens(batch) / sum(map(len, rows))).backward()
+def plain(examples, size):
+    """Forward and backward in plain PyTorch, in micro-batches of `size`, in the examples' own order."""
+    for batch in (collate(examples[i : i + size]) for i in range(0, 64, size)):
+        (mean_loss(batch) * count_tokens(batch) / sum(map(len, examples))).backward()
         yield batch["src"].shape[:2].numel()
 
 
-def kit(rows, accelerator):  # sorted by length, cut where that is predicted to cost least
+def kit(examples, accelerator):  # sorted by length, cut where that is predicted to cost least
     settings = {"max_tokens": 1024, "lengths": len, "num_items": count_tokens, "collate_fn": collate}
-    for window in WindowLoader(rows, 64, accelerator=accelerator, **settings):
+    for window in WindowLoader(examples, 64, accelerator=accelerator, **settings):
         for batch in window:
             with accelerator.accumulate(MODEL):
                 accelerator.backward(window.weigh(mean_loss(batch)))
@@ -50,20 +50,21 @@ def main():
     found, accelerator = {}, Accelerator(cpu=True)
     ways = {"1 × 64": (plain, 64), "4 × 16": (plain, 16), "16 × 4": (plain, 4), "64 × 1": (plain, 1)}
     for kind, lengths in LENGTHS.items():
-        rows = [torch.randn(length, 64) for length in lengths]
+        examples = [torch.randn(length, 64) for length in lengths]
         seconds, gradients, tokens = {way: [] for way in (*ways, "kit")}, {}, {}
         for _ in range(9):  # interleaved, as the machine may be busy now and then
             for name, (way, setting) in (ways | {"kit": (kit, accelerator)}).items():
                 MODEL.zero_grad()
                 start = perf_counter()
-                tokens[name] = sum(way(rows, setting))
+                tokens[name] = sum(way(examples, setting))
                 seconds[name].append(perf_counter() - start)
                 gradients[name] = MODEL.linear1.weight.grad.clone()
-        for name, truth in zip(seconds, [gradients["1 × 64"]] * 5, strict=True):
+        truth = gradients["1 × 64"]
+        for name in seconds:
             ratio = median(seconds[name]) / median(seconds["1 × 64"])
-            error = ((gradients[name] - truth).norm() / truth.norm()).item()
+            error = (torch.dist(gradients[name], truth) / truth.norm()).item()
             found[name, kind] = {"ratio": ratio, "tokens": tokens[name], "error": error}
-            print(f"{kind:>7}, {name:>6}: {tokens[name]:5} tokens, {ratio:4.2f} × the time, off {error:.0e}")
+            print(f"{kind:>7} {name:>6}: {tokens[name]:5} padded tokens, time × {ratio:.2f}, off {error:.0e}")
     print("In the kit: `WindowLoader` sorts a window by length and cuts it where it should cost least.")
     return found
 
@@ -71,7 +72,7 @@ def main():
 def draw(axes, found):
     axes.barh([", ".join(name) for name in found], [way["ratio"] for way in found.values()])
     axes.invert_yaxis()
-    axes.set(title="Time of a window, × that of 64 rows at once", xlabel="ratio of medians")
+    axes.set(title="Time of a window, × that of 64 examples at once", xlabel="ratio of medians")
 
 
 if __name__ == "__main__":

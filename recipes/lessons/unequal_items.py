@@ -12,13 +12,13 @@ from gradacc_hf import WindowLoader
 
 TOKENS = (1, 2, 3, 30, 4, 2, 20, 1)  # labelled tokens in each of eight examples
 torch.manual_seed(0)
-ROWS = [{"x": torch.randn(n, 8), "labels": torch.randint(5, (n,))} for n in TOKENS]
+EXAMPLES = [{"x": torch.randn(n, 8), "labels": torch.randint(5, (n,))} for n in TOKENS]
 
 
-def collate(rows):
+def collate(examples):
     """Pad to the longest; padding is labelled −100, which the loss leaves out."""
-    x = pad_sequence([row["x"] for row in rows], batch_first=True)
-    labels = pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=-100)
+    x = pad_sequence([example["x"] for example in examples], batch_first=True)
+    labels = pad_sequence([example["labels"] for example in examples], batch_first=True, padding_value=-100)
     return {"x": x, "labels": labels}
 
 
@@ -35,7 +35,7 @@ def new_model():
 def plain(size, weight):
     """Loss and gradient of the eight examples in micro-batches of `size`, each weighed, in plain PyTorch."""
     model, total = new_model(), 0.0
-    for batch in (collate(ROWS[i : i + size]) for i in range(0, 8, size)):
+    for batch in (collate(EXAMPLES[i : i + size]) for i in range(0, 8, size)):
         loss = mean_loss(model, batch) * weight(batch)
         loss.backward()
         total += loss.item()
@@ -45,8 +45,8 @@ def plain(size, weight):
 def kit():
     """The same through the kit, which counts the labels that are not −100."""
     model = (accelerator := Accelerator(cpu=True)).prepare(new_model())
-    settings = {"micro_batch_size": 2, "collate_fn": collate, "accelerator": accelerator}
-    for window in WindowLoader(ROWS, 8, **settings):
+    settings = {"micro_batch_size": 2, "shuffle": False, "accelerator": accelerator}
+    for window in WindowLoader(EXAMPLES, 8, collate_fn=collate, **settings):
         for batch in window:
             with accelerator.accumulate(model):
                 accelerator.backward(window.weigh(mean_loss(model, batch)))
@@ -58,10 +58,11 @@ def main():
     ways = {"mean of means": plain(2, weight=lambda batch: 1 / 4)}
     ways["by tokens"] = plain(2, weight=lambda batch: (batch["labels"] != -100).sum() / sum(TOKENS))
     ways["kit"] = kit()
+    cut = " + ".join(str(sum(TOKENS[i : i + 2])) for i in range(0, 8, 2))
     found = {"at once": {"loss": loss, "error": 0.0}}
-    print(f"{sum(TOKENS)} labelled tokens at once: loss {loss:.4f}; in micro-batches of 3, 33, 6 and 21:")
+    print(f"{sum(TOKENS)} labelled tokens at once: loss {loss:.4f}; in micro-batches of {cut}:")
     for name, (loss, gradient) in ways.items():
-        found[name] = {"loss": loss, "error": ((gradient - truth).norm() / truth.norm()).item()}
+        found[name] = {"loss": loss, "error": (torch.dist(gradient, truth) / truth.norm()).item()}
         print(f"{name:<14} loss {loss:.4f}, gradient off by {found[name]['error']:.0e}")
     print(
         "In the kit: `num_items` says what a mean is over; `window.weigh` gives each micro-batch its share."

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 from gradacc_hf import WindowLoader
 
 torch.manual_seed(0)
-X = torch.randn(128, 5)  # 4 windows of 4 micro-batches of 8 rows
+X = torch.randn(128, 5)  # 4 windows of 4 micro-batches of 8 examples
 Y = X @ torch.randn(5, 1) + torch.randn(128, 1)
 
 
@@ -38,8 +38,8 @@ def plain(zero):
 def kit():
     """The same through the kit."""
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
-    rows, gradients = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)], []
-    for window in WindowLoader(rows, 32, micro_batch_size=8, shuffle=False, accelerator=accelerator):
+    examples, gradients = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)], []
+    for window in WindowLoader(examples, 32, micro_batch_size=8, shuffle=False, accelerator=accelerator):
         for batch in window:
             with accelerator.accumulate(model):
                 accelerator.backward(window.weigh(mse_loss(model(batch["x"]), batch["labels"])))
@@ -58,7 +58,7 @@ def main():
     print("zeroing                 length of each window's gradient, × its own          off")
     for name, gradients in (ways | {"in the kit": kit()}).items():
         lengths = gradients.norm(dim=1) / truth.norm(dim=1)
-        error = ((gradients - truth).norm() / truth.norm()).item()
+        error = (torch.dist(gradients, truth) / truth.norm()).item()
         found[name] = {"lengths": lengths.tolist(), "error": error}
         print(f"{name:<24}", *(f"{length:<10.2f}" for length in lengths), f"{error:13.0e}")
     print("Before every backward, only the last micro-batch is left; never, all earlier windows stay in.")
