@@ -15,7 +15,6 @@ import math
 import platform
 import runpy
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,12 +34,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.nn.utils import get_total_norm
-from torch.utils.data import DataLoader, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
 
 from gradacc_hf.command_line import read_command_line
 from gradacc_hf.config import kit
-from gradacc_hf.errors import BadInput
+from gradacc_hf.contenders import run_accelerate, run_trainer, run_windows
+from gradacc_hf.errors import BadInput, Parser
 from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
 from gradacc_hf.optim import make_optimizer, make_scheduler
@@ -135,12 +134,12 @@ def exactness(heads: Mapping[str, Sequence[str]] = HEADS) -> Exactness:
             for contender in CONTENDERS:
                 recorder = RecordGradients(head.model)
                 if contender == "ours":
-                    _run_windows(head.model, recorder, windows)
+                    run_windows(head.model, recorder, windows)
                 elif contender == "accelerate":
-                    _run_accelerate(head.model, recorder, DataLoader(in_order, size, collate_fn=collate))  # type: ignore[arg-type]
+                    run_accelerate(head.model, recorder, DataLoader(in_order, size, collate_fn=collate))  # type: ignore[arg-type]
                 else:
                     arguments = {"gradient_accumulation_steps": len(cut), "max_grad_norm": 0, "use_cpu": True}
-                    _run_trainer(head.model, recorder, in_order, collate, size, **arguments)
+                    run_trainer(head.model, recorder, in_order, collate, size, **arguments)
                 [gradient] = recorder.gradients  # one window, one optimizer step
                 error = relative_error(gradient, whole)
                 ratio = float(get_total_norm(gradient.values()) / get_total_norm(whole.values()))
@@ -175,9 +174,9 @@ def speed(recipe: Recipe, num_windows: int = 4, repeats: int = 5) -> Speed:
         shared: dict[str, Any] = {"scheduler": scheduler, "max_grad_norm": optim.max_grad_norm}
         if contender == "ours":
             shared |= {"compute_loss": recipe.loss, "max_windows": num_windows}
-            return _run_windows(model, optimizer, windows, **shared)
+            return run_windows(model, optimizer, windows, **shared)
         shared |= {"gradient_accumulation_steps": steps}
-        return _run_trainer(model, optimizer, in_order, recipe.collate, TRAINER_MICRO_BATCH, **shared)
+        return run_trainer(model, optimizer, in_order, recipe.collate, TRAINER_MICRO_BATCH, **shared)
 
     seconds: dict[str, list[float]] = {"ours": [], "trainer": []}
     for repeat in _progress(range(repeats + 1), "speed"):
@@ -248,66 +247,6 @@ def _milliseconds(function: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
-def _run_windows(model: Any, optimizer: Any, windows: WindowLoader, **more: Any) -> float:
-    model, optimizer = windows.accelerator.prepare(model, optimizer)
-    started = time.perf_counter()
-    list(train(model, optimizer, windows, accelerator=windows.accelerator, **more))
-    return time.perf_counter() - started
-
-
-def _run_accelerate(model: Any, optimizer: Any, loader: DataLoader) -> None:
-    """The loop of Accelerate's guide to gradient accumulation, as it stands there."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=len(loader))
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    for batch in loader:
-        with accelerator.accumulate(model):
-            accelerator.backward(model(**batch).loss)
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-class _Clock(TrainerCallback):
-    """From the first window to the last: Trainer's setting up (0.3 s) would weigh on a fast device."""
-
-    seconds = 0.0
-
-    def on_train_begin(self, args, state, control, **_):
-        self.seconds -= time.perf_counter()
-
-    def on_train_end(self, args, state, control, **_):
-        self.seconds += time.perf_counter()
-
-
-class _InOrder(Trainer):
-    """A Trainer that takes the examples as they come."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
-
-
-def _run_trainer(
-    model: Any,
-    optimizer: Any,
-    examples: Any,
-    collate: Callable,
-    size: int,
-    scheduler: Any = None,
-    **arguments: Any,
-) -> float:
-    """One epoch, without evaluation, saving or logging; gives its seconds."""
-    arguments |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    arguments |= {"num_train_epochs": 1, "per_device_train_batch_size": size, "remove_unused_columns": False}
-    with tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArguments(folder, dataloader_pin_memory=torch.cuda.is_available(), **arguments)
-        trainer = _InOrder(
-            model, settings, collate, train_dataset=examples, optimizers=(optimizer, scheduler)
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(clock := _Clock())
-        trainer.train()
-        return clock.seconds
-
-
 def offline_recipe() -> Recipe:
     """The recipe of configs/text_classification_offline.yaml: MiniLM on the standard library's docstrings."""
     recipe_class = runpy.run_path(str(kit() / "recipes/text_classification.py"))["TextClassification"]
@@ -373,11 +312,6 @@ def print_planning(result: Planning, console: Console) -> None:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise BadInput(message)
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; allowed: 1 or more")
@@ -386,7 +320,7 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. A `BadInput` ends it with its one line and exit code 2."""
-    parser = _Parser(prog="gradacc bench", description="Measure the figures in the README.")
+    parser = Parser(prog="gradacc bench", description="Measure the figures in the README.")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     benchmarks.add_parser("exactness", help="whose accumulated gradient is that of the whole window")
     benchmarks.add_parser("planning", help="what it costs to plan a window")

@@ -1,20 +1,32 @@
 """`gradacc`: the kit's own commands. A recipe has its own command line (`recipe.run`)."""
 
-import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
 
 from gradacc_hf import lessons
 from gradacc_hf.config import kit
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import BadInput, Parser, one_line
 
 
 def main() -> None:
     """The entry point of `gradacc`. A `BadInput` ends it with its one line and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="gradacc", description="Exact gradient accumulation for fine-tuning."
-    )
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without × or ±
+    try:
+        _run()
+        sys.stdout.flush()
+    except BadInput as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # of `gradacc … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run() -> None:
+    parser = Parser(prog="gradacc", description="Exact gradient accumulation for fine-tuning.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list the recipes and their configs")
     copy = commands.add_parser("cp", help="copy a recipe and its configs into a folder, to edit")
@@ -23,25 +35,26 @@ def main() -> None:
     lesson = commands.add_parser("lessons", help="list the lessons, or run one")
     lesson.add_argument("name", nargs="?", help="a lesson; without it, all are listed")
     lesson.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw what the lesson shows")
+    commands.add_parser("verify", help="is accumulation exact on my model and data?", add_help=False)
     commands.add_parser("bench", help="measure what the README says (gradacc bench --help)", add_help=False)
     arguments, rest = parser.parse_known_args()
-    if rest and arguments.command != "bench":
+    if rest and arguments.command not in ("bench", "verify"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        if arguments.command == "ls":
-            for name in recipes():
-                print(name, *(f"configs/{path.name}" for path in configs(name)), sep="  ")
-        elif arguments.command == "cp":
-            copy_recipe(arguments.name, arguments.folder)
-        elif arguments.command == "lessons":
-            show_lessons(arguments.name, arguments.plot)
-        else:
-            from gradacc_hf import bench  # late: it loads torch and transformers
+    if arguments.command == "ls":
+        for name in recipes():
+            print(name, *(f"configs/{path.name}" for path in configs(name)), sep="  ")
+    elif arguments.command == "cp":
+        copy_recipe(arguments.name, arguments.folder)
+    elif arguments.command == "lessons":
+        show_lessons(arguments.name, arguments.plot)
+    elif arguments.command == "verify":
+        from gradacc_hf import verify_command  # late: it loads transformers
 
-            bench.main(rest)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        verify_command.main(rest)
+    else:
+        from gradacc_hf import bench  # late: it loads transformers
+
+        bench.main(rest)
 
 
 def show_lessons(name: str | None, plot: Path | None) -> None:

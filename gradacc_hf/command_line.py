@@ -66,6 +66,15 @@ def read_command_line(
     return config
 
 
+def recipe_file(argv: Sequence[str]) -> str:
+    """The path of the recipe that a command line's `--config` names. Raises `BadInput`."""
+    config = _typed(_read_flags(argv).get("config", True), str, "--config")
+    recipe = _read_file(config, "--config").get("recipe")
+    if not isinstance(recipe, str):
+        raise BadInput(f"recipe in {config}: found {_shown(recipe)}, allowed is the path of a recipe file")
+    return _find_recipe(recipe, config, f"recipe in {config}")
+
+
 @dataclass(frozen=True)
 class _Source:
     """Where keys were written, so that a message can name them as the user wrote them."""

@@ -1,5 +1,6 @@
 """The one error that is the user's to correct, and how it is worded."""
 
+import argparse
 from typing import Any, NoReturn
 
 
@@ -9,6 +10,14 @@ class BadInput(ValueError):
     Its message is one line: what was found, what is allowed, what to change. The command line prints it and
     exits with 2.
     """
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of commands that are no recipe's: what it cannot read is a BadInput."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise BadInput, where argparse would print its usage and leave."""
+        raise BadInput(f"{message} ({self.prog} --help says what there is)")
 
 
 def one_line(error: BaseException) -> str:

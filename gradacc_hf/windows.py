@@ -96,6 +96,8 @@ class WindowLoader:
         self._started = False
         self._half_way: list[int] = []
         self._say_what_does_not_fit(bound, pad_to)
+        self.lengths, self.pad_to = self._windows.lengths, pad_to
+        self.count_items = self._windows.count_items
         if self.plan.dropped(0):
             logger.warning(
                 f"drop_last: {self.plan.dropped(0)} of {len(dataset)} examples are left out of each epoch"
@@ -132,6 +134,11 @@ class WindowLoader:
                 micro_batches.append(self._windows.collate(split.indices[:1], split.pad_to, counts=False))
             for micro_batch in micro_batches:
                 yield micro_batch, to_device(micro_batch.batch, self.accelerator)
+
+    def collated(self, indices: Sequence[int] | np.ndarray, pad_to: int | None = None) -> MicroBatch:
+        """Any examples as one batch on the device, with their items."""
+        found = self._windows.collate(np.asarray(indices), pad_to)
+        return MicroBatch(to_device(found.batch, self.accelerator), found.indices, found.num_items)
 
     def probe(self) -> list[MicroBatch]:
         """A short example that has items, a long one, and both together: to try a model on."""
