@@ -141,3 +141,11 @@ def test_no_python_is_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: no Python of at least 3.11 found (tried no-such-python)")
+
+
+def test_the_lessons_are_listed_and_their_mistakes_are_one_line(launch, tmp_path):
+    listed = launch("lessons", cwd=tmp_path)
+    assert listed.stdout.startswith("eight_samples         Why accumulate?\n")
+    wrong = launch("lessons", "nonsense", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert re.fullmatch(r"error: lesson: found 'nonsense'; there are: .*\n", wrong.stderr)
