@@ -301,7 +301,9 @@ def test_the_command_line_exits_with_1_where_it_is_not_exact(monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: --config (gradacc verify --help says what there is)"),
+        ([], "one of the arguments --config --all-heads is required (gradacc verify --help says"),
+        (["--all-heads", "--optim.lr", "1"], "unrecognized arguments: --optim.lr 1"),
+        ([*SMALL, "--model.freeze", '["nothing"]'], "model.freeze: "),
         (
             ["--config", "no.yaml"],
             "--config: found 'no.yaml', which cannot be read (No such file or directory)",

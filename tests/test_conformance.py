@@ -1,0 +1,51 @@
+"""The conformance table on a fixed 40 heads: ours is exact on every one whose loss is separable."""
+
+import io
+import warnings
+
+import pytest
+from rich.console import Console
+
+from gradacc_hf import conformance
+from gradacc_hf.heads import KINDS
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return conformance.conformance(conformance.heads(every=False))
+
+
+def test_forty_heads_of_all_kinds_are_tried(verdicts):
+    assert len(verdicts) == 4 * len(KINDS) == 40
+    assert sum(bool(verdict.errors) for verdict in verdicts) >= 36
+
+
+def test_our_loop_is_exact_on_every_head_but_those_with_a_reason(verdicts):
+    inexact = [verdict for verdict in verdicts if verdict.errors and not verdict.exact(0)]
+    assert [verdict.model_type for verdict in inexact if "BatchNorm" not in verdict.reason] == []
+    assert len(inexact) <= 2
+
+
+def test_trainer_is_not_exact_on_most(verdicts):
+    tried = [verdict for verdict in verdicts if verdict.errors]
+    assert sum(verdict.exact(1) for verdict in tried) < len(tried) / 2
+
+
+def test_a_head_that_cannot_be_had_says_why(verdicts):
+    assert all(verdict.reason for verdict in verdicts if not verdict.errors)
+
+
+def test_all_heads_are_hundreds():
+    assert len(conformance.heads(every=True)) > 600
+
+
+def test_the_table_adds_up(verdicts):
+    console = Console(width=120, record=True, file=io.StringIO())
+    conformance.show(verdicts, console)
+    lines = [line.split()[-4:] for line in console.export_text().splitlines()]
+    rows = [cells for cells in lines if len(cells) == 4 and all(map(str.isdigit, cells))]
+    *kinds, total = [[int(cell) for cell in row] for row in rows]
+    assert [sum(column) for column in zip(*kinds, strict=True)] == total
+    assert total[0] + total[3] == 40
