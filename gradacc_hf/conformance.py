@@ -29,7 +29,7 @@ FEW = 4  # heads a kind where not all are asked for
 class HeadVerdict:
     """Of one head: the relative errors in each of `SPLITS`, ours and Trainer's; why, where ours is not exact.
 
-    `errors` is empty where the head could not be had; `reason` then says why.
+    `errors` is empty where the head could not be had, and NaN where verifying it raised; `reason` says why.
     """
 
     kind: str
@@ -40,6 +40,12 @@ class HeadVerdict:
     def exact(self, way: int) -> bool:
         """Is it exact in both splits? way: 0 ours, 1 Trainer's."""
         return bool(self.errors) and all(error[way] <= EXACT for error in self.errors)
+
+    @property
+    def unexplained(self) -> bool:
+        """Is ours not exact although nothing is known that prevents it?"""
+        failed = any(math.isnan(error) for error, _ in self.errors)
+        return failed or (bool(self.errors) and not self.exact(0) and not self.reason)
 
 
 def heads(every: bool) -> list[tuple[str, str]]:
@@ -67,8 +73,10 @@ def _verdict(kind: str, model_type: str) -> HeadVerdict:
     try:
         results = [verify(head.model, _windows(head, size)) for size in SPLITS]
     except Exception as error:  # hundreds of model types: whatever one of them raises is its reason
-        return HeadVerdict(kind, model_type, (), f"{type(error).__name__}: {one_line(error)[:200]}")
-    errors = tuple((r.loop.error, r.trainer.error) for r in results if r.trainer)
+        return HeadVerdict(
+            kind, model_type, ((math.nan, math.nan),), f"{type(error).__name__}: {one_line(error)[:200]}"
+        )
+    errors = tuple((r.loop.error, r.trainer.error if r.trainer else math.nan) for r in results)
     reasons = [reason.what for result in results for reason in result.reasons]
     return HeadVerdict(kind, model_type, errors, reasons[0] if reasons else "")
 

@@ -83,6 +83,7 @@ def run_trainer(
     arguments |= {"num_train_epochs": 1, "per_device_train_batch_size": size, "remove_unused_columns": False}
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(folder, dataloader_pin_memory=torch.cuda.is_available(), **arguments)
+        settings._n_gpu = min(1, settings.n_gpu)  # else it would take micro-batches for all GPUs at once
         kind = _InOrder
         if compute_loss is not None:
             kind = type("OwnLoss", (_InOrderWithLoss,), {"own_loss": staticmethod(compute_loss)})

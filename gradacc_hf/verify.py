@@ -7,6 +7,8 @@ accumulation, no weighing and no Accelerate: what every split must give. `relati
 """
 
 import copy
+import math
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +16,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.tensor import DTensor
 
 from gradacc_hf.diagnose import Reason, diagnose
+from gradacc_hf.errors import one_line
 from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
@@ -26,7 +30,9 @@ from gradacc_hf.windows import WindowLoader
 Gradient = dict[str, torch.Tensor]
 
 EXACT = 1e-5
+ROUNDING = 1e-3  # up to here an error may be float32's rounding, where gradients cancel
 WORST = 5  # parameters that a comparison names
+RANDOM = r"drop|jitter|mask_(time|feature)_prob"  # fields of modules and configs that hold a probability
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,19 @@ class Comparison:
         """Is the error at most `EXACT`? NaN is not."""
         return self.error <= EXACT
 
+    @property
+    def badness(self) -> float:
+        """The error, to be sorted by: NaN is worst."""
+        return math.inf if math.isnan(self.error) else self.error
+
 
 @dataclass(frozen=True)
 class Verification:
     """The verdict on a model, its data and their split; `loop` is ours."""
 
     loop: Comparison
-    trainer: Comparison | None  # transformers' Trainer with the same micro-batches; None where not compared
+    trainer: Comparison | None  # transformers' Trainer with the same micro-batches
+    trainer_failed: str  # what it raised, where it did
     reference: str
     windows: int
     examples: int
@@ -65,7 +77,7 @@ class Verification:
     @property
     def exact(self) -> bool:
         """Is the gradient of the loop that of each window at once?"""
-        return self.loop.exact
+        return self.loop.exact and not self.reasons
 
     @property
     def verdict(self) -> str:
@@ -88,10 +100,11 @@ def verify(
 ) -> Verification:
     """Compare accumulated gradients with those of whole windows, in float32 and without dropout.
 
-    `model` comes unprepared; it, the loader's place and Accelerate's state are left as they were, but that
-    the model is on the device. `trainer`: also run `transformers.Trainer` on the same micro-batches. A window
-    that does not fit at once is taken one example at a time, in float64. Raises ValueError where the loader's
-    accelerator has several processes or mixed precision: its rounding would hide what is asked.
+    `model` comes unprepared; a copy of it is tried, so that it, the loader and what is drawn at random stay
+    as they are. Windows of one micro-batch are cut finer, as else nothing is accumulated. One that does not
+    fit at once is taken one example at a time, in float64. `trainer`: also run `transformers.Trainer` on the
+    same micro-batches. Raises ValueError for several processes or mixed precision, whose rounding would hide
+    what is asked, for windows that are not there, and for data without items.
     """
     accelerator = windows.accelerator
     if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
@@ -99,35 +112,42 @@ def verify(
             "verify() compares in float32 on one process; found "
             f"{accelerator.num_processes} processes, mixed precision {accelerator.mixed_precision!r}"
         )
-    training, place = model.training, windows.state_dict()
-    model.to(accelerator.device).train()
-    compared: dict[str, list[Comparison]] = {"the loop": [], "Trainer": []}
+    if not 1 <= num_windows <= len(windows):
+        raise ValueError(f"num_windows: found {num_windows}; allowed: 1 to {len(windows)}, those of an epoch")
+    model = copy.deepcopy(model).float().to(accelerator.device).train()
+    remove_dropout(model)
+    windows = windows.copy(num_windows)
+    ours, theirs, failed = [], [], ""
     steps, examples, reference = [], 0, "the window at once, in float32"
-    with without_dropout(model), torch.random.fork_rng():
+    with _random_numbers_as_they_were():
         for window in windows:
             truth = _whole(model, windows, window, compute_loss)
             if truth is None:
                 reference = "one example at a time, in float64: a window does not fit at once"
-                truth = _one_by_one(model, windows, window.indices, compute_loss)
-            for batch in window:
-                with accelerator.accumulate(model):
-                    accelerator.backward(window.weigh(compute_loss(model(**batch), batch)))
-            compared["the loop"].append(compare("the loop", read_gradient(model), truth))
-            model.zero_grad()
-            if trainer:
-                found = _trainer_gradient(model, list(window), compute_loss)
-                compared["Trainer"].append(compare("Trainer", found, truth))
+                truth = _one_by_one(model, windows, window, compute_loss)
+            gradient = _accumulated(model, window, accelerator, compute_loss)
+            ours.append((compare("the loop", gradient, truth), window))
+            if trainer and not failed:
+                try:
+                    found = _trainer_gradient(model, list(window), compute_loss)
+                    theirs.append(compare("Trainer", found, truth))
+                except Exception as error:  # whatever Trainer or its callbacks raise is not our verdict
+                    failed = f"{type(error).__name__}: {one_line(error)[:200]}"
             steps.append(len(window))
             examples += len(window.indices)
             if len(steps) == num_windows:
                 break
-        loop, *others = [max(found, key=_badness) for found in compared.values() if found]
-        reasons = () if loop.exact else diagnose(model, windows, compute_loss)
-    model.train(training)
-    windows.load_state_dict(place)
+        if not ours:
+            raise ValueError("no example of the data set has an item: every label is ignored")
+        loop, worst = max(ours, key=lambda pair: pair[0].badness)
+        if EXACT < loop.error < ROUNDING and "float32" in reference:
+            loop = _in_float64(model, windows, worst, compute_loss) or loop
+        needs_reason = not loop.exact or "float64:" in reference  # that reference trusts the count of items
+        reasons = diagnose(model, windows, compute_loss, worst.indices, worst.pad_to) if needs_reason else ()
     return Verification(
         loop=loop,
-        trainer=others[0] if others else None,
+        trainer=max(theirs, key=lambda comparison: comparison.badness) if theirs else None,
+        trainer_failed=failed,
         reference=reference,
         windows=len(steps),
         examples=examples,
@@ -137,9 +157,48 @@ def verify(
     )
 
 
+def _accumulated(
+    model: torch.nn.Module, window: Window, accelerator: Any, compute_loss: ComputeLoss
+) -> Gradient:
+    """What our loop accumulates over a window; `.grad` is left empty."""
+    model.zero_grad()
+    for batch in window:
+        batch = _in_dtype_of(model, batch)
+        with accelerator.accumulate(model):
+            accelerator.backward(window.weigh(compute_loss(model(**batch), batch)))
+    gradient = read_gradient(model)
+    model.zero_grad()
+    return gradient
+
+
+def _in_float64(
+    model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss
+) -> Comparison | None:
+    """The comparison again, where float32's own rounding may be what is seen: near a minimum, say."""
+    model.double()
+    try:
+        truth = _whole(model, windows, window, compute_loss)
+        gradient = _accumulated(model, window, windows.accelerator, compute_loss)
+        return None if truth is None else compare("the loop, in float64", gradient, truth)
+    except RuntimeError:  # a loss with float32 in it
+        return None
+    finally:
+        model.float()
+
+
+def _in_dtype_of(model: torch.nn.Module, batch: Any) -> Any:
+    """Real inputs as the model's weights are: float64 where those are; else as they come."""
+    if next(model.parameters()).dtype != torch.float64:
+        return batch
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+
+
 def compare(way: str, gradient: Gradient, reference: Gradient) -> Comparison:
     """All measures of how far a gradient is from the reference, in float64."""
-    size, norm = _norm(reference), _norm(gradient)
+    size, norm = _norm(reference) or math.ulp(0), _norm(gradient)
     inner = sum(float((gradient[n].double() * r.double()).sum()) for n, r in reference.items())
     by_parameter = {
         name: float((gradient[name].double() - r.double()).norm())
@@ -152,17 +211,13 @@ def compare(way: str, gradient: Gradient, reference: Gradient) -> Comparison:
     )
 
 
-def _badness(comparison: Comparison) -> float:
-    return comparison.error if comparison.error == comparison.error else float("inf")
-
-
 def _whole(
     model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss
 ) -> Gradient | None:
     """The reference, or None where the window does not fit; what it had taken by then is free again."""
     try:
-        pad_to = windows.split(window.epoch, window.number).pad_to
-        return whole_window_gradient(model, windows.collated(window.indices, pad_to).batch, compute_loss)
+        batch = _in_dtype_of(model, windows.collated(window.indices, window.pad_to).batch)
+        return whole_window_gradient(model, batch, compute_loss)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -171,20 +226,19 @@ def _whole(
 
 
 def _one_by_one(
-    model: torch.nn.Module, windows: WindowLoader, indices: Any, compute_loss: ComputeLoss
+    model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss
 ) -> Gradient:
     """The gradient of a window from its examples alone, in float64: the finest split."""
-    double = copy.deepcopy(model).double()
-    double.zero_grad()
-    examples = [windows.collated(indices[i : i + 1]) for i in range(len(indices))]
-    num_items = sum(example.num_items for example in examples)
-    for example in (example for example in examples if example.num_items):
-        batch = {
-            name: value.double() if getattr(value, "is_floating_point", bool)() else value
-            for name, value in example.batch.items()
-        }
-        (compute_loss(double(**batch), batch) * (example.num_items / num_items)).backward()
-    return read_gradient(double)
+    model.double()
+    for index in window.indices:
+        example = windows.collated([index], window.pad_to)
+        if example.num_items:
+            batch = _in_dtype_of(model, example.batch)
+            (compute_loss(model(**batch), batch) * (example.num_items / window.num_items)).backward()
+    gradient = read_gradient(model)
+    model.zero_grad()
+    model.float()
+    return gradient
 
 
 def _trainer_gradient(
@@ -215,27 +269,26 @@ def _trainer_gradient(
     return recorder.gradients[0]
 
 
-@contextmanager
-def without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """Every probability to drop, mask or jitter at 0, in the modules and in the model's config."""
-    holders = [
-        *model.modules(),
-        *{id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values(),
-    ]
-    changed = []
-    for holder in holders:
-        for name, value in vars(holder).items():
-            random = re.search(r"drop|jitter|mask_(time|feature)_prob", name) or (
-                name == "p" and isinstance(holder, torch.nn.modules.dropout._DropoutNd)
-            )
-            if random and isinstance(value, float) and value:
-                changed.append((holder, name, value))
+def remove_dropout(model: torch.nn.Module) -> None:
+    """Set every probability to drop, mask or jitter to 0, in the modules and in their configs."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    for holder in (*model.modules(), *configs):
+        for name, value in list(vars(holder).items()):
+            of_dropout = name == "p" and isinstance(holder, torch.nn.modules.dropout._DropoutNd)
+            if isinstance(value, float) and (of_dropout or re.search(RANDOM, name)):
                 setattr(holder, name, 0.0)
+
+
+@contextmanager
+def _random_numbers_as_they_were() -> Iterator[None]:
+    """TrainingArguments' seed is set for all of these."""
+    python, numpy = random.getstate(), np.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng():
+            yield
     finally:
-        for holder, name, value in changed:
-            setattr(holder, name, value)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager
@@ -273,10 +326,10 @@ def read_gradient(model: torch.nn.Module) -> Gradient:
 
 
 def relative_error(gradient: Gradient, reference: Gradient) -> float:
-    """‖gradient − reference‖ / ‖reference‖, over all parameters, in float64."""
-    return _norm({name: gradient[name].double() - reference[name].double() for name in reference}) / _norm(
-        reference
-    )
+    """‖gradient − reference‖ / ‖reference‖, over all parameters, in float64; two zeros are the same."""
+    difference = _norm({name: gradient[name].double() - reference[name].double() for name in reference})
+    size = _norm(reference)
+    return difference / size if size else math.inf if difference else 0.0
 
 
 def _norm(gradient: Gradient) -> float:

@@ -1,13 +1,16 @@
 """`gradacc verify`: is accumulation exact for a recipe's model, data and budget?"""
 
 import json
+import os
 import runpy
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import NoReturn
 
+import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -50,8 +53,11 @@ def main(argv: Sequence[str]) -> None:
         if settings:
             parser.error(f"unrecognized arguments: {' '.join(settings)}")
         _all_heads(arguments.json)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("gradacc verify runs on one process: start it without a launcher")
     recipe = load_recipe(["--config", arguments.config, "--budget", arguments.budget, *settings])
-    windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator())
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
+    windows, _ = make_windows(recipe, *recipe.datasets(), accelerator)
     if not 1 <= arguments.windows <= len(windows):
         raise BadInput(
             f"--windows: found {arguments.windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
@@ -79,13 +85,13 @@ def _all_heads(as_json: bool) -> NoReturn:
         print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
     else:
         conformance.show(verdicts, Console(highlight=False))
-    unexplained = [v for v in verdicts if v.errors and not v.exact(0) and not v.reason]
-    sys.exit(1 if unexplained else 0)
+    sys.exit(1 if any(verdict.unexplained for verdict in verdicts) else 0)
 
 
 def load_recipe(argv: Sequence[str]) -> Recipe:
     """The recipe that a command line's `--config` names, with its settings. Raises BadInput."""
     file = recipe_file(argv)
+    sys.path.insert(0, str(Path(file).parent))  # as `python FILE` has it, for what lies beside it
     defined = {
         value
         for value in runpy.run_path(file).values()
@@ -117,6 +123,8 @@ def show(result: Verification, console: Console) -> None:
         if way is not None and not way.exact:
             worst = listed(f"{name} {error:.1e}" for name, error in way.worst)
             console.print(f"{way.way} is furthest off in {worst}")
+    if result.trainer_failed:
+        console.print(f"Trainer could not be compared: {result.trainer_failed}")
     for reason in result.reasons:
         console.print(f"why: {reason.what}\nwhat to do: {reason.cure}", style="bold")
     console.print(result.verdict, style="green" if result.exact else "red")

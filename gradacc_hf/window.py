@@ -30,6 +30,7 @@ class Window:
     num_items: float  # over all processes
     tokens: int  # planned from the lengths, over all processes
     padded_tokens: int
+    pad_to: int | None  # what its micro-batches are padded to; None for the longest of each
     accumulation_steps: int  # micro-batches of the process that has most
     _micro_batches: list[MicroBatch]  # of this process
     _accelerator: Accelerator

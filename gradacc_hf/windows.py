@@ -5,9 +5,11 @@ collated micro-batches (`micro_batches.py`) and what their losses are means over
 (`window.py`) gives this process's micro-batches and weighs their losses.
 """
 
+import copy
 import inspect
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -140,6 +142,16 @@ class WindowLoader:
         found = self._windows.collate(np.asarray(indices), pad_to)
         return MicroBatch(to_device(found.batch, self.accelerator), found.indices, found.num_items)
 
+    def copy(self, num_windows: int) -> "WindowLoader":
+        """This loader at its place, to try a model on; cut finer where all would be one micro-batch."""
+        other = copy.copy(self)
+        other._started, other._half_way = False, []
+        splits = [self.split(self.epoch, t) for t in range(self.window, len(self))][:num_windows]
+        if all(max(map(len, split.processes)) == 1 for split in splits):
+            size = max(1, min(len(split.indices) for split in splits) // 3)
+            other._windows = replace(self._windows, bound=Bound(None, size))
+        return other
+
     def probe(self) -> list[MicroBatch]:
         """A short example that has items, a long one, and both together: to try a model on."""
         for split in (self.split(0, window) for window in range(self.plan.num_windows(0))):
@@ -214,6 +226,7 @@ class WindowLoader:
             num_items=float(num_items),
             tokens=split.tokens,
             padded_tokens=split.padded_tokens,
+            pad_to=split.pad_to,
             accumulation_steps=most,
             _micro_batches=with_items,
             _accelerator=self.accelerator,
