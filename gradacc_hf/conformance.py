@@ -84,9 +84,9 @@ def _verdict(kind: str, model_type: str) -> HeadVerdict:
 def _windows(head: Head, size: int) -> WindowLoader:
     """A window of 16 examples of unequal length, cut as users cut: so many examples a micro-batch."""
     examples = head.examples(np.random.default_rng(3).integers(3, 40, size=16).tolist())
-    name = head.model.main_input_name
-    shapes = [np.shape(example[name]) for example in examples if name in example]
-    widths = [shape[-1] if name == "input_ids" else shape[0] for shape in shapes]
+    tokens = "input_ids" in examples[0]
+    name = "input_ids" if tokens else head.model.main_input_name
+    widths = [np.shape(example[name])[-1 if tokens else 0] for example in examples]
     return WindowLoader(
         examples,
         len(examples),
