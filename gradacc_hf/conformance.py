@@ -44,8 +44,8 @@ class HeadVerdict:
     @property
     def unexplained(self) -> bool:
         """Is ours not exact although nothing is known that prevents it?"""
-        failed = any(math.isnan(error) for error, _ in self.errors)
-        return failed or (bool(self.errors) and not self.exact(0) and not self.reason)
+        raised = 0 < len(self.errors) < len(SPLITS)
+        return raised or (bool(self.errors) and not self.exact(0) and not self.reason)
 
 
 def heads(every: bool) -> list[tuple[str, str]]:

@@ -32,6 +32,10 @@ Gradient = dict[str, torch.Tensor]
 EXACT = 1e-5
 ROUNDING = 1e-3  # up to here an error may be float32's rounding, where gradients cancel
 WORST = 5  # parameters that a comparison names
+NOT_FINITE = Reason(
+    "the gradient of the window at once is not finite", "mend the loss, the weights or the data first"
+)
+TINY = 1e-300  # instead of 0, to divide by
 RANDOM = r"drop|jitter|mask_(time|feature)_prob"  # fields of modules and configs that hold a probability
 
 
@@ -126,7 +130,7 @@ def verify(
                 reference = "one example at a time, in float64: a window does not fit at once"
                 truth = _one_by_one(model, windows, window, compute_loss)
             gradient = _accumulated(model, window, accelerator, compute_loss)
-            ours.append((compare("the loop", gradient, truth), window))
+            ours.append((compare("the loop", gradient, truth), window, math.isfinite(_norm(truth))))
             if trainer and not failed:
                 try:
                     found = _trainer_gradient(model, list(window), compute_loss)
@@ -139,11 +143,14 @@ def verify(
                 break
         if not ours:
             raise ValueError("no example of the data set has an item: every label is ignored")
-        loop, worst = max(ours, key=lambda pair: pair[0].badness)
+        loop, worst, finite = max(ours, key=lambda found: found[0].badness)
         if EXACT < loop.error < ROUNDING and "float32" in reference:
             loop = _in_float64(model, windows, worst, compute_loss) or loop
         needs_reason = not loop.exact or "float64:" in reference  # that reference trusts the count of items
-        reasons = diagnose(model, windows, compute_loss, worst.indices, worst.pad_to) if needs_reason else ()
+        reasons: tuple[Reason, ...] = (NOT_FINITE,)
+        if finite:
+            window = worst.indices, worst.pad_to
+            reasons = diagnose(model, windows, compute_loss, *window) if needs_reason else ()
     return Verification(
         loop=loop,
         trainer=max(theirs, key=lambda comparison: comparison.badness) if theirs else None,
@@ -198,11 +205,10 @@ def _in_dtype_of(model: torch.nn.Module, batch: Any) -> Any:
 
 def compare(way: str, gradient: Gradient, reference: Gradient) -> Comparison:
     """All measures of how far a gradient is from the reference, in float64."""
-    size, norm = _norm(reference) or math.ulp(0), _norm(gradient)
+    size, norm = _norm(reference) or TINY, _norm(gradient)
     inner = sum(float((gradient[n].double() * r.double()).sum()) for n, r in reference.items())
     by_parameter = {
-        name: float((gradient[name].double() - r.double()).norm())
-        / max(float(r.double().norm()), 1e-4 * size)
+        name: _norm({name: gradient[name].double() - r.double()}) / max(_norm({name: r}), 1e-4 * size, TINY)
         for name, r in reference.items()
     }
     worst = sorted(by_parameter.items(), key=lambda pair: -pair[1])[:WORST]

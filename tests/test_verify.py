@@ -286,6 +286,13 @@ def test_what_trainer_raises_is_not_the_verdict():
     assert "Error: " in result.trainer_failed
 
 
+def test_a_gradient_that_is_not_finite_at_once_is_named():
+    head = build_head("sequence_classification", "bert")
+    result = verify(head.model, loader(head), lambda outputs, _: outputs.loss * float("nan"), trainer=False)
+    assert not result.exact
+    assert [reason.what for reason in result.reasons] == ["the gradient of the window at once is not finite"]
+
+
 @pytest.mark.parametrize("num_windows", [0, 2])
 def test_windows_that_are_not_there_are_refused(num_windows):
     head = build_head("sequence_classification", "bert")
