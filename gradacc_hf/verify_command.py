@@ -40,7 +40,9 @@ def main(argv: Sequence[str]) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="the recipe's config file")
     what.add_argument(
-        "--all-heads", action="store_true", help="every head of the installed transformers, tiny (a quarter of an hour)"
+        "--all-heads",
+        action="store_true",
+        help="every head of the installed transformers, tiny (a quarter of an hour)",
     )
     parser.add_argument("--budget", default="auto", help="a budget's name or file (%(default)s)")
     parser.add_argument("--windows", type=int, default=1, help="windows to compare (%(default)s)")
