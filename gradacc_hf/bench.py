@@ -11,7 +11,6 @@ same model, the same examples in the same windows, and as many optimizer steps. 
 import argparse
 import gc
 import json
-import math
 import platform
 import runpy
 import sys
@@ -38,17 +37,17 @@ from torch.utils.data import DataLoader
 
 from gradacc_hf.command_line import read_command_line
 from gradacc_hf.config import kit
+from gradacc_hf.conformance import LENGTHS, SPLITS, cut_by_count
 from gradacc_hf.contenders import run_accelerate, run_trainer, run_windows
 from gradacc_hf.errors import BadInput, Parser
+from gradacc_hf.gradients import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
 from gradacc_hf.optim import make_optimizer, make_scheduler
 from gradacc_hf.plan import WindowPlan
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import make_windows, total_windows
-from gradacc_hf.split import Bound, Cost, split_window
-from gradacc_hf.verify import EXACT, RecordGradients, relative_error, whole_window_gradient
-from gradacc_hf.windows import WindowLoader
+from gradacc_hf.split import Bound, split_window
 
 HEADS = {
     "sequence_classification": ("bert", "roberta", "llama"),
@@ -60,7 +59,6 @@ HEADS = {
     "multiple_choice": ("bert", "roberta", "deberta-v2"),
     "image_classification": ("vit", "swin", "dinov2"),
 }
-SPLITS = {4: "4 + 4 + 4 + 4", 5: "5 + 5 + 5 + 1"}  # micro-batch size: how it cuts a window of 16
 CONTENDERS = {"ours": "WindowLoader", "accelerate": "accumulate()", "trainer": "Trainer"}
 TRAINER_MICRO_BATCH = 8
 
@@ -108,26 +106,14 @@ def exactness(heads: Mapping[str, Sequence[str]] = HEADS) -> Exactness:
     `heads`: model types by kind. Question answering is padded alike everywhere, as padding reaches its loss.
     """
     errors, named = [], [(kind, model_type) for kind, types in heads.items() for model_type in types]
-    lengths = np.random.default_rng(3).integers(3, 40, size=16).tolist()
     for kind, model_type in _progress(named, "exactness"):
         head = build_head(kind, model_type)
-        examples = head.examples(lengths)
-        pad_to = max(lengths) if kind == "question_answering" else None
+        examples = head.examples(LENGTHS)
+        pad_to = max(LENGTHS) if kind == "question_answering" else None
         collate = partial(head.collate, pad_to=pad_to)
         whole = whole_window_gradient(head.model, collate(examples))
         for size, split in SPLITS.items():
-            windows = WindowLoader(
-                examples,
-                len(examples),
-                accelerator=Accelerator(cpu=True),
-                collate_fn=head.collate,
-                micro_batch_size=size,
-                num_items=head.num_items,
-                pad_to=pad_to or "micro_batch",
-                shuffle=False,
-                lengths=[1] * len(examples),  # told of no lengths, it cuts as the others do
-                cost=Cost(quadratic=math.inf),
-            )
+            windows = cut_by_count(head, examples, size, pad_to)
             cut = windows.split(0, 0).processes[0]
             assert " + ".join(str(len(micro_batch)) for micro_batch in cut) == split
             in_order = [examples[i] for i in np.concatenate(cut)]

@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from gradacc_hf.errors import one_line
+from gradacc_hf.gradients import EXACT
 from gradacc_hf.heads import KINDS, Head, HeadUnavailable, build_head, model_types
 from gradacc_hf.split import Cost
-from gradacc_hf.verify import EXACT, verify
+from gradacc_hf.verify import verify
 from gradacc_hf.windows import WindowLoader
 
 SPLITS = {4: "4 + 4 + 4 + 4", 5: "5 + 5 + 5 + 1"}  # micro-batch size: how it cuts a window of 16
+LENGTHS = np.random.default_rng(3).integers(3, 40, size=16).tolist()
 FEW = 4  # heads a kind where not all are asked for
 
 
@@ -82,11 +84,16 @@ def _verdict(kind: str, model_type: str) -> HeadVerdict:
 
 
 def _windows(head: Head, size: int) -> WindowLoader:
-    """A window of 16 examples of unequal length, cut as users cut: so many examples a micro-batch."""
-    examples = head.examples(np.random.default_rng(3).integers(3, 40, size=16).tolist())
+    """A window of 16 examples of unequal length, padded alike where they have a length."""
+    examples = head.examples(LENGTHS)
     tokens = "input_ids" in examples[0]
     name = "input_ids" if tokens else head.model.main_input_name
     widths = [np.shape(example[name])[-1 if tokens else 0] for example in examples]
+    return cut_by_count(head, examples, size, None if head.kind == "image_classification" else max(widths))
+
+
+def cut_by_count(head: Head, examples: list, size: int, pad_to: int | None) -> WindowLoader:
+    """All examples as one window, cut as users cut: in their order, `size` of them a micro-batch."""
     return WindowLoader(
         examples,
         len(examples),
@@ -94,9 +101,9 @@ def _windows(head: Head, size: int) -> WindowLoader:
         collate_fn=head.collate,
         micro_batch_size=size,
         num_items=head.num_items,
-        pad_to="micro_batch" if head.kind == "image_classification" else max(widths),
+        pad_to=pad_to or "micro_batch",
         shuffle=False,
-        lengths=[1] * len(examples),
+        lengths=[1] * len(examples),  # told of no lengths, it cuts as the others do
         cost=Cost(quadratic=math.inf),
     )
 

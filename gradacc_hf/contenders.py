@@ -64,7 +64,7 @@ class _InOrderWithLoss(_InOrder):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
         outputs = model(**inputs)
-        loss = type(self).own_loss(outputs, inputs)
+        loss = self.own_loss(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -84,10 +84,9 @@ def run_trainer(
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(folder, dataloader_pin_memory=torch.cuda.is_available(), **arguments)
         settings._n_gpu = min(1, settings.n_gpu)  # else it would take micro-batches for all GPUs at once
-        kind = _InOrder
-        if compute_loss is not None:
-            kind = type("OwnLoss", (_InOrderWithLoss,), {"own_loss": staticmethod(compute_loss)})
+        kind = _InOrder if compute_loss is None else _InOrderWithLoss
         trainer = kind(model, settings, collate, train_dataset=examples, optimizers=(optimizer, scheduler))
+        trainer.own_loss = compute_loss  # type: ignore[attr-defined]
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock := _Clock())
         trainer.train()

@@ -5,7 +5,7 @@ example, on two, and on more padding, in float64 where the loss allows it. The g
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gradacc_hf.errors import listed
+from gradacc_hf.gradients import in_dtype_of
 from gradacc_hf.items import COUNTS, ComputeLoss, CountItems
 from gradacc_hf.tryout import BATCH_NORMS
 from gradacc_hf.windows import WindowLoader
@@ -39,9 +40,9 @@ def diagnose(
     indices: Sequence[int],
     pad_to: int | None,
 ) -> tuple[Reason, ...]:
-    """The reasons found on the examples of a window, those that hide others first.
+    """The first reason found on the examples of a window, those that hide others first.
 
-    None where losses separate as the items say. The model is left in another precision.
+    Empty where losses separate as the items say. The model is left in another precision.
     """
     probe = _Probe(model, windows, compute_loss, indices, pad_to)
     reason = (
@@ -75,13 +76,8 @@ class _Probe:
         except CANNOT:  # a loss with float32 in it
             model.float()
 
-    def batch(self, indices: list[int], pad_to: int | None = None) -> dict[str, Any]:
-        dtype = next(self.model.parameters()).dtype
-        batch = self.windows.collated(indices, pad_to or self.pad_to).batch
-        return {
-            name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for name, value in batch.items()
-        }
+    def batch(self, indices: list[int], pad_to: int | None = None) -> Mapping[str, Any]:
+        return in_dtype_of(self.model, self.windows.collated(indices, pad_to or self.pad_to).batch)
 
     @torch.no_grad()
     def loss(self, indices: list[int], pad_to: int | None = None) -> float:

@@ -1,16 +1,14 @@
-"""Is accumulation exact? The one place with the whole-window reference gradient.
+"""Is accumulation exact for this model, data and split?
 
-`verify` compares, on the user's own model and data, the gradient that the loop accumulates with that of the
-window at once, and says why where they differ (`diagnose.py`). `whole_window_gradient` runs a window with no
-accumulation, no weighing and no Accelerate: what every split must give. `relative_error` is the measure:
-‖g − reference‖ / ‖reference‖ over all parameters together, ≤ 1e-5 in float32.
+`verify` compares the gradient that our loop accumulates on the user's own model and data, and Trainer's, with
+that of the window at once (`gradients.py`), and says why they differ (`diagnose.py`).
 """
 
 import copy
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,49 +17,31 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch.distributed.tensor import DTensor
 
 from gradacc_hf.diagnose import Reason, diagnose
 from gradacc_hf.errors import one_line
+from gradacc_hf.gradients import (
+    EXACT,
+    Comparison,
+    Gradient,
+    RecordGradients,
+    compare,
+    in_dtype_of,
+    norm,
+    read_gradient,
+    whole_window_gradient,
+)
 from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
 
-Gradient = dict[str, torch.Tensor]
-
-EXACT = 1e-5
+AT_ONCE = "the window at once, in float32"
+ONE_BY_ONE = "one example at a time, in float64: a window does not fit at once"
 ROUNDING = 1e-3  # up to here an error may be float32's rounding, where gradients cancel
-WORST = 5  # parameters that a comparison names
 NOT_FINITE = Reason(
     "the gradient of the window at once is not finite", "mend the loss, the weights or the data first"
 )
-TINY = 1e-300  # instead of 0, to divide by
 RANDOM = r"drop|jitter|mask_(time|feature)_prob"  # fields of modules and configs that hold a probability
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What one way accumulates against the reference, in the window where it is furthest off.
-
-    `error` and `norm_ratio`: ‖g − r‖ / ‖r‖ and ‖g‖ / ‖r‖; `cosine` of the angle between them. `worst`:
-    parameters by ‖g_p − r_p‖ / max(‖r_p‖, 1e-4 ‖r‖), as some (a key's bias) have no gradient but rounding.
-    """
-
-    way: str
-    error: float
-    norm_ratio: float
-    cosine: float
-    worst: tuple[tuple[str, float], ...]
-
-    @property
-    def exact(self) -> bool:
-        """Is the error at most `EXACT`? NaN is not."""
-        return self.error <= EXACT
-
-    @property
-    def badness(self) -> float:
-        """The error, to be sorted by: NaN is worst."""
-        return math.inf if math.isnan(self.error) else self.error
 
 
 @dataclass(frozen=True)
@@ -122,15 +102,15 @@ def verify(
     remove_dropout(model)
     windows = windows.copy(num_windows)
     ours, theirs, failed = [], [], ""
-    steps, examples, reference = [], 0, "the window at once, in float32"
+    steps, examples, fits = [], 0, True
     with _random_numbers_as_they_were():
         for window in windows:
             truth = _whole(model, windows, window, compute_loss)
             if truth is None:
-                reference = "one example at a time, in float64: a window does not fit at once"
+                fits = False
                 truth = _one_by_one(model, windows, window, compute_loss)
             gradient = _accumulated(model, window, accelerator, compute_loss)
-            ours.append((compare("the loop", gradient, truth), window, math.isfinite(_norm(truth))))
+            ours.append((compare("the loop", gradient, truth), window, math.isfinite(norm(truth))))
             if trainer and not failed:
                 try:
                     found = _trainer_gradient(model, list(window), compute_loss)
@@ -144,18 +124,18 @@ def verify(
         if not ours:
             raise ValueError("no example of the data set has an item: every label is ignored")
         loop, worst, finite = max(ours, key=lambda found: found[0].badness)
-        if EXACT < loop.error < ROUNDING and "float32" in reference:
+        if EXACT < loop.error < ROUNDING and fits:
             loop = _in_float64(model, windows, worst, compute_loss) or loop
-        needs_reason = not loop.exact or "float64:" in reference  # that reference trusts the count of items
-        reasons: tuple[Reason, ...] = (NOT_FINITE,)
-        if finite:
-            window = worst.indices, worst.pad_to
-            reasons = diagnose(model, windows, compute_loss, *window) if needs_reason else ()
+        reasons: tuple[Reason, ...] = ()
+        if not finite:
+            reasons = (NOT_FINITE,)
+        elif not (loop.exact and fits):  # a reference of single examples trusts the count of items
+            reasons = diagnose(model, windows, compute_loss, worst.indices, worst.pad_to)
     return Verification(
         loop=loop,
         trainer=max(theirs, key=lambda comparison: comparison.badness) if theirs else None,
         trainer_failed=failed,
-        reference=reference,
+        reference=AT_ONCE if fits else ONE_BY_ONE,
         windows=len(steps),
         examples=examples,
         accumulation_steps=tuple(steps),
@@ -170,7 +150,7 @@ def _accumulated(
     """What our loop accumulates over a window; `.grad` is left empty."""
     model.zero_grad()
     for batch in window:
-        batch = _in_dtype_of(model, batch)
+        batch = in_dtype_of(model, batch)
         with accelerator.accumulate(model):
             accelerator.backward(window.weigh(compute_loss(model(**batch), batch)))
     gradient = read_gradient(model)
@@ -193,36 +173,12 @@ def _in_float64(
         model.float()
 
 
-def _in_dtype_of(model: torch.nn.Module, batch: Any) -> Any:
-    """Real inputs as the model's weights are: float64 where those are; else as they come."""
-    if next(model.parameters()).dtype != torch.float64:
-        return batch
-    return {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in batch.items()
-    }
-
-
-def compare(way: str, gradient: Gradient, reference: Gradient) -> Comparison:
-    """All measures of how far a gradient is from the reference, in float64."""
-    size, norm = _norm(reference) or TINY, _norm(gradient)
-    inner = sum(float((gradient[n].double() * r.double()).sum()) for n, r in reference.items())
-    by_parameter = {
-        name: _norm({name: gradient[name].double() - r.double()}) / max(_norm({name: r}), 1e-4 * size, TINY)
-        for name, r in reference.items()
-    }
-    worst = sorted(by_parameter.items(), key=lambda pair: -pair[1])[:WORST]
-    return Comparison(
-        way, relative_error(gradient, reference), norm / size, inner / (norm * size or 1), tuple(worst)
-    )
-
-
 def _whole(
     model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss
 ) -> Gradient | None:
     """The reference, or None where the window does not fit; what it had taken by then is free again."""
     try:
-        batch = _in_dtype_of(model, windows.collated(window.indices, window.pad_to).batch)
+        batch = in_dtype_of(model, windows.collated(window.indices, window.pad_to).batch)
         return whole_window_gradient(model, batch, compute_loss)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -239,7 +195,7 @@ def _one_by_one(
     for index in window.indices:
         example = windows.collated([index], window.pad_to)
         if example.num_items:
-            batch = _in_dtype_of(model, example.batch)
+            batch = in_dtype_of(model, example.batch)
             (compute_loss(model(**batch), batch) * (example.num_items / window.num_items)).backward()
     gradient = read_gradient(model)
     model.zero_grad()
@@ -308,46 +264,3 @@ def _accelerate_as_it_was() -> Iterator[None]:
         for state, values in zip(states, before, strict=True):
             state._shared_state.clear()
             state._shared_state.update(values)
-
-
-def whole_window_gradient(
-    model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss = model_loss
-) -> Gradient:
-    """The gradient of the mean loss of one batch that holds the whole window; `.grad` is left empty."""
-    model.zero_grad()
-    compute_loss(model(**batch), batch).backward()
-    gradient = read_gradient(model)
-    model.zero_grad()
-    return gradient
-
-
-def read_gradient(model: torch.nn.Module) -> Gradient:
-    """A copy of every parameter's `.grad`, whole where it is sharded; zeros where there is none."""
-    gradient = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
-            gradient[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
-    return gradient
-
-
-def relative_error(gradient: Gradient, reference: Gradient) -> float:
-    """‖gradient − reference‖ / ‖reference‖, over all parameters, in float64; two zeros are the same."""
-    difference = _norm({name: gradient[name].double() - reference[name].double() for name in reference})
-    size = _norm(reference)
-    return difference / size if size else math.inf if difference else 0.0
-
-
-def _norm(gradient: Gradient) -> float:
-    return sum(float(g.double().square().sum()) for g in gradient.values()) ** 0.5
-
-
-class RecordGradients(torch.optim.SGD):
-    """An optimizer that changes nothing and keeps, for each step, the gradient that reached it."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__(model.parameters(), lr=0.0)
-        self.model, self.gradients = model, []
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        self.gradients.append(read_gradient(self.model))

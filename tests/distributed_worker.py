@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 
 from gradacc_hf import WindowLoader, evaluate, fine_tune
+from gradacc_hf.gradients import RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
 from gradacc_hf.items import model_loss
 from gradacc_hf.loop import train
 from gradacc_hf.tryout import try_out
-from gradacc_hf.verify import RecordGradients, relative_error, whole_window_gradient
 
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
 

@@ -12,9 +12,9 @@ from gradacc_hf import bench
 from gradacc_hf.bench import CONTENDERS, SPLITS, exactness, print_exactness, print_speed, speed
 from gradacc_hf.config import BatchConfig, Config
 from gradacc_hf.errors import BadInput
+from gradacc_hf.gradients import EXACT
 from gradacc_hf.heads import build_head
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.verify import EXACT
 
 HEADS = {"sequence_classification": ["bert"], "question_answering": ["distilbert"]}
 

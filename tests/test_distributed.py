@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradacc_hf.verify import EXACT
+from gradacc_hf.gradients import EXACT
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 

@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from gradacc_hf import WindowLoader
+from gradacc_hf.gradients import EXACT, RecordGradients, read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
-from gradacc_hf.verify import EXACT, RecordGradients, read_gradient, relative_error, whole_window_gradient
 
 HEADS = {
     "sequence_classification": ["bert", "roberta", "distilbert", "deberta-v2", "gpt2", "llama"],

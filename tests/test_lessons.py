@@ -14,7 +14,7 @@ import gradacc_hf
 from gradacc_hf import cli, lessons
 from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput
-from gradacc_hf.verify import EXACT
+from gradacc_hf.gradients import EXACT
 
 FOLDER = kit() / "recipes/lessons"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from gradacc_hf import WindowLoader, cli
 from gradacc_hf.config import kit
+from gradacc_hf.gradients import EXACT
 from gradacc_hf.heads import build_head
-from gradacc_hf.verify import EXACT, verify
+from gradacc_hf.verify import verify
 
 LENGTHS = [5, 9, 30, 12, 7, 7, 21, 30, 14, 3]
 
@@ -251,11 +252,12 @@ def test_a_batch_norm_that_is_frozen_is_not_to_blame():
     assert verify(Regressor(), windows, trainer=False).exact
 
 
-def test_rounding_near_a_minimum_is_not_taken_for_an_error():
-    class Line(torch.nn.Linear):
-        def forward(self, x, labels):
-            return SimpleNamespace(loss=torch.nn.functional.mse_loss(super().forward(x), labels))
+class Line(torch.nn.Linear):
+    def forward(self, x, labels):
+        return SimpleNamespace(loss=torch.nn.functional.mse_loss(super().forward(x), labels))
 
+
+def test_rounding_near_a_minimum_is_not_taken_for_an_error():
     torch.manual_seed(0)
     x = torch.randn(64, 8)
     y = x @ torch.randn(8, 1) + torch.randn(64, 1)
@@ -274,13 +276,9 @@ def test_rounding_near_a_minimum_is_not_taken_for_an_error():
 
 
 def test_what_trainer_raises_is_not_the_verdict():
-    class Linear(torch.nn.Linear):
-        def forward(self, x, labels):
-            return SimpleNamespace(loss=torch.nn.functional.mse_loss(super().forward(x), labels))
-
     rows = [{"x": torch.randn(3), "labels": torch.randn(1)} for _ in range(8)]
     windows = WindowLoader(rows, 8, micro_batch_size=3, accelerator=Accelerator(cpu=True))
-    result = verify(Linear(3, 1), windows)
+    result = verify(Line(3, 1), windows)
     assert result.exact
     assert result.trainer is None
     assert "Error: " in result.trainer_failed

@@ -34,8 +34,8 @@ def plain(seed, max_norm, size, steps):  # drops the batches that fill no window
 
 
 def kit(seed, max_norm, clip_each=False):  # the same in windows of 64
-    (x, y, *model), losses = problem(seed), torch.zeros(10)
-    model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*model)
+    (x, y, *model_and_optimizer), losses = problem(seed), torch.zeros(10)
+    model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*model_and_optimizer)
     examples = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
     for epoch in range(10):
         for window in WindowLoader(examples, 64, micro_batch_size=16, shuffle=False, accelerator=accelerator):
