@@ -24,23 +24,24 @@ from gradacc_hf.windows import WindowLoader
 
 SPLITS = {4: "4 + 4 + 4 + 4", 5: "5 + 5 + 5 + 1"}  # micro-batch size: how it cuts a window of 16
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=16).tolist()
+WAYS = ("our loop", "ExactTrainer", "Trainer")
 FEW = 4  # heads a kind where not all are asked for
 
 
 @dataclass(frozen=True)
 class HeadVerdict:
-    """Of one head: the relative errors in each of `SPLITS`, ours and Trainer's; why, where ours is not exact.
+    """Of one head: the relative errors of all `WAYS` in each of `SPLITS`; why, where our loop is not exact.
 
     `errors` is empty where the head could not be had, and NaN where verifying it raised; `reason` says why.
     """
 
     kind: str
     model_type: str
-    errors: tuple[tuple[float, float], ...]
+    errors: tuple[tuple[float, ...], ...]
     reason: str
 
     def exact(self, way: int) -> bool:
-        """Is it exact in both splits? way: 0 ours, 1 Trainer's."""
+        """Is it exact in both splits? way: the place in `WAYS`."""
         return bool(self.errors) and all(error[way] <= EXACT for error in self.errors)
 
     @property
@@ -76,9 +77,12 @@ def _verdict(kind: str, model_type: str) -> HeadVerdict:
         results = [verify(head.model, _windows(head, size)) for size in SPLITS]
     except Exception as error:  # hundreds of model types: whatever one of them raises is its reason
         return HeadVerdict(
-            kind, model_type, ((math.nan, math.nan),), f"{type(error).__name__}: {one_line(error)[:200]}"
+            kind, model_type, ((math.nan,) * len(WAYS),), f"{type(error).__name__}: {one_line(error)[:200]}"
         )
-    errors = tuple((r.loop.error, r.trainer.error if r.trainer else math.nan) for r in results)
+    errors = tuple(
+        tuple(math.nan if way is None else way.error for way in (r.loop, r.exact_trainer, r.trainer))
+        for r in results
+    )
     reasons = [reason.what for result in results for reason in result.reasons]
     return HeadVerdict(kind, model_type, errors, reasons[0] if reasons else "")
 
@@ -111,12 +115,12 @@ def cut_by_count(head: Head, examples: list, size: int, pad_to: int | None) -> W
 def show(verdicts: Sequence[HeadVerdict], console: Console) -> None:
     """The table by kind; then every head that is not exact with our loop, and how many could not be had."""
     table = Table("heads", box=SIMPLE)
-    for header in ("tried", "exact: ours", "Trainer", "not to be had"):
+    for header in ("tried", *(f"exact: {way}" for way in WAYS), "not to be had"):
         table.add_column(header, justify="right")
     for kind in (*dict.fromkeys(verdict.kind for verdict in verdicts), "all"):
         chosen = [verdict for verdict in verdicts if kind in (verdict.kind, "all")]
         tried = [verdict for verdict in chosen if verdict.errors]
-        counts = [sum(verdict.exact(way) for verdict in tried) for way in (0, 1)]
+        counts = [sum(verdict.exact(way) for verdict in tried) for way in range(len(WAYS))]
         table.add_row(kind.replace("_", " "), *map(str, (len(tried), *counts, len(chosen) - len(tried))))
     console.print(table)
     console.print(f"exact: a relative error of at most {EXACT:.0e}, in {' and in '.join(SPLITS.values())}")

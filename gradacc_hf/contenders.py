@@ -1,4 +1,4 @@
-"""The ways to accumulate that are compared: our loop, Accelerate's, and transformers' Trainer.
+"""The ways to accumulate that are compared: our loop, Accelerate's, transformers' Trainer, ExactTrainer.
 
 Each takes an unprepared model and an optimizer, and trains one epoch on the examples in the order given, with
 nothing beside it: no evaluation, saving or logging.
@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gradacc_hf.items import ComputeLoss
+from gradacc_hf.items import ComputeLoss, CountItems
 from gradacc_hf.loop import train
+from gradacc_hf.trainer import ExactTrainer
 from gradacc_hf.windows import WindowLoader
 
 
@@ -50,22 +51,23 @@ class _Clock(TrainerCallback):
         self.seconds += time.perf_counter()
 
 
-class _InOrder(Trainer):
-    """A Trainer that takes the examples as they come."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
-
-
-class _InOrderWithLoss(_InOrder):
-    """The same with a loss of one's own, in the way of transformers' guide: by overriding `compute_loss`."""
+class _OwnLoss:
+    """A Trainer with a loss of one's own, in the way of transformers' guide: by overriding `compute_loss`."""
 
     own_loss: ComputeLoss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         loss = self.own_loss(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
+
+
+class _TrainerWithLoss(_OwnLoss, Trainer):
+    pass
+
+
+class _ExactTrainerWithLoss(_OwnLoss, ExactTrainer):
+    pass
 
 
 def run_trainer(
@@ -76,16 +78,27 @@ def run_trainer(
     size: int,
     scheduler: Any = None,
     compute_loss: ComputeLoss | None = None,
+    exact: bool = False,
+    num_items: CountItems | None = None,
     **arguments: Any,
 ) -> float:
-    """One epoch of Trainer; gives its seconds. `compute_loss`: where it is not the model's own."""
+    """One epoch of Trainer, or of ExactTrainer, which takes `num_items`; gives its seconds.
+
+    `compute_loss`: where it is not the model's own. `arguments` go to TrainingArguments.
+    """
+    arguments.setdefault("train_sampling_strategy", "sequential")
     arguments |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
     arguments |= {"num_train_epochs": 1, "per_device_train_batch_size": size, "remove_unused_columns": False}
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(folder, dataloader_pin_memory=torch.cuda.is_available(), **arguments)
         settings._n_gpu = min(1, settings.n_gpu)  # else it would take micro-batches for all GPUs at once
-        kind = _InOrder if compute_loss is None else _InOrderWithLoss
-        trainer = kind(model, settings, collate, train_dataset=examples, optimizers=(optimizer, scheduler))
+        given: dict[str, Any] = {"train_dataset": examples, "optimizers": (optimizer, scheduler)}
+        if exact:
+            kind = ExactTrainer if compute_loss is None else _ExactTrainerWithLoss
+            given["num_items"] = num_items
+        else:
+            kind = Trainer if compute_loss is None else _TrainerWithLoss
+        trainer = kind(model, settings, collate, **given)
         trainer.own_loss = compute_loss  # type: ignore[attr-defined]
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock := _Clock())

@@ -31,7 +31,7 @@ from gradacc_hf.gradients import (
     read_gradient,
     whole_window_gradient,
 )
-from gradacc_hf.items import ComputeLoss, model_loss
+from gradacc_hf.items import COUNTS, ComputeLoss, CountItems, model_loss
 from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
 
@@ -49,8 +49,9 @@ class Verification:
     """The verdict on a model, its data and their split; `loop` is ours."""
 
     loop: Comparison
-    trainer: Comparison | None  # transformers' Trainer with the same micro-batches
-    trainer_failed: str  # what it raised, where it did
+    exact_trainer: Comparison | None  # our ExactTrainer with the same micro-batches
+    trainer: Comparison | None  # transformers' Trainer with them
+    trainer_failed: str  # what one of the two raised, where it did
     reference: str
     windows: int
     examples: int
@@ -86,9 +87,9 @@ def verify(
 
     `model` comes unprepared; a copy of it is tried, so that it, the loader and what is drawn at random stay
     as they are. Windows of one micro-batch are cut finer, as else nothing is accumulated. One that does not
-    fit at once is taken one example at a time, in float64. `trainer`: also run `transformers.Trainer` on the
-    same micro-batches. Raises ValueError for several processes or mixed precision, whose rounding would hide
-    what is asked, for windows that are not there, and for data without items.
+    fit at once is taken one example at a time, in float64. `trainer`: also run `transformers.Trainer` and our
+    `ExactTrainer` on the same micro-batches. Raises ValueError for several processes or mixed precision,
+    whose rounding would hide what is asked, for windows that are not there, and for data without items.
     """
     accelerator = windows.accelerator
     if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
@@ -101,7 +102,8 @@ def verify(
     model = copy.deepcopy(model).float().to(accelerator.device).train()
     remove_dropout(model)
     windows = windows.copy(num_windows)
-    ours, theirs, failed = [], [], ""
+    ours, failed = [], ""
+    theirs: dict[str, list[Comparison]] = {"ExactTrainer": [], "Trainer": []}
     steps, examples, fits = [], 0, True
     with _random_numbers_as_they_were():
         for window in windows:
@@ -112,9 +114,14 @@ def verify(
             gradient = _accumulated(model, window, accelerator, compute_loss)
             ours.append((compare("the loop", gradient, truth), window, math.isfinite(norm(truth))))
             if trainer and not failed:
+                micro_batches = list(window)
                 try:
-                    found = _trainer_gradient(model, list(window), compute_loss)
-                    theirs.append(compare("Trainer", found, truth))
+                    for way, found in theirs.items():
+                        exact = way == "ExactTrainer"
+                        gradient = _trainer_gradient(
+                            model, micro_batches, compute_loss, windows.count_items, exact
+                        )
+                        found.append(compare(way, gradient, truth))
                 except Exception as error:  # whatever Trainer or its callbacks raise is not our verdict
                     failed = f"{type(error).__name__}: {one_line(error)[:200]}"
             steps.append(len(window))
@@ -133,7 +140,8 @@ def verify(
             reasons = diagnose(model, windows, compute_loss, worst.indices, worst.pad_to)
     return Verification(
         loop=loop,
-        trainer=max(theirs, key=lambda comparison: comparison.badness) if theirs else None,
+        exact_trainer=max(theirs["ExactTrainer"], key=_badness, default=None),
+        trainer=max(theirs["Trainer"], key=_badness, default=None),
         trainer_failed=failed,
         reference=AT_ONCE if fits else ONE_BY_ONE,
         windows=len(steps),
@@ -142,6 +150,10 @@ def verify(
         reasons=reasons,
         measured_with={name: version(name) for name in ("gradacc-hf", "transformers", "accelerate", "torch")},
     )
+
+
+def _badness(comparison: Comparison) -> float:
+    return comparison.badness
 
 
 def _accumulated(
@@ -204,9 +216,16 @@ def _one_by_one(
 
 
 def _trainer_gradient(
-    model: torch.nn.Module, micro_batches: list[Any], compute_loss: ComputeLoss
+    model: torch.nn.Module,
+    micro_batches: list[Any],
+    compute_loss: ComputeLoss,
+    count_items: CountItems,
+    exact: bool,
 ) -> Gradient:
-    """What reaches the optimizer of a Trainer that is given these micro-batches as one step."""
+    """What reaches the optimizer of Trainer, or ExactTrainer, given these micro-batches as one step.
+
+    `ExactTrainer` is told what the items are only where a function counts them, as its user would have to.
+    """
     from gradacc_hf.contenders import run_trainer  # late: it loads transformers.Trainer
 
     recorder = RecordGradients(model)
@@ -222,6 +241,8 @@ def _trainer_gradient(
             lambda batches: dict(batches[0]),
             1,
             compute_loss=None if is_own else compute_loss,
+            exact=exact,
+            num_items=None if count_items in COUNTS.values() else count_items,
             gradient_accumulation_steps=len(micro_batches),
             max_grad_norm=0,
             use_cpu=next(model.parameters()).device.type == "cpu",

@@ -116,13 +116,13 @@ def show(result: Verification, console: Console) -> None:
     table = Table("", box=SIMPLE)
     for header in ("relative error", "‖g‖ ratio", "cosine", ""):
         table.add_column(header, justify="right")
-    for way in (result.loop, result.trainer):
-        if way is not None:
-            row = (f"{way.error:.1e}", f"{way.norm_ratio:.4f}", f"{way.cosine:.6f}")
-            table.add_row(way.way, *row, "exact" if way.exact else "not exact")
+    ways = [way for way in (result.loop, result.exact_trainer, result.trainer) if way is not None]
+    for way in ways:
+        row = (f"{way.error:.1e}", f"{way.norm_ratio:.4f}", f"{way.cosine:.6f}")
+        table.add_row(way.way, *row, "exact" if way.exact else "not exact")
     console.print(table)
-    for way in (result.loop, result.trainer):
-        if way is not None and not way.exact:
+    for way in ways:
+        if not way.exact:
             worst = listed(f"{name} {error:.1e}" for name, error in way.worst)
             console.print(f"{way.way} is furthest off in {worst}")
     if result.trainer_failed:
