@@ -1,5 +1,7 @@
 """Exact, fast, budget-aware gradient accumulation for Hugging Face fine-tuning."""
 
+from typing import TYPE_CHECKING, Any
+
 from gradacc_hf.errors import BadInput
 from gradacc_hf.loop import Best, Evaluation, evaluate, fine_tune, train
 from gradacc_hf.tryout import try_out
@@ -7,10 +9,15 @@ from gradacc_hf.verify import verify
 from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
 
+if TYPE_CHECKING:
+    from gradacc_hf.trainer import ExactTrainer, ExactTrainerMixin
+
 __all__ = [
     "BadInput",
     "Best",
     "Evaluation",
+    "ExactTrainer",
+    "ExactTrainerMixin",
     "Window",
     "WindowLoader",
     "evaluate",
@@ -19,3 +26,12 @@ __all__ = [
     "try_out",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What stands on transformers.Trainer, which is slow to import, when it is asked for."""
+    if name not in ("ExactTrainer", "ExactTrainerMixin"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gradacc_hf import trainer
+
+    return getattr(trainer, name)

@@ -12,15 +12,14 @@ micro-batch's share of the window's items. Everything else is Trainer's.
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import inf, isclose, nan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, __version__
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from gradacc_hf.items import COUNTS, IGNORED, CountItems, resolve
@@ -43,7 +42,10 @@ class _Loss:
     items: str
 
 
-class ExactTrainerMixin:
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class ExactTrainerMixin(_Base):
     """Makes a Trainer's `gradient_accumulation_steps` exact. To be named before the Trainer that it changes.
 
     `num_items`: what the loss is a mean over, where that is not found by itself: "labels", "next_token" or
@@ -59,6 +61,7 @@ class ExactTrainerMixin:
         super().__init__(*args, **kwargs)
         self._found: _Loss | None = None
         self._items_of_micro_batches: deque[float] = deque()
+        self._items = torch.tensor(0.0)  # of the window
         self._mean_of_its_own = False
         _refuse(self)
 
@@ -66,7 +69,7 @@ class ExactTrainerMixin:
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple:
         """A window's micro-batches, counted; an iterable's last, partial window is filled up at weight 0."""
-        read: Any = super().get_batch_samples  # type: ignore[misc]
+        read: Any = super().get_batch_samples
         micro_batches, theirs = read(epoch_iterator, num_batches, device)
         if not micro_batches:
             return micro_batches, theirs
@@ -77,8 +80,10 @@ class ExactTrainerMixin:
         missing = num_batches - len(micro_batches)
         micro_batches += missing * micro_batches[-1:]
         self._items_of_micro_batches = deque(items + missing * [0.0])
-        total = torch.tensor(sum(items), dtype=torch.float32, device=device)
-        self._items = self.accelerator.reduce(total, reduction="sum") if self._processes > 1 else total
+        total: Any = torch.tensor(sum(items), dtype=torch.float32, device=device)
+        if self._processes > 1:
+            total = self.accelerator.reduce(total, reduction="sum")
+        self._items = total
         return micro_batches, theirs
 
     @property
@@ -86,7 +91,7 @@ class ExactTrainerMixin:
         """Over how many processes a window's items are counted."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of one micro-batch, weighed; gives what Trainer logs: its part of the mean."""
         items, total, found = self._items_of_micro_batches.popleft(), self._items, self._found
         assert found is not None
@@ -94,14 +99,14 @@ class ExactTrainerMixin:
             self.loss_is_scaled_for_ga = found.times_processes
             self.current_gradient_accumulation_steps = 1 / self._processes
             given = total if items else torch.full_like(total, inf)
-            return super().training_step(model, inputs, given)  # type: ignore[misc]
+            return super().training_step(model, inputs, given)
         # Trainer's own division, by another number: mean × items / total × processes.
         self.loss_is_scaled_for_ga = False
         self.current_gradient_accumulation_steps = float(total) / (items * self._processes) if items else inf
         given = None if num_items_in_batch is None else torch.full_like(total, items or 1.0)
         with self._average_tokens_across_devices(False):
             inputs = inputs if items else _with_items(inputs)
-            return super().training_step(model, inputs, given)  # type: ignore[misc]
+            return super().training_step(model, inputs, given)
 
     # ---- an evaluation: a micro-batch's loss is the mean over its own items ----
 
@@ -109,38 +114,39 @@ class ExactTrainerMixin:
         """Trainer's; but a head's loss is its own mean, where Trainer's is × the processes for most heads."""
         self._mean_of_its_own = self.compute_loss_func is None
         try:
-            return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+            return super().prediction_step(*args, **kwargs)
         finally:
             self._mean_of_its_own = False
 
     def _get_num_items_in_batch(self, *args: Any) -> Any:
-        return None if self._mean_of_its_own else super()._get_num_items_in_batch(*args)  # type: ignore[misc]
+        return None if self._mean_of_its_own else super()._get_num_items_in_batch(*args)
 
     # ---- what is this loss? ----
 
     @torch.no_grad()
     def _find_out(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> _Loss:
-        """Try `compute_loss` on a micro-batch that has items, dropout off.
+        """Try `compute_loss` on a micro-batch, dropout off.
 
         Every process does the same forwards, as they may be collective, and goes by what the first finds.
         """
-        norms = [name for name, module in self.model.named_modules() if isinstance(module, BATCH_NORMS)]
+        model: Any = self.model_wrapped
+        norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
         if norms:
             logger.warning(f"BatchNorm ({norms[0]}, …) mixes the examples of a micro-batch: never exact")
-        names = self._by_likelihood(micro_batches[0])
-        batch = next((b for b in micro_batches if self._counts[names[0]](b)), micro_batches[0])
-        modes = [(module, module.training) for module in self.model_wrapped.modules()]
-        self.model_wrapped.eval()
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
         try:
             with torch.random.fork_rng():
-                found = self._try(batch, names, counted)
+                found = self._try(micro_batches, counted)
         finally:
             for module, training in modes:
                 module.training = training
         return broadcast_object_list([found])[0]
 
-    def _try(self, batch: Mapping[str, Any], names: Sequence[str], counted: bool) -> _Loss:
-        """Give the loss numbers of items, and halves of the micro-batch."""
+    def _try(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> _Loss:
+        """Give the loss numbers of items, halves of a micro-batch that has items, and labels to shift."""
+        names = self._possible_counts(micro_batches[0], counted)
+        batch = next((b for b in micro_batches if self._counts[names[0]](b)), micro_batches[0])
         with self._average_tokens_across_devices(False):
             by_one, by_two = (self._loss(batch, number if counted else None) for number in (1.0, 2.0))
             try:
@@ -170,17 +176,21 @@ class ExactTrainerMixin:
         inputs = self._prepare_inputs(dict(batch))
         given = None if number is None else torch.tensor(number, device=self.args.device)
         with self.compute_loss_context_manager():
-            return float(self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=given))
+            model: Any = self.model_wrapped
+            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=given)
+        return float(loss)
 
-    def _by_likelihood(self, batch: Mapping[str, Any]) -> list[str]:
-        """The counts that find in this batch what they count; what the head's class says comes first."""
-        model = self.accelerator.unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    def _possible_counts(self, batch: Mapping[str, Any], counted: bool) -> list[str]:
+        """The counts that find in this batch what they count, the likeliest first."""
+        labels = batch.get("labels")
         shifts = getattr(self, "_loss_shifts_labels", False)
-        shifts = shifts or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        first = "shift_labels" if "shift_labels" in batch else "next_token" if shifts else "labels"
+        if isinstance(labels, torch.Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+            first = torch.full_like(labels, IGNORED)
+            first[..., 0] = labels[..., 0].clamp(min=0)
+            with suppress(Exception):  # with no item left, the loss of a head that shifts is 0 or NaN
+                shifts = not self._loss({**batch, "labels": first}, 1.0 if counted else None) > 0
         possible = [name for name, count in self._counts.items() if _counts_in(count, batch)]
-        return sorted(possible, key=lambda name: name != first)
+        return [name for name in possible if name != ("labels" if shifts else "next_token")] or possible
 
     @contextmanager
     def _average_tokens_across_devices(self, value: bool) -> Iterator[None]:
@@ -205,8 +215,8 @@ def _counts(num_items: str | CountItems | None) -> dict[str, CountItems]:
     if num_items is not None:
         return {num_items if isinstance(num_items, str) else "num_items": resolve(num_items)}
     return {
-        **COUNTS,
         "shift_labels": lambda batch: int((batch["shift_labels"] != IGNORED).sum()),
+        **COUNTS,
         "examples": _examples,
     }
 
