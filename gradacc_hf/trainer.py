@@ -10,6 +10,7 @@ left to Trainer, which is right then; any other is a mean over its micro-batch, 
 micro-batch's share of the window's items. Everything else is Trainer's.
 """
 
+import copy
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -134,6 +135,7 @@ class ExactTrainerMixin(_Base):
         if norms:
             logger.warning(f"BatchNorm ({norms[0]}, …) mixes the examples of a micro-batch: never exact")
         modes = [(module, module.training) for module in model.modules()]
+        metrics = copy.deepcopy(getattr(self, "_metrics", None))  # of trl's Trainers, noted in each forward
         model.eval()
         try:
             with torch.random.fork_rng():
@@ -141,6 +143,8 @@ class ExactTrainerMixin(_Base):
         finally:
             for module, training in modes:
                 module.training = training
+            if metrics is not None:
+                self._metrics = metrics
         return broadcast_object_list([found])[0]
 
     def _try(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> _Loss:

@@ -6,14 +6,16 @@ torchrun --nproc_per_node 2 tests/distributed_worker.py ddp    (or fsdp2)
 
 import json
 import sys
+import tempfile
 import warnings
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from transformers import PrinterCallback, TrainingArguments
 
-from gradacc_hf import WindowLoader, evaluate, fine_tune
+from gradacc_hf import ExactTrainer, WindowLoader, evaluate, fine_tune
 from gradacc_hf.gradients import RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
 from gradacc_hf.items import model_loss
@@ -150,6 +152,52 @@ def masked_at_random(engine):
     return {"finite": all(np.isfinite(losses)), "windows": len(losses)}
 
 
+def exact_trainer(engine, kind, model_type, average=True):
+    """Two windows of ExactTrainer: errors against each whole window, or the mean of the processes' parts."""
+    head, untouched = build_head(kind, model_type), build_head(kind, model_type)
+    examples = head.examples([*LENGTHS, 9])
+    arguments = TrainingArguments(
+        tempfile.mkdtemp(),
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        max_grad_norm=0,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        average_tokens_across_devices=average,
+    )
+    recorder, data = RecordGradients(head.model), {"train_dataset": examples, "eval_dataset": examples[:1]}
+    trainer = ExactTrainer(head.model, arguments, head.collate, optimizers=(recorder, None), **data)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    processes, windows = trainer.accelerator.num_processes, []
+    for start in (0, 4 * processes):
+        window = examples[start : start + 4 * processes]
+        if not average:  # a process's micro-batches: every P-th pair
+            pairs = [window[i : i + 2] for i in range(0, len(window), 2)]
+            parts = [pairs[process::processes] for process in range(processes)]
+            windows.append([[example for pair in part for example in pair] for part in parts])
+        else:
+            windows.append([window])
+    errors, losses = [], [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    evaluated = next(row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row)
+    loss_errors = [abs(evaluated / float(untouched.model(**untouched.collate(examples[:1])).loss) - 1)]
+    for parts, gradient, loss in zip(windows, recorder.gradients, losses, strict=True):
+        wholes = [whole_window_gradient(untouched.model, untouched.collate(part)) for part in parts]
+        mean = {name: sum(whole[name] for whole in wholes) / len(wholes) for name in wholes[0]}
+        errors.append(relative_error(gradient, mean))
+        expected = np.mean([float(untouched.model(**untouched.collate(part)).loss) for part in parts])
+        loss_errors.append(abs(loss / expected - 1))
+    return {"error": max(errors), "loss_error": max(loss_errors), "same_windows": True}
+
+
 CASES = {
     "unequal": lambda engine: gradients(engine, max_tokens=64),
     "next_token": lambda engine: gradients(engine, "causal_lm", "gpt2", max_tokens=64),
@@ -167,6 +215,10 @@ CASES = {
     "workers": lambda engine: gradients(engine, max_tokens=64, num_workers=1),
     "masked_at_random": masked_at_random,
     "evaluation": evaluation,
+    # last, as TrainingArguments makes an Accelerate state of its own
+    "exact_trainer_means": lambda engine: exact_trainer(engine, "token_classification", "bert"),
+    "exact_trainer_sums": lambda engine: exact_trainer(engine, "causal_lm", "gpt2"),
+    "exact_trainer_each_its_own": lambda engine: exact_trainer(engine, "causal_lm", "gpt2", average=False),
 }
 
 if __name__ == "__main__":
