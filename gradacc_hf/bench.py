@@ -1,32 +1,27 @@
 """Every figure in the README, to be measured again by whoever doubts it.
 
     python -m gradacc_hf.bench exactness     # whose accumulated gradient is that of the whole window?
-    python -m gradacc_hf.bench speed         # the same run beside transformers.Trainer: how fast?
+    python -m gradacc_hf.bench speed         # how close does the loop come to what cannot be beaten?
     python -m gradacc_hf.bench planning      # what does it cost to plan a window?
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
-same model, the same examples in the same windows, and as many optimizer steps. One process.
+same model, the same examples in the same windows, and as many optimizer steps. One process. How fast the
+others are: `gradacc compare`.
 """
 
 import argparse
-import gc
 import json
-import platform
-import runpy
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from datasets import disable_progress_bars
 from rich.box import SIMPLE
 from rich.console import Console
@@ -35,18 +30,19 @@ from rich.table import Table
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
-from gradacc_hf.command_line import read_command_line
 from gradacc_hf.config import kit
 from gradacc_hf.conformance import LENGTHS, SPLITS, cut_by_count
 from gradacc_hf.contenders import run_accelerate, run_trainer, run_windows
 from gradacc_hf.errors import BadInput, Parser
 from gradacc_hf.gradients import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
+from gradacc_hf.limits import Speed, speed
 from gradacc_hf.loop import train
-from gradacc_hf.optim import make_optimizer, make_scheduler
+from gradacc_hf.optim import make_optimizer
 from gradacc_hf.plan import WindowPlan
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.run import make_windows, total_windows
+from gradacc_hf.run import load_recipe, make_windows
+from gradacc_hf.runlog import measured_with
 from gradacc_hf.split import Bound, split_window
 
 HEADS = {
@@ -59,8 +55,13 @@ HEADS = {
     "multiple_choice": ("bert", "roberta", "deberta-v2"),
     "image_classification": ("vit", "swin", "dinov2"),
 }
-CONTENDERS = {"ours": "WindowLoader", "accelerate": "accumulate()", "trainer": "Trainer"}
-TRAINER_MICRO_BATCH = 8
+CONTENDERS = {
+    "ours": "Window-\nLoader",
+    "exact_trainer": "Exact-\nTrainer",
+    "accelerate": "accu-\nmulate()",
+    "trainer": "Trainer",
+}
+MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -80,23 +81,6 @@ class Exactness:
     """Every head, split and contender; exact is an error of at most `EXACT`."""
 
     errors: tuple[GradientError, ...]
-    measured_with: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """By contender: seconds of each repeat, padding as a share of the tokens, micro-batches over all windows.
-
-    Repeat i of both ran back to back; `ratios`, one a repeat: examples per second, ours / Trainer's.
-    """
-
-    windows: int
-    examples: int
-    seconds: dict[str, list[float]]
-    padding: dict[str, float]
-    micro_batches: dict[str, int]
-    ratios: list[float]
-    median_ratio: float
     measured_with: dict[str, str]
 
 
@@ -122,69 +106,17 @@ def exactness(heads: Mapping[str, Sequence[str]] = HEADS) -> Exactness:
                 if contender == "ours":
                     run_windows(head.model, recorder, windows)
                 elif contender == "accelerate":
-                    run_accelerate(head.model, recorder, DataLoader(in_order, size, collate_fn=collate))  # type: ignore[arg-type]
+                    loader: Any = DataLoader(in_order, size, collate_fn=collate)  # type: ignore[arg-type]
+                    run_accelerate(head.model, recorder, loader, len(loader), cpu=True)
                 else:
                     arguments = {"gradient_accumulation_steps": len(cut), "max_grad_norm": 0, "use_cpu": True}
-                    run_trainer(head.model, recorder, in_order, collate, size, **arguments)
+                    exact = contender == "exact_trainer"
+                    run_trainer(head.model, recorder, in_order, collate, size, exact=exact, **arguments)
                 [gradient] = recorder.gradients  # one window, one optimizer step
                 error = relative_error(gradient, whole)
                 ratio = float(get_total_norm(gradient.values()) / get_total_norm(whole.values()))
                 errors.append(GradientError(kind, model_type, split, contender, error, ratio))
-    return Exactness(tuple(errors), _measured_with("cpu"))
-
-
-def speed(recipe: Recipe, num_windows: int = 4, repeats: int = 5) -> Speed:
-    """Time the first windows of a recipe's run, by our loop and by Trainer with micro-batches of 8, in turns.
-
-    Each gets a new model every time, outside the timed part, and the same optimizer, schedule, clipping and
-    padding to the longest. A first pair, to warm up, is thrown away. Raises BadInput if windows are too few.
-    """
-    optim, datasets = recipe.config.optim, recipe.datasets()
-    windows, _ = make_windows(recipe, *datasets, Accelerator())
-    if num_windows > len(windows):
-        raise BadInput(
-            f"--windows: found {num_windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
-        )
-    in_order = datasets[0].select(np.concatenate([windows.plan.indices(0, t) for t in range(num_windows)]))
-    steps, rest = divmod(effective := recipe.config.batch.effective, TRAINER_MICRO_BATCH)
-    if rest:
-        raise BadInput(f"batch.effective: found {effective}; allowed: a multiple of {TRAINER_MICRO_BATCH}")
-
-    def run(contender: str) -> float:
-        gc.collect()
-        set_seed(recipe.config.train.seed)
-        windows, _ = make_windows(recipe, *datasets, Accelerator())
-        model = recipe.model()
-        optimizer = make_optimizer(model, optim)
-        scheduler = make_scheduler(optimizer, recipe.config.optim, total_windows(recipe.config, windows))
-        shared: dict[str, Any] = {"scheduler": scheduler, "max_grad_norm": optim.max_grad_norm}
-        if contender == "ours":
-            shared |= {"compute_loss": recipe.loss, "max_windows": num_windows}
-            return run_windows(model, optimizer, windows, **shared)
-        shared |= {"gradient_accumulation_steps": steps}
-        return run_trainer(model, optimizer, in_order, recipe.collate, TRAINER_MICRO_BATCH, **shared)
-
-    seconds: dict[str, list[float]] = {"ours": [], "trainer": []}
-    for repeat in _progress(range(repeats + 1), "speed"):
-        for contender in sorted(seconds, reverse=repeat % 2 == 1):  # who goes first alternates
-            seconds[contender].append(run(contender))
-    seconds = {contender: times[1:] for contender, times in seconds.items()}
-    ratios = [trainer / ours for ours, trainer in zip(seconds["ours"], seconds["trainer"], strict=True)]
-
-    splits = [windows.split(0, t) for t in range(num_windows)]
-    lengths = [len(ids) for ids in in_order["input_ids"]]
-    eights = [lengths[i : i + TRAINER_MICRO_BATCH] for i in range(0, len(lengths), TRAINER_MICRO_BATCH)]
-    padded = {"ours": sum(s.padded_tokens for s in splits), "trainer": sum(len(e) * max(e) for e in eights)}
-    return Speed(
-        windows=num_windows,
-        examples=len(in_order),
-        seconds=seconds,
-        padding={contender: 1 - sum(lengths) / tokens for contender, tokens in padded.items()},
-        micro_batches={"ours": sum(len(s.processes[0]) for s in splits), "trainer": len(eights)},
-        ratios=ratios,
-        median_ratio=median(ratios),
-        measured_with=_measured_with(windows.accelerator.device.type),
-    )
+    return Exactness(tuple(errors), measured_with("cpu"))
 
 
 @dataclass(frozen=True)
@@ -223,7 +155,7 @@ def planning(recipe: Recipe, examples: int = 10_000_000) -> Planning:
         large_window_ms=median(large),
         permutation_bytes=plan.memory_bytes(),
         lengths_bytes=lengths.nbytes,
-        measured_with=_measured_with(windows.accelerator.device.type),
+        measured_with=measured_with(windows.accelerator.device.type),
     )
 
 
@@ -235,21 +167,12 @@ def _milliseconds(function: Callable[[], Any]) -> float:
 
 def offline_recipe() -> Recipe:
     """The recipe of configs/text_classification_offline.yaml: MiniLM on the standard library's docstrings."""
-    recipe_class = runpy.run_path(str(kit() / "recipes/text_classification.py"))["TextClassification"]
-    config = ["--config", str(kit() / "configs/text_classification_offline.yaml")]
-    settings = read_command_line(config, data=recipe_class.Data)
-    settings.budget.max_tokens = TRAINER_MICRO_BATCH * settings.data.max_length  # as large as Trainer's
-    return recipe_class(settings)
+    config = str(kit() / "configs/text_classification_offline.yaml")
+    return load_recipe(["--config", config, f"--budget.max_tokens={MAX_TOKENS}"])
 
 
 def _progress(steps: Sequence[Any], name: str) -> Iterable[Any]:
     return track(steps, name, console=Console(stderr=True), transient=True)
-
-
-def _measured_with(device: str) -> dict[str, str]:
-    versions = {name: version(name) for name in ("gradacc-hf", "transformers", "accelerate", "torch")}
-    threads = str(torch.get_num_threads())
-    return {**versions, "python": platform.python_version(), "device": device, "threads": threads}
 
 
 def print_exactness(result: Exactness, console: Console) -> None:
@@ -268,23 +191,25 @@ def print_exactness(result: Exactness, console: Console) -> None:
             by = {name: [row for row in chosen if row.contender == name] for name in CONTENDERS}
             exact = {name: sum(row.error <= EXACT for row in by[name]) for name in by}
             cells = [f"{exact[n]}/{len(by[n])} {max(row.error for row in by[n]):.0e}" for n in by]
-            table.add_row(kind, *cells, f"{median(row.norm_ratio for row in by['trainer']):.3f}")
+            table.add_row(
+                kind.replace("_", " "), *cells, f"{median(row.norm_ratio for row in by['trainer']):.3f}"
+            )
         console.print(table)
 
 
 def print_speed(result: Speed, console: Console) -> None:
-    """The ratio first; then the seconds, which say nothing away from the machine that took them."""
+    """The two shares; then the speed of dense micro-batches by length."""
+    low, high = min(result.of_dense_limit), max(result.of_dense_limit)
     console.print(
-        f"{result.median_ratio:.2f} × as many examples per second as transformers.Trainer (median of "
-        f"{len(result.ratios)} paired runs of {result.windows} windows, {result.examples} examples; "
-        f"{min(result.ratios):.2f}–{max(result.ratios):.2f})"
+        f"{result.median_of_dense_limit:.2f} of the dense limit ({low:.2f}–{high:.2f}, {len(result.seconds)} "
+        f"repeats of {result.windows} windows, {result.examples} examples in {result.micro_batches} "
+        f"micro-batches, {result.padding:.1%} padding)\n"
+        f"{result.median_overhead:.1%} of the loop is neither forward nor backward nor optimizer "
+        f"({min(result.overhead):.1%} to {max(result.overhead):.1%})"
     )
-    table = Table("", "seconds: median (range)", "padding", "micro-batches", box=SIMPLE)
-    for name, times in result.seconds.items():
-        seconds = f"{median(times):.2f} ({min(times):.2f}–{max(times):.2f})"
-        table.add_row(
-            CONTENDERS[name], seconds, f"{result.padding[name]:.1%}", str(result.micro_batches[name])
-        )
+    table = Table("tokens of a dense micro-batch's examples", "tokens a second", box=SIMPLE)
+    for length, tokens in result.dense_tokens_per_second.items():
+        table.add_row(str(length), f"{tokens:,.0f}")
     console.print(table)
 
 
@@ -310,9 +235,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     benchmarks.add_parser("exactness", help="whose accumulated gradient is that of the whole window")
     benchmarks.add_parser("planning", help="what it costs to plan a window")
-    timing = benchmarks.add_parser("speed", help="the same windows by our loop and by Trainer")
+    timing = benchmarks.add_parser(
+        "speed", help="our loop beside the dense limit, and what the loop itself costs"
+    )
     timing.add_argument("--windows", type=_positive, default=4, help="windows in a run (%(default)s)")
-    timing.add_argument("--repeats", type=_positive, default=5, help="pairs of runs (%(default)s)")
+    timing.add_argument("--repeats", type=_positive, default=5, help="turns (%(default)s)")
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--json", action="store_true", help="print the result as JSON")
     console = Console(highlight=False)
@@ -326,7 +253,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif arguments.benchmark == "planning":
             result, show = planning(offline_recipe()), print_planning
         else:
-            result, show = speed(offline_recipe(), arguments.windows, arguments.repeats), print_speed
+            found = speed(
+                offline_recipe(), arguments.windows, arguments.repeats, partial(_progress, name="speed")
+            )
+            result, show = found, print_speed
     except BadInput as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -40,7 +40,7 @@ def open_output(config: Config, accelerator: Accelerator) -> Path:
     accelerator.wait_for_everyone()  # another may still read a model from the run that is given up
     if accelerator.is_main_process:
         name = Path(config.config or "run").stem
-        folder = Path(config.output.dir) if config.output.dir else _next_folder(name)
+        folder = Path(config.output.dir) if config.output.dir else next_folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         for path in (folder / name for name in RUN_FILES):  # of the run that --output.overwrite gives up
             if path.is_dir() and not path.is_symlink():
@@ -56,7 +56,7 @@ def open_output(config: Config, accelerator: Accelerator) -> Path:
     return folder
 
 
-def _next_folder(name: str) -> Path:
+def next_folder(name: str) -> Path:
     """Make the next free numbered folder under runs/."""
     Path("runs").mkdir(exist_ok=True)
     number = 1

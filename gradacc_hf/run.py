@@ -6,8 +6,10 @@ settings, output folder, data, windows, plan, weights; then `loop.fine_tune`.
 
 import math
 import os
+import runpy
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,9 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from datasets import Dataset, disable_progress_bars
 
-from gradacc_hf.command_line import read_command_line
+from gradacc_hf.command_line import read_command_line, recipe_file
 from gradacc_hf.config import Config, tokens_per_micro_batch
-from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.errors import BadInput, listed, one_line
 from gradacc_hf.loop import Best, evaluate, fine_tune
 from gradacc_hf.optim import frozen_parameters, make_optimizer, make_scheduler
 from gradacc_hf.output import check_output, open_output
@@ -66,12 +68,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         accelerator.print("check: this would run")
         return
 
-    set_seed(config.train.seed)  # the same new weights (a classifier's) on every process
-    model = recipe.model()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-    if config.budget.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = make_model(recipe)
     optimizer = make_optimizer(model, config.optim)
     scheduler = make_scheduler(optimizer, config.optim, total_windows(config, windows))
     folder = open_output(config, accelerator)
@@ -112,6 +109,35 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     if baseline:
         accelerator.print(f"baseline: {describe(baseline)}")
     accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")
+
+
+def load_recipe(argv: Sequence[str]) -> Recipe:
+    """The recipe that a command line's `--config` names, with its settings. Raises BadInput."""
+    file = recipe_file(argv)
+    sys.path.insert(0, str(Path(file).parent))  # as `python FILE` has it, for what lies beside it
+    defined = {
+        value
+        for value in runpy.run_path(file).values()
+        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == "<run_path>"
+    }
+    found = [recipe for recipe in defined if not any(recipe in other.__mro__[1:] for other in defined)]
+    if len(found) != 1:
+        raise BadInput(
+            f"recipe: {file} defines {listed(c.__name__ for c in found) or 'no'} Recipe; it must be one"
+        )
+    return found[0](read_command_line(argv, data=found[0].Data))
+
+
+def make_model(recipe: Recipe) -> Any:
+    """The model that is trained: as seeded, the same new weights (a classifier's) in every process."""
+    config = recipe.config
+    set_seed(config.train.seed)
+    model = recipe.model()
+    for name in frozen_parameters([name for name, _ in model.named_parameters()], config.model.freeze):
+        model.get_parameter(name).requires_grad_(False)
+    if config.budget.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def make_accelerator(config: Config) -> Accelerator:

@@ -86,7 +86,7 @@ class RunLog:
     def window(self, record: WindowRecord) -> None:
         """One window is done."""
         self.records.append(record)
-        row = _finite(asdict(record))
+        row = finite(asdict(record))
         if self._history is not None:
             self._history.write(json.dumps(row) + "\n")
             self._history.flush()
@@ -119,7 +119,7 @@ class RunLog:
         seconds = sum(record.seconds for record in records)
         tokens, padded = sum(r.tokens for r in records), sum(r.padded_tokens for r in records)
         steps = [record.accumulation_steps for record in records]
-        summary = _finite(
+        summary = finite(
             {
                 **more,
                 "windows": len(records),
@@ -173,9 +173,14 @@ def versions() -> dict[str, str]:
     }
 
 
-def _finite(values: Any) -> Any:
+def measured_with(device: str) -> dict[str, str]:
+    """What a measurement says it was made with: versions, and the "cpu" or "cuda" that it ran on."""
+    return {**versions(), "device": device, "threads": str(torch.get_num_threads())}
+
+
+def finite(values: Any) -> Any:
     """NaN and infinity are no JSON: null instead. Numbers of numpy and torch become Python's."""
     if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
+        return {key: finite(value) for key, value in values.items()}
     values = values.item() if hasattr(values, "item") else values
     return None if isinstance(values, float) and not math.isfinite(values) else values

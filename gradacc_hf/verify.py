@@ -11,12 +11,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from gradacc_hf.diagnose import Reason, diagnose
 from gradacc_hf.errors import one_line
@@ -32,6 +30,7 @@ from gradacc_hf.gradients import (
     whole_window_gradient,
 )
 from gradacc_hf.items import COUNTS, ComputeLoss, CountItems, model_loss
+from gradacc_hf.runlog import measured_with
 from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
 
@@ -148,7 +147,7 @@ def verify(
         examples=examples,
         accumulation_steps=tuple(steps),
         reasons=reasons,
-        measured_with={name: version(name) for name in ("gradacc-hf", "transformers", "accelerate", "torch")},
+        measured_with=measured_with(accelerator.device.type),
     )
 
 
@@ -193,10 +192,15 @@ def _whole(
         batch = in_dtype_of(model, windows.collated(window.indices, window.pad_to).batch)
         return whole_window_gradient(model, batch, compute_loss)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
     model.zero_grad()
     return None
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Is this what torch raises on a GPU, or on a CPU, where memory does not suffice?"""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _one_by_one(
@@ -226,27 +230,23 @@ def _trainer_gradient(
 
     `ExactTrainer` is told what the items are only where a function counts them, as its user would have to.
     """
-    from gradacc_hf.contenders import run_trainer  # late: it loads transformers.Trainer
+    from gradacc_hf.contenders import own_loss, run_trainer  # late: they load transformers.Trainer
 
     recorder = RecordGradients(model)
-    with torch.no_grad():
-        outputs = model(**micro_batches[0])
-        own_loss = getattr(outputs, "loss", None)
-    is_own = own_loss is not None and torch.equal(own_loss, compute_loss(outputs, micro_batches[0]))
-    with _accelerate_as_it_was():
-        run_trainer(
-            model,
-            recorder,
-            micro_batches,
-            lambda batches: dict(batches[0]),
-            1,
-            compute_loss=None if is_own else compute_loss,
-            exact=exact,
-            num_items=None if count_items in COUNTS.values() else count_items,
-            gradient_accumulation_steps=len(micro_batches),
-            max_grad_norm=0,
-            use_cpu=next(model.parameters()).device.type == "cpu",
-        )
+    run_trainer(
+        model,
+        recorder,
+        micro_batches,
+        lambda batches: dict(batches[0]),
+        1,
+        compute_loss=own_loss(model, micro_batches[0], compute_loss),
+        exact=exact,
+        num_items=None if count_items in COUNTS.values() else count_items,
+        gradient_accumulation_steps=len(micro_batches),
+        max_grad_norm=0,
+        logging_strategy="no",
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
     model.train()
     model.zero_grad()
     return recorder.gradients[0]
@@ -272,16 +272,3 @@ def _random_numbers_as_they_were() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-@contextmanager
-def _accelerate_as_it_was() -> Iterator[None]:
-    """TrainingArguments clears Accelerate's state, which the caller's Accelerator lives on."""
-    states = (AcceleratorState, PartialState, GradientState)
-    before = [dict(state._shared_state) for state in states]
-    try:
-        yield
-    finally:
-        for state, values in zip(states, before, strict=True):
-            state._shared_state.clear()
-            state._shared_state.update(values)

@@ -2,18 +2,15 @@
 
 import json
 import os
-import runpy
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from datasets import disable_progress_bars
 from rich.box import SIMPLE
 from rich.console import Console
@@ -21,11 +18,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from gradacc_hf import conformance
-from gradacc_hf.command_line import read_command_line, recipe_file
 from gradacc_hf.errors import BadInput, Parser, listed
-from gradacc_hf.optim import frozen_parameters
-from gradacc_hf.recipe import Recipe
-from gradacc_hf.run import make_windows
+from gradacc_hf.run import load_recipe, make_model, make_windows
 from gradacc_hf.verify import Verification, verify
 
 
@@ -64,11 +58,7 @@ def main(argv: Sequence[str]) -> None:
         raise BadInput(
             f"--windows: found {arguments.windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
         )
-    set_seed(recipe.config.train.seed)
-    model = recipe.model()
-    for name in frozen_parameters([name for name, _ in model.named_parameters()], recipe.config.model.freeze):
-        model.get_parameter(name).requires_grad_(False)
-    result = verify(model, windows, recipe.loss, num_windows=arguments.windows)
+    result = verify(make_model(recipe), windows, recipe.loss, num_windows=arguments.windows)
     if arguments.json:
         print(json.dumps({**asdict(result), "exact": result.exact, "verdict": result.verdict}, indent=2))
     else:
@@ -88,23 +78,6 @@ def _all_heads(as_json: bool) -> NoReturn:
     else:
         conformance.show(verdicts, Console(highlight=False))
     sys.exit(1 if any(verdict.unexplained for verdict in verdicts) else 0)
-
-
-def load_recipe(argv: Sequence[str]) -> Recipe:
-    """The recipe that a command line's `--config` names, with its settings. Raises BadInput."""
-    file = recipe_file(argv)
-    sys.path.insert(0, str(Path(file).parent))  # as `python FILE` has it, for what lies beside it
-    defined = {
-        value
-        for value in runpy.run_path(file).values()
-        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == "<run_path>"
-    }
-    found = [recipe for recipe in defined if not any(recipe in other.__mro__[1:] for other in defined)]
-    if len(found) != 1:
-        raise BadInput(
-            f"recipe: {file} defines {listed(c.__name__ for c in found) or 'no'} Recipe; it must be one"
-        )
-    return found[0](read_command_line(argv, data=found[0].Data))
 
 
 def show(result: Verification, console: Console) -> None:

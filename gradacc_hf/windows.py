@@ -98,7 +98,7 @@ class WindowLoader:
         self._started = False
         self._half_way: list[int] = []
         self._say_what_does_not_fit(bound, pad_to)
-        self.lengths, self.pad_to = self._windows.lengths, pad_to
+        self.lengths, self.pad_to, self.bound = self._windows.lengths, pad_to, bound
         self.count_items = self._windows.count_items
         if self.plan.dropped(0):
             logger.warning(

@@ -1,0 +1,246 @@
+"""The same run in several ways, side by side: how exact, how fast, how much memory, how good.
+
+    gradacc compare --config configs/text_classification_offline.yaml
+
+`compare` starts each contender of `contend.py` in a process of its own, in turns, with the same examples in
+the same windows, the same optimizer, schedule, clipping, dropout and precision, and micro-batches of the same
+memory: those who cut by count get as many examples as fit the budget padded to the longest. Every run logs
+each window's loss. It leaves a folder of runs, a row of `table` each, and a report.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import transformers
+from accelerate import Accelerator
+from datasets import disable_progress_bars
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from gradacc_hf.contend import CONTENDERS, DOES_NOT_FIT, micro_batch_size
+from gradacc_hf.errors import BadInput, Parser, listed
+from gradacc_hf.gradients import EXACT
+from gradacc_hf.output import next_folder
+from gradacc_hf.run import load_recipe, make_windows
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way over all repeats: a tuple has a figure of each; `gradient_errors` are the first, by window."""
+
+    name: str
+    gradient_errors: tuple[float, ...]
+    examples_per_second: tuple[float, ...]
+    tokens_per_second: tuple[float, ...]
+    seconds: tuple[float, ...]
+    padding: float
+    training_memory_bytes: tuple[int, ...]  # the most held while training, above what was held before
+    losses: tuple[float, ...]  # logged for the last window
+    metrics: dict[str, tuple[float, ...]]  # of the evaluation
+
+
+def compare(
+    settings: Sequence[str],
+    folder: Path,
+    contenders: Sequence[str] = tuple(CONTENDERS),
+    num_windows: int = 8,
+    repeats: int = 3,
+    on_run: Callable[[str], None] = lambda name: None,
+    command: str = "",
+) -> dict[str, Contender | str]:
+    """Run all contenders `repeats` times with other seeds; one that failed has the reason instead.
+
+    `settings` are a recipe's command line. Repeat i of all runs one after another, who is first taking turns.
+    `on_run` is told before each run. Raises BadInput where none can run.
+    """
+    recipe = load_recipe(settings)
+    failed: dict[str, str] = {}
+    for repeat in range(repeats):
+        seed = recipe.config.train.seed + repeat
+        turn = repeat % len(contenders)
+        for name in (*contenders[turn:], *contenders[:turn]):
+            if name in failed:
+                continue
+            on_run(f"{CONTENDERS[name]}, seed {seed}")
+            run = folder / name / f"seed_{seed}"
+            arguments = [name, str(run), str(num_windows), "no_errors" if repeat else "errors"]
+            done = subprocess.run(
+                [sys.executable, "-m", "gradacc_hf.contend", *arguments, *settings, f"--train.seed={seed}"],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode == 2:
+                raise BadInput(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+                failed[name] = "does not fit the memory" if done.returncode == DOES_NOT_FIT else last
+            else:
+                _add_command(run, command)
+    found = {name: read_contender(folder / name) for name in contenders if name not in failed}
+    return {name: failed.get(name) or found[name] for name in contenders}
+
+
+def _add_command(run: Path, command: str) -> None:
+    file = run / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"command": command}, indent=2) + "\n")
+
+
+def read_contender(folder: Path) -> Contender:
+    """A contender's runs, from the files that they left."""
+    runs = sorted(folder.iterdir())
+    summaries: list[dict[str, Any]] = [json.loads((run / "summary.json").read_text()) for run in runs]
+    histories = [
+        [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()] for run in runs
+    ]
+    metrics = [key for key in summaries[0]["eval"] if key != "window"]
+    return Contender(
+        name=summaries[0]["contender"],
+        gradient_errors=tuple(row["gradient_error"] for row in histories[0] if "gradient_error" in row),
+        examples_per_second=tuple(s["examples"] / s["seconds"] for s in summaries),
+        tokens_per_second=tuple(s["tokens_per_second"] for s in summaries),
+        seconds=tuple(s["seconds"] for s in summaries),
+        padding=summaries[0]["padding"],
+        training_memory_bytes=tuple(s["training_memory_bytes"] for s in summaries),
+        losses=tuple(history[-1]["loss"] for history in histories),
+        metrics={key: tuple(s["eval"][key] for s in summaries) for key in metrics},
+    )
+
+
+def ratios(ours: Contender, other: Contender) -> list[float]:
+    """Examples per second, ours over the other's, repeat by repeat: those ran next to each other."""
+    return [a / b for a, b in zip(ours.examples_per_second, other.examples_per_second, strict=True)]
+
+
+def show(found: dict[str, Contender | str], console: Console) -> None:
+    """A row a contender, medians with their range; then how many times as fast ours is."""
+    table = Table("", box=SIMPLE)
+    for header in ("gradient off by", "examples/s", "tokens/s", "padding", "memory, MB", "seconds"):
+        table.add_column(header, justify="right")
+    ran = {name: contender for name, contender in found.items() if isinstance(contender, Contender)}
+    for contender in ran.values():
+        table.add_row(
+            contender.name,
+            _error(contender),
+            _spread(contender.examples_per_second, "{:.1f}"),
+            _spread(contender.tokens_per_second, "{:,.0f}"),
+            f"{contender.padding:.0%}",
+            _spread([size / 1e6 for size in contender.training_memory_bytes], "{:,.0f}"),
+            _spread(contender.seconds, "{:.1f}"),
+        )
+    console.print(table)
+    after = Table("after training", box=SIMPLE)
+    metrics = list(next(iter(ran.values())).metrics)
+    for header in ("logged loss", *(f"validation {name}" for name in metrics)):
+        after.add_column(header, justify="right")
+    for contender in ran.values():
+        cells = [contender.losses, *(contender.metrics[name] for name in metrics)]
+        after.add_row(contender.name, *(_spread(cell, "{:.3f}") for cell in cells))
+    console.print(after)
+    for name, reason in found.items():
+        if isinstance(reason, str):
+            console.print(f"{CONTENDERS[name]}: not compared: {reason}")
+    for name, other in ran.items():
+        if name != "ours" and "ours" in ran:
+            times = ratios(ran["ours"], other)
+            console.print(
+                f"{ran['ours'].name}: {median(times):.2f} × the examples per second of {other.name} "
+                f"({min(times):.2f}–{max(times):.2f})"
+            )
+
+
+def _error(contender: Contender) -> str:
+    worst = max(contender.gradient_errors)
+    return f"{worst:.0e} {'exact' if worst <= EXACT else '     '}"
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    middle = form.format(median(values))
+    return middle if len(values) == 1 else f"{middle} ({form.format(min(values))}–{form.format(max(values))})"
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line: exits with 1 where a contender failed."""
+    parser = Parser(
+        prog="gradacc compare",
+        description="Train the same windows in several ways and compare them: how exact, how fast.",
+        epilog="Any setting of the recipe can follow, as on its own command line: --batch.effective 32. "
+        f"Contenders: {', '.join(f'{key} ({name})' for key, name in CONTENDERS.items())}.",
+    )
+    parser.add_argument("--config", required=True, help="the recipe's config file")
+    parser.add_argument("--budget", default="auto", help="a budget's name or file (%(default)s)")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="which, by commas (%(default)s)")
+    parser.add_argument("--windows", type=int, default=8, help="windows in a run (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, with other seeds (%(default)s)")
+    parser.add_argument("--output", type=Path, help="a new folder for the runs and the report")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    arguments, settings = parser.parse_known_args(argv)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    contenders = _chosen(arguments.contenders)
+    if arguments.repeats < 1:
+        raise BadInput(f"--repeats: found {arguments.repeats}; allowed: 1 or more")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("gradacc compare runs on one process: start it without a launcher")
+    settings = ["--config", arguments.config, "--budget", arguments.budget, *settings]
+    recipe = load_recipe(settings)
+    windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator())
+    full = len(recipe.datasets()[0]) // recipe.config.batch.effective
+    if not 1 <= arguments.windows <= full:
+        raise BadInput(
+            f"--windows: found {arguments.windows}; allowed: 1 to {full}, the full ones of an epoch"
+        )
+    folder = arguments.output or next_folder("compare")
+    if arguments.output and folder.exists():
+        raise BadInput(f"--output: {folder} is there already; give a new folder")
+    console = Console(highlight=False, stderr=arguments.json)
+    size, command = micro_batch_size(recipe, windows), f"gradacc compare {shlex.join(argv)}"
+    console.print(
+        f"{arguments.windows} windows of {recipe.config.batch.effective} examples, {arguments.repeats} "
+        f"times; micro-batches: {size} examples padded to the longest, or as many tokens; runs in {folder}"
+    )
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=arguments.repeats * len(contenders), completed=-1)
+        found = compare(
+            settings,
+            folder,
+            contenders,
+            arguments.windows,
+            arguments.repeats,
+            lambda name: progress.update(task, advance=1, description=name),
+            command,
+        )
+    if arguments.json:
+        print(json.dumps({k: v if isinstance(v, str) else asdict(v) for k, v in found.items()}, indent=2))
+    else:
+        show(found, console)
+    if any(isinstance(contender, Contender) for contender in found.values()):
+        from gradacc_hf.report import write_report  # late: it loads matplotlib
+
+        console.print(f"report: {write_report([folder])}")
+    sys.exit(1 if any(isinstance(contender, str) for contender in found.values()) else 0)
+
+
+def _chosen(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown or len(set(names)) < len(names):
+        raise BadInput(f"--contenders: found {text!r}; allowed: some of {listed(CONTENDERS)}, each once")
+    return names

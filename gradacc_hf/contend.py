@@ -1,0 +1,287 @@
+"""One contender's run of a comparison, in a process of its own: its memory is its own, and nothing is warm.
+
+    python -m gradacc_hf.contend NAME FOLDER WINDOWS errors|no_errors --config FILE [settings]
+
+Trains the first windows of a recipe's run in the way of `contenders.py`, timed; then evaluates, and with
+`errors` trains once more without dropout to compare each window's gradient with that of the window at once.
+Leaves a run's folder: config.yaml, history.jsonl, summary.json. `compare.py` starts these and adds them up.
+"""
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from datasets import disable_progress_bars
+from torch.utils.data import DataLoader
+
+from gradacc_hf.checkpoint import write_whole
+from gradacc_hf.contenders import own_loss, run_accelerate, run_at_once, run_trainer, run_windows
+from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.gradients import read_gradient, relative_error, whole_window_gradient
+from gradacc_hf.loop import evaluate
+from gradacc_hf.optim import make_optimizer, make_scheduler
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows, total_windows
+from gradacc_hf.runlog import finite, peak_memory_bytes, versions
+from gradacc_hf.verify import out_of_memory, remove_dropout
+from gradacc_hf.windows import WindowLoader
+
+CONTENDERS = {
+    "at_once": "at once",
+    "trainer": "Trainer",
+    "trainer_by_length": "Trainer, by length",
+    "exact_trainer": "ExactTrainer",
+    "accelerate": "accumulate()",
+    "ours": "gradacc-hf",
+}
+DOES_NOT_FIT = 3  # the exit code of a contender that ran out of memory
+
+
+class Run:
+    """The first windows of a recipe's run, to be trained in any of the ways on the same examples."""
+
+    def __init__(self, recipe: Recipe, num_windows: int):
+        self.recipe, self.num_windows = recipe, num_windows
+        self.accelerator = make_accelerator(recipe.config)
+        self.training, self.validation = recipe.datasets()
+        self.windows, _ = self.loaders()
+        order = np.concatenate([self.windows.plan.indices(0, t) for t in range(num_windows)])
+        self.examples = self.training.select(order)
+        self.size = micro_batch_size(recipe, self.windows)
+        self.steps = recipe.config.batch.effective // self.size
+        self.seen: list[list[Any]] = []  # the examples of each micro-batch, as they were collated
+
+    def loaders(self) -> tuple[WindowLoader, WindowLoader]:
+        return make_windows(self.recipe, self.training, self.validation, self.accelerator)
+
+    def train(self, name: str, model: Any, optimizer: Any, scheduler: Any, max_grad_norm: float) -> Any:
+        """One epoch of the windows; `seen` is new then."""
+        recipe, self.seen = self.recipe, []
+        shared: dict[str, Any] = {"scheduler": scheduler, "max_grad_norm": max_grad_norm}
+        if name in ("ours", "at_once"):
+            windows, _ = self.loaders()
+            shared["compute_loss"] = recipe.loss
+            if name == "ours":
+                splits = [windows.split(0, t) for t in range(self.num_windows)]
+                pieces = [piece for split in splits for piece in split.processes[0]]
+                self.seen = [[self.training[int(i)] for i in piece] for piece in pieces]
+                return run_windows(model, optimizer, windows, max_windows=self.num_windows, **shared)
+            batches = (self._whole(windows, t) for t in range(self.num_windows))
+            return run_at_once(model, optimizer, batches, accelerator=self.accelerator, **shared)
+        first = {key: value.to(model.device) for key, value in recipe.collate([self.examples[0]]).items()}
+        loss = own_loss(model, first, recipe.loss)
+        if name == "accelerate":
+            loader: Any = DataLoader(self.examples, self.size, collate_fn=self._collate)  # type: ignore[arg-type]
+            with_loss = {} if loss is None else {"compute_loss": loss}
+            precision = self.accelerator.mixed_precision
+            return run_accelerate(
+                model, optimizer, loader, self.steps, mixed_precision=precision, **with_loss, **shared
+            )
+        return run_trainer(
+            model,
+            optimizer,
+            self.examples,
+            self._collate,
+            self.size,
+            compute_loss=loss,
+            exact=name == "exact_trainer",
+            num_items=recipe.num_items,
+            gradient_accumulation_steps=self.steps,
+            train_sampling_strategy="group_by_length" if name == "trainer_by_length" else "sequential",
+            seed=recipe.config.train.seed,
+            bf16=self.accelerator.mixed_precision == "bf16",
+            fp16=self.accelerator.mixed_precision == "fp16",
+            **shared,
+        )
+
+    def _collate(self, examples: Sequence[Any]) -> Any:
+        self.seen.append(list(examples))
+        return self.recipe.collate(examples)
+
+    def _whole(self, windows: WindowLoader, number: int) -> Any:
+        indices = windows.plan.indices(0, number)
+        self.seen.append([self.training[int(i)] for i in indices])
+        return windows.collated(indices).batch
+
+    def by_window(self) -> list[list[list[Any]]]:
+        """The examples of each micro-batch, by window."""
+        windows, size = [], self.recipe.config.batch.effective
+        for micro_batch in self.seen:
+            if not windows or sum(map(len, windows[-1])) >= size:
+                windows.append([])
+            windows[-1].append(micro_batch)
+        return windows
+
+
+def micro_batch_size(recipe: Recipe, windows: WindowLoader) -> int:
+    """For those who cut by count: as many examples as fit the budget padded to the longest, equally many."""
+    bound, effective = windows.bound, recipe.config.batch.effective
+    most = bound.max_rows(int(windows.lengths.max()))
+    return max(size for size in range(1, min(most, effective) + 1) if effective % size == 0)
+
+
+def timed(run: Run, name: str, folder: Path) -> None:
+    """Train, evaluate, and write the run's folder."""
+    recipe, config = run.recipe, run.recipe.config
+    model = make_model(recipe).to(run.accelerator.device)
+    optimizer = make_optimizer(model, config.optim)
+    scheduler = make_scheduler(optimizer, config.optim, total_windows(config, run.windows))
+    ends: list[float] = []
+    optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    rates: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    gc.collect()
+    before = _reset_peak_memory(run.accelerator.device)
+    ran = run.train(name, model, optimizer, scheduler, config.optim.max_grad_norm)
+    peak = _peak_memory(run.accelerator.device)
+    _, validation = run.loaders()
+    prepared = run.accelerator.prepare(model) if name not in ("ours", "at_once") else model
+    found = evaluate(
+        prepared,
+        validation,
+        accelerator=run.accelerator,
+        compute_loss=recipe.loss,
+        predict=recipe.predict,
+    )
+    metrics = {"loss": found.loss, **recipe.metrics(found.predictions, found.references)}
+
+    lengths = [[_lengths(micro_batch) for micro_batch in window] for window in run.by_window()]
+    first_second = ran.seconds - (ends[-1] - ends[0])
+    seconds = [first_second, *np.diff(ends).tolist()]
+    rows = [
+        {
+            "window": number + 1,
+            "epoch": 0,
+            "loss": ran.losses[number],
+            "lr": rates[number],
+            "examples": sum(map(len, window)),
+            "tokens": sum(map(sum, window)),
+            "padded_tokens": sum(len(piece) * max(piece) for piece in window),
+            "accumulation_steps": len(window),
+            "seconds": seconds[number],
+        }
+        for number, window in enumerate(lengths)
+    ]
+    tokens, padded = (sum(row[key] for row in rows) for key in ("tokens", "padded_tokens"))
+    steps = [row["accumulation_steps"] for row in rows]
+    summary = {
+        "contender": CONTENDERS[name],
+        "seed": config.train.seed,
+        "windows": len(rows),
+        "examples": sum(row["examples"] for row in rows),
+        "tokens": tokens,
+        "padded_tokens": padded,
+        "padding": 1 - tokens / padded,
+        "seconds": ran.seconds,
+        "tokens_per_second": tokens / ran.seconds,
+        "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
+        "training_memory_bytes": peak - before,
+        "effective_batch_size": config.batch.effective,
+        "accumulation_steps": {"min": min(steps), "mean": sum(steps) / len(steps), "max": max(steps)},
+        "processes": 1,
+        "precision": {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision),
+        "eval": {"window": len(rows), **metrics},
+        "baseline": recipe.baseline(run.training, run.validation),
+        "first_window": lengths[0],
+        "versions": versions(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+    _write_history(folder, rows)
+    write_whole(folder / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
+
+
+def errors(run: Run, name: str, folder: Path) -> None:
+    """Add to each window's row the relative error of its gradient: float32, no dropout, no clipping.
+
+    Each window is compared with itself at once, at the weights that the contender has come to by then.
+    """
+    recipe, config = run.recipe, run.recipe.config
+    run.accelerator = Accelerator(cpu=run.accelerator.device.type == "cpu")
+    model = make_model(recipe).to(run.accelerator.device)
+    remove_dropout(model)
+    optimizer = make_optimizer(model, config.optim)
+    scheduler = make_scheduler(optimizer, config.optim, total_windows(config, run.windows))
+    found: list[float] = []
+
+    def compare(*_: Any) -> None:
+        gradient = read_gradient(model)
+        [window] = run.by_window()[len(found) : len(found) + 1]
+        examples = [example for micro_batch in window for example in micro_batch]
+        batch = {key: value.to(model.device) for key, value in recipe.collate(examples).items()}
+        found.append(relative_error(gradient, whole_window_gradient(model, batch, recipe.loss)))
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.grad = gradient[parameter_name]
+
+    optimizer.register_step_pre_hook(compare)
+    run.train(name, model, optimizer, scheduler, max_grad_norm=0.0)
+    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) | {"gradient_error": error} for line, error in zip(lines, found, strict=True)]
+    _write_history(folder, rows)
+
+
+def _write_history(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_whole(folder / "history.jsonl", "".join(json.dumps(finite(row)) + "\n" for row in rows))
+
+
+def _lengths(examples: Sequence[Any]) -> list[int]:
+    return [len(example["input_ids"]) if "input_ids" in example else 1 for example in examples]
+
+
+def _reset_peak_memory(device: torch.device) -> int:
+    """What the process holds now, in bytes; from here on `_peak_memory` counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux: the peak of the whole process is what there is
+        return peak_memory_bytes(device)
+    return _status("VmRSS")
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda" or not Path("/proc/self/status").exists():
+        return peak_memory_bytes(device)
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)]
+    return int(line.split()[1]) * 1024
+
+
+def main(argv: Sequence[str]) -> None:
+    """Exits with 2 and one line for bad input, with `DOES_NOT_FIT` where the memory does not suffice."""
+    name, folder, num_windows, with_errors, *settings = argv
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        run = Run(load_recipe(settings), int(num_windows))
+        timed(run, name, Path(folder))
+        if with_errors == "errors":
+            errors(run, name, Path(folder))
+    except BadInput as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(one_line(error)[:300], file=sys.stderr)
+        sys.exit(DOES_NOT_FIT)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
