@@ -4,6 +4,7 @@
 #   ./launch.sh                                  the main job: fine-tune MiniLM on the standard library's docstrings
 #   ./launch.sh RECIPE --config FILE [--budget NAME] [--processes N] [--section.key value …]
 #   ./launch.sh lessons [NAME] [--plot FILE.svg] the lessons: small programs that show what accumulation does
+#   ./launch.sh compare [gradacc compare's arguments]  the same training by Trainer and by ours, side by side
 #   ./launch.sh test [pytest arguments]          the tests
 #   ./launch.sh help                             this text; `./launch.sh RECIPE --help` lists a recipe's settings
 #
@@ -60,6 +61,13 @@ case ${1:-} in
     exec python -m pytest "$@"
     ;;
   lessons) exec gradacc "$@" ;;
+  compare)
+    shift
+    cd "$here"
+    [[ $# -gt 0 ]] || set -- --config configs/text_classification_offline.yaml --contenders trainer,ours \
+      --windows 3 --repeats 2 --budget.max_tokens 1024
+    exec gradacc compare "$@"
+    ;;
 esac
 
 if [[ $# -eq 0 ]]; then

@@ -183,7 +183,7 @@ def print_exactness(result: Exactness, console: Console) -> None:
             box=SIMPLE,
             padding=(0, 1, 0, 0),
         )
-        for header in ("kind", *CONTENDERS.values(), "‖g‖ ratio"):
+        for header in ("kind", *CONTENDERS.values(), "‖g‖"):
             table.add_column(header, justify="left" if header == "kind" else "right", no_wrap=True)
         rows = [row for row in result.errors if row.split == split]
         for kind in [*dict.fromkeys(row.kind for row in rows), "all"]:

@@ -36,9 +36,10 @@ def _run() -> None:
     lesson.add_argument("name", nargs="?", help="a lesson; without it, all are listed")
     lesson.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw what the lesson shows")
     commands.add_parser("verify", help="is accumulation exact on my model and data?", add_help=False)
+    commands.add_parser("compare", help="train in several ways and compare them", add_help=False)
     commands.add_parser("bench", help="measure what the README says (gradacc bench --help)", add_help=False)
     arguments, rest = parser.parse_known_args()
-    if rest and arguments.command not in ("bench", "verify"):
+    if rest and arguments.command not in ("bench", "compare", "verify"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "ls":
         for name in recipes():
@@ -51,6 +52,10 @@ def _run() -> None:
         from gradacc_hf import verify_command  # late: it loads transformers
 
         verify_command.main(rest)
+    elif arguments.command == "compare":
+        from gradacc_hf import compare  # late: it loads transformers
+
+        compare.main(rest)
     else:
         from gradacc_hf import bench  # late: it loads transformers
 

@@ -194,8 +194,9 @@ def main(argv: Sequence[str]) -> None:
         raise BadInput("gradacc compare runs on one process: start it without a launcher")
     settings = ["--config", arguments.config, "--budget", arguments.budget, *settings]
     recipe = load_recipe(settings)
-    windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator())
-    full = len(recipe.datasets()[0]) // recipe.config.batch.effective
+    training, validation = recipe.datasets()
+    windows, _ = make_windows(recipe, training, validation, Accelerator())
+    full = len(training) // recipe.config.batch.effective
     if not 1 <= arguments.windows <= full:
         raise BadInput(
             f"--windows: found {arguments.windows}; allowed: 1 to {full}, the full ones of an epoch"

@@ -49,6 +49,7 @@ def diagnose(
         _batch_norm(model)
         or _random(probe)
         or _not_finite(probe)
+        or _wrong_mode(probe)
         or _grows_with_the_batch(probe)
         or _router_loss(probe)
         or _items_or_padding(probe)
@@ -182,6 +183,30 @@ def _grows_with_the_batch(probe: _Probe) -> Reason | None:
         "accumulation loses the negatives of the other micro-batches: use a gradient cache (gradacc lessons "
         "contrastive), or one micro-batch a window",
     )
+
+
+def _wrong_mode(probe: _Probe) -> Reason | None:
+    """Does the loss separate in evaluation mode only? Then by which kind of module?"""
+    if probe.separates(probe.windows.count_items, probe.pad_to):
+        return None
+    training = [module for module in probe.model.modules() if module.training]
+    probe.model.eval()
+    separates = probe.separates(probe.windows.count_items, probe.pad_to)
+    for kind in {type(module): None for module in reversed(training)} if separates else ():
+        for module in training:
+            module.training = not isinstance(module, kind)
+        if probe.separates(probe.windows.count_items, probe.pad_to):
+            modules = probe.model.named_modules()
+            named = [name or "the model" for name, module in modules if isinstance(module, kind)]
+            return Reason(
+                f"in training mode {len(named)} {kind.__name__} ({listed(named[:3])} …) make an example's "
+                "loss depend on the others of its micro-batch; in evaluation mode they do not",
+                "no accumulation is exact with them in this mode: freeze them in evaluation mode, or take "
+                "others",
+            )
+    for module in training:
+        module.training = True
+    return None
 
 
 def _router_loss(probe: _Probe) -> Reason | None:

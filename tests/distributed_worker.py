@@ -4,6 +4,7 @@ line of JSON.
 torchrun --nproc_per_node 2 tests/distributed_worker.py ddp    (or fsdp2)
 """
 
+import itertools
 import json
 import sys
 import tempfile
@@ -12,6 +13,7 @@ import warnings
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.test_utils.scripts import test_sync
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from transformers import PrinterCallback, TrainingArguments
 
@@ -152,6 +154,44 @@ def masked_at_random(engine):
     return {"finite": all(np.isfinite(losses)), "windows": len(losses)}
 
 
+def beside_test_sync(engine):
+    """Accelerate's own suite of `accumulate()`, between passes of ours; and what it asks, of our windows."""
+    in_sync = synchronised(accelerator_for(engine))
+    accelerator = Accelerator(cpu=True)
+    processes = accelerator.num_processes
+    if processes == 1:
+        test_sync.test_dataloader_break()
+        test_sync.test_noop_sync(accelerator)
+    else:
+        test_sync.test_distributed_sync(accelerator)
+        test_sync.test_distributed_sync_multiple_fwd(accelerator)
+        for settings in itertools.product(
+            [True, False] if 16 % processes == 0 else [False], *2 * [[True, False]]
+        ):
+            test_sync.test_gradient_accumulation(*settings)
+            test_sync.test_gradient_accumulation_with_opt_and_scheduler(*settings)
+    test_sync.test_gradient_accumulation_with_opt_and_scheduler()
+    after = gradients(engine, max_tokens=64)
+    return {**after, "in_sync": in_sync, "in_sync_after": synchronised(accelerator_for(engine))}
+
+
+def synchronised(accelerator):
+    """Of each window: are the gradients of all processes the same after each of its micro-batches?"""
+    head = build_head("token_classification", "gpt2")
+    data = {"accelerator": accelerator, "collate_fn": head.collate, "micro_batch_size": 2}
+    windows, found = WindowLoader(head.examples(LENGTHS[:18]), 18, **data), []
+    model, optimizer = accelerator.prepare(head.model, torch.optim.SGD(head.model.parameters(), lr=0.1))
+    for window in windows:
+        for batch in window:
+            with accelerator.accumulate(model):
+                accelerator.backward(window.weigh(model(**batch).loss))
+                norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+                found.append(norm.item())
+                optimizer.step()
+                optimizer.zero_grad()
+    return [len(set(norms)) == 1 for norms in zip(*gather_object([found]), strict=True)]
+
+
 def exact_trainer(engine, kind, model_type, average=True):
     """Two windows of ExactTrainer: errors against each whole window, or the mean of the processes' parts."""
     head, untouched = build_head(kind, model_type), build_head(kind, model_type)
@@ -215,6 +255,7 @@ CASES = {
     "workers": lambda engine: gradients(engine, max_tokens=64, num_workers=1),
     "masked_at_random": masked_at_random,
     "evaluation": evaluation,
+    "beside_test_sync": beside_test_sync,
     # last, as TrainingArguments makes an Accelerate state of its own
     "exact_trainer_means": lambda engine: exact_trainer(engine, "token_classification", "bert"),
     "exact_trainer_sums": lambda engine: exact_trainer(engine, "causal_lm", "gpt2"),

@@ -42,7 +42,7 @@ def ddp(request):
 def test_every_case_is_exact_on_1_2_and_3_processes(ddp):
     _, found = ddp
     exact = {name: row for name, row in found.items() if "error" in row}
-    assert len(exact) == 11
+    assert len(exact) == 12
     for name, row in exact.items():
         assert row["error"] < EXACT, name
         assert row["loss_error"] < 1e-5, name
@@ -90,6 +90,16 @@ def test_a_fine_tuning_does_not_depend_on_the_number_of_processes(ddp):
     assert found["evaluation"]["loss"] == pytest.approx(
         launch(1, "ddp", "evaluation")["evaluation"]["loss"], rel=1e-5
     )
+
+
+def test_accelerates_own_suite_of_accumulate_passes_beside_our_windows_which_do_as_it_asks(ddp):
+    """Gradients of all processes are the same after a window's last micro-batch, and only then."""
+    num_processes, found = ddp
+    for key in ("in_sync", "in_sync_after"):
+        *before, last = found["beside_test_sync"][key]
+        assert last
+        assert len(before) >= 2
+        assert all(before) if num_processes == 1 else not any(before)
 
 
 def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes():

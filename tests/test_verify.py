@@ -143,6 +143,23 @@ def test_batch_norm_is_named_with_the_group_norm_that_fits():
     assert f"torch.nn.GroupNorm(16, {module.num_features}) in the place of {name}" in reason.cure
 
 
+class Centred(torch.nn.Module):
+    """Takes the mean of the micro-batch away while it trains, as losses and norms of one's own do."""
+
+    def forward(self, hidden):
+        return hidden - hidden.mean(0) if self.training else hidden
+
+
+def test_a_module_that_mixes_examples_in_training_mode_only_is_named():
+    head = build_head("sequence_classification", "bert")
+    head.model.classifier = torch.nn.Sequential(Centred(), head.model.classifier)
+    [reason] = verify(head.model, loader(head), trainer=False).reasons
+    assert "in training mode 1 Centred (classifier.0 …)" in reason.what
+    head.model.classifier[0].train = lambda mode=True: head.model.classifier[0]
+    head.model.classifier[0].training = False
+    assert verify(head.model, loader(head), trainer=False).exact
+
+
 def test_a_router_loss_is_named_and_its_cure_works():
     head = build_head("causal_lm", "mixtral")
     head.model.config.output_router_logits = True
