@@ -37,6 +37,16 @@ def _run() -> None:
     lesson.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw what the lesson shows")
     commands.add_parser("verify", help="is accumulation exact on my model and data?", add_help=False)
     commands.add_parser("bench", help="measure what the README says (gradacc bench --help)", add_help=False)
+    report = commands.add_parser("report", help="one HTML page about runs, side by side")
+    report.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one that holds runs"
+    )
+    report.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.html",
+        help="where it goes; by default report.html in the folder, or in the current one if there are several",
+    )
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command not in ("bench", "verify"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -51,6 +61,10 @@ def _run() -> None:
         from gradacc_hf import verify_command  # late: it loads transformers
 
         verify_command.main(rest)
+    elif arguments.command == "report":
+        from gradacc_hf.report import write_report  # late: it loads matplotlib
+
+        print(write_report(arguments.runs, arguments.output))
     else:
         from gradacc_hf import bench  # late: it loads transformers
 

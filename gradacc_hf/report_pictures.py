@@ -1,0 +1,154 @@
+"""Which pictures a report has, of which figures, and what is said under each; drawing them is report_plots.py's."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from gradacc_hf import report_plots as plots
+from gradacc_hf import report_words as words
+from gradacc_hf.gradients import EXACT
+from gradacc_hf.report_runs import Contender
+from gradacc_hf.report_tables import first_baseline, memory_figure, metric_names
+
+FAR_APART = 3.0  # a factor between contenders from which an axis is logarithmic
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with what is said above and under it."""
+
+    title: str
+    svg: Markup
+    note: str = ""
+
+
+def curves_of(found: Sequence[Contender]) -> list[Figure]:
+    """What was measured by window, and the final metrics."""
+    together = plots.windows_a_point(max(len(run.rows) for contender in found for run in contender.runs))
+
+    def by_window(name: str) -> list[plots.Curve]:
+        repeats = [
+            [
+                [(r.window, v) for r in run.rows if (v := getattr(r, name)) is not None]
+                for run in contender.runs
+            ]
+            for contender in found
+        ]
+        lines = [plots.curve(look, pairs, together) for look, pairs in enumerate(repeats)]
+        return [line for line in lines if line.known]
+
+    figures = []
+    shared = f"A point is the median of {together} windows." if together > 1 else ""
+    if losses := by_window("loss"):
+        log = _far_apart(losses)
+        notes = (
+            ["Losses are as each way logs them, not always the mean over the window."]
+            if len(found) > 1
+            else []
+        )
+        notes += ["The axis is logarithmic."] if log else []
+        notes += _not_finite(found, "loss", "loss")
+        figures.append(Figure("Loss", plots.curves("loss", "loss", losses, log=log), _note(*notes, shared)))
+    if errors := by_window("gradient_error"):
+        notes = [f"An error of 0 is drawn at {words.error(plots.FLOOR)}."] if _has_zero(errors) else []
+        notes += _not_finite(found, "gradient_error", "gradient error")
+        drawn = plots.curves("error", "relative error", errors, log=True, bound=EXACT)
+        figures.append(Figure("Gradient error", drawn, _note(*notes, shared)))
+    if len(found) > 1:
+        figures += _final_metrics(found)
+    for name, title in (("lr", "learning rate"), ("grad_norm", "gradient norm")):
+        if lines := by_window(name):
+            log = name == "grad_norm" and _far_apart(lines)
+            drawn = plots.curves(name, title, lines, small=True, log=log)
+            note = "Before clipping." if name == "grad_norm" else ""
+            figures.append(Figure(title.capitalize(), drawn, _note(note, *_not_finite(found, name, title))))
+    return figures
+
+
+def _note(*sentences: str) -> str:
+    return " ".join(filter(None, sentences))
+
+
+def _far_apart(lines: Sequence[plots.Curve]) -> bool:
+    """Do contenders differ by so much that the lower ones would be flat lines?"""
+    middles = [float(np.nanmedian(line.middle)) for line in lines]
+    positive = all(np.nanmin(line.least) > 0 for line in lines)
+    return positive and max(middles) > FAR_APART * min(middles)
+
+
+def _has_zero(lines: Sequence[plots.Curve]) -> bool:
+    return any(bool(np.any(line.least <= 0)) for line in lines)
+
+
+def _not_finite(found: Sequence[Contender], name: str, what: str) -> list[str]:
+    """A sentence about the gaps in the curves."""
+    gaps = []
+    for contender in found:
+        values = [v for run in contender.runs for row in run.rows if (v := getattr(row, name)) is not None]
+        if missing := sum(not math.isfinite(value) for value in values):
+            gaps.append(f"in {missing} of {len(values)} windows of {contender.label}")
+    if not gaps or (
+        len(gaps) == len(found)
+        and all(
+            not math.isfinite(v)
+            for c in found
+            for r in c.runs
+            for row in r.rows
+            if (v := getattr(row, name)) is not None
+        )
+    ):
+        return []
+    return [f"The {what} is not finite {words.in_words(gaps).unescape()}."]
+
+
+def _final_metrics(found: Sequence[Contender]) -> list[Figure]:
+    baseline = first_baseline(found)
+    figures = []
+    for i, name in enumerate([*metric_names(found), "loss"]):
+        title = "validation loss" if name == "loss" else name
+        values = [words.finite([run.metrics("eval").get(name) for run in c.runs]) for c in found]
+        if any(values):
+            labels = [contender.label for contender in found]
+            drawn = plots.dots(f"metric{i}", title, labels, values, baseline.get(name))
+            figures.append(Figure(f"Final {title}", drawn))
+    return figures
+
+
+def bars_of(found: Sequence[Contender]) -> list[Figure]:
+    """Speed and memory, where there is something to compare."""
+    if len(found) < 2:
+        return []
+    memory_title, memory = memory_figure(found)
+    labels = [contender.label for contender in found]
+    wanted = (
+        ("speed", "Speed", "examples per second", lambda run: run.examples_per_second),
+        ("memory", memory_title.capitalize(), "MiB", lambda run: (memory(run) or math.nan) / 2**20),
+    )
+    figures = []
+    for name, title, unit, figure in wanted:
+        values = [words.finite([figure(run) for run in contender.runs]) for contender in found]
+        if any(values):
+            figures.append(Figure(title, plots.bars(name, unit, labels, values)))
+    return figures
+
+
+def windows_of(found: Sequence[Contender]) -> list[Figure]:
+    """The first window of each contender that says it, all at one scale."""
+    windows = {
+        look: window
+        for look, contender in enumerate(found)
+        if (window := contender.first_window()) is not None
+    }
+    longest = max((max(map(max, window)) for window in windows.values()), default=0)
+    rows = max((plots.picture_rows(window) for window in windows.values()), default=0)
+    figures = []
+    for look, window in windows.items():
+        padded = sum(len(lengths) * max(lengths) for lengths in window)
+        padding = 1 - sum(map(sum, window)) / padded if padded else 0.0
+        count = f"{len(window)} micro-batch{'es' * (len(window) != 1)}"
+        drawn = plots.window_picture(f"window{look}", look, window, longest or 1, rows)
+        figures.append(Figure(found[look].label, drawn, f"{count}, {words.percent(padding)} padding"))
+    return figures

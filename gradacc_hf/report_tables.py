@@ -1,0 +1,189 @@
+"""The tables of a report: figures side by side, the plan in numbers, the settings and versions.
+
+Contenders and runs in, text out; what a column is called is said here and nowhere else.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from gradacc_hf import report_words as words
+from gradacc_hf.gradients import EXACT
+from gradacc_hf.report_runs import Contender, Run
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Of the table of figures: the median, the range over repeats, and "exact" or "off" for gradients."""
+
+    text: str
+    range: str = ""
+    mark: str = ""
+
+
+def figures_table(found: Sequence[Contender]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
+    """The titles of the columns, and for each contender its label and cells. Columns that nobody fills are left out."""
+    metrics = metric_names(found)
+    columns: list[tuple[str, Callable[[Run], float | None], Callable[[float], str]]] = [
+        *((name, lambda run, name=name: run.metrics("eval").get(name), words.metric) for name in metrics),
+        ("validation loss", lambda run: run.metrics("eval").get("loss"), words.metric),
+        ("loss, last window", lambda run: run.loss if run.rows else None, words.metric),
+        ("gradient error, worst", lambda run: run.gradient_error, words.error),
+        ("examples/s", lambda run: run.examples_per_second, words.speed),
+        ("tokens/s", lambda run: run.tokens_per_second, words.speed),
+        ("padding", lambda run: run.padding, words.percent),
+        (memory_figure(found)[0], memory_figure(found)[1], words.memory),
+        ("seconds", lambda run: run.total("seconds"), words.speed),
+        ("repeats", lambda run: 1.0, words.count),
+    ]
+    titles, cells = [], []
+    for title, figure, show in columns:
+        column = [_cell(title, contender, figure, show) for contender in found]
+        if any(cell.text != "–" for cell in column):
+            titles.append(title)
+            cells.append(column)
+    rows = [(contender.label, [column[i] for column in cells]) for i, contender in enumerate(found)]
+    return titles, rows
+
+
+def metric_names(found: Sequence[Contender]) -> list[str]:
+    names = dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval"))
+    return [name for name in names if name != "loss"]
+
+
+def _cell(
+    title: str, contender: Contender, figure: Callable[[Run], float | None], show: Callable[[float], str]
+) -> Cell:
+    if title == "repeats":
+        return Cell(str(len(contender.runs)))
+    if title.startswith("gradient error"):
+        worst = words.worst_error(contender)
+        if worst is None:
+            return Cell("–")
+        return Cell(
+            show(worst) if math.isfinite(worst) else "not finite", mark="exact" if worst <= EXACT else "off"
+        )
+    values = [value for run in contender.runs if (value := figure(run)) is not None]
+    known = words.finite(values)
+    if not known:
+        return Cell("not finite" if values and show is words.metric else "–")
+    text, _, around = words.spread(known, show).partition(" (")
+    missing = [f"{len(values) - len(known)} not finite"] if len(known) < len(values) else []
+    return Cell(text, ", ".join([*filter(None, [around.removesuffix(")")]), *missing]))
+
+
+def memory_figure(found: Sequence[Contender]) -> tuple[str, Callable[[Run], float | None]]:
+    """While training, where all say it; else all that the process ever held."""
+    title, key = "memory to train", "training_memory_bytes"
+    if not all(run.summary.get(key) for contender in found for run in contender.runs if run.summary):
+        title, key = "peak memory", "peak_memory_bytes"
+    return title, lambda run: run.summary.get(key)
+
+
+def baseline_row(found: Sequence[Contender], titles: Sequence[str]) -> list[str]:
+    """A row of the table: the metrics of answering without training. Empty where nobody says them."""
+    baseline: Mapping[str, float] = first_baseline(found)
+    cells = [words.metric(baseline[title]) if title in baseline else "" for title in titles]
+    return cells if any(cells) else []
+
+
+def first_baseline(found: Sequence[Contender]) -> dict[str, float]:
+    return next((b for contender in found for run in contender.runs if (b := run.metrics("baseline"))), {})
+
+
+def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[str]]]:
+    """What was run, in numbers: (name, a text for each contender). Numbers that nobody has are left out."""
+    rows: list[tuple[str, Callable[[Contender], str]]] = [
+        ("windows", _of_runs(lambda run: run.windows)),
+        ("examples", _of_runs(lambda run: run.total("examples"))),
+        ("effective batch size", _of_runs(lambda run: _effective_batch_size(run))),
+        ("accumulation steps (min / mean / max)", _accumulation_steps),
+        ("processes", _of_runs(lambda run: run.summary.get("processes"))),
+        (
+            "precision",
+            lambda contender: words.in_words(_all(contender, lambda run: run.summary.get("precision"))),
+        ),
+        ("tokens", _of_runs(lambda run: run.total("tokens"))),
+        ("tokens with padding", _of_runs(lambda run: run.total("padded_tokens"))),
+        ("padding", _of_runs(lambda run: run.padding, words.percent)),
+        ("windows skipped by the fp16 scaler", _of_runs(lambda run: run.total("skipped_windows") or None)),
+        ("seeds", lambda contender: words.in_words(_all(contender, lambda run: run.seed))),
+        ("best evaluation", _best),
+    ]
+    table = [(name, [say(contender) for contender in found]) for name, say in rows]
+    return [(name, texts) for name, texts in table if any(texts)]
+
+
+def _of_runs(
+    figure: Callable[[Run], float | None], show: Callable[[float], str] = words.count
+) -> Callable[[Contender], str]:
+    def say(contender: Contender) -> str:
+        known = words.finite([figure(run) for run in contender.runs])
+        return words.spread(known, show) if known else ""
+
+    return say
+
+
+def _all(contender: Contender, value: Callable[[Run], Any]) -> list[str]:
+    """What its runs say, each once, as text."""
+    return list(dict.fromkeys(str(v) for run in contender.runs if (v := value(run)) is not None))
+
+
+def _effective_batch_size(run: Run) -> float | None:
+    return run.summary.get("effective_batch_size") or run.setting("batch", "effective")
+
+
+def _accumulation_steps(contender: Contender) -> str:
+    least, mean, most = zip(*(run.accumulation_steps for run in contender.runs), strict=True)
+    if not words.finite(mean):
+        return ""
+    return f"{min(words.finite(least)):g} / {sum(m := words.finite(mean)) / len(m):.1f} / {max(words.finite(most)):g}"
+
+
+def _best(contender: Contender) -> str:
+    """Of a single run; among repeats the best windows differ."""
+    (best,) = [run.summary.get("best") for run in contender.runs] if len(contender.runs) == 1 else [None]
+    if not best:
+        return ""
+    numbers = {name: value for name, value in contender.runs[0].metrics("best").items()}
+    after = f"after window {best['window']}: " if "window" in best else ""
+    return after + " · ".join(f"{name} {words.metric(value)}" for name, value in numbers.items())
+
+
+def configurations(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(run, text): the configuration of the first as YAML, of each other where it differs from that."""
+    known = [run for run in runs if run.config]
+    if not known:
+        return []
+    first = known[0]
+    texts = [(first.name, yaml.safe_dump(first.config, sort_keys=False, allow_unicode=True))]
+    before = _flat(first.config)
+    for run in known[1:]:
+        after = _flat(run.config)
+        differing = {key: after.get(key, "(not there)") for key in {**before, **after}
+                     if key not in before or key not in after or before[key] != after[key]}  # fmt: skip
+        same = f"as {first.name}" + (", but:\n" if differing else "")
+        texts.append((run.name, same + "\n".join(f"{key}: {value}" for key, value in differing.items())))
+    return texts
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def distinct(runs: Sequence[Run], value: Callable[[Run], Any]) -> list[tuple[str, Any]]:
+    """(the runs that say it, what they say), each once; no names where all say the same."""
+    said: dict[Any, list[str]] = {}
+    for run in runs:
+        if found := value(run):
+            said.setdefault(found, []).append(run.name)
+    if len(said) == 1:
+        return [("", next(iter(said)))]
+    return [(", ".join(names), found) for found, names in said.items()]
