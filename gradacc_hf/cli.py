@@ -45,7 +45,7 @@ def _run() -> None:
         "--output",
         type=Path,
         metavar="FILE.html",
-        help="where it goes; by default report.html in the folder, or in the current one if there are several",
+        help="where it goes; by default report.html in the folder of the run, or here if there are several",
     )
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command not in ("bench", "verify"):

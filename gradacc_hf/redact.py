@@ -1,8 +1,8 @@
 """Hiding secrets in what is shown of a run: its settings, its command, its names.
 
-A value is hidden by its key (a token, a password, an API key), and in any text: credentials in URLs, options and
-variables that are named like secrets, and tokens that are known by their first letters. Rather too much than too
-little is hidden; numbers with a point are no secrets.
+A value is hidden by its key (a token, a password, an API key), and in any text: credentials in URLs, options
+and variables that are named like secrets, and tokens that are known by their first letters. Rather too much
+than too little is hidden; numbers with a point are no secrets.
 """
 
 import re
@@ -10,7 +10,10 @@ from typing import Any
 
 HIDDEN = "[hidden]"
 
-_NAME = r"(?:[\w.-]*(?:token|auth|authorization)|[\w.-]*(?:secret|passw(?:or)?d|api[_-]?key|credential)[\w.-]*|[\w.-]*(?:access|private)[_-]key)"  # fmt: skip  # noqa: E501
+_NAME = (
+    r"(?:[\w.-]*(?:secret|passw(?:or)?d|api[_-]?key|credential)[\w.-]*"
+    r"|[\w.-]*(?:token|auth|authorization|access[_-]key|private[_-]key))"
+)
 _SECRET_KEY = re.compile(_NAME, re.IGNORECASE)
 _VALUE = r"(?:\"[^\"]*\"|'[^']*'|[^\s&,;\"']+)"
 _IN_TEXT = (

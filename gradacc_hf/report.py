@@ -1,7 +1,7 @@
 """`gradacc report`: one HTML page about runs, to read on a phone, print or send; it needs no network.
 
-`read_runs` (report_runs.py) reads the folders, `write_report` writes the page: its verdict (report_words.py), tables
-(report_tables.py) and pictures (report_pictures.py), in the template report.html.j2.
+`read_runs` (report_runs.py) reads the folders, `write_report` writes the page: its verdict (report_words.py),
+tables (report_tables.py) and pictures (report_pictures.py), in the template report.html.j2.
 """
 
 import os
@@ -17,7 +17,7 @@ from gradacc_hf import report_words as words
 from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.errors import refuse
 from gradacc_hf.redact import redact
-from gradacc_hf.report_pictures import bars_of, curves_of, windows_of
+from gradacc_hf.report_pictures import bars_of, curves_of, metrics_of, windows_of
 from gradacc_hf.report_runs import Run, contenders, read_runs
 from gradacc_hf.report_tables import baseline_row, configurations, distinct, figures_table, plan_table
 
@@ -29,13 +29,12 @@ GENERATOR = '<meta name="generator" content="gradacc-hf '
 def write_report(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:
     """Write the report of the runs in these folders, and give its path.
 
-    `output` is an HTML file; by default report.html in the folder, or in the current one where there are several.
-    Raises BadInput where there is no run, a file is broken, or `output` is a file that is no report of ours.
+    `output` is an HTML file; by default report.html in the folder, or in the current one where there are
+    several. Raises BadInput where there is no run, a file is broken, or `output` is no report of ours.
     """
     folders = [Path(folder) for folder in folders]
-    target = (
-        Path(output) if output is not None else (folders[0] if len(folders) == 1 else Path()) / "report.html"
-    )
+    home = folders[0] if len(folders) == 1 else Path()
+    target = home / "report.html" if output is None else Path(output)
     runs = read_runs(folders)
     _check_output(target)
     page = render(runs)
@@ -80,6 +79,7 @@ def render(runs: Sequence[Run]) -> str:
         keys=[plots.key(f"key{look}", look) for look in range(len(found))],
         legend=[(contender.label, plots.key(f"legend{look}", look)) for look, contender in enumerate(found)],
         curves=curves_of(found),
+        metrics=metrics_of(found),
         bars=bars_of(found),
         windows=windows_of(found),
         plan=plan_table(found),

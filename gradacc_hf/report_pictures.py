@@ -1,4 +1,7 @@
-"""Which pictures a report has, of which figures, and what is said under each; drawing them is report_plots.py's."""
+"""Which pictures a report has, of which figures, and what is said under each.
+
+Contenders in, pictures out; drawing them is `report_plots.py`'s.
+"""
 
 import math
 from collections.abc import Sequence
@@ -50,21 +53,17 @@ def curves_of(found: Sequence[Contender]) -> list[Figure]:
             else []
         )
         notes += ["The axis is logarithmic."] if log else []
-        notes += _not_finite(found, "loss", "loss")
         figures.append(Figure("Loss", plots.curves("loss", "loss", losses, log=log), _note(*notes, shared)))
     if errors := by_window("gradient_error"):
         notes = [f"An error of 0 is drawn at {words.error(plots.FLOOR)}."] if _has_zero(errors) else []
-        notes += _not_finite(found, "gradient_error", "gradient error")
         drawn = plots.curves("error", "relative error", errors, log=True, bound=EXACT)
         figures.append(Figure("Gradient error", drawn, _note(*notes, shared)))
-    if len(found) > 1:
-        figures += _final_metrics(found)
     for name, title in (("lr", "learning rate"), ("grad_norm", "gradient norm")):
         if lines := by_window(name):
             log = name == "grad_norm" and _far_apart(lines)
             drawn = plots.curves(name, title, lines, small=True, log=log)
             note = "Before clipping." if name == "grad_norm" else ""
-            figures.append(Figure(title.capitalize(), drawn, _note(note, *_not_finite(found, name, title))))
+            figures.append(Figure(title.capitalize(), drawn, note))
     return figures
 
 
@@ -83,28 +82,10 @@ def _has_zero(lines: Sequence[plots.Curve]) -> bool:
     return any(bool(np.any(line.least <= 0)) for line in lines)
 
 
-def _not_finite(found: Sequence[Contender], name: str, what: str) -> list[str]:
-    """A sentence about the gaps in the curves."""
-    gaps = []
-    for contender in found:
-        values = [v for run in contender.runs for row in run.rows if (v := getattr(row, name)) is not None]
-        if missing := sum(not math.isfinite(value) for value in values):
-            gaps.append(f"in {missing} of {len(values)} windows of {contender.label}")
-    if not gaps or (
-        len(gaps) == len(found)
-        and all(
-            not math.isfinite(v)
-            for c in found
-            for r in c.runs
-            for row in r.rows
-            if (v := getattr(row, name)) is not None
-        )
-    ):
+def metrics_of(found: Sequence[Contender]) -> list[Figure]:
+    """Final metrics, where there are contenders to compare."""
+    if len(found) < 2:
         return []
-    return [f"The {what} is not finite {words.in_words(gaps).unescape()}."]
-
-
-def _final_metrics(found: Sequence[Contender]) -> list[Figure]:
     baseline = first_baseline(found)
     figures = []
     for i, name in enumerate([*metric_names(found), "loss"]):
@@ -113,7 +94,7 @@ def _final_metrics(found: Sequence[Contender]) -> list[Figure]:
         if any(values):
             labels = [contender.label for contender in found]
             drawn = plots.dots(f"metric{i}", title, labels, values, baseline.get(name))
-            figures.append(Figure(f"Final {title}", drawn))
+            figures.append(Figure(title.capitalize() if name == "loss" else title, drawn))
     return figures
 
 

@@ -1,7 +1,7 @@
 """The pictures of a report: numbers in, SVG out, to stand inside an HTML page.
 
-Text and axes take the colour of the page's text, lines the page's `--c0` … `--c6`, so that both follow its light or
-dark mode. A contender's look is known by its number: colour, dashes and marker, of which any one is enough.
+Text and axes take the colour of the page's text, lines the page's `--c0` … `--c6`, so that both follow its
+light or dark mode. A contender's look goes by its number: colour, dashes, marker, any one of which is enough.
 """
 
 import io
@@ -126,7 +126,8 @@ def _log_axis(axes: Axes) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     decades = math.log10(high / low)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=8))
+    steps = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
 
@@ -155,7 +156,7 @@ def _rows(name: str, xlabel: str, labels: Sequence[str], repeats: Sequence[Seque
                 middle = float(np.median(known))
                 axes.barh(row, middle, color=look["color"], height=0.66)
                 axes.annotate(
-                    f"{middle:,.3g}" if middle < 1000 else f"{middle:,.0f}", (max(known), row), (6, 0),
+                    f"{middle:,.1f}" if middle < 100 else f"{middle:,.0f}", (max(known), row), (6, 0),
                     textcoords="offset points", va="center",
                 )  # fmt: skip
                 look["color"], look["marker"] = "#000000", "|"
@@ -182,11 +183,11 @@ def window_picture(
 ) -> Markup:
     """One window: a bar an example, as long as its tokens, in micro-batches padded to their longest.
 
-    `longest` (tokens) and `rows` (of `picture_rows`) are those of the largest picture, to draw all at one scale.
+    `longest` (tokens) and `rows` (of `picture_rows`) are of the largest picture, to draw all at one scale.
     """
     with rc_context(STYLE):
-        figure = Figure(figsize=(1.75, 0.4 + min(3.6, 0.15 * rows)))
-        axes = figure.add_axes((0.03, 0.0, 0.94, 1 - 0.4 / figure.get_figheight()))
+        figure = Figure(figsize=(1.75, 0.3 + min(3.6, 0.15 * rows)))
+        axes = figure.add_axes((0.03, 0.01, 0.94, 0.99 - 0.3 / figure.get_figheight()))
         colour = COLOURS[look % len(COLOURS)]
         boxes, tokens = [], []
         top = 0.0

@@ -1,8 +1,8 @@
 """Runs as they lie on the disk, read for a report: history.jsonl, summary.json, config.yaml.
 
 `read_runs` takes folders and gives a `Run` each, without secrets; `contenders` puts the repeats of one way of
-training together. A run that was killed is read as far as it came. The figures of a run are those of its summary
-or, where it has none, of its rows.
+training together. A run that was killed is read as far as it came. The figures of a run are those of its
+summary or, where it has none, of its rows.
 """
 
 import json
@@ -124,7 +124,7 @@ class Contender:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders or anywhere below them. Raises BadInput where one has none, or a broken file."""
+    """The runs in these folders or anywhere below. Raises BadInput where one has none or a broken file."""
     found: dict[Path, None] = {}  # in order, each once
     for folder in map(Path, folders):
         if not folder.is_dir():
@@ -194,6 +194,8 @@ def _read_run(folder: Path, name: str) -> Run:
         )
     elif summary.get("windows") not in (None, len(rows)):
         notes.append(f"summary.json counts {summary['windows']} windows, history.jsonl has {len(rows)}")
+    if missing := sum(not math.isfinite(row.loss) for row in rows):
+        notes.append(f"no finite loss in {missing} of {_windows(len(rows))}")
     return Run(
         folder=folder,
         name=redact(name),

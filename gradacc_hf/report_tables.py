@@ -25,7 +25,7 @@ class Cell:
 
 
 def figures_table(found: Sequence[Contender]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
-    """The titles of the columns, and for each contender its label and cells. Columns that nobody fills are left out."""
+    """The titles of the columns, and each contender's label and cells. What nobody has is left out."""
     metrics = metric_names(found)
     columns: list[tuple[str, Callable[[Run], float | None], Callable[[float], str]]] = [
         *((name, lambda run, name=name: run.metrics("eval").get(name), words.metric) for name in metrics),
@@ -70,9 +70,14 @@ def _cell(
     known = words.finite(values)
     if not known:
         return Cell("not finite" if values and show is words.metric else "–")
-    text, _, around = words.spread(known, show).partition(" (")
-    missing = [f"{len(values) - len(known)} not finite"] if len(known) < len(values) else []
-    return Cell(text, ", ".join([*filter(None, [around.removesuffix(")")]), *missing]))
+    cell = _spread(known, show)
+    missing = f"{len(values) - len(known)} not finite" if len(known) < len(values) else ""
+    return Cell(cell.text, ", ".join(filter(None, [cell.range, missing])))
+
+
+def _spread(values: Sequence[float], show: Callable[[float], str]) -> Cell:
+    text, _, around = words.spread(values, show).partition(" (")
+    return Cell(text, around.removesuffix(")"))
 
 
 def memory_figure(found: Sequence[Contender]) -> tuple[str, Callable[[Run], float | None]]:
@@ -94,80 +99,87 @@ def first_baseline(found: Sequence[Contender]) -> dict[str, float]:
     return next((b for contender in found for run in contender.runs if (b := run.metrics("baseline"))), {})
 
 
-def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[str]]]:
-    """What was run, in numbers: (name, a text for each contender). Numbers that nobody has are left out."""
-    rows: list[tuple[str, Callable[[Contender], str]]] = [
+def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
+    """What was run, in numbers: (name, a cell for each contender). Numbers that nobody has are left out."""
+    rows: list[tuple[str, Callable[[Contender], Cell]]] = [
         ("windows", _of_runs(lambda run: run.windows)),
         ("examples", _of_runs(lambda run: run.total("examples"))),
         ("effective batch size", _of_runs(lambda run: _effective_batch_size(run))),
-        ("accumulation steps (min / mean / max)", _accumulation_steps),
+        ("accumulation steps: min / mean / max", _accumulation_steps),
         ("processes", _of_runs(lambda run: run.summary.get("processes"))),
         (
             "precision",
-            lambda contender: words.in_words(_all(contender, lambda run: run.summary.get("precision"))),
+            _all(lambda run: run.summary.get("precision")),
         ),
         ("tokens", _of_runs(lambda run: run.total("tokens"))),
         ("tokens with padding", _of_runs(lambda run: run.total("padded_tokens"))),
         ("padding", _of_runs(lambda run: run.padding, words.percent)),
         ("windows skipped by the fp16 scaler", _of_runs(lambda run: run.total("skipped_windows") or None)),
-        ("seeds", lambda contender: words.in_words(_all(contender, lambda run: run.seed))),
+        ("seeds", _all(lambda run: run.seed)),
         ("best evaluation", _best),
     ]
     table = [(name, [say(contender) for contender in found]) for name, say in rows]
-    return [(name, texts) for name, texts in table if any(texts)]
+    return [(name, cells) for name, cells in table if any(cell.text for cell in cells)]
 
 
 def _of_runs(
     figure: Callable[[Run], float | None], show: Callable[[float], str] = words.count
-) -> Callable[[Contender], str]:
-    def say(contender: Contender) -> str:
+) -> Callable[[Contender], Cell]:
+    def say(contender: Contender) -> Cell:
         known = words.finite([figure(run) for run in contender.runs])
-        return words.spread(known, show) if known else ""
+        return _spread(known, show) if known else Cell("")
 
     return say
 
 
-def _all(contender: Contender, value: Callable[[Run], Any]) -> list[str]:
+def _all(value: Callable[[Run], Any]) -> Callable[[Contender], Cell]:
     """What its runs say, each once, as text."""
-    return list(dict.fromkeys(str(v) for run in contender.runs if (v := value(run)) is not None))
+
+    def say(contender: Contender) -> Cell:
+        said = (str(v) for run in contender.runs if (v := value(run)) is not None)
+        return Cell(", ".join(dict.fromkeys(said)))
+
+    return say
 
 
 def _effective_batch_size(run: Run) -> float | None:
     return run.summary.get("effective_batch_size") or run.setting("batch", "effective")
 
 
-def _accumulation_steps(contender: Contender) -> str:
-    least, mean, most = zip(*(run.accumulation_steps for run in contender.runs), strict=True)
-    if not words.finite(mean):
-        return ""
-    return f"{min(words.finite(least)):g} / {sum(m := words.finite(mean)) / len(m):.1f} / {max(words.finite(most)):g}"
+def _accumulation_steps(contender: Contender) -> Cell:
+    steps = zip(*(run.accumulation_steps for run in contender.runs), strict=True)
+    least, mean, most = (words.finite(numbers) for numbers in steps)
+    if not (least and mean and most):
+        return Cell("")
+    return Cell(f"{min(least):g} / {sum(mean) / len(mean):.1f} / {max(most):g}")
 
 
-def _best(contender: Contender) -> str:
+def _best(contender: Contender) -> Cell:
     """Of a single run; among repeats the best windows differ."""
-    (best,) = [run.summary.get("best") for run in contender.runs] if len(contender.runs) == 1 else [None]
-    if not best:
-        return ""
-    numbers = {name: value for name, value in contender.runs[0].metrics("best").items()}
-    after = f"after window {best['window']}: " if "window" in best else ""
-    return after + " · ".join(f"{name} {words.metric(value)}" for name, value in numbers.items())
+    run, *repeats = contender.runs
+    best = run.summary.get("best")
+    if repeats or not best:
+        return Cell("")
+    text = " · ".join(f"{name} {words.metric(value)}" for name, value in run.metrics("best").items())
+    return Cell(text, f"after window {best.get('window', '?')}")
 
 
 def configurations(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(run, text): the configuration of the first as YAML, of each other where it differs from that."""
+    """(runs, text): the configuration of the first as YAML, of all others where they differ from it."""
     known = [run for run in runs if run.config]
     if not known:
         return []
-    first = known[0]
-    texts = [(first.name, yaml.safe_dump(first.config, sort_keys=False, allow_unicode=True))]
-    before = _flat(first.config)
-    for run in known[1:]:
+    first, before = known[0], _flat(known[0].config)
+
+    def differences(run: Run) -> str:
         after = _flat(run.config)
-        differing = {key: after.get(key, "(not there)") for key in {**before, **after}
-                     if key not in before or key not in after or before[key] != after[key]}  # fmt: skip
-        same = f"as {first.name}" + (", but:\n" if differing else "")
-        texts.append((run.name, same + "\n".join(f"{key}: {value}" for key, value in differing.items())))
-    return texts
+        names = [name for name in {**before, **after} if before.get(name, _flat) != after.get(name, _flat)]
+        lines = [f"{name}: {after.get(name, '(not there)')}" for name in names]
+        return "\n".join([f"as {first.name}" + (", but" if lines else ""), *lines])
+
+    yaml_of_first = yaml.safe_dump(first.config, sort_keys=False, allow_unicode=True)
+    others = distinct(known[1:], differences, always_named=True)
+    return [(first.name if others else "", yaml_of_first), *others]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -178,12 +190,14 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def distinct(runs: Sequence[Run], value: Callable[[Run], Any]) -> list[tuple[str, Any]]:
-    """(the runs that say it, what they say), each once; no names where all say the same."""
+def distinct(
+    runs: Sequence[Run], value: Callable[[Run], Any], always_named: bool = False
+) -> list[tuple[str, Any]]:
+    """(the runs that say it, what they say), each once; no names where all say the same, unless always."""
     said: dict[Any, list[str]] = {}
     for run in runs:
         if found := value(run):
             said.setdefault(found, []).append(run.name)
-    if len(said) == 1:
+    if len(said) == 1 and not always_named:
         return [("", next(iter(said)))]
     return [(", ".join(names), found) for found, names in said.items()]

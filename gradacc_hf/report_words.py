@@ -15,13 +15,15 @@ from markupsafe import Markup
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.report_runs import Contender
 
+SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """Its sentences; `exact` is None where no gradient error was measured."""
+    """Its sentences; its tone is "exact" where all are, "off" where none is, else empty."""
 
     sentences: list[Markup]
-    exact: bool | None
+    tone: str
     measure: str  # what is called exact here
 
 
@@ -31,7 +33,7 @@ def verdict(found: Sequence[Contender]) -> Verdict:
     measured = [contender for contender in found if errors[contender.label] is not None]
     if not measured:
         sentences = [_metrics(found), _not_measured(found), _speed(found)]
-        return Verdict([sentence for sentence in sentences if sentence], None, "")
+        return Verdict([sentence for sentence in sentences if sentence], "", "")
     sentences = [_exactness(measured), _speed(found)]
     if len(measured) < len(found):
         others = _names([contender for contender in found if contender not in measured])
@@ -40,10 +42,14 @@ def verdict(found: Sequence[Contender]) -> Verdict:
     ran_in = "" if precisions == {"fp32"} else f"; this ran in {in_words(sorted(precisions))}"
     return Verdict(
         [sentence for sentence in sentences if sentence],
-        all(errors[contender.label] <= EXACT for contender in measured),  # type: ignore[operator]
+        _tone([(errors[contender.label] or 0.0) <= EXACT for contender in measured]),
         f"Errors are relative, ‖g − r‖ / ‖r‖, against the gradient r of the window at once; exact is at most "
         f"{error(EXACT)} in fp32{ran_in}.",
     )
+
+
+def _tone(exact: Sequence[bool]) -> str:
+    return "exact" if all(exact) else "" if any(exact) else "off"
 
 
 def worst_error(contender: Contender) -> float | None:
@@ -111,24 +117,27 @@ def _speed(found: Sequence[Contender]) -> Markup | None:
     first, *others = found
     parts = []
     for other in others:
-        ratios = speed_ratios(first, other)
-        if ratios:
-            pairs = (
-                f" ({min(ratios):.1f}–{max(ratios):.1f} in {len(ratios)} pairs)" if len(ratios) > 1 else ""
-            )
-            parts.append(
-                Markup("{:.1f} × as many as {}").format(statistics.median(ratios), _names([other])) + pairs
-            )
+        if ratios := speed_ratios(first, other):
+            text = spread(ratios, lambda ratio: f"{ratio:.1f}")
+            times, _, around = text.partition(" ")
+            as_many = "as many examples as" if not parts else "as"
+            parts.append(Markup(f"{times}{SPACE}× {as_many} {{}}").format(_names([other])) + f" {around}".rstrip())
     if not parts:
         return None
-    return Markup("In examples per second, {} makes {}.").format(_names([first]), in_words(parts))
+    pairs = len(first.runs) if all(_paired(first, other) for other in others) else 1
+    medians = f" (medians of {pairs} pairs of runs)" if pairs > 1 else ""
+    return Markup("Per second, {} trains {}{}.").format(_names([first]), in_words(parts), medians)
+
+
+def _paired(first: Contender, other: Contender) -> bool:
+    """Have they the same seeds, run for run?"""
+    return [run.seed for run in first.runs] == [run.seed for run in other.runs]
 
 
 def speed_ratios(first: Contender, other: Contender) -> list[float]:
-    """Examples per second over those of another: a ratio a pair of repeats or, without pairs, one of medians."""
+    """Examples per second over another's: a ratio a pair of repeats or, without pairs, that of medians."""
     mine, theirs = ([run.examples_per_second for run in contender.runs] for contender in (first, other))
-    seeds = [[run.seed for run in contender.runs] for contender in (first, other)]
-    if seeds[0] != seeds[1]:
+    if not _paired(first, other):
         mine, theirs = ([statistics.median(finite(v))] if finite(v) else [] for v in (mine, theirs))
     return [a / b for a, b in zip(mine, theirs, strict=False) if math.isfinite(a) and b > 0]
 
@@ -149,9 +158,12 @@ def finite(values: Sequence[float | None]) -> list[float]:
 
 
 def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """The median, with least and most where they differ as they are shown."""
+    """The median, with least and most where they differ as they are shown: 512 MiB (500–520 MiB)."""
     least, middle, most = (show(reduce(values)) for reduce in (min, statistics.median, max))
-    return middle if least == most else f"{middle} ({least}–{most})"
+    if least == most:
+        return middle
+    unit = most.partition(SPACE)[2]
+    return f"{middle} ({least.removesuffix(SPACE + unit) if unit else least}–{most})"
 
 
 def metric(value: float) -> str:
@@ -181,9 +193,9 @@ def speed(value: float) -> str:
 
 def percent(value: float) -> str:
     """13.2 %"""
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}{SPACE}%"
 
 
 def memory(value: float) -> str:
     """512 MiB or 11.3 GiB"""
-    return f"{value / 2**20:,.0f} MiB" if value < 10 * 2**30 else f"{value / 2**30:,.1f} GiB"
+    return f"{value / 2**20:,.0f}{SPACE}MiB" if value < 10 * 2**30 else f"{value / 2**30:,.1f}{SPACE}GiB"
