@@ -17,7 +17,14 @@ from gradacc_hf import report_words as words
 from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.errors import refuse
 from gradacc_hf.redact import redact
-from gradacc_hf.report_pictures import bars_of, curves_of, metrics_of, windows_of
+from gradacc_hf.report_pictures import (
+    bars_of,
+    curves_note,
+    curves_of,
+    metrics_of,
+    small_curves_of,
+    windows_of,
+)
 from gradacc_hf.report_runs import Run, contenders, read_runs
 from gradacc_hf.report_tables import baseline_row, configurations, distinct, figures_table, plan_table
 
@@ -79,6 +86,8 @@ def render(runs: Sequence[Run]) -> str:
         keys=[plots.key(f"key{look}", look) for look in range(len(found))],
         legend=[(contender.label, plots.key(f"legend{look}", look)) for look, contender in enumerate(found)],
         curves=curves_of(found),
+        small_curves=small_curves_of(found),
+        curves_note=curves_note(found),
         metrics=metrics_of(found),
         bars=bars_of(found),
         windows=windows_of(found),

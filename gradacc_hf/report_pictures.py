@@ -29,46 +29,56 @@ class Figure:
 
 
 def curves_of(found: Sequence[Contender]) -> list[Figure]:
-    """What was measured by window, and the final metrics."""
-    together = plots.windows_a_point(max(len(run.rows) for contender in found for run in contender.runs))
-
-    def by_window(name: str) -> list[plots.Curve]:
-        repeats = [
-            [
-                [(r.window, v) for r in run.rows if (v := getattr(r, name)) is not None]
-                for run in contender.runs
-            ]
-            for contender in found
-        ]
-        lines = [plots.curve(look, pairs, together) for look, pairs in enumerate(repeats)]
-        return [line for line in lines if line.known]
-
+    """Loss and gradient error by window."""
     figures = []
-    shared = f"A point is the median of {together} windows." if together > 1 else ""
-    if losses := by_window("loss"):
+    if losses := _by_window(found, "loss"):
         log = _far_apart(losses)
-        notes = (
-            ["Losses are as each way logs them, not always the mean over the window."]
-            if len(found) > 1
-            else []
-        )
-        notes += ["The axis is logarithmic."] if log else []
-        figures.append(Figure("Loss", plots.curves("loss", "loss", losses, log=log), _note(*notes, shared)))
-    if errors := by_window("gradient_error"):
-        notes = [f"An error of 0 is drawn at {words.error(plots.FLOOR)}."] if _has_zero(errors) else []
+        notes = ["Losses are as each way logs them, not always the mean over the window."] * (len(found) > 1)
+        notes += ["The axis is logarithmic."] * log
+        figures.append(Figure("Loss", plots.curves("loss", "loss", losses, log=log), " ".join(notes)))
+    if errors := _by_window(found, "gradient_error"):
+        has_zero = any(bool(np.any(line.least <= 0)) for line in errors)
+        note = f"An error of 0 is drawn at {words.error(plots.FLOOR)}." if has_zero else ""
         drawn = plots.curves("error", "relative error", errors, log=True, bound=EXACT)
-        figures.append(Figure("Gradient error", drawn, _note(*notes, shared)))
-    for name, title in (("lr", "learning rate"), ("grad_norm", "gradient norm")):
-        if lines := by_window(name):
-            log = name == "grad_norm" and _far_apart(lines)
-            drawn = plots.curves(name, title, lines, small=True, log=log)
-            note = "Before clipping." if name == "grad_norm" else ""
-            figures.append(Figure(title.capitalize(), drawn, note))
+        figures.append(Figure("Gradient error", drawn, note))
     return figures
 
 
-def _note(*sentences: str) -> str:
-    return " ".join(filter(None, sentences))
+def small_curves_of(found: Sequence[Contender]) -> list[Figure]:
+    """Learning rate and gradient norm by window."""
+    figures = []
+    if rates := _by_window(found, "lr"):
+        figures.append(Figure("Learning rate", plots.curves("lr", "learning rate", rates, small=True)))
+    if norms := _by_window(found, "grad_norm"):
+        drawn = plots.curves("norm", "gradient norm", norms, small=True, log=_far_apart(norms))
+        figures.append(Figure("Gradient norm", drawn, "Before clipping."))
+    return figures
+
+
+def curves_note(found: Sequence[Contender]) -> str:
+    """What a point of a curve is, where it is more than one window of one run."""
+    windows, repeats = _windows_a_point(found), max(len(contender.runs) for contender in found)
+    of = [f"{windows} windows"] * (windows > 1) + [f"{repeats} repeats"] * (repeats > 1)
+    return (
+        f"A point is the median of {' of '.join(of)}; bands reach from the least to the most." if of else ""
+    )
+
+
+def _by_window(found: Sequence[Contender], name: str) -> list[plots.Curve]:
+    """A column of the histories, a curve a contender that has it."""
+    together = _windows_a_point(found)
+    lines = []
+    for look, contender in enumerate(found):
+        repeats = [
+            [(row.window, value) for row in run.rows if (value := getattr(row, name)) is not None]
+            for run in contender.runs
+        ]
+        lines.append(plots.curve(look, repeats, together))
+    return [line for line in lines if line.known]
+
+
+def _windows_a_point(found: Sequence[Contender]) -> int:
+    return plots.windows_a_point(max(len(run.rows) for contender in found for run in contender.runs))
 
 
 def _far_apart(lines: Sequence[plots.Curve]) -> bool:
@@ -76,10 +86,6 @@ def _far_apart(lines: Sequence[plots.Curve]) -> bool:
     middles = [float(np.nanmedian(line.middle)) for line in lines]
     positive = all(np.nanmin(line.least) > 0 for line in lines)
     return positive and max(middles) > FAR_APART * min(middles)
-
-
-def _has_zero(lines: Sequence[plots.Curve]) -> bool:
-    return any(bool(np.any(line.least <= 0)) for line in lines)
 
 
 def metrics_of(found: Sequence[Contender]) -> list[Figure]:

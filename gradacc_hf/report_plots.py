@@ -193,7 +193,7 @@ def window_picture(
         top = 0.0
         for lengths in micro_batches:
             boxes.append(_box(0, top, max(lengths), len(lengths)))
-            tokens += [_box(0, top + row + 0.1, length, 0.8) for row, length in enumerate(lengths)]
+            tokens += _bars_of(lengths, top, apart=rows < 100)
             top += len(lengths) + _gap(micro_batches)
         padding: Any = {"facecolor": "none", "edgecolor": colour, "linewidth": 0.6, "hatch": "/////"}
         axes.add_patch(PathPatch(Path.make_compound_path(*boxes), **padding))
@@ -216,6 +216,14 @@ def picture_rows(micro_batches: Sequence[Sequence[float]]) -> float:
 
 def _gap(micro_batches: Sequence[Sequence[float]]) -> float:
     return max(1.0, 0.03 * sum(map(len, micro_batches)))
+
+
+def _bars_of(lengths: Sequence[float], top: float, apart: bool) -> list[Path]:
+    """A bar an example; where they are too thin to stand apart, one shape with their outline."""
+    if apart:
+        return [_box(0, top + row + 0.1, length, 0.8) for row, length in enumerate(lengths)]
+    corners = [(length, top + row + side) for row, length in enumerate(lengths) for side in (0, 1)]
+    return [Path([(0, top), *corners, (0, top + len(lengths)), (0, top)], closed=True)]
 
 
 def _box(left: float, top: float, width: float, height: float) -> Path:

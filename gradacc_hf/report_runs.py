@@ -21,7 +21,7 @@ from gradacc_hf.redact import redact
 from gradacc_hf.runlog import WindowRecord
 
 NUMBERS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
-NUMBERS += ("training_memory_bytes", "skipped_windows", "effective_batch_size", "processes")
+NUMBERS += ("training_memory_bytes", "effective_batch_size", "processes")
 MAPPINGS = ("eval", "best", "baseline", "accumulation_steps", "versions")
 
 
@@ -208,7 +208,7 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def _windows(count: int) -> str:
-    return f"{count} window{'s' * (count != 1)}"
+    return f"{count:,} window{'s' * (count != 1)}"
 
 
 def _read_rows(path: Path) -> tuple[list[Row], list[str]]:

@@ -114,7 +114,10 @@ def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
         ("tokens", _of_runs(lambda run: run.total("tokens"))),
         ("tokens with padding", _of_runs(lambda run: run.total("padded_tokens"))),
         ("padding", _of_runs(lambda run: run.padding, words.percent)),
-        ("windows skipped by the fp16 scaler", _of_runs(lambda run: run.total("skipped_windows") or None)),
+        (
+            "windows skipped by the fp16 scaler",
+            _of_runs(lambda run: sum(row.skipped == 1 for row in run.rows) or None),
+        ),
         ("seeds", _all(lambda run: run.seed)),
         ("best evaluation", _best),
     ]
@@ -151,7 +154,7 @@ def _accumulation_steps(contender: Contender) -> Cell:
     least, mean, most = (words.finite(numbers) for numbers in steps)
     if not (least and mean and most):
         return Cell("")
-    return Cell(f"{min(least):g} / {sum(mean) / len(mean):.1f} / {max(most):g}")
+    return Cell(f"{min(least):g} / {sum(mean) / len(mean):.1f} / {max(most):g}".replace(" ", words.SPACE))
 
 
 def _best(contender: Contender) -> Cell:

@@ -80,11 +80,11 @@ def _metrics(found: Sequence[Contender]) -> Markup:
     """The final metrics against the baseline: all of one contender, or the chief one of several."""
     names = list(dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval")))
     if not names:
-        return Markup("No run has been evaluated." if any(run.rows for c in found for run in c.runs) else
-                      "No window was trained.")  # fmt: skip
+        return Markup("No evaluation is recorded.")
+    names.sort(key=lambda name: name == "loss")
     if len(found) > 1:
         chosen = found[0].runs[0].setting("train", "best_metric")
-        names = [chosen if chosen in names else next((n for n in names if n != "loss"), names[0])]
+        names = [chosen if chosen in names else names[0]]
     baseline = next((b for c in found for run in c.runs if (b := run.metrics("baseline"))), {})
     sentences = []
     for name in names:
@@ -121,7 +121,9 @@ def _speed(found: Sequence[Contender]) -> Markup | None:
             text = spread(ratios, lambda ratio: f"{ratio:.1f}")
             times, _, around = text.partition(" ")
             as_many = "as many examples as" if not parts else "as"
-            parts.append(Markup(f"{times}{SPACE}× {as_many} {{}}").format(_names([other])) + f" {around}".rstrip())
+            parts.append(
+                Markup(f"{times}{SPACE}× {as_many} {{}}").format(_names([other])) + f" {around}".rstrip()
+            )
     if not parts:
         return None
     pairs = len(first.runs) if all(_paired(first, other) for other in others) else 1
@@ -174,7 +176,7 @@ def metric(value: float) -> str:
 def error(value: float) -> str:
     """3e-7, 0.42 or 5.1"""
     if not math.isfinite(value):
-        return "an error that is not finite"
+        return "NaN or infinity"
     if value == 0 or 0.01 <= value < 1e4:
         return f"{value:.2g}"
     mantissa, exponent = f"{value:.0e}".split("e")
