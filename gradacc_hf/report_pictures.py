@@ -59,9 +59,7 @@ def curves_note(found: Sequence[Contender]) -> str:
     """What a point of a curve is, where it is more than one window of one run."""
     windows, repeats = _windows_a_point(found), max(len(contender.runs) for contender in found)
     of = [f"{windows} windows"] * (windows > 1) + [f"{repeats} repeats"] * (repeats > 1)
-    return (
-        f"A point is the median of {' of '.join(of)}; bands reach from the least to the most." if of else ""
-    )
+    return f"A point is a median of {' of '.join(of)}; bands reach from the least to the most." * bool(of)
 
 
 def _by_window(found: Sequence[Contender], name: str) -> list[plots.Curve]:
@@ -95,7 +93,7 @@ def metrics_of(found: Sequence[Contender]) -> list[Figure]:
     baseline = first_baseline(found)
     figures = []
     for i, name in enumerate([*metric_names(found), "loss"]):
-        title = "validation loss" if name == "loss" else name
+        title = words.metric_name(name)
         values = [words.finite([run.metrics("eval").get(name) for run in c.runs]) for c in found]
         if any(values):
             labels = [contender.label for contender in found]

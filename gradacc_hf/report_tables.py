@@ -37,7 +37,6 @@ def figures_table(found: Sequence[Contender]) -> tuple[list[str], list[tuple[str
         ("padding", lambda run: run.padding, words.percent),
         (memory_figure(found)[0], memory_figure(found)[1], words.memory),
         ("seconds", lambda run: run.total("seconds"), words.speed),
-        ("repeats", lambda run: 1.0, words.count),
     ]
     titles, cells = [], []
     for title, figure, show in columns:
@@ -45,6 +44,9 @@ def figures_table(found: Sequence[Contender]) -> tuple[list[str], list[tuple[str
         if any(cell.text != "–" for cell in column):
             titles.append(title)
             cells.append(column)
+    if len(found) > 1 or len(found[0].runs) > 1:
+        titles.append("repeats")
+        cells.append([Cell(str(len(contender.runs))) for contender in found])
     rows = [(contender.label, [column[i] for column in cells]) for i, contender in enumerate(found)]
     return titles, rows
 
@@ -57,8 +59,6 @@ def metric_names(found: Sequence[Contender]) -> list[str]:
 def _cell(
     title: str, contender: Contender, figure: Callable[[Run], float | None], show: Callable[[float], str]
 ) -> Cell:
-    if title == "repeats":
-        return Cell(str(len(contender.runs)))
     if title.startswith("gradient error"):
         worst = words.worst_error(contender)
         if worst is None:
@@ -104,7 +104,7 @@ def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
     rows: list[tuple[str, Callable[[Contender], Cell]]] = [
         ("windows", _of_runs(lambda run: run.windows)),
         ("examples", _of_runs(lambda run: run.total("examples"))),
-        ("effective batch size", _of_runs(lambda run: _effective_batch_size(run))),
+        ("effective batch size", _of_runs(_effective_batch_size)),
         ("accumulation steps: min / mean / max", _accumulation_steps),
         ("processes", _of_runs(lambda run: run.summary.get("processes"))),
         (
@@ -115,8 +115,8 @@ def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
         ("tokens with padding", _of_runs(lambda run: run.total("padded_tokens"))),
         ("padding", _of_runs(lambda run: run.padding, words.percent)),
         (
-            "windows skipped by the fp16 scaler",
-            _of_runs(lambda run: sum(row.skipped == 1 for row in run.rows) or None),
+            "windows skipped (fp16)",
+            _of_runs(_skipped),
         ),
         ("seeds", _all(lambda run: run.seed)),
         ("best evaluation", _best),
@@ -145,6 +145,10 @@ def _all(value: Callable[[Run], Any]) -> Callable[[Contender], Cell]:
     return say
 
 
+def _skipped(run: Run) -> int | None:
+    return sum(row.skipped == 1 for row in run.rows) or None
+
+
 def _effective_batch_size(run: Run) -> float | None:
     return run.summary.get("effective_batch_size") or run.setting("batch", "effective")
 
@@ -158,10 +162,10 @@ def _accumulation_steps(contender: Contender) -> Cell:
 
 
 def _best(contender: Contender) -> Cell:
-    """Of a single run; among repeats the best windows differ."""
+    """Of a single run, where it is not the final one; among repeats the best windows differ."""
     run, *repeats = contender.runs
     best = run.summary.get("best")
-    if repeats or not best:
+    if repeats or not best or best == run.summary.get("eval"):
         return Cell("")
     text = " · ".join(f"{name} {words.metric(value)}" for name, value in run.metrics("best").items())
     return Cell(text, f"after window {best.get('window', '?')}")

@@ -81,25 +81,27 @@ def _metrics(found: Sequence[Contender]) -> Markup:
     names = list(dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval")))
     if not names:
         return Markup("No evaluation is recorded.")
-    names.sort(key=lambda name: name == "loss")
-    if len(found) > 1:
-        chosen = found[0].runs[0].setting("train", "best_metric")
-        names = [chosen if chosen in names else names[0]]
+    names.sort(key=lambda name: name == "loss")  # last
     baseline = next((b for c in found for run in c.runs if (b := run.metrics("baseline"))), {})
-    sentences = []
-    for name in names:
-        values = {c.label: finite([run.metrics("eval").get(name) for run in c.runs]) for c in found}
-        each = [
-            Markup("{} {}").format(
-                Markup("<b>{}</b>").format(label) if len(found) > 1 else name, spread(v, metric)
-            )
-            for label, v in values.items()
-            if v
-        ] or [Markup("{} not finite").format(name if len(found) == 1 else "all")]
-        against = f" (baseline {metric(baseline[name])})" if name in baseline else ""
-        prefix = Markup("{}: ").format(name) if len(found) > 1 else ""
-        sentences.append(prefix + in_words(each) + against)
-    return Markup("Final ") + Markup(", ").join(sentences) + "."
+    against = {name: f" (baseline {metric(value)})" for name, value in baseline.items()}
+    if len(found) == 1:
+        each = [f"{metric_name(name)} {_final(found[0], name)}{against.get(name, '')}" for name in names]
+        return Markup("Final {}.").format(in_words(each))
+    chosen = found[0].runs[0].setting("train", "best_metric")
+    chief = chosen if chosen in names else names[0]
+    each = [Markup("{} {}").format(_names([contender]), _final(contender, chief)) for contender in found]
+    return Markup("Final {}: {}{}.").format(metric_name(chief), in_words(each), against.get(chief, ""))
+
+
+def _final(contender: Contender, name: str) -> str:
+    """A metric of its final evaluations: 0.7552 (0.7500–0.7600)"""
+    values = finite([run.metrics("eval").get(name) for run in contender.runs])
+    return spread(values, metric) if values else metric(math.nan)
+
+
+def metric_name(name: str) -> str:
+    """As it is, but for the loss, of which there are two."""
+    return "validation loss" if name == "loss" else name
 
 
 def _not_measured(found: Sequence[Contender]) -> Markup:
@@ -118,12 +120,10 @@ def _speed(found: Sequence[Contender]) -> Markup | None:
     parts = []
     for other in others:
         if ratios := speed_ratios(first, other):
-            text = spread(ratios, lambda ratio: f"{ratio:.1f}")
-            times, _, around = text.partition(" ")
-            as_many = "as many examples as" if not parts else "as"
-            parts.append(
-                Markup(f"{times}{SPACE}× {as_many} {{}}").format(_names([other])) + f" {around}".rstrip()
-            )
+            times, _, around = spread(ratios, lambda ratio: f"{ratio:.1f}").partition(" ")
+            as_many = "as" if parts else "as many examples as"
+            part = Markup("{}{}× {} {} {}").format(times, SPACE, as_many, _names([other]), around)
+            parts.append(part.rstrip())
     if not parts:
         return None
     pairs = len(first.runs) if all(_paired(first, other) for other in others) else 1
