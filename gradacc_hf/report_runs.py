@@ -178,11 +178,13 @@ def _run_folders(folder: Path) -> Iterator[Path]:
     candidates = {
         path.parent for path in files if not any(p.startswith(".") for p in path.relative_to(folder).parts)
     }
-    for candidate in sorted(
-        candidates, key=lambda path: [(len(digits), digits) for digits in re.split(r"(\d+)", str(path))]
-    ):
+    for candidate in sorted(candidates, key=_natural):
         if (candidate / "history.jsonl").exists() or "windows" in _read_summary(candidate / "summary.json"):
             yield candidate
+
+
+def _natural(path: Path) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def _read_run(folder: Path, name: str) -> Run:
