@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from gradacc_hf import report_plots as plots
 from gradacc_hf import report_words as words
@@ -25,7 +26,7 @@ from gradacc_hf.report_pictures import (
     small_curves_of,
     windows_of,
 )
-from gradacc_hf.report_runs import Run, contenders, read_runs
+from gradacc_hf.report_runs import Contender, Run, contenders, read_runs
 from gradacc_hf.report_tables import baseline_row, configurations, distinct, figures_table, plan_table
 
 __all__ = ["read_runs", "write_report"]
@@ -83,8 +84,10 @@ def render(runs: Sequence[Run]) -> str:
         titles=titles,
         table=table,
         baseline=baseline_row(found, titles),
-        keys=[plots.key(f"key{look}", look) for look in range(len(found))],
-        legend=[(contender.label, plots.key(f"legend{look}", look)) for look, contender in enumerate(found)],
+        keys=_keys(found, "table"),
+        legend=[
+            (contender.label, key) for contender, key in zip(found, _keys(found, "legend"), strict=False)
+        ],
         curves=curves_of(found),
         small_curves=small_curves_of(found),
         curves_note=curves_note(found),
@@ -98,6 +101,11 @@ def render(runs: Sequence[Run]) -> str:
         versions=distinct(runs, lambda run: tuple((run.summary.get("versions") or {}).items())),
         commands=distinct(runs, lambda run: run.summary.get("command")),
     )
+
+
+def _keys(found: Sequence[Contender], name: str) -> list[Markup]:
+    """A line sample for each contender, where there are several."""
+    return [plots.key(f"{name}{look}", look) for look in range(len(found))] if len(found) > 1 else []
 
 
 def _title(runs: Sequence[Run]) -> str:
