@@ -98,9 +98,13 @@ def render(runs: Sequence[Run]) -> str:
         several=len(found) > 1,
         repeated=max(len(contender.runs) for contender in found) > 1,
         configurations=configurations(runs),
-        versions=distinct(runs, lambda run: tuple((run.summary.get("versions") or {}).items())),
-        commands=distinct(runs, lambda run: run.summary.get("command")),
+        versions=distinct(runs, _versions),
+        commands=distinct(runs, lambda run: str(run.summary.get("command") or "")),
     )
+
+
+def _versions(run: Run) -> str:
+    return " · ".join(f"{name} {number}" for name, number in (run.summary.get("versions") or {}).items())
 
 
 def _keys(found: Sequence[Contender], name: str) -> list[Markup]:

@@ -92,8 +92,8 @@ def curves(name: str, ylabel: str, lines: Sequence[Curve], *, log: bool = False,
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.9 if small else 2.8), layout="constrained")
         axes = figure.subplots()
-        for line in lines:
-            _draw_curve(axes, line, len(lines), log)
+        for position, line in enumerate(lines):
+            _draw_curve(axes, line, position, len(lines), log)
         if bound is not None:
             axes.axhline(bound, color="#000000", linewidth=1, dashes=(2, 2))
             axes.annotate(
@@ -109,7 +109,7 @@ def curves(name: str, ylabel: str, lines: Sequence[Curve], *, log: bool = False,
         return _svg(name, figure, f"{ylabel} by window")
 
 
-def _draw_curve(axes: Axes, line: Curve, of: int, log: bool) -> None:
+def _draw_curve(axes: Axes, line: Curve, position: int, of: int, log: bool) -> None:
     look = _look(line.look)
     middle, least, most = (
         np.where(v <= 0, FLOOR, v) if log else v for v in (line.middle, line.least, line.most)
@@ -118,8 +118,8 @@ def _draw_curve(axes: Axes, line: Curve, of: int, log: bool) -> None:
         axes.fill_between(line.windows, least, most, color=look["color"], alpha=0.18, linewidth=0)
     apart = max(1, math.ceil(len(middle) / 6))
     # where lines lie on each other, the lower ones are thicker and the markers take turns
-    axes.plot(line.windows, middle, **look, linewidth=1.5 + 2.2 * (of - 1 - line.look) / max(4, of),
-              markevery=(line.look * apart // of, apart))  # fmt: skip
+    axes.plot(line.windows, middle, **look, linewidth=1.5 + 2.2 * (of - 1 - position) / max(4, of),
+              markevery=(position * apart // of, apart))  # fmt: skip
 
 
 def _log_axis(axes: Axes) -> None:

@@ -233,6 +233,7 @@ def _read_rows(path: Path) -> tuple[list[Row], list[str]]:
                 "one is allowed in each line; mend or delete it",
             )
         values = {field.name: row.get(field.name) for field in fields(WindowRecord)}
+        values["window"] = values["window"] or position
         try:
             error = {"gradient_error": number(row["gradient_error"])} if "gradient_error" in row else {}
             rows.append(Row(**{name: number(value) for name, value in values.items()}, **error))  # type: ignore[arg-type]
@@ -255,14 +256,16 @@ def _read_summary(path: Path) -> dict[str, Any]:
         )
     if not isinstance(summary, dict):
         refuse(str(path), f"found {type(summary).__name__}", "a JSON object is allowed")
-    for key in NUMBERS:
-        try:
-            number(summary.get(key))
-        except (ValueError, OverflowError) as wrong:
-            refuse(f"{path}, {key}", one_line(wrong), "a number or null is allowed")
     for key in MAPPINGS:
         if not isinstance(summary.get(key), dict | None):
             refuse(f"{path}, {key}", f"found {summary[key]!r}", "an object or null is allowed")
+    steps = (summary.get("accumulation_steps") or {}).items()
+    numbers = {key: summary.get(key) for key in NUMBERS} | {f"accumulation_steps.{k}": v for k, v in steps}
+    for key, value in numbers.items():
+        try:
+            number(value)
+        except (ValueError, OverflowError) as wrong:
+            refuse(f"{path}, {key}", one_line(wrong), "a number or null is allowed")
     if not _is_window(summary.get("first_window") or []):
         refuse(f"{path}, first_window", "found something else", "[[tokens of each example, …], …] is allowed")
     return redact(summary)

@@ -150,7 +150,8 @@ def _skipped(run: Run) -> int | None:
 
 
 def _effective_batch_size(run: Run) -> float | None:
-    return run.summary.get("effective_batch_size") or run.setting("batch", "effective")
+    size = run.summary.get("effective_batch_size") or run.setting("batch", "effective")
+    return size if isinstance(size, int | float) else None
 
 
 def _accumulation_steps(contender: Contender) -> Cell:
@@ -198,10 +199,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def distinct(
-    runs: Sequence[Run], value: Callable[[Run], Any], always_named: bool = False
-) -> list[tuple[str, Any]]:
+    runs: Sequence[Run], value: Callable[[Run], str], always_named: bool = False
+) -> list[tuple[str, str]]:
     """(the runs that say it, what they say), each once; no names where all say the same, unless always."""
-    said: dict[Any, list[str]] = {}
+    said: dict[str, list[str]] = {}
     for run in runs:
         if found := value(run):
             said.setdefault(found, []).append(run.name)

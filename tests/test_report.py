@@ -271,6 +271,18 @@ def test_a_gradient_error_that_is_null_is_not_exact(real, tmp_path):
     assert "run is not exact but off by NaN or infinity at worst." in page.text
 
 
+def test_contenders_whose_gradients_nobody_measured_are_named(real, tmp_path):
+    for name in ("a", "b", "c", "d"):
+        repeat(real, tmp_path / name, errors=(2e-6,) if name == "d" else ())
+    page = Page(write_report([tmp_path]))
+    assert "d is exact, its gradients within 2e-6" in page.text
+    assert "The gradients of a, b and c were not measured." in page.text
+    assert [row["gradient error, worst"] for row in page.figures().values()][:4] == ["–"] * 3 + [
+        "2e-6 ✓ exact"
+    ]
+    assert min(map(float, re.findall(r"stroke-width: ?([-\d.]+)", page.html))) > 0
+
+
 def test_speeds_are_compared_pair_by_pair_of_the_same_seeds_or_by_medians(real, tmp_path):
     for seed, factor in enumerate((1.0, 2.0, 4.0)):
         repeat(real, tmp_path / f"ours/{seed}", factor, contender="ours", seed=seed)
