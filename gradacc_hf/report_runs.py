@@ -232,11 +232,13 @@ def _read_rows(path: Path) -> tuple[list[Row], list[str]]:
                 "found no JSON object",
                 "one is allowed in each line; mend or delete it",
             )
-        values = {field.name: row.get(field.name) for field in fields(WindowRecord)}
-        values["window"] = values["window"] or position
         try:
-            error = {"gradient_error": number(row["gradient_error"])} if "gradient_error" in row else {}
-            rows.append(Row(**{name: number(value) for name, value in values.items()}, **error))  # type: ignore[arg-type]
+            values: Any = {field.name: number(row.get(field.name)) for field in fields(WindowRecord)}
+            if not math.isfinite(values["window"]):
+                values["window"] = position
+            if "gradient_error" in row:
+                values["gradient_error"] = number(row["gradient_error"])
+            rows.append(Row(**values))
         except (ValueError, OverflowError) as wrong:
             refuse(
                 f"{path}, line {position}", one_line(wrong), "numbers and null are allowed; mend or delete it"
