@@ -42,7 +42,7 @@ CONTENDERS = {
     "trainer_by_length": "Trainer, by length",
     "exact_trainer": "ExactTrainer",
     "accelerate": "accumulate()",
-    "ours": "gradacc-hf",
+    "ours": "ours",
 }
 DOES_NOT_FIT = 3  # the exit code of a contender that ran out of memory
 

@@ -1,0 +1,126 @@
+"""`gradacc report`: one HTML page about runs, to read on a phone, print or send; it needs no network.
+
+`read_runs` (runs.py) reads the folders, `write_report` writes the page: its verdict (words.py),
+tables (tables.py) and pictures (pictures.py), in the template page.html.j2.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from gradacc_hf.checkpoint import write_whole
+from gradacc_hf.errors import refuse
+from gradacc_hf.report import plots, words
+from gradacc_hf.report.pictures import (
+    bars_of,
+    curves_note,
+    curves_of,
+    metrics_of,
+    small_curves_of,
+    windows_of,
+)
+from gradacc_hf.report.redact import redact
+from gradacc_hf.report.runs import Contender, Run, contenders, read_runs
+from gradacc_hf.report.tables import baseline_row, configurations, distinct, figures_table, plan_table
+
+__all__ = ["read_runs", "write_report"]
+
+GENERATOR = '<meta name="generator" content="gradacc-hf '
+
+
+def write_report(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:
+    """Write the report of the runs in these folders, and give its path.
+
+    `output` is an HTML file; by default report.html in the folder, or in the current one where there are
+    several. Raises BadInput where there is no run, a file is broken, or `output` is no report of ours.
+    """
+    folders = [Path(folder) for folder in folders]
+    home = folders[0] if len(folders) == 1 else Path()
+    target = home / "report.html" if output is None else Path(output)
+    runs = read_runs(folders)
+    _check_output(target)
+    page = render(runs)
+    try:
+        write_whole(target, page)
+    except OSError as error:
+        refuse(
+            "--output", f"{target} cannot be written ({error.strerror})", "give a file in a folder of yours"
+        )
+    return target
+
+
+def _check_output(target: Path) -> None:
+    """Refuse to overwrite what is no report of ours."""
+    if target.suffix not in (".html", ".htm") or target.is_dir():
+        refuse("--output", f"found {target}", "allowed: a file that ends in .html")
+    if target.exists() and GENERATOR not in target.read_text(encoding="utf-8", errors="replace")[:2000]:
+        refuse("--output", f"{target} exists and is no report of gradacc", "give another name, or move it")
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page, as HTML."""
+    found = contenders(runs)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    titles, table = figures_table(found)
+    return environment.get_template("page.html.j2").render(
+        generator=f"gradacc-hf {version('gradacc-hf')}",
+        title=_title(runs),
+        subtitle=_subtitle(runs),
+        date=time.strftime("%Y-%m-%d %H:%M"),
+        verdict=words.verdict(found),
+        notes=[(run.name, note) for run in runs for note in run.notes],
+        titles=titles,
+        table=table,
+        baseline=baseline_row(found, titles),
+        keys=_keys(found, "table"),
+        legend=[
+            (contender.label, key) for contender, key in zip(found, _keys(found, "legend"), strict=False)
+        ],
+        curves=curves_of(found),
+        small_curves=small_curves_of(found),
+        curves_note=curves_note(found),
+        metrics=metrics_of(found),
+        bars=bars_of(found),
+        windows=windows_of(found),
+        plan=plan_table(found),
+        several=len(found) > 1,
+        repeated=max(len(contender.runs) for contender in found) > 1,
+        configurations=configurations(runs),
+        versions=distinct(runs, _versions),
+        commands=distinct(runs, lambda run: str(run.summary.get("command") or "")),
+    )
+
+
+def _versions(run: Run) -> str:
+    return " · ".join(f"{name} {number}" for name, number in (run.summary.get("versions") or {}).items())
+
+
+def _keys(found: Sequence[Contender], name: str) -> list[Markup]:
+    """A line sample for each contender, where there are several."""
+    return [plots.key(f"{name}{look}", look) for look in range(len(found))] if len(found) > 1 else []
+
+
+def _title(runs: Sequence[Run]) -> str:
+    """The folder of the run, or the one that holds all."""
+    if len(runs) == 1:
+        return runs[0].name
+    return redact(os.path.basename(os.path.commonpath([run.folder.resolve() for run in runs]))) or "runs"
+
+
+def _subtitle(runs: Sequence[Run]) -> str:
+    """Which model on which data, and how many runs."""
+    settings = (("model", "name"), ("data", "train"))
+    values = [[str(v) for run in runs if (v := run.setting(*setting))] for setting in settings]
+    what = " on ".join(words.in_words(list(dict.fromkeys(names))) for names in values if names)
+    return " · ".join(filter(None, [what, f"{len(runs)} run{'s' * (len(runs) != 1)}"]))

@@ -1,0 +1,138 @@
+"""Which pictures a report has, of which figures, and what is said under each.
+
+Contenders in, pictures out; drawing them is `plots.py`'s.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from gradacc_hf.gradients import EXACT
+from gradacc_hf.report import plots, words
+from gradacc_hf.report.runs import Contender
+from gradacc_hf.report.tables import first_baseline, memory_figure, metric_names
+
+FAR_APART = 3.0  # a factor between contenders from which an axis is logarithmic
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with what is said above and under it."""
+
+    title: str
+    svg: Markup
+    note: str = ""
+
+
+def curves_of(found: Sequence[Contender]) -> list[Figure]:
+    """Loss and gradient error by window."""
+    figures = []
+    if losses := _by_window(found, "loss"):
+        log = _far_apart(losses)
+        notes = ["Losses are as each way logs them, not always the mean over the window."] * (len(found) > 1)
+        notes += ["The axis is logarithmic."] * log
+        figures.append(Figure("Loss", plots.curves("loss", "loss", losses, log=log), " ".join(notes)))
+    if errors := _by_window(found, "gradient_error"):
+        has_zero = any(bool(np.any(line.least <= 0)) for line in errors)
+        note = f"An error of 0 is drawn at {words.error(plots.FLOOR)}." if has_zero else ""
+        drawn = plots.curves("error", "relative error", errors, log=True, bound=EXACT)
+        figures.append(Figure("Gradient error", drawn, note))
+    return figures
+
+
+def small_curves_of(found: Sequence[Contender]) -> list[Figure]:
+    """Learning rate and gradient norm by window."""
+    figures = []
+    if rates := _by_window(found, "lr"):
+        figures.append(Figure("Learning rate", plots.curves("lr", "learning rate", rates, small=True)))
+    if norms := _by_window(found, "grad_norm"):
+        drawn = plots.curves("norm", "gradient norm", norms, small=True, log=_far_apart(norms))
+        figures.append(Figure("Gradient norm", drawn, "Before clipping."))
+    return figures
+
+
+def curves_note(found: Sequence[Contender]) -> str:
+    """What a point of a curve is, where it is more than one window of one run."""
+    windows, repeats = _windows_a_point(found), max(len(contender.runs) for contender in found)
+    of = [f"{windows} windows"] * (windows > 1) + [f"{repeats} repeats"] * (repeats > 1)
+    return f"A point is a median of {' of '.join(of)}; bands reach from the least to the most." * bool(of)
+
+
+def _by_window(found: Sequence[Contender], name: str) -> list[plots.Curve]:
+    """A column of the histories, a curve a contender that has it."""
+    together = _windows_a_point(found)
+    lines = []
+    for look, contender in enumerate(found):
+        repeats = [
+            [(row.window, value) for row in run.rows if (value := getattr(row, name)) is not None]
+            for run in contender.runs
+        ]
+        lines.append(plots.curve(look, repeats, together))
+    return [line for line in lines if line.known]
+
+
+def _windows_a_point(found: Sequence[Contender]) -> int:
+    return plots.windows_a_point(max(len(run.rows) for contender in found for run in contender.runs))
+
+
+def _far_apart(lines: Sequence[plots.Curve]) -> bool:
+    """Do contenders differ by so much that the lower ones would be flat lines?"""
+    middles = [float(np.nanmedian(line.middle)) for line in lines]
+    positive = all(np.nanmin(line.least) > 0 for line in lines)
+    return positive and max(middles) > FAR_APART * min(middles)
+
+
+def metrics_of(found: Sequence[Contender]) -> list[Figure]:
+    """Final metrics, where there are contenders to compare."""
+    if len(found) < 2:
+        return []
+    baseline = first_baseline(found)
+    figures = []
+    for i, name in enumerate([*metric_names(found), "loss"]):
+        title = words.metric_name(name)
+        values = [words.finite([run.metrics("eval").get(name) for run in c.runs]) for c in found]
+        if any(values):
+            labels = [contender.label for contender in found]
+            drawn = plots.dots(f"metric{i}", title, labels, values, baseline.get(name))
+            figures.append(Figure(title.capitalize() if name == "loss" else title, drawn))
+    return figures
+
+
+def bars_of(found: Sequence[Contender]) -> list[Figure]:
+    """Speed and memory, where there is something to compare."""
+    if len(found) < 2:
+        return []
+    memory_title, memory = memory_figure(found)
+    labels = [contender.label for contender in found]
+    wanted = (
+        ("speed", "Speed", "examples per second", lambda run: run.examples_per_second),
+        ("memory", memory_title.capitalize(), "MiB", lambda run: (memory(run) or math.nan) / 2**20),
+    )
+    figures = []
+    for name, title, unit, figure in wanted:
+        values = [words.finite([figure(run) for run in contender.runs]) for contender in found]
+        if any(values):
+            figures.append(Figure(title, plots.bars(name, unit, labels, values)))
+    return figures
+
+
+def windows_of(found: Sequence[Contender]) -> list[Figure]:
+    """The first window of each contender that says it, all at one scale."""
+    windows = {
+        look: window
+        for look, contender in enumerate(found)
+        if (window := contender.first_window()) is not None
+    }
+    longest = max((max(map(max, window)) for window in windows.values()), default=0)
+    rows = max((plots.picture_rows(window) for window in windows.values()), default=0)
+    figures = []
+    for look, window in windows.items():
+        padded = sum(len(lengths) * max(lengths) for lengths in window)
+        padding = 1 - sum(map(sum, window)) / padded if padded else 0.0
+        count = f"{len(window)} micro-batch{'es' * (len(window) != 1)}"
+        drawn = plots.window_picture(f"window{look}", look, window, longest or 1, rows)
+        figures.append(Figure(found[look].label, drawn, f"{count}, {words.percent(padding)} padding"))
+    return figures

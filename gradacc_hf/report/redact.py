@@ -1,0 +1,47 @@
+"""Hiding secrets in what is shown of a run: its settings, its command, its names.
+
+A value is hidden by its key (a token, a password, an API key), and in any text: credentials in URLs, options
+and variables that are named like secrets, and tokens that are known by their first letters. Rather too much
+than too little is hidden; numbers with a point are no secrets.
+"""
+
+import re
+from typing import Any
+
+HIDDEN = "[hidden]"
+
+_NAME = (
+    r"(?:[\w.-]*(?:secret|passw(?:or)?d|api[_-]?key|credential)[\w.-]*"
+    r"|[\w.-]*(?:token|auth|authorization|access[_-]key|private[_-]key))"
+)
+_SECRET_KEY = re.compile(_NAME, re.IGNORECASE)
+_VALUE = r"(?:\"[^\"]*\"|'[^']*'|[^\s&,;\"']+)"
+_IN_TEXT = (
+    (re.compile(r"(?<=://)[^\s/]*@"), f"{HIDDEN}@"),
+    (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
+    (re.compile(rf"(?<![\w.-])(--{_NAME}\s+)(?!-){_VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"(?<![\w.])({_NAME}[\"']?(?:=|:\s*))(?!//){_VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(r"hf_[A-Za-z0-9]{30,}|(?<!\w)hf_[A-Za-z0-9]{10,}"), HIDDEN),
+    (re.compile(r"(?<!\w)(?:gh[opsu]_|github_pat_|glpat-|sk-)[\w-]{16,}"), HIDDEN),
+)
+
+
+def redact(value: Any) -> Any:
+    """The same mapping, list or text without its secrets."""
+    if isinstance(value, dict):
+        return {redact(key): _hidden(value[key]) if _is_secret(key) else redact(value[key]) for key in value}
+    if isinstance(value, list | tuple):
+        return [redact(one) for one in value]
+    if isinstance(value, str):
+        for pattern, replacement in _IN_TEXT:
+            value = pattern.sub(replacement, value)
+    return value
+
+
+def _is_secret(key: Any) -> bool:
+    return isinstance(key, str) and _SECRET_KEY.fullmatch(key) is not None
+
+
+def _hidden(value: Any) -> Any:
+    """What is shown under a secret's key; that there is none may be seen, and `loss_per_token: 2.3` too."""
+    return value if value in (None, "") or isinstance(value, bool | float) else HIDDEN

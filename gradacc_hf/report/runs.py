@@ -1,0 +1,302 @@
+"""Runs as they lie on the disk, read for a report: history.jsonl, summary.json, config.yaml.
+
+`read_runs` takes folders and gives a `Run` each, without secrets; `contenders` puts the repeats of one way of
+training together. A run that was killed is read as far as it came. The figures of a run are those of its
+summary or, where it has none, of its rows.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradacc_hf.errors import one_line, refuse
+from gradacc_hf.report.redact import redact
+from gradacc_hf.runlog import WindowRecord
+
+NUMBERS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
+NUMBERS += ("training_memory_bytes", "effective_batch_size", "processes")
+MAPPINGS = ("eval", "best", "baseline", "accumulation_steps", "versions")
+
+
+@dataclass(frozen=True)
+class Row(WindowRecord):
+    """A row of history.jsonl. What it lacks is NaN, as is what is null there."""
+
+    gradient_error: float | None = None  # against the window at once; None where it was not measured
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run."""
+
+    folder: Path
+    name: str  # of its folder, below the folder that holds all runs of the report
+    contender: str  # the way it was trained; its name where it says none
+    rows: tuple[Row, ...]
+    summary: Mapping[str, Any]  # summary.json; empty where the run is unfinished
+    config: Mapping[str, Any]  # config.yaml; empty where there is none
+    notes: tuple[str, ...]  # what is wrong with its files
+
+    @property
+    def seed(self) -> Any:
+        """As its summary says, else its config."""
+        return self.summary.get("seed", self.setting("train", "seed"))
+
+    def setting(self, section: str, key: str) -> Any:
+        """A value of its config; None where there is none."""
+        values = self.config.get(section)
+        return values.get(key) if isinstance(values, dict) else None
+
+    def total(self, name: str) -> float:
+        """A sum over the windows: `examples`, `tokens`, `padded_tokens`, `seconds`."""
+        return (
+            number(self.summary[name]) if name in self.summary else sum(getattr(r, name) for r in self.rows)
+        )
+
+    @property
+    def windows(self) -> int:
+        """Windows that were trained."""
+        return int(self.summary.get("windows") or len(self.rows))
+
+    @property
+    def examples_per_second(self) -> float:
+        """NaN where no time is known, as in all of these."""
+        return _ratio(self.total("examples"), self.total("seconds"))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Without padding."""
+        return _ratio(self.total("tokens"), self.total("seconds"))
+
+    @property
+    def padding(self) -> float:
+        """The share of the tokens that is padding."""
+        return 1 - _ratio(self.total("tokens"), self.total("padded_tokens"))
+
+    @property
+    def loss(self) -> float:
+        """Of the last window."""
+        return self.rows[-1].loss if self.rows else math.nan
+
+    @property
+    def gradient_error(self) -> float | None:
+        """The worst of all windows: NaN where one is not finite, None where none was measured."""
+        errors = [row.gradient_error for row in self.rows if row.gradient_error is not None]
+        return max(errors, key=lambda error: math.inf if math.isnan(error) else error) if errors else None
+
+    @property
+    def accumulation_steps(self) -> tuple[float, float, float]:
+        """Least, mean and most; NaN where no window was trained."""
+        if steps := self.summary.get("accumulation_steps"):
+            least, mean, most = (number(steps.get(key)) for key in ("min", "mean", "max"))
+            return least, mean, most
+        steps = [row.accumulation_steps for row in self.rows] or [math.nan]
+        return min(steps), sum(steps) / len(steps), max(steps)
+
+    def metrics(self, which: str) -> dict[str, float]:
+        """Of the final evaluation ("eval"), the best one ("best"), or without training ("baseline")."""
+        found = self.summary.get(which) or {}
+        return {
+            name: number(value)
+            for name, value in found.items()
+            if name != "window" and not isinstance(value, str | list | dict)
+        }
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of training, with its repeats in the order of their seeds."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    def first_window(self) -> list[list[int]] | None:
+        """The tokens of each example, by micro-batch, of the first window of a repeat that says them."""
+        found = [run.summary["first_window"] for run in self.runs if run.summary.get("first_window")]
+        return found[0] if found else None
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders or anywhere below. Raises BadInput where one has none or a broken file."""
+    found: dict[Path, None] = {}  # in order, each once
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            refuse(str(folder), "found no such folder", "give the folder of a run, or one that holds runs")
+        below = list(_run_folders(folder))
+        if not below:
+            refuse(
+                str(folder),
+                "found no history.jsonl in it or below it",
+                "give the folder of a run, or one that holds runs",
+            )
+        found |= dict.fromkeys(below)
+    resolved = [folder.resolve() for folder in found]
+    above = resolved[0].parent if len(found) == 1 else Path(os.path.commonpath(resolved))
+    names = [str(path.relative_to(above)).replace(os.sep, "/") for path in resolved]
+    names = [above.name if name == "." else name for name in names]  # a run that holds others
+    unique = dict(zip(resolved, zip(found, names, strict=True), strict=True))
+    return [_read_run(folder, name) for folder, name in unique.values()]
+
+
+def contenders(runs: Sequence[Run]) -> list[Contender]:
+    """The ways of training in the order in which they come, "ours" first."""
+    labels = sorted(dict.fromkeys(run.contender for run in runs), key=lambda label: label != "ours")
+    return [
+        Contender(label, tuple(sorted((run for run in runs if run.contender == label), key=_by_seed)))
+        for label in labels
+    ]
+
+
+def number(value: Any) -> float:
+    """A number of a JSON file; null is NaN. Raises ValueError, or OverflowError, where it is none."""
+    if value is None:
+        return math.nan
+    if not isinstance(value, int | float):
+        raise ValueError(f"found {value!r}")
+    return float(value)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _by_seed(run: Run) -> tuple[bool, Any]:
+    known = isinstance(run.seed, int | float)
+    return not known, run.seed if known else 0  # sorting is stable: else as they came
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    """Those with a history.jsonl, or a summary.json of ours, in natural order (seed_2 before seed_10)."""
+    files = [path for name in ("history.jsonl", "summary.json") for path in folder.rglob(name)]
+    candidates = {
+        path.parent for path in files if not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    }
+    for candidate in sorted(candidates, key=_natural):
+        if (candidate / "history.jsonl").exists() or "windows" in _read_summary(candidate / "summary.json"):
+            yield candidate
+
+
+def _natural(path: Path) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    rows, notes = _read_rows(folder / "history.jsonl")
+    summary = _read_summary(folder / "summary.json")
+    if not summary:
+        notes.append(
+            f"unfinished: {_windows(len(rows))} are there and no summary.json (killed, or still going)"
+        )
+    elif summary.get("windows") not in (None, len(rows)):
+        notes.append(f"summary.json counts {summary['windows']} windows, history.jsonl has {len(rows)}")
+    if missing := sum(not math.isfinite(row.loss) for row in rows):
+        notes.append(f"no finite loss in {missing} of {_windows(len(rows))}")
+    return Run(
+        folder=folder,
+        name=redact(name),
+        contender=str(summary.get("contender") or redact(name)),
+        rows=tuple(rows),
+        summary=summary,
+        config=_read_config(folder / "config.yaml"),
+        notes=tuple(notes),
+    )
+
+
+def _windows(count: int) -> str:
+    return f"{count:,} window{'s' * (count != 1)}"
+
+
+def _read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows of a history, and what is wrong with it. Only its last line may be half-written."""
+    if not path.exists():
+        return [], ["no history.jsonl"]
+    lines = [line for line in _read_text(path).split("\n") if line.strip(" \r\0")]
+    rows = []
+    for position, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"found {line!r}")
+        except ValueError:
+            if position == len(lines):
+                return rows, ["the last line of history.jsonl is half-written and was left out"]
+            refuse(
+                f"{path}, line {position}",
+                "found no JSON object",
+                "one is allowed in each line; mend or delete it",
+            )
+        try:
+            values: Any = {field.name: number(row.get(field.name)) for field in fields(WindowRecord)}
+            if not math.isfinite(values["window"]):
+                values["window"] = position
+            if "gradient_error" in row:
+                values["gradient_error"] = number(row["gradient_error"])
+            rows.append(Row(**values))
+        except (ValueError, OverflowError) as wrong:
+            refuse(
+                f"{path}, line {position}", one_line(wrong), "numbers and null are allowed; mend or delete it"
+            )
+    return rows, []
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    """A summary, checked, without secrets; empty where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        summary = json.loads(_read_text(path))
+    except ValueError as error:
+        refuse(
+            str(path), f"found no JSON ({one_line(error)})", "mend it, or delete it to report what is there"
+        )
+    if not isinstance(summary, dict):
+        refuse(str(path), f"found {type(summary).__name__}", "a JSON object is allowed")
+    for key in MAPPINGS:
+        if not isinstance(summary.get(key), dict | None):
+            refuse(f"{path}, {key}", f"found {summary[key]!r}", "an object or null is allowed")
+    steps = (summary.get("accumulation_steps") or {}).items()
+    numbers = {key: summary.get(key) for key in NUMBERS} | {f"accumulation_steps.{k}": v for k, v in steps}
+    for key, value in numbers.items():
+        try:
+            number(value)
+        except (ValueError, OverflowError) as wrong:
+            refuse(f"{path}, {key}", one_line(wrong), "a number or null is allowed")
+    if not _is_window(summary.get("first_window") or []):
+        refuse(f"{path}, first_window", "found something else", "[[tokens of each example, …], …] is allowed")
+    return redact(summary)
+
+
+def _is_window(value: Any) -> bool:
+    """Is it a list of micro-batches, each a list of its examples' numbers of tokens?"""
+    return isinstance(value, list) and all(
+        isinstance(lengths, list)
+        and lengths
+        and all(isinstance(length, int | float) and length >= 0 for length in lengths)
+        for lengths in value
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        config = yaml.safe_load(_read_text(path))
+    except yaml.YAMLError as error:
+        refuse(str(path), f"found no YAML ({one_line(error)})", "mend it, or delete it")
+    if not isinstance(config, dict | None):
+        refuse(str(path), f"found {type(config).__name__}", "keys and values are allowed")
+    return redact(config or {})
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        refuse(str(path), f"cannot be read ({error.strerror})", "give a run that you may read")

@@ -1,0 +1,211 @@
+"""The tables of a report: figures side by side, the plan in numbers, the settings and versions.
+
+Contenders and runs in, text out; what a column is called is said here and nowhere else.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from gradacc_hf.gradients import EXACT
+from gradacc_hf.report import words
+from gradacc_hf.report.runs import Contender, Run
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Of the table of figures: the median, the range over repeats, and "exact" or "off" for gradients."""
+
+    text: str
+    range: str = ""
+    mark: str = ""
+
+
+def figures_table(found: Sequence[Contender]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
+    """The titles of the columns, and each contender's label and cells. What nobody has is left out."""
+    metrics = metric_names(found)
+    columns: list[tuple[str, Callable[[Run], float | None], Callable[[float], str]]] = [
+        *((name, lambda run, name=name: run.metrics("eval").get(name), words.metric) for name in metrics),
+        ("validation loss", lambda run: run.metrics("eval").get("loss"), words.metric),
+        ("loss, last window", lambda run: run.loss if run.rows else None, words.metric),
+        ("gradient error, worst", lambda run: run.gradient_error, words.error),
+        ("examples/s", lambda run: run.examples_per_second, words.speed),
+        ("tokens/s", lambda run: run.tokens_per_second, words.speed),
+        ("padding", lambda run: run.padding, words.percent),
+        (memory_figure(found)[0], memory_figure(found)[1], words.memory),
+        ("seconds", lambda run: run.total("seconds"), words.speed),
+    ]
+    titles, cells = [], []
+    for title, figure, show in columns:
+        column = [_cell(title, contender, figure, show) for contender in found]
+        if any(cell.text != "–" for cell in column):
+            titles.append(title)
+            cells.append(column)
+    if len(found) > 1 or len(found[0].runs) > 1:
+        titles.append("repeats")
+        cells.append([Cell(str(len(contender.runs))) for contender in found])
+    rows = [(contender.label, [column[i] for column in cells]) for i, contender in enumerate(found)]
+    return titles, rows
+
+
+def metric_names(found: Sequence[Contender]) -> list[str]:
+    names = dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval"))
+    return [name for name in names if name != "loss"]
+
+
+def _cell(
+    title: str, contender: Contender, figure: Callable[[Run], float | None], show: Callable[[float], str]
+) -> Cell:
+    if title.startswith("gradient error"):
+        worst = words.worst_error(contender)
+        if worst is None:
+            return Cell("–")
+        return Cell(
+            show(worst) if math.isfinite(worst) else "not finite", mark="exact" if worst <= EXACT else "off"
+        )
+    values = [value for run in contender.runs if (value := figure(run)) is not None]
+    known = words.finite(values)
+    if not known:
+        return Cell("not finite" if values and show is words.metric else "–")
+    cell = _spread(known, show)
+    missing = f"{len(values) - len(known)} not finite" if len(known) < len(values) else ""
+    return Cell(cell.text, ", ".join(filter(None, [cell.range, missing])))
+
+
+def _spread(values: Sequence[float], show: Callable[[float], str]) -> Cell:
+    text, _, around = words.spread(values, show).partition(" (")
+    return Cell(text, around.removesuffix(")"))
+
+
+def memory_figure(found: Sequence[Contender]) -> tuple[str, Callable[[Run], float | None]]:
+    """While training, where all say it; else all that the process ever held."""
+    title, key = "memory to train", "training_memory_bytes"
+    if not all(run.summary.get(key) for contender in found for run in contender.runs if run.summary):
+        title, key = "peak memory", "peak_memory_bytes"
+    return title, lambda run: run.summary.get(key)
+
+
+def baseline_row(found: Sequence[Contender], titles: Sequence[str]) -> list[str]:
+    """A row of the table: the metrics of answering without training. Empty where nobody says them."""
+    baseline: Mapping[str, float] = first_baseline(found)
+    cells = [words.metric(baseline[title]) if title in baseline else "" for title in titles]
+    return cells if any(cells) else []
+
+
+def first_baseline(found: Sequence[Contender]) -> dict[str, float]:
+    return next((b for contender in found for run in contender.runs if (b := run.metrics("baseline"))), {})
+
+
+def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
+    """What was run, in numbers: (name, a cell for each contender). Numbers that nobody has are left out."""
+    rows: list[tuple[str, Callable[[Contender], Cell]]] = [
+        ("windows", _of_runs(lambda run: run.windows)),
+        ("examples", _of_runs(lambda run: run.total("examples"))),
+        ("effective batch size", _of_runs(_effective_batch_size)),
+        ("accumulation steps: min / mean / max", _accumulation_steps),
+        ("processes", _of_runs(lambda run: run.summary.get("processes"))),
+        (
+            "precision",
+            _all(lambda run: run.summary.get("precision")),
+        ),
+        ("tokens", _of_runs(lambda run: run.total("tokens"))),
+        ("tokens with padding", _of_runs(lambda run: run.total("padded_tokens"))),
+        ("padding", _of_runs(lambda run: run.padding, words.percent)),
+        (
+            "windows skipped (fp16)",
+            _of_runs(_skipped),
+        ),
+        ("seeds", _all(lambda run: run.seed)),
+        ("best evaluation", _best),
+    ]
+    table = [(name, [say(contender) for contender in found]) for name, say in rows]
+    return [(name, cells) for name, cells in table if any(cell.text for cell in cells)]
+
+
+def _of_runs(
+    figure: Callable[[Run], float | None], show: Callable[[float], str] = words.count
+) -> Callable[[Contender], Cell]:
+    def say(contender: Contender) -> Cell:
+        known = words.finite([figure(run) for run in contender.runs])
+        return _spread(known, show) if known else Cell("")
+
+    return say
+
+
+def _all(value: Callable[[Run], Any]) -> Callable[[Contender], Cell]:
+    """What its runs say, each once, as text."""
+
+    def say(contender: Contender) -> Cell:
+        said = (str(v) for run in contender.runs if (v := value(run)) is not None)
+        return Cell(", ".join(dict.fromkeys(said)))
+
+    return say
+
+
+def _skipped(run: Run) -> int | None:
+    return sum(row.skipped == 1 for row in run.rows) or None
+
+
+def _effective_batch_size(run: Run) -> float | None:
+    size = run.summary.get("effective_batch_size") or run.setting("batch", "effective")
+    return size if isinstance(size, int | float) else None
+
+
+def _accumulation_steps(contender: Contender) -> Cell:
+    steps = zip(*(run.accumulation_steps for run in contender.runs), strict=True)
+    least, mean, most = (words.finite(numbers) for numbers in steps)
+    if not (least and mean and most):
+        return Cell("")
+    return Cell(f"{min(least):g} / {sum(mean) / len(mean):.1f} / {max(most):g}".replace(" ", words.SPACE))
+
+
+def _best(contender: Contender) -> Cell:
+    """Of a single run, where it is not the final one; among repeats the best windows differ."""
+    run, *repeats = contender.runs
+    best = run.summary.get("best")
+    if repeats or not best or best == run.summary.get("eval"):
+        return Cell("")
+    text = " · ".join(f"{name} {words.metric(value)}" for name, value in run.metrics("best").items())
+    return Cell(text, f"after window {best.get('window', '?')}")
+
+
+def configurations(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(runs, text): the configuration of the first as YAML, of all others where they differ from it."""
+    known = [run for run in runs if run.config]
+    if not known:
+        return []
+    first, before = known[0], _flat(known[0].config)
+
+    def differences(run: Run) -> str:
+        after = _flat(run.config)
+        names = [name for name in {**before, **after} if before.get(name, _flat) != after.get(name, _flat)]
+        lines = [f"{name}: {after.get(name, '(not there)')}" for name in names]
+        return "\n".join([f"as {first.name}" + (", but" if lines else ""), *lines])
+
+    yaml_of_first = yaml.safe_dump(first.config, sort_keys=False, allow_unicode=True)
+    others = distinct(known[1:], differences, always_named=True)
+    return [(first.name if others else "", yaml_of_first), *others]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def distinct(
+    runs: Sequence[Run], value: Callable[[Run], str], always_named: bool = False
+) -> list[tuple[str, str]]:
+    """(the runs that say it, what they say), each once; no names where all say the same, unless always."""
+    said: dict[str, list[str]] = {}
+    for run in runs:
+        if found := value(run):
+            said.setdefault(found, []).append(run.name)
+    if len(said) == 1 and not always_named:
+        return [("", next(iter(said)))]
+    return [(", ".join(names), found) for found, names in said.items()]
