@@ -65,7 +65,7 @@ case ${1:-} in
     shift
     cd "$here"
     [[ $# -gt 0 ]] || set -- --config configs/text_classification_offline.yaml --contenders trainer,ours \
-      --windows 3 --repeats 2 --budget.max_tokens 1024
+      --windows 2 --repeats 2 --budget.max_tokens 1024
     exec gradacc compare "$@"
     ;;
 esac

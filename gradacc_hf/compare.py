@@ -122,9 +122,9 @@ def ratios(ours: Contender, other: Contender) -> list[float]:
 
 
 def show(found: dict[str, Contender | str], console: Console) -> None:
-    """A row a contender, medians with their range; then how many times as fast ours is."""
+    """A row a contender, medians over their range; then how many times as fast ours is."""
     table = Table("", box=SIMPLE)
-    for header in ("gradient off by", "examples/s", "tokens/s", "padding", "memory, MB", "seconds"):
+    for header in ("gradient\noff by", "examples\na second", "tokens\na second", "padding", "MB", "seconds"):
         table.add_column(header, justify="right")
     ran = {name: contender for name, contender in found.items() if isinstance(contender, Contender)}
     for contender in ran.values():
@@ -138,10 +138,10 @@ def show(found: dict[str, Contender | str], console: Console) -> None:
             _spread(contender.seconds, "{:.1f}"),
         )
     console.print(table)
-    after = Table("after training", box=SIMPLE)
     metrics = list(next(iter(ran.values())).metrics)
-    for header in ("logged loss", *(f"validation {name}" for name in metrics)):
-        after.add_column(header, justify="right")
+    after = Table("after training", "logged\nloss", box=SIMPLE)
+    for name in metrics:
+        after.add_column("validation\n" + name.replace("_", "\n"), justify="right")
     for contender in ran.values():
         cells = [contender.losses, *(contender.metrics[name] for name in metrics)]
         after.add_row(contender.name, *(_spread(cell, "{:.3f}") for cell in cells))
@@ -165,7 +165,7 @@ def _error(contender: Contender) -> str:
 
 def _spread(values: Sequence[float], form: str) -> str:
     middle = form.format(median(values))
-    return middle if len(values) == 1 else f"{middle} ({form.format(min(values))}–{form.format(max(values))})"
+    return middle if len(values) == 1 else f"{middle}\n{form.format(min(values))}–{form.format(max(values))}"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -134,7 +134,7 @@ def timed(run: Run, name: str, folder: Path) -> None:
     """Train, evaluate, and write the run's folder."""
     recipe, config = run.recipe, run.recipe.config
     model = make_model(recipe).to(run.accelerator.device)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim, run.accelerator.mixed_precision)
     scheduler = make_scheduler(optimizer, config.optim, total_windows(config, run.windows))
     ends: list[float] = []
     optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
@@ -210,7 +210,7 @@ def errors(run: Run, name: str, folder: Path) -> None:
     run.accelerator = Accelerator(cpu=run.accelerator.device.type == "cpu")
     model = make_model(recipe).to(run.accelerator.device)
     remove_dropout(model)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim, run.accelerator.mixed_precision)
     scheduler = make_scheduler(optimizer, config.optim, total_windows(config, run.windows))
     found: list[float] = []
 

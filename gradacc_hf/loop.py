@@ -201,6 +201,7 @@ def fine_tune(
                 save_model(model, folder / "best", accelerator, *save_with)
 
     state = windows.state_dict()
+    first = windows.split(state["epoch"], state["window"])
     to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
     total = min(max_windows or math.inf, to_run)
     with RunLog(accelerator, int(total), folder) as log:
@@ -235,6 +236,8 @@ def fine_tune(
     return log.summary(
         eval=evaluations[-1] if evaluations else None,
         best=best_evaluation or None,
+        evaluations=evaluations,
+        first_window=[windows.lengths[piece].tolist() for process in first.processes for piece in process],
         empty_windows=windows.empty_windows,
         empty_micro_batches=windows.empty_micro_batches,
         effective_batch_size=None if callable(size := windows.plan.effective_batch_size) else size,

@@ -7,6 +7,7 @@ settings, output folder, data, windows, plan, weights; then `loop.fine_tune`.
 import math
 import os
 import runpy
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         return
 
     model = make_model(recipe)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim, accelerator.mixed_precision)
     scheduler = make_scheduler(optimizer, config.optim, total_windows(config, windows))
     folder = open_output(config, accelerator)
     set_seed(config.train.seed, device_specific=True)  # dropout differs by process
@@ -100,6 +101,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         output_dir=folder,
         save_with=[recipe.tokenizer],
         baseline=baseline,
+        seed=config.train.seed,
+        command=_command(argv, accelerator.num_processes),
     )
     accelerator.end_training()
     accelerator.print(
@@ -109,6 +112,13 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     if baseline:
         accelerator.print(f"baseline: {describe(baseline)}")
     accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")
+    accelerator.print(f"to look at it: gradacc report {folder}")
+
+
+def _command(argv: Sequence[str], processes: int) -> str:
+    """What runs this again, from this folder."""
+    start = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+    return f"{start} {shlex.join([sys.argv[0], *argv])}"
 
 
 def load_recipe(argv: Sequence[str]) -> Recipe:

@@ -137,7 +137,7 @@ def test_the_table_names_all_and_says_why_one_is_missing(runs):
     assert text.count("× the examples per second of") == 4
     assert [line.split()[0] for line in text.splitlines() if " exact " in line] == [
         "ExactTrainer",
-        "gradacc-hf",
+        "ours",
     ]
     assert not any(math.isnan(error) for contender in found.values() for error in contender.gradient_errors)
 
@@ -182,7 +182,7 @@ def test_a_folder_that_is_there_is_refused(settings, tmp_path):
 
 
 def test_a_contender_that_does_not_fit_is_told_by_its_exit_code(settings, tmp_path, monkeypatch, capsys):
-    def too_much(*_):
+    def too_much(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(contend, "run_at_once", too_much)

@@ -40,6 +40,21 @@ def curves_of(found: Sequence[Contender]) -> list[Figure]:
         note = f"An error of 0 is drawn at {words.error(plots.FLOOR)}." if has_zero else ""
         drawn = plots.curves("error", "relative error", errors, log=True, bound=EXACT)
         figures.append(Figure("Gradient error", drawn, note))
+    return figures + _evaluations_of(found)
+
+
+def _evaluations_of(found: Sequence[Contender]) -> list[Figure]:
+    """Every metric by window, where a run was evaluated more than once."""
+    if all(len(run.evaluations) < 2 for contender in found for run in contender.runs):
+        return []
+    figures = []
+    for i, name in enumerate([*metric_names(found), "loss"]):
+        lines = [
+            plots.curve(look, [[(e["window"], e.get(name, math.nan)) for e in r.evaluations] for r in c.runs])
+            for look, c in enumerate(found)
+        ]
+        drawn = plots.curves(f"evaluation{i}", name, [line for line in lines if line.known])
+        figures.append(Figure(words.metric_name(name).capitalize(), drawn, "On the validation examples."))
     return figures
 
 

@@ -100,6 +100,12 @@ class Run:
         steps = [row.accumulation_steps for row in self.rows] or [math.nan]
         return min(steps), sum(steps) / len(steps), max(steps)
 
+    @property
+    def evaluations(self) -> list[dict[str, float]]:
+        """All evaluations in turn: each its metrics, and the "window" that it came after."""
+        found = self.summary.get("evaluations") or []
+        return [{k: number(v) for k, v in one.items()} for one in found if isinstance(one, dict)]
+
     def metrics(self, which: str) -> dict[str, float]:
         """Of the final evaluation ("eval"), the best one ("best"), or without training ("baseline")."""
         found = self.summary.get(which) or {}
