@@ -36,7 +36,7 @@ from gradacc_hf.run import load_recipe, make_windows
 
 @dataclass(frozen=True)
 class Contender:
-    """One way over all repeats: a tuple has a figure of each; `gradient_errors` are the first, by window."""
+    """One way over all repeats: a tuple has a figure of each; `gradient_errors` has those of the first."""
 
     name: str
     gradient_errors: tuple[float, ...]
@@ -105,7 +105,9 @@ def read_contender(folder: Path) -> Contender:
     metrics = [key for key in summaries[0]["eval"] if key != "window"]
     return Contender(
         name=summaries[0]["contender"],
-        gradient_errors=tuple(row["gradient_error"] for row in histories[0] if "gradient_error" in row),
+        gradient_errors=tuple(
+            row["gradient_error"] for rows in histories for row in rows if "gradient_error" in row
+        ),
         examples_per_second=tuple(s["examples"] / s["seconds"] for s in summaries),
         tokens_per_second=tuple(s["tokens_per_second"] for s in summaries),
         seconds=tuple(s["seconds"] for s in summaries),
@@ -123,7 +125,8 @@ def ratios(ours: Contender, other: Contender) -> list[float]:
 
 def show(found: dict[str, Contender | str], console: Console) -> None:
     """A row a contender, medians over their range; then how many times as fast ours is."""
-    table = Table("", box=SIMPLE)
+    narrow: Any = {"box": SIMPLE, "padding": (0, 2, 0, 0), "pad_edge": False}
+    table = Table("", **narrow)
     for header in ("gradient\noff by", "examples\na second", "tokens\na second", "padding", "MB", "seconds"):
         table.add_column(header, justify="right")
     ran = {name: contender for name, contender in found.items() if isinstance(contender, Contender)}
@@ -139,12 +142,12 @@ def show(found: dict[str, Contender | str], console: Console) -> None:
         )
     console.print(table)
     metrics = list(next(iter(ran.values())).metrics)
-    after = Table("after training", "logged\nloss", box=SIMPLE)
+    after = Table("after\ntraining", "logged\nloss", **narrow)
     for name in metrics:
         after.add_column("validation\n" + name.replace("_", "\n"), justify="right")
     for contender in ran.values():
-        cells = [contender.losses, *(contender.metrics[name] for name in metrics)]
-        after.add_row(contender.name, *(_spread(cell, "{:.3f}") for cell in cells))
+        cells = [_spread(contender.metrics[name], "{:.3f}") for name in metrics]
+        after.add_row(contender.name, _spread(contender.losses, "{:.2f}"), *cells)
     console.print(after)
     for name, reason in found.items():
         if isinstance(reason, str):
@@ -159,6 +162,8 @@ def show(found: dict[str, Contender | str], console: Console) -> None:
 
 
 def _error(contender: Contender) -> str:
+    if not contender.gradient_errors:
+        return "not measured"
     worst = max(contender.gradient_errors)
     return f"{worst:.0e} {'exact' if worst <= EXACT else '     '}"
 

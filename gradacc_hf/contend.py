@@ -11,7 +11,8 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -270,17 +271,25 @@ def main(argv: Sequence[str]) -> None:
     disable_progress_bars()
     try:
         run = Run(load_recipe(settings), int(num_windows))
-        timed(run, name, Path(folder))
+        with _leaving_where_memory_does_not_suffice(DOES_NOT_FIT):
+            timed(run, name, Path(folder))
         if with_errors == "errors":
-            errors(run, name, Path(folder))
+            with _leaving_where_memory_does_not_suffice(0):  # for a window at once: it stays unmeasured
+                errors(run, name, Path(folder))
     except BadInput as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def _leaving_where_memory_does_not_suffice(exit_code: int) -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         print(one_line(error)[:300], file=sys.stderr)
-        sys.exit(DOES_NOT_FIT)
+        sys.exit(exit_code)
 
 
 if __name__ == "__main__":

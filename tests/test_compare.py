@@ -181,6 +181,22 @@ def test_a_folder_that_is_there_is_refused(settings, tmp_path):
         compare.main([*settings, "--windows", "1", "--output", str(tmp_path)])
 
 
+def test_a_window_that_does_not_fit_at_once_leaves_errors_unmeasured_and_the_run_as_it_is(
+    settings, tmp_path, monkeypatch
+):
+    def too_much(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(contend, "whole_window_gradient", too_much)
+    with pytest.raises(SystemExit) as left:
+        contend.main(["ours", str(tmp_path / "ours/seed_0"), "1", "errors", *settings])
+    assert left.value.code == 0
+    found = read_contender(tmp_path / "ours")
+    assert found.gradient_errors == ()
+    show({"ours": found}, console := Console(record=True, width=80))
+    assert "not measured" in console.export_text()
+
+
 def test_a_contender_that_does_not_fit_is_told_by_its_exit_code(settings, tmp_path, monkeypatch, capsys):
     def too_much(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
