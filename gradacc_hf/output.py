@@ -14,7 +14,7 @@ from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.config import Config
 from gradacc_hf.errors import BadInput
 
-RUN_FILES = ("config.yaml", "history.jsonl", "summary.json", "best", "last", "logs")
+RUN_FILES = ("config.yaml", "history.jsonl", "summary.json", "best", "last", "logs", "report.html")
 
 
 def check_output(config: Config) -> None:

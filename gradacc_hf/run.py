@@ -112,7 +112,13 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     if baseline:
         accelerator.print(f"baseline: {describe(baseline)}")
     accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")
-    accelerator.print(f"to look at it: gradacc report {folder}")
+    if accelerator.is_main_process:
+        from gradacc_hf.report import write_report  # late: it loads matplotlib
+
+        try:
+            print(f"report: {write_report([folder])}")
+        except Exception as error:  # the run is over and saved, whatever became of its report
+            print(f"no report: {one_line(error)}; gradacc report {folder} makes one", file=sys.stderr)
 
 
 def _command(argv: Sequence[str], processes: int) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
@@ -183,6 +185,10 @@ def test_each_format_trains_and_evaluates(start, kind, labels):
     assert outcome.code == 0, outcome.err
     found = summary("out")
     assert found["windows"] == len(history("out")) == 20
+    assert sum(map(len, found["first_window"])) == history("out")[0]["examples"] == 16
+    assert found["command"].startswith("python ")
+    assert found["command"].endswith("--train.epochs 2")
+    assert f"accuracy {found['eval']['accuracy']:.4f}" in Path("out/report.html").read_text()
     assert found["examples"] == found["items"] == 300
     assert found["eval"].keys() == {"window", *METRICS}
     assert found["baseline"].keys() == METRICS - {"loss"}
@@ -284,6 +290,25 @@ def test_the_learning_rate_follows_its_schedule_by_window(start, scheduler, afte
     start(data__train=write("a.csv", make_rows(66)), **flags, output__dir="out")
     expected = [1e-3 * share for share in (0, 0.25, 0.5, 0.75, *after_warmup)]
     assert [row["lr"] for row in history("out")] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_optimizers_are_fused_but_for_fp16_whose_overflows_would_go_unseen(tiny_bert, optimizer):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True  # fp16 as on a GPU
+    accelerator.state._mixed_precision = "fp16"
+    skipped = {}
+    for precision in ("no", "fp16"):
+        made = make_optimizer(model, OptimConfig(name=optimizer), precision)
+        prepared = accelerator.prepare_optimizer(made)
+        loss = sum(p.sum() for p in model.parameters()) * math.inf
+        accelerator.backward(loss)
+        prepared.step()
+        prepared.zero_grad()
+        skipped[precision] = accelerator.optimizer_step_was_skipped
+        accelerator._optimizers.clear()
+    assert skipped == {"no": False, "fp16": True}
 
 
 def test_biases_and_norms_do_not_decay(tiny_bert):

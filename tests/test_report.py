@@ -323,6 +323,17 @@ def test_losses_that_are_not_finite_are_counted_and_drawn_as_gaps(real, tmp_path
     assert page.figures()["run"]["loss, last window"] == "not finite"
 
 
+def test_metrics_are_a_curve_where_a_run_was_evaluated_more_than_once(real, tmp_path, page):
+    found = [{"window": window, "loss": 2.0 / window, "accuracy": window / 8} for window in (2, 4)]
+    repeat(real, tmp_path / "run", evaluations=found)
+    titles = Page(write_report([tmp_path])).titles
+    assert [title for title in titles if title in ("Accuracy", "Validation loss")] == [
+        "Accuracy",
+        "Validation loss",
+    ]
+    assert "Accuracy" not in page.titles
+
+
 def test_many_windows_share_the_points_of_a_curve(real, tmp_path):
     repeat(real, tmp_path / "run", windows=3000)
     row = json.loads((real / "history.jsonl").read_text().splitlines()[0])
