@@ -182,5 +182,7 @@ def finite(values: Any) -> Any:
     """NaN and infinity are no JSON: null instead. Numbers of numpy and torch become Python's."""
     if isinstance(values, dict):
         return {key: finite(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [finite(value) for value in values]
     values = values.item() if hasattr(values, "item") else values
     return None if isinstance(values, float) and not math.isfinite(values) else values

@@ -3,6 +3,7 @@
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # files run side by side, and threads that wait spin
 
 import pytest
 import torch

@@ -152,7 +152,7 @@ def test_a_real_run_becomes_one_page_that_fetches_nothing_and_runs_no_script(pag
     assert not page.unclosed
     assert not page.open
     assert "script" not in page.tags
-    assert page.tags.count("svg") == 3, "loss, learning rate, gradient norm"
+    assert page.tags.count("svg") == 4, "loss, learning rate, gradient norm, the first window"
     assert all(link.startswith("#") for link in page.links)
     assert "http" not in page.html
     assert not re.search(r"\son\w+=", page.html)
@@ -232,6 +232,7 @@ def test_the_page_has_its_sections_and_only_those_that_have_something_in_them(co
         "Loss",
         "Learning rate",
         "Gradient norm",
+        "One window",
         "Plan",
         "How to run it again",
     ]

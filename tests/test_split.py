@@ -1,6 +1,5 @@
 """The split loses nothing, keeps the bound, balances processes, and is the cheapest there is."""
 
-import itertools
 import time
 
 import numpy as np
@@ -53,12 +52,21 @@ def test_the_slowest_process_has_at_most_the_mean_and_one_example_more(lengths, 
     )  # Graham's bound
 
 
+def partitions(number, pieces=0, chosen=()):
+    """All ways to put things into pieces, as each one's piece: Bell's number of them."""
+    if len(chosen) == number:
+        yield chosen
+    else:
+        for piece in range(pieces + 1):
+            yield from partitions(number, max(pieces, piece + 1), (*chosen, piece))
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=7), st.integers(1, 900))
 def test_no_cut_of_any_kind_is_cheaper(lengths, max_tokens):
     bound = Bound(max_tokens=max_tokens)
     found = total_cost(lengths, split_window(lengths, bound)[0])
-    for assignment in itertools.product(range(len(lengths)), repeat=len(lengths)):
+    for assignment in partitions(len(lengths)):
         pieces = [[i for i, p in enumerate(assignment) if p == piece] for piece in set(assignment)]
         if all(len(p) == 1 or len(p) * max(lengths[i] for i in p) <= max_tokens for p in pieces):
             assert found <= total_cost(lengths, pieces) + 1e-6
