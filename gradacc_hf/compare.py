@@ -5,7 +5,8 @@
 `compare` starts each contender of `contend.py` in a process of its own, in turns, with the same examples in
 the same windows, the same optimizer, schedule, clipping, dropout and precision, and micro-batches of the same
 memory: those who cut by count get as many examples as fit the budget padded to the longest. Every run logs
-each window's loss. It leaves a folder of runs, a row of `table` each, and a report.
+each window's loss; what ExactTrainer asks of its first micro-batch is in its time. It leaves a folder of
+runs, with a report.
 """
 
 import json
@@ -86,6 +87,9 @@ def compare(
                 failed[name] = "does not fit the memory" if done.returncode == DOES_NOT_FIT else last
             else:
                 _add_command(run, command)
+    if len(failed) == len(contenders):
+        each = "; ".join(f"{CONTENDERS[name]}: {reason}" for name, reason in failed.items())
+        raise BadInput(f"no contender could run: {each}")
     found = {name: read_contender(folder / name) for name in contenders if name not in failed}
     return {name: failed.get(name) or found[name] for name in contenders}
 

@@ -1,4 +1,4 @@
-"""One contender's run of a comparison, in a process of its own: its memory is its own, and nothing is warm.
+"""One contender's run of a comparison, in a process of its own, so that its memory is its own.
 
     python -m gradacc_hf.contend NAME FOLDER WINDOWS errors|no_errors --config FILE [settings]
 
@@ -9,6 +9,7 @@ Leaves a run's folder: config.yaml, history.jsonl, summary.json. `compare.py` st
 
 import gc
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import disable_progress_bars
 from torch.utils.data import DataLoader
 
@@ -30,6 +32,7 @@ from gradacc_hf.contenders import own_loss, run_accelerate, run_at_once, run_tra
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.gradients import read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.loop import evaluate
+from gradacc_hf.micro_batches import measure_lengths
 from gradacc_hf.optim import make_optimizer, make_scheduler
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows, total_windows
@@ -60,6 +63,9 @@ class Run:
         self.examples = self.training.select(order)
         self.size = micro_batch_size(recipe, self.windows)
         self.steps = recipe.config.batch.effective // self.size
+        self.pad_to = self.windows.pad_to if isinstance(self.windows.pad_to, int) else None
+        if self.windows.pad_to == "window":  # of the others nobody knows what else a window holds
+            self.pad_to = int(self.windows.lengths.max())
         self.seen: list[list[Any]] = []  # the examples of each micro-batch, as they were collated
 
     def loaders(self) -> tuple[WindowLoader, WindowLoader]:
@@ -79,15 +85,13 @@ class Run:
                 return run_windows(model, optimizer, windows, max_windows=self.num_windows, **shared)
             batches = (self._whole(windows, t) for t in range(self.num_windows))
             return run_at_once(model, optimizer, batches, accelerator=self.accelerator, **shared)
-        first = {key: value.to(model.device) for key, value in recipe.collate([self.examples[0]]).items()}
-        loss = own_loss(model, first, recipe.loss)
+        loss = own_loss(model, self.collated([self.examples[0]], model.device), recipe.loss)
+        precision, on_cpu = self.accelerator.mixed_precision, self.accelerator.device.type == "cpu"
         if name == "accelerate":
             loader: Any = DataLoader(self.examples, self.size, collate_fn=self._collate)  # type: ignore[arg-type]
-            with_loss = {} if loss is None else {"compute_loss": loss}
-            precision = self.accelerator.mixed_precision
-            return run_accelerate(
-                model, optimizer, loader, self.steps, mixed_precision=precision, **with_loss, **shared
-            )
+            shared |= {} if loss is None else {"compute_loss": loss}
+            shared |= {"mixed_precision": precision, "cpu": on_cpu}
+            return run_accelerate(model, optimizer, loader, self.steps, **shared)
         return run_trainer(
             model,
             optimizer,
@@ -100,19 +104,34 @@ class Run:
             gradient_accumulation_steps=self.steps,
             train_sampling_strategy="group_by_length" if name == "trainer_by_length" else "sequential",
             seed=recipe.config.train.seed,
-            bf16=self.accelerator.mixed_precision == "bf16",
-            fp16=self.accelerator.mixed_precision == "fp16",
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            use_cpu=on_cpu,
             **shared,
         )
 
     def _collate(self, examples: Sequence[Any]) -> Any:
         self.seen.append(list(examples))
-        return self.recipe.collate(examples)
+        return self.recipe.collate(examples, **self._padding)
+
+    @property
+    def _padding(self) -> dict[str, int]:
+        return {} if self.pad_to is None else {"pad_to": self.pad_to}
+
+    def collated(self, examples: Sequence[Any], device: Any) -> dict[str, Any]:
+        """Examples as one batch on the device, padded as those who cut by count pad."""
+        return {key: v.to(device) for key, v in self.recipe.collate(examples, **self._padding).items()}
 
     def _whole(self, windows: WindowLoader, number: int) -> Any:
         indices = windows.plan.indices(0, number)
         self.seen.append([self.training[int(i)] for i in indices])
-        return windows.collated(indices).batch
+        return windows.collated(indices, self.pad_to).batch
+
+    def padded_to(self, name: str, window: list[list[int]]) -> int | None:
+        """What all micro-batches of a window are padded to; None for the longest of each."""
+        if name == "ours" and self.windows.pad_to == "window":
+            return max(map(max, window))
+        return self.pad_to
 
     def by_window(self) -> list[list[list[Any]]]:
         """The examples of each micro-batch, by window."""
@@ -138,9 +157,13 @@ def timed(run: Run, name: str, folder: Path) -> None:
     optimizer = make_optimizer(model, config.optim, run.accelerator.mixed_precision)
     scheduler = make_scheduler(optimizer, config.optim, total_windows(config, run.windows))
     ends: list[float] = []
-    optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     rates: list[float] = []
-    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+
+    def note(*_: Any) -> None:
+        ends.append(time.perf_counter())
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    optimizer.register_step_post_hook(note)
     gc.collect()
     before = _reset_peak_memory(run.accelerator.device)
     ran = run.train(name, model, optimizer, scheduler, config.optim.max_grad_norm)
@@ -157,8 +180,14 @@ def timed(run: Run, name: str, folder: Path) -> None:
     metrics = {"loss": found.loss, **recipe.metrics(found.predictions, found.references)}
 
     lengths = [[_lengths(micro_batch) for micro_batch in window] for window in run.by_window()]
-    first_second = ran.seconds - (ends[-1] - ends[0])
-    seconds = [first_second, *np.diff(ends).tolist()]
+    if len(ends) == len(lengths):
+        seconds = [ran.seconds - (ends[-1] - ends[0]), *np.diff(ends).tolist()]
+    else:  # the fp16 scaler has skipped steps, which nobody sees here
+        seconds, rates = [ran.seconds / len(lengths)] * len(lengths), [math.nan] * len(lengths)
+
+    def padded_size(window: list[list[int]]) -> int:
+        return sum(len(piece) * (run.padded_to(name, window) or max(piece)) for piece in window)
+
     rows = [
         {
             "window": number + 1,
@@ -167,7 +196,7 @@ def timed(run: Run, name: str, folder: Path) -> None:
             "lr": rates[number],
             "examples": sum(map(len, window)),
             "tokens": sum(map(sum, window)),
-            "padded_tokens": sum(len(piece) * max(piece) for piece in window),
+            "padded_tokens": padded_size(window),
             "accumulation_steps": len(window),
             "seconds": seconds[number],
         }
@@ -208,7 +237,9 @@ def errors(run: Run, name: str, folder: Path) -> None:
     Each window is compared with itself at once, at the weights that the contender has come to by then.
     """
     recipe, config = run.recipe, run.recipe.config
-    run.accelerator = Accelerator(cpu=run.accelerator.device.type == "cpu")
+    on_cpu = run.accelerator.device.type == "cpu"
+    AcceleratorState._reset_state()  # it keeps the budget's precision
+    run.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     model = make_model(recipe).to(run.accelerator.device)
     remove_dropout(model)
     optimizer = make_optimizer(model, config.optim, run.accelerator.mixed_precision)
@@ -219,7 +250,7 @@ def errors(run: Run, name: str, folder: Path) -> None:
         gradient = read_gradient(model)
         [window] = run.by_window()[len(found) : len(found) + 1]
         examples = [example for micro_batch in window for example in micro_batch]
-        batch = {key: value.to(model.device) for key, value in recipe.collate(examples).items()}
+        batch = run.collated(examples, model.device)
         found.append(relative_error(gradient, whole_window_gradient(model, batch, recipe.loss)))
         for parameter_name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -237,7 +268,7 @@ def _write_history(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _lengths(examples: Sequence[Any]) -> list[int]:
-    return [len(example["input_ids"]) if "input_ids" in example else 1 for example in examples]
+    return measure_lengths(examples, None).tolist()
 
 
 def _reset_peak_memory(device: torch.device) -> int:

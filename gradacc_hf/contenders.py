@@ -88,10 +88,10 @@ def run_accelerate(
         with accelerator.accumulate(model):
             loss = compute_loss(model(**batch), batch)
             accelerator.backward(loss)
-            of_window.append(loss.item())
+            of_window.append(loss.detach())
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-                losses.append(sum(of_window) / len(of_window))
+                losses.append(float(sum(of_window)) / len(of_window))
                 of_window.clear()
             optimizer.step()
             if scheduler is not None:

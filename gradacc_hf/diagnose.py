@@ -206,7 +206,12 @@ def _wrong_mode(probe: _Probe) -> Reason | None:
             )
     for module in training:
         module.training = True
-    return None
+    if not separates:
+        return None
+    return Reason(
+        "in training mode an example's loss depends on the others of its micro-batch; in evaluation mode not",
+        "no accumulation is exact in this mode: freeze the modules that do so in evaluation mode",
+    )
 
 
 def _router_loss(probe: _Probe) -> Reason | None:

@@ -72,6 +72,11 @@ def speed(
     longest = training[int(windows.lengths.argmax())]
     dense = {length: windows.bound.max_rows(length) * [_cut_to(longest, length)] for length in rungs}
 
+    def clock() -> float:
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def loop() -> float:
         model, optimizer, scheduler = _fresh(recipe, windows)
         again, _ = make_windows(recipe, training, validation, accelerator)
@@ -83,18 +88,18 @@ def speed(
         """Seconds of all, and of the optimizer with clipping among them."""
         model, optimizer, _ = _fresh(recipe, windows)
         model.to(accelerator.device).train()
-        started, stepping = time.perf_counter(), 0.0
+        started, stepping = clock(), 0.0
         for window in collated:
             items = sum(micro_batch.num_items for micro_batch in window)
             for micro_batch in window:
                 batch = micro_batch.batch
                 (recipe.loss(model(**batch), batch) * (micro_batch.num_items / items)).backward()
-            before = time.perf_counter()
+            before = clock()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            stepping += time.perf_counter() - before
-        return time.perf_counter() - started, stepping
+            stepping += clock() - before
+        return clock() - started, stepping
 
     def per_token() -> dict[int, float]:
         """Seconds a token, by length, of a forward and backward that adds to gradients that are there."""
@@ -104,9 +109,9 @@ def speed(
         for length, examples in dense.items():
             batch = {key: value.to(accelerator.device) for key, value in recipe.collate(examples).items()}
             for _ in range(2):  # the first finds the allocator's blocks, and no gradients
-                started = time.perf_counter()
+                started = clock()
                 recipe.loss(model(**batch), batch).backward()
-                found[length] = (time.perf_counter() - started) / (len(examples) * length)
+                found[length] = (clock() - started) / (len(examples) * length)
         return found
 
     seconds, overhead, shares, speeds = [], [], [], []

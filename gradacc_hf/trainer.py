@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import inf, isclose, nan
+from math import inf, isclose, isfinite, isnan, nan
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,24 +23,32 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, __version__
 from transformers.utils import logging
 
-from gradacc_hf.items import COUNTS, IGNORED, CountItems, resolve
-from gradacc_hf.tryout import BATCH_NORMS, SEPARABLE
+from gradacc_hf.items import IGNORED, CountItems
+from gradacc_hf.probing import (
+    count_examples,
+    counts_in,
+    counts_to_choose_from,
+    off_mean,
+    parts_of,
+    with_first_label,
+)
+from gradacc_hf.tryout import BATCH_NORMS, SEPARABLE, random_numbers_as_they_were
 
 logger = logging.get_logger(__name__)
+
+SAME = 2e-5  # relative difference of two losses that is but rounding, in float32
+HALVED = 1e-6  # the same of a loss and its half: dividing by twice as much is exact
+COARSE = 3e-2  # instead of SEPARABLE, for weights in bf16 or fp16
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """What the loss of `compute_loss` is, as found on a micro-batch.
+    """What the loss of `compute_loss` is, as found on a micro-batch."""
 
-    `sums`: it is the sum over its items divided by the number that it is given, so that Trainer's own way is
-    exact; else it is a mean over its own items. `times_processes`: such a sum, that Trainer expects
-    multiplied by the processes, was. `items`: the name of what counts them.
-    """
-
-    sums: bool
-    times_processes: bool
-    items: str
+    sums: bool  # over its items, divided by the number that it is given: Trainer's own way is exact
+    times_processes: bool  # a sum that was multiplied by the processes, as Trainer expects
+    items: str  # the name of what counts what it is a mean over
+    sure: bool  # not of a loss of 0, or NaN, which says nothing: it is asked again
 
 
 _Base = Trainer if TYPE_CHECKING else object
@@ -51,20 +59,25 @@ class ExactTrainerMixin(_Base):
 
     `num_items`: what the loss is a mean over, where that is not found by itself: "labels", "next_token" or
     `batch -> number`, as in `WindowLoader`. Raises ValueError for what cannot be exact: several GPUs in one
-    process (DataParallel), and processes that share a model.
+    process (DataParallel), processes that share a model, micro-batches that are no mappings; and for a
+    transformers that is too old. It weighs in `training_step`: a Trainer with its own, that does not call
+    Trainer's, is not made exact.
 
     With `average_tokens_across_devices=False` a process's window is its own, as in Trainer: its gradient is
     exact, and the processes' mean weighs each alike.
     """
 
     def __init__(self, *args: Any, num_items: str | CountItems | None = None, **kwargs: Any):
-        self._counts = _counts(num_items)
+        self._counts = counts_to_choose_from(num_items)
         super().__init__(*args, **kwargs)
         self._found: _Loss | None = None
-        self._items_of_micro_batches: deque[float] = deque()
-        self._items = torch.tensor(0.0)  # of the window
-        self._mean_of_its_own = False
+        self._evaluating = False
         _refuse(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; what the loss is is asked anew."""
+        self._found = None
+        return super().train(*args, **kwargs)
 
     # ---- a window: what is counted ----
 
@@ -74,9 +87,14 @@ class ExactTrainerMixin(_Base):
         micro_batches, theirs = read(epoch_iterator, num_batches, device)
         if not micro_batches:
             return micro_batches, theirs
-        if self._found is None:
+        if not isinstance(micro_batches[0], Mapping):
+            raise ValueError(
+                f"ExactTrainer weighs micro-batches that are mappings; {type(self).__name__} makes them of "
+                f"{type(micro_batches[0]).__name__}s: use it without ExactTrainerMixin"
+            )
+        if self._found is None or not self._found.sure:
             self._found = self._find_out(micro_batches, theirs is not None)
-        items = [float(self._counts[self._found.items](batch)) for batch in micro_batches]
+        items = [self._count(batch) for batch in micro_batches]
         # Trainer steps only after as many micro-batches as it expects, where it cannot know the epoch's end.
         missing = num_batches - len(micro_batches)
         micro_batches += missing * micro_batches[-1:]
@@ -84,8 +102,16 @@ class ExactTrainerMixin(_Base):
         total: Any = torch.tensor(sum(items), dtype=torch.float32, device=device)
         if self._processes > 1:
             total = self.accelerator.reduce(total, reduction="sum")
-        self._items = total
+        self._items, self._total = total, float(total)
         return micro_batches, theirs
+
+    def _count(self, batch: Mapping[str, Any]) -> float:
+        assert self._found is not None
+        try:
+            return float(self._counts[self._found.items](batch))
+        except ValueError as error:
+            logger.warning_once(f"{error}; its examples are counted instead")
+            return float(count_examples(batch))
 
     @property
     def _processes(self) -> int:
@@ -94,17 +120,17 @@ class ExactTrainerMixin(_Base):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of one micro-batch, weighed; gives what Trainer logs: its part of the mean."""
-        items, total, found = self._items_of_micro_batches.popleft(), self._items, self._found
+        items, found = self._items_of_micro_batches.popleft(), self._found
         assert found is not None
         if found.sums:
             self.loss_is_scaled_for_ga = found.times_processes
             self.current_gradient_accumulation_steps = 1 / self._processes
-            given = total if items else torch.full_like(total, inf)
+            given = self._items if items else torch.full_like(self._items, inf)
             return super().training_step(model, inputs, given)
         # Trainer's own division, by another number: mean × items / total × processes.
         self.loss_is_scaled_for_ga = False
-        self.current_gradient_accumulation_steps = float(total) / (items * self._processes) if items else inf
-        given = None if num_items_in_batch is None else torch.full_like(total, items or 1.0)
+        self.current_gradient_accumulation_steps = self._total / (items * self._processes) if items else inf
+        given = None if num_items_in_batch is None else torch.full_like(self._items, items or 1.0)
         with self._average_tokens_across_devices(False):
             inputs = inputs if items else _with_items(inputs)
             return super().training_step(model, inputs, given)
@@ -112,15 +138,19 @@ class ExactTrainerMixin(_Base):
     # ---- an evaluation: a micro-batch's loss is the mean over its own items ----
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; but a head's loss is its own mean, where Trainer's is × the processes for most heads."""
-        self._mean_of_its_own = self.compute_loss_func is None
+        """Trainer's, but a loss that heeds no number of items is not multiplied by the processes."""
+        self._evaluating = True
         try:
-            return super().prediction_step(*args, **kwargs)
+            with self._average_tokens_across_devices(False):
+                return super().prediction_step(*args, **kwargs)
         finally:
-            self._mean_of_its_own = False
+            self._evaluating = False
 
-    def _get_num_items_in_batch(self, *args: Any) -> Any:
-        return None if self._mean_of_its_own else super()._get_num_items_in_batch(*args)
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        theirs = super()._get_num_items_in_batch(batch_samples, device)
+        if self._evaluating and theirs is not None and self._found is not None:
+            return torch.full_like(torch.as_tensor(theirs), sum(map(self._count, batch_samples)))
+        return theirs
 
     # ---- what is this loss? ----
 
@@ -128,7 +158,7 @@ class ExactTrainerMixin(_Base):
     def _find_out(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> _Loss:
         """Try `compute_loss` on a micro-batch, dropout off.
 
-        Every process does the same forwards, as they may be collective, and goes by what the first finds.
+        Every process does as many forwards, as they may be collective, and goes by what the first finds.
         """
         model: Any = self.model_wrapped
         norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
@@ -138,8 +168,13 @@ class ExactTrainerMixin(_Base):
         metrics = copy.deepcopy(getattr(self, "_metrics", None))  # of trl's Trainers, noted in each forward
         model.eval()
         try:
-            with torch.random.fork_rng():
-                found = self._try(micro_batches, counted)
+            with random_numbers_as_they_were():
+                try:
+                    found = self._try(micro_batches, counted)
+                except Exception:  # a model that gives its loss in training mode only
+                    for module in model.modules():
+                        module.training = not isinstance(module, BATCH_NORMS)
+                    found = self._try(micro_batches, counted)
         finally:
             for module, training in modes:
                 module.training = training
@@ -148,35 +183,51 @@ class ExactTrainerMixin(_Base):
         return broadcast_object_list([found])[0]
 
     def _try(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> _Loss:
-        """Give the loss numbers of items, halves of a micro-batch that has items, and labels to shift."""
+        """Give the loss two numbers of items, and two parts of a micro-batch."""
         names = self._possible_counts(micro_batches[0], counted)
         batch = next((b for b in micro_batches if self._counts[names[0]](b)), micro_batches[0])
+        number = float(self._counts[names[0]](batch)) or 1.0
         with self._average_tokens_across_devices(False):
-            by_one, by_two = (self._loss(batch, number if counted else None) for number in (1.0, 2.0))
+            once, twice = (self._loss(batch, n if counted else None) for n in (number, 2 * number))
             try:
                 mean = self._loss(batch, None)
-                halves = [(half, self._loss(half, None)) for half in _halves(batch)]
-            except Exception:  # a compute_loss_func that needs the number, or a batch that is not rows
-                mean, halves = nan, []
-        again = self._loss(batch, 1.0 if counted else None) if self._processes > 1 else nan
-        the_sum = 2 * (by_one - by_two)  # where a loss is sum / number + rest
-        sums = isclose(the_sum, by_one, rel_tol=SAME)
-        if abs(the_sum) > SAME * abs(by_one):  # the number is heeded, if not in all of the loss
-            denominator = the_sum / (mean - (by_one - the_sum))
+            except Exception:  # a loss that needs the number
+                mean = nan
+            try:
+                parts = parts_of(batch)
+                losses = [self._loss(part, None) for part in parts]
+            except Exception:  # the same, or a batch that is not rows
+                parts, losses = [], []
+        again = self._loss(batch, number if counted else None) if self._processes > 1 else nan
+        heeded = 2 * (once - twice)  # of a loss that is sum / number + rest, the first
+        rest = once - heeded
+        sums = bool(once) and abs(rest) <= HALVED * abs(once)
+        times_processes = not isclose(again, once, rel_tol=SAME)
+        if abs(heeded) > HALVED * abs(once):
+            denominator = number * heeded / (mean - rest)
             off = {name: abs(self._counts[name](batch) / denominator - 1) for name in names}
+            each = {
+                name: abs(self._counts[name](batch) * self._processes / denominator - 1) for name in names
+            }
+            if min(off.values()) > SEPARABLE >= min(each.values()):  # it multiplies by the processes itself
+                off, times_processes = each, True
         else:
-            off = {name: _off_mean(mean, halves, self._counts[name]) for name in names}
+            off = {name: off_mean(parts, losses, self._counts[name]) for name in names}
         nearest = min(off.values())
         items = next(name for name in names if not off[name] > max(2 * nearest, SAME / 10))
-        if off[items] > SEPARABLE:
+        coarse = next(self.model.parameters()).dtype != torch.float32  # type: ignore[union-attr]
+        unknown = isnan(off[items]) and len(self._counts) > 1 and not sums
+        if off[items] > (COARSE if coarse else SEPARABLE) or unknown:
+            what = "could not be tried as a mean" if unknown else "is not a mean"
             logger.warning(
-                f"the loss of a micro-batch is not a mean over its items, counted as {items!r}: accumulation "
-                "is not exact. Where it is a mean over others, say which: num_items= 'labels', 'next_token' "
+                f"the loss of a micro-batch {what} over its items, counted as {items!r}: accumulation may "
+                "not be exact. Where it is a mean over others, say which: num_items= 'labels', 'next_token' "
                 "or a function of the batch"
             )
-        return _Loss(sums, times_processes=not isclose(again, by_one, rel_tol=SAME), items=items)
+        return _Loss(sums, times_processes, items, sure=bool(once) and isfinite(once))
 
     def _loss(self, batch: Mapping[str, Any], number: float | None) -> float:
+        torch.manual_seed(0)  # a model that draws in evaluation mode too draws alike
         inputs = self._prepare_inputs(dict(batch))
         given = None if number is None else torch.tensor(number, device=self.args.device)
         with self.compute_loss_context_manager():
@@ -186,14 +237,15 @@ class ExactTrainerMixin(_Base):
 
     def _possible_counts(self, batch: Mapping[str, Any], counted: bool) -> list[str]:
         """The counts that find in this batch what they count, the likeliest first."""
-        labels = batch.get("labels")
-        shifts = getattr(self, "_loss_shifts_labels", False)
+        labels, shifts = batch.get("labels"), getattr(self, "_loss_shifts_labels", False)
         if isinstance(labels, torch.Tensor) and labels.ndim > 1 and not labels.is_floating_point():
-            first = torch.full_like(labels, IGNORED)
-            first[..., 0] = labels[..., 0].clamp(min=0)
-            with suppress(Exception):  # with no item left, the loss of a head that shifts is 0 or NaN
-                shifts = not self._loss({**batch, "labels": first}, 1.0 if counted else None) > 0
-        possible = [name for name, count in self._counts.items() if _counts_in(count, batch)]
+            there = labels[labels != IGNORED]
+            with suppress(Exception):
+                if there.numel() and there.min() != there.max():
+                    ends = [with_first_label(batch, label) for label in (there.min(), there.max())]
+                    losses = [self._loss(end, 1.0 if counted else None) for end in ends]
+                    shifts = losses[0] == losses[1]  # it never looks at the first label
+        possible = [name for name, count in self._counts.items() if counts_in(count, batch)]
         return [name for name in possible if name != ("labels" if shifts else "next_token")] or possible
 
     @contextmanager
@@ -209,47 +261,6 @@ class ExactTrainerMixin(_Base):
 
 class ExactTrainer(ExactTrainerMixin, Trainer):
     """transformers.Trainer with exact gradient accumulation; arguments as Trainer's, and `num_items`."""
-
-
-SAME = 2e-5  # relative difference of two losses that is but rounding, in float32
-
-
-def _counts(num_items: str | CountItems | None) -> dict[str, CountItems]:
-    """The counts to choose from, by name."""
-    if num_items is not None:
-        return {num_items if isinstance(num_items, str) else "num_items": resolve(num_items)}
-    return {
-        "shift_labels": lambda batch: int((batch["shift_labels"] != IGNORED).sum()),
-        **COUNTS,
-        "examples": _examples,
-    }
-
-
-def _examples(batch: Mapping[str, Any]) -> int:
-    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
-
-
-def _counts_in(count: CountItems, batch: Mapping[str, Any]) -> bool:
-    try:
-        return count(batch) >= 0
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError):
-        return False
-
-
-def _halves(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The first rows and the rest; of one row, that row twice."""
-    rows = _examples(batch)
-    cuts = (slice(0, max(1, rows // 2)), slice(rows // 2, rows))
-    is_rows = {k for k, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim and len(v) == rows}
-    return [{k: v[cut] if k in is_rows else v for k, v in batch.items()} for cut in cuts]
-
-
-def _off_mean(mean: float, halves: Sequence[tuple[Mapping[str, Any], float]], count: CountItems) -> float:
-    """How far the loss of a micro-batch is from the mean of its halves' over these items, relative."""
-    weighed = [(count(half), loss) for half, loss in halves]
-    items = sum(items for items, _ in weighed)
-    of_halves = sum(items * loss for items, loss in weighed if items) / items if items else nan
-    return abs(of_halves - mean) / (abs(mean) or 1)
 
 
 def _with_items(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,12 @@
 Called by `loop.fine_tune`, or by whoever copied the loop, on the model before Accelerate wraps it.
 """
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -83,3 +87,16 @@ def expect_unused_parameters(
         handler: Any = accelerator.ddp_handler or DistributedDataParallelKwargs()
         handler.find_unused_parameters = True
         accelerator.ddp_handler = handler
+
+
+@contextmanager
+def random_numbers_as_they_were() -> Iterator[None]:
+    """Whatever is drawn in between, by torch, numpy or Python, what comes after is as without it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

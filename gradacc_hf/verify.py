@@ -6,14 +6,10 @@ that of the window at once (`gradients.py`), and says why they differ (`diagnose
 
 import copy
 import math
-import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from gradacc_hf.diagnose import Reason, diagnose
@@ -31,6 +27,7 @@ from gradacc_hf.gradients import (
 )
 from gradacc_hf.items import COUNTS, ComputeLoss, CountItems, model_loss
 from gradacc_hf.runlog import measured_with
+from gradacc_hf.tryout import random_numbers_as_they_were
 from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
 
@@ -104,7 +101,7 @@ def verify(
     ours, failed = [], ""
     theirs: dict[str, list[Comparison]] = {"ExactTrainer": [], "Trainer": []}
     steps, examples, fits = [], 0, True
-    with _random_numbers_as_they_were():
+    with random_numbers_as_they_were():
         for window in windows:
             truth = _whole(model, windows, window, compute_loss)
             if truth is None:
@@ -260,15 +257,3 @@ def remove_dropout(model: torch.nn.Module) -> None:
             of_dropout = name == "p" and isinstance(holder, torch.nn.modules.dropout._DropoutNd)
             if isinstance(value, float) and (of_dropout or re.search(RANDOM, name)):
                 setattr(holder, name, 0.0)
-
-
-@contextmanager
-def _random_numbers_as_they_were() -> Iterator[None]:
-    """TrainingArguments' seed is set for all of these."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

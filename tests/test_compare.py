@@ -197,6 +197,36 @@ def test_a_window_that_does_not_fit_at_once_leaves_errors_unmeasured_and_the_run
     assert "not measured" in console.export_text()
 
 
+def test_errors_are_measured_in_float32_whatever_the_budget_s_precision(settings, tmp_path):
+    run = Run(load_recipe([*settings, "--budget.precision", "bf16"]), 1)
+    for name in ("ours", "trainer", "exact_trainer", "accelerate"):
+        timed(run, name, tmp_path / name / "seed_0")
+    for name in ("ours", "exact_trainer"):
+        errors(run, name, tmp_path / name / "seed_0")
+        assert max(read_contender(tmp_path / name).gradient_errors) <= EXACT
+    summary = json.loads((tmp_path / "trainer/seed_0/summary.json").read_text())
+    assert summary["precision"] == "bf16"
+
+
+def test_recipes_that_pad_alike_pad_alike_for_all(settings, tmp_path, monkeypatch):
+    recipe = load_recipe(settings)
+    recipe.pad_to = "window"
+    run = Run(recipe, 1)
+    for name in ("ours", "exact_trainer"):
+        timed(run, name, tmp_path / name / "seed_0")
+        row = json.loads((tmp_path / name / "seed_0/history.jsonl").read_text())
+        assert row["padded_tokens"] == 16 * 38  # the longest of all, which this window has
+
+
+def test_when_no_contender_can_run_it_is_one_line(settings, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        return subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: broken")
+
+    monkeypatch.setattr(compare.subprocess, "run", broken)
+    with pytest.raises(BadInput, match="no contender could run: Trainer: RuntimeError: broken"):
+        compare.compare(settings, tmp_path / "runs", ["trainer"], 1, 1)
+
+
 def test_a_contender_that_does_not_fit_is_told_by_its_exit_code(settings, tmp_path, monkeypatch, capsys):
     def too_much(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")

@@ -204,6 +204,157 @@ def test_it_composes_with_subclasses_that_have_a_loss_of_their_own(trainer_class
     assert relative_error(ours, whole_window_gradient(head.model, head.collate(examples), weighted)) < EXACT
 
 
+class MeanOfRows(Trainer):
+    """The mean over examples of their means over labels."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = rows_loss(outputs, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+
+def rows_loss(outputs, batch):
+    each = cross_entropy(outputs.logits.transpose(1, 2), batch["labels"], reduction="none")
+    return (each.sum(1) / (batch["labels"] != IGNORED).sum(1)).mean()
+
+
+class ExactMeanOfRows(ExactTrainerMixin, MeanOfRows):
+    pass
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(1, LENGTHS), (4, [12] * 4 + LENGTHS[4:])])
+def test_means_over_rows_are_told_from_means_over_labels_by_one_row_or_equal_ones(size, lengths, tmp_path):
+    head = build_head("token_classification", "bert")
+    examples = head.examples(lengths)
+    for example in examples[:4]:  # equally many labels in all rows of the first micro-batch
+        example["labels"] = [label if label != IGNORED else 0 for label in example["labels"]]
+    whole = whole_window_gradient(head.model, head.collate(examples), rows_loss)
+    [ours] = gradients(ExactMeanOfRows, head, tmp_path, examples, size=size, steps=16 // size)
+    assert relative_error(ours, whole) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type"), [("token_classification", "bert"), ("causal_lm", "gpt2"), ("seq2seq_lm", "bart")]
+)
+def test_micro_batches_of_one_example_are_exact(kind, model_type, tmp_path):
+    head = build_head(kind, model_type)
+    examples = head.examples(LENGTHS)
+    [ours] = gradients(ExactTrainer, head, tmp_path, examples, size=1, steps=16)
+    assert relative_error(ours, whole_window_gradient(head.model, head.collate(examples))) < EXACT
+
+
+@pytest.mark.parametrize("weight", [1e-4, 1.0])
+def test_a_mean_beside_a_sum_that_heeds_the_number_of_items_is_noticed(weight, tmp_path):
+    """As the z-loss is: were it taken for such a sum, it would be multiplied by the accumulation steps."""
+    head = build_head("causal_lm", "llama")
+    examples = head.examples(LENGTHS)
+
+    def with_z_loss(outputs, labels, num_items_in_batch=None):
+        there = labels[:, 1:] != IGNORED
+        z_loss = outputs.logits[:, :-1].logsumexp(-1)[there].square().mean()
+        return ForCausalLMLoss(outputs.logits, labels, 128, num_items_in_batch) + weight * z_loss
+
+    def truth(outputs, batch):
+        return with_z_loss(outputs, batch["labels"])
+
+    [ours] = gradients(
+        ExactTrainer,
+        head,
+        tmp_path,
+        examples,
+        size=5,
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: with_z_loss(
+            outputs, labels, num_items_in_batch
+        ),
+    )
+    assert relative_error(ours, whole_window_gradient(head.model, head.collate(examples), truth)) < EXACT
+
+
+def test_a_first_loss_of_0_says_nothing_and_the_next_window_is_asked(tmp_path):
+    head = build_head("token_classification", "bert")
+    examples = head.examples(LENGTHS)
+    for example in examples[:8]:
+        example["labels"] = [IGNORED] * len(example["labels"])
+
+    class Clamped(ExactTrainerMixin, Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = clamped(outputs, inputs)
+            return (loss, outputs) if return_outputs else loss
+
+    def clamped(outputs, batch):
+        each = cross_entropy(outputs.logits.transpose(1, 2), batch["labels"], reduction="sum")
+        return each / (batch["labels"] != IGNORED).sum().clamp(min=1)
+
+    _, second = gradients(Clamped, head, tmp_path, examples, size=2, steps=4)
+    assert relative_error(second, whole_window_gradient(head.model, head.collate(examples[8:]))) < EXACT
+
+
+def test_a_router_loss_does_not_hide_that_labels_are_shifted(tmp_path):
+    head = build_head("causal_lm", "mixtral")
+    head.model.config.output_router_logits = True
+    head.model.config.router_aux_loss_coef = head.model.router_aux_loss_coef = 1e-8
+    trainer = make(ExactTrainer, head, tmp_path, head.examples(LENGTHS))
+    trainer.train()
+    assert trainer._found.items == "next_token"
+
+
+def test_labels_that_are_no_tensor_count_examples(tmp_path):
+    head = build_head("image_classification", "vit")
+    examples, stack = head.examples(LENGTHS), head.collate
+
+    def collate(examples):
+        batch = stack(examples)
+        return {"pixel_values": batch["pixel_values"], "labels": [{"class": int(c)} for c in batch["labels"]]}
+
+    class Detection(ExactTrainerMixin, Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            classes = torch.tensor([label["class"] for label in inputs["labels"]])
+            return cross_entropy(model(pixel_values=inputs["pixel_values"]).logits, classes)
+
+    trainer = make(Detection, head, tmp_path, examples, size=5)
+    trainer.data_collator = collate
+    trainer.train()
+    [ours] = trainer.optimizer.optimizer.gradients
+    assert relative_error(ours, whole_window_gradient(head.model, stack(examples))) < EXACT
+
+
+def test_a_loss_that_insists_on_the_number_of_items_is_evaluated_too(tmp_path):
+    head = build_head("causal_lm", "gpt2")
+
+    class Insisting(ExactTrainerMixin, Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = insisting(outputs, inputs["labels"], num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+
+    examples = head.examples(LENGTHS)
+    trainer = make(Insisting, head, tmp_path, examples, size=5, eval_dataset=examples[:3])
+    trainer.train()
+    expected = head.model(**head.collate(examples[:3])).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_the_loss_is_is_asked_anew_in_each_training(tmp_path):
+    head = build_head("causal_lm", "llama")
+    examples = head.examples(LENGTHS)
+    whole = whole_window_gradient(head.model, head.collate(examples))
+    trainer = make(ExactTrainer, head, tmp_path, examples, size=5, compute_loss_func=heeding)
+    trainer.train()
+    trainer.compute_loss_func = ignoring
+    trainer.train()
+    assert [relative_error(found, whole) < EXACT for found in trainer.optimizer.optimizer.gradients] == [
+        True
+    ] * 2
+
+
+def test_micro_batches_that_are_no_mappings_are_refused(tmp_path):
+    head = build_head("causal_lm", "llama")
+    trainer = make(ExactTrainer, head, tmp_path, head.examples(LENGTHS))
+    with pytest.raises(ValueError, match="mappings; ExactTrainer makes them of lists: use it without"):
+        trainer.get_batch_samples(iter([[1], [2]]), 2, torch.device("cpu"))
+
+
 def test_items_that_do_not_fit_the_loss_are_warned_of(tmp_path, capture_warnings):
     head = build_head("sequence_classification", "bert")
     make(Below, head, tmp_path, head.examples(LENGTHS)).train()
@@ -319,7 +470,7 @@ def test_it_is_found_out_once_what_the_loss_is_and_not_at_each_window(tmp_path):
     counted = []
     head.model.register_forward_hook(lambda *_: counted.append(1))
     make(ExactTrainer, head, tmp_path, head.examples(LENGTHS), size=2, steps=2, num_train_epochs=3).train()
-    assert len(counted) == 3 * 8 + 5  # of bert, whose labels are a row: not shifted
+    assert len(counted) == 3 * 8 + 6
 
 
 # ---- the assertions of transformers' TrainerGradientAccumulationTest, on models that need no download ----
