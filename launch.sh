@@ -4,7 +4,7 @@
 #   ./launch.sh                                  the main job: fine-tune MiniLM on the standard library's docstrings
 #   ./launch.sh RECIPE --config FILE [--budget NAME] [--processes N] [--section.key value …]
 #   ./launch.sh lessons [NAME] [--plot FILE.svg] the lessons: small programs that show what accumulation does
-#   ./launch.sh compare [gradacc compare's arguments]  the same training by Trainer and by ours, side by side
+#   ./launch.sh compare [arguments]              the same training by Trainer and by ours, side by side (`gradacc compare --help`)
 #   ./launch.sh test [pytest arguments]          the tests
 #   ./launch.sh help                             this text; `./launch.sh RECIPE --help` lists a recipe's settings
 #
