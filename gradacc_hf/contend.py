@@ -215,7 +215,7 @@ def timed(run: Run, name: str, folder: Path) -> None:
         "seconds": ran.seconds,
         "tokens_per_second": tokens / ran.seconds,
         "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
-        "training_memory_bytes": peak - before,
+        "training_memory_bytes": max(0, peak - before),
         "effective_batch_size": config.batch.effective,
         "accumulation_steps": {"min": min(steps), "mean": sum(steps) / len(steps), "max": max(steps)},
         "processes": 1,
