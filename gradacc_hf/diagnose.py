@@ -53,6 +53,7 @@ def diagnose(
         or _grows_with_the_batch(probe)
         or _router_loss(probe)
         or _items_or_padding(probe)
+        or (ROUTER_LOSS if _routers(probe) else None)  # too small a part of the loss to be seen in it
     )
     return (reason,) if reason else ()
 
@@ -216,8 +217,7 @@ def _wrong_mode(probe: _Probe) -> Reason | None:
 
 def _router_loss(probe: _Probe) -> Reason | None:
     """Is the loss a mean over the counted items without the router's part, and not with it?"""
-    configs: list[Any] = [getattr(module, "config", None) for module in probe.model.modules()]
-    configs = [config for config in configs if getattr(config, "output_router_logits", False)]
+    configs = _routers(probe)
     if not configs or probe.separates(probe.windows.count_items, probe.pad_to):
         return None
     for config in configs:
@@ -227,10 +227,19 @@ def _router_loss(probe: _Probe) -> Reason | None:
         config.output_router_logits = True
     if not without_it:
         return None
-    return Reason(
-        "the router loss of the mixture of experts is that of each micro-batch, which is no mean over items",
-        "config.output_router_logits = False leaves it out; with it, no accumulation is exact",
-    )
+    return ROUTER_LOSS
+
+
+def _routers(probe: _Probe) -> list[Any]:
+    """The configs, of the model and its parts, that add a router loss."""
+    configs: list[Any] = [getattr(module, "config", None) for module in probe.model.modules()]
+    return [config for config in configs if getattr(config, "output_router_logits", False)]
+
+
+ROUTER_LOSS = Reason(
+    "the router loss of the mixture of experts is that of each micro-batch, which is no mean over items",
+    "config.output_router_logits = False leaves it out; with it, no accumulation is exact",
+)
 
 
 def _items_or_padding(probe: _Probe) -> Reason | None:

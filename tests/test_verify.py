@@ -171,6 +171,14 @@ def test_a_router_loss_is_named_and_its_cure_works():
     assert verify(head.model, loader(head), trainer=False).exact
 
 
+def test_a_router_loss_too_small_to_be_seen_in_the_loss_is_named(capsys):
+    head = build_head("causal_lm", "mixtral")
+    head.model.config.output_router_logits = True  # its coefficient is 0.001
+    result = verify(head.model, loader(head), trainer=False)
+    assert 1e-5 < result.loop.error < 1e-3
+    assert "router loss" in result.verdict
+
+
 def test_masking_at_random_is_named():
     head = build_head("masked_lm", "bert")
 
