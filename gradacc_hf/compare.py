@@ -44,7 +44,7 @@ class Contender:
     examples_per_second: tuple[float, ...]
     tokens_per_second: tuple[float, ...]
     seconds: tuple[float, ...]
-    padding: float
+    padding: float  # the median
     training_memory_bytes: tuple[int, ...]  # the most held while training, above what was held before
     losses: tuple[float, ...]  # logged for the last window
     metrics: dict[str, tuple[float, ...]]  # of the evaluation
@@ -115,7 +115,7 @@ def read_contender(folder: Path) -> Contender:
         examples_per_second=tuple(s["examples"] / s["seconds"] for s in summaries),
         tokens_per_second=tuple(s["tokens_per_second"] for s in summaries),
         seconds=tuple(s["seconds"] for s in summaries),
-        padding=summaries[0]["padding"],
+        padding=median(s["padding"] for s in summaries),
         training_memory_bytes=tuple(s["training_memory_bytes"] for s in summaries),
         losses=tuple(history[-1]["loss"] for history in histories),
         metrics={key: tuple(s["eval"][key] for s in summaries) for key in metrics},
@@ -131,7 +131,7 @@ def show(found: dict[str, Contender | str], console: Console) -> None:
     """A row a contender, medians over their range; then how many times as fast ours is."""
     narrow: Any = {"box": SIMPLE, "padding": (0, 2, 0, 0), "pad_edge": False}
     table = Table("", **narrow)
-    for header in ("gradient\noff by", "examples\na second", "tokens\na second", "padding", "MB", "seconds"):
+    for header in ("gradient\noff by", "examples\na second", "tokens\na second", "padding", "MiB", "seconds"):
         table.add_column(header, justify="right")
     ran = {name: contender for name, contender in found.items() if isinstance(contender, Contender)}
     for contender in ran.values():
@@ -141,7 +141,7 @@ def show(found: dict[str, Contender | str], console: Console) -> None:
             _spread(contender.examples_per_second, "{:.1f}"),
             _spread(contender.tokens_per_second, "{:,.0f}"),
             f"{contender.padding:.0%}",
-            _spread([size / 1e6 for size in contender.training_memory_bytes], "{:,.0f}"),
+            _spread([size / 2**20 for size in contender.training_memory_bytes], "{:,.0f}"),
             _spread(contender.seconds, "{:.1f}"),
         )
     console.print(table)
@@ -160,8 +160,8 @@ def show(found: dict[str, Contender | str], console: Console) -> None:
         if name != "ours" and "ours" in ran:
             times = ratios(ran["ours"], other)
             console.print(
-                f"{ran['ours'].name}: {median(times):.2f} × the examples per second of {other.name} "
-                f"({min(times):.2f}–{max(times):.2f})"
+                f"{ran['ours'].name}: {median(times):.1f} × the examples per second of {other.name} "
+                f"(median of {len(times)} pairs of runs: {min(times):.1f}–{max(times):.1f})"
             )
 
 
@@ -217,7 +217,8 @@ def main(argv: Sequence[str]) -> None:
     size, command = micro_batch_size(recipe, windows), f"gradacc compare {shlex.join(argv)}"
     console.print(
         f"{arguments.windows} windows of {recipe.config.batch.effective} examples, {arguments.repeats} "
-        f"times; micro-batches: {size} examples padded to the longest, or as many tokens; runs in {folder}"
+        f"times; in micro-batches of {size} examples, ours of as many tokens as these padded; "
+        f"runs in {folder}"
     )
     with Progress(
         TextColumn("{task.description}"),
@@ -227,6 +228,12 @@ def main(argv: Sequence[str]) -> None:
         console=Console(stderr=True),
         transient=True,
     ) as progress:
+
+        def told(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+            if not progress.console.is_terminal:
+                print(f"running {name}", file=sys.stderr)
+
         task = progress.add_task("", total=arguments.repeats * len(contenders), completed=-1)
         found = compare(
             settings,
@@ -234,7 +241,7 @@ def main(argv: Sequence[str]) -> None:
             contenders,
             arguments.windows,
             arguments.repeats,
-            lambda name: progress.update(task, advance=1, description=name),
+            told,
             command,
         )
     if arguments.json:
