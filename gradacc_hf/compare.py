@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.contend import CONTENDERS, DOES_NOT_FIT, micro_batch_size
 from gradacc_hf.errors import BadInput, Parser, listed
 from gradacc_hf.gradients import EXACT
@@ -96,7 +97,7 @@ def compare(
 
 def _add_command(run: Path, command: str) -> None:
     file = run / "summary.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"command": command}, indent=2) + "\n")
+    write_whole(file, json.dumps(json.loads(file.read_text()) | {"command": command}, indent=2) + "\n")
 
 
 def read_contender(folder: Path) -> Contender:

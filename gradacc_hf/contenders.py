@@ -116,7 +116,7 @@ class _Watch(TrainerCallback):
         self.losses += [logs["loss"]] if logs and "loss" in logs else []
 
 
-class _OwnLoss:
+class OwnLoss:
     """A Trainer with a loss of one's own, in the way of transformers' guide: by overriding `compute_loss`."""
 
     own_loss: ComputeLoss
@@ -127,11 +127,11 @@ class _OwnLoss:
         return (loss, outputs) if return_outputs else loss
 
 
-class _TrainerWithLoss(_OwnLoss, Trainer):
+class _TrainerWithLoss(OwnLoss, Trainer):
     pass
 
 
-class _ExactTrainerWithLoss(_OwnLoss, ExactTrainer):
+class _ExactTrainerWithLoss(OwnLoss, ExactTrainer):
     pass
 
 

@@ -181,13 +181,28 @@ def test_a_folder_that_is_there_is_refused(settings, tmp_path):
         compare.main([*settings, "--windows", "1", "--output", str(tmp_path)])
 
 
-def test_a_window_that_does_not_fit_at_once_leaves_errors_unmeasured_and_the_run_as_it_is(
-    settings, tmp_path, monkeypatch
-):
-    def too_much(*_):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+LARGE = """
+    def loss(self, outputs, batch):
+        import torch
+        if len(batch["labels"]) >= 16:  # a window at once
+            torch.empty(2**50)  # more than any machine has: what its allocator says
+        return outputs.loss
+"""
+BROKEN = """
+    def loss(self, outputs, batch):
+        raise RuntimeError("broken")
+"""
 
-    monkeypatch.setattr(contend, "whole_window_gradient", too_much)
+
+def recipe_with(more, folder):
+    """The tiny recipe with a loss of its own; its settings."""
+    (folder / "tiny.py").write_text(RECIPE + more)
+    (folder / "tiny.yaml").write_text(CONFIG)
+    return ["--config", str(folder / "tiny.yaml"), *TOKENS]
+
+
+def test_a_window_that_does_not_fit_at_once_leaves_errors_unmeasured_and_the_run_as_it_is(tmp_path):
+    settings = recipe_with(LARGE, tmp_path)
     with pytest.raises(SystemExit) as left:
         contend.main(["ours", str(tmp_path / "ours/seed_0"), "1", "errors", *settings])
     assert left.value.code == 0
@@ -208,7 +223,7 @@ def test_errors_are_measured_in_float32_whatever_the_budget_s_precision(settings
     assert summary["precision"] == "bf16"
 
 
-def test_recipes_that_pad_alike_pad_alike_for_all(settings, tmp_path, monkeypatch):
+def test_recipes_that_pad_alike_pad_alike_for_all(settings, tmp_path):
     recipe = load_recipe(settings)
     recipe.pad_to = "window"
     run = Run(recipe, 1)
@@ -218,20 +233,14 @@ def test_recipes_that_pad_alike_pad_alike_for_all(settings, tmp_path, monkeypatc
         assert row["padded_tokens"] == 16 * 38  # the longest of all, which this window has
 
 
-def test_when_no_contender_can_run_it_is_one_line(settings, tmp_path, monkeypatch):
-    def broken(*_, **__):
-        return subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: broken")
-
-    monkeypatch.setattr(compare.subprocess, "run", broken)
-    with pytest.raises(BadInput, match="no contender could run: Trainer: RuntimeError: broken"):
-        compare.compare(settings, tmp_path / "runs", ["trainer"], 1, 1)
+def test_when_no_contender_can_run_it_is_one_line(tmp_path):
+    settings = recipe_with(BROKEN, tmp_path)
+    with pytest.raises(BadInput, match="no contender could run: ours: RuntimeError: broken"):
+        compare.compare(settings, tmp_path / "runs", ["ours"], 1, 1)
 
 
-def test_a_contender_that_does_not_fit_is_told_by_its_exit_code(settings, tmp_path, monkeypatch, capsys):
-    def too_much(*_, **__):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-
-    monkeypatch.setattr(contend, "run_at_once", too_much)
+def test_a_contender_that_does_not_fit_is_told_by_its_exit_code(tmp_path, capsys):
+    settings = recipe_with(LARGE, tmp_path)
     with pytest.raises(SystemExit) as left:
         contend.main(["at_once", str(tmp_path / "run"), "1", "errors", *settings])
     assert left.value.code == contend.DOES_NOT_FIT

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from gradacc_hf import ExactTrainer, ExactTrainerMixin
 from gradacc_hf.conformance import LENGTHS
+from gradacc_hf.contenders import OwnLoss
 from gradacc_hf.gradients import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
 from gradacc_hf.items import IGNORED
@@ -166,22 +167,23 @@ def capture_warnings(caplog, monkeypatch):
         yield caplog
 
 
-class OwnLoss(Trainer):
-    """As users write it: a mean over the micro-batch, weighted by class."""
+WEIGHTS = torch.tensor([0.2, 1.0, 5.0])
 
-    weights = torch.tensor([0.2, 1.0, 5.0])
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        loss = cross_entropy(outputs.logits, inputs["labels"], self.weights)
-        return (loss, outputs) if return_outputs else loss
+def weighted(outputs, batch):
+    """A mean weighted by class."""
+    return cross_entropy(outputs.logits, batch["labels"], WEIGHTS)
+
+
+class WithWeights(OwnLoss, Trainer):
+    own_loss = staticmethod(weighted)
 
 
 class Below(OwnLoss, ExactTrainer):
-    pass
+    own_loss = staticmethod(weighted)
 
 
-class Above(ExactTrainerMixin, OwnLoss):
+class Above(ExactTrainerMixin, WithWeights):
     pass
 
 
@@ -195,31 +197,19 @@ def test_it_composes_with_subclasses_that_have_a_loss_of_their_own(trainer_class
         tmp_path,
         examples,
         size=5,
-        num_items=lambda batch: float(OwnLoss.weights[batch["labels"]].sum()),
+        num_items=lambda batch: float(WEIGHTS[batch["labels"]].sum()),
     )
-
-    def weighted(outputs, batch):
-        return cross_entropy(outputs.logits, batch["labels"], OwnLoss.weights)
-
     assert relative_error(ours, whole_window_gradient(head.model, head.collate(examples), weighted)) < EXACT
 
 
-class MeanOfRows(Trainer):
-    """The mean over examples of their means over labels."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        loss = rows_loss(outputs, inputs)
-        return (loss, outputs) if return_outputs else loss
-
-
 def rows_loss(outputs, batch):
+    """The mean over examples of their means over labels."""
     each = cross_entropy(outputs.logits.transpose(1, 2), batch["labels"], reduction="none")
     return (each.sum(1) / (batch["labels"] != IGNORED).sum(1)).mean()
 
 
-class ExactMeanOfRows(ExactTrainerMixin, MeanOfRows):
-    pass
+class ExactMeanOfRows(OwnLoss, ExactTrainer):
+    own_loss = staticmethod(rows_loss)
 
 
 @pytest.mark.parametrize(("size", "lengths"), [(1, LENGTHS), (4, [12] * 4 + LENGTHS[4:])])
@@ -276,15 +266,12 @@ def test_a_first_loss_of_0_says_nothing_and_the_next_window_is_asked(tmp_path):
     for example in examples[:8]:
         example["labels"] = [IGNORED] * len(example["labels"])
 
-    class Clamped(ExactTrainerMixin, Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            outputs = model(**inputs)
-            loss = clamped(outputs, inputs)
-            return (loss, outputs) if return_outputs else loss
-
     def clamped(outputs, batch):
         each = cross_entropy(outputs.logits.transpose(1, 2), batch["labels"], reduction="sum")
         return each / (batch["labels"] != IGNORED).sum().clamp(min=1)
+
+    class Clamped(OwnLoss, ExactTrainer):
+        own_loss = staticmethod(clamped)
 
     _, second = gradients(Clamped, head, tmp_path, examples, size=2, steps=4)
     assert relative_error(second, whole_window_gradient(head.model, head.collate(examples[8:]))) < EXACT
