@@ -51,8 +51,12 @@ class DataConfig:
     """Validation examples, written like train; without it, a share of train is held out."""
     validation_fraction: float = 0.1
     """Share of the training examples that is held out when there is no validation set (between 0 and 1)."""
+    config_name: str | None = None
+    """Which configuration of the Hub's data set, where it has several."""
     max_length: int = 256
     """Where an example is cut off (tokens)."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that the task cannot use: stop and name it, or leave it out, counted and said."""
 
     def rules(self) -> Rules:
         sources = "a CSV, JSONL or Parquet file, a folder, a Hub name, or embedded:NAME"

@@ -31,7 +31,6 @@ from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.contenders import own_loss, run_accelerate, run_at_once, run_trainer, run_windows
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.gradients import read_gradient, relative_error, whole_window_gradient
-from gradacc_hf.loop import evaluate
 from gradacc_hf.micro_batches import measure_lengths
 from gradacc_hf.optim import make_optimizer, make_scheduler
 from gradacc_hf.recipe import Recipe
@@ -60,7 +59,9 @@ class Run:
         self.training, self.validation = recipe.datasets()
         self.windows, _ = self.loaders()
         order = np.concatenate([self.windows.plan.indices(0, t) for t in range(num_windows)])
-        self.examples = self.training.select(order)
+        self.examples: Any = self.training.select(order)
+        if recipe.transform is not None:  # the same masks for all
+            self.examples = self.windows.examples(order)
         self.size = micro_batch_size(recipe, self.windows)
         self.steps = recipe.config.batch.effective // self.size
         self.pad_to = self.windows.pad_to if isinstance(self.windows.pad_to, int) else None
@@ -81,7 +82,7 @@ class Run:
             if name == "ours":
                 splits = [windows.split(0, t) for t in range(self.num_windows)]
                 pieces = [piece for split in splits for piece in split.processes[0]]
-                self.seen = [[self.training[int(i)] for i in piece] for piece in pieces]
+                self.seen = [windows.examples(piece) for piece in pieces]
                 return run_windows(model, optimizer, windows, max_windows=self.num_windows, **shared)
             batches = (self._whole(windows, t) for t in range(self.num_windows))
             return run_at_once(model, optimizer, batches, accelerator=self.accelerator, **shared)
@@ -124,7 +125,7 @@ class Run:
 
     def _whole(self, windows: WindowLoader, number: int) -> Any:
         indices = windows.plan.indices(0, number)
-        self.seen.append([self.training[int(i)] for i in indices])
+        self.seen.append(windows.examples(indices))
         return windows.collated(indices, self.pad_to).batch
 
     def padded_to(self, name: str, window: list[list[int]]) -> int | None:
@@ -170,15 +171,7 @@ def timed(run: Run, name: str, folder: Path) -> None:
     peak = _peak_memory(run.accelerator.device)
     _, validation = run.loaders()
     prepared = run.accelerator.prepare(model) if name not in ("ours", "at_once") else model
-    found = evaluate(
-        prepared,
-        validation,
-        accelerator=run.accelerator,
-        compute_loss=recipe.loss,
-        predict=recipe.predict,
-    )
-    metrics = {"loss": found.loss, **recipe.metrics(found.predictions, found.references)}
-
+    metrics = recipe.validate(prepared, validation, run.accelerator)
     lengths = [[_lengths(micro_batch) for micro_batch in window] for window in run.by_window()]
     if len(ends) == len(lengths):
         seconds = [ran.seconds - (ends[-1] - ends[0]), *np.diff(ends).tolist()]

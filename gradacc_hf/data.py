@@ -54,11 +54,11 @@ def load_data(
     label_column: str | None = None,
 ) -> Splits:
     """Read `data.train` and `data.validation`: a CSV, JSON, JSONL or Parquet file, a folder of such files,
-    a Hub name or `embedded:docstrings`; `validation` may also name a split of `train`.
+    a Hub name or `embedded:NAME`; `validation` may also name a split of `train`.
 
     Without `validation`: the first of VALIDATION_SPLITS that `train` has, else `validation_fraction` of the
     rows (at least 1), drawn by `seed` alone; the first row of every label in `label_column` is not drawn.
-    `config_name` is the Hub's, for data sets with several.
+    `config_name` is that of the Hub, or of a folder in the Hub's layout, for data sets with several.
     """
     splits = _read(train, "data.train", config_name)
     if "train" not in splits:
@@ -105,16 +105,19 @@ def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | Non
 
 def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
     if given.startswith("embedded:"):
-        if given != "embedded:docstrings":
-            refuse(key, f"no {given!r}", "the embedded data is embedded:docstrings")
-        return dict(zip(("train", "validation"), embedded.docstring_modules(), strict=True))
+        name = given.removeprefix("embedded:")
+        if name not in embedded.DATASETS:
+            names = listed(f"embedded:{known}" for known in embedded.DATASETS)
+            refuse(key, f"no {given!r}", f"the embedded data is {names}")
+        return dict(zip(("train", "validation"), embedded.load(name), strict=True))
     path, kinds = Path(given).expanduser(), listed(BUILDERS)
     if path.is_dir() and given:
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in BUILDERS and p.is_file())
         if not files:
             refuse(key, f"no data file in {given!r}", f"allowed: {kinds}")
         options = _CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
-        return _read_files(key, files, str(path), **options)
+        where = [str(path)] + ([config_name] if config_name else [])
+        return _read_files(key, files, *where, **options)
     suffix = path.suffix.lower()
     if path.is_file():
         if suffix not in BUILDERS:
@@ -139,7 +142,7 @@ def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
         refuse(
             key,
             f"{given!r} is no file or folder and {where}",
-            hint + ("" if close else " or embedded:docstrings"),
+            hint + ("" if close else " or embedded:NAME"),
         )
     return _by_name(loaded)
 

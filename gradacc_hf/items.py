@@ -13,6 +13,11 @@ IGNORED = -100  # torch's and transformers' label for "no item here"
 
 CountItems = Callable[[Mapping[str, Any]], float]
 ComputeLoss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
+"""(the model's outputs, the batch) → the mean loss over the batch's items.
+
+One with a method `look_ahead(model, window)` is a loss of all examples of a window together: that is called
+before each window's micro-batches (`contrastive.py`).
+"""
 
 
 def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:

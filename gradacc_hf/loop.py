@@ -23,6 +23,7 @@ from gradacc_hf.checkpoint import save_model
 from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.runlog import RunLog, WindowRecord
 from gradacc_hf.tryout import try_out
+from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
 
 Predict = Callable[[Any, Mapping[str, Any]], tuple[Sequence[Any], Sequence[Any]]]
@@ -51,11 +52,12 @@ def train(
 
     `scheduler` is not prepared and is stepped once a window. `max_grad_norm` 0 does not clip.
     """
-    numbers = count(1)
+    numbers, look_ahead = count(1), getattr(compute_loss, "look_ahead", _nothing)
     for _ in range(windows.state_dict()["epoch"], epochs):
         started = time.perf_counter()
         for window in windows:  # one window is one optimizer step
             model.train()
+            look_ahead(model, window)  # nothing, but for a loss of all its examples together
             for batch in window:  # this process's micro-batches
                 with accelerator.accumulate(model):
                     loss = compute_loss(model(**batch), batch)  # a mean over the micro-batch's items
@@ -84,6 +86,10 @@ def train(
             if number == max_windows:
                 return
             started = time.perf_counter()
+
+
+def _nothing(model: torch.nn.Module, window: Window) -> None:
+    """Most losses are means over examples that know nothing of each other."""
 
 
 def _number(norm: Any) -> float:

@@ -22,6 +22,8 @@ from gradacc_hf.split import Bound, Cost, split_window
 
 PadTo = Literal["micro_batch", "window"] | int
 Lengths = str | Sequence[int] | np.ndarray | Callable[[Any], int] | None
+Transform = Callable[[Any, np.random.Generator], Any]
+OF_AN_EXAMPLE = 1  # keeps its random numbers apart from those of the order, drawn from (seed, epoch)
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,12 @@ class LocalWindows(Dataset):
     plan: WindowPlan
     num_processes: int
     process: int
+    transform: Transform | None = None
 
     def __getitem__(self, number: tuple[int, int]) -> tuple[Split, list[MicroBatch]] | bytes:
         split = self.split(*number)
-        local = split, [self.collate(indices, split.pad_to) for indices in split.processes[self.process]]
+        pieces = split.processes[self.process]
+        local = split, [self.collate(indices, split.epoch, split.pad_to) for indices in pieces]
         # By value: tensors in shared memory cost a file descriptor each, and a window may hold thousands.
         return local if get_worker_info() is None else pickle.dumps(local)
 
@@ -96,9 +100,20 @@ class LocalWindows(Dataset):
             pad_to=pad_to,
         )
 
-    def collate(self, indices: np.ndarray, pad_to: int | None, counts: bool = True) -> MicroBatch:
+    def examples(self, indices: np.ndarray, epoch: int) -> list[Any]:
+        """Examples as they are in this epoch: what is random about one is drawn from (seed, epoch, index)."""
         fetch = getattr(self.dataset, "__getitems__", None)  # one call for a datasets.Dataset
         examples = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
+        if self.transform is None:
+            return examples
+        numbers = ([self.plan.seed, epoch, index, OF_AN_EXAMPLE] for index in indices.tolist())
+        return [
+            self.transform(example, np.random.default_rng(seed))
+            for example, seed in zip(examples, numbers, strict=True)
+        ]
+
+    def collate(self, indices: np.ndarray, epoch: int, pad_to: int | None, counts: bool = True) -> MicroBatch:
+        examples = self.examples(indices, epoch)
         try:
             batch = self.collate_fn(examples) if pad_to is None else self.collate_fn(examples, pad_to=pad_to)
         except RuntimeError as error:
@@ -128,7 +143,7 @@ class LocalWindows(Dataset):
         """The shortest (or longest) example of the window that has items when it is collated alone."""
         by_length = np.argsort(self.lengths[split.indices], kind="stable")
         for index in split.indices[by_length[::-1] if longest else by_length]:
-            micro_batch = self.collate(np.array([index]), split.pad_to)
+            micro_batch = self.collate(np.array([index]), split.epoch, split.pad_to)
             if micro_batch.num_items:
                 return micro_batch
         return None

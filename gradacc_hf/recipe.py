@@ -11,14 +11,18 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+from accelerate import Accelerator
 from datasets import Dataset
 
 from gradacc_hf.config import Config, DataConfig
+from gradacc_hf.data import load_data
 from gradacc_hf.embedded import resolve_model
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.items import CountItems, model_loss
-from gradacc_hf.loop import logits_and_labels
-from gradacc_hf.micro_batches import PadTo
+from gradacc_hf.loop import evaluate, logits_and_labels
+from gradacc_hf.micro_batches import Lengths, PadTo, Transform
+from gradacc_hf.rows import Problem, check_rows
+from gradacc_hf.windows import WindowLoader
 
 
 class Recipe:
@@ -31,15 +35,74 @@ class Recipe:
     model_class: ClassVar[Any]
     num_items: str | CountItems = "labels"
     pad_to: PadTo = "micro_batch"  # "window" where padding reaches the loss
+    transform: Transform | None = None  # what is random about an example: masking, cropping, augmentation
     validation_source: str = "validation"
 
     def __init__(self, config: Config):
         self.config = config
         self.data: Any = config.data  # with the recipe's own fields
+        self.skipped_rows: list[str] = []  # a line about each, of both data sets
+        self.samples: list[dict[str, str]] = []  # what the model made of a few rows, for the report
 
     def datasets(self) -> tuple[Dataset, Dataset]:
         """Training and validation examples, tokenised, with `labels`."""
         raise TypeError(f"{type(self).__name__} does not say what its data sets are: define datasets()")
+
+    def rows(self, label_column: str | None = None) -> tuple[Dataset, Dataset]:
+        """What `data.train` and `data.validation` name, as it is read: training and validation rows.
+
+        Where the validation rows are held out, the first row of every label in `label_column` is not.
+        """
+        data = self.data
+        splits = load_data(
+            data.train,
+            data.validation,
+            validation_fraction=data.validation_fraction,
+            seed=self.config.train.seed,
+            config_name=data.config_name,
+            label_column=label_column,
+        )
+        self.validation_source = splits.source
+        return splits.train, splits.validation
+
+    def check_rows(
+        self,
+        training: Dataset,
+        validation: Dataset,
+        problem: Problem,
+        key: str,
+        numbers: Sequence[Any] = (None, None),
+    ) -> tuple[Dataset, Dataset]:
+        """Both without the rows that have a problem; BadInput for the first, unless bad rows are skipped."""
+        kept = []
+        splits = (("training", training, numbers[0]), ("validation", validation, numbers[1]))
+        for split, dataset, of_file in splits:
+            settings = {"key": key, "on_bad_row": self.data.on_bad_row, "split": split, "numbers": of_file}
+            dataset, bad = check_rows(dataset, problem, **settings)
+            self.skipped_rows += bad
+            kept.append(dataset)
+        return kept[0], kept[1]
+
+    def lengths(self, dataset: Dataset) -> Lengths:
+        """Tokens of each example, as `WindowLoader` takes them; by default those of `input_ids`."""
+        return None
+
+    def validate(
+        self, model: torch.nn.Module, windows: WindowLoader, accelerator: Accelerator
+    ) -> dict[str, float]:
+        """The metrics of a prepared model: its loss, and `metrics` of all predictions."""
+        found = evaluate(
+            model, windows, accelerator=accelerator, compute_loss=self.loss, predict=self.predict
+        )
+        return {"loss": found.loss, **self.metrics(found.predictions, found.references)}
+
+    def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """What a saved model says to new inputs, one answer each: texts, or rows as a data file has them."""
+        raise BadInput(f"{type(self).__name__} does not say how it answers: define answer() in the recipe")
+
+    def processors(self) -> list[Any]:
+        """What is saved beside the model, as what is fed to it goes through it: the tokenizer."""
+        return [self.tokenizer]
 
     def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         """What an evaluation says of a model, from `predict`'s rows in the data set's order."""

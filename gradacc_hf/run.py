@@ -24,7 +24,7 @@ from datasets import Dataset, disable_progress_bars
 from gradacc_hf.command_line import read_command_line, recipe_file
 from gradacc_hf.config import Config, tokens_per_micro_batch
 from gradacc_hf.errors import BadInput, listed, one_line
-from gradacc_hf.loop import Best, evaluate, fine_tune
+from gradacc_hf.loop import Best, fine_tune
 from gradacc_hf.optim import frozen_parameters, make_optimizer, make_scheduler
 from gradacc_hf.output import check_output, open_output
 from gradacc_hf.recipe import Recipe
@@ -75,16 +75,6 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     folder = open_output(config, accelerator)
     set_seed(config.train.seed, device_specific=True)  # dropout differs by process
 
-    def validate(model: torch.nn.Module) -> dict[str, float]:
-        evaluation = evaluate(
-            model,
-            validation_windows,
-            accelerator=accelerator,
-            compute_loss=recipe.loss,
-            predict=recipe.predict,
-        )
-        return {"loss": evaluation.loss, **recipe.metrics(evaluation.predictions, evaluation.references)}
-
     summary = fine_tune(
         model,
         optimizer,
@@ -95,14 +85,16 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         max_windows=config.train.max_windows,
         max_grad_norm=config.optim.max_grad_norm,
         compute_loss=recipe.loss,
-        validate=validate,
+        validate=lambda model: recipe.validate(model, validation_windows, accelerator),
         eval_every=config.train.eval_every,
         best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
         output_dir=folder,
-        save_with=[recipe.tokenizer],
+        save_with=recipe.processors(),
         baseline=baseline,
         seed=config.train.seed,
         command=_command(argv, accelerator.num_processes),
+        skipped_rows={"count": len(recipe.skipped_rows), "first": recipe.skipped_rows[:10]},
+        samples=recipe.samples,
     )
     accelerator.end_training()
     accelerator.print(
@@ -202,14 +194,21 @@ def make_windows(
         "collate_fn": recipe.collate,
         "num_items": recipe.num_items,
         "pad_to": recipe.pad_to,
+        "transform": recipe.transform,
+        "seed": config.train.seed,
         "max_tokens": tokens_per_micro_batch(config.budget, accelerator.device.type),
         "micro_batch_size": config.budget.micro_batch_size,
         "num_workers": config.budget.num_workers,
     }
     windows = WindowLoader(
-        training, config.batch.effective, seed=config.train.seed, drop_last=config.batch.drop_last, **shared
-    )  # fmt: skip
-    return windows, WindowLoader(validation, min(512, len(validation)), shuffle=False, **shared)
+        training,
+        config.batch.effective,
+        lengths=recipe.lengths(training),
+        drop_last=config.batch.drop_last,
+        **shared,
+    )
+    size, lengths = min(512, len(validation)), recipe.lengths(validation)
+    return windows, WindowLoader(validation, size, lengths=lengths, shuffle=False, **shared)
 
 
 def total_windows(config: Config, windows: WindowLoader) -> int:
@@ -243,6 +242,7 @@ def print_plan(
         ),
         ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
         ("validation", recipe.validation_source.removeprefix("validation: ")),
+        *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),
         ("effective batch size", f"{config.batch.effective} examples a window"),
         (
             "windows",
@@ -259,6 +259,10 @@ def print_plan(
     )
     for name, value in rows:
         accelerator.print(f"{name:<22}{value}")
+
+
+def _left_out(rows: Sequence[str]) -> str:
+    return f"{len(rows):,} row{'s' * (len(rows) > 1)} that cannot be used, the first: {rows[0]}"
 
 
 def _check_early_stopping(config: Config) -> None:

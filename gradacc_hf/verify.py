@@ -157,6 +157,8 @@ def _accumulated(
 ) -> Gradient:
     """What our loop accumulates over a window; `.grad` is left empty."""
     model.zero_grad()
+    if hasattr(compute_loss, "look_ahead"):
+        compute_loss.look_ahead(model, window)  # type: ignore[attr-defined]
     for batch in window:
         batch = in_dtype_of(model, batch)
         with accelerator.accumulate(model):

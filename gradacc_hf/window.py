@@ -21,7 +21,8 @@ from gradacc_hf.micro_batches import MicroBatch
 class Window:
     """One optimizer step: iterate it for this process's micro-batches, and `weigh` each loss.
 
-    Held on the host, it can be iterated again; one micro-batch at a time is put on the device.
+    Held on the host, it can be iterated again; one micro-batch at a time is put on the device. Each then
+    meets the random numbers (dropout) that it met the first time.
     """
 
     epoch: int
@@ -38,6 +39,7 @@ class Window:
 
     def __post_init__(self):
         self._current: int | None = None  # the micro-batch handed out last
+        self._random_states: list[Any] = []  # as each micro-batch met them first
         self._weighed: set[int] = set()
         self._loss: Any = None
 
@@ -60,6 +62,10 @@ class Window:
                 # synchronise: here the window alone says where it ends.
                 settings.update(num_steps=len(self), sync_with_dataloader=False)
                 accelerator.step = self._current
+                if self._current < len(self._random_states):
+                    set_random_state(self._random_states[self._current], accelerator.device)
+                else:
+                    self._random_states.append(random_state(accelerator.device))
                 yield to_device(micro_batch.batch, accelerator)
         finally:
             self._current = None
@@ -102,6 +108,13 @@ class Window:
         return loss * (share * divided_by)
 
     @property
+    def micro_batch(self) -> MicroBatch:
+        """The one handed out last, as it lies on the host, with its examples and items."""
+        if self._current is None:
+            raise RuntimeError("a window has a micro-batch at hand only inside `for batch in window`")
+        return self._micro_batches[self._current]
+
+    @property
     def loss(self) -> float:
         """The exact mean over the window's items, over all processes; known after the last micro-batch."""
         if self._loss is None or len(self._weighed) < len(self):
@@ -109,6 +122,19 @@ class Window:
                 "window.loss is known after the last micro-batch, if each one's loss went through weigh()"
             )
         return float(self._loss)
+
+
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """What dropout draws from: torch's generator on the host, and the device's."""
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+def set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
+    """Go back to a `random_state`."""
+    torch.set_rng_state(state[0])
+    for on_device in state[1:]:
+        torch.cuda.set_rng_state(on_device, device)
 
 
 def to_device(batch: Mapping[str, Any], accelerator: Accelerator) -> Any:

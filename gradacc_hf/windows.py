@@ -20,7 +20,15 @@ from accelerate.utils import DistributedType, send_to_device
 from torch.utils.data import DataLoader, default_collate
 
 from gradacc_hf import items
-from gradacc_hf.micro_batches import Lengths, LocalWindows, MicroBatch, PadTo, Split, measure_lengths
+from gradacc_hf.micro_batches import (
+    Lengths,
+    LocalWindows,
+    MicroBatch,
+    PadTo,
+    Split,
+    Transform,
+    measure_lengths,
+)
 from gradacc_hf.plan import EffectiveBatchSize, WindowPlan
 from gradacc_hf.split import Bound, Cost
 from gradacc_hf.window import Window, to_device
@@ -50,6 +58,9 @@ class WindowLoader:
         shuffle, seed: the order of epoch e is drawn from (seed, e); without shuffling it is the data set's.
         drop_last: leave out a partial last window.
         num_workers: processes that collate beside training.
+        transform: `(example, numpy Generator) -> example`, for what is random about an example: masking,
+            augmentation, cropping. The generator is seeded by (seed, epoch, index), so that no split, number
+            of processes or resuming changes what it draws. Its lengths are those before.
         cost: what a micro-batch is predicted to cost.
 
     `state_dict()` / `load_state_dict()`: seed, epoch and window; inside the loop's body, the window at hand
@@ -73,6 +84,7 @@ class WindowLoader:
         drop_last: bool = False,
         seed: int = 0,
         num_workers: int = 0,
+        transform: Transform | None = None,
         cost: Cost = Cost(),
     ):
         _refuse(accelerator)
@@ -92,6 +104,7 @@ class WindowLoader:
             bound=bound,
             cost=cost,
             plan=self.plan,
+            transform=transform,
             num_processes=accelerator.num_processes,
             process=accelerator.process_index,
         )
@@ -133,14 +146,18 @@ class WindowLoader:
         for split, micro_batches in self._local_windows(epoch=0, start=0):
             most = max(map(len, split.processes))
             while _forwards_are_collective(self.accelerator) and len(micro_batches) < most:
-                micro_batches.append(self._windows.collate(split.indices[:1], split.pad_to, counts=False))
+                micro_batches.append(self._windows.collate(split.indices[:1], 0, split.pad_to, counts=False))
             for micro_batch in micro_batches:
                 yield micro_batch, to_device(micro_batch.batch, self.accelerator)
 
     def collated(self, indices: Sequence[int] | np.ndarray, pad_to: int | None = None) -> MicroBatch:
-        """Any examples as one batch on the device, with their items."""
-        found = self._windows.collate(np.asarray(indices), pad_to)
+        """Any examples as one batch on the device, with their items, as they are in the epoch at hand."""
+        found = self._windows.collate(np.asarray(indices), self.epoch, pad_to)
         return MicroBatch(to_device(found.batch, self.accelerator), found.indices, found.num_items)
+
+    def examples(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
+        """Examples as they are in the epoch at hand, not collated."""
+        return self._windows.examples(np.asarray(indices), self.epoch)
 
     def copy(self, num_windows: int) -> "WindowLoader":
         """This loader at its place, to try a model on; cut finer where all would be one micro-batch."""
@@ -158,7 +175,7 @@ class WindowLoader:
             alone = [self._windows.find_example_with_items(split, longest) for longest in (False, True)]
             if alone[0] is not None and alone[1] is not None:
                 both = np.concatenate([micro_batch.indices for micro_batch in alone])  # type: ignore[union-attr]
-                found = [*alone, self._windows.collate(both, split.pad_to)]
+                found = [*alone, self._windows.collate(both, 0, split.pad_to)]
                 return [
                     MicroBatch(to_device(m.batch, self.accelerator), m.indices, m.num_items) for m in found
                 ]

@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.data import load_data
 from gradacc_hf.errors import BadInput
 from gradacc_hf.labels import check_texts, encode_labels
 from gradacc_hf.recipe import Recipe
@@ -34,8 +33,6 @@ class TextClassification(Recipe):
 
     @dataclass
     class Data(DataConfig):
-        config_name: str | None = None
-        """Which configuration of the Hub's data set, where it has several."""
         text_column: str = "text"
         """Column that holds the text."""
         label_column: str = "label"
@@ -45,16 +42,7 @@ class TextClassification(Recipe):
 
     def datasets(self):
         data = self.data
-        splits = load_data(
-            data.train,
-            data.validation,
-            validation_fraction=data.validation_fraction,
-            seed=self.config.train.seed,
-            config_name=data.config_name,
-            label_column=data.label_column,
-        )
-        self.validation_source = splits.source
-        train, validation = splits.train, splits.validation
+        train, validation = self.rows(data.label_column)
         for dataset in (train, validation):
             check_texts(dataset, data.text_column)
         train, validation, self.labels = encode_labels(train, validation, data.label_column)

@@ -131,7 +131,7 @@ def test_a_folder_of_plain_files_is_one_set(tmp_path):
 
 def test_the_embedded_docstrings_bring_their_own_validation(monkeypatch, tmp_path):
     parts = Dataset.from_list(ROWS[:4]), Dataset.from_list(ROWS[4:6])
-    monkeypatch.setattr(embedded, "docstring_modules", lambda: parts)
+    monkeypatch.setattr(embedded.stdlib, "docstring_modules", lambda: parts)
     splits = load("embedded:docstrings")
     assert (splits.train, splits.validation, splits.held_out) == (*parts, False)
     assert "embedded:docstrings" in refusal(load, "embedded:other")

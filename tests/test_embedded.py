@@ -35,7 +35,7 @@ def model(tmp_path) -> Path:
 
 @pytest.fixture
 def no_hub(monkeypatch, tmp_path) -> Path:
-    monkeypatch.setattr(embedded, "hub_has", lambda name, repo_type: None)
+    monkeypatch.setattr(embedded.models, "hub_has", lambda name, repo_type: None)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
@@ -57,7 +57,7 @@ def stdlib(tmp_path, monkeypatch) -> Path:
         path = tmp_path / "lib" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(embedded.sysconfig, "get_path", lambda _: str(tmp_path / "lib"))
+    monkeypatch.setattr(embedded.stdlib.sysconfig, "get_path", lambda _: str(tmp_path / "lib"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "lib"
 
@@ -131,18 +131,18 @@ def test_a_name_that_cannot_be_had_says_what_can(no_hub, monkeypatch):
     message = refusal(embedded.resolve_model, "org/none")
     assert "'org/none'" in message
     assert "the Hub does not answer; use embedded:minilm, a folder or a cached name (none here)" in message
-    monkeypatch.setattr(embedded, "hub_has", lambda name, repo_type: False)
+    monkeypatch.setattr(embedded.models, "hub_has", lambda name, repo_type: False)
     assert "not on the Hub" in refusal(embedded.resolve_model, "runs/best/model")
 
 
 def test_a_hub_name_is_given_back_when_the_hub_has_its_config(monkeypatch):
-    monkeypatch.setattr(embedded, "hub_has", lambda name, repo_type: True)
-    monkeypatch.setattr(embedded, "hf_hub_download", lambda name, file: file)
+    monkeypatch.setattr(embedded.models, "hub_has", lambda name, repo_type: True)
+    monkeypatch.setattr(embedded.models, "hf_hub_download", lambda name, file: file)
     assert embedded.resolve_model("org/tiny") == "org/tiny"
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(embedded.HfApi, "repo_info", lambda *args, **kwargs: time.sleep(3))
+    monkeypatch.setattr(embedded.models.HfApi, "repo_info", lambda *args, **kwargs: time.sleep(3))
     start = time.perf_counter()
     assert embedded.hub_has("org/tiny", "model", seconds=0.1) is None
     assert time.perf_counter() - start < 2
@@ -165,7 +165,7 @@ def test_docstrings_are_read_once_each_with_qualified_name_and_source(stdlib):
 def test_docstrings_come_from_the_cache_until_the_library_changes(stdlib, monkeypatch):
     first = embedded.docstrings()
     with monkeypatch.context() as patch:
-        patch.setattr(embedded, "_documented", None)  # parsing would raise
+        patch.setattr(embedded.stdlib, "_documented", None)  # parsing would raise
         assert embedded.docstrings()[:] == first[:]
     (stdlib / "gamma.py").write_text('def seven():\n    "Seventh."\n')
     assert len(embedded.docstrings()) == len(first) + 1
@@ -192,7 +192,7 @@ def test_a_cache_is_written_whole_or_not_at_all(stdlib, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(embedded.pyarrow.parquet, "write_table", full)
+    monkeypatch.setattr(embedded.stdlib.pyarrow.parquet, "write_table", full)
     assert len(embedded.docstrings()) == 4
     assert list((tmp_path / "cache" / "gradacc_hf").iterdir()) == []
 
@@ -205,7 +205,7 @@ def test_several_may_start_at_once(stdlib, tmp_path):
 
 
 def test_a_python_without_source_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(embedded.stdlib.sysconfig, "get_path", lambda _: str(tmp_path))
     assert "no source" in refusal(embedded.docstrings)
 
 

