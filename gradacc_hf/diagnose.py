@@ -145,7 +145,8 @@ def _random(probe: _Probe) -> Reason | None:
         if isinstance(value, torch.Tensor) and not all(torch.equal(value, batch[name]) for batch in batches):
             return Reason(
                 f"collate_fn gives another {name} each time it is given the same example",
-                "it masks or crops at random: draw from the example's index, or turn it off to verify",
+                "it masks or crops at random: do that in transform= of the WindowLoader, which draws from the "
+                "example's index, the same for any split",
             )
     losses = [probe.loss(first) for _ in range(5)]
     if all(probe.same(losses[0], loss) or math.isnan(loss) for loss in losses):
@@ -181,8 +182,8 @@ def _grows_with_the_batch(probe: _Probe) -> Reason | None:
     return Reason(
         f"an example has the loss {alone:.4g} alone and {twice:.4g} beside itself: examples are compared "
         "within the micro-batch (in-batch negatives)",
-        "accumulation loses the negatives of the other micro-batches: use a gradient cache (gradacc lessons "
-        "contrastive), or one micro-batch a window",
+        "accumulation loses the negatives of the other micro-batches: use the gradient cache of "
+        "gradacc_hf.contrastive (gradacc cp contrastive has it), or one micro-batch a window",
     )
 
 
