@@ -1,16 +1,18 @@
 """Columns of texts and labels: what a classifier needs of them, and one line for those that are not so.
 
-Rows are counted from 1 as in the user's file, also after a shuffle. Reading files is `data.py`'s.
+Rows are counted from 1 as in the user's file, also after a shuffle. Reading files is `data.py`'s; what a task
+makes of its labels is `targets.py`'s.
 """
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable, concat_tables
 
@@ -27,17 +29,64 @@ def require_column(dataset: Dataset, column: str, key: str) -> None:
         refuse(key, f"no column {column!r}; found {listed(dataset.column_names)}", hint)
 
 
-def check_texts(dataset: Dataset, column: str, key: str = "data.text_column") -> None:
-    """Raise BadInput unless every row of the column is a string; rows count from 1, as in the file."""
+def require_texts(dataset: Dataset, column: str, key: str = "data.text_column") -> None:
+    """Raise BadInput unless this is a column of texts; whether each row has one is `text_problem`'s."""
     require_column(dataset, column, key)
     feature = dataset.features[column]
-    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-        _refuse_null(dataset, column, key, pc.is_null(dataset.data.column(column)))
-    elif isinstance(feature, Value):
+    if isinstance(feature, Value) and feature.dtype not in ("string", "large_string", "null"):
         cure = (
             f'name a column of texts, or write its numbers as strings (JSONL: {{{json.dumps(column)}: "12"}})'
         )
         refuse(key, f"column {column!r} holds {feature.dtype}, not text", cure)
+
+
+def text_problem(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str | None]:
+    """For `check_rows`: what is wrong with a row whose texts are in these columns."""
+
+    def problem(row: Mapping[str, Any]) -> str | None:
+        for column in columns:
+            text = row[column]
+            if text is not None and not isinstance(text, str):
+                return f"column {column!r}: {type(text).__name__}, not text"
+            if not (text or "").strip():
+                return f"column {column!r} is empty"
+        return None
+
+    return problem
+
+
+def token_problem(
+    tokenizer: Any, max_length: int, is_pair: bool = False
+) -> Callable[[Mapping[str, Any]], str | None]:
+    """For `check_rows`: what is wrong with an example of which truncation, or the tokenizer, leaves no text."""
+    special = tokenizer.num_special_tokens_to_add(pair=is_pair)
+
+    def problem(example: Mapping[str, Any]) -> str | None:
+        if len(example["input_ids"]) <= special:
+            return f"no token of its text is left, cut off at data.max_length {max_length}"
+        return None
+
+    return problem
+
+
+def texts_of(inputs: Sequence[Any], columns: Sequence[str]) -> list[list[str]]:
+    """The texts in each column, of rows or, where there is one column, of texts. Raises BadInput."""
+    problem = text_problem(columns)
+    rows = [row if isinstance(row, Mapping) else {columns[0]: row} for row in inputs]
+    for number, row in enumerate(rows, start=1):
+        absent = [column for column in columns if column not in row]
+        if absent or (found := problem(row)):
+            what = f"no {absent[0]!r} among {listed(row)}" if absent else found
+            refuse(f"input {number:,}", what, f"give texts as {listed(columns)}")
+    return [[row[column] for row in rows] for column in columns]
+
+
+def check_texts(dataset: Dataset, column: str, key: str = "data.text_column") -> None:
+    """Raise BadInput unless every row of the column is a string; rows count from 1, as in the file."""
+    require_texts(dataset, column, key)
+    feature = dataset.features[column]
+    if isinstance(feature, Value):
+        _refuse_null(dataset, column, key, pc.is_null(dataset.data.column(column)))
     for row, value in enumerate(dataset[column] if not isinstance(feature, Value) else ()):
         if not isinstance(value, str):
             found = f"column {column!r}, {_row(dataset, row)}: {type(value).__name__}, not text"
@@ -70,7 +119,7 @@ def encode_labels(
         row = pc.index(pc.is_null(other_ids), True).as_py()
         found = f"label {other[row].as_py()!r} of validation {_row(validation, row)} is in no training row"
         refuse(key, found, "add such rows to data.train, or take it out of data.validation")
-    return _with_label(train, label_column, ids), _with_label(validation, label_column, other_ids), names
+    return _with_ids(train, label_column, ids), _with_ids(validation, label_column, other_ids), names
 
 
 def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:
@@ -92,31 +141,62 @@ def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:
             refuse(
                 key,
                 found,
-                "labels are classes, as strings or integers; regression is not what this recipe does",
+                "labels are classes, as strings or integers; to predict numbers: "
+                "recipes/text_classification.py with data.problem regression",
             )
         values = values.cast(pa.int64())
     elif not (
         isinstance(feature, Value) and (pa.types.is_integer(values.type) or feature.dtype.endswith("string"))
     ):
         found = f"column {column!r} holds {getattr(feature, 'dtype', None) or type(feature).__name__}"
-        refuse(key, found, "labels are all strings, or all integers, or all booleans")
+        several = "; several for a text: recipes/text_classification.py with data.problem multi_label"
+        refuse(
+            key, found, "labels are all strings, or all integers, or all booleans" + several * is_list(feature)
+        )
     return values.cast(pa.large_string())
 
 
-def _with_label(dataset: Dataset, column: str, ids: pa.Array) -> Dataset:
-    """`add_column` would copy a shuffled data set, and lose which row of the file each row is."""
+def _with_ids(dataset: Dataset, column: str, ids: pa.Array) -> Dataset:
+    return with_label(dataset, column, ids.to_numpy(zero_copy_only=False).astype(np.int64))
+
+
+def is_list(feature: Any) -> bool:
+    """Is this the type of a column of lists?"""
+    return isinstance(feature, List | list)
+
+
+def with_label(dataset: Dataset, column: str, labels: np.ndarray) -> Dataset:
+    """Replace the column by `label`: numbers of shape (rows,), or lists of numbers, (rows, numbers).
+
+    `add_column` would copy a shuffled data set, and lose which row of the file each row is.
+    """
     rest = dataset.remove_columns([name for name in dataset.column_names if name in (column, "label")])
-    whole = np.full(len(dataset.data), -1)
-    whole[file_rows(dataset)] = ids.to_numpy(zero_copy_only=False)
-    labels = InMemoryTable.from_arrays([pa.array(whole)], names=["label"])
+    whole = np.full((len(dataset.data), *labels.shape[1:]), -1, labels.dtype)
+    whole[file_rows(dataset)] = labels
+    values, feature = pa.array(whole.ravel()), Value(str(labels.dtype))
+    if labels.ndim == 2:
+        width = labels.shape[1]
+        values, feature = pa.FixedSizeListArray.from_arrays(values, width), List(feature, length=width)
     info = rest.info.copy()
-    info.features = Features({**rest.features, "label": Value("int64")})
+    info.features = Features({**rest.features, "label": feature})
     return Dataset(
-        concat_tables([rest.data, labels], axis=1),
+        concat_tables([rest.data, InMemoryTable.from_arrays([values], names=["label"])], axis=1),
         info=info,
         split=rest.split,
         indices_table=rest._indices,
         fingerprint=Hasher.hash((rest._fingerprint, whole.tobytes())),
+    )
+
+
+def select_rows(dataset: Dataset, rows: Sequence[int]) -> Dataset:
+    """These rows, which still know their numbers in the file: `select` forgets them where it takes a slice."""
+    numbers = pa.array(file_rows(dataset)[np.asarray(rows, np.int64)], pa.uint64())
+    return Dataset(
+        dataset.data,
+        info=dataset.info.copy(),
+        split=dataset.split,
+        indices_table=InMemoryTable.from_arrays([numbers], names=["indices"]),
+        fingerprint=Hasher.hash((dataset._fingerprint, numbers.to_numpy().tobytes())),
     )
 
 

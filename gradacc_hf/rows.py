@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from gradacc_hf.errors import refuse
-from gradacc_hf.labels import file_rows
+from gradacc_hf.labels import file_rows, select_rows
 
 Problem = Callable[[Mapping[str, Any]], str | None]
 """A row → what is wrong with it, or None: "3 tags for 4 tokens"."""
@@ -46,4 +46,4 @@ def check_rows(
                 refuse(key, bad[0], "correct it, or leave such rows out: --data.on_bad_row skip")
     if not kept:
         refuse(key, f"none of the {len(dataset):,} {split} rows can be used ({bad[0]}, …)", "give others")
-    return dataset.select(kept, keep_in_memory=True) if bad else dataset, bad
+    return select_rows(dataset, kept) if bad else dataset, bad

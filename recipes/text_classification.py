@@ -1,28 +1,29 @@
-"""Label a text: which of a few classes does it belong to?
+"""Label a text, or a pair of texts, with one of some classes, any number of labels, or a number.
 
     ./launch.sh recipes/text_classification.py --config configs/text_classification_offline.yaml --budget auto
 
 Your own texts: `--data.train my.csv --data.text_column text --data.label_column label`.
 """
 
-import re
-from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.errors import BadInput
-from gradacc_hf.labels import check_texts, encode_labels
+from gradacc_hf.labels import file_rows, require_texts, text_problem, texts_of, token_problem
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
+from gradacc_hf.targets import TARGETS, answers, class_weights
 
 
-def features(rows, tokenizer, text_column, max_length):
+def features(rows, tokenizer, columns, max_length):
     """Rows → what the model reads."""
-    tokens = tokenizer(rows[text_column], truncation=True, max_length=max_length, return_token_type_ids=False)
+    texts = [rows[column] for column in columns]
+    which = None if len(texts) > 1 else False  # of one text, all tokens are of the same type
+    tokens = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=which)
     return {**tokens, "labels": rows["label"]}
 
 
@@ -35,46 +36,50 @@ class TextClassification(Recipe):
     class Data(DataConfig):
         text_column: str = "text"
         """Column that holds the text."""
+        text_pair_column: str | None = None
+        """Column that holds the other text, where a pair is labelled."""
         label_column: str = "label"
-        """Column that holds the label: strings or integers."""
+        """Column that holds the label: a string or an integer, a list of them, or a number, by problem."""
+        problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+        """What is predicted: one of the classes, any number of labels, or a number."""
         class_weights: str = "none"
         """Weight of each class in the loss: none, balanced (1 / its frequency), or spam=5,ham=1."""
 
+        def rules(self):
+            yield from super().rules()
+            has_classes = self.problem == "single_label"
+            yield "class_weights", has_classes or self.class_weights == "none", "none but for single_label"
+
     def datasets(self):
-        data = self.data
-        train, validation = self.rows(data.label_column)
-        for dataset in (train, validation):
-            check_texts(dataset, data.text_column)
-        train, validation, self.labels = encode_labels(train, validation, data.label_column)
-        self.class_weights = self.weigh_classes(Counter(train["label"]))
-        return self.tokenize(train), self.tokenize(validation)
+        data, columns = self.data, self.text_columns()
+        train, validation = self.rows(None if data.problem == "regression" else data.label_column)
+        for split in (train, validation):
+            for column, key in columns.items():
+                require_texts(split, column, key)
+        self.target = TARGETS[data.problem](train, validation, data.label_column)
+        train, validation = self.check_rows(train, validation, text_problem(columns), "data.text_column")
+        train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
+        train, validation = self.target.encode(train, validation)
+        self.class_weights = class_weights(data.class_weights, self.target.names, train["label"])
+        numbers = file_rows(train), file_rows(validation)  # before they are mapped
+        train, validation = self.tokenize(train), self.tokenize(validation)
+        no_text = token_problem(self.tokenizer, data.max_length, is_pair=len(columns) > 1)
+        return self.check_rows(train, validation, no_text, "data.text_column", numbers)
+
+    def text_columns(self):
+        """The one column, or both of a pair, each with its setting."""
+        columns = {self.data.text_column: "data.text_column"}
+        if self.data.text_pair_column is not None:
+            columns[self.data.text_pair_column] = "data.text_pair_column"
+        return columns
 
     def tokenize(self, dataset):
-        data = self.data
-        settings = {"text_column": data.text_column, "max_length": data.max_length}
+        settings = {"columns": list(self.text_columns()), "max_length": self.data.max_length}
         settings["tokenizer"] = self.tokenizer
         return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
 
-    def weigh_classes(self, counts):
-        """One weight a class, in the order of the labels; None where all weigh 1."""
-        setting = self.data.class_weights
-        if setting == "none":
-            return None
-        if setting == "balanced":
-            mean = counts.total() / len(counts)
-            return torch.tensor([mean / max(1, counts[c]) for c in range(len(self.labels))])
-        pairs = [pair.strip().rpartition("=") for pair in setting.split(",")]
-        weights = {key: float(n) if re.fullmatch(r"\d*\.?\d+", n) else 0.0 for key, _, n in pairs}
-        if sorted(weights) != sorted(self.labels) or not all(weights.values()):
-            raise BadInput(
-                f"data.class_weights: found {setting!r}; allowed: none, balanced, or a number above 0 for "
-                f"each of {', '.join(self.labels)}, as in {self.labels[0]}=2,{self.labels[1]}=1"
-            )
-        return torch.tensor([weights[label] for label in self.labels])
-
     def model_overrides(self):
-        ids = {label: i for i, label in enumerate(self.labels)}
-        return {"id2label": dict(enumerate(self.labels)), "label2id": ids}
+        return self.target.model_overrides()
 
     def num_items(self, batch):
         """A weighted mean divides by the weights of its examples, so these are its items."""
@@ -83,21 +88,22 @@ class TextClassification(Recipe):
         return float(self.class_weights[batch["labels"]].sum())
 
     def loss(self, outputs, batch):
-        weights = None if self.class_weights is None else self.class_weights.to(outputs.logits)
-        return torch.nn.functional.cross_entropy(outputs.logits, batch["labels"], weights)
+        weights = () if self.class_weights is None else (self.class_weights,)
+        return self.target.loss(outputs.logits, batch["labels"], *weights)
 
     def metrics(self, predictions, references):
-        from gradacc_hf.metrics import load  # slow to import, so not before it is needed
-
-        predicted, scores = np.stack(predictions).argmax(-1), {}
-        for name in ("accuracy", "f1", "matthews_correlation"):
-            scores |= load(name).compute(predictions=predicted, references=references) or {}
-        return scores
+        return self.target.metrics(np.stack(predictions), np.stack(references))
 
     def baseline(self, train, validation):
-        """Always the label that is the most frequent in training."""
-        majority = Counter(train["labels"]).most_common(1)[0][0]
-        return self.metrics([np.eye(len(self.labels))[majority]] * len(validation), validation["labels"])
+        """The most frequent label of training, or set of labels, or the mean, for every text."""
+        return self.target.baseline(train["labels"], validation["labels"])
+
+    def answer(self, model, inputs):
+        texts = texts_of(inputs, list(self.text_columns()))
+        settings = {"truncation": True, "max_length": self.data.max_length, "padding": True}
+        tokens = self.tokenizer(*texts, **settings, return_tensors="pt")
+        with torch.no_grad():
+            return answers(model(**tokens.to(model.device)).logits, model.config)
 
 
 if __name__ == "__main__":

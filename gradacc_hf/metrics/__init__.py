@@ -8,14 +8,30 @@ import evaluate
 from gradacc_hf.errors import BadInput
 
 from .classification import F1, Accuracy, MatthewsCorrelation
+from .multi_label import MultiLabel
+from .regression import MeanSquaredError, Pearson, Spearman
 
 METRICS: dict[str, type[evaluate.Metric]] = {
     "accuracy": Accuracy,
     "f1": F1,
     "matthews_correlation": MatthewsCorrelation,
+    "mse": MeanSquaredError,
+    "multi_label": MultiLabel,
+    "pearsonr": Pearson,
+    "spearmanr": Spearman,
 }
 
-__all__ = ["F1", "METRICS", "Accuracy", "MatthewsCorrelation", "load"]
+__all__ = [
+    "F1",
+    "METRICS",
+    "Accuracy",
+    "MatthewsCorrelation",
+    "MeanSquaredError",
+    "MultiLabel",
+    "Pearson",
+    "Spearman",
+    "load",
+]
 
 
 def load(name: str, **settings: Any) -> evaluate.Metric:

@@ -1,0 +1,58 @@
+"""Metrics of rows that have any number of labels, by scikit-learn."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score
+
+from gradacc_hf.errors import BadInput
+from gradacc_hf.metrics.in_memory import InMemoryMetric
+
+_INPUTS = """
+Args:
+    predictions: 1 where a row is said to have a label, else 0, of shape (rows, labels).
+    references: 1 where it has it, else 0, of the same shape.
+"""
+
+
+class MultiLabel(InMemoryMetric):
+    """`f1_micro` over all labels of all rows, `f1_macro`, the mean of the F1 of each label, and `exact_match`, the
+    share of rows all of whose labels are right; 0 to 1.
+
+    A label that is neither predicted nor there has no F1 and takes no part in the mean.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        column = datasets.List(datasets.Value("int64"))
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": column, "references": column}),
+            reference_urls=["https://scikit-learn.org/stable/modules/model_evaluation.html"],
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
+        """Keep a batch until `compute`; refuse what is not 0 and 1 for each row and label."""
+        for name, values in (("predictions", predictions), ("references", references)):
+            array = np.asarray(values)
+            if array.ndim != 2 or array.size == 0 or not np.isin(array, (0, 1)).all():
+                raise BadInput(
+                    f"{name}: found {array.dtype} of shape {array.shape}; allowed are 0 and 1 of shape "
+                    "(rows, labels), at least one row: compare the logits with 0 first"
+                )
+        super().add_batch(predictions=predictions, references=references, **more)
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        predictions, references = np.asarray(predictions), np.asarray(references)
+        there = (predictions | references).any(axis=0)
+        silent: Any = 0  # scikit-learn's default scores the same, and warns
+        scores = {"exact_match": float(accuracy_score(references, predictions))}
+        for average, columns in (("micro", slice(None)), ("macro", there if there.any() else slice(None))):
+            score = f1_score(
+                references[:, columns], predictions[:, columns], average=average, zero_division=silent
+            )
+            scores[f"f1_{average}"] = float(score)
+        return scores

@@ -1,0 +1,76 @@
+"""Metrics of predicted numbers: one predicted and one true number a row; by SciPy and scikit-learn."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import scipy.stats
+from sklearn.metrics import mean_squared_error
+
+from gradacc_hf.errors import BadInput
+from gradacc_hf.metrics.in_memory import InMemoryMetric
+
+_INPUTS = """
+Args:
+    predictions: predicted numbers of shape (rows,).
+    references: true numbers of shape (rows,).
+"""
+
+
+class _RegressionMetric(InMemoryMetric):
+    def _info(self) -> evaluate.MetricInfo:
+        column = datasets.Value("float64")
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": column, "references": column}),
+            reference_urls=["https://docs.scipy.org/doc/scipy/reference/stats.html"],
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
+        """Keep a batch until `compute`; refuse what is not one number a row."""
+        for name, values in (("predictions", predictions), ("references", references)):
+            array = np.asarray(values)
+            if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iuf":
+                raise BadInput(
+                    f"{name}: found {array.dtype} of shape {array.shape}; allowed are numbers of shape (rows,), "
+                    "at least one: take the only column of the logits first"
+                )
+        super().add_batch(predictions=predictions, references=references, **more)
+
+
+class Pearson(_RegressionMetric):
+    """The linear correlation of predicted and true numbers, −1 to 1; 0 where all of either are the same.
+
+    It is not defined there, but such predictions tell nothing of the truth, and NaN could not be ranked.
+    """
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        if _constant(predictions) or _constant(references):
+            return {"pearsonr": 0.0}
+        return {"pearsonr": float(scipy.stats.pearsonr(predictions, references)[0])}
+
+
+class Spearman(_RegressionMetric):
+    """The correlation of the ranks of predicted and true numbers, −1 to 1; 0 where all of either are the same."""
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        if _constant(predictions) or _constant(references):
+            return {"spearmanr": 0.0}
+        return {"spearmanr": float(scipy.stats.spearmanr(predictions, references)[0])}
+
+
+class MeanSquaredError(_RegressionMetric):
+    """The mean of the squared differences, from 0."""
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return {"mse": float(mean_squared_error(references, predictions))}
+
+
+def _constant(numbers: Any) -> bool:
+    """As far as float64 sums can tell, as SciPy asks before it warns."""
+    numbers = np.asarray(numbers, np.float64)
+    spread = np.linalg.norm(numbers - numbers.mean())
+    return bool(spread <= 1e-13 * abs(numbers.mean()))

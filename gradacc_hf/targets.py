@@ -1,0 +1,262 @@
+"""What a model is taught to say of an input: one of some classes, any number of labels, or a number.
+
+A `Target` knows its column of labels: what is wrong with a row's label, what the model's config and loss are,
+how good predictions are, and which answer is the best that looks at no input. Shared by the recipes that
+label texts and images.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Value
+
+from gradacc_hf.errors import listed, refuse
+from gradacc_hf.labels import encode_labels, file_rows, is_list, require_column, with_label
+
+KEY = "data.label_column"
+
+
+class Target:
+    """The labels of a task. `encode` replaces their column by `label`, as numbers, and finds their names."""
+
+    def __init__(self, train: Dataset, validation: Dataset, column: str):
+        """Raises BadInput where a data set has no such column."""
+        for split in (train, validation):
+            require_column(split, column, KEY)
+        self.column, self.feature = column, train.features[column]
+        self.names: list[str] = []
+
+    def problem(self, row: Mapping[str, Any]) -> str | None:
+        """For `check_rows`: what is wrong with a row's label."""
+        label = row[self.column]
+        if label is None:
+            return f"column {self.column!r} is empty"
+        if isinstance(self.feature, ClassLabel) and label == -1:
+            return f"column {self.column!r} is −1, a label that is withheld"
+        return None
+
+    def encode(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+        """Both with a column `label` of what `loss` compares with, a row each. Raises BadInput."""
+        raise NotImplementedError
+
+    def model_overrides(self) -> dict[str, Any]:
+        """What the model's config says of its outputs."""
+        raise NotImplementedError
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean over rows. logits: (rows, outputs); labels: as `encode` made them."""
+        raise NotImplementedError
+
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """How good these predictions are. Shapes as in `loss`."""
+        raise NotImplementedError
+
+    def constant(self, labels: np.ndarray) -> np.ndarray:
+        """The logits, (outputs,), of the best answer to these labels that looks at no input."""
+        raise NotImplementedError
+
+    def baseline(self, train: Sequence[Any], validation: Sequence[Any]) -> dict[str, float]:
+        """The metrics on validation labels of the answer that is the best to the training labels."""
+        answer = self.constant(np.asarray(train))
+        return self.metrics(np.tile(answer, (len(validation), 1)), np.asarray(validation))
+
+
+class SingleLabel(Target):
+    """One of some classes. Labels are strings, integers, booleans or a ClassLabel."""
+
+    def encode(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+        train, validation, self.names = encode_labels(train, validation, self.column)
+        return train, validation
+
+    def model_overrides(self) -> dict[str, Any]:
+        return {**_names(self.names), "problem_type": "single_label_classification"}
+
+    def loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The mean over rows of the cross-entropy; `weights`, (classes,), weigh rows by their class."""
+        weights = None if weights is None else weights.to(logits)
+        return torch.nn.functional.cross_entropy(logits, labels, weights)
+
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return _scores(("accuracy", "f1", "matthews_correlation"), logits.argmax(-1), labels)
+
+    def constant(self, labels: np.ndarray) -> np.ndarray:
+        majority = Counter(labels.tolist()).most_common(1)[0][0]
+        return np.eye(len(self.names))[majority]
+
+
+class MultiLabel(Target):
+    """Any number of labels. A row has a list of strings, of integers or of a ClassLabel; it may be empty."""
+
+    def __init__(self, train: Dataset, validation: Dataset, column: str):
+        """Raises BadInput where a data set has no such column of lists."""
+        super().__init__(train, validation, column)
+        for split in (train, validation):
+            if not is_list(feature := split.features[column]):
+                found = getattr(feature, "dtype", None) or type(feature).__name__
+                cure = f'write lists (JSONL: {{"{column}": ["a", "b"]}}), or set data.problem to single_label'
+                refuse(KEY, f"column {column!r} holds {found}, not lists of labels", cure)
+
+    def problem(self, row: Mapping[str, Any]) -> str | None:
+        if row[self.column] is not None and None in row[self.column]:
+            return f"column {self.column!r} has an empty label among {len(row[self.column])}"
+        return super().problem(row)
+
+    def encode(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+        of_each = getattr(self.feature, "feature", None)
+        if isinstance(of_each, ClassLabel):
+            self.names, known = list(of_each.names), list(range(of_each.num_classes))
+        else:
+            known = sorted({label for labels in train[self.column] for label in labels})
+            self.names = [str(label) for label in known]
+        if not known:
+            refuse(KEY, "no training row has a label", "at least one row must have one")
+        if not all(isinstance(label, str | int) for label in known):
+            refuse(KEY, f"a label is {known[0]!r}", "labels are all strings, or all integers")
+        ids = {label: i for i, label in enumerate(known)}
+        return self._encode(train, ids, "training"), self._encode(validation, ids, "validation")
+
+    def _encode(self, dataset: Dataset, ids: Mapping[Any, int], split: str) -> Dataset:
+        there = np.zeros((len(dataset), len(ids)), np.float32)
+        for row, labels in enumerate(dataset[self.column]):
+            for label in labels:
+                if label not in ids:
+                    found = f"label {label!r} of {split} row {file_rows(dataset)[row] + 1:,} is in no training row"
+                    refuse(KEY, found, "add such rows to data.train, or take it out of data.validation")
+                there[row, ids[label]] = 1
+        return with_label(dataset, self.column, there)
+
+    def model_overrides(self) -> dict[str, Any]:
+        return {**_names(self.names), "problem_type": "multi_label_classification"}
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean over rows of the binary cross-entropy, which is itself a mean over labels."""
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return _scores(("multi_label",), (logits > 0).astype(int), labels.astype(int))
+
+    def constant(self, labels: np.ndarray) -> np.ndarray:
+        """The set of labels that is the most frequent."""
+        majority = Counter(map(tuple, labels.tolist())).most_common(1)[0][0]
+        return np.asarray(majority) - 0.5
+
+
+class Regression(Target):
+    """A number. Labels are numbers, or strings of them."""
+
+    def __init__(self, train: Dataset, validation: Dataset, column: str):
+        """Raises BadInput where a data set has no such column of numbers."""
+        super().__init__(train, validation, column)
+        for split in (train, validation):
+            feature = split.features[column]
+            if not isinstance(feature, Value) or feature.dtype == "bool":
+                found = getattr(feature, "dtype", None) or type(feature).__name__
+                refuse(
+                    KEY,
+                    f"column {column!r} holds {'classes' if isinstance(feature, ClassLabel) else found}",
+                    "data.problem regression is for numbers; set it to single_label or multi_label",
+                )
+
+    def problem(self, row: Mapping[str, Any]) -> str | None:
+        found = super().problem(row)
+        if found is None and not math.isfinite(_number(row[self.column])):
+            found = f"column {self.column!r}: {row[self.column]!r} is not a number"
+        return found
+
+    def encode(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+        def encode(dataset: Dataset) -> Dataset:
+            numbers = [_number(label) for label in dataset[self.column]]
+            return with_label(dataset, self.column, np.array(numbers, np.float32))
+
+        return encode(train), encode(validation)
+
+    def model_overrides(self) -> dict[str, Any]:
+        return {**_names([self.column]), "problem_type": "regression"}
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean over rows of the squared error."""
+        return torch.nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return _scores(("pearsonr", "spearmanr", "mse"), logits[:, 0], labels)
+
+    def constant(self, labels: np.ndarray) -> np.ndarray:
+        return labels.mean(keepdims=True)
+
+
+TARGETS = {"single_label": SingleLabel, "multi_label": MultiLabel, "regression": Regression}
+"""`data.problem` → what it makes of the labels."""
+
+
+def answers(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
+    """What a saved model says, a dict a row, by the problem in its config. logits: (rows, outputs).
+
+    One class: label, score (its probability) and scores of all; several: labels (those above 0.5) and scores;
+    a number: score.
+    """
+    logits = logits.float().cpu()
+    if config.problem_type == "regression":
+        return [{"score": number} for number in logits[:, 0].tolist()]
+    names = [config.id2label[i] for i in range(logits.shape[1])]
+    several = config.problem_type == "multi_label_classification"
+    found = []
+    for row in (logits.sigmoid() if several else logits.softmax(-1)).tolist():
+        scores = dict(zip(names, row, strict=True))
+        if several:
+            found.append({"labels": [name for name in names if scores[name] > 0.5], "scores": scores})
+        else:
+            best = max(names, key=scores.__getitem__)
+            found.append({"label": best, "score": scores[best], "scores": scores})
+    return found
+
+
+def class_weights(setting: str, names: Sequence[str], labels: Sequence[int]) -> torch.Tensor | None:
+    """One weight a class, in the order of `names`; None where all weigh 1.
+
+    setting: none, balanced (1 / its frequency among `labels`, which are class ids), or "spam=5,ham=1".
+    Raises BadInput.
+    """
+    if setting == "none":
+        return None
+    if setting == "balanced":
+        counts = Counter(labels)
+        mean = counts.total() / len(counts)
+        return torch.tensor([mean / max(1, counts[c]) for c in range(len(names))])
+    pairs = [pair.strip().rpartition("=") for pair in setting.split(",")]
+    weights = {key: float(n) if re.fullmatch(r"\d*\.?\d+", n) else 0.0 for key, _, n in pairs}
+    if sorted(weights) != sorted(names) or not all(weights.values()):
+        refuse(
+            "data.class_weights",
+            f"found {setting!r}",
+            f"allowed: none, balanced, or a number above 0 for each of {listed(names)}, "
+            f"as in {names[0]}=2,{names[1]}=1",
+        )
+    return torch.tensor([weights[name] for name in names])
+
+
+def _names(names: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def _scores(names: Sequence[str], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    from gradacc_hf.metrics import load  # slow to import, so not before it is needed
+
+    scores: dict[str, float] = {}
+    for name in names:
+        scores |= load(name).compute(predictions=predictions, references=references) or {}
+    return scores
+
+
+def _number(label: Any) -> float:
+    """A label as a number; NaN where it is none."""
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return math.nan
