@@ -166,25 +166,30 @@ def is_list(feature: Any) -> bool:
 
 
 def with_label(dataset: Dataset, column: str, labels: np.ndarray) -> Dataset:
-    """Replace the column by `label`: numbers of shape (rows,), or lists of numbers, (rows, numbers).
+    """Replace the column by `label`: numbers of shape (rows,), or lists of numbers, (rows, numbers)."""
+    rest = dataset.remove_columns([name for name in dataset.column_names if name in (column, "label")])
+    return with_column(rest, "label", labels)
+
+
+def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
+    """A new column: numbers or truth values of shape (rows,), or lists of them, (rows, width).
 
     `add_column` would copy a shuffled data set, and lose which row of the file each row is.
     """
-    rest = dataset.remove_columns([name for name in dataset.column_names if name in (column, "label")])
-    whole = np.full((len(dataset.data), *labels.shape[1:]), -1, labels.dtype)
-    whole[file_rows(dataset)] = labels
-    values, feature = pa.array(whole.ravel()), Value(str(labels.dtype))
-    if labels.ndim == 2:
-        width = labels.shape[1]
-        values, feature = pa.FixedSizeListArray.from_arrays(values, width), List(feature, length=width)
-    info = rest.info.copy()
-    info.features = Features({**rest.features, "label": feature})
+    whole = np.zeros((len(dataset.data), *values.shape[1:]), values.dtype)
+    whole[file_rows(dataset)] = values
+    column, feature = pa.array(whole.ravel()), Value(str(values.dtype))
+    if values.ndim == 2:
+        width = values.shape[1]
+        column, feature = pa.FixedSizeListArray.from_arrays(column, width), List(feature, length=width)
+    info = dataset.info.copy()
+    info.features = Features({**dataset.features, name: feature})
     return Dataset(
-        concat_tables([rest.data, InMemoryTable.from_arrays([values], names=["label"])], axis=1),
+        concat_tables([dataset.data, InMemoryTable.from_arrays([column], names=[name])], axis=1),
         info=info,
-        split=rest.split,
-        indices_table=rest._indices,
-        fingerprint=Hasher.hash((rest._fingerprint, whole.tobytes())),
+        split=dataset.split,
+        indices_table=dataset._indices,
+        fingerprint=Hasher.hash((dataset._fingerprint, name, whole.tobytes())),
     )
 
 

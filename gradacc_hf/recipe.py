@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from gradacc_hf.config import Config, DataConfig
 from gradacc_hf.data import load_data
-from gradacc_hf.embedded import resolve_model
+from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.items import CountItems, model_loss
 from gradacc_hf.loop import evaluate, logits_and_labels
@@ -36,6 +36,7 @@ class Recipe:
     num_items: str | CountItems = "labels"
     pad_to: PadTo = "micro_batch"  # "window" where padding reaches the loss
     transform: Transform | None = None  # what is random about an example: masking, cropping, augmentation
+    token: str | None = None  # what one is, where the inputs are no texts: "a patch of 16 × 16 pixels"
     validation_source: str = "validation"
 
     def __init__(self, config: Config):
@@ -170,7 +171,14 @@ class Recipe:
         """Raise BadInput where the weights do not fit the config; reads their names and sizes only."""
         self._load_model(device_map="meta")
 
+    @property
+    def from_scratch(self) -> bool:
+        """Does training start from random weights, as there are no others?"""
+        return self.config.model.name in FROM_SCRATCH
+
     def _load_model(self, **options: Any) -> Any:
+        if self.from_scratch:
+            return self.model_class.from_config(self.model_config(), dtype=torch.float32)
         options |= {"config": self.model_config(), "dtype": torch.float32, "ignore_mismatched_sizes": True}
         with self._loading("weights"):
             model, info = self.model_class.from_pretrained(

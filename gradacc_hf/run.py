@@ -95,6 +95,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         command=_command(argv, accelerator.num_processes),
         skipped_rows={"count": len(recipe.skipped_rows), "first": recipe.skipped_rows[:10]},
         samples=recipe.samples,
+        token=recipe.token,
     )
     accelerator.end_training()
     accelerator.print(
@@ -238,8 +239,10 @@ def print_plan(
         (
             "model",
             f"{config.model.name}, {parameters:,} parameters"
-            + (f", {still:,} of them frozen" if still else ""),
+            + (f", {still:,} of them frozen" if still else "")
+            + (", from scratch" if recipe.from_scratch else ""),
         ),
+        *([("token", recipe.token)] if recipe.token else []),
         ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
         ("validation", recipe.validation_source.removeprefix("validation: ")),
         *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),

