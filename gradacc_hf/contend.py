@@ -134,6 +134,10 @@ class Run:
             return max(map(max, window))
         return self.pad_to
 
+    def lengths(self, examples: Sequence[Any]) -> list[int]:
+        """The tokens of each example, as the recipe counts them."""
+        return measure_lengths(examples, self.recipe.lengths(examples)).tolist()
+
     def by_window(self) -> list[list[list[Any]]]:
         """The examples of each micro-batch, by window."""
         windows, size = [], self.recipe.config.batch.effective
@@ -172,7 +176,7 @@ def timed(run: Run, name: str, folder: Path) -> None:
     _, validation = run.loaders()
     prepared = run.accelerator.prepare(model) if name not in ("ours", "at_once") else model
     metrics = recipe.validate(prepared, validation, run.accelerator)
-    lengths = [[_lengths(micro_batch) for micro_batch in window] for window in run.by_window()]
+    lengths = [[run.lengths(micro_batch) for micro_batch in window] for window in run.by_window()]
     if len(ends) == len(lengths):
         seconds = [ran.seconds - (ends[-1] - ends[0]), *np.diff(ends).tolist()]
     else:  # the fp16 scaler has skipped steps, which nobody sees here
@@ -258,10 +262,6 @@ def errors(run: Run, name: str, folder: Path) -> None:
 
 def _write_history(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_whole(folder / "history.jsonl", "".join(json.dumps(finite(row)) + "\n" for row in rows))
-
-
-def _lengths(examples: Sequence[Any]) -> list[int]:
-    return measure_lengths(examples, None).tolist()
 
 
 def _reset_peak_memory(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Their data: a file, a folder or a Hub name → train and validation as `datasets.Dataset`.
+"""Their data: a file, a folder (also of images) or a Hub name → train and validation as `datasets.Dataset`.
 
 `datasets` reads; what is added is a validation set where there is none, labels as class ids, and one line for
 whoever gave a file that cannot be read (BadInput). Texts are tokenised by the recipe.
@@ -20,6 +20,7 @@ import huggingface_hub.constants
 import numpy as np
 import pyarrow.compute
 from datasets import Dataset
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import CastError
 
 from gradacc_hf import embedded
@@ -29,6 +30,7 @@ from gradacc_hf.labels import file_rows
 pc: Any = pyarrow.compute  # its functions are made at import: type checkers do not see them
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first that there is
+IMAGES = set(ImageFolder.EXTENSIONS)
 _CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts, not nulls
 
 _NO_ROWS = ("corresponds to no data", "No columns to parse", "BatchSize must be")  # so says each builder
@@ -53,8 +55,8 @@ def load_data(
     config_name: str | None = None,
     label_column: str | None = None,
 ) -> Splits:
-    """Read `data.train` and `data.validation`: a CSV, JSON, JSONL or Parquet file, a folder of such files,
-    a Hub name or `embedded:NAME`; `validation` may also name a split of `train`.
+    """Read `data.train` and `data.validation`: a CSV, JSON, JSONL or Parquet file, a folder of such files or
+    of images, a Hub name or `embedded:NAME`; `validation` may also name a split of `train`.
 
     Without `validation`: the first of VALIDATION_SPLITS that `train` has, else `validation_fraction` of the
     rows (at least 1), drawn by `seed` alone; the first row of every label in `label_column` is not drawn.
@@ -91,8 +93,9 @@ def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | Non
     number, kept = max(1, round(len(rows) * fraction)), np.zeros(len(rows), bool)
     if label_column in rows.column_names:
         first: dict[str, int] = {}
-        for row, label in enumerate(rows[label_column]):
-            first.setdefault(str(label), row)
+        for row, labels in enumerate(rows[label_column]):
+            for label in labels if isinstance(labels, list) else [labels]:
+                first.setdefault(str(label), row)
         kept[list(first.values())] = True
     shuffled = rows.shuffle(seed=seed, keep_in_memory=True)
     drawn = np.flatnonzero(~kept[file_rows(shuffled)])[:number]
@@ -113,8 +116,10 @@ def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
     path, kinds = Path(given).expanduser(), listed(BUILDERS)
     if path.is_dir() and given:
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in BUILDERS and p.is_file())
+        if not files and any(p.suffix.lower() in IMAGES for p in path.rglob("*")):
+            return _read_images(key, path)
         if not files:
-            refuse(key, f"no data file in {given!r}", f"allowed: {kinds}")
+            refuse(key, f"no data file in {given!r}", f"allowed: {kinds}, or images, a folder for each label")
         options = _CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
         where = [str(path)] + ([config_name] if config_name else [])
         return _read_files(key, files, *where, **options)
@@ -174,6 +179,16 @@ def _read_files(key: str, files: list[Path], *where: str, **options: Any) -> dic
     if options and any("__index_level_0__" in split.column_names for split in splits.values()):
         refuse(key, f"{files[0]}: rows have more fields than the header", "give every column a name")
     return splits
+
+
+def _read_images(key: str, folder: Path) -> dict[str, Dataset]:
+    """`image` and, named by the folder that it is in, `label`; folders around these may name splits."""
+    try:
+        with _quiet():
+            return _by_name(datasets.load_dataset("imagefolder", data_dir=glob.escape(str(folder))))
+    except Exception as error:
+        cure = "put the images of each label in a folder of its own"
+        refuse(key, f"the images in {str(folder)!r} cannot be read: {_cause(error)}", cure)
 
 
 def _by_name(loaded: Any) -> dict[str, Dataset]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Image, Value
 from PIL import Image as pillow
+from PIL import UnidentifiedImageError
 from transformers.image_utils import load_image
 
 from gradacc_hf.errors import one_line, refuse
@@ -21,7 +22,7 @@ Picture = pillow.Image
 
 
 def undecoded(dataset: Dataset, column: str, key: str = "data.image_column") -> Dataset:
-    """The data set with images as bytes or paths. Raises BadInput unless it has this column of images or paths."""
+    """The data set with images as bytes or paths. Raises BadInput where the column holds neither."""
     require_column(dataset, column, key)
     feature = dataset.features[column]
     is_path = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
@@ -37,7 +38,7 @@ def read_image(image: Mapping[str, Any]) -> Picture:
 
 
 def image_problem(column: str) -> Callable[[Mapping[str, Any]], str | None]:
-    """For `check_rows`: why a row's image cannot be read. All of it is read, a JPEG at an eighth of its size."""
+    """For `check_rows`: why a row's image cannot be read. All of it is read, a JPEG at 1/8 of its size."""
 
     def problem(row: Mapping[str, Any]) -> str | None:
         image = row[column]
@@ -48,7 +49,8 @@ def image_problem(column: str) -> Callable[[Mapping[str, Any]], str | None]:
             picture.draft(picture.mode, (1, 1))
             picture.load()
         except Exception as error:  # whatever Pillow's readers of damaged files raise
-            why = getattr(error, "strerror", None) or one_line(error).partition(" <_io")[0]
+            unknown = isinstance(error, UnidentifiedImageError)
+            why = "it is no image" if unknown else getattr(error, "strerror", None) or one_line(error)
             name = image["path"] or f"of {len(image['bytes']):,} bytes"
             return f"image {name} cannot be read: {why}"
         return None
@@ -70,7 +72,7 @@ def random_cut(image: Picture, smallest: float, random: np.random.Generator) -> 
 
 
 def images_of(inputs: Sequence[Any], column: str) -> list[Picture]:
-    """The images of paths, or of rows with a path in this column. Raises BadInput for one that cannot be read."""
+    """The images of paths, or of rows with a path in this column. Raises BadInput for unreadable ones."""
     problem, images = image_problem("image"), []
     for number, given in enumerate(inputs, start=1):
         path = given.get(column) if isinstance(given, Mapping) else given

@@ -58,7 +58,7 @@ def text_problem(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str | 
 def token_problem(
     tokenizer: Any, max_length: int, is_pair: bool = False
 ) -> Callable[[Mapping[str, Any]], str | None]:
-    """For `check_rows`: what is wrong with an example of which truncation, or the tokenizer, leaves no text."""
+    """For `check_rows`: what is wrong with an example whose text truncation, or the tokenizer, empties."""
     special = tokenizer.num_special_tokens_to_add(pair=is_pair)
 
     def problem(example: Mapping[str, Any]) -> str | None:
@@ -150,9 +150,8 @@ def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:
     ):
         found = f"column {column!r} holds {getattr(feature, 'dtype', None) or type(feature).__name__}"
         several = "; several for a text: recipes/text_classification.py with data.problem multi_label"
-        refuse(
-            key, found, "labels are all strings, or all integers, or all booleans" + several * is_list(feature)
-        )
+        cure = "labels are all strings, or all integers, or all booleans"
+        refuse(key, found, cure + several * is_list(feature))
     return values.cast(pa.large_string())
 
 
@@ -194,7 +193,7 @@ def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
 
 
 def select_rows(dataset: Dataset, rows: Sequence[int]) -> Dataset:
-    """These rows, which still know their numbers in the file: `select` forgets them where it takes a slice."""
+    """These rows, which keep their numbers in the file: `select` forgets them where it takes a slice."""
     numbers = pa.array(file_rows(dataset)[np.asarray(rows, np.int64)], pa.uint64())
     return Dataset(
         dataset.data,

@@ -36,7 +36,7 @@ class Recipe:
     num_items: str | CountItems = "labels"
     pad_to: PadTo = "micro_batch"  # "window" where padding reaches the loss
     transform: Transform | None = None  # what is random about an example: masking, cropping, augmentation
-    token: str | None = None  # what one is, where the inputs are no texts: "a patch of 16 × 16 pixels"
+    tokens_are: str | None = None  # where the inputs are no texts: "patches of 16 × 16 pixels"
     validation_source: str = "validation"
 
     def __init__(self, config: Config):
@@ -84,7 +84,7 @@ class Recipe:
             kept.append(dataset)
         return kept[0], kept[1]
 
-    def lengths(self, dataset: Dataset) -> Lengths:
+    def lengths(self, dataset: Dataset | Sequence[Any]) -> Lengths:
         """Tokens of each example, as `WindowLoader` takes them; by default those of `input_ids`."""
         return None
 

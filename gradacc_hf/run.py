@@ -95,7 +95,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         command=_command(argv, accelerator.num_processes),
         skipped_rows={"count": len(recipe.skipped_rows), "first": recipe.skipped_rows[:10]},
         samples=recipe.samples,
-        token=recipe.token,
+        tokens_are=recipe.tokens_are,
     )
     accelerator.end_training()
     accelerator.print(
@@ -242,7 +242,7 @@ def print_plan(
             + (f", {still:,} of them frozen" if still else "")
             + (", from scratch" if recipe.from_scratch else ""),
         ),
-        *([("token", recipe.token)] if recipe.token else []),
+        *([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
         ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
         ("validation", recipe.validation_source.removeprefix("validation: ")),
         *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),

@@ -111,7 +111,7 @@ class MultiLabel(Target):
     def encode(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
         of_each = getattr(self.feature, "feature", None)
         if isinstance(of_each, ClassLabel):
-            self.names, known = list(of_each.names), list(range(of_each.num_classes))
+            self.names, known = list(of_each.names), list(range(len(of_each.names)))
         else:
             known = sorted({label for labels in train[self.column] for label in labels})
             self.names = [str(label) for label in known]
@@ -127,8 +127,12 @@ class MultiLabel(Target):
         for row, labels in enumerate(dataset[self.column]):
             for label in labels:
                 if label not in ids:
-                    found = f"label {label!r} of {split} row {file_rows(dataset)[row] + 1:,} is in no training row"
-                    refuse(KEY, found, "add such rows to data.train, or take it out of data.validation")
+                    number = f"{split} row {file_rows(dataset)[row] + 1:,}"
+                    refuse(
+                        KEY,
+                        f"label {label!r} of {number} is in no training row",
+                        "add such rows to data.train, or take it out of data.validation",
+                    )
                 there[row, ids[label]] = 1
         return with_label(dataset, self.column, there)
 

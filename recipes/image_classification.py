@@ -1,6 +1,6 @@
 """Label an image: which of a few classes does it show?
 
-    ./launch.sh recipes/image_classification.py --config configs/image_classification_offline.yaml --budget auto
+    ./launch.sh recipes/image_classification.py --config configs/image_classification_offline.yaml
 
 Your own images, in a folder for each class: `--data.train FOLDER`; or a file with a column of their paths.
 """
@@ -52,7 +52,7 @@ class ImageClassification(Recipe):
         return self.examples(train, augment=True), self.examples(validation, augment=False)
 
     def examples(self, rows, augment):
-        """Images stay in their files, or as the bytes of these, until a window needs them: see `transform`."""
+        """Images stay in their files, or as the bytes of these, until `transform` reads them."""
         rows = rows.select_columns([self.data.image_column, "label"])
         rows = rows.rename_columns({self.data.image_column: "image", "label": "labels"})
         return with_column(rows, "augment", np.full(len(rows), augment))
@@ -86,10 +86,10 @@ class ImageClassification(Recipe):
         return height // side * (width // side), side
 
     @property
-    def token(self):
+    def tokens_are(self):
         """What `budget.max_tokens` counts here."""
         number, side = self.patches
-        return f"a patch of {side} × {side} pixels, {number} an image"
+        return f"patches of {side} × {side} pixels, {number} an image"
 
     def lengths(self, dataset):
         return [self.patches[0]] * len(dataset)

@@ -20,6 +20,12 @@ def test_ls_lists_every_recipe_with_its_configs():
     assert lines["text_classification"].split() == [
         "configs/text_classification.yaml",
         "configs/text_classification_offline.yaml",
+        "configs/text_multi_label.yaml",
+        "configs/text_regression.yaml",
+    ]
+    assert lines["image_classification"].split() == [
+        "configs/image_classification.yaml",
+        "configs/image_classification_offline.yaml",
     ]
     assert "minimal" in lines
 
@@ -59,5 +65,5 @@ def test_cp_overwrites_nothing(tmp_path):
 def test_an_unknown_recipe_is_one_line(tmp_path, name):
     done = gradacc("cp", name, str(tmp_path))
     assert done.returncode == 2
-    known = "compare_trainer, minimal, text_classification, and lessons/NAME"
+    known = "compare_trainer, image_classification, minimal, text_classification, and lessons/NAME"
     assert done.stderr == f"error: no recipe '{name}'; there are: {known}\n"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 
 from gradacc_hf import embedded
 from gradacc_hf.errors import BadInput
@@ -81,7 +82,8 @@ def test_an_absent_embedded_model_names_the_package_that_brings_it(monkeypatch):
 
 
 def test_an_unknown_embedded_model_names_the_one_there_is():
-    assert "use embedded:minilm" in refusal(embedded.resolve_model, "embedded:minilm6")
+    found = refusal(embedded.resolve_model, "embedded:minilm6")
+    assert "use embedded:minilm or embedded:tiny_vit" in found
 
 
 def test_a_saved_models_folder_is_given_back(model):
@@ -220,3 +222,22 @@ def test_the_docstring_task_has_twelve_modules_and_never_moves(tmp_path_factory,
     fewer, fewer_validation = embedded.docstring_modules(2)
     assert set(fewer["text"]) < set(train["text"])
     assert set(fewer_validation["text"]) < set(validation["text"])
+
+
+def test_the_digits_are_scikit_learns_and_never_move():
+    train, validation = embedded.load("digits")
+    assert len(train) + len(validation) == 1797
+    assert 0.1 < len(validation) / 1797 < 0.2
+    assert train.features["label"].names == [str(digit) for digit in range(10)]
+    assert len(set(validation["label"])) == 10
+    known = {image.tobytes() for image in (load_digits()["images"] * 255 / 16).round().astype("uint8")}
+    seen = {
+        split: {row["image"].tobytes() for row in part} for split, part in (("t", train), ("v", validation))
+    }
+    assert seen["t"] | seen["v"] == known
+    assert not seen["t"] & seen["v"]
+
+
+def test_a_model_from_scratch_has_a_config_and_no_weights():
+    folder = Path(embedded.resolve_model("embedded:tiny_vit"))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "preprocessor_config.json"]

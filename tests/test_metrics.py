@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import evaluate
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from sklearn.metrics import f1_score, matthews_corrcoef
 
@@ -88,3 +89,55 @@ def test_many_compute_at_once():
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(score, range(10))) == [number / 10 for number in range(10)]
+
+
+def test_several_labels_a_row_are_scored_together_and_by_label():
+    predictions = [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]]
+    references = [[1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 0]]
+    found = metrics.load("multi_label").compute(predictions=predictions, references=references)
+    both = {"y_true": np.array(references)[:, :2], "y_pred": np.array(predictions)[:, :2]}
+    assert found == {
+        "exact_match": 0.5,
+        "f1_micro": pytest.approx(f1_score(**both, average="micro")),
+        "f1_macro": pytest.approx(f1_score(**both, average="macro")),  # of the third label, nothing is known
+    }
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_label_at_all_is_scored_without_a_warning():
+    found = metrics.load("multi_label").compute(predictions=[[0, 0]], references=[[0, 0]])
+    assert found == {"exact_match": 1.0, "f1_micro": 0.0, "f1_macro": 0.0}
+
+
+def test_numbers_are_scored_as_scipy_does():
+    rng = np.random.default_rng(0)
+    references = rng.normal(size=50)
+    predictions = np.exp(references) + rng.normal(size=50)
+    for name, function in (("pearsonr", scipy.stats.pearsonr), ("spearmanr", scipy.stats.spearmanr)):
+        found = metrics.load(name).compute(predictions=predictions, references=references)
+        assert found == {name: pytest.approx(function(predictions, references).statistic)}
+    found = metrics.load("mse").compute(predictions=predictions, references=references)
+    assert found == {"mse": pytest.approx(((predictions - references) ** 2).mean())}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("constant", [0.0, 2.1, 1e6 + 0.1])
+@pytest.mark.parametrize("name", ["pearsonr", "spearmanr"])
+def test_predictions_that_are_all_alike_correlate_with_nothing(name, constant):
+    varied, same = [0.1, 0.5, 0.3], [constant] * 3
+    assert metrics.load(name).compute(predictions=same, references=varied) == {name: 0.0}
+    assert metrics.load(name).compute(predictions=varied, references=same) == {name: 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "predictions", "cure"),
+    [
+        ("multi_label", [0.2, 0.9], "compare the logits with 0 first"),
+        ("multi_label", [[0.2, 0.9]], "compare the logits with 0 first"),
+        ("pearsonr", [[0.2], [0.9]], "the only column of the logits"),
+        ("mse", ["a"], "the only column of the logits"),
+    ],
+)
+def test_what_is_not_of_a_metric_s_shape_is_refused(name, predictions, cure):
+    with pytest.raises(BadInput, match=cure):
+        metrics.load(name).compute(predictions=predictions, references=predictions)

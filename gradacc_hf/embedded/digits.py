@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: 1,797 grey images of 8 × 8 pixels, of the UCI repository."""
+"""Handwritten digits that come with scikit-learn: 1,797 grey images of 8 × 8 pixels (UCI, CC BY 4.0)."""
 
 import hashlib
 import io

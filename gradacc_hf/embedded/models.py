@@ -22,7 +22,7 @@ from gradacc_hf.errors import BadInput
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FROM_SCRATCH = {"embedded:tiny_vit": Path(__file__).parent / "tiny_vit"}
-"""Names of models that have a config and no weights: training starts from random ones, drawn by train.seed."""
+"""Models with a config and without weights: training starts from random ones, drawn by train.seed."""
 
 
 def minilm_path() -> Path:

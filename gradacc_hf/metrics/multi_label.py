@@ -18,8 +18,8 @@ Args:
 
 
 class MultiLabel(InMemoryMetric):
-    """`f1_micro` over all labels of all rows, `f1_macro`, the mean of the F1 of each label, and `exact_match`, the
-    share of rows all of whose labels are right; 0 to 1.
+    """`exact_match`, the share of rows all of whose labels are right; `f1_micro`, of all labels of all rows
+    together; `f1_macro`, the mean of the F1 of each label; 0 to 1.
 
     A label that is neither predicted nor there has no F1 and takes no part in the mean.
     """

@@ -35,8 +35,8 @@ class _RegressionMetric(InMemoryMetric):
             array = np.asarray(values)
             if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iuf":
                 raise BadInput(
-                    f"{name}: found {array.dtype} of shape {array.shape}; allowed are numbers of shape (rows,), "
-                    "at least one: take the only column of the logits first"
+                    f"{name}: found {array.dtype} of shape {array.shape}; allowed are numbers of shape "
+                    "(rows,), at least one: take the only column of the logits first"
                 )
         super().add_batch(predictions=predictions, references=references, **more)
 
@@ -50,16 +50,18 @@ class Pearson(_RegressionMetric):
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         if _constant(predictions) or _constant(references):
             return {"pearsonr": 0.0}
-        return {"pearsonr": float(scipy.stats.pearsonr(predictions, references)[0])}
+        found: Any = scipy.stats.pearsonr(predictions, references)
+        return {"pearsonr": float(found.statistic)}
 
 
 class Spearman(_RegressionMetric):
-    """The correlation of the ranks of predicted and true numbers, −1 to 1; 0 where all of either are the same."""
+    """The correlation of the ranks of predicted and true numbers, −1 to 1; 0 where all of either are one."""
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         if _constant(predictions) or _constant(references):
             return {"spearmanr": 0.0}
-        return {"spearmanr": float(scipy.stats.spearmanr(predictions, references)[0])}
+        found: Any = scipy.stats.spearmanr(predictions, references)
+        return {"spearmanr": float(found.statistic)}
 
 
 class MeanSquaredError(_RegressionMetric):

@@ -111,7 +111,7 @@ def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
             "precision",
             _all(lambda run: run.summary.get("precision")),
         ),
-        ("token", _all(lambda run: run.summary.get("token"))),
+        ("tokens are", _all(lambda run: run.summary.get("tokens_are"))),
         ("tokens", _of_runs(lambda run: run.total("tokens"))),
         ("tokens with padding", _of_runs(lambda run: run.total("padded_tokens"))),
         ("padding", _of_runs(lambda run: run.padding, words.percent)),

@@ -1,0 +1,91 @@
+"""configs/*.yaml: every one that the kit carries, of whatever recipe."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gradacc_hf.command_line import recipe_file
+from gradacc_hf.config import kit
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import load_recipe, run
+
+CONFIGS = sorted((kit() / "configs").glob("*.yaml"))
+OFFLINE = [path for path in CONFIGS if path.stem.endswith("_offline")]
+each = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+COMMAND = r"#   \./launch\.sh (recipes/\w+\.py) --config (configs/\w+\.yaml)( --budget (\w+))?"
+
+
+def test_there_are_configs_to_look_at():
+    assert len(CONFIGS) > len(OFFLINE) > 0
+
+
+@each
+def test_a_config_fits_its_recipe(path):
+    """Every key is one of the recipe's, every value possible, and all that a run needs is there."""
+    recipe = load_recipe(["--config", str(path)])
+    assert isinstance(recipe, Recipe)
+    assert type(recipe.data) is type(recipe).Data
+    assert recipe.config.data.train
+    assert recipe.config.model.name
+    assert recipe.model_class is not None
+
+
+@each
+def test_a_config_names_a_recipe_of_the_kit_as_gradacc_cp_copies_it(path):
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))["recipe"]
+    assert re.fullmatch(r"\.\./recipes/\w+\.py", recipe)
+    assert Path(recipe_file(["--config", str(path)])) == (path.parent / recipe).resolve()
+
+
+@each
+def test_a_config_s_first_lines_say_what_it_trains_and_the_command_that_runs_it(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = [line for line in lines if line.startswith("#")]
+    assert lines[: len(comment)] == comment
+    assert comment[0].startswith("# ")
+    [command] = [found for line in comment if (found := re.match(COMMAND, line))]
+    recipe, config, _, budget = command.groups()
+    assert kit() / recipe == Path(recipe_file(["--config", str(path)]))
+    assert kit() / config == path
+    assert budget is None or (kit() / f"configs/budgets/{budget}.yaml").exists()
+
+
+@each
+def test_a_config_s_best_metric_is_not_ranked_the_wrong_way_round(path):
+    train = load_recipe(["--config", str(path)]).config.train
+    is_error = train.best_metric in ("loss", "mse", "perplexity")
+    assert (train.best_direction == "min") == is_error
+
+
+@pytest.mark.parametrize("path", OFFLINE, ids=lambda path: path.stem)
+def test_an_offline_config_would_run_without_the_hub(path, tmp_path, monkeypatch, capfd):
+    """`conftest.py` keeps the Hub out of reach."""
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(["--config", str(path)])
+    for name in (recipe.config.model.name, recipe.config.data.train):
+        assert name.startswith("embedded:")
+    run(type(recipe), ["--config", str(path), "--check"])
+    assert "check: this would run" in capfd.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["max_lenght: 9", "train: []", "validation_fraction: 2"])
+def test_a_config_that_does_not_fit_would_be_noticed(path_of, change):
+    with pytest.raises(ValueError, match=change.partition(":")[0]):
+        load_recipe(["--config", path_of(change)])
+
+
+@pytest.fixture
+def path_of(tmp_path):
+    def path_of(change):
+        key = change.partition(":")[0]
+        kept = [
+            line for line in OFFLINE[0].read_text().splitlines() if not line.strip().startswith(f"{key}:")
+        ]
+        text = "\n".join(kept).replace("data:\n", f"data:\n  {change}\n")
+        (tmp_path / "changed.yaml").write_text(text)
+        return str(tmp_path / "changed.yaml")
+
+    return path_of
