@@ -145,8 +145,8 @@ def _random(probe: _Probe) -> Reason | None:
         if isinstance(value, torch.Tensor) and not all(torch.equal(value, batch[name]) for batch in batches):
             return Reason(
                 f"collate_fn gives another {name} each time it is given the same example",
-                "it masks or crops at random: do that in transform= of the WindowLoader, which draws from the "
-                "example's index, the same for any split",
+                "it masks or crops at random: do that in transform= of the WindowLoader, which draws from "
+                "the example's index, the same for any split",
             )
     losses = [probe.loss(first) for _ in range(5)]
     if all(probe.same(losses[0], loss) or math.isnan(loss) for loss in losses):
