@@ -4,6 +4,7 @@ Rows are counted from 1 as in the user's file, also after a shuffle. Reading fil
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -42,6 +43,20 @@ def check_texts(dataset: Dataset, column: str, key: str = "data.text_column") ->
         if not isinstance(value, str):
             found = f"column {column!r}, {_row(dataset, row)}: {type(value).__name__}, not text"
             refuse(key, found, "write every value as one string")
+
+
+def texts_of(inputs: Sequence[Any], column: str, key: str = "data.text_column") -> list[str]:
+    """The texts of what a model is asked: each input itself or, of a row, its `column`. Raises BadInput."""
+    texts = []
+    for one in inputs:
+        if isinstance(one, Mapping) and column not in one:
+            cure = f"the run read its texts from there ({key}): rename it"
+            refuse("input", f"no column {column!r}; found {listed(one)}", cure)
+        text = one[column] if isinstance(one, Mapping) else one
+        if not isinstance(text, str):
+            refuse("input", f"column {column!r} holds {json.dumps(text)}, not text", "write it as a string")
+        texts.append(text)
+    return texts
 
 
 def encode_labels(

@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "metrics"
 
 
-@pytest.mark.parametrize("name", metrics.METRICS)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_a_metric_gives_scikit_learns_figure_and_writes_nothing(name, cache):
     metric = metrics.load(name)
     assert isinstance(metric, evaluate.Metric)
@@ -37,7 +37,7 @@ def test_a_metric_gives_scikit_learns_figure_and_writes_nothing(name, cache):
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("name", metrics.METRICS)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_batches_added_one_by_one_give_the_same_figure(name):
     metric = metrics.load(name)
     metric.add_batch(predictions=PREDICTIONS[:3], references=REFERENCES[:3])
@@ -47,7 +47,7 @@ def test_batches_added_one_by_one_give_the_same_figure(name):
 
 
 def test_evaluate_combines_them():
-    combined = evaluate.combine([metrics.load(name) for name in metrics.METRICS])
+    combined = evaluate.combine([metrics.load(name) for name in EXPECTED])
     assert combined.compute(predictions=PREDICTIONS, references=REFERENCES) == pytest.approx(EXPECTED)
 
 
@@ -76,8 +76,25 @@ def test_what_is_not_one_class_id_a_row_is_refused(predictions):
 def test_an_unknown_metric_names_the_closest():
     with pytest.raises(BadInput, match="did you mean 'accuracy'"):
         metrics.load("accuracy1")
-    with pytest.raises(BadInput, match=r"allowed: accuracy, f1, matthews_correlation$"):
+    with pytest.raises(BadInput, match=r"allowed: accuracy, f1, matthews_correlation"):
         metrics.load("bleu")
+
+
+def test_entities_are_right_where_type_and_both_ends_are():
+    true = [["B-PER", "I-PER", "O", "B-ORG"], ["O", "B-PER"]]
+    predicted = [["B-PER", "O", "O", "B-ORG"], ["B-ORG", "B-PER"]]  # one too short, two right, one too many
+    found = metrics.load("seqeval").compute(predictions=predicted, references=true)
+    assert found == pytest.approx({"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7})
+    nothing = metrics.load("seqeval").compute(predictions=[["O", "O"]], references=[["O", "O"]])
+    assert nothing == {"precision": 0, "recall": 0, "f1": 0}
+
+
+@pytest.mark.parametrize(
+    ("predicted", "line"), [(["O"], "sequence 0: found 1 tags; allowed: 2"), (["O", "NOUN"], "found 'NOUN'")]
+)
+def test_what_is_no_sequence_of_tags_is_refused(predicted, line):
+    with pytest.raises(BadInput, match=line):
+        metrics.load("seqeval").compute(predictions=[predicted], references=[["O", "B-PER"]])
 
 
 def test_many_compute_at_once():

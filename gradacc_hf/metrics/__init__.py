@@ -8,14 +8,16 @@ import evaluate
 from gradacc_hf.errors import BadInput
 
 from .classification import F1, Accuracy, MatthewsCorrelation
+from .sequence_labelling import Seqeval
 
 METRICS: dict[str, type[evaluate.Metric]] = {
     "accuracy": Accuracy,
     "f1": F1,
     "matthews_correlation": MatthewsCorrelation,
+    "seqeval": Seqeval,
 }
 
-__all__ = ["F1", "METRICS", "Accuracy", "MatthewsCorrelation", "load"]
+__all__ = ["F1", "METRICS", "Accuracy", "MatthewsCorrelation", "Seqeval", "load"]
 
 
 def load(name: str, **settings: Any) -> evaluate.Metric:

@@ -1,0 +1,21 @@
+"""The base of this package's metrics: `evaluate.Metric`s that write nothing.
+
+Predictions are kept in memory, so that any number of processes may compute at once.
+"""
+
+import os
+from typing import Any
+
+import evaluate
+
+
+class InMemoryMetric(evaluate.Metric):
+    """An `evaluate.Metric` (compute, add, add_batch, combine) that keeps its predictions in memory."""
+
+    def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **settings: Any):
+        super().__init__(config_name, keep_in_memory=keep_in_memory, **settings)
+
+    def _build_data_dir(self) -> str:
+        if self.keep_in_memory:  # evaluate would make this folder, and then not use it
+            return os.path.join(self._data_dir_root, self.name, self.config_name)
+        return super()._build_data_dir()
