@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
@@ -33,6 +34,7 @@ class Recipe:
 
     Data: ClassVar[type[DataConfig]] = DataConfig
     model_class: ClassVar[Any]
+    tokenizer_settings: ClassVar[Mapping[str, Any]] = {}  # what the task asks of it when it is loaded
     num_items: str | CountItems = "labels"
     pad_to: PadTo = "micro_batch"  # "window" where padding reaches the loss
     transform: Transform | None = None  # what is random about an example: masking, cropping, augmentation
@@ -127,10 +129,12 @@ class Recipe:
 
     def collate(self, examples: Sequence[Mapping[str, Any]], pad_to: int | None = None) -> dict[str, Any]:
         """Examples → a batch, padded to the longest or to `pad_to` tokens."""
-        padding = "longest" if pad_to is None else "max_length"
-        return dict(
-            self.tokenizer.pad(list(examples), padding=padding, max_length=pad_to, return_tensors="pt")
-        )
+        settings = {"padding": "longest" if pad_to is None else "max_length", "max_length": pad_to}
+        if isinstance(examples[0].get("labels"), Sequence | np.ndarray):  # a label a token: padded with −100
+            return dict(
+                transformers.DataCollatorForTokenClassification(self.tokenizer, **settings)(list(examples))
+            )
+        return dict(self.tokenizer.pad(list(examples), return_tensors="pt", **settings))
 
     @cached_property
     def model_path(self) -> str:
@@ -141,7 +145,8 @@ class Recipe:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         with self._loading("tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, **self._source())
+            settings = {**self._source(), **self.tokenizer_settings}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, **settings)
         if tokenizer.vocab_size <= len(
             tokenizer.all_special_tokens
         ):  # what transformers makes up where there is none

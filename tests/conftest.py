@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # files run side by side, and thr
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from recipe_runs import refused, start, tiny_bert  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -81,6 +81,23 @@ def test_an_unknown_metric_names_the_closest():
         metrics.load("bleu")
 
 
+def test_entities_are_right_where_type_and_both_ends_are():
+    true = [["B-PER", "I-PER", "O", "B-ORG"], ["O", "B-PER"]]
+    predicted = [["B-PER", "O", "O", "B-ORG"], ["B-ORG", "B-PER"]]  # one too short, two right, one too many
+    found = metrics.load("seqeval").compute(predictions=predicted, references=true)
+    assert found == pytest.approx({"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7})
+    nothing = metrics.load("seqeval").compute(predictions=[["O", "O"]], references=[["O", "O"]])
+    assert nothing == {"precision": 0, "recall": 0, "f1": 0}
+
+
+@pytest.mark.parametrize(
+    ("predicted", "line"), [(["O"], "sequence 0: found 1 tags; allowed: 2"), (["O", "NOUN"], "found 'NOUN'")]
+)
+def test_what_is_no_sequence_of_tags_is_refused(predicted, line):
+    with pytest.raises(BadInput, match=line):
+        metrics.load("seqeval").compute(predictions=[predicted], references=[["O", "B-PER"]])
+
+
 def test_many_compute_at_once():
     def score(number: int) -> float:
         metric = metrics.load("accuracy")

@@ -27,6 +27,7 @@ DATASETS = {
     "digits": "digits:digits",
     "docstrings": "stdlib:docstring_modules",
     "functions": "stdlib:documented_functions",
+    "identifiers": "identifiers:identifiers",
 }
 """embedded:NAME of `data.train` → the function that gives (train, validation), as module:function."""
 

@@ -8,8 +8,9 @@ import sysconfig
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -26,50 +27,63 @@ def docstrings() -> Dataset:
     """Every documented function and method of the running interpreter's standard library, each text once.
 
     Columns: `text` (the docstring), `module` (top-level), `name` (qualified), `source` (the function without
-    its docstring). Nothing is imported; the order is fixed. Parsing takes seconds, so the result is kept in
-    $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf; a cache that cannot be used is ignored.
+    its docstring). Nothing is imported; the order is fixed. Parsing takes seconds, so the result is kept
+    (`read_library`).
+    """
+    return read_library("docstrings", DOCSTRINGS_FORMAT, _COLUMNS, _documented)
+
+
+Row = dict[str, Any]
+ReadFile = Callable[[str, ast.Module, tuple[str, ...]], Iterator[Row]]
+"""(source, its tree, ("email", "mime", "text")) → rows with a `text` each."""
+
+
+def read_library(name: str, version: int, columns: Sequence[str], read: ReadFile) -> Dataset:
+    """The rows that `read` finds in every file of the standard library, each `text` once, in a fixed order.
+
+    Kept as NAME-….parquet in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf until the library or `version`
+    changes; a cache that cannot be used is ignored. Raises BadInput where Python has no source.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files: list[Path] = []
     for folder, inner, names in os.walk(root):
-        inner[:] = [name for name in inner if name not in _NOT_READ]
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
+        inner[:] = [inside for inside in inner if inside not in _NOT_READ]
+        files += [Path(folder, file) for file in names if file.endswith(".py")]
     files.sort(key=Path.as_posix)
     if not files:
         raise BadInput(f"data.train: no source of Python's standard library in {root}; give a data file")
-    seen = [platform.python_version(), DOCSTRINGS_FORMAT] + [(p.as_posix(), p.stat().st_size) for p in files]
+    seen = [platform.python_version(), version] + [(p.as_posix(), p.stat().st_size) for p in files]
     key = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    cache = home / "gradacc_hf" / f"docstrings-{platform.python_version()}-{key}.parquet"
+    cache = home / "gradacc_hf" / f"{name}-{platform.python_version()}-{key}.parquet"
     try:
         table = pyarrow.parquet.read_table(cache, page_checksum_verification=True)
-        if table.column_names == _COLUMNS:
+        if table.column_names == list(columns):
             return Dataset(table)
     except (OSError, ValueError, pa.ArrowException):  # absent, damaged or not ours to read
         pass
-    unique: dict[str, dict[str, str]] = {}
+    unique: dict[str, Row] = {}
     for path in files:
-        for row in _documented(path, path.relative_to(root).with_suffix("").parts):
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                text = path.read_text(encoding="utf-8")
+                tree = ast.parse(text)
+        except (OSError, SyntaxError, ValueError):
+            continue
+        for row in read(text, tree, path.relative_to(root).with_suffix("").parts):
             unique.setdefault(row["text"], row)
     table = pa.Table.from_pylist(list(unique.values()))
     _write_whole(table, cache)
     return Dataset(table)
 
 
-def _documented(path: Path, parts: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    top = parts[0]
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            text = path.read_text(encoding="utf-8")
-            tree = ast.parse(text)
-    except (OSError, SyntaxError, ValueError):
-        return
+def _documented(text: str, tree: ast.Module, parts: tuple[str, ...]) -> Iterator[Row]:
     lines = text.split("\n")  # as ast counts them: splitlines() would also split at a form feed
     nodes: list[tuple[ast.AST, str]] = [(tree, ".".join(parts).removesuffix(".__init__"))]
     while nodes:
         node, name = nodes.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (doc := ast.get_docstring(node)):
-            yield dict(zip(_COLUMNS, (doc, top, name, _source(node, lines)), strict=True))
+            yield dict(zip(_COLUMNS, (doc, parts[0], name, _source(node, lines)), strict=True))
         inner = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
         nodes += [(c, f"{name}.{c.name}" if isinstance(c, _NAMED) else name) for c in reversed(inner)]
 
@@ -104,7 +118,7 @@ def docstring_modules(num_modules: int = 12) -> tuple[Dataset, Dataset]:
     labels = list(rows["label"])
     most = sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0]))[:num_modules]
     chosen = {module for module, _ in most}
-    return _in_two(rows, [label in chosen for label in labels])
+    return in_two(rows.select([i for i, label in enumerate(labels) if label in chosen], keep_in_memory=True))
 
 
 def documented_functions() -> tuple[Dataset, Dataset]:
@@ -114,13 +128,12 @@ def documented_functions() -> tuple[Dataset, Dataset]:
     """
     rows = docstrings()
     rows = rows.add_column("summary", [text.lstrip().partition("\n")[0] for text in rows["text"]])
-    return _in_two(rows, [True] * len(rows))
+    return in_two(rows)
 
 
-def _in_two(rows: Dataset, chosen: list[bool]) -> tuple[Dataset, Dataset]:
-    """A text's sha256 decides where it goes (about 15 % to validation), so that it never moves."""
+def in_two(rows: Dataset, by: str = "text") -> tuple[Dataset, Dataset]:
+    """The sha256 of its column `by` decides where a row goes (15 % to validation), so that it never moves."""
     parts: tuple[list[int], list[int]] = ([], [])
-    for index, text in enumerate(rows["text"]):
-        if chosen[index]:
-            parts[int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < 0.15 * 2**32].append(index)
+    for index, text in enumerate(rows[by]):
+        parts[int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < 0.15 * 2**32].append(index)
     return rows.select(parts[0], keep_in_memory=True), rows.select(parts[1], keep_in_memory=True)

@@ -10,6 +10,7 @@ from gradacc_hf.errors import BadInput
 from .classification import F1, Accuracy, MatthewsCorrelation
 from .multi_label import MultiLabel
 from .regression import MeanSquaredError, Pearson, Spearman
+from .sequence_labelling import Seqeval
 
 METRICS: dict[str, type[evaluate.Metric]] = {
     "accuracy": Accuracy,
@@ -18,6 +19,7 @@ METRICS: dict[str, type[evaluate.Metric]] = {
     "mse": MeanSquaredError,
     "multi_label": MultiLabel,
     "pearsonr": Pearson,
+    "seqeval": Seqeval,
     "spearmanr": Spearman,
 }
 
@@ -29,6 +31,7 @@ __all__ = [
     "MeanSquaredError",
     "MultiLabel",
     "Pearson",
+    "Seqeval",
     "Spearman",
     "load",
 ]

@@ -1,0 +1,145 @@
+"""The names in the source of Python's standard library, each with its role: what it is bound to, and how.
+
+One row is one short function, as `tokenize` sees it without docstring and comments. The same name is a
+parameter here, a variable or an attribute there: the role is known from the tokens around it.
+"""
+
+import ast
+import builtins
+import io
+import keyword
+import tokenize
+from collections.abc import Iterator, Sequence
+
+from datasets import Dataset
+
+from gradacc_hf.embedded.stdlib import Row, in_two, read_library
+
+IDENTIFIERS_FORMAT = 1  # raise it when what identifiers() gives changes: older cache files are left alone
+TOKENS = range(12, 65)  # of a function that is a row: tokens
+LONGEST = 20  # characters of a literal that is kept as it is
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Position = tuple[int, int]  # line from 1, column from 0
+_LAYOUT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+
+
+def identifiers() -> tuple[Dataset, Dataset]:
+    """(train, validation) of `tokens`, `tags`, `text` (the tokens, joined) and `module` (dotted).
+
+    Tags are IOB2: B-ROLE for a name, O for keywords, operators and literals; a dotted module (`os.path`) is
+    one entity, B-import I-import I-import. Roles: parameter, variable (bound in the function), global (bound
+    in the module), function, class and import (bound by def, class, import), builtin, attribute (after a
+    dot), method (an attribute that is called), keyword (of an argument in a call). What an inner function
+    binds counts as bound in the outer one. No module has rows in both.
+    """
+    columns = ["text", "tokens", "tags", "module"]
+    rows = read_library("identifiers", IDENTIFIERS_FORMAT, columns, _functions)
+    return in_two(rows, by="module")
+
+
+def _functions(text: str, tree: ast.Module, parts: tuple[str, ...]) -> Iterator[Row]:
+    name, lines = ".".join(parts).removesuffix(".__init__"), text.split("\n")  # lines as ast counts them
+    outside = dict.fromkeys(dir(builtins), "builtin") | _bindings(tree.body, "global")
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    dotted = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    dotted |= {node.module for node in imports if isinstance(node, ast.ImportFrom) and node.module}
+    for owner in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
+        for function in owner.body:
+            if isinstance(function, _Function):
+                source = "\n".join(lines[function.lineno - 1 : function.end_lineno])
+                if source.isascii():  # else ast would count bytes, and tokenize characters
+                    tokens, tags = _tagged(function, source, outside)
+                    if len(tokens) in TOKENS:
+                        tags = _joined(tokens, tags, dotted)
+                        yield {"text": " ".join(tokens), "tokens": tokens, "tags": tags, "module": name}
+
+
+def _bindings(body: Sequence[ast.stmt], role: str) -> dict[str, str]:
+    """Names → their roles, by the statements that bind them; `role` is that of an assigned name.
+
+    Of a module ("global") only what it binds itself; of a function ("variable") with its inner functions.
+    """
+    found: dict[str, str] = {}
+    nodes: list[ast.AST] = list(body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name.partition(".")[0]: "import" for alias in node.names}
+        elif isinstance(node, _Function | ast.ClassDef):
+            found[node.name] = "class" if isinstance(node, ast.ClassDef) else "function"
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.setdefault(node.id, role)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            found.setdefault(node.name, role)
+        if role == "variable" or not isinstance(node, _Function | ast.ClassDef):
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def _tagged(function: _Function, source: str, outside: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The tokens of a function and the tag of each, B-ROLE or O."""
+    nodes = list(ast.walk(function))
+    elsewhere = {name for node in nodes if isinstance(node, ast.Global) for name in node.names}
+    inner = {n: role for n, role in _bindings(function.body, "variable").items() if n not in elsewhere}
+    inner |= {node.arg: "parameter" for node in nodes if isinstance(node, ast.arg)}
+    known = dict.fromkeys(elsewhere, "global") | outside | inner
+    placed, literals = _placed(nodes)
+    body = function.body[0]
+    docstring = (body.lineno, body.col_offset) if ast.get_docstring(function) is not None else None
+    tokens, tags, skip_to = [], [], (0, 0)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        position = (token.start[0] + function.lineno - 1, token.start[1])
+        if token.type in _LAYOUT or position < skip_to:
+            continue
+        text, role = token.string, None
+        if position == docstring:
+            skip_to = literals[position]
+            continue
+        if position in literals:
+            skip_to, text = literals[position], text if len(text) <= LONGEST else '"..."'
+        elif token.type == tokenize.NAME and not keyword.iskeyword(text):
+            role = "function" if tokens[-1:] == ["def"] else placed.get(position) or known.get(text)
+        tokens.append(text)
+        tags.append(f"B-{role}" if role else "O")
+    return tokens, tags
+
+
+def _placed(nodes: Sequence[ast.AST]) -> tuple[dict[_Position, str], dict[_Position, _Position]]:
+    """Where a name's place gives its role; where literals start and end."""
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    roles: dict[_Position, str] = {}
+    literals: dict[_Position, _Position] = {}
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            end = node.end_lineno or 0, (node.end_col_offset or 0) - len(node.attr)
+            roles[end] = "method" if id(node) in called else "attribute"
+        elif isinstance(node, ast.keyword):
+            roles[node.lineno, node.col_offset] = "keyword"
+        elif isinstance(node, ast.alias):
+            roles[node.lineno, node.col_offset] = "import"
+        elif isinstance(node, ast.ImportFrom):
+            roles[node.lineno, node.col_offset + len("from ")] = "import"
+        elif isinstance(node, ast.JoinedStr) or (
+            isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+        ):
+            literals[node.lineno, node.col_offset] = (node.end_lineno or 0, node.end_col_offset or 0)
+    return roles, literals
+
+
+def _joined(tokens: list[str], tags: list[str], dotted: set[str]) -> list[str]:
+    """The tags, with the parts of an imported dotted name as one entity."""
+    for start in range(len(tokens)):
+        name, end = tokens[start], start + 1
+        while tags[start] == "B-import" and tokens[end : end + 1] == ["."]:
+            name, end = f"{name}.{tokens[end + 1]}", end + 2
+            if name in dotted:
+                tags[start + 1 : end] = ["I-import"] * (end - start - 1)
+    return tags

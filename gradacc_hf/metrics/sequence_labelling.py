@@ -1,0 +1,47 @@
+"""Entities in sequences of tags, as CoNLL counts them: one is right where its type and both its ends are."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from seqeval.metrics import f1_score, precision_score, recall_score
+
+from gradacc_hf.errors import BadInput
+from gradacc_hf.metrics.in_memory import InMemoryMetric
+from gradacc_hf.tags import is_scheme
+
+_INPUTS = """
+Args:
+    predictions: the predicted tags of each sequence, lists of strings such as B-PER, I-PER and O.
+    references: the true ones, sequence by sequence of the same length.
+"""
+
+
+class Seqeval(InMemoryMetric):
+    """Precision, recall and F1 of entities, 0 to 1, all types together; by seqeval, as conlleval does."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        column = datasets.List(datasets.Value("string"))
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": column, "references": column}),
+            reference_urls=["https://github.com/chakki-works/seqeval"],
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        for row, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
+            if len(predicted) != len(true):
+                raise BadInput(
+                    f"sequence {row}: found {len(predicted)} tags; allowed: {len(true)}, as true ones"
+                )
+            for tag in (*predicted, *true):
+                if not is_scheme([tag]):
+                    raise BadInput(
+                        f"sequence {row}: found {tag!r}; allowed: O, or B- or I- and a type: B-PER"
+                    )
+        scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
+        settings: Any = {"zero_division": 0}  # what is undefined is 0, without seqeval's warning
+        return {name: float(np.asarray(s(references, predictions, **settings))) for name, s in scores.items()}

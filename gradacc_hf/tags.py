@@ -1,0 +1,93 @@
+"""Rows of tokens with a tag each: the names of the tags, and what is wrong with a row.
+
+Tags are strings, whole numbers or ids of a ClassLabel, whose names and order are kept. What a model reads of
+them is the recipe's.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from datasets import ClassLabel, Dataset, LargeList, List, Value
+from seqeval.metrics.sequence_labeling import get_entities
+
+from gradacc_hf.errors import refuse
+from gradacc_hf.labels import require_column
+
+
+def check_tokens_and_tags(dataset: Dataset, tokens_column: str, tags_column: str) -> None:
+    """Raise BadInput unless the columns are lists: of strings, and of strings, whole numbers or class ids."""
+    tokens = _element(dataset, tokens_column, "data.tokens_column")
+    if not _is(tokens, "string"):
+        refuse("data.tokens_column", f"column {tokens_column!r} has lists of {_kind(tokens)}", "of strings")
+    tags = _element(dataset, tags_column, "data.tags_column")
+    if not (isinstance(tags, ClassLabel) or _is(tags, "string") or _is(tags, "int")):
+        found = f"column {tags_column!r} has lists of {_kind(tags)}"
+        refuse("data.tags_column", found, "a tag is a string, a whole number or a class id")
+
+
+def class_names(dataset: Dataset, tags_column: str) -> list[str] | None:
+    """The names behind a ClassLabel's ids; None where tags are not such ids."""
+    element = dataset.features[tags_column].feature
+    return list(element.names) if isinstance(element, ClassLabel) else None
+
+
+def tag_names(train: Dataset, tags_column: str) -> list[str]:
+    """The tags in the order of their ids: a ClassLabel's, else those of the training rows, sorted.
+
+    Raises BadInput where there are not at least two.
+    """
+    names = class_names(train, tags_column)
+    if names is None:
+        present = {tag for tags in train[tags_column] for tag in tags or () if tag is not None}
+        names = [str(tag) for tag in sorted(present)]
+    if len(names) < 2:
+        found = f"{len(names)} different tags in the training rows"
+        refuse("data.tags_column", found, "at least two, or there is nothing to learn")
+    return names
+
+
+def tags_as_text(tags: Any, names: list[str] | None) -> list[str]:
+    """A row's tags as strings; `names` are those behind ids. An id that has none stays a number."""
+    known = range(len(names or ()))
+    return [names[tag] if names and tag in known else str(tag) for tag in tags or ()]
+
+
+def is_scheme(tags: Iterable[str]) -> bool:
+    """Do these tags say where entities begin and end: O, and B-PER, I-PER, …? Parts of speech do not."""
+    return all(tag == "O" or (tag[:1] in "BIESLU" and tag[1:2] == "-" and tag[2:]) for tag in tags)
+
+
+def entities(tokens: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
+    """What the tags mark: its type, its tokens, and the number of its first token, from 0."""
+    spans = get_entities(list(tags)) if is_scheme(tags) else []
+    return [{"type": of, "tokens": list(tokens[start : end + 1]), "start": start} for of, start, end in spans]
+
+
+def row_problem(tokens: Any, tags: list[str], known: Collection[str]) -> str | None:
+    """What is wrong with a row's tokens and tags, or None."""
+    if not tokens:
+        return "no tokens"
+    if None in tokens:
+        return f"token {tokens.index(None) + 1} of {len(tokens)} is null"
+    if len(tags) != len(tokens):
+        return f"{len(tags)} tags for {len(tokens)} tokens"
+    unknown = next((tag for tag in tags if tag not in known), None)
+    return None if unknown is None else f"tag {unknown!r} is not one of the {len(known)} tags of training"
+
+
+def _element(dataset: Dataset, column: str, key: str) -> Any:
+    """The feature of a list column's elements."""
+    require_column(dataset, column, key)
+    feature = dataset.features[column]
+    if not isinstance(feature, List | LargeList):
+        cure = 'in a JSONL or Parquet file rows have lists: {"tokens": ["a", "b"], "tags": ["X", "O"]}'
+        refuse(key, f"column {column!r} has {_kind(feature)}, not lists", cure)
+    return feature.feature
+
+
+def _kind(feature: Any) -> str:
+    return getattr(feature, "dtype", None) or type(feature).__name__
+
+
+def _is(feature: Any, kind: str) -> bool:
+    return isinstance(feature, Value) and kind in feature.dtype
