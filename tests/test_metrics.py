@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import evaluate
 import numpy as np
 import pytest
+import sacrebleu
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from gradacc_hf import metrics
@@ -25,7 +27,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "metrics"
 
 
-@pytest.mark.parametrize("name", metrics.METRICS)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_a_metric_gives_scikit_learns_figure_and_writes_nothing(name, cache):
     metric = metrics.load(name)
     assert isinstance(metric, evaluate.Metric)
@@ -37,7 +39,7 @@ def test_a_metric_gives_scikit_learns_figure_and_writes_nothing(name, cache):
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("name", metrics.METRICS)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_batches_added_one_by_one_give_the_same_figure(name):
     metric = metrics.load(name)
     metric.add_batch(predictions=PREDICTIONS[:3], references=REFERENCES[:3])
@@ -47,7 +49,7 @@ def test_batches_added_one_by_one_give_the_same_figure(name):
 
 
 def test_evaluate_combines_them():
-    combined = evaluate.combine([metrics.load(name) for name in metrics.METRICS])
+    combined = evaluate.combine([metrics.load(name) for name in EXPECTED])
     assert combined.compute(predictions=PREDICTIONS, references=REFERENCES) == pytest.approx(EXPECTED)
 
 
@@ -76,7 +78,7 @@ def test_what_is_not_one_class_id_a_row_is_refused(predictions):
 def test_an_unknown_metric_names_the_closest():
     with pytest.raises(BadInput, match="did you mean 'accuracy'"):
         metrics.load("accuracy1")
-    with pytest.raises(BadInput, match=r"allowed: accuracy, f1, matthews_correlation$"):
+    with pytest.raises(BadInput, match=r"allowed: accuracy, f1, matthews_correlation, rouge"):
         metrics.load("bleu")
 
 
@@ -88,3 +90,50 @@ def test_many_compute_at_once():
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(score, range(10))) == [number / 10 for number in range(10)]
+
+
+TEXTS = ["The cat, sat!", "a dog", "nothing"]
+SEVERAL = [["cat sat", "sat"], ["the dog ran"], ["something else", "nothing at all", "Nothing."]]
+
+
+def test_squad_takes_the_best_reference_and_ignores_case_articles_and_punctuation():
+    squad = metrics.load("squad")
+    found = squad.compute(predictions=TEXTS, references=SEVERAL)
+    assert found == {"exact_match": pytest.approx(2 / 3), "f1": pytest.approx((1 + 2 / 3 + 1) / 3)}
+    assert squad.compute(predictions=["the"], references=[["a"]]) == {"exact_match": 1.0, "f1": 1.0}
+    assert squad.compute(predictions=["the"], references=[["b"]]) == {"exact_match": 0.0, "f1": 0.0}
+    twice = squad.compute(predictions=["tea tea"], references=[["tea"]])
+    assert twice == {"exact_match": 0.0, "f1": pytest.approx(2 / 3)}
+
+
+def test_rouge_and_bleu_are_their_libraries_figures():
+    rouge = metrics.load("rouge").compute(predictions=TEXTS, references=SEVERAL)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    rows = [scorer.score_multi(texts, text) for text, texts in zip(TEXTS, SEVERAL, strict=True)]
+    assert rouge == {kind: pytest.approx(np.mean([row[kind].fmeasure for row in rows])) for kind in rouge}
+    assert metrics.load("rouge").compute(predictions=["it walks"], references=[["it walked"]]) == {
+        "rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0
+    }  # fmt: skip
+    predictions, references = (
+        ["the cat sat on the mat today", "a dog ran by"],
+        [
+            ["the cat sat on a mat today"],
+            ["a dog ran off", "the dog ran by"],
+        ],
+    )
+    expected = sacrebleu.corpus_bleu(
+        predictions, [["the cat sat on a mat today", "a dog ran off"], [None, "the dog ran by"]]
+    )
+    assert metrics.load("sacrebleu").compute(predictions=predictions, references=references) == {
+        "bleu": pytest.approx(expected.score)
+    }
+    assert 10 < expected.score < 90
+
+
+@pytest.mark.parametrize("name", ["squad", "rouge", "sacrebleu"])
+def test_texts_come_with_a_list_of_texts_each(name, cache):
+    for predictions, references in ((["a"], ["a"]), ([1], [["a"]]), (["a"], [[]]), ([], [])):
+        with pytest.raises(BadInput, match="a list of one text or more"):
+            metrics.load(name).compute(predictions=predictions, references=references)
+    metrics.load(name).compute(predictions=["a"], references=[["a"]])
+    assert not cache.exists()

@@ -24,6 +24,7 @@ __all__ = [
 DATASETS = {
     "docstrings": "stdlib:docstring_modules",
     "functions": "stdlib:documented_functions",
+    "questions": "questions:docstring_questions",
 }
 """embedded:NAME of `data.train` → the function that gives (train, validation), as module:function."""
 

@@ -104,7 +104,7 @@ def docstring_modules(num_modules: int = 12) -> tuple[Dataset, Dataset]:
     labels = list(rows["label"])
     most = sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0]))[:num_modules]
     chosen = {module for module, _ in most}
-    return _in_two(rows, [label in chosen for label in labels])
+    return in_two(rows.select([i for i, label in enumerate(labels) if label in chosen], keep_in_memory=True))
 
 
 def documented_functions() -> tuple[Dataset, Dataset]:
@@ -114,13 +114,12 @@ def documented_functions() -> tuple[Dataset, Dataset]:
     """
     rows = docstrings()
     rows = rows.add_column("summary", [text.lstrip().partition("\n")[0] for text in rows["text"]])
-    return _in_two(rows, [True] * len(rows))
+    return in_two(rows)
 
 
-def _in_two(rows: Dataset, chosen: list[bool]) -> tuple[Dataset, Dataset]:
+def in_two(rows: Dataset) -> tuple[Dataset, Dataset]:
     """A text's sha256 decides where it goes (about 15 % to validation), so that it never moves."""
     parts: tuple[list[int], list[int]] = ([], [])
     for index, text in enumerate(rows["text"]):
-        if chosen[index]:
-            parts[int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < 0.15 * 2**32].append(index)
+        parts[int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < 0.15 * 2**32].append(index)
     return rows.select(parts[0], keep_in_memory=True), rows.select(parts[1], keep_in_memory=True)

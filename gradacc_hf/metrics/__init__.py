@@ -8,14 +8,18 @@ import evaluate
 from gradacc_hf.errors import BadInput
 
 from .classification import F1, Accuracy, MatthewsCorrelation
+from .texts import Rouge, SacreBleu, Squad
 
 METRICS: dict[str, type[evaluate.Metric]] = {
     "accuracy": Accuracy,
     "f1": F1,
     "matthews_correlation": MatthewsCorrelation,
+    "rouge": Rouge,
+    "sacrebleu": SacreBleu,
+    "squad": Squad,
 }
 
-__all__ = ["F1", "METRICS", "Accuracy", "MatthewsCorrelation", "load"]
+__all__ = ["F1", "METRICS", "Accuracy", "MatthewsCorrelation", "Rouge", "SacreBleu", "Squad", "load"]
 
 
 def load(name: str, **settings: Any) -> evaluate.Metric:

@@ -1,10 +1,8 @@
 """Metrics of a classifier: one predicted and one true class id a row.
 
-They are `evaluate.Metric`s (compute, add, add_batch, combine) computed by scikit-learn. Predictions are kept
-in memory and nothing is written, so that any number of processes may compute at once.
+They are `evaluate.Metric`s (compute, add, add_batch, combine) computed by scikit-learn.
 """
 
-import os
 import warnings
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from gradacc_hf.errors import BadInput
+from gradacc_hf.metrics.in_memory import InMemoryMetric
 
 _INPUTS = """
 Args:
@@ -22,15 +21,7 @@ Args:
 """
 
 
-class _ClassificationMetric(evaluate.Metric):
-    def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **settings: Any):
-        super().__init__(config_name, keep_in_memory=keep_in_memory, **settings)
-
-    def _build_data_dir(self) -> str:
-        if self.keep_in_memory:  # evaluate would make this folder, and then not use it
-            return os.path.join(self._data_dir_root, self.name, self.config_name)
-        return super()._build_data_dir()
-
+class _ClassificationMetric(InMemoryMetric):
     def _info(self) -> evaluate.MetricInfo:
         column = datasets.Value("int64")
         return evaluate.MetricInfo(
