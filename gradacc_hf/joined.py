@@ -1,7 +1,7 @@
 """Two encoders joined to an encoder-decoder: the second reads what the first has understood.
 
 Only the decoder's attention to the encoder, and its layer before the vocabulary, have new weights
-(BERT2BERT: Rothe, Narayan and Severyn 2020, "Leveraging Pre-trained Checkpoints for Sequence Generation Tasks").
+(BERT2BERT: Rothe, Narayan and Severyn, "Leveraging Pre-trained Checkpoints for Sequence Generation", 2020).
 """
 
 import copy
