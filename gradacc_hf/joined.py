@@ -12,8 +12,11 @@ from transformers import EncoderDecoderConfig, EncoderDecoderModel
 from gradacc_hf.errors import BadInput
 
 
-def joined_config(config: Any, tokenizer: Any, name: str) -> EncoderDecoderConfig:
-    """The config of two models of `config`. Raises BadInput where texts have no first and last token."""
+def joined_config(config: Any, tokenizer: Any, name: str) -> Any:
+    """The EncoderDecoderConfig of two models of `config`.
+
+    Raises BadInput where the tokenizer gives texts no first and last token.
+    """
     start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
     if start is None or end is None:
         raise BadInput(
@@ -29,8 +32,11 @@ def joined_config(config: Any, tokenizer: Any, name: str) -> EncoderDecoderConfi
     )
 
 
-def join(path: str, config: EncoderDecoderConfig, **options: Any) -> EncoderDecoderModel:
-    """The model of `joined_config`, both halves with the weights of `path`; `options`: from_pretrained's."""
+def join(path: str, config: Any, **options: Any) -> Any:
+    """The EncoderDecoderModel of `joined_config`, both halves with the weights of `path`.
+
+    `options` are those of `from_pretrained`.
+    """
     halves = {"encoder": config.encoder, "decoder": config.decoder}
     options = {f"{half}_{name}": value for half in halves for name, value in options.items()}
     configs = {f"{half}_config": config for half, config in halves.items()}

@@ -43,13 +43,11 @@ def docstring_questions() -> tuple[Dataset, Dataset]:
     characters, several where it says it several times. All questions about a docstring are on the same side.
     Docstrings that answer a single question are left out, as there it need not be read, and long ones.
     """
-    rows = []
-    for source in docstrings():
-        if len(source["text"]) > LONGEST_CONTEXT:
-            continue
-        about = _questions(source["name"].rpartition(".")[2], source["text"])
+    rows, source = [], docstrings()
+    for name, text in zip(source["name"], source["text"], strict=True):
+        about = _questions(name.rpartition(".")[2], text) if len(text) <= LONGEST_CONTEXT else {}
         if len(about) > 1:
-            rows += [{"question": q, "text": source["text"], "answers": a} for q, a in about.items()]
+            rows += [{"question": q, "text": text, "answers": a} for q, a in about.items()]
     train, validation = in_two(Dataset.from_list(rows))
     return train.rename_column("text", "context"), validation.rename_column("text", "context")
 

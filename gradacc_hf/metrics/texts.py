@@ -101,10 +101,9 @@ class SacreBleu(_TextMetric):
 
     reference_urls = ("https://aclanthology.org/W18-6319/",)
 
-    def _compute(self, predictions: Any, references: Any, tokenize: str | None = None) -> dict[str, float]:
+    def _compute(self, predictions: Any, references: Any, tokenize: Any = None) -> dict[str, float]:
         from sacrebleu import corpus_bleu
 
         most = max(map(len, references))  # sacrebleu wants a list for the first of each row, the second, …
-        columns = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
-        settings = {"tokenize": tokenize} if tokenize else {}
-        return {"bleu": float(corpus_bleu(predictions, columns, **settings).score)}
+        columns: Any = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
+        return {"bleu": float(corpus_bleu(predictions, columns, tokenize=tokenize).score)}
