@@ -59,5 +59,5 @@ def test_cp_overwrites_nothing(tmp_path):
 def test_an_unknown_recipe_is_one_line(tmp_path, name):
     done = gradacc("cp", name, str(tmp_path))
     assert done.returncode == 2
-    known = "compare_trainer, minimal, text_classification, and lessons/NAME"
+    known = "compare_trainer, minimal, question_answering, seq2seq, text_classification, and lessons/NAME"
     assert done.stderr == f"error: no recipe '{name}'; there are: {known}\n"

@@ -1,6 +1,7 @@
 """recipes/seq2seq.py: encoder-decoders by name, and two encoders joined; exact, written out and scored."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -279,6 +280,32 @@ def test_the_offline_config_trains_and_its_model_writes(models, tmp_path):
     ]
     with pytest.raises(BadInput, match="input 2: it is empty or no text; give texts, or rows with 'source'"):
         recipe.answer(model, ["tea", {"text": "tea"}])
+
+
+def test_two_processes_share_out_the_rows_and_find_what_one_does(models, tmp_path):
+    settings = ["--config", str(OFFLINE), "--data.train", write(tmp_path / "a.jsonl", make_rows())]
+    settings += ["--data.validation", settings[-1], "--data.source_column", "source"]
+    settings += ["--data.target_column", "target", "--data.generate_rows", "7", "--model.dropout", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += [ROOT / "recipes/seq2seq.py", *settings, "--model.name", models["bert"]]
+    command += ["--train.max_windows", "1", "--output.dir", "out", "--output.tracker", "none"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    recipe = load_recipe([*settings, "--model.name", str(tmp_path / "out/best")])
+    accelerator = Accelerator(cpu=True)
+    _, windows = make_windows(recipe, *recipe.datasets(), accelerator)
+    found = recipe.validate(make_model(recipe), windows, accelerator)
+    assert summary["eval"] == pytest.approx({"window": 1, **found}, rel=1e-4)
+    assert summary["samples"] == recipe.samples
+
+
+@pytest.mark.parametrize("name", ["seq2seq", "translation"])
+def test_the_hub_config_is_one_of_this_recipe(name):
+    recipe = load_recipe(["--config", str(ROOT / f"configs/{name}.yaml")])
+    assert type(recipe).__name__ == "Seq2Seq"
+    assert recipe.data.prefix.endswith(": ")
 
 
 def test_gradacc_verify_finds_the_offline_config_exact():
