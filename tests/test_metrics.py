@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import evaluate
 import numpy as np
 import pytest
+import sacrebleu
 import scipy.stats
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from gradacc_hf import metrics
@@ -158,3 +160,50 @@ def test_predictions_that_are_all_alike_correlate_with_nothing(name, constant):
 def test_what_is_not_of_a_metric_s_shape_is_refused(name, predictions, cure):
     with pytest.raises(BadInput, match=cure):
         metrics.load(name).compute(predictions=predictions, references=predictions)
+
+
+TEXTS = ["The cat, sat!", "a dog", "nothing"]
+SEVERAL = [["cat sat", "sat"], ["the dog ran"], ["something else", "nothing at all", "Nothing."]]
+
+
+def test_squad_takes_the_best_reference_and_ignores_case_articles_and_punctuation():
+    squad = metrics.load("squad")
+    found = squad.compute(predictions=TEXTS, references=SEVERAL)
+    assert found == {"exact_match": pytest.approx(2 / 3), "f1": pytest.approx((1 + 2 / 3 + 1) / 3)}
+    assert squad.compute(predictions=["the"], references=[["a"]]) == {"exact_match": 1.0, "f1": 1.0}
+    assert squad.compute(predictions=["the"], references=[["b"]]) == {"exact_match": 0.0, "f1": 0.0}
+    twice = squad.compute(predictions=["tea tea"], references=[["tea"]])
+    assert twice == {"exact_match": 0.0, "f1": pytest.approx(2 / 3)}
+
+
+def test_rouge_and_bleu_are_their_libraries_figures():
+    rouge = metrics.load("rouge").compute(predictions=TEXTS, references=SEVERAL)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    rows = [scorer.score_multi(texts, text) for text, texts in zip(TEXTS, SEVERAL, strict=True)]
+    assert rouge == {kind: pytest.approx(np.mean([row[kind].fmeasure for row in rows])) for kind in rouge}
+    assert metrics.load("rouge").compute(predictions=["it walks"], references=[["it walked"]]) == {
+        "rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0
+    }  # fmt: skip
+    predictions, references = (
+        ["the cat sat on the mat today", "a dog ran by"],
+        [
+            ["the cat sat on a mat today"],
+            ["a dog ran off", "the dog ran by"],
+        ],
+    )
+    expected = sacrebleu.corpus_bleu(
+        predictions, [["the cat sat on a mat today", "a dog ran off"], [None, "the dog ran by"]]
+    )
+    assert metrics.load("sacrebleu").compute(predictions=predictions, references=references) == {
+        "bleu": pytest.approx(expected.score)
+    }
+    assert 10 < expected.score < 90
+
+
+@pytest.mark.parametrize("name", ["squad", "rouge", "sacrebleu"])
+def test_texts_come_with_a_list_of_texts_each(name, cache):
+    for predictions, references in ((["a"], ["a"]), ([1], [["a"]]), (["a"], [[]]), ([], [])):
+        with pytest.raises(BadInput, match="a list of one text or more"):
+            metrics.load(name).compute(predictions=predictions, references=references)
+    metrics.load(name).compute(predictions=["a"], references=[["a"]])
+    assert not cache.exists()

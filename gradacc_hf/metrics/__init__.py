@@ -11,6 +11,7 @@ from .classification import F1, Accuracy, MatthewsCorrelation
 from .multi_label import MultiLabel
 from .regression import MeanSquaredError, Pearson, Spearman
 from .sequence_labelling import Seqeval
+from .texts import Rouge, SacreBleu, Squad
 
 METRICS: dict[str, type[evaluate.Metric]] = {
     "accuracy": Accuracy,
@@ -19,22 +20,14 @@ METRICS: dict[str, type[evaluate.Metric]] = {
     "mse": MeanSquaredError,
     "multi_label": MultiLabel,
     "pearsonr": Pearson,
+    "rouge": Rouge,
+    "sacrebleu": SacreBleu,
     "seqeval": Seqeval,
     "spearmanr": Spearman,
+    "squad": Squad,
 }
 
-__all__ = [
-    "F1",
-    "METRICS",
-    "Accuracy",
-    "MatthewsCorrelation",
-    "MeanSquaredError",
-    "MultiLabel",
-    "Pearson",
-    "Seqeval",
-    "Spearman",
-    "load",
-]
+__all__ = ["METRICS", "load"]
 
 
 def load(name: str, **settings: Any) -> evaluate.Metric:

@@ -1,0 +1,34 @@
+"""What a model writes for the first rows of a data set, shared out to all processes."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+
+from gradacc_hf.split import split_window
+from gradacc_hf.windows import WindowLoader
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module, windows: WindowLoader, accelerator: Accelerator, rows: int, **settings: Any
+) -> list[list[int]]:
+    """The token ids that a prepared encoder-decoder writes for examples 0 to `rows` − 1, in this order.
+
+    In micro-batches of the loader's bound, `labels` left out; `settings` go to the model's `generate`.
+    """
+    sharded = accelerator.distributed_type == DistributedType.FSDP  # a forward is collective: all do the same
+    module: Any = model if sharded else accelerator.unwrap_model(model)
+    training = module.training
+    module.eval()
+    processes = split_window(
+        windows.lengths[:rows], windows.bound, 1 if sharded else accelerator.num_processes
+    )
+    written: list[tuple[int, list[int]]] = []
+    for indices in processes[0 if sharded else accelerator.process_index]:
+        batch = {name: x for name, x in windows.collated(indices).batch.items() if name != "labels"}
+        written += zip(indices.tolist(), module.generate(**batch, **settings).tolist(), strict=True)
+    module.train(training)
+    everything = dict(gather_object(written))
+    return [everything[index] for index in range(rows)]

@@ -1,0 +1,47 @@
+"""Two encoders joined to an encoder-decoder: the second reads what the first has understood.
+
+Only the decoder's attention to the encoder, and its layer before the vocabulary, have new weights
+(BERT2BERT: Rothe, Narayan and Severyn, "Leveraging Pre-trained Checkpoints for Sequence Generation", 2020).
+"""
+
+import copy
+from typing import Any
+
+from transformers import EncoderDecoderConfig, EncoderDecoderModel
+
+from gradacc_hf.errors import BadInput
+
+
+def joined_config(config: Any, tokenizer: Any, name: str) -> Any:
+    """The EncoderDecoderConfig of two models of `config`.
+
+    Raises BadInput where the tokenizer gives texts no first and last token.
+    """
+    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if start is None or end is None:
+        raise BadInput(
+            f"model.name: {name} is neither an encoder-decoder nor an encoder whose tokenizer begins and "
+            "ends a text with a token, as BERT's; use one of those"
+        )
+    return EncoderDecoderConfig.from_encoder_decoder_configs(
+        config,
+        copy.deepcopy(config),
+        decoder_start_token_id=start,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def join(path: str, config: Any, **options: Any) -> Any:
+    """The EncoderDecoderModel of `joined_config`, both halves with the weights of `path`.
+
+    `options` are those of `from_pretrained`.
+    """
+    halves = {"encoder": config.encoder, "decoder": config.decoder}
+    options = {f"{half}_{name}": value for half in halves for name, value in options.items()}
+    configs = {f"{half}_config": config for half, config in halves.items()}
+    model: Any = EncoderDecoderModel.from_encoder_decoder_pretrained(path, path, **configs, **options)
+    for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+        for holder in (model.config, model.generation_config):
+            setattr(holder, name, getattr(config, name))
+    return model

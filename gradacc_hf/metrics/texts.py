@@ -1,0 +1,109 @@
+"""Metrics of texts: a predicted text a row, and the texts that would be right.
+
+`references` are one list of texts a row; the best of them counts. They are `evaluate.Metric`s: SQuAD's own
+definition, and ROUGE and BLEU as rouge-score and sacrebleu compute them.
+"""
+
+import re
+import string
+from collections import Counter
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from gradacc_hf.errors import BadInput
+from gradacc_hf.metrics.in_memory import InMemoryMetric
+
+_INPUTS = """
+Args:
+    predictions: predicted texts, one a row.
+    references: for each row, a list of one text or more that would be right.
+"""
+
+
+class _TextMetric(InMemoryMetric):
+    reference_urls: tuple[str, ...] = ()
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
+            reference_urls=list(self.reference_urls),
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
+        """Keep a batch until `compute`; refuse what is not a text with a list of texts."""
+        of_texts = all(isinstance(text, str) for text in predictions)
+        of_lists = all(isinstance(row, list | tuple) and len(row) for row in references)
+        if not len(predictions) or not of_texts or not of_lists:
+            raise BadInput(
+                "predictions and references: allowed are texts, at least one, and for each a list of one "
+                'text or more: predictions=["a"], references=[["a", "b"]]'
+            )
+        super().add_batch(predictions=predictions, references=references, **more)
+
+
+class Squad(_TextMetric):
+    """`exact_match`, and `f1` of the words that two answers share, 0 to 1: as SQuAD 1.1 defines them.
+
+    Case, punctuation, articles and white space do not count (Rajpurkar et al. 2016, section 6.1).
+    """
+
+    reference_urls = ("https://rajpurkar.github.io/SQuAD-explorer/",)
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        pairs = [
+            (_words(prediction), [_words(text) for text in texts])
+            for prediction, texts in zip(predictions, references, strict=True)
+        ]
+        return {
+            "exact_match": float(np.mean([max(words == right for right in texts) for words, texts in pairs])),
+            "f1": float(np.mean([max(_overlap(words, right) for right in texts) for words, texts in pairs])),
+        }
+
+
+def _words(answer: str) -> list[str]:
+    plain = answer.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def _overlap(predicted: list[str], right: list[str]) -> float:
+    """The harmonic mean of precision and recall of words; two answers without any are the same."""
+    if not predicted or not right:
+        return float(predicted == right)
+    return 2 * (Counter(predicted) & Counter(right)).total() / (len(predicted) + len(right))
+
+
+class Rouge(_TextMetric):
+    """`rouge1`, `rouge2` and `rougeL`: F of shared words, pairs of words, longest common subsequence, 0 to 1.
+
+    The mean over rows, with Porter stemming (Lin 2004).
+    """
+
+    reference_urls = ("https://aclanthology.org/W04-1013/",)
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        from rouge_score.rouge_scorer import RougeScorer  # loads nltk
+
+        kinds = ["rouge1", "rouge2", "rougeL"]
+        scorer = RougeScorer(kinds, use_stemmer=True)
+        rows = [scorer.score_multi(texts, text) for text, texts in zip(predictions, references, strict=True)]
+        return {kind: float(np.mean([row[kind].fmeasure for row in rows])) for kind in kinds}
+
+
+class SacreBleu(_TextMetric):
+    """`bleu` of all rows together, 0 to 100, with sacrebleu's own tokenisation (Post 2018)."""
+
+    reference_urls = ("https://aclanthology.org/W18-6319/",)
+
+    def _compute(self, predictions: Any, references: Any, tokenize: Any = None) -> dict[str, float]:
+        from sacrebleu import corpus_bleu
+
+        most = max(map(len, references))  # sacrebleu wants a list for the first of each row, the second, …
+        columns: Any = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
+        return {"bleu": float(corpus_bleu(predictions, columns, tokenize=tokenize).score)}

@@ -1,0 +1,181 @@
+"""Answer a question with a span of a text (extractive, as in SQuAD 1.1).
+
+    ./launch.sh recipes/question_answering.py --config configs/question_answering_offline.yaml --budget auto
+
+Your own: `--data.train my.jsonl`, rows with `question`, `context` and, in characters, `answers`:
+{"text": ["a span of the context"], "answer_start": [41]}. A context longer than `data.max_length` is read in
+parts that overlap, each an example: those with the answer are learned from, the best span of all counts.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers import AutoModelForQuestionAnswering
+
+from gradacc_hf.config import DataConfig
+from gradacc_hf.errors import BadInput
+from gradacc_hf.items import IGNORED
+from gradacc_hf.labels import require_column
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import run
+from gradacc_hf.spans import (
+    add_positions,
+    best_spans,
+    in_parts,
+    problem_of_answers,
+    problem_of_length,
+    problem_of_texts,
+)
+
+
+def features(rows, numbers, question, context, answers, **settings):
+    """Rows → what the model reads, and of each example its row and where its tokens are."""
+    parts = in_parts(rows[question], rows[context], **settings)
+    add_positions(parts, rows[answers])
+    return {**parts, "row": [numbers[row] for row in parts["row"]]}
+
+
+class QuestionAnswering(Recipe):
+    """Answer a question with a span of a text."""
+
+    model_class = AutoModelForQuestionAnswering
+
+    @dataclass
+    class Data(DataConfig):
+        question_column: str = "question"
+        """Column that holds the question."""
+        context_column: str = "context"
+        """Column that holds the text with the answer in it."""
+        answers_column: str = "answers"
+        """Column that holds the answers, as SQuAD has them: {"text": [...], "answer_start": [...]}."""
+        doc_stride: int = 64
+        """Tokens that two parts of a long context share: shorter answers are whole in one of them."""
+        max_answer_length: int = 30
+        """The longest answer that is given (tokens)."""
+
+        def rules(self):
+            yield from super().rules()
+            yield "doc_stride", 0 <= self.doc_stride < self.max_length, "0 tokens or more, below max_length"
+            yield "max_answer_length", self.max_answer_length >= 1, "1 token or more"
+
+    @property
+    def columns(self):
+        return {name: getattr(self.data, f"{name}_column") for name in ("question", "context", "answers")}
+
+    def datasets(self):
+        if self.tokenizer.sep_token_id is None or not self.tokenizer.is_fast:
+            raise BadInput(
+                f"model.name: the tokenizer of {self.config.model.name} does not separate question and "
+                "context, or does not say where its tokens are; use an encoder such as BERT"
+            )
+        rows = self.rows()
+        for name, column in self.columns.items():
+            for dataset in rows:
+                require_column(dataset, column, f"data.{name}_column")
+        train, self.validation_rows = self.check_rows(*rows, self.problem, "data.train")
+        train, validation = self.tokenize(train), self.tokenize(self.validation_rows)
+        train = train.filter(lambda start: start != IGNORED, input_columns="start_positions")
+        self.parts = validation.select_columns(["row", "offsets"])
+        return tuple(dataset.remove_columns(["row", "offsets"]) for dataset in (train, validation))
+
+    def problem(self, row):
+        """What is wrong with a row, or None."""
+        question, context, answers = (row[column] for column in self.columns.values())
+        if problem := problem_of_texts(question, context) or problem_of_answers(context, answers):
+            return problem
+        return problem_of_length(question, context, answers["text"][0], **self.settings)
+
+    def tokenize(self, dataset):
+        settings = {**self.columns, **self.settings}
+        removed = dataset.column_names
+        return dataset.map(
+            features, batched=True, with_indices=True, fn_kwargs=settings, remove_columns=removed
+        )
+
+    @cached_property
+    def settings(self):
+        """How texts are cut and tokenised; token types only where the model takes some."""
+        settings = {"max_length": self.data.max_length, "doc_stride": self.data.doc_stride}
+        settings["token_types"] = getattr(self.model_config(), "type_vocab_size", 0) > 1
+        return {"tokenizer": self.tokenizer, **settings}
+
+    def num_items(self, batch):
+        """Examples: the mean over starts and the mean over ends are over equally many."""
+        return int((batch["start_positions"] != IGNORED).sum())
+
+    def logits(self, outputs, batch):
+        """Start and end logits, (batch, length): −∞ outside the context, so no padding is in a softmax."""
+        ids, tokenizer = batch["input_ids"], self.tokenizer
+        no_words = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}  # padding, separators
+        outside = torch.isin(ids, torch.tensor(sorted(no_words), device=ids.device))
+        outside |= (ids == tokenizer.sep_token_id).cumsum(1) == 0  # the question
+        return [
+            logits.masked_fill(outside, -torch.inf) for logits in (outputs.start_logits, outputs.end_logits)
+        ]
+
+    def loss(self, outputs, batch):
+        starts, ends = self.logits(outputs, batch)
+        of_starts = torch.nn.functional.cross_entropy(starts, batch["start_positions"], ignore_index=IGNORED)
+        of_ends = torch.nn.functional.cross_entropy(ends, batch["end_positions"], ignore_index=IGNORED)
+        return (of_starts + of_ends) / 2
+
+    def predict(self, outputs, batch):
+        spans = best_spans(*self.logits(outputs, batch), self.data.max_answer_length)
+        return spans, batch["start_positions"].tolist()
+
+    def metrics(self, predictions, references):
+        question, context, answers = self.columns.values()
+        contexts, best = self.validation_rows[context], {}
+        for span, row, offsets in zip(predictions, self.parts["row"], self.parts["offsets"], strict=True):
+            score, first, last = span
+            best[row] = max(best.get(row, (-torch.inf,)), (score, offsets[first][0], offsets[last][1]))
+        found = [contexts[row][start:end] for row, (_, start, end) in sorted(best.items())]
+        shown = zip(self.validation_rows.select(range(min(5, len(found)))), found, strict=False)
+        self.samples[:] = [
+            {"question": row[question], "answer": span, "reference": row[answers]["text"][0]}
+            for row, span in shown
+        ]
+        return self.score(found)
+
+    def score(self, found):
+        """Exact match and F1 of an answer to each validation row."""
+        from gradacc_hf.metrics import load  # slow to import, so not before it is needed
+
+        right = [answers["text"] for answers in self.validation_rows[self.columns["answers"]]]
+        return load("squad").compute(predictions=found, references=right)
+
+    def baseline(self, train, validation):
+        """Always the first sentence of the context."""
+        contexts = self.validation_rows[self.columns["context"]]
+        return self.score([re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0] for text in contexts])
+
+    @torch.no_grad()
+    def answer(self, model, inputs):
+        """Rows with a question and a context → the answer, where it starts, and its probability."""
+        found = []
+        for number, row in enumerate(inputs, start=1):
+            question, context = (
+                row.get(self.columns[name]) if isinstance(row, dict) else None
+                for name in ("question", "context")
+            )
+            if problem := problem_of_texts(question, context) or problem_of_length(
+                question, context, "", **self.settings
+            ):
+                raise BadInput(f"input {number}: {problem}; give rows of a question and its context")
+            parts = in_parts([question], [context], **self.settings)
+            offsets, _ = parts.pop("offsets"), parts.pop("row")
+            batch = self.tokenizer.pad(parts, return_tensors="pt").to(model.device)
+            starts, ends = self.logits(model(**batch), batch)
+            spans = best_spans(starts, ends, self.data.max_answer_length)
+            part, (best, first, last) = max(enumerate(spans), key=lambda span: span[1])
+            begin, end = offsets[part][first][0], offsets[part][last][1]
+            score = math.exp(best - starts.logsumexp((0, 1)) - ends.logsumexp((0, 1)))
+            found.append({"answer": context[begin:end], "answer_start": begin, "score": score})
+        return found
+
+
+if __name__ == "__main__":
+    run(QuestionAnswering)
