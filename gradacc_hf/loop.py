@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 
-from gradacc_hf.checkpoint import save_model
+from gradacc_hf.checkpoint import WriteModel, save_model, write_pretrained
 from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.runlog import RunLog, WindowRecord
 from gradacc_hf.tryout import try_out
@@ -178,14 +178,15 @@ def fine_tune(
     best: Best = Best(),
     output_dir: Path | str | None = None,
     save_with: Sequence[Any] = (),
+    write_model: WriteModel = write_pretrained,
     **more_summary: Any,
 ) -> dict[str, Any]:
     """Fine-tune a model and give the run in figures (`summary.json`); the model is trained in place.
 
     `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
     `eval_every` windows (0: only at the end) and at the end. Under `output_dir`: history.jsonl, summary.json,
-    best/ and last/ with the model and `save_with` (a tokenizer). Further keyword arguments go into the
-    summary as they are.
+    best/ and last/ with the model, which `write_model` writes, and `save_with` (a tokenizer). Further keyword
+    arguments go into the summary as they are.
     """
     try_out(model, windows, compute_loss)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -204,7 +205,7 @@ def fine_tune(
         if best.improves(evaluations):
             best_evaluation = evaluations[-1]
             if folder is not None:
-                save_model(model, folder / "best", accelerator, *save_with)
+                save_model(model, folder / "best", accelerator, *save_with, write=write_model)
 
     state = windows.state_dict()
     first = windows.split(state["epoch"], state["window"])
@@ -235,7 +236,7 @@ def fine_tune(
                     )
                     break
         if folder is not None:
-            save_model(model, folder / "last", accelerator, *save_with)
+            save_model(model, folder / "last", accelerator, *save_with, write=write_model)
         last = log.records[-1].window if log.records else 0
         if validate and last and last not in [evaluation["window"] for evaluation in evaluations]:
             evaluate_now(last)
