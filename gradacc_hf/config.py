@@ -55,6 +55,9 @@ class ModelConfig:
     """Hub name, folder, or embedded:NAME (no download)."""
     dropout: float | None = None
     """Overrides every dropout probability of the model's config (0 to 1)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights: bfloat16 takes half the memory, but loses updates below 1/256 of a weight
+    (gradients accumulate in float32). budget.precision only computes in bf16, over weights of either."""
     freeze: list[str] = field(default_factory=list)
     """Name patterns of parameters that are not trained, as in fnmatch: ["*.embeddings.*"]."""
     revision: str | None = None

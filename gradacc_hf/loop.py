@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 
+from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.checkpoint import WriteModel, save_model, write_pretrained
 from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.runlog import RunLog, WindowRecord
@@ -189,6 +190,7 @@ def fine_tune(
     arguments go into the summary as they are.
     """
     try_out(model, windows, compute_loss)
+    accumulate_in_float32(model, optimizer)  # where weights are in bf16
     model, optimizer = accelerator.prepare(model, optimizer)
     folder = Path(output_dir) if output_dir is not None else None
     evaluations: list[dict[str, float]] = []  # each with the window that it came after

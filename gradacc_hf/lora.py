@@ -9,6 +9,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
     """
     import peft  # slow to import, so not before it is needed
     from peft.functional import cast_adapter_dtype
+    from transformers.pytorch_utils import Conv1D
 
     if new_parameters is None or len(new_parameters) == len(dict(model.named_parameters())):
         raise BadInput(
@@ -42,6 +44,7 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
         lora_dropout=settings.dropout,
         target_modules=_targets(model, settings.targets, new_modules),
         modules_to_save=new_modules or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     adapters.auto_mapping = {  # so that peft's AutoPeftModel… finds the class
         "base_model_class": type(model).__name__,
@@ -103,9 +106,7 @@ def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
     with torch.device("meta"):  # only its names and its way of saving are needed
         plain = type(model)(model.config)
     wrappers = re.compile(rf"\.base_layer(?=\.)|\.modules_to_save\.{ADAPTER}(?=\.)")
-    plain.save_pretrained(
-        folder, state_dict={wrappers.sub("", name): tensor for name, tensor in kept.items()}
-    )
+    plain.save_pretrained(folder, state_dict={wrappers.sub("", name): t for name, t in kept.items()})
 
 
 def check_four_bit(model: ModelConfig) -> None:
@@ -114,12 +115,8 @@ def check_four_bit(model: ModelConfig) -> None:
         return
     if not torch.cuda.is_available():
         raise BadInput("model.load_in_4bit: found true without a CUDA GPU; allowed is false here")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise BadInput(
-            "model.load_in_4bit: bitsandbytes is not installed: pip install bitsandbytes"
-        ) from error
+    if find_spec("bitsandbytes") is None:
+        raise BadInput("model.load_in_4bit: bitsandbytes is not installed: pip install bitsandbytes")
 
 
 def four_bit(precision: str, new_parameters: Collection[str]) -> dict[str, Any]:

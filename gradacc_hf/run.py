@@ -49,6 +49,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         argv, data=recipe_class.Data, description=(recipe_class.__doc__ or "").partition("\n")[0]
     )  # fmt: skip
     _check_early_stopping(config)
+    _check_dtype(config)
     check_four_bit(config.model)
     check_output(config)
     transformers.utils.logging.set_verbosity_error()
@@ -283,6 +284,14 @@ def _check_early_stopping(config: Config) -> None:
         raise BadInput(
             f"train.early_stopping: found {config.train.early_stopping} with train.eval_every 0, an "
             "evaluation at the end only: set train.eval_every to 1 or more, or train.early_stopping to 0"
+        )
+
+
+def _check_dtype(config: Config) -> None:
+    if config.model.dtype == "bfloat16" and config.budget.precision != "bf16":
+        raise BadInput(
+            f"model.dtype: found bfloat16 with budget.precision {config.budget.precision}; allowed is float32, or "
+            "bfloat16 with budget.precision bf16, where losses and norms are computed in float32"
         )
 
 
