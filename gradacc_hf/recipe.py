@@ -174,7 +174,7 @@ class Recipe:
             return self.model_class.from_config(self.model_config(), **self._trust())
 
     def model(self) -> Any:
-        """The model that is fine-tuned, in `model.dtype`. One of a recipe's own making sets `new_parameters`."""
+        """The model that is fine-tuned. One of a recipe's own making sets `new_parameters`."""
         if not self.config.model.load_in_4bit or self._saved_config is not None:
             return self._load_model()
         check_four_bit(self.config.model)
@@ -195,7 +195,11 @@ class Recipe:
         self._load_model(device_map="meta")
 
     def _load_model(self, **options: Any) -> Any:
-        options |= {"config": self.model_config(), "dtype": getattr(torch, self.config.model.dtype), "ignore_mismatched_sizes": True}
+        options |= {
+            "config": self.model_config(),
+            "dtype": getattr(torch, self.config.model.dtype),
+            "ignore_mismatched_sizes": True,
+        }
         with self._loading("weights"):
             model, info = self.model_class.from_pretrained(
                 self.model_path, output_loading_info=True, **options, **self._source()

@@ -290,8 +290,8 @@ def _check_early_stopping(config: Config) -> None:
 def _check_dtype(config: Config) -> None:
     if config.model.dtype == "bfloat16" and config.budget.precision != "bf16":
         raise BadInput(
-            f"model.dtype: found bfloat16 with budget.precision {config.budget.precision}; allowed is float32, or "
-            "bfloat16 with budget.precision bf16, where losses and norms are computed in float32"
+            f"model.dtype: found bfloat16 with budget.precision {config.budget.precision}; allowed is "
+            "float32, or bfloat16 with budget.precision bf16, which computes losses and norms in float32"
         )
 
 
