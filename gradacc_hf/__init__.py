@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.errors import BadInput
 from gradacc_hf.loop import Best, Evaluation, evaluate, fine_tune, train
 from gradacc_hf.tryout import try_out
@@ -20,6 +21,7 @@ __all__ = [
     "ExactTrainerMixin",
     "Window",
     "WindowLoader",
+    "accumulate_in_float32",
     "evaluate",
     "fine_tune",
     "train",

@@ -7,7 +7,7 @@ renames; between them the old one is whole under its other name, and the next wr
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,40 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+WriteModel = Callable[[Any, Path, Mapping[str, torch.Tensor]], None]
+MODEL_CONFIG = "model_config.json"
 
-def save_model(model: torch.nn.Module, folder: Path, accelerator: Accelerator, *companions: Any) -> None:
-    """Save a prepared model, and what belongs to it (a tokenizer, an image processor), for `from_pretrained`.
+
+def write_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write a model, whose state dict is `state`, for `from_pretrained`; of one with adapters, these alone.
+
+    Beside adapters, the model's config is `model_config.json`: it has what the task set, such as the labels.
+    (As config.json, transformers would take the folder for that of the base model.)
+    """
+    if not hasattr(model, "save_pretrained"):
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / "model.safetensors")
+        return
+    model.save_pretrained(folder, state_dict=state)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers' own mark
+        model.config.to_json_file(folder / MODEL_CONFIG)
+
+
+def save_model(
+    model: torch.nn.Module,
+    folder: Path,
+    accelerator: Accelerator,
+    *companions: Any,
+    write: WriteModel = write_pretrained,
+) -> None:
+    """Save a prepared model, and what belongs to it: a tokenizer, an image processor.
 
     Called by every process, as gathering the weights of a sharded model is collective; one of them writes.
     """
     state: Any = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        unwrapped = accelerator.unwrap_model(model)
         with whole_folder(folder) as unfinished:
-            if hasattr(unwrapped, "save_pretrained"):
-                unwrapped.save_pretrained(unfinished, state_dict=state)
-            else:
-                save_file(
-                    {name: tensor.contiguous() for name, tensor in state.items()},
-                    unfinished / "model.safetensors",
-                )
+            write(accelerator.unwrap_model(model), unfinished, state)
             for companion in companions:
                 companion.save_pretrained(unfinished)
     accelerator.wait_for_everyone()

@@ -23,6 +23,31 @@ SIZES = "a size such as 8GiB (units: GiB, GB, MiB, MB)"
 
 
 @dataclass
+class LoraConfig:
+    """Adapters that are trained instead of the model's weights."""
+
+    rank: int = 0
+    """Rank of the adapters: LoRA. 0 is off, and all weights are trained."""
+    alpha: int | None = None
+    """Adapters count alpha / rank times; null is 2 × rank, so that they count twice at any rank."""
+    dropout: float = 0.0
+    """Dropout probability of what goes into an adapter (0 up to 1)."""
+    targets: list[str] = field(default_factory=list)
+    """Linear layers with an adapter, by name or pattern: [q_proj, "*.layer.0.*"]; [] is peft's choice for
+    this kind of model, or all but the head."""
+    merge: bool = False
+    """Save a plain model with the adapters added to its weights, instead of the adapters alone."""
+
+    def rules(self) -> Rules:
+        off = self.rank == 0
+        yield "rank", self.rank >= 0, "0 (off) or more; 8 and 16 are usual"
+        yield "alpha", self.alpha is None or self.alpha >= 1, "1 or more, or null"
+        yield "dropout", 0 <= self.dropout < 1, "a probability from 0 up to 1, 1 excluded"
+        yield "targets", not (off and self.targets), "[] without adapters: set model.lora.rank"
+        yield "merge", not (off and self.merge), "false without adapters: set model.lora.rank"
+
+
+@dataclass
 class ModelConfig:
     """Which model is trained, and how much of it."""
 
@@ -30,14 +55,29 @@ class ModelConfig:
     """Hub name, folder, or embedded:NAME (no download)."""
     dropout: float | None = None
     """Overrides every dropout probability of the model's config (0 to 1)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights: bfloat16 takes half the memory, but loses updates below 1/256 of a weight
+    (gradients accumulate in float32). budget.precision only computes in bf16, over weights of either."""
     freeze: list[str] = field(default_factory=list)
     """Name patterns of parameters that are not trained, as in fnmatch: ["*.embeddings.*"]."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    load_in_4bit: bool = False
+    """Hold the base model in 4 bits beneath its adapters (QLoRA, by bitsandbytes; CUDA GPUs only)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def rules(self) -> Rules:
+        adapters, frozen_by_lora = (
+            self.lora.rank > 0,
+            "[] with model.lora, which trains no weight of the base",
+        )
+        yield "freeze", not (adapters and self.freeze), frozen_by_lora
+        needs = "false without adapters, as 4 bits cannot be trained: set model.lora.rank"
+        yield "load_in_4bit", adapters or not self.load_in_4bit, needs
+        whole = "false with model.lora.merge, which needs whole weights: save the adapter, merge it later"
+        yield "load_in_4bit", not (self.lora.merge and self.load_in_4bit), whole
         yield "dropout", self.dropout is None or 0 <= self.dropout <= 1, "a probability from 0 to 1, or null"
 
 

@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.items import ComputeLoss, CountItems, model_loss
 from gradacc_hf.loop import train
 from gradacc_hf.trainer import ExactTrainer
@@ -35,6 +36,7 @@ class Ran:
 
 def run_windows(model: Any, optimizer: Any, windows: WindowLoader, **more: Any) -> Ran:
     """Our loop. `more` goes to `loop.train`."""
+    accumulate_in_float32(model, optimizer)
     model, optimizer = windows.accelerator.prepare(model, optimizer)
     started = time.perf_counter()
     records = list(train(model, optimizer, windows, accelerator=windows.accelerator, **more))

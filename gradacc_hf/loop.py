@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 
-from gradacc_hf.checkpoint import save_model
+from gradacc_hf.bf16_weights import accumulate_in_float32
+from gradacc_hf.checkpoint import WriteModel, save_model, write_pretrained
 from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.runlog import RunLog, WindowRecord
 from gradacc_hf.tryout import try_out
@@ -178,16 +179,18 @@ def fine_tune(
     best: Best = Best(),
     output_dir: Path | str | None = None,
     save_with: Sequence[Any] = (),
+    write_model: WriteModel = write_pretrained,
     **more_summary: Any,
 ) -> dict[str, Any]:
     """Fine-tune a model and give the run in figures (`summary.json`); the model is trained in place.
 
     `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
     `eval_every` windows (0: only at the end) and at the end. Under `output_dir`: history.jsonl, summary.json,
-    best/ and last/ with the model and `save_with` (a tokenizer). Further keyword arguments go into the
-    summary as they are.
+    best/ and last/ with the model, which `write_model` writes, and `save_with` (a tokenizer). Further keyword
+    arguments go into the summary as they are.
     """
     try_out(model, windows, compute_loss)
+    accumulate_in_float32(model, optimizer)  # where weights are in bf16
     model, optimizer = accelerator.prepare(model, optimizer)
     folder = Path(output_dir) if output_dir is not None else None
     evaluations: list[dict[str, float]] = []  # each with the window that it came after
@@ -204,7 +207,7 @@ def fine_tune(
         if best.improves(evaluations):
             best_evaluation = evaluations[-1]
             if folder is not None:
-                save_model(model, folder / "best", accelerator, *save_with)
+                save_model(model, folder / "best", accelerator, *save_with, write=write_model)
 
     state = windows.state_dict()
     first = windows.split(state["epoch"], state["window"])
@@ -235,7 +238,7 @@ def fine_tune(
                     )
                     break
         if folder is not None:
-            save_model(model, folder / "last", accelerator, *save_with)
+            save_model(model, folder / "last", accelerator, *save_with, write=write_model)
         last = log.records[-1].window if log.records else 0
         if validate and last and last not in [evaluation["window"] for evaluation in evaluations]:
             evaluate_now(last)

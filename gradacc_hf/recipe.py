@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,12 +16,14 @@ import transformers
 from accelerate import Accelerator
 from datasets import Dataset
 
+from gradacc_hf.checkpoint import MODEL_CONFIG
 from gradacc_hf.config import Config, DataConfig
 from gradacc_hf.data import load_data
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.items import CountItems, model_loss
 from gradacc_hf.loop import evaluate, logits_and_labels
+from gradacc_hf.lora import check_four_bit, four_bit
 from gradacc_hf.micro_batches import Lengths, PadTo, Transform
 from gradacc_hf.rows import Problem, check_rows
 from gradacc_hf.windows import WindowLoader
@@ -46,6 +49,10 @@ class Recipe:
         self.data: Any = config.data  # with the recipe's own fields
         self.skipped_rows: list[str] = []  # a line about each, of both data sets
         self.samples: list[dict[str, str]] = []  # what the model made of a few rows, for the report
+        self.new_parameters: set[str] | None = (
+            None  # those for which model() found no weights; all, where None
+        )
+        self._saved_config: Any = None  # of the adapter that is loaded, with what the task had set
 
     def datasets(self) -> tuple[Dataset, Dataset]:
         """Training and validation examples, tokenised, with `labels`."""
@@ -155,6 +162,8 @@ class Recipe:
 
     def model_config(self) -> Any:
         """The model's config, with the task's settings and `model.dropout`."""
+        if self._saved_config is not None:
+            return self._saved_config
         with self._loading("config"):
             config = transformers.AutoConfig.from_pretrained(
                 self.model_path, **self._source(), **self.model_overrides()
@@ -165,12 +174,27 @@ class Recipe:
 
     def empty_model(self) -> Any:
         """The model without weights, to count and name its parameters."""
+        if self.config.model.lora.rank:  # what is trained depends on which weights there are
+            return self._load_model(device_map="meta")
         with self._loading("config"), torch.device("meta"):
             return self.model_class.from_config(self.model_config(), **self._trust())
 
     def model(self) -> Any:
-        """The model that is fine-tuned, in float32."""
-        return self._load_model()
+        """The model that is fine-tuned. One of a recipe's own making sets `new_parameters`."""
+        if not self.config.model.load_in_4bit or self._saved_config is not None:
+            return self._load_model()
+        check_four_bit(self.config.model)
+        self._load_model(device_map="meta")  # what is new must not be in 4 bits
+        return self._load_model(**four_bit(self.config.budget.precision, self.new_parameters or ()))
+
+    def load(self, folder: Path | str) -> Any:
+        """A model that was saved in a run's folder: whole, or as adapters on the base model of the run."""
+        if not (Path(folder) / "adapter_config.json").exists():
+            return self.model_class.from_pretrained(folder)
+        self._saved_config = transformers.AutoConfig.from_pretrained(Path(folder) / MODEL_CONFIG)
+        model = self.model()
+        model.load_adapter(str(folder))
+        return model
 
     def check_model(self) -> None:
         """Raise BadInput where the weights do not fit the config; reads their names and sizes only."""
@@ -181,10 +205,15 @@ class Recipe:
         """Does training start from random weights, as there are no others?"""
         return self.config.model.name in FROM_SCRATCH
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights: `model.dtype`."""
+        return getattr(torch, self.config.model.dtype)
+
     def _load_model(self, **options: Any) -> Any:
+        options |= {"config": self.model_config(), "dtype": self.dtype, "ignore_mismatched_sizes": True}
         if self.from_scratch:
-            return self.model_class.from_config(self.model_config(), dtype=torch.float32)
-        options |= {"config": self.model_config(), "dtype": torch.float32, "ignore_mismatched_sizes": True}
+            return self.model_class.from_config(options["config"], dtype=self.dtype)
         with self._loading("weights"):
             model, info = self.model_class.from_pretrained(
                 self.model_path, output_loading_info=True, **options, **self._source()
@@ -203,6 +232,8 @@ class Recipe:
                     f"model.name: the weights of {name} are damaged: {near[0]!r} for {tensor}; "
                     "copy or save them again"
                 )
+        mismatched = {tensor for tensor, _, _ in info["mismatched_keys"]}
+        self.new_parameters = {*info["missing_keys"], *mismatched} & dict(model.named_parameters()).keys()
         return model
 
     @contextmanager

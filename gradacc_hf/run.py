@@ -21,10 +21,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from datasets import Dataset, disable_progress_bars
 
+from gradacc_hf.checkpoint import write_pretrained
 from gradacc_hf.command_line import read_command_line, recipe_file
 from gradacc_hf.config import Config, tokens_per_micro_batch
 from gradacc_hf.errors import BadInput, listed, one_line
 from gradacc_hf.loop import Best, fine_tune
+from gradacc_hf.lora import add_lora, check_four_bit, write_merged
 from gradacc_hf.optim import frozen_parameters, make_optimizer, make_scheduler
 from gradacc_hf.output import check_output, open_output
 from gradacc_hf.recipe import Recipe
@@ -47,6 +49,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         argv, data=recipe_class.Data, description=(recipe_class.__doc__ or "").partition("\n")[0]
     )  # fmt: skip
     _check_early_stopping(config)
+    _check_dtype(config)
+    check_four_bit(config.model)
     check_output(config)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -59,9 +63,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     windows, validation_windows = make_windows(recipe, training, validation, accelerator)
     empty = recipe.empty_model()
     _check_max_length(recipe, empty, training)
-    trained = [name for name, _ in empty.named_parameters()]
-    frozen = frozen_parameters(trained, config.model.freeze)
-    print_plan(recipe, windows, empty, frozen, len(validation))
+    print_plan(recipe, windows, empty, len(validation))
     baseline = recipe.baseline(training, validation)
     _check_best_metric(config, baseline)
     if config.check:
@@ -90,6 +92,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
         output_dir=folder,
         save_with=recipe.processors(),
+        write_model=write_merged if config.model.lora.merge else write_pretrained,
         baseline=baseline,
         seed=config.train.seed,
         command=_command(argv, accelerator.num_processes),
@@ -142,11 +145,19 @@ def make_model(recipe: Recipe) -> Any:
     config = recipe.config
     set_seed(config.train.seed)
     model = recipe.model()
-    for name in frozen_parameters([name for name, _ in model.named_parameters()], config.model.freeze):
-        model.get_parameter(name).requires_grad_(False)
+    choose_trained(recipe, model)
     if config.budget.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def choose_trained(recipe: Recipe, model: Any) -> None:
+    """Freeze what `model.freeze` names; with `model.lora`, all but its adapters and what the task adds."""
+    config = recipe.config.model
+    for name in frozen_parameters([name for name, _ in model.named_parameters()], config.freeze):
+        model.get_parameter(name).requires_grad_(False)
+    if config.lora.rank:
+        add_lora(model, config.lora, recipe.new_parameters)
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -218,9 +229,7 @@ def total_windows(config: Config, windows: WindowLoader) -> int:
     return min(total, config.train.max_windows or total)
 
 
-def print_plan(
-    recipe: Recipe, windows: WindowLoader, empty: torch.nn.Module, frozen: set[str], num_validation: int
-) -> None:
+def print_plan(recipe: Recipe, windows: WindowLoader, empty: torch.nn.Module, num_validation: int) -> None:
     """What is about to happen, before anything heavy does."""
     config, plan, accelerator = recipe.config, windows.plan, windows.accelerator
     epochs = config.train.epochs
@@ -230,18 +239,11 @@ def print_plan(
     ]
     steps = [max(map(len, split.processes)) for split in sample]
     padding = 1 - sum(split.tokens for split in sample) / sum(split.padded_tokens for split in sample)
-    parameters = sum(parameter.numel() for parameter in empty.parameters())
-    still = sum(parameter.numel() for name, parameter in empty.named_parameters() if name in frozen)
     bound = recipe.config.budget.micro_batch_size
     tokens = tokens_per_micro_batch(config.budget, accelerator.device.type)
     rows = (
         ("recipe", (type(recipe).__doc__ or type(recipe).__name__).partition("\n")[0]),
-        (
-            "model",
-            f"{config.model.name}, {parameters:,} parameters"
-            + (f", {still:,} of them frozen" if still else "")
-            + (", from scratch" if recipe.from_scratch else ""),
-        ),
+        ("model", f"{config.model.name}, {_parameters(recipe, empty)}"),
         *([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
         ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
         ("validation", recipe.validation_source.removeprefix("validation: ")),
@@ -264,6 +266,17 @@ def print_plan(
         accelerator.print(f"{name:<22}{value}")
 
 
+def _parameters(recipe: Recipe, model: torch.nn.Module) -> str:
+    """How many parameters there are, and how many are trained; chooses these."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    choose_trained(recipe, model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if rank := recipe.config.model.lora.rank:
+        return f"{total:,} parameters, {trained:,} trained (LoRA rank {rank})"
+    frozen = f", {total - trained:,} of them frozen" if trained < total else ""
+    return f"{total:,} parameters{frozen}" + (", from scratch" if recipe.from_scratch else "")
+
+
 def _left_out(rows: Sequence[str]) -> str:
     return f"{len(rows):,} row{'s' * (len(rows) > 1)} that cannot be used, the first: {rows[0]}"
 
@@ -273,6 +286,14 @@ def _check_early_stopping(config: Config) -> None:
         raise BadInput(
             f"train.early_stopping: found {config.train.early_stopping} with train.eval_every 0, an "
             "evaluation at the end only: set train.eval_every to 1 or more, or train.early_stopping to 0"
+        )
+
+
+def _check_dtype(config: Config) -> None:
+    if config.model.dtype == "bfloat16" and config.budget.precision != "bf16":
+        raise BadInput(
+            f"model.dtype: found bfloat16 with budget.precision {config.budget.precision}; allowed is "
+            "float32, or bfloat16 with budget.precision bf16, which computes losses and norms in float32"
         )
 
 

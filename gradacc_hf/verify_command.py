@@ -52,6 +52,10 @@ def main(argv: Sequence[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("gradacc verify runs on one process: start it without a launcher")
     recipe = load_recipe(["--config", arguments.config, "--budget", arguments.budget, *settings])
+    if recipe.config.model.load_in_4bit:
+        raise BadInput(
+            "model.load_in_4bit: found true; allowed is false, as gradients are compared in float32"
+        )
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     windows, _ = make_windows(recipe, *recipe.datasets(), accelerator)
     if not 1 <= arguments.windows <= len(windows):

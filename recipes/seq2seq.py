@@ -130,9 +130,7 @@ class Seq2Seq(Recipe):
         if not self.joined:
             return super()._load_model(**options)
         with self._loading("weights"):
-            return join(
-                self.model_path, self.model_config(), dtype=torch.float32, **options, **self._source()
-            )
+            return join(self.model_path, self.model_config(), dtype=self.dtype, **options, **self._source())
 
     def lengths(self, dataset):
         """Tokens to read and to write."""

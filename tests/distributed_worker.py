@@ -17,11 +17,13 @@ from accelerate.test_utils.scripts import test_sync
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from transformers import PrinterCallback, TrainingArguments
 
-from gradacc_hf import ExactTrainer, WindowLoader, evaluate, fine_tune
+from gradacc_hf import BadInput, ExactTrainer, WindowLoader, accumulate_in_float32, evaluate, fine_tune
+from gradacc_hf.config import LoraConfig
 from gradacc_hf.gradients import RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
 from gradacc_hf.items import model_loss
 from gradacc_hf.loop import train
+from gradacc_hf.lora import add_lora
 from gradacc_hf.tryout import try_out
 
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
@@ -56,11 +58,15 @@ def gradients(
     empty=(),
     max_grad_norm=0.0,
     lengths=LENGTHS,
+    lora=False,
     **split,
 ):
     """One epoch of `train`: the worst error against the whole window at once, and what the processes saw."""
     accelerator = accelerator_for(engine)
     head, untouched = build_head(kind, model_type), build_head(kind, model_type)
+    for model in (head.model, untouched.model) if lora else ():
+        torch.manual_seed(0)
+        add_lora(model, LoraConfig(rank=4), {"classifier.weight", "classifier.bias"})
     examples = head.examples(lengths)
     for i in empty:
         examples[i]["labels"] = [-100] * len(examples[i]["labels"])
@@ -152,6 +158,17 @@ def masked_at_random(engine):
     model, optimizer = accelerator.prepare(head.model, RecordGradients(head.model))
     losses = [record.loss for record in train(model, optimizer, windows, accelerator=accelerator)]
     return {"finite": all(np.isfinite(losses)), "windows": len(losses)}
+
+
+def bf16_weights(engine):
+    """Bf16 weights train on one process; on several, the line that they are refused with."""
+    accelerator, model = accelerator_for(engine), torch.nn.Linear(2, 1).bfloat16()
+    refused = ""
+    try:
+        accumulate_in_float32(model, torch.optim.SGD(model.parameters()))
+    except BadInput as error:
+        refused = str(error)
+    return {"refused": refused, "processes": accelerator.num_processes}
 
 
 def beside_test_sync(engine):
@@ -252,8 +269,10 @@ CASES = {
     "unused_parameters": lambda engine: gradients(
         engine, model_type="fnet", max_tokens=64, lengths=[12] * 23
     ),
+    "lora": lambda engine: gradients(engine, model_type="bert", max_tokens=64, lora=True),
     "workers": lambda engine: gradients(engine, max_tokens=64, num_workers=1),
     "masked_at_random": masked_at_random,
+    "bf16_weights": bf16_weights,
     "evaluation": evaluation,
     "beside_test_sync": beside_test_sync,
     # last, as TrainingArguments makes an Accelerate state of its own

@@ -42,7 +42,7 @@ def ddp(request):
 def test_every_case_is_exact_on_1_2_and_3_processes(ddp):
     _, found = ddp
     exact = {name: row for name, row in found.items() if "error" in row}
-    assert len(exact) == 12
+    assert len(exact) == 13
     for name, row in exact.items():
         assert row["error"] < EXACT, name
         assert row["loss_error"] < 1e-5, name
@@ -55,6 +55,16 @@ def test_processes_have_unequal_accumulation_steps_and_none_has_none(ddp):
     assert all(min(process) >= 1 for case in steps for process in case)
     if num_processes > 1:
         assert any(len(set(window)) > 1 for case in steps for window in zip(*case, strict=True))
+
+
+def test_bf16_weights_are_refused_on_several_processes_in_one_line_that_says_what_to_use(ddp):
+    num_processes, found = ddp
+    refused = found["bf16_weights"]["refused"]
+    assert found["bf16_weights"]["processes"] == num_processes
+    if num_processes == 1:
+        assert not refused
+    else:
+        assert "allowed there is float32, which computes in bf16 with budget.precision bf16" in refused
 
 
 def test_a_window_without_items_is_skipped_by_all_processes(ddp):

@@ -173,6 +173,16 @@ def test_mixed_precision(shown):
     assert found["fp16, clipped while scaled"]["error"] > 0.99, "next to nothing is left"
 
 
+def test_bf16_weights(shown):
+    found, lines = shown("bf16_weights")
+    assert found["in bf16"] == sorted(found["in bf16"]), "the more micro-batches, the worse"
+    assert found["in bf16"][-1] > 5 * found["in bf16"][0]
+    for way in ("in float32", "in the kit"):
+        assert max(found[way]) == found[way][0] == found["in bf16"][0], "never worse than at once"
+    assert found["in the kit"] == pytest.approx(found["in float32"], rel=0.01)
+    assert [line.split()[0] for line in lines[1:]] == ["1", "4", "16", "64", "256"]
+
+
 def test_synchronise_once(shown):
     found, _ = shown("synchronise_once")
     assert {name: way["reduces"] for name, way in found.items()} == {
@@ -198,7 +208,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 def test_the_path_leads_through_every_lesson_once():
     assert sorted(lessons.names()) == NAMES
-    assert len(NAMES) == 14
+    assert len(NAMES) == 15
 
 
 @pytest.mark.parametrize("name", NAMES)
