@@ -63,7 +63,7 @@ LORA, CHECKPOINTING = {"lora": True}, {"checkpointing": True}
 @pytest.mark.parametrize("settings", [CHECKPOINTING, LORA, {**LORA, **CHECKPOINTING}, {"precision": "bf16"}])
 def test_so_it_does_with_gradient_checkpointing_adapters_and_autocast(settings):
     once, flat, growing = (error(n, f, **settings) for n, f in ((1, True), (64, True), (64, False)))
-    assert flat < 1.01 * once
+    assert flat < 1.05 * once
     assert growing > 1.08 * once
 
 
