@@ -74,7 +74,7 @@ def _measure(tokens: int, lean: bool) -> None:
     model(**batch).loss.backward()
     figures = {"bytes": peak_memory_bytes(device) - held, "seconds": time.perf_counter() - started}
     if lean:
-        row = {"input_ids": ids[:1], "labels": ids[:1]}
+        row = {"input_ids": ids[:2], "labels": ids[:2]}  # logits in two pieces
         gradient = whole_window_gradient(model, row)
         del model.forward  # its own again
         figures["gradient_error"] = relative_error(gradient, whole_window_gradient(model, row))
