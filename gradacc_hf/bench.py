@@ -3,6 +3,7 @@
     python -m gradacc_hf.bench exactness     # whose accumulated gradient is that of the whole window?
     python -m gradacc_hf.bench speed         # how close does the loop come to what cannot be beaten?
     python -m gradacc_hf.bench planning      # what does it cost to plan a window?
+    python -m gradacc_hf.bench lean_loss     # what memory does the loss of a large vocabulary take?
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
 same model, the same examples in the same windows, and as many optimizer steps. One process. How fast the
@@ -36,6 +37,7 @@ from gradacc_hf.contenders import run_accelerate, run_trainer, run_windows
 from gradacc_hf.errors import BadInput, Parser
 from gradacc_hf.gradients import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
+from gradacc_hf.lean_memory import VOCABULARY, LeanMemory, lean_memory
 from gradacc_hf.limits import Speed, speed
 from gradacc_hf.loop import train
 from gradacc_hf.optim import make_optimizer
@@ -223,6 +225,16 @@ def print_planning(result: Planning, console: Console) -> None:
     )
 
 
+def print_lean_loss(result: LeanMemory, console: Console) -> None:
+    """One sentence."""
+    before, after = result.bytes_before / 2**20, result.bytes_after / 2**20
+    console.print(
+        f"forward and backward of {result.tokens:,} tokens, vocabulary {VOCABULARY:,}: {before:,.0f} MiB "
+        f"with logits, {after:,.0f} MiB without ({result.seconds_before:.1f} and "
+        f"{result.seconds_after:.1f} s); the gradients differ by {result.gradient_error:.0e}"
+    )
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; allowed: 1 or more")
@@ -235,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     benchmarks.add_parser("exactness", help="whose accumulated gradient is that of the whole window")
     benchmarks.add_parser("planning", help="what it costs to plan a window")
+    lean = benchmarks.add_parser("lean_loss", help="memory of a large vocabulary's loss, before and after")
+    lean.add_argument("--tokens", type=_positive, default=2048, help="in the micro-batch (%(default)s)")
     timing = benchmarks.add_parser(
         "speed", help="our loop beside the dense limit, and what the loop itself costs"
     )
@@ -252,6 +266,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             result, show = exactness(HEADS), print_exactness
         elif arguments.benchmark == "planning":
             result, show = planning(offline_recipe()), print_planning
+        elif arguments.benchmark == "lean_loss":
+            result, show = lean_memory(arguments.tokens), print_lean_loss
         else:
             found = speed(
                 offline_recipe(), arguments.windows, arguments.repeats, partial(_progress, name="speed")

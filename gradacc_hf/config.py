@@ -163,6 +163,8 @@ class TrainConfig:
     """Stop after this many windows (optimizer steps), whatever epochs says."""
     eval_every: int = 0
     """Windows between evaluations (0: only at the end)."""
+    eval_on_start: bool = False
+    """Also evaluate before the first window."""
     seed: int = 0
     """Seed of everything random."""
     early_stopping: int = 0
@@ -206,6 +208,8 @@ class BudgetConfig:
     """Examples per micro-batch, instead of max_tokens."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
+    lean_loss: bool | Literal["auto"] = "auto"
+    """Compute a causal language model's logits in pieces, never all at once: auto is where they allow it."""
     num_workers: int = 0
     """Processes that collate beside training (0: the training process itself)."""
 

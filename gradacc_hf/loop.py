@@ -114,9 +114,12 @@ def evaluate(
     *,
     accelerator: Accelerator,
     compute_loss: ComputeLoss = model_loss,
-    predict: Predict = logits_and_labels,
+    predict: Predict | None = logits_and_labels,
 ) -> Evaluation:
-    """Run a prepared model over all data of `windows`, dropout off; no accumulation state is touched."""
+    """Run a prepared model over all data of `windows`, dropout off; no accumulation state is touched.
+
+    `predict` None: for the loss alone, without predictions and references.
+    """
     if accelerator.distributed_type != DistributedType.FSDP:
         model = accelerator.unwrap_model(
             model
@@ -130,7 +133,7 @@ def evaluate(
         if micro_batch.num_items:
             loss_here += float(compute_loss(outputs, batch)) * micro_batch.num_items
             items_here += micro_batch.num_items
-        if len(micro_batch.indices):  # else it is run again only because the others wait
+        if predict and len(micro_batch.indices):  # else it is run again only because the others wait
             rows += zip(micro_batch.indices.tolist(), *predict(outputs, batch), strict=True)
     model.train(training)
     sums = gather_object([(loss_here, items_here)])
@@ -176,6 +179,7 @@ def fine_tune(
     compute_loss: ComputeLoss = model_loss,
     validate: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
     eval_every: int = 0,
+    eval_on_start: bool = False,
     best: Best = Best(),
     output_dir: Path | str | None = None,
     save_with: Sequence[Any] = (),
@@ -185,9 +189,10 @@ def fine_tune(
     """Fine-tune a model and give the run in figures (`summary.json`); the model is trained in place.
 
     `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
-    `eval_every` windows (0: only at the end) and at the end. Under `output_dir`: history.jsonl, summary.json,
-    best/ and last/ with the model, which `write_model` writes, and `save_with` (a tokenizer). Further keyword
-    arguments go into the summary as they are.
+    `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
+    `eval_every` windows (0: only at the end), at the end, and with `eval_on_start` before the first. Under
+    `output_dir`: history.jsonl, summary.json, best/ and last/ with the model, which `write_model` writes, and
+    `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
     """
     try_out(model, windows, compute_loss)
     accumulate_in_float32(model, optimizer)  # where weights are in bf16
@@ -214,6 +219,8 @@ def fine_tune(
     to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
     total = min(max_windows or math.inf, to_run)
     with RunLog(accelerator, int(total), folder) as log:
+        if validate and eval_on_start:
+            evaluate_now(0)
         for record in train(
             model,
             optimizer,

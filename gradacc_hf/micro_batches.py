@@ -20,7 +20,7 @@ from gradacc_hf.items import CountItems
 from gradacc_hf.plan import WindowPlan
 from gradacc_hf.split import Bound, Cost, split_window
 
-PadTo = Literal["micro_batch", "window"] | int
+PadTo = Literal["micro_batch", "window", "nothing"] | int
 Lengths = str | Sequence[int] | np.ndarray | Callable[[Any], int] | None
 Transform = Callable[[Any, np.random.Generator], Any]
 OF_AN_EXAMPLE = 1  # keeps its random numbers apart from those of the order, drawn from (seed, epoch)
@@ -84,19 +84,20 @@ class LocalWindows(Dataset):
         indices = self.plan.indices(epoch, window)
         lengths = self.lengths[indices]
         padded, pad_to = lengths, None
-        if self.pad_to != "micro_batch":
+        packed = self.pad_to == "nothing"
+        if self.pad_to not in ("micro_batch", "nothing"):
             pad_to = int(lengths.max()) if self.pad_to == "window" else self.pad_to
             padded = np.full_like(lengths, pad_to)
-        processes = split_window(padded, self.bound, self.num_processes, self.cost)
+        processes = split_window(padded, self.bound, self.num_processes, self.cost, packed)
         return Split(
             indices=indices,
             processes=[[indices[positions] for positions in process] for process in processes],
             epoch=epoch,
             window=window,
             tokens=int(lengths.sum()),
-            padded_tokens=sum(
-                len(piece) * int(padded[piece].max()) for process in processes for piece in process
-            ),
+            padded_tokens=int(lengths.sum())
+            if packed
+            else sum(len(piece) * int(padded[piece].max()) for process in processes for piece in process),
             pad_to=pad_to,
         )
 

@@ -54,21 +54,32 @@ class Bound:
         assert self.max_tokens is not None
         return max(1, self.max_tokens // max(1, length))
 
+    def first_packed(self, until: np.ndarray, stop: int) -> int:
+        """The first example that fits into one row with all up to `stop`; `until`: tokens before each."""
+        if self.micro_batch_size is not None:
+            return max(0, stop - self.micro_batch_size)
+        return min(stop - 1, int(np.searchsorted(until, until[stop] - self.max_tokens)))
+
 
 def split_window(
-    lengths: Sequence[int] | np.ndarray, bound: Bound, num_processes: int = 1, cost: Cost = Cost()
+    lengths: Sequence[int] | np.ndarray,
+    bound: Bound,
+    num_processes: int = 1,
+    cost: Cost = Cost(),
+    packed: bool = False,
 ) -> list[list[np.ndarray]]:
     """Cut a window of `len(lengths)` examples into `num_processes` lists of micro-batches.
 
     Each micro-batch is an array of positions in `lengths`; every position comes exactly once. Processes get
     about equal cost, not equal counts, and a process's costliest micro-batch comes first, so that one too
     large for the memory shows at once. With fewer examples than processes some lists are empty. No
-    micro-batch exceeds the bound unless a single example does.
+    micro-batch exceeds the bound unless a single example does. `packed`: a micro-batch is one row of all its
+    examples' tokens, not as many rows as examples, padded to the longest.
     """
     lengths = np.maximum(np.asarray(lengths), 1)
     by_length = np.argsort(lengths, kind="stable")
     return [
-        _cut(positions, lengths[positions], bound, cost)
+        _cut(positions, lengths[positions], bound, cost, packed)
         for positions in _balance(by_length, lengths, num_processes, cost)
     ]
 
@@ -87,7 +98,9 @@ def _balance(by_length: np.ndarray, lengths: np.ndarray, num_processes: int, cos
     return [np.array(hand[::-1], dtype=np.int64) for hand in hands]
 
 
-def _cut(positions: np.ndarray, lengths: np.ndarray, bound: Bound, cost: Cost) -> list[np.ndarray]:
+def _cut(
+    positions: np.ndarray, lengths: np.ndarray, bound: Bound, cost: Cost, packed: bool
+) -> list[np.ndarray]:
     """Cut one process's examples, sorted by length, where the summed cost is least.
 
     Dynamic programming over the place of the last cut: `least[stop] = min over start of least[start] +
@@ -98,16 +111,22 @@ def _cut(positions: np.ndarray, lengths: np.ndarray, bound: Bound, cost: Cost) -
     least = np.zeros(n + 1)
     cut_before = np.zeros(n + 1, dtype=np.int64)
     rows = np.arange(n, 0, -1)  # rows[start - stop:] counts the examples in start:stop
+    until = np.concatenate([[0], np.cumsum(lengths)])  # tokens of the examples before each
     for stop in range(1, n + 1):
         length = int(lengths[stop - 1])
-        first = max(0, stop - bound.max_rows(length))
-        totals = least[first:stop] + cost(rows[n - (stop - first) :], length)
+        if packed:
+            first = bound.first_packed(until, stop)
+            totals = least[first:stop] + cost(1, until[stop] - until[first:stop])
+        else:
+            first = max(0, stop - bound.max_rows(length))
+            totals = least[first:stop] + cost(rows[n - (stop - first) :], length)
         best = int(totals.argmin())
         least[stop], cut_before[stop] = totals[best], first + best
     pieces = []
     stop = n
     while stop > 0:
         start = int(cut_before[stop])
-        pieces.append((cost(stop - start, int(lengths[stop - 1])), start, stop))
+        shape = (1, int(until[stop] - until[start])) if packed else (stop - start, int(lengths[stop - 1]))
+        pieces.append((cost(*shape), start, stop))
         stop = start
     return [positions[start:stop] for _, start, stop in sorted(pieces, reverse=True)]

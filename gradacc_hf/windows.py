@@ -53,8 +53,9 @@ class WindowLoader:
         lengths: tokens of each example: a column's name, a sequence, or a function of an example; by default
             those of `input_ids` where there is one, else all equal.
         pad_to: "micro_batch" pads each to its own longest; "window" pads all micro-batches of a window alike;
-            a number pads to so many tokens. For models whose loss padding reaches (question answering), only
-            the last two are exact.
+            a number pads to so many tokens; "nothing" says that the collate function lays its examples end to
+            end in one row (packing). For models whose loss padding reaches (question answering), only
+            "window" and a number are exact.
         shuffle, seed: the order of epoch e is drawn from (seed, e); without shuffling it is the data set's.
         drop_last: leave out a partial last window.
         num_workers: processes that collate beside training.
@@ -331,11 +332,13 @@ def _check_arguments(dataset: Any, effective_batch_size: Any, collate_fn: Callab
                 f"the effective batch size is {size!r}; it must be an integer from 1 to the "
                 f"{len(dataset)} examples of the data set"
             )
-    if pad_to != "micro_batch":
+    if pad_to not in ("micro_batch", "nothing"):
         if pad_to != "window" and (
             isinstance(pad_to, bool) or not isinstance(pad_to, int | np.integer) or pad_to < 1
         ):
-            raise ValueError(f"pad_to is {pad_to!r}; allowed: 'micro_batch', 'window', or a number of tokens")
+            raise ValueError(
+                f"pad_to is {pad_to!r}; allowed: 'micro_batch', 'window', 'nothing', or a number of tokens"
+            )
         if not _takes_pad_to(collate_fn):
             raise ValueError(
                 f"pad_to={pad_to!r} needs a collate function that takes pad_to (the tokens to pad to); "

@@ -28,6 +28,7 @@ DATASETS = {
     "docstrings": "stdlib:docstring_modules",
     "functions": "stdlib:documented_functions",
     "identifiers": "identifiers:identifiers",
+    "instructions": "instructions:instructions",
     "questions": "questions:docstring_questions",
 }
 """embedded:NAME of `data.train` → the function that gives (train, validation), as module:function."""

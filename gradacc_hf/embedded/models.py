@@ -18,7 +18,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from gradacc_hf.errors import BadInput
+from gradacc_hf.embedded.smollm2 import smollm2_path
+from gradacc_hf.errors import BadInput, listed
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FROM_SCRATCH = {"embedded:tiny_vit": Path(__file__).parent / "tiny_vit"}
@@ -42,6 +43,9 @@ def minilm_path() -> Path:
     return folder
 
 
+MODELS = {"embedded:minilm": minilm_path, "embedded:smollm2": smollm2_path}
+
+
 @functools.lru_cache
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:
     with path.open("rb") as file:
@@ -57,10 +61,10 @@ def resolve_model(name: str) -> str:
     """
     if name in FROM_SCRATCH:
         return str(FROM_SCRATCH[name])
-    if name == "embedded:minilm":
-        return str(minilm_path())
     if name.startswith("embedded:"):
-        _refuse(f"no {name!r}; use embedded:minilm{''.join(f' or {known}' for known in FROM_SCRATCH)}")
+        if name not in MODELS:
+            _refuse(f"no {name!r}; use {listed([*MODELS, *FROM_SCRATCH])}")
+        return str(MODELS[name]())
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(_checked(folder))

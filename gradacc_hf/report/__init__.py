@@ -93,6 +93,7 @@ def render(runs: Sequence[Run]) -> str:
         metrics=metrics_of(found),
         bars=bars_of(found),
         windows=windows_of(found),
+        samples=[(run.name, run.samples) for run in runs if run.samples],
         plan=plan_table(found),
         several=len(found) > 1,
         repeated=max(len(contender.runs) for contender in found) > 1,

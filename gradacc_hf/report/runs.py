@@ -106,6 +106,11 @@ class Run:
         found = self.summary.get("evaluations") or []
         return [{k: number(v) for k, v in one.items()} for one in found if isinstance(one, dict)]
 
+    @property
+    def samples(self) -> list[dict[str, str]]:
+        """What the model made of a few rows: name to text, the same names in each; often none."""
+        return self.summary.get("samples") or []
+
     def metrics(self, which: str) -> dict[str, float]:
         """Of the final evaluation ("eval"), the best one ("best"), or without training ("baseline")."""
         found = self.summary.get(which) or {}
@@ -274,6 +279,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
             number(value)
         except (ValueError, OverflowError) as wrong:
             refuse(f"{path}, {key}", one_line(wrong), "a number or null is allowed")
+    if not _are_samples(summary.get("samples") or []):
+        refuse(f"{path}, samples", "found something else", "a list of objects, name to text, is allowed")
     if not _is_window(summary.get("first_window") or []):
         refuse(f"{path}, first_window", "found something else", "[[tokens of each example, …], …] is allowed")
     return redact(summary)
@@ -286,6 +293,16 @@ def _is_window(value: Any) -> bool:
         and lengths
         and all(isinstance(length, int | float) and length >= 0 for length in lengths)
         for lengths in value
+    )
+
+
+def _are_samples(value: Any) -> bool:
+    """Is it a list of objects that hold texts, all under the same names?"""
+    return isinstance(value, list) and all(
+        isinstance(one, dict)
+        and one.keys() == value[0].keys()
+        and all(isinstance(t, str) for t in one.values())
+        for one in value
     )
 
 

@@ -1,0 +1,151 @@
+"""Text to learn from → tokens, and which of them are learned: answers, never prompts.
+
+A chat is a list of messages, {role, content}, as in transformers. Its template writes it as one text; what
+the assistant wrote in it is found by the template's own marks ({% generation %}) or, where it has none, by
+writing the chat up to each turn. Every assistant turn is learned, with the token that ends it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.items import IGNORED
+
+Messages = Sequence[Mapping[str, Any]]
+Tokens = dict[str, Any]
+"""`input_ids`; `labels`, the same where a token is learned, else −100; a `problem`, "" where all is well."""
+
+
+def chat_problem(messages: Any) -> str | None:
+    """What is wrong with a row's messages, or None."""
+    if not isinstance(messages, list) or not messages:
+        return "it has no messages"
+    for turn, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f"message {turn} is no {{role, content}}"
+        if not isinstance(message.get("content"), str):
+            return f"message {turn} ({message['role']}) has no text as its content"
+    if not any(message["role"] == "assistant" for message in messages):
+        return "it has no assistant turn, so nothing to learn"
+    return None
+
+
+def check_chat_template(tokenizer: Any, name: str) -> None:
+    """Raise BadInput unless the template tells exactly which tokens are the assistant's."""
+    if not tokenizer.chat_template:
+        raise BadInput(
+            f"model.name: {name} has no chat template; name an instruct model, or give data.chat_template a "
+            "file with one"
+        )
+    if not tokenizer.is_fast:
+        raise BadInput(
+            f"model.name: the tokenizer of {name} does not say where in a text its tokens are, so the "
+            "assistant's cannot be found; name a model with a fast tokenizer (tokenizer.json)"
+        )
+    roles = ("user", "assistant", "user", "assistant")
+    chat = [{"role": role, "content": content} for role, content in zip(roles, "ABCD", strict=True)]
+    try:
+        for turns_kept in (2, 4):
+            if not any(assistant_tokens(tokenizer, chat[:turns_kept])[1]):
+                raise ValueError("it marks none")
+    except (ValueError, jinja2.TemplateError) as error:
+        raise BadInput(
+            f"model.name: the chat template of {name} does not tell which tokens are the assistant's "
+            f"({one_line(error)}); put {{% generation %}} marks around them, in a file for data.chat_template"
+        ) from error
+
+
+def tokenize_chat(tokenizer: Any, messages: Messages, max_length: int) -> Tokens:
+    """The chat's first `max_length` tokens, of which the assistant's are learned.
+
+    Of a chat that the template refuses there is none, and the `problem` says why.
+    """
+    try:
+        ids, learned = assistant_tokens(tokenizer, messages)
+    except (ValueError, jinja2.TemplateError) as error:
+        return {"input_ids": [], "labels": [], "problem": f"the chat template refuses it: {one_line(error)}"}
+    labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
+    return _truncated(ids, labels, max_length)
+
+
+def assistant_tokens(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
+    """A chat's tokens, and for each whether it is the assistant's, 0 or 1.
+
+    A token is the assistant's if any of its characters is. After the last special token of a turn (its end)
+    nothing is: the line break that templates put there is not the assistant's to write. Raises ValueError for
+    a template that does not tell, and jinja2.TemplateError where it refuses the chat.
+    """
+    if re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template()):
+        found = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return found["input_ids"], found["assistant_masks"]
+    text = _write(tokenizer, messages)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = found["input_ids"], found["offset_mapping"]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    learned = [0] * len(ids)
+    for start, stop in _assistant_spans(tokenizer, messages, text):
+        tokens = [i for i, (first, last) in enumerate(offsets) if first < stop and last > start]
+        ends = [place for place, i in enumerate(tokens, 1) if ids[i] in special]
+        for i in tokens[: ends[-1] if ends else None]:
+            learned[i] = 1
+    return ids, learned
+
+
+def _assistant_spans(tokenizer: Any, messages: Messages, text: str) -> list[tuple[int, int]]:
+    """Where in the chat's text the assistant writes: (first character, the one after the last)."""
+    spans = []
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            until = _write(tokenizer, messages[: turn + 1])
+            if turn:
+                before = _write(tokenizer, messages[:turn], add_generation_prompt=True)
+            else:  # nothing comes before: what the template writes until it is the assistant's turn
+                user = [{"role": "user", "content": "A"}]
+                asked = _write(tokenizer, user, add_generation_prompt=True)
+                opening = asked.removeprefix(_write(tokenizer, user))
+                before = until[: until.find(opening) + len(opening)] if opening in until else asked
+            if not (text.startswith(until) and until.startswith(before)):
+                raise ValueError(f"it writes the chat otherwise once turn {turn + 1} has come")
+            spans.append((len(before), len(until)))
+    return spans
+
+
+def _write(tokenizer: Any, messages: Messages, **options: Any) -> str:
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+
+
+def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt that no template writes: with the token that begins a text, where the model has one."""
+    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id] * begins + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def tokenize_completion(tokenizer: Any, prompt: str, completion: str, max_length: int) -> Tokens:
+    """The first `max_length` tokens of a prompt and its completion, which is learned, and its end."""
+    before = tokenize_prompt(tokenizer, prompt)
+    after = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    if not after:
+        return {"input_ids": [], "labels": [], "problem": "it has no text to learn"}
+    after += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return _truncated(before + after, [IGNORED] * len(before) + after, max_length)
+
+
+def _truncated(ids: Sequence[int], labels: Sequence[int], max_length: int) -> Tokens:
+    """With the problem where no token is left that is learned and follows another."""
+    problem = ""
+    if all(label == IGNORED for label in labels[1:max_length]):
+        first = next((place for place, label in enumerate(labels) if place and label != IGNORED), None)
+        problem = "it has no token to learn that follows another"
+        if first is not None:
+            problem = f"what is learned begins at token {first + 1:,}, and data.max_length is {max_length:,}"
+    return {"input_ids": list(ids[:max_length]), "labels": list(labels[:max_length]), "problem": problem}
+
+
+def tokens_problem(row: Mapping[str, Any]) -> str | None:
+    """What was wrong with a row when it was tokenised, or None."""
+    return row["problem"] or None

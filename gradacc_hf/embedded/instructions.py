@@ -1,0 +1,28 @@
+"""Instructions and answers: write the function that this docstring describes."""
+
+from datasets import Dataset
+
+from gradacc_hf.embedded.stdlib import documented_functions
+
+LONGEST_DOCSTRING, LONGEST_SOURCE = 120, 240  # characters: a run on a CPU is to be quick
+VALIDATION = 64  # rows
+
+
+def instructions() -> tuple[Dataset, Dataset]:
+    """(train, validation) of `messages`: the user asks for a function, the answer is its source."""
+    train, validation = documented_functions()
+    return _short(train), _short(validation).select(range(VALIDATION))
+
+
+def _short(rows: Dataset) -> Dataset:
+    chats = [
+        _chat(row["name"].rpartition(".")[2], row["text"], row["source"])
+        for row in rows.shuffle(seed=0).to_list()  # else all of a module's functions together
+        if len(row["text"]) <= LONGEST_DOCSTRING and len(row["source"]) <= LONGEST_SOURCE
+    ]
+    return Dataset.from_dict({"messages": chats})
+
+
+def _chat(name: str, docstring: str, source: str) -> list[dict[str, str]]:
+    prompt = f"Write the Python function `{name}`. {docstring}"
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": source}]

