@@ -189,7 +189,6 @@ def fine_tune(
     """Fine-tune a model and give the run in figures (`summary.json`); the model is trained in place.
 
     `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
-    `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
     `eval_every` windows (0: only at the end), at the end, and with `eval_on_start` before the first. Under
     `output_dir`: history.jsonl, summary.json, best/ and last/ with the model, which `write_model` writes, and
     `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
