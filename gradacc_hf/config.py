@@ -163,6 +163,8 @@ class TrainConfig:
     """Stop after this many windows (optimizer steps), whatever epochs says."""
     eval_every: int = 0
     """Windows between evaluations (0: only at the end)."""
+    eval_first: bool = False
+    """Evaluate before the first window too: what the model knows already."""
     seed: int = 0
     """Seed of everything random."""
     early_stopping: int = 0

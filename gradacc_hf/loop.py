@@ -176,6 +176,7 @@ def fine_tune(
     compute_loss: ComputeLoss = model_loss,
     validate: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
     eval_every: int = 0,
+    eval_first: bool = False,
     best: Best = Best(),
     output_dir: Path | str | None = None,
     save_with: Sequence[Any] = (),
@@ -185,9 +186,9 @@ def fine_tune(
     """Fine-tune a model and give the run in figures (`summary.json`); the model is trained in place.
 
     `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
-    `eval_every` windows (0: only at the end) and at the end. Under `output_dir`: history.jsonl, summary.json,
-    best/ and last/ with the model, which `write_model` writes, and `save_with` (a tokenizer). Further keyword
-    arguments go into the summary as they are.
+    `eval_every` windows (0: only at the end) and at the end; with `eval_first` also before the first. Under
+    `output_dir`: history.jsonl, summary.json, best/ and last/ with the model, which `write_model` writes, and
+    `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
     """
     try_out(model, windows, compute_loss)
     accumulate_in_float32(model, optimizer)  # where weights are in bf16
@@ -214,6 +215,8 @@ def fine_tune(
     to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
     total = min(max_windows or math.inf, to_run)
     with RunLog(accelerator, int(total), folder) as log:
+        if validate and eval_first:
+            evaluate_now(0)
         for record in train(
             model,
             optimizer,
