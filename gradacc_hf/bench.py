@@ -4,6 +4,7 @@
     python -m gradacc_hf.bench speed         # how close does the loop come to what cannot be beaten?
     python -m gradacc_hf.bench planning      # what does it cost to plan a window?
     python -m gradacc_hf.bench lean_loss     # what memory does the loss of a large vocabulary take?
+    python -m gradacc_hf.bench contrastive   # our gradient cache beside that of sentence-transformers
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
 same model, the same examples in the same windows, and as many optimizer steps. One process. How fast the
@@ -34,6 +35,7 @@ from torch.utils.data import DataLoader
 from gradacc_hf.config import kit
 from gradacc_hf.conformance import LENGTHS, SPLITS, cut_by_count
 from gradacc_hf.contenders import run_accelerate, run_trainer, run_windows
+from gradacc_hf.contrastive_bench import contrastive, print_contrastive
 from gradacc_hf.errors import BadInput, Parser
 from gradacc_hf.gradients import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
@@ -254,6 +256,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     timing.add_argument("--windows", type=_positive, default=4, help="windows in a run (%(default)s)")
     timing.add_argument("--repeats", type=_positive, default=5, help="turns (%(default)s)")
+    beside = benchmarks.add_parser("contrastive", help="our gradient cache beside sentence-transformers'")
+    beside.add_argument("--windows", type=_positive, default=4, help="windows in a run (%(default)s)")
+    beside.add_argument("--repeats", type=_positive, default=3, help="runs of each (%(default)s)")
+    beside.add_argument(
+        "--max-tokens", type=_positive, default=2048, help="tokens of a micro-batch (%(default)s)"
+    )
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--json", action="store_true", help="print the result as JSON")
     console = Console(highlight=False)
@@ -268,6 +276,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             result, show = planning(offline_recipe()), print_planning
         elif arguments.benchmark == "lean_loss":
             result, show = lean_memory(arguments.tokens), print_lean_loss
+        elif arguments.benchmark == "contrastive":
+            sizes = (arguments.windows, arguments.repeats, arguments.max_tokens)
+            beside_theirs = contrastive((), *sizes, partial(_progress, name="contrastive"))
+            result, show = beside_theirs, print_contrastive
         else:
             found = speed(
                 offline_recipe(), arguments.windows, arguments.repeats, partial(_progress, name="speed")

@@ -170,9 +170,9 @@ def timed(run: Run, name: str, folder: Path) -> None:
 
     optimizer.register_step_post_hook(note)
     gc.collect()
-    before = _reset_peak_memory(run.accelerator.device)
+    before = reset_peak_memory(run.accelerator.device)
     ran = run.train(name, model, optimizer, scheduler, config.optim.max_grad_norm)
-    peak = _peak_memory(run.accelerator.device)
+    peak = peak_memory(run.accelerator.device)
     _, validation = run.loaders()
     prepared = run.accelerator.prepare(model) if name not in ("ours", "at_once") else model
     metrics = recipe.validate(prepared, validation, run.accelerator)
@@ -264,8 +264,8 @@ def _write_history(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_whole(folder / "history.jsonl", "".join(json.dumps(finite(row)) + "\n" for row in rows))
 
 
-def _reset_peak_memory(device: torch.device) -> int:
-    """What the process holds now, in bytes; from here on `_peak_memory` counts."""
+def reset_peak_memory(device: torch.device) -> int:
+    """What the process holds now, in bytes; from here on `peak_memory` counts."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -276,7 +276,8 @@ def _reset_peak_memory(device: torch.device) -> int:
     return _status("VmRSS")
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """The most that the process has held since, in bytes."""
     if device.type == "cuda" or not Path("/proc/self/status").exists():
         return peak_memory_bytes(device)
     return _status("VmHWM")

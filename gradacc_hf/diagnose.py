@@ -49,13 +49,19 @@ def diagnose(
         _batch_norm(model)
         or _random(probe)
         or _not_finite(probe)
-        or _wrong_mode(probe)
+        or (None if hasattr(compute_loss, "look_ahead") else _no_mean_over_the_items(probe))
+    )
+    return (reason,) if reason else ()
+
+
+def _no_mean_over_the_items(probe: "_Probe") -> Reason | None:
+    return (
+        _wrong_mode(probe)
         or _grows_with_the_batch(probe)
         or _router_loss(probe)
         or _items_or_padding(probe)
         or (ROUTER_LOSS if _routers(probe) else None)  # too small a part of the loss to be seen in it
     )
-    return (reason,) if reason else ()
 
 
 class _Probe:

@@ -90,6 +90,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         validate=lambda model: recipe.validate(model, validation_windows, accelerator),
         eval_every=config.train.eval_every,
         eval_on_start=config.train.eval_on_start,
+        eval_on_start=config.train.eval_on_start,
         best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
         output_dir=folder,
         save_with=recipe.processors(),
@@ -300,7 +301,7 @@ def _check_dtype(config: Config) -> None:
 
 def _check_max_length(recipe: Recipe, model: Any, training: Dataset) -> None:
     """Refuse more tokens than the model has positions for."""
-    if "input_ids" not in training.column_names:
+    if not any(name.endswith("input_ids") for name in training.column_names):
         return
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     allowed = min(recipe.tokenizer.model_max_length, positions)

@@ -104,6 +104,11 @@ def verify(
     with random_numbers_as_they_were():
         for window in windows:
             truth = _whole(model, windows, window, compute_loss)
+            if truth is None and hasattr(compute_loss, "look_ahead"):
+                raise ValueError(
+                    "a window does not fit at once, and its loss is of all examples together: "
+                    "make the effective batch size smaller to verify"
+                )
             if truth is None:
                 fits = False
                 truth = _one_by_one(model, windows, window, compute_loss)

@@ -108,6 +108,16 @@ class Window:
         return loss * (share * divided_by)
 
     @property
+    def accelerator(self) -> Accelerator:
+        """The run's."""
+        return self._accelerator
+
+    @property
+    def position(self) -> int | None:
+        """Place of the micro-batch handed out last among this process's, from 0; None outside their loop."""
+        return self._current
+
+    @property
     def micro_batch(self) -> MicroBatch:
         """The one handed out last, as it lies on the host, with its examples and items."""
         if self._current is None:

@@ -15,10 +15,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.test_utils.scripts import test_sync
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
-from transformers import PrinterCallback, TrainingArguments
+from transformers import BertConfig, BertModel, PrinterCallback, TrainingArguments
 
 from gradacc_hf import BadInput, ExactTrainer, WindowLoader, accumulate_in_float32, evaluate, fine_tune
 from gradacc_hf.config import LoraConfig
+from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder, pair_lengths
 from gradacc_hf.gradients import RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
 from gradacc_hf.items import model_loss
@@ -27,6 +28,7 @@ from gradacc_hf.lora import add_lora
 from gradacc_hf.tryout import try_out
 
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def accelerator_for(engine):
@@ -255,6 +257,54 @@ def exact_trainer(engine, kind, model_type, average=True):
     return {"error": max(errors), "loss_error": max(loss_errors), "same_windows": True}
 
 
+def contrastive(engine, size=22, **split):
+    """Windows of pairs: the worst error against all pairs of a window at once."""
+    accelerator, loss = accelerator_for(engine), ContrastiveLoss(0.1)
+    lengths = np.random.default_rng(0).integers(3, 30, size=(22, 3))
+    draw = np.random.default_rng(1)
+    pairs = [
+        {c: draw.integers(1, 100, size=n).tolist() for c, n in zip(COLUMNS, row, strict=True)}
+        for row in lengths
+    ]
+
+    def embedder():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        return Embedder(BertModel(BertConfig(vocab_size=100, initializer_range=0.3, **NO_DROPOUT, **sizes)))
+
+    def collate(examples):
+        batch = {}
+        for column in COLUMNS:
+            rows = [torch.tensor(example[column]) for example in examples]
+            batch[f"{column}_input_ids"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            batch[f"{column}_attention_mask"] = (batch[f"{column}_input_ids"] > 0).long()
+        return batch
+
+    windows = WindowLoader(
+        pairs,
+        size,
+        accelerator=accelerator,
+        collate_fn=collate,
+        num_items=lambda batch: len(batch["anchor_input_ids"]),
+        lengths=pair_lengths(lengths),
+        **split,
+    )
+    trained, untouched = embedder(), embedder()
+    try_out(trained, windows, loss)
+    model, optimizer = accelerator.prepare(trained, RecordGradients(trained))
+    recorder = optimizer.optimizer
+    recorder.model = accelerator.unwrap_model(model)
+    records = list(train(model, optimizer, windows, accelerator=accelerator, compute_loss=loss))
+    errors, loss_errors, steps = [], [], []
+    for t, (record, gradient) in enumerate(zip(records, recorder.gradients, strict=True)):
+        batch = collate([pairs[i] for i in windows.plan.indices(0, t)])
+        errors.append(relative_error(gradient, whole_window_gradient(untouched, batch, loss)))
+        whole = loss(untouched(**batch), batch).item()
+        loss_errors.append(abs(record.loss - whole) / max(whole, 1e-3))  # that of a single pair may be 0
+        steps.append([len(process) for process in windows.split(0, t).processes])
+    return {"error": max(errors), "loss_error": max(loss_errors), "same_windows": True, "planned": steps}
+
+
 CASES = {
     "unequal": lambda engine: gradients(engine, max_tokens=64),
     "next_token": lambda engine: gradients(engine, "causal_lm", "gpt2", max_tokens=64),
@@ -271,6 +321,8 @@ CASES = {
     ),
     "lora": lambda engine: gradients(engine, model_type="bert", max_tokens=64, lora=True),
     "workers": lambda engine: gradients(engine, max_tokens=64, num_workers=1),
+    "contrastive": lambda engine: contrastive(engine, max_tokens=160),
+    "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),
     "masked_at_random": masked_at_random,
     "bf16_weights": bf16_weights,
     "evaluation": evaluation,

@@ -3,7 +3,9 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
+import torch
 import transformers
 from datasets import Dataset
 from rich.console import Console
@@ -11,6 +13,8 @@ from rich.console import Console
 from gradacc_hf import bench
 from gradacc_hf.bench import CONTENDERS, SPLITS, exactness, print_exactness, print_speed, speed
 from gradacc_hf.config import BatchConfig, Config
+from gradacc_hf.contrastive_bench import contrastive, print_contrastive
+from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.heads import build_head
@@ -128,3 +132,57 @@ def test_speed_is_measured_on_the_offline_config():
     config = bench.offline_recipe().config
     assert (config.model.name, config.data.train) == ("embedded:minilm", "embedded:docstrings")
     assert config.budget.max_tokens == bench.MAX_TOKENS
+
+
+def test_our_gradient_cache_and_that_of_sentence_transformers_come_to_the_same_model(tmp_path, console):
+    pytest.importorskip("sentence_transformers")
+    write_pairs(tmp_path / "pairs.jsonl")
+    settings = {
+        "model.name": tiny_encoder(tmp_path / "bert"),
+        "data.train": tmp_path / "pairs.jsonl",
+        "data.anchor_column": "anchor",
+        "data.positive_column": "positive",
+        "data.negative_column": "negative",
+        "batch.effective": 20,
+    }
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    result = contrastive(flags, num_windows=2, repeats=1, max_tokens=160)
+    ours = result.contenders["ours"]
+    for contender in result.contenders.values():
+        assert contender.gradient_error <= EXACT
+        assert contender.losses == pytest.approx(ours.losses, rel=1e-4)
+        assert contender.metrics == pytest.approx(ours.metrics, abs=0.01)
+    print_contrastive(result, console)
+    text = console.export_text()
+    assert "…" not in text
+    assert "× the pairs per second of CachedMultipleNegativesRankingLoss" in text
+    with pytest.raises(BadInput, match="--windows: found 9; allowed: 1 to 4"):
+        contrastive(flags, num_windows=9, repeats=1, max_tokens=160)
+
+
+def test_sentence_transformers_is_named_where_it_is_absent(monkeypatch, capsys):
+    monkeypatch.setattr("gradacc_hf.contrastive_bench.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as caught:
+        bench.main(["contrastive"])
+    assert caught.value.code == 2
+    message = "bench contrastive: sentence-transformers is not installed: pip install sentence-transformers"
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def write_pairs(file):
+    draw = np.random.default_rng(0)
+    words = ["tea", "garden", "letter", "morning", "river", "bread", "window", "music"]
+    texts = [" ".join(draw.choice(words, draw.integers(1, 12))) for _ in range(300)]
+    rows = zip(texts[:100], texts[100:200], texts[200:], strict=True)
+    names = ("anchor", "positive", "negative")
+    file.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+
+
+def tiny_encoder(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path())
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -27,6 +27,7 @@ def test_ls_lists_every_recipe_with_its_configs():
         "configs/image_classification.yaml",
         "configs/image_classification_offline.yaml",
     ]
+    assert lines["contrastive"].split() == ["configs/contrastive.yaml", "configs/contrastive_offline.yaml"]
     assert "minimal" in lines
 
 

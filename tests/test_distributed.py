@@ -42,7 +42,7 @@ def ddp(request):
 def test_every_case_is_exact_on_1_2_and_3_processes(ddp):
     _, found = ddp
     exact = {name: row for name, row in found.items() if "error" in row}
-    assert len(exact) == 13
+    assert len(exact) == 15
     for name, row in exact.items():
         assert row["error"] < EXACT, name
         assert row["loss_error"] < 1e-5, name
@@ -65,6 +65,13 @@ def test_bf16_weights_are_refused_on_several_processes_in_one_line_that_says_wha
         assert not refused
     else:
         assert "allowed there is float32, which computes in bf16 with budget.precision bf16" in refused
+
+
+def test_a_contrastive_window_is_exact_where_processes_hold_unequal_numbers_of_pairs_or_none(ddp):
+    num_processes, found = ddp
+    planned = found["contrastive"]["planned"] + found["contrastive_fewer_pairs_than_processes"]["planned"]
+    assert num_processes == 1 or any(len(set(window)) > 1 for window in planned)
+    assert num_processes < 3 or any(0 in window for window in planned)
 
 
 def test_a_window_without_items_is_skipped_by_all_processes(ddp):
@@ -114,7 +121,11 @@ def test_accelerates_own_suite_of_accumulate_passes_beside_our_windows_which_do_
 
 def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes():
     cases = ["unequal", "no_items_here_and_there", "fewer_examples_than_processes", "clipped", "evaluation"]
-    found = launch(2, "fsdp2", *cases)
+    contrastive = ["contrastive", "contrastive_fewer_pairs_than_processes"]
+    found = launch(2, "fsdp2", *cases, *contrastive)
+    for name in contrastive:
+        assert found[name]["error"] < EXACT, name
+        assert found[name]["loss_error"] < 1e-5, name
     for name in cases[:-1]:
         assert found[name]["error"] < EXACT, name
         assert all(len(set(window)) == 1 for window in zip(*found[name]["steps"], strict=True)), name

@@ -10,6 +10,7 @@ from gradacc_hf.errors import BadInput
 from .classification import F1, Accuracy, MatthewsCorrelation
 from .multi_label import MultiLabel
 from .regression import MeanSquaredError, Pearson, Spearman
+from .retrieval import Retrieval
 from .sequence_labelling import Seqeval
 from .texts import Rouge, SacreBleu, Squad
 
@@ -20,6 +21,7 @@ METRICS: dict[str, type[evaluate.Metric]] = {
     "mse": MeanSquaredError,
     "multi_label": MultiLabel,
     "pearsonr": Pearson,
+    "retrieval": Retrieval,
     "rouge": Rouge,
     "sacrebleu": SacreBleu,
     "seqeval": Seqeval,

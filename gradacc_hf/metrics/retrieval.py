@@ -1,0 +1,64 @@
+"""Metrics of a search: for each query, the candidates found, the best first, and the one that is right.
+
+Recall at k is the share of queries whose right candidate is among the first k; MRR@10 is the mean of 1 / its
+rank, 0 beyond the tenth (Craswell 2009; as in MS MARCO).
+"""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from gradacc_hf.errors import BadInput
+from gradacc_hf.metrics.in_memory import InMemoryMetric
+
+MOST = 10
+
+_INPUTS = """
+Args:
+    predictions: ids of the candidates found, the best first: whole numbers of shape (rows, 10 or fewer).
+    references: id of the right candidate, whole numbers of shape (rows,).
+"""
+
+
+def chance(candidates: int) -> dict[str, float]:
+    """What is to be expected of so many candidates in an order drawn at random."""
+    ranks = np.arange(1, min(MOST, candidates) + 1)
+    return {
+        "recall_at_1": 1 / candidates,
+        "recall_at_10": len(ranks) / candidates,
+        "mrr_at_10": float((1 / ranks).sum() / candidates),
+    }
+
+
+class Retrieval(InMemoryMetric):
+    """Recall at 1 and 10, and the mean reciprocal rank up to 10, each 0 to 1."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        ids = datasets.Value("int64")
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": datasets.List(ids), "references": ids}),
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
+        """Keep a batch until `compute`; refuse what is no table of ids."""
+        array = np.asarray(predictions)
+        if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu" or array.shape[1] > MOST:
+            raise BadInput(
+                f"predictions: found {array.dtype} of shape {array.shape}; allowed are ids of candidates, "
+                f"whole numbers of shape (rows, at most {MOST}), at least one row"
+            )
+        super().add_batch(predictions=array.tolist(), references=references, **more)
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        hits = np.asarray(predictions) == np.asarray(references)[:, None]
+        ranks = np.arange(1, hits.shape[1] + 1)
+        return {
+            "recall_at_1": float(hits[:, 0].mean()),
+            "recall_at_10": float(hits.any(1).mean()),
+            "mrr_at_10": float((hits / ranks).sum(1).mean()),
+        }

@@ -1,0 +1,156 @@
+"""Search: embed texts so that each is nearest to what belongs to it, out of all others.
+
+    ./launch.sh recipes/contrastive.py --config configs/contrastive_offline.yaml --budget auto
+
+Your own pairs: `--data.train my.csv --data.anchor_column question --data.positive_column answer`, and
+`--data.negative_column wrong_answer` where each pair has a hard negative. Every other pair of the window is
+one, however the window is cut (the gradient cache): the larger `batch.effective`, the more there are.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import AutoModel
+
+from gradacc_hf.config import DataConfig
+from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder, pair_lengths, search
+from gradacc_hf.errors import BadInput
+from gradacc_hf.labels import file_rows, require_column
+from gradacc_hf.loop import evaluate
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import run
+
+HITS = 10  # that an evaluation looks at
+
+
+def features(rows, tokenizer, columns, max_length):
+    """Rows → what the model reads: each column on its own."""
+    found = {}
+    for column, name in columns.items():
+        texts = [text if isinstance(text, str) else "" for text in rows[name]]
+        tokens = tokenizer(texts, truncation=True, max_length=max_length)
+        found |= {f"{column}_text": texts, f"{column}_input_ids": tokens["input_ids"]}
+    return found
+
+
+class Contrastive(Recipe):
+    """Find what belongs to a text."""
+
+    model_class = AutoModel
+
+    @dataclass
+    class Data(DataConfig):
+        anchor_column: str = "anchor"
+        """Column that holds what is searched with: a question, a description."""
+        positive_column: str = "positive"
+        """Column that holds what is to be found with it."""
+        negative_column: str = ""
+        """Column that holds what looks alike and is not to be found; empty where there is none."""
+        temperature: float = 0.05
+        """What cosines are divided by in the loss: the lower, the more the nearest negatives count."""
+        symmetric: bool = True
+        """Whether positives are to find their anchors too."""
+
+        def rules(self):
+            yield from super().rules()
+            yield "temperature", self.temperature > 0, "a number above 0, such as 0.05"
+
+    def __init__(self, config):
+        super().__init__(config)
+        data = self.data
+        names = (data.anchor_column, data.positive_column, data.negative_column)
+        self.columns = {column: name for column, name in zip(COLUMNS, names, strict=True) if name}
+        self.loss = ContrastiveLoss(data.temperature, data.symmetric)
+
+    def datasets(self):
+        if self.config.batch.effective < 2:
+            raise BadInput("batch.effective: found 1; allowed: 2 or more, as other pairs are the negatives")
+        rows = self.rows()
+        for dataset in rows:
+            for column, name in self.columns.items():
+                require_column(dataset, name, f"data.{column}_column")
+        numbers, tokenised = [file_rows(dataset) for dataset in rows], map(self.tokenize, rows)
+        return self.check_rows(*tokenised, self.problem, "data.train", numbers)
+
+    def tokenize(self, dataset):
+        settings = {"columns": self.columns, "max_length": self.data.max_length, "tokenizer": self.tokenizer}
+        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
+
+    def problem(self, row):
+        for column, name in self.columns.items():
+            if not row[f"{column}_text"].strip():
+                return f"unpaired: its {name} is no text, or an empty one"
+            if len(row[f"{column}_input_ids"]) <= self.tokenizer.num_special_tokens_to_add():
+                return f"no token of its {name} is left at data.max_length {self.data.max_length}"
+        return None
+
+    def model(self):
+        return Embedder(super().model())
+
+    def empty_model(self):
+        return Embedder(super().empty_model())
+
+    def lengths(self, dataset):
+        tokens = [list(map(len, dataset[f"{column}_input_ids"])) for column in self.columns]
+        return pair_lengths(np.array(tokens).T)
+
+    def collate(self, examples, pad_to=None):
+        batch = {}
+        for column in self.columns:
+            tokens = [{"input_ids": example[f"{column}_input_ids"]} for example in examples]
+            batch |= {f"{column}_{key}": value for key, value in super().collate(tokens, pad_to).items()}
+        return batch
+
+    def num_items(self, batch):
+        """Pairs."""
+        return len(batch["anchor_input_ids"])
+
+    def predict(self, outputs, batch):
+        return outputs.float().cpu().numpy(), [None] * len(outputs)
+
+    def validate(self, model, windows, accelerator):
+        """Each anchor's own positive is looked for among all of the validation set, the loss's too."""
+        found = evaluate(
+            model, windows, accelerator=accelerator, compute_loss=self.loss, predict=self.predict
+        )
+        embeddings = torch.from_numpy(np.stack(found.predictions))
+        loss, _ = self.loss.of_all(embeddings)
+        _, ids = search(embeddings[:, 0], embeddings[:, 1], HITS)
+        self.samples[:] = [self.sample(windows, row, ids[row].tolist()) for row in range(min(8, len(ids)))]
+        return {"loss": float(loss), **self.metrics(ids.numpy(), np.arange(len(ids)))}
+
+    def sample(self, windows, row, ids):
+        right, first = windows.examples([row, ids[0]])
+        rank = str(ids.index(row) + 1) if row in ids else f"beyond {HITS}"
+        found = {"found first": first["positive_text"], "rank of the right one": rank}
+        return {"anchor": right["anchor_text"], **found}
+
+    def metrics(self, predictions, references):
+        from gradacc_hf.metrics import load  # slow to import, so not before it is needed
+
+        return load("retrieval").compute(predictions=predictions, references=references) or {}
+
+    def baseline(self, train, validation):
+        """All validation rows in an order drawn at random."""
+        from gradacc_hf.metrics.retrieval import chance
+
+        return chance(len(validation))
+
+    def answer(self, model, inputs):
+        """The five validation rows that are nearest to each text, or to each row's anchor."""
+        embedder = model if isinstance(model, Embedder) else Embedder(model)
+        texts = [given if isinstance(given, str) else given[self.data.anchor_column] for given in inputs]
+        candidates = self.datasets()[1]["positive_text"][:]
+        embedded = [
+            embedder.embed(some, self.tokenizer, self.data.max_length) for some in (texts, candidates)
+        ]
+        scores, ids = search(*embedded, 5)
+        return [
+            {"text": text, "found": [{"score": s, "text": candidates[i]} for s, i in zip(*hits, strict=True)]}
+            for text, *hits in zip(texts, scores.tolist(), ids.tolist(), strict=True)
+        ]
+
+
+if __name__ == "__main__":
+    run(Contrastive)
