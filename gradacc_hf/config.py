@@ -163,13 +163,8 @@ class TrainConfig:
     """Stop after this many windows (optimizer steps), whatever epochs says."""
     eval_every: int = 0
     """Windows between evaluations (0: only at the end)."""
-<<<<<<< HEAD
     eval_on_start: bool = False
     """Also evaluate before the first window."""
-=======
-    eval_on_start: bool = False
-    """Evaluate before the first window too: what the model knows already."""
->>>>>>> 877d765dd5e2efa2994d7579c685fc065980e2ba
     seed: int = 0
     """Seed of everything random."""
     early_stopping: int = 0

@@ -179,11 +179,7 @@ def fine_tune(
     compute_loss: ComputeLoss = model_loss,
     validate: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
     eval_every: int = 0,
-<<<<<<< HEAD
     eval_on_start: bool = False,
-=======
-    eval_on_start: bool = False,
->>>>>>> 877d765dd5e2efa2994d7579c685fc065980e2ba
     best: Best = Best(),
     output_dir: Path | str | None = None,
     save_with: Sequence[Any] = (),
@@ -193,11 +189,7 @@ def fine_tune(
     """Fine-tune a model and give the run in figures (`summary.json`); the model is trained in place.
 
     `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
-<<<<<<< HEAD
     `eval_every` windows (0: only at the end), at the end, and with `eval_on_start` before the first. Under
-=======
-    `eval_every` windows (0: only at the end) and at the end; with `eval_on_start` also before the first. Under
->>>>>>> 877d765dd5e2efa2994d7579c685fc065980e2ba
     `output_dir`: history.jsonl, summary.json, best/ and last/ with the model, which `write_model` writes, and
     `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
     """
@@ -226,11 +218,7 @@ def fine_tune(
     to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
     total = min(max_windows or math.inf, to_run)
     with RunLog(accelerator, int(total), folder) as log:
-<<<<<<< HEAD
         if validate and eval_on_start:
-=======
-        if validate and eval_on_start:
->>>>>>> 877d765dd5e2efa2994d7579c685fc065980e2ba
             evaluate_now(0)
         for record in train(
             model,

@@ -90,7 +90,6 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         validate=lambda model: recipe.validate(model, validation_windows, accelerator),
         eval_every=config.train.eval_every,
         eval_on_start=config.train.eval_on_start,
-        eval_on_start=config.train.eval_on_start,
         best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
         output_dir=folder,
         save_with=recipe.processors(),

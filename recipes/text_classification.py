@@ -98,10 +98,6 @@ class TextClassification(Recipe):
         """The most frequent label of training, or set of labels, or the mean, for every text."""
         return self.target.baseline(train["labels"], validation["labels"])
 
-    def baseline(self, train, validation):
-        """The most frequent label of training, or set of labels, or the mean, for every text."""
-        return self.target.baseline(train["labels"], validation["labels"])
-
     def answer(self, model, inputs):
         texts = texts_of(inputs, list(self.text_columns()))
         settings = {"truncation": True, "max_length": self.data.max_length, "padding": True}
