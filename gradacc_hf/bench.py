@@ -4,6 +4,7 @@
     python -m gradacc_hf.bench speed         # how close does the loop come to what cannot be beaten?
     python -m gradacc_hf.bench planning      # what does it cost to plan a window?
     python -m gradacc_hf.bench lean_loss     # what memory does the loss of a large vocabulary take?
+    python -m gradacc_hf.bench recipes       # what does each recipe reach, and how long does it take?
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
 same model, the same examples in the same windows, and as many optimizer steps. One process. How fast the
@@ -43,6 +44,7 @@ from gradacc_hf.loop import train
 from gradacc_hf.optim import make_optimizer
 from gradacc_hf.plan import WindowPlan
 from gradacc_hf.recipe import Recipe
+from gradacc_hf.recipe_bench import print_recipes, recipes
 from gradacc_hf.run import load_recipe, make_windows
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.split import Bound, split_window
@@ -254,6 +256,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     timing.add_argument("--windows", type=_positive, default=4, help="windows in a run (%(default)s)")
     timing.add_argument("--repeats", type=_positive, default=5, help="turns (%(default)s)")
+    offline = benchmarks.add_parser("recipes", help="every offline config: its metric, baseline and time")
+    offline.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these recipes")
+    offline.add_argument("--windows", type=_positive, help="stop each run after so many (default: its end)")
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--json", action="store_true", help="print the result as JSON")
     console = Console(highlight=False)
@@ -268,6 +273,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             result, show = planning(offline_recipe()), print_planning
         elif arguments.benchmark == "lean_loss":
             result, show = lean_memory(arguments.tokens), print_lean_loss
+        elif arguments.benchmark == "recipes":
+            progress = partial(_progress, name="recipes")
+            result, show = recipes(arguments.only, arguments.windows, progress), print_recipes
         else:
             found = speed(
                 offline_recipe(), arguments.windows, arguments.repeats, partial(_progress, name="speed")
