@@ -77,7 +77,7 @@ def texts_of(inputs: Sequence[Any], columns: Sequence[str]) -> list[list[str]]:
         absent = [column for column in columns if column not in row]
         if absent or (found := problem(row)):
             what = f"no {absent[0]!r} among {listed(row)}" if absent else found
-            refuse(f"input {number:,}", what, f"give texts as {listed(columns)}")
+            refuse(f"input {number:,}", str(what), f"give texts as {listed(columns)}")
     return [[row[column] for row in rows] for column in columns]
 
 

@@ -63,7 +63,8 @@ def _measure(tokens: int, lean: bool) -> None:
         num_key_value_heads=3,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).to(device)
+    model: Any = LlamaForCausalLM(config)
+    model.to(device)
     ids = torch.randint(VOCABULARY, (tokens // 256, 256), device=device)
     batch = {"input_ids": ids, "labels": ids}
     if lean:

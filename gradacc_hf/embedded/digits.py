@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
@@ -10,7 +11,7 @@ from sklearn.datasets import load_digits
 
 def digits() -> tuple[Dataset, Dataset]:
     """(train, validation) of `image` and `label`, 0 to 9; the hash of its pixels says where an image goes."""
-    found = load_digits()
+    found: Any = load_digits()
     pixels = (found["images"] * 255 / 16).round().astype("uint8")  # of 0 to 16
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
     rows: tuple[list[dict], list[dict]] = ([], [])
