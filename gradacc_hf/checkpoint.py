@@ -31,7 +31,7 @@ def write_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor]
         save_file(tensors, folder / "model.safetensors")
         return
     model.save_pretrained(folder, state_dict=state)
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers' own mark
+    if (folder / "adapter_config.json").exists():
         model.config.to_json_file(folder / MODEL_CONFIG)
 
 

@@ -32,6 +32,13 @@ def joined_config(config: Any, tokenizer: Any, name: str) -> Any:
     )
 
 
+def new_parameters(model: Any) -> set[str]:
+    """Those of the joined model whose weights are new: the encoder alone has none of their name."""
+    known, prefix = dict(model.encoder.named_parameters()), f"{model.decoder.base_model_prefix}."
+    names = (name for name, _ in model.decoder.named_parameters())
+    return {f"decoder.{name}" for name in names if name.removeprefix(prefix) not in known}
+
+
 def join(path: str, config: Any, **options: Any) -> Any:
     """The EncoderDecoderModel of `joined_config`, both halves with the weights of `path`.
 

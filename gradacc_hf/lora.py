@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from gradacc_hf.config import LoraConfig, ModelConfig
 from gradacc_hf.errors import BadInput, one_line
@@ -32,12 +33,13 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
     from peft.functional import cast_adapter_dtype
     from transformers.pytorch_utils import Conv1D
 
+    model = pretrained(model)
     if new_parameters is None or len(new_parameters) == len(dict(model.named_parameters())):
         raise BadInput(
             f"model.lora.rank: found {settings.rank}, and this model starts without weights, which adapters "
             "cannot stand on; allowed is 0"
         )
-    new_modules = sorted({name.rpartition(".")[0] for name in new_parameters})
+    new_modules = _new_modules(model, new_parameters)
     adapters = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or 2 * settings.rank,
@@ -58,6 +60,18 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
     cast_adapter_dtype(model, ADAPTER)
     if os.path.isdir(path := str(adapters.base_model_name_or_path)):
         adapters.base_model_name_or_path = os.path.abspath(path)
+
+
+def pretrained(model: Any) -> Any:
+    """The model of transformers: the given one, or the one that it is wrapped around."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _new_modules(model: Any, new_parameters: Collection[str]) -> list[str]:
+    """The modules whose parameters are all new: not a head of a new bias and the embeddings' own weights."""
+    new = {id(model.get_parameter(name)) for name in new_parameters}
+    parents = sorted({name.rpartition(".")[0] for name in new_parameters})
+    return [name for name in parents if all(id(p) in new for p in model.get_submodule(name).parameters())]
 
 
 def _targets(model: Any, patterns: list[str], new_modules: Collection[str]) -> list[str] | None:
@@ -103,8 +117,10 @@ def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
             merged[f"{prefix}.base_layer.weight"] = weight + delta.detach().to(weight)
     of_peft = (".lora_", ".original_module.")
     kept = {name: tensor for name, tensor in merged.items() if not any(part in name for part in of_peft)}
+    inner = pretrained(model)
     with torch.device("meta"):  # only its names and its way of saving are needed
-        plain = type(model)(model.config)
+        plain = type(inner)(inner.config)
+    plain = plain if inner is model else type(model)(plain)
     wrappers = re.compile(rf"\.base_layer(?=\.)|\.modules_to_save\.{ADAPTER}(?=\.)")
     plain.save_pretrained(folder, state_dict={wrappers.sub("", name): t for name, t in kept.items()})
 

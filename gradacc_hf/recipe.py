@@ -25,7 +25,7 @@ from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.items import CountItems, model_loss
 from gradacc_hf.loop import evaluate, logits_and_labels
-from gradacc_hf.lora import check_four_bit, four_bit
+from gradacc_hf.lora import check_four_bit, four_bit, pretrained
 from gradacc_hf.micro_batches import Lengths, PadTo, Transform
 from gradacc_hf.rows import Problem, check_rows
 from gradacc_hf.windows import WindowLoader
@@ -184,13 +184,17 @@ class Recipe:
         """The model's config, with the task's settings and `model.dropout`."""
         if self._saved_config is not None:
             return self._saved_config
-        with self._loading("config"):
-            config = transformers.AutoConfig.from_pretrained(
-                self.model_path, **self._source(), **self.model_overrides()
-            )
+        config = self.base_config()
         if self.config.model.dropout is not None:
             set_dropout(config, self.config.model.dropout)
         return config
+
+    def base_config(self) -> Any:
+        """The config of `model.name`, with the task's settings."""
+        with self._loading("config"):
+            return transformers.AutoConfig.from_pretrained(
+                self.model_path, **self._source(), **self.model_overrides()
+            )
 
     def empty_model(self) -> Any:
         """The model without weights, to count and name its parameters."""
@@ -213,7 +217,7 @@ class Recipe:
             return self.model_class.from_pretrained(folder)
         self._saved_config = transformers.AutoConfig.from_pretrained(Path(folder) / MODEL_CONFIG)
         model = self.model()
-        model.load_adapter(str(folder))
+        pretrained(model).load_adapter(str(folder))
         return model
 
     def check_model(self) -> None:

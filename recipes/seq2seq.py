@@ -20,7 +20,7 @@ from gradacc_hf.config import DataConfig
 from gradacc_hf.errors import BadInput
 from gradacc_hf.generate import generate
 from gradacc_hf.items import IGNORED
-from gradacc_hf.joined import join, joined_config
+from gradacc_hf.joined import join, joined_config, new_parameters
 from gradacc_hf.labels import file_rows, require_column
 from gradacc_hf.loop import evaluate
 from gradacc_hf.recipe import Recipe
@@ -121,18 +121,22 @@ class Seq2Seq(Recipe):
     @cached_property
     def joined(self):
         """Is the model two encoders, joined here?"""
-        return not super().model_config().is_encoder_decoder
+        return not self.base_config().is_encoder_decoder
 
     def model_config(self):
         config = super().model_config()
-        return joined_config(config, self.tokenizer, self.config.model.name) if self.joined else config
+        if config.is_encoder_decoder:
+            return config
+        return joined_config(config, self.tokenizer, self.config.model.name)
 
     def _load_model(self, **options):
         warnings.filterwarnings("ignore", "Version v4.12.0")  # two joined were once trained otherwise
         if not self.joined:
             return super()._load_model(**options)
         with self._loading("weights"):
-            return join(self.model_path, self.model_config(), dtype=self.dtype, **options, **self._source())
+            model = join(self.model_path, self.model_config(), dtype=self.dtype, **options, **self._source())
+        self.new_parameters = new_parameters(model)
+        return model
 
     def lengths(self, dataset):
         """Tokens to read and to write."""
