@@ -6,7 +6,6 @@ collated micro-batches (`micro_batches.py`) and what their losses are means over
 """
 
 import copy
-import inspect
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from accelerate.utils import DistributedType, send_to_device
 from torch.utils.data import DataLoader, default_collate
 
 from gradacc_hf import items
+from gradacc_hf.arguments import check_arguments, refuse_engine
 from gradacc_hf.micro_batches import (
     Lengths,
     LocalWindows,
@@ -88,8 +88,8 @@ class WindowLoader:
         transform: Transform | None = None,
         cost: Cost = Cost(),
     ):
-        _refuse(accelerator)
-        _check_arguments(dataset, effective_batch_size, collate_fn, pad_to)
+        refuse_engine(accelerator)
+        check_arguments(dataset, effective_batch_size, collate_fn, pad_to)
         pad_to = pad_to if isinstance(pad_to, str) else int(pad_to)
         self.accelerator, self.num_workers = accelerator, num_workers
         self.seed, self.epoch, self.window = seed, 0, 0
@@ -300,55 +300,6 @@ def _identity(local: Any) -> Any:
 
 def _forwards_are_collective(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
-
-
-def _refuse(accelerator: Accelerator) -> None:
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    if getattr(parallelism, "non_data_parallel_size", 1) > 1:
-        raise ValueError(
-            "processes that share a model (tensor, context or sequence parallel) must see the same examples, "
-            "and here each gets its own: use data parallelism (DDP or FSDP) only"
-        )
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} accumulates and scales gradients by itself, so windows "
-            "cannot be exact under it: launch with DDP or FSDP (--multi_gpu or --use_fsdp) instead"
-        )
-
-
-def _check_arguments(dataset: Any, effective_batch_size: Any, collate_fn: Callable, pad_to: Any) -> None:
-    if isinstance(dataset, Mapping):
-        raise ValueError(
-            f"the data set is a mapping with {list(dataset)[:5]}: give one split, a sequence of examples"
-        )
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(f"the data set must be a sequence with a length; found {type(dataset).__name__}")
-    if len(dataset) == 0:
-        raise ValueError("the data set has no examples")
-    if not callable(effective_batch_size):
-        size = effective_batch_size
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 1 <= size <= len(dataset):
-            raise ValueError(
-                f"the effective batch size is {size!r}; it must be an integer from 1 to the "
-                f"{len(dataset)} examples of the data set"
-            )
-    if pad_to not in ("micro_batch", "nothing"):
-        if pad_to != "window" and (
-            isinstance(pad_to, bool) or not isinstance(pad_to, int | np.integer) or pad_to < 1
-        ):
-            raise ValueError(
-                f"pad_to is {pad_to!r}; allowed: 'micro_batch', 'window', 'nothing', or a number of tokens"
-            )
-        if not _takes_pad_to(collate_fn):
-            raise ValueError(
-                f"pad_to={pad_to!r} needs a collate function that takes pad_to (the tokens to pad to); "
-                f"{getattr(collate_fn, '__name__', type(collate_fn).__name__)} does not"
-            )
-
-
-def _takes_pad_to(collate_fn: Callable) -> bool:
-    parameters = inspect.signature(collate_fn).parameters.values()
-    return any(p.name == "pad_to" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _name_prepared_schedulers(accelerator: Accelerator) -> None:

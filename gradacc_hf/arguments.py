@@ -1,0 +1,60 @@
+"""What a `WindowLoader` is given that cannot work: a ValueError that says so in one line."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+
+def refuse_engine(accelerator: Accelerator) -> None:
+    """Refuse engines that accumulate by themselves, and processes that must see the same examples."""
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if getattr(parallelism, "non_data_parallel_size", 1) > 1:
+        raise ValueError(
+            "processes that share a model (tensor, context or sequence parallel) must see the same examples, "
+            "and here each gets its own: use data parallelism (DDP or FSDP) only"
+        )
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} accumulates and scales gradients by itself, so windows "
+            "cannot be exact under it: launch with DDP or FSDP (--multi_gpu or --use_fsdp) instead"
+        )
+
+
+def check_arguments(dataset: Any, effective_batch_size: Any, collate_fn: Callable, pad_to: Any) -> None:
+    """Refuse data, sizes and padding that cannot be."""
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"the data set is a mapping with {list(dataset)[:5]}: give one split, a sequence of examples"
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(f"the data set must be a sequence with a length; found {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError("the data set has no examples")
+    if not callable(effective_batch_size):
+        size = effective_batch_size
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 1 <= size <= len(dataset):
+            raise ValueError(
+                f"the effective batch size is {size!r}; it must be an integer from 1 to the "
+                f"{len(dataset)} examples of the data set"
+            )
+    if pad_to not in ("micro_batch", "nothing"):
+        if pad_to != "window" and (
+            isinstance(pad_to, bool) or not isinstance(pad_to, int | np.integer) or pad_to < 1
+        ):
+            raise ValueError(
+                f"pad_to is {pad_to!r}; allowed: 'micro_batch', 'window', 'nothing', or a number of tokens"
+            )
+        if not _takes_pad_to(collate_fn):
+            raise ValueError(
+                f"pad_to={pad_to!r} needs a collate function that takes pad_to (the tokens to pad to); "
+                f"{getattr(collate_fn, '__name__', type(collate_fn).__name__)} does not"
+            )
+
+
+def _takes_pad_to(collate_fn: Callable) -> bool:
+    parameters = inspect.signature(collate_fn).parameters.values()
+    return any(p.name == "pad_to" or p.kind is p.VAR_KEYWORD for p in parameters)
