@@ -15,17 +15,17 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from gradacc_hf import chat
 from gradacc_hf.config import DataConfig
 from gradacc_hf.errors import BadInput, listed
 from gradacc_hf.items import IGNORED
 from gradacc_hf.labels import check_texts, file_rows
-from gradacc_hf.lean_loss import make_lean
 from gradacc_hf.loop import evaluate
-from gradacc_hf.packing import check_packing, pack
-from gradacc_hf.prompts import answer_prompts, answer_samples
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
+from gradacc_hf.tasks import chat
+from gradacc_hf.tasks.lean_loss import make_lean
+from gradacc_hf.tasks.packing import check_packing, pack
+from gradacc_hf.tasks.prompts import answer_prompts, answer_samples
 
 MESSAGES, PROMPTS, TEXTS = ("messages",), ("prompt", "completion"), ("text",)  # what a row may hold
 

@@ -17,9 +17,9 @@ from gradacc_hf.config import DataConfig
 from gradacc_hf.errors import refuse
 from gradacc_hf.items import IGNORED
 from gradacc_hf.labels import require_column, texts_of
-from gradacc_hf.masked import at_labels, head_at_labels
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
+from gradacc_hf.tasks.masked import at_labels, head_at_labels
 
 
 def chunks(rows, tokenizer, text_column, max_length):

@@ -22,7 +22,7 @@ from gradacc_hf.items import IGNORED
 from gradacc_hf.labels import require_column
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
-from gradacc_hf.spans import (
+from gradacc_hf.tasks.spans import (
     add_positions,
     best_spans,
     in_parts,

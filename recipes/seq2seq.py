@@ -18,13 +18,13 @@ from transformers import AutoModelForSeq2SeqLM
 
 from gradacc_hf.config import DataConfig
 from gradacc_hf.errors import BadInput
-from gradacc_hf.generate import generate
 from gradacc_hf.items import IGNORED
-from gradacc_hf.joined import join, joined_config, new_parameters
 from gradacc_hf.labels import file_rows, require_column
 from gradacc_hf.loop import evaluate
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
+from gradacc_hf.tasks.generate import generate
+from gradacc_hf.tasks.joined import join, joined_config, new_parameters
 
 
 def features(rows, tokenizer, source, target, prefix, max_length, max_target_length, start):

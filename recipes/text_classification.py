@@ -16,7 +16,7 @@ from gradacc_hf.config import DataConfig
 from gradacc_hf.labels import file_rows, require_texts, text_problem, texts_of, token_problem
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
-from gradacc_hf.targets import TARGETS, answers, class_weights
+from gradacc_hf.tasks.targets import TARGETS, answers, class_weights
 
 
 def features(rows, tokenizer, columns, max_length):

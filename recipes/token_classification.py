@@ -20,7 +20,7 @@ from gradacc_hf.items import IGNORED
 from gradacc_hf.labels import file_rows
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
-from gradacc_hf.tags import (
+from gradacc_hf.tasks.tags import (
     check_tokens_and_tags,
     class_names,
     entities,

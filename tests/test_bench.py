@@ -12,8 +12,8 @@ from rich.console import Console
 
 from gradacc_hf import bench
 from gradacc_hf.bench import CONTENDERS, SPLITS, exactness, print_exactness, print_speed, speed
+from gradacc_hf.bench.beside_sentence_transformers import contrastive, print_contrastive
 from gradacc_hf.config import BatchConfig, Config
-from gradacc_hf.contrastive_bench import contrastive, print_contrastive
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT
@@ -161,7 +161,7 @@ def test_our_gradient_cache_and_that_of_sentence_transformers_come_to_the_same_m
 
 
 def test_sentence_transformers_is_named_where_it_is_absent(monkeypatch, capsys):
-    monkeypatch.setattr("gradacc_hf.contrastive_bench.find_spec", lambda name: None)
+    monkeypatch.setattr("gradacc_hf.bench.beside_sentence_transformers.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as caught:
         bench.main(["contrastive"])
     assert caught.value.code == 2

@@ -16,15 +16,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from gradacc_hf import WindowLoader, embedded
-from gradacc_hf.chat import assistant_tokens, check_chat_template
 from gradacc_hf.embedded import smollm2
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT, read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.items import IGNORED
-from gradacc_hf.lean_loss import make_lean, not_lean
-from gradacc_hf.packing import check_packing, pack
 from gradacc_hf.run import run
 from gradacc_hf.split import Bound, split_window
+from gradacc_hf.tasks.chat import assistant_tokens, check_chat_template
+from gradacc_hf.tasks.lean_loss import make_lean, not_lean
+from gradacc_hf.tasks.packing import check_packing, pack
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "causal_lm.py"
 CHATML = (
@@ -476,7 +476,7 @@ def test_what_cannot_be_learned_is_refused_in_one_line(start, rows, flags, named
 
 
 def test_answers_are_what_generate_gives_alone(tiny):
-    from gradacc_hf.prompts import answer_prompts
+    from gradacc_hf.tasks.prompts import answer_prompts
 
     model, tokenizer = llama(), transformers.AutoTokenizer.from_pretrained(tiny)
     inputs = ["a", "a much longer text", {"prompt": "plain"}, {"messages": [user("x"), assistant("y")]}]

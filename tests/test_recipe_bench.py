@@ -10,11 +10,11 @@ import torch
 import transformers
 from rich.console import Console
 
-from gradacc_hf import recipe_bench
+from gradacc_hf.bench import every_recipe
+from gradacc_hf.bench.every_recipe import offline_configs, print_recipes, recipes
 from gradacc_hf.config import kit
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import BadInput
-from gradacc_hf.recipe_bench import offline_configs, print_recipes, recipes
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def small_kit(tmp_path, monkeypatch):
         f"data:\n  train: {tmp_path / 'rows.jsonl'}\noptim:\n  lr: 1e-2\n"
         "train:\n  best_metric: accuracy\n  best_direction: max\n"
     )
-    monkeypatch.setattr(recipe_bench, "kit", lambda: tmp_path)
+    monkeypatch.setattr(every_recipe, "kit", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 
 from gradacc_hf import embedded
 from gradacc_hf.errors import BadInput
-from gradacc_hf.generate import generate
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.items import IGNORED
 from gradacc_hf.run import load_recipe, make_model, make_windows
+from gradacc_hf.tasks.generate import generate
 from gradacc_hf.verify import verify
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from seqeval.metrics import f1_score, precision_score, recall_score
 
 from gradacc_hf.errors import BadInput
 from gradacc_hf.metrics.in_memory import InMemoryMetric
-from gradacc_hf.tags import is_scheme
+from gradacc_hf.tasks.tags import is_scheme
 
 _INPUTS = """
 Args:

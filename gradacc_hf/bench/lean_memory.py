@@ -28,7 +28,7 @@ def lean_memory(tokens: int = 2048) -> LeanMemory:
     """Measure both, on the CPU or on the GPU where there is one."""
     found = {}
     for lean in (0, 1):
-        command = [sys.executable, "-m", "gradacc_hf.lean_memory", str(tokens), str(lean)]
+        command = [sys.executable, "-m", "gradacc_hf.bench.lean_memory", str(tokens), str(lean)]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found[lean] = json.loads(said.splitlines()[-1])
     return LeanMemory(
@@ -50,8 +50,8 @@ def _measure(tokens: int, lean: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from gradacc_hf.gradients import relative_error, whole_window_gradient
-    from gradacc_hf.lean_loss import make_lean
     from gradacc_hf.runlog import peak_memory_bytes
+    from gradacc_hf.tasks.lean_loss import make_lean
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

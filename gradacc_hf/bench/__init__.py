@@ -33,20 +33,20 @@ from rich.table import Table
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
+from gradacc_hf.bench.beside_sentence_transformers import contrastive, print_contrastive
+from gradacc_hf.bench.every_recipe import print_recipes, recipes
+from gradacc_hf.bench.lean_memory import VOCABULARY, LeanMemory, lean_memory
+from gradacc_hf.bench.limits import Speed, speed
 from gradacc_hf.config import kit
 from gradacc_hf.conformance import LENGTHS, SPLITS, cut_by_count
 from gradacc_hf.contenders import run_accelerate, run_trainer, run_windows
-from gradacc_hf.contrastive_bench import contrastive, print_contrastive
 from gradacc_hf.errors import BadInput, Parser
 from gradacc_hf.gradients import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
-from gradacc_hf.lean_memory import VOCABULARY, LeanMemory, lean_memory
-from gradacc_hf.limits import Speed, speed
 from gradacc_hf.loop import train
 from gradacc_hf.optim import make_optimizer
 from gradacc_hf.plan import WindowPlan
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.recipe_bench import print_recipes, recipes
 from gradacc_hf.run import load_recipe, make_windows
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.split import Bound, split_window
@@ -301,7 +301,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     show(result, console)  # type: ignore[arg-type]
     console.print("measured with " + ", ".join(f"{k} {v}" for k, v in result.measured_with.items()))
-
-
-if __name__ == "__main__":
-    main()

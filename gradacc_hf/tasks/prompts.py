@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from gradacc_hf.chat import tokenize_prompt
 from gradacc_hf.errors import BadInput
+from gradacc_hf.tasks.chat import tokenize_prompt
 
 ROWS = 8  # prompts that are answered at once
 
