@@ -5,6 +5,7 @@
     python -m gradacc_hf.bench planning      # what does it cost to plan a window?
     python -m gradacc_hf.bench lean_loss     # what memory does the loss of a large vocabulary take?
     python -m gradacc_hf.bench contrastive   # our gradient cache beside that of sentence-transformers
+    python -m gradacc_hf.bench recipes       # what does each recipe reach, and how long does it take?
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
 same model, the same examples in the same windows, and as many optimizer steps. One process. How fast the
@@ -45,6 +46,7 @@ from gradacc_hf.loop import train
 from gradacc_hf.optim import make_optimizer
 from gradacc_hf.plan import WindowPlan
 from gradacc_hf.recipe import Recipe
+from gradacc_hf.recipe_bench import print_recipes, recipes
 from gradacc_hf.run import load_recipe, make_windows
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.split import Bound, split_window
@@ -262,6 +264,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     beside.add_argument(
         "--max-tokens", type=_positive, default=2048, help="tokens of a micro-batch (%(default)s)"
     )
+    offline = benchmarks.add_parser("recipes", help="every offline config: its metric, baseline and time")
+    offline.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these recipes")
+    offline.add_argument("--windows", type=_positive, help="stop each run after so many (default: its end)")
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--json", action="store_true", help="print the result as JSON")
     console = Console(highlight=False)
@@ -280,6 +285,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sizes = (arguments.windows, arguments.repeats, arguments.max_tokens)
             beside_theirs = contrastive((), *sizes, partial(_progress, name="contrastive"))
             result, show = beside_theirs, print_contrastive
+        elif arguments.benchmark == "recipes":
+            progress = partial(_progress, name="recipes")
+            result, show = recipes(arguments.only, arguments.windows, progress), print_recipes
         else:
             found = speed(
                 offline_recipe(), arguments.windows, arguments.repeats, partial(_progress, name="speed")

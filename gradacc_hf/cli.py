@@ -38,6 +38,7 @@ def _run() -> None:
     commands.add_parser("verify", help="is accumulation exact on my model and data?", add_help=False)
     commands.add_parser("compare", help="train in several ways and compare them", add_help=False)
     commands.add_parser("bench", help="measure what the README says (gradacc bench --help)", add_help=False)
+    commands.add_parser("predict", help="what a saved run says to new input", add_help=False)
     report = commands.add_parser("report", help="one HTML page about runs, side by side")
     report.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one that holds runs"
@@ -49,7 +50,7 @@ def _run() -> None:
         help="where it goes; by default report.html in the folder of the run, or here if there are several",
     )
     arguments, rest = parser.parse_known_args()
-    if rest and arguments.command not in ("bench", "compare", "verify"):
+    if rest and arguments.command not in ("bench", "compare", "predict", "verify"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "ls":
         for name in recipes():
@@ -66,6 +67,10 @@ def _run() -> None:
         from gradacc_hf import compare  # late: it loads transformers
 
         compare.main(rest)
+    elif arguments.command == "predict":
+        from gradacc_hf import predict  # late: it loads transformers
+
+        predict.main(rest)
     elif arguments.command == "report":
         from gradacc_hf.report import write_report  # late: it loads matplotlib
 

@@ -21,10 +21,8 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 import tyro
 import yaml
 
-from gradacc_hf.config import KITS, Config, DataConfig, ModelConfig, detect_budget
+from gradacc_hf.config import FLAGS_ONLY, KITS, Config, DataConfig, ModelConfig, detect_budget
 from gradacc_hf.errors import BadInput
-
-FLAGS_ONLY = ("config", "budget_file", "check")
 
 
 def read_command_line(

@@ -192,6 +192,8 @@ class OutputConfig:
     """Write into a folder that holds a run already."""
     tracker: str = "tensorboard"
     """Where the curves go: the name of any tracker of Accelerate, or none."""
+    push_to_hub: str | None = None
+    """Hub repository (NAME or USER/NAME) that best/, else last/, goes to at the end; a new one is public."""
 
 
 @dataclass
@@ -247,6 +249,7 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
 
+FLAGS_ONLY = ("config", "budget_file", "check")
 PACKAGE = Path(__file__).parent
 KITS = (PACKAGE.parent, PACKAGE / "_kit")
 """Where recipes/ and configs/ are: beside the package in a checkout, inside it in an installed one."""

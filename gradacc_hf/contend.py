@@ -14,14 +14,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import disable_progress_bars
@@ -33,6 +31,7 @@ from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.gradients import read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.micro_batches import measure_lengths
 from gradacc_hf.optim import make_optimizer, make_scheduler
+from gradacc_hf.output import settings
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.runlog import finite, peak_memory_bytes, versions
@@ -223,7 +222,7 @@ def timed(run: Run, name: str, folder: Path) -> None:
         "versions": versions(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+    write_whole(folder / "config.yaml", settings(config))
     _write_history(folder, rows)
     write_whole(folder / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
 

@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from gradacc_hf.checkpoint import write_whole
-from gradacc_hf.config import Config
+from gradacc_hf.config import FLAGS_ONLY, Config
 from gradacc_hf.errors import BadInput
 
 RUN_FILES = ("config.yaml", "history.jsonl", "summary.json", "best", "last", "logs", "report.html")
+RUN_FILES += ("verify.json",)  # later, by `gradacc verify --run`
 
 
 def check_output(config: Config) -> None:
@@ -47,13 +48,19 @@ def open_output(config: Config, accelerator: Accelerator) -> Path:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        write_whole(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+        write_whole(folder / "config.yaml", settings(config))
         chosen = [str(folder)]
     folder = Path(broadcast_object_list(chosen)[0])
     if accelerator.log_with:
         accelerator.project_configuration = ProjectConfiguration(str(folder), str(folder))
         accelerator.init_trackers("logs")
     return folder
+
+
+def settings(config: Config) -> str:
+    """All settings of a run, as a config file that runs it again."""
+    values = {name: value for name, value in asdict(config).items() if name not in FLAGS_ONLY}
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def next_folder(name: str) -> Path:

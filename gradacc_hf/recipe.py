@@ -3,6 +3,7 @@
 What all tasks share, from the command line to the saved model, is `run.py`.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from datasets import Dataset
+from transformers.pipelines import SUPPORTED_TASKS
 
 from gradacc_hf.checkpoint import MODEL_CONFIG
 from gradacc_hf.config import Config, DataConfig
@@ -38,6 +40,8 @@ class Recipe:
     Data: ClassVar[type[DataConfig]] = DataConfig
     model_class: ClassVar[Any]
     tokenizer_settings: ClassVar[Mapping[str, Any]] = {}  # what the task asks of it when it is loaded
+    pipeline_tag: ClassVar[str | None] = None  # the Hub's name of the task: "text-classification"
+    example: ClassVar[Any] = "A text."  # an input that shows what the model does; or None
     num_items: str | CountItems = "labels"
     pad_to: PadTo = "micro_batch"  # "window" where padding reaches the loss
     transform: Transform | None = None  # what is random about an example: masking, cropping, augmentation
@@ -109,6 +113,22 @@ class Recipe:
     def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """What a saved model says to new inputs, one answer each: texts, or rows as a data file has them."""
         raise BadInput(f"{type(self).__name__} does not say how it answers: define answer() in the recipe")
+
+    def usage(self, name: str) -> str:
+        """Python that uses a saved model without this package; `name` is its folder or Hub name."""
+        model, example = json.dumps(name), json.dumps(self.example, ensure_ascii=False)
+        if self.pipeline_tag in SUPPORTED_TASKS:
+            shown = "" if self.example is None else f"\nprint(model({example}))"
+            return (
+                "from transformers import pipeline\n\n"
+                f'model = pipeline("{self.pipeline_tag}", model={model}){shown}'
+            )
+        loader = self.model_class.__name__
+        return (
+            f"from transformers import AutoTokenizer, {loader}\n\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({model})\n"
+            f"model = {loader}.from_pretrained({model})"
+        )
 
     def processors(self) -> list[Any]:
         """What is saved beside the model, as what is fed to it goes through it: the tokenizer."""

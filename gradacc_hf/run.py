@@ -4,12 +4,14 @@ It does what all tasks share, in the order in which it is cheapest to find out t
 settings, output folder, data, windows, plan, weights; then `loop.fine_tune`.
 """
 
+import inspect
 import math
 import os
 import runpy
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,16 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from datasets import Dataset, disable_progress_bars
 
+from gradacc_hf.card import RunCard, facts, refresh_cards
 from gradacc_hf.checkpoint import write_pretrained
 from gradacc_hf.command_line import read_command_line, recipe_file
 from gradacc_hf.config import Config, tokens_per_micro_batch
-from gradacc_hf.errors import BadInput, listed, one_line
+from gradacc_hf.errors import BadInput, listed, one_line, refuse
 from gradacc_hf.loop import Best, fine_tune
 from gradacc_hf.lora import add_lora, check_four_bit, write_merged
 from gradacc_hf.optim import frozen_parameters, make_optimizer, make_scheduler
 from gradacc_hf.output import check_output, open_output
+from gradacc_hf.push import check_push, push
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.runlog import describe
 from gradacc_hf.windows import WindowLoader
@@ -48,10 +52,13 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     config = read_command_line(
         argv, data=recipe_class.Data, description=(recipe_class.__doc__ or "").partition("\n")[0]
     )  # fmt: skip
+    config.recipe = _file_of(recipe_class) or config.recipe
     _check_early_stopping(config)
     _check_dtype(config)
     check_four_bit(config.model)
     check_output(config)
+    if config.output.push_to_hub is not None:
+        config.output.push_to_hub = check_push(config.output.push_to_hub)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not sys.stderr.isatty():
@@ -74,6 +81,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     model = make_model(recipe)
     optimizer = make_optimizer(model, config.optim, accelerator.mixed_precision)
     scheduler = make_scheduler(optimizer, config.optim, total_windows(config, windows))
+    about = facts(recipe, training, validation, accelerator.device.type)
+    card = RunCard(recipe, about, windows)
     folder = open_output(config, accelerator)
     set_seed(config.train.seed, device_specific=True)  # dropout differs by process
 
@@ -87,12 +96,12 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         max_windows=config.train.max_windows,
         max_grad_norm=config.optim.max_grad_norm,
         compute_loss=recipe.loss,
-        validate=lambda model: recipe.validate(model, validation_windows, accelerator),
+        validate=lambda model: card.evaluated(recipe.validate(model, validation_windows, accelerator)),
         eval_every=config.train.eval_every,
         eval_on_start=config.train.eval_on_start,
         best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
         output_dir=folder,
-        save_with=recipe.processors(),
+        save_with=[*recipe.processors(), card],
         write_model=write_merged if config.model.lora.merge else write_pretrained,
         baseline=baseline,
         seed=config.train.seed,
@@ -100,6 +109,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         skipped_rows={"count": len(recipe.skipped_rows), "first": recipe.skipped_rows[:10]},
         samples=recipe.samples,
         tokens_are=recipe.tokens_are,
+        card=asdict(about),
     )
     accelerator.end_training()
     accelerator.print(
@@ -110,12 +120,23 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         accelerator.print(f"baseline: {describe(baseline)}")
     accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")
     if accelerator.is_main_process:
+        refresh_cards(folder)
         from gradacc_hf.report import write_report  # late: it loads matplotlib
 
         try:
             print(f"report: {write_report([folder])}")
         except Exception as error:  # the run is over and saved, whatever became of its report
             print(f"no report: {one_line(error)}; gradacc report {folder} makes one", file=sys.stderr)
+        if config.output.push_to_hub is not None:
+            push(folder, config.output.push_to_hub)
+
+
+def _file_of(recipe_class: type[Recipe]) -> str | None:
+    """The file that defines a recipe; None where it is typed into a notebook, say."""
+    try:
+        return str(Path(inspect.getfile(recipe_class)).resolve())
+    except (TypeError, OSError):
+        return None
 
 
 def _command(argv: Sequence[str], processes: int) -> str:
@@ -139,6 +160,17 @@ def load_recipe(argv: Sequence[str]) -> Recipe:
             f"recipe: {file} defines {listed(c.__name__ for c in found) or 'no'} Recipe; it must be one"
         )
     return found[0](read_command_line(argv, data=found[0].Data))
+
+
+def open_run(run: Path) -> Recipe:
+    """The recipe of a run, with the run's settings. Raises BadInput where the folder is no run's."""
+    if not run.is_dir():
+        refuse(str(run), "found no such folder", "give the folder of a run, such as runs/NAME-1")
+    if not (run / "config.yaml").is_file():
+        above = run.resolve().parent
+        hint = f"its run is {above}" if (above / "config.yaml").is_file() else "give the folder of a run"
+        refuse(str(run), "found no config.yaml in it, so this is no run's folder", hint)
+    return load_recipe(["--config", str(run / "config.yaml")])
 
 
 def make_model(recipe: Recipe) -> Any:

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -18,8 +19,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from gradacc_hf import conformance
+from gradacc_hf.card import refresh_cards
+from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.errors import BadInput, Parser, listed
-from gradacc_hf.run import load_recipe, make_model, make_windows
+from gradacc_hf.run import load_recipe, make_model, make_windows, open_run
+from gradacc_hf.runlog import finite
 from gradacc_hf.verify import Verification, verify
 
 
@@ -34,11 +38,16 @@ def main(argv: Sequence[str]) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="the recipe's config file")
     what.add_argument(
+        "--run",
+        type=Path,
+        help="a run's folder: verify what it trained; the verdict goes into its verify.json and cards",
+    )
+    what.add_argument(
         "--all-heads",
         action="store_true",
         help="every head of the installed transformers, tiny (a quarter of an hour)",
     )
-    parser.add_argument("--budget", default="auto", help="a budget's name or file (%(default)s)")
+    parser.add_argument("--budget", help="a budget's name or file (auto or, with --run, that of the run)")
     parser.add_argument("--windows", type=int, default=1, help="windows to compare (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments, settings = parser.parse_known_args(argv)
@@ -51,7 +60,16 @@ def main(argv: Sequence[str]) -> None:
         _all_heads(arguments.json)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("gradacc verify runs on one process: start it without a launcher")
-    recipe = load_recipe(["--config", arguments.config, "--budget", arguments.budget, *settings])
+    if arguments.run is None:
+        flags = ["--config", arguments.config, "--budget", arguments.budget or "auto", *settings]
+        recipe = load_recipe(flags)
+    elif settings or arguments.budget:
+        given = settings[0] if settings else "--budget"
+        raise BadInput(f"{given}: a run is verified with its own settings; others go with --config FILE")
+    else:
+        recipe = open_run(arguments.run)
+        if not (arguments.run / "summary.json").is_file():
+            raise BadInput(f"{arguments.run}: found no summary.json; this run has not ended")
     if recipe.config.model.load_in_4bit:
         raise BadInput(
             "model.load_in_4bit: found true; allowed is false, as gradients are compared in float32"
@@ -63,8 +81,13 @@ def main(argv: Sequence[str]) -> None:
             f"--windows: found {arguments.windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
         )
     result = verify(make_model(recipe), windows, recipe.loss, num_windows=arguments.windows)
+    as_json = finite({**asdict(result), "exact": result.exact, "verdict": result.verdict})
+    as_json = json.dumps(as_json, indent=2)
+    if arguments.run is not None:
+        write_whole(arguments.run / "verify.json", as_json + "\n")
+        refresh_cards(arguments.run)
     if arguments.json:
-        print(json.dumps({**asdict(result), "exact": result.exact, "verdict": result.verdict}, indent=2))
+        print(as_json)
     else:
         show(result, Console(highlight=False))
     sys.exit(0 if result.exact else 1)

@@ -42,6 +42,8 @@ class CausalLM(Recipe):
     """Teach a language model to answer."""
 
     model_class = AutoModelForCausalLM
+    pipeline_tag = "text-generation"
+    example = "Write a Python function that adds two numbers."
     num_items = "next_token"
 
     @dataclass

@@ -25,6 +25,8 @@ class ImageClassification(Recipe):
     """Label an image."""
 
     model_class = AutoModelForImageClassification
+    pipeline_tag = "image-classification"
+    example = None  # it would be a file
 
     @dataclass
     class Data(DataConfig):

@@ -34,6 +34,8 @@ class MaskedLM(Recipe):
 
     model_class = AutoModelForMaskedLM
     pipeline_tag = "fill-mask"
+    example = "Return the [MASK] of the list."
+    pipeline_tag = "fill-mask"
 
     @dataclass
     class Data(DataConfig):

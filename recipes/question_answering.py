@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from transformers import AutoModelForQuestionAnswering
@@ -42,6 +43,11 @@ class QuestionAnswering(Recipe):
     """Answer a question with a span of a text."""
 
     model_class = AutoModelForQuestionAnswering
+    pipeline_tag = "question-answering"
+    example: ClassVar = {
+        "question": "What is returned?",
+        "context": "def total(items):\n    return sum(items)",
+    }
 
     @dataclass
     class Data(DataConfig):

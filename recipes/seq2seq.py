@@ -40,6 +40,8 @@ class Seq2Seq(Recipe):
     """Write a text for a text."""
 
     model_class = AutoModelForSeq2SeqLM
+    pipeline_tag = "summarization"
+    example = "def add(a, b):\n    return a + b"
 
     @dataclass
     class Data(DataConfig):

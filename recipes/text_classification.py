@@ -31,6 +31,8 @@ class TextClassification(Recipe):
     """Label a text."""
 
     model_class = AutoModelForSequenceClassification
+    pipeline_tag = "text-classification"
+    example = "Wait until all pending tasks of the event loop are done."
 
     @dataclass
     class Data(DataConfig):

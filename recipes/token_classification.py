@@ -55,6 +55,8 @@ class TokenClassification(Recipe):
     """Tag every token of a text."""
 
     model_class = AutoModelForTokenClassification
+    pipeline_tag = "token-classification"
+    example = "import os ; print ( os . getcwd ( ) )"
     tokenizer_settings: ClassVar = {
         "add_prefix_space": True
     }  # tokens are words, where spaces are part of word pieces

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gradacc_hf import cli
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -70,3 +72,12 @@ def test_nothing_but_what_was_asked_for_stands_at_the_top():
         *("README.md", "pyproject.toml", "recipes", "gradacc_hf", "configs", "tests", "launch.sh"),
         *("LICENSE", "CONTRIBUTING.md", "constraints.txt"),
     }
+
+
+def test_the_readme_of_the_recipes_has_a_row_and_a_prediction_for_each():
+    text = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[`(\w+)`\]\((\w+)\.py\) \|.*\| (?:\d\S*|–) \| \d+ s \|$", text, re.MULTILINE)
+    names = sorted(name for name in cli.recipes() if cli.configs(name))
+    assert sorted(rows) == [(name, name) for name in names]
+    for name in names:
+        assert f"gradacc predict runs/{name}_offline-1 " in text

@@ -21,6 +21,11 @@ from safetensors import SafetensorError, safe_open
 from gradacc_hf.embedded.smollm2 import smollm2_path
 from gradacc_hf.errors import BadInput, listed
 
+UPSTREAM = {
+    "embedded:minilm": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
+    "embedded:smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+}
+"""embedded:NAME of `model.name` → the Hub name and the licence of what the package carries."""
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FROM_SCRATCH = {"embedded:tiny_vit": Path(__file__).parent / "tiny_vit"}
 """Models with a config and without weights: training starts from random ones, drawn by train.seed."""
