@@ -38,6 +38,8 @@ class Contrastive(Recipe):
     """Find what belongs to a text."""
 
     model_class = AutoModel
+    pipeline_tag = "sentence-similarity"
+    example = "Return the number of items in the list."
 
     @dataclass
     class Data(DataConfig):

@@ -143,8 +143,8 @@ def test_a_card_is_there_with_the_model_before_the_run_ends(train):
     Path("sitecustomize.py").write_text(
         "import os, gradacc_hf.loop as loop\n"
         "save = loop.save_model\n"
-        "def save_and_die(model, folder, *rest):\n"
-        "    save(model, folder, *rest)\n"
+        "def save_and_die(model, folder, *rest, **more):\n"
+        "    save(model, folder, *rest, **more)\n"
         "    os._exit(9)\n"
         "loop.save_model = save_and_die\n"
     )
