@@ -47,7 +47,6 @@ from gradacc_hf.loop import train
 from gradacc_hf.optim import make_optimizer
 from gradacc_hf.plan import WindowPlan
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.recipe_bench import print_recipes, recipes
 from gradacc_hf.run import load_recipe, make_windows
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.split import Bound, split_window
