@@ -4,6 +4,7 @@ What would make the push fail is looked for before the training; whatever fails 
 is and says the command that pushes later. The token is huggingface_hub's own affair: nothing here keeps it.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -11,14 +12,17 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from gradacc_hf.embedded import UPSTREAM
 from gradacc_hf.errors import one_line, refuse
 from gradacc_hf.report.redact import redact
 
 KEY = "output.push_to_hub"
+ADAPTER = "adapter_config.json"
 LATER = "push later instead: hf upload NAME RUN/best ."
 
 
@@ -62,6 +66,24 @@ def check_push(name: str, seconds: float = 15) -> str:
     return f"{owner or user['name']}/{own}"
 
 
+def public_adapter_config(folder: Path, run: Path) -> bytes | None:
+    """What adapter_config.json is to say on the Hub, where it names a folder of this machine as the base.
+
+    Of an embedded model that is the name of what it carries, of another the folder's own name. None where
+    there is no such file, or nothing to hide in it.
+    """
+    if not (folder / ADAPTER).exists():
+        return None
+    settings = json.loads((folder / ADAPTER).read_bytes())
+    base = settings["base_model_name_or_path"]
+    if not Path(base).is_absolute():
+        return None
+    given = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["name"]
+    upstream, _ = UPSTREAM.get(given, (Path(base).name, None))
+    settings["base_model_name_or_path"] = upstream
+    return json.dumps(settings, indent=2).encode()
+
+
 def push(run: Path, name: str) -> None:
     """Put best/, else last/, of a run on the Hub; say where it is or, where that fails, what to do."""
     folder = next(path for path in (run / "best", run / "last") if path.is_dir())
@@ -71,7 +93,14 @@ def push(run: Path, name: str) -> None:
         api = HfApi()
         api.create_repo(name, exist_ok=True)
         message = f"{folder.name}/ of a run of gradacc-hf"
-        pushed = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+        if adapter := public_adapter_config(folder, run):
+            api.upload_file(
+                repo_id=name, path_in_repo=ADAPTER, path_or_fileobj=adapter, commit_message=message
+            )
+        hidden = [ADAPTER] if adapter else None
+        pushed = api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=hidden
+        )
         print(f"pushed {folder} to {pushed.repo_url}")
     except Exception as error:  # the run is over and saved, whatever became of its push
         later = shlex.join(["hf", "upload", name, str(folder), "."])

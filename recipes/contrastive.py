@@ -16,7 +16,7 @@ from transformers import AutoModel
 from gradacc_hf.config import DataConfig
 from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder, pair_lengths, search
 from gradacc_hf.errors import BadInput
-from gradacc_hf.labels import file_rows, require_column
+from gradacc_hf.labels import file_rows, require_column, texts_of
 from gradacc_hf.loop import evaluate
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
@@ -64,6 +64,7 @@ class Contrastive(Recipe):
         names = (data.anchor_column, data.positive_column, data.negative_column)
         self.columns = {column: name for column, name in zip(COLUMNS, names, strict=True) if name}
         self.loss = ContrastiveLoss(data.temperature, data.symmetric)
+        self.searched = None  # by `answer`: validation texts, and where they are embedded
 
     def datasets(self):
         if self.config.batch.effective < 2:
@@ -142,12 +143,12 @@ class Contrastive(Recipe):
     def answer(self, model, inputs):
         """The five validation rows that are nearest to each text, or to each row's anchor."""
         embedder = model if isinstance(model, Embedder) else Embedder(model)
-        texts = [given if isinstance(given, str) else given[self.data.anchor_column] for given in inputs]
-        candidates = self.datasets()[1]["positive_text"][:]
-        embedded = [
-            embedder.embed(some, self.tokenizer, self.data.max_length) for some in (texts, candidates)
-        ]
-        scores, ids = search(*embedded, 5)
+        settings = self.tokenizer, self.data.max_length
+        if self.searched is None:  # once for all inputs
+            candidates = self.datasets()[1]["positive_text"][:]
+            self.searched = candidates, embedder.embed(candidates, *settings)
+        [texts], (candidates, embedded) = texts_of(inputs, [self.data.anchor_column]), self.searched
+        scores, ids = search(embedder.embed(texts, *settings), embedded, 5)
         return [
             {"text": text, "found": [{"score": s, "text": candidates[i]} for s, i in zip(*hits, strict=True)]}
             for text, *hits in zip(texts, scores.tolist(), ids.tolist(), strict=True)

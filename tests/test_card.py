@@ -275,6 +275,27 @@ def no_token_in(done, *folders):
             assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
 
+def pushed_files(hub):
+    """Name → content, of all commits."""
+    commits = [body for path, body, _ in hub.requests if path == "/api/models/me/x/commit/main"]
+    lines = [json.loads(line) for commit in commits for line in commit.splitlines()]
+    files = [line["value"] for line in lines if line["key"] == "file"]
+    return {file["path"]: base64.b64decode(file["content"]) for file in files}
+
+
+def test_adapters_are_pushed_with_the_name_of_their_base_not_with_its_folder(train, hub, mine):
+    done = train(hub.environment, output__push_to_hub="x", train__max_windows=1, model__lora__rank=2)
+    assert "pushed run/best" in done.stdout, done.stderr
+    files = pushed_files(hub)
+    assert sorted(files) == sorted(path.name for path in Path("run/best").iterdir())
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "bert"
+    here = json.loads(Path("run/best/adapter_config.json").read_text())
+    assert here["base_model_name_or_path"] == str(mine / "bert")
+    assert {**json.loads(files["adapter_config.json"]), **here} == here
+    for content in files.values():
+        assert b"private-place" not in content
+
+
 def test_the_best_model_is_pushed_whole_with_its_card(train, hub, mine):
     done = train(
         hub.environment, output__push_to_hub="x", output__tracker="tensorboard", train__max_windows=2
@@ -282,11 +303,7 @@ def test_the_best_model_is_pushed_whole_with_its_card(train, hub, mine):
     assert done.returncode == 0, done.stderr
     assert f"pushed run/best to {hub.url}/me/x" in done.stdout
     assert {authorization for _, _, authorization in hub.requests} == {f"Bearer {TOKEN}"}
-    (commit,) = [body for path, body, _ in hub.requests if path == "/api/models/me/x/commit/main"]
-    files = {}
-    for line in map(json.loads, commit.splitlines()):
-        if line["key"] == "file":
-            files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+    files = pushed_files(hub)
     assert files == {path.name: path.read_bytes() for path in Path("run/best").iterdir()}
     card = files["README.md"].decode()
     assert 'model="me/x"' in card
