@@ -66,7 +66,7 @@ def main():
     for name, gradient in (gradients | {"kit, cached": kit(Accelerator(cpu=True))}).items():
         found[name] = ((gradient - gradients["1 × 64"]).norm() / gradients["1 × 64"].norm()).item()
         print(f"{name:<14} gradient off that of 64 pairs at once by {found[name]:.0e}")
-    print("In the kit: a `Window` can be gone through twice, which is what the gradient cache needs.")
+    print("In the kit: `gradacc_hf.contrastive`, with dropout, on any number of processes.")
     return found
 
 
