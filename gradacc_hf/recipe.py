@@ -157,7 +157,8 @@ class Recipe:
     def collate(self, examples: Sequence[Mapping[str, Any]], pad_to: int | None = None) -> dict[str, Any]:
         """Examples → a batch, padded to the longest or to `pad_to` tokens."""
         settings = {"padding": "longest" if pad_to is None else "max_length", "max_length": pad_to}
-        if isinstance(examples[0].get("labels"), Sequence | np.ndarray):  # a label a token: padded with −100
+        labels = np.asarray(examples[0].get("labels", 0))
+        if labels.ndim and labels.dtype.kind == "i":  # a label a token: padded with −100
             return dict(
                 transformers.DataCollatorForTokenClassification(self.tokenizer, **settings)(list(examples))
             )

@@ -94,6 +94,10 @@ class Contrastive(Recipe):
     def empty_model(self):
         return Embedder(super().empty_model())
 
+    def load(self, folder):
+        model = super().load(folder)
+        return model if isinstance(model, Embedder) else Embedder(model)  # adapters come in one
+
     def lengths(self, dataset):
         tokens = [list(map(len, dataset[f"{column}_input_ids"])) for column in self.columns]
         return pair_lengths(np.array(tokens).T)
@@ -142,13 +146,12 @@ class Contrastive(Recipe):
 
     def answer(self, model, inputs):
         """The five validation rows that are nearest to each text, or to each row's anchor."""
-        embedder = model if isinstance(model, Embedder) else Embedder(model)
         settings = self.tokenizer, self.data.max_length
         if self.searched is None:  # once for all inputs
             candidates = self.datasets()[1]["positive_text"][:]
-            self.searched = candidates, embedder.embed(candidates, *settings)
+            self.searched = candidates, model.embed(candidates, *settings)
         [texts], (candidates, embedded) = texts_of(inputs, [self.data.anchor_column]), self.searched
-        scores, ids = search(embedder.embed(texts, *settings), embedded, 5)
+        scores, ids = search(model.embed(texts, *settings), embedded, 5)
         return [
             {"text": text, "found": [{"score": s, "text": candidates[i]} for s, i in zip(*hits, strict=True)]}
             for text, *hits in zip(texts, scores.tolist(), ids.tolist(), strict=True)

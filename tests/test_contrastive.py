@@ -352,7 +352,7 @@ def test_it_answers_a_text_and_a_row_with_the_nearest_validation_rows(tiny_bert,
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of(make_rows(), tiny_bert)
     candidates = recipe.datasets()[1]["positive_text"][:]
-    for model in (recipe.model(), AutoModel.from_pretrained(tiny_bert)):
+    for model in (recipe.model(), recipe.load(tiny_bert)):
         first, second = recipe.answer(model, [candidates[2], {"anchor": "tea drink"}])
         assert first["found"][0] == {"score": pytest.approx(1, abs=1e-5), "text": candidates[2]}
         assert len(second["found"]) == 5

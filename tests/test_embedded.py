@@ -83,7 +83,7 @@ def test_an_absent_embedded_model_names_the_package_that_brings_it(monkeypatch):
 
 def test_an_unknown_embedded_model_names_the_one_there_is():
     found = refusal(embedded.resolve_model, "embedded:minilm6")
-    assert "use embedded:minilm or embedded:tiny_vit" in found
+    assert "use embedded:minilm, embedded:smollm2, embedded:tiny_vit" in found
 
 
 def test_a_saved_models_folder_is_given_back(model):

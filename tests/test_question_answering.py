@@ -263,11 +263,3 @@ def test_the_offline_config_trains_and_its_model_answers(tmp_path):
 def test_the_hub_config_is_one_of_this_recipe():
     recipe = load_recipe(["--config", str(ROOT / "configs/question_answering.yaml")])
     assert (recipe.data.train, recipe.data.doc_stride) == ("rajpurkar/squad", 128)
-
-
-def test_gradacc_verify_finds_the_offline_config_exact():
-    command = Path(sys.executable).parent / "gradacc"
-    done = subprocess.run(
-        [command, "verify", "--config", OFFLINE, "--batch.effective", "8"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -306,11 +306,3 @@ def test_the_hub_config_is_one_of_this_recipe(name):
     recipe = load_recipe(["--config", str(ROOT / f"configs/{name}.yaml")])
     assert type(recipe).__name__ == "Seq2Seq"
     assert recipe.data.prefix.endswith(": ")
-
-
-def test_gradacc_verify_finds_the_offline_config_exact():
-    command = Path(sys.executable).parent / "gradacc"
-    done = subprocess.run(
-        [command, "verify", "--config", OFFLINE, "--batch.effective", "8"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
