@@ -224,8 +224,7 @@ def test_a_run_saves_adapters_that_predict_as_the_merged_model_does(start, recip
     for folder in ("best", "last"):
         names = {path.name for path in Path("out", folder).iterdir()}
         assert names == {"adapter_config.json", "adapter_model.safetensors", "model_config.json"} | {
-            "tokenizer.json",
-            "tokenizer_config.json",
+            *("README.md", "tokenizer.json", "tokenizer_config.json"),
         }
         assert Path("out", folder, "adapter_model.safetensors").stat().st_size < 40_000
     found = json.loads(Path("out/last/adapter_config.json").read_text())
