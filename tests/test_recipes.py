@@ -17,12 +17,8 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*_offline.yaml"))
 SMALL = ["--batch.effective", "9", "--data.max_length", "64", "--budget.max_tokens", "200"]
 SMALL += ["--data.on_bad_row", "skip", "--model.dropout", "0"]  # so short, some answers are cut off
-WAYS = {
-    "plain": [],
-    "checkpointing": ["--budget.gradient_checkpointing", "true"],
-    "LoRA": ["--model.lora.rank", "4"],
-    "LoRA and checkpointing": ["--model.lora.rank", "4", "--budget.gradient_checkpointing", "true"],
-}
+CHECKPOINTING = ["--budget.gradient_checkpointing", "true"]
+LORA = ["--model.lora.rank", "4"]
 FROM_SCRATCH = "image_classification_offline"
 
 
@@ -30,23 +26,27 @@ def recipe_of(config, *settings):
     return load_recipe(["--config", str(ROOT / "configs" / f"{config}.yaml"), *SMALL, *settings])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("saving", [False, True], ids=["plain", "with LoRA and checkpointing"])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_recipe_is_exact(config, way):
-    recipe = recipe_of(config, *WAYS[way])
+def test_a_recipe_is_exact(config, saving):
+    settings = [] if not saving else CHECKPOINTING if config == FROM_SCRATCH else CHECKPOINTING + LORA
+    recipe = recipe_of(config, *settings)
     windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator(cpu=True))
-    if config == FROM_SCRATCH and "LoRA" in way:
-        with pytest.raises(BadInput, match="starts without weights, which adapters cannot stand on"):
-            make_model(recipe)
-        return
     found = verify(make_model(recipe), windows, recipe.loss, trainer=False)
     assert found.exact, found.verdict
     assert found.accumulation_steps[0] > 1
 
 
+def test_adapters_stand_on_no_model_without_weights():
+    recipe = recipe_of(FROM_SCRATCH, *LORA)
+    recipe.datasets()
+    with pytest.raises(BadInput, match="starts without weights, which adapters cannot stand on"):
+        make_model(recipe)
+
+
 @pytest.mark.parametrize("config", [config for config in CONFIGS if config != FROM_SCRATCH])
 def test_adapters_come_back_alone_or_merged(config, tmp_path):
-    recipe = recipe_of(config, "--model.lora.rank", "4")
+    recipe = recipe_of(config, *LORA)
     windows, _ = make_windows(recipe, *recipe.datasets(), accelerator := Accelerator(cpu=True))
     model = make_model(recipe).eval()
     for parameter in model.parameters():
@@ -63,7 +63,7 @@ def test_adapters_come_back_alone_or_merged(config, tmp_path):
     save_model(model, tmp_path / "merged", accelerator, write=write_merged)
     assert answers(make_model(recipe).eval()) != pytest.approx(expected, rel=1e-3)
     for folder in ("adapter", "merged"):
-        again = recipe_of(config, "--model.lora.rank", "4")
+        again = recipe_of(config, *LORA)
         again.datasets()
         loaded = again.load(tmp_path / folder).eval()
         assert answers(loaded) == pytest.approx(expected, rel=1e-4), folder
