@@ -204,6 +204,11 @@ def main(argv: Sequence[str]) -> None:
         raise BadInput("gradacc compare runs on one process: start it without a launcher")
     settings = ["--config", arguments.config, "--budget", arguments.budget, *settings]
     recipe = load_recipe(settings)
+    if hasattr(recipe.loss, "look_ahead"):
+        raise BadInput(
+            f"recipe: the loss of {type(recipe).__name__} is of all examples of a window together, which no "
+            "other way of accumulating has; see gradacc bench contrastive"
+        )
     training, validation = recipe.datasets()
     windows, _ = make_windows(recipe, training, validation, Accelerator())
     full = len(training) // recipe.config.batch.effective

@@ -22,6 +22,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
 from datasets import disable_progress_bars
 from torch.utils.data import DataLoader
 
@@ -120,7 +121,7 @@ class Run:
 
     def collated(self, examples: Sequence[Any], device: Any) -> dict[str, Any]:
         """Examples as one batch on the device, padded as those who cut by count pad."""
-        return {key: v.to(device) for key, v in self.recipe.collate(examples, **self._padding).items()}
+        return send_to_device(dict(self.recipe.collate(examples, **self._padding)), device)
 
     def _whole(self, windows: WindowLoader, number: int) -> Any:
         indices = windows.plan.indices(0, number)
@@ -182,6 +183,8 @@ def timed(run: Run, name: str, folder: Path) -> None:
         seconds, rates = [ran.seconds / len(lengths)] * len(lengths), [math.nan] * len(lengths)
 
     def padded_size(window: list[list[int]]) -> int:
+        if run.windows.pad_to == "nothing":
+            return sum(map(sum, window))
         return sum(len(piece) * (run.padded_to(name, window) or max(piece)) for piece in window)
 
     rows = [

@@ -81,7 +81,7 @@ class ContrastiveLoss:
         here = torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
         everything, first = _gather(here, accelerator)
         self._value, gradient = self.of_all(everything)
-        gradients = gradient[first : first + len(here)].split(sizes)
+        gradients = gradient[first : first + len(here)].clone().split(sizes)  # not those of all processes
         self._window, self._cache = window, list(zip(pieces, gradients, strict=True))
 
     def of_all(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,13 +95,22 @@ class ContrastiveLoss:
         assert embeddings.grad is not None
         return value, embeddings.grad
 
+    @torch.no_grad()
+    def value(self, embeddings: torch.Tensor) -> float:
+        """The loss of all these pairs alone."""
+        strips = torch.arange(len(embeddings), device=embeddings.device).split(ROWS)
+        return sum(float(info_nce(embeddings, self.temperature, self.symmetric, rows)) for rows in strips)
+
     def __call__(self, embeddings: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-        position = None if self._window is None else self._window.position
-        if self._window is None or position is None:
+        window = self._window
+        position = None if window is None else window.position
+        if window is None or position is None:
             return info_nce(embeddings, self.temperature, self.symmetric)
         embeddings = _float32_at_least(embeddings)
         first_pass, gradient = self._cache[position]
-        moved = float((embeddings.detach() - first_pass).norm(dim=-1).max())
+        moved = float(((embeddings.detach() - first_pass).norm(dim=-1) / first_pass.norm(dim=-1)).max())
+        if position == len(self._cache) - 1:  # the last: nothing of the window is needed any more
+            self._window, self._cache = None, []
         if moved > SAME:
             raise RuntimeError(
                 f"micro-batch {position} is embedded {moved:.2g} away from where it was in the first pass: "
@@ -109,7 +118,7 @@ class ContrastiveLoss:
             )
         if not len(gradient):
             return self._value + 0.0 * embeddings.sum()
-        share = self._window.micro_batch.num_items / self._window.num_items  # what weigh() multiplies by
+        share = window.micro_batch.num_items / window.num_items  # what weigh() multiplies by
         through = (embeddings * gradient).sum() / share
         return self._value + (through - through.detach())
 

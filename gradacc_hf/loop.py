@@ -118,7 +118,8 @@ def evaluate(
 ) -> Evaluation:
     """Run a prepared model over all data of `windows`, dropout off; no accumulation state is touched.
 
-    `predict` None: for the loss alone, without predictions and references.
+    `predict` None: for the loss alone, without predictions and references. A loss of all examples of a window
+    together (`look_ahead`) is not one of micro-batches: it is NaN here.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         model = accelerator.unwrap_model(
@@ -130,7 +131,7 @@ def evaluate(
     loss_here, items_here = 0.0, 0.0
     for micro_batch, batch in windows.micro_batches():
         outputs = model(**batch)
-        if micro_batch.num_items:
+        if micro_batch.num_items and not hasattr(compute_loss, "look_ahead"):
             loss_here += float(compute_loss(outputs, batch)) * micro_batch.num_items
             items_here += micro_batch.num_items
         if predict and len(micro_batch.indices):  # else it is run again only because the others wait

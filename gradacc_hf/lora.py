@@ -39,6 +39,7 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
             f"model.lora.rank: found {settings.rank}, and this model starts without weights, which adapters "
             "cannot stand on; allowed is 0"
         )
+    new_parameters = [name for name in new_parameters if model.get_parameter(name).requires_grad]
     new_modules = _new_modules(model, new_parameters)
     adapters = peft.LoraConfig(
         r=settings.rank,
@@ -105,7 +106,7 @@ def _targets(model: Any, patterns: list[str], new_modules: Collection[str]) -> l
 def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     """Save a model with its adapters added to the weights, as a plain one; the model itself stays as it is.
 
-    `state` is its state dict. Memory: a copy of the adapted weights.
+    `state` is its state dict, gathered where it was sharded. Memory: a copy of the weights, on the host.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -113,13 +114,18 @@ def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
     for prefix, module in model.named_modules():
         if isinstance(module, LoraLayer):
             layer: Any = module
-            weight, delta = state[f"{prefix}.base_layer.weight"], layer.get_delta_weight(ADAPTER)
-            merged[f"{prefix}.base_layer.weight"] = weight + delta.detach().to(weight)
+            down, up = (state[f"{prefix}.lora_{part}.{ADAPTER}.weight"].cpu().float() for part in "AB")
+            delta = layer.scaling[ADAPTER] * (up @ down)
+            weight = state[f"{prefix}.base_layer.weight"].cpu()
+            delta = delta.T if layer.fan_in_fan_out else delta
+            merged[f"{prefix}.base_layer.weight"] = weight + delta.to(weight)
     of_peft = (".lora_", ".original_module.")
     kept = {name: tensor for name, tensor in merged.items() if not any(part in name for part in of_peft)}
     inner = pretrained(model)
     with torch.device("meta"):  # only its names and its way of saving are needed
         plain = type(inner)(inner.config)
+    if getattr(inner, "generation_config", None) is not None:
+        plain.generation_config = inner.generation_config
     plain = plain if inner is model else type(model)(plain)
     wrappers = re.compile(rf"\.base_layer(?=\.)|\.modules_to_save\.{ADAPTER}(?=\.)")
     plain.save_pretrained(folder, state_dict={wrappers.sub("", name): t for name, t in kept.items()})

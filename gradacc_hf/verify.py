@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gradacc_hf.diagnose import Reason, diagnose
-from gradacc_hf.errors import one_line
+from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.gradients import (
     EXACT,
     Comparison,
@@ -105,9 +105,9 @@ def verify(
         for window in windows:
             truth = _whole(model, windows, window, compute_loss)
             if truth is None and hasattr(compute_loss, "look_ahead"):
-                raise ValueError(
-                    "a window does not fit at once, and its loss is of all examples together: "
-                    "make the effective batch size smaller to verify"
+                raise BadInput(
+                    f"batch.effective: a window of {len(window.indices)} does not fit at once, and its loss "
+                    "is of all examples together: verify with a smaller one"
                 )
             if truth is None:
                 fits = False

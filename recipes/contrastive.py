@@ -122,10 +122,10 @@ class Contrastive(Recipe):
             model, windows, accelerator=accelerator, compute_loss=self.loss, predict=self.predict
         )
         embeddings = torch.from_numpy(np.stack(found.predictions))
-        loss, _ = self.loss.of_all(embeddings)
+        loss = self.loss.value(embeddings)
         _, ids = search(embeddings[:, 0], embeddings[:, 1], HITS)
         self.samples[:] = [self.sample(windows, row, ids[row].tolist()) for row in range(min(8, len(ids)))]
-        return {"loss": float(loss), **self.metrics(ids.numpy(), np.arange(len(ids)))}
+        return {"loss": loss, **self.metrics(ids.numpy(), np.arange(len(ids)))}
 
     def sample(self, windows, row, ids):
         right, first = windows.examples([row, ids[0]])

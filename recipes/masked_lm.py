@@ -55,6 +55,9 @@ class MaskedLM(Recipe):
         if data.max_length <= special:
             found = f"found {data.max_length}, and {special} special tokens frame every chunk"
             refuse("data.max_length", found, f"allowed: {special + 1} or more")
+        if not self.tokenizer.is_fast:
+            found = f"the tokenizer of {self.config.model.name} cannot cut a text into chunks"
+            refuse("model.name", found, "use a model with a tokenizer.json")
         train, validation = self.rows()
         for dataset in (train, validation):
             require_column(dataset, data.text_column, "data.text_column")

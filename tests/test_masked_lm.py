@@ -146,7 +146,9 @@ def test_the_masks_are_the_same_for_any_split_any_workers_and_after_resuming(rec
     ):
         other, other_validation = loaders(recipe, *settings)
         found = masks(other)
-        assert all(found[i] == first[i] for i in found.keys() & first.keys())
+        shared = found.keys() & first.keys()
+        assert shared
+        assert all(found[i] == first[i] for i in shared)
         other.load_state_dict({"seed": 0, "epoch": 1, "window": 2})
         rest = masks(other)
         assert 0 < len(rest) < len(first)
