@@ -25,10 +25,11 @@ from huggingface_hub.utils import validate_repo_id
 from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.config import tokens_per_micro_batch
 from gradacc_hf.data import BUILDERS
-from gradacc_hf.embedded import DATASETS, UPSTREAM
+from gradacc_hf.embedded import DATASETS, origin
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.report.redact import redact
 from gradacc_hf.runlog import versions
+from gradacc_hf.snippet import snippet
 from gradacc_hf.windows import WindowLoader
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -70,12 +71,13 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset, device_type: s
     config = recipe.config
     tokens = tokens_per_micro_batch(config.budget, device_type)
     given, data = config.model.name, config.data
-    upstream, licence = UPSTREAM.get(given, (None, None))
+    upstream, licence = origin(given)
     on_hub = upstream or (given if _is_hub_name(given) else None)
     source = recipe.validation_source.removeprefix("validation: ")
-    for name in filter(None, (data.train, data.validation)):
+    for name in filter(None, (data.validation, data.train)):
         if source.endswith(name):
             source = source.removesuffix(name) + _public(name)
+            break
     return Facts(
         task=(type(recipe).__doc__ or type(recipe).__name__).partition("\n")[0],
         pipeline_tag=recipe.pipeline_tag,
@@ -90,7 +92,7 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset, device_type: s
         validation=source,
         max_length=data.max_length if _is_tokenised(training) else None,
         micro_batches=f"{tokens:,} padded tokens" if tokens else f"{config.budget.micro_batch_size} examples",
-        usage=recipe.usage(config.output.push_to_hub or "."),
+        usage=snippet(recipe, config.output.push_to_hub or "."),
     )
 
 
@@ -144,7 +146,7 @@ def make_card(
     config and summary: as in config.yaml and summary.json, the latter as far as it is known. metrics: of this
     very model; None where it was not evaluated. verification: as in verify.json.
     """
-    known, scores = summary["card"], _numbers(metrics)
+    known, scores = redact(summary["card"]), _numbers(metrics)
     licence = Licence(**known["licence"])
     is_adapter = (folder / "adapter_config.json").is_file()
     base = (known["base_model"] or "model").rpartition("/")[2]

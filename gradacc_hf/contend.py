@@ -119,7 +119,7 @@ class Run:
     def _padding(self) -> dict[str, int]:
         return {} if self.pad_to is None else {"pad_to": self.pad_to}
 
-    def collated(self, examples: Sequence[Any], device: Any) -> dict[str, Any]:
+    def collated(self, examples: Sequence[Any], device: Any) -> Any:
         """Examples as one batch on the device, padded as those who cut by count pad."""
         return send_to_device(dict(self.recipe.collate(examples, **self._padding)), device)
 

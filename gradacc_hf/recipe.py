@@ -3,7 +3,6 @@
 What all tasks share, from the command line to the saved model, is `run.py`.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -16,7 +15,6 @@ import torch
 import transformers
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers.pipelines import SUPPORTED_TASKS
 
 from gradacc_hf.checkpoint import MODEL_CONFIG
 from gradacc_hf.config import Config, DataConfig
@@ -114,22 +112,6 @@ class Recipe:
         """What a saved model says to new inputs, one answer each: texts, or rows as a data file has them."""
         raise BadInput(f"{type(self).__name__} does not say how it answers: define answer() in the recipe")
 
-    def usage(self, name: str) -> str:
-        """Python that uses a saved model without this package; `name` is its folder or Hub name."""
-        model, example = json.dumps(name), json.dumps(self.example, ensure_ascii=False)
-        if self.pipeline_tag in SUPPORTED_TASKS:
-            shown = "" if self.example is None else f"\nprint(model({example}))"
-            return (
-                "from transformers import pipeline\n\n"
-                f'model = pipeline("{self.pipeline_tag}", model={model}){shown}'
-            )
-        loader = self.model_class.__name__
-        return (
-            f"from transformers import AutoTokenizer, {loader}\n\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({model})\n"
-            f"model = {loader}.from_pretrained({model})"
-        )
-
     def processors(self) -> list[Any]:
         """What is saved beside the model, as what is fed to it goes through it: the tokenizer."""
         return [self.tokenizer]
@@ -215,7 +197,7 @@ class Recipe:
     def load(self, folder: Path | str) -> Any:
         """A model that was saved in a run's folder: whole, or as adapters on the base model of the run."""
         if not (Path(folder) / "adapter_config.json").exists():
-            return self.model_class.from_pretrained(folder)
+            return self.model_class.from_pretrained(folder, **self._trust())
         self._saved_config = transformers.AutoConfig.from_pretrained(Path(folder) / MODEL_CONFIG)
         model = self.model()
         pretrained(model).load_adapter(str(folder))

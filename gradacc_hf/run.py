@@ -120,12 +120,12 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         accelerator.print(f"baseline: {describe(baseline)}")
     accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")
     if accelerator.is_main_process:
-        refresh_cards(folder)
         from gradacc_hf.report import write_report  # late: it loads matplotlib
 
         try:
+            refresh_cards(folder)
             print(f"report: {write_report([folder])}")
-        except Exception as error:  # the run is over and saved, whatever became of its report
+        except Exception as error:  # the run is over and saved, whatever became of its cards and report
             print(f"no report: {one_line(error)}; gradacc report {folder} makes one", file=sys.stderr)
         if config.output.push_to_hub is not None:
             push(folder, config.output.push_to_hub)

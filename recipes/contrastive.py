@@ -47,8 +47,8 @@ class Contrastive(Recipe):
         """Column that holds what is searched with: a question, a description."""
         positive_column: str = "positive"
         """Column that holds what is to be found with it."""
-        negative_column: str = ""
-        """Column that holds what looks alike and is not to be found; empty where there is none."""
+        negative_column: str | None = None
+        """Column that holds what looks alike and is not to be found; null where there is none."""
         temperature: float = 0.05
         """What cosines are divided by in the loss: the lower, the more the nearest negatives count."""
         symmetric: bool = True

@@ -26,7 +26,7 @@ class ImageClassification(Recipe):
 
     model_class = AutoModelForImageClassification
     pipeline_tag = "image-classification"
-    example = None  # it would be a file
+    example = "image.png"  # a file
 
     @dataclass
     class Data(DataConfig):

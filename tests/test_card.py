@@ -138,6 +138,15 @@ def test_the_snippet_of_a_card_runs_as_it_stands(run):
     assert re.search(r"'label': '(ham|spam)', 'score': 0\.\d+", done.stdout)
 
 
+def test_the_snippet_of_adapters_runs_as_it_stands_and_knows_the_labels(train):
+    assert train(train__max_windows=1, model__lora__rank=2).returncode == 0
+    snippet = re.search(r"```python\n(.*?)```", load(Path("run/best")).text, re.DOTALL)[1]
+    assert len([line for line in snippet.splitlines() if line]) <= 5
+    done = subprocess.run([sys.executable, "-c", snippet], cwd="run/best", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"'label': '(ham|spam)', 'score': 0\.\d+", done.stdout)
+
+
 def test_a_card_is_there_with_the_model_before_the_run_ends(train):
     """Killed right after its first evaluation, a run has a whole best/, card included."""
     Path("sitecustomize.py").write_text(
@@ -215,7 +224,7 @@ def test_what_looks_like_a_secret_is_hidden_in_a_card(run):
     summary = json.loads((run / "summary.json").read_text())
     config = yaml.safe_load((run / "config.yaml").read_text())
     summary["card"]["data"] = f"https://me:{TOKEN}@example.com/data"
-    assert TOKEN not in make_card(run / "best", config, summary, summary["best"]).text
+    assert TOKEN not in str(make_card(run / "best", config, summary, summary["best"]))
 
 
 # Pushing

@@ -8,6 +8,7 @@ import yaml
 
 from gradacc_hf.command_line import recipe_file
 from gradacc_hf.config import kit
+from gradacc_hf.output import settings
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import load_recipe, run
 
@@ -30,6 +31,14 @@ def test_a_config_fits_its_recipe(path):
     assert recipe.config.data.train
     assert recipe.config.model.name
     assert recipe.model_class is not None
+
+
+@each
+def test_what_a_run_keeps_as_its_config_is_one_that_runs_it_again(path, tmp_path):
+    recipe = load_recipe(["--config", str(path)])
+    (tmp_path / "config.yaml").write_text(settings(recipe.config), encoding="utf-8")
+    again = load_recipe(["--config", str(tmp_path / "config.yaml")]).config
+    assert settings(again) == settings(recipe.config)
 
 
 @each

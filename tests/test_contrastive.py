@@ -204,7 +204,8 @@ def test_verify_finds_it_exact_and_trainer_not():
     found = verify(embedder(dropout=0.1), window_loader(pairs(3)), ContrastiveLoss(0.1))
     assert found.exact
     assert found.loop.error <= EXACT
-    assert found.trainer is not None and not found.trainer.exact
+    assert found.trainer is not None
+    assert not found.trainer.exact
 
 
 def test_any_micro_batch_holds_its_bound_though_columns_are_padded_on_their_own():

