@@ -221,6 +221,14 @@ def test_a_bad_row_is_named_or_left_out(make, found):
     ]
 
 
+def test_a_bad_validation_row_is_of_the_file_that_it_is_in(make):
+    recipe, *_ = make([GOOD] * 2)
+    write("b.jsonl", [GOOD, GOOD | {"question": ""}])
+    recipe.data.validation = "b.jsonl"
+    with pytest.raises(BadInput, match=r"^data\.validation: validation row 2: its question is empty"):
+        recipe.datasets()
+
+
 @pytest.mark.parametrize(
     "answers",
     [
