@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from torch.nn.functional import cross_entropy, normalize
@@ -212,19 +211,6 @@ class Embedder(torch.nn.Module):
             )
         ]
         Path(folder, "modules.json").write_text(json.dumps(modules, indent=2))
-
-
-def pair_lengths(columns: np.ndarray) -> np.ndarray:
-    """Tokens (pairs, columns) → a length for each pair, by which any micro-batch keeps its bound.
-
-    Columns are padded on their own, so that a micro-batch takes the longest anchor and the longest positive,
-    of different pairs: no sum over a pair says so much. Of pairs sorted by that sum, this is the most of each
-    column up to there.
-    """
-    order = np.argsort(columns.sum(1), kind="stable")
-    lengths = np.empty(len(columns), dtype=np.int64)
-    lengths[order] = np.maximum.accumulate(columns[order]).sum(1)
-    return lengths
 
 
 def search(queries: torch.Tensor, candidates: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -192,6 +192,12 @@ def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
     )
 
 
+def list_lengths(dataset: Dataset, column: str) -> np.ndarray:
+    """How long the list of each row is; the lists themselves are not read into Python."""
+    lengths = pc.list_value_length(dataset.data.column(column))
+    return lengths.to_numpy()[file_rows(dataset)].astype(np.int64)
+
+
 def select_rows(dataset: Dataset, rows: Sequence[int]) -> Dataset:
     """These rows, which keep their numbers in the file: `select` forgets them where it takes a slice."""
     numbers = pa.array(file_rows(dataset)[np.asarray(rows, np.int64)], pa.uint64())

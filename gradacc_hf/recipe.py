@@ -85,11 +85,18 @@ class Recipe:
         key: str,
         numbers: Sequence[Any] = (None, None),
     ) -> tuple[Dataset, Dataset]:
-        """Both without the rows that have a problem; BadInput for the first, unless bad rows are skipped."""
+        """Both without the rows that have a problem; BadInput for the first, unless bad rows are skipped.
+
+        A key of "data.train" is "data.validation" for validation rows that are from there.
+        """
         kept = []
-        splits = (("training", training, numbers[0]), ("validation", validation, numbers[1]))
-        for split, dataset, of_file in splits:
-            settings = {"key": key, "on_bad_row": self.data.on_bad_row, "split": split, "numbers": of_file}
+        of_validation = "data.validation" if key == "data.train" and self.data.validation else key
+        splits = (
+            ("training", key, training, numbers[0]),
+            ("validation", of_validation, validation, numbers[1]),
+        )
+        for split, named, dataset, of_file in splits:
+            settings = {"key": named, "on_bad_row": self.data.on_bad_row, "split": split, "numbers": of_file}
             dataset, bad = check_rows(dataset, problem, **settings)
             self.skipped_rows += bad
             kept.append(dataset)

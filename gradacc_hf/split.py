@@ -130,3 +130,16 @@ def _cut(
         pieces.append((cost(*shape), start, stop))
         stop = start
     return [positions[start:stop] for _, start, stop in sorted(pieces, reverse=True)]
+
+
+def bounding_lengths(columns: np.ndarray) -> np.ndarray:
+    """Tokens (examples, columns) → a length for each example, by which any micro-batch keeps its bound.
+
+    Columns are padded on their own, so that a micro-batch takes the longest anchor and the longest positive
+    (or source and target), of different examples: no sum over an example says so much. Of examples sorted by
+    that sum, this is the most of each column up to there.
+    """
+    order = np.argsort(columns.sum(1), kind="stable")
+    lengths = np.empty(len(columns), dtype=np.int64)
+    lengths[order] = np.maximum.accumulate(columns[order]).sum(1)
+    return lengths

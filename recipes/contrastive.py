@@ -14,12 +14,13 @@ import torch
 from transformers import AutoModel
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder, pair_lengths, search
+from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder, search
 from gradacc_hf.errors import BadInput
-from gradacc_hf.labels import file_rows, require_column, texts_of
+from gradacc_hf.labels import file_rows, list_lengths, require_column, texts_of
 from gradacc_hf.loop import evaluate
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
+from gradacc_hf.split import bounding_lengths
 
 HITS = 10  # that an evaluation looks at
 
@@ -99,8 +100,8 @@ class Contrastive(Recipe):
         return model if isinstance(model, Embedder) else Embedder(model)  # adapters come in one
 
     def lengths(self, dataset):
-        tokens = [list(map(len, dataset[f"{column}_input_ids"])) for column in self.columns]
-        return pair_lengths(np.array(tokens).T)
+        tokens = [list_lengths(dataset, f"{column}_input_ids") for column in self.columns]
+        return bounding_lengths(np.stack(tokens, axis=1))
 
     def collate(self, examples, pad_to=None):
         batch = {}

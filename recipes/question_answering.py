@@ -25,10 +25,12 @@ from gradacc_hf.run import run
 from gradacc_hf.tasks.spans import (
     add_positions,
     best_spans,
+    context_logits,
     in_parts,
     problem_of_answers,
     problem_of_length,
     problem_of_texts,
+    with_held,
 )
 
 
@@ -43,6 +45,7 @@ class QuestionAnswering(Recipe):
     """Answer a question with a span of a text."""
 
     model_class = AutoModelForQuestionAnswering
+    tokenizer_settings: ClassVar = {"padding_side": "right"}  # XLNet's would move the answers' positions
     pipeline_tag = "question-answering"
     example: ClassVar = {
         "question": "What is returned?",
@@ -81,8 +84,13 @@ class QuestionAnswering(Recipe):
         for name, column in self.columns.items():
             for dataset in rows:
                 require_column(dataset, column, f"data.{name}_column")
-        train, self.validation_rows = self.check_rows(*rows, self.problem, "data.train")
-        train, validation = self.tokenize(train), self.tokenize(self.validation_rows)
+        rows = self.check_rows(*rows, self.problem, "data.train")
+        parts = [self.tokenize(dataset) for dataset in rows]
+        marked = [with_held(*found) for found in zip(rows, parts, strict=True)]
+        kept = self.check_rows(*marked, self.problem_of_parts, "data.train")
+        if sum(map(len, kept)) < sum(map(len, rows)):
+            parts = [self.tokenize(dataset) for dataset in kept]
+        (train, validation), self.validation_rows = parts, kept[1]
         train = train.filter(lambda start: start != IGNORED, input_columns="start_positions")
         self.parts = validation.select_columns(["row", "offsets"])
         return tuple(dataset.remove_columns(["row", "offsets"]) for dataset in (train, validation))
@@ -92,7 +100,14 @@ class QuestionAnswering(Recipe):
         question, context, answers = (row[column] for column in self.columns.values())
         if problem := problem_of_texts(question, context) or problem_of_answers(context, answers):
             return problem
-        return problem_of_length(question, context, answers["text"][0], **self.settings)
+        return problem_of_length(question, **self.settings)
+
+    def problem_of_parts(self, row):
+        """What is wrong with a row whose answer no part holds, or None."""
+        limits = f"data.max_length is {self.data.max_length}, data.doc_stride {self.data.doc_stride}"
+        return (
+            None if row["is_held"] else f"no part of its context holds its whole answer: {limits} (raise it)"
+        )
 
     def tokenize(self, dataset):
         settings = {**self.columns, **self.settings}
@@ -112,25 +127,15 @@ class QuestionAnswering(Recipe):
         """Examples: the mean over starts and the mean over ends are over equally many."""
         return int((batch["start_positions"] != IGNORED).sum())
 
-    def logits(self, outputs, batch):
-        """Start and end logits, (batch, length): −∞ outside the context, so no padding is in a softmax."""
-        ids, tokenizer = batch["input_ids"], self.tokenizer
-        no_words = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}  # padding, separators
-        outside = torch.isin(ids, torch.tensor(sorted(no_words), device=ids.device))
-        outside |= (ids == tokenizer.sep_token_id).cumsum(1) == 0  # the question
-        return [
-            logits.masked_fill(outside, -torch.inf) for logits in (outputs.start_logits, outputs.end_logits)
-        ]
-
     def loss(self, outputs, batch):
-        starts, ends = self.logits(outputs, batch)
+        starts, ends = context_logits(outputs, batch["input_ids"], self.tokenizer)
         of_starts = torch.nn.functional.cross_entropy(starts, batch["start_positions"], ignore_index=IGNORED)
         of_ends = torch.nn.functional.cross_entropy(ends, batch["end_positions"], ignore_index=IGNORED)
         return (of_starts + of_ends) / 2
 
     def predict(self, outputs, batch):
-        spans = best_spans(*self.logits(outputs, batch), self.data.max_answer_length)
-        return spans, batch["start_positions"].tolist()
+        logits = context_logits(outputs, batch["input_ids"], self.tokenizer)
+        return best_spans(*logits, self.data.max_answer_length), batch["start_positions"].tolist()
 
     def metrics(self, predictions, references):
         question, context, answers = self.columns.values()
@@ -167,14 +172,12 @@ class QuestionAnswering(Recipe):
                 row.get(self.columns[name]) if isinstance(row, dict) else None
                 for name in ("question", "context")
             )
-            if problem := problem_of_texts(question, context) or problem_of_length(
-                question, context, "", **self.settings
-            ):
+            if problem := problem_of_texts(question, context) or problem_of_length(question, **self.settings):
                 raise BadInput(f"input {number}: {problem}; give rows of a question and its context")
             parts = in_parts([question], [context], **self.settings)
             offsets, _ = parts.pop("offsets"), parts.pop("row")
             batch = self.tokenizer.pad(parts, return_tensors="pt").to(model.device)
-            starts, ends = self.logits(model(**batch), batch)
+            starts, ends = context_logits(model(**batch), batch["input_ids"], self.tokenizer)
             spans = best_spans(starts, ends, self.data.max_answer_length)
             part, (best, first, last) = max(enumerate(spans), key=lambda span: span[1])
             begin, end = offsets[part][first][0], offsets[part][last][1]

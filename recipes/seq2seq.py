@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM
@@ -19,10 +20,11 @@ from transformers import AutoModelForSeq2SeqLM
 from gradacc_hf.config import DataConfig
 from gradacc_hf.errors import BadInput
 from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import file_rows, require_column
+from gradacc_hf.labels import file_rows, list_lengths, require_column, texts_of
 from gradacc_hf.loop import evaluate
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
+from gradacc_hf.split import bounding_lengths
 from gradacc_hf.tasks.generate import generate
 from gradacc_hf.tasks.joined import join, joined_config, new_parameters
 
@@ -139,9 +141,9 @@ class Seq2Seq(Recipe):
         return model
 
     def lengths(self, dataset):
-        """Tokens to read and to write."""
-        columns = dataset["input_ids"], dataset["labels"]
-        return [len(source) + len(target) for source, target in zip(*columns, strict=True)]
+        """Tokens to read and to write, which are padded on their own."""
+        tokens = [list_lengths(dataset, column) for column in ("input_ids", "labels")]
+        return bounding_lengths(np.stack(tokens, axis=1))
 
     def collate(self, examples, pad_to=None):
         """What the decoder reads, the model makes of `labels`: its start token, and the labels before."""
@@ -191,21 +193,18 @@ class Seq2Seq(Recipe):
 
     def answer(self, model, inputs):
         """Texts, or rows with a source → the text written for each."""
-        found, prefix, column = [], self.data.prefix, self.columns["source"]
-        for number, text in enumerate(inputs, start=1):
-            text = text.get(column) if isinstance(text, dict) else text
-            if not isinstance(text, str) or not text.strip():
-                raise BadInput(f"input {number}: it is empty or no text; give texts, or rows with {column!r}")
-            tokens = self.tokenizer(
-                prefix + text,
-                truncation=True,
-                max_length=self.data.max_length,
-                return_token_type_ids=False,
-                return_tensors="pt",
-            )
-            written = model.generate(**tokens.to(model.device), **self.search)[0]
-            found.append({"output": self.tokenizer.decode(written, skip_special_tokens=True).strip()})
-        return found
+        [texts] = texts_of(inputs, [self.columns["source"]])
+        tokens = self.tokenizer(
+            [self.data.prefix + text for text in texts],
+            truncation=True,
+            max_length=self.data.max_length,
+            padding=True,
+            return_token_type_ids=False,
+            return_tensors="pt",
+        )
+        written = model.generate(**tokens.to(model.device), **self.search)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [{"output": text.strip()} for text in texts]
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from transformers import BertConfig, BertModel, PrinterCallback, TrainingArgumen
 
 from gradacc_hf import BadInput, ExactTrainer, WindowLoader, accumulate_in_float32, evaluate, fine_tune
 from gradacc_hf.config import LoraConfig
-from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder, pair_lengths
+from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder
 from gradacc_hf.gradients import RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
 from gradacc_hf.items import model_loss
 from gradacc_hf.loop import train
 from gradacc_hf.lora import add_lora
+from gradacc_hf.split import bounding_lengths
 from gradacc_hf.tryout import try_out
 
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
@@ -286,7 +287,7 @@ def contrastive(engine, size=22, **split):
         accelerator=accelerator,
         collate_fn=collate,
         num_items=lambda batch: len(batch["anchor_input_ids"]),
-        lengths=pair_lengths(lengths),
+        lengths=bounding_lengths(lengths),
         **split,
     )
     trained, untouched = embedder(), embedder()

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -483,8 +484,51 @@ def test_answers_are_what_generate_gives_alone(tiny):
     answers = answer_prompts(model, tokenizer, inputs, 6)
     for given, answer in zip(inputs, answers, strict=True):
         assert answer_prompts(model, tokenizer, [given], 6) == [answer]
-    with pytest.raises(BadInput, match="an input is a text"):
-        answer_prompts(model, tokenizer, [{"text": 3}], 6)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"text": 3}, 'found {\'text\': 3}; give a text, or a row with "messages" or "prompt"'),
+        (7, "found 7; give a text"),
+        ({"prompt": ""}, "its prompt is empty"),
+        ({"prompt": None}, "found {'prompt': None}"),
+        ({"messages": []}, "it has no messages"),
+        ([], "it has no messages"),
+        ({"messages": ["hi"]}, "message 1 is no {role, content}"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1 (user) has no text as its content"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "it has no message but the assistant's"),
+    ],
+)
+def test_an_input_that_cannot_be_answered_is_refused_with_its_number(tiny, given, said):
+    from gradacc_hf.tasks.prompts import answer_prompts
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.bos_token = None
+    with pytest.raises(BadInput, match="^" + re.escape(f"input 2: {said}")) as caught:
+        answer_prompts(llama(), tokenizer, ["a", given], 6)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sample_needs_something_before_the_answer(tiny):
+    from gradacc_hf.tasks.prompts import answer_samples
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    chat_rows = [{"messages": [assistant("x")]}, {"messages": [user("q"), assistant("x")]}]
+    prompt_rows = [{"prompt": "", "completion": "x"}, {"prompt": "q", "completion": "x"}]
+    for rows in (chat_rows, prompt_rows):
+        (sample,) = answer_samples(llama(), tokenizer, datasets.Dataset.from_list(rows), 4, 6)
+        assert (sample["prompt"], sample["reference"]) == ("q", "x")
+
+
+def test_messages_without_a_template_are_refused_and_a_template_may_refuse(tiny):
+    from gradacc_hf.tasks.prompts import answer_prompts
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    for template, said in ((None, "no chat template"), ("{{ raise_exception('no') }}", "refuses it: no")):
+        tokenizer.chat_template = template
+        with pytest.raises(BadInput, match=f"^input 1: .*{said}"):
+            answer_prompts(llama(), tokenizer, [[user("x")]], 6)
 
 
 # What needs no download

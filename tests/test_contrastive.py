@@ -15,12 +15,13 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from gradacc_hf import WindowLoader, metrics, train, verify
 from gradacc_hf.config import BatchConfig, Config, ModelConfig
-from gradacc_hf.contrastive import ContrastiveLoss, Embedder, info_nce, pair_lengths, search
+from gradacc_hf.contrastive import ContrastiveLoss, Embedder, info_nce, search
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT, RecordGradients, read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.run import load_recipe as read_recipe
 from gradacc_hf.run import make_windows, run
+from gradacc_hf.split import bounding_lengths
 from gradacc_hf.window import random_state, set_random_state
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +79,7 @@ def num_pairs(batch):
 
 def window_loader(examples, size=22, **split):
     accelerator = Accelerator(cpu=True, mixed_precision=split.pop("mixed_precision", "no"))
-    lengths = pair_lengths(np.array([[len(column) for column in e.values()] for e in examples]))
+    lengths = bounding_lengths(np.array([[len(column) for column in e.values()] for e in examples]))
     settings = {"accelerator": accelerator, "collate_fn": collate, "num_items": num_pairs, "lengths": lengths}
     return WindowLoader(examples, size, **settings, **(split or {"max_tokens": 160}))
 
@@ -210,7 +211,7 @@ def test_verify_finds_it_exact_and_trainer_not():
 
 def test_any_micro_batch_holds_its_bound_though_columns_are_padded_on_their_own():
     tokens = np.random.default_rng(2).integers(1, 200, size=(300, 2))
-    lengths = pair_lengths(tokens)
+    lengths = bounding_lengths(tokens)
     assert (lengths >= tokens.sum(1)).all()
     assert lengths.max() == tokens.max(0).sum()
     draw = np.random.default_rng(3)

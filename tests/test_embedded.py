@@ -224,6 +224,18 @@ def test_the_docstring_task_has_twelve_modules_and_never_moves(tmp_path_factory,
     assert set(fewer_validation["text"]) < set(validation["text"])
 
 
+def test_no_validation_function_or_question_is_in_training():
+    train, validation = embedded.load("functions")
+    for column in ("text", "summary", "source"):
+        assert not set(train[column]) & set(validation[column])
+    assert len(set(validation["summary"])) == len(validation) > 500
+    train, validation = (
+        {(row["question"], text) for row in part for text in row["answers"]["text"]}
+        for part in embedded.load("questions")
+    )
+    assert not train & validation
+
+
 def test_the_digits_are_scikit_learns_and_never_move():
     train, validation = embedded.load("digits")
     assert len(train) + len(validation) == 1797

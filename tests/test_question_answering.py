@@ -17,6 +17,7 @@ from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.items import IGNORED, model_loss
 from gradacc_hf.run import load_recipe, make_model, make_windows
+from gradacc_hf.tasks.spans import context_logits
 from gradacc_hf.verify import verify
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +126,7 @@ def test_no_padding_and_no_word_of_the_question_is_in_the_softmax(make, tiny_ber
     ours = [recipe.loss(out, batch) for out, batch in zip(outputs, (short, long), strict=True)]
     torch.testing.assert_close(*ours)
     assert abs(outputs[0].loss - outputs[1].loss) > 1e-3
-    probabilities = recipe.logits(outputs[0], short)[0].softmax(-1)
+    probabilities = context_logits(outputs[0], short["input_ids"], recipe.tokenizer)[0].softmax(-1)
     for ids, of_row in zip(short["input_ids"], probabilities, strict=True):
         words = recipe.tokenizer.convert_ids_to_tokens(ids[of_row > 0])
         assert words
@@ -190,8 +191,15 @@ BAD = {
     },
     "it has 1 answers and 2 places where they start": {"answers": {"text": ["Ada"], "answer_start": [7, 8]}},
     "its question of 30 tokens leaves no room for its context": {"question": "who " * 30},
-    "its answer of 12 tokens may be whole in no part of its context": {
-        "context": "tea " * 60, "answers": {"text": ["tea " * 11 + "tea"], "answer_start": [0]}
+    'its answers are not {"text": […], "answer_start": […]}': {
+        "answers": {"text": None, "answer_start": None}
+    },
+    "its answer 'Ada' starts at None": {"answers": {"text": ["Ada"], "answer_start": [None]}},
+    "no part of its context holds its whole answer: data.max_length is 32, data.doc_stride 8": {
+        "context": "tea " * 60, "answers": {"text": ["tea " * 29 + "tea"], "answer_start": [40]}
+    },
+    "no part of its context holds its whole answer": {
+        "context": "It was \u200b.", "answers": {"text": ["\u200b"], "answer_start": [7]}
     },
 }  # fmt: skip
 
@@ -211,6 +219,54 @@ def test_a_bad_row_is_named_or_left_out(make, found):
         "training row 19",
         "validation row 19",
     ]
+
+
+def test_a_bad_validation_row_is_of_the_file_that_it_is_in(make):
+    recipe, *_ = make([GOOD] * 2)
+    write("b.jsonl", [GOOD, GOOD | {"question": ""}])
+    recipe.data.validation = "b.jsonl"
+    with pytest.raises(BadInput, match=r"^data\.validation: validation row 2: its question is empty"):
+        recipe.datasets()
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": "Ada", "answer_start": 7},
+        *({"text": ["Ada"], "answer_start": start} for start in (0, 7, "7", ["7"], [7.0])),
+    ],
+)
+def test_answers_of_another_kind_are_a_bad_row(make, answers):
+    with pytest.raises(BadInput, match=r"^data.train: training row 1: its answers? .*; correct it, or leave"):
+        make([GOOD | {"answers": answers}] * 4)
+
+
+@pytest.mark.parametrize("answer", ["Ada\u200b", "\u200bAda", " Ada\u200b\u200b", "Ada"])
+def test_an_answer_with_characters_of_no_token_is_learned_from(make, answer):
+    row = GOOD | {"context": f"{answer} x {answer}"}
+    for start in (0, len(answer) + 3):
+        answers = {"text": [answer], "answer_start": [start]}
+        recipe, train, _ = make([row | {"answers": answers}] * 2)
+        assert len(train) == 2
+        tokens = train[0]["input_ids"][train[0]["start_positions"] : train[0]["end_positions"] + 1]
+        assert recipe.tokenizer.decode(tokens) == "ada"
+
+
+def test_an_answer_longer_than_the_stride_is_learned_from_where_a_part_has_it(make):
+    answers = {"text": ["tea " * 11 + "tea"], "answer_start": [0]}
+    _, train, validation = make([GOOD | {"context": "tea " * 60, "answers": answers}] * 2)
+    assert len(train) == 2 < len(validation)
+
+
+def test_a_tokenizer_that_pads_left_is_told_to_pad_right(make, tiny_bert, tmp_path):
+    shutil.copytree(tiny_bert, tmp_path / "left")
+    settings = tmp_path / "left" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"padding_side": "left"}))
+    recipe, train, _ = make([GOOD, GOOD | {"question": "Who was it who did?"}], model=tmp_path / "left")
+    for ids, start in zip(
+        *(recipe.collate(list(train))[k] for k in ("input_ids", "start_positions")), strict=True
+    ):
+        assert recipe.tokenizer.decode(ids[start]) == "ada"
 
 
 def test_a_tokenizer_without_separator_and_impossible_settings_are_refused(make, tiny_bert, tmp_path):
@@ -258,8 +314,3 @@ def test_the_offline_config_trains_and_its_model_answers(tmp_path):
     for bad in ("Who?", {"question": "Who?"}, {"question": "who " * 200, "context": "a"}):
         with pytest.raises(BadInput, match=r"input 1: its .*; give rows of a question and its context"):
             recipe.answer(model, [bad])
-
-
-def test_the_hub_config_is_one_of_this_recipe():
-    recipe = load_recipe(["--config", str(ROOT / "configs/question_answering.yaml")])
-    assert (recipe.data.train, recipe.data.doc_stride) == ("rajpurkar/squad", 128)

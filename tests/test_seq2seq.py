@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -107,8 +108,10 @@ def test_accumulation_is_exact_and_items_are_target_tokens(make, kind):
     assert window.num_items == sum(len(train[int(i)]["labels"]) for i in window.indices)
     counts = {len(train[int(i)]["labels"]) for i in window.indices}
     assert len(counts) > 3  # unequal
-    sizes = [len(example["input_ids"]) + len(example["labels"]) for example in train]
-    assert windows.lengths.tolist() == sizes
+    sizes = np.array([[len(example["input_ids"]), len(example["labels"])] for example in train])
+    draw = np.random.default_rng(0)
+    for some in (draw.choice(len(train), size=draw.integers(1, 9)) for _ in range(100)):
+        assert sizes[some].max(0).sum() <= windows.lengths[some].max() <= sizes.max(0).sum()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,12 +188,8 @@ def test_an_evaluation_has_the_loss_of_all_rows_and_scores_what_is_written(make)
         for row, text in zip(rows[:5], written, strict=False)
     ]
     perfect = recipe.metrics(*[[row["target"] for row in rows]] * 2)
-    assert perfect == {
-        "rouge1": 1,
-        "rouge2": pytest.approx(1, abs=0.5),
-        "rougeL": 1,
-        "bleu": pytest.approx(100),
-    }
+    pairs = np.mean([" " in row["target"] for row in rows])  # one word alone makes no pair of words
+    assert perfect == {"rouge1": 1, "rouge2": pytest.approx(pairs), "rougeL": 1, "bleu": pytest.approx(100)}
     assert recipe.baseline(train, validation) == recipe.metrics(
         [row["source"] for row in rows], [row["target"] for row in rows]
     )
@@ -278,7 +277,7 @@ def test_the_offline_config_trains_and_its_model_writes(models, tmp_path):
     assert [found["output"] for found in recipe.answer(model, inputs)] == [
         sample["output"] for sample in summary["samples"]
     ]
-    with pytest.raises(BadInput, match="input 2: it is empty or no text; give texts, or rows with 'source'"):
+    with pytest.raises(BadInput, match="input 2: no 'source' among text; give texts as source"):
         recipe.answer(model, ["tea", {"text": "tea"}])
 
 
@@ -299,10 +298,3 @@ def test_two_processes_share_out_the_rows_and_find_what_one_does(models, tmp_pat
     found = recipe.validate(make_model(recipe), windows, accelerator)
     assert summary["eval"] == pytest.approx({"window": 1, **found}, rel=1e-4)
     assert summary["samples"] == recipe.samples
-
-
-@pytest.mark.parametrize("name", ["seq2seq", "translation"])
-def test_the_hub_config_is_one_of_this_recipe(name):
-    recipe = load_recipe(["--config", str(ROOT / f"configs/{name}.yaml")])
-    assert type(recipe).__name__ == "Seq2Seq"
-    assert recipe.data.prefix.endswith(": ")

@@ -1,6 +1,8 @@
 """Questions about functions of the standard library, each answered by a span of the function's docstring."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from datasets import Dataset
 
@@ -40,7 +42,8 @@ def docstring_questions() -> tuple[Dataset, Dataset]:
     """Questions with their answers: (train, validation) of `question`, `context` and `answers`.
 
     As in SQuAD: the context is a docstring, `answers` is {"text": […], "answer_start": […]}, spans of it in
-    characters, several where it says it several times. All questions about a docstring are on the same side.
+    characters, several where it says it several times. All questions about a docstring are on the same side,
+    and no validation row has a question with an answer that is in training, as in a docstring copied.
     Docstrings that answer a single question are left out, as there it need not be read, and long ones.
     """
     rows, source = [], docstrings()
@@ -49,7 +52,13 @@ def docstring_questions() -> tuple[Dataset, Dataset]:
         if len(about) > 1:
             rows += [{"question": q, "text": text, "answers": a} for q, a in about.items()]
     train, validation = in_two(Dataset.from_list(rows))
+    seen = {pair for row in train for pair in _pairs(row)}
+    validation = validation.select([i for i, row in enumerate(validation) if seen.isdisjoint(_pairs(row))])
     return train.rename_column("text", "context"), validation.rename_column("text", "context")
+
+
+def _pairs(row: Mapping[str, Any]) -> set[tuple[str, str]]:
+    return {(row["question"], answer) for answer in row["answers"]["text"]}
 
 
 def _questions(name: str, text: str) -> dict[str, dict[str, list]]:

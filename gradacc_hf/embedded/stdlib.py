@@ -125,10 +125,17 @@ def documented_functions() -> tuple[Dataset, Dataset]:
     """Every documented function: (train, validation) of `text`, `summary`, `source`, `name` and `module`.
 
     `summary` is the first line of the docstring `text`, a sentence by PEP 257; `source` is without docstring.
+    No validation row has a summary or a source that is in training, and each of its summaries is there once.
     """
     rows = docstrings()
     rows = rows.add_column("summary", [text.lstrip().partition("\n")[0] for text in rows["text"]])
-    return in_two(rows)
+    train, validation = in_two(rows)
+    sources, summaries, unseen = set(train["source"]), set(train["summary"]), []
+    for index, (source, summary) in enumerate(zip(validation["source"], validation["summary"], strict=True)):
+        if source not in sources and summary not in summaries:
+            unseen.append(index)
+            summaries.add(summary)
+    return train, validation.select(unseen, keep_in_memory=True)
 
 
 def in_two(rows: Dataset, by: str = "text") -> tuple[Dataset, Dataset]:

@@ -51,7 +51,8 @@ class _TextMetric(InMemoryMetric):
 class Squad(_TextMetric):
     """`exact_match`, and `f1` of the words that two answers share, 0 to 1: as SQuAD 1.1 defines them.
 
-    Case, punctuation, articles and white space do not count (Rajpurkar et al. 2016, section 6.1).
+    Case, punctuation, articles and white space do not count (Rajpurkar et al. 2016, section 6.1). Two answers
+    without a word have an `f1` of 1, as SQuAD 2.0 defines it; by SQuAD 1.1's script it is 0.
     """
 
     reference_urls = ("https://rajpurkar.github.io/SQuAD-explorer/",)

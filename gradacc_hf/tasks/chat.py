@@ -19,8 +19,8 @@ Tokens = dict[str, Any]
 """`input_ids`; `labels`, the same where a token is learned, else −100; a `problem`, "" where all is well."""
 
 
-def chat_problem(messages: Any) -> str | None:
-    """What is wrong with a row's messages, or None."""
+def messages_problem(messages: Any) -> str | None:
+    """What is wrong with messages, whoever they are from, or None."""
     if not isinstance(messages, list) or not messages:
         return "it has no messages"
     for turn, message in enumerate(messages, 1):
@@ -28,6 +28,13 @@ def chat_problem(messages: Any) -> str | None:
             return f"message {turn} is no {{role, content}}"
         if not isinstance(message.get("content"), str):
             return f"message {turn} ({message['role']}) has no text as its content"
+    return None
+
+
+def chat_problem(messages: Any) -> str | None:
+    """What is wrong with a row's messages, or None."""
+    if problem := messages_problem(messages):
+        return problem
     if not any(message["role"] == "assistant" for message in messages):
         return "it has no assistant turn, so nothing to learn"
     return None

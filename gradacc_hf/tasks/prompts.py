@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
 import torch
 from datasets import Dataset
 
-from gradacc_hf.errors import BadInput
-from gradacc_hf.tasks.chat import tokenize_prompt
+from gradacc_hf.errors import one_line, refuse
+from gradacc_hf.tasks.chat import messages_problem, tokenize_prompt
 
 ROWS = 8  # prompts that are answered at once
+CURE = 'give a text, or a row with "messages" or "prompt"'
 
 
 @torch.no_grad()
@@ -18,9 +20,10 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
 
     An input is a list of messages; a row with `messages`, without its last one if that is the assistant's; a
     row with a `prompt`; or a text: what a user says to a model with a chat template, else a prompt. Every
-    process answers all, so that none waits for another.
+    process answers all, so that none waits for another. Raises BadInput with the number of an input that
+    cannot be answered.
     """
-    prompts = [_tokens(tokenizer, given) for given in inputs]
+    prompts = [_tokens(tokenizer, given, f"input {number:,}") for number, given in enumerate(inputs, start=1)]
     ends = {tokenizer.eos_token_id, *_ends(model)} - {None}
     training = model.training
     model.eval()
@@ -50,14 +53,16 @@ def answer_samples(
     """What is answered to the first rows' prompts, of chats to all before the last turn of the assistant.
 
     Beside each `prompt` (the message before that turn) and `answer` stands the row's own, the `reference`.
+    Rows in which nothing comes before it are left out.
     """
     prompts, shown = [], []
     for row in rows.select(range(min(number, len(rows)))).to_list():
         if messages := row.get("messages"):
             last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
-            prompts.append(messages[:last])
-            shown.append((messages[last - 1]["content"] if last else "", messages[last]["content"]))
-        else:
+            if last:
+                prompts.append(messages[:last])
+                shown.append((messages[last - 1]["content"], messages[last]["content"]))
+        elif row["prompt"]:
             prompts.append({"prompt": row["prompt"]})
             shown.append((row["prompt"], row["completion"]))
     answers = answer_prompts(model, tokenizer, prompts, max_new_tokens)
@@ -72,19 +77,29 @@ def _ends(model: Any) -> Sequence[int]:
     return found if isinstance(found, list) else [found]
 
 
-def _tokens(tokenizer: Any, given: Any) -> list[int]:
+def _tokens(tokenizer: Any, given: Any, name: str) -> list[int]:
     if isinstance(given, str):
-        given = (
-            {"messages": [{"role": "user", "content": given}]}
-            if tokenizer.chat_template
-            else {"prompt": given}
-        )
-    if isinstance(given, Mapping) and isinstance(given.get("prompt"), str) and "messages" not in given:
-        return tokenize_prompt(tokenizer, given["prompt"])
-    messages = given["messages"] if isinstance(given, Mapping) and "messages" in given else given
-    if not isinstance(messages, list):
-        raise BadInput(f'an input is a text, or a row with "messages" or "prompt"; found {given!r:.80}')
-    if isinstance(given, Mapping) and messages and messages[-1].get("role") == "assistant":
+        given = [{"role": "user", "content": given}] if tokenizer.chat_template else {"prompt": given}
+    row = given if isinstance(given, Mapping) else {"messages": given} if isinstance(given, list) else {}
+    if "messages" in row:
+        text = _written(tokenizer, row["messages"], row is given, name)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not isinstance(prompt := row.get("prompt"), str):
+        refuse(name, f"found {given!r:.80}", CURE)
+    return tokenize_prompt(tokenizer, prompt) or refuse(name, "its prompt is empty", "give one")
+
+
+def _written(tokenizer: Any, messages: Any, is_row: bool, name: str) -> str:
+    """The chat as its template writes it, until it is the assistant's turn."""
+    if problem := messages_problem(messages):
+        refuse(name, problem, CURE)
+    if not tokenizer.chat_template:
+        refuse(name, "it has messages, and the model has no chat template", "give texts")
+    if is_row and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not messages:
+        refuse(name, "it has no message but the assistant's", CURE)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (ValueError, jinja2.TemplateError) as error:
+        refuse(name, f"the chat template refuses it: {one_line(error)}", "give another chat")

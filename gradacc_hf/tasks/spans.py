@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from gradacc_hf.items import IGNORED
+from gradacc_hf.labels import with_column
 
 
 def in_parts(
@@ -44,18 +46,43 @@ def in_parts(
 def add_positions(parts: Any, answers: Sequence[Mapping[str, Any]]) -> None:
     """Add `start_positions` and `end_positions`: the tokens of each row's first answer.
 
-    Both are IGNORED in a part that does not have all of it.
+    Both are IGNORED in a part that does not have all of its tokens.
     """
-    positions = []
+    held, reach = [], {}  # the answer's tokens in each part; where in its text those of all parts are
     for part, (row, offsets) in enumerate(zip(parts["row"], parts["offsets"], strict=True)):
         text, start = answers[row]["text"][0], answers[row]["answer_start"][0]
         first, last = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
         begins, ends = np.array(offsets).T
         of_context = np.array([sequence == 1 for sequence in parts.sequence_ids(part)])
         tokens = np.flatnonzero(of_context & (begins < last) & (ends > first)).tolist()
-        whole = tokens and begins[of_context][0] <= first and last <= ends[of_context][-1]
+        held.append(tokens)
+        if tokens:
+            begin, end = reach.get(row, offsets[tokens[0]])
+            reach[row] = min(begin, offsets[tokens[0]][0]), max(end, offsets[tokens[-1]][1])
+    positions = []
+    for row, offsets, tokens in zip(parts["row"], parts["offsets"], held, strict=True):
+        whole = tokens and (offsets[tokens[0]][0], offsets[tokens[-1]][1]) == reach[row]
         positions.append((tokens[0], tokens[-1]) if whole else (IGNORED, IGNORED))
     parts["start_positions"], parts["end_positions"] = map(list, zip(*positions, strict=True))
+
+
+def with_held(rows: Dataset, parts: Dataset) -> Dataset:
+    """The rows with `is_held`: does a part of the row's context hold its whole answer?"""
+    row, start = (parts.with_format("numpy")[name][:] for name in ("row", "start_positions"))
+    return with_column(rows, "is_held", np.isin(np.arange(len(rows)), row[start != IGNORED]))
+
+
+def context_logits(
+    outputs: Any, input_ids: torch.Tensor, tokenizer: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Start and end logits, (batch, length): −∞ outside the context, so no padding is in a softmax."""
+    no_words = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}  # padding, separators
+    outside = torch.isin(input_ids, torch.tensor(sorted(no_words), device=input_ids.device))
+    outside |= (input_ids == tokenizer.sep_token_id).cumsum(1) == 0  # the question
+    starts, ends = (
+        logits.masked_fill(outside, -torch.inf) for logits in (outputs.start_logits, outputs.end_logits)
+    )
+    return starts, ends
 
 
 def best_spans(
@@ -84,9 +111,10 @@ def problem_of_texts(question: Any, context: Any) -> str | None:
 
 def problem_of_answers(context: str, answers: Any) -> str | None:
     """What is wrong with the answers of a row, which must be where they are said to be, or None."""
-    if not isinstance(answers, Mapping) or not {"text", "answer_start"} <= answers.keys():
+    found = answers if isinstance(answers, Mapping) else {}
+    texts, starts = found.get("text"), found.get("answer_start")
+    if not isinstance(texts, list) or not isinstance(starts, list):
         return 'its answers are not {"text": […], "answer_start": […]}'
-    texts, starts = answers["text"] or [], answers["answer_start"] or []
     if not texts:
         return "it has no answer"
     if len(texts) != len(starts):
@@ -94,35 +122,29 @@ def problem_of_answers(context: str, answers: Any) -> str | None:
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text.strip():
             return "an answer of it is empty"
-        if start is None or not 0 <= start <= len(context) - len(text):
+        if type(start) is not int:
+            return f"its answer {text!r} starts at {start!r}, and not at a whole number of characters"
+        if not 0 <= start <= len(context) - len(text):
             return f"its answer {text!r} at {start} is outside its context of {len(context):,} characters"
-        if (found := context[start : start + len(text)]) != text:
-            return f"its context has {found!r} at {start}, and not the answer {text!r}"
+        if (there := context[start : start + len(text)]) != text:
+            return f"its context has {there!r} at {start}, and not the answer {text!r}"
     return None
 
 
 def problem_of_length(
-    question: str,
-    context: str,
-    answer: str,
-    tokenizer: Any,
-    max_length: int,
-    doc_stride: int,
-    token_types: bool = True,
+    question: str, tokenizer: Any, max_length: int, doc_stride: int, token_types: bool = True
 ) -> str | None:
-    """A question that leaves no room for its context, or an answer that may be whole in no part of it.
+    """What is wrong with a question that leaves no room for its context, or None.
 
     The settings are those of `in_parts`.
     """
-
-    def tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-    limits = f"data.max_length is {max_length}, data.doc_stride {doc_stride}"
     most = max_length - tokenizer.num_special_tokens_to_add(pair=True) - doc_stride
-    if len(question.encode()) >= most and (found := tokens(question)) >= most:  # no more tokens than bytes
-        return f"its question of {found} tokens leaves no room for its context: {limits}"
-    long = len(answer.encode()) > doc_stride and (found := tokens(answer)) > doc_stride
-    if long and tokens(question) + tokens(context) > most + doc_stride:
-        return f"its answer of {found} tokens may be whole in no part of its context: {limits}"
-    return None
+    if len(question.encode()) < most:  # no more tokens than bytes
+        return None
+    tokens = tokenizer(question, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if len(tokens) < most:
+        return None
+    return (
+        f"its question of {len(tokens)} tokens leaves no room for its context: "
+        f"data.max_length is {max_length}, data.doc_stride {doc_stride}"
+    )
