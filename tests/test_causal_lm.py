@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from gradacc_hf import WindowLoader, embedded
 from gradacc_hf.embedded import smollm2
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT, read_gradient, relative_error, whole_window_gradient
+from gradacc_hf.heads import build_head
 from gradacc_hf.items import IGNORED
 from gradacc_hf.run import run
 from gradacc_hf.split import Bound, split_window
@@ -284,6 +286,102 @@ def test_a_soft_cap_is_noticed_and_refused():
     with pytest.raises(BadInput, match=r"budget.lean_loss: found true, but .*soft cap"):
         make_lean(model, True)
     assert "router" in (not_lean(other("mixtral", output_router_logits=True)) or "")
+
+
+def smoothed(logits, labels, vocab_size, **kwargs):
+    targets = labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, vocab_size), targets, label_smoothing=0.1
+    )
+
+
+def own_loss():
+    model = llama()
+    model.loss_function = smoothed
+    return model
+
+
+def with_z_loss():
+    model = build_head("causal_lm", "bamba").model
+    model.z_loss_coefficient = 0.1
+    return model
+
+
+def without_use_cache():
+    class Strict(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            return super().forward(input_ids, attention_mask=attention_mask, labels=labels)
+
+    return Strict(llama().config).eval()
+
+
+def without_labels():
+    class Bare(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids, attention_mask=attention_mask)
+
+    return Bare(llama().config).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: build_head("causal_lm", "bart").model, "not the mean cross-entropy of the next"),
+        (lambda: build_head("causal_lm", "xlnet").model, "not the mean cross-entropy of the next"),
+        (with_z_loss, "not the mean cross-entropy of the next"),
+        (own_loss, "not the mean cross-entropy of the next"),
+        (without_labels, r"it cannot be asked for its loss \(TypeError: .*'labels'"),
+    ],
+    ids=["not shifted", "not shifted either", "with another term", "of one's own", "none"],
+)
+def test_another_loss_is_noticed_and_kept(build, reason):
+    model = build()
+    assert not make_lean(model)
+    with pytest.raises(BadInput, match=f"budget.lean_loss: found true, but .*{reason}"):
+        make_lean(model, True)
+
+
+def test_a_forward_that_takes_no_use_cache_is_lean_all_the_same():
+    model, batch = without_use_cache(), padded(examples([12, 9]))
+    loss = float(model(**batch).loss)
+    assert make_lean(model, True)
+    assert model(**batch).logits is None
+    assert float(model(**batch).loss) == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_lean_model_keeps_its_signature_so_that_unequal_prompts_are_answered_as_alone():
+    model = other("gpt2", initializer_range=0.3)
+    signature = inspect.signature(model.forward)
+    make_lean(model, True)
+    assert inspect.signature(model.forward) == signature
+    long, short = examples([9, 4])
+    rows, mask = [long["input_ids"], [0] * 5 + short["input_ids"]], [[1] * 9, [0] * 5 + [1] * 4]
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    together = model.generate(torch.tensor(rows), attention_mask=torch.tensor(mask), **settings)
+    alone = model.generate(torch.tensor([short["input_ids"]]), **settings)
+    assert torch.equal(together.sequences[1, 9:], alone.sequences[0, 4:])
+    for both, one in zip(together.logits, alone.logits, strict=True):
+        assert torch.allclose(both[1], one[0], atol=1e-4)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    model.generate(torch.tensor(rows), attention_mask=torch.tensor(mask), **settings)
+    assert shapes[0] == (2, 1, 259)  # no logits of the prompts
+
+
+def test_a_forward_that_was_put_on_the_head_is_there_after_the_loss():
+    model, batch = llama(), padded(examples([12, 9]))
+    make_lean(model, True)
+    calls, own = [], model.lm_head.forward
+
+    def hooked(hidden):
+        calls.append(hidden.shape)
+        return own(hidden)
+
+    model.lm_head.forward = hooked
+    model(**batch).loss.backward()
+    assert model.lm_head.forward is hooked
+    assert calls
 
 
 def test_a_lean_model_generates_copies_and_counts_trainers_items_as_before():
