@@ -104,7 +104,7 @@ class CausalLM(Recipe):
     def model(self):
         model = super().model()
         if self.data.packing:
-            check_packing(model, self.config.model.name)
+            check_packing(model, self.config.model.name, self.data.max_length)
         make_lean(model, self.config.budget.lean_loss)
         return model
 

@@ -247,6 +247,31 @@ def test_models_in_which_packed_examples_leak_are_refused(kind):
         check_packing(other(kind, **changes), kind)
 
 
+def llama4(**changes):
+    settings = dict(
+        vocab_size=259, hidden_size=32, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+        pad_token_id=0, max_position_embeddings=512, initializer_range=0.3, no_rope_layers=[1, 0],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**{**settings, **changes})).eval()
+
+
+def test_a_model_that_looks_at_the_place_in_the_row_is_refused():
+    check_packing(llama4(attn_temperature_tuning=False), "llama4", 64)
+    tuned = llama4(attn_temperature_tuning=True, floor_scale=32, attn_scale=0.5)
+    with pytest.raises(BadInput, match=r"data\.packing: in llama4 .* set data.packing to false") as caught:
+        check_packing(tuned, "llama4", 64)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_reason_to_refuse_packing_and_a_leak_is(dtype):
+    check_packing(llama(num_hidden_layers=8).to(dtype), "llama", 500)
+    with pytest.raises(BadInput, match=r"data\.packing"):
+        check_packing(build_head("causal_lm", "mamba").model.to(dtype), "mamba", 40)
+
+
 def test_packed_splits_bound_the_sum_of_lengths():
     lengths = [5, 90, 7, 30, 30, 30, 120, 2]
     pieces = split_window(lengths, Bound(max_tokens=100), packed=True)[0]
@@ -583,6 +608,20 @@ def test_answers_are_what_generate_gives_alone(tiny):
         assert answer_prompts(model, tokenizer, [given], 6) == [answer]
     with pytest.raises(BadInput, match="an input is a text"):
         answer_prompts(model, tokenizer, [{"text": 3}], 6)
+
+
+def test_a_prompt_longer_than_the_positions_is_answered_by_its_end(tiny):
+    from gradacc_hf.tasks.prompts import answer_prompts
+
+    model = other("gpt2", n_positions=96, initializer_range=0.3)
+    model.generation_config.eos_token_id = None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    long, end = "".join(chr(97 + i % 26) for i in range(150)), {}
+    for number in (10, 1000):
+        kept = 96 - min(number, 48)
+        end[number] = answer_prompts(model, tokenizer, [{"prompt": long[-kept:]}, {"prompt": "b"}], number)
+        assert answer_prompts(model, tokenizer, [{"prompt": long}, {"prompt": "b"}], number) == end[number]
+    assert len(end[1000][1]) > len(end[10][1])
 
 
 # What needs no download
