@@ -22,6 +22,8 @@ from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT, read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
 from gradacc_hf.items import IGNORED
+from gradacc_hf.loop import logits_and_labels
+from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.split import Bound, split_window
 from gradacc_hf.tasks.chat import assistant_tokens, check_chat_template
@@ -409,6 +411,27 @@ def test_a_forward_that_was_put_on_the_head_is_there_after_the_loss():
     assert calls
 
 
+def test_a_lean_models_outputs_have_no_logits_to_predict_from():
+    model, batch = llama(), padded(examples([12, 9]))
+    make_lean(model, True)
+    with pytest.raises(ValueError, match="the model gives no logits"):
+        logits_and_labels(model(**batch), batch)
+
+
+def test_a_recipe_without_a_lean_loss_refuses_it_in_one_line(capfd):
+    class Other(Recipe):
+        """Another task."""
+
+    with pytest.raises(SystemExit):
+        run(
+            Other, ["--model.name", "x", "--data.train", "x", "--optim.lr", "1", "--budget.lean_loss", "true"]
+        )
+    assert capfd.readouterr().err == (
+        "error: budget.lean_loss: found true, but Other always computes all its logits; "
+        "allowed here: auto or false\n"
+    )
+
+
 def test_a_lean_model_generates_copies_and_counts_trainers_items_as_before():
     model, batch = llama(), padded(examples([12, 9]))
     ids = batch["input_ids"][:, :5]
@@ -538,6 +561,28 @@ def test_the_same_run_packed_lean_or_neither(start):
     first, *rest = losses.values()
     for other_losses in rest:
         assert other_losses == pytest.approx(first, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"data__packing": True}, "data.packing: in "),
+        ({"budget__lean_loss": "true"}, "budget.lean_loss: found true, but its loss is not"),
+    ],
+)
+def test_check_refuses_what_the_run_would_refuse(start, tmp_path, flags, named):
+    model = build_head("causal_lm", "mamba" if "data__packing" in flags else "bart").model
+    model.resize_token_embeddings(259)
+    model.save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    settings = {"data__train": write("a.jsonl", chats()), "model__name": tmp_path / "other", "check": True}
+    code, out, err = start(**settings, **flags)
+    assert code == 2, out
+    assert named in err
+    assert err.count("\n") == 1
+    code, out, _ = start(**settings)
+    assert code == 0
+    assert "this would run" in out
 
 
 def test_the_perplexity_of_a_row_is_that_of_its_answer_alone(start, tiny):
