@@ -32,7 +32,7 @@ Predict = Callable[[Any, Mapping[str, Any]], tuple[Sequence[Any], Sequence[Any]]
 
 def logits_and_labels(outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Predictions and references of a micro-batch, row by row, as numpy arrays: float32 logits, labels."""
-    if not hasattr(outputs, "logits") or "labels" not in batch:
+    if getattr(outputs, "logits", None) is None or "labels" not in batch:
         raise ValueError("the model gives no logits, or the batch has no labels: pass predict= for this head")
     return outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
 

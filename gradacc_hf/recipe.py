@@ -44,6 +44,7 @@ class Recipe:
     pad_to: PadTo = "micro_batch"  # "window" where padding reaches the loss
     transform: Transform | None = None  # what is random about an example: masking, cropping, augmentation
     tokens_are: str | None = None  # where the inputs are no texts: "patches of 16 × 16 pixels"
+    lean_loss: ClassVar[bool] = False  # does its model() have a use for budget.lean_loss?
     validation_source: str = "validation"
 
     def __init__(self, config: Config):

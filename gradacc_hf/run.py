@@ -55,6 +55,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     config.recipe = _file_of(recipe_class) or config.recipe
     _check_early_stopping(config)
     _check_dtype(config)
+    _check_lean_loss(recipe_class, config)
     check_four_bit(config.model)
     check_output(config)
     if config.output.push_to_hub is not None:
@@ -327,6 +328,14 @@ def _check_dtype(config: Config) -> None:
         raise BadInput(
             f"model.dtype: found bfloat16 with budget.precision {config.budget.precision}; allowed is "
             "float32, or bfloat16 with budget.precision bf16, which computes losses and norms in float32"
+        )
+
+
+def _check_lean_loss(recipe_class: type[Recipe], config: Config) -> None:
+    if config.budget.lean_loss is True and not recipe_class.lean_loss:
+        raise BadInput(
+            f"budget.lean_loss: found true, but {recipe_class.__name__} always computes all its logits; "
+            "allowed here: auto or false"
         )
 
 

@@ -45,6 +45,7 @@ class CausalLM(Recipe):
     pipeline_tag = "text-generation"
     example = "Write a Python function that adds two numbers."
     num_items = "next_token"
+    lean_loss = True
 
     @dataclass
     class Data(DataConfig):
@@ -104,9 +105,15 @@ class CausalLM(Recipe):
     def model(self):
         model = super().model()
         if self.data.packing:
-            check_packing(model, self.config.model.name)
+            check_packing(model, self.config.model.name, self.data.max_length)
         make_lean(model, self.config.budget.lean_loss)
         return model
+
+    def check_model(self):
+        """Also what packing and the lean loss ask of a model; that takes its weights."""
+        super().check_model()
+        if self.data.packing or self.config.budget.lean_loss is True:
+            self.model()
 
     def collate(self, examples, pad_to=None):
         return pack(examples) if self.data.packing else super().collate(examples, pad_to)

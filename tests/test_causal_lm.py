@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -20,7 +21,10 @@ from gradacc_hf import WindowLoader, embedded
 from gradacc_hf.embedded import smollm2
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT, read_gradient, relative_error, whole_window_gradient
+from gradacc_hf.heads import build_head
 from gradacc_hf.items import IGNORED
+from gradacc_hf.loop import logits_and_labels
+from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.split import Bound, split_window
 from gradacc_hf.tasks.chat import assistant_tokens, check_chat_template
@@ -246,6 +250,31 @@ def test_models_in_which_packed_examples_leak_are_refused(kind):
         check_packing(other(kind, **changes), kind)
 
 
+def llama4(**changes):
+    settings = dict(
+        vocab_size=259, hidden_size=32, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+        pad_token_id=0, max_position_embeddings=512, initializer_range=0.3, no_rope_layers=[1, 0],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**{**settings, **changes})).eval()
+
+
+def test_a_model_that_looks_at_the_place_in_the_row_is_refused():
+    check_packing(llama4(attn_temperature_tuning=False), "llama4", 64)
+    tuned = llama4(attn_temperature_tuning=True, floor_scale=32, attn_scale=0.5)
+    with pytest.raises(BadInput, match=r"data\.packing: in llama4 .* set data.packing to false") as caught:
+        check_packing(tuned, "llama4", 64)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_reason_to_refuse_packing_and_a_leak_is(dtype):
+    check_packing(llama(num_hidden_layers=8).to(dtype), "llama", 500)
+    with pytest.raises(BadInput, match=r"data\.packing"):
+        check_packing(build_head("causal_lm", "mamba").model.to(dtype), "mamba", 40)
+
+
 def test_packed_splits_bound_the_sum_of_lengths():
     lengths = [5, 90, 7, 30, 30, 30, 120, 2]
     pieces = split_window(lengths, Bound(max_tokens=100), packed=True)[0]
@@ -285,6 +314,123 @@ def test_a_soft_cap_is_noticed_and_refused():
     with pytest.raises(BadInput, match=r"budget.lean_loss: found true, but .*soft cap"):
         make_lean(model, True)
     assert "router" in (not_lean(other("mixtral", output_router_logits=True)) or "")
+
+
+def smoothed(logits, labels, vocab_size, **kwargs):
+    targets = labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, vocab_size), targets, label_smoothing=0.1
+    )
+
+
+def own_loss():
+    model = llama()
+    model.loss_function = smoothed
+    return model
+
+
+def with_z_loss():
+    model = build_head("causal_lm", "bamba").model
+    model.z_loss_coefficient = 0.1
+    return model
+
+
+def without_use_cache():
+    class Strict(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            return super().forward(input_ids, attention_mask=attention_mask, labels=labels)
+
+    return Strict(llama().config).eval()
+
+
+def without_labels():
+    class Bare(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids, attention_mask=attention_mask)
+
+    return Bare(llama().config).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: build_head("causal_lm", "bart").model, "not the mean cross-entropy of the next"),
+        (lambda: build_head("causal_lm", "xlnet").model, "not the mean cross-entropy of the next"),
+        (with_z_loss, "not the mean cross-entropy of the next"),
+        (own_loss, "not the mean cross-entropy of the next"),
+        (without_labels, r"it cannot be asked for its loss \(TypeError: .*'labels'"),
+    ],
+    ids=["not shifted", "not shifted either", "with another term", "of one's own", "none"],
+)
+def test_another_loss_is_noticed_and_kept(build, reason):
+    model = build()
+    assert not make_lean(model)
+    with pytest.raises(BadInput, match=f"budget.lean_loss: found true, but .*{reason}"):
+        make_lean(model, True)
+
+
+def test_a_forward_that_takes_no_use_cache_is_lean_all_the_same():
+    model, batch = without_use_cache(), padded(examples([12, 9]))
+    loss = float(model(**batch).loss)
+    assert make_lean(model, True)
+    assert model(**batch).logits is None
+    assert float(model(**batch).loss) == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_lean_model_keeps_its_signature_so_that_unequal_prompts_are_answered_as_alone():
+    model = other("gpt2", initializer_range=0.3)
+    signature = inspect.signature(model.forward)
+    make_lean(model, True)
+    assert inspect.signature(model.forward) == signature
+    long, short = examples([9, 4])
+    rows, mask = [long["input_ids"], [0] * 5 + short["input_ids"]], [[1] * 9, [0] * 5 + [1] * 4]
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    together = model.generate(torch.tensor(rows), attention_mask=torch.tensor(mask), **settings)
+    alone = model.generate(torch.tensor([short["input_ids"]]), **settings)
+    assert torch.equal(together.sequences[1, 9:], alone.sequences[0, 4:])
+    for both, one in zip(together.logits, alone.logits, strict=True):
+        assert torch.allclose(both[1], one[0], atol=1e-4)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    model.generate(torch.tensor(rows), attention_mask=torch.tensor(mask), **settings)
+    assert shapes[0] == (2, 1, 259)  # no logits of the prompts
+
+
+def test_a_forward_that_was_put_on_the_head_is_there_after_the_loss():
+    model, batch = llama(), padded(examples([12, 9]))
+    make_lean(model, True)
+    calls, own = [], model.lm_head.forward
+
+    def hooked(hidden):
+        calls.append(hidden.shape)
+        return own(hidden)
+
+    model.lm_head.forward = hooked
+    model(**batch).loss.backward()
+    assert model.lm_head.forward is hooked
+    assert calls
+
+
+def test_a_lean_models_outputs_have_no_logits_to_predict_from():
+    model, batch = llama(), padded(examples([12, 9]))
+    make_lean(model, True)
+    with pytest.raises(ValueError, match="the model gives no logits"):
+        logits_and_labels(model(**batch), batch)
+
+
+def test_a_recipe_without_a_lean_loss_refuses_it_in_one_line(capfd):
+    class Other(Recipe):
+        """Another task."""
+
+    with pytest.raises(SystemExit):
+        run(
+            Other, ["--model.name", "x", "--data.train", "x", "--optim.lr", "1", "--budget.lean_loss", "true"]
+        )
+    assert capfd.readouterr().err == (
+        "error: budget.lean_loss: found true, but Other always computes all its logits; "
+        "allowed here: auto or false\n"
+    )
 
 
 def test_a_lean_model_generates_copies_and_counts_trainers_items_as_before():
@@ -418,6 +564,28 @@ def test_the_same_run_packed_lean_or_neither(start):
         assert other_losses == pytest.approx(first, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"data__packing": True}, "data.packing: in "),
+        ({"budget__lean_loss": "true"}, "budget.lean_loss: found true, but its loss is not"),
+    ],
+)
+def test_check_refuses_what_the_run_would_refuse(start, tmp_path, flags, named):
+    model = build_head("causal_lm", "mamba" if "data__packing" in flags else "bart").model
+    model.resize_token_embeddings(259)
+    model.save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    settings = {"data__train": write("a.jsonl", chats()), "model__name": tmp_path / "other", "check": True}
+    code, out, err = start(**settings, **flags)
+    assert code == 2, out
+    assert named in err
+    assert err.count("\n") == 1
+    code, out, _ = start(**settings)
+    assert code == 0
+    assert "this would run" in out
+
+
 def test_the_perplexity_of_a_row_is_that_of_its_answer_alone(start, tiny):
     rows = chats(30)
     start(data__train=write("a.jsonl", rows), data__validation="a.jsonl", optim__lr=1e-12)
@@ -529,6 +697,20 @@ def test_messages_without_a_template_are_refused_and_a_template_may_refuse(tiny)
         tokenizer.chat_template = template
         with pytest.raises(BadInput, match=f"^input 1: .*{said}"):
             answer_prompts(llama(), tokenizer, [[user("x")]], 6)
+
+
+def test_a_prompt_longer_than_the_positions_is_answered_by_its_end(tiny):
+    from gradacc_hf.tasks.prompts import answer_prompts
+
+    model = other("gpt2", n_positions=96, initializer_range=0.3)
+    model.generation_config.eos_token_id = None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    long, end = "".join(chr(97 + i % 26) for i in range(150)), {}
+    for number in (10, 1000):
+        kept = 96 - min(number, 48)
+        end[number] = answer_prompts(model, tokenizer, [{"prompt": long[-kept:]}, {"prompt": "b"}], number)
+        assert answer_prompts(model, tokenizer, [{"prompt": long}, {"prompt": "b"}], number) == end[number]
+    assert len(end[1000][1]) > len(end[10][1])
 
 
 # What needs no download

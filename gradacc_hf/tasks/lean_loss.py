@@ -12,6 +12,7 @@ loss comes in the precision of its inputs (11.625 for 11.507 in bf16) and older 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, wraps
 from types import MethodType
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.items import IGNORED
 
 CHUNK = 256  # tokens whose logits are in memory at a time: 50 MB at a vocabulary of 49,152, in float32
@@ -37,16 +38,16 @@ def make_lean(model: Any, setting: bool | Literal["auto"] = "auto") -> bool:
         if setting is True:
             raise BadInput(f"budget.lean_loss: found true, but {reason}; allowed here: auto or false")
         return False
-    model.forward = MethodType(_forward, model)  # a bound method, so that a deep copy has its own
+    model.forward = MethodType(_forward_of(type(model)), model)  # bound, so that a deep copy has its own
     return True
 
 
 def not_lean(model: Any) -> str | None:
     """Why the loss cannot be had from the hidden states and the head alone; None where it can.
 
-    The model is asked rather than its type: numbers are put in place of what its head gives, and must come
-    out as its logits. A constant scale (Granite, Cohere) commutes with a head without bias; a soft cap
-    (Gemma 2) does not.
+    The model is asked rather than its type: numbers are put in place of what its head gives, must come out as
+    its logits, and its loss must be their cross-entropy with the next tokens. A constant scale (Granite,
+    Cohere) commutes with a head without bias; a soft cap (Gemma 2) does not.
     """
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
@@ -54,48 +55,79 @@ def not_lean(model: Any) -> str | None:
     if getattr(model.config, "output_router_logits", False):
         return "a router's loss is added to it (model.config.output_router_logits)"
     given: list[torch.Tensor] = []
+    draw = torch.Generator().manual_seed(0)
 
     def replace(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        given.append(torch.linspace(-50, 50, output.numel()).view(output.shape).to(output))
+        numbers = torch.linspace(-50, 50, output.numel())[torch.randperm(output.numel(), generator=draw)]
+        given.append(numbers.view(output.shape).to(output))
         return given[-1]
 
     hook, training = head.register_forward_hook(replace), model.training
     try:
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+        tokens = torch.randint(head.out_features, (2, 6), generator=draw).to(head.weight.device)
+        labels = tokens.clone()
+        labels[0, :3] = IGNORED  # the rows differ in items
         with torch.no_grad():
-            logits = model.eval()(input_ids=tokens, use_cache=False).logits
+            outputs = model.eval()(input_ids=tokens, labels=labels)
+        logits, loss = outputs.logits, float(outputs.loss)
+    except Exception as error:  # a model of any kind, which may raise anything
+        return f"it cannot be asked for its loss ({type(error).__name__}: {one_line(error)[:200]})"
     finally:
         hook.remove()
         model.train(training)
     if len(given) != 1 or given[0].shape != logits.shape:
         return "its logits are not what its head gives"
-    scale = float(logits.flatten()[0] / given[0].flatten()[0])
+    largest = given[0].argmax()
+    scale = float(logits.flatten()[largest] / given[0].flatten()[largest])
     if not torch.allclose(logits.float(), scale * given[0].float(), rtol=1e-2, atol=1e-2 * abs(scale)):
         return "what its head gives is changed further (a soft cap, say) before it is called logits"
     if head.bias is not None and scale != 1:
         return "its head has a bias, and its logits are scaled"
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    )
+    if not math.isclose(loss, float(expected), rel_tol=1e-3):
+        return "its loss is not the mean cross-entropy of the next tokens alone"
     return None
 
 
-def _forward(
-    self: Any, *args: Any, labels: torch.Tensor | None = None, num_items_in_batch: Any = None, **inputs: Any
-) -> Any:
-    """The model's own forward, but for its logits and loss where there are labels."""
-    if labels is None:
-        return type(self).forward(self, *args, **inputs)
-    head = self.get_output_embeddings()
-    with _passing_through(head):
-        hidden = type(self).forward(self, *args, **inputs).logits  # scaled as logits would be
+@cache
+def _forward_of(model_class: type) -> Any:
+    """The class's own forward, but for its logits and loss where there are labels.
+
+    Its signature stays, by which generate and Trainer find out what a model takes.
+    """
+
+    @wraps(model_class.forward)  # type: ignore[attr-defined]
+    def forward(
+        self: Any,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        own = model_class.forward  # type: ignore[attr-defined]
+        if labels is None:
+            return own(self, *args, **inputs)
+        head = self.get_output_embeddings()
+        with _passing_through(head):
+            hidden = own(self, *args, **inputs).logits  # scaled as logits would be
+        return CausalLMOutput(loss=_mean_loss(head, hidden, labels, num_items_in_batch))
+
+    return forward
+
+
+def _mean_loss(head: Any, hidden: torch.Tensor, labels: torch.Tensor, num_items: Any) -> Any:
+    """The mean over the learned tokens, or their sum divided by `num_items`."""
     learned = labels[..., 1:] != IGNORED
     hidden, targets = hidden[..., :-1, :][learned], labels[..., 1:][learned]
-    num_items = len(targets) if num_items_in_batch is None else num_items_in_batch
     if not len(targets):
-        return CausalLMOutput(loss=hidden.sum() * math.nan)  # a mean over nothing
+        return hidden.sum() * math.nan  # a mean over nothing
     pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     losses = [
         checkpoint(_loss, head, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
     ]
-    return CausalLMOutput(loss=torch.stack(losses).sum() / num_items)  # type: ignore[arg-type]
+    return torch.stack(losses).sum() / (len(targets) if num_items is None else num_items)  # type: ignore[arg-type]
 
 
 def _loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -107,8 +139,11 @@ def _loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) ->
 @contextmanager
 def _passing_through(head: torch.nn.Module) -> Iterator[None]:
     """In this block the head gives what it is given: the hidden states."""
+    own = vars(head).get("forward")  # Accelerate's, say, where the model is spread over devices
     head.forward = lambda hidden: hidden
     try:
         yield
     finally:
         del head.forward
+        if own is not None:
+            head.forward = own

@@ -5,6 +5,7 @@ examples begin and lets no token attend to another example's; a cache of keys an
 looking, silently (transformers 5.23), so there is none. Not every model looks: `check_packing` asks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from gradacc_hf.errors import BadInput
 from gradacc_hf.items import IGNORED
 
-LEAK = 1e-5  # of the largest logit; where nothing leaks not a bit changes
+LEAK = 1e-5  # of the largest logit, between rows of one shape; where nothing leaks not a bit changes
 
 
 def pack(examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
@@ -30,19 +31,27 @@ def pack(examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def check_packing(model: Any, name: str) -> None:
-    """Raise BadInput where another first example changes what the model says to the second in its row."""
-    vocabulary = model.config.get_text_config().vocab_size
+def check_packing(model: Any, name: str, max_length: int = 256) -> None:
+    """Raise BadInput where an example that comes second in a row has other logits than it has alone.
+
+    Before it come two short examples, in turn, and one of `max_length` tokens, if the model has positions for
+    so many: as far as that it shows whether the place in the row counts instead of the position (Llama 4).
+    """
+    config = model.config.get_text_config()
+    longest = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
     draw = torch.Generator().manual_seed(0)
-    first, other, second = (torch.randint(vocabulary, (8,), generator=draw).tolist() for _ in range(3))
-    training = model.training
+    lengths = 8, min(5, longest), min(5, longest), longest
+    drawn = [torch.randint(config.vocab_size, (length,), generator=draw).tolist() for length in lengths]
+    second, *before = ({"input_ids": tokens, "labels": tokens} for tokens in drawn)
+    rows = [pack(examples) for examples in ([second], *([first, second] for first in before))]
+    del rows[0]["position_ids"]  # alone it is as without packing
+    training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        rows = [pack([{"input_ids": ids, "labels": ids} for ids in (one, second)]) for one in (first, other)]
+        said = []
         for row in rows:
-            del row["labels"]
-        device = next(model.parameters()).device
-        said = [model(**{k: v.to(device) if k != "use_cache" else v for k, v in row.items()}) for row in rows]
+            tensors = {key: row[key].to(device) for key in ("input_ids", "position_ids") if key in row}
+            said.append(model(**tensors, use_cache=False).logits[0, -lengths[0] :].float())
     except (TypeError, ValueError) as error:
         raise BadInput(
             f"data.packing: {name} does not take packed examples ({type(error).__name__}: {error}); "
@@ -50,9 +59,12 @@ def check_packing(model: Any, name: str) -> None:
         ) from error
     finally:
         model.train(training)
-    logits = [outputs.logits[0].float() for outputs in said]
-    if (logits[0] - logits[1])[len(first) :].abs().max() > LEAK * logits[0].abs().max():
+    alone, one, other, late = said
+    rounding = math.sqrt(torch.finfo(model.dtype).eps)  # rows of other lengths: 3e-4 in float32
+    pairs = (one, other, LEAK), (one, alone, rounding), (late, alone, rounding)
+    if not all((a - b).abs().max() <= allowed * alone.abs().max() for a, b, allowed in pairs):
         raise BadInput(
-            f"data.packing: in {name} a packed example reaches the next (it attends across, or has a state "
-            "that runs on), so packing would not be exact; set data.packing to false"
+            f"data.packing: in {name} a packed example depends on what comes before it in its row (it "
+            "attends across, has a state that runs on, or takes places in the row for positions), so "
+            "packing would not be exact; set data.packing to false"
         )

@@ -18,12 +18,17 @@ CURE = 'give a text, or a row with "messages" or "prompt"'
 def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_tokens: int) -> list[str]:
     """One answer an input, at most so many tokens long, with dropout off.
 
+    Where the model has too few positions, an answer gets half of them at most, and a prompt loses its start.
     An input is a list of messages; a row with `messages`, without its last one if that is the assistant's; a
     row with a `prompt`; or a text: what a user says to a model with a chat template, else a prompt. Every
     process answers all, so that none waits for another. Raises BadInput with the number of an input that
     cannot be answered.
     """
     prompts = [_tokens(tokenizer, given, f"input {number:,}") for number, given in enumerate(inputs, start=1)]
+    config = model.config.get_text_config(decoder=True)
+    if positions := getattr(config, "max_position_embeddings", None):
+        max_new_tokens = min(max_new_tokens, max(positions // 2, 1))
+        prompts = [prompt[-(positions - max_new_tokens) :] for prompt in prompts]
     ends = {tokenizer.eos_token_id, *_ends(model)} - {None}
     training = model.training
     model.eval()
