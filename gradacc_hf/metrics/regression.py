@@ -43,7 +43,7 @@ class _RegressionMetric(InMemoryMetric):
 class Pearson(_RegressionMetric):
     """The linear correlation of predicted and true numbers, −1 to 1; 0 where all of either are the same.
 
-    It is not defined there, nor with NaN or ∞, but such predictions tell nothing, and NaN could not be ranked.
+    It is not defined there, nor with NaN or ∞, but such predictions tell nothing; NaN could not be ranked.
     """
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
