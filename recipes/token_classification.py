@@ -17,23 +17,21 @@ from transformers import AutoModelForTokenClassification
 from gradacc_hf.config import DataConfig
 from gradacc_hf.errors import refuse
 from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import file_rows
+from gradacc_hf.labels import class_names, file_rows, labels_as_text
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.tags import (
     check_tokens_and_tags,
-    class_names,
     entities,
     is_scheme,
     row_problem,
     tag_names,
-    tags_as_text,
 )
 
 
 def features(rows, tokenizer, columns, names, ids, max_length):
     """Rows → what the model reads: a token's tag is on its first word piece, −100 is on the others."""
-    tokens, tags = rows[columns[0]], [tags_as_text(row, names) for row in rows[columns[1]]]
+    tokens, tags = rows[columns[0]], [labels_as_text(row, names) for row in rows[columns[1]]]
     problems = [row_problem(*row, ids) or "" for row in zip(tokens, tags, strict=True)]
     tokens = [[] if problem else row for problem, row in zip(problems, tokens, strict=True)]
     settings = {"truncation": True, "max_length": max_length, "return_token_type_ids": False}
