@@ -55,6 +55,13 @@ def text_problem(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str | 
     return problem
 
 
+def require_fast(tokenizer: Any, name: str) -> None:
+    """Raise BadInput unless the tokenizer of the model `name` says where in a text its tokens are."""
+    if not tokenizer.is_fast:
+        found = f"the tokenizer of {name} does not say where in a text its tokens are"
+        refuse("model.name", found, "name a model with a fast tokenizer (tokenizer.json)")
+
+
 def token_problem(
     tokenizer: Any, max_length: int, is_pair: bool = False
 ) -> Callable[[Mapping[str, Any]], str | None]:

@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from gradacc_hf import metrics
 from gradacc_hf.errors import BadInput
+from gradacc_hf.tasks.tags import entities
 
 PREDICTIONS, REFERENCES = [0, 1, 2, 1, 0], [0, 1, 1, 1, 2]
 EXPECTED = {
@@ -90,6 +91,17 @@ def test_entities_are_right_where_type_and_both_ends_are():
     assert found == pytest.approx({"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7})
     nothing = metrics.load("seqeval").compute(predictions=[["O", "O"]], references=[["O", "O"]])
     assert nothing == {"precision": 0, "recall": 0, "f1": 0}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("unit", "last"), ["SE", "UL"])
+def test_entities_of_schemes_that_mark_their_ends_are_kept_apart(unit, last):
+    true = [[f"{unit}-PER", f"{unit}-PER", "O", "B-ORG", f"{last}-ORG", "I-ORG"]]
+    predicted = [[f"{unit}-PER", f"{unit}-PER", "O", "B-ORG", "I-ORG", f"{last}-ORG"]]
+    found = metrics.load("seqeval").compute(predictions=predicted, references=true)
+    assert found == pytest.approx({"precision": 2 / 3, "recall": 2 / 4, "f1": 4 / 7})
+    spans = entities(list("abcdef"), true[0])
+    assert [span["tokens"] for span in spans] == [["a"], ["b"], ["d", "e"], ["f"]]
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,14 @@ def is_scheme(tags: Iterable[str]) -> bool:
     return all(tag == "O" or (tag[:1] in "BIESLU" and tag[1:2] == "-" and tag[2:]) for tag in tags)
 
 
+def as_iobes(tags: Iterable[str]) -> list[str]:
+    """Tags of the BILOU scheme, whose U and L seqeval does not know, with its S and E for them."""
+    return [{"U": "S", "L": "E"}.get(tag[:1], tag[:1]) + tag[1:] for tag in tags]
+
+
 def entities(tokens: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
     """What the tags mark: its type, its tokens, and the number of its first token, from 0."""
-    spans = get_entities(list(tags)) if is_scheme(tags) else []
+    spans = get_entities(as_iobes(tags)) if is_scheme(tags) else []
     return [{"type": of, "tokens": list(tokens[start : end + 1]), "start": start} for of, start, end in spans]
 
 
