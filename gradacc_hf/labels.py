@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable, concat_tables
 
@@ -53,6 +53,13 @@ def text_problem(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str | 
         return None
 
     return problem
+
+
+def require_fast(tokenizer: Any, name: str) -> None:
+    """Raise BadInput unless the tokenizer of the model `name` says where in a text its tokens are."""
+    if not tokenizer.is_fast:
+        found = f"the tokenizer of {name} does not say where in a text its tokens are"
+        refuse("model.name", found, "name a model with a fast tokenizer (tokenizer.json)")
 
 
 def token_problem(
@@ -161,7 +168,19 @@ def _with_ids(dataset: Dataset, column: str, ids: pa.Array) -> Dataset:
 
 def is_list(feature: Any) -> bool:
     """Is this the type of a column of lists?"""
-    return isinstance(feature, List | list)
+    return isinstance(feature, List | LargeList | list)
+
+
+def class_names(dataset: Dataset, column: str) -> list[str] | None:
+    """The names behind the ids in a column of lists; None where its labels are not such ids."""
+    element = dataset.features[column].feature
+    return list(element.names) if isinstance(element, ClassLabel) else None
+
+
+def labels_as_text(labels: Any, names: list[str] | None) -> list[str]:
+    """A row's labels as strings; `names` are those behind ids. An id that has none stays a number."""
+    known = range(len(names or ()))
+    return [names[label] if names and label in known else str(label) for label in labels or ()]
 
 
 def with_label(dataset: Dataset, column: str, labels: np.ndarray) -> Dataset:

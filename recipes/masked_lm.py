@@ -35,7 +35,6 @@ class MaskedLM(Recipe):
     model_class = AutoModelForMaskedLM
     pipeline_tag = "fill-mask"
     example = "Return the [MASK] of the list."
-    pipeline_tag = "fill-mask"
 
     @dataclass
     class Data(DataConfig):

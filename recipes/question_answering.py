@@ -19,7 +19,7 @@ from transformers import AutoModelForQuestionAnswering
 from gradacc_hf.config import DataConfig
 from gradacc_hf.errors import BadInput
 from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import require_column
+from gradacc_hf.labels import require_column, require_fast
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.spans import (
@@ -75,10 +75,11 @@ class QuestionAnswering(Recipe):
         return {name: getattr(self.data, f"{name}_column") for name in ("question", "context", "answers")}
 
     def datasets(self):
-        if self.tokenizer.sep_token_id is None or not self.tokenizer.is_fast:
+        require_fast(self.tokenizer, self.config.model.name)
+        if self.tokenizer.sep_token_id is None:
             raise BadInput(
                 f"model.name: the tokenizer of {self.config.model.name} does not separate question and "
-                "context, or does not say where its tokens are; use an encoder such as BERT"
+                "context; use an encoder such as BERT"
             )
         rows = self.rows()
         for name, column in self.columns.items():

@@ -17,23 +17,21 @@ from transformers import AutoModelForTokenClassification
 from gradacc_hf.config import DataConfig
 from gradacc_hf.errors import refuse
 from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import file_rows
+from gradacc_hf.labels import class_names, file_rows, labels_as_text, require_fast
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.tags import (
     check_tokens_and_tags,
-    class_names,
     entities,
     is_scheme,
     row_problem,
     tag_names,
-    tags_as_text,
 )
 
 
 def features(rows, tokenizer, columns, names, ids, max_length):
     """Rows → what the model reads: a token's tag is on its first word piece, −100 is on the others."""
-    tokens, tags = rows[columns[0]], [tags_as_text(row, names) for row in rows[columns[1]]]
+    tokens, tags = rows[columns[0]], [labels_as_text(row, names) for row in rows[columns[1]]]
     problems = [row_problem(*row, ids) or "" for row in zip(tokens, tags, strict=True)]
     tokens = [[] if problem else row for problem, row in zip(problems, tokens, strict=True)]
     settings = {"truncation": True, "max_length": max_length, "return_token_type_ids": False}
@@ -57,11 +55,7 @@ class TokenClassification(Recipe):
     model_class = AutoModelForTokenClassification
     pipeline_tag = "token-classification"
     example = "import os ; print ( os . getcwd ( ) )"
-    tokenizer_settings: ClassVar = {
-        "add_prefix_space": True
-    }  # tokens are words, where spaces are part of word pieces
-    pipeline_tag = "token-classification"
-    example = "def parse(text, limit=None): return json.loads(text[:limit])"
+    tokenizer_settings: ClassVar = {"add_prefix_space": True}  # where spaces are part of word pieces
 
     @dataclass
     class Data(DataConfig):
@@ -72,7 +66,8 @@ class TokenClassification(Recipe):
 
     def datasets(self):
         data = self.data
-        splits = self.rows()
+        require_fast(self.tokenizer, self.config.model.name)
+        splits = self.rows(data.tags_column)
         for dataset in splits:
             check_tokens_and_tags(dataset, data.tokens_column, data.tags_column)
         self.labels = tag_names(splits[0], data.tags_column)
@@ -116,8 +111,13 @@ class TokenClassification(Recipe):
         """The tag of each token, and the entities; a token of a text is what stands between its spaces."""
         answers = []
         for given in inputs:
-            tokens = given.get(self.data.tokens_column) if isinstance(given, Mapping) else given.split()
-            if not tokens or not all(isinstance(token, str) for token in tokens):
+            tokens = given.get(self.data.tokens_column) if isinstance(given, Mapping) else given
+            tokens = tokens.split() if isinstance(tokens, str) else tokens
+            if (
+                not tokens
+                or not isinstance(tokens, list)
+                or not all(isinstance(token, str) for token in tokens)
+            ):
                 refuse("input", f"found {given!r}", f'a text, or {{"{self.data.tokens_column}": ["a", "b"]}}')
             tags = self.tag(model, tokens)
             answers.append({"tokens": tokens, "tags": tags, "entities": entities(tokens, tags)})
@@ -149,7 +149,8 @@ class TokenClassification(Recipe):
     def words(self, example):
         """Its tokens, as their word pieces, with their tags."""
         ids, labels = np.array(example["input_ids"]), np.array(example["labels"])
-        ids, labels = (values[~np.isin(ids, self.tokenizer.all_special_ids)] for values in (ids, labels))
+        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}  # unknown: a token too
+        ids, labels = (values[~np.isin(ids, list(special))] for values in (ids, labels))
         starts = np.flatnonzero(labels != IGNORED).tolist()
         for start, end in pairwise([*starts, len(ids)]):
             yield tuple(ids[start:end].tolist()), int(labels[start])

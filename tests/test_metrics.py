@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from gradacc_hf import metrics
 from gradacc_hf.errors import BadInput
+from gradacc_hf.tasks.tags import entities
 
 PREDICTIONS, REFERENCES = [0, 1, 2, 1, 0], [0, 1, 1, 1, 2]
 EXPECTED = {
@@ -92,6 +93,17 @@ def test_entities_are_right_where_type_and_both_ends_are():
     assert nothing == {"precision": 0, "recall": 0, "f1": 0}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("unit", "last"), ["SE", "UL"])
+def test_entities_of_schemes_that_mark_their_ends_are_kept_apart(unit, last):
+    true = [[f"{unit}-PER", f"{unit}-PER", "O", "B-ORG", f"{last}-ORG", "I-ORG"]]
+    predicted = [[f"{unit}-PER", f"{unit}-PER", "O", "B-ORG", "I-ORG", f"{last}-ORG"]]
+    found = metrics.load("seqeval").compute(predictions=predicted, references=true)
+    assert found == pytest.approx({"precision": 2 / 3, "recall": 2 / 4, "f1": 4 / 7})
+    spans = entities(list("abcdef"), true[0])
+    assert [span["tokens"] for span in spans] == [["a"], ["b"], ["d", "e"], ["f"]]
+
+
 @pytest.mark.parametrize(
     ("predicted", "line"), [(["O"], "sequence 0: found 1 tags; allowed: 2"), (["O", "NOUN"], "found 'NOUN'")]
 )
@@ -122,6 +134,15 @@ def test_several_labels_a_row_are_scored_together_and_by_label():
     }
 
 
+def test_one_label_alone_is_scored_as_a_label_not_as_two_classes():
+    predictions, references = [[1], [1], [0], [0]], [[1], [0], [0], [0]]
+    expected = {"exact_match": 0.75, "f1_micro": pytest.approx(2 / 3), "f1_macro": pytest.approx(2 / 3)}
+    for none in ([], [0]):  # the only label there is, or the only one that occurs
+        rows = {"predictions": [row + none for row in predictions]}
+        rows["references"] = [row + none for row in references]
+        assert metrics.load("multi_label").compute(**rows) == expected
+
+
 @pytest.mark.filterwarnings("error")
 def test_no_label_at_all_is_scored_without_a_warning():
     found = metrics.load("multi_label").compute(predictions=[[0, 0]], references=[[0, 0]])
@@ -146,6 +167,14 @@ def test_predictions_that_are_all_alike_correlate_with_nothing(name, constant):
     varied, same = [0.1, 0.5, 0.3], [constant] * 3
     assert metrics.load(name).compute(predictions=same, references=varied) == {name: 0.0}
     assert metrics.load(name).compute(predictions=varied, references=same) == {name: 0.0}
+
+
+@pytest.mark.filterwarnings("error")
+def test_predictions_that_are_no_numbers_correlate_with_nothing():
+    numbers = {"predictions": [0.1, float("nan"), 0.3], "references": [0.1, 0.5, 0.3]}
+    assert metrics.load("pearsonr").compute(**numbers) == {"pearsonr": 0.0}
+    assert metrics.load("spearmanr").compute(**numbers) == {"spearmanr": 0.0}
+    assert np.isnan(metrics.load("mse").compute(**numbers)["mse"])
 
 
 @pytest.mark.parametrize(
@@ -180,7 +209,8 @@ def test_rouge_and_bleu_are_their_libraries_figures():
     rouge = metrics.load("rouge").compute(predictions=TEXTS, references=SEVERAL)
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     rows = [scorer.score_multi(texts, text) for text, texts in zip(TEXTS, SEVERAL, strict=True)]
-    assert rouge == {kind: pytest.approx(np.mean([row[kind].fmeasure for row in rows])) for kind in rouge}
+    kinds = ("rouge1", "rouge2", "rougeL")
+    assert rouge == {kind: pytest.approx(np.mean([row[kind].fmeasure for row in rows])) for kind in kinds}
     assert metrics.load("rouge").compute(predictions=["it walks"], references=[["it walked"]]) == {
         "rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0
     }  # fmt: skip

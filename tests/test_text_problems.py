@@ -74,6 +74,7 @@ def words(tiny_bert, settings):
 @pytest.fixture
 def start(tiny_bert, capfd):
     def start(settings):
+        capfd.readouterr()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         code = 0
@@ -177,7 +178,32 @@ def test_a_class_label_s_names_and_order_are_kept(tiny_bert):
     assert train["labels"][:] == [[1, 0, 0], [0, 1, 1], [0, 0, 0], [1, 0, 0]]
 
 
+def write_class_ids(path, names, topics, kind=datasets.List):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "topics": kind(datasets.ClassLabel(names=names))}
+    )
+    rows = {"text": ["goal"] * len(topics), "topics": topics}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    return path
+
+
+def test_class_ids_of_validation_are_read_by_their_own_names(tiny_bert):
+    train = write_class_ids("a.parquet", ["sport", "food", "music"], [[0], [1, 2]])
+    validation = write_class_ids("b.parquet", ["music", "sport"], [[0], [0, 1]], datasets.LargeList)
+    recipe = recipe_of(tiny_bert, {**MULTI, "data.train": train, "data.validation": validation})
+    assert recipe.datasets()[1]["labels"][:] == [[0, 0, 1], [1, 0, 1]]
+
+
 # Bad input
+
+
+def test_a_withheld_label_among_several_is_refused_or_left_out(start, refused):
+    train = write_class_ids("a.parquet", ["sport", "food"], [[0], [1], [1, -1]])
+    settings = {**MULTI, "data.train": train, "data.validation": train, "batch.effective": 1}
+    assert "training row 3: column 'topics' has −1, a label that is withheld, among 2" in refused(settings)
+    code, out, err = start({**settings, "data.on_bad_row": "skip", "check": "true"})
+    assert code == 0, err
+    assert "2 to train on, 2 to validate" in out
 
 
 @pytest.mark.parametrize("settings", [MULTI, NUMBER], ids=["multi_label", "regression"])

@@ -1,4 +1,4 @@
-"""Metrics of predicted numbers: one predicted and one true number a row; by SciPy and scikit-learn."""
+"""Metrics of predicted numbers: one predicted and one true number a row; correlations by SciPy."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ import datasets
 import evaluate
 import numpy as np
 import scipy.stats
-from sklearn.metrics import mean_squared_error
 
 from gradacc_hf.errors import BadInput
 from gradacc_hf.metrics.in_memory import InMemoryMetric
@@ -44,11 +43,11 @@ class _RegressionMetric(InMemoryMetric):
 class Pearson(_RegressionMetric):
     """The linear correlation of predicted and true numbers, −1 to 1; 0 where all of either are the same.
 
-    It is not defined there, but such predictions tell nothing of the truth, and NaN could not be ranked.
+    It is not defined there, nor with NaN or ∞, but such predictions tell nothing; NaN could not be ranked.
     """
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        if _constant(predictions) or _constant(references):
+        if _tells_nothing(predictions) or _tells_nothing(references):
             return {"pearsonr": 0.0}
         found: Any = scipy.stats.pearsonr(predictions, references)
         return {"pearsonr": float(found.statistic)}
@@ -58,21 +57,23 @@ class Spearman(_RegressionMetric):
     """The correlation of the ranks of predicted and true numbers, −1 to 1; 0 where all of either are one."""
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        if _constant(predictions) or _constant(references):
+        if _tells_nothing(predictions) or _tells_nothing(references):
             return {"spearmanr": 0.0}
         found: Any = scipy.stats.spearmanr(predictions, references)
         return {"spearmanr": float(found.statistic)}
 
 
 class MeanSquaredError(_RegressionMetric):
-    """The mean of the squared differences, from 0."""
+    """The mean of the squared differences, from 0; NaN where a prediction is."""
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"mse": float(mean_squared_error(references, predictions))}
+        return {"mse": float(np.square(np.subtract(predictions, references)).mean())}
 
 
-def _constant(numbers: Any) -> bool:
-    """As far as float64 sums can tell, as SciPy asks before it warns."""
+def _tells_nothing(numbers: Any) -> bool:
+    """All the same, as far as float64 sums can tell (SciPy asks so before it warns); or not all finite."""
     numbers = np.asarray(numbers, np.float64)
+    if not np.isfinite(numbers).all():
+        return True
     spread = np.linalg.norm(numbers - numbers.mean())
     return bool(spread <= 1e-13 * abs(numbers.mean()))

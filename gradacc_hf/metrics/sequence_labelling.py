@@ -9,7 +9,7 @@ from seqeval.metrics import f1_score, precision_score, recall_score
 
 from gradacc_hf.errors import BadInput
 from gradacc_hf.metrics.in_memory import InMemoryMetric
-from gradacc_hf.tasks.tags import is_scheme
+from gradacc_hf.tasks.tags import as_iobes, is_scheme
 
 _INPUTS = """
 Args:
@@ -40,8 +40,9 @@ class Seqeval(InMemoryMetric):
             for tag in (*predicted, *true):
                 if not is_scheme([tag]):
                     raise BadInput(
-                        f"sequence {row}: found {tag!r}; allowed: O, or B- or I- and a type: B-PER"
+                        f"sequence {row}: found {tag!r}; allowed: O, or one of BIESLU and a type: B-PER"
                     )
         scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
         settings: Any = {"zero_division": 0}  # what is undefined is 0, without seqeval's warning
-        return {name: float(np.asarray(s(references, predictions, **settings))) for name, s in scores.items()}
+        found, true = ([as_iobes(tags) for tags in rows] for rows in (predictions, references))
+        return {name: float(np.asarray(score(true, found, **settings))) for name, score in scores.items()}

@@ -13,6 +13,7 @@ import jinja2
 
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.items import IGNORED
+from gradacc_hf.labels import require_fast
 
 Messages = Sequence[Mapping[str, Any]]
 Tokens = dict[str, Any]
@@ -47,11 +48,7 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
             f"model.name: {name} has no chat template; name an instruct model, or give data.chat_template a "
             "file with one"
         )
-    if not tokenizer.is_fast:
-        raise BadInput(
-            f"model.name: the tokenizer of {name} does not say where in a text its tokens are, so the "
-            "assistant's cannot be found; name a model with a fast tokenizer (tokenizer.json)"
-        )
+    require_fast(tokenizer, name)
     roles = ("user", "assistant", "user", "assistant")
     chat = [{"role": role, "content": content} for role, content in zip(roles, "ABCD", strict=True)]
     try:

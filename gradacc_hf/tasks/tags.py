@@ -7,11 +7,11 @@ them is the recipe's.
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from datasets import ClassLabel, Dataset, LargeList, List, Value
+from datasets import ClassLabel, Dataset, Value
 from seqeval.metrics.sequence_labeling import get_entities
 
 from gradacc_hf.errors import refuse
-from gradacc_hf.labels import require_column
+from gradacc_hf.labels import class_names, is_list, require_column
 
 
 def check_tokens_and_tags(dataset: Dataset, tokens_column: str, tags_column: str) -> None:
@@ -23,12 +23,6 @@ def check_tokens_and_tags(dataset: Dataset, tokens_column: str, tags_column: str
     if not (isinstance(tags, ClassLabel) or _is(tags, "string") or _is(tags, "int")):
         found = f"column {tags_column!r} has lists of {_kind(tags)}"
         refuse("data.tags_column", found, "a tag is a string, a whole number or a class id")
-
-
-def class_names(dataset: Dataset, tags_column: str) -> list[str] | None:
-    """The names behind a ClassLabel's ids; None where tags are not such ids."""
-    element = dataset.features[tags_column].feature
-    return list(element.names) if isinstance(element, ClassLabel) else None
 
 
 def tag_names(train: Dataset, tags_column: str) -> list[str]:
@@ -46,20 +40,19 @@ def tag_names(train: Dataset, tags_column: str) -> list[str]:
     return names
 
 
-def tags_as_text(tags: Any, names: list[str] | None) -> list[str]:
-    """A row's tags as strings; `names` are those behind ids. An id that has none stays a number."""
-    known = range(len(names or ()))
-    return [names[tag] if names and tag in known else str(tag) for tag in tags or ()]
-
-
 def is_scheme(tags: Iterable[str]) -> bool:
     """Do these tags say where entities begin and end: O, and B-PER, I-PER, …? Parts of speech do not."""
     return all(tag == "O" or (tag[:1] in "BIESLU" and tag[1:2] == "-" and tag[2:]) for tag in tags)
 
 
+def as_iobes(tags: Iterable[str]) -> list[str]:
+    """Tags of the BILOU scheme, whose U and L seqeval does not know, with its S and E for them."""
+    return [{"U": "S", "L": "E"}.get(tag[:1], tag[:1]) + tag[1:] for tag in tags]
+
+
 def entities(tokens: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
     """What the tags mark: its type, its tokens, and the number of its first token, from 0."""
-    spans = get_entities(list(tags)) if is_scheme(tags) else []
+    spans = get_entities(as_iobes(tags)) if is_scheme(tags) else []
     return [{"type": of, "tokens": list(tokens[start : end + 1]), "start": start} for of, start, end in spans]
 
 
@@ -79,7 +72,7 @@ def _element(dataset: Dataset, column: str, key: str) -> Any:
     """The feature of a list column's elements."""
     require_column(dataset, column, key)
     feature = dataset.features[column]
-    if not isinstance(feature, List | LargeList):
+    if not is_list(feature):
         cure = 'in a JSONL or Parquet file rows have lists: {"tokens": ["a", "b"], "tags": ["X", "O"]}'
         refuse(key, f"column {column!r} has {_kind(feature)}, not lists", cure)
     return feature.feature

@@ -16,7 +16,15 @@ import torch
 from datasets import ClassLabel, Dataset, Value
 
 from gradacc_hf.errors import listed, refuse
-from gradacc_hf.labels import encode_labels, file_rows, is_list, require_column, with_label
+from gradacc_hf.labels import (
+    class_names,
+    encode_labels,
+    file_rows,
+    is_list,
+    labels_as_text,
+    require_column,
+    with_label,
+)
 
 KEY = "data.label_column"
 
@@ -104,28 +112,30 @@ class MultiLabel(Target):
                 refuse(KEY, f"column {column!r} holds {found}, not lists of labels", cure)
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
-        if row[self.column] is not None and None in row[self.column]:
-            return f"column {self.column!r} has an empty label among {len(row[self.column])}"
+        labels = row[self.column]
+        if labels is not None and None in labels:
+            return f"column {self.column!r} has an empty label among {len(labels)}"
+        if labels is not None and isinstance(self.feature.feature, ClassLabel) and -1 in labels:
+            return f"column {self.column!r} has −1, a label that is withheld, among {len(labels)}"
         return super().problem(row)
 
     def encode(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
-        of_each = getattr(self.feature, "feature", None)
-        if isinstance(of_each, ClassLabel):
-            self.names, known = list(of_each.names), list(range(len(of_each.names)))
-        else:
+        known = class_names(train, self.column)
+        if known is None:
             known = sorted({label for labels in train[self.column] for label in labels})
-            self.names = [str(label) for label in known]
+        self.names = [str(label) for label in known]
         if not known:
             refuse(KEY, "no training row has a label", "at least one row must have one")
         if not all(isinstance(label, str | int) for label in known):
             refuse(KEY, f"a label is {known[0]!r}", "labels are all strings, or all integers")
-        ids = {label: i for i, label in enumerate(known)}
+        ids = {name: i for i, name in enumerate(self.names)}
         return self._encode(train, ids, "training"), self._encode(validation, ids, "validation")
 
-    def _encode(self, dataset: Dataset, ids: Mapping[Any, int], split: str) -> Dataset:
+    def _encode(self, dataset: Dataset, ids: Mapping[str, int], split: str) -> Dataset:
         there = np.zeros((len(dataset), len(ids)), np.float32)
+        names = class_names(dataset, self.column)  # validation's may be in another order
         for row, labels in enumerate(dataset[self.column]):
-            for label in labels:
+            for label in labels_as_text(labels, names):
                 if label not in ids:
                     number = f"{split} row {file_rows(dataset)[row] + 1:,}"
                     refuse(
