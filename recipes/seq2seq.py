@@ -51,7 +51,7 @@ class Seq2Seq(Recipe):
         """Column that holds the text to read; translation.de is the column de inside translation."""
         target_column: str = "target"
         """Column that holds the text to write."""
-        prefix: str = ""
+        prefix: str | None = None
         """What every source begins with: T5 knows "summarize: "."""
         max_target_length: int = 64
         """Where a target is cut off, and the most that is written (tokens)."""
@@ -101,7 +101,7 @@ class Seq2Seq(Recipe):
                 f"positions of the decoder of {self.config.model.name}"
             )
         lengths = {"max_length": data.max_length, "max_target_length": data.max_target_length}
-        texts = {"tokenizer": self.tokenizer, "prefix": data.prefix, **self.columns}
+        texts = {"tokenizer": self.tokenizer, "prefix": data.prefix or "", **self.columns}
         return {**texts, **lengths, "start": config.decoder_start_token_id}
 
     @cached_property
@@ -195,7 +195,7 @@ class Seq2Seq(Recipe):
         """Texts, or rows with a source → the text written for each."""
         [texts] = texts_of(inputs, [self.columns["source"]])
         tokens = self.tokenizer(
-            [self.data.prefix + text for text in texts],
+            [(self.data.prefix or "") + text for text in texts],
             truncation=True,
             max_length=self.data.max_length,
             padding=True,
