@@ -1,7 +1,6 @@
 """Questions about functions of the standard library, each answered by a span of the function's docstring."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -57,7 +56,7 @@ def docstring_questions() -> tuple[Dataset, Dataset]:
     return train.rename_column("text", "context"), validation.rename_column("text", "context")
 
 
-def _pairs(row: Mapping[str, Any]) -> set[tuple[str, str]]:
+def _pairs(row: Any) -> set[tuple[str, str]]:
     return {(row["question"], answer) for answer in row["answers"]["text"]}
 
 
