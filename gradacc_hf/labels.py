@@ -211,8 +211,10 @@ def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
     )
 
 
-def list_lengths(dataset: Dataset, column: str) -> np.ndarray:
-    """How long the list of each row is; the lists themselves are not read into Python."""
+def list_lengths(dataset: Dataset | Sequence[Any], column: str) -> np.ndarray:
+    """How long the list of each row is; those of a data set are not read into Python."""
+    if not isinstance(dataset, Dataset):
+        return np.array([len(row[column]) for row in dataset])
     lengths = pc.list_value_length(dataset.data.column(column))
     return lengths.to_numpy()[file_rows(dataset)].astype(np.int64)
 

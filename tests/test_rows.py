@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from gradacc_hf.errors import BadInput
-from gradacc_hf.labels import file_rows, select_rows, with_column
+from gradacc_hf.labels import file_rows, list_lengths, select_rows, with_column
 from gradacc_hf.rows import check_rows
 
 
@@ -76,3 +76,10 @@ def test_selected_rows_take_new_columns_and_are_told_apart():
     wider = with_column(some, "twice", 2 * (file_rows(some) + 1))
     assert wider["twice"][:] == [6, 8, 10]
     assert wider.map(lambda row: {"same": row["twice"] == 2 * row["number"]})["same"][:] == [True] * 3
+
+
+def test_list_lengths_are_in_the_order_of_the_rows():
+    rows = Dataset.from_dict({"tokens": [[1] * n for n in (3, 0, 2, 5)]}).select([3, 0, 1, 2])
+    assert list_lengths(rows, "tokens").tolist() == [5, 3, 0, 2]
+    assert list_lengths(rows.select([2, 1]), "tokens").tolist() == [0, 3]
+    assert list_lengths(rows.to_list(), "tokens").tolist() == [5, 3, 0, 2]
