@@ -26,7 +26,8 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
     """
     prompts = [_tokens(tokenizer, given, f"input {number:,}") for number, given in enumerate(inputs, start=1)]
     config = model.config.get_text_config(decoder=True)
-    if positions := getattr(config, "max_position_embeddings", None):
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    if positions > 0:  # XLNet says −1: without end
         max_new_tokens = min(max_new_tokens, max(positions // 2, 1))
         prompts = [prompt[-(positions - max_new_tokens) :] for prompt in prompts]
     ends = {tokenizer.eos_token_id, *_ends(model)} - {None}
