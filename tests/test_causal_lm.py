@@ -268,6 +268,15 @@ def test_a_model_that_looks_at_the_place_in_the_row_is_refused():
     assert "\n" not in str(caught.value)
 
 
+def test_whatever_a_model_raises_at_packed_examples_is_said_in_one_line():
+    model = llama()
+    model.model.register_forward_pre_hook(lambda module, inputs: [][1])
+    with pytest.raises(BadInput, match=r"data\.packing: llama does not take .*IndexError: .*to false"):
+        check_packing(model, "llama")
+    with pytest.raises(BadInput, match=r"data\.packing: in xlnet"):  # which has no last position
+        check_packing(build_head("causal_lm", "xlnet").model, "xlnet")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_is_no_reason_to_refuse_packing_and_a_leak_is(dtype):
     check_packing(llama(num_hidden_layers=8).to(dtype), "llama", 500)

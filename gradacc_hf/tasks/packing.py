@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.items import IGNORED
 
 LEAK = 1e-5  # of the largest logit, between rows of one shape; where nothing leaks not a bit changes
@@ -38,7 +38,8 @@ def check_packing(model: Any, name: str, max_length: int = 256) -> None:
     so many: as far as that it shows whether the place in the row counts instead of the position (Llama 4).
     """
     config = model.config.get_text_config()
-    longest = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    longest = min(max_length, positions) if positions > 0 else max_length  # XLNet says −1: without end
     draw = torch.Generator().manual_seed(0)
     lengths = 8, min(5, longest), min(5, longest), longest
     drawn = [torch.randint(config.vocab_size, (length,), generator=draw).tolist() for length in lengths]
@@ -52,10 +53,10 @@ def check_packing(model: Any, name: str, max_length: int = 256) -> None:
         for row in rows:
             tensors = {key: row[key].to(device) for key in ("input_ids", "position_ids") if key in row}
             said.append(model(**tensors, use_cache=False).logits[0, -lengths[0] :].float())
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a model of any kind, which may raise anything
         raise BadInput(
-            f"data.packing: {name} does not take packed examples ({type(error).__name__}: {error}); "
-            "set data.packing to false"
+            f"data.packing: {name} does not take packed examples ({type(error).__name__}: "
+            f"{one_line(error)[:200]}); set data.packing to false"
         ) from error
     finally:
         model.train(training)

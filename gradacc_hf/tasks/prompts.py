@@ -26,9 +26,10 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
     """
     prompts = [_tokens(tokenizer, given, f"input {number:,}") for number, given in enumerate(inputs, start=1)]
     config = model.config.get_text_config(decoder=True)
-    if positions := getattr(config, "max_position_embeddings", None):
-        max_new_tokens = min(max_new_tokens, max(positions // 2, 1))
-        prompts = [prompt[-(positions - max_new_tokens) :] for prompt in prompts]
+    limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 0
+    positions = int(min(limit for limit in limits if limit > 0))  # XLNet says −1: without end
+    max_new_tokens = min(max_new_tokens, max(positions // 2, 1))
+    prompts = [prompt[max_new_tokens - positions :] for prompt in prompts]
     ends = {tokenizer.eos_token_id, *_ends(model)} - {None}
     training = model.training
     model.eval()
