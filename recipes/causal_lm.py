@@ -89,7 +89,6 @@ class CausalLM(Recipe):
     def tokenizer(self):
         tokenizer = super().tokenizer
         tokenizer.padding_side = "right"
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         if template := self.data.chat_template:
             if not Path(template).is_file():
                 raise BadInput(f"data.chat_template: no file {template!r}; give one, or null")
