@@ -90,18 +90,6 @@ def texts_of(inputs: Sequence[Any], columns: Sequence[str]) -> list[list[str]]:
     return [[row[column] for row in rows] for column in columns]
 
 
-def check_texts(dataset: Dataset, column: str, key: str = "data.text_column") -> None:
-    """Raise BadInput unless every row of the column is a string; rows count from 1, as in the file."""
-    require_texts(dataset, column, key)
-    feature = dataset.features[column]
-    if isinstance(feature, Value):
-        _refuse_null(dataset, column, key, pc.is_null(dataset.data.column(column)))
-    for row, value in enumerate(dataset[column] if not isinstance(feature, Value) else ()):
-        if not isinstance(value, str):
-            found = f"column {column!r}, {_row(dataset, row)}: {type(value).__name__}, not text"
-            refuse(key, found, "write every value as one string")
-
-
 def encode_labels(
     train: Dataset, validation: Dataset, label_column: str, key: str = "data.label_column"
 ) -> tuple[Dataset, Dataset, list[str]]:
