@@ -62,18 +62,20 @@ def require_fast(tokenizer: Any, name: str) -> None:
         refuse("model.name", found, "name a model with a fast tokenizer (tokenizer.json)")
 
 
-def token_problem(
-    tokenizer: Any, max_length: int, is_pair: bool = False
-) -> Callable[[Mapping[str, Any]], str | None]:
-    """For `check_rows`: what is wrong with an example whose text truncation, or the tokenizer, empties."""
-    special = tokenizer.num_special_tokens_to_add(pair=is_pair)
+def problems_of_tokens(tokens: Any, texts: int, special: int, max_length: int) -> list[str]:
+    """What is wrong with each row of a batch of tokenised texts, "" where something is left of each text.
 
-    def problem(example: Mapping[str, Any]) -> str | None:
-        if len(example["input_ids"]) <= special:
-            return f"no token of its text is left, cut off at data.max_length {max_length}"
-        return None
-
-    return problem
+    texts: how many a row has, 1 or 2. special: how many special tokens frame them. A slow tokenizer does not
+    say which token is of which text: there, something must be left of one.
+    """
+    problems = []
+    for row, ids in enumerate(tokens["input_ids"]):
+        left = len({*tokens.sequence_ids(row)} - {None}) if tokens.is_fast else texts * (len(ids) > special)
+        what = "its text" if texts == 1 else f"{'both' if not left else 'one'} of its texts"
+        problems.append(
+            "" if left == texts else f"no token of {what} is left, cut off at data.max_length {max_length}"
+        )
+    return problems
 
 
 def texts_of(inputs: Sequence[Any], columns: Sequence[str]) -> list[list[str]]:
@@ -86,18 +88,6 @@ def texts_of(inputs: Sequence[Any], columns: Sequence[str]) -> list[list[str]]:
             what = f"no {absent[0]!r} among {listed(row)}" if absent else found
             refuse(f"input {number:,}", str(what), f"give texts as {listed(columns)}")
     return [[row[column] for row in rows] for column in columns]
-
-
-def check_texts(dataset: Dataset, column: str, key: str = "data.text_column") -> None:
-    """Raise BadInput unless every row of the column is a string; rows count from 1, as in the file."""
-    require_texts(dataset, column, key)
-    feature = dataset.features[column]
-    if isinstance(feature, Value):
-        _refuse_null(dataset, column, key, pc.is_null(dataset.data.column(column)))
-    for row, value in enumerate(dataset[column] if not isinstance(feature, Value) else ()):
-        if not isinstance(value, str):
-            found = f"column {column!r}, {_row(dataset, row)}: {type(value).__name__}, not text"
-            refuse(key, found, "write every value as one string")
 
 
 def encode_labels(

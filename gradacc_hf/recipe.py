@@ -169,6 +169,7 @@ class Recipe:
             tokenizer.all_special_tokens
         ):  # what transformers makes up where there is none
             raise BadInput(f"model.name: {self.config.model.name} has no tokenizer; save it beside the model")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # decoders' often have none
         return tokenizer
 
     def model_config(self) -> Any:

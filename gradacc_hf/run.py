@@ -340,16 +340,17 @@ def _check_lean_loss(recipe_class: type[Recipe], config: Config) -> None:
 
 
 def _check_max_length(recipe: Recipe, model: Any, training: Dataset) -> None:
-    """Refuse more tokens than the model has positions for."""
+    """Refuse more tokens than the model has positions for, and none but special ones."""
     if not any(name.endswith("input_ids") for name in training.column_names):
         return
+    special, given = recipe.tokenizer.num_special_tokens_to_add(), recipe.config.data.max_length
+    if given <= special:
+        refuse("data.max_length", f"found {given}; {special} special tokens frame a text", "allow more")
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     allowed = min(recipe.tokenizer.model_max_length, positions)
-    if recipe.config.data.max_length > allowed:
-        raise BadInput(
-            f"data.max_length: found {recipe.config.data.max_length}; allowed: 1 to {allowed}, "
-            f"the positions of {recipe.config.model.name}"
-        )
+    if given > allowed:
+        found, name = f"found {given}", recipe.config.model.name
+        refuse("data.max_length", found, f"allowed: 1 to {allowed}, the positions of {name}")
 
 
 def _check_best_metric(config: Config, baseline: Mapping[str, float] | None) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from gradacc_hf.config import DataConfig
 from gradacc_hf.errors import BadInput, listed
 from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import check_texts, file_rows
+from gradacc_hf.labels import file_rows, require_texts
 from gradacc_hf.loop import evaluate
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
@@ -68,12 +68,19 @@ class CausalLM(Recipe):
         self.kind = self.find_kind(rows)
         if self.kind == MESSAGES:
             chat.check_chat_template(self.tokenizer, self.config.model.name)
-            rows = self.check_rows(*rows, lambda row: chat.chat_problem(row["messages"]), "data.train")
+        rows = self.check_rows(*rows, self.problem, "data.train")
         tokens = [dataset.map(features, fn_kwargs=self.settings) for dataset in rows]
         numbers = [file_rows(dataset) for dataset in rows]
         train, self.validation = self.check_rows(*tokens, chat.tokens_problem, "data.train", numbers)
         names = ["input_ids", "labels"]
         return train.select_columns(names), self.validation.select_columns(names)
+
+    def problem(self, row):
+        """What is wrong with a row before it is tokenised, or None."""
+        if self.kind == MESSAGES:
+            return chat.chat_problem(row["messages"])
+        odd = next((name for name in self.kind if not isinstance(row[name], str)), None)
+        return None if odd is None else f"column {odd!r}: {row[odd]!r:.40} is not text"
 
     def find_kind(self, rows):
         """What both data sets hold: chats, else prompts with completions, else texts."""
@@ -81,7 +88,7 @@ class CausalLM(Recipe):
         for kind in kinds:
             if all(set(kind) <= set(dataset.column_names) for dataset in rows):
                 for dataset, column in product(rows, () if kind == MESSAGES else kind):
-                    check_texts(dataset, column, "data.train")
+                    require_texts(dataset, column, "data.train")
                 return kind
         found, allowed = listed(rows[0].column_names), "; or ".join(" and ".join(kind) for kind in kinds)
         raise BadInput(f"data.train: found the columns {found}; allowed: {allowed}; rename yours")
@@ -90,7 +97,6 @@ class CausalLM(Recipe):
     def tokenizer(self):
         tokenizer = super().tokenizer
         tokenizer.padding_side = "right"
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         if template := self.data.chat_template:
             if not Path(template).is_file():
                 raise BadInput(f"data.chat_template: no file {template!r}; give one, or null")

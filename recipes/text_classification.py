@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.labels import file_rows, require_texts, text_problem, texts_of, token_problem
+from gradacc_hf.labels import file_rows, problems_of_tokens, require_texts, text_problem, texts_of
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.targets import TARGETS, answers, class_weights
@@ -24,7 +24,10 @@ def features(rows, tokenizer, columns, max_length):
     texts = [rows[column] for column in columns]
     which = None if len(texts) > 1 else False  # of one text, all tokens are of the same type
     tokens = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=which)
-    return {**tokens, "labels": rows["label"]}
+    problems = problems_of_tokens(
+        tokens, len(texts), tokenizer.num_special_tokens_to_add(which is None), max_length
+    )
+    return {**tokens, "labels": rows["label"], "problem": problems}
 
 
 class TextClassification(Recipe):
@@ -64,9 +67,12 @@ class TextClassification(Recipe):
         train, validation = self.target.encode(train, validation)
         self.class_weights = class_weights(data.class_weights, self.target.names, train["label"])
         numbers = file_rows(train), file_rows(validation)  # before they are mapped
-        train, validation = self.tokenize(train), self.tokenize(validation)
-        no_text = token_problem(self.tokenizer, data.max_length, is_pair=len(columns) > 1)
-        return self.check_rows(train, validation, no_text, "data.text_column", numbers)
+        splits, problem = (
+            (self.tokenize(train), self.tokenize(validation)),
+            lambda row: row["problem"] or None,
+        )
+        found = self.check_rows(*splits, problem, "data.text_column", numbers)
+        return tuple(dataset.remove_columns("problem") for dataset in found)
 
     def text_columns(self):
         """The one column, or both of a pair, each with its setting."""
@@ -82,6 +88,13 @@ class TextClassification(Recipe):
 
     def model_overrides(self):
         return self.target.model_overrides()
+
+    def model(self):
+        """A decoder, such as GPT-2, reads its answer off the last token that is no padding."""
+        model = super().model()
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
 
     def num_items(self, batch):
         """A weighted mean divides by the weights of its examples, so these are its items."""

@@ -637,6 +637,20 @@ def test_a_chat_that_cannot_be_learned_is_refused_by_its_row_or_skipped(start, r
     assert "1 row that cannot be used" in out
 
 
+@pytest.mark.parametrize("kind", [("prompt", "completion"), ("text",)])
+def test_a_row_without_text_is_refused_by_its_number_or_skipped(start, kind):
+    rows = [dict.fromkeys(kind, "hello")] * 20
+    write("b.jsonl", rows)
+    write("a.jsonl", [*rows[:2], {**rows[0], kind[-1]: None}, *rows])
+    data = {"data__train": "a.jsonl", "data__validation": "b.jsonl"}
+    code, _, err = start(**data, check=True)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"training row 3: column '{kind[-1]}': None is not text" in err
+    code, out, err = start(**data, data__on_bad_row="skip", check=True)
+    assert code == 0, err
+    assert "1 row that cannot be used" in out
+
+
 @pytest.mark.parametrize(
     ("rows", "flags", "named"),
     [

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from gradacc_hf import data, embedded
 from gradacc_hf.data import load_data
 from gradacc_hf.errors import BadInput
-from gradacc_hf.labels import check_texts, encode_labels, require_column
+from gradacc_hf.labels import encode_labels, require_column, require_texts
 
 ROWS = [{"text": f"text {i}", "label": "odd" if i % 2 else "even"} for i in range(20)]
 
@@ -258,32 +258,10 @@ def test_a_missing_column_names_the_closest():
     assert message == "data.text_column: no column 'txt'; found text, label; did you mean 'text'?"
 
 
-def test_a_row_without_text_is_named_by_its_number_in_the_file(tmp_path):
-    path = write(tmp_path / "a.csv", "text,label\n" + "x,a\n" * 12 + ",b\n" + "NA,b\n" * 12)
-    splits = load(path)
-    check_texts(splits.train.filter(lambda row: row["text"] is not None), "text")
-    messages = []
-    for split in (splits.train, splits.validation):
-        try:
-            check_texts(split, "text")
-        except BadInput as error:
-            messages.append(str(error))
-    assert len(messages) == 1
-    assert "column 'text', row 13 is empty, the first of 1" in messages[0]
-
-
 def test_what_is_not_text_is_refused_with_what_to_do():
-    message = refusal(check_texts, Dataset.from_list([{"text": 1}]), "text")
+    message = refusal(require_texts, Dataset.from_list([{"text": 1}]), "text")
     assert "holds int64, not text" in message
     assert 'write its numbers as strings (JSONL: {"text": "12"})' in message
-    lists = Dataset.from_list([{"text": ["a"]}])
-    assert "column 'text', row 1: list, not text" in refusal(check_texts, lists, "text")
-
-
-def test_a_column_of_mixed_values_names_the_first_that_is_not_text(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": 1}, {"text": None}])
-    rows = load(path, path).train
-    assert "row 2: int, not text" in refusal(check_texts, rows, "text")
 
 
 @pytest.mark.parametrize(
@@ -361,7 +339,6 @@ def test_a_million_rows_are_checked_in_seconds():
     rows = Dataset.from_dict({"text": ["x"] * number, "label": np.arange(number) % 5})
     shuffled = rows.shuffle(seed=0, keep_in_memory=True)
     start = time.perf_counter()
-    check_texts(shuffled, "text")
     train, _, names = encode_labels(shuffled, shuffled.select(range(9)), "label")
     assert time.perf_counter() - start < 5
     assert len(names) == 5

@@ -111,6 +111,25 @@ def recipe_of(tiny_bert, settings):
 # Runs
 
 
+def test_a_decoder_without_padding_token_is_exact_and_saved(start, tiny_bert):
+    """As GPT-2 and most Llamas are: padded with the end of a text, and read at the last token before it."""
+    write([{**row, "label": str(len(row["topics"]) > 1)} for row in make_rows(60)])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert, eos_token="[SEP]")
+    tokenizer.pad_token = None
+    ids = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), **sizes, **ids)
+    transformers.GPT2LMHeadModel(config).save_pretrained("gpt2")
+    tokenizer.save_pretrained("gpt2")
+    settings = {"model.name": "gpt2", "budget.max_tokens": 100}
+    recipe = recipe_of(tiny_bert, settings)
+    windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator(cpu=True))
+    assert verify(make_model(recipe), windows, recipe.loss, num_windows=1, trainer=False).loop.error <= 1e-5
+    code, _, err = start({**settings, "train.max_windows": 1, "output.dir": "out"})
+    assert code == 0, err
+    assert transformers.AutoConfig.from_pretrained("out/best").pad_token_id == ids["eos_token_id"]
+
+
 def test_several_labels_are_learned_and_said(start, tiny_bert):
     write(make_rows())
     code, _, err = start({**MULTI, "train.epochs": 8, "optim.lr": 3e-3, "output.dir": "out"})
@@ -248,13 +267,16 @@ def test_a_row_that_cannot_be_used_is_refused_or_left_out(start, refused, settin
     assert summary()["skipped_rows"]["count"] == 1
 
 
-def test_rows_of_a_held_out_set_keep_the_numbers_of_the_file(start, refused):
+def test_rows_of_a_held_out_set_keep_the_numbers_of_the_file(start, tiny_bert):
     rows = [{**row, "label": "long" if len(row["text"]) > 30 else "short"} for row in make_rows(40)]
     for row in (0, 1, 38):
         rows[row]["text"] = ["", "\u200b", None][min(row, 2)]
     write(rows)
     _, out, _ = start({"data.on_bad_row": "skip", "check": "true"})
     assert "left out              3 rows" in out
+    recipe = recipe_of(tiny_bert, {"data.on_bad_row": "skip"})
+    recipe.datasets()
+    assert sorted(line.split()[2] for line in recipe.skipped_rows) == ["1:", "2:", "39:"]
 
 
 def test_truncation_that_empties_every_text_is_refused(refused):
@@ -262,6 +284,19 @@ def test_truncation_that_empties_every_text_is_refused(refused):
     line = refused({"data.max_length": 2, "data.on_bad_row": "skip"})
     assert "none of the 18 training rows can be used" in line
     assert "cut off at data.max_length 2" in line
+
+
+def test_no_room_beside_the_special_tokens_is_refused(refused):
+    write([{**row, "label": str(i % 2)} for i, row in enumerate(make_rows(20))])
+    line = refused({"data.max_length": 1})
+    assert "data.max_length: found 1; 2 special tokens frame a text; allow more" in line
+
+
+def test_a_pair_of_which_one_text_is_left_is_named(refused):
+    rows = [{**row, "other": "\u200b" if i == 2 else row["other"]} for i, row in enumerate(make_rows(20))]
+    write(rows)
+    line = refused({**NUMBER, "data.validation": "a.jsonl"})
+    assert "training row 3: no token of one of its texts is left, cut off at data.max_length 48" in line
 
 
 @pytest.mark.parametrize(
