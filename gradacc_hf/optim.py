@@ -11,6 +11,7 @@ from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer
 
 from gradacc_hf.config import OptimConfig
 from gradacc_hf.errors import BadInput
+from gradacc_hf.lora import add_lora
 
 
 def make_optimizer(model: torch.nn.Module, optim: OptimConfig, precision: str = "no") -> Optimizer:
@@ -60,3 +61,12 @@ def frozen_parameters(names: Sequence[str], patterns: Sequence[str]) -> set[str]
             f"model.freeze: {', '.join(map(repr, patterns))} leave no parameter to train: freeze fewer"
         )
     return frozen
+
+
+def choose_trained(recipe: Any, model: Any) -> None:
+    """Freeze what `model.freeze` names; with `model.lora`, all but its adapters and what the task adds."""
+    config = recipe.config.model
+    for name in frozen_parameters([name for name, _ in model.named_parameters()], config.freeze):
+        model.get_parameter(name).requires_grad_(False)
+    if config.lora.rank:
+        add_lora(model, config.lora, recipe.new_parameters)

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
@@ -29,9 +28,10 @@ from gradacc_hf.command_line import read_command_line, recipe_file
 from gradacc_hf.config import Config, tokens_per_micro_batch
 from gradacc_hf.errors import BadInput, listed, one_line, refuse
 from gradacc_hf.loop import Best, fine_tune
-from gradacc_hf.lora import add_lora, check_four_bit, write_merged
-from gradacc_hf.optim import frozen_parameters, make_optimizer, make_scheduler
+from gradacc_hf.lora import check_four_bit, write_merged
+from gradacc_hf.optim import choose_trained, make_optimizer, make_scheduler
 from gradacc_hf.output import check_output, open_output
+from gradacc_hf.overview import print_plan
 from gradacc_hf.push import check_push, push
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.runlog import describe
@@ -71,7 +71,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     windows, validation_windows = make_windows(recipe, training, validation, accelerator)
     empty = recipe.empty_model()
     _check_max_length(recipe, empty, training)
-    print_plan(recipe, windows, empty, len(validation))
+    print_plan(recipe, windows, empty, total_windows(config, windows), len(validation))
     baseline = recipe.baseline(training, validation)
     _check_best_metric(config, baseline)
     if config.check:
@@ -185,15 +185,6 @@ def make_model(recipe: Recipe) -> Any:
     return model
 
 
-def choose_trained(recipe: Recipe, model: Any) -> None:
-    """Freeze what `model.freeze` names; with `model.lora`, all but its adapters and what the task adds."""
-    config = recipe.config.model
-    for name in frozen_parameters([name for name, _ in model.named_parameters()], config.freeze):
-        model.get_parameter(name).requires_grad_(False)
-    if config.lora.rank:
-        add_lora(model, config.lora, recipe.new_parameters)
-
-
 def make_accelerator(config: Config) -> Accelerator:
     """An Accelerator for the budget's precision and the run's tracker."""
     tracker, known = config.output.tracker, sorted(map(str, LoggerType.list()))
@@ -261,58 +252,6 @@ def total_windows(config: Config, windows: WindowLoader) -> int:
     """The windows of the whole run."""
     total = sum(windows.plan.num_windows(epoch) for epoch in range(config.train.epochs))
     return min(total, config.train.max_windows or total)
-
-
-def print_plan(recipe: Recipe, windows: WindowLoader, empty: torch.nn.Module, num_validation: int) -> None:
-    """What is about to happen, before anything heavy does."""
-    config, plan, accelerator = recipe.config, windows.plan, windows.accelerator
-    epochs = config.train.epochs
-    sample = [
-        windows.split(0, int(t))
-        for t in np.linspace(0, plan.num_windows(0) - 1, min(100, plan.num_windows(0)))
-    ]
-    steps = [max(map(len, split.processes)) for split in sample]
-    padding = 1 - sum(split.tokens for split in sample) / sum(split.padded_tokens for split in sample)
-    bound = recipe.config.budget.micro_batch_size
-    tokens = tokens_per_micro_batch(config.budget, accelerator.device.type)
-    rows = (
-        ("recipe", (type(recipe).__doc__ or type(recipe).__name__).partition("\n")[0]),
-        ("model", f"{config.model.name}, {_parameters(recipe, empty)}"),
-        *([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
-        ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
-        ("validation", recipe.validation_source.removeprefix("validation: ")),
-        *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),
-        ("effective batch size", f"{config.batch.effective} examples a window"),
-        (
-            "windows",
-            f"{total_windows(config, windows):,}, over {epochs} epoch{'s' * (epochs > 1)}",
-        ),
-        ("micro-batches", f"at most {bound} examples" if bound else f"at most {tokens:,} padded tokens"),
-        (
-            "accumulation steps",
-            f"{min(steps)} / {sum(steps) / len(steps):.1f} / {max(steps)} (min / mean / max)",
-        ),
-        ("padding", f"{padding:.1%} of the tokens"),
-        ("precision", {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)),
-        ("processes", f"{accelerator.num_processes} on {accelerator.device.type}"),
-    )
-    for name, value in rows:
-        accelerator.print(f"{name:<22}{value}")
-
-
-def _parameters(recipe: Recipe, model: torch.nn.Module) -> str:
-    """How many parameters there are, and how many are trained; chooses these."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    choose_trained(recipe, model)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if rank := recipe.config.model.lora.rank:
-        return f"{total:,} parameters, {trained:,} trained (LoRA rank {rank})"
-    frozen = f", {total - trained:,} of them frozen" if trained < total else ""
-    return f"{total:,} parameters{frozen}" + (", from scratch" if recipe.from_scratch else "")
-
-
-def _left_out(rows: Sequence[str]) -> str:
-    return f"{len(rows):,} row{'s' * (len(rows) > 1)} that cannot be used, the first: {rows[0]}"
 
 
 def _check_early_stopping(config: Config) -> None:

@@ -1,0 +1,65 @@
+"""What a run is about to do, in a table, before anything heavy does it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from gradacc_hf.config import tokens_per_micro_batch
+from gradacc_hf.optim import choose_trained
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.windows import WindowLoader
+
+
+def print_plan(
+    recipe: Recipe, windows: WindowLoader, empty: torch.nn.Module, num_windows: int, num_validation: int
+) -> None:
+    """What is about to happen, before anything heavy does."""
+    config, plan, accelerator = recipe.config, windows.plan, windows.accelerator
+    epochs = config.train.epochs
+    sample = [
+        windows.split(0, int(t))
+        for t in np.linspace(0, plan.num_windows(0) - 1, min(100, plan.num_windows(0)))
+    ]
+    steps = [max(map(len, split.processes)) for split in sample]
+    padding = 1 - sum(split.tokens for split in sample) / sum(split.padded_tokens for split in sample)
+    bound = recipe.config.budget.micro_batch_size
+    tokens = tokens_per_micro_batch(config.budget, accelerator.device.type)
+    rows = (
+        ("recipe", (type(recipe).__doc__ or type(recipe).__name__).partition("\n")[0]),
+        ("model", f"{config.model.name}, {_parameters(recipe, empty)}"),
+        *([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
+        ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
+        ("validation", recipe.validation_source.removeprefix("validation: ")),
+        *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),
+        ("effective batch size", f"{config.batch.effective} examples a window"),
+        (
+            "windows",
+            f"{num_windows:,}, over {epochs} epoch{'s' * (epochs > 1)}",
+        ),
+        ("micro-batches", f"at most {bound} examples" if bound else f"at most {tokens:,} padded tokens"),
+        (
+            "accumulation steps",
+            f"{min(steps)} / {sum(steps) / len(steps):.1f} / {max(steps)} (min / mean / max)",
+        ),
+        ("padding", f"{padding:.1%} of the tokens"),
+        ("precision", {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)),
+        ("processes", f"{accelerator.num_processes} on {accelerator.device.type}"),
+    )
+    for name, value in rows:
+        accelerator.print(f"{name:<22}{value}")
+
+
+def _parameters(recipe: Recipe, model: torch.nn.Module) -> str:
+    """How many parameters there are, and how many are trained; chooses these."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    choose_trained(recipe, model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if rank := recipe.config.model.lora.rank:
+        return f"{total:,} parameters, {trained:,} trained (LoRA rank {rank})"
+    frozen = f", {total - trained:,} of them frozen" if trained < total else ""
+    return f"{total:,} parameters{frozen}" + (", from scratch" if recipe.from_scratch else "")
+
+
+def _left_out(rows: Sequence[str]) -> str:
+    return f"{len(rows):,} row{'s' * (len(rows) > 1)} that cannot be used, the first: {rows[0]}"
