@@ -135,7 +135,6 @@ def test_speed_is_measured_on_the_offline_config():
 
 
 def test_our_gradient_cache_and_that_of_sentence_transformers_come_to_the_same_model(tmp_path, console):
-    pytest.importorskip("sentence_transformers")
     write_pairs(tmp_path / "pairs.jsonl")
     settings = {
         "model.name": tiny_encoder(tmp_path / "bert"),

@@ -25,25 +25,6 @@ OFFLINE = ROOT / "configs/question_answering_offline.yaml"
 WORDS = ["tea", "garden", "letter", "morning", "prize", "cash", "winner", "click", "river", "stone"]
 
 
-@pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "bert"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.minilm_path())
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # losses that differ from example to example
-    )
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def make_rows(number=40, seed=0):
     """Contexts of 5 to 120 words; the answer is the word or two after the word that is asked for."""
     draw = random.Random(seed)

@@ -1,7 +1,6 @@
 """A recipe through its command line: what a run does, on any hardware, and what is refused."""
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -18,10 +17,10 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from recipe_runs import load_recipe
 from safetensors.torch import load_file
 
 from gradacc_hf.config import OptimConfig
-from gradacc_hf.embedded import minilm_path
 from gradacc_hf.optim import make_optimizer
 from gradacc_hf.recipe import set_dropout
 from gradacc_hf.run import run
@@ -32,34 +31,7 @@ ENVIRONMENT = dict(os.environ)  # before any Accelerator in this process has add
 METRICS = {"loss", "accuracy", "f1", "matthews_correlation"}
 
 
-def load_recipe():
-    spec = importlib.util.spec_from_file_location("text_classification", RECIPE)
-    sys.modules["text_classification"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.TextClassification
-
-
-TextClassification = load_recipe()
-
-
-@pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory):
-    """A BERT of 2 layers with MiniLM's tokenizer, as a folder."""
-    folder = tmp_path_factory.mktemp("models") / "bert"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path())
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # losses that differ from example to example
-    )
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+TextClassification = load_recipe("text_classification").TextClassification
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from gradacc_hf import verify
 from gradacc_hf.config import kit
-from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import BadInput
 from gradacc_hf.run import load_recipe, make_model, make_windows, run
 
@@ -23,20 +21,6 @@ TextClassification = runpy.run_path(str(RECIPE))["TextClassification"]
 WORDS = {"sport": ["goal", "match"], "music": ["song", "guitar"], "food": ["bread", "soup"]}
 MULTI = {"data.problem": "multi_label", "data.label_column": "topics"}
 NUMBER = {"data.problem": "regression", "data.label_column": "score", "data.text_pair_column": "other"}
-
-
-@pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "bert"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path())
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.2, **sizes
-    )
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)

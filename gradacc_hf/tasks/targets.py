@@ -7,6 +7,7 @@ label texts and images.
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from gradacc_hf.labels import (
 KEY = "data.label_column"
 
 
-class Target:
+class Target(ABC):
     """The labels of a task. `encode` replaces their column by `label`, as numbers, and finds their names."""
 
     def __init__(self, train: Dataset, validation: Dataset, column: str):
@@ -48,25 +49,25 @@ class Target:
             return f"column {self.column!r} is −1, a label that is withheld"
         return None
 
+    @abstractmethod
     def encode(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
         """Both with a column `label` of what `loss` compares with, a row each. Raises BadInput."""
-        raise NotImplementedError
 
+    @abstractmethod
     def model_overrides(self) -> dict[str, Any]:
         """What the model's config says of its outputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The mean over rows. logits: (rows, outputs); labels: as `encode` made them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """How good these predictions are. Shapes as in `loss`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def constant(self, labels: np.ndarray) -> np.ndarray:
         """The logits, (outputs,), of the best answer to these labels that looks at no input."""
-        raise NotImplementedError
 
     def baseline(self, train: Sequence[Any], validation: Sequence[Any]) -> dict[str, float]:
         """The metrics on validation labels of the answer that is the best to the training labels."""
