@@ -18,7 +18,7 @@ from gradacc_hf.optim import make_optimizer
 from gradacc_hf.verify import remove_dropout
 
 # Fixtures.
-start, tiny_bert = test_recipe.start, test_recipe.tiny_bert
+start = test_recipe.start
 datasets_cache, empty_folder = test_recipe.datasets_cache, test_recipe.empty_folder
 
 STEPS = (1, 4, 16, 64, 256)

@@ -27,7 +27,7 @@ from gradacc_hf.run import choose_trained
 from gradacc_hf.verify import remove_dropout
 
 # Fixtures.
-start, tiny_bert = test_recipe.start, test_recipe.tiny_bert
+start = test_recipe.start
 datasets_cache, empty_folder = test_recipe.datasets_cache, test_recipe.empty_folder
 
 TEXTS = ["tea in the garden", "prize winner click"]
