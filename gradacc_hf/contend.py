@@ -36,6 +36,7 @@ from gradacc_hf.output import settings
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.runlog import finite, peak_memory_bytes, versions
+from gradacc_hf.split import padded_size
 from gradacc_hf.verify import out_of_memory, remove_dropout
 from gradacc_hf.windows import WindowLoader
 
@@ -66,7 +67,7 @@ class Run:
         self.steps = recipe.config.batch.effective // self.size
         self.pad_to = self.windows.pad_to if isinstance(self.windows.pad_to, int) else None
         if self.windows.pad_to == "window":  # of the others nobody knows what else a window holds
-            self.pad_to = int(self.windows.lengths.max())
+            self.pad_to = int(self.windows.tokens.max())
         self.seen: list[list[Any]] = []  # the examples of each micro-batch, as they were collated
 
     def loaders(self) -> tuple[WindowLoader, WindowLoader]:
@@ -128,15 +129,19 @@ class Run:
         self.seen.append(windows.examples(indices))
         return windows.collated(indices, self.pad_to).batch
 
-    def padded_to(self, name: str, window: list[list[int]]) -> int | None:
-        """What all micro-batches of a window are padded to; None for the longest of each."""
+    def padded_size(self, name: str, window: list[np.ndarray]) -> int:
+        """The padded tokens of a window, from the tokens of its micro-batches, (examples, columns) each."""
+        if self.windows.pad_to == "nothing":
+            return int(sum(map(np.sum, window)))
+        pad_to = self.pad_to
         if name == "ours" and self.windows.pad_to == "window":
-            return max(map(max, window))
-        return self.pad_to
+            pad_to = int(max(map(np.max, window)))
+        padded = (tokens if pad_to is None else np.full_like(tokens, pad_to) for tokens in window)
+        return sum(map(padded_size, padded))
 
-    def lengths(self, examples: Sequence[Any]) -> list[int]:
-        """The tokens of each example, as the recipe counts them."""
-        return measure_lengths(examples, self.recipe.lengths(examples)).tolist()
+    def tokens(self, examples: Sequence[Any]) -> np.ndarray:
+        """The tokens of each example, (examples, columns), as the recipe counts them."""
+        return measure_lengths(examples, self.recipe.lengths(examples))
 
     def by_window(self) -> list[list[list[Any]]]:
         """The examples of each micro-batch, by window."""
@@ -151,7 +156,7 @@ class Run:
 def micro_batch_size(recipe: Recipe, windows: WindowLoader) -> int:
     """For those who cut by count: as many examples as fit the budget padded to the longest, equally many."""
     bound, effective = windows.bound, recipe.config.batch.effective
-    most = bound.max_rows(int(windows.lengths.max()))
+    most = bound.max_rows(int(windows.tokens.max(0).sum()))
     return max(size for size in range(1, min(most, effective) + 1) if effective % size == 0)
 
 
@@ -176,16 +181,11 @@ def timed(run: Run, name: str, folder: Path) -> None:
     _, validation = run.loaders()
     prepared = run.accelerator.prepare(model) if name not in ("ours", "at_once") else model
     metrics = recipe.validate(prepared, validation, run.accelerator)
-    lengths = [[run.lengths(micro_batch) for micro_batch in window] for window in run.by_window()]
-    if len(ends) == len(lengths):
+    tokens_of = [[run.tokens(micro_batch) for micro_batch in window] for window in run.by_window()]
+    if len(ends) == len(tokens_of):
         seconds = [ran.seconds - (ends[-1] - ends[0]), *np.diff(ends).tolist()]
     else:  # the fp16 scaler has skipped steps, which nobody sees here
-        seconds, rates = [ran.seconds / len(lengths)] * len(lengths), [math.nan] * len(lengths)
-
-    def padded_size(window: list[list[int]]) -> int:
-        if run.windows.pad_to == "nothing":
-            return sum(map(sum, window))
-        return sum(len(piece) * (run.padded_to(name, window) or max(piece)) for piece in window)
+        seconds, rates = [ran.seconds / len(tokens_of)] * len(tokens_of), [math.nan] * len(tokens_of)
 
     rows = [
         {
@@ -194,12 +194,12 @@ def timed(run: Run, name: str, folder: Path) -> None:
             "loss": ran.losses[number],
             "lr": rates[number],
             "examples": sum(map(len, window)),
-            "tokens": sum(map(sum, window)),
-            "padded_tokens": padded_size(window),
+            "tokens": int(sum(map(np.sum, window))),
+            "padded_tokens": run.padded_size(name, window),
             "accumulation_steps": len(window),
             "seconds": seconds[number],
         }
-        for number, window in enumerate(lengths)
+        for number, window in enumerate(tokens_of)
     ]
     tokens, padded = (sum(row[key] for row in rows) for key in ("tokens", "padded_tokens"))
     steps = [row["accumulation_steps"] for row in rows]
@@ -221,7 +221,7 @@ def timed(run: Run, name: str, folder: Path) -> None:
         "precision": {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision),
         "eval": {"window": len(rows), **metrics},
         "baseline": recipe.baseline(run.training, run.validation),
-        "first_window": lengths[0],
+        "first_window": [tokens.sum(1).tolist() for tokens in tokens_of[0]],
         "versions": versions(),
     }
     folder.mkdir(parents=True, exist_ok=True)

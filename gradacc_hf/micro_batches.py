@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from gradacc_hf.items import CountItems
 from gradacc_hf.plan import WindowPlan
-from gradacc_hf.split import Bound, Cost, split_window
+from gradacc_hf.split import Bound, Cost, bounding_lengths, padded_size, split_window
 
 PadTo = Literal["micro_batch", "window", "nothing"] | int
 Lengths = str | Sequence[int] | np.ndarray | Callable[[Any], int] | None
@@ -64,7 +64,7 @@ class LocalWindows(Dataset):
     dataset: Any
     collate_fn: Callable[..., Mapping[str, Any]]
     count_items: CountItems
-    lengths: np.ndarray
+    tokens: np.ndarray  # (examples, columns padded on their own)
     pad_to: PadTo
     bound: Bound
     cost: Cost
@@ -82,22 +82,23 @@ class LocalWindows(Dataset):
 
     def split(self, epoch: int, window: int) -> Split:
         indices = self.plan.indices(epoch, window)
-        lengths = self.lengths[indices]
-        padded, pad_to = lengths, None
-        packed = self.pad_to == "nothing"
+        tokens = padded = self.tokens[indices]
+        pad_to, packed = None, self.pad_to == "nothing"
         if self.pad_to not in ("micro_batch", "nothing"):
-            pad_to = int(lengths.max()) if self.pad_to == "window" else self.pad_to
-            padded = np.full_like(lengths, pad_to)
-        processes = split_window(padded, self.bound, self.num_processes, self.cost, packed)
+            pad_to = int(tokens.max()) if self.pad_to == "window" else self.pad_to
+            padded = np.full_like(tokens, pad_to)
+        lengths = bounding_lengths(padded)
+        processes = split_window(lengths, self.bound, self.num_processes, self.cost, packed)
+        total = int(tokens.sum())
         return Split(
             indices=indices,
             processes=[[indices[positions] for positions in process] for process in processes],
             epoch=epoch,
             window=window,
-            tokens=int(lengths.sum()),
-            padded_tokens=int(lengths.sum())
+            tokens=total,
+            padded_tokens=total
             if packed
-            else sum(len(piece) * int(padded[piece].max()) for process in processes for piece in process),
+            else sum(padded_size(padded[piece]) for process in processes for piece in process),
             pad_to=pad_to,
         )
 
@@ -142,7 +143,7 @@ class LocalWindows(Dataset):
 
     def find_example_with_items(self, split: Split, longest: bool = False) -> MicroBatch | None:
         """The shortest (or longest) example of the window that has items when it is collated alone."""
-        by_length = np.argsort(self.lengths[split.indices], kind="stable")
+        by_length = np.argsort(self.tokens[split.indices].sum(1), kind="stable")
         for index in split.indices[by_length[::-1] if longest else by_length]:
             micro_batch = self.collate(np.array([index]), split.epoch, split.pad_to)
             if micro_batch.num_items:
@@ -160,10 +161,11 @@ class LocalWindows(Dataset):
 
 
 def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
-    """Tokens of every example, int32: from a column, a sequence, a function, or by default the size of
-    `input_ids`.
+    """Tokens of every example, int32 (examples, columns): from a column, a sequence, a function, or by
+    default the size of `input_ids`.
 
-    Nested `input_ids` (choices) count as rows × the longest; without `input_ids` all examples are equal.
+    There are several columns where a sequence of (examples, columns) says so. Nested `input_ids` (choices)
+    count as rows × the longest; without `input_ids` all examples are equal.
     """
     # not `for example in dataset`: a torch data set without __iter__ need not raise an IndexError at its end
     examples = dataset if hasattr(dataset, "__iter__") else (dataset[i] for i in range(len(dataset)))
@@ -183,15 +185,16 @@ def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
     else:
         measured = np.ones(len(dataset))
     array = np.asarray(measured)
-    if array.shape != (len(dataset),):
+    if array.ndim not in (1, 2) or len(array) != len(dataset) or not array.size:
         raise ValueError(
-            f"lengths has the shape {array.shape}; the data set has {len(dataset)} examples, one number each"
+            f"lengths has the shape {array.shape}; the data set has {len(dataset)} examples: a number each, "
+            "or one for each of its inputs that are padded on their own"
         )
     if not np.issubdtype(array.dtype, np.number) or not (np.isfinite(array) & (array >= 0)).all():
         raise ValueError(
             f"lengths must be numbers of tokens, 0 or more; found {array.dtype}: {array[:3].tolist()} …"
         )
-    return array.astype(np.int32)
+    return array.astype(np.int32).reshape(len(dataset), -1)
 
 
 def _column_lengths(column: Any) -> np.ndarray:

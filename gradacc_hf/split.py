@@ -132,14 +132,21 @@ def _cut(
     return [positions[start:stop] for _, start, stop in sorted(pieces, reverse=True)]
 
 
-def bounding_lengths(columns: np.ndarray) -> np.ndarray:
-    """Tokens (examples, columns) → a length for each example, by which any micro-batch keeps its bound.
+def bounding_lengths(tokens: np.ndarray) -> np.ndarray:
+    """Tokens of a window, (examples, columns) → lengths by which any micro-batch of it keeps its bound.
 
     Columns are padded on their own, so that a micro-batch takes the longest anchor and the longest positive
     (or source and target), of different examples: no sum over an example says so much. Of examples sorted by
     that sum, this is the most of each column up to there.
     """
-    order = np.argsort(columns.sum(1), kind="stable")
-    lengths = np.empty(len(columns), dtype=np.int64)
-    lengths[order] = np.maximum.accumulate(columns[order]).sum(1)
+    if tokens.shape[1] == 1:
+        return tokens[:, 0]
+    order = np.argsort(tokens.sum(1), kind="stable")
+    lengths = np.empty(len(tokens), dtype=np.int64)
+    lengths[order] = np.maximum.accumulate(tokens[order]).sum(1)
     return lengths
+
+
+def padded_size(tokens: np.ndarray) -> int:
+    """Tokens of a micro-batch's examples, (examples, columns) → with padding, each column to its longest."""
+    return len(tokens) * int(tokens.max(0).sum())

@@ -51,7 +51,8 @@ class WindowLoader:
         num_items: "labels", "next_token" or `batch -> number`: the terms of the mean that the loss is
             (`items.py`).
         lengths: tokens of each example: a column's name, a sequence, or a function of an example; by default
-            those of `input_ids` where there is one, else all equal.
+            those of `input_ids` where there is one, else all equal. An array (examples, columns) where an
+            example has inputs that are padded on their own, such as source and target.
         pad_to: "micro_batch" pads each to its own longest; "window" pads all micro-batches of a window alike;
             a number pads to so many tokens; "nothing" says that the collate function lays its examples end to
             end in one row (packing). For models whose loss padding reaches (question answering), only
@@ -100,7 +101,7 @@ class WindowLoader:
             dataset=dataset,
             collate_fn=collate_fn,
             count_items=items.resolve(num_items),
-            lengths=measure_lengths(dataset, lengths),
+            tokens=measure_lengths(dataset, lengths),
             pad_to=pad_to,
             bound=bound,
             cost=cost,
@@ -112,7 +113,8 @@ class WindowLoader:
         self._started = False
         self._half_way: list[int] = []
         self._say_what_does_not_fit(bound, pad_to)
-        self.lengths, self.pad_to, self.bound = self._windows.lengths, pad_to, bound
+        self.tokens, self.pad_to, self.bound = self._windows.tokens, pad_to, bound
+        self.lengths = self.tokens.sum(1)
         self.count_items = self._windows.count_items
         if self.plan.dropped(0):
             logger.warning(
@@ -271,10 +273,10 @@ class WindowLoader:
         self.empty_windows += int(window_is_empty)
 
     def _say_what_does_not_fit(self, bound: Bound, pad_to: PadTo) -> None:
-        longest = int(self._windows.lengths.max())
-        padded = np.maximum(self._windows.lengths, pad_to if isinstance(pad_to, int) else 0)
-        if isinstance(pad_to, int) and longest > pad_to:
-            where = int(self._windows.lengths.argmax())
+        tokens = self._windows.tokens
+        padded = np.maximum(tokens, pad_to if isinstance(pad_to, int) else 0).sum(1)
+        if isinstance(pad_to, int) and (longest := tokens.max()) > pad_to:
+            where = int(tokens.max(1).argmax())
             raise ValueError(
                 f"example {where} has {longest} tokens, more than pad_to={pad_to}: truncate it, or raise that"
             )

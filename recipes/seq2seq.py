@@ -24,7 +24,6 @@ from gradacc_hf.labels import file_rows, list_lengths, require_column, texts_of
 from gradacc_hf.loop import evaluate
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
-from gradacc_hf.split import bounding_lengths
 from gradacc_hf.tasks.generate import generate
 from gradacc_hf.tasks.joined import join, joined_config, new_parameters
 
@@ -143,7 +142,7 @@ class Seq2Seq(Recipe):
     def lengths(self, dataset):
         """Tokens to read and to write, which are padded on their own."""
         tokens = [list_lengths(dataset, column) for column in ("input_ids", "labels")]
-        return bounding_lengths(np.stack(tokens, axis=1))
+        return np.stack(tokens, axis=1)
 
     def collate(self, examples, pad_to=None):
         """What the decoder reads, the model makes of `labels`: its start token, and the labels before."""

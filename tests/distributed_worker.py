@@ -25,7 +25,6 @@ from gradacc_hf.heads import build_head
 from gradacc_hf.items import model_loss
 from gradacc_hf.loop import train
 from gradacc_hf.lora import add_lora
-from gradacc_hf.split import bounding_lengths
 from gradacc_hf.tryout import try_out
 
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
@@ -287,7 +286,7 @@ def contrastive(engine, size=22, **split):
         accelerator=accelerator,
         collate_fn=collate,
         num_items=lambda batch: len(batch["anchor_input_ids"]),
-        lengths=bounding_lengths(lengths),
+        lengths=lengths,
         **split,
     )
     trained, untouched = embedder(), embedder()

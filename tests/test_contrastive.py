@@ -80,7 +80,7 @@ def num_pairs(batch):
 
 def window_loader(examples, size=22, **split):
     accelerator = Accelerator(cpu=True, mixed_precision=split.pop("mixed_precision", "no"))
-    lengths = bounding_lengths(np.array([[len(column) for column in e.values()] for e in examples]))
+    lengths = np.array([[len(column) for column in e.values()] for e in examples])
     settings = {"accelerator": accelerator, "collate_fn": collate, "num_items": num_pairs, "lengths": lengths}
     return WindowLoader(examples, size, **settings, **(split or {"max_tokens": 160}))
 
@@ -219,6 +219,18 @@ def test_any_micro_batch_holds_its_bound_though_columns_are_padded_on_their_own(
     for _ in range(200):
         some = draw.choice(300, size=draw.integers(1, 20))
         assert tokens[some].max(0).sum() <= lengths[some].max()
+
+
+def test_planned_tokens_are_those_of_the_batches_and_hold_the_bound():
+    windows, columns = window_loader(pairs(3), size=22, max_tokens=160), ("anchor", "positive", "negative")
+    for window in windows:
+        sizes, tokens = [], 0
+        for batch in window:
+            sizes.append(sum(batch[f"{column}_input_ids"].numel() for column in columns))
+            tokens += sum(int(batch[f"{column}_attention_mask"].sum()) for column in columns)
+            assert sizes[-1] <= 160 or len(window.micro_batch.indices) == 1
+            window.weigh(torch.zeros(()))
+        assert (window.padded_tokens, window.tokens) == (sum(sizes), tokens)
 
 
 def test_retrieval_metrics_by_hand():

@@ -257,16 +257,17 @@ def test_weigh_says_what_it_was_given(accelerator):
 def test_lengths_come_from_a_column_a_sequence_a_function_or_the_input_ids():
     expected = [len(example["input_ids"]) for example in DATA]
     dataset = datasets.Dataset.from_list([{**example, "n": len(example["input_ids"])} for example in DATA])
-    assert measure_lengths(dataset, None).tolist() == expected
-    assert measure_lengths(dataset.select(range(50, 0, -1)), None).tolist() == expected[50:0:-1]
-    assert measure_lengths(dataset, "n").tolist() == expected
-    assert measure_lengths(DATA, None).tolist() == expected
-    assert measure_lengths(DATA, expected).tolist() == expected
-    assert measure_lengths(DATA, lambda example: len(example["input_ids"])).tolist() == expected
-    assert measure_lengths([{"pixel_values": 0}] * 3, None).tolist() == [1, 1, 1]
+    assert measure_lengths(dataset, None).ravel().tolist() == expected
+    assert measure_lengths(dataset.select(range(50, 0, -1)), None).ravel().tolist() == expected[50:0:-1]
+    assert measure_lengths(dataset, "n").ravel().tolist() == expected
+    assert measure_lengths(DATA, None).ravel().tolist() == expected
+    assert measure_lengths(DATA[:2], [[3, 1], [2, 5]]).tolist() == [[3, 1], [2, 5]]
+    assert measure_lengths(DATA, expected).ravel().tolist() == expected
+    assert measure_lengths(DATA, lambda example: len(example["input_ids"])).ravel().tolist() == expected
+    assert measure_lengths([{"pixel_values": 0}] * 3, None).ravel().tolist() == [1, 1, 1]
     choices = [{"input_ids": [[1, 2, 3], [1]]}, {"input_ids": [[1], [2]]}]
-    assert measure_lengths(choices, None).tolist() == [6, 2]
-    assert measure_lengths(datasets.Dataset.from_list(choices), None).tolist() == [6, 2]
+    assert measure_lengths(choices, None).ravel().tolist() == [6, 2]
+    assert measure_lengths(datasets.Dataset.from_list(choices), None).ravel().tolist() == [6, 2]
 
 
 def test_a_torch_data_set_that_knows_no_end_but_its_length_is_fine(accelerator):
@@ -277,7 +278,7 @@ def test_a_torch_data_set_that_knows_no_end_but_its_length_is_fine(accelerator):
         def __getitem__(self, index):
             return DATA[index % len(DATA)]
 
-    assert measure_lengths(Endless(), None).tolist() == [len(example["input_ids"]) for example in DATA[:20]]
+    assert measure_lengths(Endless(), None).ravel().tolist() == [len(example["input_ids"]) for example in DATA[:20]]
     assert sorted(i for window in loader(accelerator, Endless()) for i in window.indices) == list(range(20))
 
 

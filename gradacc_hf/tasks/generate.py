@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
-from gradacc_hf.split import split_window
+from gradacc_hf.split import bounding_lengths, split_window
 from gradacc_hf.windows import WindowLoader
 
 
@@ -23,7 +23,7 @@ def generate(
     training = module.training
     module.eval()
     processes = split_window(
-        windows.lengths[:rows], windows.bound, 1 if sharded else accelerator.num_processes
+        bounding_lengths(windows.tokens[:rows]), windows.bound, 1 if sharded else accelerator.num_processes
     )
     written: list[tuple[int, list[int]]] = []
     for indices in processes[0 if sharded else accelerator.process_index]:
