@@ -3,7 +3,7 @@
 What all tasks share, from the command line to the saved model, is `run.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property
@@ -22,6 +22,7 @@ from gradacc_hf.data import load_data
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.items import CountItems, model_loss
+from gradacc_hf.labels import file_rows
 from gradacc_hf.loop import evaluate, logits_and_labels
 from gradacc_hf.lora import check_four_bit, four_bit, pretrained
 from gradacc_hf.micro_batches import Lengths, PadTo, Transform
@@ -102,6 +103,35 @@ class Recipe:
             self.skipped_rows += bad
             kept.append(dataset)
         return kept[0], kept[1]
+
+    def map_rows(
+        self,
+        splits: Sequence[Dataset],
+        features: Callable[..., Mapping[str, Any]],
+        key: str,
+        keep: Sequence[str] = (),
+        **settings: Any,
+    ) -> tuple[Dataset, Dataset]:
+        """Training and validation rows through `features(rows, tokenizer=…, **settings)`, in batches.
+
+        Of their own columns those in `keep` stay. A row of which the feature `problem` says something is bad:
+        see `check_rows`.
+        """
+        settings["tokenizer"] = self.tokenizer
+        mapped = [
+            dataset.map(
+                features,
+                batched=True,
+                fn_kwargs=settings,
+                remove_columns=[column for column in dataset.column_names if column not in keep],
+            )
+            for dataset in splits
+        ]
+        numbers = [file_rows(dataset) for dataset in splits]
+        train, validation = self.check_rows(
+            mapped[0], mapped[1], lambda row: row["problem"] or None, key, numbers
+        )
+        return train.remove_columns("problem"), validation.remove_columns("problem")
 
     def lengths(self, dataset: Dataset | Sequence[Any]) -> Lengths:
         """Tokens of each example, as `WindowLoader` takes them; by default those of `input_ids`."""

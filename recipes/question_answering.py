@@ -7,10 +7,10 @@ Your own: `--data.train my.jsonl`, rows with `question`, `context` and, in chara
 parts that overlap, each an example: those with the answer are learned from, the best span of all counts.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -19,17 +19,18 @@ from transformers import AutoModelForQuestionAnswering
 from gradacc_hf.config import DataConfig
 from gradacc_hf.errors import BadInput
 from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import require_column, require_fast
+from gradacc_hf.labels import require_column
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.spans import (
     add_positions,
+    best_of_rows,
     best_spans,
+    check_tokenizer,
     context_logits,
+    find_answer,
     in_parts,
-    problem_of_answers,
-    problem_of_length,
-    problem_of_texts,
+    row_problem,
     with_held,
 )
 
@@ -47,10 +48,7 @@ class QuestionAnswering(Recipe):
     model_class = AutoModelForQuestionAnswering
     tokenizer_settings: ClassVar = {"padding_side": "right"}  # XLNet's would move the answers' positions
     pipeline_tag = "question-answering"
-    example: ClassVar = {
-        "question": "What is returned?",
-        "context": "def total(items):\n    return sum(items)",
-    }
+    example: ClassVar = {"question": "What is it?", "context": "def total(items):\n    return sum(items)"}
 
     @dataclass
     class Data(DataConfig):
@@ -75,12 +73,7 @@ class QuestionAnswering(Recipe):
         return {name: getattr(self.data, f"{name}_column") for name in ("question", "context", "answers")}
 
     def datasets(self):
-        require_fast(self.tokenizer, self.config.model.name)
-        if self.tokenizer.sep_token_id is None:
-            raise BadInput(
-                f"model.name: the tokenizer of {self.config.model.name} does not separate question and "
-                "context; use an encoder such as BERT"
-            )
+        check_tokenizer(self.tokenizer, self.config.model.name)
         rows = self.rows()
         for name, column in self.columns.items():
             for dataset in rows:
@@ -99,23 +92,17 @@ class QuestionAnswering(Recipe):
     def problem(self, row):
         """What is wrong with a row, or None."""
         question, context, answers = (row[column] for column in self.columns.values())
-        if problem := problem_of_texts(question, context) or problem_of_answers(context, answers):
-            return problem
-        return problem_of_length(question, **self.settings)
+        return row_problem(question, context, answers or {}, **self.settings)
 
     def problem_of_parts(self, row):
         """What is wrong with a row whose answer no part holds, or None."""
         limits = f"data.max_length is {self.data.max_length}, data.doc_stride {self.data.doc_stride}"
-        return (
-            None if row["is_held"] else f"no part of its context holds its whole answer: {limits} (raise it)"
-        )
+        found = f"no part of its context holds its whole answer: {limits} (raise it)"
+        return None if row["is_held"] else found
 
     def tokenize(self, dataset):
-        settings = {**self.columns, **self.settings}
-        removed = dataset.column_names
-        return dataset.map(
-            features, batched=True, with_indices=True, fn_kwargs=settings, remove_columns=removed
-        )
+        settings = {"fn_kwargs": {**self.columns, **self.settings}, "remove_columns": dataset.column_names}
+        return dataset.map(features, batched=True, with_indices=True, **settings)
 
     @cached_property
     def settings(self):
@@ -139,16 +126,12 @@ class QuestionAnswering(Recipe):
         return best_spans(*logits, self.data.max_answer_length), batch["start_positions"].tolist()
 
     def metrics(self, predictions, references):
-        question, context, answers = self.columns.values()
-        contexts, best = self.validation_rows[context], {}
-        for span, row, offsets in zip(predictions, self.parts["row"], self.parts["offsets"], strict=True):
-            score, first, last = span
-            best[row] = max(best.get(row, (-torch.inf,)), (score, offsets[first][0], offsets[last][1]))
+        questions, contexts, answers = (self.validation_rows[name] for name in self.columns.values())
+        best = best_of_rows(predictions, self.parts["row"], self.parts["offsets"])
         found = [contexts[row][start:end] for row, (_, start, end) in sorted(best.items())]
-        shown = zip(self.validation_rows.select(range(min(5, len(found)))), found, strict=False)
         self.samples[:] = [
-            {"question": row[question], "answer": span, "reference": row[answers]["text"][0]}
-            for row, span in shown
+            {"question": question, "answer": span, "reference": right["text"][0]}
+            for question, span, right in islice(zip(questions, found, answers, strict=True), 5)
         ]
         return self.score(found)
 
@@ -164,26 +147,15 @@ class QuestionAnswering(Recipe):
         contexts = self.validation_rows[self.columns["context"]]
         return self.score([re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0] for text in contexts])
 
-    @torch.no_grad()
     def answer(self, model, inputs):
         """Rows with a question and a context → the answer, where it starts, and its probability."""
         found = []
         for number, row in enumerate(inputs, start=1):
-            question, context = (
-                row.get(self.columns[name]) if isinstance(row, dict) else None
-                for name in ("question", "context")
-            )
-            if problem := problem_of_texts(question, context) or problem_of_length(question, **self.settings):
+            row = row if isinstance(row, dict) else {}
+            texts = [row.get(self.columns[name]) for name in ("question", "context")]
+            if problem := row_problem(*texts, **self.settings):
                 raise BadInput(f"input {number}: {problem}; give rows of a question and its context")
-            parts = in_parts([question], [context], **self.settings)
-            offsets, _ = parts.pop("offsets"), parts.pop("row")
-            batch = self.tokenizer.pad(parts, return_tensors="pt").to(model.device)
-            starts, ends = context_logits(model(**batch), batch["input_ids"], self.tokenizer)
-            spans = best_spans(starts, ends, self.data.max_answer_length)
-            part, (best, first, last) = max(enumerate(spans), key=lambda span: span[1])
-            begin, end = offsets[part][first][0], offsets[part][last][1]
-            score = math.exp(best - starts.logsumexp((0, 1)) - ends.logsumexp((0, 1)))
-            found.append({"answer": context[begin:end], "answer_start": begin, "score": score})
+            found.append(find_answer(model, *texts, self.data.max_answer_length, **self.settings))
         return found
 
 

@@ -6,11 +6,9 @@ Your own: `--data.train my.csv --data.source_column article --data.target_column
 encoder-decoder (T5, BART, Marian, …), or else an encoder such as BERT, of which two are then joined.
 """
 
-import math
 import re
-import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,30 +16,35 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.errors import BadInput
 from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import file_rows, list_lengths, require_column, texts_of
+from gradacc_hf.labels import list_lengths, require_texts, text_problem, texts_of
 from gradacc_hf.loop import evaluate
-from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
-from gradacc_hf.tasks.generate import generate
-from gradacc_hf.tasks.joined import join, joined_config, new_parameters
+from gradacc_hf.tasks.generate import check_target_length, generate
+from gradacc_hf.tasks.joined import EncoderDecoder
 
 
-def features(rows, tokenizer, source, target, prefix, max_length, max_target_length, start):
+def features(rows, tokenizer, columns, prefix, max_length, max_target_length, start):
     """Rows → what the model reads, and as `labels` what it is to write after its start token."""
-    sources = [prefix + (text if isinstance(text, str) else "") for text in rows[source]]
-    targets = [text if isinstance(text, str) else "" for text in rows[target]]
-    tokens = tokenizer(sources, truncation=True, max_length=max_length, return_token_type_ids=False)
-    written = tokenizer(text_target=targets, truncation=True, max_length=max_target_length)["input_ids"]
-    return {**tokens, "labels": [ids[1:] if ids[:1] == [start] else ids for ids in written]}
+    source, target = columns
+    read = tokenizer([prefix + text for text in rows[source]], truncation=True, max_length=max_length)
+    read = read["input_ids"]
+    written = tokenizer(text_target=rows[target], truncation=True, max_length=max_target_length)["input_ids"]
+    bare, bare_target = tokenizer(prefix)["input_ids"], tokenizer(text_target="")["input_ids"]
+    nothing_read = f"no token of its source is left; data.max_length is {max_length}"
+    nothing_written = f"no token of its target is left; data.max_target_length is {max_target_length}"
+    problems = [
+        nothing_read * (len(ids) <= len(bare)) or nothing_written * (len(labels) <= len(bare_target))
+        for ids, labels in zip(read, written, strict=True)
+    ]
+    labels = [ids[1:] if ids[:1] == [start] else ids for ids in written]
+    return {"input_ids": read, "labels": labels, "problem": problems}
 
 
-class Seq2Seq(Recipe):
+class Seq2Seq(EncoderDecoder):
     """Write a text for a text."""
 
     model_class = AutoModelForSeq2SeqLM
-    pipeline_tag = "summarization"
     example = "def add(a, b):\n    return a + b"
 
     @dataclass
@@ -67,77 +70,27 @@ class Seq2Seq(Recipe):
             yield "num_beams", self.num_beams >= 1, "1 or more"
 
     @property
+    def pipeline_tag(self):
+        return "translation" if self.data.source_column.startswith("translation.") else "summarization"
+
+    @property
     def columns(self):
-        return {"source": self.data.source_column, "target": self.data.target_column}
+        return [self.data.source_column, self.data.target_column]
 
     def datasets(self):
-        rows = self.rows()
-        if not set(self.columns.values()) <= set(
-            rows[0].column_names
-        ):  # translation.de is inside translation
+        data, rows, start = self.data, self.rows(), self.model_config().decoder_start_token_id
+        check_target_length(self.model_config(), data.max_target_length, self.config.model.name)
+        if not set(self.columns) <= set(rows[0].column_names):  # translation.de is inside translation
             rows = [dataset.flatten() for dataset in rows]
-        for name, column in self.columns.items():
-            for dataset in rows:
-                require_column(dataset, column, f"data.{name}_column")
-        tokenized, numbers = map(self.tokenize, rows), list(map(file_rows, rows))
-        train, validation = self.check_rows(*tokenized, self.problem, "data.train", numbers)
-        columns = list(self.columns.values())
-        self.validation_rows = validation.select_columns(columns)
-        return train.remove_columns(columns), validation.remove_columns(columns)
-
-    def tokenize(self, dataset):
-        columns = list(self.columns.values())
-        return dataset.select_columns(columns).map(features, batched=True, fn_kwargs=self.settings)
-
-    @cached_property
-    def settings(self):
-        """What `features` is told."""
-        config, data = self.model_config(), self.data
-        positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-        if data.max_target_length > positions:
-            raise BadInput(
-                f"data.max_target_length: found {data.max_target_length}; allowed: 1 to {positions}, the "
-                f"positions of the decoder of {self.config.model.name}"
-            )
-        lengths = {"max_length": data.max_length, "max_target_length": data.max_target_length}
-        texts = {"tokenizer": self.tokenizer, "prefix": data.prefix or "", **self.columns}
-        return {**texts, **lengths, "start": config.decoder_start_token_id}
-
-    @cached_property
-    def of_nothing(self):
-        """What becomes of no text at all: the prefix and special tokens."""
-        return features({column: [""] for column in self.columns.values()}, **self.settings)
-
-    def problem(self, row):
-        """Which text of a row is not there, or has no token left; or None."""
-        limits = {"source": ("input_ids", "max_length"), "target": ("labels", "max_target_length")}
-        for name, (tokens, limit) in limits.items():
-            text = row[self.columns[name]]
-            if not isinstance(text, str) or not text.strip():
-                return f"its {name} is {'empty' if text is None or isinstance(text, str) else 'no text'}"
-            if len(row[tokens]) <= len(self.of_nothing[tokens][0]):
-                return f"no token of its {name} is left; data.{limit} is {getattr(self.data, limit)}"
-        return None
-
-    @cached_property
-    def joined(self):
-        """Is the model two encoders, joined here?"""
-        return not self.base_config().is_encoder_decoder
-
-    def model_config(self):
-        config = super().model_config()
-        if config.is_encoder_decoder:
-            return config
-        return joined_config(config, self.tokenizer, self.config.model.name)
-
-    def _load_model(self, **options):
-        warnings.filterwarnings("ignore", "Version v4.12.0")  # two joined were once trained otherwise
-        if not self.joined:
-            return super()._load_model(**options)
-        with self._loading("weights"):
-            model = join(self.model_path, self.model_config(), dtype=self.dtype, **options, **self._source())
-        self.new_parameters = new_parameters(model)
-        return model
+        for dataset in rows:
+            require_texts(dataset, data.source_column, "data.source_column")
+            require_texts(dataset, data.target_column, "data.target_column")
+        rows = self.check_rows(*rows, text_problem(self.columns), "data.train")
+        settings = {"max_length": data.max_length, "max_target_length": data.max_target_length}
+        settings |= {"columns": self.columns, "prefix": data.prefix or "", "start": start}
+        train, validation = self.map_rows(rows, features, "data.train", keep=self.columns, **settings)
+        self.shown = validation.select(range(min(data.generate_rows or len(validation), len(validation))))
+        return train.remove_columns(self.columns), validation.remove_columns(self.columns)
 
     def lengths(self, dataset):
         """Tokens to read and to write, which are padded on their own."""
@@ -150,26 +103,14 @@ class Seq2Seq(Recipe):
         labels = [torch.tensor(example["labels"]) for example in examples]
         return {**batch, "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
 
-    def predict(self, outputs, batch):
-        """Nothing: what the decoder says after the right words is not what it would write."""
-        return [None] * len(batch["labels"]), [None] * len(batch["labels"])
-
     def validate(self, model, windows, accelerator):
-        found = evaluate(
-            model, windows, accelerator=accelerator, compute_loss=self.loss, predict=self.predict
-        )
-        source, target = self.shown.column_names
-        written = generate(model, windows, accelerator, len(self.shown), **self.search)
-        written = [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
-        first = zip(self.shown[source][:5], written, self.shown[target][:5], strict=False)
-        self.samples[:] = [dict(zip(("input", "output", "reference"), texts, strict=True)) for texts in first]
-        return {"loss": found.loss, **self.metrics(written, self.shown[target])}
-
-    @property
-    def shown(self):
-        """The validation rows that texts are written for."""
-        number = min(self.data.generate_rows or len(self.validation_rows), len(self.validation_rows))
-        return self.validation_rows.select(range(number)).select_columns(list(self.columns.values()))
+        """The loss of all rows, and how good the texts are that are written for the first of them."""
+        loss = evaluate(model, windows, accelerator=accelerator, compute_loss=self.loss, predict=None).loss
+        written = generate(model, windows, accelerator, len(self.shown), self.tokenizer, **self.search)
+        source, target = (self.shown[column] for column in self.columns)
+        rows = islice(zip(source, written, target, strict=True), 5)
+        self.samples[:] = [dict(zip(("input", "output", "reference"), row, strict=True)) for row in rows]
+        return {"loss": loss, **self.metrics(written, target)}
 
     @property
     def search(self):
@@ -185,22 +126,17 @@ class Seq2Seq(Recipe):
 
     def baseline(self, train, validation):
         """Always the first line or sentence of the source: of a function, its name and parameters."""
-        source, target = self.shown.column_names
+        source, target = self.columns
         end = re.compile(r"\n|(?<=[.!?])\s")
         first = [end.split(text.strip(), maxsplit=1)[0] for text in self.shown[source]]
         return self.metrics(first, self.shown[target])
 
     def answer(self, model, inputs):
         """Texts, or rows with a source → the text written for each."""
-        [texts] = texts_of(inputs, [self.columns["source"]])
-        tokens = self.tokenizer(
-            [(self.data.prefix or "") + text for text in texts],
-            truncation=True,
-            max_length=self.data.max_length,
-            padding=True,
-            return_token_type_ids=False,
-            return_tensors="pt",
-        )
+        [texts] = texts_of(inputs, [self.data.source_column])
+        texts = [(self.data.prefix or "") + text for text in texts]
+        settings = {"truncation": True, "max_length": self.data.max_length, "padding": True}
+        tokens = self.tokenizer(texts, **settings, return_token_type_ids=False, return_tensors="pt")
         written = model.generate(**tokens.to(model.device), **self.search)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [{"output": text.strip()} for text in texts]

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.labels import file_rows, problems_of_tokens, require_texts, text_problem, texts_of
+from gradacc_hf.labels import problems_of_tokens, require_texts, text_problem, texts_of
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.targets import TARGETS, answers, class_weights
@@ -35,7 +35,6 @@ class TextClassification(Recipe):
 
     model_class = AutoModelForSequenceClassification
     pipeline_tag = "text-classification"
-    example = "Wait until all pending tasks of the event loop are done."
 
     @dataclass
     class Data(DataConfig):
@@ -66,13 +65,13 @@ class TextClassification(Recipe):
         train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
         train, validation = self.target.encode(train, validation)
         self.class_weights = class_weights(data.class_weights, self.target.names, train["label"])
-        numbers = file_rows(train), file_rows(validation)  # before they are mapped
-        splits, problem = (
-            (self.tokenize(train), self.tokenize(validation)),
-            lambda row: row["problem"] or None,
-        )
-        found = self.check_rows(*splits, problem, "data.text_column", numbers)
-        return tuple(dataset.remove_columns("problem") for dataset in found)
+        settings = {"columns": list(columns), "max_length": data.max_length}
+        return self.map_rows((train, validation), features, "data.text_column", **settings)
+
+    @property
+    def example(self):
+        text = "Wait until all pending tasks of the event loop are done."
+        return text if self.data.text_pair_column is None else {"text": text, "text_pair": text}
 
     def text_columns(self):
         """The one column, or both of a pair, each with its setting."""
@@ -80,11 +79,6 @@ class TextClassification(Recipe):
         if self.data.text_pair_column is not None:
             columns[self.data.text_pair_column] = "data.text_pair_column"
         return columns
-
-    def tokenize(self, dataset):
-        settings = {"columns": list(self.text_columns()), "max_length": self.data.max_length}
-        settings["tokenizer"] = self.tokenizer
-        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
 
     def model_overrides(self):
         return self.target.model_overrides()

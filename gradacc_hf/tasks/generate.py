@@ -1,20 +1,35 @@
 """What a model writes for the first rows of a data set, shared out to all processes."""
 
+import math
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
+from gradacc_hf.errors import refuse
 from gradacc_hf.split import bounding_lengths, split_window
 from gradacc_hf.windows import WindowLoader
 
 
+def check_target_length(config: Any, length: int, name: str) -> None:
+    """Raise BadInput where the decoder of the model `name` has fewer positions than `length`."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    if length > positions:
+        allowed = f"allowed: 1 to {positions}, the positions of the decoder of {name}"
+        refuse("data.max_target_length", f"found {length}", allowed)
+
+
 @torch.no_grad()
 def generate(
-    model: torch.nn.Module, windows: WindowLoader, accelerator: Accelerator, rows: int, **settings: Any
-) -> list[list[int]]:
-    """The token ids that a prepared encoder-decoder writes for examples 0 to `rows` − 1, in this order.
+    model: torch.nn.Module,
+    windows: WindowLoader,
+    accelerator: Accelerator,
+    rows: int,
+    tokenizer: Any,
+    **settings: Any,
+) -> list[str]:
+    """The texts that a prepared encoder-decoder writes for examples 0 to `rows` − 1, in this order.
 
     In micro-batches of the loader's bound, `labels` left out; `settings` go to the model's `generate`.
     """
@@ -31,4 +46,5 @@ def generate(
         written += zip(indices.tolist(), module.generate(**batch, **settings).tolist(), strict=True)
     module.train(training)
     everything = dict(gather_object(written))
-    return [everything[index] for index in range(rows)]
+    texts = tokenizer.batch_decode([everything[row] for row in range(rows)], skip_special_tokens=True)
+    return [text.strip() for text in texts]

@@ -5,11 +5,32 @@ Only the decoder's attention to the encoder, and its layer before the vocabulary
 """
 
 import copy
+import warnings
 from typing import Any
 
 from transformers import EncoderDecoderConfig, EncoderDecoderModel
 
 from gradacc_hf.errors import BadInput
+from gradacc_hf.recipe import Recipe
+
+
+class EncoderDecoder(Recipe):
+    """A recipe whose model is an encoder-decoder, or else two encoders of `model.name`, joined."""
+
+    def model_config(self) -> Any:
+        config = super().model_config()
+        if config.is_encoder_decoder:
+            return config
+        return joined_config(config, self.tokenizer, self.config.model.name)
+
+    def _load_model(self, **options: Any) -> Any:
+        warnings.filterwarnings("ignore", "Version v4.12.0")  # two joined were once trained otherwise
+        if self.base_config().is_encoder_decoder:
+            return super()._load_model(**options)
+        with self._loading("weights"):
+            model = join(self.model_path, self.model_config(), dtype=self.dtype, **options, **self._source())
+        self.new_parameters = new_parameters(model)
+        return model
 
 
 def joined_config(config: Any, tokenizer: Any, name: str) -> Any:

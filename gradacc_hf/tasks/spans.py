@@ -4,6 +4,7 @@ A context that does not fit is cut into parts that overlap, each with the whole 
 learned from a part, and which span is the best, is `recipes/question_answering.py`'s.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from gradacc_hf.errors import refuse
 from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import with_column
+from gradacc_hf.labels import require_fast, with_column
 
 
 def in_parts(
@@ -99,6 +101,55 @@ def best_spans(
     )
     best, at = sums.flatten(1).max(1)
     return list(zip(best.tolist(), (at // length).tolist(), (at % length).tolist(), strict=True))
+
+
+def best_of_rows(
+    spans: Sequence[tuple[float, int, int]],
+    rows: Sequence[int],
+    offsets: Sequence[Sequence[tuple[int, int]]],
+) -> dict[int, tuple[float, int, int]]:
+    """The best span, row and offsets of each part → the best of each row: (sum, start, end in characters)."""
+    best: dict[int, tuple[float, int, int]] = {}
+    for (total, first, last), row, places in zip(spans, rows, offsets, strict=True):
+        best[row] = max(best.get(row, (-math.inf, 0, 0)), (total, places[first][0], places[last][1]))
+    return best
+
+
+@torch.no_grad()
+def find_answer(
+    model: Any, question: str, context: str, max_answer_length: int, tokenizer: Any, **settings: Any
+) -> dict[str, Any]:
+    """The answer to one question, where in its context it starts, and its probability.
+
+    The settings are those of `in_parts`.
+    """
+    parts = in_parts([question], [context], tokenizer, **settings)
+    offsets, rows = parts.pop("offsets"), parts.pop("row")
+    batch = tokenizer.pad(parts, return_tensors="pt").to(model.device)
+    starts, ends = context_logits(model(**batch), batch["input_ids"], tokenizer)
+    [(total, begin, end)] = best_of_rows(best_spans(starts, ends, max_answer_length), rows, offsets).values()
+    score = math.exp(total - starts.logsumexp((0, 1)) - ends.logsumexp((0, 1)))
+    return {"answer": context[begin:end], "answer_start": begin, "score": score}
+
+
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raise BadInput unless the tokenizer of the model `name` separates texts and says where tokens are."""
+    require_fast(tokenizer, name)
+    if tokenizer.sep_token_id is None:
+        found = f"the tokenizer of {name} does not separate question and context"
+        refuse("model.name", found, "use an encoder such as BERT")
+
+
+def row_problem(question: Any, context: Any, answers: Any = None, **settings: Any) -> str | None:
+    """What is wrong with a row, or None; `answers` are looked at where there are some.
+
+    The settings are those of `in_parts`.
+    """
+    if problem := problem_of_texts(question, context):
+        return problem
+    if problem := None if answers is None else problem_of_answers(context, answers):
+        return problem
+    return problem_of_length(question, **settings)
 
 
 def problem_of_texts(question: Any, context: Any) -> str | None:
