@@ -91,13 +91,18 @@ def texts_of(inputs: Sequence[Any], columns: Sequence[str]) -> list[list[str]]:
 
 
 def encode_labels(
-    train: Dataset, validation: Dataset, label_column: str, key: str = "data.label_column"
+    train: Dataset,
+    validation: Dataset,
+    label_column: str,
+    key: str = "data.label_column",
+    skipped: list[str] | None = None,
 ) -> tuple[Dataset, Dataset, list[str]]:
     """Replace the label column by `label`, class ids 0..K−1 (int64), and give the K names in that order.
 
     Labels are strings, integers, booleans or a ClassLabel, which keeps its own names and order; others are
     sorted, integers by size. Raises BadInput for a row without label, one class only, numbers with a
-    fraction, and a validation label that training rows (or the ClassLabel) do not have.
+    fraction, and a validation label that training rows (or the ClassLabel) do not have, unless
+    there is a list `skipped`: then such a row is left out, and said there.
     """
     for split in (train, validation):
         require_column(split, label_column, key)
@@ -113,10 +118,35 @@ def encode_labels(
     known = pa.array(names, pa.large_string())
     ids, other_ids = pc.index_in(texts, known), pc.index_in(other, known)
     if other_ids.null_count:
-        row = pc.index(pc.is_null(other_ids), True).as_py()
-        found = f"label {other[row].as_py()!r} of validation {_row(validation, row)} is in no training row"
-        refuse(key, found, "add such rows to data.train, or take it out of data.validation")
+        unknown = np.flatnonzero(other_ids.is_null())
+        labels = [
+            f"label {other[int(row)].as_py()!r} of validation {_row(validation, row)}" for row in unknown
+        ]
+        validation = drop_unknown(validation, unknown, labels, key, skipped)
+        other_ids = other_ids.drop_null()
     return _with_ids(train, label_column, ids), _with_ids(validation, label_column, other_ids), names
+
+
+def drop_unknown(
+    validation: Dataset,
+    rows: Sequence[int] | np.ndarray,
+    labels: Sequence[str],
+    key: str,
+    skipped: list[str] | None,
+) -> Dataset:
+    """Validation without these rows, whose `labels` no training row has: a line about each goes to `skipped`.
+
+    Raises BadInput where that is None.
+    """
+    found = [f"{label} is in no training row" for label in labels]
+    if skipped is None:
+        refuse(key, found[0], "add such rows to data.train, or leave them out: --data.on_bad_row skip")
+    if len(rows) == len(validation):
+        refuse(
+            key, f"none of the {len(validation):,} validation rows can be used ({found[0]}, …)", "give others"
+        )
+    skipped += found
+    return select_rows(validation, np.setdiff1d(np.arange(len(validation)), rows))
 
 
 def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:

@@ -104,6 +104,11 @@ class Recipe:
             kept.append(dataset)
         return kept[0], kept[1]
 
+    @property
+    def may_skip(self) -> list[str] | None:
+        """Where rows that cannot be used are said, if they may be left out; else None."""
+        return self.skipped_rows if self.data.on_bad_row == "skip" else None
+
     def map_rows(
         self,
         splits: Sequence[Dataset],

@@ -63,7 +63,7 @@ class TextClassification(Recipe):
         self.target = TARGETS[data.problem](train, validation, data.label_column)
         train, validation = self.check_rows(train, validation, text_problem(columns), "data.text_column")
         train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
-        train, validation = self.target.encode(train, validation)
+        train, validation = self.target.encode(train, validation, self.may_skip)
         self.class_weights = class_weights(data.class_weights, self.target.names, train["label"])
         settings = {"columns": list(columns), "max_length": data.max_length}
         return self.map_rows((train, validation), features, "data.text_column", **settings)

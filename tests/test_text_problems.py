@@ -15,6 +15,7 @@ from gradacc_hf import verify
 from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput
 from gradacc_hf.run import load_recipe, make_model, make_windows, run
+from gradacc_hf.tasks.targets import TARGETS
 
 RECIPE = kit() / "recipes/text_classification.py"
 TextClassification = runpy.run_path(str(RECIPE))["TextClassification"]
@@ -308,8 +309,24 @@ def test_a_problem_that_its_labels_are_not_of_is_refused(refused, settings, foun
     assert found in refused(settings)
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_a_label_that_only_validation_has_is_left_out_where_that_is_allowed(several):
+    rows = [["sport"], ["food"], ["sport"], ["music"], ["food"]]
+    column = rows if several else [labels[0] for labels in rows]
+    train = datasets.Dataset.from_dict({"text": ["a"] * 3, "topics": column[:3]})
+    validation = datasets.Dataset.from_dict({"text": ["b", "c"], "topics": column[3:]})
+    target, skipped = TARGETS["multi_label" if several else "single_label"](train, validation, "topics"), []
+    found, kept = target.encode(train, validation, skipped)
+    assert skipped == ["label 'music' of validation row 1 is in no training row"]
+    assert (len(found), kept["text"][:]) == (3, ["c"])
+    assert kept["label"][:] == ([[1.0, 0.0]] if several else [0])
+    with pytest.raises(BadInput, match="none of the 1 validation rows can be used"):
+        target.encode(train, validation.select([0]), skipped)
+
+
 def test_a_label_that_only_validation_has_is_refused(refused):
     write([{"text": "goal", "topics": ["sport"]}, {"text": "soup", "topics": ["food"]}])
     write([{"text": "goal", "topics": ["sport"]}, {"text": "song", "topics": ["music"]}], "b.jsonl")
     line = refused({**MULTI, "data.validation": "b.jsonl", "batch.effective": 1})
     assert "label 'music' of validation row 2 is in no training row" in line
+    assert "--data.on_bad_row skip" in line

@@ -19,6 +19,7 @@ from datasets import ClassLabel, Dataset, Value
 from gradacc_hf.errors import listed, refuse
 from gradacc_hf.labels import (
     class_names,
+    drop_unknown,
     encode_labels,
     file_rows,
     is_list,
@@ -50,8 +51,14 @@ class Target(ABC):
         return None
 
     @abstractmethod
-    def encode(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
-        """Both with a column `label` of what `loss` compares with, a row each. Raises BadInput."""
+    def encode(
+        self, train: Dataset, validation: Dataset, skipped: list[str] | None = None
+    ) -> tuple[Dataset, Dataset]:
+        """Both with a column `label` of what `loss` compares with, a row each.
+
+        Raises BadInput, also for a validation row with a label that no training row has; with a list
+        `skipped`, such a row is left out, and said there.
+        """
 
     @abstractmethod
     def model_overrides(self) -> dict[str, Any]:
@@ -78,8 +85,10 @@ class Target(ABC):
 class SingleLabel(Target):
     """One of some classes. Labels are strings, integers, booleans or a ClassLabel."""
 
-    def encode(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
-        train, validation, self.names = encode_labels(train, validation, self.column)
+    def encode(
+        self, train: Dataset, validation: Dataset, skipped: list[str] | None = None
+    ) -> tuple[Dataset, Dataset]:
+        train, validation, self.names = encode_labels(train, validation, self.column, skipped=skipped)
         return train, validation
 
     def model_overrides(self) -> dict[str, Any]:
@@ -120,7 +129,9 @@ class MultiLabel(Target):
             return f"column {self.column!r} has −1, a label that is withheld, among {len(labels)}"
         return super().problem(row)
 
-    def encode(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+    def encode(
+        self, train: Dataset, validation: Dataset, skipped: list[str] | None = None
+    ) -> tuple[Dataset, Dataset]:
         known = class_names(train, self.column)
         if known is None:
             known = sorted({label for labels in train[self.column] for label in labels})
@@ -129,23 +140,22 @@ class MultiLabel(Target):
             refuse(KEY, "no training row has a label", "at least one row must have one")
         if not all(isinstance(label, str | int) for label in known):
             refuse(KEY, f"a label is {known[0]!r}", "labels are all strings, or all integers")
-        ids = {name: i for i, name in enumerate(self.names)}
-        return self._encode(train, ids, "training"), self._encode(validation, ids, "validation")
+        unknown = {}
+        for row, labels in enumerate(self._texts(validation)):
+            if absent := sorted({*labels} - {*self.names}):
+                unknown[row] = f"label {absent[0]!r} of validation row {file_rows(validation)[row] + 1:,}"
+        if unknown:
+            validation = drop_unknown(validation, [*unknown], [*unknown.values()], KEY, skipped)
+        return self._encode(train), self._encode(validation)
 
-    def _encode(self, dataset: Dataset, ids: Mapping[str, int], split: str) -> Dataset:
-        there = np.zeros((len(dataset), len(ids)), np.float32)
-        names = class_names(dataset, self.column)  # validation's may be in another order
-        for row, labels in enumerate(dataset[self.column]):
-            for label in labels_as_text(labels, names):
-                if label not in ids:
-                    number = f"{split} row {file_rows(dataset)[row] + 1:,}"
-                    refuse(
-                        KEY,
-                        f"label {label!r} of {number} is in no training row",
-                        "add such rows to data.train, or take it out of data.validation",
-                    )
-                there[row, ids[label]] = 1
-        return with_label(dataset, self.column, there)
+    def _texts(self, dataset: Dataset) -> list[list[str]]:
+        """The labels of each row; validation's ids may be in another order than training's."""
+        names = class_names(dataset, self.column)
+        return [labels_as_text(labels, names) for labels in dataset[self.column]]
+
+    def _encode(self, dataset: Dataset) -> Dataset:
+        rows = [[float(name in labels) for name in self.names] for labels in self._texts(dataset)]
+        return with_label(dataset, self.column, np.array(rows, np.float32))
 
     def model_overrides(self) -> dict[str, Any]:
         return {**_names(self.names), "problem_type": "multi_label_classification"}
@@ -185,7 +195,9 @@ class Regression(Target):
             found = f"column {self.column!r}: {row[self.column]!r} is not a number"
         return found
 
-    def encode(self, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+    def encode(
+        self, train: Dataset, validation: Dataset, skipped: list[str] | None = None
+    ) -> tuple[Dataset, Dataset]:
         def encode(dataset: Dataset) -> Dataset:
             numbers = [_number(label) for label in dataset[self.column]]
             return with_label(dataset, self.column, np.array(numbers, np.float32))
