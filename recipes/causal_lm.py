@@ -6,8 +6,6 @@ Your own: a JSONL file with `messages` (a list of {role, content}), or with `pro
 `text`. Learned are what the assistant says in a chat, completions, and all of a plain text.
 """
 
-import math
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -26,6 +24,7 @@ from gradacc_hf.tasks import chat
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.packing import check_packing, pack
 from gradacc_hf.tasks.prompts import answer_prompts, answer_samples
+from gradacc_hf.tasks.unigram import perplexity, unigram_loss
 
 MESSAGES, PROMPTS, TEXTS = ("messages",), ("prompt", "completion"), ("text",)  # what a row may hold
 
@@ -134,11 +133,7 @@ class CausalLM(Recipe):
         if self.kind != TEXTS:
             settings = self.tokenizer, self.validation, self.data.samples, self.data.sample_tokens
             self.samples[:] = answer_samples(accelerator.unwrap_model(model), *settings)
-        return {"loss": found.loss, **self.metrics_of(found.loss)}
-
-    def metrics_of(self, loss):
-        """Perplexity: how many tokens the model hesitates between, e to the mean loss of a learned token."""
-        return {"perplexity": math.exp(min(loss, 700))}
+        return {"loss": found.loss, "perplexity": perplexity(found.loss)}
 
     def answer(self, model, inputs):
         """What the model says, greedily, to chats, prompts or texts (`prompts.py`)."""
@@ -146,11 +141,12 @@ class CausalLM(Recipe):
         return [{"answer": answer} for answer in answers]
 
     def baseline(self, train, validation):
-        """Every token as likely as it is among the learned tokens in training, each counted once more."""
-        seen = Counter(token for row in train["labels"] for token in row[1:] if token != IGNORED)
-        total = seen.total() + len(self.tokenizer)
-        told = [token for row in validation["labels"] for token in row[1:] if token != IGNORED]
-        return self.metrics_of(-sum(math.log((seen[t] + 1) / total) for t in told) / len(told))
+        """Every token as likely as it is among the learned tokens in training."""
+        learned = (
+            (token for row in rows["labels"] for token in row[1:] if token != IGNORED)
+            for rows in (train, validation)
+        )
+        return {"perplexity": perplexity(unigram_loss(*learned, len(self.tokenizer)))}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from gradacc_hf.loop import evaluate
 from gradacc_hf.run import run
 from gradacc_hf.tasks.generate import check_target_length, generate
 from gradacc_hf.tasks.joined import EncoderDecoder
+from gradacc_hf.tasks.unigram import perplexity, unigram_loss
 
 
 def features(rows, tokenizer, columns, prefix, max_length, max_target_length, start):
@@ -110,7 +111,7 @@ class Seq2Seq(EncoderDecoder):
         source, target = (self.shown[column] for column in self.columns)
         rows = islice(zip(source, written, target, strict=True), 5)
         self.samples[:] = [dict(zip(("input", "output", "reference"), row, strict=True)) for row in rows]
-        return {"loss": loss, **self.metrics(written, target)}
+        return {"loss": loss, "perplexity": perplexity(loss), **self.metrics(written, target)}
 
     @property
     def search(self):
@@ -125,11 +126,13 @@ class Seq2Seq(EncoderDecoder):
         return load("rouge").compute(**pairs) | load("sacrebleu").compute(**pairs)
 
     def baseline(self, train, validation):
-        """Always the first line or sentence of the source: of a function, its name and parameters."""
+        """Every token as likely as in training; the first line or sentence of the source as its summary."""
+        tokens = ((token for row in rows["labels"] for token in row) for rows in (train, validation))
+        of_tokens = perplexity(unigram_loss(*tokens, len(self.tokenizer)))
         source, target = self.columns
         end = re.compile(r"\n|(?<=[.!?])\s")
         first = [end.split(text.strip(), maxsplit=1)[0] for text in self.shown[source]]
-        return self.metrics(first, self.shown[target])
+        return {"perplexity": of_tokens, **self.metrics(first, self.shown[target])}
 
     def answer(self, model, inputs):
         """Texts, or rows with a source → the text written for each."""

@@ -180,6 +180,7 @@ def test_an_evaluation_has_the_loss_of_all_rows_and_scores_what_is_written(make)
         assert found["loss"] == pytest.approx(float(model.eval()(**whole).loss), rel=1e-5)
     rows = make_rows()[:7]
     written = [answer["output"] for answer in recipe.answer(model, [row["source"] for row in rows])]
+    assert found.pop("perplexity") == pytest.approx(np.exp(found["loss"]))
     assert found == {"loss": found["loss"], **recipe.metrics(written, [row["target"] for row in rows])}
     assert recipe.samples == [
         {"input": row["source"], "output": text, "reference": row["target"]}
@@ -188,9 +189,9 @@ def test_an_evaluation_has_the_loss_of_all_rows_and_scores_what_is_written(make)
     perfect = recipe.metrics(*[[row["target"] for row in rows]] * 2)
     pairs = np.mean([" " in row["target"] for row in rows])  # one word alone makes no pair of words
     assert perfect == {"rouge1": 1, "rouge2": pytest.approx(pairs), "rougeL": 1, "bleu": pytest.approx(100)}
-    assert recipe.baseline(train, validation) == recipe.metrics(
-        [row["source"] for row in rows], [row["target"] for row in rows]
-    )
+    baseline = recipe.baseline(train, validation)
+    assert 10 < baseline.pop("perplexity") < len(recipe.tokenizer)
+    assert baseline == recipe.metrics([row["source"] for row in rows], [row["target"] for row in rows])
 
 
 def test_a_prefix_begins_every_source_and_columns_inside_a_column_are_found(make):
@@ -264,7 +265,7 @@ def test_the_offline_config_trains_and_its_model_writes(models, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "FutureWarning" not in done.stderr
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    metrics = {"rouge1", "rouge2", "rougeL", "bleu"}
+    metrics = {"perplexity", "rouge1", "rouge2", "rougeL", "bleu"}
     assert summary["eval"].keys() == {"window", "loss", *metrics}
     assert summary["baseline"].keys() == metrics
     assert [sample.keys() for sample in summary["samples"]] == [{"input", "output", "reference"}] * 5
