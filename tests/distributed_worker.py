@@ -25,6 +25,9 @@ from gradacc_hf.heads import build_head
 from gradacc_hf.items import model_loss
 from gradacc_hf.loop import train
 from gradacc_hf.lora import add_lora
+from gradacc_hf.tasks.lean_loss import make_lean
+from gradacc_hf.tasks.masked import at_labels, head_at_labels
+from gradacc_hf.tasks.packing import pack
 from gradacc_hf.tryout import try_out
 
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
@@ -61,6 +64,8 @@ def gradients(
     max_grad_norm=0.0,
     lengths=LENGTHS,
     lora=False,
+    packed_and_lean=False,
+    masked_only=False,
     **split,
 ):
     """One epoch of `train`: the worst error against the whole window at once, and what the processes saw."""
@@ -69,13 +74,19 @@ def gradients(
     for model in (head.model, untouched.model) if lora else ():
         torch.manual_seed(0)
         add_lora(model, LoraConfig(rank=4), {"classifier.weight", "classifier.bias"})
-    examples = head.examples(lengths)
+    collate, compute_loss, examples = head.collate, model_loss, head.examples(lengths)
+    if packed_and_lean:
+        make_lean(head.model, True)
+        collate, split["pad_to"] = pack, "nothing"
+    if masked_only:
+        head_at_labels(head.model)
+        compute_loss = loss_at_labels
     for i in empty:
         examples[i]["labels"] = [-100] * len(examples[i]["labels"])
     windows = WindowLoader(
-        examples, size, accelerator=accelerator, collate_fn=head.collate, num_items=head.num_items, **split
+        examples, size, accelerator=accelerator, collate_fn=collate, num_items=head.num_items, **split
     )  # fmt: skip
-    try_out(head.model, windows, model_loss)
+    try_out(head.model, windows, compute_loss)
     recorder = RecordGradients(head.model)
     model, optimizer = accelerator.prepare(head.model, recorder)
     steps, indices = [], []
@@ -92,7 +103,8 @@ def gradients(
     if engine == "fsdp2":
         recorder = optimizer.optimizer
         recorder.model = accelerator.unwrap_model(model)
-    records = list(train(model, optimizer, Watched(), accelerator=accelerator, max_grad_norm=max_grad_norm))
+    settings = {"accelerator": accelerator, "max_grad_norm": max_grad_norm, "compute_loss": compute_loss}
+    records = list(train(model, optimizer, Watched(), **settings))
     errors, loss_errors = [], []
     for record, window, gradient in zip(records, indices, recorder.gradients, strict=True):
         batch = untouched.collate([examples[i] for i in window])
@@ -113,6 +125,11 @@ def gradients(
         "same_windows": all(seen == indices for seen in gather_object([indices])),
         "looks_for_unused": accelerator.ddp_handler is not None,
     }
+
+
+def loss_at_labels(outputs, batch):
+    labels = batch["labels"][batch["labels"] != -100]
+    return torch.nn.functional.cross_entropy(at_labels(outputs.logits, batch["labels"]), labels)
 
 
 def evaluation(engine):
@@ -320,6 +337,12 @@ CASES = {
         engine, model_type="fnet", max_tokens=64, lengths=[12] * 23
     ),
     "lora": lambda engine: gradients(engine, model_type="bert", max_tokens=64, lora=True),
+    "packed_and_lean": lambda engine: gradients(
+        engine, "causal_lm", "llama", max_tokens=64, packed_and_lean=True
+    ),
+    "masked_lm_at_labels": lambda engine: gradients(
+        engine, "masked_lm", "bert", max_tokens=64, masked_only=True
+    ),
     "workers": lambda engine: gradients(engine, max_tokens=64, num_workers=1),
     "contrastive": lambda engine: contrastive(engine, max_tokens=160),
     "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),
