@@ -20,7 +20,7 @@ from gradacc_hf.checkpoint import MODEL_CONFIG
 from gradacc_hf.config import Config, DataConfig
 from gradacc_hf.data import load_data
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
-from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.errors import BadInput, one_line, refuse
 from gradacc_hf.items import CountItems, model_loss
 from gradacc_hf.labels import file_rows
 from gradacc_hf.loop import evaluate, logits_and_labels
@@ -205,6 +205,11 @@ class Recipe:
         ):  # what transformers makes up where there is none
             raise BadInput(f"model.name: {self.config.model.name} has no tokenizer; save it beside the model")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # decoders' often have none
+        if tokenizer.pad_token is None:
+            found = (
+                f"the tokenizer of {self.config.model.name} has neither a padding nor an end-of-text token"
+            )
+            refuse("model.name", found, "set its pad_token, and save it again")
         return tokenizer
 
     def model_config(self) -> Any:

@@ -55,7 +55,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     config.recipe = _file_of(recipe_class) or config.recipe
     _check_early_stopping(config)
     _check_dtype(config)
-    _check_lean_loss(recipe_class, config)
+    check_lean_loss(recipe_class, config)
     check_four_bit(config.model)
     check_output(config)
     if config.output.push_to_hub is not None:
@@ -160,7 +160,9 @@ def load_recipe(argv: Sequence[str]) -> Recipe:
         raise BadInput(
             f"recipe: {file} defines {listed(c.__name__ for c in found) or 'no'} Recipe; it must be one"
         )
-    return found[0](read_command_line(argv, data=found[0].Data))
+    config = read_command_line(argv, data=found[0].Data)
+    check_lean_loss(found[0], config)
+    return found[0](config)
 
 
 def open_run(run: Path) -> Recipe:
@@ -270,7 +272,8 @@ def _check_dtype(config: Config) -> None:
         )
 
 
-def _check_lean_loss(recipe_class: type[Recipe], config: Config) -> None:
+def check_lean_loss(recipe_class: type[Recipe], config: Config) -> None:
+    """Raise BadInput where a lean loss is asked for from a recipe that has none."""
     if config.budget.lean_loss is True and not recipe_class.lean_loss:
         raise BadInput(
             f"budget.lean_loss: found true, but {recipe_class.__name__} always computes all its logits; "
@@ -285,8 +288,8 @@ def _check_max_length(recipe: Recipe, model: Any, training: Dataset) -> None:
     special, given = recipe.tokenizer.num_special_tokens_to_add(), recipe.config.data.max_length
     if given <= special:
         refuse("data.max_length", f"found {given}; {special} special tokens frame a text", "allow more")
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    allowed = min(recipe.tokenizer.model_max_length, positions)
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    allowed = min(recipe.tokenizer.model_max_length, positions if positions > 0 else math.inf)  # XLNet: −1
     if given > allowed:
         found, name = f"found {given}", recipe.config.model.name
         refuse("data.max_length", found, f"allowed: 1 to {allowed}, the positions of {name}")

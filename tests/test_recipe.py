@@ -696,3 +696,11 @@ def test_a_process_of_its_own_ends_with_2_and_one_line(tiny_bert, mine, damaged,
     assert found.stderr.count("\n") == 1
     assert named in found.stderr
     assert snapshot() == before
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(refused, mine, tiny_bert):
+    shutil.copytree(tiny_bert, "unpadded")
+    settings = Path("unpadded/tokenizer_config.json")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": None}))
+    found = "model.name: the tokenizer of unpadded has neither a padding nor an end-of-text token; set its pad_token"
+    assert found in refused(data__train=mine, model__name="unpadded")

@@ -15,7 +15,7 @@ from gradacc_hf.windows import WindowLoader
 def check_target_length(config: Any, length: int, name: str) -> None:
     """Raise BadInput where the decoder of the model `name` has fewer positions than `length`."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-    if length > positions:
+    if 0 < positions < length:
         allowed = f"allowed: 1 to {positions}, the positions of the decoder of {name}"
         refuse("data.max_target_length", f"found {length}", allowed)
 
