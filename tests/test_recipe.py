@@ -702,5 +702,5 @@ def test_a_tokenizer_that_cannot_pad_is_refused(refused, mine, tiny_bert):
     shutil.copytree(tiny_bert, "unpadded")
     settings = Path("unpadded/tokenizer_config.json")
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": None}))
-    found = "model.name: the tokenizer of unpadded has neither a padding nor an end-of-text token; set its pad_token"
+    found = "model.name: the tokenizer of unpadded has neither a padding nor an end-of-text token; set its"
     assert found in refused(data__train=mine, model__name="unpadded")
