@@ -24,7 +24,9 @@ def refuse_engine(accelerator: Accelerator) -> None:
         )
 
 
-def check_arguments(dataset: Any, effective_batch_size: Any, collate_fn: Callable, pad_to: Any) -> None:
+def check_arguments(
+    dataset: Any, effective_batch_size: Any, collate_fn: Callable, pad_to: Any, pad_to_multiple_of: Any = None
+) -> None:
     """Refuse data, sizes and padding that cannot be."""
     if isinstance(dataset, Mapping):
         raise ValueError(
@@ -41,6 +43,16 @@ def check_arguments(dataset: Any, effective_batch_size: Any, collate_fn: Callabl
                 f"the effective batch size is {size!r}; it must be an integer from 1 to the "
                 f"{len(dataset)} examples of the data set"
             )
+    multiple = pad_to_multiple_of
+    if multiple is not None and (
+        isinstance(multiple, bool) or not isinstance(multiple, int | np.integer) or multiple < 1
+    ):
+        raise ValueError(f"pad_to_multiple_of is {multiple!r}; allowed: 1 token or more, or None")
+    if multiple is not None and pad_to != "micro_batch":
+        raise ValueError(
+            f"pad_to_multiple_of={multiple} rounds what each micro-batch is padded to, and pad_to={pad_to!r} "
+            "says that already: give one of the two"
+        )
     if pad_to not in ("micro_batch", "nothing"):
         if pad_to != "window" and (
             isinstance(pad_to, bool) or not isinstance(pad_to, int | np.integer) or pad_to < 1

@@ -122,8 +122,9 @@ class BatchConfig:
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "adamw_8bit", "adam", "sgd", "adafactor"] = "adamw"
+    """Optimizer: adamw_8bit holds AdamW's two states in 8 bits instead of 32 (by bitsandbytes; CUDA GPUs only),
+    adafactor holds about one number for each row and column of a weight."""
     lr: float = 2e-5
     """Learning rate, after warmup."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -210,6 +211,14 @@ class BudgetConfig:
     """Examples per micro-batch, instead of max_tokens."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the model's layers by torch.compile: slower to start, then faster."""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] | None = None
+    """How attention is computed; null is the model's own choice: sdpa, but for some models eager."""
+    pad_to_multiple_of: int | None = None
+    """Pad micro-batches to a multiple of so many tokens, so that there are fewer shapes; null pads least."""
+    cpu_offload: bool = False
+    """Hold weights, gradients and optimizer states in main memory (FSDP2 only): less memory, much slower."""
     lean_loss: bool | Literal["auto"] = "auto"
     """Compute a causal language model's logits in pieces, never all at once: auto is where they allow it."""
     num_workers: int = 0
@@ -225,6 +234,8 @@ class BudgetConfig:
         yield "max_tokens", tokens == "auto" or tokens >= 1, too_few
         yield "micro_batch_size", examples is None or examples >= 1, "1 example or more, or null"
         yield "micro_batch_size", examples is None or tokens == "auto", one_of_two
+        multiple = self.pad_to_multiple_of
+        yield "pad_to_multiple_of", multiple is None or multiple >= 1, "1 token or more (8, say), or null"
         yield "num_workers", self.num_workers >= 0, "0 processes or more"
 
 

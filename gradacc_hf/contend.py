@@ -36,7 +36,7 @@ from gradacc_hf.output import settings
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.runlog import finite, peak_memory_bytes, versions
-from gradacc_hf.split import padded_size
+from gradacc_hf.split import padded_size, rounded_up
 from gradacc_hf.verify import out_of_memory, remove_dropout
 from gradacc_hf.windows import WindowLoader
 
@@ -136,7 +136,11 @@ class Run:
         pad_to = self.pad_to
         if name == "ours" and self.windows.pad_to == "window":
             pad_to = int(max(map(np.max, window)))
-        padded = (tokens if pad_to is None else np.full_like(tokens, pad_to) for tokens in window)
+        multiple = self.recipe.config.budget.pad_to_multiple_of or 1
+        padded = (
+            rounded_up(tokens, multiple) if pad_to is None else np.full_like(tokens, pad_to)
+            for tokens in window
+        )
         return sum(map(padded_size, padded))
 
     def tokens(self, examples: Sequence[Any]) -> np.ndarray:

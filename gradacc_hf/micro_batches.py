@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from gradacc_hf.items import CountItems
 from gradacc_hf.plan import WindowPlan
-from gradacc_hf.split import Bound, Cost, bounding_lengths, padded_size, split_window
+from gradacc_hf.split import Bound, Cost, bounding_lengths, padded_size, rounded_up, split_window
 
 PadTo = Literal["micro_batch", "window", "nothing"] | int
 Lengths = str | Sequence[int] | np.ndarray | Callable[[Any], int] | None
@@ -72,6 +72,7 @@ class LocalWindows(Dataset):
     num_processes: int
     process: int
     transform: Transform | None = None
+    pad_to_multiple_of: int = 1
 
     def __getitem__(self, number: tuple[int, int]) -> tuple[Split, list[MicroBatch]] | bytes:
         split = self.split(*number)
@@ -82,8 +83,8 @@ class LocalWindows(Dataset):
 
     def split(self, epoch: int, window: int) -> Split:
         indices = self.plan.indices(epoch, window)
-        tokens = padded = self.tokens[indices]
-        pad_to, packed = None, self.pad_to == "nothing"
+        tokens = self.tokens[indices]
+        padded, pad_to, packed = self.padded(tokens), None, self.pad_to == "nothing"
         if self.pad_to not in ("micro_batch", "nothing"):
             pad_to = int(tokens.max()) if self.pad_to == "window" else self.pad_to
             padded = np.full_like(tokens, pad_to)
@@ -101,6 +102,10 @@ class LocalWindows(Dataset):
             else sum(padded_size(padded[piece]) for process in processes for piece in process),
             pad_to=pad_to,
         )
+
+    def padded(self, tokens: np.ndarray) -> np.ndarray:
+        """Tokens (examples, columns), each with what an example alone is padded by."""
+        return rounded_up(tokens, self.pad_to_multiple_of)
 
     def examples(self, indices: np.ndarray, epoch: int) -> list[Any]:
         """Examples as they are in this epoch: what is random about one is drawn from (seed, epoch, index)."""

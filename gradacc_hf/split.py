@@ -150,3 +150,8 @@ def bounding_lengths(tokens: np.ndarray) -> np.ndarray:
 def padded_size(tokens: np.ndarray) -> int:
     """Tokens of a micro-batch's examples, (examples, columns) → with padding, each column to its longest."""
     return len(tokens) * int(tokens.max(0).sum())
+
+
+def rounded_up(tokens: np.ndarray, multiple: int) -> np.ndarray:
+    """Numbers of tokens, each up to the next multiple."""
+    return -(-tokens // multiple) * multiple

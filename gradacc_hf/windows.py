@@ -57,6 +57,8 @@ class WindowLoader:
             a number pads to so many tokens; "nothing" says that the collate function lays its examples end to
             end in one row (packing). For models whose loss padding reaches (question answering), only
             "window" and a number are exact.
+        pad_to_multiple_of: says that the collate function pads to a multiple of so many tokens, as
+            transformers' collators do by an argument of this name: the cut and the planned sizes count it.
         shuffle, seed: the order of epoch e is drawn from (seed, e); without shuffling it is the data set's.
         drop_last: leave out a partial last window.
         num_workers: processes that collate beside training.
@@ -82,6 +84,7 @@ class WindowLoader:
         num_items: str | items.CountItems = "labels",
         lengths: Lengths = None,
         pad_to: PadTo = "micro_batch",
+        pad_to_multiple_of: int | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
         seed: int = 0,
@@ -90,7 +93,7 @@ class WindowLoader:
         cost: Cost = Cost(),
     ):
         refuse_engine(accelerator)
-        check_arguments(dataset, effective_batch_size, collate_fn, pad_to)
+        check_arguments(dataset, effective_batch_size, collate_fn, pad_to, pad_to_multiple_of)
         pad_to = pad_to if isinstance(pad_to, str) else int(pad_to)
         self.accelerator, self.num_workers = accelerator, num_workers
         self.seed, self.epoch, self.window = seed, 0, 0
@@ -109,6 +112,7 @@ class WindowLoader:
             transform=transform,
             num_processes=accelerator.num_processes,
             process=accelerator.process_index,
+            pad_to_multiple_of=pad_to_multiple_of or 1,
         )
         self._started = False
         self._half_way: list[int] = []
@@ -274,7 +278,7 @@ class WindowLoader:
 
     def _say_what_does_not_fit(self, bound: Bound, pad_to: PadTo) -> None:
         tokens = self._windows.tokens
-        padded = np.maximum(tokens, pad_to if isinstance(pad_to, int) else 0).sum(1)
+        padded = np.maximum(self._windows.padded(tokens), pad_to if isinstance(pad_to, int) else 0).sum(1)
         if isinstance(pad_to, int) and (longest := tokens.max()) > pad_to:
             where = int(tokens.max(1).argmax())
             raise ValueError(
