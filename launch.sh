@@ -110,6 +110,8 @@ if ((gpus > 0)); then
   processes=${processes:-$gpus}
   ((processes <= gpus)) || die "--processes: found $processes; allowed: 1 to $gpus, the GPUs of this machine"
   topology=$([[ $processes -eq 1 ]] && echo gpu || echo ddp)
+  # Segments that can grow are not fragmented by micro-batches of many shapes; unless you have set the allocator up.
+  [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 else
   processes=${processes:-1}
   topology=$([[ $processes -eq 1 ]] && echo cpu || echo cpu_processes)

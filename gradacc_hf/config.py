@@ -123,8 +123,8 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     name: Literal["adamw", "adamw_8bit", "adam", "sgd", "adafactor"] = "adamw"
-    """Optimizer: adamw_8bit holds AdamW's two states in 8 bits instead of 32 (by bitsandbytes; CUDA GPUs only),
-    adafactor holds about one number for each row and column of a weight."""
+    """Optimizer. Lean ones: adamw_8bit holds AdamW's states in 8 bits, not 32 (bitsandbytes; CUDA GPUs only),
+    adafactor a number for each row and column of a weight."""
     lr: float = 2e-5
     """Learning rate, after warmup."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])

@@ -27,6 +27,7 @@ from datasets import disable_progress_bars
 from torch.utils.data import DataLoader
 
 from gradacc_hf.checkpoint import write_whole
+from gradacc_hf.compiled import uncompiled
 from gradacc_hf.contenders import own_loss, run_accelerate, run_at_once, run_trainer, run_windows
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.gradients import read_gradient, relative_error, whole_window_gradient
@@ -184,7 +185,8 @@ def timed(run: Run, name: str, folder: Path) -> None:
     peak = peak_memory(run.accelerator.device)
     _, validation = run.loaders()
     prepared = run.accelerator.prepare(model) if name not in ("ours", "at_once") else model
-    metrics = recipe.validate(prepared, validation, run.accelerator)
+    with uncompiled(prepared):
+        metrics = recipe.validate(prepared, validation, run.accelerator)
     tokens_of = [[run.tokens(micro_batch) for micro_batch in window] for window in run.by_window()]
     if len(ends) == len(tokens_of):
         seconds = [ran.seconds - (ends[-1] - ends[0]), *np.diff(ends).tolist()]

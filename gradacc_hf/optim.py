@@ -2,7 +2,9 @@
 
 import fnmatch
 import math
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import transformers
 from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer
 
 from gradacc_hf.config import OptimConfig
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import BadInput, refuse
 from gradacc_hf.lora import add_lora
 
 
@@ -30,12 +32,40 @@ def make_optimizer(model: torch.nn.Module, optim: OptimConfig, precision: str = 
     match optim.name:
         case "adamw":
             return AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=fused)
+        case "adamw_8bit":
+            return _adamw_8bit(model, groups, lr=optim.lr, betas=betas, eps=optim.eps)
         case "adam":
             return Adam(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=fused)
         case "sgd":
             return SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=fused)
         case "adafactor":
             return Adafactor(groups, lr=optim.lr)
+
+
+def _adamw_8bit(model: torch.nn.Module, groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
+    """AdamW with states in 8 bits, but of embeddings: rare rows make theirs too uneven for that.
+
+    Source: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", section 2.3.
+    """
+    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager  # type: ignore[import-not-found]  # a heavy extra
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+    return AdamW8bit(groups, **settings)
+
+
+def check_optimizer(optim: OptimConfig) -> None:
+    """Raise BadInput where `optim.name` cannot run: it is part of the run, so no other takes its place."""
+    if optim.name != "adamw_8bit":
+        return
+    others = "allowed here: adamw, adam, sgd, adafactor"
+    if not torch.cuda.is_available():
+        refuse("optim.name", "found adamw_8bit without a CUDA GPU", others)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        refuse("optim.name", "found adamw_8bit with FSDP, which cannot shard it", others)
+    if find_spec("bitsandbytes") is None:
+        refuse("optim.name", "adamw_8bit needs bitsandbytes", "pip install bitsandbytes, or use adafactor")
 
 
 def make_scheduler(optimizer: Optimizer, optim: OptimConfig, total_windows: int) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from gradacc_hf.config import tokens_per_micro_batch
+from gradacc_hf.hardware import describe_device
 from gradacc_hf.optim import choose_trained
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.windows import WindowLoader
@@ -43,6 +44,7 @@ def print_plan(
             f"{min(steps)} / {sum(steps) / len(steps):.1f} / {max(steps)} (min / mean / max)",
         ),
         ("padding", f"{padding:.1%} of the tokens"),
+        *([("budget", f"auto: {describe_device()}")] if config.budget_file == "auto" else []),
         ("precision", {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)),
         ("processes", f"{accelerator.num_processes} on {accelerator.device.type}"),
     )

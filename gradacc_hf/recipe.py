@@ -182,6 +182,7 @@ class Recipe:
     def collate(self, examples: Sequence[Mapping[str, Any]], pad_to: int | None = None) -> dict[str, Any]:
         """Examples → a batch, padded to the longest or to `pad_to` tokens."""
         settings = {"padding": "longest" if pad_to is None else "max_length", "max_length": pad_to}
+        settings["pad_to_multiple_of"] = self.config.budget.pad_to_multiple_of if pad_to is None else None
         labels = np.asarray(examples[0].get("labels", 0))
         if labels.ndim and labels.dtype.kind == "i":  # a label a token: padded with −100
             return dict(
@@ -219,6 +220,8 @@ class Recipe:
         config = self.base_config()
         if self.config.model.dropout is not None:
             set_dropout(config, self.config.model.dropout)
+        if self.config.budget.attention is not None:
+            config._attn_implementation = self.config.budget.attention
         return config
 
     def base_config(self) -> Any:

@@ -25,11 +25,13 @@ from datasets import Dataset, disable_progress_bars
 from gradacc_hf.card import RunCard, facts, refresh_cards
 from gradacc_hf.checkpoint import write_pretrained
 from gradacc_hf.command_line import read_command_line, recipe_file
+from gradacc_hf.compiled import compile_layers, uncompiled
 from gradacc_hf.config import Config, tokens_per_micro_batch
 from gradacc_hf.errors import BadInput, listed, one_line, refuse
+from gradacc_hf.hardware import honour, honour_attention, honour_padding, set_up_allocator
 from gradacc_hf.loop import Best, fine_tune
 from gradacc_hf.lora import check_four_bit, write_merged
-from gradacc_hf.optim import choose_trained, make_optimizer, make_scheduler
+from gradacc_hf.optim import check_optimizer, choose_trained, make_optimizer, make_scheduler
 from gradacc_hf.output import check_output, open_output
 from gradacc_hf.overview import print_plan
 from gradacc_hf.push import check_push, push
@@ -49,14 +51,17 @@ def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
 
 
 def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
+    set_up_allocator()
     config = read_command_line(
         argv, data=recipe_class.Data, description=(recipe_class.__doc__ or "").partition("\n")[0]
     )  # fmt: skip
     config.recipe = _file_of(recipe_class) or config.recipe
+    honour(config)
     _check_early_stopping(config)
     _check_dtype(config)
     check_lean_loss(recipe_class, config)
     check_four_bit(config.model)
+    check_optimizer(config.optim)
     check_output(config)
     if config.output.push_to_hub is not None:
         config.output.push_to_hub = check_push(config.output.push_to_hub)
@@ -69,6 +74,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     with accelerator.main_process_first():  # the others find what it has cached
         training, validation = recipe.datasets()
     windows, validation_windows = make_windows(recipe, training, validation, accelerator)
+    honour_attention(recipe)
     empty = recipe.empty_model()
     _check_max_length(recipe, empty, training)
     print_plan(recipe, windows, empty, total_windows(config, windows), len(validation))
@@ -87,6 +93,10 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     folder = open_output(config, accelerator)
     set_seed(config.train.seed, device_specific=True)  # dropout differs by process
 
+    def validate(model: Any) -> dict[str, float]:
+        with uncompiled(model):
+            return card.evaluated(recipe.validate(model, validation_windows, accelerator))
+
     summary = fine_tune(
         model,
         optimizer,
@@ -97,7 +107,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         max_windows=config.train.max_windows,
         max_grad_norm=config.optim.max_grad_norm,
         compute_loss=recipe.loss,
-        validate=lambda model: card.evaluated(recipe.validate(model, validation_windows, accelerator)),
+        validate=validate,
         eval_every=config.train.eval_every,
         eval_on_start=config.train.eval_on_start,
         best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
@@ -180,10 +190,13 @@ def make_model(recipe: Recipe) -> Any:
     """The model that is trained: as seeded, the same new weights (a classifier's) in every process."""
     config = recipe.config
     set_seed(config.train.seed)
+    honour_attention(recipe)
     model = recipe.model()
     choose_trained(recipe, model)
     if config.budget.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.budget.compile:
+        compile_layers(model)
     return model
 
 
@@ -198,12 +211,9 @@ def make_accelerator(config: Config) -> Accelerator:
         raise BadInput(
             f"output.tracker: {tracker} is not installed here: pip install {tracker}, or choose another"
         )
-    precision = {"fp32": "no"}.get(config.budget.precision, config.budget.precision)
-    if precision == "fp16" and not torch.cuda.is_available():
-        print("budget.precision: fp16 needs a GPU, and none is here: training in fp32", file=sys.stderr)
-        precision = "no"
+    honour(config)
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision={"fp32": "no"}.get(config.budget.precision, config.budget.precision),
         cpu=not torch.accelerator.is_available(),  # else several processes would each run alone
         log_with=None if tracker == "none" or config.check else tracker,
         project_dir="runs",  # until the run's own folder is there
@@ -223,6 +233,7 @@ def make_windows(
 ) -> tuple[WindowLoader, WindowLoader]:
     """The loaders of a run: training in windows, validation in the data set's order."""
     config = recipe.config
+    honour_padding(recipe)
     if config.batch.effective > len(training):
         raise BadInput(
             f"batch.effective: found {config.batch.effective}; allowed: 1 to {len(training)}, "
@@ -233,6 +244,7 @@ def make_windows(
         "collate_fn": recipe.collate,
         "num_items": recipe.num_items,
         "pad_to": recipe.pad_to,
+        "pad_to_multiple_of": config.budget.pad_to_multiple_of,
         "transform": recipe.transform,
         "seed": config.train.seed,
         "max_tokens": tokens_per_micro_batch(config.budget, accelerator.device.type),
@@ -290,6 +302,10 @@ def _check_max_length(recipe: Recipe, model: Any, training: Dataset) -> None:
         refuse("data.max_length", f"found {given}; {special} special tokens frame a text", "allow more")
     positions = getattr(model.config, "max_position_embeddings", None) or 0
     allowed = min(recipe.tokenizer.model_max_length, positions if positions > 0 else math.inf)  # XLNet: −1
+    multiple = recipe.config.budget.pad_to_multiple_of or 1
+    if given <= allowed < (padded := -(-given // multiple) * multiple):
+        found = f"found {multiple}, which pads data.max_length {given} to {padded} tokens"
+        refuse("budget.pad_to_multiple_of", found, f"the model has {allowed} positions: lower either")
     if given > allowed:
         found, name = f"found {given}", recipe.config.model.name
         refuse("data.max_length", found, f"allowed: 1 to {allowed}, the positions of {name}")

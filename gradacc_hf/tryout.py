@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
+from gradacc_hf.compiled import uncompiled
 from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.windows import WindowLoader
 
@@ -40,7 +41,7 @@ def try_out(model: torch.nn.Module, windows: WindowLoader, compute_loss: Compute
         return
     training = model.training
     model.to(accelerator.device).eval()
-    with torch.random.fork_rng():  # a run draws the same numbers with and without this
+    with uncompiled(model), torch.random.fork_rng():  # a run draws the same numbers with and without this
         notice_inseparable_loss(model, windows, compute_loss)
         expect_unused_parameters(model, windows, compute_loss, accelerator)
     model.train(training)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gradacc_hf.compiled import compile_layers, is_compiled, uncompiled
 from gradacc_hf.diagnose import Reason, diagnose
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.gradients import (
@@ -95,7 +96,9 @@ def verify(
         )
     if not 1 <= num_windows <= len(windows):
         raise ValueError(f"num_windows: found {num_windows}; allowed: 1 to {len(windows)}, those of an epoch")
-    model = copy.deepcopy(model).float().to(accelerator.device).train()
+    compiled, model = is_compiled(model), copy.deepcopy(model).float().to(accelerator.device).train()
+    if compiled:
+        compile_layers(model)
     remove_dropout(model)
     windows = windows.copy(num_windows)
     ours, failed = [], ""
@@ -194,7 +197,8 @@ def _whole(
     """The reference, or None where the window does not fit; what it had taken by then is free again."""
     try:
         batch = in_dtype_of(model, windows.collated(window.indices, window.pad_to).batch)
-        return whole_window_gradient(model, batch, compute_loss)
+        with uncompiled(model):
+            return whole_window_gradient(model, batch, compute_loss)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

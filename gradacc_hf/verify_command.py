@@ -22,6 +22,7 @@ from gradacc_hf import conformance
 from gradacc_hf.card import refresh_cards
 from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.errors import BadInput, Parser, listed
+from gradacc_hf.hardware import honour
 from gradacc_hf.run import load_recipe, make_model, make_windows, open_run
 from gradacc_hf.runlog import finite
 from gradacc_hf.verify import Verification, verify
@@ -74,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
         raise BadInput(
             "model.load_in_4bit: found true; allowed is false, as gradients are compared in float32"
         )
+    honour(recipe.config)
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     windows, _ = make_windows(recipe, *recipe.datasets(), accelerator)
     if not 1 <= arguments.windows <= len(windows):

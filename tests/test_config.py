@@ -342,7 +342,7 @@ def test_an_unknown_key_like_nothing_names_what_there_is():
 def test_an_unknown_key_of_a_budget_file_names_the_closest():
     message = line(*TRAIN, "--budget", write("b.yaml", "memry: 8GiB"))
     assert message.startswith(
-        "unknown key memry in b.yaml: did you mean memory? (budget has: gradient_checkpointing,"
+        "unknown key memry in b.yaml: did you mean memory? (budget has: attention, compile,"
     )
 
 
@@ -427,7 +427,7 @@ def test_a_value_after_check_is_refused():
         ("optim.betas", "0.9", "a list of numbers: [0.9, 0.95]"),
         ("optim.betas", "[0.9, x]", "a list of numbers: [0.9, 0.95]"),
         ("optim.betas", "[0.9, .inf]", "a list of numbers: [0.9, 0.95]"),
-        ("optim.name", "lion", "adamw, adam, sgd or adafactor"),
+        ("optim.name", "lion", "adamw, adamw_8bit, adam, sgd or adafactor"),
         ("optim.scheduler", "step", "linear, cosine or constant"),
         ("budget.precision", "fp8", "fp32, bf16 or fp16"),
         ("budget.max_tokens", "some", "an integer or auto"),

@@ -6,6 +6,7 @@
     python -m gradacc_hf.bench lean_loss     # what memory does the loss of a large vocabulary take?
     python -m gradacc_hf.bench contrastive   # our gradient cache beside that of sentence-transformers
     python -m gradacc_hf.bench recipes       # what does each recipe reach, and how long does it take?
+    python -m gradacc_hf.bench cpu           # what do threads, malloc, padding, bf16, compile do on a CPU?
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
 same model, the same examples in the same windows, and as many optimizer steps. One process. How fast the
@@ -34,6 +35,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
 from gradacc_hf.bench.beside_sentence_transformers import contrastive, print_contrastive
+from gradacc_hf.bench.cpu import cpu, print_cpu
 from gradacc_hf.bench.every_recipe import print_recipes, recipes
 from gradacc_hf.bench.lean_memory import VOCABULARY, LeanMemory, lean_memory
 from gradacc_hf.bench.limits import Speed, speed
@@ -267,6 +269,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     offline = benchmarks.add_parser("recipes", help="every offline config: its metric, baseline and time")
     offline.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these recipes")
     offline.add_argument("--windows", type=_positive, help="stop each run after so many (default: its end)")
+    settings = benchmarks.add_parser("cpu", help="what a CPU's settings do for the speed of a recipe")
+    default = str(kit() / "configs/text_classification_offline.yaml")
+    settings.add_argument("--config", default=default, help="a recipe's config file (%(default)s)")
+    settings.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these, beside the default")
+    settings.add_argument("--windows", type=_positive, default=6, help="timed windows (%(default)s)")
+    settings.add_argument("--repeats", type=_positive, default=6, help="turns (%(default)s)")
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--json", action="store_true", help="print the result as JSON")
     console = Console(highlight=False)
@@ -285,6 +293,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             sizes = (arguments.windows, arguments.repeats, arguments.max_tokens)
             beside_theirs = contrastive((), *sizes, partial(_progress, name="contrastive"))
             result, show = beside_theirs, print_contrastive
+        elif arguments.benchmark == "cpu":
+            progress = partial(_progress, name="cpu")
+            of_cpu = cpu(arguments.config, arguments.only, arguments.windows, arguments.repeats, progress)
+            result, show = of_cpu, print_cpu
         elif arguments.benchmark == "recipes":
             progress = partial(_progress, name="recipes")
             result, show = recipes(arguments.only, arguments.windows, progress), print_recipes

@@ -44,13 +44,15 @@ def joined_config(config: Any, tokenizer: Any, name: str) -> Any:
             f"model.name: {name} is neither an encoder-decoder nor an encoder whose tokenizer begins and "
             "ends a text with a token, as BERT's; use one of those"
         )
-    return EncoderDecoderConfig.from_encoder_decoder_configs(
+    joined = EncoderDecoderConfig.from_encoder_decoder_configs(
         config,
         copy.deepcopy(config),
         decoder_start_token_id=start,
         eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id,
     )
+    joined._attn_implementation = config._attn_implementation
+    return joined
 
 
 def new_parameters(model: Any) -> set[str]:
