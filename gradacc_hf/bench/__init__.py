@@ -35,7 +35,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
 from gradacc_hf.bench.beside_sentence_transformers import contrastive, print_contrastive
-from gradacc_hf.bench.cpu import cpu, print_cpu
+from gradacc_hf.bench.cpu_speed import cpu, print_cpu
 from gradacc_hf.bench.every_recipe import print_recipes, recipes
 from gradacc_hf.bench.lean_memory import VOCABULARY, LeanMemory, lean_memory
 from gradacc_hf.bench.limits import Speed, speed

@@ -1,8 +1,8 @@
 """`gradacc bench cpu`: what a CPU's settings do for the speed of a recipe.
 
-Threads, malloc, how waiting threads wait, padding to a multiple, bf16 and torch.compile; each run in a process
-of its own, as the first three are read where a process starts. All train the same windows and take turns;
-what counts is the ratio to the default in the same turn.
+Threads, malloc, how waiting threads wait, padding to a multiple, bf16 and torch.compile; each run in a
+process of its own, as the first three are read where a process starts. All train the same windows and take
+turns; what counts is the ratio to the default in the same turn.
 """
 
 import json
@@ -97,13 +97,12 @@ def cpu(
     windows: int = 6,
     repeats: int = 6,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
-    settings: Sequence[str] = (),
 ) -> CpuSpeed:
     """Time the first windows of a config's run, each variant once a turn; raises BadInput.
 
     only: names of variants; all by default. windows: those timed, after one that is not. repeats: turns.
-    settings: of the recipe's command line, for all. The interval is from the least to the most of n ratios: one
-    of n draws is below and one above the median with the probability 1 − 2^(1 − n).
+    The interval is from the least to the most of n ratios: one of n draws is below and one above the median
+    with the probability 1 − 2^(1 − n).
     """
     known = variants()
     for name in only:
@@ -117,7 +116,7 @@ def cpu(
     for _, name in progress(turns):
         if name not in failed:
             try:
-                found[name].append(_run(config, windows, chosen[name], settings))
+                found[name].append(_run(config, windows, chosen[name]))
             except _Failed as error:
                 if name == DEFAULT:
                     raise BadInput(f"{config}: {error}") from error
@@ -146,10 +145,10 @@ class _Failed(Exception):
     """What a run said at its end."""
 
 
-def _run(config: str, windows: int, variant: Variant, settings: Sequence[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "gradacc_hf.bench.cpu", str(windows), "--config", config]
+def _run(config: str, windows: int, variant: Variant) -> dict[str, Any]:
+    command = [sys.executable, "-m", "gradacc_hf.bench.cpu_speed", str(windows), "--config", config]
     done = subprocess.run(
-        [*command, *settings, *variant.settings],
+        [*command, *variant.settings],
         capture_output=True,
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **variant.environment},
