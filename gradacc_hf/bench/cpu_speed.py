@@ -25,6 +25,7 @@ from gradacc_hf.runlog import measured_with
 
 DEFAULT = "default"
 KEEP = 4 * 2**30  # bytes that glibc does not give back to the kernel
+ENOUGH = 0.9  # confidence below which nothing is called faster or slower: 5 turns give it
 WARM_UP = 1  # windows of each run that are not timed: compiling, the allocator's blocks
 
 
@@ -195,6 +196,7 @@ def print_cpu(result: CpuSpeed, console: Console) -> None:
         table.add_column(header, justify="left" if header in ("variant", "") else "right")
     for ratio in sorted(result.ratios, key=lambda ratio: ratio.median):
         verdict = ("faster" if ratio.median < 1 else "slower") if ratio.clear else "no difference seen"
+        verdict = verdict if result.confidence >= ENOUGH else "too few turns to say"
         table.add_row(
             ratio.variant,
             f"{median(ratio.seconds):.2f}",
