@@ -12,7 +12,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM
 
 from gradacc_hf.config import DataConfig
@@ -101,8 +100,10 @@ class Seq2Seq(EncoderDecoder):
     def collate(self, examples, pad_to=None):
         """What the decoder reads, the model makes of `labels`: its start token, and the labels before."""
         batch = super().collate([{k: v for k, v in e.items() if k != "labels"} for e in examples], pad_to)
-        labels = [torch.tensor(example["labels"]) for example in examples]
-        return {**batch, "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
+        labels, multiple = [example["labels"] for example in examples], self.config.budget.pad_to_multiple_of
+        length = -(-max(map(len, labels)) // (multiple or 1)) * (multiple or 1)
+        padded = [ids + [IGNORED] * (length - len(ids)) for ids in labels]
+        return {**batch, "labels": torch.tensor(padded)}
 
     def validate(self, model, windows, accelerator):
         """The loss of all rows, and how good the texts are that are written for the first of them."""
