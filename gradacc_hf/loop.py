@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.checkpoint import WriteModel, save_model, write_pretrained
 from gradacc_hf.items import ComputeLoss, model_loss
+from gradacc_hf.out_of_memory import replayed
 from gradacc_hf.runlog import RunLog, WindowRecord
 from gradacc_hf.tryout import try_out
 from gradacc_hf.window import Window
@@ -54,19 +55,22 @@ def train(
     `scheduler` is not prepared and is stepped once a window. `max_grad_norm` 0 does not clip.
     """
     numbers, look_ahead = count(1), getattr(compute_loss, "look_ahead", _nothing)
+    largest = max_grad_norm or math.inf
     for _ in range(windows.state_dict()["epoch"], epochs):
         started = time.perf_counter()
         for window in windows:  # one window is one optimizer step
             model.train()
-            look_ahead(model, window)  # nothing, but for a loss of all its examples together
-            for batch in window:  # this process's micro-batches
-                with accelerator.accumulate(model):
-                    loss = compute_loss(model(**batch), batch)  # a mean over the micro-batch's items
-                    accelerator.backward(window.weigh(loss))
-                    if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-                    optimizer.step()
-                    optimizer.zero_grad()
+            while not window.done:
+                with replayed(window, optimizer):  # cut finer, where memory runs out
+                    look_ahead(model, window)  # nothing, but for a loss of all its examples together
+                    for batch in window:  # this process's micro-batches
+                        with accelerator.accumulate(model):
+                            loss = compute_loss(model(**batch), batch)  # a mean over the micro-batch's items
+                            accelerator.backward(window.weigh(loss))
+                            if accelerator.sync_gradients:
+                                grad_norm = accelerator.clip_grad_norm_(model.parameters(), largest)
+                            optimizer.step()
+                            optimizer.zero_grad()
             lr = optimizer.param_groups[0]["lr"]
             if scheduler is not None and not accelerator.optimizer_step_was_skipped:  # fp16 overflow
                 scheduler.step()
@@ -254,6 +258,7 @@ def fine_tune(
         best=best_evaluation or None,
         evaluations=evaluations,
         first_window=[windows.lengths[piece].tolist() for process in first.processes for piece in process],
+        replays=windows.replays,
         empty_windows=windows.empty_windows,
         empty_micro_batches=windows.empty_micro_batches,
         effective_batch_size=None if callable(size := windows.plan.effective_batch_size) else size,

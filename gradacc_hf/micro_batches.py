@@ -107,6 +107,24 @@ class LocalWindows(Dataset):
         """Tokens (examples, columns), each with what an example alone is padded by."""
         return rounded_up(tokens, self.pad_to_multiple_of)
 
+    def padded_tokens(self, indices: np.ndarray, pad_to: int | None) -> int:
+        """Those of a micro-batch of these examples."""
+        tokens = self.padded(self.tokens[indices])
+        if not len(indices) or self.pad_to == "nothing":
+            return int(tokens.sum())
+        return padded_size(tokens if pad_to is None else np.full_like(tokens, pad_to))
+
+    def dearest(self, split: Split) -> list[float]:
+        """What the dearest micro-batch of each process is predicted to cost."""
+        return [
+            max((self._cost(piece, split.pad_to) for piece in process), default=0.0)
+            for process in split.processes
+        ]
+
+    def _cost(self, indices: np.ndarray, pad_to: int | None) -> float:
+        rows = 1 if self.pad_to == "nothing" else len(indices)
+        return float(self.cost(rows, self.padded_tokens(indices, pad_to) / rows))
+
     def examples(self, indices: np.ndarray, epoch: int) -> list[Any]:
         """Examples as they are in this epoch: what is random about one is drawn from (seed, epoch, index)."""
         fetch = getattr(self.dataset, "__getitems__", None)  # one call for a datasets.Dataset

@@ -54,6 +54,18 @@ class Bound:
         assert self.max_tokens is not None
         return max(1, self.max_tokens // max(1, length))
 
+    def halved(self, rows: int, padded_tokens: int) -> "Bound":
+        """One that a micro-batch of so many examples and padded tokens exceeds twice."""
+        if self.micro_batch_size is not None:
+            return Bound(micro_batch_size=max(1, rows // 2))
+        return Bound(max_tokens=max(1, padded_tokens // 2))
+
+    def __str__(self) -> str:
+        """For messages, after "at most"."""
+        if self.micro_batch_size is not None:
+            return f"{self.micro_batch_size} examples"
+        return f"{self.max_tokens:,} padded tokens"
+
     def first_packed(self, until: np.ndarray, stop: int) -> int:
         """The first example that fits into one row with all up to `stop`; `until`: tokens before each."""
         if self.micro_batch_size is not None:

@@ -27,6 +27,7 @@ from gradacc_hf.gradients import (
     whole_window_gradient,
 )
 from gradacc_hf.items import COUNTS, ComputeLoss, CountItems, model_loss
+from gradacc_hf.out_of_memory import out_of_memory
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.tryout import random_numbers_as_they_were
 from gradacc_hf.window import Window
@@ -204,11 +205,6 @@ def _whole(
             raise
     model.zero_grad()
     return None
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Is this what torch raises on a GPU, or on a CPU, where memory does not suffice?"""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _one_by_one(

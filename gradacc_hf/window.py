@@ -5,16 +5,48 @@ windows.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedType, send_to_device
 
+from gradacc_hf.errors import BadInput
 from gradacc_hf.micro_batches import MicroBatch
+from gradacc_hf.split import Bound
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """The smallest micro-batch, of those of all processes, that memory did not suffice for."""
+
+    rows: int
+    padded_tokens: int
+    alone: int | None  # the example that was all of it
+    said: str = ""  # by torch, to this process
+
+
+class OthersRanOut(RuntimeError):
+    """Raised in a process that had enough memory, when another has not."""
+
+    def __init__(self, shortage: Shortage):
+        super().__init__("another process is out of memory")
+        self.shortage = shortage
+
+
+@dataclass(frozen=True)
+class Recutting:
+    """What a window asks of the loader that made it, when memory runs out."""
+
+    cut: Callable[["Window", Bound], "Window"]  # the same window, and all to come, under this bound
+    idle: Callable[[], MicroBatch]  # a small one, that is run at weight 0
+    padded_tokens: Callable[[np.ndarray], int]  # of a micro-batch of these examples
+    bound: Bound  # that it was cut under
+    costs: list[float]  # the dearest micro-batch of each process, as predicted
+    completed: list[float]  # the dearest one of each process that has had its memory; of the loader
 
 
 @dataclass(eq=False, repr=False)
@@ -36,12 +68,17 @@ class Window:
     _micro_batches: list[MicroBatch]  # of this process
     _accelerator: Accelerator
     _half_way: list[int]  # of the loader: windows whose latest pass has not come to its end
+    _recutting: Recutting
+    done: bool = False  # have all its micro-batches come to the step?
 
     def __post_init__(self):
         self._current: int | None = None  # the micro-batch handed out last
+        self._latest = 0  # that one, also when the pass has ended
+        self._synchronises_alone = False  # is the last micro-batch there only to synchronise gradients?
         self._random_states: list[Any] = []  # as each micro-batch met them first
         self._weighed: set[int] = set()
         self._loss: Any = None
+        self._handed: torch.Tensor | None = None  # to weigh(), the last
 
     def __len__(self) -> int:
         """This process's accumulation steps in this window."""
@@ -57,6 +94,9 @@ class Window:
         self._loss, self._weighed, self._loss_here = None, set(), 0.0
         try:
             for self._current, micro_batch in enumerate(self._micro_batches):  # noqa: B020
+                self._latest = self._current
+                if self._synchronises_alone and self._current == len(self) - 1:
+                    self._exchange(None)  # nobody waits for gradients of a process that is out of memory
                 # Said anew each time, as another loader may have been run in between. And breaking out of a
                 # prepared loader on its last batch leaves its end set, so that every accumulate() would
                 # synchronise: here the window alone says where it ends.
@@ -77,6 +117,64 @@ class Window:
         self._half_way.clear()
         self._finish()
 
+    def expect_shortage(self) -> None:
+        """See to it that all processes know of a shortage of memory before any gradient is synchronised.
+
+        DDP synchronises in the last micro-batch's backward, and one that breaks off there cannot be mended.
+        So, until each process has completed a micro-batch that was predicted to cost as much, all of them
+        accumulate on their own, tell each other that they could, and synchronise in a small one at weight 0.
+        """
+        recutting, accelerator = self._recutting, self._accelerator
+        if accelerator.num_processes == 1 or forwards_are_collective(accelerator):
+            return
+        known = all(cost <= done for cost, done in zip(recutting.costs, recutting.completed, strict=True))
+        if not known and not self._synchronises_alone:
+            self._synchronises_alone = True
+            self._micro_batches.append(recutting.idle())
+
+    def share_shortage(self, said: str) -> Shortage:
+        """Out of memory in the micro-batch handed out last: tell the other processes, and hear from them.
+
+        Raises BadInput where they are waiting for its gradients already.
+        """
+        if self._handed is not None and not self._handed.is_leaf:
+            self._handed.detach_()  # who called weigh() holds it still, and it the activations
+        failed = self._micro_batches[self._latest]
+        if self._accelerator.num_processes > 1 and not self._synchronises_alone:
+            tokens = self._recutting.padded_tokens(failed.indices)
+            raise BadInput(
+                f"out of memory in a micro-batch of {tokens:,} padded tokens ({said}), while other processes "
+                f"wait for its gradients: run again with --budget.max_tokens {max(1, tokens // 2)}"
+            )
+        shortage = self._exchange(failed)
+        assert shortage is not None
+        return Shortage(shortage.rows, shortage.padded_tokens, shortage.alone, said)
+
+    def cut_finer(self, shortage: Shortage) -> Bound:
+        """Start anew, with micro-batches of half the size that was too large; the bound from here on."""
+        bound = self._recutting.bound.halved(shortage.rows, shortage.padded_tokens)
+        again = self._recutting.cut(self, bound)
+        vars(self).update(vars(again))
+        return bound
+
+    def _exchange(self, failed: MicroBatch | None) -> Shortage | None:
+        """All processes say whether they had the memory they needed. Raises OthersRanOut in one that had."""
+        here = [0, 0, -1]
+        if failed is not None:
+            alone = int(failed.indices[0]) if len(failed.indices) == 1 else -1
+            here = [max(1, len(failed.indices)), self._recutting.padded_tokens(failed.indices), alone]
+        everywhere = torch.tensor([here], device=self._accelerator.device)
+        if self._accelerator.num_processes > 1:
+            everywhere = self._accelerator.gather(everywhere)
+        found = [row for row in everywhere.tolist() if row[0]]
+        if not found:
+            return None
+        rows, padded_tokens, alone = min(found)
+        shortage = Shortage(rows, padded_tokens, alone if alone >= 0 else None)
+        if failed is None:
+            raise OthersRanOut(shortage)
+        return shortage
+
     def _finish(self) -> None:
         """Add up the loss over processes; all of them come here, also one that did not weigh."""
         loss = self._loss_here if len(self._weighed) == len(self) else math.nan
@@ -84,6 +182,10 @@ class Window:
             here = torch.as_tensor(loss, dtype=torch.float32, device=self._accelerator.device)
             loss = self._accelerator.reduce(here, reduction="sum")
         self._loss = loss if self._weighed else None
+        if self._weighed:
+            self.done = True
+            completed, costs = self._recutting.completed, self._recutting.costs
+            completed[:] = map(max, completed, costs)
 
     def weigh(self, loss: torch.Tensor) -> torch.Tensor:
         """What `accelerator.backward` must be given for this micro-batch's mean loss, a scalar; in float32.
@@ -100,6 +202,7 @@ class Window:
             is_tensor = isinstance(loss, torch.Tensor)
             found = f"a tensor of shape {tuple(loss.shape)}" if is_tensor else type(loss).__name__
             raise ValueError(f"weigh() takes the micro-batch's mean loss, a scalar tensor; found {found}")
+        self._handed = loss
         loss = loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
         share = self._micro_batches[self._current].num_items / self.num_items
         self._loss_here = self._loss_here + loss.detach() * share
@@ -132,6 +235,11 @@ class Window:
                 "window.loss is known after the last micro-batch, if each one's loss went through weigh()"
             )
         return float(self._loss)
+
+
+def forwards_are_collective(accelerator: Accelerator) -> bool:
+    """Do all processes have to go through each forward together?"""
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:

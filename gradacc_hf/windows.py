@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, default_collate
 
 from gradacc_hf import items
@@ -31,7 +31,7 @@ from gradacc_hf.micro_batches import (
 )
 from gradacc_hf.plan import EffectiveBatchSize, WindowPlan
 from gradacc_hf.split import Bound, Cost
-from gradacc_hf.window import Window, to_device
+from gradacc_hf.window import Recutting, Window, forwards_are_collective, to_device
 
 logger = get_logger(__name__)
 
@@ -69,7 +69,8 @@ class WindowLoader:
 
     `state_dict()` / `load_state_dict()`: seed, epoch and window; inside the loop's body, the window at hand
     counts as done. `empty_micro_batches` and `empty_windows` count what had no item and was not handed out,
-    over all processes. Raises ValueError, in one line, for arguments that cannot work.
+    over all processes; `replays`, how often a window was run again as memory did not suffice. Raises
+    ValueError, in one line, for arguments that cannot work.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class WindowLoader:
         pad_to = pad_to if isinstance(pad_to, str) else int(pad_to)
         self.accelerator, self.num_workers = accelerator, num_workers
         self.seed, self.epoch, self.window = seed, 0, 0
-        self.empty_micro_batches = self.empty_windows = 0
+        self.empty_micro_batches = self.empty_windows = self.replays = 0
+        self._completed = [0.0] * accelerator.num_processes
         self.plan = WindowPlan(len(dataset), effective_batch_size, seed, shuffle, drop_last)
         bound = Bound(max_tokens, micro_batch_size)
         self._windows = LocalWindows(
@@ -152,7 +154,7 @@ class WindowLoader:
         """
         for split, micro_batches in self._local_windows(epoch=0, start=0):
             most = max(map(len, split.processes))
-            while _forwards_are_collective(self.accelerator) and len(micro_batches) < most:
+            while forwards_are_collective(self.accelerator) and len(micro_batches) < most:
                 micro_batches.append(self._windows.collate(split.indices[:1], 0, split.pad_to, counts=False))
             for micro_batch in micro_batches:
                 yield micro_batch, to_device(micro_batch.batch, self.accelerator)
@@ -211,21 +213,26 @@ class WindowLoader:
             )
 
     def _local_windows(self, epoch: int, start: int) -> Iterator[tuple[Split, list[MicroBatch]]]:
-        numbers = [(epoch, window) for window in range(start, self.plan.num_windows(epoch))]
-        loader = DataLoader(
+        while start < self.plan.num_windows(epoch):
+            numbers = [(epoch, window) for window in range(start, self.plan.num_windows(epoch))]
+            loader, bound = self._collated_beside(numbers), self._windows.bound
+            for local in loader:
+                split, micro_batches = pickle.loads(local) if isinstance(local, bytes) else local
+                yield split, [self._pinned(micro_batch) for micro_batch in micro_batches]
+                start += 1
+                if self._windows.bound is not bound:  # cut finer by now: what workers hold ready is not
+                    break
+
+    def _collated_beside(self, numbers: list[tuple[int, int]]) -> DataLoader:
+        return DataLoader(
             self._windows,
             sampler=numbers,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=self.num_workers,
             collate_fn=_identity,
             # The workers' seed; of its own, else it is drawn from the generator of dropout.
-            generator=torch.Generator().manual_seed(self._workers_seed(epoch)),
+            generator=torch.Generator().manual_seed(self._workers_seed(numbers[0][0])),
         )
-        for local in loader:
-            split, micro_batches = pickle.loads(local) if isinstance(local, bytes) else local
-            if self.accelerator.device.type == "cuda":
-                micro_batches = [_pinned(micro_batch) for micro_batch in micro_batches]
-            yield split, micro_batches
 
     def _workers_seed(self, epoch: int) -> int:
         numbers = [self.seed, epoch, self.accelerator.process_index]
@@ -240,7 +247,7 @@ class WindowLoader:
         self._count_empty(split, int(counts[:, 2].sum()), num_items == 0)
         if num_items == 0:
             return None
-        fewest = most if _forwards_are_collective(self.accelerator) else 1
+        fewest = most if forwards_are_collective(self.accelerator) else 1
         if len(with_items) < fewest:
             with_items += [self._windows.idle(split)] * (fewest - len(with_items))
         return Window(
@@ -255,7 +262,30 @@ class WindowLoader:
             _micro_batches=with_items,
             _accelerator=self.accelerator,
             _half_way=self._half_way,
+            _recutting=Recutting(
+                cut=self._cut_again,
+                idle=lambda: self._windows.idle(split),
+                padded_tokens=lambda indices: self._windows.padded_tokens(indices, split.pad_to),
+                bound=self._windows.bound,
+                costs=self._windows.dearest(split),
+                completed=self._completed,
+            ),
         )
+
+    def _cut_again(self, window: Window, bound: Bound) -> Window:
+        """The window and all to come under a lower bound."""
+        self.bound = self._windows.bound = bound
+        self.replays += 1
+        split = self._windows.split(window.epoch, window.number)
+        pieces = split.processes[self.accelerator.process_index]
+        collated = [self._windows.collate(indices, split.epoch, split.pad_to) for indices in pieces]
+        again = self._window(split, [self._pinned(micro_batch) for micro_batch in collated])
+        if again is None:
+            raise RuntimeError("the window had items before it was cut finer, and has none now")
+        return again
+
+    def _pinned(self, micro_batch: MicroBatch) -> MicroBatch:
+        return _pinned(micro_batch) if self.accelerator.device.type == "cuda" else micro_batch
 
     def _gather(self, numbers: list[float]) -> np.ndarray:
         """The one exchange a window: this process's numbers → (processes, numbers)."""
@@ -302,10 +332,6 @@ def _pinned(micro_batch: MicroBatch) -> MicroBatch:
 
 def _identity(local: Any) -> Any:
     return local
-
-
-def _forwards_are_collective(accelerator: Accelerator) -> bool:
-    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def _name_prepared_schedulers(accelerator: Accelerator) -> None:

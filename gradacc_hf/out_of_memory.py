@@ -1,0 +1,97 @@
+"""Out of memory is an event, not the end: the window at hand is cut finer and run again.
+
+Nothing else changes, as every split of a window has the same gradient. `replayed` is what a loop puts around
+its micro-batches; how a window is cut again is `windows.py`'s, and that all processes know of it before any
+gradient is synchronised, `window.py`'s.
+"""
+
+import ctypes
+import gc
+import platform
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+
+from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.window import OthersRanOut, Window
+
+logger = get_logger(__name__)
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+# torch's allocator on a CPU; C++'s; oneDNN, which has none of its own words for it.
+SAID = ("can't allocate memory", "bad_alloc", "could not create a", "std::length_error")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is this what is raised on a GPU, or on a CPU, where memory does not suffice?"""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
+
+
+def give_back_memory() -> None:
+    """What nothing holds any more goes back to the device, or the system, rather than into a cache."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if platform.libc_ver()[0] == "glibc":  # it keeps what was freed for what comes next, of another size
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)  # tensors above 1 MiB apart from now on, and none of it kept
+        libc.malloc_trim(0)
+
+
+@contextmanager
+def replayed(window: Window, optimizer: Any) -> Iterator[None]:
+    """Run a window's micro-batches in this; where memory ran out, it is not `done`, and is to be run again.
+
+        while not window.done:
+            with replayed(window, optimizer):
+                for batch in window:
+                    ...
+
+    Its gradients are dropped by then, and it is cut finer, as are all windows to come. Raises BadInput where
+    that is no cure: one example alone does not fit, or the optimizer's states do not; or other processes wait
+    already for the gradients of this one.
+    """
+    steps: list[int] = []
+    hook = getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(lambda *_: steps.append(1))
+    window.expect_shortage()
+    shortage = said = None
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, OthersRanOut):
+            shortage = error.shortage
+        elif out_of_memory(error):
+            said = one_line(error)[:200]
+        else:
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold activations
+    finally:
+        hook.remove()
+    if shortage is None and said is None:
+        return
+    optimizer.zero_grad()
+    give_back_memory()
+    if steps:
+        raise BadInput(
+            f"out of memory in the optimizer's step ({said}): its states do not fit, whatever the split; "
+            "take a leaner one (--optim.name adafactor), --model.lora.rank 8, or more memory"
+        )
+    shortage = shortage or window.share_shortage(said or "")
+    if shortage.alone is not None:
+        raise BadInput(
+            f"out of memory on example {shortage.alone} alone, of {shortage.padded_tokens:,} padded tokens "
+            f"({shortage.said or 'in another process'}): shorten it (--data.max_length), or set "
+            "--budget.gradient_checkpointing true or --budget.precision bf16"
+        )
+    bound = window.cut_finer(shortage)
+    logger.warning(
+        f"window {window.number} of epoch {window.epoch}: out of memory in a micro-batch of {shortage.rows} "
+        f"examples, {shortage.padded_tokens:,} padded tokens; from here on at most {bound}, and this window "
+        "is run again"
+    )
