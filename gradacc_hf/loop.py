@@ -61,7 +61,7 @@ def train(
         for window in windows:  # one window is one optimizer step
             model.train()
             while not window.done:
-                with replayed(window, optimizer):  # cut finer, where memory runs out
+                with replayed(window, model, optimizer):  # cut finer, where memory runs out
                     look_ahead(model, window)  # nothing, but for a loss of all its examples together
                     for batch in window:  # this process's micro-batches
                         with accelerator.accumulate(model):

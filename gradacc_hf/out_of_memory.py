@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from torch.nn.parallel import DistributedDataParallel
 
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.window import OthersRanOut, Window
@@ -45,11 +46,11 @@ def give_back_memory() -> None:
 
 
 @contextmanager
-def replayed(window: Window, optimizer: Any) -> Iterator[None]:
+def replayed(window: Window, model: torch.nn.Module, optimizer: Any) -> Iterator[None]:
     """Run a window's micro-batches in this; where memory ran out, it is not `done`, and is to be run again.
 
         while not window.done:
-            with replayed(window, optimizer):
+            with replayed(window, model, optimizer):
                 for batch in window:
                     ...
 
@@ -76,6 +77,9 @@ def replayed(window: Window, optimizer: Any) -> Iterator[None]:
     if shortage is None and said is None:
         return
     optimizer.zero_grad()
+    if isinstance(model, DistributedDataParallel):
+        # Else only a process whose forward broke off would wait for buffers from the first one.
+        model.require_forward_param_sync = False
     give_back_memory()
     if steps:
         raise BadInput(

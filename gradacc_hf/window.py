@@ -125,7 +125,7 @@ class Window:
         accumulate on their own, tell each other that they could, and synchronise in a small one at weight 0.
         """
         recutting, accelerator = self._recutting, self._accelerator
-        if accelerator.num_processes == 1 or forwards_are_collective(accelerator):
+        if accelerator.distributed_type == DistributedType.NO or forwards_are_collective(accelerator):
             return
         known = all(cost <= done for cost, done in zip(recutting.costs, recutting.completed, strict=True))
         if not known and not self._synchronises_alone:
@@ -140,7 +140,7 @@ class Window:
         if self._handed is not None and not self._handed.is_leaf:
             self._handed.detach_()  # who called weigh() holds it still, and it the activations
         failed = self._micro_batches[self._latest]
-        if self._accelerator.num_processes > 1 and not self._synchronises_alone:
+        if self._accelerator.distributed_type != DistributedType.NO and not self._synchronises_alone:
             tokens = self._recutting.padded_tokens(failed.indices)
             raise BadInput(
                 f"out of memory in a micro-batch of {tokens:,} padded tokens ({said}), while other processes "

@@ -161,6 +161,36 @@ def evaluation(engine):
     return {"each_once": seen, "loss": summary["eval"]["loss"], "windows": summary["windows"]}
 
 
+def out_of_memory(engine):
+    """The last process has no memory for more than 40 tokens at once, beside a run that has."""
+    accelerator, found = accelerator_for(engine), {}
+    for short in (False, True):
+        head = build_head("sequence_classification", "bert")
+        windows = WindowLoader(
+            head.examples(LENGTHS), 10, accelerator=accelerator, collate_fn=head.collate, max_tokens=160
+        )
+        here = short and accelerator.is_last_process
+
+        def refuse(module, inputs, named, here=here):
+            if here and named["input_ids"].numel() > 40 and torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        head.model.register_forward_pre_hook(refuse, with_kwargs=True)
+        recorder = RecordGradients(head.model)
+        model, optimizer = accelerator.prepare(head.model, recorder)
+        records = list(train(model, optimizer, windows, accelerator=accelerator))
+        examples = sum(record.examples for record in records)
+        found[short] = recorder.gradients, [record.loss for record in records], examples, windows.replays
+    undisturbed, replayed = found[False], found[True]
+    pairs = list(zip(replayed[0], undisturbed[0], strict=True))
+    return {
+        "gradient_error": max(relative_error(*pair) for pair in pairs),
+        "losses": [undisturbed[1], replayed[1]],
+        "examples": replayed[2],
+        "replays": gather_object([replayed[3]]),
+    }
+
+
 def masked_at_random(engine):
     """A collate function that masks anew each time may leave an example without items: no NaN, no hang."""
     accelerator = accelerator_for(engine)
@@ -347,6 +377,7 @@ CASES = {
     "contrastive": lambda engine: contrastive(engine, max_tokens=160),
     "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),
     "masked_at_random": masked_at_random,
+    "out_of_memory": out_of_memory,
     "bf16_weights": bf16_weights,
     "evaluation": evaluation,
     "beside_test_sync": beside_test_sync,

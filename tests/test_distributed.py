@@ -74,6 +74,15 @@ def test_a_contrastive_window_is_exact_where_processes_hold_unequal_numbers_of_p
     assert num_processes < 3 or any(0 in window for window in planned)
 
 
+def test_when_one_process_runs_out_of_memory_all_run_the_window_again(ddp):
+    _, found = ddp
+    found = found["out_of_memory"]
+    assert found["gradient_error"] < EXACT
+    assert found["losses"][1] == pytest.approx(found["losses"][0], rel=1e-5)
+    assert found["examples"] == 23
+    assert min(found["replays"]) == max(found["replays"]) >= 1
+
+
 def test_a_window_without_items_is_skipped_by_all_processes(ddp):
     _, found = ddp
     assert found["no_items_here_and_there"]["windows"] == 4  # of 5

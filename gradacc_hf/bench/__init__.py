@@ -7,6 +7,7 @@
     python -m gradacc_hf.bench contrastive   # our gradient cache beside that of sentence-transformers
     python -m gradacc_hf.bench recipes       # what does each recipe reach, and how long does it take?
     python -m gradacc_hf.bench cpu           # what do threads, malloc, padding, bf16, compile do on a CPU?
+    python -m gradacc_hf.bench out_of_memory # is a run the same under real memory limits?
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
 same model, the same examples in the same windows, and as many optimizer steps. One process. How fast the
@@ -39,6 +40,7 @@ from gradacc_hf.bench.cpu_speed import cpu, print_cpu
 from gradacc_hf.bench.every_recipe import print_recipes, recipes
 from gradacc_hf.bench.lean_memory import VOCABULARY, LeanMemory, lean_memory
 from gradacc_hf.bench.limits import Speed, speed
+from gradacc_hf.bench.shortage import print_shortage, shortage
 from gradacc_hf.config import kit
 from gradacc_hf.conformance import LENGTHS, SPLITS, cut_by_count
 from gradacc_hf.contenders import run_accelerate, run_trainer, run_windows
@@ -275,6 +277,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these, beside the default")
     settings.add_argument("--windows", type=_positive, default=6, help="timed windows (%(default)s)")
     settings.add_argument("--repeats", type=_positive, default=6, help="turns (%(default)s)")
+    limited = benchmarks.add_parser("out_of_memory", help="the same training under real memory limits")
+    limited.add_argument("--processes", type=_positive, default=1, help="(%(default)s)")
+    limited.add_argument("--limits", type=_positive, default=20, help="drawn at random (%(default)s)")
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--json", action="store_true", help="print the result as JSON")
     console = Console(highlight=False)
@@ -297,6 +302,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             progress = partial(_progress, name="cpu")
             of_cpu = cpu(arguments.config, arguments.only, arguments.windows, arguments.repeats, progress)
             result, show = of_cpu, print_cpu
+        elif arguments.benchmark == "out_of_memory":
+            progress = partial(_progress, name="out_of_memory")
+            of_limits = shortage(arguments.processes, arguments.limits, progress=progress)
+            result, show = of_limits, print_shortage
         elif arguments.benchmark == "recipes":
             progress = partial(_progress, name="recipes")
             result, show = recipes(arguments.only, arguments.windows, progress), print_recipes

@@ -1,0 +1,173 @@
+"""Training under a real memory limit (RLIMIT_AS), beside the same training without one.
+
+`shortage` starts each run in processes of its own and draws a limit for each. What must come out is the same:
+a window that does not fit is cut finer and run again. `python -m gradacc_hf.bench.shortage` is one such run.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.loop import train
+from gradacc_hf.runlog import measured_with
+from gradacc_hf.window import Window
+from gradacc_hf.windows import WindowLoader
+
+WINDOWS, EXAMPLES = 3, 24  # examples in each window
+LEAST, MOST = 100, 350  # MiB above what is there when training starts: one example needs about 50
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives tensors back; else freed ones count for the limit
+SECONDS = 180  # after which a run hangs
+
+
+@dataclass(frozen=True)
+class Limited:
+    """One run: `limit` MiB of address space for the last process, above what it had; None for none."""
+
+    limit: int | None
+    replays: int
+    losses: tuple[float, ...]  # of each window
+    norms: tuple[float, ...]  # of its gradient
+    each_once: bool  # was every example in one window, and in one only?
+    seconds: float
+
+    def error(self, other: "Limited") -> float:
+        """The largest relative difference of a loss or norm."""
+        pairs = zip((*self.losses, *self.norms), (*other.losses, *other.norms), strict=True)
+        return max(abs(mine / theirs - 1) for mine, theirs in pairs)
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A run without limit, and those with one."""
+
+    processes: int
+    unlimited: Limited
+    limited: tuple[Limited, ...]
+    measured_with: dict[str, str]
+
+
+def shortage(
+    processes: int = 1,
+    limits: int = 20,
+    seed: int = 0,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Shortage:
+    """Train under so many limits, drawn at random. Raises BadInput where a run fails, or hangs."""
+    drawn = np.random.default_rng(seed).integers(LEAST, MOST, size=limits).tolist()
+    runs = [run_limited(processes, limit) for limit in progress([None, *drawn])]
+    return Shortage(processes, runs[0], tuple(runs[1:]), measured_with("cpu"))
+
+
+def run_limited(processes: int, limit: int | None) -> Limited:
+    """One run in processes of its own. Raises BadInput where it fails, or hangs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["-m", "gradacc_hf.bench.shortage", str(limit or 0)]
+    environment = {**os.environ, **MALLOC, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    started, pipes = time.perf_counter(), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child: Any = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
+    try:
+        printed, said = child.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)  # the processes that it launched, too
+        raise BadInput(f"bench out_of_memory: hangs after {SECONDS} s with a limit of {limit} MiB") from None
+    lines = [line for line in printed.splitlines() if line.startswith("{")]
+    if child.returncode or not lines:
+        errors = [line for line in said.splitlines() if "Error:" in line or "BadInput:" in line] or [said]
+        raise BadInput(f"bench out_of_memory: failed with a limit of {limit} MiB: {one_line(errors[0])}")
+    found = json.loads(lines[0])
+    found = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    return Limited(limit=limit, seconds=time.perf_counter() - started, **found)
+
+
+def print_shortage(result: Shortage, console: Console) -> None:
+    """A row for each limit."""
+    table = Table("limit, MiB", "replays", "largest difference", "each example once", "seconds", box=SIMPLE)
+    for run in (result.unlimited, *result.limited):
+        limit = "none" if run.limit is None else f"{run.limit:,}"
+        error = "" if run.limit is None else f"{run.error(result.unlimited):.1e}"
+        table.add_row(limit, str(run.replays), error, "yes" if run.each_once else "NO", f"{run.seconds:.0f}")
+    console.print(table)
+    replays = sum(run.replays for run in result.limited)
+    worst = max((run.error(result.unlimited) for run in result.limited), default=0.0)
+    console.print(
+        f"{len(result.limited)} limits on the last of {result.processes} processes: {replays} windows run "
+        f"again; losses and gradient norms within {worst:.1e} of those of the run without limit"
+    )
+
+
+def _train(limit: int) -> None:
+    """In a process of its own, the last of which may take `limit` MiB more than it has; 0 is no limit."""
+    import resource  # where there is none (Windows), nothing is limited
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    accelerator, draw = Accelerator(cpu=True), np.random.default_rng(0)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(vocab_size=500, attn_implementation="eager", **sizes, **dropout)
+    model = transformers.BertForSequenceClassification(config)
+    lengths = draw.integers(180, 200, size=WINDOWS * EXAMPLES)
+    data = [{"ids": draw.integers(1, 500, n), "label": int(draw.integers(2))} for n in lengths]
+
+    def collate(examples: list[Any]) -> dict[str, torch.Tensor]:
+        rows = [torch.as_tensor(example["ids"]) for example in examples]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        labels = torch.tensor([example["label"] for example in examples])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+    windows = WindowLoader(
+        data,
+        EXAMPLES,
+        accelerator=accelerator,
+        collate_fn=collate,
+        lengths=lengths,
+        max_tokens=EXAMPLES * 200,
+    )
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    seen: list[int] = []
+
+    class Watched:  # the same windows, with a note of what is in them
+        state_dict = staticmethod(windows.state_dict)
+
+        def __iter__(self) -> Iterator[Window]:
+            for window in windows:
+                seen.extend(window.indices.tolist())
+                yield window
+
+    if limit and accelerator.is_last_process:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + limit * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    loop: Any = train(model, optimizer, Watched(), accelerator=accelerator)  # type: ignore[arg-type]
+    records = list(loop)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    found = {
+        "replays": windows.replays,
+        "losses": [record.loss for record in records],
+        "norms": [record.grad_norm for record in records],
+        "each_once": sorted(seen) == list(range(len(data))),
+    }
+    if accelerator.is_main_process:
+        print(json.dumps(found), flush=True)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    _train(int(sys.argv[1]))
