@@ -125,7 +125,7 @@ class Window:
         accumulate on their own, tell each other that they could, and synchronise in a small one at weight 0.
         """
         recutting, accelerator = self._recutting, self._accelerator
-        if accelerator.distributed_type == DistributedType.NO or forwards_are_collective(accelerator):
+        if accelerator.num_processes == 1 or forwards_are_collective(accelerator):
             return
         known = all(cost <= done for cost, done in zip(recutting.costs, recutting.completed, strict=True))
         if not known and not self._synchronises_alone:
@@ -143,8 +143,8 @@ class Window:
         if self._accelerator.distributed_type != DistributedType.NO and not self._synchronises_alone:
             tokens = self._recutting.padded_tokens(failed.indices)
             raise BadInput(
-                f"out of memory in a micro-batch of {tokens:,} padded tokens ({said}), while other processes "
-                f"wait for its gradients: run again with --budget.max_tokens {max(1, tokens // 2)}"
+                f"out of memory in a micro-batch of {tokens:,} padded tokens ({said}), while others wait "
+                f"for its gradients: run again with --budget.max_tokens {max(1, tokens // 2)}"
             )
         shortage = self._exchange(failed)
         assert shortage is not None
@@ -153,6 +153,7 @@ class Window:
     def cut_finer(self, shortage: Shortage) -> Bound:
         """Start anew, with micro-batches of half the size that was too large; the bound from here on."""
         bound = self._recutting.bound.halved(shortage.rows, shortage.padded_tokens)
+        self._recutting.completed[:] = [0.0] * len(self._recutting.completed)  # memory is shorter than it was
         again = self._recutting.cut(self, bound)
         vars(self).update(vars(again))
         return bound

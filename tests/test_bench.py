@@ -134,6 +134,7 @@ def test_speed_is_measured_on_the_offline_config():
     assert config.budget.max_tokens == bench.MAX_TOKENS
 
 
+@pytest.mark.slow
 def test_our_gradient_cache_and_that_of_sentence_transformers_come_to_the_same_model(tmp_path, console):
     write_pairs(tmp_path / "pairs.jsonl")
     settings = {

@@ -286,6 +286,7 @@ class Layers(torch.nn.Module):
 
 
 @pytest.mark.skipif(not find_device().compiler, reason="no C++ compiler")
+@pytest.mark.slow
 def test_what_a_compiler_makes_of_the_layers_gives_the_same_gradient():
     torch._dynamo.reset()
     counters.clear()

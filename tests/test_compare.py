@@ -233,6 +233,7 @@ def test_recipes_that_pad_alike_pad_alike_for_all(settings, tmp_path):
         assert row["padded_tokens"] == 16 * 38  # the longest of all, which this window has
 
 
+@pytest.mark.slow
 def test_when_no_contender_can_run_it_is_one_line(tmp_path):
     settings = recipe_with(BROKEN, tmp_path)
     with pytest.raises(BadInput, match="no contender could run: ours: RuntimeError: broken"):

@@ -30,6 +30,7 @@ def printed(cell):
     return "".join(output["text"] for output in cell["outputs"] if output["output_type"] == "stream")
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom(executed):
     folder, cells = executed
     assert printed(cells["install"]) == ""  # the kit is there: nothing is installed

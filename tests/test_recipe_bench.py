@@ -60,6 +60,7 @@ def test_a_row_is_measured_in_a_run_of_its_own_that_leaves_nothing(small_kit):
     assert json.loads(lines[-1]) == row.answer
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fails_is_named_with_its_reason(small_kit):
     config = Path("configs/mine_offline.yaml")
     config.write_text(config.read_text().replace("effective: 6", "effective: 600"))
