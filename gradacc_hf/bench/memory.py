@@ -1,0 +1,273 @@
+"""Predicted beside measured memory: the peak of a real step, each in a process of its own.
+
+On a CPU, the peak of the resident memory above that before the model was there; on a GPU, what torch's
+allocator has given out at most. The step is one in the midst of a run: a window of two micro-batches after
+another one, so that gradients and the optimizer's states are there.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate.utils import convert_outputs_to_fp32
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from gradacc_hf.config import LoraConfig, OptimConfig
+from gradacc_hf.items import model_loss
+from gradacc_hf.lora import add_lora
+from gradacc_hf.memory import Point, Settings, estimate, terms_of
+from gradacc_hf.optim import make_optimizer
+from gradacc_hf.runlog import measured_with
+from gradacc_hf.tasks.lean_loss import make_lean
+from gradacc_hf.tracing import AUTOCAST
+
+MIB = 2**20
+ALLOWED = 0.10, 64 * MIB  # relative, or absolute: the larger counts
+TEXT = {"num_hidden_layers": 6, "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 1024}
+SIZES: dict[str, tuple[str, str, dict[str, Any]]] = {  # kind: (auto class, model type, config)
+    "encoder": ("AutoModelForSequenceClassification", "bert", {**TEXT, "vocab_size": 8000}),
+    "decoder": (
+        "AutoModelForCausalLM",
+        "llama",
+        {**TEXT, "vocab_size": 16000, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+    "gpt2": ("AutoModelForCausalLM", "gpt2", {"n_layer": 6, "n_embd": 256, "n_head": 8, "vocab_size": 8000}),
+    "encoder-decoder": (
+        "AutoModelForSeq2SeqLM",
+        "t5",
+        {"num_layers": 5, "num_decoder_layers": 4, "d_model": 256, "d_kv": 32, "num_heads": 8}
+        | {"d_ff": 1024, "vocab_size": 8000, "decoder_start_token_id": 0},
+    ),
+    "vit": ("AutoModelForImageClassification", "vit", {**TEXT, "image_size": 224, "patch_size": 16}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is trained, and the micro-batch: `rows` examples of `lengths` tokens."""
+
+    model: str
+    rows: int
+    lengths: tuple[int, ...]
+    attention: str = "sdpa"
+    precision: str = "fp32"
+    checkpointing: bool = False
+    lora: int = 0
+    lean: bool = False
+    optimizer: Any = "adamw"
+
+    @property
+    def name(self) -> str:
+        """What it is, in a line."""
+        options = [f"LoRA {self.lora}"] * (self.lora > 0) + ["lean loss"] * self.lean
+        options += ["checkpointing"] * self.checkpointing
+        options += [self.optimizer] * (self.optimizer != "adamw")
+        return ", ".join([self.model, self.attention, self.precision, *options])
+
+
+CASES = (
+    Case("encoder", 8, (256,)),
+    Case("encoder", 4, (256,), attention="eager"),
+    Case("encoder", 8, (256,), precision="bf16"),
+    Case("encoder", 24, (256,), checkpointing=True),
+    Case("encoder", 4, (512,), attention="eager", precision="bf16", checkpointing=True),
+    Case("encoder", 8, (256,), lora=8),
+    Case("decoder", 4, (256,)),
+    Case("decoder", 2, (512,), attention="eager"),
+    Case("decoder", 4, (256,), precision="bf16"),
+    Case("decoder", 1, (2048,), lean=True),
+    Case("decoder", 32, (64,), lean=True),
+    Case("decoder", 8, (512,), precision="bf16", checkpointing=True, lean=True),
+    Case("decoder", 4, (512,), lora=16, lean=True),
+    Case("gpt2", 4, (256,), optimizer="adafactor"),
+    Case("gpt2", 4, (256,), attention="eager", precision="bf16"),
+    Case("encoder-decoder", 8, (192, 64)),
+    Case("encoder-decoder", 4, (128, 256), attention="eager", precision="bf16"),
+    Case("encoder-decoder", 16, (192, 64), checkpointing=True),
+    Case("vit", 16, (197,)),
+    Case("vit", 8, (197,), attention="eager", precision="bf16"),
+    Case("vit", 48, (197,), checkpointing=True),
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Bytes of one case; `error` is relative to what was measured."""
+
+    case: str
+    micro_batch: str
+    predicted: int
+    measured: int
+    error: float
+    holds: bool
+
+
+@dataclass(frozen=True)
+class MemoryTable:
+    """All cases; a prediction holds within 10 % or 64 MiB, whichever is larger."""
+
+    cases: list[Compared]
+    measured_with: dict[str, str]
+
+
+def memory(
+    cases: Sequence[Case] = CASES, progress: Callable[[Sequence[Case]], Iterable[Case]] = iter
+) -> MemoryTable:
+    """Predict and measure each case, on the CPU or on the GPU where there is one."""
+    found = []
+    for case in progress(cases):
+        predicted, said = predict(case), _in_its_own_process(case)
+        error = predicted / said - 1
+        found.append(
+            Compared(
+                case=case.name,
+                micro_batch=f"{case.rows} × {' + '.join(map(str, case.lengths))}",
+                predicted=predicted,
+                measured=said,
+                error=error,
+                holds=abs(predicted - said) <= max(ALLOWED[0] * said, ALLOWED[1]),
+            )
+        )
+    return MemoryTable(found, measured_with("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def predict(case: Case) -> int:
+    """From shorter examples in fewer rows than are measured. Without what libraries hold beside tensors."""
+    lengths = [tuple(max(8, part * length // 8) for length in case.lengths) for part in (1, 2, 3, 5, 7, 8)]
+    if len(case.lengths) == 2:
+        lengths = [(lengths[i][0], lengths[j][1]) for i, j in ((0, 0), (1, 2), (3, 0), (0, 4), (4, 1), (2, 3))]
+    lengths = lengths if len(case.lengths) == 2 else [lengths[i] for i in (0, 2, 4)]
+    lengths = [case.lengths] if case.model == "vit" else lengths
+    exponents = terms_of(np.array(lengths))
+    few = max(2, -(-1024 // min(min(one) for one in lengths))) if case.lean else 2
+    points = [Point(rows, one, make_batch(case, rows, one)) for rows in (few, few + 1) for one in lengths]
+    settings = Settings(OptimConfig(name=case.optimizer), case.precision, torch.cuda.is_available())
+    found = estimate(lambda: build(case), points, exponents, model_loss, settings)
+    parts = found.memory.parts(case.rows, case.lengths)
+    return parts.total - parts.workspace
+
+
+def build(case: Case) -> Any:
+    """Its model, of random weights, on the default device."""
+    auto_class, model_type, sizes = SIZES[case.model]
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    model = getattr(transformers, auto_class).from_config(config, attn_implementation=case.attention)
+    if case.lean:
+        make_lean(model, True)
+    if case.lora:
+        new = [name for name, _ in model.named_parameters() if name.startswith("classifier")]
+        add_lora(model, LoraConfig(rank=case.lora), new)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def make_batch(case: Case, rows: int, lengths: Sequence[int], device: str = "cpu") -> dict[str, Any]:
+    """Random examples; of texts, one is shorter than the others and padded."""
+    draw = torch.Generator().manual_seed(0)
+    if case.model == "vit":
+        labels = torch.zeros(rows, dtype=torch.long)
+        batch = {"pixel_values": torch.randn(rows, 3, 224, 224, generator=draw), "labels": labels}
+    else:
+        ids = torch.randint(5, 8000, (rows, lengths[0]), generator=draw)
+        mask = torch.ones_like(ids)
+        mask[0, lengths[0] // 2 :] = 0
+        labels = {"encoder": torch.zeros(rows, dtype=torch.long)}.get(case.model, ids)
+        if len(lengths) == 2:
+            labels = torch.randint(5, 8000, (rows, lengths[1]), generator=draw)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _in_its_own_process(case: Case) -> int:
+    command = [sys.executable, "-m", "gradacc_hf.bench.memory", json.dumps(asdict(case))]
+    # Else glibc keeps freed blocks of up to 32 MiB, and the process grows to twice what its tensors hold.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def _measure(case: Case) -> int:
+    """The peak of the second window, above what was held before the model was there."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tiny = Case(case.model, 2, tuple(min(16, length) for length in case.lengths), case.attention)
+    for _ in range(2):  # what libraries set up once
+        model = build(tiny).to(device)
+        _window(tiny, model, make_optimizer(model, OptimConfig()), device)
+    del model
+    before = _held(device)
+    torch.manual_seed(0)
+    model = build(case).to(device).train()
+    optimizer = make_optimizer(model, OptimConfig(name=case.optimizer))
+    _window(case, model, optimizer, device)
+    _reset_peak(device)
+    _window(case, model, optimizer, device)
+    return _peak(device) - before
+
+
+def _window(case: Case, model: Any, optimizer: Any, device: str) -> None:
+    forward = model
+    if case.precision in AUTOCAST:
+        forward = convert_outputs_to_fp32(torch.autocast(device, AUTOCAST[case.precision])(model.__call__))
+    for _ in range(2):
+        batch = make_batch(case, case.rows, case.lengths, device)
+        (model_loss(forward(**batch), batch) / 2).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _held(device: str) -> int:
+    gc.collect()
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
+
+
+def _reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with open("/proc/self/clear_refs", "w") as file:  # 5: VmHWM becomes VmRSS (proc(5))
+            file.write("5")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
+
+
+def print_memory(result: MemoryTable, console: Console) -> None:
+    """A row a case; then how many hold."""
+    table = Table("case", "micro-batch", box=SIMPLE)
+    for header in ("predicted MiB", "measured MiB", "error", ""):
+        table.add_column(header, justify="right")
+    for row in result.cases:
+        figures = (f"{row.predicted / MIB:,.0f}", f"{row.measured / MIB:,.0f}", f"{row.error:+.1%}")
+        table.add_row(row.case, row.micro_batch, *figures, "" if row.holds else "off")
+    console.print(table)
+    within = sum(row.holds for row in result.cases)
+    console.print(f"{within} of {len(result.cases)} predictions hold within 10 % or 64 MiB")
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.set_verbosity_error()
+    given = json.loads(sys.argv[1])
+    print(json.dumps(_measure(Case(**{**given, "lengths": tuple(given["lengths"])}))))

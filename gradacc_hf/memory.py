@@ -1,0 +1,270 @@
+"""What a micro-batch costs, without a GPU and without weights: the bytes and operations of a training step.
+
+`estimate` traces real steps (`tracing.py`) of a model built from its config alone, with few of its equal
+layers, on examples of the data in a few sizes. From these, `moments.py` has the moments of a step of any
+size. Predicted is a step in the midst of a run: gradients of earlier micro-batches and the optimizer's
+states are there.
+"""
+
+import copy
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gradacc_hf import moments
+from gradacc_hf.bf16_weights import accumulate_in_float32
+from gradacc_hf.config import OptimConfig
+from gradacc_hf.errors import one_line
+from gradacc_hf.micro_batch_memory import MicroBatchMemory
+from gradacc_hf.optim import make_optimizer
+from gradacc_hf.tracing import Trace, trace
+
+KEPT = 2  # of equal layers in most traces, as the first may differ from the others; and one more in some
+WORKSPACE = 600 * 2**20  # on a GPU, CUDA's context and libraries; on a CPU, Python's
+LOST = 0.05  # of what comes and goes: memory between the blocks of the allocator
+FOUR_BITS = 0.516  # bytes of a weight in 4 bits with its scales: QLoRA, section 3, 0.127 bits a weight
+
+
+class NotTraceable(Exception):
+    """Why no step of a model can be traced, in one line."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A batch to trace a step on: of `rows` examples, padded to `lengths` tokens (a number a column)."""
+
+    rows: int
+    lengths: tuple[int, ...]
+    batch: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class StepEstimate:
+    """Of one process that runs alone. `flops`: factors of the terms of `memory.exponents`."""
+
+    memory: MicroBatchMemory
+    flops: np.ndarray
+    total_parameters: int
+    trained_parameters: int
+    largest_layer: int  # bytes of the parameters that FSDP gathers at once
+
+    def flops_of(self, rows: int, lengths: Any) -> float:
+        """Floating-point operations of forward and backward of `rows` examples padded to `lengths`."""
+        return float(self.flops @ self.memory.terms(rows, lengths))
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain numbers and lists."""
+        return {**vars(self), "memory": self.memory.to_json(), "flops": self.flops.tolist()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "StepEstimate":
+        """What `to_json` gave."""
+        memory = MicroBatchMemory.from_json(values["memory"])
+        return cls(**{**values, "memory": memory, "flops": np.array(values["flops"])})
+
+
+def terms_of(lengths: np.ndarray) -> np.ndarray:
+    """The powers (terms, 1 + columns) of rows and lengths that an estimate of such lengths stands on.
+
+    `lengths` (examples, columns), no more of them than are to be traced. Rows to the power of 0 and 1, ×
+    products of up to two lengths, as far as there are different lengths to tell these apart.
+    """
+    scaled = lengths / lengths.max(axis=0)
+    chosen: list[tuple[int, ...]] = []
+    for powers in sorted(itertools.product(range(3), repeat=lengths.shape[1]), key=sum):
+        columns = [np.prod(scaled ** np.array(p), axis=1) for p in (*chosen, powers)]
+        if sum(powers) <= 2 and np.linalg.matrix_rank(np.stack(columns), tol=1e-6) > len(chosen):
+            chosen.append(powers)
+    return np.array([(rows, *powers) for rows in (0, 1) for powers in chosen])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how a step goes, beside the model and its batch.
+
+    `on_gpu`: as CUDA's kernels go about it, not a CPU's. `four_bit`: frozen weights are to be in 4 bits.
+    """
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: str = "fp32"
+    on_gpu: bool = False
+    four_bit: bool = False
+
+
+def estimate(
+    build: Callable[[], torch.nn.Module],
+    points: Sequence[Point],
+    exponents: np.ndarray,
+    compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
+    settings: Settings,
+) -> StepEstimate:
+    """Trace and fit. `build` makes the model that is trained, with torch's meta device as the default.
+
+    `points`: one for each of the terms of `exponents` (`moments.Fit`). Raises NotTraceable.
+    """
+    try:
+        with torch.device("meta"):
+            whole = build().train()
+        layers = equal_layers(whole)
+        few = [_with_layers(whole, {n: KEPT + (n == more) for n in layers}) for more in (None, *layers)]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            traced = _trace(few, layers, points, exponents, compute_loss, settings)
+    except Exception as error:  # a model of any kind, which may raise anything
+        raise NotTraceable(f"{type(error).__name__}: {one_line(error)[:200]}") from error
+    found, flops, used, states = traced
+    parameters = list(whole.named_parameters())
+    trained = [p for name, p in parameters if _in_few(name, layers) in used]
+    memory = MicroBatchMemory(
+        parameters=_bytes([*(p for _, p in parameters), *whole.buffers()])
+        - (_saved_by_four_bit(whole) if settings.four_bit else 0),
+        gradients=sum(p.numel() * _gradient_dtype(p).itemsize for p in trained),
+        optimizer=sum(states[_kind(p)] for p in trained),
+        exponents=exponents,
+        activations=found[..., 0],
+        loss=found[..., 1],
+        workspace=WORKSPACE,
+        workspace_share=LOST,
+    )
+    return StepEstimate(
+        memory=memory,
+        flops=flops,
+        total_parameters=sum(p.numel() for _, p in parameters),
+        trained_parameters=sum(p.numel() for _, p in parameters if p.requires_grad),
+        largest_layer=_largest_layer(whole),
+    )
+
+
+def _trace(
+    models: Sequence[Any],
+    layers: Mapping[str, int],
+    points: Sequence[Point],
+    exponents: np.ndarray,
+    compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
+    settings: Settings,
+) -> tuple[np.ndarray, np.ndarray, set[str], dict[Any, int]]:
+    """Moments, operations, the names of what has a gradient, and the optimizer's states by kind of weight.
+
+    models: with few layers, and with one more of each kind.
+    """
+    batches = [{k: _fake(v) if isinstance(v, torch.Tensor) else v for k, v in p.batch.items()} for p in points]
+    few, *longer_ones = models
+    optimizer = _make_fake(few, settings)
+
+    def run(model: torch.nn.Module, point: int, optimizer: Any = None) -> Trace:
+        how = {"precision": settings.precision, "on_gpu": settings.on_gpu}
+        return trace(model, batches[point], compute_loss, optimizer, **how)
+
+    run(few, 0)
+    used = {name for name, p in few.named_parameters() if p.grad is not None}
+    optimizer.step()
+    states = {_kind(p): _bytes(values.values()) for p, values in optimizer.state.items()}
+    _fill_gradients(few, used, layers)
+    traces = [run(few, 0, optimizer)]
+    _fill_gradients(few, used, layers)
+    traces += [run(few, point) for point in range(1, len(points))]
+    fit = moments.Fit(exponents, np.array([(point.rows, *point.lengths) for point in points]))
+    more = []
+    for number, longer in zip(layers.values(), longer_ones, strict=True):
+        _make_fake(longer, settings)
+        _fill_gradients(longer, used, layers)
+        more.append((number - KEPT, [run(longer, point) for point in fit.few]))
+    found = moments.largest(moments.moments(fit, traces, more), fit)
+    return found, moments.flops(fit, traces, more), used, states
+
+
+def equal_layers(model: torch.nn.Module) -> dict[str, int]:
+    """The lists of layers that differ, after the first, in nothing but their numbers: name → how many."""
+    lists = {name: m for name, m in model.named_modules() if type(m) is torch.nn.ModuleList}
+    outermost = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+
+    def shape(layer: torch.nn.Module) -> list[Any]:
+        return [(name, *_kind(p), p.requires_grad) for name, p in layer.named_parameters()]
+
+    return {
+        name: len(layers)
+        for name, layers in outermost.items()
+        if len(layers) > KEPT + 1 and all(shape(layer) == shape(layers[1]) for layer in layers[2:])
+    }
+
+
+def _in_few(name: str, layers: Mapping[str, int]) -> str:
+    """The name of a weight in the model of few layers: of a layer that is not there, that of the last."""
+    for prefix in layers:
+        if match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name):
+            return f"{prefix}.{min(int(match[1]), KEPT - 1)}.{name[match.end() :]}"
+    return name
+
+
+def _with_layers(whole: torch.nn.Module, kept: Mapping[str, int]) -> torch.nn.Module:
+    """A copy of a model with so many layers in these lists."""
+    few = copy.deepcopy(whole)
+    for name, number in kept.items():
+        parent, _, last = name.rpartition(".")
+        setattr(few.get_submodule(parent), last, few.get_submodule(name)[:number])  # type: ignore[index]
+    return few
+
+
+def _make_fake(model: torch.nn.Module, settings: Settings) -> Any:
+    """Put fake tensors, as if on a CPU, in place of those on the meta device; the model's optimizer."""
+    made: dict[int, Any] = {}  # so that tied weights stay tied
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in made:
+                    made[id(tensor)] = tensor, _fake(tensor)
+                if tensor is not None:
+                    tensors[name] = made[id(tensor)][1]
+    optimizer = make_optimizer(model, settings.optim, settings.precision if settings.on_gpu else "no")
+    accumulate_in_float32(model, optimizer)
+    return optimizer
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    """Its shape without its numbers, as if on a CPU, in the fake mode at hand."""
+    fake = torch.empty_like(tensor, device="cpu")
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake
+
+
+def _fill_gradients(model: torch.nn.Module, used: set[str], layers: Mapping[str, int]) -> None:
+    """As they are in the midst of a window."""
+    for name, p in model.named_parameters():
+        if _in_few(name, layers) in used and p.grad is None:
+            p.grad = torch.zeros_like(p, dtype=_gradient_dtype(p))
+
+
+def _gradient_dtype(weight: torch.Tensor) -> torch.dtype:
+    """`bf16_weights.py` has gradients of half precision accumulate in float32."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _kind(weight: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(weight.shape), weight.dtype
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(t.numel() * t.itemsize for t in tensors if isinstance(t, torch.Tensor))
+
+
+def _saved_by_four_bit(model: torch.nn.Module) -> int:
+    """Bytes of the linear layers that are not trained, less what they take in 4 bits."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    frozen = [m.weight for m in linear if not m.weight.requires_grad]
+    return _bytes(frozen) - round(FOUR_BITS * sum(w.numel() for w in frozen))
+
+
+def _largest_layer(model: torch.nn.Module) -> int:
+    """Bytes of the largest element of a list of layers, or of all that is in none."""
+    lists = [m for m in model.modules() if type(m) is torch.nn.ModuleList]
+    layers = [list(layer.parameters()) for layers in lists for layer in layers]
+    inside = {id(p) for layer in layers for p in layer}
+    outside = [p for p in model.parameters() if id(p) not in inside]
+    return max(_bytes(layer) for layer in [*layers, outside])

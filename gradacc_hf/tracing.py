@@ -1,0 +1,226 @@
+"""Every moment of a training step, in bytes and operations, without weights and without a GPU.
+
+`trace` runs forward, loss, backward and optimizer step on fake tensors (shapes without numbers) and notes
+after each operation how many bytes the tensors hold that were made since the step began. Unlike torch's
+MemTracker, which keeps the peak alone, it keeps every moment: the same moment of steps of several sizes is
+one polynomial in the size, where a peak is the largest of many. What is made of it: `memory.py`.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+ACTIVATIONS, LOSS = 0, 1  # what a tensor that comes and goes belongs to
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DEVICE = torch.ops.prim.device.default  # asked of each fake tensor, over and over
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The forward pass with the loss, the backward pass, or the step: its operations, in their order.
+
+    `held` (operations, 2): bytes after each, of activations and of the loss.
+    """
+
+    operations: list[Any]
+    held: np.ndarray
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One step: forward, backward, optimizer step; and its floating-point operations."""
+
+    phases: tuple[Phase, Phase, Phase]
+    flops: int
+
+
+def trace(
+    model: torch.nn.Module,
+    batch: Mapping[str, Any],
+    compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    precision: str = "fp32",
+    on_gpu: bool = False,
+) -> Trace:
+    """Trace a step of a fake model, in the fake mode that made it; its gradients may be there already.
+
+    `optimizer` None: without a step. `on_gpu`: as CUDA's kernels would do it where a CPU's do otherwise.
+    """
+    tracer = _Tracer()
+    for tensor in tree_leaves([list(model.parameters()), [p.grad for p in model.parameters()]]):
+        tracer.ignore(tensor)
+    for tensor in [*model.buffers(), *tree_leaves([optimizer.state_dict() if optimizer else None])]:
+        tracer.ignore(tensor)
+    for tensor in tree_leaves(dict(batch)):
+        tracer.count(tensor)
+    forward: Any = model.__call__
+    if precision in AUTOCAST:
+        forward = convert_outputs_to_fp32(torch.autocast("cpu", AUTOCAST[precision])(forward))
+
+    def weighed_loss(outputs: Any) -> torch.Tensor:  # they go when it ends, as in the loop
+        tracer.label = LOSS
+        return compute_loss(outputs, batch) * 1.0
+
+    phases = []
+    with _labelling(model, tracer), tracer, _AsOnGpu() if on_gpu else nullcontext():
+        loss = weighed_loss(forward(**batch))
+        phases.append(tracer.take())
+        loss.backward()
+        phases.append(tracer.take())
+        if optimizer is not None:
+            trained = [p for p in model.parameters() if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+        phases.append(tracer.take())
+    return Trace((phases[0], phases[1], phases[2]), tracer.flops)
+
+
+class _Tracer(TorchDispatchMode):
+    """Follows every storage from when an operation gives it to when nothing holds it any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = ACTIVATIONS
+        self.flops = 0
+        self._bytes = [0, 0]
+        self._known: dict[int, Any] = {}  # by the address of a storage: what tells us of its end
+        self._operations: list[Any] = []
+        self._held: list[tuple[int, int]] = []
+
+    def ignore(self, tensor: Any) -> None:
+        """This was there before the step."""
+        if isinstance(tensor, torch.Tensor):
+            self._follow(tensor, size=0)
+
+    def count(self, tensor: Any) -> None:
+        """This comes with the step: its batch."""
+        if isinstance(tensor, torch.Tensor):
+            self._follow(tensor)
+
+    def take(self) -> Phase:
+        """What was noted since the last time."""
+        phase = Phase(self._operations, np.array(self._held, dtype=np.float64).reshape(-1, 2))
+        self._operations, self._held = [], []
+        return phase
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is _DEVICE:
+            return result
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor)
+        self._operations.append(func)
+        self._held.append((self._bytes[0], self._bytes[1]))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        elif packet is _FLASH:
+            self.flops += sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)
+        elif packet is _FLASH_BACKWARD:
+            self.flops += sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+        return result
+
+    def _follow(self, tensor: torch.Tensor, size: int | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        label, size = self.label, storage.nbytes() if size is None else size
+        self._bytes[label] += size
+
+        def gone(_: Any) -> None:
+            self._bytes[label] -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, gone)
+
+
+@contextmanager
+def _labelling(model: Any, tracer: _Tracer) -> Iterator[None]:
+    """Tell what belongs to the loss: all from the output layer on, or else from the body's end on."""
+
+    def belongs_to(label: int) -> Callable[..., None]:
+        def switch(*_: Any) -> None:
+            tracer.label = label
+
+        return switch
+
+    def loss_begins(tensors: Any) -> None:
+        tracer.label = LOSS
+        first = next((t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor) and t.requires_grad), None)
+        if first is not None:  # where the gradient comes back to
+            first.register_hook(belongs_to(ACTIVATIONS))
+
+    inner = next((m for m in model.modules() if hasattr(m, "get_output_embeddings")), model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    body = getattr(inner, "base_model", inner)
+    tracer.label, hooks = ACTIVATIONS, []
+    if isinstance(head, torch.nn.Module):
+        hooks.append(head.register_forward_pre_hook(lambda module, inputs: loss_begins(inputs)))
+    elif body is not model:
+        hooks.append(body.register_forward_pre_hook(belongs_to(ACTIVATIONS)))
+        hooks.append(body.register_forward_hook(lambda module, inputs, outputs: loss_begins(outputs)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _AsOnGpu(TorchFunctionMode):
+    """What CUDA does otherwise: its autocast computes norms and softmax in float32, and its attention
+    kernel keeps no matrix of scores, with dropout neither."""
+
+    IN_FLOAT32 = (
+        torch.nn.functional.layer_norm,
+        torch.nn.functional.group_norm,
+        torch.nn.functional.softmax,
+        torch.nn.functional.log_softmax,
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args = tuple(a.float() if isinstance(a, torch.Tensor) else a for a in args)
+            kwargs = {n: v.float() if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
+        elif func is torch.nn.functional.scaled_dot_product_attention:
+            return _efficient_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _efficient_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """torch's memory-efficient attention, by name: on a CPU nobody would choose it."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    if enable_gqa:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
+    if attn_mask is not None:  # as a bias in the numbers of the query, for every head seen as one
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = bias.expand(*query.shape[:2], query.shape[-2], key.shape[-2])
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
