@@ -23,7 +23,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gradacc_hf.checkpoint import write_whole
-from gradacc_hf.config import tokens_per_micro_batch
 from gradacc_hf.data import BUILDERS
 from gradacc_hf.embedded import DATASETS, origin
 from gradacc_hf.recipe import Recipe
@@ -66,10 +65,9 @@ class Facts:
     usage: str  # lines of Python
 
 
-def facts(recipe: Recipe, training: Dataset, validation: Dataset, device_type: str) -> Facts:
-    """Those of a run on a "cpu" or "cuda" device; reads the base model's card where there is one."""
+def facts(recipe: Recipe, training: Dataset, validation: Dataset, micro_batches: str) -> Facts:
+    """Those of a run; reads the base model's card where there is one. micro_batches: their bound, in words."""
     config = recipe.config
-    tokens = tokens_per_micro_batch(config.budget, device_type)
     given, data = config.model.name, config.data
     upstream, licence = origin(given)
     on_hub = upstream or (given if _is_hub_name(given) else None)
@@ -91,7 +89,7 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset, device_type: s
         validation_examples=len(validation),
         validation=source,
         max_length=data.max_length if _is_tokenised(training) else None,
-        micro_batches=f"{tokens:,} padded tokens" if tokens else f"{config.budget.micro_batch_size} examples",
+        micro_batches=micro_batches,
         usage=snippet(recipe, config.output.push_to_hub or "."),
     )
 

@@ -189,7 +189,7 @@ def _build_model(kind: str, model_type: str, problem: str) -> PreTrainedModel:
     auto_class, class_names = _AUTO[kind]
     names = class_names[model_type]
     extra["architectures"] = [names] if isinstance(names, str) else [names[0]]  # of several heads the first
-    config = _shrink(CONFIG_MAPPING[model_type](), extra)
+    config = shrink(CONFIG_MAPPING[model_type](), extra)
     if kind == "causal_lm" and hasattr(config, "is_decoder"):
         config.is_decoder = True
     if config.is_encoder_decoder:
@@ -204,13 +204,13 @@ def _build_model(kind: str, model_type: str, problem: str) -> PreTrainedModel:
     return model.train()
 
 
-def _shrink(config: PreTrainedConfig, extra: Mapping[str, Any]) -> PreTrainedConfig:
+def shrink(config: PreTrainedConfig, extra: Mapping[str, Any] = {}) -> PreTrainedConfig:  # noqa: B006
     """The same config, tiny: from the defaults of its fields, so that the derived ones are derived anew."""
     small: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         name, value = field.name, vars(config).get(field.name)
         if isinstance(value, PreTrainedConfig):
-            small[name] = _shrink(value, {})
+            small[name] = shrink(value)
         elif isinstance(value, bool):  # a switch that the config around it may have set
             small[name] = value
         elif re.fullmatch(_TOKEN_FIELD, name):

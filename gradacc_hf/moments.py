@@ -18,18 +18,19 @@ class Fit:
     """Polynomials of `exponents` (terms, 1 + columns) through values at `sizes` (terms, 1 + columns).
 
     The sizes are rows and lengths: the first half with one number of rows, the second with another and the
-    same lengths. `few` are the sizes that tell what a further layer adds: something, and something a row.
+    same lengths; or all with one row. `few` are the sizes that tell what a further layer adds.
     """
 
     def __init__(self, exponents: np.ndarray, sizes: np.ndarray):
         self.exponents, self.scale = exponents, sizes.max(axis=0).astype(np.float64)
         self._matrix = _terms(sizes / self.scale, exponents)
         half = len(sizes) // 2
-        # What a layer adds without regard to rows does not depend on the length: weights cast by autocast.
-        self.few = np.arange(half, 2 * half) if half > 1 else np.arange(2)
-        self._of_layer = np.arange(half, 2 * half) if half > 1 else np.arange(2)
-        if half > 1:
-            self._of_layer[0] = 0  # the constant, in place of rows alone
+        if half > 1 and exponents[:, 0].any():
+            # What a layer adds whatever the rows (weights cast by autocast) does not depend on the length.
+            self.few = np.arange(half, 2 * half)
+            self._of_layer = np.concatenate([[0], np.arange(half + 1, 2 * half)])
+        else:  # one length; or packed into one row
+            self.few = self._of_layer = np.arange(len(sizes))
 
     def polynomials(self, values: np.ndarray) -> np.ndarray:
         """Values (sizes, …) → factors of the terms (terms, …)."""

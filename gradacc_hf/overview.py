@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gradacc_hf.config import tokens_per_micro_batch
 from gradacc_hf.hardware import describe_device
 from gradacc_hf.optim import choose_trained
 from gradacc_hf.recipe import Recipe
@@ -24,8 +23,6 @@ def print_plan(
     ]
     steps = [max(map(len, split.processes)) for split in sample]
     padding = 1 - sum(split.tokens for split in sample) / sum(split.padded_tokens for split in sample)
-    bound = recipe.config.budget.micro_batch_size
-    tokens = tokens_per_micro_batch(config.budget, accelerator.device.type)
     rows = (
         ("recipe", (type(recipe).__doc__ or type(recipe).__name__).partition("\n")[0]),
         ("model", f"{config.model.name}, {_parameters(recipe, empty)}"),
@@ -38,7 +35,7 @@ def print_plan(
             "windows",
             f"{num_windows:,}, over {epochs} epoch{'s' * (epochs > 1)}",
         ),
-        ("micro-batches", f"at most {bound} examples" if bound else f"at most {tokens:,} padded tokens"),
+        ("micro-batches", f"at most {windows.bound}"),
         (
             "accumulation steps",
             f"{min(steps)} / {sum(steps) / len(steps):.1f} / {max(steps)} (min / mean / max)",

@@ -56,6 +56,7 @@ class Recipe:
         self.new_parameters: set[str] | None = (
             None  # those for which model() found no weights; all, where None
         )
+        self.without_weights = False  # model() is then made of its config alone: `recipe_memory.py`
         self._saved_config: Any = None  # of the adapter that is loaded, with what the task had set
 
     def datasets(self) -> tuple[Dataset, Dataset]:
@@ -193,7 +194,7 @@ class Recipe:
     @cached_property
     def model_path(self) -> str:
         """The folder or Hub name that the model and its tokenizer are loaded from."""
-        return resolve_model(self.config.model.name)
+        return resolve_model(self.config.model.name, weights=not self.without_weights)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -240,7 +241,8 @@ class Recipe:
 
     def model(self) -> Any:
         """The model that is fine-tuned. One of a recipe's own making sets `new_parameters`."""
-        if not self.config.model.load_in_4bit or self._saved_config is not None:
+        whole = self._saved_config is not None or self.without_weights
+        if not self.config.model.load_in_4bit or whole:
             return self._load_model()
         check_four_bit(self.config.model)
         self._load_model(device_map="meta")  # what is new must not be in 4 bits
@@ -271,8 +273,11 @@ class Recipe:
 
     def _load_model(self, **options: Any) -> Any:
         options |= {"config": self.model_config(), "dtype": self.dtype, "ignore_mismatched_sizes": True}
-        if self.from_scratch:
-            return self.model_class.from_config(options["config"], dtype=self.dtype)
+        if self.without_weights or self.from_scratch:
+            model = self.model_class.from_config(options["config"], dtype=self.dtype, **self._trust())
+            if self.without_weights and not self.from_scratch:
+                self.new_parameters = _of_the_task(model)
+            return model
         with self._loading("weights"):
             model, info = self.model_class.from_pretrained(
                 self.model_path, output_loading_info=True, **options, **self._source()
@@ -313,6 +318,13 @@ class Recipe:
 
     def _source(self) -> dict[str, Any]:
         return {"revision": self.config.model.revision or "main", **self._trust()}
+
+
+def _of_the_task(model: Any) -> set[str]:
+    """The parameters that saved weights of the body are likely to lack: a classifier's."""
+    head = model.get_output_embeddings()
+    known = {*model.base_model.parameters(), *(head.parameters() if head is not None else ())}
+    return {name for name, parameter in model.named_parameters() if parameter not in known}
 
 
 def set_dropout(config: Any, probability: float) -> None:

@@ -26,17 +26,20 @@ from gradacc_hf.card import RunCard, facts, refresh_cards
 from gradacc_hf.checkpoint import write_pretrained
 from gradacc_hf.command_line import read_command_line, recipe_file
 from gradacc_hf.compiled import compile_layers, uncompiled
-from gradacc_hf.config import Config, tokens_per_micro_batch
+from gradacc_hf.config import Config
 from gradacc_hf.errors import BadInput, listed, one_line, refuse
 from gradacc_hf.hardware import honour, honour_attention, honour_padding, set_up_allocator
 from gradacc_hf.loop import Best, fine_tune
 from gradacc_hf.lora import check_four_bit, write_merged
+from gradacc_hf.micro_batches import measure_lengths
 from gradacc_hf.optim import check_optimizer, choose_trained, make_optimizer, make_scheduler
 from gradacc_hf.output import check_output, open_output
 from gradacc_hf.overview import print_plan
 from gradacc_hf.push import check_push, push
 from gradacc_hf.recipe import Recipe
+from gradacc_hf.recipe_memory import choose_bound
 from gradacc_hf.runlog import describe
+from gradacc_hf.split import Bound
 from gradacc_hf.windows import WindowLoader
 
 
@@ -88,7 +91,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     model = make_model(recipe)
     optimizer = make_optimizer(model, config.optim, accelerator.mixed_precision)
     scheduler = make_scheduler(optimizer, config.optim, total_windows(config, windows))
-    about = facts(recipe, training, validation, accelerator.device.type)
+    about = facts(recipe, training, validation, str(windows.bound))
     card = RunCard(recipe, about, windows)
     folder = open_output(config, accelerator)
     set_seed(config.train.seed, device_specific=True)  # dropout differs by process
@@ -229,9 +232,16 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def make_windows(
-    recipe: Recipe, training: Dataset, validation: Dataset, accelerator: Accelerator
+    recipe: Recipe,
+    training: Dataset,
+    validation: Dataset,
+    accelerator: Accelerator,
+    bound: Bound | None = None,
 ) -> tuple[WindowLoader, WindowLoader]:
-    """The loaders of a run: training in windows, validation in the data set's order."""
+    """The loaders of a run: training in windows, validation in the data set's order.
+
+    `bound`: of a micro-batch; by default what the budget says, or the memory there is.
+    """
     config = recipe.config
     honour_padding(recipe)
     if config.batch.effective > len(training):
@@ -239,6 +249,7 @@ def make_windows(
             f"batch.effective: found {config.batch.effective}; allowed: 1 to {len(training)}, "
             "the training examples there are"
         )
+    lengths = measure_lengths(training, recipe.lengths(training))
     shared: dict[str, Any] = {
         "accelerator": accelerator,
         "collate_fn": recipe.collate,
@@ -247,14 +258,13 @@ def make_windows(
         "pad_to_multiple_of": config.budget.pad_to_multiple_of,
         "transform": recipe.transform,
         "seed": config.train.seed,
-        "max_tokens": tokens_per_micro_batch(config.budget, accelerator.device.type),
-        "micro_batch_size": config.budget.micro_batch_size,
+        "bound": bound or choose_bound(recipe, training, lengths, make_model, accelerator),
         "num_workers": config.budget.num_workers,
     }
     windows = WindowLoader(
         training,
         config.batch.effective,
-        lengths=recipe.lengths(training),
+        lengths=lengths,
         drop_last=config.batch.drop_last,
         **shared,
     )

@@ -9,8 +9,11 @@ model. Which examples make a window is `plan.py`'s question; that any split give
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+from gradacc_hf.micro_batch_memory import Lengths, MicroBatchMemory
 
 
 @dataclass(frozen=True)
@@ -32,27 +35,45 @@ class Cost:
 
 @dataclass(frozen=True)
 class Bound:
-    """The most that one micro-batch may hold: `max_tokens` padded tokens, or `micro_batch_size` examples."""
+    """The most that one micro-batch may hold: `max_tokens` padded tokens, `micro_batch_size` examples, or
+    what is predicted to take `max_bytes` of `memory`, all that the step of one process takes.
+    """
 
     max_tokens: int | None = None
     micro_batch_size: int | None = None
+    max_bytes: int | None = None
+    memory: MicroBatchMemory | None = None
 
     def __post_init__(self):
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        sizes = ("max_tokens", "micro_batch_size", "max_bytes")
+        given = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
         if len(given) != 1:
             raise ValueError(
-                f"give max_tokens or micro_batch_size, one of the two; found {given or 'neither'}"
+                f"give max_tokens, micro_batch_size or max_bytes, one of the three; found {given or 'none'}"
             )
+        if (self.max_bytes is None) != (self.memory is None):
+            raise ValueError("max_bytes needs memory=, by which the bytes of a micro-batch are predicted")
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
 
-    def max_rows(self, length: int) -> int:
+    def __str__(self) -> str:
+        """For messages, after "at most"."""
+        if self.max_bytes is not None:
+            return f"{self.max_bytes / 2**20:,.0f} MiB, as predicted"
+        if self.micro_batch_size is not None:
+            return f"{self.micro_batch_size} examples"
+        return f"{self.max_tokens:,} padded tokens"
+
+    def max_rows(self, length: Lengths) -> int:
         """How many examples padded to `length` tokens fit; at least one, since one example cannot be cut."""
+        if self.memory is not None:
+            assert self.max_bytes is not None
+            return max(1, self.memory.max_rows(length, self.max_bytes))
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         assert self.max_tokens is not None
-        return max(1, self.max_tokens // max(1, length))
+        return max(1, self.max_tokens // max(1, int(np.sum(length))))
 
     def halved(self, rows: int, padded_tokens: int) -> "Bound":
         """One that a micro-batch of so many examples and padded tokens exceeds twice."""
@@ -70,7 +91,23 @@ class Bound:
         """The first example that fits into one row with all up to `stop`; `until`: tokens before each."""
         if self.micro_batch_size is not None:
             return max(0, stop - self.micro_batch_size)
-        return min(stop - 1, int(np.searchsorted(until, until[stop] - self.max_tokens)))
+        return min(stop - 1, int(np.searchsorted(until, until[stop] - self._max_packed)))
+
+    @cached_property
+    def _max_packed(self) -> int:
+        """How many tokens one row may have."""
+        if self.memory is None:
+            assert self.max_tokens is not None
+            return self.max_tokens
+        assert self.max_bytes is not None
+        return self.memory.max_length(self.max_bytes)
+
+    def exceeded_by(self, length: Lengths) -> bool:
+        """Does one example of `length` tokens take more than there is?"""
+        if self.memory is not None:
+            assert self.max_bytes is not None
+            return self.memory.max_rows(length, self.max_bytes) < 1
+        return self.max_tokens is not None and int(np.sum(length)) > self.max_tokens
 
 
 def split_window(

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 ACTIVATIONS, LOSS = 0, 1  # what a tensor that comes and goes belongs to
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ATTENTION = "scaled_dot_product_attention"
 _DEVICE = torch.ops.prim.device.default  # asked of each fake tensor, over and over
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -75,7 +76,7 @@ def trace(
         return compute_loss(outputs, batch) * 1.0
 
     phases = []
-    with _labelling(model, tracer), tracer, _AsOnGpu() if on_gpu else nullcontext():
+    with _labelling(model, tracer), tracer, _as_on_gpu() if on_gpu else nullcontext():
         loss = weighed_loss(forward(**batch))
         phases.append(tracer.take())
         loss.backward()
@@ -181,25 +182,33 @@ def _labelling(model: Any, tracer: _Tracer) -> Iterator[None]:
             hook.remove()
 
 
-class _AsOnGpu(TorchFunctionMode):
-    """What CUDA does otherwise: its autocast computes norms and softmax in float32, and its attention
-    kernel keeps no matrix of scores, with dropout neither."""
+@contextmanager
+def _as_on_gpu() -> Iterator[None]:
+    """What CUDA does otherwise: its autocast computes norms and softmax in float32, and its attention kernel
+    keeps no matrix of scores, with dropout neither.
 
-    IN_FLOAT32 = (
-        torch.nn.functional.layer_norm,
-        torch.nn.functional.group_norm,
-        torch.nn.functional.softmax,
-        torch.nn.functional.log_softmax,
-    )
+    Functions are replaced, as a function mode of torch does not reach what is computed again in the backward.
+    """
+    own = {name: getattr(F, name) for name in ("layer_norm", "group_norm", "softmax", "log_softmax")}
+    replaced = {name: _in_float32(function) for name, function in own.items()}
+    own[ATTENTION], replaced[ATTENTION] = getattr(F, ATTENTION), _efficient_attention
+    try:
+        for name, function in replaced.items():
+            setattr(F, name, function)
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(F, name, function)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self.IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+
+def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):
             args = tuple(a.float() if isinstance(a, torch.Tensor) else a for a in args)
             kwargs = {n: v.float() if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
-        elif func is torch.nn.functional.scaled_dot_product_attention:
-            return _efficient_attention(*args, **kwargs)
-        return func(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return computed
 
 
 def _efficient_attention(

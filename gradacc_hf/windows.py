@@ -46,8 +46,9 @@ class WindowLoader:
         collate_fn: examples → mapping of tensors; `collate_fn(examples, pad_to=n)` where `pad_to` is used.
         accelerator: the run's Accelerator; not DeepSpeed or Megatron-LM, which have accumulation of their
             own.
-        max_tokens: padded tokens per micro-batch; or `micro_batch_size`: examples per micro-batch. Bounds,
-            not targets: the cut is where the predicted cost is least under them.
+        max_tokens: padded tokens per micro-batch; or `micro_batch_size`: examples per micro-batch; or
+            `bound`: a `split.Bound`, such as one of predicted bytes. Bounds, not targets: the cut is where the
+            predicted cost is least under them.
         num_items: "labels", "next_token" or `batch -> number`: the terms of the mean that the loss is
             (`items.py`).
         lengths: tokens of each example: a column's name, a sequence, or a function of an example; by default
@@ -82,6 +83,7 @@ class WindowLoader:
         collate_fn: Callable[..., Mapping[str, Any]] = default_collate,
         max_tokens: int | None = None,
         micro_batch_size: int | None = None,
+        bound: Bound | None = None,
         num_items: str | items.CountItems = "labels",
         lengths: Lengths = None,
         pad_to: PadTo = "micro_batch",
@@ -101,7 +103,9 @@ class WindowLoader:
         self.empty_micro_batches = self.empty_windows = self.replays = 0
         self._completed = [0.0] * accelerator.num_processes
         self.plan = WindowPlan(len(dataset), effective_batch_size, seed, shuffle, drop_last)
-        bound = Bound(max_tokens, micro_batch_size)
+        if bound is not None and (max_tokens, micro_batch_size) != (None, None):
+            raise ValueError("give bound=, or max_tokens or micro_batch_size: one of the three")
+        bound = bound or Bound(max_tokens, micro_batch_size)
         self._windows = LocalWindows(
             dataset=dataset,
             collate_fn=collate_fn,
@@ -176,6 +180,14 @@ class WindowLoader:
         if all(max(map(len, split.processes)) == 1 for split in splits):
             size = max(1, min(len(split.indices) for split in splits) // 3)
             other._windows = replace(self._windows, bound=Bound(None, size))
+        return other
+
+    def with_bound(self, bound: Bound, num_processes: int | None = None) -> "WindowLoader":
+        """This loader at its place, with its windows cut under another bound; to plan, for more processes."""
+        other = copy.copy(self)
+        other._started, other._half_way, other.bound = False, [], bound
+        processes = num_processes or self._windows.num_processes
+        other._windows = replace(self._windows, bound=bound, num_processes=processes)
         return other
 
     def probe(self) -> list[MicroBatch]:
@@ -314,12 +326,20 @@ class WindowLoader:
             raise ValueError(
                 f"example {where} has {longest} tokens, more than pad_to={pad_to}: truncate it, or raise that"
             )
-        if bound.max_tokens is not None and padded.max() > bound.max_tokens:
-            count = int((padded > bound.max_tokens).sum())
+        longest = int(np.unravel_index(int(padded.argmax()), padded.shape)[0])
+        if bound.exceeded_by(padded[longest]):
+            different, counts = np.unique(padded, return_counts=True, axis=0)
+            count = sum(n for n, length in zip(counts, different, strict=True) if bound.exceeded_by(length))
             logger.warning(
-                f"{count} of {self.plan.num_examples} examples are longer than max_tokens={bound.max_tokens} "
-                f"(the longest has {padded.max()}): each goes alone in a micro-batch that exceeds it"
+                f"{count} of {self.plan.num_examples} examples do not fit in {bound} (example "
+                f"{longest} has {padded[longest]} tokens{_predicted(bound, padded[longest])}): each goes alone "
+                "in a micro-batch that exceeds it"
             )
+
+
+def _predicted(bound: Bound, length: Any) -> str:
+    """What one example takes, for a message."""
+    return "" if bound.memory is None else f", {bound.memory.bytes(1, length) / 2**20:,.0f} MiB"
 
 
 def _pinned(micro_batch: MicroBatch) -> MicroBatch:

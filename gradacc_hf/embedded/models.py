@@ -66,11 +66,12 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, weights: bool = True) -> str:
     """What `from_pretrained` loads for `model.name`: a folder, or a name that the Hub has. Loads no weights.
 
     `embedded:NAME` and an existing folder give the folder, checked. When the Hub does not answer (offline
     mode included), a model in the local cache gives its folder there, so that nothing waits for the network.
+    `weights` False: the config is enough.
     Raises BadInput when there is no such model, or when its files are damaged.
     """
     if name in FROM_SCRATCH:
@@ -81,7 +82,7 @@ def resolve_model(name: str) -> str:
         return str(MODELS[name]())
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return str(_checked(folder))
+        return str(_checked(folder, weights))
     if folder.is_file():
         _refuse(f"{name!r} is a file; give the folder that holds it and its config.json")
     found = hub_has(name, "model")
@@ -94,8 +95,8 @@ def resolve_model(name: str) -> str:
             _refuse(f"{name!r} on the Hub has no config.json; name a transformers model")
         return name
     config = None if found is False else try_to_load_from_cache(name, "config.json")
-    if isinstance(config, str) and _weights(Path(config).parent):
-        return str(_checked(Path(config).parent))
+    if isinstance(config, str) and (not weights or _weights(Path(config).parent)):
+        return str(_checked(Path(config).parent, weights))
     cached = sorted(p.name[8:].replace("--", "/") for p in Path(constants.HF_HUB_CACHE).glob("models--*"))
     names = ", ".join(get_close_matches(name, cached, n=1) or cached[:5]) or "none here"
     where = "not on the Hub" if found is False else "not in the local cache, and the Hub does not answer"
@@ -144,10 +145,12 @@ def _json(path: Path) -> dict[str, Any]:
     )
 
 
-def _checked(folder: Path) -> Path:
+def _checked(folder: Path, need_weights: bool = True) -> Path:
     if not (folder / "config.json").is_file():
         _refuse(f"{folder} has no config.json; give a folder written by save_pretrained")
     _json(folder / "config.json")
+    if not need_weights:
+        return folder
     weights = _weights(folder)
     for index in folder.glob("*.safetensors.index.json"):
         for missing in sorted(set(_json(index).get("weight_map", {}).values()) - {p.name for p in weights}):

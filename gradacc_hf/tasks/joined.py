@@ -8,6 +8,7 @@ import copy
 import warnings
 from typing import Any
 
+import torch
 from transformers import EncoderDecoderConfig, EncoderDecoderModel
 
 from gradacc_hf.errors import BadInput
@@ -65,8 +66,10 @@ def new_parameters(model: Any) -> set[str]:
 def join(path: str, config: Any, **options: Any) -> Any:
     """The EncoderDecoderModel of `joined_config`, both halves with the weights of `path`.
 
-    `options` are those of `from_pretrained`.
+    `options` are those of `from_pretrained`. On torch's meta device there are no weights to load.
     """
+    if torch.get_default_device().type == "meta":
+        return EncoderDecoderModel(config)
     halves = {"encoder": config.encoder, "decoder": config.decoder}
     options = {f"{half}_{name}": value for half in halves for name, value in options.items()}
     configs = {f"{half}_config": config for half, config in halves.items()}

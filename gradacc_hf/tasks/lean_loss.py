@@ -17,10 +17,12 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
 from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.heads import shrink
 from gradacc_hf.items import IGNORED
 
 CHUNK = 256  # tokens whose logits are in memory at a time: 50 MB at a vocabulary of 49,152, in float32
@@ -54,6 +56,9 @@ def not_lean(model: Any) -> str | None:
         return f"its head is no plain linear layer ({type(head).__name__})"
     if getattr(model.config, "output_router_logits", False):
         return "a router's loss is added to it (model.config.output_router_logits)"
+    if head.weight.is_meta:  # no numbers to ask with: a tiny model of the same class and switches is asked
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            return not_lean(type(model)(shrink(model.config)))
     given: list[torch.Tensor] = []
     draw = torch.Generator().manual_seed(0)
 
@@ -119,11 +124,16 @@ def _forward_of(model_class: type) -> Any:
 
 def _mean_loss(head: Any, hidden: torch.Tensor, labels: torch.Tensor, num_items: Any) -> Any:
     """The mean over the learned tokens, or their sum divided by `num_items`."""
-    learned = labels[..., 1:] != IGNORED
-    hidden, targets = hidden[..., :-1, :][learned], labels[..., 1:][learned]
+    hidden, targets = hidden[..., :-1, :], labels[..., 1:]
+    if is_fake(hidden):  # labels without values (`memory.py`): all are learned, and two pieces tell of all
+        hidden, targets = hidden.flatten(0, -2), targets.flatten()
+        pieces = zip(hidden.split(CHUNK)[:2], targets.split(CHUNK)[:2], strict=True)
+    else:
+        learned = targets != IGNORED
+        hidden, targets = hidden[learned], targets[learned]
+        pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     if not len(targets):
         return hidden.sum() * math.nan  # a mean over nothing
-    pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     losses = [
         checkpoint(_loss, head, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
     ]

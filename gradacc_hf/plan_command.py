@@ -1,0 +1,264 @@
+"""`gradacc plan`: what a recipe's run will take, before any money is spent: memory, steps, operations, cost.
+
+Needs the model's config, its tokenizer and the data; no weights and no GPU.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import transformers
+from accelerate import Accelerator
+from datasets import disable_progress_bars
+from rich.bar import Bar
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from gradacc_hf.config import detect_budget, parse_bytes, tokens_per_micro_batch
+from gradacc_hf.errors import BadInput, Parser, refuse
+from gradacc_hf.levers import Lever, levers
+from gradacc_hf.memory import NotTraceable, StepEstimate
+from gradacc_hf.micro_batch_memory import MicroBatchMemory, Parts
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.recipe_memory import recipe_memory
+from gradacc_hf.run import load_recipe, make_model, make_windows, total_windows
+from gradacc_hf.split import Bound
+from gradacc_hf.windows import WindowLoader
+
+GIB = 2**30
+SAMPLE = 200  # windows of the first epoch that are cut, evenly spaced
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How the windows are cut, from a sample of the first epoch's. Operations are floating-point ones."""
+
+    windows: int
+    epochs: int
+    accumulation_steps: tuple[int, float, int]  # min, mean, max over windows, of the process with most
+    padding: float  # share of the tokens
+    largest: tuple[int, int | list[int]]  # rows and length of the micro-batch that takes most
+    flops_per_window: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take; bytes are of one process."""
+
+    model: str
+    parameters: int
+    trained: int
+    device: str
+    processes: int
+    precision: str
+    memory: int  # bytes there are
+    parts: Parts  # at the largest micro-batch
+    fits: bool
+    longest: int | list[int]  # tokens of the longest example
+    longest_bytes: int  # that it takes alone
+    bound: str
+    why: str
+    steps: Steps
+    processes_change: dict[str, int]  # bytes of the same micro-batch under DDP and FSDP2
+    seconds: float | None
+    price: float | None
+    levers: list[Lever]
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line."""
+    parser = Parser(
+        prog="gradacc plan",
+        description="What a run will take: memory, accumulation steps, operations. Needs no GPU, no weights.",
+        epilog="Any setting of the recipe can follow, as on its own command line: --data.max_length 512",
+    )
+    parser.add_argument("--config", required=True, help="the recipe's config file")
+    parser.add_argument("--budget", default="auto", help="a budget's name or file (auto)")
+    parser.add_argument("--processes", type=int, default=1, help="processes, each on a device (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where the budget has memory, else cpu")
+    parser.add_argument("--tflops", type=float, help="10¹² operations a second that a device reaches: the time")
+    parser.add_argument("--price", type=float, help="of one device for an hour, with --tflops: the cost")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    arguments, settings = parser.parse_known_args(argv)
+    for name in ("processes", "tflops", "price"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            refuse(f"--{name}", f"found {value:g}", "allowed: a number above 0")
+    if arguments.price is not None and arguments.tflops is None:
+        raise BadInput("--price: found one without --tflops, by which the hours are told; give both")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    recipe = load_recipe(["--config", arguments.config, "--budget", arguments.budget, *settings])
+    found = make_plan(recipe, arguments.processes, arguments.device, arguments.tflops, arguments.price)
+    if arguments.json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        show(found, Console(highlight=False))
+
+
+def make_plan(
+    recipe: Recipe,
+    processes: int = 1,
+    device: str | None = None,
+    tflops: float | None = None,
+    price: float | None = None,
+) -> Plan:
+    """The plan of a recipe's run over so many processes, on "cpu" or "cuda" devices.
+
+    `tflops`: 10¹² floating-point operations a second of one device; `price`: of one for an hour. Raises
+    BadInput where no step of the model can be traced.
+    """
+    config, recipe.without_weights = recipe.config, True
+    given = config.budget.memory or detect_budget().memory
+    device = device or ("cuda" if given else "cpu")
+    memory = parse_bytes(given) if given else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    training, validation = recipe.datasets()
+    windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True), Bound(micro_batch_size=1))
+    try:
+        found = recipe_memory(recipe, training, windows.lengths, make_model, device == "cuda")
+    except NotTraceable as error:
+        raise BadInput(
+            f"model.name: no step of {config.model.name} could be traced ({error}); run it with --check, and "
+            "a number for budget.max_tokens"
+        ) from error
+    per_process = found.memory.over_processes(processes, sharded=False)
+    bound, why = _bound(recipe, per_process, memory, bool(given), device)
+    steps = _steps(recipe, windows.with_bound(bound, processes), found)
+    parts = per_process.parts(*steps.largest)
+    longest = windows.lengths[int(windows.lengths.reshape(len(windows.lengths), -1).sum(1).argmax())]
+    alone = per_process.bytes(1, longest)
+    seconds = steps.flops_per_window * steps.windows / (tflops * 1e12 * processes) if tflops else None
+    return Plan(
+        model=config.model.name,
+        parameters=found.total_parameters,
+        trained=found.trained_parameters,
+        device=device,
+        processes=processes,
+        precision=config.budget.precision,
+        memory=memory,
+        parts=parts,
+        fits=parts.total <= memory,
+        longest=longest.tolist(),
+        longest_bytes=alone,
+        bound=str(bound),
+        why=why,
+        steps=steps,
+        processes_change={
+            name: found.memory.over_processes(max(2, processes), sharded, found.largest_layer).bytes(*steps.largest)
+            for name, sharded in (("DDP", False), ("FSDP2", True))
+        },
+        seconds=seconds,
+        price=seconds * processes * price / 3600 if seconds is not None and price else None,
+        levers=levers(recipe, training, windows.lengths, make_model, device == "cuda", memory, processes)
+        if parts.total > memory
+        else [],
+    )
+
+
+def _bound(
+    recipe: Recipe, memory: MicroBatchMemory, there_are: int, is_given: bool, device: str
+) -> tuple[Bound, str]:
+    """What bounds a micro-batch, and why."""
+    budget = recipe.config.budget
+    if budget.micro_batch_size is not None:
+        return Bound(micro_batch_size=budget.micro_batch_size), "budget.micro_batch_size says so"
+    if budget.max_tokens != "auto":
+        return Bound(max_tokens=budget.max_tokens), "budget.max_tokens says so"
+    if is_given:
+        return Bound(max_bytes=there_are, memory=memory), "what budget.memory holds, by the bytes predicted"
+    tokens = tokens_per_micro_batch(budget, device)
+    return Bound(max_tokens=tokens), "more is not faster on a CPU; budget.memory would bound it by bytes"
+
+
+def _steps(recipe: Recipe, windows: WindowLoader, found: StepEstimate) -> Steps:
+    plan = windows.plan
+    numbers = np.unique(np.linspace(0, plan.num_windows(0) - 1, SAMPLE).astype(int))
+    splits = [windows.split(0, int(number)) for number in numbers]
+    shapes = [
+        [_shape(windows, piece, split.pad_to) for process in split.processes for piece in process]
+        for split in splits
+    ]
+    different = sorted({shape for window in shapes for shape in window}, key=str)
+    steps = [max(map(len, split.processes)) for split in splits]
+    tokens, padded = (sum(getattr(split, name) for split in splits) for name in ("tokens", "padded_tokens"))
+    flops = {shape: found.flops_of(*shape) for shape in different}
+    largest = max(different, key=lambda shape: found.memory.bytes(*shape))
+    return Steps(
+        windows=total_windows(recipe.config, windows),
+        epochs=recipe.config.train.epochs,
+        accumulation_steps=(min(steps), sum(steps) / len(steps), max(steps)),
+        padding=1 - tokens / padded,
+        largest=(largest[0], largest[1][0] if len(largest[1]) == 1 else list(largest[1])),
+        flops_per_window=sum(flops[shape] for window in shapes for shape in window) / len(splits),
+    )
+
+
+def _shape(windows: WindowLoader, piece: np.ndarray, pad_to: int | None) -> tuple[int, tuple[int, ...]]:
+    """Rows and length of a micro-batch."""
+    lengths = windows.lengths[piece].reshape(len(piece), -1)
+    if windows.pad_to == "nothing":
+        return 1, (int(lengths.sum()),)
+    return len(piece), tuple(int(pad_to or longest) for longest in lengths.max(axis=0))
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Memory as bars, then how the run is cut and what it takes, then what would make it fit."""
+    rows, length = plan.steps.largest
+    console.print(
+        f"{plan.model}: {plan.parameters:,} parameters, {plan.trained:,} trained, {plan.precision}, on "
+        f"{plan.processes} × {plan.device} with {plan.memory / GIB:.1f} GiB"
+    )
+    table = Table("memory of a process", box=SIMPLE, title_justify="left")
+    table.add_column("GiB", justify="right")
+    table.add_column(f"of {plan.memory / GIB:.1f} GiB", width=40)
+    scale, begin = max(plan.memory, plan.parts.total), 0
+    names = {"optimizer": "optimizer states", "loss": "logits and loss"}
+    for name, size in asdict(plan.parts).items():
+        bar = Bar(scale, begin, begin + size, width=40)
+        table.add_row(names.get(name, name), f"{size / GIB:.2f}", bar)
+        begin += size
+    style = "green" if plan.fits else "red"
+    table.add_row(
+        "together", f"{begin / GIB:.2f}", Bar(scale, 0, begin, width=40, color=style), style=style
+    )
+    console.print(table)
+    least, mean, most = plan.steps.accumulation_steps
+    lines = {
+        "largest micro-batch": f"{rows} × {length} tokens",
+        "micro-batches": f"at most {plan.bound} ({plan.why})",
+        "accumulation steps": f"{least} / {mean:.1f} / {most} (min / mean / max)",
+        "padding": f"{plan.steps.padding:.1%} of the tokens",
+        "windows": f"{plan.steps.windows:,}, over {plan.steps.epochs} epoch{'s' * (plan.steps.epochs > 1)}",
+        "operations": f"{plan.steps.flops_per_window / 1e12:,.2f} TFLOP a window, "
+        f"{plan.steps.flops_per_window * plan.steps.windows / 1e15:,.2f} PFLOP in all",
+    }
+    if plan.seconds is not None:
+        lines["time"] = f"{plan.seconds / 3600:,.2f} hours" + (
+            f", cost {plan.price:,.2f}" if plan.price is not None else ""
+        )
+    others = max(2, plan.processes)
+    lines[f"on {others} processes"] = ", ".join(
+        f"{name} {size / GIB:.2f} GiB each" for name, size in plan.processes_change.items()
+    )
+    for name, value in lines.items():
+        console.print(f"{name:<22}{value}", soft_wrap=True)
+    if plan.fits:
+        console.print("It fits.", style="green")
+        return
+    console.print(
+        f"It does not fit: the longest example, of {plan.longest} tokens, takes {plan.longest_bytes / GIB:.2f} "
+        f"GiB alone, and there are {plan.memory / GIB:.2f}.",
+        style="red",
+        soft_wrap=True,
+    )
+    for lever in plan.levers:
+        verdict = "fits" if lever.fits else "does not fit yet"
+        console.print(
+            f"  {lever.flags:<64} {lever.bytes / GIB:6.2f} GiB ({lever.saved / GIB:.2f} less): {verdict}",
+            soft_wrap=True,
+        )
