@@ -9,10 +9,12 @@ import numpy as np
 
 from gradacc_hf.errors import BadInput
 from gradacc_hf.memory import NotTraceable
+from gradacc_hf.micro_batch_memory import MicroBatchMemory
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.recipe_memory import recipe_memory
+from gradacc_hf.recipe_memory import longest_example, recipe_memory
 
 Settings = dict[str, Any]  # "optim.name": "adafactor"
+WORTH = 0.01  # of the bytes: less is not worth a flag
 
 
 @dataclass(frozen=True)
@@ -31,48 +33,50 @@ def levers(
     lengths: np.ndarray,
     make_model: Callable[[Recipe], Any],
     on_gpu: bool,
-    memory: int,
-    processes: int,
+    *,
+    memory: MicroBatchMemory,
+    available: int,
+    processes: int = 1,
 ) -> list[Lever]:
-    """Each lever alone, then together until it fits into `memory` bytes of each process.
+    """Each lever alone, the best first; then the best together, until they fit into `available` bytes.
 
-    The other arguments are those of `recipe_memory`.
+    memory: of the recipe as it is, in each of the processes. The other arguments: `recipe_memory`.
     """
+    longest = lengths[longest_example(lengths)]
+    before = memory.bytes(1, longest)
 
     def take(settings: Settings) -> int | None:
+        if list(settings) == ["data.max_length"]:
+            return memory.bytes(1, np.minimum(longest, settings["data.max_length"]))
         other = copy.copy(recipe)
         other.config = _with(recipe.config, settings)
-        shorter = np.minimum(lengths, other.config.data.max_length)
-        cut = shorter.reshape(len(lengths), -1).sum(axis=1) < lengths.reshape(len(lengths), -1).sum(axis=1)
-        kept = np.flatnonzero(~cut) if cut.any() and not cut.all() else np.arange(len(lengths))
-        longest = int(kept[lengths[kept].reshape(len(kept), -1).sum(axis=1).argmax()])
         try:
-            found = recipe_memory(
-                other, [dataset[longest]], lengths[[longest]], make_model, on_gpu, only_longest=True
-            )
+            found = recipe_memory(other, dataset, lengths, make_model, on_gpu, only_longest=True)
         except (BadInput, NotTraceable):  # not with this model
             return None
-        return found.memory.over_processes(processes, sharded=False).bytes(1, lengths[longest])
+        return found.memory.over_processes(processes, sharded=False).bytes(1, longest)
 
-    before = take({})
-    if before is None:
-        return []
-    alone = [(size, settings) for settings in _choices(recipe) if (size := take(settings)) is not None]
-    useful = sorted(((s, settings) for s, settings in alone if s < before), key=lambda found: found[0])
-    found = [Lever(_flags(settings), s, before - s, s <= memory) for s, settings in useful]
-    together: Settings = dict(useful[0][1]) if useful else {}
-    for _, settings in useful[1:]:
-        if any(lever.fits for lever in found):
+    def lever(settings: Settings, size: int) -> Lever:
+        return Lever(_flags(settings), size, before - size, size <= available)
+
+    taken = [(size, settings) for settings in _choices(recipe) if (size := take(settings)) is not None]
+    useful = sorted((t for t in taken if t[0] < (1 - WORTH) * before), key=lambda found: found[0])
+    found = [lever(settings, size) for size, settings in useful]
+    together: Settings = {}
+    for _, settings in useful:
+        if any(one.fits for one in found):
             break
-        together |= settings
-        if (size := take(together)) is not None:
-            found.append(Lever(_flags(together), size, before - size, size <= memory))
+        more = {**settings, **together}
+        if len(together) and more != together and (size := take(more)) is not None:
+            found.append(lever(more, size))
+        together = more
     return found
 
 
 def _choices(recipe: Recipe) -> Iterator[Settings]:
     """What is not on yet, and possible for this recipe."""
     config = recipe.config
+    half = {"model.dtype": "bfloat16", "budget.precision": "bf16"}
     if not config.budget.gradient_checkpointing:
         yield {"budget.gradient_checkpointing": True}
     if config.budget.precision == "fp32":
@@ -83,9 +87,9 @@ def _choices(recipe: Recipe) -> Iterator[Settings]:
         yield {"budget.lean_loss": "auto"}
     if not config.model.lora.rank and not recipe.from_scratch and not config.model.freeze:
         yield {"model.lora.rank": 16}
-        yield {"model.lora.rank": 16, "model.dtype": "bfloat16", "budget.precision": "bf16"}
-    elif config.model.dtype == "float32":
-        yield {"model.dtype": "bfloat16", "budget.precision": "bf16"}
+        yield {"model.lora.rank": 16, **half}
+    elif config.model.lora.rank and config.model.dtype == "float32":
+        yield half
     if config.data.max_length > 1:
         yield {"data.max_length": config.data.max_length // 2}
 
@@ -104,4 +108,5 @@ def _with(config: Any, settings: Settings) -> Any:
 
 def _flags(settings: Settings) -> str:
     """As a command line takes them."""
-    return " ".join(f"--{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items())
+    shown = {key: str(value).lower() if isinstance(value, bool) else value for key, value in settings.items()}
+    return " ".join(f"--{key} {value}" for key, value in shown.items())

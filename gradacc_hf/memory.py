@@ -8,6 +8,7 @@ states are there.
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from gradacc_hf import moments
 from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.config import OptimConfig
 from gradacc_hf.errors import one_line
+from gradacc_hf.items import IGNORED
 from gradacc_hf.micro_batch_memory import MicroBatchMemory
 from gradacc_hf.optim import make_optimizer
 from gradacc_hf.tracing import Trace, trace
@@ -28,6 +30,8 @@ from gradacc_hf.tracing import Trace, trace
 KEPT = 2  # of equal layers in most traces, as the first may differ from the others; and one more in some
 WORKSPACE = 600 * 2**20  # on a GPU, CUDA's context and libraries; on a CPU, Python's
 LOST = 0.05  # of what comes and goes: memory between the blocks of the allocator
+PARTS = 16  # rows come in multiples of it, so that a share of a batch's positions is a whole number
+PRIMES = (3, 5, 7, 11, 13, 17)
 FOUR_BITS = 0.516  # bytes of a weight in 4 bits with its scales: QLoRA, section 3, 0.127 bits a weight
 
 
@@ -113,18 +117,22 @@ def estimate(
             whole = build().train()
         layers = equal_layers(whole)
         few = [_with_layers(whole, {n: KEPT + (n == more) for n in layers}) for more in (None, *layers)]
+        selected = max(_learned(point.batch) for point in points)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            traced = _trace(few, layers, points, exponents, compute_loss, settings)
+            traced = _trace(few, layers, points, exponents, compute_loss, settings, selected)
     except Exception as error:  # a model of any kind, which may raise anything
         raise NotTraceable(f"{type(error).__name__}: {one_line(error)[:200]}") from error
-    found, flops, used, states = traced
+    found, flops, used = traced
     parameters = list(whole.named_parameters())
     trained = [p for name, p in parameters if _in_few(name, layers) in used]
+    step = np.zeros((1, len(exponents), 2))
+    step[0, 0, 0] = _step_bytes(trained, settings)
+    found = np.concatenate([found, step])
     memory = MicroBatchMemory(
         parameters=_bytes([*(p for _, p in parameters), *whole.buffers()])
         - (_saved_by_four_bit(whole) if settings.four_bit else 0),
         gradients=sum(p.numel() * _gradient_dtype(p).itemsize for p in trained),
-        optimizer=sum(states[_kind(p)] for p in trained),
+        optimizer=_state_bytes(trained, settings),
         exponents=exponents,
         activations=found[..., 0],
         loss=found[..., 1],
@@ -147,35 +155,40 @@ def _trace(
     exponents: np.ndarray,
     compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
     settings: Settings,
-) -> tuple[np.ndarray, np.ndarray, set[str], dict[Any, int]]:
-    """Moments, operations, the names of what has a gradient, and the optimizer's states by kind of weight.
+    selected: float,
+) -> tuple[np.ndarray, np.ndarray, set[str]]:
+    """Moments, operations, and the names of what has a gradient.
 
     models: with few layers, and with one more of each kind.
     """
     batches = [{k: _fake(v) if isinstance(v, torch.Tensor) else v for k, v in p.batch.items()} for p in points]
     few, *longer_ones = models
-    optimizer = _make_fake(few, settings)
+    _make_fake(few)
 
-    def run(model: torch.nn.Module, point: int, optimizer: Any = None) -> Trace:
+    def run(model: torch.nn.Module, point: int) -> Trace:
         how = {"precision": settings.precision, "on_gpu": settings.on_gpu}
-        return trace(model, batches[point], compute_loss, optimizer, **how)
+        return trace(model, batches[point], compute_loss, selected=selected, **how)
+
 
     run(few, 0)
     used = {name for name, p in few.named_parameters() if p.grad is not None}
-    optimizer.step()
-    states = {_kind(p): _bytes(values.values()) for p, values in optimizer.state.items()}
-    _fill_gradients(few, used, layers)
-    traces = [run(few, 0, optimizer)]
-    _fill_gradients(few, used, layers)
-    traces += [run(few, point) for point in range(1, len(points))]
+    traces = [run(few, point) for point in range(len(points))]
     fit = moments.Fit(exponents, np.array([(point.rows, *point.lengths) for point in points]))
     more = []
     for number, longer in zip(layers.values(), longer_ones, strict=True):
-        _make_fake(longer, settings)
+        _make_fake(longer)
         _fill_gradients(longer, used, layers)
         more.append((number - KEPT, [run(longer, point) for point in fit.few]))
     found = moments.largest(moments.moments(fit, traces, more), fit)
-    return found, moments.flops(fit, traces, more), used, states
+    return found, moments.flops(fit, traces, more), used
+
+
+def _learned(batch: Mapping[str, Any]) -> float:
+    """The share of the labels that are learned, rounded up to sixteenths; 1 where there are none."""
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return 1.0
+    return math.ceil(float((labels != IGNORED).float().mean()) * PARTS) / PARTS
 
 
 def equal_layers(model: torch.nn.Module) -> dict[str, int]:
@@ -210,8 +223,8 @@ def _with_layers(whole: torch.nn.Module, kept: Mapping[str, int]) -> torch.nn.Mo
     return few
 
 
-def _make_fake(model: torch.nn.Module, settings: Settings) -> Any:
-    """Put fake tensors, as if on a CPU, in place of those on the meta device; the model's optimizer."""
+def _make_fake(model: torch.nn.Module) -> None:
+    """Put fake tensors, as if on a CPU, in place of those on the meta device."""
     made: dict[int, Any] = {}  # so that tied weights stay tied
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -220,9 +233,7 @@ def _make_fake(model: torch.nn.Module, settings: Settings) -> Any:
                     made[id(tensor)] = tensor, _fake(tensor)
                 if tensor is not None:
                     tensors[name] = made[id(tensor)][1]
-    optimizer = make_optimizer(model, settings.optim, settings.precision if settings.on_gpu else "no")
-    accumulate_in_float32(model, optimizer)
-    return optimizer
+    accumulate_in_float32(model, torch.optim.SGD(model.parameters(), lr=1.0))  # what steps is no matter
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
@@ -251,6 +262,35 @@ def _kind(weight: torch.Tensor) -> tuple[Any, ...]:
 
 def _bytes(tensors: Iterable[Any]) -> int:
     return sum(t.numel() * t.itemsize for t in tensors if isinstance(t, torch.Tensor))
+
+
+def _state_bytes(weights: Sequence[torch.Tensor], settings: Settings) -> int:
+    """What the optimizer keeps of these weights.
+
+    It is asked with small stand-ins, whose sides are primes: its states then show which sides they have.
+    """
+    kinds = {(w.ndim, w.dtype) for w in weights}
+    stand_ins = {kind: torch.nn.Parameter(torch.ones(PRIMES[: kind[0]], dtype=kind[1])) for kind in kinds}
+    for stand_in in stand_ins.values():
+        stand_in.grad = torch.ones_like(stand_in)
+    model = torch.nn.ParameterList(stand_ins.values())
+    optimizer = make_optimizer(model, settings.optim)
+    optimizer.step()
+    total = 0
+    for weight in weights:
+        sides = dict(zip(PRIMES, weight.shape, strict=False))
+        for state in optimizer.state[stand_ins[weight.ndim, weight.dtype]].values():
+            if isinstance(state, torch.Tensor):
+                total += state.itemsize * math.prod(sides.get(side, side) for side in state.shape)
+    return total
+
+
+def _step_bytes(weights: Sequence[torch.Tensor], settings: Settings) -> int:
+    """What the optimizer's step holds beside its states: nothing where it is fused; else, on a GPU, a copy of
+    all weights, and on a CPU of one after the other."""
+    fused = settings.optim.name != "adafactor" and not (settings.on_gpu and settings.precision == "fp16")
+    sizes = [weight.numel() * _gradient_dtype(weight).itemsize for weight in weights]
+    return 0 if fused else sum(sizes) if settings.on_gpu else 2 * max(sizes, default=0)
 
 
 def _saved_by_four_bit(model: torch.nn.Module) -> int:

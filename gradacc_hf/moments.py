@@ -11,7 +11,7 @@ import numpy as np
 
 from gradacc_hf.tracing import Phase, Trace
 
-FORWARD, BACKWARD, STEP = 0, 1, 2
+FORWARD, BACKWARD = 0, 1
 
 
 class Fit:
@@ -56,7 +56,7 @@ def _terms(sizes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
 def moments(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequence[Trace]]]) -> np.ndarray:
     """The moments (moments, terms, 2) of a model: bytes of activations and of the loss.
 
-    traces: with few layers, at all sizes; only the first need have an optimizer step. more: for each kind of
+    traces: with few layers, at all sizes. more: for each kind of
     layer, how many more there are in truth, and traces with one more of it at the `few` sizes.
     """
     found = []
@@ -76,11 +76,6 @@ def moments(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequenc
             index = np.concatenate([at for at, _ in pieces])
             polynomials = np.concatenate([factors for _, factors in pieces], axis=1)
         found.append(polynomials.swapaxes(0, 1))
-    step = traces[0].phases[STEP].held
-    if len(step):
-        constant = np.zeros((1, len(fit.exponents), 2))
-        constant[0, 0] = step[step.sum(axis=1).argmax()]
-        found.append(constant)
     return np.concatenate(found)
 
 

@@ -24,7 +24,7 @@ from gradacc_hf.levers import Lever, levers
 from gradacc_hf.memory import NotTraceable, StepEstimate
 from gradacc_hf.micro_batch_memory import MicroBatchMemory, Parts
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.recipe_memory import recipe_memory
+from gradacc_hf.recipe_memory import longest_example, recipe_memory
 from gradacc_hf.run import load_recipe, make_model, make_windows, total_windows
 from gradacc_hf.split import Bound
 from gradacc_hf.windows import WindowLoader
@@ -130,8 +130,9 @@ def make_plan(
     bound, why = _bound(recipe, per_process, memory, bool(given), device)
     steps = _steps(recipe, windows.with_bound(bound, processes), found)
     parts = per_process.parts(*steps.largest)
-    longest = windows.lengths[int(windows.lengths.reshape(len(windows.lengths), -1).sum(1).argmax())]
+    longest = windows.lengths[longest_example(windows.lengths)]
     alone = per_process.bytes(1, longest)
+    room = {"memory": per_process, "available": memory, "processes": processes}
     seconds = steps.flops_per_window * steps.windows / (tflops * 1e12 * processes) if tflops else None
     return Plan(
         model=config.model.name,
@@ -154,7 +155,7 @@ def make_plan(
         },
         seconds=seconds,
         price=seconds * processes * price / 3600 if seconds is not None and price else None,
-        levers=levers(recipe, training, windows.lengths, make_model, device == "cuda", memory, processes)
+        levers=levers(recipe, training, windows.lengths, make_model, device == "cuda", **room)
         if parts.total > memory
         else [],
     )

@@ -7,6 +7,7 @@ Kept in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf by everything that dec
 import copy
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,7 +23,7 @@ from accelerate.utils import DistributedType
 
 from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.config import detect_budget, parse_bytes, tokens_per_micro_batch
-from gradacc_hf.memory import NotTraceable, Point, Settings, StepEstimate, estimate, terms_of
+from gradacc_hf.memory import PARTS, NotTraceable, Point, Settings, StepEstimate, estimate, terms_of
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.runlog import versions
 from gradacc_hf.split import Bound
@@ -109,7 +110,7 @@ def _points(recipe: Recipe, dataset: Any, lengths: np.ndarray) -> tuple[list[Poi
     chosen = some[_far_apart(different[some], of_lengths)]
     packed = recipe.pad_to == "nothing"
     pieces = 2 * CHUNK // max(1, int(different[chosen].min()) - 1) + 1  # a lean loss takes two and more
-    rows = max(2, pieces if recipe.lean_loss else 2)
+    rows = PARTS * math.ceil(pieces / PARTS) if recipe.lean_loss else PARTS
     if packed:  # one row of several examples: its length is theirs together
         lengths_of = [int(rows * k * different[chosen[-1], 0]) for k in (1, 2, 3)]
         batches = [_collate(recipe, dataset, int(first[chosen[-1]]), rows * k, None) for k in (1, 2, 3)]
@@ -118,7 +119,7 @@ def _points(recipe: Recipe, dataset: Any, lengths: np.ndarray) -> tuple[list[Poi
             Point(1, (length,), batch) for length, batch in zip(lengths_of, batches, strict=True)
         ], exponents
     points = []
-    for number in (rows, rows + 1):
+    for number in (rows, 2 * rows):
         for place in chosen:
             padded = tuple(int(length) for length in different[place])
             pad_to = None if recipe.pad_to == "micro_batch" else padded[0]
@@ -127,9 +128,14 @@ def _points(recipe: Recipe, dataset: Any, lengths: np.ndarray) -> tuple[list[Poi
     return points, exponents
 
 
+def longest_example(lengths: np.ndarray) -> int:
+    """The index of the example with most tokens."""
+    return int(lengths.reshape(len(lengths), -1).sum(axis=1).argmax())
+
+
 def _longest(recipe: Recipe, dataset: Any, lengths: np.ndarray) -> tuple[list[Point], np.ndarray]:
     """The longest example alone."""
-    index = int(lengths.sum(axis=1).argmax())
+    index = longest_example(lengths)
     batch = _collate(recipe, dataset, index, 1, recipe.pad_to if isinstance(recipe.pad_to, int) else None)
     return [Point(1, tuple(map(int, lengths[index])), batch)], np.zeros((1, 1 + lengths.shape[1]), dtype=int)
 

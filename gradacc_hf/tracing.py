@@ -1,11 +1,12 @@
-"""Every moment of a training step, in bytes and operations, without weights and without a GPU.
+"""Every moment of a forward and backward, in bytes and operations, without weights and without a GPU.
 
-`trace` runs forward, loss, backward and optimizer step on fake tensors (shapes without numbers) and notes
-after each operation how many bytes the tensors hold that were made since the step began. Unlike torch's
+`trace` runs forward, loss and backward on fake tensors (shapes without numbers) and notes
+after each operation how many bytes the tensors hold that were made since it began. Unlike torch's
 MemTracker, which keeps the peak alone, it keeps every moment: the same moment of steps of several sizes is
 one polynomial in the size, where a peak is the largest of many. What is made of it: `memory.py`.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,14 +24,16 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 ACTIVATIONS, LOSS = 0, 1  # what a tensor that comes and goes belongs to
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = "scaled_dot_product_attention"
+_ATEN = torch.ops.aten
+_INDEXING = (_ATEN.index, _ATEN.index_put, _ATEN.index_put_, _ATEN._index_put_impl_)
 _DEVICE = torch.ops.prim.device.default  # asked of each fake tensor, over and over
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLASH = _ATEN._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The forward pass with the loss, the backward pass, or the step: its operations, in their order.
+    """The forward pass with the loss, or the backward pass: its operations, in their order.
 
     `held` (operations, 2): bytes after each, of activations and of the loss.
     """
@@ -41,9 +44,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Trace:
-    """One step: forward, backward, optimizer step; and its floating-point operations."""
+    """Forward with the loss, backward; and their floating-point operations."""
 
-    phases: tuple[Phase, Phase, Phase]
+    phases: tuple[Phase, Phase]
     flops: int
 
 
@@ -51,19 +54,20 @@ def trace(
     model: torch.nn.Module,
     batch: Mapping[str, Any],
     compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
-    optimizer: torch.optim.Optimizer | None,
     *,
     precision: str = "fp32",
     on_gpu: bool = False,
+    selected: float = 1.0,
 ) -> Trace:
-    """Trace a step of a fake model, in the fake mode that made it; its gradients may be there already.
+    """Trace a forward and backward of a fake model, in the fake mode that made it; its gradients may be there already.
 
-    `optimizer` None: without a step. `on_gpu`: as CUDA's kernels would do it where a CPU's do otherwise.
+    `on_gpu`: as CUDA's kernels would do it where a CPU's do otherwise. `selected`: the share of a mask that is
+    true, where values decide a shape (of the positions, those that are learned).
     """
-    tracer = _Tracer()
+    tracer = _Tracer(selected)
     for tensor in tree_leaves([list(model.parameters()), [p.grad for p in model.parameters()]]):
         tracer.ignore(tensor)
-    for tensor in [*model.buffers(), *tree_leaves([optimizer.state_dict() if optimizer else None])]:
+    for tensor in model.buffers():
         tracer.ignore(tensor)
     for tensor in tree_leaves(dict(batch)):
         tracer.count(tensor)
@@ -81,19 +85,15 @@ def trace(
         phases.append(tracer.take())
         loss.backward()
         phases.append(tracer.take())
-        if optimizer is not None:
-            trained = [p for p in model.parameters() if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-        phases.append(tracer.take())
-    return Trace((phases[0], phases[1], phases[2]), tracer.flops)
+    return Trace((phases[0], phases[1]), tracer.flops)
 
 
 class _Tracer(TorchDispatchMode):
     """Follows every storage from when an operation gives it to when nothing holds it any more."""
 
-    def __init__(self) -> None:
+    def __init__(self, selected: float) -> None:
         super().__init__()
+        self.selected = selected
         self.label = ACTIVATIONS
         self.flops = 0
         self._bytes = [0, 0]
@@ -118,7 +118,7 @@ class _Tracer(TorchDispatchMode):
         return phase
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._run(func, args, kwargs or {})
         if func is _DEVICE:
             return result
         for tensor in result if isinstance(result, list | tuple) else (result,):
@@ -134,6 +134,24 @@ class _Tracer(TorchDispatchMode):
         elif packet is _FLASH_BACKWARD:
             self.flops += sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
         return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation; of one whose shape is decided by values, as if `selected` of a mask were true."""
+        packet = func._overloadpacket
+        if packet is _ATEN.nonzero:
+            found = math.ceil(self.selected * args[0].numel())
+            return args[0].new_empty((found, args[0].ndim), dtype=torch.int64)
+        if packet not in _INDEXING or all(i is None or i.dtype is not torch.bool for i in args[1]):
+            return func(*args, **kwargs)
+        if packet is not _ATEN.index:  # into a tensor that is there
+            return torch.empty_like(args[0]) if packet is _ATEN.index_put else args[0]
+        places: list[Any] = []
+        for index in args[1]:
+            is_mask = index is not None and index.dtype is torch.bool
+            if is_mask:
+                place = index.new_empty(math.ceil(self.selected * index.numel()), dtype=torch.int64)
+            places += [place] * index.ndim if is_mask else [index]
+        return func(args[0], places)
 
     def _follow(self, tensor: torch.Tensor, size: int | None = None) -> None:
         storage = tensor.untyped_storage()
