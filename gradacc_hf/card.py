@@ -66,7 +66,7 @@ class Facts:
 
 
 def facts(recipe: Recipe, training: Dataset, validation: Dataset, micro_batches: str) -> Facts:
-    """Those of a run; reads the base model's card where there is one. micro_batches: their bound, in words."""
+    """Those of a run; reads the base model's card where there is one. micro_batches: their bound."""
     config = recipe.config
     given, data = config.model.name, config.data
     upstream, licence = origin(given)

@@ -204,7 +204,7 @@ def _build_model(kind: str, model_type: str, problem: str) -> PreTrainedModel:
     return model.train()
 
 
-def shrink(config: PreTrainedConfig, extra: Mapping[str, Any] = {}) -> PreTrainedConfig:  # noqa: B006
+def shrink(config: PreTrainedConfig, extra: Mapping[str, Any] = {}) -> PreTrainedConfig:
     """The same config, tiny: from the defaults of its fields, so that the derived ones are derived anew."""
     small: dict[str, Any] = {}
     for field in dataclasses.fields(config):

@@ -161,14 +161,15 @@ def _trace(
 
     models: with few layers, and with one more of each kind.
     """
-    batches = [{k: _fake(v) if isinstance(v, torch.Tensor) else v for k, v in p.batch.items()} for p in points]
+    batches = [
+        {k: _fake(v) if isinstance(v, torch.Tensor) else v for k, v in p.batch.items()} for p in points
+    ]
     few, *longer_ones = models
     _make_fake(few)
 
     def run(model: torch.nn.Module, point: int) -> Trace:
         how = {"precision": settings.precision, "on_gpu": settings.on_gpu}
         return trace(model, batches[point], compute_loss, selected=selected, **how)
-
 
     run(few, 0)
     used = {name for name, p in few.named_parameters() if p.grad is not None}
@@ -178,7 +179,7 @@ def _trace(
     for number, longer in zip(layers.values(), longer_ones, strict=True):
         _make_fake(longer)
         _fill_gradients(longer, used, layers)
-        more.append((number - KEPT, [run(longer, point) for point in fit.few]))
+        more.append((number - KEPT, [run(longer, int(point)) for point in fit.few]))
     found = moments.largest(moments.moments(fit, traces, more), fit)
     return found, moments.flops(fit, traces, more), used
 
@@ -278,7 +279,7 @@ def _state_bytes(weights: Sequence[torch.Tensor], settings: Settings) -> int:
     optimizer.step()
     total = 0
     for weight in weights:
-        sides = dict(zip(PRIMES, weight.shape, strict=False))
+        sides: dict[int, int] = dict(zip(PRIMES, weight.shape, strict=False))
         for state in optimizer.state[stand_ins[weight.ndim, weight.dtype]].values():
             if isinstance(state, torch.Tensor):
                 total += state.itemsize * math.prod(sides.get(side, side) for side in state.shape)

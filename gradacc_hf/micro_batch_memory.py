@@ -129,4 +129,5 @@ class MicroBatchMemory:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "MicroBatchMemory":
         """What `to_json` gave."""
-        return cls(**{n: np.array(v) if isinstance(v, list) else v for n, v in values.items()})
+        made: dict[str, Any] = {n: np.array(v) if isinstance(v, list) else v for n, v in values.items()}
+        return cls(**made)

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import transformers
@@ -79,8 +78,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--config", required=True, help="the recipe's config file")
     parser.add_argument("--budget", default="auto", help="a budget's name or file (auto)")
     parser.add_argument("--processes", type=int, default=1, help="processes, each on a device (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where the budget has memory, else cpu")
-    parser.add_argument("--tflops", type=float, help="10¹² operations a second that a device reaches: the time")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="cuda where the budget has memory, else cpu"
+    )
+    parser.add_argument(
+        "--tflops", type=float, help="10¹² operations a second that a device reaches: the time"
+    )
     parser.add_argument("--price", type=float, help="of one device for an hour, with --tflops: the cost")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     arguments, settings = parser.parse_known_args(argv)
@@ -150,7 +153,9 @@ def make_plan(
         why=why,
         steps=steps,
         processes_change={
-            name: found.memory.over_processes(max(2, processes), sharded, found.largest_layer).bytes(*steps.largest)
+            name: found.memory.over_processes(max(2, processes), sharded, found.largest_layer).bytes(
+                *steps.largest
+            )
             for name, sharded in (("DDP", False), ("FSDP2", True))
         },
         seconds=seconds,
@@ -188,7 +193,7 @@ def _steps(recipe: Recipe, windows: WindowLoader, found: StepEstimate) -> Steps:
     steps = [max(map(len, split.processes)) for split in splits]
     tokens, padded = (sum(getattr(split, name) for split in splits) for name in ("tokens", "padded_tokens"))
     flops = {shape: found.flops_of(*shape) for shape in different}
-    largest = max(different, key=lambda shape: found.memory.bytes(*shape))
+    largest = max(different, key=lambda shape: (found.memory.bytes(*shape), shape[0] * sum(shape[1])))
     return Steps(
         windows=total_windows(recipe.config, windows),
         epochs=recipe.config.train.epochs,
@@ -224,9 +229,7 @@ def show(plan: Plan, console: Console) -> None:
         table.add_row(names.get(name, name), f"{size / GIB:.2f}", bar)
         begin += size
     style = "green" if plan.fits else "red"
-    table.add_row(
-        "together", f"{begin / GIB:.2f}", Bar(scale, 0, begin, width=40, color=style), style=style
-    )
+    table.add_row("together", f"{begin / GIB:.2f}", Bar(scale, 0, begin, width=40, color=style), style=style)
     console.print(table)
     least, mean, most = plan.steps.accumulation_steps
     lines = {
@@ -243,6 +246,8 @@ def show(plan: Plan, console: Console) -> None:
             f", cost {plan.price:,.2f}" if plan.price is not None else ""
         )
     others = max(2, plan.processes)
+    if plan.seconds is None:
+        lines["time"] = "give --tflops, and --price for the cost"
     lines[f"on {others} processes"] = ", ".join(
         f"{name} {size / GIB:.2f} GiB each" for name, size in plan.processes_change.items()
     )
@@ -252,8 +257,8 @@ def show(plan: Plan, console: Console) -> None:
         console.print("It fits.", style="green")
         return
     console.print(
-        f"It does not fit: the longest example, of {plan.longest} tokens, takes {plan.longest_bytes / GIB:.2f} "
-        f"GiB alone, and there are {plan.memory / GIB:.2f}.",
+        f"It does not fit: the longest example, of {plan.longest} tokens, takes "
+        f"{plan.longest_bytes / GIB:.2f} GiB alone, and there are {plan.memory / GIB:.2f}.",
         style="red",
         soft_wrap=True,
     )

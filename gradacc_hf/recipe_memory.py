@@ -92,7 +92,9 @@ def choose_bound(
         with accelerator.main_process_first():  # the others find what it has cached
             found = recipe_memory(recipe, dataset, lengths, make_model, device == "cuda")
     except NotTraceable as error:
-        print(f"budget.max_tokens: {tokens:,}, a rule of thumb: no step could be traced: {error}", file=stderr)
+        print(
+            f"budget.max_tokens: {tokens:,}, a rule of thumb: no step could be traced: {error}", file=stderr
+        )
         return Bound(max_tokens=tokens)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     of_one = found.memory.over_processes(accelerator.num_processes, sharded, found.largest_layer)
@@ -164,7 +166,10 @@ def _key(recipe: Recipe, points: list[Point], settings: Settings) -> str:
     config = recipe.config
     file = Path(config.recipe) if config.recipe else None
     shapes = [
-        {name: (tuple(v.shape), str(v.dtype)) if isinstance(v, torch.Tensor) else str(v) for name, v in b.items()}
+        {
+            name: (tuple(v.shape), str(v.dtype)) if isinstance(v, torch.Tensor) else str(v)
+            for name, v in b.items()
+        }
         for b in (point.batch for point in points)
     ]
     decides = {

@@ -59,10 +59,10 @@ def trace(
     on_gpu: bool = False,
     selected: float = 1.0,
 ) -> Trace:
-    """Trace a forward and backward of a fake model, in the fake mode that made it; its gradients may be there already.
+    """Trace a fake model in the fake mode that made it; its gradients may be there already.
 
-    `on_gpu`: as CUDA's kernels would do it where a CPU's do otherwise. `selected`: the share of a mask that is
-    true, where values decide a shape (of the positions, those that are learned).
+    `on_gpu`: as CUDA's kernels would do it where a CPU's do otherwise. `selected`: the share of a mask that
+    is true, where values decide a shape (of the positions, those that are learned).
     """
     tracer = _Tracer(selected)
     for tensor in tree_leaves([list(model.parameters()), [p.grad for p in model.parameters()]]):
@@ -147,10 +147,11 @@ class _Tracer(TorchDispatchMode):
             return torch.empty_like(args[0]) if packet is _ATEN.index_put else args[0]
         places: list[Any] = []
         for index in args[1]:
-            is_mask = index is not None and index.dtype is torch.bool
-            if is_mask:
-                place = index.new_empty(math.ceil(self.selected * index.numel()), dtype=torch.int64)
-            places += [place] * index.ndim if is_mask else [index]
+            if index is None or index.dtype is not torch.bool:
+                places.append(index)
+                continue
+            place = index.new_empty(math.ceil(self.selected * index.numel()), dtype=torch.int64)
+            places += [place] * index.ndim
         return func(args[0], places)
 
     def _follow(self, tensor: torch.Tensor, size: int | None = None) -> None:
@@ -180,7 +181,9 @@ def _labelling(model: Any, tracer: _Tracer) -> Iterator[None]:
 
     def loss_begins(tensors: Any) -> None:
         tracer.label = LOSS
-        first = next((t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor) and t.requires_grad), None)
+        first = next(
+            (t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor) and t.requires_grad), None
+        )
         if first is not None:  # where the gradient comes back to
             first.register_hook(belongs_to(ACTIVATIONS))
 

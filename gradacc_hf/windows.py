@@ -47,8 +47,8 @@ class WindowLoader:
         accelerator: the run's Accelerator; not DeepSpeed or Megatron-LM, which have accumulation of their
             own.
         max_tokens: padded tokens per micro-batch; or `micro_batch_size`: examples per micro-batch; or
-            `bound`: a `split.Bound`, such as one of predicted bytes. Bounds, not targets: the cut is where the
-            predicted cost is least under them.
+            `bound`: a `split.Bound`, such as one of predicted bytes. Bounds, not targets: the cut is where
+            the predicted cost is least under them.
         num_items: "labels", "next_token" or `batch -> number`: the terms of the mean that the loss is
             (`items.py`).
         lengths: tokens of each example: a column's name, a sequence, or a function of an example; by default
@@ -332,8 +332,8 @@ class WindowLoader:
             count = sum(n for n, length in zip(counts, different, strict=True) if bound.exceeded_by(length))
             logger.warning(
                 f"{count} of {self.plan.num_examples} examples do not fit in {bound} (example "
-                f"{longest} has {padded[longest]} tokens{_predicted(bound, padded[longest])}): each goes alone "
-                "in a micro-batch that exceeds it"
+                f"{longest} has {padded[longest]} tokens{_predicted(bound, padded[longest])}): each goes "
+                "alone in a micro-batch that exceeds it"
             )
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradacc_hf.micro_batch_memory import MicroBatchMemory
 from gradacc_hf.split import Bound, Cost, split_window
 
 LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=80)
@@ -117,10 +118,15 @@ def test_examples_without_tokens_are_split_too():
         {"max_tokens": 0},
         {"micro_batch_size": -1},
         {"max_tokens": 1.5},
+        {"max_bytes": 100},
+        {
+            "max_tokens": 4,
+            "memory": MicroBatchMemory(0, 0, 0, np.ones((1, 2)), np.ones((1, 1)), np.ones((1, 1))),
+        },
     ],
 )
 def test_a_bound_that_cannot_work_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"max_tokens|micro_batch_size"):
+    with pytest.raises(ValueError, match=r"max_tokens|micro_batch_size|max_bytes"):
         Bound(**arguments)
 
 
@@ -136,3 +142,62 @@ def test_planning_time_grows_about_linearly_with_the_window():
         return min(times)
 
     assert seconds(16_000) < 40 * seconds(1_000)  # 16 × if linear, 256 × if quadratic
+
+
+def by_bytes(max_bytes, linear=100, quadratic=1, resident=1000):
+    """rows × (linear × length + quadratic × length²) at one moment, half of it at another."""
+    exponents = np.array([(0, 0), (1, 1), (1, 2)])
+    activations = np.array([(500.0, linear, quadratic), (0.0, linear / 2, quadratic / 2)])
+    memory = MicroBatchMemory(resident, 0, 0, exponents, activations, np.zeros((2, 3)))
+    return Bound(max_bytes=max_bytes, memory=memory)
+
+
+def test_one_budget_of_bytes_holds_for_one_long_example_and_for_many_short_ones():
+    one_long = by_bytes(1).memory.bytes(1, 4096)
+    many_short = by_bytes(1).memory.bytes(64, 64)
+    assert many_short < one_long / 20  # as many tokens, and no attention over 4,096 of them
+    bound = by_bytes(one_long)
+    (pieces,) = split_window([4096] + [64] * 64, bound)
+    assert [len(piece) for piece in pieces if 0 in piece] == [1]
+    assert max(map(len, pieces)) == 64  # a bound of 4,096 tokens would hold as many, of 4,095 one fewer
+    assert bound.max_rows(64) > 64
+    assert by_bytes(one_long - 1).exceeded_by(4096)
+    assert not bound.exceeded_by(4096)
+
+
+@settings(deadline=None, max_examples=100)
+@given(LENGTHS, st.integers(2_000, 2_000_000), st.booleans())
+def test_no_micro_batch_is_predicted_to_take_more_than_there_is(lengths, max_bytes, packed):
+    bound = by_bytes(max_bytes)
+    (pieces,) = split_window(lengths, bound, packed=packed)
+    assert sorted(np.concatenate(pieces).tolist()) == list(range(len(lengths)))
+    for piece in pieces:
+        inside = [lengths[i] for i in piece]
+        rows, length = (1, sum(inside)) if packed else (len(piece), max(inside))
+        assert bound.memory.bytes(rows, length) <= max_bytes or len(piece) == 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 3000), st.integers(2_000, 20_000_000))
+def test_the_most_rows_that_fit_fit_and_one_more_does_not(length, max_bytes):
+    memory = by_bytes(1).memory
+    rows = memory.max_rows(length, max_bytes)
+    assert rows == 0 or memory.bytes(rows, length) <= max_bytes + 1
+    assert memory.bytes(rows + 1, length) > max_bytes
+    longest = memory.max_length(max_bytes)
+    assert memory.bytes(1, longest) <= max_bytes + 1
+    assert memory.bytes(1, longest + 1) > max_bytes
+
+
+def test_columns_padded_on_their_own_have_lengths_of_their_own():
+    exponents = np.array([(0, 0, 0), (1, 1, 0), (1, 0, 1)])
+    memory = MicroBatchMemory(0, 0, 0, exponents, np.array([(0.0, 10, 1)]), np.zeros((1, 3)))
+    assert memory.bytes(2, (30, 5)) == 610
+    assert memory.max_rows((30, 5), 1000) == 3
+
+
+def test_several_processes_hold_buckets_or_shares():
+    memory = MicroBatchMemory(800, 800, 1600, np.array([(1, 1)]), np.ones((1, 1)), np.zeros((1, 1)))
+    assert memory.over_processes(1, sharded=False) is memory
+    assert memory.over_processes(4, sharded=False).resident == 4000
+    assert memory.over_processes(4, sharded=True, largest_layer=50).resident == 200 + 100 + 800 + 400

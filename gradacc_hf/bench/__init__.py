@@ -4,6 +4,7 @@
     python -m gradacc_hf.bench speed         # how close does the loop come to what cannot be beaten?
     python -m gradacc_hf.bench planning      # what does it cost to plan a window?
     python -m gradacc_hf.bench lean_loss     # what memory does the loss of a large vocabulary take?
+    python -m gradacc_hf.bench memory        # is the memory of a step what was predicted?
     python -m gradacc_hf.bench contrastive   # our gradient cache beside that of sentence-transformers
     python -m gradacc_hf.bench recipes       # what does each recipe reach, and how long does it take?
     python -m gradacc_hf.bench cpu           # what do threads, malloc, padding, bf16, compile do on a CPU?
@@ -40,6 +41,7 @@ from gradacc_hf.bench.cpu_speed import cpu, print_cpu
 from gradacc_hf.bench.every_recipe import print_recipes, recipes
 from gradacc_hf.bench.lean_memory import VOCABULARY, LeanMemory, lean_memory
 from gradacc_hf.bench.limits import Speed, speed
+from gradacc_hf.bench.predicted_memory import CASES, compare_memory, print_memory
 from gradacc_hf.bench.shortage import print_shortage, shortage
 from gradacc_hf.config import kit
 from gradacc_hf.conformance import LENGTHS, SPLITS, cut_by_count
@@ -257,6 +259,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmarks.add_parser("planning", help="what it costs to plan a window")
     lean = benchmarks.add_parser("lean_loss", help="memory of a large vocabulary's loss, before and after")
     lean.add_argument("--tokens", type=_positive, default=2048, help="in the micro-batch (%(default)s)")
+    predicted = benchmarks.add_parser("memory", help="predicted beside measured peaks of real steps")
+    predicted.add_argument(
+        "--only", nargs="+", metavar="WORD", default=[], help="cases with one of these words"
+    )
     timing = benchmarks.add_parser(
         "speed", help="our loop beside the dense limit, and what the loop itself costs"
     )
@@ -294,6 +300,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             result, show = planning(offline_recipe()), print_planning
         elif arguments.benchmark == "lean_loss":
             result, show = lean_memory(arguments.tokens), print_lean_loss
+        elif arguments.benchmark == "memory":
+            chosen = [
+                case for case in CASES if not arguments.only or any(w in case.name for w in arguments.only)
+            ]
+            if not chosen:
+                raise BadInput(
+                    f"--only: no case has {arguments.only}; cases: {'; '.join(c.name for c in CASES)}"
+                )
+            progress = partial(_progress, name="memory")
+            result, show = compare_memory(chosen, progress), print_memory
         elif arguments.benchmark == "contrastive":
             sizes = (arguments.windows, arguments.repeats, arguments.max_tokens)
             beside_theirs = contrastive((), *sizes, partial(_progress, name="contrastive"))

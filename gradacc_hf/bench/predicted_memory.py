@@ -121,7 +121,7 @@ class MemoryTable:
     measured_with: dict[str, str]
 
 
-def memory(
+def compare_memory(
     cases: Sequence[Case] = CASES, progress: Callable[[Sequence[Case]], Iterable[Case]] = iter
 ) -> MemoryTable:
     """Predict and measure each case, on the CPU or on the GPU where there is one."""
@@ -146,7 +146,9 @@ def predict(case: Case) -> int:
     """From shorter examples in fewer rows than are measured. Without what libraries hold beside tensors."""
     lengths = [tuple(max(8, part * length // 8) for length in case.lengths) for part in (1, 2, 3, 5, 7, 8)]
     if len(case.lengths) == 2:
-        lengths = [(lengths[i][0], lengths[j][1]) for i, j in ((0, 0), (1, 2), (3, 0), (0, 4), (4, 1), (2, 3))]
+        lengths = [
+            (lengths[i][0], lengths[j][1]) for i, j in ((0, 0), (1, 2), (3, 0), (0, 4), (4, 1), (2, 3))
+        ]
     lengths = lengths if len(case.lengths) == 2 else [lengths[i] for i in (0, 2, 4)]
     lengths = [case.lengths] if case.model == "vit" else lengths
     exponents = terms_of(np.array(lengths))
@@ -191,7 +193,7 @@ def make_batch(case: Case, rows: int, lengths: Sequence[int], device: str = "cpu
 
 
 def _in_its_own_process(case: Case) -> int:
-    command = [sys.executable, "-m", "gradacc_hf.bench.memory", json.dumps(asdict(case))]
+    command = [sys.executable, "-m", "gradacc_hf.bench.predicted_memory", json.dumps(asdict(case))]
     # Else glibc keeps freed blocks of up to 32 MiB, and the process grows to twice what its tensors hold.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
