@@ -107,12 +107,14 @@ class LocalWindows(Dataset):
         """Tokens (examples, columns), each with what an example alone is padded by."""
         return rounded_up(tokens, self.pad_to_multiple_of)
 
-    def padded_tokens(self, indices: np.ndarray, pad_to: int | None) -> int:
-        """Those of a micro-batch of these examples."""
+    def shape(self, indices: np.ndarray, pad_to: int | None) -> tuple[int, list[int]]:
+        """Rows of a micro-batch of these examples, and tokens that each column is padded to."""
         tokens = self.padded(self.tokens[indices])
-        if not len(indices) or self.pad_to == "nothing":
-            return int(tokens.sum())
-        return padded_size(tokens if pad_to is None else np.full_like(tokens, pad_to))
+        if self.pad_to == "nothing":
+            return 1, tokens.sum(0).tolist()
+        return len(tokens), (tokens if pad_to is None else np.full_like(tokens, pad_to)).max(
+            0, initial=0
+        ).tolist()
 
     def dearest(self, split: Split) -> list[float]:
         """What the dearest micro-batch of each process is predicted to cost."""
@@ -122,8 +124,8 @@ class LocalWindows(Dataset):
         ]
 
     def _cost(self, indices: np.ndarray, pad_to: int | None) -> float:
-        rows = 1 if self.pad_to == "nothing" else len(indices)
-        return float(self.cost(rows, self.padded_tokens(indices, pad_to) / rows))
+        rows, lengths = self.shape(indices, pad_to)
+        return float(self.cost(rows, sum(lengths)))
 
     def examples(self, indices: np.ndarray, epoch: int) -> list[Any]:
         """Examples as they are in this epoch: what is random about one is drawn from (seed, epoch, index)."""

@@ -89,13 +89,13 @@ def replayed(window: Window, model: torch.nn.Module, optimizer: Any) -> Iterator
     shortage = shortage or window.share_shortage(said or "")
     if shortage.alone is not None:
         raise BadInput(
-            f"out of memory on example {shortage.alone} alone, of {shortage.padded_tokens:,} padded tokens "
+            f"out of memory on example {shortage.alone} alone, of {shortage.needs} "
             f"({shortage.said or 'in another process'}): shorten it (--data.max_length), or set "
             "--budget.gradient_checkpointing true or --budget.precision bf16"
         )
     bound = window.cut_finer(shortage)
     logger.warning(
-        f"window {window.number} of epoch {window.epoch}: out of memory in a micro-batch of {shortage.rows} "
-        f"examples, {shortage.padded_tokens:,} padded tokens; from here on at most {bound}, and this window "
-        "is run again"
+        f"window {window.number} of epoch {window.epoch}: out of memory in a micro-batch of "
+        f"{shortage.examples} examples, {shortage.needs}; from here on at most {bound}, and this window is "
+        "run again"
     )

@@ -75,18 +75,6 @@ class Bound:
         assert self.max_tokens is not None
         return max(1, self.max_tokens // max(1, int(np.sum(length))))
 
-    def halved(self, rows: int, padded_tokens: int) -> "Bound":
-        """One that a micro-batch of so many examples and padded tokens exceeds twice."""
-        if self.micro_batch_size is not None:
-            return Bound(micro_batch_size=max(1, rows // 2))
-        return Bound(max_tokens=max(1, padded_tokens // 2))
-
-    def __str__(self) -> str:
-        """For messages, after "at most"."""
-        if self.micro_batch_size is not None:
-            return f"{self.micro_batch_size} examples"
-        return f"{self.max_tokens:,} padded tokens"
-
     def first_packed(self, until: np.ndarray, stop: int) -> int:
         """The first example that fits into one row with all up to `stop`; `until`: tokens before each."""
         if self.micro_batch_size is not None:
@@ -101,6 +89,22 @@ class Bound:
             return self.max_tokens
         assert self.max_bytes is not None
         return self.memory.max_length(self.max_bytes)
+
+    def halved(self, examples: int, rows: int, lengths: Sequence[int]) -> "Bound":
+        """One that holds half a micro-batch of so many examples, in `rows` padded to `lengths`."""
+        if self.memory is not None:
+            half = (rows // 2, lengths) if rows > 1 else (1, [length // 2 for length in lengths])
+            return Bound(max_bytes=self.memory.bytes(*half), memory=self.memory)
+        if self.micro_batch_size is not None:
+            return Bound(micro_batch_size=max(1, examples // 2))
+        return Bound(max_tokens=max(1, rows * sum(lengths) // 2))
+
+    def needs(self, rows: int, lengths: Sequence[int]) -> str:
+        """What so many examples padded to `lengths` take, for messages: tokens, and bytes where predicted."""
+        tokens = f"{rows * sum(lengths):,} padded tokens"
+        if self.memory is None:
+            return tokens
+        return f"{tokens}, predicted to take {self.memory.bytes(rows, lengths) / 2**20:,.0f} MiB"
 
     def exceeded_by(self, length: Lengths) -> bool:
         """Does one example of `length` tokens take more than there is?"""
@@ -119,16 +123,19 @@ def split_window(
 ) -> list[list[np.ndarray]]:
     """Cut a window of `len(lengths)` examples into `num_processes` lists of micro-batches.
 
+    lengths: tokens (examples), or (examples, columns) as `bounding_lengths` gives them.
+
     Each micro-batch is an array of positions in `lengths`; every position comes exactly once. Processes get
     about equal cost, not equal counts, and a process's costliest micro-batch comes first, so that one too
     large for the memory shows at once. With fewer examples than processes some lists are empty. No
     micro-batch exceeds the bound unless a single example does. `packed`: a micro-batch is one row of all its
     examples' tokens, not as many rows as examples, padded to the longest.
     """
-    lengths = np.maximum(np.asarray(lengths), 1)
+    columns = np.maximum(np.asarray(lengths).reshape(len(lengths), -1), 1)
+    lengths = columns.sum(1)
     by_length = np.argsort(lengths, kind="stable")
     return [
-        _cut(positions, lengths[positions], bound, cost, packed)
+        _cut(positions, columns[positions], bound, cost, packed)
         for positions in _balance(by_length, lengths, num_processes, cost)
     ]
 
@@ -148,7 +155,7 @@ def _balance(by_length: np.ndarray, lengths: np.ndarray, num_processes: int, cos
 
 
 def _cut(
-    positions: np.ndarray, lengths: np.ndarray, bound: Bound, cost: Cost, packed: bool
+    positions: np.ndarray, columns: np.ndarray, bound: Bound, cost: Cost, packed: bool
 ) -> list[np.ndarray]:
     """Cut one process's examples, sorted by length, where the summed cost is least.
 
@@ -156,7 +163,7 @@ def _cut(
     cost(start:stop)`. In sorted order an optimal cut into contiguous pieces is optimal among all cuts, as
     swapping two examples between pieces never makes either piece shorter than its longest example.
     """
-    n = len(positions)
+    n, lengths = len(positions), columns.sum(1)
     least = np.zeros(n + 1)
     cut_before = np.zeros(n + 1, dtype=np.int64)
     rows = np.arange(n, 0, -1)  # rows[start - stop:] counts the examples in start:stop
@@ -167,7 +174,7 @@ def _cut(
             first = bound.first_packed(until, stop)
             totals = least[first:stop] + cost(1, until[stop] - until[first:stop])
         else:
-            first = max(0, stop - bound.max_rows(length))
+            first = max(0, stop - bound.max_rows(columns[stop - 1]))
             totals = least[first:stop] + cost(rows[n - (stop - first) :], length)
         best = int(totals.argmin())
         least[stop], cut_before[stop] = totals[best], first + best
@@ -185,14 +192,14 @@ def bounding_lengths(tokens: np.ndarray) -> np.ndarray:
     """Tokens of a window, (examples, columns) → lengths by which any micro-batch of it keeps its bound.
 
     Columns are padded on their own, so that a micro-batch takes the longest anchor and the longest positive
-    (or source and target), of different examples: no sum over an example says so much. Of examples sorted by
-    that sum, this is the most of each column up to there.
+    (or source and target), of different examples: no example says so much. Of examples sorted by their sum,
+    this is the most of each column up to there.
     """
     if tokens.shape[1] == 1:
-        return tokens[:, 0]
+        return tokens
     order = np.argsort(tokens.sum(1), kind="stable")
-    lengths = np.empty(len(tokens), dtype=np.int64)
-    lengths[order] = np.maximum.accumulate(tokens[order]).sum(1)
+    lengths = np.empty_like(tokens)
+    lengths[order] = np.maximum.accumulate(tokens[order])
     return lengths
 
 

@@ -6,7 +6,7 @@ windows.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,11 @@ from gradacc_hf.split import Bound
 class Shortage:
     """The smallest micro-batch, of those of all processes, that memory did not suffice for."""
 
+    examples: int
     rows: int
-    padded_tokens: int
+    lengths: list[int]  # padded, of each column
     alone: int | None  # the example that was all of it
+    needs: str  # in tokens, and in bytes where they are predicted
     said: str = ""  # by torch, to this process
 
 
@@ -43,7 +45,7 @@ class Recutting:
 
     cut: Callable[["Window", Bound], "Window"]  # the same window, and all to come, under this bound
     idle: Callable[[], MicroBatch]  # a small one, that is run at weight 0
-    padded_tokens: Callable[[np.ndarray], int]  # of a micro-batch of these examples
+    shape: Callable[[np.ndarray], tuple[int, list[int]]]  # of a micro-batch of these examples
     bound: Bound  # that it was cut under
     costs: list[float]  # the dearest micro-batch of each process, as predicted
     completed: list[float]  # the dearest one of each process that has had its memory; of the loader
@@ -141,18 +143,19 @@ class Window:
             self._handed.detach_()  # who called weigh() holds it still, and it the activations
         failed = self._micro_batches[self._latest]
         if self._accelerator.distributed_type != DistributedType.NO and not self._synchronises_alone:
-            tokens = self._recutting.padded_tokens(failed.indices)
+            rows, lengths = self._recutting.shape(failed.indices)
+            tokens = rows * sum(lengths)
             raise BadInput(
                 f"out of memory in a micro-batch of {tokens:,} padded tokens ({said}), while others wait "
                 f"for its gradients: run again with --budget.max_tokens {max(1, tokens // 2)}"
             )
         shortage = self._exchange(failed)
         assert shortage is not None
-        return Shortage(shortage.rows, shortage.padded_tokens, shortage.alone, said)
+        return replace(shortage, said=said)
 
     def cut_finer(self, shortage: Shortage) -> Bound:
         """Start anew, with micro-batches of half the size that was too large; the bound from here on."""
-        bound = self._recutting.bound.halved(shortage.rows, shortage.padded_tokens)
+        bound = self._recutting.bound.halved(shortage.examples, shortage.rows, shortage.lengths)
         self._recutting.completed[:] = [0.0] * len(self._recutting.completed)  # memory is shorter than it was
         again = self._recutting.cut(self, bound)
         vars(self).update(vars(again))
@@ -160,18 +163,20 @@ class Window:
 
     def _exchange(self, failed: MicroBatch | None) -> Shortage | None:
         """All processes say whether they had the memory they needed. Raises OthersRanOut in one that had."""
-        here = [0, 0, -1]
-        if failed is not None:
-            alone = int(failed.indices[0]) if len(failed.indices) == 1 else -1
-            here = [max(1, len(failed.indices)), self._recutting.padded_tokens(failed.indices), alone]
+        indices = self.indices[:1] if failed is None else failed.indices
+        rows, lengths = self._recutting.shape(indices)
+        examples = 0 if failed is None else max(1, len(indices))
+        alone = int(indices[0]) if len(indices) == 1 else -1
+        here = [examples, rows * sum(lengths), alone, rows, *lengths]
         everywhere = torch.tensor([here], device=self._accelerator.device)
         if self._accelerator.num_processes > 1:
             everywhere = self._accelerator.gather(everywhere)
         found = [row for row in everywhere.tolist() if row[0]]
         if not found:
             return None
-        rows, padded_tokens, alone = min(found)
-        shortage = Shortage(rows, padded_tokens, alone if alone >= 0 else None)
+        examples, _, alone, rows, *lengths = min(found)
+        needs = self._recutting.bound.needs(rows, lengths)
+        shortage = Shortage(examples, rows, lengths, alone if alone >= 0 else None, needs)
         if failed is None:
             raise OthersRanOut(shortage)
         return shortage

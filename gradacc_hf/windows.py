@@ -277,7 +277,7 @@ class WindowLoader:
             _recutting=Recutting(
                 cut=self._cut_again,
                 idle=lambda: self._windows.idle(split),
-                padded_tokens=lambda indices: self._windows.padded_tokens(indices, split.pad_to),
+                shape=lambda indices: self._windows.shape(indices, split.pad_to),
                 bound=self._windows.bound,
                 costs=self._windows.dearest(split),
                 completed=self._completed,
@@ -320,26 +320,20 @@ class WindowLoader:
 
     def _say_what_does_not_fit(self, bound: Bound, pad_to: PadTo) -> None:
         tokens = self._windows.tokens
-        padded = np.maximum(self._windows.padded(tokens), pad_to if isinstance(pad_to, int) else 0).sum(1)
+        padded = np.maximum(self._windows.padded(tokens), pad_to if isinstance(pad_to, int) else 0)
         if isinstance(pad_to, int) and (longest := tokens.max()) > pad_to:
             where = int(tokens.max(1).argmax())
             raise ValueError(
                 f"example {where} has {longest} tokens, more than pad_to={pad_to}: truncate it, or raise that"
             )
-        longest = int(np.unravel_index(int(padded.argmax()), padded.shape)[0])
+        longest = int(padded.sum(1).argmax())
         if bound.exceeded_by(padded[longest]):
             different, counts = np.unique(padded, return_counts=True, axis=0)
-            count = sum(n for n, length in zip(counts, different, strict=True) if bound.exceeded_by(length))
+            count = sum(n for n, lengths in zip(counts, different, strict=True) if bound.exceeded_by(lengths))
             logger.warning(
-                f"{count} of {self.plan.num_examples} examples do not fit in {bound} (example "
-                f"{longest} has {padded[longest]} tokens{_predicted(bound, padded[longest])}): each goes "
-                "alone in a micro-batch that exceeds it"
+                f"{count} of {self.plan.num_examples} examples exceed {bound} (the longest is {longest}, of "
+                f"{bound.needs(1, padded[longest].tolist())}): each goes alone in a micro-batch that exceeds it"
             )
-
-
-def _predicted(bound: Bound, length: Any) -> str:
-    """What one example takes, for a message."""
-    return "" if bound.memory is None else f", {bound.memory.bytes(1, length) / 2**20:,.0f} MiB"
 
 
 def _pinned(micro_batch: MicroBatch) -> MicroBatch:

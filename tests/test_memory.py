@@ -238,5 +238,5 @@ def test_the_loader_says_which_example_does_not_fit_with_its_bytes(tiny_bert, ro
     make_windows(
         recipe, training, validation, Accelerator(cpu=True), Bound(None, None, most, windows.bound.memory)
     )
-    assert "do not fit in" in caplog.text
+    assert "exceed" in caplog.text
     assert "MiB): each goes alone" in caplog.text
