@@ -68,14 +68,15 @@ class MicroBatchMemory:
         """Bytes of `rows` examples padded to `lengths`, by part, when most are held."""
         terms = self.terms(rows, lengths)
         most = int((self._moments @ terms).argmax())
-        activations, loss = (max(0.0, float(part[most] @ terms)) for part in (self.activations, self.loss))
+        together = float(self._moments[most] @ terms)
+        loss = min(together, max(0.0, float(self.loss[most] @ terms)))
         return Parts(
             parameters=self.parameters,
             gradients=self.gradients,
             optimizer=self.optimizer,
-            activations=round(activations),
+            activations=round(together - loss),
             loss=round(loss),
-            workspace=self.workspace + round(self.workspace_share * (activations + loss)),
+            workspace=self.workspace + round(self.workspace_share * together),
         )
 
     def bytes(self, rows: int, lengths: Lengths) -> int:

@@ -104,14 +104,10 @@ def largest(found: np.ndarray, fit: Fit) -> np.ndarray:
 
 
 def _side_by_side(runs: Sequence[Sequence[Phase]]) -> list[tuple[list, np.ndarray]]:
-    """Each run's operations, and bytes at all sizes (sizes, operations, 2).
-
-    Where a size decides which operations there are, only the peak of each phase is the same moment.
-    """
-    if all(len({len(phase.operations) for phase in run}) == 1 for run in runs):
-        return [(run[0].operations, np.stack([phase.held for phase in run])) for run in runs]
-    peaks = [np.stack([phase.held[[phase.held.sum(axis=1).argmax()]] for phase in run]) for run in runs]
-    return [(["peak"], peak) for peak in peaks]
+    """Each run's operations, and bytes at all sizes (sizes, operations, 2)."""
+    if any(len({len(phase.operations) for phase in run}) > 1 for run in runs):
+        raise ValueError("the size of a micro-batch decides which operations there are")
+    return [(run[0].operations, np.stack([phase.held for phase in run])) for run in runs]
 
 
 def _alike(operations: list, others: list) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import transformers
@@ -40,7 +41,7 @@ class Steps:
     epochs: int
     accumulation_steps: tuple[int, float, int]  # min, mean, max over windows, of the process with most
     padding: float  # share of the tokens
-    largest: tuple[int, int | list[int]]  # rows and length of the micro-batch that takes most
+    largest: tuple[int, list[int]]  # rows, and length of each column, of the micro-batch that takes most
     flops_per_window: float
 
 
@@ -57,7 +58,7 @@ class Plan:
     memory: int  # bytes there are
     parts: Parts  # at the largest micro-batch
     fits: bool
-    longest: int | list[int]  # tokens of the longest example
+    longest: list[int]  # tokens of the longest example
     longest_bytes: int  # that it takes alone
     bound: str
     why: str
@@ -79,9 +80,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--budget", default="auto", help="a budget's name or file (auto)")
     parser.add_argument("--processes", type=int, default=1, help="processes, each on a device (%(default)s)")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="cuda where the budget has memory, else cpu"
-    )
-    parser.add_argument(
         "--tflops", type=float, help="10¹² operations a second that a device reaches: the time"
     )
     parser.add_argument("--price", type=float, help="of one device for an hour, with --tflops: the cost")
@@ -97,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
     recipe = load_recipe(["--config", arguments.config, "--budget", arguments.budget, *settings])
-    found = make_plan(recipe, arguments.processes, arguments.device, arguments.tflops, arguments.price)
+    found = make_plan(recipe, arguments.processes, arguments.tflops, arguments.price)
     if arguments.json:
         print(json.dumps(asdict(found), indent=2))
     else:
@@ -107,23 +105,23 @@ def main(argv: Sequence[str]) -> None:
 def make_plan(
     recipe: Recipe,
     processes: int = 1,
-    device: str | None = None,
     tflops: float | None = None,
     price: float | None = None,
 ) -> Plan:
-    """The plan of a recipe's run over so many processes, on "cpu" or "cuda" devices.
+    """The plan of a recipe's run over so many processes: on GPUs, but for the budget `cpu` and where nothing
+    says how much memory there is.
 
     `tflops`: 10¹² floating-point operations a second of one device; `price`: of one for an hour. Raises
     BadInput where no step of the model can be traced.
     """
     config, recipe.without_weights = recipe.config, True
     given = config.budget.memory or detect_budget().memory
-    device = device or ("cuda" if given else "cpu")
+    device = "cuda" if given and Path(config.budget_file or "").stem != "cpu" else "cpu"
     memory = parse_bytes(given) if given else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     training, validation = recipe.datasets()
     windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True), Bound(micro_batch_size=1))
     try:
-        found = recipe_memory(recipe, training, windows.lengths, make_model, device == "cuda")
+        found = recipe_memory(recipe, training, windows.tokens, make_model, device == "cuda")
     except NotTraceable as error:
         raise BadInput(
             f"model.name: no step of {config.model.name} could be traced ({error}); run it with --check, and "
@@ -133,7 +131,7 @@ def make_plan(
     bound, why = _bound(recipe, per_process, memory, bool(given), device)
     steps = _steps(recipe, windows.with_bound(bound, processes), found)
     parts = per_process.parts(*steps.largest)
-    longest = windows.lengths[longest_example(windows.lengths)]
+    longest = windows.tokens[longest_example(windows.tokens)].tolist()
     alone = per_process.bytes(1, longest)
     room = {"memory": per_process, "available": memory, "processes": processes}
     seconds = steps.flops_per_window * steps.windows / (tflops * 1e12 * processes) if tflops else None
@@ -147,7 +145,7 @@ def make_plan(
         memory=memory,
         parts=parts,
         fits=parts.total <= memory,
-        longest=longest.tolist(),
+        longest=longest,
         longest_bytes=alone,
         bound=str(bound),
         why=why,
@@ -160,7 +158,7 @@ def make_plan(
         },
         seconds=seconds,
         price=seconds * processes * price / 3600 if seconds is not None and price else None,
-        levers=levers(recipe, training, windows.lengths, make_model, device == "cuda", **room)
+        levers=levers(recipe, training, windows.tokens, make_model, device == "cuda", **room)
         if parts.total > memory
         else [],
     )
@@ -186,10 +184,12 @@ def _steps(recipe: Recipe, windows: WindowLoader, found: StepEstimate) -> Steps:
     numbers = np.unique(np.linspace(0, plan.num_windows(0) - 1, SAMPLE).astype(int))
     splits = [windows.split(0, int(number)) for number in numbers]
     shapes = [
-        [_shape(windows, piece, split.pad_to) for process in split.processes for piece in process]
+        (rows, tuple(lengths))
         for split in splits
+        for process in split.processes
+        for rows, lengths in (windows.shape(piece, split.pad_to) for piece in process)
     ]
-    different = sorted({shape for window in shapes for shape in window}, key=str)
+    different = sorted(set(shapes))
     steps = [max(map(len, split.processes)) for split in splits]
     tokens, padded = (sum(getattr(split, name) for split in splits) for name in ("tokens", "padded_tokens"))
     flops = {shape: found.flops_of(*shape) for shape in different}
@@ -199,22 +199,14 @@ def _steps(recipe: Recipe, windows: WindowLoader, found: StepEstimate) -> Steps:
         epochs=recipe.config.train.epochs,
         accumulation_steps=(min(steps), sum(steps) / len(steps), max(steps)),
         padding=1 - tokens / padded,
-        largest=(largest[0], largest[1][0] if len(largest[1]) == 1 else list(largest[1])),
-        flops_per_window=sum(flops[shape] for window in shapes for shape in window) / len(splits),
+        largest=(largest[0], list(largest[1])),
+        flops_per_window=sum(flops[shape] for shape in shapes) / len(splits),
     )
-
-
-def _shape(windows: WindowLoader, piece: np.ndarray, pad_to: int | None) -> tuple[int, tuple[int, ...]]:
-    """Rows and length of a micro-batch."""
-    lengths = windows.lengths[piece].reshape(len(piece), -1)
-    if windows.pad_to == "nothing":
-        return 1, (int(lengths.sum()),)
-    return len(piece), tuple(int(pad_to or longest) for longest in lengths.max(axis=0))
 
 
 def show(plan: Plan, console: Console) -> None:
     """Memory as bars, then how the run is cut and what it takes, then what would make it fit."""
-    rows, length = plan.steps.largest
+    rows, lengths = plan.steps.largest
     console.print(
         f"{plan.model}: {plan.parameters:,} parameters, {plan.trained:,} trained, {plan.precision}, on "
         f"{plan.processes} × {plan.device} with {plan.memory / GIB:.1f} GiB"
@@ -233,7 +225,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(table)
     least, mean, most = plan.steps.accumulation_steps
     lines = {
-        "largest micro-batch": f"{rows} × {length} tokens",
+        "largest micro-batch": f"{rows} × {_listed(lengths)} tokens",
         "micro-batches": f"at most {plan.bound} ({plan.why})",
         "accumulation steps": f"{least} / {mean:.1f} / {most} (min / mean / max)",
         "padding": f"{plan.steps.padding:.1%} of the tokens",
@@ -245,10 +237,9 @@ def show(plan: Plan, console: Console) -> None:
         lines["time"] = f"{plan.seconds / 3600:,.2f} hours" + (
             f", cost {plan.price:,.2f}" if plan.price is not None else ""
         )
-    others = max(2, plan.processes)
-    if plan.seconds is None:
+    else:
         lines["time"] = "give --tflops, and --price for the cost"
-    lines[f"on {others} processes"] = ", ".join(
+    lines[f"on {max(2, plan.processes)} processes"] = ", ".join(
         f"{name} {size / GIB:.2f} GiB each" for name, size in plan.processes_change.items()
     )
     for name, value in lines.items():
@@ -257,7 +248,7 @@ def show(plan: Plan, console: Console) -> None:
         console.print("It fits.", style="green")
         return
     console.print(
-        f"It does not fit: the longest example, of {plan.longest} tokens, takes "
+        f"It does not fit: the longest example, of {_listed(plan.longest)} tokens, takes "
         f"{plan.longest_bytes / GIB:.2f} GiB alone, and there are {plan.memory / GIB:.2f}.",
         style="red",
         soft_wrap=True,
@@ -268,3 +259,7 @@ def show(plan: Plan, console: Console) -> None:
             f"  {lever.flags:<64} {lever.bytes / GIB:6.2f} GiB ({lever.saved / GIB:.2f} less): {verdict}",
             soft_wrap=True,
         )
+
+
+def _listed(lengths: Sequence[int]) -> str:
+    return " + ".join(map(str, lengths))

@@ -26,7 +26,7 @@ from gradacc_hf.config import detect_budget, parse_bytes, tokens_per_micro_batch
 from gradacc_hf.memory import PARTS, NotTraceable, Point, Settings, StepEstimate, estimate, terms_of
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.runlog import versions
-from gradacc_hf.split import Bound
+from gradacc_hf.split import Bound, rounded_up
 from gradacc_hf.tasks.lean_loss import CHUNK
 from gradacc_hf.tryout import random_numbers_as_they_were
 
@@ -45,7 +45,7 @@ def recipe_memory(
 ) -> StepEstimate:
     """What a micro-batch of a recipe takes, without its weights.
 
-    dataset, lengths: the training examples and their tokens, (examples) or (examples, columns). make_model:
+    dataset, lengths: the training examples and their tokens, (examples, columns). make_model:
     recipe → the model that is trained. on_gpu: the run will be on one. only_longest: the estimate is for the
     longest example alone, which is quicker. Raises NotTraceable.
     """
@@ -55,7 +55,8 @@ def recipe_memory(
     try:
         with random_numbers_as_they_were():
             choose = _longest if only_longest else _points
-            points, exponents = choose(weightless, dataset, lengths.reshape(len(lengths), -1))
+            padded = rounded_up(lengths, recipe.config.budget.pad_to_multiple_of or 1)
+            points, exponents = choose(weightless, dataset, padded)
     except (ValueError, KeyError, TypeError) as error:
         raise NotTraceable(f"its examples cannot be collated: {error}") from error
     config = recipe.config

@@ -132,11 +132,11 @@ def split_window(
     examples' tokens, not as many rows as examples, padded to the longest.
     """
     columns = np.maximum(np.asarray(lengths).reshape(len(lengths), -1), 1)
-    lengths = columns.sum(1)
-    by_length = np.argsort(lengths, kind="stable")
+    tokens = columns.sum(1)
+    by_length = np.argsort(tokens, kind="stable")
     return [
         _cut(positions, columns[positions], bound, cost, packed)
-        for positions in _balance(by_length, lengths, num_processes, cost)
+        for positions in _balance(by_length, tokens, num_processes, cost)
     ]
 
 

@@ -168,7 +168,7 @@ class Window:
         examples = 0 if failed is None else max(1, len(indices))
         alone = int(indices[0]) if len(indices) == 1 else -1
         here = [examples, rows * sum(lengths), alone, rows, *lengths]
-        everywhere = torch.tensor([here], device=self._accelerator.device)
+        everywhere: Any = torch.tensor([here], device=self._accelerator.device)
         if self._accelerator.num_processes > 1:
             everywhere = self._accelerator.gather(everywhere)
         found = [row for row in everywhere.tolist() if row[0]]

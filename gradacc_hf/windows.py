@@ -139,6 +139,10 @@ class WindowLoader:
         """How this window will be cut: a plan from lengths alone; nothing is read or collated."""
         return self._windows.split(epoch, window)
 
+    def shape(self, indices: np.ndarray, pad_to: int | None = None) -> tuple[int, list[int]]:
+        """Rows of a micro-batch of these examples, and tokens that each column is padded to."""
+        return self._windows.shape(indices, pad_to)
+
     def __iter__(self) -> Iterator[Window]:
         if self._started:
             self.epoch, self.window = self.epoch + 1, 0
@@ -331,8 +335,9 @@ class WindowLoader:
             different, counts = np.unique(padded, return_counts=True, axis=0)
             count = sum(n for n, lengths in zip(counts, different, strict=True) if bound.exceeded_by(lengths))
             logger.warning(
-                f"{count} of {self.plan.num_examples} examples exceed {bound} (the longest is {longest}, of "
-                f"{bound.needs(1, padded[longest].tolist())}): each goes alone in a micro-batch that exceeds it"
+                f"{count} of {self.plan.num_examples} examples exceed {bound} (the longest has "
+                f"{bound.needs(1, padded[longest].tolist())}: example {longest}): "
+                "each goes alone in a micro-batch that exceeds it"
             )
 
 

@@ -127,7 +127,9 @@ def _mean_loss(head: Any, hidden: torch.Tensor, labels: torch.Tensor, num_items:
     hidden, targets = hidden[..., :-1, :], labels[..., 1:]
     if is_fake(hidden):  # labels without values (`memory.py`): all are learned, and two pieces tell of all
         hidden, targets = hidden.flatten(0, -2), targets.flatten()
-        pieces = zip(hidden.split(CHUNK)[:2], targets.split(CHUNK)[:2], strict=True)
+        rest = len(targets) - 2 * CHUNK
+        sizes = [CHUNK, CHUNK, rest] if rest >= 0 else CHUNK
+        pieces = zip(hidden.split(sizes)[:2], targets.split(sizes)[:2], strict=True)
     else:
         learned = targets != IGNORED
         hidden, targets = hidden[learned], targets[learned]
