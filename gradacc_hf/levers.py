@@ -59,13 +59,17 @@ def levers(
     def lever(settings: Settings, size: int) -> Lever:
         return Lever(_flags(settings), size, before - size, size <= available)
 
-    taken = [(size, settings) for settings in _choices(recipe) if (size := take(settings)) is not None]
+    taken = [
+        (size, settings) for settings in _choices(recipe, on_gpu) if (size := take(settings)) is not None
+    ]
     useful = sorted((t for t in taken if t[0] < (1 - WORTH) * before), key=lambda found: found[0])
     found = [lever(settings, size) for size, settings in useful]
     together: Settings = {}
     for _, settings in useful:
         if any(one.fits for one in found):
             break
+        if "data.max_length" in settings:  # other examples: these are as long as they are
+            continue
         more = {**settings, **together}
         if len(together) and more != together and (size := take(more)) is not None:
             found.append(lever(more, size))
@@ -73,7 +77,7 @@ def levers(
     return found
 
 
-def _choices(recipe: Recipe) -> Iterator[Settings]:
+def _choices(recipe: Recipe, on_gpu: bool) -> Iterator[Settings]:
     """What is not on yet, and possible for this recipe."""
     config = recipe.config
     half = {"model.dtype": "bfloat16", "budget.precision": "bf16"}
@@ -83,6 +87,8 @@ def _choices(recipe: Recipe) -> Iterator[Settings]:
         yield {"budget.precision": "bf16"}
     if config.optim.name in ("adam", "adamw"):
         yield {"optim.name": "adafactor"}
+        if on_gpu:
+            yield {"optim.name": "adamw_8bit"}
     if recipe.lean_loss and config.budget.lean_loss is False:
         yield {"budget.lean_loss": "auto"}
     if not config.model.lora.rank and not recipe.from_scratch and not config.model.freeze:

@@ -32,6 +32,7 @@ WORKSPACE = 600 * 2**20  # on a GPU, CUDA's context and libraries; on a CPU, Pyt
 LOST = 0.05  # of what comes and goes: memory between the blocks of the allocator
 PARTS = 16  # rows come in multiples of it, so that a share of a batch's positions is a whole number
 PRIMES = (3, 5, 7, 11, 13, 17)
+EIGHT_BITS, QUANTIZED_FROM = 1 + 4 / 256, 4096  # of bitsandbytes: bytes, with a scale for each 256; numbers
 FOUR_BITS = 0.516  # bytes of a weight in 4 bits with its scales: QLoRA, section 3, 0.127 bits a weight
 
 
@@ -132,7 +133,7 @@ def estimate(
         parameters=_bytes([*(p for _, p in parameters), *whole.buffers()])
         - (_saved_by_four_bit(whole) if settings.four_bit else 0),
         gradients=sum(p.numel() * _gradient_dtype(p).itemsize for p in trained),
-        optimizer=_state_bytes(trained, settings),
+        optimizer=_state_bytes(whole, trained, settings),
         exponents=exponents,
         activations=found[..., 0],
         loss=found[..., 1],
@@ -265,17 +266,22 @@ def _bytes(tensors: Iterable[Any]) -> int:
     return sum(t.numel() * t.itemsize for t in tensors if isinstance(t, torch.Tensor))
 
 
-def _state_bytes(weights: Sequence[torch.Tensor], settings: Settings) -> int:
-    """What the optimizer keeps of these weights.
+def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settings: Settings) -> int:
+    """What the optimizer keeps of these weights of a model.
 
-    It is asked with small stand-ins, whose sides are primes: its states then show which sides they have.
+    It is asked with small stand-ins, whose sides are primes: its states then show which sides they have. One
+    in 8 bits runs on GPUs alone; it keeps two states, in 32 bits of embeddings and small weights.
     """
+    if settings.optim.name == "adamw_8bit":
+        embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+        whole = [w for w in weights if w in embeddings or w.numel() < QUANTIZED_FROM]
+        numbers, in_32_bits = (sum(w.numel() for w in some) for some in (weights, whole))
+        return round(2 * (4 * in_32_bits + EIGHT_BITS * (numbers - in_32_bits)))
     kinds = {(w.ndim, w.dtype) for w in weights}
     stand_ins = {kind: torch.nn.Parameter(torch.ones(PRIMES[: kind[0]], dtype=kind[1])) for kind in kinds}
     for stand_in in stand_ins.values():
         stand_in.grad = torch.ones_like(stand_in)
-    model = torch.nn.ParameterList(stand_ins.values())
-    optimizer = make_optimizer(model, settings.optim)
+    optimizer = make_optimizer(torch.nn.ParameterList(stand_ins.values()), settings.optim)
     optimizer.step()
     total = 0
     for weight in weights:
@@ -289,7 +295,10 @@ def _state_bytes(weights: Sequence[torch.Tensor], settings: Settings) -> int:
 def _step_bytes(weights: Sequence[torch.Tensor], settings: Settings) -> int:
     """What the optimizer's step holds beside its states: nothing where it is fused; else, on a GPU, a copy of
     all weights, and on a CPU of one after the other."""
-    fused = settings.optim.name != "adafactor" and not (settings.on_gpu and settings.precision == "fp16")
+    name = settings.optim.name
+    fused = name == "adamw_8bit" or (
+        name != "adafactor" and not (settings.on_gpu and settings.precision == "fp16")
+    )
     sizes = [weight.numel() * _gradient_dtype(weight).itemsize for weight in weights]
     return 0 if fused else sum(sizes) if settings.on_gpu else 2 * max(sizes, default=0)
 

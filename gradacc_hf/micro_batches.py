@@ -107,6 +107,27 @@ class LocalWindows(Dataset):
         """Tokens (examples, columns), each with what an example alone is padded by."""
         return rounded_up(tokens, self.pad_to_multiple_of)
 
+    def too_large(self) -> str | None:
+        """How many examples exceed the bound alone, in a line. Raises ValueError where padding cuts one."""
+        padded = self.padded(self.tokens)
+        if isinstance(self.pad_to, int):
+            if (longest := self.tokens.max()) > self.pad_to:
+                raise ValueError(
+                    f"example {int(self.tokens.max(1).argmax())} has {longest} tokens, more than "
+                    f"pad_to={self.pad_to}: truncate it, or raise that"
+                )
+            padded = np.full_like(padded, self.pad_to)
+        longest = int(padded.sum(1).argmax())
+        if not self.bound.exceeded_by(padded[longest]):
+            return None
+        different, counts = np.unique(padded, return_counts=True, axis=0)
+        count = sum(n for n, each in zip(counts, different, strict=True) if self.bound.exceeded_by(each))
+        return (
+            f"{count} of {len(padded)} examples exceed {self.bound} (the longest has "
+            f"{self.bound.needs(1, padded[longest].tolist())}: example {longest}): each goes alone in a "
+            "micro-batch that exceeds it"
+        )
+
     def shape(self, indices: np.ndarray, pad_to: int | None) -> tuple[int, list[int]]:
         """Rows of a micro-batch of these examples, and tokens that each column is padded to."""
         tokens = self.padded(self.tokens[indices])

@@ -24,6 +24,7 @@ from accelerate.utils import DistributedType
 from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.config import detect_budget, parse_bytes, tokens_per_micro_batch
 from gradacc_hf.memory import PARTS, NotTraceable, Point, Settings, StepEstimate, estimate, terms_of
+from gradacc_hf.out_of_memory import keep_no_freed_memory
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.runlog import versions
 from gradacc_hf.split import Bound, rounded_up
@@ -97,6 +98,8 @@ def choose_bound(
             f"budget.max_tokens: {tokens:,}, a rule of thumb: no step could be traced: {error}", file=stderr
         )
         return Bound(max_tokens=tokens)
+    if device == "cpu":
+        keep_no_freed_memory()
     sharded = accelerator.distributed_type == DistributedType.FSDP
     of_one = found.memory.over_processes(accelerator.num_processes, sharded, found.largest_layer)
     return Bound(max_bytes=parse_bytes(memory), memory=of_one)

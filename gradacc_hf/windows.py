@@ -122,7 +122,8 @@ class WindowLoader:
         )
         self._started = False
         self._half_way: list[int] = []
-        self._say_what_does_not_fit(bound, pad_to)
+        if too_large := self._windows.too_large():
+            logger.warning(too_large)
         self.tokens, self.pad_to, self.bound = self._windows.tokens, pad_to, bound
         self.lengths = self.tokens.sum(1)
         self.count_items = self._windows.count_items
@@ -178,13 +179,11 @@ class WindowLoader:
 
     def copy(self, num_windows: int) -> "WindowLoader":
         """This loader at its place, to try a model on; cut finer where all would be one micro-batch."""
-        other = copy.copy(self)
-        other._started, other._half_way = False, []
-        splits = [self.split(self.epoch, t) for t in range(self.window, len(self))][:num_windows]
+        numbers, bound = range(self.window, len(self))[:num_windows], self.bound
+        splits = [self.split(self.epoch, number) for number in numbers]
         if all(max(map(len, split.processes)) == 1 for split in splits):
-            size = max(1, min(len(split.indices) for split in splits) // 3)
-            other._windows = replace(self._windows, bound=Bound(None, size))
-        return other
+            bound = Bound(micro_batch_size=max(1, min(len(split.indices) for split in splits) // 3))
+        return self.with_bound(bound)
 
     def with_bound(self, bound: Bound, num_processes: int | None = None) -> "WindowLoader":
         """This loader at its place, with its windows cut under another bound; to plan, for more processes."""
@@ -321,24 +320,6 @@ class WindowLoader:
             )
         self.empty_micro_batches += empty_micro_batches
         self.empty_windows += int(window_is_empty)
-
-    def _say_what_does_not_fit(self, bound: Bound, pad_to: PadTo) -> None:
-        tokens = self._windows.tokens
-        padded = np.maximum(self._windows.padded(tokens), pad_to if isinstance(pad_to, int) else 0)
-        if isinstance(pad_to, int) and (longest := tokens.max()) > pad_to:
-            where = int(tokens.max(1).argmax())
-            raise ValueError(
-                f"example {where} has {longest} tokens, more than pad_to={pad_to}: truncate it, or raise that"
-            )
-        longest = int(padded.sum(1).argmax())
-        if bound.exceeded_by(padded[longest]):
-            different, counts = np.unique(padded, return_counts=True, axis=0)
-            count = sum(n for n, lengths in zip(counts, different, strict=True) if bound.exceeded_by(lengths))
-            logger.warning(
-                f"{count} of {self.plan.num_examples} examples exceed {bound} (the longest has "
-                f"{bound.needs(1, padded[longest].tolist())}: example {longest}): "
-                "each goes alone in a micro-batch that exceeds it"
-            )
 
 
 def _pinned(micro_batch: MicroBatch) -> MicroBatch:
