@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradacc_hf.micro_batch_memory import MicroBatchMemory
-from gradacc_hf.split import Bound, Cost, split_window
+from gradacc_hf.split import Bound, Cost, bounding_lengths, split_window
 
 LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=80)
 BOUNDS = st.one_of(
@@ -201,3 +201,24 @@ def test_several_processes_hold_buckets_or_shares():
     assert memory.over_processes(1, sharded=False) is memory
     assert memory.over_processes(4, sharded=False).resident == 4000
     assert memory.over_processes(4, sharded=True, largest_layer=50).resident == 200 + 100 + 800 + 400
+
+
+def test_half_of_what_was_too_large_fits_and_all_of_it_does_not():
+    bound = by_bytes(10**9)
+    half = bound.halved(8, 8, [100])
+    assert (half.max_rows(100), bound.max_rows(100) > 8) == (4, True)
+    packed = bound.halved(3, 1, [900])  # one row of three examples
+    assert not packed.exceeded_by(450)
+    assert packed.exceeded_by(451)
+    assert Bound(max_tokens=4096).halved(8, 8, [60, 40]) == Bound(max_tokens=400)
+    assert Bound(micro_batch_size=16).halved(9, 9, [60]) == Bound(micro_batch_size=4)
+
+
+def test_columns_hold_their_bytes_though_different_examples_are_longest():
+    exponents = np.array([(0, 0, 0), (1, 2, 0), (1, 0, 1)])
+    memory = MicroBatchMemory(0, 0, 0, exponents, np.array([(0.0, 1, 50)]), np.zeros((1, 3)))
+    tokens = np.random.default_rng(0).integers(1, 100, size=(200, 2))
+    bound = Bound(max_bytes=40_000, memory=memory)
+    for pieces in split_window(bounding_lengths(tokens), bound, 2):
+        for piece in pieces:
+            assert memory.bytes(len(piece), tokens[piece].max(0)) <= 40_000

@@ -257,6 +257,8 @@ def print_memory(result: MemoryTable, console: Console) -> None:
     console.print(table)
     within = sum(row.holds for row in result.cases)
     console.print(f"{within} of {len(result.cases)} predictions hold within 10 % or 64 MiB")
+    if not torch.cuda.is_available():
+        console.print("malloc gives back what is above 1 MiB at once, as where budget.memory bounds a run")
 
 
 if __name__ == "__main__":
