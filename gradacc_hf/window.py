@@ -164,7 +164,7 @@ class Window:
         if failed is not None:
             alone = int(failed.indices[0]) if len(failed.indices) == 1 else -1
             here = [max(1, len(failed.indices)), self._recutting.padded_tokens(failed.indices), alone]
-        everywhere = torch.tensor([here], device=self._accelerator.device)
+        everywhere: Any = torch.tensor([here], device=self._accelerator.device)
         if self._accelerator.num_processes > 1:
             everywhere = self._accelerator.gather(everywhere)
         found = [row for row in everywhere.tolist() if row[0]]

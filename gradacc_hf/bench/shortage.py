@@ -66,7 +66,7 @@ def shortage(
     processes: int = 1,
     limits: int = 20,
     seed: int = 0,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    progress: Callable[..., Iterable[Any]] = iter,
 ) -> Shortage:
     """Train under so many limits, drawn at random. Raises BadInput where a run fails, or hangs."""
     drawn = np.random.default_rng(seed).integers(LEAST, MOST, size=limits).tolist()
@@ -79,7 +79,8 @@ def run_limited(processes: int, limit: int | None) -> Limited:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "gradacc_hf.bench.shortage", str(limit or 0)]
     environment = {**os.environ, **MALLOC, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    started, pipes = time.perf_counter(), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = time.perf_counter()
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     child: Any = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
     try:
         printed, said = child.communicate(timeout=SECONDS)
@@ -90,7 +91,7 @@ def run_limited(processes: int, limit: int | None) -> Limited:
     if child.returncode or not lines:
         errors = [line for line in said.splitlines() if "Error:" in line or "BadInput:" in line] or [said]
         raise BadInput(f"bench out_of_memory: failed with a limit of {limit} MiB: {one_line(errors[0])}")
-    found = json.loads(lines[0])
+    found: Any = json.loads(lines[0])
     found = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
     return Limited(limit=limit, seconds=time.perf_counter() - started, **found)
 
@@ -119,9 +120,10 @@ def _train(limit: int) -> None:
     transformers.utils.logging.set_verbosity_error()
     accelerator, draw = Accelerator(cpu=True), np.random.default_rng(0)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = transformers.BertConfig(vocab_size=500, attn_implementation="eager", **sizes, **dropout)
+    settings: Any = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    settings |= {"intermediate_size": 256, "vocab_size": 500, "attn_implementation": "eager"}
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(**settings)
     model = transformers.BertForSequenceClassification(config)
     lengths = draw.integers(180, 200, size=WINDOWS * EXAMPLES)
     data = [{"ids": draw.integers(1, 500, n), "label": int(draw.integers(2))} for n in lengths]
