@@ -145,7 +145,8 @@ class Window:
         """
         failed = self._micro_batches[self._latest]
         on_its_own = self._synchronises_alone and self._latest < len(self) - 1
-        if self._accelerator.distributed_type != DistributedType.NO and not on_its_own:
+        in_forward = self._accelerator.num_processes == 1 and self._latest not in self._weighed
+        if self._accelerator.distributed_type != DistributedType.NO and not (on_its_own or in_forward):
             tokens = self._recutting.padded_tokens(failed.indices)
             raise BadInput(
                 f"out of memory in a micro-batch of {tokens:,} padded tokens ({said}), while others wait "
