@@ -30,7 +30,7 @@ from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
 
 WINDOWS, EXAMPLES = 3, 24  # examples in each window
-LEAST, MOST = 80, 300  # MiB above what is there when training starts: one example needs about 40
+LEAST, MOST = 80, 140  # MiB above what is there when training starts: one example needs about 40
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives tensors back; else freed ones count for the limit
 SECONDS = 180  # after which a run hangs
 
@@ -107,7 +107,7 @@ def print_shortage(result: Shortage, console: Console) -> None:
     replays = sum(run.replays for run in result.limited)
     worst = max((run.error(result.unlimited) for run in result.limited), default=0.0)
     console.print(
-        f"{len(result.limited)} limits on the last of {result.processes} processes: {replays} windows run "
+        f"{len(result.limited)} limits on process {result.processes} of {result.processes}: {replays} windows run "
         f"again; losses and gradient norms within {worst:.1e} of those of the run without limit"
     )
 
