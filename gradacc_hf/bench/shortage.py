@@ -107,8 +107,8 @@ def print_shortage(result: Shortage, console: Console) -> None:
     replays = sum(run.replays for run in result.limited)
     worst = max((run.error(result.unlimited) for run in result.limited), default=0.0)
     console.print(
-        f"{len(result.limited)} limits on process {result.processes} of {result.processes}: {replays} windows run "
-        f"again; losses and gradient norms within {worst:.1e} of those of the run without limit"
+        f"{len(result.limited)} limits on process {result.processes} of {result.processes}: {replays} "
+        f"windows run again; losses and gradient norms within {worst:.1e} of those of the run without limit"
     )
 
 
