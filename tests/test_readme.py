@@ -14,7 +14,6 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_the_loop_to_copy_runs_as_it_stands(tmp_path):
     (script := tmp_path / "loop.py").write_text(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -29,12 +29,7 @@ def recipe_of(config, *settings):
     return load_recipe(["--config", str(ROOT / "configs" / f"{config}.yaml"), *SMALL, *settings])
 
 
-SLOW = ("causal_lm_offline", "question_answering_offline")
-
-
-@pytest.mark.parametrize(
-    "config", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONFIGS]
-)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_a_recipe_is_exact_with_adapters_and_checkpointing(config):
     recipe = recipe_of(config, *CHECKPOINTING, *([] if config == FROM_SCRATCH else LORA))
     windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator(cpu=True))
