@@ -53,7 +53,7 @@ class Limited:
 
 
 @dataclass(frozen=True)
-class Shortage:
+class MemoryLimits:
     """A run without limit, and those with one."""
 
     processes: int
@@ -67,11 +67,11 @@ def shortage(
     limits: int = 20,
     seed: int = 0,
     progress: Callable[..., Iterable[Any]] = iter,
-) -> Shortage:
+) -> MemoryLimits:
     """Train under so many limits, drawn at random. Raises BadInput where a run fails, or hangs."""
     drawn = np.random.default_rng(seed).integers(LEAST, MOST, size=limits).tolist()
     runs = [run_limited(processes, limit) for limit in progress([None, *drawn])]
-    return Shortage(processes, runs[0], tuple(runs[1:]), measured_with("cpu"))
+    return MemoryLimits(processes, runs[0], tuple(runs[1:]), measured_with("cpu"))
 
 
 def run_limited(processes: int, limit: int | None) -> Limited:
@@ -96,7 +96,7 @@ def run_limited(processes: int, limit: int | None) -> Limited:
     return Limited(limit=limit, seconds=time.perf_counter() - started, **found)
 
 
-def print_shortage(result: Shortage, console: Console) -> None:
+def print_shortage(result: MemoryLimits, console: Console) -> None:
     """A row for each limit."""
     table = Table("limit, MiB", "replays", "largest difference", "each example once", "seconds", box=SIMPLE)
     for run in (result.unlimited, *result.limited):
@@ -110,6 +110,19 @@ def print_shortage(result: Shortage, console: Console) -> None:
         f"{len(result.limited)} limits on process {result.processes} of {result.processes}: {replays} "
         f"windows run again; losses and gradient norms within {worst:.1e} of those of the run without limit"
     )
+
+
+class Watched:
+    """The windows of a loader, with a note of the examples in each."""
+
+    def __init__(self, windows: WindowLoader):
+        self.windows, self.state_dict = windows, windows.state_dict
+        self.indices: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[Window]:
+        for window in self.windows:
+            self.indices.append(window.indices.tolist())
+            yield window
 
 
 def _train(limit: int) -> None:
@@ -143,28 +156,18 @@ def _train(limit: int) -> None:
         max_tokens=EXAMPLES * 200,
     )
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
-    seen: list[int] = []
-
-    class Watched:  # the same windows, with a note of what is in them
-        state_dict = staticmethod(windows.state_dict)
-
-        def __iter__(self) -> Iterator[Window]:
-            for window in windows:
-                seen.extend(window.indices.tolist())
-                yield window
-
+    watched: Any = Watched(windows)
     if limit and accelerator.is_last_process:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + limit * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
-    loop: Any = train(model, optimizer, Watched(), accelerator=accelerator)  # type: ignore[arg-type]
-    records = list(loop)
+    records = list(train(model, optimizer, watched, accelerator=accelerator))
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     found = {
         "replays": windows.replays,
         "losses": [record.loss for record in records],
         "norms": [record.grad_norm for record in records],
-        "each_once": sorted(seen) == list(range(len(data))),
+        "each_once": sorted(index for window in watched.indices for index in window) == [*range(len(data))],
     }
     if accelerator.is_main_process:
         print(json.dumps(found), flush=True)
