@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.errors import BadInput
 from gradacc_hf.loop import Best, Evaluation, evaluate, fine_tune, train
+from gradacc_hf.out_of_memory import replayed
 from gradacc_hf.tryout import try_out
 from gradacc_hf.verify import verify
 from gradacc_hf.window import Window
@@ -24,6 +25,7 @@ __all__ = [
     "accumulate_in_float32",
     "evaluate",
     "fine_tune",
+    "replayed",
     "train",
     "try_out",
     "verify",

@@ -257,7 +257,9 @@ def errors(run: Run, name: str, folder: Path) -> None:
         [window] = run.by_window()[len(found) : len(found) + 1]
         examples = [example for micro_batch in window for example in micro_batch]
         batch = run.collated(examples, model.device)
-        found.append(relative_error(gradient, whole_window_gradient(model, batch, recipe.loss)))
+        with _leaving_where_memory_does_not_suffice(0):  # for a window at once: it stays unmeasured
+            whole = whole_window_gradient(model, batch, recipe.loss)
+        found.append(relative_error(gradient, whole))
         for parameter_name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.grad = gradient[parameter_name]
@@ -308,8 +310,7 @@ def main(argv: Sequence[str]) -> None:
         with _leaving_where_memory_does_not_suffice(DOES_NOT_FIT):
             timed(run, name, Path(folder))
         if with_errors == "errors":
-            with _leaving_where_memory_does_not_suffice(0):  # for a window at once: it stays unmeasured
-                errors(run, name, Path(folder))
+            errors(run, name, Path(folder))
     except BadInput as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

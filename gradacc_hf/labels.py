@@ -118,10 +118,8 @@ def encode_labels(
     known = pa.array(names, pa.large_string())
     ids, other_ids = pc.index_in(texts, known), pc.index_in(other, known)
     if other_ids.null_count:
-        unknown = np.flatnonzero(other_ids.is_null())
-        labels = [
-            f"label {other[int(row)].as_py()!r} of validation {_row(validation, row)}" for row in unknown
-        ]
+        unknown = np.flatnonzero(other_ids.is_null()).tolist()
+        labels = [f"label {other[row].as_py()!r} of validation {_row(validation, row)}" for row in unknown]
         validation = drop_unknown(validation, unknown, labels, key, skipped)
         other_ids = other_ids.drop_null()
     return _with_ids(train, label_column, ids), _with_ids(validation, label_column, other_ids), names
@@ -146,7 +144,7 @@ def drop_unknown(
             key, f"none of the {len(validation):,} validation rows can be used ({found[0]}, …)", "give others"
         )
     skipped += found
-    return select_rows(validation, np.setdiff1d(np.arange(len(validation)), rows))
+    return select_rows(validation, np.setdiff1d(np.arange(len(validation)), rows).tolist())
 
 
 def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:

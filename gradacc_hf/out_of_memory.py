@@ -83,6 +83,7 @@ def replayed(window: Window, model: torch.nn.Module, optimizer: Any) -> Iterator
     if shortage is None and said is None:
         return
     optimizer.zero_grad()
+    window.let_go()
     if isinstance(model, DistributedDataParallel):
         # Else only a process whose forward broke off would wait for buffers from the first one.
         model.require_forward_param_sync = False

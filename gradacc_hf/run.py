@@ -59,9 +59,10 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         argv, data=recipe_class.Data, description=(recipe_class.__doc__ or "").partition("\n")[0]
     )  # fmt: skip
     config.recipe = _file_of(recipe_class) or config.recipe
+    _check_dtype(config)
     honour(config)
     _check_early_stopping(config)
-    _check_dtype(config)
+    _check_dtype(config)  # again, of what is left of the budget
     check_lean_loss(recipe_class, config)
     check_four_bit(config.model)
     check_optimizer(config.optim)

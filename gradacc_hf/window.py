@@ -134,15 +134,21 @@ class Window:
             self._synchronises_alone = True
             self._micro_batches.append(recutting.idle())
 
+    def let_go(self) -> None:
+        """Free the activations behind the loss that was weighed last, which its loop may hold still."""
+        if self._handed is not None and not self._handed.is_leaf:
+            self._handed.detach_()
+        self._handed = None
+
     def share_shortage(self, said: str) -> Shortage:
         """Out of memory in the micro-batch handed out last: tell the other processes, and hear from them.
 
         Raises BadInput where they are waiting for its gradients already.
         """
-        if self._handed is not None and not self._handed.is_leaf:
-            self._handed.detach_()  # who called weigh() holds it still, and it the activations
         failed = self._micro_batches[self._latest]
-        if self._accelerator.distributed_type != DistributedType.NO and not self._synchronises_alone:
+        on_its_own = self._synchronises_alone and self._latest < len(self) - 1
+        in_forward = self._accelerator.num_processes == 1 and self._latest not in self._weighed
+        if self._accelerator.distributed_type != DistributedType.NO and not (on_its_own or in_forward):
             rows, lengths = self._recutting.shape(failed.indices)
             tokens = rows * sum(lengths)
             raise BadInput(
@@ -188,6 +194,7 @@ class Window:
             here = torch.as_tensor(loss, dtype=torch.float32, device=self._accelerator.device)
             loss = self._accelerator.reduce(here, reduction="sum")
         self._loss = loss if self._weighed else None
+        self._handed = None
         if self._weighed:
             self.done = True
             completed, costs = self._recutting.completed, self._recutting.costs

@@ -300,7 +300,16 @@ class WindowLoader:
         return again
 
     def _pinned(self, micro_batch: MicroBatch) -> MicroBatch:
-        return _pinned(micro_batch) if self.accelerator.device.type == "cuda" else micro_batch
+        """In memory that a GPU can copy from beside its own work; where there is none, as it is."""
+        if self.accelerator.device.type != "cuda":
+            return micro_batch
+        pinned = {
+            key: value.pin_memory()
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu"
+            else value
+            for key, value in micro_batch.batch.items()
+        }
+        return MicroBatch(pinned, micro_batch.indices, micro_batch.num_items)
 
     def _gather(self, numbers: list[float]) -> np.ndarray:
         """The one exchange a window: this process's numbers → (processes, numbers)."""
@@ -320,14 +329,6 @@ class WindowLoader:
             )
         self.empty_micro_batches += empty_micro_batches
         self.empty_windows += int(window_is_empty)
-
-
-def _pinned(micro_batch: MicroBatch) -> MicroBatch:
-    pinned = {
-        key: value.pin_memory() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
-        for key, value in micro_batch.batch.items()
-    }
-    return MicroBatch(pinned, micro_batch.indices, micro_batch.num_items)
 
 
 def _identity(local: Any) -> Any:

@@ -352,7 +352,6 @@ def test_what_cannot_be_compiled_runs_as_it_is_with_one_line(monkeypatch, capsys
 
 def test_the_cpu_benchmark_measures_a_recipe(tiny_bert, rows, tmp_path, capsys):
     settings = {"--data.train": rows, "--model.name": tiny_bert, "--batch.effective": 16}
-    (tmp_path / "a.yaml").write_text("recipe: text_classification.py\n")
     recipe = Path(__file__).parent.parent / "recipes" / "text_classification.py"
     (tmp_path / "a.yaml").write_text(f"recipe: {recipe}\n")
     words = [str(word) for pair in settings.items() for word in pair]

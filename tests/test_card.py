@@ -138,6 +138,7 @@ def test_the_snippet_of_a_card_runs_as_it_stands(run):
     assert re.search(r"'label': '(ham|spam)', 'score': 0\.\d+", done.stdout)
 
 
+@pytest.mark.slow
 def test_the_snippet_of_adapters_runs_as_it_stands_and_knows_the_labels(train):
     assert train(train__max_windows=1, model__lora__rank=2).returncode == 0
     snippet = re.search(r"```python\n(.*?)```", load(Path("run/best")).text, re.DOTALL)[1]
@@ -292,6 +293,7 @@ def pushed_files(hub):
     return {file["path"]: base64.b64decode(file["content"]) for file in files}
 
 
+@pytest.mark.slow
 def test_adapters_are_pushed_with_the_name_of_their_base_not_with_its_folder(train, hub, mine):
     done = train(hub.environment, output__push_to_hub="x", train__max_windows=1, model__lora__rank=2)
     assert "pushed run/best" in done.stdout, done.stderr

@@ -96,6 +96,7 @@ def loaders(recipe, **more):
 # A run
 
 
+@pytest.mark.slow
 def test_the_offline_config_learns_and_its_model_answers_as_a_pipeline_does(tmp_path):
     command = [sys.executable, RECIPE, "--config", OFFLINE, "--train.max_windows", "60"]
     command += ["--output.dir", "out", "--output.tracker", "none", "--data.crop", "1"]

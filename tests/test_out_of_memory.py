@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from gradacc_hf import BadInput, WindowLoader
-from gradacc_hf.bench.shortage import run_limited
+from gradacc_hf.bench.shortage import Watched, run_limited
 from gradacc_hf.gradients import EXACT, RecordGradients, relative_error
 from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
@@ -43,26 +43,16 @@ def run(most=None, where="forward", epochs=2, **split):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     head.model.register_forward_pre_hook(check, with_kwargs=True)
-    recorder, indices = RecordGradients(head.model), []
+    recorder = RecordGradients(head.model)
     model, optimizer = accelerator.prepare(head.model, recorder)
 
     def loss(outputs, batch):
         is_short = where == "backward" and most and batch["input_ids"].numel() > most
         return NoMemory.apply(outputs.loss, is_short)
 
-    class Watched:
-        state_dict = staticmethod(windows.state_dict)
-
-        def __iter__(self):
-            for window in windows:
-                indices.append(window.indices.tolist())
-                yield window
-
-    losses = [
-        r.loss
-        for r in train(model, optimizer, Watched(), accelerator=accelerator, epochs=epochs, compute_loss=loss)
-    ]
-    return windows, recorder.gradients, losses, indices
+    watched, settings = Watched(windows), {"accelerator": accelerator, "epochs": epochs, "compute_loss": loss}
+    losses = [record.loss for record in train(model, optimizer, watched, **settings)]
+    return windows, recorder.gradients, losses, watched.indices
 
 
 @pytest.fixture(scope="module")

@@ -280,6 +280,7 @@ def test_the_offline_config_trains_and_its_model_writes(models, tmp_path):
         recipe.answer(model, ["tea", {"text": "tea"}])
 
 
+@pytest.mark.slow
 def test_two_processes_share_out_the_rows_and_find_what_one_does(models, tmp_path):
     settings = ["--config", str(OFFLINE), "--data.train", write(tmp_path / "a.jsonl", make_rows())]
     settings += ["--data.validation", settings[-1], "--data.source_column", "source"]

@@ -30,7 +30,7 @@ from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
 
 WINDOWS, EXAMPLES = 3, 24  # examples in each window
-LEAST, MOST = 80, 300  # MiB above what is there when training starts: one example needs about 40
+LEAST, MOST = 80, 140  # MiB above what is there when training starts: one example needs about 40
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives tensors back; else freed ones count for the limit
 SECONDS = 180  # after which a run hangs
 
@@ -53,7 +53,7 @@ class Limited:
 
 
 @dataclass(frozen=True)
-class Shortage:
+class MemoryLimits:
     """A run without limit, and those with one."""
 
     processes: int
@@ -66,12 +66,12 @@ def shortage(
     processes: int = 1,
     limits: int = 20,
     seed: int = 0,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> Shortage:
+    progress: Callable[..., Iterable[Any]] = iter,
+) -> MemoryLimits:
     """Train under so many limits, drawn at random. Raises BadInput where a run fails, or hangs."""
     drawn = np.random.default_rng(seed).integers(LEAST, MOST, size=limits).tolist()
     runs = [run_limited(processes, limit) for limit in progress([None, *drawn])]
-    return Shortage(processes, runs[0], tuple(runs[1:]), measured_with("cpu"))
+    return MemoryLimits(processes, runs[0], tuple(runs[1:]), measured_with("cpu"))
 
 
 def run_limited(processes: int, limit: int | None) -> Limited:
@@ -79,7 +79,8 @@ def run_limited(processes: int, limit: int | None) -> Limited:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "gradacc_hf.bench.shortage", str(limit or 0)]
     environment = {**os.environ, **MALLOC, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    started, pipes = time.perf_counter(), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = time.perf_counter()
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     child: Any = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
     try:
         printed, said = child.communicate(timeout=SECONDS)
@@ -90,12 +91,12 @@ def run_limited(processes: int, limit: int | None) -> Limited:
     if child.returncode or not lines:
         errors = [line for line in said.splitlines() if "Error:" in line or "BadInput:" in line] or [said]
         raise BadInput(f"bench out_of_memory: failed with a limit of {limit} MiB: {one_line(errors[0])}")
-    found = json.loads(lines[0])
+    found: Any = json.loads(lines[0])
     found = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
     return Limited(limit=limit, seconds=time.perf_counter() - started, **found)
 
 
-def print_shortage(result: Shortage, console: Console) -> None:
+def print_shortage(result: MemoryLimits, console: Console) -> None:
     """A row for each limit."""
     table = Table("limit, MiB", "replays", "largest difference", "each example once", "seconds", box=SIMPLE)
     for run in (result.unlimited, *result.limited):
@@ -106,9 +107,22 @@ def print_shortage(result: Shortage, console: Console) -> None:
     replays = sum(run.replays for run in result.limited)
     worst = max((run.error(result.unlimited) for run in result.limited), default=0.0)
     console.print(
-        f"{len(result.limited)} limits on the last of {result.processes} processes: {replays} windows run "
-        f"again; losses and gradient norms within {worst:.1e} of those of the run without limit"
+        f"{len(result.limited)} limits on process {result.processes} of {result.processes}: {replays} "
+        f"windows run again; losses and gradient norms within {worst:.1e} of those of the run without limit"
     )
+
+
+class Watched:
+    """The windows of a loader, with a note of the examples in each."""
+
+    def __init__(self, windows: WindowLoader):
+        self.windows, self.state_dict = windows, windows.state_dict
+        self.indices: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[Window]:
+        for window in self.windows:
+            self.indices.append(window.indices.tolist())
+            yield window
 
 
 def _train(limit: int) -> None:
@@ -119,9 +133,10 @@ def _train(limit: int) -> None:
     transformers.utils.logging.set_verbosity_error()
     accelerator, draw = Accelerator(cpu=True), np.random.default_rng(0)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = transformers.BertConfig(vocab_size=500, attn_implementation="eager", **sizes, **dropout)
+    settings: Any = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    settings |= {"intermediate_size": 256, "vocab_size": 500, "attn_implementation": "eager"}
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(**settings)
     model = transformers.BertForSequenceClassification(config)
     lengths = draw.integers(180, 200, size=WINDOWS * EXAMPLES)
     data = [{"ids": draw.integers(1, 500, n), "label": int(draw.integers(2))} for n in lengths]
@@ -141,28 +156,18 @@ def _train(limit: int) -> None:
         max_tokens=EXAMPLES * 200,
     )
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
-    seen: list[int] = []
-
-    class Watched:  # the same windows, with a note of what is in them
-        state_dict = staticmethod(windows.state_dict)
-
-        def __iter__(self) -> Iterator[Window]:
-            for window in windows:
-                seen.extend(window.indices.tolist())
-                yield window
-
+    watched: Any = Watched(windows)
     if limit and accelerator.is_last_process:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + limit * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
-    loop: Any = train(model, optimizer, Watched(), accelerator=accelerator)  # type: ignore[arg-type]
-    records = list(loop)
+    records = list(train(model, optimizer, watched, accelerator=accelerator))
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     found = {
         "replays": windows.replays,
         "losses": [record.loss for record in records],
         "norms": [record.grad_norm for record in records],
-        "each_once": sorted(seen) == list(range(len(data))),
+        "each_once": sorted(index for window in watched.indices for index in window) == [*range(len(data))],
     }
     if accelerator.is_main_process:
         print(json.dumps(found), flush=True)
