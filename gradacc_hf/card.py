@@ -61,12 +61,11 @@ class Facts:
     validation_examples: int
     validation: str  # where they came from
     max_length: int | None  # where examples are cut off (tokens); None where they are no tokens
-    micro_batches: str  # their bound, in words
     usage: str  # lines of Python
 
 
-def facts(recipe: Recipe, training: Dataset, validation: Dataset, micro_batches: str) -> Facts:
-    """Those of a run; reads the base model's card where there is one. micro_batches: their bound."""
+def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
+    """Those of a run; reads the base model's card where there is one."""
     config = recipe.config
     given, data = config.model.name, config.data
     upstream, licence = origin(given)
@@ -89,7 +88,6 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset, micro_batches:
         validation_examples=len(validation),
         validation=source,
         max_length=data.max_length if _is_tokenised(training) else None,
-        micro_batches=micro_batches,
         usage=snippet(recipe, config.output.push_to_hub or "."),
     )
 
@@ -110,14 +108,19 @@ class RunCard:
     def save_pretrained(self, folder: Path) -> None:
         """Write README.md into a model's folder."""
         current = self._evaluated_at == self.windows.state_dict()
-        summary = {"card": asdict(self.facts), "versions": versions(), **_how(self.windows.accelerator)}
+        summary = {"card": asdict(self.facts), "versions": versions(), **_how(self.windows)}
         card = make_card(folder, asdict(self.recipe.config), summary, self._metrics if current else None)
         card.save(folder / "README.md")
 
 
-def _how(accelerator: Accelerator) -> dict[str, Any]:
+def _how(windows: WindowLoader) -> dict[str, Any]:
+    accelerator = windows.accelerator
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    return {"precision": precision, "processes": accelerator.num_processes}
+    return {
+        "precision": precision,
+        "processes": accelerator.num_processes,
+        "micro_batches": str(windows.bound),
+    }
 
 
 def refresh_cards(run: Path) -> None:

@@ -25,6 +25,7 @@ from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.out_of_memory import replayed
 from gradacc_hf.runlog import RunLog, WindowRecord
 from gradacc_hf.tryout import try_out
+from gradacc_hf.tune import Tuning
 from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
 
@@ -186,6 +187,7 @@ def fine_tune(
     eval_every: int = 0,
     eval_on_start: bool = False,
     best: Best = Best(),
+    tune: bool = False,
     output_dir: Path | str | None = None,
     save_with: Sequence[Any] = (),
     write_model: WriteModel = write_pretrained,
@@ -194,7 +196,8 @@ def fine_tune(
     """Fine-tune a model and give the run in figures (`summary.json`); the model is trained in place.
 
     `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
-    `eval_every` windows (0: only at the end), at the end, and with `eval_on_start` before the first. Under
+    `eval_every` windows (0: only at the end), at the end, and with `eval_on_start` before the first. `tune`:
+    find the fastest size of micro-batches on the first windows (`tune.py`). Under
     `output_dir`: history.jsonl, summary.json, best/ and last/ with the model, which `write_model` writes, and
     `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
     """
@@ -219,9 +222,10 @@ def fine_tune(
                 save_model(model, folder / "best", accelerator, *save_with, write=write_model)
 
     state = windows.state_dict()
-    first = windows.split(state["epoch"], state["window"])
     to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
     total = min(max_windows or math.inf, to_run)
+    tuning = Tuning(windows) if tune else None
+    first = windows.split(state["epoch"], state["window"])
     with RunLog(accelerator, int(total), folder) as log:
         if validate and eval_on_start:
             evaluate_now(0)
@@ -237,6 +241,10 @@ def fine_tune(
             compute_loss=compute_loss,
         ):
             log.window(record)
+            if tuning is not None and tuning.said is None:
+                tuning.saw(record.seconds)
+                if tuning.said is not None:
+                    log.console.print(tuning.said, soft_wrap=True)
             if validate and eval_every and record.window % eval_every == 0:
                 evaluate_now(record.window)
                 if (
@@ -258,7 +266,9 @@ def fine_tune(
         best=best_evaluation or None,
         evaluations=evaluations,
         first_window=[windows.lengths[piece].tolist() for process in first.processes for piece in process],
+        micro_batches=str(windows.bound),
         replays=windows.replays,
+        tuning=tuning.to_json() if tuning is not None else None,
         empty_windows=windows.empty_windows,
         empty_micro_batches=windows.empty_micro_batches,
         effective_batch_size=None if callable(size := windows.plan.effective_batch_size) else size,

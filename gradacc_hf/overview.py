@@ -8,6 +8,7 @@ import torch
 from gradacc_hf.hardware import describe_device
 from gradacc_hf.optim import choose_trained
 from gradacc_hf.recipe import Recipe
+from gradacc_hf.tune import tunes
 from gradacc_hf.windows import WindowLoader
 
 
@@ -35,7 +36,10 @@ def print_plan(
             "windows",
             f"{num_windows:,}, over {epochs} epoch{'s' * (epochs > 1)}",
         ),
-        ("micro-batches", f"at most {windows.bound}"),
+        (
+            "micro-batches",
+            f"at most {windows.bound}" + ("; sizes are tried first" if tunes(config, num_windows) else ""),
+        ),
         (
             "accumulation steps",
             f"{min(steps)} / {sum(steps) / len(steps):.1f} / {max(steps)} (min / mean / max)",

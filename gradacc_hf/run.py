@@ -40,6 +40,7 @@ from gradacc_hf.recipe import Recipe
 from gradacc_hf.recipe_memory import choose_bound
 from gradacc_hf.runlog import describe
 from gradacc_hf.split import Bound
+from gradacc_hf.tune import tunes
 from gradacc_hf.windows import WindowLoader
 
 
@@ -92,7 +93,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     model = make_model(recipe)
     optimizer = make_optimizer(model, config.optim, accelerator.mixed_precision)
     scheduler = make_scheduler(optimizer, config.optim, total_windows(config, windows))
-    about = facts(recipe, training, validation, str(windows.bound))
+    about = facts(recipe, training, validation)
     card = RunCard(recipe, about, windows)
     folder = open_output(config, accelerator)
     set_seed(config.train.seed, device_specific=True)  # dropout differs by process
@@ -115,6 +116,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         eval_every=config.train.eval_every,
         eval_on_start=config.train.eval_on_start,
         best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
+        tune=tunes(config, total_windows(config, windows)),
         output_dir=folder,
         save_with=[*recipe.processors(), card],
         write_model=write_merged if config.model.lora.merge else write_pretrained,

@@ -8,12 +8,12 @@ model. Which examples make a window is `plan.py`'s question; that any split give
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from gradacc_hf.micro_batch_memory import Lengths, MicroBatchMemory
+from gradacc_hf.micro_batch_memory import LONGEST, Lengths, MicroBatchMemory
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Cost:
 @dataclass(frozen=True)
 class Bound:
     """The most that one micro-batch may hold: `max_tokens` padded tokens, `micro_batch_size` examples, or
-    what is predicted to take `max_bytes` of `memory`, all that the step of one process takes.
+    what is predicted to take `max_bytes` of `memory`, all that the step of one process takes; or so many bytes
+    and no more than so many tokens.
     """
 
     max_tokens: int | None = None
@@ -47,7 +48,7 @@ class Bound:
     def __post_init__(self):
         sizes = ("max_tokens", "micro_batch_size", "max_bytes")
         given = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
-        if len(given) != 1:
+        if len(given) != 1 and set(given) != {"max_tokens", "max_bytes"}:
             raise ValueError(
                 f"give max_tokens, micro_batch_size or max_bytes, one of the three; found {given or 'none'}"
             )
@@ -59,21 +60,21 @@ class Bound:
 
     def __str__(self) -> str:
         """For messages, after "at most"."""
-        if self.max_bytes is not None:
-            return f"{self.max_bytes / 2**20:,.0f} MiB, as predicted"
         if self.micro_batch_size is not None:
             return f"{self.micro_batch_size} examples"
-        return f"{self.max_tokens:,} padded tokens"
+        tokens = f"{self.max_tokens:,} padded tokens" if self.max_tokens is not None else ""
+        memory = f"{self.max_bytes / 2**20:,.0f} MiB, as predicted" if self.max_bytes is not None else ""
+        return " and ".join(filter(None, (tokens, memory)))
 
     def max_rows(self, length: Lengths) -> int:
         """How many examples padded to `length` tokens fit; at least one, since one example cannot be cut."""
-        if self.memory is not None:
-            assert self.max_bytes is not None
-            return max(1, self.memory.max_rows(length, self.max_bytes))
         if self.micro_batch_size is not None:
             return self.micro_batch_size
-        assert self.max_tokens is not None
-        return max(1, self.max_tokens // max(1, int(np.sum(length))))
+        rows = LONGEST if self.max_tokens is None else self.max_tokens // max(1, int(np.sum(length)))
+        if self.memory is not None:
+            assert self.max_bytes is not None
+            rows = min(rows, self.memory.max_rows(length, self.max_bytes))
+        return max(1, rows)
 
     def first_packed(self, until: np.ndarray, stop: int) -> int:
         """The first example that fits into one row with all up to `stop`; `until`: tokens before each."""
@@ -84,20 +85,21 @@ class Bound:
     @cached_property
     def _max_packed(self) -> int:
         """How many tokens one row may have."""
+        tokens = LONGEST if self.max_tokens is None else self.max_tokens
         if self.memory is None:
-            assert self.max_tokens is not None
-            return self.max_tokens
+            return tokens
         assert self.max_bytes is not None
-        return self.memory.max_length(self.max_bytes)
+        return min(tokens, self.memory.max_length(self.max_bytes))
 
     def halved(self, examples: int, rows: int, lengths: Sequence[int]) -> "Bound":
         """One that holds half a micro-batch of so many examples, in `rows` padded to `lengths`."""
-        if self.memory is not None:
-            half = (rows // 2, lengths) if rows > 1 else (1, [length // 2 for length in lengths])
-            return Bound(max_bytes=self.memory.bytes(*half), memory=self.memory)
         if self.micro_batch_size is not None:
             return Bound(micro_batch_size=max(1, examples // 2))
-        return Bound(max_tokens=max(1, rows * sum(lengths) // 2))
+        if self.max_tokens is not None:
+            return replace(self, max_tokens=max(1, rows * sum(lengths) // 2))
+        assert self.memory is not None
+        half = (rows // 2, lengths) if rows > 1 else (1, [length // 2 for length in lengths])
+        return replace(self, max_bytes=self.memory.bytes(*half))
 
     def needs(self, rows: int, lengths: Sequence[int]) -> str:
         """What so many examples padded to `lengths` take, for messages: tokens, and bytes where predicted."""
@@ -108,10 +110,9 @@ class Bound:
 
     def exceeded_by(self, length: Lengths) -> bool:
         """Does one example of `length` tokens take more than there is?"""
-        if self.memory is not None:
-            assert self.max_bytes is not None
-            return self.memory.max_rows(length, self.max_bytes) < 1
-        return self.max_tokens is not None and int(np.sum(length)) > self.max_tokens
+        if self.max_tokens is not None and int(np.sum(length)) > self.max_tokens:
+            return True
+        return self.memory is not None and self.memory.max_rows(length, self.max_bytes or 0) < 1
 
 
 def split_window(

@@ -8,7 +8,7 @@ collated micro-batches (`micro_batches.py`) and what their losses are means over
 import copy
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,8 @@ class WindowLoader:
         self._half_way: list[int] = []
         if too_large := self._windows.too_large():
             logger.warning(too_large)
-        self.tokens, self.pad_to, self.bound = self._windows.tokens, pad_to, bound
+        self.tokens, self.pad_to = self._windows.tokens, pad_to
+        self.bound, self.cost, self.tuned = bound, cost, False
         self.lengths = self.tokens.sum(1)
         self.count_items = self._windows.count_items
         if self.plan.dropped(0):
@@ -185,13 +186,20 @@ class WindowLoader:
             bound = Bound(micro_batch_size=max(1, min(len(split.indices) for split in splits) // 3))
         return self.with_bound(bound)
 
-    def with_bound(self, bound: Bound, num_processes: int | None = None) -> "WindowLoader":
+    def with_bound(
+        self, bound: Bound, num_processes: int | None = None, cost: Cost | None = None
+    ) -> "WindowLoader":
         """This loader at its place, with its windows cut under another bound; to plan, for more processes."""
         other = copy.copy(self)
-        other._started, other._half_way, other.bound = False, [], bound
-        processes = num_processes or self._windows.num_processes
-        other._windows = replace(self._windows, bound=bound, num_processes=processes)
+        other._started, other._half_way = False, []
+        other._windows = replace(self._windows, num_processes=num_processes or self._windows.num_processes)
+        other.recut(bound, cost)
         return other
+
+    def recut(self, bound: Bound, cost: Cost | None = None) -> None:
+        """Cut the windows to come under another bound, and by another cost model."""
+        self.bound, self.cost = bound, cost or self.cost
+        self._windows.bound, self._windows.cost = self.bound, self.cost
 
     def probe(self) -> list[MicroBatch]:
         """A short example that has items, a long one, and both together: to try a model on."""
@@ -205,14 +213,23 @@ class WindowLoader:
                 ]
         raise ValueError("no example of the data set has an item: every label is ignored")
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the run stands, as plain numbers: the next window to run is (epoch, window)."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, as plain numbers: the next window to run is (epoch, window).
+
+        And how windows are cut, where a run has found that out (`tune.py`).
+        """
         done = self.window >= self.plan.num_windows(self.epoch)
         epoch, window = (self.epoch + 1, 0) if done else (self.epoch, self.window)
-        return {"seed": self.seed, "epoch": epoch, "window": window}
+        state = {"seed": self.seed, "epoch": epoch, "window": window}
+        return state | (
+            {"max_tokens": self.bound.max_tokens, "cost": asdict(self.cost)} if self.tuned else {}
+        )
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where `state_dict` was taken; the next pass runs the rest of that epoch."""
+        if "cost" in state:
+            self.recut(replace(self.bound, max_tokens=state["max_tokens"]), Cost(**state["cost"]))
+            self.tuned = True
         self.seed = state["seed"]
         self.plan = self._windows.plan = WindowPlan(
             self.plan.num_examples,
@@ -289,7 +306,7 @@ class WindowLoader:
 
     def _cut_again(self, window: Window, bound: Bound) -> Window:
         """The window and all to come under a lower bound."""
-        self.bound = self._windows.bound = bound
+        self.recut(bound)
         self.replays += 1
         split = self._windows.split(window.epoch, window.number)
         pieces = split.processes[self.accelerator.process_index]

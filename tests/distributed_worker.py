@@ -133,7 +133,10 @@ def loss_at_labels(outputs, batch):
 
 
 def evaluation(engine):
-    """Predictions come back once each, in order, and training goes on exactly after an evaluation."""
+    """Predictions come back once each, in order, and training goes on exactly after an evaluation.
+
+    Sizes of micro-batches are tried meanwhile, by all processes alike.
+    """
     accelerator = accelerator_for(engine)
     head = build_head("sequence_classification", "gpt2")
     examples = head.examples(LENGTHS)
@@ -157,8 +160,15 @@ def evaluation(engine):
         epochs=2,
         validate=validate,
         eval_every=1,
+        tune=True,
     )
-    return {"each_once": seen, "loss": summary["eval"]["loss"], "windows": summary["windows"]}
+    sizes = [[trial["max_tokens"] for trial in summary["tuning"]["trials"]], windows.bound.max_tokens]
+    return {
+        "each_once": seen,
+        "loss": summary["eval"]["loss"],
+        "windows": summary["windows"],
+        "same_sizes": all(others == sizes for others in gather_object([sizes])),
+    }
 
 
 def out_of_memory(engine):

@@ -215,7 +215,7 @@ def test_a_licence_is_that_of_the_base_model_s_card_and_never_invented(tmp_path)
 def test_the_embedded_model_s_origin_and_licence_are_known():
     recipe = load_recipe(CONFIG)
     rows = Dataset.from_dict({"input_ids": [[1]]})
-    found = facts(recipe, rows, rows, "2,048 padded tokens")
+    found = facts(recipe, rows, rows)
     assert found.licence.id == "apache-2.0"
     assert found.base_model == "sentence-transformers/all-MiniLM-L6-v2"
     assert found.data_about.startswith("The documentation of Python's own standard library")

@@ -1,0 +1,187 @@
+"""The fastest size of a micro-batch, found on the first windows of a run while they are trained.
+
+Every split of a window gives the same gradient, so that a run can try sizes as it goes: no window is trained
+twice, or for nothing. From the seconds that they take comes the split's cost model too (`split.Cost`).
+"""
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+from accelerate.utils import broadcast_object_list
+from scipy.optimize import nnls
+
+from gradacc_hf.config import Config
+from gradacc_hf.micro_batches import Split
+from gradacc_hf.split import Bound, Cost
+from gradacc_hf.windows import WindowLoader
+
+WINDOWS_NEEDED = 24  # of a run that tries sizes: most of it should have the fastest
+AHEAD = 8  # windows that sizes are judged on, as they will be cut
+HOPELESS = 1.3  # times the fastest: smaller sizes are not tried
+CLOSE = 1.15  # times the fastest: those sizes are tried again
+TURNS = 2  # so many times
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A window that was trained: `work` is (micro-batches, padded tokens, padded tokens × length) of the
+    process with most of it."""
+
+    max_tokens: int
+    seconds: float
+    work: tuple[float, float, float]
+
+
+def tunes(config: Config, num_windows: int) -> bool:
+    """Does a run of so many windows try sizes?"""
+    budget = config.budget
+    return budget.max_tokens == "auto" and budget.micro_batch_size is None and num_windows >= WINDOWS_NEEDED
+
+
+def sizes_to_try(windows: WindowLoader) -> list[int]:
+    """Padded tokens of a micro-batch: powers of two, the largest first, that cut the windows differently.
+
+    From a process's share of a window down to its longest example; without a bound in bytes, not above twice
+    that in tokens.
+    """
+    ahead = _ahead(windows)
+    shapes = [windows.shape(split.indices, split.pad_to) for split in ahead]
+    most = max(rows * sum(lengths) for rows, lengths in shapes) / windows.accelerator.num_processes
+    if windows.bound.max_tokens is not None:
+        most = min(most, 2 * windows.bound.max_tokens)
+    longest = max(int(windows.lengths[split.indices].max()) for split in ahead)
+    sizes: dict[int, int] = {}  # micro-batches → the smallest size that gives so many
+    for exponent in range(math.ceil(math.log2(most)), math.floor(math.log2(longest)), -1):
+        cut = _ahead(windows.with_bound(_of_size(windows.bound, 2**exponent)))
+        sizes[sum(max(map(len, split.processes)) for split in cut)] = 2**exponent
+    return list(sizes.values())
+
+
+def search(sizes: Sequence[int]) -> Generator[int, float, None]:
+    """Sizes to train a window with, one after the other; each is answered with what a token of it took.
+
+    The first answer counts for nothing: it is what a run sets up once. From the largest size down as long as
+    that is not hopeless, then those that are close to the fastest, in turns.
+    """
+    yield sizes[0]
+    seconds: dict[int, list[float]] = {}
+    for size in sizes:
+        seconds[size] = [(yield size)]
+        if seconds[size][0] > HOPELESS * _fastest(seconds):
+            break
+    for _ in range(TURNS):
+        limit = CLOSE * _fastest(seconds)
+        for size in [size for size in seconds if median(seconds[size]) <= limit]:
+            seconds[size].append((yield size))
+
+
+def _fastest(seconds: Mapping[int, Sequence[float]]) -> float:
+    return min(map(median, seconds.values()))
+
+
+def fit_cost(trials: Sequence[Trial], default: Cost = Cost()) -> Cost:
+    """The cost model by which these windows took so long: least squares of relative errors, no term below 0.
+
+    The fixed cost is at least half the default's, as one that is too small cuts windows into crumbs.
+    """
+    work, seconds = np.array([t.work for t in trials]), np.array([t.seconds for t in trials])
+    (fixed, linear, quadratic), _ = nnls(work / seconds[:, None], np.ones(len(seconds)))
+    if not linear:
+        return default
+    return Cost(max(fixed / linear, default.fixed / 2), linear / quadratic if quadratic else math.inf)
+
+
+class Tuning:
+    """Try sizes on a loader's next windows; told of each (`saw`), it says how the one to come is cut.
+
+    All processes decide alike, by the seconds of process 0. When memory runs out, the search ends with the
+    finer split that this has brought.
+    """
+
+    def __init__(self, windows: WindowLoader):
+        self.windows, self.bound = windows, windows.bound
+        self.trials: list[Trial] = []
+        self.said: str | None = None  # what came of it, in a line
+        self._search = search(sizes_to_try(windows))
+        self._try(next(self._search))
+
+    def saw(self, seconds: float) -> None:
+        """The loader's latest window took so long."""
+        windows = self.windows
+        if windows.bound is not self._tried:
+            self.said = f"max_tokens: no larger sizes are tried, as memory ran out; at most {windows.bound}"
+            return
+        seconds = broadcast_object_list([seconds])[0]
+        split = windows.split(windows.epoch, windows.window - 1)
+        assert self._tried.max_tokens is not None
+        self.trials.append(Trial(self._tried.max_tokens, seconds, _work(windows, split)))
+        per_token = seconds / Cost(fixed=0)(1, windows.lengths[split.indices]).sum()
+        try:
+            self._try(self._search.send(per_token))
+        except StopIteration:
+            self._choose()
+
+    def to_json(self) -> dict[str, Any]:
+        """For the summary of a run."""
+        return {
+            "max_tokens": self.windows.bound.max_tokens,
+            "cost": asdict(self.windows.cost),
+            "trials": [asdict(trial) for trial in self.trials],
+        }
+
+    def _try(self, size: int) -> None:
+        self._tried = _of_size(self.bound, size)
+        self.windows.recut(self._tried)
+
+    def _choose(self) -> None:
+        """By what each size is predicted to take for the windows ahead, and by how much it was off so far."""
+        trials = self.trials[1:]
+        cost = fit_cost(trials)
+        predicted = {}
+        for size in sorted({trial.max_tokens for trial in trials}):
+            off = median(t.seconds / _total(cost, t.work) for t in trials if t.max_tokens == size)
+            cut = self.windows.with_bound(_of_size(self.bound, size), cost=cost)
+            predicted[size] = off * sum(_total(cost, _work(cut, split)) for split in _ahead(cut))
+        best = min(predicted, key=lambda size: predicted[size])
+        self.windows.recut(_of_size(self.bound, best), cost)
+        self.windows.tuned = True
+        others = ", ".join(
+            f"{size:,} {seconds / predicted[best]:.2f} ×"
+            for size, seconds in predicted.items()
+            if size != best
+        )
+        self.said = f"max_tokens: {best:,} from here on, the fastest" + (others and f" ({others} its time)")
+
+
+def _of_size(bound: Bound, max_tokens: int) -> Bound:
+    """So many padded tokens, and no more bytes than before."""
+    return replace(bound, max_tokens=max_tokens)
+
+
+def _ahead(windows: WindowLoader) -> list[Split]:
+    """The next windows, as they are cut."""
+    here, plan = windows.epoch, windows.plan
+    left = [(here, number) for number in range(windows.window, plan.num_windows(here))]
+    left += [(here + 1, number) for number in range(plan.num_windows(here + 1))]
+    return [windows.split(*window) for window in left[:AHEAD]]
+
+
+def _work(windows: WindowLoader, split: Split) -> tuple[float, float, float]:
+    """That of `Trial`."""
+    found = []
+    for process in split.processes:
+        shapes = [windows.shape(piece, split.pad_to) for piece in process]
+        sizes = [(rows * sum(lengths), sum(lengths)) for rows, lengths in shapes]
+        tokens, quadratic = sum(size for size, _ in sizes), sum(size * length for size, length in sizes)
+        found.append((float(len(sizes)), float(tokens), float(quadratic)))
+    return max(found, key=lambda work: _total(Cost(), work))
+
+
+def _total(cost: Cost, work: Sequence[float]) -> float:
+    """What micro-batches cost together: `cost`, of each."""
+    micro_batches, tokens, quadratic = work
+    return cost.fixed * micro_batches + tokens + quadratic / cost.quadratic

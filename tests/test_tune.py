@@ -1,0 +1,136 @@
+"""The size of a micro-batch that is found on a run's first windows is the fastest, and changes nothing else."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from gradacc_hf import WindowLoader, fine_tune
+from gradacc_hf.gradients import EXACT, RecordGradients, relative_error
+from gradacc_hf.heads import build_head
+from gradacc_hf.micro_batch_memory import MicroBatchMemory
+from gradacc_hf.split import Bound, Cost
+from gradacc_hf.tune import Trial, Tuning, fit_cost, search, sizes_to_try
+
+LENGTHS = np.random.default_rng(5).integers(3, 40, size=300).tolist()
+
+
+class Noting(WindowLoader):
+    """Keeps a note of the examples in each window."""
+
+    def __iter__(self):
+        for window in super().__iter__():
+            self.seen = [*getattr(self, "seen", []), window.indices.tolist()]
+            yield window
+
+
+def make_loader(**split):
+    head = build_head("sequence_classification", "bert")
+    accelerator = Accelerator(cpu=True)
+    windows = Noting(head.examples(LENGTHS), 10, accelerator=accelerator, collate_fn=head.collate, **split)
+    return head.model, windows
+
+
+def run(tune, **split):
+    """30 windows: the loader, its summary, gradients, and indices."""
+    model, windows = make_loader(**(split or {"max_tokens": 160}))
+    recorder = RecordGradients(model)
+    summary = fine_tune(model, recorder, windows, accelerator=windows.accelerator, tune=tune)
+    return windows, summary, recorder.gradients, windows.seen
+
+
+def answered(sizes, seconds):
+    """The sizes that a search tries when each takes so long."""
+    trying, tried = search(sizes), []
+    size = next(trying)
+    try:
+        while True:
+            tried.append(size)
+            size = trying.send(seconds[size])
+    except StopIteration:
+        return tried
+
+
+def test_all_sizes_are_tried_and_those_that_are_close_again():
+    seconds = {4096: 1.25, 2048: 1.1, 1024: 1.0, 512: 1.2}
+    assert answered([4096, 2048, 1024, 512], seconds) == [4096, 4096, 2048, 1024, 512, *2 * [2048, 1024]]
+
+
+def test_sizes_below_one_that_is_hopeless_are_not_tried():
+    assert answered([64, 32, 16, 8], {64: 1.0, 32: 2.0}) == [64, 64, 32, 64, 64]
+
+
+def test_the_cost_model_is_that_by_which_the_windows_took_so_long():
+    truth, draw = Cost(fixed=300.0, quadratic=200.0), np.random.default_rng(0)
+    trials = []
+    for _ in range(8):
+        pieces = [(int(rows), int(length)) for rows, length in draw.integers(1, 60, size=(5, 2))]
+        tokens = sum(rows * length for rows, length in pieces)
+        work = (len(pieces), tokens, sum(rows * length**2 for rows, length in pieces))
+        trials.append(Trial(1, 0.003 * sum(float(truth(*piece)) for piece in pieces), work))
+    found = fit_cost(trials)
+    assert (found.fixed, found.quadratic) == pytest.approx((300.0, 200.0))
+
+
+def test_windows_that_do_not_tell_do_not_cut_into_crumbs():
+    trials = [Trial(1, 0.01 * tokens, (5, tokens, 40 * tokens)) for tokens in (300, 400, 500)]
+    assert fit_cost(trials).fixed >= Cost().fixed / 2
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    return run(tune=True)
+
+
+def test_a_run_that_tries_sizes_trains_the_same(tuned):
+    windows, summary, gradients, indices = tuned
+    _, untouched, expected, expected_indices = run(tune=False)
+    assert indices == expected_indices  # each window once
+    assert max(relative_error(*pair) for pair in zip(gradients, expected, strict=True)) < EXACT
+    tried = {trial["max_tokens"] for trial in summary["tuning"]["trials"]}
+    assert len(tried) >= 2
+    assert windows.bound.max_tokens == summary["tuning"]["max_tokens"]
+    assert windows.bound.max_tokens in tried
+    assert summary["micro_batches"] == f"{windows.bound.max_tokens:,} padded tokens"
+    assert untouched["tuning"] is None
+
+
+def test_the_choice_is_kept_where_a_run_goes_on(tuned):
+    state = tuned[0].state_dict()
+    _, again = make_loader(max_tokens=160)
+    again.load_state_dict(state)
+    assert (again.bound, again.cost) == (tuned[0].bound, tuned[0].cost)
+    assert [piece.tolist() for piece in again.split(3, 0).processes[0]] == [
+        piece.tolist() for piece in tuned[0].split(3, 0).processes[0]
+    ]
+
+
+def test_no_size_exceeds_the_memory():
+    numbers = {"exponents": np.array([(1, 1)]), "activations": np.array([[10.0]]), "loss": np.zeros((1, 1))}
+    memory = MicroBatchMemory(parameters=100, gradients=0, optimizer=0, **numbers)
+    _, windows = make_loader(bound=Bound(max_bytes=100 + 10 * 90, memory=memory))
+    sizes = sizes_to_try(windows)
+    assert max(sizes) == 128  # all above cut as the memory does, which holds 90 tokens
+    for size in sizes:
+        cut = windows.with_bound(Bound(max_tokens=size, max_bytes=1000, memory=memory)).split(0, 0)
+        for rows, lengths in (cut_shape for cut_shape in map(cut_of(windows), cut.processes[0])):
+            assert rows * lengths[0] <= min(90, size)
+
+
+def cut_of(windows):
+    return lambda piece: windows.shape(piece)
+
+
+def test_where_memory_runs_out_the_search_ends_with_the_finer_split():
+    _, windows = make_loader(max_tokens=160)
+    tuning = Tuning(windows)
+    windows.recut(windows.bound.halved(4, 4, [40]))
+    tuning.saw(1.0)
+    assert "no larger sizes are tried" in tuning.said
+    assert windows.bound == Bound(max_tokens=80)
+
+
+def test_a_size_may_be_tried_with_workers():
+    _, summary, _, indices = run(tune=True, max_tokens=160, num_workers=1)
+    assert sorted(np.concatenate(indices)) == list(range(len(LENGTHS)))
+    assert torch.isfinite(torch.tensor(summary["tuning"]["trials"][0]["seconds"]))
