@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import Accelerator
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -26,7 +25,7 @@ from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.data import BUILDERS
 from gradacc_hf.embedded import DATASETS, origin
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.report.redact import redact
+from gradacc_hf.redact import redact
 from gradacc_hf.runlog import versions
 from gradacc_hf.snippet import snippet
 from gradacc_hf.windows import WindowLoader

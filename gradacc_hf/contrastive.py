@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch.nn.functional import cross_entropy, normalize
 
+from gradacc_hf.hardware import checkpoint_activations
 from gradacc_hf.window import Window
 
 COLUMNS = ("anchor", "positive", "negative")  # of a pair; the last, a hard negative, may be absent
@@ -190,8 +191,8 @@ class Embedder(torch.nn.Module):
         return torch.cat(found).cpu()
 
     def gradient_checkpointing_enable(self, settings: dict[str, Any] | None = None) -> None:
-        """As of a transformers model."""
-        self.encoder.gradient_checkpointing_enable(settings)
+        """As of a transformers model, with the settings of `checkpoint_activations`."""
+        checkpoint_activations(self.encoder)
 
     def save_pretrained(
         self, folder: Path | str, state_dict: Mapping[str, torch.Tensor] | None = None

@@ -166,3 +166,9 @@ def set_up_allocator() -> None:
     if not any(name in os.environ for name in ALLOCATOR_NAMES):
         renamed = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
         os.environ[ALLOCATOR_NAMES[0 if renamed else 1]] = "expandable_segments:True"
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Compute a model's activations again in the backward pass (`budget.gradient_checkpointing`)."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from gradacc_hf.errors import BadInput
-from gradacc_hf.memory import NotTraceable
-from gradacc_hf.micro_batch_memory import MicroBatchMemory
+from gradacc_hf.memory import NotTraceable, StepEstimate
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.recipe_memory import longest_example, recipe_memory
 
@@ -34,27 +33,35 @@ def levers(
     make_model: Callable[[Recipe], Any],
     on_gpu: bool,
     *,
-    memory: MicroBatchMemory,
+    found: StepEstimate,
     available: int,
     processes: int = 1,
 ) -> list[Lever]:
     """Each lever alone, the best first; then the best together, until they fit into `available` bytes.
 
-    memory: of the recipe as it is, in each of the processes. The other arguments: `recipe_memory`.
+    found: of the recipe as it is. The other arguments: `recipe_memory`.
     """
     longest = lengths[longest_example(lengths)]
-    before = memory.bytes(1, longest)
+
+    def needs(estimate: StepEstimate, tokens: np.ndarray) -> int:
+        return estimate.memory.over_processes(processes, sharded=False).bytes(1, tokens)
+
+    before = needs(found, longest)
 
     def take(settings: Settings) -> int | None:
-        if list(settings) == ["data.max_length"]:
-            return memory.bytes(1, np.minimum(longest, settings["data.max_length"]))
-        other = copy.copy(recipe)
-        other.config = _with(recipe.config, settings)
+        if shorter := settings.get("data.max_length"):
+            return needs(found, np.minimum(longest, shorter))
+        other, estimate = copy.copy(recipe), found
+        traced = {key: value for key, value in settings.items() if key != "optim.name"}
         try:
-            found = recipe_memory(other, dataset, lengths, make_model, on_gpu, only_longest=True)
+            if traced:
+                other.config = _with(recipe.config, traced)
+                estimate = recipe_memory(other, dataset, lengths, make_model, on_gpu, only_longest=True)
         except (BadInput, NotTraceable):  # not with this model
             return None
-        return found.memory.over_processes(processes, sharded=False).bytes(1, longest)
+        if name := settings.get("optim.name"):
+            estimate = estimate.with_optimizer(name)
+        return needs(estimate, longest)
 
     def lever(settings: Settings, size: int) -> Lever:
         return Lever(_flags(settings), size, before - size, size <= available)
@@ -62,19 +69,19 @@ def levers(
     taken = [
         (size, settings) for settings in _choices(recipe, on_gpu) if (size := take(settings)) is not None
     ]
-    useful = sorted((t for t in taken if t[0] < (1 - WORTH) * before), key=lambda found: found[0])
-    found = [lever(settings, size) for size, settings in useful]
+    useful = sorted((t for t in taken if t[0] < (1 - WORTH) * before), key=lambda one: one[0])
+    made = [lever(settings, size) for size, settings in useful]
     together: Settings = {}
     for _, settings in useful:
-        if any(one.fits for one in found):
+        if any(one.fits for one in made):
             break
         if "data.max_length" in settings:  # other examples: these are as long as they are
             continue
         more = {**settings, **together}
         if len(together) and more != together and (size := take(more)) is not None:
-            found.append(lever(more, size))
+            made.append(lever(more, size))
         together = more
-    return found
+    return made
 
 
 def _choices(recipe: Recipe, on_gpu: bool) -> Iterator[Settings]:

@@ -225,7 +225,6 @@ def fine_tune(
     to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
     total = min(max_windows or math.inf, to_run)
     tuning = Tuning(windows) if tune else None
-    first = windows.split(state["epoch"], state["window"])
     with RunLog(accelerator, int(total), folder) as log:
         if validate and eval_on_start:
             evaluate_now(0)
@@ -261,6 +260,7 @@ def fine_tune(
         last = log.records[-1].window if log.records else 0
         if validate and last and last not in [evaluation["window"] for evaluation in evaluations]:
             evaluate_now(last)
+    first = windows.split(state["epoch"], state["window"])
     return log.summary(
         eval=evaluations[-1] if evaluations else None,
         best=best_evaluation or None,

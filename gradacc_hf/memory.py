@@ -10,8 +10,8 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from gradacc_hf.micro_batch_memory import MicroBatchMemory
 from gradacc_hf.optim import make_optimizer
 from gradacc_hf.tracing import Trace, trace
 
+LEAN_OPTIMIZERS = ("adafactor", "adamw_8bit")
 KEPT = 2  # of equal layers in most traces, as the first may differ from the others; and one more in some
 WORKSPACE = 600 * 2**20  # on a GPU, CUDA's context and libraries; on a CPU, Python's
 LOST = 0.05  # of what comes and goes: memory between the blocks of the allocator
@@ -58,6 +59,14 @@ class StepEstimate:
     total_parameters: int
     trained_parameters: int
     largest_layer: int  # bytes of the parameters that FSDP gathers at once
+    lean_optimizers: Mapping[str, tuple[int, int]]  # bytes of the states of others, and of their step
+
+    def with_optimizer(self, name: str) -> "StepEstimate":
+        """With one of `lean_optimizers` instead of its own."""
+        states, step = self.lean_optimizers[name]
+        activations = self.memory.activations.copy()
+        activations[-1] = _constant(step, activations.shape[1])  # the step is the last moment
+        return replace(self, memory=replace(self.memory, optimizer=states, activations=activations))
 
     def flops_of(self, rows: int, lengths: Any) -> float:
         """Floating-point operations of forward and backward of `rows` examples padded to `lengths`."""
@@ -126,17 +135,21 @@ def estimate(
     found, flops, used = traced
     parameters = list(whole.named_parameters())
     trained = [p for name, p in parameters if _in_few(name, layers) in used]
-    step = np.zeros((1, len(exponents), 2))
-    step[0, 0, 0] = _step_bytes(trained, settings)
-    found = np.concatenate([found, step])
+    optimizers = {
+        name: (_state_bytes(whole, trained, other), _step_bytes(trained, other))
+        for name in (settings.optim.name, *LEAN_OPTIMIZERS)
+        for other in [replace(settings, optim=replace(settings.optim, name=name))]
+    }
+    states, step = optimizers[settings.optim.name]
+    activations = np.vstack([found[..., 0], _constant(step, len(exponents))])
     memory = MicroBatchMemory(
         parameters=_bytes([*(p for _, p in parameters), *whole.buffers()])
         - (_saved_by_four_bit(whole) if settings.four_bit else 0),
         gradients=sum(p.numel() * _gradient_dtype(p).itemsize for p in trained),
-        optimizer=_state_bytes(whole, trained, settings),
+        optimizer=states,
         exponents=exponents,
-        activations=found[..., 0],
-        loss=found[..., 1],
+        activations=activations,
+        loss=np.vstack([found[..., 1], _constant(0, len(exponents))]),
         workspace=WORKSPACE,
         workspace_share=LOST,
     )
@@ -146,7 +159,13 @@ def estimate(
         total_parameters=sum(p.numel() for _, p in parameters),
         trained_parameters=sum(p.numel() for _, p in parameters if p.requires_grad),
         largest_layer=_largest_layer(whole),
+        lean_optimizers=optimizers,
     )
+
+
+def _constant(number: int, terms: int) -> np.ndarray:
+    """A polynomial of so many terms, the first of which has no size in it."""
+    return np.array([number, *[0] * (terms - 1)], dtype=np.float64)
 
 
 def _trace(
@@ -172,8 +191,11 @@ def _trace(
         how = {"precision": settings.precision, "on_gpu": settings.on_gpu}
         return trace(model, batches[point], compute_loss, selected=selected, **how)
 
-    run(few, 0)
-    used = {name for name, p in few.named_parameters() if p.grad is not None}
+    used: set[str] = set()  # what a gradient comes to
+    for name, parameter in few.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: used.add(name))
+    _fill_gradients(few, dict(few.named_parameters()), layers)
     traces = [run(few, point) for point in range(len(points))]
     fit = moments.Fit(exponents, np.array([(point.rows, *point.lengths) for point in points]))
     more = []
@@ -246,10 +268,10 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
     return fake
 
 
-def _fill_gradients(model: torch.nn.Module, used: set[str], layers: Mapping[str, int]) -> None:
+def _fill_gradients(model: torch.nn.Module, used: Collection[str], layers: Mapping[str, int]) -> None:
     """As they are in the midst of a window."""
     for name, p in model.named_parameters():
-        if _in_few(name, layers) in used and p.grad is None:
+        if p.requires_grad and _in_few(name, layers) in used:
             p.grad = torch.zeros_like(p, dtype=_gradient_dtype(p))
 
 

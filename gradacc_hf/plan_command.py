@@ -4,15 +4,16 @@ Needs the model's config, its tokenizer and the data; no weights and no GPU.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import psutil
 import transformers
 from accelerate import Accelerator
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from rich.bar import Bar
 from rich.box import SIMPLE
 from rich.console import Console
@@ -25,7 +26,7 @@ from gradacc_hf.memory import NotTraceable, StepEstimate
 from gradacc_hf.micro_batch_memory import MicroBatchMemory, Parts
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.recipe_memory import longest_example, recipe_memory
-from gradacc_hf.run import load_recipe, make_model, make_windows, total_windows
+from gradacc_hf.run import load_recipe, make_model, make_windows, open_run, total_windows
 from gradacc_hf.split import Bound
 from gradacc_hf.windows import WindowLoader
 
@@ -82,24 +83,41 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--tflops", type=float, help="10¹² operations a second that a device reaches: the time"
     )
-    parser.add_argument("--price", type=float, help="of one device for an hour, with --tflops: the cost")
+    parser.add_argument(
+        "--rate-of", metavar="RUN", type=Path, help="instead: what the devices of a run reached"
+    )
+    parser.add_argument("--price", type=float, help="of one device for an hour, with the rate: the cost")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     arguments, settings = parser.parse_known_args(argv)
     for name in ("processes", "tflops", "price"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
             refuse(f"--{name}", f"found {value:g}", "allowed: a number above 0")
-    if arguments.price is not None and arguments.tflops is None:
-        raise BadInput("--price: found one without --tflops, by which the hours are told; give both")
+    if arguments.tflops is not None and arguments.rate_of is not None:
+        raise BadInput("--rate-of: found beside --tflops, which says the rate too; give one of the two")
+    if arguments.price is not None and arguments.tflops is None and arguments.rate_of is None:
+        raise BadInput("--price: found one without --tflops or --rate-of, by which the hours are told")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
     recipe = load_recipe(["--config", arguments.config, "--budget", arguments.budget, *settings])
-    found = make_plan(recipe, arguments.processes, arguments.tflops, arguments.price)
+    tflops = rate_of(arguments.rate_of) if arguments.rate_of is not None else arguments.tflops
+    found = make_plan(recipe, arguments.processes, tflops, arguments.price)
     if arguments.json:
         print(json.dumps(asdict(found), indent=2))
     else:
         show(found, Console(highlight=False))
+
+
+def rate_of(run: Path) -> float:
+    """10¹² operations a second that each device of a run has reached, by its plan and its seconds."""
+    recipe = open_run(run)
+    file = run / "summary.json"
+    if not file.is_file():
+        refuse(str(run), "found no summary.json in it, so this run has not ended", "give one that has")
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    planned = make_plan(recipe, summary["processes"], with_levers=False).steps.flops_per_window
+    return planned * summary["windows"] / summary["seconds"] / summary["processes"] / 1e12
 
 
 def make_plan(
@@ -107,18 +125,21 @@ def make_plan(
     processes: int = 1,
     tflops: float | None = None,
     price: float | None = None,
+    with_levers: bool = True,
+    data: tuple[Dataset, Dataset] | None = None,
 ) -> Plan:
     """The plan of a recipe's run over so many processes: on GPUs, but for the budget `cpu` and where nothing
     says how much memory there is.
 
-    `tflops`: 10¹² floating-point operations a second of one device; `price`: of one for an hour. Raises
-    BadInput where no step of the model can be traced.
+    `tflops`: 10¹² floating-point operations a second of one device; `price`: of one for an hour. `data`: what
+    `recipe.datasets()` gives, where it is there already. Raises BadInput where no step of the model can be
+    traced.
     """
     config, recipe.without_weights = recipe.config, True
     given = config.budget.memory or detect_budget().memory
     device = "cuda" if given and Path(config.budget_file or "").stem != "cpu" else "cpu"
-    memory = parse_bytes(given) if given else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    training, validation = recipe.datasets()
+    memory = parse_bytes(given) if given else psutil.virtual_memory().total
+    training, validation = data or recipe.datasets()
     windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True), Bound(micro_batch_size=1))
     try:
         found = recipe_memory(recipe, training, windows.tokens, make_model, device == "cuda")
@@ -133,7 +154,7 @@ def make_plan(
     parts = per_process.parts(*steps.largest)
     longest = windows.tokens[longest_example(windows.tokens)].tolist()
     alone = per_process.bytes(1, longest)
-    room = {"memory": per_process, "available": memory, "processes": processes}
+    room = {"found": found, "available": memory, "processes": processes}
     seconds = steps.flops_per_window * steps.windows / (tflops * 1e12 * processes) if tflops else None
     return Plan(
         model=config.model.name,
@@ -159,7 +180,7 @@ def make_plan(
         seconds=seconds,
         price=seconds * processes * price / 3600 if seconds is not None and price else None,
         levers=levers(recipe, training, windows.tokens, make_model, device == "cuda", **room)
-        if parts.total > memory
+        if with_levers and parts.total > memory
         else [],
     )
 
@@ -234,11 +255,11 @@ def show(plan: Plan, console: Console) -> None:
         f"{plan.steps.flops_per_window * plan.steps.windows / 1e15:,.2f} PFLOP in all",
     }
     if plan.seconds is not None:
-        lines["time"] = f"{plan.seconds / 3600:,.2f} hours" + (
+        lines["time"] = f"{timedelta(seconds=round(plan.seconds))}" + (
             f", cost {plan.price:,.2f}" if plan.price is not None else ""
         )
     else:
-        lines["time"] = "give --tflops, and --price for the cost"
+        lines["time"] = "give --tflops or --rate-of, and --price for the cost"
     lines[f"on {max(2, plan.processes)} processes"] = ", ".join(
         f"{name} {size / GIB:.2f} GiB each" for name, size in plan.processes_change.items()
     )

@@ -19,7 +19,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from gradacc_hf.embedded import origin
 from gradacc_hf.errors import one_line, refuse
-from gradacc_hf.report.redact import redact
+from gradacc_hf.redact import redact
 
 KEY = "output.push_to_hub"
 ADAPTER = "adapter_config.json"

@@ -28,7 +28,13 @@ from gradacc_hf.command_line import read_command_line, recipe_file
 from gradacc_hf.compiled import compile_layers, uncompiled
 from gradacc_hf.config import Config
 from gradacc_hf.errors import BadInput, listed, one_line, refuse
-from gradacc_hf.hardware import honour, honour_attention, honour_padding, set_up_allocator
+from gradacc_hf.hardware import (
+    checkpoint_activations,
+    honour,
+    honour_attention,
+    honour_padding,
+    set_up_allocator,
+)
 from gradacc_hf.loop import Best, fine_tune
 from gradacc_hf.lora import check_four_bit, write_merged
 from gradacc_hf.micro_batches import measure_lengths
@@ -200,7 +206,7 @@ def make_model(recipe: Recipe) -> Any:
     model = recipe.model()
     choose_trained(recipe, model)
     if config.budget.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     if config.budget.compile:
         compile_layers(model)
     return model

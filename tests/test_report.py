@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from gradacc_hf import WindowLoader, cli, fine_tune
 from gradacc_hf.errors import BadInput
 from gradacc_hf.heads import build_head
+from gradacc_hf.redact import redact
 from gradacc_hf.report import read_runs, write_report
 from gradacc_hf.report.pictures import curves_of
-from gradacc_hf.report.redact import redact
 from gradacc_hf.report.runs import contenders
 from gradacc_hf.report.tables import configurations
 from gradacc_hf.report.words import speed_ratios, verdict

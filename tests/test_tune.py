@@ -1,4 +1,4 @@
-"""The size of a micro-batch that is found on a run's first windows is the fastest, and changes nothing else."""
+"""A run's first windows tell the fastest size of a micro-batch, and nothing else changes."""
 
 import numpy as np
 import pytest
@@ -67,13 +67,13 @@ def test_the_cost_model_is_that_by_which_the_windows_took_so_long():
         pieces = [(int(rows), int(length)) for rows, length in draw.integers(1, 60, size=(5, 2))]
         tokens = sum(rows * length for rows, length in pieces)
         work = (len(pieces), tokens, sum(rows * length**2 for rows, length in pieces))
-        trials.append(Trial(1, 0.003 * sum(float(truth(*piece)) for piece in pieces), work))
+        trials.append(Trial(1, 0.003 * sum(float(truth(*piece)) for piece in pieces), 0.0, work))
     found = fit_cost(trials)
     assert (found.fixed, found.quadratic) == pytest.approx((300.0, 200.0))
 
 
 def test_windows_that_do_not_tell_do_not_cut_into_crumbs():
-    trials = [Trial(1, 0.01 * tokens, (5, tokens, 40 * tokens)) for tokens in (300, 400, 500)]
+    trials = [Trial(1, 0.01 * tokens, 0.0, (5, tokens, 40 * tokens)) for tokens in (300, 400, 500)]
     assert fit_cost(trials).fixed >= Cost().fixed / 2
 
 

@@ -5,8 +5,10 @@
     python -m gradacc_hf.bench planning      # what does it cost to plan a window?
     python -m gradacc_hf.bench lean_loss     # what memory does the loss of a large vocabulary take?
     python -m gradacc_hf.bench memory        # is the memory of a step what was predicted?
+    python -m gradacc_hf.bench budgets       # what does each recipe take under each budget file?
     python -m gradacc_hf.bench contrastive   # our gradient cache beside that of sentence-transformers
     python -m gradacc_hf.bench recipes       # what does each recipe reach, and how long does it take?
+    python -m gradacc_hf.bench sizes         # is the size of micro-batches that a run finds the fastest?
     python -m gradacc_hf.bench cpu           # what do threads, malloc, padding, bf16, compile do on a CPU?
     python -m gradacc_hf.bench out_of_memory # is a run the same under real memory limits?
 
@@ -37,12 +39,14 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
 from gradacc_hf.bench.beside_sentence_transformers import contrastive, print_contrastive
+from gradacc_hf.bench.budgets import budgets, print_budgets
 from gradacc_hf.bench.cpu_speed import cpu, print_cpu
 from gradacc_hf.bench.every_recipe import print_recipes, recipes
 from gradacc_hf.bench.lean_memory import VOCABULARY, LeanMemory, lean_memory
 from gradacc_hf.bench.limits import Speed, speed
 from gradacc_hf.bench.predicted_memory import CASES, compare_memory, print_memory
 from gradacc_hf.bench.shortage import print_shortage, shortage
+from gradacc_hf.bench.sizes import print_sweeps, sweeps
 from gradacc_hf.config import kit
 from gradacc_hf.conformance import LENGTHS, SPLITS, cut_by_count
 from gradacc_hf.contenders import run_accelerate, run_trainer, run_windows
@@ -277,12 +281,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     offline = benchmarks.add_parser("recipes", help="every offline config: its metric, baseline and time")
     offline.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these recipes")
     offline.add_argument("--windows", type=_positive, help="stop each run after so many (default: its end)")
+    planned = benchmarks.add_parser("budgets", help="every offline config under every budget file")
+    planned.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these recipes")
     settings = benchmarks.add_parser("cpu", help="what a CPU's settings do for the speed of a recipe")
     default = str(kit() / "configs/text_classification_offline.yaml")
     settings.add_argument("--config", default=default, help="a recipe's config file (%(default)s)")
     settings.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these, beside the default")
     settings.add_argument("--windows", type=_positive, default=6, help="timed windows (%(default)s)")
     settings.add_argument("--repeats", type=_positive, default=6, help="turns (%(default)s)")
+    swept = benchmarks.add_parser("sizes", help="the size that a run finds, beside all fixed ones")
+    swept.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these recipes")
+    swept.add_argument("--windows", type=_positive, default=10, help="timed with each size (%(default)s)")
     limited = benchmarks.add_parser("out_of_memory", help="the same training under real memory limits")
     limited.add_argument("--processes", type=_positive, default=1, help="(%(default)s)")
     limited.add_argument("--limits", type=_positive, default=20, help="drawn at random (%(default)s)")
@@ -314,6 +323,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             sizes = (arguments.windows, arguments.repeats, arguments.max_tokens)
             beside_theirs = contrastive((), *sizes, partial(_progress, name="contrastive"))
             result, show = beside_theirs, print_contrastive
+        elif arguments.benchmark == "budgets":
+            result = budgets(arguments.only, partial(_progress, name="budgets"))
+            show = print_budgets
+        elif arguments.benchmark == "sizes":
+            result = sweeps(arguments.only, arguments.windows, partial(_progress, name="sizes"))
+            show = print_sweeps
         elif arguments.benchmark == "cpu":
             progress = partial(_progress, name="cpu")
             of_cpu = cpu(arguments.config, arguments.only, arguments.windows, arguments.repeats, progress)

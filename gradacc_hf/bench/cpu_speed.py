@@ -117,8 +117,8 @@ def cpu(
     for _, name in progress(turns):
         if name not in failed:
             try:
-                found[name].append(_run(config, windows, chosen[name]))
-            except _Failed as error:
+                found[name].append(run_windows(config, windows, chosen[name]))
+            except Failed as error:
                 if name == DEFAULT:
                     raise BadInput(f"{config}: {error}") from error
                 failed[name] = str(error)
@@ -142,11 +142,12 @@ def _ratio(name: str, runs: Sequence[dict[str, Any]], default: Sequence[float]) 
     return Ratio(name, median(by_turn), min(by_turn), max(by_turn), seconds, first)
 
 
-class _Failed(Exception):
+class Failed(Exception):
     """What a run said at its end."""
 
 
-def _run(config: str, windows: int, variant: Variant) -> dict[str, Any]:
+def run_windows(config: str, windows: int, variant: Variant) -> dict[str, Any]:
+    """What a process says that trains so many windows of a config, and one before. Raises Failed."""
     command = [sys.executable, "-m", "gradacc_hf.bench.cpu_speed", str(windows), "--config", config]
     done = subprocess.run(
         [*command, *variant.settings],
@@ -157,7 +158,7 @@ def _run(config: str, windows: int, variant: Variant) -> dict[str, Any]:
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise _Failed(last.removeprefix("error: ")[:200])
+        raise Failed(last.removeprefix("error: ")[:200])
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -170,6 +171,7 @@ def _measure(windows: int, settings: Sequence[str]) -> None:
     from gradacc_hf.loop import train
     from gradacc_hf.optim import make_optimizer
     from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows
+    from gradacc_hf.runlog import peak_memory_bytes
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -186,7 +188,8 @@ def _measure(windows: int, settings: Sequence[str]) -> None:
     records = list(train(model, optimizer, loader, max_windows=windows + WARM_UP, **shared))
     seconds = [record.seconds for record in records]
     found = {"first": sum(seconds[:WARM_UP]), "seconds": sum(seconds[WARM_UP:])}
-    print(json.dumps({**found, "threads": torch.get_num_threads()}))
+    peak = peak_memory_bytes(accelerator.device)
+    print(json.dumps({**found, "threads": torch.get_num_threads(), "peak_memory_bytes": peak}))
 
 
 def print_cpu(result: CpuSpeed, console: Console) -> None:

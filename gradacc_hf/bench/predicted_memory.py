@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradacc_hf.config import LoraConfig, OptimConfig
+from gradacc_hf.hardware import checkpoint_activations
 from gradacc_hf.items import model_loss
 from gradacc_hf.lora import add_lora
 from gradacc_hf.memory import Point, Settings, estimate, terms_of
@@ -165,7 +166,7 @@ def build(case: Case) -> Any:
         new = [name for name, _ in model.named_parameters() if name.startswith("classifier")]
         add_lora(model, LoraConfig(rank=case.lora), new)
     if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model
 
 

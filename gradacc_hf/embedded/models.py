@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from gradacc_hf.embedded.smollm2 import has_smollm2, smollm2_path
+from gradacc_hf.embedded.smollm2 import decoder_1b_path, has_smollm2, smollm2_path
 from gradacc_hf.errors import BadInput, listed
 
 UPSTREAM = {
@@ -57,7 +57,11 @@ def minilm_path() -> Path:
     return folder
 
 
-MODELS = {"embedded:minilm": minilm_path, "embedded:smollm2": smollm2_path}
+MODELS = {
+    "embedded:minilm": minilm_path,
+    "embedded:smollm2": smollm2_path,
+    "embedded:decoder_1b": decoder_1b_path,
+}
 
 
 @functools.lru_cache
@@ -79,7 +83,7 @@ def resolve_model(name: str, weights: bool = True) -> str:
     if name.startswith("embedded:"):
         if name not in MODELS:
             _refuse(f"no {name!r}; use {listed([*MODELS, *FROM_SCRATCH])}")
-        return str(MODELS[name]())
+        return str(_checked(MODELS[name](), weights))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(_checked(folder, weights))

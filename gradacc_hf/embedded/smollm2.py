@@ -51,6 +51,15 @@ def smollm2_path() -> Path:
     return _cached(f"smollm2-{GGUF_SHA256[:8]}-{FORMAT}", lambda folder: _convert(source, folder))
 
 
+def decoder_1b_path() -> Path:
+    """Folder with the config of a Llama of 1.2 billion parameters and SmolLM2's tokenizer, to plan with.
+
+    It has no weights, and a plan needs none.
+    """
+    tokenizer = smollm2_path()
+    return _cached(f"decoder-1b-{tokenizer.name}-{FORMAT}", lambda folder: _decoder_1b(tokenizer, folder))
+
+
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
     """The cache's folder of this name; where it is absent, `make` fills one that then takes its place."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gradacc_hf"
@@ -101,6 +110,24 @@ def _convert(source: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.model_max_length = packed.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+
+
+def _decoder_1b(source: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(tokenizer),
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    ).save_pretrained(folder)
 
 
 def _tiny_llama(folder: Path) -> None:

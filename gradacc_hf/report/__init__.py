@@ -15,16 +15,17 @@ from markupsafe import Markup
 
 from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.errors import refuse
+from gradacc_hf.redact import redact
 from gradacc_hf.report import plots, words
 from gradacc_hf.report.pictures import (
     bars_of,
     curves_note,
     curves_of,
     metrics_of,
+    sizes_of,
     small_curves_of,
     windows_of,
 )
-from gradacc_hf.report.redact import redact
 from gradacc_hf.report.runs import Contender, Run, contenders, read_runs
 from gradacc_hf.report.tables import baseline_row, configurations, distinct, figures_table, plan_table
 
@@ -92,6 +93,7 @@ def render(runs: Sequence[Run]) -> str:
         curves_note=curves_note(found),
         metrics=metrics_of(found),
         bars=bars_of(found),
+        sizes=sizes_of(found),
         windows=windows_of(found),
         samples=[(run.name, run.samples) for run in runs if run.samples],
         plan=plan_table(found),

@@ -134,6 +134,26 @@ def bars_of(found: Sequence[Contender]) -> list[Figure]:
     return figures
 
 
+def sizes_of(found: Sequence[Contender]) -> list[Figure]:
+    """What the sizes took that a run tried on its first windows, but the very first."""
+    figures = []
+    for look, contender in enumerate(found):
+        run = next((run for run in contender.runs if run.summary.get("tuning")), None)
+        if run is None:
+            continue
+        tuning, trials = run.summary["tuning"], run.summary["tuning"]["trials"][1:]
+        sizes = sorted({trial["max_tokens"] for trial in trials})
+        values = [[1e6 * t["seconds_per_token"] for t in trials if t["max_tokens"] == s] for s in sizes]
+        labels = [f"{size:,}" + " (taken)" * (size == tuning["max_tokens"]) for size in sizes]
+        if trials:
+            drawn = plots.dots(f"sizes{look}", "µs a token of the examples", labels, values, None)
+            note = (
+                "A mark is one of the run's first windows, in micro-batches of at most so many padded tokens."
+            )
+            figures.append(Figure(contender.label, drawn, note))
+    return figures
+
+
 def windows_of(found: Sequence[Contender]) -> list[Figure]:
     """The first window of each contender that says it, all at one scale."""
     windows = {

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from gradacc_hf.errors import one_line, refuse
-from gradacc_hf.report.redact import redact
+from gradacc_hf.redact import redact
 from gradacc_hf.runlog import WindowRecord
 
 NUMBERS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
@@ -283,7 +283,21 @@ def _read_summary(path: Path) -> dict[str, Any]:
         refuse(f"{path}, samples", "found something else", "a list of objects, name to text, is allowed")
     if not _is_window(summary.get("first_window") or []):
         refuse(f"{path}, first_window", "found something else", "[[tokens of each example, …], …] is allowed")
+    if not _is_tuning(summary.get("tuning")):
+        refuse(f"{path}, tuning", "found something else", "what a run writes, or null, is allowed")
     return redact(summary)
+
+
+def _is_tuning(value: Any) -> bool:
+    """Is it what became of the sizes that a run tried, or nothing?"""
+    if value is None:
+        return True
+    trials = value.get("trials") if isinstance(value, dict) else None
+    return isinstance(trials, list) and all(
+        isinstance(trial, dict)
+        and all(isinstance(trial.get(key), int | float) for key in ("max_tokens", "seconds_per_token"))
+        for trial in trials
+    )
 
 
 def _is_window(value: Any) -> bool:
