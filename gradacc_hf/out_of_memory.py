@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from accelerate.logging import get_logger
 from torch.nn.parallel import DistributedDataParallel
@@ -49,6 +50,19 @@ def keep_no_freed_memory() -> None:
     32 MiB of each for what comes next, of another size, so that a step holds half as much again and more."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
+def free_memory() -> int:
+    """Bytes that are left on this process's device; on a CPU no more than it is allowed to take."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    free = psutil.virtual_memory().available
+    if hasattr(psutil, "RLIMIT_AS"):  # on Linux
+        process = psutil.Process()
+        limit, _ = process.rlimit(psutil.RLIMIT_AS)
+        if limit != psutil.RLIM_INFINITY:
+            free = min(free, max(0, limit - process.memory_info().vms))
+    return free
 
 
 @contextmanager
@@ -96,9 +110,9 @@ def replayed(window: Window, model: torch.nn.Module, optimizer: Any) -> Iterator
     shortage = shortage or window.share_shortage(said or "")
     if shortage.alone is not None:
         raise BadInput(
-            f"out of memory on example {shortage.alone} alone, of {shortage.needs} "
-            f"({shortage.said or 'in another process'}): shorten it (--data.max_length), or set "
-            "--budget.gradient_checkpointing true or --budget.precision bf16"
+            f"out of memory on example {shortage.alone} alone, of {shortage.needs}, with "
+            f"{free_memory() / 2**20:,.0f} MiB free ({shortage.said or 'in another process'}): shorten it "
+            "(--data.max_length), or set --budget.gradient_checkpointing true or --budget.precision bf16"
         )
     bound = window.cut_finer(shortage)
     logger.warning(

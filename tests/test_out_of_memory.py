@@ -10,7 +10,9 @@ from gradacc_hf.bench.shortage import Watched, run_limited
 from gradacc_hf.gradients import EXACT, RecordGradients, relative_error
 from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
+from gradacc_hf.micro_batch_memory import MicroBatchMemory
 from gradacc_hf.out_of_memory import out_of_memory
+from gradacc_hf.split import Bound
 
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
 
@@ -78,9 +80,13 @@ def test_the_window_is_cut_finer_and_run_again_with_the_same_gradient(undisturbe
 
 def test_an_example_that_does_not_fit_alone_is_named(undisturbed):
     longest, tokens = int(np.argmax(LENGTHS)), max(LENGTHS)
-    found = rf"out of memory on example {longest} alone, of {tokens} padded tokens \(CUDA out of memory"
-    with pytest.raises(BadInput, match=found):
+    found = rf"out of memory on example {longest} alone, of {tokens} padded tokens%s, with [\d,]+ MiB free"
+    with pytest.raises(BadInput, match=found % r""):
         run(tokens - 1)
+    factors = {"exponents": np.array([(1, 1)]), "activations": np.array([[2.0**20]])}
+    memory = MicroBatchMemory(parameters=0, gradients=0, optimizer=0, loss=np.zeros((1, 1)), **factors)
+    with pytest.raises(BadInput, match=found % f", predicted to take {tokens} MiB"):
+        run(tokens - 1, bound=Bound(max_bytes=160 * 2**20, memory=memory))
 
 
 def test_optimizer_states_that_do_not_fit_are_no_reason_to_cut(monkeypatch):
