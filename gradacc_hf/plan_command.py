@@ -21,11 +21,11 @@ from rich.table import Table
 
 from gradacc_hf.config import detect_budget, parse_bytes, tokens_per_micro_batch
 from gradacc_hf.errors import BadInput, Parser, refuse
-from gradacc_hf.levers import Lever, levers
-from gradacc_hf.memory import NotTraceable, StepEstimate
-from gradacc_hf.micro_batch_memory import MicroBatchMemory, Parts
+from gradacc_hf.memory.estimate import NotTraceable, StepEstimate
+from gradacc_hf.memory.levers import Lever, levers
+from gradacc_hf.memory.micro_batch import MicroBatchMemory, Parts
+from gradacc_hf.memory.of_recipe import longest_example, recipe_memory
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.recipe_memory import longest_example, recipe_memory
 from gradacc_hf.run import load_recipe, make_model, make_windows, open_run, total_windows
 from gradacc_hf.split import Bound
 from gradacc_hf.windows import WindowLoader

@@ -56,7 +56,7 @@ class Recipe:
         self.new_parameters: set[str] | None = (
             None  # those for which model() found no weights; all, where None
         )
-        self.without_weights = False  # model() is then made of its config alone: `recipe_memory.py`
+        self.without_weights = False  # model() is then made of its config alone: `memory/of_recipe.py`
         self._saved_config: Any = None  # of the adapter that is loaded, with what the task had set
 
     def datasets(self) -> tuple[Dataset, Dataset]:

@@ -37,13 +37,13 @@ from gradacc_hf.hardware import (
 )
 from gradacc_hf.loop import Best, fine_tune
 from gradacc_hf.lora import check_four_bit, write_merged
+from gradacc_hf.memory.of_recipe import choose_bound
 from gradacc_hf.micro_batches import measure_lengths
 from gradacc_hf.optim import check_optimizer, choose_trained, make_optimizer, make_scheduler
 from gradacc_hf.output import check_output, open_output
 from gradacc_hf.overview import print_plan
 from gradacc_hf.push import check_push, push
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.recipe_memory import choose_bound
 from gradacc_hf.runlog import describe
 from gradacc_hf.split import Bound
 from gradacc_hf.tune import tunes

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from gradacc_hf.micro_batch_memory import LONGEST, Lengths, MicroBatchMemory
+from gradacc_hf.memory.micro_batch import LONGEST, Lengths, MicroBatchMemory
 
 
 @dataclass(frozen=True)

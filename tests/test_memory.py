@@ -10,11 +10,13 @@ from recipe_runs import load_recipe, make_recipe, write_rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from gradacc_hf import memory, recipe_memory
 from gradacc_hf.config import LoraConfig, OptimConfig
 from gradacc_hf.items import model_loss
 from gradacc_hf.lora import add_lora
-from gradacc_hf.memory import NotTraceable, Point, Settings, estimate, terms_of
+from gradacc_hf.memory import estimate as estimating
+from gradacc_hf.memory import of_recipe as recipes
+from gradacc_hf.memory.estimate import NotTraceable, Point, Settings, estimate, terms_of
+from gradacc_hf.optim import make_optimizer
 from gradacc_hf.run import make_model
 from gradacc_hf.split import Bound
 from gradacc_hf.tasks.lean_loss import make_lean
@@ -55,7 +57,7 @@ def predict(build, settings=Settings(), lengths=LENGTHS, rows=(2, 3)):
 def predict_at(build, rows, lengths, settings=Settings()):
     """Of this size alone, every layer traced."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "equal_layers", lambda model: {})
+        patch.setattr(estimating, "equal_layers", lambda model: {})
         point = Point(rows, lengths, tokens(rows, lengths))
         return estimate(build, [point], np.zeros((1, 1 + len(lengths)), int), model_loss, settings)
 
@@ -99,7 +101,7 @@ def test_the_peak_is_that_of_torch_s_own_tracker():
             model(**given).loss.backward()
         peak = next(iter(torchs.get_tracker_snapshot("peak").values()))["Total"]
         model.zero_grad()
-        ours = memory.trace(model, given, model_loss)
+        ours = estimating.trace(model, given, model_loss)
         parameters = sum(p.numel() * p.itemsize for p in model.parameters())
     most = max(phase.held.sum(axis=1).max() for phase in ours.phases)
     assert most + parameters == pytest.approx(peak, rel=0.01)
@@ -131,11 +133,11 @@ def test_states_in_8_bits_are_a_quarter_but_of_embeddings():
 def test_the_states_of_an_optimizer_are_those_that_it_makes(name):
     model = llama(layers=2)
     settings = Settings(OptimConfig(name=name))
-    optimizer = memory.make_optimizer(model, settings.optim)
+    optimizer = make_optimizer(model, settings.optim)
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)
     optimizer.step()
-    made = sum(memory._bytes(state.values()) for state in optimizer.state.values())
+    made = sum(estimating._bytes(state.values()) for state in optimizer.state.values())
     assert predict_at(lambda: llama(layers=2), 2, (8,), settings).memory.optimizer == made
 
 
@@ -188,7 +190,7 @@ def rows_of(tmp_path, monkeypatch):
 def of_recipe(recipe):
     training, _ = recipe.datasets()
     lengths = memory_lengths(recipe, training)
-    return recipe_memory.recipe_memory(recipe, training, lengths, make_model, on_gpu=False), lengths
+    return recipes.recipe_memory(recipe, training, lengths, make_model, on_gpu=False), lengths
 
 
 def memory_lengths(recipe, training):
@@ -211,7 +213,7 @@ def test_an_estimate_needs_no_weights_and_is_kept_in_the_cache(tiny_bert, rows_o
     found, _ = of_recipe(recipe)
     assert found.memory.bytes(64, 32) > found.memory.bytes(2, 32)
 
-    monkeypatch.setattr(recipe_memory, "estimate", lambda *_: pytest.fail("traced again"))
+    monkeypatch.setattr(recipes, "estimate", lambda *_: pytest.fail("traced again"))
     recipe = make_recipe(recipe_class, *settings)
     recipe.without_weights = True
     again, _ = of_recipe(recipe)

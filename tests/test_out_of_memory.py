@@ -10,7 +10,7 @@ from gradacc_hf.bench.shortage import Watched, run_limited
 from gradacc_hf.gradients import EXACT, RecordGradients, relative_error
 from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
-from gradacc_hf.micro_batch_memory import MicroBatchMemory
+from gradacc_hf.memory.micro_batch import MicroBatchMemory
 from gradacc_hf.out_of_memory import out_of_memory
 from gradacc_hf.split import Bound
 

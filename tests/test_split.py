@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradacc_hf.micro_batch_memory import MicroBatchMemory
+from gradacc_hf.memory.micro_batch import MicroBatchMemory
 from gradacc_hf.split import Bound, Cost, bounding_lengths, split_window
 
 LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=80)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from gradacc_hf import WindowLoader, fine_tune
 from gradacc_hf.gradients import EXACT, RecordGradients, relative_error
 from gradacc_hf.heads import build_head
-from gradacc_hf.micro_batch_memory import MicroBatchMemory
+from gradacc_hf.memory.micro_batch import MicroBatchMemory
 from gradacc_hf.split import Bound, Cost
 from gradacc_hf.tune import Trial, Tuning, fit_cost, search, sizes_to_try
 

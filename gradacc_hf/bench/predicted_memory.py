@@ -25,12 +25,12 @@ from gradacc_hf.config import LoraConfig, OptimConfig
 from gradacc_hf.hardware import checkpoint_activations
 from gradacc_hf.items import model_loss
 from gradacc_hf.lora import add_lora
-from gradacc_hf.memory import Point, Settings, estimate, terms_of
+from gradacc_hf.memory.estimate import Point, Settings, estimate, terms_of
+from gradacc_hf.memory.tracing import AUTOCAST
 from gradacc_hf.optim import make_optimizer
 from gradacc_hf.out_of_memory import give_back_memory, keep_no_freed_memory
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.tasks.lean_loss import make_lean
-from gradacc_hf.tracing import AUTOCAST
 
 MIB = 2**20
 ALLOWED = 0.10, 64 * MIB  # relative, or absolute: the larger counts

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradacc_hf.tracing import Phase, Trace
+from gradacc_hf.memory.tracing import Phase, Trace
 
 FORWARD, BACKWARD = 0, 1
 

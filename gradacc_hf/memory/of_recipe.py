@@ -1,7 +1,7 @@
 """The memory of a recipe's micro-batches: its model's config, its data and settings → a `StepEstimate`.
 
 Kept in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf by everything that decides it. What an estimate is:
-`memory.py`.
+`estimate.py`.
 """
 
 import copy
@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType
 
 from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.config import detect_budget, parse_bytes, tokens_per_micro_batch
-from gradacc_hf.memory import PARTS, NotTraceable, Point, Settings, StepEstimate, estimate, terms_of
+from gradacc_hf.memory.estimate import PARTS, NotTraceable, Point, Settings, StepEstimate, estimate, terms_of
 from gradacc_hf.out_of_memory import keep_no_freed_memory
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.runlog import versions

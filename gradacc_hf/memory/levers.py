@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from gradacc_hf.errors import BadInput
-from gradacc_hf.memory import NotTraceable, StepEstimate
+from gradacc_hf.memory.estimate import NotTraceable, StepEstimate
+from gradacc_hf.memory.of_recipe import longest_example, recipe_memory
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.recipe_memory import longest_example, recipe_memory
 
 Settings = dict[str, Any]  # "optim.name": "adafactor"
 WORTH = 0.01  # of the bytes: less is not worth a flag

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradacc_hf import moments
 from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.config import OptimConfig
 from gradacc_hf.errors import one_line
 from gradacc_hf.items import IGNORED
-from gradacc_hf.micro_batch_memory import MicroBatchMemory
+from gradacc_hf.memory import moments
+from gradacc_hf.memory.micro_batch import MicroBatchMemory
+from gradacc_hf.memory.tracing import Trace, trace
 from gradacc_hf.optim import make_optimizer
-from gradacc_hf.tracing import Trace, trace
 
 LEAN_OPTIMIZERS = ("adafactor", "adamw_8bit")
 KEPT = 2  # of equal layers in most traces, as the first may differ from the others; and one more in some

@@ -2,7 +2,7 @@
 
 A training step goes through many moments, and at each holds so many bytes: a polynomial in the rows and the
 length (or lengths, where columns are padded on their own). The most that is held is the largest of them.
-Where the polynomials come from is `memory.py`'s; what bounds a split by them, `split.Bound`.
+Where the polynomials come from is `estimate.py`'s; what bounds a split by them, `split.Bound`.
 """
 
 from collections.abc import Sequence
