@@ -40,9 +40,10 @@ class Trial:
 
 
 def tunes(config: Config, num_windows: int) -> bool:
-    """Does a run of so many windows try sizes?"""
+    """Does a run of so many windows try sizes? What compiles tells nothing by its first windows."""
     budget = config.budget
-    return budget.max_tokens == "auto" and budget.micro_batch_size is None and num_windows >= WINDOWS_NEEDED
+    is_free = budget.max_tokens == "auto" and budget.micro_batch_size is None and not budget.compile
+    return is_free and num_windows >= WINDOWS_NEEDED
 
 
 def sizes_to_try(windows: WindowLoader) -> list[int]:
@@ -56,7 +57,7 @@ def sizes_to_try(windows: WindowLoader) -> list[int]:
     most = max(rows * sum(lengths) for rows, lengths in shapes) / windows.accelerator.num_processes
     if windows.bound.max_tokens is not None:
         most = min(most, 2 * windows.bound.max_tokens)
-    longest = max(int(windows.lengths[split.indices].max()) for split in ahead)
+    longest = max(1, *(int(windows.lengths[split.indices].max()) for split in ahead))
     sizes: dict[int, int] = {}  # micro-batches → the smallest size that gives so many
     for exponent in range(math.ceil(math.log2(most)), math.floor(math.log2(longest)), -1):
         cut = _ahead(windows.with_bound(_of_size(windows.bound, 2**exponent)))
@@ -111,7 +112,11 @@ class Tuning:
         self.windows, self.bound = windows, windows.bound
         self.trials: list[Trial] = []
         self.said: str | None = None  # what came of it, in a line
-        self._search = search(sizes_to_try(windows))
+        sizes = sizes_to_try(windows)
+        if len(sizes) < 2:
+            self.said = "max_tokens: all sizes cut these windows alike"
+            return
+        self._search = search(sizes)
         self._try(next(self._search))
 
     def saw(self, seconds: float) -> None:
@@ -131,9 +136,9 @@ class Tuning:
             self._choose()
 
     def to_json(self) -> dict[str, Any]:
-        """For the summary of a run."""
+        """For the summary of a run; `max_tokens` is null while it is not known."""
         return {
-            "max_tokens": self.windows.bound.max_tokens,
+            "max_tokens": self.windows.bound.max_tokens if self.said is not None else None,
             "cost": asdict(self.windows.cost),
             "trials": [asdict(trial) for trial in self.trials],
         }
@@ -155,11 +160,11 @@ class Tuning:
         self.windows.recut(_of_size(self.bound, best), cost)
         self.windows.tuned = True
         others = ", ".join(
-            f"{size:,} {seconds / predicted[best]:.2f} ×"
+            f"{size:,}: {seconds / predicted[best]:.2f} ×"
             for size, seconds in predicted.items()
             if size != best
         )
-        self.said = f"max_tokens: {best:,} from here on, the fastest" + (others and f" ({others} its time)")
+        self.said = f"max_tokens: {best:,} from here on, the fastest (others, by its time: {others})"
 
 
 def _of_size(bound: Bound, max_tokens: int) -> Bound:

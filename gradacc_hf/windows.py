@@ -227,7 +227,7 @@ class WindowLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where `state_dict` was taken; the next pass runs the rest of that epoch."""
-        if "cost" in state:
+        if "cost" in state and self.bound.micro_batch_size is None:
             self.recut(replace(self.bound, max_tokens=state["max_tokens"]), Cost(**state["cost"]))
             self.tuned = True
         self.seed = state["seed"]

@@ -121,6 +121,13 @@ def cut_of(windows):
     return lambda piece: windows.shape(piece)
 
 
+def test_where_there_is_one_way_to_cut_there_is_nothing_to_try():
+    _, windows = make_loader(max_tokens=2)  # no two examples fit, whatever the size
+    tuning = Tuning(windows)
+    assert "alike" in tuning.said
+    assert windows.bound == Bound(max_tokens=2)
+
+
 def test_where_memory_runs_out_the_search_ends_with_the_finer_split():
     _, windows = make_loader(max_tokens=160)
     tuning = Tuning(windows)
