@@ -65,6 +65,8 @@ def recipe_memory(
     file = _cache() / f"memory-{_key(weightless, points, settings)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # none there, or none that can be read
         return StepEstimate.from_json(json.loads(file.read_text(encoding="utf-8")))
+    if not only_longest:
+        print(f"tracing a step of {config.model.name} for its memory (once: {file.parent})", file=stderr)
     with random_numbers_as_they_were():
         found = estimate(lambda: make_model(weightless), points, exponents, weightless.loss, settings)
     with suppress(OSError):  # a cache that cannot be written is done without
