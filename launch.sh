@@ -99,7 +99,10 @@ while [[ $# -gt 0 ]]; do
   shift || true
 done
 for argument in ${arguments[@]+"${arguments[@]}"}; do # so written, an empty list is fine in old shells
-  case $argument in -h | --help) exec python "$recipe" --help ;; esac
+  case $argument in
+    -h | --help) exec python "$recipe" --help ;;
+    --check) exec python "$recipe" "${arguments[@]}" ;;
+  esac
 done
 
 gpus=0

@@ -1,6 +1,7 @@
 """`gradacc`: the kit's own commands. A recipe has its own command line (`recipe.run`)."""
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -127,3 +128,7 @@ def copy_recipe(name: str, folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
         print(target)
+    script, *settings = copies.values()
+    if settings:
+        command = ["accelerate", "launch", str(script), "--config", str(settings[-1]), "--budget", "auto"]
+        print(f"run it: {shlex.join(command)}")

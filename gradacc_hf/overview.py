@@ -18,10 +18,10 @@ def print_plan(
     """What is about to happen, before anything heavy does."""
     config, plan, accelerator = recipe.config, windows.plan, windows.accelerator
     epochs = config.train.epochs
-    sample = [
-        windows.split(0, int(t))
-        for t in np.linspace(0, plan.num_windows(0) - 1, min(100, plan.num_windows(0)))
-    ]
+    of_all = sum(plan.num_windows(epoch) for epoch in range(epochs))
+    some = f" of {of_all:,}" if of_all > num_windows else ""  # train.max_windows
+    last = min(num_windows, plan.num_windows(0)) - 1
+    sample = [windows.split(0, int(t)) for t in np.linspace(0, last, min(100, last + 1))]
     steps = [max(map(len, split.processes)) for split in sample]
     padding = 1 - sum(split.tokens for split in sample) / sum(split.padded_tokens for split in sample)
     rows = (
@@ -34,7 +34,7 @@ def print_plan(
         ("effective batch size", f"{config.batch.effective} examples a window"),
         (
             "windows",
-            f"{num_windows:,}, over {epochs} epoch{'s' * (epochs > 1)}",
+            f"{num_windows:,}{some}, over {epochs} epoch{'s' * (epochs > 1)}",
         ),
         (
             "micro-batches",

@@ -47,6 +47,8 @@ class Recipe:
     tokens_are: str | None = None  # where the inputs are no texts: "patches of 16 × 16 pixels"
     lean_loss: ClassVar[bool] = False  # does its model() have a use for budget.lean_loss?
     validation_source: str = "validation"
+    held_out = False  # are the validation rows some of the training file's?
+    of_chats = False  # is the model asked in chats?
 
     def __init__(self, config: Config):
         self.config = config
@@ -77,7 +79,7 @@ class Recipe:
             config_name=data.config_name,
             label_column=label_column,
         )
-        self.validation_source = splits.source
+        self.validation_source, self.held_out = splits.source, splits.held_out
         return splits.train, splits.validation
 
     def check_rows(
@@ -96,7 +98,7 @@ class Recipe:
         of_validation = "data.validation" if key == "data.train" and self.data.validation else key
         splits = (
             ("training", key, training, numbers[0]),
-            ("validation", of_validation, validation, numbers[1]),
+            ("training" if self.held_out else "validation", of_validation, validation, numbers[1]),
         )
         for split, named, dataset, of_file in splits:
             settings = {"key": named, "on_bad_row": self.data.on_bad_row, "split": split, "numbers": of_file}

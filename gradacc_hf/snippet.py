@@ -16,8 +16,10 @@ USES = {
 found = model(**tokens)
 start, end = found.start_logits.argmax(), found.end_logits.argmax()
 print(tokenizer.decode(tokens.input_ids[0, start : end + 1]))""",
-    "sentence-similarity": """tokens = tokenizer({example}, return_tensors="pt")
-print(model(**tokens).last_hidden_state.mean(1))""",
+    "sentence-similarity": """tokens = tokenizer([{example}, "a text"], padding=True, return_tensors="pt")
+mask = tokens.attention_mask.unsqueeze(-1)
+means = (model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
+print(cosine_similarity(means[:1], means[1:]))""",
 }
 """The Hub's name of a task for which transformers has no pipeline → what is done with tokenizer and model."""
 
@@ -38,14 +40,16 @@ def snippet(recipe: Any, name: str) -> str:
         else:
             lines.append(f'model = pipeline("{task}", model=model, tokenizer={folder})')
         imports.append("pipeline")
-        lines.append(f"print(model({_python(example)}))")
+        asked = [{"role": "user", "content": example}] if recipe.of_chats else example
+        lines.append(f"print(model({_python(asked)}))")
     else:
         imports.insert(0, "AutoTokenizer")
         lines.insert(0, f"tokenizer = AutoTokenizer.from_pretrained({folder})")
         rows = example if isinstance(example, dict) else {}
         shown = {"example": _python(example), **{key: _python(value) for key, value in rows.items()}}
         lines += [USES[task].format_map(shown)] if task in USES else []
-    return f"from transformers import {', '.join(imports)}\n\n" + "\n".join(lines)
+    more = "from torch.nn.functional import cosine_similarity\n" * (task == "sentence-similarity")
+    return f"{more}from transformers import {', '.join(imports)}\n\n" + "\n".join(lines)
 
 
 def _python(value: Any) -> str:

@@ -41,12 +41,12 @@ def main(argv: Sequence[str]) -> None:
     what.add_argument(
         "--run",
         type=Path,
-        help="a run's folder: verify what it trained; the verdict goes into its verify.json and cards",
+        help="a run's folder: verify what it trained; its verify.json, cards and report say what came of it",
     )
     what.add_argument(
         "--all-heads",
         action="store_true",
-        help="every head of the installed transformers, tiny (a quarter of an hour)",
+        help="every head of the installed transformers, tiny (half an hour)",
     )
     parser.add_argument("--budget", help="a budget's name or file (auto or, with --run, that of the run)")
     parser.add_argument("--windows", type=int, default=1, help="windows to compare (%(default)s)")
@@ -88,6 +88,10 @@ def main(argv: Sequence[str]) -> None:
     if arguments.run is not None:
         write_whole(arguments.run / "verify.json", as_json + "\n")
         refresh_cards(arguments.run)
+        if (arguments.run / "report.html").is_file():
+            from gradacc_hf.report import write_report  # late: it loads matplotlib
+
+            write_report([arguments.run])
     if arguments.json:
         print(as_json)
     else:

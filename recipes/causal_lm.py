@@ -65,7 +65,8 @@ class CausalLM(Recipe):
     def datasets(self):
         rows = self.rows()
         self.kind = self.find_kind(rows)
-        if self.kind == MESSAGES:
+        self.of_chats = self.kind == MESSAGES
+        if self.of_chats:
             chat.check_chat_template(self.tokenizer, self.config.model.name)
         rows = self.check_rows(*rows, self.problem, "data.train")
         tokens = [dataset.map(features, fn_kwargs=self.settings) for dataset in rows]

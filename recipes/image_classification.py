@@ -31,7 +31,7 @@ class ImageClassification(Recipe):
     @dataclass
     class Data(DataConfig):
         image_column: str = "image"
-        """Column that holds the image, or the path of its file."""
+        """Column that holds the image, or the path of its file, from the current folder."""
         label_column: str = "label"
         """Column that holds the label: strings or integers. Of a folder, the names of its class folders."""
         crop: float = 1.0

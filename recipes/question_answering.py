@@ -151,8 +151,10 @@ class QuestionAnswering(Recipe):
         """Rows with a question and a context → the answer, where it starts, and its probability."""
         found = []
         for number, row in enumerate(inputs, start=1):
-            row = row if isinstance(row, dict) else {}
-            texts = [row.get(self.columns[name]) for name in ("question", "context")]
+            columns = [self.columns[name] for name in ("question", "context")]
+            if not isinstance(row, dict) or not set(columns) <= set(row):
+                raise BadInput(f"input {number}: found {row!r}; give rows of {' and '.join(columns)}")
+            texts = [row[column] for column in columns]
             if problem := row_problem(*texts, **self.settings):
                 raise BadInput(f"input {number}: {problem}; give rows of a question and its context")
             found.append(find_answer(model, *texts, self.data.max_answer_length, **self.settings))

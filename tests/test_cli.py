@@ -1,5 +1,6 @@
 """`gradacc ls` and `gradacc cp`."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,13 @@ def test_a_copied_recipe_is_the_one_that_its_copied_config_names(tmp_path):
     assert (config.parent / line.split()[1]).resolve() == (
         tmp_path / "recipes/text_classification.py"
     ).resolve()
+
+
+def test_cp_says_how_the_copy_is_run(tmp_path, capsys):
+    cli.copy_recipe("contrastive", tmp_path)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("run it: "))
+    assert command[:2] == ["accelerate", "launch"]
+    assert all(Path(file).is_file() for file in (command[2], command[4]))
 
 
 def test_a_copied_lesson_runs(tmp_path):

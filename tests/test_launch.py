@@ -108,6 +108,12 @@ def test_a_bad_input_is_one_line_and_exit_code_2(launch, arguments, line):
     assert "Traceback" not in done.stderr
 
 
+def test_a_check_is_no_run(launch, texts):
+    done = launch(RECIPE, "--check", "--data.train", texts, "--batch.effective", 8)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "check: this would run"
+
+
 def test_fewer_processes_than_asked_for_is_an_error(texts):
     done = subprocess.run(
         [sys.executable, RECIPE, "--data.train", texts, "--check"],

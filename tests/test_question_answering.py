@@ -293,5 +293,5 @@ def test_the_offline_config_trains_and_its_model_answers(tmp_path):
     assert answer["answer"]
     assert 0 < answer["score"] <= 1
     for bad in ("Who?", {"question": "Who?"}, {"question": "who " * 200, "context": "a"}):
-        with pytest.raises(BadInput, match=r"input 1: its .*; give rows of a question and its context"):
+        with pytest.raises(BadInput, match=r"input 1: .*; give rows of "):
             recipe.answer(model, [bad])

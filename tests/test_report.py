@@ -262,7 +262,15 @@ def test_the_picture_of_a_window_names_its_padding_and_draws_every_example(compa
 
 def test_without_gradient_errors_it_says_so_and_names_the_command_that_measures_them(page):
     assert "Final accuracy 0.7500 (baseline 0.5000) and validation loss 1.2500." in page.text
-    assert "Whether gradients were exact was not measured in this run: gradacc verify --config configs/mine.yaml does." in page.text  # fmt: skip  # noqa: E501
+    assert "Whether gradients were exact was not measured in this run: gradacc verify --run" in page.text  # fmt: skip  # noqa: E501
+
+
+def test_what_verify_found_is_said(real, tmp_path):
+    run = repeat(real, tmp_path / "run")
+    (run / "verify.json").write_text('{"verdict": "Exact: 4 micro-batches."}')
+    page = Page(write_report([run]))
+    assert "by gradacc verify before training: Exact: 4 micro-batches." in page.text
+    assert "not measured" not in page.text
 
 
 def test_a_gradient_error_that_is_null_is_not_exact(real, tmp_path):

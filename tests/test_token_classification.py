@@ -200,6 +200,7 @@ def bad(row):
         ({"tokens": ["a", None], "tags": ["O", "O"]}, "training row 7: token 2 of 2 is null"),
         ({"tokens": ["a", "b"], "tags": None}, "training row 7: 0 tags for 2 tokens"),
         ({"tokens": ["\u200b"], "tags": ["O"]}, "training row 7: no token of its 1 is left"),
+        ({"tokens": ["a"], "tags": ["X-a"]}, "training row 7: tag 'X-a' is not one of the 4 tags of"),
     ],
 )
 def test_a_bad_row_is_named_or_skipped(start, refused, row, line):
@@ -229,6 +230,11 @@ def test_an_id_that_has_no_name_is_named(refused):
     Dataset.from_list(rows, features=features).to_parquet("a.parquet")
     message = refused(TokenClassification, "--data.train", "a.parquet", "--data.validation", "a.parquet")
     assert "training row 31: tag '-1' is not one of the 4 tags of training" in message
+
+
+def test_a_row_whose_tags_are_no_list_is_named(refused):
+    train = write_rows("a.jsonl", bad({"tokens": ["a"], "tags": "B-PER O"}))
+    assert "row 7 has 'B-PER O' in column 'tags'" in refused(TokenClassification, "--data.train", train)
 
 
 def test_columns_that_are_no_lists_are_refused(refused):

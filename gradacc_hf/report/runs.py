@@ -43,6 +43,7 @@ class Run:
     summary: Mapping[str, Any]  # summary.json; empty where the run is unfinished
     config: Mapping[str, Any]  # config.yaml; empty where there is none
     notes: tuple[str, ...]  # what is wrong with its files
+    verification: str | None = None  # the verdict of verify.json
 
     @property
     def seed(self) -> Any:
@@ -217,7 +218,15 @@ def _read_run(folder: Path, name: str) -> Run:
         summary=summary,
         config=_read_config(folder / "config.yaml"),
         notes=tuple(notes),
+        verification=_read_verdict(folder / "verify.json"),
     )
+
+
+def _read_verdict(path: Path) -> str | None:
+    try:
+        return str(json.loads(_read_text(path))["verdict"]) if path.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        refuse(str(path), f"found no verdict ({one_line(error)})", "run gradacc verify --run again")
 
 
 def _windows(count: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from gradacc_hf.gradients import EXACT
-from gradacc_hf.report.runs import Contender
+from gradacc_hf.report.runs import Contender, Run
 
 SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
 
@@ -32,7 +32,8 @@ def verdict(found: Sequence[Contender]) -> Verdict:
     errors = {contender.label: worst_error(contender) for contender in found}
     measured = [contender for contender in found if errors[contender.label] is not None]
     if not measured:
-        sentences = [_metrics(found), _not_measured(found), _speed(found)]
+        verified = [_verified(run) for c in found for run in c.runs if run.verification]
+        sentences = [_metrics(found), *(verified or [_not_measured(found)]), _speed(found)]
         return Verdict([sentence for sentence in sentences if sentence], "", "")
     sentences = [_exactness(measured), _speed(found)]
     if len(measured) < len(found):
@@ -89,7 +90,8 @@ def _metrics(found: Sequence[Contender]) -> Markup:
         return Markup("Final {}.").format(in_words(each))
     chosen = found[0].runs[0].setting("train", "best_metric")
     chief = chosen if chosen in names else names[0]
-    each = [Markup("{} {}").format(_names([contender]), _final(contender, chief)) for contender in found]
+    with_it = [c for c in found if any(chief in run.metrics("eval") for run in c.runs)]
+    each = [Markup("{} {}").format(_names([contender]), _final(contender, chief)) for contender in with_it]
     return Markup("Final {}: {}{}.").format(metric_name(chief), in_words(each), against.get(chief, ""))
 
 
@@ -104,10 +106,14 @@ def metric_name(name: str) -> str:
     return "validation loss" if name == "loss" else name
 
 
+def _verified(run: Run) -> Markup:
+    """What `gradacc verify --run` has found of a run's model and data."""
+    found = Markup("<b>{}</b>, by <code>gradacc verify</code> before training: {}")
+    return found.format(run.name, run.verification)
+
+
 def _not_measured(found: Sequence[Contender]) -> Markup:
-    run = found[0].runs[0]
-    file = run.config.get("config")
-    command = f"gradacc verify --config {shlex.quote(str(file)) if file else 'FILE.yaml'}"
+    command = f"gradacc verify --run {shlex.quote(str(found[0].runs[0].folder))}"
     which = "this run" if len(found) == 1 and len(found[0].runs) == 1 else "these runs"
     return Markup("Whether gradients were exact was not measured in {}: <code>{}</code> does.").format(
         which, command

@@ -7,6 +7,7 @@ pixels is up to the model's image processor.
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ def image_problem(column: str) -> Callable[[Mapping[str, Any]], str | None]:
         except Exception as error:  # whatever Pillow's readers of damaged files raise
             unknown = isinstance(error, UnidentifiedImageError)
             why = "it is no image" if unknown else getattr(error, "strerror", None) or one_line(error)
+            if isinstance(error, FileNotFoundError) and not Path(image["path"]).is_absolute():
+                why += f" (paths are from the current folder, {Path.cwd()})"
             name = image["path"] or f"of {len(image['bytes']):,} bytes"
             return f"image {name} cannot be read: {why}"
         return None

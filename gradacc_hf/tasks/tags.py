@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Value
 from seqeval.metrics.sequence_labeling import get_entities
 
 from gradacc_hf.errors import refuse
-from gradacc_hf.labels import class_names, is_list, require_column
+from gradacc_hf.labels import class_names, file_rows, is_list, require_column
 
 
 def check_tokens_and_tags(dataset: Dataset, tokens_column: str, tags_column: str) -> None:
@@ -34,6 +34,9 @@ def tag_names(train: Dataset, tags_column: str) -> list[str]:
     if names is None:
         present = {tag for tags in train[tags_column] for tag in tags or () if tag is not None}
         names = [str(tag) for tag in sorted(present)]
+        begun = {name[2:] for name in names if name.startswith("B-")}
+        if any(name.startswith("I-") and name[2:] in begun for name in names):
+            names = [name for name in names if is_scheme([name])]  # another one makes its row a bad one
     if len(names) < 2:
         found = f"{len(names)} different tags in the training rows"
         refuse("data.tags_column", found, "at least two, or there is nothing to learn")
@@ -65,7 +68,10 @@ def row_problem(tokens: Any, tags: list[str], known: Collection[str]) -> str | N
     if len(tags) != len(tokens):
         return f"{len(tags)} tags for {len(tokens)} tokens"
     unknown = next((tag for tag in tags if tag not in known), None)
-    return None if unknown is None else f"tag {unknown!r} is not one of the {len(known)} tags of training"
+    if unknown is None:
+        return None
+    others = " (B-TYPE, I-TYPE, O)" if is_scheme(known) and not is_scheme([unknown]) else ""
+    return f"tag {unknown!r} is not one of the {len(known)} tags of training{others}"
 
 
 def _element(dataset: Dataset, column: str, key: str) -> Any:
@@ -73,6 +79,11 @@ def _element(dataset: Dataset, column: str, key: str) -> Any:
     require_column(dataset, column, key)
     feature = dataset.features[column]
     if not is_list(feature):
+        rows = list(zip(file_rows(dataset).tolist(), dataset[column], strict=True))
+        odd = [(row + 1, value) for row, value in rows if not isinstance(value, list | None)]
+        if 0 < len(odd) < len(rows):
+            number, value = min(odd, key=lambda one: one[0])
+            refuse(key, f"row {number:,} has {value!r} in column {column!r}", "lists, as in the others")
         cure = 'in a JSONL or Parquet file rows have lists: {"tokens": ["a", "b"], "tags": ["X", "O"]}'
         refuse(key, f"column {column!r} has {_kind(feature)}, not lists", cure)
     return feature.feature
