@@ -206,8 +206,8 @@ class BudgetConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the forward and backward pass."""
     max_tokens: int | Literal["auto"] = "auto"
-    """Padded tokens per micro-batch; auto finds the fastest that fit: by predicted bytes where memory is known,
-    and by the time that a run's first windows take."""
+    """Padded tokens per micro-batch; auto finds the fastest that fit: by predicted bytes where the memory is
+    known, and by the time that a run's first windows take."""
     micro_batch_size: int | None = None
     """Examples per micro-batch, instead of max_tokens."""
     gradient_checkpointing: bool = False
@@ -301,8 +301,8 @@ def detect_budget() -> BudgetConfig:
 def tokens_per_micro_batch(budget: BudgetConfig, device_type: str) -> int | None:
     """Padded tokens per micro-batch on a "cpu" or "cuda" device; None where micro_batch_size says it instead.
 
-    What "auto" gives is a rule of thumb, for where no step can be traced and for a CPU of unknown memory: 2048
-    on a CPU, 1024 per GiB of memory on a GPU. Raises `BadInput` when the memory of a GPU is not known.
+    What "auto" gives is a rule of thumb, for where no step can be traced and for a CPU whose memory nobody
+    says: 2048 on a CPU, 1024 per GiB of a GPU's memory. Raises `BadInput` when that is not known.
     """
     if budget.micro_batch_size is not None:
         return None

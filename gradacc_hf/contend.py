@@ -162,7 +162,7 @@ class Run:
 def micro_batch_size(recipe: Recipe, windows: WindowLoader) -> int:
     """For those who cut by count: as many examples as fit the budget padded to the longest, equally many."""
     bound, effective = windows.bound, recipe.config.batch.effective
-    most = bound.max_rows(int(windows.tokens.max(0).sum()))
+    most = bound.max_rows(windows.tokens.max(0))
     return max(size for size in range(1, min(most, effective) + 1) if effective % size == 0)
 
 

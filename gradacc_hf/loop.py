@@ -224,7 +224,7 @@ def fine_tune(
     state = windows.state_dict()
     to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
     total = min(max_windows or math.inf, to_run)
-    tuning = Tuning(windows) if tune else None
+    tuning = Tuning.of(windows, int(total)) if tune else None
     with RunLog(accelerator, int(total), folder) as log:
         if validate and eval_on_start:
             evaluate_now(0)
@@ -241,7 +241,7 @@ def fine_tune(
         ):
             log.window(record)
             if tuning is not None and tuning.said is None:
-                tuning.saw(record.seconds)
+                tuning.saw(record.seconds - windows.seconds_to_collate)
                 if tuning.said is not None:
                     log.console.print(tuning.said, soft_wrap=True)
             if validate and eval_every and record.window % eval_every == 0:

@@ -3,6 +3,7 @@
 Needs the model's config, its tokenizer and the data; no weights and no GPU.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,12 +20,12 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from gradacc_hf.config import detect_budget, parse_bytes, tokens_per_micro_batch
+from gradacc_hf.config import tokens_per_micro_batch
 from gradacc_hf.errors import BadInput, Parser, refuse
 from gradacc_hf.memory.estimate import NotTraceable, StepEstimate
 from gradacc_hf.memory.levers import Lever, levers
 from gradacc_hf.memory.micro_batch import MicroBatchMemory, Parts
-from gradacc_hf.memory.of_recipe import longest_example, recipe_memory
+from gradacc_hf.memory.of_recipe import longest_example, recipe_memory, usable_memory
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import load_recipe, make_model, make_windows, open_run, total_windows
 from gradacc_hf.split import Bound
@@ -116,6 +117,9 @@ def rate_of(run: Path) -> float:
     if not file.is_file():
         refuse(str(run), "found no summary.json in it, so this run has not ended", "give one that has")
     summary = json.loads(file.read_text(encoding="utf-8"))
+    tuned = summary.get("tuning") or {"max_tokens": None}
+    if tuned["max_tokens"] is not None:  # as most of its windows were cut
+        recipe.config.budget.max_tokens = tuned["max_tokens"]
     planned = make_plan(recipe, summary["processes"], with_levers=False).steps.flops_per_window
     return planned * summary["windows"] / summary["seconds"] / summary["processes"] / 1e12
 
@@ -135,10 +139,13 @@ def make_plan(
     `recipe.datasets()` gives, where it is there already. Raises BadInput where no step of the model can be
     traced.
     """
-    config, recipe.without_weights = recipe.config, True
-    given = config.budget.memory or detect_budget().memory
-    device = "cuda" if given and Path(config.budget_file or "").stem != "cpu" else "cpu"
-    memory = parse_bytes(given) if given else psutil.virtual_memory().total
+    recipe = copy.copy(recipe)
+    recipe.without_weights = True
+    recipe.__dict__.pop("model_path", None)  # it may have been asked for with weights
+    config, is_cpu = recipe.config, Path(recipe.config.budget_file or "").stem == "cpu"
+    given = usable_memory(config.budget, on_gpu=not is_cpu)
+    device = "cpu" if is_cpu or given is None else "cuda"
+    memory = given or psutil.virtual_memory().total
     training, validation = data or recipe.datasets()
     windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True), Bound(micro_batch_size=1))
     try:
@@ -180,7 +187,7 @@ def make_plan(
         seconds=seconds,
         price=seconds * processes * price / 3600 if seconds is not None and price else None,
         levers=levers(recipe, training, windows.tokens, make_model, device == "cuda", **room)
-        if with_levers and parts.total > memory
+        if with_levers and alone > memory
         else [],
     )
 
@@ -268,12 +275,13 @@ def show(plan: Plan, console: Console) -> None:
     if plan.fits:
         console.print("It fits.", style="green")
         return
-    console.print(
-        f"It does not fit: the longest example, of {_listed(plan.longest)} tokens, takes "
-        f"{plan.longest_bytes / GIB:.2f} GiB alone, and there are {plan.memory / GIB:.2f}.",
-        style="red",
-        soft_wrap=True,
-    )
+    takes, there_are = f"takes {plan.longest_bytes / GIB:.2f} GiB alone", f"{plan.memory / GIB:.2f}"
+    why = f"the longest example, of {_listed(plan.longest)} tokens, {takes}, and there are {there_are}."
+    if plan.longest_bytes <= plan.memory:
+        why = (
+            f"such a micro-batch takes {plan.parts.total / GIB:.2f} GiB; --budget.max_tokens auto cuts finer."
+        )
+    console.print(f"It does not fit: {why}", style="red", soft_wrap=True)
     for lever in plan.levers:
         verdict = "fits" if lever.fits else "does not fit yet"
         console.print(

@@ -11,7 +11,7 @@ import runpy
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from gradacc_hf.card import RunCard, facts, refresh_cards
 from gradacc_hf.checkpoint import write_pretrained
 from gradacc_hf.command_line import read_command_line, recipe_file
 from gradacc_hf.compiled import compile_layers, uncompiled
-from gradacc_hf.config import Config
+from gradacc_hf.config import Config, tokens_per_micro_batch
 from gradacc_hf.errors import BadInput, listed, one_line, refuse
 from gradacc_hf.hardware import (
     checkpoint_activations,
@@ -40,6 +40,7 @@ from gradacc_hf.lora import check_four_bit, write_merged
 from gradacc_hf.memory.of_recipe import choose_bound
 from gradacc_hf.micro_batches import measure_lengths
 from gradacc_hf.optim import check_optimizer, choose_trained, make_optimizer, make_scheduler
+from gradacc_hf.out_of_memory import keep_no_freed_memory
 from gradacc_hf.output import check_output, open_output
 from gradacc_hf.overview import print_plan
 from gradacc_hf.push import check_push, push
@@ -85,6 +86,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     with accelerator.main_process_first():  # the others find what it has cached
         training, validation = recipe.datasets()
     windows, validation_windows = make_windows(recipe, training, validation, accelerator)
+    if windows.bound.max_bytes is not None and accelerator.device.type == "cpu":
+        keep_no_freed_memory()  # as the prediction presumes
     honour_attention(recipe)
     empty = recipe.empty_model()
     _check_max_length(recipe, empty, training)
@@ -278,6 +281,9 @@ def make_windows(
         **shared,
     )
     size, lengths = min(512, len(validation)), recipe.lengths(validation)
+    if windows.bound.max_bytes is not None:  # of training; nobody has predicted what writing a text takes
+        most = tokens_per_micro_batch(config.budget, accelerator.device.type)
+        shared["bound"] = replace(windows.bound, max_tokens=most)
     return windows, WindowLoader(validation, size, lengths=lengths, shuffle=False, **shared)
 
 

@@ -50,7 +50,7 @@ class Bound:
         given = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
         if len(given) != 1 and set(given) != {"max_tokens", "max_bytes"}:
             raise ValueError(
-                f"give max_tokens, micro_batch_size or max_bytes, one of the three; found {given or 'none'}"
+                f"give max_tokens or micro_batch_size, one of the two; found {given or 'neither'}"
             )
         if (self.max_bytes is None) != (self.memory is None):
             raise ValueError("max_bytes needs memory=, by which the bytes of a micro-batch are predicted")
@@ -95,11 +95,11 @@ class Bound:
         """One that holds half a micro-batch of so many examples, in `rows` padded to `lengths`."""
         if self.micro_batch_size is not None:
             return Bound(micro_batch_size=max(1, examples // 2))
-        if self.max_tokens is not None:
-            return replace(self, max_tokens=max(1, rows * sum(lengths) // 2))
-        assert self.memory is not None
+        finer = replace(self, max_tokens=max(1, rows * sum(lengths) // 2))
+        if self.memory is None:
+            return finer
         half = (rows // 2, lengths) if rows > 1 else (1, [length // 2 for length in lengths])
-        return replace(self, max_bytes=self.memory.bytes(*half))
+        return replace(finer, max_bytes=min(self.max_bytes or 0, self.memory.bytes(*half)))
 
     def needs(self, rows: int, lengths: Sequence[int]) -> str:
         """What so many examples padded to `lengths` take, for messages: tokens, and bytes where predicted."""

@@ -23,6 +23,7 @@ AHEAD = 8  # windows that sizes are judged on, as they will be cut
 HOPELESS = 1.3  # times the fastest: smaller sizes are not tried
 CLOSE = 1.15  # times the fastest: those sizes are tried again
 TURNS = 2  # so many times
+NEVER = 1e9  # tokens from which the quadratic cost would count, where none was seen
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,19 @@ def tunes(config: Config, num_windows: int) -> bool:
 def sizes_to_try(windows: WindowLoader) -> list[int]:
     """Padded tokens of a micro-batch: powers of two, the largest first, that cut the windows differently.
 
-    From a process's share of a window down to its longest example; without a bound in bytes, not above twice
-    that in tokens.
+    From the bound or, where that is more, a process's share of a window, down to its longest example.
     """
     ahead = _ahead(windows)
     shapes = [windows.shape(split.indices, split.pad_to) for split in ahead]
     most = max(rows * sum(lengths) for rows, lengths in shapes) / windows.accelerator.num_processes
     if windows.bound.max_tokens is not None:
-        most = min(most, 2 * windows.bound.max_tokens)
+        most = min(most, windows.bound.max_tokens)
     longest = max(1, *(int(windows.lengths[split.indices].max()) for split in ahead))
     sizes: dict[int, int] = {}  # micro-batches → the smallest size that gives so many
     for exponent in range(math.ceil(math.log2(most)), math.floor(math.log2(longest)), -1):
-        cut = _ahead(windows.with_bound(_of_size(windows.bound, 2**exponent)))
-        sizes[sum(max(map(len, split.processes)) for split in cut)] = 2**exponent
+        size = min(2**exponent, windows.bound.max_tokens or 2**exponent)
+        cut = _ahead(windows.with_bound(_of_size(windows.bound, size)))
+        sizes[sum(max(map(len, split.processes)) for split in cut)] = size
     return list(sizes.values())
 
 
@@ -98,32 +99,40 @@ def fit_cost(trials: Sequence[Trial], default: Cost = Cost()) -> Cost:
     (fixed, linear, quadratic), _ = nnls(work / seconds[:, None], np.ones(len(seconds)))
     if not linear:
         return default
-    return Cost(max(fixed / linear, default.fixed / 2), linear / quadratic if quadratic else math.inf)
+    return Cost(max(fixed / linear, default.fixed / 2), min(linear / max(quadratic, 1e-30), NEVER))
 
 
 class Tuning:
     """Try sizes on a loader's next windows; told of each (`saw`), it says how the one to come is cut.
 
-    All processes decide alike, by the seconds of process 0. When memory runs out, the search ends with the
-    finer split that this has brought.
+    All processes decide alike, by the seconds of process 0. When memory runs out, the search begins anew with
+    the sizes below the one that was too large.
     """
 
-    def __init__(self, windows: WindowLoader):
-        self.windows, self.bound = windows, windows.bound
-        self.trials: list[Trial] = []
+    @classmethod
+    def of(cls, windows: WindowLoader, num_windows: int) -> "Tuning | None":
+        """For a run of so many windows; None where sizes are known, too few windows, or all cut alike."""
+        if windows.bound.micro_batch_size is not None:
+            raise ValueError(
+                "tune: sizes are tried in tokens; give the loader max_tokens, not micro_batch_size"
+            )
+        sizes = sizes_to_try(windows)[: max(0, (num_windows // 2 - 1) // (1 + TURNS))]
+        return cls(windows, sizes) if len(sizes) > 1 and not windows.tuned else None
+
+    def __init__(self, windows: WindowLoader, sizes: Sequence[int]):
+        self.windows = windows
         self.said: str | None = None  # what came of it, in a line
-        sizes = sizes_to_try(windows)
-        if len(sizes) < 2:
-            self.said = "max_tokens: all sizes cut these windows alike"
-            return
-        self._search = search(sizes)
-        self._try(next(self._search))
+        self._begin(sizes)
 
     def saw(self, seconds: float) -> None:
         """The loader's latest window took so long."""
         windows = self.windows
         if windows.bound is not self._tried:
-            self.said = f"max_tokens: no larger sizes are tried, as memory ran out; at most {windows.bound}"
+            fit = [size for size in self._sizes if size <= (windows.bound.max_tokens or 0)]
+            if len(fit) > 1:
+                self._begin(fit)
+            else:
+                self.said = f"max_tokens: no sizes are tried, as memory ran out; at most {windows.bound}"
             return
         seconds = broadcast_object_list([seconds])[0]
         split = windows.split(windows.epoch, windows.window - 1)
@@ -135,6 +144,12 @@ class Tuning:
         except StopIteration:
             self._choose()
 
+    def _begin(self, sizes: Sequence[int]) -> None:
+        self.bound, self._tried = self.windows.bound, self.windows.bound
+        self.trials: list[Trial] = []
+        self._sizes, self._search = sizes, search(sizes)
+        self._try(next(self._search))
+
     def to_json(self) -> dict[str, Any]:
         """For the summary of a run; `max_tokens` is null while it is not known."""
         return {
@@ -144,8 +159,9 @@ class Tuning:
         }
 
     def _try(self, size: int) -> None:
-        self._tried = _of_size(self.bound, size)
-        self.windows.recut(self._tried)
+        if size != self._tried.max_tokens:  # else what workers hold ready need not be cut again
+            self._tried = _of_size(self.bound, size)
+            self.windows.recut(self._tried)
 
     def _choose(self) -> None:
         """By what each size is predicted to take for the windows ahead, and by how much it was off so far."""

@@ -7,6 +7,7 @@ collated micro-batches (`micro_batches.py`) and what their losses are means over
 
 import copy
 import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -101,6 +102,7 @@ class WindowLoader:
         self.accelerator, self.num_workers = accelerator, num_workers
         self.seed, self.epoch, self.window = seed, 0, 0
         self.empty_micro_batches = self.empty_windows = self.replays = 0
+        self.seconds_to_collate = 0.0  # that the latest window was waited for
         self._completed = [0.0] * accelerator.num_processes
         self.plan = WindowPlan(len(dataset), effective_batch_size, seed, shuffle, drop_last)
         if bound is not None and (max_tokens, micro_batch_size) != (None, None):
@@ -148,13 +150,15 @@ class WindowLoader:
     def __iter__(self) -> Iterator[Window]:
         if self._started:
             self.epoch, self.window = self.epoch + 1, 0
-        self._started = True
+        self._started, asked = True, time.perf_counter()
         for split, micro_batches in self._local_windows(self.epoch, self.window):
             self.window += 1
             window = self._window(split, micro_batches)
             if window is not None:
                 _name_prepared_schedulers(self.accelerator)
+                self.seconds_to_collate = time.perf_counter() - asked
                 yield window
+                asked = time.perf_counter()
 
     def micro_batches(self) -> Iterator[tuple[MicroBatch, dict[str, Any]]]:
         """This process's micro-batches of one pass over the data, each with its batch on the device.
@@ -192,12 +196,15 @@ class WindowLoader:
         """This loader at its place, with its windows cut under another bound; to plan, for more processes."""
         other = copy.copy(self)
         other._started, other._half_way = False, []
+        other._completed = [0.0] * len(self._completed)
         other._windows = replace(self._windows, num_processes=num_processes or self._windows.num_processes)
         other.recut(bound, cost)
         return other
 
     def recut(self, bound: Bound, cost: Cost | None = None) -> None:
         """Cut the windows to come under another bound, and by another cost model."""
+        if cost is not None and cost != self.cost:  # costs of before compare with none to come
+            self._completed[:] = [0.0] * len(self._completed)
         self.bound, self.cost = bound, cost or self.cost
         self._windows.bound, self._windows.cost = self.bound, self.cost
 
@@ -228,7 +235,8 @@ class WindowLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where `state_dict` was taken; the next pass runs the rest of that epoch."""
         if "cost" in state and self.bound.micro_batch_size is None:
-            self.recut(replace(self.bound, max_tokens=state["max_tokens"]), Cost(**state["cost"]))
+            most = min(state["max_tokens"], self.bound.max_tokens or state["max_tokens"])
+            self.recut(replace(self.bound, max_tokens=most), Cost(**state["cost"]))
             self.tuned = True
         self.seed = state["seed"]
         self.plan = self._windows.plan = WindowPlan(

@@ -29,6 +29,7 @@ from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.masked import at_labels, head_at_labels
 from gradacc_hf.tasks.packing import pack
 from gradacc_hf.tryout import try_out
+from gradacc_hf.tune import Tuning, sizes_to_try
 
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -133,10 +134,7 @@ def loss_at_labels(outputs, batch):
 
 
 def evaluation(engine):
-    """Predictions come back once each, in order, and training goes on exactly after an evaluation.
-
-    Sizes of micro-batches are tried meanwhile, by all processes alike.
-    """
+    """Predictions come back once each, in order, and training goes on exactly after an evaluation."""
     accelerator = accelerator_for(engine)
     head = build_head("sequence_classification", "gpt2")
     examples = head.examples(LENGTHS)
@@ -160,15 +158,29 @@ def evaluation(engine):
         epochs=2,
         validate=validate,
         eval_every=1,
-        tune=True,
     )
-    sizes = [[trial["max_tokens"] for trial in summary["tuning"]["trials"]], windows.bound.max_tokens]
     return {
         "each_once": seen,
         "loss": summary["eval"]["loss"],
         "windows": summary["windows"],
-        "same_sizes": all(others == sizes for others in gather_object([sizes])),
     }
+
+
+def sizes(engine):
+    """Sizes of micro-batches are tried by all processes alike, however long a window takes each of them."""
+    accelerator = accelerator_for(engine)
+    head = build_head("sequence_classification", "bert")
+    windows = WindowLoader(
+        head.examples(LENGTHS * 8), 10, accelerator=accelerator, collate_fn=head.collate, max_tokens=160
+    )
+    optimizer = torch.optim.SGD(head.model.parameters(), lr=0.0)
+    model, optimizer = accelerator.prepare(head.model, optimizer)
+    tuning = Tuning(windows, sizes_to_try(windows))
+    for record in train(model, optimizer, windows, accelerator=accelerator, epochs=2):
+        if tuning.said is None:
+            tuning.saw(record.seconds * (1 + accelerator.process_index))
+    found = [*(trial.max_tokens for trial in tuning.trials), windows.bound.max_tokens, tuning.said]
+    return {"same": all(others == found for others in gather_object([found])), "said": tuning.said}
 
 
 def out_of_memory(engine):
@@ -390,6 +402,7 @@ CASES = {
     "out_of_memory": out_of_memory,
     "bf16_weights": bf16_weights,
     "evaluation": evaluation,
+    "sizes": sizes,
     "beside_test_sync": beside_test_sync,
     # last, as TrainingArguments makes an Accelerate state of its own
     "exact_trainer_means": lambda engine: exact_trainer(engine, "token_classification", "bert"),

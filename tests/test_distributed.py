@@ -103,6 +103,8 @@ def test_a_collate_function_that_masks_at_random_leaves_no_loss_nan_and_no_proce
 def test_predictions_come_back_once_each_in_order(ddp):
     _, found = ddp
     assert found["evaluation"]["each_once"] == [True] * 6
+    assert found["sizes"]["same"]
+    assert "the fastest" in found["sizes"]["said"]
 
 
 def test_the_windows_hold_the_same_examples_on_any_number_of_processes(ddp):

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from recipe_runs import write_rows
+from recipe_runs import load_recipe, write_rows
 
 from gradacc_hf import cli, plan_command
 from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput
+from gradacc_hf.plan_command import make_plan
 
 CONFIG = str(kit() / "configs/text_classification_offline.yaml")
 GIB = 2**30
@@ -43,7 +44,7 @@ def test_a_plan_needs_no_weights_and_its_parts_add_up(bare, capsys):
     found = json.loads(plan(capsys, *words, "--tflops", 10, "--price", 2, "--processes", 2))
     assert found["fits"]
     assert found["device"] == "cuda"
-    assert sum(found["parts"].values()) < found["memory"] == 8 * GIB
+    assert sum(found["parts"].values()) < found["memory"] == 7.5 * GIB
     assert found["parts"]["gradients"] == 2 * 4 * found["trained"]  # DDP's buckets are a copy of them
     steps = found["steps"]
     assert (steps["windows"], steps["epochs"]) == (4, 1)
@@ -84,6 +85,21 @@ def test_what_does_not_fit_comes_with_flags_that_make_it_fit(bare, capsys):
     best = found["levers"][0]
     again = json.loads(plan(capsys, *small, *best["flags"].split()))
     assert again["longest_bytes"] == pytest.approx(best["bytes"], rel=0.01)
+
+
+def test_a_size_that_does_not_fit_where_an_example_does_is_said(bare, capsys):
+    words = ["--config", CONFIG, *bare, "--budget.micro_batch_size", 16, "--budget.memory"]
+    found = json.loads(plan(capsys, *words, "8GiB", "--json"))
+    between = (found["longest_bytes"] + sum(found["parts"].values())) / 2 / 2**20
+    text = plan(capsys, *words, f"{between:.4f}MiB")
+    assert "It does not fit: such a micro-batch takes" in text
+    assert "--budget.max_tokens auto cuts finer." in text
+
+
+def test_a_plan_leaves_the_recipe_as_it_was():
+    recipe = load_recipe(["--config", CONFIG])
+    make_plan(recipe, with_levers=False)
+    assert not recipe.without_weights
 
 
 def test_a_bound_of_ones_own_is_kept(bare, capsys):

@@ -100,6 +100,10 @@ def test_the_choice_is_kept_where_a_run_goes_on(tuned):
     _, again = make_loader(max_tokens=160)
     again.load_state_dict(state)
     assert (again.bound, again.cost) == (tuned[0].bound, tuned[0].cost)
+    assert Tuning.of(again, 100) is None  # it is known
+    _, smaller = make_loader(max_tokens=50)
+    smaller.load_state_dict(state)
+    assert smaller.bound.max_tokens <= 50
     assert [piece.tolist() for piece in again.split(3, 0).processes[0]] == [
         piece.tolist() for piece in tuned[0].split(3, 0).processes[0]
     ]
@@ -121,20 +125,39 @@ def cut_of(windows):
     return lambda piece: windows.shape(piece)
 
 
-def test_where_there_is_one_way_to_cut_there_is_nothing_to_try():
-    _, windows = make_loader(max_tokens=2)  # no two examples fit, whatever the size
-    tuning = Tuning(windows)
-    assert "alike" in tuning.said
-    assert windows.bound == Bound(max_tokens=2)
+@pytest.mark.parametrize(("max_tokens", "num_windows"), [(2, 100), (160, 8)])
+def test_where_sizes_cut_alike_or_windows_are_few_nothing_is_tried(max_tokens, num_windows):
+    _, windows = make_loader(max_tokens=max_tokens)
+    assert Tuning.of(windows, num_windows) is None
+    assert windows.bound == Bound(max_tokens=max_tokens)
 
 
-def test_where_memory_runs_out_the_search_ends_with_the_finer_split():
+def test_a_bound_in_examples_is_refused():
+    with pytest.raises(ValueError, match="give the loader max_tokens"):
+        run(tune=True, micro_batch_size=4)
+
+
+def test_where_memory_runs_out_only_smaller_sizes_are_tried():
     _, windows = make_loader(max_tokens=160)
-    tuning = Tuning(windows)
-    windows.recut(windows.bound.halved(4, 4, [40]))
+    tuning = Tuning(windows, sizes_to_try(windows))
+    for _ in range(2):
+        next(iter(windows))
+        tuning.saw(1.0)
+    windows.recut(windows.bound.halved(8, 8, [40]))  # as a shortage does
+    largest = windows.bound.max_tokens
+    next(iter(windows))
     tuning.saw(1.0)
-    assert "no larger sizes are tried" in tuning.said
-    assert windows.bound == Bound(max_tokens=80)
+    assert tuning.trials == []
+    assert windows.bound.max_tokens <= largest
+
+
+def test_where_even_the_smallest_size_is_too_large_the_search_ends():
+    _, windows = make_loader(max_tokens=160)
+    tuning = Tuning(windows, sizes_to_try(windows))
+    windows.recut(windows.bound.halved(2, 2, [40]))
+    tuning.saw(1.0)
+    assert "memory ran out" in tuning.said
+    assert windows.bound == Bound(max_tokens=40)
 
 
 def test_a_size_may_be_tried_with_workers():

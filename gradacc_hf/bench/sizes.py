@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import median
 from typing import Any
@@ -50,7 +50,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One config. `sizes`: all that the run chose from, the largest first."""
+    """One config. `sizes`: those that the run chose from, and two above, the largest first."""
 
     recipe: str
     found: int
@@ -122,22 +122,24 @@ def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
         records = train(model, optimizer, loader, accelerator=accelerator, compute_loss=recipe.loss)
         return [record.seconds for record in islice(records, number)]
 
-    default, sizes = (windows.bound, windows.cost), sizes_to_try(windows)
-    tuning = Tuning(windows)
+    bound, cost, sizes = windows.bound, windows.cost, sizes_to_try(windows)
+    beyond = [4 * sizes[0], 2 * sizes[0]] if bound.max_bytes is None else []  # which the run may not take
+    tuning = Tuning(windows, sizes)
     for record in train(model, optimizer, windows, accelerator=accelerator, compute_loss=recipe.loss):
-        tuning.saw(record.seconds)
+        tuning.saw(record.seconds - windows.seconds_to_collate)
         if tuning.said is not None:
             break
     if tuning.said is None or num_windows > len(windows) - windows.window:
         raise BadInput(f"--windows: found {num_windows}; allowed: {len(windows) - windows.window} at most")
-    ways: dict[str, tuple[Bound, Cost]] = {str(size): (Bound(max_tokens=size), default[1]) for size in sizes}
+    ways: dict[str, tuple[Bound, Cost]] = {
+        str(size): (replace(bound, max_tokens=size), cost) for size in (*beyond, *sizes)
+    }
     ways[FOUND] = windows.bound, windows.cost
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for turn in range(num_windows):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            bound, cost = ways[name]
-            seconds[name] += seconds_of(windows.with_bound(bound, cost=cost), 1)
+            seconds[name] += seconds_of(windows.with_bound(ways[name][0], cost=ways[name][1]), 1)
         windows.window += 1
     found = tuning.to_json()
     return {

@@ -216,12 +216,15 @@ def _learned(batch: Mapping[str, Any]) -> float:
 
 
 def equal_layers(model: torch.nn.Module) -> dict[str, int]:
-    """The lists of layers that differ, after the first, in nothing but their numbers: name → how many."""
+    """The lists of layers with the same class and parameters (names, shapes, dtypes): name → how many.
+
+    The first may differ from the others. Layers that alternate in what they attend to count as the same.
+    """
     lists = {name: m for name, m in model.named_modules() if type(m) is torch.nn.ModuleList}
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
 
     def shape(layer: torch.nn.Module) -> list[Any]:
-        return [(name, *_kind(p), p.requires_grad) for name, p in layer.named_parameters()]
+        return [type(layer), *((name, *_kind(p), p.requires_grad) for name, p in layer.named_parameters())]
 
     return {
         name: len(layers)

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 
 from gradacc_hf.checkpoint import write_whole
-from gradacc_hf.config import detect_budget, parse_bytes, tokens_per_micro_batch
+from gradacc_hf.config import BudgetConfig, detect_budget, parse_bytes, tokens_per_micro_batch
 from gradacc_hf.memory.estimate import PARTS, NotTraceable, Point, Settings, StepEstimate, estimate, terms_of
-from gradacc_hf.out_of_memory import keep_no_freed_memory
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.runlog import versions
 from gradacc_hf.split import Bound, rounded_up
@@ -63,12 +62,16 @@ def recipe_memory(
     config = recipe.config
     settings = Settings(config.optim, config.budget.precision, on_gpu, config.model.load_in_4bit)
     file = _cache() / f"memory-{_key(weightless, points, settings)}.json"
+    can_be_kept = not config.model.trust_remote_code  # that code may change, and nobody here looks at it
     with suppress(OSError, ValueError, KeyError, TypeError):  # none there, or none that can be read
-        return StepEstimate.from_json(json.loads(file.read_text(encoding="utf-8")))
+        if can_be_kept:
+            return StepEstimate.from_json(json.loads(file.read_text(encoding="utf-8")))
     if not only_longest:
         print(f"tracing a step of {config.model.name} for its memory (once: {file.parent})", file=stderr)
     with random_numbers_as_they_were():
         found = estimate(lambda: make_model(weightless), points, exponents, weightless.loss, settings)
+    if not can_be_kept:
+        return found
     with suppress(OSError):  # a cache that cannot be written is done without
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(found.to_json()))
@@ -87,24 +90,29 @@ def choose_bound(
     Arguments as of `recipe_memory`. On a CPU without `budget.memory`, and for a model that cannot be traced,
     `auto` is a number of tokens (`config.tokens_per_micro_batch`).
     """
-    budget, device = recipe.config.budget, accelerator.device.type
-    tokens = tokens_per_micro_batch(budget, device)
-    memory = budget.memory or detect_budget().memory
+    budget, on_gpu = recipe.config.budget, accelerator.device.type == "cuda"
+    tokens = tokens_per_micro_batch(budget, accelerator.device.type)
+    memory = usable_memory(budget, on_gpu)
     if budget.micro_batch_size is not None or budget.max_tokens != "auto" or memory is None:
         return Bound(max_tokens=tokens, micro_batch_size=budget.micro_batch_size)
-    try:
-        with accelerator.main_process_first():  # the others find what it has cached
-            found = recipe_memory(recipe, dataset, lengths, make_model, device == "cuda")
-    except NotTraceable as error:
-        print(
-            f"budget.max_tokens: {tokens:,}, a rule of thumb: no step could be traced: {error}", file=stderr
-        )
-        return Bound(max_tokens=tokens)
-    if device == "cpu":
-        keep_no_freed_memory()
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    of_one = found.memory.over_processes(accelerator.num_processes, sharded, found.largest_layer)
-    return Bound(max_bytes=parse_bytes(memory), memory=of_one)
+    bound = Bound(max_tokens=tokens)
+    if accelerator.is_main_process:
+        try:
+            found = recipe_memory(recipe, dataset, lengths, make_model, on_gpu)
+            sharded = accelerator.distributed_type == DistributedType.FSDP
+            of_one = found.memory.over_processes(accelerator.num_processes, sharded, found.largest_layer)
+            bound = Bound(max_bytes=memory, memory=of_one)
+        except NotTraceable as error:
+            thumb = f"budget.max_tokens: {tokens:,}, a rule of thumb"
+            print(f"{thumb}: no step could be traced: {error}", file=stderr)
+    return broadcast_object_list([bound])[0]  # else processes might cut a window differently
+
+
+def usable_memory(budget: BudgetConfig, on_gpu: bool) -> int | None:
+    """Bytes that a budget grants, at most what the smallest GPU here has; None where nothing says it."""
+    granted = parse_bytes(budget.memory) if budget.memory is not None else None
+    found = detect_budget().memory if on_gpu else None
+    return min(filter(None, (granted, parse_bytes(found) if found else None)), default=None)
 
 
 def _points(recipe: Recipe, dataset: Any, lengths: np.ndarray) -> tuple[list[Point], np.ndarray]:
@@ -164,13 +172,14 @@ def _collate(recipe: Recipe, dataset: Any, index: int, rows: int, pad_to: int | 
     example = dataset[index]
     if recipe.transform is not None:
         example = recipe.transform(example, np.random.default_rng(0))
-    return recipe.collate([example] * rows, *(() if pad_to is None else (pad_to,)))
+    examples = [dict(example) if isinstance(example, Mapping) else example for _ in range(rows)]
+    return recipe.collate(examples, *(() if pad_to is None else (pad_to,)))
 
 
 def _key(recipe: Recipe, points: list[Point], settings: Settings) -> str:
     """Of everything that decides an estimate: model, settings, batches, the recipe's own code, versions."""
     config = recipe.config
-    file = Path(config.recipe) if config.recipe else None
+    beside = sorted(Path(config.recipe).parent.glob("*.py")) if config.recipe else []
     shapes = [
         {
             name: (tuple(v.shape), str(v.dtype)) if isinstance(v, torch.Tensor) else str(v)
@@ -185,7 +194,7 @@ def _key(recipe: Recipe, points: list[Point], settings: Settings) -> str:
         "optimizer": asdict(settings.optim),
         "budget": {k: v for k, v in asdict(config.budget).items() if k not in OF_NO_STEP},
         "on_gpu": settings.on_gpu,
-        "recipe": hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None,
+        "recipe": [hashlib.sha256(file.read_bytes()).hexdigest() for file in beside],
         "class": f"{type(recipe).__module__}.{type(recipe).__qualname__}",
         "points": [(point.rows, point.lengths) for point in points],
         "batches": shapes,
