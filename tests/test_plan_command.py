@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from recipe_runs import load_recipe, write_rows
+from recipe_runs import write_rows
 
 from gradacc_hf import cli, plan_command
 from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput
 from gradacc_hf.plan_command import make_plan
+from gradacc_hf.run import load_recipe
 
 CONFIG = str(kit() / "configs/text_classification_offline.yaml")
 GIB = 2**30
@@ -96,8 +97,8 @@ def test_a_size_that_does_not_fit_where_an_example_does_is_said(bare, capsys):
     assert "--budget.max_tokens auto cuts finer." in text
 
 
-def test_a_plan_leaves_the_recipe_as_it_was():
-    recipe = load_recipe(["--config", CONFIG])
+def test_a_plan_leaves_the_recipe_as_it_was(bare):
+    recipe = load_recipe(["--config", CONFIG, *bare])
     make_plan(recipe, with_levers=False)
     assert not recipe.without_weights
 
