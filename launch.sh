@@ -5,6 +5,7 @@
 #   ./launch.sh RECIPE --config FILE [--budget NAME] [--processes N] [--section.key value …]
 #   ./launch.sh lessons [NAME] [--plot FILE.svg] the lessons: small programs that show what accumulation does
 #   ./launch.sh compare [arguments]              the same training by Trainer and by ours, side by side (`gradacc compare --help`)
+#   ./launch.sh plan [arguments]                 what a run will take, without a GPU; so do verify, predict, report, bench, ls, cp
 #   ./launch.sh test [pytest arguments]          the tests
 #   ./launch.sh help                             this text; `./launch.sh RECIPE --help` lists a recipe's settings
 #
@@ -64,7 +65,7 @@ case ${1:-} in
     cd "$here"
     exec python -m pytest "$@"
     ;;
-  lessons) exec gradacc "$@" ;;
+  lessons | plan | verify | predict | report | bench | ls | cp) exec gradacc "$@" ;;
   compare)
     shift
     cd "$here"
@@ -81,7 +82,7 @@ fi
 recipe=$1
 shift
 [[ $recipe == -* ]] && die "the first argument is the recipe; found $recipe (./launch.sh help shows how)"
-[[ -f $recipe ]] || die "no recipe $recipe here; there are: $(echo "$here"/recipes/*.py)"
+[[ -f $recipe ]] || die "no recipe $recipe here; there are: $(cd "$here" && echo recipes/*.py)"
 
 processes=
 arguments=()

@@ -62,7 +62,7 @@ def _has_compiler(kind: str) -> bool:
 def describe_device() -> str:
     """What `--budget auto` has found, in a few words."""
     if not torch.cuda.is_available():
-        return f"no GPU: the CPU, {torch.get_num_threads()} threads"
+        return f"no GPU: the CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = " and ".join(sorted({device.name for device in found}))
     memory = min(device.total_memory for device in found) / 2**30
