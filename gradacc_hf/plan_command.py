@@ -237,13 +237,14 @@ def show(plan: Plan, console: Console) -> None:
     rows, lengths = plan.steps.largest
     console.print(
         f"{plan.model}: {plan.parameters:,} parameters, {plan.trained:,} trained, {plan.precision}, on "
-        f"{plan.processes} × {plan.device} with {plan.memory / GIB:.1f} GiB"
+        f"{plan.processes} × {plan.device} with {plan.memory / GIB:.1f} GiB",
+        soft_wrap=True,
     )
     table = Table("memory of a process", box=SIMPLE, title_justify="left")
     table.add_column("GiB", justify="right")
     table.add_column(f"of {plan.memory / GIB:.1f} GiB", width=40)
     scale, begin = max(plan.memory, plan.parts.total), 0
-    names = {"optimizer": "optimizer states", "loss": "logits and loss"}
+    names = {"optimizer": "optimizer states", "activations": "activations or step", "loss": "logits and loss"}
     for name, size in asdict(plan.parts).items():
         bar = Bar(scale, begin, begin + size, width=40)
         table.add_row(names.get(name, name), f"{size / GIB:.2f}", bar)

@@ -172,6 +172,9 @@ def _train(limit: int) -> None:
     if accelerator.is_main_process:
         print(json.dumps(found), flush=True)
     accelerator.end_training()
+    # What DDP leaves behind joins gloo's thread and holds the GIL meanwhile, which that thread needs for its
+    # last tensors: torch then waits for itself. So it has some time to let go of them.
+    time.sleep(0.5)
 
 
 if __name__ == "__main__":
