@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -117,7 +118,7 @@ def rate_of(run: Path) -> float:
     if not file.is_file():
         refuse(str(run), "found no summary.json in it, so this run has not ended", "give one that has")
     summary = json.loads(file.read_text(encoding="utf-8"))
-    tuned = summary.get("tuning") or {"max_tokens": None}
+    tuned: dict[str, Any] = summary.get("tuning") or {"max_tokens": None}
     if tuned["max_tokens"] is not None:  # as most of its windows were cut
         recipe.config.budget.max_tokens = tuned["max_tokens"]
     planned = make_plan(recipe, summary["processes"], with_levers=False).steps.flops_per_window
