@@ -22,7 +22,8 @@ WINDOWS_NEEDED = 24  # of a run that tries sizes: most of it should have the fas
 AHEAD = 8  # windows that sizes are judged on, as they will be cut
 HOPELESS = 1.3  # times the fastest: smaller sizes are not tried
 CLOSE = 1.15  # times the fastest: those sizes are tried again
-TURNS = 2  # so many times
+TURNS = 2, 8  # so many times: at least, at most
+WORTH = 1.03  # times as fast: what another cost model must promise to be taken
 NEVER = 1e9  # tokens from which the quadratic cost would count, where none was seen
 
 
@@ -66,7 +67,7 @@ def sizes_to_try(windows: WindowLoader) -> list[int]:
     return list(sizes.values())
 
 
-def search(sizes: Sequence[int]) -> Generator[int, float, None]:
+def search(sizes: Sequence[int], turns: int = TURNS[0]) -> Generator[int, float, None]:
     """Sizes to train a window with, one after the other; each is answered with what a token of it took.
 
     The first answer counts for nothing: it is what a run sets up once. From the largest size down as long as
@@ -78,7 +79,7 @@ def search(sizes: Sequence[int]) -> Generator[int, float, None]:
         seconds[size] = [(yield size)]
         if seconds[size][0] > HOPELESS * _fastest(seconds):
             break
-    for _ in range(TURNS):
+    for _ in range(turns):
         limit = CLOSE * _fastest(seconds)
         for size in [size for size in seconds if median(seconds[size]) <= limit]:
             seconds[size].append((yield size))
@@ -116,11 +117,14 @@ class Tuning:
             raise ValueError(
                 "tune: sizes are tried in tokens; give the loader max_tokens, not micro_batch_size"
             )
-        sizes = sizes_to_try(windows)[: max(0, (num_windows // 2 - 1) // (1 + TURNS))]
-        return cls(windows, sizes) if len(sizes) > 1 and not windows.tuned else None
+        least, most = TURNS
+        sizes = sizes_to_try(windows)[: max(0, (num_windows // 2 - 1) // (1 + least))]
+        if len(sizes) < 2 or windows.tuned:
+            return None
+        return cls(windows, sizes, min(most, max(least, num_windows // 4 // len(sizes) - 1)))
 
-    def __init__(self, windows: WindowLoader, sizes: Sequence[int]):
-        self.windows = windows
+    def __init__(self, windows: WindowLoader, sizes: Sequence[int], turns: int = TURNS[0]):
+        self.windows, self._turns = windows, turns
         self.said: str | None = None  # what came of it, in a line
         self._begin(sizes)
 
@@ -147,7 +151,7 @@ class Tuning:
     def _begin(self, sizes: Sequence[int]) -> None:
         self.bound, self._tried = self.windows.bound, self.windows.bound
         self.trials: list[Trial] = []
-        self._sizes, self._search = sizes, search(sizes)
+        self._sizes, self._search = sizes, search(sizes, self._turns)
         self._try(next(self._search))
 
     def to_json(self) -> dict[str, Any]:
@@ -167,13 +171,18 @@ class Tuning:
         """By what each size is predicted to take for the windows ahead, and by how much it was off so far."""
         trials = self.trials[1:]
         cost = fit_cost(trials)
+
+        def ahead(size: int, cut_by: Cost | None = None) -> float:
+            cut = self.windows.with_bound(_of_size(self.bound, size), cost=cut_by)
+            return sum(_total(cost, _work(cut, split)) for split in _ahead(cut))
+
         predicted = {}
         for size in sorted({trial.max_tokens for trial in trials}):
             off = median(t.seconds / _total(cost, t.work) for t in trials if t.max_tokens == size)
-            cut = self.windows.with_bound(_of_size(self.bound, size), cost=cost)
-            predicted[size] = off * sum(_total(cost, _work(cut, split)) for split in _ahead(cut))
+            predicted[size] = off * ahead(size)
         best = min(predicted, key=lambda size: predicted[size])
-        self.windows.recut(_of_size(self.bound, best), cost)
+        is_worth_it = ahead(best) > WORTH * ahead(best, cost)
+        self.windows.recut(_of_size(self.bound, best), cost if is_worth_it else None)
         self.windows.tuned = True
         others = ", ".join(
             f"{size:,}: {seconds / predicted[best]:.2f} ×"

@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings.add_argument("--repeats", type=_positive, default=6, help="turns (%(default)s)")
     swept = benchmarks.add_parser("sizes", help="the size that a run finds, beside all fixed ones")
     swept.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these recipes")
-    swept.add_argument("--windows", type=_positive, default=10, help="timed with each size (%(default)s)")
+    swept.add_argument("--windows", type=_positive, default=16, help="timed with each size (%(default)s)")
     limited = benchmarks.add_parser("out_of_memory", help="the same training under real memory limits")
     limited.add_argument("--processes", type=_positive, default=1, help="(%(default)s)")
     limited.add_argument("--limits", type=_positive, default=20, help="drawn at random (%(default)s)")

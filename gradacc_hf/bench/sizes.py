@@ -7,9 +7,8 @@ next windows is trained with every size, in turns, and as found. What counts is 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -24,8 +23,8 @@ from gradacc_hf.bench.every_recipe import offline_configs
 from gradacc_hf.errors import BadInput, listed
 from gradacc_hf.loop import train
 from gradacc_hf.optim import make_optimizer
-from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows
-from gradacc_hf.runlog import measured_with
+from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows, total_windows
+from gradacc_hf.runlog import WindowRecord, measured_with
 from gradacc_hf.split import Bound, Cost
 from gradacc_hf.tune import Tuning, sizes_to_try
 from gradacc_hf.windows import WindowLoader
@@ -74,7 +73,7 @@ class Sweeps:
 
 
 def sweeps(
-    only: Sequence[str] = (), windows: int = 10, progress: Callable[[Sequence[str]], Iterable[str]] = iter
+    only: Sequence[str] = (), windows: int = 16, progress: Callable[[Sequence[str]], Iterable[str]] = iter
 ) -> Sweeps:
     """Sweep the offline configs of these recipes. Raises BadInput."""
     known = offline_configs()
@@ -118,19 +117,23 @@ def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
     optimizer = make_optimizer(model, recipe.config.optim, accelerator.mixed_precision)
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    def seconds_of(loader: WindowLoader, number: int) -> list[float]:
-        records = train(model, optimizer, loader, accelerator=accelerator, compute_loss=recipe.loss)
-        return [record.seconds for record in islice(records, number)]
+    def trained(loader: WindowLoader, epochs: int) -> Iterator[WindowRecord]:
+        settings: Any = {"accelerator": accelerator, "compute_loss": recipe.loss, "epochs": epochs}
+        return train(model, optimizer, loader, **settings)
 
     bound, cost, sizes = windows.bound, windows.cost, sizes_to_try(windows)
     beyond = [4 * sizes[0], 2 * sizes[0]] if bound.max_bytes is None else []  # which the run may not take
-    tuning = Tuning(windows, sizes)
-    for record in train(model, optimizer, windows, accelerator=accelerator, compute_loss=recipe.loss):
+    epochs, in_all = recipe.config.train.epochs, total_windows(recipe.config, windows)
+    tuning = Tuning.of(windows, in_all)
+    if tuning is None:
+        raise BadInput("nothing to try: too few windows, or all sizes cut them alike")
+    taken = 0
+    for taken, record in enumerate(trained(windows, epochs), start=1):
         tuning.saw(record.seconds - windows.seconds_to_collate)
         if tuning.said is not None:
             break
-    if tuning.said is None or num_windows > len(windows) - windows.window:
-        raise BadInput(f"--windows: found {num_windows}; allowed: {len(windows) - windows.window} at most")
+    if num_windows > in_all - taken:
+        raise BadInput(f"--windows: found {num_windows}; allowed: {in_all - taken} at most")
     ways: dict[str, tuple[Bound, Cost]] = {
         str(size): (replace(bound, max_tokens=size), cost) for size in (*beyond, *sizes)
     }
@@ -138,8 +141,10 @@ def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for turn in range(num_windows):
+        windows.load_state_dict(windows.state_dict())  # at an epoch's end, to the next one
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name] += seconds_of(windows.with_bound(ways[name][0], cost=ways[name][1]), 1)
+            loader = windows.with_bound(ways[name][0], cost=ways[name][1])
+            seconds[name].append(next(trained(loader, loader.epoch + 1)).seconds)
         windows.window += 1
     found = tuning.to_json()
     return {
