@@ -103,7 +103,7 @@ class WindowLoader:
         self.seed, self.epoch, self.window = seed, 0, 0
         self.empty_micro_batches = self.empty_windows = self.replays = 0
         self.seconds_to_collate = 0.0  # that the latest window was waited for
-        self._completed = [0.0] * accelerator.num_processes
+        self._completed, self._stepped = [0.0] * accelerator.num_processes, False
         self.plan = WindowPlan(len(dataset), effective_batch_size, seed, shuffle, drop_last)
         if bound is not None and (max_tokens, micro_batch_size) != (None, None):
             raise ValueError("give bound=, or max_tokens or micro_batch_size: one of the three")
@@ -158,7 +158,7 @@ class WindowLoader:
                 _name_prepared_schedulers(self.accelerator)
                 self.seconds_to_collate = time.perf_counter() - asked
                 yield window
-                asked = time.perf_counter()
+                self._stepped, asked = True, time.perf_counter()
 
     def micro_batches(self) -> Iterator[tuple[MicroBatch, dict[str, Any]]]:
         """This process's micro-batches of one pass over the data, each with its batch on the device.
@@ -308,7 +308,8 @@ class WindowLoader:
                 shape=lambda indices: self._windows.shape(indices, split.pad_to),
                 bound=self._windows.bound,
                 costs=self._windows.dearest(split),
-                completed=self._completed,
+                # The first window says nothing: with its step come the optimizer's states.
+                completed=self._completed if self._stepped else list(self._completed),
             ),
         )
 

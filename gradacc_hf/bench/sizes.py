@@ -128,8 +128,9 @@ def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
     if tuning is None:
         raise BadInput("nothing to try: too few windows, or all sizes cut them alike")
     taken = 0
-    for taken, record in enumerate(trained(windows, epochs), start=1):
+    for record in trained(windows, epochs):
         tuning.saw(record.seconds - windows.seconds_to_collate)
+        taken += 1
         if tuning.said is not None:
             break
     if num_windows > in_all - taken:
