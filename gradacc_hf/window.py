@@ -49,6 +49,7 @@ class Recutting:
     bound: Bound  # that it was cut under
     costs: list[float]  # the dearest micro-batch of each process, as predicted
     completed: list[float]  # the dearest one of each process that has had its memory; of the loader
+    is_short: bool  # has memory run out before in this run? Then what has fitted may not fit again
 
 
 @dataclass(eq=False, repr=False)
@@ -130,6 +131,7 @@ class Window:
         if accelerator.num_processes == 1 or forwards_are_collective(accelerator):
             return
         known = all(cost <= done for cost, done in zip(recutting.costs, recutting.completed, strict=True))
+        known = known and not recutting.is_short
         if not known and not self._synchronises_alone:
             self._synchronises_alone = True
             self._micro_batches.append(recutting.idle())
@@ -162,7 +164,6 @@ class Window:
     def cut_finer(self, shortage: Shortage) -> Bound:
         """Start anew, with micro-batches of half the size that was too large; the bound from here on."""
         bound = self._recutting.bound.halved(shortage.examples, shortage.rows, shortage.lengths)
-        self._recutting.completed[:] = [0.0] * len(self._recutting.completed)  # memory is shorter than it was
         again = self._recutting.cut(self, bound)
         vars(self).update(vars(again))
         return bound

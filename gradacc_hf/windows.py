@@ -310,6 +310,7 @@ class WindowLoader:
                 costs=self._windows.dearest(split),
                 # The first window says nothing: with its step come the optimizer's states.
                 completed=self._completed if self._stepped else list(self._completed),
+                is_short=self.replays > 0,
             ),
         )
 

@@ -74,6 +74,7 @@ def budgets(only: Sequence[str] = (), progress: Callable[[list[str]], Iterable[s
 def _row(name: str, config: str, settings: Sequence[str]) -> Row:
     cells = []
     recipe = load_recipe(["--config", config, *settings])
+    recipe.without_weights = True
     data, model = recipe.datasets(), recipe.config.model.name
     for budget in budget_names():
         recipe.config = load_recipe(["--config", config, "--budget", budget, *settings]).config
