@@ -142,7 +142,7 @@ def test_an_automatic_budget_says_what_it_has_found_and_a_run_what_is_not_honour
     asked = ["--budget.precision", "fp16", "--budget.attention", "flash_attention_2", "--check"]
     outcome = start(TextClassification, "--data.train", rows, "--budget", "auto", *asked)
     assert outcome.code == 0
-    assert "auto: no GPU: the CPU, 1 threads" in outcome.out
+    assert "auto: no GPU: the CPU, 1 thread\n" in outcome.out
     assert "fp32" in outcome.out
     assert [line.partition(" ")[0] for line in outcome.err.splitlines()] == [
         "budget.precision:",
