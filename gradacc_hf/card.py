@@ -21,12 +21,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.data import BUILDERS
 from gradacc_hf.embedded import DATASETS, origin
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.redact import redact
 from gradacc_hf.runlog import versions
+from gradacc_hf.saving import write_whole
 from gradacc_hf.snippet import snippet
 from gradacc_hf.windows import WindowLoader
 

@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.contend import CONTENDERS, DOES_NOT_FIT, micro_batch_size
 from gradacc_hf.errors import BadInput, Parser, listed
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.output import next_folder
 from gradacc_hf.run import load_recipe, make_windows
+from gradacc_hf.saving import write_whole
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from accelerate.utils import send_to_device
 from datasets import disable_progress_bars
 from torch.utils.data import DataLoader
 
-from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.compiled import uncompiled
 from gradacc_hf.contenders import own_loss, run_accelerate, run_at_once, run_trainer, run_windows
 from gradacc_hf.errors import BadInput, one_line
@@ -38,6 +37,7 @@ from gradacc_hf.output import settings
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.runlog import finite, peak_memory_bytes, versions
+from gradacc_hf.saving import write_whole
 from gradacc_hf.split import padded_size, rounded_up
 from gradacc_hf.verify import remove_dropout
 from gradacc_hf.windows import WindowLoader

@@ -15,9 +15,9 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
 
-from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.config import kit
 from gradacc_hf.errors import listed, refuse
+from gradacc_hf.saving import write_whole
 
 # The colours of Okabe and Ito, which the colour-blind tell apart; dashes, so that a line shows under another.
 # On white, also where the page is dark.

@@ -20,10 +20,10 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch.distributed.tensor import DTensor
 
 from gradacc_hf.bf16_weights import accumulate_in_float32
-from gradacc_hf.checkpoint import WriteModel, save_model, write_pretrained
 from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.out_of_memory import replayed
 from gradacc_hf.runlog import RunLog, WindowRecord
+from gradacc_hf.saving import WriteModel, save_model, write_pretrained
 from gradacc_hf.tryout import try_out
 from gradacc_hf.tune import Tuning
 from gradacc_hf.window import Window

@@ -10,9 +10,9 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
-from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.config import FLAGS_ONLY, Config
 from gradacc_hf.errors import BadInput
+from gradacc_hf.saving import write_whole
 
 RUN_FILES = ("config.yaml", "history.jsonl", "summary.json", "best", "last", "logs", "report.html")
 RUN_FILES += ("verify.json",)  # later, by `gradacc verify --run`

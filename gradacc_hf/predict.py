@@ -19,11 +19,11 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from rich.progress import track
 
-from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.errors import BadInput, Parser, listed, one_line, refuse
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import open_run
 from gradacc_hf.runlog import finite
+from gradacc_hf.saving import write_whole
 
 INPUTS_AT_ONCE = 32
 FILES = (".jsonl", ".csv", ".txt")

@@ -16,7 +16,6 @@ import transformers
 from accelerate import Accelerator
 from datasets import Dataset
 
-from gradacc_hf.checkpoint import MODEL_CONFIG
 from gradacc_hf.config import Config, DataConfig
 from gradacc_hf.data import load_data
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
@@ -27,6 +26,7 @@ from gradacc_hf.loop import evaluate, logits_and_labels
 from gradacc_hf.lora import check_four_bit, four_bit, pretrained
 from gradacc_hf.micro_batches import Lengths, PadTo, Transform
 from gradacc_hf.rows import Problem, check_rows
+from gradacc_hf.saving import MODEL_CONFIG
 from gradacc_hf.windows import WindowLoader
 
 

@@ -23,7 +23,6 @@ from accelerate.utils import LoggerType, set_seed
 from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.card import RunCard, facts, refresh_cards
-from gradacc_hf.checkpoint import write_pretrained
 from gradacc_hf.command_line import read_command_line, recipe_file
 from gradacc_hf.compiled import compile_layers, uncompiled
 from gradacc_hf.config import Config, tokens_per_micro_batch
@@ -46,6 +45,7 @@ from gradacc_hf.overview import print_plan
 from gradacc_hf.push import check_push, push
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.runlog import describe
+from gradacc_hf.saving import write_pretrained
 from gradacc_hf.split import Bound
 from gradacc_hf.tune import tunes
 from gradacc_hf.windows import WindowLoader

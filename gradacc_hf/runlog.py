@@ -26,7 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from gradacc_hf.checkpoint import write_whole
+from gradacc_hf.saving import write_whole
 
 VERSIONS_OF = ("torch", "transformers", "accelerate", "datasets", "evaluate", "gradacc-hf")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.pipelines import SUPPORTED_TASKS
 
-from gradacc_hf.checkpoint import MODEL_CONFIG
+from gradacc_hf.saving import MODEL_CONFIG
 
 GENERATE = """tokens = tokenizer({example}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0], skip_special_tokens=True))"""

@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradacc_hf import Best, WindowLoader, evaluate, fine_tune, train
-from gradacc_hf.checkpoint import save_model, whole_folder, write_whole
 from gradacc_hf.heads import build_head
 from gradacc_hf.runlog import WindowRecord
+from gradacc_hf.saving import save_model, whole_folder, write_whole
 
 ROW = ["window", "epoch", "loss", "grad_norm", "lr", "examples", "items", "tokens", "padded_tokens"]
 ROW += ["accumulation_steps", "seconds", "skipped"]
@@ -475,7 +475,7 @@ def test_evaluation_is_the_mean_over_all_items_with_each_prediction_once_and_dro
 WRITER = """
 import sys, time
 from pathlib import Path
-from gradacc_hf.checkpoint import whole_folder
+from gradacc_hf.saving import whole_folder
 with whole_folder(Path(sys.argv[1])) as unfinished:
     with (unfinished / "model.safetensors").open("wb") as file:
         file.write(b"half")

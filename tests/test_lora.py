@@ -15,7 +15,6 @@ from test_recipe import ROOT, TextClassification, arguments, make_rows, summary,
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from gradacc_hf import WindowLoader, verify, verify_command
-from gradacc_hf.checkpoint import save_model
 from gradacc_hf.command_line import read_command_line
 from gradacc_hf.config import LoraConfig, OptimConfig
 from gradacc_hf.errors import BadInput
@@ -24,6 +23,7 @@ from gradacc_hf.heads import build_head
 from gradacc_hf.lora import add_lora, four_bit, write_merged
 from gradacc_hf.optim import make_optimizer
 from gradacc_hf.run import choose_trained
+from gradacc_hf.saving import save_model
 from gradacc_hf.verify import remove_dropout
 
 # Fixtures.

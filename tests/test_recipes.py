@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from gradacc_hf.checkpoint import save_model
 from gradacc_hf.errors import BadInput
 from gradacc_hf.lora import write_merged
 from gradacc_hf.run import load_recipe, make_model, make_windows
+from gradacc_hf.saving import save_model
 from gradacc_hf.verify import verify
 
 ROOT = Path(__file__).parent.parent

@@ -21,11 +21,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 
-from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.config import BudgetConfig, detect_budget, parse_bytes, tokens_per_micro_batch
 from gradacc_hf.memory.estimate import PARTS, NotTraceable, Point, Settings, StepEstimate, estimate, terms_of
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.runlog import versions
+from gradacc_hf.saving import write_whole
 from gradacc_hf.split import Bound, rounded_up
 from gradacc_hf.tasks.lean_loss import CHUNK
 from gradacc_hf.tryout import random_numbers_as_they_were

@@ -13,7 +13,6 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.errors import refuse
 from gradacc_hf.redact import redact
 from gradacc_hf.report import plots, words
@@ -28,6 +27,7 @@ from gradacc_hf.report.pictures import (
 )
 from gradacc_hf.report.runs import Contender, Run, contenders, read_runs
 from gradacc_hf.report.tables import baseline_row, configurations, distinct, figures_table, plan_table
+from gradacc_hf.saving import write_whole
 
 __all__ = ["read_runs", "write_report"]
 
