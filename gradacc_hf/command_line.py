@@ -42,6 +42,11 @@ def read_command_line(
     flags = _read_flags(argv)
     config = Config(model=model(), data=data())
     settings = _Settings(config)
+    if "resume" in flags:
+        resume = flags.pop("resume")
+        config.resume = "auto" if resume is True else _typed(resume, str, "--resume")
+        if config.resume != "auto":  # a run has its settings in its folder
+            flags.setdefault("config", str(Path(config.resume) / "config.yaml"))
     settings.update(defaults or {}, _Source(suffix=" in the recipe's defaults"))
     if "config" in flags:
         config.config = file = _typed(flags.pop("config"), str, "--config")
@@ -139,7 +144,7 @@ class _Settings:
         else:
             section, names, close = "", self.inside(""), []
         if not section and source.prefix:
-            names += ["check", "config", "help"]
+            names += ["check", "config", "help", "resume"]
             close = close or difflib.get_close_matches(key, names, 1)
         if not source.section:  # the right name in the wrong section, or in none
             namesakes = [other for other in self.fields if other.endswith(f".{name}")]

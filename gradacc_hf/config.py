@@ -184,6 +184,20 @@ class TrainConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """What a run that is killed or stopped goes on from (--resume)."""
+
+    every: int = 100
+    """Windows between checkpoints; 0 saves one only when the run is asked to stop (SIGTERM, Ctrl-C)."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest; that of the best evaluation stays too."""
+
+    def rules(self) -> Rules:
+        yield "every", self.every >= 0, "0 windows (only when asked to stop) or more"
+        yield "keep", self.keep >= 1, "1 checkpoint or more"
+
+
+@dataclass
 class OutputConfig:
     """What a run leaves behind."""
 
@@ -242,7 +256,7 @@ class BudgetConfig:
 
 @dataclass
 class Config:
-    """Everything that a run is told. Files hold `recipe` and the sections; the first three are flags only."""
+    """Everything that a run is told. Files hold `recipe` and the sections; the first four are flags only."""
 
     config: str | None = None
     """YAML file that says what is trained."""
@@ -250,6 +264,9 @@ class Config:
     """YAML file that says what it runs on, the name of one in configs/budgets, or auto (ask the machine)."""
     check: bool = False
     """Say whether this would run, print the plan, and stop. Needs no value."""
+    resume: str | None = None
+    """Go on from the newest checkpoint: of the run in this folder; or auto: of --output.dir, or of the latest
+    run of this config, where there is one that has not ended."""
     recipe: str | None = None
     """Recipe file; a relative path starts at the config file, then at the kit."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -257,11 +274,12 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
 
-FLAGS_ONLY = ("config", "budget_file", "check")
+FLAGS_ONLY = ("config", "budget_file", "check", "resume")
 PACKAGE = Path(__file__).parent
 KITS = (PACKAGE.parent, PACKAGE / "_kit")
 """Where recipes/ and configs/ are: beside the package in a checkout, inside it in an installed one."""

@@ -2,13 +2,14 @@
 
 `train` is the loop of the README with a record of each window; `evaluate` runs a model over data through the
 same split; `fine_tune` is both with what a real run needs around them: DDP set up for the model at hand,
-evaluation, early stopping, the best and the last model saved. Which examples and micro-batches: `windows.py`.
-Files and progress: `runlog.py`.
+evaluation, early stopping, checkpoints, the best and the last model saved. Which examples and micro-batches:
+`windows.py`. Files and progress: `runlog.py`.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,10 +21,12 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch.distributed.tensor import DTensor
 
 from gradacc_hf.bf16_weights import accumulate_in_float32
+from gradacc_hf.checkpoint import Checkpointer, Checkpoints
 from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.out_of_memory import replayed
 from gradacc_hf.runlog import RunLog, WindowRecord
 from gradacc_hf.saving import WriteModel, save_model, write_pretrained
+from gradacc_hf.stopping import StopSignals
 from gradacc_hf.tryout import try_out
 from gradacc_hf.tune import Tuning
 from gradacc_hf.window import Window
@@ -50,12 +53,16 @@ def train(
     max_windows: int | None = None,
     max_grad_norm: float = 0.0,
     compute_loss: ComputeLoss = model_loss,
+    windows_done: int = 0,
 ) -> Iterator[WindowRecord]:
     """Train a prepared model, one window per step of this iterator; stop iterating to stop training.
 
-    `scheduler` is not prepared and is stepped once a window. `max_grad_norm` 0 does not clip.
+    `scheduler` is not prepared and is stepped once a window. `max_grad_norm` 0 does not clip. `windows_done`:
+    by the run that goes on; `max_windows` counts them too.
     """
-    numbers, look_ahead = count(1), getattr(compute_loss, "look_ahead", _nothing)
+    if max_windows is not None and windows_done >= max_windows:
+        return
+    numbers, look_ahead = count(windows_done + 1), getattr(compute_loss, "look_ahead", _nothing)
     largest = max_grad_norm or math.inf
     for _ in range(windows.state_dict()["epoch"], epochs):
         started = time.perf_counter()
@@ -189,6 +196,7 @@ def fine_tune(
     best: Best = Best(),
     tune: bool = False,
     output_dir: Path | str | None = None,
+    checkpoints: Checkpoints | None = None,
     save_with: Sequence[Any] = (),
     write_model: WriteModel = write_pretrained,
     **more_summary: Any,
@@ -200,6 +208,9 @@ def fine_tune(
     find the fastest size of micro-batches on the first windows (`tune.py`). Under
     `output_dir`: history.jsonl, summary.json, best/ and last/ with the model, which `write_model` writes, and
     `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
+
+    With `checkpoints`, the run saves some there, goes on from one, and stops between windows on SIGTERM or
+    SIGINT: what it gives then is no summary that is written, and its `stopped_after` is the window.
     """
     try_out(model, windows, compute_loss)
     accumulate_in_float32(model, optimizer)  # where weights are in bf16
@@ -207,6 +218,15 @@ def fine_tune(
     folder = Path(output_dir) if output_dir is not None else None
     evaluations: list[dict[str, float]] = []  # each with the window that it came after
     best_evaluation: dict[str, float] = {}
+    start, done = windows.state_dict(), 0
+    checkpointer = None
+    if checkpoints is not None:
+        if folder is None:
+            raise ValueError("checkpoints need a folder: give output_dir=")
+        checkpointer = Checkpointer(folder, checkpoints, accelerator, model, optimizer, scheduler, windows)
+        if checkpoints.resume_from is not None:
+            done, progress = checkpoints.resume_from.window, checkpointer.load(checkpoints.resume_from)
+            evaluations, best_evaluation = progress["evaluations"], progress["best"]
 
     def evaluate_now(window: int) -> None:
         nonlocal best_evaluation
@@ -221,14 +241,25 @@ def fine_tune(
             if folder is not None:
                 save_model(model, folder / "best", accelerator, *save_with, write=write_model)
 
+    def gives_up_after(window: int) -> bool:
+        """Evaluate, where it is time to; is it time to stop, too?"""
+        if not (validate and eval_every and window % eval_every == 0):
+            return False
+        evaluate_now(window)
+        if not best.patience or window == total:
+            return False
+        return len(evaluations) - evaluations.index(best_evaluation) > best.patience
+
     state = windows.state_dict()
     to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
-    total = min(max_windows or math.inf, to_run)
-    tuning = Tuning.of(windows, int(total)) if tune else None
-    with RunLog(accelerator, int(total), folder) as log:
-        if validate and eval_on_start:
+    total = int(min(max_windows or math.inf, done + to_run))
+    tuning = Tuning.of(windows, total - done) if tune else None
+    stopped_after = None
+    signals = StopSignals(accelerator)
+    with RunLog(accelerator, total, folder, done) as log, signals if checkpointer else nullcontext():
+        if validate and eval_on_start and not done:
             evaluate_now(0)
-        for record in train(
+        records = train(
             model,
             optimizer,
             windows,
@@ -238,30 +269,40 @@ def fine_tune(
             max_windows=max_windows,
             max_grad_norm=max_grad_norm,
             compute_loss=compute_loss,
-        ):
+            windows_done=done,
+        )
+        gave_up = done > 0 and gives_up_after(done)  # a checkpoint is saved before the evaluation
+        for record in () if gave_up else records:
             log.window(record)
             if tuning is not None and tuning.said is None:
                 tuning.saw(record.seconds - windows.seconds_to_collate)
                 if tuning.said is not None:
-                    log.console.print(tuning.said, soft_wrap=True)
-            if validate and eval_every and record.window % eval_every == 0:
-                evaluate_now(record.window)
-                if (
-                    best.patience
-                    and record.window < total
-                    and len(evaluations) - evaluations.index(best_evaluation) > best.patience
-                ):
-                    log.console.print(
-                        f"stopped early: {best.metric} has not improved in {best.patience} evaluations"
-                    )
+                    log.say(tuning.said)
+            if checkpointer is not None:
+                stop, every = signals.asked(), checkpointer.settings.every
+                if stop or (every and record.window % every == 0):
+                    log.keep()
+                    progress = {"evaluations": evaluations, "best": best_evaluation}
+                    if problem := checkpointer.save(record.window, best_evaluation.get("window"), progress):
+                        log.say(f"no checkpoint after window {record.window}: {problem}")
+                if stop and record.window < total:
+                    stopped_after = record.window
                     break
-        if folder is not None:
-            save_model(model, folder / "last", accelerator, *save_with, write=write_model)
+            gave_up = gives_up_after(record.window)
+            if gave_up:
+                break
+        if gave_up:
+            log.say(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
         last = log.records[-1].window if log.records else 0
-        if validate and last and last not in [evaluation["window"] for evaluation in evaluations]:
-            evaluate_now(last)
-    first = windows.split(state["epoch"], state["window"])
+        if stopped_after is None:
+            if folder is not None:
+                save_model(model, folder / "last", accelerator, *save_with, write=write_model)
+            if validate and last and last not in [evaluation["window"] for evaluation in evaluations]:
+                evaluate_now(last)
+    first = windows.split(start["epoch"], start["window"])
     return log.summary(
+        write=stopped_after is None,
+        stopped_after=stopped_after,
         eval=evaluations[-1] if evaluations else None,
         best=best_evaluation or None,
         evaluations=evaluations,

@@ -1,6 +1,10 @@
-"""The folder of a run: what may be written there, and nothing overwritten that was not given up."""
+"""The folder of a run: what may be written there, and nothing overwritten that was not given up.
+
+Also which folder a run goes on in; from what, is `checkpoint.py`'s.
+"""
 
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +14,43 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
+from gradacc_hf.checkpoint import FOLDER
 from gradacc_hf.config import FLAGS_ONLY, Config
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import BadInput, refuse
+from gradacc_hf.runlog import HISTORY
 from gradacc_hf.saving import write_whole
+from gradacc_hf.stopping import MARKER
 
 RUN_FILES = ("config.yaml", "history.jsonl", "summary.json", "best", "last", "logs", "report.html")
+RUN_FILES += (FOLDER, MARKER)
 RUN_FILES += ("verify.json",)  # later, by `gradacc verify --run`
+
+
+def folder_to_resume(config: Config) -> Path | None:
+    """The folder of the run that `--resume` goes on with; None to start anew, as there is none.
+
+    Raises BadInput where a folder is named that holds no run.
+    """
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        folder = Path(config.resume)
+        if not _is_run(folder):
+            refuse("--resume", f"found {folder}, which holds no run", "give the folder of a run, or auto")
+        return folder
+    if config.output.dir:
+        return folder if _is_run(folder := Path(config.output.dir)) else None
+    latest = max(_numbered(_name(config)), default=None)
+    return latest[1] if latest and _is_run(latest[1]) and not ended(latest[1]) else None
+
+
+def ended(run: Path) -> bool:
+    """Has the run in this folder come to its end?"""
+    return (run / "summary.json").is_file()
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.yaml", HISTORY))
 
 
 def check_output(config: Config) -> None:
@@ -24,37 +59,54 @@ def check_output(config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"output.dir: {folder} is a file; give a folder")
     if config.output.dir and folder.is_dir() and any(folder.iterdir()):
-        if not all((folder / name).is_file() for name in ("config.yaml", "history.jsonl")):
+        if not _is_run(folder):
             raise BadInput(f"output.dir: {folder} holds files that are no run's; give a new or empty folder")
         if not config.output.overwrite:
             raise BadInput(
-                f"output.dir: {folder} already holds a run; give a new name, or --output.overwrite true"
+                f"output.dir: {folder} already holds a run; give a new name, --resume auto to go on with it, "
+                "or --output.overwrite true to give it up"
             )
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
         raise BadInput(f"output.dir: {existing} cannot be written; give a folder elsewhere")
 
 
-def open_output(config: Config, accelerator: Accelerator) -> Path:
-    """Make the run's folder on the main process, with its config; every process gets its name."""
-    chosen: list[Any] = [None]
+def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0) -> Path:
+    """Make the run's folder on the main process, with its config; every process gets its name.
+
+    `windows_done`: of a run that goes on, whose files stay.
+    """
+    chosen: list[Any] = [config.output.dir]
     accelerator.wait_for_everyone()  # another may still read a model from the run that is given up
-    if accelerator.is_main_process:
-        name = Path(config.config or "run").stem
-        folder = Path(config.output.dir) if config.output.dir else next_folder(name)
+    if accelerator.is_main_process and not windows_done:
+        folder = Path(config.output.dir) if config.output.dir else next_folder(_name(config))
         folder.mkdir(parents=True, exist_ok=True)
         for path in (folder / name for name in RUN_FILES):  # of the run that --output.overwrite gives up
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        write_whole(folder / "config.yaml", settings(config))
-        chosen = [str(folder)]
+        chosen = [folder]
     folder = Path(broadcast_object_list(chosen)[0])
+    if accelerator.is_main_process:
+        write_whole(folder / "config.yaml", settings(config))
     if accelerator.log_with:
         accelerator.project_configuration = ProjectConfiguration(str(folder), str(folder))
-        accelerator.init_trackers("logs")
+        purged = {"tensorboard": {"purge_step": windows_done + 1}} if windows_done else {}
+        accelerator.init_trackers("logs", init_kwargs=purged)
     return folder
+
+
+def _name(config: Config) -> str:
+    return Path(config.config or "run").stem
+
+
+def _numbered(name: str) -> list[tuple[int, Path]]:
+    """The folders that runs of this name have got, with their numbers."""
+    found = [
+        (re.fullmatch(re.escape(name) + r"-([0-9]+)", path.name), path) for path in Path("runs").glob("*")
+    ]
+    return [(int(match[1]), path) for match, path in found if match]
 
 
 def settings(config: Config) -> str:

@@ -19,14 +19,16 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, set_seed
+from accelerate.utils import LoggerType, broadcast_object_list, set_seed
 from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.card import RunCard, facts, refresh_cards
+from gradacc_hf.checkpoint import Checkpoints, check_same, newest_checkpoint
 from gradacc_hf.command_line import read_command_line, recipe_file
 from gradacc_hf.compiled import compile_layers, uncompiled
 from gradacc_hf.config import Config, tokens_per_micro_batch
 from gradacc_hf.errors import BadInput, listed, one_line, refuse
+from gradacc_hf.fingerprint import what_must_stay
 from gradacc_hf.hardware import (
     checkpoint_activations,
     honour,
@@ -40,13 +42,14 @@ from gradacc_hf.memory.of_recipe import choose_bound
 from gradacc_hf.micro_batches import measure_lengths
 from gradacc_hf.optim import check_optimizer, choose_trained, make_optimizer, make_scheduler
 from gradacc_hf.out_of_memory import keep_no_freed_memory
-from gradacc_hf.output import check_output, open_output
+from gradacc_hf.output import check_output, ended, folder_to_resume, open_output
 from gradacc_hf.overview import print_plan
 from gradacc_hf.push import check_push, push
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.runlog import describe
-from gradacc_hf.saving import write_pretrained
+from gradacc_hf.saving import write_pretrained, write_whole
 from gradacc_hf.split import Bound
+from gradacc_hf.stopping import MARKER
 from gradacc_hf.tune import tunes
 from gradacc_hf.windows import WindowLoader
 
@@ -74,7 +77,13 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     check_lean_loss(recipe_class, config)
     check_four_bit(config.model)
     check_optimizer(config.optim)
-    check_output(config)
+    resumed = folder_to_resume(config)
+    if resumed is None:
+        check_output(config)
+    elif ended(resumed):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{resumed} has come to its end: nothing to go on with (its report: {resumed}/report.html)")
+        return
     if config.output.push_to_hub is not None:
         config.output.push_to_hub = check_push(config.output.push_to_hub)
     transformers.utils.logging.set_verbosity_error()
@@ -85,6 +94,15 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     recipe = recipe_class(config)
     with accelerator.main_process_first():  # the others find what it has cached
         training, validation = recipe.datasets()
+    checkpoint = None
+    same = broadcast_object_list(
+        [what_must_stay(config, training, validation) if accelerator.is_main_process else None]
+    )[0]
+    if resumed is not None:
+        config.output.dir = str(resumed)
+        checkpoint = newest_checkpoint(resumed, accelerator)
+    if checkpoint is not None:
+        check_same(checkpoint, same)
     windows, validation_windows = make_windows(recipe, training, validation, accelerator)
     if windows.bound.max_bytes is not None and accelerator.device.type == "cpu":
         keep_no_freed_memory()  # as the prediction presumes
@@ -92,6 +110,11 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     empty = recipe.empty_model()
     _check_max_length(recipe, empty, training)
     print_plan(recipe, windows, empty, total_windows(config, windows), len(validation))
+    if resumed is not None:
+        place = (
+            f"goes on after window {checkpoint.window}" if checkpoint else "starts anew: it has no checkpoint"
+        )
+        accelerator.print(f"{'resume':<22}{resumed} {place}")
     baseline = recipe.baseline(training, validation)
     _check_best_metric(config, baseline)
     if config.check:
@@ -104,7 +127,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     scheduler = make_scheduler(optimizer, config.optim, total_windows(config, windows))
     about = facts(recipe, training, validation)
     card = RunCard(recipe, about, windows)
-    folder = open_output(config, accelerator)
+    folder = open_output(config, accelerator, checkpoint.window if checkpoint else 0)
     set_seed(config.train.seed, device_specific=True)  # dropout differs by process
 
     def validate(model: Any) -> dict[str, float]:
@@ -127,6 +150,9 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
         tune=tunes(config, total_windows(config, windows)),
         output_dir=folder,
+        checkpoints=Checkpoints(
+            config.checkpoint.every, config.checkpoint.keep, same, asdict(config.budget), checkpoint
+        ),
         save_with=[*recipe.processors(), card],
         write_model=write_merged if config.model.lora.merge else write_pretrained,
         baseline=baseline,
@@ -138,6 +164,10 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         card=asdict(about),
     )
     accelerator.end_training()
+    if summary["stopped_after"] is not None:
+        windows_done = f"{summary['stopped_after']} of {total_windows(config, windows)}"
+        _say_how_to_resume(folder, windows_done, accelerator)
+        return
     accelerator.print(
         f"{summary['windows']} windows, {summary['examples']} examples in {summary['seconds']:.0f} s; "
         f"{summary['padding']:.0%} of the tokens were padding"
@@ -157,6 +187,16 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
             push(folder, config.output.push_to_hub)
 
 
+def _say_how_to_resume(folder: Path, windows: str, accelerator: Accelerator) -> None:
+    """Leave the marker that says that this run is to be resumed, with the command."""
+    command = (
+        f"{_started_with(accelerator.num_processes)} {shlex.join([sys.argv[0], '--resume', str(folder)])}"
+    )
+    if accelerator.is_main_process:
+        write_whole(folder / MARKER, command + "\n")
+        print(f"stopped after window {windows}, which is saved; to go on: {command}")
+
+
 def _file_of(recipe_class: type[Recipe]) -> str | None:
     """The file that defines a recipe; None where it is typed into a notebook, say."""
     try:
@@ -167,8 +207,11 @@ def _file_of(recipe_class: type[Recipe]) -> str | None:
 
 def _command(argv: Sequence[str], processes: int) -> str:
     """What runs this again, from this folder."""
-    start = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
-    return f"{start} {shlex.join([sys.argv[0], *argv])}"
+    return f"{_started_with(processes)} {shlex.join([sys.argv[0], *argv])}"
+
+
+def _started_with(processes: int) -> str:
+    return "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
 
 
 def load_recipe(argv: Sequence[str]) -> Recipe:

@@ -4,9 +4,11 @@ Takes one `WindowRecord` a window from `loop.py`; only the main process writes. 
 schema that everything that reads a run (reports, comparisons) relies on.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ from rich.progress import (
 
 from gradacc_hf.saving import write_whole
 
+HISTORY = "history.jsonl"
 VERSIONS_OF = ("torch", "transformers", "accelerate", "datasets", "evaluate", "gradacc-hf")
 
 
@@ -50,10 +53,20 @@ class WindowRecord:
 
 
 class RunLog:
-    """Shows and stores a run. `folder` None stores nothing; the trackers are those of the Accelerator."""
+    """Shows and stores a run. `folder` None stores nothing; the trackers are those of the Accelerator.
 
-    def __init__(self, accelerator: Accelerator, total_windows: int, folder: Path | None = None):
+    `windows_done`: where a run goes on from a checkpoint; what its history has beyond that is cut off.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        total_windows: int,
+        folder: Path | None = None,
+        windows_done: int = 0,
+    ):
         self.accelerator, self.total_windows, self.folder = accelerator, total_windows, folder
+        self.windows_done = windows_done
         self.records: list[WindowRecord] = []
         self.console = Console(quiet=not accelerator.is_main_process, highlight=False)
         self._progress = Progress(
@@ -71,11 +84,18 @@ class RunLog:
         self._history = None
 
     def __enter__(self) -> "RunLog":
-        if self.folder is not None and self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._history = (self.folder / "history.jsonl").open("w", encoding="utf-8")
+        if self.folder is not None:
+            path = self.folder / HISTORY
+            self.records = read_history(path, self.windows_done) if self.windows_done else []
+            self.accelerator.wait_for_everyone()  # all have read it
+            if self.accelerator.is_main_process:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(path, "".join(map(_row, self.records)))
+                self._history = path.open("a", encoding="utf-8")
         self._progress.start()
-        self._task = self._progress.add_task("", total=self.total_windows, loss=math.nan, speed="")
+        self._task = self._progress.add_task(
+            "", total=self.total_windows, completed=self.windows_done, loss=math.nan, speed=""
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,7 +108,7 @@ class RunLog:
         self.records.append(record)
         row = finite(asdict(record))
         if self._history is not None:
-            self._history.write(json.dumps(row) + "\n")
+            self._history.write(_row(record))
             self._history.flush()
         self.accelerator.log(
             {f"train/{key}": row[key] for key in ("loss", "grad_norm", "lr") if row[key] is not None},
@@ -107,13 +127,22 @@ class RunLog:
                 soft_wrap=True,
             )
 
+    def say(self, line: str) -> None:
+        """A line of the main process, above the progress bar."""
+        self.console.print(line, soft_wrap=True)
+
+    def keep(self) -> None:
+        """Have the system write the history to the disk, as a checkpoint is about to count on it."""
+        if self._history is not None:
+            os.fsync(self._history.fileno())
+
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """An evaluation after the latest window."""
         window = self.records[-1].window if self.records else 0
         self.accelerator.log({f"eval/{key}": value for key, value in metrics.items()}, window)
         self.console.print(f"after window {window}: {describe(metrics)}", soft_wrap=True)
 
-    def summary(self, **more: Any) -> dict[str, Any]:
+    def summary(self, write: bool = True, **more: Any) -> dict[str, Any]:
         """The run in figures; written as summary.json where there is a folder."""
         records = self.records
         seconds = sum(record.seconds for record in records)
@@ -142,9 +171,23 @@ class RunLog:
                 "versions": versions(),
             }
         )
-        if self.folder is not None and self.accelerator.is_main_process:
+        if write and self.folder is not None and self.accelerator.is_main_process:
             write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
+
+
+def read_history(path: Path, windows: int) -> list[WindowRecord]:
+    """The rows of a history.jsonl up to this window; a row that was not written to its end is none."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+            records.append(WindowRecord(**row))
+    return [record for record in records if record.window <= windows]
+
+
+def _row(record: WindowRecord) -> str:
+    return json.dumps(finite(asdict(record))) + "\n"
 
 
 def describe(metrics: Mapping[str, float]) -> str:

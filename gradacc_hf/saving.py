@@ -64,13 +64,21 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         for path in sorted(unfinished.rglob("*")):
-            _flush(path)
-        if folder.exists():
-            folder.rename(old)
-        unfinished.rename(folder)
-        _flush(folder.parent)
+            flush(path)
+        put_in_place(unfinished, folder)
     finally:
         _tidy(folder, unfinished, old)
+
+
+def put_in_place(unfinished: Path, folder: Path) -> None:
+    """Let a folder whose files are all on the disk take the place of `folder`."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    unfinished.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _tidy(folder: Path, unfinished: Path, old: Path) -> None:
@@ -84,12 +92,13 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
-    _flush(unfinished)
+    flush(unfinished)
     unfinished.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
     if os.name == "nt" and path.is_dir():  # cannot be opened there
         return
     descriptor = os.open(path, os.O_RDONLY)

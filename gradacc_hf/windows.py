@@ -32,6 +32,7 @@ from gradacc_hf.micro_batches import (
 )
 from gradacc_hf.plan import EffectiveBatchSize, WindowPlan
 from gradacc_hf.split import Bound, Cost
+from gradacc_hf.stopping import ignore_signals
 from gradacc_hf.window import Recutting, Window, forwards_are_collective, to_device
 
 logger = get_logger(__name__)
@@ -269,6 +270,7 @@ class WindowLoader:
             sampler=numbers,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=self.num_workers,
+            worker_init_fn=ignore_signals,
             collate_fn=_identity,
             # The workers' seed; of its own, else it is drawn from the generator of dropout.
             generator=torch.Generator().manual_seed(self._workers_seed(numbers[0][0])),
