@@ -103,9 +103,8 @@ def _name(config: Config) -> str:
 
 def _numbered(name: str) -> list[tuple[int, Path]]:
     """The folders that runs of this name have got, with their numbers."""
-    found = [
-        (re.fullmatch(re.escape(name) + r"-([0-9]+)", path.name), path) for path in Path("runs").glob("*")
-    ]
+    pattern = re.compile(re.escape(name) + r"-([0-9]+)")
+    found = [(pattern.fullmatch(path.name), path) for path in Path("runs").glob("*")]
     return [(int(match[1]), path) for match, path in found if match]
 
 

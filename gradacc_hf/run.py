@@ -111,10 +111,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     _check_max_length(recipe, empty, training)
     print_plan(recipe, windows, empty, total_windows(config, windows), len(validation))
     if resumed is not None:
-        place = (
-            f"goes on after window {checkpoint.window}" if checkpoint else "starts anew: it has no checkpoint"
-        )
-        accelerator.print(f"{'resume':<22}{resumed} {place}")
+        after = f"after window {checkpoint.window}" if checkpoint else "from the start: it has no checkpoint"
+        accelerator.print(f"{'resume':<22}{resumed}, {after}")
     baseline = recipe.baseline(training, validation)
     _check_best_metric(config, baseline)
     if config.check:
@@ -189,9 +187,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
 
 def _say_how_to_resume(folder: Path, windows: str, accelerator: Accelerator) -> None:
     """Leave the marker that says that this run is to be resumed, with the command."""
-    command = (
-        f"{_started_with(accelerator.num_processes)} {shlex.join([sys.argv[0], '--resume', str(folder)])}"
-    )
+    words = shlex.join([sys.argv[0], "--resume", str(folder)])
+    command = f"{_started_with(accelerator.num_processes)} {words}"
     if accelerator.is_main_process:
         write_whole(folder / MARKER, command + "\n")
         print(f"stopped after window {windows}, which is saved; to go on: {command}")

@@ -1,4 +1,4 @@
-"""The conformance table on a fixed 40 heads: ours is exact on every one whose loss is separable."""
+"""The conformance table on 40 heads, or on one of each kind: ours is exact wherever the loss separates."""
 
 import io
 import warnings
@@ -9,17 +9,23 @@ from rich.console import Console
 from gradacc_hf import conformance
 from gradacc_hf.heads import KINDS
 
+FORTY = conformance.heads(every=False)
 
-@pytest.fixture(scope="module")
-def verdicts():
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(FORTY[::4], id="ten"), pytest.param(FORTY, id="forty", marks=pytest.mark.slow)],
+)
+def verdicts(request):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return conformance.conformance(conformance.heads(every=False))
+        return conformance.conformance(request.param)
 
 
-def test_forty_heads_of_all_kinds_are_tried(verdicts):
-    assert len(verdicts) == 4 * len(KINDS) == 40
-    assert sum(bool(verdict.errors) for verdict in verdicts) >= 36
+def test_heads_of_all_kinds_are_tried(verdicts):
+    assert len(FORTY) == 4 * len(KINDS) == 40
+    assert {verdict.kind for verdict in verdicts} == set(KINDS)
+    assert sum(bool(verdict.errors) for verdict in verdicts) >= 0.9 * len(verdicts)
 
 
 def test_our_loop_is_exact_on_every_head_but_those_with_a_reason(verdicts):
@@ -52,4 +58,4 @@ def test_the_table_adds_up(verdicts):
     rows = [cells for cells in lines if len(cells) == 5 and all(map(str.isdigit, cells))]
     *kinds, total = [[int(cell) for cell in row] for row in rows]
     assert [sum(column) for column in zip(*kinds, strict=True)] == total
-    assert total[0] + total[4] == 40
+    assert total[0] + total[4] == len(verdicts)

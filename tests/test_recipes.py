@@ -29,7 +29,13 @@ def recipe_of(config, *settings):
     return load_recipe(["--config", str(ROOT / "configs" / f"{config}.yaml"), *SMALL, *settings])
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+QUICK = ("causal_lm", "contrastive", "image_classification", "text_classification")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=() if c.removesuffix("_offline") in QUICK else pytest.mark.slow) for c in CONFIGS],
+)
 def test_a_recipe_is_exact_with_adapters_and_checkpointing(config):
     recipe = recipe_of(config, *CHECKPOINTING, *([] if config == FROM_SCRATCH else LORA))
     windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator(cpu=True))
@@ -45,10 +51,10 @@ def test_adapters_stand_on_no_model_without_weights():
         make_model(recipe)
 
 
-TIED = pytest.param("masked_lm_offline", marks=pytest.mark.slow)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("seq2seq_offline", "masked_lm_offline")]
 
 
-@pytest.mark.parametrize("config", ["contrastive_offline", "seq2seq_offline", TIED])
+@pytest.mark.parametrize("config", ["contrastive_offline", *SLOW])
 def test_adapters_come_back_alone_or_merged(config, tmp_path):
     recipe = recipe_of(config, *LORA)
     windows, _ = make_windows(recipe, *recipe.datasets(), accelerator := Accelerator(cpu=True))

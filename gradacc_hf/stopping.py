@@ -1,0 +1,60 @@
+"""Asking a run to stop: SIGTERM (of a scheduler) and SIGINT (Ctrl-C) let it finish its window and save.
+
+`StopSignals` notes the signal; `loop.fine_tune` asks between windows. A second signal ends the process at
+once, as the first would have without this.
+"""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+from accelerate import Accelerator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 2.0  # seconds: torchrun passes on to its processes what the whole group got already
+MARKER = "TO_BE_RESUMED"  # in the folder of a run that was stopped so; it holds the command that goes on
+
+
+class StopSignals:
+    """While this is entered, the first signal is noted, and said; the second one ends the process.
+
+    In a thread that is not the main one, which gets no signals, it does nothing.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._since: float | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def asked(self) -> bool:
+        """Has any process got a signal? To be called by all of them, between windows."""
+        if self._since is not None:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+            if self.accelerator.is_main_process:  # not print, which this may break into
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: stopping after this window; once more to stop at once\n".encode())
+        elif time.monotonic() - self._since > ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+def ignore_signals(worker: int) -> None:
+    """For processes that collate beside training: they end with the one that they work for."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
