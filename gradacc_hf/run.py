@@ -213,6 +213,14 @@ def _started_with(processes: int) -> str:
 
 def load_recipe(argv: Sequence[str]) -> Recipe:
     """The recipe that a command line's `--config` names, with its settings. Raises BadInput."""
+    found = recipe_class_of(argv)
+    config = read_command_line(argv, data=found.Data)
+    check_lean_loss(found, config)
+    return found(config)
+
+
+def recipe_class_of(argv: Sequence[str]) -> type[Recipe]:
+    """The recipe that a command line's `--config` names. Raises BadInput."""
     file = recipe_file(argv)
     sys.path.insert(0, str(Path(file).parent))  # as `python FILE` has it, for what lies beside it
     defined = {
@@ -225,9 +233,7 @@ def load_recipe(argv: Sequence[str]) -> Recipe:
         raise BadInput(
             f"recipe: {file} defines {listed(c.__name__ for c in found) or 'no'} Recipe; it must be one"
         )
-    config = read_command_line(argv, data=found[0].Data)
-    check_lean_loss(found[0], config)
-    return found[0](config)
+    return found[0]
 
 
 def open_run(run: Path) -> Recipe:

@@ -11,6 +11,8 @@
     python -m gradacc_hf.bench sizes         # is the size of micro-batches that a run finds the fastest?
     python -m gradacc_hf.bench cpu           # what do threads, malloc, padding, bf16, compile do on a CPU?
     python -m gradacc_hf.bench out_of_memory # is a run the same under real memory limits?
+    python -m gradacc_hf.bench kills         # is a run the same that is killed again and again, and resumed?
+    python -m gradacc_hf.bench damages       # what becomes of a run whose newest checkpoint is damaged?
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
 same model, the same examples in the same windows, and as many optimizer steps. One process. How fast the
@@ -42,6 +44,7 @@ from gradacc_hf.bench.beside_sentence_transformers import contrastive, print_con
 from gradacc_hf.bench.budgets import budgets, print_budgets
 from gradacc_hf.bench.cpu_speed import cpu, print_cpu
 from gradacc_hf.bench.every_recipe import print_recipes, recipes
+from gradacc_hf.bench.kills import damages, kills, print_damages, print_kills
 from gradacc_hf.bench.lean_memory import VOCABULARY, LeanMemory, lean_memory
 from gradacc_hf.bench.limits import Speed, speed
 from gradacc_hf.bench.predicted_memory import CASES, compare_memory, print_memory
@@ -295,6 +298,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     limited = benchmarks.add_parser("out_of_memory", help="the same training under real memory limits")
     limited.add_argument("--processes", type=_positive, default=1, help="(%(default)s)")
     limited.add_argument("--limits", type=_positive, default=20, help="drawn at random (%(default)s)")
+    killed = benchmarks.add_parser("kills", help="a run that is killed and resumed, beside one that is not")
+    killed.add_argument("--kills", type=_positive, default=50, help="(%(default)s)")
+    benchmarks.add_parser("damages", help="a run that is resumed when its newest checkpoint is damaged")
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--json", action="store_true", help="print the result as JSON")
     console = Console(highlight=False)
@@ -337,6 +343,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             progress = partial(_progress, name="out_of_memory")
             of_limits = shortage(arguments.processes, arguments.limits, progress=progress)
             result, show = of_limits, print_shortage
+        elif arguments.benchmark == "kills":
+            result = kills(arguments.kills, progress=partial(_progress, name="kills"))
+            show = print_kills
+        elif arguments.benchmark == "damages":
+            result, show = damages(partial(_progress, name="damages")), print_damages
         elif arguments.benchmark == "recipes":
             progress = partial(_progress, name="recipes")
             result, show = recipes(arguments.only, arguments.windows, progress), print_recipes
