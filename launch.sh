@@ -7,6 +7,7 @@
 #   ./launch.sh compare [arguments]              the same training by Trainer and by ours, side by side (`gradacc compare --help`)
 #   ./launch.sh plan [arguments]                 what a run will take, without a GPU; so do verify, predict, report, bench, ls, cp
 #   ./launch.sh test [pytest arguments]          the tests
+#   ./launch.sh RECIPE … --resume auto           go on with a run that was stopped (Ctrl-C, SIGTERM: it saves first) or killed
 #   ./launch.sh help                             this text; `./launch.sh RECIPE --help` lists a recipe's settings
 #
 # The Python to build .venv with: PYTHON=python3.12 ./launch.sh. Your own environment instead of .venv: VENV=/path/to/venv.
@@ -133,4 +134,31 @@ fi
 command+=("$recipe" ${arguments[@]+"${arguments[@]}"})
 export GRADACC_PROCESSES=$processes
 printf '%q ' "${command[@]}" && echo
-exec "${command[@]}"
+
+# A signal goes to the recipe's processes, which finish their window, save and end (--resume auto goes on). Accelerate's
+# launcher, whose children they are, would not pass it on, or kill them after 30 s.
+set -m # a process group of its own, so that Ctrl-C reaches this script alone
+"${command[@]}" </dev/null &
+launcher=$!
+signal=
+pass_on() {
+  signal=$1
+  pkill -TERM -P "$launcher" || kill -TERM -- -"$launcher" 2>/dev/null || true
+}
+trap 'pass_on 15' TERM
+trap 'pass_on 2' INT
+while true; do
+  wait "$launcher" && code=0 || code=$?
+  kill -0 "$launcher" 2>/dev/null || break # else a signal has ended the waiting
+done
+
+# None of them is left behind, also where the launcher was killed: then there may be someone else to wait for in vain.
+processes_left() { ps -eo pgid=,stat= | awk -v group="$launcher" '$1 == group && $2 !~ /^Z/' | grep -q .; }
+[[ -n $signal ]] || kill -TERM -- -"$launcher" 2>/dev/null || true
+for ((waited = 0; waited < ${signal:+10}60; waited++)); do
+  processes_left || break
+  sleep 1
+done
+kill -KILL -- -"$launcher" 2>/dev/null || true
+[[ -z $signal ]] || code=$((128 + signal))
+exit "$code"

@@ -217,7 +217,7 @@ class Checkpointer:
         if about["processes"] == self.accelerator.num_processes:
             _set_random_numbers(read_plain(folder / f"random-{process}.pt"), self.accelerator.device)
         else:  # other processes draw other numbers; not again those of the beginning
-            set_seed(self.windows.seed + checkpoint.window, device_specific=True)
+            set_seed((self.windows.seed + checkpoint.window + 1_000_003 * process) % 2**32)
         return numbers["progress"]
 
     def _begin(self, unfinished: Path) -> None:

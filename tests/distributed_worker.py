@@ -6,9 +6,12 @@ torchrun --nproc_per_node 2 tests/distributed_worker.py ddp    (or fsdp2)
 
 import itertools
 import json
+import os
+import signal
 import sys
 import tempfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ga
 from transformers import BertConfig, BertModel, PrinterCallback, TrainingArguments
 
 from gradacc_hf import BadInput, ExactTrainer, WindowLoader, accumulate_in_float32, evaluate, fine_tune
+from gradacc_hf.checkpoint import Checkpoints, newest_checkpoint
 from gradacc_hf.config import LoraConfig
 from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder
 from gradacc_hf.gradients import RecordGradients, relative_error, whole_window_gradient
@@ -213,6 +217,36 @@ def out_of_memory(engine):
     }
 
 
+def goes_on(engine):
+    """A run in the folder RUN goes on there, and its last process is told to stop in window STOP."""
+    folder, stop = Path(os.environ["RUN"]), int(os.environ["STOP"])
+    accelerator = accelerator_for(engine)
+    head = build_head("sequence_classification", "gpt2")
+    windows = WindowLoader(
+        head.examples(LENGTHS), 4, accelerator=accelerator, collate_fn=head.collate, max_tokens=64
+    )
+
+    def compute_loss(outputs, batch):
+        if windows.epoch * 6 + windows.window == stop and accelerator.is_last_process:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return model_loss(outputs, batch)
+
+    optimizer = torch.optim.AdamW(head.model.parameters(), lr=1e-3)
+    checkpoints = Checkpoints(every=1, resume_from=newest_checkpoint(folder, accelerator))
+    settings = {"epochs": 2, "compute_loss": compute_loss, "output_dir": folder, "checkpoints": checkpoints}
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    summary = fine_tune(
+        head.model, optimizer, windows, accelerator=accelerator, scheduler=scheduler, **settings
+    )
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return {
+        "stopped_after": summary["stopped_after"],
+        "losses": [row["loss"] for row in rows],
+        "norms": [row["grad_norm"] for row in rows],
+        "examples": sum(row["examples"] for row in rows),
+    }
+
+
 def masked_at_random(engine):
     """A collate function that masks anew each time may leave an example without items: no NaN, no hang."""
     accelerator = accelerator_for(engine)
@@ -403,6 +437,7 @@ CASES = {
     "bf16_weights": bf16_weights,
     "evaluation": evaluation,
     "sizes": sizes,
+    "goes_on": goes_on,
     "beside_test_sync": beside_test_sync,
     # last, as TrainingArguments makes an Accelerate state of its own
     "exact_trainer_means": lambda engine: exact_trainer(engine, "token_classification", "bert"),
@@ -413,7 +448,7 @@ CASES = {
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     engine, *chosen = sys.argv[1:]
-    for name in chosen or CASES:
+    for name in chosen or [name for name in CASES if name != "goes_on"]:
         found = CASES[name](engine)
         if Accelerator(cpu=True).is_main_process:
             print(json.dumps({"case": name, **found}), flush=True)

@@ -15,7 +15,7 @@ WORKER = Path(__file__).parent / "distributed_worker.py"
 
 
 @functools.cache
-def launch(num_processes, engine, *cases):
+def launch(num_processes, engine, *cases, **variables):
     command = [
         "-m",
         "torch.distributed.run",
@@ -25,7 +25,13 @@ def launch(num_processes, engine, *cases):
         engine,
         *cases,
     ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        **variables,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=280, env=environment
     )
@@ -141,3 +147,16 @@ def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes():
         assert found[name]["error"] < EXACT, name
         assert all(len(set(window)) == 1 for window in zip(*found[name]["steps"], strict=True)), name
     assert found["evaluation"]["each_once"] == [True] * 6
+
+
+def test_a_run_stops_on_one_number_of_processes_and_goes_on_on_another_sharded_or_not(tmp_path):
+    undisturbed = launch(1, "ddp", "goes_on", RUN=str(tmp_path / "whole"), STOP="99")["goes_on"]
+    assert undisturbed["stopped_after"] is None
+    assert undisturbed["examples"] == 2 * 23
+    parts = [(2, "ddp", 3), (1, "ddp", 6), (3, "fsdp2", 9), (2, "fsdp2", 99)]
+    for processes, engine, stop in parts:
+        found = launch(processes, engine, "goes_on", RUN=str(tmp_path / "parts"), STOP=str(stop))["goes_on"]
+        assert found["stopped_after"] == (stop if stop < 99 else None)
+    for key in ("losses", "norms"):
+        assert found[key] == pytest.approx(undisturbed[key], rel=1e-5), key
+    assert found["examples"] == 2 * 23
