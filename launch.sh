@@ -132,7 +132,7 @@ if ((gpus == 0)); then
   command+=(--num_cpu_threads_per_process "${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}")
 fi
 command+=("$recipe" ${arguments[@]+"${arguments[@]}"})
-export GRADACC_PROCESSES=$processes
+export GRADACC_PROCESSES=$processes GRADACC_LAUNCHER=$0
 printf '%q ' "${command[@]}" && echo
 
 # A signal goes to the recipe's processes, which finish their window, save and end (--resume auto goes on). Accelerate's

@@ -170,6 +170,9 @@ class TrainConfig:
     """Seed of everything random."""
     early_stopping: int = 0
     """Evaluations in a row without improvement after which the run stops (0 is off)."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do with a window whose loss or gradient is NaN or infinite: stop before its step and say where
+    that comes from, or leave it out. Under fp16, overflows of gradients are the scaler's to skip."""
     best_metric: str = "loss"
     """Validation metric that says which evaluation is the best."""
     best_direction: Literal["min", "max"] = "min"

@@ -17,12 +17,14 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 
 from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.checkpoint import Checkpointer, Checkpoints
 from gradacc_hf.items import ComputeLoss, model_loss
+from gradacc_hf.nonfinite import NonFinite, find_non_finite
 from gradacc_hf.out_of_memory import replayed
 from gradacc_hf.runlog import RunLog, WindowRecord
 from gradacc_hf.saving import WriteModel, save_model, write_pretrained
@@ -31,6 +33,8 @@ from gradacc_hf.tryout import try_out
 from gradacc_hf.tune import Tuning
 from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
+
+logger = get_logger(__name__)
 
 Predict = Callable[[Any, Mapping[str, Any]], tuple[Sequence[Any], Sequence[Any]]]
 
@@ -53,12 +57,14 @@ def train(
     max_windows: int | None = None,
     max_grad_norm: float = 0.0,
     compute_loss: ComputeLoss = model_loss,
+    on_nonfinite: Literal["stop", "skip"] = "stop",
     windows_done: int = 0,
 ) -> Iterator[WindowRecord]:
     """Train a prepared model, one window per step of this iterator; stop iterating to stop training.
 
     `scheduler` is not prepared and is stepped once a window. `max_grad_norm` 0 does not clip. `windows_done`:
-    by the run that goes on; `max_windows` counts them too.
+    by the run that goes on; `max_windows` counts them too. A window whose loss or gradient is not finite
+    takes no step; `on_nonfinite` "stop" then raises NonFinite, with the loader where it was before.
     """
     if max_windows is not None and windows_done >= max_windows:
         return
@@ -76,17 +82,26 @@ def train(
                             loss = compute_loss(model(**batch), batch)  # a mean over the micro-batch's items
                             accelerator.backward(window.weigh(loss))
                             if accelerator.sync_gradients:
-                                grad_norm = accelerator.clip_grad_norm_(model.parameters(), largest)
+                                norm = _number(accelerator.clip_grad_norm_(model.parameters(), largest))
+                                if not math.isfinite(norm) and accelerator.scaler is None:
+                                    optimizer.zero_grad()  # so that the step is none
                             optimizer.step()
                             optimizer.zero_grad()
             lr = optimizer.param_groups[0]["lr"]
-            if scheduler is not None and not accelerator.optimizer_step_was_skipped:  # fp16 overflow
+            mean = window.loss
+            # Under fp16, a gradient beyond what it can hold is the scaler's to judge.
+            finite = math.isfinite(norm if accelerator.scaler is None else mean)
+            if not finite:
+                where = find_non_finite(model, window, compute_loss)
+                _stop_or_skip(window, windows, where, on_nonfinite)
+            skipped = accelerator.optimizer_step_was_skipped or not finite
+            if scheduler is not None and not skipped:
                 scheduler.step()
             yield WindowRecord(
                 window=(number := next(numbers)),
                 epoch=window.epoch,
-                loss=window.loss,
-                grad_norm=_number(grad_norm),
+                loss=mean,
+                grad_norm=norm,
                 lr=lr,
                 examples=len(window.indices),
                 items=window.num_items,
@@ -94,11 +109,22 @@ def train(
                 padded_tokens=window.padded_tokens,
                 accumulation_steps=window.accumulation_steps,
                 seconds=time.perf_counter() - started,
-                skipped=accelerator.optimizer_step_was_skipped,
+                skipped=skipped,
             )
             if number == max_windows:
                 return
             started = time.perf_counter()
+
+
+def _stop_or_skip(window: Window, windows: WindowLoader, where: str, on_nonfinite: str) -> None:
+    what = f"window {window.number} of epoch {window.epoch}: its loss or gradient is not finite: {where}"
+    if on_nonfinite == "stop":
+        windows.put_back(window)
+        raise NonFinite(
+            f"{what}; no step was taken: look at these examples, lower --optim.lr, or leave such windows out "
+            "(--train.on_nonfinite skip)"
+        )
+    logger.warning(f"{what}; no step was taken, and the run goes on")
 
 
 def _nothing(model: torch.nn.Module, window: Window) -> None:
@@ -194,6 +220,7 @@ def fine_tune(
     eval_every: int = 0,
     eval_on_start: bool = False,
     best: Best = Best(),
+    on_nonfinite: Literal["stop", "skip"] = "stop",
     tune: bool = False,
     output_dir: Path | str | None = None,
     checkpoints: Checkpoints | None = None,
@@ -205,9 +232,9 @@ def fine_tune(
 
     `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
     `eval_every` windows (0: only at the end), at the end, and with `eval_on_start` before the first. `tune`:
-    find the fastest size of micro-batches on the first windows (`tune.py`). Under
-    `output_dir`: history.jsonl, summary.json, best/ and last/ with the model, which `write_model` writes, and
-    `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
+    find the fastest size of micro-batches on the first windows (`tune.py`). `on_nonfinite`: as for `train`.
+    Under `output_dir`: history.jsonl, summary.json, best/ and last/ with the model, which `write_model`
+    writes, and `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
 
     With `checkpoints`, the run saves some there, goes on from one, and stops between windows on SIGTERM or
     SIGINT: what it gives then is no summary that is written, and its `stopped_after` is the window.
@@ -245,10 +272,18 @@ def fine_tune(
         """Evaluate, where it is time to; is it time to stop, too?"""
         if not (validate and eval_every and window % eval_every == 0):
             return False
-        evaluate_now(window)
+        if window not in [evaluation["window"] for evaluation in evaluations]:
+            evaluate_now(window)
         if not best.patience or window == total:
             return False
         return len(evaluations) - evaluations.index(best_evaluation) > best.patience
+
+    def save_checkpoint() -> None:
+        assert checkpointer is not None
+        log.keep()
+        window, progress = log.records[-1].window, {"evaluations": evaluations, "best": best_evaluation}
+        if problem := checkpointer.save(window, best_evaluation.get("window"), progress):
+            log.say(f"no checkpoint after window {window}: {problem}")
 
     state = windows.state_dict()
     to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
@@ -269,28 +304,31 @@ def fine_tune(
             max_windows=max_windows,
             max_grad_norm=max_grad_norm,
             compute_loss=compute_loss,
+            on_nonfinite=on_nonfinite,
             windows_done=done,
         )
         gave_up = done > 0 and gives_up_after(done)  # a checkpoint is saved before the evaluation
-        for record in () if gave_up else records:
-            log.window(record)
-            if tuning is not None and tuning.said is None:
-                tuning.saw(record.seconds - windows.seconds_to_collate)
-                if tuning.said is not None:
-                    log.say(tuning.said)
-            if checkpointer is not None:
-                stop, every = signals.asked(), checkpointer.settings.every
-                if stop or (every and record.window % every == 0):
-                    log.keep()
-                    progress = {"evaluations": evaluations, "best": best_evaluation}
-                    if problem := checkpointer.save(record.window, best_evaluation.get("window"), progress):
-                        log.say(f"no checkpoint after window {record.window}: {problem}")
-                if stop and record.window < total:
-                    stopped_after = record.window
+        try:
+            for record in () if gave_up else records:
+                log.window(record)
+                if tuning is not None and tuning.said is None:
+                    tuning.saw(record.seconds - windows.seconds_to_collate)
+                    if tuning.said is not None:
+                        log.say(tuning.said)
+                if checkpointer is not None:
+                    stop, every = signals.asked(), checkpointer.settings.every
+                    if stop or (every and record.window % every == 0):
+                        save_checkpoint()
+                    if stop and record.window < total:
+                        stopped_after = record.window
+                        break
+                gave_up = gives_up_after(record.window)
+                if gave_up:
                     break
-            gave_up = gives_up_after(record.window)
-            if gave_up:
-                break
+        except NonFinite:
+            if checkpointer is not None and log.records:
+                save_checkpoint()  # after the window before it
+            raise
         if gave_up:
             log.say(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
         last = log.records[-1].window if log.records else 0

@@ -89,6 +89,7 @@ def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0)
         chosen = [folder]
     folder = Path(broadcast_object_list(chosen)[0])
     if accelerator.is_main_process:
+        (folder / MARKER).unlink(missing_ok=True)
         write_whole(folder / "config.yaml", settings(config))
     if accelerator.log_with:
         accelerator.project_configuration = ProjectConfiguration(str(folder), str(folder))

@@ -40,6 +40,7 @@ from gradacc_hf.loop import Best, fine_tune
 from gradacc_hf.lora import check_four_bit, write_merged
 from gradacc_hf.memory.of_recipe import choose_bound
 from gradacc_hf.micro_batches import measure_lengths
+from gradacc_hf.nonfinite import NonFinite
 from gradacc_hf.optim import check_optimizer, choose_trained, make_optimizer, make_scheduler
 from gradacc_hf.out_of_memory import keep_no_freed_memory
 from gradacc_hf.output import check_output, ended, folder_to_resume, open_output
@@ -51,6 +52,7 @@ from gradacc_hf.saving import write_pretrained, write_whole
 from gradacc_hf.split import Bound
 from gradacc_hf.stopping import MARKER
 from gradacc_hf.tune import tunes
+from gradacc_hf.window import TooLate
 from gradacc_hf.windows import WindowLoader
 
 
@@ -59,7 +61,7 @@ def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
     try:
         _run(recipe_class, sys.argv[1:] if argv is None else list(argv))
     except BadInput as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, TooLate):  # of one process alone
             print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
@@ -132,39 +134,47 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         with uncompiled(model):
             return card.evaluated(recipe.validate(model, validation_windows, accelerator))
 
-    summary = fine_tune(
-        model,
-        optimizer,
-        windows,
-        accelerator=accelerator,
-        scheduler=scheduler,
-        epochs=config.train.epochs,
-        max_windows=config.train.max_windows,
-        max_grad_norm=config.optim.max_grad_norm,
-        compute_loss=recipe.loss,
-        validate=validate,
-        eval_every=config.train.eval_every,
-        eval_on_start=config.train.eval_on_start,
-        best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
-        tune=tunes(config, total_windows(config, windows)),
-        output_dir=folder,
-        checkpoints=Checkpoints(
-            config.checkpoint.every, config.checkpoint.keep, same, asdict(config.budget), checkpoint
-        ),
-        save_with=[*recipe.processors(), card],
-        write_model=write_merged if config.model.lora.merge else write_pretrained,
-        baseline=baseline,
-        seed=config.train.seed,
-        command=_command(argv, accelerator.num_processes),
-        skipped_rows={"count": len(recipe.skipped_rows), "first": recipe.skipped_rows[:10]},
-        samples=recipe.samples,
-        tokens_are=recipe.tokens_are,
-        card=asdict(about),
-    )
+    go_on = _command(["--resume", str(folder)], accelerator.num_processes)
+    try:
+        summary = fine_tune(
+            model,
+            optimizer,
+            windows,
+            accelerator=accelerator,
+            scheduler=scheduler,
+            epochs=config.train.epochs,
+            max_windows=config.train.max_windows,
+            max_grad_norm=config.optim.max_grad_norm,
+            compute_loss=recipe.loss,
+            validate=validate,
+            eval_every=config.train.eval_every,
+            eval_on_start=config.train.eval_on_start,
+            on_nonfinite=config.train.on_nonfinite,
+            best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
+            tune=tunes(config, total_windows(config, windows)),
+            output_dir=folder,
+            checkpoints=Checkpoints(
+                config.checkpoint.every, config.checkpoint.keep, same, asdict(config.budget), checkpoint
+            ),
+            save_with=[*recipe.processors(), card],
+            write_model=write_merged if config.model.lora.merge else write_pretrained,
+            baseline=baseline,
+            seed=config.train.seed,
+            command=_command(argv, accelerator.num_processes),
+            skipped_rows={"count": len(recipe.skipped_rows), "first": recipe.skipped_rows[:10]},
+            samples=recipe.samples,
+            tokens_are=recipe.tokens_are,
+            card=asdict(about),
+        )
+    except (NonFinite, TooLate) as error:
+        finer = f" --budget.max_tokens {error.max_tokens}" if isinstance(error, TooLate) else ""
+        raise type(error)(f"{error}; from its last checkpoint: {go_on}{finer}", *error.args[1:]) from None
     accelerator.end_training()
     if summary["stopped_after"] is not None:
-        windows_done = f"{summary['stopped_after']} of {total_windows(config, windows)}"
-        _say_how_to_resume(folder, windows_done, accelerator)
+        if accelerator.is_main_process:
+            write_whole(folder / MARKER, go_on + "\n")
+        of_all = f"{summary['stopped_after']} of {total_windows(config, windows)}"
+        accelerator.print(f"stopped after window {of_all}, which is saved; to go on: {go_on}")
         return
     accelerator.print(
         f"{summary['windows']} windows, {summary['examples']} examples in {summary['seconds']:.0f} s; "
@@ -185,15 +195,6 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
             push(folder, config.output.push_to_hub)
 
 
-def _say_how_to_resume(folder: Path, windows: str, accelerator: Accelerator) -> None:
-    """Leave the marker that says that this run is to be resumed, with the command."""
-    words = shlex.join([sys.argv[0], "--resume", str(folder)])
-    command = f"{_started_with(accelerator.num_processes)} {words}"
-    if accelerator.is_main_process:
-        write_whole(folder / MARKER, command + "\n")
-        print(f"stopped after window {windows}, which is saved; to go on: {command}")
-
-
 def _file_of(recipe_class: type[Recipe]) -> str | None:
     """The file that defines a recipe; None where it is typed into a notebook, say."""
     try:
@@ -202,13 +203,12 @@ def _file_of(recipe_class: type[Recipe]) -> str | None:
         return None
 
 
-def _command(argv: Sequence[str], processes: int) -> str:
-    """What runs this again, from this folder."""
-    return f"{_started_with(processes)} {shlex.join([sys.argv[0], *argv])}"
-
-
-def _started_with(processes: int) -> str:
-    return "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+def _command(words: Sequence[str], processes: int) -> str:
+    """What runs this file again with these words, from this folder."""
+    program = shlex.join([sys.argv[0], *words])
+    if launcher := os.environ.get("GRADACC_LAUNCHER"):
+        return f"{launcher} {program} --processes {processes}"
+    return f"{'python' if processes == 1 else f'accelerate launch --num_processes {processes}'} {program}"
 
 
 def load_recipe(argv: Sequence[str]) -> Recipe:

@@ -31,6 +31,17 @@ class Shortage:
     said: str = ""  # by torch, to this process
 
 
+class TooLate(BadInput):
+    """Out of memory while other processes wait: a run can only go on from its last checkpoint, cut finer."""
+
+    def __init__(self, message: str, max_tokens: int):
+        super().__init__(message, max_tokens)
+        self.max_tokens = max_tokens
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 class OthersRanOut(RuntimeError):
     """Raised in a process that had enough memory, when another has not."""
 
@@ -136,6 +147,10 @@ class Window:
             self._synchronises_alone = True
             self._micro_batches.append(recutting.idle())
 
+    def draw_as_before(self) -> None:
+        """Go back to the random numbers that the first micro-batch met."""
+        set_random_state(self._random_states[0], self._accelerator.device)
+
     def let_go(self) -> None:
         """Free the activations behind the loss that was weighed last, which its loop may hold still."""
         if self._handed is not None and not self._handed.is_leaf:
@@ -145,7 +160,7 @@ class Window:
     def share_shortage(self, said: str) -> Shortage:
         """Out of memory in the micro-batch handed out last: tell the other processes, and hear from them.
 
-        Raises BadInput where they are waiting for its gradients already.
+        Raises TooLate where they are waiting for its gradients already.
         """
         failed = self._micro_batches[self._latest]
         on_its_own = self._synchronises_alone and self._latest < len(self) - 1
@@ -153,9 +168,11 @@ class Window:
         if self._accelerator.distributed_type != DistributedType.NO and not (on_its_own or in_forward):
             rows, lengths = self._recutting.shape(failed.indices)
             tokens = rows * sum(lengths)
-            raise BadInput(
-                f"out of memory in a micro-batch of {tokens:,} padded tokens ({said}), while others wait "
-                f"for its gradients: run again with --budget.max_tokens {max(1, tokens // 2)}"
+            finer = max(1, tokens // 2)
+            raise TooLate(
+                f"out of memory in a micro-batch of {tokens:,} padded tokens ({said}), while other processes "
+                f"wait for its gradients: run again with --budget.max_tokens {finer}",
+                finer,
             )
         shortage = self._exchange(failed)
         assert shortage is not None
@@ -218,6 +235,8 @@ class Window:
             raise ValueError(f"weigh() takes the micro-batch's mean loss, a scalar tensor; found {found}")
         self._handed = loss
         loss = loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
+        # The gradient of a loss that is not finite may well be: NaN it must be, so that all processes see it.
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
         share = self._micro_batches[self._current].num_items / self.num_items
         self._loss_here = self._loss_here + loss.detach() * share
         self._weighed.add(self._current)

@@ -202,6 +202,11 @@ class WindowLoader:
         other.recut(bound, cost)
         return other
 
+    def put_back(self, window: Window) -> None:
+        """The window at hand counts as not done: it is to come next, and to meet the same random numbers."""
+        self.window = window.number
+        window.draw_as_before()
+
     def recut(self, bound: Bound, cost: Cost | None = None) -> None:
         """Cut the windows to come under another bound, and by another cost model."""
         if cost is not None and cost != self.cost:  # costs of before compare with none to come

@@ -1,0 +1,97 @@
+"""A loss or gradient that is no finite number: which examples and which module it comes from.
+
+`Window.weigh` makes the gradient of such a loss NaN, so that the norm of a window's gradient tells all
+processes; `loop.train` then takes no step. What is here looks for the cause, when the window is over.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from gradacc_hf.errors import BadInput
+from gradacc_hf.items import ComputeLoss
+from gradacc_hf.window import Window, forwards_are_collective
+
+SHOWN = 8  # examples of a micro-batch, in a message
+
+
+class NonFinite(BadInput):
+    """A window's loss or gradient is not finite; no step was taken."""
+
+
+def find_non_finite(model: torch.nn.Module, window: Window, compute_loss: ComputeLoss) -> str:
+    """Run a window's micro-batches again, and say where the first number that is not finite comes from.
+
+    Collective. The weights and their gradients stay as they are; random numbers are drawn.
+    """
+    accelerator = window.accelerator
+    together = forwards_are_collective(accelerator)
+    bare = model if together else accelerator.unwrap_model(model)
+    found = None
+    for batch in window:
+        if found is not None and not together:
+            continue
+        with _first_non_finite_output(bare) as modules, torch.set_grad_enabled(not together):
+            outputs = bare(**batch)
+            cause = f"first in the output of {modules[0]}" if modules else None
+            if cause is None and not hasattr(compute_loss, "look_ahead"):
+                cause = _of_loss(bare, compute_loss(outputs, batch), look_at_gradient=not together)
+        if cause is not None and found is None:
+            found = f"{_named(window.micro_batch.indices.tolist())}, {cause}"
+    everywhere = [cause for cause in gather_object([found]) if cause is not None]
+    return everywhere[0] if everywhere else "no micro-batch alone, only their sum"
+
+
+def _named(indices: list[int]) -> str:
+    more = f" and {len(indices) - SHOWN} more" if len(indices) > SHOWN else ""
+    return f"examples {indices[:SHOWN]}{more}"
+
+
+def _of_loss(model: torch.nn.Module, loss: torch.Tensor, look_at_gradient: bool) -> str | None:
+    if not math.isfinite(loss.item()):
+        return f"their loss is {loss.item()}"
+    if not look_at_gradient:
+        return None
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    for name, gradient in reversed(list(zip(trained, gradients, strict=True))):  # as the backward pass goes
+        if gradient is not None and not gradient.isfinite().all():
+            return f"first in the gradient of {name}"
+    return None
+
+
+@contextmanager
+def _first_non_finite_output(model: torch.nn.Module) -> Iterator[list[str]]:
+    """Gives a list that gets the name and class of the first module with such a number in its output."""
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+            # −∞ is what masks are made of
+            if not found and any((t.isnan() | (t == math.inf)).any() for t in _tensors(outputs)):
+                found.append(f"{name or 'the model'} ({type(module).__name__})")
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
+    if isinstance(outputs, torch.Tensor):
+        if outputs.is_floating_point():
+            yield outputs
+    elif isinstance(outputs, Mapping):
+        for value in outputs.values():
+            yield from _tensors(value)
+    elif isinstance(outputs, (list, tuple)):
+        for value in outputs:
+            yield from _tensors(value)
