@@ -119,7 +119,7 @@ if ((gpus > 0)); then
   [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 else
   processes=${processes:-1}
-  topology=$([[ $processes -eq 1 ]] && echo cpu || echo cpu_processes)
+  topology=$([[ $processes -eq 1 ]] && echo cpu || echo cpu_2)
   export ACCELERATE_USE_CPU=true # with several processes, Accelerate drops its config's use_cpu
 fi
 

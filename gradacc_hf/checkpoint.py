@@ -26,12 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as distributed_checkpoint
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 
 from gradacc_hf.errors import BadInput, one_line
@@ -166,11 +167,11 @@ class Checkpointer:
         self.model: torch.nn.Module = accelerator.unwrap_model(model)
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
 
-    def save(self, window: int, best_window: int | None, progress: Mapping[str, Any]) -> str | None:
+    def save(self, window: int, best_window: float | None, progress: Mapping[str, Any]) -> str | None:
         """Save a checkpoint after this window of the run; give what went wrong, in a line.
 
-        `progress`: plain numbers that `load` gives back. Where it goes wrong (a full disk), what was there
-        stays as it was. Collective.
+        `best_window`: after which the best evaluation was. `progress`: plain numbers that `load` gives back.
+        Where it goes wrong (a full disk), what was there stays as it was. Collective.
         """
         folder = self.folder / f"window-{window:08d}"
         unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -203,7 +204,7 @@ class Checkpointer:
             reader = HuggingFaceStorageReader(str(folder))
             of_optimizer = self._empty_like_saved(reader.read_metadata().state_dict_metadata)
             flat = {key: tensor for key, _, _, tensor in of_optimizer}
-            distributed_checkpoint.load(self._weights() | flat, storage_reader=reader)
+            load_tensors(self._weights() | flat, storage_reader=reader)
         states: dict[int, dict[str, Any]] = {index: dict(plain) for index, plain in numbers["states"].items()}
         for _, index, name, tensor in of_optimizer:
             states.setdefault(index, {})[name] = tensor
@@ -241,7 +242,7 @@ class Checkpointer:
         }
         with _alone_too():
             writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-            distributed_checkpoint.save(self._weights() | of_optimizer, storage_writer=writer)
+            save_tensors(self._weights() | of_optimizer, storage_writer=writer)
 
     def _write_numbers(self, folder: Path, about: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
         process = self.accelerator.process_index
@@ -269,7 +270,7 @@ class Checkpointer:
         write_plain(folder / NUMBERS, numbers)
         (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
-    def _end(self, unfinished: Path, folder: Path, best_window: int | None) -> None:
+    def _end(self, unfinished: Path, folder: Path, best_window: float | None) -> None:
         sums = _checksums(unfinished, self.accelerator)
         if not self.accelerator.is_main_process:
             return

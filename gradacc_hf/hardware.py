@@ -168,6 +168,16 @@ def set_up_allocator() -> None:
         os.environ[ALLOCATOR_NAMES[0 if renamed else 1]] = "expandable_segments:True"
 
 
+def launched_for_several() -> bool:
+    """Has `accelerate launch` been asked for several processes, and started this one alone?
+
+    It says where processes are to meet, then, but not how many they are.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    return by_accelerate and "MASTER_ADDR" in os.environ and not any(name in os.environ for name in sizes)
+
+
 def checkpoint_activations(model: Any) -> None:
     """Compute a model's activations again in the backward pass (`budget.gradient_checkpointing`)."""
     enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.23

@@ -34,6 +34,7 @@ from gradacc_hf.hardware import (
     honour,
     honour_attention,
     honour_padding,
+    launched_for_several,
     set_up_allocator,
 )
 from gradacc_hf.loop import Best, fine_tune
@@ -50,23 +51,37 @@ from gradacc_hf.recipe import Recipe
 from gradacc_hf.runlog import describe
 from gradacc_hf.saving import write_pretrained, write_whole
 from gradacc_hf.split import Bound
-from gradacc_hf.stopping import MARKER
+from gradacc_hf.stopping import MARKER, end_with_launcher, lost_contact
 from gradacc_hf.tune import tunes
 from gradacc_hf.window import TooLate
 from gradacc_hf.windows import WindowLoader
 
 
 def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
-    """The command line of a recipe file. A `BadInput` ends it with its one line and exit code 2."""
+    """The command line of a recipe file. A `BadInput` ends it with its one line and exit code 2.
+
+    Where another process or machine is gone, it ends with one line and exit code 1.
+    """
     try:
         _run(recipe_class, sys.argv[1:] if argv is None else list(argv))
     except BadInput as error:
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, TooLate):  # of one process alone
             print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        why = one_line(error).partition("] ")[2].partition(". ")[0] or one_line(error)
+        print(
+            f"error: process {os.environ.get('RANK')}: another process or machine is gone ({why[:200]}); start "
+            "all again with --resume auto",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
+    end_with_launcher()
     set_up_allocator()
     config = read_command_line(
         argv, data=recipe_class.Data, description=(recipe_class.__doc__ or "").partition("\n")[0]
@@ -97,9 +112,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     with accelerator.main_process_first():  # the others find what it has cached
         training, validation = recipe.datasets()
     checkpoint = None
-    same = broadcast_object_list(
-        [what_must_stay(config, training, validation) if accelerator.is_main_process else None]
-    )[0]
+    found = [what_must_stay(config, training, validation)] if accelerator.is_main_process else [{}]
+    same = broadcast_object_list(found)[0]
     if resumed is not None:
         config.output.dir = str(resumed)
         checkpoint = newest_checkpoint(resumed, accelerator)
@@ -284,7 +298,12 @@ def make_accelerator(config: Config) -> Accelerator:
     if accelerator.num_processes != expected:
         raise BadInput(
             f"{expected} processes were asked for and {accelerator.num_processes} are running: on CPUs the "
-            "topology must be configs/accelerate/cpu_processes.yaml, as ./launch.sh passes it"
+            "topology must be configs/accelerate/cpu_2.yaml, as ./launch.sh passes it"
+        )
+    if accelerator.num_processes == 1 and launched_for_several():
+        raise BadInput(
+            "accelerate launch was asked for several processes and has started one (MULTI_CPU waits for "
+            "mpirun): pass --config_file configs/accelerate/cpu_2.yaml --num_processes N, or use ./launch.sh"
         )
     return accelerator
 

@@ -181,7 +181,7 @@ def read_history(path: Path, windows: int) -> list[WindowRecord]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
-            row = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+            row: Any = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
             records.append(WindowRecord(**row))
     return [record for record in records if record.window <= windows]
 

@@ -1,19 +1,25 @@
-"""Asking a run to stop: SIGTERM (of a scheduler) and SIGINT (Ctrl-C) let it finish its window and save.
+"""How a run ends before its time.
+
+SIGTERM (of a scheduler) and SIGINT (Ctrl-C) let it finish its window and save.
 
 `StopSignals` notes the signal; `loop.fine_tune` asks between windows. A second signal ends the process at
 once, as the first would have without this.
 """
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
 
+import torch
 from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO = 2.0  # seconds: torchrun passes on to its processes what the whole group got already
+PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 MARKER = "TO_BE_RESUMED"  # in the folder of a run that was stopped so; it holds the command that goes on
 
 
@@ -52,6 +58,22 @@ class StopSignals:
         elif time.monotonic() - self._since > ECHO:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+
+def end_with_launcher() -> None:
+    """Get a SIGTERM when the launcher that started this process ends (on Linux).
+
+    Those of Accelerate and torchrun are not always passed a signal, do not always pass it on, and leave their
+    processes running when they are killed.
+    """
+    launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Is this what is raised where another process of the run, or its machine, is gone?"""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def ignore_signals(worker: int) -> None:

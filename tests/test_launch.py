@@ -81,7 +81,7 @@ def test_it_prints_the_command_that_it_ends_in_and_runs_that_many_processes(
         *(["--processes", processes] if processes else []),
     )
     assert done.returncode == 0, done.stderr
-    topology = "cpu_processes" if processes else "cpu"
+    topology = "cpu_2" if processes else "cpu"
     command = next(line for line in done.stdout.splitlines() if line.startswith("accelerate launch"))
     assert re.search(
         rf"--config_file \S*configs/accelerate/{topology}.yaml --num_processes {processes or 1} ", command

@@ -420,7 +420,7 @@ def launched(tiny_bert, processes, runs):
     )
     Path("runs.json").write_text(json.dumps([arguments(tiny_bert, flags) for flags in runs]))
     command = [Path(sys.executable).with_name("accelerate"), "launch", "--num_processes", str(processes)]
-    command += ["--config_file", ROOT / "configs" / "accelerate" / "cpu_processes.yaml", "several.py"]
+    command += ["--config_file", ROOT / "configs" / "accelerate" / "cpu_2.yaml", "several.py"]
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "GRADACC_PROCESSES": str(processes)}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
