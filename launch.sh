@@ -3,6 +3,7 @@
 #
 #   ./launch.sh                                  the main job: fine-tune MiniLM on the standard library's docstrings
 #   ./launch.sh RECIPE --config FILE [--budget NAME] [--processes N] [--section.key value …]
+#   ./launch.sh RECIPE … --machines M --machine_rank R --main_address HOST[:PORT]   on each of M machines, N processes on each
 #   ./launch.sh lessons [NAME] [--plot FILE.svg] the lessons: small programs that show what accumulation does
 #   ./launch.sh compare [arguments]              the same training by Trainer and by ours, side by side (`gradacc compare --help`)
 #   ./launch.sh plan [arguments]                 what a run will take, without a GPU; so do verify, predict, report, bench, ls, cp
@@ -85,21 +86,31 @@ shift
 [[ $recipe == -* ]] && die "the first argument is the recipe; found $recipe (./launch.sh help shows how)"
 [[ -f $recipe ]] || die "no recipe $recipe here; there are: $(cd "$here" && echo recipes/*.py)"
 
-processes=
+processes= machines=1 machine_rank=0 main_address=
 arguments=()
 while [[ $# -gt 0 ]]; do
   case $1 in
-    --processes | --processes=*)
-      if [[ $1 == *=* ]]; then processes=${1#*=}; else
-        processes=${2:-}
-        shift
-      fi
-      [[ $processes =~ ^[1-9][0-9]{0,3}$ ]] || die "--processes: found '$processes'; allowed: 1 or more"
+    --processes=* | --machines=* | --machine_rank=* | --main_address=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+  esac
+  case $1 in
+    --processes | --machines)
+      [[ ${2:-} =~ ^[1-9][0-9]{0,3}$ ]] || die "$1: found '${2:-}'; allowed: 1 or more"
       ;;
+  esac
+  case $1 in
+    --processes) processes=$2 ;;
+    --machines) machines=$2 ;;
+    --machine_rank) machine_rank=${2:-} ;;
+    --main_address) main_address=${2:-} ;;
     *) arguments+=("$1") ;;
   esac
+  case $1 in --processes | --machines | --machine_rank | --main_address) shift ;; esac
   shift || true
 done
+[[ $machine_rank =~ ^[0-9]+$ ]] && ((machine_rank < machines)) ||
+  die "--machine_rank: found '$machine_rank'; allowed: 0 to $((machines - 1)), as there are $machines machines"
+[[ $machines -eq 1 || -n $main_address ]] ||
+  die "--machines $machines needs --main_address HOST or HOST:PORT, of the machine with rank 0, the same on all"
 for argument in ${arguments[@]+"${arguments[@]}"}; do # so written, an empty list is fine in old shells
   case $argument in
     -h | --help) exec python "$recipe" --help ;;
@@ -114,25 +125,32 @@ fi
 if ((gpus > 0)); then
   processes=${processes:-$gpus}
   ((processes <= gpus)) || die "--processes: found $processes; allowed: 1 to $gpus, the GPUs of this machine"
-  topology=$([[ $processes -eq 1 ]] && echo gpu || echo ddp)
+  topology=$([[ $((processes * machines)) -eq 1 ]] && echo gpu || echo ddp)
   # Segments that can grow are not fragmented by micro-batches of many shapes; unless you have set the allocator up.
   [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 else
   processes=${processes:-1}
-  topology=$([[ $processes -eq 1 ]] && echo cpu || echo cpu_2)
+  topology=$([[ $((processes * machines)) -eq 1 ]] && echo cpu || echo cpu_2)
   export ACCELERATE_USE_CPU=true # with several processes, Accelerate drops its config's use_cpu
 fi
 
 # A bad input ends here, with its one line and exit code 2: a launcher would make a traceback and 1 of it.
 python "$recipe" ${arguments[@]+"${arguments[@]}"} --check >/dev/null
 
-command=(accelerate launch --config_file "$here/configs/accelerate/$topology.yaml" --num_processes "$processes")
+all=$((processes * machines))
+command=(accelerate launch --config_file "$here/configs/accelerate/$topology.yaml" --num_processes "$all")
+if ((machines > 1)); then
+  port=${main_address##*:}
+  [[ $main_address == *:* ]] || port=29500
+  command+=(--num_machines "$machines" --machine_rank "$machine_rank" --rdzv_backend static)
+  command+=(--main_process_ip "${main_address%:*}" --main_process_port "$port")
+fi
 if ((gpus == 0)); then
   threads=$(($(getconf _NPROCESSORS_ONLN) / processes))
   command+=(--num_cpu_threads_per_process "${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}")
 fi
 command+=("$recipe" ${arguments[@]+"${arguments[@]}"})
-export GRADACC_PROCESSES=$processes GRADACC_LAUNCHER=$0
+export GRADACC_PROCESSES=$all GRADACC_LAUNCHER=$0
 printf '%q ' "${command[@]}" && echo
 
 # A signal goes to the recipe's processes, which finish their window, save and end (--resume auto goes on). Accelerate's

@@ -73,8 +73,8 @@ def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
             raise
         why = one_line(error).partition("] ")[2].partition(". ")[0] or one_line(error)
         print(
-            f"error: process {os.environ.get('RANK')}: another process or machine is gone ({why[:200]}); start "
-            "all again with --resume auto",
+            f"error: process {os.environ.get('RANK')}: another process or machine is gone ({why[:200]}): "
+            "start all again with --resume auto",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -218,17 +218,24 @@ def out_of_memory(engine):
 
 
 def goes_on(engine):
-    """A run in the folder RUN goes on there, and its last process is told to stop in window STOP."""
+    """A run in the folder RUN goes on there, and its last process is told to stop in window STOP.
+
+    From window SHORT on, that process has no memory for more than 40 tokens at once.
+    """
     folder, stop = Path(os.environ["RUN"]), int(os.environ["STOP"])
+    short, max_tokens = int(os.environ.get("SHORT", 99)), int(os.environ.get("MAX_TOKENS", 64))
     accelerator = accelerator_for(engine)
     head = build_head("sequence_classification", "gpt2")
     windows = WindowLoader(
-        head.examples(LENGTHS), 4, accelerator=accelerator, collate_fn=head.collate, max_tokens=64
+        head.examples(LENGTHS), 4, accelerator=accelerator, collate_fn=head.collate, max_tokens=max_tokens
     )
 
     def compute_loss(outputs, batch):
-        if windows.epoch * 6 + windows.window == stop and accelerator.is_last_process:
+        window = windows.epoch * 6 + windows.window
+        if window == stop and accelerator.is_last_process:
             os.kill(os.getpid(), signal.SIGTERM)
+        if window >= short and accelerator.is_last_process and batch["input_ids"].numel() > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return model_loss(outputs, batch)
 
     optimizer = torch.optim.AdamW(head.model.parameters(), lr=1e-3)

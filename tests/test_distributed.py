@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ WORKER = Path(__file__).parent / "distributed_worker.py"
 
 
 @functools.cache
-def launch(num_processes, engine, *cases, **variables):
+def launch(num_processes, engine, *cases, fails=False, **variables):
     command = [
         "-m",
         "torch.distributed.run",
@@ -35,6 +36,9 @@ def launch(num_processes, engine, *cases, **variables):
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=280, env=environment
     )
+    if fails:
+        assert done.returncode == 1
+        return done.stderr
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
     return {row.pop("case"): row for row in rows}
@@ -159,4 +163,16 @@ def test_a_run_stops_on_one_number_of_processes_and_goes_on_on_another_sharded_o
         assert found["stopped_after"] == (stop if stop < 99 else None)
     for key in ("losses", "norms"):
         assert found[key] == pytest.approx(undisturbed[key], rel=1e-5), key
+    assert found["examples"] == 2 * 23
+
+
+def test_out_of_memory_under_fsdp_ends_the_run_in_a_line_and_it_goes_on_cut_finer(tmp_path):
+    run = {"RUN": str(tmp_path), "STOP": "99", "SHORT": "5"}
+    said = launch(2, "fsdp2", "goes_on", fails=True, **run)
+    assert re.search(r"TooLate: out of memory in a micro-batch of \d+ padded tokens", said)
+    assert "while other processes wait for its gradients: run again with --budget.max_tokens " in said
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir())[-1] == "window-00000004"
+    found = launch(2, "fsdp2", "goes_on", **run, MAX_TOKENS="40")["goes_on"]
+    undisturbed = launch(1, "ddp", "goes_on", RUN=str(tmp_path / "whole"), STOP="99")["goes_on"]
+    assert found["losses"] == pytest.approx(undisturbed["losses"], rel=1e-5)
     assert found["examples"] == 2 * 23

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# A recipe under Slurm, on any number of nodes. Before its time is over, or when it is preempted, the run finishes its window
+# and saves; what is left to do is queued again and goes on from there, on as many nodes as it gets then.
+#
+#   sbatch --nodes 2 --gres gpu:8 --time 4:00:00 configs/slurm.sh recipes/causal_lm.py --config configs/causal_lm.yaml \
+#     --output.dir runs/causal_lm
+#
+# From the kit's folder, which all nodes share, with .venv set up by ./launch.sh (or VENV=…). It needs --output.dir.
+#SBATCH --job-name=gradacc
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --signal=B:TERM@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+set -uo pipefail
+
+run=
+for ((i = 1; i <= $#; i++)); do
+  [[ ${!i} == --output.dir ]] && j=$((i + 1)) && run=${!j}
+  [[ ${!i} == --output.dir=* ]] && run=${!i#*=}
+done
+[[ -n $run ]] || { echo "error: give --output.dir: without it, a job that is queued again does not find its run" >&2; exit 2; }
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# One launcher a node; srun passes a signal on to all of them, and each to the recipe's processes.
+srun --kill-on-bad-exit=0 bash -c 'exec ./launch.sh "$@" --machine_rank "$SLURM_NODEID"' launch "$@" --resume auto \
+  --machines "$SLURM_JOB_NUM_NODES" --main_address "$first:$((20000 + SLURM_JOB_ID % 10000))" &
+launchers=$!
+trap 'kill -TERM "$launchers"' TERM
+while true; do
+  wait "$launchers" && code=0 || code=$?
+  kill -0 "$launchers" 2>/dev/null || break # else the signal has ended the waiting
+done
+
+if [[ -e $run/TO_BE_RESUMED ]]; then
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+fi
+exit "$code"
