@@ -44,7 +44,6 @@ from gradacc_hf.windows import WindowLoader
 
 FOLDER = "checkpoints"
 ABOUT, NUMBERS, SUMS = "about.json", "numbers.pt", "sha256.json"
-SIZES = ("max_tokens", "micro_batch_size", "max_bytes")  # of a bound
 CHANGED = "not those of before"  # what is said of contents that are compared by a fingerprint
 
 
@@ -67,8 +66,8 @@ class Checkpoints:
 
     `every`: windows in between; 0 saves only when the run is asked to stop. `keep`: how many, the newest;
     that of the best evaluation stays too. `same`: settings and fingerprints by key, which may not differ from
-    those of the checkpoint. `budget`: where it is the same too, windows are cut as they were, and not only
-    equal in their mathematics.
+    those of the checkpoint. `budget` (by default the loader's bound): where it is the same too, windows are
+    cut as they were, and not only equal in their mathematics.
     """
 
     every: int = 100
@@ -164,6 +163,7 @@ class Checkpointer:
     ):
         self.folder, self.settings, self.accelerator = folder / FOLDER, settings, accelerator
         self.scheduler, self.windows = scheduler, windows
+        self.budget = dict(settings.budget) or _sizes(windows.bound)
         self.model: torch.nn.Module = accelerator.unwrap_model(model)
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
 
@@ -179,7 +179,7 @@ class Checkpointer:
             "window": window,
             "processes": self.accelerator.num_processes,
             "same": dict(self.settings.same),
-            "budget": dict(self.settings.budget),
+            "budget": self.budget,
             "versions": versions(),
         }
         steps = (
@@ -213,7 +213,7 @@ class Checkpointer:
             self.scheduler.load_state_dict(numbers["scheduler"])
         if self.accelerator.scaler is not None and numbers["scaler"]:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
-        self._place_windows(numbers["windows"], same_budget=about["budget"] == self.settings.budget)
+        self._place_windows(numbers["windows"], same_budget=about["budget"] == self.budget)
         process = self.accelerator.process_index
         if about["processes"] == self.accelerator.num_processes:
             _set_random_numbers(read_plain(folder / f"random-{process}.pt"), self.accelerator.device)
@@ -261,7 +261,7 @@ class Checkpointer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "windows": {
                 "place": windows.state_dict(),
-                "bound": {name: getattr(windows.bound, name) for name in SIZES},
+                "bound": _sizes(windows.bound),
                 "cost": asdict(windows.cost),
                 "counts": [windows.empty_micro_batches, windows.empty_windows, windows.replays],
             },
@@ -318,6 +318,10 @@ class Checkpointer:
             memory = windows.bound.memory if saved["bound"]["max_bytes"] is not None else None
             windows.recut(Bound(**saved["bound"], memory=memory), Cost(**saved["cost"]))
         windows.empty_micro_batches, windows.empty_windows, windows.replays = saved["counts"]
+
+
+def _sizes(bound: Bound) -> dict[str, int | None]:
+    return {name: getattr(bound, name) for name in ("max_tokens", "micro_batch_size", "max_bytes")}
 
 
 def _key(index: int, name: str) -> str:
