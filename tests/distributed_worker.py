@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.test_utils.scripts import test_sync
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import BertConfig, BertModel, PrinterCallback, TrainingArguments
 
 from gradacc_hf import BadInput, ExactTrainer, WindowLoader, accumulate_in_float32, evaluate, fine_tune
@@ -215,6 +216,58 @@ def out_of_memory(engine):
         "examples": replayed[2],
         "replays": gather_object([replayed[3]]),
     }
+
+
+def collectives(engine):
+    """How often gradients cross processes in each window, and what else does, for 1 and many micro-batches."""
+    found = {}
+    for size in (1, 10):
+        accelerator = accelerator_for(engine)
+        head = build_head("sequence_classification", "bert")
+        windows = WindowLoader(
+            head.examples(LENGTHS),
+            10,
+            accelerator=accelerator,
+            collate_fn=head.collate,
+            micro_batch_size=size,
+        )
+        model, optimizer = accelerator.prepare(head.model, torch.optim.SGD(head.model.parameters(), lr=0.1))
+        counts, buckets = [], set()
+
+        def count(state, bucket, counts=counts, buckets=buckets):
+            counts[-1]["gradient buckets"] += 1
+            buckets.add(bucket.index())
+            return allreduce_hook(None, bucket)
+
+        def counted(function, name, counts=counts):
+            def call(*arguments, **named):
+                counts[-1][name] = counts[-1].get(name, 0) + 1
+                return function(*arguments, **named)
+
+            return call
+
+        if accelerator.num_processes > 1:
+            model.register_comm_hook(None, count)
+        names = (
+            "all_gather",
+            "all_gather_into_tensor",
+            "all_reduce",
+            "broadcast",
+            "barrier",
+            "gather_object",
+        )
+        before = {name: getattr(torch.distributed, name) for name in names}
+        for name, function in before.items():
+            setattr(torch.distributed, name, counted(function, name))
+        counts.append({"gradient buckets": 0})
+        steps = []
+        for record in train(model, optimizer, windows, accelerator=accelerator, epochs=2):
+            counts.append({"gradient buckets": 0})
+            steps.append(record.accumulation_steps)
+        for name, function in before.items():
+            setattr(torch.distributed, name, function)
+        found[f"of {size}"] = {"counts": counts[:-1], "steps": steps, "buckets": len(buckets)}
+    return found
 
 
 def goes_on(engine):
@@ -445,6 +498,7 @@ CASES = {
     "evaluation": evaluation,
     "sizes": sizes,
     "goes_on": goes_on,
+    "collectives": collectives,
     "beside_test_sync": beside_test_sync,
     # last, as TrainingArguments makes an Accelerate state of its own
     "exact_trainer_means": lambda engine: exact_trainer(engine, "token_classification", "bert"),

@@ -93,6 +93,23 @@ def test_when_one_process_runs_out_of_memory_all_run_the_window_again(ddp):
     assert min(found["replays"]) == max(found["replays"]) >= 1
 
 
+def test_gradients_cross_processes_once_a_window_however_many_micro_batches_it_has(ddp):
+    num_processes, found = ddp
+    many, one = found["collectives"]["of 1"], found["collectives"]["of 10"]
+    assert max(many["steps"]) >= 3
+    assert min(one["steps"]) == 1
+    for counted in (many, one):
+        crossed = [window["gradient buckets"] for window in counted["counts"]]
+        assert crossed == [counted["buckets"]] * 6  # 0 on one process
+        assert num_processes == 1 or counted["buckets"] >= 1
+    # Beside them (which all_reduce has counted too): items are counted, losses added up, and, where a
+    # micro-batch may not fit, processes tell each other that it did.
+    for counted in (many, one):
+        others = [sum(window.values()) - 2 * window["gradient buckets"] for window in counted["counts"]]
+        assert set(others) == ({0} if num_processes == 1 else {2, 3})
+        assert others[-1] == (0 if num_processes == 1 else 2)
+
+
 def test_a_window_without_items_is_skipped_by_all_processes(ddp):
     _, found = ddp
     assert found["no_items_here_and_there"]["windows"] == 4  # of 5
