@@ -95,6 +95,9 @@ class DataConfig:
     """Which configuration of the Hub's data set, where it has several."""
     max_length: int = 256
     """Where an example is cut off (tokens)."""
+    leave_out: list[int] = field(default_factory=list)
+    """Training examples that are in no window, by the numbers that a message has named: [17]. The other
+    examples stay in theirs, so that a run may go on (--resume) without these."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that the task cannot use: stop and name it, or leave it out, counted and said."""
 

@@ -28,8 +28,9 @@ def what_must_stay(config: Config, training: Dataset, validation: Dataset) -> di
     """Every setting that changes what a run computes, by its key; data sets by their content."""
     settings = {section: asdict(getattr(config, section)) for section in SECTIONS}
     same = {key: value for section, values in settings.items() for key, value in _flat(section, values)}
-    by_content = {"data.train": fingerprint(training), "data.validation": fingerprint(validation)}
-    return same | by_content
+    for key in ("data.leave_out", "data.train", "data.validation"):  # the first is about windows to come
+        del same[key]
+    return same | {"data.train": fingerprint(training), "data.validation": fingerprint(validation)}
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -121,8 +121,8 @@ def _stop_or_skip(window: Window, windows: WindowLoader, where: str, on_nonfinit
     if on_nonfinite == "stop":
         windows.put_back(window)
         raise NonFinite(
-            f"{what}; no step was taken: look at these examples, lower --optim.lr, or leave such windows out "
-            "(--train.on_nonfinite skip)"
+            f"{what}; no step was taken: look at these examples and leave them out (--data.leave_out), lower "
+            "--optim.lr, or leave out such windows (--train.on_nonfinite skip)"
         )
     logger.warning(f"{what}; no step was taken, and the run goes on")
 

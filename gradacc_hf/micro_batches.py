@@ -6,7 +6,7 @@ training where the loader has workers. Putting a micro-batch on the device and w
 """
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,6 +73,7 @@ class LocalWindows(Dataset):
     process: int
     transform: Transform | None = None
     pad_to_multiple_of: int = 1
+    leave_out: Collection[int] = ()
 
     def __getitem__(self, number: tuple[int, int]) -> tuple[Split, list[MicroBatch]] | bytes:
         split = self.split(*number)
@@ -83,10 +84,12 @@ class LocalWindows(Dataset):
 
     def split(self, epoch: int, window: int) -> Split:
         indices = self.plan.indices(epoch, window)
+        if self.leave_out:
+            indices = indices[~np.isin(indices, list(self.leave_out))]
         tokens = self.tokens[indices]
         padded, pad_to, packed = self.padded(tokens), None, self.pad_to == "nothing"
         if self.pad_to not in ("micro_batch", "nothing"):
-            pad_to = int(tokens.max()) if self.pad_to == "window" else self.pad_to
+            pad_to = int(tokens.max(initial=0)) if self.pad_to == "window" else self.pad_to
             padded = np.full_like(tokens, pad_to)
         lengths = bounding_lengths(padded)
         processes = split_window(lengths, self.bound, self.num_processes, self.cost, packed)

@@ -326,6 +326,10 @@ def make_windows(
             f"batch.effective: found {config.batch.effective}; allowed: 1 to {len(training)}, "
             "the training examples there are"
         )
+    if wrong := [index for index in config.data.leave_out if not 0 <= index < len(training)]:
+        raise BadInput(
+            f"data.leave_out: found {wrong[0]}; allowed: 0 to {len(training) - 1}, training examples"
+        )
     lengths = measure_lengths(training, recipe.lengths(training))
     shared: dict[str, Any] = {
         "accelerator": accelerator,
@@ -343,6 +347,7 @@ def make_windows(
         config.batch.effective,
         lengths=lengths,
         drop_last=config.batch.drop_last,
+        leave_out=config.data.leave_out,
         **shared,
     )
     size, lengths = min(512, len(validation)), recipe.lengths(validation)

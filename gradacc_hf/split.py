@@ -132,6 +132,8 @@ def split_window(
     micro-batch exceeds the bound unless a single example does. `packed`: a micro-batch is one row of all its
     examples' tokens, not as many rows as examples, padded to the longest.
     """
+    if not len(lengths):
+        return [[] for _ in range(num_processes)]
     columns = np.maximum(np.asarray(lengths).reshape(len(lengths), -1), 1)
     tokens = columns.sum(1)
     by_length = np.argsort(tokens, kind="stable")

@@ -8,7 +8,7 @@ collated micro-batches (`micro_batches.py`) and what their losses are means over
 import copy
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -69,6 +69,7 @@ class WindowLoader:
             augmentation, cropping. The generator is seeded by (seed, epoch, index), so that no split, number
             of processes or resuming changes what it draws. Its lengths are those before.
         cost: what a micro-batch is predicted to cost.
+        leave_out: examples, by index, that are in no window; all others stay in theirs.
 
     `state_dict()` / `load_state_dict()`: seed, epoch and window; inside the loop's body, the window at hand
     counts as done. `empty_micro_batches` and `empty_windows` count what had no item and was not handed out,
@@ -96,6 +97,7 @@ class WindowLoader:
         num_workers: int = 0,
         transform: Transform | None = None,
         cost: Cost = Cost(),
+        leave_out: Collection[int] = (),
     ):
         refuse_engine(accelerator)
         check_arguments(dataset, effective_batch_size, collate_fn, pad_to, pad_to_multiple_of)
@@ -122,6 +124,7 @@ class WindowLoader:
             num_processes=accelerator.num_processes,
             process=accelerator.process_index,
             pad_to_multiple_of=pad_to_multiple_of or 1,
+            leave_out=leave_out,
         )
         self._started = False
         self._half_way: list[int] = []

@@ -219,7 +219,7 @@ def out_of_memory(engine):
 
 
 def collectives(engine):
-    """How often gradients cross processes in each window, and what else does, for 1 and many micro-batches."""
+    """How often gradients, and what else, cross processes in a window of one and of many micro-batches."""
     found = {}
     for size in (1, 10):
         accelerator = accelerator_for(engine)

@@ -30,7 +30,7 @@ class Root(torch.autograd.Function):
         return gradient * math.nan
 
 
-def run(folder, cause, accelerator=None, spoilt=True, resume=False, **more):
+def run(folder, cause, accelerator=None, spoilt=True, resume=False, leave_out=(), **more):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = accelerator() if accelerator else Accelerator(cpu=True)
@@ -59,7 +59,13 @@ def run(folder, cause, accelerator=None, spoilt=True, resume=False, **more):
     head.model.register_forward_pre_hook(note, with_kwargs=True)
     head.model.bert.encoder.layer[1].output.dense.register_forward_hook(spoil)
     windows = WindowLoader(
-        examples, 10, accelerator=accelerator, collate_fn=head.collate, max_tokens=64, shuffle=False
+        examples,
+        10,
+        accelerator=accelerator,
+        collate_fn=head.collate,
+        max_tokens=64,
+        shuffle=False,
+        leave_out=leave_out,
     )
     optimizer = torch.optim.AdamW(head.model.parameters(), lr=1e-3)
     weights = []
@@ -131,3 +137,12 @@ def test_under_fp16_the_scaler_judges_gradients_and_a_loss_that_is_nan_stops_the
     assert summary["skipped_windows"] == 1  # the first: an overflow, which is no reason to stop
     line, _, _ = run(tmp_path / "b", "module", accelerator=lambda: fp16_accelerator(init_scale=1.0))
     assert "first in the output of bert.encoder.layer.1.output.dense" in line
+
+
+def test_or_without_that_example_while_all_others_stay_in_their_windows(tmp_path):
+    line, _, _ = run(tmp_path, "module")
+    named = json.loads(line[line.index("[") : line.index("]") + 1])
+    summary, _, _ = run(tmp_path, "module", resume=True, leave_out=[BAD])
+    assert BAD in named
+    assert [row["examples"] for row in history(tmp_path)] == [10, 9, 10, 10, 10]
+    assert summary["skipped_windows"] == 0
