@@ -73,6 +73,21 @@ def recipe_file(argv: Sequence[str]) -> str:
     return _find_recipe(recipe, config, f"recipe in {config}")
 
 
+def check_recipe_of(config: Path) -> None:
+    """Refuse the recipe that a run's config.yaml names where it may have come with the run.
+
+    A run names the kit's recipe, or another by its whole path, and holds none. Raises `BadInput`.
+    """
+    recipe = Path(recipe_file(["--config", str(config)]))
+    given = _read_file(str(config), "--config")["recipe"]
+    is_of_kit = any(recipe.parent == (kit / "recipes").resolve() for kit in KITS)
+    if recipe.is_relative_to(config.parent.resolve()) or not (is_of_kit or Path(given).is_absolute()):
+        raise BadInput(
+            f"recipe in {config}: found {_shown(given)}, which may have come with the run, and is not run; "
+            "allowed is one of yours or of the kit, by its whole path"
+        )
+
+
 @dataclass(frozen=True)
 class _Source:
     """Where keys were written, so that a message can name them as the user wrote them."""

@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from gradacc_hf.checkpoint import write_whole
 from gradacc_hf.config import FLAGS_ONLY, Config
 from gradacc_hf.errors import BadInput
+from gradacc_hf.redact import without_tokens
 
 RUN_FILES = ("config.yaml", "history.jsonl", "summary.json", "best", "last", "logs", "report.html")
 RUN_FILES += ("verify.json",)  # later, by `gradacc verify --run`
@@ -21,6 +23,8 @@ RUN_FILES += ("verify.json",)  # later, by `gradacc verify --run`
 def check_output(config: Config) -> None:
     """Refuse a folder that cannot be written, or that holds what this run would overwrite."""
     folder = Path(config.output.dir or "runs")
+    if config.output.dir:
+        refuse_links(folder, "output.dir")
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"output.dir: {folder} is a file; give a folder")
     if config.output.dir and folder.is_dir() and any(folder.iterdir()):
@@ -33,6 +37,17 @@ def check_output(config: Config) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
         raise BadInput(f"output.dir: {existing} cannot be written; give a folder elsewhere")
+
+
+def refuse_links(folder: Path, key: str) -> None:
+    """Refuse a run's folder that is a link, or has one where a run writes: elsewhere is not its to write."""
+    of_a_run = (path for name in RUN_FILES for path in (folder / name).rglob("*"))
+    for path in chain((folder,), folder.glob("*"), of_a_run):
+        if path.is_symlink():
+            raise BadInput(
+                f"{key}: {path} is a link to {os.readlink(path)}, and a run writes through none; give the "
+                "folder itself, or remove the link"
+            )
 
 
 def open_output(config: Config, accelerator: Accelerator) -> Path:
@@ -58,9 +73,9 @@ def open_output(config: Config, accelerator: Accelerator) -> Path:
 
 
 def settings(config: Config) -> str:
-    """All settings of a run, as a config file that runs it again."""
+    """All settings of a run, but for tokens, as a config file that runs it again."""
     values = {name: value for name, value in asdict(config).items() if name not in FLAGS_ONLY}
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump(without_tokens(values), sort_keys=False)
 
 
 def next_folder(name: str) -> Path:
