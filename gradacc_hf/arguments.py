@@ -1,12 +1,43 @@
-"""What a `WindowLoader` is given that cannot work: a ValueError that says so in one line."""
+"""What a `WindowLoader` is given that cannot work: a ValueError that says so in one line.
+
+Also where nothing of this runs: engines that accumulate by themselves, devices and systems that nobody
+has tried it on. `refuse_engine` asks an Accelerator, `hardware.honour` the machine before there is one.
+"""
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+
+from gradacc_hf.errors import BadInput
+
+DEVICES = ("cpu", "cuda")  # as torch names them: AMD's (ROCm) is "cuda", too
+ENGINES = ("DEEPSPEED", "MEGATRON_LM")  # as accelerate.utils.DistributedType names them
+_NAMES = {"mps": "mps, Apple's GPU", "xla": "xla, a TPU or torch_xla's"}
+_ON_THE_CPU = {"xla": "USE_TORCH_XLA=false"}
+
+
+def refuse_place(device: str, engine: str = "", system: str = sys.platform) -> None:
+    """Refuse where this cannot be exact, or where nobody has ever tried it, with what to use instead.
+
+    They are named as torch, `DistributedType` and `sys.platform` name them. Raises BadInput.
+    """
+    if system in ("win32", "cygwin"):
+        raise BadInput("system: found Windows; use WSL 2 (wsl --install), which is Linux")
+    if engine in ENGINES:
+        raise BadInput(
+            f"{engine} accumulates and scales gradients by itself, so windows cannot be exact under it: "
+            "launch with DDP or FSDP (--multi_gpu or --use_fsdp) instead"
+        )
+    if device not in DEVICES:
+        on_the_cpu = _ON_THE_CPU.get(device, "ACCELERATE_USE_CPU=true")
+        raise BadInput(
+            f"device: found {_NAMES.get(device, device)}, where no window has ever been trained; use a CUDA "
+            f"GPU, or the CPU ({on_the_cpu} in the environment)"
+        )
 
 
 def refuse_engine(accelerator: Accelerator) -> None:
@@ -17,11 +48,7 @@ def refuse_engine(accelerator: Accelerator) -> None:
             "processes that share a model (tensor, context or sequence parallel) must see the same examples, "
             "and here each gets its own: use data parallelism (DDP or FSDP) only"
         )
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} accumulates and scales gradients by itself, so windows "
-            "cannot be exact under it: launch with DDP or FSDP (--multi_gpu or --use_fsdp) instead"
-        )
+    refuse_place(accelerator.device.type, accelerator.distributed_type.value)
 
 
 def check_arguments(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gradacc_hf import lessons
 from gradacc_hf.config import kit
-from gradacc_hf.errors import BadInput, Parser, one_line
+from gradacc_hf.errors import BadInput, Parser, command
 
 
 def main() -> None:
@@ -16,11 +16,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without × or ±
     try:
-        _run()
-        sys.stdout.flush()
-    except BadInput as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        with command():
+            _run()
+            sys.stdout.flush()
     except BrokenPipeError:  # of `gradacc … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -119,7 +117,7 @@ def copy_recipe(name: str, folder: Path) -> None:
     copies = {
         path: folder / path.relative_to(kit()) for path in (kit() / "recipes" / f"{name}.py", *configs(name))
     }
-    existing = [str(target) for target in copies.values() if target.exists()]
+    existing = [str(target) for target in copies.values() if os.path.lexists(target)]
     if existing:
         raise BadInput(
             f"{', '.join(existing)} exist already; nothing was copied: give another folder, or move them"

@@ -51,6 +51,8 @@ def read_command_line(
     if "config" in flags:
         config.config = file = _typed(flags.pop("config"), str, "--config")
         settings.update(_read_file(file, "--config"), _Source(suffix=f" in {file}"))
+        if config.resume not in (None, "auto"):  # the run may have come from others
+            config.model.trust_remote_code = False
     if "budget" in flags:
         config.budget_file = budget = _typed(flags.pop("budget"), str, "--budget")
         values, origin = _read_budget(budget)
@@ -76,6 +78,21 @@ def recipe_file(argv: Sequence[str]) -> str:
     if not isinstance(recipe, str):
         raise BadInput(f"recipe in {config}: found {_shown(recipe)}, allowed is the path of a recipe file")
     return _find_recipe(recipe, config, f"recipe in {config}")
+
+
+def check_recipe_of(config: Path) -> None:
+    """Refuse the recipe that a run's config.yaml names where it may have come with the run.
+
+    A run names the kit's recipe, or another by its whole path, and holds none. Raises `BadInput`.
+    """
+    recipe = Path(recipe_file(["--config", str(config)]))
+    given = _read_file(str(config), "--config")["recipe"]
+    is_of_kit = any(recipe.parent == (kit / "recipes").resolve() for kit in KITS)
+    if recipe.is_relative_to(config.parent.resolve()) or not (is_of_kit or Path(given).is_absolute()):
+        raise BadInput(
+            f"recipe in {config}: found {_shown(given)}, which may have come with the run, and is not run; "
+            "allowed is one of yours or of the kit, by its whole path"
+        )
 
 
 @dataclass(frozen=True)

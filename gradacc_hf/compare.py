@@ -32,6 +32,7 @@ from gradacc_hf.contend import CONTENDERS, DOES_NOT_FIT, micro_batch_size
 from gradacc_hf.errors import BadInput, Parser, listed
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.output import next_folder
+from gradacc_hf.redact import redact
 from gradacc_hf.run import load_recipe, make_windows
 from gradacc_hf.saving import write_whole
 
@@ -220,7 +221,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.output and folder.exists():
         raise BadInput(f"--output: {folder} is there already; give a new folder")
     console = Console(highlight=False, stderr=arguments.json)
-    size, command = micro_batch_size(recipe, windows), f"gradacc compare {shlex.join(argv)}"
+    size, command = micro_batch_size(recipe, windows), redact(f"gradacc compare {shlex.join(argv)}")
     console.print(
         f"{arguments.windows} windows of {recipe.config.batch.effective} examples, {arguments.repeats} "
         f"times; in micro-batches of {size} examples, ours of as many tokens as these padded; "

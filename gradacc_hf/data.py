@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import glob
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,9 +20,12 @@ import datasets.config
 import huggingface_hub.constants
 import numpy as np
 import pyarrow.compute
+import yaml
 from datasets import Dataset
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import CastError
+from huggingface_hub import DatasetCard
 
 from gradacc_hf import embedded
 from gradacc_hf.errors import listed, refuse
@@ -121,7 +125,8 @@ def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
         if not files:
             refuse(key, f"no data file in {given!r}", f"allowed: {kinds}, or images, a folder for each label")
         options = _CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
-        where = [str(path)] + ([config_name] if config_name else [])
+        _check_card(path, key)
+        where = [os.path.abspath(path)] + ([config_name] if config_name else [])  # "csv" alone is no folder
         return _read_files(key, files, *where, **options)
     suffix = path.suffix.lower()
     if path.is_file():
@@ -136,6 +141,8 @@ def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
     hint = f"did you mean {str(path.parent / close[0])!r}?" if close else f"give a {kinds} file, or a folder"
     if suffix in BUILDERS or given.count("/") > 1 or given[:1] in "./~":
         refuse(key, f"no file or folder {given!r}", hint)
+    if given in _PACKAGED_DATASETS_MODULES:  # `datasets` would read whatever lies in the current folder
+        refuse(key, f"{given!r} is a kind of file", hint)
     found = embedded.hub_has(given, "dataset")
     try:
         with contextlib.nullcontext() if found else _offline():
@@ -180,6 +187,30 @@ def _read_files(key: str, files: list[Path], *where: str, **options: Any) -> dic
     if options and any("__index_level_0__" in split.column_names for split in splits.values()):
         refuse(key, f"{files[0]}: rows have more fields than the header", "give every column a name")
     return splits
+
+
+def _check_card(folder: Path, key: str) -> None:
+    """Refuse a folder whose own description names files elsewhere, which `datasets` would read or fetch."""
+    for file in (folder / datasets.config.REPOCARD_FILENAME, folder / datasets.config.REPOYAML_FILENAME):
+        named: list[str] = []
+        with contextlib.suppress(Exception):  # `datasets` says what is wrong with a file that cannot be read
+            text = file.read_text(encoding="utf-8")
+            about = DatasetCard(text).data.to_dict() if file.suffix == ".md" else yaml.safe_load(text)
+            where = [config.get(name) for config in about["configs"] for name in ("data_files", "data_dir")]
+            named = [path for path in _texts(where) if _is_elsewhere(path)]
+        if named:
+            refuse(key, f"{file} names {named[0]!r}", "allowed are files of its folder")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(one)
+
+
+def _is_elsewhere(path: str) -> bool:
+    return "://" in path or Path(path).is_absolute() or ".." in Path(path).parts
 
 
 def _read_images(key: str, folder: Path) -> dict[str, Dataset]:

@@ -1,7 +1,13 @@
-"""The one error that is the user's to correct, and how it is worded."""
+"""The one error that is the user's to correct, how it is worded, and how a command ends by it."""
 
 import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
+
+from gradacc_hf.redact import without_tokens
 
 
 class BadInput(ValueError):
@@ -11,6 +17,8 @@ class BadInput(ValueError):
     exits with 2.
     """
 
+    of_one_process = False  # which says it then, whichever it is
+
 
 class Parser(argparse.ArgumentParser):
     """A parser of commands that are no recipe's: what it cannot read is a BadInput."""
@@ -18,6 +26,24 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise BadInput, where argparse would print its usage and leave."""
         raise BadInput(f"{message} ({self.prog} --help says what there is)")
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """Around all that a command does: a BadInput ends it, no file that it leaves is everybody's to write.
+
+    The line of a BadInput goes to stderr, of the main process alone and without tokens; the exit code is 2.
+    """
+    umask = os.umask(0o002)
+    os.umask(umask | 0o002)
+    try:
+        yield
+    except BadInput as error:
+        if int(os.environ.get("RANK", 0)) == 0 or error.of_one_process:
+            print(f"error: {without_tokens(one_line(error))}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        os.umask(umask)
 
 
 def one_line(error: BaseException) -> str:

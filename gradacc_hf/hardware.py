@@ -2,7 +2,8 @@
 
 `find_device` looks; `honour_budget` compares. A key that only makes a run faster is left off where it cannot
 be had, with one line on stderr that names it; one that the run would not fit without is refused (BadInput).
-What the optimizer needs is `optim.py`'s, what a model can be compiled to `compiled.py`'s.
+Machines that this is not for are refused as a whole (`arguments.refuse_place`). What the optimizer needs is
+`optim.py`'s, what a model can be compiled to `compiled.py`'s.
 """
 
 import os
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_torch_xla_available, parse_flag_from_env
 from torch.utils._triton import has_triton
 
+from gradacc_hf.arguments import ENGINES, refuse_place
 from gradacc_hf.config import BudgetConfig, Config
 from gradacc_hf.errors import BadInput
 
@@ -29,25 +32,35 @@ AMPERE = 8  # the first compute capability with bf16
 class Device:
     """What budgets ask of a machine; of several GPUs, what all of them have."""
 
-    kind: str  # "cpu", "cuda", as torch names it
+    kind: str  # "cpu", "cuda", "mps", "xla", as torch names it
     bf16: bool = True
     compiler: bool = True  # that torch.compile can use
     flash_attention: bool = False
     fsdp2: bool = False  # is this process launched for it?
+    engine: str = ""  # or for one of ENGINES?
 
 
 def find_device() -> Device:
-    """This machine's, of the processes as they were launched."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    kind = found.type if found is not None else "cpu"
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    """This machine's, of the processes as they were launched: the one that Accelerate will choose."""
+    kind = _find_kind()
+    gpus = range(torch.cuda.device_count()) if kind == "cuda" else ()
     return Device(
         kind=kind,
         bf16=all(torch.cuda.get_device_capability(index)[0] >= AMPERE for index in gpus),
         compiler=_has_compiler(kind),
         flash_attention=find_spec("flash_attn") is not None,
         fsdp2=os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") == "2",
+        engine=next((name for name in ENGINES if os.environ.get(f"ACCELERATE_USE_{name}") == "true"), ""),
     )
+
+
+def _find_kind() -> str:
+    if is_torch_xla_available():  # Accelerate takes it wherever it is installed
+        return "xla"
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
+        return "cpu"
+    found = torch.accelerator.current_accelerator()
+    return "cpu" if found is None else found.type
 
 
 def _has_compiler(kind: str) -> bool:
@@ -73,9 +86,11 @@ def describe_device() -> str:
 def honour(config: Config) -> None:
     """Set the budget of `config` to what this machine can honour of it; call it before `Accelerator()`.
 
-    Raises BadInput as `honour_budget` does.
+    Raises BadInput as `honour_budget` does, and on a machine that this is not for.
     """
-    config.budget, lines = honour_budget(config.budget, find_device())
+    device = find_device()
+    refuse_place(device.kind, device.engine)
+    config.budget, lines = honour_budget(config.budget, device)
     for line in lines:
         say(line)
     if config.budget.cpu_offload:  # Accelerate reads it twice: for its plugin, and for how processes talk

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from gradacc_hf.checkpoint import FOLDER
 from gradacc_hf.config import FLAGS_ONLY, Config
 from gradacc_hf.errors import BadInput, refuse
+from gradacc_hf.redact import without_tokens
 from gradacc_hf.runlog import HISTORY
 from gradacc_hf.saving import write_whole
 from gradacc_hf.stopping import MARKER
@@ -37,11 +39,16 @@ def folder_to_resume(config: Config) -> Path | None:
         folder = Path(config.resume)
         if not _is_run(folder):
             refuse("--resume", f"found {folder}, which holds no run", "give the folder of a run, or auto")
-        return folder
-    if config.output.dir:
-        return folder if _is_run(folder := Path(config.output.dir)) else None
-    latest = max(_numbered(_name(config)), default=None)
-    return latest[1] if latest and _is_run(latest[1]) and not ended(latest[1]) else None
+    elif config.output.dir:
+        folder = Path(config.output.dir)
+    else:
+        _, folder = max(_numbered(_name(config)), default=(0, None))
+        if folder is None or ended(folder):
+            return None
+    if not _is_run(folder):
+        return None
+    refuse_links(folder, "--resume")
+    return folder
 
 
 def ended(run: Path) -> bool:
@@ -50,12 +57,16 @@ def ended(run: Path) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("config.yaml", HISTORY))
+    if not (folder / "config.yaml").is_file():
+        return False
+    return (folder / HISTORY).is_file() or {path.name for path in folder.iterdir()} <= {*RUN_FILES}
 
 
 def check_output(config: Config) -> None:
     """Refuse a folder that cannot be written, or that holds what this run would overwrite."""
     folder = Path(config.output.dir or "runs")
+    if config.output.dir:
+        refuse_links(folder, "output.dir")
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"output.dir: {folder} is a file; give a folder")
     if config.output.dir and folder.is_dir() and any(folder.iterdir()):
@@ -69,6 +80,17 @@ def check_output(config: Config) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
         raise BadInput(f"output.dir: {existing} cannot be written; give a folder elsewhere")
+
+
+def refuse_links(folder: Path, key: str) -> None:
+    """Refuse a run's folder that is a link, or has one where a run writes: elsewhere is not its to write."""
+    of_a_run = (path for name in RUN_FILES for path in (folder / name).rglob("*"))
+    for path in chain((folder,), folder.glob("*"), of_a_run):
+        if path.is_symlink():
+            raise BadInput(
+                f"{key}: {path} is a link to {os.readlink(path)}, and a run writes through none; give the "
+                "folder itself, or remove the link"
+            )
 
 
 def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0) -> Path:
@@ -110,9 +132,9 @@ def _numbered(name: str) -> list[tuple[int, Path]]:
 
 
 def settings(config: Config) -> str:
-    """All settings of a run, as a config file that runs it again."""
+    """All settings of a run, but for tokens, as a config file that runs it again."""
     values = {name: value for name, value in asdict(config).items() if name not in FLAGS_ONLY}
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump(without_tokens(values), sort_keys=False)
 
 
 def next_folder(name: str) -> Path:

@@ -19,7 +19,9 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from rich.progress import track
 
+from gradacc_hf.arguments import refuse_place
 from gradacc_hf.errors import BadInput, Parser, listed, one_line, refuse
+from gradacc_hf.hardware import find_device
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import open_run
 from gradacc_hf.runlog import finite
@@ -47,6 +49,9 @@ def main(argv: Sequence[str]) -> None:
         "file, or from standard input (-): lines of text, or of JSON objects if the first is one",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answers there, all or none")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that is beside the model"
+    )
     parser.add_argument("--model", choices=("best", "last"), default="best", help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     if bool(arguments.texts) == bool(arguments.input):
@@ -59,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
     inputs = _numbered(arguments.texts) if arguments.texts else read_inputs(arguments.input)
-    recipe = open_run(arguments.run)
+    recipe = open_run(arguments.run, arguments.trust_remote_code)
     model = load_model(recipe, arguments.run, arguments.model)
     # Bars and answers do not mix: there is a bar where the answers go elsewhere than to the terminal.
     quiet = not sys.stderr.isatty() or (arguments.output is None and sys.stdout.isatty())
@@ -86,7 +91,8 @@ def load_model(recipe: Recipe, run: Path, which: str = "best") -> Any:
         there = listed(f"--model {name}" for name in ("best", "last") if (run / name).is_dir())
         cure = f"choose {there}" if there else "this run saved no model: let it run to its end"
         refuse(str(run), f"found no {which}/ in it", cure)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = find_device().kind
+    refuse_place(device)
     model = recipe.load(folder)
     recipe.model_path = str(folder)  # what the input goes through was saved beside the model
     return model.to(device).eval()

@@ -3,11 +3,14 @@
 What all tasks share, from the command line to the saved model, is `run.py`.
 """
 
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import numpy as np
@@ -253,10 +256,14 @@ class Recipe:
     def load(self, folder: Path | str) -> Any:
         """A model that was saved in a run's folder: whole, or as adapters on the base model of the run."""
         if not (Path(folder) / "adapter_config.json").exists():
-            return self.model_class.from_pretrained(folder, **self._trust())
-        self._saved_config = transformers.AutoConfig.from_pretrained(Path(folder) / MODEL_CONFIG)
+            with self._loading("weights", folder):
+                return self.model_class.from_pretrained(folder, **self._trust())
+        with self._loading("config", folder):
+            saved = transformers.AutoConfig.from_pretrained(Path(folder) / MODEL_CONFIG, **self._trust())
+        self._saved_config = saved
         model = self.model()
-        pretrained(model).load_adapter(str(folder))
+        with self._loading("adapters", folder):
+            pretrained(model).load_adapter(str(folder))
         return model
 
     def check_model(self) -> None:
@@ -303,23 +310,39 @@ class Recipe:
         return model
 
     @contextmanager
-    def _loading(self, what: str) -> Iterator[None]:
-        """Whatever transformers raises about a model's files, in one line."""
-        try:
-            yield
-        except BadInput:
-            raise
-        except Exception as error:
-            raise BadInput(
-                f"model.name: the {what} of {self.config.model.name} cannot be loaded: "
-                f"{one_line(error)[:300]}; mend it, or name another model"
-            ) from error
+    def _loading(self, what: str, folder: Path | str | None = None) -> Iterator[None]:
+        """Whatever transformers raises about the files of `model.name`, or of a run's folder, in one line."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # of what is refused
+            try:
+                yield
+            except BadInput:
+                raise
+            except Exception as error:
+                given = f"model.name: the {what} of {self.config.model.name}"
+                of = given if folder is None else f"{folder}: its {what}"
+                raise BadInput(f"{of} {_why(error)}") from error
 
     def _trust(self) -> dict[str, Any]:
         return {"trust_remote_code": self.config.model.trust_remote_code}
 
     def _source(self) -> dict[str, Any]:
         return {"revision": self.config.model.revision or "main", **self._trust()}
+
+
+def _why(error: Exception) -> str:
+    """Why a model's files cannot be loaded, and what to do. Code that they bring was not run."""
+    text = one_line(error)
+    if isinstance(error, UnpicklingError):
+        asked = re.search(r"GLOBAL (\S+)", text)
+        what = f"asks for {asked[1]}" if asked else "holds more than tensors"
+        return f"cannot be loaded: a pickle that {what}, which was not run; use a model in *.safetensors"
+    if "trust_remote_code" in text:
+        return (
+            "cannot be loaded without Python code that comes with the model, which was not run; if you trust "
+            "its author: --model.trust_remote_code true (gradacc predict RUN --trust_remote_code)"
+        )
+    return f"cannot be loaded: {text[:300]}; mend it, or name another model"
 
 
 def _of_the_task(model: Any) -> set[str]:

@@ -2,7 +2,8 @@
 
 A value is hidden by its key (a token, a password, an API key), and in any text: credentials in URLs, options
 and variables that are named like secrets, and tokens that are known by their first letters. Rather too much
-than too little is hidden; numbers with a point are no secrets.
+than too little is hidden; numbers with a point are no secrets. `without_tokens` hides only what can be
+nothing else, for what is to be read again by the kit, and for its messages.
 """
 
 import re
@@ -16,13 +17,20 @@ _NAME = (
 )
 _SECRET_KEY = re.compile(_NAME, re.IGNORECASE)
 _VALUE = r"(?:\"[^\"]*\"|'[^']*'|[^\s&,;\"']+)"
+_IN_URL = re.compile(r"(?<=://)[^\s/]*@"), f"{HIDDEN}@"
 _IN_TEXT = (
-    (re.compile(r"(?<=://)[^\s/]*@"), f"{HIDDEN}@"),
+    _IN_URL,
     (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
     (re.compile(rf"(?<![\w.-])(--{_NAME}\s+)(?!-){_VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(rf"(?<![\w.])({_NAME}[\"']?(?:=|:\s*))(?!//){_VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"hf_[A-Za-z0-9]{30,}|(?<!\w)hf_[A-Za-z0-9]{10,}"), HIDDEN),
     (re.compile(r"(?<!\w)(?:gh[opsu]_|github_pat_|glpat-|sk-)[\w-]{16,}"), HIDDEN),
+)
+_UNMISTAKABLE = (
+    _IN_URL,
+    (re.compile(rf"([?&]{_NAME}=)[^\s&#\"']+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(r"hf_[A-Za-z0-9]{30,}|(?<!\w)(?:gh[opsu]_|github_pat_|glpat-)[\w-]{20,}"), HIDDEN),
+    (re.compile(r"(?<!\w)sk-(?:\w+-)?(?=\w*\d)(?=\w*[A-Z])\w{20,}"), HIDDEN),
 )
 
 
@@ -34,6 +42,18 @@ def redact(value: Any) -> Any:
         return [redact(one) for one in value]
     if isinstance(value, str):
         for pattern, replacement in _IN_TEXT:
+            value = pattern.sub(replacement, value)
+    return value
+
+
+def without_tokens(value: Any) -> Any:
+    """The same mapping, list or text without credentials in URLs and tokens of well-known kinds."""
+    if isinstance(value, dict):
+        return {key: without_tokens(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_tokens(one) for one in value]
+    if isinstance(value, str):
+        for pattern, replacement in _UNMISTAKABLE:
             value = pattern.sub(replacement, value)
     return value
 

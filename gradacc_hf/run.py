@@ -24,10 +24,10 @@ from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.card import RunCard, facts, refresh_cards
 from gradacc_hf.checkpoint import Checkpoints, check_same, newest_checkpoint
-from gradacc_hf.command_line import read_command_line, recipe_file
+from gradacc_hf.command_line import check_recipe_of, read_command_line, recipe_file
 from gradacc_hf.compiled import compile_layers, uncompiled
 from gradacc_hf.config import Config, tokens_per_micro_batch
-from gradacc_hf.errors import BadInput, listed, one_line, refuse
+from gradacc_hf.errors import BadInput, command, listed, one_line, refuse
 from gradacc_hf.fingerprint import what_must_stay
 from gradacc_hf.hardware import (
     checkpoint_activations,
@@ -48,6 +48,7 @@ from gradacc_hf.output import check_output, ended, folder_to_resume, open_output
 from gradacc_hf.overview import print_plan
 from gradacc_hf.push import check_push, push
 from gradacc_hf.recipe import Recipe
+from gradacc_hf.redact import redact
 from gradacc_hf.runlog import describe
 from gradacc_hf.saving import write_pretrained, write_whole
 from gradacc_hf.split import Bound
@@ -56,6 +57,8 @@ from gradacc_hf.tune import tunes
 from gradacc_hf.window import TooLate
 from gradacc_hf.windows import WindowLoader
 
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
 
 def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
     """The command line of a recipe file. A `BadInput` ends it with its one line and exit code 2.
@@ -63,11 +66,8 @@ def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
     Where another process or machine is gone, it ends with one line and exit code 1.
     """
     try:
-        _run(recipe_class, sys.argv[1:] if argv is None else list(argv))
-    except BadInput as error:
-        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, TooLate):  # of one process alone
-            print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        with command():
+            _run(recipe_class, sys.argv[1:] if argv is None else list(argv))
     except RuntimeError as error:
         if not lost_contact(error):
             raise
@@ -218,8 +218,8 @@ def _file_of(recipe_class: type[Recipe]) -> str | None:
 
 
 def _command(words: Sequence[str], processes: int) -> str:
-    """What runs this file again with these words, from this folder."""
-    program = shlex.join([sys.argv[0], *words])
+    """What runs this file again with these words, from this folder; without its secrets."""
+    program = redact(shlex.join([sys.argv[0], *words]))
     if launcher := os.environ.get("GRADACC_LAUNCHER"):
         return f"{launcher} {program} --processes {processes}"
     return f"{'python' if processes == 1 else f'accelerate launch --num_processes {processes}'} {program}"
@@ -250,15 +250,30 @@ def recipe_class_of(argv: Sequence[str]) -> type[Recipe]:
     return found[0]
 
 
-def open_run(run: Path) -> Recipe:
-    """The recipe of a run, with the run's settings. Raises BadInput where the folder is no run's."""
+def open_run(run: Path, trust_remote_code: bool = False) -> Recipe:
+    """The recipe of a run, with the run's settings. Raises BadInput where the folder is no run's.
+
+    A run may have come from others: no code in its folder is run, whatever its config.yaml says, but with
+    `trust_remote_code` that of its model. The recipe that it names is the kit's or one outside of the folder.
+    """
     if not run.is_dir():
         refuse(str(run), "found no such folder", "give the folder of a run, such as runs/NAME-1")
     if not (run / "config.yaml").is_file():
         above = run.resolve().parent
         hint = f"its run is {above}" if (above / "config.yaml").is_file() else "give the folder of a run"
         refuse(str(run), "found no config.yaml in it, so this is no run's folder", hint)
-    return load_recipe(["--config", str(run / "config.yaml")])
+    _refuse_pickles(run)
+    check_recipe_of(run / "config.yaml")
+    recipe = load_recipe(["--config", str(run / "config.yaml")])
+    recipe.config.model.trust_remote_code &= trust_remote_code
+    return recipe
+
+
+def _refuse_pickles(run: Path) -> None:
+    for path in (path for which in ("best", "last") for path in sorted((run / which).glob("*"))):
+        if path.suffix in PICKLES:
+            found = f"found {path.name}, a pickle, which may run code and which no run writes"
+            refuse(str(path.parent), found, "remove it: weights are in *.safetensors")
 
 
 def make_model(recipe: Recipe) -> Any:

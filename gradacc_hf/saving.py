@@ -91,6 +91,7 @@ def _tidy(folder: Path, unfinished: Path, old: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.unlink(missing_ok=True)  # never through a link
     unfinished.write_text(text, encoding="utf-8")
     flush(unfinished)
     unfinished.replace(path)

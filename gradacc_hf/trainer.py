@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, __version__
 from transformers.utils import logging
 
+from gradacc_hf.arguments import refuse_place
 from gradacc_hf.items import IGNORED, CountItems
 from gradacc_hf.probing import (
     count_examples,
@@ -59,9 +60,9 @@ class ExactTrainerMixin(_Base):
 
     `num_items`: what the loss is a mean over, where that is not found by itself: "labels", "next_token" or
     `batch -> number`, as in `WindowLoader`. Raises ValueError for what cannot be exact: several GPUs in one
-    process (DataParallel), processes that share a model, micro-batches that are no mappings; and for a
-    transformers that is too old. It weighs in `training_step`: a Trainer with its own, that does not call
-    Trainer's, is not made exact.
+    process (DataParallel), processes that share a model, DeepSpeed, micro-batches that are no mappings; where
+    it has never been tried; and for a transformers that is too old. It weighs in `training_step`: a Trainer
+    with its own, that does not call Trainer's, is not made exact.
 
     With `average_tokens_across_devices=False` a process's window is its own, as in Trainer: its gradient is
     exact, and the processes' mean weighs each alike.
@@ -281,6 +282,7 @@ def _refuse(trainer: Any) -> None:
             f"{trainer.args.n_gpu} GPUs in one process (DataParallel) cut micro-batches unseen: start one "
             "process a GPU (accelerate launch, torchrun), or show one: CUDA_VISIBLE_DEVICES=0"
         )
+    refuse_place(trainer.accelerator.device.type, trainer.accelerator.distributed_type.value)
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if getattr(parallelism, "non_data_parallel_size", 1) > 1:
         raise ValueError(

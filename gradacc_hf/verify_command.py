@@ -22,6 +22,7 @@ from gradacc_hf import conformance
 from gradacc_hf.card import refresh_cards
 from gradacc_hf.errors import BadInput, Parser, listed
 from gradacc_hf.hardware import honour
+from gradacc_hf.output import refuse_links
 from gradacc_hf.run import load_recipe, make_model, make_windows, open_run
 from gradacc_hf.runlog import finite
 from gradacc_hf.saving import write_whole
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
         given = settings[0] if settings else "--budget"
         raise BadInput(f"{given}: a run is verified with its own settings; others go with --config FILE")
     else:
+        refuse_links(arguments.run.resolve(), "--run")
         recipe = open_run(arguments.run)
         if not (arguments.run / "summary.json").is_file():
             raise BadInput(f"{arguments.run}: found no summary.json; this run has not ended")

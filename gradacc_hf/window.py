@@ -34,6 +34,8 @@ class Shortage:
 class TooLate(BadInput):
     """Out of memory while other processes wait: a run can only go on from its last checkpoint, cut finer."""
 
+    of_one_process = True
+
     def __init__(self, message: str, max_tokens: int):
         super().__init__(message, max_tokens)
         self.max_tokens = max_tokens

@@ -156,6 +156,10 @@ def _checked(folder: Path, need_weights: bool = True) -> Path:
     if not need_weights:
         return folder
     weights = _weights(folder)
+    for index in folder.glob("*.index.json"):
+        for name in _json(index).get("weight_map", {}).values():
+            if not isinstance(name, str) or Path(name).name != name:
+                _refuse(f"{index} names {name!r}, which is no file of the folder; copy the model again")
     for index in folder.glob("*.safetensors.index.json"):
         for missing in sorted(set(_json(index).get("weight_map", {}).values()) - {p.name for p in weights}):
             _refuse(f"{folder} lacks {missing}, which {index.name} names; copy the model again")

@@ -56,7 +56,10 @@ def write_report(folders: Sequence[Path | str], output: Path | str | None = None
 
 
 def _check_output(target: Path) -> None:
-    """Refuse to overwrite what is no report of ours."""
+    """Refuse to overwrite what is no report of ours, and to write through a link that a run brought."""
+    unfinished = target.with_name(f".{target.name}.unfinished")  # as `write_whole` names it
+    if unfinished.is_symlink():
+        refuse("--output", f"{unfinished} is a link to {os.readlink(unfinished)}", "remove it")
     if target.suffix not in (".html", ".htm") or target.is_dir():
         refuse("--output", f"found {target}", "allowed: a file that ends in .html")
     if target.exists() and GENERATOR not in target.read_text(encoding="utf-8", errors="replace")[:2000]:
