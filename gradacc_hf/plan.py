@@ -67,6 +67,7 @@ class WindowPlan:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
+            self._orders.clear()  # before the next is drawn, so that there are never two
             order = np.arange(self.num_examples, dtype=np.int32 if self.num_examples < 2**31 else np.int64)
             if self.shuffle:
                 np.random.default_rng([self.seed, epoch]).shuffle(order)

@@ -2,17 +2,18 @@
 
 Takes the lengths of a window's examples and a bound on a micro-batch; gives, for every process, the positions
 of the examples in each of its micro-batches. Numbers in, numbers out: it knows no torch, no data and no
-model. Which examples make a window is `plan.py`'s question; that any split gives the same gradient, that of
-`Window.weigh` in `window.py`.
+model. Which examples make a window is `plan.py`'s question; which process gets which of them, `balance.py`'s;
+that any split gives the same gradient, that of `Window.weigh` in `window.py`.
 """
 
-import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from gradacc_hf.balance import BALANCED, Run, Sorted, balance, deal, least_possible
 from gradacc_hf.memory.micro_batch import LONGEST, Lengths, MicroBatchMemory
 
 
@@ -82,6 +83,10 @@ class Bound:
             return max(0, stop - self.micro_batch_size)
         return min(stop - 1, int(np.searchsorted(until, until[stop] - self._max_packed)))
 
+    def cheapest_row(self, cost: Cost) -> float:
+        """Tokens of the row in which a token costs least: where the constant costs as much as attention."""
+        return min(math.sqrt(cost.fixed * cost.quadratic), self._max_packed)
+
     @cached_property
     def _max_packed(self) -> int:
         """How many tokens one row may have."""
@@ -135,60 +140,68 @@ def split_window(
     if not len(lengths):
         return [[] for _ in range(num_processes)]
     columns = np.maximum(np.asarray(lengths).reshape(len(lengths), -1), 1)
-    tokens = columns.sum(1)
-    by_length = np.argsort(tokens, kind="stable")
-    return [
-        _cut(positions, columns[positions], bound, cost, packed)
-        for positions in _balance(by_length, tokens, num_processes, cost)
-    ]
+    by_length = np.argsort(columns.sum(1), kind="stable")
+    columns = columns[by_length]
+    filled, slowest = [], math.inf
+    if num_processes > 1 and not packed and len(columns):
+        examples = _cheapest_cut(columns, bound, cost)
+        processes, slowest = balance(examples, num_processes)
+        filled = [_costliest_first(by_length, runs, examples.cost) for runs in processes]
+        if slowest <= BALANCED * least_possible(examples, num_processes):
+            return filled
+    dealt, slowest_dealt = [], 0.0
+    for hand in deal(_alone(columns.sum(1), bound, cost, packed), num_processes):
+        examples = _cheapest_cut(columns[hand], bound, cost, packed)
+        dealt.append(_costliest_first(by_length[hand], examples.cheapest_runs(), examples.cost_of_cut))
+        slowest_dealt = max(slowest_dealt, examples.least[-1])
+    return filled if slowest <= slowest_dealt else dealt
 
 
-def _balance(by_length: np.ndarray, lengths: np.ndarray, num_processes: int, cost: Cost) -> list[np.ndarray]:
-    """Deal the examples to processes, largest first, each to the one with the least to do (Graham 1969)."""
-    if num_processes == 1:
-        return [by_length]
-    load = [(0.0, process) for process in range(num_processes)]
-    hands: list[list[int]] = [[] for _ in range(num_processes)]
-    costs = (cost(1, lengths) - cost.fixed).tolist()
-    for position in reversed(by_length.tolist()):
-        total, process = load[0]
-        heapq.heapreplace(load, (total + costs[position], process))
-        hands[process].append(position)
-    return [np.array(hand[::-1], dtype=np.int64) for hand in hands]
+def _alone(tokens: np.ndarray, bound: Bound, cost: Cost, packed: bool) -> list[float]:
+    """What each example costs by itself; packed, its share of the cheapest row that it may be in."""
+    if not packed:
+        return (cost(1, tokens) - cost.fixed).tolist()
+    row = np.maximum(tokens, bound.cheapest_row(cost))
+    return (cost(1, row) * tokens / row).tolist()
 
 
-def _cut(
-    positions: np.ndarray, columns: np.ndarray, bound: Bound, cost: Cost, packed: bool
+def _costliest_first(
+    positions: np.ndarray, runs: list[Run], cost: Callable[[Run], float]
 ) -> list[np.ndarray]:
-    """Cut one process's examples, sorted by length, where the summed cost is least.
+    return [positions[start:stop] for start, stop in sorted(runs, key=cost, reverse=True)]
+
+
+def _cheapest_cut(columns: np.ndarray, bound: Bound, cost: Cost, packed: bool = False) -> Sorted:
+    """Cut examples, sorted by length, where the summed cost is least.
 
     Dynamic programming over the place of the last cut: `least[stop] = min over start of least[start] +
     cost(start:stop)`. In sorted order an optimal cut into contiguous pieces is optimal among all cuts, as
     swapping two examples between pieces never makes either piece shorter than its longest example.
     """
-    n, lengths = len(positions), columns.sum(1)
-    least = np.zeros(n + 1)
-    cut_before = np.zeros(n + 1, dtype=np.int64)
-    rows = np.arange(n, 0, -1)  # rows[start - stop:] counts the examples in start:stop
+    n, lengths = len(columns), columns.sum(1)
+    each, most = (cost(1, lengths) - cost.fixed).tolist(), [1] * n if packed else _most(columns, bound)
+    least, begins = np.zeros(n + 1), [0] * (n + 1)
+    rows = np.arange(n, 0.0, -1)  # rows[start - stop:] counts the examples in start:stop
     until = np.concatenate([[0], np.cumsum(lengths)])  # tokens of the examples before each
     for stop in range(1, n + 1):
-        length = int(lengths[stop - 1])
         if packed:
             first = bound.first_packed(until, stop)
-            totals = least[first:stop] + cost(1, until[stop] - until[first:stop])
+            totals = least[first:stop] + cost(1, until[stop] - until[first:stop]) - cost.fixed
         else:
-            first = max(0, stop - bound.max_rows(columns[stop - 1]))
-            totals = least[first:stop] + cost(rows[n - (stop - first) :], length)
+            first = max(0, stop - most[stop - 1])
+            totals = rows[n - stop + first :] * each[stop - 1]
+            totals += least[first:stop]
         best = int(totals.argmin())
-        least[stop], cut_before[stop] = totals[best], first + best
-    pieces = []
-    stop = n
-    while stop > 0:
-        start = int(cut_before[stop])
-        shape = (1, int(until[stop] - until[start])) if packed else (stop - start, int(lengths[stop - 1]))
-        pieces.append((cost(*shape), start, stop))
-        stop = start
-    return [positions[start:stop] for _, start, stop in sorted(pieces, reverse=True)]
+        least[stop], begins[stop] = totals[best] + cost.fixed, first + best
+    return Sorted(each, most, cost.fixed, begins, least.tolist())
+
+
+def _most(columns: np.ndarray, bound: Bound) -> list[int]:
+    """For each example, how many a micro-batch may have that has it for its longest."""
+    starts = np.flatnonzero((columns[1:] != columns[:-1]).any(1)) + 1
+    starts = np.concatenate([np.arange(min(1, len(columns))), starts])
+    rows = [min(bound.max_rows(columns[start]), len(columns)) for start in starts]
+    return np.repeat(rows, np.diff(starts, append=len(columns))).tolist()
 
 
 def bounding_lengths(tokens: np.ndarray) -> np.ndarray:

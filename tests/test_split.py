@@ -39,18 +39,8 @@ def test_every_example_comes_exactly_once_and_no_micro_batch_exceeds_the_bound(l
 @settings(deadline=None, max_examples=300)
 @given(LENGTHS, BOUNDS, st.integers(1, 9))
 def test_the_slowest_process_has_at_most_the_mean_and_one_example_more(lengths, bound, num_processes):
-    cost = Cost()
-
-    def work(processes):
-        return [
-            sum(cost(1, lengths[i]) - cost.fixed for piece in process for i in piece) for process in processes
-        ]
-
-    loads = work(split_window(lengths, bound, num_processes))
-    dearest = max(cost(1, length) - cost.fixed for length in lengths)
-    assert (
-        max(loads) <= sum(loads) / num_processes + dearest * (1 - 1 / num_processes) + 1e-6
-    )  # Graham's bound
+    loads = [total_cost(lengths, process) for process in split_window(lengths, bound, num_processes)]
+    assert max(loads) <= sum(loads) / num_processes + Cost()(1, max(lengths)) + 1e-6
 
 
 def partitions(number, pieces=0, chosen=()):

@@ -1,0 +1,158 @@
+"""Which process gets which examples of a window: about equal cost, in few micro-batches, with little padding.
+
+Takes a window's examples by length, as numbers, and the cut of all of them that would cost least (`Sorted`);
+gives runs of neighbours, (start, stop), the micro-batches of each process. What an example costs, and what a
+micro-batch may hold: `split.py`.
+"""
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+BALANCED = 1.05  # times the larger of the mean and the dearest example: what the slowest process may cost
+PATIENCE = 1.1  # times the least cost of the slowest process so far: where better balance is not worth it
+LONG_ONES = 0.6, 0.7  # shares of a process's cost that its long examples are given
+STEP = 1.005  # times the target: the least by which it rises
+
+Run = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """A window's examples by length, the shortest first, and their cheapest cut, over no processes at all.
+
+    `each`: what every row of a micro-batch costs that has this example for its longest; `most`: how many rows
+    it may have; `fixed`: what it costs besides. `least[stop]`: what the examples before `stop` cost when they
+    are cut as cheaply as can be, and `begins[stop]`: where their last micro-batch begins then.
+    """
+
+    each: Sequence[float]
+    most: Sequence[int]
+    fixed: float
+    begins: Sequence[int]
+    least: Sequence[float]
+
+    def cost(self, run: Run) -> float:
+        """Of any micro-batch."""
+        start, stop = run
+        return self.fixed + (stop - start) * self.each[stop - 1]
+
+    def cheapest_runs(self) -> list[Run]:
+        """The cheapest cut."""
+        runs, stop = [], len(self.each)
+        while stop:
+            runs.append((self.begins[stop], stop))
+            stop = self.begins[stop]
+        return runs
+
+    def cost_of_cut(self, run: Run) -> float:
+        """Of a micro-batch of the cheapest cut, packed or not."""
+        return self.least[run[1]] - self.least[run[0]]
+
+
+def least_possible(examples: Sorted, num_processes: int) -> float:
+    """What the slowest process costs at least: no split is cheaper than none, and no example is cut."""
+    return max(examples.least[-1] / num_processes, examples.fixed + examples.each[-1])
+
+
+def balance(examples: Sorted, num_processes: int) -> tuple[list[list[Run]], float]:
+    """The micro-batches of each process, and what the slowest one costs.
+
+    Fills the processes up to a target that rises until all examples have a place, and no process is left much
+    emptier than the others.
+    """
+    until = [0.0, *accumulate(examples.each)]
+    dearest = examples.fixed + examples.each[-1]
+    target, found, least = examples.least[-1] / num_processes, [], float("inf")
+    while target < PATIENCE * least:
+        missing = []
+        for share in LONG_ONES:
+            processes, left = _fill(examples, num_processes, target, share)
+            missing.append(until[left[1]] - until[left[0]])
+            if not missing[-1]:
+                loads = [sum(map(examples.cost, runs)) for runs in processes]
+                slowest = max(loads)
+                balanced = slowest <= BALANCED * max(sum(loads) / num_processes, dearest)
+                if balanced or slowest < least:
+                    found, least = processes, slowest
+                if balanced:
+                    return found, least
+        target = max(STEP * target, target + min(missing) / num_processes)
+    return found, least
+
+
+def _fill(examples: Sorted, num_processes: int, target: float, share: float) -> tuple[list[list[Run]], Run]:
+    """One process after the other up to `target`, and the examples that are left then.
+
+    Each gets the longest examples that are left for a `share` of its target, then the shortest ones, with
+    which the rest is filled as with sand. So lengths are alike in a micro-batch and mixed in a process: where
+    long examples take longer than was predicted, all processes are late alike.
+    """
+    each, most, fixed, begins = examples.each, examples.most, examples.fixed, examples.begins
+    low, high = 0, len(each)
+    processes = []
+    for others in reversed(range(num_processes)):
+        runs: list[Run] = []
+        room, room_for_long = target, share * target
+        spare = max(min(1, high - low), high - low - others)  # each of the others shall have one, too
+        while spare:
+            fit = min(int((room_for_long - fixed) / each[high - 1]), most[high - 1], spare)
+            if fit < 1 and runs:
+                break
+            count, cheap = max(1, fit), high - begins[high]
+            if cheap < count < _reach(examples, low, high, room_for_long):
+                count = cheap
+            runs.append((high - count, high))
+            paid = examples.cost(runs[-1])
+            high, spare, room, room_for_long = high - count, spare - count, room - paid, room_for_long - paid
+        while spare and room >= fixed + each[low]:
+            count = _short_ones(examples, low, spare, room)
+            runs.append((low, low + count))
+            low, spare, room = low + count, spare - count, room - examples.cost(runs[-1])
+        processes.append(runs)
+    return processes, (low, high)
+
+
+def _reach(examples: Sorted, low: int, high: int, room: float) -> int:
+    """How many of the longest examples the cheapest cut has room for."""
+    stop = high
+    while stop > low:
+        start = max(low, examples.begins[stop])
+        count = min(stop - start, int((room - examples.fixed) / examples.each[stop - 1]))
+        if count < stop - start:
+            return high - stop + max(0, count)
+        room -= examples.cost((start, stop))
+        stop = start
+    return high - stop
+
+
+def _short_ones(examples: Sorted, low: int, spare: int, room: float) -> int:
+    """How many of the shortest examples make a micro-batch that there is room for.
+
+    Of so unlike lengths, at most, that its padding costs as much as another micro-batch would.
+    """
+
+    def too_many(count: int) -> bool:
+        longest, fixed = examples.each[low + count - 1], examples.fixed
+        padding = count * (longest - examples.each[low]) / 2
+        return count > examples.most[low + count - 1] or fixed + count * longest > room or padding > fixed
+
+    return max(1, bisect_left(range(1, spare + 1), True, key=too_many))
+
+
+def deal(each: Sequence[float], num_processes: int) -> list[list[int]]:
+    """Places in `each`, ascending, for every process: largest first, each to the one with the least to do.
+
+    Graham 1969. Where processes have few examples, this can be better than runs of neighbours.
+    """
+    if num_processes == 1:
+        return [list(range(len(each)))]
+    load = [(0.0, process) for process in range(num_processes)]
+    hands: list[list[int]] = [[] for _ in range(num_processes)]
+    for place in reversed(range(len(each))):
+        total, process = load[0]
+        heapq.heapreplace(load, (total + each[place], process))
+        hands[process].append(place)
+    return [hand[::-1] for hand in hands]
