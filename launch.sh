@@ -60,6 +60,7 @@ case ${1:-} in
 esac
 install
 export PATH="$venv/bin:$PATH"
+[[ $(uname) != Darwin ]] || export ACCELERATE_USE_CPU=true # windows have not been trained on Apple's GPUs
 
 case ${1:-} in
   test)
