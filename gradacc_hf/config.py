@@ -240,6 +240,8 @@ class BudgetConfig:
     """Pad micro-batches to a multiple of so many tokens, so that there are fewer shapes; null pads least."""
     cpu_offload: bool = False
     """Hold weights, gradients and optimizer states in main memory (FSDP2 only): less memory, much slower."""
+    whole_gradients: bool = False
+    """Under FSDP, accumulate whole gradients on every process: less communication, more memory."""
     lean_loss: bool | Literal["auto"] = "auto"
     """Compute a causal language model's logits in pieces, never all at once: auto is where they allow it."""
     num_workers: int = 0

@@ -363,6 +363,7 @@ def make_windows(
         lengths=lengths,
         drop_last=config.batch.drop_last,
         leave_out=config.data.leave_out,
+        whole_gradients=config.budget.whole_gradients,
         **shared,
     )
     size, lengths = min(512, len(validation)), recipe.lengths(validation)

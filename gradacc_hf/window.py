@@ -85,6 +85,7 @@ class Window:
     _accelerator: Accelerator
     _half_way: list[int]  # of the loader: windows whose latest pass has not come to its end
     _recutting: Recutting
+    _whole_gradients: bool = False  # under FSDP
     done: bool = False  # have all its micro-batches come to the step?
 
     def __post_init__(self):
@@ -117,6 +118,10 @@ class Window:
                 # prepared loader on its last batch leaves its end set, so that every accumulate() would
                 # synchronise: here the window alone says where it ends.
                 settings.update(num_steps=len(self), sync_with_dataloader=False)
+                # Under FSDP, no_sync would hold whole gradients on every process.
+                settings["sync_each_batch"] = (
+                    forwards_are_collective(accelerator) and not self._whole_gradients
+                )
                 accelerator.step = self._current
                 if self._current < len(self._random_states):
                     set_random_state(self._random_states[self._current], accelerator.device)

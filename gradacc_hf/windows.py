@@ -70,6 +70,8 @@ class WindowLoader:
             of processes or resuming changes what it draws. Its lengths are those before.
         cost: what a micro-batch is predicted to cost.
         leave_out: examples, by index, that are in no window; all others stay in theirs.
+        whole_gradients: under FSDP, accumulate whole gradients on every process, and reduce them once a
+            window: less communication, more memory. By default each micro-batch's are reduced to shards.
 
     `state_dict()` / `load_state_dict()`: seed, epoch and window; inside the loop's body, the window at hand
     counts as done. `empty_micro_batches` and `empty_windows` count what had no item and was not handed out,
@@ -98,11 +100,13 @@ class WindowLoader:
         transform: Transform | None = None,
         cost: Cost = Cost(),
         leave_out: Collection[int] = (),
+        whole_gradients: bool = False,
     ):
         refuse_engine(accelerator)
         check_arguments(dataset, effective_batch_size, collate_fn, pad_to, pad_to_multiple_of)
         pad_to = pad_to if isinstance(pad_to, str) else int(pad_to)
         self.accelerator, self.num_workers = accelerator, num_workers
+        self.whole_gradients = whole_gradients
         self.seed, self.epoch, self.window = seed, 0, 0
         self.empty_micro_batches = self.empty_windows = self.replays = 0
         self.seconds_to_collate = 0.0  # that the latest window was waited for
@@ -323,6 +327,7 @@ class WindowLoader:
                 completed=self._completed if self._stepped else list(self._completed),
                 is_short=self.replays > 0,
             ),
+            _whole_gradients=self.whole_gradients,
         )
 
     def _cut_again(self, window: Window, bound: Bound) -> Window:

@@ -270,6 +270,33 @@ def collectives(engine):
     return found
 
 
+def sharded_gradients(engine):
+    """The numbers that gradients take on a process between a window's micro-batches, of all there are."""
+    held = {}
+    for whole in (False, True):
+        accelerator = accelerator_for(engine)
+        head = build_head("sequence_classification", "gpt2")
+        total = sum(parameter.numel() for parameter in head.model.parameters())
+        windows = WindowLoader(
+            head.examples(LENGTHS),
+            10,
+            accelerator=accelerator,
+            collate_fn=head.collate,
+            micro_batch_size=2,
+            whole_gradients=whole,
+        )
+        model, _ = accelerator.prepare(head.model, torch.optim.SGD(head.model.parameters(), lr=0.1))
+        window = next(iter(windows))
+        shares = []
+        for batch in window:
+            with accelerator.accumulate(model):
+                accelerator.backward(window.weigh(model(**batch).loss))
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                shares.append(sum(gradient.to_local().numel() for gradient in gradients) / total)
+        held["whole" if whole else "shards"] = shares
+    return held
+
+
 def goes_on(engine):
     """A run in the folder RUN goes on there, and its last process is told to stop in window STOP.
 
@@ -499,6 +526,7 @@ CASES = {
     "sizes": sizes,
     "goes_on": goes_on,
     "collectives": collectives,
+    "sharded_gradients": sharded_gradients,
     "beside_test_sync": beside_test_sync,
     # last, as TrainingArguments makes an Accelerate state of its own
     "exact_trainer_means": lambda engine: exact_trainer(engine, "token_classification", "bert"),
@@ -509,7 +537,7 @@ CASES = {
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     engine, *chosen = sys.argv[1:]
-    for name in chosen or [name for name in CASES if name != "goes_on"]:
+    for name in chosen or [name for name in CASES if name not in ("goes_on", "sharded_gradients")]:
         found = CASES[name](engine)
         if Accelerator(cpu=True).is_main_process:
             print(json.dumps({"case": name, **found}), flush=True)

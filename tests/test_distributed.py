@@ -160,7 +160,10 @@ def test_accelerates_own_suite_of_accumulate_passes_beside_our_windows_which_do_
 def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes():
     cases = ["unequal", "no_items_here_and_there", "fewer_examples_than_processes", "clipped", "evaluation"]
     contrastive = ["contrastive", "contrastive_fewer_pairs_than_processes"]
-    found = launch(2, "fsdp2", *cases, *contrastive)
+    found = launch(2, "fsdp2", *cases, *contrastive, "sharded_gradients")
+    # After each micro-batch a process holds its half of the gradients, and no whole ones beside it.
+    assert all(0.45 < share < 0.55 for share in found["sharded_gradients"]["shards"])
+    assert found["sharded_gradients"]["whole"][:-1] == [0.0] * (len(found["sharded_gradients"]["whole"]) - 1)
     for name in contrastive:
         assert found[name]["error"] < EXACT, name
         assert found[name]["loss_error"] < 1e-5, name

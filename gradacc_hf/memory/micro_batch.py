@@ -106,9 +106,8 @@ class MicroBatchMemory:
     def over_processes(self, processes: int, sharded: bool, largest_layer: int = 0) -> "MicroBatchMemory":
         """Of each of several processes: DDP, or with `sharded` FSDP2.
 
-        DDP reduces gradients in buckets, a second copy. FSDP2 divides parameters and optimizer states,
-        gathers a layer of `largest_layer` bytes while the next one comes, and, as it accumulates, holds whole
-        gradients (`no_sync`).
+        DDP reduces gradients in buckets, a second copy. FSDP2 divides parameters, gradients and optimizer
+        states, and gathers a layer of `largest_layer` bytes while the next one comes, its gradients too.
         """
         if processes == 1:
             return self
@@ -117,6 +116,7 @@ class MicroBatchMemory:
         return replace(
             self,
             parameters=self.parameters // processes + 2 * largest_layer,
+            gradients=self.gradients // processes + largest_layer,
             optimizer=self.optimizer // processes,
         )
 
