@@ -108,7 +108,7 @@ class LocalWindows(Dataset):
 
     def padded(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens (examples, columns), each with what an example alone is padded by."""
-        return rounded_up(tokens, self.pad_to_multiple_of)
+        return tokens if self.pad_to_multiple_of == 1 else rounded_up(tokens, self.pad_to_multiple_of)
 
     def too_large(self) -> str | None:
         """How many examples exceed the bound alone, in a line. Raises ValueError where padding cuts one."""
@@ -120,7 +120,7 @@ class LocalWindows(Dataset):
                     f"pad_to={self.pad_to}: truncate it, or raise that"
                 )
             padded = np.full_like(padded, self.pad_to)
-        longest = int(padded.sum(1).argmax())
+        longest = int(padded.sum(1, dtype=np.int32).argmax())
         if not self.bound.exceeded_by(padded[longest]):
             return None
         different, counts = np.unique(padded, return_counts=True, axis=0)

@@ -3,6 +3,7 @@
     python -m gradacc_hf.bench exactness     # whose accumulated gradient is that of the whole window?
     python -m gradacc_hf.bench speed         # how close does the loop come to what cannot be beaten?
     python -m gradacc_hf.bench planning      # what does it cost to plan a window?
+    python -m gradacc_hf.bench balance       # is the slowest process close to the mean? what grows, and how?
     python -m gradacc_hf.bench lean_loss     # what memory does the loss of a large vocabulary take?
     python -m gradacc_hf.bench memory        # is the memory of a step what was predicted?
     python -m gradacc_hf.bench budgets       # what does each recipe take under each budget file?
@@ -40,6 +41,7 @@ from rich.table import Table
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
+from gradacc_hf.bench.balance import balances, print_balances
 from gradacc_hf.bench.beside_sentence_transformers import contrastive, print_contrastive
 from gradacc_hf.bench.budgets import budgets, print_budgets
 from gradacc_hf.bench.cpu_speed import cpu, print_cpu
@@ -264,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     benchmarks.add_parser("exactness", help="whose accumulated gradient is that of the whole window")
     benchmarks.add_parser("planning", help="what it costs to plan a window")
+    benchmarks.add_parser("balance", help="1,024 simulated processes and 1 billion examples")
     lean = benchmarks.add_parser("lean_loss", help="memory of a large vocabulary's loss, before and after")
     lean.add_argument("--tokens", type=_positive, default=2048, help="in the micro-batch (%(default)s)")
     predicted = benchmarks.add_parser("memory", help="predicted beside measured peaks of real steps")
@@ -313,6 +316,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             result, show = exactness(HEADS), print_exactness
         elif arguments.benchmark == "planning":
             result, show = planning(offline_recipe()), print_planning
+        elif arguments.benchmark == "balance":
+            result, show = balances(partial(_progress, name="balance")), print_balances
         elif arguments.benchmark == "lean_loss":
             result, show = lean_memory(arguments.tokens), print_lean_loss
         elif arguments.benchmark == "memory":

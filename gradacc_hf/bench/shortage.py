@@ -5,9 +5,6 @@ a window that does not fit is cut finer and run again. `python -m gradacc_hf.ben
 """
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +20,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.bench.processes import launch
 from gradacc_hf.loop import train
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.window import Window
@@ -32,7 +29,6 @@ from gradacc_hf.windows import WindowLoader
 WINDOWS, EXAMPLES = 3, 24  # examples in each window
 LEAST, MOST = 80, 140  # MiB above what is there when training starts: one example needs about 40
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives tensors back; else freed ones count for the limit
-SECONDS = 180  # after which a run hangs
 
 
 @dataclass(frozen=True)
@@ -76,22 +72,10 @@ def shortage(
 
 def run_limited(processes: int, limit: int | None) -> Limited:
     """One run in processes of its own. Raises BadInput where it fails, or hangs."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "gradacc_hf.bench.shortage", str(limit or 0)]
-    environment = {**os.environ, **MALLOC, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    child: Any = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
-    try:
-        printed, said = child.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)  # the processes that it launched, too
-        raise BadInput(f"bench out_of_memory: hangs after {SECONDS} s with a limit of {limit} MiB") from None
-    lines = [line for line in printed.splitlines() if line.startswith("{")]
-    if child.returncode or not lines:
-        errors = [line for line in said.splitlines() if "Error:" in line or "BadInput:" in line] or [said]
-        raise BadInput(f"bench out_of_memory: failed with a limit of {limit} MiB: {one_line(errors[0])}")
-    found: Any = json.loads(lines[0])
+    what = f"bench out_of_memory, with a limit of {limit} MiB"
+    printed = launch(what, processes, __name__, str(limit or 0), environment=MALLOC)
+    found: Any = json.loads(printed)
     found = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
     return Limited(limit=limit, seconds=time.perf_counter() - started, **found)
 

@@ -1,0 +1,381 @@
+"""`gradacc bench balance`: do simulated processes get equal cost, and how does planning grow?
+
+The first table cuts windows of the offline data's real lengths as `split_window` does, and by a strided
+assignment. The second says what the loader takes in memory and time by examples and processes, and which
+collectives a window needs: `python -m gradacc_hf.bench.balance` counts those of one run on real processes.
+"""
+
+import json
+import sys
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from gradacc_hf.balance import BALANCED
+from gradacc_hf.bench.processes import launch
+from gradacc_hf.config import kit
+from gradacc_hf.embedded import documented_functions, minilm_path
+from gradacc_hf.loop import train
+from gradacc_hf.micro_batches import measure_lengths
+from gradacc_hf.optim import make_optimizer
+from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows
+from gradacc_hf.runlog import measured_with
+from gradacc_hf.split import Bound, Cost, split_window
+from gradacc_hf.windows import WindowLoader
+
+WINDOWS = {8: 50, 64: 20, 1024: 3}  # simulated, by processes
+EXAMPLES_EACH = 16, 64  # of a window, for each process
+MODEL_READS = 512  # tokens, MiniLM's limit
+DATA = 10**5, 10**7, 10**8, 10**9
+PROCESSES = 1, 8, 64, 1000
+LARGEST = 10**8  # examples that are measured; more are computed from them
+PEAK = 16  # bytes an example that a loader takes at most, to see whether there are so many
+CONFIG = "configs/text_classification_offline.yaml"
+
+Split = list[list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Those of a data set's examples, and the bound by which its windows are cut."""
+
+    name: str
+    tokens: np.ndarray
+    max_tokens: int
+
+    def window(self, size: int, draw: np.random.Generator) -> np.ndarray:
+        """So many examples; drawn with replacement where there are fewer."""
+        return draw.choice(self.tokens, size, replace=size > len(self.tokens))
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Windows of one size. The ratios: predicted cost of the slowest process / the larger of the mean over
+    processes and the dearest example alone.
+    """
+
+    lengths: str
+    processes: int
+    examples_each: int
+    windows: int
+    worst: float
+    median: float
+    strided_worst: float
+    strided_median: float
+    strided_by_ours: float  # cost of the slowest process, median
+    accumulation_steps: float  # of the process with most, mean
+    strided_accumulation_steps: float
+    plan_ms: float  # median
+
+
+@dataclass(frozen=True)
+class DataGrowth:
+    """What one process holds for so many examples of one column of lengths, and how long planning takes."""
+
+    examples: int
+    permutation_bytes: int
+    lengths_bytes: int
+    most_bytes: int  # at once, while it is set up
+    permutation_seconds: float  # once an epoch
+    plan_ms: float  # a window of 64, median
+    how: str
+
+
+@dataclass(frozen=True)
+class ProcessGrowth:
+    """What a window of 64 examples for each process takes every one of them to plan, and in collectives."""
+
+    processes: int
+    examples: int
+    plan_ms: float  # median
+    collectives: dict[str, int]
+    how: str
+
+
+@dataclass(frozen=True)
+class Balances:
+    """Both tables. `sizes`: of each data set, examples, mean, 95 %, longest, and padded tokens at most."""
+
+    sizes: dict[str, tuple[int, float, float, int, int]]
+    balances: tuple[Balance, ...]
+    by_data: tuple[DataGrowth, ...]
+    by_processes: tuple[ProcessGrowth, ...]
+    measured_with: dict[str, str]
+
+
+def balances(progress: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> Balances:
+    """Simulate and measure both tables."""
+    all_lengths = offline_lengths()
+    jobs: list[Callable[[], Any]] = [
+        partial(simulate, lengths, processes, each, windows)
+        for lengths in all_lengths
+        for processes, windows in WINDOWS.items()
+        for each in EXAMPLES_EACH
+    ]
+    fit = [n for n in DATA if n <= min(LARGEST, psutil.virtual_memory().available // (2 * PEAK))]
+    jobs += [partial(grow_by_data, examples) for examples in fit]
+    jobs += [partial(grow_by_processes, all_lengths[0], processes) for processes in PROCESSES]
+    jobs.append(count_collectives)
+    *found, collectives = [job() for job in progress(jobs)]
+    by_data = [row for row in found if isinstance(row, DataGrowth)]
+    usual = collectives[-1]
+    return Balances(
+        sizes={lengths.name: _sizes(lengths) for lengths in all_lengths},
+        balances=tuple(row for row in found if isinstance(row, Balance)),
+        by_data=(*by_data, *(_computed(by_data[-1], examples) for examples in DATA if examples not in fit)),
+        by_processes=tuple(
+            replace(row, collectives=usual, how=f"{row.how}; collectives as on 2")
+            if row.processes > 1
+            else row
+            for row in found
+            if isinstance(row, ProcessGrowth)
+        ),
+        measured_with=measured_with("cpu"),
+    )
+
+
+def offline_lengths() -> list[Lengths]:
+    """Docstrings up to what the model reads, as the offline config cuts them, and source texts uncut."""
+    found = []
+    for name, settings in (
+        (f"docstrings of up to {MODEL_READS} tokens", ["--data.max_length", str(MODEL_READS)]),
+        ("docstrings as configured", []),
+    ):
+        recipe = load_recipe(["--config", str(kit() / CONFIG), *settings])
+        training, _ = recipe.datasets()
+        found.append(Lengths(name, measure_lengths(training, recipe.lengths(training))[:, 0], 2048))
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path(), model_max_length=sys.maxsize)
+    sources = tokenizer(documented_functions()[0]["source"][:])["input_ids"]
+    found.append(Lengths("functions' source", np.array([len(ids) for ids in sources]), 8192))
+    return found
+
+
+def simulate(lengths: Lengths, processes: int, examples_each: int, windows: int, seed: int = 0) -> Balance:
+    """Cut so many windows for so many processes, in both ways."""
+    draw, bound = np.random.default_rng([seed, processes, examples_each]), Bound(lengths.max_tokens)
+    ratios: dict[str, list[float]] = {"ours": [], "strided": []}
+    steps: dict[str, list[int]] = {"ours": [], "strided": []}
+    slower, milliseconds = [], []
+    for _ in range(windows):
+        window = lengths.window(processes * examples_each, draw)
+        started = time.process_time()
+        ours = split_window(window, bound, processes)
+        milliseconds.append(1000 * (time.process_time() - started))
+        slowest = {}
+        for way, split in (("ours", ours), ("strided", strided(window, bound, processes))):
+            costs = process_costs(split, window)
+            slowest[way] = max(costs)
+            ratios[way].append(unevenness(costs, window))
+            steps[way].append(max(map(len, split)))
+        slower.append(slowest["strided"] / slowest["ours"])
+    return Balance(
+        lengths=lengths.name,
+        processes=processes,
+        examples_each=examples_each,
+        windows=windows,
+        worst=max(ratios["ours"]),
+        median=median(ratios["ours"]),
+        strided_worst=max(ratios["strided"]),
+        strided_median=median(ratios["strided"]),
+        strided_by_ours=median(slower),
+        accumulation_steps=mean(steps["ours"]),
+        strided_accumulation_steps=mean(steps["strided"]),
+        plan_ms=median(milliseconds),
+    )
+
+
+def strided(window: np.ndarray, bound: Bound, processes: int) -> Split:
+    """Process i gets examples i, i + processes, …, and cuts them where they cost least."""
+    places = [np.arange(process, len(window), processes) for process in range(processes)]
+    return [[mine[piece] for piece in split_window(window[mine], bound)[0]] for mine in places]
+
+
+def process_costs(split: Split, window: np.ndarray, cost: Cost = Cost()) -> list[float]:
+    """What each process's micro-batches are predicted to cost together, as they are really cut."""
+    return [sum(cost(len(piece), int(window[piece].max())) for piece in process) for process in split]
+
+
+def unevenness(costs: Sequence[float], window: np.ndarray, cost: Cost = Cost()) -> float:
+    """Cost of the slowest process / the larger of the mean and the dearest example alone."""
+    return max(costs) / max(mean(costs), cost(1, int(window.max())))
+
+
+def grow_by_data(examples: int) -> DataGrowth:
+    """Make a loader of so many examples, plan windows of two epochs, and see what that takes."""
+    lengths = np.random.default_rng(0).integers(1, 512, size=examples, dtype=np.int32)
+    tracemalloc.start()
+    windows = WindowLoader(
+        range(examples), 64, accelerator=Accelerator(cpu=True), max_tokens=4096, lengths=lengths
+    )
+    held, _ = tracemalloc.get_traced_memory()
+    started = time.process_time()
+    windows.split(0, 0)
+    seconds = time.process_time() - started
+    windows.split(1, 0)  # another permutation: never two at once
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return DataGrowth(
+        examples=examples,
+        permutation_bytes=windows.plan.memory_bytes(),
+        lengths_bytes=held,
+        most_bytes=most,
+        permutation_seconds=seconds,
+        plan_ms=_median_ms(
+            lambda number: windows.split(1, number), range(0, len(windows), len(windows) // 50)
+        ),
+        how="measured",
+    )
+
+
+def _computed(largest: DataGrowth, examples: int) -> DataGrowth:
+    """As much more as there are more examples; a window is planned as before."""
+    times = examples / largest.examples
+    return DataGrowth(
+        examples=examples,
+        permutation_bytes=round(largest.permutation_bytes * times),
+        lengths_bytes=round(largest.lengths_bytes * times),
+        most_bytes=round(largest.most_bytes * times),
+        permutation_seconds=largest.permutation_seconds * times,
+        plan_ms=largest.plan_ms,
+        how="computed",
+    )
+
+
+def grow_by_processes(lengths: Lengths, processes: int) -> ProcessGrowth:
+    """Plan windows for so many processes: each of them plans the whole window, alone."""
+    size, draw, bound = 64 * processes, np.random.default_rng(0), Bound(lengths.max_tokens)
+    drawn = [lengths.window(size, draw) for _ in range(5)]
+    plan_ms = _median_ms(lambda number: split_window(drawn[number], bound, processes), range(5))
+    return ProcessGrowth(processes, size, plan_ms, {}, "measured")
+
+
+def _median_ms(function: Callable[[int], Any], numbers: Iterable[int]) -> float:
+    times = []
+    for number in numbers:
+        started = time.process_time()
+        function(number)
+        times.append(1000 * (time.process_time() - started))
+    return median(times)
+
+
+def _sizes(lengths: Lengths) -> tuple[int, float, float, int, int]:
+    tokens = lengths.tokens
+    return (
+        len(tokens),
+        float(tokens.mean()),
+        float(np.percentile(tokens, 95)),
+        int(tokens.max()),
+        lengths.max_tokens,
+    )
+
+
+def print_balances(result: Balances, console: Console) -> None:
+    """A table a data set; then what grows with data, and with processes."""
+    for name, (examples, average, most_are, longest, max_tokens) in result.sizes.items():
+        console.print(
+            f"{name}: {examples:,} examples; tokens: {average:.0f} on average, 95 % up to {most_are:.0f}, "
+            f"longest {longest:,}; {max_tokens:,} padded ones at most"
+        )
+        headers = "processes", "examples\neach", "slowest¹\nworst", "\nmedian", "strided\nworst", "\nmedian"
+        table = _table(*headers, "strided\n/ ours²", "steps³\nours", "\nstrided", "plan it,\nms")
+        for row in (row for row in result.balances if row.lengths == name):
+            table.add_row(
+                f"{row.processes:,}",
+                str(row.examples_each),
+                *(f"{ratio:.3f}" for ratio in (row.worst, row.median, row.strided_worst, row.strided_median)),
+                f"{row.strided_by_ours:.2f}",
+                f"{row.accumulation_steps:.1f}",
+                f"{row.strided_accumulation_steps:.1f}",
+                f"{row.plan_ms:,.1f}",
+            )
+        console.print(table)
+    worst = max(row.worst for row in result.balances)
+    said = "within" if worst <= BALANCED else "MORE THAN"
+    windows = ", ".join(f"{count} windows with {processes:,}" for processes, count in WINDOWS.items())
+    console.print(
+        "¹ predicted cost of the slowest process / the larger of the mean and the dearest example alone, of "
+        f"{windows} processes. The worst of ours: {worst:.3f}, {said} {BALANCED}\n"
+        "² cost of its slowest process / that of ours, median\n"
+        "³ accumulation steps of the process with most, mean\n"
+    )
+    console.print("What one process holds, by examples (one column of lengths)")
+    headers = "examples", "permutation", "lengths", "set up,\nat most", "draw it, s\nan epoch"
+    table = _table(*headers, "plan a window\nof 64, ms")
+    for row in result.by_data:
+        table.add_row(
+            f"{row.examples:,}",
+            *map(_megabytes, (row.permutation_bytes, row.lengths_bytes, row.most_bytes)),
+            f"{row.permutation_seconds:,.2f}",
+            f"{row.plan_ms:.2f}",
+            row.how,
+        )
+    console.print(table)
+    console.print("A window of 64 docstrings for each process, which every process plans")
+    table = _table("processes", "examples", "plan it, ms", "collectives")
+    for row in result.by_processes:
+        numbers = f"{row.processes:,}", f"{row.examples:,}", f"{row.plan_ms:,.1f}"
+        table.add_row(*numbers, str(sum(row.collectives.values())), row.how)
+    console.print(table)
+    kinds = Counter(result.by_processes[-1].collectives)
+    console.print(
+        f"Collectives of a window, counted on 2 processes (DDP over gloo, MiniLM): {kinds['all_gather']} "
+        f"all_gather (numbers of items), {kinds['all_reduce']} all_reduce ({kinds['all_reduce'] - 1} buckets "
+        f"of gradients and the loss), {kinds['broadcast']} broadcast (the model's buffers). Until each "
+        "process has had its dearest micro-batch, one all_gather more. None of these depends on the number "
+        "of processes. FSDP2 (computed): an all_gather, two all_reduce with the gradient's norm, up to two "
+        "all_gather a layer in each micro-batch, and one reduce_scatter a layer."
+    )
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    return table
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+
+
+def count_collectives() -> list[dict[str, int]]:
+    """Of each window of a run on two processes (DDP, gloo), how many collectives of each kind."""
+    return json.loads(launch("bench balance", 2, "gradacc_hf.bench.balance"))
+
+
+def _count(windows: int = 6) -> None:
+    """In each of the processes."""
+    settings = ["--batch.effective", "16", "--budget.max_tokens", "512", "--output.tracker", "none"]
+    recipe = load_recipe(["--config", str(kit() / CONFIG), *settings])
+    accelerator = make_accelerator(recipe.config)
+    loader, _ = make_windows(recipe, *recipe.datasets(), accelerator)
+    model = make_model(recipe)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.config.optim))
+    records, counts = train(model, optimizer, loader, accelerator=accelerator), []
+    for _ in range(windows):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            next(records)
+        names = [event.name for event in profile.events() or () if event.name.startswith("gloo:")]
+        counts.append(dict(Counter(name.removeprefix("gloo:") for name in names)))
+    if accelerator.is_main_process:
+        print(json.dumps(counts), flush=True)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    _count()
