@@ -22,18 +22,24 @@ for ((i = 1; i <= $#; i++)); do
 done
 [[ -n $run ]] || { echo "error: give --output.dir: without it, a job that is queued again does not find its run" >&2; exit 2; }
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# One launcher a node; srun passes a signal on to all of them, and each to the recipe's processes.
-srun --kill-on-bad-exit=0 bash -c 'exec ./launch.sh "$@" --machine_rank "$SLURM_NODEID"' launch "$@" --resume auto \
-  --machines "$SLURM_JOB_NUM_NODES" --main_address "$first:$((20000 + SLURM_JOB_ID % 10000))" &
+rm -f "$run/TO_BE_RESUMED" # so that only what this life leaves queues the job again, not what an earlier one left
+
+main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
+# A signal is for the launchers alone, which pass it on to the recipe's processes. srun makes a SIGKILL of a SIGTERM, and scancel
+# sends one to every process there is, also to Accelerate's launcher, which kills the recipe's processes 30 s later.
+trap 'srun --overlap pkill -TERM -f "^bash .*launch[.]sh .* --main_address $main"' TERM
+# One launcher a node. Since Slurm 22.05, srun does not take over --cpus-per-task by itself.
+srun --kill-on-bad-exit=0 --cpus-per-task "$SLURM_CPUS_PER_TASK" bash -c 'exec ./launch.sh "$@" --machine_rank "$SLURM_NODEID"' \
+  launch "$@" --resume auto --machines "$SLURM_JOB_NUM_NODES" --main_address "$main" &
 launchers=$!
-trap 'kill -TERM "$launchers"' TERM
 while true; do
   wait "$launchers" && code=0 || code=$?
   kill -0 "$launchers" 2>/dev/null || break # else the signal has ended the waiting
 done
 
-if [[ -e $run/TO_BE_RESUMED ]]; then
+# Also where its time is over by now (it is given 30 s more); a job that was cancelled stays so.
+state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format "%T %r")
+if [[ -e $run/TO_BE_RESUMED && $state =~ RUNNING|TimeLimit ]]; then
   scontrol requeue "$SLURM_JOB_ID"
   exit 0
 fi
