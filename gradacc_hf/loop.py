@@ -222,10 +222,12 @@ def fine_tune(
                 save_model(model, folder / "best", accelerator, *save_with, write=write_model)
 
     state = windows.state_dict()
-    to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
-    total = min(max_windows or math.inf, to_run)
-    tuning = Tuning.of(windows, int(total)) if tune else None
-    with RunLog(accelerator, int(total), folder) as log:
+    to_run = windows.plan.count_windows(range(state["epoch"], epochs))  # None: a stream's are not known
+    total = min(max_windows or math.inf, math.inf if to_run is None else to_run - state["window"])
+    num_windows = int(total) if total < math.inf else None
+    tuning = Tuning.of(windows, num_windows) if tune else None
+    first_window = windows.tokens[windows.plan.indices(state["epoch"], state["window"])]
+    with RunLog(accelerator, num_windows, folder) as log:
         if validate and eval_on_start:
             evaluate_now(0)
         for record in train(
@@ -260,12 +262,11 @@ def fine_tune(
         last = log.records[-1].window if log.records else 0
         if validate and last and last not in [evaluation["window"] for evaluation in evaluations]:
             evaluate_now(last)
-    first = windows.split(state["epoch"], state["window"])
     return log.summary(
         eval=evaluations[-1] if evaluations else None,
         best=best_evaluation or None,
         evaluations=evaluations,
-        first_window=[windows.lengths[piece].tolist() for process in first.processes for piece in process],
+        first_window=[tokens.sum(1).tolist() for tokens in windows.cut(first_window)],
         micro_batches=str(windows.bound),
         replays=windows.replays,
         tuning=tuning.to_json() if tuning is not None else None,
