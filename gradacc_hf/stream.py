@@ -119,7 +119,7 @@ class Stream:
             raise ValueError(f"window {window} of epoch {epoch} has gone by: a stream is read forward only")
         if not self._reaches(window):
             raise ValueError(f"the stream has no window {window} in epoch {epoch}")
-        places = range(self._start(window), min(self._start(window + 1), self._held_until(0)))
+        places = range(self._start(window), min(self._start(window + 1), self._until))
         size = self.buffer_size
         return np.array([self._blocks[place // size].order[place % size] for place in places])
 
@@ -156,9 +156,10 @@ class Stream:
             )
         self.seed = state["seed"]
         self._begin(state["epoch"], place["number"])
-        self._starts = {state["window"]: place["examples"]}
+        self._starts, block = {state["window"]: place["examples"]}, place["examples"] // self.buffer_size
+        self._until = block * self.buffer_size
         if place["mark"] is not None:
-            self._marks[place["examples"] // self.buffer_size] = place["mark"]
+            self._marks[block] = place["mark"]
         return self
 
     # What a data set and its lengths do
@@ -187,7 +188,8 @@ class Stream:
         self._starts = {0: 0}  # window → examples of the epoch's order before it
         self._marks: dict[int, Any] = {0: None}  # block → what takes a reader there
         self._blocks: dict[int, _Block] = {}
-        self._reader: _Reader | None = None
+        self._until = 0  # examples of the epoch in these blocks, and before them
+        self._reader: _Reader | None = None  # of what comes after them
         self._num_examples: int | None = None  # of this epoch, where its end has been seen
 
     def _go_to(self, epoch: int, window: int) -> None:
@@ -196,42 +198,32 @@ class Stream:
 
     def _reaches(self, window: int) -> bool:
         """Read until this window is at hand; False where the epoch ends before it."""
-        start, stop = self._start(window), self._start(window + 1)
-        while self._num_examples is None and self._held_until(start) < stop:
-            self._read_block(self._held_until(start) // self.buffer_size)
-        return self._num_examples is None or self._is_held(window)
+        while self._num_examples is None and self._until < self._start(window + 1):
+            self._read_block()
+        return self._is_held(window)
 
     def _is_held(self, window: int) -> bool:
-        start, stop, until = self._start(window), self._start(window + 1), self._held_until(0)
-        is_partial = start < until < stop and self._num_examples is not None
-        return stop <= until or (is_partial and not self.drop_last)
+        start, stop = self._start(window), self._start(window + 1)
+        is_partial = start < self._until < stop and self._num_examples is not None
+        return stop <= self._until or (is_partial and not self.drop_last)
 
-    def _held_until(self, start: int) -> int:
-        """Examples of the epoch up to the last at hand; where none is, up to the block of `start`."""
-        if self._num_examples is not None:
-            return self._num_examples
-        return (max(self._blocks, default=start // self.buffer_size - 1) + 1) * self.buffer_size
-
-    def _read_block(self, block: int) -> None:
-        first = block * self.buffer_size
+    def _read_block(self) -> None:
+        first, block = self._until, self._until // self.buffer_size
         if self._reader is None:
             marked = max(known for known in self._marks if known <= block)
             self._reader = _Reader(self.dataset, self.epoch, marked * self.buffer_size, self._marks[marked])
-        self._reader.skip(first - self._reader.at)
-        self._mark(block)
+            self._reader.skip(first - self._reader.at)
         if examples := self._reader.read(self.buffer_size):
             order = np.arange(first, first + len(examples))
             if self.shuffle:
                 np.random.default_rng([self.seed, self.epoch, block]).shuffle(order)
             self._blocks[block] = _Block(examples, tokens := self._measure(examples), order)
             self.check(tokens, first)
-            self._mark(block + 1)
+            self._until = self._reader.at
+            if self._reader.mark is not None:
+                self._marks[block + 1] = self._reader.mark
         if not self._reader.has_more:
             self._ended(self._reader.at)
-
-    def _mark(self, block: int) -> None:
-        if self._reader is not None and self._reader.mark is not None:
-            self._marks[block] = self._reader.mark
 
     def _ended(self, num_examples: int) -> None:
         self._num_examples, self._reader = num_examples, None

@@ -1,8 +1,11 @@
 """Streams: windows of examples that come one after the other, of a number that nobody knows."""
 
+import functools
 import json
 import logging
+import tempfile
 from itertools import chain
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -63,11 +66,24 @@ def with_a_buffer_of_its_own():
     return of_hugging_face().shuffle(seed=3, buffer_size=10)
 
 
-def from_a_file():
+def in_memory():
     return datasets.Dataset.from_list(DATA).to_iterable_dataset(num_shards=3).with_format("numpy")
 
 
-STREAMS = [Plain, of_hugging_face, filtered, batched, with_a_buffer_of_its_own, from_a_file]
+@functools.cache
+def files():
+    folder = tempfile.TemporaryDirectory()
+    for number, shard in enumerate(SHARDS):
+        text = "".join(json.dumps(example) + "\n" for example in shard)
+        Path(folder.name, f"{number}.jsonl").write_text(text)
+    return folder
+
+
+def from_files():
+    return datasets.load_dataset("json", data_files=f"{files().name}/*.jsonl", split="train", streaming=True)
+
+
+STREAMS = [Plain, of_hugging_face, filtered, batched, with_a_buffer_of_its_own, in_memory, from_files]
 
 
 @pytest.fixture
@@ -100,9 +116,17 @@ def indices(windows):
     return [window.indices.tolist() for window in windows]
 
 
-def stream_of(num_examples, size, buffer_size, shuffle=True, drop_last=False, seed=1):
+def stream_of(num_examples, size, buffer_size, shuffle=True, drop_last=False):
     data = Plain(list(range(num_examples)))
-    return Stream(data, size, seed, shuffle, drop_last, buffer_size, lambda found: np.ones((len(found), 1)))
+    return data, Stream(
+        data, size, 1, shuffle, drop_last, buffer_size, lambda found: np.ones((len(found), 1))
+    )
+
+
+def blocks(windows):
+    """Those that its stream holds."""
+    assert isinstance(windows.plan, Stream)
+    return list(windows.plan._blocks)
 
 
 sizes = {"num_examples": st.integers(1, 60), "size": st.integers(1, 60), "buffer_size": st.integers(1, 70)}
@@ -117,7 +141,7 @@ def test_an_epoch_is_the_stream_block_by_block_cut_into_windows(
     num_examples, size, buffer_size, shuffle, epoch
 ):
     size = min(size, num_examples)
-    stream = stream_of(num_examples, size, buffer_size, shuffle)
+    _, stream = stream_of(num_examples, size, buffer_size, shuffle)
     windows = [stream.indices(*number).tolist() for number in stream.walk(epoch, 0)]
     assert [len(window) for window in windows[:-1]] == [size] * (len(windows) - 1)
     assert 1 <= len(windows[-1]) <= size
@@ -137,12 +161,12 @@ def test_what_is_read_ahead_is_at_most_a_buffer_and_what_is_held_two_and_the_win
     num_examples, size, buffer_size
 ):
     size = min(size, num_examples)
-    stream, done = stream_of(num_examples, size, buffer_size), 0
+    (data, stream), done = stream_of(num_examples, size, buffer_size), 0
     for number in chain(stream.walk(0, 0), stream.walk(1, 0)):
         window = stream.indices(*number)
-        assert stream.__getitems__(window) == window.tolist()
+        assert stream.__getitems__(window.tolist()) == window.tolist()
         done += len(window)
-        assert stream.dataset.taken - done <= buffer_size
+        assert data.taken - done <= buffer_size
         assert sum(len(block.examples) for block in stream._blocks.values()) <= size + 2 * buffer_size
 
 
@@ -150,7 +174,7 @@ def test_what_is_read_ahead_is_at_most_a_buffer_and_what_is_held_two_and_the_win
 @given(**sizes)
 def test_drop_last_leaves_out_the_partial_window(num_examples, size, buffer_size):
     size = min(size, num_examples)
-    stream = stream_of(num_examples, size, buffer_size, drop_last=True)
+    _, stream = stream_of(num_examples, size, buffer_size, drop_last=True)
     for epoch in range(2):
         windows = [stream.indices(*number) for number in stream.walk(epoch, 0)]
         assert [len(window) for window in windows] == [size] * (num_examples // size)
@@ -216,7 +240,8 @@ def test_a_stream_with_set_epoch_is_told_the_epoch_and_others_are_not_changed(ac
 
     told, dataset = Told(), of_hugging_face()
     windows = loader(accelerator, told)
-    indices(windows), indices(windows)
+    for _ in range(2):
+        indices(windows)
     assert told.epochs == [0, 1]
     windows = loader(accelerator, dataset, shuffle=False, lengths=lambda example: 1)
     orders = [[tuple(e["input_ids"]) for w in windows for e in windows.examples(w.indices)] for _ in range(4)]
@@ -318,7 +343,8 @@ def test_resuming_reads_on_from_the_shard_where_it_was_and_else_from_the_beginni
     plain = Plain()
     resumed = loader(accelerator, plain, buffer_size=8)
     resumed.load_state_dict({**state, "stream": {**state["stream"], "mark": None}})
-    assert len(indices(resumed)) == 1
+    [last] = [(blocks(resumed), len(window.indices)) for window in resumed]
+    assert last == ([6], 5)  # what is before it was thrown away
     assert plain.taken == 53
 
 
@@ -352,6 +378,19 @@ def test_going_through_the_stream_in_the_middle_of_an_epoch_changes_nothing(acce
             [2 * token for token in row] for row in tokens
         ]
         assert windows.state_dict() == undisturbed.state_dict()
+
+
+def test_a_model_is_tried_on_the_first_examples_with_items_apart_from_the_run(accelerator):
+    data = [{**example, "labels": -100 if i < 30 else 1} for i, example in enumerate(DATA)]
+    windows, undisturbed = (loader(accelerator, Plain(data), size=4, buffer_size=5) for _ in range(2))
+    for micro_batch in windows.probe():
+        assert min(micro_batch.indices) >= 30
+    assert blocks(windows) == [0]
+    assert seen(windows) == seen(undisturbed)
+    state = windows.state_dict()
+    assert [m.indices.tolist() for m in windows.probe()] == [m.indices.tolist() for m in undisturbed.probe()]
+    assert windows.state_dict() == state
+    assert seen(windows) == seen(undisturbed)
 
 
 def test_what_a_collate_function_does_to_an_example_is_not_there_the_next_time(accelerator):
@@ -583,6 +622,7 @@ def test_max_windows_ends_a_run_on_a_stream_without_an_end():
 def test_a_model_is_verified_and_diagnosed_on_a_stream():
     head, _, windows = head_and_stream("sequence_classification", micro_batch_size=3, max_tokens=None)
     assert verify(head.model, windows, num_windows=3, trainer=False).exact
+    assert blocks(windows) == [0, 1]  # what the next window needs
     assert indices(windows) == indices(head_and_stream("sequence_classification")[2])
     head, _, windows = head_and_stream(
         "question_answering", micro_batch_size=3, max_tokens=None, num_items="labels"
