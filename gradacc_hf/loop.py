@@ -246,6 +246,7 @@ def fine_tune(
     evaluations: list[dict[str, float]] = []  # each with the window that it came after
     best_evaluation: dict[str, float] = {}
     start, done = windows.state_dict(), 0
+    first_window = windows.tokens[windows.plan.indices(start["epoch"], start["window"])]
     checkpointer = None
     if checkpoints is not None:
         if folder is None:
@@ -286,12 +287,13 @@ def fine_tune(
             log.say(f"no checkpoint after window {window}: {problem}")
 
     state = windows.state_dict()
-    to_run = sum(windows.plan.num_windows(epoch) for epoch in range(state["epoch"], epochs)) - state["window"]
-    total = int(min(max_windows or math.inf, done + to_run))
-    tuning = Tuning.of(windows, total - done) if tune else None
+    to_run = windows.plan.count_windows(range(state["epoch"], epochs))  # None: a stream's are not known
+    total = min(max_windows or math.inf, math.inf if to_run is None else done + to_run - state["window"])
+    num_windows = int(total) if total < math.inf else None
+    tuning = Tuning.of(windows, num_windows and num_windows - done) if tune else None
     stopped_after = None
     signals = StopSignals(accelerator)
-    with RunLog(accelerator, total, folder, done) as log, signals if checkpointer else nullcontext():
+    with RunLog(accelerator, num_windows, folder, done) as log, signals if checkpointer else nullcontext():
         if validate and eval_on_start and not done:
             evaluate_now(0)
         records = train(
@@ -337,14 +339,13 @@ def fine_tune(
                 save_model(model, folder / "last", accelerator, *save_with, write=write_model)
             if validate and last and last not in [evaluation["window"] for evaluation in evaluations]:
                 evaluate_now(last)
-    first = windows.split(start["epoch"], start["window"])
     return log.summary(
         write=stopped_after is None,
         stopped_after=stopped_after,
         eval=evaluations[-1] if evaluations else None,
         best=best_evaluation or None,
         evaluations=evaluations,
-        first_window=[windows.lengths[piece].tolist() for process in first.processes for piece in process],
+        first_window=[tokens.sum(1).tolist() for tokens in windows.cut(first_window)],
         micro_batches=str(windows.bound),
         replays=windows.replays,
         tuning=tuning.to_json() if tuning is not None else None,

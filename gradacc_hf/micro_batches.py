@@ -7,7 +7,8 @@ training where the loader has workers. Putting a micro-batch on the device and w
 
 import pickle
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from gradacc_hf.items import CountItems
 from gradacc_hf.plan import WindowPlan
 from gradacc_hf.split import Bound, Cost, bounding_lengths, padded_size, rounded_up, split_window
+from gradacc_hf.stream import Held, Stream
 
 PadTo = Literal["micro_batch", "window", "nothing"] | int
 Lengths = str | Sequence[int] | np.ndarray | Callable[[Any], int] | None
@@ -64,11 +66,11 @@ class LocalWindows(Dataset):
     dataset: Any
     collate_fn: Callable[..., Mapping[str, Any]]
     count_items: CountItems
-    tokens: np.ndarray  # (examples, columns padded on their own)
+    tokens: np.ndarray | Held  # (examples, columns padded on their own)
     pad_to: PadTo
     bound: Bound
     cost: Cost
-    plan: WindowPlan
+    plan: WindowPlan | Stream
     num_processes: int
     process: int
     transform: Transform | None = None
@@ -82,11 +84,27 @@ class LocalWindows(Dataset):
         # By value: tensors in shared memory cost a file descriptor each, and a window may hold thousands.
         return local if get_worker_info() is None else pickle.dumps(local)
 
+    @cached_property
+    def lengths(self) -> Any:
+        """Tokens of each example, over its columns; no copy where there need not be one."""
+        if not isinstance(self.tokens, np.ndarray):
+            return self.tokens.sum(1)
+        return self.tokens[:, 0] if self.tokens.shape[1] == 1 else self.tokens.sum(1, dtype=np.int32)
+
+    def apart(self, epoch: int, window: int) -> "LocalWindows":
+        """These, to be gone through from there beside these."""
+        if not isinstance(self.plan, Stream):
+            return self
+        stream = self.plan.apart(epoch, window)
+        return replace(self, plan=stream, dataset=stream, tokens=stream.tokens)
+
     def split(self, epoch: int, window: int) -> Split:
         indices = self.plan.indices(epoch, window)
         if self.leave_out:
             indices = indices[~np.isin(indices, list(self.leave_out))]
-        tokens = self.tokens[indices]
+        return self.cut(indices, self.tokens[indices], epoch, window)
+
+    def cut(self, indices: np.ndarray, tokens: np.ndarray, epoch: int, window: int) -> Split:
         padded, pad_to, packed = self.padded(tokens), None, self.pad_to == "nothing"
         if self.pad_to not in ("micro_batch", "nothing"):
             pad_to = int(tokens.max(initial=0)) if self.pad_to == "window" else self.pad_to
@@ -110,13 +128,16 @@ class LocalWindows(Dataset):
         """Tokens (examples, columns), each with what an example alone is padded by."""
         return tokens if self.pad_to_multiple_of == 1 else rounded_up(tokens, self.pad_to_multiple_of)
 
-    def too_large(self) -> str | None:
-        """How many examples exceed the bound alone, in a line. Raises ValueError where padding cuts one."""
-        padded = self.padded(self.tokens)
+    def too_large(self, tokens: np.ndarray, first: int = 0) -> str | None:
+        """How many of these examples exceed the bound alone, in a line; `first` is the index of the first.
+
+        Raises ValueError where padding cuts one.
+        """
+        padded = self.padded(tokens)
         if isinstance(self.pad_to, int):
-            if (longest := self.tokens.max()) > self.pad_to:
+            if (longest := tokens.max()) > self.pad_to:
                 raise ValueError(
-                    f"example {int(self.tokens.max(1).argmax())} has {longest} tokens, more than "
+                    f"example {first + int(tokens.max(1).argmax())} has {longest} tokens, more than "
                     f"pad_to={self.pad_to}: truncate it, or raise that"
                 )
             padded = np.full_like(padded, self.pad_to)
@@ -127,8 +148,8 @@ class LocalWindows(Dataset):
         count = sum(n for n, each in zip(counts, different, strict=True) if self.bound.exceeded_by(each))
         return (
             f"{count} of {len(padded)} examples exceed {self.bound} (the longest has "
-            f"{self.bound.needs(1, padded[longest].tolist())}: example {longest}): each goes alone in a "
-            "micro-batch that exceeds it"
+            f"{self.bound.needs(1, padded[longest].tolist())}: example {first + longest}): each goes alone "
+            "in a micro-batch that exceeds it"
         )
 
     def shape(self, indices: np.ndarray, pad_to: int | None) -> tuple[int, list[int]]:

@@ -1,10 +1,12 @@
 """Which examples make window t: numbers only.
 
 (number of examples, effective batch size, seed, epoch, window) → example indices. Neither the data nor the
-hardware is known here, so neither can change a run's windows.
+hardware is known here, so neither can change a run's windows. Data without a length: `stream.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 
@@ -28,21 +30,49 @@ class WindowPlan:
         shuffle: bool,
         drop_last: bool,
     ):
-        self.check_seed(seed)
+        check_seed(seed)
         self.num_examples, self.effective_batch_size = num_examples, effective_batch_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self._orders: dict[int, np.ndarray] = {}  # the epoch at hand only
         self._all_starts: dict[int, Sequence[int]] = {}
 
-    @staticmethod
-    def check_seed(seed: int) -> None:
-        """Raise ValueError for a seed that no generator takes."""
-        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-            raise ValueError(f"the seed is {seed!r}; it must be an integer of at least 0")
-
     def num_windows(self, epoch: int) -> int:
         """Windows in this epoch; a partial last one counts unless `drop_last`."""
         return len(self._starts(epoch))
+
+    def count_windows(self, epochs: Iterable[int]) -> int | None:
+        """Windows of these epochs together."""
+        return sum(map(self.num_windows, epochs))
+
+    def is_over(self, epoch: int, window: int) -> bool:
+        """Are there no windows in this epoch from this one on?"""
+        return window >= self.num_windows(epoch)
+
+    def walk(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
+        """The windows of this epoch from `start` on, as (epoch, window)."""
+        return ((epoch, window) for window in range(start, self.num_windows(epoch)))
+
+    def ahead(self, epoch: int, window: int, most: int) -> list[tuple[int, int]]:
+        """The next windows, to judge splits by: the rest of this epoch, then those of the next one."""
+        return list(islice(chain(self.walk(epoch, window), self.walk(epoch + 1, 0)), most))
+
+    def place(self, epoch: int, window: int) -> dict[str, Any]:
+        """What tells the way to a window beside its numbers and the seed: nothing."""
+        return {}
+
+    def at(self, state: Mapping[str, Any]) -> "WindowPlan":
+        """The plan that a loader's `state_dict()` is of. Raises ValueError where it has no such window."""
+        if "stream" in state:
+            raise ValueError("the state is that of a stream, and the data set has a length: other data?")
+        plan = WindowPlan(
+            self.num_examples, self.effective_batch_size, state["seed"], self.shuffle, self.drop_last
+        )
+        epoch, window = state["epoch"], state["window"]
+        if not 0 <= window < plan.num_windows(epoch):
+            raise ValueError(
+                f"window {window} is not one of the {plan.num_windows(epoch)} of epoch {epoch}: other data?"
+            )
+        return plan
 
     def size(self, epoch: int, window: int) -> int:
         """Examples in this window."""
@@ -58,7 +88,8 @@ class WindowPlan:
     def indices(self, epoch: int, window: int) -> np.ndarray:
         """Example indices of this window, over all processes."""
         start = self._starts(epoch)[window]
-        stop = min(start + self._size_asked(self._first_number(epoch) + window), self.num_examples)
+        size = size_asked(self.effective_batch_size, self._first_number(epoch) + window)
+        stop = min(start + size, self.num_examples)
         return self._order(epoch)[start:stop].astype(np.int64)
 
     def memory_bytes(self) -> int:
@@ -85,7 +116,7 @@ class WindowPlan:
             return range(0, whole if self.drop_last else self.num_examples, self.effective_batch_size)
         starts, start, number = [], 0, self._first_number(epoch)
         while start < self.num_examples:
-            size = self._size_asked(number + len(starts))
+            size = size_asked(self.effective_batch_size, number + len(starts))
             if self.drop_last and start + size > self.num_examples:
                 break
             starts.append(start)
@@ -96,12 +127,20 @@ class WindowPlan:
         """The number, over the whole run, of this epoch's first window."""
         return sum(self.num_windows(earlier) for earlier in range(epoch))
 
-    def _size_asked(self, number: int) -> int:
-        if not callable(self.effective_batch_size):
-            return self.effective_batch_size
-        size = self.effective_batch_size(number)
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(
-                f"effective_batch_size({number}) gave {size!r}; it must give an integer of at least 1"
-            )
-        return int(size)
+
+def size_asked(effective_batch_size: EffectiveBatchSize, number: int) -> int:
+    """Examples of the window of this number, counted over the whole run. Raises ValueError for no size."""
+    if not callable(effective_batch_size):
+        return effective_batch_size
+    size = effective_batch_size(number)
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        raise ValueError(
+            f"effective_batch_size({number}) gave {size!r}; it must give an integer of at least 1"
+        )
+    return int(size)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that no generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"the seed is {seed!r}; it must be an integer of at least 0")

@@ -56,12 +56,13 @@ class RunLog:
     """Shows and stores a run. `folder` None stores nothing; the trackers are those of the Accelerator.
 
     `windows_done`: where a run goes on from a checkpoint; what its history has beyond that is cut off.
+    `total_windows` None: not known.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        total_windows: int,
+        total_windows: int | None,
         folder: Path | None = None,
         windows_done: int = 0,
     ):
@@ -120,10 +121,12 @@ class RunLog:
         )
         speed = f"{examples_per_second:.1f} examples/s · {tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=record.window, loss=record.loss, speed=speed)
-        every = max(1, self.total_windows // 10)
+        total = self.total_windows  # where it is not known: at 1, 2, … 10, 20, … 100, 200, …
+        every = 10 ** (len(str(record.window)) - 1) if total is None else max(1, total // 10)
         if not self.console.is_terminal and (record.window % every == 0 or record.window == 1):
+            of = "" if total is None else f"/{total}"
             self.console.print(
-                f"window {record.window}/{self.total_windows} · loss {record.loss:.4f} · {speed}",
+                f"window {record.window}{of} · loss {record.loss:.4f} · {speed}",
                 soft_wrap=True,
             )
 

@@ -5,6 +5,7 @@ twice, or for nothing. From the seconds that they take comes the split's cost mo
 """
 
 import math
+import sys
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -111,13 +112,17 @@ class Tuning:
     """
 
     @classmethod
-    def of(cls, windows: WindowLoader, num_windows: int) -> "Tuning | None":
-        """For a run of so many windows; None where sizes are known, too few windows, or all cut alike."""
+    def of(cls, windows: WindowLoader, num_windows: int | None) -> "Tuning | None":
+        """For a run of so many windows, or of nobody knows how many (None).
+
+        None where sizes are known, windows too few, or all cut alike.
+        """
         if windows.bound.micro_batch_size is not None:
             raise ValueError(
                 "tune: sizes are tried in tokens; give the loader max_tokens, not micro_batch_size"
             )
         least, most = TURNS
+        num_windows = sys.maxsize if num_windows is None else num_windows
         sizes = sizes_to_try(windows)[: max(0, (num_windows // 2 - 1) // (1 + least))]
         if len(sizes) < 2 or windows.tuned:
             return None
@@ -198,11 +203,8 @@ def _of_size(bound: Bound, max_tokens: int) -> Bound:
 
 
 def _ahead(windows: WindowLoader) -> list[Split]:
-    """The next windows, as they are cut."""
-    here, plan = windows.epoch, windows.plan
-    left = [(here, number) for number in range(windows.window, plan.num_windows(here))]
-    left += [(here + 1, number) for number in range(plan.num_windows(here + 1))]
-    return [windows.split(*window) for window in left[:AHEAD]]
+    """The next windows, as they are cut; of a stream, those at hand."""
+    return [windows.split(*number) for number in windows.plan.ahead(windows.epoch, windows.window, AHEAD)]
 
 
 def _work(windows: WindowLoader, split: Split) -> tuple[float, float, float]:

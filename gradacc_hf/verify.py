@@ -95,8 +95,9 @@ def verify(
             "verify() compares in float32 on one process; found "
             f"{accelerator.num_processes} processes, mixed precision {accelerator.mixed_precision!r}"
         )
-    if not 1 <= num_windows <= len(windows):
-        raise ValueError(f"num_windows: found {num_windows}; allowed: 1 to {len(windows)}, those of an epoch")
+    most = windows.plan.count_windows([windows.epoch])  # None: a stream's are not known
+    if num_windows < 1 or (most is not None and num_windows > most):
+        raise ValueError(f"num_windows: found {num_windows}; allowed: 1 to {most}, those of an epoch")
     compiled, model = is_compiled(model), copy.deepcopy(model).float().to(accelerator.device).train()
     if compiled:
         compile_layers(model)

@@ -1,8 +1,8 @@
 """The loader that hands out windows.
 
-`WindowLoader` puts together which examples make a window (`plan.py`), how it is cut (`split.py`), the
-collated micro-batches (`micro_batches.py`) and what their losses are means over (`items.py`). A `Window`
-(`window.py`) gives this process's micro-batches and weighs their losses.
+`WindowLoader` puts together which examples make a window (`plan.py`, `stream.py`), how it is cut
+(`split.py`), the collated micro-batches (`micro_batches.py`) and what their losses are means over
+(`items.py`). A `Window` (`window.py`) gives this process's micro-batches and weighs their losses.
 """
 
 import copy
@@ -10,6 +10,7 @@ import pickle
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, default_collate
 
 from gradacc_hf import items
-from gradacc_hf.arguments import check_arguments, refuse_engine
+from gradacc_hf.arguments import check_arguments, check_stream, refuse_engine
 from gradacc_hf.micro_batches import (
     Lengths,
     LocalWindows,
@@ -33,6 +34,7 @@ from gradacc_hf.micro_batches import (
 from gradacc_hf.plan import EffectiveBatchSize, WindowPlan
 from gradacc_hf.split import Bound, Cost
 from gradacc_hf.stopping import ignore_signals
+from gradacc_hf.stream import BUFFER_SIZE, Stream, is_stream
 from gradacc_hf.window import Recutting, Window, forwards_are_collective, to_device
 
 logger = get_logger(__name__)
@@ -42,7 +44,7 @@ class WindowLoader:
     """Hands out windows: `for window in loader: for batch in window: …`. One pass is one epoch.
 
     Args:
-        dataset: a `datasets.Dataset` or any sequence of examples.
+        dataset: a `datasets.Dataset` or any sequence of examples; or a stream (below).
         effective_batch_size: examples per optimizer step over all processes; or a function of the window's
             number.
         collate_fn: examples → mapping of tensors; `collate_fn(examples, pad_to=n)` where `pad_to` is used.
@@ -72,11 +74,20 @@ class WindowLoader:
         leave_out: examples, by index, that are in no window; all others stay in theirs.
         whole_gradients: under FSDP, accumulate whole gradients on every process, and reduce them once a
             window: less communication, more memory. By default each micro-batch's are reduced to shards.
+        buffer_size: examples of a stream that are shuffled together; 1000 by default.
 
-    `state_dict()` / `load_state_dict()`: seed, epoch and window; inside the loop's body, the window at hand
-    counts as done. `empty_micro_batches` and `empty_windows` count what had no item and was not handed out,
-    over all processes; `replays`, how often a window was run again as memory did not suffice. Raises
-    ValueError, in one line, for arguments that cannot work.
+    A stream is a `datasets.IterableDataset`, or any iterable without a length that begins anew each time, and
+    gives the same examples in every process. Each process reads all of it, and collates its own micro-batches
+    only: reading and tokenizing cost as much on many processes as on one. One with a `set_epoch` is told each
+    epoch before it is read. Its lengths are measured block by block; an example's index is its place in it.
+    Resuming reads on from the block at hand where a `datasets.IterableDataset` can say where that is (with a
+    shuffle buffer of its own it cannot), and else from the epoch's beginning. What has gone by cannot be
+    looked up, and `len()` raises TypeError.
+
+    `state_dict()` / `load_state_dict()`: seed, epoch and window, and where a stream is; inside the loop's
+    body, the window at hand counts as done. `empty_micro_batches` and `empty_windows` count what had no item
+    and was not handed out, over all processes; `replays`, how often a window was run again as memory did not
+    suffice. Raises ValueError, in one line, for arguments that cannot work.
     """
 
     def __init__(
@@ -101,8 +112,10 @@ class WindowLoader:
         cost: Cost = Cost(),
         leave_out: Collection[int] = (),
         whole_gradients: bool = False,
+        buffer_size: int | None = None,
     ):
         refuse_engine(accelerator)
+        check_stream(dataset, lengths, num_workers, buffer_size)
         check_arguments(dataset, effective_batch_size, collate_fn, pad_to, pad_to_multiple_of)
         pad_to = pad_to if isinstance(pad_to, str) else int(pad_to)
         self.accelerator, self.num_workers = accelerator, num_workers
@@ -111,19 +124,25 @@ class WindowLoader:
         self.empty_micro_batches = self.empty_windows = self.replays = 0
         self.seconds_to_collate = 0.0  # that the latest window was waited for
         self._completed, self._stepped = [0.0] * accelerator.num_processes, False
-        self.plan = WindowPlan(len(dataset), effective_batch_size, seed, shuffle, drop_last)
         if bound is not None and (max_tokens, micro_batch_size) != (None, None):
             raise ValueError("give bound=, or max_tokens or micro_batch_size: one of the three")
         bound = bound or Bound(max_tokens, micro_batch_size)
+        if is_stream(dataset):
+            measure, size = partial(measure_lengths, lengths=lengths), int(buffer_size or BUFFER_SIZE)
+            plan = Stream(dataset, effective_batch_size, seed, shuffle, drop_last, size, measure)
+            plan.check, dataset, tokens = self._check_lengths, plan, plan.tokens
+        else:
+            plan = WindowPlan(len(dataset), effective_batch_size, seed, shuffle, drop_last)
+            tokens = measure_lengths(dataset, lengths)
         self._windows = LocalWindows(
             dataset=dataset,
             collate_fn=collate_fn,
             count_items=items.resolve(num_items),
-            tokens=measure_lengths(dataset, lengths),
+            tokens=tokens,
             pad_to=pad_to,
             bound=bound,
             cost=cost,
-            plan=self.plan,
+            plan=plan,
             transform=transform,
             num_processes=accelerator.num_processes,
             process=accelerator.process_index,
@@ -132,25 +151,41 @@ class WindowLoader:
         )
         self._started = False
         self._half_way: list[int] = []
-        if too_large := self._windows.too_large():
-            logger.warning(too_large)
-        self.tokens, self.pad_to = self._windows.tokens, pad_to
+        self._said_too_large = self._said_dropped = False
+        if isinstance(tokens, np.ndarray):
+            self._check_lengths(tokens)
+        self.pad_to = pad_to
         self.bound, self.cost, self.tuned = bound, cost, False
-        # No copy where there need not be one: a billion examples take 4 GB.
-        self.lengths = self.tokens[:, 0] if self.tokens.shape[1] == 1 else self.tokens.sum(1, dtype=np.int32)
         self.count_items = self._windows.count_items
-        if self.plan.dropped(0):
-            logger.warning(
-                f"drop_last: {self.plan.dropped(0)} of {len(dataset)} examples are left out of each epoch"
-            )
+        self._say_dropped()
 
     def __len__(self) -> int:
-        """Windows in the epoch at hand."""
+        """Windows in the epoch at hand. Raises TypeError for a stream."""
         return self.plan.num_windows(self.epoch)
+
+    @property
+    def plan(self) -> WindowPlan | Stream:
+        """Which examples make which window."""
+        return self._windows.plan
+
+    @property
+    def tokens(self) -> Any:
+        """Tokens of each example, (examples, columns); of a stream, of those at hand."""
+        return self._windows.tokens
+
+    @property
+    def lengths(self) -> Any:
+        """Tokens of each example, over its columns."""
+        return self._windows.lengths
 
     def split(self, epoch: int, window: int) -> Split:
         """How this window will be cut: a plan from lengths alone; nothing is read or collated."""
         return self._windows.split(epoch, window)
+
+    def cut(self, tokens: np.ndarray) -> list[np.ndarray]:
+        """How a window of examples of so many tokens, (examples, columns), is cut; of each micro-batch."""
+        split = self._windows.cut(np.arange(len(tokens)), tokens, epoch=0, window=0)
+        return [tokens[piece] for process in split.processes for piece in process]
 
     def shape(self, indices: np.ndarray, pad_to: int | None = None) -> tuple[int, list[int]]:
         """Rows of a micro-batch of these examples, and tokens that each column is padded to."""
@@ -160,7 +195,7 @@ class WindowLoader:
         if self._started:
             self.epoch, self.window = self.epoch + 1, 0
         self._started, asked = True, time.perf_counter()
-        for split, micro_batches in self._local_windows(self.epoch, self.window):
+        for split, micro_batches in self._local_windows(self._windows, self.epoch, self.window):
             self.window += 1
             window = self._window(split, micro_batches)
             if window is not None:
@@ -168,6 +203,9 @@ class WindowLoader:
                 self.seconds_to_collate = time.perf_counter() - asked
                 yield window
                 self._stepped, asked = True, time.perf_counter()
+        ended = self._gather([0, 0, 0, 0])  # instead of another window
+        _check_alike(ended[:, 3], self.epoch, self.window)
+        self._say_dropped()
 
     def micro_batches(self) -> Iterator[tuple[MicroBatch, dict[str, Any]]]:
         """This process's micro-batches of one pass over the data, each with its batch on the device.
@@ -175,10 +213,11 @@ class WindowLoader:
         For evaluation: micro-batches without items come too, and neither the accelerator's accumulation state
         nor this loader's place changes. Where forwards are collective (FSDP) all processes get equally many.
         """
-        for split, micro_batches in self._local_windows(epoch=0, start=0):
+        windows = self._windows.apart(epoch=0, window=0)
+        for split, micro_batches in self._local_windows(windows, epoch=0, start=0):
             most = max(map(len, split.processes))
             while forwards_are_collective(self.accelerator) and len(micro_batches) < most:
-                micro_batches.append(self._windows.collate(split.indices[:1], 0, split.pad_to, counts=False))
+                micro_batches.append(windows.collate(split.indices[:1], 0, split.pad_to, counts=False))
             for micro_batch in micro_batches:
                 yield micro_batch, to_device(micro_batch.batch, self.accelerator)
 
@@ -193,11 +232,15 @@ class WindowLoader:
 
     def copy(self, num_windows: int) -> "WindowLoader":
         """This loader at its place, to try a model on; cut finer where all would be one micro-batch."""
-        numbers, bound = range(self.window, len(self))[:num_windows], self.bound
-        splits = [self.split(self.epoch, number) for number in numbers]
+        bound = self.bound
+        splits = [self.split(*number) for number in self.plan.ahead(self.epoch, self.window, num_windows)]
         if all(max(map(len, split.processes)) == 1 for split in splits):
             bound = Bound(micro_batch_size=max(1, min(len(split.indices) for split in splits) // 3))
-        return self.with_bound(bound)
+        other = self.with_bound(bound)
+        other._windows = other._windows.apart(self.epoch, self.window)
+        if isinstance(other.plan, Stream):
+            other.plan.keeps = True
+        return other
 
     def with_bound(
         self, bound: Bound, num_processes: int | None = None, cost: Cost | None = None
@@ -224,69 +267,77 @@ class WindowLoader:
 
     def probe(self) -> list[MicroBatch]:
         """A short example that has items, a long one, and both together: to try a model on."""
-        for split in (self.split(0, window) for window in range(self.plan.num_windows(0))):
-            alone = [self._windows.find_example_with_items(split, longest) for longest in (False, True)]
+        self.plan.ahead(self.epoch, self.window, 1)  # a stream then holds what it is about to need
+        windows = self._windows.apart(epoch=0, window=0)
+        for split in (windows.split(*number) for number in windows.plan.walk(0, 0)):
+            alone = [windows.find_example_with_items(split, longest) for longest in (False, True)]
             if alone[0] is not None and alone[1] is not None:
                 both = np.concatenate([micro_batch.indices for micro_batch in alone])  # type: ignore[union-attr]
-                found = [*alone, self._windows.collate(both, 0, split.pad_to)]
+                found = [*alone, windows.collate(both, 0, split.pad_to)]
                 return [
                     MicroBatch(to_device(m.batch, self.accelerator), m.indices, m.num_items) for m in found
                 ]
         raise ValueError("no example of the data set has an item: every label is ignored")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, as plain numbers: the next window to run is (epoch, window).
+        """Where the run stands, as plain data: the next window to run is (epoch, window).
 
         And how windows are cut, where a run has found that out (`tune.py`).
         """
-        done = self.window >= self.plan.num_windows(self.epoch)
+        done = self.plan.is_over(self.epoch, self.window)
         epoch, window = (self.epoch + 1, 0) if done else (self.epoch, self.window)
-        state = {"seed": self.seed, "epoch": epoch, "window": window}
+        place = self.plan.place(epoch, window)
+        state = {"seed": self.seed, "epoch": epoch, "window": window, **place}
         return state | (
             {"max_tokens": self.bound.max_tokens, "cost": asdict(self.cost)} if self.tuned else {}
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where `state_dict` was taken; the next pass runs the rest of that epoch."""
+        self._windows.plan = self.plan.at(state)
         if "cost" in state and self.bound.micro_batch_size is None:
             most = min(state["max_tokens"], self.bound.max_tokens or state["max_tokens"])
             self.recut(replace(self.bound, max_tokens=most), Cost(**state["cost"]))
             self.tuned = True
         self.seed = state["seed"]
-        self.plan = self._windows.plan = WindowPlan(
-            self.plan.num_examples,
-            self.plan.effective_batch_size,
-            self.seed,
-            self.plan.shuffle,
-            self.plan.drop_last,
-        )
         self.epoch, self.window, self._started = state["epoch"], state["window"], False
-        if not 0 <= self.window < self.plan.num_windows(self.epoch):
-            raise ValueError(
-                f"window {self.window} is not one of the {len(self)} of epoch {self.epoch}: other data?"
-            )
 
-    def _local_windows(self, epoch: int, start: int) -> Iterator[tuple[Split, list[MicroBatch]]]:
-        while start < self.plan.num_windows(epoch):
-            numbers = [(epoch, window) for window in range(start, self.plan.num_windows(epoch))]
-            loader, bound = self._collated_beside(numbers), self._windows.bound
+    def _check_lengths(self, tokens: np.ndarray, first: int = 0) -> None:
+        """Say that examples exceed the bound, of all or of a stream's next block."""
+        too_large = self._windows.too_large(tokens, first)
+        if too_large and not self._said_too_large:
+            logger.warning(too_large)
+            self._said_too_large = True
+
+    def _say_dropped(self) -> None:
+        """Of a stream, at the end of its first epoch."""
+        if (left := self.plan.dropped(self.epoch)) and not self._said_dropped:
+            total = self.plan.num_examples
+            logger.warning(f"drop_last: {left} of {total} examples are left out of each epoch")
+            self._said_dropped = True
+
+    def _local_windows(
+        self, windows: LocalWindows, epoch: int, start: int
+    ) -> Iterator[tuple[Split, list[MicroBatch]]]:
+        while not windows.plan.is_over(epoch, start):
+            loader, bound = self._collated_beside(windows, epoch, start), windows.bound
             for local in loader:
                 split, micro_batches = pickle.loads(local) if isinstance(local, bytes) else local
                 yield split, [self._pinned(micro_batch) for micro_batch in micro_batches]
                 start += 1
-                if self._windows.bound is not bound:  # cut finer by now: what workers hold ready is not
+                if windows.bound is not bound:  # cut finer by now: what workers hold ready is not
                     break
 
-    def _collated_beside(self, numbers: list[tuple[int, int]]) -> DataLoader:
+    def _collated_beside(self, windows: LocalWindows, epoch: int, start: int) -> DataLoader:
         return DataLoader(
-            self._windows,
-            sampler=numbers,  # type: ignore[arg-type]
+            windows,
+            sampler=windows.plan.walk(epoch, start),  # type: ignore[arg-type]
             batch_size=None,
             num_workers=self.num_workers,
             worker_init_fn=ignore_signals,
             collate_fn=_identity,
             # The workers' seed; of its own, else it is drawn from the generator of dropout.
-            generator=torch.Generator().manual_seed(self._workers_seed(numbers[0][0])),
+            generator=torch.Generator().manual_seed(self._workers_seed(epoch)),
         )
 
     def _workers_seed(self, epoch: int) -> int:
@@ -297,7 +348,8 @@ class WindowLoader:
         """Count the window's items over all processes, and see that every process has something to run."""
         with_items = [micro_batch for micro_batch in micro_batches if micro_batch.num_items]
         empty = len(micro_batches) - len(with_items)
-        counts = self._gather([sum(m.num_items for m in with_items), len(with_items), empty])
+        counts = self._gather([sum(m.num_items for m in with_items), len(with_items), empty, split.tokens])
+        _check_alike(counts[:, 3], split.epoch, split.window)
         num_items, most = counts[:, 0].sum(), int(counts[:, 1].max())
         self._count_empty(split, int(counts[:, 2].sum()), num_items == 0)
         if num_items == 0:
@@ -372,6 +424,16 @@ class WindowLoader:
             )
         self.empty_micro_batches += empty_micro_batches
         self.empty_windows += int(window_is_empty)
+
+
+def _check_alike(tokens: np.ndarray, epoch: int, window: int) -> None:
+    """Raise ValueError in all processes where they do not have the same tokens in a window, or 0 for none."""
+    different = sorted(set(tokens.astype(int).tolist()))
+    if len(different) > 1:
+        raise ValueError(
+            f"window {window} of epoch {epoch} has {' and '.join(map(str, different))} tokens, by process: "
+            "data must be the same, in the same order, in all of them"
+        )
 
 
 def _identity(local: Any) -> Any:

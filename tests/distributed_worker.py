@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.test_utils.scripts import test_sync
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from datasets import Dataset
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import BertConfig, BertModel, PrinterCallback, TrainingArguments
 
@@ -72,6 +73,7 @@ def gradients(
     lora=False,
     packed_and_lean=False,
     masked_only=False,
+    streamed=False,
     **split,
 ):
     """One epoch of `train`: the worst error against the whole window at once, and what the processes saw."""
@@ -89,9 +91,10 @@ def gradients(
         compute_loss = loss_at_labels
     for i in empty:
         examples[i]["labels"] = [-100] * len(examples[i]["labels"])
+    data = Dataset.from_list(examples).to_iterable_dataset(num_shards=3) if streamed else examples
     windows = WindowLoader(
-        examples, size, accelerator=accelerator, collate_fn=collate, num_items=head.num_items, **split
-    )  # fmt: skip
+        data, size, accelerator=accelerator, collate_fn=collate, num_items=head.num_items, **split
+    )
     try_out(head.model, windows, compute_loss)
     recorder = RecordGradients(head.model)
     model, optimizer = accelerator.prepare(head.model, recorder)
@@ -130,6 +133,59 @@ def gradients(
         "indices": indices,
         "same_windows": all(seen == indices for seen in gather_object([indices])),
         "looks_for_unused": accelerator.ddp_handler is not None,
+    }
+
+
+def stream(engine):
+    """Two epochs of a stream, stopped and resumed in the middle: windows, evaluation, and refusals."""
+    accelerator = accelerator_for(engine)
+    head = build_head("sequence_classification", "gpt2")
+    examples, flat = head.examples(LENGTHS), itertools.chain.from_iterable
+
+    class Unlike:
+        """With an example of other length, or more of them, in each process."""
+
+        def __init__(self, lengths):
+            self.lengths = lengths
+
+        def __iter__(self):
+            yield from head.examples(self.lengths)
+
+    def loader(data, **more):
+        more = {"accelerator": accelerator, "collate_fn": head.collate, "max_tokens": 64, **more}
+        return WindowLoader(data, 4, buffer_size=9, **more)
+
+    def source():
+        return Dataset.from_list(examples).to_iterable_dataset(num_shards=2).map(lambda example: example)
+
+    model = accelerator.prepare(head.model)
+    validation, windows = loader(source(), shuffle=False), loader(source())
+    found = [evaluate(model, validation, accelerator=accelerator) for _ in range(2)]
+    here, states = [], []
+    for window in itertools.chain(windows, windows):
+        own = flat(micro_batch.indices.tolist() for micro_batch in window._micro_batches)
+        here.append((window.indices.tolist(), list(own)))
+        states.append(json.loads(json.dumps(windows.state_dict())))
+    resumed = loader(source(), seed=5)
+    resumed.load_state_dict(states[7])
+    rest, refused = [window.indices.tolist() for window in resumed], []
+    process = accelerator.process_index
+    for lengths in ([*LENGTHS[:15], 40 + process, *LENGTHS[16:]], LENGTHS[:15] + 4 * process * [9]):
+        try:
+            list(loader(Unlike(lengths), shuffle=False))
+        except ValueError as error:
+            refused.append(str(error))
+    everywhere = gather_object([here])
+    return {
+        "indices": [indices for indices, _ in here],
+        "same_windows": all([w for w, _ in there] == [w for w, _ in here] for there in everywhere),
+        "over_processes": [
+            sorted(flat(own for _, own in window)) for window in zip(*everywhere, strict=True)
+        ],
+        "rest": rest,
+        "labels": [[int(label) for label in each.references] for each in found],
+        "expected_labels": [example["labels"] for example in examples],
+        "refused": gather_object([refused]),
     }
 
 
@@ -517,6 +573,8 @@ CASES = {
         engine, "masked_lm", "bert", max_tokens=64, masked_only=True
     ),
     "workers": lambda engine: gradients(engine, max_tokens=64, num_workers=1),
+    "streamed": lambda engine: gradients(engine, max_tokens=64, streamed=True, buffer_size=8),
+    "stream": stream,
     "contrastive": lambda engine: contrastive(engine, max_tokens=160),
     "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),
     "masked_at_random": masked_at_random,

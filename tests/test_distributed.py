@@ -1,6 +1,7 @@
 """Real processes over gloo: the gradient is that of the whole window, whatever a process is given of it."""
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -52,7 +53,7 @@ def ddp(request):
 def test_every_case_is_exact_on_1_2_and_3_processes(ddp):
     _, found = ddp
     exact = {name: row for name, row in found.items() if "error" in row}
-    assert len(exact) == 17
+    assert len(exact) == 18
     for name, row in exact.items():
         assert row["error"] < EXACT, name
         assert row["loss_error"] < 1e-5, name
@@ -140,6 +141,22 @@ def test_the_windows_hold_the_same_examples_on_any_number_of_processes(ddp):
         assert found[name].get("indices") == row.get("indices"), name
 
 
+def test_a_stream_gives_each_example_once_an_epoch_over_all_processes_and_goes_on_where_it_was(ddp):
+    num_processes, found = ddp
+    found = found["stream"]
+    assert found["same_windows"]
+    assert found["over_processes"] == [sorted(window) for window in found["indices"]]
+    assert [len(window) for window in found["indices"]] == 2 * [4, 4, 4, 4, 4, 3]
+    for epoch in (found["indices"][:6], found["indices"][6:]):
+        assert sorted(itertools.chain(*epoch)) == list(range(23))
+    assert found["indices"][:6] != found["indices"][6:]
+    assert found["rest"] == found["indices"][8:]
+    assert found["labels"] == 2 * [found["expected_labels"]]
+    for refused in found["refused"]:
+        assert len(refused) == (0 if num_processes == 1 else 2)
+        assert all("data must be the same, in the same order, in all of them" in said for said in refused)
+
+
 def test_a_fine_tuning_does_not_depend_on_the_number_of_processes(ddp):
     _, found = ddp
     assert found["evaluation"]["loss"] == pytest.approx(
@@ -158,7 +175,14 @@ def test_accelerates_own_suite_of_accumulate_passes_beside_our_windows_which_do_
 
 
 def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes():
-    cases = ["unequal", "no_items_here_and_there", "fewer_examples_than_processes", "clipped", "evaluation"]
+    cases = [
+        "unequal",
+        "streamed",
+        "no_items_here_and_there",
+        "fewer_examples_than_processes",
+        "clipped",
+        "evaluation",
+    ]
     contrastive = ["contrastive", "contrastive_fewer_pairs_than_processes"]
     found = launch(2, "fsdp2", *cases, *contrastive, "sharded_gradients")
     # After each micro-batch a process holds its half of the gradients, and no whole ones beside it.

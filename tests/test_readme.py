@@ -1,14 +1,20 @@
 """What the README says runs, as it stands."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
+from datasets import load_dataset
 
-from gradacc_hf import cli
+from gradacc_hf import WindowLoader, cli, fine_tune
+from gradacc_hf.heads import build_head
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +30,27 @@ def test_the_loop_to_copy_runs_as_it_stands(tmp_path):
     losses = [float(line) for line in done.stdout.split()]
     assert len(losses) == 12
     assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_the_lines_about_streams_run_as_they_stand(tmp_path, monkeypatch):
+    head, accelerator = build_head("sequence_classification", "bert"), Accelerator(cpu=True)
+    rows = [json.dumps({**example, "labels": int(example["labels"])}) for example in head.examples([9] * 150)]
+    (tmp_path / "big.jsonl").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "load_dataset": load_dataset,
+        "tokenize": lambda example: example,
+        "WindowLoader": WindowLoader,
+        "fine_tune": fine_tune,
+        "collate": head.collate,
+        "accelerator": accelerator,
+        "model": head.model,
+        "optimizer": torch.optim.AdamW(head.model.parameters(), lr=1e-3),
+    }
+    [lines] = re.findall(r"```python\n( +stream = .*?)```", README, re.DOTALL)
+    exec(textwrap.dedent(lines), names)
+    assert names["windows"].state_dict()["epoch"] == 1
+    assert len(names["windows"]) == 3
 
 
 def test_the_minimal_recipe_is_short_and_runs():
