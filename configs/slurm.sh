@@ -5,6 +5,9 @@
 #   sbatch --nodes 2 --gres gpu:8 --time 4:00:00 configs/slurm.sh recipes/causal_lm.py --config configs/causal_lm.yaml \
 #     --output.dir runs/causal_lm
 #
+# A window and its save have 3 minutes; where they take longer, sbatch --signal=B:TERM@SECONDS. They have 30 s where Slurm itself
+# signals all there is: on scancel, and on preemption in a cluster without PreemptParameters=send_user_signal.
+#
 # From the kit's folder, which all nodes share, with .venv set up by ./launch.sh (or VENV=…). It needs --output.dir.
 #SBATCH --job-name=gradacc
 #SBATCH --ntasks-per-node=1
