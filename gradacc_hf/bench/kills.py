@@ -51,7 +51,7 @@ SETTINGS = {
     "--budget.max_tokens": 256,
     "--output.tracker": "none",
 }
-SECONDS = 120  # in which a run must end
+SECONDS = 600  # in which a run must end
 
 
 @dataclass(frozen=True)
