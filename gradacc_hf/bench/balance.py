@@ -132,13 +132,12 @@ def balances(progress: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> Balan
     jobs.append(count_collectives)
     *found, collectives = [job() for job in progress(jobs)]
     by_data = [row for row in found if isinstance(row, DataGrowth)]
-    usual = collectives[-1]
     return Balances(
         sizes={lengths.name: _sizes(lengths) for lengths in all_lengths},
         balances=tuple(row for row in found if isinstance(row, Balance)),
         by_data=(*by_data, *(_computed(by_data[-1], examples) for examples in DATA if examples not in fit)),
         by_processes=tuple(
-            replace(row, collectives=usual, how=f"{row.how}; collectives as on 2")
+            replace(row, collectives=collectives, how=f"{row.how}; collectives as on 2")
             if row.processes > 1
             else row
             for row in found
@@ -353,27 +352,27 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
 
 
-def count_collectives() -> list[dict[str, int]]:
-    """Of each window of a run on two processes (DDP, gloo), how many collectives of each kind."""
+def count_collectives() -> dict[str, int]:
+    """Of a window of a run on two processes (DDP, gloo): how many of each kind."""
     return json.loads(launch("bench balance", 2, "gradacc_hf.bench.balance"))
 
 
-def _count(windows: int = 6) -> None:
-    """In each of the processes."""
+def _count(windows_before: int = 5) -> None:
+    """In each of the processes. The first windows tell each other that they fit."""
     settings = ["--batch.effective", "16", "--budget.max_tokens", "512", "--output.tracker", "none"]
     recipe = load_recipe(["--config", str(kit() / CONFIG), *settings])
     accelerator = make_accelerator(recipe.config)
     loader, _ = make_windows(recipe, *recipe.datasets(), accelerator)
     model = make_model(recipe)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.config.optim))
-    records, counts = train(model, optimizer, loader, accelerator=accelerator), []
-    for _ in range(windows):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            next(records)
-        names = [event.name for event in profile.events() or () if event.name.startswith("gloo:")]
-        counts.append(dict(Counter(name.removeprefix("gloo:") for name in names)))
+    records = train(model, optimizer, loader, accelerator=accelerator)
+    for _ in range(windows_before):
+        next(records)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        next(records)
+    names = [event.name for event in profile.events() or () if event.name.startswith("gloo:")]
     if accelerator.is_main_process:
-        print(json.dumps(counts), flush=True)
+        print(json.dumps(Counter(name.removeprefix("gloo:") for name in names)), flush=True)
     accelerator.end_training()
 
 
