@@ -44,9 +44,9 @@ def read_command_line(
     settings = _Settings(config)
     if "resume" in flags:
         resume = flags.pop("resume")
-        config.resume = "auto" if resume is True else _typed(resume, str, "--resume")
-        if config.resume != "auto":  # a run has its settings in its folder
-            flags.setdefault("config", str(Path(config.resume) / "config.yaml"))
+        config.resume = resume = "auto" if resume is True else _typed(resume, str, "--resume")
+        if resume != "auto":  # a run has its settings in its folder
+            flags.setdefault("config", str(Path(resume) / "config.yaml"))
     settings.update(defaults or {}, _Source(suffix=" in the recipe's defaults"))
     if "config" in flags:
         config.config = file = _typed(flags.pop("config"), str, "--config")

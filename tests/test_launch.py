@@ -61,7 +61,8 @@ def texts(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("processes", [pytest.param(None, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [None, 2])
 def test_it_prints_the_command_that_it_ends_in_and_runs_that_many_processes(
     launch, texts, tmp_path, processes
 ):

@@ -92,6 +92,7 @@ def test_unequal_items(shown):
         assert found[way]["loss"] == pytest.approx(found["at once"]["loss"], rel=EXACT)
 
 
+@pytest.mark.slow
 def test_sixteen_to_sixtyfour(shown):
     found, _ = shown("sixteen_to_sixtyfour")
     for max_norm in (torch.inf, 0.1):

@@ -227,9 +227,11 @@ def grow_by_data(examples: int) -> DataGrowth:
     windows.split(1, 0)  # another permutation: never two at once
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    plan = windows.plan
+    assert isinstance(plan, WindowPlan)
     return DataGrowth(
         examples=examples,
-        permutation_bytes=windows.plan.memory_bytes(),
+        permutation_bytes=plan.memory_bytes(),
         lengths_bytes=held,
         most_bytes=most,
         permutation_seconds=seconds,
