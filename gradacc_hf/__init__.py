@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from gradacc_hf.bf16_weights import accumulate_in_float32
+from gradacc_hf.checkpoint import Checkpoints, newest_checkpoint
 from gradacc_hf.errors import BadInput
 from gradacc_hf.loop import Best, Evaluation, evaluate, fine_tune, train
 from gradacc_hf.out_of_memory import replayed
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BadInput",
     "Best",
+    "Checkpoints",
     "Evaluation",
     "ExactTrainer",
     "ExactTrainerMixin",
@@ -25,6 +27,7 @@ __all__ = [
     "accumulate_in_float32",
     "evaluate",
     "fine_tune",
+    "newest_checkpoint",
     "replayed",
     "train",
     "try_out",
