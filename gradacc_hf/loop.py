@@ -84,7 +84,7 @@ def train(
                             if accelerator.sync_gradients:
                                 norm = _number(accelerator.clip_grad_norm_(model.parameters(), largest))
                                 if not math.isfinite(norm) and accelerator.scaler is None:
-                                    optimizer.zero_grad()  # so that the step is none
+                                    _drop_gradients(optimizer)  # so that the step is none
                             optimizer.step()
                             optimizer.zero_grad()
             lr = optimizer.param_groups[0]["lr"]
@@ -114,6 +114,10 @@ def train(
             if number == max_windows:
                 return
             started = time.perf_counter()
+
+
+def _drop_gradients(optimizer: Any) -> None:
+    optimizer.zero_grad()
 
 
 def _stop_or_skip(window: Window, windows: WindowLoader, where: str, on_nonfinite: str) -> None:

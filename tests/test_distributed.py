@@ -210,6 +210,7 @@ def test_a_run_stops_on_one_number_of_processes_and_goes_on_on_another_sharded_o
     assert found["examples"] == 2 * 23
 
 
+@pytest.mark.slow
 def test_out_of_memory_under_fsdp_ends_the_run_in_a_line_and_it_goes_on_cut_finer(tmp_path):
     run = {"RUN": str(tmp_path), "STOP": "99", "SHORT": "5"}
     said = launch(2, "fsdp2", "goes_on", fails=True, **run)

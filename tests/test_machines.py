@@ -46,7 +46,7 @@ def left_behind(run):
     return [p for p in psutil.process_iter(["cmdline"]) if str(run) in " ".join(p.info["cmdline"] or ())]
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_launch_sh_passes_a_signal_on_waits_for_the_save_and_leaves_no_process_behind(
     venv,  # noqa: F811
     texts,  # noqa: F811

@@ -190,7 +190,7 @@ def test_several_processes_hold_buckets_or_shares():
     memory = MicroBatchMemory(800, 800, 1600, np.array([(1, 1)]), np.ones((1, 1)), np.zeros((1, 1)))
     assert memory.over_processes(1, sharded=False) is memory
     assert memory.over_processes(4, sharded=False).resident == 4000
-    assert memory.over_processes(4, sharded=True, largest_layer=50).resident == 200 + 100 + 800 + 400
+    assert memory.over_processes(4, sharded=True, largest_layer=50).resident == (200 + 100) + (200 + 50) + 400
 
 
 def test_half_of_what_was_too_large_fits_and_all_of_it_does_not():

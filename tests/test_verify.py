@@ -380,6 +380,7 @@ print(result.reference, result.exact, sep="|")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory")
+@pytest.mark.slow
 def test_a_window_that_does_not_fit_is_taken_one_example_at_a_time_in_float64():
     done = subprocess.run([sys.executable, "-c", TOO_LARGE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
