@@ -152,7 +152,7 @@ if ((gpus == 0)); then
 fi
 command+=("$recipe" ${arguments[@]+"${arguments[@]}"})
 export GRADACC_PROCESSES=$all GRADACC_LAUNCHER=$0
-printf '%q ' "${command[@]}" && echo
+printf '%q ' "${command[@]}" | sed -E 's#://[^/@ ]+@#://[hidden]@#g; s#hf_[A-Za-z0-9]{30,}#[hidden]#g' && echo
 
 # A signal goes to the recipe's processes, which finish their window, save and end (--resume auto goes on). Accelerate's
 # launcher, whose children they are, would not pass it on, or kill them after 30 s.
@@ -174,7 +174,9 @@ done
 # None of them is left behind, also where the launcher was killed: then there may be someone else to wait for in vain.
 processes_left() { ps -eo pgid=,stat= | awk -v group="$launcher" '$1 == group && $2 !~ /^Z/' | grep -q .; }
 [[ -n $signal ]] || kill -TERM -- -"$launcher" 2>/dev/null || true
-for ((waited = 0; waited < ${signal:+10}60; waited++)); do
+patience=60 # seconds
+[[ -z $signal ]] || patience=1000 # a window and its save
+for ((waited = 0; waited < patience; waited++)); do
   processes_left || break
   sleep 1
 done

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -42,9 +43,10 @@ from gradacc_hf.split import Bound, Cost
 from gradacc_hf.window import random_state, set_random_state
 from gradacc_hf.windows import WindowLoader
 
+logger = get_logger(__name__)
+
 FOLDER = "checkpoints"
 ABOUT, NUMBERS, SUMS = "about.json", "numbers.pt", "sha256.json"
-CHANGED = "not those of before"  # what is said of contents that are compared by a fingerprint
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,7 @@ def newest_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
         if problem is None:
             return Checkpoint(folder, json.loads((folder / ABOUT).read_text(encoding="utf-8")))
         problems.append(f"{folder.name}: {problem}")
-        if accelerator.is_main_process:
-            warnings.warn(f"checkpoint {folder} is damaged ({problem}): left out", stacklevel=2)
+        logger.warning(f"checkpoint {folder} is damaged ({problem}): left out")
     if problems:
         raise BadInput(
             f"{run / FOLDER}: no checkpoint is whole ({'; '.join(problems)}): start anew, in another folder "
@@ -105,7 +106,9 @@ def check_same(checkpoint: Checkpoint, same: Mapping[str, Any]) -> None:
     for key, value in json.loads(json.dumps(same)).items():
         if key in before and before[key] != value:
             fingerprint = isinstance(value, str) and value.startswith("sha256:")
-            found = CHANGED if fingerprint else f"found {value!r}, and the run had {before[key]!r}"
+            found = (
+                "not those of before" if fingerprint else f"found {value!r}, and the run had {before[key]!r}"
+            )
             raise BadInput(
                 f"{key}: {found}; to go on from {checkpoint.folder} it must be the same: set it back, or "
                 "start a new run in another --output.dir"
@@ -345,9 +348,13 @@ def _place(parameter: torch.Tensor, saved: Any) -> torch.Tensor:
 
 
 def write_plain(path: Path, values: Any) -> None:
-    """Write numbers, text, tensors, and lists and dicts of these."""
+    """Write numbers, text, tensors, and lists and dicts of these; raises BadInput for anything else."""
     buffer = io.BytesIO()
-    torch.save(values, buffer)
+    try:
+        torch.save(values, buffer)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        why = one_line(error)[:200]
+        raise BadInput(f"{path.name}: {why}; allowed are numbers, text and tensors") from error
     buffer.seek(0)
     _load_plain(buffer, path)  # what could not be read back must not be found out when it is needed
     path.write_bytes(buffer.getvalue())
@@ -406,7 +413,7 @@ def _together(step: Callable[[], None]) -> str | None:
         step()
     except CheckpointException as error:
         problem = one_line(next(iter(error.failures.values()))[0])
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, BadInput) as error:  # of the last: a scheduler's odd state
         problem = one_line(error)
     return _first(problem)
 

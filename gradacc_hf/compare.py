@@ -31,9 +31,10 @@ from rich.table import Table
 from gradacc_hf.contend import CONTENDERS, DOES_NOT_FIT, micro_batch_size
 from gradacc_hf.errors import BadInput, Parser, listed
 from gradacc_hf.gradients import EXACT
+from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.output import next_folder
 from gradacc_hf.redact import redact
-from gradacc_hf.run import load_recipe, make_windows
+from gradacc_hf.run import make_windows
 from gradacc_hf.saving import write_whole
 
 

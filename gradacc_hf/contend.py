@@ -31,11 +31,12 @@ from gradacc_hf.contenders import own_loss, run_accelerate, run_at_once, run_tra
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.gradients import read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.micro_batches import measure_lengths
+from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.optim import make_optimizer, make_scheduler
 from gradacc_hf.out_of_memory import out_of_memory
 from gradacc_hf.output import settings
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows, total_windows
+from gradacc_hf.run import make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.runlog import finite, peak_memory_bytes, versions
 from gradacc_hf.saving import write_whole
 from gradacc_hf.split import padded_size, rounded_up

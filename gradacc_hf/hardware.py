@@ -153,6 +153,8 @@ def _beyond(budget: BudgetConfig, device: Device) -> Iterator[tuple[str, Any, st
         yield "precision", "fp32", "fp16 needs a GPU, and none is here: training in fp32"
     if budget.precision == "bf16" and not device.bf16:
         yield "precision", "fp16", "bf16 needs a GPU from Ampere on (RTX 30, A100): training in fp16"
+    if budget.whole_gradients and not device.fsdp2:
+        yield "whole_gradients", False, "needs FSDP2, and processes were not launched for it: of no use"
     if budget.compile and not device.compiler:
         needs = "a C++ compiler and Python's headers" + (" and Triton" if device.kind == "cuda" else "")
         yield "compile", False, f"needs {needs}, and they are not here: training uncompiled"

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.checkpoint import Checkpointer, Checkpoints
 from gradacc_hf.items import ComputeLoss, model_loss
-from gradacc_hf.nonfinite import NonFinite, find_non_finite
+from gradacc_hf.nonfinite import NonFinite, drop_non_finite, find_non_finite
 from gradacc_hf.out_of_memory import replayed
 from gradacc_hf.runlog import RunLog, WindowRecord
 from gradacc_hf.saving import WriteModel, save_model, write_pretrained
@@ -83,8 +83,7 @@ def train(
                             accelerator.backward(window.weigh(loss))
                             if accelerator.sync_gradients:
                                 norm = _number(accelerator.clip_grad_norm_(model.parameters(), largest))
-                                if not math.isfinite(norm) and accelerator.scaler is None:
-                                    _drop_gradients(optimizer)  # so that the step is none
+                                drop_non_finite(optimizer, norm, accelerator)  # the step is none, then
                             optimizer.step()
                             optimizer.zero_grad()
             lr = optimizer.param_groups[0]["lr"]
@@ -114,10 +113,6 @@ def train(
             if number == max_windows:
                 return
             started = time.perf_counter()
-
-
-def _drop_gradients(optimizer: Any) -> None:
-    optimizer.zero_grad()
 
 
 def _stop_or_skip(window: Window, windows: WindowLoader, where: str, on_nonfinite: str) -> None:

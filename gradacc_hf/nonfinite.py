@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from gradacc_hf.errors import BadInput
@@ -21,6 +22,15 @@ SHOWN = 8  # examples of a micro-batch, in a message
 
 class NonFinite(BadInput):
     """A window's loss or gradient is not finite; no step was taken."""
+
+
+def drop_non_finite(optimizer: Any, norm: float, accelerator: Accelerator) -> None:
+    """Drop gradients whose norm is not finite, so that the step to come changes nothing.
+
+    Under fp16 that is the scaler's to judge: it skips the step, and lowers its scale.
+    """
+    if not math.isfinite(norm) and accelerator.scaler is None:
+        optimizer.zero_grad()
 
 
 def find_non_finite(model: torch.nn.Module, window: Window, compute_loss: ComputeLoss) -> str:

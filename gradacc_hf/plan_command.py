@@ -27,8 +27,9 @@ from gradacc_hf.memory.estimate import NotTraceable, StepEstimate
 from gradacc_hf.memory.levers import Lever, levers
 from gradacc_hf.memory.micro_batch import MicroBatchMemory, Parts
 from gradacc_hf.memory.of_recipe import longest_example, recipe_memory, usable_memory
+from gradacc_hf.open_recipe import load_recipe, open_run
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.run import load_recipe, make_model, make_windows, open_run, total_windows
+from gradacc_hf.run import make_model, make_windows, total_windows
 from gradacc_hf.split import Bound
 from gradacc_hf.windows import WindowLoader
 
@@ -180,9 +181,9 @@ def make_plan(
         why=why,
         steps=steps,
         processes_change={
-            name: found.memory.over_processes(max(2, processes), sharded, found.largest_layer).bytes(
-                *steps.largest
-            )
+            name: found.memory.over_processes(
+                max(2, processes), sharded, found.largest_layer, recipe.config.budget.whole_gradients
+            ).bytes(*steps.largest)
             for name, sharded in (("DDP", False), ("FSDP2", True))
         },
         seconds=seconds,

@@ -22,8 +22,8 @@ from rich.progress import track
 from gradacc_hf.arguments import refuse_place
 from gradacc_hf.errors import BadInput, Parser, listed, one_line, refuse
 from gradacc_hf.hardware import find_device
+from gradacc_hf.open_recipe import open_run
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.run import open_run
 from gradacc_hf.runlog import finite
 from gradacc_hf.saving import write_whole
 

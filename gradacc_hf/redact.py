@@ -7,6 +7,7 @@ nothing else, for what is to be read again by the kit, and for its messages.
 """
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 HIDDEN = "[hidden]"
@@ -38,22 +39,21 @@ def redact(value: Any) -> Any:
     """The same mapping, list or text without its secrets."""
     if isinstance(value, dict):
         return {redact(key): _hidden(value[key]) if _is_secret(key) else redact(value[key]) for key in value}
-    if isinstance(value, list | tuple):
-        return [redact(one) for one in value]
-    if isinstance(value, str):
-        for pattern, replacement in _IN_TEXT:
-            value = pattern.sub(replacement, value)
-    return value
+    return _within(value, redact, _IN_TEXT)
 
 
 def without_tokens(value: Any) -> Any:
     """The same mapping, list or text without credentials in URLs and tokens of well-known kinds."""
     if isinstance(value, dict):
         return {key: without_tokens(one) for key, one in value.items()}
+    return _within(value, without_tokens, _UNMISTAKABLE)
+
+
+def _within(value: Any, hide: Callable[[Any], Any], patterns: Sequence[tuple[re.Pattern[str], str]]) -> Any:
     if isinstance(value, list | tuple):
-        return [without_tokens(one) for one in value]
+        return [hide(one) for one in value]
     if isinstance(value, str):
-        for pattern, replacement in _UNMISTAKABLE:
+        for pattern, replacement in patterns:
             value = pattern.sub(replacement, value)
     return value
 

@@ -7,7 +7,6 @@ settings, output folder, data, windows, plan, weights; then `loop.fine_tune`.
 import inspect
 import math
 import os
-import runpy
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,10 @@ from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.card import RunCard, facts, refresh_cards
 from gradacc_hf.checkpoint import Checkpoints, check_same, newest_checkpoint
-from gradacc_hf.command_line import check_recipe_of, read_command_line, recipe_file
+from gradacc_hf.command_line import read_command_line
 from gradacc_hf.compiled import compile_layers, uncompiled
 from gradacc_hf.config import Config, tokens_per_micro_batch
-from gradacc_hf.errors import BadInput, command, listed, one_line, refuse
+from gradacc_hf.errors import BadInput, command, one_line, refuse
 from gradacc_hf.fingerprint import what_must_stay
 from gradacc_hf.hardware import (
     checkpoint_activations,
@@ -42,6 +41,7 @@ from gradacc_hf.lora import check_four_bit, write_merged
 from gradacc_hf.memory.of_recipe import choose_bound
 from gradacc_hf.micro_batches import measure_lengths
 from gradacc_hf.nonfinite import NonFinite
+from gradacc_hf.open_recipe import check_lean_loss
 from gradacc_hf.optim import check_optimizer, choose_trained, make_optimizer, make_scheduler
 from gradacc_hf.out_of_memory import keep_no_freed_memory
 from gradacc_hf.output import check_output, ended, folder_to_resume, open_output
@@ -56,8 +56,6 @@ from gradacc_hf.stopping import MARKER, end_with_launcher, lost_contact
 from gradacc_hf.tune import tunes
 from gradacc_hf.window import TooLate
 from gradacc_hf.windows import WindowLoader
-
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
@@ -225,57 +223,6 @@ def _command(words: Sequence[str], processes: int) -> str:
     return f"{'python' if processes == 1 else f'accelerate launch --num_processes {processes}'} {program}"
 
 
-def load_recipe(argv: Sequence[str]) -> Recipe:
-    """The recipe that a command line's `--config` names, with its settings. Raises BadInput."""
-    found = recipe_class_of(argv)
-    config = read_command_line(argv, data=found.Data)
-    check_lean_loss(found, config)
-    return found(config)
-
-
-def recipe_class_of(argv: Sequence[str]) -> type[Recipe]:
-    """The recipe that a command line's `--config` names. Raises BadInput."""
-    file = recipe_file(argv)
-    sys.path.insert(0, str(Path(file).parent))  # as `python FILE` has it, for what lies beside it
-    defined = {
-        value
-        for value in runpy.run_path(file).values()
-        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == "<run_path>"
-    }
-    found = [recipe for recipe in defined if not any(recipe in other.__mro__[1:] for other in defined)]
-    if len(found) != 1:
-        raise BadInput(
-            f"recipe: {file} defines {listed(c.__name__ for c in found) or 'no'} Recipe; it must be one"
-        )
-    return found[0]
-
-
-def open_run(run: Path, trust_remote_code: bool = False) -> Recipe:
-    """The recipe of a run, with the run's settings. Raises BadInput where the folder is no run's.
-
-    A run may have come from others: no code in its folder is run, whatever its config.yaml says, but with
-    `trust_remote_code` that of its model. The recipe that it names is the kit's or one outside of the folder.
-    """
-    if not run.is_dir():
-        refuse(str(run), "found no such folder", "give the folder of a run, such as runs/NAME-1")
-    if not (run / "config.yaml").is_file():
-        above = run.resolve().parent
-        hint = f"its run is {above}" if (above / "config.yaml").is_file() else "give the folder of a run"
-        refuse(str(run), "found no config.yaml in it, so this is no run's folder", hint)
-    _refuse_pickles(run)
-    check_recipe_of(run / "config.yaml")
-    recipe = load_recipe(["--config", str(run / "config.yaml")])
-    recipe.config.model.trust_remote_code &= trust_remote_code
-    return recipe
-
-
-def _refuse_pickles(run: Path) -> None:
-    for path in (path for which in ("best", "last") for path in sorted((run / which).glob("*"))):
-        if path.suffix in PICKLES:
-            found = f"found {path.name}, a pickle, which may run code and which no run writes"
-            refuse(str(path.parent), found, "remove it: weights are in *.safetensors")
-
-
 def make_model(recipe: Recipe) -> Any:
     """The model that is trained: as seeded, the same new weights (a classifier's) in every process."""
     config = recipe.config
@@ -392,15 +339,6 @@ def _check_dtype(config: Config) -> None:
         raise BadInput(
             f"model.dtype: found bfloat16 with budget.precision {config.budget.precision}; allowed is "
             "float32, or bfloat16 with budget.precision bf16, which computes losses and norms in float32"
-        )
-
-
-def check_lean_loss(recipe_class: type[Recipe], config: Config) -> None:
-    """Raise BadInput where a lean loss is asked for from a recipe that has none."""
-    if config.budget.lean_loss is True and not recipe_class.lean_loss:
-        raise BadInput(
-            f"budget.lean_loss: found true, but {recipe_class.__name__} always computes all its logits; "
-            "allowed here: auto or false"
         )
 
 

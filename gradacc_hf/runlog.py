@@ -49,7 +49,7 @@ class WindowRecord:
     padded_tokens: int
     accumulation_steps: int  # of the process that has most
     seconds: float
-    skipped: bool  # the optimizer step, by the fp16 scaler on an overflow
+    skipped: bool  # the optimizer step: by the fp16 scaler, or as a loss or gradient was not finite
 
 
 class RunLog:

@@ -22,8 +22,9 @@ from gradacc_hf import conformance
 from gradacc_hf.card import refresh_cards
 from gradacc_hf.errors import BadInput, Parser, listed
 from gradacc_hf.hardware import honour
+from gradacc_hf.open_recipe import load_recipe, open_run
 from gradacc_hf.output import refuse_links
-from gradacc_hf.run import load_recipe, make_model, make_windows, open_run
+from gradacc_hf.run import make_model, make_windows
 from gradacc_hf.runlog import finite
 from gradacc_hf.saving import write_whole
 from gradacc_hf.verify import Verification, verify

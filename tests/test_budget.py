@@ -30,8 +30,9 @@ from gradacc_hf.hardware import (
     honour_budget,
     set_up_allocator,
 )
+from gradacc_hf.open_recipe import open_run
 from gradacc_hf.optim import check_optimizer
-from gradacc_hf.run import make_model, make_windows, open_run
+from gradacc_hf.run import make_model, make_windows
 from gradacc_hf.verify import verify
 
 TextClassification = load_recipe("text_classification").TextClassification

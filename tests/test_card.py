@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard, constants
 from gradacc_hf import verify_command
 from gradacc_hf.card import facts, make_card, read_licence, refresh_cards
 from gradacc_hf.errors import BadInput
-from gradacc_hf.run import load_recipe
+from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.run import run as run_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from gradacc_hf.compare import Contender, ratios, read_contender, show
 from gradacc_hf.contend import CONTENDERS, Run, errors, timed
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT
-from gradacc_hf.run import load_recipe
+from gradacc_hf.open_recipe import load_recipe
 
 RECIPE = """
 from datasets import Dataset

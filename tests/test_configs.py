@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 
 from gradacc_hf.command_line import recipe_file
 from gradacc_hf.config import kit
+from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.output import settings
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.run import load_recipe, run
+from gradacc_hf.run import run
 
 CONFIGS = sorted((kit() / "configs").glob("*.yaml"))
 OFFLINE = [path for path in CONFIGS if path.stem.endswith("_offline")]
@@ -98,3 +101,14 @@ def path_of(tmp_path):
         return str(tmp_path / "changed.yaml")
 
     return path_of
+
+
+@pytest.mark.parametrize(
+    "path", sorted((kit() / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_accelerate_reads_a_topology_which_says_its_command(path):
+    config = load_config_from_file(str(path))
+    assert config.num_machines == (2 if "nodes" in path.name else 1)
+    assert (config.distributed_type == DistributedType.FSDP) == path.name.startswith("fsdp2")
+    assert not config.fsdp_config or config.fsdp_config["fsdp_version"] == 2
+    assert f"accelerate launch --config_file configs/accelerate/{path.name} " in path.read_text()

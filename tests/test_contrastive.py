@@ -20,7 +20,7 @@ from gradacc_hf.contrastive import ContrastiveLoss, Embedder, info_nce, search
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT, RecordGradients, read_gradient, relative_error, whole_window_gradient
-from gradacc_hf.run import load_recipe as read_recipe
+from gradacc_hf.open_recipe import load_recipe as read_recipe
 from gradacc_hf.run import make_windows, run
 from gradacc_hf.split import bounding_lengths
 from gradacc_hf.window import random_state, set_random_state

@@ -17,7 +17,8 @@ from gradacc_hf.config import kit
 from gradacc_hf.data import load_data
 from gradacc_hf.embedded import minilm_path, models
 from gradacc_hf.errors import BadInput
-from gradacc_hf.run import load_recipe, run
+from gradacc_hf.open_recipe import load_recipe
+from gradacc_hf.run import run
 
 SIZES = {"train": 24, "validation": 8, "test": 4}
 CARD = {

@@ -21,7 +21,8 @@ from gradacc_hf import verify
 from gradacc_hf.config import kit
 from gradacc_hf.embedded import load
 from gradacc_hf.errors import BadInput
-from gradacc_hf.run import load_recipe, make_model, make_windows, run
+from gradacc_hf.open_recipe import load_recipe
+from gradacc_hf.run import make_model, make_windows, run
 
 RECIPE = kit() / "recipes/image_classification.py"
 OFFLINE = kit() / "configs/image_classification_offline.yaml"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from test_loop import LENGTHS, fp16_accelerator
+from test_loop import LENGTHS, fp16_accelerator, history
 
 from gradacc_hf import WindowLoader, fine_tune
 from gradacc_hf.checkpoint import Checkpoints, newest_checkpoint
@@ -86,10 +86,6 @@ def run(folder, cause, accelerator=None, spoilt=True, resume=False, leave_out=()
     except NonFinite as error:
         summary = str(error)
     return summary, weights, head.model
-
-
-def history(folder):
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from recipe_runs import write_rows
 from gradacc_hf import cli, plan_command
 from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput
+from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.plan_command import make_plan
-from gradacc_hf.run import load_recipe
 
 CONFIG = str(kit() / "configs/text_classification_offline.yaml")
 GIB = 2**30

@@ -16,7 +16,8 @@ from gradacc_hf import embedded
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.items import IGNORED, model_loss
-from gradacc_hf.run import load_recipe, make_model, make_windows
+from gradacc_hf.open_recipe import load_recipe
+from gradacc_hf.run import make_model, make_windows
 from gradacc_hf.tasks.spans import context_logits
 from gradacc_hf.verify import verify
 

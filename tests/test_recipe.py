@@ -449,7 +449,7 @@ def test_the_run_is_the_same_on_any_micro_batch_size_and_number_of_processes(sta
         assert summary(name)["eval"]["loss"] == pytest.approx(summary("one-1")["eval"]["loss"], rel=1e-5)
     steps = {name: history(name)[0]["accumulation_steps"] for name in ("one-1", "one-7", "one-64", "two-1")}
     assert steps["one-1"] == 64 > steps["one-7"] >= 10 > steps["one-64"]
-    assert 32 <= steps["two-1"] <= 40  # equal costs, not equal counts
+    assert 32 <= steps["two-1"] <= 1.05 * 32  # equal costs, not equal counts
 
 
 # Bad input: exit code 2, one line, nothing touched

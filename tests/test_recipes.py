@@ -12,7 +12,8 @@ from accelerate import Accelerator
 
 from gradacc_hf.errors import BadInput
 from gradacc_hf.lora import write_merged
-from gradacc_hf.run import load_recipe, make_model, make_windows
+from gradacc_hf.open_recipe import load_recipe
+from gradacc_hf.run import make_model, make_windows
 from gradacc_hf.saving import save_model
 from gradacc_hf.verify import verify
 

@@ -191,6 +191,8 @@ def test_several_processes_hold_buckets_or_shares():
     assert memory.over_processes(1, sharded=False) is memory
     assert memory.over_processes(4, sharded=False).resident == 4000
     assert memory.over_processes(4, sharded=True, largest_layer=50).resident == (200 + 100) + (200 + 50) + 400
+    whole = memory.over_processes(4, sharded=True, largest_layer=50, whole_gradients=True)
+    assert whole.resident == (200 + 100) + 800 + 400
 
 
 def test_half_of_what_was_too_large_fits_and_all_of_it_does_not():

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState, GradientState
 from gradacc_hf import verify
 from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput
-from gradacc_hf.run import load_recipe, make_model, make_windows, run
+from gradacc_hf.open_recipe import load_recipe
+from gradacc_hf.run import make_model, make_windows, run
 from gradacc_hf.tasks.targets import TARGETS
 
 RECIPE = kit() / "recipes/text_classification.py"

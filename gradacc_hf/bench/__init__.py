@@ -59,10 +59,11 @@ from gradacc_hf.errors import BadInput, Parser
 from gradacc_hf.gradients import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
+from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.optim import make_optimizer
 from gradacc_hf.plan import WindowPlan
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.run import load_recipe, make_windows
+from gradacc_hf.run import make_windows
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.split import Bound, split_window
 

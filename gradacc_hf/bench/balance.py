@@ -31,9 +31,10 @@ from gradacc_hf.config import kit
 from gradacc_hf.embedded import documented_functions, minilm_path
 from gradacc_hf.loop import train
 from gradacc_hf.micro_batches import measure_lengths
+from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.optim import make_optimizer
 from gradacc_hf.plan import WindowPlan
-from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows
+from gradacc_hf.run import make_accelerator, make_model, make_windows
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.split import Bound, Cost, split_window
 from gradacc_hf.windows import WindowLoader

@@ -32,9 +32,10 @@ from gradacc_hf.contrastive import COLUMNS, Embedder
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.gradients import EXACT, read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.loop import train
+from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.optim import make_optimizer, make_scheduler
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.run import load_recipe, make_model, make_windows, total_windows
+from gradacc_hf.run import make_model, make_windows, total_windows
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.windows import WindowLoader
 

@@ -12,8 +12,8 @@ from gradacc_hf.bench.cpu_speed import Failed, Variant, run_windows
 from gradacc_hf.bench.every_recipe import offline_configs
 from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput, listed
+from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.plan_command import Plan, make_plan
-from gradacc_hf.run import load_recipe
 from gradacc_hf.runlog import measured_with
 
 GIB = 2**30

@@ -169,8 +169,9 @@ def _measure(windows: int, settings: Sequence[str]) -> None:
     from datasets import disable_progress_bars
 
     from gradacc_hf.loop import train
+    from gradacc_hf.open_recipe import load_recipe
     from gradacc_hf.optim import make_optimizer
-    from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows
+    from gradacc_hf.run import make_accelerator, make_model, make_windows
     from gradacc_hf.runlog import peak_memory_bytes
 
     transformers.utils.logging.set_verbosity_error()

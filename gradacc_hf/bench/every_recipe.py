@@ -19,8 +19,8 @@ from rich.console import Console
 
 from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput, listed, one_line
+from gradacc_hf.open_recipe import open_run
 from gradacc_hf.predict import load_model, predict
-from gradacc_hf.run import open_run
 from gradacc_hf.runlog import measured_with
 
 SUFFIX = "_offline"

@@ -35,8 +35,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from gradacc_hf.checkpoint import FOLDER, NUMBERS, Checkpointer
 from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput
+from gradacc_hf.open_recipe import recipe_class_of
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.run import recipe_class_of, run
+from gradacc_hf.run import run
 from gradacc_hf.runlog import measured_with
 
 PHASES = ("forward", "backward", "optimizer step", "evaluation", "writing a checkpoint")

@@ -22,8 +22,9 @@ from transformers.utils import logging
 from gradacc_hf.bench.every_recipe import offline_configs
 from gradacc_hf.errors import BadInput, listed
 from gradacc_hf.loop import train
+from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.optim import make_optimizer
-from gradacc_hf.run import load_recipe, make_accelerator, make_model, make_windows, total_windows
+from gradacc_hf.run import make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.runlog import WindowRecord, measured_with
 from gradacc_hf.split import Bound, Cost
 from gradacc_hf.tune import Tuning, sizes_to_try

@@ -103,11 +103,14 @@ class MicroBatchMemory:
             low, high = (middle, high) if self.max_rows(middle, max_bytes) else (low, middle - 1)
         return low
 
-    def over_processes(self, processes: int, sharded: bool, largest_layer: int = 0) -> "MicroBatchMemory":
+    def over_processes(
+        self, processes: int, sharded: bool, largest_layer: int = 0, whole_gradients: bool = False
+    ) -> "MicroBatchMemory":
         """Of each of several processes: DDP, or with `sharded` FSDP2.
 
         DDP reduces gradients in buckets, a second copy. FSDP2 divides parameters, gradients and optimizer
-        states, and gathers a layer of `largest_layer` bytes while the next one comes, its gradients too.
+        states, and gathers a layer of `largest_layer` bytes while the next one comes, its gradients too; with
+        `whole_gradients` it holds all of these.
         """
         if processes == 1:
             return self
@@ -116,7 +119,7 @@ class MicroBatchMemory:
         return replace(
             self,
             parameters=self.parameters // processes + 2 * largest_layer,
-            gradients=self.gradients // processes + largest_layer,
+            gradients=self.gradients if whole_gradients else self.gradients // processes + largest_layer,
             optimizer=self.optimizer // processes,
         )
 

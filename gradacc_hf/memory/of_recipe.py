@@ -100,7 +100,9 @@ def choose_bound(
         try:
             found = recipe_memory(recipe, dataset, lengths, make_model, on_gpu)
             sharded = accelerator.distributed_type == DistributedType.FSDP
-            of_one = found.memory.over_processes(accelerator.num_processes, sharded, found.largest_layer)
+            of_one = found.memory.over_processes(
+                accelerator.num_processes, sharded, found.largest_layer, budget.whole_gradients
+            )
             bound = Bound(max_bytes=memory, memory=of_one)
         except NotTraceable as error:
             thumb = f"budget.max_tokens: {tokens:,}, a rule of thumb"

@@ -116,7 +116,7 @@ def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
         ("tokens with padding", _of_runs(lambda run: run.total("padded_tokens"))),
         ("padding", _of_runs(lambda run: run.padding, words.percent)),
         (
-            "windows skipped (fp16)",
+            "windows skipped (not finite)",
             _of_runs(_skipped),
         ),
         ("seeds", _all(lambda run: run.seed)),
