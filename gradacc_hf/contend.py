@@ -29,11 +29,11 @@ from torch.utils.data import DataLoader
 from gradacc_hf.compiled import uncompiled
 from gradacc_hf.contenders import own_loss, run_accelerate, run_at_once, run_trainer, run_windows
 from gradacc_hf.errors import BadInput, one_line
-from gradacc_hf.gradients import read_gradient, relative_error, whole_window_gradient
+from gradacc_hf.gradients import full_float32, read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.micro_batches import measure_lengths
 from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.optim import make_optimizer, make_scheduler
-from gradacc_hf.out_of_memory import out_of_memory
+from gradacc_hf.out_of_memory import give_back_memory, out_of_memory
 from gradacc_hf.output import settings
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import make_accelerator, make_model, make_windows, total_windows
@@ -75,6 +75,13 @@ class Run:
 
     def loaders(self) -> tuple[WindowLoader, WindowLoader]:
         return make_windows(self.recipe, self.training, self.validation, self.accelerator)
+
+    def set_up(self) -> tuple[Any, Any, Any]:
+        """A model, on the device, its optimizer and schedule."""
+        config, recipe = self.recipe.config, self.recipe
+        model = make_model(recipe).to(self.accelerator.device)
+        optimizer = make_optimizer(model, config.optim, self.accelerator.mixed_precision)
+        return model, optimizer, make_scheduler(optimizer, config.optim, total_windows(config, self.windows))
 
     def train(self, name: str, model: Any, optimizer: Any, scheduler: Any, max_grad_norm: float) -> Any:
         """One epoch of the windows; `seen` is new then."""
@@ -169,10 +176,14 @@ def micro_batch_size(recipe: Recipe, windows: WindowLoader) -> int:
 
 def timed(run: Run, name: str, folder: Path) -> None:
     """Train, evaluate, and write the run's folder."""
-    recipe, config = run.recipe, run.recipe.config
-    model = make_model(recipe).to(run.accelerator.device)
-    optimizer = make_optimizer(model, config.optim, run.accelerator.mixed_precision)
-    scheduler = make_scheduler(optimizer, config.optim, total_windows(config, run.windows))
+    recipe, config, device = run.recipe, run.recipe.config, run.accelerator.device
+    if device.type == "cuda":  # once for nothing: what kernels take to be loaded is not what they take
+        model, optimizer, scheduler = run.set_up()
+        run.train(name, model, optimizer, scheduler, config.optim.max_grad_norm)
+        del model, optimizer, scheduler
+        run.accelerator.free_memory()
+        give_back_memory()
+    model, optimizer, scheduler = run.set_up()
     ends: list[float] = []
     rates: list[float] = []
 
@@ -182,9 +193,9 @@ def timed(run: Run, name: str, folder: Path) -> None:
 
     optimizer.register_step_post_hook(note)
     gc.collect()
-    before = reset_peak_memory(run.accelerator.device)
+    before = reset_peak_memory(device)
     ran = run.train(name, model, optimizer, scheduler, config.optim.max_grad_norm)
-    peak = peak_memory(run.accelerator.device)
+    peak = peak_memory(device)
     _, validation = run.loaders()
     prepared = run.accelerator.prepare(model) if name not in ("ours", "at_once") else model
     with uncompiled(prepared):
@@ -221,7 +232,7 @@ def timed(run: Run, name: str, folder: Path) -> None:
         "padding": 1 - tokens / padded,
         "seconds": ran.seconds,
         "tokens_per_second": tokens / ran.seconds,
-        "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
+        "peak_memory_bytes": peak_memory_bytes(device),
         "training_memory_bytes": max(0, peak - before),
         "effective_batch_size": config.batch.effective,
         "accumulation_steps": {"min": min(steps), "mean": sum(steps) / len(steps), "max": max(steps)},
@@ -243,14 +254,12 @@ def errors(run: Run, name: str, folder: Path) -> None:
 
     Each window is compared with itself at once, at the weights that the contender has come to by then.
     """
-    recipe, config = run.recipe, run.recipe.config
+    recipe = run.recipe
     on_cpu = run.accelerator.device.type == "cpu"
     AcceleratorState._reset_state()  # it keeps the budget's precision
     run.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
-    model = make_model(recipe).to(run.accelerator.device)
+    model, optimizer, scheduler = run.set_up()
     remove_dropout(model)
-    optimizer = make_optimizer(model, config.optim, run.accelerator.mixed_precision)
-    scheduler = make_scheduler(optimizer, config.optim, total_windows(config, run.windows))
     found: list[float] = []
 
     def compare(*_: Any) -> None:
@@ -266,7 +275,8 @@ def errors(run: Run, name: str, folder: Path) -> None:
                 parameter.grad = gradient[parameter_name]
 
     optimizer.register_step_pre_hook(compare)
-    run.train(name, model, optimizer, scheduler, max_grad_norm=0.0)
+    with full_float32():
+        run.train(name, model, optimizer, scheduler, max_grad_norm=0.0)
     lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) | {"gradient_error": error} for line, error in zip(lines, found, strict=True)]
     _write_history(folder, rows)

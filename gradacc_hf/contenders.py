@@ -156,8 +156,9 @@ def run_trainer(
     arguments = {"train_sampling_strategy": "sequential", "logging_steps": 1, **arguments}
     arguments |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "num_train_epochs": 1}
     arguments |= {"per_device_train_batch_size": size, "remove_unused_columns": False}
+    arguments.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     with tempfile.TemporaryDirectory() as folder, accelerate_as_it_was():
-        settings = TrainingArguments(folder, dataloader_pin_memory=torch.cuda.is_available(), **arguments)
+        settings = TrainingArguments(folder, **arguments)
         settings._n_gpu = min(1, settings.n_gpu)  # else it would take micro-batches for all GPUs at once
         given: dict[str, Any] = {"train_dataset": examples, "optimizers": (optimizer, scheduler)}
         if exact:

@@ -5,7 +5,8 @@ the measure: ‖g − reference‖ / ‖reference‖ over all parameters togethe
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,19 @@ def compare(way: str, gradient: Gradient, reference: Gradient) -> Comparison:
 def norm(gradient: Gradient) -> float:
     """‖gradient‖ over all parameters, in float64."""
     return sum(float(g.double().square().sum()) for g in gradient.values()) ** 0.5
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """In here a GPU multiplies float32 numbers as such, not as TF32: convolutions would, by default."""
+    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def in_dtype_of(model: torch.nn.Module, batch: Any) -> Any:

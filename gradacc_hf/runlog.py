@@ -213,15 +213,21 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that decide what a run computes."""
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in VERSIONS_OF},
-    }
+    found = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ours, where it is not installed
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
-def measured_with(device: str) -> dict[str, str]:
-    """What a measurement says it was made with: versions, and the "cpu" or "cuda" that it ran on."""
-    return {**versions(), "device": device, "threads": str(torch.get_num_threads())}
+def measured_with(device: str | None = None) -> dict[str, str]:
+    """What a measurement says it was made with: versions, and the "cpu" or the GPU that it ran on.
+
+    `device`: "cpu" or "cuda"; by default the one that a run would take here.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    return {**versions(), "device": name, "threads": str(torch.get_num_threads())}
 
 
 def finite(values: Any) -> Any:

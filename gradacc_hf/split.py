@@ -24,6 +24,7 @@ class Cost:
     `fixed + tokens × (1 + length / quadratic)`: a constant per forward and backward (launches, and writing
     the gradient of every parameter once more), the matrix products, and attention. The constants are those of
     a 22 M-parameter encoder on a CPU; only their order of magnitude matters for where the cuts fall.
+    `ON_GPU`: where thousands of tokens are done in the time that their kernels take to be launched.
     """
 
     fixed: float = 128.0
@@ -32,6 +33,9 @@ class Cost:
     def __call__(self, rows, length):
         """Cost of `rows` examples padded to `length` tokens; numbers or arrays."""
         return self.fixed + rows * length * (1.0 + length / self.quadratic)
+
+
+ON_CPU, ON_GPU = Cost(), Cost(fixed=4096.0)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from gradacc_hf.config import Config
 from gradacc_hf.micro_batches import Split
-from gradacc_hf.split import Bound, Cost
+from gradacc_hf.split import ON_CPU, Bound, Cost
 from gradacc_hf.windows import WindowLoader
 
 WINDOWS_NEEDED = 24  # of a run that tries sizes: most of it should have the fastest
@@ -33,13 +33,15 @@ class Trial:
     """A window that was trained with this size.
 
     `seconds_per_token`: of what its examples would cost without padding, so that windows compare. `work`:
-    micro-batches, padded tokens, padded tokens × length, of the process with most of it.
+    micro-batches, padded tokens, padded tokens × length, of the process with most of it. `counts`: else it
+    has set up what the next ones find.
     """
 
     max_tokens: int
     seconds: float
     seconds_per_token: float
     work: tuple[float, float, float]
+    counts: bool = True
 
 
 def tunes(config: Config, num_windows: int) -> bool:
@@ -68,29 +70,33 @@ def sizes_to_try(windows: WindowLoader) -> list[int]:
     return list(sizes.values())
 
 
-def search(sizes: Sequence[int], turns: int = TURNS[0]) -> Generator[int, float, None]:
+def search(
+    sizes: Sequence[int], turns: int = TURNS[0], sets_up_each: bool = False
+) -> Generator[tuple[int, bool], float, None]:
     """Sizes to train a window with, one after the other; each is answered with what a token of it took.
 
-    The first answer counts for nothing: it is what a run sets up once. From the largest size down as long as
-    that is not hopeless, then those that are close to the fastest, in turns.
+    With each comes whether the answer counts. The first does not: it is what a run sets up once; with
+    `sets_up_each`, the first of each size, for which a GPU loads other kernels. From the largest size down as
+    long as that is not hopeless, then those that are close to the fastest, in turns.
     """
-    yield sizes[0]
     seconds: dict[int, list[float]] = {}
     for size in sizes:
-        seconds[size] = [(yield size)]
+        if sets_up_each or size == sizes[0]:
+            yield size, False
+        seconds[size] = [(yield size, True)]
         if seconds[size][0] > HOPELESS * _fastest(seconds):
             break
     for _ in range(turns):
         limit = CLOSE * _fastest(seconds)
         for size in [size for size in seconds if median(seconds[size]) <= limit]:
-            seconds[size].append((yield size))
+            seconds[size].append((yield size, True))
 
 
 def _fastest(seconds: Mapping[int, Sequence[float]]) -> float:
     return min(map(median, seconds.values()))
 
 
-def fit_cost(trials: Sequence[Trial], default: Cost = Cost()) -> Cost:
+def fit_cost(trials: Sequence[Trial], default: Cost = ON_CPU) -> Cost:
     """The cost model by which these windows took so long: least squares of relative errors, no term below 0.
 
     The fixed cost is at least half the default's, as one that is too small cuts windows into crumbs.
@@ -123,7 +129,8 @@ class Tuning:
             )
         least, most = TURNS
         num_windows = sys.maxsize if num_windows is None else num_windows
-        sizes = sizes_to_try(windows)[: max(0, (num_windows // 2 - 1) // (1 + least))]
+        a_size = 1 + least + (windows.accelerator.device.type == "cuda")  # windows for it
+        sizes = sizes_to_try(windows)[: max(0, (num_windows // 2 - 1) // a_size)]
         if len(sizes) < 2 or windows.tuned:
             return None
         return cls(windows, sizes, min(most, max(least, num_windows // 4 // len(sizes) - 1)))
@@ -147,17 +154,19 @@ class Tuning:
         split = windows.split(windows.epoch, windows.window - 1)
         assert self._tried.max_tokens is not None
         per_token = seconds / float(Cost(fixed=0)(1, windows.lengths[split.indices]).sum())
-        self.trials.append(Trial(self._tried.max_tokens, seconds, per_token, _work(windows, split)))
+        work = _work(windows, split)
+        self.trials.append(Trial(self._tried.max_tokens, seconds, per_token, work, self._counts))
         try:
-            self._try(self._search.send(per_token))
+            self._try(*self._search.send(per_token))
         except StopIteration:
             self._choose()
 
     def _begin(self, sizes: Sequence[int]) -> None:
         self.bound, self._tried = self.windows.bound, self.windows.bound
         self.trials: list[Trial] = []
-        self._sizes, self._search = sizes, search(sizes, self._turns)
-        self._try(next(self._search))
+        self._sizes = sizes
+        self._search = search(sizes, self._turns, self.windows.accelerator.device.type == "cuda")
+        self._try(*next(self._search))
 
     def to_json(self) -> dict[str, Any]:
         """For the summary of a run; `max_tokens` is null while it is not known."""
@@ -167,15 +176,16 @@ class Tuning:
             "trials": [asdict(trial) for trial in self.trials],
         }
 
-    def _try(self, size: int) -> None:
+    def _try(self, size: int, counts: bool) -> None:
+        self._counts = counts
         if size != self._tried.max_tokens:  # else what workers hold ready need not be cut again
             self._tried = _of_size(self.bound, size)
             self.windows.recut(self._tried)
 
     def _choose(self) -> None:
         """By what each size is predicted to take for the windows ahead, and by how much it was off so far."""
-        trials = self.trials[1:]
-        cost = fit_cost(trials)
+        trials = [trial for trial in self.trials if trial.counts]
+        cost = fit_cost(trials, self.windows.cost)
 
         def ahead(size: int, cut_by: Cost | None = None) -> float:
             cut = self.windows.with_bound(_of_size(self.bound, size), cost=cut_by)
@@ -215,7 +225,7 @@ def _work(windows: WindowLoader, split: Split) -> tuple[float, float, float]:
         sizes = [(rows * sum(lengths), sum(lengths)) for rows, lengths in shapes]
         tokens, quadratic = sum(size for size, _ in sizes), sum(size * length for size, length in sizes)
         found.append((float(len(sizes)), float(tokens), float(quadratic)))
-    return max(found, key=lambda work: _total(Cost(), work))
+    return max(found, key=lambda work: _total(windows.cost, work))
 
 
 def _total(cost: Cost, work: Sequence[float]) -> float:

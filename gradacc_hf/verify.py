@@ -21,6 +21,7 @@ from gradacc_hf.gradients import (
     Gradient,
     RecordGradients,
     compare,
+    full_float32,
     in_dtype_of,
     norm,
     read_gradient,
@@ -106,7 +107,7 @@ def verify(
     ours, failed = [], ""
     theirs: dict[str, list[Comparison]] = {"ExactTrainer": [], "Trainer": []}
     steps, examples, fits = [], 0, True
-    with random_numbers_as_they_were():
+    with random_numbers_as_they_were(), full_float32():
         for window in windows:
             truth = _whole(model, windows, window, compute_loss)
             if truth is None and hasattr(compute_loss, "look_ahead"):
@@ -251,6 +252,7 @@ def _trainer_gradient(
         max_grad_norm=0,
         logging_strategy="no",
         use_cpu=next(model.parameters()).device.type == "cpu",
+        dataloader_pin_memory=False,  # they are on the device already
     )
     model.train()
     model.zero_grad()

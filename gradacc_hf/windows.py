@@ -32,7 +32,7 @@ from gradacc_hf.micro_batches import (
     measure_lengths,
 )
 from gradacc_hf.plan import EffectiveBatchSize, WindowPlan
-from gradacc_hf.split import Bound, Cost
+from gradacc_hf.split import ON_CPU, ON_GPU, Bound, Cost
 from gradacc_hf.stopping import ignore_signals
 from gradacc_hf.stream import BUFFER_SIZE, Stream, is_stream
 from gradacc_hf.window import Recutting, Window, forwards_are_collective, to_device
@@ -70,7 +70,7 @@ class WindowLoader:
         transform: `(example, numpy Generator) -> example`, for what is random about an example: masking,
             augmentation, cropping. The generator is seeded by (seed, epoch, index), so that no split, number
             of processes or resuming changes what it draws. Its lengths are those before.
-        cost: what a micro-batch is predicted to cost.
+        cost: what a micro-batch is predicted to cost; None for what is usual on the device.
         leave_out: examples, by index, that are in no window; all others stay in theirs.
         whole_gradients: under FSDP, accumulate whole gradients on every process, and reduce them once a
             window: less communication, more memory. By default each micro-batch's are reduced to shards.
@@ -109,7 +109,7 @@ class WindowLoader:
         seed: int = 0,
         num_workers: int = 0,
         transform: Transform | None = None,
-        cost: Cost = Cost(),
+        cost: Cost | None = None,
         leave_out: Collection[int] = (),
         whole_gradients: bool = False,
         buffer_size: int | None = None,
@@ -127,6 +127,7 @@ class WindowLoader:
         if bound is not None and (max_tokens, micro_batch_size) != (None, None):
             raise ValueError("give bound=, or max_tokens or micro_batch_size: one of the three")
         bound = bound or Bound(max_tokens, micro_batch_size)
+        cost = cost or (ON_GPU if accelerator.device.type == "cuda" else ON_CPU)
         if is_stream(dataset):
             measure, size = partial(measure_lengths, lengths=lengths), int(buffer_size or BUFFER_SIZE)
             plan = Stream(dataset, effective_batch_size, seed, shuffle, drop_last, size, measure)

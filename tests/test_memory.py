@@ -147,6 +147,18 @@ def test_gradients_of_bf16_weights_are_float32_and_frozen_ones_have_none():
     assert found.trained_parameters < found.total_parameters / 10
 
 
+def test_of_weights_in_4_bits_no_copy_is_held_for_the_backward_pass():
+    whole, quantized = (
+        predict_at(lambda: llama(lora=4), 1, (8,), Settings(precision="bf16", four_bit=four_bit)).memory
+        for four_bit in (False, True)
+    )
+    inside = llama(lora=4).model.layers.named_parameters()
+    copies = 2 * sum(p.numel() for name, p in inside if p.ndim == 2 and "lora" not in name)
+    spared = whole.parts(1, 8).activations - quantized.parts(1, 8).activations
+    assert spared == pytest.approx(copies, rel=0.1)
+    assert whole.parameters - quantized.parameters > 0.85 * 2 * copies
+
+
 def test_a_lean_loss_holds_a_few_hundred_tokens_logits_at_most():
     lean = predict_at(lambda: llama(lean=True, layers=2), 64, (256,)).memory.parts(64, 256)
     usual = predict_at(lambda: llama(layers=2), 64, (256,)).memory.parts(64, 256)

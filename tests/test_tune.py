@@ -39,25 +39,32 @@ def run(tune, **split):
     return windows, summary, recorder.gradients, windows.seen
 
 
-def answered(sizes, seconds):
-    """The sizes that a search tries when each takes so long."""
-    trying, tried = search(sizes), []
-    size = next(trying)
+def answered(sizes, seconds, **settings):
+    """The sizes that a search tries when each takes so long; that whose answers do not count are below 0."""
+    trying, tried = search(sizes, **settings), []
+    size, counts = next(trying)
     try:
         while True:
-            tried.append(size)
-            size = trying.send(seconds[size])
+            tried.append(size if counts else -size)
+            size, counts = trying.send(seconds[size] if counts else 99)
     except StopIteration:
         return tried
 
 
 def test_all_sizes_are_tried_and_those_that_are_close_again():
     seconds = {4096: 1.25, 2048: 1.1, 1024: 1.0, 512: 1.2}
-    assert answered([4096, 2048, 1024, 512], seconds) == [4096, 4096, 2048, 1024, 512, *2 * [2048, 1024]]
+    expected = [-4096, 4096, 2048, 1024, 512, *2 * [2048, 1024]]
+    assert answered([4096, 2048, 1024, 512], seconds) == expected
+
+
+def test_on_a_gpu_the_first_window_of_each_size_counts_for_nothing():
+    seconds = {4096: 1.0, 2048: 1.1, 1024: 1.4, 512: 1.2}
+    expected = [-4096, 4096, -2048, 2048, -1024, 1024, *2 * [4096, 2048]]
+    assert answered([4096, 2048, 1024, 512], seconds, sets_up_each=True) == expected
 
 
 def test_sizes_below_one_that_is_hopeless_are_not_tried():
-    assert answered([64, 32, 16, 8], {64: 1.0, 32: 2.0}) == [64, 64, 32, 64, 64]
+    assert answered([64, 32, 16, 8], {64: 1.0, 32: 2.0}) == [-64, 64, 32, 64, 64]
 
 
 def test_the_cost_model_is_that_by_which_the_windows_took_so_long():

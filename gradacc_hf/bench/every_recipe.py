@@ -65,7 +65,7 @@ def recipes(names: Sequence[str] = (), windows: int | None = None, progress: Any
             raise BadInput(f"--only: found {name!r}; allowed: {listed(known)}")
     chosen: Iterable[str] = progress(list(names or known))
     results = tuple(_run(name, known[name], windows) for name in chosen)
-    return Recipes(results, measured_with("cpu"))
+    return Recipes(results, measured_with())
 
 
 def _run(name: str, config: Path, windows: int | None) -> RecipeResult:

@@ -135,7 +135,7 @@ def compare_memory(
                 holds=abs(predicted - said) <= max(ALLOWED[0] * said, ALLOWED[1]),
             )
         )
-    return MemoryTable(found, measured_with("cuda" if torch.cuda.is_available() else "cpu"))
+    return MemoryTable(found, measured_with())
 
 
 def predict(case: Case) -> int:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from gradacc_hf.errors import BadInput, one_line
 
 SECONDS = 180  # after which a run hangs
@@ -17,7 +19,9 @@ def launch(
 ) -> str:
     """The line of JSON that it prints. Raises BadInput, beginning with `what`, where it fails or hangs."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(environment or {})}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    if processes > torch.cuda.device_count():
+        environment["ACCELERATE_USE_CPU"] = "true"
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     child: Any = subprocess.Popen(
         [sys.executable, *launcher, "-m", module, *arguments],

@@ -1,4 +1,6 @@
-"""Training under a real memory limit (RLIMIT_AS), beside the same training without one.
+"""Training under a real memory limit, beside the same training without one.
+
+On a CPU the limit is the process's (RLIMIT_AS), on a GPU that of torch's allocator.
 
 `shortage` starts each run in processes of its own and draws a limit for each. What must come out is the same:
 a window that does not fit is cut finer and run again. `python -m gradacc_hf.bench.shortage` is one such run.
@@ -8,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradacc_hf.bench.processes import launch
+from gradacc_hf.hardware import set_up_allocator
 from gradacc_hf.loop import train
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.window import Window
@@ -33,7 +37,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives tensors back; else f
 
 @dataclass(frozen=True)
 class Limited:
-    """One run: `limit` MiB of address space for the last process, above what it had; None for none."""
+    """One run: `limit` MiB for the last process, above what it had; None for none."""
 
     limit: int | None
     replays: int
@@ -67,7 +71,7 @@ def shortage(
     """Train under so many limits, drawn at random. Raises BadInput where a run fails, or hangs."""
     drawn = np.random.default_rng(seed).integers(LEAST, MOST, size=limits).tolist()
     runs = [run_limited(processes, limit) for limit in progress([None, *drawn])]
-    return MemoryLimits(processes, runs[0], tuple(runs[1:]), measured_with("cpu"))
+    return MemoryLimits(processes, runs[0], tuple(runs[1:]), measured_with())
 
 
 def run_limited(processes: int, limit: int | None) -> Limited:
@@ -96,6 +100,25 @@ def print_shortage(result: MemoryLimits, console: Console) -> None:
     )
 
 
+@contextmanager
+def limited(more: int, device: torch.device) -> Iterator[None]:
+    """In here the process has so many bytes on this device, above what it holds now."""
+    if device.type == "cuda":
+        torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # cuBLAS takes its own share once
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + more) / whole)
+        yield
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    else:
+        import resource  # there is none on Windows
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + more
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        yield
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
 class Watched:
     """The windows of a loader, with a note of the examples in each."""
 
@@ -111,11 +134,10 @@ class Watched:
 
 def _train(limit: int) -> None:
     """In a process of its own, the last of which may take `limit` MiB more than it has; 0 is no limit."""
-    import resource  # where there is none (Windows), nothing is limited
-
     torch.set_num_threads(1)
+    set_up_allocator()
     transformers.utils.logging.set_verbosity_error()
-    accelerator, draw = Accelerator(cpu=True), np.random.default_rng(0)
+    accelerator, draw = Accelerator(), np.random.default_rng(0)
     torch.manual_seed(0)
     settings: Any = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     settings |= {"intermediate_size": 256, "vocab_size": 500, "attn_implementation": "eager"}
@@ -141,12 +163,9 @@ def _train(limit: int) -> None:
     )
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     watched: Any = Watched(windows)
-    if limit and accelerator.is_last_process:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + limit * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
-    records = list(train(model, optimizer, watched, accelerator=accelerator))
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    is_limited = limit and accelerator.is_last_process
+    with limited(limit * 2**20, accelerator.device) if is_limited else nullcontext():
+        records = list(train(model, optimizer, watched, accelerator=accelerator))
     found = {
         "replays": windows.replays,
         "losses": [record.loss for record in records],

@@ -87,7 +87,7 @@ def sweeps(
         if done.returncode:
             raise BadInput(f"{name}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
         found.append(_sweep(name, json.loads(done.stdout.splitlines()[-1])))
-    return Sweeps(tuple(found), windows, measured_with("cpu"))
+    return Sweeps(tuple(found), windows, measured_with())
 
 
 def interval(ratios: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.config import OptimConfig
 from gradacc_hf.errors import one_line
 from gradacc_hf.items import IGNORED
+from gradacc_hf.lora import FOUR_BIT_DTYPES
 from gradacc_hf.memory import moments
 from gradacc_hf.memory.micro_batch import MicroBatchMemory
 from gradacc_hf.memory.tracing import Trace, trace
@@ -125,6 +126,9 @@ def estimate(
     try:
         with torch.device("meta"):
             whole = build().train()
+        if settings.four_bit:
+            for weight in _to_be_quantized(whole):  # from which a layer's is made when it computes
+                weight.data = weight.data.to(FOUR_BIT_DTYPES[settings.precision])
         layers = equal_layers(whole)
         few = [_with_layers(whole, {n: KEPT + (n == more) for n in layers}) for more in (None, *layers)]
         selected = max(_learned(point.batch) for point in points)
@@ -329,11 +333,16 @@ def _step_bytes(weights: Sequence[torch.Tensor], settings: Settings) -> int:
 
 
 def _saved_by_four_bit(model: torch.nn.Module) -> int:
-    """Bytes of the linear layers that are not trained, less what they take in 4 bits."""
+    """Bytes of the weights that will be in 4 bits, less what they take then."""
+    weights = _to_be_quantized(model)
+    return _bytes(weights) - round(FOUR_BITS * sum(w.numel() for w in weights))
+
+
+def _to_be_quantized(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Of the linear layers that are not trained, but for the output layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    frozen = [m.weight for m in linear if not m.weight.requires_grad]
-    return _bytes(frozen) - round(FOUR_BITS * sum(w.numel() for w in frozen))
+    return [m.weight for m in linear if not m.weight.requires_grad]
 
 
 def _largest_layer(model: torch.nn.Module) -> int:

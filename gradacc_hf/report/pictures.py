@@ -135,13 +135,14 @@ def bars_of(found: Sequence[Contender]) -> list[Figure]:
 
 
 def sizes_of(found: Sequence[Contender]) -> list[Figure]:
-    """What the sizes took that a run tried on its first windows, but the very first."""
+    """What the sizes took that a run tried on its first windows, but for those that set something up."""
     figures = []
     for look, contender in enumerate(found):
         run = next((run for run in contender.runs if run.summary.get("tuning")), None)
         if run is None:
             continue
-        tuning, trials = run.summary["tuning"], run.summary["tuning"]["trials"][1:]
+        tuning, trials = run.summary["tuning"], run.summary["tuning"]["trials"]
+        trials = [trial for trial in trials if trial.get("counts", True)]
         sizes = sorted({trial["max_tokens"] for trial in trials})
         values = [[1e6 * t["seconds_per_token"] for t in trials if t["max_tokens"] == s] for s in sizes]
         labels = [f"{size:,}" + " (taken)" * (size == tuning["max_tokens"]) for size in sizes]
