@@ -6,7 +6,7 @@
 #   ./launch.sh RECIPE … --machines M --machine_rank R --main_address HOST[:PORT]   on each of M machines, N processes on each
 #   ./launch.sh lessons [NAME] [--plot FILE.svg] the lessons: small programs that show what accumulation does
 #   ./launch.sh compare [arguments]              the same training by Trainer and by ours, side by side (`gradacc compare --help`)
-#   ./launch.sh plan [arguments]                 what a run will take, without a GPU; so do verify, predict, report, bench, ls, cp
+#   ./launch.sh plan [arguments]                 what a run will take, without a GPU; so do verify, doctor, predict, report, bench, ls, cp
 #   ./launch.sh test [pytest arguments]          the tests
 #   ./launch.sh RECIPE … --resume auto           go on with a run that was stopped (Ctrl-C, SIGTERM: it saves first) or killed
 #   ./launch.sh help                             this text; `./launch.sh RECIPE --help` lists a recipe's settings
@@ -68,7 +68,7 @@ case ${1:-} in
     cd "$here"
     exec python -m pytest "$@"
     ;;
-  lessons | plan | verify | predict | report | bench | ls | cp) exec gradacc "$@" ;;
+  lessons | plan | verify | doctor | predict | report | bench | ls | cp) exec gradacc "$@" ;;
   compare)
     shift
     cd "$here"

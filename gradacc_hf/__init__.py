@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.checkpoint import Checkpoints, newest_checkpoint
+from gradacc_hf.doctor import Diagnosis, diagnose
 from gradacc_hf.errors import BadInput
 from gradacc_hf.loop import Best, Evaluation, evaluate, fine_tune, train
 from gradacc_hf.out_of_memory import replayed
@@ -13,18 +14,22 @@ from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
 
 if TYPE_CHECKING:
+    from gradacc_hf.doctor.trainer import DoctorCallback
     from gradacc_hf.trainer import ExactTrainer, ExactTrainerMixin
 
 __all__ = [
     "BadInput",
     "Best",
     "Checkpoints",
+    "Diagnosis",
+    "DoctorCallback",
     "Evaluation",
     "ExactTrainer",
     "ExactTrainerMixin",
     "Window",
     "WindowLoader",
     "accumulate_in_float32",
+    "diagnose",
     "evaluate",
     "fine_tune",
     "newest_checkpoint",
@@ -37,6 +42,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What stands on transformers.Trainer, which is slow to import, when it is asked for."""
+    if name == "DoctorCallback":
+        from gradacc_hf.doctor.trainer import DoctorCallback
+
+        return DoctorCallback
     if name not in ("ExactTrainer", "ExactTrainerMixin"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from gradacc_hf import trainer

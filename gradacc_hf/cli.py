@@ -36,6 +36,7 @@ def _run() -> None:
     lesson.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw what the lesson shows")
     commands.add_parser("verify", help="is accumulation exact on my model and data?", add_help=False)
     commands.add_parser("compare", help="train in several ways and compare them", add_help=False)
+    commands.add_parser("doctor", help="what is wrong with a script's accumulation", add_help=False)
     commands.add_parser("plan", help="memory, steps and cost of a run, without a GPU", add_help=False)
     commands.add_parser("bench", help="measure what the README says (gradacc bench --help)", add_help=False)
     commands.add_parser("predict", help="what a saved run says to new input", add_help=False)
@@ -50,7 +51,7 @@ def _run() -> None:
         help="where it goes; by default report.html in the folder of the run, or here if there are several",
     )
     arguments, rest = parser.parse_known_args()
-    if rest and arguments.command not in ("bench", "compare", "plan", "predict", "verify"):
+    if rest and arguments.command not in ("bench", "compare", "doctor", "plan", "predict", "verify"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "ls":
         for name in recipes():
@@ -67,6 +68,10 @@ def _run() -> None:
         from gradacc_hf import compare  # late: it loads transformers
 
         compare.main(rest)
+    elif arguments.command == "doctor":
+        from gradacc_hf.doctor import script  # late: it loads transformers
+
+        script.main(rest)
     elif arguments.command == "plan":
         from gradacc_hf import plan_command  # late: it loads transformers
 

@@ -1,7 +1,7 @@
 """Is accumulation exact for this model, data and split?
 
 `verify` compares the gradient that our loop accumulates on the user's own model and data, and Trainer's, with
-that of the window at once (`gradients.py`), and says why they differ (`diagnose.py`).
+that of the window at once (`gradients.py`), and says why they differ (`reasons.py`).
 """
 
 import copy
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from gradacc_hf.compiled import compile_layers, is_compiled, uncompiled
-from gradacc_hf.diagnose import Reason, diagnose
 from gradacc_hf.errors import BadInput, one_line
 from gradacc_hf.gradients import (
     EXACT,
@@ -29,6 +28,7 @@ from gradacc_hf.gradients import (
 )
 from gradacc_hf.items import COUNTS, ComputeLoss, CountItems, model_loss
 from gradacc_hf.out_of_memory import out_of_memory
+from gradacc_hf.reasons import Reason, why_not_exact
 from gradacc_hf.runlog import measured_with
 from gradacc_hf.tryout import random_numbers_as_they_were
 from gradacc_hf.window import Window
@@ -144,7 +144,7 @@ def verify(
         if not finite:
             reasons = (NOT_FINITE,)
         elif not (loop.exact and fits):  # a reference of single examples trusts the count of items
-            reasons = diagnose(model, windows, compute_loss, worst.indices, worst.pad_to)
+            reasons = why_not_exact(model, windows, compute_loss, worst.indices, worst.pad_to)
     return Verification(
         loop=loop,
         exact_trainer=max(theirs["ExactTrainer"], key=_badness, default=None),
@@ -259,11 +259,17 @@ def _trainer_gradient(
     return recorder.gradients[0]
 
 
-def remove_dropout(model: torch.nn.Module) -> None:
-    """Set every probability to drop, mask or jitter to 0, in the modules and in their configs."""
+def remove_dropout(model: torch.nn.Module) -> list[tuple[Any, str, float]]:
+    """Set every probability to drop, mask or jitter to 0, in the modules and in their configs.
+
+    Gives what there was: of which object which attribute had which value.
+    """
+    removed = []
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     for holder in (*model.modules(), *configs):
         for name, value in list(vars(holder).items()):
             of_dropout = name == "p" and isinstance(holder, torch.nn.modules.dropout._DropoutNd)
-            if isinstance(value, float) and (of_dropout or re.search(RANDOM, name)):
+            if isinstance(value, float) and value and (of_dropout or re.search(RANDOM, name)):
+                removed.append((holder, name, value))
                 setattr(holder, name, 0.0)
+    return removed

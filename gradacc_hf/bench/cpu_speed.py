@@ -197,7 +197,8 @@ def print_cpu(result: CpuSpeed, console: Console) -> None:
     """A row a variant, the fastest first."""
     table = Table(box=SIMPLE, padding=(0, 2, 0, 0))
     for header in ("variant", "seconds", "ratio", f"{result.confidence:.0%} interval", "", "first window"):
-        table.add_column(header, justify="left" if header in ("variant", "") else "right")
+        whole = header != ""  # a name that is cut short says nothing
+        table.add_column(header, justify="left" if header in ("variant", "") else "right", no_wrap=whole)
     for ratio in sorted(result.ratios, key=lambda ratio: ratio.median):
         verdict = ("faster" if ratio.median < 1 else "slower") if ratio.clear else "no difference seen"
         verdict = verdict if result.confidence >= ENOUGH else "too few turns to say"

@@ -33,7 +33,7 @@ class Reason:
     cure: str
 
 
-def diagnose(
+def why_not_exact(
     model: torch.nn.Module,
     windows: WindowLoader,
     compute_loss: ComputeLoss,

@@ -1,0 +1,355 @@
+"""One window as a whole, beside the gradient that its loop has made of it.
+
+Run before the optimizer's step, at the weights of the window, without dropout. The gradient of the loop is
+set aside meanwhile and put back; beside it there is one more at a time.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gradacc_hf.doctor.watch import MicroBatch, Watch, Window, logits_in, loss_in
+from gradacc_hf.errors import one_line
+from gradacc_hf.items import COUNTS, IGNORED
+from gradacc_hf.out_of_memory import give_back_memory, out_of_memory
+from gradacc_hf.tryout import BATCH_NORMS, random_numbers_as_they_were
+
+LossOf = Callable[[Any, Mapping[str, Any]], torch.Tensor]
+PADDED_WITH = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
+HALVES = {torch.bfloat16, torch.float16}
+SAME = 1e-4  # relative difference of two losses that is but rounding
+SAME_IN_HALF = 2e-2  # the same under autocast, or with weights in 16 bits
+
+
+@dataclass(frozen=True)
+class Alike:
+    """How the loop's gradient g compares with another r: ‖g‖ / ‖r‖, and the cosine of their angle."""
+
+    ratio: float
+    cosine: float
+
+    def error(self) -> float:
+        """‖g − r‖ / ‖r‖."""
+        return max(0.0, self.ratio**2 - 2 * self.ratio * self.cosine + 1) ** 0.5
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A window's gradient beside that of the window at once (`whole`), and what else is known of it.
+
+    `items`: of each micro-batch, where some count makes the pieces' losses the whole's; `means`: beside the
+    plain mean of the micro-batches' gradients, where that is another. `coupled`: why pieces and whole differ
+    whatever is counted. `swamped`: the error that adding up in 16 bits has made.
+    """
+
+    why_not: str = ""  # it was not made
+    whole: Alike | None = None
+    means: Alike | None = None
+    losses: tuple[float, ...] = ()
+    whole_loss: float = 0.0
+    items: tuple[float, ...] = ()
+    counted: str = ""
+    coupled: str = ""
+    swamped: float | None = None
+    half: bool = False  # in 16 bits, in which one looks less closely
+
+    @property
+    def tolerance(self) -> float:
+        """Relative: below it a difference is rounding."""
+        return SAME_IN_HALF if self.half else SAME
+
+
+class CannotReplay(Exception):
+    """Why not, in a few words."""
+
+
+def replay(watch: Watch, window: Window, loss_fn: LossOf | None) -> Replay:
+    """Compute the window again; weights, gradients, buffers and random numbers are left as they were."""
+    pieces = window.micro_batches
+    try:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise CannotReplay("there are several processes: try it on one")
+        losses_of = _how(pieces, loss_fn)
+        whole = _joined(pieces)
+        half, kind = watch.autocast, watch.parameters()[0].device.type
+        with _as_it_was(watch) as loops_gradient, torch.autocast(kind, half, enabled=half is not None):
+            return _compare(watch, pieces, whole, losses_of, loops_gradient)
+    except CannotReplay as error:
+        return Replay(why_not=str(error))
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            return Replay(why_not=f"it failed: {one_line(error)[:120]}")
+        give_back_memory()
+        return Replay(why_not="the window does not fit into memory at once: take a smaller one to diagnose")
+
+
+Loss = Callable[[tuple[tuple[Any, ...], dict[str, Any]], tuple[Any, ...], torch.nn.Module], torch.Tensor]
+
+
+def _how(pieces: Sequence[MicroBatch], loss_fn: LossOf | None) -> Loss:
+    """(inputs, the other arguments of the loss, model) → the loss, as the loop computed it."""
+    for piece in pieces:
+        if piece.forward is None:
+            raise CannotReplay(f"{len(piece.forwards)} forwards lead to one backward")
+    if loss_fn is not None:
+        return lambda inputs, others, model: loss_fn(model(*inputs[0], **inputs[1]), named(model, inputs))
+    if all(piece.own_loss is not None and piece.own_loss.shape is not None for piece in pieces):
+        function, arguments = pieces[0].own_loss.function, pieces[0].own_loss.named  # type: ignore[union-attr]
+        shape = pieces[0].own_loss.shape or ()  # type: ignore[union-attr]
+        arguments = {key: value for key, value in arguments.items() if not isinstance(value, torch.Tensor)}
+
+        def computed(inputs: Any, others: tuple[Any, ...], model: Any) -> torch.Tensor:
+            outputs = model(*inputs[0], **inputs[1])
+            outputs = outputs if isinstance(outputs, torch.Tensor) else logits_in(outputs)
+            return function(outputs.float().reshape(-1, *shape), *others, **arguments)
+
+        return computed
+    if all(piece.forward.loss is not None for piece in pieces if piece.forward):
+        return lambda inputs, others, model: loss_in(model(*inputs[0], **inputs[1]))  # type: ignore[return-value]
+    raise CannotReplay(
+        "the loss is neither the model's own nor one function of torch on its output: give loss_fn="
+    )
+
+
+def named(model: torch.nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+    """The inputs of a forward by name."""
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, inputs[0], strict=False)), **inputs[1]}
+
+
+def _joined(pieces: Sequence[MicroBatch]) -> tuple[Any, tuple[Any, ...]]:
+    """The inputs of all micro-batches as those of one, and the other arguments of the loss."""
+    inputs = [piece.forward.inputs for piece in pieces if piece.forward]
+    values = [v for v in (*inputs[0][0], *inputs[0][1].values()) if isinstance(v, torch.Tensor)]
+    if values and all(value.ndim < 2 and value.is_floating_point() for value in values):
+        raise CannotReplay("a micro-batch is one example, without a dimension for more")
+    positional = tuple(_together(str(i), [one[0][i] for one in inputs]) for i in range(len(inputs[0][0])))
+    by_name = {key: _together(key, [one[1].get(key) for one in inputs]) for key in inputs[0][1]}
+    others: tuple[Any, ...] = ()
+    if all(piece.own_loss for piece in pieces):
+        owned = [piece.own_loss.others for piece in pieces if piece.own_loss]
+        others = tuple(_together("labels", [one[i] for one in owned]) for i in range(len(owned[0])))
+    return (positional, by_name), others
+
+
+def _together(name: str, values: list[Any]) -> Any:
+    """Tensors below each other, padded on the right to the longest; anything else must be the same in all."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.ndim]
+    if not tensors:
+        return values[0]
+    if len(tensors) != len(values) or len({tensor.ndim for tensor in tensors}) > 1:
+        raise CannotReplay(f"the micro-batches' {name} cannot be put together")
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        wide = tensor.new_full((len(tensor), *shape), PADDED_WITH.get(name, 0))
+        wide[(slice(None), *map(slice, tensor.shape[1:]))] = tensor
+        padded.append(wide)
+    return torch.cat(padded)
+
+
+@contextmanager
+def _as_it_was(watch: Watch) -> Iterator[list[torch.Tensor | None]]:
+    """Gives the loop's gradient, which is put back in the end, as are buffers and random numbers."""
+    parameters, gradients = watch.parameters(), [p.grad for p in watch.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in watch.model.buffers()]
+    hooks = watch.model._forward_hooks.copy()
+    for p in parameters:
+        p.grad = None
+    try:
+        with random_numbers_as_they_were(), torch.enable_grad():
+            yield gradients
+    finally:
+        watch.model._forward_hooks.update(hooks)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def _compare(
+    watch: Watch, pieces: Sequence[MicroBatch], whole: Any, loss_of: Loss, gradient: list[torch.Tensor | None]
+) -> Replay:
+    model, parameters = watch.model, watch.parameters()
+
+    def one(piece: MicroBatch) -> torch.Tensor:
+        assert piece.forward is not None
+        return loss_of(piece.forward.inputs, piece.own_loss.others if piece.own_loss else (), model)
+
+    loss = loss_of(*whole, model)
+    loss.backward()
+    beside_whole, whole_loss = _alike(gradient, parameters), float(loss.detach())
+    # Clipping and unscaling have changed the length by then; the direction they have not.
+    scaled = _norm_now(gradient) / pieces[-1].norm_after if pieces[-1].norm_after else 1.0
+    _forget(parameters)
+    of_weights = {p.dtype for p in parameters}
+    half = bool(of_weights & HALVES) or watch.autocast is not None
+    with torch.no_grad():
+        losses = tuple(float(one(piece)) for piece in pieces)
+    found = Replay(losses=losses, whole_loss=whole_loss, half=half)
+    counted, items = _items(watch, pieces, losses, whole_loss, found.tolerance)
+    coupled = "" if counted else _why_coupled(model, pieces, loss_of, found.tolerance)
+    means = None
+    swamped = None
+    beside_whole = Alike(beside_whole.ratio / scaled, beside_whole.cosine)
+    if beside_whole.error() > found.tolerance and len(pieces) > 1:
+        for piece in pieces:
+            (one(piece) / len(pieces)).backward()
+        means = _alike(gradient, parameters)
+        means = Alike(means.ratio / scaled, means.cosine)
+        _forget(parameters)
+    if counted and of_weights & HALVES:
+        swamped = _swamped(gradient, parameters, pieces, items, one)
+    return Replay(
+        whole=beside_whole,
+        means=means,
+        losses=losses,
+        whole_loss=whole_loss,
+        items=items,
+        counted=counted,
+        coupled=coupled,
+        swamped=swamped,
+        half=half,
+    )
+
+
+@torch.no_grad()
+def _alike(gradient: Sequence[torch.Tensor | None], parameters: Sequence[torch.nn.Parameter]) -> Alike:
+    """The loop's gradient beside that which is in `.grad` now, in float64."""
+    inner = mine = theirs = 0.0
+    for g, p in zip(gradient, parameters, strict=True):
+        a = None if g is None else g.double()
+        b = None if p.grad is None else p.grad.double()
+        mine += float(a.square().sum()) if a is not None else 0.0
+        theirs += float(b.square().sum()) if b is not None else 0.0
+        inner += float((a * b).sum()) if a is not None and b is not None else 0.0
+    if not theirs or not mine:
+        return Alike((mine**0.5) / (theirs**0.5) if theirs else float("inf"), 1.0 if mine == theirs else 0.0)
+    return Alike((mine / theirs) ** 0.5, inner / (mine * theirs) ** 0.5)
+
+
+@torch.no_grad()
+def _norm_now(gradient: Sequence[torch.Tensor | None]) -> float:
+    return sum(float(g.double().square().sum()) for g in gradient if g is not None) ** 0.5
+
+
+def _forget(parameters: Sequence[torch.nn.Parameter]) -> None:
+    for p in parameters:
+        p.grad = None
+
+
+def _items(
+    watch: Watch, pieces: Sequence[MicroBatch], losses: Sequence[float], whole: float, tolerance: float
+) -> tuple[str, tuple[float, ...]]:
+    """By which count the pieces' losses, weighed, are the whole's: its name, and the items of each."""
+    best: tuple[float, str, tuple[float, ...]] = (tolerance, "", ())
+    for name, count in COUNT_BY.items():
+        try:
+            items = tuple(float(count(watch.model, piece)) for piece in pieces)
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError):
+            continue
+        if not sum(items):
+            continue
+        mean = sum(n * loss for n, loss in zip(items, losses, strict=True) if n) / sum(items)
+        off = abs(mean - whole) / max(abs(whole), 1e-12)
+        if off < best[0]:
+            best = off, name, items
+    return best[1:]
+
+
+def _rows(model: torch.nn.Module, piece: MicroBatch) -> int:
+    assert piece.forward is not None
+    inputs = piece.forward.inputs
+    return next(len(v) for v in (*inputs[0], *inputs[1].values()) if isinstance(v, torch.Tensor) and v.ndim)
+
+
+def _targets(model: torch.nn.Module, piece: MicroBatch) -> int:
+    if piece.own_loss is None:
+        raise KeyError("the loss is the model's own")
+    target = piece.own_loss.others[0]
+    ignored = piece.own_loss.named.get("ignore_index", IGNORED)
+    return target.numel() if target.is_floating_point() else int((target != ignored).sum())
+
+
+def _by_name(name: str) -> Callable[[torch.nn.Module, MicroBatch], float]:
+    def count(model: torch.nn.Module, piece: MicroBatch) -> float:
+        assert piece.forward is not None
+        return COUNTS[name](named(model, piece.forward.inputs))
+
+    return count
+
+
+COUNT_BY: dict[str, Callable[[torch.nn.Module, MicroBatch], float]] = {
+    "examples": _rows,
+    "labels that are not −100": _by_name("labels"),
+    "labels that are not −100, but the first of each row": _by_name("next_token"),
+    "targets": _targets,
+}
+
+
+def _why_coupled(
+    model: torch.nn.Module, pieces: Sequence[MicroBatch], loss_of: Loss, tolerance: float
+) -> str:
+    """Why the loss of a window is not that of its pieces: one of the names below, or "unknown"."""
+    if any(isinstance(module, BATCH_NORMS) and module.training for module in model.modules()):
+        return "batch_norm"
+    first = next(piece for piece in pieces if piece.forward)
+    assert first.forward is not None
+
+    def cut(value: Any, rows: list[int]) -> Any:
+        return value[rows] if isinstance(value, torch.Tensor) and value.ndim else value
+
+    def loss(rows: list[int]) -> float:
+        positional, by_name = first.forward.inputs  # type: ignore[union-attr]
+        inputs = tuple(cut(v, rows) for v in positional), {k: cut(v, rows) for k, v in by_name.items()}
+        others = first.own_loss.others if first.own_loss else ()
+        with torch.no_grad():
+            return float(loss_of(inputs, tuple(cut(v, rows) for v in others), model))
+
+    try:
+        alone, twice = loss([0]), loss([0, 0])
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return "unknown"
+    if abs(alone - twice) <= tolerance * max(abs(alone), abs(twice)):
+        return "padding" if _padded(pieces) else "unknown"
+    return "sum" if abs(2 * alone - twice) <= tolerance * abs(twice) else "in_batch"
+
+
+def _padded(pieces: Sequence[MicroBatch]) -> bool:
+    """Do micro-batches differ in their length?"""
+    lengths = set()
+    for piece in pieces:
+        assert piece.forward is not None
+        values = (*piece.forward.inputs[0], *piece.forward.inputs[1].values())
+        lengths.add(next((v.shape[1] for v in values if isinstance(v, torch.Tensor) and v.ndim > 1), 0))
+    return len(lengths) > 1
+
+
+def _swamped(
+    gradient: Sequence[torch.Tensor | None],
+    parameters: Sequence[torch.nn.Parameter],
+    pieces: Sequence[MicroBatch],
+    items: Sequence[float],
+    one: Callable[[MicroBatch], torch.Tensor],
+) -> float:
+    """How far the loop's gradient is from that added up in float32: the sine of the angle between them."""
+    totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    for piece, n in zip(pieces, items, strict=True):
+        (one(piece) * (n / sum(items))).backward()
+        for total, p in zip(totals, parameters, strict=True):
+            if p.grad is not None:
+                total += p.grad.float()
+            p.grad = None
+    inner = mine = theirs = 0.0
+    for g, total in zip(gradient, totals, strict=True):
+        if g is not None:
+            inner += float((g.double() * total).sum())
+            mine += float(g.double().square().sum())
+        theirs += float(total.double().square().sum())
+    cosine = inner / max((mine * theirs) ** 0.5, 1e-30)
+    return max(0.0, 1 - cosine**2) ** 0.5

@@ -1,0 +1,399 @@
+"""What a training loop does, as it can be seen from outside: a list of windows with their micro-batches.
+
+Takes the model and the optimizer of anybody's loop; listens to forwards, backwards, what changes gradients,
+the optimizer's steps, and losses that are read. What is wrong with it is `findings.py`'s question; whether
+the gradient is that of the window, `replay.py`'s.
+"""
+
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import GradientState
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
+
+PACKAGE = str(Path(__file__).parent.parent)
+LIBRARIES = tuple({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
+READS = ("item", "__float__", "__format__")  # of a tensor, as a number
+UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"
+LOSSES = {  # functions of (prediction, target) with a mean, which a loop may call by itself
+    *("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"),
+    *("binary_cross_entropy", "binary_cross_entropy_with_logits", "poisson_nll_loss"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of the user's."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{os.path.relpath(self.file)}:{self.line}"
+
+    @property
+    def code(self) -> str:
+        """What stands there; "" where it cannot be read."""
+        import linecache
+
+        return linecache.getline(self.file, self.line).strip()
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The model was run, with these inputs; its outputs are not kept, which hold what is large."""
+
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    loss: float | None  # that the model computed itself
+    place: Place | None
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A function of torch that made a loss of the model's output: `function(output, *others, **named)`."""
+
+    function: Callable[..., torch.Tensor]
+    others: tuple[Any, ...]
+    named: dict[str, Any]
+    shape: tuple[int, ...] | None  # of the output as it was given, but for the first; None: not the output
+    value: float
+
+
+@dataclass(frozen=True)
+class Read:
+    """A loss that was read as a number."""
+
+    value: float
+    place: Place | None
+
+
+@dataclass
+class MicroBatch:
+    """One backward. The norms are of all gradients that the optimizer will see, before and after it."""
+
+    forwards: list[Forward]
+    own_loss: OwnLoss | None
+    divided_by: float | None  # what it had been, where that was seen
+    place: Place | None
+    norm_before: float
+    norm_after: float
+    lr: float
+    synchronised: bool | None  # with other processes, by DDP
+    data_pass: int  # how often the training data had been begun by then
+    touched: list[tuple[str, Place | None]] = field(default_factory=list)  # then: what changed gradients
+
+    @property
+    def forward(self) -> Forward | None:
+        """The one that it is of, where it is of one."""
+        return self.forwards[0] if len(self.forwards) == 1 else None
+
+
+@dataclass
+class Window:
+    """All backwards between two steps of the optimizer."""
+
+    micro_batches: list[MicroBatch]
+    norm_at_step: float
+    lr: float
+    place: Place | None  # of the step
+    reads: list[Read]
+    asked: int | None  # accumulation steps that Accelerate was asked for by then
+    replay: Any = None
+    norm_after_step: float | None = None  # when the next backward begins
+    touched_after: list[tuple[str, Place | None]] = field(default_factory=list)  # after the step
+
+
+class Watch:
+    """Listens as long as it is `entered`; `windows` are those seen so far, `pending` the one not done.
+
+    `at_step(window)` is called before each step of the optimizer; what it runs is not listened to. `doze`
+    stops listening for a while; `woken` is called at its end.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: Any,
+        at_step: Callable[[Window], None],
+        woken: Callable[[], None],
+    ):
+        self.ddp = model if isinstance(model, DistributedDataParallel) else None
+        self.model: torch.nn.Module = model.module if self.ddp is not None else model  # type: ignore[assignment]
+        self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.at_step, self.woken = at_step, woken
+        self.windows: list[Window] = []
+        self.pending: list[MicroBatch] = []
+        self.lengths: list[int | None] = []  # micro-batches of each pass over the training data
+        self.listening, self.wake_after = True, None  # micro-batches of a pass, where it dozes until then
+        self.heard_in_pass = 0
+        self.autocast: torch.dtype | None = None  # in which the model computes, where it does so in another
+        self._forwards: list[Forward] = []
+        self._own_losses: list[OwnLoss] = []
+        self._output: Any = None  # of the latest forward, until its backward
+        self._reads: list[Read] = []
+        self._touched: list[tuple[str, Place | None]] = []
+        self._begun: list[DataLoader] = []
+        self._training_data: DataLoader | None = None
+        self._gradients: set[int] = set()
+        self._is_elsewhere = False  # in what is not the loop's
+
+    @property
+    def hears(self) -> bool:
+        """Does it listen, and is what runs now the loop's?"""
+        return self.listening and not self._is_elsewhere
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those that the optimizer steps."""
+        groups = self.optimizer.param_groups
+        return [p for group in groups for p in group["params"] if p.requires_grad]
+
+    @contextmanager
+    def entered(self) -> Iterator["Watch"]:
+        """Listen in here."""
+        hooks = [
+            self.model.register_forward_hook(self._forward, with_kwargs=True),
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+        begin, watch = DataLoader.__iter__, self
+
+        def begun(loader: DataLoader) -> Iterator[Any]:
+            watch._begun.append(loader)
+            if loader is watch._training_data:
+                watch.heard_in_pass = 0
+            return begin(loader)
+
+        DataLoader.__iter__ = begun  # type: ignore[method-assign]
+        try:
+            with _Listener(self):
+                yield self
+        finally:
+            DataLoader.__iter__ = begin  # type: ignore[method-assign]
+            for hook in hooks:
+                hook.remove()
+
+    def doze(self, until: int) -> None:
+        """Hear nothing until so many micro-batches of a pass over the data are done."""
+        self.listening, self.wake_after = False, until
+
+    @contextmanager
+    def not_listening(self) -> Iterator[None]:
+        """What is run in here is not the loop's."""
+        before, self._is_elsewhere = self._is_elsewhere, True
+        try:
+            yield
+        finally:
+            self._is_elsewhere = before
+
+    # What is heard
+
+    def _forward(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any], outputs: Any) -> None:
+        if not module.training or not torch.is_grad_enabled() or self._is_elsewhere:
+            return
+        self.heard_in_pass += 1
+        if self.listening:
+            self._output = outputs
+            loss = loss_in(outputs)
+            value = None if loss is None else float(loss.detach())
+            self._forwards.append(Forward((inputs, named), value, place()))
+
+    def own_loss(
+        self, function: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any], loss: torch.Tensor
+    ) -> None:
+        """A function of torch has made a loss."""
+        if args and isinstance(args[0], torch.Tensor):
+            shape = self._shape_of(args[0])
+            value = float(loss.detach())
+            self._own_losses.append(OwnLoss(function, tuple(args[1:]), dict(named), shape, value))
+
+    def _shape_of(self, prediction: torch.Tensor) -> tuple[int, ...] | None:
+        """Its shape, where it is the model's output, or its logits, maybe in another shape or format."""
+        found = self._output if isinstance(self._output, torch.Tensor) else logits_in(self._output)
+        if found is None or found.numel() != prediction.numel() or not prediction.ndim:
+            return None
+        same = torch.equal(found.detach().float().flatten(), prediction.detach().float().flatten())
+        return tuple(prediction.shape[1:]) if same else None
+
+    def read(self, value: float) -> None:
+        """A tensor was read as a number."""
+        if self.pending or self._forwards:
+            self._reads.append(Read(value, place()))
+        elif self.windows:  # after the step
+            self.windows[-1].reads.append(Read(value, place()))
+
+    def touches(self, tensor: Any) -> bool:
+        """Is this a gradient that the optimizer will see?"""
+        first = tensor[0] if isinstance(tensor, list | tuple) and tensor else tensor
+        if not isinstance(first, torch.Tensor) or id(first) not in self._gradients:
+            return False
+        return any(p.grad is first for p in self.parameters())  # else it is another one's number by now
+
+    def touched(self, how: str) -> None:
+        """A gradient was changed, by this function."""
+        here = (how, place())
+        if not self._touched or self._touched[-1] != here:
+            self._touched.append(here)
+
+    def unscaled(self) -> None:
+        """The scaler of fp16 has divided the gradients."""
+        if self.pending:
+            self.pending[-1].norm_after = self._norm()
+
+    def backward(self, loss: torch.Tensor, run: Callable[[], Any]) -> Any:
+        """A backward: `run` it between two looks at the gradients."""
+        before, where = self._norm(), place()
+        self._hand_over_touched()
+        if not self.pending and self.windows and self.windows[-1].norm_after_step is None:
+            self.windows[-1].norm_after_step = before
+        value, synchronised = float(loss.detach()), None
+        if self.ddp is not None:
+            synchronised = bool(self.ddp.require_backward_grad_sync)
+        result = run()
+        own = self._own_losses[-1] if len(self._own_losses) == 1 else None
+        losses = [f.loss for f in self._forwards if f.loss is not None] if own is None else [own.value]
+        loss = losses[0] if len(losses) == 1 else None
+        self.pending.append(
+            MicroBatch(
+                forwards=self._forwards,
+                own_loss=own,
+                divided_by=loss / value if loss is not None and value else None,
+                place=where,
+                norm_before=before,
+                norm_after=self._norm(),
+                lr=float(self.optimizer.param_groups[0]["lr"]),
+                synchronised=synchronised,
+                data_pass=self._data_pass(),
+            )
+        )
+        self._forwards, self._own_losses, self._output = [], [], None
+        self._gradients = {id(p.grad) for p in self.parameters() if p.grad is not None}
+        return result
+
+    def _before_step(self, *_: Any) -> None:
+        if not self.hears or not self.pending:
+            return
+        self._hand_over_touched()
+        window = Window(
+            micro_batches=self.pending,
+            norm_at_step=self._norm(),
+            lr=float(self.optimizer.param_groups[0]["lr"]),
+            place=place(),
+            reads=self._reads,
+            asked=_asked_for(),
+        )
+        self.windows.append(window)
+        self.pending, self._reads = [], []
+        with self.not_listening():
+            self.at_step(window)
+        for micro_batch in window.micro_batches:  # what they hold is large
+            micro_batch.forwards, micro_batch.own_loss = [], None
+
+    def _after_step(self, *_: Any) -> None:
+        self._touched.clear()  # by the step itself
+        if self.wake_after is not None and self.heard_in_pass >= self.wake_after:
+            self.listening, self.wake_after = True, None
+            self._forwards, self._own_losses, self._reads, self.pending = [], [], [], []
+            self.woken()
+
+    def _hand_over_touched(self) -> None:
+        if self.pending:
+            self.pending[-1].touched += self._touched
+        elif self.windows:
+            self.windows[-1].touched_after += self._touched
+        self._touched = []
+
+    def _data_pass(self) -> int:
+        """The loader that was begun last before the first backward has the training data."""
+        if self._training_data is None and self._begun:
+            self._training_data = self._begun[-1]
+        begun = [loader for loader in self._begun if loader is self._training_data]
+        self._begun = begun
+        while len(self.lengths) < len(begun):
+            try:
+                self.lengths.append(len(begun[-1]))
+            except TypeError:  # of a stream
+                self.lengths.append(None)
+        return len(begun)
+
+    @torch.no_grad()
+    def _norm(self) -> float:
+        """Of all gradients together, in float64; 0 where there is none."""
+        with self.not_listening():
+            norms = [
+                torch.linalg.vector_norm(p.grad, dtype=torch.float64)
+                for p in self.parameters()
+                if p.grad is not None
+            ]
+            return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+class _Listener(TorchFunctionMode):
+    """Hears of the functions of torch that tell something; all others pass."""
+
+    def __init__(self, watch: Watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, watch = kwargs or {}, self.watch
+        if not watch.hears or torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if func is torch.Tensor.backward:
+            return watch.backward(args[0], lambda: func(*args, **kwargs))
+        if name == "__set__" and getattr(func, "__self__", None) is torch.Tensor.grad:
+            if args[1] is None and watch.touches(args[0].grad):
+                watch.touched("zeroed")
+        elif name.endswith("_") and not name.startswith("__") and args and watch.touches(args[0]):
+            watch.touched(name)
+        elif name == "linear" and torch.is_autocast_enabled(kind := args[0].device.type):
+            watch.autocast = torch.get_autocast_dtype(kind)
+        result = func(*args, **kwargs)
+        if name == UNSCALE:
+            watch.unscaled()
+        if name in LOSSES and isinstance(result, torch.Tensor) and not result.ndim and result.requires_grad:
+            watch.own_loss(func, args, kwargs, result)
+        elif name in READS and isinstance(args[0], torch.Tensor) and args[0].numel() == 1:
+            value = result if isinstance(result, float) else None
+            if name == "__format__" and args[0].is_floating_point():
+                value = float(args[0].detach())
+            if value is not None:
+                watch.read(value)
+        return result
+
+
+def _asked_for() -> int | None:
+    """The accumulation steps that Accelerate was asked for, where there is one."""
+    return GradientState().num_steps if GradientState._shared_state else None
+
+
+def loss_in(outputs: Any) -> torch.Tensor | None:
+    """The loss that a model has computed itself, as transformers' do."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    return loss if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
+
+
+def logits_in(outputs: Any) -> torch.Tensor | None:
+    """The logits in the outputs of one of transformers' models."""
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def place() -> Place | None:
+    """The line of the user's that has led here: the innermost frame outside of libraries."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((PACKAGE, "<")) and not os.path.realpath(file).startswith(LIBRARIES):
+            return Place(file, frame.f_lineno)
+        frame = frame.f_back
+    return None

@@ -1,0 +1,390 @@
+"""The doctor finds each fault that is planted in a loop, by its name, and none in a loop that is right."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import DataLoader
+
+from gradacc_hf import DoctorCallback, ExactTrainer, WindowLoader, diagnose
+from gradacc_hf.heads import build_head
+from gradacc_hf.loop import train
+
+ROOT = Path(__file__).parent.parent
+N = 4  # micro-batches of a window
+
+
+def regression(rows=64, batch_norm=False):
+    """A model of one hidden layer, SGD, and a loader of micro-batches of 4 rows."""
+    torch.manual_seed(0)
+    x = torch.randn(rows, 6)
+    y = x @ torch.randn(6, 1) + torch.randn(rows, 1)
+    norm = torch.nn.BatchNorm1d(8) if batch_norm else torch.nn.LayerNorm(8)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), norm, torch.nn.Dropout(0.1), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    return model, optimizer, DataLoader(list(zip(x, y, strict=True)), 4)
+
+
+def plain(fault=None, rows=64, passes=1, batch_norm=False, max_norm=1e-3, read="mean", **settings):
+    """The classic loop, with one fault; what the doctor found."""
+    model, optimizer, loader = regression(rows, batch_norm)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, passes * len(loader) // (1 if fault == "long schedule" else N)
+    )
+
+    def clip():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+    losses, running = [], torch.zeros(())
+    with diagnose(model, optimizer, say=lambda said: None, **settings) as diagnosis:
+        for _ in range(passes):
+            for step, (x, y) in enumerate(loader, start=1):
+                if fault == "zeroed early":
+                    optimizer.zero_grad()
+                loss = mse_loss(model(x), y)
+                if fault != "not divided":
+                    loss = loss / N
+                if fault == "divided twice":
+                    loss = loss / N
+                loss.backward()
+                running += N * loss.detach()
+                if read == "mean":
+                    losses.append(loss.item())
+                if fault == "clipped early":
+                    clip()
+                if fault == "scheduled early":
+                    scheduler.step()
+                last = step == len(loader) and fault != "leaked"
+                if step % N == 0 or fault == "stepped early" or (last and fault not in ("dropped", "leaked")):
+                    if fault != "clipped late":
+                        clip()
+                    optimizer.step()
+                    if fault == "clipped late":
+                        clip()
+                    if fault != "never zeroed":
+                        optimizer.zero_grad()
+                    if fault != "scheduled early":
+                        scheduler.step()
+                    if read == "last":
+                        print(f"{loss.item():.4f}")
+                    if read == "inflated":
+                        print(f"{running.item():.4f}")
+                    running = torch.zeros(())
+            if fault == "dropped":
+                optimizer.zero_grad()
+    return diagnosis
+
+
+def names(diagnosis):
+    return {finding.name for finding in diagnosis.findings}
+
+
+def test_a_healthy_loop_gets_a_clean_bill_with_figures():
+    diagnosis = plain(passes=2)
+    assert diagnosis.findings == []
+    assert diagnosis.healthy
+    said = str(diagnosis)
+    assert "✓ each gradient is that of its window at once, to" in said
+    assert "✗" not in said
+
+
+FAULTS = {
+    "zeroed early": "zeroed_inside_the_window",
+    "stepped early": "stepped_on_every_micro_batch",
+    "not divided": "not_divided",
+    "divided twice": "divided_twice",
+    "clipped early": "clipped_too_early",
+    "clipped late": "clipped_too_late",
+    "scheduled early": "scheduler_per_micro_batch",
+    "never zeroed": "never_zeroed",
+    "long schedule": "schedule_sized_in_micro_batches",
+}
+
+
+@pytest.mark.parametrize(("fault", "name"), FAULTS.items(), ids=FAULTS)
+def test_each_fault_of_a_loop_is_found_by_its_name(fault, name):
+    diagnosis = plain(fault)
+    assert names(diagnosis) == {name}, str(diagnosis)
+    [finding] = diagnosis.findings
+    assert finding.place.file == __file__
+    assert str(finding.place).endswith(f":{finding.place.line}")
+
+
+def test_stepping_on_every_micro_batch_is_an_error_where_more_were_asked_for():
+    asked = plain("stepped early", accumulation_steps=N)
+    assert {finding.name: finding.kind for finding in asked.findings} == {
+        "stepped_on_every_micro_batch": "error"
+    }
+    assert not asked.healthy
+    assert plain("stepped early").healthy  # a divided loss may be a weighed one
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"), [("dropped", "partial_window_dropped"), ("leaked", "partial_window_leaked")]
+)
+def test_what_becomes_of_the_last_window_is_found(fault, name):
+    assert names(plain(fault, rows=72, passes=2)) == {name}  # 18 micro-batches
+
+
+def test_a_partial_window_that_is_scaled_as_a_full_one_is_found():
+    assert names(plain(rows=72, passes=2)) == {"partial_window_mis_scaled"}
+
+
+def test_batch_norm_is_found():
+    assert names(plain(batch_norm=True)) == {"examples_coupled"}
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [("last", "logged_loss_of_the_last_micro_batch"), ("inflated", "logged_loss_inflated")],
+)
+def test_a_logged_loss_that_is_not_the_window_s_is_found(read, name):
+    [finding] = plain(read=read).findings
+    assert finding.name == name
+    assert finding.place.code.startswith("print")
+
+
+LENGTHS = [5, 9, 30, 12, 7, 7, 21, 30, 14, 3, 8, 22, 17, 4, 11, 9]
+
+
+def head(kind, model_type, lengths=LENGTHS):
+    made = build_head(kind, model_type)
+    examples = made.examples(lengths)
+    if kind == "causal_lm":
+        examples = [{**example, "labels": example["input_ids"]} for example in examples]
+    return made, examples
+
+
+def accelerated(kind, model_type, lengths=LENGTHS, passes=3, clip=1.0):
+    """The loop of Accelerate's guide."""
+    made, examples = head(kind, model_type, lengths)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loader = DataLoader(examples, 4, collate_fn=made.collate)
+    optimizer = torch.optim.AdamW(made.model.parameters(), lr=1e-3)
+    scheduler = transformers.get_scheduler("linear", optimizer, 1, passes * 2)
+    model, optimizer, loader, scheduler = accelerator.prepare(made.model, optimizer, loader, scheduler)
+    with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
+        for _ in range(passes):
+            for batch in loader:
+                with accelerator.accumulate(model):
+                    loss = model(**batch).loss
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), clip)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+    return diagnosis
+
+
+def test_accelerate_s_loop_on_equal_sizes_is_healthy():
+    diagnosis = accelerated("sequence_classification", "bert")
+    assert diagnosis.healthy, str(diagnosis)
+    assert diagnosis.findings == []
+
+
+def test_a_mean_of_means_is_found_with_the_items_of_each_micro_batch():
+    diagnosis = accelerated("token_classification", "bert")
+    assert names(diagnosis) == {"mean_of_means"}, str(diagnosis)
+    assert "labels that are not −100" in diagnosis.findings[0].evidence
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type"),
+    [("sequence_classification", "bert"), ("token_classification", "roberta"), ("causal_lm", "gpt2")],
+)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_our_loop_is_healthy(kind, model_type, precision):
+    made, examples = head(kind, model_type)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    windows = WindowLoader(
+        examples, 7, accelerator=accelerator, collate_fn=made.collate, num_items=made.num_items, max_tokens=60
+    )
+    optimizer = torch.optim.AdamW(made.model.parameters(), lr=1e-3)
+    model, optimizer = accelerator.prepare(made.model, optimizer)
+    with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
+        for _ in train(model, optimizer, windows, accelerator=accelerator, epochs=2, max_grad_norm=0.5):
+            pass
+    assert diagnosis.healthy, str(diagnosis)
+    assert "✓ each gradient is that of its window at once" in str(diagnosis)
+
+
+def test_in_batch_negatives_that_are_cut_are_found():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(32, 8)
+
+    def info_nce(outputs, inputs):
+        scores = torch.nn.functional.normalize(outputs) @ torch.nn.functional.normalize(inputs["input"]).T
+        return cross_entropy(10 * scores, torch.arange(len(scores)))
+
+    with diagnose(model, optimizer, loss_fn=info_nce, say=lambda said: None) as diagnosis:
+        for step, batch in enumerate(x.split(4), start=1):
+            (info_nce(model(batch), {"input": batch}) / 2).backward()
+            if step % 2 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert names(diagnosis) == {"in_batch_negatives_cut"}, str(diagnosis)
+
+
+def test_gradients_that_add_up_in_bf16_are_found():
+    model, _, loader = regression(256)
+    model.bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with diagnose(model, optimizer, windows=1, say=lambda said: None) as diagnosis:
+        for x, y in loader:
+            (mse_loss(model(x.bfloat16()), y.bfloat16()) / len(loader)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert names(diagnosis) == {"swamped_in_16_bits"}, str(diagnosis)
+
+
+def fp16(unscaled_early):
+    model, optimizer, loader = regression()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
+        for step, (x, y) in enumerate(loader, start=1):
+            scaler.scale(mse_loss(model(x), y) / N).backward()
+            if unscaled_early or step % N == 0:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if unscaled_early and step % N:
+                scaler._per_optimizer_states.clear()  # else torch itself refuses to unscale twice
+            if step % N == 0:
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+    return diagnosis
+
+
+def test_gradients_that_are_unscaled_early_are_found_and_a_scaler_used_well_is_healthy():
+    assert names(fp16(unscaled_early=True)) == {"unscaled_too_early"}
+    assert fp16(unscaled_early=False).findings == []
+
+
+def test_a_default_learning_rate_for_a_large_window_is_advice():
+    made, examples = head("sequence_classification", "bert", LENGTHS * 8)
+    optimizer = torch.optim.AdamW(made.model.parameters(), lr=5e-5)
+    with diagnose(made.model, optimizer, windows=1, say=lambda said: None) as diagnosis:
+        for batch in DataLoader(examples, 32, collate_fn=made.collate):
+            (made.model(**batch).loss / 4).backward()
+        optimizer.step()
+    assert names(diagnosis) == {"learning_rate_unchanged"}, str(diagnosis)
+    assert diagnosis.healthy
+
+
+def by_trainer(kind, exact=False, model_type="bert", **settings):
+    made, examples = head(kind, model_type, [12] * 32)
+    arguments = transformers.TrainingArguments(
+        output_dir="unused",
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        num_train_epochs=2,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        **settings,
+    )
+    trainer_class = ExactTrainer if exact else transformers.Trainer
+    trainer = trainer_class(made.model, arguments, made.collate, train_dataset=examples)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(doctor := DoctorCallback(say=lambda said: None))
+    trainer.train()
+    return doctor.diagnosis
+
+
+def test_today_s_trainer_does_not_divide_a_bert_classifier_s_loss_and_logs_it_inflated():
+    diagnosis = by_trainer("sequence_classification")
+    assert names(diagnosis) == {"not_divided", "logged_loss_inflated"}, str(diagnosis)
+    assert "4 × as long" in next(f for f in diagnosis.findings if f.name == "not_divided").evidence
+
+
+def test_where_trainer_divides_nothing_is_found_and_exact_trainer_is_healthy():
+    assert by_trainer("question_answering").findings == []
+    for kind in ("sequence_classification", "token_classification"):
+        diagnosis = by_trainer(kind, exact=True)
+        assert diagnosis.findings == [], str(diagnosis)
+
+
+SCRIPT = """
+import sys
+import torch
+from contextlib import nullcontext
+from torch.nn.parallel import DistributedDataParallel
+
+torch.manual_seed(0)
+steps, no_sync = int(sys.argv[1]), "--no-sync" in sys.argv
+model = torch.nn.Linear(4, 1)
+if "--ddp" in sys.argv:
+    torch.distributed.init_process_group("gloo")
+    model = DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(1, 13):
+    x, y = torch.randn(8, 4), torch.randn(8, 1)
+    with model.no_sync() if no_sync and step % steps else nullcontext():
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        loss.backward()
+    if step % steps == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+print("done", __name__)
+"""
+
+
+def run_doctor(tmp_path, *arguments, launcher=()):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    words = [str(script) if word == "SCRIPT" else word for word in arguments]
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "gradacc_hf", "doctor", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_script_is_run_as_it_is_and_diagnosed(tmp_path):
+    ran = run_doctor(tmp_path, "SCRIPT", "4")
+    assert ran.returncode == 1, ran.stderr
+    assert "✗ not_divided: the loss is not divided by the accumulation steps" in ran.stdout
+    assert "at      train.py:18: loss.backward()" in ran.stdout
+    assert "done __main__" in ran.stdout
+    healthy = run_doctor(tmp_path, "--stop", "--windows", "1", "SCRIPT", "1")
+    assert healthy.returncode == 0, healthy.stdout + healthy.stderr
+    assert "done" not in healthy.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere.py"], "doctor: no file nowhere.py; give the Python file that trains"),
+        (["--windows", "0", "SCRIPT"], "--windows: found 0; allowed: 1 or more"),
+        ([], "the following arguments are required: script"),
+    ],
+)
+def test_a_bad_command_line_is_one_line(tmp_path, words, said):
+    ran = run_doctor(tmp_path, *words)
+    assert ran.returncode == 2
+    assert said in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+def test_under_ddp_it_is_found_when_every_micro_batch_synchronises(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    ran = run_doctor(tmp_path, "SCRIPT", "4", "--ddp", launcher=launcher)
+    assert "✗ synchronised_every_micro_batch" in ran.stdout, ran.stderr
+    assert "DDP reduced them in 12 backwards of 3 windows" in ran.stdout
+    ran = run_doctor(tmp_path, "SCRIPT", "4", "--ddp", "--no-sync", launcher=launcher)
+    assert "3 windows watched" in ran.stdout, ran.stderr
+    assert "✗" not in ran.stdout
+    assert "there are several processes" in ran.stdout
