@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -84,6 +84,8 @@ def newest_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
 
     What is wrong with a newer one is said in a line. Raises BadInput where all are damaged.
     """
+    if accelerator.is_main_process:
+        _put_back_old(run / FOLDER)
     folders = broadcast_object_list([_folders(run / FOLDER)])[0]
     problems = []
     for _, folder in reversed(folders):
@@ -121,6 +123,13 @@ def _folders(parent: Path) -> list[tuple[int, Path]]:
         return []
     found = [(re.fullmatch(r"window-([0-9]{8,12})", path.name), path) for path in parent.iterdir()]
     return sorted((int(match[1]), path) for match, path in found if match and not path.is_symlink())
+
+
+def _put_back_old(parent: Path) -> None:
+    """A checkpoint whose place another was about to take, when the run was killed."""
+    for old in parent.glob(".window-*.old"):
+        if not (folder := parent / old.name[1 : -len(".old")]).exists():
+            old.rename(folder)
 
 
 def _damage(folder: Path, accelerator: Accelerator) -> str | None:
@@ -183,6 +192,7 @@ class Checkpointer:
             "processes": self.accelerator.num_processes,
             "same": dict(self.settings.same),
             "budget": self.budget,
+            "device": _device(self.accelerator),
             "versions": versions(),
         }
         steps = (
@@ -190,7 +200,7 @@ class Checkpointer:
             partial(self._see, unfinished),
             partial(self._write_tensors, unfinished),
             partial(self._write_numbers, unfinished, about, progress),
-            partial(self._end, unfinished, folder, best_window),
+            partial(self._end, unfinished, folder, window, best_window),
         )
         for step in steps:
             if problem := _together(step):
@@ -216,7 +226,8 @@ class Checkpointer:
             self.scheduler.load_state_dict(numbers["scheduler"])
         if self.accelerator.scaler is not None and numbers["scaler"]:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
-        self._place_windows(numbers["windows"], same_budget=about["budget"] == self.budget)
+        as_before = about["budget"] == self.budget and about["device"] == _device(self.accelerator)
+        self._place_windows(numbers["windows"], as_before)
         process = self.accelerator.process_index
         if about["processes"] == self.accelerator.num_processes:
             _set_random_numbers(read_plain(folder / f"random-{process}.pt"), self.accelerator.device)
@@ -226,6 +237,7 @@ class Checkpointer:
 
     def _begin(self, unfinished: Path) -> None:
         if self.accelerator.is_main_process:
+            _put_back_old(unfinished.parent)
             for left in unfinished.parent.glob(".window-*"):  # by a run that was killed while it saved
                 shutil.rmtree(left)
             unfinished.mkdir(parents=True)
@@ -243,6 +255,9 @@ class Checkpointer:
             for name, value in state.items()
             if isinstance(value, torch.Tensor)
         }
+        if self.accelerator.num_processes > 1:  # as DDP does before each forward
+            for buffer in self.model.buffers():
+                buffer.copy_(broadcast(buffer.clone()))
         with _alone_too():
             writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
             save_tensors(self._weights() | of_optimizer, storage_writer=writer)
@@ -264,7 +279,7 @@ class Checkpointer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "windows": {
                 "place": windows.state_dict(),
-                "bound": _sizes(windows.bound),
+                "bound": _sizes(windows.tried_under or windows.bound),
                 "cost": asdict(windows.cost),
                 "counts": [windows.empty_micro_batches, windows.empty_windows, windows.replays],
             },
@@ -273,7 +288,7 @@ class Checkpointer:
         write_plain(folder / NUMBERS, numbers)
         (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
-    def _end(self, unfinished: Path, folder: Path, best_window: float | None) -> None:
+    def _end(self, unfinished: Path, folder: Path, window: int, best_window: float | None) -> None:
         sums = _checksums(unfinished, self.accelerator)
         if not self.accelerator.is_main_process:
             return
@@ -282,8 +297,10 @@ class Checkpointer:
         flush(unfinished)
         put_in_place(unfinished, folder)
         kept = _folders(self.folder)
-        for window, old in kept[: -self.settings.keep]:
-            if window != best_window:
+        for _, later in kept[kept.index((window, folder)) + 1 :]:  # damaged: the run went back behind them
+            shutil.rmtree(later)
+        for of_window, old in kept[: kept.index((window, folder)) + 1][: -self.settings.keep]:
+            if of_window != best_window:
                 shutil.rmtree(old)
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -314,13 +331,23 @@ class Checkpointer:
         now = self.optimizer.state_dict()["param_groups"]
         return [{**group, "params": here["params"]} for group, here in zip(saved, now, strict=True)]
 
-    def _place_windows(self, saved: Mapping[str, Any], same_budget: bool) -> None:
-        windows = self.windows
-        windows.load_state_dict(saved["place"])
-        if same_budget:  # also as it was cut after memory ran out, or as it was measured to be free
+    def _place_windows(self, saved: Mapping[str, Any], as_before: bool) -> None:
+        """On other hardware, or with another budget, windows are cut by that, and sizes tried again."""
+        windows, found_out = self.windows, ("max_tokens", "cost")
+        place = saved["place"]
+        windows.load_state_dict(
+            place if as_before else {key: value for key, value in place.items() if key not in found_out}
+        )
+        if as_before:  # also as it was cut after memory ran out, or as it was measured to be free
             memory = windows.bound.memory if saved["bound"]["max_bytes"] is not None else None
             windows.recut(Bound(**saved["bound"], memory=memory), Cost(**saved["cost"]))
         windows.empty_micro_batches, windows.empty_windows, windows.replays = saved["counts"]
+
+
+def _device(accelerator: Accelerator) -> str:
+    """What windows are cut for: the GPU by its name, or the CPU."""
+    device = accelerator.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _sizes(bound: Bound) -> dict[str, int | None]:
@@ -392,10 +419,11 @@ def _set_random_numbers(state: Mapping[str, Any], device: torch.device) -> None:
 
 def _checksums(folder: Path, accelerator: Accelerator) -> dict[str, str]:
     """Of every file but the list of them, which the processes share out and flush to the disk. Collective."""
-    paths = sorted(path for path in folder.iterdir() if path.name != SUMS)
+    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    names = broadcast_object_list([names])[0]  # a shared disk may show each machine another list
     here, problem = {}, None
     try:
-        for path in paths[accelerator.process_index :: accelerator.num_processes]:
+        for path in [folder / name for name in names][accelerator.process_index :: accelerator.num_processes]:
             with path.open("rb") as file:
                 here[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
             flush(path)

@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import re
 import reprlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 import tyro
 import yaml
 
-from gradacc_hf.config import FLAGS_ONLY, KITS, Config, DataConfig, ModelConfig, detect_budget
+from gradacc_hf.config import FLAGS_ONLY, KITS, Config, DataConfig, ModelConfig, OutputConfig, detect_budget
 from gradacc_hf.errors import BadInput
 
 
@@ -44,7 +46,7 @@ def read_command_line(
     settings = _Settings(config)
     if "resume" in flags:
         resume = flags.pop("resume")
-        config.resume = resume = "auto" if resume is True else _typed(resume, str, "--resume")
+        config.resume = resume = _typed(resume, str, "--resume")
         if resume != "auto":  # a run has its settings in its folder
             flags.setdefault("config", str(Path(resume) / "config.yaml"))
     settings.update(defaults or {}, _Source(suffix=" in the recipe's defaults"))
@@ -53,6 +55,7 @@ def read_command_line(
         settings.update(_read_file(file, "--config"), _Source(suffix=f" in {file}"))
         if config.resume not in (None, "auto"):  # the run may have come from others
             config.model.trust_remote_code = False
+            _send_nowhere(config.output, file, flags)
     if "budget" in flags:
         config.budget_file = budget = _typed(flags.pop("budget"), str, "--budget")
         values, origin = _read_budget(budget)
@@ -69,6 +72,15 @@ def read_command_line(
     if config.recipe is not None:
         config.recipe = _find_recipe(config.recipe, config.config, settings.names["recipe"])
     return config
+
+
+def _send_nowhere(output: OutputConfig, file: str, flags: Mapping[str, Any]) -> None:
+    """What a run's own config would send elsewhere, it does if that is said again."""
+    for name, at_home in (("push_to_hub", (None,)), ("tracker", ("none", "tensorboard"))):
+        if getattr(output, name) not in at_home:
+            setattr(output, name, getattr(OutputConfig(), name))
+            if f"output.{name}" not in flags and int(os.environ.get("RANK", 0)) == 0:
+                print(f"output.{name}: what {file} says is not heeded: give it again", file=sys.stderr)
 
 
 def recipe_file(argv: Sequence[str]) -> str:
@@ -312,7 +324,8 @@ def _allowed(hint: Any) -> str:
     if kind is Literal:
         return " or ".join(", ".join(map(str, choices)).rsplit(", ", 1))
     if kind is list:
-        return "a list of numbers: [0.9, 0.95]" if choices[0] in (int, float) else 'a list: ["a", "b"]'
+        shown = {int: "a list of numbers: [17, 3]", float: "a list of numbers: [0.9, 0.95]"}
+        return shown.get(choices[0], 'a list: ["a", "b"]')
     return {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[hint]
 
 

@@ -73,6 +73,7 @@ def train(
     for _ in range(windows.state_dict()["epoch"], epochs):
         started = time.perf_counter()
         for window in windows:  # one window is one optimizer step
+            number = next(numbers)
             model.train()
             while not window.done:
                 with replayed(window, model, optimizer):  # cut finer, where memory runs out
@@ -92,12 +93,13 @@ def train(
             finite = math.isfinite(norm if accelerator.scaler is None else mean)
             if not finite:
                 where = find_non_finite(model, window, compute_loss)
-                _stop_or_skip(window, windows, where, on_nonfinite)
+                window.put_buffers_back()
+                _stop_or_skip(number, window, windows, where, on_nonfinite)
             skipped = accelerator.optimizer_step_was_skipped or not finite
             if scheduler is not None and not skipped:
                 scheduler.step()
             yield WindowRecord(
-                window=(number := next(numbers)),
+                window=number,
                 epoch=window.epoch,
                 loss=mean,
                 grad_norm=norm,
@@ -115,13 +117,13 @@ def train(
             started = time.perf_counter()
 
 
-def _stop_or_skip(window: Window, windows: WindowLoader, where: str, on_nonfinite: str) -> None:
-    what = f"window {window.number} of epoch {window.epoch}: its loss or gradient is not finite: {where}"
+def _stop_or_skip(number: int, window: Window, windows: WindowLoader, where: str, on_nonfinite: str) -> None:
+    what = f"window {number}: its loss or gradient is not finite: {where}"
     if on_nonfinite == "stop":
         windows.put_back(window)
         raise NonFinite(
-            f"{what}; no step was taken: look at these examples and leave them out (--data.leave_out), lower "
-            "--optim.lr, or leave out such windows (--train.on_nonfinite skip)"
+            f"{what}; no step was taken: look at these examples and go on without them (--data.leave_out), "
+            "or without such windows (--train.on_nonfinite skip), or begin anew with a lower --optim.lr"
         )
     logger.warning(f"{what}; no step was taken, and the run goes on")
 

@@ -17,7 +17,7 @@ from gradacc_hf.errors import BadInput
 from gradacc_hf.items import ComputeLoss
 from gradacc_hf.window import Window, forwards_are_collective
 
-SHOWN = 8  # examples of a micro-batch, in a message
+SHOWN = 32  # examples of a micro-batch, in a message
 
 
 class NonFinite(BadInput):
@@ -41,9 +41,10 @@ def find_non_finite(model: torch.nn.Module, window: Window, compute_loss: Comput
     accelerator = window.accelerator
     together = forwards_are_collective(accelerator)
     bare = model if together else accelerator.unwrap_model(model)
-    found = None
+    found, bad = None, 0
     for batch in window:
         if found is not None and not together:
+            bad += _loss_is_bad(bare, batch, compute_loss)
             continue
         with _first_non_finite_output(bare) as modules, torch.set_grad_enabled(not together):
             outputs = bare(**batch)
@@ -51,9 +52,17 @@ def find_non_finite(model: torch.nn.Module, window: Window, compute_loss: Comput
             if cause is None and not hasattr(compute_loss, "look_ahead"):
                 cause = _of_loss(bare, compute_loss(outputs, batch), look_at_gradient=not together)
         if cause is not None and found is None:
-            found = f"{_named(window.micro_batch.indices.tolist())}, {cause}"
+            found, bad = f"{_named(window.micro_batch.indices.tolist())}, {cause}", 1
+    if found is not None and bad == len(window) > 1:
+        found += "; so it is with every micro-batch: it is the weights, or --optim.lr, not these examples"
     everywhere = [cause for cause in gather_object([found]) if cause is not None]
     return everywhere[0] if everywhere else "no micro-batch alone, only their sum"
+
+
+@torch.no_grad()
+def _loss_is_bad(model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss) -> bool:
+    outputs = model(**batch)
+    return not hasattr(compute_loss, "look_ahead") and not math.isfinite(float(compute_loss(outputs, batch)))
 
 
 def _named(indices: list[int]) -> str:

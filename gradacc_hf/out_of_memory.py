@@ -81,6 +81,7 @@ def replayed(window: Window, model: torch.nn.Module, optimizer: Any) -> Iterator
     steps: list[int] = []
     hook = getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(lambda *_: steps.append(1))
     window.expect_shortage()
+    window.keep_buffers(model)
     shortage = said = None
     try:
         yield
@@ -97,6 +98,7 @@ def replayed(window: Window, model: torch.nn.Module, optimizer: Any) -> Iterator
     if shortage is None and said is None:
         return
     optimizer.zero_grad()
+    window.put_buffers_back()
     window.let_go()
     if isinstance(model, DistributedDataParallel):
         # Else only a process whose forward broke off would wait for buffers from the first one.

@@ -3,6 +3,7 @@
 Also which folder a run goes on in; from what, is `checkpoint.py`'s.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from gradacc_hf.stopping import MARKER
 
 RUN_FILES = ("config.yaml", "history.jsonl", "summary.json", "best", "last", "logs", "report.html")
 RUN_FILES += (FOLDER, MARKER)
+RUN_FILES += (LOCK := ".lock",)
 RUN_FILES += ("verify.json",)  # later, by `gradacc verify --run`
 
 
@@ -78,6 +80,8 @@ def check_output(config: Config) -> None:
                 "or --output.overwrite true to give it up"
             )
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise BadInput(f"output.dir: {existing} is a file, and {folder} cannot be in it; give a folder")
     if not os.access(existing, os.W_OK):
         raise BadInput(f"output.dir: {existing} cannot be written; give a folder elsewhere")
 
@@ -98,18 +102,26 @@ def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0)
 
     `windows_done`: of a run that goes on, whose files stay.
     """
-    chosen: list[Any] = [config.output.dir]
     accelerator.wait_for_everyone()  # another may still read a model from the run that is given up
+    chosen: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            folder = Path(config.output.dir) if config.output.dir else next_folder(_name(config))
+            folder.mkdir(parents=True, exist_ok=True)
+            in_use = "another run is writing into it: wait for it, stop it, or give a new folder"
+            chosen = [folder, None if _lock(folder) else f"{folder}: {in_use}"]
+        except OSError as error:
+            chosen = [None, f"{config.output.dir} cannot be made ({error.strerror}); give a folder elsewhere"]
+    folder, problem = broadcast_object_list(chosen)
+    if problem is not None:
+        raise BadInput(f"output.dir: {problem}")
     if accelerator.is_main_process and not windows_done:
-        folder = Path(config.output.dir) if config.output.dir else next_folder(_name(config))
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (folder / name for name in RUN_FILES):  # of the run that --output.overwrite gives up
+        given_up = (folder / name for name in RUN_FILES if name != LOCK)  # by --output.overwrite
+        for path in given_up:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        chosen = [folder]
-    folder = Path(broadcast_object_list(chosen)[0])
     if accelerator.is_main_process:
         (folder / MARKER).unlink(missing_ok=True)
         write_whole(folder / "config.yaml", settings(config))
@@ -118,6 +130,22 @@ def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0)
         purged = {"tensorboard": {"purge_step": windows_done + 1}} if windows_done else {}
         accelerator.init_trackers("logs", init_kwargs=purged)
     return folder
+
+
+def _lock(folder: Path) -> bool:
+    """Keep this folder for this process until it ends, however it does; False where another one has it."""
+    import fcntl  # not on Windows, which is refused with a line elsewhere
+
+    file = (folder / LOCK).open("a")
+    _locked.append(file)  # closing it would give it up
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system may have no locks
+    return True
+
+
+_locked: list[Any] = []
 
 
 def _name(config: Config) -> str:

@@ -5,6 +5,7 @@ Needs the model's config, its tokenizer and the data; no weights and no GPU.
 
 import copy
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -74,10 +75,11 @@ class Plan:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line."""
+    """The command line. Exits with 1 where the run does not fit."""
     parser = Parser(
         prog="gradacc plan",
-        description="What a run will take: memory, accumulation steps, operations. Needs no GPU, no weights.",
+        description="What a run will take: memory, accumulation steps, operations. Needs no GPU, no weights. "
+        "The exit code is 1 where it does not fit.",
         epilog="Any setting of the recipe can follow, as on its own command line: --data.max_length 512",
     )
     parser.add_argument("--config", required=True, help="the recipe's config file")
@@ -110,6 +112,8 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(asdict(found), indent=2))
     else:
         show(found, Console(highlight=False))
+    if not found.fits:
+        sys.exit(1)
 
 
 def rate_of(run: Path) -> float:

@@ -18,16 +18,16 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, broadcast_object_list, set_seed
+from accelerate.utils import LoggerType, broadcast_object_list, gather_object, set_seed
 from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.card import RunCard, facts, refresh_cards
 from gradacc_hf.checkpoint import Checkpoints, check_same, newest_checkpoint
 from gradacc_hf.command_line import read_command_line
 from gradacc_hf.compiled import compile_layers, uncompiled
-from gradacc_hf.config import Config, tokens_per_micro_batch
+from gradacc_hf.config import Config, OutputConfig, tokens_per_micro_batch
 from gradacc_hf.errors import BadInput, command, one_line, refuse
-from gradacc_hf.fingerprint import what_must_stay
+from gradacc_hf.fingerprint import check_same_settings, what_must_stay
 from gradacc_hf.hardware import (
     checkpoint_activations,
     honour,
@@ -95,10 +95,6 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     resumed = folder_to_resume(config)
     if resumed is None:
         check_output(config)
-    elif ended(resumed):
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{resumed} has come to its end: nothing to go on with (its report: {resumed}/report.html)")
-        return
     if config.output.push_to_hub is not None:
         config.output.push_to_hub = check_push(config.output.push_to_hub)
     transformers.utils.logging.set_verbosity_error()
@@ -106,6 +102,20 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     if not sys.stderr.isatty():
         disable_progress_bars()
     accelerator = make_accelerator(config)
+    is_over = resumed is not None and ended(resumed)
+    views = {str(view) for view in gather_object([(resumed, is_over)])}
+    if len(views) > 1:
+        raise BadInput(
+            f"output.dir: the processes see different runs there ({'; '.join(sorted(views))}): all machines "
+            "must share the folder"
+        )
+    if is_over:
+        assert resumed is not None
+        check_same_settings(config, resumed)
+        accelerator.print(
+            f"{resumed} has come to its end: nothing to go on with (its report: {resumed}/report.html)"
+        )
+        return
     recipe = recipe_class(config)
     with accelerator.main_process_first():  # the others find what it has cached
         training, validation = recipe.datasets()
@@ -146,7 +156,10 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         with uncompiled(model):
             return card.evaluated(recipe.validate(model, validation_windows, accelerator))
 
-    go_on = _command(["--resume", str(folder)], accelerator.num_processes)
+    go_on = _command(["--resume", str(folder), *_sent_elsewhere(config.output)], accelerator.num_processes)
+    again = argv  # what goes on with a run that has ended by then would not begin it
+    if resumed is not None:
+        again = ["--config", str(folder / "config.yaml"), "--output.dir", f"{folder}-again"]
     try:
         summary = fine_tune(
             model,
@@ -172,7 +185,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
             write_model=write_merged if config.model.lora.merge else write_pretrained,
             baseline=baseline,
             seed=config.train.seed,
-            command=_command(argv, accelerator.num_processes),
+            command=_command(again, accelerator.num_processes),
+            resumed_after=checkpoint.window if checkpoint is not None else None,
             skipped_rows={"count": len(recipe.skipped_rows), "first": recipe.skipped_rows[:10]},
             samples=recipe.samples,
             tokens_are=recipe.tokens_are,
@@ -184,7 +198,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     accelerator.end_training()
     if summary["stopped_after"] is not None:
         if accelerator.is_main_process:
-            write_whole(folder / MARKER, go_on + "\n")
+            write_whole(folder / MARKER, f"cd {shlex.quote(os.getcwd())} && {go_on}\n")
         of_all = f"{summary['stopped_after']} of {total_windows(config, windows)}"
         accelerator.print(f"stopped after window {of_all}, which is saved; to go on: {go_on}")
         return
@@ -192,6 +206,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         f"{summary['windows']} windows, {summary['examples']} examples in {summary['seconds']:.0f} s; "
         f"{summary['padding']:.0%} of the tokens were padding"
     )
+    if summary["skipped_windows"]:
+        accelerator.print(f"{summary['skipped_windows']} of these windows took no step: not finite")
     if baseline:
         accelerator.print(f"baseline: {describe(baseline)}")
     accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")
@@ -213,6 +229,14 @@ def _file_of(recipe_class: type[Recipe]) -> str | None:
         return str(Path(inspect.getfile(recipe_class)).resolve())
     except (TypeError, OSError):
         return None
+
+
+def _sent_elsewhere(output: OutputConfig) -> list[str]:
+    """The flags without which a run that goes on sends nothing anywhere."""
+    words = [] if output.push_to_hub is None else ["--output.push_to_hub", output.push_to_hub]
+    return (
+        words if output.tracker in ("none", "tensorboard") else [*words, "--output.tracker", output.tracker]
+    )
 
 
 def _command(words: Sequence[str], processes: int) -> str:

@@ -28,6 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from gradacc_hf.hardware import find_device
 from gradacc_hf.saving import write_whole
 
 HISTORY = "history.jsonl"
@@ -225,7 +226,7 @@ def measured_with(device: str | None = None) -> dict[str, str]:
 
     `device`: "cpu" or "cuda"; by default the one that a run would take here.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or find_device().kind
     name = torch.cuda.get_device_name() if device == "cuda" else device
     return {**versions(), "device": name, "threads": str(torch.get_num_threads())}
 

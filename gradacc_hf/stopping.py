@@ -17,6 +17,8 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from gradacc_hf._parent import PARENT
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO = 2.0  # seconds: torchrun passes on to its processes what the whole group got already
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
@@ -69,6 +71,8 @@ def end_with_launcher() -> None:
     launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != PARENT:  # it ended while this process was importing
+            sys.exit(128 + signal.SIGTERM)
 
 
 def lost_contact(error: RuntimeError) -> bool:

@@ -148,6 +148,7 @@ class Tuning:
             if len(fit) > 1:
                 self._begin(fit)
             else:
+                windows.tried_under = None
                 self.said = f"max_tokens: no sizes are tried, as memory ran out; at most {windows.bound}"
             return
         seconds = broadcast_object_list([seconds])[0]
@@ -162,7 +163,7 @@ class Tuning:
             self._choose()
 
     def _begin(self, sizes: Sequence[int]) -> None:
-        self.bound, self._tried = self.windows.bound, self.windows.bound
+        self.bound = self._tried = self.windows.tried_under = self.windows.bound
         self.trials: list[Trial] = []
         self._sizes = sizes
         self._search = search(sizes, self._turns, self.windows.accelerator.device.type == "cuda")
@@ -198,7 +199,7 @@ class Tuning:
         best = min(predicted, key=lambda size: predicted[size])
         is_worth_it = ahead(best) > WORTH * ahead(best, cost)
         self.windows.recut(_of_size(self.bound, best), cost if is_worth_it else None)
-        self.windows.tuned = True
+        self.windows.tuned, self.windows.tried_under = True, None
         others = ", ".join(
             f"{size:,}: {seconds / predicted[best]:.2f} ×"
             for size, seconds in predicted.items()

@@ -94,6 +94,7 @@ class Window:
         self._synchronises_alone = False  # is the last micro-batch there only to synchronise gradients?
         self._random_states: list[Any] = []  # as each micro-batch met them first
         self._weighed: set[int] = set()
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._loss: Any = None
         self._handed: torch.Tensor | None = None  # to weigh(), the last
 
@@ -153,6 +154,16 @@ class Window:
         if not known and not self._synchronises_alone:
             self._synchronises_alone = True
             self._micro_batches.append(recutting.idle())
+
+    def keep_buffers(self, model: torch.nn.Module) -> None:
+        """Note a model's buffers as they are: forwards change those of BatchNorm."""
+        self._buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point()]
+
+    @torch.no_grad()
+    def put_buffers_back(self) -> None:
+        """Let the model's buffers be as they were when this window was begun."""
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
 
     def draw_as_before(self) -> None:
         """Go back to the random numbers that the first micro-batch met."""

@@ -157,6 +157,7 @@ class WindowLoader:
             self._check_lengths(tokens)
         self.pad_to = pad_to
         self.bound, self.cost, self.tuned = bound, cost, False
+        self.tried_under: Bound | None = None  # while a run tries sizes (tune.py): what it may take
         self.count_items = self._windows.count_items
         self._say_dropped()
 

@@ -1,5 +1,6 @@
 """checkpoint.py and what goes on from it: bit for bit the same run, whole files or none, damage and doubt."""
 
+import dataclasses
 import os
 import re
 import resource
@@ -25,7 +26,7 @@ from gradacc_hf.checkpoint import Checkpointer, Checkpoints, check_same, newest_
 from gradacc_hf.config import LoraConfig
 from gradacc_hf.heads import build_head
 from gradacc_hf.lora import add_lora
-from gradacc_hf.split import Bound
+from gradacc_hf.split import Bound, Cost
 
 ROOT = Path(__file__).parent.parent
 OPTIMIZERS = {
@@ -184,6 +185,57 @@ def test_what_is_in_hand_when_memory_had_run_out_is_cut_as_it_was(tmp_path):
         loaded.load(newest_checkpoint(tmp_path, accelerator))
         assert windows.bound == Bound(max_tokens=bound)
         assert (windows.window, windows.replays) == (1, 2)
+
+
+def test_a_damaged_one_that_a_run_went_back_behind_does_not_outlive_those_that_come(whole, tmp_path):
+    _, _, folder = whole
+    killed = cut_back(folder, tmp_path / "run", 6)
+    DAMAGES["weights cut short"](killed / "checkpoints/window-00000006")
+    for window in (1, 2, 3):
+        shutil.rmtree(killed / f"checkpoints/window-{window:08d}")
+    found = []
+
+    def validate(model):
+        found.append(newest_checkpoint(killed, Accelerator(cpu=True)).window)
+        return {"loss": 1.0}
+
+    run(killed, resume=killed, keep=1, validate=validate)
+    assert found == [6, 9, 10]  # each evaluation finds the one that was saved before it
+    assert newest_checkpoint(killed, Accelerator(cpu=True)).window == 10
+
+
+def test_one_whose_place_was_about_to_be_taken_is_put_back(whole, tmp_path):
+    _, _, folder = whole
+    killed = cut_back(folder, tmp_path / "run", 4)
+    for window in (1, 2, 3):
+        shutil.rmtree(killed / f"checkpoints/window-{window:08d}")
+    (killed / "checkpoints/window-00000004").rename(killed / "checkpoints/.window-00000004.old")
+    assert newest_checkpoint(killed, Accelerator(cpu=True)).window == 4
+
+
+def test_on_other_hardware_windows_are_cut_as_that_asks_for(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    head = build_head("sequence_classification", "bert")
+    settings = {"accelerator": accelerator, "collate_fn": head.collate}
+    model, optimizer = accelerator.prepare(head.model, torch.optim.SGD(head.model.parameters(), lr=0.1))
+
+    def checkpointer():
+        windows = WindowLoader(head.examples(LENGTHS), 10, max_tokens=400, **settings)
+        made = Checkpointer(
+            tmp_path, Checkpoints(budget={"memory": None}), accelerator, model, optimizer, None, windows
+        )
+        return made, windows
+
+    saved, windows = checkpointer()
+    windows.recut(Bound(max_tokens=50), Cost(fixed=7.0))
+    windows.tuned = True
+    assert saved.save(1, None, {}) is None
+    for device, bound, cost in (("cpu", 50, 7.0), ("NVIDIA H100", 400, Cost().fixed)):
+        found = newest_checkpoint(tmp_path, accelerator)
+        loaded, windows = checkpointer()
+        loaded.load(dataclasses.replace(found, about={**found.about, "device": device}))
+        assert (windows.bound.max_tokens, windows.cost.fixed) == (bound, cost)
+        assert windows.tuned == (device == "cpu")
 
 
 # Damage and doubt

@@ -61,7 +61,9 @@ def test_launch_sh_passes_a_signal_on_waits_for_the_save_and_leaves_no_process_b
     stopped = len(history(run))
     assert f"stopped after window {stopped} of {WINDOWS}, which is saved; to go on: " in printed
     command = (run / "TO_BE_RESUMED").read_text()
-    assert command == f"{ROOT}/launch.sh {RECIPE} --resume {run} --processes {processes}\n"
+    go_on = f"{ROOT}/launch.sh {RECIPE} --resume {run} --processes {processes}\n"
+    assert command.startswith("cd /")
+    assert command.endswith(f" && {go_on}")
     assert (run / f"checkpoints/window-{stopped:08d}").is_dir()
     assert left_behind(run) == []
     resumed = launcher(venv, run, texts, "--resume", "auto", "--processes", 1)  # on another number

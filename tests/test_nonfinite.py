@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from test_loop import LENGTHS, fp16_accelerator, history
 
-from gradacc_hf import WindowLoader, fine_tune
+from gradacc_hf import WindowLoader, fine_tune, train
 from gradacc_hf.checkpoint import Checkpoints, newest_checkpoint
 from gradacc_hf.heads import build_head
 from gradacc_hf.items import model_loss
@@ -98,7 +98,7 @@ def run(folder, cause, accelerator=None, spoilt=True, resume=False, leave_out=()
 )
 def test_it_stops_before_the_step_and_names_window_examples_and_module(tmp_path, cause, said):
     line, weights, model = run(tmp_path, cause)
-    assert line.startswith("window 1 of epoch 0: its loss or gradient is not finite: examples [")
+    assert line.startswith("window 2: its loss or gradient is not finite: examples [")
     assert said in line
     named = json.loads(line[line.index("[") : line.index("]") + 1])
     assert BAD in named
@@ -142,3 +142,44 @@ def test_or_without_that_example_while_all_others_stay_in_their_windows(tmp_path
     assert BAD in named
     assert [row["examples"] for row in history(tmp_path)] == [10, 9, 10, 10, 10]
     assert summary["skipped_windows"] == 0
+
+
+def test_what_batch_norm_has_counted_of_that_window_is_forgotten(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+    x = torch.randn(24, 4)
+    x[9] = math.nan
+    examples = [{"x": row, "labels": row[:1]} for row in x]
+    accelerator = Accelerator(cpu=True)
+    windows = WindowLoader(examples, 8, micro_batch_size=4, shuffle=False, accelerator=accelerator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x, labels):
+            return self.inner(x)
+
+    def loss(outputs, batch):
+        return torch.nn.functional.mse_loss(outputs, batch["labels"])
+
+    net, optimizer = accelerator.prepare(Net(), optimizer)
+    settings = {"accelerator": accelerator, "compute_loss": loss, "on_nonfinite": "skip"}
+    records = list(train(net, optimizer, windows, **settings))
+    assert [record.skipped for record in records] == [False, True, False]
+    assert model[1].running_mean.isfinite().all()
+    assert model[1].num_batches_tracked >= 4
+
+
+def test_where_every_micro_batch_is_bad_it_is_not_these_examples(tmp_path):
+    head = build_head("sequence_classification", "bert")
+    accelerator = Accelerator(cpu=True)
+    windows = WindowLoader(
+        head.examples(LENGTHS), 10, micro_batch_size=4, accelerator=accelerator, collate_fn=head.collate
+    )
+    optimizer = torch.optim.SGD(head.model.parameters(), lr=1e30)
+    model, optimizer = accelerator.prepare(head.model, optimizer)
+    with pytest.raises(NonFinite, match=r"it is the weights, or --optim\.lr, not these examples"):
+        list(train(model, optimizer, windows, accelerator=accelerator))

@@ -1,6 +1,7 @@
 """`gradacc plan` says what a run takes without weights or GPU, and refuses in one line."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from recipe_runs import write_rows
@@ -35,8 +36,10 @@ def bare(tiny_bert, tmp_path, monkeypatch):
     return [str(word) for setting in settings.items() for word in setting]
 
 
-def plan(capsys, *words):
-    plan_command.main([*map(str, words)])
+def plan(capsys, *words, fits=True):
+    with nullcontext() if fits else pytest.raises(SystemExit) as end:
+        plan_command.main([*map(str, words)])
+    assert fits or end.value.code == 1
     return capsys.readouterr().out
 
 
@@ -75,16 +78,16 @@ def test_the_text_shows_every_part_and_the_bound(bare, capsys):
 
 def test_what_does_not_fit_comes_with_flags_that_make_it_fit(bare, capsys):
     small = ["--config", CONFIG, "--budget.memory", "604MiB", "--json", *bare]
-    found = json.loads(plan(capsys, *small))
+    found = json.loads(plan(capsys, *small, fits=False))
     assert not found["fits"]
     saved = [lever["saved"] for lever in found["levers"] if len(lever["flags"].split()) == 2]
     assert saved == sorted(saved, reverse=True)
-    text = plan(capsys, *small[: -1 - len(bare)], *bare)
+    text = plan(capsys, *small[: -1 - len(bare)], *bare, fits=False)
     assert "It does not fit: the longest example" in text
     for lever in found["levers"]:
         assert lever["flags"] in text
     best = found["levers"][0]
-    again = json.loads(plan(capsys, *small, *best["flags"].split()))
+    again = json.loads(plan(capsys, *small, *best["flags"].split(), fits=best["fits"]))
     assert again["longest_bytes"] == pytest.approx(best["bytes"], rel=0.01)
 
 
@@ -92,7 +95,7 @@ def test_a_size_that_does_not_fit_where_an_example_does_is_said(bare, capsys):
     words = ["--config", CONFIG, *bare, "--budget.micro_batch_size", 16, "--budget.memory"]
     found = json.loads(plan(capsys, *words, "8GiB", "--json"))
     between = (found["longest_bytes"] + sum(found["parts"].values())) / 2 / 2**20
-    text = plan(capsys, *words, f"{between:.4f}MiB")
+    text = plan(capsys, *words, f"{between:.4f}MiB", fits=False)
     assert "It does not fit: such a micro-batch takes" in text
     assert "--budget.max_tokens auto cuts finer." in text
 

@@ -3,10 +3,18 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
+import PIL.Image
 import pytest
 import torch
+from datasets import Dataset, Image
 from recipe_runs import load_recipe, summary, write_rows
+
+from gradacc_hf import output
+from gradacc_hf.command_line import read_command_line
+from gradacc_hf.fingerprint import fingerprint
 
 TextClassification = load_recipe("text_classification").TextClassification
 STOP = 5  # the window in which the first run is told to stop
@@ -105,3 +113,52 @@ def test_a_run_without_checkpoint_starts_anew_in_its_folder(start, stopped, tmp_
     outcome = start(TextClassification, *settings, "--resume", "auto")
     assert "run, from the start: it has no checkpoint" in outcome.out
     assert summary("run")["windows"] == 15
+
+
+def test_a_run_that_has_ended_is_not_gone_on_with_other_settings(start, refused, stopped):
+    settings, _ = stopped
+    assert start(TextClassification, *settings, "--resume", "auto").code == 0
+    line = refused(TextClassification, *settings, "--resume", "auto", "--train.max_windows", 20)
+    assert "train.max_windows: found 20, and run has come to its end with None" in line
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused(stopped, refused, tmp_path):
+    settings, _ = stopped
+    while output._locked:  # of the run before, in this process
+        output._locked.pop().close()
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    hold += "print(1, flush=True); time.sleep(60)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "run/.lock")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        other.stdout.readline()
+        line = refused(TextClassification, *settings, "--resume", "auto")
+        assert "output.dir: run: another run is writing into it: wait for it, stop it" in line
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_what_a_run_of_others_would_send_elsewhere_is_said_anew(stopped, tmp_path, capfd):
+    config = (tmp_path / "run/config.yaml").read_text()
+    config = config.replace("push_to_hub: null", "push_to_hub: someone/else")
+    (tmp_path / "run/config.yaml").write_text(config.replace("tracker: none", "tracker: wandb"))
+    found = read_command_line(["--resume", "run"], data=TextClassification.Data)
+    assert found.output.push_to_hub is None
+    assert found.output.tracker == "tensorboard"
+    said = "output.push_to_hub: what run/config.yaml says is not heeded: give it again"
+    assert said in capfd.readouterr().err
+    words = ["--resume", "run", "--output.push_to_hub", "mine"]
+    assert read_command_line(words, data=TextClassification.Data).output.push_to_hub == "mine"
+
+
+def test_images_are_known_by_their_content_not_their_names(tmp_path):
+    def images(name, shade):
+        (tmp_path / name).mkdir()
+        PIL.Image.new("RGB", (4, 4), shade).save(tmp_path / name / "0.png")
+        return Dataset.from_dict({"image": [str(tmp_path / name / "0.png")]}).cast_column("image", Image())
+
+    one, moved, other = images("a", "red"), images("b", "red"), images("c", "blue")
+    assert fingerprint(one) == fingerprint(moved)
+    assert fingerprint(one) != fingerprint(other)

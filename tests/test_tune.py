@@ -116,6 +116,16 @@ def test_the_choice_is_kept_where_a_run_goes_on(tuned):
     ]
 
 
+def test_a_run_that_is_stopped_while_it_tries_keeps_what_it_may_take():
+    _, windows = make_loader(max_tokens=160)
+    tuning = Tuning(windows, sizes_to_try(windows))
+    for _ in range(2):
+        next(iter(windows))
+        tuning.saw(1.0)
+    assert windows.bound.max_tokens < 160 == windows.tried_under.max_tokens
+    assert tuning.said is None
+
+
 def test_no_size_exceeds_the_memory():
     numbers = {"exponents": np.array([(1, 1)]), "activations": np.array([[10.0]]), "loss": np.zeros((1, 1))}
     memory = MicroBatchMemory(parameters=100, gradients=0, optimizer=0, **numbers)

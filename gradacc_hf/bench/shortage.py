@@ -70,8 +70,9 @@ def shortage(
 ) -> MemoryLimits:
     """Train under so many limits, drawn at random. Raises BadInput where a run fails, or hangs."""
     drawn = np.random.default_rng(seed).integers(LEAST, MOST, size=limits).tolist()
+    device = "cpu" if processes > torch.cuda.device_count() else None
     runs = [run_limited(processes, limit) for limit in progress([None, *drawn])]
-    return MemoryLimits(processes, runs[0], tuple(runs[1:]), measured_with())
+    return MemoryLimits(processes, runs[0], tuple(runs[1:]), measured_with(device))
 
 
 def run_limited(processes: int, limit: int | None) -> Limited:
@@ -106,17 +107,22 @@ def limited(more: int, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # cuBLAS takes its own share once
         whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + more) / whole)
-        yield
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        most = min(1.0, (torch.cuda.memory_reserved(device) + more) / whole)
+        torch.cuda.set_per_process_memory_fraction(most)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
     else:
         import resource  # there is none on Windows
 
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
-        yield
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 class Watched:
