@@ -256,7 +256,8 @@ class Checkpointer:
             if isinstance(value, torch.Tensor)
         }
         if self.accelerator.num_processes > 1:  # as DDP does before each forward
-            for buffer in self.model.buffers():
+            saved = self.model.state_dict().keys()
+            for buffer in (buffer for name, buffer in self.model.named_buffers() if name in saved):
                 buffer.copy_(broadcast(buffer.clone()))
         with _alone_too():
             writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
