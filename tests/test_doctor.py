@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from recipe_runs import load_recipe, write_rows
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader
 
 from gradacc_hf import DoctorCallback, ExactTrainer, WindowLoader, diagnose
+from gradacc_hf.doctor.script import every_loop
 from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
 
@@ -388,3 +390,26 @@ def test_under_ddp_it_is_found_when_every_micro_batch_synchronises(tmp_path):
     assert "3 windows watched" in ran.stdout, ran.stderr
     assert "✗" not in ran.stdout
     assert "there are several processes" in ran.stdout
+
+
+@pytest.mark.parametrize("name", ["text_classification", "token_classification", "masked_lm"])
+def test_our_recipes_are_healthy(name, start, tmp_path):
+    text = "".join(f"def f{i}():\n    return {i}\n\n\n" for i in range(80))
+    rows = {
+        "text_classification": [{"text": f"some {i} words" * (1 + i % 5), "label": i % 2} for i in range(80)],
+        "token_classification": [
+            {"tokens": ["a", "word"] * (1 + i % 4), "tags": ["O", "X"] * (1 + i % 4)} for i in range(80)
+        ],
+        "masked_lm": [{"text": line} for line in text.splitlines() if line],
+    }[name]
+    recipe = next(c for c in vars(load_recipe(name)).values() if isinstance(c, type) and c.__module__ == name)
+    with every_loop(say=lambda said: None) as diagnoses:
+        data = write_rows(tmp_path / "rows.jsonl", rows)
+        outcome = start(recipe, "--data.train", data, "--train.max_windows", 4, "--budget.max_tokens", 60)
+        assert outcome.code == 0, outcome.err
+    [diagnosis] = [d for d in diagnoses if d.seen.windows]
+    assert diagnosis.findings == [], str(diagnosis)
+    compared = "is that of its window at once" in str(diagnosis)
+    assert compared == (
+        name != "masked_lm"
+    )  # whose loss is of chosen positions: it cannot be told from outside

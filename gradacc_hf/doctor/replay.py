@@ -80,7 +80,7 @@ def replay(watch: Watch, window: Window, loss_fn: LossOf | None) -> Replay:
             return _compare(watch, pieces, whole, losses_of, loops_gradient)
     except CannotReplay as error:
         return Replay(why_not=str(error))
-    except RuntimeError as error:
+    except Exception as error:  # whatever a model raises that is run in another way: its loop goes on
         if not out_of_memory(error):
             return Replay(why_not=f"it failed: {one_line(error)[:120]}")
         give_back_memory()
