@@ -410,6 +410,4 @@ def test_our_recipes_are_healthy(name, start, tmp_path):
     [diagnosis] = [d for d in diagnoses if d.seen.windows]
     assert diagnosis.findings == [], str(diagnosis)
     compared = "is that of its window at once" in str(diagnosis)
-    assert compared == (
-        name != "masked_lm"
-    )  # whose loss is of chosen positions: it cannot be told from outside
+    assert compared == (name != "masked_lm")  # whose loss is of chosen positions
