@@ -26,7 +26,8 @@ from gradacc_hf.stopping import MARKER
 
 RUN_FILES = ("config.yaml", "history.jsonl", "summary.json", "best", "last", "logs", "report.html")
 RUN_FILES += (FOLDER, MARKER)
-RUN_FILES += (LOCK := ".lock",)
+LOCK = ".lock"
+RUN_FILES += (LOCK,)
 RUN_FILES += ("verify.json",)  # later, by `gradacc verify --run`
 
 

@@ -105,7 +105,7 @@ def print_shortage(result: MemoryLimits, console: Console) -> None:
 def limited(more: int, device: torch.device) -> Iterator[None]:
     """In here the process has so many bytes on this device, above what it holds now."""
     if device.type == "cuda":
-        torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # cuBLAS takes its own share once
+        _ = torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # cuBLAS takes its share
         whole = torch.cuda.get_device_properties(device).total_memory
         most = min(1.0, (torch.cuda.memory_reserved(device) + more) / whole)
         torch.cuda.set_per_process_memory_fraction(most)

@@ -187,7 +187,7 @@ def _scheduled(seen: Seen) -> Iterator[Finding]:
             f"pass; there are {math.ceil(seen.pass_length / n)} windows in one"
         )
         values = {"n": n, "horizon": seen.horizon, "passes": passes}
-        yield _found("schedule_sized_in_micro_batches", evidence, seen.windows[0].place, **values)
+        yield _found("schedule_sized_in_micro_batches", evidence, seen.windows[0].place, "error", **values)
 
 
 def _synchronised_every(seen: Seen) -> Iterator[Finding]:

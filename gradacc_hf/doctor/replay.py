@@ -103,7 +103,7 @@ def _how(pieces: Sequence[MicroBatch], loss_fn: LossOf | None) -> Loss:
         arguments = {key: value for key, value in arguments.items() if not isinstance(value, torch.Tensor)}
 
         def computed(inputs: Any, others: tuple[Any, ...], model: Any) -> torch.Tensor:
-            outputs = model(*inputs[0], **inputs[1])
+            outputs: Any = model(*inputs[0], **inputs[1])
             outputs = outputs if isinstance(outputs, torch.Tensor) else logits_in(outputs)
             return function(outputs.float().reshape(-1, *shape), *others, **arguments)
 
@@ -181,7 +181,8 @@ def _compare(
         assert piece.forward is not None
         return loss_of(piece.forward.inputs, piece.own_loss.others if piece.own_loss else (), model)
 
-    loss = loss_of(*whole, model)
+    inputs, others = whole
+    loss = loss_of(inputs, others, model)
     loss.backward()
     beside_whole, whole_loss = _alike(gradient, parameters), float(loss.detach())
     # Clipping and unscaling have changed the length by then; the direction they have not.

@@ -260,12 +260,12 @@ class Watch:
         result = run()
         own = self._own_losses[-1] if len(self._own_losses) == 1 else None
         losses = [f.loss for f in self._forwards if f.loss is not None] if own is None else [own.value]
-        loss = losses[0] if len(losses) == 1 else None
+        undivided = losses[0] if len(losses) == 1 else None
         self.pending.append(
             MicroBatch(
                 forwards=self._forwards,
                 own_loss=own,
-                divided_by=loss / value if loss is not None and value else None,
+                divided_by=undivided / value if undivided is not None and value else None,
                 place=where,
                 norm_before=before,
                 norm_after=self._norm(),

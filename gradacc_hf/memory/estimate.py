@@ -338,7 +338,7 @@ def _saved_by_four_bit(model: torch.nn.Module) -> int:
     return _bytes(weights) - round(FOUR_BITS * sum(w.numel() for w in weights))
 
 
-def _to_be_quantized(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+def _to_be_quantized(model: torch.nn.Module) -> list[torch.Tensor]:
     """Of the linear layers that are not trained, but for the output layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
