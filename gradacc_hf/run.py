@@ -103,7 +103,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         disable_progress_bars()
     accelerator = make_accelerator(config)
     is_over = resumed is not None and ended(resumed)
-    views = {str(view) for view in gather_object([(resumed, is_over)])}
+    found = f"{resumed}, which has ended" if is_over else f"{resumed}" if resumed else "none"
+    views = set(gather_object([found]))
     if len(views) > 1:
         raise BadInput(
             f"output.dir: the processes see different runs there ({'; '.join(sorted(views))}): all machines "
