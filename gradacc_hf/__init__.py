@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from gradacc_hf import _parent  # noqa: F401  # before what takes seconds to import
 from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.checkpoint import Checkpoints, newest_checkpoint
 from gradacc_hf.doctor import Diagnosis, diagnose

@@ -14,10 +14,9 @@ import threading
 import time
 from types import FrameType
 
+import psutil
 import torch
 from accelerate import Accelerator
-
-from gradacc_hf._parent import PARENT
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO = 2.0  # seconds: torchrun passes on to its processes what the whole group got already
@@ -71,8 +70,19 @@ def end_with_launcher() -> None:
     launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != PARENT:  # it ended while this process was importing
+        if _is_orphan():  # it ended while this process was importing
             sys.exit(128 + signal.SIGTERM)
+
+
+def _is_orphan() -> bool:
+    """Is the parent no launcher, which all are programs of Python, but who takes in orphans?"""
+    try:
+        words = " ".join(psutil.Process(os.getppid()).cmdline())
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
+    return not any(name in words for name in ("python", "accelerate", "torchrun"))
 
 
 def lost_contact(error: RuntimeError) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,33 +90,49 @@ def test_a_recipe_ends_with_a_launcher_that_is_killed_and_saves(texts, tmp_path)
     assert (run / f"checkpoints/window-{len(history(run)):08d}").is_dir()
 
 
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def machine(rank, port, run, texts):  # noqa: F811
+    """One of two, with a process each, as Accelerate launches them."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", 2, "--num_processes", 2]
+    command += ["--config_file", ROOT / "configs/accelerate/cpu_2.yaml", "--machine_rank", rank]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", port, RECIPE, "--data.train", texts]
+    command += [*SMALL, "--train.max_windows", WINDOWS, "--output.dir", run, "--resume", "auto"]
+    return begin(command, {"ACCELERATE_USE_CPU": "true"}, start_new_session=True)
+
+
+def test_machines_that_do_not_see_the_same_folder_end_with_one_line(texts, tmp_path):  # noqa: F811
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/config.yaml").touch()
+    port = free_port()
+    both = [machine(rank, port, tmp_path / name, texts) for rank, name in enumerate(("there", "gone"))]
+    printed, _ = both[0].communicate(timeout=ENOUGH)
+    both[1].communicate(timeout=ENOUGH)
+    assert "error: output.dir: the processes see different runs there (" in printed
+    assert "all machines must share the folder" in printed
+    assert [process.returncode for process in both] == [1, 1]
+
+
+def test_a_recipe_whose_launcher_is_killed_while_it_imports_ends_too(texts, tmp_path):  # noqa: F811
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [ROOT / "configs/accelerate/cpu.yaml", RECIPE, "--data.train", texts, *SMALL]
+    launched = begin([*command, "--train.max_windows", WINDOWS, "--output.dir", run := tmp_path / "run"])
+    while not psutil.Process(launched.pid).children():
+        time.sleep(0.05)
+    time.sleep(0.5)  # of the seconds that its imports take
+    launched.kill()
+    launched.communicate(timeout=ENOUGH)  # its output is open as long as the recipe runs
+    assert left_behind(run) == []
+    assert history(run) == []
+
+
 def test_when_one_of_two_machines_dies_the_other_ends_with_a_message_and_both_go_on(texts, tmp_path):  # noqa: F811
-    run = tmp_path / "run"
-
-    def machine(rank, port):
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_machines",
-            2,
-            "--num_processes",
-            2,
-        ]
-        command += ["--config_file", ROOT / "configs/accelerate/cpu_2.yaml", "--machine_rank", rank]
-        command += [
-            "--main_process_ip",
-            "127.0.0.1",
-            "--main_process_port",
-            port,
-            RECIPE,
-            "--data.train",
-            texts,
-        ]
-        command += [*SMALL, "--train.max_windows", WINDOWS, "--output.dir", run, "--resume", "auto"]
-        return begin(command, {"ACCELERATE_USE_CPU": "true"}, start_new_session=True)
-
-    first, second = machine(0, 29651), machine(1, 29651)
+    run, port = tmp_path / "run", free_port()
+    first, second = (machine(rank, port, run, texts) for rank in (0, 1))
     until_windows(run, 12, first, second)
     for process in psutil.Process(second.pid).children(recursive=True):
         process.kill()
@@ -129,7 +146,8 @@ def test_when_one_of_two_machines_dies_the_other_ends_with_a_message_and_both_go
     second.communicate()
     assert left_behind(run) == []
     before = len(history(run))
-    first, second = machine(0, 29652), machine(1, 29652)
+    port = free_port()
+    first, second = (machine(rank, port, run, texts) for rank in (0, 1))
     until_windows(run, before + 3, first, second)
     for running in (first, second):
         for process in psutil.Process(running.pid).children():
