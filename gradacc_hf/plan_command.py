@@ -31,7 +31,7 @@ from gradacc_hf.memory.of_recipe import longest_example, recipe_memory, usable_m
 from gradacc_hf.open_recipe import load_recipe, open_run
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import make_model, make_windows, total_windows
-from gradacc_hf.split import ON_CPU, ON_GPU, Bound
+from gradacc_hf.split import Bound, usual_cost
 from gradacc_hf.windows import WindowLoader
 
 GIB = 2**30
@@ -163,8 +163,7 @@ def make_plan(
         ) from error
     per_process = found.memory.over_processes(processes, sharded=False)
     bound, why = _bound(recipe, per_process, memory, bool(given), device)
-    cost = ON_GPU if device == "cuda" else ON_CPU
-    steps = _steps(recipe, windows.with_bound(bound, processes, cost), found)
+    steps = _steps(recipe, windows.with_bound(bound, processes, usual_cost(device)), found)
     parts = per_process.parts(*steps.largest)
     longest = windows.tokens[longest_example(windows.tokens)].tolist()
     alone = per_process.bytes(1, longest)

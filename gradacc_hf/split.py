@@ -38,6 +38,11 @@ class Cost:
 ON_CPU, ON_GPU = Cost(), Cost(fixed=4096.0)
 
 
+def usual_cost(device: str) -> Cost:
+    """What a micro-batch is taken to cost on a "cpu" or "cuda", before a run has found that out."""
+    return ON_GPU if device == "cuda" else ON_CPU
+
+
 @dataclass(frozen=True)
 class Bound:
     """The most that one micro-batch may hold: `max_tokens` padded tokens, `micro_batch_size` examples, or

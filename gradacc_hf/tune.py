@@ -129,7 +129,7 @@ class Tuning:
             )
         least, most = TURNS
         num_windows = sys.maxsize if num_windows is None else num_windows
-        a_size = 1 + least + (windows.accelerator.device.type == "cuda")  # windows for it
+        a_size = 1 + least + _sets_up_each(windows)  # windows for it
         sizes = sizes_to_try(windows)[: max(0, (num_windows // 2 - 1) // a_size)]
         if len(sizes) < 2 or windows.tuned:
             return None
@@ -166,7 +166,7 @@ class Tuning:
         self.bound = self._tried = self.windows.tried_under = self.windows.bound
         self.trials: list[Trial] = []
         self._sizes = sizes
-        self._search = search(sizes, self._turns, self.windows.accelerator.device.type == "cuda")
+        self._search = search(sizes, self._turns, _sets_up_each(self.windows))
         self._try(*next(self._search))
 
     def to_json(self) -> dict[str, Any]:
@@ -206,6 +206,11 @@ class Tuning:
             if size != best
         )
         self.said = f"max_tokens: {best:,} from here on, the fastest (others, by its time: {others})"
+
+
+def _sets_up_each(windows: WindowLoader) -> bool:
+    """Does each size have something of its own to set up?"""
+    return windows.accelerator.device.type == "cuda"
 
 
 def _of_size(bound: Bound, max_tokens: int) -> Bound:

@@ -32,7 +32,7 @@ from gradacc_hf.micro_batches import (
     measure_lengths,
 )
 from gradacc_hf.plan import EffectiveBatchSize, WindowPlan
-from gradacc_hf.split import ON_CPU, ON_GPU, Bound, Cost
+from gradacc_hf.split import Bound, Cost, usual_cost
 from gradacc_hf.stopping import ignore_signals
 from gradacc_hf.stream import BUFFER_SIZE, Stream, is_stream
 from gradacc_hf.window import Recutting, Window, forwards_are_collective, to_device
@@ -127,7 +127,7 @@ class WindowLoader:
         if bound is not None and (max_tokens, micro_batch_size) != (None, None):
             raise ValueError("give bound=, or max_tokens or micro_batch_size: one of the three")
         bound = bound or Bound(max_tokens, micro_batch_size)
-        cost = cost or (ON_GPU if accelerator.device.type == "cuda" else ON_CPU)
+        cost = cost or usual_cost(accelerator.device.type)
         if is_stream(dataset):
             measure, size = partial(measure_lengths, lengths=lengths), int(buffer_size or BUFFER_SIZE)
             plan = Stream(dataset, effective_batch_size, seed, shuffle, drop_last, size, measure)

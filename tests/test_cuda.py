@@ -148,9 +148,10 @@ def test_a_run_that_goes_on_is_the_same_bit_for_bit(tmp_path, window):
     assert history(killed) == history(tmp_path / "whole")
 
 
-# Of the seventeen, the eager encoder-decoder in bf16 is predicted 15 % too large on an H100.
-@pytest.mark.parametrize("case", [*CASES[:12:4], CASES[16]], ids=lambda case: case.name)
-def test_predicted_memory_is_what_torch_allocates(case):
+@pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.name)
+def test_predicted_memory_is_what_torch_allocates(case, request):
+    if case.name == "encoder-decoder, eager, bf16":
+        request.applymarker(pytest.mark.xfail(reason="predicted 15 % too large on an H100"))
     [found] = compare_memory([case]).cases
     assert found.holds, found
 

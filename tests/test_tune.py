@@ -116,12 +116,18 @@ def test_the_choice_is_kept_where_a_run_goes_on(tuned):
     ]
 
 
-def test_a_run_that_is_stopped_while_it_tries_keeps_what_it_may_take():
+def trying():
+    """A loader, and the search for its size after two windows."""
     _, windows = make_loader(max_tokens=160)
     tuning = Tuning(windows, sizes_to_try(windows))
     for _ in range(2):
         next(iter(windows))
         tuning.saw(1.0)
+    return windows, tuning
+
+
+def test_a_run_that_is_stopped_while_it_tries_keeps_what_it_may_take():
+    windows, tuning = trying()
     assert windows.bound.max_tokens < 160 == windows.tried_under.max_tokens
     assert tuning.said is None
 
@@ -155,11 +161,7 @@ def test_a_bound_in_examples_is_refused():
 
 
 def test_where_memory_runs_out_only_smaller_sizes_are_tried():
-    _, windows = make_loader(max_tokens=160)
-    tuning = Tuning(windows, sizes_to_try(windows))
-    for _ in range(2):
-        next(iter(windows))
-        tuning.saw(1.0)
+    windows, tuning = trying()
     windows.recut(windows.bound.halved(8, 8, [40]))  # as a shortage does
     largest = windows.bound.max_tokens
     next(iter(windows))

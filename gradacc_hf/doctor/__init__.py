@@ -85,18 +85,11 @@ class Diagnosis:
         passes = [m.data_pass for m in window.micro_batches]
         length = watch.lengths[-1] if watch.lengths else None
         if len(watch.windows) > self._to_replay and (passes[0] > 1 or len(passes) < steps):
-            self._rest(None)  # the end of the data has been seen
+            self._end()  # the end of the data has been seen
         elif length is None or not length % steps or steps == 1:
-            self._rest(None)
-        elif watch.heard_in_pass < length - 2 * steps:
-            self._rest(length - 2 * steps)
-
-    def _rest(self, until: int | None) -> None:
-        """Watch no more; or only at the end of the data, where windows may be partial."""
-        if until is None:
             self._end()
-        else:
-            self._watch.doze(until)
+        elif watch.heard_in_pass < length - 2 * steps:  # at the end of the data a window will be partial
+            watch.doze(length - 2 * steps)
             self._give_back_dropout()
 
     def _take_dropout(self) -> None:

@@ -7,7 +7,7 @@ set aside meanwhile and put back; beside it there is one more at a time.
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from gradacc_hf.items import COUNTS, IGNORED
 from gradacc_hf.out_of_memory import give_back_memory, out_of_memory
 from gradacc_hf.tryout import BATCH_NORMS, random_numbers_as_they_were
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # of a forward: by position, by name
+GradientNow = Sequence[torch.Tensor | None]  # of each parameter that the optimizer steps
 LossOf = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 PADDED_WITH = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
 HALVES = {torch.bfloat16, torch.float16}
@@ -77,7 +79,7 @@ def replay(watch: Watch, window: Window, loss_fn: LossOf | None) -> Replay:
         whole = _joined(pieces)
         half, kind = watch.autocast, watch.parameters()[0].device.type
         with _as_it_was(watch) as loops_gradient, torch.autocast(kind, half, enabled=half is not None):
-            return _compare(watch, pieces, whole, losses_of, loops_gradient)
+            return _compare(watch, window, whole, losses_of, loops_gradient)
     except CannotReplay as error:
         return Replay(why_not=str(error))
     except Exception as error:  # whatever a model raises that is run in another way: its loop goes on
@@ -87,7 +89,7 @@ def replay(watch: Watch, window: Window, loss_fn: LossOf | None) -> Replay:
         return Replay(why_not="the window does not fit into memory at once: take a smaller one to diagnose")
 
 
-Loss = Callable[[tuple[tuple[Any, ...], dict[str, Any]], tuple[Any, ...], torch.nn.Module], torch.Tensor]
+Loss = Callable[[Inputs, tuple[Any, ...], torch.nn.Module], torch.Tensor]
 
 
 def _how(pieces: Sequence[MicroBatch], loss_fn: LossOf | None) -> Loss:
@@ -115,7 +117,12 @@ def _how(pieces: Sequence[MicroBatch], loss_fn: LossOf | None) -> Loss:
     )
 
 
-def named(model: torch.nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+def tensors_in(inputs: Inputs) -> list[torch.Tensor]:
+    """All tensors that a forward was given."""
+    return [value for value in (*inputs[0], *inputs[1].values()) if isinstance(value, torch.Tensor)]
+
+
+def named(model: torch.nn.Module, inputs: Inputs) -> dict[str, Any]:
     """The inputs of a forward by name."""
     names = list(inspect.signature(model.forward).parameters)
     return {**dict(zip(names, inputs[0], strict=False)), **inputs[1]}
@@ -124,7 +131,7 @@ def named(model: torch.nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]
 def _joined(pieces: Sequence[MicroBatch]) -> tuple[Any, tuple[Any, ...]]:
     """The inputs of all micro-batches as those of one, and the other arguments of the loss."""
     inputs = [piece.forward.inputs for piece in pieces if piece.forward]
-    values = [v for v in (*inputs[0][0], *inputs[0][1].values()) if isinstance(v, torch.Tensor)]
+    values = tensors_in(inputs[0])
     if values and all(value.ndim < 2 and value.is_floating_point() for value in values):
         raise CannotReplay("a micro-batch is one example, without a dimension for more")
     positional = tuple(_together(str(i), [one[0][i] for one in inputs]) for i in range(len(inputs[0][0])))
@@ -157,14 +164,12 @@ def _as_it_was(watch: Watch) -> Iterator[list[torch.Tensor | None]]:
     """Gives the loop's gradient, which is put back in the end, as are buffers and random numbers."""
     parameters, gradients = watch.parameters(), [p.grad for p in watch.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in watch.model.buffers()]
-    hooks = watch.model._forward_hooks.copy()
     for p in parameters:
         p.grad = None
     try:
         with random_numbers_as_they_were(), torch.enable_grad():
             yield gradients
     finally:
-        watch.model._forward_hooks.update(hooks)
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
         with torch.no_grad():
@@ -173,9 +178,9 @@ def _as_it_was(watch: Watch) -> Iterator[list[torch.Tensor | None]]:
 
 
 def _compare(
-    watch: Watch, pieces: Sequence[MicroBatch], whole: Any, loss_of: Loss, gradient: list[torch.Tensor | None]
+    watch: Watch, window: Window, whole: Any, loss_of: Loss, gradient: list[torch.Tensor | None]
 ) -> Replay:
-    model, parameters = watch.model, watch.parameters()
+    model, parameters, pieces = watch.model, watch.parameters(), window.micro_batches
 
     def one(piece: MicroBatch) -> torch.Tensor:
         assert piece.forward is not None
@@ -184,10 +189,9 @@ def _compare(
     inputs, others = whole
     loss = loss_of(inputs, others, model)
     loss.backward()
-    beside_whole, whole_loss = _alike(gradient, parameters), float(loss.detach())
-    # Clipping and unscaling have changed the length by then; the direction they have not.
-    scaled = _norm_now(gradient) / pieces[-1].norm_after if pieces[-1].norm_after else 1.0
-    _forget(parameters)
+    # Clipping has changed the length by then; the direction it has not.
+    clipped = window.norm_at_step / pieces[-1].norm_after if pieces[-1].norm_after else 1.0
+    beside_whole, whole_loss = _alike(gradient, _taken(parameters), clipped), float(loss.detach())
     of_weights = {p.dtype for p in parameters}
     half = bool(of_weights & HALVES) or watch.autocast is not None
     with torch.no_grad():
@@ -195,37 +199,24 @@ def _compare(
     found = Replay(losses=losses, whole_loss=whole_loss, half=half)
     counted, items = _items(watch, pieces, losses, whole_loss, found.tolerance)
     coupled = "" if counted else _why_coupled(model, pieces, loss_of, found.tolerance)
-    means = None
-    swamped = None
-    beside_whole = Alike(beside_whole.ratio / scaled, beside_whole.cosine)
+    means = swamped = None
     if beside_whole.error() > found.tolerance and len(pieces) > 1:
         for piece in pieces:
             (one(piece) / len(pieces)).backward()
-        means = _alike(gradient, parameters)
-        means = Alike(means.ratio / scaled, means.cosine)
-        _forget(parameters)
+        means = _alike(gradient, _taken(parameters), clipped)
     if counted and of_weights & HALVES:
         swamped = _swamped(gradient, parameters, pieces, items, one)
-    return Replay(
-        whole=beside_whole,
-        means=means,
-        losses=losses,
-        whole_loss=whole_loss,
-        items=items,
-        counted=counted,
-        coupled=coupled,
-        swamped=swamped,
-        half=half,
-    )
+    sums = {"items": items, "counted": counted, "coupled": coupled, "swamped": swamped}
+    return replace(found, whole=beside_whole, means=means, **sums)
 
 
 @torch.no_grad()
-def _alike(gradient: Sequence[torch.Tensor | None], parameters: Sequence[torch.nn.Parameter]) -> Alike:
-    """The loop's gradient beside that which is in `.grad` now, in float64."""
+def _alike(gradient: GradientNow, other: GradientNow, clipped: float = 1.0) -> Alike:
+    """The loop's gradient, as it was before it was `clipped` to so much, beside another one, in float64."""
     inner = mine = theirs = 0.0
-    for g, p in zip(gradient, parameters, strict=True):
-        a = None if g is None else g.double()
-        b = None if p.grad is None else p.grad.double()
+    for g, o in zip(gradient, other, strict=True):
+        a = None if g is None else g.double() / clipped
+        b = None if o is None else o.double()
         mine += float(a.square().sum()) if a is not None else 0.0
         theirs += float(b.square().sum()) if b is not None else 0.0
         inner += float((a * b).sum()) if a is not None and b is not None else 0.0
@@ -234,14 +225,12 @@ def _alike(gradient: Sequence[torch.Tensor | None], parameters: Sequence[torch.n
     return Alike((mine / theirs) ** 0.5, inner / (mine * theirs) ** 0.5)
 
 
-@torch.no_grad()
-def _norm_now(gradient: Sequence[torch.Tensor | None]) -> float:
-    return sum(float(g.double().square().sum()) for g in gradient if g is not None) ** 0.5
-
-
-def _forget(parameters: Sequence[torch.nn.Parameter]) -> None:
+def _taken(parameters: Sequence[torch.nn.Parameter]) -> GradientNow:
+    """What is in `.grad`, which has nothing then."""
+    gradient = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
+    return gradient
 
 
 def _items(
@@ -265,8 +254,7 @@ def _items(
 
 def _rows(model: torch.nn.Module, piece: MicroBatch) -> int:
     assert piece.forward is not None
-    inputs = piece.forward.inputs
-    return next(len(v) for v in (*inputs[0], *inputs[1].values()) if isinstance(v, torch.Tensor) and v.ndim)
+    return next(len(value) for value in tensors_in(piece.forward.inputs) if value.ndim)
 
 
 def _targets(model: torch.nn.Module, piece: MicroBatch) -> int:
@@ -326,13 +314,13 @@ def _padded(pieces: Sequence[MicroBatch]) -> bool:
     lengths = set()
     for piece in pieces:
         assert piece.forward is not None
-        values = (*piece.forward.inputs[0], *piece.forward.inputs[1].values())
-        lengths.add(next((v.shape[1] for v in values if isinstance(v, torch.Tensor) and v.ndim > 1), 0))
+        wide = (value.shape[1] for value in tensors_in(piece.forward.inputs) if value.ndim > 1)
+        lengths.add(next(wide, 0))
     return len(lengths) > 1
 
 
 def _swamped(
-    gradient: Sequence[torch.Tensor | None],
+    gradient: GradientNow,
     parameters: Sequence[torch.nn.Parameter],
     pieces: Sequence[MicroBatch],
     items: Sequence[float],
@@ -342,15 +330,7 @@ def _swamped(
     totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     for piece, n in zip(pieces, items, strict=True):
         (one(piece) * (n / sum(items))).backward()
-        for total, p in zip(totals, parameters, strict=True):
-            if p.grad is not None:
-                total += p.grad.float()
-            p.grad = None
-    inner = mine = theirs = 0.0
-    for g, total in zip(gradient, totals, strict=True):
-        if g is not None:
-            inner += float((g.double() * total).sum())
-            mine += float(g.double().square().sum())
-        theirs += float(total.double().square().sum())
-    cosine = inner / max((mine * theirs) ** 0.5, 1e-30)
-    return max(0.0, 1 - cosine**2) ** 0.5
+        for total, g in zip(totals, _taken(parameters), strict=True):
+            if g is not None:
+                total += g.float()
+    return max(0.0, 1 - _alike(gradient, totals).cosine ** 2) ** 0.5
