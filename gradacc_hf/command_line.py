@@ -292,7 +292,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
 def _convert(value: Any, hint: Any) -> Any:
     """`value`, which may be the text of it, as the type `hint`. Raises ValueError.
 
-    A field may be a bool, int, float, str, Literal of names, list of one of these, or a union (| None).
+    A field may be a bool, int, float, str, Literal of names, list or dict of these, or a union (| None).
     """
     kind, choices = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
@@ -303,8 +303,13 @@ def _convert(value: Any, hint: Any) -> Any:
         items = _parse(value) if isinstance(value, str) and value.startswith("[") else value
         if isinstance(items, (list, tuple)):
             return [_convert(item, choices[0]) for item in items]
+    elif kind is dict:
+        items = _parse(value) if isinstance(value, str) and value.startswith("{") else value
+        if isinstance(items, Mapping):
+            of, to = choices
+            return {_convert(key, of): _convert(item, to) for key, item in items.items()}
     elif kind is Literal:
-        if value in choices:
+        if isinstance(value, str) and value in choices:
             return value
     elif hint in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         number = hint(str(value))
@@ -323,6 +328,8 @@ def _allowed(hint: Any) -> str:
         return " or ".join(_allowed(choice) for choice in choices)
     if kind is Literal:
         return " or ".join(", ".join(map(str, choices)).rsplit(", ", 1))
+    if kind is dict:
+        return "numbers by number: {0: 32, 500: 64}"
     if kind is list:
         shown = {int: "a list of numbers: [17, 3]", float: "a list of numbers: [0.9, 0.95]"}
         return shown.get(choices[0], 'a list: ["a", "b"]')

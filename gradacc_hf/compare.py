@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gradacc_hf.contend import CONTENDERS, DOES_NOT_FIT, micro_batch_size
+from gradacc_hf.contend import CONTENDERS, DOES_NOT_FIT, micro_batch_size, window_size
 from gradacc_hf.errors import BadInput, Parser, listed
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.open_recipe import load_recipe
@@ -213,7 +213,8 @@ def main(argv: Sequence[str]) -> None:
         )
     training, validation = recipe.datasets()
     windows, _ = make_windows(recipe, training, validation, Accelerator())
-    full = len(training) // recipe.config.batch.effective
+    size = window_size(recipe)
+    full = len(training) // size
     if not 1 <= arguments.windows <= full:
         raise BadInput(
             f"--windows: found {arguments.windows}; allowed: 1 to {full}, the full ones of an epoch"
@@ -222,10 +223,10 @@ def main(argv: Sequence[str]) -> None:
     if arguments.output and folder.exists():
         raise BadInput(f"--output: {folder} is there already; give a new folder")
     console = Console(highlight=False, stderr=arguments.json)
-    size, command = micro_batch_size(recipe, windows), redact(f"gradacc compare {shlex.join(argv)}")
+    rows, command = micro_batch_size(recipe, windows), redact(f"gradacc compare {shlex.join(argv)}")
     console.print(
-        f"{arguments.windows} windows of {recipe.config.batch.effective} examples, {arguments.repeats} "
-        f"times; in micro-batches of {size} examples, ours of as many tokens as these padded; "
+        f"{arguments.windows} windows of {size} examples, {arguments.repeats} "
+        f"times; in micro-batches of {rows} examples, ours of as many tokens as these padded; "
         f"runs in {folder}"
     )
     with Progress(

@@ -112,13 +112,32 @@ class DataConfig:
 class BatchConfig:
     """What one optimizer step sees, whatever the hardware."""
 
-    effective: int = 64
-    """Size of a window: examples per optimizer step, over all processes."""
+    effective: int | dict[int, int] | Literal["noise_scale"] = 64
+    """Size of a window: examples per optimizer step, over all processes. Or sizes, each with the windows done
+    when it begins: {0: 32, 500: 64}; or noise_scale: doubled when the gradient noise scale is as large."""
+    smallest: int = 16
+    """With effective: noise_scale, the size of the first window."""
+    largest: int = 512
+    """With effective: noise_scale, the most that a window may have."""
     drop_last: bool = False
     """Leave out the last window of an epoch when it is not full."""
 
+    @property
+    def least(self) -> int:
+        """Examples of the smallest windows."""
+        if isinstance(self.effective, dict):
+            return min(self.effective.values())
+        return self.smallest if self.effective == "noise_scale" else self.effective
+
     def rules(self) -> Rules:
-        yield "effective", self.effective >= 1, "1 example or more"
+        sizes = self.effective
+        if isinstance(sizes, int):
+            yield "effective", sizes >= 1, "1 example or more, {0: 32, 500: 64}, or noise_scale"
+        elif isinstance(sizes, dict):
+            begins = "sizes of 1 or more by window, the first of which is 0: {0: 32, 500: 64}"
+            yield "effective", min(sizes, default=-1) == 0 and min(sizes.values(), default=0) >= 1, begins
+        yield "smallest", self.smallest >= 1, "1 example or more"
+        yield "largest", self.largest >= self.smallest, f"batch.smallest ({self.smallest}) or more"
 
 
 @dataclass
@@ -144,6 +163,11 @@ class OptimConfig:
     """Share of the run's windows over which the learning rate rises from 0 (0 to 1)."""
     max_grad_norm: float = 1.0
     """Norm at which a window's gradient is clipped (0 is off)."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How the learning rate follows the size of a window, which lr_reference_batch says lr is meant for:
+    in proportion (suits SGD), or by the square root (suits Adam)."""
+    lr_reference_batch: int | None = None
+    """Size of a window that lr is meant for, with lr_scaling."""
 
     def rules(self) -> Rules:
         unit_interval = "from 0 up to 1, 1 excluded"
@@ -155,6 +179,11 @@ class OptimConfig:
         yield "weight_decay", self.weight_decay >= 0, "a number from 0 (0 is off)"
         yield "warmup_ratio", 0 <= self.warmup_ratio <= 1, "a share of the windows from 0 to 1"
         yield "max_grad_norm", self.max_grad_norm >= 0, "a number from 0 (0 is off)"
+        reference, scales = self.lr_reference_batch, self.lr_scaling != "none"
+        size = f"the size of a window that suits lr, for lr_scaling {self.lr_scaling}"
+        yield "lr_reference_batch", (reference is not None) or not scales, size
+        yield "lr_reference_batch", reference is None or reference >= 1, "1 example or more"
+        yield "lr_reference_batch", reference is None or scales, "null without lr_scaling: linear or sqrt"
 
 
 @dataclass
@@ -176,6 +205,9 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a window whose loss or gradient is NaN or infinite: stop before its step and say where
     that comes from, or leave it out. Under fp16, overflows of gradients are the scaler's to skip."""
+    noise_every: int = 16
+    """Windows between measurements of the gradient noise scale, which says whether larger windows would help;
+    0 is off. What is measured changes neither the gradient nor, by more than 1 %, the time."""
     best_metric: str = "loss"
     """Validation metric that says which evaluation is the best."""
     best_direction: Literal["min", "max"] = "min"
@@ -186,6 +218,7 @@ class TrainConfig:
         yield "max_windows", self.max_windows is None or self.max_windows >= 1, "1 window or more, or null"
         yield "eval_every", self.eval_every >= 0, "0 windows (only at the end) or more"
         yield "seed", 0 <= self.seed < 2**32, "an integer from 0 to 4294967295"
+        yield "noise_every", self.noise_every >= 0, "0 windows (off) or more"
         yield "early_stopping", self.early_stopping >= 0, "0 evaluations (off) or more"
 
 

@@ -67,7 +67,7 @@ class Run:
         if recipe.transform is not None:  # the same masks for all
             self.examples = self.windows.examples(order)
         self.size = micro_batch_size(recipe, self.windows)
-        self.steps = recipe.config.batch.effective // self.size
+        self.steps = window_size(recipe) // self.size
         self.pad_to = self.windows.pad_to if isinstance(self.windows.pad_to, int) else None
         if self.windows.pad_to == "window":  # of the others nobody knows what else a window holds
             self.pad_to = int(self.windows.tokens.max())
@@ -81,7 +81,11 @@ class Run:
         config, recipe = self.recipe.config, self.recipe
         model = make_model(recipe).to(self.accelerator.device)
         optimizer = make_optimizer(model, config.optim, self.accelerator.mixed_precision)
-        return model, optimizer, make_scheduler(optimizer, config.optim, total_windows(config, self.windows))
+        return (
+            model,
+            optimizer,
+            make_scheduler(optimizer, config.optim, self.windows, total_windows(config, self.windows)),
+        )
 
     def train(self, name: str, model: Any, optimizer: Any, scheduler: Any, max_grad_norm: float) -> Any:
         """One epoch of the windows; `seen` is new then."""
@@ -159,7 +163,7 @@ class Run:
 
     def by_window(self) -> list[list[list[Any]]]:
         """The examples of each micro-batch, by window."""
-        windows, size = [], self.recipe.config.batch.effective
+        windows, size = [], window_size(self.recipe)
         for micro_batch in self.seen:
             if not windows or sum(map(len, windows[-1])) >= size:
                 windows.append([])
@@ -167,9 +171,17 @@ class Run:
         return windows
 
 
+def window_size(recipe: Recipe) -> int:
+    """Examples of each window. Raises BadInput where it changes, as the others have nothing like it."""
+    size = recipe.config.batch.effective
+    if not isinstance(size, int):
+        raise BadInput(f"batch.effective: found {size}; allowed here is a number, as Trainer knows no other")
+    return size
+
+
 def micro_batch_size(recipe: Recipe, windows: WindowLoader) -> int:
     """For those who cut by count: as many examples as fit the budget padded to the longest, equally many."""
-    bound, effective = windows.bound, recipe.config.batch.effective
+    bound, effective = windows.bound, window_size(recipe)
     most = bound.max_rows(windows.tokens.max(0))
     return max(size for size in range(1, min(most, effective) + 1) if effective % size == 0)
 

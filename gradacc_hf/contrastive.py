@@ -67,6 +67,11 @@ class ContrastiveLoss:
     def look_ahead(self, model: torch.nn.Module, window: Window) -> None:
         """Embed the window, over all processes, and keep its loss and the gradient of each embedding."""
         accelerator = window.accelerator
+        if window.measures_noise:
+            raise ValueError(
+                "noise_every: a loss of all examples of a window together has no gradient of some of them, "
+                "by which noise is measured; give the loader noise_every=0"
+            )
         self._window, self._cache = None, []
         if window.accumulation_steps == accelerator.num_processes == 1:
             return  # the one micro-batch is the window

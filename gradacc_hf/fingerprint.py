@@ -53,7 +53,7 @@ def what_must_stay(config: Config, training: Dataset, validation: Dataset) -> di
 
 def check_same_settings(config: Config, run: Path) -> None:
     """Raise BadInput where a run that has ended had other settings than are asked for now."""
-    had = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    had = json.loads(json.dumps(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))))
     for section in ("model", "batch", "optim", "train"):
         now = json.loads(json.dumps(asdict(getattr(config, section))))
         before = dict(_flat(section, had.get(section) or {}))
@@ -69,5 +69,6 @@ def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
     found = []
     for name, value in values.items():
         key = f"{prefix}.{name}"
-        found += _flat(key, value) if isinstance(value, dict) else [(key, value)]
+        is_section = isinstance(value, dict) and not all(str(name).isdigit() for name in value)
+        found += _flat(key, value) if is_section else [(key, value)]
     return found

@@ -5,13 +5,14 @@ the measure: ‖g − reference‖ / ‖reference‖ over all parameters togethe
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from gradacc_hf.items import ComputeLoss, model_loss
 
@@ -87,6 +88,16 @@ def compare(way: str, gradient: Gradient, reference: Gradient) -> Comparison:
     return Comparison(
         way, relative_error(gradient, reference), length / size, inner / (length * size or 1), tuple(worst)
     )
+
+
+def grad_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
+    """‖gradient‖ over these parameters' `.grad`, of all shards where they are sharded."""
+    return as_number(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def as_number(norm: Any) -> float:
+    """A norm as a number; that of sharded gradients is itself sharded."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def norm(gradient: Gradient) -> float:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from torch.distributed.tensor import DTensor
 
 from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.checkpoint import Checkpointer, Checkpoints
+from gradacc_hf.dynamics import Movement, in_words
+from gradacc_hf.gradients import as_number
 from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.nonfinite import NonFinite, drop_non_finite, find_non_finite
 from gradacc_hf.out_of_memory import replayed
@@ -83,7 +84,7 @@ def train(
                             loss = compute_loss(model(**batch), batch)  # a mean over the micro-batch's items
                             accelerator.backward(window.weigh(loss))
                             if accelerator.sync_gradients:
-                                norm = _number(accelerator.clip_grad_norm_(model.parameters(), largest))
+                                norm = as_number(accelerator.clip_grad_norm_(model.parameters(), largest))
                                 drop_non_finite(optimizer, norm, accelerator)  # the step is none, then
                             optimizer.step()
                             optimizer.zero_grad()
@@ -95,6 +96,7 @@ def train(
                 where = find_non_finite(model, window, compute_loss)
                 window.put_buffers_back()
                 _stop_or_skip(number, window, windows, where, on_nonfinite)
+            windows.saw(window, norm)
             skipped = accelerator.optimizer_step_was_skipped or not finite
             if scheduler is not None and not skipped:
                 scheduler.step()
@@ -111,6 +113,7 @@ def train(
                 accumulation_steps=window.accumulation_steps,
                 seconds=time.perf_counter() - started,
                 skipped=skipped,
+                noise_scale=windows.noise.scale,
             )
             if number == max_windows:
                 return
@@ -130,11 +133,6 @@ def _stop_or_skip(number: int, window: Window, windows: WindowLoader, where: str
 
 def _nothing(model: torch.nn.Module, window: Window) -> None:
     """Most losses are means over examples that know nothing of each other."""
-
-
-def _number(norm: Any) -> float:
-    """A norm as a number; that of sharded gradients is itself sharded."""
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 @dataclass(frozen=True)
@@ -287,12 +285,15 @@ def fine_tune(
         if problem := checkpointer.save(window, best_evaluation.get("window"), progress):
             log.say(f"no checkpoint after window {window}: {problem}")
 
-    state = windows.state_dict()
-    to_run = windows.plan.count_windows(range(state["epoch"], epochs))  # None: a stream's are not known
-    total = min(max_windows or math.inf, math.inf if to_run is None else done + to_run - state["window"])
+    def total_windows(done: int) -> float:
+        epoch, window = windows.coming
+        to_run = windows.plan.count_windows(range(epoch, epochs))  # None: a stream's are not known
+        return min(max_windows or math.inf, math.inf if to_run is None else done + to_run - window)
+
+    total, plan = total_windows(done), windows.plan
     num_windows = int(total) if total < math.inf else None
     tuning = Tuning.of(windows, num_windows and num_windows - done) if tune else None
-    stopped_after = None
+    movement, stopped_after = Movement(model), None
     signals = StopSignals(accelerator)
     with RunLog(accelerator, num_windows, folder, done) as log, signals if checkpointer else nullcontext():
         if validate and eval_on_start and not done:
@@ -313,7 +314,13 @@ def fine_tune(
         gave_up = done > 0 and gives_up_after(done)  # a checkpoint is saved before the evaluation
         try:
             for record in () if gave_up else records:
-                log.window(record)
+                log.window(replace(record, update_ratio=movement.since_last()))
+                if windows.plan is not plan:  # larger windows from here on, so that there are fewer
+                    total, plan = total_windows(record.window), windows.plan
+                    log.expect(int(total))
+                    size = windows.plan.size_asked(*windows.coming)
+                    why = in_words(windows.noise.scale, record.examples)
+                    log.say(f"windows of {size:,} examples from window {record.window + 1} on: {why}")
                 if tuning is not None and tuning.said is None:
                     tuning.saw(record.seconds - windows.seconds_to_collate)
                     if tuning.said is not None:

@@ -25,7 +25,8 @@ from gradacc_hf.stream import Held, Stream
 PadTo = Literal["micro_batch", "window", "nothing"] | int
 Lengths = str | Sequence[int] | np.ndarray | Callable[[Any], int] | None
 Transform = Callable[[Any, np.random.Generator], Any]
-OF_AN_EXAMPLE = 1  # keeps its random numbers apart from those of the order, drawn from (seed, epoch)
+OF_AN_EXAMPLE, OF_A_WINDOW = 1, 2  # keep random numbers apart from the order's, drawn from (seed, epoch)
+SMALL = 8, 4  # by which noise is measured: a part of the window, and examples at least
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Split:
     sizes.
 
     `tokens` and `padded_tokens` are over all processes; `pad_to` is what collating must pad to, None for the
-    longest.
+    longest. `measures_noise`: the first micro-batch of each process is as large, and drawn at random.
     """
 
     indices: np.ndarray
@@ -57,6 +58,7 @@ class Split:
     tokens: int
     padded_tokens: int
     pad_to: int | None
+    measures_noise: bool = False
 
 
 @dataclass
@@ -76,6 +78,7 @@ class LocalWindows(Dataset):
     transform: Transform | None = None
     pad_to_multiple_of: int = 1
     leave_out: Collection[int] = ()
+    noise_every: int = 0
 
     def __getitem__(self, number: tuple[int, int]) -> tuple[Split, list[MicroBatch]] | bytes:
         split = self.split(*number)
@@ -102,15 +105,23 @@ class LocalWindows(Dataset):
         indices = self.plan.indices(epoch, window)
         if self.leave_out:
             indices = indices[~np.isin(indices, list(self.leave_out))]
-        return self.cut(indices, self.tokens[indices], epoch, window)
+        measures = self.noise_every > 0 and window % self.noise_every == 0
+        return self.cut(indices, self.tokens[indices], epoch, window, measures)
 
-    def cut(self, indices: np.ndarray, tokens: np.ndarray, epoch: int, window: int) -> Split:
+    def cut(
+        self, indices: np.ndarray, tokens: np.ndarray, epoch: int, window: int, measures_noise: bool = False
+    ) -> Split:
         padded, pad_to, packed = self.padded(tokens), None, self.pad_to == "nothing"
         if self.pad_to not in ("micro_batch", "nothing"):
             pad_to = int(tokens.max(initial=0)) if self.pad_to == "window" else self.pad_to
             padded = np.full_like(tokens, pad_to)
-        lengths = bounding_lengths(padded)
+        small = self._small(padded, epoch, window) if measures_noise else []
+        rest = np.setdiff1d(np.arange(len(indices)), np.concatenate(small) if small else [])
+        lengths = bounding_lengths(padded[rest])
         processes = split_window(lengths, self.bound, self.num_processes, self.cost, packed)
+        processes = [[rest[positions] for positions in process] for process in processes]
+        if small:
+            processes = [[first, *process] for first, process in zip(small, processes, strict=True)]
         total = int(tokens.sum())
         return Split(
             indices=indices,
@@ -122,7 +133,24 @@ class LocalWindows(Dataset):
             if packed
             else sum(padded_size(padded[piece]) for process in processes for piece in process),
             pad_to=pad_to,
+            measures_noise=bool(small),
         )
+
+    def _small(self, padded: np.ndarray, epoch: int, window: int) -> list[np.ndarray]:
+        """For each process a micro-batch of positions, drawn at random; [] where the window is too small.
+
+        All are of one size that fits the bound whichever examples are drawn: by lengths it would be biased.
+        """
+        part, least = SMALL
+        size = min(max(least, len(padded) // part), len(padded) // 2) // self.num_processes
+        longest = padded.max(0, initial=0)
+        size = min(size, self.bound.max_rows(longest))
+        while self.pad_to == "nothing" and size > 1 and self.bound.exceeded_by(size * longest):
+            size //= 2
+        if size < 1:
+            return []
+        random = np.random.default_rng([self.plan.seed, epoch, window, OF_A_WINDOW])
+        return np.split(random.permutation(len(padded))[: size * self.num_processes], self.num_processes)
 
     def padded(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens (examples, columns), each with what an example alone is padded by."""

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 import transformers
 from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from gradacc_hf.config import OptimConfig
+from gradacc_hf.dynamics import lr_factor
 from gradacc_hf.errors import BadInput, refuse
 from gradacc_hf.lora import add_lora
+from gradacc_hf.windows import WindowLoader
 
 
 def make_optimizer(model: torch.nn.Module, optim: OptimConfig, precision: str = "no") -> Optimizer:
@@ -68,11 +71,29 @@ def check_optimizer(optim: OptimConfig) -> None:
         refuse("optim.name", "adamw_8bit needs bitsandbytes", "pip install bitsandbytes, or use adafactor")
 
 
-def make_scheduler(optimizer: Optimizer, optim: OptimConfig, total_windows: int) -> Any:
-    """The learning rate's schedule over a whole run: one step is one window."""
+def make_scheduler(
+    optimizer: Optimizer, optim: OptimConfig, windows: WindowLoader, total_windows: int
+) -> LRScheduler:
+    """The learning rate's schedule over a whole run, to be stepped once a window.
+
+    Where the size of windows changes, warm-up and decay are by the examples that came before, not by windows.
+    The size of the window that comes decides what `optim.lr_scaling` makes of it.
+    """
+    plan: Any = windows.plan  # of data with a length
+    by_examples = callable(plan.effective_batch_size)
+    total = plan.examples_of(total_windows) if by_examples else total_windows
     name = {"constant": "constant_with_warmup"}.get(optim.scheduler, optim.scheduler)
-    warmup = math.ceil(total_windows * optim.warmup_ratio)
-    return transformers.get_scheduler(name, optimizer, warmup, total_windows)
+    warmup = math.ceil(total * optim.warmup_ratio)
+    scheduler: Any = transformers.get_scheduler(name, optimizer, warmup, total)
+    shape = scheduler.lr_lambdas[0]
+
+    def factor(windows_done: int) -> float:
+        plan: Any = windows.plan
+        coming = windows.coming
+        done = plan.examples_before(*coming) if by_examples else windows_done
+        return shape(done) * lr_factor(optim.lr_scaling, plan.size_asked(*coming), optim.lr_reference_batch)
+
+    return LambdaLR(optimizer, factor)
 
 
 def frozen_parameters(names: Sequence[str], patterns: Sequence[str]) -> set[str]:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from gradacc_hf.dynamics import GrowingBatch
 from gradacc_hf.hardware import describe_device
 from gradacc_hf.optim import choose_trained
+from gradacc_hf.plan import EffectiveBatchSize
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.tune import tunes
 from gradacc_hf.windows import WindowLoader
@@ -20,6 +22,7 @@ def print_plan(
     epochs = config.train.epochs
     of_all = sum(plan.num_windows(epoch) for epoch in range(epochs))
     some = f" of {of_all:,}" if of_all > num_windows else ""  # train.max_windows
+    at_most = "at most " * isinstance(plan.effective_batch_size, GrowingBatch)
     last = min(num_windows, plan.num_windows(0)) - 1
     sample = [windows.split(0, int(t)) for t in np.linspace(0, last, min(100, last + 1))]
     steps = [max(map(len, split.processes)) for split in sample]
@@ -31,10 +34,10 @@ def print_plan(
         ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
         ("validation", recipe.validation_source.removeprefix("validation: ")),
         *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),
-        ("effective batch size", f"{config.batch.effective} examples a window"),
+        ("effective batch size", _size(plan.effective_batch_size)),
         (
             "windows",
-            f"{num_windows:,}{some}, over {epochs} epoch{'s' * (epochs > 1)}",
+            f"{at_most}{num_windows:,}{some}, over {epochs} epoch{'s' * (epochs > 1)}",
         ),
         (
             "micro-batches",
@@ -51,6 +54,10 @@ def print_plan(
     )
     for name, value in rows:
         accelerator.print(f"{name:<22}{value}")
+
+
+def _size(effective: EffectiveBatchSize) -> str:
+    return str(effective) if callable(effective) else f"{effective} examples a window"
 
 
 def _parameters(recipe: Recipe, model: torch.nn.Module) -> str:

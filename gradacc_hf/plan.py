@@ -78,6 +78,34 @@ class WindowPlan:
         """Examples in this window."""
         return len(self.indices(epoch, window))
 
+    def size_asked(self, epoch: int, window: int) -> int:
+        """Examples that this window would have if it were not cut off by the end of the epoch."""
+        return size_asked(self.effective_batch_size, self.number(epoch, window))
+
+    def number(self, epoch: int, window: int) -> int:
+        """This window's number, over the whole run."""
+        return self._first_number(epoch) + window
+
+    def examples_before(self, epoch: int, window: int) -> int:
+        """Examples in all windows before this one, over the whole run."""
+        earlier = sum(self.num_examples - self.dropped(before) for before in range(epoch))
+        if self.is_over(epoch, window):
+            return earlier + self.num_examples - self.dropped(epoch)
+        return earlier + self._starts(epoch)[window]
+
+    def examples_of(self, windows: int) -> int:
+        """Examples in the first so many windows of the run."""
+        epoch = 0
+        while windows >= self.num_windows(epoch):
+            windows, epoch = windows - self.num_windows(epoch), epoch + 1
+        return self.examples_before(epoch, windows)
+
+    def resized(self, epoch: int, window: int) -> "WindowPlan":
+        """This plan, as sizes have changed from this window on."""
+        return WindowPlan(
+            self.num_examples, self.effective_batch_size, self.seed, self.shuffle, self.drop_last
+        )
+
     def dropped(self, epoch: int) -> int:
         """Examples that `drop_last` leaves out of this epoch."""
         if not self.drop_last or not self._starts(epoch):
@@ -88,7 +116,7 @@ class WindowPlan:
     def indices(self, epoch: int, window: int) -> np.ndarray:
         """Example indices of this window, over all processes."""
         start = self._starts(epoch)[window]
-        size = size_asked(self.effective_batch_size, self._first_number(epoch) + window)
+        size = self.size_asked(epoch, window)
         stop = min(start + size, self.num_examples)
         return self._order(epoch)[start:stop].astype(np.int64)
 

@@ -25,7 +25,8 @@ from gradacc_hf.card import RunCard, facts, refresh_cards
 from gradacc_hf.checkpoint import Checkpoints, check_same, newest_checkpoint
 from gradacc_hf.command_line import read_command_line
 from gradacc_hf.compiled import compile_layers, uncompiled
-from gradacc_hf.config import Config, OutputConfig, tokens_per_micro_batch
+from gradacc_hf.config import BatchConfig, Config, OutputConfig, tokens_per_micro_batch
+from gradacc_hf.dynamics import GrowingBatch, ScheduledBatch
 from gradacc_hf.errors import BadInput, command, one_line, refuse
 from gradacc_hf.fingerprint import check_same_settings, what_must_stay
 from gradacc_hf.hardware import (
@@ -46,6 +47,7 @@ from gradacc_hf.optim import check_optimizer, choose_trained, make_optimizer, ma
 from gradacc_hf.out_of_memory import keep_no_freed_memory
 from gradacc_hf.output import check_output, ended, folder_to_resume, open_output
 from gradacc_hf.overview import print_plan
+from gradacc_hf.plan import EffectiveBatchSize
 from gradacc_hf.push import check_push, push
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.redact import redact
@@ -88,6 +90,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     _check_dtype(config)
     honour(config)
     _check_early_stopping(config)
+    _check_sizes(config)
     _check_dtype(config)  # again, of what is left of the budget
     check_lean_loss(recipe_class, config)
     check_four_bit(config.model)
@@ -147,7 +150,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
 
     model = make_model(recipe)
     optimizer = make_optimizer(model, config.optim, accelerator.mixed_precision)
-    scheduler = make_scheduler(optimizer, config.optim, total_windows(config, windows))
+    scheduler = make_scheduler(optimizer, config.optim, windows, total_windows(config, windows))
     about = facts(recipe, training, validation)
     card = RunCard(recipe, about, windows)
     folder = open_output(config, accelerator, checkpoint.window if checkpoint else 0)
@@ -308,10 +311,18 @@ def make_windows(
     """
     config = recipe.config
     honour_padding(recipe)
-    if config.batch.effective > len(training):
+    sizes = effective_batch_size(config.batch)
+    first = sizes(0) if callable(sizes) else sizes
+    if first > len(training):
+        key = "batch.smallest" if isinstance(sizes, GrowingBatch) else "batch.effective"
         raise BadInput(
-            f"batch.effective: found {config.batch.effective}; allowed: 1 to {len(training)}, "
-            "the training examples there are"
+            f"{key}: found {first}; allowed: 1 to {len(training)}, the training examples there are"
+        )
+    measures = not hasattr(recipe.loss, "look_ahead")  # else no example has a gradient of its own
+    if isinstance(sizes, GrowingBatch) and not measures:
+        raise BadInput(
+            "batch.effective: found noise_scale with a loss of a window's examples together, which has none; "
+            "allowed: a number, or sizes by window"
         )
     if wrong := [index for index in config.data.leave_out if not 0 <= index < len(training)]:
         raise BadInput(
@@ -331,7 +342,8 @@ def make_windows(
     }
     windows = WindowLoader(
         training,
-        config.batch.effective,
+        sizes,
+        noise_every=config.train.noise_every if measures else 0,
         lengths=lengths,
         drop_last=config.batch.drop_last,
         leave_out=config.data.leave_out,
@@ -349,6 +361,29 @@ def total_windows(config: Config, windows: WindowLoader) -> int:
     """The windows of the whole run."""
     total = sum(windows.plan.num_windows(epoch) for epoch in range(config.train.epochs))
     return min(total, config.train.max_windows or total)
+
+
+def effective_batch_size(batch: BatchConfig) -> EffectiveBatchSize:
+    """What `batch.effective` says, as a loader takes it."""
+    if isinstance(batch.effective, dict):
+        return ScheduledBatch(batch.effective)
+    return (
+        GrowingBatch(batch.smallest, batch.largest) if batch.effective == "noise_scale" else batch.effective
+    )
+
+
+def _check_sizes(config: Config) -> None:
+    if config.batch.effective != "noise_scale":
+        return
+    if not config.train.noise_every:
+        raise BadInput("train.noise_every: found 0 with batch.effective noise_scale; allowed: 1 or more")
+    ends = config.optim.scheduler != "constant" or config.optim.warmup_ratio > 0
+    if config.train.max_windows is not None and ends:
+        raise BadInput(
+            "train.max_windows: found "
+            f"{config.train.max_windows} with batch.effective noise_scale, where nobody knows which examples "
+            "come last, and the learning rate decays by them: set train.epochs, or optim.scheduler constant"
+        )
 
 
 def _check_early_stopping(config: Config) -> None:

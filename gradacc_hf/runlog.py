@@ -32,6 +32,7 @@ from gradacc_hf.hardware import find_device
 from gradacc_hf.saving import write_whole
 
 HISTORY = "history.jsonl"
+TRACKED = ("loss", "grad_norm", "lr", "noise_scale", "update_ratio")
 VERSIONS_OF = ("torch", "transformers", "accelerate", "datasets", "evaluate", "gradacc-hf")
 
 
@@ -51,6 +52,8 @@ class WindowRecord:
     accumulation_steps: int  # of the process that has most
     seconds: float
     skipped: bool  # the optimizer step: by the fp16 scaler, or as a loss or gradient was not finite
+    noise_scale: float = math.nan  # in examples, as known by then; infinite where it is beyond measure
+    update_ratio: float = math.nan  # ‖step‖ / ‖weights‖, of a sample of them
 
 
 class RunLog:
@@ -113,7 +116,7 @@ class RunLog:
             self._history.write(_row(record))
             self._history.flush()
         self.accelerator.log(
-            {f"train/{key}": row[key] for key in ("loss", "grad_norm", "lr") if row[key] is not None},
+            {f"train/{key}": row[key] for key in TRACKED if row[key] is not None},
             record.window,
         )
         examples_per_second, tokens_per_second = (
@@ -130,6 +133,11 @@ class RunLog:
                 f"window {record.window}{of} · loss {record.loss:.4f} · {speed}",
                 soft_wrap=True,
             )
+
+    def expect(self, total_windows: int | None) -> None:
+        """The run will have so many windows after all."""
+        self.total_windows = total_windows
+        self._progress.update(self._task, total=total_windows)
 
     def say(self, line: str) -> None:
         """A line of the main process, above the progress bar."""

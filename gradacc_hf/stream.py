@@ -131,6 +131,20 @@ class Stream:
         other._go_to(epoch, window)
         return other
 
+    def number(self, epoch: int, window: int) -> int:
+        """This window's number, over the whole run."""
+        return (self._first_number(epoch) or 0) + window
+
+    def size_asked(self, epoch: int, window: int) -> int:
+        """Examples that this window would have if it were not cut off by the end of the stream."""
+        return size_asked(self.effective_batch_size, self.number(epoch, window))
+
+    def resized(self, epoch: int, window: int) -> "Stream":
+        """This stream, as sizes have changed from this window on."""
+        if epoch == self.epoch:
+            self._starts = {number: start for number, start in self._starts.items() if number <= window}
+        return self
+
     def place(self, epoch: int, window: int) -> dict[str, Any]:
         """What tells the way to a window beside its numbers and the seed, as plain data."""
         if epoch == self.epoch:

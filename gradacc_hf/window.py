@@ -14,7 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 
+from gradacc_hf.dynamics import SmallBatch
 from gradacc_hf.errors import BadInput
+from gradacc_hf.gradients import grad_norm
 from gradacc_hf.micro_batches import MicroBatch
 from gradacc_hf.split import Bound
 
@@ -86,6 +88,7 @@ class Window:
     _half_way: list[int]  # of the loader: windows whose latest pass has not come to its end
     _recutting: Recutting
     _whole_gradients: bool = False  # under FSDP
+    _noise_size: int = 0  # examples of the first micro-batch, where the noise scale is measured by it
     done: bool = False  # have all its micro-batches come to the step?
 
     def __post_init__(self):
@@ -97,6 +100,8 @@ class Window:
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._loss: Any = None
         self._handed: torch.Tensor | None = None  # to weigh(), the last
+        self._small = [0.0, 0.0, 0.0]  # of the first micro-batch: ‖gradient‖², is it known?, share of items
+        self.small: SmallBatch | None = None  # known after the last micro-batch, where noise is measured
 
     def __len__(self) -> int:
         """This process's accumulation steps in this window."""
@@ -110,6 +115,7 @@ class Window:
                 optimizer.optimizer.zero_grad()
         self._half_way[:] = [self.number]
         self._loss, self._weighed, self._loss_here = None, set(), 0.0
+        self._small, self.small = [0.0, 0.0, 0.0], None
         try:
             for self._current, micro_batch in enumerate(self._micro_batches):  # noqa: B020
                 self._latest = self._current
@@ -129,6 +135,8 @@ class Window:
                 else:
                     self._random_states.append(random_state(accelerator.device))
                 yield to_device(micro_batch.batch, accelerator)
+                if self.measures_noise and self._current == 0 and self._weighed:
+                    self._measure_small()
         finally:
             self._current = None
             settings.clear()
@@ -226,15 +234,34 @@ class Window:
     def _finish(self) -> None:
         """Add up the loss over processes; all of them come here, also one that did not weigh."""
         loss = self._loss_here if len(self._weighed) == len(self) else math.nan
+        square, known, share = self._small
         if self._accelerator.num_processes > 1:
             here = torch.as_tensor(loss, dtype=torch.float32, device=self._accelerator.device)
-            loss = self._accelerator.reduce(here, reduction="sum")
+            everything = torch.stack([here, *here.new_tensor(self._small)])
+            loss, square, known, share = self._accelerator.reduce(everything, reduction="sum")
+        if known and forwards_are_collective(self._accelerator):  # then it is that of all processes together
+            norm = math.sqrt(float(square) / float(known)) / float(share)
+            self.small = SmallBatch(self._noise_size * self._accelerator.num_processes, norm)
+        elif known:
+            self.small = SmallBatch(self._noise_size, math.sqrt(float(square) / float(known)))
         self._loss = loss if self._weighed else None
         self._handed = None
         if self._weighed:
             self.done = True
             completed, costs = self._recutting.completed, self._recutting.costs
             completed[:] = map(max, completed, costs)
+
+    def _measure_small(self) -> None:
+        """The gradient of the first micro-batch alone, as the mean over its items."""
+        accelerator, share = self._accelerator, self._micro_batches[0].num_items / self.num_items
+        parameters = [p for o in accelerator._optimizers for group in o.param_groups for p in group["params"]]
+        norm = grad_norm(parameters)
+        if not forwards_are_collective(accelerator):
+            norm /= share * accelerator.num_processes  # by which DDP will divide
+        if accelerator.scaler is not None:
+            norm /= accelerator.scaler.get_scale()
+        if math.isfinite(norm):
+            self._small = [norm**2, 1.0, share]
 
     def weigh(self, loss: torch.Tensor) -> torch.Tensor:
         """What `accelerator.backward` must be given for this micro-batch's mean loss, a scalar; in float32.
@@ -260,6 +287,11 @@ class Window:
         self._weighed.add(self._current)
         divided_by = self._accelerator.gradient_accumulation_steps * self._accelerator.num_processes
         return loss * (share * divided_by)
+
+    @property
+    def measures_noise(self) -> bool:
+        """Is its first micro-batch drawn at random, to measure the gradient noise scale by?"""
+        return self._noise_size > 0
 
     @property
     def accelerator(self) -> Accelerator:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from gradacc_hf import items
 from gradacc_hf.arguments import check_arguments, check_stream, refuse_engine
+from gradacc_hf.dynamics import GrowingBatch, NoiseScale
 from gradacc_hf.micro_batches import (
     Lengths,
     LocalWindows,
@@ -46,7 +47,7 @@ class WindowLoader:
     Args:
         dataset: a `datasets.Dataset` or any sequence of examples; or a stream (below).
         effective_batch_size: examples per optimizer step over all processes; or a function of the window's
-            number.
+            number, such as a `dynamics.ScheduledBatch`; or a `dynamics.GrowingBatch`.
         collate_fn: examples → mapping of tensors; `collate_fn(examples, pad_to=n)` where `pad_to` is used.
         accelerator: the run's Accelerator; not DeepSpeed or Megatron-LM, which have accumulation of their
             own.
@@ -75,6 +76,8 @@ class WindowLoader:
         whole_gradients: under FSDP, accumulate whole gradients on every process, and reduce them once a
             window: less communication, more memory. By default each micro-batch's are reduced to shards.
         buffer_size: examples of a stream that are shuffled together; 1000 by default.
+        noise_every: measure the gradient noise scale in every so manieth window of an epoch, from the first;
+            0 never. The loop must tell the loader of each window's gradient: `saw`.
 
     A stream is a `datasets.IterableDataset`, or any iterable without a length that begins anew each time, and
     gives the same examples in every process. Each process reads all of it, and collates its own micro-batches
@@ -113,6 +116,7 @@ class WindowLoader:
         leave_out: Collection[int] = (),
         whole_gradients: bool = False,
         buffer_size: int | None = None,
+        noise_every: int = 0,
     ):
         refuse_engine(accelerator)
         check_stream(dataset, lengths, num_workers, buffer_size)
@@ -124,6 +128,7 @@ class WindowLoader:
         self.empty_micro_batches = self.empty_windows = self.replays = 0
         self.seconds_to_collate = 0.0  # that the latest window was waited for
         self._completed, self._stepped = [0.0] * accelerator.num_processes, False
+        self.noise = NoiseScale()
         if bound is not None and (max_tokens, micro_batch_size) != (None, None):
             raise ValueError("give bound=, or max_tokens or micro_batch_size: one of the three")
         bound = bound or Bound(max_tokens, micro_batch_size)
@@ -149,6 +154,7 @@ class WindowLoader:
             process=accelerator.process_index,
             pad_to_multiple_of=pad_to_multiple_of or 1,
             leave_out=leave_out,
+            noise_every=noise_every,
         )
         self._started = False
         self._half_way: list[int] = []
@@ -205,9 +211,32 @@ class WindowLoader:
                 self.seconds_to_collate = time.perf_counter() - asked
                 yield window
                 self._stepped, asked = True, time.perf_counter()
-        ended = self._gather([0, 0, 0, 0])  # instead of another window
+        ended = self._gather([0, 0, 0, 0, 0])  # instead of another window
         _check_alike(ended[:, 3], self.epoch, self.window)
         self._say_dropped()
+
+    @property
+    def noise_every(self) -> int:
+        """Of how many windows of an epoch the first measures the gradient noise scale; 0: none does."""
+        return self._windows.noise_every
+
+    @property
+    def coming(self) -> tuple[int, int]:
+        """The window that comes next, as (epoch, window)."""
+        over = self.plan.is_over(self.epoch, self.window)
+        return (self.epoch + 1, 0) if over else (self.epoch, self.window)
+
+    def saw(self, window: Window, grad_norm: float) -> None:
+        """The norm of this window's gradient before clipping: for the noise scale, and what follows from it.
+
+        To be called in each window's body, in all processes, before the scheduler's step.
+        """
+        self.noise.saw(len(window.indices), grad_norm, window.small)
+        size = self.plan.effective_batch_size
+        if not isinstance(size, GrowingBatch) or window.small is None:
+            return
+        if size.grow(self.plan.number(self.epoch, self.window), self.noise):
+            self._windows.plan = self.plan.resized(self.epoch, self.window)
 
     def micro_batches(self) -> Iterator[tuple[MicroBatch, dict[str, Any]]]:
         """This process's micro-batches of one pass over the data, each with its batch on the device.
@@ -286,16 +315,23 @@ class WindowLoader:
 
         And how windows are cut, where a run has found that out (`tune.py`).
         """
-        done = self.plan.is_over(self.epoch, self.window)
-        epoch, window = (self.epoch + 1, 0) if done else (self.epoch, self.window)
+        epoch, window = self.coming
         place = self.plan.place(epoch, window)
         state = {"seed": self.seed, "epoch": epoch, "window": window, **place}
+        if self.noise_every:
+            state["noise"] = self.noise.state_dict()
+        if isinstance(size := self.plan.effective_batch_size, GrowingBatch):
+            state["sizes"] = dict(size.sizes)
         return state | (
             {"max_tokens": self.bound.max_tokens, "cost": asdict(self.cost)} if self.tuned else {}
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where `state_dict` was taken; the next pass runs the rest of that epoch."""
+        if isinstance(size := self.plan.effective_batch_size, GrowingBatch):
+            size.sizes = {int(number): examples for number, examples in state["sizes"].items()}
+        if "noise" in state:
+            self.noise = NoiseScale.of(state["noise"])
         self._windows.plan = self.plan.at(state)
         if "cost" in state and self.bound.micro_batch_size is None:
             most = min(state["max_tokens"], self.bound.max_tokens or state["max_tokens"])
@@ -322,12 +358,13 @@ class WindowLoader:
         self, windows: LocalWindows, epoch: int, start: int
     ) -> Iterator[tuple[Split, list[MicroBatch]]]:
         while not windows.plan.is_over(epoch, start):
-            loader, bound = self._collated_beside(windows, epoch, start), windows.bound
+            loader, bound, plan = self._collated_beside(windows, epoch, start), windows.bound, windows.plan
             for local in loader:
                 split, micro_batches = pickle.loads(local) if isinstance(local, bytes) else local
                 yield split, [self._pinned(micro_batch) for micro_batch in micro_batches]
                 start += 1
-                if windows.bound is not bound:  # cut finer by now: what workers hold ready is not
+                # Cut finer or larger by now: what workers hold ready is not.
+                if windows.bound is not bound or windows.plan is not plan:
                     break
 
     def _collated_beside(self, windows: LocalWindows, epoch: int, start: int) -> DataLoader:
@@ -350,7 +387,8 @@ class WindowLoader:
         """Count the window's items over all processes, and see that every process has something to run."""
         with_items = [micro_batch for micro_batch in micro_batches if micro_batch.num_items]
         empty = len(micro_batches) - len(with_items)
-        counts = self._gather([sum(m.num_items for m in with_items), len(with_items), empty, split.tokens])
+        here = [sum(m.num_items for m in with_items), len(with_items), empty, split.tokens]
+        counts = self._gather([*here, self._can_measure(split, micro_batches)])
         _check_alike(counts[:, 3], split.epoch, split.window)
         num_items, most = counts[:, 0].sum(), int(counts[:, 1].max())
         self._count_empty(split, int(counts[:, 2].sum()), num_items == 0)
@@ -382,7 +420,14 @@ class WindowLoader:
                 is_short=self.replays > 0,
             ),
             _whole_gradients=self.whole_gradients,
+            _noise_size=len(micro_batches[0].indices) if counts[:, 4].all() else 0,
         )
+
+    def _can_measure(self, split: Split, micro_batches: list[MicroBatch]) -> bool:
+        """Has this process a first micro-batch whose gradient, drawn at random, is ever there on its own?"""
+        whole = forwards_are_collective(self.accelerator) and self.whole_gradients
+        with_items = [micro_batch.num_items > 0 for micro_batch in micro_batches]
+        return split.measures_noise and with_items[0] and sum(with_items) > 1 and not whole
 
     def _cut_again(self, window: Window, bound: Bound) -> Window:
         """The window and all to come under a lower bound."""

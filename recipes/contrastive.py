@@ -67,7 +67,7 @@ class Contrastive(Recipe):
         self.searched = None  # by `answer`: validation texts, and where they are embedded
 
     def datasets(self):
-        if self.config.batch.effective < 2:
+        if self.config.batch.least < 2:
             raise BadInput("batch.effective: found 1; allowed: 2 or more, as other pairs are the negatives")
         rows = self.rows()
         for dataset in rows:

@@ -26,7 +26,7 @@ from gradacc_hf import BadInput, ExactTrainer, WindowLoader, accumulate_in_float
 from gradacc_hf.checkpoint import Checkpoints, newest_checkpoint
 from gradacc_hf.config import LoraConfig
 from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder
-from gradacc_hf.gradients import RecordGradients, relative_error, whole_window_gradient
+from gradacc_hf.gradients import RecordGradients, norm, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
 from gradacc_hf.items import model_loss
 from gradacc_hf.loop import train
@@ -101,7 +101,7 @@ def gradients(
     steps, indices = [], []
 
     class Watched:  # the same windows, with a note of what this process was given
-        state_dict = staticmethod(windows.state_dict)
+        state_dict, saw, noise = windows.state_dict, windows.saw, windows.noise
 
         def __iter__(self):
             for window in windows:
@@ -134,6 +134,39 @@ def gradients(
         "same_windows": all(seen == indices for seen in gather_object([indices])),
         "looks_for_unused": accelerator.ddp_handler is not None,
     }
+
+
+def noise(engine):
+    """The gradient norm of each window's random part, beside that of these examples by themselves."""
+    accelerator = accelerator_for(engine)
+    head, untouched = (build_head("token_classification", "gpt2") for _ in range(2))
+    examples = head.examples(LENGTHS)
+    windows = WindowLoader(
+        examples, 12, accelerator=accelerator, collate_fn=head.collate, max_tokens=96, noise_every=1
+    )
+    model, optimizer = accelerator.prepare(head.model, RecordGradients(head.model))
+    if engine == "fsdp2":
+        optimizer.optimizer.model = accelerator.unwrap_model(model)
+    smalls, saw = [], windows.saw
+    windows.saw = lambda window, norm: (smalls.append(window.small), saw(window, norm))
+    records = list(train(model, optimizer, windows, accelerator=accelerator))
+    errors, losses = [], []
+    for t, (small, gradient) in enumerate(zip(smalls, optimizer.optimizer.gradients, strict=True)):
+        split = windows.split(0, t)
+        firsts = [process[0] for process in split.processes]
+        parts = [np.concatenate(firsts)] if engine == "fsdp2" else firsts
+        wholes = [
+            whole_window_gradient(untouched.model, untouched.collate([examples[i] for i in part]))
+            for part in parts
+        ]
+        expected = float(np.sqrt(np.mean([norm(whole) ** 2 for whole in wholes])))
+        assert small.examples == len(parts[0])
+        losses.append(abs(small.grad_norm / expected - 1))
+        batch = untouched.collate([examples[i] for i in split.indices])
+        errors.append(relative_error(gradient, whole_window_gradient(untouched.model, batch)))
+    scales = gather_object([[record.noise_scale for record in records]])
+    alike = all(each == scales[0] for each in scales)
+    return {"error": max(errors), "loss_error": max(losses), "same_windows": alike, "measured": len(smalls)}
 
 
 def stream(engine):
@@ -574,6 +607,7 @@ CASES = {
     ),
     "workers": lambda engine: gradients(engine, max_tokens=64, num_workers=1),
     "streamed": lambda engine: gradients(engine, max_tokens=64, streamed=True, buffer_size=8),
+    "noise": noise,
     "stream": stream,
     "contrastive": lambda engine: contrastive(engine, max_tokens=160),
     "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),

@@ -53,7 +53,7 @@ def ddp(request):
 def test_every_case_is_exact_on_1_2_and_3_processes(ddp):
     _, found = ddp
     exact = {name: row for name, row in found.items() if "error" in row}
-    assert len(exact) == 18
+    assert len(exact) == 19
     for name, row in exact.items():
         assert row["error"] < EXACT, name
         assert row["loss_error"] < 1e-5, name
@@ -184,11 +184,11 @@ def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes():
         "evaluation",
     ]
     contrastive = ["contrastive", "contrastive_fewer_pairs_than_processes"]
-    found = launch(2, "fsdp2", *cases, *contrastive, "sharded_gradients")
+    found = launch(2, "fsdp2", *cases, *contrastive, "sharded_gradients", "noise")
     # After each micro-batch a process holds its half of the gradients, and no whole ones beside it.
     assert all(0.45 < share < 0.55 for share in found["sharded_gradients"]["shards"])
     assert found["sharded_gradients"]["whole"][:-1] == [0.0] * (len(found["sharded_gradients"]["whole"]) - 1)
-    for name in contrastive:
+    for name in (*contrastive, "noise"):
         assert found[name]["error"] < EXACT, name
         assert found[name]["loss_error"] < 1e-5, name
     for name in cases[:-1]:

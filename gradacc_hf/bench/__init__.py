@@ -14,6 +14,7 @@
     python -m gradacc_hf.bench out_of_memory # is a run the same under real memory limits?
     python -m gradacc_hf.bench kills         # is a run the same that is killed again and again, and resumed?
     python -m gradacc_hf.bench damages       # what becomes of a run whose newest checkpoint is damaged?
+    python -m gradacc_hf.bench schedules     # which sizes of windows need the fewest examples?
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
 same model, the same examples in the same windows, and as many optimizer steps. One process. How fast the
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -50,6 +52,7 @@ from gradacc_hf.bench.kills import damages, kills, print_damages, print_kills
 from gradacc_hf.bench.lean_memory import VOCABULARY, LeanMemory, lean_memory
 from gradacc_hf.bench.limits import Speed, speed
 from gradacc_hf.bench.predicted_memory import CASES, compare_memory, print_memory
+from gradacc_hf.bench.schedules import print_schedules, schedules
 from gradacc_hf.bench.shortage import print_shortage, shortage
 from gradacc_hf.bench.sizes import print_sweeps, sweeps
 from gradacc_hf.config import kit
@@ -61,6 +64,7 @@ from gradacc_hf.heads import build_head
 from gradacc_hf.loop import train
 from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.optim import make_optimizer
+from gradacc_hf.output import next_folder
 from gradacc_hf.plan import WindowPlan
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import make_windows
@@ -305,6 +309,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     killed = benchmarks.add_parser("kills", help="a run that is killed and resumed, beside one that is not")
     killed.add_argument("--kills", type=_positive, default=50, help="(%(default)s)")
     benchmarks.add_parser("damages", help="a run that is resumed when its newest checkpoint is damaged")
+    sized = benchmarks.add_parser("schedules", help="sizes of windows, fixed and changing, side by side")
+    sized.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these recipes")
+    sized.add_argument("--seeds", type=_positive, default=3, help="runs of each (%(default)s)")
+    sized.add_argument("--output", type=Path, help="folder of the runs; what is there is not run again")
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--json", action="store_true", help="print the result as JSON")
     console = Console(highlight=False)
@@ -352,6 +360,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif arguments.benchmark == "kills":
             result = kills(arguments.kills, progress=partial(_progress, name="kills"))
             show = print_kills
+        elif arguments.benchmark == "schedules":
+            folder, progress = arguments.output or next_folder("schedules"), partial(_progress, name="runs")
+            of_sizes = schedules(arguments.only, arguments.seeds, folder, progress)
+            result, show = of_sizes, print_schedules
         elif arguments.benchmark == "damages":
             result, show = damages(partial(_progress, name="damages")), print_damages
         elif arguments.benchmark == "recipes":

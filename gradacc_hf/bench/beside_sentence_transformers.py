@@ -114,7 +114,7 @@ def contrastive(
         for name, other in contenders.items()
         if name != "ours"
     }
-    pairs, device = _recipe(max_tokens, settings).config.batch.effective, found["ours"][0]["device"]
+    pairs, device = _recipe(max_tokens, settings).config.batch.least, found["ours"][0]["device"]
     return Contrastive(contenders, times, num_windows, pairs, max_tokens, measured_with(device))
 
 
@@ -147,7 +147,7 @@ def run(name: str, num_windows: int, max_tokens: int, settings: Sequence[str]) -
     list(contender.train(1))
     return {
         "gradient_error": relative_error(gradients[0], truth),
-        "examples_per_second": num_windows * recipe.config.batch.effective / seconds,
+        "examples_per_second": num_windows * recipe.config.batch.least / seconds,
         "training_memory_bytes": max(0, peak - before),
         "losses": losses,
         "metrics": metrics,
@@ -165,7 +165,7 @@ class Contending:
             self.model, self.theirs = _theirs(name, self.model, recipe, max_tokens)
         self.optimizer = make_optimizer(self.model, recipe.config.optim)
         total = total_windows(recipe.config, windows)
-        self.scheduler = make_scheduler(self.optimizer, recipe.config.optim, total)
+        self.scheduler = make_scheduler(self.optimizer, recipe.config.optim, windows, total)
 
     def train(self, num_windows: int) -> Iterator[float]:
         """The loss of each window, once it has been trained on; gradients are not clipped."""

@@ -145,7 +145,7 @@ def _fresh(recipe: Recipe, windows: WindowLoader) -> tuple[Any, Any, Any]:
     return (
         model,
         optimizer,
-        make_scheduler(optimizer, recipe.config.optim, total_windows(recipe.config, windows)),
+        make_scheduler(optimizer, recipe.config.optim, windows, total_windows(recipe.config, windows)),
     )
 
 

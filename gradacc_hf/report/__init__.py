@@ -20,13 +20,21 @@ from gradacc_hf.report.pictures import (
     bars_of,
     curves_note,
     curves_of,
+    dynamics_of,
     metrics_of,
     sizes_of,
     small_curves_of,
     windows_of,
 )
 from gradacc_hf.report.runs import Contender, Run, contenders, read_runs
-from gradacc_hf.report.tables import baseline_row, configurations, distinct, figures_table, plan_table
+from gradacc_hf.report.tables import (
+    baseline_row,
+    configurations,
+    distinct,
+    dynamics_table,
+    figures_table,
+    plan_table,
+)
 from gradacc_hf.saving import write_whole
 
 __all__ = ["read_runs", "write_report"]
@@ -94,6 +102,9 @@ def render(runs: Sequence[Run]) -> str:
         curves=curves_of(found),
         small_curves=small_curves_of(found),
         curves_note=curves_note(found),
+        dynamics=dynamics_of(found),
+        dynamics_table=dynamics_table(found),
+        noise=words.noise(found),
         metrics=metrics_of(found),
         bars=bars_of(found),
         sizes=sizes_of(found),

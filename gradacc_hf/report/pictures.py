@@ -69,6 +69,22 @@ def small_curves_of(found: Sequence[Contender]) -> list[Figure]:
     return figures
 
 
+def dynamics_of(found: Sequence[Contender]) -> list[Figure]:
+    """Noise scale, the size of windows where it changes, and how far steps move the weights."""
+    figures = []
+    if scales := _by_window(found, "noise_scale"):
+        drawn = plots.curves("noise", "examples", scales, small=True, log=True)
+        figures.append(Figure("Gradient noise scale", drawn, "Smoothed; measured in some windows."))
+    sizes = _by_window(found, "examples")
+    if any(np.ptp(line.middle[:-1]) > 0 for line in sizes if len(line.middle) > 2):
+        drawn = plots.curves("size", "examples", sizes, small=True)
+        figures.append(Figure("Examples a window", drawn))
+    if ratios := _by_window(found, "update_ratio"):
+        drawn = plots.curves("update", "step / weights", ratios, small=True, log=True)
+        figures.append(Figure("Length of a step", drawn, "By that of the weights, of a sample of them."))
+    return figures
+
+
 def curves_note(found: Sequence[Contender]) -> str:
     """What a point of a curve is, where it is more than one window of one run."""
     windows, repeats = _windows_a_point(found), max(len(contender.runs) for contender in found)

@@ -87,29 +87,31 @@ def windows_a_point(windows: int) -> int:
 
 
 def curves(name: str, ylabel: str, lines: Sequence[Curve], *, log: bool = False, bound: float | None = None,
-           small: bool = False) -> Markup:  # fmt: skip
-    """Values by window, a line a contender; `bound` is a line across."""
+           small: bool = False, xlabel: str = "window", labels: Sequence[str] = ()) -> Markup:  # fmt: skip
+    """Values by window, a line a contender; `bound` is a line across. `labels` stand in the picture."""
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.9 if small else 2.8), layout="constrained")
         axes = figure.subplots()
         for position, line in enumerate(lines):
-            _draw_curve(axes, line, position, len(lines), log)
+            _draw_curve(axes, line, position, len(lines), log, labels[position] if labels else None)
+        if labels:
+            axes.legend()
         if bound is not None:
             axes.axhline(bound, color="#000000", linewidth=1, dashes=(2, 2))
             axes.annotate(
                 f"exact: at most {_short(bound)}", (1, bound), (0, 3), xycoords=("axes fraction", "data"),
                 textcoords="offset points", ha="right", fontsize=9,
             )  # fmt: skip
-        axes.set(xlabel="window", ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         if log:
             _log_axis(axes)
         else:
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        return _svg(name, figure, f"{ylabel} by window")
+        return _svg(name, figure, f"{ylabel} by {xlabel}")
 
 
-def _draw_curve(axes: Axes, line: Curve, position: int, of: int, log: bool) -> None:
+def _draw_curve(axes: Axes, line: Curve, position: int, of: int, log: bool, label: str | None) -> None:
     look = _look(line.look)
     middle, least, most = (
         np.where(v <= 0, FLOOR, v) if log else v for v in (line.middle, line.least, line.most)
@@ -119,7 +121,7 @@ def _draw_curve(axes: Axes, line: Curve, position: int, of: int, log: bool) -> N
     apart = max(1, math.ceil(len(middle) / 6))
     # where lines lie on each other, the lower ones are thicker and the markers take turns
     axes.plot(line.windows, middle, **look, linewidth=1.5 + 2.2 * (of - 1 - position) / max(4, of),
-              markevery=(position * apart // of, apart))  # fmt: skip
+              markevery=(position * apart // of, apart), label=label)  # fmt: skip
 
 
 def _log_axis(axes: Axes) -> None:
@@ -231,6 +233,18 @@ def _box(left: float, top: float, width: float, height: float) -> Path:
         [(left, top), (left + width, top), (left + width, top + height), (left, top + height), (left, top)],
         [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY],
     )
+
+
+def alone(svg: Markup) -> str:
+    """A picture as a file of its own, which follows the light or dark mode of whoever looks at it."""
+    colours = "".join(f"--c{number}: {colour};" for number, colour in enumerate(COLOURS))
+    style = (
+        f"<style>svg {{ {colours} color: #1c1f23; background: #ffffff; font-family: sans-serif; }} "
+        "text { fill: currentColor; } @media (prefers-color-scheme: dark) "
+        "{ svg { color: #e6e6e6; background: #16181b; } }</style>"
+    )
+    head, rest = str(svg).split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n'
 
 
 def key(name: str, look: int) -> Markup:

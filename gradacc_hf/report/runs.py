@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -100,6 +101,37 @@ class Run:
             return least, mean, most
         steps = [row.accumulation_steps for row in self.rows] or [math.nan]
         return min(steps), sum(steps) / len(steps), max(steps)
+
+    @property
+    def window_size(self) -> float:
+        """Examples of the largest of the last windows, of which the very last may be partial."""
+        return max((row.examples for row in self.rows[-2:]), default=math.nan)
+
+    @property
+    def noise_scale(self) -> float:
+        """As it was known at the end, in examples; infinite beyond measure, NaN where it was not measured."""
+        if not any(math.isfinite(row.noise_scale) for row in self.rows):
+            return math.nan
+        return self.rows[-1].noise_scale
+
+    @property
+    def update_ratio(self) -> float:
+        """Median ‖step‖ / ‖weights‖."""
+        known = [row.update_ratio for row in self.rows if math.isfinite(row.update_ratio)]
+        return statistics.median(known) if known else math.nan
+
+    @property
+    def clipped(self) -> float:
+        """The share of windows whose gradient was longer than it may be; NaN where nobody says."""
+        most, norms = self.setting("optim", "max_grad_norm"), [row.grad_norm for row in self.rows]
+        if not isinstance(most, int | float) or not any(map(math.isfinite, norms)):
+            return math.nan
+        return sum(0 < most < norm for norm in norms) / len(norms)
+
+    @property
+    def skipped(self) -> float:
+        """The share of windows that took no step."""
+        return _ratio(sum(row.skipped == 1 for row in self.rows), len(self.rows))
 
     @property
     def evaluations(self) -> list[dict[str, float]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from gradacc_hf.dynamics import in_words as in_words_of_noise
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.report.runs import Contender, Run
 
@@ -187,6 +188,22 @@ def error(value: float) -> str:
         return f"{value:.2g}"
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def noise(found: Sequence[Contender]) -> list[Markup]:
+    """What the size of its windows gains or loses each contender, by the noise scale at the end."""
+    sentences = []
+    for contender in found:
+        run = contender.runs[0]
+        if said := in_words_of_noise(run.noise_scale, int(run.window_size)) if run.rows else "":
+            whose = "" if len(found) == 1 else Markup("<b>{}</b>: ").format(contender.label)
+            sentences.append(Markup("{}{}{}.").format(whose, said[0].upper(), said[1:]))
+    return sentences
+
+
+def figure(value: float) -> str:
+    """0.83, 12 or 1,240"""
+    return f"{value:.2g}" if value < 10 else count(value)
 
 
 def count(value: float) -> str:

@@ -1,0 +1,233 @@
+"""`gradacc bench schedules`: what sizes of windows, fixed or changing, do to the examples that a run needs.
+
+Runs offline configs as their user does, each with a quarter of its window's size, with its size, with one
+that grows by a schedule, and with one that follows the noise scale; all of them over the same examples, with
+a learning rate by the square root of the size. A run that is there already is not run again.
+"""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from gradacc_hf.bench.every_recipe import offline_configs
+from gradacc_hf.data import load_data
+from gradacc_hf.errors import BadInput, listed, one_line
+from gradacc_hf.open_recipe import load_recipe
+from gradacc_hf.report import plots
+from gradacc_hf.runlog import measured_with, read_history
+from gradacc_hf.saving import write_whole
+
+EXAMPLES = {"text_classification": None, "causal_lm": (160, 24)}  # to train on, to validate; None is all
+SETTINGS = {"causal_lm": ["--data.max_length", "96"]}
+EVALUATIONS = 8  # of a run, about
+POINTS = 40  # of a drawn line
+
+
+@dataclass(frozen=True)
+class OfSchedule:
+    """The runs of one config with one schedule, by seed: `examples` until the validation loss is `target`."""
+
+    recipe: str
+    schedule: str
+    target: float
+    examples: tuple[float, ...]
+    final_losses: tuple[float, ...]
+    windows: tuple[int, ...]
+    last_size: tuple[int, ...]
+    noise_scale: tuple[float | None, ...]  # at the end; None beyond measure
+    curves: tuple[tuple[tuple[float, float], ...], ...]  # (examples, validation loss) of each evaluation
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """All of them."""
+
+    results: tuple[OfSchedule, ...]
+    pictures: tuple[str, ...]
+    measured_with: dict[str, str]
+
+
+def schedules(names: Sequence[str], seeds: int, folder: Path, progress: Any = iter) -> Schedules:
+    """Run these configs, or all that have examples here, with each schedule; raises BadInput."""
+    for name in names:
+        if name not in EXAMPLES:
+            raise BadInput(f"--only: found {name!r}; allowed: {listed(EXAMPLES)}")
+    chosen = list(names or EXAMPLES)
+    data = {name: _data(name, folder) for name in chosen}
+    todo = [
+        (name, schedule, seed)
+        for seed in range(seeds)
+        for name in chosen
+        for schedule in _schedules(name, data[name][1])
+    ]
+    for name, schedule, seed in progress(todo):
+        settings, examples = data[name]
+        _run(name, [*settings, *_schedules(name, examples)[schedule]], folder, schedule, seed)
+    results, pictures = [], []
+    for name in chosen:
+        found = {s: [_read(_folder(folder, name, s, seed)) for seed in range(seeds)] for s in _labels(name)}
+        target = max(min(loss for _, loss in run["curve"]) for runs in found.values() for run in runs)
+        for schedule, runs in found.items():
+            results.append(
+                OfSchedule(
+                    recipe=name,
+                    schedule=schedule,
+                    target=target,
+                    examples=tuple(_needed(run["curve"], target) for run in runs),
+                    final_losses=tuple(run["curve"][-1][1] for run in runs),
+                    windows=tuple(run["windows"] for run in runs),
+                    last_size=tuple(run["size"] for run in runs),
+                    noise_scale=tuple(run["noise"] for run in runs),
+                    curves=tuple(tuple(run["curve"]) for run in runs),
+                )
+            )
+        picture = folder / f"{name}.svg"
+        write_whole(picture, _picture(name, [result for result in results if result.recipe == name]))
+        pictures.append(str(picture))
+    return Schedules(tuple(results), tuple(pictures), measured_with())
+
+
+def _data(name: str, folder: Path) -> tuple[list[str], int]:
+    """The flags that name the data, and how many examples there are."""
+    recipe = load_recipe(["--config", str(offline_configs()[name])])
+    if (counts := EXAMPLES[name]) is None:
+        return [], len(recipe.datasets()[0])
+    rows = load_data(recipe.config.data.train, None, validation_fraction=0.1, seed=0)
+    flags = []
+    for flag, split, count in zip(
+        ("train", "validation"), (rows.train, rows.validation), counts, strict=True
+    ):
+        path = folder / f"{name}_{flag}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        split.select(range(count)).to_json(str(path))
+        flags += [f"--data.{flag}", str(path)]
+    return flags, counts[0]
+
+
+def _labels(name: str) -> list[str]:
+    return list(_schedules(name, 1))
+
+
+def _schedules(name: str, examples: int) -> dict[str, list[str]]:
+    """Name → the flags of it. Sizes are a quarter of the config's, a half, and all of it."""
+    size = load_recipe(["--config", str(offline_configs()[name])]).config.batch.least
+    small, half = size // 4, size // 2
+    first = math.ceil(examples / 3 / small)
+    steps = {0: small, first: half, first + math.ceil(examples / 3 / half): size}
+    grows = ["noise_scale", "--batch.smallest", str(small), "--batch.largest", str(4 * size)]
+    sizes = {
+        str(small): ([str(small)], small),
+        str(size): ([str(size)], size),
+        f"{small}, {half}, {size}": ([json.dumps(steps).replace('"', "")], half),
+        "noise scale": ([*grows, "--train.noise_every", "4"], half),
+    }
+    scaled = ["--optim.lr_scaling", "sqrt", "--optim.lr_reference_batch", str(size)]
+    every = {label: max(1, examples // EVALUATIONS // usual) for label, (_, usual) in sizes.items()}
+    return {
+        label: ["--batch.effective", *flags, *scaled, "--train.eval_every", str(every[label])]
+        for label, (flags, _) in sizes.items()
+    }
+
+
+def _folder(folder: Path, name: str, schedule: str, seed: int) -> Path:
+    return folder / name / schedule.replace(", ", "-").replace(" ", "_") / f"seed_{seed}"
+
+
+def _run(name: str, settings: Sequence[str], folder: Path, schedule: str, seed: int) -> None:
+    run = _folder(folder, name, schedule, seed)
+    if (run / "summary.json").exists():
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    config = offline_configs()[name]
+    command = [sys.executable, str(config.parent.parent / "recipes" / f"{name}.py"), "--config", str(config)]
+    command += ["--output.dir", str(run), "--output.tracker", "none", "--checkpoint.every", "0"]
+    command += ["--train.seed", str(seed), "--train.eval_on_start", "true", "--train.max_windows", "null"]
+    command += ["--train.best_metric", "loss", "--train.best_direction", "min"]
+    done = subprocess.run(
+        [*command, *SETTINGS.get(name, []), *settings], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise BadInput(f"{name}, {schedule}: {one_line(ValueError(done.stderr))[-300:]}")
+    for saved in ("best", "last"):
+        shutil.rmtree(run / saved, ignore_errors=True)
+
+
+def _read(run: Path) -> dict[str, Any]:
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    rows = read_history(run / "history.jsonl", sys.maxsize)
+    done = np.cumsum([0, *(row.examples for row in rows)])
+    return {
+        "curve": [(float(done[int(e["window"])]), float(e["loss"])) for e in summary["evaluations"]],
+        "windows": len(rows),
+        "size": max(row.examples for row in rows[-2:]),
+        "noise": rows[-1].noise_scale if math.isfinite(rows[-1].noise_scale) else None,
+    }
+
+
+def _needed(curve: Sequence[tuple[float, float]], target: float) -> float:
+    """The examples at which the loss first is the target, on a line between evaluations."""
+    for (before, high), (after, low) in pairwise(curve):
+        if low <= target:
+            return before + (after - before) * (max(high, target) - target) / max(high - low, 1e-12)
+    return curve[0][0] if curve[0][1] <= target else math.nan
+
+
+def _picture(name: str, results: Sequence[OfSchedule]) -> str:
+    """Validation loss by examples: the median of the seeds, from the least to the most."""
+    lines = []
+    for look, result in enumerate(results):
+        last = min(curve[-1][0] for curve in result.curves)
+        grid = np.linspace(0, last, POINTS)
+        repeats = [np.interp(grid, *zip(*curve, strict=True)) for curve in result.curves]
+        lines.append(plots.curve(look, [list(zip(grid.tolist(), repeat, strict=True)) for repeat in repeats]))
+    labels = [f"windows of {result.schedule}" for result in results]
+    return plots.alone(
+        plots.curves(name, "validation loss", lines, log=True, xlabel="examples", labels=labels)
+    )
+
+
+def print_schedules(result: Schedules, console: Console) -> None:
+    """A table a config: medians over the seeds, with least and most."""
+    for name in dict.fromkeys(one.recipe for one in result.results):
+        rows = [one for one in result.results if one.recipe == name]
+        table = Table(
+            "windows of",
+            f"examples until loss {rows[0].target:.3f}",
+            "final loss",
+            "windows",
+            "last size",
+            "noise scale, last",
+            title=f"{name}, {len(rows[0].examples)} seeds",
+            box=SIMPLE,
+        )
+        for one in rows:
+            known = [scale for scale in one.noise_scale if scale is not None]
+            table.add_row(
+                one.schedule,
+                _spread(one.examples, ",.0f"),
+                _spread(one.final_losses, ".3f"),
+                _spread(one.windows, ",.0f"),
+                _spread(one.last_size, ",.0f"),
+                _spread(known, ",.0f") if known else "beyond measure",
+            )
+        console.print(table)
+    console.print("\n".join(result.pictures))
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    least, most = format(min(values), form), format(max(values), form)
+    middle = format(median(values), form)
+    return middle if least == most else f"{middle} ({least}–{most})"

@@ -1,0 +1,181 @@
+"""What the size of a window does to training: how noisy its gradient is, how far its step moves the weights,
+and sizes that change as a run goes.
+
+`window.py` measures, `windows.py` hands out windows of these sizes, `optim.py` has the learning rate follow.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.distributed.tensor import DTensor
+
+HORIZON = 64  # windows over which a noise scale is smoothed
+SAMPLE = 2**16  # weights by which an update is measured
+LrScaling = Literal["none", "linear", "sqrt"]
+
+
+@dataclass(frozen=True)
+class SmallBatch:
+    """What a window's gradient would be of some of its examples alone: their number, and its norm."""
+
+    examples: int
+    grad_norm: float
+
+
+@dataclass
+class NoiseScale:
+    """The gradient noise scale tr(Σ) / |G|², in examples: the size from which larger windows save little.
+
+    G is the mean gradient, Σ the covariance of an example's. The gradient g of B examples has E|g|² = |G|² +
+    tr(Σ)/B, so that two sizes give both: tr(Σ) = (|g_b|² − |g_B|²) / (1/b − 1/B), |G|² = |g_B|² − tr(Σ)/B.
+    Each is smoothed before they are divided: tr(Σ) over the windows that have both norms, |g_B|² over all.
+    Weights fall by half in about two thirds of `horizon` windows; infinite: the plain mean.
+
+    Source: McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", equation 2.8 and appendix
+    A.1. The small batch may be part of the large one, as expectations do not ask.
+    """
+
+    horizon: float = HORIZON
+    measured: int = 0  # windows with both norms
+    _noise: float = 0.0  # sums, with weights: of tr(Σ)
+    _noise_weight: float = 0.0
+    _square: float = 0.0  # of |g_B|²
+    _inverse: float = 0.0  # of 1/B
+    _weight: float = 0.0
+
+    def saw(self, examples: int, grad_norm: float, small: SmallBatch | None = None) -> None:
+        """A window's size and its gradient's norm before clipping; with that of a random part, if known."""
+        if not math.isfinite(grad_norm):
+            return
+        fading = math.exp(-1 / self.horizon)
+        self._square = fading * self._square + grad_norm**2
+        self._inverse = fading * self._inverse + 1 / examples
+        self._weight = fading * self._weight + 1
+        self._noise, self._noise_weight = fading * self._noise, fading * self._noise_weight
+        if small is not None and small.examples < examples and math.isfinite(small.grad_norm):
+            noise = (small.grad_norm**2 - grad_norm**2) / (1 / small.examples - 1 / examples)
+            self._noise, self._noise_weight = self._noise + noise, self._noise_weight + 1
+            self.measured += 1
+
+    @property
+    def scale(self) -> float:
+        """In examples. NaN where nothing was measured; infinite where the gradient is lost in its noise."""
+        if not self._noise_weight:
+            return math.nan
+        noise = self._noise / self._noise_weight
+        signal = (self._square - noise * self._inverse) / self._weight
+        if noise <= 0:
+            return 0.0
+        return noise / signal if signal > 0 else math.inf
+
+    def state_dict(self) -> dict[str, float]:
+        """All of it, as numbers."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "NoiseScale":
+        """The one that `state_dict` was taken of."""
+        return cls(**state)
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """Effective batch sizes, each with the number of windows done when it begins: {0: 32, 500: 64}."""
+
+    sizes: Mapping[int, int]
+
+    def __call__(self, number: int) -> int:
+        return self.sizes[max(first for first in self.sizes if first <= number)]
+
+    def __str__(self) -> str:
+        (_, first), *later = sorted(self.sizes.items())
+        return ", ".join([f"{first} examples a window", *(f"after {n} windows {size}" for n, size in later)])
+
+
+@dataclass
+class GrowingBatch:
+    """An effective batch size that doubles whenever the noise scale is as large as the doubled size.
+
+    From `smallest` to at most `largest`; at most once each time that noise is measured, after `patience` of
+    those. `sizes`: each with the number, over the run, of the first window that had it.
+    """
+
+    smallest: int
+    largest: int
+    patience: int = 4
+    sizes: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not 1 <= self.smallest <= self.largest:
+            raise ValueError(
+                f"the batch grows from {self.smallest} to {self.largest}; allowed: from 1 or more, upwards"
+            )
+        self.sizes = self.sizes or {0: self.smallest}
+
+    def __call__(self, number: int) -> int:
+        return ScheduledBatch(self.sizes)(number)
+
+    def __str__(self) -> str:
+        return f"{self.smallest} to {self.largest} examples a window, by the noise scale"
+
+    def grow(self, number: int, noise: NoiseScale) -> bool:
+        """Noise was measured before this window: is it to be larger?"""
+        size = self(number)
+        larger = min(2 * size, self.largest)
+        if larger == size or noise.measured < self.patience or not noise.scale >= larger:
+            return False
+        self.sizes[number] = larger
+        return True
+
+
+class Movement:
+    """How far steps move the weights that are trained: ‖Δw‖ / ‖w‖, over a sample of them.
+
+    The sample is every so manieth element, about `SAMPLE` in all; of sharded weights, those of this process.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        count = sum(p.numel() for p in self._trained)
+        self._every = 6 * (count // SAMPLE // 6) + 1  # else it might be the same few columns of each weight
+        self._before = self._sample()
+
+    def since_last(self) -> float:
+        """Since this was asked for the last time."""
+        before, self._before = self._before, self._sample()
+        return float((self._before - before).norm() / before.norm())
+
+    @torch.no_grad()
+    def _sample(self) -> torch.Tensor:
+        here = (p.to_local() if isinstance(p, DTensor) else p for p in self._trained)
+        return torch.cat([p.flatten()[:: self._every].float() for p in here])
+
+
+def lr_factor(rule: LrScaling, size: int, reference: int | None) -> float:
+    """By how much the learning rate that suits windows of `reference` examples is larger for `size` of them.
+
+    "linear": Goyal et al. 2017, for SGD; "sqrt": Krizhevsky 2014, and Malladi et al. 2022 for Adam.
+    """
+    if rule == "none" or reference is None:
+        return 1.0
+    return size / reference if rule == "linear" else math.sqrt(size / reference)
+
+
+def in_words(noise_scale: float, size: int) -> str:
+    """What windows of so many examples gain or lose by it."""
+    windows = f"windows of {size:,}"
+    if math.isnan(noise_scale):
+        return ""
+    if math.isinf(noise_scale):
+        return f"the noise scale is beyond what {windows} can measure: larger windows would still help"
+    ratio = noise_scale / size
+    known = f"the gradient noise scale is about {noise_scale:,.0f} examples: "
+    if ratio > 2:
+        return f"{known}{windows} are {ratio:.0f} × smaller; larger windows would still help"
+    if ratio < 0.5:
+        times = f"{1 / ratio:.0f} × " if ratio > 0.01 else "far "
+        return f"{known}{windows} are {times}larger; you pay for averaging"
+    return f"{known}{windows} are about as large, where time and examples are well spent"
