@@ -772,7 +772,7 @@ def test_a_conversion_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(smollm2, "_convert", fail)
-    monkeypatch.setattr(smollm2, "_tiny_llama", lambda folder: fail(None, folder))
+    monkeypatch.setattr(smollm2, "write_tiny_llama", lambda folder: fail(None, folder))
     with pytest.raises(BadInput, match="No space left"):
         embedded.resolve_model("embedded:smollm2")
     assert os.listdir(tmp_path / "gradacc_hf") == []

@@ -96,6 +96,22 @@ def test_a_healthy_loop_gets_a_clean_bill_with_figures():
     assert "✗" not in said
 
 
+def test_a_replay_holds_no_activations_of_more_than_a_micro_batch_and_costs_less_than_two_steps():
+    model, optimizer, loader = regression()
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append((len(inputs[0]), torch.is_grad_enabled())))
+    with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
+        for step, (x, y) in enumerate(loader, start=1):
+            (mse_loss(model(x), y) / N).backward()
+            if step % N == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert diagnosis.findings == []
+    assert {rows for rows, keeps in seen if keeps} == {4}
+    assert seen.count((4 * N, False)) == 3  # each of the first windows, at once
+    assert len(seen) == len(loader) + 3 * (1 + N)
+
+
 FAULTS = {
     "zeroed early": "zeroed_inside_the_window",
     "stepped early": "stepped_on_every_micro_batch",
@@ -217,6 +233,40 @@ def test_our_loop_is_healthy(kind, model_type, precision):
     assert "✓ each gradient is that of its window at once" in str(diagnosis)
 
 
+def by_tokens(weigh, reduction="mean"):
+    """A loop that lays the tokens of padded micro-batches end to end, whose losses it weighs itself."""
+    made, examples = head("token_classification", "bert")
+    optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
+    loader = DataLoader(examples, 2, collate_fn=made.collate)
+    windows = list(zip(*[iter(loader)] * N, strict=True))
+    with diagnose(made.model, optimizer, say=lambda said: None) as diagnosis:
+        for window in windows:
+            items = [int((batch["labels"] != -100).sum()) for batch in window]
+            for batch, n in zip(window, items, strict=True):
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
+                logits = made.model(**inputs).logits
+                loss = cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction=reduction)
+                (loss * weigh(n, sum(items))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return diagnosis
+
+
+@pytest.mark.parametrize(
+    ("weigh", "reduction", "found"),
+    [
+        (lambda n, total: n / total, "mean", set()),
+        (lambda n, total: 1 / total, "sum", set()),  # as it is often written, and right
+        (lambda n, total: 1 / N, "mean", {"mean_of_means"}),
+        (lambda n, total: 1 / N, "sum", {"loss_is_a_sum"}),
+    ],
+)
+def test_a_loss_of_tokens_laid_end_to_end_is_compared(weigh, reduction, found):
+    diagnosis = by_tokens(weigh, reduction)
+    assert names(diagnosis) == found, str(diagnosis)
+    assert ("items: targets" in str(diagnosis)) == (not found)
+
+
 def test_in_batch_negatives_that_are_cut_are_found():
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8)
@@ -282,8 +332,8 @@ def test_a_default_learning_rate_for_a_large_window_is_advice():
     assert diagnosis.healthy
 
 
-def by_trainer(kind, exact=False, model_type="bert", **settings):
-    made, examples = head(kind, model_type, [12] * 32)
+def by_trainer(kind, exact=False, model_type="bert", lengths=[12] * 32, **settings):
+    made, examples = head(kind, model_type, lengths)
     arguments = transformers.TrainingArguments(
         output_dir="unused",
         per_device_train_batch_size=4,
@@ -308,6 +358,18 @@ def test_today_s_trainer_does_not_divide_a_bert_classifier_s_loss_and_logs_it_in
     diagnosis = by_trainer("sequence_classification")
     assert names(diagnosis) == {"not_divided", "logged_loss_inflated"}, str(diagnosis)
     assert "4 × as long" in next(f for f in diagnosis.findings if f.name == "not_divided").evidence
+
+
+def test_today_s_trainer_takes_a_mean_of_means_of_tokens():
+    diagnosis = by_trainer("token_classification", lengths=LENGTHS * 2)
+    assert {"not_divided", "mean_of_means"} <= names(diagnosis), str(diagnosis)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_model_that_trainer_hands_the_items_of_the_window_is_healthy(model_type):
+    diagnosis = by_trainer("causal_lm", model_type=model_type, lengths=LENGTHS * 2)
+    assert diagnosis.findings == [], str(diagnosis)
+    assert "each gradient is that of its window at once" in str(diagnosis)
 
 
 def test_where_trainer_divides_nothing_is_found_and_exact_trainer_is_healthy():

@@ -13,6 +13,7 @@ import torch
 import gradacc_hf
 from gradacc_hf import cli, lessons
 from gradacc_hf.config import kit
+from gradacc_hf.doctor.script import run_script
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT
 
@@ -215,8 +216,8 @@ def test_the_path_leads_through_every_lesson_once():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lesson_is_short_stands_alone_and_its_question_is_in_the_readme(name):
     text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 80
-    assert f"gradacc lessons {name}\n" in text
+    assert len(text.splitlines()) < 90
+    assert f"gradacc lessons {name}. The doctor finds: " in text
     assert lessons.question(name) in README
     imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
     assert imported <= {"torch", "accelerate", "gradacc_hf", *sys.stdlib_module_names}
@@ -240,6 +241,30 @@ def test_lessons_follow_one_another_in_one_process_whatever_the_environment_says
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert lessons.run("when_to_step")["in the kit"]["error"] < EXACT
     assert lessons.run("mixed_precision")["bf16, kit"]["error"] > EXACT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_doctor_finds_what_a_lesson_shows(name, tmp_path):
+    path = FOLDER / f"{name}.py"
+    says = re.search(r"The doctor finds: (.+)\.\n", path.read_text(encoding="utf-8"))[1]
+    if name == "synchronise_once":  # the two processes that it starts
+        command = [
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "-m",
+            "gradacc_hf",
+            "doctor",
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", *command, path, tmp_path], capture_output=True, text=True
+        )
+        found = set(re.findall(r"^[✗·] (\w+):", done.stdout, re.MULTILINE))
+    else:
+        diagnoses = run_script(path, [], say=lambda said: None)
+        assert diagnoses
+        found = {finding.name for diagnosis in diagnoses for finding in diagnosis.findings}
+    assert found == (set() if says == "nothing" else set(says.split(", ")))
 
 
 def test_gradacc_lessons_lists_them_with_their_questions(capsys, monkeypatch):

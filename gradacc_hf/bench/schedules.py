@@ -2,7 +2,8 @@
 
 Runs offline configs as their user does, each with a quarter of its window's size, with its size, with one
 that grows by a schedule, and with one that follows the noise scale; all of them over the same examples, with
-a learning rate by the square root of the size. A run that is there already is not run again.
+a learning rate by the square root of the size. The causal language model is a tiny Llama from scratch, which
+is quick. A run that is there already is not run again.
 """
 
 import json
@@ -23,15 +24,18 @@ from rich.console import Console
 from rich.table import Table
 
 from gradacc_hf.bench.every_recipe import offline_configs
-from gradacc_hf.data import load_data
+from gradacc_hf.embedded.smollm2 import write_tiny_llama
 from gradacc_hf.errors import BadInput, listed, one_line
 from gradacc_hf.open_recipe import load_recipe
 from gradacc_hf.report import plots
 from gradacc_hf.runlog import measured_with, read_history
 from gradacc_hf.saving import write_whole
 
-EXAMPLES = {"text_classification": None, "causal_lm": (160, 24)}  # to train on, to validate; None is all
-SETTINGS = {"causal_lm": ["--data.max_length", "96"]}
+TINY = "tiny_llama"
+TASKS: dict[str, tuple[int, list[str]]] = {  # the size of windows, and what is not as the offline config says
+    "text_classification": (64, []),
+    "causal_lm": (32, ["--model.name", TINY, "--model.lora.rank", "0", "--data.max_length", "96"]),
+}
 EVALUATIONS = 8  # of a run, about
 POINTS = 40  # of a drawn line
 
@@ -63,22 +67,21 @@ class Schedules:
 def schedules(names: Sequence[str], seeds: int, folder: Path, progress: Any = iter) -> Schedules:
     """Run these configs, or all that have examples here, with each schedule; raises BadInput."""
     for name in names:
-        if name not in EXAMPLES:
-            raise BadInput(f"--only: found {name!r}; allowed: {listed(EXAMPLES)}")
-    chosen = list(names or EXAMPLES)
-    data = {name: _data(name, folder) for name in chosen}
-    todo = [
-        (name, schedule, seed)
-        for seed in range(seeds)
-        for name in chosen
-        for schedule in _schedules(name, data[name][1])
-    ]
-    for name, schedule, seed in progress(todo):
-        settings, examples = data[name]
-        _run(name, [*settings, *_schedules(name, examples)[schedule]], folder, schedule, seed)
+        if name not in TASKS:
+            raise BadInput(f"--only: found {name!r}; allowed: {listed(TASKS)}")
+    chosen = list(names or TASKS)
+    tiny = folder / TINY
+    if not tiny.exists():
+        tiny.mkdir(parents=True)
+        write_tiny_llama(tiny)
+    flags = {name: [str(tiny) if word == TINY else word for word in TASKS[name][1]] for name in chosen}
+    ways = {name: _schedules(TASKS[name][0], _examples(name, flags[name])) for name in chosen}
+    todo = [(name, way, seed) for seed in range(seeds) for name in chosen for way in ways[name]]
+    for task, way, seed in progress(todo):
+        _run(task, [*flags[task], *ways[task][way]], _folder(folder, task, way, seed), seed)
     results, pictures = [], []
     for name in chosen:
-        found = {s: [_read(_folder(folder, name, s, seed)) for seed in range(seeds)] for s in _labels(name)}
+        found = {s: [_read(_folder(folder, name, s, seed)) for seed in range(seeds)] for s in ways[name]}
         target = max(min(loss for _, loss in run["curve"]) for runs in found.values() for run in runs)
         for schedule, runs in found.items():
             results.append(
@@ -100,30 +103,14 @@ def schedules(names: Sequence[str], seeds: int, folder: Path, progress: Any = it
     return Schedules(tuple(results), tuple(pictures), measured_with())
 
 
-def _data(name: str, folder: Path) -> tuple[list[str], int]:
-    """The flags that name the data, and how many examples there are."""
-    recipe = load_recipe(["--config", str(offline_configs()[name])])
-    if (counts := EXAMPLES[name]) is None:
-        return [], len(recipe.datasets()[0])
-    rows = load_data(recipe.config.data.train, None, validation_fraction=0.1, seed=0)
-    flags = []
-    for flag, split, count in zip(
-        ("train", "validation"), (rows.train, rows.validation), counts, strict=True
-    ):
-        path = folder / f"{name}_{flag}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        split.select(range(count)).to_json(str(path))
-        flags += [f"--data.{flag}", str(path)]
-    return flags, counts[0]
+def _examples(name: str, flags: Sequence[str]) -> int:
+    """That there are to train on."""
+    recipe = load_recipe(["--config", str(offline_configs()[name]), *flags])
+    return len(recipe.datasets()[0])
 
 
-def _labels(name: str) -> list[str]:
-    return list(_schedules(name, 1))
-
-
-def _schedules(name: str, examples: int) -> dict[str, list[str]]:
-    """Name → the flags of it. Sizes are a quarter of the config's, a half, and all of it."""
-    size = load_recipe(["--config", str(offline_configs()[name])]).config.batch.least
+def _schedules(size: int, examples: int) -> dict[str, list[str]]:
+    """Name → the flags of it. Sizes are a quarter of `size`, a half, and all of it."""
     small, half = size // 4, size // 2
     first = math.ceil(examples / 3 / small)
     steps = {0: small, first: half, first + math.ceil(examples / 3 / half): size}
@@ -146,8 +133,7 @@ def _folder(folder: Path, name: str, schedule: str, seed: int) -> Path:
     return folder / name / schedule.replace(", ", "-").replace(" ", "_") / f"seed_{seed}"
 
 
-def _run(name: str, settings: Sequence[str], folder: Path, schedule: str, seed: int) -> None:
-    run = _folder(folder, name, schedule, seed)
+def _run(name: str, settings: Sequence[str], run: Path, seed: int) -> None:
     if (run / "summary.json").exists():
         return
     shutil.rmtree(run, ignore_errors=True)
@@ -156,11 +142,9 @@ def _run(name: str, settings: Sequence[str], folder: Path, schedule: str, seed: 
     command += ["--output.dir", str(run), "--output.tracker", "none", "--checkpoint.every", "0"]
     command += ["--train.seed", str(seed), "--train.eval_on_start", "true", "--train.max_windows", "null"]
     command += ["--train.best_metric", "loss", "--train.best_direction", "min"]
-    done = subprocess.run(
-        [*command, *SETTINGS.get(name, []), *settings], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BadInput(f"{name}, {schedule}: {one_line(ValueError(done.stderr))[-300:]}")
+        raise BadInput(f"{run}: {one_line(ValueError(done.stderr))[-300:]}")
     for saved in ("best", "last"):
         shutil.rmtree(run / saved, ignore_errors=True)
 

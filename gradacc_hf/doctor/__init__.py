@@ -12,19 +12,21 @@ import gc
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from gradacc_hf.doctor.findings import Finding, Seen, findings
-from gradacc_hf.doctor.replay import LossOf, Replay, replay
+from gradacc_hf.doctor.replay import LossOf, Replay, replay, work
 from gradacc_hf.doctor.watch import Watch, Window
 from gradacc_hf.verify import remove_dropout
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
 
+MOST_WORK = 1.7  # of replays, by that of the windows that are watched: with all else it is less than 2
 NOTHING_SEEN = "gradacc doctor: no step of this optimizer was seen after a backward of this model"
 
 
@@ -46,6 +48,7 @@ class Diagnosis:
         self._dropout: list[tuple[Any, str, float]] = []
         self._left: list[Any] = []
         self._horizon: int | None = None
+        self._of_loop = self._of_replays = 0.0  # work of all windows, and of those replayed
 
     @property
     def seen(self) -> Seen:
@@ -78,8 +81,15 @@ class Diagnosis:
     def _at_step(self, window: Window) -> None:
         watch = self._watch
         steps = max(len(w.micro_batches) for w in watch.windows)
-        if len(watch.windows) <= self._to_replay or len(window.micro_batches) < steps:
+        of_loop, at_once = work(window)
+        self._of_loop += of_loop
+        would_be = self._of_replays + of_loop + at_once / 3  # of a step, a forward is a third
+        affordable = not self._of_replays or would_be <= MOST_WORK * self._of_loop
+        if (len(watch.windows) <= self._to_replay and affordable) or len(window.micro_batches) < steps:
             window.replay = replay(watch, window, self._loss_fn)
+            again = (window.replay.means, window.replay.swamped)  # its micro-batches, once more for each
+            times = 1 + sum(each is not None for each in again)
+            self._of_replays += at_once / 3 + of_loop * times
         if len(watch.windows) < self._to_replay:
             return
         passes = [m.data_pass for m in window.micro_batches]
@@ -122,6 +132,7 @@ def diagnose(
     accumulation_steps: int | None = None,
     windows: int = 3,
     say: Callable[[str], Any] = print,
+    begun: Sequence[DataLoader] = (),
 ) -> Iterator[Diagnosis]:
     """Watch the training loop in here, and say what is wrong with its accumulation.
 
@@ -130,6 +141,7 @@ def diagnose(
     its output, or `loss_fn(outputs, inputs by name)`. Where the data end in a partial window, that is watched
     too. Dropout is off as long as it watches. `accumulation_steps`: what the loop is meant to do, where
     neither Accelerate nor its own divided loss says so. `say` is given the report, as soon as there is one.
+    `begun`: loaders that the loop is reading already.
     """
     if windows < 1:
         raise ValueError(f"windows: found {windows}; allowed: 1 or more")
@@ -139,6 +151,7 @@ def diagnose(
         optimizer,
         at_step=lambda window: diagnosis._at_step(window),
         woken=lambda: diagnosis._take_dropout(),
+        begun=begun,
     )
     diagnosis = Diagnosis(watch, windows, loss_fn, accumulation_steps, say)
     diagnosis._take_dropout()

@@ -18,7 +18,7 @@ UNTOUCHED = 1e-3  # relative change of a norm that is none
 GONE = 1e-12  # of a norm, relative: less is nothing
 MOST_STEPS = 1024  # by which a loss is divided to accumulate
 SWAMPED = 2**-9  # relative error of a gradient that was added up in 16 bits
-USUAL_RATES = {5e-5: "Trainer's default, for 8 examples", 1e-3: "AdamW's default"}
+USUAL_RATES = {5e-5: "Trainer's default, for 8 examples", 1e-3: "torch's default"}
 LARGE = 64  # examples, in a window whose learning rate is a default
 
 
@@ -206,13 +206,14 @@ def _gradient(seen: Seen) -> Iterator[Finding]:
     window, worst = max(full, key=lambda pair: _error(pair[1].whole))
     place, n, whole = window.micro_batches[0].place, seen.steps, worst.whole
     assert whole is not None
-    if worst.coupled in COUPLED:
+    is_right = _error(whole) <= worst.tolerance
+    if worst.coupled in COUPLED and (worst.coupled == "sum" or not is_right):
         losses = ", ".join(f"{loss:.5g}" for loss in worst.losses[:4]) + " …" * (len(worst.losses) > 4)
         evidence = f"the window at once has the loss {worst.whole_loss:.5g}; its micro-batches {losses}"
         evidence += "; an example beside itself has another loss than alone" * (worst.coupled == "in_batch")
         yield _found(COUPLED[worst.coupled], evidence, place)
         return
-    if _error(whole) <= worst.tolerance:
+    if is_right:
         return
     off = _error(Alike(1.0, whole.cosine))  # of its direction
     is_means = worst.means is not None and _error(Alike(1.0, worst.means.cosine)) + worst.tolerance < off

@@ -1,10 +1,14 @@
 """One window as a whole, beside the gradient that its loop has made of it.
 
-Run before the optimizer's step, at the weights of the window, without dropout. The gradient of the loop is
-set aside meanwhile and put back; beside it there is one more at a time.
+Run before the optimizer's step, at the weights of the window, without dropout. The loss of the window at
+once, which keeps no activations, says which items the micro-batches are to be weighed by; their gradients,
+weighed so, are that of the window. Where no count of items explains that loss, and in 16 bits, which have
+not the digits to tell counts apart, the gradient is taken of the window at once, too. That of the loop is set
+aside meanwhile and put back; beside it there is one more at a time.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gradacc_hf.doctor.watch import MicroBatch, Watch, Window, logits_in, loss_in
+from gradacc_hf.doctor.watch import MicroBatch, OwnLoss, Watch, Window, logits_in, loss_in
 from gradacc_hf.errors import one_line
 from gradacc_hf.items import COUNTS, IGNORED
 from gradacc_hf.out_of_memory import give_back_memory, out_of_memory
@@ -23,6 +27,7 @@ GradientNow = Sequence[torch.Tensor | None]  # of each parameter that the optimi
 LossOf = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 PADDED_WITH = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
 HALVES = {torch.bfloat16, torch.float16}
+CHUNK = 2**20  # elements that are compared in float64 at a time
 SAME = 1e-4  # relative difference of two losses that is but rounding
 SAME_IN_HALF = 2e-2  # the same under autocast, or with weights in 16 bits
 
@@ -75,11 +80,11 @@ def replay(watch: Watch, window: Window, loss_fn: LossOf | None) -> Replay:
     try:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise CannotReplay("there are several processes: try it on one")
-        losses_of = _how(pieces, loss_fn)
+        losses_of, known = _how(pieces, loss_fn)
         whole = _joined(pieces)
         half, kind = watch.autocast, watch.parameters()[0].device.type
         with _as_it_was(watch) as loops_gradient, torch.autocast(kind, half, enabled=half is not None):
-            return _compare(watch, window, whole, losses_of, loops_gradient)
+            return _compare(watch, window, whole, losses_of, known, loops_gradient)
     except CannotReplay as error:
         return Replay(why_not=str(error))
     except Exception as error:  # whatever a model raises that is run in another way: its loop goes on
@@ -92,29 +97,51 @@ def replay(watch: Watch, window: Window, loss_fn: LossOf | None) -> Replay:
 Loss = Callable[[Inputs, tuple[Any, ...], torch.nn.Module], torch.Tensor]
 
 
-def _how(pieces: Sequence[MicroBatch], loss_fn: LossOf | None) -> Loss:
-    """(inputs, the other arguments of the loss, model) → the loss, as the loop computed it."""
+def _how(pieces: Sequence[MicroBatch], loss_fn: LossOf | None) -> tuple[Loss, tuple[float, ...]]:
+    """(inputs, the other arguments of the loss, model) → the loss, as the loop computed it; and what that was
+    for each micro-batch, where it was seen.
+    """
     for piece in pieces:
         if piece.forward is None:
             raise CannotReplay(f"{len(piece.forwards)} forwards lead to one backward")
     if loss_fn is not None:
-        return lambda inputs, others, model: loss_fn(model(*inputs[0], **inputs[1]), named(model, inputs))
+
+        def given(inputs: Any, others: tuple[Any, ...], model: Any) -> torch.Tensor:
+            return loss_fn(model(*inputs[0], **inputs[1]), named(model, inputs))
+
+        return given, ()
     if all(piece.own_loss is not None and piece.own_loss.shape is not None for piece in pieces):
         function, arguments = pieces[0].own_loss.function, pieces[0].own_loss.named  # type: ignore[union-attr]
         shape = pieces[0].own_loss.shape or ()  # type: ignore[union-attr]
         arguments = {key: value for key, value in arguments.items() if not isinstance(value, torch.Tensor)}
+        alone = _is_one_example(pieces[0])
+        is_flat = not alone and pieces[0].own_loss.others[0].ndim == 1  # type: ignore[union-attr]
 
         def computed(inputs: Any, others: tuple[Any, ...], model: Any) -> torch.Tensor:
             outputs: Any = model(*inputs[0], **inputs[1])
             outputs = outputs if isinstance(outputs, torch.Tensor) else logits_in(outputs)
-            return function(outputs.float().reshape(-1, *shape), *others, **arguments)
+            rows = shape[0 if alone else 1 :]
+            outputs = outputs.float().reshape(shape if outputs.numel() == math.prod(shape) else (-1, *rows))
+            if is_flat:
+                others = (others[0].flatten(), *others[1:])
+            return function(outputs, *others, **arguments)
 
-        return computed
-    if all(piece.forward.loss is not None for piece in pieces if piece.forward):
-        return lambda inputs, others, model: loss_in(model(*inputs[0], **inputs[1]))  # type: ignore[return-value]
+        return computed, tuple(piece.own_loss.value for piece in pieces if piece.own_loss)
+    losses = tuple(piece.forward.loss for piece in pieces if piece.forward)
+    if None not in losses:
+        return lambda inputs, others, model: loss_in(model(*inputs[0], **inputs[1])), losses  # type: ignore[return-value]
     raise CannotReplay(
         "the loss is neither the model's own nor one function of torch on its output: give loss_fn="
     )
+
+
+def work(window: Window) -> tuple[float, float]:
+    """What a window takes, by the elements of its inputs: micro-batch by micro-batch, and padded at once."""
+    inputs = [tensors_in(piece.forward.inputs) for piece in window.micro_batches if piece.forward]
+    largest = [max(tensors, key=torch.Tensor.numel) for tensors in inputs if tensors]
+    rows = [max(1, len(tensor)) if tensor.ndim else 1 for tensor in largest]
+    of_a_row = [tensor.numel() / n for tensor, n in zip(largest, rows, strict=True)]
+    return sum(tensor.numel() for tensor in largest), sum(rows) * max(of_a_row, default=0.0)
 
 
 def tensors_in(inputs: Inputs) -> list[torch.Tensor]:
@@ -128,19 +155,35 @@ def named(model: torch.nn.Module, inputs: Inputs) -> dict[str, Any]:
     return {**dict(zip(names, inputs[0], strict=False)), **inputs[1]}
 
 
+def _is_one_example(piece: MicroBatch) -> bool:
+    """Has a micro-batch no dimension for more than one?"""
+    values = tensors_in(piece.forward.inputs) if piece.forward else []
+    return bool(values) and all(value.ndim < 2 and value.is_floating_point() for value in values)
+
+
 def _joined(pieces: Sequence[MicroBatch]) -> tuple[Any, tuple[Any, ...]]:
     """The inputs of all micro-batches as those of one, and the other arguments of the loss."""
     inputs = [piece.forward.inputs for piece in pieces if piece.forward]
-    values = tensors_in(inputs[0])
-    if values and all(value.ndim < 2 and value.is_floating_point() for value in values):
-        raise CannotReplay("a micro-batch is one example, without a dimension for more")
-    positional = tuple(_together(str(i), [one[0][i] for one in inputs]) for i in range(len(inputs[0][0])))
-    by_name = {key: _together(key, [one[1].get(key) for one in inputs]) for key in inputs[0][1]}
+    alone = _is_one_example(pieces[0])
+
+    def together(name: str, found: list[Any]) -> Any:
+        return _together(name, [v[None] if alone and isinstance(v, torch.Tensor) else v for v in found])
+
+    positional = tuple(together(str(i), [one[0][i] for one in inputs]) for i in range(len(inputs[0][0])))
+    by_name = {key: together(key, [one[1].get(key) for one in inputs]) for key in inputs[0][1]}
     others: tuple[Any, ...] = ()
     if all(piece.own_loss for piece in pieces):
-        owned = [piece.own_loss.others for piece in pieces if piece.own_loss]
-        others = tuple(_together("labels", [one[i] for one in owned]) for i in range(len(owned[0])))
+        owned = [_by_rows(piece.own_loss) for piece in pieces if piece.own_loss]
+        others = tuple(together("labels", [one[i] for one in owned]) for i in range(len(owned[0])))
     return (positional, by_name), others
+
+
+def _by_rows(loss: OwnLoss) -> tuple[Any, ...]:
+    """The other arguments of a loss, its targets as they were before they were laid end to end."""
+    target, *more = loss.others
+    if target.ndim == 1 and len(loss.rows) > 1 and target.numel() == math.prod(loss.rows):
+        target = target.reshape(loss.rows)
+    return target, *more
 
 
 def _together(name: str, values: list[Any]) -> Any:
@@ -178,7 +221,12 @@ def _as_it_was(watch: Watch) -> Iterator[list[torch.Tensor | None]]:
 
 
 def _compare(
-    watch: Watch, window: Window, whole: Any, loss_of: Loss, gradient: list[torch.Tensor | None]
+    watch: Watch,
+    window: Window,
+    whole: Any,
+    loss_of: Loss,
+    losses: tuple[float, ...],
+    gradient: list[torch.Tensor | None],
 ) -> Replay:
     model, parameters, pieces = watch.model, watch.parameters(), window.micro_batches
 
@@ -187,27 +235,65 @@ def _compare(
         return loss_of(piece.forward.inputs, piece.own_loss.others if piece.own_loss else (), model)
 
     inputs, others = whole
-    loss = loss_of(inputs, others, model)
-    loss.backward()
+    half_weights = any(p.dtype in HALVES for p in parameters)
+    found = Replay(half=half_weights or watch.autocast is not None)
+    tolerance = found.tolerance
+    with torch.no_grad():
+        whole_loss = float(loss_of(inputs, others, model))
+        losses = losses or tuple(float(one(piece)) for piece in pieces)
+    counted, items = _items(watch, pieces, losses, whole_loss, tolerance)
+    adds_up = not counted and abs(sum(losses) - whole_loss) <= tolerance * abs(whole_loss)
+    coupled = "" if counted or adds_up else _why_coupled(model, pieces, loss_of, tolerance)
+    if adds_up or (counted and not found.half):
+        weights = [1.0] * len(pieces) if adds_up else [n / sum(items) for n in items]
+        for piece, weight in zip(pieces, weights, strict=True):
+            if weight:
+                (one(piece) * weight).backward()
+    else:  # what the pieces' losses have to do with the window's is not known, or not to enough digits
+        loss_of(inputs, others, model).backward()
     # Clipping has changed the length by then; the direction it has not.
     clipped = window.norm_at_step / pieces[-1].norm_after if pieces[-1].norm_after else 1.0
-    beside_whole, whole_loss = _alike(gradient, _taken(parameters), clipped), float(loss.detach())
-    of_weights = {p.dtype for p in parameters}
-    half = bool(of_weights & HALVES) or watch.autocast is not None
-    with torch.no_grad():
-        losses = tuple(float(one(piece)) for piece in pieces)
-    found = Replay(losses=losses, whole_loss=whole_loss, half=half)
-    counted, items = _items(watch, pieces, losses, whole_loss, found.tolerance)
-    coupled = "" if counted else _why_coupled(model, pieces, loss_of, found.tolerance)
+    beside_whole = _alike(gradient, _taken(parameters), clipped)
+    found = replace(found, whole=beside_whole, losses=losses, whole_loss=whole_loss)
+    if adds_up:
+        return _as_means(found, watch, pieces)
     means = swamped = None
-    if beside_whole.error() > found.tolerance and len(pieces) > 1:
+    if beside_whole.error() > tolerance and len(pieces) > 1:
         for piece in pieces:
             (one(piece) / len(pieces)).backward()
         means = _alike(gradient, _taken(parameters), clipped)
-    if counted and of_weights & HALVES:
+    if counted and half_weights:
         swamped = _swamped(gradient, parameters, pieces, items, one)
-    sums = {"items": items, "counted": counted, "coupled": coupled, "swamped": swamped}
-    return replace(found, whole=beside_whole, means=means, **sums)
+    return replace(found, means=means, items=items, counted=counted, coupled=coupled, swamped=swamped)
+
+
+def _as_means(found: Replay, watch: Watch, pieces: Sequence[MicroBatch]) -> Replay:
+    """Of losses that add up to the window's: shares of its mean, or sums that the loop divides by its items.
+
+    Trainer hands a model the number of items in its window; a loop divides its sums. Else they are sums only.
+    """
+    given = [value for piece in pieces if piece.forward for value in piece.forward.inputs[1].values()]
+    numbers = [float(v) for v in given if isinstance(v, int | float | torch.Tensor) and _is_number(v)]
+    for counted, items in _counts(watch, pieces):
+        total, ratio = sum(items), found.whole.ratio if found.whole else 0.0
+        is_share = any(math.isclose(total, number, rel_tol=SAME) for number in numbers)
+        if is_share or math.isclose(ratio * total, 1, rel_tol=10 * found.tolerance):
+            by = 1.0 if is_share else total
+            return replace(
+                found,
+                whole=replace(found.whole, ratio=ratio * by) if found.whole else None,
+                losses=tuple(
+                    loss / by * total / n if n else 0.0 for loss, n in zip(found.losses, items, strict=True)
+                ),
+                whole_loss=found.whole_loss / by,
+                items=items,
+                counted=counted,
+            )
+    return replace(found, coupled="sum")
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or (value.numel() == 1 and not value.ndim)
 
 
 @torch.no_grad()
@@ -215,11 +301,13 @@ def _alike(gradient: GradientNow, other: GradientNow, clipped: float = 1.0) -> A
     """The loop's gradient, as it was before it was `clipped` to so much, beside another one, in float64."""
     inner = mine = theirs = 0.0
     for g, o in zip(gradient, other, strict=True):
-        a = None if g is None else g.double() / clipped
-        b = None if o is None else o.double()
-        mine += float(a.square().sum()) if a is not None else 0.0
-        theirs += float(b.square().sum()) if b is not None else 0.0
-        inner += float((a * b).sum()) if a is not None and b is not None else 0.0
+        some = g if g is not None else o
+        for i in range(0, 0 if some is None else some.numel(), CHUNK):
+            a = None if g is None else g.flatten()[i : i + CHUNK].double() / clipped
+            b = None if o is None else o.flatten()[i : i + CHUNK].double()
+            mine += float(a.square().sum()) if a is not None else 0.0
+            theirs += float(b.square().sum()) if b is not None else 0.0
+            inner += float(a @ b) if a is not None and b is not None else 0.0
     if not theirs or not mine:
         return Alike((mine**0.5) / (theirs**0.5) if theirs else float("inf"), 1.0 if mine == theirs else 0.0)
     return Alike((mine / theirs) ** 0.5, inner / (mine * theirs) ** 0.5)
@@ -238,18 +326,23 @@ def _items(
 ) -> tuple[str, tuple[float, ...]]:
     """By which count the pieces' losses, weighed, are the whole's: its name, and the items of each."""
     best: tuple[float, str, tuple[float, ...]] = (tolerance, "", ())
-    for name, count in COUNT_BY.items():
-        try:
-            items = tuple(float(count(watch.model, piece)) for piece in pieces)
-        except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError):
-            continue
-        if not sum(items):
-            continue
+    for name, items in _counts(watch, pieces):
         mean = sum(n * loss for n, loss in zip(items, losses, strict=True) if n) / sum(items)
         off = abs(mean - whole) / max(abs(whole), 1e-12)
         if off < best[0]:
             best = off, name, items
     return best[1:]
+
+
+def _counts(watch: Watch, pieces: Sequence[MicroBatch]) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """The items of each piece by every count that there is here, with its name."""
+    for name, count in COUNT_BY.items():
+        try:
+            items = tuple(float(count(watch.model, piece)) for piece in pieces)
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError):
+            continue
+        if sum(items):
+            yield name, items
 
 
 def _rows(model: torch.nn.Module, piece: MicroBatch) -> int:
@@ -306,7 +399,7 @@ def _why_coupled(
         return "unknown"
     if abs(alone - twice) <= tolerance * max(abs(alone), abs(twice)):
         return "padding" if _padded(pieces) else "unknown"
-    return "sum" if abs(2 * alone - twice) <= tolerance * abs(twice) else "in_batch"
+    return "in_batch"
 
 
 def _padded(pieces: Sequence[MicroBatch]) -> bool:

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.data import DataLoader
 
 from gradacc_hf.doctor import NOTHING_SEEN, Diagnosis, diagnose
+from gradacc_hf.doctor.watch import loaders_begun
 from gradacc_hf.errors import BadInput, Parser
 
 
@@ -33,6 +35,7 @@ def every_loop(
     """
     optimizers: list[Any] = []
     diagnoses: list[Diagnosis] = []
+    begun: list[DataLoader] = []
     make, known, said = torch.optim.Optimizer.__init__, set(), set()
 
     def made(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -59,13 +62,14 @@ def every_loop(
             if any(id(p) in of_module for group in optimizer.param_groups for p in group["params"]):
                 known.add(id(optimizer))
                 loop.close()  # the one before
-                diagnoses.append(loop.enter_context(diagnose(module, optimizer, say=say_once, **settings)))
+                watched = diagnose(module, optimizer, say=say_once, begun=begun[-1:], **settings)
+                diagnoses.append(loop.enter_context(watched))
                 return
 
     torch.optim.Optimizer.__init__ = made  # type: ignore[method-assign]
     hook = register_module_forward_pre_hook(begins)
     try:
-        with ExitStack() as loop:
+        with loaders_begun(begun.append), ExitStack() as loop:
             yield diagnoses
     finally:
         torch.optim.Optimizer.__init__ = make  # type: ignore[method-assign]

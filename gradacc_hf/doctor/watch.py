@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.state import GradientState
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
@@ -64,7 +65,8 @@ class OwnLoss:
     function: Callable[..., torch.Tensor]
     others: tuple[Any, ...]
     named: dict[str, Any]
-    shape: tuple[int, ...] | None  # of the output as it was given, but for the first; None: not the output
+    shape: tuple[int, ...] | None  # of the output as it was given; None: not the output
+    rows: tuple[int, ...]  # of the output as it came from the model, all but the last of its shape
     value: float
 
 
@@ -116,7 +118,7 @@ class Watch:
     """Listens as long as it is `entered`; `windows` are those seen so far, `pending` the one not done.
 
     `at_step(window)` is called before each step of the optimizer; what it runs is not listened to. `doze`
-    stops listening for a while; `woken` is called at its end.
+    stops listening for a while; `woken` is called at its end. `begun`: loaders that are being read already.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Watch:
         optimizer: Any,
         at_step: Callable[[Window], None],
         woken: Callable[[], None],
+        begun: Sequence[DataLoader] = (),
     ):
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
         self.model: torch.nn.Module = model.module if self.ddp is not None else model  # type: ignore[assignment]
@@ -141,9 +144,10 @@ class Watch:
         self._output: Any = None  # of the latest forward, until its backward
         self._reads: list[Read] = []
         self._touched: list[tuple[str, Place | None]] = []
-        self._begun: list[DataLoader] = []
+        self._begun = list(begun)
         self._training_data: DataLoader | None = None
         self._gradients: set[int] = set()
+        self._unscaled: float | None = None  # their norm, where a scaler has, since the last backward
         self._is_elsewhere = False  # in what is not the loop's
 
     @property
@@ -164,22 +168,17 @@ class Watch:
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
-        begin, watch = DataLoader.__iter__, self
-
-        def begun(loader: DataLoader) -> Iterator[Any]:
-            watch._begun.append(loader)
-            if loader is watch._training_data:
-                watch.heard_in_pass = 0
-            return begin(loader)
-
-        DataLoader.__iter__ = begun  # type: ignore[method-assign]
         try:
-            with _Listener(self):
+            with _Listener(self), loaders_begun(self._begins):
                 yield self
         finally:
-            DataLoader.__iter__ = begin  # type: ignore[method-assign]
             for hook in hooks:
                 hook.remove()
+
+    def _begins(self, loader: DataLoader) -> None:
+        self._begun.append(loader)
+        if loader is self._training_data:
+            self.heard_in_pass = 0
 
     def doze(self, until: int) -> None:
         """Hear nothing until so many micro-batches of a pass over the data are done."""
@@ -211,17 +210,11 @@ class Watch:
     ) -> None:
         """A function of torch has made a loss."""
         if args and isinstance(args[0], torch.Tensor):
-            shape = self._shape_of(args[0])
+            output = self._output if isinstance(self._output, torch.Tensor) else logits_in(self._output)
+            shape = tuple(args[0].shape) if output is not None and _are_same(output, args[0]) else None
+            rows = tuple(output.shape[:-1]) if output is not None else ()
             value = float(loss.detach())
-            self._own_losses.append(OwnLoss(function, tuple(args[1:]), dict(named), shape, value))
-
-    def _shape_of(self, prediction: torch.Tensor) -> tuple[int, ...] | None:
-        """Its shape, where it is the model's output, or its logits, maybe in another shape or format."""
-        found = self._output if isinstance(self._output, torch.Tensor) else logits_in(self._output)
-        if found is None or found.numel() != prediction.numel() or not prediction.ndim:
-            return None
-        same = torch.equal(found.detach().float().flatten(), prediction.detach().float().flatten())
-        return tuple(prediction.shape[1:]) if same else None
+            self._own_losses.append(OwnLoss(function, tuple(args[1:]), dict(named), shape, rows, value))
 
     def read(self, value: float) -> None:
         """A tensor was read as a number."""
@@ -245,8 +238,7 @@ class Watch:
 
     def unscaled(self) -> None:
         """The scaler of fp16 has divided the gradients."""
-        if self.pending:
-            self.pending[-1].norm_after = self._norm()
+        self._unscaled = self._norm()
 
     def backward(self, loss: torch.Tensor, run: Callable[[], Any]) -> Any:
         """A backward: `run` it between two looks at the gradients."""
@@ -257,10 +249,13 @@ class Watch:
         value, synchronised = float(loss.detach()), None
         if self.ddp is not None:
             synchronised = bool(self.ddp.require_backward_grad_sync)
-        result = run()
+        result, after = run(), self._norm()
+        if not self._forwards and after == before:  # of something else
+            return result
         own = self._own_losses[-1] if len(self._own_losses) == 1 else None
         losses = [f.loss for f in self._forwards if f.loss is not None] if own is None else [own.value]
-        undivided = losses[0] if len(losses) == 1 else None
+        is_sum = own is not None and own.named.get("reduction") == "sum"
+        undivided = losses[0] if len(losses) == 1 and not is_sum else None
         self.pending.append(
             MicroBatch(
                 forwards=self._forwards,
@@ -268,13 +263,13 @@ class Watch:
                 divided_by=undivided / value if undivided is not None and value else None,
                 place=where,
                 norm_before=before,
-                norm_after=self._norm(),
+                norm_after=after,
                 lr=float(self.optimizer.param_groups[0]["lr"]),
                 synchronised=synchronised,
                 data_pass=self._data_pass(),
             )
         )
-        self._forwards, self._own_losses, self._output = [], [], None
+        self._forwards, self._own_losses, self._output, self._unscaled = [], [], None, None
         self._gradients = {id(p.grad) for p in self.parameters() if p.grad is not None}
         return result
 
@@ -282,6 +277,8 @@ class Watch:
         if not self.hears or not self.pending:
             return
         self._hand_over_touched()
+        if self._unscaled is not None:
+            self.pending[-1].norm_after, self._unscaled = self._unscaled, None
         window = Window(
             micro_batches=self.pending,
             norm_at_step=self._norm(),
@@ -326,14 +323,28 @@ class Watch:
 
     @torch.no_grad()
     def _norm(self) -> float:
-        """Of all gradients together, in float64; 0 where there is none."""
+        """Of all gradients together; 0 where there is none."""
         with self.not_listening():
-            norms = [
-                torch.linalg.vector_norm(p.grad, dtype=torch.float64)
-                for p in self.parameters()
-                if p.grad is not None
-            ]
-            return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            if any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients):
+                gradients = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+            return float(get_total_norm(gradients)) if gradients else 0.0
+
+
+@contextmanager
+def loaders_begun(hear: Callable[[DataLoader], None]) -> Iterator[None]:
+    """In here, each loader that somebody begins to read is told of."""
+    begin = DataLoader.__iter__
+
+    def begun(loader: DataLoader) -> Iterator[Any]:
+        hear(loader)
+        return begin(loader)
+
+    DataLoader.__iter__ = begun  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DataLoader.__iter__ = begin  # type: ignore[method-assign]
 
 
 class _Listener(TorchFunctionMode):
@@ -374,6 +385,13 @@ class _Listener(TorchFunctionMode):
 def _asked_for() -> int | None:
     """The accumulation steps that Accelerate was asked for, where there is one."""
     return GradientState().num_steps if GradientState._shared_state else None
+
+
+def _are_same(output: torch.Tensor, prediction: torch.Tensor) -> bool:
+    """Is this the output, maybe in another shape or format?"""
+    if output.numel() != prediction.numel() or not prediction.ndim:
+        return False
+    return torch.equal(output.detach().float().flatten(), prediction.detach().float().flatten())
 
 
 def loss_in(outputs: Any) -> torch.Tensor | None:

@@ -46,7 +46,7 @@ def smollm2_path() -> Path:
             f"and writes nonsense. For the real one: {INSTALL}",
             file=sys.stderr,
         )
-        return _cached(f"tiny-llama-{FORMAT}", _tiny_llama)
+        return _cached(f"tiny-llama-{FORMAT}", write_tiny_llama)
     source = Path(found.origin).parent
     return _cached(f"smollm2-{GGUF_SHA256[:8]}-{FORMAT}", lambda folder: _convert(source, folder))
 
@@ -130,7 +130,7 @@ def _decoder_1b(source: Path, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _tiny_llama(folder: Path) -> None:
+def write_tiny_llama(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

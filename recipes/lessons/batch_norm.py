@@ -1,6 +1,6 @@
 """Is it exactly a large batch? With LayerNorm and GroupNorm, yes; with BatchNorm, no, and why.
 
-Run it: gradacc lessons batch_norm
+Run it: gradacc lessons batch_norm. The doctor finds: examples_coupled.
 """
 
 import torch
@@ -27,9 +27,11 @@ def new_model(norm):
 def plain(norm, size):
     """The gradient of 64 examples in micro-batches of `size`, and the first example after the norm."""
     model, normalised = new_model(norm), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model[1].register_forward_hook(lambda module, inputs, output: normalised.append(output[0]))
     for x, y in zip(X.split(size), Y.split(size), strict=True):
         (mse_loss(model(x), y) * size / 64).backward()
+    optimizer.step()
     return parameters_to_vector(p.grad for p in model.parameters()), normalised[0]
 
 

@@ -1,6 +1,6 @@
 """May bf16 weights accumulate in bf16? No: the gradient gets worse with every micro-batch; in float32, not.
 
-Run it: gradacc lessons bf16_weights
+Run it: gradacc lessons bf16_weights. The doctor finds: swamped_in_16_bits.
 """
 
 import torch
@@ -26,12 +26,16 @@ def new_model(dtype=torch.bfloat16):
 def plain(steps, dtype=torch.bfloat16, accumulate=None):
     """The gradient of the window, in plain PyTorch; summed in the weights' format, or in `accumulate`."""
     model, total = new_model(dtype), 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for x, y in zip(X.chunk(steps), Y.chunk(steps), strict=True):
         (mse_loss(model(x.to(dtype)).float(), y) / steps).backward()
         if accumulate is not None:
             total += parameters_to_vector(p.grad for p in model.parameters()).to(accumulate)
             model.zero_grad()
-    return parameters_to_vector(p.grad for p in model.parameters()) if accumulate is None else total
+    if accumulate is not None:
+        return total
+    optimizer.step()
+    return parameters_to_vector(p.grad for p in model.parameters())
 
 
 def kit(steps):

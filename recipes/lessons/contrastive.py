@@ -1,6 +1,6 @@
 """Do in-batch negatives accumulate? No: a micro-batch sees only its own. The gradient cache brings them back.
 
-Run it: gradacc lessons contrastive
+Run it: gradacc lessons contrastive. The doctor finds: in_batch_negatives_cut.
 """
 
 import torch
@@ -12,11 +12,16 @@ from gradacc_hf import WindowLoader
 
 torch.manual_seed(0)
 PAIRS = [{"query": q, "document": q + 0.5 * torch.randn(16)} for q in torch.randn(64, 16)]
-MODEL = torch.nn.Linear(16, 8)
 
 
-def embed(query, document):  # unit vectors (pairs, 2, 8)
-    return normalize(MODEL(torch.stack([query, document], dim=1)), dim=-1)
+class Encoder(torch.nn.Linear):
+    def forward(self, query, document):  # unit vectors (pairs, 2, 8), and the loss of these pairs alone
+        embeddings = normalize(super().forward(torch.stack([query, document], dim=1)), dim=-1)
+        return {"embeddings": embeddings, "loss": contrastive_loss(embeddings)}
+
+
+MODEL = Encoder(16, 8)
+OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.0)  # all ways at the same weights
 
 
 def contrastive_loss(embeddings):
@@ -27,22 +32,23 @@ def contrastive_loss(embeddings):
 def without_cache(window):
     """Micro-batch by micro-batch, its share of a mean of losses: each has its own negatives only."""
     for batch in window:
-        yield contrastive_loss(embed(**batch)) / len(window)
+        yield MODEL(**batch)["loss"] / len(window)
 
 
 def gradient_cache(window):
     """Embed all; then each micro-batch goes back from the whole loss's gradient (Gao et al. 2021, 3.2)."""
     with torch.no_grad():
-        embeddings = [embed(**batch) for batch in window]
+        embeddings = [MODEL(**batch)["embeddings"] for batch in window]
     contrastive_loss(everything := torch.cat(embeddings).requires_grad_()).backward()
     for batch, cached in zip(window, everything.grad.split([len(e) for e in embeddings]), strict=True):
-        yield (embed(**batch) * cached).sum()  # the chain rule by hand
+        yield (MODEL(**batch)["embeddings"] * cached).sum()  # the chain rule by hand
 
 
 def plain(parts):
     MODEL.zero_grad()
     for part in parts:
         part.backward()
+    OPTIMIZER.step()
     return MODEL.weight.grad
 
 
@@ -60,7 +66,8 @@ def main():
     found, gradients = {}, {}
     for n in (64, 32, 16, 8):
         window = [default_collate(PAIRS[i : i + n]) for i in range(0, 64, n)]
-        print(f"{n - 1:2} negatives for each query: loss {sum(without_cache(window)):.4f}")
+        with torch.no_grad():
+            print(f"{n - 1:2} negatives for each query: loss {sum(without_cache(window)):.4f}")
         gradients[f"{64 // n} × {n}"] = plain(without_cache(window))
         gradients[f"{64 // n} × {n}, cached"] = plain(gradient_cache(window))
     for name, gradient in (gradients | {"kit, cached": kit(Accelerator(cpu=True))}).items():

@@ -1,6 +1,6 @@
 """Why accumulate? Eight examples, one at a time, a step for every four; and what the classic program forgets.
 
-Run it: gradacc lessons eight_samples
+Run it: gradacc lessons eight_samples. The doctor finds: not_divided.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """What learning rate for an effective batch four times as large? Unchanged, × √4, × 4, × 4 with warm-up.
 
-Run it: gradacc lessons learning_rate
+Run it: gradacc lessons learning_rate. The doctor finds: nothing.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """What does it save? Peak memory of 32 examples at once and accumulated: activations fall, not gradients.
 
-Run it: gradacc lessons memory
+Run it: gradacc lessons memory. The doctor finds: nothing.
 """
 
 import torch

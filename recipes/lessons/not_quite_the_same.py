@@ -1,6 +1,6 @@
 """Does the rest of training stay the same? The optimizer's state, the number of steps, dropout.
 
-Run it: gradacc lessons not_quite_the_same
+Run it: gradacc lessons not_quite_the_same. The doctor finds: learning_rate_unchanged.
 """
 
 import torch

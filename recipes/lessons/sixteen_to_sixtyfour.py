@@ -1,6 +1,6 @@
 """Is a batch of 16, accumulated over 4, one of 64? Loss, accuracy, the last window, and where to clip.
 
-Run it: gradacc lessons sixteen_to_sixtyfour
+Run it: gradacc lessons sixteen_to_sixtyfour. The doctor finds: clipped_too_early.
 """
 
 import torch

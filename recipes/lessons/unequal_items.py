@@ -1,6 +1,6 @@
 """Do micro-batches count alike? Not with unequal numbers of tokens: a mean of means against the mean.
 
-Run it: gradacc lessons unequal_items
+Run it: gradacc lessons unequal_items. The doctor finds: mean_of_means.
 """
 
 import torch
@@ -35,10 +35,12 @@ def new_model():
 def plain(size, weight):
     """Loss and gradient of the eight examples in micro-batches of `size`, each weighed, in plain PyTorch."""
     model, total = new_model(), 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for batch in (collate(EXAMPLES[i : i + size]) for i in range(0, 8, size)):
         loss = mean_loss(model, batch) * weight(batch)
         loss.backward()
         total += loss.item()
+    optimizer.step()
     return total, model.weight.grad
 
 
@@ -64,9 +66,7 @@ def main():
     for name, (loss, gradient) in ways.items():
         found[name] = {"loss": loss, "error": (torch.dist(gradient, truth) / truth.norm()).item()}
         print(f"{name:<14} loss {loss:.4f}, gradient off by {found[name]['error']:.0e}")
-    print(
-        "In the kit: `num_items` says what a mean is over; `window.weigh` gives each micro-batch its share."
-    )
+    print("In the kit: `num_items` says what a mean is over; `window.weigh` gives each one its share.")
     return found
 
 

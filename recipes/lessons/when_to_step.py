@@ -1,6 +1,6 @@
 """Does it update after every batch? Stepping on each micro-batch against stepping once a window.
 
-Run it: gradacc lessons when_to_step
+Run it: gradacc lessons when_to_step. The doctor finds: stepped_on_every_micro_batch, never_zeroed.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """When to zero the gradients? Before every backward, never, or after the step: what reaches the optimizer.
 
-Run it: gradacc lessons when_to_zero
+Run it: gradacc lessons when_to_zero. The doctor finds: zeroed_inside_the_window, never_zeroed.
 """
 
 import torch
