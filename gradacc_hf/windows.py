@@ -262,13 +262,16 @@ class WindowLoader:
         return self._windows.examples(np.asarray(indices), self.epoch)
 
     def copy(self, num_windows: int) -> "WindowLoader":
-        """This loader at its place, to try a model on; cut finer where all would be one micro-batch."""
+        """This loader at its place, to try a model on; cut finer where all would be one micro-batch.
+
+        Its windows are cut by length, as most are: none measures noise.
+        """
         bound = self.bound
         splits = [self.split(*number) for number in self.plan.ahead(self.epoch, self.window, num_windows)]
         if all(max(map(len, split.processes)) == 1 for split in splits):
             bound = Bound(micro_batch_size=max(1, min(len(split.indices) for split in splits) // 3))
         other = self.with_bound(bound)
-        other._windows = other._windows.apart(self.epoch, self.window)
+        other._windows = replace(other._windows, noise_every=0).apart(self.epoch, self.window)
         if isinstance(other.plan, Stream):
             other.plan.keeps = True
         return other

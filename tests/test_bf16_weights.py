@@ -31,6 +31,7 @@ def error(steps, in_float32, checkpointing=False, lora=False, precision="no"):
     model, examples = head.model, head.examples([12] * 256)
     remove_dropout(model.train())
     if lora:
+        torch.manual_seed(0)
         add_lora(model, LoraConfig(rank=4), {"lm_head.weight"})
     truth = whole_window_gradient(model.bfloat16().float(), head.collate(examples))
     model.bfloat16()

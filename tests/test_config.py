@@ -310,7 +310,8 @@ def test_the_same_key_in_one_section_twice_is_refused():
 def test_an_unknown_key_names_the_closest_and_all_of_its_section():
     assert line_of_file("optim: {lrr: 1}") == (
         "unknown key optim.lrr in a.yaml: did you mean optim.lr? "
-        "(optim has: betas, eps, lr, max_grad_norm, momentum, name, scheduler, warmup_ratio, weight_decay)"
+        "(optim has: betas, eps, lr, lr_reference_batch, lr_scaling, max_grad_norm, momentum, name, "
+        "scheduler, warmup_ratio, weight_decay)"
     )
 
 
@@ -406,17 +407,19 @@ def test_a_value_after_check_is_refused():
 
 # Types.
 
+SIZES = "an integer or numbers by number: {0: 32, 500: 64} or noise_scale"
+
 
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("batch.effective", "true", "an integer"),
-        ("batch.effective", "1.5", "an integer"),
-        ("batch.effective", "64.0", "an integer"),
-        ("batch.effective", "many", "an integer"),
-        ("batch.effective", "null", "an integer"),
-        ("batch.effective", "[64]", "an integer"),
-        ("batch.effective", "{a: 1}", "an integer"),
+        ("batch.effective", "true", SIZES),
+        ("batch.effective", "1.5", SIZES),
+        ("batch.effective", "64.0", SIZES),
+        ("batch.effective", "many", SIZES),
+        ("batch.effective", "null", SIZES),
+        ("batch.effective", "[64]", SIZES),
+        ("batch.effective", "{a: 1}", SIZES),
         ("batch.drop_last", "1", "true or false"),
         ("optim.lr", "fast", "a number"),
         ("optim.lr", "yes", "a number"),

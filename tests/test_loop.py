@@ -22,7 +22,7 @@ from gradacc_hf.runlog import WindowRecord
 from gradacc_hf.saving import save_model, whole_folder, write_whole
 
 ROW = ["window", "epoch", "loss", "grad_norm", "lr", "examples", "items", "tokens", "padded_tokens"]
-ROW += ["accumulation_steps", "seconds", "skipped"]
+ROW += ["accumulation_steps", "seconds", "skipped", "noise_scale", "update_ratio"]
 SUMMARY = {
     "eval",
     "baseline",
@@ -297,8 +297,8 @@ def test_no_value_is_read_from_the_device_for_a_micro_batch_only_for_a_window(ma
         assert summary["accumulation_steps"]["max"] == 12 // size
         reads[size] = found.count
     assert reads[1] == reads[4] == reads[12]
-    # of each of two windows the loss, the gradient's norm and one to spare; three losses before the run
-    assert 2 * 2 <= reads[1] <= 2 * 3 + 3
+    # of each of two windows the loss, the norms of gradient and step, and one to spare; before, three losses
+    assert 2 * 3 <= reads[1] <= 2 * 4 + 3
 
 
 # Evaluation, the best model, and when to stop

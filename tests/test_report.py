@@ -152,7 +152,7 @@ def test_a_real_run_becomes_one_page_that_fetches_nothing_and_runs_no_script(pag
     assert not page.unclosed
     assert not page.open
     assert "script" not in page.tags
-    assert page.tags.count("svg") == 4, "loss, learning rate, gradient norm, the first window"
+    assert page.tags.count("svg") == 5, "loss, learning rate, norms of gradient and step, the first window"
     assert all(link.startswith("#") for link in page.links)
     assert "http" not in page.html
     assert not re.search(r"\son\w+=", page.html)
@@ -167,7 +167,7 @@ def test_everything_in_the_page_has_its_own_id_and_what_is_pointed_at_is_there(c
 
 def test_pictures_follow_the_colours_of_the_page(compared):
     svgs = re.findall(r"<svg.*?</svg>", compared.page.html, flags=re.DOTALL)
-    assert len(svgs) == 2 * 2 + 4 + 2 + 2 + 2, "keys, curves, metrics, bars, windows"
+    assert len(svgs) == 2 * 2 + 4 + 1 + 2 + 2 + 2, "keys, curves, dynamics, metrics, bars, windows"
     assert not [colour for svg in svgs for colour in re.findall(r"#[0-9a-f]{6}", svg)]
     assert "prefers-color-scheme: dark" in compared.page.html
 
@@ -219,7 +219,8 @@ def test_the_verdict_says_who_is_exact_who_is_off_by_how_much_and_who_is_faster(
 
 def test_the_page_has_its_sections_and_only_those_that_have_something_in_them(compared, page):
     expected = (
-        "Figures, Curves, Loss, Gradient error, Learning rate, Gradient norm, Final metrics, accuracy, "
+        "Figures, Curves, Loss, Gradient error, Learning rate, Gradient norm, "
+        "What the size of the windows does, Length of a step, Final metrics, accuracy, "
     )
     expected += (
         "Validation loss, Speed and memory, Speed, Memory to train, One window, Plan, How to run it again"
@@ -232,6 +233,8 @@ def test_the_page_has_its_sections_and_only_those_that_have_something_in_them(co
         "Loss",
         "Learning rate",
         "Gradient norm",
+        "What the size of the windows does",
+        "Length of a step",
         "One window",
         "Plan",
         "How to run it again",

@@ -130,6 +130,7 @@ class Watched:
 
     def __init__(self, windows: WindowLoader):
         self.windows, self.state_dict = windows, windows.state_dict
+        self.saw, self.noise = windows.saw, windows.noise
         self.indices: list[list[int]] = []
 
     def __iter__(self) -> Iterator[Window]:
