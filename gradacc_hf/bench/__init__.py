@@ -15,6 +15,7 @@
     python -m gradacc_hf.bench kills         # is a run the same that is killed again and again, and resumed?
     python -m gradacc_hf.bench damages       # what becomes of a run whose newest checkpoint is damaged?
     python -m gradacc_hf.bench schedules     # which sizes of windows need the fewest examples?
+    python -m gradacc_hf.bench watching      # what do the noise scale and the doctor cost?
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
 same model, the same examples in the same windows, and as many optimizer steps. One process. How fast the
@@ -55,6 +56,7 @@ from gradacc_hf.bench.predicted_memory import CASES, compare_memory, print_memor
 from gradacc_hf.bench.schedules import print_schedules, schedules
 from gradacc_hf.bench.shortage import print_shortage, shortage
 from gradacc_hf.bench.sizes import print_sweeps, sweeps
+from gradacc_hf.bench.watching import print_watching, watching
 from gradacc_hf.config import kit
 from gradacc_hf.conformance import LENGTHS, SPLITS, cut_by_count
 from gradacc_hf.contenders import run_accelerate, run_trainer, run_windows
@@ -313,6 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sized.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these recipes")
     sized.add_argument("--seeds", type=_positive, default=3, help="runs of each (%(default)s)")
     sized.add_argument("--output", type=Path, help="folder of the runs; what is there is not run again")
+    watched = benchmarks.add_parser("watching", help="what the noise scale and the doctor cost")
+    watched.add_argument("--repeats", type=_positive, default=12, help="turns (%(default)s)")
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--json", action="store_true", help="print the result as JSON")
     console = Console(highlight=False)
@@ -360,6 +364,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif arguments.benchmark == "kills":
             result = kills(arguments.kills, progress=partial(_progress, name="kills"))
             show = print_kills
+        elif arguments.benchmark == "watching":
+            of_watching = watching(arguments.repeats, partial(_progress, name="watching"))
+            result, show = of_watching, print_watching
         elif arguments.benchmark == "schedules":
             folder, progress = arguments.output or next_folder("schedules"), partial(_progress, name="runs")
             of_sizes = schedules(arguments.only, arguments.seeds, folder, progress)

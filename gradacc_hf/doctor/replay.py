@@ -27,7 +27,7 @@ GradientNow = Sequence[torch.Tensor | None]  # of each parameter that the optimi
 LossOf = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 PADDED_WITH = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
 HALVES = {torch.bfloat16, torch.float16}
-CHUNK = 2**20  # elements that are compared in float64 at a time
+CHUNK = 2**16  # elements that are compared in float64 at a time
 SAME = 1e-4  # relative difference of two losses that is but rounding
 SAME_IN_HALF = 2e-2  # the same under autocast, or with weights in 16 bits
 
