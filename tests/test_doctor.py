@@ -233,6 +233,28 @@ def test_our_loop_is_healthy(kind, model_type, precision):
     assert "✓ each gradient is that of its window at once" in str(diagnosis)
 
 
+@pytest.mark.parametrize("divided_by", [N, 1])
+def test_a_last_backward_inside_the_closure_of_a_step_is_its_window_s(divided_by):
+    """The order of Lightning's Trainer."""
+    model, optimizer, loader = regression()
+    with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
+        for step, (x, y) in enumerate(loader, start=1):
+
+            def closure(x=x, y=y, first=step % N == 1):
+                loss = mse_loss(model(x), y) / divided_by
+                if first:
+                    optimizer.zero_grad()
+                loss.backward()
+                return loss
+
+            if step % N:
+                closure()
+            else:
+                optimizer.step(closure)
+    assert names(diagnosis) == (set() if divided_by == N else {"not_divided"}), str(diagnosis)
+    assert {len(window.micro_batches) for window in diagnosis.seen.windows} == {N}
+
+
 def by_tokens(weigh, reduction="mean"):
     """A loop that lays the tokens of padded micro-batches end to end, whose losses it weighs itself."""
     made, examples = head("token_classification", "bert")

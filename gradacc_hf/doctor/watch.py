@@ -273,7 +273,23 @@ class Watch:
         self._gradients = {id(p.grad) for p in self.parameters() if p.grad is not None}
         return result
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """A step; the last backward of its window may be in a closure that it is given, as Lightning does."""
+        closure = named.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None or not self.hears:
+            return self._window_ends()
+        calls: list[int] = []
+
+        def with_its_end() -> Any:
+            loss = closure()
+            calls.append(1)
+            if len(calls) == 1:
+                self._window_ends()
+            return loss
+
+        return (args[0], with_its_end, *args[2:]), {k: v for k, v in named.items() if k != "closure"}
+
+    def _window_ends(self) -> None:
         if not self.hears or not self.pending:
             return
         self._hand_over_touched()
