@@ -1,6 +1,7 @@
 """The benchmarks measure what they say they measure; their command line refuses in one line."""
 
 import json
+import math
 from dataclasses import asdict
 
 import numpy as np
@@ -13,12 +14,17 @@ from rich.console import Console
 from gradacc_hf import bench
 from gradacc_hf.bench import CONTENDERS, SPLITS, exactness, print_exactness, print_speed, speed
 from gradacc_hf.bench.beside_sentence_transformers import contrastive, print_contrastive
+from gradacc_hf.bench.schedules import TASKS, _needed, _schedules
+from gradacc_hf.command_line import read_command_line
 from gradacc_hf.config import BatchConfig, Config
+from gradacc_hf.dynamics import ScheduledBatch
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.heads import build_head
+from gradacc_hf.plan import WindowPlan
 from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import effective_batch_size
 
 HEADS = {"sequence_classification": ["bert"], "question_answering": ["distilbert"]}
 
@@ -186,3 +192,27 @@ def tiny_encoder(folder):
     transformers.BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_examples_until_a_loss_are_read_off_a_line_between_evaluations():
+    curve = [(0.0, 4.0), (100.0, 2.0), (200.0, 3.0), (300.0, 1.0)]
+    assert _needed(curve, 4.0) == 0
+    assert _needed(curve, 3.0) == 50
+    assert _needed(curve, 2.0) == 100
+    assert _needed(curve, 1.5) == 275
+    assert math.isnan(_needed(curve, 0.5))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_schedule_that_is_compared_is_one_that_a_run_takes_and_sees_as_many_examples(task):
+    ways = _schedules(TASKS[task][0], 2400)
+    assert len(ways) == 4
+    for flags in ways.values():
+        config = read_command_line([*flags, "--data.train", "x.csv"])
+        sizes = effective_batch_size(config.batch)
+        if isinstance(sizes, ScheduledBatch):
+            first, second, third = (
+                WindowPlan(2400, sizes, 0, True, False).size_asked(0, t) for t in (0, 60, 200)
+            )
+            assert (4 * first, 2 * second) == (third, third)
+        assert 6 <= 2400 / (config.train.eval_every * config.batch.least) <= 18

@@ -175,7 +175,8 @@ def _picture(name: str, results: Sequence[OfSchedule]) -> str:
     for look, result in enumerate(results):
         last = min(curve[-1][0] for curve in result.curves)
         grid = np.linspace(0, last, POINTS)
-        repeats = [np.interp(grid, *zip(*curve, strict=True)) for curve in result.curves]
+        known = (list(zip(*curve, strict=True)) for curve in result.curves)
+        repeats = [np.interp(grid, examples, losses) for examples, losses in known]
         lines.append(plots.curve(look, [list(zip(grid.tolist(), repeat, strict=True)) for repeat in repeats]))
     labels = [f"windows of {result.schedule}" for result in results]
     return plots.alone(

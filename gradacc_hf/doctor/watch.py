@@ -278,16 +278,17 @@ class Watch:
         closure = named.get("closure", args[1] if len(args) > 1 else None)
         if closure is None or not self.hears:
             return self._window_ends()
-        calls: list[int] = []
+        has_ended = False
 
         def with_its_end() -> Any:
+            nonlocal has_ended
             loss = closure()
-            calls.append(1)
-            if len(calls) == 1:
+            if not has_ended:  # some optimizers call it again and again
+                has_ended = True
                 self._window_ends()
             return loss
 
-        return (args[0], with_its_end, *args[2:]), {k: v for k, v in named.items() if k != "closure"}
+        return (optimizer, with_its_end, *args[2:]), {k: v for k, v in named.items() if k != "closure"}
 
     def _window_ends(self) -> None:
         if not self.hears or not self.pending:
