@@ -80,7 +80,7 @@ def dynamics_of(found: Sequence[Contender]) -> list[Figure]:
         drawn = plots.curves("size", "examples", sizes, small=True)
         figures.append(Figure("Examples a window", drawn))
     if ratios := _by_window(found, "update_ratio"):
-        drawn = plots.curves("update", "step / weights", ratios, small=True, log=True)
+        drawn = plots.curves("update", "step / weights", ratios, small=True)
         figures.append(Figure("Length of a step", drawn, "By that of the weights, of a sample of them."))
     return figures
 
