@@ -114,7 +114,7 @@ class BatchConfig:
 
     effective: int | dict[int, int] | Literal["noise_scale"] = 64
     """Size of a window: examples per optimizer step, over all processes. Or sizes, each with the windows done
-    when it begins: {0: 32, 500: 64}; or noise_scale: doubled when the gradient noise scale is as large."""
+    when it begins: {0: 32, 500: 64}; or noise_scale: doubled when the gradient noise scale stays as large."""
     smallest: int = 16
     """With effective: noise_scale, the size of the first window."""
     largest: int = 512
@@ -207,7 +207,7 @@ class TrainConfig:
     that comes from, or leave it out. Under fp16, overflows of gradients are the scaler's to skip."""
     noise_every: int = 16
     """Windows between measurements of the gradient noise scale, which says whether larger windows would help;
-    0 is off. What is measured changes neither the gradient nor, by more than 1 %, the time."""
+    0 is off. It changes no gradient; every 16 windows it takes less than 1 % of the time."""
     best_metric: str = "loss"
     """Validation metric that says which evaluation is the best."""
     best_direction: Literal["min", "max"] = "min"

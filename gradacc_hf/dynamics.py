@@ -97,16 +97,17 @@ class ScheduledBatch:
 
 @dataclass
 class GrowingBatch:
-    """An effective batch size that doubles whenever the noise scale is as large as the doubled size.
+    """An effective batch size that doubles when the noise scale stays as large as the doubled size.
 
-    From `smallest` to at most `largest`; at most once each time that noise is measured, after `patience` of
-    those. `sizes`: each with the number, over the run, of the first window that had it.
+    From `smallest` to at most `largest`. "Stays": in `patience` measurements in a row, as a single one is
+    itself noisy. `sizes`: each with the number, over the run, of the first window that had it.
     """
 
     smallest: int
     largest: int
     patience: int = 4
     sizes: dict[int, int] = field(default_factory=dict)
+    in_a_row: int = 0  # measurements that were as large
 
     def __post_init__(self):
         if not 1 <= self.smallest <= self.largest:
@@ -121,14 +122,24 @@ class GrowingBatch:
     def __str__(self) -> str:
         return f"{self.smallest} to {self.largest} examples a window, by the noise scale"
 
-    def grow(self, number: int, noise: NoiseScale) -> bool:
-        """Noise was measured before this window: is it to be larger?"""
+    def grow(self, number: int, noise_scale: float) -> bool:
+        """It was measured before the window of this number: is that one to be larger?"""
         size = self(number)
         larger = min(2 * size, self.largest)
-        if larger == size or noise.measured < self.patience or not noise.scale >= larger:
+        self.in_a_row = self.in_a_row + 1 if noise_scale >= larger > size else 0
+        if self.in_a_row < self.patience:
             return False
-        self.sizes[number] = larger
+        self.sizes[number], self.in_a_row = larger, 0
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes, as numbers."""
+        return {"sizes": dict(self.sizes), "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to where `state_dict` was taken."""
+        self.sizes = {int(number): size for number, size in state["sizes"].items()}
+        self.in_a_row = state["in_a_row"]
 
 
 class Movement:
@@ -150,8 +161,12 @@ class Movement:
 
     @torch.no_grad()
     def _sample(self) -> torch.Tensor:
-        here = (p.to_local() if isinstance(p, DTensor) else p for p in self._trained)
-        return torch.cat([p.flatten()[:: self._every].float() for p in here])
+        sample, seen = [], 0
+        for parameter in self._trained:
+            here = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).flatten()
+            sample.append(here[-seen % self._every :: self._every].float())
+            seen += len(here)
+        return torch.cat(sample)
 
 
 def lr_factor(rule: LrScaling, size: int, reference: int | None) -> float:
@@ -169,6 +184,8 @@ def in_words(noise_scale: float, size: int) -> str:
     windows = f"windows of {size:,}"
     if math.isnan(noise_scale):
         return ""
+    if noise_scale <= 0:
+        return f"the noise scale is below what {windows} can measure: smaller windows would do"
     if math.isinf(noise_scale):
         return f"the noise scale is beyond what {windows} can measure: larger windows would still help"
     ratio = noise_scale / size
@@ -176,6 +193,5 @@ def in_words(noise_scale: float, size: int) -> str:
     if ratio > 2:
         return f"{known}{windows} are {ratio:.0f} × smaller; larger windows would still help"
     if ratio < 0.5:
-        times = f"{1 / ratio:.0f} × " if ratio > 0.01 else "far "
-        return f"{known}{windows} are {times}larger; you pay for averaging"
+        return f"{known}{windows} are {1 / ratio:,.0f} × larger; you pay for averaging"
     return f"{known}{windows} are about as large, where time and examples are well spent"

@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 
 from gradacc_hf.bf16_weights import accumulate_in_float32
 from gradacc_hf.checkpoint import Checkpointer, Checkpoints
-from gradacc_hf.dynamics import Movement, in_words
+from gradacc_hf.dynamics import Movement
 from gradacc_hf.gradients import as_number
 from gradacc_hf.items import ComputeLoss, model_loss
 from gradacc_hf.nonfinite import NonFinite, drop_non_finite, find_non_finite
@@ -98,7 +98,7 @@ def train(
                 _stop_or_skip(number, window, windows, where, on_nonfinite)
             windows.saw(window, norm)
             skipped = accelerator.optimizer_step_was_skipped or not finite
-            if scheduler is not None and not skipped:
+            if scheduler is not None and (not skipped or getattr(scheduler, "by_examples", False)):
                 scheduler.step()
             yield WindowRecord(
                 window=number,
@@ -114,6 +114,7 @@ def train(
                 seconds=time.perf_counter() - started,
                 skipped=skipped,
                 noise_scale=windows.noise.scale,
+                noise_measured=windows.noise.measured,
             )
             if number == max_windows:
                 return
@@ -290,7 +291,7 @@ def fine_tune(
         to_run = windows.plan.count_windows(range(epoch, epochs))  # None: a stream's are not known
         return min(max_windows or math.inf, math.inf if to_run is None else done + to_run - window)
 
-    total, plan = total_windows(done), windows.plan
+    total, grown = total_windows(done), windows.grown
     num_windows = int(total) if total < math.inf else None
     tuning = Tuning.of(windows, num_windows and num_windows - done) if tune else None
     movement, stopped_after = Movement(model), None
@@ -315,12 +316,13 @@ def fine_tune(
         try:
             for record in () if gave_up else records:
                 log.window(replace(record, update_ratio=movement.since_last()))
-                if windows.plan is not plan:  # larger windows from here on, so that there are fewer
-                    total, plan = total_windows(record.window), windows.plan
-                    log.expect(int(total))
+                if windows.grown != grown:
+                    total, grown = total_windows(record.window), windows.grown
+                    log.expect(int(total) if total < math.inf else None)
                     size = windows.plan.size_asked(*windows.coming)
-                    why = in_words(windows.noise.scale, record.examples)
-                    log.say(f"windows of {size:,} examples from window {record.window + 1} on: {why}")
+                    log.say(
+                        f"windows of {size:,} examples from window {record.window + 1} on, by the noise scale"
+                    )
                 if tuning is not None and tuning.said is None:
                     tuning.saw(record.seconds - windows.seconds_to_collate)
                     if tuning.said is not None:

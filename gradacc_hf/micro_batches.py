@@ -142,7 +142,8 @@ class LocalWindows(Dataset):
         All are of one size that fits the bound whichever examples are drawn: by lengths it would be biased.
         """
         part, least = SMALL
-        size = min(max(least, len(padded) // part), len(padded) // 2) // self.num_processes
+        size = max(1, max(least, len(padded) // part) // self.num_processes)
+        size = min(size, len(padded) // 2 // self.num_processes)
         longest = padded.max(0, initial=0)
         size = min(size, self.bound.max_rows(longest))
         while self.pad_to == "nothing" and size > 1 and self.bound.exceeded_by(size * longest):

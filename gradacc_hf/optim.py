@@ -93,7 +93,9 @@ def make_scheduler(
         done = plan.examples_before(*coming) if by_examples else windows_done
         return shape(done) * lr_factor(optim.lr_scaling, plan.size_asked(*coming), optim.lr_reference_batch)
 
-    return LambdaLR(optimizer, factor)
+    made = LambdaLR(optimizer, factor)
+    made.by_examples = by_examples  # type: ignore[attr-defined]  # those of a window without a step count, too
+    return made
 
 
 def frozen_parameters(names: Sequence[str], patterns: Sequence[str]) -> set[str]:

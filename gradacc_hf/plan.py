@@ -80,7 +80,7 @@ class WindowPlan:
 
     def size_asked(self, epoch: int, window: int) -> int:
         """Examples that this window would have if it were not cut off by the end of the epoch."""
-        return size_asked(self.effective_batch_size, self.number(epoch, window))
+        return self._size(self.number(epoch, window))
 
     def number(self, epoch: int, window: int) -> int:
         """This window's number, over the whole run."""
@@ -111,7 +111,8 @@ class WindowPlan:
         if not self.drop_last or not self._starts(epoch):
             return self.num_examples if self.drop_last else 0
         last = self.num_windows(epoch) - 1
-        return self.num_examples - self._starts(epoch)[last] - self.size(epoch, last)
+        start = self._starts(epoch)[last]
+        return max(0, self.num_examples - start - self.size_asked(epoch, last))
 
     def indices(self, epoch: int, window: int) -> np.ndarray:
         """Example indices of this window, over all processes."""
@@ -144,12 +145,16 @@ class WindowPlan:
             return range(0, whole if self.drop_last else self.num_examples, self.effective_batch_size)
         starts, start, number = [], 0, self._first_number(epoch)
         while start < self.num_examples:
-            size = size_asked(self.effective_batch_size, number + len(starts))
+            size = self._size(number + len(starts))
             if self.drop_last and start + size > self.num_examples:
                 break
             starts.append(start)
             start += size
         return starts
+
+    def _size(self, number: int) -> int:
+        """Examples of the window of this number; at most all."""
+        return min(size_asked(self.effective_batch_size, number), self.num_examples)
 
     def _first_number(self, epoch: int) -> int:
         """The number, over the whole run, of this epoch's first window."""

@@ -18,7 +18,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, LoggerType, broadcast_object_list, gather_object, set_seed
 from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.card import RunCard, facts, refresh_cards
@@ -311,19 +311,12 @@ def make_windows(
     """
     config = recipe.config
     honour_padding(recipe)
-    sizes = effective_batch_size(config.batch)
-    first = sizes(0) if callable(sizes) else sizes
-    if first > len(training):
-        key = "batch.smallest" if isinstance(sizes, GrowingBatch) else "batch.effective"
-        raise BadInput(
-            f"{key}: found {first}; allowed: 1 to {len(training)}, the training examples there are"
-        )
+    sizes = effective_batch_size(config.batch, len(training))
     measures = not hasattr(recipe.loss, "look_ahead")  # else no example has a gradient of its own
-    if isinstance(sizes, GrowingBatch) and not measures:
-        raise BadInput(
-            "batch.effective: found noise_scale with a loss of a window's examples together, which has none; "
-            "allowed: a number, or sizes by window"
-        )
+    if accelerator.distributed_type == DistributedType.FSDP and config.budget.whole_gradients:
+        measures = False  # no micro-batch's is ever there on its own
+    if isinstance(sizes, GrowingBatch):
+        _check_can_measure(sizes, measures, accelerator)
     if wrong := [index for index in config.data.leave_out if not 0 <= index < len(training)]:
         raise BadInput(
             f"data.leave_out: found {wrong[0]}; allowed: 0 to {len(training) - 1}, training examples"
@@ -363,13 +356,31 @@ def total_windows(config: Config, windows: WindowLoader) -> int:
     return min(total, config.train.max_windows or total)
 
 
-def effective_batch_size(batch: BatchConfig) -> EffectiveBatchSize:
-    """What `batch.effective` says, as a loader takes it."""
+def effective_batch_size(batch: BatchConfig, num_examples: int) -> EffectiveBatchSize:
+    """What `batch.effective` says, as a loader takes it. Raises BadInput for more than there are examples."""
+    grows = batch.effective == "noise_scale"
+    sizes = batch.effective.values() if isinstance(batch.effective, dict) else [batch.least]
+    if max(sizes) > num_examples:
+        raise BadInput(
+            f"{'batch.smallest' if grows else 'batch.effective'}: found {max(sizes)}; allowed: 1 to "
+            f"{num_examples}, the training examples there are"
+        )
     if isinstance(batch.effective, dict):
         return ScheduledBatch(batch.effective)
-    return (
-        GrowingBatch(batch.smallest, batch.largest) if batch.effective == "noise_scale" else batch.effective
-    )
+    return GrowingBatch(batch.smallest, min(batch.largest, num_examples)) if grows else batch.least
+
+
+def _check_can_measure(sizes: GrowingBatch, measures: bool, accelerator: Accelerator) -> None:
+    if not measures:
+        raise BadInput(
+            "batch.effective: found noise_scale, which cannot be measured with a loss of a window's examples "
+            "together, or with budget.whole_gradients; allowed: a number, or sizes by window"
+        )
+    if sizes.smallest < (least := 2 * accelerator.num_processes):
+        raise BadInput(
+            f"batch.smallest: found {sizes.smallest}; allowed: {least} or more on "
+            f"{accelerator.num_processes} processes, as noise is measured by a part of each one's examples"
+        )
 
 
 def _check_sizes(config: Config) -> None:

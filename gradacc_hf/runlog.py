@@ -52,7 +52,8 @@ class WindowRecord:
     accumulation_steps: int  # of the process that has most
     seconds: float
     skipped: bool  # the optimizer step: by the fp16 scaler, or as a loss or gradient was not finite
-    noise_scale: float = math.nan  # in examples, as known by then; infinite where it is beyond measure
+    noise_scale: float = math.nan  # in examples, as known by then; infinite, null in JSON: beyond measure
+    noise_measured: int = 0  # windows in which it was, by then
     update_ratio: float = math.nan  # ‖step‖ / ‖weights‖, of a sample of them
 
 

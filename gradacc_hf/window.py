@@ -254,8 +254,11 @@ class Window:
     def _measure_small(self) -> None:
         """The gradient of the first micro-batch alone, as the mean over its items."""
         accelerator, share = self._accelerator, self._micro_batches[0].num_items / self.num_items
-        parameters = [p for o in accelerator._optimizers for group in o.param_groups for p in group["params"]]
-        norm = grad_norm(parameters)
+        groups = [group for optimizer in accelerator._optimizers for group in optimizer.param_groups]
+        parameters = {id(p): p for group in groups for p in group["params"]}
+        if all(p.grad is None for p in parameters.values()):  # of an optimizer that was not prepared
+            return
+        norm = grad_norm(parameters.values())
         if not forwards_are_collective(accelerator):
             norm /= share * accelerator.num_processes  # by which DDP will divide
         if accelerator.scaler is not None:

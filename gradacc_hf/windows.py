@@ -6,6 +6,7 @@
 """
 
 import copy
+import math
 import pickle
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch.utils.data import DataLoader, default_collate
 
 from gradacc_hf import items
@@ -221,6 +222,12 @@ class WindowLoader:
         return self._windows.noise_every
 
     @property
+    def grown(self) -> int:
+        """How often its windows have grown."""
+        size = self.plan.effective_batch_size
+        return len(size.sizes) - 1 if isinstance(size, GrowingBatch) else 0
+
+    @property
     def coming(self) -> tuple[int, int]:
         """The window that comes next, as (epoch, window)."""
         over = self.plan.is_over(self.epoch, self.window)
@@ -229,13 +236,17 @@ class WindowLoader:
     def saw(self, window: Window, grad_norm: float) -> None:
         """The norm of this window's gradient before clipping: for the noise scale, and what follows from it.
 
-        To be called in each window's body, in all processes, before the scheduler's step.
+        Of the weights that the prepared optimizers have. To be called in each window's body, in all
+        processes, before the scheduler's step.
         """
+        if not math.isfinite(grad_norm):
+            return
         self.noise.saw(len(window.indices), grad_norm, window.small)
         size = self.plan.effective_batch_size
         if not isinstance(size, GrowingBatch) or window.small is None:
             return
-        if size.grow(self.plan.number(self.epoch, self.window), self.noise):
+        scale = broadcast_object_list([self.noise.scale])[0]  # all processes decide alike
+        if size.grow(self.plan.number(self.epoch, self.window), scale):
             self._windows.plan = self.plan.resized(self.epoch, self.window)
 
     def micro_batches(self) -> Iterator[tuple[MicroBatch, dict[str, Any]]]:
@@ -266,8 +277,8 @@ class WindowLoader:
 
         Its windows are cut by length, as most are: none measures noise.
         """
-        bound = self.bound
-        splits = [self.split(*number) for number in self.plan.ahead(self.epoch, self.window, num_windows)]
+        bound, windows = self.bound, replace(self._windows, noise_every=0)
+        splits = [windows.split(*number) for number in self.plan.ahead(self.epoch, self.window, num_windows)]
         if all(max(map(len, split.processes)) == 1 for split in splits):
             bound = Bound(micro_batch_size=max(1, min(len(split.indices) for split in splits) // 3))
         other = self.with_bound(bound)
@@ -324,7 +335,7 @@ class WindowLoader:
         if self.noise_every:
             state["noise"] = self.noise.state_dict()
         if isinstance(size := self.plan.effective_batch_size, GrowingBatch):
-            state["sizes"] = dict(size.sizes)
+            state["growth"] = size.state_dict()
         return state | (
             {"max_tokens": self.bound.max_tokens, "cost": asdict(self.cost)} if self.tuned else {}
         )
@@ -332,7 +343,7 @@ class WindowLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where `state_dict` was taken; the next pass runs the rest of that epoch."""
         if isinstance(size := self.plan.effective_batch_size, GrowingBatch):
-            size.sizes = {int(number): examples for number, examples in state["sizes"].items()}
+            size.load_state_dict(state["growth"])
         if "noise" in state:
             self.noise = NoiseScale.of(state["noise"])
         self._windows.plan = self.plan.at(state)

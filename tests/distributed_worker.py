@@ -26,6 +26,7 @@ from gradacc_hf import BadInput, ExactTrainer, WindowLoader, accumulate_in_float
 from gradacc_hf.checkpoint import Checkpoints, newest_checkpoint
 from gradacc_hf.config import LoraConfig
 from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder
+from gradacc_hf.dynamics import GrowingBatch
 from gradacc_hf.gradients import RecordGradients, norm, relative_error, whole_window_gradient
 from gradacc_hf.heads import build_head
 from gradacc_hf.items import model_loss
@@ -141,8 +142,9 @@ def noise(engine):
     accelerator = accelerator_for(engine)
     head, untouched = (build_head("token_classification", "gpt2") for _ in range(2))
     examples = head.examples(LENGTHS)
+    sizes = GrowingBatch(6, 24, patience=1)
     windows = WindowLoader(
-        examples, 12, accelerator=accelerator, collate_fn=head.collate, max_tokens=96, noise_every=1
+        examples, sizes, accelerator=accelerator, collate_fn=head.collate, max_tokens=96, noise_every=1
     )
     model, optimizer = accelerator.prepare(head.model, RecordGradients(head.model))
     if engine == "fsdp2":
@@ -164,9 +166,13 @@ def noise(engine):
         losses.append(abs(small.grad_norm / expected - 1))
         batch = untouched.collate([examples[i] for i in split.indices])
         errors.append(relative_error(gradient, whole_window_gradient(untouched.model, batch)))
-    scales = gather_object([[record.noise_scale for record in records]])
-    alike = all(each == scales[0] for each in scales)
-    return {"error": max(errors), "loss_error": max(losses), "same_windows": alike, "measured": len(smalls)}
+    seen = gather_object([([r.noise_scale for r in records], sizes.sizes)])
+    return {
+        "error": max(errors),
+        "loss_error": max(losses),
+        "same_windows": all(each == seen[0] for each in seen),
+        "sizes": list(sizes.sizes.values()),
+    }
 
 
 def stream(engine):

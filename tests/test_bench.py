@@ -208,7 +208,7 @@ def test_each_schedule_that_is_compared_is_one_that_a_run_takes_and_sees_as_many
     assert len(ways) == 4
     for flags in ways.values():
         config = read_command_line([*flags, "--data.train", "x.csv"])
-        sizes = effective_batch_size(config.batch)
+        sizes = effective_batch_size(config.batch, 2400)
         if isinstance(sizes, ScheduledBatch):
             (_, first), (later, second), (last, third) = sorted(sizes.sizes.items())
             assert (4 * first, 2 * second) == (third, third)

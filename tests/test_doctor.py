@@ -289,6 +289,35 @@ def test_a_loss_of_tokens_laid_end_to_end_is_compared(weigh, reduction, found):
     assert ("items: targets" in str(diagnosis)) == (not found)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_losses_that_are_all_alike_do_not_mislead_about_what_is_counted(seed):
+    """A head of zeros gives ln C for each token, whatever counts."""
+    torch.manual_seed(seed)
+    made, examples = head("token_classification", "bert")
+    torch.nn.init.zeros_(made.model.classifier.weight)
+    torch.nn.init.zeros_(made.model.classifier.bias)
+    optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
+    batches = list(DataLoader(examples, 2, collate_fn=made.collate))
+    items = [int((batch["labels"] != -100).sum()) for batch in batches]
+    with diagnose(made.model, optimizer, say=lambda said: None) as diagnosis:
+        for batch, n in zip(batches, items, strict=True):
+            (made.model(**batch).loss * (n / sum(items))).backward()
+        optimizer.step()
+    assert diagnosis.findings == [], str(diagnosis)
+    assert "each gradient is that of its window at once" in str(diagnosis)
+
+
+def test_a_window_that_would_be_padding_at_once_is_not_replayed():
+    made, examples = head("sequence_classification", "bert", [3] * 30 + [500])
+    optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
+    pieces = [examples[i : i + 10] for i in range(0, 30, 10)] + [examples[30:]]
+    with diagnose(made.model, optimizer, say=lambda said: None) as diagnosis:
+        for piece in pieces:
+            (made.model(**made.collate(piece)).loss * len(piece) / 31).backward()
+        optimizer.step()
+    assert "its examples in one batch would be 26 × the work, most of it padding" in str(diagnosis)
+
+
 def test_in_batch_negatives_that_are_cut_are_found():
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8)
@@ -426,9 +455,9 @@ print("done", __name__)
 """
 
 
-def run_doctor(tmp_path, *arguments, launcher=()):
+def run_doctor(tmp_path, *arguments, launcher=(), text=SCRIPT):
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     words = [str(script) if word == "SCRIPT" else word for word in arguments]
     return subprocess.run(
         [sys.executable, *launcher, "-m", "gradacc_hf", "doctor", *words],
@@ -463,6 +492,41 @@ def test_a_bad_command_line_is_one_line(tmp_path, words, said):
     assert ran.returncode == 2
     assert said in ran.stderr
     assert ran.stderr.count("\n") == 1
+
+
+BESIDE = """
+import torch
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
+
+torch.manual_seed(0)
+rows = [(torch.randn(4), torch.randn(1)) for _ in range(72)]
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+training, validation = DataLoader(rows[:64], 4), DataLoader(rows[64:], 4)
+
+
+@torch.no_grad()
+def evaluate():
+    return sum(float(mse_loss(model(x), y)) for x, y in validation)
+
+
+for epoch in range(2):
+    batches = iter(training)
+    evaluate()
+    for step, (x, y) in enumerate(batches, start=1):
+        (mse_loss(model(x), y) / 4).backward()
+        if step % 4 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            evaluate()
+"""
+
+
+def test_data_to_evaluate_on_are_not_taken_for_those_to_train_on(tmp_path):
+    ran = run_doctor(tmp_path, "SCRIPT", text=BESIDE)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "✗" not in ran.stdout
 
 
 def test_under_ddp_it_is_found_when_every_micro_batch_synchronises(tmp_path):

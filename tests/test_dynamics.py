@@ -34,7 +34,7 @@ from gradacc_hf.gradients import EXACT, RecordGradients, relative_error, whole_w
 from gradacc_hf.heads import build_head
 from gradacc_hf.optim import make_scheduler
 from gradacc_hf.report import write_report
-from gradacc_hf.run import _check_sizes, effective_batch_size
+from gradacc_hf.run import _check_can_measure, _check_sizes, effective_batch_size
 from gradacc_hf.tasks.packing import pack
 
 LENGTHS = np.random.default_rng(5).integers(3, 40, size=61).tolist()
@@ -184,15 +184,14 @@ def test_sizes_by_window_are_those_asked_for_and_say_so():
 def test_a_growing_batch_doubles_when_the_noise_is_as_large_and_stops_at_the_largest():
     sizes, noise = GrowingBatch(4, 14, patience=2), NoiseScale()
     noise.saw(4, 1.0, SmallBatch(1, 3.0))  # beyond measure
-    assert not sizes.grow(1, noise)  # one measurement says little
-    noise.saw(4, 1.0, SmallBatch(1, 3.0))
-    assert sizes.grow(2, noise)
-    assert sizes.grow(3, noise)
-    assert not sizes.grow(4, noise)
-    assert [sizes(n) for n in range(6)] == [4, 4, 8, 14, 14, 14]
+    grew = [sizes.grow(number, noise.scale) for number in range(1, 8)]
+    assert grew == [False, True] * 2 + [False] * 3
+    assert [sizes(n) for n in range(6)] == [4, 4, 8, 8, 14, 14]
     calm = NoiseScale()
     calm.saw(4, 1.0, SmallBatch(1, 1.01))
-    assert not GrowingBatch(4, 14, patience=1).grow(1, calm)
+    assert not GrowingBatch(4, 14, patience=1).grow(1, calm.scale)
+    twice, seen = GrowingBatch(4, 14, patience=2), [noise, calm, noise, noise]  # in a row
+    assert [twice.grow(n, each.scale) for n, each in enumerate(seen)] == [False] * 3 + [True]
     with pytest.raises(ValueError, match="from 8 to 4"):
         GrowingBatch(8, 4)
 
@@ -293,6 +292,48 @@ def test_a_rate_for_another_size_follows_by_rule():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3)
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_sizes_beyond_the_data_are_all_of_it(drop_last):
+    windows = WindowLoader(
+        [{"labels": 0}] * 40, ScheduledBatch({0: 8, 3: 4096}), accelerator=Accelerator(cpu=True),
+        max_tokens=99, drop_last=drop_last,
+    )  # fmt: skip
+    assert [
+        windows.plan.size(epoch, t) for epoch in range(3) for t in range(windows.plan.num_windows(epoch))
+    ] == ([8, 8, 8, 40, 40] if drop_last else [8, 8, 8, 16, 40, 40])
+    assert windows.plan.size_asked(0, 3) == 40
+    assert windows.plan.examples_of(5) == (104 if drop_last else 80)
+
+
+def test_the_rate_follows_the_size_after_a_window_that_took_no_step():
+    """The first window of 8 is not to be trained with the rate of windows of 2."""
+    torch.manual_seed(0)
+    x = torch.randn(24, 3)
+    x[2] = math.nan  # in the second window of 2
+    data = [{"x": row, "labels": torch.tensor([1])} for row in x]
+    accelerator = Accelerator(cpu=True)
+    windows = WindowLoader(
+        data, ScheduledBatch({0: 2, 2: 8}), accelerator=accelerator, max_tokens=99, shuffle=False
+    )
+    model = Mean(np.zeros(3))
+    optim = OptimConfig(lr=1e-3, scheduler="constant", lr_scaling="linear", lr_reference_batch=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=optim.lr)
+    scheduler = make_scheduler(optimizer, optim, windows, len(windows))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    records = list(
+        train(model, optimizer, windows, accelerator=accelerator, scheduler=scheduler, on_nonfinite="skip")
+    )
+    assert [record.skipped for record in records][:3] == [False, True, False]
+    assert [record.lr for record in records][:3] == pytest.approx([1e-3, 1e-3, 4e-3])
+
+
+def test_trying_a_model_out_cuts_windows_even_where_the_first_measures_noise():
+    windows = WindowLoader(
+        [{"labels": 0}] * 40, 12, accelerator=Accelerator(cpu=True), max_tokens=99, noise_every=1
+    )
+    assert [len(window) for window in windows.copy(2)][:2] == [3, 3]
+
+
 # What a person asks for, and is told
 
 
@@ -301,12 +342,19 @@ def test_sizes_come_from_a_file_or_a_flag(tmp_path):
     config.write_text("batch:\n  effective: {0: 32, 500: 64}\n")
     told = read_command_line(["--config", str(config), "--data.train", "x.csv"])
     assert told.batch.effective == {0: 32, 500: 64}
-    assert effective_batch_size(told.batch)(500) == 64
+    assert effective_batch_size(told.batch, 64)(500) == 64
+    with pytest.raises(
+        BadInput, match=r"batch\.effective: found 64; allowed: 1 to 63, the training examples"
+    ):
+        effective_batch_size(told.batch, 63)
     told = read_command_line(["--batch.effective", "{0: 8, 9: 16}", "--data.train", "x.csv"])
     assert told.batch.effective == {0: 8, 9: 16}
     grows = ["--batch.effective", "noise_scale", "--batch.smallest", "8", "--batch.largest", "32"]
     told = read_command_line([*grows, "--data.train", "x.csv"])
-    assert effective_batch_size(told.batch) == GrowingBatch(8, 32)
+    assert effective_batch_size(told.batch, 99) == GrowingBatch(8, 32)
+    assert effective_batch_size(told.batch, 20) == GrowingBatch(8, 20)
+    with pytest.raises(BadInput, match=r"batch\.smallest: found 8; allowed: 1 to 7, the training examples"):
+        effective_batch_size(told.batch, 7)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +375,15 @@ def test_sizes_that_cannot_be_are_refused_in_a_line(flags, says):
         read_command_line([*flags, "--data.train", "x.csv"])
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_growing_windows_need_a_part_of_each_process_to_measure_by():
+    several = SimpleNamespace(num_processes=8)
+    _check_can_measure(GrowingBatch(16, 32), True, several)
+    with pytest.raises(BadInput, match=r"batch\.smallest: found 15; allowed: 16 or more on 8 processes"):
+        _check_can_measure(GrowingBatch(15, 32), True, several)
+    with pytest.raises(BadInput, match="cannot be measured with a loss of a window's examples together"):
+        _check_can_measure(GrowingBatch(16, 32), False, several)
 
 
 def test_growing_windows_need_measurements_and_an_end():
@@ -362,7 +419,8 @@ def test_a_loss_of_the_whole_window_has_no_noise_scale():
         (16.0, "windows of 64 are 4 × larger; you pay for averaging"),
         (70.0, "windows of 64 are about as large"),
         (math.inf, "beyond what windows of 64 can measure: larger windows would still help"),
-        (0.0, "windows of 64 are far larger; you pay for averaging"),
+        (0.0, "below what windows of 64 can measure: smaller windows would do"),
+        (0.02, "windows of 64 are 3,200 × larger"),
     ],
 )
 def test_the_noise_scale_is_put_into_words(scale, says):
@@ -390,6 +448,23 @@ def test_a_step_is_measured_by_the_weights_that_it_moves():
         large.weight[:, ::7] *= 1.5
     expected = float((large.weight.detach() - before).norm() / before.norm())
     assert movement.since_last() == pytest.approx(expected, rel=0.02)
+
+
+def test_a_step_is_measured_fairly_beside_many_small_weights(monkeypatch):
+    """LayerNorms are ones, a thousandth of all weights: none may count for more."""
+    monkeypatch.setattr("gradacc_hf.dynamics.SAMPLE", 4096)
+    torch.manual_seed(0)
+    layers = [(torch.nn.Linear(256, 256), torch.nn.LayerNorm(256)) for _ in range(20)]
+    model = torch.nn.Sequential(*itertools.chain.from_iterable(layers))
+    movement, before = Movement(model), [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1e-3 * torch.randn_like(p)
+    moved = sum(
+        float((p.detach() - b).square().sum()) for p, b in zip(model.parameters(), before, strict=True)
+    )
+    expected = math.sqrt(moved / sum(float(b.square().sum()) for b in before))
+    assert movement.since_last() == pytest.approx(expected, rel=0.1)
 
 
 def test_the_report_shows_what_the_size_of_windows_did(whole, tmp_path):

@@ -22,7 +22,7 @@ from gradacc_hf.runlog import WindowRecord
 from gradacc_hf.saving import save_model, whole_folder, write_whole
 
 ROW = ["window", "epoch", "loss", "grad_norm", "lr", "examples", "items", "tokens", "padded_tokens"]
-ROW += ["accumulation_steps", "seconds", "skipped", "noise_scale", "update_ratio"]
+ROW += ["accumulation_steps", "seconds", "skipped", "noise_scale", "noise_measured", "update_ratio"]
 SUMMARY = {
     "eval",
     "baseline",

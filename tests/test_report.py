@@ -22,7 +22,7 @@ from gradacc_hf.report import read_runs, write_report
 from gradacc_hf.report.pictures import curves_of
 from gradacc_hf.report.runs import contenders
 from gradacc_hf.report.tables import configurations
-from gradacc_hf.report.words import speed_ratios, verdict
+from gradacc_hf.report.words import noise, speed_ratios, verdict
 
 LENGTHS = [3, 20, 7, 31, 12, 5, 9, 26] * 4
 FIRST_WINDOW = [[3, 5, 7, 9], [12, 20], [26, 31]]  # padded: 36 + 40 + 62
@@ -239,6 +239,17 @@ def test_the_page_has_its_sections_and_only_those_that_have_something_in_them(co
         "Plan",
         "How to run it again",
     ]
+
+
+def test_a_noise_scale_beyond_measure_is_said_and_one_measured_once_is_not(real, tmp_path):
+    def said(measured):
+        row = {"window": 1, "loss": 1.0, "examples": 64, "noise_scale": None, "noise_measured": measured}
+        (folder := tmp_path / str(measured)).mkdir()
+        (folder / "history.jsonl").write_text(json.dumps(row) + "\n")
+        return noise(contenders(read_runs([folder])))
+
+    assert said(0) == said(1) == []
+    assert "beyond what windows of 64 can measure: larger windows would still help" in said(4)[0]
 
 
 def test_losses_that_are_far_apart_are_on_a_logarithmic_axis(compared, real, tmp_path):

@@ -19,9 +19,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from gradacc_hf.bench.every_recipe import offline_configs
 from gradacc_hf.embedded.smollm2 import write_tiny_llama
@@ -185,30 +183,25 @@ def _picture(name: str, results: Sequence[OfSchedule]) -> str:
 
 
 def print_schedules(result: Schedules, console: Console) -> None:
-    """A table a config: medians over the seeds, with least and most."""
+    """A table a config, in Markdown: medians over the seeds, with least and most."""
     for name in dict.fromkeys(one.recipe for one in result.results):
         rows = [one for one in result.results if one.recipe == name]
-        table = Table(
-            "windows of",
-            f"examples until loss {rows[0].target:.3f}",
-            "final loss",
-            "windows",
-            "last size",
-            "noise scale, last",
-            title=f"{name}, {len(rows[0].examples)} seeds",
-            box=SIMPLE,
-        )
+        until = f"examples until validation loss {rows[0].target:.2f}"
+        lines = [f"{name}, {len(rows[0].examples)} seeds", ""]
+        lines += [f"| windows of | {until} | final loss | windows | last size | noise scale at the end |"]
+        lines += ["|---|---|---|---|---|---|"]
         for one in rows:
             known = [scale for scale in one.noise_scale if scale is not None]
-            table.add_row(
+            cells = (
                 one.schedule,
                 _spread(one.examples, ",.0f"),
-                _spread(one.final_losses, ".3f"),
+                _spread(one.final_losses, ".2f"),
                 _spread(one.windows, ",.0f"),
                 _spread(one.last_size, ",.0f"),
                 _spread(known, ",.0f") if known else "beyond measure",
             )
-        console.print(table)
+            lines.append(f"| {' | '.join(cells)} |")
+        console.print("\n".join([*lines, ""]), soft_wrap=True, markup=False)
     console.print("\n".join(result.pictures))
 
 

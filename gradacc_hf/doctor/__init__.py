@@ -84,8 +84,12 @@ class Diagnosis:
         of_loop, at_once = work(window)
         self._of_loop += of_loop
         would_be = self._of_replays + of_loop + at_once / 3  # of a step, a forward is a third
-        affordable = not self._of_replays or would_be <= MOST_WORK * self._of_loop
-        if (len(watch.windows) <= self._to_replay and affordable) or len(window.micro_batches) < steps:
+        to_come = max(0, self._to_replay - len(watch.windows)) * of_loop
+        affordable = would_be <= MOST_WORK * (self._of_loop + to_come)
+        if len(watch.windows) == 1 and not affordable:
+            times = f"{at_once / of_loop:.0f} × the work, most of it padding"
+            window.replay = Replay(why_not=f"its examples in one batch would be {times}")
+        elif affordable and (len(watch.windows) <= self._to_replay or len(window.micro_batches) < steps):
             window.replay = replay(watch, window, self._loss_fn)
             again = (window.replay.means, window.replay.swamped)  # its micro-batches, once more for each
             times = 1 + sum(each is not None for each in again)

@@ -4,6 +4,7 @@ A rule looks at all windows and gives findings; their words are `words.py`'s.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -57,8 +58,9 @@ class Seen:
 
     @property
     def steps(self) -> int:
-        """Micro-batches of the largest window."""
-        return max((len(w.micro_batches) for w in self.windows), default=0)
+        """Micro-batches of most windows."""
+        counts = Counter(len(w.micro_batches) for w in self.windows)
+        return max(counts, key=lambda steps: (counts[steps], steps), default=0)
 
     @property
     def full(self) -> list[Window]:
@@ -93,7 +95,7 @@ def _found(
 
 
 def _stepped_every(seen: Seen) -> Iterator[Finding]:
-    if seen.steps != 1:
+    if any(len(window.micro_batches) > 1 for window in seen.windows):
         return
     steps, place = len(seen.windows), seen.windows[0].place
     n = seen.intended or min(window.asked or 1 for window in seen.windows)

@@ -2,9 +2,10 @@
 
 Run before the optimizer's step, at the weights of the window, without dropout. The loss of the window at
 once, which keeps no activations, says which items the micro-batches are to be weighed by; their gradients,
-weighed so, are that of the window. Where no count of items explains that loss, and in 16 bits, which have
-not the digits to tell counts apart, the gradient is taken of the window at once, too. That of the loop is set
-aside meanwhile and put back; beside it there is one more at a time.
+weighed so, are that of the window. Where no count of items explains that loss or several do, as in 16 bits,
+which have not the digits to tell them apart, the gradient is taken of the window at once, too. That of the
+loop is set aside meanwhile and put back; beside it there is one more at a time (for weights in 16 bits, whose
+sum in float32 is looked at: that sum, and one more).
 """
 
 import inspect
@@ -28,6 +29,7 @@ LossOf = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 PADDED_WITH = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
 HALVES = {torch.bfloat16, torch.float16}
 CHUNK = 2**16  # elements that are compared in float64 at a time
+ROUNDING = 1e-5  # of a loss, relative, with room to spare
 SAME = 1e-4  # relative difference of two losses that is but rounding
 SAME_IN_HALF = 2e-2  # the same under autocast, or with weights in 16 bits
 
@@ -241,10 +243,10 @@ def _compare(
     with torch.no_grad():
         whole_loss = float(loss_of(inputs, others, model))
         losses = losses or tuple(float(one(piece)) for piece in pieces)
-    counted, items = _items(watch, pieces, losses, whole_loss, tolerance)
+    counted, items, is_sure = _items(watch, pieces, losses, whole_loss, tolerance)
     adds_up = not counted and abs(sum(losses) - whole_loss) <= tolerance * abs(whole_loss)
     coupled = "" if counted or adds_up else _why_coupled(model, pieces, loss_of, tolerance)
-    if adds_up or (counted and not found.half):
+    if adds_up or (is_sure and not found.half):
         weights = [1.0] * len(pieces) if adds_up else [n / sum(items) for n in items]
         for piece, weight in zip(pieces, weights, strict=True):
             if weight:
@@ -323,15 +325,25 @@ def _taken(parameters: Sequence[torch.nn.Parameter]) -> GradientNow:
 
 def _items(
     watch: Watch, pieces: Sequence[MicroBatch], losses: Sequence[float], whole: float, tolerance: float
-) -> tuple[str, tuple[float, ...]]:
-    """By which count the pieces' losses, weighed, are the whole's: its name, and the items of each."""
-    best: tuple[float, str, tuple[float, ...]] = (tolerance, "", ())
+) -> tuple[str, tuple[float, ...], bool]:
+    """By which count the pieces' losses, weighed, are the whole's: its name, the items of each, is it sure?
+
+    It is not where another count, by which they would weigh otherwise, explains the loss as well: where all
+    losses are about alike.
+    """
+    known = []
     for name, items in _counts(watch, pieces):
         mean = sum(n * loss for n, loss in zip(items, losses, strict=True) if n) / sum(items)
         off = abs(mean - whole) / max(abs(whole), 1e-12)
-        if off < best[0]:
-            best = off, name, items
-    return best[1:]
+        if off < tolerance:
+            known.append((off, name, items))
+    if not known:
+        return "", (), False
+    _, name, best = min(known)
+    shares = [[n / sum(items) for n in items] for off, _, items in known if off < ROUNDING]
+    mine = [n / sum(best) for n in best]
+    alike = all(abs(a - b) <= SAME for other in shares for a, b in zip(mine, other, strict=True))
+    return name, best, alike
 
 
 def _counts(watch: Watch, pieces: Sequence[MicroBatch]) -> Iterator[tuple[str, tuple[float, ...]]]:

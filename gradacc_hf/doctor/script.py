@@ -42,6 +42,9 @@ def every_loop(
         make(optimizer, *args, **kwargs)
         optimizers.append(weakref.ref(optimizer))
 
+    def begins_data(loader: DataLoader) -> None:
+        begun[:] = [loader]
+
     def say_once(report: str) -> None:
         seen = diagnoses[-1].seen
         if not seen.windows:
@@ -62,14 +65,14 @@ def every_loop(
             if any(id(p) in of_module for group in optimizer.param_groups for p in group["params"]):
                 known.add(id(optimizer))
                 loop.close()  # the one before
-                watched = diagnose(module, optimizer, say=say_once, begun=begun[-1:], **settings)
+                watched = diagnose(module, optimizer, say=say_once, begun=begun, **settings)
                 diagnoses.append(loop.enter_context(watched))
                 return
 
     torch.optim.Optimizer.__init__ = made  # type: ignore[method-assign]
     hook = register_module_forward_pre_hook(begins)
     try:
-        with loaders_begun(begun.append), ExitStack() as loop:
+        with loaders_begun(begins_data), ExitStack() as loop:
             yield diagnoses
     finally:
         torch.optim.Optimizer.__init__ = make  # type: ignore[method-assign]

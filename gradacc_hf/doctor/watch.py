@@ -350,11 +350,12 @@ class Watch:
 
 @contextmanager
 def loaders_begun(hear: Callable[[DataLoader], None]) -> Iterator[None]:
-    """In here, each loader that somebody begins to read is told of."""
+    """In here, each loader that somebody begins to read is told of; not one to evaluate on."""
     begin = DataLoader.__iter__
 
     def begun(loader: DataLoader) -> Iterator[Any]:
-        hear(loader)
+        if torch.is_grad_enabled():
+            hear(loader)
         return begin(loader)
 
     DataLoader.__iter__ = begun  # type: ignore[method-assign]

@@ -110,9 +110,10 @@ class Run:
     @property
     def noise_scale(self) -> float:
         """As it was known at the end, in examples; infinite beyond measure, NaN where it was not measured."""
-        if not any(math.isfinite(row.noise_scale) for row in self.rows):
+        if not self.rows or not self.rows[-1].noise_measured > 0:
             return math.nan
-        return self.rows[-1].noise_scale
+        scale = self.rows[-1].noise_scale
+        return scale if math.isfinite(scale) else math.inf
 
     @property
     def update_ratio(self) -> float:

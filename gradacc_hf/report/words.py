@@ -16,6 +16,7 @@ from gradacc_hf.dynamics import in_words as in_words_of_noise
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.report.runs import Contender, Run
 
+ENOUGH = 3  # measurements of a noise scale, for a sentence about it
 SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
 
 
@@ -195,7 +196,8 @@ def noise(found: Sequence[Contender]) -> list[Markup]:
     sentences = []
     for contender in found:
         run = contender.runs[0]
-        if said := in_words_of_noise(run.noise_scale, int(run.window_size)) if run.rows else "":
+        known = bool(run.rows) and run.rows[-1].noise_measured >= ENOUGH
+        if said := in_words_of_noise(run.noise_scale, int(run.window_size)) if known else "":
             whose = "" if len(found) == 1 else Markup("<b>{}</b>: ").format(contender.label)
             sentences.append(Markup("{}{}{}.").format(whose, said[0].upper(), said[1:]))
     return sentences
