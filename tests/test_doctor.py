@@ -559,3 +559,30 @@ def test_our_recipes_are_healthy(name, start, tmp_path):
     assert diagnosis.findings == [], str(diagnosis)
     compared = "is that of its window at once" in str(diagnosis)
     assert compared == (name != "masked_lm")  # whose loss is of chosen positions
+
+
+def test_a_loss_of_the_loop_s_own_is_not_taken_for_the_model_s():
+    """As our question answering has it: the model computes a loss, too, and padding reaches that one."""
+    made, examples = head("question_answering", "bert")
+    optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
+    with diagnose(made.model, optimizer, say=lambda said: None) as diagnosis:
+        for batch in DataLoader(examples, 4, collate_fn=made.collate):
+            outputs = made.model(**batch)
+            starts = cross_entropy(outputs.start_logits.clamp(-9, 9), batch["start_positions"])
+            ends = cross_entropy(outputs.end_logits.clamp(-9, 9), batch["end_positions"])
+            ((starts + ends) / 8).backward()
+        optimizer.step()
+    assert diagnosis.findings == [], str(diagnosis)
+    assert "give loss_fn=" in str(diagnosis)
+
+
+def test_a_loss_beside_the_model_s_is_not_overlooked():
+    made, examples = head("sequence_classification", "bert")
+    optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
+    with diagnose(made.model, optimizer, say=lambda said: None) as diagnosis:
+        for number, batch in enumerate(DataLoader(examples, 4, collate_fn=made.collate)):
+            outputs = made.model(**batch)
+            ((outputs.loss + number * outputs.logits.square().mean()) / 4).backward()
+        optimizer.step()
+    assert diagnosis.findings == [], str(diagnosis)
+    assert "what goes backward is not the loss alone that was seen" in str(diagnosis)

@@ -58,9 +58,9 @@ class Seen:
 
     @property
     def steps(self) -> int:
-        """Micro-batches of most windows."""
+        """Micro-batches of most windows that accumulate; 1 where none does."""
         counts = Counter(len(w.micro_batches) for w in self.windows)
-        return max(counts, key=lambda steps: (counts[steps], steps), default=0)
+        return max(counts, key=lambda steps: (steps > 1, counts[steps], steps), default=0)
 
     @property
     def full(self) -> list[Window]:
@@ -95,7 +95,7 @@ def _found(
 
 
 def _stepped_every(seen: Seen) -> Iterator[Finding]:
-    if any(len(window.micro_batches) > 1 for window in seen.windows):
+    if {len(window.micro_batches) for window in seen.windows} != {1}:
         return
     steps, place = len(seen.windows), seen.windows[0].place
     n = seen.intended or min(window.asked or 1 for window in seen.windows)

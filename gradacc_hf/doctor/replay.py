@@ -83,6 +83,8 @@ def replay(watch: Watch, window: Window, loss_fn: LossOf | None) -> Replay:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise CannotReplay("there are several processes: try it on one")
         losses_of, known = _how(pieces, loss_fn)
+        if loss_fn is None:
+            _check_goes_backward(watch, pieces)
         whole = _joined(pieces)
         half, kind = watch.autocast, watch.parameters()[0].device.type
         with _as_it_was(watch) as loops_gradient, torch.autocast(kind, half, enabled=half is not None):
@@ -135,6 +137,20 @@ def _how(pieces: Sequence[MicroBatch], loss_fn: LossOf | None) -> tuple[Loss, tu
     raise CannotReplay(
         "the loss is neither the model's own nor one function of torch on its output: give loss_fn="
     )
+
+
+def _check_goes_backward(watch: Watch, pieces: Sequence[MicroBatch]) -> None:
+    """Is what went backward the loss that was seen, divided alike or by items, and nothing beside it?"""
+    by = [piece.divided_by for piece in pieces]
+    known = [divided for divided in by if divided is not None and math.isfinite(divided)]
+    if len(known) < len(by) or not all(known):
+        return
+    shares = [[1.0] * len(by), *(items for _, items in _counts(watch, pieces))]
+    for items in shares:
+        weights = [divided * n for divided, n in zip(known, items, strict=True) if n]
+        if weights and max(weights) - min(weights) <= SAME_IN_HALF * abs(max(weights)):
+            return
+    raise CannotReplay("what goes backward is not the loss alone that was seen: give loss_fn=")
 
 
 def work(window: Window) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,7 @@ class Watch:
         self.autocast: torch.dtype | None = None  # in which the model computes, where it does so in another
         self._forwards: list[Forward] = []
         self._own_losses: list[OwnLoss] = []
+        self._inside = 0  # of these: by the model itself
         self._output: Any = None  # of the latest forward, until its backward
         self._reads: list[Read] = []
         self._touched: list[tuple[str, Place | None]] = []
@@ -200,7 +201,7 @@ class Watch:
             return
         self.heard_in_pass += 1
         if self.listening:
-            self._output = outputs
+            self._output, self._inside = outputs, len(self._own_losses)
             loss = loss_in(outputs)
             value = None if loss is None else float(loss.detach())
             self._forwards.append(Forward((inputs, named), value, place()))
@@ -251,7 +252,11 @@ class Watch:
             synchronised = bool(self.ddp.require_backward_grad_sync)
         result, after = run(), self._norm()
         if not self._forwards and after == before:  # of something else
+            self._own_losses = []
             return result
+        if by_the_loop := self._own_losses[self._inside :]:  # then the model's own is not what goes backward
+            self._own_losses = by_the_loop
+            self._forwards = [replace(forward, loss=None) for forward in self._forwards]
         own = self._own_losses[-1] if len(self._own_losses) == 1 else None
         losses = [f.loss for f in self._forwards if f.loss is not None] if own is None else [own.value]
         is_sum = own is not None and own.named.get("reduction") == "sum"
@@ -269,7 +274,8 @@ class Watch:
                 data_pass=self._data_pass(),
             )
         )
-        self._forwards, self._own_losses, self._output, self._unscaled = [], [], None, None
+        self._forwards, self._own_losses, self._inside, self._output = [], [], 0, None
+        self._unscaled = None
         self._gradients = {id(p.grad) for p in self.parameters() if p.grad is not None}
         return result
 
