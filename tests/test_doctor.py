@@ -540,7 +540,7 @@ def test_under_ddp_it_is_found_when_every_micro_batch_synchronises(tmp_path):
     assert "there are several processes" in ran.stdout
 
 
-@pytest.mark.parametrize("name", ["text_classification", "token_classification", "masked_lm"])
+@pytest.mark.parametrize("name", ["text_classification", "token_classification", "masked_lm", "contrastive"])
 def test_our_recipes_are_healthy(name, start, tmp_path):
     text = "".join(f"def f{i}():\n    return {i}\n\n\n" for i in range(80))
     rows = {
@@ -549,6 +549,7 @@ def test_our_recipes_are_healthy(name, start, tmp_path):
             {"tokens": ["a", "word"] * (1 + i % 4), "tags": ["O", "X"] * (1 + i % 4)} for i in range(80)
         ],
         "masked_lm": [{"text": line} for line in text.splitlines() if line],
+        "contrastive": [{"anchor": f"what is {i}", "positive": f"the number {i}"} for i in range(80)],
     }[name]
     recipe = next(c for c in vars(load_recipe(name)).values() if isinstance(c, type) and c.__module__ == name)
     with every_loop(say=lambda said: None) as diagnoses:
@@ -558,7 +559,8 @@ def test_our_recipes_are_healthy(name, start, tmp_path):
     [diagnosis] = [d for d in diagnoses if d.seen.windows]
     assert diagnosis.findings == [], str(diagnosis)
     compared = "is that of its window at once" in str(diagnosis)
-    assert compared == (name != "masked_lm")  # whose loss is of chosen positions
+    # Not masked_lm, whose loss is of chosen positions, and not contrastive, whose is of the whole window.
+    assert compared == (name in ("text_classification", "token_classification"))
 
 
 def test_a_loss_of_the_loop_s_own_is_not_taken_for_the_model_s():

@@ -55,8 +55,8 @@ def every_loop(
             say(report)
 
     def begins(module: torch.nn.Module, inputs: Any) -> None:
-        if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return
+        if not module.training or torch.compiler.is_compiling():
+            return  # without gradients it may be a first pass, which must meet the dropout of the second
         if stop and diagnoses and diagnoses[-1].is_over:
             raise StopHere(0)
         new = [o for ref in optimizers if (o := ref()) is not None and id(o) not in known]
