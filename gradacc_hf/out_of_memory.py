@@ -36,11 +36,16 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def give_back_memory() -> None:
+    """What nothing holds any more goes back to the device, or the system, now and from here on."""
+    keep_no_freed_memory()
+    trim_memory()
+
+
+def trim_memory() -> None:
     """What nothing holds any more goes back to the device, or the system, rather than into a cache."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    keep_no_freed_memory()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 

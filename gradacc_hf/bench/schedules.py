@@ -30,6 +30,7 @@ from gradacc_hf.runlog import measured_with, read_history
 from gradacc_hf.saving import write_whole
 
 TINY = "tiny_llama"
+NOISE = "by the noise scale"
 TASKS: dict[str, tuple[int, list[str]]] = {  # the size of windows, and what is not as the offline config says
     "text_classification": (64, []),
     "causal_lm": (32, ["--model.name", TINY, "--model.lora.rank", "0", "--data.max_length", "96"]),
@@ -117,7 +118,7 @@ def _schedules(size: int, examples: int) -> dict[str, list[str]]:
         str(small): ([str(small)], small),
         str(size): ([str(size)], size),
         f"{small}, {half}, {size}": ([json.dumps(steps).replace('"', "")], half),
-        "noise scale": ([*grows, "--train.noise_every", "4"], half),
+        NOISE: ([*grows, "--train.noise_every", "4"], half),
     }
     scaled = ["--optim.lr_scaling", "sqrt", "--optim.lr_reference_batch", str(size)]
     every = {label: max(1, examples // EVALUATIONS // usual) for label, (_, usual) in sizes.items()}
@@ -176,7 +177,9 @@ def _picture(name: str, results: Sequence[OfSchedule]) -> str:
         known = (list(zip(*curve, strict=True)) for curve in result.curves)
         repeats = [np.interp(grid, examples, losses) for examples, losses in known]
         lines.append(plots.curve(look, [list(zip(grid.tolist(), repeat, strict=True)) for repeat in repeats]))
-    labels = [f"windows of {result.schedule}" for result in results]
+    labels = [
+        result.schedule if result.schedule == NOISE else f"windows of {result.schedule}" for result in results
+    ]
     return plots.alone(
         plots.curves(name, "validation loss", lines, log=True, xlabel="examples", labels=labels)
     )

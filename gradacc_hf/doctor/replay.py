@@ -20,7 +20,7 @@ import torch
 from gradacc_hf.doctor.watch import MicroBatch, OwnLoss, Watch, Window, logits_in, loss_in
 from gradacc_hf.errors import one_line
 from gradacc_hf.items import COUNTS, IGNORED
-from gradacc_hf.out_of_memory import give_back_memory, out_of_memory
+from gradacc_hf.out_of_memory import give_back_memory, out_of_memory, trim_memory
 from gradacc_hf.tryout import BATCH_NORMS, random_numbers_as_they_were
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # of a forward: by position, by name
@@ -256,8 +256,10 @@ def _compare(
     half_weights = any(p.dtype in HALVES for p in parameters)
     found = Replay(half=half_weights or watch.autocast is not None)
     tolerance = found.tolerance
+    trim_memory()  # of what the loop has let go
     with torch.no_grad():
         whole_loss = float(loss_of(inputs, others, model))
+        trim_memory()
         losses = losses or tuple(float(one(piece)) for piece in pieces)
     counted, items, is_sure = _items(watch, pieces, losses, whole_loss, tolerance)
     adds_up = not counted and abs(sum(losses) - whole_loss) <= tolerance * abs(whole_loss)
