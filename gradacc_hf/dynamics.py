@@ -13,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 HORIZON = 64  # windows over which a noise scale is smoothed
+ENOUGH = 3  # measurements, for a sentence about it
 SAMPLE = 2**16  # weights by which an update is measured
 LrScaling = Literal["none", "linear", "sqrt"]
 

@@ -26,7 +26,7 @@ from gradacc_hf.checkpoint import Checkpoints, check_same, newest_checkpoint
 from gradacc_hf.command_line import read_command_line
 from gradacc_hf.compiled import compile_layers, uncompiled
 from gradacc_hf.config import BatchConfig, Config, OutputConfig, tokens_per_micro_batch
-from gradacc_hf.dynamics import GrowingBatch, ScheduledBatch
+from gradacc_hf.dynamics import ENOUGH, GrowingBatch, ScheduledBatch, in_words
 from gradacc_hf.errors import BadInput, command, one_line, refuse
 from gradacc_hf.fingerprint import check_same_settings, what_must_stay
 from gradacc_hf.hardware import (
@@ -212,6 +212,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     )
     if summary["skipped_windows"]:
         accelerator.print(f"{summary['skipped_windows']} of these windows took no step: not finite")
+    if windows.noise.measured >= ENOUGH:
+        accelerator.print(in_words(windows.noise.scale, windows.plan.size_asked(*windows.coming)))
     if baseline:
         accelerator.print(f"baseline: {describe(baseline)}")
     accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")

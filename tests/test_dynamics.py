@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from recipe_runs import load_recipe, write_rows
 from test_checkpoint import cut_back, same_weights
 from test_checkpoint import history as rows_but_seconds
 from test_loop import history
@@ -483,3 +484,23 @@ def test_the_report_shows_what_the_size_of_windows_did(whole, tmp_path):
         "Examples a window",
     ):
         assert text in page, text
+
+
+def test_a_recipe_has_windows_of_the_sizes_asked_for_and_keeps_to_them(start, tmp_path):
+    recipe = load_recipe("text_classification").TextClassification
+    rows = [{"text": "word " * (1 + i % 9), "label": i % 2} for i in range(70)]
+    flags = ["--data.train", write_rows(tmp_path / "rows.jsonl", rows), "--budget.max_tokens", 40]
+    flags += ["--train.noise_every", 1, "--optim.lr_scaling", "linear", "--optim.lr_reference_batch", 4]
+    flags += ["--optim.scheduler", "constant", "--output.dir", tmp_path / "run", "--optim.lr", 1e-4]
+    ran = start(recipe, *flags, "--batch.effective", "{0: 4, 3: 8}")
+    assert ran.code == 0, ran.err
+    assert "4 examples a window, after 3 windows 8" in ran.out
+    assert "windows of 8" in ran.out.partition("noise scale")[2]
+    rows = history(tmp_path / "run")
+    assert [row["examples"] for row in rows] == [4, 4, 4, 8, 8, 8, 8, 8, 8, 3]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-4] * 3 + [2e-4] * 7)
+    again = start(recipe, *flags, "--batch.effective", "{0: 4, 3: 16}", "--resume", "auto")
+    assert again.code == 2
+    assert "batch.effective: found {'0': 4, '3': 16}" in again.err
+    same = start(recipe, *flags, "--batch.effective", "{0: 4, 3: 8}", "--resume", "auto")
+    assert "has come to its end" in same.out

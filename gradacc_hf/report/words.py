@@ -12,11 +12,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from gradacc_hf.dynamics import ENOUGH
 from gradacc_hf.dynamics import in_words as in_words_of_noise
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.report.runs import Contender, Run
 
-ENOUGH = 3  # measurements of a noise scale, for a sentence about it
 SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
 
 
