@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, default_collate
 from gradacc_hf import items
 from gradacc_hf.arguments import check_arguments, check_stream, refuse_engine
 from gradacc_hf.dynamics import GrowingBatch, NoiseScale
+from gradacc_hf.gradients import as_number
 from gradacc_hf.micro_batches import (
     Lengths,
     LocalWindows,
@@ -233,15 +234,16 @@ class WindowLoader:
         over = self.plan.is_over(self.epoch, self.window)
         return (self.epoch + 1, 0) if over else (self.epoch, self.window)
 
-    def saw(self, window: Window, grad_norm: float) -> None:
+    def saw(self, window: Window, grad_norm: float | torch.Tensor) -> None:
         """The norm of this window's gradient before clipping: for the noise scale, and what follows from it.
 
         Of the weights that the prepared optimizers have. To be called in each window's body, in all
         processes, before the scheduler's step.
         """
-        if not math.isfinite(grad_norm):
+        norm = as_number(grad_norm) if isinstance(grad_norm, torch.Tensor) else grad_norm
+        if not math.isfinite(norm):
             return
-        self.noise.saw(len(window.indices), grad_norm, window.small)
+        self.noise.saw(len(window.indices), norm, window.small)
         size = self.plan.effective_batch_size
         if not isinstance(size, GrowingBatch) or window.small is None:
             return

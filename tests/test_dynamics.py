@@ -153,6 +153,28 @@ def test_a_window_that_measures_is_exact_and_keeps_its_bound(kind, model_type, s
     assert windows.noise.measured == 2
 
 
+def test_a_loop_of_one_s_own_tells_the_loader_of_its_gradients():
+    """As the README says: with what `clip_grad_norm_` gave, in the window's body."""
+    head, accelerator = build_head("sequence_classification", "bert"), Accelerator(cpu=True)
+    windows = WindowLoader(
+        head.examples(LENGTHS), 16, accelerator=accelerator, collate_fn=head.collate, max_tokens=96,
+        noise_every=1,
+    )  # fmt: skip
+    model, optimizer = accelerator.prepare(head.model, torch.optim.SGD(head.model.parameters(), lr=0.1))
+    for window in windows:
+        for batch in window:
+            with accelerator.accumulate(model):
+                accelerator.backward(window.weigh(model(**batch).loss))
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        windows.saw(window, norm)
+    assert windows.noise.measured == 4
+    assert type(windows.noise.scale) is float
+    assert json.loads(json.dumps(windows.state_dict())) == windows.state_dict()
+
+
 def test_the_random_part_is_as_large_whatever_is_drawn():
     lengths = [2] * 200 + [90] * 20
     windows = WindowLoader(
