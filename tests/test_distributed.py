@@ -58,6 +58,7 @@ def test_every_case_is_exact_on_1_2_and_3_processes(ddp):
         assert row["error"] < EXACT, name
         assert row["loss_error"] < 1e-5, name
         assert row["same_windows"], name
+    assert found["noise"]["measured"] >= found["noise"]["windows"] - 1 >= 1
 
 
 def test_processes_have_unequal_accumulation_steps_and_none_has_none(ddp):
