@@ -395,7 +395,8 @@ def _check_sizes(config: Config) -> None:
         raise BadInput(
             "train.max_windows: found "
             f"{config.train.max_windows} with batch.effective noise_scale, where nobody knows which examples "
-            "come last, and the learning rate decays by them: set train.epochs, or optim.scheduler constant"
+            "come last, and the learning rate follows them: leave it out (train.epochs says how long), or "
+            "set optim.scheduler constant and optim.warmup_ratio 0"
         )
 
 

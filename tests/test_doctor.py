@@ -154,6 +154,56 @@ def test_a_partial_window_that_is_scaled_as_a_full_one_is_found():
     assert names(plain(rows=72, passes=2)) == {"partial_window_mis_scaled"}
 
 
+def test_a_short_last_micro_batch_of_a_partial_window_is_found():
+    """As Accelerate's loop has it: 4, 4, 2 examples, each divided by 4."""
+    assert names(plain(rows=74, passes=2)) == {"partial_window_mis_scaled"}
+
+
+def test_a_schedule_that_does_not_step_with_the_windows_is_none_of_theirs():
+    model, optimizer, loader = regression()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(loader))  # in passes
+    with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
+        for step, (x, y) in enumerate(loader, start=1):
+            (mse_loss(model(x), y) / N).backward()
+            if step % N == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        scheduler.step()
+    assert diagnosis.findings == [], str(diagnosis)
+
+
+def test_a_loop_that_breaks_off_has_dropped_nothing():
+    model, optimizer, loader = regression()
+
+    def loop():
+        for step, (x, y) in enumerate(loader, start=1):
+            (mse_loss(model(x), y) / N).backward()
+            if step % N == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+            if step == N + 2:
+                raise KeyError
+
+    with pytest.raises(KeyError), diagnose(model, optimizer, say=lambda said: None, windows=9) as diagnosis:
+        loop()
+    assert diagnosis.findings == [], str(diagnosis)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_regulariser_is_no_finding(outside):
+    model, optimizer, loader = regression()
+    with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
+        for step, (x, y) in enumerate(loader, start=1):
+            beside = 1e-2 * sum(p.square().sum() for p in model.parameters())
+            loss = mse_loss(model(x), y)
+            (loss / N + beside / N if outside else (loss + beside) / N).backward()
+            if step % N == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert diagnosis.findings == [], str(diagnosis)
+    assert "what goes backward is not the loss alone that was seen" in str(diagnosis)
+
+
 def test_batch_norm_is_found():
     assert names(plain(batch_norm=True)) == {"examples_coupled"}
 
@@ -400,8 +450,10 @@ def by_trainer(kind, exact=False, model_type="bert", lengths=[12] * 32, **settin
     trainer_class = ExactTrainer if exact else transformers.Trainer
     trainer = trainer_class(made.model, arguments, made.collate, train_dataset=examples)
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(doctor := DoctorCallback(say=lambda said: None))
+    reports = []
+    trainer.add_callback(doctor := DoctorCallback(say=reports.append))
     trainer.train()
+    assert [report.splitlines()[1:] for report in reports] == [str(doctor.diagnosis).splitlines()[1:]]
     return doctor.diagnosis
 
 

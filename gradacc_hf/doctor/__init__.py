@@ -114,13 +114,13 @@ class Diagnosis:
             setattr(holder, name, value)
         self._dropout = []
 
-    def _end(self) -> None:
+    def _end(self, broken_off: bool = False) -> None:
         """It is over, and said."""
         if self.is_over:
             return
         self.is_over = True
         self._give_back_dropout()
-        if self._watch.listening:
+        if self._watch.listening and not broken_off:
             self._left = self._watch.pending
         self._watch.doze(sys.maxsize)
         self._horizon = _horizon(self._watch.optimizer)
@@ -162,8 +162,10 @@ def diagnose(
     try:
         with watch.entered():
             yield diagnosis
-    finally:
-        diagnosis._end()
+    except BaseException:
+        diagnosis._end(broken_off=True)  # what is left over came to no step for that
+        raise
+    diagnosis._end()
 
 
 def _horizon(optimizer: torch.optim.Optimizer) -> int | None:

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from statistics import median
 from typing import Any, Literal
 
@@ -182,6 +182,8 @@ def _scheduled(seen: Seen) -> Iterator[Finding]:
             f"{before.lr:.4g} to {after.lr:.4g}"
         )
         yield _found("scheduler_per_micro_batch", evidence, after.place, n=n)
+    elif not all(before.lr != after.lr for before, after in pairwise(seen.windows)):
+        return  # it steps once a pass, or never, or is constant
     elif seen.horizon and seen.pass_length and n > 1 and not seen.horizon % seen.pass_length:
         passes = seen.horizon // seen.pass_length
         evidence = (
@@ -274,6 +276,17 @@ def _partial(seen: Seen) -> Iterator[Finding]:
             )
             yield _found("partial_window_mis_scaled", evidence, window.micro_batches[0].place, n=n)
             return
+    full = [replay for window, replay in seen.replays if len(window.micro_batches) == n]
+    if full and all(_error(replay.whole) <= replay.tolerance for replay in full):
+        for window, replay in seen.replays:
+            steps, whole = len(window.micro_batches), replay.whole
+            if steps < n and whole and not replay.coupled and whole.error() > replay.tolerance:
+                evidence = (
+                    f"in {steps} of {n} micro-batches its gradient is {whole.error():.2g} off that of the "
+                    "window at once, and those of full windows are not"
+                )
+                yield _found("partial_window_mis_scaled", evidence, window.micro_batches[0].place, n=n)
+                return
     if seen.pass_length and 0 < len(seen.left) < n:
         yield _dropped(len(seen.left), n, seen.left[-1])
 
@@ -304,8 +317,9 @@ def _logged(seen: Seen) -> Iterator[Finding]:
         if len(by) > 1 and all(len(reads) == 1 for reads in by):
             series.append([reads[0] for reads in by])
     logged, numbers = dict(seen.logged), [seen.windows.index(w) + 1 for w, _ in full]
-    if all(number in logged for number in numbers):
-        series.append([Read(logged[number], full[0][0].place) for number in numbers])
+    known = list(takewhile(lambda number: number in logged, numbers))  # a report may come before the last log
+    if len(known) > 1:
+        series.append([Read(logged[number], full[0][0].place) for number in known])
     found: dict[str, Finding] = {}
     for reads in series:
         for finding in _judged(reads, [r for _, r in full[: len(reads)]], seen.steps):

@@ -145,10 +145,12 @@ def _check_goes_backward(watch: Watch, pieces: Sequence[MicroBatch]) -> None:
     known = [divided for divided in by if divided is not None and math.isfinite(divided)]
     if len(known) < len(by) or not all(known):
         return
+    half = watch.autocast is not None or any(p.dtype in HALVES for p in watch.parameters())
+    allowed = SAME_IN_HALF if half else SAME
     shares = [[1.0] * len(by), *(items for _, items in _counts(watch, pieces))]
     for items in shares:
         weights = [divided * n for divided, n in zip(known, items, strict=True) if n]
-        if weights and max(weights) - min(weights) <= SAME_IN_HALF * abs(max(weights)):
+        if weights and max(weights) - min(weights) <= allowed * abs(max(weights)):
             return
     raise CannotReplay("what goes backward is not the loss alone that was seen: give loss_fn=")
 

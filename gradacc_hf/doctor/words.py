@@ -54,7 +54,7 @@ WORDS: dict[str, tuple[str, str, str]] = {
     ),
     "scheduler_per_micro_batch": (
         "the scheduler steps on every micro-batch",
-        "warm-up and decay are over {n} × too early",
+        "warm-up and decay are over {n} × too early, where the schedule is as long as there are steps",
         """
 - scheduler.step()  # for each micro-batch
 + scheduler.step()  # after optimizer.step() alone""",
