@@ -17,6 +17,7 @@ import tyro
 from gradacc_hf.errors import BadInput
 
 Rules = Iterator[tuple[str, bool, str]]
+LrScaling = Literal["none", "linear", "sqrt"]
 SIZES = "a size such as 8GiB (units: GiB, GB, MiB, MB)"
 
 # Under each field: its line of --help. `rules` says what the types alone do not: (field, possible, allowed).
@@ -163,7 +164,7 @@ class OptimConfig:
     """Share of the run's windows over which the learning rate rises from 0 (0 to 1)."""
     max_grad_norm: float = 1.0
     """Norm at which a window's gradient is clipped (0 is off)."""
-    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    lr_scaling: LrScaling = "none"
     """How the learning rate follows the size of a window, which lr_reference_batch says lr is meant for:
     in proportion (suits SGD), or by the square root (suits Adam)."""
     lr_reference_batch: int | None = None

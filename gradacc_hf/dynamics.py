@@ -7,15 +7,16 @@ and sizes that change as a run goes.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from gradacc_hf.config import LrScaling
+
 HORIZON = 64  # windows over which a noise scale is smoothed
 ENOUGH = 3  # measurements, for a sentence about it
 SAMPLE = 2**16  # weights by which an update is measured
-LrScaling = Literal["none", "linear", "sqrt"]
 
 
 @dataclass(frozen=True)

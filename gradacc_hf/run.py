@@ -25,8 +25,8 @@ from gradacc_hf.card import RunCard, facts, refresh_cards
 from gradacc_hf.checkpoint import Checkpoints, check_same, newest_checkpoint
 from gradacc_hf.command_line import read_command_line
 from gradacc_hf.compiled import compile_layers, uncompiled
-from gradacc_hf.config import BatchConfig, Config, OutputConfig, tokens_per_micro_batch
-from gradacc_hf.dynamics import ENOUGH, GrowingBatch, ScheduledBatch, in_words
+from gradacc_hf.config import Config, OutputConfig, tokens_per_micro_batch
+from gradacc_hf.dynamics import ENOUGH, GrowingBatch, in_words
 from gradacc_hf.errors import BadInput, command, one_line, refuse
 from gradacc_hf.fingerprint import check_same_settings, what_must_stay
 from gradacc_hf.hardware import (
@@ -47,7 +47,6 @@ from gradacc_hf.optim import check_optimizer, choose_trained, make_optimizer, ma
 from gradacc_hf.out_of_memory import keep_no_freed_memory
 from gradacc_hf.output import check_output, ended, folder_to_resume, open_output
 from gradacc_hf.overview import print_plan
-from gradacc_hf.plan import EffectiveBatchSize
 from gradacc_hf.push import check_push, push
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.redact import redact
@@ -57,6 +56,7 @@ from gradacc_hf.split import Bound
 from gradacc_hf.stopping import MARKER, end_with_launcher, lost_contact
 from gradacc_hf.tune import tunes
 from gradacc_hf.window import TooLate
+from gradacc_hf.window_sizes import check_can_measure, check_sizes, effective_batch_size
 from gradacc_hf.windows import WindowLoader
 
 
@@ -90,7 +90,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     _check_dtype(config)
     honour(config)
     _check_early_stopping(config)
-    _check_sizes(config)
+    check_sizes(config)
     _check_dtype(config)  # again, of what is left of the budget
     check_lean_loss(recipe_class, config)
     check_four_bit(config.model)
@@ -318,7 +318,7 @@ def make_windows(
     if accelerator.distributed_type == DistributedType.FSDP and config.budget.whole_gradients:
         measures = False  # no micro-batch's is ever there on its own
     if isinstance(sizes, GrowingBatch):
-        _check_can_measure(sizes, measures, accelerator)
+        check_can_measure(sizes, measures, accelerator.num_processes)
     if wrong := [index for index in config.data.leave_out if not 0 <= index < len(training)]:
         raise BadInput(
             f"data.leave_out: found {wrong[0]}; allowed: 0 to {len(training) - 1}, training examples"
@@ -356,48 +356,6 @@ def total_windows(config: Config, windows: WindowLoader) -> int:
     """The windows of the whole run."""
     total = sum(windows.plan.num_windows(epoch) for epoch in range(config.train.epochs))
     return min(total, config.train.max_windows or total)
-
-
-def effective_batch_size(batch: BatchConfig, num_examples: int) -> EffectiveBatchSize:
-    """What `batch.effective` says, as a loader takes it. Raises BadInput for more than there are examples."""
-    grows = batch.effective == "noise_scale"
-    sizes = batch.effective.values() if isinstance(batch.effective, dict) else [batch.least]
-    if max(sizes) > num_examples:
-        raise BadInput(
-            f"{'batch.smallest' if grows else 'batch.effective'}: found {max(sizes)}; allowed: 1 to "
-            f"{num_examples}, the training examples there are"
-        )
-    if isinstance(batch.effective, dict):
-        return ScheduledBatch(batch.effective)
-    return GrowingBatch(batch.smallest, min(batch.largest, num_examples)) if grows else batch.least
-
-
-def _check_can_measure(sizes: GrowingBatch, measures: bool, accelerator: Accelerator) -> None:
-    if not measures:
-        raise BadInput(
-            "batch.effective: found noise_scale, which cannot be measured with a loss of a window's examples "
-            "together, or with budget.whole_gradients; allowed: a number, or sizes by window"
-        )
-    if sizes.smallest < (least := 2 * accelerator.num_processes):
-        raise BadInput(
-            f"batch.smallest: found {sizes.smallest}; allowed: {least} or more on "
-            f"{accelerator.num_processes} processes, as noise is measured by a part of each one's examples"
-        )
-
-
-def _check_sizes(config: Config) -> None:
-    if config.batch.effective != "noise_scale":
-        return
-    if not config.train.noise_every:
-        raise BadInput("train.noise_every: found 0 with batch.effective noise_scale; allowed: 1 or more")
-    ends = config.optim.scheduler != "constant" or config.optim.warmup_ratio > 0
-    if config.train.max_windows is not None and ends:
-        raise BadInput(
-            "train.max_windows: found "
-            f"{config.train.max_windows} with batch.effective noise_scale, where nobody knows which examples "
-            "come last, and the learning rate follows them: leave it out (train.epochs says how long), or "
-            "set optim.scheduler constant and optim.warmup_ratio 0"
-        )
 
 
 def _check_early_stopping(config: Config) -> None:

@@ -6,7 +6,6 @@
 """
 
 import copy
-import math
 import pickle
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -241,11 +240,9 @@ class WindowLoader:
         processes, before the scheduler's step.
         """
         norm = as_number(grad_norm) if isinstance(grad_norm, torch.Tensor) else grad_norm
-        if not math.isfinite(norm):
-            return
+        measured, size = self.noise.measured, self.plan.effective_batch_size
         self.noise.saw(len(window.indices), norm, window.small)
-        size = self.plan.effective_batch_size
-        if not isinstance(size, GrowingBatch) or window.small is None:
+        if not isinstance(size, GrowingBatch) or self.noise.measured == measured:
             return
         scale = broadcast_object_list([self.noise.scale])[0]  # all processes decide alike
         if size.grow(self.plan.number(self.epoch, self.window), scale):

@@ -23,7 +23,7 @@ from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT
 from gradacc_hf.heads import build_head
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.run import effective_batch_size
+from gradacc_hf.window_sizes import effective_batch_size
 
 HEADS = {"sequence_classification": ["bert"], "question_answering": ["distilbert"]}
 

@@ -1,5 +1,6 @@
 """The doctor finds each fault that is planted in a loop, by its name, and none in a loop that is right."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -31,6 +32,15 @@ def regression(rows=64, batch_norm=False):
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), norm, torch.nn.Dropout(0.1), torch.nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     return model, optimizer, DataLoader(list(zip(x, y, strict=True)), 4)
+
+
+def accumulated(model, optimizer, batches, share=lambda loss: loss / N):
+    """The classic loop, as it should be."""
+    for step, (x, y) in enumerate(batches, start=1):
+        share(mse_loss(model(x), y)).backward()
+        if step % N == 0:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def plain(fault=None, rows=64, passes=1, batch_norm=False, max_norm=1e-3, read="mean", **settings):
@@ -101,11 +111,7 @@ def test_a_replay_holds_no_activations_of_more_than_a_micro_batch_and_costs_less
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append((len(inputs[0]), torch.is_grad_enabled())))
     with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
-        for step, (x, y) in enumerate(loader, start=1):
-            (mse_loss(model(x), y) / N).backward()
-            if step % N == 0:
-                optimizer.step()
-                optimizer.zero_grad()
+        accumulated(model, optimizer, loader)
     assert diagnosis.findings == []
     assert {rows for rows, keeps in seen if keeps} == {4}
     assert seen.count((4 * N, False)) == 3  # each of the first windows, at once
@@ -163,11 +169,7 @@ def test_a_schedule_that_does_not_step_with_the_windows_is_none_of_theirs():
     model, optimizer, loader = regression()
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(loader))  # in passes
     with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
-        for step, (x, y) in enumerate(loader, start=1):
-            (mse_loss(model(x), y) / N).backward()
-            if step % N == 0:
-                optimizer.step()
-                optimizer.zero_grad()
+        accumulated(model, optimizer, loader)
         scheduler.step()
     assert diagnosis.findings == [], str(diagnosis)
 
@@ -175,31 +177,25 @@ def test_a_schedule_that_does_not_step_with_the_windows_is_none_of_theirs():
 def test_a_loop_that_breaks_off_has_dropped_nothing():
     model, optimizer, loader = regression()
 
-    def loop():
-        for step, (x, y) in enumerate(loader, start=1):
-            (mse_loss(model(x), y) / N).backward()
-            if step % N == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-            if step == N + 2:
-                raise KeyError
+    def broken():
+        yield from itertools.islice(loader, N + 2)
+        raise KeyError
 
     with pytest.raises(KeyError), diagnose(model, optimizer, say=lambda said: None, windows=9) as diagnosis:
-        loop()
+        accumulated(model, optimizer, broken())
     assert diagnosis.findings == [], str(diagnosis)
 
 
 @pytest.mark.parametrize("outside", [True, False])
 def test_a_regulariser_is_no_finding(outside):
     model, optimizer, loader = regression()
+
+    def regularised(loss):
+        beside = 1e-2 * sum(p.square().sum() for p in model.parameters())
+        return loss / N + beside / N if outside else (loss + beside) / N
+
     with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
-        for step, (x, y) in enumerate(loader, start=1):
-            beside = 1e-2 * sum(p.square().sum() for p in model.parameters())
-            loss = mse_loss(model(x), y)
-            (loss / N + beside / N if outside else (loss + beside) / N).backward()
-            if step % N == 0:
-                optimizer.step()
-                optimizer.zero_grad()
+        accumulated(model, optimizer, loader, regularised)
     assert diagnosis.findings == [], str(diagnosis)
     assert "what goes backward is not the loss alone that was seen" in str(diagnosis)
 

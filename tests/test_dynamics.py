@@ -35,8 +35,8 @@ from gradacc_hf.gradients import EXACT, RecordGradients, relative_error, whole_w
 from gradacc_hf.heads import build_head
 from gradacc_hf.optim import make_scheduler
 from gradacc_hf.report import write_report
-from gradacc_hf.run import _check_can_measure, _check_sizes, effective_batch_size
 from gradacc_hf.tasks.packing import pack
+from gradacc_hf.window_sizes import check_can_measure, check_sizes, effective_batch_size
 
 LENGTHS = np.random.default_rng(5).integers(3, 40, size=61).tolist()
 
@@ -401,21 +401,20 @@ def test_sizes_that_cannot_be_are_refused_in_a_line(flags, says):
 
 
 def test_growing_windows_need_a_part_of_each_process_to_measure_by():
-    several = SimpleNamespace(num_processes=8)
-    _check_can_measure(GrowingBatch(16, 32), True, several)
+    check_can_measure(GrowingBatch(16, 32), True, 8)
     with pytest.raises(BadInput, match=r"batch\.smallest: found 15; allowed: 16 or more on 8 processes"):
-        _check_can_measure(GrowingBatch(15, 32), True, several)
+        check_can_measure(GrowingBatch(15, 32), True, 8)
     with pytest.raises(BadInput, match="cannot be measured with a loss of a window's examples together"):
-        _check_can_measure(GrowingBatch(16, 32), False, several)
+        check_can_measure(GrowingBatch(16, 32), False, 8)
 
 
 def test_growing_windows_need_measurements_and_an_end():
     grows = ["--data.train", "x.csv", "--batch.effective", "noise_scale"]
     with pytest.raises(BadInput, match=r"train\.noise_every: found 0 with batch\.effective noise_scale"):
-        _check_sizes(read_command_line([*grows, "--train.noise_every", "0"]))
+        check_sizes(read_command_line([*grows, "--train.noise_every", "0"]))
     with pytest.raises(BadInput, match=r"train\.max_windows: found 9 with batch\.effective noise_scale"):
-        _check_sizes(read_command_line([*grows, "--train.max_windows", "9"]))
-    _check_sizes(read_command_line([*grows, "--train.max_windows", "9", "--optim.scheduler", "constant"]))
+        check_sizes(read_command_line([*grows, "--train.max_windows", "9"]))
+    check_sizes(read_command_line([*grows, "--train.max_windows", "9", "--optim.scheduler", "constant"]))
 
 
 def test_a_loss_of_the_whole_window_has_no_noise_scale():

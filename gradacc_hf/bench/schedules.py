@@ -13,9 +13,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,9 @@ from gradacc_hf.bench.every_recipe import offline_configs
 from gradacc_hf.embedded.smollm2 import write_tiny_llama
 from gradacc_hf.errors import BadInput, listed, one_line
 from gradacc_hf.open_recipe import load_recipe
-from gradacc_hf.report import plots
-from gradacc_hf.runlog import measured_with, read_history
+from gradacc_hf.report import plots, words
+from gradacc_hf.report.runs import Run, read_runs
+from gradacc_hf.runlog import finite, measured_with
 from gradacc_hf.saving import write_whole
 
 TINY = "tiny_llama"
@@ -80,20 +80,22 @@ def schedules(names: Sequence[str], seeds: int, folder: Path, progress: Any = it
         _run(task, [*flags[task], *ways[task][way]], _folder(folder, task, way, seed), seed)
     results, pictures = [], []
     for name in chosen:
-        found = {s: [_read(_folder(folder, name, s, seed)) for seed in range(seeds)] for s in ways[name]}
-        target = max(min(loss for _, loss in run["curve"]) for runs in found.values() for run in runs)
+        folders = {way: [_folder(folder, name, way, seed) for seed in range(seeds)] for way in ways[name]}
+        found = {way: read_runs(of_way) for way, of_way in folders.items()}
+        target = max(min(loss for _, loss in _curve(run)) for runs in found.values() for run in runs)
         for schedule, runs in found.items():
+            curves = tuple(tuple(_curve(run)) for run in runs)
             results.append(
                 OfSchedule(
                     recipe=name,
                     schedule=schedule,
                     target=target,
-                    examples=tuple(_needed(run["curve"], target) for run in runs),
-                    final_losses=tuple(run["curve"][-1][1] for run in runs),
-                    windows=tuple(run["windows"] for run in runs),
-                    last_size=tuple(run["size"] for run in runs),
-                    noise_scale=tuple(run["noise"] for run in runs),
-                    curves=tuple(tuple(run["curve"]) for run in runs),
+                    examples=tuple(_needed(curve, target) for curve in curves),
+                    final_losses=tuple(curve[-1][1] for curve in curves),
+                    windows=tuple(run.windows for run in runs),
+                    last_size=tuple(int(run.window_size) for run in runs),
+                    noise_scale=tuple(finite([run.noise_scale for run in runs])),
+                    curves=curves,
                 )
             )
         picture = folder / f"{name}.svg"
@@ -148,16 +150,10 @@ def _run(name: str, settings: Sequence[str], run: Path, seed: int) -> None:
         shutil.rmtree(run / saved, ignore_errors=True)
 
 
-def _read(run: Path) -> dict[str, Any]:
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    rows = read_history(run / "history.jsonl", sys.maxsize)
-    done = np.cumsum([0, *(row.examples for row in rows)])
-    return {
-        "curve": [(float(done[int(e["window"])]), float(e["loss"])) for e in summary["evaluations"]],
-        "windows": len(rows),
-        "size": max(row.examples for row in rows[-2:]),
-        "noise": rows[-1].noise_scale if math.isfinite(rows[-1].noise_scale) else None,
-    }
+def _curve(run: Run) -> list[tuple[float, float]]:
+    """(examples, validation loss) of each evaluation."""
+    done = [0, *accumulate(row.examples for row in run.rows)]
+    return [(float(done[int(each["window"])]), each["loss"]) for each in run.evaluations]
 
 
 def _needed(curve: Sequence[tuple[float, float]], target: float) -> float:
@@ -194,21 +190,15 @@ def print_schedules(result: Schedules, console: Console) -> None:
         lines += [f"| windows of | {until} | final loss | windows | last size | noise scale at the end |"]
         lines += ["|---|---|---|---|---|---|"]
         for one in rows:
-            known = [scale for scale in one.noise_scale if scale is not None]
+            known = words.finite(one.noise_scale)
             cells = (
                 one.schedule,
-                _spread(one.examples, ",.0f"),
-                _spread(one.final_losses, ".2f"),
-                _spread(one.windows, ",.0f"),
-                _spread(one.last_size, ",.0f"),
-                _spread(known, ",.0f") if known else "beyond measure",
+                words.spread(one.examples, words.count),
+                words.spread(one.final_losses, "{:.2f}".format),
+                words.spread(one.windows, words.count),
+                words.spread(one.last_size, words.count),
+                words.spread(known, words.count) if known else "beyond measure",
             )
             lines.append(f"| {' | '.join(cells)} |")
         console.print("\n".join([*lines, ""]), soft_wrap=True, markup=False)
     console.print("\n".join(result.pictures))
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    least, most = format(min(values), form), format(max(values), form)
-    middle = format(median(values), form)
-    return middle if least == most else f"{middle} ({least}–{most})"

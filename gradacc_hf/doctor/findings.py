@@ -182,9 +182,11 @@ def _scheduled(seen: Seen) -> Iterator[Finding]:
             f"{before.lr:.4g} to {after.lr:.4g}"
         )
         yield _found("scheduler_per_micro_batch", evidence, after.place, n=n)
-    elif not all(before.lr != after.lr for before, after in pairwise(seen.windows)):
-        return  # it steps once a pass, or never, or is constant
-    elif seen.horizon and seen.pass_length and n > 1 and not seen.horizon % seen.pass_length:
+        return
+    moves_with_windows = all(before.lr != after.lr for before, after in pairwise(seen.windows))
+    if not (moves_with_windows and n > 1 and seen.horizon and seen.pass_length):
+        return  # it steps once a pass, or never, or nobody knows how long it is
+    if not seen.horizon % seen.pass_length:
         passes = seen.horizon // seen.pass_length
         evidence = (
             f"it was made for {seen.horizon} steps: {passes} × {seen.pass_length}, the micro-batches of a "
@@ -267,26 +269,23 @@ def _partial(seen: Seen) -> Iterator[Finding]:
                 evidence = f"{old} of its {len(passes)} backwards were of the pass before"
                 yield _found("partial_window_leaked", evidence, window.place, n=n)
             return
+    errors = [(_error(r.whole), r.tolerance) for w, r in seen.replays if len(w.micro_batches) == n]
+    full_are_right = bool(errors) and all(error <= tolerance for error, tolerance in errors)
     for window, replay in seen.replays:
         steps, whole = len(window.micro_batches), replay.whole
-        if steps < n and whole and abs(whole.ratio * n / steps - 1) <= 10 * replay.tolerance:
-            evidence = (
-                f"in {steps} of {n} micro-batches its gradient is {whole.ratio:.3g} × as long as that of the "
-                "window at once"
+        if steps >= n or whole is None:
+            continue
+        evidence = f"in {steps} of {n} micro-batches its gradient is "
+        if abs(whole.ratio * n / steps - 1) <= 10 * replay.tolerance:
+            evidence += f"{whole.ratio:.3g} × as long as that of the window at once"
+        elif full_are_right and not replay.coupled and whole.error() > replay.tolerance:
+            evidence += (
+                f"{whole.error():.2g} off that of the window at once, and those of full windows are not"
             )
-            yield _found("partial_window_mis_scaled", evidence, window.micro_batches[0].place, n=n)
-            return
-    full = [replay for window, replay in seen.replays if len(window.micro_batches) == n]
-    if full and all(_error(replay.whole) <= replay.tolerance for replay in full):
-        for window, replay in seen.replays:
-            steps, whole = len(window.micro_batches), replay.whole
-            if steps < n and whole and not replay.coupled and whole.error() > replay.tolerance:
-                evidence = (
-                    f"in {steps} of {n} micro-batches its gradient is {whole.error():.2g} off that of the "
-                    "window at once, and those of full windows are not"
-                )
-                yield _found("partial_window_mis_scaled", evidence, window.micro_batches[0].place, n=n)
-                return
+        else:
+            continue
+        yield _found("partial_window_mis_scaled", evidence, window.micro_batches[0].place, n=n)
+        return
     if seen.pass_length and 0 < len(seen.left) < n:
         yield _dropped(len(seen.left), n, seen.left[-1])
 

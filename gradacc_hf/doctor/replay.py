@@ -8,7 +8,6 @@ loop is set aside meanwhile and put back; beside it there is one more at a time 
 sum in float32 is looked at: that sum, and one more).
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,21 +16,19 @@ from typing import Any
 
 import torch
 
-from gradacc_hf.doctor.watch import MicroBatch, OwnLoss, Watch, Window, logits_in, loss_in
+from gradacc_hf.doctor.counted import SAME, counts, named, tensors_in, which_items, why_coupled
+from gradacc_hf.doctor.watch import Inputs, MicroBatch, OwnLoss, Watch, Window, logits_in, loss_in
 from gradacc_hf.errors import one_line
-from gradacc_hf.items import COUNTS, IGNORED
+from gradacc_hf.items import IGNORED
 from gradacc_hf.out_of_memory import give_back_memory, out_of_memory, trim_memory
-from gradacc_hf.tryout import BATCH_NORMS, random_numbers_as_they_were
+from gradacc_hf.tryout import random_numbers_as_they_were
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # of a forward: by position, by name
 GradientNow = Sequence[torch.Tensor | None]  # of each parameter that the optimizer steps
 LossOf = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 PADDED_WITH = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
 HALVES = {torch.bfloat16, torch.float16}
 CHUNK = 2**16  # elements that are compared in float64 at a time
-ROUNDING = 1e-5  # of a loss, relative, with room to spare
-SAME = 1e-4  # relative difference of two losses that is but rounding
-SAME_IN_HALF = 2e-2  # the same under autocast, or with weights in 16 bits
+SAME_IN_HALF = 2e-2  # `SAME`, under autocast, or with weights in 16 bits
 
 
 @dataclass(frozen=True)
@@ -145,14 +142,21 @@ def _check_goes_backward(watch: Watch, pieces: Sequence[MicroBatch]) -> None:
     known = [divided for divided in by if divided is not None and math.isfinite(divided)]
     if len(known) < len(by) or not all(known):
         return
-    half = watch.autocast is not None or any(p.dtype in HALVES for p in watch.parameters())
-    allowed = SAME_IN_HALF if half else SAME
-    shares = [[1.0] * len(by), *(items for _, items in _counts(watch, pieces))]
+    allowed = Replay(half=_in_half(watch)).tolerance
+    shares = [[1.0] * len(by), *(items for _, items in counts(watch.model, pieces))]
     for items in shares:
         weights = [divided * n for divided, n in zip(known, items, strict=True) if n]
         if weights and max(weights) - min(weights) <= allowed * abs(max(weights)):
             return
     raise CannotReplay("what goes backward is not the loss alone that was seen: give loss_fn=")
+
+
+def _in_half(watch: Watch) -> bool:
+    return watch.autocast is not None or _has_half_weights(watch)
+
+
+def _has_half_weights(watch: Watch) -> bool:
+    return any(p.dtype in HALVES for p in watch.parameters())
 
 
 def work(window: Window) -> tuple[float, float]:
@@ -162,17 +166,6 @@ def work(window: Window) -> tuple[float, float]:
     rows = [max(1, len(tensor)) if tensor.ndim else 1 for tensor in largest]
     of_a_row = [tensor.numel() / n for tensor, n in zip(largest, rows, strict=True)]
     return sum(tensor.numel() for tensor in largest), sum(rows) * max(of_a_row, default=0.0)
-
-
-def tensors_in(inputs: Inputs) -> list[torch.Tensor]:
-    """All tensors that a forward was given."""
-    return [value for value in (*inputs[0], *inputs[1].values()) if isinstance(value, torch.Tensor)]
-
-
-def named(model: torch.nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """The inputs of a forward by name."""
-    names = list(inspect.signature(model.forward).parameters)
-    return {**dict(zip(names, inputs[0], strict=False)), **inputs[1]}
 
 
 def _is_one_example(piece: MicroBatch) -> bool:
@@ -255,17 +248,16 @@ def _compare(
         return loss_of(piece.forward.inputs, piece.own_loss.others if piece.own_loss else (), model)
 
     inputs, others = whole
-    half_weights = any(p.dtype in HALVES for p in parameters)
-    found = Replay(half=half_weights or watch.autocast is not None)
+    found = Replay(half=_in_half(watch))
     tolerance = found.tolerance
     trim_memory()  # of what the loop has let go
     with torch.no_grad():
         whole_loss = float(loss_of(inputs, others, model))
         trim_memory()
         losses = losses or tuple(float(one(piece)) for piece in pieces)
-    counted, items, is_sure = _items(watch, pieces, losses, whole_loss, tolerance)
+    counted, items, is_sure = which_items(watch.model, pieces, losses, whole_loss, tolerance)
     adds_up = not counted and abs(sum(losses) - whole_loss) <= tolerance * abs(whole_loss)
-    coupled = "" if counted or adds_up else _why_coupled(model, pieces, loss_of, tolerance)
+    coupled = "" if counted or adds_up else why_coupled(model, pieces, loss_of, tolerance)
     if adds_up or (is_sure and not found.half):
         weights = [1.0] * len(pieces) if adds_up else [n / sum(items) for n in items]
         for piece, weight in zip(pieces, weights, strict=True):
@@ -278,32 +270,32 @@ def _compare(
     beside_whole = _alike(gradient, _taken(parameters), clipped)
     found = replace(found, whole=beside_whole, losses=losses, whole_loss=whole_loss)
     if adds_up:
-        return _as_means(found, watch, pieces)
+        return _as_means(found, beside_whole, watch, pieces)
     means = swamped = None
     if beside_whole.error() > tolerance and len(pieces) > 1:
         for piece in pieces:
             (one(piece) / len(pieces)).backward()
         means = _alike(gradient, _taken(parameters), clipped)
-    if counted and half_weights:
+    if counted and _has_half_weights(watch):
         swamped = _swamped(gradient, parameters, pieces, items, one)
     return replace(found, means=means, items=items, counted=counted, coupled=coupled, swamped=swamped)
 
 
-def _as_means(found: Replay, watch: Watch, pieces: Sequence[MicroBatch]) -> Replay:
+def _as_means(found: Replay, whole: Alike, watch: Watch, pieces: Sequence[MicroBatch]) -> Replay:
     """Of losses that add up to the window's: shares of its mean, or sums that the loop divides by its items.
 
     Trainer hands a model the number of items in its window; a loop divides its sums. Else they are sums only.
     """
     given = [value for piece in pieces if piece.forward for value in piece.forward.inputs[1].values()]
     numbers = [float(v) for v in given if isinstance(v, int | float | torch.Tensor) and _is_number(v)]
-    for counted, items in _counts(watch, pieces):
-        total, ratio = sum(items), found.whole.ratio if found.whole else 0.0
+    for counted, items in counts(watch.model, pieces):
+        total = sum(items)
         is_share = any(math.isclose(total, number, rel_tol=SAME) for number in numbers)
-        if is_share or math.isclose(ratio * total, 1, rel_tol=10 * found.tolerance):
+        if is_share or math.isclose(whole.ratio * total, 1, rel_tol=10 * found.tolerance):
             by = 1.0 if is_share else total
             return replace(
                 found,
-                whole=replace(found.whole, ratio=ratio * by) if found.whole else None,
+                whole=replace(whole, ratio=whole.ratio * by),
                 losses=tuple(
                     loss / by * total / n if n else 0.0 for loss, n in zip(found.losses, items, strict=True)
                 ),
@@ -341,107 +333,6 @@ def _taken(parameters: Sequence[torch.nn.Parameter]) -> GradientNow:
     for p in parameters:
         p.grad = None
     return gradient
-
-
-def _items(
-    watch: Watch, pieces: Sequence[MicroBatch], losses: Sequence[float], whole: float, tolerance: float
-) -> tuple[str, tuple[float, ...], bool]:
-    """By which count the pieces' losses, weighed, are the whole's: its name, the items of each, is it sure?
-
-    It is not where another count, by which they would weigh otherwise, explains the loss as well: where all
-    losses are about alike.
-    """
-    known = []
-    for name, items in _counts(watch, pieces):
-        mean = sum(n * loss for n, loss in zip(items, losses, strict=True) if n) / sum(items)
-        off = abs(mean - whole) / max(abs(whole), 1e-12)
-        if off < tolerance:
-            known.append((off, name, items))
-    if not known:
-        return "", (), False
-    _, name, best = min(known)
-    shares = [[n / sum(items) for n in items] for off, _, items in known if off < ROUNDING]
-    mine = [n / sum(best) for n in best]
-    alike = all(abs(a - b) <= SAME for other in shares for a, b in zip(mine, other, strict=True))
-    return name, best, alike
-
-
-def _counts(watch: Watch, pieces: Sequence[MicroBatch]) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """The items of each piece by every count that there is here, with its name."""
-    for name, count in COUNT_BY.items():
-        try:
-            items = tuple(float(count(watch.model, piece)) for piece in pieces)
-        except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError):
-            continue
-        if sum(items):
-            yield name, items
-
-
-def _rows(model: torch.nn.Module, piece: MicroBatch) -> int:
-    assert piece.forward is not None
-    return next(len(value) for value in tensors_in(piece.forward.inputs) if value.ndim)
-
-
-def _targets(model: torch.nn.Module, piece: MicroBatch) -> int:
-    if piece.own_loss is None:
-        raise KeyError("the loss is the model's own")
-    target = piece.own_loss.others[0]
-    ignored = piece.own_loss.named.get("ignore_index", IGNORED)
-    return target.numel() if target.is_floating_point() else int((target != ignored).sum())
-
-
-def _by_name(name: str) -> Callable[[torch.nn.Module, MicroBatch], float]:
-    def count(model: torch.nn.Module, piece: MicroBatch) -> float:
-        assert piece.forward is not None
-        return COUNTS[name](named(model, piece.forward.inputs))
-
-    return count
-
-
-COUNT_BY: dict[str, Callable[[torch.nn.Module, MicroBatch], float]] = {
-    "examples": _rows,
-    "labels that are not −100": _by_name("labels"),
-    "labels that are not −100, but the first of each row": _by_name("next_token"),
-    "targets": _targets,
-}
-
-
-def _why_coupled(
-    model: torch.nn.Module, pieces: Sequence[MicroBatch], loss_of: Loss, tolerance: float
-) -> str:
-    """Why the loss of a window is not that of its pieces: one of the names below, or "unknown"."""
-    if any(isinstance(module, BATCH_NORMS) and module.training for module in model.modules()):
-        return "batch_norm"
-    first = next(piece for piece in pieces if piece.forward)
-    assert first.forward is not None
-
-    def cut(value: Any, rows: list[int]) -> Any:
-        return value[rows] if isinstance(value, torch.Tensor) and value.ndim else value
-
-    def loss(rows: list[int]) -> float:
-        positional, by_name = first.forward.inputs  # type: ignore[union-attr]
-        inputs = tuple(cut(v, rows) for v in positional), {k: cut(v, rows) for k, v in by_name.items()}
-        others = first.own_loss.others if first.own_loss else ()
-        with torch.no_grad():
-            return float(loss_of(inputs, tuple(cut(v, rows) for v in others), model))
-
-    try:
-        alone, twice = loss([0]), loss([0, 0])
-    except (RuntimeError, IndexError, ValueError, TypeError):
-        return "unknown"
-    if abs(alone - twice) <= tolerance * max(abs(alone), abs(twice)):
-        return "padding" if _padded(pieces) else "unknown"
-    return "in_batch"
-
-
-def _padded(pieces: Sequence[MicroBatch]) -> bool:
-    """Do micro-batches differ in their length?"""
-    lengths = set()
-    for piece in pieces:
-        assert piece.forward is not None
-        wide = (value.shape[1] for value in tensors_in(piece.forward.inputs) if value.ndim > 1)
-        lengths.add(next(wide, 0))
-    return len(lengths) > 1
 
 
 def _swamped(

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 PACKAGE = str(Path(__file__).parent.parent)
 LIBRARIES = tuple({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # of a forward: by position, by name
 READS = ("item", "__float__", "__format__")  # of a tensor, as a number
 UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"
 LOSSES = {  # functions of (prediction, target) with a mean, which a loop may call by itself
@@ -53,7 +54,7 @@ class Place:
 class Forward:
     """The model was run, with these inputs; its outputs are not kept, which hold what is large."""
 
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    inputs: Inputs
     loss: float | None  # that the model computed itself
     place: Place | None
 

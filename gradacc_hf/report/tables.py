@@ -115,16 +115,17 @@ def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
         ("tokens", _of_runs(lambda run: run.total("tokens"))),
         ("tokens with padding", _of_runs(lambda run: run.total("padded_tokens"))),
         ("padding", _of_runs(lambda run: run.padding, words.percent)),
-        ("windows skipped (not finite)", _of_runs(lambda run: run.skipped and run.skipped * len(run.rows))),
+        ("windows skipped (not finite)", _of_runs(_skipped)),
         ("seeds", _all(lambda run: run.seed)),
         ("best evaluation", _best),
     ]
-    table = [(name, [say(contender) for contender in found]) for name, say in rows]
-    return [(name, cells) for name, cells in table if any(cell.text for cell in cells)]
+    return _known(found, rows)
 
 
 def dynamics_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
-    """What windows of their size did to training, as `plan_table`."""
+    """What windows of their size did to training, as `plan_table`; empty where no step was measured."""
+    if not any(math.isfinite(run.update_ratio) for contender in found for run in contender.runs):
+        return []
     rows = [
         ("examples a window, the last full one", _of_runs(lambda run: run.window_size)),
         ("gradient noise scale, at the end (examples)", _of_runs(lambda run: run.noise_scale, words.figure)),
@@ -132,9 +133,14 @@ def dynamics_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
         ("windows that took no step", _of_runs(lambda run: run.skipped, words.percent)),
         ("step / weights, median", _of_runs(lambda run: run.update_ratio, words.error)),
     ]
+    return _known(found, rows)
+
+
+def _known(
+    found: Sequence[Contender], rows: Sequence[tuple[str, Callable[[Contender], Cell]]]
+) -> list[tuple[str, list[Cell]]]:
     table = [(name, [say(contender) for contender in found]) for name, say in rows]
-    known = [(name, cells) for name, cells in table if any(cell.text for cell in cells)]
-    return known if any("step /" in name or "noise" in name for name, _ in known) else []
+    return [(name, cells) for name, cells in table if any(cell.text for cell in cells)]
 
 
 def _of_runs(
@@ -155,6 +161,10 @@ def _all(value: Callable[[Run], Any]) -> Callable[[Contender], Cell]:
         return Cell(", ".join(dict.fromkeys(said)))
 
     return say
+
+
+def _skipped(run: Run) -> int | None:
+    return sum(row.skipped == 1 for row in run.rows) or None
 
 
 def _effective_batch_size(run: Run) -> float | None:
