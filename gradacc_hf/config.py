@@ -139,6 +139,10 @@ class BatchConfig:
             yield "effective", min(sizes, default=-1) == 0 and min(sizes.values(), default=0) >= 1, begins
         yield "smallest", self.smallest >= 1, "1 example or more"
         yield "largest", self.largest >= self.smallest, f"batch.smallest ({self.smallest}) or more"
+        for name in ("smallest", "largest"):
+            default, grows = getattr(BatchConfig, name), sizes == "noise_scale"
+            only = f"{default}, its default, unless batch.effective is noise_scale"
+            yield name, grows or getattr(self, name) == default, only
 
 
 @dataclass

@@ -63,6 +63,11 @@ class NoiseScale:
             self.measured += 1
 
     @property
+    def seen(self) -> bool:
+        """Has any window been told of?"""
+        return self._weight > 0
+
+    @property
     def scale(self) -> float:
         """In examples. NaN where nothing was measured; infinite where the gradient is lost in its noise."""
         if not self._noise_weight:
@@ -181,8 +186,8 @@ def lr_factor(rule: LrScaling, size: int, reference: int | None) -> float:
     return size / reference if rule == "linear" else math.sqrt(size / reference)
 
 
-def in_words(noise_scale: float, size: int) -> str:
-    """What windows of so many examples gain or lose by it."""
+def in_words(noise_scale: float, size: int, measured: int) -> str:
+    """What windows of so many examples gain or lose by it, and from how many measurements that is known."""
     windows = f"windows of {size:,}"
     if math.isnan(noise_scale):
         return ""
@@ -191,7 +196,7 @@ def in_words(noise_scale: float, size: int) -> str:
     if math.isinf(noise_scale):
         return f"the noise scale is beyond what {windows} can measure: larger windows would still help"
     ratio = noise_scale / size
-    known = f"the gradient noise scale is about {noise_scale:,.0f} examples: "
+    known = f"the gradient noise scale is about {noise_scale:,.0f} examples ({measured:,} measurements): "
     if ratio > 2:
         return f"{known}{windows} are {ratio:.0f} × smaller; larger windows would still help"
     if ratio < 0.5:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gradacc_hf.dynamics import GrowingBatch
+from gradacc_hf.dynamics import GrowingBatch, ScheduledBatch
 from gradacc_hf.hardware import describe_device
 from gradacc_hf.optim import choose_trained
 from gradacc_hf.plan import EffectiveBatchSize
@@ -34,7 +34,7 @@ def print_plan(
         ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
         ("validation", recipe.validation_source.removeprefix("validation: ")),
         *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),
-        ("effective batch size", _size(plan.effective_batch_size)),
+        ("effective batch size", _size(plan.effective_batch_size, num_windows)),
         (
             "windows",
             f"{at_most}{num_windows:,}{some}, over {epochs} epoch{'s' * (epochs > 1)}",
@@ -56,8 +56,11 @@ def print_plan(
         accelerator.print(f"{name:<22}{value}")
 
 
-def _size(effective: EffectiveBatchSize) -> str:
-    return str(effective) if callable(effective) else f"{effective} examples a window"
+def _size(effective: EffectiveBatchSize, num_windows: int) -> str:
+    if not callable(effective):
+        return f"{effective} examples a window"
+    late = isinstance(effective, ScheduledBatch) and max(effective.sizes) >= num_windows
+    return f"{effective}{f' (the run ends after {num_windows})' * late}"
 
 
 def _parameters(recipe: Recipe, model: torch.nn.Module) -> str:

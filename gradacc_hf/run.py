@@ -213,7 +213,9 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     if summary["skipped_windows"]:
         accelerator.print(f"{summary['skipped_windows']} of these windows took no step: not finite")
     if windows.noise.measured >= ENOUGH:
-        accelerator.print(in_words(windows.noise.scale, windows.plan.size_asked(*windows.coming)))
+        accelerator.print(
+            in_words(windows.noise.scale, windows.plan.size_asked(*windows.coming), windows.noise.measured)
+        )
     if baseline:
         accelerator.print(f"baseline: {describe(baseline)}")
     accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")

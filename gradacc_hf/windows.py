@@ -122,6 +122,8 @@ class WindowLoader:
         refuse_engine(accelerator)
         check_stream(dataset, lengths, num_workers, buffer_size)
         check_arguments(dataset, effective_batch_size, collate_fn, pad_to, pad_to_multiple_of)
+        if noise_every < 0:
+            raise ValueError(f"noise_every is {noise_every}; allowed: 1 window or more, or 0 for never")
         pad_to = pad_to if isinstance(pad_to, str) else int(pad_to)
         self.accelerator, self.num_workers = accelerator, num_workers
         self.whole_gradients = whole_gradients
@@ -211,6 +213,11 @@ class WindowLoader:
                 _name_prepared_schedulers(self.accelerator)
                 self.seconds_to_collate = time.perf_counter() - asked
                 yield window
+                if window.small is not None and (self.epoch or split.window) and not self.noise.seen:
+                    logger.warning_once(
+                        "noise is measured, and nobody takes it: call windows.saw(window, grad_norm) in each "
+                        "window's body, or leave noise_every out"
+                    )
                 self._stepped, asked = True, time.perf_counter()
         ended = self._gather([0, 0, 0, 0, 0])  # instead of another window
         _check_alike(ended[:, 3], self.epoch, self.window)
@@ -240,6 +247,8 @@ class WindowLoader:
         processes, before the scheduler's step.
         """
         norm = as_number(grad_norm) if isinstance(grad_norm, torch.Tensor) else grad_norm
+        if norm < 0:
+            raise ValueError(f"saw: found a gradient norm of {norm:g}; allowed: 0 or more")
         measured, size = self.noise.measured, self.plan.effective_batch_size
         self.noise.saw(len(window.indices), norm, window.small)
         if not isinstance(size, GrowingBatch) or self.noise.measured == measured:

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,11 @@ def test_a_partial_window_that_is_scaled_as_a_full_one_is_found():
 def test_a_short_last_micro_batch_of_a_partial_window_is_found():
     """As Accelerate's loop has it: 4, 4, 2 examples, each divided by 4."""
     assert names(plain(rows=74, passes=2)) == {"partial_window_mis_scaled"}
+
+
+def test_a_short_last_micro_batch_of_a_full_window_is_found():
+    """16 micro-batches, the last of 2 examples: each counts as much as one of 4."""
+    assert names(plain(rows=62, passes=2)) == {"mean_of_means"}
 
 
 def test_a_schedule_that_does_not_step_with_the_windows_is_none_of_theirs():
@@ -418,6 +424,13 @@ def test_gradients_that_are_unscaled_early_are_found_and_a_scaler_used_well_is_h
     assert fp16(unscaled_early=False).findings == []
 
 
+def test_what_is_no_model_or_optimizer_is_refused():
+    model, optimizer, _ = regression()
+    for given in ((None, optimizer), (model, None), (model, torch.optim.lr_scheduler.LambdaLR)):
+        with pytest.raises(ValueError, match=r"diagnose\(model, optimizer\): found"), diagnose(*given):
+            pass
+
+
 def test_a_default_learning_rate_for_a_large_window_is_advice():
     made, examples = head("sequence_classification", "bert", LENGTHS * 8)
     optimizer = torch.optim.AdamW(made.model.parameters(), lr=5e-5)
@@ -432,7 +445,7 @@ def test_a_default_learning_rate_for_a_large_window_is_advice():
 def by_trainer(kind, exact=False, model_type="bert", lengths=[12] * 32, **settings):
     made, examples = head(kind, model_type, lengths)
     arguments = transformers.TrainingArguments(
-        output_dir="unused",
+        output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=4,
         num_train_epochs=2,
@@ -456,7 +469,9 @@ def by_trainer(kind, exact=False, model_type="bert", lengths=[12] * 32, **settin
 def test_today_s_trainer_does_not_divide_a_bert_classifier_s_loss_and_logs_it_inflated():
     diagnosis = by_trainer("sequence_classification")
     assert names(diagnosis) == {"not_divided", "logged_loss_inflated"}, str(diagnosis)
-    assert "4 × as long" in next(f for f in diagnosis.findings if f.name == "not_divided").evidence
+    not_divided = next(f for f in diagnosis.findings if f.name == "not_divided")
+    assert "4 × as long" in not_divided.evidence
+    assert "ExactTrainer(model, args, …)" in not_divided.fix
 
 
 def test_today_s_trainer_takes_a_mean_of_means_of_tokens():
@@ -532,6 +547,7 @@ def test_a_script_is_run_as_it_is_and_diagnosed(tmp_path):
     [
         (["nowhere.py"], "doctor: no file nowhere.py; give the Python file that trains"),
         (["--windows", "0", "SCRIPT"], "--windows: found 0; allowed: 1 or more"),
+        (["--accumulation-steps", "0", "SCRIPT"], "--accumulation-steps: found 0; allowed: 1 or more"),
         ([], "the following arguments are required: script"),
     ],
 )

@@ -388,6 +388,7 @@ def test_sizes_come_from_a_file_or_a_flag(tmp_path):
         (["--batch.effective", "{0: many}"], "--batch.effective: found '{0: many}', allowed"),
         (["--batch.effective", "noise"], "or noise_scale"),
         (["--batch.largest", "8"], "--batch.largest: found 8, allowed is batch.smallest (16) or more"),
+        (["--batch.smallest", "8"], "allowed is 16, its default, unless batch.effective is noise_scale"),
         (["--optim.lr_scaling", "sqrt"], "--optim.lr_reference_batch (not set): found null"),
         (["--optim.lr_reference_batch", "8"], "found 8, allowed is null without lr_scaling"),
         (["--train.noise_every", "-1"], "--train.noise_every: found -1, allowed is 0 windows (off) or more"),
@@ -446,8 +447,8 @@ def test_a_loss_of_the_whole_window_has_no_noise_scale():
     ],
 )
 def test_the_noise_scale_is_put_into_words(scale, says):
-    assert says in in_words(scale, 64)
-    assert in_words(math.nan, 64) == ""
+    assert says in in_words(scale, 64, 5)
+    assert in_words(math.nan, 64, 0) == ""
 
 
 def test_a_step_is_measured_by_the_weights_that_it_moves():

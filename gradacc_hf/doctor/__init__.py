@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from gradacc_hf.doctor.findings import Finding, Seen, findings
+from gradacc_hf.doctor.findings import COUPLED, Finding, Seen, findings
 from gradacc_hf.doctor.replay import LossOf, Replay, replay, work
 from gradacc_hf.doctor.watch import Watch, Window
 from gradacc_hf.verify import remove_dropout
@@ -61,6 +61,7 @@ class Diagnosis:
             horizon=self._horizon,
             pass_length=lengths[0] if lengths else None,
             logged=self.logged,
+            driver=self._watch.driver,
         )
 
     @property
@@ -79,7 +80,7 @@ class Diagnosis:
     # While it is watched
 
     def _at_step(self, window: Window) -> None:
-        watch = self._watch
+        watch, ends = self._watch, self._watch.at_end
         steps = max(len(w.micro_batches) for w in watch.windows)
         of_loop, at_once = work(window)
         self._of_loop += of_loop
@@ -89,7 +90,7 @@ class Diagnosis:
         if len(watch.windows) == 1 and not affordable:
             times = f"{at_once / of_loop:.0f} × the work, most of it padding"
             window.replay = Replay(why_not=f"its examples in one batch would be {times}")
-        elif affordable and (len(watch.windows) <= self._to_replay or len(window.micro_batches) < steps):
+        elif affordable and (len(watch.windows) <= self._to_replay or ends or len(window) < steps):
             window.replay = replay(watch, window, self._loss_fn)
             again = (window.replay.means, window.replay.swamped)  # its micro-batches, once more for each
             times = 1 + sum(each is not None for each in again)
@@ -98,11 +99,11 @@ class Diagnosis:
             return
         passes = [m.data_pass for m in window.micro_batches]
         length = watch.lengths[-1] if watch.lengths else None
-        if len(watch.windows) > self._to_replay and (passes[0] > 1 or len(passes) < steps):
+        if len(watch.windows) > self._to_replay and (passes[0] > 1 or ends or len(window) < steps):
             self._end()  # the end of the data has been seen
-        elif length is None or not length % steps or steps == 1:
+        elif length is None or steps == 1 or not (length % steps or watch.ends_short):
             self._end()
-        elif watch.heard_in_pass < length - 2 * steps:  # at the end of the data a window will be partial
+        elif watch.heard_in_pass < length - 2 * steps:  # the last window will be partial, or unequal
             watch.doze(length - 2 * steps)
             self._give_back_dropout()
 
@@ -147,8 +148,15 @@ def diagnose(
     neither Accelerate nor its own divided loss says so. `say` is given the report, as soon as there is one.
     `begun`: loaders that the loop is reading already.
     """
-    if windows < 1:
-        raise ValueError(f"windows: found {windows}; allowed: 1 or more")
+    for name, number in (("windows", windows), ("accumulation_steps", accumulation_steps)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}: found {number}; allowed: 1 or more")
+    stepped = getattr(optimizer, "optimizer", optimizer)  # Accelerate's has torch's in it
+    if not isinstance(model, torch.nn.Module) or not isinstance(stepped, torch.optim.Optimizer):
+        raise ValueError(
+            f"diagnose(model, optimizer): found {type(model).__name__} and {type(optimizer).__name__}; "
+            "allowed: a torch.nn.Module, and an optimizer of torch or what accelerator.prepare made of it"
+        )
     diagnosis: Diagnosis
     watch = Watch(
         model,
@@ -188,13 +196,15 @@ def report(seen: Seen, found: list[Finding]) -> str:
     if not windows:
         return NOTHING_SEEN
     counts = sorted(Counter(len(window.micro_batches) for window in windows).items(), reverse=True)
-    cut = ", ".join(f"{many} of {size} micro-batch{'es' * (size > 1)}" for size, many in counts)
+    cut = ", ".join(f"{many} with {size} micro-batch{'es' * (size > 1)}" for size, many in counts)
+    if len(counts) == 1:
+        cut = f"{'each with ' * (len(windows) > 1)}{cut.partition(' with ')[2]}"
     begins = windows[0].micro_batches[0].place
     where = f", the loop at {begins}" if begins is not None else ""
-    lines = [f"gradacc doctor{where}: {len(windows)} windows watched, {cut}"]
+    lines = [f"gradacc doctor{where}: {len(windows)} window{'s' * (len(windows) > 1)} watched, {cut}"]
     for finding in found:
         sign = "✗" if finding.kind == "error" else "·"
-        lines.append(f"{sign} {finding.name}: {finding.what}")
+        lines.append(f"{sign} {finding.name}: {finding.what}{' (advice)' * (finding.kind == 'advice')}")
         if finding.place is not None:
             lines.append(f"    at      {finding.place}: {finding.place.code}")
         lines += [f"    seen    {finding.evidence}", f"    so      {finding.effect}"]
@@ -210,13 +220,14 @@ def _right(seen: Seen, wrong: set[str]) -> Iterator[str]:
     """What was looked at and found right."""
     replays: list[Replay] = [r for _, r in seen.replays]
     errors = [r.whole.error() for r in replays if r.whole is not None]
-    if errors and max(errors) <= max(r.tolerance for r in replays):
+    if errors and max(errors) <= max(r.tolerance for r in replays) and not wrong & set(COUPLED.values()):
         items = next((f", items: {r.counted}" for r in replays if r.counted), "")
-        yield f"each gradient is that of its window at once, to {max(errors):.0e}{items}"
+        to = f"to {max(errors):.0e}" if max(errors) else "to the last bit"
+        yield f"each gradient is that of its window at once, {to}{items}"
     if seen.steps > 1 and not wrong & {"zeroed_inside_the_window", "never_zeroed"}:
         yield "gradients are zeroed once a window"
     if seen.steps > 1 and not any("clipped" in name or "unscaled" in name for name in wrong):
-        yield "nothing changes them before a window is complete"
+        yield "no gradient is changed before its window is complete"
     rates = {m.lr for w in seen.windows for m in w.micro_batches}
     if len(rates) > 1 and "scheduler_per_micro_batch" not in wrong:
         yield "the learning rate moves with the steps"

@@ -102,7 +102,7 @@ def why_coupled(
     loss_of: Callable[..., torch.Tensor],
     tolerance: float,
 ) -> str:
-    """Why the loss of a window is not that of its pieces: "batch_norm", "padding", "in_batch" or "unknown"."""
+    """Why a window's loss is not that of its pieces: "batch_norm", "padding", "in_batch" or "unknown"."""
     if any(isinstance(module, BATCH_NORMS) and module.training for module in model.modules()):
         return "batch_norm"
     first = next(piece for piece in pieces if piece.forward)

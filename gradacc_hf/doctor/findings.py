@@ -6,14 +6,14 @@ A rule looks at all windows and gives findings; their words are `words.py`'s.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from statistics import median
 from typing import Any, Literal
 
 from gradacc_hf.doctor.replay import Alike, Replay
 from gradacc_hf.doctor.watch import MicroBatch, Place, Read, Window
-from gradacc_hf.doctor.words import EXPLAINS, WORDS
+from gradacc_hf.doctor.words import EXPLAINS, FIXES, WORDS
 
 UNTOUCHED = 1e-3  # relative change of a norm that is none
 GONE = 1e-12  # of a norm, relative: less is nothing
@@ -46,7 +46,8 @@ class Seen:
 
     `intended`: the accumulation steps that are meant, where that was said. `horizon`: the steps that the
     scheduler was made for. `pass_length`: micro-batches in a pass over the data. `left`: backwards after the
-    last step. `logged`: losses that a Trainer has logged, by the number of its step.
+    last step. `logged`: losses that a Trainer has logged, by the number of its step. `driver`: whose backward
+    it is, "trainer" or "accelerate"; "" for the loop's own.
     """
 
     windows: Sequence[Window]
@@ -55,6 +56,7 @@ class Seen:
     horizon: int | None
     pass_length: int | None
     logged: Sequence[tuple[int, float]] = ()
+    driver: str = ""
 
     @property
     def steps(self) -> int:
@@ -83,7 +85,12 @@ def findings(seen: Seen) -> list[Finding]:
     found = [finding for rule in RULES for finding in rule(seen)]
     names = {finding.name for finding in found}
     explained = {effect for name in names for effect in EXPLAINS.get(name, ())}
-    found = [finding for finding in found if finding.name not in explained]
+    fixes = FIXES.get(seen.driver, {})
+    found = [
+        replace(finding, fix=fixes.get(finding.name, finding.fix).strip("\n"))
+        for finding in found
+        if finding.name not in explained
+    ]
     return sorted(found, key=lambda finding: finding.kind != "error")
 
 

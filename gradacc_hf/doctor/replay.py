@@ -27,6 +27,7 @@ GradientNow = Sequence[torch.Tensor | None]  # of each parameter that the optimi
 LossOf = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 PADDED_WITH = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
 HALVES = {torch.bfloat16, torch.float16}
+GIVE_LOSS_FN = "put `with gradacc_hf.diagnose(model, optimizer, loss_fn=…):` around the loop"
 CHUNK = 2**16  # elements that are compared in float64 at a time
 SAME_IN_HALF = 2e-2  # `SAME`, under autocast, or with weights in 16 bits
 
@@ -132,7 +133,7 @@ def _how(pieces: Sequence[MicroBatch], loss_fn: LossOf | None) -> tuple[Loss, tu
     if None not in losses:
         return lambda inputs, others, model: loss_in(model(*inputs[0], **inputs[1])), losses  # type: ignore[return-value]
     raise CannotReplay(
-        "the loss is neither the model's own nor one function of torch on its output: give loss_fn="
+        f"the loss is neither the model's own nor one function of torch on its output: {GIVE_LOSS_FN}"
     )
 
 
@@ -148,7 +149,7 @@ def _check_goes_backward(watch: Watch, pieces: Sequence[MicroBatch]) -> None:
         weights = [divided * n for divided, n in zip(known, items, strict=True) if n]
         if weights and max(weights) - min(weights) <= allowed * abs(max(weights)):
             return
-    raise CannotReplay("what goes backward is not the loss alone that was seen: give loss_fn=")
+    raise CannotReplay(f"what goes backward is not the loss alone that was seen: {GIVE_LOSS_FN}")
 
 
 def _in_half(watch: Watch) -> bool:

@@ -111,8 +111,9 @@ def main(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     if not given.script.is_file():
         raise BadInput(f"doctor: no file {given.script}; give the Python file that trains")
-    if given.windows < 1:
-        raise BadInput(f"--windows: found {given.windows}; allowed: 1 or more")
+    for name, number in (("--windows", given.windows), ("--accumulation-steps", given.accumulation_steps)):
+        if number is not None and number < 1:
+            raise BadInput(f"{name}: found {number}; allowed: 1 or more")
     found = run_script(
         given.script,
         given.arguments,

@@ -114,6 +114,9 @@ class Window:
     norm_after_step: float | None = None  # when the next backward begins
     touched_after: list[tuple[str, Place | None]] = field(default_factory=list)  # after the step
 
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
 
 class Watch:
     """Listens as long as it is `entered`; `windows` are those seen so far, `pending` the one not done.
@@ -139,6 +142,8 @@ class Watch:
         self.lengths: list[int | None] = []  # micro-batches of each pass over the training data
         self.listening, self.wake_after = True, None  # micro-batches of a pass, where it dozes until then
         self.heard_in_pass = 0
+        self.ends_short = False  # have the last examples of a pass a smaller batch to themselves?
+        self.driver = ""  # whose backward it is, where it is not the loop's own
         self.autocast: torch.dtype | None = None  # in which the model computes, where it does so in another
         self._forwards: list[Forward] = []
         self._own_losses: list[OwnLoss] = []
@@ -156,6 +161,11 @@ class Watch:
     def hears(self) -> bool:
         """Does it listen, and is what runs now the loop's?"""
         return self.listening and not self._is_elsewhere
+
+    @property
+    def at_end(self) -> bool:
+        """Is the pass over the data that is heard done?"""
+        return bool(self.lengths) and self.heard_in_pass == self.lengths[-1]
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Those that the optimizer steps."""
@@ -248,6 +258,7 @@ class Watch:
         self._hand_over_touched()
         if not self.pending and self.windows and self.windows[-1].norm_after_step is None:
             self.windows[-1].norm_after_step = before
+        self.driver = self.driver or driver()
         value, synchronised = float(loss.detach()), None
         if self.ddp is not None:
             synchronised = bool(self.ddp.require_backward_grad_sync)
@@ -341,6 +352,7 @@ class Watch:
         while len(self.lengths) < len(begun):
             try:
                 self.lengths.append(len(begun[-1]))
+                self.ends_short = _ends_short(begun[-1])
             except TypeError:  # of a stream
                 self.lengths.append(None)
         return len(begun)
@@ -370,6 +382,11 @@ def loaders_begun(hear: Callable[[DataLoader], None]) -> Iterator[None]:
         yield
     finally:
         DataLoader.__iter__ = begin  # type: ignore[method-assign]
+
+
+def _ends_short(loader: DataLoader) -> bool:
+    size = getattr(loader, "batch_size", None) or getattr(loader.batch_sampler, "batch_size", None)
+    return isinstance(size, int) and not loader.drop_last and len(loader.dataset) % size > 0  # type: ignore[arg-type]
 
 
 class _Listener(TorchFunctionMode):
@@ -429,6 +446,19 @@ def logits_in(outputs: Any) -> torch.Tensor | None:
     """The logits in the outputs of one of transformers' models."""
     found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     return found if isinstance(found, torch.Tensor) else None
+
+
+def driver() -> str:
+    """Whose loop runs here: "trainer" (transformers'), "accelerate", or ""."""
+    found, frame = "", sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module == "transformers.trainer":
+            return "trainer"
+        if module == "accelerate.accelerator":
+            found = "accelerate"
+        frame = frame.f_back
+    return found
 
 
 def place() -> Place | None:

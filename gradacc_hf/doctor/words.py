@@ -168,6 +168,24 @@ WORDS: dict[str, tuple[str, str, str]] = {
         "try {twice:g} and {four_times:g} beside it (gradacc lessons learning_rate)",
     ),
 }
+EXACT_TRAINER = """
+- trainer = Trainer(model, args, …)
++ trainer = gradacc_hf.ExactTrainer(model, args, …)"""
+ACCUMULATE = """
++ with accelerator.accumulate(model):  # around forward, backward, step and zero_grad
+      accelerator.backward(loss)"""
+FIXES: dict[str, dict[str, str]] = {  # where the loop is not the user's, or half of it
+    "trainer": dict.fromkeys(
+        ("not_divided", "mean_of_means", "partial_window_mis_scaled", "logged_loss_inflated"), EXACT_TRAINER
+    ),
+    "accelerate": {
+        "stepped_on_every_micro_batch": ACCUMULATE,
+        "synchronised_every_micro_batch": ACCUMULATE,
+        "mean_of_means": """
+- accelerator.backward(loss)
++ accelerator.backward(window.weigh(loss))  # windows of gradacc_hf.WindowLoader""",
+    },
+}
 EXPLAINS: dict[str, set[str]] = {  # a finding: those that are but its consequences
     "zeroed_inside_the_window": {
         *("another_gradient", "mean_of_means", "divided_twice", "mis_scaled", "not_divided"),

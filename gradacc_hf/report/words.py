@@ -196,8 +196,10 @@ def noise(found: Sequence[Contender]) -> list[Markup]:
     sentences = []
     for contender in found:
         run = contender.runs[0]
-        known = bool(run.rows) and run.rows[-1].noise_measured >= ENOUGH
-        if said := in_words_of_noise(run.noise_scale, int(run.window_size)) if known else "":
+        measured = run.rows[-1].noise_measured if run.rows else 0
+        if measured >= ENOUGH and (
+            said := in_words_of_noise(run.noise_scale, int(run.window_size), measured)
+        ):
             whose = "" if len(found) == 1 else Markup("<b>{}</b>: ").format(contender.label)
             sentences.append(Markup("{}{}{}.").format(whose, said[0].upper(), said[1:]))
     return sentences
