@@ -6,6 +6,7 @@
 #   ./launch.sh RECIPE … --machines M --machine_rank R --main_address HOST[:PORT]   on each of M machines, N processes on each
 #   ./launch.sh lessons [NAME] [--plot FILE.svg] the lessons: small programs that show what accumulation does
 #   ./launch.sh compare [arguments]              the same training by Trainer and by ours, side by side (`gradacc compare --help`)
+#   ./launch.sh play                             a page in the browser to watch the loop on, micro-batch by micro-batch
 #   ./launch.sh plan [arguments]                 what a run will take, without a GPU; so do verify, doctor, predict, report, bench, ls, cp
 #   ./launch.sh test [pytest arguments]          the tests
 #   ./launch.sh RECIPE … --resume auto           go on with a run that was stopped (Ctrl-C, SIGTERM: it saves first) or killed
@@ -62,13 +63,27 @@ install
 export PATH="$venv/bin:$PATH"
 [[ $(uname) != Darwin ]] || export ACCELERATE_USE_CPU=true # windows have not been trained on Apple's GPUs
 
+# A browser for the tests of the page: the system's, or Playwright's own; without one they are skipped, and say so.
+find_browser() {
+  command -v chromium chromium-browser google-chrome >/dev/null && return
+  compgen -G "${PLAYWRIGHT_BROWSERS_PATH:-$HOME/.cache/ms-playwright}/chromium-*" >/dev/null && return
+  echo "installing Chromium, for the tests of the page (once)" >&2
+  if [[ $(id -u) -eq 0 ]] && command -v apt-get >/dev/null; then
+    { timeout 300 apt-get install -qq -y chromium || { apt-get update -qq && timeout 300 apt-get install -qq -y chromium; }; } \
+      >/dev/null 2>&1 && return
+  fi
+  timeout 300 python -m playwright install chromium >/dev/null 2>&1 ||
+    echo "no Chromium could be installed: the tests of the page in a browser are skipped" >&2
+}
+
 case ${1:-} in
   test)
     shift
     cd "$here"
+    find_browser
     exec python -m pytest "$@"
     ;;
-  lessons | plan | verify | doctor | predict | report | bench | ls | cp) exec gradacc "$@" ;;
+  lessons | play | plan | verify | doctor | predict | report | bench | ls | cp) exec gradacc "$@" ;;
   compare)
     shift
     cd "$here"

@@ -38,6 +38,9 @@ def _run() -> None:
     commands.add_parser("compare", help="train in several ways and compare them", add_help=False)
     commands.add_parser("doctor", help="what is wrong with a script's accumulation", add_help=False)
     commands.add_parser("plan", help="memory, steps and cost of a run, without a GPU", add_help=False)
+    commands.add_parser(
+        "play", help="a page to watch the loop on, micro-batch by micro-batch", add_help=False
+    )
     commands.add_parser("bench", help="measure what the README says (gradacc bench --help)", add_help=False)
     commands.add_parser("predict", help="what a saved run says to new input", add_help=False)
     report = commands.add_parser("report", help="one HTML page about runs, side by side")
@@ -51,7 +54,7 @@ def _run() -> None:
         help="where it goes; by default report.html in the folder of the run, or here if there are several",
     )
     arguments, rest = parser.parse_known_args()
-    if rest and arguments.command not in ("bench", "compare", "doctor", "plan", "predict", "verify"):
+    if rest and arguments.command not in ("bench", "compare", "doctor", "plan", "play", "predict", "verify"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "ls":
         for name in recipes():
@@ -80,6 +83,10 @@ def _run() -> None:
         from gradacc_hf import predict  # late: it loads transformers
 
         predict.main(rest)
+    elif arguments.command == "play":
+        from gradacc_hf.play import command as play  # late: it loads Gradio
+
+        play.main(rest)
     elif arguments.command == "report":
         from gradacc_hf.report import write_report  # late: it loads matplotlib
 

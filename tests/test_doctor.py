@@ -639,7 +639,7 @@ def test_a_loss_of_the_loop_s_own_is_not_taken_for_the_model_s():
             ((starts + ends) / 8).backward()
         optimizer.step()
     assert diagnosis.findings == [], str(diagnosis)
-    assert "give loss_fn=" in str(diagnosis)
+    assert "diagnose(model, optimizer, loss_fn=…)" in str(diagnosis)
 
 
 def test_a_loss_beside_the_model_s_is_not_overlooked():

@@ -16,6 +16,7 @@
     python -m gradacc_hf.bench damages       # what becomes of a run whose newest checkpoint is damaged?
     python -m gradacc_hf.bench schedules     # which sizes of windows need the fewest examples?
     python -m gradacc_hf.bench watching      # what do the noise scale and the doctor cost?
+    python -m gradacc_hf.bench play          # how fast is the page of `gradacc play`?
 
 Each benchmark is a function that gives a frozen result; `--json` prints that instead of a table. All get the
 same model, the same examples in the same windows, and as many optimizer steps. One process. How fast the
@@ -52,6 +53,7 @@ from gradacc_hf.bench.every_recipe import print_recipes, recipes
 from gradacc_hf.bench.kills import damages, kills, print_damages, print_kills
 from gradacc_hf.bench.lean_memory import VOCABULARY, LeanMemory, lean_memory
 from gradacc_hf.bench.limits import Speed, speed
+from gradacc_hf.bench.playing import playing, print_playing
 from gradacc_hf.bench.predicted_memory import CASES, compare_memory, print_memory
 from gradacc_hf.bench.schedules import print_schedules, schedules
 from gradacc_hf.bench.shortage import print_shortage, shortage
@@ -317,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sized.add_argument("--output", type=Path, help="folder of the runs; what is there is not run again")
     watched = benchmarks.add_parser("watching", help="what the noise scale and the doctor cost")
     watched.add_argument("--repeats", type=_positive, default=12, help="turns (%(default)s)")
+    played = benchmarks.add_parser("play", help="how fast the page of `gradacc play` is, in a browser")
+    played.add_argument("--repeats", type=_positive, default=6, help="turns (%(default)s)")
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--json", action="store_true", help="print the result as JSON")
     console = Console(highlight=False)
@@ -367,6 +371,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif arguments.benchmark == "watching":
             of_watching = watching(arguments.repeats, partial(_progress, name="watching"))
             result, show = of_watching, print_watching
+        elif arguments.benchmark == "play":
+            result, show = playing(arguments.repeats, partial(_progress, name="play")), print_playing
         elif arguments.benchmark == "schedules":
             folder, progress = arguments.output or next_folder("schedules"), partial(_progress, name="runs")
             of_sizes = schedules(arguments.only, arguments.seeds, folder, progress)

@@ -198,7 +198,7 @@ def report(seen: Seen, found: list[Finding]) -> str:
     counts = sorted(Counter(len(window.micro_batches) for window in windows).items(), reverse=True)
     cut = ", ".join(f"{many} with {size} micro-batch{'es' * (size > 1)}" for size, many in counts)
     if len(counts) == 1:
-        cut = f"{'each with ' * (len(windows) > 1)}{cut.partition(' with ')[2]}"
+        cut = f"{'each ' * (len(windows) > 1)}with {cut.partition(' with ')[2]}"
     begins = windows[0].micro_batches[0].place
     where = f", the loop at {begins}" if begins is not None else ""
     lines = [f"gradacc doctor{where}: {len(windows)} window{'s' * (len(windows) > 1)} watched, {cut}"]

@@ -1,0 +1,112 @@
+"""`gradacc bench play`: how fast the page of `gradacc play` is, as a browser shows it."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+
+from gradacc_hf.errors import BadInput
+from gradacc_hf.runlog import measured_with
+
+SECONDS = 4.0  # that updates are counted
+COUNT = """seconds => new Promise(done => {
+let n = 0;
+const seen = new MutationObserver(() => n++);
+seen.observe(document.querySelector("#see-window"), {childList: true, subtree: true, characterData: true});
+setTimeout(() => done(n / seconds), 1000 * seconds);
+})"""
+
+
+@dataclass(frozen=True)
+class Playing:
+    """Seconds from opening the page to its first picture, for each who came; pictures a second, by how many
+    play.
+    """
+
+    first_picture: tuple[float, ...]
+    updates: dict[str, tuple[float, ...]]
+    measured_with: dict[str, str]
+
+
+def playing(repeats: int, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Playing:
+    """Open the page again and again; one person plays it, then two. Raises BadInput without a browser."""
+    if find_spec("playwright") is None or find_spec("gradio") is None:
+        raise BadInput("bench play needs Gradio and Playwright: pip install gradio playwright")
+    from playwright.sync_api import Error, sync_playwright
+
+    first: list[float] = []
+    updates: dict[str, list[float]] = {"one": [], "each of two": []}
+    with served() as address, sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        except Error as error:
+            raise BadInput(f"bench play needs Chromium: {str(error).splitlines()[0]}") from None
+
+        def opened() -> Any:
+            page, begun = browser.new_context().new_page(), time.perf_counter()
+            page.goto(address)
+            page.wait_for_selector("#see-code .line")
+            first.append(time.perf_counter() - begun)
+            return page
+
+        for _ in progress(range(repeats)):
+            one, other = opened(), opened()
+            one.click("#play")
+            updates["one"].append(one.evaluate(COUNT, SECONDS))
+            other.click("#play")
+            updates["each of two"].append(one.evaluate(COUNT, SECONDS))
+            one.context.close()
+            other.context.close()
+        browser.close()
+    found = {who: tuple(counts) for who, counts in updates.items()}
+    return Playing(tuple(first), found, measured_with("cpu"))
+
+
+def chromium() -> str | None:
+    """This machine's; None for Playwright's own."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    """The page, served by a process of its own: its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "gradacc_hf", "play", "--no-browser", "--port", str(port)]
+    process, address = subprocess.Popen(command, stdout=subprocess.DEVNULL), f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > until:
+                    raise BadInput("bench play: the page is not served; see `gradacc play`") from None
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def print_playing(result: Playing, console: Console) -> None:
+    """The figures."""
+    console.print(
+        f"first picture {median(result.first_picture):.2f} s after opening (at most "
+        f"{max(result.first_picture):.2f}, of {len(result.first_picture)})"
+    )
+    for who, counts in result.updates.items():
+        console.print(f"{who} who plays: {median(counts):.1f} updates a second (at least {min(counts):.1f})")

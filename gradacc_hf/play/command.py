@@ -1,0 +1,76 @@
+"""`gradacc play`: the command line."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from gradacc_hf.errors import BadInput, Parser, one_line
+
+MOST = 16  # people at once; each has a process
+
+
+def main(argv: Sequence[str]) -> None:
+    """Open the page, write it as a Space, or draw a run. Raises BadInput."""
+    parser = Parser(
+        prog="gradacc play",
+        description="Open a page where the kit's loop trains a small model, micro-batch by micro-batch.",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address it is served at (%(default)s: this machine alone)"
+    )
+    parser.add_argument("--port", type=int, help="by default the first that is free from 7860 on")
+    parser.add_argument("--no-browser", action="store_true", help="open no browser; the address is printed")
+    parser.add_argument(
+        "--space",
+        type=Path,
+        metavar="FOLDER",
+        help="write a folder that is a working Space on the Hub, and stop",
+    )
+    parser.add_argument(
+        "--film", type=Path, metavar="FILE.svg", help="draw the first two windows of a run, moving, and stop"
+    )
+    given = parser.parse_args(argv)
+    if given.port is not None and not 1 <= given.port <= 65535:
+        raise BadInput(f"--port: found {given.port}; allowed: 1 to 65535")
+    if given.film is not None:
+        from gradacc_hf.play.film import write_film
+
+        print(write_film(given.film))
+        return
+    if importlib.util.find_spec("gradio") is None:
+        raise BadInput("gradacc play needs Gradio: pip install 'gradacc-hf[play]'")
+    if given.space is not None:
+        from gradacc_hf.play.space import write_space
+
+        print(write_space(given.space))
+        return
+    serve(given.host, given.port, opens_browser=not given.no_browser)
+
+
+def serve(host: str | None = None, port: int | None = None, opens_browser: bool = False) -> None:
+    """Serve the page until Ctrl-C. `host` None: Gradio's choice, which a Space makes by its environment."""
+    from gradacc_hf.play.workers import Workers, start_server
+
+    start_server()  # its imports take as long as those of the page
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from gradacc_hf.play.page import LAUNCH, build
+    from gradacc_hf.play.people import People
+
+    workers = Workers(MOST)
+    try:
+        page = build(People(workers), workers.first_picture())
+        try:
+            _, address, _ = page.launch(
+                server_name=host,
+                server_port=port,
+                inbrowser=opens_browser,
+                prevent_thread_lock=True,
+                **LAUNCH,
+            )
+        except OSError as error:
+            raise BadInput(f"--host, --port: found {host}, {port}: {one_line(error)}") from None
+        print(f"{address} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
+    finally:
+        workers.end()

@@ -1,0 +1,146 @@
+"""The loops that a page shows: the kit's own, that of its README, and the classic one with each mistake.
+
+Each is a generator that says where it is: "forward", "backward" (the gradient has grown), "step", "zero", and
+"end" of a window. `shown` gives its lines without that, and `line` the one where it stands.
+
+The kit's windows are `WindowLoader`'s. The classic loop's are lists of (batch, its share of the window's
+items); but for its mistake, it is exact.
+"""
+
+import inspect
+import textwrap
+from collections.abc import Callable, Generator
+from typing import Any, Literal
+
+from torch.nn.utils import clip_grad_norm_
+
+Stop = Literal["forward", "backward", "step", "zero", "end"]
+Loop = Callable[..., Generator[Stop, None, None]]
+
+
+def ours(model, optimizer, scheduler, windows, accelerator, max_norm):
+    for window in windows:  # one window is one optimizer step
+        for batch in window:  # this process's micro-batches
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss  # a mean over the micro-batch's items
+                yield "forward"
+                accelerator.backward(window.weigh(loss))
+                yield "backward"
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), max_norm)
+                optimizer.step()
+                yield "step"
+                optimizer.zero_grad()
+                yield "zero"
+        scheduler.step()
+        yield "end"
+
+
+def zeroed_too_early(model, optimizer, scheduler, windows, accelerator, max_norm):
+    for window in windows:
+        for batch, share in window:
+            optimizer.zero_grad()  # ✗ the gradient so far is gone
+            yield "zero"
+            loss = model(**batch).loss
+            yield "forward"
+            (loss * share).backward()
+            yield "backward"
+        clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        yield "step"
+        scheduler.step()
+        yield "end"
+
+
+def stepped_every_micro_batch(model, optimizer, scheduler, windows, accelerator, max_norm):
+    for window in windows:
+        for batch, share in window:
+            loss = model(**batch).loss
+            yield "forward"
+            (loss * share).backward()
+            yield "backward"
+            clip_grad_norm_(model.parameters(), max_norm)
+            optimizer.step()  # ✗ the window is not complete
+            yield "step"
+            optimizer.zero_grad()
+            yield "zero"
+        scheduler.step()
+        yield "end"
+
+
+def not_divided(model, optimizer, scheduler, windows, accelerator, max_norm):
+    for window in windows:
+        for batch, _ in window:
+            loss = model(**batch).loss
+            yield "forward"
+            loss.backward()  # ✗ a sum of means
+            yield "backward"
+        clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        yield "step"
+        optimizer.zero_grad()
+        yield "zero"
+        scheduler.step()
+        yield "end"
+
+
+def divided_by_steps(model, optimizer, scheduler, windows, accelerator, max_norm):
+    for window in windows:
+        for batch, _ in window:
+            loss = model(**batch).loss
+            yield "forward"
+            (loss / len(window)).backward()  # ✗ as if each had as many items
+            yield "backward"
+        clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        yield "step"
+        optimizer.zero_grad()
+        yield "zero"
+        scheduler.step()
+        yield "end"
+
+
+def scheduled_every_micro_batch(model, optimizer, scheduler, windows, accelerator, max_norm):
+    for window in windows:
+        for batch, share in window:
+            loss = model(**batch).loss
+            yield "forward"
+            (loss * share).backward()
+            yield "backward"
+            scheduler.step()  # ✗ it is as long as there are windows
+        clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        yield "step"
+        optimizer.zero_grad()
+        yield "zero"
+        yield "end"
+
+
+FAULTS: dict[str, Loop] = {
+    "zeroed too early": zeroed_too_early,
+    "step on every micro-batch": stepped_every_micro_batch,
+    "not divided": not_divided,
+    "divided by steps, not items": divided_by_steps,
+    "scheduler on every micro-batch": scheduled_every_micro_batch,
+}
+
+
+def shown(loop: Loop) -> list[str]:
+    """The lines of its body, without those that say where it is."""
+    return [text for _, text in _lines(loop)]
+
+
+def line(loop: Loop, running: Generator[Any, Any, Any]) -> int | None:
+    """The line of `shown` that has just been run, from 0; None before the first."""
+    if running.gi_frame is None:
+        return None
+    now = running.gi_frame.f_lineno
+    done = [i for i, (number, _) in enumerate(_lines(loop)) if number < now]
+    return done[-1] if done else None
+
+
+def _lines(loop: Loop) -> list[tuple[int, str]]:
+    lines, first = inspect.getsourcelines(loop)
+    body = textwrap.dedent("".join(lines[1:])).splitlines()
+    numbered = enumerate(body, start=first + 1)
+    return [(number, text) for number, text in numbered if not text.strip().startswith("yield ")]

@@ -1,0 +1,224 @@
+"""The page: controls, pictures and the tour, put together with Gradio. What clicks do is `people.py`'s."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any, get_args
+
+import gradio as gr
+
+from gradacc_hf.config import LrScaling
+from gradacc_hf.errors import BadInput
+from gradacc_hf.play import pictures, tour
+from gradacc_hf.play.people import SPEEDS, People, Seen
+from gradacc_hf.play.session import Picture
+from gradacc_hf.play.settings import Fault, Lengths, ModelName, Precision, Settings, steps_of
+
+HERE = Path(__file__).parent
+DRAWN: dict[str, Callable[[Picture], str]] = {
+    name: getattr(pictures, name) for name in ("doctor", "code", "window", "bucket", "memory", "losses")
+}
+CONTROLS = (
+    *("model", "micro_batch", "steps", "effective", "fault", "lengths"),
+    *("lr", "max_grad_norm", "seed", "lr_scaling", "precision"),
+)
+WHOLE = ("micro_batch", "steps", "effective", "seed")  # numbers that come as 4.0
+KEYS = "<p class=keys>Keys: <kbd>p</kbd> play or pause, <kbd>l</kbd> line, <kbd>m</kbd> micro-batch, \
+<kbd>w</kbd> window, <kbd>r</kbd> restart.</p>"
+TITLE = """<h1>Gradient accumulation, while it happens</h1><p>Every number here comes from the loop below,
+which trains a small model in this moment. <b>Play</b> it, or go on step by step; change what you like.</p>"""
+# No font of another host's; nothing on this page asks for one.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+LAUNCH: dict[str, Any] = {
+    "theme": THEME,
+    "css_paths": HERE / "page.css",
+    "head": f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+    "footer_links": [],
+    "share": False,
+    "ssr_mode": False,
+    "mcp_server": False,
+    "run_history": False,
+    "quiet": True,
+    "max_file_size": 1,  # bytes: nothing is uploaded here
+}
+
+
+def build(people: People, first: Picture) -> gr.Blocks:
+    """The page; `first` is what there is to see before anybody has come."""
+    with gr.Blocks(
+        title="Gradient accumulation, while it happens", analytics_enabled=False, fill_width=True
+    ) as blocks:
+        gr.HTML(TITLE, elem_id="title")
+        with gr.Accordion("A guided tour", elem_id="tour"):
+            at = gr.State(-1)
+            text = gr.HTML(tour.page_of(-1), elem_id="tour-text")
+            with gr.Row():
+                back = gr.Button("Back", elem_id="tour-back", size="sm", min_width=80)
+                forth = gr.Button(
+                    "Next step", elem_id="tour-next", size="sm", variant="primary", min_width=80
+                )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=320, elem_id="controls"):
+                controls = _controls(first.settings)
+            with gr.Column(scale=3, min_width=330, elem_id="stage"):
+                with gr.Row(elem_id="buttons"):
+                    buttons = {
+                        name: gr.Button(said, elem_id=name, min_width=90, size="sm", variant=kind)
+                        for name, said, kind in (
+                            ("play", "▶ Play", "primary"),
+                            ("pause", "Pause", "secondary"),
+                            ("line", "One line", "secondary"),
+                            ("micro-batch", "One micro-batch", "secondary"),
+                            ("window", "One window", "secondary"),
+                            ("restart", "Restart", "secondary"),
+                        )
+                    }
+                speed = gr.Radio(list(SPEEDS), value="micro-batches", label="Speed: by", elem_id="speed")
+                message = gr.HTML("", elem_id="message")
+                with gr.Column(elem_id="pictures"):
+                    shown = {
+                        name: gr.HTML(draw(first), elem_id=f"see-{name}") for name, draw in DRAWN.items()
+                    }
+                gr.HTML(KEYS)
+
+        seen = [message, *shown.values()]
+        named = [controls[name] for name in CONTROLS]
+
+        def on(
+            event: Any, what: Callable[..., Any], inputs: Any = None, outputs: Any = seen, **more: Any
+        ) -> None:
+            more = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private", **more}
+            event(what, inputs, outputs, **more)
+
+        on(blocks.load, drawing(people.enter))
+        on(buttons["play"].click, drawing_on(people.play), trigger_mode="multiple")
+        on(buttons["pause"].click, drawing(people.pause))
+        on(buttons["restart"].click, drawing(people.restart))
+        for to in ("line", "micro-batch", "window"):
+            on(buttons[to].click, drawing(people.go_on, to), trigger_mode="multiple")
+        on(speed.input, paced(people), speed, None)
+        for name, control in controls.items():
+            event = control.input if isinstance(control, gr.Number) else control.change
+            sizes = [controls[other] for other in ("steps", "effective")]
+            on(event, changed(people, name), named, [*sizes, *seen], trigger_mode="always_last")
+        for button, by in ((back, -1), (forth, 1)):
+            on(button.click, toured(people, by), at, [at, text, *named, *seen])
+        blocks.unload(closed(people))
+    return blocks
+
+
+def _controls(settings: Settings) -> dict[str, Any]:
+    def number(name: str, label: str, info: str = "") -> Any:
+        return gr.Number(getattr(settings, name), label=label, info=info or None, elem_id=name, min_width=90)
+
+    def choice(name: str, kind: Any, label: str, info: str = "") -> Any:
+        value, among = getattr(settings, name), list(get_args(kind))
+        make = gr.Dropdown if len(" ".join(among)) > 40 else gr.Radio
+        return make(among, value=value, label=label, info=info or None, elem_id=name)
+
+    controls = {"model": choice("model", ModelName, "Model")}
+    with gr.Row():
+        controls["micro_batch"] = number("micro_batch", "Micro-batch")
+        controls["steps"] = number("steps", "Steps")
+        controls["effective"] = number("effective", "Effective")
+    controls["fault"] = choice("fault", Fault, "A mistake in the loop")
+    controls["lengths"] = choice("lengths", Lengths, "Lengths of the examples")
+    with gr.Row():
+        controls["lr"] = number("lr", "Learning rate")
+        controls["max_grad_norm"] = number("max_grad_norm", "Clip at norm")
+        controls["seed"] = number("seed", "Seed")
+    controls["lr_scaling"] = choice("lr_scaling", LrScaling, "The rate follows the effective batch, from 16")
+    controls["precision"] = choice("precision", Precision, "Precision")
+    return controls
+
+
+# What is on the page → what people.py is asked, and back
+
+
+def drawing(what: Callable[..., Seen], *given: Any) -> Callable[[gr.Request], list[Any]]:
+    """A click: ask, and draw what comes of it."""
+
+    def clicked(request: gr.Request) -> list[Any]:
+        return _drawn(what(str(request.session_hash), *given))
+
+    return clicked
+
+
+def drawing_on(what: Callable[[str], Iterator[Seen]]) -> Callable[[gr.Request], Iterator[list[Any]]]:
+    """A click that is answered again and again."""
+
+    def clicked(request: gr.Request) -> Iterator[list[Any]]:
+        before: list[Any] = []
+        for seen in what(str(request.session_hash)):
+            drawn = _drawn(seen)
+            pairs = zip(drawn, before or [None] * len(drawn), strict=True)
+            yield [gr.skip() if new == old else new for new, old in pairs]
+            before = drawn
+
+    return clicked
+
+
+def paced(people: People) -> Callable[[str, gr.Request], None]:
+    """Another speed was chosen."""
+
+    def chosen(speed: str, request: gr.Request) -> None:
+        people.set_speed(str(request.session_hash), speed)
+
+    return chosen
+
+
+def closed(people: People) -> Callable[[gr.Request], None]:
+    """The page was closed."""
+
+    def left(request: gr.Request) -> None:
+        people.leave(str(request.session_hash))
+
+    return left
+
+
+def changed(people: People, which: str) -> Callable[..., list[Any]]:
+    """A control was changed: of micro-batch size, steps and effective batch, any two set the third."""
+
+    def take(request: gr.Request, *values: Any) -> list[Any]:
+        try:
+            given = _read(values)
+            if which == "effective":
+                given["steps"] = steps_of(given["effective"], given["micro_batch"])
+            given.pop("effective")
+            settings = Settings(**given)
+        except BadInput as error:
+            return [gr.skip(), gr.skip(), *_drawn(Seen(str(error), is_wrong=True))]
+        steps = settings.steps if which == "effective" else gr.skip()
+        effective = gr.skip() if which == "effective" else settings.effective
+        return [steps, effective, *_drawn(people.change(str(request.session_hash), settings))]
+
+    return take
+
+
+def toured(people: People, by: int) -> Callable[[int, gr.Request], list[Any]]:
+    """A step of the tour, forth or back: its words, its settings, and a run that begins with them."""
+
+    def stepped(at: int, request: gr.Request) -> list[Any]:
+        number = min(max(at + by, -1), len(tour.STEPS) - 1)
+        settings = tour.STEPS[number].settings if number >= 0 else Settings()
+        values = asdict(settings) | {"effective": settings.effective}
+        seen = people.restart(str(request.session_hash), settings)
+        return [number, tour.page_of(number), *(values[name] for name in CONTROLS), *_drawn(seen)]
+
+    return stepped
+
+
+def _read(values: Sequence[Any]) -> dict[str, Any]:
+    """What stands in the controls; whole numbers come as 4.0."""
+    given = dict(zip(CONTROLS, values, strict=True))
+    whole = (name for name in WHOLE if isinstance(given[name], float) and given[name].is_integer())
+    return given | {name: int(given[name]) for name in whole}
+
+
+def _drawn(seen: Seen) -> list[Any]:
+    kind = "bad" if seen.is_wrong else "note"
+    message = f'<p class="message {kind}">{escape(seen.message)}</p>' if seen.message else ""
+    if seen.picture is None:
+        return [message, *[gr.skip()] * len(DRAWN)]
+    return [message, *(draw(seen.picture) for draw in DRAWN.values())]

@@ -1,0 +1,105 @@
+"""What a person sets on the page, and what is allowed."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from gradacc_hf.config import LrScaling
+from gradacc_hf.dynamics import lr_factor
+from gradacc_hf.errors import BadInput
+
+ModelName = Literal["line through eight samples", "small transformer", "small transformer with BatchNorm"]
+Lengths = Literal["equal", "long-tailed"]
+Precision = Literal["fp32", "bf16"]
+Fault = Literal[
+    "none",
+    "zeroed too early",
+    "step on every micro-batch",
+    "not divided",
+    "divided by steps, not items",
+    "scheduler on every micro-batch",
+]
+LINE, TRANSFORMER, WITH_BATCH_NORM = get_args(ModelName)
+REFERENCE = 16  # examples, in the window that the learning rate is meant for
+MOST = {"micro_batch": 32, "steps": 16, "seed": 9999, "lr": 10.0, "max_grad_norm": 1000.0}
+MOST_EXAMPLES = {LINE: 8, TRANSFORMER: 64, WITH_BATCH_NORM: 64}  # in a window
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run's. Raises BadInput, in one line, for what cannot be.
+
+    `micro_batch`: examples; `steps`: micro-batches of a window; their product is the effective batch size.
+    `max_grad_norm` 0: no clipping. `lr` is meant for windows of 16 examples; `lr_scaling`: how it follows.
+    """
+
+    model: ModelName = "small transformer"
+    micro_batch: int = 4
+    steps: int = 4
+    lr: float = 0.2
+    lr_scaling: LrScaling = "none"
+    max_grad_norm: float = 0.0
+    precision: Precision = "fp32"
+    lengths: Lengths = "long-tailed"
+    fault: Fault = "none"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, kind in (
+            ("model", ModelName),
+            ("lr_scaling", LrScaling),
+            ("precision", Precision),
+            ("lengths", Lengths),
+            ("fault", Fault),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                _refuse(name, getattr(self, name), f"one of: {', '.join(get_args(kind))}")
+        for name in ("micro_batch", "steps", "seed"):
+            least = int(name != "seed")
+            if not _is_whole(value := getattr(self, name)) or not least <= value <= MOST[name]:
+                _refuse(name, value, f"a whole number from {least} to {MOST[name]}")
+        for name in ("lr", "max_grad_norm"):
+            value, least = getattr(self, name), "above 0" if name == "lr" else "from 0 (off)"
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not (0 < value <= MOST[name] or (value == 0 and name != "lr")):
+                _refuse(name, value, f"a number {least} to {MOST[name]:g}")
+        if self.effective > (most := MOST_EXAMPLES[self.model]):
+            product = f"{self.micro_batch} × {self.steps} = {self.effective}"
+            _refuse("effective", product, f"up to {most} examples in a window, with the {self.model}")
+
+    @property
+    def effective(self) -> int:
+        """Examples of a window."""
+        return self.micro_batch * self.steps
+
+    @property
+    def lr_in_use(self) -> float:
+        """The learning rate that a run begins with, scaled by the rule."""
+        return self.lr * lr_factor(self.lr_scaling, self.effective, REFERENCE)
+
+
+def steps_of(effective: Any, micro_batch: Any) -> int:
+    """The accumulation steps that make micro-batches a window of so many examples. Raises BadInput."""
+    if not _is_whole(micro_batch) or micro_batch < 1:
+        _refuse("micro_batch", micro_batch, f"a whole number from 1 to {MOST['micro_batch']}")
+    if not _is_whole(effective) or effective < 1 or effective % micro_batch:
+        _refuse("effective", effective, f"a multiple of the micro-batch size, {micro_batch}")
+    return effective // micro_batch
+
+
+CALLED = {
+    "micro_batch": "micro-batch size",
+    "steps": "accumulation steps",
+    "effective": "effective batch size",
+    "lr": "learning rate",
+    "lr_scaling": "scaling rule",
+    "max_grad_norm": "clipping",
+}
+
+
+def _refuse(name: str, value: Any, allowed: str) -> None:
+    found = "nothing" if value is None else value
+    raise BadInput(f"{CALLED.get(name, name)}: found {found}; allowed: {allowed}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

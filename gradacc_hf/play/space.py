@@ -1,0 +1,60 @@
+"""A folder that is a working Space on the Hub: the page, this package, and what both need."""
+
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import gradacc_hf
+from gradacc_hf.config import kit
+from gradacc_hf.errors import BadInput
+from gradacc_hf.saving import write_whole
+
+APP = '''"""The page of `gradacc play`, as a Space."""
+
+from gradacc_hf.play.command import serve
+
+if __name__ == "__main__":
+    serve()
+'''
+README = """\
+---
+title: Gradient accumulation, while it happens
+emoji: 🪣
+colorFrom: blue
+colorTo: yellow
+sdk: gradio
+sdk_version: {gradio}
+python_version: "3.12"
+app_file: app.py
+license: apache-2.0
+short_description: A real loop, watched micro-batch by micro-batch
+---
+
+What gradient accumulation does, and what it does not: the loop of gradacc-hf {version} trains a small model,
+and every number on the page is that of the moment. Written by `gradacc play --space`; it needs a CPU,
+no network, and no secret.
+"""
+
+
+def write_space(folder: Path) -> Path:
+    """Write it, to push with `hf upload`, or to run its app.py. Raises BadInput where something is there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"--space: {folder} is there already, and nothing is overwritten: give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    package = folder / "gradacc_hf"
+    ignored = shutil.ignore_patterns("__pycache__", "_kit")
+    shutil.copytree(Path(gradacc_hf.__file__).parent, package, ignore=ignored)
+    for name in ("recipes", "configs"):  # where an installed package has them
+        shutil.copytree(kit() / name, package / "_kit" / name, ignore=ignored)
+    versions = {"gradio": metadata.version("gradio"), "version": metadata.version("gradacc-hf")}
+    write_whole(folder / "README.md", README.format(**versions))
+    write_whole(folder / "requirements.txt", "\n".join([*requirements(), ""]))
+    write_whole(folder / "app.py", APP)
+    return folder
+
+
+def requirements() -> list[str]:
+    """What the package needs, in the versions that are installed here; Gradio comes with the Space."""
+    needed = [line for line in metadata.requires("gradacc-hf") or [] if "extra ==" not in line]
+    names = [line.split(">=")[0].split("==")[0].strip() for line in needed]
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]

@@ -1,0 +1,143 @@
+"""Each person's session in a process of its own: Accelerate's state, and the doctor's ears, are a process's.
+
+Processes are forked from a server that has imported everything, so that one is there in a moment; a spare
+one waits with its session made.
+"""
+
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from typing import Any
+
+from gradacc_hf.errors import BadInput, one_line
+
+PATIENCE = 60.0  # seconds, for one answer
+IDLE = 600.0  # seconds without a question, after which a worker ends
+
+
+class Gone(Exception):
+    """The worker has ended."""
+
+
+class Worker:
+    """A process with a session; `ask` is safe to call from several threads."""
+
+    def __init__(self):
+        self._here, there = _context().Pipe()
+        self._asked = threading.Lock()
+        self._process: Any = _context().Process(target=_serve, args=(there,), daemon=True)
+        self._process.start()
+        there.close()
+
+    def ask(self, what: str, *given: Any) -> Any:
+        """What the session's method of this name gives, and the picture then. Raises Gone, BadInput."""
+        with self._asked:
+            try:
+                self._here.send((what, given))
+                if not self._here.poll(PATIENCE):
+                    self.end()
+                    raise Gone(f"no answer within {PATIENCE:.0f} s")
+                answer = self._here.recv()
+            except (OSError, EOFError) as error:
+                raise Gone("the training process has ended") from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end(self) -> None:
+        """Kill it."""
+        self._process.kill()
+        self._process.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Has it not ended?"""
+        return self._process.is_alive()
+
+
+class Workers:
+    """The processes of all who look at the page, by the name of their browser's session; at most `most`."""
+
+    def __init__(self, most: int):
+        self._most, self._by_name, self._lock = most, {}, threading.Lock()
+        self._spare: Worker | None = Worker()
+
+    def of(self, name: str) -> Worker:
+        """The worker of this person's; a new one where there is none. Raises BadInput where all are taken."""
+        with self._lock:
+            if name not in self._by_name:
+                if len(self._by_name) >= self._most:
+                    raise BadInput(
+                        f"{len(self._by_name)} people are here, all that this machine takes: come back later"
+                    )
+                self._by_name[name], self._spare = self._spare or Worker(), None
+                threading.Thread(target=self._keep_a_spare).start()
+            return self._by_name[name]
+
+    def leave(self, name: str) -> None:
+        """This person has gone."""
+        with self._lock:
+            worker = self._by_name.pop(name, None)
+        if worker is not None:
+            worker.end()
+
+    def end(self) -> None:
+        """All have."""
+        for name in list(self._by_name):
+            self.leave(name)
+        if self._spare is not None:
+            self._spare.end()
+
+    def first_picture(self) -> Any:
+        """Of a session at its beginning, with settings as they come."""
+        assert self._spare is not None
+        return self._spare.ask("picture")
+
+    def _keep_a_spare(self) -> None:
+        with self._lock:
+            if self._spare is None:
+                self._spare = Worker()
+
+
+def _context() -> Any:
+    return multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Begin to import what workers need; from here on it is under way."""
+    _context().set_forkserver_preload(["gradacc_hf.play.warm"])
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # threads that wait for a GPU do not survive a fork
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
+        os.environ.update({} if before is None else {"CUDA_VISIBLE_DEVICES": before})
+
+
+def _serve(connection: Connection) -> None:
+    """A worker's process: answer until nobody asks."""
+    import torch
+
+    from gradacc_hf.play.session import Session
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends this
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a fault that is meant
+    torch.set_num_threads(1)
+    gc.freeze()  # what is known by now need not be looked through again
+    session = Session()
+    while connection.poll(IDLE):
+        try:
+            what, given = connection.recv()
+        except EOFError:
+            return
+        try:
+            getattr(session, what)(*given) if what != "picture" else None
+            connection.send(session.picture())
+        except Exception as error:
+            connection.send(error if isinstance(error, BadInput) else RuntimeError(one_line(error)))
