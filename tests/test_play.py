@@ -505,6 +505,18 @@ def test_a_bad_value_is_a_message_on_the_page(page):
 
 
 @needs_a_browser
+def test_another_model_comes_with_sizes_that_suit_it(page):
+    choose(page, "model", LINE)
+    for name, value in {"micro_batch": "2", "steps": "2", "effective": "4", "lr": "0.01"}.items():
+        page.wait_for_function(f"document.querySelector('#{name} input').value === '{value}'")
+    for window in range(3):
+        page.click("#window")
+        shows(page, "window", window + 1)
+    loss, _, _ = by_the_api(ON_THE_LINE, 3)[-1]
+    assert float(number(page, "loss-shown")) == pytest.approx(loss, rel=1e-3)
+
+
+@needs_a_browser
 def test_the_tour_sets_the_controls(page):
     for step in (1, 2):
         page.click("#tour-next")

@@ -13,7 +13,7 @@ from gradacc_hf.errors import BadInput
 from gradacc_hf.play import pictures, tour
 from gradacc_hf.play.people import SPEEDS, People, Seen
 from gradacc_hf.play.session import Picture
-from gradacc_hf.play.settings import Fault, Lengths, ModelName, Precision, Settings, steps_of
+from gradacc_hf.play.settings import FITTING, Fault, Lengths, ModelName, Precision, Settings, steps_of
 
 HERE = Path(__file__).parent
 DRAWN: dict[str, Callable[[Picture], str]] = {
@@ -23,6 +23,7 @@ CONTROLS = (
     *("model", "micro_batch", "steps", "effective", "fault", "lengths"),
     *("lr", "max_grad_norm", "seed", "lr_scaling", "precision"),
 )
+FOLLOWING = ("micro_batch", "steps", "effective", "lr")  # that others may set
 WHOLE = ("micro_batch", "steps", "effective", "seed")  # numbers that come as 4.0
 KEYS = "<p class=keys>Keys: <kbd>p</kbd> play or pause, <kbd>l</kbd> line, <kbd>m</kbd> micro-batch, \
 <kbd>w</kbd> window, <kbd>r</kbd> restart.</p>"
@@ -100,8 +101,8 @@ def build(people: People, first: Picture) -> gr.Blocks:
         on(speed.input, paced(people), speed, None)
         for name, control in controls.items():
             event = control.input if isinstance(control, gr.Number) else control.change
-            sizes = [controls[other] for other in ("steps", "effective")]
-            on(event, changed(people, name), named, [*sizes, *seen], trigger_mode="always_last")
+            following = [controls[other] for other in FOLLOWING]
+            on(event, changed(people, name), named, [*following, *seen], trigger_mode="always_last")
         for button, by in ((back, -1), (forth, 1)):
             on(button.click, toured(people, by), at, [at, text, *named, *seen])
         blocks.unload(closed(people))
@@ -178,20 +179,25 @@ def closed(people: People) -> Callable[[gr.Request], None]:
 
 
 def changed(people: People, which: str) -> Callable[..., list[Any]]:
-    """A control was changed: of micro-batch size, steps and effective batch, any two set the third."""
+    """A control was changed: of micro-batch size, steps and effective batch, any two set the third.
+
+    Another model comes with sizes and a learning rate that suit it.
+    """
 
     def take(request: gr.Request, *values: Any) -> list[Any]:
+        unchanged = [gr.skip()] * len(FOLLOWING)
         try:
-            given = _read(values)
-            if which == "effective":
-                given["steps"] = steps_of(given["effective"], given["micro_batch"])
-            given.pop("effective")
-            settings = Settings(**given)
+            before = given = _read(values)
+            if which == "model":
+                given = given | FITTING[given["model"]]
+            elif which == "effective":
+                given = given | {"steps": steps_of(given["effective"], given["micro_batch"])}
+            settings = Settings(**{name: value for name, value in given.items() if name != "effective"})
         except BadInput as error:
-            return [gr.skip(), gr.skip(), *_drawn(Seen(str(error), is_wrong=True))]
-        steps = settings.steps if which == "effective" else gr.skip()
-        effective = gr.skip() if which == "effective" else settings.effective
-        return [steps, effective, *_drawn(people.change(str(request.session_hash), settings))]
+            return [*unchanged, *_drawn(Seen(str(error), is_wrong=True))]
+        now = asdict(settings) | {"effective": settings.effective}
+        following = [gr.skip() if now[name] == before[name] else now[name] for name in FOLLOWING]
+        return [*following, *_drawn(people.change(str(request.session_hash), settings))]
 
     return take
 

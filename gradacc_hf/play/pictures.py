@@ -54,13 +54,15 @@ def window(picture: Picture) -> str:
             drawn.append(f'<rect class="tokens" x="{x:.1f}" y="{row * high + 0.4:.1f}" {size}/>')
         drawn.append(f'<text x="{x + wide / 2:.1f}" y="{height + 15}">{number + 1}</text></g>')
         x += wide + gap
-    examples, padding = picture.settings.effective, _padding(picture.cells)
+    examples = picture.settings.effective
+    padding = f"; {_padding(picture.cells):.0%} of the tokens are padding" * (
+        max(cell.padded_to for cell in picture.cells) > 1
+    )
     found = sum(len(cell.tokens) for cell in picture.cells)
     text = (
         f"Window <b data-number=window>{picture.window + 1}</b> of {WINDOWS}: {found} examples"
         f"{'' if found == examples else f' (the last of the data, of {examples})'} in {len(picture.cells)} "
-        f"micro-batch{'es' * (len(picture.cells) > 1)}, <b data-number=done>{picture.done}</b> done; "
-        f"{padding:.0%} of the tokens are padding."
+        f"micro-batch{'es' * (len(picture.cells) > 1)}, <b data-number=done>{picture.done}</b> done{padding}."
     )
     return _figure("The window", text, f"0 0 {width:.0f} {height + 20:.0f}", drawn)
 
@@ -222,7 +224,7 @@ def _number(value: float) -> str:
 
 
 def _loss(value: float) -> str:
-    return f"{value:.4f}"
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def _bytes(value: float) -> str:

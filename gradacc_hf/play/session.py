@@ -6,6 +6,7 @@ to a stop of the loop shown, `picture` is what there is to see there, as plain d
 """
 
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -308,7 +309,7 @@ class Session:
 def in_a_sentence(diagnosis: Diagnosis) -> str:
     """What the doctor says: the first finding with its evidence, or what it found right."""
     if found := diagnosis.findings:
-        return f"{found[0].what}: {found[0].evidence}"
+        return f"{found[0].what}: {re.sub(r' [(][^)]*[)]', '', found[0].evidence)}"
     right = [said.removeprefix("✓ ") for said in str(diagnosis).splitlines() if said.startswith("✓ ")]
     return right[0].partition(", items")[0] if right else "nothing was seen"
 
