@@ -130,7 +130,7 @@ def shown(loop: Loop) -> list[str]:
     return [text for _, text in _lines(loop)]
 
 
-def line(loop: Loop, running: Generator[Any, Any, Any]) -> int | None:
+def line(loop: Loop, running: Any) -> int | None:
     """The line of `shown` that has just been run, from 0; None before the first."""
     if running.gi_frame is None:
         return None

@@ -25,12 +25,22 @@ CONTROLS = (
 )
 FOLLOWING = ("micro_batch", "steps", "effective", "lr")  # that others may set
 WHOLE = ("micro_batch", "steps", "effective", "seed")  # numbers that come as 4.0
+BUTTONS = {
+    "play": "▶ Play",
+    "pause": "Pause",
+    "line": "One line",
+    "micro-batch": "One micro-batch",
+    "window": "One window",
+    "restart": "Restart",
+}
 KEYS = "<p class=keys>Keys: <kbd>p</kbd> play or pause, <kbd>l</kbd> line, <kbd>m</kbd> micro-batch, \
 <kbd>w</kbd> window, <kbd>r</kbd> restart.</p>"
 TITLE = """<h1>Gradient accumulation, while it happens</h1><p>Every number here comes from the loop below,
 which trains a small model in this moment. <b>Play</b> it, or go on step by step; change what you like.</p>"""
 # No font of another host's; nothing on this page asks for one.
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME: Any = gr.themes.Default(  # type: ignore[attr-defined]
+    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+)
 LAUNCH: dict[str, Any] = {
     "theme": THEME,
     "css_paths": HERE / "page.css",
@@ -65,15 +75,14 @@ def build(people: People, first: Picture) -> gr.Blocks:
             with gr.Column(scale=3, min_width=330, elem_id="stage"):
                 with gr.Row(elem_id="buttons"):
                     buttons = {
-                        name: gr.Button(said, elem_id=name, min_width=90, size="sm", variant=kind)
-                        for name, said, kind in (
-                            ("play", "▶ Play", "primary"),
-                            ("pause", "Pause", "secondary"),
-                            ("line", "One line", "secondary"),
-                            ("micro-batch", "One micro-batch", "secondary"),
-                            ("window", "One window", "secondary"),
-                            ("restart", "Restart", "secondary"),
+                        name: gr.Button(
+                            said,
+                            elem_id=name,
+                            min_width=90,
+                            size="sm",
+                            variant="primary" if name == "play" else "secondary",
                         )
+                        for name, said in BUTTONS.items()
                     }
                 speed = gr.Radio(list(SPEEDS), value="micro-batches", label="Speed: by", elem_id="speed")
                 message = gr.HTML("", elem_id="message")
@@ -185,6 +194,7 @@ def changed(people: People, which: str) -> Callable[..., list[Any]]:
     """
 
     def take(request: gr.Request, *values: Any) -> list[Any]:
+        given: dict[str, Any]
         unchanged = [gr.skip()] * len(FOLLOWING)
         try:
             before = given = _read(values)

@@ -101,9 +101,9 @@ def _line(seed: int) -> torch.nn.Module:
 
 def _transformer(seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
-    sizes = {"vocab_size": WORDS, "n_positions": LONGEST, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    sizes: Any = {"vocab_size": WORDS, "n_positions": LONGEST, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    no_dropout: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    tokens: Any = {"bos_token_id": 0, "eos_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **tokens, use_cache=False))
     model.loss_type = "ForCausalLM"  # which its name does not say
     return model

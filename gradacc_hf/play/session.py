@@ -218,7 +218,7 @@ class Session:
         if self.loop is not ours:
             windows = (_classic(loader, window) for window in windows)
         self._accelerator._optimizers.clear()
-        asked = {"windows": LOOKED_AT, "accumulation_steps": self.settings.steps}
+        asked: Any = {"windows": LOOKED_AT, "accumulation_steps": self.settings.steps}
         with diagnose(copied.model, copied.optimizer, say=lambda report: None, **asked) as diagnosis:
             for _ in self._run(copied, self.loop, windows):
                 pass
@@ -286,7 +286,8 @@ class Session:
         if self._stop == "backward" and self._done == len(self._cells):
             self._seconds[0].append(self._busy)
             self._losses["at once"].append(self._at_once.heard[0])
-            for who, player in (("shown", self._shown), ("ours", self._ours)):
+            trained: tuple[tuple[Who, Player | None], ...] = (("shown", self._shown), ("ours", self._ours))
+            for who, player in trained:
                 if player is not None:
                     shares = [share for _, share in self._classic]
                     mean = sum(n * loss for n, loss in zip(shares, player.heard, strict=True))

@@ -1,9 +1,13 @@
 """Imported by the server that workers are forked from: all that they have in common, once."""
 
+from typing import get_args
+
 import torch
 
 from gradacc_hf.play import session  # noqa: F401
 from gradacc_hf.play.problems import sentences
+from gradacc_hf.play.settings import Lengths
 
 torch.set_num_threads(1)
-sentences("equal"), sentences("long-tailed")
+for lengths in get_args(Lengths):
+    sentences(lengths)
