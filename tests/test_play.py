@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import get_args
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -25,10 +26,12 @@ from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT, norm, relative_error, whole_window_gradient
 from gradacc_hf.play import loops, pictures, tour
 from gradacc_hf.play.film import write_film
+from gradacc_hf.play.people import People
 from gradacc_hf.play.player import MOMENTUM, WINDOWS
 from gradacc_hf.play.problems import problem
 from gradacc_hf.play.session import CUT, Session
 from gradacc_hf.play.settings import LINE, MOST, WITH_BATCH_NORM, Fault, Settings, steps_of
+from gradacc_hf.play.workers import Workers, start_server
 
 ROOT = Path(__file__).parent.parent
 QUICK = Settings(micro_batch=2, steps=3)
@@ -154,7 +157,7 @@ def test_where_items_are_equal_dividing_by_steps_is_right():
 
 def test_a_line_is_marked_as_it_runs_and_the_bucket_empties():
     session, seen = Session(QUICK), []
-    while len(seen) < 2 * 3 * 4:
+    while not seen or seen[-1].window < 2:
         session.advance("line")
         seen.append(session.picture())
     lines = [picture.code[picture.line].strip() for picture in seen[:4]]
@@ -164,9 +167,15 @@ def test_a_line_is_marked_as_it_runs_and_the_bucket_empties():
         "optimizer.step()",
         "optimizer.zero_grad()",
     ]
+    of_a_window = [picture.stop for picture in seen if picture.window == 0]
+    skipping = ["forward", "backward", "skipped", "skipped"]
+    assert of_a_window == [*skipping, *skipping, "forward", "backward", "clip", "step", "zero", "end"]
+    assert "does nothing yet" in pictures.code(seen[2])
+    assert "does nothing yet" not in pictures.code(seen[11])
     full = [picture.done == 3 and picture.stop == "backward" for picture in seen]
     assert all(picture.error <= EXACT for picture, is_full in zip(seen, full, strict=True) if is_full)
-    assert [picture.is_empty for picture in seen if picture.stop == "zero"][:3] == [False, False, True]
+    assert all(picture.is_empty for picture in seen if picture.stop in ("zero", "end"))
+    assert not any(picture.is_empty for picture in seen if picture.stop in ("backward", "skipped", "step"))
 
 
 def test_activations_are_those_of_a_micro_batch_and_weights_what_they_are():
@@ -200,6 +209,30 @@ def test_a_change_takes_effect_at_the_next_window():
     session.change(replace(session.settings, seed=7))
     session.advance("window")
     assert session.picture().window == 0
+
+
+def test_another_fault_begins_where_the_kit_s_loop_is():
+    session = Session(replace(QUICK, fault="zeroed too early"))
+    for fault in ("scheduler on every micro-batch", "not divided"):
+        for _ in range(3):
+            session.advance("window")
+        session.change(replace(QUICK, fault=fault))
+        session.advance("micro-batch")
+        picture = session.picture()
+        assert picture.settings.fault == fault
+        assert picture.lr == pytest.approx(0.2 * (1 - picture.window / WINDOWS))
+        session.advance("window")
+        picture = session.picture()
+        assert picture.losses["shown"] == pytest.approx(picture.losses["ours"])
+        assert picture.is_right == (fault != "not divided")
+
+
+def test_near_a_minimum_rounding_is_that_of_gradients_before():
+    session = Session(ON_THE_LINE)
+    while not session.is_over:
+        session.advance("window")
+        picture = session.picture()
+        assert picture.is_right or picture.is_over, (picture.error, picture.whole_norm)
 
 
 def test_a_run_ends_and_its_rate_has_come_down():
@@ -265,6 +298,7 @@ def test_every_picture_can_be_drawn_whatever_the_numbers():
             drawn = draw(picture)
             assert not re.search(r'="[^"]*(nan|inf)[^"]*"', drawn), drawn
     assert "✗ diverged" in pictures.losses(diverges)
+    assert "the training has diverged" in pictures.bucket(diverges)
 
 
 def test_the_tour_has_seven_steps_each_with_lessons_that_there_are():
@@ -288,6 +322,69 @@ def test_a_film_is_a_moving_svg_of_the_run(tmp_path):
         write_film(tmp_path / "run.gif")
 
 
+# Several people, each with a process
+
+
+@pytest.fixture
+def people():
+    start_server()
+    workers = Workers(2)
+    yield People(workers)
+    workers.end()
+
+
+def test_people_have_runs_of_their_own_and_a_full_house_says_so(people):
+    assert people.go_on("a", "micro-batch").picture.done == 1
+    assert people.go_on("b", "window").picture.done == 4
+    assert people.go_on("a", "micro-batch").picture.done == 2
+    for click in (people.enter, people.pause, lambda name: people.restart(name, QUICK)):
+        refused = click("c")
+        assert refused.is_wrong
+        assert "2 people are here" in refused.message
+    people.leave("b")
+    assert people.enter("c").picture.window == 0
+    assert people.go_on("b", "window").message == "this page was closed: press restart"
+
+
+def test_a_process_that_has_ended_says_so_and_a_restart_has_another(people):
+    people.enter("a")
+    people.change("a", QUICK)
+    people._by_name["a"].worker.end()
+    gone = people.go_on("a", "window")
+    assert gone.message == "the training process has ended: press restart"
+    assert gone.has_ended
+    assert people.restart("a", QUICK).picture.settings == QUICK
+    assert people.go_on("a", "window").picture.done == 3
+
+
+def test_the_dead_take_nobody_s_place(people):
+    for name in "ab":
+        people.enter(name)
+        people._by_name[name].worker.end()
+    assert people.enter("c").picture is not None
+
+
+def test_what_is_refused_is_said_until_it_is_taken_back(people):
+    assert people.refuse("a", "found 10").message == "found 10"
+    assert people.go_on("a", "window").message == "found 10"
+    assert people.change("a", QUICK).message == "The change takes effect at the next window."
+    assert people.go_on("a", "window").message == ""
+    other = replace(QUICK, seed=3)
+    assert (
+        people.change("a", other).message
+        == "The change takes effect at the next window and begins a new run."
+    )
+
+
+def test_it_plays_until_there_is_a_pause(people):
+    plays = people.play("a")
+    assert [next(plays).picture.done for _ in range(3)] == [1, 2, 3]
+    people.set_speed("a", "windows")
+    assert next(plays).picture.done == 4
+    people.pause("a")
+    assert list(plays) == []
+
+
 # In a browser
 
 
@@ -298,8 +395,7 @@ def there_is_a_browser():
 
 
 needs_a_browser = pytest.mark.skipif(
-    chromium() is None,
-    reason="no Chromium here: apt-get install chromium (./launch.sh test tries to, as root)",
+    not there_is_a_browser(), reason="no Chromium: apt-get install chromium (./launch.sh test does, as root)"
 )
 
 
@@ -347,15 +443,25 @@ def end(process):
 
 
 @pytest.fixture(scope="module")
-def address():
+def server():
     port = free_port()
     process, _ = served(sys.executable, "-m", "gradacc_hf", "play", "--no-browser", "--port", str(port))
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(address, process)
-        yield address
+        yield address, process.pid
     finally:
         end(process)
+
+
+@pytest.fixture
+def address(server):
+    return server[0]
+
+
+@pytest.fixture
+def served_by(server):
+    return server[1]
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +546,7 @@ def test_each_fault_changes_what_the_doctor_says(page):
 @needs_a_browser
 def test_it_plays_pauses_and_steps(page):
     page.click("#play")
-    shows(page, "window", 3)
+    page.wait_for_function("Number(document.querySelector('[data-number=window]').innerText) >= 3")
     page.click("#pause")
     time.sleep(1)
     at = number(page, "window"), number(page, "done")
@@ -454,28 +560,35 @@ def test_it_plays_pauses_and_steps(page):
 
 
 @needs_a_browser
-def test_two_people_do_not_see_each_other_s_runs_and_a_closed_tab_ends_its_training(browser, page, address):
+def test_two_people_do_not_see_each_other_s_runs_and_a_closed_tab_ends_its_training(
+    browser, page, address, served_by
+):
     other = browser.new_context().new_page()
     opened(other, address)
+    before = number(page, "whole")
     set_number(page, "seed", 5)
+    page.wait_for_function(
+        "before => document.querySelector('[data-number=whole]').innerText !== before", arg=before
+    )
     for _ in range(2):
         page.click("#window")
         other.click("#micro-batch")
     shows(page, "window", 2)
     shows(other, "done", 2)
     assert number(other, "window") == "1"
-    workers = training_processes()
+    time.sleep(2)  # a spare one is made for whoever comes next
+    workers = training_processes(served_by)
     other.click("#play")
     other.context.close()
     until = time.monotonic() + 30
-    while training_processes() >= workers and time.monotonic() < until:
+    while len(training_processes(served_by)) >= len(workers) and time.monotonic() < until:
         time.sleep(0.5)
-    assert training_processes() < workers
+    assert len(training_processes(served_by)) < len(workers)
 
 
-def training_processes():
-    listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
-    return listed.count("gradacc_hf.play.warm")
+def training_processes(server):
+    children = psutil.Process(server).children(recursive=True)
+    return [child for child in children if "gradacc_hf.play.warm" in " ".join(child.cmdline())]
 
 
 @needs_a_browser

@@ -29,11 +29,12 @@ setTimeout(() => done(n / seconds), 1000 * seconds);
 
 @dataclass(frozen=True)
 class Playing:
-    """Seconds from opening the page to its first picture, for each who came; pictures a second, by how many
-    play.
+    """Seconds from opening the page to its first picture, and to the answer to a first click, for each who
+    came; pictures a second, by how many play.
     """
 
     first_picture: tuple[float, ...]
+    first_answer: tuple[float, ...]
     updates: dict[str, tuple[float, ...]]
     measured_with: dict[str, str]
 
@@ -45,6 +46,7 @@ def playing(repeats: int, progress: Callable[[Iterable[int]], Iterable[int]] = i
     from playwright.sync_api import Error, sync_playwright
 
     first: list[float] = []
+    answers: list[float] = []
     updates: dict[str, list[float]] = {"one": [], "each of two": []}
     with served() as address, sync_playwright() as playwright:
         try:
@@ -57,6 +59,9 @@ def playing(repeats: int, progress: Callable[[Iterable[int]], Iterable[int]] = i
             page.goto(address)
             page.wait_for_selector("#see-code .line")
             first.append(time.perf_counter() - begun)
+            page.click("#micro-batch")
+            page.wait_for_selector("[data-number=done]:text-is('1')")
+            answers.append(time.perf_counter() - begun)
             return page
 
         for _ in progress(range(repeats)):
@@ -64,12 +69,12 @@ def playing(repeats: int, progress: Callable[[Iterable[int]], Iterable[int]] = i
             one.click("#play")
             updates["one"].append(one.evaluate(COUNT, SECONDS))
             other.click("#play")
-            updates["each of two"].append(one.evaluate(COUNT, SECONDS))
+            updates["each of two"] += [one.evaluate(COUNT, SECONDS), other.evaluate(COUNT, SECONDS)]
             one.context.close()
             other.context.close()
         browser.close()
     found = {who: tuple(counts) for who, counts in updates.items()}
-    return Playing(tuple(first), found, measured_with("cpu"))
+    return Playing(tuple(first), tuple(answers), found, measured_with("cpu"))
 
 
 def chromium() -> str | None:
@@ -104,9 +109,8 @@ def served() -> Iterator[str]:
 
 def print_playing(result: Playing, console: Console) -> None:
     """The figures."""
-    console.print(
-        f"first picture {median(result.first_picture):.2f} s after opening (at most "
-        f"{max(result.first_picture):.2f}, of {len(result.first_picture)})"
-    )
+    for what, seconds in (("picture", result.first_picture), ("answer to a click", result.first_answer)):
+        middle, most = median(seconds), max(seconds)
+        console.print(f"first {what} {middle:.2f} s after opening (at most {most:.2f}, of {len(seconds)})")
     for who, counts in result.updates.items():
         console.print(f"{who} who plays: {median(counts):.1f} updates a second (at least {min(counts):.1f})")

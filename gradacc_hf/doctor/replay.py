@@ -256,6 +256,8 @@ def _compare(
         whole_loss = float(loss_of(inputs, others, model))
         trim_memory()
         losses = losses or tuple(float(one(piece)) for piece in pieces)
+    if not all(map(math.isfinite, (whole_loss, *losses))):
+        raise CannotReplay("a loss is not finite")
     counted, items, is_sure = which_items(watch.model, pieces, losses, whole_loss, tolerance)
     adds_up = not counted and abs(sum(losses) - whole_loss) <= tolerance * abs(whole_loss)
     coupled = "" if counted or adds_up else why_coupled(model, pieces, loss_of, tolerance)

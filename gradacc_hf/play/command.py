@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from gradacc_hf.errors import BadInput, Parser, one_line
 
-MOST = 16  # people at once; each has a process
+MOST = 8  # people at once; each has a process
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,15 +37,30 @@ def main(argv: Sequence[str]) -> None:
     if given.film is not None:
         from gradacc_hf.play.film import write_film
 
-        print(write_film(given.film))
+        try:
+            print(write_film(given.film))
+        except OSError as error:
+            raise BadInput(f"--film: {one_line(error)}; give another file") from None
         return
     if importlib.util.find_spec("gradio") is None:
         raise BadInput("gradacc play needs Gradio: pip install 'gradacc-hf[play]'")
     if given.space is not None:
         from gradacc_hf.play.space import write_space
 
-        print(write_space(given.space))
+        try:
+            print(write_space(given.space))
+        except OSError as error:
+            raise BadInput(f"--space: {one_line(error)}; give a new folder") from None
         return
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in given.host else socket.AF_INET) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((given.host, given.port or 0))
+    except OSError as error:
+        asked = f"{given.host}, {given.port or 'any'}"
+        raise BadInput(
+            f"--host, --port: found {asked}, which cannot be served at: {one_line(error)}; give others"
+        ) from None
     serve(given.host, given.port, opens_browser=not given.no_browser)
 
 
@@ -61,7 +77,7 @@ def serve(host: str | None = None, port: int | None = None, opens_browser: bool 
     try:
         page = build(People(workers), workers.first_picture())
         try:
-            _, address, _ = page.launch(
+            app, address, _ = page.launch(
                 server_name=host,
                 server_port=port,
                 inbrowser=opens_browser,
@@ -70,6 +86,7 @@ def serve(host: str | None = None, port: int | None = None, opens_browser: bool 
             )
         except OSError as error:
             raise BadInput(f"--host, --port: found {host}, {port}: {one_line(error)}") from None
+        app.router.routes[:] = [r for r in app.router.routes if "upload" not in getattr(r, "path", "")]
         print(f"{address} (Ctrl-C ends it)", flush=True)
         page.block_thread()
     finally:

@@ -5,6 +5,9 @@ from html import escape
 from itertools import accumulate, groupby
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+
 from gradacc_hf.errors import BadInput
 from gradacc_hf.play import pictures
 from gradacc_hf.play.session import Picture, Session
@@ -29,6 +32,8 @@ def write_film(path: Path) -> Path:
     """Run the kit's loop for 26 windows, and draw what there is to see. Raises BadInput for a bad path."""
     if path.suffix != ".svg" or not path.parent.is_dir():
         raise BadInput(f"--film: found {path}; allowed: a file that ends in .svg, in a folder that is there")
+    if path.exists():
+        raise BadInput(f"--film: {path} is there already, and nothing is overwritten: give another name")
     session, seen, seconds = Session(Settings()), [], []
     while session.picture().window < SLOW:
         session.advance("line")
@@ -36,7 +41,7 @@ def write_film(path: Path) -> Path:
         if picture.stop in ("forward", "backward") or picture.done == len(picture.cells):
             seen.append(picture)
             seconds.append(SECONDS["slow"])
-    for _ in range(FAST):
+    for _ in track(range(FAST), "windows", console=Console(stderr=True), transient=True):
         session.advance("window")
         seen.append(session.picture())
         seconds.append(SECONDS["fast"])

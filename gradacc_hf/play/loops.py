@@ -1,7 +1,8 @@
 """The loops that a page shows: the kit's own, that of its README, and the classic one with each mistake.
 
-Each is a generator that says where it is: "forward", "backward" (the gradient has grown), "step", "zero", and
-"end" of a window. `shown` gives its lines without that, and `line` the one where it stands.
+Each is a generator that says where it is: "forward", "backward" (the gradient has grown), "clip", "step",
+"zero" and "end" of a window; "skipped": Accelerate leaves a step or zero_grad out, as the window is not yet
+complete. `shown` gives its lines without that, and `line` the one where it stands.
 
 The kit's windows are `WindowLoader`'s. The classic loop's are lists of (batch, its share of the window's
 items); but for its mistake, it is exact.
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from torch.nn.utils import clip_grad_norm_
 
-Stop = Literal["forward", "backward", "step", "zero", "end"]
+Stop = Literal["forward", "backward", "clip", "step", "zero", "skipped", "end"]
 Loop = Callable[..., Generator[Stop, None, None]]
 
 
@@ -28,10 +29,11 @@ def ours(model, optimizer, scheduler, windows, accelerator, max_norm):
                 yield "backward"
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), max_norm)
+                    yield "clip"
                 optimizer.step()
-                yield "step"
+                yield "step" if accelerator.sync_gradients else "skipped"
                 optimizer.zero_grad()
-                yield "zero"
+                yield "zero" if accelerator.sync_gradients else "skipped"
         scheduler.step()
         yield "end"
 
@@ -46,6 +48,7 @@ def zeroed_too_early(model, optimizer, scheduler, windows, accelerator, max_norm
             (loss * share).backward()
             yield "backward"
         clip_grad_norm_(model.parameters(), max_norm)
+        yield "clip"
         optimizer.step()
         yield "step"
         scheduler.step()
@@ -60,6 +63,7 @@ def stepped_every_micro_batch(model, optimizer, scheduler, windows, accelerator,
             (loss * share).backward()
             yield "backward"
             clip_grad_norm_(model.parameters(), max_norm)
+            yield "clip"
             optimizer.step()  # ✗ the window is not complete
             yield "step"
             optimizer.zero_grad()
@@ -76,6 +80,7 @@ def not_divided(model, optimizer, scheduler, windows, accelerator, max_norm):
             loss.backward()  # ✗ a sum of means
             yield "backward"
         clip_grad_norm_(model.parameters(), max_norm)
+        yield "clip"
         optimizer.step()
         yield "step"
         optimizer.zero_grad()
@@ -92,6 +97,7 @@ def divided_by_steps(model, optimizer, scheduler, windows, accelerator, max_norm
             (loss / len(window)).backward()  # ✗ as if each had as many items
             yield "backward"
         clip_grad_norm_(model.parameters(), max_norm)
+        yield "clip"
         optimizer.step()
         yield "step"
         optimizer.zero_grad()
@@ -107,8 +113,9 @@ def scheduled_every_micro_batch(model, optimizer, scheduler, windows, accelerato
             yield "forward"
             (loss * share).backward()
             yield "backward"
-            scheduler.step()  # ✗ it is as long as there are windows
+            scheduler.step()  # ✗ the rate falls too early
         clip_grad_norm_(model.parameters(), max_norm)
+        yield "clip"
         optimizer.step()
         yield "step"
         optimizer.zero_grad()

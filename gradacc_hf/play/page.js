@@ -1,11 +1,12 @@
-// Keys for what the buttons do. `pause` is clicked where it plays: page.py says so by the page's own state.
+// Keys for what the buttons do, and whether it plays: from a click on Play until another one, or until it has ended.
+const plays = () => document.body.dataset.plays && !document.querySelector("[data-ended]");
 document.addEventListener("keydown", (event) => {
   const target = event.target;
-  if (event.ctrlKey || event.metaKey || event.altKey || target.closest("input, textarea, select, [role=listbox]")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || target.matches("input:not([type=radio]), textarea")) return;
   const buttons = { l: "line", m: "micro-batch", w: "window", r: "restart" };
   let name = buttons[event.key];
   if (event.key === "p") {
-    name = document.body.dataset.plays ? "pause" : "play";
+    name = plays() ? "pause" : "play";
   }
   if (name) document.getElementById(name)?.click();
 });

@@ -71,6 +71,7 @@ def build(people: People, first: Picture) -> gr.Blocks:
                 )
         with gr.Row():
             with gr.Column(scale=1, min_width=320, elem_id="controls"):
+                speed = gr.Radio(list(SPEEDS), value="micro-batches", label="Play by", elem_id="speed")
                 controls = _controls(first.settings)
             with gr.Column(scale=3, min_width=330, elem_id="stage"):
                 with gr.Row(elem_id="buttons"):
@@ -84,7 +85,6 @@ def build(people: People, first: Picture) -> gr.Blocks:
                         )
                         for name, said in BUTTONS.items()
                     }
-                speed = gr.Radio(list(SPEEDS), value="micro-batches", label="Speed: by", elem_id="speed")
                 message = gr.HTML("", elem_id="message")
                 with gr.Column(elem_id="pictures"):
                     shown = {
@@ -104,14 +104,13 @@ def build(people: People, first: Picture) -> gr.Blocks:
         on(blocks.load, drawing(people.enter))
         on(buttons["play"].click, drawing_on(people.play), trigger_mode="multiple")
         on(buttons["pause"].click, drawing(people.pause))
-        on(buttons["restart"].click, drawing(people.restart))
+        on(buttons["restart"].click, restarted(people), named)
         for to in ("line", "micro-batch", "window"):
             on(buttons[to].click, drawing(people.go_on, to), trigger_mode="multiple")
-        on(speed.input, paced(people), speed, None)
+        on(speed.input, paced(people), speed)
         for name, control in controls.items():
-            event = control.input if isinstance(control, gr.Number) else control.change
             following = [controls[other] for other in FOLLOWING]
-            on(event, changed(people, name), named, [*following, *seen], trigger_mode="always_last")
+            on(control.input, changed(people, name), named, [*following, *seen], trigger_mode="always_last")
         for button, by in ((back, -1), (forth, 1)):
             on(button.click, toured(people, by), at, [at, text, *named, *seen])
         blocks.unload(closed(people))
@@ -138,7 +137,7 @@ def _controls(settings: Settings) -> dict[str, Any]:
         controls["lr"] = number("lr", "Learning rate")
         controls["max_grad_norm"] = number("max_grad_norm", "Clip at norm")
         controls["seed"] = number("seed", "Seed")
-    controls["lr_scaling"] = choice("lr_scaling", LrScaling, "The rate follows the effective batch, from 16")
+    controls["lr_scaling"] = choice("lr_scaling", LrScaling, "The learning rate, by the effective batch / 16")
     controls["precision"] = choice("precision", Precision, "Precision")
     return controls
 
@@ -150,7 +149,7 @@ def drawing(what: Callable[..., Seen], *given: Any) -> Callable[[gr.Request], li
     """A click: ask, and draw what comes of it."""
 
     def clicked(request: gr.Request) -> list[Any]:
-        return _drawn(what(str(request.session_hash), *given))
+        return _drawn(what(_name(request), *given))
 
     return clicked
 
@@ -160,7 +159,7 @@ def drawing_on(what: Callable[[str], Iterator[Seen]]) -> Callable[[gr.Request], 
 
     def clicked(request: gr.Request) -> Iterator[list[Any]]:
         before: list[Any] = []
-        for seen in what(str(request.session_hash)):
+        for seen in what(_name(request)):
             drawn = _drawn(seen)
             pairs = zip(drawn, before or [None] * len(drawn), strict=True)
             yield [gr.skip() if new == old else new for new, old in pairs]
@@ -169,20 +168,33 @@ def drawing_on(what: Callable[[str], Iterator[Seen]]) -> Callable[[gr.Request], 
     return clicked
 
 
-def paced(people: People) -> Callable[[str, gr.Request], None]:
+def paced(people: People) -> Callable[[str, gr.Request], list[Any]]:
     """Another speed was chosen."""
 
-    def chosen(speed: str, request: gr.Request) -> None:
-        people.set_speed(str(request.session_hash), speed)
+    def chosen(speed: str, request: gr.Request) -> list[Any]:
+        return _drawn(people.set_speed(_name(request), speed))
 
     return chosen
+
+
+def restarted(people: People) -> Callable[..., list[Any]]:
+    """The button: a run begins with what stands in the controls."""
+
+    def clicked(request: gr.Request, *values: Any) -> list[Any]:
+        try:
+            settings = _settings(_read(values))
+        except BadInput as error:
+            return _drawn(people.refuse(_name(request), str(error)))
+        return _drawn(people.restart(_name(request), settings))
+
+    return clicked
 
 
 def closed(people: People) -> Callable[[gr.Request], None]:
     """The page was closed."""
 
     def left(request: gr.Request) -> None:
-        people.leave(str(request.session_hash))
+        people.leave(_name(request))
 
     return left
 
@@ -202,12 +214,12 @@ def changed(people: People, which: str) -> Callable[..., list[Any]]:
                 given = given | FITTING[given["model"]]
             elif which == "effective":
                 given = given | {"steps": steps_of(given["effective"], given["micro_batch"])}
-            settings = Settings(**{name: value for name, value in given.items() if name != "effective"})
+            settings = _settings(given)
         except BadInput as error:
-            return [*unchanged, *_drawn(Seen(str(error), is_wrong=True))]
+            return [*unchanged, *_drawn(people.refuse(_name(request), str(error)))]
         now = asdict(settings) | {"effective": settings.effective}
         following = [gr.skip() if now[name] == before[name] else now[name] for name in FOLLOWING]
-        return [*following, *_drawn(people.change(str(request.session_hash), settings))]
+        return [*following, *_drawn(people.change(_name(request), settings))]
 
     return take
 
@@ -216,10 +228,12 @@ def toured(people: People, by: int) -> Callable[[int, gr.Request], list[Any]]:
     """A step of the tour, forth or back: its words, its settings, and a run that begins with them."""
 
     def stepped(at: int, request: gr.Request) -> list[Any]:
-        number = min(max(at + by, -1), len(tour.STEPS) - 1)
+        number = at + by
+        if not -1 <= number < len(tour.STEPS):
+            return [gr.skip()] * (2 + len(CONTROLS) + 1 + len(DRAWN))
         settings = tour.STEPS[number].settings if number >= 0 else Settings()
         values = asdict(settings) | {"effective": settings.effective}
-        seen = people.restart(str(request.session_hash), settings)
+        seen = people.restart(_name(request), settings)
         return [number, tour.page_of(number), *(values[name] for name in CONTROLS), *_drawn(seen)]
 
     return stepped
@@ -232,9 +246,21 @@ def _read(values: Sequence[Any]) -> dict[str, Any]:
     return given | {name: int(given[name]) for name in whole}
 
 
+def _settings(given: dict[str, Any]) -> Settings:
+    return Settings(**{name: value for name, value in given.items() if name != "effective"})
+
+
+def _name(request: gr.Request) -> str:
+    """Of the browser's session. Raises gr.Error for who has none, and so no page."""
+    if not request.session_hash:
+        raise gr.Error("found no session: open the page in a browser")
+    return request.session_hash
+
+
 def _drawn(seen: Seen) -> list[Any]:
     kind = "bad" if seen.is_wrong else "note"
-    message = f'<p class="message {kind}">{escape(seen.message)}</p>' if seen.message else ""
+    ended = " data-ended" * seen.has_ended
+    message = f'<p class="message {kind}"{ended}>{escape(seen.message)}</p>' if seen.message else ""
     if seen.picture is None:
         return [message, *[gr.skip()] * len(DRAWN)]
     return [message, *(draw(seen.picture) for draw in DRAWN.values())]

@@ -2,13 +2,14 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.errors import one_line
 from gradacc_hf.play.session import Picture, To
-from gradacc_hf.play.settings import Settings
+from gradacc_hf.play.settings import Settings, begins_anew
 from gradacc_hf.play.workers import Gone, Worker, Workers
 
 SPEEDS: dict[str, tuple[To, float]] = {  # to where, and seconds from one picture to the next
@@ -21,10 +22,13 @@ LONGEST_PLAY = 600.0  # seconds without a click
 
 @dataclass(frozen=True)
 class Seen:
-    """What a click comes to: a message, "" for none, whether it is of something wrong, and a picture."""
+    """What a click comes to: a message, "" for none, and a picture. `is_wrong`: it says what is wrong;
+    `has_ended`: nothing plays any more.
+    """
 
     message: str = ""
     is_wrong: bool = False
+    has_ended: bool = False
     picture: Picture | None = None
 
 
@@ -36,6 +40,11 @@ class Person:
     settings: Settings = field(default_factory=Settings)
     speed: str = "micro-batches"
     playing: object | None = None
+    refused: str = ""  # why what stands in a control is not taken
+
+    def take(self, settings: Settings) -> None:
+        """They have set these."""
+        self.settings, self.refused = settings, ""
 
 
 class People:
@@ -44,89 +53,104 @@ class People:
     def __init__(self, workers: Workers):
         self._workers, self._lock = workers, threading.Lock()
         self._by_name: dict[str, Person] = {}
-
-    def __len__(self) -> int:
-        return len(self._by_name)
+        self._left: deque[str] = deque(maxlen=1000)  # what they have clicked last may come later
 
     def enter(self, name: str) -> Seen:
-        """Somebody opens the page, or clicks first."""
+        """Somebody opens the page."""
         return self._ask(name, "picture")
 
     def leave(self, name: str) -> None:
         """The page is closed: their training ends."""
-        self._pause(name)
         with self._lock:
-            self._by_name.pop(name, None)
+            self._left.append(name)
+            person = self._by_name.pop(name, None)
+        if person is not None:
+            person.playing = None
         self._workers.leave(name)
 
     def pause(self, name: str) -> Seen:
         """Stop where it is."""
-        self._pause(name)
-        return self._ask(name, "picture")
+        return self._ask(name, "picture", first=_pause)
 
     def go_on(self, name: str, to: To) -> Seen:
         """Go on by so much, and pause there."""
-        self._pause(name)
-        return self._ask(name, "advance", to)
+        return self._ask(name, "advance", to, first=_pause)
 
     def play(self, name: str) -> Iterator[Seen]:
         """Go on and on, until there is a pause, the end, or nobody."""
-        try:
-            person = self._person(name)
-        except BadInput as error:
-            yield Seen(str(error), is_wrong=True)
+        token, until = object(), time.monotonic() + LONGEST_PLAY
+        seen = self._ask(name, "picture", first=lambda person: setattr(person, "playing", token))
+        person = self._by_name.get(name)
+        if seen.picture is None or person is None:
+            yield seen
             return
-        person.playing = token = object()
-        until = time.monotonic() + LONGEST_PLAY
         while person.playing is token:
             begun = time.monotonic()
+            if begun > until:
+                yield Seen("Paused after ten minutes: press play to go on.", has_ended=True)
+                return
             to, pace = SPEEDS[person.speed]
             seen = self._ask(name, "advance", to)
-            if seen.picture is None or seen.picture.is_over or begun > until:
-                person.playing = None
-                yield seen if begun < until else Seen("paused after ten minutes: press play to go on")
-                return
             yield seen
+            if seen.has_ended:
+                return
             time.sleep(max(0.0, pace - (time.monotonic() - begun)))
 
-    def set_speed(self, name: str, speed: str) -> None:
+    def set_speed(self, name: str, speed: str) -> Seen:
         """How fast it plays, from now on."""
-        self._person(name).speed = speed
+        return self._ask(name, "picture", first=lambda person: setattr(person, "speed", speed))
 
     def change(self, name: str, settings: Settings) -> Seen:
         """Go on with these settings, from the next window on."""
-        self._person(name).settings = settings
-        return self._ask(name, "change", settings)
+        return self._ask(name, "change", settings, first=lambda person: person.take(settings))
 
-    def restart(self, name: str, settings: Settings | None = None) -> Seen:
-        """Begin anew, with these settings or those that are; also where the training process has ended."""
-        self._pause(name)
-        person = self._person(name)
-        person.settings = settings or person.settings
-        if not person.worker.is_alive:
-            self._workers.leave(name)
-            person.worker = self._workers.of(name)
-        return self._ask(name, "begin", person.settings)
+    def refuse(self, name: str, why: str) -> Seen:
+        """What stands in a control cannot be, which is said until it can; all goes on as it was."""
+        return self._ask(name, "picture", first=lambda person: setattr(person, "refused", why))
+
+    def restart(self, name: str, settings: Settings) -> Seen:
+        """Begin anew, with these settings; also where the training process has ended."""
+
+        def first(person: Person) -> None:
+            _pause(person)
+            person.take(settings)
+            if not person.worker.is_alive:
+                self._workers.leave(name)
+                person.worker = self._workers.of(name)
+
+        with self._lock:
+            if name in self._left:
+                self._left.remove(name)
+        return self._ask(name, "begin", settings, first=first)
 
     def _person(self, name: str) -> Person:
         with self._lock:
+            if name in self._left:
+                raise Gone("this page was closed")
             if name not in self._by_name:
                 self._by_name[name] = Person(self._workers.of(name))
             return self._by_name[name]
 
-    def _pause(self, name: str) -> None:
-        if (person := self._by_name.get(name)) is not None:
-            person.playing = None
-
-    def _ask(self, name: str, what: str, *given: Any) -> Seen:
+    def _ask(
+        self, name: str, what: str, *given: Any, first: Callable[[Person], None] = lambda person: None
+    ) -> Seen:
         try:
             person = self._person(name)
+            first(person)
             picture = person.worker.ask(what, *given)
         except Gone as error:
-            return Seen(f"{error}: press restart", is_wrong=True)
+            return Seen(f"{error}: press restart", is_wrong=True, has_ended=True)
         except Exception as error:
-            return Seen(one_line(error), is_wrong=True)
+            return Seen(one_line(error), is_wrong=True, has_ended=True)
+        if person.refused:
+            return Seen(person.refused, is_wrong=True, picture=picture)
         if picture.is_over:
-            return Seen("The run is over. Restart begins a new one.", picture=picture)
-        waits = picture.settings != person.settings
-        return Seen("The change takes effect at the next window." * waits, picture=picture)
+            return Seen("The run is over. Restart begins a new one.", has_ended=True, picture=picture)
+        if picture.settings == person.settings:
+            return Seen(picture=picture)
+        anew = " and begins a new run" * begins_anew(picture.settings, person.settings)
+        return Seen(f"The change takes effect at the next window{anew}.", picture=picture)
+
+
+def _pause(person: Person) -> None:
+    person.playing = None

@@ -27,12 +27,17 @@ def code(picture: Picture) -> str:
     """The loop's lines, the one that has just been run marked."""
     lines = []
     for number, text in enumerate(picture.code):
-        before, sign, wrong = text.partition("✗")
+        line, sign, comment = text.partition("  # ")
         now = number == picture.line
-        kinds = "line" + " now" * now + " wrong" * bool(sign)
+        said = escape(line)
+        if sign:
+            wrong = " wrong" * comment.startswith("✗")
+            said += f'<span class="comment{wrong}">  # {escape(comment)}</span>'
+        if now and picture.stop == "skipped":
+            said += "<em>  ← does nothing yet: the window is not complete</em>"
         current = ' aria-current="step"' if now else ""
-        said = escape(before) + f"<b>{sign}{escape(wrong)}</b>" * bool(sign)
-        lines.append(f'<div class="{kinds}"{current}><i>{"▶" if now else " "}</i>{said or " "}</div>')
+        kind = "line now" if now else "line"
+        lines.append(f'<div class="{kind}"{current}><i>{"▶" if now else " "}</i>{said or " "}</div>')
     return f'<div class="code" role="img" aria-label="the loop">{"".join(lines)}</div>'
 
 
@@ -88,7 +93,8 @@ def bucket(picture: Picture) -> str:
         if abs(y - last) > 11:
             drawn.append(f'<text class="at" x="48" y="{y + 4:.1f}">{number}</text>')
             last = y
-    drawn.append('<text x="120" y="146">accumulated</text><text x="320" y="146">the window at once</text>')
+    drawn.append('<text x="120" y="147">after 1, 2, … micro-batches</text>')
+    drawn.append('<text x="320" y="147">the window at once</text>')
     now = _number(picture.norms[-1]) if picture.norms else "0"
     emptied = " (emptied since)" if picture.is_empty and picture.norms else ""
     text = (
@@ -103,10 +109,13 @@ def bucket(picture: Picture) -> str:
 def _verdict(picture: Picture) -> str:
     if picture.done < len(picture.cells):
         return " so far."
-    allowed = 1e-5 if picture.settings.precision == "fp32" else 2e-2
-    right = picture.error <= allowed
+    if picture.has_diverged:
+        return ' <span class="bad">✗ the training has diverged</span>.'
+    right = picture.is_right
     said = "✓ the window's own gradient" if right else "✗ not the window's gradient"
-    return f' <span class="{"right" if right else "bad"}">{said}</span>.'
+    most = picture.settings.max_grad_norm
+    clipped = f" The step takes it clipped to {most:g}." if 0 < most < picture.norms[-1] else ""
+    return f' <span class="{"right" if right else "bad"}">{said}</span>.{clipped}'
 
 
 def memory(picture: Picture) -> str:
@@ -135,11 +144,11 @@ def memory(picture: Picture) -> str:
         drawn.append(f'<text class="left" x="{x + 17}" y="91">{name}</text>')
     if held.activations:
         by_loop, at_once = picture.seconds
-        ratio = f", and {by_loop / at_once:.1f} × its time" if by_loop and at_once else ""
+        ratio = f"; {by_loop / at_once:.1f} × its time" if by_loop and at_once else ""
         text = (
-            f"Activations: <b data-number=activations>{_bytes(held.activations)}</b>, at once "
-            f"<b data-number=at-once>{_bytes(held.activations_at_once)}</b>. The loop takes "
-            f"{held.activations / held.activations_at_once:.2f} × their memory{ratio}."
+            f"Activations: <b data-number=activations>{_bytes(held.activations)}</b> in micro-batches, "
+            f"<b data-number=at-once>{_bytes(held.activations_at_once)}</b> for the window at once, "
+            f"{held.activations / held.activations_at_once:.2f} of it{ratio}."
         )
     else:
         text = "Measured as it runs."
@@ -163,7 +172,7 @@ def losses(picture: Picture) -> str:
     drawn = [f'<path class="axis" d="M{left} {top} V{bottom} H{right}"/>']
     for value in (least, (least + most) / 2, most) if known else ():
         y = at(0, value).partition(",")[2]
-        drawn.append(f'<text class="at" x="{left - 5}" y="{float(y) + 4:.1f}">{value:.3g}</text>')
+        drawn.append(f'<text class="at" x="{left - 5}" y="{float(y) + 4:.1f}">{value:.2g}</text>')
     for number in (0, windows - 1):
         x = at(number, least).partition(",")[0]
         place = "left" if number == 0 else "at"
@@ -171,6 +180,7 @@ def losses(picture: Picture) -> str:
     for number in picture.changes:
         x = at(number, least).partition(",")[0]
         drawn.append(f'<line class="change" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
+        drawn.append(f'<text class="left faint" x="{x}" y="{top + 8}">changed</text>')
     said = []
     for who, (name, kind, dashes) in LINES.items():
         if who not in picture.losses:
@@ -180,6 +190,9 @@ def losses(picture: Picture) -> str:
         finite = values[: next((i for i, v in enumerate(values) if not math.isfinite(v)), len(values))]
         points = " ".join(at(i, v) for i, v in enumerate(finite))
         drawn.append(f'<polyline class="{kind}" stroke-dasharray="{dashes}" points="{points}"/>')
+        if finite:
+            x, y = points.split()[-1].split(",")
+            drawn.append(f'<circle class="{kind}" cx="{x}" cy="{y}" r="{5 if who == "at once" else 3}"/>')
         if len(finite) < len(values):
             x, y = at(max(0, len(finite) - 1), most).split(",")
             drawn.append(f'<text class="left bad" x="{x}" y="{float(y) + 12:.1f}">✗ diverged</text>')
@@ -197,7 +210,9 @@ def doctor(picture: Picture) -> str:
     """What the doctor says, in a sentence."""
     sign, kind = ("✓", "right") if picture.is_healthy else ("✗", "bad")
     said = escape(picture.doctor[0].upper() + picture.doctor[1:])
-    return f'<p class="doctor"><b class="{kind}">{sign}</b> The doctor, of three windows of it: {said}.</p>'
+    return (
+        f'<p class="doctor"><b class="{kind}">{sign}</b> The doctor, of three steps of this loop: {said}.</p>'
+    )
 
 
 def _kind(picture: Picture) -> str:

@@ -43,6 +43,7 @@ class Player:
         self.scheduler.base_lrs = [settings.lr_in_use]
         by = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
         self.optimizer.param_groups[0].update(initial_lr=settings.lr_in_use, lr=settings.lr_in_use * by)
+        self.optimizer.zero_grad()  # of a loop that leaves some to the next window
         in_precision(self.model, settings)
 
     @property

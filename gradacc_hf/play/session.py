@@ -18,17 +18,19 @@ from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
 
 from gradacc_hf.doctor import Diagnosis, diagnose
-from gradacc_hf.gradients import norm, read_gradient, relative_error, whole_window_gradient
+from gradacc_hf.gradients import EXACT, norm, read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.play.loops import FAULTS, Loop, Stop, line, ours, shown
 from gradacc_hf.play.player import WINDOWS, Player, in_precision
 from gradacc_hf.play.problems import problem
-from gradacc_hf.play.settings import LINE, Settings
+from gradacc_hf.play.settings import LINE, Settings, begins_anew
 from gradacc_hf.split import Cost
 from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
 
 CUT = Cost(fixed=1e9)  # into as few micro-batches as there can be
 LOOKED_AT = 3  # windows, by the doctor
+WARM = 5  # windows, before times are said
+TOLERANCE = {"fp32": EXACT, "bf16": 2e-2}  # relative error of a gradient that is right
 To = Literal["line", "micro-batch", "window"]
 Who = Literal["shown", "at once", "ours"]
 
@@ -59,10 +61,11 @@ class Picture:
     """What there is to see at a stop.
 
     `cells`: the window's micro-batches, of which so many are `done`. `norms`: of the accumulated gradient
-    after each one's backward; `is_empty`: there is none by now. `whole_norm`: of the window at once; `error`:
-    how far the gradient was from that after the latest backward, relative. `losses`: of each window, by whose
-    loop. `changes`: windows with which settings changed. `seconds`: of a window's forwards and backwards, by
-    the loop shown and at once, medians so far. What is not finite is as it is.
+    after each one's backward; `is_empty`: there is none by now. `whole_norm`: of the window at once, the
+    `largest` so far; `error`: how far the gradient was from it after the latest backward, relative.
+    `losses`: of each window, by whose loop. `changes`: windows with which settings changed. `seconds`: of a
+    window's forwards and backwards, by the loop shown and at once, medians so far; 0 before there are some.
+    What is not finite is as it is.
     """
 
     settings: Settings
@@ -76,6 +79,7 @@ class Picture:
     norms: tuple[float, ...]
     is_empty: bool
     whole_norm: float
+    largest: float
     error: float
     memory: Memory
     losses: dict[Who, tuple[float, ...]]
@@ -85,6 +89,20 @@ class Picture:
     doctor: str
     is_healthy: bool
     is_over: bool
+
+    @property
+    def is_right(self) -> bool:
+        """Is the accumulated gradient that of the window at once, to the rounding of the precision?
+
+        Near a minimum, where gradients vanish, rounding is that of the `largest` norm that there was.
+        """
+        allowed = TOLERANCE[self.settings.precision]
+        return self.error <= allowed or self.error * self.whole_norm <= allowed * self.largest / 10
+
+    @property
+    def has_diverged(self) -> bool:
+        """Is the gradient, or that of the window at once, not finite?"""
+        return not all(map(math.isfinite, (*self.norms, self.whole_norm)))
 
 
 class Session:
@@ -96,6 +114,8 @@ class Session:
 
     def change(self, settings: Settings) -> None:
         """Go on with these from the next window on; with another model, lengths or seed begin anew there."""
+        if settings == self._wanted:
+            return
         self._wanted = settings
         if self._stop is None:
             self.restart()
@@ -112,7 +132,7 @@ class Session:
         self._shown, self._at_once = (Player(self._new_model(), settings) for _ in range(2))
         self._ours = None if settings.fault == "none" else Player(self._new_model(), settings)
         self._scratch = self._new_model()
-        self._window_number, self._changes = 0, []
+        self._window_number, self._changes, self._largest = 0, [], 0.0
         self._losses: dict[Who, list[float]] = {"shown": [], "at once": []}
         if self._ours is not None:
             self._losses["ours"] = []
@@ -151,11 +171,12 @@ class Session:
             norms=tuple(self._norms),
             is_empty=self._shown.is_empty,
             whole_norm=norm(self._whole),
+            largest=self._largest,
             error=self._error,
             memory=self._memory,
             losses={who: tuple(losses) for who, losses in self._losses.items()},
             changes=tuple(self._changes),
-            seconds=(median(by_loop or [0.0]), median(at_once or [0.0])),
+            seconds=(median(by_loop), median(at_once)) if len(by_loop) >= WARM else (0.0, 0.0),
             lr=self._shown.lr,
             doctor=self._doctor_says,
             is_healthy=self._is_healthy,
@@ -222,23 +243,29 @@ class Session:
         with diagnose(copied.model, copied.optimizer, say=lambda report: None, **asked) as diagnosis:
             for _ in self._run(copied, self.loop, windows):
                 pass
+        if not all(map(math.isfinite, copied.heard)):
+            return "the training has diverged: no gradient of it can be compared", False
         return in_a_sentence(diagnosis), diagnosis.healthy
 
     def _take_what_is_wanted(self) -> None:
         before, self.settings = self.settings, self._wanted
-        if any(
-            getattr(before, name) != getattr(self.settings, name) for name in ("model", "lengths", "seed")
-        ):
+        if begins_anew(before, self.settings):
             self.restart()
             return
         self._changes.append(self._window_number)
-        is_right, was_right = self.settings.fault == "none", before.fault == "none"
-        if was_right and not is_right:
-            self._ours, self._losses["ours"] = self._shown, list(self._losses["shown"])
-            self._shown = Player(self._new_model(), self.settings, like=self._ours)
-        if is_right and self._ours is not None:
-            self._shown, self._ours, self._losses["shown"] = self._ours, None, self._losses.pop("ours")
+        if self.settings.fault != before.fault:
+            self._go_on_from_ours()
         self._prepare()
+
+    def _go_on_from_ours(self) -> None:
+        """Another loop is to be shown: it begins where the kit's is."""
+        right = self._ours or self._shown
+        losses = self._losses.get("ours", self._losses["shown"])
+        self._shown, self._ours, self._losses["shown"] = right, None, losses
+        self._losses.pop("ours", None)
+        if self.settings.fault != "none":
+            self._ours, self._losses["ours"] = right, list(losses)
+            self._shown = Player(self._new_model(), self.settings, like=right)
 
     # One window
 
@@ -298,10 +325,15 @@ class Session:
         self._done += 1
         gradient = read_gradient(self._shown.model)
         self._norms.append(norm(gradient))
+        self._largest = max(self._largest, norm(self._whole))
         self._error = relative_error(gradient, self._whole)
+        held = self._shown.bytes_held()
+        held["optimizer"] = self._at_once.bytes_held()[
+            "optimizer"
+        ]  # the same, and there before the first step
         self._memory = replace(
             self._memory,
-            **self._shown.bytes_held(),
+            **held,
             activations=max(self._memory.activations, self._shown.activations),
             activations_at_once=max(self._memory.activations_at_once, self._at_once.activations),
         )
@@ -312,7 +344,7 @@ def in_a_sentence(diagnosis: Diagnosis) -> str:
     if found := diagnosis.findings:
         return f"{found[0].what}: {re.sub(r' [(][^)]*[)]', '', found[0].evidence)}"
     right = [said.removeprefix("✓ ") for said in str(diagnosis).splitlines() if said.startswith("✓ ")]
-    return right[0].partition(", items")[0] if right else "nothing was seen"
+    return right[0].partition(", to ")[0] if right else "nothing was seen"
 
 
 def _endless(loader: WindowLoader) -> Iterator[Window]:

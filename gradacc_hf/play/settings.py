@@ -82,11 +82,18 @@ class Settings:
         return self.lr * lr_factor(self.lr_scaling, self.effective, REFERENCE)
 
 
+def begins_anew(before: Settings, after: Settings) -> bool:
+    """Is this another run, not the same one that goes on in another way?"""
+    return any(getattr(before, name) != getattr(after, name) for name in ("model", "lengths", "seed"))
+
+
 def steps_of(effective: Any, micro_batch: Any) -> int:
     """The accumulation steps that make micro-batches a window of so many examples. Raises BadInput."""
     if not _is_whole(micro_batch) or micro_batch < 1:
         _refuse("micro_batch", micro_batch, f"a whole number from 1 to {MOST['micro_batch']}")
-    if not _is_whole(effective) or effective < 1 or effective % micro_batch:
+    if not _is_whole(effective) or not 1 <= effective <= max(MOST_EXAMPLES.values()):
+        _refuse("effective", effective, f"a whole number from 1 to {max(MOST_EXAMPLES.values())}")
+    if effective % micro_batch:
         _refuse("effective", effective, f"a multiple of the micro-batch size, {micro_batch}")
     return effective // micro_batch
 

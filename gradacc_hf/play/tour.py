@@ -71,7 +71,7 @@ STEPS = (
         "Each micro-batch is a forward and a backward of its own, with what these cost whatever their "
         "size. Here 16 micro-batches have an example each, and nothing is padded.",
         "<b>Play</b>, and look at the last words under <b>memory</b>: the time by that of the window "
-        "at once. Then set the micro-batch size to 8 and the effective batch size to 16.",
+        "at once. Then set the steps to 2, and the micro-batch size to 8.",
         Settings(micro_batch=1, steps=16),
         ("time",),
     ),

@@ -71,11 +71,14 @@ class Workers:
         """The worker of this person's; a new one where there is none. Raises BadInput where all are taken."""
         with self._lock:
             if name not in self._by_name:
-                if len(self._by_name) >= self._most:
+                alive = {who: worker for who, worker in self._by_name.items() if worker.is_alive}
+                self._by_name = alive
+                if len(alive) >= self._most:
                     raise BadInput(
-                        f"{len(self._by_name)} people are here, all that this machine takes: come back later"
+                        f"{len(alive)} people are here, all that this machine takes: come back later"
                     )
-                self._by_name[name], self._spare = self._spare or Worker(), None
+                spare = self._spare if self._spare is not None and self._spare.is_alive else Worker()
+                self._by_name[name], self._spare = spare, None
                 threading.Thread(target=self._keep_a_spare).start()
             return self._by_name[name]
 
@@ -95,8 +98,11 @@ class Workers:
 
     def first_picture(self) -> Any:
         """Of a session at its beginning, with settings as they come."""
-        assert self._spare is not None
-        return self._spare.ask("picture")
+        worker = Worker()  # of its own: the spare one waits as long as nobody has asked it
+        try:
+            return worker.ask("picture")
+        finally:
+            worker.end()
 
     def _keep_a_spare(self) -> None:
         with self._lock:
@@ -111,13 +117,18 @@ def _context() -> Any:
 def start_server() -> None:
     """Begin to import what workers need; from here on it is under way."""
     _context().set_forkserver_preload(["gradacc_hf.play.warm"])
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # threads that wait for a GPU do not survive a fork
+    settings = {
+        "CUDA_VISIBLE_DEVICES": "",  # threads that wait for a GPU do not survive a fork
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # shapes change with each window: else bf16 takes 1 GB
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         forkserver.ensure_running()
     finally:
-        os.environ.pop("CUDA_VISIBLE_DEVICES")
-        os.environ.update({} if before is None else {"CUDA_VISIBLE_DEVICES": before})
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({name: value} if value is not None else {})
 
 
 def _serve(connection: Connection) -> None:
@@ -131,13 +142,15 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what is known by now need not be looked through again
     session = Session()
-    while connection.poll(IDLE):
+    patience = None  # until somebody comes
+    while connection.poll(patience):
         try:
             what, given = connection.recv()
         except EOFError:
             return
+        patience = IDLE
         try:
-            getattr(session, what)(*given) if what != "picture" else None
+            getattr(session, what)(*given)
             connection.send(session.picture())
         except Exception as error:
             connection.send(error if isinstance(error, BadInput) else RuntimeError(one_line(error)))
