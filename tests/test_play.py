@@ -508,8 +508,7 @@ def set_number(page, name, value):
 
 
 def choose(page, name, value):
-    page.click(f"#{name} input")
-    page.click(f"[role=option][aria-label='{value}']")
+    page.click(f"#{name} label:has-text('{value}') >> nth=0")
 
 
 @needs_a_browser

@@ -118,13 +118,12 @@ def build(people: People, first: Picture) -> gr.Blocks:
 
 
 def _controls(settings: Settings) -> dict[str, Any]:
-    def number(name: str, label: str, info: str = "") -> Any:
-        return gr.Number(getattr(settings, name), label=label, info=info or None, elem_id=name, min_width=90)
+    def number(name: str, label: str) -> Any:
+        return gr.Number(getattr(settings, name), label=label, elem_id=name, min_width=90)
 
-    def choice(name: str, kind: Any, label: str, info: str = "") -> Any:
+    def choice(name: str, kind: Any, label: str) -> Any:
         value, among = getattr(settings, name), list(get_args(kind))
-        make = gr.Dropdown if len(" ".join(among)) > 40 else gr.Radio
-        return make(among, value=value, label=label, info=info or None, elem_id=name)
+        return gr.Radio(among, value=value, label=label, elem_id=name)
 
     controls = {"model": choice("model", ModelName, "Model")}
     with gr.Row():
@@ -137,7 +136,7 @@ def _controls(settings: Settings) -> dict[str, Any]:
         controls["lr"] = number("lr", "Learning rate")
         controls["max_grad_norm"] = number("max_grad_norm", "Clip at norm")
         controls["seed"] = number("seed", "Seed")
-    controls["lr_scaling"] = choice("lr_scaling", LrScaling, "The learning rate, by the effective batch / 16")
+    controls["lr_scaling"] = choice("lr_scaling", LrScaling, "Learning rate × effective batch / 16")
     controls["precision"] = choice("precision", Precision, "Precision")
     return controls
 

@@ -120,7 +120,7 @@ def _verdict(picture: Picture) -> str:
 
 def memory(picture: Picture) -> str:
     """Bytes as stacked bars: of a micro-batch of this size, and of the whole window at once."""
-    held, width = picture.memory, 265.0
+    held, width = picture.memory, 250.0
     kept = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer}
     bars = (
         ("micro-batch", {**kept, "activations": held.activations}),
@@ -129,8 +129,8 @@ def memory(picture: Picture) -> str:
     most = max(sum(parts.values()) for _, parts in bars) or 1
     drawn = [HATCHED.format(f"held-{i}", f"part-{i}") for i in (1, 3)]
     for row, (name, parts) in enumerate(bars):
-        x, y = 82.0, 6 + 34 * row
-        drawn.append(f'<text class="at" x="76" y="{y + 17}">{name}</text>')
+        x, y = 98.0, 6 + 34 * row
+        drawn.append(f'<text class="at" x="92" y="{y + 17}">{name}</text>')
         for i, size in enumerate(parts.values()):
             wide = width * size / most
             fill = f'fill="url(#held-{i})"' if i in (1, 3) else f'class="part-{i}"'
@@ -243,10 +243,4 @@ def _loss(value: float) -> str:
 
 
 def _bytes(value: float) -> str:
-    return (
-        f"{value:,.0f} B"
-        if value < 1e4
-        else f"{value / 1e3:,.0f} kB"
-        if value < 1e7
-        else f"{value / 1e6:,.1f} MB"
-    )
+    return f"{value:,.0f} B" if value < 1e4 else f"{value / 1e6:,.1f} MB"
