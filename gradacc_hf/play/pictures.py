@@ -210,9 +210,8 @@ def doctor(picture: Picture) -> str:
     """What the doctor says, in a sentence."""
     sign, kind = ("✓", "right") if picture.is_healthy else ("✗", "bad")
     said = escape(picture.doctor[0].upper() + picture.doctor[1:])
-    return (
-        f'<p class="doctor"><b class="{kind}">{sign}</b> The doctor, of three steps of this loop: {said}.</p>'
-    )
+    who = "The doctor, after three steps of this loop"
+    return f'<p class="doctor"><b class="{kind}">{sign}</b> {who}: {said}.</p>'
 
 
 def _kind(picture: Picture) -> str:

@@ -22,7 +22,7 @@ from gradacc_hf.gradients import EXACT, norm, read_gradient, relative_error, who
 from gradacc_hf.play.loops import FAULTS, Loop, Stop, line, ours, shown
 from gradacc_hf.play.player import WINDOWS, Player, in_precision
 from gradacc_hf.play.problems import problem
-from gradacc_hf.play.settings import LINE, Settings, begins_anew
+from gradacc_hf.play.settings import Settings, begins_anew
 from gradacc_hf.split import Cost
 from gradacc_hf.window import Window
 from gradacc_hf.windows import WindowLoader
@@ -73,7 +73,6 @@ class Picture:
     line: int | None
     stop: Stop | None
     window: int
-    items: str
     cells: tuple[Cell, ...]
     done: int
     norms: tuple[float, ...]
@@ -165,7 +164,6 @@ class Session:
             line=line(self.loop, self._shown.running),
             stop=self._stop,
             window=self._window_number,
-            items="examples" if self.settings.model == LINE else "tokens to predict",
             cells=self._cells,
             done=self._done,
             norms=tuple(self._norms),
