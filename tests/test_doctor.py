@@ -341,6 +341,31 @@ def test_a_loss_of_tokens_laid_end_to_end_is_compared(weigh, reduction, found):
     assert ("items: targets" in str(diagnosis)) == (not found)
 
 
+def class_weighted(weigh):
+    """A classifier with a weight for each class, in windows of 4 micro-batches of 4."""
+    torch.manual_seed(0)
+    model, weight = torch.nn.Linear(6, 3), torch.tensor([1.0, 4.0, 0.25])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of, random = torch.nn.CrossEntropyLoss(weight=weight), torch.Generator().manual_seed(1)
+    with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
+        for _ in range(3):
+            x, y = torch.randn(16, 6, generator=random), torch.randint(3, (16,), generator=random)
+            for some in range(0, 16, 4):
+                loss = loss_of(model(x[some : some + 4]), y[some : some + 4])
+                share = weight[y[some : some + 4]].sum() / weight[y].sum() if weigh else 1 / 4
+                (loss * share).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return diagnosis
+
+
+def test_a_loss_with_weights_of_classes_is_compared_as_it_is():
+    right = class_weighted(weigh=True)
+    assert right.findings == [], str(right)
+    assert "items: weights of the targets' classes" in str(right)
+    assert names(class_weighted(weigh=False)) == {"mean_of_means"}
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_losses_that_are_all_alike_do_not_mislead_about_what_is_counted(seed):
     """A head of zeros gives ln C for each token, whatever counts."""

@@ -80,6 +80,13 @@ def _targets(model: torch.nn.Module, piece: MicroBatch) -> int:
     return target.numel() if target.is_floating_point() else int((target != ignored).sum())
 
 
+def _class_weights(model: torch.nn.Module, piece: MicroBatch) -> float:
+    if piece.own_loss is None:
+        raise KeyError("the loss is the model's own")
+    target, ignored = piece.own_loss.others[0], piece.own_loss.named.get("ignore_index", IGNORED)
+    return float(piece.own_loss.named["weight"][target[target != ignored]].sum())
+
+
 def _by_name(name: str) -> Callable[[torch.nn.Module, MicroBatch], float]:
     def count(model: torch.nn.Module, piece: MicroBatch) -> float:
         assert piece.forward is not None
@@ -93,6 +100,7 @@ COUNT_BY: dict[str, Callable[[torch.nn.Module, MicroBatch], float]] = {
     "labels that are not −100": _by_name("labels"),
     "labels that are not −100, but the first of each row": _by_name("next_token"),
     "targets": _targets,
+    "weights of the targets' classes": _class_weights,
 }
 
 

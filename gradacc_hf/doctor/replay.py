@@ -115,7 +115,10 @@ def _how(pieces: Sequence[MicroBatch], loss_fn: LossOf | None) -> tuple[Loss, tu
     if all(piece.own_loss is not None and piece.own_loss.shape is not None for piece in pieces):
         function, arguments = pieces[0].own_loss.function, pieces[0].own_loss.named  # type: ignore[union-attr]
         shape = pieces[0].own_loss.shape or ()  # type: ignore[union-attr]
-        arguments = {key: value for key, value in arguments.items() if not isinstance(value, torch.Tensor)}
+        of_each = [piece.own_loss.named for piece in pieces if piece.own_loss]
+        for key, value in arguments.items():
+            if isinstance(value, torch.Tensor) and not all(each.get(key) is value for each in of_each):
+                raise CannotReplay(f"the loss is given another {key}= with each micro-batch")
         alone = _is_one_example(pieces[0])
         is_flat = not alone and pieces[0].own_loss.others[0].ndim == 1  # type: ignore[union-attr]
 
