@@ -69,10 +69,10 @@ find_browser() {
   compgen -G "${PLAYWRIGHT_BROWSERS_PATH:-$HOME/.cache/ms-playwright}/chromium-*" >/dev/null && return
   echo "installing Chromium, for the tests of the page (once)" >&2
   if [[ $(id -u) -eq 0 ]] && command -v apt-get >/dev/null; then
-    { timeout 300 apt-get install -qq -y chromium || { apt-get update -qq && timeout 300 apt-get install -qq -y chromium; }; } \
+    { timeout 120 apt-get install -qq -y chromium || { timeout 60 apt-get update -qq && timeout 120 apt-get install -qq -y chromium; }; } \
       >/dev/null 2>&1 && return
   fi
-  timeout 300 python -m playwright install chromium >/dev/null 2>&1 ||
+  timeout 90 python -m playwright install chromium >/dev/null 2>&1 ||
     echo "no Chromium could be installed: the tests of the page in a browser are skipped" >&2
 }
 
