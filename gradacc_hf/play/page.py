@@ -106,7 +106,8 @@ def build(people: People, first: Picture) -> gr.Blocks:
         on(buttons["pause"].click, drawing(people.pause))
         on(buttons["restart"].click, restarted(people), named)
         for to in ("line", "micro-batch", "window"):
-            on(buttons[to].click, drawing(people.go_on, to), trigger_mode="multiple")
+            # One after the other: else the picture of the click before might come last.
+            on(buttons[to].click, drawing(people.go_on, to), trigger_mode="always_last")
         on(speed.input, paced(people), speed)
         for name, control in controls.items():
             following = [controls[other] for other in FOLLOWING]

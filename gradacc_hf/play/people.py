@@ -91,6 +91,8 @@ class People:
                 return
             to, pace = SPEEDS[person.speed]
             seen = self._ask(name, "advance", to)
+            if person.playing is not token:
+                return  # what came in between has shown what there is to see
             yield seen
             if seen.has_ended:
                 return
