@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -39,7 +39,7 @@ class Playing:
     measured_with: dict[str, str]
 
 
-def playing(repeats: int, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Playing:
+def playing(repeats: int, progress: Callable[[Sequence[int]], Iterable[int]] = iter) -> Playing:
     """Open the page again and again; one person plays it, then two. Raises BadInput without a browser."""
     if find_spec("playwright") is None or find_spec("gradio") is None:
         raise BadInput("bench play needs Gradio and Playwright: pip install gradio playwright")
