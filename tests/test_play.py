@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from dataclasses import replace
 from itertools import islice
@@ -386,6 +387,15 @@ def test_it_plays_until_there_is_a_pause(people):
 
 
 # In a browser
+
+
+def test_no_file_is_taken(server):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n1\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    for path in ("/gradio_api/upload", "/upload"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(server[0] + path, body, kind), timeout=30)
+        assert refused.value.code == 404
 
 
 def there_is_a_browser():

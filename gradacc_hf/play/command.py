@@ -29,39 +29,40 @@ def main(argv: Sequence[str]) -> None:
         help="write a folder that is a working Space on the Hub, and stop",
     )
     parser.add_argument(
-        "--film", type=Path, metavar="FILE.svg", help="draw the first two windows of a run, moving, and stop"
+        "--film", type=Path, metavar="FILE.svg", help="draw the first windows of a run, moving, and stop"
     )
     given = parser.parse_args(argv)
     if given.port is not None and not 1 <= given.port <= 65535:
         raise BadInput(f"--port: found {given.port}; allowed: 1 to 65535")
-    if given.film is not None:
-        from gradacc_hf.play.film import write_film
-
-        try:
-            print(write_film(given.film))
-        except OSError as error:
-            raise BadInput(f"--film: {one_line(error)}; give another file") from None
-        return
-    if importlib.util.find_spec("gradio") is None:
+    if given.film is None and importlib.util.find_spec("gradio") is None:
         raise BadInput("gradacc play needs Gradio: pip install 'gradacc-hf[play]'")
-    if given.space is not None:
-        from gradacc_hf.play.space import write_space
-
-        try:
-            print(write_space(given.space))
-        except OSError as error:
-            raise BadInput(f"--space: {one_line(error)}; give a new folder") from None
-        return
     try:
-        with socket.socket(socket.AF_INET6 if ":" in given.host else socket.AF_INET) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((given.host, given.port or 0))
+        if given.film is not None:
+            from gradacc_hf.play.film import write_film
+
+            print(write_film(given.film))
+        elif given.space is not None:
+            from gradacc_hf.play.space import write_space
+
+            print(write_space(given.space))
+        else:
+            _check_address(given.host, given.port)
+            serve(given.host, given.port, opens_browser=not given.no_browser)
     except OSError as error:
-        asked = f"{given.host}, {given.port or 'any'}"
+        raise BadInput(f"gradacc play: {one_line(error)}; give another file, folder, host or port") from None
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raise BadInput where nothing can be served, which Gradio would try port after port."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, port or 0))
+    except OSError as error:
         raise BadInput(
-            f"--host, --port: found {asked}, which cannot be served at: {one_line(error)}; give others"
+            f"--host, --port: found {host}, {port or 'any'}, which cannot be served at: {one_line(error)}; "
+            "give others"
         ) from None
-    serve(given.host, given.port, opens_browser=not given.no_browser)
 
 
 def serve(host: str | None = None, port: int | None = None, opens_browser: bool = False) -> None:
@@ -76,17 +77,9 @@ def serve(host: str | None = None, port: int | None = None, opens_browser: bool 
     workers = Workers(MOST)
     try:
         page = build(People(workers), workers.first_picture())
-        try:
-            app, address, _ = page.launch(
-                server_name=host,
-                server_port=port,
-                inbrowser=opens_browser,
-                prevent_thread_lock=True,
-                **LAUNCH,
-            )
-        except OSError as error:
-            raise BadInput(f"--host, --port: found {host}, {port}: {one_line(error)}") from None
-        app.router.routes[:] = [r for r in app.router.routes if "upload" not in getattr(r, "path", "")]
+        _, address, _ = page.launch(
+            server_name=host, server_port=port, inbrowser=opens_browser, prevent_thread_lock=True, **LAUNCH
+        )
         print(f"{address} (Ctrl-C ends it)", flush=True)
         page.block_thread()
     finally:

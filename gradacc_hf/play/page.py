@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.responses import Response
 
 from gradacc_hf.config import LrScaling
 from gradacc_hf.errors import BadInput
 from gradacc_hf.play import pictures, tour
 from gradacc_hf.play.people import SPEEDS, People, Seen
 from gradacc_hf.play.session import Picture
-from gradacc_hf.play.settings import FITTING, Fault, Lengths, ModelName, Precision, Settings, steps_of
+from gradacc_hf.play.settings import Fault, Lengths, ModelName, Precision, Settings, fitting, steps_of
 
 HERE = Path(__file__).parent
 DRAWN: dict[str, Callable[[Picture], str]] = {
@@ -41,6 +43,20 @@ which trains a small model in this moment. <b>Play</b> it, or go on step by step
 THEME: Any = gr.themes.Default(  # type: ignore[attr-defined]
     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
+
+
+class NoUploads:
+    """In front of the page: Gradio's every app would take files, and this one asks for none."""
+
+    def __init__(self, app: Any):
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer what comes; for an upload, that there is no such thing."""
+        is_upload = scope["type"] == "http" and "/upload" in scope["path"]
+        await (Response(status_code=404) if is_upload else self._app)(scope, receive, send)
+
+
 LAUNCH: dict[str, Any] = {
     "theme": THEME,
     "css_paths": HERE / "page.css",
@@ -51,7 +67,7 @@ LAUNCH: dict[str, Any] = {
     "mcp_server": False,
     "run_history": False,
     "quiet": True,
-    "max_file_size": 1,  # bytes: nothing is uploaded here
+    "app_kwargs": {"middleware": [Middleware(NoUploads)]},
 }
 
 
@@ -206,12 +222,11 @@ def changed(people: People, which: str) -> Callable[..., list[Any]]:
     """
 
     def take(request: gr.Request, *values: Any) -> list[Any]:
-        given: dict[str, Any]
         unchanged = [gr.skip()] * len(FOLLOWING)
         try:
             before = given = _read(values)
             if which == "model":
-                given = given | FITTING[given["model"]]
+                given = given | fitting(given["model"])
             elif which == "effective":
                 given = given | {"steps": steps_of(given["effective"], given["micro_batch"])}
             settings = _settings(given)

@@ -21,11 +21,6 @@ Fault = Literal[
 LINE, TRANSFORMER, WITH_BATCH_NORM = get_args(ModelName)
 REFERENCE = 16  # examples, in the window that the learning rate is meant for
 MOST = {"micro_batch": 32, "steps": 16, "seed": 9999, "lr": 10.0, "max_grad_norm": 1000.0}
-FITTING: dict[str, dict[str, Any]] = {  # what a model is begun with
-    LINE: {"micro_batch": 2, "steps": 2, "lr": 0.01},
-    TRANSFORMER: {"micro_batch": 4, "steps": 4, "lr": 0.2},
-    WITH_BATCH_NORM: {"micro_batch": 4, "steps": 4, "lr": 0.2},
-}
 MOST_EXAMPLES = {LINE: 8, TRANSFORMER: 64, WITH_BATCH_NORM: 64}  # in a window
 
 
@@ -80,6 +75,13 @@ class Settings:
     def lr_in_use(self) -> float:
         """The learning rate that a run begins with, scaled by the rule."""
         return self.lr * lr_factor(self.lr_scaling, self.effective, REFERENCE)
+
+
+def fitting(model: ModelName) -> dict[str, Any]:
+    """Sizes and a learning rate that suit a model: the defaults suit a transformer."""
+    if model == LINE:
+        return {"micro_batch": 2, "steps": 2, "lr": 0.01}
+    return {name: getattr(Settings, name) for name in ("micro_batch", "steps", "lr")}
 
 
 def begins_anew(before: Settings, after: Settings) -> bool:
