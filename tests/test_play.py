@@ -3,8 +3,6 @@
 import math
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +20,7 @@ from accelerate import Accelerator
 from transformers import get_scheduler
 
 from gradacc_hf import WindowLoader
-from gradacc_hf.bench.playing import chromium
+from gradacc_hf.bench.playing import chromium, served
 from gradacc_hf.errors import BadInput
 from gradacc_hf.gradients import EXACT, norm, relative_error, whole_window_gradient
 from gradacc_hf.play import loops, pictures, tour
@@ -409,59 +407,10 @@ needs_a_browser = pytest.mark.skipif(
 )
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def served(*command, cwd=ROOT, **environment):
-    """A process that serves the page, and its address."""
-    port = free_port()
-    process = subprocess.Popen(
-        [*command],
-        cwd=cwd,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            **environment,
-            "GRADIO_SERVER_PORT": str(port),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    return process, f"http://127.0.0.1:{port}"
-
-
-def wait_for(address, process, seconds=120):
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            return urllib.request.urlopen(address, timeout=5).read().decode()
-        except OSError:
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.2)
-    raise AssertionError(f"{address} does not answer")
-
-
-def end(process):
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(20)
-
-
 @pytest.fixture(scope="module")
 def server():
-    port = free_port()
-    process, _ = served(sys.executable, "-m", "gradacc_hf", "play", "--no-browser", "--port", str(port))
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(address, process)
+    with served(cwd=ROOT) as (address, process):
         yield address, process.pid
-    finally:
-        end(process)
 
 
 @pytest.fixture
@@ -664,13 +613,10 @@ def test_a_space_is_a_page_that_works(browser, tmp_path):
     )
     assert again.returncode == 2
     assert "nothing is overwritten" in again.stderr
-    process, address = served(sys.executable, "app.py", cwd=folder, PYTHONPATH="")
-    try:
-        wait_for(address, process)
+    alone = {**os.environ, "PYTHONPATH": ""}  # its own copy of the package
+    with served([sys.executable, "app.py"], cwd=folder, env=alone) as (address, _):
         page = browser.new_page()
         opened(page, address)
         page.click("#window")
         shows(page, "done", 4)
         page.close()
-    finally:
-        end(process)

@@ -1,5 +1,6 @@
 """`gradacc bench play`: how fast the page of `gradacc play` is, as a browser shows it."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -48,7 +49,7 @@ def playing(repeats: int, progress: Callable[[Sequence[int]], Iterable[int]] = i
     first: list[float] = []
     answers: list[float] = []
     updates: dict[str, list[float]] = {"one": [], "each of two": []}
-    with served() as address, sync_playwright() as playwright:
+    with served() as (address, _), sync_playwright() as playwright:
         try:
             browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         except Error as error:
@@ -83,14 +84,21 @@ def chromium() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
+PLAY = (sys.executable, "-m", "gradacc_hf", "play", "--no-browser")
+
+
 @contextmanager
-def served() -> Iterator[str]:
-    """The page, served by a process of its own: its address."""
+def served(command: Sequence[str] = PLAY, **how: Any) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The page, served by a process of its own, on a port that it is told as a Space is: address and process.
+
+    `how` it is run: as subprocess.Popen takes it.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "gradacc_hf", "play", "--no-browser", "--port", str(port)]
-    process, address = subprocess.Popen(command, stdout=subprocess.DEVNULL), f"http://127.0.0.1:{port}"
+    environment = {**how.pop("env", os.environ), "GRADIO_SERVER_PORT": str(port)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, **how)
+    address = f"http://127.0.0.1:{port}"
     try:
         until = time.monotonic() + 120
         while True:
@@ -101,7 +109,7 @@ def served() -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > until:
                     raise BadInput("bench play: the page is not served; see `gradacc play`") from None
                 time.sleep(0.2)
-        yield address
+        yield address, process
     finally:
         process.terminate()
         process.wait()
