@@ -1,0 +1,1 @@
+"""`gradacc compare`: the same training by several loops, side by side."""
