@@ -113,14 +113,14 @@ def train_and_stop() -> None:
     """Run the recipe; send this process SIGTERM after a window, with random states that no seed gives."""
     import runpy
 
-    from gradacc_hf.runlog import RunLog
+    from gradacc_hf.runlog import RunLog, WindowRecord
 
     write = RunLog.window
 
-    def write_and_stop(log, record):
-        write(log, record)
+    def write_and_stop(self: RunLog, record: WindowRecord) -> None:
+        write(self, record)
         if record.window == STOP_AFTER_WINDOW:
-            torch.rand(3), np.random.rand(3), random.random()
+            _ = torch.rand(3), np.random.rand(3), random.random()
             os.kill(os.getpid(), signal.SIGTERM)
 
     RunLog.window = write_and_stop

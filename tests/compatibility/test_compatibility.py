@@ -60,7 +60,7 @@ IMPORTS = imports_of_recipes()
 class Outcome:
     """The exit code of a command, and the text that it printed."""
 
-    code: int
+    code: str | int | None
     out: str
     err: str
 
@@ -89,7 +89,7 @@ def command(monkeypatch, capfd):
             else:
                 runpy.run_module(program, run_name="__main__")
         except SystemExit as end:
-            code = end.code or 0
+            code = end.code
         return Outcome(code, *capfd.readouterr())
 
     return command
@@ -151,6 +151,7 @@ def test_an_import_that_stays_warns_of_nothing(imported, path):
     assert imported[path] == {"warnings": [], "other": [], "error": None}
 
 
+# After the move: remove this mark, and correct the table MOVED where a path differs from it.
 @pytest.mark.xfail(strict=True, reason="the modules have not moved yet; remove this mark when they have")
 @pytest.mark.parametrize("path", MOVED)
 def test_an_old_module_path_gives_the_same_names_and_warns_of_the_new_path(imported, path):
@@ -240,7 +241,17 @@ class Case:
 
 CASES = {
     "causal_lm": Case(chats(), ("--data.sample_tokens", 4), answered={"answer"}),
+    "causal_lm, packed": Case(
+        column_rows(prompt=20, completion=8),
+        ("--data.packing", "true", "--data.sample_tokens", 4),
+        answered={"answer"},
+    ),
     "contrastive": Case(column_rows(anchor=12, positive=40), answered={"text", "found"}),
+    "contrastive, negatives": Case(
+        column_rows(anchor=12, positive=40, wrong=30),
+        ("--data.negative_column", "wrong", "--data.symmetric", "false"),
+        answered={"text", "found"},
+    ),
     "image_classification": Case(
         flags=(
             "--model.name",
@@ -265,18 +276,28 @@ CASES = {
         [{"text": text, "label": "tea" if "tea" in text else "none"} for text in texts(length=3)],
         answered={"label", "score"},
     ),
+    "text_classification, pairs": Case(
+        [{"text": text, "other": text[:9], "label": len(text) / 9} for text in texts()],
+        ("--data.text_pair_column", "other", "--data.problem", "regression"),
+        asked={"text": "the tea", "other": "the garden"},
+        answered={"score"},
+    ),
     "token_classification": Case(tagged(), answered={"tokens", "tags", "entities"}),
 }
 
 
 def test_every_recipe_of_0_1_0_is_tested():
-    assert {file.stem for file in RECIPES.glob("*.py")} == {*CASES, "minimal", "compare_trainer"}
+    assert {file.stem for file in RECIPES.glob("*.py")} == {
+        *(name.partition(",")[0] for name in CASES),
+        "minimal",
+        "compare_trainer",
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_recipe_of_0_1_0_trains_and_predicts(command, name, tiny_llama, tmp_path):
     """The copy lies in a folder of its user, as `gradacc cp` writes it."""
-    case = CASES[name]
+    case, name = CASES[name], name.partition(",")[0]
     shutil.copy(RECIPES / f"{name}.py", tmp_path)
     settings = {
         "--model.name": tiny_llama if name == "causal_lm" else RUN / "model",
