@@ -77,11 +77,11 @@ def _run() -> None:
 
         script.main(rest)
     elif arguments.command == "plan":
-        from gradacc_hf.run import plan as plan_command  # late: it loads transformers
+        from gradacc_hf.cli import plan  # late: it loads transformers
 
-        plan_command.main(rest)
+        plan.main(rest)
     elif arguments.command == "predict":
-        from gradacc_hf.run import predict  # late: it loads transformers
+        from gradacc_hf.cli import predict  # late: it loads transformers
 
         predict.main(rest)
     elif arguments.command == "play":
