@@ -20,6 +20,13 @@ class BadInput(ValueError):
     of_one_process = False  # which says it then, whichever it is
 
 
+class MissingExtraError(ImportError):
+    """A package is missing that an extra of this one installs.
+
+    Its message is one line: what needs which packages, and the `pip install` that brings them.
+    """
+
+
 class Parser(argparse.ArgumentParser):
     """A parser of commands that are no recipe's: what it cannot read is a BadInput."""
 
@@ -32,14 +39,15 @@ class Parser(argparse.ArgumentParser):
 def command() -> Iterator[None]:
     """Around all that a command does: a BadInput ends it, no file that it leaves is everybody's to write.
 
-    The line of a BadInput goes to stderr, of the main process alone and without tokens; the exit code is 2.
+    The line of a BadInput or of a MissingExtraError goes to stderr, of the main process alone and without tokens;
+    the exit code is 2.
     """
     umask = os.umask(0o002)
     os.umask(umask | 0o002)
     try:
         yield
-    except BadInput as error:
-        if int(os.environ.get("RANK", 0)) == 0 or error.of_one_process:
+    except (BadInput, MissingExtraError) as error:
+        if int(os.environ.get("RANK", 0)) == 0 or getattr(error, "of_one_process", False):
             print(f"error: {without_tokens(one_line(error))}", file=sys.stderr)
         sys.exit(2)
     finally:

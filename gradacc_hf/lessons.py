@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from gradacc_hf.config import kit
 from gradacc_hf.errors import listed, refuse
 from gradacc_hf.saving import write_whole
+from gradacc_hf.utils.extras import require
 
 # The colours of Okabe and Ito, which the colour-blind tell apart; dashes, so that a line shows under another.
 # On white, also where the page is dark.
@@ -85,6 +86,7 @@ def _path(name: str) -> Path:
 
 
 def _check_plot(plot: Path) -> None:
+    require("--plot", "report", "matplotlib")
     if plot.suffix != ".svg":
         refuse("--plot", f"found {plot}", "allowed: a file that ends in .svg")
     try:

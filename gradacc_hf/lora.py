@@ -29,6 +29,7 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
     `new_parameters`: names of those that came with no weights; None: nobody knows of any that did. The
     adapters are on the model's device, in float32. Raises BadInput where nothing can be adapted.
     """
+    require("model.lora", "recipes", "peft")
     import peft  # slow to import, so not before it is needed
     from peft.functional import cast_adapter_dtype
     from transformers.pytorch_utils import Conv1D

@@ -11,6 +11,7 @@ of a data set with a length.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice, takewhile
@@ -366,6 +367,8 @@ def _of_its_own(dataset: Any) -> tuple[Any, bool]:
     Those of datasets that are made of one another (`take` and `skip` of one, say) note where they are in the
     same place: here they are taken apart. A shuffle buffer of theirs has no state.
     """
+    if "datasets" not in sys.modules:  # then it is none of its data sets; the package may not be installed
+        return dataset, False
     from datasets import IterableDataset  # late: it takes a second
     from datasets.iterable_dataset import BufferShuffledExamplesIterable
 

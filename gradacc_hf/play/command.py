@@ -1,12 +1,12 @@
 """`gradacc play`: the command line."""
 
-import importlib.util
 import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from gradacc_hf.errors import BadInput, Parser, one_line
+from gradacc_hf.utils.extras import require
 
 MOST = 8  # people at once; each has a process
 
@@ -34,8 +34,7 @@ def main(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     if given.port is not None and not 1 <= given.port <= 65535:
         raise BadInput(f"--port: found {given.port}; allowed: 1 to 65535")
-    if given.film is None and importlib.util.find_spec("gradio") is None:
-        raise BadInput("gradacc play needs Gradio: pip install 'gradacc-hf[play]'")
+    require("gradacc play", "play", *(["datasets", "pyarrow"] if given.film else []))
     try:
         if given.film is not None:
             from gradacc_hf.play.film import write_film

@@ -8,6 +8,7 @@ import gradacc_hf
 from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput
 from gradacc_hf.saving import write_whole
+from gradacc_hf.utils.extras import pinned
 
 APP = '''"""The page of `gradacc play`, as a Space."""
 
@@ -48,13 +49,6 @@ def write_space(folder: Path) -> Path:
         shutil.copytree(kit() / name, package / "_kit" / name, ignore=ignored)
     versions = {"gradio": metadata.version("gradio"), "version": metadata.version("gradacc-hf")}
     write_whole(folder / "README.md", README.format(**versions))
-    write_whole(folder / "requirements.txt", "\n".join([*requirements(), ""]))
+    write_whole(folder / "requirements.txt", "\n".join([*pinned("play"), ""]))
     write_whole(folder / "app.py", APP)
     return folder
-
-
-def requirements() -> list[str]:
-    """What the package needs, in the versions that are installed here; Gradio comes with the Space."""
-    needed = [line for line in metadata.requires("gradacc-hf") or [] if "extra ==" not in line]
-    names = [line.split(">=")[0].split("==")[0].strip() for line in needed]
-    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
