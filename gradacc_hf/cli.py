@@ -10,7 +10,6 @@ from gradacc_hf import lessons
 from gradacc_hf.config import kit
 from gradacc_hf.errors import BadInput, Parser, command
 
-
 EXTRAS = {
     "bench": ("recipes", "report"),
     "compare": ("recipes", "report"),

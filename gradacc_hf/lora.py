@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from gradacc_hf.config import LoraConfig, ModelConfig
 from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.utils.extras import require
 
 ADAPTER = "default"  # peft's name for the only one
 FOUR_BIT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
