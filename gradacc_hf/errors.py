@@ -39,8 +39,8 @@ class Parser(argparse.ArgumentParser):
 def command() -> Iterator[None]:
     """Around all that a command does: a BadInput ends it, no file that it leaves is everybody's to write.
 
-    The line of a BadInput or a MissingExtraError goes to stderr, of the main process alone and without tokens; the
-    exit code is 2.
+    The line of a BadInput or a MissingExtraError goes to stderr, of the main process alone and without
+    tokens; the exit code is 2.
     """
     umask = os.umask(0o002)
     os.umask(umask | 0o002)

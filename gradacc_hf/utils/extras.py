@@ -31,7 +31,7 @@ def require(user: str, extra: str, *packages: str) -> None:
 
 
 def packages_of(*extras: str) -> list[str]:
-    """Return the distributions that these extras install: without this package, and without those of the base.
+    """Return the distributions that these extras install, without this package and those of the base.
 
     Empty where the package runs from a folder without being installed, as in a Space.
     """
