@@ -135,7 +135,7 @@ pip_install() {
     "${pip[@]}" "$@" >&2
   else
     "${pip[@]}" --progress-bar off "$@" |
-      awk '/^(Collecting|Installing collected)/ { print "  " $1 " " $2; fflush() }' >&2
+      awk '/^Collecting/ { print "  " $2; fflush() } /^Installing collected/ { print "  unpacking"; fflush() }' >&2
   fi
 }
 

@@ -33,7 +33,7 @@ accelerator = Accelerator(cpu=True)
 model = torch.nn.Linear(2, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 model, optimizer = accelerator.prepare(model, optimizer)
-windows = WindowLoader(dataset, 8, micro_batch_size=3, accelerator=accelerator, num_items="examples", seed=0)
+windows = WindowLoader(dataset, 8, micro_batch_size=3, accelerator=accelerator, seed=0)
 (window,) = windows
 for batch in window:
     with accelerator.accumulate(model):
