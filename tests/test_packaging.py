@@ -165,7 +165,7 @@ def test_a_plain_install_has_what_it_needs_and_no_more(plain):
     [
         (["plan", "--config", "x.yaml"], "gradacc plan needs datasets, evaluate, ", "recipes"),
         (["verify", "--config", "x.yaml"], "gradacc verify needs datasets, evaluate, ", "recipes"),
-        (["report", "runs"], "gradacc report needs jinja2 and matplotlib, ", "report"),
+        (["report", "runs"], "gradacc report needs matplotlib, ", "report"),
         (["play"], "gradacc play needs datasets, gradio and pyarrow, ", "play"),
         (["play", "--space", "space"], "gradacc play needs datasets, gradio and pyarrow, ", "play"),
         (["lessons", "eight_samples", "--plot", "a.svg"], "--plot needs matplotlib, ", "report"),
