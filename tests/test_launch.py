@@ -251,7 +251,7 @@ def test_another_python_than_that_of_the_environment_is_one_line(venv, tmp_path)
     ],
 )
 def test_it_installs_what_the_command_needs(tmp_path, arguments, extras):
-    """With the real pip, which is told to download and unpack nothing: what follows then fails."""
+    """With the real pip in a dry run: the step of the package fails, and leaves nothing that says it is there."""
     folder = tmp_path / "venv"
     dry = {"PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1"}
     done = subprocess.run(
@@ -263,9 +263,9 @@ def test_it_installs_what_the_command_needs(tmp_path, arguments, extras):
     )
     assert done.returncode != 0
     steps = [line for line in done.stderr.splitlines() if re.match(r"\[\d/4\]", line)]
-    assert [step[:5] for step in steps] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
-    assert f"gradacc-hf[{extras}]" in steps[2]
-    assert (folder / ".gradacc-installed").read_text().split()[-1] == extras
+    assert [step[:5] for step in steps] == ["[1/4]", "[2/4]", "[3/4]"]
+    assert f"gradacc-hf[{extras}]:" in steps[2]
+    assert not (folder / ".gradacc-installed").exists()
 
 
 def test_no_python_is_one_line(tmp_path):
