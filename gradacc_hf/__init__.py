@@ -2,23 +2,26 @@
 
 from typing import TYPE_CHECKING, Any
 
-from gradacc_hf.bf16_weights import accumulate_in_float32
-from gradacc_hf.checkpoint import Checkpoints, newest_checkpoint
+from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.oom import retry_on_oom
+from gradacc_hf.accumulation.window import Window
 from gradacc_hf.doctor import Diagnosis, diagnose
-from gradacc_hf.errors import BadInput
-from gradacc_hf.loop import Best, Evaluation, evaluate, fine_tune, train
-from gradacc_hf.out_of_memory import replayed
-from gradacc_hf.tryout import try_out
-from gradacc_hf.verify import verify
-from gradacc_hf.window import Window
-from gradacc_hf.windows import WindowLoader
+from gradacc_hf.errors import InputError
+from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
+from gradacc_hf.training.finetune import Best, fine_tune
+from gradacc_hf.training.loop import Evaluation, evaluate, train
+from gradacc_hf.training.preflight import preflight_check
+from gradacc_hf.utils import moved_modules
+from gradacc_hf.verification.exactness import verify
 
 if TYPE_CHECKING:
-    from gradacc_hf.doctor.trainer import DoctorCallback
-    from gradacc_hf.trainer import ExactTrainer, ExactTrainerMixin
+    from gradacc_hf.doctor.callback import DoctorCallback
+    from gradacc_hf.hf_trainer.trainer import ExactTrainer, ExactTrainerMixin
+
+moved_modules.install()
 
 __all__ = [
-    "BadInput",
     "Best",
     "Checkpoints",
     "Diagnosis",
@@ -26,6 +29,7 @@ __all__ = [
     "Evaluation",
     "ExactTrainer",
     "ExactTrainerMixin",
+    "InputError",
     "Window",
     "WindowLoader",
     "accumulate_in_float32",
@@ -33,9 +37,9 @@ __all__ = [
     "evaluate",
     "fine_tune",
     "newest_checkpoint",
-    "replayed",
+    "preflight_check",
+    "retry_on_oom",
     "train",
-    "try_out",
     "verify",
 ]
 
@@ -43,11 +47,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What stands on transformers.Trainer, which is slow to import, when it is asked for."""
     if name == "DoctorCallback":
-        from gradacc_hf.doctor.trainer import DoctorCallback
+        from gradacc_hf.doctor.callback import DoctorCallback
 
         return DoctorCallback
     if name not in ("ExactTrainer", "ExactTrainerMixin"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gradacc_hf import trainer
+    from gradacc_hf.hf_trainer import trainer
 
     return getattr(trainer, name)

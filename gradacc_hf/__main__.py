@@ -1,5 +1,5 @@
 """python -m gradacc_hf …: the `gradacc` command."""
 
-from gradacc_hf.cli import main
+from gradacc_hf.cli.main import main
 
 main()

@@ -1,69 +1,106 @@
-"""The one error that is the user's to correct, how it is worded, and how a command ends by it."""
+"""The exceptions of gradacc, and how their messages are worded.
 
-import argparse
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+    GradaccError                            base class; exit code 1
+    ├── InputError (ValueError)             a setting, an argument or a file is wrong; exit code 2
+    ├── MissingExtraError (ImportError)     a package of an extra is not installed; exit code 2
+    ├── LoopError (RuntimeError)            a copied loop leaves out a call that it needs
+    ├── NonFiniteError                      the loss or gradient of a window is not finite
+    ├── OutOfMemoryError (RuntimeError)     no split of the window fits in memory
+    │   ├── OutOfMemoryWhileSyncingError    other processes already wait for the gradients
+    │   └── PeerOutOfMemoryError            another process is out of memory; handled by `retry_on_oom`
+    ├── NotTraceableError                   memory cannot be predicted for this model
+    ├── HeadUnavailableError                a tiny model of this head cannot be built offline
+    ├── ReplayError                         the doctor cannot recompute a window
+    ├── WorkerGoneError                     the training process of a browser session has ended
+    └── VariantFailedError                  a measured process of `gradacc bench` has failed
 
-from gradacc_hf.redact import without_tokens
+Every message is one line: what was found, what is allowed, what to change. A command prints the line and
+exits with the code of the exception.
+"""
+
+from typing import Any, ClassVar, NoReturn
 
 
-class BadInput(ValueError):
-    """Something the user gave is wrong.
+class GradaccError(Exception):
+    """Base class of all exceptions that gradacc raises on purpose."""
 
-    Its message is one line: what was found, what is allowed, what to change. The command line prints it and
-    exits with 2.
+    exit_code: ClassVar[int] = 1
+    """Exit code of a command that ends with this exception."""
+    every_process_reports: ClassVar[bool] = False
+    """Whether any process prints the message, not only the main process."""
+
+
+class InputError(GradaccError, ValueError):
+    """A setting, an argument or a file of the user is wrong."""
+
+    exit_code = 2
+
+
+class LoopError(GradaccError, RuntimeError):
+    """A training loop leaves out a call that a window needs, or makes it in the wrong place."""
+
+
+class NonFiniteError(GradaccError):
+    """The loss or gradient of a window is not finite, and no step was taken."""
+
+
+class OutOfMemoryError(GradaccError, RuntimeError):
+    """Memory does not suffice, and no split of the window into micro-batches can change that."""
+
+
+class OutOfMemoryWhileSyncingError(OutOfMemoryError):
+    """Memory ran out while other processes wait for the gradients of this one.
+
+    The run can only go on from its last checkpoint, with micro-batches of at most `max_tokens` padded tokens.
     """
 
-    of_one_process = False  # which says it then, whichever it is
+    every_process_reports = True
+
+    def __init__(self, message: str, max_tokens: int):
+        super().__init__(message, max_tokens)
+        self.max_tokens = max_tokens
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
-class MissingExtraError(ImportError):
+class NotTraceableError(GradaccError):
+    """A training step of this model cannot be traced, so its memory cannot be predicted."""
+
+
+class HeadUnavailableError(GradaccError):
+    """A tiny model of this head cannot be built offline."""
+
+
+class MissingExtraError(GradaccError, ImportError):
     """A package is missing that an extra of this one installs.
 
-    Its message is one line: what needs which packages, and the `pip install` that brings them.
+    The message says what needs which packages, and the `pip install` that brings them.
     """
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser of commands that are no recipe's: what it cannot read is a BadInput."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise BadInput, where argparse would print its usage and leave."""
-        raise BadInput(f"{message} ({self.prog} --help says what there is)")
-
-
-@contextmanager
-def command() -> Iterator[None]:
-    """Around all that a command does: a BadInput ends it, no file that it leaves is everybody's to write.
-
-    The line of a BadInput or a MissingExtraError goes to stderr, of the main process alone and without
-    tokens; the exit code is 2.
-    """
-    umask = os.umask(0o002)
-    os.umask(umask | 0o002)
-    try:
-        yield
-    except (BadInput, MissingExtraError) as error:
-        if int(os.environ.get("RANK", 0)) == 0 or getattr(error, "of_one_process", False):
-            print(f"error: {without_tokens(one_line(error))}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        os.umask(umask)
+    exit_code = 2
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, without line breaks."""
+    """Return the message of an exception without line breaks."""
     return " ".join(str(error).split())
 
 
 def listed(names: Any) -> str:
-    """Names, for a message."""
+    """Return names as a comma-separated list, for a message."""
     return ", ".join(map(str, names))
 
 
 def refuse(key: str, found: str, allowed: str) -> NoReturn:
-    """Raise BadInput: the setting, what was found, what is allowed or what to do."""
-    raise BadInput(f"{key}: {found}; {allowed}") from None
+    """Raise InputError with the setting, what was found, and what is allowed or what to change."""
+    raise InputError(f"{key}: {found}; {allowed}") from None
+
+
+def __getattr__(name: str) -> Any:
+    """Return the exception that version 0.1.0 called `BadInput`, with a DeprecationWarning."""
+    if name != "BadInput":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import warnings
+
+    warnings.warn("gradacc_hf.errors.BadInput is now gradacc_hf.InputError", DeprecationWarning, stacklevel=2)
+    return InputError

@@ -15,10 +15,10 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
 
-from gradacc_hf.config import kit
 from gradacc_hf.errors import listed, refuse
-from gradacc_hf.saving import write_whole
 from gradacc_hf.utils.extras import require
+from gradacc_hf.utils.files import write_whole
+from gradacc_hf.utils.paths import bundle_root
 
 # The colours of Okabe and Ito, which the colour-blind tell apart; dashes, so that a line shows under another.
 # On white, also where the page is dark.
@@ -38,7 +38,7 @@ STYLE: Any = {
 
 def names() -> list[str]:
     """The lessons, in the order in which their README leads through them."""
-    readme = (kit() / "recipes/lessons/README.md").read_text(encoding="utf-8")
+    readme = (bundle_root() / "recipes/lessons/README.md").read_text(encoding="utf-8")
     return re.findall(r"\]\((\w+)\.py\)", readme)
 
 
@@ -51,7 +51,7 @@ def question(name: str) -> str:
 def run(name: str, plot: Path | None = None) -> Any:
     """Run a lesson, which prints what it shows; draw it into `plot`, an SVG file; give its figures.
 
-    Raises BadInput for an unknown lesson, or a plot that cannot be written: then nothing has been run.
+    Raises InputError for an unknown lesson, or a plot that cannot be written: then nothing has been run.
     """
     if name not in names():
         refuse("lesson", f"found {name!r}", f"there are: {listed(names())}")
@@ -82,7 +82,7 @@ def load(name: str) -> ModuleType:
 
 
 def _path(name: str) -> Path:
-    return kit() / "recipes/lessons" / f"{name}.py"
+    return bundle_root() / "recipes/lessons" / f"{name}.py"
 
 
 def _check_plot(plot: Path) -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
+from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
-from gradacc_hf.errors import BadInput, listed
-from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import file_rows, require_texts
-from gradacc_hf.loop import evaluate
+from gradacc_hf.data.columns import file_rows, require_texts
+from gradacc_hf.errors import InputError, listed
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks import chat
@@ -25,6 +24,7 @@ from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.packing import check_packing, pack
 from gradacc_hf.tasks.prompts import answer_prompts, answer_samples
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss
+from gradacc_hf.training.loop import evaluate
 
 MESSAGES, PROMPTS, TEXTS = ("messages",), ("prompt", "completion"), ("text",)  # what a row may hold
 
@@ -91,7 +91,7 @@ class CausalLM(Recipe):
                     require_texts(dataset, column, "data.train")
                 return kind
         found, allowed = listed(rows[0].column_names), "; or ".join(" and ".join(kind) for kind in kinds)
-        raise BadInput(f"data.train: found the columns {found}; allowed: {allowed}; rename yours")
+        raise InputError(f"data.train: found the columns {found}; allowed: {allowed}; rename yours")
 
     @cached_property
     def tokenizer(self):
@@ -99,7 +99,7 @@ class CausalLM(Recipe):
         tokenizer.padding_side = "right"
         if template := self.data.chat_template:
             if not Path(template).is_file():
-                raise BadInput(f"data.chat_template: no file {template!r}; give one, or null")
+                raise InputError(f"data.chat_template: no file {template!r}; give one, or null")
             tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         return tokenizer
 

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
+from gradacc_hf.accumulation.gradient_cache import COLUMNS, ContrastiveLoss, Embedder, search
 from gradacc_hf.config import DataConfig
-from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder, search
-from gradacc_hf.errors import BadInput
-from gradacc_hf.labels import file_rows, list_lengths, require_column, texts_of
-from gradacc_hf.loop import evaluate
+from gradacc_hf.data.columns import file_rows, list_lengths, require_column, texts_of
+from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
+from gradacc_hf.training.loop import evaluate
 
 HITS = 10  # that an evaluation looks at
 
@@ -68,7 +68,7 @@ class Contrastive(Recipe):
 
     def datasets(self):
         if self.config.batch.least < 2:
-            raise BadInput("batch.effective: found 1; allowed: 2 or more, as other pairs are the negatives")
+            raise InputError("batch.effective: found 1; allowed: 2 or more, as other pairs are the negatives")
         rows = self.rows()
         for dataset in rows:
             for column, name in self.columns.items():

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.labels import with_column
+from gradacc_hf.data.columns import with_column
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.images import image_problem, images_of, random_cut, read_image, undecoded

@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 import torch
 from transformers import AutoModelForMaskedLM, pipeline
 
+from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
+from gradacc_hf.data.columns import require_column, texts_of
 from gradacc_hf.errors import refuse
-from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import require_column, texts_of
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
-from gradacc_hf.tasks.masked import at_labels, head_at_labels
+from gradacc_hf.tasks.masked_head import at_labels, head_at_labels
 
 
 def chunks(rows, tokenizer, text_column, max_length):

@@ -16,10 +16,10 @@ from typing import ClassVar
 import torch
 from transformers import AutoModelForQuestionAnswering
 
+from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
-from gradacc_hf.errors import BadInput
-from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import require_column
+from gradacc_hf.data.columns import require_column
+from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.spans import (
@@ -153,10 +153,10 @@ class QuestionAnswering(Recipe):
         for number, row in enumerate(inputs, start=1):
             columns = [self.columns[name] for name in ("question", "context")]
             if not isinstance(row, dict) or not set(columns) <= set(row):
-                raise BadInput(f"input {number}: found {row!r}; give rows of {' and '.join(columns)}")
+                raise InputError(f"input {number}: found {row!r}; give rows of {' and '.join(columns)}")
             texts = [row[column] for column in columns]
             if problem := row_problem(*texts, **self.settings):
-                raise BadInput(f"input {number}: {problem}; give rows of a question and its context")
+                raise InputError(f"input {number}: {problem}; give rows of a question and its context")
             found.append(find_answer(model, *texts, self.data.max_answer_length, **self.settings))
         return found
 

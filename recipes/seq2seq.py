@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
+from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
-from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import list_lengths, require_texts, text_problem, texts_of
-from gradacc_hf.loop import evaluate
+from gradacc_hf.data.columns import list_lengths, require_texts, text_problem, texts_of
 from gradacc_hf.run import run
+from gradacc_hf.tasks.encoder_decoder import EncoderDecoder
 from gradacc_hf.tasks.generate import check_target_length, generate
-from gradacc_hf.tasks.joined import EncoderDecoder
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss
+from gradacc_hf.training.loop import evaluate
 
 
 def features(rows, tokenizer, columns, prefix, max_length, max_target_length, start):

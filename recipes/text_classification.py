@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.labels import problems_of_tokens, require_texts, text_problem, texts_of
+from gradacc_hf.data.columns import problems_of_tokens, require_texts, text_problem, texts_of
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.targets import TARGETS, answers, class_weights

@@ -14,19 +14,14 @@ from typing import ClassVar
 import numpy as np
 from transformers import AutoModelForTokenClassification
 
+from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
+from gradacc_hf.data.columns import class_names, file_rows, labels_as_text, require_fast
 from gradacc_hf.errors import refuse
-from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import class_names, file_rows, labels_as_text, require_fast
+from gradacc_hf.metrics.sequence_labelling import is_scheme
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
-from gradacc_hf.tasks.tags import (
-    check_tokens_and_tags,
-    entities,
-    is_scheme,
-    row_problem,
-    tag_names,
-)
+from gradacc_hf.tasks.tags import check_tokens_and_tags, entities, row_problem, tag_names
 
 
 def features(rows, tokenizer, columns, names, ids, max_length):

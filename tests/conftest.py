@@ -1,6 +1,7 @@
 """What all tests share: no Hub, one thread, a fresh Accelerate state for each test."""
 
 import os
+from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # files run side by side, and threads that wait spin
@@ -8,7 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # files run side by side, and thr
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from recipe_runs import refused, start, tiny_bert  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+"""The root of the repository."""
+
+pytest_plugins = ["recipe_runs"]
 
 
 @pytest.fixture(autouse=True)

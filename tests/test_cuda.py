@@ -5,34 +5,33 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from test_checkpoint import cut_back, history, same_weights
-from test_checkpoint import run as run_with_checkpoints
-from test_contrastive import collate as collate_pairs
-from test_contrastive import embedder, num_pairs, pairs
+from accumulation.test_gradient_cache import collate as collate_pairs
+from accumulation.test_gradient_cache import embedder, num_pairs, pairs
+from conftest import ROOT
+from training.test_checkpoint import cut_back, history, same_weights
+from training.test_checkpoint import run as run_with_checkpoints
 
 from gradacc_hf import WindowLoader
+from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
+from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_error, whole_window_gradient
+from gradacc_hf.bench.oom import run_limited
 from gradacc_hf.bench.predicted_memory import CASES, compare_memory
-from gradacc_hf.bench.shortage import run_limited
-from gradacc_hf.compiled import compile_layers, is_compiled
-from gradacc_hf.config import OptimConfig
-from gradacc_hf.contrastive import ContrastiveLoss
-from gradacc_hf.gradients import EXACT, RecordGradients, relative_error, whole_window_gradient
-from gradacc_hf.heads import build_head
-from gradacc_hf.loop import train
-from gradacc_hf.optim import make_optimizer
-from gradacc_hf.verify import verify
-from gradacc_hf.window import random_state, set_random_state
+from gradacc_hf.training.compile import compile_layers, is_compiled
+from gradacc_hf.training.loop import train
+from gradacc_hf.training.optimizer import make_optimizer
+from gradacc_hf.training.settings import OptimConfig
+from gradacc_hf.utils.rng import random_state, set_random_state
+from gradacc_hf.verification.exactness import verify
+from gradacc_hf.verification.tiny_models import build_head
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-ROOT = Path(__file__).parent.parent
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=23).tolist()
 HEADS = [
     ("sequence_classification", "bert"),

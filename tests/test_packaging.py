@@ -15,12 +15,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
-from gradacc_hf.bench.playing import served
+from gradacc_hf.bench.ui_latency import served
 
-ROOT = Path(__file__).parent.parent
-# TODO: until the core imports no settings, which import tyro, the plain environment has it. Then: ().
-STILL_NEEDED = ("tyro",)
 LOOP = """
 import sys
 import torch
@@ -94,7 +92,7 @@ def built(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(built, tmp_path_factory):
     environment = Environment(tmp_path_factory.mktemp("plain") / "venv")
-    environment.install(built[1], *STILL_NEEDED)
+    environment.install(built[1])
     return environment
 
 
@@ -156,7 +154,7 @@ def test_a_plain_install_lists_the_recipes(plain):
 @pytest.mark.slow
 def test_a_plain_install_has_what_it_needs_and_no_more(plain):
     absent = ["datasets", "evaluate", "gradio", "matplotlib", "peft", "pyarrow", "pytest", "ruff", "tyro"]
-    assert [name for name in absent if plain.has(name)] == list(STILL_NEEDED)
+    assert [name for name in absent if plain.has(name)] == []
 
 
 @pytest.mark.slow
@@ -226,8 +224,8 @@ def test_a_space_lists_what_it_needs(tmp_path):
     requirements = (space / "requirements.txt").read_text().split()
     assert f"gradio=={yaml.safe_load(head)['sdk_version']}" in requirements
     environment = Environment(tmp_path / "venv")
-    environment.install("-r", space / "requirements.txt", *STILL_NEEDED)
-    assert environment.has("tyro") == bool(STILL_NEEDED)
+    environment.install("-r", space / "requirements.txt")
+    assert not environment.has("tyro")
     alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     python = str(environment.bin / "python")
     with (

@@ -6,17 +6,17 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import ROOT
 from datasets import load_dataset
 
-from gradacc_hf import WindowLoader, cli, fine_tune
-from gradacc_hf.heads import build_head
+from gradacc_hf import WindowLoader, fine_tune
+from gradacc_hf.cli import main as cli
+from gradacc_hf.verification.tiny_models import build_head
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -69,7 +69,7 @@ def test_the_minimal_recipe_is_short_and_runs():
 LOOPS = {
     "README.md": r"( *)for batch in window:.*?scheduler\.step\(\)",
     "recipes/minimal.py": r"( *)for batch in window:.*?scheduler\.step\(\)",
-    "gradacc_hf/loop.py": r"( *)for batch in window:.*?scheduler\.step\(\)",
+    "gradacc_hf/training/loop.py": r"( *)for batch in window:.*?scheduler\.step\(\)",
 }
 
 

@@ -15,19 +15,19 @@ import pytest
 import torch
 import transformers
 import yaml
+from conftest import ROOT
 from recipe_runs import load_recipe, write_rows
 from transformers import dynamic_module_utils
 
-from gradacc_hf import cli
-from gradacc_hf.arguments import refuse_place
-from gradacc_hf.command_line import read_command_line
-from gradacc_hf.config import Config
-from gradacc_hf.errors import BadInput
-from gradacc_hf.output import next_folder, settings
-from gradacc_hf.redact import HIDDEN, without_tokens
-from gradacc_hf.trainer import _refuse
+from gradacc_hf.cli import main as cli
+from gradacc_hf.config.parser import read_command_line
+from gradacc_hf.config.schema import Config
+from gradacc_hf.errors import InputError
+from gradacc_hf.hf_trainer.trainer import _refuse
+from gradacc_hf.run.folder import next_folder, settings
+from gradacc_hf.utils.hardware import refuse_place
+from gradacc_hf.utils.redaction import HIDDEN, without_tokens
 
-ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "text_classification.py"
 TextClassification = load_recipe("text_classification").TextClassification
 ImageClassification = load_recipe("image_classification").ImageClassification
@@ -489,7 +489,7 @@ def test_tokens_of_known_kinds_are_hidden_in_any_text(secret):
     ],
 )
 def test_where_it_is_not_for_is_refused_with_what_to_use_instead(place, instead):
-    with pytest.raises(BadInput) as refused:
+    with pytest.raises(InputError) as refused:
         refuse_place(**place)
     assert instead in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -530,5 +530,5 @@ def test_the_package_loads_where_there_is_no_posix_so_that_it_can_say_what_to_us
 
 def test_a_config_that_is_no_data_but_python_is_refused(tmp_path, mark):
     (config := tmp_path / "a.yaml").write_text(f"model: !!python/object/apply:os.mkdir [{mark}]\n")
-    with pytest.raises(BadInput, match="is not YAML"):
+    with pytest.raises(InputError, match="is not YAML"):
         read_command_line(["--config", str(config)])

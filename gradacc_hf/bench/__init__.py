@@ -50,35 +50,36 @@ from rich.table import Table
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
+from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_error, whole_window_gradient
+from gradacc_hf.accumulation.sampler import WindowPlan
+from gradacc_hf.accumulation.splitting import Bound, split_window
+from gradacc_hf.bench.all_recipes import print_recipes, recipes
 from gradacc_hf.bench.balance import balances, print_balances
-from gradacc_hf.bench.beside_sentence_transformers import contrastive, print_contrastive
 from gradacc_hf.bench.budgets import budgets, print_budgets
 from gradacc_hf.bench.cpu_speed import cpu, print_cpu
-from gradacc_hf.bench.every_recipe import print_recipes, recipes
-from gradacc_hf.bench.kills import damages, kills, print_damages, print_kills
+from gradacc_hf.bench.crash_recovery import damages, kills, print_damages, print_kills
 from gradacc_hf.bench.lean_memory import VOCABULARY, LeanMemory, lean_memory
-from gradacc_hf.bench.limits import Speed, speed
-from gradacc_hf.bench.playing import playing, print_playing
+from gradacc_hf.bench.micro_batch_size import print_sweeps, sweeps
+from gradacc_hf.bench.monitoring_overhead import print_watching, watching
+from gradacc_hf.bench.oom import print_shortage, shortage
 from gradacc_hf.bench.predicted_memory import CASES, compare_memory, print_memory
 from gradacc_hf.bench.schedules import print_schedules, schedules
-from gradacc_hf.bench.shortage import print_shortage, shortage
-from gradacc_hf.bench.sizes import print_sweeps, sweeps
-from gradacc_hf.bench.watching import print_watching, watching
-from gradacc_hf.config import kit
-from gradacc_hf.conformance import LENGTHS, SPLITS, cut_by_count
-from gradacc_hf.contenders import run_accelerate, run_trainer, run_windows
-from gradacc_hf.errors import BadInput, Parser
-from gradacc_hf.gradients import EXACT, RecordGradients, relative_error, whole_window_gradient
-from gradacc_hf.heads import build_head
-from gradacc_hf.loop import train
-from gradacc_hf.open_recipe import load_recipe
-from gradacc_hf.optim import make_optimizer
-from gradacc_hf.output import next_folder
-from gradacc_hf.plan import WindowPlan
-from gradacc_hf.recipe import Recipe
-from gradacc_hf.run import make_windows
-from gradacc_hf.runlog import measured_with
-from gradacc_hf.split import Bound, split_window
+from gradacc_hf.bench.sentence_transformers import contrastive, print_contrastive
+from gradacc_hf.bench.throughput import Speed, speed
+from gradacc_hf.bench.ui_latency import playing, print_playing
+from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.recipe.loading import load_recipe
+from gradacc_hf.run.folder import next_folder
+from gradacc_hf.run.runner import make_windows
+from gradacc_hf.training.loop import train
+from gradacc_hf.training.optimizer import make_optimizer
+from gradacc_hf.training.run_log import measured_with
+from gradacc_hf.utils.commands import Parser
+from gradacc_hf.utils.paths import bundle_root
+from gradacc_hf.verification.all_heads import LENGTHS, SPLITS, split_by_count
+from gradacc_hf.verification.baselines import run_accelerate, run_trainer, run_windows
+from gradacc_hf.verification.tiny_models import build_head
 
 HEADS = {
     "sequence_classification": ("bert", "roberta", "llama"),
@@ -132,7 +133,7 @@ def exactness(heads: Mapping[str, Sequence[str]] = HEADS) -> Exactness:
         collate = partial(head.collate, pad_to=pad_to)
         whole = whole_window_gradient(head.model, collate(examples))
         for size, split in SPLITS.items():
-            windows = cut_by_count(head, examples, size, pad_to)
+            windows = split_by_count(head, examples, size, pad_to)
             cut = windows.split(0, 0).processes[0]
             assert " + ".join(str(len(micro_batch)) for micro_batch in cut) == split
             in_order = [examples[i] for i in np.concatenate(cut)]
@@ -202,7 +203,7 @@ def _milliseconds(function: Callable[[], Any]) -> float:
 
 def offline_recipe() -> Recipe:
     """The recipe of configs/text_classification_offline.yaml: MiniLM on the standard library's docstrings."""
-    config = str(kit() / "configs/text_classification_offline.yaml")
+    config = str(bundle_root() / "configs/text_classification_offline.yaml")
     return load_recipe(["--config", config, f"--budget.max_tokens={MAX_TOKENS}", "--train.noise_every=0"])
 
 
@@ -275,7 +276,7 @@ def _positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. A `BadInput` ends it with its one line and exit code 2."""
+    """The command line. A `InputError` ends it with its one line and exit code 2."""
     parser = Parser(prog="gradacc bench", description="Measure the figures in the README.")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     benchmarks.add_parser("exactness", help="whose accumulated gradient is that of the whole window")
@@ -304,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     planned = benchmarks.add_parser("budgets", help="every offline config under every budget file")
     planned.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these recipes")
     settings = benchmarks.add_parser("cpu", help="what a CPU's settings do for the speed of a recipe")
-    default = str(kit() / "configs/text_classification_offline.yaml")
+    default = str(bundle_root() / "configs/text_classification_offline.yaml")
     settings.add_argument("--config", default=default, help="a recipe's config file (%(default)s)")
     settings.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these, beside the default")
     settings.add_argument("--windows", type=_positive, default=6, help="timed windows (%(default)s)")
@@ -347,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 case for case in CASES if not arguments.only or any(w in case.name for w in arguments.only)
             ]
             if not chosen:
-                raise BadInput(
+                raise InputError(
                     f"--only: no case has {arguments.only}; cases: {'; '.join(c.name for c in CASES)}"
                 )
             progress = partial(_progress, name="memory")
@@ -392,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 offline_recipe(), arguments.windows, arguments.repeats, partial(_progress, name="speed")
             )
             result, show = found, print_speed
-    except BadInput as error:
+    except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     if arguments.json:

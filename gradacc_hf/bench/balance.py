@@ -25,19 +25,19 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from gradacc_hf.balance import BALANCED
-from gradacc_hf.bench.processes import launch
-from gradacc_hf.config import kit
+from gradacc_hf.accumulation.balancing import BALANCED
+from gradacc_hf.accumulation.collation import measure_lengths
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.sampler import WindowPlan
+from gradacc_hf.accumulation.splitting import Bound, Cost, split_window
+from gradacc_hf.bench.launch import launch
 from gradacc_hf.embedded import documented_functions, minilm_path
-from gradacc_hf.loop import train
-from gradacc_hf.micro_batches import measure_lengths
-from gradacc_hf.open_recipe import load_recipe
-from gradacc_hf.optim import make_optimizer
-from gradacc_hf.plan import WindowPlan
-from gradacc_hf.run import make_accelerator, make_model, make_windows
-from gradacc_hf.runlog import measured_with
-from gradacc_hf.split import Bound, Cost, split_window
-from gradacc_hf.windows import WindowLoader
+from gradacc_hf.recipe.loading import load_recipe
+from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
+from gradacc_hf.training.loop import train
+from gradacc_hf.training.optimizer import make_optimizer
+from gradacc_hf.training.run_log import measured_with
+from gradacc_hf.utils.paths import bundle_root
 
 WINDOWS = {8: 50, 64: 20, 1024: 3}  # simulated, by processes
 EXAMPLES_EACH = 16, 64  # of a window, for each process
@@ -156,7 +156,7 @@ def offline_lengths() -> list[Lengths]:
         (f"docstrings of up to {MODEL_READS} tokens", ["--data.max_length", str(MODEL_READS)]),
         ("docstrings as configured", []),
     ):
-        recipe = load_recipe(["--config", str(kit() / CONFIG), *settings])
+        recipe = load_recipe(["--config", str(bundle_root() / CONFIG), *settings])
         training, _ = recipe.datasets()
         found.append(Lengths(name, measure_lengths(training, recipe.lengths(training))[:, 0], 2048))
     tokenizer = AutoTokenizer.from_pretrained(minilm_path(), model_max_length=sys.maxsize)
@@ -376,7 +376,7 @@ def count_collectives() -> dict[str, int]:
 def _count(windows_before: int = 5) -> None:
     """In each of the processes. The first windows tell each other that they fit."""
     settings = ["--batch.effective", "16", "--budget.max_tokens", "512", "--output.tracker", "none"]
-    recipe = load_recipe(["--config", str(kit() / CONFIG), *settings])
+    recipe = load_recipe(["--config", str(bundle_root() / CONFIG), *settings])
     accelerator = make_accelerator(recipe.config)
     loader, _ = make_windows(recipe, *recipe.datasets(), accelerator)
     model = make_model(recipe)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from gradacc_hf.bench.cpu_speed import Failed, Variant, run_windows
-from gradacc_hf.bench.every_recipe import offline_configs
-from gradacc_hf.config import kit
-from gradacc_hf.errors import BadInput, listed
-from gradacc_hf.open_recipe import load_recipe
-from gradacc_hf.plan_command import Plan, make_plan
-from gradacc_hf.runlog import measured_with
+from gradacc_hf.bench.all_recipes import offline_configs
+from gradacc_hf.bench.cpu_speed import Variant, VariantFailedError, run_windows
+from gradacc_hf.errors import InputError, listed
+from gradacc_hf.recipe.loading import load_recipe
+from gradacc_hf.run.plan import Plan, make_plan
+from gradacc_hf.training.run_log import measured_with
+from gradacc_hf.utils.paths import bundle_root
 
 GIB = 2**30
 WINDOWS = 2  # measured, after one more
@@ -57,16 +57,16 @@ class Budgets:
 
 def budget_names() -> list[str]:
     """The budget files, the CPU's first, then by memory."""
-    names = [file.stem for file in (kit() / "configs/budgets").glob("*.yaml")]
+    names = [file.stem for file in (bundle_root() / "configs/budgets").glob("*.yaml")]
     return sorted(names, key=lambda name: int("".join(filter(str.isdigit, name)) or 0))
 
 
 def budgets(only: Sequence[str] = (), progress: Callable[[list[str]], Iterable[str]] = iter) -> Budgets:
-    """Plan each offline config, and the large runs, under each budget. Raises BadInput."""
+    """Plan each offline config, and the large runs, under each budget. Raises InputError."""
     runs = {name: (str(file), ()) for name, file in offline_configs().items()}
     runs |= {name: (runs[config][0], settings) for name, (config, settings) in LARGE_RUNS.items()}
     if unknown := sorted(set(only) - set(runs)):
-        raise BadInput(f"--only: found {unknown[0]!r}; allowed: {listed(runs)}")
+        raise InputError(f"--only: found {unknown[0]!r}; allowed: {listed(runs)}")
     rows = tuple(_row(name, *runs[name]) for name in progress([n for n in runs if n in only or not only]))
     return Budgets(rows, measured_with("cpu"))
 
@@ -83,8 +83,8 @@ def _row(name: str, config: str, settings: Sequence[str]) -> Row:
     if not settings:
         try:
             measured = run_windows(config, WINDOWS, Variant())["peak_memory_bytes"]
-        except Failed as error:
-            raise BadInput(f"{name}: {error}") from error
+        except VariantFailedError as error:
+            raise InputError(f"{name}: {error}") from error
     return Row(name, model, tuple(cells), measured)
 
 

@@ -19,13 +19,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from gradacc_hf.errors import BadInput, listed
-from gradacc_hf.hardware import Device, find_device
-from gradacc_hf.runlog import measured_with
+from gradacc_hf.errors import GradaccError, InputError, listed
+from gradacc_hf.training.run_log import measured_with
+from gradacc_hf.utils.hardware import Device, find_device
 
 DEFAULT = "default"
 KEEP = 4 * 2**30  # bytes that glibc does not give back to the kernel
-ENOUGH = 0.9  # confidence below which nothing is called faster or slower: 5 turns give it
+MEASUREMENTS_NEEDED = 0.9  # confidence below which nothing is called faster or slower: 5 turns give it
 WARM_UP = 1  # windows of each run that are not timed: compiling, the allocator's blocks
 
 
@@ -99,7 +99,7 @@ def cpu(
     repeats: int = 6,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> CpuSpeed:
-    """Time the first windows of a config's run, each variant once a turn; raises BadInput.
+    """Time the first windows of a config's run, each variant once a turn; raises InputError.
 
     only: names of variants; all by default. windows: those timed, after one that is not. repeats: turns.
     The interval is from the least to the most of n ratios: one of n draws is below and one above the median
@@ -108,7 +108,7 @@ def cpu(
     known = variants()
     for name in only:
         if name not in known:
-            raise BadInput(f"--only: found {name!r}; allowed: {listed(known)}")
+            raise InputError(f"--only: found {name!r}; allowed: {listed(known)}")
     chosen = {name: known[name] for name in known if name == DEFAULT or name in only or not only}
     names = list(chosen)
     turns = [(turn, names[(turn + i) % len(names)]) for turn in range(repeats) for i in range(len(names))]
@@ -118,9 +118,9 @@ def cpu(
         if name not in failed:
             try:
                 found[name].append(run_windows(config, windows, chosen[name]))
-            except Failed as error:
+            except VariantFailedError as error:
                 if name == DEFAULT:
-                    raise BadInput(f"{config}: {error}") from error
+                    raise InputError(f"{config}: {error}") from error
                 failed[name] = str(error)
     default = [run["seconds"] for run in found[DEFAULT]]
     ratios = [_ratio(name, found[name], default) for name in names if name not in failed]
@@ -142,12 +142,12 @@ def _ratio(name: str, runs: Sequence[dict[str, Any]], default: Sequence[float]) 
     return Ratio(name, median(by_turn), min(by_turn), max(by_turn), seconds, first)
 
 
-class Failed(Exception):
+class VariantFailedError(GradaccError):
     """What a run said at its end."""
 
 
 def run_windows(config: str, windows: int, variant: Variant) -> dict[str, Any]:
-    """What a process says that trains so many windows of a config, and one before. Raises Failed."""
+    """Train windows of a config in a process, after one to warm up. Raises VariantFailedError."""
     command = [sys.executable, "-m", "gradacc_hf.bench.cpu_speed", str(windows), "--config", config]
     done = subprocess.run(
         [*command, *variant.settings],
@@ -158,7 +158,7 @@ def run_windows(config: str, windows: int, variant: Variant) -> dict[str, Any]:
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise Failed(last.removeprefix("error: ")[:200])
+        raise VariantFailedError(last.removeprefix("error: ")[:200])
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -168,11 +168,11 @@ def _measure(windows: int, settings: Sequence[str]) -> None:
     import transformers
     from datasets import disable_progress_bars
 
-    from gradacc_hf.loop import train
-    from gradacc_hf.open_recipe import load_recipe
-    from gradacc_hf.optim import make_optimizer
-    from gradacc_hf.run import make_accelerator, make_model, make_windows
-    from gradacc_hf.runlog import peak_memory_bytes
+    from gradacc_hf.recipe.loading import load_recipe
+    from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
+    from gradacc_hf.training.loop import train
+    from gradacc_hf.training.optimizer import make_optimizer
+    from gradacc_hf.training.run_log import peak_memory_bytes
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -181,7 +181,7 @@ def _measure(windows: int, settings: Sequence[str]) -> None:
     accelerator = make_accelerator(recipe.config)
     loader, _ = make_windows(recipe, *recipe.datasets(), accelerator)
     if not 1 <= windows <= len(loader) - WARM_UP:
-        raise BadInput(f"--windows: found {windows}; allowed: 1 to {len(loader) - WARM_UP}")
+        raise InputError(f"--windows: found {windows}; allowed: 1 to {len(loader) - WARM_UP}")
     model = make_model(recipe)
     optimizer = make_optimizer(model, recipe.config.optim, accelerator.mixed_precision)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -201,7 +201,7 @@ def print_cpu(result: CpuSpeed, console: Console) -> None:
         table.add_column(header, justify="left" if header in ("variant", "") else "right", no_wrap=whole)
     for ratio in sorted(result.ratios, key=lambda ratio: ratio.median):
         verdict = ("faster" if ratio.median < 1 else "slower") if ratio.clear else "no difference seen"
-        verdict = verdict if result.confidence >= ENOUGH else "too few turns to say"
+        verdict = verdict if result.confidence >= MEASUREMENTS_NEEDED else "too few turns to say"
         table.add_row(
             ratio.variant,
             f"{median(ratio.seconds):.2f}",
@@ -219,6 +219,6 @@ def print_cpu(result: CpuSpeed, console: Console) -> None:
 if __name__ == "__main__":
     try:
         _measure(int(sys.argv[1]), sys.argv[2:])
-    except BadInput as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from gradacc_hf.runlog import measured_with
+from gradacc_hf.training.run_log import measured_with
 
 VOCABULARY, HIDDEN = 49152, 576  # SmolLM2-135M's, under 2 of its 30 layers: the loss is what is measured
 
@@ -49,9 +49,9 @@ def _measure(tokens: int, lean: bool) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from gradacc_hf.gradients import relative_error, whole_window_gradient
-    from gradacc_hf.runlog import peak_memory_bytes
+    from gradacc_hf.accumulation.reference import relative_error, whole_window_gradient
     from gradacc_hf.tasks.lean_loss import make_lean
+    from gradacc_hf.training.run_log import peak_memory_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
 """Predicted beside measured memory: the peak of a real step, each in a process of its own.
 
-On a CPU, the peak of the resident memory above that before the model was there, with malloc set as a run does
-that `budget.memory` bounds (`out_of_memory.keep_no_freed_memory`); on a GPU, what torch's allocator has given
-out at most. The step is one in the midst of a run: a window of two micro-batches after
-another one, so that gradients and the optimizer's states are there.
+On a CPU: the peak of the resident memory above the memory before the model existed, with malloc set as a run
+under `budget.memory` sets it (`oom.release_freed_memory_at_once`). On a GPU: the peak of torch's allocator.
+The step is in the middle of a run: a window of two micro-batches after another window, so that gradients and
+optimizer states exist.
 """
 
 import json
@@ -21,16 +21,16 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from gradacc_hf.config import LoraConfig, OptimConfig
-from gradacc_hf.hardware import checkpoint_activations
-from gradacc_hf.items import model_loss
-from gradacc_hf.lora import add_lora
-from gradacc_hf.memory.estimate import Point, Settings, estimate, terms_of
-from gradacc_hf.memory.tracing import AUTOCAST
-from gradacc_hf.optim import make_optimizer
-from gradacc_hf.out_of_memory import give_back_memory, keep_no_freed_memory
-from gradacc_hf.runlog import measured_with
+from gradacc_hf.accumulation.loss_items import model_loss
+from gradacc_hf.accumulation.oom import release_freed_memory_at_once, release_memory
+from gradacc_hf.memory.estimator import Point, Settings, estimate, terms_of
+from gradacc_hf.memory.trace import AUTOCAST
 from gradacc_hf.tasks.lean_loss import make_lean
+from gradacc_hf.training.lora import add_lora
+from gradacc_hf.training.optimizer import make_optimizer
+from gradacc_hf.training.run_log import measured_with
+from gradacc_hf.training.settings import LoraConfig, OptimConfig
+from gradacc_hf.utils.modeling import checkpoint_activations
 
 MIB = 2**20
 ALLOWED = 0.10, 64 * MIB  # relative, or absolute: the larger counts
@@ -195,7 +195,7 @@ def _in_its_own_process(case: Case) -> int:
 
 def _measure(case: Case) -> int:
     """The peak of the second window, above what was held before the model was there."""
-    keep_no_freed_memory()  # as in a run that `budget.memory` bounds
+    release_freed_memory_at_once()  # as in a run that `budget.memory` bounds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tiny = Case(case.model, 2, tuple(min(16, length) for length in case.lengths), case.attention)
     for _ in range(2):  # what libraries set up once
@@ -225,7 +225,7 @@ def _window(case: Case, model: Any, optimizer: Any, device: str) -> None:
 
 
 def _held(device: str) -> int:
-    give_back_memory()
+    release_memory()
     return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
 
 

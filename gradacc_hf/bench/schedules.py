@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from gradacc_hf.bench.every_recipe import offline_configs
+from gradacc_hf.bench.all_recipes import offline_configs
 from gradacc_hf.embedded.smollm2 import write_tiny_llama
-from gradacc_hf.errors import BadInput, listed, one_line
-from gradacc_hf.open_recipe import load_recipe
-from gradacc_hf.report import plots, words
+from gradacc_hf.errors import InputError, listed, one_line
+from gradacc_hf.recipe.loading import load_recipe
+from gradacc_hf.report import narrative as words
+from gradacc_hf.report import plots
 from gradacc_hf.report.runs import Run, read_runs
-from gradacc_hf.runlog import finite, measured_with
-from gradacc_hf.saving import write_whole
+from gradacc_hf.training.run_log import finite, measured_with
+from gradacc_hf.utils.files import write_whole
 
 TINY = "tiny_llama"
 NOISE = "by the noise scale"
@@ -64,10 +65,10 @@ class Schedules:
 
 
 def schedules(names: Sequence[str], seeds: int, folder: Path, progress: Any = iter) -> Schedules:
-    """Run these configs, or all that have examples here, with each schedule; raises BadInput."""
+    """Run these configs, or all that have examples here, with each schedule; raises InputError."""
     for name in names:
         if name not in TASKS:
-            raise BadInput(f"--only: found {name!r}; allowed: {listed(TASKS)}")
+            raise InputError(f"--only: found {name!r}; allowed: {listed(TASKS)}")
     chosen = list(names or TASKS)
     tiny = folder / TINY
     if not tiny.exists():
@@ -145,7 +146,7 @@ def _run(name: str, settings: Sequence[str], run: Path, seed: int) -> None:
     command += ["--train.best_metric", "loss", "--train.best_direction", "min"]
     done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BadInput(f"{run}: {one_line(ValueError(done.stderr))[-300:]}")
+        raise InputError(f"{run}: {one_line(ValueError(done.stderr))[-300:]}")
     for saved in ("best", "last"):
         shutil.rmtree(run / saved, ignore_errors=True)
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from gradacc_hf.doctor.findings import COUPLED, Finding, Seen, findings
-from gradacc_hf.doctor.replay import LossOf, Replay, replay, work
-from gradacc_hf.doctor.watch import Watch, Window
-from gradacc_hf.verify import remove_dropout
+from gradacc_hf.doctor.observer import Watch, Window
+from gradacc_hf.doctor.reference import LossOf, Replay, replay, work
+from gradacc_hf.doctor.rules import COUPLED, Finding, Seen, findings
+from gradacc_hf.utils.modeling import disable_dropout
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
 
@@ -108,7 +108,7 @@ class Diagnosis:
             self._give_back_dropout()
 
     def _take_dropout(self) -> None:
-        self._dropout = remove_dropout(self._watch.model)
+        self._dropout = disable_dropout(self._watch.model)
 
     def _give_back_dropout(self) -> None:
         for holder, name, value in self._dropout:

@@ -17,8 +17,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader
 
 from gradacc_hf.doctor import NOTHING_SEEN, Diagnosis, diagnose
-from gradacc_hf.doctor.watch import loaders_begun
-from gradacc_hf.errors import BadInput, Parser
+from gradacc_hf.doctor.observer import loaders_begun
+from gradacc_hf.errors import InputError
+from gradacc_hf.utils.commands import Parser
 
 
 class StopHere(SystemExit):
@@ -110,10 +111,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
     given = parser.parse_args(argv)
     if not given.script.is_file():
-        raise BadInput(f"doctor: no file {given.script}; give the Python file that trains")
+        raise InputError(f"doctor: no file {given.script}; give the Python file that trains")
     for name, number in (("--windows", given.windows), ("--accumulation-steps", given.accumulation_steps)):
         if number is not None and number < 1:
-            raise BadInput(f"{name}: found {number}; allowed: 1 or more")
+            raise InputError(f"{name}: found {number}; allowed: 1 or more")
     found = run_script(
         given.script,
         given.arguments,
@@ -122,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
         stop=given.stop,
     )
     if not found:
-        raise BadInput(
+        raise InputError(
             f"doctor: {given.script} has run no model in training whose parameters an optimizer of torch "
             "has: nothing to diagnose"
         )

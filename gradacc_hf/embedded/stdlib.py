@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset
 
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import InputError
 
 DOCSTRINGS_FORMAT = 1  # raise it when what docstrings() gives changes: older cache files are then left alone
 _COLUMNS = ["text", "module", "name", "source"]
@@ -42,7 +42,7 @@ def read_library(name: str, version: int, columns: Sequence[str], read: ReadFile
     """The rows that `read` finds in every file of the standard library, each `text` once, in a fixed order.
 
     Kept as NAME-….parquet in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf until the library or `version`
-    changes; a cache that cannot be used is ignored. Raises BadInput where Python has no source.
+    changes; a cache that cannot be used is ignored. Raises InputError where Python has no source.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files: list[Path] = []
@@ -51,7 +51,7 @@ def read_library(name: str, version: int, columns: Sequence[str], read: ReadFile
         files += [Path(folder, file) for file in names if file.endswith(".py")]
     files.sort(key=Path.as_posix)
     if not files:
-        raise BadInput(f"data.train: no source of Python's standard library in {root}; give a data file")
+        raise InputError(f"data.train: no source of Python's standard library in {root}; give a data file")
     seen = [platform.python_version(), version] + [(p.as_posix(), p.stat().st_size) for p in files]
     key = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))

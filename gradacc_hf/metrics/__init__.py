@@ -9,7 +9,7 @@ from typing import Any
 
 import evaluate
 
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import InputError
 
 from .classification import F1, Accuracy, MatthewsCorrelation
 from .multi_label import MultiLabel
@@ -39,10 +39,10 @@ __all__ = ["METRICS", "load"]
 def load(name: str, **settings: Any) -> evaluate.Metric:
     """The metric of this name, as `evaluate.load` gives it; `evaluate.combine` takes a list of them.
 
-    `settings` go to `evaluate.Metric` (`cache_dir`, …). Raises BadInput for a name not in METRICS.
+    `settings` go to `evaluate.Metric` (`cache_dir`, …). Raises InputError for a name not in METRICS.
     """
     if name not in METRICS:
         close = get_close_matches(name, METRICS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise BadInput(f"no metric {name!r}; allowed: {', '.join(METRICS)}{hint}")
+        raise InputError(f"no metric {name!r}; allowed: {', '.join(METRICS)}{hint}")
     return METRICS[name](**settings)

@@ -11,7 +11,7 @@ import evaluate
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import InputError
 from gradacc_hf.metrics.in_memory import InMemoryMetric
 
 _INPUTS = """
@@ -37,7 +37,7 @@ class _ClassificationMetric(InMemoryMetric):
         for name, values in (("predictions", predictions), ("references", references)):
             array = np.asarray(values)
             if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iub":
-                raise BadInput(
+                raise InputError(
                     f"{name}: found {array.dtype} of shape {array.shape}; allowed are class ids, whole "
                     "numbers of shape (rows,), at least one: take the argmax of the logits first"
                 )

@@ -6,7 +6,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import InputError
 from gradacc_hf.metrics.in_memory import InMemoryMetric
 
 _INPUTS = """
@@ -38,7 +38,7 @@ class MultiLabel(InMemoryMetric):
         for name, values in (("predictions", predictions), ("references", references)):
             array = np.asarray(values)
             if array.ndim != 2 or array.size == 0 or not np.isin(array, (0, 1)).all():
-                raise BadInput(
+                raise InputError(
                     f"{name}: found {array.dtype} of shape {array.shape}; allowed are 0 and 1 of shape "
                     "(rows, labels), at least one row: compare the logits with 0 first"
                 )

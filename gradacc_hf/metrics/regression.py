@@ -7,7 +7,7 @@ import evaluate
 import numpy as np
 import scipy.stats
 
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import InputError
 from gradacc_hf.metrics.in_memory import InMemoryMetric
 
 _INPUTS = """
@@ -33,7 +33,7 @@ class _RegressionMetric(InMemoryMetric):
         for name, values in (("predictions", predictions), ("references", references)):
             array = np.asarray(values)
             if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iuf":
-                raise BadInput(
+                raise InputError(
                     f"{name}: found {array.dtype} of shape {array.shape}; allowed are numbers of shape "
                     "(rows,), at least one: take the only column of the logits first"
                 )

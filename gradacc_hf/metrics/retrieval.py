@@ -10,7 +10,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import InputError
 from gradacc_hf.metrics.in_memory import InMemoryMetric
 
 MOST = 10
@@ -48,7 +48,7 @@ class Retrieval(InMemoryMetric):
         """Keep a batch until `compute`; refuse what is no table of ids."""
         array = np.asarray(predictions)
         if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu" or array.shape[1] > MOST:
-            raise BadInput(
+            raise InputError(
                 f"predictions: found {array.dtype} of shape {array.shape}; allowed are ids of candidates, "
                 f"whole numbers of shape (rows, at most {MOST}), at least one row"
             )

@@ -1,5 +1,6 @@
 """Entities in sequences of tags, as CoNLL counts them: one is right where its type and both its ends are."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import datasets
@@ -7,9 +8,8 @@ import evaluate
 import numpy as np
 from seqeval.metrics import f1_score, precision_score, recall_score
 
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import InputError
 from gradacc_hf.metrics.in_memory import InMemoryMetric
-from gradacc_hf.tasks.tags import as_iobes, is_scheme
 
 _INPUTS = """
 Args:
@@ -34,15 +34,25 @@ class Seqeval(InMemoryMetric):
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         for row, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
             if len(predicted) != len(true):
-                raise BadInput(
+                raise InputError(
                     f"sequence {row}: found {len(predicted)} tags; allowed: {len(true)}, as true ones"
                 )
             for tag in (*predicted, *true):
                 if not is_scheme([tag]):
-                    raise BadInput(
+                    raise InputError(
                         f"sequence {row}: found {tag!r}; allowed: O, or one of BIESLU and a type: B-PER"
                     )
         scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
         settings: Any = {"zero_division": 0}  # what is undefined is 0, without seqeval's warning
         found, true = ([as_iobes(tags) for tags in rows] for rows in (predictions, references))
         return {name: float(np.asarray(score(true, found, **settings))) for name, score in scores.items()}
+
+
+def is_scheme(tags: Iterable[str]) -> bool:
+    """Do these tags say where entities begin and end: O, and B-PER, I-PER, …? Parts of speech do not."""
+    return all(tag == "O" or (tag[:1] in "BIESLU" and tag[1:2] == "-" and tag[2:]) for tag in tags)
+
+
+def as_iobes(tags: Iterable[str]) -> list[str]:
+    """Tags of the BILOU scheme, whose U and L seqeval does not know, with its S and E for them."""
+    return [{"U": "S", "L": "E"}.get(tag[:1], tag[:1]) + tag[1:] for tag in tags]

@@ -13,7 +13,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from gradacc_hf.errors import BadInput
+from gradacc_hf.errors import InputError
 from gradacc_hf.metrics.in_memory import InMemoryMetric
 
 _INPUTS = """
@@ -41,7 +41,7 @@ class _TextMetric(InMemoryMetric):
         of_texts = all(isinstance(text, str) for text in predictions)
         of_lists = all(isinstance(row, list | tuple) and len(row) for row in references)
         if not len(predictions) or not of_texts or not of_lists:
-            raise BadInput(
+            raise InputError(
                 "predictions and references: allowed are texts, at least one, and for each a list of one "
                 'text or more: predictions=["a"], references=[["a", "b"]]'
             )

@@ -5,14 +5,15 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradacc_hf.errors import BadInput, Parser, one_line
+from gradacc_hf.errors import InputError, one_line
+from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.extras import require
 
 MOST = 8  # people at once; each has a process
 
 
 def main(argv: Sequence[str]) -> None:
-    """Open the page, write it as a Space, or draw a run. Raises BadInput."""
+    """Open the page, write it as a Space, or draw a run. Raises InputError."""
     parser = Parser(
         prog="gradacc play",
         description="Open a page where the kit's loop trains a small model, micro-batch by micro-batch.",
@@ -33,11 +34,11 @@ def main(argv: Sequence[str]) -> None:
     )
     given = parser.parse_args(argv)
     if given.port is not None and not 1 <= given.port <= 65535:
-        raise BadInput(f"--port: found {given.port}; allowed: 1 to 65535")
+        raise InputError(f"--port: found {given.port}; allowed: 1 to 65535")
     require("gradacc play", "play", *(["datasets", "pyarrow"] if given.film else []))
     try:
         if given.film is not None:
-            from gradacc_hf.play.film import write_film
+            from gradacc_hf.play.animation import write_film
 
             print(write_film(given.film))
         elif given.space is not None:
@@ -48,17 +49,19 @@ def main(argv: Sequence[str]) -> None:
             _check_address(given.host, given.port)
             serve(given.host, given.port, opens_browser=not given.no_browser)
     except OSError as error:
-        raise BadInput(f"gradacc play: {one_line(error)}; give another file, folder, host or port") from None
+        raise InputError(
+            f"gradacc play: {one_line(error)}; give another file, folder, host or port"
+        ) from None
 
 
 def _check_address(host: str, port: int | None) -> None:
-    """Raise BadInput where nothing can be served, which Gradio would try port after port."""
+    """Raise InputError where nothing can be served, which Gradio would try port after port."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind((host, port or 0))
     except OSError as error:
-        raise BadInput(
+        raise InputError(
             f"--host, --port: found {host}, {port or 'any'}, which cannot be served at: {one_line(error)}; "
             "give others"
         ) from None
@@ -71,7 +74,7 @@ def serve(host: str | None = None, port: int | None = None, opens_browser: bool 
     start_server()  # its imports take as long as those of the page
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from gradacc_hf.play.page import LAUNCH, build
-    from gradacc_hf.play.people import People
+    from gradacc_hf.play.sessions import People
 
     workers = Workers(MOST)
     try:

@@ -10,11 +10,12 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
-from gradacc_hf.config import LrScaling
-from gradacc_hf.errors import BadInput
-from gradacc_hf.play import pictures, tour
-from gradacc_hf.play.people import SPEEDS, People, Seen
+from gradacc_hf.accumulation.batch_schedule import LrScaling
+from gradacc_hf.errors import InputError
+from gradacc_hf.play import drawing as pictures
+from gradacc_hf.play import tour
 from gradacc_hf.play.session import Picture
+from gradacc_hf.play.sessions import SPEEDS, People, Seen
 from gradacc_hf.play.settings import Fault, Lengths, ModelName, Precision, Settings, fitting, steps_of
 
 HERE = Path(__file__).parent
@@ -199,7 +200,7 @@ def restarted(people: People) -> Callable[..., list[Any]]:
     def clicked(request: gr.Request, *values: Any) -> list[Any]:
         try:
             settings = _settings(_read(values))
-        except BadInput as error:
+        except InputError as error:
             return _drawn(people.refuse(_name(request), str(error)))
         return _drawn(people.restart(_name(request), settings))
 
@@ -230,7 +231,7 @@ def changed(people: People, which: str) -> Callable[..., list[Any]]:
             elif which == "effective":
                 given = given | {"steps": steps_of(given["effective"], given["micro_batch"])}
             settings = _settings(given)
-        except BadInput as error:
+        except InputError as error:
             return [*unchanged, *_drawn(people.refuse(_name(request), str(error)))]
         now = asdict(settings) | {"effective": settings.effective}
         following = [gr.skip() if now[name] == before[name] else now[name] for name in FOLLOWING]

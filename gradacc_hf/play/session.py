@@ -17,15 +17,21 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
 
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.reference import (
+    EXACT,
+    norm,
+    read_gradient,
+    relative_error,
+    whole_window_gradient,
+)
+from gradacc_hf.accumulation.splitting import Cost
+from gradacc_hf.accumulation.window import Window
 from gradacc_hf.doctor import Diagnosis, diagnose
-from gradacc_hf.gradients import EXACT, norm, read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.play.loops import FAULTS, Loop, Stop, line, ours, shown
-from gradacc_hf.play.player import WINDOWS, Player, in_precision
-from gradacc_hf.play.problems import problem
+from gradacc_hf.play.model_runner import WINDOWS, Player, in_precision
 from gradacc_hf.play.settings import Settings, begins_anew
-from gradacc_hf.split import Cost
-from gradacc_hf.window import Window
-from gradacc_hf.windows import WindowLoader
+from gradacc_hf.play.toy_tasks import problem
 
 CUT = Cost(fixed=1e9)  # into as few micro-batches as there can be
 LOOKED_AT = 3  # windows, by the doctor

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gradacc_hf.config import LrScaling
-from gradacc_hf.dynamics import lr_factor
-from gradacc_hf.errors import BadInput
+from gradacc_hf.accumulation.batch_schedule import LrScaling, lr_factor
+from gradacc_hf.errors import InputError
 
 ModelName = Literal["line through eight samples", "small transformer", "small transformer with BatchNorm"]
 Lengths = Literal["equal", "long-tailed"]
@@ -26,7 +25,7 @@ MOST_EXAMPLES = {LINE: 8, TRANSFORMER: 64, WITH_BATCH_NORM: 64}  # in a window
 
 @dataclass(frozen=True)
 class Settings:
-    """A run's. Raises BadInput, in one line, for what cannot be.
+    """A run's. Raises InputError, in one line, for what cannot be.
 
     `micro_batch`: examples; `steps`: micro-batches of a window; their product is the effective batch size.
     `max_grad_norm` 0: no clipping. `lr` is meant for windows of 16 examples; `lr_scaling`: how it follows.
@@ -90,7 +89,7 @@ def begins_anew(before: Settings, after: Settings) -> bool:
 
 
 def steps_of(effective: Any, micro_batch: Any) -> int:
-    """The accumulation steps that make micro-batches a window of so many examples. Raises BadInput."""
+    """The accumulation steps that make micro-batches a window of so many examples. Raises InputError."""
     if not _is_whole(micro_batch) or micro_batch < 1:
         _refuse("micro_batch", micro_batch, f"a whole number from 1 to {MOST['micro_batch']}")
     if not _is_whole(effective) or not 1 <= effective <= max(MOST_EXAMPLES.values()):
@@ -112,7 +111,7 @@ CALLED = {
 
 def _refuse(name: str, value: Any, allowed: str) -> None:
     found = "nothing" if value is None else value
-    raise BadInput(f"{CALLED.get(name, name)}: found {found}; allowed: {allowed}")
+    raise InputError(f"{CALLED.get(name, name)}: found {found}; allowed: {allowed}")
 
 
 def _is_whole(value: Any) -> bool:

@@ -5,10 +5,10 @@ from importlib import metadata
 from pathlib import Path
 
 import gradacc_hf
-from gradacc_hf.config import kit
-from gradacc_hf.errors import BadInput
-from gradacc_hf.saving import write_whole
+from gradacc_hf.errors import InputError
 from gradacc_hf.utils.extras import pinned
+from gradacc_hf.utils.files import write_whole
+from gradacc_hf.utils.paths import bundle_root
 
 APP = '''"""The page of `gradacc play`, as a Space."""
 
@@ -38,15 +38,15 @@ no network, and no secret.
 
 
 def write_space(folder: Path) -> Path:
-    """Write it, to push with `hf upload`, or to run its app.py. Raises BadInput where something is there."""
+    """Write the Space, to push with `hf upload` or to run its app.py. Raises InputError if it exists."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"--space: {folder} is there already, and nothing is overwritten: give a new folder")
+        raise InputError(f"--space: {folder} is there already, and nothing is overwritten: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     package = folder / "gradacc_hf"
     ignored = shutil.ignore_patterns("__pycache__", "_kit")
     shutil.copytree(Path(gradacc_hf.__file__).parent, package, ignore=ignored)
     for name in ("recipes", "configs"):  # where an installed package has them
-        shutil.copytree(kit() / name, package / "_kit" / name, ignore=ignored)
+        shutil.copytree(bundle_root() / name, package / "_kit" / name, ignore=ignored)
     versions = {"gradio": metadata.version("gradio"), "version": metadata.version("gradacc-hf")}
     write_whole(folder / "README.md", README.format(**versions))
     write_whole(folder / "requirements.txt", "\n".join([*pinned("play"), ""]))

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 
-from gradacc_hf.config import kit
 from gradacc_hf.lessons import question
 from gradacc_hf.play.settings import WITH_BATCH_NORM, Settings
+from gradacc_hf.utils.paths import bundle_root
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def page_of(number: int) -> str:
 
 
 def _source(name: str, title: str) -> str:
-    text = (kit() / f"recipes/{name}.py").read_text(encoding="utf-8")
+    text = (bundle_root() / f"recipes/{name}.py").read_text(encoding="utf-8")
     lesson = name.removeprefix("lessons/")
     run = f"gradacc lessons {lesson}" if lesson != name else f"gradacc cp {name} ."
     return (

@@ -14,13 +14,13 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
-from gradacc_hf.errors import BadInput, one_line
+from gradacc_hf.errors import GradaccError, InputError, one_line
 
 PATIENCE = 60.0  # seconds, for one answer
 IDLE = 600.0  # seconds without a question, after which a worker ends
 
 
-class Gone(Exception):
+class WorkerGoneError(GradaccError):
     """The worker has ended."""
 
 
@@ -35,16 +35,16 @@ class Worker:
         there.close()
 
     def ask(self, what: str, *given: Any) -> Any:
-        """What the session's method of this name gives, and the picture then. Raises Gone, BadInput."""
+        """Return the result of a session's method, and the picture. Raises WorkerGoneError, InputError."""
         with self._asked:
             try:
                 self._here.send((what, given))
                 if not self._here.poll(PATIENCE):
                     self.end()
-                    raise Gone(f"no answer within {PATIENCE:.0f} s")
+                    raise WorkerGoneError(f"no answer within {PATIENCE:.0f} s")
                 answer = self._here.recv()
             except (OSError, EOFError) as error:
-                raise Gone("the training process has ended") from error
+                raise WorkerGoneError("the training process has ended") from error
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -68,13 +68,13 @@ class Workers:
         self._spare: Worker | None = Worker()
 
     def of(self, name: str) -> Worker:
-        """The worker of this person's; a new one where there is none. Raises BadInput where all are taken."""
+        """Return the worker of this session, a new one if needed. Raises InputError if all are in use."""
         with self._lock:
             if name not in self._by_name:
                 alive = {who: worker for who, worker in self._by_name.items() if worker.is_alive}
                 self._by_name = alive
                 if len(alive) >= self._most:
-                    raise BadInput(
+                    raise InputError(
                         f"{len(alive)} people are here, all that this machine takes: come back later"
                     )
                 spare = self._spare if self._spare is not None and self._spare.is_alive else Worker()
@@ -116,7 +116,7 @@ def _context() -> Any:
 
 def start_server() -> None:
     """Begin to import what workers need; from here on it is under way."""
-    _context().set_forkserver_preload(["gradacc_hf.play.warm"])
+    _context().set_forkserver_preload(["gradacc_hf.play.preload"])
     settings = {
         "CUDA_VISIBLE_DEVICES": "",  # threads that wait for a GPU do not survive a fork
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # shapes change with each window: else bf16 takes 1 GB
@@ -153,4 +153,4 @@ def _serve(connection: Connection) -> None:
             getattr(session, what)(*given)
             connection.send(session.picture())
         except Exception as error:
-            connection.send(error if isinstance(error, BadInput) else RuntimeError(one_line(error)))
+            connection.send(error if isinstance(error, InputError) else RuntimeError(one_line(error)))

@@ -18,8 +18,8 @@ import jinja2
 from markupsafe import Markup
 
 from gradacc_hf.errors import refuse
-from gradacc_hf.redact import redact
-from gradacc_hf.report import plots, words
+from gradacc_hf.report import narrative as words
+from gradacc_hf.report import plots
 from gradacc_hf.report.pictures import (
     bars_of,
     curves_note,
@@ -39,7 +39,8 @@ from gradacc_hf.report.tables import (
     figures_table,
     plan_table,
 )
-from gradacc_hf.saving import write_whole
+from gradacc_hf.utils.files import write_whole
+from gradacc_hf.utils.redaction import redact
 
 __all__ = ["read_runs", "write_report"]
 
@@ -50,7 +51,7 @@ def write_report(folders: Sequence[Path | str], output: Path | str | None = None
     """Write the report of the runs in these folders, and give its path.
 
     `output` is an HTML file; by default report.html in the folder, or in the current one where there are
-    several. Raises BadInput where there is no run, a file is broken, or `output` is no report of ours.
+    several. Raises InputError where there is no run, a file is broken, or `output` is no report of ours.
     """
     folders = [Path(folder) for folder in folders]
     home = folders[0] if len(folders) == 1 else Path()

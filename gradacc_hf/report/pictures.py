@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from gradacc_hf.gradients import EXACT
-from gradacc_hf.report import plots, words
+from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.report import narrative as words
+from gradacc_hf.report import plots
 from gradacc_hf.report.runs import Contender
 from gradacc_hf.report.tables import first_baseline, memory_figure, metric_names
 

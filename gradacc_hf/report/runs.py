@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from gradacc_hf.errors import one_line, refuse
-from gradacc_hf.redact import redact
-from gradacc_hf.runlog import WindowRecord
+from gradacc_hf.training.run_log import WindowRecord
+from gradacc_hf.utils.redaction import redact
 
 NUMBERS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
 NUMBERS += ("training_memory_bytes", "effective_batch_size", "processes")
@@ -169,7 +169,7 @@ class Contender:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders or anywhere below. Raises BadInput where one has none or a broken file."""
+    """The runs in these folders or anywhere below. Raises InputError where one has none or a broken file."""
     found: dict[Path, None] = {}  # in order, each once
     for folder in map(Path, folders):
         if not folder.is_dir():

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from gradacc_hf.gradients import EXACT
-from gradacc_hf.report import words
+from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.report import narrative as words
 from gradacc_hf.report.runs import Contender, Run
 
 

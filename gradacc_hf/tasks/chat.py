@@ -11,9 +11,9 @@ from typing import Any
 
 import jinja2
 
-from gradacc_hf.errors import BadInput, one_line
-from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import require_fast
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.data.columns import require_fast
+from gradacc_hf.errors import InputError, one_line
 
 Messages = Sequence[Mapping[str, Any]]
 Tokens = dict[str, Any]
@@ -42,9 +42,9 @@ def chat_problem(messages: Any) -> str | None:
 
 
 def check_chat_template(tokenizer: Any, name: str) -> None:
-    """Raise BadInput unless the template tells exactly which tokens are the assistant's."""
+    """Raise InputError unless the template tells exactly which tokens are the assistant's."""
     if not tokenizer.chat_template:
-        raise BadInput(
+        raise InputError(
             f"model.name: {name} has no chat template; name an instruct model, or give data.chat_template a "
             "file with one"
         )
@@ -56,7 +56,7 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
             if not any(assistant_tokens(tokenizer, chat[:turns_kept])[1]):
                 raise ValueError("it marks none")
     except (ValueError, jinja2.TemplateError) as error:
-        raise BadInput(
+        raise InputError(
             f"model.name: the chat template of {name} does not tell which tokens are the assistant's "
             f"({one_line(error)}); put {{% generation %}} marks around them, in a file for data.chat_template"
         ) from error

@@ -7,13 +7,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.splitting import bounding_lengths, split_window
 from gradacc_hf.errors import refuse
-from gradacc_hf.split import bounding_lengths, split_window
-from gradacc_hf.windows import WindowLoader
 
 
 def check_target_length(config: Any, length: int, name: str) -> None:
-    """Raise BadInput where the decoder of the model `name` has fewer positions than `length`."""
+    """Raise InputError where the decoder of the model `name` has fewer positions than `length`."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
     if 0 < positions < length:
         allowed = f"allowed: 1 to {positions}, the positions of the decoder of {name}"

@@ -16,14 +16,14 @@ from PIL import Image as pillow
 from PIL import UnidentifiedImageError
 from transformers.image_utils import load_image
 
+from gradacc_hf.data.columns import require_column
 from gradacc_hf.errors import one_line, refuse
-from gradacc_hf.labels import require_column
 
 Picture = pillow.Image
 
 
 def undecoded(dataset: Dataset, column: str, key: str = "data.image_column") -> Dataset:
-    """The data set with images as bytes or paths. Raises BadInput where the column holds neither."""
+    """The data set with images as bytes or paths. Raises InputError where the column holds neither."""
     require_column(dataset, column, key)
     feature = dataset.features[column]
     is_path = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
@@ -75,7 +75,7 @@ def random_cut(image: Picture, smallest: float, random: np.random.Generator) -> 
 
 
 def images_of(inputs: Sequence[Any], column: str) -> list[Picture]:
-    """The images of paths, or of rows with a path in this column. Raises BadInput for unreadable ones."""
+    """The images of paths, or of rows with a path in this column. Raises InputError for unreadable ones."""
     problem, images = image_problem("image"), []
     for number, given in enumerate(inputs, start=1):
         path = given.get(column) if isinstance(given, Mapping) else given

@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
-from gradacc_hf.errors import BadInput, one_line
-from gradacc_hf.heads import shrink
-from gradacc_hf.items import IGNORED
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.errors import InputError, one_line
+from gradacc_hf.verification.tiny_models import shrink
 
 CHUNK = 256  # tokens whose logits are in memory at a time: 50 MB at a vocabulary of 49,152, in float32
 
@@ -31,14 +31,14 @@ CHUNK = 256  # tokens whose logits are in memory at a time: 50 MB at a vocabular
 def make_lean(model: Any, setting: bool | Literal["auto"] = "auto") -> bool:
     """Have a causal language model compute its loss in pieces, where its logits allow it. Does it now?
 
-    "auto": where they do; True: raise BadInput where they do not, in one line with the reason; False: never.
+    "auto": where they do; False: never. True: raise InputError where they do not, with the reason.
     With labels, the outputs then hold the loss alone; without them (generation), logits are as they were.
     """
     if setting is False:
         return False
     if reason := not_lean(model):
         if setting is True:
-            raise BadInput(f"budget.lean_loss: found true, but {reason}; allowed here: auto or false")
+            raise InputError(f"budget.lean_loss: found true, but {reason}; allowed here: auto or false")
         return False
     model.forward = MethodType(_forward_of(type(model)), model)  # bound, so that a deep copy has its own
     return True

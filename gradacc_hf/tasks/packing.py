@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from gradacc_hf.errors import BadInput, one_line
-from gradacc_hf.items import IGNORED
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.errors import InputError, one_line
 
 LEAK = 1e-5  # of the largest logit, between rows of one shape; where nothing leaks not a bit changes
 
@@ -32,7 +32,7 @@ def pack(examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
 
 @torch.no_grad()
 def check_packing(model: Any, name: str, max_length: int = 256) -> None:
-    """Raise BadInput where an example that comes second in a row has other logits than it has alone.
+    """Raise InputError where an example that comes second in a row has other logits than it has alone.
 
     Before it come two short examples, in turn, and one of `max_length` tokens, if the model has positions for
     so many: as far as that it shows whether the place in the row counts instead of the position (Llama 4).
@@ -56,7 +56,7 @@ def check_packing(model: Any, name: str, max_length: int = 256) -> None:
             tensors = {key: row[key].to(device) for key in ("input_ids", "position_ids") if key in row}
             said.append(model(**tensors, use_cache=False).logits[0, -lengths[0] :].float())
     except Exception as error:  # a model of any kind, which may raise anything
-        raise BadInput(
+        raise InputError(
             f"data.packing: {name} does not take packed examples ({type(error).__name__}: "
             f"{one_line(error)[:200]}); set data.packing to false"
         ) from error
@@ -66,7 +66,7 @@ def check_packing(model: Any, name: str, max_length: int = 256) -> None:
     rounding = math.sqrt(torch.finfo(model.dtype).eps)  # rows of other lengths: 3e-4 in float32
     pairs = (one, other, LEAK), (one, alone, rounding), (late, alone, rounding)
     if not all((a - b).abs().max() <= allowed * alone.abs().max() for a, b, allowed in pairs):
-        raise BadInput(
+        raise InputError(
             f"data.packing: in {name} a packed example depends on what comes before it in its row (it "
             "attends across, has a state that runs on, or takes places in the row for positions), so "
             "packing would not be exact; set data.packing to false"

@@ -21,7 +21,7 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
     Where the model has too few positions, an answer gets half of them at most, and a prompt loses its start.
     An input is a list of messages; a row with `messages`, without its last one if that is the assistant's; a
     row with a `prompt`; or a text: what a user says to a model with a chat template, else a prompt. Every
-    process answers all, so that none waits for another. Raises BadInput with the number of an input that
+    process answers all, so that none waits for another. Raises InputError with the number of an input that
     cannot be answered.
     """
     prompts = [_tokens(tokenizer, given, f"input {number:,}") for number, given in enumerate(inputs, start=1)]

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.data.columns import require_fast, with_column
 from gradacc_hf.errors import refuse
-from gradacc_hf.items import IGNORED
-from gradacc_hf.labels import require_fast, with_column
 
 
 def in_parts(
@@ -133,7 +133,7 @@ def find_answer(
 
 
 def check_tokenizer(tokenizer: Any, name: str) -> None:
-    """Raise BadInput unless the tokenizer of the model `name` separates texts and says where tokens are."""
+    """Raise InputError unless the tokenizer of the model `name` separates texts and says where tokens are."""
     require_fast(tokenizer, name)
     if tokenizer.sep_token_id is None:
         found = f"the tokenizer of {name} does not separate question and context"

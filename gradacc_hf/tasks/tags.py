@@ -4,18 +4,19 @@ Tags are strings, whole numbers or ids of a ClassLabel, whose names and order ar
 them is the recipe's.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
 from seqeval.metrics.sequence_labeling import get_entities
 
+from gradacc_hf.data.columns import class_names, file_rows, is_list, require_column
 from gradacc_hf.errors import refuse
-from gradacc_hf.labels import class_names, file_rows, is_list, require_column
+from gradacc_hf.metrics.sequence_labelling import as_iobes, is_scheme
 
 
 def check_tokens_and_tags(dataset: Dataset, tokens_column: str, tags_column: str) -> None:
-    """Raise BadInput unless the columns are lists: of strings, and of strings, whole numbers or class ids."""
+    """Raise InputError unless tokens are lists of strings, and tags lists of strings, integers or ids."""
     tokens = _element(dataset, tokens_column, "data.tokens_column")
     if not _is(tokens, "string"):
         refuse("data.tokens_column", f"column {tokens_column!r} has lists of {_kind(tokens)}", "of strings")
@@ -28,7 +29,7 @@ def check_tokens_and_tags(dataset: Dataset, tokens_column: str, tags_column: str
 def tag_names(train: Dataset, tags_column: str) -> list[str]:
     """The tags in the order of their ids: a ClassLabel's, else those of the training rows, sorted.
 
-    Raises BadInput where there are not at least two.
+    Raises InputError where there are not at least two.
     """
     names = class_names(train, tags_column)
     if names is None:
@@ -41,16 +42,6 @@ def tag_names(train: Dataset, tags_column: str) -> list[str]:
         found = f"{len(names)} different tags in the training rows"
         refuse("data.tags_column", found, "at least two, or there is nothing to learn")
     return names
-
-
-def is_scheme(tags: Iterable[str]) -> bool:
-    """Do these tags say where entities begin and end: O, and B-PER, I-PER, …? Parts of speech do not."""
-    return all(tag == "O" or (tag[:1] in "BIESLU" and tag[1:2] == "-" and tag[2:]) for tag in tags)
-
-
-def as_iobes(tags: Iterable[str]) -> list[str]:
-    """Tags of the BILOU scheme, whose U and L seqeval does not know, with its S and E for them."""
-    return [{"U": "S", "L": "E"}.get(tag[:1], tag[:1]) + tag[1:] for tag in tags]
 
 
 def entities(tokens: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:

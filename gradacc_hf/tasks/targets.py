@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Value
 
-from gradacc_hf.errors import listed, refuse
-from gradacc_hf.labels import (
+from gradacc_hf.data.columns import (
     class_names,
     drop_unknown,
     encode_labels,
@@ -27,6 +26,7 @@ from gradacc_hf.labels import (
     require_column,
     with_label,
 )
+from gradacc_hf.errors import listed, refuse
 
 KEY = "data.label_column"
 
@@ -35,7 +35,7 @@ class Target(ABC):
     """The labels of a task. `encode` replaces their column by `label`, as numbers, and finds their names."""
 
     def __init__(self, train: Dataset, validation: Dataset, column: str):
-        """Raises BadInput where a data set has no such column."""
+        """Raises InputError where a data set has no such column."""
         for split in (train, validation):
             require_column(split, column, KEY)
         self.column, self.feature = column, train.features[column]
@@ -56,7 +56,7 @@ class Target(ABC):
     ) -> tuple[Dataset, Dataset]:
         """Both with a column `label` of what `loss` compares with, a row each.
 
-        Raises BadInput, also for a validation row with a label that no training row has; with a list
+        Raises InputError, also for a validation row with a label that no training row has; with a list
         `skipped`, such a row is left out, and said there.
         """
 
@@ -113,7 +113,7 @@ class MultiLabel(Target):
     """Any number of labels. A row has a list of strings, of integers or of a ClassLabel; it may be empty."""
 
     def __init__(self, train: Dataset, validation: Dataset, column: str):
-        """Raises BadInput where a data set has no such column of lists."""
+        """Raises InputError where a data set has no such column of lists."""
         super().__init__(train, validation, column)
         for split in (train, validation):
             if not is_list(feature := split.features[column]):
@@ -177,7 +177,7 @@ class Regression(Target):
     """A number. Labels are numbers, or strings of them."""
 
     def __init__(self, train: Dataset, validation: Dataset, column: str):
-        """Raises BadInput where a data set has no such column of numbers."""
+        """Raises InputError where a data set has no such column of numbers."""
         super().__init__(train, validation, column)
         for split in (train, validation):
             feature = split.features[column]
@@ -248,7 +248,7 @@ def class_weights(setting: str, names: Sequence[str], labels: Sequence[int]) -> 
     """One weight a class, in the order of `names`; None where all weigh 1.
 
     setting: none, balanced (1 / its frequency among `labels`, which are class ids), or "spam=5,ham=1".
-    Raises BadInput.
+    Raises InputError.
     """
     if setting == "none":
         return None

@@ -60,7 +60,9 @@ def main():
             print(f"{norm:<15} {size:2} {errors[-1][0]:19.0e} {errors[-1][1]:12.0e} {errors[-1][2]:22.0e}")
         found[norm] = torch.tensor(errors).T.tolist()  # of gradients, the kit's, the first example
     print("BatchNorm shifts and scales an example by its micro-batch's statistics, the others by its own.")
-    print("In the kit: `try_out`, which `fine_tune` calls, warns of a model's BatchNorm before the run.")
+    print(
+        "In the kit: `preflight_check`, which `fine_tune` calls, warns of a model's BatchNorm before the run."
+    )
     return found
 
 

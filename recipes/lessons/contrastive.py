@@ -73,7 +73,7 @@ def main():
     for name, gradient in (gradients | {"kit, cached": kit(Accelerator(cpu=True))}).items():
         found[name] = ((gradient - gradients["1 × 64"]).norm() / gradients["1 × 64"].norm()).item()
         print(f"{name:<14} gradient off that of 64 pairs at once by {found[name]:.0e}")
-    print("In the kit: `gradacc_hf.contrastive`, with dropout, on any number of processes.")
+    print("In the kit: `gradacc_hf.ContrastiveLoss`, with dropout, on any number of processes.")
     return found
 
 

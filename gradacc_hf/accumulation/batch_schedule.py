@@ -1,0 +1,79 @@
+"""Effective batch sizes that change during a run, and learning rates that follow them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+LrScaling = Literal["none", "linear", "sqrt"]
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """Effective batch sizes, each with the number of windows done when it begins: {0: 32, 500: 64}."""
+
+    sizes: Mapping[int, int]
+
+    def __call__(self, number: int) -> int:
+        return self.sizes[max(first for first in self.sizes if first <= number)]
+
+    def __str__(self) -> str:
+        (_, first), *later = sorted(self.sizes.items())
+        return ", ".join([f"{first} examples a window", *(f"after {n} windows {size}" for n, size in later)])
+
+
+@dataclass
+class GrowingBatch:
+    """An effective batch size that doubles when the noise scale stays as large as the doubled size.
+
+    From `smallest` to at most `largest`. "Stays": in `patience` measurements in a row, as a single one is
+    itself noisy. `sizes`: each with the number, over the run, of the first window that had it.
+    """
+
+    smallest: int
+    largest: int
+    patience: int = 4
+    sizes: dict[int, int] = field(default_factory=dict)
+    in_a_row: int = 0  # measurements that were as large
+
+    def __post_init__(self):
+        if not 1 <= self.smallest <= self.largest:
+            raise ValueError(
+                f"the batch grows from {self.smallest} to {self.largest}; allowed: from 1 or more, upwards"
+            )
+        self.sizes = self.sizes or {0: self.smallest}
+
+    def __call__(self, number: int) -> int:
+        return ScheduledBatch(self.sizes)(number)
+
+    def __str__(self) -> str:
+        return f"{self.smallest} to {self.largest} examples a window, by the noise scale"
+
+    def grow(self, number: int, noise_scale: float) -> bool:
+        """It was measured before the window of this number: is that one to be larger?"""
+        size = self(number)
+        larger = min(2 * size, self.largest)
+        self.in_a_row = self.in_a_row + 1 if noise_scale >= larger > size else 0
+        if self.in_a_row < self.patience:
+            return False
+        self.sizes[number], self.in_a_row = larger, 0
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes, as numbers."""
+        return {"sizes": dict(self.sizes), "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to where `state_dict` was taken."""
+        self.sizes = {int(number): size for number, size in state["sizes"].items()}
+        self.in_a_row = state["in_a_row"]
+
+
+def lr_factor(rule: LrScaling, size: int, reference: int | None) -> float:
+    """By how much the learning rate that suits windows of `reference` examples is larger for `size` of them.
+
+    "linear": Goyal et al. 2017, for SGD; "sqrt": Krizhevsky 2014, and Malladi et al. 2022 for Adam.
+    """
+    if rule == "none" or reference is None:
+        return 1.0
+    return size / reference if rule == "linear" else math.sqrt(size / reference)

@@ -1,0 +1,108 @@
+"""What a `WindowLoader` is given that cannot work: a ValueError that says so in one line.
+
+Also where nothing of this runs: engines that accumulate by themselves, devices and systems that nobody
+has tried it on. `refuse_engine` asks an Accelerator, `hardware.honour` the machine before there is one.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from gradacc_hf.accumulation.streaming import is_stream
+from gradacc_hf.utils.hardware import refuse_place
+
+
+def refuse_engine(accelerator: Accelerator) -> None:
+    """Refuse engines that accumulate by themselves, and processes that must see the same examples."""
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if getattr(parallelism, "non_data_parallel_size", 1) > 1:
+        raise ValueError(
+            "processes that share a model (tensor, context or sequence parallel) must see the same examples, "
+            "and here each gets its own: use data parallelism (DDP or FSDP) only"
+        )
+    refuse_place(accelerator.device.type, accelerator.distributed_type.value)
+
+
+def check_arguments(
+    dataset: Any, effective_batch_size: Any, collate_fn: Callable, pad_to: Any, pad_to_multiple_of: Any = None
+) -> None:
+    """Refuse data, sizes and padding that cannot be."""
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"the data set is a mapping with {list(dataset)[:5]}: give one split, a sequence of examples"
+        )
+    stream = is_stream(dataset)
+    if not stream and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(
+            "the data set must be a sequence with a length, or a stream of examples to iterate over; found "
+            f"{type(dataset).__name__}"
+        )
+    if not stream and len(dataset) == 0:
+        raise ValueError("the data set has no examples")
+    if not callable(effective_batch_size):
+        size, most = effective_batch_size, np.inf if stream else len(dataset)
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 1 <= size <= most:
+            allowed = "of at least 1" if stream else f"from 1 to the {most} examples of the data set"
+            raise ValueError(f"the effective batch size is {size!r}; it must be an integer {allowed}")
+    multiple = pad_to_multiple_of
+    if multiple is not None and (
+        isinstance(multiple, bool) or not isinstance(multiple, int | np.integer) or multiple < 1
+    ):
+        raise ValueError(f"pad_to_multiple_of is {multiple!r}; allowed: 1 token or more, or None")
+    if multiple is not None and pad_to != "micro_batch":
+        raise ValueError(
+            f"pad_to_multiple_of={multiple} rounds what each micro-batch is padded to, and pad_to={pad_to!r} "
+            "says that already: give one of the two"
+        )
+    if pad_to not in ("micro_batch", "nothing"):
+        if pad_to != "window" and (
+            isinstance(pad_to, bool) or not isinstance(pad_to, int | np.integer) or pad_to < 1
+        ):
+            raise ValueError(
+                f"pad_to is {pad_to!r}; allowed: 'micro_batch', 'window', 'nothing', or a number of tokens"
+            )
+        if not _takes_pad_to(collate_fn):
+            raise ValueError(
+                f"pad_to={pad_to!r} needs a collate function that takes pad_to (the tokens to pad to); "
+                f"{getattr(collate_fn, '__name__', type(collate_fn).__name__)} does not"
+            )
+
+
+def check_stream(dataset: Any, lengths: Any, num_workers: int, buffer_size: Any) -> None:
+    """Refuse what cannot be of a stream, and a buffer size where there is none."""
+    if not is_stream(dataset):
+        if buffer_size is not None:
+            raise ValueError(
+                f"buffer_size={buffer_size!r} is for streams: a {type(dataset).__name__} has a length and is "
+                "shuffled as a whole, leave it out"
+            )
+        return
+    if isinstance(dataset, Iterator):
+        raise ValueError(
+            f"a {type(dataset).__name__} can be read only once, and each epoch reads anew: give "
+            "datasets.IterableDataset.from_generator(function), or an object whose __iter__ begins anew"
+        )
+    if getattr(dataset, "_distributed", None) is not None:
+        raise ValueError(
+            "the stream is split by process (split_dataset_by_node), and windows are of all processes: give "
+            "the whole stream, which each of them reads"
+        )
+    if lengths is not None and not isinstance(lengths, str) and not callable(lengths):
+        raise ValueError(
+            f"lengths is a {type(lengths).__name__}; of a stream it must be a column's name or a function of "
+            "an example"
+        )
+    if num_workers:
+        raise ValueError(f"num_workers is {num_workers}; a stream is read by the process itself: give 0")
+    if buffer_size is not None and (
+        isinstance(buffer_size, bool) or not isinstance(buffer_size, int | np.integer) or buffer_size < 1
+    ):
+        raise ValueError(f"buffer_size is {buffer_size!r}; it must be an integer of at least 1 example")
+
+
+def _takes_pad_to(collate_fn: Callable) -> bool:
+    parameters = inspect.signature(collate_fn).parameters.values()
+    return any(p.name == "pad_to" or p.kind is p.VAR_KEYWORD for p in parameters)

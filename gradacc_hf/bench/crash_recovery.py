@@ -1,0 +1,291 @@
+"""Kill a run with SIGKILL at random moments, resume it, and compare what comes out with a run left in peace.
+
+`kills` starts a recipe's own command line in a process of its own, again and again, and kills it while it is
+in a phase that was drawn: forward, backward, the optimizer's step, an evaluation, a checkpoint's writing.
+`damages` damages the newest checkpoint of a run in every way there is, and resumes. Both count what is the
+same to the last bit: the saved weights, and the history but for its seconds. One process, on a CPU.
+"""
+
+import hashlib
+import json
+import mmap
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch.nn.modules.module import register_module_forward_pre_hook, register_module_full_backward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.recipe.loading import recipe_class_of
+from gradacc_hf.run.runner import run
+from gradacc_hf.training.checkpoint import FOLDER, NUMBERS, Checkpointer
+from gradacc_hf.training.run_log import measured_with
+from gradacc_hf.utils.paths import bundle_root
+
+PHASES = ("forward", "backward", "optimizer step", "evaluation", "writing a checkpoint")
+BETWEEN = "between these"
+MARKS = (BETWEEN, *PHASES)
+SETTINGS = {
+    "--config": str(bundle_root() / "configs/image_classification_offline.yaml"),
+    "--model.dropout": 0.1,  # whose draws must be the same, too
+    "--train.max_windows": 60,
+    "--train.eval_every": 7,
+    "--checkpoint.every": 2,
+    "--budget.max_tokens": 256,
+    "--output.tracker": "none",
+}
+SECONDS = 600  # in which a run must end
+
+
+@dataclass(frozen=True)
+class Kills:
+    """How often a run was killed in which phase, and how many of the runs came out the same."""
+
+    kills: dict[str, int]
+    runs: int
+    identical: int
+    windows: int  # in a run
+    measured_with: dict[str, str]
+
+
+def kills(number: int = 50, seed: int = 0, progress: Callable[..., Iterable[Any]] = iter) -> Kills:
+    """Kill so many times; as soon as a run has come to its end all the same, begin another."""
+    draw, hit = random.Random(seed), Counter[str]()
+    with tempfile.TemporaryDirectory() as temporary:
+        undisturbed, attempts, identical = Path(temporary) / "undisturbed", Path(temporary) / "run", 0
+        _start(undisturbed)
+        expected, runs = _outcome(undisturbed), 0
+        for _ in progress(range(number)):
+            while (phase := _start(attempts, draw)) is None:
+                runs, identical = runs + 1, identical + (_outcome(attempts) == expected)
+                shutil.rmtree(attempts)
+            hit[phase] += 1
+        _start(attempts)
+        runs, identical = runs + 1, identical + (_outcome(attempts) == expected)
+    windows = int(SETTINGS["--train.max_windows"])
+    return Kills({mark: hit[mark] for mark in MARKS}, runs, identical, windows, measured_with("cpu"))
+
+
+def print_kills(result: Kills, console: Console) -> None:
+    """A row for each phase."""
+    table = Table("killed in", "times", box=SIMPLE)
+    for phase, times in result.kills.items():
+        table.add_row(phase, str(times))
+    console.print(table)
+    console.print(
+        f"{sum(result.kills.values())} kills in {result.runs} runs of {result.windows} windows: "
+        f"{result.identical} of {result.runs} ended with the weights and the history of a run left in peace, "
+        "bit for bit"
+    )
+
+
+@dataclass(frozen=True)
+class Damages:
+    """For each damage to the newest checkpoint: where the run went on, or what it said; is it the same?"""
+
+    rows: tuple[tuple[str, str, bool | None], ...]
+    measured_with: dict[str, str]
+
+
+def damages(progress: Callable[..., Iterable[Any]] = iter) -> Damages:
+    """Damage the newest of two checkpoints of a run that was killed, and resume."""
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        names = ("undisturbed", "killed", "damaged")
+        undisturbed, killed, damaged = (Path(temporary) / name for name in names)
+        _start(undisturbed)
+        expected = _outcome(undisturbed)
+        _start(killed, random.Random(0), windows=(6, 7))
+        assert len(list((killed / FOLDER).glob("window-*"))) == 2
+        for name, damage in progress([("none", lambda folder: None), *DAMAGES.items()]):
+            shutil.copytree(killed, damaged, symlinks=True)
+            damage(sorted((damaged / FOLDER).glob("window-*"))[-1])
+            said = _resume_aloud(damaged)
+            ended = (damaged / "summary.json").is_file()
+            rows.append((name, said, _outcome(damaged) == expected if ended else None))
+            shutil.rmtree(damaged)
+    return Damages(tuple(rows), measured_with("cpu"))
+
+
+def print_damages(result: Damages, console: Console) -> None:
+    """A row for each damage."""
+    table = Table("the newest checkpoint", "and the run", "the same end", box=SIMPLE)
+    for name, said, same in result.rows:
+        table.add_row(name, said, {True: "yes", False: "NO", None: "refused"}[same])
+    console.print(table)
+
+
+def _first(folder: Path, ending: str) -> Path:
+    return next(path for path in sorted(folder.iterdir()) if path.name.endswith(ending))
+
+
+def _cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class _Mark:
+    """A pickle that would leave a mark."""
+
+    def __reduce__(self):
+        return os.system, ("touch $GRADACC_MARK",)
+
+
+def _put_in_code(folder: Path) -> None:
+    """A pickle that runs code, with a checksum to match."""
+    torch.save(_Mark(), folder / NUMBERS)
+    sums = json.loads((folder / "sha256.json").read_text())
+    sums[NUMBERS] = hashlib.sha256((folder / NUMBERS).read_bytes()).hexdigest()
+    (folder / "sha256.json").write_text(json.dumps(sums))
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "weights cut short": lambda folder: _cut_short(_first(folder, ".safetensors")),
+    "a bit of the weights flipped": lambda folder: _flip_a_bit(_first(folder, ".safetensors")),
+    "weights missing": lambda folder: _first(folder, ".safetensors").unlink(),
+    "numbers cut short": lambda folder: _cut_short(folder / NUMBERS),
+    "random numbers missing": lambda folder: (folder / "random-0.pt").unlink(),
+    "about.json with a bit flipped": lambda folder: _flip_a_bit(folder / "about.json"),
+    "checksums cut short": lambda folder: _cut_short(folder / "sha256.json"),
+    "checksums missing": lambda folder: (folder / "sha256.json").unlink(),
+    "a strange file": lambda folder: (folder / "more.safetensors").write_bytes(b""),
+    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "a pickle that runs code": _put_in_code,
+}
+
+
+def _start(folder: Path, draw: random.Random | None = None, windows: tuple[int, int] = (0, 12)) -> str | None:
+    """Run the recipe in this folder, or go on with it there; give the phase that it was killed in.
+
+    With `draw`, it is killed so many windows later, in a phase and at a moment that are drawn. None: it came
+    to its end before. Raises InputError where it fails.
+    """
+    marks = mmap.mmap(-1, 2)  # shared with the child: its phase; windows begun
+    child = multiprocessing.get_context("fork").Process(target=partial(_run, folder, marks))
+    child.start()
+    phase = None
+    if draw is not None:
+        wanted, after = draw.randrange(1, len(MARKS)), draw.randrange(*windows)
+        delay = 0.0 if MARKS[wanted] == "optimizer step" else draw.uniform(0, 0.02)  # a step takes less
+        while child.is_alive() and not (marks[0] == wanted and marks[1] >= after):
+            time.sleep(0.0001)
+        time.sleep(delay)
+        if child.is_alive() and not (folder / "summary.json").exists():
+            phase = MARKS[marks[0]]
+            child.kill()
+    child.join(SECONDS)
+    if child.exitcode == -signal.SIGKILL and phase is not None:
+        return phase
+    if child.exitcode != 0:
+        child.kill()
+        raise InputError(f"bench kills: the run in {folder} ended with {child.exitcode}")
+    return None
+
+
+def _resume_aloud(folder: Path) -> str:
+    """Resume a run; where it went on, or the line that it was refused with."""
+    said, mark = folder.parent / "said.txt", folder.parent / "mark"
+    os.environ["GRADACC_MARK"] = str(mark)
+    child = multiprocessing.get_context("fork").Process(target=partial(_run, folder, mmap.mmap(-1, 2), said))
+    child.start()
+    child.join(SECONDS)
+    lines = said.read_text(encoding="utf-8").splitlines()
+    if mark.exists():
+        return "RAN THE CODE"
+    found = [line for line in lines if line.startswith(("resume ", "error: "))]
+    said_last = found[-1].replace(str(folder), "RUN").removeprefix("resume") if found else ""
+    return " ".join(said_last.split())
+
+
+def _run(folder: Path, marks: Any, said: Path | None = None) -> None:
+    """In a process of its own: the recipe's command line, which marks where it is."""
+    with (said or Path(os.devnull)).open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+        settings = {**SETTINGS, "--output.dir": folder, "--resume": "auto"}
+        argv = [str(word) for setting in settings.items() for word in setting]
+        with _marking(marks):
+            run(_watched(recipe_class_of(argv), marks), argv)
+        sys.stdout.flush()
+
+
+@contextmanager
+def _marking(marks: Any) -> Iterator[None]:
+    def mark(phase: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            if marks[0] != MARKS.index("evaluation"):
+                marks[0] = MARKS.index(phase)
+
+        return note
+
+    def begun(*_: Any) -> None:
+        mark(BETWEEN)()
+        marks[1] = min(255, marks[1] + 1)
+
+    save = Checkpointer.save
+
+    def marked(*arguments: Any) -> Any:
+        mark("writing a checkpoint")()
+        try:
+            return save(*arguments)
+        finally:
+            mark(BETWEEN)()
+
+    hooks = [
+        register_module_forward_pre_hook(mark("forward")),
+        register_module_full_backward_pre_hook(mark("backward")),
+        register_optimizer_step_pre_hook(mark("optimizer step")),
+        register_optimizer_step_post_hook(begun),
+    ]
+    Checkpointer.save = marked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Checkpointer.save = save
+        for hook in hooks:
+            hook.remove()
+
+
+def _watched(recipe: type[Recipe], marks: Any) -> type[Recipe]:
+    """The recipe, whose evaluations are marked."""
+
+    class Watched(recipe):
+        def validate(self, *arguments: Any) -> dict[str, float]:
+            marks[0] = MARKS.index("evaluation")
+            try:
+                return super().validate(*arguments)
+            finally:
+                marks[0] = 0
+
+    return Watched
+
+
+def _outcome(run: Path) -> tuple[Any, ...]:
+    """What must be the same: the weights that were saved, and the history but for its seconds."""
+    weights = [(run / name / "model.safetensors").read_bytes() for name in ("best", "last")]
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    history = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return *(hashlib.sha256(content).hexdigest() for content in weights), history

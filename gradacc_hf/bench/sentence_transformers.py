@@ -1,0 +1,258 @@
+"""Our contrastive loss beside sentence-transformers', on the same pairs, weights and windows.
+
+`contrastive` starts each contender in a process of its own, in turns: `MultipleNegativesRankingLoss` on the
+whole window at once, `CachedMultipleNegativesRankingLoss` in mini-batches of so many tokens, and
+`ContrastiveLoss` in micro-batches of as many padded ones; theirs in the plainest loop there is. Without
+dropout, so that all should come to the same model.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from datasets import disable_progress_bars
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from gradacc_hf.accumulation.gradient_cache import COLUMNS, Embedder
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error, whole_window_gradient
+from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
+from gradacc_hf.errors import InputError, one_line
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.recipe.loading import load_recipe
+from gradacc_hf.run.runner import make_model, make_windows, total_windows
+from gradacc_hf.training.loop import train
+from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
+from gradacc_hf.training.run_log import measured_with
+from gradacc_hf.utils.paths import bundle_root
+
+CONTENDERS = {
+    "at_once": "MultipleNegativesRankingLoss",
+    "cached": "CachedMultipleNegativesRankingLoss",
+    "ours": "ContrastiveLoss",
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way over all repeats: a tuple has a figure of each."""
+
+    name: str
+    gradient_error: float  # relative, against plain PyTorch on the first window at once
+    examples_per_second: tuple[float, ...]
+    training_memory_bytes: tuple[int, ...]  # the most held while training, above what was held before
+    losses: tuple[float, ...]  # of each window, first repeat
+    metrics: dict[str, float]  # of the evaluation after the first repeat
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """The contenders by name; `times`: ours over the other's examples per second, repeat by repeat."""
+
+    contenders: dict[str, Contender]
+    times: dict[str, tuple[float, ...]]
+    windows: int
+    pairs: int  # in a window
+    max_tokens: int
+    measured_with: dict[str, str]
+
+
+def contrastive(
+    settings: Sequence[str] = (),
+    num_windows: int = 4,
+    repeats: int = 3,
+    max_tokens: int = 2048,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> Contrastive:
+    """Train the first windows of the offline config, changed by `settings`, in the three ways in turns.
+
+    Raises InputError where sentence-transformers is absent, or windows are too few.
+    """
+    if find_spec("sentence_transformers") is None:
+        raise InputError(
+            "bench contrastive: sentence-transformers is not installed: pip install sentence-transformers"
+        )
+    names = list(CONTENDERS)
+    turns = [name for repeat in range(repeats) for name in names[repeat % 3 :] + names[: repeat % 3]]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for name in progress(turns):
+        command = [sys.executable, "-m", __name__, name, str(num_windows), str(max_tokens), *settings]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 2:
+            raise InputError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise RuntimeError(f"{CONTENDERS[name]} failed: {last}")
+        found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    contenders = {
+        name: Contender(
+            name=CONTENDERS[name],
+            gradient_error=runs[0]["gradient_error"],
+            examples_per_second=tuple(run["examples_per_second"] for run in runs),
+            training_memory_bytes=tuple(run["training_memory_bytes"] for run in runs),
+            losses=tuple(runs[0]["losses"]),
+            metrics=runs[0]["metrics"],
+        )
+        for name, runs in found.items()
+    }
+    ours = contenders["ours"].examples_per_second
+    times = {
+        name: tuple(a / b for a, b in zip(ours, other.examples_per_second, strict=True))
+        for name, other in contenders.items()
+        if name != "ours"
+    }
+    pairs, device = _recipe(max_tokens, settings).config.batch.least, found["ours"][0]["device"]
+    return Contrastive(contenders, times, num_windows, pairs, max_tokens, measured_with(device))
+
+
+def _recipe(max_tokens: int, settings: Sequence[str]) -> Recipe:
+    config = str(bundle_root() / "configs/contrastive_offline.yaml")
+    ours = [f"--budget.max_tokens={max_tokens}", "--model.dropout=0", "--batch.drop_last=true"]
+    return load_recipe(["--config", config, *ours, *settings])
+
+
+def run(name: str, num_windows: int, max_tokens: int, settings: Sequence[str]) -> dict[str, Any]:
+    """One contender: train, evaluate, and the gradient of the first window at the weights it began with."""
+    recipe = _recipe(max_tokens, settings)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    windows, validation = make_windows(recipe, *recipe.datasets(), accelerator)
+    if num_windows > len(windows):
+        raise InputError(f"--windows: found {num_windows}; allowed: 1 to {len(windows)}, those of an epoch")
+    contender = Contending(name, recipe, windows, max_tokens)
+    before = reset_peak_memory(accelerator.device)
+    started = time.perf_counter()
+    losses = list(contender.train(num_windows))
+    seconds = time.perf_counter() - started
+    peak = peak_memory(accelerator.device)
+    metrics = recipe.validate(contender.model, validation, accelerator)
+
+    contender = Contending(name, recipe, make_windows(recipe, *recipe.datasets(), accelerator)[0], max_tokens)
+    batch = windows.collated(windows.plan.indices(0, 0)).batch
+    truth = whole_window_gradient(contender.model, batch, recipe.loss)
+    gradients: list[Any] = []
+    contender.optimizer.register_step_pre_hook(lambda *_: gradients.append(read_gradient(contender.model)))
+    list(contender.train(1))
+    return {
+        "gradient_error": relative_error(gradients[0], truth),
+        "examples_per_second": num_windows * recipe.config.batch.least / seconds,
+        "training_memory_bytes": max(0, peak - before),
+        "losses": losses,
+        "metrics": metrics,
+        "device": accelerator.device.type,
+    }
+
+
+class Contending:
+    """One way to train a recipe's windows, from the same weights."""
+
+    def __init__(self, name: str, recipe: Recipe, windows: WindowLoader, max_tokens: int):
+        self.recipe, self.windows, self.accelerator = recipe, windows, windows.accelerator
+        self.model, self.theirs = make_model(recipe).to(self.accelerator.device), None
+        if name != "ours":
+            self.model, self.theirs = _theirs(name, self.model, recipe, max_tokens)
+        self.optimizer = make_optimizer(self.model, recipe.config.optim)
+        total = total_windows(recipe.config, windows)
+        self.scheduler = make_scheduler(self.optimizer, recipe.config.optim, windows, total)
+
+    def train(self, num_windows: int) -> Iterator[float]:
+        """The loss of each window, once it has been trained on; gradients are not clipped."""
+        if self.theirs is None:
+            model, optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            shared = {"scheduler": self.scheduler, "compute_loss": self.recipe.loss}
+            records = train(model, optimizer, self.windows, accelerator=self.accelerator, **shared)
+            yield from (record.loss for _, record in zip(range(num_windows), records, strict=False))
+            return
+        self.model.train()
+        for number in range(num_windows):
+            batch = self.windows.collated(self.windows.plan.indices(0, number)).batch
+            loss = self.theirs(_features(batch), None)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)  # as `train` measures the norm
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            yield loss.item()
+
+
+def _theirs(name: str, embedder: Any, recipe: Recipe, max_tokens: int) -> tuple[Embedder, Any]:
+    """sentence-transformers' model of the same weights, as an `Embedder` that shares them, and its loss."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+
+    with tempfile.TemporaryDirectory() as folder:
+        embedder.save_pretrained(folder)
+        recipe.tokenizer.save_pretrained(folder)
+        model = SentenceTransformer(folder, device=str(embedder.device))
+    data: Any = recipe.data
+    settings: dict[str, Any] = {"scale": 1 / data.temperature}
+    if data.symmetric:
+        settings |= {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    if name == "cached":
+        loss: Any = losses.CachedMultipleNegativesRankingLoss(
+            model, mini_batch_size=1024, mini_batch_num_tokens=max_tokens, **settings
+        )
+    else:
+        loss = losses.MultipleNegativesRankingLoss(model, **settings)
+    [encoder] = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+    return Embedder(encoder), loss
+
+
+def _features(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    keys = ("input_ids", "attention_mask")
+    return [{k: batch[f"{c}_{k}"] for k in keys} for c in COLUMNS if f"{c}_input_ids" in batch]
+
+
+def print_contrastive(result: Contrastive, console: Console) -> None:
+    """A row a contender, medians; then how many times as fast ours is."""
+    console.print(
+        f"{result.windows} windows of {result.pairs} pairs; micro-batches of {result.max_tokens:,} tokens"
+    )
+    table = Table("", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    metrics = [name for name in result.contenders["ours"].metrics if name != "loss"]
+    for header in ("gradient\noff by", "pairs\na second", "MiB", "last\nloss", *metrics):
+        table.add_column(header.replace("_", "\n", 1), justify="right")
+    for contender in result.contenders.values():
+        table.add_row(
+            contender.name.replace("MultipleNegatives", "\nMultipleNegatives\n").strip(),
+            f"{contender.gradient_error:.0e}{'' if contender.gradient_error <= EXACT else ' !'}",
+            f"{median(contender.examples_per_second):.1f}",
+            f"{median(contender.training_memory_bytes) / 2**20:,.0f}",
+            f"{contender.losses[-1]:.4f}",
+            *(f"{contender.metrics[name]:.3f}" for name in metrics),
+        )
+    console.print(table)
+    for name, times in result.times.items():
+        console.print(
+            f"ours: {median(times):.2f} × the pairs per second of {CONTENDERS[name]} "
+            f"(median of {len(times)} pairs of runs: {min(times):.2f}–{max(times):.2f})"
+        )
+
+
+def main(argv: Sequence[str]) -> None:
+    """One contender's run, as `contrastive` starts it; prints its figures as a line of JSON."""
+    name, num_windows, max_tokens, *settings = argv
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        print(json.dumps(run(name, int(num_windows), int(max_tokens), settings)))
+    except InputError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

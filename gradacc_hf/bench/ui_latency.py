@@ -1,0 +1,124 @@
+"""`gradacc bench play`: how fast the page of `gradacc play` is, as a browser shows it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+
+from gradacc_hf.errors import InputError
+from gradacc_hf.training.run_log import measured_with
+
+SECONDS = 4.0  # that updates are counted
+COUNT = """seconds => new Promise(done => {
+let n = 0;
+const seen = new MutationObserver(() => n++);
+seen.observe(document.querySelector("#see-window"), {childList: true, subtree: true, characterData: true});
+setTimeout(() => done(n / seconds), 1000 * seconds);
+})"""
+
+
+@dataclass(frozen=True)
+class Playing:
+    """Seconds from opening the page to its first picture, and to the answer to a first click, for each who
+    came; pictures a second, by how many play.
+    """
+
+    first_picture: tuple[float, ...]
+    first_answer: tuple[float, ...]
+    updates: dict[str, tuple[float, ...]]
+    measured_with: dict[str, str]
+
+
+def playing(repeats: int, progress: Callable[[Sequence[int]], Iterable[int]] = iter) -> Playing:
+    """Open the page again and again; one person plays it, then two. Raises InputError without a browser."""
+    if find_spec("playwright") is None or find_spec("gradio") is None:
+        raise InputError("bench play needs Gradio and Playwright: pip install gradio playwright")
+    from playwright.sync_api import Error, sync_playwright
+
+    first: list[float] = []
+    answers: list[float] = []
+    updates: dict[str, list[float]] = {"one": [], "each of two": []}
+    with served() as (address, _), sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        except Error as error:
+            raise InputError(f"bench play needs Chromium: {str(error).splitlines()[0]}") from None
+
+        def opened() -> Any:
+            page, begun = browser.new_context().new_page(), time.perf_counter()
+            page.goto(address)
+            page.wait_for_selector("#see-code .line")
+            first.append(time.perf_counter() - begun)
+            page.click("#micro-batch")
+            page.wait_for_selector("[data-number=done]:text-is('1')")
+            answers.append(time.perf_counter() - begun)
+            return page
+
+        for _ in progress(range(repeats)):
+            one, other = opened(), opened()
+            one.click("#play")
+            updates["one"].append(one.evaluate(COUNT, SECONDS))
+            other.click("#play")
+            updates["each of two"] += [one.evaluate(COUNT, SECONDS), other.evaluate(COUNT, SECONDS)]
+            one.context.close()
+            other.context.close()
+        browser.close()
+    found = {who: tuple(counts) for who, counts in updates.items()}
+    return Playing(tuple(first), tuple(answers), found, measured_with("cpu"))
+
+
+def chromium() -> str | None:
+    """This machine's; None for Playwright's own."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+PLAY = (sys.executable, "-m", "gradacc_hf", "play", "--no-browser")
+
+
+@contextmanager
+def served(command: Sequence[str] = PLAY, **how: Any) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The page, served by a process of its own, on a port that it is told as a Space is: address and process.
+
+    `how` it is run: as subprocess.Popen takes it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**how.pop("env", os.environ), "GRADIO_SERVER_PORT": str(port)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, **how)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > until:
+                    raise InputError("bench play: the page is not served; see `gradacc play`") from None
+                time.sleep(0.2)
+        yield address, process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def print_playing(result: Playing, console: Console) -> None:
+    """The figures."""
+    for what, seconds in (("picture", result.first_picture), ("answer to a click", result.first_answer)):
+        middle, most = median(seconds), max(seconds)
+        console.print(f"first {what} {middle:.2f} s after opening (at most {most:.2f}, of {len(seconds)})")
+    for who, counts in result.updates.items():
+        console.print(f"{who} who plays: {median(counts):.1f} updates a second (at least {min(counts):.1f})")

@@ -1,0 +1,362 @@
+"""One contender's run of a comparison, in a process of its own, so that its memory is its own.
+
+    python -m gradacc_hf.comparison.worker NAME FOLDER WINDOWS errors|no_errors --config FILE [settings]
+
+Trains the first windows of a recipe's run in the way of `contenders.py`, timed; then evaluates, and with
+`errors` trains once more without dropout to compare each window's gradient with that of the window at once.
+Leaves a run's folder: config.yaml, history.jsonl, summary.json. `compare.py` starts these and adds them up.
+"""
+
+import gc
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
+from datasets import disable_progress_bars
+from torch.utils.data import DataLoader
+
+from gradacc_hf.accumulation.collation import measure_lengths
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.oom import out_of_memory, release_memory
+from gradacc_hf.accumulation.reference import (
+    full_float32,
+    read_gradient,
+    relative_error,
+    whole_window_gradient,
+)
+from gradacc_hf.accumulation.splitting import padded_size, rounded_up
+from gradacc_hf.errors import InputError, one_line
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.recipe.loading import load_recipe
+from gradacc_hf.run.folder import settings
+from gradacc_hf.run.runner import make_accelerator, make_model, make_windows, total_windows
+from gradacc_hf.training.compile import uncompiled
+from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
+from gradacc_hf.training.run_log import finite, peak_memory_bytes, versions
+from gradacc_hf.utils.files import write_whole
+from gradacc_hf.utils.modeling import disable_dropout
+from gradacc_hf.verification.baselines import own_loss, run_accelerate, run_at_once, run_trainer, run_windows
+
+CONTENDERS = {
+    "at_once": "at once",
+    "trainer": "Trainer",
+    "trainer_by_length": "Trainer, by length",
+    "exact_trainer": "ExactTrainer",
+    "accelerate": "accumulate()",
+    "ours": "ours",
+}
+DOES_NOT_FIT = 3  # the exit code of a contender that ran out of memory
+
+
+class Run:
+    """The first windows of a recipe's run, to be trained in any of the ways on the same examples."""
+
+    def __init__(self, recipe: Recipe, num_windows: int):
+        self.recipe, self.num_windows = recipe, num_windows
+        recipe.config.train.noise_every = 0  # one in sixteen: of so few windows it would be too many
+        self.accelerator = make_accelerator(recipe.config)
+        self.training, self.validation = recipe.datasets()
+        self.windows, _ = self.loaders()
+        order = np.concatenate([self.windows.plan.indices(0, t) for t in range(num_windows)])
+        self.examples: Any = self.training.select(order)
+        if recipe.transform is not None:  # the same masks for all
+            self.examples = self.windows.examples(order)
+        self.size = micro_batch_size(recipe, self.windows)
+        self.steps = window_size(recipe) // self.size
+        self.pad_to = self.windows.pad_to if isinstance(self.windows.pad_to, int) else None
+        if self.windows.pad_to == "window":  # of the others nobody knows what else a window holds
+            self.pad_to = int(self.windows.tokens.max())
+        self.seen: list[list[Any]] = []  # the examples of each micro-batch, as they were collated
+
+    def loaders(self) -> tuple[WindowLoader, WindowLoader]:
+        return make_windows(self.recipe, self.training, self.validation, self.accelerator)
+
+    def set_up(self) -> tuple[Any, Any, Any]:
+        """A model, on the device, its optimizer and schedule."""
+        config, recipe = self.recipe.config, self.recipe
+        model = make_model(recipe).to(self.accelerator.device)
+        optimizer = make_optimizer(model, config.optim, self.accelerator.mixed_precision)
+        return (
+            model,
+            optimizer,
+            make_scheduler(optimizer, config.optim, self.windows, total_windows(config, self.windows)),
+        )
+
+    def train(self, name: str, model: Any, optimizer: Any, scheduler: Any, max_grad_norm: float) -> Any:
+        """One epoch of the windows; `seen` is new then."""
+        recipe, self.seen = self.recipe, []
+        shared: dict[str, Any] = {"scheduler": scheduler, "max_grad_norm": max_grad_norm}
+        if name in ("ours", "at_once"):
+            windows, _ = self.loaders()
+            shared["compute_loss"] = recipe.loss
+            if name == "ours":
+                splits = [windows.split(0, t) for t in range(self.num_windows)]
+                pieces = [piece for split in splits for piece in split.processes[0]]
+                self.seen = [windows.examples(piece) for piece in pieces]
+                return run_windows(model, optimizer, windows, max_windows=self.num_windows, **shared)
+            batches = (self._whole(windows, t) for t in range(self.num_windows))
+            return run_at_once(model, optimizer, batches, accelerator=self.accelerator, **shared)
+        loss = own_loss(model, self.collated([self.examples[0]], model.device), recipe.loss)
+        precision, on_cpu = self.accelerator.mixed_precision, self.accelerator.device.type == "cpu"
+        if name == "accelerate":
+            loader: Any = DataLoader(self.examples, self.size, collate_fn=self._collate)  # type: ignore[arg-type]
+            shared |= {} if loss is None else {"compute_loss": loss}
+            shared |= {"mixed_precision": precision, "cpu": on_cpu}
+            return run_accelerate(model, optimizer, loader, self.steps, **shared)
+        return run_trainer(
+            model,
+            optimizer,
+            self.examples,
+            self._collate,
+            self.size,
+            compute_loss=loss,
+            exact=name == "exact_trainer",
+            num_items=recipe.num_items,
+            gradient_accumulation_steps=self.steps,
+            train_sampling_strategy="group_by_length" if name == "trainer_by_length" else "sequential",
+            seed=recipe.config.train.seed,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            use_cpu=on_cpu,
+            **shared,
+        )
+
+    def _collate(self, examples: Sequence[Any]) -> Any:
+        self.seen.append(list(examples))
+        return self.recipe.collate(examples, **self._padding)
+
+    @property
+    def _padding(self) -> dict[str, int]:
+        return {} if self.pad_to is None else {"pad_to": self.pad_to}
+
+    def collated(self, examples: Sequence[Any], device: Any) -> Any:
+        """Examples as one batch on the device, padded as those who cut by count pad."""
+        return send_to_device(dict(self.recipe.collate(examples, **self._padding)), device)
+
+    def _whole(self, windows: WindowLoader, number: int) -> Any:
+        indices = windows.plan.indices(0, number)
+        self.seen.append(windows.examples(indices))
+        return windows.collated(indices, self.pad_to).batch
+
+    def padded_size(self, name: str, window: list[np.ndarray]) -> int:
+        """The padded tokens of a window, from the tokens of its micro-batches, (examples, columns) each."""
+        if self.windows.pad_to == "nothing":
+            return int(sum(map(np.sum, window)))
+        pad_to = self.pad_to
+        if name == "ours" and self.windows.pad_to == "window":
+            pad_to = int(max(map(np.max, window)))
+        multiple = self.recipe.config.budget.pad_to_multiple_of or 1
+        padded = (
+            rounded_up(tokens, multiple) if pad_to is None else np.full_like(tokens, pad_to)
+            for tokens in window
+        )
+        return sum(map(padded_size, padded))
+
+    def tokens(self, examples: Sequence[Any]) -> np.ndarray:
+        """The tokens of each example, (examples, columns), as the recipe counts them."""
+        return measure_lengths(examples, self.recipe.lengths(examples))
+
+    def by_window(self) -> list[list[list[Any]]]:
+        """The examples of each micro-batch, by window."""
+        windows, size = [], window_size(self.recipe)
+        for micro_batch in self.seen:
+            if not windows or sum(map(len, windows[-1])) >= size:
+                windows.append([])
+            windows[-1].append(micro_batch)
+        return windows
+
+
+def window_size(recipe: Recipe) -> int:
+    """Examples of each window. Raises InputError where it changes, as the others have nothing like it."""
+    size = recipe.config.batch.effective
+    if not isinstance(size, int):
+        raise InputError(
+            f"batch.effective: found {size}; allowed here is a number, as Trainer knows no other"
+        )
+    return size
+
+
+def micro_batch_size(recipe: Recipe, windows: WindowLoader) -> int:
+    """For those who cut by count: as many examples as fit the budget padded to the longest, equally many."""
+    bound, effective = windows.bound, window_size(recipe)
+    most = bound.max_rows(windows.tokens.max(0))
+    return max(size for size in range(1, min(most, effective) + 1) if effective % size == 0)
+
+
+def timed(run: Run, name: str, folder: Path) -> None:
+    """Train, evaluate, and write the run's folder."""
+    recipe, config, device = run.recipe, run.recipe.config, run.accelerator.device
+    if device.type == "cuda":  # once for nothing: what kernels take to be loaded is not what they take
+        model, optimizer, scheduler = run.set_up()
+        run.train(name, model, optimizer, scheduler, config.optim.max_grad_norm)
+        del model, optimizer, scheduler
+        run.accelerator.free_memory()
+        release_memory()
+    model, optimizer, scheduler = run.set_up()
+    ends: list[float] = []
+    rates: list[float] = []
+
+    def note(*_: Any) -> None:
+        ends.append(time.perf_counter())
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    optimizer.register_step_post_hook(note)
+    gc.collect()
+    before = reset_peak_memory(device)
+    ran = run.train(name, model, optimizer, scheduler, config.optim.max_grad_norm)
+    peak = peak_memory(device)
+    _, validation = run.loaders()
+    prepared = run.accelerator.prepare(model) if name not in ("ours", "at_once") else model
+    with uncompiled(prepared):
+        metrics = recipe.validate(prepared, validation, run.accelerator)
+    tokens_of = [[run.tokens(micro_batch) for micro_batch in window] for window in run.by_window()]
+    if len(ends) == len(tokens_of):
+        seconds = [ran.seconds - (ends[-1] - ends[0]), *np.diff(ends).tolist()]
+    else:  # the fp16 scaler has skipped steps, which nobody sees here
+        seconds, rates = [ran.seconds / len(tokens_of)] * len(tokens_of), [math.nan] * len(tokens_of)
+
+    rows = [
+        {
+            "window": number + 1,
+            "epoch": 0,
+            "loss": ran.losses[number],
+            "lr": rates[number],
+            "examples": sum(map(len, window)),
+            "tokens": int(sum(map(np.sum, window))),
+            "padded_tokens": run.padded_size(name, window),
+            "accumulation_steps": len(window),
+            "seconds": seconds[number],
+        }
+        for number, window in enumerate(tokens_of)
+    ]
+    tokens, padded = (sum(row[key] for row in rows) for key in ("tokens", "padded_tokens"))
+    steps = [row["accumulation_steps"] for row in rows]
+    summary = {
+        "contender": CONTENDERS[name],
+        "seed": config.train.seed,
+        "windows": len(rows),
+        "examples": sum(row["examples"] for row in rows),
+        "tokens": tokens,
+        "padded_tokens": padded,
+        "padding": 1 - tokens / padded,
+        "seconds": ran.seconds,
+        "tokens_per_second": tokens / ran.seconds,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "training_memory_bytes": max(0, peak - before),
+        "effective_batch_size": config.batch.effective,
+        "accumulation_steps": {"min": min(steps), "mean": sum(steps) / len(steps), "max": max(steps)},
+        "processes": 1,
+        "precision": {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision),
+        "eval": {"window": len(rows), **metrics},
+        "baseline": recipe.baseline(run.training, run.validation),
+        "first_window": [tokens.sum(1).tolist() for tokens in tokens_of[0]],
+        "versions": versions(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.yaml", settings(config))
+    _write_history(folder, rows)
+    write_whole(folder / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
+
+
+def errors(run: Run, name: str, folder: Path) -> None:
+    """Add to each window's row the relative error of its gradient: float32, no dropout, no clipping.
+
+    Each window is compared with itself at once, at the weights that the contender has come to by then.
+    """
+    recipe = run.recipe
+    on_cpu = run.accelerator.device.type == "cpu"
+    AcceleratorState._reset_state()  # it keeps the budget's precision
+    run.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
+    model, optimizer, scheduler = run.set_up()
+    disable_dropout(model)
+    found: list[float] = []
+
+    def compare(*_: Any) -> None:
+        gradient = read_gradient(model)
+        [window] = run.by_window()[len(found) : len(found) + 1]
+        examples = [example for micro_batch in window for example in micro_batch]
+        batch = run.collated(examples, model.device)
+        with _leaving_where_memory_does_not_suffice(0):  # for a window at once: it stays unmeasured
+            whole = whole_window_gradient(model, batch, recipe.loss)
+        found.append(relative_error(gradient, whole))
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.grad = gradient[parameter_name]
+
+    optimizer.register_step_pre_hook(compare)
+    with full_float32():
+        run.train(name, model, optimizer, scheduler, max_grad_norm=0.0)
+    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) | {"gradient_error": error} for line, error in zip(lines, found, strict=True)]
+    _write_history(folder, rows)
+
+
+def _write_history(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_whole(folder / "history.jsonl", "".join(json.dumps(finite(row)) + "\n" for row in rows))
+
+
+def reset_peak_memory(device: torch.device) -> int:
+    """What the process holds now, in bytes; from here on `peak_memory` counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux: the peak of the whole process is what there is
+        return peak_memory_bytes(device)
+    return _status("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most that the process has held since, in bytes."""
+    if device.type == "cuda" or not Path("/proc/self/status").exists():
+        return peak_memory_bytes(device)
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)]
+    return int(line.split()[1]) * 1024
+
+
+def main(argv: Sequence[str]) -> None:
+    """Exits with 2 and one line for bad input, with `DOES_NOT_FIT` where the memory does not suffice."""
+    name, folder, num_windows, with_errors, *settings = argv
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        run = Run(load_recipe(settings), int(num_windows))
+        with _leaving_where_memory_does_not_suffice(DOES_NOT_FIT):
+            timed(run, name, Path(folder))
+        if with_errors == "errors":
+            errors(run, name, Path(folder))
+    except InputError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def _leaving_where_memory_does_not_suffice(exit_code: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(one_line(error)[:300], file=sys.stderr)
+        sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,50 @@
+"""How many examples a window has, from a run's settings: a number, sizes by window, or by the noise scale."""
+
+from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch
+from gradacc_hf.accumulation.sampler import EffectiveBatchSize
+from gradacc_hf.config.schema import BatchConfig, Config
+from gradacc_hf.errors import InputError
+
+
+def effective_batch_size(batch: BatchConfig, num_examples: int) -> EffectiveBatchSize:
+    """Return `batch.effective` as a loader takes it. Raises InputError where it exceeds the examples."""
+    grows = batch.effective == "noise_scale"
+    sizes = batch.effective.values() if isinstance(batch.effective, dict) else [batch.least]
+    if max(sizes) > num_examples:
+        raise InputError(
+            f"{'batch.smallest' if grows else 'batch.effective'}: found {max(sizes)}; allowed: 1 to "
+            f"{num_examples}, the training examples there are"
+        )
+    if isinstance(batch.effective, dict):
+        return ScheduledBatch(batch.effective)
+    return GrowingBatch(batch.smallest, min(batch.largest, num_examples)) if grows else batch.least
+
+
+def check_can_measure(sizes: GrowingBatch, measures: bool, num_processes: int) -> None:
+    """Raise InputError where windows are to follow a noise scale that no part of them can be measured by."""
+    if not measures:
+        raise InputError(
+            "batch.effective: found noise_scale, which cannot be measured with a loss of a window's examples "
+            "together, or with budget.whole_gradients; allowed: a number, or sizes by window"
+        )
+    if sizes.smallest < (least := 2 * num_processes):
+        raise InputError(
+            f"batch.smallest: found {sizes.smallest}; allowed: {least} or more on "
+            f"{num_processes} processes, as noise is measured by a part of each one's examples"
+        )
+
+
+def check_sizes(config: Config) -> None:
+    """Raise InputError for settings beside `batch.effective: noise_scale` that cannot be."""
+    if config.batch.effective != "noise_scale":
+        return
+    if not config.train.noise_every:
+        raise InputError("train.noise_every: found 0 with batch.effective noise_scale; allowed: 1 or more")
+    ends = config.optim.scheduler != "constant" or config.optim.warmup_ratio > 0
+    if config.train.max_windows is not None and ends:
+        raise InputError(
+            "train.max_windows: found "
+            f"{config.train.max_windows} with batch.effective noise_scale, where nobody knows which examples "
+            "come last, and the learning rate follows them: leave it out (train.epochs says how long), or "
+            "set optim.scheduler constant and optim.warmup_ratio 0"
+        )

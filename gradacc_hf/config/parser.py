@@ -1,0 +1,347 @@
+"""From a command line, a config file and a budget file to a `Config` whose values are possible, or one line.
+
+The later of these wins: dataclass, the recipe's defaults, `--config`, `--budget`, the other flags.
+
+A number in a file stays text until the type of its field is known, so that `2e-5` is a number where one is
+wanted and `0123` a name where a name is wanted. `${...}` is plain text: nothing is read from the environment.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import os
+import re
+import reprlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from gradacc_hf.config.schema import FLAGS_ONLY, Config, DataConfig, OutputConfig, detect_budget
+from gradacc_hf.errors import InputError
+from gradacc_hf.training.settings import ModelConfig
+from gradacc_hf.utils.paths import BUNDLE_ROOTS
+
+
+def read_command_line(
+    argv: Sequence[str],
+    *,
+    data: type = DataConfig,
+    model: type = ModelConfig,
+    defaults: Mapping[str, Any] | None = None,
+    description: str = "",
+) -> Config:
+    """The `Config` that a command line asks for.
+
+    argv: the words after the program's name. data, model: the recipe's subclasses of `DataConfig` and
+    `ModelConfig`. defaults: the recipe's own, as nested mappings. description: the first line of `--help`,
+    which prints every setting with its value so far and exits with 0. Raises `InputError`.
+    """
+    flags = _read_flags(argv)
+    config = Config(model=model(), data=data())
+    settings = _Settings(config)
+    if "resume" in flags:
+        resume = flags.pop("resume")
+        config.resume = resume = _typed(resume, str, "--resume")
+        if resume != "auto":  # a run has its settings in its folder
+            flags.setdefault("config", str(Path(resume) / "config.yaml"))
+    settings.update(defaults or {}, _Source(suffix=" in the recipe's defaults"))
+    if "config" in flags:
+        config.config = file = _typed(flags.pop("config"), str, "--config")
+        settings.update(_read_file(file, "--config"), _Source(suffix=f" in {file}"))
+        if config.resume not in (None, "auto"):  # the run may have come from others
+            config.model.trust_remote_code = False
+            _send_nowhere(config.output, file, flags)
+    if "budget" in flags:
+        config.budget_file = budget = _typed(flags.pop("budget"), str, "--budget")
+        values, origin = _read_budget(budget)
+        settings.update(values, _Source(suffix=f" in {origin}", section="budget."))
+    config.check = _typed(flags.pop("check", False), bool, "--check")
+    wants_help = _typed(flags.pop("help", False), bool, "--help")
+    settings.update(flags, _Source(prefix="--"))
+
+    if wants_help:  # tyro shows the settings and leaves; its own messages take more than a line
+        markers = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
+        shown = {"default": config, "description": description, "use_underscores": True, "config": markers}
+        tyro.cli(Config, args=["--help"], **shown)
+    settings.check_rules()
+    if config.recipe is not None:
+        config.recipe = _find_recipe(config.recipe, config.config, settings.names["recipe"])
+    return config
+
+
+def _send_nowhere(output: OutputConfig, file: str, flags: Mapping[str, Any]) -> None:
+    """What a run's own config would send elsewhere, it does if that is said again."""
+    for name, at_home in (("push_to_hub", (None,)), ("tracker", ("none", "tensorboard"))):
+        if getattr(output, name) not in at_home:
+            setattr(output, name, getattr(OutputConfig(), name))
+            if f"output.{name}" not in flags and int(os.environ.get("RANK", 0)) == 0:
+                print(f"output.{name}: what {file} says is not heeded: give it again", file=sys.stderr)
+
+
+def recipe_file(argv: Sequence[str]) -> str:
+    """The path of the recipe that a command line's `--config` names. Raises `InputError`."""
+    config = _typed(_read_flags(argv).get("config", True), str, "--config")
+    recipe = _read_file(config, "--config").get("recipe")
+    if not isinstance(recipe, str):
+        raise InputError(f"recipe in {config}: found {_shown(recipe)}, allowed is the path of a recipe file")
+    return _find_recipe(recipe, config, f"recipe in {config}")
+
+
+def check_recipe_of(config: Path) -> None:
+    """Refuse the recipe that a run's config.yaml names where it may have come with the run.
+
+    A run names the kit's recipe, or another by its whole path, and holds none. Raises `InputError`.
+    """
+    recipe = Path(recipe_file(["--config", str(config)]))
+    given = _read_file(str(config), "--config")["recipe"]
+    is_of_kit = any(recipe.parent == (kit / "recipes").resolve() for kit in BUNDLE_ROOTS)
+    if recipe.is_relative_to(config.parent.resolve()) or not (is_of_kit or Path(given).is_absolute()):
+        raise InputError(
+            f"recipe in {config}: found {_shown(given)}, which may have come with the run, and is not run; "
+            "allowed is one of yours or of the kit, by its whole path"
+        )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where keys were written, so that a message can name them as the user wrote them."""
+
+    prefix: str = ""
+    suffix: str = ""
+    section: str = ""  # "budget." for a budget file, whose keys have no section
+
+    def key(self, key: str) -> str:
+        return self.prefix + key.removeprefix(self.section)
+
+
+class _Settings:
+    """A `Config` that is filled in source by source, with the name of who set what."""
+
+    def __init__(self, config: Config):
+        self.fields: dict[str, tuple[Any, str, Any]] = {}  # "optim.lr": (config.optim, "lr", float)
+        self.names: dict[str, str] = {}  # "optim.lr": "optim.lr in configs/a.yaml"
+        self._collect(config, "")
+
+    def _collect(self, section: Any, prefix: str) -> None:
+        hints = get_type_hints(type(section))
+        for name in (item.name for item in dataclasses.fields(section)):
+            value = getattr(section, name)
+            if dataclasses.is_dataclass(value):
+                self._collect(value, f"{prefix}{name}.")
+            elif prefix or name not in FLAGS_ONLY:
+                self.fields[prefix + name] = section, name, hints[name]
+
+    def inside(self, prefix: str) -> list[str]:
+        """The names inside a section such as "optim."; those of the sections inside ""."""
+        keys = [key.removeprefix(prefix) for key in self.fields if key.startswith(prefix)]
+        return sorted({key.split(".")[0] for key in keys})
+
+    def update(self, values: Mapping[Any, Any], source: _Source) -> None:
+        """Set what `values` holds: {"optim": {"lr": 1}} or {"optim.lr": 1}."""
+        seen = set()
+        for key, value in self._flatten(values, source.section):
+            name = source.key(key) + source.suffix
+            if names := self.inside(f"{key}."):
+                raise InputError(f"{name} is a section: set its keys, such as {source.key(key)}.{names[0]}")
+            if key not in self.fields:
+                raise InputError(f"unknown key {name}: {self._closest(key, source)}")
+            if key in seen:
+                raise InputError(f"{name} is there twice: keep one of the two")
+            section, attribute, hint = self.fields[key]
+            setattr(section, attribute, _typed(value, hint, name))
+            self.names[key] = name
+            seen.add(key)
+
+    def _flatten(self, values: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            key = prefix + (name if isinstance(name, str) and name.isprintable() else _shown(name))
+            if isinstance(value, Mapping) and self.inside(f"{key}."):
+                yield from self._flatten(value, f"{key}.")
+            else:
+                yield key, value
+
+    def _closest(self, key: str, source: _Source) -> str:
+        """The end of the message about an unknown key: what was meant, perhaps, and what there is."""
+        section, dot, name = key.rpartition(".")
+        if names := self.inside(section + dot):  # a slip of the finger, in a section that there is
+            close = [section + dot + match for match in difflib.get_close_matches(name, names, 1)]
+        else:
+            section, names, close = "", self.inside(""), []
+        if not section and source.prefix:
+            names += ["check", "config", "help", "resume"]
+            close = close or difflib.get_close_matches(key, names, 1)
+        if not source.section:  # the right name in the wrong section, or in none
+            namesakes = [other for other in self.fields if other.endswith(f".{name}")]
+            close += difflib.get_close_matches(key, namesakes, 1, cutoff=0)
+        question = f"did you mean {source.key(close[0])}? " if close else ""
+        return f"{question}({section or 'a run'} has: {', '.join(names)})"
+
+    def check_rules(self) -> None:
+        """Raise `InputError` for the first value that its section's `rules` do not allow."""
+        sections = {key.rpartition(".")[0]: section for key, (section, _, _) in self.fields.items()}
+        for path, section in sections.items():
+            for name, possible, allowed in getattr(section, "rules", tuple)():
+                if not possible:
+                    key = self.names.get(f"{path}.{name}", f"--{path}.{name} (not set)")
+                    raise InputError(f"{key}: found {_shown(getattr(section, name))}, allowed is {allowed}")
+
+
+def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """["--a.b", "1", "--c=2", "--d"] → {"a.b": "1", "c": "2", "d": True}: True where no value follows."""
+    flags: dict[str, Any] = {}
+    words = ["--help" if word == "-h" else word for word in argv]
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise InputError(f"found {_shown(word)} on the command line, allowed are flags: --optim.lr 1e-5")
+        key, equals, value = word[2:].partition("=")
+        if key in flags:
+            raise InputError(f"--{key} is given twice: keep one of the two")
+        if not equals and words and not words[0].startswith("--"):
+            equals, value = "=", words.pop(0)
+        flags[key] = (None if value in ("null", "~") else value) if equals else True
+    return flags
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which only null and true/false are read as such; all else is text. A key is there once."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":bool", ":null"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = []
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"{key.value!r} is there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str) -> Any:
+    """What YAML text holds. Raises ValueError with one line."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader: plain data, no objects
+    except Exception as error:  # PyYAML's own, and for odd tags or depth whatever Python raises
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        raise ValueError(f"line {mark.line + 1}: {problem}" if mark else "it cannot be read") from error
+
+
+def _read_file(file: str, flag: str) -> Mapping[Any, Any]:
+    content, problem = None, "is empty"
+    try:
+        content = _parse(Path(file).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text (byte {error.start + 1})"
+    except ValueError as error:
+        problem = f"is not YAML ({error})"
+    if isinstance(content, Mapping):
+        return content
+    problem = problem if content is None else f"holds {_shown(content)}"
+    raise InputError(f"{flag}: found {_shown(file)}, which {problem}; allowed is a YAML file with keys")
+
+
+def _read_budget(budget: str) -> tuple[Mapping[Any, Any], str]:
+    """The keys of a budget (auto, a file, or the name of one in configs/budgets) and where they are from."""
+    if budget == "auto":
+        detected = detect_budget()
+        return {"memory": detected.memory, "precision": detected.precision}, "--budget auto"
+    folders = [root / "configs" / "budgets" for root in (Path(), *BUNDLE_ROOTS)]
+    files = [Path(budget), *(folder / f"{budget}.yaml" for folder in folders)]
+    is_name = re.fullmatch(r"[\w-]+", budget)
+    file = next((str(file) for file in files if file.is_file()), None if is_name else budget)
+    if file is not None:
+        return _read_file(file, "--budget"), file
+    names = sorted({"auto", *(path.stem for folder in folders for path in folder.glob("*.yaml"))})
+    question = "".join(f"did you mean {match}? " for match in difflib.get_close_matches(budget, names, 1))
+    allowed = f"a file or a name: {question}({', '.join(names)})"
+    raise InputError(f"--budget: found {_shown(budget)}, allowed is {allowed}")
+
+
+def _find_recipe(recipe: str, config_file: str | None, name: str) -> str:
+    """The path of a recipe: from the config file's folder (a flag's: from here), else from the kit."""
+    here = Path() if config_file is None or name.startswith("--") else Path(config_file).parent
+    for folder in (here, *BUNDLE_ROOTS, *(kit / "configs" for kit in BUNDLE_ROOTS)):
+        if (folder / recipe).is_file():
+            return str((folder / recipe).resolve())
+    raise InputError(f"{name}: found {_shown(recipe)}, allowed is a file: none from {here} or from the kit")
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type `hint`. Raises `InputError` that names `name`."""
+    try:
+        return _convert(value, hint)
+    except ValueError:
+        found = _shown(value)
+        if isinstance(value, bool):  # of a flag: no value came
+            unquoted = " (YAML reads yes, no, on and off as true or false, unless quoted)"
+            found = "no value" if name.startswith("--") else found + unquoted
+        raise InputError(f"{name}: found {found}, allowed is {_allowed(hint)}") from None
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value`, which may be the text of it, as the type `hint`. Raises ValueError.
+
+    A field may be a bool, int, float, str, Literal of names, list or dict of these, or a union (| None).
+    """
+    kind, choices = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        for choice in choices:
+            with contextlib.suppress(ValueError):
+                return _convert(value, choice)
+    elif kind is list:
+        items = _parse(value) if isinstance(value, str) and value.startswith("[") else value
+        if isinstance(items, (list, tuple)):
+            return [_convert(item, choices[0]) for item in items]
+    elif kind is dict:
+        items = _parse(value) if isinstance(value, str) and value.startswith("{") else value
+        if isinstance(items, Mapping):
+            of, to = choices
+            return {_convert(key, of): _convert(item, to) for key, item in items.items()}
+    elif kind is Literal:
+        if isinstance(value, str) and value in choices:
+            return value
+    elif hint in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        number = hint(str(value))
+        if hint is int or math.isfinite(number):
+            return number
+    elif hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    elif hint in (bool, str, NoneType) and isinstance(value, hint) and value != "":
+        return value
+    raise ValueError
+
+
+def _allowed(hint: Any) -> str:
+    kind, choices = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(_allowed(choice) for choice in choices)
+    if kind is Literal:
+        return " or ".join(", ".join(map(str, choices)).rsplit(", ", 1))
+    if kind is dict:
+        return "numbers by number: {0: 32, 500: 64}"
+    if kind is list:
+        shown = {int: "a list of numbers: [17, 3]", float: "a list of numbers: [0.9, 0.95]"}
+        return shown.get(choices[0], 'a list: ["a", "b"]')
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[hint]
+
+
+def _shown(value: Any) -> str:
+    """A value on one line, shortened, as YAML writes it."""
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    short = reprlib.Repr()
+    short.maxstring = 80
+    return short.repr(value)

@@ -1,0 +1,265 @@
+"""Columns of texts and labels: what a classifier needs of them, and one line for those that are not so.
+
+Rows are counted from 1 as in the user's file, also after a shuffle. Reading files is `data.py`'s; what a task
+makes of its labels is `targets.py`'s.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
+from datasets.fingerprint import Hasher
+from datasets.table import InMemoryTable, concat_tables
+
+from gradacc_hf.errors import listed, refuse
+
+pc: Any = pyarrow.compute  # its functions are made at import: type checkers do not see them
+
+
+def require_column(dataset: Dataset, column: str, key: str) -> None:
+    """Raise InputError, naming the setting `key`, unless the data set has this column."""
+    if column not in dataset.column_names:
+        close = get_close_matches(column, dataset.column_names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"set {key} to one of them"
+        refuse(key, f"no column {column!r}; found {listed(dataset.column_names)}", hint)
+
+
+def require_texts(dataset: Dataset, column: str, key: str = "data.text_column") -> None:
+    """Raise InputError unless this is a column of texts; whether each row has one is `text_problem`'s."""
+    require_column(dataset, column, key)
+    feature = dataset.features[column]
+    if isinstance(feature, Value) and feature.dtype not in ("string", "large_string", "null"):
+        cure = (
+            f'name a column of texts, or write its numbers as strings (JSONL: {{{json.dumps(column)}: "12"}})'
+        )
+        refuse(key, f"column {column!r} holds {feature.dtype}, not text", cure)
+
+
+def text_problem(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str | None]:
+    """For `check_rows`: what is wrong with a row whose texts are in these columns."""
+
+    def problem(row: Mapping[str, Any]) -> str | None:
+        for column in columns:
+            text = row[column]
+            if text is not None and not isinstance(text, str):
+                return f"column {column!r}: {type(text).__name__}, not text"
+            if not (text or "").strip():
+                return f"column {column!r} is empty"
+        return None
+
+    return problem
+
+
+def require_fast(tokenizer: Any, name: str) -> None:
+    """Raise InputError unless the tokenizer of the model `name` says where in a text its tokens are."""
+    if not tokenizer.is_fast:
+        found = f"the tokenizer of {name} does not say where in a text its tokens are"
+        refuse("model.name", found, "name a model with a fast tokenizer (tokenizer.json)")
+
+
+def problems_of_tokens(tokens: Any, texts: int, special: int, max_length: int) -> list[str]:
+    """What is wrong with each row of a batch of tokenised texts, "" where something is left of each text.
+
+    texts: how many a row has, 1 or 2. special: how many special tokens frame them. A slow tokenizer does not
+    say which token is of which text: there, something must be left of one.
+    """
+    problems = []
+    for row, ids in enumerate(tokens["input_ids"]):
+        left = len({*tokens.sequence_ids(row)} - {None}) if tokens.is_fast else texts * (len(ids) > special)
+        what = "its text" if texts == 1 else f"{'both' if not left else 'one'} of its texts"
+        problems.append(
+            "" if left == texts else f"no token of {what} is left, cut off at data.max_length {max_length}"
+        )
+    return problems
+
+
+def texts_of(inputs: Sequence[Any], columns: Sequence[str]) -> list[list[str]]:
+    """The texts in each column, of rows or, where there is one column, of texts. Raises InputError."""
+    problem = text_problem(columns)
+    rows = [row if isinstance(row, Mapping) else {columns[0]: row} for row in inputs]
+    for number, row in enumerate(rows, start=1):
+        absent = [column for column in columns if column not in row]
+        if absent or (found := problem(row)):
+            what = f"no {absent[0]!r} among {listed(row)}" if absent else found
+            refuse(f"input {number:,}", str(what), f"give texts as {listed(columns)}")
+    return [[row[column] for row in rows] for column in columns]
+
+
+def encode_labels(
+    train: Dataset,
+    validation: Dataset,
+    label_column: str,
+    key: str = "data.label_column",
+    skipped: list[str] | None = None,
+) -> tuple[Dataset, Dataset, list[str]]:
+    """Replace the label column by `label`, class ids 0..K−1 (int64), and give the K names in that order.
+
+    Labels are strings, integers, booleans or a ClassLabel, which keeps its own names and order; others are
+    sorted, integers by size. Raises InputError for a row without label, one class only, numbers with a
+    fraction, and a validation label that training rows (or the ClassLabel) do not have, unless
+    there is a list `skipped`: then such a row is left out, and said there.
+    """
+    for split in (train, validation):
+        require_column(split, label_column, key)
+    texts, other = _label_texts(train, label_column, key), _label_texts(validation, label_column, key)
+    present, feature = pc.unique(texts).to_pylist(), train.features[label_column]
+    if len(present) < 2:
+        refuse(key, f"one class only, {present[0]!r}, in the training rows", "at least two")
+    if isinstance(feature, ClassLabel):
+        names = list(feature.names)
+    else:
+        is_text = isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool")
+        names = sorted(present, key=None if is_text else int)
+    known = pa.array(names, pa.large_string())
+    ids, other_ids = pc.index_in(texts, known), pc.index_in(other, known)
+    if other_ids.null_count:
+        unknown = np.flatnonzero(other_ids.is_null()).tolist()
+        labels = [f"label {other[row].as_py()!r} of validation {_row(validation, row)}" for row in unknown]
+        validation = drop_unknown(validation, unknown, labels, key, skipped)
+        other_ids = other_ids.drop_null()
+    return _with_ids(train, label_column, ids), _with_ids(validation, label_column, other_ids), names
+
+
+def drop_unknown(
+    validation: Dataset,
+    rows: Sequence[int] | np.ndarray,
+    labels: Sequence[str],
+    key: str,
+    skipped: list[str] | None,
+) -> Dataset:
+    """Validation without these rows, whose `labels` no training row has: a line about each goes to `skipped`.
+
+    Raises InputError where that is None.
+    """
+    found = [f"{label} is in no training row" for label in labels]
+    if skipped is None:
+        refuse(key, found[0], "add such rows to data.train, or leave them out: --data.on_bad_row skip")
+    if len(rows) == len(validation):
+        refuse(
+            key, f"none of the {len(validation):,} validation rows can be used ({found[0]}, …)", "give others"
+        )
+    skipped += found
+    return select_rows(validation, np.setdiff1d(np.arange(len(validation)), rows).tolist())
+
+
+def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:
+    """Every row's label as a string, so that 1, 1.0 and "1" are one class."""
+    values, feature = dataset.data.column(column), dataset.features[column]
+    if isinstance(feature, ClassLabel):  # −1 is how data sets mark rows whose label is withheld
+        values = pc.if_else(pc.less(values, 0), None, values)
+    _refuse_null(dataset, column, key, pc.is_null(values))
+    values = pa.concat_arrays(values.chunks).take(pa.array(file_rows(dataset)))
+    if isinstance(feature, ClassLabel):
+        return pa.array(feature.names, pa.large_string()).take(values)
+    if pa.types.is_boolean(values.type):
+        return pc.if_else(values, pa.scalar("True", pa.large_string()), "False")
+    if pa.types.is_floating(values.type):
+        whole = pc.and_(pc.less(pc.abs(values), 2.0**53), pc.equal(values, pc.floor(values)))
+        row = pc.index(whole, False).as_py()
+        if row >= 0:
+            found = f"column {column!r}, {_row(dataset, row)}: {values[row].as_py()}"
+            refuse(
+                key,
+                found,
+                "labels are classes, as strings or integers; to predict numbers: "
+                "recipes/text_classification.py with data.problem regression",
+            )
+        values = values.cast(pa.int64())
+    elif not (
+        isinstance(feature, Value) and (pa.types.is_integer(values.type) or feature.dtype.endswith("string"))
+    ):
+        found = f"column {column!r} holds {getattr(feature, 'dtype', None) or type(feature).__name__}"
+        several = "; several for a text: recipes/text_classification.py with data.problem multi_label"
+        cure = "labels are all strings, or all integers, or all booleans"
+        refuse(key, found, cure + several * is_list(feature))
+    return values.cast(pa.large_string())
+
+
+def _with_ids(dataset: Dataset, column: str, ids: pa.Array) -> Dataset:
+    return with_label(dataset, column, ids.to_numpy(zero_copy_only=False).astype(np.int64))
+
+
+def is_list(feature: Any) -> bool:
+    """Is this the type of a column of lists?"""
+    return isinstance(feature, List | LargeList | list)
+
+
+def class_names(dataset: Dataset, column: str) -> list[str] | None:
+    """The names behind the ids in a column of lists; None where its labels are not such ids."""
+    element = dataset.features[column].feature
+    return list(element.names) if isinstance(element, ClassLabel) else None
+
+
+def labels_as_text(labels: Any, names: list[str] | None) -> list[str]:
+    """A row's labels as strings; `names` are those behind ids. An id that has none stays a number."""
+    known = range(len(names or ()))
+    return [names[label] if names and label in known else str(label) for label in labels or ()]
+
+
+def with_label(dataset: Dataset, column: str, labels: np.ndarray) -> Dataset:
+    """Replace the column by `label`: numbers of shape (rows,), or lists of numbers, (rows, numbers)."""
+    rest = dataset.remove_columns([name for name in dataset.column_names if name in (column, "label")])
+    return with_column(rest, "label", labels)
+
+
+def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
+    """A new column: numbers or truth values of shape (rows,), or lists of them, (rows, width).
+
+    `add_column` would copy a shuffled data set, and lose which row of the file each row is.
+    """
+    whole = np.zeros((len(dataset.data), *values.shape[1:]), values.dtype)
+    whole[file_rows(dataset)] = values
+    column, feature = pa.array(whole.ravel()), Value(str(values.dtype))
+    if values.ndim == 2:
+        width = values.shape[1]
+        column, feature = pa.FixedSizeListArray.from_arrays(column, width), List(feature, length=width)
+    info = dataset.info.copy()
+    info.features = Features({**dataset.features, name: feature})
+    return Dataset(
+        concat_tables([dataset.data, InMemoryTable.from_arrays([column], names=[name])], axis=1),
+        info=info,
+        split=dataset.split,
+        indices_table=dataset._indices,
+        fingerprint=Hasher.hash((dataset._fingerprint, name, whole.tobytes())),
+    )
+
+
+def list_lengths(dataset: Dataset | Sequence[Any], column: str) -> np.ndarray:
+    """How long the list of each row is; those of a data set are not read into Python."""
+    if not isinstance(dataset, Dataset):
+        return np.array([len(row[column]) for row in dataset])
+    lengths = pc.list_value_length(dataset.data.column(column))
+    return lengths.to_numpy()[file_rows(dataset)].astype(np.int64)
+
+
+def select_rows(dataset: Dataset, rows: Sequence[int]) -> Dataset:
+    """These rows, which keep their numbers in the file: `select` forgets them where it takes a slice."""
+    numbers = pa.array(file_rows(dataset)[np.asarray(rows, np.int64)], pa.uint64())
+    return Dataset(
+        dataset.data,
+        info=dataset.info.copy(),
+        split=dataset.split,
+        indices_table=InMemoryTable.from_arrays([numbers], names=["indices"]),
+        fingerprint=Hasher.hash((dataset._fingerprint, numbers.to_numpy().tobytes())),
+    )
+
+
+def file_rows(dataset: Dataset) -> np.ndarray:
+    indices = dataset._indices  # row numbers must be those of the file, also after a shuffle
+    return np.arange(len(dataset)) if indices is None else indices.column(0).to_numpy()
+
+
+def _row(dataset: Dataset, row: int) -> str:
+    return f"row {file_rows(dataset)[row] + 1:,}"
+
+
+def _refuse_null(dataset: Dataset, column: str, key: str, is_null: pa.ChunkedArray) -> None:
+    empty = np.flatnonzero(is_null.to_numpy()[file_rows(dataset)])
+    if len(empty):
+        found = f"column {column!r}, {_row(dataset, int(empty[0]))} is empty, the first of {len(empty):,}"
+        refuse(key, found, "fill them in or take them out")

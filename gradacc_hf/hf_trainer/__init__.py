@@ -1,0 +1,1 @@
+"""`ExactTrainer`: the Trainer of transformers with exact gradient accumulation."""

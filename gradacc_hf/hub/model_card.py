@@ -1,0 +1,248 @@
+"""Model cards: the README.md in best/ and last/, by which a model can be judged and used without its run.
+
+A card is written from what the run's folder holds: config.yaml, summary.json (its "card": the `Facts` that
+only the run knew) and verify.json. While the run goes, `RunCard` writes what is known so far; `refresh_cards`
+writes the whole of it at the end, and again when `gradacc verify --run` has come to a verdict. Names of local
+files stay out of it, and what looks like a secret is hidden.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.data.loading import BUILDERS
+from gradacc_hf.embedded import DATASETS, origin
+from gradacc_hf.hub.usage import snippet
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.training.run_log import versions
+from gradacc_hf.utils.files import write_whole
+from gradacc_hf.utils.redaction import redact
+
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+UNKNOWN = "unknown"  # a licence, as the Hub spells it
+NO_METRICS = ("window", "loss")
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What a model's card says of its licence; `name` and `link` where it is none that the Hub lists."""
+
+    id: str = UNKNOWN
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says that config.yaml and the figures of a run do not."""
+
+    task: str  # the recipe, in a line
+    pipeline_tag: str | None
+    base_model: str | None  # on the Hub; None where it is not from there
+    base_model_text: str
+    licence: Licence
+    data: str
+    data_about: str  # what embedded data is
+    dataset: str | None  # on the Hub
+    training_examples: int
+    validation_examples: int
+    validation: str  # where they came from
+    max_length: int | None  # where examples are cut off (tokens); None where they are no tokens
+    usage: str  # lines of Python
+
+
+def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
+    """Those of a run; reads the base model's card where there is one."""
+    config = recipe.config
+    given, data = config.model.name, config.data
+    upstream, licence = origin(given)
+    on_hub = upstream or (given if _is_hub_name(given) else None)
+    source = recipe.validation_source.removeprefix("validation: ")
+    for name in filter(None, (data.validation, data.train)):
+        if source.endswith(name):
+            source = source.removesuffix(name) + _public(name)
+            break
+    return Facts(
+        task=(type(recipe).__doc__ or type(recipe).__name__).partition("\n")[0],
+        pipeline_tag=recipe.pipeline_tag,
+        base_model=on_hub,
+        base_model_text=on_hub or _base_model_text(recipe),
+        licence=Licence(licence) if licence else read_licence(recipe.model_path),
+        data=_public(data.train) + (f", {data.config_name}" if data.config_name else ""),
+        data_about=_embedded_about(data.train),
+        dataset=data.train if _is_hub_name(data.train) else None,
+        training_examples=len(training),
+        validation_examples=len(validation),
+        validation=source,
+        max_length=data.max_length if _is_tokenised(training) else None,
+        usage=snippet(recipe, config.output.push_to_hub or "."),
+    )
+
+
+class RunCard:
+    """What `save_model` writes beside a model as its card, while the run goes."""
+
+    def __init__(self, recipe: Recipe, facts: Facts, windows: WindowLoader):
+        self.recipe, self.facts, self.windows = recipe, facts, windows
+        self._metrics: Mapping[str, float] | None = None
+        self._evaluated_at: dict[str, int] | None = None
+
+    def evaluated(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of the model as it is now, until the next window changes it."""
+        self._metrics, self._evaluated_at = metrics, self.windows.state_dict()
+        return metrics
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write README.md into a model's folder."""
+        current = self._evaluated_at == self.windows.state_dict()
+        summary = {"card": asdict(self.facts), "versions": versions(), **_how(self.windows)}
+        card = make_card(folder, asdict(self.recipe.config), summary, self._metrics if current else None)
+        card.save(folder / "README.md")
+
+
+def _how(windows: WindowLoader) -> dict[str, Any]:
+    accelerator = windows.accelerator
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return {
+        "precision": precision,
+        "processes": accelerator.num_processes,
+        "micro_batches": str(windows.bound),
+    }
+
+
+def refresh_cards(run: Path) -> None:
+    """Write the cards of a run that has ended again, from what its folder holds."""
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    file = run / "verify.json"
+    verification = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    for folder, metrics in ((run / "best", summary["best"]), (run / "last", summary["eval"])):
+        if folder.is_dir():
+            card = make_card(folder, config, summary, metrics, verification)
+            write_whole(folder / "README.md", str(card))
+
+
+def make_card(
+    folder: Path,
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    metrics: Mapping[str, float] | None,
+    verification: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """The card of the model in a folder.
+
+    config and summary: as in config.yaml and summary.json, the latter as far as it is known. metrics: of this
+    very model; None where it was not evaluated. verification: as in verify.json.
+    """
+    known, scores = redact(summary["card"]), _numbers(metrics)
+    licence = Licence(**known["licence"])
+    is_adapter = (folder / "adapter_config.json").is_file()
+    base = (known["base_model"] or "model").rpartition("/")[2]
+    name = config["output"]["push_to_hub"] or f"{base}-fine-tuned"
+    data = ModelCardData(
+        license=licence.id,
+        license_name=licence.name,
+        license_link=licence.link,
+        library_name="peft" if is_adapter else "transformers",
+        base_model=known["base_model"],
+        base_model_relation=("adapter" if is_adapter else "finetune") if known["base_model"] else None,
+        datasets=[known["dataset"]] if known["dataset"] else None,
+        pipeline_tag=known["pipeline_tag"],
+        tags=["gradacc-hf", "gradient-accumulation"],
+        metrics=[metric for metric in scores if metric not in NO_METRICS] or None,
+        model_name=name if scores else None,
+        eval_results=[
+            EvalResult(
+                task_type=known["pipeline_tag"] or "other",
+                dataset_type=known["dataset"] or "other",
+                dataset_name=known["data"],
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in scores.items()
+            if metric != "window"
+        ]
+        or None,
+    )
+    settings = {name: config[name] for name in ("batch", "optim", "train", "budget")}
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        **redact(
+            {
+                "name": name,
+                "facts": known,
+                "scores": {metric: value for metric, value in scores.items() if metric != "window"},
+                "baseline": _numbers(summary.get("baseline")),
+                "window": scores.get("window"),
+                "run": summary,
+                "config": config,
+                "verification": verification,
+                "settings": yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=1000),
+            }
+        ),
+    )
+
+
+def _numbers(values: Mapping[str, Any] | None) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in (values or {}).items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def _base_model_text(recipe: Recipe) -> str:
+    if recipe.from_scratch:
+        return "random weights"
+    given = recipe.config.model.name
+    return given if given.startswith("embedded:") else "a local folder"
+
+
+def read_licence(model_path: str) -> Licence:
+    """What the card of a base model says, a folder's own or the Hub's; unknown where there is none."""
+    with contextlib.suppress(Exception):  # no card, no network, no YAML in it: all mean that it is not known
+        folder = Path(model_path)
+        file = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(model_path, "README.md"))
+        said = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
+        if isinstance(said.get("license"), str):
+            return Licence(said["license"], said.get("license_name"), said.get("license_link"))
+    return Licence()
+
+
+def _is_tokenised(dataset: Dataset) -> bool:
+    return any(name.endswith("input_ids") for name in dataset.column_names)
+
+
+def _is_hub_name(given: str) -> bool:
+    """Does it name a repository on the Hub, and no file, folder or embedded data or model?"""
+    try:
+        validate_repo_id(given)
+    except HFValidationError:
+        return False
+    return Path(given).suffix.lower() not in BUILDERS and not Path(given).exists()
+
+
+def _public(given: str) -> str:
+    """What a card says of `data.train`: no file's name, as that may say more than its owner wants."""
+    return given if _is_hub_name(given) or given.startswith("embedded:") else "local files"
+
+
+def _embedded_about(given: str) -> str:
+    """The first line of the module that makes embedded data; empty for other data."""
+    if not given.startswith("embedded:"):
+        return ""
+    module = DATASETS[given.removeprefix("embedded:")].partition(":")[0]
+    return (import_module(f"gradacc_hf.embedded.{module}").__doc__ or "").partition("\n")[0]

@@ -1,0 +1,56 @@
+"""The lines of Python in a model's card: how it is used with transformers alone."""
+
+import json
+from typing import Any
+
+from transformers.pipelines import SUPPORTED_TASKS
+
+from gradacc_hf.utils.files import MODEL_CONFIG
+
+GENERATE = """tokens = tokenizer({example}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0], skip_special_tokens=True))"""
+USES = {
+    "summarization": GENERATE,
+    "translation": GENERATE,
+    "question-answering": """tokens = tokenizer({question}, {context}, return_tensors="pt")
+found = model(**tokens)
+start, end = found.start_logits.argmax(), found.end_logits.argmax()
+print(tokenizer.decode(tokens.input_ids[0, start : end + 1]))""",
+    "sentence-similarity": """tokens = tokenizer([{example}, "a text"], padding=True, return_tensors="pt")
+mask = tokens.attention_mask.unsqueeze(-1)
+means = (model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
+print(cosine_similarity(means[:1], means[1:]))""",
+}
+"""The Hub's name of a task for which transformers has no pipeline → what is done with tokenizer and model."""
+
+
+def snippet(recipe: Any, name: str) -> str:
+    """Python that runs as it stands; `name` is the folder or Hub name of a model, or of adapters."""
+    task, loader, lora = recipe.pipeline_tag, recipe.model_class.__name__, recipe.config.model.lora
+    example, folder, imports, lines = recipe.example, _python(name), [loader], []
+    options = ""
+    if lora.rank and not lora.merge:  # needs peft; the config beside the adapters has the labels
+        imports.insert(0, "AutoConfig")
+        lines.append(f'config = AutoConfig.from_pretrained({folder}, _configuration_file="{MODEL_CONFIG}")')
+        options = ", config=config"
+    lines.append(f"model = {loader}.from_pretrained({folder}{options})")
+    if task in SUPPORTED_TASKS:
+        if not options:
+            imports, lines = [], [f'model = pipeline("{task}", model={folder})']
+        else:
+            lines.append(f'model = pipeline("{task}", model=model, tokenizer={folder})')
+        imports.append("pipeline")
+        asked = [{"role": "user", "content": example}] if recipe.of_chats else example
+        lines.append(f"print(model({_python(asked)}))")
+    else:
+        imports.insert(0, "AutoTokenizer")
+        lines.insert(0, f"tokenizer = AutoTokenizer.from_pretrained({folder})")
+        rows = example if isinstance(example, dict) else {}
+        shown = {"example": _python(example), **{key: _python(value) for key, value in rows.items()}}
+        lines += [USES[task].format_map(shown)] if task in USES else []
+    more = "from torch.nn.functional import cosine_similarity\n" * (task == "sentence-similarity")
+    return f"{more}from transformers import {', '.join(imports)}\n\n" + "\n".join(lines)
+
+
+def _python(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,118 @@
+"""What a page trains: a line on eight samples, or a small transformer on the standard library's docstrings.
+
+Everything is on this machine, and small: a micro-batch takes milliseconds on one core.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.trainers import WordLevelTrainer
+from torch.nn.functional import mse_loss
+from torch.utils.data import default_collate
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.embedded import docstrings
+from gradacc_hf.play.settings import LINE, WITH_BATCH_NORM, Lengths, ModelName
+
+WORDS = 512  # in the vocabulary
+EXAMPLES = 512
+LONGEST, EQUAL = 96, 24  # tokens
+X = [[1.0, 2.0], [2.0, 1.0], [3.0, 4.0], [4.0, 3.0], [5.0, 6.0], [6.0, 5.0], [7.0, 8.0], [8.0, 7.0]]
+Y = [3.0, 3.0, 7.0, 7.0, 11.0, 11.0, 15.0, 15.0]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Examples, how they become a batch, what a loss is a mean over, and a model from a seed."""
+
+    examples: Sequence[Mapping[str, Any]]
+    collate: Callable[[list[Any]], Mapping[str, torch.Tensor]]
+    num_items: str
+    make_model: Callable[[int], torch.nn.Module]
+
+
+class Line(torch.nn.Module):
+    """A linear layer from two numbers to one, with its loss, as transformers' models have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 1)
+
+    def forward(self, x, labels):
+        """A batch (rows, 2) and its labels (rows,) → the mean squared error."""
+        return SimpleNamespace(loss=mse_loss(self.linear(x)[:, 0], labels))
+
+
+class TokenBatchNorm(torch.nn.BatchNorm1d):
+    """BatchNorm where a transformer has LayerNorm: over all tokens of a batch, padding too."""
+
+    def forward(self, hidden):
+        """(rows, tokens, width) → the same."""
+        return super().forward(hidden.flatten(0, 1)).view_as(hidden)
+
+
+def problem(model: ModelName, lengths: Lengths) -> Problem:
+    """The data and model of these names."""
+    if model == LINE:
+        examples = [{"x": torch.tensor(x), "labels": torch.tensor(y)} for x, y in zip(X, Y, strict=True)]
+        return Problem(examples, default_collate, "labels", _line)
+    make = _with_batch_norm if model == WITH_BATCH_NORM else _transformer
+    return Problem(sentences(lengths), pad, "next_token", make)
+
+
+@cache
+def sentences(lengths: Lengths) -> list[dict[str, list[int]]]:
+    """Docstrings as tokens: each up to 96 of its own, or all end to end and cut into 24 each."""
+    texts = docstrings().shuffle(seed=0)[: 3 * EXAMPLES]["text"]
+    tokenizer = Tokenizer(WordLevel(unk_token="?"))
+    tokenizer.pre_tokenizer = BertPreTokenizer()  # type: ignore[assignment]
+    tokenizer.train_from_iterator(texts, WordLevelTrainer(vocab_size=WORDS, special_tokens=["?"]))
+    tokens = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
+    if lengths == "long-tailed":
+        return [{"input_ids": ids[:LONGEST]} for ids in tokens if len(ids) > 3][:EXAMPLES]
+    together = list(chain.from_iterable(tokens))
+    return [{"input_ids": together[i * EQUAL : (i + 1) * EQUAL]} for i in range(EXAMPLES)]
+
+
+def pad(examples: list[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Tokens as a batch padded on the right, its mask, and the labels of a causal language model."""
+    tokens = [torch.tensor(example["input_ids"]) for example in examples]
+
+    def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    mask = padded([torch.ones_like(row) for row in tokens], 0)
+    return {"input_ids": padded(tokens, 0), "attention_mask": mask, "labels": padded(tokens, IGNORED)}
+
+
+def _line(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return Line()
+
+
+def _transformer(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    sizes: Any = {"vocab_size": WORDS, "n_positions": LONGEST, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    no_dropout: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    tokens: Any = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **tokens, use_cache=False))
+    model.loss_type = "ForCausalLM"  # which its name does not say
+    return model
+
+
+def _with_batch_norm(seed: int) -> torch.nn.Module:
+    model = _transformer(seed)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.LayerNorm):
+                setattr(module, name, TokenBatchNorm(child.normalized_shape[0]))
+    return model

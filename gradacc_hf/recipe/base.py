@@ -1,0 +1,365 @@
+"""The `Recipe` that a recipe file fills in: what makes a task that task, its data, its model and its metric.
+
+What all tasks share, from the command line to the saved model, is `run.py`.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from datasets import Dataset
+
+from gradacc_hf.accumulation.collation import Lengths, PadTo, Transform
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.loss_items import CountItems, model_loss
+from gradacc_hf.config.schema import Config, DataConfig
+from gradacc_hf.data.bad_rows import Problem, check_rows
+from gradacc_hf.data.columns import file_rows
+from gradacc_hf.data.loading import load_data
+from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
+from gradacc_hf.errors import InputError, one_line, refuse
+from gradacc_hf.training.loop import evaluate, logits_and_labels
+from gradacc_hf.training.lora import check_four_bit, four_bit, pretrained
+from gradacc_hf.utils.files import MODEL_CONFIG
+
+
+class Recipe:
+    """A task: data → features → model → metric. Its docstring's first line is what `--help` says.
+
+    A recipe gives `model_class`, `datasets` and `metrics`; the rest has defaults that suit token inputs.
+    """
+
+    Data: ClassVar[type[DataConfig]] = DataConfig
+    model_class: ClassVar[Any]
+    tokenizer_settings: ClassVar[Mapping[str, Any]] = {}  # what the task asks of it when it is loaded
+    pipeline_tag: ClassVar[str | None] = None  # the Hub's name of the task: "text-classification"
+    example: ClassVar[Any] = "A text."  # an input that shows what the model does; or None
+    num_items: str | CountItems = "labels"
+    pad_to: PadTo = "micro_batch"  # "window" where padding reaches the loss
+    transform: Transform | None = None  # what is random about an example: masking, cropping, augmentation
+    tokens_are: str | None = None  # where the inputs are no texts: "patches of 16 × 16 pixels"
+    lean_loss: ClassVar[bool] = False  # does its model() have a use for budget.lean_loss?
+    validation_source: str = "validation"
+    held_out = False  # are the validation rows some of the training file's?
+    of_chats = False  # is the model asked in chats?
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.data: Any = config.data  # with the recipe's own fields
+        self.skipped_rows: list[str] = []  # a line about each, of both data sets
+        self.samples: list[dict[str, str]] = []  # what the model made of a few rows, for the report
+        self.new_parameters: set[str] | None = (
+            None  # those for which model() found no weights; all, where None
+        )
+        self.without_weights = False  # model() is then made of its config alone: `memory/of_recipe.py`
+        self._saved_config: Any = None  # of the adapter that is loaded, with what the task had set
+
+    def datasets(self) -> tuple[Dataset, Dataset]:
+        """Training and validation examples, tokenised, with `labels`."""
+        raise TypeError(f"{type(self).__name__} does not say what its data sets are: define datasets()")
+
+    def rows(self, label_column: str | None = None) -> tuple[Dataset, Dataset]:
+        """What `data.train` and `data.validation` name, as it is read: training and validation rows.
+
+        Where the validation rows are held out, the first row of every label in `label_column` is not.
+        """
+        data = self.data
+        splits = load_data(
+            data.train,
+            data.validation,
+            validation_fraction=data.validation_fraction,
+            seed=self.config.train.seed,
+            config_name=data.config_name,
+            label_column=label_column,
+        )
+        self.validation_source, self.held_out = splits.source, splits.held_out
+        return splits.train, splits.validation
+
+    def check_rows(
+        self,
+        training: Dataset,
+        validation: Dataset,
+        problem: Problem,
+        key: str,
+        numbers: Sequence[Any] = (None, None),
+    ) -> tuple[Dataset, Dataset]:
+        """Both without the rows that have a problem; InputError for the first, unless bad rows are skipped.
+
+        A key of "data.train" is "data.validation" for validation rows that are from there.
+        """
+        kept = []
+        of_validation = "data.validation" if key == "data.train" and self.data.validation else key
+        splits = (
+            ("training", key, training, numbers[0]),
+            ("training" if self.held_out else "validation", of_validation, validation, numbers[1]),
+        )
+        for split, named, dataset, of_file in splits:
+            settings = {"key": named, "on_bad_row": self.data.on_bad_row, "split": split, "numbers": of_file}
+            dataset, bad = check_rows(dataset, problem, **settings)
+            self.skipped_rows += bad
+            kept.append(dataset)
+        return kept[0], kept[1]
+
+    @property
+    def may_skip(self) -> list[str] | None:
+        """Where rows that cannot be used are said, if they may be left out; else None."""
+        return self.skipped_rows if self.data.on_bad_row == "skip" else None
+
+    def map_rows(
+        self,
+        splits: Sequence[Dataset],
+        features: Callable[..., Mapping[str, Any]],
+        key: str,
+        keep: Sequence[str] = (),
+        **settings: Any,
+    ) -> tuple[Dataset, Dataset]:
+        """Training and validation rows through `features(rows, tokenizer=…, **settings)`, in batches.
+
+        Of their own columns those in `keep` stay. A row of which the feature `problem` says something is bad:
+        see `check_rows`.
+        """
+        settings["tokenizer"] = self.tokenizer
+        mapped = [
+            dataset.map(
+                features,
+                batched=True,
+                fn_kwargs=settings,
+                remove_columns=[column for column in dataset.column_names if column not in keep],
+            )
+            for dataset in splits
+        ]
+        numbers = [file_rows(dataset) for dataset in splits]
+        train, validation = self.check_rows(
+            mapped[0], mapped[1], lambda row: row["problem"] or None, key, numbers
+        )
+        return train.remove_columns("problem"), validation.remove_columns("problem")
+
+    def lengths(self, dataset: Dataset | Sequence[Any]) -> Lengths:
+        """Tokens of each example, as `WindowLoader` takes them; by default those of `input_ids`."""
+        return None
+
+    def validate(
+        self, model: torch.nn.Module, windows: WindowLoader, accelerator: Accelerator
+    ) -> dict[str, float]:
+        """The metrics of a prepared model: its loss, and `metrics` of all predictions."""
+        found = evaluate(
+            model, windows, accelerator=accelerator, compute_loss=self.loss, predict=self.predict
+        )
+        return {"loss": found.loss, **self.metrics(found.predictions, found.references)}
+
+    def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """What a saved model says to new inputs, one answer each: texts, or rows as a data file has them."""
+        raise InputError(f"{type(self).__name__} does not say how it answers: define answer() in the recipe")
+
+    def processors(self) -> list[Any]:
+        """What is saved beside the model, as what is fed to it goes through it: the tokenizer."""
+        return [self.tokenizer]
+
+    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        """What an evaluation says of a model, from `predict`'s rows in the data set's order."""
+        return {}
+
+    def baseline(self, train: Dataset, validation: Dataset) -> dict[str, float] | None:
+        """The metrics of the best answer that looks at no input, for comparison."""
+        return None
+
+    def model_overrides(self) -> dict[str, Any]:
+        """What the task sets in the model's config; known once `datasets` has run."""
+        return {}
+
+    def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The mean over the micro-batch's items."""
+        return model_loss(outputs, batch)
+
+    def predict(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Predictions and references of a micro-batch, row by row."""
+        return logits_and_labels(outputs, batch)
+
+    def collate(self, examples: Sequence[Mapping[str, Any]], pad_to: int | None = None) -> dict[str, Any]:
+        """Examples → a batch, padded to the longest or to `pad_to` tokens."""
+        settings = {"padding": "longest" if pad_to is None else "max_length", "max_length": pad_to}
+        settings["pad_to_multiple_of"] = self.config.budget.pad_to_multiple_of if pad_to is None else None
+        labels = np.asarray(examples[0].get("labels", 0))
+        if labels.ndim and labels.dtype.kind == "i":  # a label a token: padded with −100
+            return dict(
+                transformers.DataCollatorForTokenClassification(self.tokenizer, **settings)(list(examples))
+            )
+        return dict(self.tokenizer.pad(list(examples), return_tensors="pt", **settings))
+
+    @cached_property
+    def model_path(self) -> str:
+        """The folder or Hub name that the model and its tokenizer are loaded from."""
+        return resolve_model(self.config.model.name, weights=not self.without_weights)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        with self._loading("tokenizer"):
+            settings = {**self._source(), **self.tokenizer_settings}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, **settings)
+        if tokenizer.vocab_size <= len(
+            tokenizer.all_special_tokens
+        ):  # what transformers makes up where there is none
+            raise InputError(
+                f"model.name: {self.config.model.name} has no tokenizer; save it beside the model"
+            )
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # decoders' often have none
+        if tokenizer.pad_token is None:
+            found = (
+                f"the tokenizer of {self.config.model.name} has neither a padding nor an end-of-text token"
+            )
+            refuse("model.name", found, "set its pad_token, and save it again")
+        return tokenizer
+
+    def model_config(self) -> Any:
+        """The model's config, with the task's settings and `model.dropout`."""
+        if self._saved_config is not None:
+            return self._saved_config
+        config = self.base_config()
+        if self.config.model.dropout is not None:
+            set_dropout(config, self.config.model.dropout)
+        if self.config.budget.attention is not None:
+            config._attn_implementation = self.config.budget.attention
+        return config
+
+    def base_config(self) -> Any:
+        """The config of `model.name`, with the task's settings."""
+        with self._loading("config"):
+            return transformers.AutoConfig.from_pretrained(
+                self.model_path, **self._source(), **self.model_overrides()
+            )
+
+    def empty_model(self) -> Any:
+        """The model without weights, to count and name its parameters."""
+        if self.config.model.lora.rank:  # what is trained depends on which weights there are
+            return self._load_model(device_map="meta")
+        with self._loading("config"), torch.device("meta"):
+            return self.model_class.from_config(self.model_config(), **self._trust())
+
+    def model(self) -> Any:
+        """The model that is fine-tuned. One of a recipe's own making sets `new_parameters`."""
+        whole = self._saved_config is not None or self.without_weights
+        if not self.config.model.load_in_4bit or whole:
+            return self._load_model()
+        check_four_bit(self.config.model)
+        self._load_model(device_map="meta")  # what is new must not be in 4 bits
+        return self._load_model(**four_bit(self.config.budget.precision, self.new_parameters or ()))
+
+    def load(self, folder: Path | str) -> Any:
+        """A model that was saved in a run's folder: whole, or as adapters on the base model of the run."""
+        if not (Path(folder) / "adapter_config.json").exists():
+            with self._loading("weights", folder):
+                return self.model_class.from_pretrained(folder, **self._trust())
+        with self._loading("config", folder):
+            saved = transformers.AutoConfig.from_pretrained(Path(folder) / MODEL_CONFIG, **self._trust())
+        self._saved_config = saved
+        model = self.model()
+        with self._loading("adapters", folder):
+            pretrained(model).load_adapter(str(folder))
+        return model
+
+    def check_model(self) -> None:
+        """Raise InputError where the weights do not fit the config; reads their names and sizes only."""
+        self._load_model(device_map="meta")
+
+    @property
+    def from_scratch(self) -> bool:
+        """Does training start from random weights, as there are no others?"""
+        return self.config.model.name in FROM_SCRATCH
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights: `model.dtype`."""
+        return getattr(torch, self.config.model.dtype)
+
+    def _load_model(self, **options: Any) -> Any:
+        options |= {"config": self.model_config(), "dtype": self.dtype, "ignore_mismatched_sizes": True}
+        if self.without_weights or self.from_scratch:
+            model = self.model_class.from_config(options["config"], dtype=self.dtype, **self._trust())
+            if self.without_weights and not self.from_scratch:
+                self.new_parameters = _of_the_task(model)
+            return model
+        with self._loading("weights"):
+            model, info = self.model_class.from_pretrained(
+                self.model_path, output_loading_info=True, **options, **self._source()
+            )  # fmt: skip
+        name, prefix = self.config.model.name, f"{model.base_model_prefix}."
+        for tensor, found, expected in info["mismatched_keys"]:
+            if tensor.startswith(prefix):  # a new head is fine: other labels
+                sizes = f"{tensor} is {list(found)}, and {list(expected)} by its config.json"
+                raise InputError(
+                    f"model.name: the weights of {name} do not fit: {sizes}; copy or save both again"
+                )
+        unknown = [tensor.removeprefix(prefix) for tensor in info["unexpected_keys"]]
+        for tensor in info["missing_keys"]:  # transformers would draw it at random
+            if near := get_close_matches(tensor.removeprefix(prefix), unknown, 1, cutoff=0.9):
+                raise InputError(
+                    f"model.name: the weights of {name} are damaged: {near[0]!r} for {tensor}; "
+                    "copy or save them again"
+                )
+        mismatched = {tensor for tensor, _, _ in info["mismatched_keys"]}
+        self.new_parameters = {*info["missing_keys"], *mismatched} & dict(model.named_parameters()).keys()
+        return model
+
+    @contextmanager
+    def _loading(self, what: str, folder: Path | str | None = None) -> Iterator[None]:
+        """Whatever transformers raises about the files of `model.name`, or of a run's folder, in one line."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # of what is refused
+            try:
+                yield
+            except InputError:
+                raise
+            except Exception as error:
+                given = f"model.name: the {what} of {self.config.model.name}"
+                of = given if folder is None else f"{folder}: its {what}"
+                raise InputError(f"{of} {_why(error)}") from error
+
+    def _trust(self) -> dict[str, Any]:
+        return {"trust_remote_code": self.config.model.trust_remote_code}
+
+    def _source(self) -> dict[str, Any]:
+        return {"revision": self.config.model.revision or "main", **self._trust()}
+
+
+def _why(error: Exception) -> str:
+    """Why a model's files cannot be loaded, and what to do. Code that they bring was not run."""
+    text = one_line(error)
+    if isinstance(error, UnpicklingError):
+        asked = re.search(r"GLOBAL (\S+)", text)
+        what = f"asks for {asked[1]}" if asked else "holds more than tensors"
+        return f"cannot be loaded: a pickle that {what}, which was not run; use a model in *.safetensors"
+    if "trust_remote_code" in text:
+        return (
+            "cannot be loaded without Python code that comes with the model, which was not run; if you trust "
+            "its author: --model.trust_remote_code true (gradacc predict RUN --trust_remote_code)"
+        )
+    return f"cannot be loaded: {text[:300]}; mend it, or name another model"
+
+
+def _of_the_task(model: Any) -> set[str]:
+    """The parameters that saved weights of the body are likely to lack: a classifier's."""
+    head = model.get_output_embeddings()
+    known = {*model.base_model.parameters(), *(head.parameters() if head is not None else ())}
+    return {name for name, parameter in model.named_parameters() if parameter not in known}
+
+
+def set_dropout(config: Any, probability: float) -> None:
+    """Set every dropout probability of a model's config; of whole layers or paths, only to 0."""
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            set_dropout(value, probability)
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        of_layers = "layerdrop" in name or "drop_path" in name
+        if numeric and ("drop" in name) and (probability == 0 or not of_layers):
+            setattr(config, name, probability)

@@ -1,0 +1,230 @@
+"""What a report says in words: its verdict, and how its figures are written.
+
+Names of contenders are bold, so that it is seen where "Trainer, by length" ends.
+"""
+
+import math
+import shlex
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED
+from gradacc_hf.accumulation.noise_scale import in_words as in_words_of_noise
+from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.report.runs import Contender, Run
+
+SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Its sentences; its tone is "exact" where all are, "off" where none is, else empty."""
+
+    sentences: list[Markup]
+    tone: str
+    measure: str  # what is called exact here
+
+
+def verdict(found: Sequence[Contender]) -> Verdict:
+    """Who is exact or, where nobody measured it, how well the runs ended; then who is how much faster."""
+    errors = {contender.label: worst_error(contender) for contender in found}
+    measured = [contender for contender in found if errors[contender.label] is not None]
+    if not measured:
+        verified = [_verified(run) for c in found for run in c.runs if run.verification]
+        sentences = [_metrics(found), *(verified or [_not_measured(found)]), _speed(found)]
+        return Verdict([sentence for sentence in sentences if sentence], "", "")
+    sentences = [_exactness(measured), _speed(found)]
+    if len(measured) < len(found):
+        others = _names([contender for contender in found if contender not in measured])
+        sentences.insert(1, Markup("The gradients of {} were not measured.").format(others))
+    precisions = {str(run.summary.get("precision") or "fp32") for c in measured for run in c.runs}
+    ran_in = "" if precisions == {"fp32"} else f"; this ran in {in_words(sorted(precisions))}"
+    return Verdict(
+        [sentence for sentence in sentences if sentence],
+        _tone([(errors[contender.label] or 0.0) <= EXACT for contender in measured]),
+        f"Errors are relative, ‖g − r‖ / ‖r‖, against the gradient r of the window at once; exact is at most "
+        f"{error(EXACT)} in fp32{ran_in}.",
+    )
+
+
+def _tone(exact: Sequence[bool]) -> str:
+    return "exact" if all(exact) else "" if any(exact) else "off"
+
+
+def worst_error(contender: Contender) -> float | None:
+    """Of all windows of all repeats; infinite where one is not finite, None where none was measured."""
+    errors = [run.gradient_error for run in contender.runs if run.gradient_error is not None]
+    return max((math.inf if math.isnan(error) else error for error in errors), default=None)
+
+
+def _exactness(measured: Sequence[Contender]) -> Markup:
+    errors = {contender.label: worst_error(contender) or 0.0 for contender in measured}
+    exact = [contender for contender in measured if errors[contender.label] <= EXACT]
+    off = [contender for contender in measured if contender not in exact]
+    parts = []
+    if exact:
+        verb, whose = ("is", "its") if len(exact) == 1 else ("are", "their")
+        worst = error(max(errors[contender.label] for contender in exact))
+        sentence = "{} {} exact, {} gradients within {} of those of the windows at once"
+        parts.append(Markup(sentence).format(_names(exact), verb, whose, worst))
+    if off:
+        each = [Markup("{} by {}").format(_names([c]), error(errors[c.label])) for c in off]
+        first = Markup("{} is not exact but off by {}").format(_names(off[:1]), error(errors[off[0].label]))
+        parts.append(in_words([first, *each[1:]]))
+        parts[-1] += " at worst"
+    return Markup("; ").join(parts) + "."
+
+
+def _metrics(found: Sequence[Contender]) -> Markup:
+    """The final metrics against the baseline: all of one contender, or the chief one of several."""
+    names = list(dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval")))
+    if not names:
+        return Markup("No evaluation is recorded.")
+    names.sort(key=lambda name: name == "loss")  # last
+    baseline = next((b for c in found for run in c.runs if (b := run.metrics("baseline"))), {})
+    against = {name: f" (baseline {metric(value)})" for name, value in baseline.items()}
+    if len(found) == 1:
+        each = [f"{metric_name(name)} {_final(found[0], name)}{against.get(name, '')}" for name in names]
+        return Markup("Final {}.").format(in_words(each))
+    chosen = found[0].runs[0].setting("train", "best_metric")
+    chief = chosen if chosen in names else names[0]
+    with_it = [c for c in found if any(chief in run.metrics("eval") for run in c.runs)]
+    each = [Markup("{} {}").format(_names([contender]), _final(contender, chief)) for contender in with_it]
+    return Markup("Final {}: {}{}.").format(metric_name(chief), in_words(each), against.get(chief, ""))
+
+
+def _final(contender: Contender, name: str) -> str:
+    """A metric of its final evaluations: 0.7552 (0.7500–0.7600)"""
+    values = finite([run.metrics("eval").get(name) for run in contender.runs])
+    return spread(values, metric) if values else metric(math.nan)
+
+
+def metric_name(name: str) -> str:
+    """As it is, but for the loss, of which there are two."""
+    return "validation loss" if name == "loss" else name
+
+
+def _verified(run: Run) -> Markup:
+    """What `gradacc verify --run` has found of a run's model and data."""
+    found = Markup("<b>{}</b>, by <code>gradacc verify</code> before training: {}")
+    return found.format(run.name, run.verification)
+
+
+def _not_measured(found: Sequence[Contender]) -> Markup:
+    command = f"gradacc verify --run {shlex.quote(str(found[0].runs[0].folder))}"
+    which = "this run" if len(found) == 1 and len(found[0].runs) == 1 else "these runs"
+    return Markup("Whether gradients were exact was not measured in {}: <code>{}</code> does.").format(
+        which, command
+    )
+
+
+def _speed(found: Sequence[Contender]) -> Markup | None:
+    """How many times as many examples a second the first contender makes as each other."""
+    first, *others = found
+    parts = []
+    for other in others:
+        if ratios := speed_ratios(first, other):
+            times, _, around = spread(ratios, lambda ratio: f"{ratio:.1f}").partition(" ")
+            as_many = "as" if parts else "as many examples as"
+            part = Markup("{}{}× {} {} {}").format(times, SPACE, as_many, _names([other]), around)
+            parts.append(part.rstrip())
+    if not parts:
+        return None
+    pairs = len(first.runs) if all(_paired(first, other) for other in others) else 1
+    medians = f" (medians of {pairs} pairs of runs)" if pairs > 1 else ""
+    return Markup("Per second, {} trains {}{}.").format(_names([first]), in_words(parts), medians)
+
+
+def _paired(first: Contender, other: Contender) -> bool:
+    """Have they the same seeds, run for run?"""
+    return [run.seed for run in first.runs] == [run.seed for run in other.runs]
+
+
+def speed_ratios(first: Contender, other: Contender) -> list[float]:
+    """Examples per second over another's: a ratio a pair of repeats or, without pairs, that of medians."""
+    mine, theirs = ([run.examples_per_second for run in contender.runs] for contender in (first, other))
+    if not _paired(first, other):
+        mine, theirs = ([statistics.median(finite(v))] if finite(v) else [] for v in (mine, theirs))
+    return [a / b for a, b in zip(mine, theirs, strict=False) if math.isfinite(a) and b > 0]
+
+
+def _names(contenders: Sequence[Contender]) -> Markup:
+    return in_words([Markup("<b>{}</b>").format(contender.label) for contender in contenders])
+
+
+def in_words(parts: Sequence[Any]) -> Markup:
+    """a, b and c."""
+    *most, last = [Markup.escape(part) for part in parts]
+    return Markup(", ").join(most) + Markup(" and ") + last if most else last
+
+
+def finite(values: Sequence[float | None]) -> list[float]:
+    """Those that are numbers."""
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """The median, with least and most where they differ as they are shown: 512 MiB (500–520 MiB)."""
+    least, middle, most = (show(reduce(values)) for reduce in (min, statistics.median, max))
+    if least == most:
+        return middle
+    unit = most.partition(SPACE)[2]
+    return f"{middle} ({least.removesuffix(SPACE + unit) if unit else least}–{most})"
+
+
+def metric(value: float) -> str:
+    """0.7552"""
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
+
+
+def error(value: float) -> str:
+    """3e-7, 0.42 or 5.1"""
+    if not math.isfinite(value):
+        return "NaN or infinity"
+    if value == 0 or 0.01 <= value < 1e4:
+        return f"{value:.2g}"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def noise(found: Sequence[Contender]) -> list[Markup]:
+    """What the size of its windows gains or loses each contender, by the noise scale at the end."""
+    sentences = []
+    for contender in found:
+        run = contender.runs[0]
+        measured = run.rows[-1].noise_measured if run.rows else 0
+        if measured >= MEASUREMENTS_NEEDED and (
+            said := in_words_of_noise(run.noise_scale, int(run.window_size), measured)
+        ):
+            whose = "" if len(found) == 1 else Markup("<b>{}</b>: ").format(contender.label)
+            sentences.append(Markup("{}{}{}.").format(whose, said[0].upper(), said[1:]))
+    return sentences
+
+
+def figure(value: float) -> str:
+    """0.83, 12 or 1,240"""
+    return f"{value:.2g}" if value < 10 else count(value)
+
+
+def count(value: float) -> str:
+    """17,592"""
+    return f"{value:,.0f}"
+
+
+def speed(value: float) -> str:
+    """14.2 or 2,140"""
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def percent(value: float) -> str:
+    """13.2 %"""
+    return f"{100 * value:.1f}{SPACE}%"
+
+
+def memory(value: float) -> str:
+    """512 MiB or 11.3 GiB"""
+    return f"{value / 2**20:,.0f}{SPACE}MiB" if value < 10 * 2**30 else f"{value / 2**30:,.1f}{SPACE}GiB"

@@ -1,0 +1,125 @@
+"""What would make a recipe's run fit into memory, and by how much: as flags to paste, the best first."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradacc_hf.errors import InputError, NotTraceableError
+from gradacc_hf.memory.estimator import StepEstimate
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run.memory_bound import longest_example, recipe_memory
+
+Settings = dict[str, Any]  # "optim.name": "adafactor"
+WORTH = 0.01  # of the bytes: less is not worth a flag
+
+
+@dataclass(frozen=True)
+class Lever:
+    """Settings that take less: bytes of the longest example alone, and how many fewer that is."""
+
+    flags: str
+    bytes: int
+    saved: int
+    fits: bool
+
+
+def levers(
+    recipe: Recipe,
+    dataset: Any,
+    lengths: np.ndarray,
+    make_model: Callable[[Recipe], Any],
+    on_gpu: bool,
+    *,
+    found: StepEstimate,
+    available: int,
+    processes: int = 1,
+) -> list[Lever]:
+    """Each lever alone, the best first; then the best together, until they fit into `available` bytes.
+
+    found: of the recipe as it is. The other arguments: `recipe_memory`.
+    """
+    longest = lengths[longest_example(lengths)]
+
+    def needs(estimate: StepEstimate, tokens: np.ndarray) -> int:
+        return estimate.memory.over_processes(processes, sharded=False).bytes(1, tokens)
+
+    before = needs(found, longest)
+
+    def take(settings: Settings) -> int | None:
+        if shorter := settings.get("data.max_length"):
+            return needs(found, np.minimum(longest, shorter))
+        other, estimate = copy.copy(recipe), found
+        traced = {key: value for key, value in settings.items() if key != "optim.name"}
+        try:
+            if traced:
+                other.config = _with(recipe.config, traced)
+                estimate = recipe_memory(other, dataset, lengths, make_model, on_gpu, only_longest=True)
+        except (InputError, NotTraceableError):  # not with this model
+            return None
+        if name := settings.get("optim.name"):
+            estimate = estimate.with_optimizer(name)
+        return needs(estimate, longest)
+
+    def lever(settings: Settings, size: int) -> Lever:
+        return Lever(_flags(settings), size, before - size, size <= available)
+
+    taken = [
+        (size, settings) for settings in _choices(recipe, on_gpu) if (size := take(settings)) is not None
+    ]
+    useful = sorted((t for t in taken if t[0] < (1 - WORTH) * before), key=lambda one: one[0])
+    made = [lever(settings, size) for size, settings in useful]
+    together: Settings = {}
+    for _, settings in useful:
+        if any(one.fits for one in made):
+            break
+        if "data.max_length" in settings:  # other examples: these are as long as they are
+            continue
+        more = {**settings, **together}
+        if len(together) and more != together and (size := take(more)) is not None:
+            made.append(lever(more, size))
+        together = more
+    return made
+
+
+def _choices(recipe: Recipe, on_gpu: bool) -> Iterator[Settings]:
+    """What is not on yet, and possible for this recipe."""
+    config = recipe.config
+    half = {"model.dtype": "bfloat16", "budget.precision": "bf16"}
+    if not config.budget.gradient_checkpointing:
+        yield {"budget.gradient_checkpointing": True}
+    if config.budget.precision == "fp32":
+        yield {"budget.precision": "bf16"}
+    if config.optim.name in ("adam", "adamw"):
+        yield {"optim.name": "adafactor"}
+        if on_gpu:
+            yield {"optim.name": "adamw_8bit"}
+    if recipe.lean_loss and config.budget.lean_loss is False:
+        yield {"budget.lean_loss": "auto"}
+    if not config.model.lora.rank and not recipe.from_scratch and not config.model.freeze:
+        yield {"model.lora.rank": 16}
+        yield {"model.lora.rank": 16, **half}
+    elif config.model.lora.rank and config.model.dtype == "float32":
+        yield half
+    if config.data.max_length > 1:
+        yield {"data.max_length": config.data.max_length // 2}
+
+
+def _with(config: Any, settings: Settings) -> Any:
+    """A config with these settings."""
+    config = copy.deepcopy(config)
+    for key, value in settings.items():
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            section = getattr(section, part)
+        setattr(section, name, value)
+    return config
+
+
+def _flags(settings: Settings) -> str:
+    """As a command line takes them."""
+    shown = {key: str(value).lower() if isinstance(value, bool) else value for key, value in settings.items()}
+    return " ".join(f"--{key} {value}" for key, value in shown.items())

@@ -1,0 +1,78 @@
+"""What a run is about to do, in a table, before anything heavy does it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.sampler import EffectiveBatchSize
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run.tuning import tunes
+from gradacc_hf.training.optimizer import choose_trained
+from gradacc_hf.utils.hardware import describe_device
+
+
+def print_plan(
+    recipe: Recipe, windows: WindowLoader, empty: torch.nn.Module, num_windows: int, num_validation: int
+) -> None:
+    """What is about to happen, before anything heavy does."""
+    config, plan, accelerator = recipe.config, windows.plan, windows.accelerator
+    epochs = config.train.epochs
+    of_all = sum(plan.num_windows(epoch) for epoch in range(epochs))
+    some = f" of {of_all:,}" if of_all > num_windows else ""  # train.max_windows
+    at_most = "at most " * isinstance(plan.effective_batch_size, GrowingBatch)
+    last = min(num_windows, plan.num_windows(0)) - 1
+    sample = [windows.split(0, int(t)) for t in np.linspace(0, last, min(100, last + 1))]
+    steps = [max(map(len, split.processes)) for split in sample]
+    padding = 1 - sum(split.tokens for split in sample) / sum(split.padded_tokens for split in sample)
+    rows = (
+        ("recipe", (type(recipe).__doc__ or type(recipe).__name__).partition("\n")[0]),
+        ("model", f"{config.model.name}, {_parameters(recipe, empty)}"),
+        *([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
+        ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
+        ("validation", recipe.validation_source.removeprefix("validation: ")),
+        *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),
+        ("effective batch size", _size(plan.effective_batch_size, num_windows)),
+        (
+            "windows",
+            f"{at_most}{num_windows:,}{some}, over {epochs} epoch{'s' * (epochs > 1)}",
+        ),
+        (
+            "micro-batches",
+            f"at most {windows.bound}" + ("; sizes are tried first" if tunes(config, num_windows) else ""),
+        ),
+        (
+            "accumulation steps",
+            f"{min(steps)} / {sum(steps) / len(steps):.1f} / {max(steps)} (min / mean / max)",
+        ),
+        ("padding", f"{padding:.1%} of the tokens"),
+        *([("budget", f"auto: {describe_device()}")] if config.budget_file == "auto" else []),
+        ("precision", {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)),
+        ("processes", f"{accelerator.num_processes} on {accelerator.device.type}"),
+    )
+    for name, value in rows:
+        accelerator.print(f"{name:<22}{value}")
+
+
+def _size(effective: EffectiveBatchSize, num_windows: int) -> str:
+    if not callable(effective):
+        return f"{effective} examples a window"
+    late = isinstance(effective, ScheduledBatch) and max(effective.sizes) >= num_windows
+    return f"{effective}{f' (the run ends after {num_windows})' * late}"
+
+
+def _parameters(recipe: Recipe, model: torch.nn.Module) -> str:
+    """How many parameters there are, and how many are trained; chooses these."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    choose_trained(recipe, model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if rank := recipe.config.model.lora.rank:
+        return f"{total:,} parameters, {trained:,} trained (LoRA rank {rank})"
+    frozen = f", {total - trained:,} of them frozen" if trained < total else ""
+    return f"{total:,} parameters{frozen}" + (", from scratch" if recipe.from_scratch else "")
+
+
+def _left_out(rows: Sequence[str]) -> str:
+    return f"{len(rows):,} row{'s' * (len(rows) > 1)} that cannot be used, the first: {rows[0]}"

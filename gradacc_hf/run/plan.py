@@ -1,0 +1,188 @@
+"""`gradacc plan`: what a recipe's run will take, before any money is spent: memory, steps, operations, cost.
+
+Needs the model's config, its tokenizer and the data; no weights and no GPU.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from accelerate import Accelerator
+from datasets import Dataset
+
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.memory_model import MicroBatchMemory, Parts
+from gradacc_hf.accumulation.splitting import Bound, usual_cost
+from gradacc_hf.config.schema import tokens_per_micro_batch
+from gradacc_hf.errors import InputError, NotTraceableError, refuse
+from gradacc_hf.memory.estimator import StepEstimate
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.recipe.loading import open_run
+from gradacc_hf.run.memory_advice import Lever, levers
+from gradacc_hf.run.memory_bound import longest_example, recipe_memory, usable_memory
+from gradacc_hf.run.runner import make_model, make_windows, total_windows
+
+GIB = 2**30
+SAMPLE = 200  # windows of the first epoch that are cut, evenly spaced
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How the windows are cut, from a sample of the first epoch's. Operations are floating-point ones."""
+
+    windows: int
+    epochs: int
+    accumulation_steps: tuple[int, float, int]  # min, mean, max over windows, of the process with most
+    padding: float  # share of the tokens
+    largest: tuple[int, list[int]]  # rows, and length of each column, of the micro-batch that takes most
+    flops_per_window: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take; bytes are of one process."""
+
+    model: str
+    parameters: int
+    trained: int
+    device: str
+    processes: int
+    precision: str
+    memory: int  # bytes there are
+    parts: Parts  # at the largest micro-batch
+    fits: bool
+    longest: list[int]  # tokens of the longest example
+    longest_bytes: int  # that it takes alone
+    bound: str
+    why: str
+    steps: Steps
+    processes_change: dict[str, int]  # bytes of the same micro-batch under DDP and FSDP2
+    seconds: float | None
+    price: float | None
+    levers: list[Lever]
+
+
+def rate_of(run: Path) -> float:
+    """10¹² operations a second that each device of a run has reached, by its plan and its seconds."""
+    recipe = open_run(run)
+    file = run / "summary.json"
+    if not file.is_file():
+        refuse(str(run), "found no summary.json in it, so this run has not ended", "give one that has")
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    tuned: dict[str, Any] = summary.get("tuning") or {"max_tokens": None}
+    if tuned["max_tokens"] is not None:  # as most of its windows were cut
+        recipe.config.budget.max_tokens = tuned["max_tokens"]
+    planned = make_plan(recipe, summary["processes"], with_levers=False).steps.flops_per_window
+    return planned * summary["windows"] / summary["seconds"] / summary["processes"] / 1e12
+
+
+def make_plan(
+    recipe: Recipe,
+    processes: int = 1,
+    tflops: float | None = None,
+    price: float | None = None,
+    with_levers: bool = True,
+    data: tuple[Dataset, Dataset] | None = None,
+) -> Plan:
+    """The plan of a recipe's run over so many processes: on GPUs, but for the budget `cpu` and where nothing
+    says how much memory there is.
+
+    `tflops`: 10¹² floating-point operations a second of one device; `price`: of one for an hour. `data`: what
+    `recipe.datasets()` gives, where it is there already. Raises InputError where no step of the model can be
+    traced.
+    """
+    recipe = copy.copy(recipe)
+    recipe.without_weights = True
+    recipe.__dict__.pop("model_path", None)  # it may have been asked for with weights
+    config, is_cpu = recipe.config, Path(recipe.config.budget_file or "").stem == "cpu"
+    given = usable_memory(config.budget, on_gpu=not is_cpu)
+    device = "cpu" if is_cpu or given is None else "cuda"
+    memory = given or psutil.virtual_memory().total
+    training, validation = data or recipe.datasets()
+    windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True), Bound(micro_batch_size=1))
+    try:
+        found = recipe_memory(recipe, training, windows.tokens, make_model, device == "cuda")
+    except NotTraceableError as error:
+        raise InputError(
+            f"model.name: no step of {config.model.name} could be traced ({error}); run it with --check, and "
+            "a number for budget.max_tokens"
+        ) from error
+    per_process = found.memory.over_processes(processes, sharded=False)
+    bound, why = _bound(recipe, per_process, memory, bool(given), device)
+    steps = _steps(recipe, windows.with_bound(bound, processes, usual_cost(device)), found)
+    parts = per_process.parts(*steps.largest)
+    longest = windows.tokens[longest_example(windows.tokens)].tolist()
+    alone = per_process.bytes(1, longest)
+    room = {"found": found, "available": memory, "processes": processes}
+    seconds = steps.flops_per_window * steps.windows / (tflops * 1e12 * processes) if tflops else None
+    return Plan(
+        model=config.model.name,
+        parameters=found.total_parameters,
+        trained=found.trained_parameters,
+        device=device,
+        processes=processes,
+        precision=config.budget.precision,
+        memory=memory,
+        parts=parts,
+        fits=parts.total <= memory,
+        longest=longest,
+        longest_bytes=alone,
+        bound=str(bound),
+        why=why,
+        steps=steps,
+        processes_change={
+            name: found.memory.over_processes(
+                max(2, processes), sharded, found.largest_layer, recipe.config.budget.whole_gradients
+            ).bytes(*steps.largest)
+            for name, sharded in (("DDP", False), ("FSDP2", True))
+        },
+        seconds=seconds,
+        price=seconds * processes * price / 3600 if seconds is not None and price else None,
+        levers=levers(recipe, training, windows.tokens, make_model, device == "cuda", **room)
+        if with_levers and alone > memory
+        else [],
+    )
+
+
+def _bound(
+    recipe: Recipe, memory: MicroBatchMemory, there_are: int, is_given: bool, device: str
+) -> tuple[Bound, str]:
+    """What bounds a micro-batch, and why."""
+    budget = recipe.config.budget
+    if budget.micro_batch_size is not None:
+        return Bound(micro_batch_size=budget.micro_batch_size), "budget.micro_batch_size says so"
+    if budget.max_tokens != "auto":
+        return Bound(max_tokens=budget.max_tokens), "budget.max_tokens says so"
+    if is_given:
+        return Bound(max_bytes=there_are, memory=memory), "what budget.memory holds, by the bytes predicted"
+    tokens = tokens_per_micro_batch(budget, device)
+    return Bound(max_tokens=tokens), "more is not faster on a CPU; budget.memory would bound it by bytes"
+
+
+def _steps(recipe: Recipe, windows: WindowLoader, found: StepEstimate) -> Steps:
+    plan = windows.plan
+    numbers = np.unique(np.linspace(0, plan.num_windows(0) - 1, SAMPLE).astype(int))
+    splits = [windows.split(0, int(number)) for number in numbers]
+    shapes = [
+        (rows, tuple(lengths))
+        for split in splits
+        for process in split.processes
+        for rows, lengths in (windows.shape(piece, split.pad_to) for piece in process)
+    ]
+    different = sorted(set(shapes))
+    steps = [max(map(len, split.processes)) for split in splits]
+    tokens, padded = (sum(getattr(split, name) for split in splits) for name in ("tokens", "padded_tokens"))
+    flops = {shape: found.flops_of(*shape) for shape in different}
+    largest = max(different, key=lambda shape: (found.memory.bytes(*shape), shape[0] * sum(shape[1])))
+    return Steps(
+        windows=total_windows(recipe.config, windows),
+        epochs=recipe.config.train.epochs,
+        accumulation_steps=(min(steps), sum(steps) / len(steps), max(steps)),
+        padding=1 - tokens / padded,
+        largest=(largest[0], list(largest[1])),
+        flops_per_window=sum(flops[shape] for shape in shapes) / len(splits),
+    )

@@ -1,0 +1,157 @@
+"""`gradacc predict`: what a saved run says to new input, one JSON object a line.
+
+The run's config.yaml names its recipe file and holds its settings; the recipe loads the saved model and
+answers. Here are the command line, reading input (texts, or a .jsonl, .csv or .txt file) and writing answers.
+"""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradacc_hf.errors import InputError, listed, one_line, refuse
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.training.run_log import finite
+from gradacc_hf.utils.hardware import find_device, refuse_place
+
+INPUTS_AT_ONCE = 32
+FILES = (".jsonl", ".csv", ".txt")
+
+Input = tuple[str, Any]
+"""Where an input is from, for messages ("a.csv, line 2"), and itself: a text, or a row as a mapping."""
+
+
+def load_model(recipe: Recipe, run: Path, which: str = "best") -> Any:
+    """The "best" or the "last" model of a run, ready to answer, on the GPU where there is one."""
+    folder = run / which
+    if not folder.is_dir():
+        there = listed(f"--model {name}" for name in ("best", "last") if (run / name).is_dir())
+        cure = f"choose {there}" if there else "this run saved no model: let it run to its end"
+        refuse(str(run), f"found no {which}/ in it", cure)
+    device = find_device().kind
+    refuse_place(device)
+    model = recipe.load(folder)
+    recipe.model_path = str(folder)  # what the input goes through was saved beside the model
+    return model.to(device).eval()
+
+
+def predict(recipe: Recipe, model: Any, inputs: Iterable[Input]) -> Iterator[dict[str, Any]]:
+    """The answers to the inputs, in order, as they come. Raises InputError that names the input at fault."""
+    rest = iter(inputs)
+    while together := list(islice(rest, INPUTS_AT_ONCE)):
+        try:
+            answers = _answer(recipe, model, [one for _, one in together])
+        except InputError:
+            for where, one in together:  # which of them?
+                try:
+                    _answer(recipe, model, [one])
+                except InputError as error:
+                    said = re.sub(r"^input(?: 1)?: ", "", one_line(error))  # its own count of what it got
+                    raise InputError(f"{where}: {said}") from None
+            raise
+        yield from map(finite, answers)
+
+
+@torch.inference_mode()
+def _answer(recipe: Recipe, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+    return recipe.answer(model, inputs)
+
+
+def _numbered(texts: Sequence[str]) -> Iterator[Input]:
+    for number, text in enumerate(texts, start=1):
+        yield f"text {number:,}", text
+
+
+def read_inputs(source: str) -> Iterator[Input]:
+    """The inputs in a .jsonl, .csv or .txt file or, of "-", on standard input. Raises InputError.
+
+    A line of text is an input, whatever it holds; blank lines of JSONL are none.
+    """
+    path = Path(source)
+    if source == "-":
+        sys.stdin.reconfigure(encoding="utf-8-sig")  # type: ignore[union-attr]
+        return _checked(_either(sys.stdin), "standard input")
+    if path.suffix.lower() not in FILES:
+        refuse("--input", f"found {source!r}", f"allowed: a {listed(FILES)} file, or - for standard input")
+    if not path.is_file():
+        refuse("--input", f"no file {source!r}", f"give a {listed(FILES)} file, or - for standard input")
+    read = {".jsonl": _objects, ".csv": _rows, ".txt": _texts}[path.suffix.lower()]
+    return _checked(_opened(path, read), source)
+
+
+def _opened(path: Path, read: Any) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8-sig", newline="" if read is _rows else None) as lines:
+        yield from read(lines)
+
+
+def _checked(numbered: Iterator[tuple[int, Any]], source: str) -> Iterator[Input]:
+    """With the name of the source; what cannot be read becomes an InputError that names the line."""
+    line, count = 0, 0
+    try:
+        for line, one in numbered:
+            count += 1
+            yield f"{source}, line {line:,}", one
+    except UnicodeDecodeError:
+        refuse(f"{source}, after line {line:,}", "found bytes that are not UTF-8", "save it as UTF-8")
+    except OSError as error:
+        refuse(source, f"cannot be read ({error.strerror})", "give a file that you may read")
+    except _BrokenLineError as error:
+        refuse(f"{source}, line {error.line:,}", str(error), error.cure)
+    if not count:
+        refuse(source, "found no input", "give at least one")
+
+
+class _BrokenLineError(Exception):
+    def __init__(self, line: int, found: str, cure: str):
+        super().__init__(found)
+        self.line, self.cure = line, cure
+
+
+def _texts(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(lines, start=1):
+        yield number, line.removesuffix("\n")
+
+
+def _objects(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    cure = "one JSON object, or string, a line"
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            raise _BrokenLineError(number, f"column {error.colno}: {error.msg}", cure) from None
+        if not isinstance(found, Mapping | str):
+            raise _BrokenLineError(number, f"found {line.strip()[:40]}", cure)
+        yield number, found
+
+
+def _rows(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                found = f"found {'more' if None in row else 'fewer'} fields than the header has"
+                raise _BrokenLineError(
+                    reader.line_num, found, "quote fields that hold a comma or a line break"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise _BrokenLineError(reader.reader.line_num, str(error), "mend it, or leave it out") from None
+
+
+def _either(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    """JSON objects if the first line is one, else texts."""
+    rest = iter(lines)
+    first = list(islice(rest, 1))
+    try:
+        read = _objects if isinstance(json.loads("".join(first)), Mapping) else _texts
+    except ValueError:
+        read = _texts
+    return read(line for some in (first, rest) for line in some)

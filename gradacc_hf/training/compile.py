@@ -1,0 +1,84 @@
+"""torch.compile for micro-batches of many shapes: layer by layer, in place.
+
+`compile_layers` compiles the layers that a model repeats. They share one compiled code for any number of
+examples and tokens, and a second for one example alone. All else runs as it is: a whole model takes minutes
+to compile, and again for some shapes. The model keeps its class, and its weights their names. Source:
+"Reducing torch.compile cold start compilation time with regional compilation", in PyTorch's recipes.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from gradacc_hf.errors import one_line
+from gradacc_hf.utils.hardware import say
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Compile the repeated layers of a model in place; the whole model where it repeats none.
+
+    Compiling happens at the first micro-batch. Where it fails, one line says so, and the run goes on
+    uncompiled.
+    """
+    repeated = [layers for layers in model.modules() if isinstance(layers, torch.nn.ModuleList)]
+    inside = {id(module) for layers in repeated for layer in layers for module in layer.modules()}
+    outermost = [layer for layers in repeated if id(layers) not in inside for layer in layers]
+    chosen = outermost or [model]
+
+    def give_up(error: RuntimeError) -> None:
+        name = type(chosen[0]).__name__
+        say(f"budget.compile: {name} cannot be compiled, and runs as it is ({one_line(error)[:200]})")
+        for module in chosen:
+            module._compiled_call_impl = None
+
+    for module in chosen:
+        _compile(module, give_up)
+    _train_without_cache(model)
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Is any part of it? A copy of a compiled model is not."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+@contextmanager
+def uncompiled(model: torch.nn.Module) -> Iterator[None]:
+    """In here a model runs as it is: what is done once is not worth compiling, nor is a text that grows."""
+    if is_compiled(model):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def _train_without_cache(model: torch.nn.Module) -> None:
+    """A decoder's layers keep keys and values in a list, by their number: each would be compiled anew."""
+
+    def without(module: Any, inputs: Any, named: dict[str, Any]) -> Any:
+        return (inputs, {"use_cache": False, **named}) if module.training else None
+
+    for module in model.modules():
+        if "use_cache" in inspect.signature(module.forward).parameters:
+            module.register_forward_pre_hook(without, with_kwargs=True)
+            return
+
+
+def _compile(module: Any, give_up: Callable[[RuntimeError], None]) -> None:
+    from torch._dynamo.exc import TorchDynamoException  # slow to import, so not before they are needed
+    from torch._inductor.exc import CppCompileError
+
+    module.compile(dynamic=True)
+    compiled = module._compiled_call_impl
+
+    def call(*inputs: Any, **named: Any) -> Any:
+        if module._compiled_call_impl is not None:
+            try:
+                return compiled(*inputs, **named)
+            except (TorchDynamoException, CppCompileError) as error:  # before anything is computed
+                give_up(error)
+        return module._call_impl(*inputs, **named)
+
+    module._compiled_call_impl = call

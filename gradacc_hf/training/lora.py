@@ -1,0 +1,161 @@
+"""LoRA through peft: small adapters are trained, and what the task adds anew; the base model stays as it is.
+
+`add_lora` puts the adapters into a model of transformers, which stays of its own class: recipes, losses and
+`generate` see no difference. Saved are the adapters alone (`checkpoint.write_pretrained`), or `write_merged`.
+Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; in 4 bits: Dettmers et al. 2023, QLoRA.
+"""
+
+import fnmatch
+import os
+import re
+from collections.abc import Collection, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from gradacc_hf.errors import InputError, one_line
+from gradacc_hf.training.settings import LoraConfig, ModelConfig
+from gradacc_hf.utils.extras import require
+
+ADAPTER = "default"  # peft's name for the only one
+FOUR_BIT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] | None) -> None:
+    """Freeze a model and add adapters; the modules of `new_parameters` are trained in full, and saved too.
+
+    `new_parameters`: names of those that came with no weights; None: nobody knows of any that did. The
+    adapters are on the model's device, in float32. Raises InputError where nothing can be adapted.
+    """
+    require("model.lora", "recipes", "peft")
+    import peft  # slow to import, so not before it is needed
+    from peft.functional import cast_adapter_dtype
+    from transformers.pytorch_utils import Conv1D
+
+    model = pretrained(model)
+    if new_parameters is None or len(new_parameters) == len(dict(model.named_parameters())):
+        raise InputError(
+            f"model.lora.rank: found {settings.rank}, and this model starts without weights, which adapters "
+            "cannot stand on; allowed is 0"
+        )
+    new_parameters = [name for name in new_parameters if model.get_parameter(name).requires_grad]
+    new_modules = _new_modules(model, new_parameters)
+    adapters = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha or 2 * settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=_targets(model, settings.targets, new_modules),
+        modules_to_save=new_modules or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    adapters.auto_mapping = {  # so that peft's AutoPeftModel… finds the class
+        "base_model_class": type(model).__name__,
+        "parent_library": type(model).__module__,
+    }
+    try:
+        with model.device:
+            model.add_adapter(adapters)
+    except ValueError as error:
+        raise InputError(f"model.lora: peft cannot adapt this model: {one_line(error)[:200]}") from error
+    cast_adapter_dtype(model, ADAPTER)
+    if os.path.isdir(path := str(adapters.base_model_name_or_path)):
+        adapters.base_model_name_or_path = os.path.abspath(path)
+
+
+def pretrained(model: Any) -> Any:
+    """The model of transformers: the given one, or the one that it is wrapped around."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _new_modules(model: Any, new_parameters: Collection[str]) -> list[str]:
+    """The modules whose parameters are all new: not a head of a new bias and the embeddings' own weights."""
+    new = {id(model.get_parameter(name)) for name in new_parameters}
+    parents = sorted({name.rpartition(".")[0] for name in new_parameters})
+    return [name for name in parents if all(id(p) in new for p in model.get_submodule(name).parameters())]
+
+
+def _targets(model: Any, patterns: list[str], new_modules: Collection[str]) -> list[str] | None:
+    """The modules that get an adapter, by name; None where peft has its own choice for this kind of model."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOSEN
+    from transformers.pytorch_utils import Conv1D
+
+    if not patterns and model.config.model_type in CHOSEN:
+        return None
+    body, head = model.base_model, model.get_output_embeddings()
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is body)
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not head
+        and not any(f"{name}.".startswith(f"{new}.") for new in new_modules)
+    ]
+    if not patterns:
+        return [name for name in linear if name.startswith(prefix)]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matching = {*fnmatch.filter(linear, pattern), *fnmatch.filter(linear, f"*.{pattern}")}
+        if not matching:
+            some = f"{linear[0]}, … {linear[-1]}" if linear else "none"
+            raise InputError(f"model.lora.targets: {pattern!r} matches no linear layer; there are {some}")
+        chosen |= matching
+    return sorted(chosen)
+
+
+def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Save a model with its adapters added to the weights, as a plain one; the model itself stays as it is.
+
+    `state` is its state dict, gathered where it was sharded. Memory: a copy of the weights, on the host.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    merged = dict(state)
+    for prefix, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            down, up = (state[f"{prefix}.lora_{part}.{ADAPTER}.weight"].cpu().float() for part in "AB")
+            delta = layer.scaling[ADAPTER] * (up @ down)
+            weight = state[f"{prefix}.base_layer.weight"].cpu()
+            delta = delta.T if layer.fan_in_fan_out else delta
+            merged[f"{prefix}.base_layer.weight"] = weight + delta.to(weight)
+    of_peft = (".lora_", ".original_module.")
+    kept = {name: tensor for name, tensor in merged.items() if not any(part in name for part in of_peft)}
+    inner = pretrained(model)
+    with torch.device("meta"):  # only its names and its way of saving are needed
+        plain = type(inner)(inner.config)
+    if getattr(inner, "generation_config", None) is not None:
+        plain.generation_config = inner.generation_config
+    plain = plain if inner is model else type(model)(plain)
+    wrappers = re.compile(rf"\.base_layer(?=\.)|\.modules_to_save\.{ADAPTER}(?=\.)")
+    plain.save_pretrained(folder, state_dict={wrappers.sub("", name): t for name, t in kept.items()})
+
+
+def check_four_bit(model: ModelConfig) -> None:
+    """Raise InputError where `model.load_in_4bit` cannot work on this machine."""
+    if not model.load_in_4bit:
+        return
+    if not torch.cuda.is_available():
+        raise InputError("model.load_in_4bit: found true without a CUDA GPU; allowed is false here")
+    if find_spec("bitsandbytes") is None:
+        raise InputError("model.load_in_4bit: bitsandbytes is not installed: pip install bitsandbytes")
+
+
+def four_bit(precision: str, new_parameters: Collection[str]) -> dict[str, Any]:
+    """What `from_pretrained` is told to load a base model in 4 bits (NF4, quantised twice), as in QLoRA.
+
+    It computes in the budget's `precision`. The modules of `new_parameters` are trained, so they stay whole.
+    """
+    from transformers import BitsAndBytesConfig
+
+    new_modules = sorted({name.rpartition(".")[0] for name in new_parameters})
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=FOUR_BIT_DTYPES[precision],
+        llm_int8_skip_modules=new_modules or None,  # None: transformers leaves the output layer whole
+    )
+    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}

@@ -1,0 +1,89 @@
+"""Before a run: two short steps on the model, to notice what would silently make it inexact.
+
+Called by `loop.fine_tune`, or by whoever copied the loop, on the model before Accelerate wraps it.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
+from gradacc_hf.accumulation.reference import SEPARABLE_RTOL
+from gradacc_hf.training.compile import uncompiled
+from gradacc_hf.utils.modeling import BATCH_NORMS
+
+logger = get_logger(__name__)
+
+
+def preflight_check(
+    model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss = model_loss
+) -> None:
+    """Warn of BatchNorm and of a loss that does not separate; tell DDP of parameters outside the loss.
+
+    To be called before `accelerator.prepare(model)`; it leaves the model as it is, but on the device.
+    """
+    norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
+    if norms:
+        logger.warning(
+            f"{len(norms)} modules normalise over the micro-batch (BatchNorm: {norms[0]}, …): no "
+            "accumulation is exact with them; use a model with LayerNorm or GroupNorm"
+        )
+    accelerator = windows.accelerator
+    placed_already = hasattr(model, "hf_device_map")
+    if accelerator.distributed_type == DistributedType.FSDP or placed_already:  # may not fit on one device
+        return
+    training = model.training
+    model.to(accelerator.device).eval()
+    with uncompiled(model), torch.random.fork_rng():  # a run draws the same numbers with and without this
+        notice_inseparable_loss(model, windows, compute_loss)
+        expect_unused_parameters(model, windows, compute_loss, accelerator)
+    model.train(training)
+
+
+@torch.no_grad()
+def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss) -> None:
+    """Warn when the loss of two examples is not the mean of theirs, over the items that are counted.
+
+    Then no split is exact: padding reaches the loss, or the loss is a mean over something else.
+    """
+    if hasattr(compute_loss, "look_ahead"):  # a loss of all examples together: not what a mean of means is
+        return
+    short, long, both = windows.probe()
+    if short.num_items + long.num_items != both.num_items:  # masked at random: nothing to compare
+        return
+    losses = [float(compute_loss(model(**found.batch), found.batch)) for found in (short, long, both)]
+    mean = (losses[0] * short.num_items + losses[1] * long.num_items) / both.num_items
+    if abs(losses[2] - mean) > SEPARABLE_RTOL * abs(mean):
+        logger.warning(
+            f"two examples have the loss {losses[2]:.4f}, and the mean over their items is {mean:.4f}: no "
+            "split is exact. If padding reaches the loss, pad windows alike (pad_to='window'); if it is "
+            "a mean over other items, say which (num_items='next_token' where the head shifts its labels)"
+        )
+
+
+def expect_unused_parameters(
+    model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss, accelerator: Accelerator
+) -> None:
+    """Does any parameter take no part in the loss? Then DDP must look for such parameters each window.
+
+    Otherwise DDP leaves their whole bucket unreduced, silently, in the first window and raises in the next.
+    """
+    if accelerator.distributed_type == DistributedType.NO:
+        return
+    batch = windows.probe()[0].batch
+    compute_loss(model(**batch), batch).backward()
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    model.zero_grad()
+    settings = vars(getattr(model, "config", None) or model)
+    if unused or any("layerdrop" in name and value for name, value in settings.items()):
+        if unused:
+            logger.warning(
+                f"{len(unused)} parameters take no part in the loss ({unused[0]}, …): DDP will look for them"
+            )
+        handler: Any = accelerator.ddp_handler or DistributedDataParallelKwargs()
+        handler.find_unused_parameters = True
+        accelerator.ddp_handler = handler

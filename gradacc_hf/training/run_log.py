@@ -1,0 +1,250 @@
+"""What a run says while it goes and leaves when it ends: progress bar, tracker, history.jsonl, summary.json.
+
+Takes one `WindowRecord` a window from `loop.py`; only the main process writes. The two files are the one
+schema that everything that reads a run (reports, comparisons) relies on.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from gradacc_hf.utils.files import write_whole
+from gradacc_hf.utils.hardware import find_device
+
+HISTORY = "history.jsonl"
+TRACKED = ("loss", "grad_norm", "lr", "noise_scale", "update_ratio")
+VERSIONS_OF = ("torch", "transformers", "accelerate", "datasets", "evaluate", "gradacc-hf")
+
+
+@dataclass(frozen=True)
+class WindowRecord:
+    """One row of history.jsonl: one window, over all processes."""
+
+    window: int  # counted over the run, from 1
+    epoch: int  # from 0
+    loss: float  # the mean over the window's items
+    grad_norm: float  # before clipping
+    lr: float  # of this window's step
+    examples: int
+    items: float
+    tokens: int
+    padded_tokens: int
+    accumulation_steps: int  # of the process that has most
+    seconds: float
+    skipped: bool  # the optimizer step: by the fp16 scaler, or as a loss or gradient was not finite
+    noise_scale: float = math.nan  # in examples, as known by then; infinite, null in JSON: beyond measure
+    noise_measured: int = 0  # windows in which it was, by then
+    update_ratio: float = math.nan  # ‖step‖ / ‖weights‖, of a sample of them
+
+
+class RunLog:
+    """Shows and stores a run. `folder` None stores nothing; the trackers are those of the Accelerator.
+
+    `windows_done`: where a run goes on from a checkpoint; what its history has beyond that is cut off.
+    `total_windows` None: not known.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        total_windows: int | None,
+        folder: Path | None = None,
+        windows_done: int = 0,
+    ):
+        self.accelerator, self.total_windows, self.folder = accelerator, total_windows, folder
+        self.windows_done = windows_done
+        self.records: list[WindowRecord] = []
+        self.console = Console(quiet=not accelerator.is_main_process, highlight=False)
+        self._progress = Progress(
+            TextColumn("window"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.4f} · {task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            refresh_per_second=2,
+            disable=not self.console.is_terminal,
+        )
+        self._history = None
+
+    def __enter__(self) -> "RunLog":
+        if self.folder is not None:
+            path = self.folder / HISTORY
+            self.records = read_history(path, self.windows_done) if self.windows_done else []
+            self.accelerator.wait_for_everyone()  # all have read it
+            if self.accelerator.is_main_process:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(path, "".join(map(_row, self.records)))
+                self._history = path.open("a", encoding="utf-8")
+        self._progress.start()
+        self._task = self._progress.add_task(
+            "", total=self.total_windows, completed=self.windows_done, loss=math.nan, speed=""
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        if self._history is not None:
+            self._history.close()
+
+    def window(self, record: WindowRecord) -> None:
+        """One window is done."""
+        self.records.append(record)
+        row = finite(asdict(record))
+        if self._history is not None:
+            self._history.write(_row(record))
+            self._history.flush()
+        self.accelerator.log(
+            {f"train/{key}": row[key] for key in TRACKED if row[key] is not None},
+            record.window,
+        )
+        examples_per_second, tokens_per_second = (
+            record.examples / record.seconds,
+            record.tokens / record.seconds,
+        )
+        speed = f"{examples_per_second:.1f} examples/s · {tokens_per_second:,.0f} tokens/s"
+        self._progress.update(self._task, completed=record.window, loss=record.loss, speed=speed)
+        total = self.total_windows  # where it is not known: at 1, 2, … 10, 20, … 100, 200, …
+        every = 10 ** (len(str(record.window)) - 1) if total is None else max(1, total // 10)
+        if not self.console.is_terminal and (record.window % every == 0 or record.window == 1):
+            of = "" if total is None else f"/{total}"
+            self.console.print(
+                f"window {record.window}{of} · loss {record.loss:.4f} · {speed}",
+                soft_wrap=True,
+            )
+
+    def expect(self, total_windows: int | None) -> None:
+        """The run will have so many windows after all."""
+        self.total_windows = total_windows
+        self._progress.update(self._task, total=total_windows)
+
+    def say(self, line: str) -> None:
+        """A line of the main process, above the progress bar."""
+        self.console.print(line, soft_wrap=True)
+
+    def keep(self) -> None:
+        """Have the system write the history to the disk, as a checkpoint is about to count on it."""
+        if self._history is not None:
+            os.fsync(self._history.fileno())
+
+    def evaluation(self, metrics: Mapping[str, float]) -> None:
+        """An evaluation after the latest window."""
+        window = self.records[-1].window if self.records else 0
+        self.accelerator.log({f"eval/{key}": value for key, value in metrics.items()}, window)
+        self.console.print(f"after window {window}: {describe(metrics)}", soft_wrap=True)
+
+    def summary(self, write: bool = True, **more: Any) -> dict[str, Any]:
+        """The run in figures; written as summary.json where there is a folder."""
+        records = self.records
+        seconds = sum(record.seconds for record in records)
+        tokens, padded = sum(r.tokens for r in records), sum(r.padded_tokens for r in records)
+        steps = [record.accumulation_steps for record in records]
+        summary = finite(
+            {
+                **more,
+                "windows": len(records),
+                "skipped_windows": sum(record.skipped for record in records),
+                "examples": sum(record.examples for record in records),
+                "items": sum(record.items for record in records),
+                "tokens": tokens,
+                "padded_tokens": padded,
+                "padding": 1 - tokens / padded if padded else 0.0,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds if seconds else 0.0,
+                "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+                "accumulation_steps": {"min": min(steps), "mean": sum(steps) / len(steps), "max": max(steps)}
+                if steps
+                else None,
+                "processes": self.accelerator.num_processes,
+                "precision": {"no": "fp32"}.get(
+                    self.accelerator.mixed_precision, self.accelerator.mixed_precision
+                ),
+                "versions": versions(),
+            }
+        )
+        if write and self.folder is not None and self.accelerator.is_main_process:
+            write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def read_history(path: Path, windows: int) -> list[WindowRecord]:
+    """The rows of a history.jsonl up to this window; a row that was not written to its end is none."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            row: Any = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+            records.append(WindowRecord(**row))
+    return [record for record in records if record.window <= windows]
+
+
+def _row(record: WindowRecord) -> str:
+    return json.dumps(finite(asdict(record))) + "\n"
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """Metrics in a line."""
+    numbers = {
+        key: f"{value:.4f}" if isinstance(value, float) else str(value) for key, value in metrics.items()
+    }
+    return " · ".join(f"{key} {number}" for key, number in numbers.items())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held: allocated on its GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ours, where it is not installed
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def measured_with(device: str | None = None) -> dict[str, str]:
+    """What a measurement says it was made with: versions, and the "cpu" or the GPU that it ran on.
+
+    `device`: "cpu" or "cuda"; by default the one that a run would take here.
+    """
+    device = device or find_device().kind
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    return {**versions(), "device": name, "threads": str(torch.get_num_threads())}
+
+
+def finite(values: Any) -> Any:
+    """NaN and infinity are no JSON: null instead. Numbers of numpy and torch become Python's."""
+    if isinstance(values, dict):
+        return {key: finite(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [finite(value) for value in values]
+    values = values.item() if hasattr(values, "item") else values
+    return None if isinstance(values, float) and not math.isfinite(values) else values

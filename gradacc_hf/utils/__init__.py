@@ -1,0 +1,1 @@
+"""Files, signals, devices and random numbers: what all packages share."""

@@ -1,0 +1,49 @@
+"""Import paths of version 0.1.0 that recipe files use: each still imports, with a DeprecationWarning.
+
+`gradacc cp` copies recipes into the projects of users, so these paths stay until version 1.0.
+"""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "gradacc_hf.contrastive": "gradacc_hf.accumulation.gradient_cache",
+    "gradacc_hf.items": "gradacc_hf.accumulation.loss_items",
+    "gradacc_hf.labels": "gradacc_hf.data.columns",
+    "gradacc_hf.loop": "gradacc_hf.training.loop",
+    "gradacc_hf.tasks.joined": "gradacc_hf.tasks.encoder_decoder",
+    "gradacc_hf.tasks.masked": "gradacc_hf.tasks.masked_head",
+}
+"""Old module path → new module path."""
+
+
+class MovedModuleFinder(MetaPathFinder, Loader):
+    """Find the modules of `MOVED` under their old paths, and load them from their new paths."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return a spec for an old path, and None for any other path."""
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return an empty module: the import machinery sets its attributes, so it is not the new module."""
+        return ModuleType(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill the module with the names of the new module, and warn of the old path."""
+        new = MOVED[module.__name__]
+        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        found = vars(importlib.import_module(new))
+        module.__dict__.update({name: value for name, value in found.items() if not name.startswith("__")})
+
+
+def install() -> None:
+    """Make the old paths importable."""
+    if not any(isinstance(finder, MovedModuleFinder) for finder in sys.meta_path):
+        sys.meta_path.append(MovedModuleFinder())

@@ -1,0 +1,49 @@
+"""State of the random number generators: read, restore, leave unchanged."""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """What dropout draws from: torch's generator on the host, and the device's."""
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+def set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
+    """Go back to a `random_state`."""
+    torch.set_rng_state(state[0])
+    for on_device in state[1:]:
+        torch.cuda.set_rng_state(on_device, device)
+
+
+@contextmanager
+def preserve_rng_state() -> Iterator[None]:
+    """Whatever is drawn in between, by torch, numpy or Python, what comes after is as without it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def rng_states(device: torch.device) -> dict[str, Any]:
+    """The state of all that this process draws from."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy = (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss)
+    return {"torch": random_state(device), "python": random.getstate(), "numpy": numpy}
+
+
+def set_rng_states(state: Mapping[str, Any], device: torch.device) -> None:
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    set_random_state(state["torch"], device)

@@ -1,0 +1,1 @@
+"""Check that accumulation is exact: on the model of a user, and on every head of transformers."""

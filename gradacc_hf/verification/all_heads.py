@@ -1,0 +1,131 @@
+"""The conformance table: of which heads of the installed transformers is the accumulated gradient exact?
+
+Every head that can be built tiny (`heads.py`) is verified (`verify.py`) in micro-batches of 4 + 4 + 4 + 4 and
+of 5 + 5 + 5 + 1: equal ones hide a mean of means. Windows are padded alike for everyone, as padding reaches
+the loss of many heads. On the CPU, float32, no dropout.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from accelerate import Accelerator
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.accumulation.splitting import Cost
+from gradacc_hf.errors import HeadUnavailableError, one_line
+from gradacc_hf.verification.exactness import verify
+from gradacc_hf.verification.tiny_models import KINDS, Head, build_head, model_types
+
+SPLITS = {4: "4 + 4 + 4 + 4", 5: "5 + 5 + 5 + 1"}  # micro-batch size: how it cuts a window of 16
+LENGTHS = np.random.default_rng(3).integers(3, 40, size=16).tolist()
+WAYS = ("our loop", "ExactTrainer", "Trainer")
+FEW = 4  # heads a kind where not all are asked for
+
+
+@dataclass(frozen=True)
+class HeadVerdict:
+    """Of one head: the relative errors of all `WAYS` in each of `SPLITS`; why, where our loop is not exact.
+
+    `errors` is empty where the head could not be had, and NaN where verifying it raised; `reason` says why.
+    """
+
+    kind: str
+    model_type: str
+    errors: tuple[tuple[float, ...], ...]
+    reason: str
+
+    def exact(self, way: int) -> bool:
+        """Is it exact in both splits? way: the place in `WAYS`."""
+        return bool(self.errors) and all(error[way] <= EXACT for error in self.errors)
+
+    @property
+    def unexplained(self) -> bool:
+        """Is ours not exact although nothing is known that prevents it?"""
+        raised = 0 < len(self.errors) < len(SPLITS)
+        return raised or (bool(self.errors) and not self.exact(0) and not self.reason)
+
+
+def heads(every: bool) -> list[tuple[str, str]]:
+    """(kind, model type) of all heads, or of a fixed few of each kind, evenly spread over the alphabet."""
+    found = []
+    for kind in KINDS:
+        types = model_types(kind)
+        chosen = types if every else [types[i] for i in np.linspace(0, len(types) - 1, FEW).astype(int)]
+        found += [(kind, model_type) for model_type in chosen]
+    return found
+
+
+def conformance(
+    which: Sequence[tuple[str, str]], progress: Callable[[Iterable], Iterable] = iter
+) -> list[HeadVerdict]:
+    """Verify these heads, one after another. `progress` wraps the iterable."""
+    return [_verdict(kind, model_type) for kind, model_type in progress(which)]
+
+
+def _verdict(kind: str, model_type: str) -> HeadVerdict:
+    try:
+        head = build_head(kind, model_type)
+    except HeadUnavailableError as error:
+        return HeadVerdict(kind, model_type, (), one_line(error))
+    try:
+        results = [verify(head.model, _windows(head, size)) for size in SPLITS]
+    except Exception as error:  # hundreds of model types: whatever one of them raises is its reason
+        return HeadVerdict(
+            kind, model_type, ((math.nan,) * len(WAYS),), f"{type(error).__name__}: {one_line(error)[:200]}"
+        )
+    errors = tuple(
+        tuple(math.nan if way is None else way.error for way in (r.loop, r.exact_trainer, r.trainer))
+        for r in results
+    )
+    reasons = [reason.what for result in results for reason in result.reasons]
+    return HeadVerdict(kind, model_type, errors, reasons[0] if reasons else "")
+
+
+def _windows(head: Head, size: int) -> WindowLoader:
+    """A window of 16 examples of unequal length, padded alike where they have a length."""
+    examples = head.examples(LENGTHS)
+    tokens = "input_ids" in examples[0]
+    name = "input_ids" if tokens else head.model.main_input_name
+    widths = [np.shape(example[name])[-1 if tokens else 0] for example in examples]
+    return split_by_count(head, examples, size, None if head.kind == "image_classification" else max(widths))
+
+
+def split_by_count(head: Head, examples: list, size: int, pad_to: int | None) -> WindowLoader:
+    """All examples as one window, cut as users cut: in their order, `size` of them a micro-batch."""
+    return WindowLoader(
+        examples,
+        len(examples),
+        accelerator=Accelerator(cpu=True),
+        collate_fn=head.collate,
+        micro_batch_size=size,
+        num_items=head.num_items,
+        pad_to=pad_to or "micro_batch",
+        shuffle=False,
+        lengths=[1] * len(examples),  # told of no lengths, it cuts as the others do
+        cost=Cost(quadratic=math.inf),
+    )
+
+
+def show(verdicts: Sequence[HeadVerdict], console: Console) -> None:
+    """The table by kind; then every head that is not exact with our loop, and how many could not be had."""
+    table = Table("heads", box=SIMPLE)
+    for header in ("tried", *(f"exact: {way}" for way in WAYS), "not to be had"):
+        table.add_column(header, justify="right")
+    for kind in (*dict.fromkeys(verdict.kind for verdict in verdicts), "all"):
+        chosen = [verdict for verdict in verdicts if kind in (verdict.kind, "all")]
+        tried = [verdict for verdict in chosen if verdict.errors]
+        counts = [sum(verdict.exact(way) for verdict in tried) for way in range(len(WAYS))]
+        table.add_row(kind.replace("_", " "), *map(str, (len(tried), *counts, len(chosen) - len(tried))))
+    console.print(table)
+    console.print(f"exact: a relative error of at most {EXACT:.0e}, in {' and in '.join(SPLITS.values())}")
+    for verdict in verdicts:
+        if verdict.errors and not verdict.exact(0):
+            worst = max(error[0] for error in verdict.errors)
+            reason = verdict.reason or "for no reason that is known here"
+            console.print(f"not exact: {verdict.kind} of {verdict.model_type}, {worst:.0e}: {reason}")

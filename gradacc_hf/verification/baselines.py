@@ -1,0 +1,198 @@
+"""The ways to accumulate that are compared: at once, Trainer, ExactTrainer, Accelerate's loop and ours.
+
+Each takes an unprepared model and an optimizer, and trains one epoch on the examples in the order given, with
+nothing beside it: no evaluation and no saving. It gives its seconds and the loss that it would log for each
+window.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.loss_items import ComputeLoss, CountItems, model_loss
+from gradacc_hf.hf_trainer.trainer import ExactTrainer
+from gradacc_hf.training.loop import train
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Of one epoch: seconds from the first window's start to the last one's end, and a loss a window."""
+
+    seconds: float
+    losses: list[float]
+
+
+def run_windows(model: Any, optimizer: Any, windows: WindowLoader, **more: Any) -> Ran:
+    """Our loop. `more` goes to `loop.train`."""
+    accumulate_in_float32(model, optimizer)
+    model, optimizer = windows.accelerator.prepare(model, optimizer)
+    started = time.perf_counter()
+    records = list(train(model, optimizer, windows, accelerator=windows.accelerator, **more))
+    return Ran(time.perf_counter() - started, [record.loss for record in records])
+
+
+def run_at_once(
+    model: Any,
+    optimizer: Any,
+    windows: Iterable[Any],
+    *,
+    accelerator: Accelerator,
+    scheduler: Any = None,
+    max_grad_norm: float = 0.0,
+    compute_loss: ComputeLoss = model_loss,
+) -> Ran:
+    """Each window as one large batch, in plain PyTorch: what all others stand in for."""
+    model, losses = accelerator.prepare(model), []
+    started = time.perf_counter()
+    for batch in windows:
+        model.train()
+        with accelerator.autocast():
+            loss = compute_loss(model(**batch), batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return Ran(time.perf_counter() - started, losses)
+
+
+def run_accelerate(
+    model: Any,
+    optimizer: Any,
+    loader: DataLoader,
+    steps: int,
+    scheduler: Any = None,
+    max_grad_norm: float = 0.0,
+    compute_loss: ComputeLoss = model_loss,
+    **accelerator_arguments: Any,
+) -> Ran:
+    """The loop of Accelerate's guide to gradient accumulation, with the mean of its losses as the loss."""
+    accelerator = Accelerator(gradient_accumulation_steps=steps, **accelerator_arguments)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    losses, of_window = [], []
+    started = time.perf_counter()
+    model.train()
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = compute_loss(model(**batch), batch)
+            accelerator.backward(loss)
+            of_window.append(loss.detach())
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+                losses.append(float(sum(of_window)) / len(of_window))
+                of_window.clear()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            optimizer.zero_grad()
+    return Ran(time.perf_counter() - started, losses)
+
+
+class _Watch(TrainerCallback):
+    """From the first window to the last: Trainer's setting up (0.3 s) would weigh on a fast device."""
+
+    def __init__(self):
+        self.seconds, self.losses = 0.0, []
+
+    def on_train_begin(self, args, state, control, **_):
+        self.seconds -= time.perf_counter()
+
+    def on_train_end(self, args, state, control, **_):
+        self.seconds += time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.losses += [logs["loss"]] if logs and "loss" in logs else []
+
+
+class OwnLoss:
+    """A Trainer with a loss of one's own, in the way of transformers' guide: by overriding `compute_loss`."""
+
+    own_loss: ComputeLoss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = self.own_loss(outputs, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+
+class _TrainerWithLoss(OwnLoss, Trainer):
+    pass
+
+
+class _ExactTrainerWithLoss(OwnLoss, ExactTrainer):
+    pass
+
+
+def run_trainer(
+    model: Any,
+    optimizer: Any,
+    examples: Any,
+    collate: Callable,
+    size: int,
+    scheduler: Any = None,
+    compute_loss: ComputeLoss | None = None,
+    exact: bool = False,
+    num_items: str | CountItems | None = None,
+    **arguments: Any,
+) -> Ran:
+    """Trainer, or ExactTrainer, which takes `num_items`; Accelerate's state is left as it was.
+
+    `compute_loss`: where it is not the model's own. `arguments` go to TrainingArguments.
+    """
+    arguments = {"train_sampling_strategy": "sequential", "logging_steps": 1, **arguments}
+    arguments |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "num_train_epochs": 1}
+    arguments |= {"per_device_train_batch_size": size, "remove_unused_columns": False}
+    arguments.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    with tempfile.TemporaryDirectory() as folder, accelerate_as_it_was():
+        settings = TrainingArguments(folder, **arguments)
+        settings._n_gpu = min(1, settings.n_gpu)  # else it would take micro-batches for all GPUs at once
+        given: dict[str, Any] = {"train_dataset": examples, "optimizers": (optimizer, scheduler)}
+        if exact:
+            kind = ExactTrainer if compute_loss is None else _ExactTrainerWithLoss
+            given["num_items"] = num_items
+        else:
+            kind = Trainer if compute_loss is None else _TrainerWithLoss
+        trainer = kind(model, settings, collate, **given)
+        trainer.own_loss = compute_loss  # type: ignore[attr-defined]
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(watch := _Watch())
+        trainer.train()
+    return Ran(watch.seconds, watch.losses)
+
+
+@torch.no_grad()
+def own_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -> ComputeLoss | None:
+    """None where the model's own loss is what `compute_loss` gives, as Trainer's users rely on; else that."""
+    training = model.training
+    model.eval()
+    outputs = model(**batch)
+    model.train(training)
+    loss = getattr(outputs, "loss", None)
+    return None if loss is not None and torch.equal(loss, compute_loss(outputs, batch)) else compute_loss
+
+
+@contextmanager
+def accelerate_as_it_was() -> Iterator[None]:
+    """TrainingArguments clears Accelerate's state, which the caller's Accelerator lives on."""
+    states = (AcceleratorState, PartialState, GradientState)
+    before = [dict(state._shared_state) for state in states]
+    try:
+        yield
+    finally:
+        for state, values in zip(states, before, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(values)

@@ -1,0 +1,305 @@
+"""Why is accumulation not exact for this model and data, and what to do about it.
+
+Takes a model that may be changed, without dropout, and the loader of its windows; tries the loss on one
+example, on two, and on more padding, in float64 where the loss allows it. The gradients are `verify.py`'s.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.loss_items import COUNTS, ComputeLoss, CountItems
+from gradacc_hf.accumulation.reference import in_dtype_of
+from gradacc_hf.errors import listed
+from gradacc_hf.utils.modeling import BATCH_NORMS
+
+# Relative difference of two losses that is but rounding; in float64, as heads take their logits in float32.
+SAME = {torch.float32: 2e-5, torch.float64: 2e-6}
+# What functions raise that are tried on what they are not for.
+CANNOT = (TypeError, ValueError, KeyError, RuntimeError, AttributeError)
+PAIRS = 12
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What makes a split inexact, and what to do."""
+
+    what: str
+    cure: str
+
+
+def why_not_exact(
+    model: torch.nn.Module,
+    windows: WindowLoader,
+    compute_loss: ComputeLoss,
+    indices: Sequence[int],
+    pad_to: int | None,
+) -> tuple[Reason, ...]:
+    """The first reason found on the examples of a window, those that hide others first.
+
+    Empty where losses separate as the items say. The model is left in another precision.
+    """
+    probe = _Probe(model, windows, compute_loss, indices, pad_to)
+    reason = (
+        _batch_norm(model)
+        or _random(probe)
+        or _not_finite(probe)
+        or (None if hasattr(compute_loss, "look_ahead") else _no_mean_over_the_items(probe))
+    )
+    return (reason,) if reason else ()
+
+
+def _no_mean_over_the_items(probe: "_Probe") -> Reason | None:
+    return (
+        _wrong_mode(probe)
+        or _grows_with_the_batch(probe)
+        or _router_loss(probe)
+        or _items_or_padding(probe)
+        or (ROUTER_LOSS if _routers(probe) else None)  # too small a part of the loss to be seen in it
+    )
+
+
+class _Probe:
+    """The losses of any examples of a window that have items."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        windows: WindowLoader,
+        compute_loss: ComputeLoss,
+        indices: Iterable[int],
+        pad_to: int | None,
+    ):
+        self.model, self.windows, self.compute_loss, self.pad_to = model, windows, compute_loss, pad_to
+        with_items = [int(i) for i in indices if windows.collated([int(i)], pad_to).num_items]
+        self.by_length = sorted(with_items, key=lambda i: windows.lengths[i])
+        try:
+            model.double()
+            self.loss(self.by_length[:1])
+        except CANNOT:  # a loss with float32 in it
+            model.float()
+
+    def batch(self, indices: list[int], pad_to: int | None = None) -> Mapping[str, Any]:
+        return in_dtype_of(self.model, self.windows.collated(indices, pad_to or self.pad_to).batch)
+
+    @torch.no_grad()
+    def loss(self, indices: list[int], pad_to: int | None = None) -> float:
+        batch = self.batch(indices, pad_to)
+        return float(self.compute_loss(self.model(**batch), batch))
+
+    def same(self, loss: float, other: float) -> bool:
+        tolerance = SAME[next(self.model.parameters()).dtype]
+        return abs(loss - other) <= tolerance * max(abs(loss), abs(other))
+
+    def is_mean(self, pair: list[int], count_items: CountItems, pad_to: int | None = None) -> bool | None:
+        """Is the loss of two examples the mean of theirs over these items? None where they say nothing."""
+        try:
+            a, b = (count_items(self.batch([i], pad_to)) for i in pair)
+        except CANNOT:
+            return None
+        if not a or not b:
+            return None
+        mean = (a * self.loss(pair[:1], pad_to) + b * self.loss(pair[1:], pad_to)) / (a + b)
+        return self.same(self.loss(pair, pad_to), mean)
+
+    def separates(self, count_items: CountItems, pad_to: int | None = None) -> bool:
+        """Is the loss of every pair the mean of theirs over these items?"""
+        verdicts = [v for p in self.pairs() if (v := self.is_mean(p, count_items, pad_to)) is not None]
+        return bool(verdicts) and all(verdicts)
+
+    def pairs(self) -> list[list[int]]:
+        """Neighbours in length, and the short with the long."""
+        near = [list(pair) for pair in pairwise(self.by_length)]
+        half = len(self.by_length) // 2
+        far = [
+            list(pair) for pair in zip(self.by_length[:half], reversed(self.by_length[half:]), strict=False)
+        ]
+        return [*near[:PAIRS], *far[:PAIRS]]
+
+
+def _batch_norm(model: torch.nn.Module) -> Reason | None:
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, BATCH_NORMS) and module.training
+    ]
+    if not found:
+        return None
+    name, module = found[0]
+    channels = int(module.num_features)
+    groups = max(groups for groups in (16, 8, 4, 2, 1) if channels % groups == 0 and 2 * groups <= channels)
+    other = f"GroupNorm({groups}, {channels})"
+    if isinstance(module, torch.nn.BatchNorm1d):
+        other = f"LayerNorm({channels}) over the channels"
+    return Reason(
+        f"{len(found)} BatchNorm modules ({listed(name for name, _ in found[:3])} …) normalise each example "
+        "by its micro-batch",
+        "no accumulation is exact with them: take a model with LayerNorm or GroupNorm (for one that is "
+        f"trained anew: torch.nn.{other} in the place of {name}, and so on), or freeze them in eval mode",
+    )
+
+
+def _random(probe: _Probe) -> Reason | None:
+    first = probe.by_length[:1]
+    batches = [probe.batch(first) for _ in range(5)]
+    for name, value in batches[0].items():
+        if isinstance(value, torch.Tensor) and not all(torch.equal(value, batch[name]) for batch in batches):
+            return Reason(
+                f"collate_fn gives another {name} each time it is given the same example",
+                "it masks or crops at random: do that in transform= of the WindowLoader, which draws from "
+                "the example's index, the same for any split",
+            )
+    losses = [probe.loss(first) for _ in range(5)]
+    if all(probe.same(losses[0], loss) or math.isnan(loss) for loss in losses):
+        return None
+    return Reason(
+        f"the same batch has losses from {min(losses):.6g} to {max(losses):.6g}",
+        "something in the model is drawn at random although dropout is off (sampling, noise): turn it off "
+        "to verify",
+    )
+
+
+def _not_finite(probe: _Probe) -> Reason | None:
+    for index in probe.by_length:
+        if not math.isfinite(loss := probe.loss([index])):
+            return Reason(
+                f"the loss of example {index} alone is {loss}",
+                "mend the example or the loss: in a micro-batch with others it may go unseen",
+            )
+    return None
+
+
+def _grows_with_the_batch(probe: _Probe) -> Reason | None:
+    """An example beside itself has the same mean loss; as a term of a sum, or a negative, another."""
+    first = probe.by_length[:1]
+    alone, twice = probe.loss(first), probe.loss(first * 2)
+    if probe.same(alone, twice):
+        return None
+    if probe.same(2 * alone, twice):
+        return Reason(
+            "the loss is a sum over the micro-batch, not a mean",
+            "divide it by its items in compute_loss, or give the model reduction='mean'",
+        )
+    return Reason(
+        f"an example has the loss {alone:.4g} alone and {twice:.4g} beside itself: examples are compared "
+        "within the micro-batch (in-batch negatives)",
+        "accumulation loses the negatives of the other micro-batches: use the gradient cache of "
+        "gradacc_hf.accumulation.gradient_cache (gradacc cp contrastive has it), or one micro-batch a window",
+    )
+
+
+def _wrong_mode(probe: _Probe) -> Reason | None:
+    """Does the loss separate in evaluation mode only? Then by which kind of module?"""
+    if probe.separates(probe.windows.count_items, probe.pad_to):
+        return None
+    training = [module for module in probe.model.modules() if module.training]
+    probe.model.eval()
+    separates = probe.separates(probe.windows.count_items, probe.pad_to)
+    for kind in {type(module): None for module in reversed(training)} if separates else ():
+        for module in training:
+            module.training = not isinstance(module, kind)
+        if probe.separates(probe.windows.count_items, probe.pad_to):
+            modules = probe.model.named_modules()
+            named = [name or "the model" for name, module in modules if isinstance(module, kind)]
+            return Reason(
+                f"in training mode {len(named)} {kind.__name__} ({listed(named[:3])} …) make an example's "
+                "loss depend on the others of its micro-batch; in evaluation mode they do not",
+                "no accumulation is exact with them in this mode: freeze them in evaluation mode, or take "
+                "others",
+            )
+    for module in training:
+        module.training = True
+    if not separates:
+        return None
+    return Reason(
+        "in training mode an example's loss depends on the others of its micro-batch; in evaluation mode not",
+        "no accumulation is exact in this mode: freeze the modules that do so in evaluation mode",
+    )
+
+
+def _router_loss(probe: _Probe) -> Reason | None:
+    """Is the loss a mean over the counted items without the router's part, and not with it?"""
+    configs = _routers(probe)
+    if not configs or probe.separates(probe.windows.count_items, probe.pad_to):
+        return None
+    for config in configs:
+        config.output_router_logits = False
+    without_it = probe.separates(probe.windows.count_items, probe.pad_to)
+    for config in configs:
+        config.output_router_logits = True
+    if not without_it:
+        return None
+    return ROUTER_LOSS
+
+
+def _routers(probe: _Probe) -> list[Any]:
+    """The configs, of the model and its parts, that add a router loss."""
+    configs: list[Any] = [getattr(module, "config", None) for module in probe.model.modules()]
+    return [config for config in configs if getattr(config, "output_router_logits", False)]
+
+
+ROUTER_LOSS = Reason(
+    "the router loss of the mixture of experts is that of each micro-batch, which is no mean over items",
+    "config.output_router_logits = False leaves it out; with it, no accumulation is exact",
+)
+
+
+def _items_or_padding(probe: _Probe) -> Reason | None:
+    """Does padding reach the loss? And, padded alike if so, what is the loss of two a mean over?"""
+    padding, pad_to, told = None, probe.pad_to, True
+    if pad_to is None:
+        longest = int(probe.windows.lengths[probe.by_length[-1]])
+        try:
+            padding = _padding(probe, longest)
+            pad_to = longest if padding else None
+        except CANNOT:  # a collate_fn that cannot be told how far to pad
+            told = False
+    if probe.separates(probe.windows.count_items, pad_to):
+        return padding
+    for setting, count in CANDIDATES.items():
+        if probe.separates(count, pad_to):
+            return Reason(
+                "the loss is a mean over other items than those counted", f"{setting} makes it exact"
+            )
+    equal = [pair for pair in probe.pairs() if len({int(probe.windows.lengths[i]) for i in pair}) == 1]
+    if not told and equal and all(probe.is_mean(pair, probe.windows.count_items) for pair in equal):
+        return Reason("padding reaches the loss", PAD_ALIKE)
+    return Reason(
+        "the loss of two examples is not the mean of theirs, over any items known here",
+        "say what it is a mean over: num_items= a function of the batch; if padding reaches it, pad windows "
+        "alike (pad_to='window'); if it is no mean, no accumulation is exact",
+    )
+
+
+def _padding(probe: _Probe, longest: int) -> Reason | None:
+    """The shortest example alone, and padded as far as the longest."""
+    short = probe.by_length[:1]
+    alone, padded = probe.loss(short), probe.loss(short, longest)
+    if probe.same(alone, padded):
+        return None
+    tokens = int(probe.windows.lengths[short[0]])
+    return Reason(
+        f"padding reaches the loss: one of {tokens} tokens has the loss {alone:.6g}, padded to {longest} "
+        f"{padded:.6g}",
+        PAD_ALIKE,
+    )
+
+
+PAD_ALIKE = (
+    "mask padded positions in the loss, or pad each window alike: pad_to='window' (a collate_fn that takes "
+    "pad_to=)"
+)
+CANDIDATES: dict[str, CountItems] = {
+    "num_items='labels'": COUNTS["labels"],
+    "num_items='next_token'": COUNTS["next_token"],
+    "num_items=lambda batch: len(batch['labels'])": lambda batch: len(batch["labels"]),
+    "num_items=lambda batch: batch['labels'].numel()": lambda batch: batch["labels"].numel(),
+    "num_items=lambda batch: int(batch['attention_mask'].sum())": lambda batch: int(
+        batch["attention_mask"].sum()
+    ),
+}

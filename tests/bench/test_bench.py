@@ -1,0 +1,216 @@
+"""The benchmarks measure what they say they measure; their command line refuses in one line."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from rich.console import Console
+
+from gradacc_hf import bench
+from gradacc_hf.accumulation.batch_schedule import ScheduledBatch
+from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.bench import CONTENDERS, SPLITS, exactness, print_exactness, print_speed, speed
+from gradacc_hf.bench.schedules import TASKS, _needed, _schedules
+from gradacc_hf.bench.sentence_transformers import contrastive, print_contrastive
+from gradacc_hf.config.batch_size import effective_batch_size
+from gradacc_hf.config.parser import read_command_line
+from gradacc_hf.config.schema import BatchConfig, Config
+from gradacc_hf.embedded import minilm_path
+from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.verification.tiny_models import build_head
+
+HEADS = {"sequence_classification": ["bert"], "question_answering": ["distilbert"]}
+
+
+class TinyRecipe(Recipe):
+    """Label the tokens of 32 examples, in windows of 16, with a tiny random model."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head, self.models, self.collated = build_head("token_classification", "bert"), 0, []
+
+    def datasets(self):
+        examples = self.head.examples([5, 30] * 16)
+        return Dataset.from_list(examples), Dataset.from_list(examples[:4])
+
+    def model(self):
+        self.models += 1
+        return build_head("token_classification", "bert").model
+
+    def collate(self, examples, pad_to=None):
+        self.collated += [tuple(example["input_ids"]) for example in examples]
+        return self.head.collate(examples, pad_to)
+
+
+def tiny_recipe(effective=16):
+    return TinyRecipe(Config(batch=BatchConfig(effective=effective)))
+
+
+@pytest.fixture(scope="module")
+def result():
+    return exactness(HEADS)
+
+
+@pytest.fixture
+def console():
+    return Console(record=True, width=80)
+
+
+def test_the_loader_is_exact_where_a_mean_of_means_is_not(result):
+    measured = {(e.kind, e.split, e.contender): e.error for e in result.errors}
+    assert len(measured) == len(HEADS) * len(SPLITS) * len(CONTENDERS)
+    for kind in HEADS:
+        for split in SPLITS.values():
+            assert measured[kind, split, "ours"] <= EXACT
+            assert measured[kind, split, "exact_trainer"] <= EXACT
+        assert measured[kind, "5 + 5 + 5 + 1", "accelerate"] > 0.01
+
+
+def test_equal_micro_batches_of_one_item_an_example_are_exact_for_everybody(result):
+    """Else a contender would be wrong because it got other examples."""
+    equal = [e for e in result.errors if (e.kind, e.split) == ("question_answering", "4 + 4 + 4 + 4")]
+    assert all(e.error <= EXACT for e in equal)
+    assert all(e.norm_ratio == pytest.approx(1, abs=1e-4) for e in equal)
+
+
+def test_the_table_of_exactness_is_whole_in_80_columns_and_the_result_is_json(result, console):
+    print_exactness(result, console)
+    text = console.export_text()
+    assert "…" not in text
+    assert "sequence" in text
+    assert json.loads(json.dumps(asdict(result)))["measured_with"].keys() >= {
+        "torch",
+        "transformers",
+        "accelerate",
+    }
+
+
+def test_the_loop_is_measured_beside_its_own_micro_batches_and_dense_ones(console):
+    recipe = tiny_recipe()
+    result = speed(recipe, num_windows=2, repeats=2)
+    assert recipe.models == 9  # three ways, twice, and once to warm up
+    assert (result.windows, result.examples) == (2, 32)
+    assert len(result.seconds) == len(result.of_dense_limit) == len(result.overhead) == 2
+    assert list(result.dense_tokens_per_second) == [8, 16, 30]
+    assert min(result.of_dense_limit) > 0
+    assert result.median_overhead == sum(result.overhead) / 2
+    json.dumps(asdict(result))
+    print_speed(result, console)
+    assert "of the dense limit" in console.export_text()
+
+
+def test_windows_that_there_are_not_are_refused():
+    with pytest.raises(InputError, match="--windows: found 3; allowed: 1 to 2"):
+        speed(tiny_recipe(), num_windows=3)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["sped"], ["speed", "--windows", "0"], ["speed", "--repeats", "many"], ["exactness", "--x"]]
+)
+def test_a_wrong_command_line_ends_with_2_and_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        bench.main(argv)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_the_command_prints_the_result_and_the_versions(monkeypatch, capsys, result, flags):
+    monkeypatch.setattr(bench, "exactness", lambda heads: result)
+    bench.main(["exactness", *flags])
+    out = capsys.readouterr().out
+    assert transformers.__version__ in out
+    if flags:
+        assert len(json.loads(out)["errors"]) == len(result.errors)
+
+
+def test_speed_is_measured_on_the_offline_config():
+    config = bench.offline_recipe().config
+    assert (config.model.name, config.data.train) == ("embedded:minilm", "embedded:docstrings")
+    assert config.budget.max_tokens == bench.MAX_TOKENS
+
+
+@pytest.mark.slow
+def test_our_gradient_cache_and_that_of_sentence_transformers_come_to_the_same_model(tmp_path, console):
+    write_pairs(tmp_path / "pairs.jsonl")
+    settings = {
+        "model.name": tiny_encoder(tmp_path / "bert"),
+        "data.train": tmp_path / "pairs.jsonl",
+        "data.anchor_column": "anchor",
+        "data.positive_column": "positive",
+        "data.negative_column": "negative",
+        "batch.effective": 20,
+    }
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    result = contrastive(flags, num_windows=2, repeats=1, max_tokens=160)
+    ours = result.contenders["ours"]
+    for contender in result.contenders.values():
+        assert contender.gradient_error <= EXACT
+        assert contender.losses == pytest.approx(ours.losses, rel=1e-4)
+        assert contender.metrics == pytest.approx(ours.metrics, abs=0.01)
+    print_contrastive(result, console)
+    text = console.export_text()
+    assert "…" not in text
+    assert "× the pairs per second of CachedMultipleNegativesRankingLoss" in text
+    with pytest.raises(InputError, match="--windows: found 9; allowed: 1 to 4"):
+        contrastive(flags, num_windows=9, repeats=1, max_tokens=160)
+
+
+def test_sentence_transformers_is_named_where_it_is_absent(monkeypatch, capsys):
+    monkeypatch.setattr("gradacc_hf.bench.sentence_transformers.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as caught:
+        bench.main(["contrastive"])
+    assert caught.value.code == 2
+    message = "bench contrastive: sentence-transformers is not installed: pip install sentence-transformers"
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def write_pairs(file):
+    draw = np.random.default_rng(0)
+    words = ["tea", "garden", "letter", "morning", "river", "bread", "window", "music"]
+    texts = [" ".join(draw.choice(words, draw.integers(1, 12))) for _ in range(300)]
+    rows = zip(texts[:100], texts[100:200], texts[200:], strict=True)
+    names = ("anchor", "positive", "negative")
+    file.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+
+
+def tiny_encoder(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path())
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_examples_until_a_loss_are_read_off_a_line_between_evaluations():
+    curve = [(0.0, 4.0), (100.0, 2.0), (200.0, 3.0), (300.0, 1.0)]
+    assert _needed(curve, 4.0) == 0
+    assert _needed(curve, 3.0) == 50
+    assert _needed(curve, 2.0) == 100
+    assert _needed(curve, 1.5) == 275
+    assert math.isnan(_needed(curve, 0.5))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_schedule_that_is_compared_is_one_that_a_run_takes_and_sees_as_many_examples(task):
+    ways = _schedules(TASKS[task][0], 2400)
+    assert len(ways) == 4
+    for flags in ways.values():
+        config = read_command_line([*flags, "--data.train", "x.csv"])
+        sizes = effective_batch_size(config.batch, 2400)
+        if isinstance(sizes, ScheduledBatch):
+            (_, first), (later, second), (last, third) = sorted(sizes.sizes.items())
+            assert (4 * first, 2 * second) == (third, third)
+            assert later * first == (last - later) * second == 800
+        assert 6 <= 2400 / (config.train.eval_every * config.batch.least) <= 18

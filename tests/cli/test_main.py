@@ -1,0 +1,78 @@
+"""`gradacc ls` and `gradacc cp`."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradacc_hf.cli import main as cli
+
+
+def gradacc(*arguments):
+    return subprocess.run(
+        [Path(sys.executable).parent / "gradacc", *arguments], capture_output=True, text=True
+    )
+
+
+def test_ls_lists_every_recipe_with_its_configs():
+    lines = dict(line.partition("  ")[::2] for line in gradacc("ls").stdout.splitlines())
+    assert lines["text_classification"].split() == [
+        "configs/text_classification.yaml",
+        "configs/text_classification_offline.yaml",
+        "configs/text_multi_label.yaml",
+        "configs/text_regression.yaml",
+    ]
+    assert lines["image_classification"].split() == [
+        "configs/image_classification.yaml",
+        "configs/image_classification_offline.yaml",
+    ]
+    assert lines["contrastive"].split() == ["configs/contrastive.yaml", "configs/contrastive_offline.yaml"]
+    assert "minimal" in lines
+
+
+def test_every_config_names_a_recipe_that_is_there():
+    files = list((cli.bundle_root() / "configs").glob("*.yaml"))
+    assert sorted(file for name in cli.recipes() for file in cli.configs(name)) == sorted(files)
+
+
+def test_a_copied_recipe_is_the_one_that_its_copied_config_names(tmp_path):
+    assert gradacc("cp", "text_classification", str(tmp_path)).returncode == 0
+    config = tmp_path / "configs/text_classification_offline.yaml"
+    (line,) = [line for line in config.read_text().splitlines() if line.startswith("recipe:")]
+    assert (config.parent / line.split()[1]).resolve() == (
+        tmp_path / "recipes/text_classification.py"
+    ).resolve()
+
+
+def test_cp_says_how_the_copy_is_run(tmp_path, capsys):
+    cli.copy_recipe("contrastive", tmp_path)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("run it: "))
+    assert command[:2] == ["accelerate", "launch"]
+    assert all(Path(file).is_file() for file in (command[2], command[4]))
+
+
+def test_a_copied_lesson_runs(tmp_path):
+    assert gradacc("cp", "lessons/when_to_step", str(tmp_path)).returncode == 0
+    copy = tmp_path / "recipes/lessons/when_to_step.py"
+    done = subprocess.run([sys.executable, copy], capture_output=True, text=True)
+    assert "in the kit               0.000 0.000 0.000" in done.stdout
+
+
+def test_cp_overwrites_nothing(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (mine := tmp_path / "recipes/text_classification.py").write_text("mine")
+    done = gradacc("cp", "text_classification", str(tmp_path))
+    assert done.returncode == 2
+    assert "exist already; nothing was copied" in done.stderr
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "configs").exists()
+
+
+@pytest.mark.parametrize("name", ["nonsense", "../secrets"])
+def test_an_unknown_recipe_is_one_line(tmp_path, name):
+    done = gradacc("cp", name, str(tmp_path))
+    assert done.returncode == 2
+    known = ", ".join([*cli.recipes(), "and lessons/NAME"])
+    assert done.stderr == f"error: no recipe '{name}'; there are: {known}\n"

@@ -1,0 +1,154 @@
+"""Teach a language model to answer: chats, prompts with completions, or plain text.
+
+    ./launch.sh recipes/causal_lm.py --config configs/causal_lm_offline.yaml --budget auto
+
+Your own: a JSONL file with `messages` (a list of {role, content}), or with `prompt` and `completion`, or with
+`text`. Learned are what the assistant says in a chat, completions, and all of a plain text.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from gradacc_hf.config import DataConfig
+from gradacc_hf.errors import BadInput, listed
+from gradacc_hf.items import IGNORED
+from gradacc_hf.labels import file_rows, require_texts
+from gradacc_hf.loop import evaluate
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import run
+from gradacc_hf.tasks import chat
+from gradacc_hf.tasks.lean_loss import make_lean
+from gradacc_hf.tasks.packing import check_packing, pack
+from gradacc_hf.tasks.prompts import answer_prompts, answer_samples
+from gradacc_hf.tasks.unigram import perplexity, unigram_loss
+
+MESSAGES, PROMPTS, TEXTS = ("messages",), ("prompt", "completion"), ("text",)  # what a row may hold
+
+
+def features(row, tokenizer, kind, max_length):
+    """A row → the tokens that the model reads, and which of them are learned."""
+    if kind == MESSAGES:
+        return chat.tokenize_chat(tokenizer, row["messages"], max_length)
+    prompt = row["prompt"] if kind == PROMPTS else ""
+    return chat.tokenize_completion(tokenizer, prompt, row[kind[-1]], max_length)
+
+
+class CausalLM(Recipe):
+    """Teach a language model to answer."""
+
+    model_class = AutoModelForCausalLM
+    pipeline_tag = "text-generation"
+    example = "Write a Python function that adds two numbers."
+    num_items = "next_token"
+    lean_loss = True
+
+    @dataclass
+    class Data(DataConfig):
+        chat_template: str | None = None
+        """File with the chat template (Jinja) that is used instead of the model's own."""
+        packing: bool = False
+        """Lay the examples of a micro-batch end to end instead of padding them; none attends to another."""
+        samples: int = 4
+        """Validation prompts that are answered after an evaluation, for the report (0: none)."""
+        sample_tokens: int = 64
+        """Where an answer is cut off (tokens)."""
+
+        def rules(self):
+            yield from super().rules()
+            yield "samples", self.samples >= 0, "0 prompts or more"
+            yield "sample_tokens", self.sample_tokens >= 1, "1 token or more"
+
+    def datasets(self):
+        rows = self.rows()
+        self.kind = self.find_kind(rows)
+        self.of_chats = self.kind == MESSAGES
+        if self.of_chats:
+            chat.check_chat_template(self.tokenizer, self.config.model.name)
+        rows = self.check_rows(*rows, self.problem, "data.train")
+        tokens = [dataset.map(features, fn_kwargs=self.settings) for dataset in rows]
+        numbers = [file_rows(dataset) for dataset in rows]
+        train, self.validation = self.check_rows(*tokens, chat.tokens_problem, "data.train", numbers)
+        names = ["input_ids", "labels"]
+        return train.select_columns(names), self.validation.select_columns(names)
+
+    def problem(self, row):
+        """What is wrong with a row before it is tokenised, or None."""
+        if self.kind == MESSAGES:
+            return chat.chat_problem(row["messages"])
+        odd = next((name for name in self.kind if not isinstance(row[name], str)), None)
+        return None if odd is None else f"column {odd!r}: {row[odd]!r:.40} is not text"
+
+    def find_kind(self, rows):
+        """What both data sets hold: chats, else prompts with completions, else texts."""
+        kinds = (MESSAGES, PROMPTS, TEXTS)
+        for kind in kinds:
+            if all(set(kind) <= set(dataset.column_names) for dataset in rows):
+                for dataset, column in product(rows, () if kind == MESSAGES else kind):
+                    require_texts(dataset, column, "data.train")
+                return kind
+        found, allowed = listed(rows[0].column_names), "; or ".join(" and ".join(kind) for kind in kinds)
+        raise BadInput(f"data.train: found the columns {found}; allowed: {allowed}; rename yours")
+
+    @cached_property
+    def tokenizer(self):
+        tokenizer = super().tokenizer
+        tokenizer.padding_side = "right"
+        if template := self.data.chat_template:
+            if not Path(template).is_file():
+                raise BadInput(f"data.chat_template: no file {template!r}; give one, or null")
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        return tokenizer
+
+    @property
+    def settings(self):
+        """What `features` is told."""
+        return {"tokenizer": self.tokenizer, "kind": self.kind, "max_length": self.data.max_length}
+
+    def model(self):
+        model = super().model()
+        if self.data.packing:
+            check_packing(model, self.config.model.name, self.data.max_length)
+        make_lean(model, self.config.budget.lean_loss)
+        return model
+
+    def check_model(self):
+        """Also what packing and the lean loss ask of a model; that takes its weights."""
+        super().check_model()
+        if self.data.packing or self.config.budget.lean_loss is True:
+            self.model()
+
+    def collate(self, examples, pad_to=None):
+        return pack(examples) if self.data.packing else super().collate(examples, pad_to)
+
+    @property
+    def pad_to(self):
+        """Packed examples are not padded."""
+        return "nothing" if self.data.packing else "micro_batch"
+
+    def validate(self, model, windows, accelerator):
+        found = evaluate(model, windows, accelerator=accelerator, compute_loss=self.loss, predict=None)
+        if self.kind != TEXTS:
+            settings = self.tokenizer, self.validation, self.data.samples, self.data.sample_tokens
+            self.samples[:] = answer_samples(accelerator.unwrap_model(model), *settings)
+        return {"loss": found.loss, "perplexity": perplexity(found.loss)}
+
+    def answer(self, model, inputs):
+        """What the model says, greedily, to chats, prompts or texts (`prompts.py`)."""
+        answers = answer_prompts(model, self.tokenizer, inputs, self.data.sample_tokens)
+        return [{"answer": answer} for answer in answers]
+
+    def baseline(self, train, validation):
+        """Every token as likely as it is among the learned tokens in training."""
+        learned = (
+            (token for row in rows["labels"] for token in row[1:] if token != IGNORED)
+            for rows in (train, validation)
+        )
+        return {"perplexity": perplexity(unigram_loss(*learned, len(self.tokenizer)))}
+
+
+if __name__ == "__main__":
+    run(CausalLM)

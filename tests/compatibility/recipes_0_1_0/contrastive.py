@@ -1,0 +1,162 @@
+"""Search: embed texts so that each is nearest to what belongs to it, out of all others.
+
+    ./launch.sh recipes/contrastive.py --config configs/contrastive_offline.yaml --budget auto
+
+Your own pairs: `--data.train my.csv --data.anchor_column question --data.positive_column answer`, and
+`--data.negative_column wrong_answer` where each pair has a hard negative. Every other pair of the window is
+one, however the window is cut (the gradient cache): the larger `batch.effective`, the more there are.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import AutoModel
+
+from gradacc_hf.config import DataConfig
+from gradacc_hf.contrastive import COLUMNS, ContrastiveLoss, Embedder, search
+from gradacc_hf.errors import BadInput
+from gradacc_hf.labels import file_rows, list_lengths, require_column, texts_of
+from gradacc_hf.loop import evaluate
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import run
+
+HITS = 10  # that an evaluation looks at
+
+
+def features(rows, tokenizer, columns, max_length):
+    """Rows → what the model reads: each column on its own."""
+    found = {}
+    for column, name in columns.items():
+        texts = [text if isinstance(text, str) else "" for text in rows[name]]
+        tokens = tokenizer(texts, truncation=True, max_length=max_length)
+        found |= {f"{column}_text": texts, f"{column}_input_ids": tokens["input_ids"]}
+    return found
+
+
+class Contrastive(Recipe):
+    """Find what belongs to a text."""
+
+    model_class = AutoModel
+    pipeline_tag = "sentence-similarity"
+    example = "Return the number of items in the list."
+
+    @dataclass
+    class Data(DataConfig):
+        anchor_column: str = "anchor"
+        """Column that holds what is searched with: a question, a description."""
+        positive_column: str = "positive"
+        """Column that holds what is to be found with it."""
+        negative_column: str | None = None
+        """Column that holds what looks alike and is not to be found; null where there is none."""
+        temperature: float = 0.05
+        """What cosines are divided by in the loss: the lower, the more the nearest negatives count."""
+        symmetric: bool = True
+        """Whether positives are to find their anchors too."""
+
+        def rules(self):
+            yield from super().rules()
+            yield "temperature", self.temperature > 0, "a number above 0, such as 0.05"
+
+    def __init__(self, config):
+        super().__init__(config)
+        data = self.data
+        names = (data.anchor_column, data.positive_column, data.negative_column)
+        self.columns = {column: name for column, name in zip(COLUMNS, names, strict=True) if name}
+        self.loss = ContrastiveLoss(data.temperature, data.symmetric)
+        self.searched = None  # by `answer`: validation texts, and where they are embedded
+
+    def datasets(self):
+        if self.config.batch.least < 2:
+            raise BadInput("batch.effective: found 1; allowed: 2 or more, as other pairs are the negatives")
+        rows = self.rows()
+        for dataset in rows:
+            for column, name in self.columns.items():
+                require_column(dataset, name, f"data.{column}_column")
+        numbers, tokenised = [file_rows(dataset) for dataset in rows], map(self.tokenize, rows)
+        return self.check_rows(*tokenised, self.problem, "data.train", numbers)
+
+    def tokenize(self, dataset):
+        settings = {"columns": self.columns, "max_length": self.data.max_length, "tokenizer": self.tokenizer}
+        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
+
+    def problem(self, row):
+        for column, name in self.columns.items():
+            if not row[f"{column}_text"].strip():
+                return f"unpaired: its {name} is no text, or an empty one"
+            if len(row[f"{column}_input_ids"]) <= self.tokenizer.num_special_tokens_to_add():
+                return f"no token of its {name} is left at data.max_length {self.data.max_length}"
+        return None
+
+    def model(self):
+        return Embedder(super().model())
+
+    def empty_model(self):
+        return Embedder(super().empty_model())
+
+    def load(self, folder):
+        model = super().load(folder)
+        return model if isinstance(model, Embedder) else Embedder(model)  # adapters come in one
+
+    def lengths(self, dataset):
+        tokens = [list_lengths(dataset, f"{column}_input_ids") for column in self.columns]
+        return np.stack(tokens, axis=1)
+
+    def collate(self, examples, pad_to=None):
+        batch = {}
+        for column in self.columns:
+            tokens = [{"input_ids": example[f"{column}_input_ids"]} for example in examples]
+            batch |= {f"{column}_{key}": value for key, value in super().collate(tokens, pad_to).items()}
+        return batch
+
+    def num_items(self, batch):
+        """Pairs."""
+        return len(batch["anchor_input_ids"])
+
+    def predict(self, outputs, batch):
+        return outputs.float().cpu().numpy(), [None] * len(outputs)
+
+    def validate(self, model, windows, accelerator):
+        """Each anchor's own positive is looked for among all of the validation set, the loss's too."""
+        found = evaluate(
+            model, windows, accelerator=accelerator, compute_loss=self.loss, predict=self.predict
+        )
+        embeddings = torch.from_numpy(np.stack(found.predictions))
+        loss = self.loss.value(embeddings)
+        _, ids = search(embeddings[:, 0], embeddings[:, 1], HITS)
+        self.samples[:] = [self.sample(windows, row, ids[row].tolist()) for row in range(min(8, len(ids)))]
+        return {"loss": loss, **self.metrics(ids.numpy(), np.arange(len(ids)))}
+
+    def sample(self, windows, row, ids):
+        right, first = windows.examples([row, ids[0]])
+        rank = str(ids.index(row) + 1) if row in ids else f"beyond {HITS}"
+        found = {"found first": first["positive_text"], "rank of the right one": rank}
+        return {"anchor": right["anchor_text"], **found}
+
+    def metrics(self, predictions, references):
+        from gradacc_hf.metrics import load  # slow to import, so not before it is needed
+
+        return load("retrieval").compute(predictions=predictions, references=references) or {}
+
+    def baseline(self, train, validation):
+        """All validation rows in an order drawn at random."""
+        from gradacc_hf.metrics.retrieval import chance
+
+        return chance(len(validation))
+
+    def answer(self, model, inputs):
+        """The five validation rows that are nearest to each text, or to each row's anchor."""
+        settings = self.tokenizer, self.data.max_length
+        if self.searched is None:  # once for all inputs
+            candidates = self.datasets()[1]["positive_text"][:]
+            self.searched = candidates, model.embed(candidates, *settings)
+        [texts], (candidates, embedded) = texts_of(inputs, [self.data.anchor_column]), self.searched
+        scores, ids = search(model.embed(texts, *settings), embedded, 5)
+        return [
+            {"text": text, "found": [{"score": s, "text": candidates[i]} for s, i in zip(*hits, strict=True)]}
+            for text, *hits in zip(texts, scores.tolist(), ids.tolist(), strict=True)
+        ]
+
+
+if __name__ == "__main__":
+    run(Contrastive)

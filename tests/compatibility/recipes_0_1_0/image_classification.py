@@ -1,0 +1,123 @@
+"""Label an image: which of a few classes does it show?
+
+    ./launch.sh recipes/image_classification.py --config configs/image_classification_offline.yaml
+
+Your own images, in a folder for each class: `--data.train FOLDER`; or a file with a column of their paths.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from gradacc_hf.config import DataConfig
+from gradacc_hf.labels import with_column
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import run
+from gradacc_hf.tasks.images import image_problem, images_of, random_cut, read_image, undecoded
+from gradacc_hf.tasks.targets import SingleLabel, answers
+
+
+class ImageClassification(Recipe):
+    """Label an image."""
+
+    model_class = AutoModelForImageClassification
+    pipeline_tag = "image-classification"
+    example = "image.png"  # a file
+
+    @dataclass
+    class Data(DataConfig):
+        image_column: str = "image"
+        """Column that holds the image, or the path of its file, from the current folder."""
+        label_column: str = "label"
+        """Column that holds the label: strings or integers. Of a folder, the names of its class folders."""
+        crop: float = 1.0
+        """Augmentation: the smallest share of an image's area that is cut out of it at random (1 is off)."""
+        flip: bool = False
+        """Augmentation: mirror half of the images, drawn at random. Wrong for digits and letters."""
+
+        def rules(self):
+            yield from super().rules()
+            yield "crop", 0 < self.crop <= 1, "a share of the area above 0, up to 1"
+
+    def datasets(self):
+        data = self.data
+        train, validation = (undecoded(rows, data.image_column) for rows in self.rows(data.label_column))
+        self.target = SingleLabel(train, validation, data.label_column)
+        problem = image_problem(data.image_column)
+        train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
+        train, validation = self.check_rows(train, validation, problem, "data.image_column")
+        train, validation = self.target.encode(train, validation, self.may_skip)
+        return self.examples(train, augment=True), self.examples(validation, augment=False)
+
+    def examples(self, rows, augment):
+        """Images stay in their files, or as the bytes of these, until `transform` reads them."""
+        rows = rows.select_columns([self.data.image_column, "label"])
+        rows = rows.rename_columns({self.data.image_column: "image", "label": "labels"})
+        return with_column(rows, "augment", np.full(len(rows), augment))
+
+    def transform(self, example, random):
+        """The pixels of an image; of a training image, of a random part of it, mirrored or not."""
+        image = read_image(example["image"])
+        if example["augment"] and self.data.crop < 1:
+            image = random_cut(image, self.data.crop, random)
+        if example["augment"] and self.data.flip and random.random() < 0.5:
+            image = ImageOps.mirror(image)
+        return {"pixel_values": self.pixels([image])[0], "labels": example["labels"]}
+
+    def pixels(self, images):
+        """What the model reads: (images, channels, height, width), resized and normalised as it expects."""
+        return self.processor(images, return_tensors="pt")["pixel_values"]
+
+    @cached_property
+    def processor(self):
+        with self._loading("image processor"):
+            return AutoImageProcessor.from_pretrained(self.model_path, **self._source())
+
+    def processors(self):
+        return [self.processor]
+
+    @cached_property
+    def patches(self):
+        """How many patches an image is cut into, and the side of each in pixels."""
+        height, width = self.pixels([Image.new("RGB", (64, 64))]).shape[-2:]
+        side = getattr(self.model_config(), "patch_size", 16)
+        return height // side * (width // side), side
+
+    @property
+    def tokens_are(self):
+        """What `budget.max_tokens` counts here."""
+        number, side = self.patches
+        return f"patches of {side} × {side} pixels, {number} an image"
+
+    def lengths(self, dataset):
+        return [self.patches[0]] * len(dataset)
+
+    def collate(self, examples, pad_to=None):
+        labels = torch.tensor([example["labels"] for example in examples])
+        return {"pixel_values": torch.stack([e["pixel_values"] for e in examples]), "labels": labels}
+
+    def model_overrides(self):
+        return self.target.model_overrides()
+
+    def loss(self, outputs, batch):
+        return self.target.loss(outputs.logits, batch["labels"])
+
+    def metrics(self, predictions, references):
+        return self.target.metrics(np.stack(predictions), np.stack(references))
+
+    def baseline(self, train, validation):
+        """Always the label that is the most frequent in training."""
+        return self.target.baseline(train["labels"], validation["labels"])
+
+    def answer(self, model, inputs):
+        pixels = self.pixels(images_of(inputs, self.data.image_column))
+        with torch.no_grad():
+            return answers(model(pixel_values=pixels.to(model.device)).logits, model.config)
+
+
+if __name__ == "__main__":
+    run(ImageClassification)

@@ -1,0 +1,155 @@
+"""Fill in masked tokens: train a masked language model further, on the texts of your field.
+
+    ./launch.sh recipes/masked_lm.py --config configs/masked_lm_offline.yaml --budget auto
+
+Your own texts: `--data.train my.csv --data.text_column text`. Long ones are cut into chunks, none is cut off.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from transformers import AutoModelForMaskedLM, pipeline
+
+from gradacc_hf.config import DataConfig
+from gradacc_hf.errors import refuse
+from gradacc_hf.items import IGNORED
+from gradacc_hf.labels import require_column, texts_of
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import run
+from gradacc_hf.tasks.masked import at_labels, head_at_labels
+
+
+def chunks(rows, tokenizer, text_column, max_length):
+    """Rows → what the model reads: every text in as many chunks of up to max_length tokens as it needs."""
+    settings = {"truncation": True, "max_length": max_length, "return_overflowing_tokens": True}
+    tokens = tokenizer(rows[text_column], return_token_type_ids=False, **settings)
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+class MaskedLM(Recipe):
+    """Fill in masked tokens."""
+
+    model_class = AutoModelForMaskedLM
+    pipeline_tag = "fill-mask"
+    example = "Return the [MASK] of the list."
+
+    @dataclass
+    class Data(DataConfig):
+        text_column: str = "text"
+        """Column that holds the text."""
+        masked: float = 0.15
+        """Share of the tokens that are to be predicted (between 0 and 1)."""
+
+        def rules(self):
+            yield from super().rules()
+            yield "masked", 0 < self.masked < 1, "a share above 0 and below 1, such as 0.15"
+
+    def datasets(self):
+        data, special = self.data, self.tokenizer.num_special_tokens_to_add()
+        if self.tokenizer.mask_token is None:
+            refuse("model.name", f"{self.config.model.name} has no mask token", "use a masked language model")
+        if data.max_length <= special:
+            found = f"found {data.max_length}, and {special} special tokens frame every chunk"
+            refuse("data.max_length", found, f"allowed: {special + 1} or more")
+        if not self.tokenizer.is_fast:
+            found = f"the tokenizer of {self.config.model.name} cannot cut a text into chunks"
+            refuse("model.name", found, "use a model with a tokenizer.json")
+        train, validation = self.rows()
+        for dataset in (train, validation):
+            require_column(dataset, data.text_column, "data.text_column")
+        train, validation = self.check_rows(train, validation, self.problem, "data.text_column")
+        return self.tokenize(train), self.tokenize(validation)
+
+    def problem(self, row):
+        text = row[self.data.text_column]
+        if not isinstance(text, str | None):
+            return f"found {text!r}, not a text"
+        return None if text and text.strip() else "the text is empty"
+
+    def tokenize(self, dataset):
+        data = self.data
+        settings = {"text_column": data.text_column, "max_length": data.max_length}
+        settings["tokenizer"] = self.tokenizer
+        return dataset.map(chunks, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
+
+    @cached_property
+    def ordinary(self):
+        """For every token id, whether it is not a special one; only such are masked."""
+        return ~np.isin(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
+
+    def transform(self, example, random):
+        """Mask as BERT does: of the chosen tokens 80 % become [MASK], 10 % any token, and 10 % stay.
+
+        Every token is chosen alike, whatever the length of its chunk: a short one may have none, and then no
+        item. (One at least in every chunk would give the tokens of short chunks more weight in the loss.)
+        """
+        ids = np.array(example["input_ids"])
+        chosen = self.ordinary[ids] & (random.random(len(ids)) < self.data.masked)
+        labels, kind = np.where(chosen, ids, IGNORED), random.random(len(ids))
+        ids[chosen & (kind < 0.8)] = self.tokenizer.mask_token_id
+        replaced = chosen & (kind >= 0.9)
+        ids[replaced] = random.choice(np.flatnonzero(self.ordinary), replaced.sum())
+        return {**example, "input_ids": ids.tolist(), "labels": labels.tolist()}
+
+    def model(self):
+        return head_at_labels(super().model())
+
+    def loss(self, outputs, batch):
+        labels = batch["labels"]
+        logits = at_labels(outputs.logits, labels)
+        return torch.nn.functional.cross_entropy(logits, labels[labels != IGNORED])
+
+    def predict(self, outputs, batch):
+        """The ids of the masked tokens only: predicted ones and true ones, row by row."""
+        labels = batch["labels"]
+        predicted = at_labels(outputs.logits, labels).argmax(-1)
+        counts = (labels != IGNORED).sum(1).tolist()
+        pairs = (predicted.split(counts), labels[labels != IGNORED].split(counts))
+        return tuple([row.cpu().numpy() for row in rows] for rows in pairs)
+
+    def validate(self, model, windows, accelerator):
+        """The masks are the same at each evaluation: those of epoch 0."""
+        scores = super().validate(model, windows, accelerator)
+        return {**scores, "perplexity": float(np.exp(scores["loss"]))}
+
+    def metrics(self, predictions, references):
+        from gradacc_hf.metrics import load  # slow to import, so not before it is needed
+
+        ids = {"predictions": np.concatenate(predictions), "references": np.concatenate(references)}
+        return load("accuracy").compute(**ids)
+
+    def baseline(self, train, validation):
+        """A token's frequency in training (+ 1) as its probability, and always the most frequent one."""
+        expected, found = self.count(train) + self.ordinary, self.count(validation)
+        loss = -np.log(expected[self.ordinary] / expected.sum()) @ found[self.ordinary] / found.sum()
+        return {"accuracy": float(found[expected.argmax()] / found.sum()), "perplexity": float(np.exp(loss))}
+
+    def count(self, dataset):
+        """How often each token occurs, special ones apart."""
+        tables = dataset.select_columns("input_ids").with_format("arrow").iter(10_000)
+        ids = (pc.list_flatten(table["input_ids"]).to_numpy() for table in tables)
+        return sum(np.bincount(some, minlength=len(self.tokenizer)) for some in ids) * self.ordinary
+
+    def answer(self, model, inputs):
+        """The likeliest fillings of each mask in a text, with their probabilities."""
+        tokenizer, settings = self.tokenizer, {"truncation": True, "max_length": self.data.max_length}
+        fill, answers = pipeline("fill-mask", model=model, tokenizer=tokenizer, tokenizer_kwargs=settings), []
+        for text in texts_of(inputs, [self.data.text_column])[0]:
+            text = text.replace("[MASK]", tokenizer.mask_token)
+            if tokenizer.mask_token_id not in tokenizer(text, **settings).input_ids:
+                found = (
+                    f"found no {tokenizer.mask_token} in the first {self.data.max_length} tokens of {text!r}"
+                )
+                refuse("input", found, "write one where a token is to be filled in")
+            found = fill(text)
+            masks = found if isinstance(found[0], list) else [found]
+            fillings = [[{"token": f["token_str"], "score": f["score"]} for f in mask] for mask in masks]
+            answers.append({"text": text, "fillings": fillings})
+        return answers
+
+
+if __name__ == "__main__":
+    run(MaskedLM)

@@ -1,0 +1,165 @@
+"""Answer a question with a span of a text (extractive, as in SQuAD 1.1).
+
+    ./launch.sh recipes/question_answering.py --config configs/question_answering_offline.yaml --budget auto
+
+Your own: `--data.train my.jsonl`, rows with `question`, `context` and, in characters, `answers`:
+{"text": ["a span of the context"], "answer_start": [41]}. A context longer than `data.max_length` is read in
+parts that overlap, each an example: those with the answer are learned from, the best span of all counts.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import ClassVar
+
+import torch
+from transformers import AutoModelForQuestionAnswering
+
+from gradacc_hf.config import DataConfig
+from gradacc_hf.errors import BadInput
+from gradacc_hf.items import IGNORED
+from gradacc_hf.labels import require_column
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import run
+from gradacc_hf.tasks.spans import (
+    add_positions,
+    best_of_rows,
+    best_spans,
+    check_tokenizer,
+    context_logits,
+    find_answer,
+    in_parts,
+    row_problem,
+    with_held,
+)
+
+
+def features(rows, numbers, question, context, answers, **settings):
+    """Rows → what the model reads, and of each example its row and where its tokens are."""
+    parts = in_parts(rows[question], rows[context], **settings)
+    add_positions(parts, rows[answers])
+    return {**parts, "row": [numbers[row] for row in parts["row"]]}
+
+
+class QuestionAnswering(Recipe):
+    """Answer a question with a span of a text."""
+
+    model_class = AutoModelForQuestionAnswering
+    tokenizer_settings: ClassVar = {"padding_side": "right"}  # XLNet's would move the answers' positions
+    pipeline_tag = "question-answering"
+    example: ClassVar = {"question": "What is it?", "context": "def total(items):\n    return sum(items)"}
+
+    @dataclass
+    class Data(DataConfig):
+        question_column: str = "question"
+        """Column that holds the question."""
+        context_column: str = "context"
+        """Column that holds the text with the answer in it."""
+        answers_column: str = "answers"
+        """Column that holds the answers, as SQuAD has them: {"text": [...], "answer_start": [...]}."""
+        doc_stride: int = 64
+        """Tokens that two parts of a long context share: shorter answers are whole in one of them."""
+        max_answer_length: int = 30
+        """The longest answer that is given (tokens)."""
+
+        def rules(self):
+            yield from super().rules()
+            yield "doc_stride", 0 <= self.doc_stride < self.max_length, "0 tokens or more, below max_length"
+            yield "max_answer_length", self.max_answer_length >= 1, "1 token or more"
+
+    @property
+    def columns(self):
+        return {name: getattr(self.data, f"{name}_column") for name in ("question", "context", "answers")}
+
+    def datasets(self):
+        check_tokenizer(self.tokenizer, self.config.model.name)
+        rows = self.rows()
+        for name, column in self.columns.items():
+            for dataset in rows:
+                require_column(dataset, column, f"data.{name}_column")
+        rows = self.check_rows(*rows, self.problem, "data.train")
+        parts = [self.tokenize(dataset) for dataset in rows]
+        marked = [with_held(*found) for found in zip(rows, parts, strict=True)]
+        kept = self.check_rows(*marked, self.problem_of_parts, "data.train")
+        if sum(map(len, kept)) < sum(map(len, rows)):
+            parts = [self.tokenize(dataset) for dataset in kept]
+        (train, validation), self.validation_rows = parts, kept[1]
+        train = train.filter(lambda start: start != IGNORED, input_columns="start_positions")
+        self.parts = validation.select_columns(["row", "offsets"])
+        return tuple(dataset.remove_columns(["row", "offsets"]) for dataset in (train, validation))
+
+    def problem(self, row):
+        """What is wrong with a row, or None."""
+        question, context, answers = (row[column] for column in self.columns.values())
+        return row_problem(question, context, answers or {}, **self.settings)
+
+    def problem_of_parts(self, row):
+        """What is wrong with a row whose answer no part holds, or None."""
+        limits = f"data.max_length is {self.data.max_length}, data.doc_stride {self.data.doc_stride}"
+        found = f"no part of its context holds its whole answer: {limits} (raise it)"
+        return None if row["is_held"] else found
+
+    def tokenize(self, dataset):
+        settings = {"fn_kwargs": {**self.columns, **self.settings}, "remove_columns": dataset.column_names}
+        return dataset.map(features, batched=True, with_indices=True, **settings)
+
+    @cached_property
+    def settings(self):
+        """How texts are cut and tokenised; token types only where the model takes some."""
+        settings = {"max_length": self.data.max_length, "doc_stride": self.data.doc_stride}
+        settings["token_types"] = getattr(self.model_config(), "type_vocab_size", 0) > 1
+        return {"tokenizer": self.tokenizer, **settings}
+
+    def num_items(self, batch):
+        """Examples: the mean over starts and the mean over ends are over equally many."""
+        return int((batch["start_positions"] != IGNORED).sum())
+
+    def loss(self, outputs, batch):
+        starts, ends = context_logits(outputs, batch["input_ids"], self.tokenizer)
+        of_starts = torch.nn.functional.cross_entropy(starts, batch["start_positions"], ignore_index=IGNORED)
+        of_ends = torch.nn.functional.cross_entropy(ends, batch["end_positions"], ignore_index=IGNORED)
+        return (of_starts + of_ends) / 2
+
+    def predict(self, outputs, batch):
+        logits = context_logits(outputs, batch["input_ids"], self.tokenizer)
+        return best_spans(*logits, self.data.max_answer_length), batch["start_positions"].tolist()
+
+    def metrics(self, predictions, references):
+        questions, contexts, answers = (self.validation_rows[name] for name in self.columns.values())
+        best = best_of_rows(predictions, self.parts["row"], self.parts["offsets"])
+        found = [contexts[row][start:end] for row, (_, start, end) in sorted(best.items())]
+        self.samples[:] = [
+            {"question": question, "answer": span, "reference": right["text"][0]}
+            for question, span, right in islice(zip(questions, found, answers, strict=True), 5)
+        ]
+        return self.score(found)
+
+    def score(self, found):
+        """Exact match and F1 of an answer to each validation row."""
+        from gradacc_hf.metrics import load  # slow to import, so not before it is needed
+
+        right = [answers["text"] for answers in self.validation_rows[self.columns["answers"]]]
+        return load("squad").compute(predictions=found, references=right)
+
+    def baseline(self, train, validation):
+        """Always the first sentence of the context."""
+        contexts = self.validation_rows[self.columns["context"]]
+        return self.score([re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0] for text in contexts])
+
+    def answer(self, model, inputs):
+        """Rows with a question and a context → the answer, where it starts, and its probability."""
+        found = []
+        for number, row in enumerate(inputs, start=1):
+            columns = [self.columns[name] for name in ("question", "context")]
+            if not isinstance(row, dict) or not set(columns) <= set(row):
+                raise BadInput(f"input {number}: found {row!r}; give rows of {' and '.join(columns)}")
+            texts = [row[column] for column in columns]
+            if problem := row_problem(*texts, **self.settings):
+                raise BadInput(f"input {number}: {problem}; give rows of a question and its context")
+            found.append(find_answer(model, *texts, self.data.max_answer_length, **self.settings))
+        return found
+
+
+if __name__ == "__main__":
+    run(QuestionAnswering)

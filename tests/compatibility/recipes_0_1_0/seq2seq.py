@@ -1,0 +1,150 @@
+"""Write a text for a text: a summary, a translation, what a function does.
+
+    ./launch.sh recipes/seq2seq.py --config configs/seq2seq_offline.yaml --budget auto
+
+Your own: `--data.train my.csv --data.source_column article --data.target_column summary`. `model.name` is an
+encoder-decoder (T5, BART, Marian, …), or else an encoder such as BERT, of which two are then joined.
+"""
+
+import re
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from gradacc_hf.config import DataConfig
+from gradacc_hf.items import IGNORED
+from gradacc_hf.labels import list_lengths, require_texts, text_problem, texts_of
+from gradacc_hf.loop import evaluate
+from gradacc_hf.run import run
+from gradacc_hf.tasks.generate import check_target_length, generate
+from gradacc_hf.tasks.joined import EncoderDecoder
+from gradacc_hf.tasks.unigram import perplexity, unigram_loss
+
+
+def features(rows, tokenizer, columns, prefix, max_length, max_target_length, start):
+    """Rows → what the model reads, and as `labels` what it is to write after its start token."""
+    source, target = columns
+    read = tokenizer([prefix + text for text in rows[source]], truncation=True, max_length=max_length)
+    read = read["input_ids"]
+    written = tokenizer(text_target=rows[target], truncation=True, max_length=max_target_length)["input_ids"]
+    bare, bare_target = tokenizer(prefix)["input_ids"], tokenizer(text_target="")["input_ids"]
+    nothing_read = f"no token of its source is left; data.max_length is {max_length}"
+    nothing_written = f"no token of its target is left; data.max_target_length is {max_target_length}"
+    problems = [
+        nothing_read * (len(ids) <= len(bare)) or nothing_written * (len(labels) <= len(bare_target))
+        for ids, labels in zip(read, written, strict=True)
+    ]
+    labels = [ids[1:] if ids[:1] == [start] else ids for ids in written]
+    return {"input_ids": read, "labels": labels, "problem": problems}
+
+
+class Seq2Seq(EncoderDecoder):
+    """Write a text for a text."""
+
+    model_class = AutoModelForSeq2SeqLM
+    example = "def add(a, b):\n    return a + b"
+
+    @dataclass
+    class Data(DataConfig):
+        source_column: str = "source"
+        """Column that holds the text to read; translation.de is the column de inside translation."""
+        target_column: str = "target"
+        """Column that holds the text to write."""
+        prefix: str | None = None
+        """What every source begins with: T5 knows "summarize: "."""
+        max_target_length: int = 64
+        """Where a target is cut off, and the most that is written (tokens)."""
+        generate_rows: int | None = 200
+        """The first so many validation rows have a text written for them (null: all); the loss is of all."""
+        num_beams: int = 1
+        """Beams of the search for what to write (1: greedy)."""
+
+        def rules(self):
+            yield from super().rules()
+            rows = self.generate_rows
+            yield "max_target_length", self.max_target_length >= 1, "1 token or more"
+            yield "generate_rows", rows is None or rows >= 1, "1 row or more, or null"
+            yield "num_beams", self.num_beams >= 1, "1 or more"
+
+    @property
+    def pipeline_tag(self):
+        return "translation" if self.data.source_column.startswith("translation.") else "summarization"
+
+    @property
+    def columns(self):
+        return [self.data.source_column, self.data.target_column]
+
+    def datasets(self):
+        data, rows, start = self.data, self.rows(), self.model_config().decoder_start_token_id
+        check_target_length(self.model_config(), data.max_target_length, self.config.model.name)
+        if not set(self.columns) <= set(rows[0].column_names):  # translation.de is inside translation
+            rows = [dataset.flatten() for dataset in rows]
+        for dataset in rows:
+            require_texts(dataset, data.source_column, "data.source_column")
+            require_texts(dataset, data.target_column, "data.target_column")
+        rows = self.check_rows(*rows, text_problem(self.columns), "data.train")
+        settings = {"max_length": data.max_length, "max_target_length": data.max_target_length}
+        settings |= {"columns": self.columns, "prefix": data.prefix or "", "start": start}
+        train, validation = self.map_rows(rows, features, "data.train", keep=self.columns, **settings)
+        self.shown = validation.select(range(min(data.generate_rows or len(validation), len(validation))))
+        return train.remove_columns(self.columns), validation.remove_columns(self.columns)
+
+    def lengths(self, dataset):
+        """Tokens to read and to write, which are padded on their own."""
+        tokens = [list_lengths(dataset, column) for column in ("input_ids", "labels")]
+        return np.stack(tokens, axis=1)
+
+    def collate(self, examples, pad_to=None):
+        """What the decoder reads, the model makes of `labels`: its start token, and the labels before."""
+        batch = super().collate([{k: v for k, v in e.items() if k != "labels"} for e in examples], pad_to)
+        labels, multiple = [example["labels"] for example in examples], self.config.budget.pad_to_multiple_of
+        length = -(-max(map(len, labels)) // (multiple or 1)) * (multiple or 1)
+        padded = [ids + [IGNORED] * (length - len(ids)) for ids in labels]
+        return {**batch, "labels": torch.tensor(padded)}
+
+    def validate(self, model, windows, accelerator):
+        """The loss of all rows, and how good the texts are that are written for the first of them."""
+        loss = evaluate(model, windows, accelerator=accelerator, compute_loss=self.loss, predict=None).loss
+        written = generate(model, windows, accelerator, len(self.shown), self.tokenizer, **self.search)
+        source, target = (self.shown[column] for column in self.columns)
+        rows = islice(zip(source, written, target, strict=True), 5)
+        self.samples[:] = [dict(zip(("input", "output", "reference"), row, strict=True)) for row in rows]
+        return {"loss": loss, "perplexity": perplexity(loss), **self.metrics(written, target)}
+
+    @property
+    def search(self):
+        """How a text is found: what `generate` is told."""
+        length = self.data.max_target_length
+        return {"max_new_tokens": length, "num_beams": self.data.num_beams, "do_sample": False}
+
+    def metrics(self, predictions, references):
+        from gradacc_hf.metrics import load  # slow to import, so not before it is needed
+
+        pairs = {"predictions": list(predictions), "references": [[text] for text in references]}
+        return load("rouge").compute(**pairs) | load("sacrebleu").compute(**pairs)
+
+    def baseline(self, train, validation):
+        """Every token as likely as in training; the first line or sentence of the source as its summary."""
+        tokens = ((token for row in rows["labels"] for token in row) for rows in (train, validation))
+        of_tokens = perplexity(unigram_loss(*tokens, len(self.tokenizer)))
+        source, target = self.columns
+        end = re.compile(r"\n|(?<=[.!?])\s")
+        first = [end.split(text.strip(), maxsplit=1)[0] for text in self.shown[source]]
+        return {"perplexity": of_tokens, **self.metrics(first, self.shown[target])}
+
+    def answer(self, model, inputs):
+        """Texts, or rows with a source → the text written for each."""
+        [texts] = texts_of(inputs, [self.data.source_column])
+        texts = [(self.data.prefix or "") + text for text in texts]
+        settings = {"truncation": True, "max_length": self.data.max_length, "padding": True}
+        tokens = self.tokenizer(texts, **settings, return_token_type_ids=False, return_tensors="pt")
+        written = model.generate(**tokens.to(model.device), **self.search)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [{"output": text.strip()} for text in texts]
+
+
+if __name__ == "__main__":
+    run(Seq2Seq)

@@ -1,0 +1,119 @@
+"""Label a text, or a pair of texts, with one of some classes, any number of labels, or a number.
+
+    ./launch.sh recipes/text_classification.py --config configs/text_classification_offline.yaml --budget auto
+
+Your own texts: `--data.train my.csv --data.text_column text --data.label_column label`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from gradacc_hf.config import DataConfig
+from gradacc_hf.labels import problems_of_tokens, require_texts, text_problem, texts_of
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import run
+from gradacc_hf.tasks.targets import TARGETS, answers, class_weights
+
+
+def features(rows, tokenizer, columns, max_length):
+    """Rows → what the model reads."""
+    texts = [rows[column] for column in columns]
+    which = None if len(texts) > 1 else False  # of one text, all tokens are of the same type
+    tokens = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=which)
+    problems = problems_of_tokens(
+        tokens, len(texts), tokenizer.num_special_tokens_to_add(which is None), max_length
+    )
+    return {**tokens, "labels": rows["label"], "problem": problems}
+
+
+class TextClassification(Recipe):
+    """Label a text."""
+
+    model_class = AutoModelForSequenceClassification
+    pipeline_tag = "text-classification"
+
+    @dataclass
+    class Data(DataConfig):
+        text_column: str = "text"
+        """Column that holds the text."""
+        text_pair_column: str | None = None
+        """Column that holds the other text, where a pair is labelled."""
+        label_column: str = "label"
+        """Column that holds the label: a string or an integer, a list of them, or a number, by problem."""
+        problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+        """What is predicted: one of the classes, any number of labels, or a number."""
+        class_weights: str = "none"
+        """Weight of each class in the loss: none, balanced (1 / its frequency), or spam=5,ham=1."""
+
+        def rules(self):
+            yield from super().rules()
+            has_classes = self.problem == "single_label"
+            yield "class_weights", has_classes or self.class_weights == "none", "none but for single_label"
+
+    def datasets(self):
+        data, columns = self.data, self.text_columns()
+        train, validation = self.rows(None if data.problem == "regression" else data.label_column)
+        for split in (train, validation):
+            for column, key in columns.items():
+                require_texts(split, column, key)
+        self.target = TARGETS[data.problem](train, validation, data.label_column)
+        train, validation = self.check_rows(train, validation, text_problem(columns), "data.text_column")
+        train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
+        train, validation = self.target.encode(train, validation, self.may_skip)
+        self.class_weights = class_weights(data.class_weights, self.target.names, train["label"])
+        settings = {"columns": list(columns), "max_length": data.max_length}
+        return self.map_rows((train, validation), features, "data.text_column", **settings)
+
+    @property
+    def example(self):
+        text = "Wait until all pending tasks of the event loop are done."
+        return text if self.data.text_pair_column is None else {"text": text, "text_pair": text}
+
+    def text_columns(self):
+        """The one column, or both of a pair, each with its setting."""
+        columns = {self.data.text_column: "data.text_column"}
+        if self.data.text_pair_column is not None:
+            columns[self.data.text_pair_column] = "data.text_pair_column"
+        return columns
+
+    def model_overrides(self):
+        return self.target.model_overrides()
+
+    def model(self):
+        """A decoder, such as GPT-2, reads its answer off the last token that is no padding."""
+        model = super().model()
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
+    def num_items(self, batch):
+        """A weighted mean divides by the weights of its examples, so these are its items."""
+        if self.class_weights is None:
+            return len(batch["labels"])
+        return float(self.class_weights[batch["labels"]].sum())
+
+    def loss(self, outputs, batch):
+        weights = () if self.class_weights is None else (self.class_weights,)
+        return self.target.loss(outputs.logits, batch["labels"], *weights)
+
+    def metrics(self, predictions, references):
+        return self.target.metrics(np.stack(predictions), np.stack(references))
+
+    def baseline(self, train, validation):
+        """The most frequent label of training, or set of labels, or the mean, for every text."""
+        return self.target.baseline(train["labels"], validation["labels"])
+
+    def answer(self, model, inputs):
+        texts = texts_of(inputs, list(self.text_columns()))
+        settings = {"truncation": True, "max_length": self.data.max_length, "padding": True}
+        tokens = self.tokenizer(*texts, **settings, return_tensors="pt")
+        with torch.no_grad():
+            return answers(model(**tokens.to(model.device)).logits, model.config)
+
+
+if __name__ == "__main__":
+    run(TextClassification)

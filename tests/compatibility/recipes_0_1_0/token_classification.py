@@ -1,0 +1,160 @@
+"""Tag every token of a text: named entities, parts of speech, or the roles of names in source code.
+
+    ./launch.sh recipes/token_classification.py --config configs/token_classification_offline.yaml
+
+Your own rows: `--data.train my.jsonl`, such as {"tokens": ["Ada", "sang"], "tags": ["B-PER", "O"]}.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+from transformers import AutoModelForTokenClassification
+
+from gradacc_hf.config import DataConfig
+from gradacc_hf.errors import refuse
+from gradacc_hf.items import IGNORED
+from gradacc_hf.labels import class_names, file_rows, labels_as_text, require_fast
+from gradacc_hf.recipe import Recipe
+from gradacc_hf.run import run
+from gradacc_hf.tasks.tags import (
+    check_tokens_and_tags,
+    entities,
+    is_scheme,
+    row_problem,
+    tag_names,
+)
+
+
+def features(rows, tokenizer, columns, names, ids, max_length):
+    """Rows → what the model reads: a token's tag is on its first word piece, −100 is on the others."""
+    tokens, tags = rows[columns[0]], [labels_as_text(row, names) for row in rows[columns[1]]]
+    problems = [row_problem(*row, ids) or "" for row in zip(tokens, tags, strict=True)]
+    tokens = [[] if problem else row for problem, row in zip(problems, tokens, strict=True)]
+    settings = {"truncation": True, "max_length": max_length, "return_token_type_ids": False}
+    encoded, labels = tokenizer(tokens, is_split_into_words=True, **settings), []
+    for row, of_row in enumerate(tags):
+        starts = first_pieces(encoded.word_ids(row))
+        labels.append([IGNORED if token is None else ids[of_row[token]] for token in starts])
+        if not problems[row] and set(labels[-1]) == {IGNORED}:
+            problems[row] = f"no token of its {len(of_row)} is left by data.max_length {max_length}"
+    return {**encoded, "labels": labels, "problem": problems}
+
+
+def first_pieces(tokens):
+    """Of every word piece: the number of its token, where it is the first piece of that, else None."""
+    return [None if token == before else token for before, token in pairwise([None, *tokens])]
+
+
+class TokenClassification(Recipe):
+    """Tag every token of a text."""
+
+    model_class = AutoModelForTokenClassification
+    pipeline_tag = "token-classification"
+    example = "import os ; print ( os . getcwd ( ) )"
+    tokenizer_settings: ClassVar = {"add_prefix_space": True}  # where spaces are part of word pieces
+
+    @dataclass
+    class Data(DataConfig):
+        tokens_column: str = "tokens"
+        """Column that holds each row's tokens: a list of strings."""
+        tags_column: str = "tags"
+        """Column that holds the tag of each token: a list of strings, whole numbers or class ids."""
+
+    def datasets(self):
+        data = self.data
+        require_fast(self.tokenizer, self.config.model.name)
+        splits = self.rows(data.tags_column)
+        for dataset in splits:
+            check_tokens_and_tags(dataset, data.tokens_column, data.tags_column)
+        self.labels = tag_names(splits[0], data.tags_column)
+        train, validation = map(self.tokenize, splits)
+        numbers, problem = [file_rows(dataset) for dataset in splits], lambda row: row["problem"] or None
+        found = self.check_rows(train, validation, problem, "data.tags_column", numbers)
+        return tuple(dataset.remove_columns("problem") for dataset in found)
+
+    def tokenize(self, dataset):
+        data = self.data
+        settings = {"columns": (data.tokens_column, data.tags_column), "max_length": data.max_length}
+        settings["names"] = class_names(dataset, data.tags_column)
+        settings["ids"] = {label: i for i, label in enumerate(self.labels)}
+        settings["tokenizer"] = self.tokenizer
+        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
+
+    def model_overrides(self):
+        ids = {label: i for i, label in enumerate(self.labels)}
+        return {"id2label": dict(enumerate(self.labels)), "label2id": ids}
+
+    def predict(self, outputs, batch):
+        """The ids of the labelled tokens only: predicted ones and true ones, row by row."""
+        rows = zip(outputs.logits.argmax(-1).cpu().numpy(), batch["labels"].cpu().numpy(), strict=True)
+        pairs = [(predicted[true != IGNORED], true[true != IGNORED]) for predicted, true in rows]
+        return [predicted for predicted, _ in pairs], [true for _, true in pairs]
+
+    def metrics(self, predictions, references):
+        from gradacc_hf.metrics import load  # slow to import, so not before it is needed
+
+        scores = {}
+        if is_scheme(self.labels):  # the tags of parts of speech are no entities
+            names = np.array(self.labels)
+            tags = {"predictions": predictions, "references": references}
+            tags = {name: [names[row].tolist() for row in rows] for name, rows in tags.items()}
+            scores |= load("seqeval").compute(**tags)
+        tokens = {"predictions": np.concatenate(predictions), "references": np.concatenate(references)}
+        scores |= load("accuracy").compute(**tokens)
+        return scores | {"token_f1": load("f1").compute(**tokens)["f1"]}
+
+    def answer(self, model, inputs):
+        """The tag of each token, and the entities; a token of a text is what stands between its spaces."""
+        answers = []
+        for given in inputs:
+            tokens = given.get(self.data.tokens_column) if isinstance(given, Mapping) else given
+            tokens = tokens.split() if isinstance(tokens, str) else tokens
+            if (
+                not tokens
+                or not isinstance(tokens, list)
+                or not all(isinstance(token, str) for token in tokens)
+            ):
+                refuse("input", f"found {given!r}", f'a text, or {{"{self.data.tokens_column}": ["a", "b"]}}')
+            tags = self.tag(model, tokens)
+            answers.append({"tokens": tokens, "tags": tags, "entities": entities(tokens, tags)})
+        return answers
+
+    def tag(self, model, tokens):
+        """One tag a token, however many: what is beyond data.max_length goes into rows of their own."""
+        settings = {"truncation": True, "max_length": self.data.max_length, "return_overflowing_tokens": True}
+        settings |= {"padding": True, "return_tensors": "pt", "return_token_type_ids": False}
+        batch = self.tokenizer([tokens], is_split_into_words=True, **settings)
+        del batch["overflow_to_sample_mapping"]
+        predicted, tags = model(**batch.to(model.device)).logits.argmax(-1).tolist(), {}
+        for row, ids in enumerate(predicted):
+            for word, tag in zip(batch.word_ids(row), ids, strict=True):
+                tags.setdefault(word, model.config.id2label[tag])  # the first piece decides
+        return [tags.get(word, "O") for word in range(len(tokens))]  # a token may have no word piece
+
+    def baseline(self, train, validation):
+        """The most frequent tag of each token in training; of a new token, that of all tokens together."""
+        of_token, of_all = defaultdict(Counter), Counter()
+        for word, tag in (pair for example in train for pair in self.words(example)):
+            of_token[word][tag] += 1
+            of_all[tag] += 1
+        best = {word: counts.most_common(1)[0][0] for word, counts in of_token.items()}
+        pairs = [list(self.words(example)) for example in validation]
+        predicted = [[best.get(word, of_all.most_common(1)[0][0]) for word, _ in row] for row in pairs]
+        return self.metrics(predicted, [[tag for _, tag in row] for row in pairs])
+
+    def words(self, example):
+        """Its tokens, as their word pieces, with their tags."""
+        ids, labels = np.array(example["input_ids"]), np.array(example["labels"])
+        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}  # unknown: a token too
+        ids, labels = (values[~np.isin(ids, list(special))] for values in (ids, labels))
+        starts = np.flatnonzero(labels != IGNORED).tolist()
+        for start, end in pairwise([*starts, len(ids)]):
+            yield tuple(ids[start:end].tolist()), int(labels[start])
+
+
+if __name__ == "__main__":
+    run(TokenClassification)

