@@ -251,7 +251,7 @@ def test_another_python_than_that_of_the_environment_is_one_line(venv, tmp_path)
     ],
 )
 def test_it_installs_what_the_command_needs(tmp_path, arguments, extras):
-    """With the real pip in a dry run: the step of the package fails, and leaves nothing that says it is there."""
+    """With the real pip in a dry run: the third step fails, and leaves no stamp that says it is done."""
     folder = tmp_path / "venv"
     dry = {"PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1"}
     done = subprocess.run(

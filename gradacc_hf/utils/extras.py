@@ -7,6 +7,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 
 from gradacc_hf.errors import MissingExtraError, one_line
@@ -30,12 +31,13 @@ def require(user: str, extra: str, *packages: str) -> None:
         )
 
 
-def packages_of(*extras: str) -> list[str]:
+@cache
+def packages_of(*extras: str) -> tuple[str, ...]:
     """Return the distributions that these extras install, without this package and those of the base.
 
     Empty where the package runs from a folder without being installed, as in a Space.
     """
-    return [name for name, _ in _requirements(extras) if name != DISTRIBUTION]
+    return tuple(name for name, _ in _requirements(extras) if name != DISTRIBUTION)
 
 
 def pinned(*extras: str) -> list[str]:
@@ -62,10 +64,12 @@ def _requirements(extras: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     except metadata.PackageNotFoundError:
         return
     for line in lines:
-        requirement = Requirement(line)
         of_extra = re.search(r"""extra == ['"]([^'"]+)""", line)
         extra = of_extra[1] if of_extra else ""
-        if extra not in extras or (requirement.marker and not requirement.marker.evaluate({"extra": extra})):
+        if extra not in extras:
+            continue
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue
         yield requirement.name, extra
         if requirement.name == DISTRIBUTION:  # an extra that is made of others
