@@ -83,9 +83,8 @@ def _listed(names: list[str]) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]
 
 
-if (
-    __name__ == "__main__"
-):  # python -m gradacc_hf.utils.extras EXTRA …: exit code 2 and one line if one is missing
+# python -m gradacc_hf.utils.extras EXTRA …: exit code 2 and one line if a package of an extra is missing
+if __name__ == "__main__":
     try:
         for name in sys.argv[1:]:
             require("this", name)
