@@ -436,7 +436,7 @@ def test_evaluation_callbacks_checkpoints_and_resume_work_as_in_trainer(tmp_path
     assert state["global_step"] == 4
     whole = train([EarlyStoppingCallback(3)])
     assert losses == logged(whole)
-    evaluated = float(head.model(**head.collate(examples[:5])).loss)
+    evaluated = head.model(**head.collate(examples[:5])).loss.item()
     assert whole.evaluate()["eval_loss"] == pytest.approx(evaluated, rel=1e-5)
 
 
