@@ -283,7 +283,7 @@ def test_a_router_loss_does_not_hide_that_labels_are_shifted(tmp_path):
     head.model.config.router_aux_loss_coef = head.model.router_aux_loss_coef = 1e-8
     trainer = make(ExactTrainer, head, tmp_path, head.examples(LENGTHS))
     trainer.train()
-    assert trainer._found.items == "next_token"
+    assert trainer.items_found == "next_token"
 
 
 def test_labels_that_are_no_tensor_count_examples(tmp_path):
