@@ -24,6 +24,7 @@ __all__ = [
     "GrowingBatch",
     "InputError",
     "LoopError",
+    "MissingExtraError",
     "NonFiniteError",
     "OutOfMemoryError",
     "ScheduledBatch",
@@ -57,6 +58,7 @@ _LAZY = {
     "GrowingBatch": "accumulation.batch_schedule",
     "InputError": "errors",
     "LoopError": "errors",
+    "MissingExtraError": "errors",
     "NonFiniteError": "errors",
     "OutOfMemoryError": "errors",
     "ScheduledBatch": "accumulation.batch_schedule",
@@ -86,7 +88,14 @@ if TYPE_CHECKING:
     from gradacc_hf.accumulation.window import Window
     from gradacc_hf.doctor import Diagnosis, diagnose
     from gradacc_hf.doctor.callback import DoctorCallback
-    from gradacc_hf.errors import GradaccError, InputError, LoopError, NonFiniteError, OutOfMemoryError
+    from gradacc_hf.errors import (
+        GradaccError,
+        InputError,
+        LoopError,
+        MissingExtraError,
+        NonFiniteError,
+        OutOfMemoryError,
+    )
     from gradacc_hf.hf_trainer.trainer import ExactTrainer, ExactTrainerMixin
     from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
     from gradacc_hf.training.finetune import Best, fine_tune

@@ -84,8 +84,10 @@ def _path(name: str) -> Path:
 
 
 def _check_plot(plot: Path) -> None:
+    from gradacc_hf.utils.extras import require  # late: a list of lessons does not need it
     from gradacc_hf.utils.files import write_whole  # late: it loads torch
 
+    require("--plot", "report", "matplotlib")
     if plot.suffix != ".svg":
         refuse("--plot", f"found {plot}", "allowed: a file that ends in .svg")
     try:

@@ -27,6 +27,7 @@ PUBLIC = [
     "GrowingBatch",
     "InputError",
     "LoopError",
+    "MissingExtraError",
     "NonFiniteError",
     "OutOfMemoryError",
     "ScheduledBatch",

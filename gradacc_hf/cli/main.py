@@ -27,6 +27,16 @@ COMMANDS = {
 }
 """Command → the module whose `main` gets the remaining arguments, and one line of help."""
 
+EXTRAS = {
+    "bench": ("recipes", "report"),
+    "compare": ("recipes", "report"),
+    "plan": ("recipes",),
+    "predict": ("recipes",),
+    "report": ("report",),
+    "verify": ("recipes",),
+}
+"""The extras that a command needs; `gradacc play` names its own, as it can draw a film without Gradio."""
+
 
 def main() -> None:
     """Run the `gradacc` command. A GradaccError ends it with one line and its exit code."""
@@ -45,11 +55,15 @@ def _run() -> None:
     """Parse the command line and run its command. Only the chosen command imports what is slow to import."""
     parser = _make_parser()
     arguments, rest = parser.parse_known_args()
+    if rest and arguments.command not in COMMANDS:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for extra in EXTRAS.get(arguments.command, ()):
+        from gradacc_hf.utils.extras import require  # late: `gradacc ls` starts without it
+
+        require(f"gradacc {arguments.command}", extra)
     if arguments.command in COMMANDS:
         module, _ = COMMANDS[arguments.command]
         import_module(module).main(rest)
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     elif arguments.command == "ls":
         for name in recipes():
             print(name, *(f"configs/{path.name}" for path in configs(name)), sep="  ")

@@ -221,10 +221,10 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         accelerator.print(f"baseline: {describe(baseline)}")
     accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")
     if accelerator.is_main_process:
-        from gradacc_hf.report import write_report  # late: it loads matplotlib
-
         try:
             refresh_cards(folder)
+            from gradacc_hf.report import write_report  # late: it loads matplotlib, of another extra
+
             print(f"report: {write_report([folder])}")
         except Exception as error:  # the run is over and saved, whatever became of its cards and report
             print(f"no report: {one_line(error)}; gradacc report {folder} makes one", file=sys.stderr)

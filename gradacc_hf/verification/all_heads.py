@@ -34,8 +34,8 @@ HEADS_OF_A_KIND = 4
 class HeadVerdict:
     """What verifying one head gives.
 
-    `errors` holds the relative errors of all `WAYS` for each of `SPLITS`. It is empty where the head cannot be
-    built, and NaN where `verify` raised. `reason` is why the loop is not exact, or there is no error.
+    `errors` holds the relative errors of all `WAYS` for each of `SPLITS`. It is empty where the head cannot
+    be built, and NaN where `verify` raised. `reason` is why the loop is not exact, or why there is no error.
     """
 
     kind: str
@@ -59,7 +59,11 @@ def heads(every: bool) -> list[tuple[str, str]]:
     found = []
     for kind in KINDS:
         types = model_types(kind)
-        chosen = types if every else [types[i] for i in np.linspace(0, len(types) - 1, HEADS_OF_A_KIND).astype(int)]
+        chosen = (
+            types
+            if every
+            else [types[i] for i in np.linspace(0, len(types) - 1, HEADS_OF_A_KIND).astype(int)]
+        )
         found += [(kind, model_type) for model_type in chosen]
     return found
 

@@ -1,4 +1,4 @@
-"""The ways to accumulate that are compared: at once, Trainer, ExactTrainer, Accelerate's loop and WindowLoader's.
+"""The ways to accumulate that are compared: at once, Trainer, ExactTrainer, Accelerate and WindowLoader.
 
 Each takes an unprepared model and an optimizer, and trains one epoch on the examples in the given order,
 without evaluation and saving. It returns its seconds and the loss of each window.
@@ -81,7 +81,7 @@ def run_accelerate(
     compute_loss: ComputeLoss = model_loss,
     **accelerator_arguments: Any,
 ) -> EpochResult:
-    """Train with the loop of Accelerate's guide to gradient accumulation; a window's loss is the mean of losses."""
+    """Train with the loop of Accelerate's guide to accumulation; the loss is the mean over micro-batches."""
     accelerator = Accelerator(gradient_accumulation_steps=steps, **accelerator_arguments)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     losses, of_window = [], []
@@ -178,7 +178,7 @@ def run_trainer(
 
 @torch.no_grad()
 def custom_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -> ComputeLoss | None:
-    """Return None where `compute_loss` gives the loss of the model, which Trainer uses; else `compute_loss`."""
+    """Return `compute_loss`, or None where it gives the loss of the model, which Trainer uses."""
     training = model.training
     model.eval()
     outputs = model(**batch)
@@ -189,7 +189,7 @@ def custom_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -
 
 @contextmanager
 def preserve_accelerate_state() -> Iterator[None]:
-    """Restore the state of Accelerate, which TrainingArguments clears and the Accelerator of the caller needs."""
+    """Restore the state of Accelerate, which TrainingArguments clears: the Accelerator of the caller needs it."""
     states = (AcceleratorState, PartialState, GradientState)
     before = [dict(state._shared_state) for state in states]
     try:

@@ -150,7 +150,8 @@ def _batch_norm(model: torch.nn.Module) -> Reason | None:
         f"{len(found)} BatchNorm modules ({listed(name for name, _ in found[:3])} …) normalise each example "
         "by its micro-batch",
         "no accumulation is exact with them: take a model with LayerNorm or GroupNorm (for one that is "
-        f"trained from scratch: torch.nn.{other} in the place of {name}, and so on), or freeze them in eval mode",
+        f"trained from scratch: torch.nn.{other} in the place of {name}, and so on), or freeze them in "
+        "eval mode",
     )
 
 

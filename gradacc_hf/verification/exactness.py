@@ -147,8 +147,8 @@ def verify(
             reasons = why_not_exact(model, windows, compute_loss, window.indices, window.pad_to)
     return Verification(
         loop=loop,
-        exact_trainer=_worst([each.trainers[EXACT_TRAINER] for each in compared if EXACT_TRAINER in each.trainers]),
-        trainer=_worst([each.trainers[TRAINER] for each in compared if TRAINER in each.trainers]),
+        exact_trainer=_worst(compared, EXACT_TRAINER),
+        trainer=_worst(compared, TRAINER),
         trainer_failed=compared[-1].trainer_failed,
         reference=REFERENCE_AT_ONCE if fits else REFERENCE_ONE_BY_ONE,
         windows=len(compared),
@@ -232,8 +232,9 @@ def _compare_trainers(
     return found, ""
 
 
-def _worst(comparisons: list[Comparison]) -> Comparison | None:
-    return max(comparisons, key=lambda comparison: comparison.badness, default=None)
+def _worst(compared: list[_ComparedWindow], trainer: str) -> Comparison | None:
+    found = [each.trainers[trainer] for each in compared if trainer in each.trainers]
+    return max(found, key=lambda comparison: comparison.badness, default=None)
 
 
 def _accumulated(

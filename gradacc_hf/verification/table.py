@@ -1,4 +1,4 @@
-"""Print what `verify` finds out: a table of the ways to accumulate, the reasons for errors, and the verdict."""
+"""Print a verification: the ways to accumulate in a table, the reasons for errors, and the verdict."""
 
 import io
 

@@ -7,7 +7,7 @@ import pytest
 from recipe_runs import write_rows
 
 from gradacc_hf.cli import main as cli
-from gradacc_hf.cli import plan as plan_cli
+from gradacc_hf.cli import plan as plan_command
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.plan import make_plan
@@ -39,7 +39,7 @@ def bare(tiny_bert, tmp_path, monkeypatch):
 
 def plan(capsys, *words, fits=True):
     with nullcontext() if fits else pytest.raises(SystemExit) as end:
-        plan_cli.main([*map(str, words)])
+        plan_command.main([*map(str, words)])
     assert fits or end.value.code == 1
     return capsys.readouterr().out
 
@@ -126,7 +126,7 @@ def test_a_bound_of_ones_own_is_kept(bare, capsys):
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(bare, words, said):
     with pytest.raises(InputError) as refused:
-        plan_cli.main(["--config", CONFIG, *bare, *words])
+        plan_command.main(["--config", CONFIG, *bare, *words])
     assert str(refused.value).startswith(said)
     assert "\n" not in str(refused.value)
 
