@@ -189,7 +189,7 @@ def custom_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -
 
 @contextmanager
 def preserve_accelerate_state() -> Iterator[None]:
-    """Restore the state of Accelerate, which TrainingArguments clears: the Accelerator of the caller needs it."""
+    """Restore the state of Accelerate, which the caller needs and TrainingArguments clears."""
     states = (AcceleratorState, PartialState, GradientState)
     before = [dict(state._shared_state) for state in states]
     try:
