@@ -38,7 +38,7 @@ from gradacc_hf.hardware import (
     set_up_allocator,
 )
 from gradacc_hf.loop import Best, fine_tune
-from gradacc_hf.lora import check_four_bit, write_merged
+from gradacc_hf.lora import check_four_bit, check_peft, write_merged
 from gradacc_hf.memory.of_recipe import choose_bound
 from gradacc_hf.micro_batches import measure_lengths
 from gradacc_hf.nonfinite import NonFinite
@@ -93,6 +93,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     check_sizes(config)
     _check_dtype(config)  # again, of what is left of the budget
     check_lean_loss(recipe_class, config)
+    if config.model.lora.rank:
+        check_peft()
     check_four_bit(config.model)
     check_optimizer(config.optim)
     resumed = folder_to_resume(config)
