@@ -93,7 +93,7 @@ def _run() -> None:
 
         print(write_report(arguments.runs, arguments.output))
     else:
-        from gradacc_hf import bench  # late: it loads transformers
+        from gradacc_hf.bench import cli as bench  # late: it loads transformers
 
         bench.main(rest)
 
