@@ -69,7 +69,7 @@ def _run() -> None:
 
         verify_command.main(rest)
     elif arguments.command == "compare":
-        from gradacc_hf.comparison import compare  # late: it loads transformers
+        from gradacc_hf.comparison import cli as compare  # late: it loads transformers
 
         compare.main(rest)
     elif arguments.command == "doctor":

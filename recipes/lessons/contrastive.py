@@ -79,7 +79,7 @@ def main():
 
 def draw(axes, found):
     axes.barh(*zip(*reversed(found.items()), strict=True))
-    axes.set(title="The gradient of 64 pairs, by how they are cut", xlabel="relative error")
+    axes.set(title="The gradient of 64 pairs, by how they are split", xlabel="relative error")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Is it faster? Sixty-four examples at once, in ever smaller micro-batches, and cut by length.
+"""Is it faster? Sixty-four examples at once, in ever smaller micro-batches, and split by length.
 
 Run it: gradacc lessons time. The doctor finds: nothing.
 """
@@ -38,7 +38,7 @@ def plain(examples, size):
         yield batch["src"].shape[:2].numel()
 
 
-def gradacc(examples, accelerator):  # sorted by length, cut where that is predicted to cost least
+def gradacc(examples, accelerator):  # sorted by length, split at the least predicted cost
     settings = {"max_tokens": 1024, "lengths": len, "num_items": count_tokens, "collate_fn": collate}
     for window in WindowLoader(examples, 64, accelerator=accelerator, **settings):
         for batch in window:
@@ -67,7 +67,7 @@ def main():
             error = (torch.dist(gradients[name], truth) / truth.norm()).item()
             found[name, kind] = {"ratio": ratio, "tokens": tokens[name], "error": error}
             print(f"{kind:>7} {name:>6}: {tokens[name]:5} padded tokens, time × {ratio:.2f}, off {error:.0e}")
-    print("In gradacc: `WindowLoader` sorts a window by length and cuts it where it should cost least.")
+    print("In gradacc: `WindowLoader` sorts a window by length and splits it at the least cost.")
     return found
 
 

@@ -60,9 +60,9 @@ def main():
     ways = {"mean of means": plain(2, weight=lambda batch: 1 / 4)}
     ways["by tokens"] = plain(2, weight=lambda batch: (batch["labels"] != -100).sum() / sum(TOKENS))
     ways["gradacc"] = gradacc()
-    cut = " + ".join(str(sum(TOKENS[i : i + 2])) for i in range(0, 8, 2))
+    split = " + ".join(str(sum(TOKENS[i : i + 2])) for i in range(0, 8, 2))
     found = {"at once": {"loss": loss, "error": 0.0}}
-    print(f"{sum(TOKENS)} labelled tokens at once: loss {loss:.4f}; in micro-batches of {cut}:")
+    print(f"{sum(TOKENS)} labelled tokens at once: loss {loss:.4f}; in micro-batches of {split}:")
     for name, (loss, gradient) in ways.items():
         found[name] = {"loss": loss, "error": (torch.dist(gradient, truth) / truth.norm()).item()}
         print(f"{name:<14} loss {loss:.4f}, gradient off by {found[name]['error']:.0e}")
