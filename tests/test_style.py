@@ -36,6 +36,11 @@ def parsed(folder: Path) -> Iterator[tuple[str, ast.Module]]:
             yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
 
 
+def report(found: dict[str, object]) -> str:
+    """All that was found, a line each."""
+    return "\n".join(["", *(f"{name} {what}" for name, what in sorted(found.items()))])
+
+
 def test_no_function_is_longer_than_80_lines():
     long = {
         f"{file}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
@@ -44,7 +49,7 @@ def test_no_function_is_longer_than_80_lines():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
     }
-    assert long == {}
+    assert not long, report(long)
 
 
 def test_a_class_name_stands_for_one_class():
@@ -53,7 +58,8 @@ def test_a_class_name_stands_for_one_class():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(f"{file}:{node.lineno}")
-    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+    repeated = {name: ", ".join(where) for name, where in places.items() if len(where) > 1}
+    assert not repeated, report(repeated)
 
 
 def test_the_top_level_holds_packages_and_a_few_files():
@@ -75,7 +81,7 @@ def test_no_test_reaches_into_private_attributes():
         and node.attr not in THIRD_PARTY_PRIVATES
         and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
     }
-    assert sorted(found) == []
+    assert not found, report(dict.fromkeys(found, ""))
 
 
 def test_no_test_imports_private_names_of_the_package():
@@ -87,7 +93,7 @@ def test_no_test_imports_private_names_of_the_package():
         for name in node.names
         if name.name.startswith("_") and not name.name.endswith("__")
     }
-    assert sorted(found) == []
+    assert not found, report(dict.fromkeys(found, ""))
 
 
 def test_the_folders_of_the_tests_are_those_of_the_package():
