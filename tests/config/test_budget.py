@@ -355,7 +355,7 @@ def test_the_cpu_benchmark_measures_a_recipe(tiny_bert, rows, tmp_path, capsys):
     recipe = ROOT / "recipes" / "text_classification.py"
     (tmp_path / "a.yaml").write_text(f"recipe: {recipe}\n")
     words = [str(word) for pair in settings.items() for word in pair]
-    cpu_speed._measure(1, ["--config", str(tmp_path / "a.yaml"), *words, "--data.max_length", "32"])
+    cpu_speed.time_windows_here(1, ["--config", str(tmp_path / "a.yaml"), *words, "--data.max_length", "32"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["seconds"] > 0
     assert found["first"] > 0
@@ -364,10 +364,10 @@ def test_the_cpu_benchmark_measures_a_recipe(tiny_bert, rows, tmp_path, capsys):
 
 def test_ratios_to_the_default_are_taken_turn_by_turn():
     runs = [{"seconds": seconds, "first": 1.0} for seconds in (2.0, 30.0, 1.0)]
-    ratio = cpu_speed._ratio("bf16", runs, [4.0, 40.0, 2.0])
+    ratio = cpu_speed.ratio_to_default("bf16", runs, [4.0, 40.0, 2.0])
     assert (ratio.median, ratio.low, ratio.high, ratio.clear) == (0.5, 0.5, 0.75, True)
 
 
 def test_an_unknown_variant_is_refused():
     with pytest.raises(InputError, match="--only: found 'turbo'; allowed: default, threads_1"):
-        cpu_speed.cpu("a.yaml", ["turbo"])
+        cpu_speed.measure_cpu_settings("a.yaml", ["turbo"])
