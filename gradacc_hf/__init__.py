@@ -10,7 +10,7 @@ from gradacc_hf.doctor import Diagnosis, diagnose
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
 from gradacc_hf.training.finetune import Best, fine_tune
-from gradacc_hf.training.loop import Evaluation, evaluate, train
+from gradacc_hf.training.loop import Evaluation, evaluate, iter_windows, train
 from gradacc_hf.training.preflight import preflight_check
 from gradacc_hf.utils import moved_modules
 from gradacc_hf.verification.exactness import verify
@@ -36,6 +36,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "fine_tune",
+    "iter_windows",
     "newest_checkpoint",
     "preflight_check",
     "retry_on_oom",

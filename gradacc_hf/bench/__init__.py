@@ -67,7 +67,7 @@ from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.folder import next_folder
 from gradacc_hf.run.runner import make_windows
-from gradacc_hf.training.loop import train
+from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.commands import Parser
@@ -169,7 +169,7 @@ def planning(recipe: Recipe, examples: int = 10_000_000) -> Planning:
     windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator())
     model = recipe.model()
     model, optimizer = windows.accelerator.prepare(model, make_optimizer(model, recipe.config.optim))
-    records = train(model, optimizer, windows, accelerator=windows.accelerator, max_windows=2)
+    records = iter_windows(model, optimizer, windows, accelerator=windows.accelerator, max_windows=2)
     step = [record.seconds for record in records][-1]
     small = median(_milliseconds(partial(windows.split, 0, t)) for t in range(len(windows)))
 

@@ -23,7 +23,7 @@ from gradacc_hf.config.schema import TrainConfig
 from gradacc_hf.doctor import Diagnosis, diagnose
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
-from gradacc_hf.training.loop import train
+from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.paths import bundle_root
@@ -64,9 +64,7 @@ class Loops:
 
     def loader(self, noise_every: int) -> WindowLoader:
         """At the next window."""
-        loader = self.windows.with_bound(self.windows.bound)
-        loader._windows.noise_every = noise_every
-        return loader
+        return self.windows.with_bound(self.windows.bound, noise_every=noise_every)
 
     def seconds(self, noise_every: int) -> float:
         """Of the next window."""
@@ -74,7 +72,7 @@ class Loops:
         return next(records).seconds
 
     def _trained(self, loader: WindowLoader) -> Iterator[Any]:
-        return train(
+        return iter_windows(
             self.model, self.optimizer, loader, accelerator=self.accelerator, epochs=loader.epoch + 1
         )
 

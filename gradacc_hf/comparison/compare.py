@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from gradacc_hf.accumulation.loss_items import as_window_loss
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.comparison.worker import CONTENDERS, DOES_NOT_FIT, micro_batch_size, window_size
 from gradacc_hf.errors import InputError, listed
@@ -214,7 +215,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("gradacc compare runs on one process: start it without a launcher")
     settings = ["--config", arguments.config, "--budget", arguments.budget, *settings]
     recipe = load_recipe(settings)
-    if hasattr(recipe.loss, "look_ahead"):
+    if as_window_loss(recipe.loss) is not None:
         raise InputError(
             f"recipe: the loss of {type(recipe).__name__} is of all examples of a window together, which no "
             "other way of accumulating has; see gradacc bench contrastive"

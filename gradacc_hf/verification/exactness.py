@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import COUNTS, ComputeLoss, CountItems, model_loss
+from gradacc_hf.accumulation.loss_items import (
+    COUNTS,
+    ComputeLoss,
+    CountItems,
+    as_window_loss,
+    look_ahead,
+    model_loss,
+)
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.reference import (
     EXACT,
@@ -109,7 +116,7 @@ def verify(
     with preserve_rng_state(), full_float32():
         for window in windows:
             truth = _whole(model, windows, window, compute_loss)
-            if truth is None and hasattr(compute_loss, "look_ahead"):
+            if truth is None and as_window_loss(compute_loss) is not None:
                 raise InputError(
                     f"batch.effective: a window of {len(window.indices)} does not fit at once, and its loss "
                     "is of all examples together: verify with a smaller one"
@@ -120,7 +127,7 @@ def verify(
             gradient = _accumulated(model, window, accelerator, compute_loss)
             ours.append((compare("the loop", gradient, truth), window, math.isfinite(norm(truth))))
             if trainer and not failed:
-                micro_batches = list(window)
+                micro_batches = list(window.batches())
                 try:
                     for way, found in theirs.items():
                         exact = way == "ExactTrainer"
@@ -167,8 +174,7 @@ def _accumulated(
 ) -> Gradient:
     """What our loop accumulates over a window; `.grad` is left empty."""
     model.zero_grad()
-    if hasattr(compute_loss, "look_ahead"):
-        compute_loss.look_ahead(model, window)  # type: ignore[attr-defined]
+    look_ahead(compute_loss, model, window)
     for batch in window:
         batch = in_dtype_of(model, batch)
         with accelerator.accumulate(model):
