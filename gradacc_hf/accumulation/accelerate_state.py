@@ -92,7 +92,9 @@ def check_prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: 
             f"optimizer: found an unprepared {type(optimizer).__name__}; write "
             "`model, optimizer = accelerator.prepare(model, optimizer)` before the loop"
         )
-    if not any(model is prepared for prepared in accelerator._models):
+    bare = accelerator.unwrap_model(model)
+    synchronises = accelerator.num_processes == 1 or forwards_are_collective(accelerator) or bare is not model
+    if not (synchronises and _was_prepared(accelerator, bare)):
         raise InputError(
             f"model: found an unprepared {type(model).__name__}; write "
             "`model, optimizer = accelerator.prepare(model, optimizer)` before the loop"
@@ -100,13 +102,22 @@ def check_prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: 
 
 
 def check_prepared_model(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Raise InputError for a model that did not go through `accelerator.prepare`, wrapped or not."""
+    """Raise InputError for an unprepared model where an evaluation needs a prepared one.
+
+    That is under FSDP, and with mixed precision, which an unprepared model ignores.
+    """
+    if accelerator.mixed_precision == "no" and not forwards_are_collective(accelerator):
+        return
     bare = accelerator.unwrap_model(model)
-    if not any(bare is accelerator.unwrap_model(prepared) for prepared in accelerator._models):
+    if not _was_prepared(accelerator, bare):
         raise InputError(
             f"model: found an unprepared {type(model).__name__}; write `model = accelerator.prepare(model)` "
             "before the evaluation"
         )
+
+
+def _was_prepared(accelerator: Accelerator, bare: torch.nn.Module) -> bool:
+    return any(bare is accelerator.unwrap_model(prepared) for prepared in accelerator._models)
 
 
 def check_unprepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:

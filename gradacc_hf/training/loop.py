@@ -231,7 +231,7 @@ def evaluate(
         The loss, predictions and references, the same in all processes.
 
     Raises:
-        InputError: For a model that is not prepared.
+        InputError: For an unprepared model, under FSDP or with mixed precision.
     """
     check_prepared_model(accelerator, model)
     if accelerator.distributed_type != DistributedType.FSDP:

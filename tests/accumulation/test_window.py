@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from gradacc_hf import WindowLoader, evaluate, iter_windows, train
 from gradacc_hf.accumulation.accelerate_state import check_unprepared
@@ -119,7 +120,7 @@ def test_a_pass_without_gradients_needs_no_calls_and_gives_the_loss():
 
 
 def test_an_unprepared_model_or_optimizer_is_refused():
-    head, _, windows, model, optimizer = set_up()
+    _, _, windows, model, optimizer = set_up()
     accelerator, other = windows.accelerator, build_head("sequence_classification", "bert").model
     bare = torch.optim.SGD(model.parameters(), lr=0.1)
     line = r"write `model, optimizer = accelerator\.prepare\(model, optimizer\)` before the loop"
@@ -128,11 +129,25 @@ def test_an_unprepared_model_or_optimizer_is_refused():
             loop(model, bare, windows, accelerator=accelerator)
         with pytest.raises(InputError, match=f"^model: found an unprepared BertFor.*; {line}"):
             loop(other, optimizer, windows, accelerator=accelerator)
-    with pytest.raises(InputError, match=r"^model: found an unprepared BertFor"):
-        evaluate(other, windows, accelerator=accelerator)
     check_unprepared(accelerator, other, bare)
     with pytest.raises(InputError, match=r"^optimizer: found a prepared one; fine_tune prepares"):
         check_unprepared(accelerator, model, optimizer)
+
+
+def test_an_unprepared_model_is_not_evaluated_where_precision_would_differ():
+    head = build_head("sequence_classification", "bert")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    windows = WindowLoader(
+        head.examples(LENGTHS), 10, accelerator=accelerator, collate_fn=head.collate, max_tokens=64
+    )
+    try:
+        with pytest.raises(InputError, match=r"^model: found an unprepared BertFor"):
+            evaluate(head.model, windows, accelerator=accelerator)
+        prepared = accelerator.prepare(head.model)
+        assert np.isfinite(evaluate(prepared, windows, accelerator=accelerator).loss)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_train_runs_to_the_end_and_calls_back():
