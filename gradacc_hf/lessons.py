@@ -13,10 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from accelerate.state import AcceleratorState, GradientState
-
 from gradacc_hf.errors import listed, refuse
-from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.paths import bundle_root
 
 # The colours of Okabe and Ito, which the colour-blind tell apart; dashes, so that a line shows under another.
@@ -52,6 +49,8 @@ def run(name: str, plot: Path | None = None) -> Any:
 
     Raises InputError for an unknown lesson, or a plot that cannot be written: then nothing has been run.
     """
+    from accelerate.state import AcceleratorState, GradientState  # late: a list of lessons does not need it
+
     if name not in names():
         refuse("lesson", f"found {name!r}", f"there are: {listed(names())}")
     if "RANK" in os.environ:
@@ -85,6 +84,10 @@ def _path(name: str) -> Path:
 
 
 def _check_plot(plot: Path) -> None:
+    from gradacc_hf.utils.extras import require  # late: a list of lessons does not need it
+    from gradacc_hf.utils.files import write_whole  # late: it loads torch
+
+    require("--plot", "report", "matplotlib")
     if plot.suffix != ".svg":
         refuse("--plot", f"found {plot}", "allowed: a file that ends in .svg")
     try:
@@ -99,6 +102,8 @@ def _check_plot(plot: Path) -> None:
 def _write_plot(lesson: ModuleType, figures: Any, plot: Path) -> None:
     import matplotlib  # late: only plots need it
     from matplotlib.figure import Figure
+
+    from gradacc_hf.utils.files import write_whole
 
     drawn = io.StringIO()
     with matplotlib.rc_context(STYLE):

@@ -365,8 +365,7 @@ def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
 
 
 def _column_lengths(column: Any) -> np.ndarray:
-    """Measure a column of a `datasets.Dataset`, which brings pyarrow."""
-    import pyarrow as pa
+    import pyarrow as pa  # late: datasets brings it, and only its columns need it
     import pyarrow.compute
 
     if pa.types.is_nested(column.type.value_type):

@@ -93,9 +93,9 @@ class WindowLoader:
     each time, and gives the same examples in every process. Each process reads all of it, and collates only
     its own micro-batches: reading and tokenizing cost as much on many processes as on one. A stream with
     `set_epoch` is told the epoch before it is read. Its lengths are measured block by block; an example's
-    index is its place in the stream. Resuming reads on from the current block where a `datasets.IterableDataset` can say
-    where that is (with a shuffle buffer of its own it cannot), and else from the epoch's beginning. Examples
-    of earlier windows cannot be looked up, and `len()` raises TypeError.
+    index is its place in the stream. Resuming reads on from the current block where a
+    `datasets.IterableDataset` can say where that is (with a shuffle buffer of its own it cannot), and else
+    from the epoch's beginning. Examples of earlier windows cannot be looked up, and `len()` raises TypeError.
 
     Attributes:
         epoch, window: Position in the run; inside the loop's body, the current window counts as done.

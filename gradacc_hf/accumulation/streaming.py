@@ -367,15 +367,14 @@ def _of_its_own(dataset: Any) -> tuple[Any, bool]:
     Data sets that are made of one another (`take` and `skip` of one, say) note their positions in shared
     objects. Here these are copied. A shuffle buffer of `datasets` has no state.
     """
-    datasets = sys.modules.get("datasets")  # where it was not imported, nothing is a data set of it
-    if datasets is None or not isinstance(dataset, datasets.IterableDataset):
+    theirs = sys.modules.get("datasets.iterable_dataset")  # no import: datasets may not be installed
+    if theirs is None or not isinstance(dataset, theirs.IterableDataset):
         return dataset, False
-    shuffled = datasets.iterable_dataset.BufferShuffledExamplesIterable
     shuffles = False
 
     def copied(node: Any) -> Any:
         nonlocal shuffles
-        shuffles = shuffles or isinstance(node, shuffled)
+        shuffles = shuffles or isinstance(node, theirs.BufferShuffledExamplesIterable)
         node = copy.copy(node)
         if hasattr(node, "ex_iterable"):
             node.ex_iterable = copied(node.ex_iterable)
