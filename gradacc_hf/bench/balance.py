@@ -35,7 +35,7 @@ from gradacc_hf.bench.progress import Progress
 from gradacc_hf.embedded import documented_functions, minilm_path
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
-from gradacc_hf.training.loop import train
+from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.paths import bundle_root
@@ -398,7 +398,7 @@ def _count(windows_before: int = 5) -> None:
     loader, _ = make_windows(recipe, *recipe.datasets(), accelerator)
     model = make_model(recipe)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.config.optim))
-    records = train(model, optimizer, loader, accelerator=accelerator)
+    records = iter_windows(model, optimizer, loader, accelerator=accelerator)
     for _ in range(windows_before):
         next(records)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

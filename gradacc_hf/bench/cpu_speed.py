@@ -195,7 +195,7 @@ def time_windows_here(windows: int, settings: Sequence[str]) -> None:
     optimizer = make_optimizer(model, recipe.config.optim, accelerator.mixed_precision)
     model, optimizer = accelerator.prepare(model, optimizer)
     shared: dict[str, Any] = {"accelerator": accelerator, "compute_loss": recipe.loss}
-    records = list(train(model, optimizer, loader, max_windows=windows + WARM_UP_WINDOWS, **shared))
+    records = train(model, optimizer, loader, max_windows=windows + WARM_UP_WINDOWS, **shared)
     seconds = [record.seconds for record in records]
     found = {"first": sum(seconds[:WARM_UP_WINDOWS]), "seconds": sum(seconds[WARM_UP_WINDOWS:])}
     peak = peak_memory_bytes(accelerator.device)

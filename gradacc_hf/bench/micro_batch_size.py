@@ -26,7 +26,7 @@ from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.runner import make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.training.autotune import Tuning, sizes_to_try
-from gradacc_hf.training.loop import train
+from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import WindowRecord, measured_with
 from gradacc_hf.utils.verbosity import silence_libraries
@@ -121,7 +121,7 @@ def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
 
     def trained(loader: WindowLoader, epochs: int) -> Iterator[WindowRecord]:
         settings: Any = {"accelerator": accelerator, "compute_loss": recipe.loss, "epochs": epochs}
-        return train(model, optimizer, loader, **settings)
+        return iter_windows(model, optimizer, loader, **settings)
 
     bound, cost, sizes = windows.bound, windows.cost, sizes_to_try(windows)
     beyond = [4 * sizes[0], 2 * sizes[0]] if bound.max_bytes is None else []  # larger than the run may choose

@@ -25,7 +25,7 @@ from gradacc_hf.config.schema import TrainConfig
 from gradacc_hf.doctor import Diagnosis, diagnose
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
-from gradacc_hf.training.loop import train
+from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.paths import bundle_root
@@ -87,7 +87,7 @@ class MonitoredLoops:
         return next(self._trained(loader.with_bound(loader.bound))).seconds
 
     def _trained(self, loader: WindowLoader) -> Iterator[Any]:
-        return train(
+        return iter_windows(
             self.model, self.optimizer, loader, accelerator=self.accelerator, epochs=loader.epoch + 1
         )
 

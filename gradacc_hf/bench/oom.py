@@ -174,7 +174,7 @@ def _train(limit: int) -> None:
     recorded: Any = RecordingLoader(windows)
     is_limited = limit and accelerator.is_last_process
     with limited(limit * 2**20, accelerator.device) if is_limited else nullcontext():
-        records = list(train(model, optimizer, recorded, accelerator=accelerator))
+        records = train(model, optimizer, recorded, accelerator=accelerator)
     found = {
         "replays": windows.replays,
         "losses": [record.loss for record in records],

@@ -34,7 +34,7 @@ from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.runner import make_model, make_windows, total_windows
-from gradacc_hf.training.loop import train
+from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.paths import bundle_root
@@ -189,7 +189,7 @@ class ContrastiveTraining:
         if self.reference_loss is None:
             model, optimizer = self.accelerator.prepare(self.model, self.optimizer)
             shared = {"scheduler": self.scheduler, "compute_loss": self.recipe.loss}
-            records = train(model, optimizer, self.windows, accelerator=self.accelerator, **shared)
+            records = iter_windows(model, optimizer, self.windows, accelerator=self.accelerator, **shared)
             yield from (record.loss for _, record in zip(range(num_windows), records, strict=False))
             return
         self.model.train()

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from gradacc_hf.accumulation.loss_items import as_window_loss
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.comparison.compare import ComparedRuns, compare, ratios
 from gradacc_hf.comparison.worker import CONTENDERS, micro_batch_size, window_size
@@ -100,7 +101,7 @@ def _checked_sizes(recipe: Recipe, num_windows: int) -> tuple[int, int]:
     Raises:
         InputError: the recipe's loss is of a whole window, or an epoch has fewer full windows.
     """
-    if hasattr(recipe.loss, "look_ahead"):
+    if as_window_loss(recipe.loss) is not None:
         raise InputError(
             f"recipe: the loss of {type(recipe).__name__} is of all examples of a window together, which no "
             "other way of accumulating has; see gradacc bench contrastive"

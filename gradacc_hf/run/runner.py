@@ -24,6 +24,7 @@ from datasets import Dataset, disable_progress_bars
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch
 from gradacc_hf.accumulation.collation import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.loss_items import as_window_loss
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
 from gradacc_hf.accumulation.oom import release_freed_memory_at_once
 from gradacc_hf.accumulation.splitting import Bound
@@ -319,7 +320,7 @@ def make_windows(
     config = recipe.config
     adapt_padding(recipe)
     sizes = effective_batch_size(config.batch, len(training))
-    measures = not hasattr(recipe.loss, "look_ahead")  # else no example has a gradient of its own
+    measures = as_window_loss(recipe.loss) is None  # else no example has a gradient of its own
     if accelerator.distributed_type == DistributedType.FSDP and config.budget.whole_gradients:
         measures = False  # no micro-batch's is ever there on its own
     if isinstance(sizes, GrowingBatch):

@@ -17,7 +17,7 @@ from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
 from gradacc_hf.errors import NonFiniteError
 from gradacc_hf.training.autotune import Tuning
 from gradacc_hf.training.checkpoint import Checkpointer, Checkpoints
-from gradacc_hf.training.loop import train
+from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.preflight import preflight_check
 from gradacc_hf.training.run_log import RunLog
 from gradacc_hf.training.update_ratio import UpdateRatio
@@ -139,7 +139,7 @@ def fine_tune(
     with RunLog(accelerator, num_windows, folder, done) as log, signals if checkpointer else nullcontext():
         if validate and eval_on_start and not done:
             evaluate_now(0)
-        records = train(
+        records = iter_windows(
             model,
             optimizer,
             windows,

@@ -57,8 +57,8 @@ def gradacc(accelerator):
     pairs = {"micro_batch_size": 16, "num_items": lambda batch: len(batch["query"])}
     for window in WindowLoader(PAIRS, 64, accelerator=accelerator, **pairs):
         for part in gradient_cache(window):
-            with accelerator.accumulate(MODEL):  # a share already: undo what `backward` divides by
-                accelerator.backward(part * accelerator.gradient_accumulation_steps)
+            with accelerator.accumulate(MODEL):  # a share already: undo the share that `weigh` takes
+                accelerator.backward(window.weigh(part * len(window)))
     return MODEL.weight.grad
 
 

@@ -183,7 +183,7 @@ def test_micro_batches_are_padded_to_a_multiple_as_planned_and_stay_exact(tiny_b
     windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator(cpu=True))
     widths = set()
     for number, window in enumerate(windows):
-        shapes = [batch["input_ids"].shape for batch in window]
+        shapes = [batch["input_ids"].shape for batch in window.batches()]
         widths |= {width for _, width in shapes}
         assert sum(shape.numel() for shape in shapes) == window.padded_tokens
         assert window.tokens == windows.tokens[window.indices].sum()
@@ -207,7 +207,7 @@ def test_padding_to_a_multiple_is_left_off_where_it_is_of_no_use(
     made = small_recipe(tiny_bert, rows, "--budget.pad_to_multiple_of", 8, *arguments, recipe=recipe)
     dataset = TextClassification.datasets(small_recipe(tiny_bert, rows))
     windows, _ = make_windows(made, *dataset, Accelerator(cpu=True))
-    assert windows._windows.pad_to_multiple_of == 1
+    assert windows.pad_to_multiple_of == 1
     assert made.config.budget.pad_to_multiple_of is None
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("budget.pad_to_multiple_of: of no use for")

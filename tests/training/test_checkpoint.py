@@ -225,8 +225,9 @@ def test_on_other_hardware_windows_are_cut_as_that_asks_for(tmp_path):
         return made, windows
 
     saved, windows = checkpointer()
+    windows.begin_trials()
     windows.resplit(Bound(max_tokens=50), Cost(fixed=7.0))
-    windows.tuned = True
+    windows.end_trials(tuned=True)
     assert saved.save(1, None, {}) is None
     for device, bound, cost in (("cpu", 50, 7.0), ("NVIDIA H100", 400, Cost().fixed)):
         found = newest_checkpoint(tmp_path, accelerator)

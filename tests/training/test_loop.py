@@ -112,7 +112,7 @@ def test_under_fp16_gradients_are_unscaled_once_a_window():
 def train_records(accelerator):
     model, optimizer, windows = set_up(accelerator=accelerator, micro_batch_size=3)
     model, optimizer = accelerator.prepare(model, optimizer)
-    return list(train(model, optimizer, windows, accelerator=accelerator, max_grad_norm=1.0))
+    return train(model, optimizer, windows, accelerator=accelerator, max_grad_norm=1.0)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
