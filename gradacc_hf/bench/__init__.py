@@ -66,7 +66,7 @@ from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.folder import next_folder
-from gradacc_hf.run.runner import make_windows
+from gradacc_hf.run.setup import load_data, make_windows
 from gradacc_hf.training.loop import train
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
@@ -166,7 +166,8 @@ class Planning:
 
 def planning(recipe: Recipe, examples: int = 10_000_000) -> Planning:
     """Time the planning of windows: their examples and their cut, from lengths alone."""
-    windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator())
+    recipe, training, validation = load_data(recipe)
+    windows, _ = make_windows(recipe, training, validation, Accelerator())
     model = recipe.model()
     model, optimizer = windows.accelerator.prepare(model, make_optimizer(model, recipe.config.optim))
     records = train(model, optimizer, windows, accelerator=windows.accelerator, max_windows=2)

@@ -23,8 +23,8 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.splitting import Bound, Cost
 from gradacc_hf.bench.all_recipes import offline_configs
 from gradacc_hf.errors import InputError, listed
-from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_accelerator, make_model, make_windows, total_windows
+from gradacc_hf.recipe.loading import load_recipe_to_run
+from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.training.autotune import Tuning, sizes_to_try
 from gradacc_hf.training.loop import train
 from gradacc_hf.training.optimizer import make_optimizer
@@ -111,9 +111,10 @@ def _sweep(name: str, said: dict[str, Any]) -> Sweep:
 
 def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
     """In a process of its own: find a size, then time the next windows with each, in turns."""
-    recipe = load_recipe([*settings, "--output.tracker", "none"])
+    recipe = load_recipe_to_run([*settings, "--output.tracker", "none"])
     accelerator = make_accelerator(recipe.config)
-    windows, _ = make_windows(recipe, *recipe.datasets(), accelerator)
+    recipe, training, validation = load_data(recipe)
+    windows, _ = make_windows(recipe, training, validation, accelerator)
     model = make_model(recipe)
     optimizer = make_optimizer(model, recipe.config.optim, accelerator.mixed_precision)
     model, optimizer = accelerator.prepare(model, optimizer)

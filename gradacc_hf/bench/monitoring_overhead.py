@@ -21,8 +21,8 @@ from gradacc_hf.bench.micro_batch_size import interval
 from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
 from gradacc_hf.config.schema import TrainConfig
 from gradacc_hf.doctor import Diagnosis, diagnose
-from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
+from gradacc_hf.recipe.loading import load_recipe_to_run
+from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows
 from gradacc_hf.training.loop import train
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
@@ -54,9 +54,10 @@ class Loops:
     def __init__(self):
         config = str(bundle_root() / "configs/text_classification_offline.yaml")
         ours = ["--budget.max_tokens", str(MAX_TOKENS), "--model.dropout", "0", "--output.tracker", "none"]
-        self.recipe = load_recipe(["--config", config, *ours])
-        self.accelerator = make_accelerator(self.recipe.config)
-        self.windows, _ = make_windows(self.recipe, *self.recipe.datasets(), self.accelerator)
+        recipe = load_recipe_to_run(["--config", config, *ours])
+        self.accelerator = make_accelerator(recipe.config)
+        self.recipe, training, validation = load_data(recipe)
+        self.windows, _ = make_windows(self.recipe, training, validation, self.accelerator)
         model = make_model(self.recipe)
         optimizer = make_optimizer(model, self.recipe.config.optim, self.accelerator.mixed_precision)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)

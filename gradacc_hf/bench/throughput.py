@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.run.runner import make_model, make_windows, total_windows
+from gradacc_hf.run.setup import load_data, make_model, make_windows, total_windows
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.verification.baselines import run_windows
@@ -58,7 +58,7 @@ def speed(
     `progress` wraps the turns. Raises InputError if windows are too few.
     """
     config, accelerator = recipe.config, Accelerator()
-    training, validation = recipe.datasets()
+    recipe, training, validation = load_data(recipe)
     windows, _ = make_windows(recipe, training, validation, accelerator)
     if num_windows > len(windows):
         raise InputError(

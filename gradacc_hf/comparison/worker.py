@@ -36,11 +36,12 @@ from gradacc_hf.accumulation.reference import (
     whole_window_gradient,
 )
 from gradacc_hf.accumulation.splitting import padded_size, rounded_up
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.recipe.loading import load_recipe
+from gradacc_hf.recipe.loading import load_recipe_to_run
 from gradacc_hf.run.folder import settings
-from gradacc_hf.run.runner import make_accelerator, make_model, make_windows, total_windows
+from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import finite, peak_memory_bytes, versions
@@ -63,10 +64,11 @@ class Run:
     """The first windows of a recipe's run, to be trained in any of the ways on the same examples."""
 
     def __init__(self, recipe: Recipe, num_windows: int):
-        self.recipe, self.num_windows = recipe, num_windows
-        recipe.config.train.noise_every = 0  # one in sixteen: of so few windows it would be too many
+        changes = {"train.noise_every": 0}  # one in sixteen: of so few windows it would be too many
+        recipe = recipe.with_config(with_settings(recipe.config, changes))
         self.accelerator = make_accelerator(recipe.config)
-        self.training, self.validation = recipe.datasets()
+        recipe, self.training, self.validation = load_data(recipe)
+        self.recipe, self.num_windows = recipe, num_windows
         self.windows, _ = self.loaders()
         order = np.concatenate([self.windows.plan.indices(0, t) for t in range(num_windows)])
         self.examples: Any = self.training.select(order)
@@ -337,7 +339,7 @@ def main(argv: Sequence[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
     try:
-        run = Run(load_recipe(settings), int(num_windows))
+        run = Run(load_recipe_to_run(settings), int(num_windows))
         with _leaving_where_memory_does_not_suffice(DOES_NOT_FIT):
             timed(run, name, Path(folder))
         if with_errors == "errors":

@@ -96,7 +96,7 @@ def terms_of(lengths: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Settings:
+class StepSettings:
     """What decides how a step goes, beside the model and its batch.
 
     `on_gpu`: as CUDA's kernels go about it, not a CPU's. `four_bit`: frozen weights are to be in 4 bits.
@@ -113,7 +113,7 @@ def estimate(
     points: Sequence[Point],
     exponents: np.ndarray,
     compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
-    settings: Settings,
+    settings: StepSettings,
 ) -> StepEstimate:
     """Trace and fit. `build` makes the model that is trained, with torch's meta device as the default.
 
@@ -174,7 +174,7 @@ def _trace(
     points: Sequence[Point],
     exponents: np.ndarray,
     compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
-    settings: Settings,
+    settings: StepSettings,
     selected: float,
 ) -> tuple[np.ndarray, np.ndarray, set[str]]:
     """Moments, operations, and the names of what has a gradient.
@@ -291,7 +291,7 @@ def _bytes(tensors: Iterable[Any]) -> int:
     return sum(t.numel() * t.itemsize for t in tensors if isinstance(t, torch.Tensor))
 
 
-def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settings: Settings) -> int:
+def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settings: StepSettings) -> int:
     """What the optimizer keeps of these weights of a model.
 
     It is asked with small stand-ins, whose sides are primes: its states then show which sides they have. One
@@ -317,7 +317,7 @@ def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settin
     return total
 
 
-def _step_bytes(weights: Sequence[torch.Tensor], settings: Settings) -> int:
+def _step_bytes(weights: Sequence[torch.Tensor], settings: StepSettings) -> int:
     """What the optimizer's step holds beside its states: nothing where it is fused; else, on a GPU, a copy of
     all weights, and on a CPU of one after the other."""
     name = settings.optim.name

@@ -1,12 +1,12 @@
 """What would make a recipe's run fit into memory, and by how much: as flags to paste, the best first."""
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError, NotTraceableError
 from gradacc_hf.memory.estimator import StepEstimate
 from gradacc_hf.recipe.base import Recipe
@@ -51,11 +51,11 @@ def levers(
     def take(settings: Settings) -> int | None:
         if shorter := settings.get("data.max_length"):
             return needs(found, np.minimum(longest, shorter))
-        other, estimate = copy.copy(recipe), found
+        estimate = found
         traced = {key: value for key, value in settings.items() if key != "optim.name"}
         try:
             if traced:
-                other.config = _with(recipe.config, traced)
+                other = recipe.with_config(with_settings(recipe.config, traced))
                 estimate = recipe_memory(other, dataset, lengths, make_model, on_gpu, only_longest=True)
         except (InputError, NotTraceableError):  # not with this model
             return None
@@ -105,18 +105,6 @@ def _choices(recipe: Recipe, on_gpu: bool) -> Iterator[Settings]:
         yield half
     if config.data.max_length > 1:
         yield {"data.max_length": config.data.max_length // 2}
-
-
-def _with(config: Any, settings: Settings) -> Any:
-    """A config with these settings."""
-    config = copy.deepcopy(config)
-    for key, value in settings.items():
-        *sections, name = key.split(".")
-        section = config
-        for part in sections:
-            section = getattr(section, part)
-        setattr(section, name, value)
-    return config
 
 
 def _flags(settings: Settings) -> str:

@@ -4,7 +4,6 @@ Kept in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf by everything that dec
 `estimate.py`.
 """
 
-import copy
 import hashlib
 import json
 import math
@@ -24,7 +23,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from gradacc_hf.accumulation.splitting import Bound, rounded_up
 from gradacc_hf.config.schema import BudgetConfig, detect_budget, parse_bytes, tokens_per_micro_batch
 from gradacc_hf.errors import NotTraceableError
-from gradacc_hf.memory.estimator import PARTS, Point, Settings, StepEstimate, estimate, terms_of
+from gradacc_hf.memory.estimator import PARTS, Point, StepEstimate, StepSettings, estimate, terms_of
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.tasks.lean_loss import CHUNK
 from gradacc_hf.training.run_log import versions
@@ -50,9 +49,7 @@ def recipe_memory(
     recipe → the model that is trained. on_gpu: the run will be on one. only_longest: the estimate is for the
     longest example alone, which is quicker. Raises NotTraceableError.
     """
-    weightless = copy.copy(recipe)
-    weightless.without_weights = True
-    weightless.__dict__.pop("model_path", None)  # it may have been asked for with weights
+    weightless = recipe.weightless()
     try:
         with preserve_rng_state():
             choose = _longest if only_longest else _points
@@ -61,7 +58,7 @@ def recipe_memory(
     except (ValueError, KeyError, TypeError) as error:
         raise NotTraceableError(f"its examples cannot be collated: {error}") from error
     config = recipe.config
-    settings = Settings(config.optim, config.budget.precision, on_gpu, config.model.load_in_4bit)
+    settings = StepSettings(config.optim, config.budget.precision, on_gpu, config.model.load_in_4bit)
     file = _cache() / f"memory-{_key(weightless, points, settings)}.json"
     can_be_kept = not config.model.trust_remote_code  # that code may change, and nobody here looks at it
     with suppress(OSError, ValueError, KeyError, TypeError):  # none there, or none that can be read
@@ -179,7 +176,7 @@ def _collate(recipe: Recipe, dataset: Any, index: int, rows: int, pad_to: int | 
     return recipe.collate(examples, *(() if pad_to is None else (pad_to,)))
 
 
-def _key(recipe: Recipe, points: list[Point], settings: Settings) -> str:
+def _key(recipe: Recipe, points: list[Point], settings: StepSettings) -> str:
     """Of everything that decides an estimate: model, settings, batches, the recipe's own code, versions."""
     config = recipe.config
     beside = sorted(Path(config.recipe).parent.glob("*.py")) if config.recipe else []

@@ -3,7 +3,6 @@
 Needs the model's config, its tokenizer and the data; no weights and no GPU.
 """
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,15 @@ from datasets import Dataset
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.memory_model import MicroBatchMemory, Parts
 from gradacc_hf.accumulation.splitting import Bound, usual_cost
-from gradacc_hf.config.schema import tokens_per_micro_batch
+from gradacc_hf.config.schema import tokens_per_micro_batch, with_settings
 from gradacc_hf.errors import InputError, NotTraceableError, refuse
 from gradacc_hf.memory.estimator import StepEstimate
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.recipe.budget import fit_to_model
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.memory_advice import Lever, levers
 from gradacc_hf.run.memory_bound import longest_example, recipe_memory, usable_memory
-from gradacc_hf.run.runner import make_model, make_windows, total_windows
+from gradacc_hf.run.setup import make_model, make_windows, total_windows
 
 GIB = 2**30
 SAMPLE = 200  # windows of the first epoch that are cut, evenly spaced
@@ -75,7 +75,8 @@ def rate_of(run: Path) -> float:
     summary = json.loads(file.read_text(encoding="utf-8"))
     tuned: dict[str, Any] = summary.get("tuning") or {"max_tokens": None}
     if tuned["max_tokens"] is not None:  # as most of its windows were cut
-        recipe.config.budget.max_tokens = tuned["max_tokens"]
+        changes = {"budget.max_tokens": tuned["max_tokens"]}
+        recipe = recipe.with_config(with_settings(recipe.config, changes))
     planned = make_plan(recipe, summary["processes"], with_levers=False).steps.flops_per_window
     return planned * summary["windows"] / summary["seconds"] / summary["processes"] / 1e12
 
@@ -95,14 +96,13 @@ def make_plan(
     `recipe.datasets()` gives, where it is there already. Raises InputError where no step of the model can be
     traced.
     """
-    recipe = copy.copy(recipe)
-    recipe.without_weights = True
-    recipe.__dict__.pop("model_path", None)  # it may have been asked for with weights
+    recipe = recipe.weightless()
+    training, validation = data or recipe.datasets()
+    recipe = fit_to_model(recipe)
     config, is_cpu = recipe.config, Path(recipe.config.budget_file or "").stem == "cpu"
     given = usable_memory(config.budget, on_gpu=not is_cpu)
     device = "cpu" if is_cpu or given is None else "cuda"
     memory = given or psutil.virtual_memory().total
-    training, validation = data or recipe.datasets()
     windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True), Bound(micro_batch_size=1))
     try:
         found = recipe_memory(recipe, training, windows.tokens, make_model, device == "cuda")

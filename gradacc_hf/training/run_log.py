@@ -109,6 +109,11 @@ class RunLog:
         if self._history is not None:
             self._history.close()
 
+    @property
+    def last_window(self) -> int:
+        """The latest window of the run; 0 before the first."""
+        return self.records[-1].window if self.records else 0
+
     def window(self, record: WindowRecord) -> None:
         """One window is done."""
         self.records.append(record)
@@ -151,7 +156,7 @@ class RunLog:
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """An evaluation after the latest window."""
-        window = self.records[-1].window if self.records else 0
+        window = self.last_window
         self.accelerator.log({f"eval/{key}": value for key, value in metrics.items()}, window)
         self.console.print(f"after window {window}: {describe(metrics)}", soft_wrap=True)
 

@@ -158,7 +158,7 @@ def test_a_recipe_adds_its_own_fields_rules_and_defaults():
             yield from super().rules()
             yield "mode", self.mode == "a" or self.ratios is not None, "a while data.ratios is null"
 
-    @dataclass
+    @dataclass(frozen=True)
     class Model(ModelConfig):
         rank: int = 8
 

@@ -13,7 +13,6 @@ from datasets import Dataset, Image
 from recipe_runs import load_recipe, summary, write_rows
 
 from gradacc_hf.config.parser import read_command_line
-from gradacc_hf.run import folder as output
 from gradacc_hf.run.fingerprint import fingerprint
 
 TextClassification = load_recipe("text_classification").TextClassification
@@ -124,8 +123,6 @@ def test_a_run_that_has_ended_is_not_gone_on_with_other_settings(start, refused,
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(stopped, refused, tmp_path):
     settings, _ = stopped
-    while output._locked:  # of the run before, in this process
-        output._locked.pop().close()
     hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
     hold += "print(1, flush=True); time.sleep(60)"
     other = subprocess.Popen(

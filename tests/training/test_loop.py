@@ -173,7 +173,7 @@ def test_the_summary_adds_up_what_the_windows_were(tmp_path):
         optimizer,
         windows,
         validate=lambda model: {"loss": 1.0},
-        baseline={"accuracy": 0.5},
+        summary={"baseline": {"accuracy": 0.5}},
         output_dir=tmp_path,
     )
     written = json.loads((tmp_path / "summary.json").read_text(), parse_constant=no_json)

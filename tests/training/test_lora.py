@@ -20,7 +20,7 @@ from gradacc_hf.accumulation.reference import EXACT, relative_error, whole_windo
 from gradacc_hf.cli import verify as verify_command
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.errors import InputError
-from gradacc_hf.run.runner import choose_trained
+from gradacc_hf.run.setup import choose_trained
 from gradacc_hf.training.lora import add_lora, four_bit, write_merged
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.settings import LoraConfig, OptimConfig
