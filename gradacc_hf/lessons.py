@@ -16,6 +16,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, GradientState
 
 from gradacc_hf.errors import listed, refuse
+from gradacc_hf.utils.extras import require
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.paths import bundle_root
 
@@ -85,6 +86,7 @@ def _path(name: str) -> Path:
 
 
 def _check_plot(plot: Path) -> None:
+    require("--plot", "report", "matplotlib")
     if plot.suffix != ".svg":
         refuse("--plot", f"found {plot}", "allowed: a file that ends in .svg")
     try:

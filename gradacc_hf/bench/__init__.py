@@ -23,6 +23,11 @@ same model, the same examples in the same windows, and as many optimizer steps. 
 others are: `gradacc compare`.
 """
 
+from gradacc_hf.utils.extras import require
+
+require(__name__, "recipes")
+require(__name__, "report")
+
 import argparse
 import json
 import sys

@@ -11,6 +11,16 @@ from gradacc_hf.errors import InputError
 from gradacc_hf.utils.commands import Parser, command
 from gradacc_hf.utils.paths import bundle_root
 
+EXTRAS = {
+    "bench": ("recipes", "report"),
+    "compare": ("recipes", "report"),
+    "plan": ("recipes",),
+    "predict": ("recipes",),
+    "report": ("report",),
+    "verify": ("recipes",),
+}
+"""The extras that a command needs; `gradacc play` names its own, as it can draw a film without Gradio."""
+
 
 def main() -> None:
     """The entry point of `gradacc`. A `InputError` ends it with its one line and exit code 2."""
@@ -57,6 +67,10 @@ def _run() -> None:
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command not in ("bench", "compare", "doctor", "plan", "play", "predict", "verify"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for extra in EXTRAS.get(arguments.command, ()):
+        from gradacc_hf.utils.extras import require  # late: `gradacc ls` starts without it
+
+        require(f"gradacc {arguments.command}", extra)
     if arguments.command == "ls":
         for name in recipes():
             print(name, *(f"configs/{path.name}" for path in configs(name)), sep="  ")
@@ -77,11 +91,11 @@ def _run() -> None:
 
         script.main(rest)
     elif arguments.command == "plan":
-        from gradacc_hf.run import plan as plan_command  # late: it loads transformers
+        from gradacc_hf.cli import plan  # late: it loads transformers
 
-        plan_command.main(rest)
+        plan.main(rest)
     elif arguments.command == "predict":
-        from gradacc_hf.run import predict  # late: it loads transformers
+        from gradacc_hf.cli import predict  # late: it loads transformers
 
         predict.main(rest)
     elif arguments.command == "play":

@@ -344,10 +344,10 @@ def tell_summary(
 
 def write_cards_and_report(folder: Path) -> None:
     """Write the model cards and report.html of a run; print a line instead of any error."""
-    from gradacc_hf.report import write_report  # late: it loads matplotlib
-
     try:
         refresh_cards(folder)
+        from gradacc_hf.report import write_report  # late: it loads matplotlib, of another extra
+
         print(f"report: {write_report([folder])}")
     except Exception as error:  # the run has ended and is saved, with or without cards and report
         print(f"no report: {one_line(error)}; gradacc report {folder} makes one", file=sys.stderr)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.training.settings import LoraConfig, ModelConfig
+from gradacc_hf.utils.extras import require
 
 ADAPTER = "default"  # peft's name for the only one
 FOUR_BIT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -29,6 +30,7 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
     `new_parameters`: names of those that came with no weights; None: nobody knows of any that did. The
     adapters are on the model's device, in float32. Raises InputError where nothing can be adapted.
     """
+    require("model.lora", "recipes", "peft")
     import peft  # slow to import, so not before it is needed
     from peft.functional import cast_adapter_dtype
     from transformers.pytorch_utils import Conv1D
