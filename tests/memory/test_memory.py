@@ -248,7 +248,7 @@ def test_masked_positions_are_counted_as_often_as_they_are_masked(tiny_bert, row
 def test_the_loader_says_which_example_does_not_fit_with_its_bytes(tiny_bert, rows_of, caplog):
     from accelerate import Accelerator
 
-    from gradacc_hf.run.runner import make_windows
+    from gradacc_hf.run.setup import make_windows
 
     data = rows_of(text=lambda t, i: t, label=lambda t, i: "ab"[i % 2])
     recipe = make_recipe(
