@@ -98,7 +98,10 @@ def _send_nowhere(settings: "_Settings", file: str, flags: Mapping[str, Any]) ->
         if settings[f"output.{name}"] not in at_home:
             settings.values[f"output.{name}"] = getattr(OutputConfig(), name)
             if f"output.{name}" not in flags and int(os.environ.get("RANK", 0)) == 0:
-                print(f"output.{name}: what {file} says is not heeded: give it again", file=sys.stderr)
+                print(
+                    f"output.{name}: the value in {file} is ignored on resume: give the flag again",
+                    file=sys.stderr,
+                )
 
 
 def recipe_file(argv: Sequence[str]) -> str:

@@ -186,7 +186,7 @@ class BudgetConfig:
     whole_gradients: bool = False
     """Under FSDP, accumulate whole gradients on every process: less communication, more memory."""
     lean_loss: bool | Literal["auto"] = "auto"
-    """Compute a causal language model's logits in pieces, never all at once: auto is where they allow it."""
+    """Compute a causal language model's logits in chunks, never all at once: auto is where they allow it."""
     num_workers: int = 0
     """Processes that collate beside training (0: the training process itself)."""
 
@@ -260,21 +260,24 @@ def with_settings(settings: SettingsT, changes: Mapping[str, Any]) -> SettingsT:
 
 
 def _bytes(size: str) -> int:
-    """Bytes of a size such as "8GiB"; 0 where it is none."""
+    """Return the bytes of a size such as "8GiB"; 0 for any other text."""
     units = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?) ?(GiB|GB|MiB|MB)", size, re.IGNORECASE)
     return int(float(match[1]) * units[match[2].lower()]) if match else 0
 
 
 def parse_bytes(size: str) -> int:
-    """Bytes of a size such as "8GiB": a number and GiB, GB, MiB or MB. Raises `InputError`."""
+    """Return the bytes of a size such as "8GiB": a number and GiB, GB, MiB or MB. Raises `InputError`."""
     if not (number := _bytes(size)):
         raise InputError(f"found {size!r}, allowed is {SIZES}")
     return number
 
 
 def detect_budget() -> BudgetConfig:
-    """This machine's: memory of the smallest visible GPU, bf16 where all have it; without a GPU, fp32."""
+    """Return the budget of this machine: memory of the smallest visible GPU, and bf16 where all have it.
+
+    Without a GPU it is the default budget. torch is imported here alone.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -286,10 +289,16 @@ def detect_budget() -> BudgetConfig:
 
 
 def tokens_per_micro_batch(budget: BudgetConfig, device_type: str) -> int | None:
-    """Padded tokens per micro-batch on a "cpu" or "cuda" device; None where micro_batch_size says it instead.
+    """Return the padded tokens per micro-batch; None where `micro_batch_size` limits it instead.
 
-    What "auto" gives is a rule of thumb, for where no step can be traced and for a CPU whose memory nobody
-    says: 2048 on a CPU, 1024 per GiB of a GPU's memory. Raises `InputError` when that is not known.
+    "auto" gives a rule of thumb: 2048 on a CPU, 1024 per GiB of a GPU's memory. It is for a model that cannot
+    be traced, and for a CPU without `budget.memory`.
+
+    Args:
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        InputError: where the memory of the GPU is not known.
     """
     if budget.micro_batch_size is not None:
         return None

@@ -381,7 +381,7 @@ def _why(error: Exception) -> str:
             "cannot be loaded without Python code that comes with the model, which was not run; if you trust "
             "its author: --model.trust_remote_code true (gradacc predict RUN --trust_remote_code)"
         )
-    return f"cannot be loaded: {text[:300]}; mend it, or name another model"
+    return f"cannot be loaded: {text[:300]}; correct it, or name another model"
 
 
 def _of_the_task(model: Any) -> set[str]:

@@ -33,6 +33,21 @@ from gradacc_hf.utils.signals import StopSignals
 Validate = Callable[[torch.nn.Module], Mapping[str, float]]
 """Returns the metrics of the prepared model."""
 
+SUMMARY_KEYS = (
+    "stopped_after",
+    "eval",
+    "best",
+    "evaluations",
+    "first_window",
+    "micro_batches",
+    "replays",
+    "tuning",
+    "empty_windows",
+    "empty_micro_batches",
+    "effective_batch_size",
+)
+"""Keys of the summary that `write_summary` sets itself."""
+
 End = Literal["trained", "stopped by a signal", "out of patience"]
 """Why no further window is trained."""
 
@@ -86,62 +101,39 @@ def fine_tune(
     """Fine-tune a model in place, and return the figures of the run.
 
     Args:
-        model: the model, not prepared by Accelerate.
-        optimizer: its optimizer, not prepared by Accelerate.
+        model, optimizer: as they are before `accelerator.prepare`.
         windows: the training windows.
         accelerator: the Accelerator that `windows` was made with.
-        scheduler: a learning-rate schedule, not prepared; it is stepped once a window.
-        epochs: passes over the training examples.
-        max_windows: windows after which training ends, whatever `epochs` says.
+        scheduler: a schedule of the learning rate, not prepared; it is stepped once a window.
+        epochs, max_windows: passes over the examples, and windows, after which training ends.
         max_grad_norm: norm at which a window's gradient is clipped; 0 does not clip.
-        compute_loss: the mean loss of a micro-batch, from the model's outputs and the batch.
-        validate: returns the metrics of the prepared model. It is called at the end, too.
-        eval_every: windows between evaluations; 0 evaluates only at the end.
-        eval_on_start: whether to evaluate before the first window.
+        compute_loss: (outputs, batch) → the mean loss over the items of a micro-batch.
+        validate: prepared model → its metrics; it is called after the last window, too.
+        eval_every, eval_on_start: windows between evaluations (0: only at the end); also before the first?
         best: which evaluation is the best, and when the run stops early.
-        on_nonfinite: what to do with a window whose loss or gradient is not finite, as for `train`.
+        on_nonfinite: what to do with a loss or gradient that is not finite, as for `train`.
         tune: whether the first windows find the fastest size of micro-batches (`autotune.py`).
         output_dir: folder for history.jsonl, summary.json, and the models in best/ and last/.
-        checkpoints: how often to save a checkpoint in `output_dir`, and which one to resume from. The run
-            then stops between windows on SIGTERM and SIGINT, with a checkpoint.
-        save_with: what is saved beside a model by its `save_pretrained`: a tokenizer.
-        write_model: writes a model into a folder.
+        checkpoints: when to save one in `output_dir`, also on SIGTERM and SIGINT; and one to resume from.
+        save_with, write_model: what is saved beside a model (a tokenizer), and how a model is written.
         summary: further entries of the summary.
 
     Returns:
-        The summary, as in summary.json. `stopped_after` is the window after which a signal stopped the run;
-        that summary is not written.
+        The summary, as in summary.json. `stopped_after`: the window after which a signal stopped the run.
 
     Raises:
-        InputError: where the model or the optimizer is prepared, a window cannot be trained, or `summary`
-            has a key that the run writes itself.
-        NonFiniteError: for a loss or gradient that is not finite, with `on_nonfinite` "stop". A checkpoint
-            of the window before is saved.
-        ValueError: for checkpoints without `output_dir`, and for a `best.metric` that `validate` does not
-            give.
+        InputError: for prepared models, windows that cannot be trained, and keys of `summary` that are taken.
+        NonFiniteError: with `on_nonfinite` "stop"; a checkpoint of the window before is saved.
     """
-    check_unprepared(model, optimizer, accelerator)
-    preflight_check(model, windows, compute_loss)
-    accumulate_in_float32(model, optimizer)  # where weights are in bf16
-    model, optimizer = accelerator.prepare(model, optimizer)
+    more, first_window = check_summary(summary or {}), tokens_of_next_window(windows)
+    model, optimizer = prepare(model, optimizer, windows, accelerator, compute_loss)
     saver = ModelSaver(accelerator, output_dir, save_with, write_model)
-    first_window = tokens_of_next_window(windows)
-    checkpointer = None
-    if checkpoints is not None:
-        if saver.folder is None:
-            raise ValueError("checkpoints need a folder: give output_dir=")
-        checkpointer = Checkpointer(
-            saver.folder, checkpoints, accelerator, model, optimizer, scheduler, windows
-        )
+    checkpointer = open_checkpoints(checkpoints, saver, model, optimizer, scheduler, windows)
     done, evaluations = resume(checkpointer, best)
-    length = RunLength(windows, epochs, max_windows, done)
+    length, ratio = RunLength(windows, epochs, max_windows, done), UpdateRatio(model)
     tuning = Tuning.of(windows, length.known and length.known - done) if tune else None
-    ratio = UpdateRatio(model)
-    signals = StopSignals(accelerator)
-    with (
-        RunLog(accelerator, length.known, saver.folder, done) as log,
-        signals if checkpointer is not None else nullcontext(),
-    ):
+    signals = StopSignals(accelerator) if checkpointer is not None else nullcontext()
+    with RunLog(accelerator, length.known, saver.folder, done) as log, signals as stop:
         evaluator = Evaluator(model, validate, eval_every, evaluations, log, saver)
         if eval_on_start and not done:
             evaluator.evaluate(0)
@@ -158,14 +150,27 @@ def fine_tune(
             on_nonfinite=on_nonfinite,
             windows_done=done,
         )
-        saving = None if checkpointer is None else CheckpointSaving(checkpointer, signals, log, evaluations)
+        saving = CheckpointSaving(checkpointer, stop, log, evaluations) if checkpointer and stop else None
         end = train_windows(records, done, log, length, evaluator, ratio, tuning, saving)
-        if end == "out of patience":
-            log.say(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
-        if end != "stopped by a signal":
-            saver.save(model, "last")
-            evaluator.evaluate_at_end(log.last_window)
-    return write_summary(log, windows, evaluations, tuning, first_window, end, summary or {})
+        finish(end, evaluator)
+    return write_summary(log, windows, evaluations, tuning, first_window, end, more)
+
+
+def prepare(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    windows: WindowLoader,
+    accelerator: Accelerator,
+    compute_loss: ComputeLoss,
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Check the model on a micro-batch, and return the prepared model and optimizer.
+
+    Gradients of bf16 weights accumulate in float32.
+    """
+    check_unprepared(model, optimizer, accelerator)
+    preflight_check(model, windows, compute_loss)
+    accumulate_in_float32(model, optimizer)
+    return accelerator.prepare(model, optimizer)
 
 
 def check_unprepared(
@@ -179,15 +184,41 @@ def check_unprepared(
     for name, prepared in is_prepared.items():
         if prepared:
             raise InputError(
-                f"{name}: found one that accelerator.prepare() returned; fine_tune prepares the model and the "
-                "optimizer itself: pass both as they were before (a prepared model is trained by train)"
+                f"{name}: found one that accelerator.prepare() returned; fine_tune prepares the model and "
+                "the optimizer itself: pass both as they were before (train takes prepared ones)"
             )
+
+
+def check_summary(more: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return further entries of a summary. Raises InputError for a key that the run writes itself."""
+    if taken := sorted({*SUMMARY_KEYS} & more.keys()):
+        raise InputError(f"summary: found the key {taken[0]!r}, which the run writes itself: choose another")
+    return more
 
 
 def tokens_of_next_window(windows: WindowLoader) -> np.ndarray:
     """Return the tokens of each example of the next window: (examples, columns)."""
     place = windows.state_dict()
     return windows.tokens[windows.plan.indices(place["epoch"], place["window"])]
+
+
+def open_checkpoints(
+    settings: Checkpoints | None,
+    saver: "ModelSaver",
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    windows: WindowLoader,
+) -> Checkpointer | None:
+    """Return what saves and loads the checkpoints of this run; None without `settings`.
+
+    Raises ValueError for checkpoints without a folder.
+    """
+    if settings is None:
+        return None
+    if saver.folder is None:
+        raise ValueError("checkpoints need a folder: give output_dir=")
+    return Checkpointer(saver.folder, settings, saver.accelerator, model, optimizer, scheduler, windows)
 
 
 def resume(checkpointer: Checkpointer | None, best: Best) -> tuple[int, "EvaluationLog"]:
@@ -221,7 +252,7 @@ def train_windows(
     Returns:
         Why no further window is trained.
     """
-    if done and evaluator.gives_up_after(done, length.total):  # the checkpoint came before the evaluation
+    if done and evaluator.gives_up_after(done, length.total):  # the checkpoint came first
         return "out of patience"
     try:
         for record in records:
@@ -244,6 +275,16 @@ def train_windows(
     return "trained"
 
 
+def finish(end: End, evaluator: "Evaluator") -> None:
+    """Save the last model and evaluate it, unless a signal stopped the run."""
+    log, best = evaluator.log, evaluator.evaluations.criterion
+    if end == "out of patience":
+        log.say(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
+    if end != "stopped by a signal":
+        evaluator.saver.save(evaluator.model, "last")
+        evaluator.evaluate_at_end(log.last_window)
+
+
 def write_summary(
     log: RunLog,
     windows: WindowLoader,
@@ -257,26 +298,25 @@ def write_summary(
 
     Args:
         first_window: the tokens of the examples of the first window.
-        more: further entries. One that the run writes itself raises InputError.
+        more: further entries.
     """
     stopped = end == "stopped by a signal"
     size = windows.plan.effective_batch_size
-    found = {
-        "stopped_after": log.last_window if stopped else None,
-        "eval": evaluations.latest,
-        "best": evaluations.best,
-        "evaluations": evaluations.rows,
-        "first_window": [tokens.sum(1).tolist() for tokens in windows.split_lengths(first_window)],
-        "micro_batches": str(windows.bound),
-        "replays": windows.replays,
-        "tuning": tuning.to_json() if tuning is not None else None,
-        "empty_windows": windows.empty_windows,
-        "empty_micro_batches": windows.empty_micro_batches,
-        "effective_batch_size": None if callable(size) else size,
-    }
-    if taken := sorted(found.keys() & more.keys()):
-        raise InputError(f"summary: found the key {taken[0]!r}, which the run writes itself: choose another")
-    return log.summary(write=not stopped, **found, **{"baseline": None, **more})
+    return log.summary(
+        write=not stopped,
+        stopped_after=log.last_window if stopped else None,
+        eval=evaluations.latest,
+        best=evaluations.best,
+        evaluations=evaluations.rows,
+        first_window=[tokens.sum(1).tolist() for tokens in windows.split_lengths(first_window)],
+        micro_batches=str(windows.bound),
+        replays=windows.replays,
+        tuning=tuning.to_json() if tuning is not None else None,
+        empty_windows=windows.empty_windows,
+        empty_micro_batches=windows.empty_micro_batches,
+        effective_batch_size=None if callable(size) else size,
+        **{"baseline": None, **more},
+    )
 
 
 class RunLength:
@@ -358,7 +398,7 @@ class EvaluationLog:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether more evaluations than `patience` came in a row without improvement."""
+        """Whether `patience` evaluations in a row brought no improvement."""
         patience, best = self.criterion.patience, self._best
         return patience > 0 and best is not None and len(self.rows) - best > patience
 

@@ -23,7 +23,7 @@ from gradacc_hf.cli import verify as verify_command
 from gradacc_hf.errors import InputError
 from gradacc_hf.hub.model_card import facts, make_card, read_licence, refresh_cards
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.setup import run as run_recipe
+from gradacc_hf.run.runner import run as run_recipe
 
 RECIPE = ROOT / "recipes" / "text_classification.py"
 TOKEN = "hf_" + "Secret" * 6

@@ -144,7 +144,7 @@ def test_what_a_run_of_others_would_send_elsewhere_is_said_anew(stopped, tmp_pat
     found = read_command_line(["--resume", "run"], data=TextClassification.Data)
     assert found.output.push_to_hub is None
     assert found.output.tracker == "tensorboard"
-    said = "output.push_to_hub: what run/config.yaml says is not heeded: give it again"
+    said = "output.push_to_hub: the value in run/config.yaml is ignored on resume: give the flag again"
     assert said in capfd.readouterr().err
     words = ["--resume", "run", "--output.push_to_hub", "mine"]
     assert read_command_line(words, data=TextClassification.Data).output.push_to_hub == "mine"
