@@ -27,11 +27,20 @@ from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.redaction import without_tokens
 from gradacc_hf.utils.signals import MARKER
 
-RUN_FILES = ("config.yaml", "history.jsonl", "summary.json", "best", "last", "logs", "report.html")
-RUN_FILES += (FOLDER, MARKER)
 LOCK = ".lock"
-RUN_FILES += (LOCK,)
-RUN_FILES += ("verify.json",)  # later, by `gradacc verify --run`
+RUN_FILES = (
+    "config.yaml",
+    "history.jsonl",
+    "summary.json",
+    "best",
+    "last",
+    "logs",
+    "report.html",
+    FOLDER,
+    MARKER,
+    LOCK,
+    "verify.json",  # by `gradacc verify --run`, after the run
+)
 
 
 def folder_to_resume(config: Config) -> Path | None:
