@@ -33,8 +33,8 @@ from gradacc_hf.accumulation.splitting import Bound, Cost, split_window
 from gradacc_hf.bench.launch import launch
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.embedded import documented_functions, minilm_path
-from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
+from gradacc_hf.recipe.loading import load_recipe, load_recipe_to_run
+from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
@@ -393,9 +393,10 @@ def count_collectives() -> dict[str, int]:
 def _count(windows_before: int = 5) -> None:
     """Profile one window in each process. The first windows have an extra collective, so skip them."""
     settings = ["--batch.effective", "16", "--budget.max_tokens", "512", "--output.tracker", "none"]
-    recipe = load_recipe(["--config", str(bundle_root() / CONFIG), *settings])
+    recipe = load_recipe_to_run(["--config", str(bundle_root() / CONFIG), *settings])
     accelerator = make_accelerator(recipe.config)
-    loader, _ = make_windows(recipe, *recipe.datasets(), accelerator)
+    recipe, training, validation = load_data(recipe)
+    loader, _ = make_windows(recipe, training, validation, accelerator)
     model = make_model(recipe)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.config.optim))
     records = iter_windows(model, optimizer, loader, accelerator=accelerator)

@@ -73,12 +73,11 @@ def measure_budgets(only: Sequence[str] = (), progress: Progress = iter) -> Budg
 
 def _row(name: str, config: str, settings: Sequence[str]) -> BudgetedRecipe:
     cells = []
-    recipe = load_recipe(["--config", config, *settings])
-    recipe.without_weights = True
+    recipe = load_recipe(["--config", config, *settings]).weightless()
     data, model = recipe.datasets(), recipe.config.model.name
     for budget in budget_names():
-        recipe.config = load_recipe(["--config", config, "--budget", budget, *settings]).config
-        cells.append(_cell(budget, make_plan(recipe, data=data, with_levers=False)))
+        under = load_recipe(["--config", config, "--budget", budget, *settings]).config
+        cells.append(_cell(budget, make_plan(recipe.with_config(under), data=data, with_levers=False)))
     measured = None
     if not settings:
         try:

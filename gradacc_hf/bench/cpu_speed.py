@@ -179,16 +179,17 @@ def time_windows_here(windows: int, settings: Sequence[str]) -> None:
     """Train windows in this process, and print the seconds as JSON."""
     import torch
 
-    from gradacc_hf.recipe.loading import load_recipe
-    from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
+    from gradacc_hf.recipe.loading import load_recipe_to_run
+    from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows
     from gradacc_hf.training.loop import train
     from gradacc_hf.training.optimizer import make_optimizer
     from gradacc_hf.training.run_log import peak_memory_bytes
 
     silence_libraries()
-    recipe = load_recipe([*settings, "--output.tracker", "none"])
+    recipe = load_recipe_to_run([*settings, "--output.tracker", "none"])
     accelerator = make_accelerator(recipe.config)
-    loader, _ = make_windows(recipe, *recipe.datasets(), accelerator)
+    recipe, training, validation = load_data(recipe)
+    loader, _ = make_windows(recipe, training, validation, accelerator)
     if not 1 <= windows <= len(loader) - WARM_UP_WINDOWS:
         raise InputError(f"--windows: found {windows}; allowed: 1 to {len(loader) - WARM_UP_WINDOWS}")
     model = make_model(recipe)

@@ -23,8 +23,8 @@ from gradacc_hf.accumulation.splitting import Bound, Cost
 from gradacc_hf.bench.offline import check_names, offline_configs
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.errors import InputError
-from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_accelerator, make_model, make_windows, total_windows
+from gradacc_hf.recipe.loading import load_recipe_to_run
+from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.training.autotune import Tuning, sizes_to_try
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer
@@ -112,9 +112,10 @@ def _sweep(name: str, measured: dict[str, Any]) -> SizeSweep:
 
 def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
     """Find a size in this process, then time the next windows with each size, in turns."""
-    recipe = load_recipe([*settings, "--output.tracker", "none"])
+    recipe = load_recipe_to_run([*settings, "--output.tracker", "none"])
     accelerator = make_accelerator(recipe.config)
-    windows, _ = make_windows(recipe, *recipe.datasets(), accelerator)
+    recipe, training, validation = load_data(recipe)
+    windows, _ = make_windows(recipe, training, validation, accelerator)
     model = make_model(recipe)
     optimizer = make_optimizer(model, recipe.config.optim, accelerator.mixed_precision)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -21,10 +21,10 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.bench.micro_batch_size import interval
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
-from gradacc_hf.config.schema import TrainConfig
+from gradacc_hf.config.schema import TrainConfig, with_settings
 from gradacc_hf.doctor import Diagnosis, diagnose
-from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
+from gradacc_hf.recipe.loading import load_recipe_to_run
+from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
@@ -60,9 +60,9 @@ class MonitoredLoops:
             "--output.tracker",
             "none",
         ]
-        self.recipe = load_recipe(["--config", config, *settings])
-        self.accelerator = make_accelerator(self.recipe.config)
-        self.datasets = self.recipe.datasets()
+        recipe = load_recipe_to_run(["--config", config, *settings])
+        self.accelerator = make_accelerator(recipe.config)
+        self.recipe, *self.datasets = load_data(recipe)
         self.windows = self.make_loader(noise_every=0)
         self.measuring_windows = self.make_loader(noise_every=1)
         model = make_model(self.recipe)
@@ -72,8 +72,8 @@ class MonitoredLoops:
 
     def make_loader(self, noise_every: int) -> WindowLoader:
         """Return a loader that measures the noise scale every `noise_every` windows; 0 is never."""
-        self.recipe.config.train.noise_every = noise_every
-        loader, _ = make_windows(self.recipe, *self.datasets, self.accelerator)
+        config = with_settings(self.recipe.config, {"train.noise_every": noise_every})
+        loader, _ = make_windows(self.recipe.with_config(config), *self.datasets, self.accelerator)
         return loader
 
     def go_to(self, window: int) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import Bound, split_window
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.run.runner import make_windows
+from gradacc_hf.run.setup import load_data, make_windows
 from gradacc_hf.training.loop import train
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
@@ -42,7 +42,8 @@ class PlanningResult:
 
 def measure_planning(recipe: Recipe, examples: int = 10_000_000) -> PlanningResult:
     """Time the planning of a recipe's windows, and of windows of a data set with so many examples."""
-    windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator())
+    recipe, *data = load_data(recipe)
+    windows, _ = make_windows(recipe, *data, Accelerator())
     model = recipe.model()
     model, optimizer = windows.accelerator.prepare(model, make_optimizer(model, recipe.config.optim))
     records = train(model, optimizer, windows, accelerator=windows.accelerator, max_windows=2)

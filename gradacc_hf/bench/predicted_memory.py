@@ -26,7 +26,7 @@ from gradacc_hf.accumulation.oom import release_freed_memory_at_once, release_me
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
 from gradacc_hf.errors import InputError
-from gradacc_hf.memory.estimator import Point, Settings, estimate, terms_of
+from gradacc_hf.memory.estimator import Point, StepSettings, estimate, terms_of
 from gradacc_hf.memory.trace import AUTOCAST
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.training.lora import add_lora
@@ -159,7 +159,7 @@ def predict(case: MemoryCase) -> int:
     exponents = terms_of(np.array(lengths))
     few = max(2, -(-1024 // min(min(one) for one in lengths))) if case.lean else 2
     points = [Point(rows, one, make_batch(case, rows, one)) for rows in (few, few + 1) for one in lengths]
-    settings = Settings(OptimConfig(name=case.optimizer), case.precision, torch.cuda.is_available())
+    settings = StepSettings(OptimConfig(name=case.optimizer), case.precision, torch.cuda.is_available())
     found = estimate(lambda: build(case), points, exponents, model_loss, settings)
     return found.memory.bytes(case.rows, case.lengths) - found.memory.workspace
 

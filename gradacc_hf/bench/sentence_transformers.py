@@ -33,7 +33,7 @@ from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_model, make_windows, total_windows
+from gradacc_hf.run.setup import load_data, make_model, make_windows, total_windows
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import measured_with
@@ -141,7 +141,8 @@ def run_contender(name: str, num_windows: int, max_tokens: int, settings: Sequen
     """Train and evaluate one contender, then measure the error of the first window's gradient."""
     recipe = _recipe(max_tokens, settings)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    windows, validation = make_windows(recipe, *recipe.datasets(), accelerator)
+    recipe, *data = load_data(recipe)
+    windows, validation = make_windows(recipe, *data, accelerator)
     if num_windows > len(windows):
         raise InputError(
             f"--windows: found {num_windows}; allowed: 1 to {len(windows)}, the windows of an epoch"

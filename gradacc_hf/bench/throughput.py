@@ -24,7 +24,7 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.run.runner import make_model, make_windows, total_windows
+from gradacc_hf.run.setup import load_data, make_model, make_windows, total_windows
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.verification.baselines import run_windows
@@ -112,8 +112,8 @@ class Workload:
     """
 
     def __init__(self, recipe: Recipe, num_windows: int):
-        self.recipe, self.num_windows, self.accelerator = recipe, num_windows, Accelerator()
-        self.training, self.validation = recipe.datasets()
+        self.num_windows, self.accelerator = num_windows, Accelerator()
+        self.recipe, self.training, self.validation = load_data(recipe)
         self.windows = self._loader()
         if num_windows > len(self.windows):
             raise InputError(

@@ -29,7 +29,7 @@ from gradacc_hf.errors import InputError, listed
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.folder import next_folder
-from gradacc_hf.run.runner import make_windows
+from gradacc_hf.run.setup import load_data, make_windows
 from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.redaction import redact
 from gradacc_hf.utils.verbosity import silence_libraries
@@ -106,7 +106,7 @@ def _checked_sizes(recipe: Recipe, num_windows: int) -> tuple[int, int]:
             f"recipe: the loss of {type(recipe).__name__} is of all examples of a window together, which no "
             "other way of accumulating has; see gradacc bench contrastive"
         )
-    training, validation = recipe.datasets()
+    recipe, training, validation = load_data(recipe)
     windows, _ = make_windows(recipe, training, validation, Accelerator())
     size = window_size(recipe)
     full = len(training) // size

@@ -35,11 +35,12 @@ from gradacc_hf.accumulation.reference import (
     whole_window_gradient,
 )
 from gradacc_hf.accumulation.splitting import padded_size, rounded_up
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.recipe.loading import load_recipe
+from gradacc_hf.recipe.loading import load_recipe_to_run
 from gradacc_hf.run.folder import settings
-from gradacc_hf.run.runner import make_accelerator, make_model, make_windows, total_windows
+from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import finite, peak_memory_bytes, versions
@@ -77,10 +78,11 @@ class WorkerRun:
     """
 
     def __init__(self, recipe: Recipe, num_windows: int):
-        self.recipe, self.num_windows = recipe, num_windows
-        recipe.config.train.noise_every = 0  # the first window would measure, a large share of so few
+        changes = {"train.noise_every": 0}  # the first window would measure, a large share of so few
+        recipe = recipe.with_config(with_settings(recipe.config, changes))
         self.accelerator = make_accelerator(recipe.config)
-        self.training, self.validation = recipe.datasets()
+        recipe, self.training, self.validation = load_data(recipe)
+        self.recipe, self.num_windows = recipe, num_windows
         self.windows, _ = self.loaders()
         order = np.concatenate([self.windows.plan.indices(0, t) for t in range(num_windows)])
         self.examples: Any = self.training.select(order)
@@ -351,7 +353,7 @@ def main(argv: Sequence[str]) -> None:
     name, folder, num_windows, with_errors, *settings = argv
     silence_libraries()
     try:
-        run = WorkerRun(load_recipe(settings), int(num_windows))
+        run = WorkerRun(load_recipe_to_run(settings), int(num_windows))
         with exit_if_out_of_memory(DOES_NOT_FIT):
             train_timed(run, name, Path(folder))
         if with_errors == "errors":

@@ -20,11 +20,12 @@ from torch._dynamo.utils import counters
 
 from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error
 from gradacc_hf.bench import cpu_speed
-from gradacc_hf.config.hardware import adapt_budget, apply_budget
+from gradacc_hf.config.budget import adapt_budget, export_cpu_offload, fit_to_machine
 from gradacc_hf.config.schema import BudgetConfig, Config
 from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.budget import fit_to_model
 from gradacc_hf.recipe.loading import open_run
-from gradacc_hf.run.runner import make_model, make_windows
+from gradacc_hf.run.setup import load_data, make_model, make_windows
 from gradacc_hf.training.compile import compile_layers, is_compiled
 from gradacc_hf.training.optimizer import check_optimizer
 from gradacc_hf.training.settings import OptimConfig
@@ -107,7 +108,9 @@ def test_offload_is_refused_without_fsdp2_as_a_run_would_not_fit(monkeypatch):
         monkeypatch.setenv(name, value)
     assert find_device().fsdp2
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")
-    apply_budget(Config(budget=BudgetConfig(cpu_offload=True)))
+    config, lines = fit_to_machine(Config(budget=BudgetConfig(cpu_offload=True)))
+    assert (config.budget.cpu_offload, lines) == (True, [])
+    export_cpu_offload(config.budget)
     assert type(FullyShardedDataParallelPlugin().cpu_offload).__name__ == "CPUOffloadPolicy"
 
 
@@ -167,8 +170,10 @@ def test_a_model_without_that_attention_has_its_own_choice(tmp_path, tiny_bert, 
     transformers.DebertaV2Model(config).save_pretrained(tmp_path / "deberta")
     tokenizer.save_pretrained(tmp_path / "deberta")
     recipe = small_recipe(tmp_path / "deberta", rows, "--budget.attention", "sdpa")
-    recipe.datasets()
-    assert make_model(recipe).config._attn_implementation == "eager"
+    fitted, _, _ = load_data(recipe)
+    assert recipe.config.budget.attention == "sdpa"
+    assert fitted.config.budget.attention is None
+    assert make_model(fitted).config._attn_implementation == "eager"
     [line] = capsys.readouterr().err.splitlines()
     assert line == (
         "budget.attention: DebertaV2ForSequenceClassification has no sdpa: the model's own choice instead"
@@ -206,9 +211,11 @@ def test_padding_to_a_multiple_is_left_off_where_it_is_of_no_use(
 ):
     made = small_recipe(tiny_bert, rows, "--budget.pad_to_multiple_of", 8, *arguments, recipe=recipe)
     dataset = TextClassification.datasets(small_recipe(tiny_bert, rows))
-    windows, _ = make_windows(made, *dataset, Accelerator(cpu=True))
+    fitted = fit_to_model(made)
+    windows, _ = make_windows(fitted, *dataset, Accelerator(cpu=True))
     assert windows.pad_to_multiple_of == 1
-    assert made.config.budget.pad_to_multiple_of is None
+    assert made.config.budget.pad_to_multiple_of == 8
+    assert fitted.config.budget.pad_to_multiple_of is None
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("budget.pad_to_multiple_of: of no use for")
     assert line.endswith(why)

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_model, make_windows
+from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.training.lora import write_merged
 from gradacc_hf.utils.files import save_model
 from gradacc_hf.verification.exactness import verify
