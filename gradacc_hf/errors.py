@@ -2,6 +2,7 @@
 
     GradaccError                            base class; exit code 1
     ├── InputError (ValueError)             a setting, an argument or a file is wrong; exit code 2
+    ├── MissingExtraError (ImportError)     a package of an extra is not installed; exit code 2
     ├── LoopError (RuntimeError)            a copied loop leaves out a call that it needs
     ├── NonFiniteError                      the loss or gradient of a window is not finite
     ├── OutOfMemoryError (RuntimeError)     no split of the window fits in memory
@@ -69,6 +70,15 @@ class NotTraceableError(GradaccError):
 
 class HeadUnavailableError(GradaccError):
     """A tiny model of this head cannot be built offline."""
+
+
+class MissingExtraError(GradaccError, ImportError):
+    """A package is missing that an extra of this one installs.
+
+    The message says what needs which packages, and the `pip install` that brings them.
+    """
+
+    exit_code = 2
 
 
 def one_line(error: BaseException) -> str:

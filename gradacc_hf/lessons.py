@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 from gradacc_hf.errors import listed, refuse
-from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.paths import bundle_root
 
 # Colours of Okabe and Ito, distinct for colour-blind readers. Dashes keep a line visible under another line.
@@ -60,6 +59,7 @@ def run(name: str, plot: Path | None = None) -> Any:
     Raises:
         InputError: the lesson is unknown, or the plot cannot be written. Then the lesson has not run.
     """
+
     if name not in names():
         refuse("lesson", f"found {name!r}", f"there are: {listed(names())}")
     if "RANK" in os.environ:
@@ -112,6 +112,10 @@ def _path(name: str) -> Path:
 
 
 def _check_plot(plot: Path) -> None:
+    from gradacc_hf.utils.extras import require  # late: a list of lessons does not need it
+    from gradacc_hf.utils.files import write_whole  # late: it loads torch
+
+    require("--plot", "report", "matplotlib")
     if plot.suffix != ".svg":
         refuse("--plot", f"found {plot}", "allowed: a file that ends in .svg")
     try:
@@ -130,6 +134,8 @@ def _check_plot(plot: Path) -> None:
 def _write_plot(lesson: ModuleType, figures: Any, plot: Path) -> None:
     import matplotlib  # late: only plots need it
     from matplotlib.figure import Figure
+
+    from gradacc_hf.utils.files import write_whole
 
     drawn = io.StringIO()
     with matplotlib.rc_context(STYLE):

@@ -22,7 +22,7 @@ def venv(tmp_path_factory):
     wanted = subprocess.run(
         "cat pyproject.toml constraints.txt | cksum", shell=True, cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    (folder / ".gradacc-installed").write_text(wanted + "\n")
+    (folder / ".gradacc-installed").write_text(f"{wanted} dev\n")
     return folder
 
 
@@ -97,6 +97,7 @@ def test_it_prints_the_command_that_it_ends_in_and_runs_that_many_processes(
         (["--config", "x.yaml"], "the first argument is the recipe; found --config"),
         ([RECIPE, "--processes", "0"], "--processes: found '0'; allowed: 1 or more"),
         ([RECIPE, "--processes", "two"], "--processes: found 'two'"),
+        (["--processes", "two", RECIPE], "--processes: found 'two'"),
         ([RECIPE, "--data.train", "x.csv", "--optim.lrr", "1"], "did you mean --optim.lr?"),
         ([RECIPE, "--data.train", "nowhere.csv"], "nowhere.csv"),
     ],
@@ -137,6 +138,134 @@ def test_help_needs_no_environment(tmp_path):
     assert done.returncode == 0
     assert "./launch.sh test" in done.stdout
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["recipes/nonsense.py"], "no recipe recipes/nonsense.py here; there are: "),
+        (["nonsense"], "no recipe nonsense here; there are: "),
+        (["--config", "x.yaml"], "the first argument is the recipe; found --config"),
+        ([RECIPE, "--processes"], "--processes: found ''; allowed: 1 or more"),
+        (["--processes", "0", RECIPE], "--processes: found '0'; allowed: 1 or more"),
+        ([RECIPE, "--config", "nowhere.yaml"], "--config: found 'nowhere.yaml', which is no file here"),
+        ([RECIPE, "--config=nowhere.yaml"], "--config: found 'nowhere.yaml', which is no file here"),
+        ([RECIPE, "--machines", "2"], "--machines 2 needs --main_address HOST or HOST:PORT"),
+        ([RECIPE, "--machine_rank", "1"], "--machine_rank: found '1'; allowed: 0 to 0"),
+        ([RECIPE, "--main_address", "--check"], "--main_address: found '--check'; allowed: HOST"),
+        (["--processes", "2", "play"], "--processes is for a recipe; play takes none"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_installed(tmp_path, arguments, line):
+    done = subprocess.run(
+        [ROOT / "launch.sh", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "VENV": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {line}")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--processes", 2, RECIPE, "--check"],
+        [RECIPE, "--processes=2", "--check"],
+        [RECIPE, "--check", "--processes", 2],
+        ["--machines=2", "--main_address", "localhost", RECIPE, "--machine_rank", 1, "--check"],
+    ],
+)
+def test_its_flags_stand_before_or_after_the_recipe(launch, texts, arguments):
+    done = launch(*arguments, "--data.train", texts, "--batch.effective", 8)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "check: this would run"
+
+
+def without(*names, **more):
+    """The environment variables without these, and with more."""
+    return {**{name: value for name, value in os.environ.items() if name not in names}, **more}
+
+
+def test_an_active_environment_that_has_the_package_is_used(tmp_path):
+    done = subprocess.run(
+        [ROOT / "launch.sh", "ls"],
+        cwd=tmp_path,
+        env=without("VENV", "PYTHON", VIRTUAL_ENV=sys.prefix),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "text_classification" in done.stdout
+    used = f"using the active virtual environment {sys.prefix}, as it has gradacc-hf\n"
+    assert done.stderr == ("" if Path(sys.prefix) == ROOT / ".venv" else used)
+
+
+@pytest.fixture(scope="module")
+def empty_venv(tmp_path_factory):
+    """An environment without the package, and without pip."""
+    folder = tmp_path_factory.mktemp("active") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder
+
+
+def test_an_active_environment_without_the_package_is_left_alone(empty_venv, venv):
+    """Here with VENV, so that nothing is installed; it is the environment that is used."""
+    done = subprocess.run(
+        [ROOT / "launch.sh", "ls"],
+        env=without("PYTHON", VIRTUAL_ENV=str(empty_venv), VENV=str(venv)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_another_python_than_that_of_the_environment_is_one_line(venv, tmp_path):
+    other = tmp_path / "python"  # says of itself that it is another version
+    other.write_text("#!/bin/sh\necho 3.99\n")
+    other.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "launch.sh", "ls"],
+        env={**os.environ, "VENV": str(venv), "PYTHON": str(other)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: \S+ has Python 3\.\d+ and PYTHON=\S+ is 3\.99: remove that folder, or .*\n", done.stderr
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "extras"),
+    [
+        ([RECIPE], "recipes,report,offline"),
+        (["lessons"], "recipes,report,offline"),
+        (["play"], "recipes,report,offline,play"),
+        (["test"], "dev"),
+    ],
+)
+def test_it_installs_what_the_command_needs(tmp_path, arguments, extras):
+    """With the real pip in a dry run: the third step fails, and leaves no stamp that says it is done."""
+    folder = tmp_path / "venv"
+    dry = {"PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1"}
+    done = subprocess.run(
+        [ROOT / "launch.sh", *arguments],
+        cwd=ROOT,
+        env=without("PYTHON", "VIRTUAL_ENV", VENV=str(folder), **dry),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    steps = [line for line in done.stderr.splitlines() if re.match(r"\[\d/4\]", line)]
+    assert [step[:5] for step in steps] == ["[1/4]", "[2/4]", "[3/4]"]
+    assert f"gradacc-hf[{extras}]:" in steps[2]
+    assert not (folder / ".gradacc-installed").exists()
 
 
 def test_no_python_is_one_line(tmp_path):

@@ -12,8 +12,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
@@ -304,6 +302,9 @@ def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
 
 
 def _column_lengths(column: Any) -> np.ndarray:
+    import pyarrow as pa  # late: datasets brings it, and only its columns need it
+    import pyarrow.compute
+
     if pa.types.is_nested(column.type.value_type):
         return np.array([_padded_size(row) for row in column.to_pylist()])
     return np.asarray(pyarrow.compute.list_value_length(column))  # type: ignore[attr-defined]

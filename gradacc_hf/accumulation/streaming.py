@@ -11,6 +11,7 @@ of a data set with a length.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice, takewhile
@@ -366,16 +367,14 @@ def _of_its_own(dataset: Any) -> tuple[Any, bool]:
     Those of datasets that are made of one another (`take` and `skip` of one, say) note where they are in the
     same place: here they are taken apart. A shuffle buffer of theirs has no state.
     """
-    from datasets import IterableDataset  # late: it takes a second
-    from datasets.iterable_dataset import BufferShuffledExamplesIterable
-
-    if not isinstance(dataset, IterableDataset):
+    theirs = sys.modules.get("datasets.iterable_dataset")  # no import: datasets may not be installed
+    if theirs is None or not isinstance(dataset, theirs.IterableDataset):
         return dataset, False
     shuffles = False
 
     def copied(node: Any) -> Any:
         nonlocal shuffles
-        shuffles = shuffles or isinstance(node, BufferShuffledExamplesIterable)
+        shuffles = shuffles or isinstance(node, theirs.BufferShuffledExamplesIterable)
         node = copy.copy(node)
         if hasattr(node, "ex_iterable"):
             node.ex_iterable = copied(node.ex_iterable)

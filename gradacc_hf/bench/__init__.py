@@ -22,3 +22,8 @@ A benchmark returns a frozen result. `--json` prints the result instead of a tab
 get the same model, the same examples in the same windows, and as many optimizer steps. A benchmark uses one
 process unless it says otherwise. `gradacc compare` times other ways to accumulate.
 """
+
+from gradacc_hf.utils.extras import require
+
+require(__name__, "recipes")
+require(__name__, "report")

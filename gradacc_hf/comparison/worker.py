@@ -46,7 +46,13 @@ from gradacc_hf.training.run_log import finite, peak_memory_bytes, versions
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.modeling import disable_dropout
 from gradacc_hf.utils.verbosity import silence_libraries
-from gradacc_hf.verification.baselines import own_loss, run_accelerate, run_at_once, run_trainer, run_windows
+from gradacc_hf.verification.baselines import (
+    custom_loss,
+    run_accelerate,
+    run_at_once,
+    run_trainer,
+    run_windows,
+)
 
 CONTENDERS = {
     "at_once": "at once",
@@ -117,7 +123,7 @@ class WorkerRun:
                 return run_windows(model, optimizer, windows, max_windows=self.num_windows, **shared)
             batches = (self._whole(windows, t) for t in range(self.num_windows))
             return run_at_once(model, optimizer, batches, accelerator=self.accelerator, **shared)
-        loss = own_loss(model, self.collated([self.examples[0]], model.device), recipe.loss)
+        loss = custom_loss(model, self.collated([self.examples[0]], model.device), recipe.loss)
         precision, on_cpu = self.accelerator.mixed_precision, self.accelerator.device.type == "cpu"
         if name == "accelerate":
             loader: Any = DataLoader(self.examples, self.size, collate_fn=self._collate)  # type: ignore[arg-type]

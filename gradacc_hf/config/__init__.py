@@ -1,5 +1,9 @@
 """The settings of a run: what a config file and a budget file may hold, and how they are read."""
 
+from gradacc_hf.utils.extras import require
+
+require(__name__, "recipes")
+
 from gradacc_hf.config.schema import (
     BatchConfig,
     BudgetConfig,

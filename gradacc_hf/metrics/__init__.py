@@ -1,5 +1,9 @@
 """`evaluate` metrics that need no download: `load("accuracy").compute(predictions=…, references=…)`."""
 
+from gradacc_hf.utils.extras import require
+
+require(__name__, "recipes")
+
 from difflib import get_close_matches
 from typing import Any
 

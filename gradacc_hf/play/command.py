@@ -1,6 +1,5 @@
 """`gradacc play`: the command line."""
 
-import importlib.util
 import os
 import socket
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.utils.commands import Parser
+from gradacc_hf.utils.extras import require
 
 MOST = 8  # people at once; each has a process
 
@@ -35,8 +35,7 @@ def main(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     if given.port is not None and not 1 <= given.port <= 65535:
         raise InputError(f"--port: found {given.port}; allowed: 1 to 65535")
-    if given.film is None and importlib.util.find_spec("gradio") is None:
-        raise InputError("gradacc play needs Gradio: pip install 'gradacc-hf[play]'")
+    require("gradacc play", "play", *(["datasets", "pyarrow"] if given.film else []))
     try:
         if given.film is not None:
             from gradacc_hf.play.animation import write_film

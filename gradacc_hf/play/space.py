@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gradacc_hf
 from gradacc_hf.errors import InputError
+from gradacc_hf.utils.extras import pinned
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.paths import bundle_root
 
@@ -48,13 +49,6 @@ def write_space(folder: Path) -> Path:
         shutil.copytree(bundle_root() / name, package / "_kit" / name, ignore=ignored)
     versions = {"gradio": metadata.version("gradio"), "version": metadata.version("gradacc-hf")}
     write_whole(folder / "README.md", README.format(**versions))
-    write_whole(folder / "requirements.txt", "\n".join([*requirements(), ""]))
+    write_whole(folder / "requirements.txt", "\n".join([*pinned("play"), ""]))
     write_whole(folder / "app.py", APP)
     return folder
-
-
-def requirements() -> list[str]:
-    """What the package needs, in the versions that are installed here; Gradio comes with the Space."""
-    needed = [line for line in metadata.requires("gradacc-hf") or [] if "extra ==" not in line]
-    names = [line.split(">=")[0].split("==")[0].strip() for line in needed]
-    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]

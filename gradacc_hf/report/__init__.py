@@ -4,6 +4,10 @@
 tables (tables.py) and pictures (pictures.py), in the template page.html.j2.
 """
 
+from gradacc_hf.utils.extras import require
+
+require(__name__, "report")
+
 import os
 import time
 from collections.abc import Sequence

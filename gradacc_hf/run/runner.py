@@ -44,7 +44,7 @@ from gradacc_hf.run.tuning import tunes
 from gradacc_hf.training.checkpoint import Checkpoints, check_same, newest_checkpoint
 from gradacc_hf.training.compile import compile_layers, uncompiled
 from gradacc_hf.training.finetune import Best, fine_tune
-from gradacc_hf.training.lora import check_four_bit, write_merged
+from gradacc_hf.training.lora import check_four_bit, check_peft, write_merged
 from gradacc_hf.training.optimizer import check_optimizer, choose_trained, make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import describe
 from gradacc_hf.utils.commands import command
@@ -88,6 +88,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     check_sizes(config)
     _check_dtype(config)  # again, of what is left of the budget
     check_lean_loss(recipe_class, config)
+    if config.model.lora.rank:
+        check_peft()
     check_four_bit(config.model)
     check_optimizer(config.optim)
     resumed = folder_to_resume(config)
@@ -221,10 +223,10 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         accelerator.print(f"baseline: {describe(baseline)}")
     accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")
     if accelerator.is_main_process:
-        from gradacc_hf.report import write_report  # late: it loads matplotlib
-
         try:
             refresh_cards(folder)
+            from gradacc_hf.report import write_report  # late: it loads matplotlib, of another extra
+
             print(f"report: {write_report([folder])}")
         except Exception as error:  # the run is over and saved, whatever became of its cards and report
             print(f"no report: {one_line(error)}; gradacc report {folder} makes one", file=sys.stderr)

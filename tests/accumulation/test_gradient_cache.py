@@ -31,6 +31,7 @@ from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe as read_recipe
 from gradacc_hf.run.runner import make_windows, run
 from gradacc_hf.training.settings import ModelConfig
+from gradacc_hf.utils.modeling import checkpoint_activations
 from gradacc_hf.utils.rng import random_state, set_random_state
 
 LENGTHS = np.random.default_rng(0).integers(3, 30, size=(22, 3))
@@ -189,7 +190,7 @@ def test_a_model_that_draws_elsewhere_than_from_torch_is_noticed():
 def test_bf16_and_checkpointing_come_close_to_float32():
     examples, loss, model = pairs(), ContrastiveLoss(0.1), embedder()
     whole = whole_window_gradient(model, collate(examples), loss)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     [gradient], _ = accumulated(model, window_loader(examples, mixed_precision="bf16"), loss)
     assert relative_error(gradient, whole) < 0.1
     assert relative_error(gradient, whole) > EXACT  # else it did not run in bf16

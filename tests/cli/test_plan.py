@@ -7,9 +7,9 @@ import pytest
 from recipe_runs import write_rows
 
 from gradacc_hf.cli import main as cli
+from gradacc_hf.cli import plan as plan_command
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run import plan as plan_command
 from gradacc_hf.run.plan import make_plan
 from gradacc_hf.utils.paths import bundle_root
 

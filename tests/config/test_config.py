@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from gradacc_hf.config import parser as command_line
-from gradacc_hf.config import schema as config_module
+from gradacc_hf.config import schema
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.config.schema import (
     BudgetConfig,
@@ -22,6 +22,7 @@ from gradacc_hf.config.schema import (
     tokens_per_micro_batch,
 )
 from gradacc_hf.errors import InputError
+from gradacc_hf.training import settings
 from gradacc_hf.training.settings import ModelConfig
 from gradacc_hf.utils.paths import BUNDLE_ROOTS
 
@@ -190,9 +191,12 @@ def test_help_shows_the_values_so_far_and_exits_0(capsys):
 
 
 def test_every_field_has_its_line_of_help():
-    module = ast.parse(Path(config_module.__file__).read_text(encoding="utf-8"))
+    modules = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (schema, settings)]
     sections = [
-        node for node in module.body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+        node
+        for module in modules
+        for node in module.body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
     ]
     assert len(sections) == 10
     for section in sections:
@@ -210,7 +214,7 @@ sys.modules["gradacc_hf"] = package
 import gradacc_hf.config.parser
 print({"torch", "transformers"} & set(sys.modules))
 """
-    command = [sys.executable, "-c", code, str(Path(config_module.__file__).parent)]
+    command = [sys.executable, "-c", code, str(ROOT / "gradacc_hf")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
@@ -257,7 +261,7 @@ def test_a_budget_beside_the_user_comes_before_the_kit_s():
 
 
 def test_an_installed_package_finds_its_budgets_inside_itself():
-    assert BUNDLE_ROOTS[1] == Path(config_module.__file__).parent / "_kit"
+    assert BUNDLE_ROOTS[1] == ROOT / "gradacc_hf/_kit"
 
 
 def test_an_unknown_budget_names_the_closest():

@@ -151,12 +151,12 @@ def test_the_snippet_of_adapters_runs_as_it_stands_and_knows_the_labels(train):
 def test_a_card_is_there_with_the_model_before_the_run_ends(train):
     """Killed right after its first evaluation, a run has a whole best/, card included."""
     Path("sitecustomize.py").write_text(
-        "import os, gradacc_hf.training.loop as loop\n"
-        "save = loop.save_model\n"
+        "import os, gradacc_hf.training.finetune as finetune\n"
+        "save = finetune.save_model\n"
         "def save_and_die(model, folder, *rest, **more):\n"
         "    save(model, folder, *rest, **more)\n"
         "    os._exit(9)\n"
-        "loop.save_model = save_and_die\n"
+        "finetune.save_model = save_and_die\n"
     )
     done = train({"PYTHONPATH": f".{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}, train__eval_every=1)
     assert done.returncode == 9, done.stderr
