@@ -1,41 +1,43 @@
-"""Exact, fast, budget-aware gradient accumulation for Hugging Face fine-tuning."""
+"""Exact, fast, budget-aware gradient accumulation for Hugging Face fine-tuning.
 
-from typing import TYPE_CHECKING, Any
+`import gradacc_hf` loads neither torch nor accelerate: an export loads its module at its first use.
+gradacc_hf/README.md is the map of the package.
+"""
 
-from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
-from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.oom import retry_on_oom
-from gradacc_hf.accumulation.window import Window
-from gradacc_hf.doctor import Diagnosis, diagnose
-from gradacc_hf.errors import InputError
-from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
-from gradacc_hf.training.finetune import Best, fine_tune
-from gradacc_hf.training.loop import Evaluation, evaluate, train
-from gradacc_hf.training.preflight import preflight_check
+from typing import TYPE_CHECKING
+
 from gradacc_hf.utils import moved_modules
-from gradacc_hf.verification.exactness import verify
 
-if TYPE_CHECKING:
-    from gradacc_hf.doctor.callback import DoctorCallback
-    from gradacc_hf.hf_trainer.trainer import ExactTrainer, ExactTrainerMixin
-
-moved_modules.install()
+__version__ = "0.2.0"
 
 __all__ = [
     "Best",
+    "Bound",
     "Checkpoints",
+    "ContrastiveLoss",
     "Diagnosis",
     "DoctorCallback",
     "Evaluation",
     "ExactTrainer",
     "ExactTrainerMixin",
+    "GradaccError",
+    "GrowingBatch",
     "InputError",
+    "LoopError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "ScheduledBatch",
+    "Verification",
     "Window",
     "WindowLoader",
+    "WindowRecord",
+    "__version__",
     "accumulate_in_float32",
     "diagnose",
     "evaluate",
     "fine_tune",
+    "iter_windows",
     "newest_checkpoint",
     "preflight_check",
     "retry_on_oom",
@@ -43,15 +45,89 @@ __all__ = [
     "verify",
 ]
 
+_LAZY = {
+    "Best": "training.finetune",
+    "Bound": "accumulation.splitting",
+    "Checkpoints": "training.checkpoint",
+    "ContrastiveLoss": "accumulation.gradient_cache",
+    "Diagnosis": "doctor",
+    "DoctorCallback": "doctor.callback",
+    "Evaluation": "training.loop",
+    "ExactTrainer": "hf_trainer.trainer",
+    "ExactTrainerMixin": "hf_trainer.trainer",
+    "GradaccError": "errors",
+    "GrowingBatch": "accumulation.batch_schedule",
+    "InputError": "errors",
+    "LoopError": "errors",
+    "MissingExtraError": "errors",
+    "NonFiniteError": "errors",
+    "OutOfMemoryError": "errors",
+    "ScheduledBatch": "accumulation.batch_schedule",
+    "Verification": "verification.exactness",
+    "Window": "accumulation.window",
+    "WindowLoader": "accumulation.loader",
+    "WindowRecord": "training.run_log",
+    "accumulate_in_float32": "accumulation.fp32_accumulation",
+    "diagnose": "doctor",
+    "evaluate": "training.loop",
+    "fine_tune": "training.finetune",
+    "iter_windows": "training.loop",
+    "newest_checkpoint": "training.checkpoint",
+    "preflight_check": "training.preflight",
+    "retry_on_oom": "accumulation.oom",
+    "train": "training.loop",
+    "verify": "verification.exactness",
+}
+"""Export → the module that defines it. The imports below say the same to editors and type checkers."""
 
-def __getattr__(name: str) -> Any:
-    """What stands on transformers.Trainer, which is slow to import, when it is asked for."""
-    if name == "DoctorCallback":
-        from gradacc_hf.doctor.callback import DoctorCallback
+if TYPE_CHECKING:
+    from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch
+    from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
+    from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
+    from gradacc_hf.accumulation.loader import WindowLoader
+    from gradacc_hf.accumulation.oom import retry_on_oom
+    from gradacc_hf.accumulation.splitting import Bound
+    from gradacc_hf.accumulation.window import Window
+    from gradacc_hf.doctor import Diagnosis, diagnose
+    from gradacc_hf.doctor.callback import DoctorCallback
+    from gradacc_hf.errors import (
+        GradaccError,
+        InputError,
+        LoopError,
+        MissingExtraError,
+        NonFiniteError,
+        OutOfMemoryError,
+    )
+    from gradacc_hf.hf_trainer.trainer import ExactTrainer, ExactTrainerMixin
+    from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
+    from gradacc_hf.training.finetune import Best, fine_tune
+    from gradacc_hf.training.loop import Evaluation, evaluate, iter_windows, train
+    from gradacc_hf.training.preflight import preflight_check
+    from gradacc_hf.training.run_log import WindowRecord
+    from gradacc_hf.verification.exactness import Verification, verify
+else:  # a `__getattr__` that type checkers could see would make every wrong name right
+    _RENAMED = {"BadInput": "InputError", "replayed": "retry_on_oom", "try_out": "preflight_check"}
+    """Export of version 0.1.0 → the export that replaces it. They stay until version 1.0."""
 
-        return DoctorCallback
-    if name not in ("ExactTrainer", "ExactTrainerMixin"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gradacc_hf.hf_trainer import trainer
+    def __getattr__(name: str) -> object:
+        """Import an export at its first use; give a renamed export with a DeprecationWarning."""
+        from importlib import import_module
 
-    return getattr(trainer, name)
+        if name in _RENAMED:
+            import warnings
+
+            warnings.warn(
+                f"gradacc_hf.{name} is now gradacc_hf.{_RENAMED[name]}", DeprecationWarning, stacklevel=2
+            )
+            return getattr(import_module(__name__), _RENAMED[name])
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = export = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+        return export
+
+    def __dir__() -> list[str]:
+        """Return the public names and the special ones."""
+        return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
+moved_modules.install()

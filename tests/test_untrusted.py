@@ -23,7 +23,7 @@ from gradacc_hf.cli import main as cli
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.config.schema import Config, DataConfig
 from gradacc_hf.errors import InputError
-from gradacc_hf.hf_trainer.trainer import _refuse
+from gradacc_hf.hf_trainer.trainer import refuse_unsupported
 from gradacc_hf.run.folder import next_folder, settings
 from gradacc_hf.utils.hardware import refuse_place
 from gradacc_hf.utils.redaction import HIDDEN, without_tokens
@@ -516,7 +516,7 @@ def test_exact_trainer_is_refused_there_too(device, engine):
         device=torch.device(device), distributed_type=SimpleNamespace(value=engine), parallelism_config=None
     )
     with pytest.raises(ValueError, match=r"DDP or FSDP|CUDA GPU"):
-        _refuse(SimpleNamespace(args=SimpleNamespace(n_gpu=1), accelerator=accelerator))
+        refuse_unsupported(SimpleNamespace(args=SimpleNamespace(n_gpu=1), accelerator=accelerator))
 
 
 def test_the_package_loads_where_there_is_no_posix_so_that_it_can_say_what_to_use_instead():

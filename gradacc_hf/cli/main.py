@@ -1,15 +1,31 @@
-"""`gradacc`: the kit's own commands. A recipe has its own command line (`recipe.run`)."""
+"""The `gradacc` command: list and copy recipes, and start the other commands.
 
+A recipe has its own command line: `gradacc_hf.run.run`.
+"""
+
+import argparse
 import os
 import shlex
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
-from gradacc_hf import lessons
+from gradacc_hf import __version__, lessons
 from gradacc_hf.errors import InputError
 from gradacc_hf.utils.commands import Parser, command
 from gradacc_hf.utils.paths import bundle_root
+
+COMMANDS = {
+    "verify": ("gradacc_hf.cli.verify", "is accumulation exact on my model and data?"),
+    "compare": ("gradacc_hf.comparison.cli", "train in several ways and compare them"),
+    "doctor": ("gradacc_hf.doctor.script", "what is wrong with a script's accumulation"),
+    "plan": ("gradacc_hf.cli.plan", "memory, steps and cost of a run, without a GPU"),
+    "play": ("gradacc_hf.play.command", "a page to watch the loop on, micro-batch by micro-batch"),
+    "bench": ("gradacc_hf.bench.cli", "measure what the README says (gradacc bench --help)"),
+    "predict": ("gradacc_hf.cli.predict", "what a saved run says to new input"),
+}
+"""Command → the module whose `main` gets the remaining arguments, and one line of help."""
 
 EXTRAS = {
     "bench": ("recipes", "report"),
@@ -23,7 +39,7 @@ EXTRAS = {
 
 
 def main() -> None:
-    """The entry point of `gradacc`. A `InputError` ends it with its one line and exit code 2."""
+    """Run the `gradacc` command. A GradaccError ends it with one line and its exit code."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without × or ±
     try:
@@ -36,7 +52,34 @@ def main() -> None:
 
 
 def _run() -> None:
+    """Parse the command line and run its command. Only the chosen command imports what is slow to import."""
+    parser = _make_parser()
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.command not in COMMANDS:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for extra in EXTRAS.get(arguments.command, ()):
+        from gradacc_hf.utils.extras import require  # late: `gradacc ls` starts without it
+
+        require(f"gradacc {arguments.command}", extra)
+    if arguments.command in COMMANDS:
+        module, _ = COMMANDS[arguments.command]
+        import_module(module).main(rest)
+    elif arguments.command == "ls":
+        for name in recipes():
+            print(name, *(f"configs/{path.name}" for path in configs(name)), sep="  ")
+    elif arguments.command == "cp":
+        copy_recipe(arguments.name, arguments.folder)
+    elif arguments.command == "lessons":
+        show_lessons(arguments.name, arguments.plot)
+    else:
+        from gradacc_hf.report import write_report  # late: it loads matplotlib
+
+        print(write_report(arguments.runs, arguments.output))
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="gradacc", description="Exact gradient accumulation for fine-tuning.")
+    parser.add_argument("--version", action="version", version=f"gradacc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list the recipes and their configs")
     copy = commands.add_parser("cp", help="copy a recipe and its configs into a folder, to edit")
@@ -45,15 +88,8 @@ def _run() -> None:
     lesson = commands.add_parser("lessons", help="list the lessons, or run one")
     lesson.add_argument("name", nargs="?", help="a lesson; without it, all are listed")
     lesson.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw what the lesson shows")
-    commands.add_parser("verify", help="is accumulation exact on my model and data?", add_help=False)
-    commands.add_parser("compare", help="train in several ways and compare them", add_help=False)
-    commands.add_parser("doctor", help="what is wrong with a script's accumulation", add_help=False)
-    commands.add_parser("plan", help="memory, steps and cost of a run, without a GPU", add_help=False)
-    commands.add_parser(
-        "play", help="a page to watch the loop on, micro-batch by micro-batch", add_help=False
-    )
-    commands.add_parser("bench", help="measure what the README says (gradacc bench --help)", add_help=False)
-    commands.add_parser("predict", help="what a saved run says to new input", add_help=False)
+    for name, (_, question) in COMMANDS.items():
+        commands.add_parser(name, help=question, add_help=False)
     report = commands.add_parser("report", help="one HTML page about runs, side by side")
     report.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one that holds runs"
@@ -64,56 +100,11 @@ def _run() -> None:
         metavar="FILE.html",
         help="where it goes; by default report.html in the folder of the run, or here if there are several",
     )
-    arguments, rest = parser.parse_known_args()
-    if rest and arguments.command not in ("bench", "compare", "doctor", "plan", "play", "predict", "verify"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    for extra in EXTRAS.get(arguments.command, ()):
-        from gradacc_hf.utils.extras import require  # late: `gradacc ls` starts without it
-
-        require(f"gradacc {arguments.command}", extra)
-    if arguments.command == "ls":
-        for name in recipes():
-            print(name, *(f"configs/{path.name}" for path in configs(name)), sep="  ")
-    elif arguments.command == "cp":
-        copy_recipe(arguments.name, arguments.folder)
-    elif arguments.command == "lessons":
-        show_lessons(arguments.name, arguments.plot)
-    elif arguments.command == "verify":
-        from gradacc_hf.cli import verify as verify_command  # late: it loads transformers
-
-        verify_command.main(rest)
-    elif arguments.command == "compare":
-        from gradacc_hf.comparison import compare  # late: it loads transformers
-
-        compare.main(rest)
-    elif arguments.command == "doctor":
-        from gradacc_hf.doctor import script  # late: it loads transformers
-
-        script.main(rest)
-    elif arguments.command == "plan":
-        from gradacc_hf.cli import plan  # late: it loads transformers
-
-        plan.main(rest)
-    elif arguments.command == "predict":
-        from gradacc_hf.cli import predict  # late: it loads transformers
-
-        predict.main(rest)
-    elif arguments.command == "play":
-        from gradacc_hf.play import command as play  # late: it loads Gradio
-
-        play.main(rest)
-    elif arguments.command == "report":
-        from gradacc_hf.report import write_report  # late: it loads matplotlib
-
-        print(write_report(arguments.runs, arguments.output))
-    else:
-        from gradacc_hf import bench  # late: it loads transformers
-
-        bench.main(rest)
+    return parser
 
 
 def show_lessons(name: str | None, plot: Path | None) -> None:
-    """Run a lesson, or list all, with the question that each answers."""
+    """Run a lesson, or list all lessons with the question that each answers."""
     if name is not None:
         lessons.run(name, plot)
         return
@@ -124,20 +115,20 @@ def show_lessons(name: str | None, plot: Path | None) -> None:
 
 
 def recipes() -> list[str]:
-    """Names of the recipes."""
+    """Return the names of the recipes."""
     return sorted(path.stem for path in (bundle_root() / "recipes").glob("*.py"))
 
 
 def configs(name: str) -> list[Path]:
-    """The configs of a recipe: those whose `recipe:` names it."""
+    """Return the config files whose `recipe:` names this recipe."""
     files = sorted((bundle_root() / "configs").glob("*.yaml"))
     return [file for file in files if f"recipe: ../recipes/{name}.py\n" in file.read_text(encoding="utf-8")]
 
 
 def copy_recipe(name: str, folder: Path) -> None:
-    """Copy recipes/NAME.py and its configs; all or, where a file is there already, none.
+    """Copy recipes/NAME.py and its configs into a folder, or nothing if one of the files exists there.
 
-    A lesson is copied as lessons/NAME.
+    `name` lessons/NAME copies a lesson. Raises InputError for an unknown name and for existing files.
     """
     if name not in recipes() and name not in [f"lessons/{lesson}" for lesson in lessons.names()]:
         raise InputError(f"no recipe {name!r}; there are: {', '.join(recipes())}, and lessons/NAME")

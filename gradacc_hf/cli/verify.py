@@ -1,4 +1,4 @@
-"""`gradacc verify`: is accumulation exact for a recipe's model, data and budget?"""
+"""`gradacc verify`: whether accumulation is exact for the model, data and budget of a recipe."""
 
 import json
 import os
@@ -13,13 +13,11 @@ import torch
 import transformers
 from accelerate import Accelerator
 from datasets import disable_progress_bars
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from gradacc_hf.config.budget import export_cpu_offload
-from gradacc_hf.errors import InputError, listed
+from gradacc_hf.errors import InputError
 from gradacc_hf.hub.model_card import refresh_cards
 from gradacc_hf.recipe.loading import load_recipe, on_this_machine, open_run
 from gradacc_hf.run.folder import refuse_links
@@ -28,11 +26,12 @@ from gradacc_hf.training.run_log import finite
 from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.verification import all_heads as conformance
-from gradacc_hf.verification.exactness import Verification, verify
+from gradacc_hf.verification.exactness import verify
+from gradacc_hf.verification.table import print_verification
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line: exits with 0 where the loop is exact, with 1 where it is not."""
+    """Run the command. The exit code is 0 where the loop is exact, and 1 where it is not."""
     parser = Parser(
         prog="gradacc verify",
         description="Compare accumulated gradients with those of whole windows, on a recipe's data. "
@@ -101,13 +100,13 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json:
         print(as_json)
     else:
-        show(result, Console(highlight=False))
+        print_verification(result, Console(highlight=False))
     sys.exit(0 if result.exact else 1)
 
 
 def _all_heads(as_json: bool) -> NoReturn:
-    """The conformance table; exits with 1 where a head is not exact for no reason that is known."""
-    warnings.filterwarnings("ignore")  # of hundreds of models, none of which is the user's
+    """Print the conformance table. The exit code is 1 where a head is not exact for no known reason."""
+    warnings.filterwarnings("ignore")  # of hundreds of models that are not the user's
     with Progress(console=Console(stderr=True), transient=True) as progress:
         verdicts = conformance.conformance(
             conformance.heads(every=True), lambda which: progress.track(which, description="heads")
@@ -115,31 +114,5 @@ def _all_heads(as_json: bool) -> NoReturn:
     if as_json:
         print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
     else:
-        conformance.show(verdicts, Console(highlight=False))
+        conformance.print_conformance(verdicts, Console(highlight=False))
     sys.exit(1 if any(verdict.unexplained for verdict in verdicts) else 0)
-
-
-def show(result: Verification, console: Console) -> None:
-    """A table of the ways, the parameters that are furthest off, the reasons, and the verdict."""
-    console.print(
-        f"{result.windows} window{'s' * (result.windows > 1)}, {result.examples} examples, in "
-        f"{listed(result.accumulation_steps)} micro-batches; against {result.reference}"
-    )
-    table = Table("", box=SIMPLE)
-    for header in ("relative error", "‖g‖ ratio", "cosine", ""):
-        table.add_column(header, justify="right")
-    ways = [way for way in (result.loop, result.exact_trainer, result.trainer) if way is not None]
-    for way in ways:
-        row = (f"{way.error:.1e}", f"{way.norm_ratio:.4f}", f"{way.cosine:.6f}")
-        table.add_row(way.way, *row, "exact" if way.exact else "not exact")
-    console.print(table)
-    for way in ways:
-        if not way.exact:
-            worst = listed(f"{name} {error:.1e}" for name, error in way.worst)
-            console.print(f"{way.way} is furthest off in {worst}")
-    if result.trainer_failed:
-        console.print(f"Trainer could not be compared: {result.trainer_failed}")
-    for reason in result.reasons:
-        console.print(f"why: {reason.what}\nwhat to do: {reason.cure}", style="bold")
-    console.print(result.verdict, style="green" if result.exact else "red")
-    console.print("measured with " + listed(f"{k} {v}" for k, v in result.measured_with.items()))

@@ -1,18 +1,20 @@
-"""`ExactTrainer`: transformers' Trainer, with gradient accumulation that is exact.
+"""`ExactTrainer`: the Trainer of transformers, with gradient accumulation that is exact.
 
-For those who stay with Trainer. Two lines of a script change, the import and the name; for another subclass
-of Trainer (trl's, your own), put `ExactTrainerMixin` before it. `gradient_accumulation_steps` then gives the
-gradient of the whole window, on one process or many, for every head whose loss is a mean over items.
+Two lines of a script change: the import and the class name. For another subclass of Trainer (of trl, or your
+own), put `ExactTrainerMixin` before it. `gradient_accumulation_steps` then gives the gradient of the whole
+window, on one process or many, for every head whose loss is a mean over items.
 
-Trainer hands a head the window's number of items and trusts that it divides its sum of losses by it. Most
-heads ignore the number. So the loss is asked, once, on the first micro-batch: a loss that heeds the number is
-left to Trainer, which is right then; any other is a mean over its micro-batch, and is weighed by the
-micro-batch's share of the window's items. Everything else is Trainer's.
+Trainer passes the number of items of the window to the head, and relies on the head to divide a sum of losses
+by it. Most heads ignore the number. ExactTrainer therefore probes the loss once, on the first micro-batch. A
+loss that uses the number is left to Trainer, which is exact then. Any other loss is a mean over its
+micro-batch, and is weighed by the micro-batch's share of the items of the window. Everything else is
+Trainer's.
 """
 
 import copy
+import inspect
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import inf, isclose, isfinite, isnan, nan
@@ -26,79 +28,130 @@ from transformers.utils import logging
 from gradacc_hf.accumulation.loss_items import IGNORED, CountItems
 from gradacc_hf.accumulation.reference import SEPARABLE_RTOL
 from gradacc_hf.hf_trainer.loss_probe import (
+    can_count,
+    candidate_counts,
     count_examples,
-    counts_in,
-    counts_to_choose_from,
-    off_mean,
-    parts_of,
+    deviation_from_mean,
+    split_to_probe,
     with_first_label,
 )
 from gradacc_hf.utils.hardware import refuse_place
 from gradacc_hf.utils.modeling import BATCH_NORMS
 from gradacc_hf.utils.rng import preserve_rng_state
 
+if TYPE_CHECKING:
+    from datasets import Dataset as DatasetOfRows
+    from torch.utils.data import Dataset, IterableDataset
+    from transformers import (
+        BaseImageProcessor,
+        DataCollator,
+        EvalPrediction,
+        FeatureExtractionMixin,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
 logger = logging.get_logger(__name__)
 
-SAME = 2e-5  # relative difference of two losses that is but rounding, in float32
-HALVED = 1e-6  # the same of a loss and its half: dividing by twice as much is exact
-COARSE = 3e-2  # instead of SEPARABLE_RTOL, for weights in bf16 or fp16
+LOSS_RTOL_FP32 = 2e-5
+"""Relative difference of two losses up to which they are equal but for float32 rounding."""
+HALVING_RTOL = 1e-6
+"""The same for a loss and its half: a division by twice the number is exact."""
+SEPARABLE_RTOL_HALF = 3e-2
+"""Replaces `SEPARABLE_RTOL` for weights in bf16 or fp16."""
+DIVISOR_OF_WEIGHT_0 = inf
+"""Divides the loss of a micro-batch that must not count.
+
+Trainer multiplies losses by nothing, it only divides them: by `num_items_in_batch`, or by
+`current_gradient_accumulation_steps`. A finite loss divided by infinity is 0, and so is its gradient.
+"""
 
 
 @dataclass(frozen=True)
-class _Loss:
-    """What the loss of `compute_loss` is, as found on a micro-batch."""
+class _LossKind:
+    """What the probe of a micro-batch finds out about the loss of `compute_loss`."""
 
-    sums: bool  # over its items, divided by the number that it is given: Trainer's own way is exact
-    times_processes: bool  # a sum that was multiplied by the processes, as Trainer expects
-    items: str  # the name of what counts what it is a mean over
-    sure: bool  # not of a loss of 0, or NaN, which says nothing: it is asked again
+    is_sum: bool
+    """Whether it is a sum over items, divided by the number that it is given: then Trainer is exact."""
+    times_processes: bool
+    """Whether a sum is multiplied by the number of processes, as Trainer expects."""
+    count: str
+    """Name of the count of the items that it is a mean over."""
+    is_conclusive: bool
+    """Whether the probe counts: after a loss of 0 or NaN the next window is probed again."""
 
 
 _Base = Trainer if TYPE_CHECKING else object
 
 
 class ExactTrainerMixin(_Base):
-    """Makes a Trainer's `gradient_accumulation_steps` exact. To be named before the Trainer that it changes.
+    """Make the gradient accumulation of a Trainer exact: `class MyTrainer(ExactTrainerMixin, SomeTrainer)`.
 
-    `num_items`: what the loss is a mean over, where that is not found by itself: "labels", "next_token" or
-    `batch -> number`, as in `WindowLoader`. Raises ValueError for what cannot be exact: several GPUs in one
-    process (DataParallel), processes that share a model, DeepSpeed, micro-batches that are no mappings; where
-    it has never been tried; and for a transformers that is too old. It weighs in `training_step`: a Trainer
-    with its own, that does not call Trainer's, is not made exact.
+    The mixin weighs losses in `training_step`. A Trainer whose own `training_step` does not call Trainer's
+    is not made exact. With `average_tokens_across_devices=False` the window of a process is its own, as in
+    Trainer: its gradient is exact, and the mean over processes weighs each process alike.
 
-    With `average_tokens_across_devices=False` a process's window is its own, as in Trainer: its gradient is
-    exact, and the processes' mean weighs each alike.
+    Args:
+        *args: positional arguments of the Trainer.
+        num_items: what the loss is a mean over, where the probe of the loss does not find it: "labels",
+            "next_token", or a function from a batch to a number, as in `WindowLoader`.
+        **kwargs: keyword arguments of the Trainer.
+
+    Raises:
+        ValueError: for what cannot be exact or was never tried: several GPUs in one process (DataParallel),
+            processes that share a model, DeepSpeed, an untested device, a transformers that is too old. In
+            training, for micro-batches that are not mappings.
     """
 
     def __init__(self, *args: Any, num_items: str | CountItems | None = None, **kwargs: Any):
-        self._counts = counts_to_choose_from(num_items)
+        self._counts = candidate_counts(num_items)
         super().__init__(*args, **kwargs)
-        self._found: _Loss | None = None
+        self._loss_kind: _LossKind | None = None
         self._evaluating = False
-        _refuse(self)
+        refuse_unsupported(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; what the loss is is asked anew."""
-        self._found = None
+        """Train as Trainer does; the loss is probed again in each training.
+
+        Args:
+            *args: positional arguments of `Trainer.train`.
+            **kwargs: keyword arguments of `Trainer.train`.
+
+        Returns:
+            The `TrainOutput` of Trainer.
+        """
+        self._loss_kind = None
         return super().train(*args, **kwargs)
 
-    # ---- a window: what is counted ----
+    @property
+    def items_found(self) -> str | None:
+        """What the probe found the loss to be a mean over, such as "labels"; None before the first window."""
+        return None if self._loss_kind is None else self._loss_kind.count
+
+    # ---- a window: count the items ----
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple:
-        """A window's micro-batches, counted; an iterable's last, partial window is filled up at weight 0."""
+        """Return the micro-batches of a window, after counting their items.
+
+        The last, partial window of an iterable data set is filled up with micro-batches of weight 0.
+        """
         read: Any = super().get_batch_samples
-        micro_batches, theirs = read(epoch_iterator, num_batches, device)
+        micro_batches, num_items_of_trainer = read(epoch_iterator, num_batches, device)
         if not micro_batches:
-            return micro_batches, theirs
+            return micro_batches, num_items_of_trainer
         if not isinstance(micro_batches[0], Mapping):
             raise ValueError(
                 f"ExactTrainer weighs micro-batches that are mappings; {type(self).__name__} makes them of "
                 f"{type(micro_batches[0]).__name__}s: use it without ExactTrainerMixin"
             )
-        if self._found is None or not self._found.sure:
-            self._found = self._find_out(micro_batches, theirs is not None)
+        if self._loss_kind is None or not self._loss_kind.is_conclusive:
+            self._loss_kind = self._probe_loss(micro_batches, num_items_of_trainer is not None)
         items = [self._count(batch) for batch in micro_batches]
-        # Trainer steps only after as many micro-batches as it expects, where it cannot know the epoch's end.
+        # Where Trainer cannot know the end of the epoch, it steps only after the number of micro-batches that
+        # it expects.
         missing = num_batches - len(micro_batches)
         micro_batches += missing * micro_batches[-1:]
         self._items_of_micro_batches = deque(items + missing * [0.0])
@@ -106,42 +159,53 @@ class ExactTrainerMixin(_Base):
         if self._processes > 1:
             total = self.accelerator.reduce(total, reduction="sum")
         self._items, self._total = total, float(total)
-        return micro_batches, theirs
+        return micro_batches, num_items_of_trainer
 
     def _count(self, batch: Mapping[str, Any]) -> float:
-        assert self._found is not None
+        assert self._loss_kind is not None
         try:
-            return float(self._counts[self._found.items](batch))
+            return float(self._counts[self._loss_kind.count](batch))
         except ValueError as error:
             logger.warning_once(f"{error}; its examples are counted instead")
             return float(count_examples(batch))
 
     @property
     def _processes(self) -> int:
-        """Over how many processes a window's items are counted."""
+        """The number of processes over which the items of a window are counted."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Forward and backward of one micro-batch, weighed; gives what Trainer logs: its part of the mean."""
-        items, found = self._items_of_micro_batches.popleft(), self._found
-        assert found is not None
-        if found.sums:
-            self.loss_is_scaled_for_ga = found.times_processes
-            self.current_gradient_accumulation_steps = 1 / self._processes
-            given = self._items if items else torch.full_like(self._items, inf)
-            return super().training_step(model, inputs, given)
-        # Trainer's own division, by another number: mean × items / total × processes.
-        self.loss_is_scaled_for_ga = False
-        self.current_gradient_accumulation_steps = self._total / (items * self._processes) if items else inf
-        given = None if num_items_in_batch is None else torch.full_like(self._items, items or 1.0)
-        with self._average_tokens_across_devices(False):
-            inputs = inputs if items else _with_items(inputs)
-            return super().training_step(model, inputs, given)
+        """Run the forward and backward of one micro-batch, weighed by its share of the items of the window.
 
-    # ---- an evaluation: a micro-batch's loss is the mean over its own items ----
+        Args:
+            model: the wrapped model.
+            inputs: the micro-batch, a mapping.
+            num_items_in_batch: Trainer's count of items, replaced by the count of this class.
+
+        Returns:
+            The part of the mean loss that Trainer adds up to what it logs, a detached scalar.
+        """
+        items, kind = self._items_of_micro_batches.popleft(), self._loss_kind
+        assert kind is not None
+        if kind.is_sum:  # the head divides its sum by the number that it is given
+            self.loss_is_scaled_for_ga = kind.times_processes
+            self.current_gradient_accumulation_steps = 1 / self._processes
+            number = self._items if items else torch.full_like(self._items, DIVISOR_OF_WEIGHT_0)
+            return super().training_step(model, inputs, number)
+        # Trainer's own division, by a number that makes it: mean × items / total × processes.
+        self.loss_is_scaled_for_ga = False
+        self.current_gradient_accumulation_steps = (
+            self._total / (items * self._processes) if items else DIVISOR_OF_WEIGHT_0
+        )
+        number = None if num_items_in_batch is None else torch.full_like(self._items, items or 1.0)
+        with self._average_tokens_across_devices(False):
+            inputs = inputs if items else _with_items(inputs)  # finite, as NaN / infinity is NaN
+            return super().training_step(model, inputs, number)
+
+    # ---- an evaluation: the loss of a micro-batch is the mean over its own items ----
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, but a loss that heeds no number of items is not multiplied by the processes."""
+        """Run Trainer's step, without its factor of processes on a loss that uses no number of items."""
         self._evaluating = True
         try:
             with self._average_tokens_across_devices(False):
@@ -150,43 +214,44 @@ class ExactTrainerMixin(_Base):
             self._evaluating = False
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        theirs = super()._get_num_items_in_batch(batch_samples, device)
-        if self._evaluating and theirs is not None and self._found is not None:
-            return torch.full_like(torch.as_tensor(theirs), sum(map(self._count, batch_samples)))
-        return theirs
+        number = super()._get_num_items_in_batch(batch_samples, device)
+        if self._evaluating and number is not None and self._loss_kind is not None:
+            return torch.full_like(torch.as_tensor(number), sum(map(self._count, batch_samples)))
+        return number
 
-    # ---- what is this loss? ----
+    # ---- the probe: what kind of loss is it? ----
 
     @torch.no_grad()
-    def _find_out(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> _Loss:
-        """Try `compute_loss` on a micro-batch, dropout off.
+    def _probe_loss(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> _LossKind:
+        """Probe `compute_loss` on a micro-batch without dropout.
 
-        Every process does as many forwards, as they may be collective, and goes by what the first finds.
+        Every process runs the same number of forwards, which may be collective, and uses the result of the
+        first process.
         """
         model: Any = self.model_wrapped
         norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
         if norms:
             logger.warning(f"BatchNorm ({norms[0]}, …) mixes the examples of a micro-batch: never exact")
         modes = [(module, module.training) for module in model.modules()]
-        metrics = copy.deepcopy(getattr(self, "_metrics", None))  # of trl's Trainers, noted in each forward
+        metrics = copy.deepcopy(getattr(self, "_metrics", None))  # trl's Trainers add to it in each forward
         model.eval()
         try:
             with preserve_rng_state():
                 try:
-                    found = self._try(micro_batches, counted)
-                except Exception:  # a model that gives its loss in training mode only
+                    kind = self._find_kind(micro_batches, counted)
+                except Exception:  # a model that computes its loss only in training mode
                     for module in model.modules():
                         module.training = not isinstance(module, BATCH_NORMS)
-                    found = self._try(micro_batches, counted)
+                    kind = self._find_kind(micro_batches, counted)
         finally:
             for module, training in modes:
                 module.training = training
             if metrics is not None:
                 self._metrics = metrics
-        return broadcast_object_list([found])[0]
+        return broadcast_object_list([kind])[0]
 
-    def _try(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> _Loss:
-        """Give the loss two numbers of items, and two parts of a micro-batch."""
+    def _find_kind(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> _LossKind:
+        """Compute the loss with two numbers of items, and of two parts of a micro-batch."""
         names = self._possible_counts(micro_batches[0], counted)
         batch = next((b for b in micro_batches if self._counts[names[0]](b)), micro_batches[0])
         number = float(self._counts[names[0]](batch)) or 1.0
@@ -197,65 +262,69 @@ class ExactTrainerMixin(_Base):
             except Exception:  # a loss that needs the number
                 mean = nan
             try:
-                parts = parts_of(batch)
+                parts = split_to_probe(batch)
                 losses = [self._loss(part, None) for part in parts]
-            except Exception:  # the same, or a batch that is not rows
+            except Exception:  # a loss that needs the number, or a batch that does not consist of rows
                 parts, losses = [], []
         again = self._loss(batch, number if counted else None) if self._processes > 1 else nan
-        heeded = 2 * (once - twice)  # of a loss that is sum / number + rest, the first
-        rest = once - heeded
-        sums = bool(once) and abs(rest) <= HALVED * abs(once)
-        times_processes = not isclose(again, once, rel_tol=SAME)
-        if abs(heeded) > HALVED * abs(once):
-            denominator = number * heeded / (mean - rest)
-            off = {name: abs(self._counts[name](batch) / denominator - 1) for name in names}
-            each = {
-                name: abs(self._counts[name](batch) * self._processes / denominator - 1) for name in names
-            }
-            if (
-                min(off.values()) > SEPARABLE_RTOL >= min(each.values())
-            ):  # it multiplies by the processes itself
-                off, times_processes = each, True
+        divided = 2 * (once - twice)  # the loss is sum / number + rest: this is sum / number
+        rest = once - divided
+        is_sum = bool(once) and abs(rest) <= HALVING_RTOL * abs(once)
+        times_processes = not isclose(again, once, rel_tol=LOSS_RTOL_FP32)
+        if abs(divided) > HALVING_RTOL * abs(once):
+            denominator = number * divided / (mean - rest)
+            counts = {name: self._counts[name](batch) for name in names}
+            off = {name: abs(counts[name] / denominator - 1) for name in names}
+            each = {name: abs(counts[name] * self._processes / denominator - 1) for name in names}
+            if min(off.values()) > SEPARABLE_RTOL >= min(each.values()):
+                off, times_processes = each, True  # the loss itself multiplies by the processes
         else:
-            off = {name: off_mean(parts, losses, self._counts[name]) for name in names}
+            off = {name: deviation_from_mean(parts, losses, self._counts[name]) for name in names}
         nearest = min(off.values())
-        items = next(name for name in names if not off[name] > max(2 * nearest, SAME / 10))
-        coarse = next(self.model.parameters()).dtype != torch.float32  # type: ignore[union-attr]
-        unknown = isnan(off[items]) and len(self._counts) > 1 and not sums
-        if off[items] > (COARSE if coarse else SEPARABLE_RTOL) or unknown:
+        count = next(name for name in names if not off[name] > max(2 * nearest, LOSS_RTOL_FP32 / 10))
+        self._warn_of_inexact(off[count], count, is_sum)
+        return _LossKind(is_sum, times_processes, count, is_conclusive=bool(once) and isfinite(once))
+
+    def _warn_of_inexact(self, off: float, count: str, is_sum: bool) -> None:
+        """Warn of a loss that deviates from the mean over its items, or whose deviation is unknown."""
+        half = next(self.model.parameters()).dtype != torch.float32  # type: ignore[union-attr]
+        unknown = isnan(off) and len(self._counts) > 1 and not is_sum
+        if off > (SEPARABLE_RTOL_HALF if half else SEPARABLE_RTOL) or unknown:
             what = "could not be tried as a mean" if unknown else "is not a mean"
             logger.warning(
-                f"the loss of a micro-batch {what} over its items, counted as {items!r}: accumulation may "
+                f"the loss of a micro-batch {what} over its items, counted as {count!r}: accumulation may "
                 "not be exact. Where it is a mean over others, say which: num_items= 'labels', 'next_token' "
                 "or a function of the batch"
             )
-        return _Loss(sums, times_processes, items, sure=bool(once) and isfinite(once))
 
     def _loss(self, batch: Mapping[str, Any], number: float | None) -> float:
-        torch.manual_seed(0)  # a model that draws in evaluation mode too draws alike
+        torch.manual_seed(0)  # a model that draws random numbers in evaluation mode draws the same ones
         inputs = self._prepare_inputs(dict(batch))
-        given = None if number is None else torch.tensor(number, device=self.args.device)
+        num_items = None if number is None else torch.tensor(number, device=self.args.device)
         with self.compute_loss_context_manager():
             model: Any = self.model_wrapped
-            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=given)
+            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items)
         return float(loss)
 
     def _possible_counts(self, batch: Mapping[str, Any], counted: bool) -> list[str]:
-        """The counts that find in this batch what they count, the likeliest first."""
+        """Return the names of the counts that apply to this batch, the likeliest first."""
         labels, shifts = batch.get("labels"), getattr(self, "_loss_shifts_labels", False)
         if isinstance(labels, torch.Tensor) and labels.ndim > 1 and not labels.is_floating_point():
-            there = labels[labels != IGNORED]
+            used = labels[labels != IGNORED]
             with suppress(Exception):
-                if there.numel() and there.min() != there.max():
-                    ends = [with_first_label(batch, label) for label in (there.min(), there.max())]
+                if used.numel() and used.min() != used.max():
+                    ends = [with_first_label(batch, label) for label in (used.min(), used.max())]
                     losses = [self._loss(end, 1.0 if counted else None) for end in ends]
-                    shifts = losses[0] == losses[1]  # it never looks at the first label
-        possible = [name for name, count in self._counts.items() if counts_in(count, batch)]
+                    shifts = losses[0] == losses[1]  # the first label has no effect
+        possible = [name for name, count in self._counts.items() if can_count(count, batch)]
         return [name for name in possible if name != ("labels" if shifts else "next_token")] or possible
 
     @contextmanager
     def _average_tokens_across_devices(self, value: bool) -> Iterator[None]:
-        """As Trainer multiplies a loss by the processes when it is given a number of items, heeded or not."""
+        """Set the argument of Trainer: with it, Trainer multiplies a loss by the number of processes.
+
+        Trainer does so whenever it has a number of items, whether or not the loss uses the number.
+        """
         before = self.args.average_tokens_across_devices
         self.args.average_tokens_across_devices = value
         try:
@@ -265,25 +334,82 @@ class ExactTrainerMixin(_Base):
 
 
 class ExactTrainer(ExactTrainerMixin, Trainer):
-    """transformers.Trainer with exact gradient accumulation; arguments as Trainer's, and `num_items`."""
+    """`transformers.Trainer` with gradient accumulation that is exact.
+
+    Args:
+        model: as in Trainer, like all further arguments but the last.
+        args: the training arguments.
+        data_collator: makes a micro-batch, a mapping, of a list of examples.
+        train_dataset: the training examples.
+        eval_dataset: the evaluation examples, or several sets of them by name.
+        processing_class: a tokenizer or processor, which is saved with the model.
+        model_init: makes the model, where no `model` is given.
+        compute_loss_func: computes the loss of (outputs, labels, num_items_in_batch), a scalar. It may ignore
+            the number of items.
+        compute_metrics: computes metrics of predictions.
+        callbacks: callbacks of Trainer, such as `DoctorCallback`.
+        optimizers: an optimizer and a scheduler of your own.
+        optimizer_cls_and_kwargs: an optimizer class and its arguments.
+        preprocess_logits_for_metrics: reduces logits before they are kept for metrics.
+        num_items: what the loss is a mean over, where the probe of the loss does not find it: "labels",
+            "next_token", or a function from a batch to a number, as in `WindowLoader`.
+
+    Raises:
+        ValueError: as `ExactTrainerMixin`.
+    """
+
+    if TYPE_CHECKING:  # at run time the arguments go to the installed Trainer as they are
+
+        def __init__(
+            self,
+            model: PreTrainedModel | torch.nn.Module | None = None,
+            args: TrainingArguments | None = None,
+            data_collator: DataCollator | None = None,
+            train_dataset: Dataset | IterableDataset | DatasetOfRows | None = None,
+            eval_dataset: Dataset | dict[str, Dataset] | DatasetOfRows | None = None,
+            processing_class: PreTrainedTokenizerBase
+            | BaseImageProcessor
+            | FeatureExtractionMixin
+            | ProcessorMixin
+            | None = None,
+            model_init: Callable[..., PreTrainedModel] | None = None,
+            compute_loss_func: Callable | None = None,
+            compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+            callbacks: list[TrainerCallback] | None = None,
+            optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = ...,
+            optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+            preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+            *,
+            num_items: str | CountItems | None = None,
+        ) -> None: ...
+
+
+def _signature() -> inspect.Signature:
+    """Return the signature of Trainer with the argument of `ExactTrainerMixin` added."""
+    trainer, mixin = inspect.signature(Trainer), inspect.signature(ExactTrainerMixin)
+    return trainer.replace(parameters=[*trainer.parameters.values(), mixin.parameters["num_items"]])
+
+
+ExactTrainer.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def _with_items(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs whose loss is finite, to be weighed 0: NaN × 0 is NaN."""
+    """Return inputs with labels that all count, so that their loss is finite."""
     return {
         name: torch.zeros_like(value) if name in ("labels", "start_positions", "end_positions") else value
         for name, value in inputs.items()
     }
 
 
-def _refuse(trainer: Any) -> None:
+def refuse_unsupported(trainer: Any) -> None:
+    """Raise ValueError for a Trainer whose accumulation cannot be made exact, or was never tried."""
     if not hasattr(Trainer, "loss_is_scaled_for_ga"):
         raise ValueError(
             f"ExactTrainer needs a transformers whose Trainer has loss_is_scaled_for_ga; found {__version__}"
         )
     if trainer.args.n_gpu > 1:
         raise ValueError(
-            f"{trainer.args.n_gpu} GPUs in one process (DataParallel) cut micro-batches unseen: start one "
+            f"{trainer.args.n_gpu} GPUs in one process (DataParallel) split micro-batches unseen: start one "
             "process a GPU (accelerate launch, torchrun), or show one: CUDA_VISIBLE_DEVICES=0"
         )
     refuse_place(trainer.accelerator.device.type, trainer.accelerator.distributed_type.value)

@@ -30,7 +30,7 @@ from gradacc_hf.data.loading import load_data
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
 from gradacc_hf.training.loop import evaluate, logits_and_labels
-from gradacc_hf.training.lora import check_four_bit, four_bit, pretrained
+from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
 from gradacc_hf.utils.files import MODEL_CONFIG
 
 
@@ -279,6 +279,7 @@ class Recipe:
         if not (Path(folder) / "adapter_config.json").exists():
             with self.loading_errors("weights", folder):
                 return self.model_class.from_pretrained(folder, **self._trust())
+        check_peft()
         with self.loading_errors("config", folder):
             saved = transformers.AutoConfig.from_pretrained(Path(folder) / MODEL_CONFIG, **self._trust())
         self._saved_config = saved
@@ -381,6 +382,8 @@ def _why(error: Exception) -> str:
             "cannot be loaded without Python code that comes with the model, which was not run; if you trust "
             "its author: --model.trust_remote_code true (gradacc predict RUN --trust_remote_code)"
         )
+    if "version of PEFT" in text and (mismatch := installed_mismatch()):
+        return f"cannot be loaded: {mismatch}"
     return f"cannot be loaded: {text[:300]}; correct it, or name another model"
 
 

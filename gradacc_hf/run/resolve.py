@@ -19,7 +19,7 @@ from gradacc_hf.hub.push import check_push
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import check_lean_loss
 from gradacc_hf.run.folder import check_output, ended, folder_to_resume
-from gradacc_hf.training.lora import check_four_bit
+from gradacc_hf.training.lora import check_four_bit, check_peft
 from gradacc_hf.training.optimizer import check_optimizer
 
 
@@ -59,6 +59,8 @@ def check_settings(recipe_class: type[Recipe], config: Config) -> None:
     _check_early_stopping(config)
     check_sizes(config)
     check_lean_loss(recipe_class, config)
+    if config.model.lora.rank:
+        check_peft()
     check_four_bit(config.model)
     check_optimizer(config.optim)
 

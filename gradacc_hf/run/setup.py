@@ -15,6 +15,7 @@ from datasets import Dataset
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch
 from gradacc_hf.accumulation.collation import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.loss_items import as_window_loss
 from gradacc_hf.accumulation.splitting import Bound
 from gradacc_hf.config.batch_size import check_can_measure, effective_batch_size
 from gradacc_hf.config.budget import export_cpu_offload
@@ -98,7 +99,7 @@ def make_windows(
     """
     config = recipe.config
     sizes = effective_batch_size(config.batch, len(training))
-    measures = not hasattr(recipe.loss, "look_ahead")  # else no example has a gradient of its own
+    measures = as_window_loss(recipe.loss) is None  # else no example has a gradient of its own
     if accelerator.distributed_type == DistributedType.FSDP and config.budget.whole_gradients:
         measures = False  # the gradient of one micro-batch is never there on its own
     if isinstance(sizes, GrowingBatch):

@@ -1,8 +1,8 @@
-"""The conformance table: of which heads of the installed transformers is the accumulated gradient exact?
+"""The conformance table: for which heads of the installed transformers is the accumulated gradient exact?
 
-Every head that can be built tiny (`heads.py`) is verified (`verify.py`) in micro-batches of 4 + 4 + 4 + 4 and
-of 5 + 5 + 5 + 1: equal ones hide a mean of means. Windows are padded alike for everyone, as padding reaches
-the loss of many heads. On the CPU, float32, no dropout.
+Every head that can be built tiny (`tiny_models.py`) is verified (`exactness.py`) in micro-batches of
+4 + 4 + 4 + 4 and of 5 + 5 + 5 + 1: equal micro-batches hide a mean of means. Windows are padded alike,
+because padding reaches the loss of many heads. All runs use the CPU and float32, without dropout.
 """
 
 import math
@@ -22,17 +22,20 @@ from gradacc_hf.errors import HeadUnavailableError, one_line
 from gradacc_hf.verification.exactness import verify
 from gradacc_hf.verification.tiny_models import KINDS, Head, build_head, model_types
 
-SPLITS = {4: "4 + 4 + 4 + 4", 5: "5 + 5 + 5 + 1"}  # micro-batch size: how it cuts a window of 16
+SPLITS = {4: "4 + 4 + 4 + 4", 5: "5 + 5 + 5 + 1"}
+"""Examples of a micro-batch → the split of a window of 16."""
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=16).tolist()
 WAYS = ("our loop", "ExactTrainer", "Trainer")
-FEW = 4  # heads a kind where not all are asked for
+HEADS_OF_A_KIND = 4
+"""Heads of each kind in the short table."""
 
 
 @dataclass(frozen=True)
 class HeadVerdict:
-    """Of one head: the relative errors of all `WAYS` in each of `SPLITS`; why, where our loop is not exact.
+    """What verifying one head gives.
 
-    `errors` is empty where the head could not be had, and NaN where verifying it raised; `reason` says why.
+    `errors` holds the relative errors of all `WAYS` for each of `SPLITS`. It is empty where the head cannot
+    be built, and NaN where `verify` raised. `reason` is why the loop is not exact, or why there is no error.
     """
 
     kind: str
@@ -41,22 +44,26 @@ class HeadVerdict:
     reason: str
 
     def exact(self, way: int) -> bool:
-        """Is it exact in both splits? way: the place in `WAYS`."""
+        """Whether a way is exact in both splits; `way` is the index in `WAYS`."""
         return bool(self.errors) and all(error[way] <= EXACT for error in self.errors)
 
     @property
     def unexplained(self) -> bool:
-        """Is ours not exact although nothing is known that prevents it?"""
+        """Whether the loop is not exact although no reason is known."""
         raised = 0 < len(self.errors) < len(SPLITS)
         return raised or (bool(self.errors) and not self.exact(0) and not self.reason)
 
 
 def heads(every: bool) -> list[tuple[str, str]]:
-    """(kind, model type) of all heads, or of a fixed few of each kind, evenly spread over the alphabet."""
+    """Return (kind, model type) of all heads, or of a few of each kind, evenly spread over the alphabet."""
     found = []
     for kind in KINDS:
         types = model_types(kind)
-        chosen = types if every else [types[i] for i in np.linspace(0, len(types) - 1, FEW).astype(int)]
+        chosen = (
+            types
+            if every
+            else [types[i] for i in np.linspace(0, len(types) - 1, HEADS_OF_A_KIND).astype(int)]
+        )
         found += [(kind, model_type) for model_type in chosen]
     return found
 
@@ -64,7 +71,7 @@ def heads(every: bool) -> list[tuple[str, str]]:
 def conformance(
     which: Sequence[tuple[str, str]], progress: Callable[[Iterable], Iterable] = iter
 ) -> list[HeadVerdict]:
-    """Verify these heads, one after another. `progress` wraps the iterable."""
+    """Verify these heads, one after another; `progress` wraps the iterable."""
     return [_verdict(kind, model_type) for kind, model_type in progress(which)]
 
 
@@ -75,7 +82,7 @@ def _verdict(kind: str, model_type: str) -> HeadVerdict:
         return HeadVerdict(kind, model_type, (), one_line(error))
     try:
         results = [verify(head.model, _windows(head, size)) for size in SPLITS]
-    except Exception as error:  # hundreds of model types: whatever one of them raises is its reason
+    except Exception as error:  # with hundreds of model types, anything may be raised
         return HeadVerdict(
             kind, model_type, ((math.nan,) * len(WAYS),), f"{type(error).__name__}: {one_line(error)[:200]}"
         )
@@ -88,7 +95,7 @@ def _verdict(kind: str, model_type: str) -> HeadVerdict:
 
 
 def _windows(head: Head, size: int) -> WindowLoader:
-    """A window of 16 examples of unequal length, padded alike where they have a length."""
+    """Return a window of 16 examples of unequal length, padded alike where they have a length."""
     examples = head.examples(LENGTHS)
     tokens = "input_ids" in examples[0]
     name = "input_ids" if tokens else head.model.main_input_name
@@ -97,7 +104,7 @@ def _windows(head: Head, size: int) -> WindowLoader:
 
 
 def split_by_count(head: Head, examples: list, size: int, pad_to: int | None) -> WindowLoader:
-    """All examples as one window, cut as users cut: in their order, `size` of them a micro-batch."""
+    """Return a loader of all examples as one window, split in their order by `size` examples."""
     return WindowLoader(
         examples,
         len(examples),
@@ -107,13 +114,13 @@ def split_by_count(head: Head, examples: list, size: int, pad_to: int | None) ->
         num_items=head.num_items,
         pad_to=pad_to or "micro_batch",
         shuffle=False,
-        lengths=[1] * len(examples),  # told of no lengths, it cuts as the others do
+        lengths=[1] * len(examples),  # without lengths, the split is by the number of examples
         cost=Cost(quadratic=math.inf),
     )
 
 
-def show(verdicts: Sequence[HeadVerdict], console: Console) -> None:
-    """The table by kind; then every head that is not exact with our loop, and how many could not be had."""
+def print_conformance(verdicts: Sequence[HeadVerdict], console: Console) -> None:
+    """Print the table by kind, then every head for which the loop is not exact."""
     table = Table("heads", box=SIMPLE)
     for header in ("tried", *(f"exact: {way}" for way in WAYS), "not to be had"):
         table.add_column(header, justify="right")

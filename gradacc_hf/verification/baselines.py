@@ -1,8 +1,7 @@
-"""The ways to accumulate that are compared: at once, Trainer, ExactTrainer, Accelerate's loop and ours.
+"""The ways to accumulate that are compared: at once, Trainer, ExactTrainer, Accelerate and WindowLoader.
 
-Each takes an unprepared model and an optimizer, and trains one epoch on the examples in the order given, with
-nothing beside it: no evaluation and no saving. It gives its seconds and the loss that it would log for each
-window.
+Each takes an unprepared model and an optimizer, and trains one epoch on the examples in the given order,
+without evaluation and saving. It returns its seconds and the loss of each window.
 """
 
 import math
@@ -27,20 +26,22 @@ from gradacc_hf.training.loop import train
 
 
 @dataclass(frozen=True)
-class Ran:
-    """Of one epoch: seconds from the first window's start to the last one's end, and a loss a window."""
+class EpochResult:
+    """What one epoch of training gives."""
 
     seconds: float
+    """From the start of the first window to the end of the last one."""
     losses: list[float]
+    """One of each window."""
 
 
-def run_windows(model: Any, optimizer: Any, windows: WindowLoader, **more: Any) -> Ran:
-    """Our loop. `more` goes to `loop.train`."""
+def run_windows(model: Any, optimizer: Any, windows: WindowLoader, **more: Any) -> EpochResult:
+    """Train with the loop of `training/loop.py`, which gets `more`."""
     accumulate_in_float32(model, optimizer)
     model, optimizer = windows.accelerator.prepare(model, optimizer)
     started = time.perf_counter()
-    records = list(train(model, optimizer, windows, accelerator=windows.accelerator, **more))
-    return Ran(time.perf_counter() - started, [record.loss for record in records])
+    records = train(model, optimizer, windows, accelerator=windows.accelerator, **more)
+    return EpochResult(time.perf_counter() - started, [record.loss for record in records])
 
 
 def run_at_once(
@@ -52,8 +53,8 @@ def run_at_once(
     scheduler: Any = None,
     max_grad_norm: float = 0.0,
     compute_loss: ComputeLoss = model_loss,
-) -> Ran:
-    """Each window as one large batch, in plain PyTorch: what all others stand in for."""
+) -> EpochResult:
+    """Train with each window as one large batch, in plain PyTorch: what accumulation replaces."""
     model, losses = accelerator.prepare(model), []
     started = time.perf_counter()
     for batch in windows:
@@ -67,7 +68,7 @@ def run_at_once(
             scheduler.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return Ran(time.perf_counter() - started, losses)
+    return EpochResult(time.perf_counter() - started, losses)
 
 
 def run_accelerate(
@@ -79,8 +80,8 @@ def run_accelerate(
     max_grad_norm: float = 0.0,
     compute_loss: ComputeLoss = model_loss,
     **accelerator_arguments: Any,
-) -> Ran:
-    """The loop of Accelerate's guide to gradient accumulation, with the mean of its losses as the loss."""
+) -> EpochResult:
+    """Train with the loop of Accelerate's guide to accumulation; the loss is the mean over micro-batches."""
     accelerator = Accelerator(gradient_accumulation_steps=steps, **accelerator_arguments)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     losses, of_window = [], []
@@ -99,11 +100,11 @@ def run_accelerate(
             if scheduler is not None:
                 scheduler.step()
             optimizer.zero_grad()
-    return Ran(time.perf_counter() - started, losses)
+    return EpochResult(time.perf_counter() - started, losses)
 
 
-class _Watch(TrainerCallback):
-    """From the first window to the last: Trainer's setting up (0.3 s) would weigh on a fast device."""
+class _Stopwatch(TrainerCallback):
+    """Measure from the first window to the last: the 0.3 s that Trainer takes to set up are left out."""
 
     def __init__(self):
         self.seconds, self.losses = 0.0, []
@@ -118,22 +119,22 @@ class _Watch(TrainerCallback):
         self.losses += [logs["loss"]] if logs and "loss" in logs else []
 
 
-class OwnLoss:
-    """A Trainer with a loss of one's own, in the way of transformers' guide: by overriding `compute_loss`."""
+class CustomLossMixin:
+    """Give a Trainer another loss, as the guide of transformers does: by overriding `compute_loss`."""
 
-    own_loss: ComputeLoss
+    custom_loss: ComputeLoss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        loss = self.own_loss(outputs, inputs)
+        loss = self.custom_loss(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
 
 
-class _TrainerWithLoss(OwnLoss, Trainer):
+class _TrainerWithLoss(CustomLossMixin, Trainer):
     pass
 
 
-class _ExactTrainerWithLoss(OwnLoss, ExactTrainer):
+class _ExactTrainerWithLoss(CustomLossMixin, ExactTrainer):
     pass
 
 
@@ -148,18 +149,19 @@ def run_trainer(
     exact: bool = False,
     num_items: str | CountItems | None = None,
     **arguments: Any,
-) -> Ran:
-    """Trainer, or ExactTrainer, which takes `num_items`; Accelerate's state is left as it was.
+) -> EpochResult:
+    """Train with Trainer or, if `exact`, with ExactTrainer; the state of Accelerate stays as it is.
 
-    `compute_loss`: where it is not the model's own. `arguments` go to TrainingArguments.
+    `size`: examples of a micro-batch. `compute_loss`: None for the loss of the model. `num_items` is for
+    ExactTrainer. `arguments` go to TrainingArguments.
     """
     arguments = {"train_sampling_strategy": "sequential", "logging_steps": 1, **arguments}
     arguments |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "num_train_epochs": 1}
     arguments |= {"per_device_train_batch_size": size, "remove_unused_columns": False}
     arguments.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-    with tempfile.TemporaryDirectory() as folder, accelerate_as_it_was():
+    with tempfile.TemporaryDirectory() as folder, preserve_accelerate_state():
         settings = TrainingArguments(folder, **arguments)
-        settings._n_gpu = min(1, settings.n_gpu)  # else it would take micro-batches for all GPUs at once
+        settings._n_gpu = min(1, settings.n_gpu)  # otherwise a micro-batch holds the examples of all GPUs
         given: dict[str, Any] = {"train_dataset": examples, "optimizers": (optimizer, scheduler)}
         if exact:
             kind = ExactTrainer if compute_loss is None else _ExactTrainerWithLoss
@@ -167,16 +169,16 @@ def run_trainer(
         else:
             kind = Trainer if compute_loss is None else _TrainerWithLoss
         trainer = kind(model, settings, collate, **given)
-        trainer.own_loss = compute_loss  # type: ignore[attr-defined]
+        trainer.custom_loss = compute_loss  # type: ignore[attr-defined]
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(watch := _Watch())
+        trainer.add_callback(watch := _Stopwatch())
         trainer.train()
-    return Ran(watch.seconds, watch.losses)
+    return EpochResult(watch.seconds, watch.losses)
 
 
 @torch.no_grad()
-def own_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -> ComputeLoss | None:
-    """None where the model's own loss is what `compute_loss` gives, as Trainer's users rely on; else that."""
+def custom_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -> ComputeLoss | None:
+    """Return `compute_loss`, or None where it gives the loss of the model, which Trainer uses."""
     training = model.training
     model.eval()
     outputs = model(**batch)
@@ -186,8 +188,8 @@ def own_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -> C
 
 
 @contextmanager
-def accelerate_as_it_was() -> Iterator[None]:
-    """TrainingArguments clears Accelerate's state, which the caller's Accelerator lives on."""
+def preserve_accelerate_state() -> Iterator[None]:
+    """Restore the state of Accelerate, which the caller needs and TrainingArguments clears."""
     states = (AcceleratorState, PartialState, GradientState)
     before = [dict(state._shared_state) for state in states]
     try:

@@ -1,7 +1,8 @@
-"""Why is accumulation not exact for this model and data, and what to do about it.
+"""Find out why accumulation is not exact for a model and its data, and what to do about it.
 
-Takes a model that may be changed, without dropout, and the loader of its windows; tries the loss on one
-example, on two, and on more padding, in float64 where the loss allows it. The gradients are `verify.py`'s.
+`why_not_exact` takes a model without dropout, which it may change, and the loader of its windows. It tries
+the loss on one example, on two, and on more padding, in float64 where the loss allows it. `exactness.py`
+compares gradients.
 """
 
 import math
@@ -13,21 +14,27 @@ from typing import Any
 import torch
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import COUNTS, ComputeLoss, CountItems
+from gradacc_hf.accumulation.loss_items import COUNTS, ComputeLoss, CountItems, as_window_loss
 from gradacc_hf.accumulation.reference import in_dtype_of
 from gradacc_hf.errors import listed
 from gradacc_hf.utils.modeling import BATCH_NORMS
 
-# Relative difference of two losses that is but rounding; in float64, as heads take their logits in float32.
-SAME = {torch.float32: 2e-5, torch.float64: 2e-6}
-# What functions raise that are tried on what they are not for.
-CANNOT = (TypeError, ValueError, KeyError, RuntimeError, AttributeError)
-PAIRS = 12
+LOSS_RTOL = {torch.float32: 2e-5, torch.float64: 2e-6}
+"""Relative difference of two losses up to which rounding explains it: heads compute logits in float32."""
+NOT_APPLICABLE = (TypeError, ValueError, KeyError, RuntimeError, AttributeError)
+"""What a loss, a count or a collate function raises for an input that it is not made for."""
+MAX_PAIRS = 12
+"""Pairs of neighbours in length that are tried, and pairs of a short and a long example."""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """What makes a split inexact, and what to do."""
+    """What makes a split inexact, and what to do.
+
+    Attributes:
+        what: the cause, as a clause.
+        cure: what to change.
+    """
 
     what: str
     cure: str
@@ -40,16 +47,16 @@ def why_not_exact(
     indices: Sequence[int],
     pad_to: int | None,
 ) -> tuple[Reason, ...]:
-    """The first reason found on the examples of a window, those that hide others first.
+    """Return the first reason found on the examples of a window; reasons that hide others are tried first.
 
-    Empty where losses separate as the items say. The model is left in another precision.
+    Empty where the losses of examples separate as their items say. The model may be left in float64.
     """
     probe = _Probe(model, windows, compute_loss, indices, pad_to)
     reason = (
         _batch_norm(model)
         or _random(probe)
         or _not_finite(probe)
-        or (None if hasattr(compute_loss, "look_ahead") else _no_mean_over_the_items(probe))
+        or (_no_mean_over_the_items(probe) if as_window_loss(compute_loss) is None else None)
     )
     return (reason,) if reason else ()
 
@@ -60,12 +67,12 @@ def _no_mean_over_the_items(probe: "_Probe") -> Reason | None:
         or _grows_with_the_batch(probe)
         or _router_loss(probe)
         or _items_or_padding(probe)
-        or (ROUTER_LOSS if _routers(probe) else None)  # too small a part of the loss to be seen in it
+        or (ROUTER_LOSS if _routers(probe) else None)  # its part of the loss is too small to be measured
     )
 
 
 class _Probe:
-    """The losses of any examples of a window that have items."""
+    """Compute losses of examples of a window. Only examples that have items are used."""
 
     def __init__(
         self,
@@ -81,7 +88,7 @@ class _Probe:
         try:
             model.double()
             self.loss(self.by_length[:1])
-        except CANNOT:  # a loss with float32 in it
+        except NOT_APPLICABLE:  # a loss with float32 in it
             model.float()
 
     def batch(self, indices: list[int], pad_to: int | None = None) -> Mapping[str, Any]:
@@ -93,14 +100,17 @@ class _Probe:
         return float(self.compute_loss(self.model(**batch), batch))
 
     def same(self, loss: float, other: float) -> bool:
-        tolerance = SAME[next(self.model.parameters()).dtype]
+        tolerance = LOSS_RTOL[next(self.model.parameters()).dtype]
         return abs(loss - other) <= tolerance * max(abs(loss), abs(other))
 
     def is_mean(self, pair: list[int], count_items: CountItems, pad_to: int | None = None) -> bool | None:
-        """Is the loss of two examples the mean of theirs over these items? None where they say nothing."""
+        """Whether the loss of two examples is the mean of their losses over these items.
+
+        None where an example has no item, or the count does not apply.
+        """
         try:
             a, b = (count_items(self.batch([i], pad_to)) for i in pair)
-        except CANNOT:
+        except NOT_APPLICABLE:
             return None
         if not a or not b:
             return None
@@ -108,18 +118,18 @@ class _Probe:
         return self.same(self.loss(pair, pad_to), mean)
 
     def separates(self, count_items: CountItems, pad_to: int | None = None) -> bool:
-        """Is the loss of every pair the mean of theirs over these items?"""
+        """Whether the loss of every pair is the mean of their losses over these items."""
         verdicts = [v for p in self.pairs() if (v := self.is_mean(p, count_items, pad_to)) is not None]
         return bool(verdicts) and all(verdicts)
 
     def pairs(self) -> list[list[int]]:
-        """Neighbours in length, and the short with the long."""
+        """Return pairs of neighbours in length, and pairs of a short and a long example."""
         near = [list(pair) for pair in pairwise(self.by_length)]
         half = len(self.by_length) // 2
         far = [
             list(pair) for pair in zip(self.by_length[:half], reversed(self.by_length[half:]), strict=False)
         ]
-        return [*near[:PAIRS], *far[:PAIRS]]
+        return [*near[:MAX_PAIRS], *far[:MAX_PAIRS]]
 
 
 def _batch_norm(model: torch.nn.Module) -> Reason | None:
@@ -140,7 +150,8 @@ def _batch_norm(model: torch.nn.Module) -> Reason | None:
         f"{len(found)} BatchNorm modules ({listed(name for name, _ in found[:3])} …) normalise each example "
         "by its micro-batch",
         "no accumulation is exact with them: take a model with LayerNorm or GroupNorm (for one that is "
-        f"trained anew: torch.nn.{other} in the place of {name}, and so on), or freeze them in eval mode",
+        f"trained from scratch: torch.nn.{other} in the place of {name}, and so on), or freeze them in "
+        "eval mode",
     )
 
 
@@ -151,8 +162,8 @@ def _random(probe: _Probe) -> Reason | None:
         if isinstance(value, torch.Tensor) and not all(torch.equal(value, batch[name]) for batch in batches):
             return Reason(
                 f"collate_fn gives another {name} each time it is given the same example",
-                "it masks or crops at random: do that in transform= of the WindowLoader, which draws from "
-                "the example's index, the same for any split",
+                "it masks or crops at random: do that in transform= of the WindowLoader, which seeds the "
+                "generator by the example's index, the same for any split",
             )
     losses = [probe.loss(first) for _ in range(5)]
     if all(probe.same(losses[0], loss) or math.isnan(loss) for loss in losses):
@@ -169,13 +180,13 @@ def _not_finite(probe: _Probe) -> Reason | None:
         if not math.isfinite(loss := probe.loss([index])):
             return Reason(
                 f"the loss of example {index} alone is {loss}",
-                "mend the example or the loss: in a micro-batch with others it may go unseen",
+                "correct the example or the loss: in a micro-batch with others it may go unnoticed",
             )
     return None
 
 
 def _grows_with_the_batch(probe: _Probe) -> Reason | None:
-    """An example beside itself has the same mean loss; as a term of a sum, or a negative, another."""
+    """Compare the loss of an example with the loss of a batch that holds it twice: a mean stays the same."""
     first = probe.by_length[:1]
     alone, twice = probe.loss(first), probe.loss(first * 2)
     if probe.same(alone, twice):
@@ -194,7 +205,7 @@ def _grows_with_the_batch(probe: _Probe) -> Reason | None:
 
 
 def _wrong_mode(probe: _Probe) -> Reason | None:
-    """Does the loss separate in evaluation mode only? Then by which kind of module?"""
+    """Find the kind of module with which the loss separates only in evaluation mode."""
     if probe.separates(probe.windows.count_items, probe.pad_to):
         return None
     training = [module for module in probe.model.modules() if module.training]
@@ -223,7 +234,7 @@ def _wrong_mode(probe: _Probe) -> Reason | None:
 
 
 def _router_loss(probe: _Probe) -> Reason | None:
-    """Is the loss a mean over the counted items without the router's part, and not with it?"""
+    """Find out whether the loss is a mean over the counted items only without the router's part."""
     configs = _routers(probe)
     if not configs or probe.separates(probe.windows.count_items, probe.pad_to):
         return None
@@ -238,7 +249,7 @@ def _router_loss(probe: _Probe) -> Reason | None:
 
 
 def _routers(probe: _Probe) -> list[Any]:
-    """The configs, of the model and its parts, that add a router loss."""
+    """Return the configs of the model and its parts that add a router loss."""
     configs: list[Any] = [getattr(module, "config", None) for module in probe.model.modules()]
     return [config for config in configs if getattr(config, "output_router_logits", False)]
 
@@ -250,15 +261,15 @@ ROUTER_LOSS = Reason(
 
 
 def _items_or_padding(probe: _Probe) -> Reason | None:
-    """Does padding reach the loss? And, padded alike if so, what is the loss of two a mean over?"""
-    padding, pad_to, told = None, probe.pad_to, True
+    """Find out whether padding reaches the loss and, with equal padding, what the loss is a mean over."""
+    padding, pad_to, takes_pad_to = None, probe.pad_to, True
     if pad_to is None:
         longest = int(probe.windows.lengths[probe.by_length[-1]])
         try:
             padding = _padding(probe, longest)
             pad_to = longest if padding else None
-        except CANNOT:  # a collate_fn that cannot be told how far to pad
-            told = False
+        except NOT_APPLICABLE:  # a collate_fn without pad_to=
+            takes_pad_to = False
     if probe.separates(probe.windows.count_items, pad_to):
         return padding
     for setting, count in CANDIDATES.items():
@@ -267,17 +278,17 @@ def _items_or_padding(probe: _Probe) -> Reason | None:
                 "the loss is a mean over other items than those counted", f"{setting} makes it exact"
             )
     equal = [pair for pair in probe.pairs() if len({int(probe.windows.lengths[i]) for i in pair}) == 1]
-    if not told and equal and all(probe.is_mean(pair, probe.windows.count_items) for pair in equal):
+    if not takes_pad_to and equal and all(probe.is_mean(pair, probe.windows.count_items) for pair in equal):
         return Reason("padding reaches the loss", PAD_ALIKE)
     return Reason(
-        "the loss of two examples is not the mean of theirs, over any items known here",
+        "the loss of two examples is not the mean of their losses, over any items known here",
         "say what it is a mean over: num_items= a function of the batch; if padding reaches it, pad windows "
         "alike (pad_to='window'); if it is no mean, no accumulation is exact",
     )
 
 
 def _padding(probe: _Probe, longest: int) -> Reason | None:
-    """The shortest example alone, and padded as far as the longest."""
+    """Compare the loss of the shortest example alone with its loss when padded to the longest."""
     short = probe.by_length[:1]
     alone, padded = probe.loss(short), probe.loss(short, longest)
     if probe.same(alone, padded):

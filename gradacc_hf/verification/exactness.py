@@ -1,18 +1,27 @@
-"""Is accumulation exact for this model, data and split?
+"""Verify that accumulation is exact for a model, its data and a split.
 
-`verify` compares the gradient that our loop accumulates on the user's own model and data, and Trainer's, with
-that of the window at once (`gradients.py`), and says why they differ (`reasons.py`).
+`verify` compares the gradients that the loop, ExactTrainer and Trainer accumulate with the gradient of the
+window at once (`accumulation/reference.py`). `causes.py` finds out why a gradient differs, `table.py` prints
+the result.
 """
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import COUNTS, ComputeLoss, CountItems, model_loss
+from gradacc_hf.accumulation.loss_items import (
+    COUNTS,
+    ComputeLoss,
+    CountItems,
+    as_window_loss,
+    look_ahead,
+    model_loss,
+)
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.reference import (
     EXACT,
@@ -34,43 +43,62 @@ from gradacc_hf.utils.modeling import disable_dropout
 from gradacc_hf.utils.rng import preserve_rng_state
 from gradacc_hf.verification.causes import Reason, why_not_exact
 
-AT_ONCE = "the window at once, in float32"
-ONE_BY_ONE = "one example at a time, in float64: a window does not fit at once"
-ROUNDING = 1e-3  # up to here an error may be float32's rounding, where gradients cancel
+REFERENCE_AT_ONCE = "the window at once, in float32"
+REFERENCE_ONE_BY_ONE = "one example at a time, in float64: a window does not fit at once"
+ROUNDING_RTOL_FP32 = 1e-3
+"""Relative error up to which float32 rounding may be the cause, where gradients cancel."""
 NOT_FINITE = Reason(
-    "the gradient of the window at once is not finite", "mend the loss, the weights or the data first"
+    "the gradient of the window at once is not finite", "correct the loss, the weights or the data first"
 )
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict on a model, its data and their split; `loop` is ours."""
+    """What `verify` finds out about a model, its data and their split; printed, it is a table.
+
+    Attributes:
+        loop: the gradient of the loop beside the reference, in the window where it is furthest off.
+        exact_trainer: the same for `ExactTrainer` with the same micro-batches; None where it did not run.
+        trainer: the same for `transformers.Trainer`; None where it did not run.
+        trainer_failed: what Trainer or ExactTrainer raised, or "".
+        reference: how the reference gradient was computed.
+        windows: the number of windows that were compared.
+        examples: the number of examples in them.
+        accumulation_steps: the number of micro-batches of each window.
+        reasons: why the loop is not exact, and what to do.
+        measured_with: versions and device.
+    """
 
     loop: Comparison
-    exact_trainer: Comparison | None  # our ExactTrainer with the same micro-batches
-    trainer: Comparison | None  # transformers' Trainer with them
-    trainer_failed: str  # what one of the two raised, where it did
+    exact_trainer: Comparison | None
+    trainer: Comparison | None
+    trainer_failed: str
     reference: str
     windows: int
     examples: int
-    accumulation_steps: tuple[int, ...]  # of each window
-    reasons: tuple[Reason, ...]  # why the loop is not exact
+    accumulation_steps: tuple[int, ...]
+    reasons: tuple[Reason, ...]
     measured_with: dict[str, str]
 
     @property
     def exact(self) -> bool:
-        """Is the gradient of the loop that of each window at once?"""
+        """Whether the loop accumulates the gradient of each window at once, to a relative error of 1e-5."""
         return self.loop.exact and not self.reasons
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """The result in one sentence."""
         steps = sorted(set(self.accumulation_steps))
-        cut = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+        number = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
         if self.exact:
-            return f"Exact: {cut} micro-batches give the gradient of the window, to {self.loop.error:.0e}."
+            return f"Exact: {number} micro-batches give the gradient of the window, to {self.loop.error:.0e}."
         why = "; ".join(reason.what for reason in self.reasons) or "for no reason that is known here"
-        return f"Not exact: {cut} micro-batches are off by {self.loop.error:.1e}: {why}."
+        return f"Not exact: {number} micro-batches are off by {self.loop.error:.1e}: {why}."
+
+    def __str__(self) -> str:
+        from gradacc_hf.verification.table import as_text
+
+        return as_text(self)
 
 
 def verify(
@@ -83,92 +111,145 @@ def verify(
 ) -> Verification:
     """Compare accumulated gradients with those of whole windows, in float32 and without dropout.
 
-    `model` comes unprepared; a copy of it is tried, so that it, the loader and what is drawn at random stay
-    as they are. Windows of one micro-batch are cut finer, as else nothing is accumulated. One that does not
-    fit at once is taken one example at a time, in float64. `trainer`: also run `transformers.Trainer` and our
-    `ExactTrainer` on the same micro-batches. Raises ValueError for several processes or mixed precision,
-    whose rounding would hide what is asked, for windows that are not there, and for data without items.
+    A copy of the model is tried: the model, the loader and the random number generators stay as they are.
+    A window of a single micro-batch is split finer, because nothing is accumulated otherwise. A window that
+    does not fit in memory at once is computed one example at a time, in float64.
+
+    Args:
+        model: the model, before `accelerator.prepare`.
+        windows: the loader of the windows, on one process and without mixed precision.
+        compute_loss: computes the mean loss of a micro-batch, a scalar, from (outputs, batch).
+        num_windows: how many windows to compare, from the loader's position on.
+        trainer: whether to run `transformers.Trainer` and `ExactTrainer` on the same micro-batches, too.
+
+    Returns:
+        The comparison in the window where each way is furthest off, with the reasons for an error. `print`
+        shows it as a table, `exact` is the verdict.
+
+    Raises:
+        ValueError: for several processes or mixed precision, whose rounding hides the answer; for more
+            windows than an epoch has; for data without an item.
+        InputError: for a window that does not fit at once, with a loss of all its examples together.
     """
+    accelerator = windows.accelerator
+    _check_arguments(windows, num_windows)
+    compiled, model = is_compiled(model), copy.deepcopy(model).float().to(accelerator.device).train()
+    if compiled:
+        compile_layers(model)
+    disable_dropout(model)
+    windows = windows.copy(num_windows)
+    with preserve_rng_state(), full_float32():
+        compared = list(_compare_windows(model, windows, compute_loss, num_windows, trainer))
+        if not compared:
+            raise ValueError("no example of the data set has an item: every label is ignored")
+        fits = all(each.fits for each in compared)
+        worst = max(compared, key=lambda each: each.loop.badness)
+        loop, window = worst.loop, worst.window
+        if EXACT < loop.error < ROUNDING_RTOL_FP32 and fits:
+            loop = _in_float64(model, windows, window, compute_loss) or loop
+        reasons: tuple[Reason, ...] = ()
+        if not worst.finite:
+            reasons = (NOT_FINITE,)
+        elif not (loop.exact and fits):  # a reference of single examples relies on the count of items
+            reasons = why_not_exact(model, windows, compute_loss, window.indices, window.pad_to)
+    return Verification(
+        loop=loop,
+        exact_trainer=_worst(compared, EXACT_TRAINER),
+        trainer=_worst(compared, TRAINER),
+        trainer_failed=compared[-1].trainer_failed,
+        reference=REFERENCE_AT_ONCE if fits else REFERENCE_ONE_BY_ONE,
+        windows=len(compared),
+        examples=sum(len(each.window.indices) for each in compared),
+        accumulation_steps=tuple(each.steps for each in compared),
+        reasons=reasons,
+        measured_with=measured_with(accelerator.device.type),
+    )
+
+
+def _check_arguments(windows: WindowLoader, num_windows: int) -> None:
     accelerator = windows.accelerator
     if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
         raise ValueError(
             "verify() compares in float32 on one process; found "
             f"{accelerator.num_processes} processes, mixed precision {accelerator.mixed_precision!r}"
         )
-    most = windows.plan.count_windows([windows.epoch])  # None: a stream's are not known
+    most = windows.plan.count_windows([windows.epoch])  # None: the length of a stream is unknown
     if num_windows < 1 or (most is not None and num_windows > most):
         raise ValueError(f"num_windows: found {num_windows}; allowed: 1 to {most}, those of an epoch")
-    compiled, model = is_compiled(model), copy.deepcopy(model).float().to(accelerator.device).train()
-    if compiled:
-        compile_layers(model)
-    disable_dropout(model)
-    windows = windows.copy(num_windows)
-    ours, failed = [], ""
-    theirs: dict[str, list[Comparison]] = {"ExactTrainer": [], "Trainer": []}
-    steps, examples, fits = [], 0, True
-    with preserve_rng_state(), full_float32():
-        for window in windows:
-            truth = _whole(model, windows, window, compute_loss)
-            if truth is None and hasattr(compute_loss, "look_ahead"):
-                raise InputError(
-                    f"batch.effective: a window of {len(window.indices)} does not fit at once, and its loss "
-                    "is of all examples together: verify with a smaller one"
-                )
-            if truth is None:
-                fits = False
-                truth = _one_by_one(model, windows, window, compute_loss)
-            gradient = _accumulated(model, window, accelerator, compute_loss)
-            ours.append((compare("the loop", gradient, truth), window, math.isfinite(norm(truth))))
-            if trainer and not failed:
-                micro_batches = list(window)
-                try:
-                    for way, found in theirs.items():
-                        exact = way == "ExactTrainer"
-                        gradient = _trainer_gradient(
-                            model, micro_batches, compute_loss, windows.count_items, exact
-                        )
-                        found.append(compare(way, gradient, truth))
-                except Exception as error:  # whatever Trainer or its callbacks raise is not our verdict
-                    failed = f"{type(error).__name__}: {one_line(error)[:200]}"
-            steps.append(len(window))
-            examples += len(window.indices)
-            if len(steps) == num_windows:
-                break
-        if not ours:
-            raise ValueError("no example of the data set has an item: every label is ignored")
-        loop, worst, finite = max(ours, key=lambda found: found[0].badness)
-        if EXACT < loop.error < ROUNDING and fits:
-            loop = _in_float64(model, windows, worst, compute_loss) or loop
-        reasons: tuple[Reason, ...] = ()
-        if not finite:
-            reasons = (NOT_FINITE,)
-        elif not (loop.exact and fits):  # a reference of single examples trusts the count of items
-            reasons = why_not_exact(model, windows, compute_loss, worst.indices, worst.pad_to)
-    return Verification(
-        loop=loop,
-        exact_trainer=max(theirs["ExactTrainer"], key=_badness, default=None),
-        trainer=max(theirs["Trainer"], key=_badness, default=None),
-        trainer_failed=failed,
-        reference=AT_ONCE if fits else ONE_BY_ONE,
-        windows=len(steps),
-        examples=examples,
-        accumulation_steps=tuple(steps),
-        reasons=reasons,
-        measured_with=measured_with(accelerator.device.type),
-    )
 
 
-def _badness(comparison: Comparison) -> float:
-    return comparison.badness
+EXACT_TRAINER, TRAINER = "ExactTrainer", "Trainer"
+
+
+@dataclass(frozen=True)
+class _ComparedWindow:
+    """One window: the gradients of all ways beside the reference."""
+
+    window: Window
+    steps: int
+    """Micro-batches of the window."""
+    loop: Comparison
+    finite: bool
+    """Whether the reference gradient is finite."""
+    fits: bool
+    """Whether the window fits in memory at once."""
+    trainers: dict[str, Comparison] = field(default_factory=dict)
+    """By name; without those that failed in this window or did not run."""
+    trainer_failed: str = ""
+    """What a Trainer raised, in this window or an earlier one."""
+
+
+def _compare_windows(
+    model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss, num_windows: int, trainer: bool
+) -> Iterator[_ComparedWindow]:
+    """Compare one window after another. After a failure of Trainer, only the loop is compared."""
+    failed = ""
+    for number, window in enumerate(windows, 1):
+        truth = _whole(model, windows, window, compute_loss)
+        fits = truth is not None
+        if truth is None and as_window_loss(compute_loss) is not None:
+            raise InputError(
+                f"batch.effective: a window of {len(window.indices)} does not fit at once, and its loss "
+                "is of all examples together: verify with a smaller one"
+            )
+        if truth is None:
+            truth = _one_by_one(model, windows, window, compute_loss)
+        gradient = _accumulated(model, window, windows.accelerator, compute_loss)
+        loop, trainers = compare("the loop", gradient, truth), {}
+        if trainer and not failed:
+            trainers, failed = _compare_trainers(model, windows, window, compute_loss, truth)
+        finite = math.isfinite(norm(truth))
+        yield _ComparedWindow(window, len(window), loop, finite, fits, trainers, failed)
+        if number == num_windows:
+            return
+
+
+def _compare_trainers(
+    model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss, truth: Gradient
+) -> tuple[dict[str, Comparison], str]:
+    """Return the comparison of each Trainer by name, and what a Trainer raised, or ""."""
+    micro_batches, found = list(window.batches()), {}
+    try:
+        for name in (EXACT_TRAINER, TRAINER):
+            exact = name == EXACT_TRAINER
+            gradient = _trainer_gradient(model, micro_batches, compute_loss, windows.count_items, exact)
+            found[name] = compare(name, gradient, truth)
+    except Exception as error:  # whatever Trainer or a callback raises: the verdict on the loop stands
+        return found, f"{type(error).__name__}: {one_line(error)[:200]}"
+    return found, ""
+
+
+def _worst(compared: list[_ComparedWindow], trainer: str) -> Comparison | None:
+    found = [each.trainers[trainer] for each in compared if trainer in each.trainers]
+    return max(found, key=lambda comparison: comparison.badness, default=None)
 
 
 def _accumulated(
     model: torch.nn.Module, window: Window, accelerator: Any, compute_loss: ComputeLoss
 ) -> Gradient:
-    """What our loop accumulates over a window; `.grad` is left empty."""
+    """Return the gradient that the loop accumulates over a window; `.grad` is left empty."""
     model.zero_grad()
-    if hasattr(compute_loss, "look_ahead"):
-        compute_loss.look_ahead(model, window)  # type: ignore[attr-defined]
+    look_ahead(compute_loss, model, window)
     for batch in window:
         batch = in_dtype_of(model, batch)
         with accelerator.accumulate(model):
@@ -181,7 +262,10 @@ def _accumulated(
 def _in_float64(
     model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss
 ) -> Comparison | None:
-    """The comparison again, where float32's own rounding may be what is seen: near a minimum, say."""
+    """Compare again in float64, where float32 rounding may be the whole error, as near a minimum.
+
+    None for a loss that does not work in float64.
+    """
     model.double()
     try:
         truth = _whole(model, windows, window, compute_loss)
@@ -196,7 +280,7 @@ def _in_float64(
 def _whole(
     model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss
 ) -> Gradient | None:
-    """The reference, or None where the window does not fit; what it had taken by then is free again."""
+    """Return the reference gradient, or None where the window does not fit in memory."""
     try:
         batch = in_dtype_of(model, windows.collated(window.indices, window.pad_to).batch)
         with uncompiled(model):
@@ -211,7 +295,7 @@ def _whole(
 def _one_by_one(
     model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss
 ) -> Gradient:
-    """The gradient of a window from its examples alone, in float64: the finest split."""
+    """Return the gradient of a window from its examples one by one, in float64: the finest split."""
     model.double()
     for index in window.indices:
         example = windows.collated([index], window.pad_to)
@@ -231,14 +315,11 @@ def _trainer_gradient(
     count_items: CountItems,
     exact: bool,
 ) -> Gradient:
-    """What reaches the optimizer of Trainer, or ExactTrainer, given these micro-batches as one step.
+    """Return the gradient that Trainer or ExactTrainer accumulates over these micro-batches.
 
-    `ExactTrainer` is told what the items are only where a function counts them, as its user would have to.
+    `ExactTrainer` gets `num_items` only where a function counts the items, as a user must give it then.
     """
-    from gradacc_hf.verification.baselines import (  # late: they load transformers.Trainer
-        own_loss,
-        run_trainer,
-    )
+    from gradacc_hf.verification.baselines import custom_loss, run_trainer  # late: it loads Trainer
 
     recorder = RecordGradients(model)
     run_trainer(
@@ -247,7 +328,7 @@ def _trainer_gradient(
         micro_batches,
         lambda batches: dict(batches[0]),
         1,
-        compute_loss=own_loss(model, micro_batches[0], compute_loss),
+        compute_loss=custom_loss(model, micro_batches[0], compute_loss),
         exact=exact,
         num_items=None if count_items in COUNTS.values() else count_items,
         gradient_accumulation_steps=len(micro_batches),

@@ -14,7 +14,7 @@ from gradacc_hf.accumulation.reference import RecordGradients, relative_error, w
 from gradacc_hf.training.lora import add_lora
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.settings import LoraConfig, OptimConfig
-from gradacc_hf.utils.modeling import disable_dropout
+from gradacc_hf.utils.modeling import checkpoint_activations, disable_dropout
 from gradacc_hf.verification.tiny_models import build_head
 
 # Fixtures.
@@ -36,7 +36,7 @@ def error(steps, in_float32, checkpointing=False, lora=False, precision="no"):
     truth = whole_window_gradient(model.bfloat16().float(), head.collate(examples))
     model.bfloat16()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     recorder = RecordGradients(model)
     if in_float32:
         accumulate_in_float32(model, recorder)

@@ -30,6 +30,7 @@ from gradacc_hf.training.compile import compile_layers, is_compiled
 from gradacc_hf.training.optimizer import check_optimizer
 from gradacc_hf.training.settings import OptimConfig
 from gradacc_hf.utils.hardware import ALLOCATOR_NAMES, Device, find_device, set_up_allocator
+from gradacc_hf.utils.modeling import checkpoint_activations
 from gradacc_hf.verification.exactness import verify
 
 TextClassification = load_recipe("text_classification").TextClassification
@@ -187,7 +188,7 @@ def test_micro_batches_are_padded_to_a_multiple_as_planned_and_stay_exact(tiny_b
     windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator(cpu=True))
     widths = set()
     for number, window in enumerate(windows):
-        shapes = [batch["input_ids"].shape for batch in window]
+        shapes = [batch["input_ids"].shape for batch in window.batches()]
         widths |= {width for _, width in shapes}
         assert sum(shape.numel() for shape in shapes) == window.padded_tokens
         assert window.tokens == windows.tokens[window.indices].sum()
@@ -212,7 +213,7 @@ def test_padding_to_a_multiple_is_left_off_where_it_is_of_no_use(
     dataset = TextClassification.datasets(small_recipe(tiny_bert, rows))
     fitted = fit_to_model(made)
     windows, _ = make_windows(fitted, *dataset, Accelerator(cpu=True))
-    assert windows._windows.pad_to_multiple_of == 1
+    assert windows.pad_to_multiple_of == 1
     assert made.config.budget.pad_to_multiple_of == 8
     assert fitted.config.budget.pad_to_multiple_of is None
     [line] = capsys.readouterr().err.splitlines()
@@ -329,7 +330,7 @@ def test_layers_of_a_decoder_share_their_code_over_all_shapes(traced_only, check
     for each in (plain, model):
         each.train()
         if checkpointing:
-            each.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(each)
     compile_layers(model)
     for rows, length in [(3, 7), (2, 9), (5, 6), (1, 11), (4, 12), (1, 5), (7, 3), (6, 21)]:
         error = relative_error(gradient_of(model, rows, length), gradient_of(plain, rows, length))
@@ -361,7 +362,7 @@ def test_the_cpu_benchmark_measures_a_recipe(tiny_bert, rows, tmp_path, capsys):
     recipe = ROOT / "recipes" / "text_classification.py"
     (tmp_path / "a.yaml").write_text(f"recipe: {recipe}\n")
     words = [str(word) for pair in settings.items() for word in pair]
-    cpu_speed._measure(1, ["--config", str(tmp_path / "a.yaml"), *words, "--data.max_length", "32"])
+    cpu_speed.time_windows_here(1, ["--config", str(tmp_path / "a.yaml"), *words, "--data.max_length", "32"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["seconds"] > 0
     assert found["first"] > 0
@@ -370,10 +371,10 @@ def test_the_cpu_benchmark_measures_a_recipe(tiny_bert, rows, tmp_path, capsys):
 
 def test_ratios_to_the_default_are_taken_turn_by_turn():
     runs = [{"seconds": seconds, "first": 1.0} for seconds in (2.0, 30.0, 1.0)]
-    ratio = cpu_speed._ratio("bf16", runs, [4.0, 40.0, 2.0])
+    ratio = cpu_speed.ratio_to_default("bf16", runs, [4.0, 40.0, 2.0])
     assert (ratio.median, ratio.low, ratio.high, ratio.clear) == (0.5, 0.5, 0.75, True)
 
 
 def test_an_unknown_variant_is_refused():
     with pytest.raises(InputError, match="--only: found 'turbo'; allowed: default, threads_1"):
-        cpu_speed.cpu("a.yaml", ["turbo"])
+        cpu_speed.measure_cpu_settings("a.yaml", ["turbo"])

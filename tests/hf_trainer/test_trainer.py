@@ -18,7 +18,7 @@ from gradacc_hf import ExactTrainer, ExactTrainerMixin
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.verification.all_heads import LENGTHS
-from gradacc_hf.verification.baselines import OwnLoss
+from gradacc_hf.verification.baselines import CustomLossMixin
 from gradacc_hf.verification.tiny_models import build_head
 
 HEADS = {  # what Trainer makes of 4 × 4 and of 5 + 5 + 5 + 1
@@ -175,12 +175,12 @@ def weighted(outputs, batch):
     return cross_entropy(outputs.logits, batch["labels"], WEIGHTS)
 
 
-class WithWeights(OwnLoss, Trainer):
-    own_loss = staticmethod(weighted)
+class WithWeights(CustomLossMixin, Trainer):
+    custom_loss = staticmethod(weighted)
 
 
-class Below(OwnLoss, ExactTrainer):
-    own_loss = staticmethod(weighted)
+class Below(CustomLossMixin, ExactTrainer):
+    custom_loss = staticmethod(weighted)
 
 
 class Above(ExactTrainerMixin, WithWeights):
@@ -208,8 +208,8 @@ def rows_loss(outputs, batch):
     return (each.sum(1) / (batch["labels"] != IGNORED).sum(1)).mean()
 
 
-class ExactMeanOfRows(OwnLoss, ExactTrainer):
-    own_loss = staticmethod(rows_loss)
+class ExactMeanOfRows(CustomLossMixin, ExactTrainer):
+    custom_loss = staticmethod(rows_loss)
 
 
 @pytest.mark.parametrize(("size", "lengths"), [(1, LENGTHS), (4, [12] * 4 + LENGTHS[4:])])
@@ -270,8 +270,8 @@ def test_a_first_loss_of_0_says_nothing_and_the_next_window_is_asked(tmp_path):
         each = cross_entropy(outputs.logits.transpose(1, 2), batch["labels"], reduction="sum")
         return each / (batch["labels"] != IGNORED).sum().clamp(min=1)
 
-    class Clamped(OwnLoss, ExactTrainer):
-        own_loss = staticmethod(clamped)
+    class Clamped(CustomLossMixin, ExactTrainer):
+        custom_loss = staticmethod(clamped)
 
     _, second = gradients(Clamped, head, tmp_path, examples, size=2, steps=4)
     assert relative_error(second, whole_window_gradient(head.model, head.collate(examples[8:]))) < EXACT
@@ -283,7 +283,7 @@ def test_a_router_loss_does_not_hide_that_labels_are_shifted(tmp_path):
     head.model.config.router_aux_loss_coef = head.model.router_aux_loss_coef = 1e-8
     trainer = make(ExactTrainer, head, tmp_path, head.examples(LENGTHS))
     trainer.train()
-    assert trainer._found.items == "next_token"
+    assert trainer.items_found == "next_token"
 
 
 def test_labels_that_are_no_tensor_count_examples(tmp_path):
@@ -436,7 +436,7 @@ def test_evaluation_callbacks_checkpoints_and_resume_work_as_in_trainer(tmp_path
     assert state["global_step"] == 4
     whole = train([EarlyStoppingCallback(3)])
     assert losses == logged(whole)
-    evaluated = float(head.model(**head.collate(examples[:5])).loss)
+    evaluated = head.model(**head.collate(examples[:5])).loss.item()
     assert whole.evaluate()["eval_loss"] == pytest.approx(evaluated, rel=1e-5)
 
 

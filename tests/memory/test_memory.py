@@ -21,6 +21,7 @@ from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.training.lora import add_lora
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.settings import LoraConfig, OptimConfig
+from gradacc_hf.utils.modeling import checkpoint_activations
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 LENGTHS = ((8,), (16,), (40,))
@@ -34,7 +35,7 @@ def llama(attention="sdpa", checkpointing=False, lora=0, lean=False, dtype=torch
     if lora:
         add_lora(model, LoraConfig(rank=lora), [])
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model
 
 

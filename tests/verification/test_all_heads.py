@@ -53,7 +53,7 @@ def test_all_heads_are_hundreds():
 
 def test_the_table_adds_up(verdicts):
     console = Console(width=120, record=True, file=io.StringIO())
-    conformance.show(verdicts, console)
+    conformance.print_conformance(verdicts, console)
     lines = [line.split()[-5:] for line in console.export_text().splitlines()]
     rows = [cells for cells in lines if len(cells) == 5 and all(map(str.isdigit, cells))]
     *kinds, total = [[int(cell) for cell in row] for row in rows]
