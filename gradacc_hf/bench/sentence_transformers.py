@@ -155,9 +155,7 @@ def run_contender(name: str, num_windows: int, max_tokens: int, settings: Sequen
     peak = peak_memory(accelerator.device)
     metrics = recipe.validate(contender.model, validation, accelerator)
 
-    contender = ContrastiveTraining(
-        name, recipe, make_windows(recipe, *recipe.datasets(), accelerator)[0], max_tokens
-    )
+    contender = ContrastiveTraining(name, recipe, make_windows(recipe, *data, accelerator)[0], max_tokens)
     batch = windows.collated(windows.plan.indices(0, 0)).batch
     truth = whole_window_gradient(contender.model, batch, recipe.loss)
     gradients: list[Any] = []
