@@ -15,7 +15,7 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
     ),
     "zeroed_inside_the_window": (
         "gradients are zeroed between the micro-batches of a window",
-        "only the last micro-batch of each window counts; the others are computed for nothing",
+        "all micro-batches but the last of each window are computed for nothing",
         """
 - optimizer.zero_grad()  # before every backward
 + optimizer.zero_grad()  # after optimizer.step() alone""",
