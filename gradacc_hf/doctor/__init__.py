@@ -8,7 +8,7 @@ For transformers' Trainer: `trainer.add_callback(gradacc_hf.DoctorCallback())`.
 Data flows one way:
 
     listener.py, frames.py → observer.py → record.py ← examination.py, reference.py, item_counts.py
-                                           record.py → rules.py, messages.py → report.py → Diagnosis
+                                         record.py → rules.py, messages.py → report.py → Diagnosis
 """
 
 from collections.abc import Callable, Iterator, Sequence
