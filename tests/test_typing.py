@@ -43,11 +43,11 @@ from gradacc_hf import WindowLoder  # unknown import symbol
 
 model, accelerator = torch.nn.Linear(2, 2), Accelerator()
 gradacc_hf.WindowLoder  # is not a known attribute of module
-gradacc_hf.verfy(model)  # is not a known attribute of module
+gradacc_hf.verifies(model)  # is not a known attribute of module
 windows = WindowLoader([1], 1, accelerator=accelerator, max_token=64)  # No parameter named "max_token"
 WindowLoader([1], 1, max_tokens=64)  # Argument missing for parameter "accelerator"
 verify(model, windows, window=2)  # No parameter named "window"
-ExactTrainer(modle=model)  # No parameter named "modle"
+ExactTrainer(models=model)  # No parameter named "models"
 windows.recrd_gradient_norm  # Cannot access attribute "recrd_gradient_norm"
 """
 
