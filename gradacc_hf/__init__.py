@@ -38,6 +38,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "fine_tune",
+    "iter_windows",
     "newest_checkpoint",
     "preflight_check",
     "retry_on_oom",
@@ -71,6 +72,7 @@ _LAZY = {
     "diagnose": "doctor",
     "evaluate": "training.loop",
     "fine_tune": "training.finetune",
+    "iter_windows": "training.loop",
     "newest_checkpoint": "training.checkpoint",
     "preflight_check": "training.preflight",
     "retry_on_oom": "accumulation.oom",
@@ -100,7 +102,7 @@ if TYPE_CHECKING:
     from gradacc_hf.hf_trainer.trainer import ExactTrainer, ExactTrainerMixin
     from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
     from gradacc_hf.training.finetune import Best, fine_tune
-    from gradacc_hf.training.loop import Evaluation, evaluate, train
+    from gradacc_hf.training.loop import Evaluation, evaluate, iter_windows, train
     from gradacc_hf.training.preflight import preflight_check
     from gradacc_hf.training.run_log import WindowRecord
     from gradacc_hf.verification.exactness import Verification, verify

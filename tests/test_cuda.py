@@ -91,7 +91,7 @@ def test_so_has_one_of_in_batch_negatives():
     )
     recorder = RecordGradients(model := embedder())
     prepared, optimizer = accelerator.prepare(model, recorder)
-    list(train(prepared, optimizer, windows, accelerator=accelerator, compute_loss=loss))
+    train(prepared, optimizer, windows, accelerator=accelerator, compute_loss=loss)
     for t, gradient in enumerate(recorder.gradients):
         batch = collate_pairs([examples[i] for i in windows.plan.indices(0, t)])
         batch = {key: value.cuda() for key, value in batch.items()}
@@ -112,7 +112,7 @@ def records(accelerator, **settings):
     head = build_head("sequence_classification", "bert")
     windows = loader(head, accelerator, max_tokens=160)
     model, optimizer = accelerator.prepare(head.model, torch.optim.SGD(head.model.parameters(), lr=0.1))
-    return list(train(model, optimizer, windows, accelerator=accelerator, max_grad_norm=1.0, **settings))
+    return train(model, optimizer, windows, accelerator=accelerator, max_grad_norm=1.0, **settings)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -164,7 +164,7 @@ def test_a_compiled_model_has_the_same_gradients_for_micro_batches_of_many_shape
             compile_layers(head.model)
         recorder = RecordGradients(head.model)
         model, optimizer = accelerator.prepare(head.model, recorder)
-        list(train(model, optimizer, loader(head, accelerator, max_tokens=160), accelerator=accelerator))
+        train(model, optimizer, loader(head, accelerator, max_tokens=160), accelerator=accelerator)
         assert is_compiled(head.model) == compiled  # else it has given up
         gradients[compiled] = recorder.gradients
     for one, other in zip(*gradients.values(), strict=True):

@@ -1,6 +1,6 @@
 """Which process gets which examples of a window: about equal cost, in few micro-batches, with little padding.
 
-Takes a window's examples by length, as numbers, and the cut of all of them that would cost least (`Sorted`);
+Takes a window's examples by length, as numbers, and the cheapest split of all of them (`Sorted`);
 gives runs of neighbours, (start, stop), the micro-batches of each process. What an example costs, and what a
 micro-batch may hold: `split.py`.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-BALANCED = 1.05  # times the larger of the mean and the dearest example: what the slowest process may cost
+BALANCED = 1.05  # × max(mean, most expensive example): what the slowest process may cost
 PATIENCE = 1.1  # times the least cost of the slowest process so far: where better balance is not worth it
 LONG_ONES = 0.6, 0.7  # shares of a process's cost that its long examples are given
 STEP = 1.005  # times the target: the least by which it rises
@@ -21,11 +21,11 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sorted:
-    """A window's examples by length, the shortest first, and their cheapest cut, over no processes at all.
+    """A window's examples by length, the shortest first, and their cheapest split for a single process.
 
-    `each`: what every row of a micro-batch costs that has this example for its longest; `most`: how many rows
-    it may have; `fixed`: what it costs besides. `least[stop]`: what the examples before `stop` cost when they
-    are cut as cheaply as can be, and `begins[stop]`: where their last micro-batch begins then.
+    `each`: cost of every row of a micro-batch whose longest example is this one. `most`: rows it may have.
+    `fixed`: cost of a micro-batch besides its rows. `least[stop]`: cost of the cheapest split of the examples
+    before `stop`. `begins[stop]`: where the last micro-batch of that split begins.
     """
 
     each: Sequence[float]
@@ -35,36 +35,36 @@ class Sorted:
     least: Sequence[float]
 
     def cost(self, run: Run) -> float:
-        """Of any micro-batch."""
+        """Return the cost of any micro-batch."""
         start, stop = run
         return self.fixed + (stop - start) * self.each[stop - 1]
 
     def cheapest_runs(self) -> list[Run]:
-        """The cheapest cut."""
+        """Return the micro-batches of the cheapest split."""
         runs, stop = [], len(self.each)
         while stop:
             runs.append((self.begins[stop], stop))
             stop = self.begins[stop]
         return runs
 
-    def cost_of_cut(self, run: Run) -> float:
-        """Of a micro-batch of the cheapest cut, packed or not."""
+    def cost_of_split(self, run: Run) -> float:
+        """Return the cost of a micro-batch of the cheapest split, packed or not."""
         return self.least[run[1]] - self.least[run[0]]
 
 
 def least_possible(examples: Sorted, num_processes: int) -> float:
-    """What the slowest process costs at least: no split is cheaper than none, and no example is cut."""
+    """Return a lower bound of the slowest process's cost, as no example can be split."""
     return max(examples.least[-1] / num_processes, examples.fixed + examples.each[-1])
 
 
 def balance(examples: Sorted, num_processes: int) -> tuple[list[list[Run]], float]:
-    """The micro-batches of each process, and what the slowest one costs.
+    """Return the micro-batches of each process, and the cost of the slowest one.
 
-    Fills the processes up to a target that rises until all examples have a place, and no process is left much
-    emptier than the others.
+    Fills the processes up to a target, which rises until all examples have a place and no process has much
+    less work than the others.
     """
     until = [0.0, *accumulate(examples.each)]
-    dearest = examples.fixed + examples.each[-1]
+    most_expensive = examples.fixed + examples.each[-1]
     target, found, least = examples.least[-1] / num_processes, [], float("inf")
     while target < PATIENCE * least:
         missing = []
@@ -74,7 +74,7 @@ def balance(examples: Sorted, num_processes: int) -> tuple[list[list[Run]], floa
             if not missing[-1]:
                 loads = [sum(map(examples.cost, runs)) for runs in processes]
                 slowest = max(loads)
-                balanced = slowest <= BALANCED * max(sum(loads) / num_processes, dearest)
+                balanced = slowest <= BALANCED * max(sum(loads) / num_processes, most_expensive)
                 if balanced or slowest < least:
                     found, least = processes, slowest
                 if balanced:
@@ -86,9 +86,9 @@ def balance(examples: Sorted, num_processes: int) -> tuple[list[list[Run]], floa
 def _fill(examples: Sorted, num_processes: int, target: float, share: float) -> tuple[list[list[Run]], Run]:
     """One process after the other up to `target`, and the examples that are left then.
 
-    Each gets the longest examples that are left for a `share` of its target, then the shortest ones, with
-    which the rest is filled as with sand. So lengths are alike in a micro-batch and mixed in a process: where
-    long examples take longer than was predicted, all processes are late alike.
+    Each gets the longest examples that are left for a `share` of its target, then the shortest ones, to fill
+    the remaining capacity. So lengths are alike in a micro-batch and mixed in a process. Where long examples
+    take longer than predicted, all processes are late alike.
     """
     each, most, fixed, begins = examples.each, examples.most, examples.fixed, examples.begins
     low, high = 0, len(each)
@@ -116,7 +116,7 @@ def _fill(examples: Sorted, num_processes: int, target: float, share: float) -> 
 
 
 def _reach(examples: Sorted, low: int, high: int, room: float) -> int:
-    """How many of the longest examples the cheapest cut has room for."""
+    """How many of the longest examples the cheapest split has room for."""
     stop = high
     while stop > low:
         start = max(low, examples.begins[stop])

@@ -3,14 +3,30 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 LrScaling = Literal["none", "linear", "sqrt"]
 
 
+@runtime_checkable
+class ExampleScheduler(Protocol):
+    """A learning rate scheduler whose steps count examples, also of windows that took no optimizer step."""
+
+    by_examples: bool
+
+
+def counts_examples(scheduler: Any) -> bool:
+    """Whether a scheduler counts examples, so that it is stepped after every window."""
+    return isinstance(scheduler, ExampleScheduler) and scheduler.by_examples
+
+
 @dataclass(frozen=True)
 class ScheduledBatch:
-    """Effective batch sizes, each with the number of windows done when it begins: {0: 32, 500: 64}."""
+    """Effective batch sizes that change at given windows.
+
+    Args:
+        sizes: Examples per window, by the number of windows done when the size begins: {0: 32, 500: 64}.
+    """
 
     sizes: Mapping[int, int]
 
@@ -24,10 +40,14 @@ class ScheduledBatch:
 
 @dataclass
 class GrowingBatch:
-    """An effective batch size that doubles when the noise scale stays as large as the doubled size.
+    """An effective batch size that doubles when the gradient noise scale stays as large as the doubled size.
 
-    From `smallest` to at most `largest`. "Stays": in `patience` measurements in a row, as a single one is
-    itself noisy. `sizes`: each with the number, over the run, of the first window that had it.
+    Args:
+        smallest: Examples of the first window.
+        largest: Examples per window, at most.
+        patience: Measurements in a row that must be as large, as a single one is noisy.
+        sizes: Examples per window, by the number in the run of the first window of that size.
+        in_a_row: Measurements so far that were as large.
     """
 
     smallest: int
@@ -50,7 +70,7 @@ class GrowingBatch:
         return f"{self.smallest} to {self.largest} examples a window, by the noise scale"
 
     def grow(self, number: int, noise_scale: float) -> bool:
-        """It was measured before the window of this number: is that one to be larger?"""
+        """Take a measurement before the window of this number; return whether that window is larger."""
         size = self(number)
         larger = min(2 * size, self.largest)
         self.in_a_row = self.in_a_row + 1 if noise_scale >= larger > size else 0
@@ -60,7 +80,7 @@ class GrowingBatch:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes, as numbers."""
+        """Return what changes during a run, as numbers."""
         return {"sizes": dict(self.sizes), "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -70,7 +90,7 @@ class GrowingBatch:
 
 
 def lr_factor(rule: LrScaling, size: int, reference: int | None) -> float:
-    """By how much the learning rate that suits windows of `reference` examples is larger for `size` of them.
+    """Return the factor from the learning rate for `reference` examples per window to that for `size`.
 
     "linear": Goyal et al. 2017, for SGD; "sqrt": Krizhevsky 2014, and Malladi et al. 2022 for Adam.
     """

@@ -1,8 +1,7 @@
-"""A window's number → this process's micro-batches, collated on the host.
+"""Collate a window: (epoch, window) → this process's micro-batches on the host.
 
-Takes the windows (`plan.py`), the data set with its lengths, the bound and the item count; runs beside
-training where the loader has workers. Putting a micro-batch on the device and weighing its loss are
-`windows.py`'s.
+Takes the windows (`sampler.py`), the data set with its lengths, the bound and the item count. Runs in worker
+processes where the loader has some. `window.py` puts micro-batches on the device and weighs their losses.
 """
 
 import pickle
@@ -13,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from gradacc_hf.accumulation.loss_items import CountItems
@@ -30,30 +31,40 @@ from gradacc_hf.accumulation.streaming import Held, Stream
 PadTo = Literal["micro_batch", "window", "nothing"] | int
 Lengths = str | Sequence[int] | np.ndarray | Callable[[Any], int] | None
 Transform = Callable[[Any, np.random.Generator], Any]
-OF_AN_EXAMPLE, OF_A_WINDOW = 1, 2  # keep random numbers apart from the order's, drawn from (seed, epoch)
-SMALL = 8, 4  # by which noise is measured: a part of the window, and examples at least
+EXAMPLE_STREAM, WINDOW_STREAM = 1, 2  # keep random numbers apart from the order's, drawn from (seed, epoch)
+NOISE_WINDOW_PART, NOISE_MIN_EXAMPLES = 8, 4  # size of what noise is measured by: 1/8 of a window, at least 4
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process runs forward and backward at once, on the host.
+    """What one process runs forward and backward at once.
 
-    `indices` are its examples; empty for an example that is run again only because the other processes wait
-    for this one.
+    `batch`: what the collate function returned. `indices`: dataset indices; empty for an idle micro-batch,
+    which is run at weight 0 because other processes wait. `num_items`: terms of its mean loss.
     """
 
     batch: Mapping[str, Any]
     indices: np.ndarray
     num_items: float
 
+    def on_device(self, accelerator: Accelerator) -> "MicroBatch":
+        """Return a copy with its batch on the accelerator's device."""
+        return replace(self, batch=to_device(self.batch, accelerator))
+
+
+def to_device(batch: Mapping[str, Any], accelerator: Accelerator) -> Any:
+    """Return a host batch as a plain dict on the accelerator's device."""
+    return send_to_device(dict(batch), accelerator.device, non_blocking=accelerator.device.type == "cuda")
+
 
 @dataclass(frozen=True)
 class Split:
-    """One window's split: its examples, and for every process the indices of each micro-batch, with planned
-    sizes.
+    """The split of one window over all processes, planned from lengths.
 
-    `tokens` and `padded_tokens` are over all processes; `pad_to` is what collating must pad to, None for the
-    longest. `measures_noise`: the first micro-batch of each process is as large, and drawn at random.
+    `indices`: the window's examples. `processes`: for each process the example indices of each micro-batch.
+    `tokens`, `padded_tokens`: over all processes. `pad_to`: tokens that collating pads to; None for the
+    longest example. `measures_noise`: the first micro-batches of all processes are of one size, drawn at
+    random.
     """
 
     indices: np.ndarray
@@ -66,9 +77,38 @@ class Split:
     measures_noise: bool = False
 
 
+@dataclass(frozen=True)
+class LocalSplit:
+    """The part of one process in a window's split, collated, with the numbers that all processes agree on.
+
+    `plan`: the split over all processes. `micro_batches`: those of this process that have items. `num_items`:
+    items of the window over all processes. `accumulation_steps`: micro-batches of the process that has most.
+    `costs`: predicted cost of the most expensive micro-batch of each process. `bound`: what the window was
+    split under. `noise_size`: examples of the first micro-batch, where it measures the noise scale; else 0.
+    `ends_idle`: whether the last micro-batch is idle and only synchronises gradients.
+    """
+
+    plan: Split
+    micro_batches: tuple[MicroBatch, ...]
+    num_items: float
+    accumulation_steps: int
+    costs: tuple[float, ...]
+    bound: Bound
+    noise_size: int = 0
+    ends_idle: bool = False
+
+    def with_idle_end(self, idle: MicroBatch) -> "LocalSplit":
+        """Return this split with an idle micro-batch at its end."""
+        return replace(self, micro_batches=(*self.micro_batches, idle), ends_idle=True)
+
+
 @dataclass
 class LocalWindows(Dataset):
-    """(epoch, window) → its split and this process's micro-batches, collated. Runs in workers."""
+    """(epoch, window) → the split and this process's micro-batches, collated. Runs in worker processes.
+
+    The one owner of what windows are split by: `bound`, `cost`, `plan` and `pad_to`. `revision` counts the
+    changes of `bound` and `plan`, after which windows that workers hold ready are out of date.
+    """
 
     dataset: Any
     collate_fn: Callable[..., Mapping[str, Any]]
@@ -84,29 +124,45 @@ class LocalWindows(Dataset):
     pad_to_multiple_of: int = 1
     leave_out: Collection[int] = ()
     noise_every: int = 0
+    revision: int = 0
+
+    def resplit(self, bound: Bound, cost: Cost) -> None:
+        """Split later windows under another bound or cost model."""
+        self.revision += bound is not self.bound
+        self.bound, self.cost = bound, cost
+
+    def replan(self, plan: WindowPlan | Stream) -> None:
+        """Take later windows from another plan."""
+        self.revision += plan is not self.plan
+        self.plan = plan
 
     def __getitem__(self, number: tuple[int, int]) -> tuple[Split, list[MicroBatch]] | bytes:
         split = self.split(*number)
-        pieces = split.processes[self.process]
-        local = split, [self.collate(indices, split.epoch, split.pad_to) for indices in pieces]
+        local = split, self.collate_split(split)
         # By value: tensors in shared memory cost a file descriptor each, and a window may hold thousands.
         return local if get_worker_info() is None else pickle.dumps(local)
 
+    def collate_split(self, split: Split) -> list[MicroBatch]:
+        """Collate this process's micro-batches of a split."""
+        own = split.processes[self.process]
+        return [self.collate(indices, split.epoch, split.pad_to) for indices in own]
+
     @cached_property
     def lengths(self) -> Any:
-        """Tokens of each example, over its columns; no copy where there need not be one."""
+        """Tokens of each example, summed over columns; a view where there is one column."""
         if not isinstance(self.tokens, np.ndarray):
             return self.tokens.sum(1)
         return self.tokens[:, 0] if self.tokens.shape[1] == 1 else self.tokens.sum(1, dtype=np.int32)
 
     def apart(self, epoch: int, window: int) -> "LocalWindows":
-        """These, to be gone through from there beside these."""
+        """Return windows that can be walked from there without moving these; a stream gets its own reader."""
         if not isinstance(self.plan, Stream):
             return self
         stream = self.plan.apart(epoch, window)
         return replace(self, plan=stream, dataset=stream, tokens=stream.tokens)
 
     def split(self, epoch: int, window: int) -> Split:
+        """Split a window, from lengths alone."""
         indices = self.plan.indices(epoch, window)
         if self.leave_out:
             indices = indices[~np.isin(indices, list(self.leave_out))]
@@ -116,11 +172,12 @@ class LocalWindows(Dataset):
     def split_examples(
         self, indices: np.ndarray, tokens: np.ndarray, epoch: int, window: int, measures_noise: bool = False
     ) -> Split:
+        """Split a window of these examples, whose tokens are (examples, columns)."""
         padded, pad_to, packed = self.padded(tokens), None, self.pad_to == "nothing"
         if self.pad_to not in ("micro_batch", "nothing"):
             pad_to = int(tokens.max(initial=0)) if self.pad_to == "window" else self.pad_to
             padded = np.full_like(tokens, pad_to)
-        small = self._small(padded, epoch, window) if measures_noise else []
+        small = self._noise_micro_batches(padded, epoch, window) if measures_noise else []
         rest = np.setdiff1d(np.arange(len(indices)), np.concatenate(small) if small else [])
         lengths = bounding_lengths(padded[rest])
         processes = split_window(lengths, self.bound, self.num_processes, self.cost, packed)
@@ -136,18 +193,18 @@ class LocalWindows(Dataset):
             tokens=total,
             padded_tokens=total
             if packed
-            else sum(padded_size(padded[piece]) for process in processes for piece in process),
+            else sum(padded_size(padded[positions]) for process in processes for positions in process),
             pad_to=pad_to,
             measures_noise=bool(small),
         )
 
-    def _small(self, padded: np.ndarray, epoch: int, window: int) -> list[np.ndarray]:
-        """For each process a micro-batch of positions, drawn at random; [] where the window is too small.
+    def _noise_micro_batches(self, padded: np.ndarray, epoch: int, window: int) -> list[np.ndarray]:
+        """Draw for each process the positions of a micro-batch at random; [] where the window is too small.
 
-        All are of one size that fits the bound whichever examples are drawn: by lengths it would be biased.
+        All have one size, which fits the bound whichever examples are drawn. A choice by length is biased.
         """
-        part, least = SMALL
-        size = max(1, max(least, len(padded) // part) // self.num_processes)
+        size = max(NOISE_MIN_EXAMPLES, len(padded) // NOISE_WINDOW_PART)
+        size = max(1, size // self.num_processes)
         size = min(size, len(padded) // 2 // self.num_processes)
         longest = padded.max(0, initial=0)
         size = min(size, self.bound.max_rows(longest))
@@ -155,17 +212,17 @@ class LocalWindows(Dataset):
             size //= 2
         if size < 1:
             return []
-        random = np.random.default_rng([self.plan.seed, epoch, window, OF_A_WINDOW])
+        random = np.random.default_rng([self.plan.seed, epoch, window, WINDOW_STREAM])
         return np.split(random.permutation(len(padded))[: size * self.num_processes], self.num_processes)
 
     def padded(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens (examples, columns), each with what an example alone is padded by."""
+        """Return tokens (examples, columns) rounded up to what an example alone is padded to."""
         return tokens if self.pad_to_multiple_of == 1 else rounded_up(tokens, self.pad_to_multiple_of)
 
     def too_large(self, tokens: np.ndarray, first: int = 0) -> str | None:
-        """How many of these examples exceed the bound alone, in a line; `first` is the index of the first.
+        """Return a line that counts the examples which exceed the bound alone; None where there are none.
 
-        Raises ValueError where padding cuts one.
+        `first`: index of the first of these examples. Raises ValueError for an example longer than `pad_to`.
         """
         padded = self.padded(tokens)
         if isinstance(self.pad_to, int):
@@ -187,7 +244,7 @@ class LocalWindows(Dataset):
         )
 
     def shape(self, indices: np.ndarray, pad_to: int | None) -> tuple[int, list[int]]:
-        """Rows of a micro-batch of these examples, and tokens that each column is padded to."""
+        """Return the rows of a micro-batch of these examples, and the padded tokens of each column."""
         tokens = self.padded(self.tokens[indices])
         if self.pad_to == "nothing":
             return 1, tokens.sum(0).tolist()
@@ -195,30 +252,31 @@ class LocalWindows(Dataset):
             0, initial=0
         ).tolist()
 
-    def dearest(self, split: Split) -> list[float]:
-        """What the dearest micro-batch of each process is predicted to cost."""
-        return [
-            max((self._cost(piece, split.pad_to) for piece in process), default=0.0)
+    def most_expensive(self, split: Split) -> tuple[float, ...]:
+        """Return the predicted cost of the most expensive micro-batch of each process."""
+        return tuple(
+            max((self._cost(indices, split.pad_to) for indices in process), default=0.0)
             for process in split.processes
-        ]
+        )
 
     def _cost(self, indices: np.ndarray, pad_to: int | None) -> float:
         rows, lengths = self.shape(indices, pad_to)
         return float(self.cost(rows, sum(lengths)))
 
     def examples(self, indices: np.ndarray, epoch: int) -> list[Any]:
-        """Examples as they are in this epoch: what is random about one is drawn from (seed, epoch, index)."""
+        """Return examples as this epoch has them: `transform` draws from (seed, epoch, index)."""
         fetch = getattr(self.dataset, "__getitems__", None)  # one call for a datasets.Dataset
         examples = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
         if self.transform is None:
             return examples
-        numbers = ([self.plan.seed, epoch, index, OF_AN_EXAMPLE] for index in indices.tolist())
+        numbers = ([self.plan.seed, epoch, index, EXAMPLE_STREAM] for index in indices.tolist())
         return [
             self.transform(example, np.random.default_rng(seed))
             for example, seed in zip(examples, numbers, strict=True)
         ]
 
     def collate(self, indices: np.ndarray, epoch: int, pad_to: int | None, counts: bool = True) -> MicroBatch:
+        """Collate examples into one micro-batch; an idle one without items, unless `counts`."""
         examples = self.examples(indices, epoch)
         try:
             batch = self.collate_fn(examples) if pad_to is None else self.collate_fn(examples, pad_to=pad_to)
@@ -246,7 +304,7 @@ class LocalWindows(Dataset):
         return MicroBatch(batch, indices if counts else indices[:0], num_items)
 
     def find_example_with_items(self, split: Split, longest: bool = False) -> MicroBatch | None:
-        """The shortest (or longest) example of the window that has items when it is collated alone."""
+        """Return the shortest (or longest) example of the window that has items when collated alone."""
         by_length = np.argsort(self.tokens[split.indices].sum(1), kind="stable")
         for index in split.indices[by_length[::-1] if longest else by_length]:
             micro_batch = self.collate(np.array([index]), split.epoch, split.pad_to)
@@ -255,7 +313,7 @@ class LocalWindows(Dataset):
         return None
 
     def idle(self, split: Split) -> MicroBatch:
-        """What a process with nothing to do runs at weight 0, as others wait: an example with items."""
+        """Return what a process without work runs at weight 0 as others wait: an example with items."""
         for _ in range(10):  # a collate function that masks at random may leave an example none
             if found := self.find_example_with_items(split):
                 return MicroBatch(found.batch, found.indices[:0], 0.0)
@@ -265,13 +323,18 @@ class LocalWindows(Dataset):
 
 
 def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
-    """Tokens of every example, int32 (examples, columns): from a column, a sequence, a function, or by
-    default the size of `input_ids`.
+    """Measure the tokens of every example.
 
-    There are several columns where a sequence of (examples, columns) says so. Nested `input_ids` (choices)
-    count as rows × the longest; without `input_ids` all examples are equal.
+    Args:
+        dataset: A sequence of examples.
+        lengths: A column's name, a sequence of numbers, (examples, columns) for inputs that are padded on
+            their own, or a function of an example. None for the size of `input_ids`, or else 1 each. Nested
+            `input_ids` (choices) count as rows × the longest row.
+
+    Returns:
+        Tokens, int32 (examples, columns).
     """
-    # not `for example in dataset`: a torch data set without __iter__ need not raise an IndexError at its end
+    # Not `for example in dataset`: a torch data set without __iter__ may raise no IndexError at its end.
     examples = dataset if hasattr(dataset, "__iter__") else (dataset[i] for i in range(len(dataset)))
     if isinstance(lengths, str) and hasattr(dataset, "select_columns"):
         measured = dataset.select_columns(lengths)[lengths][:]
@@ -311,7 +374,7 @@ def _column_lengths(column: Any) -> np.ndarray:
 
 
 def _padded_size(ids: Any) -> int:
-    """Tokens of one example: its length; for choices or other nested rows, rows × the longest."""
+    """Return the tokens of one example: its length, or for nested rows (choices) rows × the longest."""
     if isinstance(ids, torch.Tensor):
         return ids.numel()
     nested = len(ids) > 0 and np.ndim(ids[0]) > 0

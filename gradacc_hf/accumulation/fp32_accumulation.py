@@ -19,10 +19,16 @@ from gradacc_hf.errors import InputError
 def accumulate_in_float32(model: torch.nn.Module, optimizer: Optimizer) -> None:
     """Let the trained bf16 (or fp16) weights of a model accumulate gradients in float32.
 
-    Others stay as they are. To be called once, before `accelerator.prepare`. `optimizer.step()` uses the
-    gradients up: `.grad` is None then. Memory: 4 bytes a weight for its gradient instead of 2. Raises
-    InputError on several processes, because DDP reduces gradients in the format of the weights. Raises
-    InputError where torch cannot do this (before 2.10).
+    Other weights stay as they are. Call it once, before `accelerator.prepare`. After `optimizer.step()`,
+    `.grad` is None. Memory: 4 bytes per weight for its gradient instead of 2.
+
+    Args:
+        model: The unprepared model.
+        optimizer: The unprepared optimizer; each step gets the gradients rounded to the weights' dtype.
+
+    Raises:
+        InputError: On several processes, as DDP reduces gradients in the weights' dtype; or with torch
+            before 2.10, which has no float32 gradients of bf16 weights.
     """
     half = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     if not half:

@@ -1,11 +1,10 @@
-"""A contrastive loss over the whole window, however it is cut: the gradient cache (Gao et al. 2021, arXiv
-2101.06983, section 3.2).
+"""A contrastive loss over the whole window, with any split: the gradient cache.
 
-Each anchor is to pick its own positive among those of all pairs of the window, so that plain accumulation
-loses the negatives of the other micro-batches. `ContrastiveLoss` embeds all micro-batches without graph,
-takes the gradient of the one loss with respect to the embeddings, and hands it to each micro-batch as it
-comes again. The loop that goes through a window twice is `loop.train`; that both passes draw the same dropout
-is `window.py`'s. `Embedder` makes embeddings of pairs, `search` ranks them.
+Source: Gao et al. 2021, arXiv 2101.06983, section 3.2. Each anchor must pick its own positive among those of
+all pairs of the window, so plain accumulation loses the negatives of the other micro-batches.
+`ContrastiveLoss` embeds all micro-batches without a graph, takes the gradient of the loss with respect to the
+embeddings, and passes it to each micro-batch when it is run again. `loop.py` runs both passes; `window.py`
+gives both the same dropout. `Embedder` embeds pairs, `search` ranks candidates.
 """
 
 import json
@@ -21,9 +20,9 @@ from gradacc_hf.accumulation.window import Window
 from gradacc_hf.utils.modeling import checkpoint_activations
 
 COLUMNS = ("anchor", "positive", "negative")  # of a pair; the last, a hard negative, may be absent
-TEXTS = 32  # that are embedded at once, where none is to be learned from
-ROWS = 1024  # of a similarity matrix that are held at once
-SAME = 0.02  # between two passes over a unit vector; another dropout moves it by tenths, bf16 by thousandths
+TEXTS_AT_ONCE = 32  # embedded without gradients
+SIMILARITY_ROWS = 1024  # rows of a similarity matrix that are held at once
+EMBEDDING_RTOL = 0.02  # between two passes; other dropout moves an embedding by tenths, bf16 by thousandths
 
 
 def info_nce(
@@ -32,11 +31,15 @@ def info_nce(
     symmetric: bool,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """InfoNCE of pairs (van den Oord et al. 2018, equation 4) in float32: a mean over the pairs.
+    """Compute InfoNCE of pairs in float32, a mean over the pairs (van den Oord et al. 2018, equation 4).
 
-    `embeddings` (pairs, columns, size): anchor, positive and, where there is one, hard negative of each pair.
-    An anchor's candidates are the positives and negatives of all pairs. `symmetric`: the mean of this and of
-    the same from positives to anchors. `rows`: which terms of the mean are added up; by default all.
+    An anchor's candidates are the positives and hard negatives of all pairs.
+
+    Args:
+        embeddings: Anchor, positive and perhaps hard negative of each pair (pairs, columns, size).
+        temperature: Divides the similarities.
+        symmetric: Whether to average with the same loss from positives to anchors.
+        rows: Which terms of the mean to add up (rows,); by default all.
     """
     rows = torch.arange(len(embeddings), device=embeddings.device) if rows is None else rows
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -50,12 +53,18 @@ def info_nce(
 
 
 class ContrastiveLoss:
-    """InfoNCE over all pairs of a window; its items are pairs.
+    """InfoNCE over all pairs of a window, a `WindowLoss`; its items are pairs.
 
-    (embeddings of a micro-batch (pairs, columns, size), the batch) → a scalar: the loss of the whole window,
-    with the gradient that goes through these pairs. In a loop, `look_ahead` comes before each window's
-    micro-batches; without it, as in an evaluation, this is the loss of the batch alone. RuntimeError where
-    the second pass over a micro-batch does not embed it as the first did.
+    Called with the embeddings of a micro-batch (pairs, columns, size) and the batch. Returns a scalar: the
+    loss of the whole window, with the gradient that goes through these pairs. A loop calls `look_ahead`
+    before each window's micro-batches. Without it, as in an evaluation, the loss is that of the batch alone.
+
+    Args:
+        temperature: Divides the similarities.
+        symmetric: Whether to average the losses from anchors to positives and from positives to anchors.
+
+    Raises:
+        RuntimeError: Where the second pass embeds a micro-batch otherwise than the first.
     """
 
     def __init__(self, temperature: float = 0.05, symmetric: bool = True):
@@ -65,7 +74,7 @@ class ContrastiveLoss:
         self._value = torch.tensor(0.0)
 
     def look_ahead(self, model: torch.nn.Module, window: Window) -> None:
-        """Embed the window, over all processes, and keep its loss and the gradient of each embedding."""
+        """Embed the window, over all processes; keep its loss and the gradient of each embedding."""
         accelerator = window.accelerator
         if window.measures_noise:
             raise ValueError(
@@ -77,23 +86,23 @@ class ContrastiveLoss:
             return  # the one micro-batch is the window
         if accelerator.distributed_type != DistributedType.FSDP:
             model = accelerator.unwrap_model(model)  # DDP's forward is collective; processes differ in number
-        pieces, sizes = [], []
+        embedded, sizes = [], []
         with torch.no_grad():
-            for batch in window:
-                pieces.append(_float32_at_least(model(**batch)))
-                # one that is run only because other processes wait has no part in the loss
-                sizes.append(len(pieces[-1]) if window.micro_batch.num_items else 0)
-        here = torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
+            for batch in window.batches():
+                embedded.append(_float32_at_least(model(**batch)))
+                # An idle micro-batch has no part in the loss.
+                sizes.append(len(embedded[-1]) if window.micro_batch.num_items else 0)
+        here = torch.cat([part[:size] for part, size in zip(embedded, sizes, strict=True)])
         everything, first = _gather(here, accelerator)
         self._value, gradient = self.of_all(everything)
         gradients = gradient[first : first + len(here)].clone().split(sizes)  # not those of all processes
-        self._window, self._cache = window, list(zip(pieces, gradients, strict=True))
+        self._window, self._cache = window, list(zip(embedded, gradients, strict=True))
 
     def of_all(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of all these pairs and its gradient with respect to them, strip by strip."""
+        """Return the loss of all these pairs and its gradient with respect to them, computed in strips."""
         embeddings = embeddings.detach().requires_grad_()
         value = embeddings.new_zeros(())
-        for rows in torch.arange(len(embeddings), device=embeddings.device).split(ROWS):
+        for rows in torch.arange(len(embeddings), device=embeddings.device).split(SIMILARITY_ROWS):
             part = info_nce(embeddings, self.temperature, self.symmetric, rows)
             part.backward()
             value += part.detach()
@@ -102,8 +111,8 @@ class ContrastiveLoss:
 
     @torch.no_grad()
     def value(self, embeddings: torch.Tensor) -> float:
-        """The loss of all these pairs alone."""
-        strips = torch.arange(len(embeddings), device=embeddings.device).split(ROWS)
+        """Return the loss of all these pairs, computed in strips."""
+        strips = torch.arange(len(embeddings), device=embeddings.device).split(SIMILARITY_ROWS)
         return sum(float(info_nce(embeddings, self.temperature, self.symmetric, rows)) for rows in strips)
 
     def __call__(self, embeddings: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -114,9 +123,9 @@ class ContrastiveLoss:
         embeddings = _float32_at_least(embeddings)
         first_pass, gradient = self._cache[position]
         moved = float(((embeddings.detach() - first_pass).norm(dim=-1) / first_pass.norm(dim=-1)).max())
-        if position == len(self._cache) - 1:  # the last: nothing of the window is needed any more
+        if position == len(self._cache) - 1:  # the last one: the window is no longer needed
             self._window, self._cache = None, []
-        if moved > SAME:
+        if moved > EMBEDDING_RTOL:
             raise RuntimeError(
                 f"micro-batch {position} is embedded {moved:.2g} away from where it was in the first pass: "
                 "something in the model draws random numbers that torch's generators do not know of"
@@ -133,7 +142,7 @@ def _float32_at_least(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def _gather(here: torch.Tensor, accelerator: Any) -> tuple[torch.Tensor, int]:
-    """The embeddings of all processes, which may hold different numbers of them, and where ours begin."""
+    """Return the embeddings of all processes, which may differ in number, and where this process's begin."""
     if accelerator.num_processes == 1:
         return here, 0
     counts = accelerator.gather(torch.tensor([len(here)], device=here.device)).tolist()
@@ -143,11 +152,11 @@ def _gather(here: torch.Tensor, accelerator: Any) -> tuple[torch.Tensor, int]:
 
 
 class Embedder(torch.nn.Module):
-    """An encoder that gives each text of a pair one unit vector: the mean of its tokens' vectors.
+    """An encoder that maps each text of a pair to a unit vector: the normalised mean of its tokens' vectors.
 
-    Takes `anchor_input_ids`, `anchor_attention_mask` (pairs, length) and so on for each of `COLUMNS` that
-    there is; gives (pairs, columns, size). `save_pretrained` leaves the encoder, for `AutoModel`, and what
-    tells `SentenceTransformer` how it is pooled.
+    Takes `anchor_input_ids`, `anchor_attention_mask` (pairs, length) and so on for each of `COLUMNS` that is
+    there; returns (pairs, columns, size). `save_pretrained` writes the encoder, for `AutoModel`, and the
+    pooling that `SentenceTransformer` reads.
     """
 
     def __init__(self, encoder: Any):
@@ -158,12 +167,12 @@ class Embedder(torch.nn.Module):
 
     @property
     def config(self) -> Any:
-        """The encoder's."""
+        """The encoder's config."""
         return self.encoder.config
 
     @property
     def device(self) -> torch.device:
-        """The encoder's."""
+        """The encoder's device."""
         return self.encoder.device
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
@@ -180,12 +189,12 @@ class Embedder(torch.nn.Module):
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str], tokenizer: Any, max_length: int) -> torch.Tensor:
-        """Texts → unit vectors (texts, size) on the host, dropout off."""
+        """Embed texts without dropout: unit vectors (texts, size) on the host."""
         self.eval()
         found = []
-        for start in range(0, len(texts), TEXTS):
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
             tokens = tokenizer(
-                list(texts[start : start + TEXTS]),
+                list(texts[start : start + TEXTS_AT_ONCE]),
                 padding=True,
                 truncation=True,
                 max_length=max_length,
@@ -196,7 +205,7 @@ class Embedder(torch.nn.Module):
         return torch.cat(found).cpu()
 
     def gradient_checkpointing_enable(self, settings: dict[str, Any] | None = None) -> None:
-        """As of a transformers model, with the settings of `checkpoint_activations`."""
+        """Enable gradient checkpointing in the encoder, with the settings of `checkpoint_activations`."""
         checkpoint_activations(self.encoder)
 
     def save_pretrained(
@@ -220,9 +229,15 @@ class Embedder(torch.nn.Module):
 
 
 def search(queries: torch.Tensor, candidates: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most similar candidates of each query, the best first: cosines and indices, (queries, number).
+    """Return the most similar candidates of each query, best first: cosines and indices (queries, number).
 
-    Both are unit vectors, (queries, size) and (candidates, size).
+    Args:
+        queries: Unit vectors (queries, size).
+        candidates: Unit vectors (candidates, size).
+        number: How many to return, at most.
     """
-    found = [(some @ candidates.T).topk(min(number, len(candidates)), dim=1) for some in queries.split(ROWS)]
+    found = [
+        (some @ candidates.T).topk(min(number, len(candidates)), dim=1)
+        for some in queries.split(SIMILARITY_ROWS)
+    ]
     return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])

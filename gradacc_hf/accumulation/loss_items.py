@@ -1,27 +1,53 @@
-"""What a mean loss is a mean over: counting items, per kind of head.
+"""Losses, and the items that their means are over.
 
-An item is one term of the mean: a predicted token, a labelled token, an example. Takes a collated batch on
-the host, gives a number. Weighing by it is what makes accumulation exact (`windows.py`).
+An item is one term of the mean: a predicted token, a labelled token, an example. `CountItems` takes a
+collated batch on the host and returns a number. Weighing by it makes accumulation exact (`window.py`).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+
+if TYPE_CHECKING:
+    from gradacc_hf.accumulation.window import Window
 
 IGNORED = -100  # torch's and transformers' label for "no item here"
 
 CountItems = Callable[[Mapping[str, Any]], float]
 ComputeLoss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
-"""(the model's outputs, the batch) → the mean loss over the batch's items.
+"""(the model's outputs, the batch) → the mean loss over the batch's items; or a `WindowLoss`."""
 
-One with a method `look_ahead(model, window)` is a loss of all examples of a window together: that is called
-before each window's micro-batches (`contrastive.py`).
-"""
+
+@runtime_checkable
+class WindowLoss(Protocol):
+    """A loss of all examples of a window together (`gradient_cache.py`).
+
+    It has no mean over micro-batches, and no example has a gradient of its own.
+    """
+
+    def look_ahead(self, model: torch.nn.Module, window: "Window") -> None:
+        """Run the window's micro-batches (`window.batches()`) before the loop trains on them."""
+        ...
+
+    def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return the window's loss, with the gradient that goes through this micro-batch."""
+        ...
+
+
+def as_window_loss(compute_loss: ComputeLoss) -> WindowLoss | None:
+    """Return a loss of all examples of a window together; None for one that is a mean over items."""
+    return compute_loss if isinstance(compute_loss, WindowLoss) else None
+
+
+def look_ahead(compute_loss: ComputeLoss, model: torch.nn.Module, window: "Window") -> None:
+    """Let a `WindowLoss` run the window's micro-batches; any other loss needs nothing."""
+    if (window_loss := as_window_loss(compute_loss)) is not None:
+        window_loss.look_ahead(model, window)
 
 
 def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The loss that the model computed itself, from the labels in its batch."""
+    """Return the loss that the model computed itself, from the labels in its batch."""
     if getattr(outputs, "loss", None) is None:
         raise ValueError(
             f"the model gave no loss for a batch with {sorted(batch)}: add labels, or pass compute_loss="
@@ -30,10 +56,10 @@ def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def count_labels(batch: Mapping[str, Any]) -> int:
-    """Labels that are not −100; rows where labels are real or truth values (regression, multi-label).
+    """Count labels that are not −100; rows where labels are real or truth values (regression, multi-label).
 
-    Question answering has `start_positions` instead: its items are the examples whose answer lies inside the
-    padded length, as positions beyond it are ignored by the head.
+    Question answering has `start_positions` instead. Its items are the examples whose answer lies inside the
+    padded length, as the head ignores positions beyond it.
     """
     if "labels" in batch:
         labels = torch.as_tensor(batch["labels"])
@@ -56,7 +82,7 @@ def count_labels(batch: Mapping[str, Any]) -> int:
 
 
 def count_next_token(batch: Mapping[str, Any]) -> int:
-    """Labels from position 1 on: a causal head predicts each token from those before it."""
+    """Count labels from position 1 on: a causal head predicts each token from those before it."""
     if "labels" not in batch:
         raise ValueError(f"num_items='next_token' counts batch['labels']; the batch has {sorted(batch)}")
     return int((batch["labels"][..., 1:] != IGNORED).sum())
@@ -66,7 +92,7 @@ COUNTS: dict[str, CountItems] = {"labels": count_labels, "next_token": count_nex
 
 
 def resolve(num_items: str | CountItems) -> CountItems:
-    """The function that counts: one of `COUNTS` by name, or the caller's own `batch -> number`."""
+    """Return the function that counts: one of `COUNTS` by name, or the caller's own `batch -> number`."""
     if callable(num_items):
         return num_items
     if num_items not in COUNTS:

@@ -1,8 +1,8 @@
-"""What a micro-batch takes, in bytes, by its rows and their length: numbers only, no torch.
+"""Predict the bytes of a training step from a micro-batch's rows and length: numbers only, no torch.
 
-A training step goes through many moments, and at each holds so many bytes: a polynomial in the rows and the
-length (or lengths, where columns are padded on their own). The most that is held is the largest of them.
-Where the polynomials come from is `estimate.py`'s; what bounds a split by them, `split.Bound`.
+At every moment of a step, live memory is a polynomial in the rows and the length (or lengths, where columns
+are padded on their own). The peak is the largest of them. `memory/estimator.py` finds the polynomials;
+`splitting.Bound` bounds a split by them.
 """
 
 from collections.abc import Sequence

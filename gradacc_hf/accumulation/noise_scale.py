@@ -1,7 +1,6 @@
-"""What the size of a window does to training: how noisy its gradient is, how far its step moves the weights,
-and sizes that change as a run goes.
+"""The gradient noise scale: how noisy a window's gradient is, and what that says about its size.
 
-`window.py` measures, `windows.py` hands out windows of these sizes, `optim.py` has the learning rate follow.
+`noise_probe.py` measures, `batch_schedule.py` has sizes that follow.
 """
 
 import math

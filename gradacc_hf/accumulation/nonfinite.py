@@ -1,7 +1,7 @@
-"""A loss or gradient that is no finite number: which examples and which module it comes from.
+"""Find the examples and the module that a loss or gradient which is not finite comes from.
 
-`Window.weigh` makes the gradient of such a loss NaN, so that the norm of a window's gradient tells all
-processes; `loop.train` then takes no step. What is here looks for the cause, when the window is over.
+`Window.weigh` makes the gradient of such a loss NaN, so that the norm of a window's gradient shows it in all
+processes. The training loop (`loop.py`) then takes no step, and asks here for the cause.
 """
 
 import math
@@ -13,43 +13,44 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from gradacc_hf.accumulation.loss_items import ComputeLoss
-from gradacc_hf.accumulation.window import Window, forwards_are_collective
+from gradacc_hf.accumulation.accelerate_state import forwards_are_collective
+from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss
+from gradacc_hf.accumulation.window import Window
 
 SHOWN = 32  # examples of a micro-batch, in a message
 
 
 def drop_non_finite(optimizer: Any, norm: float, accelerator: Accelerator) -> None:
-    """Drop gradients whose norm is not finite, so that the step to come changes nothing.
+    """Drop gradients whose norm is not finite, so that the next step changes nothing.
 
-    Under fp16 that is the scaler's to judge: it skips the step, and lowers its scale.
+    Under fp16 the scaler does that: it skips the step and lowers its scale.
     """
     if not math.isfinite(norm) and accelerator.scaler is None:
         optimizer.zero_grad()
 
 
 def find_non_finite(model: torch.nn.Module, window: Window, compute_loss: ComputeLoss) -> str:
-    """Run a window's micro-batches again, and say where the first number that is not finite comes from.
+    """Run a window's micro-batches again; return where the first number that is not finite comes from.
 
-    Collective. The weights and their gradients stay as they are; random numbers are drawn.
+    Collective. Weights and gradients stay as they are; buffers and random states change.
     """
     accelerator = window.accelerator
     together = forwards_are_collective(accelerator)
     bare = model if together else accelerator.unwrap_model(model)
     found, bad = None, 0
-    for batch in window:
+    for batch in window.batches():
         if found is not None and not together:
             bad += _loss_is_bad(bare, batch, compute_loss)
             continue
         with _first_non_finite_output(bare) as modules, torch.set_grad_enabled(not together):
             outputs = bare(**batch)
             cause = f"first in the output of {modules[0]}" if modules else None
-            if cause is None and not hasattr(compute_loss, "look_ahead"):
+            if cause is None and as_window_loss(compute_loss) is None:
                 cause = _of_loss(bare, compute_loss(outputs, batch), look_at_gradient=not together)
         if cause is not None and found is None:
             found, bad = f"{_named(window.micro_batch.indices.tolist())}, {cause}", 1
     if found is not None and bad == len(window) > 1:
-        found += "; so it is with every micro-batch: it is the weights, or --optim.lr, not these examples"
+        found += "; every micro-batch has this: the cause is the weights, or --optim.lr, not these examples"
     everywhere = [cause for cause in gather_object([found]) if cause is not None]
     return everywhere[0] if everywhere else "no micro-batch alone, only their sum"
 
@@ -57,7 +58,7 @@ def find_non_finite(model: torch.nn.Module, window: Window, compute_loss: Comput
 @torch.no_grad()
 def _loss_is_bad(model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss) -> bool:
     outputs = model(**batch)
-    return not hasattr(compute_loss, "look_ahead") and not math.isfinite(float(compute_loss(outputs, batch)))
+    return as_window_loss(compute_loss) is None and not math.isfinite(float(compute_loss(outputs, batch)))
 
 
 def _named(indices: list[int]) -> str:
@@ -80,7 +81,7 @@ def _of_loss(model: torch.nn.Module, loss: torch.Tensor, look_at_gradient: bool)
 
 @contextmanager
 def _first_non_finite_output(model: torch.nn.Module) -> Iterator[list[str]]:
-    """Gives a list that gets the name and class of the first module with such a number in its output."""
+    """Yield a list that receives the name and class of the first module whose output is not finite."""
     found: list[str] = []
 
     def look(name: str) -> Any:

@@ -119,7 +119,7 @@ def full_float32() -> Iterator[None]:
 
 
 def in_dtype_of(model: torch.nn.Module, batch: Any) -> Any:
-    """Real inputs as the model's weights are: float64 where those are; else as they come."""
+    """Return a batch with its real inputs in float64 where the model's weights are; else as it is."""
     if next(model.parameters()).dtype != torch.float64:
         return batch
     return {

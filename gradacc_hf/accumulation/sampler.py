@@ -1,7 +1,7 @@
-"""Which examples make window t: numbers only.
+"""Which examples make a window: numbers only.
 
 (number of examples, effective batch size, seed, epoch, window) → example indices. Neither the data nor the
-hardware is known here, so neither can change a run's windows. Data without a length: `stream.py`.
+hardware is an input, so neither can change a run's windows. Data without a length: `streaming.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ class WindowPlan:
         return sum(map(self.num_windows, epochs))
 
     def is_over(self, epoch: int, window: int) -> bool:
-        """Are there no windows in this epoch from this one on?"""
+        """Whether this epoch has no windows from this one on."""
         return window >= self.num_windows(epoch)
 
     def walk(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
@@ -79,7 +79,7 @@ class WindowPlan:
         return len(self.indices(epoch, window))
 
     def size_asked(self, epoch: int, window: int) -> int:
-        """Examples that this window would have if it were not cut off by the end of the epoch."""
+        """Examples that this window would have if the epoch did not end within it."""
         return self._size(self.number(epoch, window))
 
     def number(self, epoch: int, window: int) -> int:

@@ -1,9 +1,9 @@
-"""A window → processes → micro-batches, by length and budget.
+"""Split a window over processes into micro-batches, by length and budget.
 
-Takes the lengths of a window's examples and a bound on a micro-batch; gives, for every process, the positions
-of the examples in each of its micro-batches. Numbers in, numbers out: it knows no torch, no data and no
-model. Which examples make a window is `plan.py`'s question; which process gets which of them, `balance.py`'s;
-that any split gives the same gradient, that of `Window.weigh` in `window.py`.
+Takes the lengths of a window's examples and a bound on a micro-batch. Returns, for every process, the
+positions of the examples in each of its micro-batches. Pure functions of numbers, without torch, data or
+model. `sampler.py` decides which examples make a window, `balancing.py` which process gets which of them.
+`Window.weigh` (`window.py`) makes every split give the same gradient.
 """
 
 import math
@@ -19,11 +19,11 @@ from gradacc_hf.accumulation.memory_model import LONGEST, Lengths, MicroBatchMem
 
 @dataclass(frozen=True)
 class Cost:
-    """What a micro-batch is predicted to cost, in tokens of a short example.
+    """Predicted cost of a micro-batch, in tokens of a short example.
 
     `fixed + tokens × (1 + length / quadratic)`: a constant per forward and backward (launches, and writing
     the gradient of every parameter once more), the matrix products, and attention. The constants are those of
-    a 22 M-parameter encoder on a CPU; only their order of magnitude matters for where the cuts fall.
+    a 22 M-parameter encoder on a CPU; only their order of magnitude matters for where the splits fall.
     `ON_GPU`: where thousands of tokens are done in the time that their kernels take to be launched.
     """
 
@@ -39,15 +39,22 @@ ON_CPU, ON_GPU = Cost(), Cost(fixed=4096.0)
 
 
 def usual_cost(device: str) -> Cost:
-    """What a micro-batch is taken to cost on a "cpu" or "cuda", before a run has found that out."""
+    """Return the cost model of a "cpu" or "cuda" device, before a run has measured one."""
     return ON_GPU if device == "cuda" else ON_CPU
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The most that one micro-batch may hold: `max_tokens` padded tokens, `micro_batch_size` examples, or
-    what is predicted to take `max_bytes` of `memory`, all that the step of one process takes; or the first
-    and the last of these together.
+    """The most that one micro-batch may hold. Give one size, or `max_tokens` and `max_bytes` together.
+
+    Args:
+        max_tokens: Padded tokens.
+        micro_batch_size: Examples.
+        max_bytes: Bytes that the whole training step of one process takes, as `memory` predicts.
+        memory: Predicts bytes from rows and padded lengths; needed with `max_bytes`.
+
+    Raises:
+        ValueError: For no size, two sizes, or a size below 1.
     """
 
     max_tokens: int | None = None
@@ -77,7 +84,7 @@ class Bound:
         return " and ".join(filter(None, (tokens, memory)))
 
     def max_rows(self, length: Lengths) -> int:
-        """How many examples padded to `length` tokens fit; at least one, since one example cannot be cut."""
+        """Return how many examples padded to `length` tokens fit; at least one, which cannot be split."""
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         rows = LONGEST if self.max_tokens is None else self.max_tokens // max(1, int(np.sum(length)))
@@ -136,7 +143,7 @@ def split_window(
     cost: Cost = Cost(),
     packed: bool = False,
 ) -> list[list[np.ndarray]]:
-    """Cut a window of `len(lengths)` examples into `num_processes` lists of micro-batches.
+    """Split a window of `len(lengths)` examples into `num_processes` lists of micro-batches.
 
     lengths: tokens (examples), or (examples, columns) as `bounding_lengths` gives them.
 
@@ -153,15 +160,15 @@ def split_window(
     columns = columns[by_length]
     filled, slowest = [], math.inf
     if num_processes > 1 and not packed and len(columns):
-        examples = _cheapest_cut(columns, bound, cost)
+        examples = _cheapest_split(columns, bound, cost)
         processes, slowest = balance(examples, num_processes)
-        filled = [_costliest_first(by_length, runs, examples.cost) for runs in processes]
+        filled = [_most_expensive_first(by_length, runs, examples.cost) for runs in processes]
         if slowest <= BALANCED * least_possible(examples, num_processes):
             return filled
     dealt, slowest_dealt = [], 0.0
     for hand in deal(_alone(columns.sum(1), bound, cost, packed), num_processes):
-        examples = _cheapest_cut(columns[hand], bound, cost, packed)
-        dealt.append(_costliest_first(by_length[hand], examples.cheapest_runs(), examples.cost_of_cut))
+        examples = _cheapest_split(columns[hand], bound, cost, packed)
+        dealt.append(_most_expensive_first(by_length[hand], examples.cheapest_runs(), examples.cost_of_split))
         slowest_dealt = max(slowest_dealt, examples.least[-1])
     return filled if slowest <= slowest_dealt else dealt
 
@@ -174,18 +181,18 @@ def _alone(tokens: np.ndarray, bound: Bound, cost: Cost, packed: bool) -> list[f
     return (cost(1, row) * tokens / row).tolist()
 
 
-def _costliest_first(
+def _most_expensive_first(
     positions: np.ndarray, runs: list[Run], cost: Callable[[Run], float]
 ) -> list[np.ndarray]:
     return [positions[start:stop] for start, stop in sorted(runs, key=cost, reverse=True)]
 
 
-def _cheapest_cut(columns: np.ndarray, bound: Bound, cost: Cost, packed: bool = False) -> Sorted:
-    """Cut examples, sorted by length, where the summed cost is least.
+def _cheapest_split(columns: np.ndarray, bound: Bound, cost: Cost, packed: bool = False) -> Sorted:
+    """Split examples, sorted by length, into micro-batches of the least summed cost.
 
-    Dynamic programming over the place of the last cut: `least[stop] = min over start of least[start] +
-    cost(start:stop)`. In sorted order an optimal cut into contiguous pieces is optimal among all cuts, as
-    swapping two examples between pieces never makes either piece shorter than its longest example.
+    Dynamic programming over the start of the last micro-batch: `least[stop] = min over start of
+    least[start] + cost(start:stop)`. In sorted order the optimal contiguous split is optimal among all
+    splits, as swapping two examples between micro-batches makes neither shorter than its longest example.
     """
     n, lengths = len(columns), columns.sum(1)
     each, most = (cost(1, lengths) - cost.fixed).tolist(), [1] * n if packed else _most(columns, bound)

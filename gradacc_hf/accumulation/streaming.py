@@ -1,9 +1,9 @@
-"""The windows of a stream: of examples that come one after the other, and nobody knows how many.
+"""The windows of a stream: examples that come one after the other, in unknown number.
 
-To `micro_batches.py` a `Stream` is the plan (as in `plan.py`), the data set and its lengths in one: it holds
-the examples of the window at hand, and what it has read ahead. An example's index is its place in the stream.
+To `collation.py` a `Stream` is the plan (as in `sampler.py`), the data set and its lengths in one. It holds
+the examples of the current window, and what it has read ahead. An example's index is its place in the stream.
 
-The order of an epoch is a *block shuffle*: the stream is cut into blocks of `buffer_size` examples, each of
+The order of an epoch is a *block shuffle*: the stream is split into blocks of `buffer_size` examples, each of
 which is permuted as (seed, epoch, block) draw it; window t is a slice of that order and may reach over
 several blocks. So windows depend on the stream, the seed, the effective batch size and the buffer size alone,
 and what is held are the window and at most two blocks. A buffer that holds the whole stream gives the windows
@@ -25,11 +25,11 @@ from gradacc_hf.accumulation.sampler import EffectiveBatchSize, check_seed, size
 BUFFER_SIZE = 1000  # examples; as of datasets
 Measure = Callable[[Sequence[Any]], np.ndarray]
 END = object()
-NOBODY_KNOWS = "nobody knows how many examples, and windows, a stream has before its end"
+LENGTH_UNKNOWN = "the length of a stream is unknown until it has been read to its end"
 
 
 def is_stream(dataset: Any) -> bool:
-    """Are there examples to iterate over, and no number of them?"""
+    """Whether a data set can be iterated and has no length."""
     if isinstance(dataset, torch.utils.data.IterableDataset):  # which has a __getitem__ that raises
         return True
     return hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__")
@@ -66,17 +66,17 @@ class Stream:
     def num_examples(self) -> int:
         """In the epoch at hand. Raises TypeError before its end."""
         if self._num_examples is None:
-            raise TypeError(NOBODY_KNOWS)
+            raise TypeError(LENGTH_UNKNOWN)
         return self._num_examples
 
     def num_windows(self, epoch: int) -> int:
         """Raises TypeError before the end of this epoch, and when it has gone by."""
         if epoch != self.epoch or self._num_examples is None:
-            raise TypeError(NOBODY_KNOWS)
+            raise TypeError(LENGTH_UNKNOWN)
         return self._num_windows()
 
     def count_windows(self, epochs: Iterable[int]) -> int | None:
-        """None: nobody knows."""
+        """Return None: the length is unknown."""
         return None
 
     def dropped(self, epoch: int) -> int:
@@ -86,16 +86,16 @@ class Stream:
         return self._num_examples - self._start(self._num_windows())
 
     def is_over(self, epoch: int, window: int) -> bool:
-        """Has the end of this epoch been seen, and lies before this window?"""
+        """Whether the end of this epoch is known and lies before this window."""
         if epoch != self.epoch:
             return epoch < self.epoch
         return self._num_examples is not None and window >= self._num_windows()
 
     def walk(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
-        """The windows of an epoch from `start` on, each with its examples at hand, those before let go."""
+        """Yield the windows of an epoch from `start` on, with their examples; free those of earlier ones."""
         self._go_to(epoch, start)
         for window in count(start):
-            if self.epoch != epoch:  # somebody has gone on to another one
+            if self.epoch != epoch:  # another walk has moved on
                 return
             self._let_go_before(window)
             if not self._reaches(window):
@@ -125,7 +125,7 @@ class Stream:
         return np.array([self._blocks[place // size].order[place % size] for place in places])
 
     def apart(self, epoch: int, window: int) -> "Stream":
-        """One that is walked beside this one, from there; it has what this one holds."""
+        """Return a stream with its own reader, from this window on; it shares what this one holds."""
         other = copy.copy(self)
         other._blocks, other._marks, other._starts = dict(self._blocks), dict(self._marks), dict(self._starts)
         other._reader = None
@@ -137,7 +137,7 @@ class Stream:
         return (self._first_number(epoch) or 0) + window
 
     def size_asked(self, epoch: int, window: int) -> int:
-        """Examples that this window would have if it were not cut off by the end of the stream."""
+        """Examples that this window would have if the stream did not end within it."""
         return size_asked(self.effective_batch_size, self.number(epoch, window))
 
     def resized(self, epoch: int, window: int) -> "Stream":
@@ -244,8 +244,8 @@ class Stream:
         self._num_examples, self._reader = num_examples, None
         if not num_examples:
             raise ValueError(
-                f"the stream gave no examples in epoch {self.epoch}: it must have some, and give them anew "
-                "each time it is iterated over"
+                f"the stream gave no examples in epoch {self.epoch}: it must give the same examples each "
+                "time it is iterated over"
             )
         window, start = min(self._starts.items())
         if 0 < num_examples <= start:
@@ -362,10 +362,10 @@ class _Reader:
 
 
 def _of_its_own(dataset: Any) -> tuple[Any, bool]:
-    """The data set, and does its state_dict() tell exactly where it is?
+    """Return a data set that keeps its own position, and whether its `state_dict()` is exact.
 
-    Those of datasets that are made of one another (`take` and `skip` of one, say) note where they are in the
-    same place: here they are taken apart. A shuffle buffer of theirs has no state.
+    Data sets that are made of one another (`take` and `skip` of one, say) note their positions in shared
+    objects. Here these are copied. A shuffle buffer of `datasets` has no state.
     """
     theirs = sys.modules.get("datasets.iterable_dataset")  # no import: datasets may not be installed
     if theirs is None or not isinstance(dataset, theirs.IterableDataset):

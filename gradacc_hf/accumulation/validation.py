@@ -1,7 +1,6 @@
-"""What a `WindowLoader` is given that cannot work: a ValueError that says so in one line.
+"""Refuse arguments of a `WindowLoader` that cannot work, with a ValueError in one line.
 
-Also where nothing of this runs: engines that accumulate by themselves, devices and systems that nobody
-has tried it on. `refuse_engine` asks an Accelerator, `hardware.honour` the machine before there is one.
+`refuse_engine` also refuses engines that accumulate by themselves, and devices that were never tested.
 """
 
 import inspect
@@ -71,6 +70,14 @@ def check_arguments(
             )
 
 
+def check_sizes(bound: Any, max_tokens: Any, micro_batch_size: Any, noise_every: int) -> None:
+    """Refuse two sizes of a micro-batch at once, and a negative interval."""
+    if noise_every < 0:
+        raise ValueError(f"noise_every is {noise_every}; allowed: 1 window or more, or 0 for never")
+    if bound is not None and (max_tokens, micro_batch_size) != (None, None):
+        raise ValueError("give bound=, or max_tokens or micro_batch_size: one of the three")
+
+
 def check_stream(dataset: Any, lengths: Any, num_workers: int, buffer_size: Any) -> None:
     """Refuse what cannot be of a stream, and a buffer size where there is none."""
     if not is_stream(dataset):
@@ -82,8 +89,8 @@ def check_stream(dataset: Any, lengths: Any, num_workers: int, buffer_size: Any)
         return
     if isinstance(dataset, Iterator):
         raise ValueError(
-            f"a {type(dataset).__name__} can be read only once, and each epoch reads anew: give "
-            "datasets.IterableDataset.from_generator(function), or an object whose __iter__ begins anew"
+            f"a {type(dataset).__name__} can be read only once, and each epoch reads it again: give "
+            "datasets.IterableDataset.from_generator(function), or an object whose __iter__ starts again"
         )
     if getattr(dataset, "_distributed", None) is not None:
         raise ValueError(

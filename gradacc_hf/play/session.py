@@ -17,6 +17,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
 
+from gradacc_hf.accumulation.accelerate_state import forget_prepared_optimizers
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.reference import (
     EXACT,
@@ -198,7 +199,7 @@ class Session:
         self._doctor_says, self._is_healthy = self._ask_the_doctor()
         self._loader = self._new_loader()
         self._windows = _endless(self._loader)
-        self._accelerator._optimizers.clear()
+        forget_prepared_optimizers(self._accelerator)
         self._shown.running = self._run(self._shown, self.loop, self._feed(self.loop))
         if self._ours is not None:
             self._ours.running = self._run(self._ours, ours, self._feed(ours))
@@ -242,7 +243,7 @@ class Session:
         windows: Iterator[Any] = islice(_endless(loader), LOOKED_AT)
         if self.loop is not ours:
             windows = (_classic(loader, window) for window in windows)
-        self._accelerator._optimizers.clear()
+        forget_prepared_optimizers(self._accelerator)
         asked: Any = {"windows": LOOKED_AT, "accumulation_steps": self.settings.steps}
         with diagnose(copied.model, copied.optimizer, say=lambda report: None, **asked) as diagnosis:
             for _ in self._run(copied, self.loop, windows):

@@ -1,7 +1,7 @@
-"""The fastest size of a micro-batch, found on the first windows of a run while they are trained.
+"""Find the fastest micro-batch size on the first windows of a run, while they are trained.
 
-Every split of a window gives the same gradient, so that a run can try sizes as it goes: no window is trained
-twice, or for nothing. From the seconds that they take comes the split's cost model too (`split.Cost`).
+Every split of a window gives the same gradient, so a run can try sizes as it goes: no window is trained
+twice, or in vain. The split's cost model (`splitting.Cost`) is fitted to the same seconds.
 """
 
 import math
@@ -19,7 +19,7 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.splitting import ON_CPU, Bound, Cost
 
 WINDOWS_NEEDED = 24  # of a run that tries sizes: most of it should have the fastest
-AHEAD = 8  # windows that sizes are judged on, as they will be cut
+AHEAD = 8  # windows that sizes are judged on, as they will be split
 HOPELESS = 1.3  # times the fastest: smaller sizes are not tried
 CLOSE = 1.15  # times the fastest: those sizes are tried again
 TURNS = 2, 8  # so many times: at least, at most
@@ -44,7 +44,7 @@ class Trial:
 
 
 def sizes_to_try(windows: WindowLoader) -> list[int]:
-    """Padded tokens of a micro-batch: powers of two, the largest first, that cut the windows differently.
+    """Return padded tokens of a micro-batch: powers of two, largest first, that split windows differently.
 
     From the bound or, where that is more, a process's share of a window, down to its longest example.
     """
@@ -57,8 +57,8 @@ def sizes_to_try(windows: WindowLoader) -> list[int]:
     sizes: dict[int, int] = {}  # micro-batches → the smallest size that gives so many
     for exponent in range(math.ceil(math.log2(most)), math.floor(math.log2(longest)), -1):
         size = min(2**exponent, windows.bound.max_tokens or 2**exponent)
-        cut = _ahead(windows.with_bound(_of_size(windows.bound, size)))
-        sizes[sum(max(map(len, split.processes)) for split in cut)] = size
+        splits = _ahead(windows.with_bound(_of_size(windows.bound, size)))
+        sizes[sum(max(map(len, split.processes)) for split in splits)] = size
     return list(sizes.values())
 
 
@@ -91,7 +91,7 @@ def _fastest(seconds: Mapping[int, Sequence[float]]) -> float:
 def fit_cost(trials: Sequence[Trial], default: Cost = ON_CPU) -> Cost:
     """The cost model by which these windows took so long: least squares of relative errors, no term below 0.
 
-    The fixed cost is at least half the default's, as one that is too small cuts windows into crumbs.
+    The fixed cost is at least half the default's, as a smaller one makes tiny micro-batches.
     """
     from scipy.optimize import nnls  # late: it takes a second
 
@@ -105,15 +105,15 @@ def fit_cost(trials: Sequence[Trial], default: Cost = ON_CPU) -> Cost:
 class Tuning:
     """Try micro-batch sizes on a loader's next windows: `record` takes the seconds of each window.
 
-    All processes decide alike, by the seconds of process 0. When memory runs out, the search begins anew with
-    the sizes below the one that was too large.
+    All processes decide alike, by the seconds of process 0. When memory runs out, the search starts again
+    with the sizes below the one that was too large.
     """
 
     @classmethod
     def of(cls, windows: WindowLoader, num_windows: int | None) -> "Tuning | None":
-        """For a run of so many windows, or of nobody knows how many (None).
+        """Return a search for a run of this many windows (None: unknown).
 
-        None where sizes are known, windows too few, or all cut alike.
+        None where sizes are known, windows too few, or all sizes split alike.
         """
         if windows.bound.micro_batch_size is not None:
             raise ValueError(
@@ -140,7 +140,7 @@ class Tuning:
             if len(fit) > 1:
                 self._begin(fit)
             else:
-                windows.trial_bound = None
+                windows.end_trials(tuned=False)
                 self.said = f"max_tokens: no sizes are tried, as memory ran out; at most {windows.bound}"
             return
         seconds = broadcast_object_list([seconds])[0]
@@ -155,7 +155,8 @@ class Tuning:
             self._choose()
 
     def _begin(self, sizes: Sequence[int]) -> None:
-        self.bound = self._tried = self.windows.trial_bound = self.windows.bound
+        self.windows.begin_trials()
+        self.bound = self._tried = self.windows.bound
         self.trials: list[Trial] = []
         self._sizes = sizes
         self._search = search(sizes, self._turns, _sets_up_each(self.windows))
@@ -171,7 +172,7 @@ class Tuning:
 
     def _try(self, size: int, counts: bool) -> None:
         self._counts = counts
-        if size != self._tried.max_tokens:  # else what workers hold ready need not be cut again
+        if size != self._tried.max_tokens:  # else what workers hold ready need not be split again
             self._tried = _of_size(self.bound, size)
             self.windows.resplit(self._tried)
 
@@ -180,9 +181,9 @@ class Tuning:
         trials = [trial for trial in self.trials if trial.counts]
         cost = fit_cost(trials, self.windows.cost)
 
-        def ahead(size: int, cut_by: Cost | None = None) -> float:
-            cut = self.windows.with_bound(_of_size(self.bound, size), cost=cut_by)
-            return sum(_total(cost, _work(cut, split)) for split in _ahead(cut))
+        def ahead(size: int, split_by: Cost | None = None) -> float:
+            loader = self.windows.with_bound(_of_size(self.bound, size), cost=split_by)
+            return sum(_total(cost, _work(loader, split)) for split in _ahead(loader))
 
         predicted = {}
         for size in sorted({trial.max_tokens for trial in trials}):
@@ -191,7 +192,7 @@ class Tuning:
         best = min(predicted, key=lambda size: predicted[size])
         is_worth_it = ahead(best) > WORTH * ahead(best, cost)
         self.windows.resplit(_of_size(self.bound, best), cost if is_worth_it else None)
-        self.windows.tuned, self.windows.trial_bound = True, None
+        self.windows.end_trials(tuned=True)
         others = ", ".join(
             f"{size:,}: {seconds / predicted[best]:.2f} ×"
             for size, seconds in predicted.items()
@@ -201,7 +202,7 @@ class Tuning:
 
 
 def _sets_up_each(windows: WindowLoader) -> bool:
-    """Does each size have something of its own to set up?"""
+    """Whether each size has its own set-up, as on a GPU, which loads other kernels."""
     return windows.accelerator.device.type == "cuda"
 
 
@@ -211,7 +212,7 @@ def _of_size(bound: Bound, max_tokens: int) -> Bound:
 
 
 def _ahead(windows: WindowLoader) -> list[Split]:
-    """The next windows, as they are cut; of a stream, those at hand."""
+    """The next windows, as they are split; of a stream, those at hand."""
     return [windows.split(*number) for number in windows.plan.ahead(windows.epoch, windows.window, AHEAD)]
 
 
@@ -219,7 +220,7 @@ def _work(windows: WindowLoader, split: Split) -> tuple[float, float, float]:
     """That of `Trial`."""
     found = []
     for process in split.processes:
-        shapes = [windows.shape(piece, split.pad_to) for piece in process]
+        shapes = [windows.shape(indices, split.pad_to) for indices in process]
         sizes = [(rows * sum(lengths), sum(lengths)) for rows, lengths in shapes]
         tokens, quadratic = sum(size for size, _ in sizes), sum(size * length for size, length in sizes)
         found.append((float(len(sizes)), float(tokens), float(quadratic)))

@@ -6,7 +6,7 @@ in safetensors, which each process writes its part of and any number of processe
 numbers; what the run was, for people and for `check_same`; a checksum of every file. No file of it is read as
 a pickle that could run code. Weights that are not trained stay out: they are those of the base model.
 
-When to save, and what to do after: `loop.fine_tune`. Asking a run to stop: `stopping.py`.
+`fine_tune` (`finetune.py`) decides when to save; `utils/signals.py` asks a run to stop.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.splitting import Bound, Cost
+from gradacc_hf.accumulation.loader_state import device_name, sizes_of
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.training.run_log import versions
 from gradacc_hf.utils.files import flush, put_in_place
@@ -49,14 +49,14 @@ ABOUT, NUMBERS, SUMS = "about.json", "numbers.pt", "sha256.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that is whole: its folder, and what is known of its run."""
+    """A checkpoint that is complete: its folder, and what is known of its run."""
 
     folder: Path
     about: Mapping[str, Any]
 
     @property
     def window(self) -> int:
-        """The window that it was saved after, counted over the run from 1."""
+        """The window that the checkpoint was saved after, counted over the run from 1."""
         return self.about["window"]
 
 
@@ -64,10 +64,13 @@ class Checkpoint:
 class Checkpoints:
     """When a run saves checkpoints, and what it must have in common with one to go on from it.
 
-    `every`: windows in between; 0 saves only when the run is asked to stop. `keep`: how many, the newest;
-    that of the best evaluation stays too. `same`: settings and fingerprints by key, which may not differ from
-    those of the checkpoint. `budget` (by default the loader's bound): where it is the same too, windows are
-    cut as they were, and not only equal in their mathematics.
+    Args:
+        every: Windows from one checkpoint to the next; 0 saves only when the run is asked to stop.
+        keep: Newest checkpoints to keep; that of the best evaluation stays, too.
+        same: Settings and fingerprints by key that must equal the checkpoint's, else resuming is refused.
+        budget: By default the loader's bound. If it equals the checkpoint's, the split into micro-batches is
+            reproduced exactly; otherwise only the result is.
+        resume_from: The checkpoint to go on from; None starts from the beginning.
     """
 
     every: int = 100
@@ -78,9 +81,19 @@ class Checkpoints:
 
 
 def newest_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
-    """The newest checkpoint of a run that is whole; None where there is none at all. For all processes.
+    """Return the newest complete checkpoint of a run. Call it in all processes.
 
-    What is wrong with a newer one is said in a line. Raises InputError where all are damaged.
+    A damaged checkpoint is left out with a warning.
+
+    Args:
+        run: The run's folder.
+        accelerator: The run's Accelerator.
+
+    Returns:
+        The checkpoint; None where the run has none.
+
+    Raises:
+        InputError: Where all checkpoints are damaged.
     """
     if accelerator.is_main_process:
         _put_back_old(run / FOLDER)
@@ -94,7 +107,7 @@ def newest_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
         logger.warning(f"checkpoint {folder} is damaged ({problem}): left out")
     if problems:
         raise InputError(
-            f"{run / FOLDER}: no checkpoint is whole ({'; '.join(problems)}): start anew, in another folder "
+            f"{run / FOLDER}: no checkpoint is whole ({'; '.join(problems)}): start again, in another folder "
             "or with --output.overwrite true"
         )
     return None
@@ -173,7 +186,7 @@ class Checkpointer:
     ):
         self.folder, self.settings, self.accelerator = folder / FOLDER, settings, accelerator
         self.scheduler, self.windows = scheduler, windows
-        self.budget = dict(settings.budget) or _sizes(windows.bound)
+        self.budget = dict(settings.budget) or sizes_of(windows.bound)
         self.model: torch.nn.Module = accelerator.unwrap_model(model)
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
 
@@ -190,7 +203,7 @@ class Checkpointer:
             "processes": self.accelerator.num_processes,
             "same": dict(self.settings.same),
             "budget": self.budget,
-            "device": _device(self.accelerator),
+            "device": device_name(self.accelerator),
             "versions": versions(),
         }
         steps = (
@@ -224,8 +237,9 @@ class Checkpointer:
             self.scheduler.load_state_dict(numbers["scheduler"])
         if self.accelerator.scaler is not None and numbers["scaler"]:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
-        as_before = about["budget"] == self.budget and about["device"] == _device(self.accelerator)
-        self._place_windows(numbers["windows"], as_before)
+        # On other hardware, or with another budget, windows are split by that, and sizes tried again.
+        same_budget = about["budget"] == self.budget and about["device"] == device_name(self.accelerator)
+        self.windows.load_state_dict(numbers["windows"], same_budget=same_budget)
         process = self.accelerator.process_index
         if about["processes"] == self.accelerator.num_processes:
             set_rng_states(read_plain(folder / f"random-{process}.pt"), self.accelerator.device)
@@ -266,8 +280,7 @@ class Checkpointer:
         write_plain(folder / f"random-{process}.pt", rng_states(self.accelerator.device))
         if not self.accelerator.is_main_process:
             return
-        state, windows = self.optimizer.state_dict(), self.windows
-        scaler = self.accelerator.scaler
+        state, scaler = self.optimizer.state_dict(), self.accelerator.scaler
         numbers = {
             "states": {
                 index: {name: value for name, value in of_one.items() if not isinstance(value, torch.Tensor)}
@@ -276,12 +289,7 @@ class Checkpointer:
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]],
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "windows": {
-                "place": windows.state_dict(),
-                "bound": _sizes(windows.trial_bound or windows.bound),
-                "cost": asdict(windows.cost),
-                "counts": [windows.empty_micro_batches, windows.empty_windows, windows.replays],
-            },
+            "windows": self.windows.state_dict(),
             "progress": dict(progress),
         }
         write_plain(folder / NUMBERS, numbers)
@@ -330,28 +338,6 @@ class Checkpointer:
         now = self.optimizer.state_dict()["param_groups"]
         return [{**group, "params": here["params"]} for group, here in zip(saved, now, strict=True)]
 
-    def _place_windows(self, saved: Mapping[str, Any], as_before: bool) -> None:
-        """On other hardware, or with another budget, windows are cut by that, and sizes tried again."""
-        windows, found_out = self.windows, ("max_tokens", "cost")
-        place = saved["place"]
-        windows.load_state_dict(
-            place if as_before else {key: value for key, value in place.items() if key not in found_out}
-        )
-        if as_before:  # also as it was cut after memory ran out, or as it was measured to be free
-            memory = windows.bound.memory if saved["bound"]["max_bytes"] is not None else None
-            windows.resplit(Bound(**saved["bound"], memory=memory), Cost(**saved["cost"]))
-        windows.empty_micro_batches, windows.empty_windows, windows.replays = saved["counts"]
-
-
-def _device(accelerator: Accelerator) -> str:
-    """What windows are cut for: the GPU by its name, or the CPU."""
-    device = accelerator.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _sizes(bound: Bound) -> dict[str, int | None]:
-    return {name: getattr(bound, name) for name in ("max_tokens", "micro_batch_size", "max_bytes")}
-
 
 def _key(index: int, name: str) -> str:
     return f"optimizer.{index}.{name}"
@@ -367,8 +353,8 @@ def _place(parameter: torch.Tensor, saved: Any) -> torch.Tensor:
         return torch.empty_like(parameter.detach(), dtype=dtype)
     if len(size):
         raise InputError(
-            "a checkpoint of this optimizer, whose states are not of the weights' shapes, cannot be sharded "
-            "anew: go on without FSDP, or use --optim.name adamw"
+            "a checkpoint of this optimizer, whose states are not of the weights' shapes, cannot be "
+            "resharded: go on without FSDP, or use --optim.name adamw"
         )
     return torch.empty(size, dtype=dtype)
 

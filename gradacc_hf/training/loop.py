@@ -1,9 +1,7 @@
-"""THE loop: windows in, a fine-tuned model out.
+"""The training loop over windows, and evaluation over the same splits.
 
-`train` is the loop of the README with a record of each window; `evaluate` runs a model over data through the
-same split; `fine_tune` is both with what a real run needs around them: DDP set up for the model at hand,
-evaluation, early stopping, checkpoints, the best and the last model saved. Which examples and micro-batches:
-`windows.py`. Files and progress: `runlog.py`.
+`iter_windows` is the README's loop with a record of each window. `train` runs it to its end. `evaluate`
+runs a model over data. `fine_tune` (`finetune.py`) adds evaluation, checkpoints and saving.
 """
 
 import math
@@ -18,8 +16,10 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather_object
 
+from gradacc_hf.accumulation.accelerate_state import check_prepared, check_prepared_model
+from gradacc_hf.accumulation.batch_schedule import counts_examples
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
+from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, look_ahead, model_loss
 from gradacc_hf.accumulation.nonfinite import drop_non_finite, find_non_finite
 from gradacc_hf.accumulation.oom import retry_on_oom
 from gradacc_hf.accumulation.reference import as_number
@@ -33,7 +33,7 @@ Predict = Callable[[Any, Mapping[str, Any]], tuple[Sequence[Any], Sequence[Any]]
 
 
 def logits_and_labels(outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Predictions and references of a micro-batch, row by row, as numpy arrays: float32 logits, labels."""
+    """Return a micro-batch's predictions and references by row, as numpy arrays: float32 logits, labels."""
     if getattr(outputs, "logits", None) is None or "labels" not in batch:
         raise ValueError("the model gives no logits, or the batch has no labels: pass predict= for this head")
     return outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
@@ -52,37 +52,94 @@ def train(
     compute_loss: ComputeLoss = model_loss,
     on_nonfinite: Literal["stop", "skip"] = "stop",
     windows_done: int = 0,
-) -> Iterator[WindowRecord]:
-    """Train a prepared model, one window per step of this iterator; stop iterating to stop training.
+    on_window: Callable[[WindowRecord], None] | None = None,
+) -> list[WindowRecord]:
+    """Train a prepared model to the end of its windows.
 
-    `scheduler` is not prepared and is stepped once a window. `max_grad_norm` 0 does not clip. `windows_done`:
-    by the run that goes on; `max_windows` counts them too. A window whose loss or gradient is not finite
-    takes no step; `on_nonfinite` "stop" then raises NonFiniteError, with the loader where it was before.
+    Args:
+        model: The prepared model.
+        optimizer: The prepared optimizer.
+        windows: The loader of the run.
+        accelerator: The run's Accelerator.
+        scheduler: A learning rate scheduler, not prepared; stepped once a window.
+        epochs: Passes over the data.
+        max_windows: Windows of the run, at most; None for all.
+        max_grad_norm: Clips the gradient's norm; 0 does not clip.
+        compute_loss: The loss; by default the model's own.
+        on_nonfinite: A window whose loss or gradient is not finite takes no step. "stop" then raises
+            NonFiniteError, with the loader back before the window; "skip" goes on.
+        windows_done: Windows of the run before this call; `max_windows` counts them, too.
+        on_window: Called with the record of each window.
+
+    Returns:
+        The record of each window.
+
+    Raises:
+        InputError: For a model or an optimizer that is not prepared.
+        NonFiniteError: With `on_nonfinite` "stop".
+        OutOfMemoryError: Where no split of a window fits in memory.
     """
+    records = []
+    for record in iter_windows(
+        model,
+        optimizer,
+        windows,
+        accelerator=accelerator,
+        scheduler=scheduler,
+        epochs=epochs,
+        max_windows=max_windows,
+        max_grad_norm=max_grad_norm,
+        compute_loss=compute_loss,
+        on_nonfinite=on_nonfinite,
+        windows_done=windows_done,
+    ):
+        records.append(record)
+        if on_window is not None:
+            on_window(record)
+    return records
+
+
+def iter_windows(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    windows: WindowLoader,
+    *,
+    accelerator: Accelerator,
+    scheduler: Any = None,
+    epochs: int = 1,
+    max_windows: int | None = None,
+    max_grad_norm: float = 0.0,
+    compute_loss: ComputeLoss = model_loss,
+    on_nonfinite: Literal["stop", "skip"] = "stop",
+    windows_done: int = 0,
+) -> Iterator[WindowRecord]:
+    """Train a prepared model, one window per step of the iterator; stop iterating to stop training.
+
+    Arguments and exceptions are those of `train`. Yields the record of each window after its step.
+    """
+    check_prepared(accelerator, model, optimizer)
     if max_windows is not None and windows_done >= max_windows:
         return
-    numbers, look_ahead = count(windows_done + 1), getattr(compute_loss, "look_ahead", _nothing)
-    largest = max_grad_norm or math.inf
+    numbers, largest = count(windows_done + 1), max_grad_norm or math.inf
     for _ in range(windows.state_dict()["epoch"], epochs):
         started = time.perf_counter()
         for window in windows:  # one window is one optimizer step
             number = next(numbers)
             model.train()
             while not window.done:
-                with retry_on_oom(window, model, optimizer):  # cut finer, where memory runs out
-                    look_ahead(model, window)  # nothing, but for a loss of all its examples together
+                with retry_on_oom(window, model, optimizer):  # splits finer, where memory runs out
+                    look_ahead(compute_loss, model, window)  # only for a loss of all examples together
                     for batch in window:  # this process's micro-batches
                         with accelerator.accumulate(model):
                             loss = compute_loss(model(**batch), batch)  # a mean over the micro-batch's items
                             accelerator.backward(window.weigh(loss))
                             if accelerator.sync_gradients:
                                 norm = as_number(accelerator.clip_grad_norm_(model.parameters(), largest))
-                                drop_non_finite(optimizer, norm, accelerator)  # the step is none, then
+                                drop_non_finite(optimizer, norm, accelerator)  # then no step is taken
                             optimizer.step()
                             optimizer.zero_grad()
-            lr = optimizer.param_groups[0]["lr"]
-            mean = window.loss
-            # Under fp16, a gradient beyond what it can hold is the scaler's to judge.
+            lr, mean = optimizer.param_groups[0]["lr"], window.loss
+            # Under fp16 the scaler judges the gradient, which may exceed the format's range.
             finite = math.isfinite(norm if accelerator.scaler is None else mean)
             if not finite:
                 where = find_non_finite(model, window, compute_loss)
@@ -90,27 +147,40 @@ def train(
                 _stop_or_skip(number, window, windows, where, on_nonfinite)
             windows.record_gradient_norm(window, norm)
             skipped = accelerator.optimizer_step_was_skipped or not finite
-            if scheduler is not None and (not skipped or getattr(scheduler, "by_examples", False)):
+            if scheduler is not None and (not skipped or counts_examples(scheduler)):
                 scheduler.step()
-            yield WindowRecord(
-                window=number,
-                epoch=window.epoch,
-                loss=mean,
-                grad_norm=norm,
-                lr=lr,
-                examples=len(window.indices),
-                items=window.num_items,
-                tokens=window.tokens,
-                padded_tokens=window.padded_tokens,
-                accumulation_steps=window.accumulation_steps,
-                seconds=time.perf_counter() - started,
-                skipped=skipped,
-                noise_scale=windows.noise.scale,
-                noise_measured=windows.noise.measured,
-            )
+            yield _record(number, window, windows, mean, norm, lr, skipped, time.perf_counter() - started)
             if number == max_windows:
                 return
             started = time.perf_counter()
+
+
+def _record(
+    number: int,
+    window: Window,
+    windows: WindowLoader,
+    loss: float,
+    norm: float,
+    lr: float,
+    skipped: bool,
+    seconds: float,
+) -> WindowRecord:
+    return WindowRecord(
+        window=number,
+        epoch=window.epoch,
+        loss=loss,
+        grad_norm=norm,
+        lr=lr,
+        examples=len(window.indices),
+        items=window.num_items,
+        tokens=window.tokens,
+        padded_tokens=window.padded_tokens,
+        accumulation_steps=window.accumulation_steps,
+        seconds=seconds,
+        skipped=skipped,
+        noise_scale=windows.noise.scale,
+        noise_measured=windows.noise.measured,
+    )
 
 
 def _stop_or_skip(number: int, window: Window, windows: WindowLoader, where: str, on_nonfinite: str) -> None:
@@ -119,18 +189,20 @@ def _stop_or_skip(number: int, window: Window, windows: WindowLoader, where: str
         windows.rewind_to(window)
         raise NonFiniteError(
             f"{what}; no step was taken: look at these examples and go on without them (--data.leave_out), "
-            "or without such windows (--train.on_nonfinite skip), or begin anew with a lower --optim.lr"
+            "or without such windows (--train.on_nonfinite skip), or start again with a lower --optim.lr"
         )
     logger.warning(f"{what}; no step was taken, and the run goes on")
 
 
-def _nothing(model: torch.nn.Module, window: Window) -> None:
-    """Most losses are means over examples that know nothing of each other."""
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` is the mean over all items; the lists are by example, in the data set's order, each once."""
+    """The result of `evaluate`.
+
+    Attributes:
+        loss: Mean over all items; NaN for a loss of all examples of a window together.
+        predictions: By example, in the data set's order, each once.
+        references: By example, in the same order.
+    """
 
     loss: float
     predictions: list[Any]
@@ -146,25 +218,35 @@ def evaluate(
     compute_loss: ComputeLoss = model_loss,
     predict: Predict | None = logits_and_labels,
 ) -> Evaluation:
-    """Run a prepared model over all data of `windows`, dropout off; no accumulation state is touched.
+    """Run a prepared model over all data of `windows`, without dropout; no accumulation state is touched.
 
-    `predict` None: for the loss alone, without predictions and references. A loss of all examples of a window
-    together (`look_ahead`) is not one of micro-batches: it is NaN here.
+    Args:
+        model: The prepared model.
+        windows: The loader of the data; its position stays as it is.
+        accelerator: The run's Accelerator.
+        compute_loss: The loss; by default the model's own. A `WindowLoss` has none over micro-batches: NaN.
+        predict: (outputs, batch) → predictions and references by row; None for the loss alone.
+
+    Returns:
+        The loss, predictions and references, the same in all processes.
+
+    Raises:
+        InputError: For an unprepared model, under FSDP or with mixed precision.
     """
+    check_prepared_model(accelerator, model)
     if accelerator.distributed_type != DistributedType.FSDP:
-        model = accelerator.unwrap_model(
-            model
-        )  # DDP's forward is collective, and processes have unequal counts
+        # DDP's forward is collective, and processes have unequal numbers of micro-batches.
+        model = accelerator.unwrap_model(model)
     training = model.training
     model.eval()
     rows: list[tuple[int, Any, Any]] = []
     loss_here, items_here = 0.0, 0.0
     for micro_batch, batch in windows.micro_batches():
         outputs = model(**batch)
-        if micro_batch.num_items and not hasattr(compute_loss, "look_ahead"):
+        if micro_batch.num_items and as_window_loss(compute_loss) is None:
             loss_here += float(compute_loss(outputs, batch)) * micro_batch.num_items
             items_here += micro_batch.num_items
-        if predict and len(micro_batch.indices):  # else it is run again only because the others wait
+        if predict and len(micro_batch.indices):  # an idle one is run only because the others wait
             rows += zip(micro_batch.indices.tolist(), *predict(outputs, batch), strict=True)
     model.train(training)
     sums = gather_object([(loss_here, items_here)])

@@ -1,4 +1,4 @@
-"""LoRA through peft: small adapters are trained, and what the task adds anew; the base model stays as it is.
+"""LoRA through peft: adapters and the new weights of the task are trained; the base model stays as it is.
 
 `add_lora` puts the adapters into a model of transformers, which stays of its own class: recipes, losses and
 `generate` see no difference. Saved are the adapters alone (`checkpoint.write_pretrained`), or `write_merged`.
@@ -9,28 +9,33 @@ import fnmatch
 import os
 import re
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from transformers import PreTrainedModel
+from transformers.integrations import peft as peft_integration
 
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.training.settings import LoraConfig, ModelConfig
 from gradacc_hf.utils.extras import require
 
 ADAPTER = "default"  # peft's name for the only one
+TESTED_PAIR = ("5.23.0", "0.21.2")  # transformers and peft, as in constraints.txt
 FOUR_BIT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] | None) -> None:
     """Freeze a model and add adapters; the modules of `new_parameters` are trained in full, and saved too.
 
-    `new_parameters`: names of those that came with no weights; None: nobody knows of any that did. The
+    `new_parameters`: names of those that came with no weights; None: it is not known which had weights. The
     adapters are on the model's device, in float32. Raises InputError where nothing can be adapted.
     """
     require("model.lora", "recipes", "peft")
+    check_peft()
     import peft  # slow to import, so not before it is needed
     from peft.functional import cast_adapter_dtype
     from transformers.pytorch_utils import Conv1D
@@ -63,6 +68,29 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
     cast_adapter_dtype(model, ADAPTER)
     if os.path.isdir(path := str(adapters.base_model_name_or_path)):
         adapters.base_model_name_or_path = os.path.abspath(path)
+
+
+def check_peft() -> None:
+    """Raise InputError where the installed transformers refuses the installed peft."""
+    if message := installed_mismatch():
+        raise InputError(f"model.lora: {message}")
+
+
+def installed_mismatch() -> str | None:
+    """Return `peft_mismatch` of the installed versions; `needed` is what transformers itself asks for."""
+    needed = getattr(peft_integration, "MIN_PEFT_VERSION", "0")
+    return peft_mismatch(version("transformers"), version("peft"), needed)
+
+
+def peft_mismatch(transformers: str, peft: str, needed: str) -> str | None:
+    """Return the line for a peft that is older than the `needed` one; None where it is new enough."""
+    if Version(peft) >= Version(needed):
+        return None
+    pair = 'pip install "transformers=={}" "peft=={}"'.format(*TESTED_PAIR)
+    return (
+        f"transformers {transformers} needs peft {needed} or newer, found peft {peft}; install that peft, "
+        f"or the tested pair: {pair}"
+    )
 
 
 def pretrained(model: Any) -> Any:

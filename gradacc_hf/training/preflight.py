@@ -1,6 +1,6 @@
-"""Before a run: two short steps on the model, to notice what would silently make it inexact.
+"""Check a model before a run, with two short steps, for what would silently make it inexact.
 
-Called by `loop.fine_tune`, or by whoever copied the loop, on the model before Accelerate wraps it.
+`fine_tune` calls it on the model before Accelerate wraps it; a copied loop can do the same.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
+from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, model_loss
 from gradacc_hf.accumulation.reference import SEPARABLE_RTOL
 from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.utils.modeling import BATCH_NORMS
@@ -24,7 +24,12 @@ def preflight_check(
 ) -> None:
     """Warn of BatchNorm and of a loss that does not separate; tell DDP of parameters outside the loss.
 
-    To be called before `accelerator.prepare(model)`; it leaves the model as it is, but on the device.
+    Call it before `accelerator.prepare(model)`. The model is moved to the device, and else left as it is.
+
+    Args:
+        model: The unprepared model.
+        windows: The loader of the run.
+        compute_loss: The loss of the run.
     """
     norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
     if norms:
@@ -50,7 +55,7 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
 
     Then no split is exact: padding reaches the loss, or the loss is a mean over something else.
     """
-    if hasattr(compute_loss, "look_ahead"):  # a loss of all examples together: not what a mean of means is
+    if as_window_loss(compute_loss) is not None:  # a loss of all examples together is no mean of means
         return
     short, long, both = windows.probe()
     if short.num_items + long.num_items != both.num_items:  # masked at random: nothing to compare
@@ -68,9 +73,9 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
 def expect_unused_parameters(
     model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss, accelerator: Accelerator
 ) -> None:
-    """Does any parameter take no part in the loss? Then DDP must look for such parameters each window.
+    """Let DDP look for unused parameters each window, where any parameter takes no part in the loss.
 
-    Otherwise DDP leaves their whole bucket unreduced, silently, in the first window and raises in the next.
+    Otherwise DDP silently leaves their whole bucket unreduced in the first window, and raises in the next.
     """
     if accelerator.distributed_type == DistributedType.NO:
         return

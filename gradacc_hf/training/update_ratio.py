@@ -9,7 +9,7 @@ SAMPLE = 2**16  # weights by which an update is measured
 class UpdateRatio:
     """How far steps move the weights that are trained: ‖Δw‖ / ‖w‖, over a sample of them.
 
-    The sample is every so manieth element, about `SAMPLE` in all; of sharded weights, those of this process.
+    The sample is every n-th element, about `SAMPLE` in all; of sharded weights, those of this process.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -19,7 +19,7 @@ class UpdateRatio:
         self._before = self._sample()
 
     def since_last(self) -> float:
-        """Since this was asked for the last time."""
+        """Return ‖Δw‖ / ‖w‖ since the last call."""
         before, self._before = self._before, self._sample()
         return float((self._before - before).norm() / before.norm())
 

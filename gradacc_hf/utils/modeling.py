@@ -29,3 +29,16 @@ def disable_dropout(model: torch.nn.Module) -> list[tuple[Any, str, float]]:
                 removed.append((holder, name, value))
                 setattr(holder, name, 0.0)
     return removed
+
+
+class BufferSnapshot:
+    """A copy of a model's floating-point buffers, which forwards of BatchNorm change."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the buffers back to their values at the time of the copy."""
+        for buffer, before in self._buffers:
+            buffer.copy_(before)

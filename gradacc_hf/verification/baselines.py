@@ -40,7 +40,7 @@ def run_windows(model: Any, optimizer: Any, windows: WindowLoader, **more: Any) 
     accumulate_in_float32(model, optimizer)
     model, optimizer = windows.accelerator.prepare(model, optimizer)
     started = time.perf_counter()
-    records = list(train(model, optimizer, windows, accelerator=windows.accelerator, **more))
+    records = train(model, optimizer, windows, accelerator=windows.accelerator, **more)
     return EpochResult(time.perf_counter() - started, [record.loss for record in records])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import COUNTS, ComputeLoss, CountItems
+from gradacc_hf.accumulation.loss_items import COUNTS, ComputeLoss, CountItems, as_window_loss
 from gradacc_hf.accumulation.reference import in_dtype_of
 from gradacc_hf.errors import listed
 from gradacc_hf.utils.modeling import BATCH_NORMS
@@ -56,7 +56,7 @@ def why_not_exact(
         _batch_norm(model)
         or _random(probe)
         or _not_finite(probe)
-        or (None if hasattr(compute_loss, "look_ahead") else _no_mean_over_the_items(probe))
+        or (_no_mean_over_the_items(probe) if as_window_loss(compute_loss) is None else None)
     )
     return (reason,) if reason else ()
 

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import COUNTS, ComputeLoss, CountItems, model_loss
+from gradacc_hf.accumulation.loss_items import (
+    COUNTS,
+    ComputeLoss,
+    CountItems,
+    as_window_loss,
+    look_ahead,
+    model_loss,
+)
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.reference import (
     EXACT,
@@ -200,7 +207,7 @@ def _compare_windows(
     for number, window in enumerate(windows, 1):
         truth = _whole(model, windows, window, compute_loss)
         fits = truth is not None
-        if truth is None and hasattr(compute_loss, "look_ahead"):
+        if truth is None and as_window_loss(compute_loss) is not None:
             raise InputError(
                 f"batch.effective: a window of {len(window.indices)} does not fit at once, and its loss "
                 "is of all examples together: verify with a smaller one"
@@ -221,7 +228,7 @@ def _compare_trainers(
     model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss, truth: Gradient
 ) -> tuple[dict[str, Comparison], str]:
     """Return the comparison of each Trainer by name, and what a Trainer raised, or ""."""
-    micro_batches, found = list(window), {}
+    micro_batches, found = list(window.batches()), {}
     try:
         for name in (EXACT_TRAINER, TRAINER):
             exact = name == EXACT_TRAINER
@@ -242,8 +249,7 @@ def _accumulated(
 ) -> Gradient:
     """Return the gradient that the loop accumulates over a window; `.grad` is left empty."""
     model.zero_grad()
-    if hasattr(compute_loss, "look_ahead"):
-        compute_loss.look_ahead(model, window)  # type: ignore[attr-defined]
+    look_ahead(compute_loss, model, window)
     for batch in window:
         batch = in_dtype_of(model, batch)
         with accelerator.accumulate(model):

@@ -25,11 +25,12 @@ from gradacc_hf.accumulation.reference import (
     whole_window_gradient,
 )
 from gradacc_hf.accumulation.splitting import bounding_lengths
-from gradacc_hf.config.schema import BatchConfig, Config
+from gradacc_hf.config.schema import BatchConfig, Config, with_settings
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe as read_recipe
-from gradacc_hf.run.runner import make_windows, run
+from gradacc_hf.run.runner import run
+from gradacc_hf.run.setup import make_windows
 from gradacc_hf.training.settings import ModelConfig
 from gradacc_hf.utils.modeling import checkpoint_activations
 from gradacc_hf.utils.rng import random_state, set_random_state
@@ -97,7 +98,7 @@ def accumulated(model, windows, loss):
     """Of each window of an epoch: the gradient that reaches the optimizer, and its loss."""
     recorder = RecordGradients(model)
     prepared, optimizer = windows.accelerator.prepare(model, recorder)
-    records = list(train(prepared, optimizer, windows, accelerator=windows.accelerator, compute_loss=loss))
+    records = train(prepared, optimizer, windows, accelerator=windows.accelerator, compute_loss=loss)
     return recorder.gradients, [record.loss for record in records]
 
 
@@ -139,7 +140,7 @@ def test_info_nce_is_the_formula():
 def test_a_window_larger_than_a_strip_of_similarities_has_the_same_loss_and_gradient(monkeypatch):
     e = torch.randn(11, 3, 8)
     whole = ContrastiveLoss().of_all(e)
-    monkeypatch.setattr("gradacc_hf.accumulation.gradient_cache.ROWS", 4)
+    monkeypatch.setattr("gradacc_hf.accumulation.gradient_cache.SIMILARITY_ROWS", 4)
     for part, other in zip(whole, ContrastiveLoss().of_all(e), strict=True):
         torch.testing.assert_close(part, other)
 
@@ -233,11 +234,10 @@ def test_planned_tokens_are_those_of_the_batches_and_hold_the_bound():
     windows, columns = window_loader(pairs(3), size=22, max_tokens=160), ("anchor", "positive", "negative")
     for window in windows:
         sizes, tokens = [], 0
-        for batch in window:
+        for batch in window.batches():
             sizes.append(sum(batch[f"{column}_input_ids"].numel() for column in columns))
             tokens += sum(int(batch[f"{column}_attention_mask"].sum()) for column in columns)
             assert sizes[-1] <= 160 or len(window.micro_batch.indices) == 1
-            window.weigh(torch.zeros(()))
         assert (window.padded_tokens, window.tokens) == (sum(sizes), tokens)
 
 
@@ -252,7 +252,7 @@ def test_retrieval_metrics_by_hand():
 
 
 def test_search_gives_the_nearest_first(monkeypatch):
-    monkeypatch.setattr("gradacc_hf.accumulation.gradient_cache.ROWS", 2)
+    monkeypatch.setattr("gradacc_hf.accumulation.gradient_cache.SIMILARITY_ROWS", 2)
     candidates = torch.eye(3)
     queries = torch.tensor([[0.1, 0.9, 0.3], [1.0, 0.2, 0.0], [0.0, 0.1, 0.7]])
     scores, ids = search(queries, candidates, 2)
@@ -385,7 +385,7 @@ def test_it_answers_a_text_and_a_row_with_the_nearest_validation_rows(tiny_bert,
 def test_verify_says_of_the_recipe_that_it_is_exact(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of(make_rows(), tiny_bert, negative_column="negative")
-    recipe.config.budget.max_tokens = 200
+    recipe = recipe.with_config(with_settings(recipe.config, {"budget.max_tokens": 200}))
     windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator(cpu=True))
     found = verify(recipe.model(), windows, recipe.loss)
     assert found.exact

@@ -96,7 +96,7 @@ def test_without_shuffling_the_order_is_the_data_sets(accelerator):
 def test_a_micro_batch_holds_the_examples_of_its_window(accelerator):
     for window in loader(accelerator):
         expected = sorted(tuple(DATA[i]["input_ids"]) for i in window.indices)
-        rows = [tuple(row[row > 0].tolist()) for batch in window for row in batch["input_ids"]]
+        rows = [tuple(row[row > 0].tolist()) for batch in window.batches() for row in batch["input_ids"]]
         assert sorted(rows) == expected
         assert window.tokens == sum(map(len, expected))
 
@@ -104,7 +104,7 @@ def test_a_micro_batch_holds_the_examples_of_its_window(accelerator):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_planned_tokens_are_those_that_are_run(accelerator, workers):
     for window in loader(accelerator, num_workers=workers):
-        shapes = [batch["input_ids"].shape for batch in window]
+        shapes = [batch["input_ids"].shape for batch in window.batches()]
         assert window.padded_tokens == sum(rows * length for rows, length in shapes)
         assert window.accumulation_steps == len(shapes) == len(window)
 
@@ -139,7 +139,7 @@ def test_a_run_stopped_anywhere_goes_on_with_the_windows_that_it_would_have_had(
 
 def test_iterating_a_window_again_gives_the_same_micro_batches(accelerator):
     window = next(iter(loader(accelerator)))
-    first, again = list(window), list(window)
+    first, again = list(window.batches()), list(window.batches())
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True))
 
 
@@ -153,9 +153,9 @@ def test_the_loader_holds_no_micro_batch_that_it_has_put_on_the_device(accelerat
         alive.extend(map(weakref.ref, copied.values()))
         return copied
 
-    monkeypatch.setattr("gradacc_hf.accumulation.window.send_to_device", copy)
+    monkeypatch.setattr("gradacc_hf.accumulation.collation.send_to_device", copy)
     for window in loader(accelerator):
-        for batch in window:
+        for batch in window.batches():
             del batch
     assert len(alive) > 8
 
@@ -163,9 +163,9 @@ def test_the_loader_holds_no_micro_batch_that_it_has_put_on_the_device(accelerat
 def test_every_example_padded_alike_where_the_window_decides(accelerator):
     for window in loader(accelerator, pad_to="window"):
         longest = max(len(DATA[i]["input_ids"]) for i in window.indices)
-        assert {batch["input_ids"].shape[1] for batch in window} == {longest}
+        assert {batch["input_ids"].shape[1] for batch in window.batches()} == {longest}
     for window in loader(accelerator, pad_to=64):
-        assert {batch["input_ids"].shape[1] for batch in window} == {64}
+        assert {batch["input_ids"].shape[1] for batch in window.batches()} == {64}
 
 
 @pytest.mark.parametrize("pad_to", ["window", 64])
@@ -245,7 +245,7 @@ def test_weigh_says_what_it_was_given(accelerator):
     window = next(iter(loader(accelerator)))
     with pytest.raises(RuntimeError, match="inside `for batch in window`"):
         window.weigh(torch.tensor(1.0))
-    for _ in window:
+    for _ in window.batches():
         with pytest.raises(ValueError, match="found NoneType"):
             window.weigh(None)
         with pytest.raises(ValueError, match=r"found a tensor of shape \(3,\)"):
@@ -301,7 +301,7 @@ def test_lengths_that_do_not_fit_the_data_are_refused(lengths):
 def test_a_data_set_of_hugging_face_and_a_list_give_the_same_windows(accelerator):
     dataset = datasets.Dataset.from_list(DATA)
     for a, b in zip(loader(accelerator), loader(accelerator, dataset), strict=True):
-        for x, y in zip(a, b, strict=True):
+        for x, y in zip(a.batches(), b.batches(), strict=True):
             assert torch.equal(x["input_ids"], y["input_ids"])
 
 
@@ -322,7 +322,7 @@ def drawn(windows):
     """Example → its tokens, as they came in one epoch's micro-batches."""
     found = {}
     for window in windows:
-        for batch in window:
+        for batch in window.batches():
             rows = window.micro_batch.indices
             for index, tokens in zip(rows.tolist(), batch["input_ids"].tolist(), strict=True):
                 found[index] = tokens[: len(DATA[index]["input_ids"])]
@@ -361,9 +361,9 @@ def test_examples_and_batches_asked_for_are_those_of_the_epoch_at_hand(accelerat
 def test_a_micro_batch_that_comes_again_meets_the_same_dropout(accelerator):
     dropout = torch.nn.Dropout(0.5)
     [window, *_] = loader(accelerator)
-    first = [dropout(batch["input_ids"].float()) for batch in window]
+    first = [dropout(batch["input_ids"].float()) for batch in window.batches()]
     torch.rand(3)
-    again = [dropout(batch["input_ids"].float()) for batch in window]
+    again = [dropout(batch["input_ids"].float()) for batch in window.batches()]
     assert len(first) > 1
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(dropout(torch.ones(99)), dropout(torch.ones(99)))

@@ -79,7 +79,7 @@ def test_the_noise_scale_is_that_of_the_closed_form_within_10_percent_though_the
         num_items="labels" if unequal_items else lambda batch: len(batch["x"]),
     )  # fmt: skip
     windows.noise = NoiseScale(horizon=math.inf)
-    records = list(train(model, optimizer, windows, accelerator=accelerator, epochs=99, max_windows=500))
+    records = train(model, optimizer, windows, accelerator=accelerator, epochs=99, max_windows=500)
     assert windows.noise.measured == 250
     assert abs(windows.noise.scale / truth - 1) < 0.1
     assert records[-1].noise_scale == windows.noise.scale
@@ -132,7 +132,7 @@ def test_a_window_that_measures_is_exact_and_keeps_its_bound(kind, model_type, s
     settings = {"collate_fn": head.collate, "num_items": head.num_items, **settings}
     windows = WindowLoader(examples, 20, accelerator=accelerator, noise_every=2, **settings)
     model, optimizer = accelerator.prepare(head.model, RecordGradients(head.model))
-    list(train(model, optimizer, windows, accelerator=accelerator))
+    train(model, optimizer, windows, accelerator=accelerator)
     for t, gradient in enumerate(optimizer.optimizer.gradients):
         split = windows.split(0, t)
         batch = untouched.collate([examples[i] for i in split.indices])
@@ -426,7 +426,7 @@ def test_a_loss_of_the_whole_window_has_no_noise_scale():
     )  # fmt: skip
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="noise_every"):
-        list(train(model, optimizer, windows, accelerator=accelerator, compute_loss=ContrastiveLoss()))
+        train(model, optimizer, windows, accelerator=accelerator, compute_loss=ContrastiveLoss())
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_what_batch_norm_has_counted_of_that_window_is_forgotten(tmp_path):
 
     net, optimizer = accelerator.prepare(Net(), optimizer)
     settings = {"accelerator": accelerator, "compute_loss": loss, "on_nonfinite": "skip"}
-    records = list(train(net, optimizer, windows, **settings))
+    records = train(net, optimizer, windows, **settings)
     assert [record.skipped for record in records] == [False, True, False]
     assert model[1].running_mean.isfinite().all()
     assert model[1].num_batches_tracked >= 4
@@ -181,5 +181,5 @@ def test_where_every_micro_batch_is_bad_it_is_not_these_examples(tmp_path):
     )
     optimizer = torch.optim.SGD(head.model.parameters(), lr=1e30)
     model, optimizer = accelerator.prepare(head.model, optimizer)
-    with pytest.raises(NonFiniteError, match=r"it is the weights, or --optim\.lr, not these examples"):
+    with pytest.raises(NonFiniteError, match=r"the cause is the weights, or --optim\.lr, not these examples"):
         list(train(model, optimizer, windows, accelerator=accelerator))

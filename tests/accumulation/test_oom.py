@@ -5,12 +5,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from gradacc_hf import InputError, WindowLoader
+from gradacc_hf import WindowLoader
 from gradacc_hf.accumulation.memory_model import MicroBatchMemory
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_error
 from gradacc_hf.accumulation.splitting import Bound
-from gradacc_hf.bench.oom import Watched, run_limited
+from gradacc_hf.bench.oom import RecordingLoader, run_limited
+from gradacc_hf.errors import OutOfMemoryError
 from gradacc_hf.training.loop import train
 from gradacc_hf.verification.tiny_models import build_head
 
@@ -52,7 +53,10 @@ def run(most=None, where="forward", epochs=2, **split):
         is_short = where == "backward" and most and batch["input_ids"].numel() > most
         return NoMemory.apply(outputs.loss, is_short)
 
-    watched, settings = Watched(windows), {"accelerator": accelerator, "epochs": epochs, "compute_loss": loss}
+    watched, settings = (
+        RecordingLoader(windows),
+        {"accelerator": accelerator, "epochs": epochs, "compute_loss": loss},
+    )
     losses = [record.loss for record in train(model, optimizer, watched, **settings)]
     return windows, recorder.gradients, losses, watched.indices
 
@@ -81,11 +85,11 @@ def test_the_window_is_cut_finer_and_run_again_with_the_same_gradient(undisturbe
 def test_an_example_that_does_not_fit_alone_is_named(undisturbed):
     longest, tokens = int(np.argmax(LENGTHS)), max(LENGTHS)
     found = rf"out of memory on example {longest} alone, of {tokens} padded tokens%s, with [\d,]+ MiB free"
-    with pytest.raises(InputError, match=found % r""):
+    with pytest.raises(OutOfMemoryError, match=found % r""):
         run(tokens - 1)
     factors = {"exponents": np.array([(1, 1)]), "activations": np.array([[2.0**20]])}
     memory = MicroBatchMemory(parameters=0, gradients=0, optimizer=0, loss=np.zeros((1, 1)), **factors)
-    with pytest.raises(InputError, match=found % f", predicted to take {tokens} MiB"):
+    with pytest.raises(OutOfMemoryError, match=found % f", predicted to take {tokens} MiB"):
         run(tokens - 1, bound=Bound(max_bytes=160 * 2**20, memory=memory))
 
 
@@ -94,7 +98,9 @@ def test_optimizer_states_that_do_not_fit_are_no_reason_to_cut(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(RecordGradients, "step", step)
-    with pytest.raises(InputError, match=r"out of memory in the optimizer's step .*--optim.name adafactor"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"out of memory in the optimizer's step .*--optim.name adafactor"
+    ):
         run()
 
 
@@ -109,7 +115,7 @@ def test_other_errors_stay_what_they_are():
 
     model, optimizer = accelerator.prepare(head.model, torch.optim.SGD(head.model.parameters(), lr=0.1))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        list(train(model, optimizer, windows, accelerator=accelerator, compute_loss=loss))
+        train(model, optimizer, windows, accelerator=accelerator, compute_loss=loss)
     assert not out_of_memory(ValueError("can't allocate memory"))
 
 

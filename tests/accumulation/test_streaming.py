@@ -283,7 +283,9 @@ def places(windows, epochs=2):
     found, states = [], [windows.state_dict()]
     for _ in range(epochs):
         for window in windows:
-            found.append((window.indices.tolist(), [batch["input_ids"].tolist() for batch in window]))
+            found.append(
+                (window.indices.tolist(), [batch["input_ids"].tolist() for batch in window.batches()])
+            )
             states.append(json.loads(json.dumps(windows.state_dict())))
     return found, states
 
@@ -355,7 +357,7 @@ def test_another_data_set_of_the_same_source_changes_nothing(accelerator):
     expected, _ = places(loader(accelerator, source.skip(5), buffer_size=4))
     windows, found, states = loader(accelerator, data, buffer_size=4), [], []
     for window in windows:
-        found.append((window.indices.tolist(), [batch["input_ids"].tolist() for batch in window]))
+        found.append((window.indices.tolist(), [batch["input_ids"].tolist() for batch in window.batches()]))
         assert len(list(held_out)) == 5
         source.map(doubled)
         states.append(json.loads(json.dumps(windows.state_dict())))
@@ -369,7 +371,7 @@ def test_another_data_set_of_the_same_source_changes_nothing(accelerator):
 def test_going_through_the_stream_in_the_middle_of_an_epoch_changes_nothing(accelerator):
     windows, undisturbed = loader(accelerator, of_hugging_face()), loader(accelerator, of_hugging_face())
     for window, expected in zip(windows, undisturbed, strict=True):
-        batches = [batch["input_ids"].tolist() for batch in window]
+        batches = [batch["input_ids"].tolist() for batch in window.batches()]
         assert batches == [batch["input_ids"].tolist() for batch in expected]
         passed = [index for micro_batch, _ in windows.micro_batches() for index in micro_batch.indices]
         assert sorted(passed) == list(range(53))
@@ -401,7 +403,7 @@ def test_what_a_collate_function_does_to_an_example_is_not_there_the_next_time(a
     windows.probe()
     [window, *_] = windows
     assert len(windows.examples(window.indices[:0])) == 0
-    assert len(list(window)) == len(window)
+    assert len(list(window.batches())) == len(window)
 
 
 # What cannot be

@@ -39,7 +39,7 @@ from gradacc_hf.tasks.masked_head import at_labels, head_at_labels
 from gradacc_hf.tasks.packing import pack
 from gradacc_hf.training.autotune import Tuning, sizes_to_try
 from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
-from gradacc_hf.training.loop import train
+from gradacc_hf.training.loop import iter_windows, train
 from gradacc_hf.training.lora import add_lora
 from gradacc_hf.training.preflight import preflight_check
 from gradacc_hf.training.settings import LoraConfig
@@ -109,7 +109,8 @@ def gradients(
     steps, indices = [], []
 
     class Watched:  # the same windows, with a note of what this process was given
-        state_dict, saw, noise = windows.state_dict, windows.record_gradient_norm, windows.noise
+        state_dict, noise = windows.state_dict, windows.noise
+        record_gradient_norm = windows.record_gradient_norm
 
         def __iter__(self):
             for window in windows:
@@ -121,7 +122,7 @@ def gradients(
         recorder = optimizer.optimizer
         recorder.model = accelerator.unwrap_model(model)
     settings = {"accelerator": accelerator, "max_grad_norm": max_grad_norm, "compute_loss": compute_loss}
-    records = list(train(model, optimizer, Watched(), **settings))
+    records = train(model, optimizer, Watched(), **settings)
     errors, loss_errors = [], []
     for record, window, gradient in zip(records, indices, recorder.gradients, strict=True):
         batch = untouched.collate([examples[i] for i in window])
@@ -158,7 +159,7 @@ def noise(engine):
         optimizer.optimizer.model = accelerator.unwrap_model(model)
     smalls, saw = [], windows.record_gradient_norm
     windows.record_gradient_norm = lambda window, norm: (smalls.append(window.small), saw(window, norm))
-    records = list(train(model, optimizer, windows, accelerator=accelerator))
+    records = train(model, optimizer, windows, accelerator=accelerator)
     errors, losses = [], []
     for t, (small, gradient) in enumerate(zip(smalls, optimizer.optimizer.gradients, strict=True)):
         split = windows.split(0, t)
@@ -212,7 +213,7 @@ def stream(engine):
     found = [evaluate(model, validation, accelerator=accelerator) for _ in range(2)]
     here, states = [], []
     for window in itertools.chain(windows, windows):
-        own = flat(micro_batch.indices.tolist() for micro_batch in window._micro_batches)
+        own = flat(micro_batch.indices.tolist() for micro_batch in window.micro_batches)
         here.append((window.indices.tolist(), list(own)))
         states.append(json.loads(json.dumps(windows.state_dict())))
     resumed = loader(source(), seed=5)
@@ -286,7 +287,7 @@ def sizes(engine):
     optimizer = torch.optim.SGD(head.model.parameters(), lr=0.0)
     model, optimizer = accelerator.prepare(head.model, optimizer)
     tuning = Tuning(windows, sizes_to_try(windows))
-    for record in train(model, optimizer, windows, accelerator=accelerator, epochs=2):
+    for record in iter_windows(model, optimizer, windows, accelerator=accelerator, epochs=2):
         if tuning.said is None:
             tuning.record(record.seconds * (1 + accelerator.process_index))
     found = [*(trial.max_tokens for trial in tuning.trials), windows.bound.max_tokens, tuning.said]
@@ -310,7 +311,7 @@ def out_of_memory(engine):
         head.model.register_forward_pre_hook(refuse, with_kwargs=True)
         recorder = RecordGradients(head.model)
         model, optimizer = accelerator.prepare(head.model, recorder)
-        records = list(train(model, optimizer, windows, accelerator=accelerator))
+        records = train(model, optimizer, windows, accelerator=accelerator)
         examples = sum(record.examples for record in records)
         found[short] = recorder.gradients, [record.loss for record in records], examples, windows.replays
     undisturbed, replayed = found[False], found[True]
@@ -366,7 +367,7 @@ def collectives(engine):
             setattr(torch.distributed, name, counted(function, name))
         counts.append({"gradient buckets": 0})
         steps = []
-        for record in train(model, optimizer, windows, accelerator=accelerator, epochs=2):
+        for record in iter_windows(model, optimizer, windows, accelerator=accelerator, epochs=2):
             counts.append({"gradient buckets": 0})
             steps.append(record.accumulation_steps)
         for name, function in before.items():
@@ -589,7 +590,7 @@ def contrastive(engine, size=22, **split):
     model, optimizer = accelerator.prepare(trained, RecordGradients(trained))
     recorder = optimizer.optimizer
     recorder.model = accelerator.unwrap_model(model)
-    records = list(train(model, optimizer, windows, accelerator=accelerator, compute_loss=loss))
+    records = train(model, optimizer, windows, accelerator=accelerator, compute_loss=loss)
     errors, loss_errors, steps = [], [], []
     for t, (record, gradient) in enumerate(zip(records, recorder.gradients, strict=True)):
         batch = collate([pairs[i] for i in windows.plan.indices(0, t)])

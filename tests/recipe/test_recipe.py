@@ -21,6 +21,7 @@ from conftest import ROOT
 from recipe_runs import load_recipe
 from safetensors.torch import load_file
 
+from gradacc_hf.accumulation.accelerate_state import forget_prepared_optimizers
 from gradacc_hf.recipe.base import set_dropout
 from gradacc_hf.run.runner import run
 from gradacc_hf.training.optimizer import make_optimizer
@@ -279,7 +280,7 @@ def test_optimizers_are_fused_but_for_fp16_whose_overflows_would_go_unseen(tiny_
         prepared.step()
         prepared.zero_grad()
         skipped[precision] = accelerator.optimizer_step_was_skipped
-        accelerator._optimizers.clear()
+        forget_prepared_optimizers(accelerator)
     assert skipped == {"no": False, "fp16": True}
 
 

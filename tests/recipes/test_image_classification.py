@@ -4,7 +4,6 @@ import json
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -18,10 +17,12 @@ from accelerate import Accelerator
 from PIL import Image
 
 from gradacc_hf import verify
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.embedded import load
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_model, make_windows, run
+from gradacc_hf.run.runner import run
+from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.utils.paths import bundle_root
 
 RECIPE = bundle_root() / "recipes/image_classification.py"
@@ -137,7 +138,7 @@ def test_the_gradient_of_a_window_is_exact_in_unequal_micro_batches(size):
 def test_a_window_s_items_are_its_examples():
     windows, _ = loaders(recipe_of(batch__effective=10))
     window = next(iter(windows))
-    list(window)
+    list(window.batches())
     assert window.num_items == 10
     assert window.tokens == window.padded_tokens == 160
 
@@ -149,7 +150,7 @@ def pixels_by_example(windows):
     """(epoch, example) → its pixels, of one epoch."""
     found = {}
     for window in windows:
-        for batch in window:
+        for batch in window.batches():
             indices = window.micro_batch.indices.tolist()
             found |= {(window.epoch, i): x for i, x in zip(indices, batch["pixel_values"], strict=True)}
     return found
@@ -160,16 +161,26 @@ def test_an_image_is_cut_alike_for_any_split_number_of_processes_and_resuming(fo
     recipe = recipe_of(**flags, budget__micro_batch_size=8)
     training, validation = recipe.datasets()
 
-    def fresh(size, process=0, processes=1, workers=0):
-        recipe.config.budget = replace(recipe.config.budget, micro_batch_size=size, num_workers=workers)
+    def fresh(size, workers=0):
+        changes = {"budget.micro_batch_size": size, "budget.num_workers": workers}
+        changed = recipe.with_config(with_settings(recipe.config, changes))
         accelerator = Accelerator(cpu=True)
-        windows, _ = make_windows(recipe, training, validation, accelerator)
-        windows._windows = replace(windows._windows, process=process, num_processes=processes)
+        windows, _ = make_windows(changed, training, validation, accelerator)
         return windows
+
+    def half(process):
+        """The pixels that one of two processes collates."""
+        windows = fresh(3)
+        return {
+            (0, i): x
+            for window in range(len(windows))
+            for micro_batch in windows.collate_window(0, window, process, num_processes=2)
+            for i, x in zip(micro_batch.indices.tolist(), micro_batch.batch["pixel_values"], strict=True)
+        }
 
     first = pixels_by_example(fresh(8))
     assert len(first) == len(training) == 36
-    halves = {**pixels_by_example(fresh(3, 0, 2)), **pixels_by_example(fresh(3, 1, 2))}
+    halves = {**half(0), **half(1)}
     in_workers, resumed = pixels_by_example(fresh(1, workers=2)), fresh(5)
     resumed.load_state_dict({"seed": 0, "epoch": 0, "window": 2})
     resumed = pixels_by_example(resumed)

@@ -1,7 +1,6 @@
 """recipes/masked_lm.py: masks that belong to the example, a head at masked positions, its command line."""
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +13,7 @@ from recipe_runs import load_recipe, make_recipe, summary, with_defaults, write_
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error
 from gradacc_hf.errors import InputError
-from gradacc_hf.run.runner import make_model, make_windows
+from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.verification.exactness import verify
 
 MaskedLM = load_recipe("masked_lm").MaskedLM
@@ -117,7 +116,7 @@ def masks(windows):
     """Every example's input and labels, as the micro-batches of one epoch hold them."""
     found = {}
     for window in windows:
-        for batch in window:
+        for batch in window.batches():
             for index, ids, labels, real in zip(
                 window.micro_batch.indices,
                 batch["input_ids"],
@@ -156,11 +155,9 @@ def test_the_masks_are_the_same_for_any_split_any_workers_and_after_resuming(rec
         assert all(rest[i] == second[i] for i in rest.keys() & second.keys())
         for _ in range(2):  # those of validation are the same at each evaluation
             assert drawn(other_validation) == drawn(validation)
-    local = windows._windows
     for epoch, expected in enumerate((first, second)):
         for process in range(2):  # as each of two processes collates its own
-            of_one = replace(local, num_processes=2, process=process)
-            _, micro_batches = of_one[(epoch, 0)]
+            micro_batches = windows.collate_window(epoch, 0, process=process, num_processes=2)
             assert micro_batches
             for micro_batch in micro_batches:
                 for labels, index in zip(

@@ -20,8 +20,16 @@ from gradacc_hf.accumulation.reference import EXACT, relative_error, whole_windo
 from gradacc_hf.cli import verify as verify_command
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.errors import InputError
-from gradacc_hf.run.runner import choose_trained
-from gradacc_hf.training.lora import add_lora, four_bit, write_merged
+from gradacc_hf.run.setup import choose_trained
+from gradacc_hf.training.lora import (
+    TESTED_PAIR,
+    add_lora,
+    check_peft,
+    four_bit,
+    installed_mismatch,
+    peft_mismatch,
+    write_merged,
+)
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.settings import LoraConfig, OptimConfig
 from gradacc_hf.utils.files import save_model
@@ -189,6 +197,31 @@ def test_bad_settings_are_refused_in_one_line(start, flags, line):
     outcome = start(data__train=write("a.csv", make_rows(40)), **flags)
     assert outcome.code == 2
     assert re.fullmatch(f"error: {line}\n", outcome.err)
+    assert not Path("runs").exists()
+
+
+def test_a_peft_that_transformers_refuses_is_named_with_a_pair_that_works():
+    assert peft_mismatch("5.24.0", "0.21.2", "0.22.0") == (
+        "transformers 5.24.0 needs peft 0.22.0 or newer, found peft 0.21.2; install that peft, or the tested "
+        'pair: pip install "transformers==5.23.0" "peft==0.21.2"'
+    )
+    assert peft_mismatch("5.24.0", "0.22.0", "0.22.0") is None
+    assert peft_mismatch("5.23.0", "0.21.2", "0.20.0") is None
+    assert peft_mismatch("5.23.0", "0.9.0", "0.20.0") is not None
+
+
+def test_the_tested_pair_is_that_of_the_constraints():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert {f"transformers=={TESTED_PAIR[0]}", f"peft=={TESTED_PAIR[1]}"} <= set(lines)
+
+
+def test_a_run_with_the_installed_pair_is_refused_in_one_line_or_runs(start):
+    outcome = start(data__train=write("a.csv", make_rows(40)), model__lora__rank=4, train__max_windows=1)
+    if (mismatch := installed_mismatch()) is None:
+        check_peft()
+        assert outcome.code == 0, outcome.err
+        return
+    assert (outcome.code, outcome.err) == (2, f"error: model.lora: {mismatch}\n")
     assert not Path("runs").exists()
 
 

@@ -374,7 +374,7 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, used + 40 * 2**20))
 result = verify(head.model, windows, trainer=False)
 print(result.reference, result.exact, sep="|")
-windows.count_items = windows._windows.count_items = lambda batch: batch["labels"].numel()
+windows.count_items = lambda batch: batch["labels"].numel()
 result = verify(head.model, windows, trainer=False)
 print(result.reference, result.exact, sep="|")
 """

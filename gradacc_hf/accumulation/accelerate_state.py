@@ -1,0 +1,134 @@
+"""Everything that touches private or mutable state of Accelerate. No other module does.
+
+That is `Accelerator.step`, `GradientState.plugin_kwargs`, and the lists of prepared objects (`_models`,
+`_optimizers`, `_schedulers`).
+"""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+
+from gradacc_hf.errors import InputError
+
+
+class AccumulationSteps:
+    """Accelerate's accumulation state during one pass over a window's micro-batches.
+
+    A context manager that restores the state at its end. `begin` sets the state before each micro-batch.
+
+    Args:
+        accelerator: The run's Accelerator.
+        num_steps: Micro-batches of this process in the window.
+        sync_each_batch: Whether gradients are reduced after each micro-batch, not only after the last.
+    """
+
+    def __init__(self, accelerator: Accelerator, num_steps: int, sync_each_batch: bool):
+        self._accelerator = accelerator
+        self._settings = accelerator.gradient_state.plugin_kwargs
+        self._for_window = {
+            "num_steps": num_steps,
+            # A prepared loader that was left in its last batch stays "at its end", and `accumulate` would
+            # then synchronise every micro-batch. Here only the window decides where it ends.
+            "sync_with_dataloader": False,
+            "sync_each_batch": sync_each_batch,
+        }
+
+    def __enter__(self) -> "AccumulationSteps":
+        self._before = dict(self._settings), self._accelerator.step
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._settings.clear()
+        self._settings.update(self._before[0])
+        self._accelerator.step = self._before[1]
+
+    def begin(self, position: int) -> None:
+        """Set the state for the micro-batch at `position`, as another loader may have run in between."""
+        self._settings.update(self._for_window)
+        self._accelerator.step = position
+
+    def count_entries(self, position: int) -> int:
+        """Return how often `accelerator.accumulate` was entered since `begin(position)`."""
+        return self._accelerator.step - position
+
+
+def forwards_are_collective(accelerator: Accelerator) -> bool:
+    """Whether all processes must run each forward together (FSDP)."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def zero_prepared_gradients(accelerator: Accelerator) -> None:
+    """Drop the gradients of all prepared optimizers, also where Accelerate would skip that."""
+    for optimizer in accelerator._optimizers:
+        optimizer.optimizer.zero_grad()
+
+
+def prepared_parameters(accelerator: Accelerator) -> list[torch.nn.Parameter]:
+    """Return the parameters of all prepared optimizers, each once."""
+    groups = [group for optimizer in accelerator._optimizers for group in optimizer.param_groups]
+    return list({id(p): p for group in groups for p in group["params"]}.values())
+
+
+def prepared_schedulers(accelerator: Accelerator) -> list[Any]:
+    """Return the learning rate schedulers that were prepared, unwrapped."""
+    return [getattr(scheduler, "scheduler", scheduler) for scheduler in accelerator._schedulers]
+
+
+def forget_prepared_optimizers(accelerator: Accelerator) -> None:
+    """Let an Accelerator go on without the optimizers that were prepared so far."""
+    accelerator._optimizers.clear()
+
+
+def check_prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
+    """Raise InputError for a model or an optimizer that did not go through `accelerator.prepare`."""
+    if not isinstance(optimizer, AcceleratedOptimizer):
+        raise InputError(
+            f"optimizer: found an unprepared {type(optimizer).__name__}; write "
+            "`model, optimizer = accelerator.prepare(model, optimizer)` before the loop"
+        )
+    bare = accelerator.unwrap_model(model)
+    synchronises = accelerator.num_processes == 1 or forwards_are_collective(accelerator) or bare is not model
+    if not (synchronises and _was_prepared(accelerator, bare)):
+        raise InputError(
+            f"model: found an unprepared {type(model).__name__}; write "
+            "`model, optimizer = accelerator.prepare(model, optimizer)` before the loop"
+        )
+
+
+def check_prepared_model(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Raise InputError for an unprepared model where an evaluation needs a prepared one.
+
+    That is under FSDP, and with mixed precision, which an unprepared model ignores.
+    """
+    if accelerator.mixed_precision == "no" and not forwards_are_collective(accelerator):
+        return
+    bare = accelerator.unwrap_model(model)
+    if not _was_prepared(accelerator, bare):
+        raise InputError(
+            f"model: found an unprepared {type(model).__name__}; write `model = accelerator.prepare(model)` "
+            "before the evaluation"
+        )
+
+
+def _was_prepared(accelerator: Accelerator, bare: torch.nn.Module) -> bool:
+    return any(bare is accelerator.unwrap_model(prepared) for prepared in accelerator._models)
+
+
+def check_unprepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
+    """Raise InputError for a model or an optimizer that is already wrapped by `accelerator.prepare`."""
+    if isinstance(optimizer, AcceleratedOptimizer):
+        raise InputError(
+            "optimizer: found a prepared one; fine_tune prepares the model and the optimizer itself: leave "
+            "out accelerator.prepare, or use train, which takes prepared ones"
+        )
+    if model is not accelerator.unwrap_model(model):
+        raise InputError(
+            f"model: found one wrapped in {type(model).__name__}; fine_tune prepares the model and the "
+            "optimizer itself: leave out accelerator.prepare, or use train, which takes prepared ones"
+        )

@@ -1,0 +1,54 @@
+"""Measure the gradient of a window's first micro-batch alone, for the gradient noise scale.
+
+The micro-batch is drawn at random (`collation.py`); what its norm is good for is told in `noise_scale.py`.
+"""
+
+import math
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+
+from gradacc_hf.accumulation.accelerate_state import forwards_are_collective, prepared_parameters
+from gradacc_hf.accumulation.noise_scale import SmallBatch
+from gradacc_hf.accumulation.reference import grad_norm
+
+
+class NoiseProbe:
+    """One measurement, in one pass over a window.
+
+    `sums` is what the processes add up before `result`: the squared norm, whether it is known (1 or 0), and
+    the micro-batch's share of the window's items.
+
+    Args:
+        accelerator: The run's Accelerator.
+        num_examples: Examples of the first micro-batch of each process; 0 measures nothing.
+        share: Items of this process's first micro-batch / items of the window.
+    """
+
+    def __init__(self, accelerator: Accelerator, num_examples: int, share: float):
+        self._accelerator, self._num_examples, self._share = accelerator, num_examples, share
+        self.sums = (0.0, 0.0, 0.0)
+
+    def measure(self) -> None:
+        """Measure the gradient after the first micro-batch, as the mean over its items."""
+        accelerator = self._accelerator
+        parameters = prepared_parameters(accelerator)
+        if not self._num_examples or all(p.grad is None for p in parameters):  # an unprepared optimizer
+            return
+        norm = grad_norm(parameters)
+        if not forwards_are_collective(accelerator):
+            norm /= self._share * accelerator.num_processes  # DDP divides by the number of processes later
+        if accelerator.scaler is not None:
+            norm /= accelerator.scaler.get_scale()
+        if math.isfinite(norm):
+            self.sums = (norm**2, 1.0, self._share)
+
+    def result(self, sums: Sequence[float]) -> SmallBatch | None:
+        """Return the measurement from the sums over processes; None where no process measured."""
+        square, known, share = map(float, sums)
+        if not known:
+            return None
+        if forwards_are_collective(self._accelerator):  # the gradient is of all processes together
+            norm = math.sqrt(square / known) / share
+            return SmallBatch(self._num_examples * self._accelerator.num_processes, norm)
+        return SmallBatch(self._num_examples, math.sqrt(square / known))

@@ -1,0 +1,173 @@
+"""A loop that leaves out a call of a window gets an error with the line to add."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from gradacc_hf import WindowLoader, evaluate, iter_windows, train
+from gradacc_hf.accumulation.accelerate_state import check_unprepared
+from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
+from gradacc_hf.accumulation.loss_items import as_window_loss, model_loss
+from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_error, whole_window_gradient
+from gradacc_hf.errors import InputError, LoopError
+from gradacc_hf.verification.tiny_models import build_head
+
+LENGTHS = np.random.default_rng(3).integers(3, 40, size=10).tolist()
+ACCUMULATE = "write `with accelerator.accumulate(model):`"
+WEIGH = "write `accelerator.backward(window.weigh(loss))`"
+
+
+def set_up():
+    """A head, its examples, a loader of one window in 4 micro-batches, and the prepared objects."""
+    head, accelerator = build_head("sequence_classification", "bert"), Accelerator(cpu=True)
+    examples = head.examples(LENGTHS)
+    windows = WindowLoader(examples, 10, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=3)
+    model, optimizer = accelerator.prepare(head.model, RecordGradients(head.model))
+    return head, examples, windows, model, optimizer
+
+
+def one_window(accumulates, weighs):
+    """The loop over a window that accumulates and weighs at these positions; window, gradients, whole."""
+    head, examples, windows, model, optimizer = set_up()
+    accelerator = windows.accelerator
+    [window] = windows
+    assert len(window) == 4
+    for position, batch in enumerate(window):
+        loss = model(**batch).loss
+        loss = window.weigh(loss) if position in weighs else loss
+        if position in accumulates:
+            with accelerator.accumulate(model):
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        else:
+            accelerator.backward(loss)
+    whole = head.collate([examples[i] for i in window.indices])
+    return window, optimizer.optimizer.gradients, whole_window_gradient(head.model, whole)
+
+
+def test_with_both_calls_the_gradient_is_exact():
+    window, [gradient], whole = one_window(range(4), range(4))
+    assert window.done
+    assert relative_error(gradient, whole) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("accumulates", "weighs", "problem", "line"),
+    [
+        ([], range(4), "micro-batch 1 of 4 did not go through accelerator.accumulate", ACCUMULATE),
+        ([0, 1], range(4), "micro-batch 3 of 4 did not go through accelerator.accumulate", ACCUMULATE),
+        ([], [], "micro-batch 1 of 4 did not go through accelerator.accumulate", ACCUMULATE),
+        (range(4), [], "the loss of micro-batch 1 of 4 was not weighed", WEIGH),
+        (range(4), [0, 2, 3], "the loss of micro-batch 2 of 4 was not weighed", WEIGH),
+    ],
+)
+def test_a_call_that_is_left_out_is_an_error_with_the_line_to_add(accumulates, weighs, problem, line):
+    with pytest.raises(LoopError, match=f"^{re.escape(f'{problem}: {line}')}"):
+        one_window(accumulates, weighs)
+
+
+def test_accumulate_twice_in_a_micro_batch_is_an_error():
+    _, _, windows, model, _ = set_up()
+    accelerator = windows.accelerator
+    [window] = windows
+
+    def loop():
+        for batch in window:
+            for _ in range(2):
+                with accelerator.accumulate(model):
+                    accelerator.backward(window.weigh(model(**batch).loss))
+
+    with pytest.raises(LoopError, match="entered 2 times for micro-batch 1 of 4"):
+        loop()
+
+
+def test_batches_are_read_without_a_trace_and_a_window_can_be_trained_after_an_error():
+    head, examples, windows, model, optimizer = set_up()
+    accelerator = windows.accelerator
+    [window] = windows
+    before = dict(accelerator.gradient_state.plugin_kwargs), accelerator.step
+    assert len(list(window.batches())) == len(window)
+    assert (dict(accelerator.gradient_state.plugin_kwargs), accelerator.step) == before
+    assert not window.done
+
+    def loop(weigh):
+        for batch in window:
+            with accelerator.accumulate(model):
+                accelerator.backward(weigh(model(**batch).loss))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.raises(LoopError):
+        loop(lambda loss: loss)
+    loop(window.weigh)
+    whole = whole_window_gradient(head.model, head.collate([examples[i] for i in window.indices]))
+    assert relative_error(optimizer.optimizer.gradients[-1], whole) < EXACT
+
+
+def test_a_pass_without_gradients_needs_no_calls_and_gives_the_loss():
+    _, _, windows, model, _ = set_up()
+    [window] = windows
+    with torch.no_grad():
+        assert len([batch["labels"] for batch in window]) == 4  # as a look_ahead of 0.1.0 does
+        for batch in window:
+            window.weigh(model(**batch).loss)
+    assert np.isfinite(window.loss)
+
+
+def test_an_unprepared_model_or_optimizer_is_refused():
+    _, _, windows, model, optimizer = set_up()
+    accelerator, other = windows.accelerator, build_head("sequence_classification", "bert").model
+    bare = torch.optim.SGD(model.parameters(), lr=0.1)
+    line = r"write `model, optimizer = accelerator\.prepare\(model, optimizer\)` before the loop"
+    for loop in (train, lambda *objects, **named: next(iter_windows(*objects, **named))):
+        with pytest.raises(InputError, match=f"^optimizer: found an unprepared SGD; {line}"):
+            loop(model, bare, windows, accelerator=accelerator)
+        with pytest.raises(InputError, match=f"^model: found an unprepared BertFor.*; {line}"):
+            loop(other, optimizer, windows, accelerator=accelerator)
+    check_unprepared(accelerator, other, bare)
+    with pytest.raises(InputError, match=r"^optimizer: found a prepared one; fine_tune prepares"):
+        check_unprepared(accelerator, model, optimizer)
+
+
+def test_an_unprepared_model_is_not_evaluated_where_precision_would_differ():
+    head = build_head("sequence_classification", "bert")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    windows = WindowLoader(
+        head.examples(LENGTHS), 10, accelerator=accelerator, collate_fn=head.collate, max_tokens=64
+    )
+    try:
+        with pytest.raises(InputError, match=r"^model: found an unprepared BertFor"):
+            evaluate(head.model, windows, accelerator=accelerator)
+        prepared = accelerator.prepare(head.model)
+        assert np.isfinite(evaluate(prepared, windows, accelerator=accelerator).loss)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_train_runs_to_the_end_and_calls_back():
+    _, _, windows, model, optimizer = set_up()
+    seen = []
+    records = train(
+        model, optimizer, windows, accelerator=windows.accelerator, epochs=2, on_window=seen.append
+    )
+    assert seen == records
+    assert [record.window for record in records] == [1, 2]
+
+
+def test_a_window_loss_is_told_by_its_methods():
+    class Own:
+        def look_ahead(self, model, window):
+            pass
+
+        def __call__(self, outputs, batch):
+            return outputs.loss
+
+    assert as_window_loss(model_loss) is None
+    for loss in (Own(), ContrastiveLoss()):
+        assert as_window_loss(loss) is loss
