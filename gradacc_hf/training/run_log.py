@@ -38,23 +38,42 @@ VERSIONS_OF = ("torch", "transformers", "accelerate", "datasets", "evaluate", "g
 
 @dataclass(frozen=True)
 class WindowRecord:
-    """One row of history.jsonl: one window, over all processes."""
+    """The record of one window over all processes: a row of history.jsonl.
 
-    window: int  # counted over the run, from 1
-    epoch: int  # from 0
-    loss: float  # the mean over the window's items
-    grad_norm: float  # before clipping
-    lr: float  # of this window's step
+    Attributes:
+        window: The number of the window in the run, from 1.
+        epoch: The number of the pass over the data, from 0.
+        loss: The mean over the items of the window.
+        grad_norm: The norm of the gradient before clipping.
+        lr: The learning rate of the step.
+        examples: Examples of the window.
+        items: Items of the window: the terms of the mean loss.
+        tokens: Tokens of the window without padding, from the lengths.
+        padded_tokens: Tokens of the window with padding.
+        accumulation_steps: Micro-batches of the process that has most.
+        seconds: Time from the previous step to this one.
+        skipped: Whether no step was taken: by the fp16 scaler, or for a loss or gradient that is not finite.
+        noise_scale: The gradient noise scale so far, in examples. NaN where nothing is measured; infinite,
+            null in JSON, where the gradient is lost in its noise.
+        noise_measured: Windows in which the noise scale was measured so far.
+        update_ratio: ‖step‖ / ‖weights‖ of a sample of the weights; NaN where it is not measured.
+    """
+
+    window: int
+    epoch: int
+    loss: float
+    grad_norm: float
+    lr: float
     examples: int
     items: float
     tokens: int
     padded_tokens: int
-    accumulation_steps: int  # of the process that has most
+    accumulation_steps: int
     seconds: float
-    skipped: bool  # the optimizer step: by the fp16 scaler, or as a loss or gradient was not finite
-    noise_scale: float = math.nan  # in examples, as known by then; infinite, null in JSON: beyond measure
-    noise_measured: int = 0  # windows in which it was, by then
-    update_ratio: float = math.nan  # ‖step‖ / ‖weights‖, of a sample of them
+    skipped: bool
+    noise_scale: float = math.nan
+    noise_measured: int = 0
+    update_ratio: float = math.nan
 
 
 class RunLog:
