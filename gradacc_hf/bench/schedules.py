@@ -97,7 +97,7 @@ def measure_schedules(
     return SchedulesResult(tuple(results), tuple(pictures), measured_with())
 
 
-def _summaries(name: str, by_schedule: dict[str, list[Run]]) -> list[ScheduleRuns]:
+def _summaries(name: str, by_schedule: dict[str, list[RecordedRun]]) -> list[ScheduleRuns]:
     """Summarise the runs of a config. The target is the lowest loss that all runs reach."""
     all_runs = [run for runs in by_schedule.values() for run in runs]
     target = max(min(loss for _, loss in _curve(run)) for run in all_runs)

@@ -141,8 +141,8 @@ def run_contender(name: str, num_windows: int, max_tokens: int, settings: Sequen
     """Train and evaluate one contender, then measure the error of the first window's gradient."""
     recipe = _recipe(max_tokens, settings)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    recipe, *data = load_data(recipe)
-    windows, validation = make_windows(recipe, *data, accelerator)
+    recipe, training, validation_data = load_data(recipe)
+    windows, validation = make_windows(recipe, training, validation_data, accelerator)
     if num_windows > len(windows):
         raise InputError(
             f"--windows: found {num_windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
@@ -155,7 +155,9 @@ def run_contender(name: str, num_windows: int, max_tokens: int, settings: Sequen
     peak = peak_memory(accelerator.device)
     metrics = recipe.validate(contender.model, validation, accelerator)
 
-    contender = ContrastiveTraining(name, recipe, make_windows(recipe, *data, accelerator)[0], max_tokens)
+    contender = ContrastiveTraining(
+        name, recipe, make_windows(recipe, training, validation_data, accelerator)[0], max_tokens
+    )
     batch = windows.collated(windows.plan.indices(0, 0)).batch
     truth = whole_window_gradient(contender.model, batch, recipe.loss)
     gradients: list[Any] = []
