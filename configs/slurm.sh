@@ -8,7 +8,7 @@
 # A window and its save have 3 minutes; where they take longer, sbatch --signal=B:TERM@SECONDS. They have 30 s where Slurm itself
 # signals all there is: on scancel, and on preemption in a cluster without PreemptParameters=send_user_signal.
 #
-# From the kit's folder, which all nodes share, with .venv set up by ./launch.sh (or VENV=…). It needs --output.dir.
+# From the folder of gradacc, which all nodes share, with .venv set up by ./launch.sh (or VENV=…). It needs --output.dir.
 #SBATCH --job-name=gradacc
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8

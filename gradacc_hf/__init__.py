@@ -7,6 +7,7 @@ gradacc_hf/README.md is the map of the package.
 from typing import TYPE_CHECKING
 
 from gradacc_hf.utils import moved_modules
+from gradacc_hf.utils.lazy import lazy_exports
 
 __version__ = "0.2.0"
 
@@ -105,29 +106,10 @@ if TYPE_CHECKING:
     from gradacc_hf.training.preflight import preflight_check
     from gradacc_hf.training.run_log import WindowRecord
     from gradacc_hf.verification.exactness import Verification, verify
-else:  # a `__getattr__` that type checkers could see would make every wrong name right
+else:
+    # Exports of version 0.1.0 and what replaces them. They stay until version 1.0.
     _RENAMED = {"BadInput": "InputError", "replayed": "retry_on_oom", "try_out": "preflight_check"}
-    """Export of version 0.1.0 → the export that replaces it. They stay until version 1.0."""
-
-    def __getattr__(name: str) -> object:
-        """Import an export at its first use; give a renamed export with a DeprecationWarning."""
-        from importlib import import_module
-
-        if name in _RENAMED:
-            import warnings
-
-            warnings.warn(
-                f"gradacc_hf.{name} is now gradacc_hf.{_RENAMED[name]}", DeprecationWarning, stacklevel=2
-            )
-            return getattr(import_module(__name__), _RENAMED[name])
-        if name not in _LAZY:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = export = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-        return export
-
-    def __dir__() -> list[str]:
-        """Return the public names and the special ones."""
-        return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+    __getattr__, __dir__ = lazy_exports(__name__, _LAZY, _RENAMED)
 
 
 moved_modules.install()

@@ -1,7 +1,7 @@
-"""The lessons of recipes/lessons/: which there are, in order, and running one, with a plot.
+"""The lessons of recipes/lessons/: list them in order, run one, and draw the result.
 
-A lesson is a file whose docstring begins with its question. Its `main()` prints what it shows and gives the
-figures; `draw(axes, figures)` draws them. The order, and the answers: recipes/lessons/README.md.
+A lesson is a file whose docstring begins with a question. `main()` prints and returns figures, and
+`draw(axes, figures)` draws them. recipes/lessons/README.md holds the order and the answers.
 """
 
 import ast
@@ -9,6 +9,8 @@ import importlib.util
 import io
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +18,8 @@ from typing import Any
 from gradacc_hf.errors import listed, refuse
 from gradacc_hf.utils.paths import bundle_root
 
-# The colours of Okabe and Ito, which the colour-blind tell apart; dashes, so that a line shows under another.
-# On white, also where the page is dark.
+# Colours of Okabe and Ito, distinct for colour-blind readers. Dashes keep a line visible under another line.
+# The background is white, also on dark pages.
 STYLE: Any = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -33,23 +35,30 @@ STYLE: Any = {
 
 
 def names() -> list[str]:
-    """The lessons, in the order in which their README leads through them."""
+    """Return the names of the lessons, in the order of their README."""
     readme = (bundle_root() / "recipes/lessons/README.md").read_text(encoding="utf-8")
     return re.findall(r"\]\((\w+)\.py\)", readme)
 
 
 def question(name: str) -> str:
-    """What a lesson answers: its docstring up to the first question mark."""
+    """Return the question of a lesson: the docstring up to the first question mark."""
     docstring = ast.get_docstring(ast.parse(_path(name).read_text(encoding="utf-8"))) or ""
     return "".join(docstring.partition("?")[:2])
 
 
 def run(name: str, plot: Path | None = None) -> Any:
-    """Run a lesson, which prints what it shows; draw it into `plot`, an SVG file; give its figures.
+    """Run a lesson, which prints its results.
 
-    Raises InputError for an unknown lesson, or a plot that cannot be written: then nothing has been run.
+    Args:
+        name: the lesson.
+        plot: an SVG file that does not exist; the lesson is drawn into it.
+
+    Returns:
+        The lesson's figures.
+
+    Raises:
+        InputError: the lesson is unknown, or the plot cannot be written. Then the lesson has not run.
     """
-    from accelerate.state import AcceleratorState, GradientState  # late: a list of lessons does not need it
 
     if name not in names():
         refuse("lesson", f"found {name!r}", f"there are: {listed(names())}")
@@ -57,20 +66,39 @@ def run(name: str, plot: Path | None = None) -> Any:
         refuse("lessons", "found a launcher's RANK in the environment", "run `gradacc lessons` without one")
     if plot is not None:
         _check_plot(plot)
-    for setting in [key for key in os.environ if key.startswith("ACCELERATE_")]:
-        del os.environ[setting]  # a lesson's Accelerator is as its file says
-    AcceleratorState._reset_state(reset_partial_state=True)  # and its own
-    GradientState._reset_state()
     lesson = load(name)
-    figures = lesson.main()
+    with fresh_accelerate():
+        figures = lesson.main()
     if plot is not None:
         _write_plot(lesson, figures, plot)
         print(plot)
     return figures
 
 
+@contextmanager
+def fresh_accelerate() -> Iterator[None]:
+    """Hide Accelerate's settings and state, so that an Accelerator is as the lesson's file says.
+
+    The environment is restored at the end, and Accelerate's state is reset again.
+    """
+    from accelerate.state import AcceleratorState, GradientState  # late: listing lessons starts without torch
+
+    before = dict(os.environ)
+    for setting in [key for key in os.environ if key.startswith("ACCELERATE_")]:
+        del os.environ[setting]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def load(name: str) -> ModuleType:
-    """A lesson as a module, under a name that shadows none: one lesson is called time."""
+    """Import a lesson under a name that shadows no module: one lesson is called time."""
     spec = importlib.util.spec_from_file_location(f"lesson_{name}", _path(name))
     assert spec is not None
     assert spec.loader is not None
@@ -93,10 +121,14 @@ def _check_plot(plot: Path) -> None:
     try:
         if plot.exists():
             refuse("--plot", f"{plot} exists already", "give another name, or move it")
-        write_whole(plot, "")  # so that a lesson is not run in vain
+        write_whole(plot, "")  # fails before the lesson runs
         plot.unlink()
     except OSError as error:
-        refuse("--plot", f"{plot} cannot be written ({error.strerror})", "give a file in a folder of yours")
+        refuse(
+            "--plot",
+            f"{plot} cannot be written ({error.strerror})",
+            "give a file in a folder that you can write",
+        )
 
 
 def _write_plot(lesson: ModuleType, figures: Any, plot: Path) -> None:

@@ -137,7 +137,7 @@ class CausalLM(Recipe):
         return {"loss": found.loss, "perplexity": perplexity(found.loss)}
 
     def answer(self, model, inputs):
-        """What the model says, greedily, to chats, prompts or texts (`prompts.py`)."""
+        """What the model says, greedily, to chats, prompts or texts (`tasks/prompts.py`)."""
         answers = answer_prompts(model, self.tokenizer, inputs, self.data.sample_tokens)
         return [{"answer": answer} for answer in answers]
 

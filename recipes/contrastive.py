@@ -4,7 +4,7 @@
 
 Your own pairs: `--data.train my.csv --data.anchor_column question --data.positive_column answer`, and
 `--data.negative_column wrong_answer` where each pair has a hard negative. Every other pair of the window is
-one, however the window is cut (the gradient cache): the larger `batch.effective`, the more there are.
+one, however the window is split (the gradient cache): the larger `batch.effective`, the more there are.
 """
 
 from dataclasses import dataclass

@@ -74,8 +74,8 @@ class ImageClassification(Recipe):
 
     @cached_property
     def processor(self):
-        with self._loading("image processor"):
-            return AutoImageProcessor.from_pretrained(self.model_path, **self._source())
+        with self.loading_errors("image processor"):
+            return AutoImageProcessor.from_pretrained(self.model_path, **self.source_options())
 
     def processors(self):
         return [self.processor]

@@ -40,6 +40,7 @@ PUBLIC = [
     "diagnose",
     "evaluate",
     "fine_tune",
+    "iter_windows",
     "newest_checkpoint",
     "preflight_check",
     "retry_on_oom",
@@ -123,11 +124,7 @@ def test_exact_trainer_shows_the_signature_of_trainer():
 
 # ---- docstrings ----
 
-WITHOUT_SECTIONS = {
-    *("Best", "Bound", "Checkpoints", "ContrastiveLoss", "DoctorCallback", "Evaluation", "GrowingBatch"),
-    *("ScheduledBatch", "WindowLoader", "WindowRecord", "accumulate_in_float32", "diagnose", "evaluate"),
-    *("fine_tune", "newest_checkpoint", "preflight_check", "retry_on_oom", "train"),
-}
+WITHOUT_SECTIONS = {"DoctorCallback", "diagnose"}
 """Public names whose docstrings have no sections yet."""
 MADE_BY_GRADACC = {"Diagnosis", "Window"}
 """Classes that a user gets and does not construct: their arguments are private."""
@@ -147,7 +144,7 @@ def test_a_public_name_says_what_it_takes_and_gives(name):
         assert re.search(r"^(Args|Attributes):$", text, re.MULTILINE), "no section Args:"
         assert {*arguments} <= described
     gives = None if inspect.isclass(export) else inspect.signature(export).return_annotation
-    if gives is not None:
+    if str(gives) not in ("None", "collections.abc.Iterator[None]"):
         assert re.search(r"^(Returns|Yields):$", text, re.MULTILINE), "no section Returns:"
     if not inspect.isclass(export) and re.search(r"^ +raise \w+\(", inspect.getsource(export), re.MULTILINE):
         assert re.search(r"^Raises:$", text, re.MULTILINE), "no section Raises:"

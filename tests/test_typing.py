@@ -30,6 +30,8 @@ for window in windows:
 reveal_type(windows)  # WindowLoader
 reveal_type(verify(model, windows))  # Verification
 reveal_type(evaluate(model, windows, accelerator=accelerator).loss)  # float
+for record in iter_windows(model, optimizer, windows, accelerator=accelerator):
+    reveal_type(record)  # WindowRecord
 reveal_type(gradacc_hf.__version__)  # str
 reveal_type(ExactTrainer(model, compute_metrics=None, num_items="labels"))  # ExactTrainer
 """ + "\n".join(f"reveal_type({name})" for name in NAMES)
@@ -38,16 +40,17 @@ WRONG = """
 import gradacc_hf
 import torch
 from accelerate import Accelerator
-from gradacc_hf import ExactTrainer, WindowLoader, verify
+from gradacc_hf import ExactTrainer, WindowLoader, fine_tune, verify
 from gradacc_hf import WindowLoder  # unknown import symbol
 
 model, accelerator = torch.nn.Linear(2, 2), Accelerator()
 gradacc_hf.WindowLoder  # is not a known attribute of module
-gradacc_hf.verfy(model)  # is not a known attribute of module
+gradacc_hf.verifies(model)  # is not a known attribute of module
 windows = WindowLoader([1], 1, accelerator=accelerator, max_token=64)  # No parameter named "max_token"
 WindowLoader([1], 1, max_tokens=64)  # Argument missing for parameter "accelerator"
 verify(model, windows, window=2)  # No parameter named "window"
-ExactTrainer(modle=model)  # No parameter named "modle"
+fine_tune(model, torch.optim.SGD([]), windows, accelerator=accelerator, epoch=2)  # No parameter named "epoch"
+ExactTrainer(models=model)  # No parameter named "models"
 windows.recrd_gradient_norm  # Cannot access attribute "recrd_gradient_norm"
 """
 

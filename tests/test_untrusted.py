@@ -21,7 +21,7 @@ from transformers import dynamic_module_utils
 
 from gradacc_hf.cli import main as cli
 from gradacc_hf.config.parser import read_command_line
-from gradacc_hf.config.schema import Config
+from gradacc_hf.config.schema import Config, DataConfig
 from gradacc_hf.errors import InputError
 from gradacc_hf.hf_trainer.trainer import refuse_unsupported
 from gradacc_hf.run.folder import next_folder, settings
@@ -460,8 +460,7 @@ def test_no_token_is_in_the_line_of_a_bad_input(refused, rows):
     ],
 )
 def test_settings_that_hold_no_token_are_written_as_they_are(harmless):
-    config = Config()
-    config.data.train = harmless
+    config = Config(data=DataConfig(train=harmless))
     assert yaml.safe_load(settings(config))["data"]["train"] == harmless
 
 

@@ -1,5 +1,5 @@
 """`python -m gradacc_hf.bench`."""
 
-from gradacc_hf.bench import main
+from gradacc_hf.bench.cli import main
 
 main()

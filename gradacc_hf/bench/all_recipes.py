@@ -1,7 +1,7 @@
 """`gradacc bench recipes`: the table in recipes/README.md, measured.
 
-Runs every offline config as its user does, in a process of its own, one after another; reads what the run
-says of itself and asks the saved model the recipe's example.
+Run each offline config in a process of its own, one after another. Read the figures from the run's files, and
+predict the recipe's example with the saved model.
 """
 
 import json
@@ -10,65 +10,58 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from gradacc_hf.errors import InputError, listed, one_line
+from gradacc_hf.bench.offline import check_names, offline_configs
+from gradacc_hf.bench.progress import Progress
+from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.predict import load_model, predict
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.paths import bundle_root
 
-SUFFIX = "_offline"
-
 
 @dataclass(frozen=True)
-class RecipeResult:
-    """One offline run. Metrics are of its best evaluation."""
+class OfflineRun:
+    """One offline run. The metric is of the run's best evaluation."""
 
     recipe: str
     data: str
     training_examples: int
     model: str
-    metric: str  # the one that says which evaluation is the best
+    metric: str  # selects the best evaluation
     value: float
     baseline: float | None
     windows: int
-    seconds: float  # of the whole process: loading, training, evaluation, report
+    seconds: float  # loading, training, evaluation and report
     example: Any
-    answer: dict[str, Any] | None  # None where the recipe has no example
+    answer: dict[str, Any] | None  # None if the recipe has no example
 
 
 @dataclass(frozen=True)
-class Recipes:
-    """All of them."""
+class RecipesResult:
+    """All offline runs."""
 
-    results: tuple[RecipeResult, ...]
+    results: tuple[OfflineRun, ...]
     measured_with: dict[str, str]
 
 
-def offline_configs() -> dict[str, Path]:
-    """Recipe → its offline config."""
-    files = sorted((bundle_root() / "configs").glob(f"*{SUFFIX}.yaml"))
-    return {file.stem.removesuffix(SUFFIX): file for file in files}
-
-
-def recipes(names: Sequence[str] = (), windows: int | None = None, progress: Any = iter) -> Recipes:
-    """Run the recipes of these names, or all; at most `windows` windows each. Raises InputError."""
+def measure_recipes(
+    names: Sequence[str] = (), windows: int | None = None, progress: Progress = iter
+) -> RecipesResult:
+    """Run the recipes of these names, or all, for at most `windows` windows each. Raises InputError."""
     known = offline_configs()
-    for name in names:
-        if name not in known:
-            raise InputError(f"--only: found {name!r}; allowed: {listed(known)}")
-    chosen: Iterable[str] = progress(list(names or known))
-    results = tuple(_run(name, known[name], windows) for name in chosen)
-    return Recipes(results, measured_with())
+    check_names(names, known)
+    runs = tuple(_run(name, known[name], windows) for name in progress(list(names or known)))
+    return RecipesResult(runs, measured_with())
 
 
-def _run(name: str, config: Path, windows: int | None) -> RecipeResult:
+def _run(name: str, config: Path, windows: int | None) -> OfflineRun:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, str(bundle_root() / "recipes" / f"{name}.py"), "--config", str(config)]
@@ -82,10 +75,10 @@ def _run(name: str, config: Path, windows: int | None) -> RecipeResult:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         recipe = open_run(run)
         metric = recipe.config.train.best_metric
-        no_file = recipe.pipeline_tag != "image-classification"
-        asked = [("the recipe's example", recipe.example)] if no_file else []
-        answer = next(predict(recipe, load_model(recipe, run), asked), None)
-        return RecipeResult(
+        takes_text = recipe.pipeline_tag != "image-classification"
+        inputs = [("the recipe's example", recipe.example)] if takes_text else []
+        answer = next(predict(recipe, load_model(recipe, run), inputs), None)
+        return OfflineRun(
             recipe=name,
             data=recipe.config.data.train,
             training_examples=summary["card"]["training_examples"],
@@ -100,8 +93,8 @@ def _run(name: str, config: Path, windows: int | None) -> RecipeResult:
         )
 
 
-def print_recipes(result: Recipes, console: Console) -> None:
-    """The table, in Markdown; then what each saved model says to its recipe's example."""
+def print_recipes(result: RecipesResult, console: Console) -> None:
+    """Print the table in Markdown, then each recipe's example with the saved model's prediction."""
     lines = ["| recipe | data | model | offline result | baseline | time |", "|---|---|---|---|---|---|"]
     for one in result.results:
         baseline, value = "–" if one.baseline is None else f"{one.baseline:.3f}", one.value or math.nan

@@ -1,8 +1,8 @@
-"""`gradacc bench balance`: do simulated processes get equal cost, and how does planning grow?
+"""`gradacc bench balance`: balance over simulated processes, and how the cost of planning grows.
 
-The first table cuts windows of the offline data's real lengths as `split_window` does, and by a strided
-assignment. The second says what the loader takes in memory and time by examples and processes, and which
-collectives a window needs: `python -m gradacc_hf.bench.balance` counts those of one run on real processes.
+The first table splits windows of the offline data's real lengths with `split_window` and with a strided
+assignment. The second table holds the loader's memory and time by number of examples and processes, and the
+collectives of a window. `python -m gradacc_hf.bench.balance` counts the collectives on real processes.
 """
 
 import json
@@ -31,21 +31,22 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import Bound, Cost, split_window
 from gradacc_hf.bench.launch import launch
+from gradacc_hf.bench.progress import Progress
 from gradacc_hf.embedded import documented_functions, minilm_path
-from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
+from gradacc_hf.recipe.loading import load_recipe, load_recipe_to_run
+from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.paths import bundle_root
 
-WINDOWS = {8: 50, 64: 20, 1024: 3}  # simulated, by processes
-EXAMPLES_EACH = 16, 64  # of a window, for each process
-MODEL_READS = 512  # tokens, MiniLM's limit
-DATA = 10**5, 10**7, 10**8, 10**9
-PROCESSES = 1, 8, 64, 1000
-LARGEST = 10**8  # examples that are measured; more are computed from them
-PEAK = 16  # bytes an example that a loader takes at most, to see whether there are so many
+WINDOWS = {8: 50, 64: 20, 1024: 3}  # simulated windows, by number of processes
+EXAMPLES_PER_PROCESS = 16, 64  # in a window
+MODEL_MAX_TOKENS = 512  # of MiniLM
+DATASET_EXAMPLES = 10**5, 10**7, 10**8, 10**9
+PROCESS_COUNTS = 1, 8, 64, 1000
+MAX_MEASURED_EXAMPLES = 10**8  # larger data sets are computed from these
+PEAK_BYTES_PER_EXAMPLE = 16  # of a loader, to check the available memory
 CONFIG = "configs/text_classification_offline.yaml"
 
 Split = list[list[np.ndarray]]
@@ -53,21 +54,23 @@ Split = list[list[np.ndarray]]
 
 @dataclass(frozen=True)
 class Lengths:
-    """Those of a data set's examples, and the bound by which its windows are cut."""
+    """The lengths of a data set's examples, and the bound of the micro-batches."""
 
     name: str
     tokens: np.ndarray
     max_tokens: int
 
     def window(self, size: int, draw: np.random.Generator) -> np.ndarray:
-        """So many examples; drawn with replacement where there are fewer."""
+        """Return `size` random lengths, drawn with replacement if the data set has fewer."""
         return draw.choice(self.tokens, size, replace=size > len(self.tokens))
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Windows of one size. The ratios: predicted cost of the slowest process / the larger of the mean over
-    processes and the dearest example alone.
+    """Windows of one size.
+
+    `worst` and `median` are ratios: predicted cost of the slowest process / reference cost, which
+    is the mean over processes, or the cost of the costliest example alone if larger.
     """
 
     lengths: str
@@ -79,27 +82,27 @@ class Balance:
     strided_worst: float
     strided_median: float
     strided_by_ours: float  # cost of the slowest process, median
-    accumulation_steps: float  # of the process with most, mean
+    accumulation_steps: float  # of the process with the most, mean
     strided_accumulation_steps: float
     plan_ms: float  # median
 
 
 @dataclass(frozen=True)
 class DataGrowth:
-    """What one process holds for so many examples of one column of lengths, and how long planning takes."""
+    """Memory and time of one process, by the number of examples with one column of lengths."""
 
     examples: int
     permutation_bytes: int
     lengths_bytes: int
-    most_bytes: int  # at once, while it is set up
+    most_bytes: int  # peak of the set-up
     permutation_seconds: float  # once an epoch
     plan_ms: float  # a window of 64, median
-    how: str
+    how: str  # measured or computed
 
 
 @dataclass(frozen=True)
 class ProcessGrowth:
-    """What a window of 64 examples for each process takes every one of them to plan, and in collectives."""
+    """Planning time and collectives of a window with 64 examples for each process."""
 
     processes: int
     examples: int
@@ -109,8 +112,12 @@ class ProcessGrowth:
 
 
 @dataclass(frozen=True)
-class Balances:
-    """Both tables. `sizes`: of each data set, examples, mean, 95 %, longest, and padded tokens at most."""
+class BalanceResult:
+    """Both tables.
+
+    `sizes` holds for each data set: examples, mean length, 95th percentile, longest, and the bound of padded
+    tokens.
+    """
 
     sizes: dict[str, tuple[int, float, float, int, int]]
     balances: tuple[Balance, ...]
@@ -119,25 +126,32 @@ class Balances:
     measured_with: dict[str, str]
 
 
-def balances(progress: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> Balances:
+def measure_balance(progress: Progress = iter) -> BalanceResult:
     """Simulate and measure both tables."""
     all_lengths = offline_lengths()
     jobs: list[Callable[[], Any]] = [
         partial(simulate, lengths, processes, each, windows)
         for lengths in all_lengths
         for processes, windows in WINDOWS.items()
-        for each in EXAMPLES_EACH
+        for each in EXAMPLES_PER_PROCESS
     ]
-    fit = [n for n in DATA if n <= min(LARGEST, psutil.virtual_memory().available // (2 * PEAK))]
+    fit = [
+        n
+        for n in DATASET_EXAMPLES
+        if n <= min(MAX_MEASURED_EXAMPLES, psutil.virtual_memory().available // (2 * PEAK_BYTES_PER_EXAMPLE))
+    ]
     jobs += [partial(grow_by_data, examples) for examples in fit]
-    jobs += [partial(grow_by_processes, all_lengths[0], processes) for processes in PROCESSES]
+    jobs += [partial(grow_by_processes, all_lengths[0], processes) for processes in PROCESS_COUNTS]
     jobs.append(count_collectives)
     *found, collectives = [job() for job in progress(jobs)]
     by_data = [row for row in found if isinstance(row, DataGrowth)]
-    return Balances(
+    return BalanceResult(
         sizes={lengths.name: _sizes(lengths) for lengths in all_lengths},
         balances=tuple(row for row in found if isinstance(row, Balance)),
-        by_data=(*by_data, *(_computed(by_data[-1], examples) for examples in DATA if examples not in fit)),
+        by_data=(
+            *by_data,
+            *(_computed(by_data[-1], examples) for examples in DATASET_EXAMPLES if examples not in fit),
+        ),
         by_processes=tuple(
             replace(row, collectives=collectives, how=f"{row.how}; collectives as on 2")
             if row.processes > 1
@@ -150,10 +164,10 @@ def balances(progress: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> Balan
 
 
 def offline_lengths() -> list[Lengths]:
-    """Docstrings up to what the model reads, as the offline config cuts them, and source texts uncut."""
+    """Return lengths of docstrings, truncated for the model and by the config, and of source texts."""
     found = []
     for name, settings in (
-        (f"docstrings of up to {MODEL_READS} tokens", ["--data.max_length", str(MODEL_READS)]),
+        (f"docstrings of up to {MODEL_MAX_TOKENS} tokens", ["--data.max_length", str(MODEL_MAX_TOKENS)]),
         ("docstrings as configured", []),
     ):
         recipe = load_recipe(["--config", str(bundle_root() / CONFIG), *settings])
@@ -166,57 +180,60 @@ def offline_lengths() -> list[Lengths]:
 
 
 def simulate(lengths: Lengths, processes: int, examples_each: int, windows: int, seed: int = 0) -> Balance:
-    """Cut so many windows for so many processes, in both ways."""
+    """Split windows for simulated processes, with `split_window` and strided."""
     draw, bound = np.random.default_rng([seed, processes, examples_each]), Bound(lengths.max_tokens)
-    ratios: dict[str, list[float]] = {"ours": [], "strided": []}
-    steps: dict[str, list[int]] = {"ours": [], "strided": []}
+    ratios: dict[str, list[float]] = {"balanced": [], "strided": []}
+    steps: dict[str, list[int]] = {"balanced": [], "strided": []}
     slower, milliseconds = [], []
     for _ in range(windows):
         window = lengths.window(processes * examples_each, draw)
         started = time.process_time()
-        ours = split_window(window, bound, processes)
+        balanced = split_window(window, bound, processes)
         milliseconds.append(1000 * (time.process_time() - started))
         slowest = {}
-        for way, split in (("ours", ours), ("strided", strided(window, bound, processes))):
+        for way, split in (("balanced", balanced), ("strided", strided(window, bound, processes))):
             costs = process_costs(split, window)
             slowest[way] = max(costs)
             ratios[way].append(unevenness(costs, window))
             steps[way].append(max(map(len, split)))
-        slower.append(slowest["strided"] / slowest["ours"])
+        slower.append(slowest["strided"] / slowest["balanced"])
     return Balance(
         lengths=lengths.name,
         processes=processes,
         examples_each=examples_each,
         windows=windows,
-        worst=max(ratios["ours"]),
-        median=median(ratios["ours"]),
+        worst=max(ratios["balanced"]),
+        median=median(ratios["balanced"]),
         strided_worst=max(ratios["strided"]),
         strided_median=median(ratios["strided"]),
         strided_by_ours=median(slower),
-        accumulation_steps=mean(steps["ours"]),
+        accumulation_steps=mean(steps["balanced"]),
         strided_accumulation_steps=mean(steps["strided"]),
         plan_ms=median(milliseconds),
     )
 
 
 def strided(window: np.ndarray, bound: Bound, processes: int) -> Split:
-    """Process i gets examples i, i + processes, …, and cuts them where they cost least."""
-    places = [np.arange(process, len(window), processes) for process in range(processes)]
-    return [[mine[piece] for piece in split_window(window[mine], bound)[0]] for mine in places]
+    """Give process i the examples i, i + processes, …, and split each share at the least cost."""
+    shares = [np.arange(process, len(window), processes) for process in range(processes)]
+    return [[share[indices] for indices in split_window(window[share], bound)[0]] for share in shares]
 
 
 def process_costs(split: Split, window: np.ndarray, cost: Cost = Cost()) -> list[float]:
-    """What each process's micro-batches are predicted to cost together, as they are really cut."""
-    return [sum(cost(len(piece), int(window[piece].max())) for piece in process) for process in split]
+    """Return the predicted cost of all micro-batches, for each process."""
+    return [
+        sum(cost(len(indices), int(window[indices].max())) for indices in micro_batches)
+        for micro_batches in split
+    ]
 
 
 def unevenness(costs: Sequence[float], window: np.ndarray, cost: Cost = Cost()) -> float:
-    """Cost of the slowest process / the larger of the mean and the dearest example alone."""
+    """Return the slowest process's cost / the larger of the mean and the costliest example's."""
     return max(costs) / max(mean(costs), cost(1, int(window.max())))
 
 
 def grow_by_data(examples: int) -> DataGrowth:
-    """Make a loader of so many examples, plan windows of two epochs, and see what that takes."""
+    """Measure the memory and time to make a loader and to plan windows of two epochs."""
     lengths = np.random.default_rng(0).integers(1, 512, size=examples, dtype=np.int32)
     accelerator = Accelerator(cpu=True)
 
@@ -224,14 +241,14 @@ def grow_by_data(examples: int) -> DataGrowth:
         tokens = lengths[:examples]
         return WindowLoader(range(examples), 64, accelerator=accelerator, max_tokens=4096, lengths=tokens)
 
-    loader(64)  # Python notes, once, which types are sequences: the more, the more is imported
+    loader(64)  # the first call fills Python's cache of sequence types, whose size depends on the imports
     tracemalloc.start()
     windows = loader(examples)
     held, _ = tracemalloc.get_traced_memory()
     started = time.process_time()
     windows.split(0, 0)
     seconds = time.process_time() - started
-    windows.split(1, 0)  # another permutation: never two at once
+    windows.split(1, 0)  # the next permutation replaces the first
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     plan = windows.plan
@@ -250,7 +267,7 @@ def grow_by_data(examples: int) -> DataGrowth:
 
 
 def _computed(largest: DataGrowth, examples: int) -> DataGrowth:
-    """As much more as there are more examples; a window is planned as before."""
+    """Scale the figures of the largest measured data set; a window takes the same time."""
     times = examples / largest.examples
     return DataGrowth(
         examples=examples,
@@ -264,7 +281,7 @@ def _computed(largest: DataGrowth, examples: int) -> DataGrowth:
 
 
 def grow_by_processes(lengths: Lengths, processes: int) -> ProcessGrowth:
-    """Plan windows for so many processes: each of them plans the whole window, alone."""
+    """Time the planning of windows. Each process plans the whole window."""
     size, draw, bound = 64 * processes, np.random.default_rng(0), Bound(lengths.max_tokens)
     drawn = [lengths.window(size, draw) for _ in range(5)]
     plan_ms = _median_ms(lambda number: split_window(drawn[number], bound, processes), range(5))
@@ -291,15 +308,15 @@ def _sizes(lengths: Lengths) -> tuple[int, float, float, int, int]:
     )
 
 
-def print_balances(result: Balances, console: Console) -> None:
-    """A table a data set; then what grows with data, and with processes."""
+def print_balance(result: BalanceResult, console: Console) -> None:
+    """Print a table for each data set, then memory and time by examples and by processes."""
     for name, (examples, average, most_are, longest, max_tokens) in result.sizes.items():
         console.print(
             f"{name}: {examples:,} examples; tokens: {average:.0f} on average, 95 % up to {most_are:.0f}, "
             f"longest {longest:,}; {max_tokens:,} padded ones at most"
         )
         headers = "processes", "examples\neach", "slowest¹\nworst", "\nmedian", "strided\nworst", "\nmedian"
-        table = _table(*headers, "strided\n/ ours²", "steps³\nours", "\nstrided", "plan it,\nms")
+        table = _table(*headers, "strided\n/ split²", "steps³\nsplit", "\nstrided", "plan it,\nms")
         for row in (row for row in result.balances if row.lengths == name):
             table.add_row(
                 f"{row.processes:,}",
@@ -312,15 +329,15 @@ def print_balances(result: Balances, console: Console) -> None:
             )
         console.print(table)
     worst = max(row.worst for row in result.balances)
-    said = "within" if worst <= BALANCED else "MORE THAN"
+    verdict = "within" if worst <= BALANCED else "MORE THAN"
     windows = ", ".join(f"{count} windows with {processes:,}" for processes, count in WINDOWS.items())
     console.print(
-        "¹ predicted cost of the slowest process / the larger of the mean and the dearest example alone, of "
-        f"{windows} processes. The worst of ours: {worst:.3f}, {said} {BALANCED}\n"
-        "² cost of its slowest process / that of ours, median\n"
-        "³ accumulation steps of the process with most, mean\n"
+        "¹ predicted cost of the slowest process / the mean, or the costliest example alone if larger, of "
+        f"{windows} processes. Worst of split_window: {worst:.3f}, {verdict} {BALANCED}\n"
+        "² cost of the slowest process, strided / split_window, median\n"
+        "³ accumulation steps of the process with the most, mean\n"
     )
-    console.print("What one process holds, by examples (one column of lengths)")
+    console.print("Memory and time of one process, by examples (one column of lengths)")
     headers = "examples", "permutation", "lengths", "set up,\nat most", "draw it, s\nan epoch"
     table = _table(*headers, "plan a window\nof 64, ms")
     for row in result.by_data:
@@ -332,7 +349,7 @@ def print_balances(result: Balances, console: Console) -> None:
             row.how,
         )
     console.print(table)
-    console.print("A window of 64 docstrings for each process, which every process plans")
+    console.print("A window with 64 docstrings for each process, planned by each process")
     table = _table("processes", "examples", "plan it, ms", "collectives")
     for row in result.by_processes:
         numbers = f"{row.processes:,}", f"{row.examples:,}", f"{row.plan_ms:,.1f}"
@@ -343,7 +360,7 @@ def print_balances(result: Balances, console: Console) -> None:
         f"Collectives of a window, counted on 2 processes (DDP over gloo, MiniLM): {kinds['all_gather']} "
         f"all_gather (numbers of items), {kinds['all_reduce']} all_reduce ({kinds['all_reduce'] - 1} buckets "
         f"of gradients and the loss), {kinds['broadcast']} broadcast (the model's buffers). Until each "
-        "process has had its dearest micro-batch, one all_gather more. None of these depends on the number "
+        "process has run its costliest micro-batch, one all_gather more. None of these depends on the number "
         "of processes. FSDP2 (computed): an all_gather, two all_reduce with the gradient's norm, up to two "
         "all_gather a layer in each micro-batch, and one reduce_scatter a layer."
     )
@@ -362,23 +379,24 @@ def _megabytes(size: int) -> str:
 
 
 def count_collectives() -> dict[str, int]:
-    """Of a window of a run on two processes (DDP, gloo): how many of each kind."""
+    """Count the collectives of a window on two processes (DDP, gloo), by kind."""
     return json.loads(
         launch(
             "bench balance",
             2,
             "gradacc_hf.bench.balance",
-            environment={"ACCELERATE_USE_CPU": "true"},  # gloo names its collectives
+            environment={"ACCELERATE_USE_CPU": "true"},  # gloo names the collectives in profiles
         )
     )
 
 
 def _count(windows_before: int = 5) -> None:
-    """In each of the processes. The first windows tell each other that they fit."""
+    """Profile one window in each process. The first windows have an extra collective, so skip them."""
     settings = ["--batch.effective", "16", "--budget.max_tokens", "512", "--output.tracker", "none"]
-    recipe = load_recipe(["--config", str(bundle_root() / CONFIG), *settings])
+    recipe = load_recipe_to_run(["--config", str(bundle_root() / CONFIG), *settings])
     accelerator = make_accelerator(recipe.config)
-    loader, _ = make_windows(recipe, *recipe.datasets(), accelerator)
+    recipe, training, validation = load_data(recipe)
+    loader, _ = make_windows(recipe, training, validation, accelerator)
     model = make_model(recipe)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe.config.optim))
     records = iter_windows(model, optimizer, loader, accelerator=accelerator)

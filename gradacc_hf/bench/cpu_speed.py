@@ -1,15 +1,15 @@
-"""`gradacc bench cpu`: what a CPU's settings do for the speed of a recipe.
+"""`gradacc bench cpu`: the speed of a recipe under the settings of a CPU.
 
-Threads, malloc, how waiting threads wait, padding to a multiple, bf16 and torch.compile; each run in a
-process of its own, as the first three are read where a process starts. All train the same windows and take
-turns; what counts is the ratio to the default in the same turn.
+The settings are threads, malloc, the wait policy of threads, padding to a multiple, bf16 and torch.compile.
+Each run has a process of its own, because a process reads the first three when it starts. All runs train the
+same windows, in turns. The result is the ratio to the default run of the same turn.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from ctypes.util import find_library
 from dataclasses import dataclass, field
 from statistics import median
@@ -19,26 +19,29 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from gradacc_hf.errors import GradaccError, InputError, listed
+from gradacc_hf.bench.offline import check_names
+from gradacc_hf.bench.progress import Progress
+from gradacc_hf.errors import GradaccError, InputError
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.hardware import Device, find_device
+from gradacc_hf.utils.verbosity import silence_libraries
 
 DEFAULT = "default"
-KEEP = 4 * 2**30  # bytes that glibc does not give back to the kernel
-MEASUREMENTS_NEEDED = 0.9  # confidence below which nothing is called faster or slower: 5 turns give it
-WARM_UP = 1  # windows of each run that are not timed: compiling, the allocator's blocks
+MALLOC_KEPT_BYTES = 4 * 2**30  # glibc returns no smaller block to the kernel
+MIN_CONFIDENCE = 0.9  # for a verdict of faster or slower; 5 turns reach it
+WARM_UP_WINDOWS = 1  # not timed: they compile, and fill the allocator
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is set for a run: in its environment, and on its command line."""
+    """The environment variables and the command-line settings of a run."""
 
     environment: dict[str, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
 
 
 def variants(device: Device | None = None) -> dict[str, Variant]:
-    """All that this machine can run, by name; the default first."""
+    """Return the variants that this machine can run, by name, the default first."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = {DEFAULT: Variant()}
     for threads in sorted({1, max(1, cores // 2), cores, 2 * cores}):
@@ -46,7 +49,9 @@ def variants(device: Device | None = None) -> dict[str, Variant]:
     found["wait_passive"] = Variant({"OMP_WAIT_POLICY": "PASSIVE"})
     found["wait_active"] = Variant({"OMP_WAIT_POLICY": "ACTIVE"})
     if sys.platform == "linux":
-        tunables = f"glibc.malloc.mmap_threshold={KEEP}:glibc.malloc.trim_threshold={KEEP}"
+        tunables = (
+            f"glibc.malloc.mmap_threshold={MALLOC_KEPT_BYTES}:glibc.malloc.trim_threshold={MALLOC_KEPT_BYTES}"
+        )
         found["malloc_keep"] = Variant({"GLIBC_TUNABLES": tunables})
         found["malloc_one_arena"] = Variant({"MALLOC_ARENA_MAX": "1"})
         found["malloc_huge_pages"] = Variant({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
@@ -63,52 +68,59 @@ def variants(device: Device | None = None) -> dict[str, Variant]:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Seconds of a variant / seconds of the default, turn by turn: below 1 is faster."""
+class VariantRatio:
+    """Seconds of a variant / seconds of the default, over all turns. A ratio below 1 is faster."""
 
     variant: str
     median: float
     low: float
     high: float
     seconds: tuple[float, ...]  # of the timed windows, by turn
-    first_window_seconds: float  # median: compiling is in it
+    first_window_seconds: float  # median; includes compiling
 
     @property
     def clear(self) -> bool:
-        """Does the interval leave out 1?"""
+        """Whether the interval excludes 1."""
         return not self.low <= 1 <= self.high
 
 
 @dataclass(frozen=True)
-class CpuSpeed:
-    """All variants. The intervals hold the median with the probability `confidence`."""
+class CpuSettingsResult:
+    """All variants. The intervals contain the median with the probability `confidence`."""
 
     config: str
     windows: int
     repeats: int
     confidence: float
-    ratios: tuple[Ratio, ...]
+    ratios: tuple[VariantRatio, ...]
     failed: dict[str, str]
     measured_with: dict[str, str]
 
 
-def cpu(
+def measure_cpu_settings(
     config: str,
     only: Sequence[str] = (),
     windows: int = 6,
     repeats: int = 6,
-    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
-) -> CpuSpeed:
-    """Time the first windows of a config's run, each variant once a turn; raises InputError.
+    progress: Progress = iter,
+) -> CpuSettingsResult:
+    """Time the first windows of a config's run, each variant once a turn.
 
-    only: names of variants; all by default. windows: those timed, after one that is not. repeats: turns.
-    The interval is from the least to the most of n ratios: one of n draws is below and one above the median
-    with the probability 1 − 2^(1 − n).
+    The interval reaches from the smallest to the largest of n ratios. It contains the median with the
+    probability 1 − 2^(1 − n), because each ratio is above the median with probability 1/2.
+
+    Args:
+        config: the config file.
+        only: names of variants; by default all.
+        windows: the number of timed windows, after one window to warm up.
+        repeats: the number of turns.
+        progress: wraps the runs.
+
+    Raises:
+        InputError: a name is unknown, or the default fails.
     """
     known = variants()
-    for name in only:
-        if name not in known:
-            raise InputError(f"--only: found {name!r}; allowed: {listed(known)}")
+    check_names(only, known)
     chosen = {name: known[name] for name in known if name == DEFAULT or name in only or not only}
     names = list(chosen)
     turns = [(turn, names[(turn + i) % len(names)]) for turn in range(repeats) for i in range(len(names))]
@@ -117,14 +129,14 @@ def cpu(
     for _, name in progress(turns):
         if name not in failed:
             try:
-                found[name].append(run_windows(config, windows, chosen[name]))
+                found[name].append(time_windows(config, windows, chosen[name]))
             except VariantFailedError as error:
                 if name == DEFAULT:
                     raise InputError(f"{config}: {error}") from error
                 failed[name] = str(error)
     default = [run["seconds"] for run in found[DEFAULT]]
-    ratios = [_ratio(name, found[name], default) for name in names if name not in failed]
-    return CpuSpeed(
+    ratios = [ratio_to_default(name, found[name], default) for name in names if name not in failed]
+    return CpuSettingsResult(
         config=config,
         windows=windows,
         repeats=repeats,
@@ -135,19 +147,20 @@ def cpu(
     )
 
 
-def _ratio(name: str, runs: Sequence[dict[str, Any]], default: Sequence[float]) -> Ratio:
+def ratio_to_default(name: str, runs: Sequence[dict[str, Any]], default: Sequence[float]) -> VariantRatio:
+    """Compare the runs of a variant with the seconds of the default, turn by turn."""
     seconds = tuple(run["seconds"] for run in runs)
-    by_turn = [ours / theirs for ours, theirs in zip(seconds, default, strict=True)]
+    by_turn = [mine / reference for mine, reference in zip(seconds, default, strict=True)]
     first = median(run["first"] for run in runs)
-    return Ratio(name, median(by_turn), min(by_turn), max(by_turn), seconds, first)
+    return VariantRatio(name, median(by_turn), min(by_turn), max(by_turn), seconds, first)
 
 
 class VariantFailedError(GradaccError):
-    """What a run said at its end."""
+    """A run failed; the message is the last line on stderr."""
 
 
-def run_windows(config: str, windows: int, variant: Variant) -> dict[str, Any]:
-    """Train windows of a config in a process, after one to warm up. Raises VariantFailedError."""
+def time_windows(config: str, windows: int, variant: Variant) -> dict[str, Any]:
+    """Train windows of a config in a process, after one window to warm up. Raises VariantFailedError."""
     command = [sys.executable, "-m", "gradacc_hf.bench.cpu_speed", str(windows), "--config", config]
     done = subprocess.run(
         [*command, *variant.settings],
@@ -162,46 +175,43 @@ def run_windows(config: str, windows: int, variant: Variant) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _measure(windows: int, settings: Sequence[str]) -> None:
-    """In a process of its own: train, and print the seconds as JSON."""
+def time_windows_here(windows: int, settings: Sequence[str]) -> None:
+    """Train windows in this process, and print the seconds as JSON."""
     import torch
-    import transformers
-    from datasets import disable_progress_bars
 
-    from gradacc_hf.recipe.loading import load_recipe
-    from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
+    from gradacc_hf.recipe.loading import load_recipe_to_run
+    from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows
     from gradacc_hf.training.loop import train
     from gradacc_hf.training.optimizer import make_optimizer
     from gradacc_hf.training.run_log import peak_memory_bytes
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
-    recipe = load_recipe([*settings, "--output.tracker", "none"])
+    silence_libraries()
+    recipe = load_recipe_to_run([*settings, "--output.tracker", "none"])
     accelerator = make_accelerator(recipe.config)
-    loader, _ = make_windows(recipe, *recipe.datasets(), accelerator)
-    if not 1 <= windows <= len(loader) - WARM_UP:
-        raise InputError(f"--windows: found {windows}; allowed: 1 to {len(loader) - WARM_UP}")
+    recipe, training, validation = load_data(recipe)
+    loader, _ = make_windows(recipe, training, validation, accelerator)
+    if not 1 <= windows <= len(loader) - WARM_UP_WINDOWS:
+        raise InputError(f"--windows: found {windows}; allowed: 1 to {len(loader) - WARM_UP_WINDOWS}")
     model = make_model(recipe)
     optimizer = make_optimizer(model, recipe.config.optim, accelerator.mixed_precision)
     model, optimizer = accelerator.prepare(model, optimizer)
     shared: dict[str, Any] = {"accelerator": accelerator, "compute_loss": recipe.loss}
-    records = train(model, optimizer, loader, max_windows=windows + WARM_UP, **shared)
+    records = train(model, optimizer, loader, max_windows=windows + WARM_UP_WINDOWS, **shared)
     seconds = [record.seconds for record in records]
-    found = {"first": sum(seconds[:WARM_UP]), "seconds": sum(seconds[WARM_UP:])}
+    found = {"first": sum(seconds[:WARM_UP_WINDOWS]), "seconds": sum(seconds[WARM_UP_WINDOWS:])}
     peak = peak_memory_bytes(accelerator.device)
     print(json.dumps({**found, "threads": torch.get_num_threads(), "peak_memory_bytes": peak}))
 
 
-def print_cpu(result: CpuSpeed, console: Console) -> None:
-    """A row a variant, the fastest first."""
+def print_cpu_settings(result: CpuSettingsResult, console: Console) -> None:
+    """Print a row for each variant, the fastest first."""
     table = Table(box=SIMPLE, padding=(0, 2, 0, 0))
     for header in ("variant", "seconds", "ratio", f"{result.confidence:.0%} interval", "", "first window"):
-        whole = header != ""  # a name that is cut short says nothing
+        whole = header != ""  # names are not truncated
         table.add_column(header, justify="left" if header in ("variant", "") else "right", no_wrap=whole)
     for ratio in sorted(result.ratios, key=lambda ratio: ratio.median):
-        verdict = ("faster" if ratio.median < 1 else "slower") if ratio.clear else "no difference seen"
-        verdict = verdict if result.confidence >= MEASUREMENTS_NEEDED else "too few turns to say"
+        verdict = ("faster" if ratio.median < 1 else "slower") if ratio.clear else "no clear difference"
+        verdict = verdict if result.confidence >= MIN_CONFIDENCE else "too few turns"
         table.add_row(
             ratio.variant,
             f"{median(ratio.seconds):.2f}",
@@ -218,7 +228,7 @@ def print_cpu(result: CpuSpeed, console: Console) -> None:
 
 if __name__ == "__main__":
     try:
-        _measure(int(sys.argv[1]), sys.argv[2:])
+        time_windows_here(int(sys.argv[1]), sys.argv[2:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,9 +1,9 @@
-"""Kill a run with SIGKILL at random moments, resume it, and compare what comes out with a run left in peace.
+"""`gradacc bench kills` and `damages`: resumed runs compared with an undisturbed run, bit by bit.
 
-`kills` starts a recipe's own command line in a process of its own, again and again, and kills it while it is
-in a phase that was drawn: forward, backward, the optimizer's step, an evaluation, a checkpoint's writing.
-`damages` damages the newest checkpoint of a run in every way there is, and resumes. Both count what is the
-same to the last bit: the saved weights, and the history but for its seconds. One process, on a CPU.
+`measure_kills` starts a recipe's command line in a process of its own, and kills it with SIGKILL in a random
+phase: forward, backward, the optimizer's step, an evaluation, or the writing of a checkpoint.
+`measure_damages` damages the newest checkpoint of a run in each way of `DAMAGES`, and resumes. Both compare
+the saved weights, and the history without seconds. Runs have one process, on a CPU.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from rich.table import Table
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_full_backward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from gradacc_hf.bench.progress import Progress
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import recipe_class_of
@@ -45,19 +46,19 @@ BETWEEN = "between these"
 MARKS = (BETWEEN, *PHASES)
 SETTINGS = {
     "--config": str(bundle_root() / "configs/image_classification_offline.yaml"),
-    "--model.dropout": 0.1,  # whose draws must be the same, too
+    "--model.dropout": 0.1,  # the random numbers must be the same too
     "--train.max_windows": 60,
     "--train.eval_every": 7,
     "--checkpoint.every": 2,
     "--budget.max_tokens": 256,
     "--output.tracker": "none",
 }
-SECONDS = 600  # in which a run must end
+RUN_TIMEOUT_SECONDS = 600
 
 
 @dataclass(frozen=True)
-class Kills:
-    """How often a run was killed in which phase, and how many of the runs came out the same."""
+class KillsResult:
+    """Kills by phase, and the number of runs with the undisturbed run's weights and history."""
 
     kills: dict[str, int]
     runs: int
@@ -66,8 +67,8 @@ class Kills:
     measured_with: dict[str, str]
 
 
-def kills(number: int = 50, seed: int = 0, progress: Callable[..., Iterable[Any]] = iter) -> Kills:
-    """Kill so many times; as soon as a run has come to its end all the same, begin another."""
+def measure_kills(number: int = 50, seed: int = 0, progress: Progress = iter) -> KillsResult:
+    """Kill a run `number` times. When the run ends between kills, start another run."""
     draw, hit = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as temporary:
         undisturbed, attempts, identical = Path(temporary) / "undisturbed", Path(temporary) / "run", 0
@@ -81,32 +82,35 @@ def kills(number: int = 50, seed: int = 0, progress: Callable[..., Iterable[Any]
         _start(attempts)
         runs, identical = runs + 1, identical + (_outcome(attempts) == expected)
     windows = int(SETTINGS["--train.max_windows"])
-    return Kills({mark: hit[mark] for mark in MARKS}, runs, identical, windows, measured_with("cpu"))
+    return KillsResult({mark: hit[mark] for mark in MARKS}, runs, identical, windows, measured_with("cpu"))
 
 
-def print_kills(result: Kills, console: Console) -> None:
-    """A row for each phase."""
+def print_kills(result: KillsResult, console: Console) -> None:
+    """Print a row for each phase."""
     table = Table("killed in", "times", box=SIMPLE)
     for phase, times in result.kills.items():
         table.add_row(phase, str(times))
     console.print(table)
     console.print(
         f"{sum(result.kills.values())} kills in {result.runs} runs of {result.windows} windows: "
-        f"{result.identical} of {result.runs} ended with the weights and the history of a run left in peace, "
+        f"{result.identical} of {result.runs} ended with the weights and the history of an undisturbed run, "
         "bit for bit"
     )
 
 
 @dataclass(frozen=True)
-class Damages:
-    """For each damage to the newest checkpoint: where the run went on, or what it said; is it the same?"""
+class DamagesResult:
+    """For each damage to the newest checkpoint: its name, the run's line, and whether the end is the same.
+
+    The line says where the run resumes, or why it does not. The end is None if the run does not resume.
+    """
 
     rows: tuple[tuple[str, str, bool | None], ...]
     measured_with: dict[str, str]
 
 
-def damages(progress: Callable[..., Iterable[Any]] = iter) -> Damages:
-    """Damage the newest of two checkpoints of a run that was killed, and resume."""
+def measure_damages(progress: Progress = iter) -> DamagesResult:
+    """Damage the newest of two checkpoints of a killed run, and resume the run."""
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         names = ("undisturbed", "killed", "damaged")
@@ -118,18 +122,18 @@ def damages(progress: Callable[..., Iterable[Any]] = iter) -> Damages:
         for name, damage in progress([("none", lambda folder: None), *DAMAGES.items()]):
             shutil.copytree(killed, damaged, symlinks=True)
             damage(sorted((damaged / FOLDER).glob("window-*"))[-1])
-            said = _resume_aloud(damaged)
+            line = _resume_and_read(damaged)
             ended = (damaged / "summary.json").is_file()
-            rows.append((name, said, _outcome(damaged) == expected if ended else None))
+            rows.append((name, line, _outcome(damaged) == expected if ended else None))
             shutil.rmtree(damaged)
-    return Damages(tuple(rows), measured_with("cpu"))
+    return DamagesResult(tuple(rows), measured_with("cpu"))
 
 
-def print_damages(result: Damages, console: Console) -> None:
-    """A row for each damage."""
+def print_damages(result: DamagesResult, console: Console) -> None:
+    """Print a row for each damage."""
     table = Table("the newest checkpoint", "and the run", "the same end", box=SIMPLE)
-    for name, said, same in result.rows:
-        table.add_row(name, said, {True: "yes", False: "NO", None: "refused"}[same])
+    for name, line, same in result.rows:
+        table.add_row(name, line, {True: "yes", False: "NO", None: "refused"}[same])
     console.print(table)
 
 
@@ -137,7 +141,7 @@ def _first(folder: Path, ending: str) -> Path:
     return next(path for path in sorted(folder.iterdir()) if path.name.endswith(ending))
 
 
-def _cut_short(path: Path) -> None:
+def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -148,14 +152,14 @@ def _flip_a_bit(path: Path) -> None:
 
 
 class _Mark:
-    """A pickle that would leave a mark."""
+    """A pickle whose loading creates a file."""
 
     def __reduce__(self):
         return os.system, ("touch $GRADACC_MARK",)
 
 
-def _put_in_code(folder: Path) -> None:
-    """A pickle that runs code, with a checksum to match."""
+def _insert_code(folder: Path) -> None:
+    """Replace a file by a pickle that runs code, and update the checksum."""
     torch.save(_Mark(), folder / NUMBERS)
     sums = json.loads((folder / "sha256.json").read_text())
     sums[NUMBERS] = hashlib.sha256((folder / NUMBERS).read_bytes()).hexdigest()
@@ -163,40 +167,48 @@ def _put_in_code(folder: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "weights cut short": lambda folder: _cut_short(_first(folder, ".safetensors")),
+    "weights truncated": lambda folder: _truncate(_first(folder, ".safetensors")),
     "a bit of the weights flipped": lambda folder: _flip_a_bit(_first(folder, ".safetensors")),
     "weights missing": lambda folder: _first(folder, ".safetensors").unlink(),
-    "numbers cut short": lambda folder: _cut_short(folder / NUMBERS),
+    "numbers truncated": lambda folder: _truncate(folder / NUMBERS),
     "random numbers missing": lambda folder: (folder / "random-0.pt").unlink(),
     "about.json with a bit flipped": lambda folder: _flip_a_bit(folder / "about.json"),
-    "checksums cut short": lambda folder: _cut_short(folder / "sha256.json"),
+    "checksums truncated": lambda folder: _truncate(folder / "sha256.json"),
     "checksums missing": lambda folder: (folder / "sha256.json").unlink(),
-    "a strange file": lambda folder: (folder / "more.safetensors").write_bytes(b""),
+    "an unexpected file": lambda folder: (folder / "more.safetensors").write_bytes(b""),
     "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
-    "a pickle that runs code": _put_in_code,
+    "a pickle that runs code": _insert_code,
 }
 
 
 def _start(folder: Path, draw: random.Random | None = None, windows: tuple[int, int] = (0, 12)) -> str | None:
-    """Run the recipe in this folder, or go on with it there; give the phase that it was killed in.
+    """Start or resume the recipe's run in this folder. Return the phase in which the run was killed.
 
-    With `draw`, it is killed so many windows later, in a phase and at a moment that are drawn. None: it came
-    to its end before. Raises InputError where it fails.
+    Args:
+        folder: the run's folder.
+        draw: draws the phase, window and moment of the kill; None for an undisturbed run.
+        windows: the range of the number of windows before the kill.
+
+    Returns:
+        The phase, or None if the run ended before the kill.
+
+    Raises:
+        InputError: the run failed.
     """
-    marks = mmap.mmap(-1, 2)  # shared with the child: its phase; windows begun
+    marks = mmap.mmap(-1, 2)  # shared with the child: the phase, and the number of windows that have begun
     child = multiprocessing.get_context("fork").Process(target=partial(_run, folder, marks))
     child.start()
     phase = None
     if draw is not None:
         wanted, after = draw.randrange(1, len(MARKS)), draw.randrange(*windows)
-        delay = 0.0 if MARKS[wanted] == "optimizer step" else draw.uniform(0, 0.02)  # a step takes less
+        delay = 0.0 if MARKS[wanted] == "optimizer step" else draw.uniform(0, 0.02)  # a step is shorter
         while child.is_alive() and not (marks[0] == wanted and marks[1] >= after):
             time.sleep(0.0001)
         time.sleep(delay)
         if child.is_alive() and not (folder / "summary.json").exists():
             phase = MARKS[marks[0]]
             child.kill()
-    child.join(SECONDS)
+    child.join(RUN_TIMEOUT_SECONDS)
     if child.exitcode == -signal.SIGKILL and phase is not None:
         return phase
     if child.exitcode != 0:
@@ -205,30 +217,32 @@ def _start(folder: Path, draw: random.Random | None = None, windows: tuple[int, 
     return None
 
 
-def _resume_aloud(folder: Path) -> str:
-    """Resume a run; where it went on, or the line that it was refused with."""
-    said, mark = folder.parent / "said.txt", folder.parent / "mark"
+def _resume_and_read(folder: Path) -> str:
+    """Resume a run. Return the line that says where the run resumes, or the error."""
+    output, mark = folder.parent / "output.txt", folder.parent / "mark"
     os.environ["GRADACC_MARK"] = str(mark)
-    child = multiprocessing.get_context("fork").Process(target=partial(_run, folder, mmap.mmap(-1, 2), said))
+    child = multiprocessing.get_context("fork").Process(
+        target=partial(_run, folder, mmap.mmap(-1, 2), output)
+    )
     child.start()
-    child.join(SECONDS)
-    lines = said.read_text(encoding="utf-8").splitlines()
+    child.join(RUN_TIMEOUT_SECONDS)
+    lines = output.read_text(encoding="utf-8").splitlines()
     if mark.exists():
         return "RAN THE CODE"
     found = [line for line in lines if line.startswith(("resume ", "error: "))]
-    said_last = found[-1].replace(str(folder), "RUN").removeprefix("resume") if found else ""
-    return " ".join(said_last.split())
+    last = found[-1].replace(str(folder), "RUN").removeprefix("resume") if found else ""
+    return " ".join(last.split())
 
 
-def _run(folder: Path, marks: Any, said: Path | None = None) -> None:
-    """In a process of its own: the recipe's command line, which marks where it is."""
-    with (said or Path(os.devnull)).open("w", encoding="utf-8") as file:
+def _run(folder: Path, marks: Any, output: Path | None = None) -> None:
+    """Run the recipe's command line in this process, and write the phase to `marks`."""
+    with (output or Path(os.devnull)).open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
         settings = {**SETTINGS, "--output.dir": folder, "--resume": "auto"}
         argv = [str(word) for setting in settings.items() for word in setting]
         with _marking(marks):
-            run(_watched(recipe_class_of(argv), marks), argv)
+            run(_with_marked_evaluation(recipe_class_of(argv), marks), argv)
         sys.stdout.flush()
 
 
@@ -269,10 +283,10 @@ def _marking(marks: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _watched(recipe: type[Recipe], marks: Any) -> type[Recipe]:
-    """The recipe, whose evaluations are marked."""
+def _with_marked_evaluation(recipe: type[Recipe], marks: Any) -> type[Recipe]:
+    """Return a subclass of the recipe that writes the phase of evaluations to `marks`."""
 
-    class Watched(recipe):
+    class MarkedRecipe(recipe):
         def validate(self, *arguments: Any) -> dict[str, float]:
             marks[0] = MARKS.index("evaluation")
             try:
@@ -280,11 +294,11 @@ def _watched(recipe: type[Recipe], marks: Any) -> type[Recipe]:
             finally:
                 marks[0] = 0
 
-    return Watched
+    return MarkedRecipe
 
 
 def _outcome(run: Path) -> tuple[Any, ...]:
-    """What must be the same: the weights that were saved, and the history but for its seconds."""
+    """Return hashes of the saved weights, and the history without seconds."""
     weights = [(run / name / "model.safetensors").read_bytes() for name in ("best", "last")]
     rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     history = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]

@@ -1,4 +1,4 @@
-"""Runs a module in processes of its own, as torchrun starts them."""
+"""Run a module in separate processes, with torchrun if there are several."""
 
 import os
 import signal
@@ -11,13 +11,17 @@ import torch
 
 from gradacc_hf.errors import InputError, one_line
 
-SECONDS = 180  # after which a run hangs
+TIMEOUT_SECONDS = 180
 
 
 def launch(
     what: str, processes: int, module: str, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> str:
-    """The line of JSON that it prints. Raises InputError, beginning with `what`, where it fails or hangs."""
+    """Return the line of JSON that the module prints.
+
+    Raises:
+        InputError: the module fails, or hangs. The message begins with `what`.
+    """
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     if processes > torch.cuda.device_count():
@@ -31,12 +35,14 @@ def launch(
         **pipes,
     )
     try:
-        printed, said = child.communicate(timeout=SECONDS)
+        printed, error_output = child.communicate(timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)  # the processes that it launched, too
-        raise InputError(f"{what}: hangs after {SECONDS} s") from None
+        os.killpg(child.pid, signal.SIGKILL)  # with the processes that the child launched
+        raise InputError(f"{what}: hangs after {TIMEOUT_SECONDS} s") from None
     lines = [line for line in printed.splitlines() if line.startswith(("{", "["))]
     if child.returncode or not lines:
-        errors = [line for line in said.splitlines() if "Error:" in line or "InputError:" in line] or [said]
+        errors = [
+            line for line in error_output.splitlines() if "Error:" in line or "InputError:" in line
+        ] or [error_output]
         raise InputError(f"{what}: failed: {one_line(errors[0])}")
     return lines[0]

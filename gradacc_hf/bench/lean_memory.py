@@ -1,4 +1,7 @@
-"""What the loss of a large vocabulary takes, with logits and without, each in a process of its own."""
+"""`gradacc bench lean_loss`: memory of the loss of a large vocabulary, with logits and without.
+
+Each of the two is measured in a process of its own.
+"""
 
 import json
 import subprocess
@@ -6,32 +9,35 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+
 from gradacc_hf.training.run_log import measured_with
 
-VOCABULARY, HIDDEN = 49152, 576  # SmolLM2-135M's, under 2 of its 30 layers: the loss is what is measured
+# Of SmolLM2-135M, with 2 of the 30 layers, so that the loss dominates.
+VOCABULARY, HIDDEN = 49152, 576
 
 
 @dataclass(frozen=True)
-class LeanMemory:
-    """Forward and backward of one micro-batch; bytes are the peak beyond the model and its gradients."""
+class LeanLossResult:
+    """Forward and backward of one micro-batch. Bytes are the peak above the model and the gradients."""
 
     tokens: int
     bytes_before: int  # with logits
-    bytes_after: int  # lean
+    bytes_after: int  # without logits
     seconds_before: float
     seconds_after: float
-    gradient_error: float  # relative, of the lean gradient
+    gradient_error: float  # relative, of the gradient without logits
     measured_with: dict[str, str]
 
 
-def lean_memory(tokens: int = 2048) -> LeanMemory:
-    """Measure both, on the CPU or on the GPU where there is one."""
+def measure_lean_loss(tokens: int = 2048) -> LeanLossResult:
+    """Measure both on the GPU if there is one, else on the CPU."""
     found = {}
     for lean in (0, 1):
         command = [sys.executable, "-m", "gradacc_hf.bench.lean_memory", str(tokens), str(lean)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found[lean] = json.loads(said.splitlines()[-1])
-    return LeanMemory(
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found[lean] = json.loads(printed.splitlines()[-1])
+    return LeanLossResult(
         tokens=tokens,
         bytes_before=found[0]["bytes"],
         bytes_after=found[1]["bytes"],
@@ -43,7 +49,7 @@ def lean_memory(tokens: int = 2048) -> LeanMemory:
 
 
 def _measure(tokens: int, lean: bool) -> None:
-    """In a process of its own: print the figures as JSON."""
+    """Measure in this process, and print the figures as JSON."""
     import time
 
     import torch
@@ -70,17 +76,29 @@ def _measure(tokens: int, lean: bool) -> None:
     batch = {"input_ids": ids, "labels": ids}
     if lean:
         make_lean(model, True)
-    model(input_ids=ids[:1, :2], labels=ids[:1, :2]).loss.backward()  # gradients, and what is set up once
+    model(
+        input_ids=ids[:1, :2], labels=ids[:1, :2]
+    ).loss.backward()  # creates the gradients and one-time buffers
     held, started = peak_memory_bytes(device), time.perf_counter()
     model.zero_grad(set_to_none=False)
     model(**batch).loss.backward()
     figures = {"bytes": peak_memory_bytes(device) - held, "seconds": time.perf_counter() - started}
     if lean:
-        row = {"input_ids": ids[:2], "labels": ids[:2]}  # logits in two pieces
+        row = {"input_ids": ids[:2], "labels": ids[:2]}  # logits in two chunks
         gradient = whole_window_gradient(model, row)
-        del model.forward  # its own again
+        del model.forward  # restores the forward of the class
         figures["gradient_error"] = relative_error(gradient, whole_window_gradient(model, row))
     print(json.dumps({**figures, "device": device.type}))
+
+
+def print_lean_loss(result: LeanLossResult, console: Console) -> None:
+    """Print one sentence."""
+    before, after = result.bytes_before / 2**20, result.bytes_after / 2**20
+    console.print(
+        f"forward and backward of {result.tokens:,} tokens, vocabulary {VOCABULARY:,}: {before:,.0f} MiB "
+        f"with logits, {after:,.0f} MiB without ({result.seconds_before:.1f} and "
+        f"{result.seconds_after:.1f} s); the gradients differ by {result.gradient_error:.0e}"
+    )
 
 
 if __name__ == "__main__":

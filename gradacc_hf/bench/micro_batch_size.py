@@ -1,34 +1,35 @@
-"""`gradacc bench sizes`: is the size of micro-batches that a run finds as fast as the best fixed one?
+"""`gradacc bench sizes`: the size of micro-batches that a run finds, beside fixed sizes.
 
-For each config, in a process of its own: the run's first windows find a size (`tune.py`); then each of the
-next windows is trained with every size, in turns, and as found. What counts is the ratio window by window.
+Each config runs in a process of its own. The first windows find a size (`training/autotune.py`). Each of the
+next windows is trained with the found size and with every fixed size, in turns. The result is the ratio of
+times, window by window.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from datasets import disable_progress_bars
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import binom
-from transformers.utils import logging
 
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.splitting import Bound, Cost
-from gradacc_hf.bench.all_recipes import offline_configs
-from gradacc_hf.errors import InputError, listed
-from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_accelerator, make_model, make_windows, total_windows
+from gradacc_hf.bench.offline import check_names, offline_configs
+from gradacc_hf.bench.progress import Progress
+from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.loading import load_recipe_to_run
+from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.training.autotune import Tuning, sizes_to_try
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import WindowRecord, measured_with
+from gradacc_hf.utils.verbosity import silence_libraries
 
 RECIPES = ("text_classification", "question_answering", "image_classification")
 FOUND = "found"
@@ -36,10 +37,10 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Size:
-    """A fixed size, over all windows: its seconds / those of the size that was found, as median and interval.
+class FixedSize:
+    """Seconds with a fixed size / seconds with the found size, over all windows: median and interval.
 
-    Above 1, the found one was faster.
+    Above 1, the found size was faster.
     """
 
     max_tokens: int
@@ -49,37 +50,36 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """One config. `sizes`: those that the run chose from, and two above, the largest first."""
+class SizeSweep:
+    """One config. `sizes` are the sizes that the run chose from and two larger ones, the largest first."""
 
     recipe: str
     found: int
     cost: dict[str, float]
     windows_to_find: int
-    sizes: tuple[Size, ...]
+    sizes: tuple[FixedSize, ...]
 
     @property
-    def best(self) -> Size:
-        """The fastest fixed size."""
+    def best(self) -> FixedSize:
+        """Return the fastest fixed size."""
         return min(self.sizes, key=lambda size: size.ratio)
 
 
 @dataclass(frozen=True)
-class Sweeps:
-    """All configs; intervals hold the median with a probability of at least 95 %."""
+class MicroBatchSizesResult:
+    """All configs. Intervals contain the median with a probability of at least 95 %."""
 
-    sweeps: tuple[Sweep, ...]
+    sweeps: tuple[SizeSweep, ...]
     windows: int
     measured_with: dict[str, str]
 
 
-def sweeps(
-    only: Sequence[str] = (), windows: int = 16, progress: Callable[[Sequence[str]], Iterable[str]] = iter
-) -> Sweeps:
-    """Sweep the offline configs of these recipes. Raises InputError."""
+def measure_micro_batch_sizes(
+    only: Sequence[str] = (), windows: int = 16, progress: Progress = iter
+) -> MicroBatchSizesResult:
+    """Time all sizes of micro-batches with these recipes' offline configs. Raises InputError."""
     known = offline_configs()
-    if unknown := sorted(set(only) - set(known)):
-        raise InputError(f"--only: found {unknown[0]!r}; allowed: {listed(known)}")
+    check_names(only, known)
     found = []
     for name in progress(list(only or RECIPES)):
         command = [sys.executable, "-m", __name__, str(windows), "--config", str(known[name])]
@@ -87,33 +87,35 @@ def sweeps(
         if done.returncode:
             raise InputError(f"{name}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
         found.append(_sweep(name, json.loads(done.stdout.splitlines()[-1])))
-    return Sweeps(tuple(found), windows, measured_with())
+    return MicroBatchSizesResult(tuple(found), windows, measured_with())
 
 
 def interval(ratios: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """One that holds the median with at least this probability, or all ratios: between two order statistics.
+    """Return two order statistics that have the median between them, with this probability or more.
 
-    Of n draws, k or fewer are below the median with the probability of k or fewer heads in n throws.
+    With too few ratios for the probability, return the smallest and the largest. The number of n draws below
+    the median is binomial, with probability 1/2.
     """
     ordered = sorted(ratios)
     left_out = max(0, int(binom.ppf((1 - confidence) / 2, len(ordered), 0.5)) - 1)
     return ordered[left_out], ordered[-1 - left_out]
 
 
-def _sweep(name: str, said: dict[str, Any]) -> Sweep:
+def _sweep(name: str, measured: dict[str, Any]) -> SizeSweep:
     sizes = []
-    for size, seconds in said["seconds"].items():
+    for size, seconds in measured["seconds"].items():
         if size != FOUND:
-            ratios = [a / b for a, b in zip(seconds, said["seconds"][FOUND], strict=True)]
-            sizes.append(Size(int(size), median(ratios), *interval(ratios)))
-    return Sweep(name, said["found"], said["cost"], said["windows_to_find"], tuple(sizes))
+            ratios = [a / b for a, b in zip(seconds, measured["seconds"][FOUND], strict=True)]
+            sizes.append(FixedSize(int(size), median(ratios), *interval(ratios)))
+    return SizeSweep(name, measured["found"], measured["cost"], measured["windows_to_find"], tuple(sizes))
 
 
 def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
-    """In a process of its own: find a size, then time the next windows with each, in turns."""
-    recipe = load_recipe([*settings, "--output.tracker", "none"])
+    """Find a size in this process, then time the next windows with each size, in turns."""
+    recipe = load_recipe_to_run([*settings, "--output.tracker", "none"])
     accelerator = make_accelerator(recipe.config)
-    windows, _ = make_windows(recipe, *recipe.datasets(), accelerator)
+    recipe, training, validation = load_data(recipe)
+    windows, _ = make_windows(recipe, training, validation, accelerator)
     model = make_model(recipe)
     optimizer = make_optimizer(model, recipe.config.optim, accelerator.mixed_precision)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -123,11 +125,11 @@ def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
         return iter_windows(model, optimizer, loader, **settings)
 
     bound, cost, sizes = windows.bound, windows.cost, sizes_to_try(windows)
-    beyond = [4 * sizes[0], 2 * sizes[0]] if bound.max_bytes is None else []  # which the run may not take
+    beyond = [4 * sizes[0], 2 * sizes[0]] if bound.max_bytes is None else []  # larger than the run may choose
     epochs, in_all = recipe.config.train.epochs, total_windows(recipe.config, windows)
     tuning = Tuning.of(windows, in_all)
     if tuning is None:
-        raise InputError("nothing to try: too few windows, or all sizes cut them alike")
+        raise InputError("nothing to try: too few windows, or all sizes split them alike")
     taken = 0
     for record in trained(windows, epochs):
         tuning.record(record.seconds - windows.seconds_to_collate)
@@ -157,8 +159,8 @@ def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def print_sweeps(result: Sweeps, console: Console) -> None:
-    """A table a config, the largest size first; then how the found size compares with the best fixed one."""
+def print_micro_batch_sizes(result: MicroBatchSizesResult, console: Console) -> None:
+    """Print a table for each config, and compare the found size with the best fixed size."""
     for sweep in result.sweeps:
         table = Table("max_tokens", box=SIMPLE)
         for header in ("time, found = 1", f"{CONFIDENCE:.0%} interval", ""):
@@ -177,9 +179,7 @@ def print_sweeps(result: Sweeps, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
+    silence_libraries()
     try:
         print(json.dumps(_measure(int(sys.argv[1]), sys.argv[2:])))
     except InputError as error:

@@ -1,7 +1,8 @@
-"""`gradacc bench watching`: what it costs to measure the noise scale, and to have the doctor watch.
+"""`gradacc bench watching`: the cost of measuring the noise scale, and of the doctor.
 
-Text classification offline; each window is trained with and without, in turns, by our loop and, for the
-doctor, by one that cuts by count, as most are written. What counts is the ratio in the same turn.
+The data is offline text classification. Each window is trained with and without measuring, in turns. The
+doctor watches the loop of gradacc and a usual loop, which splits by count. The result is the ratio of times
+in the same turn.
 """
 
 import time
@@ -18,58 +19,72 @@ from rich.table import Table
 
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.bench.micro_batch_size import interval
+from gradacc_hf.bench.progress import Progress
 from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
-from gradacc_hf.config.schema import TrainConfig
+from gradacc_hf.config.schema import TrainConfig, with_settings
 from gradacc_hf.doctor import Diagnosis, diagnose
-from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_accelerator, make_model, make_windows
+from gradacc_hf.recipe.loading import load_recipe_to_run
+from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.paths import bundle_root
 
-WATCHED = 3  # windows that the doctor watches, by default
-BY_COUNT = 8  # examples of a micro-batch in the usual loop
+WATCHED_WINDOWS = 3  # the doctor's default
+MICRO_BATCH_EXAMPLES = 8  # in the usual loop
 MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class Watching:
-    """`noise`: time of a window that measures, by that of the same window without. The doctor's, by loop:
-    time of the windows that it watches, of as many when it is done, and the most memory beyond that of the
-    loop, in sizes of the gradient.
-    """
+class MonitoringResult:
+    """Times relative to the same windows unmonitored, and peak memory; the doctor's are by loop."""
 
-    noise: tuple[float, ...]
-    noise_every: int
-    watched: dict[str, tuple[float, ...]]
-    afterwards: dict[str, tuple[float, ...]]
-    gradients_more: dict[str, tuple[float, ...]]
+    noise: tuple[float, ...]  # time of a window that measures the noise scale
+    noise_every: int  # windows; the default of a run
+    watched: dict[str, tuple[float, ...]]  # time of the windows that the doctor watches
+    afterwards: dict[str, tuple[float, ...]]  # time of as many windows when the doctor has finished
+    gradients_more: dict[str, tuple[float, ...]]  # peak memory above the loop's, in sizes of the gradient
     measured_with: dict[str, str]
 
 
-class Loops:
-    """One model, and two loops over the next windows of its data."""
+class MonitoredLoops:
+    """One model, and two loops over the next windows of the data."""
 
     def __init__(self):
         config = str(bundle_root() / "configs/text_classification_offline.yaml")
-        ours = ["--budget.max_tokens", str(MAX_TOKENS), "--model.dropout", "0", "--output.tracker", "none"]
-        self.recipe = load_recipe(["--config", config, *ours])
-        self.accelerator = make_accelerator(self.recipe.config)
-        self.windows, _ = make_windows(self.recipe, *self.recipe.datasets(), self.accelerator)
+        settings = [
+            "--budget.max_tokens",
+            str(MAX_TOKENS),
+            "--model.dropout",
+            "0",
+            "--output.tracker",
+            "none",
+        ]
+        recipe = load_recipe_to_run(["--config", config, *settings])
+        self.accelerator = make_accelerator(recipe.config)
+        self.recipe, *self.datasets = load_data(recipe)
+        self.windows = self.make_loader(noise_every=0)
+        self.measuring_windows = self.make_loader(noise_every=1)
         model = make_model(self.recipe)
         optimizer = make_optimizer(model, self.recipe.config.optim, self.accelerator.mixed_precision)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.loops: dict[str, Callable[[int], None]] = {"ours": self.ours, "by count": self.by_count}
 
-    def loader(self, noise_every: int) -> WindowLoader:
-        """At the next window."""
-        return self.windows.with_bound(self.windows.bound, noise_every=noise_every)
+    def make_loader(self, noise_every: int) -> WindowLoader:
+        """Return a loader that measures the noise scale every `noise_every` windows; 0 is never."""
+        config = with_settings(self.recipe.config, {"train.noise_every": noise_every})
+        loader, _ = make_windows(self.recipe.with_config(config), *self.datasets, self.accelerator)
+        return loader
 
-    def seconds(self, noise_every: int) -> float:
-        """Of the next window."""
-        records = self._trained(self.loader(noise_every))
-        return next(records).seconds
+    def go_to(self, window: int) -> None:
+        """Make this window of the epoch the next one."""
+        for loader in (self.windows, self.measuring_windows):
+            loader.load_state_dict({**self.windows.state_dict(), "window": window})
+
+    def seconds(self, measures_noise: bool) -> float:
+        """Return the seconds of the next window, with or without measuring the noise scale."""
+        loader = self.measuring_windows if measures_noise else self.windows
+        return next(self._trained(loader.with_bound(loader.bound))).seconds
 
     def _trained(self, loader: WindowLoader) -> Iterator[Any]:
         return iter_windows(
@@ -77,36 +92,38 @@ class Loops:
         )
 
     def ours(self, windows: int) -> None:
-        """The next windows by our loop."""
-        records = self._trained(self.loader(0))
+        """Train the next windows with the loop of gradacc."""
+        records = self._trained(self.windows.with_bound(self.windows.bound))
         for _ in range(windows):
             next(records)
 
     def by_count(self, windows: int) -> None:
-        """The same windows, cut by count."""
+        """Train the same windows with a usual loop, split by count."""
         loader, model = self.windows, self.model.train()
         for window in range(loader.window, loader.window + windows):
-            pieces = loader.plan.indices(loader.epoch, window).reshape(-1, BY_COUNT)
-            for piece in pieces:
-                batch = self.recipe.collate(loader.examples(piece))
+            micro_batches = loader.plan.indices(loader.epoch, window).reshape(-1, MICRO_BATCH_EXAMPLES)
+            for indices in micro_batches:
+                batch = self.recipe.collate(loader.examples(indices))
                 loss = model(**send_to_device(batch, self.accelerator.device)).loss
-                (loss / len(pieces)).backward()
+                (loss / len(micro_batches)).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
     def watch(self, loop: str) -> tuple[float, float, float]:
-        """Watched, and when the doctor is done: times by those without; and gradients more."""
+        """Return relative times of watched and of later windows, and the gradients more."""
         run, device = self.loops[loop], self.accelerator.device
         before = reset_peak_memory(device)
-        plain = _seconds(run, WATCHED)
+        plain = _seconds(run, WATCHED_WINDOWS)
         peak = peak_memory(device) - before
         diagnosis: Diagnosis
-        with diagnose(self.model, self.optimizer, windows=WATCHED, say=lambda said: None) as diagnosis:
+        with diagnose(
+            self.model, self.optimizer, windows=WATCHED_WINDOWS, say=lambda text: None
+        ) as diagnosis:
             before = reset_peak_memory(device)
-            watched = _seconds(run, WATCHED)
+            watched = _seconds(run, WATCHED_WINDOWS)
             more = peak_memory(device) - before - peak
-            assert diagnosis.is_over, "it watches more than it is to"
-            afterwards = _seconds(run, WATCHED)
+            assert diagnosis.is_over, "the doctor watches too many windows"
+            afterwards = _seconds(run, WATCHED_WINDOWS)
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return watched / plain, afterwards / plain, more / size
 
@@ -119,21 +136,23 @@ def _seconds(run: Callable[[int], None], windows: int) -> float:
     return time.perf_counter() - started
 
 
-def watching(turns: int, progress: Any = iter) -> Watching:
-    """Each turn one window for the noise scale, and `WATCHED` by each loop for the doctor."""
-    loops = Loops()
+def measure_monitoring(turns: int, progress: Progress = iter) -> MonitoringResult:
+    """Time one window for the noise scale, and `WATCHED_WINDOWS` of each loop, in each turn."""
+    loops = MonitoredLoops()
     for loop in loops.loops.values():
-        loop(1)  # what is set up once
+        loop(1)  # warms up
     noise: list[float] = []
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in loops.loops}
     for turn in progress(range(turns)):
-        loops.windows.load_state_dict({**loops.windows.state_dict(), "window": turn % 20})
-        pair = {every: loops.seconds(every) for every in ((1, 0) if turn % 2 else (0, 1))}
-        noise.append(pair[1] / pair[0])
+        loops.go_to(turn % 20)
+        pair = {
+            measures: loops.seconds(measures) for measures in ((True, False) if turn % 2 else (False, True))
+        }
+        noise.append(pair[True] / pair[False])
         for name in found:
             found[name].append(loops.watch(name))
     columns = {name: list(zip(*rows, strict=True)) for name, rows in found.items()}
-    return Watching(
+    return MonitoringResult(
         noise=tuple(noise),
         noise_every=TrainConfig().noise_every,
         watched={name: found[0] for name, found in columns.items()},
@@ -143,12 +162,12 @@ def watching(turns: int, progress: Any = iter) -> Watching:
     )
 
 
-def print_watching(result: Watching, console: Console) -> None:
-    """A sentence and a table: medians, with intervals that hold them with 95 %."""
+def print_monitoring(result: MonitoringResult, console: Console) -> None:
+    """Print a sentence and a table: medians with intervals of 95 %."""
     more = median(result.noise) - 1
     low, high = interval(result.noise)
     console.print(
-        f"a window that measures the noise scale takes {1 + more:.2f} × its time ({low:.2f}–{high:.2f}, "
+        f"measuring the noise scale, a window takes {1 + more:.2f} × the time without ({low:.2f}–{high:.2f}, "
         f"{len(result.noise)} pairs): one in {result.noise_every}, that is {more / result.noise_every:.2%} "
         f"({(low - 1) / result.noise_every:.2%} to {(high - 1) / result.noise_every:.2%})"
     )

@@ -1,15 +1,15 @@
-"""Predicted beside measured memory: the peak of a real step, each in a process of its own.
+"""`gradacc bench memory`: predicted beside measured peaks of real steps, each in a process of its own.
 
-On a CPU: the peak of the resident memory above the memory before the model existed, with malloc set as a run
-under `budget.memory` sets it (`oom.release_freed_memory_at_once`). On a GPU: the peak of torch's allocator.
-The step is in the middle of a run: a window of two micro-batches after another window, so that gradients and
-optimizer states exist.
+On a CPU, the figure is the peak of the resident memory above the memory before the model existed. malloc is
+set as in a run under `budget.memory` (`release_freed_memory_at_once` in `accumulation/oom.py`). On a GPU, the
+figure is the peak of torch's allocator. The step is in the middle of a run: a window of two micro-batches
+after another window, so that gradients and optimizer states exist.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,10 @@ from rich.table import Table
 
 from gradacc_hf.accumulation.loss_items import model_loss
 from gradacc_hf.accumulation.oom import release_freed_memory_at_once, release_memory
-from gradacc_hf.memory.estimator import Point, Settings, estimate, terms_of
+from gradacc_hf.bench.progress import Progress
+from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
+from gradacc_hf.errors import InputError
+from gradacc_hf.memory.estimator import Point, StepSettings, estimate, terms_of
 from gradacc_hf.memory.trace import AUTOCAST
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.training.lora import add_lora
@@ -31,9 +34,10 @@ from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.training.settings import LoraConfig, OptimConfig
 from gradacc_hf.utils.modeling import checkpoint_activations
+from gradacc_hf.utils.verbosity import silence_libraries
 
 MIB = 2**20
-ALLOWED = 0.10, 64 * MIB  # relative, or absolute: the larger counts
+ALLOWED_RELATIVE_ERROR, ALLOWED_BYTES = 0.10, 64 * MIB  # the larger of the two counts
 TEXT = {"num_hidden_layers": 6, "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 1024}
 SIZES: dict[str, tuple[str, str, dict[str, Any]]] = {  # kind: (auto class, model type, config)
     "encoder": ("AutoModelForSequenceClassification", "bert", {**TEXT, "vocab_size": 8000}),
@@ -54,7 +58,7 @@ SIZES: dict[str, tuple[str, str, dict[str, Any]]] = {  # kind: (auto class, mode
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """A model, how it is trained, and the micro-batch: `rows` examples of `lengths` tokens."""
 
     model: str
@@ -69,7 +73,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What it is, in a line."""
+        """Return the model and the options, in a line."""
         options = [f"LoRA {self.lora}"] * (self.lora > 0) + ["lean loss"] * self.lean
         options += ["checkpointing"] * self.checkpointing
         options += [self.optimizer] * (self.optimizer != "adamw")
@@ -77,29 +81,29 @@ class Case:
 
 
 CASES = (
-    Case("encoder", 8, (256,)),
-    Case("encoder", 4, (256,), attention="eager"),
-    Case("encoder", 8, (256,), precision="bf16"),
-    Case("encoder", 24, (256,), checkpointing=True),
-    Case("encoder", 8, (256,), lora=8),
-    Case("decoder", 4, (256,)),
-    Case("decoder", 2, (512,), attention="eager"),
-    Case("decoder", 4, (256,), precision="bf16"),
-    Case("decoder", 8, (512,), precision="bf16", checkpointing=True, lean=True),
-    Case("decoder", 4, (512,), lora=16, lean=True),
-    Case("gpt2", 4, (256,), optimizer="adafactor"),
-    Case("encoder-decoder", 8, (192, 64)),
-    Case("encoder-decoder", 4, (128, 256), attention="eager", precision="bf16"),
-    Case("encoder-decoder", 16, (192, 64), checkpointing=True),
-    Case("vit", 16, (197,)),
-    Case("vit", 8, (197,), attention="eager", precision="bf16"),
-    Case("vit", 48, (197,), checkpointing=True),
+    MemoryCase("encoder", 8, (256,)),
+    MemoryCase("encoder", 4, (256,), attention="eager"),
+    MemoryCase("encoder", 8, (256,), precision="bf16"),
+    MemoryCase("encoder", 24, (256,), checkpointing=True),
+    MemoryCase("encoder", 8, (256,), lora=8),
+    MemoryCase("decoder", 4, (256,)),
+    MemoryCase("decoder", 2, (512,), attention="eager"),
+    MemoryCase("decoder", 4, (256,), precision="bf16"),
+    MemoryCase("decoder", 8, (512,), precision="bf16", checkpointing=True, lean=True),
+    MemoryCase("decoder", 4, (512,), lora=16, lean=True),
+    MemoryCase("gpt2", 4, (256,), optimizer="adafactor"),
+    MemoryCase("encoder-decoder", 8, (192, 64)),
+    MemoryCase("encoder-decoder", 4, (128, 256), attention="eager", precision="bf16"),
+    MemoryCase("encoder-decoder", 16, (192, 64), checkpointing=True),
+    MemoryCase("vit", 16, (197,)),
+    MemoryCase("vit", 8, (197,), attention="eager", precision="bf16"),
+    MemoryCase("vit", 48, (197,), checkpointing=True),
 )
 
 
 @dataclass(frozen=True)
-class Compared:
-    """Bytes of one case; `error` is relative to what was measured."""
+class PredictedPeak:
+    """Bytes of one case. `error` is relative to the measured bytes."""
 
     case: str
     micro_batch: str
@@ -110,36 +114,41 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class MemoryTable:
-    """All cases; a prediction holds within 10 % or 64 MiB, whichever is larger."""
+class PredictedMemoryResult:
+    """All cases. A prediction holds within 10 % or 64 MiB, whichever is larger."""
 
-    cases: list[Compared]
+    cases: list[PredictedPeak]
     measured_with: dict[str, str]
 
 
-def compare_memory(
-    cases: Sequence[Case] = CASES, progress: Callable[[Sequence[Case]], Iterable[Case]] = iter
-) -> MemoryTable:
-    """Predict and measure each case, on the CPU or on the GPU where there is one."""
+def cases_with(words: Sequence[str]) -> list[MemoryCase]:
+    """Return the cases that have one of these words, or all. Raises InputError if none has."""
+    chosen = [case for case in CASES if not words or any(word in case.name for word in words)]
+    if not chosen:
+        raise InputError(f"--only: no case has {words}; cases: {'; '.join(case.name for case in CASES)}")
+    return chosen
+
+
+def compare_memory(cases: Sequence[MemoryCase] = CASES, progress: Progress = iter) -> PredictedMemoryResult:
+    """Predict and measure each case, on the GPU if there is one, else on the CPU."""
     found = []
     for case in progress(cases):
-        predicted, said = predict(case), _in_its_own_process(case)
-        error = predicted / said - 1
+        predicted, measured = predict(case), _measure_in_process(case)
         found.append(
-            Compared(
+            PredictedPeak(
                 case=case.name,
                 micro_batch=f"{case.rows} × {' + '.join(map(str, case.lengths))}",
                 predicted=predicted,
-                measured=said,
-                error=error,
-                holds=abs(predicted - said) <= max(ALLOWED[0] * said, ALLOWED[1]),
+                measured=measured,
+                error=predicted / measured - 1,
+                holds=abs(predicted - measured) <= max(ALLOWED_RELATIVE_ERROR * measured, ALLOWED_BYTES),
             )
         )
-    return MemoryTable(found, measured_with())
+    return PredictedMemoryResult(found, measured_with())
 
 
-def predict(case: Case) -> int:
-    """From shorter examples in fewer rows than are measured. Without what a process holds beforehand."""
+def predict(case: MemoryCase) -> int:
+    """Predict the peak above the memory before the model, from fewer and shorter examples."""
     lengths = [tuple(max(8, part * length // 8) for length in case.lengths) for part in (1, 2, 3, 5, 7, 8)]
     if len(case.lengths) == 2:
         lengths = [
@@ -150,13 +159,13 @@ def predict(case: Case) -> int:
     exponents = terms_of(np.array(lengths))
     few = max(2, -(-1024 // min(min(one) for one in lengths))) if case.lean else 2
     points = [Point(rows, one, make_batch(case, rows, one)) for rows in (few, few + 1) for one in lengths]
-    settings = Settings(OptimConfig(name=case.optimizer), case.precision, torch.cuda.is_available())
+    settings = StepSettings(OptimConfig(name=case.optimizer), case.precision, torch.cuda.is_available())
     found = estimate(lambda: build(case), points, exponents, model_loss, settings)
     return found.memory.bytes(case.rows, case.lengths) - found.memory.workspace
 
 
-def build(case: Case) -> Any:
-    """Its model, of random weights, on the default device."""
+def build(case: MemoryCase) -> Any:
+    """Build the model of a case with random weights, on the default device."""
     auto_class, model_type, sizes = SIZES[case.model]
     config = transformers.AutoConfig.for_model(model_type, **sizes)
     model = getattr(transformers, auto_class).from_config(config, attn_implementation=case.attention)
@@ -170,8 +179,10 @@ def build(case: Case) -> Any:
     return model
 
 
-def make_batch(case: Case, rows: int, lengths: Sequence[int], device: str = "cpu") -> dict[str, Any]:
-    """Random examples; of texts, one is shorter than the others and padded."""
+def make_batch(
+    case: MemoryCase, rows: int, lengths: Sequence[int], device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """Draw random examples. One text is shorter than the others and padded."""
     draw = torch.Generator().manual_seed(0)
     if case.model == "vit":
         labels = torch.zeros(rows, dtype=torch.long)
@@ -187,35 +198,38 @@ def make_batch(case: Case, rows: int, lengths: Sequence[int], device: str = "cpu
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def _in_its_own_process(case: Case) -> int:
+def _measure_in_process(case: MemoryCase) -> int:
     command = [sys.executable, "-m", "gradacc_hf.bench.predicted_memory", json.dumps(asdict(case))]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def _measure(case: Case) -> int:
-    """The peak of the second window, above what was held before the model was there."""
+def _measure(case: MemoryCase) -> int:
+    """Return the peak of the second window, above the memory before the model."""
     release_freed_memory_at_once()  # as in a run that `budget.memory` bounds
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tiny = Case(case.model, 2, tuple(min(16, length) for length in case.lengths), case.attention)
-    for _ in range(2):  # what libraries set up once
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tiny = MemoryCase(case.model, 2, tuple(min(16, length) for length in case.lengths), case.attention)
+    for _ in range(2):  # libraries set up one-time buffers
         model = build(tiny).to(device)
         _window(tiny, model, make_optimizer(model, OptimConfig()), device)
     del model
-    before = _held(device)
+    release_memory()
+    before = reset_peak_memory(device)
     torch.manual_seed(0)
     model = build(case).to(device).train()
     optimizer = make_optimizer(model, OptimConfig(name=case.optimizer))
     _window(case, model, optimizer, device)
-    _reset_peak(device)
+    reset_peak_memory(device)
     _window(case, model, optimizer, device)
-    return _peak(device) - before
+    return peak_memory(device) - before
 
 
-def _window(case: Case, model: Any, optimizer: Any, device: str) -> None:
+def _window(case: MemoryCase, model: Any, optimizer: Any, device: torch.device) -> None:
     forward = model
     if case.precision in AUTOCAST:
-        forward = convert_outputs_to_fp32(torch.autocast(device, AUTOCAST[case.precision])(model.__call__))
+        forward = convert_outputs_to_fp32(
+            torch.autocast(device.type, AUTOCAST[case.precision])(model.__call__)
+        )
     for _ in range(2):
         batch = make_batch(case, case.rows, case.lengths, device)
         (model_loss(forward(**batch), batch) / 2).backward()
@@ -224,31 +238,8 @@ def _window(case: Case, model: Any, optimizer: Any, device: str) -> None:
     optimizer.zero_grad()
 
 
-def _held(device: str) -> int:
-    release_memory()
-    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
-
-
-def _reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with open("/proc/self/clear_refs", "w") as file:  # 5: VmHWM becomes VmRSS (proc(5))
-            file.write("5")
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
-
-
-def print_memory(result: MemoryTable, console: Console) -> None:
-    """A row a case; then how many hold."""
+def print_memory(result: PredictedMemoryResult, console: Console) -> None:
+    """Print a row for each case, and the number of predictions that hold."""
     table = Table("case", "micro-batch", box=SIMPLE)
     for header in ("predicted MiB", "measured MiB", "error", ""):
         table.add_column(header, justify="right")
@@ -259,10 +250,10 @@ def print_memory(result: MemoryTable, console: Console) -> None:
     within = sum(row.holds for row in result.cases)
     console.print(f"{within} of {len(result.cases)} predictions hold within 10 % or 64 MiB")
     if not torch.cuda.is_available():
-        console.print("malloc gives back what is above 1 MiB at once, as where budget.memory bounds a run")
+        console.print("malloc returns freed blocks above 1 MiB at once, as in a run with budget.memory")
 
 
 if __name__ == "__main__":
-    transformers.utils.logging.set_verbosity_error()
+    silence_libraries()
     given = json.loads(sys.argv[1])
-    print(json.dumps(_measure(Case(**{**given, "lengths": tuple(given["lengths"])}))))
+    print(json.dumps(_measure(MemoryCase(**{**given, "lengths": tuple(given["lengths"])}))))

@@ -1,9 +1,9 @@
-"""`gradacc bench schedules`: what sizes of windows, fixed or changing, do to the examples that a run needs.
+"""`gradacc bench schedules`: the examples that a run needs, by sizes of windows, fixed and changing.
 
-Runs offline configs as their user does, each with a quarter of its window's size, with its size, with one
-that grows by a schedule, and with one that follows the noise scale; all of them over the same examples, with
-a learning rate by the square root of the size. The causal language model is a tiny Llama from scratch, which
-is quick. A run that is there already is not run again.
+Each offline config runs with four sizes of windows: a quarter of the config's size, the config's size, a size
+that grows by a schedule, and a size that follows the noise scale. All runs train on the same examples, with a
+learning rate proportional to the square root of the size. The causal language model is a tiny Llama from
+scratch, which is fast. A run whose folder exists is not repeated.
 """
 
 import json
@@ -15,34 +15,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from gradacc_hf.bench.all_recipes import offline_configs
+from gradacc_hf.bench.offline import check_names, offline_configs
+from gradacc_hf.bench.progress import Progress
 from gradacc_hf.embedded.smollm2 import write_tiny_llama
-from gradacc_hf.errors import InputError, listed, one_line
+from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.report import narrative as words
-from gradacc_hf.report import plots
-from gradacc_hf.report.runs import Run, read_runs
+from gradacc_hf.report import narrative, plots
+from gradacc_hf.report.runs import RecordedRun, read_runs
 from gradacc_hf.training.run_log import finite, measured_with
 from gradacc_hf.utils.files import write_whole
 
 TINY = "tiny_llama"
 NOISE = "by the noise scale"
-TASKS: dict[str, tuple[int, list[str]]] = {  # the size of windows, and what is not as the offline config says
+TASKS: dict[str, tuple[int, list[str]]] = {  # the size of windows, and settings beside the offline config's
     "text_classification": (64, []),
     "causal_lm": (32, ["--model.name", TINY, "--model.lora.rank", "0", "--data.max_length", "96"]),
 }
-EVALUATIONS = 8  # of a run, about
-POINTS = 40  # of a drawn line
+EVALUATIONS_PER_RUN = 8  # about
+POINTS_PER_LINE = 40
 
 
 @dataclass(frozen=True)
-class OfSchedule:
-    """The runs of one config with one schedule, by seed: `examples` until the validation loss is `target`."""
+class ScheduleRuns:
+    """The runs of one config with one schedule. Tuples have one element for each seed.
+
+    `examples` is the number of examples until the validation loss is `target`.
+    """
 
     recipe: str
     schedule: str
@@ -51,68 +53,80 @@ class OfSchedule:
     final_losses: tuple[float, ...]
     windows: tuple[int, ...]
     last_size: tuple[int, ...]
-    noise_scale: tuple[float | None, ...]  # at the end; None beyond measure
+    noise_scale: tuple[float | None, ...]  # at the end; None if too large to measure
     curves: tuple[tuple[tuple[float, float], ...], ...]  # (examples, validation loss) of each evaluation
 
 
 @dataclass(frozen=True)
-class Schedules:
-    """All of them."""
+class SchedulesResult:
+    """All configs with all schedules. `pictures` are files."""
 
-    results: tuple[OfSchedule, ...]
+    results: tuple[ScheduleRuns, ...]
     pictures: tuple[str, ...]
     measured_with: dict[str, str]
 
 
-def schedules(names: Sequence[str], seeds: int, folder: Path, progress: Any = iter) -> Schedules:
-    """Run these configs, or all that have examples here, with each schedule; raises InputError."""
-    for name in names:
-        if name not in TASKS:
-            raise InputError(f"--only: found {name!r}; allowed: {listed(TASKS)}")
+def measure_schedules(
+    names: Sequence[str], seeds: int, folder: Path, progress: Progress = iter
+) -> SchedulesResult:
+    """Run these configs of `TASKS`, or all, with each schedule. Raises InputError."""
+    check_names(names, TASKS)
     chosen = list(names or TASKS)
     tiny = folder / TINY
     if not tiny.exists():
         tiny.mkdir(parents=True)
         write_tiny_llama(tiny)
     flags = {name: [str(tiny) if word == TINY else word for word in TASKS[name][1]] for name in chosen}
-    ways = {name: _schedules(TASKS[name][0], _examples(name, flags[name])) for name in chosen}
-    todo = [(name, way, seed) for seed in range(seeds) for name in chosen for way in ways[name]]
-    for task, way, seed in progress(todo):
-        _run(task, [*flags[task], *ways[task][way]], _folder(folder, task, way, seed), seed)
+    by_config = {
+        name: schedule_flags(TASKS[name][0], _training_examples(name, flags[name])) for name in chosen
+    }
+    todo = [(name, label, seed) for seed in range(seeds) for name in chosen for label in by_config[name]]
+    for name, label, seed in progress(todo):
+        _run(name, [*flags[name], *by_config[name][label]], _folder(folder, name, label, seed), seed)
     results, pictures = [], []
     for name in chosen:
-        folders = {way: [_folder(folder, name, way, seed) for seed in range(seeds)] for way in ways[name]}
-        found = {way: read_runs(of_way) for way, of_way in folders.items()}
-        target = max(min(loss for _, loss in _curve(run)) for runs in found.values() for run in runs)
-        for schedule, runs in found.items():
-            curves = tuple(tuple(_curve(run)) for run in runs)
-            results.append(
-                OfSchedule(
-                    recipe=name,
-                    schedule=schedule,
-                    target=target,
-                    examples=tuple(_needed(curve, target) for curve in curves),
-                    final_losses=tuple(curve[-1][1] for curve in curves),
-                    windows=tuple(run.windows for run in runs),
-                    last_size=tuple(int(run.window_size) for run in runs),
-                    noise_scale=tuple(finite([run.noise_scale for run in runs])),
-                    curves=curves,
-                )
-            )
+        runs = {
+            label: read_runs([_folder(folder, name, label, seed) for seed in range(seeds)])
+            for label in by_config[name]
+        }
+        of_config = _summaries(name, runs)
         picture = folder / f"{name}.svg"
-        write_whole(picture, _picture(name, [result for result in results if result.recipe == name]))
+        write_whole(picture, _picture(name, of_config))
+        results += of_config
         pictures.append(str(picture))
-    return Schedules(tuple(results), tuple(pictures), measured_with())
+    return SchedulesResult(tuple(results), tuple(pictures), measured_with())
 
 
-def _examples(name: str, flags: Sequence[str]) -> int:
-    """That there are to train on."""
+def _summaries(name: str, by_schedule: dict[str, list[Run]]) -> list[ScheduleRuns]:
+    """Summarise the runs of a config. The target is the lowest loss that all runs reach."""
+    all_runs = [run for runs in by_schedule.values() for run in runs]
+    target = max(min(loss for _, loss in _curve(run)) for run in all_runs)
+    found = []
+    for schedule, runs in by_schedule.items():
+        curves = tuple(tuple(_curve(run)) for run in runs)
+        found.append(
+            ScheduleRuns(
+                recipe=name,
+                schedule=schedule,
+                target=target,
+                examples=tuple(examples_until(target, curve) for curve in curves),
+                final_losses=tuple(curve[-1][1] for curve in curves),
+                windows=tuple(run.windows for run in runs),
+                last_size=tuple(int(run.window_size) for run in runs),
+                noise_scale=tuple(finite([run.noise_scale for run in runs])),
+                curves=curves,
+            )
+        )
+    return found
+
+
+def _training_examples(name: str, flags: Sequence[str]) -> int:
     recipe = load_recipe(["--config", str(offline_configs()[name]), *flags])
     return len(recipe.datasets()[0])
 
 
-def _schedules(size: int, examples: int) -> dict[str, list[str]]:
-    """Name → the flags of it. Sizes are a quarter of `size`, a half, and all of it."""
+def schedule_flags(size: int, examples: int) -> dict[str, list[str]]:
+    """Return the flags of each schedule, by label. Sizes are `size`, and a half and a quarter of it."""
     small, half = size // 4, size // 2
     first = math.ceil(examples / 3 / small)
     steps = {0: small, first: half, first + math.ceil(examples / 3 / half): size}
@@ -124,7 +138,7 @@ def _schedules(size: int, examples: int) -> dict[str, list[str]]:
         NOISE: ([*grows, "--train.noise_every", "4"], half),
     }
     scaled = ["--optim.lr_scaling", "sqrt", "--optim.lr_reference_batch", str(size)]
-    every = {label: max(1, examples // EVALUATIONS // usual) for label, (_, usual) in sizes.items()}
+    every = {label: max(1, examples // EVALUATIONS_PER_RUN // usual) for label, (_, usual) in sizes.items()}
     return {
         label: ["--batch.effective", *flags, *scaled, "--train.eval_every", str(every[label])]
         for label, (flags, _) in sizes.items()
@@ -151,26 +165,26 @@ def _run(name: str, settings: Sequence[str], run: Path, seed: int) -> None:
         shutil.rmtree(run / saved, ignore_errors=True)
 
 
-def _curve(run: Run) -> list[tuple[float, float]]:
-    """(examples, validation loss) of each evaluation."""
+def _curve(run: RecordedRun) -> list[tuple[float, float]]:
+    """Return (examples, validation loss) of each evaluation."""
     done = [0, *accumulate(row.examples for row in run.rows)]
     return [(float(done[int(each["window"])]), each["loss"]) for each in run.evaluations]
 
 
-def _needed(curve: Sequence[tuple[float, float]], target: float) -> float:
-    """The examples at which the loss first is the target, on a line between evaluations."""
+def examples_until(target: float, curve: Sequence[tuple[float, float]]) -> float:
+    """Return the examples at which the loss first is the target, interpolated linearly; NaN if never."""
     for (before, high), (after, low) in pairwise(curve):
         if low <= target:
             return before + (after - before) * (max(high, target) - target) / max(high - low, 1e-12)
     return curve[0][0] if curve[0][1] <= target else math.nan
 
 
-def _picture(name: str, results: Sequence[OfSchedule]) -> str:
-    """Validation loss by examples: the median of the seeds, from the least to the most."""
+def _picture(name: str, results: Sequence[ScheduleRuns]) -> str:
+    """Draw the validation loss by examples: the median of the seeds, with the range."""
     lines = []
     for look, result in enumerate(results):
         last = min(curve[-1][0] for curve in result.curves)
-        grid = np.linspace(0, last, POINTS)
+        grid = np.linspace(0, last, POINTS_PER_LINE)
         known = (list(zip(*curve, strict=True)) for curve in result.curves)
         repeats = [np.interp(grid, examples, losses) for examples, losses in known]
         lines.append(plots.curve(look, [list(zip(grid.tolist(), repeat, strict=True)) for repeat in repeats]))
@@ -182,8 +196,8 @@ def _picture(name: str, results: Sequence[OfSchedule]) -> str:
     )
 
 
-def print_schedules(result: Schedules, console: Console) -> None:
-    """A table a config, in Markdown: medians over the seeds, with least and most."""
+def print_schedules(result: SchedulesResult, console: Console) -> None:
+    """Print a table in Markdown for each config: medians over the seeds, with the range."""
     for name in dict.fromkeys(one.recipe for one in result.results):
         rows = [one for one in result.results if one.recipe == name]
         until = f"examples until validation loss {rows[0].target:.2f}"
@@ -191,14 +205,14 @@ def print_schedules(result: Schedules, console: Console) -> None:
         lines += [f"| windows of | {until} | final loss | windows | last size | noise scale at the end |"]
         lines += ["|---|---|---|---|---|---|"]
         for one in rows:
-            known = words.finite(one.noise_scale)
+            known = narrative.finite(one.noise_scale)
             cells = (
                 one.schedule,
-                words.spread(one.examples, words.count),
-                words.spread(one.final_losses, "{:.2f}".format),
-                words.spread(one.windows, words.count),
-                words.spread(one.last_size, words.count),
-                words.spread(known, words.count) if known else "beyond measure",
+                narrative.spread(one.examples, narrative.count),
+                narrative.spread(one.final_losses, "{:.2f}".format),
+                narrative.spread(one.windows, narrative.count),
+                narrative.spread(one.last_size, narrative.count),
+                narrative.spread(known, narrative.count) if known else "too large to measure",
             )
             lines.append(f"| {' | '.join(cells)} |")
         console.print("\n".join([*lines, ""]), soft_wrap=True, markup=False)

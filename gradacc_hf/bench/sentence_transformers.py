@@ -1,9 +1,9 @@
-"""Our contrastive loss beside sentence-transformers', on the same pairs, weights and windows.
+"""`gradacc bench contrastive`: ContrastiveLoss beside the losses of sentence-transformers.
 
-`contrastive` starts each contender in a process of its own, in turns: `MultipleNegativesRankingLoss` on the
-whole window at once, `CachedMultipleNegativesRankingLoss` in mini-batches of so many tokens, and
-`ContrastiveLoss` in micro-batches of as many padded ones; theirs in the plainest loop there is. Without
-dropout, so that all should come to the same model.
+`measure_contrastive` starts each contender in a process of its own, in turns, with the same pairs, weights
+and windows: `MultipleNegativesRankingLoss` on the whole window, `CachedMultipleNegativesRankingLoss` in
+mini-batches of so many tokens, and `ContrastiveLoss` in micro-batches of as many padded tokens. The losses of
+sentence-transformers run in a plain PyTorch loop. Without dropout, all should reach the same model.
 """
 
 import json
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from statistics import median
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from datasets import disable_progress_bars
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -29,15 +28,17 @@ from rich.table import Table
 from gradacc_hf.accumulation.gradient_cache import COLUMNS, Embedder
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error, whole_window_gradient
+from gradacc_hf.bench.progress import Progress
 from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_model, make_windows, total_windows
+from gradacc_hf.run.setup import load_data, make_model, make_windows, total_windows
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.paths import bundle_root
+from gradacc_hf.utils.verbosity import silence_libraries
 
 CONTENDERS = {
     "at_once": "MultipleNegativesRankingLoss",
@@ -47,22 +48,22 @@ CONTENDERS = {
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One way over all repeats: a tuple has a figure of each."""
+class ContrastiveRuns:
+    """The runs of one contender. Tuples have one element for each repeat, unless a comment says otherwise."""
 
     name: str
-    gradient_error: float  # relative, against plain PyTorch on the first window at once
+    gradient_error: float  # relative to plain PyTorch on the whole first window
     examples_per_second: tuple[float, ...]
-    training_memory_bytes: tuple[int, ...]  # the most held while training, above what was held before
-    losses: tuple[float, ...]  # of each window, first repeat
+    training_memory_bytes: tuple[int, ...]  # peak of training, above the memory before
+    losses: tuple[float, ...]  # of each window of the first repeat
     metrics: dict[str, float]  # of the evaluation after the first repeat
 
 
 @dataclass(frozen=True)
-class Contrastive:
-    """The contenders by name; `times`: ours over the other's examples per second, repeat by repeat."""
+class ContrastiveResult:
+    """The contenders by key. `times`: examples per second of gradacc / of the other one, for each repeat."""
 
-    contenders: dict[str, Contender]
+    contenders: dict[str, ContrastiveRuns]
     times: dict[str, tuple[float, ...]]
     windows: int
     pairs: int  # in a window
@@ -70,16 +71,24 @@ class Contrastive:
     measured_with: dict[str, str]
 
 
-def contrastive(
+def measure_contrastive(
     settings: Sequence[str] = (),
     num_windows: int = 4,
     repeats: int = 3,
     max_tokens: int = 2048,
-    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
-) -> Contrastive:
-    """Train the first windows of the offline config, changed by `settings`, in the three ways in turns.
+    progress: Progress = iter,
+) -> ContrastiveResult:
+    """Train the first windows of the offline config with each contender, in turns.
 
-    Raises InputError where sentence-transformers is absent, or windows are too few.
+    Args:
+        settings: command-line settings beside the offline config.
+        num_windows: the number of windows in a run.
+        repeats: the number of runs of each contender.
+        max_tokens: the tokens of a micro-batch.
+        progress: wraps the runs.
+
+    Raises:
+        InputError: sentence-transformers is not installed, or an epoch has fewer windows.
     """
     if find_spec("sentence_transformers") is None:
         raise InputError(
@@ -89,16 +98,9 @@ def contrastive(
     turns = [name for repeat in range(repeats) for name in names[repeat % 3 :] + names[: repeat % 3]]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for name in progress(turns):
-        command = [sys.executable, "-m", __name__, name, str(num_windows), str(max_tokens), *settings]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 2:
-            raise InputError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise RuntimeError(f"{CONTENDERS[name]} failed: {last}")
-        found[name].append(json.loads(done.stdout.splitlines()[-1]))
+        found[name].append(_run_in_process(name, num_windows, max_tokens, settings))
     contenders = {
-        name: Contender(
+        name: ContrastiveRuns(
             name=CONTENDERS[name],
             gradient_error=runs[0]["gradient_error"],
             examples_per_second=tuple(run["examples_per_second"] for run in runs),
@@ -115,23 +117,37 @@ def contrastive(
         if name != "ours"
     }
     pairs, device = _recipe(max_tokens, settings).config.batch.least, found["ours"][0]["device"]
-    return Contrastive(contenders, times, num_windows, pairs, max_tokens, measured_with(device))
+    return ContrastiveResult(contenders, times, num_windows, pairs, max_tokens, measured_with(device))
+
+
+def _run_in_process(name: str, num_windows: int, max_tokens: int, settings: Sequence[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", __name__, name, str(num_windows), str(max_tokens), *settings]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 2:
+        raise InputError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RuntimeError(f"{CONTENDERS[name]} failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _recipe(max_tokens: int, settings: Sequence[str]) -> Recipe:
     config = str(bundle_root() / "configs/contrastive_offline.yaml")
-    ours = [f"--budget.max_tokens={max_tokens}", "--model.dropout=0", "--batch.drop_last=true"]
-    return load_recipe(["--config", config, *ours, *settings])
+    shared = [f"--budget.max_tokens={max_tokens}", "--model.dropout=0", "--batch.drop_last=true"]
+    return load_recipe(["--config", config, *shared, *settings])
 
 
-def run(name: str, num_windows: int, max_tokens: int, settings: Sequence[str]) -> dict[str, Any]:
-    """One contender: train, evaluate, and the gradient of the first window at the weights it began with."""
+def run_contender(name: str, num_windows: int, max_tokens: int, settings: Sequence[str]) -> dict[str, Any]:
+    """Train and evaluate one contender, then measure the error of the first window's gradient."""
     recipe = _recipe(max_tokens, settings)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    windows, validation = make_windows(recipe, *recipe.datasets(), accelerator)
+    recipe, *data = load_data(recipe)
+    windows, validation = make_windows(recipe, *data, accelerator)
     if num_windows > len(windows):
-        raise InputError(f"--windows: found {num_windows}; allowed: 1 to {len(windows)}, those of an epoch")
-    contender = Contending(name, recipe, windows, max_tokens)
+        raise InputError(
+            f"--windows: found {num_windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
+        )
+    contender = ContrastiveTraining(name, recipe, windows, max_tokens)
     before = reset_peak_memory(accelerator.device)
     started = time.perf_counter()
     losses = list(contender.train(num_windows))
@@ -139,7 +155,7 @@ def run(name: str, num_windows: int, max_tokens: int, settings: Sequence[str]) -
     peak = peak_memory(accelerator.device)
     metrics = recipe.validate(contender.model, validation, accelerator)
 
-    contender = Contending(name, recipe, make_windows(recipe, *recipe.datasets(), accelerator)[0], max_tokens)
+    contender = ContrastiveTraining(name, recipe, make_windows(recipe, *data, accelerator)[0], max_tokens)
     batch = windows.collated(windows.plan.indices(0, 0)).batch
     truth = whole_window_gradient(contender.model, batch, recipe.loss)
     gradients: list[Any] = []
@@ -155,21 +171,21 @@ def run(name: str, num_windows: int, max_tokens: int, settings: Sequence[str]) -
     }
 
 
-class Contending:
-    """One way to train a recipe's windows, from the same weights."""
+class ContrastiveTraining:
+    """One contender's training of a recipe's windows, from the same initial weights."""
 
     def __init__(self, name: str, recipe: Recipe, windows: WindowLoader, max_tokens: int):
         self.recipe, self.windows, self.accelerator = recipe, windows, windows.accelerator
-        self.model, self.theirs = make_model(recipe).to(self.accelerator.device), None
+        self.model, self.reference_loss = make_model(recipe).to(self.accelerator.device), None
         if name != "ours":
-            self.model, self.theirs = _theirs(name, self.model, recipe, max_tokens)
+            self.model, self.reference_loss = _reference(name, self.model, recipe, max_tokens)
         self.optimizer = make_optimizer(self.model, recipe.config.optim)
         total = total_windows(recipe.config, windows)
         self.scheduler = make_scheduler(self.optimizer, recipe.config.optim, windows, total)
 
     def train(self, num_windows: int) -> Iterator[float]:
-        """The loss of each window, once it has been trained on; gradients are not clipped."""
-        if self.theirs is None:
+        """Train, and yield the loss of each window after its step. Gradients are not clipped."""
+        if self.reference_loss is None:
             model, optimizer = self.accelerator.prepare(self.model, self.optimizer)
             shared = {"scheduler": self.scheduler, "compute_loss": self.recipe.loss}
             records = iter_windows(model, optimizer, self.windows, accelerator=self.accelerator, **shared)
@@ -178,17 +194,17 @@ class Contending:
         self.model.train()
         for number in range(num_windows):
             batch = self.windows.collated(self.windows.plan.indices(0, number)).batch
-            loss = self.theirs(_features(batch), None)
+            loss = self.reference_loss(_features(batch), None)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)  # as `train` measures the norm
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)  # `train` measures the norm too
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
             yield loss.item()
 
 
-def _theirs(name: str, embedder: Any, recipe: Recipe, max_tokens: int) -> tuple[Embedder, Any]:
-    """sentence-transformers' model of the same weights, as an `Embedder` that shares them, and its loss."""
+def _reference(name: str, embedder: Any, recipe: Recipe, max_tokens: int) -> tuple[Embedder, Any]:
+    """Return the model of sentence-transformers with these weights, as an `Embedder`, and the loss."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import losses
 
@@ -215,8 +231,8 @@ def _features(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{k: batch[f"{c}_{k}"] for k in keys} for c in COLUMNS if f"{c}_input_ids" in batch]
 
 
-def print_contrastive(result: Contrastive, console: Console) -> None:
-    """A row a contender, medians; then how many times as fast ours is."""
+def print_contrastive(result: ContrastiveResult, console: Console) -> None:
+    """Print a row for each contender, with medians, and the ratios of speed."""
     console.print(
         f"{result.windows} windows of {result.pairs} pairs; micro-batches of {result.max_tokens:,} tokens"
     )
@@ -236,19 +252,17 @@ def print_contrastive(result: Contrastive, console: Console) -> None:
     console.print(table)
     for name, times in result.times.items():
         console.print(
-            f"ours: {median(times):.2f} × the pairs per second of {CONTENDERS[name]} "
+            f"ContrastiveLoss: {median(times):.2f} × the pairs per second of {CONTENDERS[name]} "
             f"(median of {len(times)} pairs of runs: {min(times):.2f}–{max(times):.2f})"
         )
 
 
 def main(argv: Sequence[str]) -> None:
-    """One contender's run, as `contrastive` starts it; prints its figures as a line of JSON."""
+    """Run one contender, as `measure_contrastive` starts it, and print the figures as a line of JSON."""
     name, num_windows, max_tokens, *settings = argv
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
+    silence_libraries()
     try:
-        print(json.dumps(run(name, int(num_windows), int(max_tokens), settings)))
+        print(json.dumps(run_contender(name, int(num_windows), int(max_tokens), settings)))
     except InputError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

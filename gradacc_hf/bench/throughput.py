@@ -1,13 +1,13 @@
-"""How close does our loop come to what cannot be beaten?
+"""`gradacc bench speed`: the time of the loop beside two lower limits.
 
-Two limits, timed beside it: the same micro-batches without a loop around them, and micro-batches without any
-padding or cutting. How fast other ways are is `compare.py`'s.
+The first limit is the same micro-batches without a loop around them. The second limit is dense micro-batches,
+without padding or splitting. `gradacc compare` times other ways to accumulate.
 """
 
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,23 +15,31 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
 
+from gradacc_hf.accumulation.collation import MicroBatch, Split
 from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.bench.progress import Progress
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.run.runner import make_model, make_windows, total_windows
+from gradacc_hf.run.setup import load_data, make_model, make_windows, total_windows
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.verification.baselines import run_windows
 
+DENSE_POWERS = range(3, 16)  # dense micro-batches have 2^3 … 2^15 tokens an example
+
 
 @dataclass(frozen=True)
-class Speed:
-    """Of our loop, how close it comes to what cannot be beaten; one figure a repeat, and their medians.
+class SpeedResult:
+    """The time of the loop, with one figure for each repeat, and medians.
 
-    `of_dense_limit`: the seconds of the dense limit / ours. The limit has every example's tokens at the speed
-    of a dense micro-batch of its own length, plus the optimizer. `overhead`: our seconds / those of the same
-    micro-batches, collated before, through forward, backward, clipping and optimizer alone, minus 1.
+    `of_dense_limit`: seconds of the dense limit / seconds of the loop. The dense limit processes each example
+    at the speed of a dense micro-batch of the example's length, and adds the optimizer's time.
+    `overhead`: seconds of the loop / seconds of the bare micro-batches, minus 1. The bare micro-batches are
+    collated before; their time covers forward, backward, clipping and the optimizer.
     """
 
     windows: int
@@ -47,108 +55,164 @@ class Speed:
     measured_with: dict[str, str]
 
 
-def speed(
-    recipe: Recipe,
-    num_windows: int = 4,
-    repeats: int = 5,
-    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
-) -> Speed:
-    """Time the first windows of a recipe's run by our loop, bare, and dense, in turns; a first turn warms up.
+def measure_speed(
+    recipe: Recipe, num_windows: int = 4, repeats: int = 5, progress: Progress = iter
+) -> SpeedResult:
+    """Time the first windows of a recipe's run in three ways, in turns. The first turn only warms up.
 
-    `progress` wraps the turns. Raises InputError if windows are too few.
+    Args:
+        recipe: the recipe whose windows are timed.
+        num_windows: the number of windows in a run.
+        repeats: the number of turns after the first.
+        progress: wraps the turns.
+
+    Raises:
+        InputError: an epoch has fewer windows.
     """
-    config, accelerator = recipe.config, Accelerator()
-    training, validation = recipe.datasets()
-    windows, _ = make_windows(recipe, training, validation, accelerator)
-    if num_windows > len(windows):
-        raise InputError(
-            f"--windows: found {num_windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
+    workload = Workload(recipe, num_windows)
+    lengths, dense_lengths = workload.lengths, list(workload.dense)
+    seconds, overhead, of_dense_limit, token_seconds = [], [], [], []
+    for turn in progress(range(repeats + 1)):
+        loop_seconds = workload.time_loop()
+        bare_seconds, optimizer_seconds = workload.time_bare_micro_batches()
+        costs = workload.time_dense_tokens()
+        if turn == 0:
+            continue
+        by_example = np.interp(np.log2(lengths), np.log2(dense_lengths), list(costs.values()))
+        seconds.append(loop_seconds)
+        overhead.append(loop_seconds / bare_seconds - 1)
+        of_dense_limit.append(float(optimizer_seconds + sum(lengths * by_example)) / loop_seconds)
+        token_seconds.append(costs)
+    splits = workload.splits
+    return SpeedResult(
+        windows=num_windows,
+        examples=len(lengths),
+        micro_batches=sum(map(len, workload.micro_batches)),
+        padding=1 - sum(split.tokens for split in splits) / sum(split.padded_tokens for split in splits),
+        seconds=seconds,
+        of_dense_limit=of_dense_limit,
+        median_of_dense_limit=median(of_dense_limit),
+        overhead=overhead,
+        median_overhead=median(overhead),
+        dense_tokens_per_second={
+            length: 1 / median(costs[length] for costs in token_seconds) for length in dense_lengths
+        },
+        measured_with=measured_with(workload.accelerator.device.type),
+    )
+
+
+class Workload:
+    """The first windows of a recipe's run: planned, collated, and timed in three ways.
+
+    Attributes:
+        splits: the split of each window.
+        micro_batches: the collated micro-batches of each window.
+        lengths: tokens of each example.
+        dense: examples of one length that fill a micro-batch without padding, by length.
+    """
+
+    def __init__(self, recipe: Recipe, num_windows: int):
+        self.num_windows, self.accelerator = num_windows, Accelerator()
+        self.recipe, self.training, self.validation = load_data(recipe)
+        self.windows = self._loader()
+        if num_windows > len(self.windows):
+            raise InputError(
+                f"--windows: found {num_windows}; allowed: 1 to {len(self.windows)}, the windows of an epoch"
+            )
+        self.splits: list[Split] = [self.windows.split(0, t) for t in range(num_windows)]
+        self.micro_batches: list[list[MicroBatch]] = [
+            [self.windows.collated(indices, split.pad_to) for indices in split.processes[0]]
+            for split in self.splits
+        ]
+        self.lengths = self.windows.lengths[np.concatenate([split.indices for split in self.splits])]
+        self.dense = self._dense_micro_batches()
+
+    def _loader(self) -> WindowLoader:
+        windows, _ = make_windows(self.recipe, self.training, self.validation, self.accelerator)
+        return windows
+
+    def _dense_micro_batches(self) -> dict[int, list[dict[str, Any]]]:
+        longest = self.training[int(self.windows.lengths.argmax())]
+        lengths = sorted({min(int(self.lengths.max()), 2**power) for power in DENSE_POWERS})
+        return {
+            length: self.windows.bound.max_rows(length) * [_first_tokens(longest, length)]
+            for length in lengths
+        }
+
+    def time_loop(self) -> float:
+        """Return the seconds of the loop."""
+        model, optimizer = self._model_and_optimizer()
+        config = self.recipe.config
+        scheduler = make_scheduler(optimizer, config.optim, self.windows, total_windows(config, self.windows))
+        ran = run_windows(
+            model,
+            optimizer,
+            self._loader(),
+            scheduler=scheduler,
+            compute_loss=self.recipe.loss,
+            max_windows=self.num_windows,
+            max_grad_norm=config.optim.max_grad_norm,
         )
-    splits = [windows.split(0, t) for t in range(num_windows)]
-    cut = [split.processes[0] for split in splits]
-    collated = [[windows.collated(piece, split.pad_to) for piece in split.processes[0]] for split in splits]
-    lengths = windows.lengths[np.concatenate([split.indices for split in splits])]
-    rungs = sorted({min(int(lengths.max()), 2**power) for power in range(3, 16)})
-    longest = training[int(windows.lengths.argmax())]
-    dense = {length: windows.bound.max_rows(length) * [_cut_to(longest, length)] for length in rungs}
+        return ran.seconds
 
-    def clock() -> float:
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def loop() -> float:
-        model, optimizer, scheduler = _fresh(recipe, windows)
-        again, _ = make_windows(recipe, training, validation, accelerator)
-        shared: dict[str, Any] = {"scheduler": scheduler, "compute_loss": recipe.loss}
-        shared |= {"max_windows": num_windows, "max_grad_norm": config.optim.max_grad_norm}
-        return run_windows(model, optimizer, again, **shared).seconds
-
-    def bare() -> tuple[float, float]:
-        """Seconds of all, and of the optimizer with clipping among them."""
-        model, optimizer, _ = _fresh(recipe, windows)
-        model.to(accelerator.device).train()
-        started, stepping = clock(), 0.0
-        for window in collated:
+    def time_bare_micro_batches(self) -> tuple[float, float]:
+        """Return the seconds of the micro-batches without a loop, and those of clipping and the optimizer."""
+        recipe = self.recipe
+        model, optimizer = self._model_and_optimizer()
+        model.to(self.accelerator.device).train()
+        started, optimizer_seconds = self._clock(), 0.0
+        for window in self.micro_batches:
             items = sum(micro_batch.num_items for micro_batch in window)
             for micro_batch in window:
                 batch = micro_batch.batch
                 (recipe.loss(model(**batch), batch) * (micro_batch.num_items / items)).backward()
-            before = clock()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm or math.inf)
+            before = self._clock()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.config.optim.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            stepping += clock() - before
-        return clock() - started, stepping
+            optimizer_seconds += self._clock() - before
+        return self._clock() - started, optimizer_seconds
 
-    def per_token() -> dict[int, float]:
-        """Seconds a token, by length, of a forward and backward that adds to gradients that are there."""
-        model, _, _ = _fresh(recipe, windows)
-        model.to(accelerator.device).train()
+    def time_dense_tokens(self) -> dict[int, float]:
+        """Return the seconds a token, by length, of a forward and backward pass that adds to gradients."""
+        recipe, device = self.recipe, self.accelerator.device
+        model, _ = self._model_and_optimizer()
+        model.to(device).train()
         found = {}
-        for length, examples in dense.items():
-            batch = {key: value.to(accelerator.device) for key, value in recipe.collate(examples).items()}
-            for _ in range(2):  # the first finds the allocator's blocks, and no gradients
-                started = clock()
+        for length, examples in self.dense.items():
+            batch = {key: value.to(device) for key, value in recipe.collate(examples).items()}
+            for _ in range(2):  # the first pass fills the allocator and creates the gradients
+                started = self._clock()
                 recipe.loss(model(**batch), batch).backward()
-                found[length] = (clock() - started) / (len(examples) * length)
+                found[length] = (self._clock() - started) / (len(examples) * length)
         return found
 
-    seconds, overhead, shares, speeds = [], [], [], []
-    for repeat in progress(range(repeats + 1)):
-        ours, (alone, stepping), costs = loop(), bare(), per_token()
-        limit = stepping + sum(lengths * np.interp(np.log2(lengths), np.log2(rungs), list(costs.values())))
-        if repeat:
-            seconds.append(ours)
-            overhead.append(ours / alone - 1)
-            shares.append(float(limit) / ours)
-            speeds.append(costs)
-    return Speed(
-        windows=num_windows,
-        examples=len(lengths),
-        micro_batches=sum(map(len, cut)),
-        padding=1 - sum(split.tokens for split in splits) / sum(split.padded_tokens for split in splits),
-        seconds=seconds,
-        of_dense_limit=shares,
-        median_of_dense_limit=median(shares),
-        overhead=overhead,
-        median_overhead=median(overhead),
-        dense_tokens_per_second={length: 1 / median(costs[length] for costs in speeds) for length in rungs},
-        measured_with=measured_with(accelerator.device.type),
-    )
+    def _model_and_optimizer(self) -> tuple[Any, Any]:
+        gc.collect()
+        model = make_model(self.recipe)
+        return model, make_optimizer(model, self.recipe.config.optim)
+
+    def _clock(self) -> float:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
-def _fresh(recipe: Recipe, windows: WindowLoader) -> tuple[Any, Any, Any]:
-    gc.collect()
-    model = make_model(recipe)
-    optimizer = make_optimizer(model, recipe.config.optim)
-    return (
-        model,
-        optimizer,
-        make_scheduler(optimizer, recipe.config.optim, windows, total_windows(recipe.config, windows)),
-    )
-
-
-def _cut_to(example: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """Its first `length` tokens."""
+def _first_tokens(example: Mapping[str, Any], length: int) -> dict[str, Any]:
     return {key: value[:length] if isinstance(value, list) else value for key, value in example.items()}
+
+
+def print_speed(result: SpeedResult, console: Console) -> None:
+    """Print both shares, and the speed of dense micro-batches by length."""
+    low, high = min(result.of_dense_limit), max(result.of_dense_limit)
+    console.print(
+        f"{result.median_of_dense_limit:.2f} of the dense limit ({low:.2f}–{high:.2f}, {len(result.seconds)} "
+        f"repeats of {result.windows} windows, {result.examples} examples in {result.micro_batches} "
+        f"micro-batches, {result.padding:.1%} padding)\n"
+        f"{result.median_overhead:.1%} of the loop is neither forward nor backward nor optimizer "
+        f"({min(result.overhead):.1%} to {max(result.overhead):.1%})"
+    )
+    table = Table("tokens of a dense micro-batch's examples", "tokens a second", box=SIMPLE)
+    for length, tokens in result.dense_tokens_per_second.items():
+        table.add_row(str(length), f"{tokens:,.0f}")
+    console.print(table)

@@ -1,4 +1,4 @@
-"""`gradacc bench play`: how fast the page of `gradacc play` is, as a browser shows it."""
+"""`gradacc bench play`: the speed of the page of `gradacc play`, in a browser."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,11 +16,12 @@ from typing import Any
 
 from rich.console import Console
 
+from gradacc_hf.bench.progress import Progress
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.run_log import measured_with
 
-SECONDS = 4.0  # that updates are counted
-COUNT = """seconds => new Promise(done => {
+COUNTED_SECONDS = 4.0  # in which updates of the page are counted
+COUNT_UPDATES = """seconds => new Promise(done => {
 let n = 0;
 const seen = new MutationObserver(() => n++);
 seen.observe(document.querySelector("#see-window"), {childList: true, subtree: true, characterData: true});
@@ -29,19 +30,17 @@ setTimeout(() => done(n / seconds), 1000 * seconds);
 
 
 @dataclass(frozen=True)
-class Playing:
-    """Seconds from opening the page to its first picture, and to the answer to a first click, for each who
-    came; pictures a second, by how many play.
-    """
+class PageResult:
+    """Latency of the page for each visitor, and updates a second by the number of visitors."""
 
-    first_picture: tuple[float, ...]
-    first_answer: tuple[float, ...]
-    updates: dict[str, tuple[float, ...]]
+    first_picture: tuple[float, ...]  # seconds from opening the page to the first picture
+    first_answer: tuple[float, ...]  # seconds from opening the page to the answer to a click
+    updates: dict[str, tuple[float, ...]]  # a second
     measured_with: dict[str, str]
 
 
-def playing(repeats: int, progress: Callable[[Sequence[int]], Iterable[int]] = iter) -> Playing:
-    """Open the page again and again; one person plays it, then two. Raises InputError without a browser."""
+def measure_page(repeats: int, progress: Progress = iter) -> PageResult:
+    """Open the page in a browser; play it in one tab, then in two. Raises InputError without a browser."""
     if find_spec("playwright") is None or find_spec("gradio") is None:
         raise InputError("bench play needs Gradio and Playwright: pip install gradio playwright")
     from playwright.sync_api import Error, sync_playwright
@@ -55,7 +54,7 @@ def playing(repeats: int, progress: Callable[[Sequence[int]], Iterable[int]] = i
         except Error as error:
             raise InputError(f"bench play needs Chromium: {str(error).splitlines()[0]}") from None
 
-        def opened() -> Any:
+        def open_page() -> Any:
             page, begun = browser.new_context().new_page(), time.perf_counter()
             page.goto(address)
             page.wait_for_selector("#see-code .line")
@@ -66,20 +65,23 @@ def playing(repeats: int, progress: Callable[[Sequence[int]], Iterable[int]] = i
             return page
 
         for _ in progress(range(repeats)):
-            one, other = opened(), opened()
+            one, other = open_page(), open_page()
             one.click("#play")
-            updates["one"].append(one.evaluate(COUNT, SECONDS))
+            updates["one"].append(one.evaluate(COUNT_UPDATES, COUNTED_SECONDS))
             other.click("#play")
-            updates["each of two"] += [one.evaluate(COUNT, SECONDS), other.evaluate(COUNT, SECONDS)]
+            updates["each of two"] += [
+                one.evaluate(COUNT_UPDATES, COUNTED_SECONDS),
+                other.evaluate(COUNT_UPDATES, COUNTED_SECONDS),
+            ]
             one.context.close()
             other.context.close()
         browser.close()
     found = {who: tuple(counts) for who, counts in updates.items()}
-    return Playing(tuple(first), tuple(answers), found, measured_with("cpu"))
+    return PageResult(tuple(first), tuple(answers), found, measured_with("cpu"))
 
 
 def chromium() -> str | None:
-    """This machine's; None for Playwright's own."""
+    """Return the path of an installed Chromium, or None for the one of Playwright."""
     names = ("chromium", "chromium-browser", "google-chrome")
     return next((found for name in names if (found := shutil.which(name))), None)
 
@@ -89,9 +91,9 @@ PLAY = (sys.executable, "-m", "gradacc_hf", "play", "--no-browser")
 
 @contextmanager
 def served(command: Sequence[str] = PLAY, **how: Any) -> Iterator[tuple[str, subprocess.Popen]]:
-    """The page, served by a process of its own, on a port that it is told as a Space is: address and process.
+    """Serve the page from a process of its own, and yield the address and the process.
 
-    `how` it is run: as subprocess.Popen takes it.
+    An environment variable gives the port, as in a Space. `how` goes to subprocess.Popen.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -115,10 +117,10 @@ def served(command: Sequence[str] = PLAY, **how: Any) -> Iterator[tuple[str, sub
         process.wait()
 
 
-def print_playing(result: Playing, console: Console) -> None:
-    """The figures."""
+def print_page(result: PageResult, console: Console) -> None:
+    """Print medians and extremes."""
     for what, seconds in (("picture", result.first_picture), ("answer to a click", result.first_answer)):
         middle, most = median(seconds), max(seconds)
         console.print(f"first {what} {middle:.2f} s after opening (at most {most:.2f}, of {len(seconds)})")
     for who, counts in result.updates.items():
-        console.print(f"{who} who plays: {median(counts):.1f} updates a second (at least {min(counts):.1f})")
+        console.print(f"{who} that plays: {median(counts):.1f} updates a second (at least {min(counts):.1f})")

@@ -18,11 +18,11 @@ from gradacc_hf.utils.paths import bundle_root
 
 COMMANDS = {
     "verify": ("gradacc_hf.cli.verify", "is accumulation exact on my model and data?"),
-    "compare": ("gradacc_hf.comparison.compare", "train in several ways and compare them"),
+    "compare": ("gradacc_hf.comparison.cli", "train in several ways and compare them"),
     "doctor": ("gradacc_hf.doctor.script", "what is wrong with a script's accumulation"),
     "plan": ("gradacc_hf.cli.plan", "memory, steps and cost of a run, without a GPU"),
     "play": ("gradacc_hf.play.command", "a page to watch the loop on, micro-batch by micro-batch"),
-    "bench": ("gradacc_hf.bench", "measure what the README says (gradacc bench --help)"),
+    "bench": ("gradacc_hf.bench.cli", "measure what the README says (gradacc bench --help)"),
     "predict": ("gradacc_hf.cli.predict", "what a saved run says to new input"),
 }
 """Command → the module whose `main` gets the remaining arguments, and one line of help."""

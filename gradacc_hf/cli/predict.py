@@ -12,7 +12,7 @@ from rich.progress import track
 
 from gradacc_hf.errors import InputError, refuse
 from gradacc_hf.recipe.loading import open_run
-from gradacc_hf.run.predict import _numbered, load_model, predict, read_inputs
+from gradacc_hf.run.predict import load_model, number_texts, predict, read_inputs
 from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.files import write_whole
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
-    inputs = _numbered(arguments.texts) if arguments.texts else read_inputs(arguments.input)
+    inputs = number_texts(arguments.texts) if arguments.texts else read_inputs(arguments.input)
     recipe = open_run(arguments.run, arguments.trust_remote_code)
     model = load_model(recipe, arguments.run, arguments.model)
     # Bars and answers do not mix: there is a bar where the answers go elsewhere than to the terminal.

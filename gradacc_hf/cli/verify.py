@@ -16,12 +16,12 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from rich.progress import Progress
 
-from gradacc_hf.config.hardware import apply_budget
+from gradacc_hf.config.budget import export_cpu_offload
 from gradacc_hf.errors import InputError
 from gradacc_hf.hub.model_card import refresh_cards
-from gradacc_hf.recipe.loading import load_recipe, open_run
+from gradacc_hf.recipe.loading import load_recipe, on_this_machine, open_run
 from gradacc_hf.run.folder import refuse_links
-from gradacc_hf.run.runner import make_model, make_windows
+from gradacc_hf.run.setup import load_data, make_model, make_windows
 from gradacc_hf.training.run_log import finite
 from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.files import write_whole
@@ -78,9 +78,11 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(
             "model.load_in_4bit: found true; allowed is false, as gradients are compared in float32"
         )
-    apply_budget(recipe.config)
+    recipe = on_this_machine(recipe)
+    export_cpu_offload(recipe.config.budget)
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
-    windows, _ = make_windows(recipe, *recipe.datasets(), accelerator)
+    recipe, training, validation = load_data(recipe)
+    windows, _ = make_windows(recipe, training, validation, accelerator)
     if not 1 <= arguments.windows <= len(windows):
         raise InputError(
             f"--windows: found {arguments.windows}; allowed: 1 to {len(windows)}, the windows of an epoch"

@@ -1,10 +1,11 @@
-"""One contender's run of a comparison, in a process of its own, so that its memory is its own.
+"""Run one contender of a comparison, in a process of its own, so that its memory can be measured.
 
     python -m gradacc_hf.comparison.worker NAME FOLDER WINDOWS errors|no_errors --config FILE [settings]
 
-Trains the first windows of a recipe's run in the way of `contenders.py`, timed; then evaluates, and with
-`errors` trains once more without dropout to compare each window's gradient with that of the window at once.
-Leaves a run's folder: config.yaml, history.jsonl, summary.json. `compare.py` starts these and adds them up.
+Train the first windows of a recipe's run in a way of `verification/baselines.py`, timed, and evaluate. With
+`errors`, train once more without dropout, and compare each window's gradient with that of the window as one
+batch. Write config.yaml, history.jsonl and summary.json to the folder. `comparison/compare.py` starts
+workers and reads the folders.
 """
 
 import gc
@@ -19,11 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
-from datasets import disable_progress_bars
 from torch.utils.data import DataLoader
 
 from gradacc_hf.accumulation.collation import measure_lengths
@@ -36,16 +35,18 @@ from gradacc_hf.accumulation.reference import (
     whole_window_gradient,
 )
 from gradacc_hf.accumulation.splitting import padded_size, rounded_up
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.recipe.loading import load_recipe
+from gradacc_hf.recipe.loading import load_recipe_to_run
 from gradacc_hf.run.folder import settings
-from gradacc_hf.run.runner import make_accelerator, make_model, make_windows, total_windows
+from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import finite, peak_memory_bytes, versions
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.modeling import disable_dropout
+from gradacc_hf.utils.verbosity import silence_libraries
 from gradacc_hf.verification.baselines import (
     custom_loss,
     run_accelerate,
@@ -62,17 +63,26 @@ CONTENDERS = {
     "accelerate": "accumulate()",
     "ours": "ours",
 }
-DOES_NOT_FIT = 3  # the exit code of a contender that ran out of memory
+DOES_NOT_FIT = 3  # exit code of a contender that ran out of memory
 
 
-class Run:
-    """The first windows of a recipe's run, to be trained in any of the ways on the same examples."""
+class WorkerRun:
+    """The first windows of a recipe's run, on the same examples for each contender.
+
+    Attributes:
+        examples: the examples of all windows, in order.
+        size: examples of a micro-batch, for contenders that split by count.
+        steps: micro-batches of a window, for these contenders.
+        pad_to: the length to which these contenders pad; None for the longest of a micro-batch.
+        collated_examples: the examples of each micro-batch of the last training, in order.
+    """
 
     def __init__(self, recipe: Recipe, num_windows: int):
-        self.recipe, self.num_windows = recipe, num_windows
-        recipe.config.train.noise_every = 0  # one in sixteen: of so few windows it would be too many
+        changes = {"train.noise_every": 0}  # the first window would measure, a large share of so few
+        recipe = recipe.with_config(with_settings(recipe.config, changes))
         self.accelerator = make_accelerator(recipe.config)
-        self.training, self.validation = recipe.datasets()
+        recipe, self.training, self.validation = load_data(recipe)
+        self.recipe, self.num_windows = recipe, num_windows
         self.windows, _ = self.loaders()
         order = np.concatenate([self.windows.plan.indices(0, t) for t in range(num_windows)])
         self.examples: Any = self.training.select(order)
@@ -81,15 +91,16 @@ class Run:
         self.size = micro_batch_size(recipe, self.windows)
         self.steps = window_size(recipe) // self.size
         self.pad_to = self.windows.pad_to if isinstance(self.windows.pad_to, int) else None
-        if self.windows.pad_to == "window":  # of the others nobody knows what else a window holds
+        if self.windows.pad_to == "window":  # the other contenders do not know the rest of a window
             self.pad_to = int(self.windows.tokens.max())
-        self.seen: list[list[Any]] = []  # the examples of each micro-batch, as they were collated
+        self.collated_examples: list[list[Any]] = []
 
     def loaders(self) -> tuple[WindowLoader, WindowLoader]:
+        """Return new loaders of the training and the validation data."""
         return make_windows(self.recipe, self.training, self.validation, self.accelerator)
 
     def set_up(self) -> tuple[Any, Any, Any]:
-        """A model, on the device, its optimizer and schedule."""
+        """Return a new model on the device, the optimizer and the schedule."""
         config, recipe = self.recipe.config, self.recipe
         model = make_model(recipe).to(self.accelerator.device)
         optimizer = make_optimizer(model, config.optim, self.accelerator.mixed_precision)
@@ -100,16 +111,17 @@ class Run:
         )
 
     def train(self, name: str, model: Any, optimizer: Any, scheduler: Any, max_grad_norm: float) -> Any:
-        """One epoch of the windows; `seen` is new then."""
-        recipe, self.seen = self.recipe, []
+        """Train one epoch of the windows in the way of a contender."""
+        recipe, self.collated_examples = self.recipe, []
         shared: dict[str, Any] = {"scheduler": scheduler, "max_grad_norm": max_grad_norm}
         if name in ("ours", "at_once"):
             windows, _ = self.loaders()
             shared["compute_loss"] = recipe.loss
             if name == "ours":
                 splits = [windows.split(0, t) for t in range(self.num_windows)]
-                pieces = [piece for split in splits for piece in split.processes[0]]
-                self.seen = [windows.examples(piece) for piece in pieces]
+                self.collated_examples = [
+                    windows.examples(indices) for split in splits for indices in split.processes[0]
+                ]
                 return run_windows(model, optimizer, windows, max_windows=self.num_windows, **shared)
             batches = (self._whole(windows, t) for t in range(self.num_windows))
             return run_at_once(model, optimizer, batches, accelerator=self.accelerator, **shared)
@@ -139,7 +151,7 @@ class Run:
         )
 
     def _collate(self, examples: Sequence[Any]) -> Any:
-        self.seen.append(list(examples))
+        self.collated_examples.append(list(examples))
         return self.recipe.collate(examples, **self._padding)
 
     @property
@@ -147,16 +159,16 @@ class Run:
         return {} if self.pad_to is None else {"pad_to": self.pad_to}
 
     def collated(self, examples: Sequence[Any], device: Any) -> Any:
-        """Examples as one batch on the device, padded as those who cut by count pad."""
+        """Collate examples as one batch on the device, padded as by contenders that split by count."""
         return send_to_device(dict(self.recipe.collate(examples, **self._padding)), device)
 
     def _whole(self, windows: WindowLoader, number: int) -> Any:
         indices = windows.plan.indices(0, number)
-        self.seen.append(windows.examples(indices))
+        self.collated_examples.append(windows.examples(indices))
         return windows.collated(indices, self.pad_to).batch
 
     def padded_size(self, name: str, window: list[np.ndarray]) -> int:
-        """The padded tokens of a window, from the tokens of its micro-batches, (examples, columns) each."""
+        """Return the padded tokens of a window, from tokens of shape (examples, columns) by micro-batch."""
         if self.windows.pad_to == "nothing":
             return int(sum(map(np.sum, window)))
         pad_to = self.pad_to
@@ -170,13 +182,13 @@ class Run:
         return sum(map(padded_size, padded))
 
     def tokens(self, examples: Sequence[Any]) -> np.ndarray:
-        """The tokens of each example, (examples, columns), as the recipe counts them."""
+        """Return the tokens of each example as the recipe counts them, of shape (examples, columns)."""
         return measure_lengths(examples, self.recipe.lengths(examples))
 
     def by_window(self) -> list[list[list[Any]]]:
-        """The examples of each micro-batch, by window."""
+        """Return the examples of each micro-batch, by window."""
         windows, size = [], window_size(self.recipe)
-        for micro_batch in self.seen:
+        for micro_batch in self.collated_examples:
             if not windows or sum(map(len, windows[-1])) >= size:
                 windows.append([])
             windows[-1].append(micro_batch)
@@ -184,26 +196,26 @@ class Run:
 
 
 def window_size(recipe: Recipe) -> int:
-    """Examples of each window. Raises InputError where it changes, as the others have nothing like it."""
+    """Return the examples of a window. Raises InputError if the number changes during the run."""
     size = recipe.config.batch.effective
     if not isinstance(size, int):
         raise InputError(
-            f"batch.effective: found {size}; allowed here is a number, as Trainer knows no other"
+            f"batch.effective: found {size}; allowed here: a number, because Trainer has no other sizes"
         )
     return size
 
 
 def micro_batch_size(recipe: Recipe, windows: WindowLoader) -> int:
-    """For those who cut by count: as many examples as fit the budget padded to the longest, equally many."""
+    """Return the largest divisor of the window size that fits the budget, padded to the longest."""
     bound, effective = windows.bound, window_size(recipe)
     most = bound.max_rows(windows.tokens.max(0))
     return max(size for size in range(1, min(most, effective) + 1) if effective % size == 0)
 
 
-def timed(run: Run, name: str, folder: Path) -> None:
-    """Train, evaluate, and write the run's folder."""
+def train_timed(run: WorkerRun, name: str, folder: Path) -> None:
+    """Train with a clock, evaluate, and write the run's folder."""
     recipe, config, device = run.recipe, run.recipe.config, run.accelerator.device
-    if device.type == "cuda":  # once for nothing: what kernels take to be loaded is not what they take
+    if device.type == "cuda":  # warm up: loading kernels takes time and memory
         model, optimizer, scheduler = run.set_up()
         run.train(name, model, optimizer, scheduler, config.optim.max_grad_norm)
         del model, optimizer, scheduler
@@ -229,7 +241,7 @@ def timed(run: Run, name: str, folder: Path) -> None:
     tokens_of = [[run.tokens(micro_batch) for micro_batch in window] for window in run.by_window()]
     if len(ends) == len(tokens_of):
         seconds = [ran.seconds - (ends[-1] - ends[0]), *np.diff(ends).tolist()]
-    else:  # the fp16 scaler has skipped steps, which nobody sees here
+    else:  # the fp16 scaler has skipped steps; which ones is unknown
         seconds, rates = [ran.seconds / len(tokens_of)] * len(tokens_of), [math.nan] * len(tokens_of)
 
     rows = [
@@ -275,14 +287,14 @@ def timed(run: Run, name: str, folder: Path) -> None:
     write_whole(folder / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
 
 
-def errors(run: Run, name: str, folder: Path) -> None:
-    """Add to each window's row the relative error of its gradient: float32, no dropout, no clipping.
+def measure_errors(run: WorkerRun, name: str, folder: Path) -> None:
+    """Add the relative error of the gradient to each window's row: float32, no dropout, no clipping.
 
-    Each window is compared with itself at once, at the weights that the contender has come to by then.
+    The reference is the gradient of the window as one batch, at the contender's weights before the step.
     """
     recipe = run.recipe
     on_cpu = run.accelerator.device.type == "cpu"
-    AcceleratorState._reset_state()  # it keeps the budget's precision
+    AcceleratorState._reset_state()  # the state keeps the budget's precision
     run.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     model, optimizer, scheduler = run.set_up()
     disable_dropout(model)
@@ -293,7 +305,7 @@ def errors(run: Run, name: str, folder: Path) -> None:
         [window] = run.by_window()[len(found) : len(found) + 1]
         examples = [example for micro_batch in window for example in micro_batch]
         batch = run.collated(examples, model.device)
-        with _leaving_where_memory_does_not_suffice(0):  # for a window at once: it stays unmeasured
+        with exit_if_out_of_memory(0):  # of the window as one batch: no error is measured
             whole = whole_window_gradient(model, batch, recipe.loss)
         found.append(relative_error(gradient, whole))
         for parameter_name, parameter in model.named_parameters():
@@ -313,19 +325,19 @@ def _write_history(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> int:
-    """What the process holds now, in bytes; from here on `peak_memory` counts."""
+    """Start the measurement of `peak_memory`. Return the bytes that the process holds now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux: the peak of the whole process is what there is
+    except OSError:  # not Linux: only the peak of the whole process is known
         return peak_memory_bytes(device)
     return _status("VmRSS")
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most that the process has held since, in bytes."""
+    """Return the largest number of bytes that the process has held since `reset_peak_memory`."""
     if device.type == "cuda" or not Path("/proc/self/status").exists():
         return peak_memory_bytes(device)
     return _status("VmHWM")
@@ -337,24 +349,23 @@ def _status(key: str) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Exits with 2 and one line for bad input, with `DOES_NOT_FIT` where the memory does not suffice."""
+    """Exit with 2 and one line for bad input, and with `DOES_NOT_FIT` if the memory does not suffice."""
     name, folder, num_windows, with_errors, *settings = argv
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
+    silence_libraries()
     try:
-        run = Run(load_recipe(settings), int(num_windows))
-        with _leaving_where_memory_does_not_suffice(DOES_NOT_FIT):
-            timed(run, name, Path(folder))
+        run = WorkerRun(load_recipe_to_run(settings), int(num_windows))
+        with exit_if_out_of_memory(DOES_NOT_FIT):
+            train_timed(run, name, Path(folder))
         if with_errors == "errors":
-            errors(run, name, Path(folder))
+            measure_errors(run, name, Path(folder))
     except InputError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
 @contextmanager
-def _leaving_where_memory_does_not_suffice(exit_code: int) -> Iterator[None]:
+def exit_if_out_of_memory(exit_code: int) -> Iterator[None]:
+    """Exit with a code and one line on stderr if the memory does not suffice."""
     try:
         yield
     except RuntimeError as error:

@@ -44,7 +44,7 @@ def check_sizes(config: Config) -> None:
     if config.train.max_windows is not None and ends:
         raise InputError(
             "train.max_windows: found "
-            f"{config.train.max_windows} with batch.effective noise_scale, where nobody knows which examples "
-            "come last, and the learning rate follows them: leave it out (train.epochs says how long), or "
+            f"{config.train.max_windows} with batch.effective noise_scale, where it is not known which "
+            "examples come last, and the learning rate follows them: leave it out (set train.epochs), or "
             "set optim.scheduler constant and optim.warmup_ratio 0"
         )

@@ -16,6 +16,7 @@ import reprlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,7 +24,14 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 import tyro
 import yaml
 
-from gradacc_hf.config.schema import FLAGS_ONLY, Config, DataConfig, OutputConfig, detect_budget
+from gradacc_hf.config.schema import (
+    FLAGS_ONLY,
+    Config,
+    DataConfig,
+    OutputConfig,
+    detect_budget,
+    with_settings,
+)
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.settings import ModelConfig
 from gradacc_hf.utils.paths import BUNDLE_ROOTS
@@ -37,52 +45,63 @@ def read_command_line(
     defaults: Mapping[str, Any] | None = None,
     description: str = "",
 ) -> Config:
-    """The `Config` that a command line asks for.
+    """Return the `Config` that a command line asks for.
 
-    argv: the words after the program's name. data, model: the recipe's subclasses of `DataConfig` and
-    `ModelConfig`. defaults: the recipe's own, as nested mappings. description: the first line of `--help`,
-    which prints every setting with its value so far and exits with 0. Raises `InputError`.
+    `--help` prints every setting with its value so far and exits with 0.
+
+    Args:
+        argv: the words after the program's name.
+        data: the recipe's subclass of `DataConfig`.
+        model: the recipe's subclass of `ModelConfig`.
+        defaults: the recipe's own defaults, as nested mappings.
+        description: the first line of `--help`.
+
+    Raises:
+        InputError: for an unknown key, an impossible value, or a file that cannot be read.
     """
     flags = _read_flags(argv)
-    config = Config(model=model(), data=data())
-    settings = _Settings(config)
+    settings = _Settings(Config(model=model(), data=data()))
     if "resume" in flags:
-        resume = flags.pop("resume")
-        config.resume = resume = _typed(resume, str, "--resume")
+        resume = settings.values["resume"] = _typed(flags.pop("resume"), str, "--resume")
         if resume != "auto":  # a run has its settings in its folder
             flags.setdefault("config", str(Path(resume) / "config.yaml"))
     settings.update(defaults or {}, _Source(suffix=" in the recipe's defaults"))
     if "config" in flags:
-        config.config = file = _typed(flags.pop("config"), str, "--config")
+        file = settings.values["config"] = _typed(flags.pop("config"), str, "--config")
         settings.update(_read_file(file, "--config"), _Source(suffix=f" in {file}"))
-        if config.resume not in (None, "auto"):  # the run may have come from others
-            config.model.trust_remote_code = False
-            _send_nowhere(config.output, file, flags)
+        if settings["resume"] not in (None, "auto"):  # the run may have come from others
+            settings.values["model.trust_remote_code"] = False
+            _send_nowhere(settings, file, flags)
     if "budget" in flags:
-        config.budget_file = budget = _typed(flags.pop("budget"), str, "--budget")
+        budget = settings.values["budget_file"] = _typed(flags.pop("budget"), str, "--budget")
         values, origin = _read_budget(budget)
         settings.update(values, _Source(suffix=f" in {origin}", section="budget."))
-    config.check = _typed(flags.pop("check", False), bool, "--check")
+    settings.values["check"] = _typed(flags.pop("check", False), bool, "--check")
     wants_help = _typed(flags.pop("help", False), bool, "--help")
     settings.update(flags, _Source(prefix="--"))
 
-    if wants_help:  # tyro shows the settings and leaves; its own messages take more than a line
+    config = settings.config()
+    if wants_help:  # tyro shows the settings and exits; its own messages take more than a line
         markers = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
         shown = {"default": config, "description": description, "use_underscores": True, "config": markers}
         tyro.cli(Config, args=["--help"], **shown)
-    settings.check_rules()
-    if config.recipe is not None:
-        config.recipe = _find_recipe(config.recipe, config.config, settings.names["recipe"])
-    return config
+    settings.check_rules(config)
+    if config.recipe is None:
+        return config
+    found = _find_recipe(config.recipe, config.config, settings.names["recipe"])
+    return dataclasses.replace(config, recipe=found)
 
 
-def _send_nowhere(output: OutputConfig, file: str, flags: Mapping[str, Any]) -> None:
-    """What a run's own config would send elsewhere, it does if that is said again."""
+def _send_nowhere(settings: "_Settings", file: str, flags: Mapping[str, Any]) -> None:
+    """Reset what a run's own config would send elsewhere, unless a flag repeats it."""
     for name, at_home in (("push_to_hub", (None,)), ("tracker", ("none", "tensorboard"))):
-        if getattr(output, name) not in at_home:
-            setattr(output, name, getattr(OutputConfig(), name))
+        if settings[f"output.{name}"] not in at_home:
+            settings.values[f"output.{name}"] = getattr(OutputConfig(), name)
             if f"output.{name}" not in flags and int(os.environ.get("RANK", 0)) == 0:
-                print(f"output.{name}: what {file} says is not heeded: give it again", file=sys.stderr)
+                print(
+                    f"output.{name}: the value in {file} is ignored on resume: give the flag again",
+                    file=sys.stderr,
+                )
 
 
 def recipe_file(argv: Sequence[str]) -> str:
@@ -122,12 +141,17 @@ class _Source:
 
 
 class _Settings:
-    """A `Config` that is filled in source by source, with the name of who set what."""
+    """The settings that were read so far, source by source, with the name of who set what.
 
-    def __init__(self, config: Config):
-        self.fields: dict[str, tuple[Any, str, Any]] = {}  # "optim.lr": (config.optim, "lr", float)
-        self.names: dict[str, str] = {}  # "optim.lr": "optim.lr in configs/a.yaml"
-        self._collect(config, "")
+    values: what was set, by its key ("optim.lr"). names: where ("optim.lr in configs/a.yaml").
+    """
+
+    def __init__(self, defaults: Config):
+        self.defaults = defaults
+        self.hints: dict[str, Any] = {}  # the type of each field: {"optim.lr": float}
+        self.values: dict[str, Any] = {}
+        self.names: dict[str, str] = {}
+        self._collect(defaults, "")
 
     def _collect(self, section: Any, prefix: str) -> None:
         hints = get_type_hints(type(section))
@@ -136,11 +160,18 @@ class _Settings:
             if dataclasses.is_dataclass(value):
                 self._collect(value, f"{prefix}{name}.")
             elif prefix or name not in FLAGS_ONLY:
-                self.fields[prefix + name] = section, name, hints[name]
+                self.hints[prefix + name] = hints[name]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key] if key in self.values else attrgetter(key)(self.defaults)
+
+    def config(self) -> Config:
+        """Return the config with these settings."""
+        return with_settings(self.defaults, self.values)
 
     def inside(self, prefix: str) -> list[str]:
         """The names inside a section such as "optim."; those of the sections inside ""."""
-        keys = [key.removeprefix(prefix) for key in self.fields if key.startswith(prefix)]
+        keys = [key.removeprefix(prefix) for key in self.hints if key.startswith(prefix)]
         return sorted({key.split(".")[0] for key in keys})
 
     def update(self, values: Mapping[Any, Any], source: _Source) -> None:
@@ -150,12 +181,11 @@ class _Settings:
             name = source.key(key) + source.suffix
             if names := self.inside(f"{key}."):
                 raise InputError(f"{name} is a section: set its keys, such as {source.key(key)}.{names[0]}")
-            if key not in self.fields:
+            if key not in self.hints:
                 raise InputError(f"unknown key {name}: {self._closest(key, source)}")
             if key in seen:
                 raise InputError(f"{name} is there twice: keep one of the two")
-            section, attribute, hint = self.fields[key]
-            setattr(section, attribute, _typed(value, hint, name))
+            self.values[key] = _typed(value, self.hints[key], name)
             self.names[key] = name
             seen.add(key)
 
@@ -178,15 +208,15 @@ class _Settings:
             names += ["check", "config", "help", "resume"]
             close = close or difflib.get_close_matches(key, names, 1)
         if not source.section:  # the right name in the wrong section, or in none
-            namesakes = [other for other in self.fields if other.endswith(f".{name}")]
+            namesakes = [other for other in self.hints if other.endswith(f".{name}")]
             close += difflib.get_close_matches(key, namesakes, 1, cutoff=0)
         question = f"did you mean {source.key(close[0])}? " if close else ""
         return f"{question}({section or 'a run'} has: {', '.join(names)})"
 
-    def check_rules(self) -> None:
+    def check_rules(self, config: Config) -> None:
         """Raise `InputError` for the first value that its section's `rules` do not allow."""
-        sections = {key.rpartition(".")[0]: section for key, (section, _, _) in self.fields.items()}
-        for path, section in sections.items():
+        for path in dict.fromkeys(key.rpartition(".")[0] for key in self.hints):
+            section = attrgetter(path)(config) if path else config
             for name, possible, allowed in getattr(section, "rules", tuple)():
                 if not possible:
                     key = self.names.get(f"{path}.{name}", f"--{path}.{name} (not set)")

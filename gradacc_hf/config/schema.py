@@ -1,14 +1,13 @@
 """The settings of a run, typed, with a line of help each.
 
-`--config` says what is trained, `--budget` what it runs on.
-
-Reading them from files and flags is `command_line.py`'s; what they mean is up to `run.py` and
-`loop.py`. Only `detect_budget` loads torch.
+`--config` names a file of what is trained, `--budget` a file of what it runs on. Settings are frozen:
+`with_settings` returns a changed copy. `parser.py` reads them from files and flags.
 """
 
 import re
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import FrozenInstanceError, dataclass, field, replace
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -22,7 +21,13 @@ SIZES = "a size such as 8GiB (units: GiB, GB, MiB, MB)"
 
 @dataclass
 class DataConfig:
-    """The examples. A recipe adds its own fields in a subclass."""
+    """The examples. A recipe adds its own fields in a subclass.
+
+    The decorator is not `frozen=True`, because recipes of version 0.1.0 subclass this with a plain
+    `@dataclass`, which Python refuses for a frozen base. Assignment raises FrozenInstanceError all the same.
+    """
+
+    _is_frozen = False
 
     train: str = ""
     """Training examples: CSV, JSONL or Parquet file, folder, Hub name, or embedded:NAME (no download)."""
@@ -40,6 +45,14 @@ class DataConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that the task cannot use: stop and name it, or leave it out, counted and said."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_is_frozen", True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_frozen:
+            raise FrozenInstanceError(f"cannot assign to field {name!r}: use with_settings()")
+        super().__setattr__(name, value)
+
     def rules(self) -> Rules:
         sources = "a CSV, JSONL or Parquet file, a folder, a Hub name, or embedded:NAME"
         yield "train", self.train != "", sources
@@ -47,7 +60,7 @@ class DataConfig:
         yield "max_length", self.max_length >= 1, "1 token or more"
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchConfig:
     """What one optimizer step sees, whatever the hardware."""
 
@@ -83,7 +96,7 @@ class BatchConfig:
             yield name, grows or getattr(self, name) == default, only
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """How long to train and when to look."""
 
@@ -119,7 +132,7 @@ class TrainConfig:
         yield "early_stopping", self.early_stopping >= 0, "0 evaluations (off) or more"
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointConfig:
     """What a run that is killed or stopped goes on from (--resume)."""
 
@@ -133,7 +146,7 @@ class CheckpointConfig:
         yield "keep", self.keep >= 1, "1 checkpoint or more"
 
 
-@dataclass
+@dataclass(frozen=True)
 class OutputConfig:
     """What a run leaves behind."""
 
@@ -147,7 +160,7 @@ class OutputConfig:
     """Hub repository (NAME or USER/NAME) that best/, else last/, goes to at the end; a new one is public."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class BudgetConfig:
     """What the hardware allows. It changes the split and the rounding of its precision, never the windows."""
 
@@ -173,7 +186,7 @@ class BudgetConfig:
     whole_gradients: bool = False
     """Under FSDP, accumulate whole gradients on every process: less communication, more memory."""
     lean_loss: bool | Literal["auto"] = "auto"
-    """Compute a causal language model's logits in pieces, never all at once: auto is where they allow it."""
+    """Compute a causal language model's logits in chunks, never all at once: auto is where they allow it."""
     num_workers: int = 0
     """Processes that collate beside training (0: the training process itself)."""
 
@@ -192,7 +205,7 @@ class BudgetConfig:
         yield "num_workers", self.num_workers >= 0, "0 processes or more"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """Everything that a run is told. Files hold `recipe` and the sections; the first four are flags only."""
 
@@ -220,22 +233,51 @@ class Config:
 FLAGS_ONLY = ("config", "budget_file", "check", "resume")
 
 
+SettingsT = TypeVar("SettingsT")
+
+
+def with_settings(settings: SettingsT, changes: Mapping[str, Any]) -> SettingsT:
+    """Return a copy of a config, or of one of its sections, with some values changed.
+
+    Args:
+        settings: a `Config` or a section; it stays as it is.
+        changes: the new values by their key: `{"optim.lr": 1e-4, "check": True}`. Their types and `rules` are
+            not checked.
+
+    Returns:
+        An object of the same class.
+    """
+    own: dict[str, Any] = {}
+    of_sections: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        name, _, rest = key.partition(".")
+        if rest:
+            of_sections.setdefault(name, {})[rest] = value
+        else:
+            own[name] = value
+    sections = {name: with_settings(getattr(settings, name), inner) for name, inner in of_sections.items()}
+    return replace(settings, **own, **sections)  # type: ignore[type-var]
+
+
 def _bytes(size: str) -> int:
-    """Bytes of a size such as "8GiB"; 0 where it is none."""
+    """Return the bytes of a size such as "8GiB"; 0 for any other text."""
     units = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?) ?(GiB|GB|MiB|MB)", size, re.IGNORECASE)
     return int(float(match[1]) * units[match[2].lower()]) if match else 0
 
 
 def parse_bytes(size: str) -> int:
-    """Bytes of a size such as "8GiB": a number and GiB, GB, MiB or MB. Raises `InputError`."""
+    """Return the bytes of a size such as "8GiB": a number and GiB, GB, MiB or MB. Raises `InputError`."""
     if not (number := _bytes(size)):
         raise InputError(f"found {size!r}, allowed is {SIZES}")
     return number
 
 
 def detect_budget() -> BudgetConfig:
-    """This machine's: memory of the smallest visible GPU, bf16 where all have it; without a GPU, fp32."""
+    """Return the budget of this machine: memory of the smallest visible GPU, and bf16 where all have it.
+
+    Without a GPU it is the default budget. torch is imported here alone.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -247,10 +289,16 @@ def detect_budget() -> BudgetConfig:
 
 
 def tokens_per_micro_batch(budget: BudgetConfig, device_type: str) -> int | None:
-    """Padded tokens per micro-batch on a "cpu" or "cuda" device; None where micro_batch_size says it instead.
+    """Return the padded tokens per micro-batch; None where `micro_batch_size` limits it instead.
 
-    What "auto" gives is a rule of thumb, for where no step can be traced and for a CPU whose memory nobody
-    says: 2048 on a CPU, 1024 per GiB of a GPU's memory. Raises `InputError` when that is not known.
+    "auto" gives a rule of thumb: 2048 on a CPU, 1024 per GiB of a GPU's memory. It is for a model that cannot
+    be traced, and for a CPU without `budget.memory`.
+
+    Args:
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        InputError: where the memory of the GPU is not known.
     """
     if budget.micro_batch_size is not None:
         return None

@@ -182,7 +182,7 @@ def _read_files(key: str, files: list[Path], *where: str, **options: Any) -> dic
             refuse(key, f"{files[0]}, {fault}", "one JSON object a line, or one list of objects")
         cause = cause.removeprefix("Error tokenizing data. C error: ").rstrip(".")
         commas = ", with commas between values" if files[0].suffix.lower() == ".csv" else ""
-        refuse(key, f"{shown} cannot be read: {cause}", f"mend or leave out that part{commas}")
+        refuse(key, f"{shown} cannot be read: {cause}", f"correct or leave out that part{commas}")
     splits = _by_name(loaded)
     if options and any("__index_level_0__" in split.column_names for split in splits.values()):
         refuse(key, f"{files[0]}: rows have more fields than the header", "give every column a name")

@@ -16,8 +16,8 @@ from datasets import Dataset
 from gradacc_hf.embedded.stdlib import Row, in_two, read_library
 
 IDENTIFIERS_FORMAT = 1  # raise it when what identifiers() gives changes: older cache files are left alone
-TOKENS = range(12, 65)  # of a function that is a row: tokens
-LONGEST = 20  # characters of a literal that is kept as it is
+FUNCTION_TOKENS = range(12, 65)  # of a function that is a row: tokens
+MAX_LITERAL_CHARS = 20  # characters of a literal that is kept as it is
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Position = tuple[int, int]  # line from 1, column from 0
@@ -57,7 +57,7 @@ def _functions(text: str, tree: ast.Module, parts: tuple[str, ...]) -> Iterator[
                 source = "\n".join(lines[function.lineno - 1 : function.end_lineno])
                 if source.isascii():  # else ast would count bytes, and tokenize characters
                     tokens, tags = _tagged(function, source, outside)
-                    if len(tokens) in TOKENS:
+                    if len(tokens) in FUNCTION_TOKENS:
                         tags = _joined(tokens, tags, dotted)
                         yield {"text": " ".join(tokens), "tokens": tokens, "tags": tags, "module": name}
 
@@ -104,7 +104,7 @@ def _tagged(function: _Function, source: str, outside: dict[str, str]) -> tuple[
             skip_to = literals[position]
             continue
         if position in literals:
-            skip_to, text = literals[position], text if len(text) <= LONGEST else '"..."'
+            skip_to, text = literals[position], text if len(text) <= MAX_LITERAL_CHARS else '"..."'
         elif token.type == tokenize.NAME and not keyword.iskeyword(text):
             role = "function" if tokens[-1:] == ["def"] else placed.get(position) or known.get(text)
         tokens.append(text)

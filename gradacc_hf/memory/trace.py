@@ -242,7 +242,7 @@ def _efficient_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """torch's memory-efficient attention, by name: on a CPU nobody would choose it."""
+    """torch's memory-efficient attention, called by name: on a CPU torch does not choose it."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))

@@ -12,7 +12,7 @@ import evaluate
 from gradacc_hf.errors import InputError
 
 from .classification import F1, Accuracy, MatthewsCorrelation
-from .multi_label import MultiLabel
+from .multi_label import MultiLabelMetric
 from .regression import MeanSquaredError, Pearson, Spearman
 from .retrieval import Retrieval
 from .sequence_labelling import Seqeval
@@ -23,7 +23,7 @@ METRICS: dict[str, type[evaluate.Metric]] = {
     "f1": F1,
     "matthews_correlation": MatthewsCorrelation,
     "mse": MeanSquaredError,
-    "multi_label": MultiLabel,
+    "multi_label": MultiLabelMetric,
     "pearsonr": Pearson,
     "retrieval": Retrieval,
     "rouge": Rouge,

@@ -16,7 +16,7 @@ Args:
 """
 
 
-class MultiLabel(InMemoryMetric):
+class MultiLabelMetric(InMemoryMetric):
     """`exact_match`, the share of rows all of whose labels are right; `f1_micro`, of all labels of all rows
     together; `f1_macro`, the mean of the F1 of each label; 0 to 1.
 

@@ -13,7 +13,7 @@ import numpy as np
 from gradacc_hf.errors import InputError
 from gradacc_hf.metrics.in_memory import InMemoryMetric
 
-MOST = 10
+MAX_RANK = 10
 
 _INPUTS = """
 Args:
@@ -24,7 +24,7 @@ Args:
 
 def chance(candidates: int) -> dict[str, float]:
     """What is to be expected of so many candidates in an order drawn at random."""
-    ranks = np.arange(1, min(MOST, candidates) + 1)
+    ranks = np.arange(1, min(MAX_RANK, candidates) + 1)
     return {
         "recall_at_1": 1 / candidates,
         "recall_at_10": len(ranks) / candidates,
@@ -47,10 +47,10 @@ class Retrieval(InMemoryMetric):
     def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
         """Keep a batch until `compute`; refuse what is no table of ids."""
         array = np.asarray(predictions)
-        if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu" or array.shape[1] > MOST:
+        if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu" or array.shape[1] > MAX_RANK:
             raise InputError(
                 f"predictions: found {array.dtype} of shape {array.shape}; allowed are ids of candidates, "
-                f"whole numbers of shape (rows, at most {MOST}), at least one row"
+                f"whole numbers of shape (rows, at most {MAX_RANK}), at least one row"
             )
         super().add_batch(predictions=array.tolist(), references=references, **more)
 

@@ -1,8 +1,9 @@
-"""The `Recipe` that a recipe file fills in: what makes a task that task, its data, its model and its metric.
+"""The base class of recipes: a recipe file fills in the data, the model and the metrics of its task.
 
-What all tasks share, from the command line to the saved model, is `run.py`.
+`run/runner.py` holds what all tasks share, from the command line to the saved model.
 """
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -34,35 +35,53 @@ from gradacc_hf.utils.files import MODEL_CONFIG
 
 
 class Recipe:
-    """A task: data → features → model → metric. Its docstring's first line is what `--help` says.
+    """A task: data → features → model → metrics. The first line of its docstring heads `--help`.
 
-    A recipe gives `model_class`, `datasets` and `metrics`; the rest has defaults that suit token inputs.
+    A recipe defines `model_class`, `datasets` and `metrics`. The other methods have defaults that suit token
+    inputs.
+
+    Args:
+        config: all settings of a run. They are frozen: `with_config` gives a recipe with other settings.
+
+    Raises:
+        InputError: by most methods, for settings or files that the task cannot use.
     """
 
     Data: ClassVar[type[DataConfig]] = DataConfig
     model_class: ClassVar[Any]
-    tokenizer_settings: ClassVar[Mapping[str, Any]] = {}  # what the task asks of it when it is loaded
+    tokenizer_settings: ClassVar[Mapping[str, Any]] = {}  # options of the tokenizer's from_pretrained
     pipeline_tag: ClassVar[str | None] = None  # the Hub's name of the task: "text-classification"
     example: ClassVar[Any] = "A text."  # an input that shows what the model does; or None
     num_items: str | CountItems = "labels"
-    pad_to: PadTo = "micro_batch"  # "window" where padding reaches the loss
-    transform: Transform | None = None  # what is random about an example: masking, cropping, augmentation
+    pad_to: PadTo = "micro_batch"  # "window" where padding changes the loss
+    transform: Transform | None = None  # the random part of an example: masking, cropping, augmentation
     tokens_are: str | None = None  # where the inputs are no texts: "patches of 16 × 16 pixels"
-    lean_loss: ClassVar[bool] = False  # does its model() have a use for budget.lean_loss?
+    lean_loss: ClassVar[bool] = False  # whether model() reads budget.lean_loss
     validation_source: str = "validation"
-    held_out = False  # are the validation rows some of the training file's?
-    of_chats = False  # is the model asked in chats?
+    held_out = False  # whether the validation rows are a share of the training file
+    of_chats = False  # whether inputs are chats
 
     def __init__(self, config: Config):
         self.config = config
         self.data: Any = config.data  # with the recipe's own fields
-        self.skipped_rows: list[str] = []  # a line about each, of both data sets
-        self.samples: list[dict[str, str]] = []  # what the model made of a few rows, for the report
-        self.new_parameters: set[str] | None = (
-            None  # those for which model() found no weights; all, where None
-        )
-        self.without_weights = False  # model() is then made of its config alone: `memory/of_recipe.py`
+        self.skipped_rows: list[str] = []  # one line a row, of both data sets
+        self.samples: list[dict[str, str]] = []  # the model's answers to a few rows, for the report
+        self.new_parameters: set[str] | None = None  # without saved weights; None: all
+        self.without_weights = False  # set by weightless()
         self._saved_config: Any = None  # of the adapter that is loaded, with what the task had set
+
+    def with_config(self, config: Config) -> Self:
+        """Return this recipe with other settings; it shares the data that was read."""
+        other = copy.copy(self)
+        other.config, other.data = config, config.data
+        return other
+
+    def weightless(self) -> Self:
+        """Return this recipe with a `model()` that is made of its config alone, without saved weights."""
+        other = copy.copy(self)
+        other.without_weights = True
+        vars(other).pop("model_path", None)  # it may have been computed for a model with weights
+        return other
 
     def datasets(self) -> tuple[Dataset, Dataset]:
         """Training and validation examples, tokenised, with `labels`."""
@@ -204,8 +223,8 @@ class Recipe:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        with self._loading("tokenizer"):
-            settings = {**self._source(), **self.tokenizer_settings}
+        with self.loading_errors("tokenizer"):
+            settings = {**self.source_options(), **self.tokenizer_settings}
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, **settings)
         if tokenizer.vocab_size <= len(
             tokenizer.all_special_tokens
@@ -234,44 +253,44 @@ class Recipe:
 
     def base_config(self) -> Any:
         """The config of `model.name`, with the task's settings."""
-        with self._loading("config"):
+        with self.loading_errors("config"):
             return transformers.AutoConfig.from_pretrained(
-                self.model_path, **self._source(), **self.model_overrides()
+                self.model_path, **self.source_options(), **self.model_overrides()
             )
 
     def empty_model(self) -> Any:
         """The model without weights, to count and name its parameters."""
         if self.config.model.lora.rank:  # what is trained depends on which weights there are
-            return self._load_model(device_map="meta")
-        with self._loading("config"), torch.device("meta"):
+            return self.load_pretrained(device_map="meta")
+        with self.loading_errors("config"), torch.device("meta"):
             return self.model_class.from_config(self.model_config(), **self._trust())
 
     def model(self) -> Any:
         """The model that is fine-tuned. One of a recipe's own making sets `new_parameters`."""
         whole = self._saved_config is not None or self.without_weights
         if not self.config.model.load_in_4bit or whole:
-            return self._load_model()
+            return self.load_pretrained()
         check_four_bit(self.config.model)
-        self._load_model(device_map="meta")  # what is new must not be in 4 bits
-        return self._load_model(**four_bit(self.config.budget.precision, self.new_parameters or ()))
+        self.load_pretrained(device_map="meta")  # what is new must not be in 4 bits
+        return self.load_pretrained(**four_bit(self.config.budget.precision, self.new_parameters or ()))
 
     def load(self, folder: Path | str) -> Any:
         """A model that was saved in a run's folder: whole, or as adapters on the base model of the run."""
         if not (Path(folder) / "adapter_config.json").exists():
-            with self._loading("weights", folder):
+            with self.loading_errors("weights", folder):
                 return self.model_class.from_pretrained(folder, **self._trust())
         check_peft()
-        with self._loading("config", folder):
+        with self.loading_errors("config", folder):
             saved = transformers.AutoConfig.from_pretrained(Path(folder) / MODEL_CONFIG, **self._trust())
         self._saved_config = saved
         model = self.model()
-        with self._loading("adapters", folder):
+        with self.loading_errors("adapters", folder):
             pretrained(model).load_adapter(str(folder))
         return model
 
     def check_model(self) -> None:
         """Raise InputError where the weights do not fit the config; reads their names and sizes only."""
-        self._load_model(device_map="meta")
+        self.load_pretrained(device_map="meta")
 
     @property
     def from_scratch(self) -> bool:
@@ -283,16 +302,24 @@ class Recipe:
         """Of the weights: `model.dtype`."""
         return getattr(torch, self.config.model.dtype)
 
-    def _load_model(self, **options: Any) -> Any:
+    def load_pretrained(self, **options: Any) -> Any:
+        """Load the model with its weights; set `new_parameters`.
+
+        Args:
+            options: of transformers' `from_pretrained`.
+
+        Raises:
+            InputError: where the weights do not fit the config.
+        """
         options |= {"config": self.model_config(), "dtype": self.dtype, "ignore_mismatched_sizes": True}
         if self.without_weights or self.from_scratch:
             model = self.model_class.from_config(options["config"], dtype=self.dtype, **self._trust())
             if self.without_weights and not self.from_scratch:
                 self.new_parameters = _of_the_task(model)
             return model
-        with self._loading("weights"):
+        with self.loading_errors("weights"):
             model, info = self.model_class.from_pretrained(
-                self.model_path, output_loading_info=True, **options, **self._source()
+                self.model_path, output_loading_info=True, **options, **self.source_options()
             )  # fmt: skip
         name, prefix = self.config.model.name, f"{model.base_model_prefix}."
         for tensor, found, expected in info["mismatched_keys"]:
@@ -313,10 +340,15 @@ class Recipe:
         return model
 
     @contextmanager
-    def _loading(self, what: str, folder: Path | str | None = None) -> Iterator[None]:
-        """Whatever transformers raises about the files of `model.name`, or of a run's folder, in one line."""
+    def loading_errors(self, what: str, folder: Path | str | None = None) -> Iterator[None]:
+        """Turn any error about the files of `model.name`, or of a run's folder, into an InputError.
+
+        Args:
+            what: what is loaded, for the message: "image processor".
+            folder: the folder of a run, where it is not `model.name` that is loaded.
+        """
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # of what is refused
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # such a pickle is refused
             try:
                 yield
             except InputError:
@@ -329,8 +361,13 @@ class Recipe:
     def _trust(self) -> dict[str, Any]:
         return {"trust_remote_code": self.config.model.trust_remote_code}
 
-    def _source(self) -> dict[str, Any]:
+    def source_options(self) -> dict[str, Any]:
+        """Return the options with which any `from_pretrained` loads the files of `model.name`."""
         return {"revision": self.config.model.revision or "main", **self._trust()}
+
+    # The names in recipes of version 0.1.0:
+    _loading = loading_errors
+    _source = source_options
 
 
 def _why(error: Exception) -> str:
@@ -347,7 +384,7 @@ def _why(error: Exception) -> str:
         )
     if "version of PEFT" in text and (mismatch := installed_mismatch()):
         return f"cannot be loaded: {mismatch}"
-    return f"cannot be loaded: {text[:300]}; mend it, or name another model"
+    return f"cannot be loaded: {text[:300]}; correct it, or name another model"
 
 
 def _of_the_task(model: Any) -> set[str]:

@@ -8,24 +8,39 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gradacc_hf.config.budget import fit_to_machine
 from gradacc_hf.config.parser import check_recipe_of, read_command_line, recipe_file
-from gradacc_hf.config.schema import Config
+from gradacc_hf.config.schema import Config, with_settings
 from gradacc_hf.errors import InputError, listed, refuse
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.utils.hardware import say
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 def load_recipe(argv: Sequence[str]) -> Recipe:
-    """The recipe that a command line's `--config` names, with its settings. Raises InputError."""
+    """Return the recipe that a command line's `--config` names, with its settings. Raises InputError."""
     found = recipe_class_of(argv)
     config = read_command_line(argv, data=found.Data)
     check_lean_loss(found, config)
     return found(config)
 
 
+def load_recipe_to_run(argv: Sequence[str]) -> Recipe:
+    """Return the recipe that `--config` names, with a budget that this machine can provide."""
+    return on_this_machine(load_recipe(argv))
+
+
+def on_this_machine(recipe: Recipe) -> Recipe:
+    """Return the recipe with a budget that this machine can provide; print a line about each other key."""
+    config, lines = fit_to_machine(recipe.config)
+    for line in lines:
+        say(line)
+    return recipe.with_config(config)
+
+
 def recipe_class_of(argv: Sequence[str]) -> type[Recipe]:
-    """The recipe that a command line's `--config` names. Raises InputError."""
+    """Return the class of the recipe that a command line's `--config` names. Raises InputError."""
     file = recipe_file(argv)
     sys.path.insert(0, str(Path(file).parent))  # as `python FILE` has it, for what lies beside it
     defined = {
@@ -56,8 +71,8 @@ def open_run(run: Path, trust_remote_code: bool = False) -> Recipe:
     _refuse_pickles(run)
     check_recipe_of(run / "config.yaml")
     recipe = load_recipe(["--config", str(run / "config.yaml")])
-    recipe.config.model.trust_remote_code &= trust_remote_code
-    return recipe
+    trusted = recipe.config.model.trust_remote_code and trust_remote_code
+    return recipe.with_config(with_settings(recipe.config, {"model.trust_remote_code": trusted}))
 
 
 def _refuse_pickles(run: Path) -> None:

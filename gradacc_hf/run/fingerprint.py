@@ -1,4 +1,4 @@
-"""What a run must have in common with a checkpoint that it goes on from: its data and what it computes."""
+"""What a resumed run must have in common with its checkpoint: data, and settings of what it computes."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ SECTIONS = ("model", "data", "batch", "optim", "train")  # not the budget, the o
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A checksum of all rows, in their order."""
+    """Return a checksum of all rows, in their order."""
     digest = hashlib.sha256()
     for table in dataset.with_format("arrow").iter(batch_size=10_000):
         sink = pa.BufferOutputStream()
@@ -29,7 +29,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def _files_by_content(table: Any) -> Any:
-    """Columns of images and sounds name files: what is in these counts, not where they lie."""
+    """Replace the files of images and sounds by checksums of their content."""
     for number, field in enumerate(table.schema):
         if pa.types.is_struct(field.type) and {part.name for part in field.type} == {"bytes", "path"}:
             digests = [None if row is None else _digest(**row) for row in table.column(number).to_pylist()]
@@ -43,7 +43,7 @@ def _digest(bytes: bytes | None, path: str | None) -> str:
 
 
 def what_must_stay(config: Config, training: Dataset, validation: Dataset) -> dict[str, Any]:
-    """Every setting that changes what a run computes, by its key; data sets by their content."""
+    """Return every setting that changes what a run computes, by its key; data sets by their content."""
     settings = {section: asdict(getattr(config, section)) for section in SECTIONS}
     same = {key: value for section, values in settings.items() for key, value in _flat(section, values)}
     for key in ("data.leave_out", "train.on_nonfinite", "data.train", "data.validation"):
@@ -61,7 +61,7 @@ def check_same_settings(config: Config, run: Path) -> None:
             if key in before and before[key] != value and key != "model.trust_remote_code":
                 raise InputError(
                     f"{key}: found {value!r}, and {run} has come to its end with {before[key]!r}: give "
-                    "another --output.dir to train anew"
+                    "another --output.dir to train again"
                 )
 
 

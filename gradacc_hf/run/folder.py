@@ -1,16 +1,19 @@
-"""The folder of a run: what may be written there, and nothing overwritten that was not given up.
+"""The folder of a run: find, check, create and lock it.
 
-Also which folder a run goes on in; from what, is `checkpoint.py`'s.
+A run is overwritten only with `--output.overwrite true`. `training/checkpoint.py` finds the checkpoint that a
+run continues from.
 """
 
 import errno
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from accelerate import Accelerator
@@ -24,17 +27,26 @@ from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.redaction import without_tokens
 from gradacc_hf.utils.signals import MARKER
 
-RUN_FILES = ("config.yaml", "history.jsonl", "summary.json", "best", "last", "logs", "report.html")
-RUN_FILES += (FOLDER, MARKER)
 LOCK = ".lock"
-RUN_FILES += (LOCK,)
-RUN_FILES += ("verify.json",)  # later, by `gradacc verify --run`
+RUN_FILES = (
+    "config.yaml",
+    "history.jsonl",
+    "summary.json",
+    "best",
+    "last",
+    "logs",
+    "report.html",
+    FOLDER,
+    MARKER,
+    LOCK,
+    "verify.json",  # by `gradacc verify --run`, after the run
+)
 
 
 def folder_to_resume(config: Config) -> Path | None:
-    """The folder of the run that `--resume` goes on with; None to start anew, as there is none.
+    """Return the folder of the run that `--resume` continues; None where a new run starts.
 
-    Raises InputError where a folder is named that holds no run.
+    Raises InputError where the named folder holds no run.
     """
     if config.resume is None:
         return None
@@ -45,7 +57,7 @@ def folder_to_resume(config: Config) -> Path | None:
     elif config.output.dir:
         folder = Path(config.output.dir)
     else:
-        _, folder = max(_numbered(_name(config)), default=(0, None))
+        _, folder = max(_folders_of(_name(config)), default=(0, None))
         if folder is None or ended(folder):
             return None
     if not _is_run(folder):
@@ -55,7 +67,7 @@ def folder_to_resume(config: Config) -> Path | None:
 
 
 def ended(run: Path) -> bool:
-    """Has the run in this folder come to its end?"""
+    """Whether the run in this folder has ended."""
     return (run / "summary.json").is_file()
 
 
@@ -100,70 +112,105 @@ def refuse_links(folder: Path, key: str) -> None:
             )
 
 
-def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0) -> Path:
-    """Make the run's folder on the main process, with its config; every process gets its name.
+@contextmanager
+def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0) -> Iterator[Path]:
+    """Make the run's folder, with its config, and lock it inside this block; call it on every process.
 
-    `windows_done`: of a run that goes on, whose files stay.
+    Args:
+        config: the settings of the run, which are written as config.yaml.
+        accelerator: its main process makes the folder; its trackers write there.
+        windows_done: windows of a run that continues, whose files stay.
+
+    Raises:
+        InputError: for a folder that cannot be made, or that another run is writing into.
     """
-    accelerator.wait_for_everyone()  # another may still read a model from the run that is given up
+    accelerator.wait_for_everyone()  # another process may still read a model from the run that is overwritten
+    lock = None
     chosen: list[Any] = [None, None]
     if accelerator.is_main_process:
-        try:
-            folder = Path(config.output.dir) if config.output.dir else next_folder(_name(config))
-            folder.mkdir(parents=True, exist_ok=True)
-            in_use = "another run is writing into it: wait for it, stop it, or give a new folder"
-            chosen = [folder, None if _lock(folder) else f"{folder}: {in_use}"]
-        except OSError as error:
-            chosen = [None, f"{config.output.dir} cannot be made ({error.strerror}); give a folder elsewhere"]
+        lock, *chosen = _make_and_lock(config)
     folder, problem = broadcast_object_list(chosen)
-    if problem is not None:
-        raise InputError(f"output.dir: {problem}")
-    if accelerator.is_main_process and not windows_done:
-        given_up = (folder / name for name in RUN_FILES if name != LOCK)  # by --output.overwrite
-        for path in given_up:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    if accelerator.is_main_process:
-        (folder / MARKER).unlink(missing_ok=True)
-        write_whole(folder / "config.yaml", settings(config))
-    if accelerator.log_with:
-        accelerator.project_configuration = ProjectConfiguration(str(folder), str(folder))
-        purged = {"tensorboard": {"purge_step": windows_done + 1}} if windows_done else {}
-        accelerator.init_trackers("logs", init_kwargs=purged)
-    return folder
-
-
-def _lock(folder: Path) -> bool:
-    """Keep this folder for this process until it ends, however it does; False where another one has it."""
-    import fcntl  # not on Windows, which is refused with a line elsewhere
-
-    file = (folder / LOCK).open("a")
-    _locked.append(file)  # closing it would give it up
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if problem is not None:
+            raise InputError(f"output.dir: {problem}")
+        if accelerator.is_main_process:
+            if not windows_done:
+                _remove_run(folder)
+            (folder / MARKER).unlink(missing_ok=True)
+            write_whole(folder / "config.yaml", settings(config))
+        if accelerator.log_with:
+            accelerator.project_configuration = ProjectConfiguration(str(folder), str(folder))
+            purged = {"tensorboard": {"purge_step": windows_done + 1}} if windows_done else {}
+            accelerator.init_trackers("logs", init_kwargs=purged)
+        yield folder
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _make_and_lock(config: Config) -> tuple["FolderLock | None", Any, Any]:
+    """Return (lock, folder, None), or (None, None, problem) where there is a problem."""
+    try:
+        folder = Path(config.output.dir) if config.output.dir else next_folder(_name(config))
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder)
+        if lock.acquire():
+            return lock, folder, None
+        in_use = "another run is writing into it: wait for it, stop it, or give a new folder"
+        return None, None, f"{folder}: {in_use}"
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system may have no locks
-    return True
+        return None, None, f"{config.output.dir} cannot be made ({error.strerror}); give a folder elsewhere"
 
 
-_locked: list[Any] = []
+def _remove_run(folder: Path) -> None:
+    """Remove the files of an earlier run, which `--output.overwrite` gives up."""
+    for path in (folder / name for name in RUN_FILES if name != LOCK):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class FolderLock:
+    """Keeps a run's folder for this process until `release`, or until the process ends, however it does."""
+
+    def __init__(self, folder: Path):
+        self._path = folder / LOCK
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> bool:
+        """Take the folder. Returns False where another process has it."""
+        import fcntl  # not on Windows, which is refused with a line elsewhere
+
+        self._file = self._path.open("a")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+                self.release()
+                return False
+        return True
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _name(config: Config) -> str:
     return Path(config.config or "run").stem
 
 
-def _numbered(name: str) -> list[tuple[int, Path]]:
-    """The folders that runs of this name have got, with their numbers."""
+def _folders_of(name: str) -> list[tuple[int, Path]]:
+    """Return the numbered folders of the runs of this name: (number, folder)."""
     pattern = re.compile(re.escape(name) + r"-([0-9]+)")
     found = [(pattern.fullmatch(path.name), path) for path in Path("runs").glob("*")]
     return [(int(match[1]), path) for match, path in found if match]
 
 
 def settings(config: Config) -> str:
-    """All settings of a run, but for tokens, as a config file that runs it again."""
+    """Return all settings of a run, except secrets, as the text of a config file that runs it again."""
     values = {name: value for name, value in asdict(config).items() if name not in FLAGS_ONLY}
     return yaml.safe_dump(without_tokens(values), sort_keys=False)
 

@@ -1,24 +1,27 @@
-"""What would make a recipe's run fit into memory, and by how much: as flags to paste, the best first."""
+"""Settings with which a recipe's run takes less memory: flags to paste, the largest saving first."""
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError, NotTraceableError
 from gradacc_hf.memory.estimator import StepEstimate
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.memory_bound import longest_example, recipe_memory
 
 Settings = dict[str, Any]  # "optim.name": "adafactor"
-WORTH = 0.01  # of the bytes: less is not worth a flag
+MIN_SAVED_SHARE = 0.01  # of the bytes; a flag that saves less is not listed
 
 
 @dataclass(frozen=True)
 class Lever:
-    """Settings that take less: bytes of the longest example alone, and how many fewer that is."""
+    """Flags that save memory.
+
+    bytes: what the longest example alone takes with them. saved: bytes less than without them.
+    """
 
     flags: str
     bytes: int
@@ -37,9 +40,14 @@ def levers(
     available: int,
     processes: int = 1,
 ) -> list[Lever]:
-    """Each lever alone, the best first; then the best together, until they fit into `available` bytes.
+    """Return each lever alone, the best first; then the best together, until they fit.
 
-    found: of the recipe as it is. The other arguments: `recipe_memory`.
+    Args:
+        found: the estimate of the recipe as it is.
+        available: bytes of memory.
+        processes: processes of the run.
+
+    The other arguments are those of `recipe_memory`.
     """
     longest = lengths[longest_example(lengths)]
 
@@ -51,11 +59,11 @@ def levers(
     def take(settings: Settings) -> int | None:
         if shorter := settings.get("data.max_length"):
             return needs(found, np.minimum(longest, shorter))
-        other, estimate = copy.copy(recipe), found
+        estimate = found
         traced = {key: value for key, value in settings.items() if key != "optim.name"}
         try:
             if traced:
-                other.config = _with(recipe.config, traced)
+                other = recipe.with_config(with_settings(recipe.config, traced))
                 estimate = recipe_memory(other, dataset, lengths, make_model, on_gpu, only_longest=True)
         except (InputError, NotTraceableError):  # not with this model
             return None
@@ -69,7 +77,7 @@ def levers(
     taken = [
         (size, settings) for settings in _choices(recipe, on_gpu) if (size := take(settings)) is not None
     ]
-    useful = sorted((t for t in taken if t[0] < (1 - WORTH) * before), key=lambda one: one[0])
+    useful = sorted((t for t in taken if t[0] < (1 - MIN_SAVED_SHARE) * before), key=lambda one: one[0])
     made = [lever(settings, size) for size, settings in useful]
     together: Settings = {}
     for _, settings in useful:
@@ -85,7 +93,7 @@ def levers(
 
 
 def _choices(recipe: Recipe, on_gpu: bool) -> Iterator[Settings]:
-    """What is not on yet, and possible for this recipe."""
+    """Yield the settings that are possible for this recipe and not set yet."""
     config = recipe.config
     half = {"model.dtype": "bfloat16", "budget.precision": "bf16"}
     if not config.budget.gradient_checkpointing:
@@ -107,19 +115,7 @@ def _choices(recipe: Recipe, on_gpu: bool) -> Iterator[Settings]:
         yield {"data.max_length": config.data.max_length // 2}
 
 
-def _with(config: Any, settings: Settings) -> Any:
-    """A config with these settings."""
-    config = copy.deepcopy(config)
-    for key, value in settings.items():
-        *sections, name = key.split(".")
-        section = config
-        for part in sections:
-            section = getattr(section, part)
-        setattr(section, name, value)
-    return config
-
-
 def _flags(settings: Settings) -> str:
-    """As a command line takes them."""
+    """Return settings as the flags of a command line."""
     shown = {key: str(value).lower() if isinstance(value, bool) else value for key, value in settings.items()}
     return " ".join(f"--{key} {value}" for key, value in shown.items())

@@ -1,10 +1,9 @@
-"""The memory of a recipe's micro-batches: its model's config, its data and settings → a `StepEstimate`.
+"""The memory of a recipe's micro-batches: from the model's config, the data and the settings.
 
-Kept in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf by everything that decides it. What an estimate is:
-`estimate.py`.
+`memory/estimator.py` estimates it by tracing a step. Estimates are cached in $XDG_CACHE_HOME/gradacc_hf or
+~/.cache/gradacc_hf, by everything that they depend on.
 """
 
-import copy
 import hashlib
 import json
 import math
@@ -24,16 +23,16 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from gradacc_hf.accumulation.splitting import Bound, rounded_up
 from gradacc_hf.config.schema import BudgetConfig, detect_budget, parse_bytes, tokens_per_micro_batch
 from gradacc_hf.errors import NotTraceableError
-from gradacc_hf.memory.estimator import PARTS, Point, Settings, StepEstimate, estimate, terms_of
+from gradacc_hf.memory.estimator import ROWS_MULTIPLE, Point, StepEstimate, StepSettings, estimate, terms_of
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.tasks.lean_loss import CHUNK
+from gradacc_hf.tasks.lean_loss import TOKENS_PER_CHUNK
 from gradacc_hf.training.run_log import versions
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.rng import preserve_rng_state
 
-FORMAT = 1  # raise it when an estimate of the same step changes
-CANDIDATES = 500  # examples, of different lengths, that the ones to trace are chosen from
-OF_NO_STEP = ("memory", "max_tokens", "micro_batch_size", "num_workers")  # keys of a budget
+CACHE_FORMAT = 1  # raise it when an estimate of the same step changes
+CANDIDATE_EXAMPLES = 500  # examples, of different lengths, that the ones to trace are chosen from
+STEP_INDEPENDENT_KEYS = ("memory", "max_tokens", "micro_batch_size", "num_workers")  # keys of a budget
 
 
 def recipe_memory(
@@ -44,15 +43,19 @@ def recipe_memory(
     on_gpu: bool,
     only_longest: bool = False,
 ) -> StepEstimate:
-    """What a micro-batch of a recipe takes, without its weights.
+    """Return the memory that a micro-batch of a recipe takes; no weights are loaded.
 
-    dataset, lengths: the training examples and their tokens, (examples, columns). make_model:
-    recipe → the model that is trained. on_gpu: the run will be on one. only_longest: the estimate is for the
-    longest example alone, which is quicker. Raises NotTraceableError.
+    Args:
+        dataset: the training examples.
+        lengths: their tokens, (examples, columns).
+        make_model: recipe → the model that is trained.
+        on_gpu: whether the run will be on a GPU.
+        only_longest: whether to estimate the longest example alone, which is quicker.
+
+    Raises:
+        NotTraceableError: where no step of the model can be traced.
     """
-    weightless = copy.copy(recipe)
-    weightless.without_weights = True
-    weightless.__dict__.pop("model_path", None)  # it may have been asked for with weights
+    weightless = recipe.weightless()
     try:
         with preserve_rng_state():
             choose = _longest if only_longest else _points
@@ -61,9 +64,9 @@ def recipe_memory(
     except (ValueError, KeyError, TypeError) as error:
         raise NotTraceableError(f"its examples cannot be collated: {error}") from error
     config = recipe.config
-    settings = Settings(config.optim, config.budget.precision, on_gpu, config.model.load_in_4bit)
+    settings = StepSettings(config.optim, config.budget.precision, on_gpu, config.model.load_in_4bit)
     file = _cache() / f"memory-{_key(weightless, points, settings)}.json"
-    can_be_kept = not config.model.trust_remote_code  # that code may change, and nobody here looks at it
+    can_be_kept = not config.model.trust_remote_code  # that code may change unnoticed
     with suppress(OSError, ValueError, KeyError, TypeError):  # none there, or none that can be read
         if can_be_kept:
             return StepEstimate.from_json(json.loads(file.read_text(encoding="utf-8")))
@@ -86,10 +89,10 @@ def choose_bound(
     make_model: Callable[[Recipe], Any],
     accelerator: Accelerator,
 ) -> Bound:
-    """What bounds a recipe's micro-batches: what its budget says; for `auto`, the bytes that there are.
+    """Return the limit of a recipe's micro-batches: what its budget says; for `auto`, the available bytes.
 
-    Arguments as of `recipe_memory`. On a CPU without `budget.memory`, and for a model that cannot be traced,
-    `auto` is a number of tokens (`config.tokens_per_micro_batch`).
+    On a CPU without `budget.memory`, and for a model that cannot be traced, `auto` is a number of tokens
+    (`tokens_per_micro_batch`). Arguments: as for `recipe_memory`.
     """
     budget, on_gpu = recipe.config.budget, accelerator.device.type == "cuda"
     tokens = tokens_per_micro_batch(budget, accelerator.device.type)
@@ -108,11 +111,11 @@ def choose_bound(
         except NotTraceableError as error:
             thumb = f"budget.max_tokens: {tokens:,}, a rule of thumb"
             print(f"{thumb}: no step could be traced: {error}", file=stderr)
-    return broadcast_object_list([bound])[0]  # else processes might cut a window differently
+    return broadcast_object_list([bound])[0]  # else processes might split a window differently
 
 
 def usable_memory(budget: BudgetConfig, on_gpu: bool) -> int | None:
-    """Bytes that a budget grants, at most what the smallest GPU here has; None where nothing says it."""
+    """Return the bytes of a budget, at most the smallest GPU's memory; None where neither is known."""
     granted = parse_bytes(budget.memory) if budget.memory is not None else None
     found = detect_budget().memory if on_gpu else None
     return min(filter(None, (granted, parse_bytes(found) if found else None)), default=None)
@@ -123,13 +126,15 @@ def _points(recipe: Recipe, dataset: Any, lengths: np.ndarray) -> tuple[list[Poi
     if isinstance(recipe.pad_to, int):
         lengths = np.full_like(lengths, recipe.pad_to)
     different, first = np.unique(lengths, axis=0, return_index=True)
-    some = np.unique(np.linspace(0, len(different) - 1, CANDIDATES).astype(int))
+    some = np.unique(np.linspace(0, len(different) - 1, CANDIDATE_EXAMPLES).astype(int))
     exponents = terms_of(different[some])
     of_lengths = exponents[: len(exponents) // 2, 1:]
     chosen = some[_far_apart(different[some], of_lengths)]
     packed = recipe.pad_to == "nothing"
-    pieces = 2 * CHUNK // max(1, int(different[chosen].min()) - 1) + 1  # a lean loss takes two and more
-    rows = PARTS * math.ceil(pieces / PARTS) if recipe.lean_loss else PARTS
+    chunked_rows = (
+        2 * TOKENS_PER_CHUNK // max(1, int(different[chosen].min()) - 1) + 1
+    )  # a lean loss takes two and more
+    rows = ROWS_MULTIPLE * math.ceil(chunked_rows / ROWS_MULTIPLE) if recipe.lean_loss else ROWS_MULTIPLE
     if packed:  # one row of several examples: its length is theirs together
         lengths_of = [int(rows * k * different[chosen[-1], 0]) for k in (1, 2, 3)]
         batches = [_collate(recipe, dataset, int(first[chosen[-1]]), rows * k, None) for k in (1, 2, 3)]
@@ -179,8 +184,8 @@ def _collate(recipe: Recipe, dataset: Any, index: int, rows: int, pad_to: int | 
     return recipe.collate(examples, *(() if pad_to is None else (pad_to,)))
 
 
-def _key(recipe: Recipe, points: list[Point], settings: Settings) -> str:
-    """Of everything that decides an estimate: model, settings, batches, the recipe's own code, versions."""
+def _key(recipe: Recipe, points: list[Point], settings: StepSettings) -> str:
+    """Return a checksum of what an estimate depends on: model, settings, batches, code, versions."""
     config = recipe.config
     beside = sorted(Path(config.recipe).parent.glob("*.py")) if config.recipe else []
     shapes = [
@@ -191,11 +196,11 @@ def _key(recipe: Recipe, points: list[Point], settings: Settings) -> str:
         for b in (point.batch for point in points)
     ]
     decides = {
-        "format": FORMAT,
+        "format": CACHE_FORMAT,
         "model": recipe.model_config().to_dict(),
         "settings": {**asdict(config.model), **asdict(config.data)},
         "optimizer": asdict(settings.optim),
-        "budget": {k: v for k, v in asdict(config.budget).items() if k not in OF_NO_STEP},
+        "budget": {k: v for k, v in asdict(config.budget).items() if k not in STEP_INDEPENDENT_KEYS},
         "on_gpu": settings.on_gpu,
         "recipe": [hashlib.sha256(file.read_bytes()).hexdigest() for file in beside],
         "class": f"{type(recipe).__module__}.{type(recipe).__qualname__}",

@@ -1,4 +1,4 @@
-"""What a run is about to do, in a table, before anything heavy does it."""
+"""The table that a run prints before it loads a model: its data, windows, micro-batches and budget."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,28 @@ from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.sampler import EffectiveBatchSize
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.run.tuning import tunes
 from gradacc_hf.training.optimizer import choose_trained
 from gradacc_hf.utils.hardware import describe_device
 
 
 def print_plan(
-    recipe: Recipe, windows: WindowLoader, empty: torch.nn.Module, num_windows: int, num_validation: int
+    recipe: Recipe,
+    windows: WindowLoader,
+    empty: torch.nn.Module,
+    num_windows: int,
+    num_validation: int,
+    tries_sizes: bool,
 ) -> None:
-    """What is about to happen, before anything heavy does."""
+    """Print what a run will do.
+
+    Args:
+        recipe: the recipe, after `datasets()`.
+        windows: the loader of the training windows.
+        empty: the model without weights.
+        num_windows: windows of the whole run.
+        num_validation: validation examples.
+        tries_sizes: whether the first windows try several micro-batch sizes.
+    """
     config, plan, accelerator = recipe.config, windows.plan, windows.accelerator
     epochs = config.train.epochs
     of_all = sum(plan.num_windows(epoch) for epoch in range(epochs))
@@ -41,7 +54,7 @@ def print_plan(
         ),
         (
             "micro-batches",
-            f"at most {windows.bound}" + ("; sizes are tried first" if tunes(config, num_windows) else ""),
+            f"at most {windows.bound}" + ("; sizes are tried first" if tries_sizes else ""),
         ),
         (
             "accumulation steps",

@@ -1,9 +1,8 @@
-"""`gradacc plan`: what a recipe's run will take, before any money is spent: memory, steps, operations, cost.
+"""What a run of a recipe will take: memory, steps, operations, time and cost, for `gradacc plan`.
 
-Needs the model's config, its tokenizer and the data; no weights and no GPU.
+A plan needs the config and the tokenizer of the model, and the data; no weights and no GPU.
 """
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +16,23 @@ from datasets import Dataset
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.memory_model import MicroBatchMemory, Parts
 from gradacc_hf.accumulation.splitting import Bound, usual_cost
-from gradacc_hf.config.schema import tokens_per_micro_batch
+from gradacc_hf.config.schema import tokens_per_micro_batch, with_settings
 from gradacc_hf.errors import InputError, NotTraceableError, refuse
 from gradacc_hf.memory.estimator import StepEstimate
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.recipe.budget import fit_to_model
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.memory_advice import Lever, levers
 from gradacc_hf.run.memory_bound import longest_example, recipe_memory, usable_memory
-from gradacc_hf.run.runner import make_model, make_windows, total_windows
+from gradacc_hf.run.setup import make_model, make_windows, total_windows
 
 GIB = 2**30
-SAMPLE = 200  # windows of the first epoch that are cut, evenly spaced
+SAMPLED_WINDOWS = 200  # windows of the first epoch that are split, evenly spaced
 
 
 @dataclass(frozen=True)
 class Steps:
-    """How the windows are cut, from a sample of the first epoch's. Operations are floating-point ones."""
+    """How the windows are split, from a sample of the first epoch. Operations are floating-point ones."""
 
     windows: int
     epochs: int
@@ -67,15 +67,16 @@ class Plan:
 
 
 def rate_of(run: Path) -> float:
-    """10¹² operations a second that each device of a run has reached, by its plan and its seconds."""
+    """Return the 10¹² operations a second that each device of a run reached, by its plan and seconds."""
     recipe = open_run(run)
     file = run / "summary.json"
     if not file.is_file():
         refuse(str(run), "found no summary.json in it, so this run has not ended", "give one that has")
     summary = json.loads(file.read_text(encoding="utf-8"))
     tuned: dict[str, Any] = summary.get("tuning") or {"max_tokens": None}
-    if tuned["max_tokens"] is not None:  # as most of its windows were cut
-        recipe.config.budget.max_tokens = tuned["max_tokens"]
+    if tuned["max_tokens"] is not None:  # as most of its windows were split
+        changes = {"budget.max_tokens": tuned["max_tokens"]}
+        recipe = recipe.with_config(with_settings(recipe.config, changes))
     planned = make_plan(recipe, summary["processes"], with_levers=False).steps.flops_per_window
     return planned * summary["windows"] / summary["seconds"] / summary["processes"] / 1e12
 
@@ -88,21 +89,28 @@ def make_plan(
     with_levers: bool = True,
     data: tuple[Dataset, Dataset] | None = None,
 ) -> Plan:
-    """The plan of a recipe's run over so many processes: on GPUs, but for the budget `cpu` and where nothing
-    says how much memory there is.
+    """Return the plan of a recipe's run.
 
-    `tflops`: 10¹² floating-point operations a second of one device; `price`: of one for an hour. `data`: what
-    `recipe.datasets()` gives, where it is there already. Raises InputError where no step of the model can be
-    traced.
+    It is for GPUs, except with the budget `cpu`, and where the memory of a GPU is not known.
+
+    Args:
+        recipe: the recipe; it stays as it is.
+        processes: processes of the run.
+        tflops: 10¹² floating-point operations a second of one device.
+        price: price of one device for an hour.
+        with_levers: whether to look for settings that take less memory, where the run does not fit.
+        data: what `recipe.datasets()` returns, where it was called before.
+
+    Raises:
+        InputError: where no step of the model can be traced.
     """
-    recipe = copy.copy(recipe)
-    recipe.without_weights = True
-    recipe.__dict__.pop("model_path", None)  # it may have been asked for with weights
+    recipe = recipe.weightless()
+    training, validation = data or recipe.datasets()
+    recipe = fit_to_model(recipe)
     config, is_cpu = recipe.config, Path(recipe.config.budget_file or "").stem == "cpu"
     given = usable_memory(config.budget, on_gpu=not is_cpu)
     device = "cpu" if is_cpu or given is None else "cuda"
     memory = given or psutil.virtual_memory().total
-    training, validation = data or recipe.datasets()
     windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True), Bound(micro_batch_size=1))
     try:
         found = recipe_memory(recipe, training, windows.tokens, make_model, device == "cuda")
@@ -151,7 +159,7 @@ def make_plan(
 def _bound(
     recipe: Recipe, memory: MicroBatchMemory, there_are: int, is_given: bool, device: str
 ) -> tuple[Bound, str]:
-    """What bounds a micro-batch, and why."""
+    """Return the limit of a micro-batch, and the reason."""
     budget = recipe.config.budget
     if budget.micro_batch_size is not None:
         return Bound(micro_batch_size=budget.micro_batch_size), "budget.micro_batch_size says so"
@@ -165,13 +173,13 @@ def _bound(
 
 def _steps(recipe: Recipe, windows: WindowLoader, found: StepEstimate) -> Steps:
     plan = windows.plan
-    numbers = np.unique(np.linspace(0, plan.num_windows(0) - 1, SAMPLE).astype(int))
+    numbers = np.unique(np.linspace(0, plan.num_windows(0) - 1, SAMPLED_WINDOWS).astype(int))
     splits = [windows.split(0, int(number)) for number in numbers]
     shapes = [
         (rows, tuple(lengths))
         for split in splits
         for process in split.processes
-        for rows, lengths in (windows.shape(piece, split.pad_to) for piece in process)
+        for rows, lengths in (windows.shape(micro_batch, split.pad_to) for micro_batch in process)
     ]
     different = sorted(set(shapes))
     steps = [max(map(len, split.processes)) for split in splits]

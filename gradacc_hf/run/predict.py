@@ -1,7 +1,7 @@
-"""`gradacc predict`: what a saved run says to new input, one JSON object a line.
+"""The answers of a saved model to new inputs, and the reading of inputs, for `gradacc predict`.
 
-The run's config.yaml names its recipe file and holds its settings; the recipe loads the saved model and
-answers. Here are the command line, reading input (texts, or a .jsonl, .csv or .txt file) and writing answers.
+The config.yaml of a run names its recipe file and holds its settings. The recipe loads the saved model and
+answers.
 """
 
 import csv
@@ -20,15 +20,15 @@ from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.training.run_log import finite
 from gradacc_hf.utils.hardware import find_device, refuse_place
 
-INPUTS_AT_ONCE = 32
-FILES = (".jsonl", ".csv", ".txt")
+INPUTS_PER_BATCH = 32
+INPUT_SUFFIXES = (".jsonl", ".csv", ".txt")
 
 Input = tuple[str, Any]
 """Where an input is from, for messages ("a.csv, line 2"), and itself: a text, or a row as a mapping."""
 
 
 def load_model(recipe: Recipe, run: Path, which: str = "best") -> Any:
-    """The "best" or the "last" model of a run, ready to answer, on the GPU where there is one."""
+    """Return the "best" or the "last" model of a run, in evaluation mode, on the GPU where there is one."""
     folder = run / which
     if not folder.is_dir():
         there = listed(f"--model {name}" for name in ("best", "last") if (run / name).is_dir())
@@ -42,9 +42,9 @@ def load_model(recipe: Recipe, run: Path, which: str = "best") -> Any:
 
 
 def predict(recipe: Recipe, model: Any, inputs: Iterable[Input]) -> Iterator[dict[str, Any]]:
-    """The answers to the inputs, in order, as they come. Raises InputError that names the input at fault."""
+    """Yield the answers to the inputs, in order. Raises InputError that names the input at fault."""
     rest = iter(inputs)
-    while together := list(islice(rest, INPUTS_AT_ONCE)):
+    while together := list(islice(rest, INPUTS_PER_BATCH)):
         try:
             answers = _answer(recipe, model, [one for _, one in together])
         except InputError:
@@ -63,24 +63,31 @@ def _answer(recipe: Recipe, model: Any, inputs: Sequence[Any]) -> list[dict[str,
     return recipe.answer(model, inputs)
 
 
-def _numbered(texts: Sequence[str]) -> Iterator[Input]:
+def number_texts(texts: Sequence[str]) -> Iterator[Input]:
+    """Yield the texts of a command line as inputs: "text 1", "text 2"."""
     for number, text in enumerate(texts, start=1):
         yield f"text {number:,}", text
 
 
 def read_inputs(source: str) -> Iterator[Input]:
-    """The inputs in a .jsonl, .csv or .txt file or, of "-", on standard input. Raises InputError.
+    """Yield the inputs in a .jsonl, .csv or .txt file, or on standard input ("-"). Raises InputError.
 
-    A line of text is an input, whatever it holds; blank lines of JSONL are none.
+    Each line of a .txt file is an input, even an empty one. Blank lines of JSONL are skipped.
     """
     path = Path(source)
     if source == "-":
         sys.stdin.reconfigure(encoding="utf-8-sig")  # type: ignore[union-attr]
         return _checked(_either(sys.stdin), "standard input")
-    if path.suffix.lower() not in FILES:
-        refuse("--input", f"found {source!r}", f"allowed: a {listed(FILES)} file, or - for standard input")
+    if path.suffix.lower() not in INPUT_SUFFIXES:
+        refuse(
+            "--input",
+            f"found {source!r}",
+            f"allowed: a {listed(INPUT_SUFFIXES)} file, or - for standard input",
+        )
     if not path.is_file():
-        refuse("--input", f"no file {source!r}", f"give a {listed(FILES)} file, or - for standard input")
+        refuse(
+            "--input", f"no file {source!r}", f"give a {listed(INPUT_SUFFIXES)} file, or - for standard input"
+        )
     read = {".jsonl": _objects, ".csv": _rows, ".txt": _texts}[path.suffix.lower()]
     return _checked(_opened(path, read), source)
 
@@ -91,7 +98,7 @@ def _opened(path: Path, read: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _checked(numbered: Iterator[tuple[int, Any]], source: str) -> Iterator[Input]:
-    """With the name of the source; what cannot be read becomes an InputError that names the line."""
+    """Yield inputs with the name of their source. Raises InputError with the line that cannot be read."""
     line, count = 0, 0
     try:
         for line, one in numbered:
@@ -143,11 +150,11 @@ def _rows(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        raise _BrokenLineError(reader.reader.line_num, str(error), "mend it, or leave it out") from None
+        raise _BrokenLineError(reader.reader.line_num, str(error), "correct it, or leave it out") from None
 
 
 def _either(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """JSON objects if the first line is one, else texts."""
+    """Yield JSON objects if the first line is one, else texts."""
     rest = iter(lines)
     first = list(islice(rest, 1))
     try:

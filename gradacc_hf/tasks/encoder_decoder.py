@@ -24,12 +24,14 @@ class EncoderDecoder(Recipe):
             return config
         return joined_config(config, self.tokenizer, self.config.model.name)
 
-    def _load_model(self, **options: Any) -> Any:
+    def load_pretrained(self, **options: Any) -> Any:
         warnings.filterwarnings("ignore", "Version v4.12.0")  # two joined were once trained otherwise
         if self.base_config().is_encoder_decoder:
-            return super()._load_model(**options)
-        with self._loading("weights"):
-            model = join(self.model_path, self.model_config(), dtype=self.dtype, **options, **self._source())
+            return super().load_pretrained(**options)
+        with self.loading_errors("weights"):
+            model = join(
+                self.model_path, self.model_config(), dtype=self.dtype, **options, **self.source_options()
+            )
         self.new_parameters = new_parameters(model)
         return model
 

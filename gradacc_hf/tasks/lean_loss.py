@@ -25,14 +25,24 @@ from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.verification.tiny_models import shrink
 
-CHUNK = 256  # tokens whose logits are in memory at a time: 50 MB at a vocabulary of 49,152, in float32
+TOKENS_PER_CHUNK = (
+    256  # tokens whose logits are in memory at a time: 50 MB at a vocabulary of 49,152, in float32
+)
 
 
 def make_lean(model: Any, setting: bool | Literal["auto"] = "auto") -> bool:
-    """Have a causal language model compute its loss in pieces, where its logits allow it. Does it now?
+    """Make a causal language model compute its loss in chunks, where its logits allow it.
 
-    "auto": where they do; False: never. True: raise InputError where they do not, with the reason.
-    With labels, the outputs then hold the loss alone; without them (generation), logits are as they were.
+    With labels, the outputs then hold the loss alone. Without labels (generation), logits are as before.
+
+    Args:
+        setting: "auto": where the logits allow it; False: never; True: always.
+
+    Returns:
+        Whether the model computes its loss in chunks now.
+
+    Raises:
+        InputError: with `setting` True, where the logits do not allow it.
     """
     if setting is False:
         return False
@@ -127,19 +137,19 @@ def _mean_loss(head: Any, hidden: torch.Tensor, labels: torch.Tensor, num_items:
     hidden, targets = hidden[..., :-1, :], labels[..., 1:]
     if is_fake(
         hidden
-    ):  # labels without values (`memory/estimate.py`): all are learned, and two pieces tell of all
+    ):  # labels without values (`memory/estimate.py`): all are learned, and two chunks tell of all
         hidden, targets = hidden.flatten(0, -2), targets.flatten()
-        rest = len(targets) - 2 * CHUNK
-        sizes = [CHUNK, CHUNK, rest] if rest >= 0 else CHUNK
-        pieces = zip(hidden.split(sizes)[:2], targets.split(sizes)[:2], strict=True)
+        rest = len(targets) - 2 * TOKENS_PER_CHUNK
+        sizes = [TOKENS_PER_CHUNK, TOKENS_PER_CHUNK, rest] if rest >= 0 else TOKENS_PER_CHUNK
+        chunks = zip(hidden.split(sizes)[:2], targets.split(sizes)[:2], strict=True)
     else:
         learned = targets != IGNORED
         hidden, targets = hidden[learned], targets[learned]
-        pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        chunks = zip(hidden.split(TOKENS_PER_CHUNK), targets.split(TOKENS_PER_CHUNK), strict=True)
     if not len(targets):
         return hidden.sum() * math.nan  # a mean over nothing
     losses = [
-        checkpoint(_loss, head, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
+        checkpoint(_loss, head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
     ]
     return torch.stack(losses).sum() / (len(targets) if num_items is None else num_items)  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ import torch
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.errors import InputError, one_line
 
-LEAK = 1e-5  # of the largest logit, between rows of one shape; where nothing leaks not a bit changes
+LEAK_RTOL = 1e-5  # of the largest logit, between rows of one shape; where nothing leaks not a bit changes
 
 
 def pack(examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def check_packing(model: Any, name: str, max_length: int = 256) -> None:
     Before it come two short examples, in turn, and one of `max_length` tokens, if the model has positions for
     so many: as far as that it shows whether the place in the row counts instead of the position (Llama 4).
     """
-    if next(model.parameters()).is_meta:  # a plan is made without weights: there is nobody to ask
+    if next(model.parameters()).is_meta:  # a plan is made without weights: no logits to compare
         return
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 0
@@ -64,7 +64,7 @@ def check_packing(model: Any, name: str, max_length: int = 256) -> None:
         model.train(training)
     alone, one, other, late = said
     rounding = math.sqrt(torch.finfo(model.dtype).eps)  # rows of other lengths: 3e-4 in float32
-    pairs = (one, other, LEAK), (one, alone, rounding), (late, alone, rounding)
+    pairs = (one, other, LEAK_RTOL), (one, alone, rounding), (late, alone, rounding)
     if not all((a - b).abs().max() <= allowed * alone.abs().max() for a, b, allowed in pairs):
         raise InputError(
             f"data.packing: in {name} a packed example depends on what comes before it in its row (it "

@@ -10,7 +10,7 @@ from datasets import Dataset
 from gradacc_hf.errors import one_line, refuse
 from gradacc_hf.tasks.chat import messages_problem, tokenize_prompt
 
-ROWS = 8  # prompts that are answered at once
+PROMPTS_PER_BATCH = 8  # prompts that are answered at once
 CURE = 'give a text, or a row with "messages" or "prompt"'
 
 
@@ -34,8 +34,8 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
     training = model.training
     model.eval()
     answers = []
-    for start in range(0, len(prompts), ROWS):
-        rows = prompts[start : start + ROWS]
+    for start in range(0, len(prompts), PROMPTS_PER_BATCH):
+        rows = prompts[start : start + PROMPTS_PER_BATCH]
         width = max(map(len, rows))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)

@@ -1,7 +1,7 @@
 """Answers as spans of a text: characters to tokens and back, for texts longer than a model reads.
 
-A context that does not fit is cut into parts that overlap, each with the whole question before it. What is
-learned from a part, and which span is the best, is `recipes/question_answering.py`'s.
+A context that does not fit is divided into parts that overlap, each with the whole question before it. What
+is learned from a part, and which span is the best, is `recipes/question_answering.py`'s.
 """
 
 import math

@@ -55,7 +55,7 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _train_without_cache(model: torch.nn.Module) -> None:
-    """A decoder's layers keep keys and values in a list, by their number: each would be compiled anew."""
+    """A decoder's layers keep keys and values in a list, by their number: each would be compiled again."""
 
     def without(module: Any, inputs: Any, named: dict[str, Any]) -> Any:
         return (inputs, {"use_cache": False, **named}) if module.training else None

@@ -1,35 +1,65 @@
-"""Fine-tune a model: the loop with evaluation, checkpoints and saving."""
+"""Fine-tune a model: the loop with evaluation, early stopping, checkpoints and saving.
+
+`fine_tune` is the sequence of its phases. The objects of a run are here: `EvaluationLog` (which evaluation is
+the best), `Evaluator` (when to evaluate), `ModelSaver` (best/ and last/) and `RunLength` (how many windows).
+"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from gradacc_hf.accumulation.accelerate_state import check_unprepared
 from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
-from gradacc_hf.errors import NonFiniteError
+from gradacc_hf.errors import InputError, NonFiniteError
 from gradacc_hf.training.autotune import Tuning
 from gradacc_hf.training.checkpoint import Checkpointer, Checkpoints
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.preflight import preflight_check
-from gradacc_hf.training.run_log import RunLog
+from gradacc_hf.training.run_log import RunLog, WindowRecord
 from gradacc_hf.training.update_ratio import UpdateRatio
 from gradacc_hf.utils.files import WriteModel, save_model, write_pretrained
 from gradacc_hf.utils.signals import StopSignals
 
+Validate = Callable[[torch.nn.Module], Mapping[str, float]]
+"""Returns the metrics of the prepared model."""
+
+SUMMARY_KEYS = (
+    "stopped_after",
+    "eval",
+    "best",
+    "evaluations",
+    "first_window",
+    "micro_batches",
+    "replays",
+    "tuning",
+    "empty_windows",
+    "empty_micro_batches",
+    "effective_batch_size",
+)
+"""Keys of the summary that `write_summary` sets itself."""
+
+End = Literal["trained", "stopped by a signal", "out of patience"]
+"""Why no further window is trained."""
+
 
 @dataclass(frozen=True)
 class Best:
-    """Which metric of an evaluation says that a model is the best so far, and when to give up.
+    """Which evaluation of a run is the best, and when the run stops early.
 
-    `patience`: evaluations in a row without improvement after which the run stops; 0 never stops.
+    Args:
+        metric: the metric of an evaluation that is compared.
+        direction: whether the best value is the lowest or the highest.
+        patience: evaluations in a row without improvement after which the run stops; 0 never stops it.
     """
 
     metric: str = "loss"
@@ -37,7 +67,7 @@ class Best:
     patience: int = 0
 
     def improves(self, history: Sequence[Mapping[str, float]]) -> bool:
-        """Is the latest evaluation better than all before it? Any number is better than NaN."""
+        """Whether the latest evaluation is better than all before it. Any number is better than NaN."""
         sign = -1 if self.direction == "max" else 1
         *earlier, latest = [
             math.inf if math.isnan(m[self.metric]) else sign * m[self.metric] for m in history
@@ -56,7 +86,7 @@ def fine_tune(
     max_windows: int | None = None,
     max_grad_norm: float = 1.0,
     compute_loss: ComputeLoss = model_loss,
-    validate: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
+    validate: Validate | None = None,
     eval_every: int = 0,
     eval_on_start: bool = False,
     best: Best = Best(),
@@ -66,79 +96,47 @@ def fine_tune(
     checkpoints: Checkpoints | None = None,
     save_with: Sequence[Any] = (),
     write_model: WriteModel = write_pretrained,
-    **more_summary: Any,
+    summary: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune a model and give the run in figures (`summary.json`); the model is trained in place.
+    """Fine-tune a model in place, and return the figures of the run.
 
-    `model` and `optimizer` come unprepared. `validate` gives metrics of the prepared model, after every
-    `eval_every` windows (0: only at the end), at the end, and with `eval_on_start` before the first. `tune`:
-    find the fastest size of micro-batches on the first windows (`tune.py`). `on_nonfinite`: as for `train`.
-    Under `output_dir`: history.jsonl, summary.json, best/ and last/ with the model, which `write_model`
-    writes, and `save_with` (a tokenizer). Further keyword arguments go into the summary as they are.
+    Args:
+        model, optimizer: as they are before `accelerator.prepare`.
+        windows: the training windows.
+        accelerator: the Accelerator that `windows` was made with.
+        scheduler: a schedule of the learning rate, not prepared; it is stepped once a window.
+        epochs, max_windows: passes over the examples, and windows, after which training ends.
+        max_grad_norm: norm at which a window's gradient is clipped; 0 does not clip.
+        compute_loss: (outputs, batch) → the mean loss over the items of a micro-batch.
+        validate: prepared model → its metrics; it is called after the last window, too.
+        eval_every, eval_on_start: windows between evaluations (0: only at the end); also before the first?
+        best: which evaluation is the best, and when the run stops early.
+        on_nonfinite: what to do with a loss or gradient that is not finite, as for `train`.
+        tune: whether the first windows find the fastest size of micro-batches (`autotune.py`).
+        output_dir: folder for history.jsonl, summary.json, and the models in best/ and last/.
+        checkpoints: when to save one in `output_dir`, also on SIGTERM and SIGINT; and one to resume from.
+        save_with, write_model: what is saved beside a model (a tokenizer), and how a model is written.
+        summary: further entries of the summary.
 
-    With `checkpoints`, the run saves some there, goes on from one, and stops between windows on SIGTERM or
-    SIGINT: what it gives then is no summary that is written, and its `stopped_after` is the window.
+    Returns:
+        The summary, as in summary.json. `stopped_after`: the window after which a signal stopped the run.
+
+    Raises:
+        InputError: for prepared models, windows that cannot be trained, and keys of `summary` that are taken.
+        NonFiniteError: with `on_nonfinite` "stop"; a checkpoint of the window before is saved.
     """
-    preflight_check(model, windows, compute_loss)
-    accumulate_in_float32(model, optimizer)  # where weights are in bf16
-    model, optimizer = accelerator.prepare(model, optimizer)
-    folder = Path(output_dir) if output_dir is not None else None
-    evaluations: list[dict[str, float]] = []  # each with the window that it came after
-    best_evaluation: dict[str, float] = {}
-    start, done = windows.state_dict(), 0
-    first_window = windows.tokens[windows.plan.indices(start["epoch"], start["window"])]
-    checkpointer = None
-    if checkpoints is not None:
-        if folder is None:
-            raise ValueError("checkpoints need a folder: give output_dir=")
-        checkpointer = Checkpointer(folder, checkpoints, accelerator, model, optimizer, scheduler, windows)
-        if checkpoints.resume_from is not None:
-            done, progress = checkpoints.resume_from.window, checkpointer.load(checkpoints.resume_from)
-            evaluations, best_evaluation = progress["evaluations"], progress["best"]
-
-    def evaluate_now(window: int) -> None:
-        nonlocal best_evaluation
-        assert validate is not None
-        metrics = broadcast_object_list([validate(model)])[0]  # all processes decide alike
-        if best.metric not in metrics:
-            raise ValueError(f"best: no metric {best.metric!r}; validate gave {', '.join(metrics)}")
-        log.evaluation(metrics)
-        evaluations.append({"window": window, **metrics})
-        if best.improves(evaluations):
-            best_evaluation = evaluations[-1]
-            if folder is not None:
-                save_model(model, folder / "best", accelerator, *save_with, write=write_model)
-
-    def gives_up_after(window: int) -> bool:
-        """Evaluate, where it is time to; is it time to stop, too?"""
-        if not (validate and eval_every and window % eval_every == 0):
-            return False
-        if window not in [evaluation["window"] for evaluation in evaluations]:
-            evaluate_now(window)
-        if not best.patience or window == total:
-            return False
-        return len(evaluations) - evaluations.index(best_evaluation) > best.patience
-
-    def save_checkpoint() -> None:
-        assert checkpointer is not None
-        log.keep()
-        window, progress = log.records[-1].window, {"evaluations": evaluations, "best": best_evaluation}
-        if problem := checkpointer.save(window, best_evaluation.get("window"), progress):
-            log.say(f"no checkpoint after window {window}: {problem}")
-
-    def total_windows(done: int) -> float:
-        epoch, window = windows.next_position
-        to_run = windows.plan.count_windows(range(epoch, epochs))  # None: a stream's are not known
-        return min(max_windows or math.inf, math.inf if to_run is None else done + to_run - window)
-
-    total, grown = total_windows(done), windows.num_growths
-    num_windows = int(total) if total < math.inf else None
-    tuning = Tuning.of(windows, num_windows and num_windows - done) if tune else None
-    movement, stopped_after = UpdateRatio(model), None
-    signals = StopSignals(accelerator)
-    with RunLog(accelerator, num_windows, folder, done) as log, signals if checkpointer else nullcontext():
-        if validate and eval_on_start and not done:
-            evaluate_now(0)
+    more, first_window = check_summary(summary or {}), tokens_of_next_window(windows)
+    model, optimizer = prepare(model, optimizer, windows, accelerator, compute_loss)
+    saver = ModelSaver(accelerator, output_dir, save_with, write_model)
+    checkpointer = open_checkpoints(checkpoints, saver, model, optimizer, scheduler, windows)
+    done, evaluations = resume(checkpointer, best)
+    length, ratio = RunLength(windows, epochs, max_windows, done), UpdateRatio(model)
+    tuning = Tuning.of(windows, length.known and length.known - done) if tune else None
+    signals = StopSignals(accelerator) if checkpointer is not None else nullcontext()
+    with RunLog(accelerator, length.known, saver.folder, done) as log, signals as stop:
+        evaluator = Evaluator(model, validate, eval_every, evaluations, log, saver)
+        if eval_on_start and not done:
+            evaluator.evaluate(0)
         records = iter_windows(
             model,
             optimizer,
@@ -152,55 +150,320 @@ def fine_tune(
             on_nonfinite=on_nonfinite,
             windows_done=done,
         )
-        gave_up = done > 0 and gives_up_after(done)  # a checkpoint is saved before the evaluation
-        try:
-            for record in () if gave_up else records:
-                log.window(replace(record, update_ratio=movement.since_last()))
-                if windows.num_growths != grown:
-                    total, grown = total_windows(record.window), windows.num_growths
-                    log.expect(int(total) if total < math.inf else None)
-                    size = windows.plan.size_asked(*windows.next_position)
-                    log.say(
-                        f"windows of {size:,} examples from window {record.window + 1} on, by the noise scale"
-                    )
-                if tuning is not None and tuning.said is None:
-                    tuning.record(record.seconds - windows.seconds_to_collate)
-                    if tuning.said is not None:
-                        log.say(tuning.said)
-                if checkpointer is not None:
-                    stop, every = signals.asked(), checkpointer.settings.every
-                    if stop or (every and record.window % every == 0):
-                        save_checkpoint()
-                    if stop and record.window < total:
-                        stopped_after = record.window
-                        break
-                gave_up = gives_up_after(record.window)
-                if gave_up:
-                    break
-        except NonFiniteError:
-            if checkpointer is not None and log.records:
-                save_checkpoint()  # after the window before it
-            raise
-        if gave_up:
-            log.say(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
-        last = log.records[-1].window if log.records else 0
-        if stopped_after is None:
-            if folder is not None:
-                save_model(model, folder / "last", accelerator, *save_with, write=write_model)
-            if validate and last and last not in [evaluation["window"] for evaluation in evaluations]:
-                evaluate_now(last)
+        saving = CheckpointSaving(checkpointer, stop, log, evaluations) if checkpointer and stop else None
+        end = train_windows(records, done, log, length, evaluator, ratio, tuning, saving)
+        finish(end, evaluator)
+    return write_summary(log, windows, evaluations, tuning, first_window, end, more)
+
+
+def prepare(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    windows: WindowLoader,
+    accelerator: Accelerator,
+    compute_loss: ComputeLoss,
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Check the model on a micro-batch, and return the prepared model and optimizer.
+
+    Gradients of bf16 weights accumulate in float32.
+    """
+    check_unprepared(accelerator, model, optimizer)
+    preflight_check(model, windows, compute_loss)
+    accumulate_in_float32(model, optimizer)
+    return accelerator.prepare(model, optimizer)
+
+
+def check_summary(more: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return further entries of a summary. Raises InputError for a key that the run writes itself."""
+    if taken := sorted({*SUMMARY_KEYS} & more.keys()):
+        raise InputError(f"summary: found the key {taken[0]!r}, which the run writes itself: choose another")
+    return more
+
+
+def tokens_of_next_window(windows: WindowLoader) -> np.ndarray:
+    """Return the tokens of each example of the next window: (examples, columns)."""
+    place = windows.state_dict()
+    return windows.tokens[windows.plan.indices(place["epoch"], place["window"])]
+
+
+def open_checkpoints(
+    settings: Checkpoints | None,
+    saver: "ModelSaver",
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    windows: WindowLoader,
+) -> Checkpointer | None:
+    """Return what saves and loads the checkpoints of this run; None without `settings`.
+
+    Raises ValueError for checkpoints without a folder.
+    """
+    if settings is None:
+        return None
+    if saver.folder is None:
+        raise ValueError("checkpoints need a folder: give output_dir=")
+    return Checkpointer(saver.folder, settings, saver.accelerator, model, optimizer, scheduler, windows)
+
+
+def resume(checkpointer: Checkpointer | None, best: Best) -> tuple[int, "EvaluationLog"]:
+    """Load the checkpoint to resume from, if there is one.
+
+    Returns:
+        The windows that the run has done, and its evaluations.
+    """
+    if checkpointer is None or checkpointer.settings.resume_from is None:
+        return 0, EvaluationLog(best)
+    checkpoint = checkpointer.settings.resume_from
+    return checkpoint.window, EvaluationLog.from_progress(best, checkpointer.load(checkpoint))
+
+
+def train_windows(
+    records: Iterable[WindowRecord],
+    done: int,
+    log: RunLog,
+    length: "RunLength",
+    evaluator: "Evaluator",
+    ratio: UpdateRatio,
+    tuning: Tuning | None,
+    saving: "CheckpointSaving | None",
+) -> End:
+    """Train window by window, and do what is due after each.
+
+    Args:
+        records: trains one window for each record that is taken.
+        done: windows that were done when the run was resumed.
+
+    Returns:
+        Why no further window is trained.
+    """
+    if done and evaluator.gives_up_after(done, length.total):  # the checkpoint came first
+        return "out of patience"
+    try:
+        for record in records:
+            log.window(replace(record, update_ratio=ratio.since_last()))
+            if line := length.count_again(record.window):
+                log.expect(length.known)
+                log.say(line)
+            if tuning is not None and tuning.said is None:
+                tuning.record(record.seconds - tuning.windows.seconds_to_collate)
+                if tuning.said is not None:
+                    log.say(tuning.said)
+            if saving is not None and saving.stops_after(record.window, length.total):
+                return "stopped by a signal"
+            if evaluator.gives_up_after(record.window, length.total):
+                return "out of patience"
+    except NonFiniteError:
+        if saving is not None and log.records:
+            saving.save()  # after the window before it
+        raise
+    return "trained"
+
+
+def finish(end: End, evaluator: "Evaluator") -> None:
+    """Save the last model and evaluate it, unless a signal stopped the run."""
+    log, best = evaluator.log, evaluator.evaluations.criterion
+    if end == "out of patience":
+        log.say(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
+    if end != "stopped by a signal":
+        evaluator.saver.save(evaluator.model, "last")
+        evaluator.evaluate_at_end(log.last_window)
+
+
+def write_summary(
+    log: RunLog,
+    windows: WindowLoader,
+    evaluations: "EvaluationLog",
+    tuning: Tuning | None,
+    first_window: np.ndarray,
+    end: End,
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the summary of a run; write it unless a signal stopped the run.
+
+    Args:
+        first_window: the tokens of the examples of the first window.
+        more: further entries.
+    """
+    stopped = end == "stopped by a signal"
+    size = windows.plan.effective_batch_size
     return log.summary(
-        write=stopped_after is None,
-        stopped_after=stopped_after,
-        eval=evaluations[-1] if evaluations else None,
-        best=best_evaluation or None,
-        evaluations=evaluations,
+        write=not stopped,
+        stopped_after=log.last_window if stopped else None,
+        eval=evaluations.latest,
+        best=evaluations.best,
+        evaluations=evaluations.rows,
         first_window=[tokens.sum(1).tolist() for tokens in windows.split_lengths(first_window)],
         micro_batches=str(windows.bound),
         replays=windows.replays,
         tuning=tuning.to_json() if tuning is not None else None,
         empty_windows=windows.empty_windows,
         empty_micro_batches=windows.empty_micro_batches,
-        effective_batch_size=None if callable(size := windows.plan.effective_batch_size) else size,
-        **{"baseline": None, **more_summary},
+        effective_batch_size=None if callable(size) else size,
+        **{"baseline": None, **more},
     )
+
+
+class RunLength:
+    """How many windows a run has. Windows that grow by the noise scale change the number.
+
+    total: windows of the whole run; infinite for a stream, whose length is not known.
+    """
+
+    def __init__(self, windows: WindowLoader, epochs: int, max_windows: int | None, done: int):
+        self.windows, self.epochs, self.max_windows = windows, epochs, max_windows
+        self.total = self._count(done)
+        self._growths = windows.num_growths
+
+    @property
+    def known(self) -> int | None:
+        """Windows of the whole run; None for a stream."""
+        return int(self.total) if self.total < math.inf else None
+
+    def count_again(self, window: int) -> str | None:
+        """Update `total` after this window. Returns a line that says so where windows have grown."""
+        if self.windows.num_growths == self._growths:
+            return None
+        self.total, self._growths = self._count(window), self.windows.num_growths
+        size = self.windows.plan.size_asked(*self.windows.next_position)
+        return f"windows of {size:,} examples from window {window + 1} on, by the noise scale"
+
+    def _count(self, done: int) -> float:
+        epoch, window = self.windows.next_position
+        to_run = self.windows.plan.count_windows(range(epoch, self.epochs))  # None: of a stream
+        return min(self.max_windows or math.inf, math.inf if to_run is None else done + to_run - window)
+
+
+class EvaluationLog:
+    """The evaluations of a run, and which of them is the best.
+
+    rows: the metrics of each evaluation, with the `window` that it came after.
+    """
+
+    def __init__(self, criterion: Best):
+        self.criterion = criterion
+        self.rows: list[dict[str, float]] = []
+        self._best: int | None = None  # index of a row
+
+    @classmethod
+    def from_progress(cls, criterion: Best, progress: Mapping[str, Any]) -> "EvaluationLog":
+        """Return the evaluations that `progress` of a checkpoint held."""
+        log = cls(criterion)
+        log.rows = list(progress["evaluations"])
+        if progress["best"]:
+            log._best = log.windows.index(progress["best"]["window"])
+        return log
+
+    def progress(self) -> dict[str, Any]:
+        """Return what a checkpoint stores: plain numbers."""
+        return {"evaluations": self.rows, "best": self.best or {}}
+
+    @property
+    def windows(self) -> list[float]:
+        """The windows that evaluations came after; each is there once."""
+        return [row["window"] for row in self.rows]
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The best evaluation so far; None before the first."""
+        return None if self._best is None else self.rows[self._best]
+
+    @property
+    def latest(self) -> dict[str, float] | None:
+        """The latest evaluation; None before the first."""
+        return self.rows[-1] if self.rows else None
+
+    def add(self, window: int, metrics: Mapping[str, float]) -> bool:
+        """Add an evaluation after this window. Returns whether it is the best so far."""
+        self.rows.append({"window": window, **metrics})
+        improves = self.criterion.improves(self.rows)
+        if improves:
+            self._best = len(self.rows) - 1
+        return improves
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether `patience` evaluations in a row brought no improvement."""
+        patience, best = self.criterion.patience, self._best
+        return patience > 0 and best is not None and len(self.rows) - best > patience
+
+
+@dataclass(frozen=True)
+class ModelSaver:
+    """Saves the models of a run; without a folder it saves nothing. Called on every process."""
+
+    accelerator: Accelerator
+    output_dir: Path | str | None
+    companions: Sequence[Any]
+    write: WriteModel
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run."""
+        return Path(self.output_dir) if self.output_dir is not None else None
+
+    def save(self, model: torch.nn.Module, name: str) -> None:
+        """Save the prepared model in the folder `name` of the run."""
+        if self.folder is not None:
+            save_model(model, self.folder / name, self.accelerator, *self.companions, write=self.write)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates the model every `every` windows (0: never of its own), and saves the best one."""
+
+    model: torch.nn.Module  # prepared
+    validate: Validate | None
+    every: int
+    evaluations: EvaluationLog
+    log: RunLog
+    saver: ModelSaver
+
+    def evaluate(self, window: int) -> None:
+        """Evaluate the model as it is after this window. Does nothing without `validate`."""
+        if self.validate is None:
+            return
+        metrics = broadcast_object_list([self.validate(self.model)])[0]  # all processes decide alike
+        metric = self.evaluations.criterion.metric
+        if metric not in metrics:
+            raise ValueError(f"best: no metric {metric!r}; validate gave {', '.join(metrics)}")
+        self.log.evaluation(metrics)
+        if self.evaluations.add(window, metrics):
+            self.saver.save(self.model, "best")
+
+    def gives_up_after(self, window: int, total: float) -> bool:
+        """Evaluate where it is due after this window. Returns whether the run stops early."""
+        if self.validate is None or not self.every or window % self.every:
+            return False
+        if window not in self.evaluations.windows:
+            self.evaluate(window)
+        return window != total and self.evaluations.is_out_of_patience
+
+    def evaluate_at_end(self, window: int) -> None:
+        """Evaluate after the last window, unless that is done already."""
+        if window and window not in self.evaluations.windows:
+            self.evaluate(window)
+
+
+@dataclass(frozen=True)
+class CheckpointSaving:
+    """Saves checkpoints of a run when they are due, and when a signal asks the run to stop."""
+
+    checkpointer: Checkpointer
+    signals: StopSignals
+    log: RunLog
+    evaluations: EvaluationLog
+
+    def stops_after(self, window: int, total: float) -> bool:
+        """Save a checkpoint where it is due after this window. Returns whether a signal stops the run."""
+        is_asked, every = self.signals.asked(), self.checkpointer.settings.every
+        if is_asked or (every and window % every == 0):
+            self.save()
+        return is_asked and window < total
+
+    def save(self) -> None:
+        """Save a checkpoint after the latest window; print a line where that fails."""
+        self.log.keep()
+        best, window = self.evaluations.best, self.log.last_window
+        best_window = None if best is None else best["window"]
+        if problem := self.checkpointer.save(window, best_window, self.evaluations.progress()):
+            self.log.say(f"no checkpoint after window {window}: {problem}")

@@ -115,7 +115,22 @@ def iter_windows(
 ) -> Iterator[WindowRecord]:
     """Train a prepared model, one window per step of the iterator; stop iterating to stop training.
 
-    Arguments and exceptions are those of `train`. Yields the record of each window after its step.
+    Args:
+        model, optimizer: The prepared model and optimizer.
+        windows: The loader of the run.
+        accelerator: The run's Accelerator.
+        scheduler: A learning rate scheduler, not prepared; stepped once a window.
+        epochs, max_windows: Passes over the data, and windows of the run, at most.
+        max_grad_norm: Clips the gradient's norm; 0 does not clip.
+        compute_loss: The loss, a mean over the items of a micro-batch; by default the model's own.
+        on_nonfinite: "stop" or "skip", as for `train`.
+        windows_done: Windows of the run before this call; `max_windows` counts them, too.
+
+    Yields:
+        The record of each window, after its step.
+
+    Raises:
+        InputError, NonFiniteError, OutOfMemoryError: As for `train`.
     """
     check_prepared(accelerator, model, optimizer)
     if max_windows is not None and windows_done >= max_windows:

@@ -1,4 +1,4 @@
-"""LoRA through peft: small adapters are trained, and what the task adds anew; the base model stays as it is.
+"""LoRA through peft: adapters and the new weights of the task are trained; the base model stays as it is.
 
 `add_lora` puts the adapters into a model of transformers, which stays of its own class: recipes, losses and
 `generate` see no difference. Saved are the adapters alone (`checkpoint.write_pretrained`), or `write_merged`.
@@ -31,7 +31,7 @@ FOUR_BIT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.
 def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] | None) -> None:
     """Freeze a model and add adapters; the modules of `new_parameters` are trained in full, and saved too.
 
-    `new_parameters`: names of those that came with no weights; None: nobody knows of any that did. The
+    `new_parameters`: names of those that came with no weights; None: it is not known which had weights. The
     adapters are on the model's device, in float32. Raises InputError where nothing can be adapted.
     """
     require("model.lora", "recipes", "peft")

@@ -1,7 +1,7 @@
-"""What a run says while it goes and leaves when it ends: progress bar, tracker, history.jsonl, summary.json.
+"""The log of a run: progress bar, experiment tracker, history.jsonl and summary.json.
 
-Takes one `WindowRecord` a window from `loop.py`; only the main process writes. The two files are the one
-schema that everything that reads a run (reports, comparisons) relies on.
+`loop.py` gives one `WindowRecord` a window; only the main process writes. Reports and comparisons read the
+two files.
 """
 
 import contextlib
@@ -38,30 +38,52 @@ VERSIONS_OF = ("torch", "transformers", "accelerate", "datasets", "evaluate", "g
 
 @dataclass(frozen=True)
 class WindowRecord:
-    """One row of history.jsonl: one window, over all processes."""
+    """The record of one window over all processes: a row of history.jsonl.
 
-    window: int  # counted over the run, from 1
-    epoch: int  # from 0
-    loss: float  # the mean over the window's items
-    grad_norm: float  # before clipping
-    lr: float  # of this window's step
+    Attributes:
+        window: The number of the window in the run, from 1.
+        epoch: The number of the pass over the data, from 0.
+        loss: The mean over the items of the window.
+        grad_norm: The norm of the gradient before clipping.
+        lr: The learning rate of the step.
+        examples: Examples of the window.
+        items: Items of the window: the terms of the mean loss.
+        tokens: Tokens of the window without padding, from the lengths.
+        padded_tokens: Tokens of the window with padding.
+        accumulation_steps: Micro-batches of the process that has most.
+        seconds: Time from the previous step to this one.
+        skipped: Whether no step was taken: by the fp16 scaler, or for a loss or gradient that is not finite.
+        noise_scale: The gradient noise scale so far, in examples. NaN where nothing is measured; infinite,
+            null in JSON, where the gradient is lost in its noise.
+        noise_measured: Windows in which the noise scale was measured so far.
+        update_ratio: ‖step‖ / ‖weights‖ of a sample of the weights; NaN where it is not measured.
+    """
+
+    window: int
+    epoch: int
+    loss: float
+    grad_norm: float
+    lr: float
     examples: int
     items: float
     tokens: int
     padded_tokens: int
-    accumulation_steps: int  # of the process that has most
+    accumulation_steps: int
     seconds: float
-    skipped: bool  # the optimizer step: by the fp16 scaler, or as a loss or gradient was not finite
-    noise_scale: float = math.nan  # in examples, as known by then; infinite, null in JSON: beyond measure
-    noise_measured: int = 0  # windows in which it was, by then
-    update_ratio: float = math.nan  # ‖step‖ / ‖weights‖, of a sample of them
+    skipped: bool
+    noise_scale: float = math.nan
+    noise_measured: int = 0
+    update_ratio: float = math.nan
 
 
 class RunLog:
-    """Shows and stores a run. `folder` None stores nothing; the trackers are those of the Accelerator.
+    """Shows and stores a run; the trackers are those of the Accelerator.
 
-    `windows_done`: where a run goes on from a checkpoint; what its history has beyond that is cut off.
-    `total_windows` None: not known.
+    Args:
+        total_windows: windows of the whole run; None: not known.
+        folder: the folder of the run; None stores nothing.
+        windows_done: the window of the checkpoint that the run continues from. Later rows of its history are
+            removed.
     """
 
     def __init__(
@@ -109,8 +131,13 @@ class RunLog:
         if self._history is not None:
             self._history.close()
 
+    @property
+    def last_window(self) -> int:
+        """The latest window of the run; 0 before the first."""
+        return self.records[-1].window if self.records else 0
+
     def window(self, record: WindowRecord) -> None:
-        """One window is done."""
+        """Record a window that was trained."""
         self.records.append(record)
         row = finite(asdict(record))
         if self._history is not None:
@@ -136,27 +163,27 @@ class RunLog:
             )
 
     def expect(self, total_windows: int | None) -> None:
-        """The run will have so many windows after all."""
+        """Set the number of windows of the whole run; None: not known."""
         self.total_windows = total_windows
         self._progress.update(self._task, total=total_windows)
 
     def say(self, line: str) -> None:
-        """A line of the main process, above the progress bar."""
+        """Print a line on the main process, above the progress bar."""
         self.console.print(line, soft_wrap=True)
 
     def keep(self) -> None:
-        """Have the system write the history to the disk, as a checkpoint is about to count on it."""
+        """Flush the history to the disk, as a checkpoint is about to rely on it."""
         if self._history is not None:
             os.fsync(self._history.fileno())
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """An evaluation after the latest window."""
-        window = self.records[-1].window if self.records else 0
+        """Record the metrics of an evaluation after the latest window."""
+        window = self.last_window
         self.accelerator.log({f"eval/{key}": value for key, value in metrics.items()}, window)
         self.console.print(f"after window {window}: {describe(metrics)}", soft_wrap=True)
 
     def summary(self, write: bool = True, **more: Any) -> dict[str, Any]:
-        """The run in figures; written as summary.json where there is a folder."""
+        """Return the figures of the run; write them as summary.json where there is a folder."""
         records = self.records
         seconds = sum(record.seconds for record in records)
         tokens, padded = sum(r.tokens for r in records), sum(r.padded_tokens for r in records)
@@ -190,7 +217,7 @@ class RunLog:
 
 
 def read_history(path: Path, windows: int) -> list[WindowRecord]:
-    """The rows of a history.jsonl up to this window; a row that was not written to its end is none."""
+    """Return the rows of a history.jsonl up to this window, without a row that was not written completely."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -204,7 +231,7 @@ def _row(record: WindowRecord) -> str:
 
 
 def describe(metrics: Mapping[str, float]) -> str:
-    """Metrics in a line."""
+    """Return metrics as one line of text."""
     numbers = {
         key: f"{value:.4f}" if isinstance(value, float) else str(value) for key, value in metrics.items()
     }
@@ -212,7 +239,7 @@ def describe(metrics: Mapping[str, float]) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held: allocated on its GPU, or resident on the host."""
+    """Return the peak memory of this process in bytes: allocated on its GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
@@ -222,7 +249,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that decide what a run computes."""
+    """Return the versions of Python and of the libraries that a run computes with."""
     found = {"python": platform.python_version()}
     for name in VERSIONS_OF:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ours, where it is not installed
@@ -231,7 +258,7 @@ def versions() -> dict[str, str]:
 
 
 def measured_with(device: str | None = None) -> dict[str, str]:
-    """What a measurement says it was made with: versions, and the "cpu" or the GPU that it ran on.
+    """Return what a measurement was made with: versions, and the "cpu" or the GPU that it ran on.
 
     `device`: "cpu" or "cuda"; by default the one that a run would take here.
     """
@@ -241,7 +268,7 @@ def measured_with(device: str | None = None) -> dict[str, str]:
 
 
 def finite(values: Any) -> Any:
-    """NaN and infinity are no JSON: null instead. Numbers of numpy and torch become Python's."""
+    """Replace NaN and infinity, which JSON lacks, by None, and numbers of numpy and torch by Python's."""
     if isinstance(values, dict):
         return {key: finite(value) for key, value in values.items()}
     if isinstance(values, list):

@@ -1,4 +1,7 @@
-"""Settings of the model, the adapters and the optimizer, with one line of help each."""
+"""Settings of the model, the adapters and the optimizer.
+
+Each field is followed by its line of `--help`. The other sections of a run's settings: `config/schema.py`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,10 +10,10 @@ from typing import Literal
 from gradacc_hf.accumulation.batch_schedule import LrScaling
 
 Rules = Iterator[tuple[str, bool, str]]
-"""What a section allows beyond its types: (field, whether the value is possible, what is allowed)."""
+"""Limits of a section beyond its types: (field, whether its value is possible, what is allowed)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoraConfig:
     """Adapters that are trained instead of the model's weights."""
 
@@ -35,7 +38,7 @@ class LoraConfig:
         yield "merge", not (off and self.merge), "false without adapters: set model.lora.rank"
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """Which model is trained, and how much of it."""
 
@@ -69,7 +72,7 @@ class ModelConfig:
         yield "dropout", self.dropout is None or 0 <= self.dropout <= 1, "a probability from 0 to 1, or null"
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimizer and its schedule."""
 

@@ -1,10 +1,9 @@
 """Tiny random models of every transformers head, for tests and the conformance table.
 
-`build_head(kind, model_type)` takes the default config of a model type, shrinks its sizes by the names of
-its fields, builds the head of that kind from the auto-mapping and runs it once. A `Head` carries the model,
-examples that fit it, their collation, and what its mean loss is a mean over. Nothing is downloaded. A head
-that cannot be had this way raises `HeadUnavailableError` with the reason. Whether a head is exact is for the
-caller to find out.
+`build_head(kind, model_type)` takes the default config of a model type, shrinks its sizes by field name,
+builds the head of that kind from the auto-mapping, and runs it once. A `Head` holds the model, examples that
+fit it, their collation, and what its loss is a mean over. Nothing is downloaded. A head that cannot be built
+raises `HeadUnavailableError` with the reason. `all_heads.py` verifies heads.
 """
 
 import dataclasses
@@ -59,7 +58,7 @@ _TOKENS = {"pad": 0, "bos": 1, "eos": 2, "sep": 2}
 _OTHER_TOKEN, _FIRST_WORD = 3, 5
 _TOKEN_FIELD = r"\w+_token_(id|index)|(pad|bos|eos|sep|unk|mask)_index"
 
-# Sizes by the name of the config's field; the first match wins. None is ever raised, so 0 and -1 stay "off".
+# Largest size by the name of a config field; the first match counts. No size is raised: 0 and -1 mean "off".
 _SIZES = {
     r"type_vocab_sizes?": None,  # as it is
     r"num_kv_shared_layers": 0,
@@ -96,9 +95,9 @@ _VALUES = {
     r"layer_?scale_(init_)?value": 1.0,
     r"vocab_size": _VOCAB,
 }
-# Sizes that some configs leave at None although their model cannot be built without.
+# Sizes that some configs leave at None although the model needs them.
 _REQUIRED = r"vocab_size|head_dim|num_key_value_heads|num_experts_per_tok|n_(routed|shared)_experts"
-# What the name of a field does not tell.
+# Fields whose names do not tell the size.
 _BY_MODEL_TYPE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},  # once for each of two layers
     "big_bird": {"attention_type": "original_full"},  # what it falls back to for short rows
@@ -115,7 +114,7 @@ _INPUTS = {"input_ids", "input_values", "input_features"}  # tokens, samples or 
 
 @dataclass(frozen=True)
 class Head:
-    """A tiny model with its head, in train mode and without dropout, and what it takes to train it."""
+    """A tiny model with its head, in training mode and without dropout, and what training it needs."""
 
     kind: str
     model_type: str
@@ -124,7 +123,7 @@ class Head:
     problem: str  # of sequence classification: one of PROBLEMS
 
     def examples(self, lengths: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
-        """One unpadded example per length: tokens (at least 3) or frames of sound; images have one size."""
+        """Return one unpadded example per length: tokens (at least 3) or frames; images have one size."""
         if min(lengths, default=3) < 3:
             raise ValueError(f"an example here has a length of at least 3, found {min(lengths)}")
         rng = np.random.default_rng(seed)
@@ -146,12 +145,12 @@ class Head:
 
 
 def model_types(kind: str) -> list[str]:
-    """Every model type that the installed transformers has a head of this kind for."""
+    """Return every model type for which the installed transformers has a head of this kind."""
     return sorted(set(_AUTO[kind][1]))
 
 
 def build_head(kind: str, model_type: str, *, seed: int = 0, problem: str = "single_label") -> Head:
-    """Build one head with random weights drawn from `seed`; raises HeadUnavailableError with the reason."""
+    """Build one head with random weights drawn from `seed`. Raises HeadUnavailableError with the reason."""
     if kind not in KINDS:
         raise ValueError(f"kind: found {kind!r}, allowed: {', '.join(KINDS)}")
     if problem not in PROBLEMS:
@@ -171,7 +170,7 @@ def build_head(kind: str, model_type: str, *, seed: int = 0, problem: str = "sin
 
 
 def count_rows(batch: Mapping[str, torch.Tensor]) -> int:
-    """The items of a CTC loss: it is a mean over examples, though its labels are sequences."""
+    """Count the items of a CTC loss: it is a mean over examples, although its labels are sequences."""
     return len(batch["labels"])
 
 
@@ -202,7 +201,7 @@ def _build_model(kind: str, model_type: str, problem: str) -> PreTrainedModel:
 
 
 def shrink(config: PreTrainedConfig, extra: Mapping[str, Any] = {}) -> PreTrainedConfig:
-    """The same config, tiny: from the defaults of its fields, so that the derived ones are derived anew."""
+    """Return the config with tiny sizes, built from field defaults: derived fields are derived again."""
     small: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         name, value = field.name, vars(config).get(field.name)
@@ -238,9 +237,9 @@ def _shrink_value(name: str, value: Any) -> Any:
 
 
 def _find_items(head: Head) -> str | CountItems:
-    """Run the head once; of language models ask whether the loss shifts the labels, as names do not tell.
+    """Run the head once, and return its items. For a language model, find out whether the loss shifts labels.
 
-    Where only the first position is labelled, a head that shifts has no item: its loss is NaN or 0.
+    If only the first position is labelled, a head that shifts labels has no item: the loss is NaN or 0.
     """
     batch = head.collate(head.examples([7, 5]))
     with torch.no_grad():
@@ -297,7 +296,7 @@ def _words(rng: np.random.Generator, count: int) -> list[int]:
 
 
 def _two_segments(rng: np.random.Generator, length: int) -> list[int]:
-    """Question, two separators, context, separator: some heads look for all three."""
+    """Return question, two separators, context, separator: some heads need all three separators."""
     ids = _words(rng, length)
     for i in (length // 3 - 1, length // 3, length - 1):
         ids[i] = _TOKENS["sep"]
@@ -311,7 +310,7 @@ def _keep_some(rng: np.random.Generator, labels: Sequence[int], share: float) ->
 
 
 def _sound(head: Head, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Raw samples or a spectrogram, of at least `length` frames after the model's convolutions."""
+    """Return samples or a spectrogram with at least `length` frames after the convolutions of the model."""
     config = head.model.config
     encoder = getattr(config, "encoder_config", config)
     bins = getattr(encoder, "num_mel_bins", None) or getattr(encoder, "feature_projection_input_dim", None)
@@ -327,7 +326,7 @@ def _sound(head: Head, length: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _stack(name: str, rows: Sequence[np.ndarray], pad_to: int | None) -> torch.Tensor:
-    """Tokens and their labels are padded on their last axis, sound on its first, nothing else."""
+    """Stack rows: tokens and their labels are padded on the last axis, sound on the first, others not."""
     tokens = rows[0].ndim > 0 and rows[0].dtype.kind == "i"
     if tokens or name in _INPUTS:
         axis = rows[0].ndim - 1 if tokens else 0

@@ -35,8 +35,8 @@ def plain(norm, size):
     return parameters_to_vector(p.grad for p in model.parameters()), normalised[0]
 
 
-def kit(norm, size):
-    """The same gradient through the kit."""
+def gradacc(norm, size):
+    """The same gradient through gradacc."""
     model = (accelerator := Accelerator(cpu=True)).prepare(new_model(norm))
     examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     for window in WindowLoader(examples, 64, micro_batch_size=size, shuffle=False, accelerator=accelerator):
@@ -51,17 +51,17 @@ def main():
         return (torch.dist(here, truth) / truth.norm()).item()
 
     found = {}
-    print("examples a micro-batch     gradient off by   in the kit   first example, normalised, off by")
+    print("examples a micro-batch     gradient off by   in gradacc   first example, normalised, off by")
     for norm in NORMS:
         (truth, example), errors = plain(norm, 64), []
         for size in (32, 16, 8, 4):
             gradient, row_here = plain(norm, size)
-            errors.append((off(gradient, truth), off(kit(norm, size), truth), off(row_here, example)))
+            errors.append((off(gradient, truth), off(gradacc(norm, size), truth), off(row_here, example)))
             print(f"{norm:<15} {size:2} {errors[-1][0]:19.0e} {errors[-1][1]:12.0e} {errors[-1][2]:22.0e}")
-        found[norm] = torch.tensor(errors).T.tolist()  # of gradients, the kit's, the first example
+        found[norm] = torch.tensor(errors).T.tolist()  # of gradients, gradacc's, the first example
     print("BatchNorm shifts and scales an example by its micro-batch's statistics, the others by its own.")
     print(
-        "In the kit: `preflight_check`, which `fine_tune` calls, warns of a model's BatchNorm before the run."
+        "In gradacc: `preflight_check`, which `fine_tune` calls, warns of a model's BatchNorm before the run."
     )
     return found
 

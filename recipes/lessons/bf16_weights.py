@@ -38,8 +38,8 @@ def plain(steps, dtype=torch.bfloat16, accumulate=None):
     return parameters_to_vector(p.grad for p in model.parameters())
 
 
-def kit(steps):
-    """The same through the kit: `.grad` is float32 over bf16 weights, and rounded at the optimizer's step."""
+def gradacc(steps):
+    """The same through gradacc: `.grad` is float32 over bf16 weights, and rounded at the optimizer's step."""
     model, seen = new_model(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     accumulate_in_float32(model, optimizer)
@@ -59,14 +59,14 @@ def kit(steps):
 
 
 def main():
-    truth, found = plain(1, torch.float32), {"in bf16": [], "in float32": [], "in the kit": []}
-    print("accumulation steps   in bf16   in float32   in the kit")
+    truth, found = plain(1, torch.float32), {"in bf16": [], "in float32": [], "in gradacc": []}
+    print("accumulation steps   in bf16   in float32   in gradacc")
     for steps in STEPS:
-        gradients = plain(steps), plain(steps, accumulate=torch.float32), kit(steps)
+        gradients = plain(steps), plain(steps, accumulate=torch.float32), gradacc(steps)
         for errors, gradient in zip(found.values(), gradients, strict=True):
             errors.append((torch.dist(gradient.float(), truth) / truth.norm()).item())
         print(f"{steps:18}" + "".join(f"{errors[-1]:11.2%}" for errors in found.values()))
-    print("In the kit: `accumulate_in_float32`, which `fine_tune` calls; of a recipe, `--model.dtype`.")
+    print("In gradacc: `accumulate_in_float32`, which `fine_tune` calls; of a recipe, `--model.dtype`.")
     return found
 
 

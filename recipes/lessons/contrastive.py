@@ -52,7 +52,7 @@ def plain(parts):
     return MODEL.weight.grad
 
 
-def kit(accelerator):
+def gradacc(accelerator):
     MODEL.zero_grad()
     pairs = {"micro_batch_size": 16, "num_items": lambda batch: len(batch["query"])}
     for window in WindowLoader(PAIRS, 64, accelerator=accelerator, **pairs):
@@ -70,16 +70,16 @@ def main():
             print(f"{n - 1:2} negatives for each query: loss {sum(without_cache(window)):.4f}")
         gradients[f"{64 // n} × {n}"] = plain(without_cache(window))
         gradients[f"{64 // n} × {n}, cached"] = plain(gradient_cache(window))
-    for name, gradient in (gradients | {"kit, cached": kit(Accelerator(cpu=True))}).items():
+    for name, gradient in (gradients | {"gradacc, cached": gradacc(Accelerator(cpu=True))}).items():
         found[name] = ((gradient - gradients["1 × 64"]).norm() / gradients["1 × 64"].norm()).item()
         print(f"{name:<14} gradient off that of 64 pairs at once by {found[name]:.0e}")
-    print("In the kit: `gradacc_hf.ContrastiveLoss`, with dropout, on any number of processes.")
+    print("In gradacc: `gradacc_hf.ContrastiveLoss`, with dropout, on any number of processes.")
     return found
 
 
 def draw(axes, found):
     axes.barh(*zip(*reversed(found.items()), strict=True))
-    axes.set(title="The gradient of 64 pairs, by how they are cut", xlabel="relative error")
+    axes.set(title="The gradient of 64 pairs, by how they are split", xlabel="relative error")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ def closed_form():
     return (examples @ w).flatten().tolist()
 
 
-def kit():
-    """The same epoch through the kit: nothing to count, nothing to divide by."""
+def gradacc():
+    """The same epoch through gradacc: nothing to count, nothing to divide by."""
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
     examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     for window in WindowLoader(examples, 4, micro_batch_size=1, shuffle=False, accelerator=accelerator):
@@ -57,20 +57,20 @@ def kit():
 def main():
     (classic, classic_norm), (divided, norm) = plain(divide_by=1), plain(divide_by=4)
     found = {"label": Y.flatten().tolist(), "before": new_model()[0](X).flatten().tolist()}
-    found |= {"classic": classic, "divided": divided, "kit": kit(), "closed form": closed_form()}
+    found |= {"classic": classic, "divided": divided, "gradacc": gradacc(), "closed form": closed_form()}
     print("prediction", *(f"{name:>12}" for name in found))
     for x, *example in zip(X.tolist(), *found.values(), strict=True):
         print(x, *(f"{value:12.3f}" for value in example))
-    error = max(abs(a - b) for a, b in zip(found["kit"], found["closed form"], strict=True))
+    error = max(abs(a - b) for a, b in zip(found["gradacc"], found["closed form"], strict=True))
     ratio = classic_norm / norm
     print(f"The classic program never divides by 4: its first step is {ratio:.2f} × the mean's.")
-    print(f"The kit and the two steps at once, in closed form, differ by at most {error:.0e}.")
-    print("In the kit: `window.weigh(loss)` makes each loss its share of the window's mean.")
+    print(f"gradacc and the two steps at once, in closed form, differ by at most {error:.0e}.")
+    print("In gradacc: `window.weigh(loss)` makes each loss its share of the window's mean.")
     return {**found, "step ratio": ratio, "error": error}
 
 
 def draw(axes, found):
-    for name in ("label", "before", "classic", "kit"):
+    for name in ("label", "before", "classic", "gradacc"):
         axes.plot(range(1, 9), found[name], marker="o", label=name)
     axes.set(title="Predictions after one epoch, two steps", xlabel="example", ylabel="prediction")
 

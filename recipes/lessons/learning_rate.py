@@ -38,7 +38,7 @@ def plain(seed, size, lr, warmup=0):
     return torch.stack(losses).detach().view(EPOCHS, -1).mean(dim=1)
 
 
-def kit(seed, size, lr, warmup=0):  # the same in micro-batches of 16
+def gradacc(seed, size, lr, warmup=0):  # the same in micro-batches of 16
     (model, optimizer, scheduler), losses = new_model(seed, lr, warmup), []
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(model, optimizer)
     examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
@@ -63,9 +63,9 @@ def main():
             found[name.replace("lr", str(lr))] = losses.mean(0).tolist()
             print(f"lr {lr}: {name:<19} loss by epoch", *(f"{loss:.3f}" for loss in losses.mean(0)), end="")
             print(f" ± {losses[:, -1].std():.3f} (5 seeds)")
-    found["error"] = (kit(0, 64, 0.4) - plain(0, 64, 0.4)).abs().max().item()
-    print(f"Through the kit, 64 as 16 × 4, the losses are the same to {found['error']:.0e}.")
-    print("In the kit: `batch.effective` and `optim.lr` stay as they are on any budget: tune them once.")
+    found["error"] = (gradacc(0, 64, 0.4) - plain(0, 64, 0.4)).abs().max().item()
+    print(f"Through gradacc, 64 as 16 × 4, the losses are the same to {found['error']:.0e}.")
+    print("In gradacc: `batch.effective` and `optim.lr` stay as they are on any budget: tune them once.")
     return found
 
 

@@ -42,7 +42,7 @@ def plain(size):
     return peak(tracker)
 
 
-def kit(size):
+def gradacc(size):
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
     examples = [{"x": x, "labels": 0} for x in X] * 2
     with (tracker := MemTracker()):
@@ -58,12 +58,14 @@ def kit(size):
 
 
 def main():
-    found = {f"{32 // size} × {size}": plain(size) for size in (32, 16, 8, 4)} | {"kit, 4 × 8": kit(8)}
+    found = {f"{32 // size} × {size}": plain(size) for size in (32, 16, 8, 4)} | {
+        "gradacc, 4 × 8": gradacc(8)
+    }
     print("MB at the peak", *(f"{part:>11}" for part in PARTS), "      total")
     for name, parts in found.items():
         print(f"{name:<14}", *(f"{size:11.2f}" for size in parts.values()), f"{sum(parts.values()):11.2f}")
     print("Activations fall. Gradients do not: at the peak all are there (of one batch, before most exist).")
-    print("In the kit: `max_tokens` bounds a micro-batch, `effective_batch_size` says what a step sees.")
+    print("In gradacc: `max_tokens` bounds a micro-batch, `effective_batch_size` says what a step sees.")
     return found
 
 

@@ -41,8 +41,8 @@ def plain(dtype, size, scale=1.0, unscale=4):
     return parameters_to_vector(p.grad for p in model.parameters())
 
 
-def kit():
-    """bf16 through the kit. fp16 needs a GPU there: on a CPU, Accelerate makes it float32."""
+def gradacc():
+    """bf16 through gradacc. fp16 needs a GPU there: on a CPU, Accelerate makes it float32."""
     model, optimizer = (accelerator := Accelerator(cpu=True, mixed_precision="bf16")).prepare(*new_model())
     examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     for window in WindowLoader(examples, 64, micro_batch_size=16, shuffle=False, accelerator=accelerator):
@@ -57,7 +57,11 @@ def kit():
 
 def main():
     (truth, half), found = (plain(torch.float32, 64), torch.float16), {}
-    gradients = {"float32": plain(torch.float32, 16), "bf16": plain(torch.bfloat16, 16), "bf16, kit": kit()}
+    gradients = {
+        "float32": plain(torch.float32, 16),
+        "bf16": plain(torch.bfloat16, 16),
+        "bf16, gradacc": gradacc(),
+    }
     gradients |= {"fp16": plain(half, 16, SCALE), "fp16, no scaler": plain(half, 16)}
     gradients["fp16, clipped while scaled"] = plain(half, 16, SCALE, unscale=None)
     gradients["fp16, unscaled after the first"] = plain(half, 16, SCALE, unscale=1)
@@ -65,7 +69,7 @@ def main():
         found[name] = {"error": (torch.dist(gradient, truth) / truth.norm()).item()}
         found[name]["zeros"] = zeros = (gradient == 0).float().mean().item()
         print(f"{name:<31} off float32 at once by {found[name]['error']:.0e}, {zeros:3.0%} of it zero")
-    print('In the kit: `Accelerator(mixed_precision=...)`, here "bf16"; its "fp16" needs a GPU.')
+    print('In gradacc: `Accelerator(mixed_precision=...)`, here "bf16"; its "fp16" needs a GPU.')
     return found
 
 

@@ -36,7 +36,7 @@ def plain(name, size, steps):  # a step every `steps` batches of `size`
     return state(model, optimizer), i // steps
 
 
-def kit(name):
+def gradacc(name):
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model(name))
     for window in WindowLoader(EXAMPLES, 64, micro_batch_size=16, shuffle=False, accelerator=accelerator):
         for batch in window:
@@ -60,13 +60,13 @@ def main():
     found = {}
     for opt in OPTIMIZERS:
         ways = {"64": plain(opt, 64, 1), "16 × 4": plain(opt, 16, 4), "16": plain(opt, 16, 1)}
-        for way, (here, steps) in (ways | {"kit": kit(opt)}).items():
+        for way, (here, steps) in (ways | {"gradacc": gradacc(opt)}).items():
             found[opt, way] = steps, (torch.dist(here, ways["64"][0]) / ways["64"][0].norm()).item()
             print(f"{opt:>5}, {way:<6}: {steps} steps; weights, state off 64's by {found[opt, way][1]:.0e}")
     for draws in (1, 10, 100, 1000):
         found[draws] = dropout_error(draws)
         print(f"dropout 0.1, mean of {draws:4} gradients: 16 × 4 off 64 by {found[draws]:.0e}")
-    print("In the kit: windows are the same on every budget; `model.dropout: 0` turns dropout off.")
+    print("In gradacc: windows are the same on every budget; `model.dropout: 0` turns dropout off.")
     return found
 
 

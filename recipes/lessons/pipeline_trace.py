@@ -35,7 +35,7 @@ def plain(size, steps):  # batches that do not fill a window stay in .grad
     return parameters_to_vector(model.parameters()).detach()
 
 
-def kit(found):
+def gradacc(found):
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
     windows = WindowLoader(EXAMPLES, 16, micro_batch_size=4, shuffle=False, accelerator=accelerator)
     for epoch in range(5):
@@ -48,14 +48,14 @@ def kit(found):
                     optimizer.zero_grad()
             found["loss"][epoch] += window.loss * len(window.indices) / len(X)
         found["accuracy"].append((model(X).argmax(1) == Y).float().mean().item())
-    print(f"kit: {tuple(X.shape)} examples -> {len(windows)} windows, the last of {len(window.indices)}")
+    print(f"gradacc: {tuple(X.shape)} examples -> {len(windows)} windows, the last of {len(window.indices)}")
     print(f"-> micro-batches {tuple(batch['x'].shape)} -> logits {tuple(model(batch['x']).shape)} -> loss ()")
     return model
 
 
 def main():
     weights = {"plain": plain(4, 4), "at once": plain(16, 1)}
-    model, h = kit(found := {"loss": [], "accuracy": []}), X[:1]
+    model, h = gradacc(found := {"loss": [], "accuracy": []}), X[:1]
     for loss, accuracy in zip(*found.values(), strict=True):
         print(f"an epoch: loss during it {loss:.4f}, accuracy after it, on the same examples, {accuracy:.3f}")
     print(f"now the first example: {[round(v, 2) for v in h[0].tolist()]}")
@@ -63,10 +63,10 @@ def main():
         h = layer(h)
         print(f"{type(layer).__name__:>8} -> {tuple(h.shape)} {[round(v, 2) for v in h[0].tolist()]}")
     print(f"-> class {int(h.argmax())}; its label is {int(Y[0])}")
-    weights["kit"], truth = parameters_to_vector(model.parameters()), weights["at once"]
-    found |= {name: (torch.dist(weights[name], truth) / truth.norm()).item() for name in ("plain", "kit")}
-    print(f"weights off those of windows at once: plain {found['plain']:.0e}, kit {found['kit']:.0e}")
-    print("In the kit: `WindowLoader` makes a step of the examples left over, which plain code leaks.")
+    weights["gradacc"], truth = parameters_to_vector(model.parameters()), weights["at once"]
+    found |= {name: (torch.dist(weights[name], truth) / truth.norm()).item() for name in ("plain", "gradacc")}
+    print(f"weights off those of windows at once: plain {found['plain']:.0e}, gradacc {found['gradacc']:.0e}")
+    print("In gradacc: `WindowLoader` makes a step of the examples left over, which plain code leaks.")
     return found
 
 

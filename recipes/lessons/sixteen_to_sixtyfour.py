@@ -33,7 +33,7 @@ def plain(seed, max_norm, size, steps):  # drops the batches that fill no window
     return losses, model.weight.detach()
 
 
-def kit(seed, max_norm, clip_each=False):  # the same in windows of 64
+def gradacc(seed, max_norm, clip_each=False):  # the same in windows of 64
     (x, y, *model_and_optimizer), losses = problem(seed), torch.zeros(10)
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*model_and_optimizer)
     examples = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
@@ -51,8 +51,11 @@ def kit(seed, max_norm, clip_each=False):  # the same in windows of 64
 
 
 def main():
-    found, ways = {}, {"64": (plain, 64, 1), "16": (plain, 16, 1), "16 × 4": (plain, 16, 4), "kit": (kit,)}
-    for max_norm, more in ((torch.inf, {}), (0.1, {"kit, clipping each": (kit, True)})):
+    found, ways = (
+        {},
+        {"64": (plain, 64, 1), "16": (plain, 16, 1), "16 × 4": (plain, 16, 4), "gradacc": (gradacc,)},
+    )
+    for max_norm, more in ((torch.inf, {}), (0.1, {"gradacc, clipping each": (gradacc, True)})):
         truth = torch.stack([plain(seed, max_norm, 64, 1)[1] for seed in range(3)])
         for name, (way, *settings) in (ways | more).items():
             runs = [way(seed, max_norm, *settings) for seed in range(3)]
@@ -63,12 +66,12 @@ def main():
             print(f"{name:>18}, max_norm {max_norm}: weights off 64's by {error:.0e}; validation", end=" ")
             print(f"accuracy {right.mean():.3f} ± {right.std():.3f}, training loss by epoch", end=" ")
             print(*(f"{loss:.3f}" for loss in losses.mean(0)))
-    print(f"In the kit: `WindowLoader` steps with the last {1000 % 64} examples; clip if `sync_gradients`.")
+    print(f"In gradacc: `WindowLoader` steps with the last {1000 % 64} examples; clip if `sync_gradients`.")
     return found
 
 
 def draw(axes, found):
-    for name in ("16", "16 × 4", "kit"):
+    for name in ("16", "16 × 4", "gradacc"):
         axes.plot(range(1, 11), found[name, torch.inf]["losses"], marker="o", label=name)
     axes.set(title="Loss, mean of three seeds", xlabel="epoch", ylabel="training loss")
 

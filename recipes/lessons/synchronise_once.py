@@ -41,7 +41,7 @@ def plain(once):  # this process's half of 64 examples, in 4 micro-batches of 8
     return len(calls), MODEL.weight.grad
 
 
-def kit():  # `accumulate` synchronises where the window ends
+def gradacc():  # `accumulate` synchronises where the window ends
     MODEL.zero_grad()
     ddp = (accelerator := Accelerator(cpu=True)).prepare(MODEL)
     ddp.register_comm_hook(calls := [], counted)
@@ -54,7 +54,7 @@ def kit():  # `accumulate` synchronises where the window ends
 
 def process(folder):  # what each of the two runs; it writes down what it saw
     torch.distributed.init_process_group("gloo")
-    torch.save([plain(once=False), plain(once=True), kit()], f"{folder}/{torch.distributed.get_rank()}")
+    torch.save([plain(once=False), plain(once=True), gradacc()], f"{folder}/{torch.distributed.get_rank()}")
     torch.distributed.destroy_process_group()
 
 
@@ -64,11 +64,11 @@ def main():
         run([*torchrun, __file__, folder], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         both = [torch.load(f"{folder}/{rank}", weights_only=True) for rank in (0, 1)]
     (truth,), found = torch.autograd.grad(mse_loss(MODEL(X), Y), MODEL.weight), {}  # at once, in one process
-    for name, *seen in zip(("each micro-batch", "once", "kit"), *both, strict=True):
+    for name, *seen in zip(("each micro-batch", "once", "gradacc"), *both, strict=True):
         error = max((torch.dist(gradient, truth) / truth.norm()).item() for _, gradient in seen)
         found[name] = {"reduces": seen[0][0], "error": error}
         print(f"{name:<16} {seen[0][0]} gradient all-reduces; off one process's gradient by {error:.0e}")
-    print("In the kit: `accumulate` with a window: the gradient is reduced once (and a few numbers).")
+    print("In gradacc: `accumulate` with a window: the gradient is reduced once (and a few numbers).")
     return found
 
 

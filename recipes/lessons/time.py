@@ -1,4 +1,4 @@
-"""Is it faster? Sixty-four examples at once, in ever smaller micro-batches, and cut by length.
+"""Is it faster? Sixty-four examples at once, in ever smaller micro-batches, and split by length.
 
 Run it: gradacc lessons time. The doctor finds: nothing.
 """
@@ -38,7 +38,7 @@ def plain(examples, size):
         yield batch["src"].shape[:2].numel()
 
 
-def kit(examples, accelerator):  # sorted by length, cut where that is predicted to cost least
+def gradacc(examples, accelerator):  # sorted by length, split at the least predicted cost
     settings = {"max_tokens": 1024, "lengths": len, "num_items": count_tokens, "collate_fn": collate}
     for window in WindowLoader(examples, 64, accelerator=accelerator, **settings):
         for batch in window:
@@ -52,9 +52,9 @@ def main():
     ways = {"1 × 64": (plain, 64), "4 × 16": (plain, 16), "16 × 4": (plain, 4), "64 × 1": (plain, 1)}
     for kind, lengths in LENGTHS.items():
         examples = [torch.randn(length, 64) for length in lengths]
-        seconds, gradients, tokens = {way: [] for way in (*ways, "kit")}, {}, {}
+        seconds, gradients, tokens = {way: [] for way in (*ways, "gradacc")}, {}, {}
         for _ in range(9):  # interleaved, as the machine may be busy now and then
-            for name, (way, setting) in (ways | {"kit": (kit, accelerator)}).items():
+            for name, (way, setting) in (ways | {"gradacc": (gradacc, accelerator)}).items():
                 MODEL.zero_grad()
                 start = perf_counter()
                 tokens[name] = sum(way(examples, setting))
@@ -67,7 +67,7 @@ def main():
             error = (torch.dist(gradients[name], truth) / truth.norm()).item()
             found[name, kind] = {"ratio": ratio, "tokens": tokens[name], "error": error}
             print(f"{kind:>7} {name:>6}: {tokens[name]:5} padded tokens, time × {ratio:.2f}, off {error:.0e}")
-    print("In the kit: `WindowLoader` sorts a window by length and cuts it where it should cost least.")
+    print("In gradacc: `WindowLoader` sorts a window by length and splits it at the least cost.")
     return found
 
 

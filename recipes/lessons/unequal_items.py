@@ -44,8 +44,8 @@ def plain(size, weight):
     return total, model.weight.grad
 
 
-def kit():
-    """The same through the kit, which counts the labels that are not −100."""
+def gradacc():
+    """The same through gradacc, which counts the labels that are not −100."""
     model = (accelerator := Accelerator(cpu=True)).prepare(new_model())
     settings = {"micro_batch_size": 2, "shuffle": False, "accelerator": accelerator}
     for window in WindowLoader(EXAMPLES, 8, collate_fn=collate, **settings):
@@ -59,14 +59,14 @@ def main():
     loss, truth = plain(8, weight=lambda batch: 1)
     ways = {"mean of means": plain(2, weight=lambda batch: 1 / 4)}
     ways["by tokens"] = plain(2, weight=lambda batch: (batch["labels"] != -100).sum() / sum(TOKENS))
-    ways["kit"] = kit()
-    cut = " + ".join(str(sum(TOKENS[i : i + 2])) for i in range(0, 8, 2))
+    ways["gradacc"] = gradacc()
+    split = " + ".join(str(sum(TOKENS[i : i + 2])) for i in range(0, 8, 2))
     found = {"at once": {"loss": loss, "error": 0.0}}
-    print(f"{sum(TOKENS)} labelled tokens at once: loss {loss:.4f}; in micro-batches of {cut}:")
+    print(f"{sum(TOKENS)} labelled tokens at once: loss {loss:.4f}; in micro-batches of {split}:")
     for name, (loss, gradient) in ways.items():
         found[name] = {"loss": loss, "error": (torch.dist(gradient, truth) / truth.norm()).item()}
         print(f"{name:<14} loss {loss:.4f}, gradient off by {found[name]['error']:.0e}")
-    print("In the kit: `num_items` says what a mean is over; `window.weigh` gives each one its share.")
+    print("In gradacc: `num_items` says what a mean is over; `window.weigh` gives each one its share.")
     return found
 
 

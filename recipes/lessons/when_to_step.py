@@ -34,8 +34,8 @@ def plain(step_every, zero_every):
     return torch.cat(weights)
 
 
-def kit():
-    """The same through the kit."""
+def gradacc():
+    """The same through gradacc."""
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
     examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     weights = [model.weight.detach().clone()]
@@ -53,7 +53,7 @@ def main():
     (model, _), found = new_model(), {}
     (gradient,) = torch.autograd.grad(mse_loss(model(X), Y), model.weight)
     step = -0.1 * gradient  # SGD's, on all 32 examples at once
-    ways = {"every 4": plain(4, 4), "in the kit": kit(), "every 1": plain(1, 1)}
+    ways = {"every 4": plain(4, 4), "in gradacc": gradacc(), "every 1": plain(1, 1)}
     print("stepping                 length of the update at each micro-batch   off the step of 32 examples")
     for name, weights in (ways | {"every 1, zeroing every 4": plain(1, 4)}).items():
         moved = weights.diff(dim=0).norm(dim=1)
@@ -63,7 +63,7 @@ def main():
         shown = " ".join(f"{length:.3f}" for length in moved)
         print(f"{name:<25}{shown}{found[name]['updates']:6} updates {error:16.0e}")
     print("Every 1: batches of 8, at a quarter of the rate; zeroing every 4, early examples count again.")
-    print("In the kit: call `optimizer.step()` inside `accumulate`; it happens where the window ends.")
+    print("In gradacc: call `optimizer.step()` inside `accumulate`; it happens where the window ends.")
     return found
 
 

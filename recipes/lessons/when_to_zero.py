@@ -35,8 +35,8 @@ def plain(zero):
     return torch.cat(gradients)
 
 
-def kit():
-    """The same through the kit."""
+def gradacc():
+    """The same through gradacc."""
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
     examples, gradients = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)], []
     for window in WindowLoader(examples, 32, micro_batch_size=8, shuffle=False, accelerator=accelerator):
@@ -56,13 +56,13 @@ def main():
     truth = torch.cat([torch.autograd.grad(loss, model.weight)[0] for loss in losses])  # windows at once
     ways = {name: plain(name) for name in ("before every backward", "never", "after the step")}
     print("zeroing                 length of each window's gradient, × its own          off")
-    for name, gradients in (ways | {"in the kit": kit()}).items():
+    for name, gradients in (ways | {"in gradacc": gradacc()}).items():
         lengths = gradients.norm(dim=1) / truth.norm(dim=1)
         error = (torch.dist(gradients, truth) / truth.norm()).item()
         found[name] = {"lengths": lengths.tolist(), "error": error}
         print(f"{name:<24}", *(f"{length:<10.2f}" for length in lengths), f"{error:13.0e}")
     print("Before every backward, only the last micro-batch is left; never, all earlier windows stay in.")
-    print("In the kit: call `optimizer.zero_grad()` inside `accumulate`; it happens where the window ends.")
+    print("In gradacc: call `optimizer.zero_grad()` inside `accumulate`; it happens where the window ends.")
     return found
 
 

@@ -11,12 +11,12 @@ from rich.console import Console
 from gradacc_hf.accumulation.balancing import BALANCED
 from gradacc_hf.accumulation.splitting import Bound, Cost, split_window
 from gradacc_hf.bench.balance import (
-    Balances,
+    BalanceResult,
     Lengths,
     count_collectives,
     grow_by_data,
     grow_by_processes,
-    print_balances,
+    print_balance,
     process_costs,
     simulate,
     strided,
@@ -111,7 +111,7 @@ def test_a_loader_holds_8_bytes_an_example_and_never_more():
 def test_the_tables_are_whole_in_100_columns_and_the_result_is_json():
     lengths = Lengths("drawn", LONG_TAILED, 2048)
     by_processes = replace(grow_by_processes(lengths, 8), collectives={"all_gather": 1, "all_reduce": 3})
-    result = Balances(
+    result = BalanceResult(
         sizes={"drawn": (20_000, 50.0, 150.0, 2000, 2048)},
         balances=(replace(simulate(lengths, 8, 16, 2), plan_ms=1234.5, processes=1024),),
         by_data=(replace(grow_by_data(10_000), examples=10**9, most_bytes=16 * 10**9),),
@@ -120,7 +120,7 @@ def test_the_tables_are_whole_in_100_columns_and_the_result_is_json():
     )
     assert result.balances[0].worst <= BALANCED < result.balances[0].strided_worst
     console = Console(record=True, width=100)
-    print_balances(result, console)
+    print_balance(result, console)
     text = console.export_text()
     assert "…" not in text
     assert "within 1.05" in text

@@ -25,11 +25,12 @@ from gradacc_hf.accumulation.reference import (
     whole_window_gradient,
 )
 from gradacc_hf.accumulation.splitting import bounding_lengths
-from gradacc_hf.config.schema import BatchConfig, Config
+from gradacc_hf.config.schema import BatchConfig, Config, with_settings
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe as read_recipe
-from gradacc_hf.run.runner import make_windows, run
+from gradacc_hf.run.runner import run
+from gradacc_hf.run.setup import make_windows
 from gradacc_hf.training.settings import ModelConfig
 from gradacc_hf.utils.modeling import checkpoint_activations
 from gradacc_hf.utils.rng import random_state, set_random_state
@@ -384,7 +385,7 @@ def test_it_answers_a_text_and_a_row_with_the_nearest_validation_rows(tiny_bert,
 def test_verify_says_of_the_recipe_that_it_is_exact(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of(make_rows(), tiny_bert, negative_column="negative")
-    recipe.config.budget.max_tokens = 200
+    recipe = recipe.with_config(with_settings(recipe.config, {"budget.max_tokens": 200}))
     windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator(cpu=True))
     found = verify(recipe.model(), windows, recipe.loss)
     assert found.exact

@@ -10,7 +10,7 @@ from gradacc_hf.accumulation.memory_model import MicroBatchMemory
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_error
 from gradacc_hf.accumulation.splitting import Bound
-from gradacc_hf.bench.oom import Watched, run_limited
+from gradacc_hf.bench.oom import RecordingLoader, run_limited
 from gradacc_hf.errors import OutOfMemoryError
 from gradacc_hf.training.loop import train
 from gradacc_hf.verification.tiny_models import build_head
@@ -53,7 +53,10 @@ def run(most=None, where="forward", epochs=2, **split):
         is_short = where == "backward" and most and batch["input_ids"].numel() > most
         return NoMemory.apply(outputs.loss, is_short)
 
-    watched, settings = Watched(windows), {"accelerator": accelerator, "epochs": epochs, "compute_loss": loss}
+    watched, settings = (
+        RecordingLoader(windows),
+        {"accelerator": accelerator, "epochs": epochs, "compute_loss": loss},
+    )
     losses = [record.loss for record in train(model, optimizer, watched, **settings)]
     return windows, recorder.gradients, losses, watched.indices
 

@@ -1,4 +1,4 @@
-"""`gradacc bench recipes`: what it measures is what the runs say of themselves."""
+"""`gradacc bench recipes` reports the figures that the runs wrote."""
 
 import io
 import json
@@ -10,16 +10,17 @@ import torch
 import transformers
 from rich.console import Console
 
-from gradacc_hf.bench import all_recipes as every_recipe
-from gradacc_hf.bench.all_recipes import offline_configs, print_recipes, recipes
+from gradacc_hf.bench import all_recipes, offline
+from gradacc_hf.bench.all_recipes import measure_recipes, print_recipes
+from gradacc_hf.bench.offline import offline_configs
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import InputError
 from gradacc_hf.utils.paths import bundle_root
 
 
 @pytest.fixture
-def small_kit(tmp_path, monkeypatch):
-    """A kit of one recipe and its offline config, with a tiny model and a few rows."""
+def small_bundle(tmp_path, monkeypatch):
+    """A bundle of one recipe and its offline config, with a tiny model and a few rows."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path())
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
@@ -36,20 +37,21 @@ def small_kit(tmp_path, monkeypatch):
         f"data:\n  train: {tmp_path / 'rows.jsonl'}\noptim:\n  lr: 1e-2\n"
         "train:\n  best_metric: accuracy\n  best_direction: max\n"
     )
-    monkeypatch.setattr(every_recipe, "bundle_root", lambda: tmp_path)
+    for module in (all_recipes, offline):
+        monkeypatch.setattr(module, "bundle_root", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_a_row_is_measured_in_a_run_of_its_own_that_leaves_nothing(small_kit):
-    before = sorted(small_kit.rglob("*"))
-    result = recipes(windows=7)
+def test_a_row_is_measured_in_a_run_of_its_own_that_leaves_nothing(small_bundle):
+    before = sorted(small_bundle.rglob("*"))
+    result = measure_recipes(windows=7)
     [row] = result.results
     assert (row.recipe, row.metric, row.windows, row.training_examples) == ("mine", "accuracy", 7, 54)
     assert row.baseline is not None
     assert 0.5 < row.baseline <= row.value <= 1  # two rows in three are tea
     assert row.answer["label"] in ("tea", "cash")
-    assert sorted(small_kit.rglob("*")) == before
+    assert sorted(small_bundle.rglob("*")) == before
     console = Console(file=io.StringIO(), width=40)
     print_recipes(result, console)
     lines = console.file.getvalue().splitlines()
@@ -61,16 +63,16 @@ def test_a_row_is_measured_in_a_run_of_its_own_that_leaves_nothing(small_kit):
 
 
 @pytest.mark.slow
-def test_a_recipe_that_fails_is_named_with_its_reason(small_kit):
+def test_a_recipe_that_fails_is_named_with_its_reason(small_bundle):
     config = Path("configs/mine_offline.yaml")
     config.write_text(config.read_text().replace("effective: 6", "effective: 600"))
     with pytest.raises(InputError, match=r"mine: error: batch.effective: found 600"):
-        recipes()
+        measure_recipes()
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_there_are():
     with pytest.raises(InputError, match=r"--only: found 'nonsense'; allowed: .*text_classification"):
-        recipes(["nonsense"])
+        measure_recipes(["nonsense"])
 
 
 def test_every_offline_config_is_of_a_recipe():

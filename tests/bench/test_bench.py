@@ -11,18 +11,21 @@ import transformers
 from datasets import Dataset
 from rich.console import Console
 
-from gradacc_hf import bench
 from gradacc_hf.accumulation.batch_schedule import ScheduledBatch
 from gradacc_hf.accumulation.reference import EXACT
-from gradacc_hf.bench import CONTENDERS, SPLITS, exactness, print_exactness, print_speed, speed
-from gradacc_hf.bench.schedules import TASKS, _needed, _schedules
-from gradacc_hf.bench.sentence_transformers import contrastive, print_contrastive
+from gradacc_hf.bench import cli
+from gradacc_hf.bench.exactness import CONTENDERS, measure_exactness, print_exactness
+from gradacc_hf.bench.offline import MAX_TOKENS, offline_recipe
+from gradacc_hf.bench.schedules import TASKS, examples_until, schedule_flags
+from gradacc_hf.bench.sentence_transformers import measure_contrastive, print_contrastive
+from gradacc_hf.bench.throughput import measure_speed, print_speed
 from gradacc_hf.config.batch_size import effective_batch_size
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.config.schema import BatchConfig, Config
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.verification.all_heads import SPLITS
 from gradacc_hf.verification.tiny_models import build_head
 
 HEADS = {"sequence_classification": ["bert"], "question_answering": ["distilbert"]}
@@ -54,7 +57,7 @@ def tiny_recipe(effective=16):
 
 @pytest.fixture(scope="module")
 def result():
-    return exactness(HEADS)
+    return measure_exactness(HEADS)
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_the_table_of_exactness_is_whole_in_80_columns_and_the_result_is_json(re
 
 def test_the_loop_is_measured_beside_its_own_micro_batches_and_dense_ones(console):
     recipe = tiny_recipe()
-    result = speed(recipe, num_windows=2, repeats=2)
+    result = measure_speed(recipe, num_windows=2, repeats=2)
     assert recipe.models == 9  # three ways, twice, and once to warm up
     assert (result.windows, result.examples) == (2, 32)
     assert len(result.seconds) == len(result.of_dense_limit) == len(result.overhead) == 2
@@ -107,7 +110,7 @@ def test_the_loop_is_measured_beside_its_own_micro_batches_and_dense_ones(consol
 
 def test_windows_that_there_are_not_are_refused():
     with pytest.raises(InputError, match="--windows: found 3; allowed: 1 to 2"):
-        speed(tiny_recipe(), num_windows=3)
+        measure_speed(tiny_recipe(), num_windows=3)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_windows_that_there_are_not_are_refused():
 )
 def test_a_wrong_command_line_ends_with_2_and_one_line(argv, capsys):
     with pytest.raises(SystemExit) as caught:
-        bench.main(argv)
+        cli.main(argv)
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -125,8 +128,8 @@ def test_a_wrong_command_line_ends_with_2_and_one_line(argv, capsys):
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_the_command_prints_the_result_and_the_versions(monkeypatch, capsys, result, flags):
-    monkeypatch.setattr(bench, "exactness", lambda heads: result)
-    bench.main(["exactness", *flags])
+    monkeypatch.setattr(cli, "measure_exactness", lambda heads, progress: result)
+    cli.main(["exactness", *flags])
     out = capsys.readouterr().out
     assert transformers.__version__ in out
     if flags:
@@ -134,9 +137,9 @@ def test_the_command_prints_the_result_and_the_versions(monkeypatch, capsys, res
 
 
 def test_speed_is_measured_on_the_offline_config():
-    config = bench.offline_recipe().config
+    config = offline_recipe().config
     assert (config.model.name, config.data.train) == ("embedded:minilm", "embedded:docstrings")
-    assert config.budget.max_tokens == bench.MAX_TOKENS
+    assert config.budget.max_tokens == MAX_TOKENS
 
 
 @pytest.mark.slow
@@ -151,7 +154,7 @@ def test_our_gradient_cache_and_that_of_sentence_transformers_come_to_the_same_m
         "batch.effective": 20,
     }
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    result = contrastive(flags, num_windows=2, repeats=1, max_tokens=160)
+    result = measure_contrastive(flags, num_windows=2, repeats=1, max_tokens=160)
     ours = result.contenders["ours"]
     for contender in result.contenders.values():
         assert contender.gradient_error <= EXACT
@@ -162,13 +165,13 @@ def test_our_gradient_cache_and_that_of_sentence_transformers_come_to_the_same_m
     assert "…" not in text
     assert "× the pairs per second of CachedMultipleNegativesRankingLoss" in text
     with pytest.raises(InputError, match="--windows: found 9; allowed: 1 to 4"):
-        contrastive(flags, num_windows=9, repeats=1, max_tokens=160)
+        measure_contrastive(flags, num_windows=9, repeats=1, max_tokens=160)
 
 
 def test_sentence_transformers_is_named_where_it_is_absent(monkeypatch, capsys):
     monkeypatch.setattr("gradacc_hf.bench.sentence_transformers.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as caught:
-        bench.main(["contrastive"])
+        cli.main(["contrastive"])
     assert caught.value.code == 2
     message = "bench contrastive: sentence-transformers is not installed: pip install sentence-transformers"
     assert capsys.readouterr().err == f"error: {message}\n"
@@ -195,16 +198,16 @@ def tiny_encoder(folder):
 
 def test_examples_until_a_loss_are_read_off_a_line_between_evaluations():
     curve = [(0.0, 4.0), (100.0, 2.0), (200.0, 3.0), (300.0, 1.0)]
-    assert _needed(curve, 4.0) == 0
-    assert _needed(curve, 3.0) == 50
-    assert _needed(curve, 2.0) == 100
-    assert _needed(curve, 1.5) == 275
-    assert math.isnan(_needed(curve, 0.5))
+    assert examples_until(4.0, curve) == 0
+    assert examples_until(3.0, curve) == 50
+    assert examples_until(2.0, curve) == 100
+    assert examples_until(1.5, curve) == 275
+    assert math.isnan(examples_until(0.5, curve))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_each_schedule_that_is_compared_is_one_that_a_run_takes_and_sees_as_many_examples(task):
-    ways = _schedules(TASKS[task][0], 2400)
+    ways = schedule_flags(TASKS[task][0], 2400)
     assert len(ways) == 4
     for flags in ways.values():
         config = read_command_line([*flags, "--data.train", "x.csv"])

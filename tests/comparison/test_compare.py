@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from gradacc_hf.accumulation.reference import EXACT
-from gradacc_hf.comparison import compare
-from gradacc_hf.comparison import worker as contend
-from gradacc_hf.comparison.compare import Contender, ratios, read_contender, show
-from gradacc_hf.comparison.worker import CONTENDERS, Run, errors, timed
+from gradacc_hf.comparison import cli, worker
+from gradacc_hf.comparison.cli import print_comparison
+from gradacc_hf.comparison.compare import ComparedRuns, compare, ratios, read_compared_runs
+from gradacc_hf.comparison.worker import CONTENDERS, WorkerRun, measure_errors, train_timed
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
 
@@ -57,10 +57,10 @@ def runs(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     seen = {}
     for name in CONTENDERS:
-        run = Run(load_recipe(settings), 2)
-        timed(run, name, folder / name / "seed_0")
+        run = WorkerRun(load_recipe(settings), 2)
+        train_timed(run, name, folder / name / "seed_0")
         seen[name] = run.by_window()
-        errors(run, name, folder / name / "seed_0")
+        measure_errors(run, name, folder / name / "seed_0")
     return folder, seen
 
 
@@ -80,16 +80,16 @@ def test_all_see_the_same_examples_in_the_same_windows_but_who_sorts_across_them
 
 def test_micro_batches_take_equal_memory(runs):
     folder, seen = runs
-    assert {len(piece) for window in seen["trainer"] for piece in window} == {4}
+    assert {len(micro_batch) for window in seen["trainer"] for micro_batch in window} == {4}
     for name in set(CONTENDERS) - {"at_once"}:
         for window in seen[name]:
             assert all(len(p) * max(len(e["input_ids"]) for e in p) <= 152 for p in window)
-    assert read_contender(folder / "ours").padding < read_contender(folder / "trainer").padding
+    assert read_compared_runs(folder / "ours").padding < read_compared_runs(folder / "trainer").padding
 
 
 def test_the_gradients_of_ours_exact_trainer_and_at_once_are_exact_and_the_others_are_not(runs):
     folder, _ = runs
-    worst = {name: max(read_contender(folder / name).gradient_errors) for name in CONTENDERS}
+    worst = {name: max(read_compared_runs(folder / name).gradient_errors) for name in CONTENDERS}
     assert {name for name, error in worst.items() if error <= EXACT} == {"ours", "exact_trainer", "at_once"}
     assert worst["trainer"] > 2
     assert 0.001 < worst["accelerate"] < 1
@@ -97,7 +97,9 @@ def test_the_gradients_of_ours_exact_trainer_and_at_once_are_exact_and_the_other
 
 def test_exact_ways_log_the_same_losses_and_end_in_the_same_model(runs):
     folder, _ = runs
-    found = {name: read_contender(folder / name) for name in ("ours", "exact_trainer", "at_once", "trainer")}
+    found = {
+        name: read_compared_runs(folder / name) for name in ("ours", "exact_trainer", "at_once", "trainer")
+    }
     at_once = found["at_once"]
     for name in ("ours", "exact_trainer"):
         assert found[name].losses == pytest.approx(at_once.losses, rel=1e-5)
@@ -116,23 +118,25 @@ def test_a_run_leaves_what_a_report_reads(runs):
         assert summary["examples"] == sum(row["examples"] for row in rows) == 32
         assert summary["tokens"] == sum(len(e["input_ids"]) for w in seen[name] for p in w for e in p)
         assert sum(row["seconds"] for row in rows) == pytest.approx(summary["seconds"])
-        assert summary["first_window"] == [[len(e["input_ids"]) for e in piece] for piece in seen[name][0]]
+        assert summary["first_window"] == [
+            [len(e["input_ids"]) for e in micro_batch] for micro_batch in seen[name][0]
+        ]
         assert summary["training_memory_bytes"] >= 0
         assert (run / "config.yaml").exists()
 
 
 def test_ratios_are_of_runs_that_ran_next_to_each_other():
     def contender(*speeds):
-        return Contender("", (), speeds, speeds, speeds, 0.0, (), (), {})
+        return ComparedRuns("", (), speeds, speeds, speeds, 0.0, (), (), {})
 
     assert ratios(contender(8.0, 2.0), contender(2.0, 1.0)) == [4.0, 2.0]
 
 
 def test_the_table_names_all_and_says_why_one_is_missing(runs):
     folder, _ = runs
-    found = {name: read_contender(folder / name) for name in CONTENDERS if name != "at_once"}
+    found = {name: read_compared_runs(folder / name) for name in CONTENDERS if name != "at_once"}
     console = Console(record=True, width=120)
-    show({"at_once": "does not fit the memory", **found}, console)
+    print_comparison({"at_once": "does not fit the memory", **found}, console)
     text = console.export_text()
     assert "at once: not compared: does not fit the memory" in text
     assert text.count("× the examples per second of") == 4
@@ -173,13 +177,13 @@ def test_the_command_runs_contenders_in_turns_and_leaves_a_report(settings, tmp_
 def test_bad_input_is_refused_before_anything_is_run(settings, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
-        compare.main([*settings, *more])
+        cli.main([*settings, *more])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_there_is_refused(settings, tmp_path):
     with pytest.raises(InputError, match="is there already; give a new folder"):
-        compare.main([*settings, "--windows", "1", "--output", str(tmp_path)])
+        cli.main([*settings, "--windows", "1", "--output", str(tmp_path)])
 
 
 LARGE = """
@@ -205,21 +209,21 @@ def recipe_with(more, folder):
 def test_a_window_that_does_not_fit_at_once_leaves_errors_unmeasured_and_the_run_as_it_is(tmp_path):
     settings = recipe_with(LARGE, tmp_path)
     with pytest.raises(SystemExit) as left:
-        contend.main(["ours", str(tmp_path / "ours/seed_0"), "1", "errors", *settings])
+        worker.main(["ours", str(tmp_path / "ours/seed_0"), "1", "errors", *settings])
     assert left.value.code == 0
-    found = read_contender(tmp_path / "ours")
+    found = read_compared_runs(tmp_path / "ours")
     assert found.gradient_errors == ()
-    show({"ours": found}, console := Console(record=True, width=80))
+    print_comparison({"ours": found}, console := Console(record=True, width=80))
     assert "not measured" in console.export_text()
 
 
 def test_errors_are_measured_in_float32_whatever_the_budget_s_precision(settings, tmp_path):
-    run = Run(load_recipe([*settings, "--budget.precision", "bf16"]), 1)
+    run = WorkerRun(load_recipe([*settings, "--budget.precision", "bf16"]), 1)
     for name in ("ours", "trainer", "exact_trainer", "accelerate"):
-        timed(run, name, tmp_path / name / "seed_0")
+        train_timed(run, name, tmp_path / name / "seed_0")
     for name in ("ours", "exact_trainer"):
-        errors(run, name, tmp_path / name / "seed_0")
-        assert max(read_contender(tmp_path / name).gradient_errors) <= EXACT
+        measure_errors(run, name, tmp_path / name / "seed_0")
+        assert max(read_compared_runs(tmp_path / name).gradient_errors) <= EXACT
     summary = json.loads((tmp_path / "trainer/seed_0/summary.json").read_text())
     assert summary["precision"] == "bf16"
 
@@ -227,9 +231,9 @@ def test_errors_are_measured_in_float32_whatever_the_budget_s_precision(settings
 def test_recipes_that_pad_alike_pad_alike_for_all(settings, tmp_path):
     recipe = load_recipe(settings)
     recipe.pad_to = "window"
-    run = Run(recipe, 1)
+    run = WorkerRun(recipe, 1)
     for name in ("ours", "exact_trainer"):
-        timed(run, name, tmp_path / name / "seed_0")
+        train_timed(run, name, tmp_path / name / "seed_0")
         row = json.loads((tmp_path / name / "seed_0/history.jsonl").read_text())
         assert row["padded_tokens"] == 16 * 38  # the longest of all, which this window has
 
@@ -238,12 +242,12 @@ def test_recipes_that_pad_alike_pad_alike_for_all(settings, tmp_path):
 def test_when_no_contender_can_run_it_is_one_line(tmp_path):
     settings = recipe_with(BROKEN, tmp_path)
     with pytest.raises(InputError, match="no contender could run: ours: RuntimeError: broken"):
-        compare.compare(settings, tmp_path / "runs", ["ours"], 1, 1)
+        compare(settings, tmp_path / "runs", ["ours"], 1, 1)
 
 
 def test_a_contender_that_does_not_fit_is_told_by_its_exit_code(tmp_path, capsys):
     settings = recipe_with(LARGE, tmp_path)
     with pytest.raises(SystemExit) as left:
-        contend.main(["at_once", str(tmp_path / "run"), "1", "errors", *settings])
-    assert left.value.code == contend.DOES_NOT_FIT
+        worker.main(["at_once", str(tmp_path / "run"), "1", "errors", *settings])
+    assert left.value.code == worker.DOES_NOT_FIT
     assert "can't allocate memory" in capsys.readouterr().err

@@ -20,11 +20,12 @@ from torch._dynamo.utils import counters
 
 from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error
 from gradacc_hf.bench import cpu_speed
-from gradacc_hf.config.hardware import adapt_budget, apply_budget
+from gradacc_hf.config.budget import adapt_budget, export_cpu_offload, fit_to_machine
 from gradacc_hf.config.schema import BudgetConfig, Config
 from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.budget import fit_to_model
 from gradacc_hf.recipe.loading import open_run
-from gradacc_hf.run.runner import make_model, make_windows
+from gradacc_hf.run.setup import load_data, make_model, make_windows
 from gradacc_hf.training.compile import compile_layers, is_compiled
 from gradacc_hf.training.optimizer import check_optimizer
 from gradacc_hf.training.settings import OptimConfig
@@ -107,7 +108,9 @@ def test_offload_is_refused_without_fsdp2_as_a_run_would_not_fit(monkeypatch):
         monkeypatch.setenv(name, value)
     assert find_device().fsdp2
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")
-    apply_budget(Config(budget=BudgetConfig(cpu_offload=True)))
+    config, lines = fit_to_machine(Config(budget=BudgetConfig(cpu_offload=True)))
+    assert (config.budget.cpu_offload, lines) == (True, [])
+    export_cpu_offload(config.budget)
     assert type(FullyShardedDataParallelPlugin().cpu_offload).__name__ == "CPUOffloadPolicy"
 
 
@@ -167,8 +170,10 @@ def test_a_model_without_that_attention_has_its_own_choice(tmp_path, tiny_bert, 
     transformers.DebertaV2Model(config).save_pretrained(tmp_path / "deberta")
     tokenizer.save_pretrained(tmp_path / "deberta")
     recipe = small_recipe(tmp_path / "deberta", rows, "--budget.attention", "sdpa")
-    recipe.datasets()
-    assert make_model(recipe).config._attn_implementation == "eager"
+    fitted, _, _ = load_data(recipe)
+    assert recipe.config.budget.attention == "sdpa"
+    assert fitted.config.budget.attention is None
+    assert make_model(fitted).config._attn_implementation == "eager"
     [line] = capsys.readouterr().err.splitlines()
     assert line == (
         "budget.attention: DebertaV2ForSequenceClassification has no sdpa: the model's own choice instead"
@@ -206,9 +211,11 @@ def test_padding_to_a_multiple_is_left_off_where_it_is_of_no_use(
 ):
     made = small_recipe(tiny_bert, rows, "--budget.pad_to_multiple_of", 8, *arguments, recipe=recipe)
     dataset = TextClassification.datasets(small_recipe(tiny_bert, rows))
-    windows, _ = make_windows(made, *dataset, Accelerator(cpu=True))
+    fitted = fit_to_model(made)
+    windows, _ = make_windows(fitted, *dataset, Accelerator(cpu=True))
     assert windows.pad_to_multiple_of == 1
-    assert made.config.budget.pad_to_multiple_of is None
+    assert made.config.budget.pad_to_multiple_of == 8
+    assert fitted.config.budget.pad_to_multiple_of is None
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("budget.pad_to_multiple_of: of no use for")
     assert line.endswith(why)
@@ -355,7 +362,7 @@ def test_the_cpu_benchmark_measures_a_recipe(tiny_bert, rows, tmp_path, capsys):
     recipe = ROOT / "recipes" / "text_classification.py"
     (tmp_path / "a.yaml").write_text(f"recipe: {recipe}\n")
     words = [str(word) for pair in settings.items() for word in pair]
-    cpu_speed._measure(1, ["--config", str(tmp_path / "a.yaml"), *words, "--data.max_length", "32"])
+    cpu_speed.time_windows_here(1, ["--config", str(tmp_path / "a.yaml"), *words, "--data.max_length", "32"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["seconds"] > 0
     assert found["first"] > 0
@@ -364,10 +371,10 @@ def test_the_cpu_benchmark_measures_a_recipe(tiny_bert, rows, tmp_path, capsys):
 
 def test_ratios_to_the_default_are_taken_turn_by_turn():
     runs = [{"seconds": seconds, "first": 1.0} for seconds in (2.0, 30.0, 1.0)]
-    ratio = cpu_speed._ratio("bf16", runs, [4.0, 40.0, 2.0])
+    ratio = cpu_speed.ratio_to_default("bf16", runs, [4.0, 40.0, 2.0])
     assert (ratio.median, ratio.low, ratio.high, ratio.clear) == (0.5, 0.5, 0.75, True)
 
 
 def test_an_unknown_variant_is_refused():
     with pytest.raises(InputError, match="--only: found 'turbo'; allowed: default, threads_1"):
-        cpu_speed.cpu("a.yaml", ["turbo"])
+        cpu_speed.measure_cpu_settings("a.yaml", ["turbo"])

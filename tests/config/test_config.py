@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -16,10 +16,12 @@ from gradacc_hf.config import schema
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.config.schema import (
     BudgetConfig,
+    Config,
     DataConfig,
     detect_budget,
     parse_bytes,
     tokens_per_micro_batch,
+    with_settings,
 )
 from gradacc_hf.errors import InputError
 from gradacc_hf.training import settings
@@ -159,7 +161,7 @@ def test_a_recipe_adds_its_own_fields_rules_and_defaults():
             yield from super().rules()
             yield "mode", self.mode == "a" or self.ratios is not None, "a while data.ratios is null"
 
-    @dataclass
+    @dataclass(frozen=True)
     class Model(ModelConfig):
         rank: int = 8
 
@@ -606,3 +608,29 @@ def test_tokens_per_micro_batch_follow_the_budget(monkeypatch):
         tokens_per_micro_batch(BudgetConfig(), "cuda")
     fake_gpus(monkeypatch, (2**30, 8))
     assert tokens_per_micro_batch(BudgetConfig(), "cuda") == 1024
+
+
+# Frozen settings.
+
+
+def test_settings_are_frozen_and_changed_in_a_copy():
+    @dataclass
+    class Data(DataConfig):
+        """As recipes of version 0.1.0 define it."""
+
+        column: str = "text"
+
+    config = Config(data=Data(train="a.csv"))
+    for section, name in (
+        (config, "recipe"),
+        (config.optim, "lr"),
+        (config.model.lora, "rank"),
+        (config.budget, "max_tokens"),
+        (config.data, "train"),
+        (config.data, "column"),
+    ):
+        with pytest.raises(FrozenInstanceError):
+            setattr(section, name, 1)
+    changed = with_settings(config, {"model.lora.rank": 8, "data.column": "body", "check": True})
+    assert (changed.model.lora.rank, changed.data, changed.check) == (8, Data("a.csv", column="body"), True)
+    assert asdict(config) == asdict(Config(data=Data(train="a.csv")))

@@ -14,9 +14,9 @@ from gradacc_hf.accumulation.loss_items import model_loss
 from gradacc_hf.accumulation.splitting import Bound
 from gradacc_hf.errors import NotTraceableError
 from gradacc_hf.memory import estimator as estimating
-from gradacc_hf.memory.estimator import Point, Settings, estimate, terms_of
+from gradacc_hf.memory.estimator import Point, StepSettings, estimate, terms_of
 from gradacc_hf.run import memory_bound as recipes
-from gradacc_hf.run.runner import make_model
+from gradacc_hf.run.setup import make_model
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.training.lora import add_lora
 from gradacc_hf.training.optimizer import make_optimizer
@@ -51,12 +51,12 @@ def tokens(rows, lengths):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def predict(build, settings=Settings(), lengths=LENGTHS, rows=(2, 3)):
+def predict(build, settings=StepSettings(), lengths=LENGTHS, rows=(2, 3)):
     points = [Point(r, one, tokens(r, one)) for r in rows for one in lengths]
     return estimate(build, points, terms_of(np.array(lengths)), model_loss, settings)
 
 
-def predict_at(build, rows, lengths, settings=Settings()):
+def predict_at(build, rows, lengths, settings=StepSettings()):
     """Of this size alone, every layer traced."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimating, "equal_layers", lambda model: {})
@@ -75,7 +75,7 @@ def test_a_size_and_layers_that_were_not_traced_are_predicted_to_the_byte(option
     def build():
         return llama(**options)
 
-    settings = Settings(precision=precision)
+    settings = StepSettings(precision=precision)
     found = predict(build, settings)
     whole = predict_at(build, 50, (100,), settings)
     predicted, traced = found.memory.parts(50, 100), whole.memory.parts(50, 100)
@@ -127,14 +127,14 @@ def test_states_in_8_bits_are_a_quarter_but_of_embeddings():
     embeddings = model.get_input_embeddings().weight.numel()
     small = sum(p.numel() for p in model.parameters() if p.numel() < 4096)
     others = sum(p.numel() for p in model.parameters()) - embeddings - small
-    found = predict_at(lambda: llama(layers=2), 2, (8,), Settings(OptimConfig(name="adamw_8bit")))
+    found = predict_at(lambda: llama(layers=2), 2, (8,), StepSettings(OptimConfig(name="adamw_8bit")))
     assert found.memory.optimizer == pytest.approx(8 * (embeddings + small) + 2 * others, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
 def test_the_states_of_an_optimizer_are_those_that_it_makes(name):
     model = llama(layers=2)
-    settings = Settings(OptimConfig(name=name))
+    settings = StepSettings(OptimConfig(name=name))
     optimizer = make_optimizer(model, settings.optim)
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)
@@ -144,14 +144,14 @@ def test_the_states_of_an_optimizer_are_those_that_it_makes(name):
 
 
 def test_gradients_of_bf16_weights_are_float32_and_frozen_ones_have_none():
-    found = predict_at(lambda: llama(lora=4, dtype=torch.bfloat16), 2, (8,), Settings(precision="bf16"))
+    found = predict_at(lambda: llama(lora=4, dtype=torch.bfloat16), 2, (8,), StepSettings(precision="bf16"))
     assert found.memory.gradients == 4 * found.trained_parameters
     assert found.trained_parameters < found.total_parameters / 10
 
 
 def test_of_weights_in_4_bits_no_copy_is_held_for_the_backward_pass():
     whole, quantized = (
-        predict_at(lambda: llama(lora=4), 1, (8,), Settings(precision="bf16", four_bit=four_bit)).memory
+        predict_at(lambda: llama(lora=4), 1, (8,), StepSettings(precision="bf16", four_bit=four_bit)).memory
         for four_bit in (False, True)
     )
     inside = llama(lora=4).model.layers.named_parameters()
@@ -173,7 +173,7 @@ def test_dropout_makes_attention_quadratic_on_a_cpu_and_not_on_a_gpu():
         return transformers.AutoModelForTokenClassification.from_config(config)
 
     cpu, gpu = (
-        predict_at(build, 1, (4000,), Settings(on_gpu=on_gpu)).memory.parts(1, 4000)
+        predict_at(build, 1, (4000,), StepSettings(on_gpu=on_gpu)).memory.parts(1, 4000)
         for on_gpu in (False, True)
     )
     assert cpu.activations > 3 * gpu.activations
@@ -222,14 +222,12 @@ def test_an_estimate_needs_no_weights_and_is_kept_in_the_cache(tiny_bert, rows_o
     data = rows_of(text=lambda t, i: t, label=lambda t, i: "ab"[i % 2])
     settings = ["--model.name", bare, "--data.train", data, "--batch.effective", 8, "--data.max_length", 32]
     recipe_class = load_recipe("text_classification").TextClassification
-    recipe = make_recipe(recipe_class, *settings)
-    recipe.without_weights = True
+    recipe = make_recipe(recipe_class, *settings).weightless()
     found, _ = of_recipe(recipe)
     assert found.memory.bytes(64, 32) > found.memory.bytes(2, 32)
 
     monkeypatch.setattr(recipes, "estimate", lambda *_: pytest.fail("traced again"))
-    recipe = make_recipe(recipe_class, *settings)
-    recipe.without_weights = True
+    recipe = make_recipe(recipe_class, *settings).weightless()
     again, _ = of_recipe(recipe)
     assert json.dumps(again.to_json()) == json.dumps(found.to_json())
     assert not list((tmp_path / "cache" / "gradacc_hf").glob(".*"))
@@ -251,7 +249,7 @@ def test_masked_positions_are_counted_as_often_as_they_are_masked(tiny_bert, row
 def test_the_loader_says_which_example_does_not_fit_with_its_bytes(tiny_bert, rows_of, caplog):
     from accelerate import Accelerator
 
-    from gradacc_hf.run.runner import make_windows
+    from gradacc_hf.run.setup import make_windows
 
     data = rows_of(text=lambda t, i: t, label=lambda t, i: "ab"[i % 2])
     recipe = make_recipe(

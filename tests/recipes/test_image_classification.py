@@ -4,7 +4,6 @@ import json
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -18,10 +17,12 @@ from accelerate import Accelerator
 from PIL import Image
 
 from gradacc_hf import verify
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.embedded import load
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_model, make_windows, run
+from gradacc_hf.run.runner import run
+from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.utils.paths import bundle_root
 
 RECIPE = bundle_root() / "recipes/image_classification.py"
@@ -161,9 +162,10 @@ def test_an_image_is_cut_alike_for_any_split_number_of_processes_and_resuming(fo
     training, validation = recipe.datasets()
 
     def fresh(size, workers=0):
-        recipe.config.budget = replace(recipe.config.budget, micro_batch_size=size, num_workers=workers)
+        changes = {"budget.micro_batch_size": size, "budget.num_workers": workers}
+        changed = recipe.with_config(with_settings(recipe.config, changes))
         accelerator = Accelerator(cpu=True)
-        windows, _ = make_windows(recipe, training, validation, accelerator)
+        windows, _ = make_windows(changed, training, validation, accelerator)
         return windows
 
     def half(process):

@@ -13,7 +13,7 @@ from recipe_runs import load_recipe, make_recipe, summary, with_defaults, write_
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error
 from gradacc_hf.errors import InputError
-from gradacc_hf.run.runner import make_model, make_windows
+from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.verification.exactness import verify
 
 MaskedLM = load_recipe("masked_lm").MaskedLM

@@ -16,9 +16,10 @@ from conftest import ROOT
 from gradacc_hf import embedded
 from gradacc_hf.accumulation.loss_items import IGNORED, model_loss
 from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_model, make_windows
+from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.tasks.spans import context_logits
 from gradacc_hf.verification.exactness import verify
 
@@ -70,7 +71,8 @@ def make(tiny_bert, tmp_path, monkeypatch):
 
 
 def windows_of(recipe, train, validation):
-    recipe.config.budget.micro_batch_size, recipe.config.budget.max_tokens = 3, "auto"
+    changes = {"budget.micro_batch_size": 3, "budget.max_tokens": "auto"}
+    recipe = recipe.with_config(with_settings(recipe.config, changes))
     return make_windows(recipe, train, validation, Accelerator(cpu=True))[0]
 
 
@@ -206,7 +208,7 @@ def test_a_bad_row_is_named_or_left_out(make, found):
 def test_a_bad_validation_row_is_of_the_file_that_it_is_in(make):
     recipe, *_ = make([GOOD] * 2)
     write("b.jsonl", [GOOD, GOOD | {"question": ""}])
-    recipe.data.validation = "b.jsonl"
+    recipe = recipe.with_config(with_settings(recipe.config, {"data.validation": "b.jsonl"}))
     with pytest.raises(InputError, match=r"^data\.validation: validation row 2: its question is empty"):
         recipe.datasets()
 

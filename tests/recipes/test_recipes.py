@@ -4,6 +4,7 @@ That each is exact without is in its own test file.
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import ROOT
 
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_model, make_windows
+from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.training.lora import write_merged
 from gradacc_hf.utils.files import save_model
 from gradacc_hf.verification.exactness import verify
@@ -49,6 +50,14 @@ def test_adapters_stand_on_no_model_without_weights():
     recipe.datasets()
     with pytest.raises(InputError, match="starts without weights, which adapters cannot stand on"):
         make_model(recipe)
+
+
+def test_the_readme_says_how_long_the_recipes_are():
+    readme = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
+    names = re.findall(r"^\| \[`(\w+)`\]\(\1\.py\)", readme, re.MULTILINE)
+    lines = [len((ROOT / f"recipes/{name}.py").read_text(encoding="utf-8").splitlines()) for name in names]
+    assert len(names) == len(CONFIGS)
+    assert f"one file of {min(lines)} to {max(lines)} lines" in readme
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("seq2seq_offline", "masked_lm_offline")]

@@ -19,7 +19,7 @@ from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_model, make_windows
+from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.tasks.generate import generate
 from gradacc_hf.verification.exactness import verify
 

@@ -15,7 +15,7 @@ from gradacc_hf import embedded
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.embedded import identifiers
 from gradacc_hf.errors import InputError
-from gradacc_hf.run.runner import make_model, make_windows
+from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.verification.exactness import verify
 
 TokenClassification = load_recipe("token_classification").TokenClassification

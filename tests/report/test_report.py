@@ -100,7 +100,7 @@ def real(tmp_path_factory):
         accelerator=windows.accelerator,
         validate=lambda model: {"loss": 1.25, "accuracy": 0.75},
         output_dir=folder,
-        baseline={"accuracy": 0.5},
+        summary={"baseline": {"accuracy": 0.5}},
     )
     config = {
         "config": "configs/mine.yaml",

@@ -13,7 +13,6 @@ from datasets import Dataset, Image
 from recipe_runs import load_recipe, summary, write_rows
 
 from gradacc_hf.config.parser import read_command_line
-from gradacc_hf.run import folder as output
 from gradacc_hf.run.fingerprint import fingerprint
 
 TextClassification = load_recipe("text_classification").TextClassification
@@ -124,8 +123,6 @@ def test_a_run_that_has_ended_is_not_gone_on_with_other_settings(start, refused,
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(stopped, refused, tmp_path):
     settings, _ = stopped
-    while output._locked:  # of the run before, in this process
-        output._locked.pop().close()
     hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
     hold += "print(1, flush=True); time.sleep(60)"
     other = subprocess.Popen(
@@ -147,7 +144,7 @@ def test_what_a_run_of_others_would_send_elsewhere_is_said_anew(stopped, tmp_pat
     found = read_command_line(["--resume", "run"], data=TextClassification.Data)
     assert found.output.push_to_hub is None
     assert found.output.tracker == "tensorboard"
-    said = "output.push_to_hub: what run/config.yaml says is not heeded: give it again"
+    said = "output.push_to_hub: the value in run/config.yaml is ignored on resume: give the flag again"
     assert said in capfd.readouterr().err
     words = ["--resume", "run", "--output.push_to_hub", "mine"]
     assert read_command_line(words, data=TextClassification.Data).output.push_to_hub == "mine"

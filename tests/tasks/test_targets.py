@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState, GradientState
 from gradacc_hf import verify
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import make_model, make_windows, run
+from gradacc_hf.run.runner import run
+from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.tasks.targets import TARGETS
 from gradacc_hf.utils.paths import bundle_root
 

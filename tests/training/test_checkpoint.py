@@ -188,7 +188,7 @@ def test_what_is_in_hand_when_memory_had_run_out_is_cut_as_it_was(tmp_path):
 def test_a_damaged_one_that_a_run_went_back_behind_does_not_outlive_those_that_come(whole, tmp_path):
     _, _, folder = whole
     killed = cut_back(folder, tmp_path / "run", 6)
-    DAMAGES["weights cut short"](killed / "checkpoints/window-00000006")
+    DAMAGES["weights truncated"](killed / "checkpoints/window-00000006")
     for window in (1, 2, 3):
         shutil.rmtree(killed / f"checkpoints/window-{window:08d}")
     found = []
@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_is_left_out_with_a_line_and_the_one_before_is_take
 def test_where_all_are_damaged_a_run_does_not_start_anew_by_itself(whole, tmp_path):
     _, _, folder = whole
     shutil.copytree(folder / "checkpoints/window-00000010", tmp_path / "checkpoints/window-00000010")
-    DAMAGES["numbers cut short"](tmp_path / "checkpoints/window-00000010")
+    DAMAGES["numbers truncated"](tmp_path / "checkpoints/window-00000010")
     with pytest.raises(
         InputError, match=r"no checkpoint is whole \(window-00000010: numbers.pt is not as it"
     ):

@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradacc_hf import Best, WindowLoader, evaluate, fine_tune, train
+from gradacc_hf.errors import InputError
+from gradacc_hf.training.finetune import EvaluationLog
 from gradacc_hf.training.run_log import WindowRecord
 from gradacc_hf.utils.files import save_model, whole_folder, write_whole
 from gradacc_hf.verification.tiny_models import build_head
@@ -173,7 +175,7 @@ def test_the_summary_adds_up_what_the_windows_were(tmp_path):
         optimizer,
         windows,
         validate=lambda model: {"loss": 1.0},
-        baseline={"accuracy": 0.5},
+        summary={"baseline": {"accuracy": 0.5}},
         output_dir=tmp_path,
     )
     written = json.loads((tmp_path / "summary.json").read_text(), parse_constant=no_json)
@@ -594,3 +596,35 @@ def wait(model):
 model, optimizer, windows = set_up()
 run(model, optimizer, windows, validate=wait, eval_every=3, output_dir=".")
 """
+
+
+# What fine_tune takes
+
+
+def test_a_prepared_model_or_optimizer_is_refused():
+    model, optimizer, windows = set_up()
+    prepared = windows.accelerator.prepare(optimizer)
+    with pytest.raises(InputError, match=r"^optimizer: found a prepared one; fine_tune prepares"):
+        run(model, prepared, windows)
+
+
+def test_a_misspelt_keyword_is_an_error_and_a_key_of_the_summary_is_not_replaced():
+    model, optimizer, windows = set_up()
+    with pytest.raises(TypeError, match="max_window"):
+        run(model, optimizer, windows, max_window=1)
+    with pytest.raises(InputError, match="summary: found the key 'evaluations'"):
+        run(model, optimizer, windows, max_windows=1, summary={"evaluations": []})
+
+
+def test_the_best_evaluation_is_known_by_its_place_among_equal_ones_and_nan():
+    log = EvaluationLog(Best("loss", patience=2))
+    for window, (loss, improves) in enumerate(
+        [(math.nan, True), (math.nan, False), (2.0, True), (math.nan, False), (2.0, False)]
+    ):
+        assert not log.is_out_of_patience
+        assert log.add(window, {"loss": loss}) == improves
+    assert log.best == {"window": 2, "loss": 2.0}
+    assert log.is_out_of_patience
+    again = EvaluationLog.from_progress(log.criterion, log.progress())
+    assert (again.best, again.latest) == (log.best, log.latest)
+    assert again.is_out_of_patience

@@ -20,7 +20,7 @@ from gradacc_hf.accumulation.reference import EXACT, relative_error, whole_windo
 from gradacc_hf.cli import verify as verify_command
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.errors import InputError
-from gradacc_hf.run.runner import choose_trained
+from gradacc_hf.run.setup import choose_trained
 from gradacc_hf.training.lora import (
     TESTED_PAIR,
     add_lora,

@@ -448,3 +448,19 @@ def test_a_wrong_argument_is_one_line(monkeypatch, capsys, arguments, message):
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith(f"error: {message}")
+
+
+def test_a_printed_verification_is_a_table_with_the_reason_and_the_verdict(capsys):
+    head = build_head("question_answering", "bert")
+    print(verify(head.model, loader(head)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 window, 10 examples, in 3 micro-batches; against the window at once, in float32"
+    rows = [line.split() for line in lines if line.endswith((" exact", "cosine"))]
+    assert [row[0] for row in rows] == ["relative", "the", "ExactTrainer", "Trainer"]
+    assert all(row[-2:] == ["not", "exact"] for row in rows[1:])
+    text = " ".join(lines)
+    assert "why: padding reaches the loss" in text
+    assert "what to do: mask padded positions in the loss, or pad each window alike" in text
+    assert "Not exact: 3 micro-batches are off by" in text
+    assert max(map(len, lines)) <= 100
+    assert "\x1b" not in text

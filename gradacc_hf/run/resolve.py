@@ -1,0 +1,111 @@
+"""The settings of a run, resolved: from a command line to the one frozen `Config` that the run reads.
+
+The config names the recipe file and the folder to resume, and this machine can provide its budget. Whatever
+is printed, saved or fingerprinted comes from it. `recipe/budget.py` does the last step, once the data is
+read: the part of the budget that the model can use.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gradacc_hf.config.batch_size import check_sizes
+from gradacc_hf.config.budget import fit_to_machine
+from gradacc_hf.config.parser import read_command_line
+from gradacc_hf.config.schema import Config, with_settings
+from gradacc_hf.errors import InputError
+from gradacc_hf.hub.push import check_push
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.recipe.loading import check_lean_loss
+from gradacc_hf.run.folder import check_output, ended, folder_to_resume
+from gradacc_hf.training.lora import check_four_bit, check_peft
+from gradacc_hf.training.optimizer import check_optimizer
+
+
+@dataclass(frozen=True)
+class ResumedRun:
+    """An earlier run that `--resume` continues."""
+
+    folder: Path
+    has_ended: bool
+
+    def __str__(self) -> str:
+        return f"{self.folder}, which has ended" if self.has_ended else f"{self.folder}"
+
+
+def resolve_config(recipe_class: type[Recipe], argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """Return the settings of a recipe's command line as this machine can run them.
+
+    Args:
+        recipe_class: the recipe; its file becomes `recipe`.
+        argv: the words after the program's name.
+
+    Returns:
+        The config, and a line about each key of the budget that this machine cannot provide.
+
+    Raises:
+        InputError: as `read_command_line` and `fit_to_machine` do.
+    """
+    description = (recipe_class.__doc__ or "").partition("\n")[0]
+    config = read_command_line(argv, data=recipe_class.Data, description=description)
+    config = replace(config, recipe=_file_of(recipe_class) or config.recipe)
+    return fit_to_machine(config)
+
+
+def check_settings(recipe_class: type[Recipe], config: Config) -> None:
+    """Raise InputError for settings that are possible one by one, but not together or not on this machine."""
+    _check_dtype(config)
+    _check_early_stopping(config)
+    check_sizes(config)
+    check_lean_loss(recipe_class, config)
+    if config.model.lora.rank:
+        check_peft()
+    check_four_bit(config.model)
+    check_optimizer(config.optim)
+
+
+def find_run_to_resume(config: Config) -> ResumedRun | None:
+    """Return the run that `--resume` names. Raises InputError where the named folder holds no run."""
+    folder = folder_to_resume(config)
+    return None if folder is None else ResumedRun(folder, ended(folder))
+
+
+def resolve_output(config: Config, resumed: ResumedRun | None) -> Config:
+    """Return the config with the folder that is resumed, and the full name of the Hub repository.
+
+    Raises:
+        InputError: for a folder that cannot be written, and for a repository that this user may not write.
+    """
+    changes = {}
+    if resumed is None:
+        check_output(config)
+    else:
+        changes["output.dir"] = str(resumed.folder)
+    if config.output.push_to_hub is not None:
+        changes["output.push_to_hub"] = check_push(config.output.push_to_hub)
+    return with_settings(config, changes)
+
+
+def _file_of(recipe_class: type[Recipe]) -> str | None:
+    """Return the file that defines a recipe; None for one that was typed into a notebook, say."""
+    try:
+        return str(Path(inspect.getfile(recipe_class)).resolve())
+    except (TypeError, OSError):
+        return None
+
+
+def _check_early_stopping(config: Config) -> None:
+    if config.train.early_stopping and not config.train.eval_every:
+        raise InputError(
+            f"train.early_stopping: found {config.train.early_stopping} with train.eval_every 0, an "
+            "evaluation at the end only: set train.eval_every to 1 or more, or train.early_stopping to 0"
+        )
+
+
+def _check_dtype(config: Config) -> None:
+    if config.model.dtype == "bfloat16" and config.budget.precision != "bf16":
+        raise InputError(
+            f"model.dtype: found bfloat16 with budget.precision {config.budget.precision}; allowed is "
+            "float32, or bfloat16 with budget.precision bf16, which computes losses and norms in float32"
+        )

@@ -1,0 +1,196 @@
+"""The parts of a run: its Accelerator, its data, its windows and its model, each made from settings."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, LoggerType, set_seed
+from datasets import Dataset
+
+from gradacc_hf.accumulation.batch_schedule import GrowingBatch
+from gradacc_hf.accumulation.collation import measure_lengths
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.loss_items import as_window_loss
+from gradacc_hf.accumulation.splitting import Bound
+from gradacc_hf.config.batch_size import check_can_measure, effective_batch_size
+from gradacc_hf.config.budget import export_cpu_offload
+from gradacc_hf.config.schema import BudgetConfig, Config, tokens_per_micro_batch
+from gradacc_hf.errors import InputError, refuse
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.recipe.budget import fit_to_model
+from gradacc_hf.run.memory_bound import choose_bound
+from gradacc_hf.training.autotune import WINDOWS_NEEDED
+from gradacc_hf.training.compile import compile_layers
+from gradacc_hf.training.optimizer import choose_trained
+from gradacc_hf.utils.hardware import launched_for_several
+from gradacc_hf.utils.modeling import checkpoint_activations
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Return an Accelerator for the precision of the budget and the tracker of the run.
+
+    Args:
+        config: a config that this machine can run (`config.budget.fit_to_machine`).
+
+    Raises:
+        InputError: for a tracker that is not there, or a launcher that started another number of processes.
+    """
+    tracker, known = config.output.tracker, sorted(map(str, LoggerType.list()))
+    if tracker != "none" and tracker not in known:
+        raise InputError(
+            f"output.tracker: found {tracker!r}; allowed: none, {', '.join(n for n in known if n != 'all')}"
+        )
+    if tracker not in ("none", *map(str, get_available_trackers())):
+        raise InputError(
+            f"output.tracker: {tracker} is not installed here: pip install {tracker}, or choose another"
+        )
+    export_cpu_offload(config.budget)
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(config.budget.precision, config.budget.precision),
+        cpu=not torch.accelerator.is_available(),  # else several processes would each run alone
+        log_with=None if tracker == "none" or config.check else tracker,
+        project_dir="runs",  # until the folder of the run is made
+        step_scheduler_with_optimizer=False,
+    )
+    expected = int(os.environ.get("GRADACC_PROCESSES") or accelerator.num_processes)
+    if accelerator.num_processes != expected:
+        raise InputError(
+            f"{expected} processes were asked for and {accelerator.num_processes} are running: on CPUs the "
+            "topology must be configs/accelerate/cpu_2.yaml, as ./launch.sh passes it"
+        )
+    if accelerator.num_processes == 1 and launched_for_several():
+        raise InputError(
+            "accelerate launch was asked for several processes and has started one (MULTI_CPU waits for "
+            "mpirun): pass --config_file configs/accelerate/cpu_2.yaml --num_processes N, or use ./launch.sh"
+        )
+    return accelerator
+
+
+def load_data(recipe: Recipe) -> tuple[Recipe, Dataset, Dataset]:
+    """Read the data sets of a recipe.
+
+    Returns:
+        The recipe, with a budget that its model and inputs can use; the training and validation examples.
+    """
+    training, validation = recipe.datasets()
+    return fit_to_model(recipe), training, validation
+
+
+def make_windows(
+    recipe: Recipe,
+    training: Dataset,
+    validation: Dataset,
+    accelerator: Accelerator,
+    bound: Bound | None = None,
+) -> tuple[WindowLoader, WindowLoader]:
+    """Return the loaders of a run: training in windows, validation in the data set's order.
+
+    Args:
+        recipe, training, validation: as `load_data` returns them.
+        bound: the limit of a micro-batch; by default what the budget says, or the memory there is.
+
+    Raises:
+        InputError: for sizes of windows that these examples cannot fill or measure.
+    """
+    config = recipe.config
+    sizes = effective_batch_size(config.batch, len(training))
+    measures = as_window_loss(recipe.loss) is None  # else no example has a gradient of its own
+    if accelerator.distributed_type == DistributedType.FSDP and config.budget.whole_gradients:
+        measures = False  # the gradient of one micro-batch is never there on its own
+    if isinstance(sizes, GrowingBatch):
+        check_can_measure(sizes, measures, accelerator.num_processes)
+    if wrong := [index for index in config.data.leave_out if not 0 <= index < len(training)]:
+        raise InputError(
+            f"data.leave_out: found {wrong[0]}; allowed: 0 to {len(training) - 1}, training examples"
+        )
+    lengths = measure_lengths(training, recipe.lengths(training))
+    shared: dict[str, Any] = {
+        "accelerator": accelerator,
+        "collate_fn": recipe.collate,
+        "num_items": recipe.num_items,
+        "pad_to": recipe.pad_to,
+        "pad_to_multiple_of": config.budget.pad_to_multiple_of,
+        "transform": recipe.transform,
+        "seed": config.train.seed,
+        "bound": bound or choose_bound(recipe, training, lengths, make_model, accelerator),
+        "num_workers": config.budget.num_workers,
+    }
+    windows = WindowLoader(
+        training,
+        sizes,
+        noise_every=config.train.noise_every if measures else 0,
+        lengths=lengths,
+        drop_last=config.batch.drop_last,
+        leave_out=config.data.leave_out,
+        whole_gradients=config.budget.whole_gradients,
+        **shared,
+    )
+    size, lengths = min(512, len(validation)), recipe.lengths(validation)
+    if windows.bound.max_bytes is not None:  # predicted for training; the memory of generation is not
+        most = tokens_per_micro_batch(config.budget, accelerator.device.type)
+        shared["bound"] = replace(windows.bound, max_tokens=most)
+    return windows, WindowLoader(validation, size, lengths=lengths, shuffle=False, **shared)
+
+
+def total_windows(config: Config, windows: WindowLoader) -> int:
+    """Return the number of windows of the whole run."""
+    total = sum(windows.plan.num_windows(epoch) for epoch in range(config.train.epochs))
+    return min(total, config.train.max_windows or total)
+
+
+def tries_sizes(budget: BudgetConfig, num_windows: int) -> bool:
+    """Whether a run of so many windows tries several micro-batch sizes.
+
+    A compiled model does not: its first windows are slow at any size.
+    """
+    is_free = budget.max_tokens == "auto" and budget.micro_batch_size is None and not budget.compile
+    return is_free and num_windows >= WINDOWS_NEEDED
+
+
+def make_model(recipe: Recipe) -> Any:
+    """Return the model that is trained; new weights, such as a classifier's, are the same in every process.
+
+    Args:
+        recipe: as `load_data` returns it.
+    """
+    config = recipe.config
+    set_seed(config.train.seed)
+    model = recipe.model()
+    choose_trained(recipe, model)
+    if config.budget.gradient_checkpointing:
+        checkpoint_activations(model)
+    if config.budget.compile:
+        compile_layers(model)
+    return model
+
+
+def check_max_length(recipe: Recipe, model: Any, training: Dataset) -> None:
+    """Raise InputError for more tokens than the model has positions, and for special tokens alone."""
+    if not any(name.endswith("input_ids") for name in training.column_names):
+        return
+    special, given = recipe.tokenizer.num_special_tokens_to_add(), recipe.config.data.max_length
+    if given <= special:
+        refuse("data.max_length", f"found {given}; {special} special tokens frame a text", "allow more")
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    allowed = min(recipe.tokenizer.model_max_length, positions if positions > 0 else math.inf)  # XLNet: −1
+    multiple = recipe.config.budget.pad_to_multiple_of or 1
+    if given <= allowed < (padded := -(-given // multiple) * multiple):
+        found = f"found {multiple}, which pads data.max_length {given} to {padded} tokens"
+        refuse("budget.pad_to_multiple_of", found, f"the model has {allowed} positions: lower either")
+    if given > allowed:
+        found, name = f"found {given}", recipe.config.model.name
+        refuse("data.max_length", found, f"allowed: 1 to {allowed}, the positions of {name}")
+
+
+def check_best_metric(config: Config, baseline: Mapping[str, float] | None) -> None:
+    """Raise InputError for a `train.best_metric` that the evaluations of this recipe do not compute."""
+    known = ["loss", *(baseline or {})]
+    if baseline is not None and config.train.best_metric not in known:
+        raise InputError(
+            f"train.best_metric: found {config.train.best_metric!r}; allowed: {', '.join(known)}"
+        )
