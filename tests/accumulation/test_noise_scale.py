@@ -109,9 +109,9 @@ def test_a_noise_scale_follows_what_changes_and_forgets_what_was():
     assert abs(noise.scale / 1000 - 1) < 0.05
     assert NoiseScale.of(json.loads(json.dumps(noise.state_dict()))) == noise
     assert math.isnan(again.scale)
-    again.record_gradient_norm(32, math.nan, SmallBatch(4, 1.0))  # a window that took no step says nothing
+    again.record(32, math.nan, SmallBatch(4, 1.0))  # a window that took no step says nothing
     assert math.isnan(again.scale)
-    again.record_gradient_norm(32, 1.0, SmallBatch(4, 3.0))
+    again.record(32, 1.0, SmallBatch(4, 3.0))
     assert again.scale == math.inf  # all of the gradient may be noise
 
 
@@ -205,7 +205,7 @@ def test_a_growing_batch_doubles_when_the_noise_is_as_large_and_stops_at_the_lar
     assert grew == [False, True] * 2 + [False] * 3
     assert [sizes(n) for n in range(6)] == [4, 4, 8, 8, 14, 14]
     calm = NoiseScale()
-    calm.record_gradient_norm(4, 1.0, SmallBatch(1, 1.01))
+    calm.record(4, 1.0, SmallBatch(1, 1.01))
     assert not GrowingBatch(4, 14, patience=1).grow(1, calm.scale)
     twice, seen = GrowingBatch(4, 14, patience=2), [noise, calm, noise, noise]  # in a row
     assert [twice.grow(n, each.scale) for n, each in enumerate(seen)] == [False] * 3 + [True]
@@ -469,7 +469,7 @@ def test_a_step_is_measured_by_the_weights_that_it_moves():
 
 def test_a_step_is_measured_fairly_beside_many_small_weights(monkeypatch):
     """LayerNorms are ones, a thousandth of all weights: none may count for more."""
-    monkeypatch.setattr("gradacc_hf.accumulation.noise_scale.SAMPLE", 4096)
+    monkeypatch.setattr("gradacc_hf.training.update_ratio.SAMPLE", 4096)
     torch.manual_seed(0)
     layers = [(torch.nn.Linear(256, 256), torch.nn.LayerNorm(256)) for _ in range(20)]
     model = torch.nn.Sequential(*itertools.chain.from_iterable(layers))
