@@ -21,6 +21,12 @@ TOP_LEVEL_FILES = {
 }
 SHARED_TEST_FOLDERS = {"helpers", "compatibility", "distributed", "recipes"}
 THIRD_PARTY_PRIVATES = {
+    "_attn_implementation",  # transformers.PreTrainedConfig
+    "_dynamo",  # torch
+    "_fingerprint",  # datasets.Dataset
+    "_local_scalar_dense",  # torch.ops.aten
+    "_mixed_precision",  # accelerate.state.AcceleratorState
+    "_per_optimizer_states",  # torch.amp.GradScaler
     "_n_gpu",  # transformers.TrainingArguments
     "_optimizers",  # accelerate.Accelerator
     "_reset_state",  # accelerate.state

@@ -182,32 +182,32 @@ def offline_lengths() -> list[Lengths]:
 def simulate(lengths: Lengths, processes: int, examples_each: int, windows: int, seed: int = 0) -> Balance:
     """Split windows for simulated processes, with `split_window` and strided."""
     draw, bound = np.random.default_rng([seed, processes, examples_each]), Bound(lengths.max_tokens)
-    ratios: dict[str, list[float]] = {"ours": [], "strided": []}
-    steps: dict[str, list[int]] = {"ours": [], "strided": []}
+    ratios: dict[str, list[float]] = {"balanced": [], "strided": []}
+    steps: dict[str, list[int]] = {"balanced": [], "strided": []}
     slower, milliseconds = [], []
     for _ in range(windows):
         window = lengths.window(processes * examples_each, draw)
         started = time.process_time()
-        ours = split_window(window, bound, processes)
+        balanced = split_window(window, bound, processes)
         milliseconds.append(1000 * (time.process_time() - started))
         slowest = {}
-        for way, split in (("ours", ours), ("strided", strided(window, bound, processes))):
+        for way, split in (("balanced", balanced), ("strided", strided(window, bound, processes))):
             costs = process_costs(split, window)
             slowest[way] = max(costs)
             ratios[way].append(unevenness(costs, window))
             steps[way].append(max(map(len, split)))
-        slower.append(slowest["strided"] / slowest["ours"])
+        slower.append(slowest["strided"] / slowest["balanced"])
     return Balance(
         lengths=lengths.name,
         processes=processes,
         examples_each=examples_each,
         windows=windows,
-        worst=max(ratios["ours"]),
-        median=median(ratios["ours"]),
+        worst=max(ratios["balanced"]),
+        median=median(ratios["balanced"]),
         strided_worst=max(ratios["strided"]),
         strided_median=median(ratios["strided"]),
         strided_by_ours=median(slower),
-        accumulation_steps=mean(steps["ours"]),
+        accumulation_steps=mean(steps["balanced"]),
         strided_accumulation_steps=mean(steps["strided"]),
         plan_ms=median(milliseconds),
     )

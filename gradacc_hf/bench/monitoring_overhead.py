@@ -62,7 +62,7 @@ class MonitoredLoops:
         ]
         recipe = load_recipe_to_run(["--config", config, *settings])
         self.accelerator = make_accelerator(recipe.config)
-        self.recipe, *self.datasets = load_data(recipe)
+        self.recipe, self.training, self.validation = load_data(recipe)
         self.windows = self.make_loader(noise_every=0)
         self.measuring_windows = self.make_loader(noise_every=1)
         model = make_model(self.recipe)
@@ -73,7 +73,9 @@ class MonitoredLoops:
     def make_loader(self, noise_every: int) -> WindowLoader:
         """Return a loader that measures the noise scale every `noise_every` windows; 0 is never."""
         config = with_settings(self.recipe.config, {"train.noise_every": noise_every})
-        loader, _ = make_windows(self.recipe.with_config(config), *self.datasets, self.accelerator)
+        loader, _ = make_windows(
+            self.recipe.with_config(config), self.training, self.validation, self.accelerator
+        )
         return loader
 
     def go_to(self, window: int) -> None:

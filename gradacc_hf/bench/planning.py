@@ -42,8 +42,8 @@ class PlanningResult:
 
 def measure_planning(recipe: Recipe, examples: int = 10_000_000) -> PlanningResult:
     """Time the planning of a recipe's windows, and of windows of a data set with so many examples."""
-    recipe, *data = load_data(recipe)
-    windows, _ = make_windows(recipe, *data, Accelerator())
+    recipe, training, validation = load_data(recipe)
+    windows, _ = make_windows(recipe, training, validation, Accelerator())
     model = recipe.model()
     model, optimizer = windows.accelerator.prepare(model, make_optimizer(model, recipe.config.optim))
     records = train(model, optimizer, windows, accelerator=windows.accelerator, max_windows=2)

@@ -25,7 +25,7 @@ from gradacc_hf.embedded.smollm2 import write_tiny_llama
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.report import narrative, plots
-from gradacc_hf.report.runs import Run, read_runs
+from gradacc_hf.report.runs import RecordedRun, read_runs
 from gradacc_hf.training.run_log import finite, measured_with
 from gradacc_hf.utils.files import write_whole
 
@@ -97,7 +97,7 @@ def measure_schedules(
     return SchedulesResult(tuple(results), tuple(pictures), measured_with())
 
 
-def _summaries(name: str, by_schedule: dict[str, list[Run]]) -> list[ScheduleRuns]:
+def _summaries(name: str, by_schedule: dict[str, list[RecordedRun]]) -> list[ScheduleRuns]:
     """Summarise the runs of a config. The target is the lowest loss that all runs reach."""
     all_runs = [run for runs in by_schedule.values() for run in runs]
     target = max(min(loss for _, loss in _curve(run)) for run in all_runs)
@@ -165,7 +165,7 @@ def _run(name: str, settings: Sequence[str], run: Path, seed: int) -> None:
         shutil.rmtree(run / saved, ignore_errors=True)
 
 
-def _curve(run: Run) -> list[tuple[float, float]]:
+def _curve(run: RecordedRun) -> list[tuple[float, float]]:
     """Return (examples, validation loss) of each evaluation."""
     done = [0, *accumulate(row.examples for row in run.rows)]
     return [(float(done[int(each["window"])]), each["loss"]) for each in run.evaluations]

@@ -141,8 +141,8 @@ def run_contender(name: str, num_windows: int, max_tokens: int, settings: Sequen
     """Train and evaluate one contender, then measure the error of the first window's gradient."""
     recipe = _recipe(max_tokens, settings)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    recipe, *data = load_data(recipe)
-    windows, validation = make_windows(recipe, *data, accelerator)
+    recipe, training, validation_data = load_data(recipe)
+    windows, validation = make_windows(recipe, training, validation_data, accelerator)
     if num_windows > len(windows):
         raise InputError(
             f"--windows: found {num_windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
@@ -156,7 +156,7 @@ def run_contender(name: str, num_windows: int, max_tokens: int, settings: Sequen
     metrics = recipe.validate(contender.model, validation, accelerator)
 
     contender = ContrastiveTraining(
-        name, recipe, make_windows(recipe, *recipe.datasets(), accelerator)[0], max_tokens
+        name, recipe, make_windows(recipe, training, validation_data, accelerator)[0], max_tokens
     )
     batch = windows.collated(windows.plan.indices(0, 0)).batch
     truth = whole_window_gradient(contender.model, batch, recipe.loss)

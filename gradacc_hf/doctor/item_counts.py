@@ -1,7 +1,7 @@
-"""What the losses of a window's micro-batches have to do with that of the window at once.
+"""Relates the losses of a window's micro-batches to the loss of the whole window.
 
-Which items a mean is over (`which_items`, of the `counts` that there are), or why there are none by which the
-micro-batches could be weighed (`why_coupled`).
+`which_items` finds the items that the mean is over, among the `counts`. `why_coupled` gives the reason if no
+count of items explains the window's loss.
 """
 
 import inspect
@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from gradacc_hf.accumulation.loss_items import COUNTS, IGNORED
-from gradacc_hf.doctor.observer import Inputs, MicroBatch
+from gradacc_hf.doctor.record import LOSS_RTOL_FP32, Inputs, ObservedMicroBatch
 from gradacc_hf.utils.modeling import BATCH_NORMS
 
-ROUNDING = 1e-5  # of a loss, relative, with room to spare
-SAME = 1e-4  # relative difference of two numbers that is but rounding
+ROUNDING_RTOL = 1e-5  # of a loss in float32, with a margin
 
 
 def tensors_in(inputs: Inputs) -> list[torch.Tensor]:
-    """All tensors that a forward was given."""
+    """All tensors among the inputs of a forward."""
     return [value for value in (*inputs[0], *inputs[1].values()) if isinstance(value, torch.Tensor)]
 
 
@@ -31,18 +30,18 @@ def named(model: torch.nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 def which_items(
     model: torch.nn.Module,
-    pieces: Sequence[MicroBatch],
+    micro_batches: Sequence[ObservedMicroBatch],
     losses: Sequence[float],
     whole: float,
     tolerance: float,
 ) -> tuple[str, tuple[float, ...], bool]:
-    """By which count the pieces' losses, weighed, are the whole's: its name, the items of each, is it sure?
+    """Find the count of items by which the weighed losses give the whole window's loss.
 
-    It is not where another count, by which they would weigh otherwise, explains the loss as well: where all
-    losses are about alike.
+    Returns its name ("" if there is none), the items of each micro-batch, and whether the count is certain.
+    It is not if a count with other weights explains the loss as well, as it does if all losses are alike.
     """
     known = []
-    for name, items in counts(model, pieces):
+    for name, items in counts(model, micro_batches):
         mean = sum(n * loss for n, loss in zip(items, losses, strict=True) if n) / sum(items)
         off = abs(mean - whole) / max(abs(whole), 1e-12)
         if off < tolerance:
@@ -50,52 +49,55 @@ def which_items(
     if not known:
         return "", (), False
     _, name, best = min(known)
-    shares = [[n / sum(items) for n in items] for off, _, items in known if off < ROUNDING]
+    shares = [[n / sum(items) for n in items] for off, _, items in known if off < ROUNDING_RTOL]
     mine = [n / sum(best) for n in best]
-    alike = all(abs(a - b) <= SAME for other in shares for a, b in zip(mine, other, strict=True))
+    alike = all(abs(a - b) <= LOSS_RTOL_FP32 for other in shares for a, b in zip(mine, other, strict=True))
     return name, best, alike
 
 
-def counts(model: torch.nn.Module, pieces: Sequence[MicroBatch]) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """The items of each piece by every count that there is here, with its name."""
+def counts(
+    model: torch.nn.Module, micro_batches: Sequence[ObservedMicroBatch]
+) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """Each count that applies here: its name, and the items of each micro-batch."""
     for name, count in COUNT_BY.items():
         try:
-            items = tuple(float(count(model, piece)) for piece in pieces)
+            items = tuple(float(count(model, micro_batch)) for micro_batch in micro_batches)
         except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError):
             continue
         if sum(items):
             yield name, items
 
 
-def _rows(model: torch.nn.Module, piece: MicroBatch) -> int:
-    assert piece.forward is not None
-    return next(len(value) for value in tensors_in(piece.forward.inputs) if value.ndim)
+def _rows(model: torch.nn.Module, micro_batch: ObservedMicroBatch) -> int:
+    assert micro_batch.forward is not None
+    return next(len(value) for value in tensors_in(micro_batch.forward.inputs) if value.ndim)
 
 
-def _targets(model: torch.nn.Module, piece: MicroBatch) -> int:
-    if piece.own_loss is None:
+def _targets(model: torch.nn.Module, micro_batch: ObservedMicroBatch) -> int:
+    if micro_batch.torch_loss is None:
         raise KeyError("the loss is the model's own")
-    target = piece.own_loss.others[0]
-    ignored = piece.own_loss.named.get("ignore_index", IGNORED)
+    target = micro_batch.torch_loss.others[0]
+    ignored = micro_batch.torch_loss.named.get("ignore_index", IGNORED)
     return target.numel() if target.is_floating_point() else int((target != ignored).sum())
 
 
-def _class_weights(model: torch.nn.Module, piece: MicroBatch) -> float:
-    if piece.own_loss is None:
+def _class_weights(model: torch.nn.Module, micro_batch: ObservedMicroBatch) -> float:
+    if micro_batch.torch_loss is None:
         raise KeyError("the loss is the model's own")
-    target, ignored = piece.own_loss.others[0], piece.own_loss.named.get("ignore_index", IGNORED)
-    return float(piece.own_loss.named["weight"][target[target != ignored]].sum())
+    target, options = micro_batch.torch_loss.others[0], micro_batch.torch_loss.named
+    ignored = options.get("ignore_index", IGNORED)
+    return float(options["weight"][target[target != ignored]].sum())
 
 
-def _by_name(name: str) -> Callable[[torch.nn.Module, MicroBatch], float]:
-    def count(model: torch.nn.Module, piece: MicroBatch) -> float:
-        assert piece.forward is not None
-        return COUNTS[name](named(model, piece.forward.inputs))
+def _by_name(name: str) -> Callable[[torch.nn.Module, ObservedMicroBatch], float]:
+    def count(model: torch.nn.Module, micro_batch: ObservedMicroBatch) -> float:
+        assert micro_batch.forward is not None
+        return COUNTS[name](named(model, micro_batch.forward.inputs))
 
     return count
 
 
-COUNT_BY: dict[str, Callable[[torch.nn.Module, MicroBatch], float]] = {
+COUNT_BY: dict[str, Callable[[torch.nn.Module, ObservedMicroBatch], float]] = {
     "examples": _rows,
     "labels that are not −100": _by_name("labels"),
     "labels that are not −100, but the first of each row": _by_name("next_token"),
@@ -106,40 +108,43 @@ COUNT_BY: dict[str, Callable[[torch.nn.Module, MicroBatch], float]] = {
 
 def why_coupled(
     model: torch.nn.Module,
-    pieces: Sequence[MicroBatch],
+    micro_batches: Sequence[ObservedMicroBatch],
     loss_of: Callable[..., torch.Tensor],
     tolerance: float,
 ) -> str:
-    """Why a window's loss is not that of its pieces: "batch_norm", "padding", "in_batch" or "unknown"."""
+    """Why micro-batches do not give the window's loss: "batch_norm", "padding", "in_batch" or "unknown"."""
     if any(isinstance(module, BATCH_NORMS) and module.training for module in model.modules()):
         return "batch_norm"
-    first = next(piece for piece in pieces if piece.forward)
+    first = next(micro_batch for micro_batch in micro_batches if micro_batch.forward)
     assert first.forward is not None
 
-    def cut(value: Any, rows: list[int]) -> Any:
+    def rows_of(value: Any, rows: list[int]) -> Any:
         return value[rows] if isinstance(value, torch.Tensor) and value.ndim else value
 
     def loss(rows: list[int]) -> float:
         positional, by_name = first.forward.inputs  # type: ignore[union-attr]
-        inputs = tuple(cut(v, rows) for v in positional), {k: cut(v, rows) for k, v in by_name.items()}
-        others = first.own_loss.others if first.own_loss else ()
+        inputs = (
+            tuple(rows_of(v, rows) for v in positional),
+            {k: rows_of(v, rows) for k, v in by_name.items()},
+        )
+        others = first.torch_loss.others if first.torch_loss else ()
         with torch.no_grad():
-            return float(loss_of(inputs, tuple(cut(v, rows) for v in others), model))
+            return float(loss_of(inputs, tuple(rows_of(v, rows) for v in others), model))
 
     try:
         alone, twice = loss([0]), loss([0, 0])
     except (RuntimeError, IndexError, ValueError, TypeError):
         return "unknown"
     if abs(alone - twice) <= tolerance * max(abs(alone), abs(twice)):
-        return "padding" if _padded(pieces) else "unknown"
+        return "padding" if _padded(micro_batches) else "unknown"
     return "in_batch"
 
 
-def _padded(pieces: Sequence[MicroBatch]) -> bool:
-    """Do micro-batches differ in their length?"""
+def _padded(micro_batches: Sequence[ObservedMicroBatch]) -> bool:
+    """Whether micro-batches differ in their length."""
     lengths = set()
-    for piece in pieces:
-        assert piece.forward is not None
-        wide = (value.shape[1] for value in tensors_in(piece.forward.inputs) if value.ndim > 1)
+    for micro_batch in micro_batches:
+        assert micro_batch.forward is not None
+        wide = (value.shape[1] for value in tensors_in(micro_batch.forward.inputs) if value.ndim > 1)
         lengths.add(next(wide, 0))
     return len(lengths) > 1

@@ -1,12 +1,12 @@
-"""Each finding in words: what is wrong, what it does to training, and what to write instead.
+"""The text of each finding: what is wrong, what it does to training, and what to write instead.
 
-In braces stand the numbers of a run: `n`, its accumulation steps, and what the finding names besides.
+Numbers of a run are in braces: `n`, its accumulation steps, and others that the finding names.
 """
 
-WORDS: dict[str, tuple[str, str, str]] = {
+MESSAGES: dict[str, tuple[str, str, str]] = {
     "stepped_on_every_micro_batch": (
         "the optimizer steps on every micro-batch",
-        "it trains with batches {n} × smaller; with SGD, steps of divided losses are as much too short",
+        "batches are {n} × smaller than meant; with SGD and divided losses, steps are {n} × too short",
         """
 - optimizer.step()
 + if step % {n} == 0:
@@ -22,14 +22,14 @@ WORDS: dict[str, tuple[str, str, str]] = {
     ),
     "never_zeroed": (
         "gradients are not zeroed after the step",
-        "every window's gradient is that of all windows so far",
+        "each step takes the sum of the gradients of all windows so far",
         """
   optimizer.step()
 + optimizer.zero_grad()""",
     ),
     "clipped_too_early": (
         "gradients are clipped before the window is complete",
-        "early micro-batches count less than late ones, and the threshold is met by parts of a gradient",
+        "early micro-batches count less than late ones, and the threshold applies to partial gradients",
         """
 + if step % {n} == 0:  # or accelerator.sync_gradients
       clip_grad_norm_(model.parameters(), max_norm)
@@ -37,7 +37,7 @@ WORDS: dict[str, tuple[str, str, str]] = {
     ),
     "unscaled_too_early": (
         "gradients are unscaled before the window is complete",
-        "later micro-batches come with the scale to what has none any more: they alone count",
+        "later micro-batches add scaled gradients to unscaled ones, and so they alone count",
         """
 + if step % {n} == 0:
       scaler.unscale_(optimizer)
@@ -46,7 +46,7 @@ WORDS: dict[str, tuple[str, str, str]] = {
     ),
     "clipped_too_late": (
         "gradients are clipped after the step",
-        "the optimizer has taken the gradient by then as it was: nothing is clipped",
+        "the optimizer has used the unclipped gradient by then: nothing is clipped",
         """
 + clip_grad_norm_(model.parameters(), max_norm)
   optimizer.step()
@@ -54,21 +54,21 @@ WORDS: dict[str, tuple[str, str, str]] = {
     ),
     "scheduler_per_micro_batch": (
         "the scheduler steps on every micro-batch",
-        "warm-up and decay are over {n} × too early, where the schedule is as long as there are steps",
+        "warm-up and decay end {n} × too early, if the schedule is as long as there are steps",
         """
 - scheduler.step()  # for each micro-batch
 + scheduler.step()  # after optimizer.step() alone""",
     ),
     "schedule_sized_in_micro_batches": (
-        "the schedule is as long as there are micro-batches, not steps",
-        "the run ends where the schedule has come to 1/{n} of its way: the rate hardly decays",
+        "the schedule counts micro-batches, not steps",
+        "the run ends at 1/{n} of the schedule: the learning rate hardly decays",
         """
-- num_training_steps={horizon}
+- num_training_steps={schedule_length}
 + num_training_steps={passes} * math.ceil(len(loader) / {n})""",
     ),
     "synchronised_every_micro_batch": (
-        "gradients cross the processes on every micro-batch",
-        "the gradient is the same; the time is not",
+        "processes synchronise gradients on every micro-batch",
+        "the gradient is the same, but it takes more time",
         """
 + with nullcontext() if step % {n} == 0 else model.no_sync():  # or accelerator.accumulate(model)
       loss.backward()""",
@@ -88,41 +88,41 @@ WORDS: dict[str, tuple[str, str, str]] = {
     ),
     "mis_scaled": (
         "the loss is multiplied by something",
-        "with SGD, and for clipping, that is another learning rate",
-        "all is well if it is meant (the weight of an auxiliary loss); else look where it comes from",
+        "with SGD, and for clipping, this acts as another learning rate",
+        "nothing, if it is meant (the weight of an auxiliary loss); else find the factor and remove it",
     ),
     "mean_of_means": (
         "micro-batches with unequal items count alike",
-        "items of micro-batches with few of them weigh more: the mean of means is another loss",
+        "items in micro-batches with few items weigh more: the mean of means is another loss",
         """
 - loss = loss / {n}
 + loss = loss * (items / items_of_the_window)  # as gradacc_hf.WindowLoader weighs""",
     ),
     "another_gradient": (
-        "the gradient is not that of the window",
-        "it trains another loss than the one that is read",
-        "see the other findings; else look for what changes weights, gradients or the loss in between",
+        "the gradient is not the window's gradient",
+        "training minimises another loss than the one that is reported",
+        "see the other findings; else look for code that changes weights, gradients or the loss in between",
     ),
     "examples_coupled": (
         "BatchNorm normalises each example by its micro-batch",
-        "accumulation is no larger batch for it, however the loss is weighed",
-        "take LayerNorm or GroupNorm, or freeze BatchNorm in evaluation mode",
+        "accumulation does not act as a larger batch, however the loss is weighed",
+        "use LayerNorm or GroupNorm, or freeze BatchNorm in evaluation mode",
     ),
     "in_batch_negatives_cut": (
-        "in-batch negatives are those of a micro-batch",
-        "the task is easier than that of the window, and the loss looks better for it",
-        "gradacc_hf.ContrastiveLoss has the negatives of the whole window (a gradient cache)",
+        "in-batch negatives come from the micro-batch only",
+        "the task is easier than with the whole window's negatives, and so the loss looks better",
+        "gradacc_hf.ContrastiveLoss uses the negatives of the whole window (a gradient cache)",
     ),
     "loss_is_a_sum": (
         "the loss is a sum over the micro-batch",
-        "the gradient grows with the examples; dividing by the accumulation steps makes no mean of it",
+        "the gradient grows with the number of examples; dividing by the accumulation steps gives no mean",
         """
 - reduction='sum'
 + divide by the items of the window""",
     ),
     "padding_reaches_the_loss": (
         "an example's loss depends on how far it is padded",
-        "the same examples have another gradient in another micro-batch",
+        "the gradient of an example depends on the micro-batch that it is in",
         "mask padded positions in the loss, or pad a window's micro-batches alike",
     ),
     "partial_window_mis_scaled": (
@@ -134,37 +134,37 @@ WORDS: dict[str, tuple[str, str, str]] = {
     ),
     "partial_window_dropped": (
         "the examples that fill no window are dropped",
-        "they are computed for nothing, in every pass",
+        "these examples are computed for nothing, in every pass over the data",
         """
 - if step % {n} == 0:
 + if step % {n} == 0 or step == len(loader):""",
     ),
     "partial_window_leaked": (
         "a window goes on in the next pass over the data",
-        "a step mixes two passes; what evaluates or saves between them misses what is not stepped yet",
+        "a step mixes two passes; evaluating or saving between them misses the gradients not yet applied",
         """
 - if step % {n} == 0:
 + if step % {n} == 0 or step == len(loader):""",
     ),
     "swamped_in_16_bits": (
-        "gradients add up in 16 bits, where small ones are lost beside large ones",
-        "the more micro-batches, the more of each is rounded away",
+        "gradients are summed in 16 bits, where small ones vanish beside large ones",
+        "the more micro-batches, the larger the rounding error",
         """
 + gradacc_hf.accumulate_in_float32(model, optimizer)""",
     ),
     "logged_loss_inflated": (
-        "the loss that is logged is inflated",
-        "curves of runs with other accumulation steps do not compare",
-        "divide what is logged by {n}, or log the window's mean",
+        "the logged loss is inflated",
+        "loss curves of runs with other accumulation steps cannot be compared",
+        "divide the logged loss by {n}, or log the window's mean",
     ),
     "logged_loss_of_the_last_micro_batch": (
-        "the loss that is logged is that of the last micro-batch only",
-        "it is {n} × as noisy as it need be, and of a part of the window",
-        "add up the losses of a window, each × its share of the items, and log the sum",
+        "only the loss of the last micro-batch is logged",
+        "it has {n} × the variance of the window's loss, of which it is a part",
+        "sum the losses of a window, each × its share of the items, and log the sum",
     ),
     "learning_rate_unchanged": (
         "the learning rate is a default, and the window is large",
-        "a larger batch takes fewer steps, and often bears a larger rate",
+        "a larger batch takes fewer steps, and often allows a larger rate",
         "try {twice:g} and {four_times:g} beside it (gradacc lessons learning_rate)",
     ),
 }
@@ -174,7 +174,7 @@ EXACT_TRAINER = """
 ACCUMULATE = """
 + with accelerator.accumulate(model):  # around forward, backward, step and zero_grad
       accelerator.backward(loss)"""
-FIXES: dict[str, dict[str, str]] = {  # where the loop is not the user's, or half of it
+FIXES: dict[str, dict[str, str]] = {  # by whose loop it is, if not the user's own
     "trainer": dict.fromkeys(
         ("not_divided", "mean_of_means", "partial_window_mis_scaled", "logged_loss_inflated"), EXACT_TRAINER
     ),
@@ -186,7 +186,7 @@ FIXES: dict[str, dict[str, str]] = {  # where the loop is not the user's, or hal
 + accelerator.backward(window.weigh(loss))  # windows of gradacc_hf.WindowLoader""",
     },
 }
-EXPLAINS: dict[str, set[str]] = {  # a finding: those that are but its consequences
+CONSEQUENCES: dict[str, set[str]] = {  # of a finding: other findings that it causes
     "zeroed_inside_the_window": {
         *("another_gradient", "mean_of_means", "divided_twice", "mis_scaled", "not_divided"),
     },

@@ -1,187 +1,178 @@
-"""One window as a whole, beside the gradient that its loop has made of it.
+"""Compares the gradient of a window with the gradient of the same examples in one batch.
 
-Run before the optimizer's step, at the weights of the window, without dropout. The loss of the window at
-once, which keeps no activations, says which items the micro-batches are to be weighed by; their gradients,
-weighed so, are that of the window. Where no count of items explains that loss or several do, as in 16 bits,
-which have not the digits to tell them apart, the gradient is taken of the window at once, too. That of the
-loop is set aside meanwhile and put back; beside it there is one more at a time (for weights in 16 bits, whose
-sum in float32 is looked at: that sum, and one more).
+The window is recomputed before the optimizer's step: at the weights of the window, without dropout.
+
+1. A forward of the whole window, without activations, gives its loss.
+2. If exactly one count of items explains that loss, the reference is the sum of the micro-batches' gradients,
+   weighed by these items.
+3. Otherwise (always in 16 bits, which are too coarse) the reference is a backward of the whole window.
+
+The loop's gradient is set aside and put back. One more gradient is held at a time; for weights in
+16 bits two, because the sum in float32 is computed as well.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.oom import out_of_memory, release_memory, trim_memory
-from gradacc_hf.doctor.item_counts import SAME, counts, named, tensors_in, which_items, why_coupled
-from gradacc_hf.doctor.observer import Inputs, MicroBatch, OwnLoss, Watch, Window, logits_in, loss_in
+from gradacc_hf.doctor.item_counts import counts, named, tensors_in, which_items, why_coupled
+from gradacc_hf.doctor.observer import Subject, logits_in, loss_in
+from gradacc_hf.doctor.record import (
+    LOSS_RTOL_FP32,
+    GradientComparison,
+    Inputs,
+    ObservedMicroBatch,
+    ObservedWindow,
+    TorchLoss,
+    WindowComparison,
+)
 from gradacc_hf.errors import GradaccError, one_line
 from gradacc_hf.utils.rng import preserve_rng_state
 
 GradientNow = Sequence[torch.Tensor | None]  # of each parameter that the optimizer steps
 LossOf = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 PADDED_WITH = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
-HALVES = {torch.bfloat16, torch.float16}
-GIVE_LOSS_FN = "put `with gradacc_hf.diagnose(model, optimizer, loss_fn=…):` around the loop"
-CHUNK = 2**16  # elements that are compared in float64 at a time
-SAME_IN_HALF = 2e-2  # `SAME`, under autocast, or with weights in 16 bits
-
-
-@dataclass(frozen=True)
-class Alike:
-    """How the loop's gradient g compares with another r: ‖g‖ / ‖r‖, and the cosine of their angle."""
-
-    ratio: float
-    cosine: float
-
-    def error(self) -> float:
-        """‖g − r‖ / ‖r‖."""
-        return max(0.0, self.ratio**2 - 2 * self.ratio * self.cosine + 1) ** 0.5
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A window's gradient beside that of the window at once (`whole`), and what else is known of it.
-
-    `items`: of each micro-batch, where some count makes the pieces' losses the whole's; `means`: beside the
-    plain mean of the micro-batches' gradients, where that is another. `coupled`: why pieces and whole differ
-    whatever is counted. `swamped`: the error that adding up in 16 bits has made.
-    """
-
-    why_not: str = ""  # it was not made
-    whole: Alike | None = None
-    means: Alike | None = None
-    losses: tuple[float, ...] = ()
-    whole_loss: float = 0.0
-    items: tuple[float, ...] = ()
-    counted: str = ""
-    coupled: str = ""
-    swamped: float | None = None
-    half: bool = False  # in 16 bits, in which one looks less closely
-
-    @property
-    def tolerance(self) -> float:
-        """Relative: below it a difference is rounding."""
-        return SAME_IN_HALF if self.half else SAME
+TYPES_OF_16_BITS = {torch.bfloat16, torch.float16}
+HOW_TO_GIVE_THE_LOSS = "put `with gradacc_hf.diagnose(model, optimizer, loss_fn=…):` around the loop"
+CHUNK_ELEMENTS = 2**16  # elements that are compared in float64 at a time
 
 
 class ReplayError(GradaccError):
-    """Why not, in a few words."""
+    """The reason why a window cannot be recomputed, in a few words."""
 
 
-def replay(watch: Watch, window: Window, loss_fn: LossOf | None) -> Replay:
-    """Compute the window again; weights, gradients, buffers and random numbers are left as they were."""
-    pieces = window.micro_batches
+def compare_window(
+    subject: Subject, window: ObservedWindow, loss_fn: LossOf | None, autocast: torch.dtype | None
+) -> WindowComparison:
+    """Recompute the window. Weights, gradients, buffers and random numbers stay as they are.
+
+    loss_fn: the loss of (outputs, inputs by name); None to use the loss that was observed.
+    autocast: the type in which the model computes; None without autocast.
+    """
+    half = autocast is not None or _has_half_weights(subject)
+    micro_batches = window.micro_batches
     try:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ReplayError("there are several processes: try it on one")
-        losses_of, known = _how(pieces, loss_fn)
+        loss_of, known = _loss_of_loop(micro_batches, loss_fn)
         if loss_fn is None:
-            _check_goes_backward(watch, pieces)
-        whole = _joined(pieces)
-        half, kind = watch.autocast, watch.parameters()[0].device.type
-        with _as_it_was(watch) as loops_gradient, torch.autocast(kind, half, enabled=half is not None):
-            return _compare(watch, window, whole, losses_of, known, loops_gradient)
+            _check_goes_backward(subject, micro_batches, WindowComparison(half=half).tolerance)
+        whole = _joined_inputs(micro_batches)
+        kind = subject.parameters()[0].device.type
+        with _state_kept(subject) as gradient, torch.autocast(kind, autocast, enabled=autocast is not None):
+            return _compare(subject, window, whole, loss_of, known, gradient, half)
     except ReplayError as error:
-        return Replay(why_not=str(error))
-    except Exception as error:  # whatever a model raises that is run in another way: its loop goes on
+        return WindowComparison(why_not=str(error))
+    except Exception as error:  # of a model that is run in another way: the loop goes on
         if not out_of_memory(error):
-            return Replay(why_not=f"it failed: {one_line(error)[:120]}")
+            return WindowComparison(why_not=f"it failed: {one_line(error)[:120]}")
         release_memory()
-        return Replay(why_not="the window does not fit into memory at once: take a smaller one to diagnose")
+        return WindowComparison(
+            why_not="the window does not fit into memory at once: take a smaller one to diagnose"
+        )
 
 
-Loss = Callable[[Inputs, tuple[Any, ...], torch.nn.Module], torch.Tensor]
+LossOfInputs = Callable[[Inputs, tuple[Any, ...], torch.nn.Module], torch.Tensor]
 
 
-def _how(pieces: Sequence[MicroBatch], loss_fn: LossOf | None) -> tuple[Loss, tuple[float, ...]]:
-    """(inputs, the other arguments of the loss, model) → the loss, as the loop computed it; and what that was
-    for each micro-batch, where it was seen.
+def _loss_of_loop(
+    micro_batches: Sequence[ObservedMicroBatch], loss_fn: LossOf | None
+) -> tuple[LossOfInputs, tuple[float, ...]]:
+    """The loss as the loop computes it, and its value for each micro-batch if these were observed.
+
+    The loss is a function of (inputs, the other arguments of the loss, model).
     """
-    for piece in pieces:
-        if piece.forward is None:
-            raise ReplayError(f"{len(piece.forwards)} forwards lead to one backward")
+    for micro_batch in micro_batches:
+        if micro_batch.forward is None:
+            raise ReplayError(f"{len(micro_batch.forwards)} forwards lead to one backward")
     if loss_fn is not None:
 
         def given(inputs: Any, others: tuple[Any, ...], model: Any) -> torch.Tensor:
             return loss_fn(model(*inputs[0], **inputs[1]), named(model, inputs))
 
         return given, ()
-    if all(piece.own_loss is not None and piece.own_loss.shape is not None for piece in pieces):
-        function, arguments = pieces[0].own_loss.function, pieces[0].own_loss.named  # type: ignore[union-attr]
-        shape = pieces[0].own_loss.shape or ()  # type: ignore[union-attr]
-        of_each = [piece.own_loss.named for piece in pieces if piece.own_loss]
-        for key, value in arguments.items():
-            if isinstance(value, torch.Tensor) and not all(each.get(key) is value for each in of_each):
-                raise ReplayError(f"the loss is given another {key}= with each micro-batch")
-        alone = _is_one_example(pieces[0])
-        is_flat = not alone and pieces[0].own_loss.others[0].ndim == 1  # type: ignore[union-attr]
-
-        def computed(inputs: Any, others: tuple[Any, ...], model: Any) -> torch.Tensor:
-            outputs: Any = model(*inputs[0], **inputs[1])
-            outputs = outputs if isinstance(outputs, torch.Tensor) else logits_in(outputs)
-            rows = shape[0 if alone else 1 :]
-            outputs = outputs.float().reshape(shape if outputs.numel() == math.prod(shape) else (-1, *rows))
-            if is_flat:
-                others = (others[0].flatten(), *others[1:])
-            return function(outputs, *others, **arguments)
-
-        return computed, tuple(piece.own_loss.value for piece in pieces if piece.own_loss)
-    losses = tuple(piece.forward.loss for piece in pieces if piece.forward)
+    torch_losses = [m.torch_loss for m in micro_batches if m.torch_loss is not None]
+    if len(torch_losses) == len(micro_batches) and all(loss.shape is not None for loss in torch_losses):
+        return _torch_loss_of_loop(micro_batches, torch_losses), tuple(loss.value for loss in torch_losses)
+    losses = tuple(micro_batch.forward.loss for micro_batch in micro_batches if micro_batch.forward)
     if None not in losses:
         return lambda inputs, others, model: loss_in(model(*inputs[0], **inputs[1])), losses  # type: ignore[return-value]
     raise ReplayError(
-        f"the loss is neither the model's own nor one function of torch on its output: {GIVE_LOSS_FN}"
+        f"the loss is neither the model's own nor one function of torch on its output: {HOW_TO_GIVE_THE_LOSS}"
     )
 
 
-def _check_goes_backward(watch: Watch, pieces: Sequence[MicroBatch]) -> None:
-    """Is what went backward the loss that was seen, divided alike or by items, and nothing beside it?"""
-    by = [piece.divided_by for piece in pieces]
+def _torch_loss_of_loop(
+    micro_batches: Sequence[ObservedMicroBatch], torch_losses: Sequence[TorchLoss]
+) -> LossOfInputs:
+    """A loss that the loop computes by one torch function of the model's output."""
+    first = torch_losses[0]
+    function, arguments, shape = first.function, first.named, first.shape or ()
+    for key, value in arguments.items():
+        if isinstance(value, torch.Tensor) and not all(each.named.get(key) is value for each in torch_losses):
+            raise ReplayError(f"the loss is given another {key}= with each micro-batch")
+    alone = _is_one_example(micro_batches[0])
+    is_flat = not alone and first.others[0].ndim == 1
+
+    def computed(inputs: Any, others: tuple[Any, ...], model: Any) -> torch.Tensor:
+        outputs: Any = model(*inputs[0], **inputs[1])
+        outputs = outputs if isinstance(outputs, torch.Tensor) else logits_in(outputs)
+        rows = shape[0 if alone else 1 :]
+        outputs = outputs.float().reshape(shape if outputs.numel() == math.prod(shape) else (-1, *rows))
+        if is_flat:
+            others = (others[0].flatten(), *others[1:])
+        return function(outputs, *others, **arguments)
+
+    return computed
+
+
+def _check_goes_backward(
+    subject: Subject, micro_batches: Sequence[ObservedMicroBatch], tolerance: float
+) -> None:
+    """Raise ReplayError unless the observed loss alone went backward, divided alike or by items."""
+    by = [micro_batch.divided_by for micro_batch in micro_batches]
     known = [divided for divided in by if divided is not None and math.isfinite(divided)]
     if len(known) < len(by) or not all(known):
         return
-    allowed = Replay(half=_in_half(watch)).tolerance
-    shares = [[1.0] * len(by), *(items for _, items in counts(watch.model, pieces))]
+    shares = [[1.0] * len(by), *(items for _, items in counts(subject.model, micro_batches))]
     for items in shares:
         weights = [divided * n for divided, n in zip(known, items, strict=True) if n]
-        if weights and max(weights) - min(weights) <= allowed * abs(max(weights)):
+        if weights and max(weights) - min(weights) <= tolerance * abs(max(weights)):
             return
-    raise ReplayError(f"what goes backward is not the loss alone that was seen: {GIVE_LOSS_FN}")
+    raise ReplayError(f"what goes backward is not the loss alone that was seen: {HOW_TO_GIVE_THE_LOSS}")
 
 
-def _in_half(watch: Watch) -> bool:
-    return watch.autocast is not None or _has_half_weights(watch)
+def _has_half_weights(subject: Subject) -> bool:
+    return any(p.dtype in TYPES_OF_16_BITS for p in subject.parameters())
 
 
-def _has_half_weights(watch: Watch) -> bool:
-    return any(p.dtype in HALVES for p in watch.parameters())
-
-
-def work(window: Window) -> tuple[float, float]:
-    """What a window takes, by the elements of its inputs: micro-batch by micro-batch, and padded at once."""
-    inputs = [tensors_in(piece.forward.inputs) for piece in window.micro_batches if piece.forward]
+def work(window: ObservedWindow) -> tuple[float, float]:
+    """Elements of the inputs of a window: micro-batch by micro-batch, and in one padded batch."""
+    inputs = [
+        tensors_in(micro_batch.forward.inputs) for micro_batch in window.micro_batches if micro_batch.forward
+    ]
     largest = [max(tensors, key=torch.Tensor.numel) for tensors in inputs if tensors]
     rows = [max(1, len(tensor)) if tensor.ndim else 1 for tensor in largest]
     of_a_row = [tensor.numel() / n for tensor, n in zip(largest, rows, strict=True)]
     return sum(tensor.numel() for tensor in largest), sum(rows) * max(of_a_row, default=0.0)
 
 
-def _is_one_example(piece: MicroBatch) -> bool:
-    """Has a micro-batch no dimension for more than one?"""
-    values = tensors_in(piece.forward.inputs) if piece.forward else []
+def _is_one_example(micro_batch: ObservedMicroBatch) -> bool:
+    """Whether a micro-batch has no dimension for several examples."""
+    values = tensors_in(micro_batch.forward.inputs) if micro_batch.forward else []
     return bool(values) and all(value.ndim < 2 and value.is_floating_point() for value in values)
 
 
-def _joined(pieces: Sequence[MicroBatch]) -> tuple[Any, tuple[Any, ...]]:
-    """The inputs of all micro-batches as those of one, and the other arguments of the loss."""
-    inputs = [piece.forward.inputs for piece in pieces if piece.forward]
-    alone = _is_one_example(pieces[0])
+def _joined_inputs(micro_batches: Sequence[ObservedMicroBatch]) -> tuple[Any, tuple[Any, ...]]:
+    """The inputs of all micro-batches in one batch, and the other arguments of the loss."""
+    inputs = [micro_batch.forward.inputs for micro_batch in micro_batches if micro_batch.forward]
+    alone = _is_one_example(micro_batches[0])
 
     def together(name: str, found: list[Any]) -> Any:
         return _together(name, [v[None] if alone and isinstance(v, torch.Tensor) else v for v in found])
@@ -189,14 +180,14 @@ def _joined(pieces: Sequence[MicroBatch]) -> tuple[Any, tuple[Any, ...]]:
     positional = tuple(together(str(i), [one[0][i] for one in inputs]) for i in range(len(inputs[0][0])))
     by_name = {key: together(key, [one[1].get(key) for one in inputs]) for key in inputs[0][1]}
     others: tuple[Any, ...] = ()
-    if all(piece.own_loss for piece in pieces):
-        owned = [_by_rows(piece.own_loss) for piece in pieces if piece.own_loss]
+    if all(micro_batch.torch_loss for micro_batch in micro_batches):
+        owned = [_by_rows(micro_batch.torch_loss) for micro_batch in micro_batches if micro_batch.torch_loss]
         others = tuple(together("labels", [one[i] for one in owned]) for i in range(len(owned[0])))
     return (positional, by_name), others
 
 
-def _by_rows(loss: OwnLoss) -> tuple[Any, ...]:
-    """The other arguments of a loss, its targets as they were before they were laid end to end."""
+def _by_rows(loss: TorchLoss) -> tuple[Any, ...]:
+    """The other arguments of a loss, with flattened targets back in the shape of the model's output."""
     target, *more = loss.others
     if target.ndim == 1 and len(loss.rows) > 1 and target.numel() == math.prod(loss.rows):
         target = target.reshape(loss.rows)
@@ -204,7 +195,7 @@ def _by_rows(loss: OwnLoss) -> tuple[Any, ...]:
 
 
 def _together(name: str, values: list[Any]) -> Any:
-    """Tensors below each other, padded on the right to the longest; anything else must be the same in all."""
+    """Stack tensors in the first dimension, padded on the right to the longest; else take the first value."""
     tensors = [value for value in values if isinstance(value, torch.Tensor) and value.ndim]
     if not tensors:
         return values[0]
@@ -220,10 +211,10 @@ def _together(name: str, values: list[Any]) -> Any:
 
 
 @contextmanager
-def _as_it_was(watch: Watch) -> Iterator[list[torch.Tensor | None]]:
-    """Gives the loop's gradient, which is put back in the end, as are buffers and random numbers."""
-    parameters, gradients = watch.parameters(), [p.grad for p in watch.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in watch.model.buffers()]
+def _state_kept(subject: Subject) -> Iterator[list[torch.Tensor | None]]:
+    """Give the loop's gradient; put it back at the end, with the buffers and random numbers."""
+    parameters, gradients = subject.parameters(), [p.grad for p in subject.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in subject.model.buffers()]
     for p in parameters:
         p.grad = None
     try:
@@ -238,65 +229,79 @@ def _as_it_was(watch: Watch) -> Iterator[list[torch.Tensor | None]]:
 
 
 def _compare(
-    watch: Watch,
-    window: Window,
+    subject: Subject,
+    window: ObservedWindow,
     whole: Any,
-    loss_of: Loss,
+    loss_of: LossOfInputs,
     losses: tuple[float, ...],
     gradient: list[torch.Tensor | None],
-) -> Replay:
-    model, parameters, pieces = watch.model, watch.parameters(), window.micro_batches
+    half: bool,
+) -> WindowComparison:
+    model, parameters, micro_batches = subject.model, subject.parameters(), window.micro_batches
 
-    def one(piece: MicroBatch) -> torch.Tensor:
-        assert piece.forward is not None
-        return loss_of(piece.forward.inputs, piece.own_loss.others if piece.own_loss else (), model)
+    def one(micro_batch: ObservedMicroBatch) -> torch.Tensor:
+        assert micro_batch.forward is not None
+        return loss_of(
+            micro_batch.forward.inputs, micro_batch.torch_loss.others if micro_batch.torch_loss else (), model
+        )
 
     inputs, others = whole
-    found = Replay(half=_in_half(watch))
+    found = WindowComparison(half=half)
     tolerance = found.tolerance
-    trim_memory()  # of what the loop has let go
+    trim_memory()  # of what the loop has released
     with torch.no_grad():
         whole_loss = float(loss_of(inputs, others, model))
         trim_memory()
-        losses = losses or tuple(float(one(piece)) for piece in pieces)
+        losses = losses or tuple(float(one(micro_batch)) for micro_batch in micro_batches)
     if not all(map(math.isfinite, (whole_loss, *losses))):
         raise ReplayError("a loss is not finite")
-    counted, items, is_sure = which_items(watch.model, pieces, losses, whole_loss, tolerance)
+    counted, items, is_sure = which_items(subject.model, micro_batches, losses, whole_loss, tolerance)
     adds_up = not counted and abs(sum(losses) - whole_loss) <= tolerance * abs(whole_loss)
-    coupled = "" if counted or adds_up else why_coupled(model, pieces, loss_of, tolerance)
+    coupled = "" if counted or adds_up else why_coupled(model, micro_batches, loss_of, tolerance)
     if adds_up or (is_sure and not found.half):
-        weights = [1.0] * len(pieces) if adds_up else [n / sum(items) for n in items]
-        for piece, weight in zip(pieces, weights, strict=True):
+        weights = [1.0] * len(micro_batches) if adds_up else [n / sum(items) for n in items]
+        for micro_batch, weight in zip(micro_batches, weights, strict=True):
             if weight:
-                (one(piece) * weight).backward()
-    else:  # what the pieces' losses have to do with the window's is not known, or not to enough digits
+                (one(micro_batch) * weight).backward()
+    else:  # the items are unknown, or not to enough digits
         loss_of(inputs, others, model).backward()
-    # Clipping has changed the length by then; the direction it has not.
-    clipped = window.norm_at_step / pieces[-1].norm_after if pieces[-1].norm_after else 1.0
-    beside_whole = _alike(gradient, _taken(parameters), clipped)
+    # Clipping has changed the length of the gradient by then, not its direction.
+    clipped = window.norm_at_step / micro_batches[-1].norm_after if micro_batches[-1].norm_after else 1.0
+    beside_whole = _gradient_comparison(gradient, _take_gradients(parameters), clipped)
     found = replace(found, whole=beside_whole, losses=losses, whole_loss=whole_loss)
     if adds_up:
-        return _as_means(found, beside_whole, watch, pieces)
+        return _as_means(found, beside_whole, subject, micro_batches)
     means = swamped = None
-    if beside_whole.error() > tolerance and len(pieces) > 1:
-        for piece in pieces:
-            (one(piece) / len(pieces)).backward()
-        means = _alike(gradient, _taken(parameters), clipped)
-    if counted and _has_half_weights(watch):
-        swamped = _swamped(gradient, parameters, pieces, items, one)
+    if beside_whole.error() > tolerance and len(micro_batches) > 1:
+        for micro_batch in micro_batches:
+            (one(micro_batch) / len(micro_batches)).backward()
+        means = _gradient_comparison(gradient, _take_gradients(parameters), clipped)
+    if counted and _has_half_weights(subject):
+        swamped = _swamped(gradient, parameters, micro_batches, items, one)
     return replace(found, means=means, items=items, counted=counted, coupled=coupled, swamped=swamped)
 
 
-def _as_means(found: Replay, whole: Alike, watch: Watch, pieces: Sequence[MicroBatch]) -> Replay:
-    """Of losses that add up to the window's: shares of its mean, or sums that the loop divides by its items.
+def _as_means(
+    found: WindowComparison,
+    whole: GradientComparison,
+    subject: Subject,
+    micro_batches: Sequence[ObservedMicroBatch],
+) -> WindowComparison:
+    """The comparison of losses that add up to the window's, with the losses turned into means.
 
-    Trainer hands a model the number of items in its window; a loop divides its sums. Else they are sums only.
+    They are shares of the window's mean if the model is given the window's number of items, as Trainer does,
+    or if the loop divides by that number. Otherwise they are plain sums.
     """
-    given = [value for piece in pieces if piece.forward for value in piece.forward.inputs[1].values()]
+    given = [
+        value
+        for micro_batch in micro_batches
+        if micro_batch.forward
+        for value in micro_batch.forward.inputs[1].values()
+    ]
     numbers = [float(v) for v in given if isinstance(v, int | float | torch.Tensor) and _is_number(v)]
-    for counted, items in counts(watch.model, pieces):
+    for counted, items in counts(subject.model, micro_batches):
         total = sum(items)
-        is_share = any(math.isclose(total, number, rel_tol=SAME) for number in numbers)
+        is_share = any(math.isclose(total, number, rel_tol=LOSS_RTOL_FP32) for number in numbers)
         if is_share or math.isclose(whole.ratio * total, 1, rel_tol=10 * found.tolerance):
             by = 1.0 if is_share else total
             return replace(
@@ -317,24 +322,28 @@ def _is_number(value: Any) -> bool:
 
 
 @torch.no_grad()
-def _alike(gradient: GradientNow, other: GradientNow, clipped: float = 1.0) -> Alike:
-    """The loop's gradient, as it was before it was `clipped` to so much, beside another one, in float64."""
+def _gradient_comparison(
+    gradient: GradientNow, other: GradientNow, clipped: float = 1.0
+) -> GradientComparison:
+    """Compare the loop's gradient, before it was `clipped` by this factor, with another one in float64."""
     inner = mine = theirs = 0.0
     for g, o in zip(gradient, other, strict=True):
         some = g if g is not None else o
-        for i in range(0, 0 if some is None else some.numel(), CHUNK):
-            a = None if g is None else g.flatten()[i : i + CHUNK].double() / clipped
-            b = None if o is None else o.flatten()[i : i + CHUNK].double()
+        for i in range(0, 0 if some is None else some.numel(), CHUNK_ELEMENTS):
+            a = None if g is None else g.flatten()[i : i + CHUNK_ELEMENTS].double() / clipped
+            b = None if o is None else o.flatten()[i : i + CHUNK_ELEMENTS].double()
             mine += float(a.square().sum()) if a is not None else 0.0
             theirs += float(b.square().sum()) if b is not None else 0.0
             inner += float(a @ b) if a is not None and b is not None else 0.0
     if not theirs or not mine:
-        return Alike((mine**0.5) / (theirs**0.5) if theirs else float("inf"), 1.0 if mine == theirs else 0.0)
-    return Alike((mine / theirs) ** 0.5, inner / (mine * theirs) ** 0.5)
+        return GradientComparison(
+            (mine**0.5) / (theirs**0.5) if theirs else float("inf"), 1.0 if mine == theirs else 0.0
+        )
+    return GradientComparison((mine / theirs) ** 0.5, inner / (mine * theirs) ** 0.5)
 
 
-def _taken(parameters: Sequence[torch.nn.Parameter]) -> GradientNow:
-    """What is in `.grad`, which has nothing then."""
+def _take_gradients(parameters: Sequence[torch.nn.Parameter]) -> GradientNow:
+    """The gradients of the parameters, which have none afterwards."""
     gradient = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
@@ -344,15 +353,15 @@ def _taken(parameters: Sequence[torch.nn.Parameter]) -> GradientNow:
 def _swamped(
     gradient: GradientNow,
     parameters: Sequence[torch.nn.Parameter],
-    pieces: Sequence[MicroBatch],
+    micro_batches: Sequence[ObservedMicroBatch],
     items: Sequence[float],
-    one: Callable[[MicroBatch], torch.Tensor],
+    one: Callable[[ObservedMicroBatch], torch.Tensor],
 ) -> float:
-    """How far the loop's gradient is from that added up in float32: the sine of the angle between them."""
+    """The sine of the angle between the loop's gradient and the sum in float32."""
     totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-    for piece, n in zip(pieces, items, strict=True):
-        (one(piece) * (n / sum(items))).backward()
-        for total, g in zip(totals, _taken(parameters), strict=True):
+    for micro_batch, n in zip(micro_batches, items, strict=True):
+        (one(micro_batch) * (n / sum(items))).backward()
+        for total, g in zip(totals, _take_gradients(parameters), strict=True):
             if g is not None:
                 total += g.float()
-    return max(0.0, 1 - _alike(gradient, totals).cosine ** 2) ** 0.5
+    return max(0.0, 1 - _gradient_comparison(gradient, totals).cosine ** 2) ** 0.5

@@ -1,6 +1,6 @@
-"""`gradacc doctor SCRIPT`: run a script as it is, and diagnose each loop in it.
+"""`gradacc doctor SCRIPT`: run a script unchanged, and diagnose each loop in it.
 
-A loop is an optimizer with the outermost module that is run, in training, with parameters of it.
+A loop is an optimizer, with the outermost module that runs in training mode and has parameters of it.
 """
 
 import argparse
@@ -14,74 +14,112 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
-from gradacc_hf.doctor import NOTHING_SEEN, Diagnosis, diagnose
-from gradacc_hf.doctor.observer import loaders_begun
+from gradacc_hf.doctor import Diagnosis, diagnose
+from gradacc_hf.doctor.listener import Subscriber, subscribed
+from gradacc_hf.doctor.report import NOTHING_OBSERVED
 from gradacc_hf.errors import InputError
 from gradacc_hf.utils.commands import Parser
 
 
 class StopHere(SystemExit):
-    """Ends the script where its first loop has been diagnosed."""
+    """Ends the script once its first loop has been diagnosed."""
+
+
+class LoopFinder(Subscriber):
+    """Finds the loops of a program and diagnoses one after the other.
+
+    It learns of optimizers as they take parameters, and of loaders as iterations begin. A loop begins with
+    the first forward of a module that has parameters of an optimizer not yet diagnosed.
+
+    say: receives a report; the same findings at the same line are reported once.
+    stop: whether to raise StopHere after the first diagnosis.
+    settings: arguments of `diagnose`.
+    """
+
+    def __init__(self, say: Callable[[str], Any], stop: bool, settings: dict[str, Any]):
+        self.diagnoses: list[Diagnosis] = []
+        self._say, self._stop, self._settings = say, stop, settings
+        self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []  # not yet diagnosed
+        self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._started: list[DataLoader] = []  # the latest
+        self._reported: set[tuple[Any, ...]] = set()
+        self._loop = ExitStack()  # of the diagnosis at hand
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Diagnose the loops that run in here."""
+        hooks = [
+            register_module_forward_pre_hook(self._before_forward),
+            register_optimizer_step_post_hook(lambda optimizer, *_: self.optimizer_built(optimizer)),
+        ]
+        try:
+            with subscribed(self), self._loop:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def loader_started(self, loader: DataLoader) -> None:
+        """Remember the loader, over which a loop may iterate whose first forward is still to come."""
+        self._started = [loader]
+
+    def optimizer_built(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember the optimizer until its loop begins."""
+        if optimizer not in self._known:
+            self._known.add(optimizer)
+            self._optimizers.append(weakref.ref(optimizer))
+
+    def _before_forward(self, module: torch.nn.Module, inputs: Any) -> None:
+        if not module.training or torch.compiler.is_compiling():
+            return  # without gradients it may be a first pass, which needs the dropout of the second
+        if self._stop and self.diagnoses and self.diagnoses[-1].is_over:
+            raise StopHere(0)
+        if not self._optimizers:
+            return
+        of_module = {id(p) for p in module.parameters()}
+        for reference in list(self._optimizers):
+            optimizer = reference()
+            if optimizer is None:
+                self._optimizers.remove(reference)
+            elif any(id(p) in of_module for group in optimizer.param_groups for p in group["params"]):
+                self._optimizers.remove(reference)
+                self._loop.close()  # the diagnosis of the loop before
+                watched = diagnose(
+                    module, optimizer, say=self._report, started_loaders=self._started, **self._settings
+                )
+                self.diagnoses.append(self._loop.enter_context(watched))
+                return
+
+    def _report(self, text: str) -> None:
+        diagnosis = self.diagnoses[-1]
+        windows = diagnosis.record.windows
+        if not windows:
+            return
+        names = (finding.name for finding in diagnosis.findings)
+        what = (windows[0].micro_batches[0].place, diagnosis.record.steps, *names)
+        if what not in self._reported:
+            self._reported.add(what)
+            self._say(text)
 
 
 @contextmanager
 def every_loop(
     say: Callable[[str], Any] = print, stop: bool = False, **settings: Any
 ) -> Iterator[list[Diagnosis]]:
-    """Diagnose every loop that is run in here, one after the other; `settings` go to `diagnose`.
+    """Diagnose every loop that runs in here, one after the other; `settings` go to `diagnose`.
 
-    What is found again at the same line is said once. `stop`: raise StopHere where the first one is known.
+    The same findings at the same line are reported once. `stop`: raise StopHere after the first diagnosis.
     """
-    optimizers: list[Any] = []
-    diagnoses: list[Diagnosis] = []
-    begun: list[DataLoader] = []
-    make, known, said = torch.optim.Optimizer.__init__, set(), set()
-
-    def made(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-        make(optimizer, *args, **kwargs)
-        optimizers.append(weakref.ref(optimizer))
-
-    def begins_data(loader: DataLoader) -> None:
-        begun[:] = [loader]
-
-    def say_once(report: str) -> None:
-        seen = diagnoses[-1].seen
-        if not seen.windows:
-            return
-        what = (seen.windows[0].micro_batches[0].place, seen.steps, *(f.name for f in diagnoses[-1].findings))
-        if what not in said:
-            said.add(what)
-            say(report)
-
-    def begins(module: torch.nn.Module, inputs: Any) -> None:
-        if not module.training or torch.compiler.is_compiling():
-            return  # without gradients it may be a first pass, which must meet the dropout of the second
-        if stop and diagnoses and diagnoses[-1].is_over:
-            raise StopHere(0)
-        new = [o for ref in optimizers if (o := ref()) is not None and id(o) not in known]
-        of_module = {id(p) for p in module.parameters()} if new else set()
-        for optimizer in new:
-            if any(id(p) in of_module for group in optimizer.param_groups for p in group["params"]):
-                known.add(id(optimizer))
-                loop.close()  # the one before
-                watched = diagnose(module, optimizer, say=say_once, begun=begun, **settings)
-                diagnoses.append(loop.enter_context(watched))
-                return
-
-    torch.optim.Optimizer.__init__ = made  # type: ignore[method-assign]
-    hook = register_module_forward_pre_hook(begins)
-    try:
-        with loaders_begun(begins_data), ExitStack() as loop:
-            yield diagnoses
-    finally:
-        torch.optim.Optimizer.__init__ = make  # type: ignore[method-assign]
-        hook.remove()
+    finder = LoopFinder(say, stop, settings)
+    with finder.attached():
+        yield finder.diagnoses
 
 
 def run_script(script: Path, arguments: Sequence[str], **settings: Any) -> list[Diagnosis]:
-    """Run a script as `python script arguments` would, and diagnose its loops; what it raises is raised."""
+    """Run a script as `python script arguments` does, and diagnose its loops. Its exceptions pass."""
     before, path = sys.argv, sys.path[0]
     sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent.resolve())
     try:
@@ -95,20 +133,22 @@ def run_script(script: Path, arguments: Sequence[str], **settings: Any) -> list[
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line. Exits with 1 where something is wrong with a loop, else as the script does."""
+    """The command line. Exit with 1 if something is wrong with a loop, else with the script's own code."""
     parser = Parser(
         prog="gradacc doctor",
-        description="Run a training script as it is, and say what is wrong with its gradient accumulation.",
+        description="Run a training script unchanged, and report what is wrong with its accumulation.",
     )
     parser.add_argument(
-        "--windows", type=int, default=3, help="compared with themselves at once (%(default)s)"
+        "--windows", type=int, default=3, help="windows to compare with one large batch each (%(default)s)"
     )
     parser.add_argument(
-        "--accumulation-steps", type=int, help="what the script is meant to do, if it is unclear"
+        "--accumulation-steps",
+        type=int,
+        help="micro-batches of a window, as intended",
     )
-    parser.add_argument("--stop", action="store_true", help="end the script when its first loop is known")
+    parser.add_argument("--stop", action="store_true", help="end the script once its first loop is diagnosed")
     parser.add_argument("script", type=Path, help="a Python file")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     given = parser.parse_args(argv)
     if not given.script.is_file():
         raise InputError(f"doctor: no file {given.script}; give the Python file that trains")
@@ -124,10 +164,9 @@ def main(argv: Sequence[str]) -> None:
     )
     if not found:
         raise InputError(
-            f"doctor: {given.script} has run no model in training whose parameters an optimizer of torch "
-            "has: nothing to diagnose"
+            f"doctor: {given.script} has trained no model with an optimizer of torch: nothing to diagnose"
         )
-    seen = [diagnosis for diagnosis in found if diagnosis.seen.windows]
-    if not seen:
-        print(NOTHING_SEEN)
-    sys.exit(0 if seen and all(diagnosis.healthy for diagnosis in seen) else 1)
+    observed = [diagnosis for diagnosis in found if diagnosis.record.windows]
+    if not observed:
+        print(NOTHING_OBSERVED)
+    sys.exit(0 if observed and all(diagnosis.healthy for diagnosis in observed) else 1)

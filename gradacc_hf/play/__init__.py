@@ -1,6 +1,11 @@
-"""`gradacc play`: a page on which the kit's own loop trains a small model, and is watched as it does.
+"""`gradacc play`: a page on which gradacc's own loop trains a small model, shown step by step.
 
-`problems.py` has the data and models, `loops.py` what is trained by, `session.py` a person's run: it knows no
-page. `workers.py` runs each in a process of its own; `pictures.py` draws what a session shows, `page.py` puts
-it on a page of Gradio's.
+toy_tasks.py     data and models
+loops.py         the loops: gradacc's own, and one with each mistake
+model_runner.py  a model with its optimizer
+session.py       one training run, as plain data; it does not depend on the page
+workers.py       one process for each run
+sessions.py      what clicks in each browser session do
+drawing.py       the pictures, as HTML
+page.py          the page, with Gradio
 """

@@ -1,4 +1,4 @@
-"""A run as a moving SVG, for a README: the pictures of a page, one after the other, without a script."""
+"""A run as an animated SVG for a README: the pictures of the page in sequence, without a script."""
 
 import re
 from html import escape
@@ -11,48 +11,49 @@ from rich.progress import track
 from gradacc_hf.errors import InputError
 from gradacc_hf.play import drawing as pictures
 from gradacc_hf.play.session import Picture, Session
-from gradacc_hf.play.settings import Settings
+from gradacc_hf.play.settings import PlaySettings
 from gradacc_hf.utils.files import write_whole
 
-SLOW, FAST = 2, 24  # windows line by line, then one picture each
-SECONDS = {"slow": 0.6, "fast": 0.18}  # for a picture
+SLOW_WINDOWS, FAST_WINDOWS = 2, 24  # windows shown line by line, then windows with one picture each
+PICTURE_SECONDS = {"slow": 0.6, "fast": 0.18}  # of a picture
 WIDTH, HEIGHT = 940, 470
 PLACES = {  # x, y, width, title of each picture
     "window": (560, 40, 350, "The window"),
     "bucket": (20, 278, 400, "The gradient"),
     "losses": (500, 278, 410, "The loss of each window"),
 }
-WANTED = (  # of the page's rules
+CSS_RULES = (  # of page.css
     *(":root", "svg text", "polyline", ".axis", ".ground", ".hatch", ".frame", ".tokens", ".next_position"),
     *(".fill", ".bucket", ".target", ".mark"),
 )
 
 
 def write_film(path: Path) -> Path:
-    """Run the kit's loop for 26 windows, and draw what there is to see. Raises InputError for a bad path."""
+    """Run gradacc's loop for 26 windows, and draw it. Raises InputError for a bad path."""
     if path.suffix != ".svg" or not path.parent.is_dir():
-        raise InputError(
-            f"--film: found {path}; allowed: a file that ends in .svg, in a folder that is there"
-        )
+        raise InputError(f"--film: found {path}; allowed: a file that ends in .svg, in an existing folder")
     if path.exists():
-        raise InputError(f"--film: {path} is there already, and nothing is overwritten: give another name")
-    session, seen, seconds = Session(Settings()), [], []
-    while session.picture().window < SLOW:
+        raise InputError(f"--film: {path} exists, and nothing is overwritten: give another name")
+    session, seen, seconds = Session(PlaySettings()), [], []
+    while session.picture().window < SLOW_WINDOWS:
         session.advance("line")
         picture = session.picture()
         if picture.stop in ("forward", "backward") or picture.done == len(picture.cells):
             seen.append(picture)
-            seconds.append(SECONDS["slow"])
-    for _ in track(range(FAST), "windows", console=Console(stderr=True), transient=True):
+            seconds.append(PICTURE_SECONDS["slow"])
+    for _ in track(range(FAST_WINDOWS), "windows", console=Console(stderr=True), transient=True):
         session.advance("window")
         seen.append(session.picture())
-        seconds.append(SECONDS["fast"])
-    write_whole(path, film(seen, [*seconds[:-1], 3 * SECONDS["slow"]]))
+        seconds.append(PICTURE_SECONDS["fast"])
+    write_whole(path, film(seen, [*seconds[:-1], 3 * PICTURE_SECONDS["slow"]]))
     return path
 
 
 def film(seen: list[Picture], seconds: list[float]) -> str:
-    """The pictures, each for so long, again and again; for who wants no motion, the last alone."""
+    """The pictures as an SVG that repeats. Where motion is reduced, only the last picture is shown.
+
+    seconds: how long each picture is shown.
+    """
     ends = [100 * end / sum(seconds) for end in accumulate(seconds)]
     layers = [[_code(picture) for picture in seen]]
     layers += [[_placed(name, getattr(pictures, name)(picture)) for picture in seen] for name in PLACES]
@@ -76,7 +77,7 @@ def film(seen: list[Picture], seconds: list[float]) -> str:
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
-        "<title>The kit's loop trains a small transformer, micro-batch by micro-batch</title>"
+        "<title>The loop of gradacc trains a small transformer, micro-batch by micro-batch</title>"
         f"<style>:root {{--body-text-color: #1c1c1c}} {_rules()} {moving} {' '.join(styles)}</style>"
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="10" fill="#ffffff"/>'
         f"<defs>{pictures.HATCHED.format('padding', 'ground')}</defs>{''.join(parts)}</svg>\n"
@@ -84,11 +85,11 @@ def film(seen: list[Picture], seconds: list[float]) -> str:
 
 
 def _rules() -> str:
-    """The page's colours and shapes, on light."""
+    """The colours and shapes of the page, in light mode."""
     css = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     css = re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL)
     rules = [rule.strip() for rule in re.findall(r"[^{}]+\{[^{}]*\}", css)]
-    return " ".join(rule for rule in rules if rule.startswith(WANTED))
+    return " ".join(rule for rule in rules if rule.startswith(CSS_RULES))
 
 
 def _code(picture: Picture) -> str:
@@ -105,13 +106,13 @@ def _code(picture: Picture) -> str:
 
 
 def _placed(name: str, figure: str) -> str:
-    """A picture's drawing at its place, with its title, and what it says up to the first semicolon."""
+    """A drawing at its place, with its title, and its text up to the first semicolon."""
     x, y, width, title = PLACES[name]
     drawn = re.search(r'<svg viewBox="0 0 ([^"]*)"[^>]*>(.*?)</svg>', figure, re.DOTALL)
     assert drawn is not None
     wide, high = map(float, drawn[1].split())
     height = width * high / wide
-    inner = re.sub(r"<pattern.*?</pattern>", "", drawn[2])  # is the whole film's
+    inner = re.sub(r"<pattern.*?</pattern>", "", drawn[2])  # the film defines the pattern once
     words = re.sub(r"<[^>]+>", "", figure.partition("</svg><p>")[2]).partition(";")[0]
     said = "" if name == "losses" else f'<text class="left" x="{x}" y="{y + height + 18:.0f}">{words}</text>'
     return (

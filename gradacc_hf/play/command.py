@@ -9,19 +9,19 @@ from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.extras import require
 
-MOST = 8  # people at once; each has a process
+MAX_SESSIONS = 8  # browser sessions at once; each has a process
 
 
 def main(argv: Sequence[str]) -> None:
     """Open the page, write it as a Space, or draw a run. Raises InputError."""
     parser = Parser(
         prog="gradacc play",
-        description="Open a page where the kit's loop trains a small model, micro-batch by micro-batch.",
+        description="Open a page where the loop of gradacc trains a small model, micro-batch by micro-batch.",
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="the address it is served at (%(default)s: this machine alone)"
+        "--host", default="127.0.0.1", help="the address to serve at (%(default)s: this machine only)"
     )
-    parser.add_argument("--port", type=int, help="by default the first that is free from 7860 on")
+    parser.add_argument("--port", type=int, help="by default the first free port from 7860")
     parser.add_argument("--no-browser", action="store_true", help="open no browser; the address is printed")
     parser.add_argument(
         "--space",
@@ -30,7 +30,10 @@ def main(argv: Sequence[str]) -> None:
         help="write a folder that is a working Space on the Hub, and stop",
     )
     parser.add_argument(
-        "--film", type=Path, metavar="FILE.svg", help="draw the first windows of a run, moving, and stop"
+        "--film",
+        type=Path,
+        metavar="FILE.svg",
+        help="write an animation of the first windows of a run, and stop",
     )
     given = parser.parse_args(argv)
     if given.port is not None and not 1 <= given.port <= 65535:
@@ -55,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check_address(host: str, port: int | None) -> None:
-    """Raise InputError where nothing can be served, which Gradio would try port after port."""
+    """Raise InputError if the address cannot be served; Gradio would try one port after another."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -68,17 +71,17 @@ def _check_address(host: str, port: int | None) -> None:
 
 
 def serve(host: str | None = None, port: int | None = None, opens_browser: bool = False) -> None:
-    """Serve the page until Ctrl-C. `host` None: Gradio's choice, which a Space makes by its environment."""
+    """Serve the page until Ctrl-C. `host` None: Gradio chooses, in a Space by the environment."""
     from gradacc_hf.play.workers import Workers, start_server
 
-    start_server()  # its imports take as long as those of the page
+    start_server()  # in parallel with the imports of the page
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from gradacc_hf.play.page import LAUNCH, build
-    from gradacc_hf.play.sessions import People
+    from gradacc_hf.play.sessions import BrowserSessions
 
-    workers = Workers(MOST)
+    workers = Workers(MAX_SESSIONS)
     try:
-        page = build(People(workers), workers.first_picture())
+        page = build(BrowserSessions(workers), workers.first_picture())
         _, address, _ = page.launch(
             server_name=host, server_port=port, inbrowser=opens_browser, prevent_thread_lock=True, **LAUNCH
         )

@@ -1,7 +1,7 @@
-"""What a session shows, drawn: a `Picture` → pieces of HTML, with SVG that takes the page's colours.
+"""Draws a `Picture` of a session: each function returns HTML, with SVG in the colours of the page.
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart, and never alone: real tokens are full
-and padding is hatched, lines differ by their dashes, what is wrong has a ✗.
+The colours are those of Okabe and Ito, distinct for the colour-blind. No fact depends on colour alone:
+padding is hatched, lines differ by their dashes, and a ✗ marks what is wrong.
 """
 
 import math
@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from html import escape
 
 from gradacc_hf.play.model_runner import WINDOWS
-from gradacc_hf.play.session import Cell, Picture, Who
+from gradacc_hf.play.session import MicroBatchShape, Picture, Who
 
 LINES: dict[Who, tuple[str, str, str]] = {  # name, class, dashes
     "at once": ("the large batch at once", "at-once", ""),
-    "ours": ("the kit's loop", "ours", "7 4"),
+    "ours": ("gradacc's loop", "ours", "7 4"),
     "shown": ("this loop", "shown", "2 3"),
 }
 HATCHED = (
     '<pattern id="{0}" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
     '<rect width="5" height="5" class="{1}"/><line x1="0" y1="0" x2="0" y2="5" class="hatch"/></pattern>'
 )
-WIDE = 430.0  # units, of each picture
+WIDTH_UNITS = 430.0  # of each picture
 
 
 def code(picture: Picture) -> str:
-    """The loop's lines, the one that has just been run marked."""
+    """The lines of the loop, with the latest line marked."""
     lines = []
     for number, text in enumerate(picture.code):
         line, sign, comment = text.partition("  # ")
@@ -42,8 +42,8 @@ def code(picture: Picture) -> str:
 
 
 def window(picture: Picture) -> str:
-    """The window as rectangles: a row an example, real tokens against padding, full where it is done."""
-    width, height, gap = WIDE, 96.0, 5.0
+    """The window as rectangles: one row for each example, tokens and padding, and which are done."""
+    width, height, gap = WIDTH_UNITS, 96.0, 5.0
     across = sum(cell.padded_to for cell in picture.cells)
     scale = (width - gap * (len(picture.cells) - 1)) / across
     drawn, x = [HATCHED.format("padding", "ground")], 0.0
@@ -73,7 +73,7 @@ def window(picture: Picture) -> str:
 
 
 def bucket(picture: Picture) -> str:
-    """The norm of the gradient so far as the level of a bucket, beside that of the window at once."""
+    """The norm of the gradient so far as the level of a bucket, beside the norm of the whole window."""
     finite = [norm for norm in (*picture.norms, picture.whole_norm) if math.isfinite(norm)]
     top = 1.15 * max(finite, default=1.0) or 1.0
     drawn, bottom, tall = [], 128.0, 116.0
@@ -87,7 +87,7 @@ def bucket(picture: Picture) -> str:
     target = bottom - tall * picture.whole_norm / top if math.isfinite(picture.whole_norm) else bottom
     drawn.append(f'<line class="target" x1="30" x2="410" y1="{target:.1f}" y2="{target:.1f}"/>')
     last = -20.0
-    for number, value in enumerate(picture.norms, start=1):  # marks where it stood after each micro-batch
+    for number, value in enumerate(picture.norms, start=1):  # a mark after each micro-batch
         y = bottom - tall * min(1.0, value / top) if math.isfinite(value) else bottom - tall
         drawn.append(f'<line class="mark" x1="52" x2="60" y1="{y:.1f}" y2="{y:.1f}"/>')
         if abs(y - last) > 11:
@@ -103,7 +103,7 @@ def bucket(picture: Picture) -> str:
         f"<b data-number=error>{_error(picture.error)}</b>"
         f"{_verdict(picture)}"
     )
-    return _figure("The gradient", text, f"0 0 {WIDE:.0f} 152", drawn)
+    return _figure("The gradient", text, f"0 0 {WIDTH_UNITS:.0f} 152", drawn)
 
 
 def _verdict(picture: Picture) -> str:
@@ -119,7 +119,7 @@ def _verdict(picture: Picture) -> str:
 
 
 def memory(picture: Picture) -> str:
-    """Bytes as stacked bars: of a micro-batch of this size, and of the whole window at once."""
+    """Bytes as stacked bars: of a micro-batch, and of the whole window."""
     held, width = picture.memory, 250.0
     kept = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer}
     bars = (
@@ -151,13 +151,13 @@ def memory(picture: Picture) -> str:
             f"{held.activations / held.activations_at_once:.2f} of it{ratio}."
         )
     else:
-        text = "Measured as it runs."
-    return _figure("Memory", text, f"0 0 {WIDE:.0f} 98", drawn)
+        text = "Measured while it runs."
+    return _figure("Memory", text, f"0 0 {WIDTH_UNITS:.0f} 98", drawn)
 
 
 def losses(picture: Picture) -> str:
-    """The loss of each window, by each loop."""
-    left, right, top, bottom = 44.0, WIDE - 6, 8.0, 132.0
+    """The loss of each window, for each loop."""
+    left, right, top, bottom = 44.0, WIDTH_UNITS - 6, 8.0, 132.0
     known = [v for values in picture.losses.values() for v in values if math.isfinite(v)]
     first = picture.losses["at once"][0] if picture.losses["at once"] else 1.0
     most = min(max(known, default=1.0), 1.6 * first if math.isfinite(first) else math.inf) or 1.0
@@ -203,11 +203,11 @@ def losses(picture: Picture) -> str:
         )
         said.append(f'{swatch} points="0,4 30,4"/></svg> {name} <b data-number="loss-{key}">{last}</b>')
     text = "; ".join(said) + f"; learning rate <b data-number=lr>{picture.lr:.4g}</b>."
-    return _figure("The loss of each window", text, f"0 0 {WIDE:.0f} 152", drawn)
+    return _figure("The loss of each window", text, f"0 0 {WIDTH_UNITS:.0f} 152", drawn)
 
 
 def doctor(picture: Picture) -> str:
-    """What the doctor says, in a sentence."""
+    """The verdict of the doctor, in a sentence."""
     sign, kind = ("✓", "right") if picture.is_healthy else ("✗", "bad")
     said = escape(picture.doctor[0].upper() + picture.doctor[1:])
     who = "The doctor, after three steps of this loop"
@@ -215,7 +215,7 @@ def doctor(picture: Picture) -> str:
 
 
 def _kind(picture: Picture) -> str:
-    """The colour of the loop shown: the kit's own, or that of one with a fault."""
+    """The class of the shown loop: gradacc's own, or one with a fault."""
     return "ours" if picture.settings.fault == "none" else "shown"
 
 
@@ -224,7 +224,7 @@ def _figure(title: str, text: str, box: str, drawn: Sequence[str]) -> str:
     return f"<figure><figcaption>{title}</figcaption>{svg}<p>{text}</p></figure>"
 
 
-def _padding(cells: Sequence[Cell]) -> float:
+def _padding(cells: Sequence[MicroBatchShape]) -> float:
     padded = sum(cell.padded_to * len(cell.tokens) for cell in cells)
     return 1 - sum(sum(cell.tokens) for cell in cells) / padded
 

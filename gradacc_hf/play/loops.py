@@ -1,11 +1,11 @@
-"""The loops that a page shows: the kit's own, that of its README, and the classic one with each mistake.
+"""The loops that the page shows: gradacc's own, as in the README, and the classic loop with each mistake.
 
-Each is a generator that says where it is: "forward", "backward" (the gradient has grown), "clip", "step",
-"zero" and "end" of a window; "skipped": Accelerate leaves a step or zero_grad out, as the window is not yet
-complete. `shown` gives its lines without that, and `line` the one where it stands.
+Each is a generator that yields where it is: "forward", "backward", "clip", "step", "zero" and "end" of a
+window. "skipped" means that Accelerate left out a step or zero_grad, because the window is not complete.
+`shown` returns the lines of a loop without the yields, `line` the latest line.
 
-The kit's windows are `WindowLoader`'s. The classic loop's are lists of (batch, its share of the window's
-items); but for its mistake, it is exact.
+The windows of gradacc's loop come from `WindowLoader`. The windows of the classic loop are lists of (batch,
+share of the window's items). Apart from the mistake, that loop is exact.
 """
 
 import inspect
@@ -133,12 +133,12 @@ FAULTS: dict[str, Loop] = {
 
 
 def shown(loop: Loop) -> list[str]:
-    """The lines of its body, without those that say where it is."""
+    """The lines of the body, without the yields."""
     return [text for _, text in _lines(loop)]
 
 
 def line(loop: Loop, running: Any) -> int | None:
-    """The line of `shown` that has just been run, from 0; None before the first."""
+    """The index of the latest line in `shown`; None before the first."""
     if running.gi_frame is None:
         return None
     now = running.gi_frame.f_lineno

@@ -1,4 +1,4 @@
-"""A model, what trains it, and what its forwards have shown."""
+"""A model with its optimizer and scheduler, and measurements of its forwards."""
 
 import copy
 from collections.abc import Iterable
@@ -9,24 +9,27 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.lr_scheduler import LambdaLR
 
-from gradacc_hf.play.settings import Settings
+from gradacc_hf.play.settings import PlaySettings
 
-WINDOWS = 200  # of a run; the learning rate falls to 0 over them
+WINDOWS = 200  # of a run, over which the learning rate falls to 0
 MOMENTUM = 0.9
 
 
 class Player:
-    """Trains a model by SGD with momentum; `like`: from where another one is.
+    """Trains a model by SGD with momentum.
 
-    `heard`: the losses of this window's forwards; `activations`: bytes that the latest has kept.
+    like: another player whose state is copied.
+    losses: of the forwards of this window.
+    activations: bytes that the latest forward keeps for its backward.
+    running: the generator of the loop.
     """
 
-    def __init__(self, model: torch.nn.Module, settings: Settings, like: "Player | None" = None):
+    def __init__(self, model: torch.nn.Module, settings: PlaySettings, like: "Player | None" = None):
         self.model = model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr_in_use, momentum=MOMENTUM)
         self.scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / WINDOWS))
-        self.running: Any = None  # its loop
-        self.heard: list[float] = []
+        self.running: Any = None  # set by the session
+        self.losses: list[float] = []
         self.activations = 0
         self._kept: dict[int, int] = {}
         self._listening = ExitStack()
@@ -38,26 +41,26 @@ class Player:
         model.register_forward_pre_hook(self._before)
         model.register_forward_hook(self._after)
 
-    def take(self, settings: Settings) -> None:
-        """Go on with another learning rate and precision."""
+    def take(self, settings: PlaySettings) -> None:
+        """Change the learning rate and the precision."""
         self.scheduler.base_lrs = [settings.lr_in_use]
         by = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
         self.optimizer.param_groups[0].update(initial_lr=settings.lr_in_use, lr=settings.lr_in_use * by)
-        self.optimizer.zero_grad()  # of a loop that leaves some to the next window
+        self.optimizer.zero_grad()  # a faulty loop may leave gradients
         in_precision(self.model, settings)
 
     @property
     def lr(self) -> float:
-        """Of its next step."""
+        """The learning rate of the next step."""
         return self.optimizer.param_groups[0]["lr"]
 
     @property
     def is_empty(self) -> bool:
-        """Has no gradient accumulated?"""
+        """Whether there is no gradient."""
         return all(p.grad is None for p in self.model.parameters())
 
     def bytes_held(self) -> dict[str, int]:
-        """By weights, gradients and the optimizer's states."""
+        """Bytes of weights, gradients and the optimizer's states."""
         weights = list(self.model.parameters())
         states = [s for p in weights for s in self.optimizer.state[p].values()]
         return {
@@ -79,11 +82,11 @@ class Player:
         self._listening.close()
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         self.activations = sum(size for where, size in self._kept.items() if where not in weights)
-        self.heard.append(float(outputs.loss.detach()))
+        self.losses.append(float(outputs.loss.detach()))
 
 
-def in_precision(model: torch.nn.Module, settings: Settings) -> torch.nn.Module:
-    """The model, with forwards in these settings' precision, as Accelerate prepares one."""
+def in_precision(model: torch.nn.Module, settings: PlaySettings) -> torch.nn.Module:
+    """The model, with its forward in the precision of the settings, as Accelerate prepares it."""
     vars(model).pop("forward", None)
     if settings.precision == "bf16":
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # type: ignore[method-assign]

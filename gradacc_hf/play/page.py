@@ -1,4 +1,4 @@
-"""The page: controls, pictures and the tour, put together with Gradio. What clicks do is `people.py`'s."""
+"""The page: controls, pictures and the tour, with Gradio. `sessions.py` defines what clicks do."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -15,8 +15,8 @@ from gradacc_hf.errors import InputError
 from gradacc_hf.play import drawing as pictures
 from gradacc_hf.play import tour
 from gradacc_hf.play.session import Picture
-from gradacc_hf.play.sessions import SPEEDS, People, Seen
-from gradacc_hf.play.settings import Fault, Lengths, ModelName, Precision, Settings, fitting, steps_of
+from gradacc_hf.play.sessions import SPEEDS, BrowserSessions, PageUpdate
+from gradacc_hf.play.settings import Fault, Lengths, ModelName, PlaySettings, Precision, fitting, steps_of
 
 HERE = Path(__file__).parent
 DRAWN: dict[str, Callable[[Picture], str]] = {
@@ -26,8 +26,8 @@ CONTROLS = (
     *("model", "micro_batch", "steps", "effective", "fault", "lengths"),
     *("lr", "max_grad_norm", "seed", "lr_scaling", "precision"),
 )
-FOLLOWING = ("micro_batch", "steps", "effective", "lr")  # that others may set
-WHOLE = ("micro_batch", "steps", "effective", "seed")  # numbers that come as 4.0
+FOLLOWING = ("micro_batch", "steps", "effective", "lr")  # may be set by other controls
+WHOLE = ("micro_batch", "steps", "effective", "seed")  # whole numbers, which arrive as 4.0
 BUTTONS = {
     "play": "▶ Play",
     "pause": "Pause",
@@ -39,21 +39,21 @@ BUTTONS = {
 KEYS = "<p class=keys>Keys: <kbd>p</kbd> play or pause, <kbd>l</kbd> line, <kbd>m</kbd> micro-batch, \
 <kbd>w</kbd> window, <kbd>r</kbd> restart.</p>"
 TITLE = """<h1>Gradient accumulation, while it happens</h1><p>Every number here comes from the loop below,
-which trains a small model in this moment. <b>Play</b> it, or go on step by step; change what you like.</p>"""
-# No font of another host's; nothing on this page asks for one.
+which trains a small model right now. <b>Play</b> it, or go on step by step; change any setting.</p>"""
+# System fonts only: the page loads nothing from other hosts.
 THEME: Any = gr.themes.Default(  # type: ignore[attr-defined]
     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
 
 
 class NoUploads:
-    """In front of the page: Gradio's every app would take files, and this one asks for none."""
+    """Middleware that refuses uploads. Every Gradio app accepts files, and this page needs none."""
 
     def __init__(self, app: Any):
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer what comes; for an upload, that there is no such thing."""
+        """Answer a request; an upload with 404."""
         is_upload = scope["type"] == "http" and "/upload" in scope["path"]
         await (Response(status_code=404) if is_upload else self._app)(scope, receive, send)
 
@@ -72,8 +72,8 @@ LAUNCH: dict[str, Any] = {
 }
 
 
-def build(people: People, first: Picture) -> gr.Blocks:
-    """The page; `first` is what there is to see before anybody has come."""
+def build(sessions: BrowserSessions, first: Picture) -> gr.Blocks:
+    """The page. `first`: the picture before a session has begun."""
     with gr.Blocks(
         title="Gradient accumulation, while it happens", analytics_enabled=False, fill_width=True
     ) as blocks:
@@ -118,24 +118,24 @@ def build(people: People, first: Picture) -> gr.Blocks:
             more = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private", **more}
             event(what, inputs, outputs, **more)
 
-        on(blocks.load, drawing(people.enter))
-        on(buttons["play"].click, drawing_on(people.play), trigger_mode="multiple")
-        on(buttons["pause"].click, drawing(people.pause))
-        on(buttons["restart"].click, restarted(people), named)
+        on(blocks.load, drawing(sessions.enter))
+        on(buttons["play"].click, drawing_on(sessions.play), trigger_mode="multiple")
+        on(buttons["pause"].click, drawing(sessions.pause))
+        on(buttons["restart"].click, restarted(sessions), named)
         for to in ("line", "micro-batch", "window"):
-            # One after the other: else the picture of the click before might come last.
-            on(buttons[to].click, drawing(people.go_on, to), trigger_mode="always_last")
-        on(speed.input, paced(people), speed)
+            # In sequence: otherwise the picture of an earlier click could arrive last.
+            on(buttons[to].click, drawing(sessions.go_on, to), trigger_mode="always_last")
+        on(speed.input, paced(sessions), speed)
         for name, control in controls.items():
             following = [controls[other] for other in FOLLOWING]
-            on(control.input, changed(people, name), named, [*following, *seen], trigger_mode="always_last")
+            on(control.input, changed(sessions, name), named, [*following, *seen], trigger_mode="always_last")
         for button, by in ((back, -1), (forth, 1)):
-            on(button.click, toured(people, by), at, [at, text, *named, *seen])
-        blocks.unload(closed(people))
+            on(button.click, toured(sessions, by), at, [at, text, *named, *seen])
+        blocks.unload(closed(sessions))
     return blocks
 
 
-def _controls(settings: Settings) -> dict[str, Any]:
+def _controls(settings: PlaySettings) -> dict[str, Any]:
     def number(name: str, label: str) -> Any:
         return gr.Number(getattr(settings, name), label=label, elem_id=name, min_width=90)
 
@@ -159,11 +159,11 @@ def _controls(settings: Settings) -> dict[str, Any]:
     return controls
 
 
-# What is on the page → what people.py is asked, and back
+# Events of the page → requests to sessions.py → what to draw
 
 
-def drawing(what: Callable[..., Seen], *given: Any) -> Callable[[gr.Request], list[Any]]:
-    """A click: ask, and draw what comes of it."""
+def drawing(what: Callable[..., PageUpdate], *given: Any) -> Callable[[gr.Request], list[Any]]:
+    """Handle a click: request, then draw the answer."""
 
     def clicked(request: gr.Request) -> list[Any]:
         return _drawn(what(_name(request), *given))
@@ -171,8 +171,8 @@ def drawing(what: Callable[..., Seen], *given: Any) -> Callable[[gr.Request], li
     return clicked
 
 
-def drawing_on(what: Callable[[str], Iterator[Seen]]) -> Callable[[gr.Request], Iterator[list[Any]]]:
-    """A click that is answered again and again."""
+def drawing_on(what: Callable[[str], Iterator[PageUpdate]]) -> Callable[[gr.Request], Iterator[list[Any]]]:
+    """Handle a click with a sequence of answers."""
 
     def clicked(request: gr.Request) -> Iterator[list[Any]]:
         before: list[Any] = []
@@ -185,41 +185,41 @@ def drawing_on(what: Callable[[str], Iterator[Seen]]) -> Callable[[gr.Request], 
     return clicked
 
 
-def paced(people: People) -> Callable[[str, gr.Request], list[Any]]:
-    """Another speed was chosen."""
+def paced(sessions: BrowserSessions) -> Callable[[str, gr.Request], list[Any]]:
+    """Handle a change of the speed."""
 
     def chosen(speed: str, request: gr.Request) -> list[Any]:
-        return _drawn(people.set_speed(_name(request), speed))
+        return _drawn(sessions.set_speed(_name(request), speed))
 
     return chosen
 
 
-def restarted(people: People) -> Callable[..., list[Any]]:
-    """The button: a run begins with what stands in the controls."""
+def restarted(sessions: BrowserSessions) -> Callable[..., list[Any]]:
+    """Handle the restart button: begin a run with the values of the controls."""
 
     def clicked(request: gr.Request, *values: Any) -> list[Any]:
         try:
             settings = _settings(_read(values))
         except InputError as error:
-            return _drawn(people.refuse(_name(request), str(error)))
-        return _drawn(people.restart(_name(request), settings))
+            return _drawn(sessions.refuse(_name(request), str(error)))
+        return _drawn(sessions.restart(_name(request), settings))
 
     return clicked
 
 
-def closed(people: People) -> Callable[[gr.Request], None]:
-    """The page was closed."""
+def closed(sessions: BrowserSessions) -> Callable[[gr.Request], None]:
+    """Handle the closing of the page."""
 
     def left(request: gr.Request) -> None:
-        people.leave(_name(request))
+        sessions.leave(_name(request))
 
     return left
 
 
-def changed(people: People, which: str) -> Callable[..., list[Any]]:
-    """A control was changed: of micro-batch size, steps and effective batch, any two set the third.
+def changed(sessions: BrowserSessions, which: str) -> Callable[..., list[Any]]:
+    """Handle a change of a control. Of micro-batch size, steps and effective batch, two set the third.
 
-    Another model comes with sizes and a learning rate that suit it.
+    Another model sets sizes and a learning rate that suit it.
     """
 
     def take(request: gr.Request, *values: Any) -> list[Any]:
@@ -232,48 +232,48 @@ def changed(people: People, which: str) -> Callable[..., list[Any]]:
                 given = given | {"steps": steps_of(given["effective"], given["micro_batch"])}
             settings = _settings(given)
         except InputError as error:
-            return [*unchanged, *_drawn(people.refuse(_name(request), str(error)))]
+            return [*unchanged, *_drawn(sessions.refuse(_name(request), str(error)))]
         now = asdict(settings) | {"effective": settings.effective}
         following = [gr.skip() if now[name] == before[name] else now[name] for name in FOLLOWING]
-        return [*following, *_drawn(people.change(_name(request), settings))]
+        return [*following, *_drawn(sessions.change(_name(request), settings))]
 
     return take
 
 
-def toured(people: People, by: int) -> Callable[[int, gr.Request], list[Any]]:
-    """A step of the tour, forth or back: its words, its settings, and a run that begins with them."""
+def toured(sessions: BrowserSessions, by: int) -> Callable[[int, gr.Request], list[Any]]:
+    """Handle a step of the tour, forward or back: show its text and begin a run with its settings."""
 
     def stepped(at: int, request: gr.Request) -> list[Any]:
         number = at + by
         if not -1 <= number < len(tour.STEPS):
             return [gr.skip()] * (2 + len(CONTROLS) + 1 + len(DRAWN))
-        settings = tour.STEPS[number].settings if number >= 0 else Settings()
+        settings = tour.STEPS[number].settings if number >= 0 else PlaySettings()
         values = asdict(settings) | {"effective": settings.effective}
-        seen = people.restart(_name(request), settings)
+        seen = sessions.restart(_name(request), settings)
         return [number, tour.page_of(number), *(values[name] for name in CONTROLS), *_drawn(seen)]
 
     return stepped
 
 
 def _read(values: Sequence[Any]) -> dict[str, Any]:
-    """What stands in the controls; whole numbers come as 4.0."""
+    """The values of the controls, with whole numbers as integers."""
     given = dict(zip(CONTROLS, values, strict=True))
     whole = (name for name in WHOLE if isinstance(given[name], float) and given[name].is_integer())
     return given | {name: int(given[name]) for name in whole}
 
 
-def _settings(given: dict[str, Any]) -> Settings:
-    return Settings(**{name: value for name, value in given.items() if name != "effective"})
+def _settings(given: dict[str, Any]) -> PlaySettings:
+    return PlaySettings(**{name: value for name, value in given.items() if name != "effective"})
 
 
 def _name(request: gr.Request) -> str:
-    """Of the browser's session. Raises gr.Error for who has none, and so no page."""
+    """The name of the browser session. Raises gr.Error for a request without a session."""
     if not request.session_hash:
         raise gr.Error("found no session: open the page in a browser")
     return request.session_hash
 
 
-def _drawn(seen: Seen) -> list[Any]:
+def _drawn(seen: PageUpdate) -> list[Any]:
     kind = "bad" if seen.is_wrong else "note"
     ended = " data-ended" * seen.has_ended
     message = f'<p class="message {kind}"{ended}>{escape(seen.message)}</p>' if seen.message else ""

@@ -1,4 +1,4 @@
-"""Imported by the server that workers are forked from: all that they have in common, once."""
+"""Imported once by the server from which workers are forked: all that they share."""
 
 from typing import get_args
 

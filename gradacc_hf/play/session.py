@@ -1,8 +1,8 @@
-"""One person's training run, micro-batch by micro-batch, and what it is seen beside.
+"""One training run on the page, micro-batch by micro-batch, beside its references.
 
-A `Session` trains up to three copies of a model on the same windows: by the loop that is shown, at once (each
-window as one batch), and, where the loop shown has a fault, by the kit's. It knows no page: `advance` goes on
-to a stop of the loop shown, `picture` is what there is to see there, as plain data.
+A `Session` trains up to three copies of a model on the same windows: by the shown loop, at once (each window
+as one batch), and, if the shown loop has a fault, by gradacc's loop. It does not depend on the page:
+`advance` runs the shown loop to its next stop, and `picture` returns the state there as plain data.
 """
 
 import math
@@ -31,20 +31,20 @@ from gradacc_hf.accumulation.window import Window
 from gradacc_hf.doctor import Diagnosis, diagnose
 from gradacc_hf.play.loops import FAULTS, Loop, Stop, line, ours, shown
 from gradacc_hf.play.model_runner import WINDOWS, Player, in_precision
-from gradacc_hf.play.settings import Settings, begins_anew
+from gradacc_hf.play.settings import PlaySettings, starts_new_run
 from gradacc_hf.play.toy_tasks import problem
 
-CUT = Cost(fixed=1e9)  # into as few micro-batches as there can be
-LOOKED_AT = 3  # windows, by the doctor
-WARM = 5  # windows, before times are said
-TOLERANCE = {"fp32": EXACT, "bf16": 2e-2}  # relative error of a gradient that is right
+FEWEST_MICRO_BATCHES = Cost(fixed=1e9)  # gives the fewest micro-batches
+DIAGNOSED_WINDOWS = 3  # by the doctor
+MIN_TIMED_WINDOWS = 5  # before times are shown
+GRADIENT_RTOL = {"fp32": EXACT, "bf16": 2e-2}  # of a correct gradient
 To = Literal["line", "micro-batch", "window"]
 Who = Literal["shown", "at once", "ours"]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One micro-batch of a window: the tokens of each example, and what they are padded to."""
+class MicroBatchShape:
+    """One micro-batch of a window: the tokens of each example, and the length after padding."""
 
     tokens: tuple[int, ...]
     padded_to: int
@@ -52,8 +52,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a step holds, measured: weights, gradients, the optimizer's states, and the activations that
-    a forward keeps for its backward, of the largest micro-batch so far and of the largest window at once.
+    """Measured bytes of a step: weights, gradients, the optimizer's states, and activations.
+
+    activations: of the largest micro-batch so far.
+    activations_at_once: of the largest whole window so far.
     """
 
     parameters: int = 0
@@ -65,22 +67,36 @@ class Memory:
 
 @dataclass(frozen=True)
 class Picture:
-    """What there is to see at a stop.
+    """The state of a session at a stop, as plain data. Values that are not finite are kept.
 
-    `cells`: the window's micro-batches, of which so many are `done`. `norms`: of the accumulated gradient
-    after each one's backward; `is_empty`: there is none by now. `whole_norm`: of the window at once, the
-    `largest` so far; `error`: how far the gradient was from it after the latest backward, relative.
-    `losses`: of each window, by whose loop. `changes`: windows with which settings changed. `seconds`: of a
-    window's forwards and backwards, by the loop shown and at once, medians so far; 0 before there are some.
-    What is not finite is as it is.
+    settings: of the run.
+    code: lines of the shown loop.
+    line: index of the latest line; None before the first.
+    stop: where the loop stopped.
+    window: number of the window, from 0.
+    cells: micro-batches of the window.
+    done: how many of them have had their backward.
+    norms: of the accumulated gradient, after each backward.
+    is_empty: whether there is no gradient now.
+    whole_norm: norm of the gradient of the whole window.
+    largest: the largest such norm so far.
+    error: relative error of the gradient after the latest backward.
+    memory: measured bytes.
+    losses: of each window, by loop.
+    changes: windows in which settings changed.
+    seconds: medians for a window, of the shown loop and at once; 0 before enough windows were timed.
+    lr: learning rate of the next step.
+    doctor: verdict of the doctor.
+    is_healthy: whether that verdict is good.
+    is_over: whether the run has ended.
     """
 
-    settings: Settings
+    settings: PlaySettings
     code: tuple[str, ...]
     line: int | None
     stop: Stop | None
     window: int
-    cells: tuple[Cell, ...]
+    cells: tuple[MicroBatchShape, ...]
     done: int
     norms: tuple[float, ...]
     is_empty: bool
@@ -98,41 +114,41 @@ class Picture:
 
     @property
     def is_right(self) -> bool:
-        """Is the accumulated gradient that of the window at once, to the rounding of the precision?
+        """Whether the accumulated gradient equals the whole window's, up to rounding in this precision.
 
-        Near a minimum, where gradients vanish, rounding is that of the `largest` norm that there was.
+        Near a minimum, where gradients vanish, rounding is relative to the `largest` norm so far.
         """
-        allowed = TOLERANCE[self.settings.precision]
+        allowed = GRADIENT_RTOL[self.settings.precision]
         return self.error <= allowed or self.error * self.whole_norm <= allowed * self.largest / 10
 
     @property
     def has_diverged(self) -> bool:
-        """Is the gradient, or that of the window at once, not finite?"""
+        """Whether the gradient, or the whole window's gradient, is not finite."""
         return not all(map(math.isfinite, (*self.norms, self.whole_norm)))
 
 
 class Session:
-    """A run of one person's, at its beginning when it is made."""
+    """A training run; a new session is at its beginning."""
 
-    def __init__(self, settings: Settings = Settings()):
+    def __init__(self, settings: PlaySettings = PlaySettings()):
         self._accelerator = Accelerator(cpu=True)
         self.begin(settings)
 
-    def change(self, settings: Settings) -> None:
-        """Go on with these from the next window on; with another model, lengths or seed begin anew there."""
+    def change(self, settings: PlaySettings) -> None:
+        """Use these settings from the next window on. Another model, lengths or seed begin a new run."""
         if settings == self._wanted:
             return
         self._wanted = settings
         if self._stop is None:
             self.restart()
 
-    def begin(self, settings: Settings) -> None:
-        """Begin anew, with these."""
+    def begin(self, settings: PlaySettings) -> None:
+        """Begin a new run with these settings."""
         self._wanted = settings
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew, with the settings that are wanted."""
+        """Begin a new run with the latest settings."""
         self.settings = settings = self._wanted
         self._problem = problem(settings.model, settings.lengths)
         self._shown, self._at_once = (Player(self._new_model(), settings) for _ in range(2))
@@ -145,7 +161,7 @@ class Session:
         self._prepare()
 
     def advance(self, to: To = "line") -> None:
-        """Go on: to the next line of the loop's, its next backward, or the last backward of a window."""
+        """Run the shown loop to its next line, its next backward, or the last backward of a window."""
         while not self.is_over:
             self._go_on()
             backward = self._stop == "backward"
@@ -154,16 +170,16 @@ class Session:
 
     @property
     def is_over(self) -> bool:
-        """Has it come to the end of its windows?"""
+        """Whether the last window is complete."""
         return self._window_number == WINDOWS - 1 and self._stop == "end"
 
     @property
     def loop(self) -> Loop:
-        """The one that is shown."""
+        """The shown loop."""
         return FAULTS.get(self.settings.fault, ours)
 
     def picture(self) -> Picture:
-        """What there is to see."""
+        """The state at this stop."""
         by_loop, at_once = self._seconds
         return Picture(
             settings=self.settings,
@@ -181,9 +197,9 @@ class Session:
             memory=self._memory,
             losses={who: tuple(losses) for who, losses in self._losses.items()},
             changes=tuple(self._changes),
-            seconds=(median(by_loop), median(at_once)) if len(by_loop) >= WARM else (0.0, 0.0),
+            seconds=(median(by_loop), median(at_once)) if len(by_loop) >= MIN_TIMED_WINDOWS else (0.0, 0.0),
             lr=self._shown.lr,
-            doctor=self._doctor_says,
+            doctor=self._verdict,
             is_healthy=self._is_healthy,
             is_over=self.is_over,
         )
@@ -191,12 +207,12 @@ class Session:
     # Windows of these settings
 
     def _prepare(self) -> None:
-        """A loader, the loops, and what the doctor says of the one that is shown."""
+        """Make a loader and the loops, and diagnose the shown loop."""
         for player in self._players:
             player.take(self.settings)
         in_precision(self._scratch, self.settings)
         self._memory, self._seconds = Memory(), ([], [])
-        self._doctor_says, self._is_healthy = self._ask_the_doctor()
+        self._verdict, self._is_healthy = self._diagnose_loop()
         self._loader = self._new_loader()
         self._windows = _endless(self._loader)
         forget_prepared_optimizers(self._accelerator)
@@ -219,8 +235,8 @@ class Session:
             micro_batch_size=self.settings.micro_batch,
             collate_fn=self._problem.collate,
             num_items=self._problem.num_items,
-            cost=CUT,
-            seed=self.settings.seed + len(self._changes),  # else the same examples would come again
+            cost=FEWEST_MICRO_BATCHES,
+            seed=self.settings.seed + len(self._changes),  # otherwise the same examples would repeat
             accelerator=self._accelerator,
         )
 
@@ -232,38 +248,38 @@ class Session:
         return loop(player.model, optimizer, player.scheduler, windows, self._accelerator, max_norm)
 
     def _feed(self, loop: Loop) -> Iterator[Any]:
-        """The window at hand, whenever a loop asks for the next."""
+        """Yield the current window whenever a loop takes the next one."""
         while True:
             yield self._window if loop is ours else self._classic
 
-    def _ask_the_doctor(self) -> tuple[str, bool]:
-        """What it says of the loop shown, which trains a copy for a few windows. Is it healthy?"""
+    def _diagnose_loop(self) -> tuple[str, bool]:
+        """Diagnose the shown loop on a copy for a few windows: the verdict, and whether it is healthy."""
         copied = Player(self._new_model(), self.settings, like=self._shown)
         loader = self._new_loader()
-        windows: Iterator[Any] = islice(_endless(loader), LOOKED_AT)
+        windows: Iterator[Any] = islice(_endless(loader), DIAGNOSED_WINDOWS)
         if self.loop is not ours:
             windows = (_classic(loader, window) for window in windows)
         forget_prepared_optimizers(self._accelerator)
-        asked: Any = {"windows": LOOKED_AT, "accumulation_steps": self.settings.steps}
+        asked: Any = {"windows": DIAGNOSED_WINDOWS, "accumulation_steps": self.settings.steps}
         with diagnose(copied.model, copied.optimizer, say=lambda report: None, **asked) as diagnosis:
             for _ in self._run(copied, self.loop, windows):
                 pass
-        if not all(map(math.isfinite, copied.heard)):
+        if not all(map(math.isfinite, copied.losses)):
             return "the training has diverged: no gradient of it can be compared", False
         return in_a_sentence(diagnosis), diagnosis.healthy
 
-    def _take_what_is_wanted(self) -> None:
+    def _apply_settings(self) -> None:
         before, self.settings = self.settings, self._wanted
-        if begins_anew(before, self.settings):
+        if starts_new_run(before, self.settings):
             self.restart()
             return
         self._changes.append(self._window_number)
         if self.settings.fault != before.fault:
-            self._go_on_from_ours()
+            self._switch_loop()
         self._prepare()
 
-    def _go_on_from_ours(self) -> None:
-        """Another loop is to be shown: it begins where the kit's is."""
+    def _switch_loop(self) -> None:
+        """Show another loop, beginning with the state of gradacc's loop."""
         right = self._ours or self._shown
         losses = self._losses.get("ours", self._losses["shown"])
         self._shown, self._ours, self._losses["shown"] = right, None, losses
@@ -275,17 +291,17 @@ class Session:
     # One window
 
     def _begin_window(self) -> None:
-        """Take the next one; train at once on it, and know the gradient that the loop shown is to come to."""
+        """Take the next window, train on it at once, and compute the reference gradient."""
         self._window: Window = next(self._windows)
         self._classic = _classic(self._loader, self._window)
-        self._cells = tuple(map(self._cell, _pieces(self._loader, self._window)))
+        self._cells = tuple(map(self._shape, _micro_batches(self._loader, self._window)))
         self._stop: Stop | None = None
         self._done, self._norms, self._error, self._busy = 0, [], math.nan, 0.0
         whole = self._loader.collated(self._window.indices).batch
         self._scratch.load_state_dict(self._shown.model.state_dict())
         self._whole = whole_window_gradient(self._scratch, whole)
         for player in self._players:
-            player.heard = []
+            player.losses = []
         begun = time.perf_counter()
         self._at_once.model(**whole).loss.backward()
         self._seconds[1].append(time.perf_counter() - begun)
@@ -294,16 +310,16 @@ class Session:
         self._at_once.optimizer.zero_grad()
         self._at_once.scheduler.step()
 
-    def _cell(self, piece: Any) -> Cell:
-        tokens = tuple(len(self._problem.examples[i].get("input_ids", [0])) for i in piece)
-        return Cell(tokens, max(tokens))
+    def _shape(self, indices: Any) -> MicroBatchShape:
+        tokens = tuple(len(self._problem.examples[i].get("input_ids", [0])) for i in indices)
+        return MicroBatchShape(tokens, max(tokens))
 
     def _go_on(self) -> None:
-        """To the next stop of the loop shown; the kit's, where there is one beside it, keeps up."""
+        """Run to the next stop of the shown loop; gradacc's loop, if it runs beside, keeps up."""
         if self._stop == "end":
             self._window_number += 1
             if self._wanted != self.settings:
-                self._take_what_is_wanted()
+                self._apply_settings()
             else:
                 self._begin_window()
         begun = time.perf_counter()
@@ -317,16 +333,16 @@ class Session:
                 pass
         if self._stop == "backward" and self._done == len(self._cells):
             self._seconds[0].append(self._busy)
-            self._losses["at once"].append(self._at_once.heard[0])
+            self._losses["at once"].append(self._at_once.losses[0])
             trained: tuple[tuple[Who, Player | None], ...] = (("shown", self._shown), ("ours", self._ours))
             for who, player in trained:
                 if player is not None:
                     shares = [share for _, share in self._classic]
-                    mean = sum(n * loss for n, loss in zip(shares, player.heard, strict=True))
+                    mean = sum(n * loss for n, loss in zip(shares, player.losses, strict=True))
                     self._losses[who].append(mean)
 
     def _look(self) -> None:
-        """At the gradient, and what is held."""
+        """Measure the gradient and the memory."""
         self._done += 1
         gradient = read_gradient(self._shown.model)
         self._norms.append(norm(gradient))
@@ -335,7 +351,7 @@ class Session:
         held = self._shown.bytes_held()
         held["optimizer"] = self._at_once.bytes_held()[
             "optimizer"
-        ]  # the same, and there before the first step
+        ]  # the same, but present before the first step
         self._memory = replace(
             self._memory,
             **held,
@@ -345,7 +361,7 @@ class Session:
 
 
 def in_a_sentence(diagnosis: Diagnosis) -> str:
-    """What the doctor says: the first finding with its evidence, or what it found right."""
+    """The first finding with its evidence, or the first thing that is right."""
     if found := diagnosis.findings:
         return f"{found[0].what}: {re.sub(r' [(][^)]*[)]', '', found[0].evidence)}"
     right = [said.removeprefix("✓ ") for said in str(diagnosis).splitlines() if said.startswith("✓ ")]
@@ -357,11 +373,11 @@ def _endless(loader: WindowLoader) -> Iterator[Window]:
         yield from loader
 
 
-def _pieces(loader: WindowLoader, window: Window) -> Any:
+def _micro_batches(loader: WindowLoader, window: Window) -> Any:
     return loader.split(window.epoch, window.number).processes[0]
 
 
 def _classic(loader: WindowLoader, window: Window) -> list[tuple[Any, float]]:
-    """A window for a loop without the kit: its micro-batches, each with its share of the items."""
-    collated = [loader.collated(piece) for piece in _pieces(loader, window)]
+    """A window for the classic loop: its micro-batches, each with its share of the items."""
+    collated = [loader.collated(indices) for indices in _micro_batches(loader, window)]
     return [(each.batch, each.num_items / window.num_items) for each in collated]

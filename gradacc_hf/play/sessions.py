@@ -1,4 +1,4 @@
-"""Who looks at the page, and what their clicks do: each has a worker, settings, and plays or pauses."""
+"""Browser sessions and what their clicks do. Each has a worker, settings, and plays or pauses."""
 
 import threading
 import time
@@ -9,21 +9,25 @@ from typing import Any
 
 from gradacc_hf.errors import one_line
 from gradacc_hf.play.session import Picture, To
-from gradacc_hf.play.settings import Settings, begins_anew
+from gradacc_hf.play.settings import PlaySettings, starts_new_run
 from gradacc_hf.play.workers import Worker, WorkerGoneError, Workers
 
-SPEEDS: dict[str, tuple[To, float]] = {  # to where, and seconds from one picture to the next
+SPEEDS: dict[str, tuple[To, float]] = {  # the next stop, and seconds between pictures
     "lines": ("line", 0.4),
     "micro-batches": ("micro-batch", 0.08),
     "windows": ("window", 0.08),
 }
-LONGEST_PLAY = 600.0  # seconds without a click
+MAX_PLAY_SECONDS = 600.0  # seconds without a click
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a click comes to: a message, "" for none, and a picture. `is_wrong`: it says what is wrong;
-    `has_ended`: nothing plays any more.
+class PageUpdate:
+    """The answer to a click.
+
+    message: "" for none.
+    is_wrong: whether the message is an error.
+    has_ended: whether nothing plays any more.
+    picture: what to draw; None to keep what is drawn.
     """
 
     message: str = ""
@@ -33,34 +37,38 @@ class Seen:
 
 
 @dataclass
-class Person:
-    """One of them. `playing`: a token; who plays goes on as long as it is theirs."""
+class BrowserSession:
+    """One browser session.
+
+    playing: token of the loop that plays; another token, or None, ends that loop.
+    refused: why the values in the controls are not allowed; "" if they are.
+    """
 
     worker: Worker
-    settings: Settings = field(default_factory=Settings)
+    settings: PlaySettings = field(default_factory=PlaySettings)
     speed: str = "micro-batches"
     playing: object | None = None
-    refused: str = ""  # why what stands in a control is not taken
+    refused: str = ""
 
-    def take(self, settings: Settings) -> None:
-        """They have set these."""
+    def take(self, settings: PlaySettings) -> None:
+        """Set these settings."""
         self.settings, self.refused = settings, ""
 
 
-class People:
-    """All of them, by the name of their browser's session. Whatever goes wrong is a message."""
+class BrowserSessions:
+    """All browser sessions, by name. Every error becomes a message."""
 
     def __init__(self, workers: Workers):
         self._workers, self._lock = workers, threading.Lock()
-        self._by_name: dict[str, Person] = {}
-        self._left: deque[str] = deque(maxlen=1000)  # what they have clicked last may come later
+        self._by_name: dict[str, BrowserSession] = {}
+        self._left: deque[str] = deque(maxlen=1000)  # their last click may arrive later
 
-    def enter(self, name: str) -> Seen:
-        """Somebody opens the page."""
+    def enter(self, name: str) -> PageUpdate:
+        """The page is opened."""
         return self._ask(name, "picture")
 
     def leave(self, name: str) -> None:
-        """The page is closed: their training ends."""
+        """The page is closed. Its training ends."""
         with self._lock:
             self._left.append(name)
             person = self._by_name.pop(name, None)
@@ -68,17 +76,17 @@ class People:
             person.playing = None
         self._workers.leave(name)
 
-    def pause(self, name: str) -> Seen:
-        """Stop where it is."""
+    def pause(self, name: str) -> PageUpdate:
+        """Pause."""
         return self._ask(name, "picture", first=_pause)
 
-    def go_on(self, name: str, to: To) -> Seen:
-        """Go on by so much, and pause there."""
+    def go_on(self, name: str, to: To) -> PageUpdate:
+        """Advance to the next stop of this kind, and pause."""
         return self._ask(name, "advance", to, first=_pause)
 
-    def play(self, name: str) -> Iterator[Seen]:
-        """Go on and on, until there is a pause, the end, or nobody."""
-        token, until = object(), time.monotonic() + LONGEST_PLAY
+    def play(self, name: str) -> Iterator[PageUpdate]:
+        """Advance until a pause, the end of the run, or the end of the session."""
+        token, until = object(), time.monotonic() + MAX_PLAY_SECONDS
         seen = self._ask(name, "picture", first=lambda person: setattr(person, "playing", token))
         person = self._by_name.get(name)
         if seen.picture is None or person is None:
@@ -87,33 +95,33 @@ class People:
         while person.playing is token:
             begun = time.monotonic()
             if begun > until:
-                yield Seen("Paused after ten minutes: press play to go on.", has_ended=True)
+                yield PageUpdate("Paused after ten minutes: press play to go on.", has_ended=True)
                 return
             to, pace = SPEEDS[person.speed]
             seen = self._ask(name, "advance", to)
             if person.playing is not token:
-                return  # what came in between has shown what there is to see
+                return  # a click in between has drawn the picture already
             yield seen
             if seen.has_ended:
                 return
             time.sleep(max(0.0, pace - (time.monotonic() - begun)))
 
-    def set_speed(self, name: str, speed: str) -> Seen:
-        """How fast it plays, from now on."""
+    def set_speed(self, name: str, speed: str) -> PageUpdate:
+        """Set the speed of playing."""
         return self._ask(name, "picture", first=lambda person: setattr(person, "speed", speed))
 
-    def change(self, name: str, settings: Settings) -> Seen:
-        """Go on with these settings, from the next window on."""
+    def change(self, name: str, settings: PlaySettings) -> PageUpdate:
+        """Use these settings from the next window on."""
         return self._ask(name, "change", settings, first=lambda person: person.take(settings))
 
-    def refuse(self, name: str, why: str) -> Seen:
-        """What stands in a control cannot be, which is said until it can; all goes on as it was."""
+    def refuse(self, name: str, why: str) -> PageUpdate:
+        """Show why a value is not allowed, until it is. The run is not affected."""
         return self._ask(name, "picture", first=lambda person: setattr(person, "refused", why))
 
-    def restart(self, name: str, settings: Settings) -> Seen:
-        """Begin anew, with these settings; also where the training process has ended."""
+    def restart(self, name: str, settings: PlaySettings) -> PageUpdate:
+        """Begin a new run with these settings, also if the training process has ended."""
 
-        def first(person: Person) -> None:
+        def first(person: BrowserSession) -> None:
             _pause(person)
             person.take(settings)
             if not person.worker.is_alive:
@@ -125,34 +133,34 @@ class People:
                 self._left.remove(name)
         return self._ask(name, "begin", settings, first=first)
 
-    def _person(self, name: str) -> Person:
+    def _session(self, name: str) -> BrowserSession:
         with self._lock:
             if name in self._left:
                 raise WorkerGoneError("this page was closed")
             if name not in self._by_name:
-                self._by_name[name] = Person(self._workers.of(name))
+                self._by_name[name] = BrowserSession(self._workers.of(name))
             return self._by_name[name]
 
     def _ask(
-        self, name: str, what: str, *given: Any, first: Callable[[Person], None] = lambda person: None
-    ) -> Seen:
+        self, name: str, what: str, *given: Any, first: Callable[[BrowserSession], None] = lambda person: None
+    ) -> PageUpdate:
         try:
-            person = self._person(name)
+            person = self._session(name)
             first(person)
             picture = person.worker.ask(what, *given)
         except WorkerGoneError as error:
-            return Seen(f"{error}: press restart", is_wrong=True, has_ended=True)
+            return PageUpdate(f"{error}: press restart", is_wrong=True, has_ended=True)
         except Exception as error:
-            return Seen(one_line(error), is_wrong=True, has_ended=True)
+            return PageUpdate(one_line(error), is_wrong=True, has_ended=True)
         if person.refused:
-            return Seen(person.refused, is_wrong=True, picture=picture)
+            return PageUpdate(person.refused, is_wrong=True, picture=picture)
         if picture.is_over:
-            return Seen("The run is over. Restart begins a new one.", has_ended=True, picture=picture)
+            return PageUpdate("The run is over. Restart begins a new one.", has_ended=True, picture=picture)
         if picture.settings == person.settings:
-            return Seen(picture=picture)
-        anew = " and begins a new run" * begins_anew(picture.settings, person.settings)
-        return Seen(f"The change takes effect at the next window{anew}.", picture=picture)
+            return PageUpdate(picture=picture)
+        new_run = " and begins a new run" * starts_new_run(picture.settings, person.settings)
+        return PageUpdate(f"The change takes effect at the next window{new_run}.", picture=picture)
 
 
-def _pause(person: Person) -> None:
+def _pause(person: BrowserSession) -> None:
     person.playing = None

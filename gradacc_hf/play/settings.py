@@ -1,4 +1,4 @@
-"""What a person sets on the page, and what is allowed."""
+"""The settings of a run on the page, and their allowed values."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,17 +18,20 @@ Fault = Literal[
     "scheduler on every micro-batch",
 ]
 LINE, TRANSFORMER, WITH_BATCH_NORM = get_args(ModelName)
-REFERENCE = 16  # examples, in the window that the learning rate is meant for
-MOST = {"micro_batch": 32, "steps": 16, "seed": 9999, "lr": 10.0, "max_grad_norm": 1000.0}
-MOST_EXAMPLES = {LINE: 8, TRANSFORMER: 64, WITH_BATCH_NORM: 64}  # in a window
+REFERENCE_EXAMPLES = 16  # of the window for which the learning rate is stated
+MAX_SETTING = {"micro_batch": 32, "steps": 16, "seed": 9999, "lr": 10.0, "max_grad_norm": 1000.0}
+MAX_WINDOW_EXAMPLES = {LINE: 8, TRANSFORMER: 64, WITH_BATCH_NORM: 64}  # of a window
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A run's. Raises InputError, in one line, for what cannot be.
+class PlaySettings:
+    """The settings of a run. Raises InputError, in one line, for values that are not allowed.
 
-    `micro_batch`: examples; `steps`: micro-batches of a window; their product is the effective batch size.
-    `max_grad_norm` 0: no clipping. `lr` is meant for windows of 16 examples; `lr_scaling`: how it follows.
+    micro_batch: examples of a micro-batch.
+    steps: micro-batches of a window.
+    lr: learning rate for windows of 16 examples.
+    lr_scaling: how the learning rate depends on the size of the window.
+    max_grad_norm: 0 for no clipping.
     """
 
     model: ModelName = "small transformer"
@@ -54,52 +57,52 @@ class Settings:
                 _refuse(name, getattr(self, name), f"one of: {', '.join(get_args(kind))}")
         for name in ("micro_batch", "steps", "seed"):
             least = int(name != "seed")
-            if not _is_whole(value := getattr(self, name)) or not least <= value <= MOST[name]:
-                _refuse(name, value, f"a whole number from {least} to {MOST[name]}")
+            if not _is_whole(value := getattr(self, name)) or not least <= value <= MAX_SETTING[name]:
+                _refuse(name, value, f"a whole number from {least} to {MAX_SETTING[name]}")
         for name in ("lr", "max_grad_norm"):
             value, least = getattr(self, name), "above 0" if name == "lr" else "from 0 (off)"
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not (0 < value <= MOST[name] or (value == 0 and name != "lr")):
-                _refuse(name, value, f"a number {least} to {MOST[name]:g}")
-        if self.effective > (most := MOST_EXAMPLES[self.model]):
+            if not is_number or not (0 < value <= MAX_SETTING[name] or (value == 0 and name != "lr")):
+                _refuse(name, value, f"a number {least} to {MAX_SETTING[name]:g}")
+        if self.effective > (most := MAX_WINDOW_EXAMPLES[self.model]):
             product = f"{self.micro_batch} × {self.steps} = {self.effective}"
             _refuse("effective", product, f"up to {most} examples in a window, with the {self.model}")
 
     @property
     def effective(self) -> int:
-        """Examples of a window."""
+        """The effective batch size: examples of a window."""
         return self.micro_batch * self.steps
 
     @property
     def lr_in_use(self) -> float:
-        """The learning rate that a run begins with, scaled by the rule."""
-        return self.lr * lr_factor(self.lr_scaling, self.effective, REFERENCE)
+        """The initial learning rate, scaled by the rule."""
+        return self.lr * lr_factor(self.lr_scaling, self.effective, REFERENCE_EXAMPLES)
 
 
 def fitting(model: ModelName) -> dict[str, Any]:
-    """Sizes and a learning rate that suit a model: the defaults suit a transformer."""
+    """The sizes and the learning rate that suit a model."""
     if model == LINE:
         return {"micro_batch": 2, "steps": 2, "lr": 0.01}
-    return {name: getattr(Settings, name) for name in ("micro_batch", "steps", "lr")}
+    return {name: getattr(PlaySettings, name) for name in ("micro_batch", "steps", "lr")}
 
 
-def begins_anew(before: Settings, after: Settings) -> bool:
-    """Is this another run, not the same one that goes on in another way?"""
+def starts_new_run(before: PlaySettings, after: PlaySettings) -> bool:
+    """Whether the change of settings needs a new run."""
     return any(getattr(before, name) != getattr(after, name) for name in ("model", "lengths", "seed"))
 
 
 def steps_of(effective: Any, micro_batch: Any) -> int:
-    """The accumulation steps that make micro-batches a window of so many examples. Raises InputError."""
+    """The accumulation steps for this effective batch size. Raises InputError if it is no multiple."""
     if not _is_whole(micro_batch) or micro_batch < 1:
-        _refuse("micro_batch", micro_batch, f"a whole number from 1 to {MOST['micro_batch']}")
-    if not _is_whole(effective) or not 1 <= effective <= max(MOST_EXAMPLES.values()):
-        _refuse("effective", effective, f"a whole number from 1 to {max(MOST_EXAMPLES.values())}")
+        _refuse("micro_batch", micro_batch, f"a whole number from 1 to {MAX_SETTING['micro_batch']}")
+    if not _is_whole(effective) or not 1 <= effective <= max(MAX_WINDOW_EXAMPLES.values()):
+        _refuse("effective", effective, f"a whole number from 1 to {max(MAX_WINDOW_EXAMPLES.values())}")
     if effective % micro_batch:
         _refuse("effective", effective, f"a multiple of the micro-batch size, {micro_batch}")
     return effective // micro_batch
 
 
-CALLED = {
+DISPLAY_NAMES = {
     "micro_batch": "micro-batch size",
     "steps": "accumulation steps",
     "effective": "effective batch size",
@@ -111,7 +114,7 @@ CALLED = {
 
 def _refuse(name: str, value: Any, allowed: str) -> None:
     found = "nothing" if value is None else value
-    raise InputError(f"{CALLED.get(name, name)}: found {found}; allowed: {allowed}")
+    raise InputError(f"{DISPLAY_NAMES.get(name, name)}: found {found}; allowed: {allowed}")
 
 
 def _is_whole(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A folder that is a working Space on the Hub: the page, this package, and what both need."""
+"""Write a folder that is a working Space on the Hub: the page, this package, and the requirements."""
 
 import shutil
 from importlib import metadata
@@ -32,7 +32,7 @@ short_description: A real loop, watched micro-batch by micro-batch
 ---
 
 What gradient accumulation does, and what it does not: the loop of gradacc-hf {version} trains a small model,
-and every number on the page is that of the moment. Written by `gradacc play --space`; it needs a CPU,
+and every number on the page is measured while it runs. Written by `gradacc play --space`; it needs a CPU,
 no network, and no secret.
 """
 
@@ -40,12 +40,12 @@ no network, and no secret.
 def write_space(folder: Path) -> Path:
     """Write the Space, to push with `hf upload` or to run its app.py. Raises InputError if it exists."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--space: {folder} is there already, and nothing is overwritten: give a new folder")
+        raise InputError(f"--space: {folder} exists, and nothing is overwritten: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     package = folder / "gradacc_hf"
     ignored = shutil.ignore_patterns("__pycache__", "_kit")
     shutil.copytree(Path(gradacc_hf.__file__).parent, package, ignore=ignored)
-    for name in ("recipes", "configs"):  # where an installed package has them
+    for name in ("recipes", "configs"):  # as in an installed package
         shutil.copytree(bundle_root() / name, package / "_kit" / name, ignore=ignored)
     versions = {"gradio": metadata.version("gradio"), "version": metadata.version("gradacc-hf")}
     write_whole(folder / "README.md", README.format(**versions))

@@ -1,11 +1,11 @@
-"""A tour of the page in seven steps: each sets the controls, says what to watch, and leads into lessons."""
+"""A tour of the page in seven steps. Each sets the controls, names what to watch, and links lessons."""
 
 from dataclasses import dataclass
 from functools import cache
 from html import escape
 
 from gradacc_hf.lessons import question
-from gradacc_hf.play.settings import WITH_BATCH_NORM, Settings
+from gradacc_hf.play.settings import WITH_BATCH_NORM, PlaySettings
 from gradacc_hf.utils.paths import bundle_root
 
 
@@ -16,7 +16,7 @@ class Step:
     title: str
     says: str
     watch: str
-    settings: Settings
+    settings: PlaySettings
     lessons: tuple[str, ...]
 
 
@@ -27,25 +27,25 @@ STEPS = (
         "twice as many. Weights, gradients and the optimizer's states stay as they are. Here all 32 "
         "examples go at once.",
         "Go on by <b>one window</b>, and look at <b>memory</b>: nearly all of it are activations.",
-        Settings(micro_batch=32, steps=1),
+        PlaySettings(micro_batch=32, steps=1),
         ("memory",),
     ),
     Step(
         "Split the batch",
-        "The same 32 examples, cut into 8 micro-batches of 4, by length, so that each pads little. "
-        "One optimizer step is a <i>window</i>; it does not matter to the mathematics how it is cut.",
+        "The same 32 examples, split into 8 micro-batches of 4, by length, so that each pads little. "
+        "One optimizer step is a <i>window</i>; how it is split does not change the mathematics.",
         "Go on by <b>one window</b>: the upper bar in <b>memory</b> has shrunk, for the same 32 examples.",
-        Settings(micro_batch=4, steps=8),
+        PlaySettings(micro_batch=4, steps=8),
         ("eight_samples", "sixteen_to_sixtyfour"),
     ),
     Step(
         "Accumulate",
         "A backward adds to the gradients that are there. So the gradient of the window comes "
-        "together micro-batch by micro-batch, and after the last it is that of the window at once, "
-        "but for rounding.",
+        "together micro-batch by micro-batch. After the last it equals the gradient of the whole window, "
+        "up to rounding.",
         "Go on by <b>one micro-batch</b>, four times: the bucket fills to the dashed line, and the "
         "relative error falls to less than a millionth.",
-        Settings(micro_batch=4, steps=4),
+        PlaySettings(micro_batch=4, steps=4),
         ("when_to_step", "not_quite_the_same"),
     ),
     Step(
@@ -55,7 +55,7 @@ STEPS = (
         "gradient of it.",
         "<b>Play</b>: this loop divides by steps. The bucket ends elsewhere; the doctor says by how "
         "much; with lengths <b>equal</b>, all would be well.",
-        Settings(fault="divided by steps, not items"),
+        PlaySettings(fault="divided by steps, not items"),
         ("unequal_items",),
     ),
     Step(
@@ -63,7 +63,7 @@ STEPS = (
         "The optimizer steps, and gradients are zeroed, when the window is complete. This loop zeroes "
         "before every backward: whatever the first micro-batches have found is thrown away.",
         "Go on by <b>one micro-batch</b>: the bucket never fills. <b>Play</b>: it learns from little.",
-        Settings(fault="zeroed too early"),
+        PlaySettings(fault="zeroed too early"),
         ("when_to_zero", "when_to_step"),
     ),
     Step(
@@ -72,16 +72,16 @@ STEPS = (
         "size. Here 16 micro-batches have an example each, and nothing is padded.",
         "<b>Play</b>, and look at the last words under <b>memory</b>: the time by that of the window "
         "at once. Then set the steps to 2, and the micro-batch size to 8.",
-        Settings(micro_batch=1, steps=16),
+        PlaySettings(micro_batch=1, steps=16),
         ("time",),
     ),
     Step(
         "What it does not fix",
         "BatchNorm normalises an example by those beside it in its micro-batch: no way of weighing "
-        "losses makes a window of that. In-batch negatives are cut in the same way. Take LayerNorm; "
+        "losses makes a window of that. In-batch negatives are split in the same way. Use LayerNorm; "
         "for negatives, a gradient cache.",
         "Go on by <b>one window</b>: the loop is right, and the error is large. The two losses drift apart.",
-        Settings(model=WITH_BATCH_NORM),
+        PlaySettings(model=WITH_BATCH_NORM),
         ("batch_norm", "contrastive"),
     ),
 )
@@ -89,7 +89,7 @@ STEPS = (
 
 @cache
 def page_of(number: int) -> str:
-    """The step of this number, from 0, as HTML; before the first, the way in."""
+    """A step as HTML, counted from 0; for −1 the introduction."""
     if number < 0:
         return "<p>What does accumulation do, and what not? Seven short steps, each on the loop below.</p>"
     step = STEPS[number]

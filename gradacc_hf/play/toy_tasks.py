@@ -1,6 +1,6 @@
-"""What a page trains: a line on eight samples, or a small transformer on the standard library's docstrings.
+"""The tasks of the page: a line through eight samples, and a small transformer on Python's own docstrings.
 
-Everything is on this machine, and small: a micro-batch takes milliseconds on one core.
+Nothing is downloaded. A micro-batch takes milliseconds on one core.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,16 +23,16 @@ from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.embedded import docstrings
 from gradacc_hf.play.settings import LINE, WITH_BATCH_NORM, Lengths, ModelName
 
-WORDS = 512  # in the vocabulary
-EXAMPLES = 512
-LONGEST, EQUAL = 96, 24  # tokens
-X = [[1.0, 2.0], [2.0, 1.0], [3.0, 4.0], [4.0, 3.0], [5.0, 6.0], [6.0, 5.0], [7.0, 8.0], [8.0, 7.0]]
-Y = [3.0, 3.0, 7.0, 7.0, 11.0, 11.0, 15.0, 15.0]
+VOCABULARY_SIZE = 512  # in the vocabulary
+NUM_EXAMPLES = 512
+MAX_TOKENS, EQUAL_TOKENS = 96, 24  # tokens
+LINE_INPUTS = [[1.0, 2.0], [2.0, 1.0], [3.0, 4.0], [4.0, 3.0], [5.0, 6.0], [6.0, 5.0], [7.0, 8.0], [8.0, 7.0]]
+LINE_TARGETS = [3.0, 3.0, 7.0, 7.0, 11.0, 11.0, 15.0, 15.0]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Examples, how they become a batch, what a loss is a mean over, and a model from a seed."""
+    """Examples, their collate function, the items that the loss is a mean over, and a model for a seed."""
 
     examples: Sequence[Mapping[str, Any]]
     collate: Callable[[list[Any]], Mapping[str, torch.Tensor]]
@@ -41,7 +41,7 @@ class Problem:
 
 
 class Line(torch.nn.Module):
-    """A linear layer from two numbers to one, with its loss, as transformers' models have it."""
+    """A linear layer from two numbers to one, with its loss, as models of transformers."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Line(torch.nn.Module):
 
 
 class TokenBatchNorm(torch.nn.BatchNorm1d):
-    """BatchNorm where a transformer has LayerNorm: over all tokens of a batch, padding too."""
+    """BatchNorm in place of LayerNorm: over all tokens of a batch, including padding."""
 
     def forward(self, hidden):
         """(rows, tokens, width) → the same."""
@@ -61,9 +61,12 @@ class TokenBatchNorm(torch.nn.BatchNorm1d):
 
 
 def problem(model: ModelName, lengths: Lengths) -> Problem:
-    """The data and model of these names."""
+    """The task with this model and these lengths."""
     if model == LINE:
-        examples = [{"x": torch.tensor(x), "labels": torch.tensor(y)} for x, y in zip(X, Y, strict=True)]
+        examples = [
+            {"x": torch.tensor(x), "labels": torch.tensor(y)}
+            for x, y in zip(LINE_INPUTS, LINE_TARGETS, strict=True)
+        ]
         return Problem(examples, default_collate, "labels", _line)
     make = _with_batch_norm if model == WITH_BATCH_NORM else _transformer
     return Problem(sentences(lengths), pad, "next_token", make)
@@ -71,16 +74,16 @@ def problem(model: ModelName, lengths: Lengths) -> Problem:
 
 @cache
 def sentences(lengths: Lengths) -> list[dict[str, list[int]]]:
-    """Docstrings as tokens: each up to 96 of its own, or all end to end and cut into 24 each."""
-    texts = docstrings().shuffle(seed=0)[: 3 * EXAMPLES]["text"]
+    """Docstrings as tokens: up to 96 of each docstring, or all joined and split into 24 each."""
+    texts = docstrings().shuffle(seed=0)[: 3 * NUM_EXAMPLES]["text"]
     tokenizer = Tokenizer(WordLevel(unk_token="?"))
     tokenizer.pre_tokenizer = BertPreTokenizer()  # type: ignore[assignment]
-    tokenizer.train_from_iterator(texts, WordLevelTrainer(vocab_size=WORDS, special_tokens=["?"]))
+    tokenizer.train_from_iterator(texts, WordLevelTrainer(vocab_size=VOCABULARY_SIZE, special_tokens=["?"]))
     tokens = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
     if lengths == "long-tailed":
-        return [{"input_ids": ids[:LONGEST]} for ids in tokens if len(ids) > 3][:EXAMPLES]
+        return [{"input_ids": ids[:MAX_TOKENS]} for ids in tokens if len(ids) > 3][:NUM_EXAMPLES]
     together = list(chain.from_iterable(tokens))
-    return [{"input_ids": together[i * EQUAL : (i + 1) * EQUAL]} for i in range(EXAMPLES)]
+    return [{"input_ids": together[i * EQUAL_TOKENS : (i + 1) * EQUAL_TOKENS]} for i in range(NUM_EXAMPLES)]
 
 
 def pad(examples: list[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -101,11 +104,17 @@ def _line(seed: int) -> torch.nn.Module:
 
 def _transformer(seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
-    sizes: Any = {"vocab_size": WORDS, "n_positions": LONGEST, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    sizes: Any = {
+        "vocab_size": VOCABULARY_SIZE,
+        "n_positions": MAX_TOKENS,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+    }
     no_dropout: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     tokens: Any = {"bos_token_id": 0, "eos_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **tokens, use_cache=False))
-    model.loss_type = "ForCausalLM"  # which its name does not say
+    model.loss_type = "ForCausalLM"  # the class name does not determine it
     return model
 
 

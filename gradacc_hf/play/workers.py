@@ -1,7 +1,7 @@
-"""Each person's session in a process of its own: Accelerate's state, and the doctor's ears, are a process's.
+"""One process for each browser session, because Accelerate's state belongs to the process.
 
-Processes are forked from a server that has imported everything, so that one is there in a moment; a spare
-one waits with its session made.
+Processes are forked from a server that has imported everything, so that they start quickly. A spare process
+waits with its session ready.
 """
 
 import gc
@@ -16,8 +16,8 @@ from typing import Any
 
 from gradacc_hf.errors import GradaccError, InputError, one_line
 
-PATIENCE = 60.0  # seconds, for one answer
-IDLE = 600.0  # seconds without a question, after which a worker ends
+ANSWER_TIMEOUT_SECONDS = 60.0  # for one answer of a worker
+IDLE_TIMEOUT_SECONDS = 600.0  # without a request, after which a worker ends
 
 
 class WorkerGoneError(GradaccError):
@@ -39,9 +39,9 @@ class Worker:
         with self._asked:
             try:
                 self._here.send((what, given))
-                if not self._here.poll(PATIENCE):
+                if not self._here.poll(ANSWER_TIMEOUT_SECONDS):
                     self.end()
-                    raise WorkerGoneError(f"no answer within {PATIENCE:.0f} s")
+                    raise WorkerGoneError(f"no answer within {ANSWER_TIMEOUT_SECONDS:.0f} s")
                 answer = self._here.recv()
             except (OSError, EOFError) as error:
                 raise WorkerGoneError("the training process has ended") from error
@@ -50,18 +50,18 @@ class Worker:
         return answer
 
     def end(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         self._process.kill()
         self._process.join()
 
     @property
     def is_alive(self) -> bool:
-        """Has it not ended?"""
+        """Whether the process runs."""
         return self._process.is_alive()
 
 
 class Workers:
-    """The processes of all who look at the page, by the name of their browser's session; at most `most`."""
+    """The workers of all browser sessions, by name; at most `most`."""
 
     def __init__(self, most: int):
         self._most, self._by_name, self._lock = most, {}, threading.Lock()
@@ -74,31 +74,29 @@ class Workers:
                 alive = {who: worker for who, worker in self._by_name.items() if worker.is_alive}
                 self._by_name = alive
                 if len(alive) >= self._most:
-                    raise InputError(
-                        f"{len(alive)} people are here, all that this machine takes: come back later"
-                    )
+                    raise InputError(f"all {len(alive)} sessions of this page are in use: try again later")
                 spare = self._spare if self._spare is not None and self._spare.is_alive else Worker()
                 self._by_name[name], self._spare = spare, None
                 threading.Thread(target=self._keep_a_spare).start()
             return self._by_name[name]
 
     def leave(self, name: str) -> None:
-        """This person has gone."""
+        """End the worker of this session."""
         with self._lock:
             worker = self._by_name.pop(name, None)
         if worker is not None:
             worker.end()
 
     def end(self) -> None:
-        """All have."""
+        """End all workers."""
         for name in list(self._by_name):
             self.leave(name)
         if self._spare is not None:
             self._spare.end()
 
     def first_picture(self) -> Any:
-        """Of a session at its beginning, with settings as they come."""
-        worker = Worker()  # of its own: the spare one waits as long as nobody has asked it
+        """The picture of a new session with default settings."""
+        worker = Worker()  # not the spare one, which would end when idle
         try:
             return worker.ask("picture")
         finally:
@@ -115,7 +113,7 @@ def _context() -> Any:
 
 
 def start_server() -> None:
-    """Begin to import what workers need; from here on it is under way."""
+    """Start the server that imports what workers need; return at once."""
     _context().set_forkserver_preload(["gradacc_hf.play.preload"])
     settings = {
         "CUDA_VISIBLE_DEVICES": "",  # threads that wait for a GPU do not survive a fork
@@ -132,23 +130,23 @@ def start_server() -> None:
 
 
 def _serve(connection: Connection) -> None:
-    """A worker's process: answer until nobody asks."""
+    """The process of a worker: answer requests until there are none."""
     import torch
 
     from gradacc_hf.play.session import Session
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends this
-    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a fault that is meant
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles Ctrl-C and ends this process
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # one of the faults
     torch.set_num_threads(1)
-    gc.freeze()  # what is known by now need not be looked through again
+    gc.freeze()  # shortens later collections
     session = Session()
-    patience = None  # until somebody comes
-    while connection.poll(patience):
+    timeout = None  # wait for the first request
+    while connection.poll(timeout):
         try:
             what, given = connection.recv()
         except EOFError:
             return
-        patience = IDLE
+        timeout = IDLE_TIMEOUT_SECONDS
         try:
             getattr(session, what)(*given)
             connection.send(session.picture())

@@ -1,7 +1,7 @@
-"""`gradacc report`: one HTML page about runs, to read on a phone, print or send; it needs no network.
+"""`gradacc report`: one HTML page about runs, to read on a phone, print or send. It needs no network.
 
-`read_runs` (runs.py) reads the folders, `write_report` writes the page: its verdict (words.py),
-tables (tables.py) and pictures (pictures.py), in the template page.html.j2.
+`read_runs` (runs.py) reads the folders. `write_report` writes the page: verdict (narrative.py), tables
+(tables.py) and pictures (pictures.py, drawn by plots.py), in the template page.html.j2.
 """
 
 from gradacc_hf.utils.extras import require
@@ -30,7 +30,7 @@ from gradacc_hf.report.pictures import (
     small_curves_of,
     windows_of,
 )
-from gradacc_hf.report.runs import Contender, Run, contenders, read_runs
+from gradacc_hf.report.runs import RecordedRun, RunGroup, contenders, read_runs
 from gradacc_hf.report.tables import (
     baseline_row,
     configurations,
@@ -48,10 +48,10 @@ GENERATOR = '<meta name="generator" content="gradacc-hf '
 
 
 def write_report(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:
-    """Write the report of the runs in these folders, and give its path.
+    """Write the report of the runs in these folders, and return its path.
 
-    `output` is an HTML file; by default report.html in the folder, or in the current one where there are
-    several. Raises InputError where there is no run, a file is broken, or `output` is no report of ours.
+    `output` is an HTML file. By default it is report.html in the folder, or in the current folder if several
+    folders are given. Raises InputError if there is no run, a file is broken, or `output` is no report.
     """
     folders = [Path(folder) for folder in folders]
     home = folders[0] if len(folders) == 1 else Path()
@@ -69,7 +69,7 @@ def write_report(folders: Sequence[Path | str], output: Path | str | None = None
 
 
 def _check_output(target: Path) -> None:
-    """Refuse to overwrite what is no report of ours, and to write through a link that a run brought."""
+    """Refuse to overwrite another kind of file, and to write through a link that came with a run."""
     unfinished = target.with_name(f".{target.name}.unfinished")  # as `write_whole` names it
     if unfinished.is_symlink():
         refuse("--output", f"{unfinished} is a link to {os.readlink(unfinished)}", "remove it")
@@ -79,7 +79,7 @@ def _check_output(target: Path) -> None:
         refuse("--output", f"{target} exists and is no report of gradacc", "give another name, or move it")
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[RecordedRun]) -> str:
     """The page, as HTML."""
     found = contenders(runs)
     environment = jinja2.Environment(
@@ -124,24 +124,24 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def _versions(run: Run) -> str:
+def _versions(run: RecordedRun) -> str:
     return " · ".join(f"{name} {number}" for name, number in (run.summary.get("versions") or {}).items())
 
 
-def _keys(found: Sequence[Contender], name: str) -> list[Markup]:
-    """A line sample for each contender, where there are several."""
+def _keys(found: Sequence[RunGroup], name: str) -> list[Markup]:
+    """A line sample for each contender, if there are several."""
     return [plots.key(f"{name}{look}", look) for look in range(len(found))] if len(found) > 1 else []
 
 
-def _title(runs: Sequence[Run]) -> str:
-    """The folder of the run, or the one that holds all."""
+def _title(runs: Sequence[RecordedRun]) -> str:
+    """The folder of the run, or the folder that holds all runs."""
     if len(runs) == 1:
         return runs[0].name
     return redact(os.path.basename(os.path.commonpath([run.folder.resolve() for run in runs]))) or "runs"
 
 
-def _subtitle(runs: Sequence[Run]) -> str:
-    """Which model on which data, and how many runs."""
+def _subtitle(runs: Sequence[RecordedRun]) -> str:
+    """The model, the data, and the number of runs."""
     settings = (("model", "name"), ("data", "train"))
     values = [[str(v) for run in runs if (v := run.setting(*setting))] for setting in settings]
     what = " on ".join(words.in_words(list(dict.fromkeys(names))) for names in values if names)

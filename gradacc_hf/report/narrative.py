@@ -1,6 +1,6 @@
-"""What a report says in words: its verdict, and how its figures are written.
+"""The sentences of a report: the verdict, and the format of numbers.
 
-Names of contenders are bold, so that it is seen where "Trainer, by length" ends.
+Names of contenders are bold, so that the end of a name such as "Trainer, by length" is visible.
 """
 
 import math
@@ -15,22 +15,27 @@ from markupsafe import Markup
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED
 from gradacc_hf.accumulation.noise_scale import in_words as in_words_of_noise
 from gradacc_hf.accumulation.reference import EXACT
-from gradacc_hf.report.runs import Contender, Run
+from gradacc_hf.report.runs import RecordedRun, RunGroup
 
 SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Its sentences; its tone is "exact" where all are, "off" where none is, else empty."""
+    """The verdict of a report.
+
+    sentences: the sentences.
+    tone: "exact" if all contenders are exact, "off" if none is, else "".
+    measure: how exactness was measured; "" if it was not.
+    """
 
     sentences: list[Markup]
     tone: str
-    measure: str  # what is called exact here
+    measure: str
 
 
-def verdict(found: Sequence[Contender]) -> Verdict:
-    """Who is exact or, where nobody measured it, how well the runs ended; then who is how much faster."""
+def verdict(found: Sequence[RunGroup]) -> Verdict:
+    """Which contenders are exact or, if that was not measured, the final metrics; then the speeds."""
     errors = {contender.label: worst_error(contender) for contender in found}
     measured = [contender for contender in found if errors[contender.label] is not None]
     if not measured:
@@ -55,13 +60,16 @@ def _tone(exact: Sequence[bool]) -> str:
     return "exact" if all(exact) else "" if any(exact) else "off"
 
 
-def worst_error(contender: Contender) -> float | None:
-    """Of all windows of all repeats; infinite where one is not finite, None where none was measured."""
+def worst_error(contender: RunGroup) -> float | None:
+    """The largest error of all windows of all repeats.
+
+    Infinite if one is not finite, None if none was measured.
+    """
     errors = [run.gradient_error for run in contender.runs if run.gradient_error is not None]
     return max((math.inf if math.isnan(error) else error for error in errors), default=None)
 
 
-def _exactness(measured: Sequence[Contender]) -> Markup:
+def _exactness(measured: Sequence[RunGroup]) -> Markup:
     errors = {contender.label: worst_error(contender) or 0.0 for contender in measured}
     exact = [contender for contender in measured if errors[contender.label] <= EXACT]
     off = [contender for contender in measured if contender not in exact]
@@ -79,8 +87,8 @@ def _exactness(measured: Sequence[Contender]) -> Markup:
     return Markup("; ").join(parts) + "."
 
 
-def _metrics(found: Sequence[Contender]) -> Markup:
-    """The final metrics against the baseline: all of one contender, or the chief one of several."""
+def _metrics(found: Sequence[RunGroup]) -> Markup:
+    """The final metrics against the baseline: all metrics of one contender, or the main one of several."""
     names = list(dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval")))
     if not names:
         return Markup("No evaluation is recorded.")
@@ -97,24 +105,24 @@ def _metrics(found: Sequence[Contender]) -> Markup:
     return Markup("Final {}: {}{}.").format(metric_name(chief), in_words(each), against.get(chief, ""))
 
 
-def _final(contender: Contender, name: str) -> str:
-    """A metric of its final evaluations: 0.7552 (0.7500–0.7600)"""
+def _final(contender: RunGroup, name: str) -> str:
+    """A metric of the final evaluations: 0.7552 (0.7500–0.7600)"""
     values = finite([run.metrics("eval").get(name) for run in contender.runs])
     return spread(values, metric) if values else metric(math.nan)
 
 
 def metric_name(name: str) -> str:
-    """As it is, but for the loss, of which there are two."""
+    """The name of a metric, with the loss marked as the validation loss."""
     return "validation loss" if name == "loss" else name
 
 
-def _verified(run: Run) -> Markup:
-    """What `gradacc verify --run` has found of a run's model and data."""
+def _verified(run: RecordedRun) -> Markup:
+    """The verdict of `gradacc verify --run` on the model and data of a run."""
     found = Markup("<b>{}</b>, by <code>gradacc verify</code> before training: {}")
     return found.format(run.name, run.verification)
 
 
-def _not_measured(found: Sequence[Contender]) -> Markup:
+def _not_measured(found: Sequence[RunGroup]) -> Markup:
     command = f"gradacc verify --run {shlex.quote(str(found[0].runs[0].folder))}"
     which = "this run" if len(found) == 1 and len(found[0].runs) == 1 else "these runs"
     return Markup("Whether gradients were exact was not measured in {}: <code>{}</code> does.").format(
@@ -122,8 +130,8 @@ def _not_measured(found: Sequence[Contender]) -> Markup:
     )
 
 
-def _speed(found: Sequence[Contender]) -> Markup | None:
-    """How many times as many examples a second the first contender makes as each other."""
+def _speed(found: Sequence[RunGroup]) -> Markup | None:
+    """The speed of the first contender, in examples per second, over the speed of each other."""
     first, *others = found
     parts = []
     for other in others:
@@ -139,20 +147,20 @@ def _speed(found: Sequence[Contender]) -> Markup | None:
     return Markup("Per second, {} trains {}{}.").format(_names([first]), in_words(parts), medians)
 
 
-def _paired(first: Contender, other: Contender) -> bool:
-    """Have they the same seeds, run for run?"""
+def _paired(first: RunGroup, other: RunGroup) -> bool:
+    """Whether both have the same seeds, run by run."""
     return [run.seed for run in first.runs] == [run.seed for run in other.runs]
 
 
-def speed_ratios(first: Contender, other: Contender) -> list[float]:
-    """Examples per second over another's: a ratio a pair of repeats or, without pairs, that of medians."""
+def speed_ratios(first: RunGroup, other: RunGroup) -> list[float]:
+    """Ratios of examples per second: one for each pair of repeats or, without pairs, one of the medians."""
     mine, theirs = ([run.examples_per_second for run in contender.runs] for contender in (first, other))
     if not _paired(first, other):
         mine, theirs = ([statistics.median(finite(v))] if finite(v) else [] for v in (mine, theirs))
     return [a / b for a, b in zip(mine, theirs, strict=False) if math.isfinite(a) and b > 0]
 
 
-def _names(contenders: Sequence[Contender]) -> Markup:
+def _names(contenders: Sequence[RunGroup]) -> Markup:
     return in_words([Markup("<b>{}</b>").format(contender.label) for contender in contenders])
 
 
@@ -163,12 +171,12 @@ def in_words(parts: Sequence[Any]) -> Markup:
 
 
 def finite(values: Sequence[float | None]) -> list[float]:
-    """Those that are numbers."""
+    """The finite values."""
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """The median, with least and most where they differ as they are shown: 512 MiB (500–520 MiB)."""
+    """The median, with minimum and maximum if they differ as displayed: 512 MiB (500–520 MiB)."""
     least, middle, most = (show(reduce(values)) for reduce in (min, statistics.median, max))
     if least == most:
         return middle
@@ -191,8 +199,8 @@ def error(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def noise(found: Sequence[Contender]) -> list[Markup]:
-    """What the size of its windows gains or loses each contender, by the noise scale at the end."""
+def noise(found: Sequence[RunGroup]) -> list[Markup]:
+    """For each contender, what the size of its windows gains or loses, by the final noise scale."""
     sentences = []
     for contender in found:
         run = contender.runs[0]

@@ -1,6 +1,6 @@
-"""Which pictures a report has, of which figures, and what is said under each.
+"""The pictures of a report: their data, titles and notes.
 
-Contenders in, pictures out; drawing them is `plots.py`'s.
+Functions take contenders and return pictures. `plots.py` draws them.
 """
 
 import math
@@ -13,22 +13,22 @@ from markupsafe import Markup
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.report import narrative as words
 from gradacc_hf.report import plots
-from gradacc_hf.report.runs import Contender
+from gradacc_hf.report.runs import RunGroup
 from gradacc_hf.report.tables import first_baseline, memory_figure, metric_names
 
-FAR_APART = 3.0  # a factor between contenders from which an axis is logarithmic
+LOG_AXIS_RATIO = 3.0  # between the medians of contenders; above it an axis is logarithmic
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with what is said above and under it."""
+    """A picture with its title and the note under it."""
 
     title: str
     svg: Markup
     note: str = ""
 
 
-def curves_of(found: Sequence[Contender]) -> list[Figure]:
+def curves_of(found: Sequence[RunGroup]) -> list[Figure]:
     """Loss and gradient error by window."""
     figures = []
     if losses := _by_window(found, "loss"):
@@ -44,8 +44,8 @@ def curves_of(found: Sequence[Contender]) -> list[Figure]:
     return figures + _evaluations_of(found)
 
 
-def _evaluations_of(found: Sequence[Contender]) -> list[Figure]:
-    """Every metric by window, where a run was evaluated more than once."""
+def _evaluations_of(found: Sequence[RunGroup]) -> list[Figure]:
+    """Every metric by window, if a run was evaluated more than once."""
     if all(len(run.evaluations) < 2 for contender in found for run in contender.runs):
         return []
     figures = []
@@ -59,7 +59,7 @@ def _evaluations_of(found: Sequence[Contender]) -> list[Figure]:
     return figures
 
 
-def small_curves_of(found: Sequence[Contender]) -> list[Figure]:
+def small_curves_of(found: Sequence[RunGroup]) -> list[Figure]:
     """Learning rate and gradient norm by window."""
     figures = []
     if rates := _by_window(found, "lr"):
@@ -70,8 +70,8 @@ def small_curves_of(found: Sequence[Contender]) -> list[Figure]:
     return figures
 
 
-def dynamics_of(found: Sequence[Contender]) -> list[Figure]:
-    """Noise scale, the size of windows where it changes, and how far steps move the weights."""
+def dynamics_of(found: Sequence[RunGroup]) -> list[Figure]:
+    """The noise scale, the size of windows if it changes, and how far steps move the weights."""
     figures = []
     if scales := _by_window(found, "noise_scale"):
         drawn = plots.curves("noise", "examples", scales, small=True, log=True)
@@ -86,15 +86,15 @@ def dynamics_of(found: Sequence[Contender]) -> list[Figure]:
     return figures
 
 
-def curves_note(found: Sequence[Contender]) -> str:
-    """What a point of a curve is, where it is more than one window of one run."""
+def curves_note(found: Sequence[RunGroup]) -> str:
+    """What a point of a curve stands for, if it is more than one window of one run."""
     windows, repeats = _windows_a_point(found), max(len(contender.runs) for contender in found)
     of = [f"{windows} windows"] * (windows > 1) + [f"{repeats} repeats"] * (repeats > 1)
     return f"A point is a median of {' of '.join(of)}; bands reach from the least to the most." * bool(of)
 
 
-def _by_window(found: Sequence[Contender], name: str) -> list[plots.Curve]:
-    """A column of the histories, a curve a contender that has it."""
+def _by_window(found: Sequence[RunGroup], name: str) -> list[plots.Curve]:
+    """A column of the histories: one curve for each contender that has it."""
     together = _windows_a_point(found)
     lines = []
     for look, contender in enumerate(found):
@@ -106,19 +106,19 @@ def _by_window(found: Sequence[Contender], name: str) -> list[plots.Curve]:
     return [line for line in lines if line.known]
 
 
-def _windows_a_point(found: Sequence[Contender]) -> int:
+def _windows_a_point(found: Sequence[RunGroup]) -> int:
     return plots.windows_a_point(max(len(run.rows) for contender in found for run in contender.runs))
 
 
 def _far_apart(lines: Sequence[plots.Curve]) -> bool:
-    """Do contenders differ by so much that the lower ones would be flat lines?"""
+    """Whether contenders differ so much that the lower curves would be flat lines."""
     middles = [float(np.nanmedian(line.middle)) for line in lines]
     positive = all(np.nanmin(line.least) > 0 for line in lines)
-    return positive and max(middles) > FAR_APART * min(middles)
+    return positive and max(middles) > LOG_AXIS_RATIO * min(middles)
 
 
-def metrics_of(found: Sequence[Contender]) -> list[Figure]:
-    """Final metrics, where there are contenders to compare."""
+def metrics_of(found: Sequence[RunGroup]) -> list[Figure]:
+    """Final metrics, if there are contenders to compare."""
     if len(found) < 2:
         return []
     baseline = first_baseline(found)
@@ -133,8 +133,8 @@ def metrics_of(found: Sequence[Contender]) -> list[Figure]:
     return figures
 
 
-def bars_of(found: Sequence[Contender]) -> list[Figure]:
-    """Speed and memory, where there is something to compare."""
+def bars_of(found: Sequence[RunGroup]) -> list[Figure]:
+    """Speed and memory, if there are contenders to compare."""
     if len(found) < 2:
         return []
     memory_title, memory = memory_figure(found)
@@ -151,8 +151,8 @@ def bars_of(found: Sequence[Contender]) -> list[Figure]:
     return figures
 
 
-def sizes_of(found: Sequence[Contender]) -> list[Figure]:
-    """What the sizes took that a run tried on its first windows, but for those that set something up."""
+def sizes_of(found: Sequence[RunGroup]) -> list[Figure]:
+    """The time of each micro-batch size that a run tried on its first windows, without warm-up windows."""
     figures = []
     for look, contender in enumerate(found):
         run = next((run for run in contender.runs if run.summary.get("tuning")), None)
@@ -172,8 +172,8 @@ def sizes_of(found: Sequence[Contender]) -> list[Figure]:
     return figures
 
 
-def windows_of(found: Sequence[Contender]) -> list[Figure]:
-    """The first window of each contender that says it, all at one scale."""
+def windows_of(found: Sequence[RunGroup]) -> list[Figure]:
+    """The first window of each contender that records it, all at one scale."""
     windows = {
         look: window
         for look, contender in enumerate(found)

@@ -1,7 +1,7 @@
-"""The pictures of a report: numbers in, SVG out, to stand inside an HTML page.
+"""Draws the pictures of a report: functions take numbers and return SVG for an HTML page.
 
-Text and axes take the colour of the page's text, lines the page's `--c0` … `--c6`, so that both follow its
-light or dark mode. A contender's look goes by its number: colour, dashes, marker, any one of which is enough.
+Text and axes use the colour of the page's text, lines the page's variables `--c0` … `--c6`. So both follow
+the light or dark mode. The number of a contender sets colour, dashes and marker; each of them identifies it.
 """
 
 import io
@@ -21,7 +21,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-# Okabe and Ito, which the colour-blind tell apart. In the SVG each becomes the page's variable of its number.
+# Okabe and Ito, distinct for the colour-blind. In the SVG each becomes the page's variable of that number.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vPX*"
@@ -43,14 +43,14 @@ STYLE: Any = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
 }
-WIDTH = 4.8  # inches: the page shows it at most at this size, and a phone at two thirds of it
-FLOOR = 1e-9  # where an error of 0 is drawn on a log axis
-MOST_POINTS = 300  # of a curve
+WIDTH_INCHES = 4.8  # the largest size on the page; a phone shows two thirds of it
+FLOOR = 1e-9  # an error of 0 is drawn here on a log axis
+MAX_POINTS = 300  # of a curve
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What one contender measured by window, over its repeats: the median, the least and the most."""
+    """Values of one contender by window: median, minimum and maximum over the repeats."""
 
     look: int
     windows: np.ndarray
@@ -60,12 +60,12 @@ class Curve:
 
     @property
     def known(self) -> bool:
-        """Is there any value to draw?"""
+        """Whether there is a value to draw."""
         return bool(np.isfinite(self.middle).any())
 
 
 def curve(look: int, repeats: Sequence[Sequence[tuple[float, float]]], windows_a_point: int = 1) -> Curve:
-    """A curve of (window, value) pairs, a list a repeat. Values that are not finite are gaps."""
+    """A curve of (window, value) pairs, one list for each repeat. Values that are not finite are gaps."""
     by_point: dict[int, list[float]] = {}
     for pairs in repeats:
         for window, value in pairs:
@@ -82,15 +82,15 @@ def curve(look: int, repeats: Sequence[Sequence[tuple[float, float]]], windows_a
 
 
 def windows_a_point(windows: int) -> int:
-    """How many windows of a run share one point of a curve."""
-    return math.ceil(windows / MOST_POINTS)
+    """The number of windows of a run that share one point of a curve."""
+    return math.ceil(windows / MAX_POINTS)
 
 
 def curves(name: str, ylabel: str, lines: Sequence[Curve], *, log: bool = False, bound: float | None = None,
            small: bool = False, xlabel: str = "window", labels: Sequence[str] = ()) -> Markup:  # fmt: skip
-    """Values by window, a line a contender; `bound` is a line across. `labels` stand in the picture."""
+    """Values by window, one line for each contender. `bound`: a line across. `labels`: legend."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 1.9 if small else 2.8), layout="constrained")
+        figure = Figure(figsize=(WIDTH_INCHES, 1.9 if small else 2.8), layout="constrained")
         axes = figure.subplots()
         for position, line in enumerate(lines):
             _draw_curve(axes, line, position, len(lines), log, labels[position] if labels else None)
@@ -119,7 +119,7 @@ def _draw_curve(axes: Axes, line: Curve, position: int, of: int, log: bool, labe
     if np.any(most > least):
         axes.fill_between(line.windows, least, most, color=look["color"], alpha=0.18, linewidth=0)
     apart = max(1, math.ceil(len(middle) / 6))
-    # where lines lie on each other, the lower ones are thicker and the markers take turns
+    # Where lines overlap, the lower ones are thicker and the markers alternate.
     axes.plot(line.windows, middle, **look, linewidth=1.5 + 2.2 * (of - 1 - position) / max(4, of),
               markevery=(position * apart // of, apart), label=label)  # fmt: skip
 
@@ -135,20 +135,20 @@ def _log_axis(axes: Axes) -> None:
 
 
 def bars(name: str, xlabel: str, labels: Sequence[str], repeats: Sequence[Sequence[float]]) -> Markup:
-    """A bar a contender, as long as the median of its repeats, each of which is a dot."""
+    """One bar for each contender, as long as the median of its repeats. Each repeat is a dot."""
     return _rows(name, xlabel, labels, repeats, bar=True)
 
 
 def dots(name: str, xlabel: str, labels: Sequence[str], repeats: Sequence[Sequence[float]],
          baseline: float | None) -> Markup:  # fmt: skip
-    """A marker a repeat, in a row a contender, on an axis that need not begin at 0; the baseline across."""
+    """One row for each contender, one marker for each repeat, and the baseline across."""
     return _rows(name, xlabel, labels, repeats, bar=False, baseline=baseline)
 
 
 def _rows(name: str, xlabel: str, labels: Sequence[str], repeats: Sequence[Sequence[float]], *, bar: bool,
           baseline: float | None = None) -> Markup:  # fmt: skip
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.75 + 0.3 * len(labels)), layout="constrained")
+        figure = Figure(figsize=(WIDTH_INCHES, 0.75 + 0.3 * len(labels)), layout="constrained")
         axes = figure.subplots()
         axes.grid(axis="y", visible=False)
         for row, values in enumerate(repeats):
@@ -183,9 +183,9 @@ def _rows(name: str, xlabel: str, labels: Sequence[str], repeats: Sequence[Seque
 def window_picture(
     name: str, look: int, micro_batches: Sequence[Sequence[float]], longest: float, rows: float
 ) -> Markup:
-    """One window: a bar an example, as long as its tokens, in micro-batches padded to their longest.
+    """One window: one bar for each example, as long as its tokens, in padded micro-batches.
 
-    `longest` (tokens) and `rows` (of `picture_rows`) are of the largest picture, to draw all at one scale.
+    `longest` (tokens) and `rows` (of `picture_rows`) belong to the largest picture: all have one scale.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(1.75, 0.3 + min(3.6, 0.15 * rows)))
@@ -212,7 +212,7 @@ def window_picture(
 
 
 def picture_rows(micro_batches: Sequence[Sequence[float]]) -> float:
-    """How high a picture of this window is, in examples."""
+    """The height of the picture of this window, in examples."""
     return sum(map(len, micro_batches)) + _gap(micro_batches) * (len(micro_batches) - 1) + 0.2
 
 
@@ -221,7 +221,7 @@ def _gap(micro_batches: Sequence[Sequence[float]]) -> float:
 
 
 def _bars_of(lengths: Sequence[float], top: float, apart: bool) -> list[Path]:
-    """A bar an example; where they are too thin to stand apart, one shape with their outline."""
+    """One bar for each example; if bars are too thin to stand apart, one shape with their outline."""
     if apart:
         return [_box(0, top + row + 0.1, length, 0.8) for row, length in enumerate(lengths)]
     corners = [(length, top + row + side) for row, length in enumerate(lengths) for side in (0, 1)]
@@ -236,7 +236,7 @@ def _box(left: float, top: float, width: float, height: float) -> Path:
 
 
 def alone(svg: Markup) -> str:
-    """A picture as a file of its own, which follows the light or dark mode of whoever looks at it."""
+    """A picture as a separate file, which follows the light or dark mode of the viewer."""
     colours = "".join(f"--c{number}: {colour};" for number, colour in enumerate(COLOURS))
     style = (
         f"<style>svg {{ {colours} color: #1c1f23; background: #ffffff; font-family: sans-serif; }} "
@@ -248,7 +248,7 @@ def alone(svg: Markup) -> str:
 
 
 def key(name: str, look: int) -> Markup:
-    """A contender's line with its marker, for tables and legends."""
+    """The line and marker of a contender, for tables and legends."""
     with rc_context(STYLE):
         figure = Figure(figsize=(0.42, 0.14))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -280,7 +280,7 @@ def _short(value: float) -> str:
 
 
 def _svg(name: str, figure: Figure, says: str) -> Markup:
-    """The figure as an SVG element; the ids in it begin with `name`, since a page has many."""
+    """The figure as an SVG element. Its ids begin with `name`, because a page has many figures."""
     drawn = io.StringIO()
     figure.savefig(
         drawn, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -1,8 +1,8 @@
-"""Runs as they lie on the disk, read for a report: history.jsonl, summary.json, config.yaml.
+"""Reads runs from disk for a report: history.jsonl, summary.json, config.yaml, verify.json.
 
-`read_runs` takes folders and gives a `Run` each, without secrets; `contenders` puts the repeats of one way of
-training together. A run that was killed is read as far as it came. The figures of a run are those of its
-summary or, where it has none, of its rows.
+`read_runs` returns a `RecordedRun` for each folder, without secrets. `contenders` groups the repeats of one
+way of training. An interrupted run is read up to its last complete window. The figures of a run come from its
+summary or, without a summary, from its rows.
 """
 
 import json
@@ -21,38 +21,38 @@ from gradacc_hf.errors import one_line, refuse
 from gradacc_hf.training.run_log import WindowRecord
 from gradacc_hf.utils.redaction import redact
 
-NUMBERS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
-NUMBERS += ("training_memory_bytes", "effective_batch_size", "processes")
-MAPPINGS = ("eval", "best", "baseline", "accumulation_steps", "versions")
+NUMBER_KEYS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
+NUMBER_KEYS += ("training_memory_bytes", "effective_batch_size", "processes")
+OBJECT_KEYS = ("eval", "best", "baseline", "accumulation_steps", "versions")
 
 
 @dataclass(frozen=True)
-class Row(WindowRecord):
-    """A row of history.jsonl. What it lacks is NaN, as is what is null there."""
+class HistoryRow(WindowRecord):
+    """A row of history.jsonl. A missing or null value is NaN."""
 
-    gradient_error: float | None = None  # against the window at once; None where it was not measured
+    gradient_error: float | None = None  # against the whole window; None if not measured
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run."""
+class RecordedRun:
+    """One run, as read from its folder."""
 
     folder: Path
-    name: str  # of its folder, below the folder that holds all runs of the report
-    contender: str  # the way it was trained; its name where it says none
-    rows: tuple[Row, ...]
-    summary: Mapping[str, Any]  # summary.json; empty where the run is unfinished
-    config: Mapping[str, Any]  # config.yaml; empty where there is none
-    notes: tuple[str, ...]  # what is wrong with its files
+    name: str  # of the folder, relative to the folder that holds all runs of the report
+    contender: str  # the way of training; by default the name
+    rows: tuple[HistoryRow, ...]
+    summary: Mapping[str, Any]  # summary.json; empty if the run is unfinished
+    config: Mapping[str, Any]  # config.yaml; empty if there is none
+    notes: tuple[str, ...]  # problems with the files
     verification: str | None = None  # the verdict of verify.json
 
     @property
     def seed(self) -> Any:
-        """As its summary says, else its config."""
+        """The seed in the summary, else in the config."""
         return self.summary.get("seed", self.setting("train", "seed"))
 
     def setting(self, section: str, key: str) -> Any:
-        """A value of its config; None where there is none."""
+        """A value of the config; None if it is missing."""
         values = self.config.get(section)
         return values.get(key) if isinstance(values, dict) else None
 
@@ -64,38 +64,38 @@ class Run:
 
     @property
     def windows(self) -> int:
-        """Windows that were trained."""
+        """The number of trained windows."""
         return int(self.summary.get("windows") or len(self.rows))
 
     @property
     def examples_per_second(self) -> float:
-        """NaN where no time is known, as in all of these."""
+        """NaN if no time is known."""
         return _ratio(self.total("examples"), self.total("seconds"))
 
     @property
     def tokens_per_second(self) -> float:
-        """Without padding."""
+        """Tokens without padding; NaN if no time is known."""
         return _ratio(self.total("tokens"), self.total("seconds"))
 
     @property
     def padding(self) -> float:
-        """The share of the tokens that is padding."""
+        """The share of padding in all tokens."""
         return 1 - _ratio(self.total("tokens"), self.total("padded_tokens"))
 
     @property
     def loss(self) -> float:
-        """Of the last window."""
+        """The loss of the last window."""
         return self.rows[-1].loss if self.rows else math.nan
 
     @property
     def gradient_error(self) -> float | None:
-        """The worst of all windows: NaN where one is not finite, None where none was measured."""
+        """The largest error of all windows: NaN if one is not finite, None if none was measured."""
         errors = [row.gradient_error for row in self.rows if row.gradient_error is not None]
         return max(errors, key=lambda error: math.inf if math.isnan(error) else error) if errors else None
 
     @property
     def accumulation_steps(self) -> tuple[float, float, float]:
-        """Least, mean and most; NaN where no window was trained."""
+        """Minimum, mean and maximum; NaN if no window was trained."""
         if steps := self.summary.get("accumulation_steps"):
             least, mean, most = (number(steps.get(key)) for key in ("min", "mean", "max"))
             return least, mean, most
@@ -104,12 +104,12 @@ class Run:
 
     @property
     def window_size(self) -> float:
-        """Examples of the largest of the last windows, of which the very last may be partial."""
+        """Examples of the larger one of the last two windows, as the last one may be partial."""
         return max((row.examples for row in self.rows[-2:]), default=math.nan)
 
     @property
     def noise_scale(self) -> float:
-        """As it was known at the end, in examples; infinite beyond measure, NaN where it was not measured."""
+        """The final gradient noise scale, in examples; infinite if too large, NaN if not measured."""
         if not self.rows or not self.rows[-1].noise_measured > 0:
             return math.nan
         scale = self.rows[-1].noise_scale
@@ -123,7 +123,7 @@ class Run:
 
     @property
     def clipped(self) -> float:
-        """The share of windows whose gradient was longer than it may be; NaN where nobody says."""
+        """The share of windows whose gradient was clipped; NaN if unknown."""
         most, norms = self.setting("optim", "max_grad_norm"), [row.grad_norm for row in self.rows]
         if not isinstance(most, int | float) or not any(map(math.isfinite, norms)):
             return math.nan
@@ -131,22 +131,22 @@ class Run:
 
     @property
     def skipped(self) -> float:
-        """The share of windows that took no step."""
+        """The share of windows without a step."""
         return _ratio(sum(row.skipped == 1 for row in self.rows), len(self.rows))
 
     @property
     def evaluations(self) -> list[dict[str, float]]:
-        """All evaluations in turn: each its metrics, and the "window" that it came after."""
+        """All evaluations in order: the metrics, and "window", the number of windows before."""
         found = self.summary.get("evaluations") or []
         return [{k: number(v) for k, v in one.items()} for one in found if isinstance(one, dict)]
 
     @property
     def samples(self) -> list[dict[str, str]]:
-        """What the model made of a few rows: name to text, the same names in each; often none."""
+        """Outputs of the model for a few rows: name to text, the same names in each; often none."""
         return self.summary.get("samples") or []
 
     def metrics(self, which: str) -> dict[str, float]:
-        """Of the final evaluation ("eval"), the best one ("best"), or without training ("baseline")."""
+        """The metrics of the final ("eval") or best evaluation ("best"), or of the baseline ("baseline")."""
         found = self.summary.get(which) or {}
         return {
             name: number(value)
@@ -156,20 +156,20 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One way of training, with its repeats in the order of their seeds."""
+class RunGroup:
+    """The repeats of one way of training, in the order of their seeds."""
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[RecordedRun, ...]
 
     def first_window(self) -> list[list[int]] | None:
-        """The tokens of each example, by micro-batch, of the first window of a repeat that says them."""
+        """The first window that a repeat records: tokens of each example, by micro-batch."""
         found = [run.summary["first_window"] for run in self.runs if run.summary.get("first_window")]
         return found[0] if found else None
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders or anywhere below. Raises InputError where one has none or a broken file."""
+def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
+    """The runs in these folders or below. Raises InputError if a folder has no run, or a broken file."""
     found: dict[Path, None] = {}  # in order, each once
     for folder in map(Path, folders):
         if not folder.is_dir():
@@ -190,17 +190,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return [_read_run(folder, name) for folder, name in unique.values()]
 
 
-def contenders(runs: Sequence[Run]) -> list[Contender]:
-    """The ways of training in the order in which they come, "ours" first."""
+def contenders(runs: Sequence[RecordedRun]) -> list[RunGroup]:
+    """The ways of training in the order of the runs, "ours" first."""
     labels = sorted(dict.fromkeys(run.contender for run in runs), key=lambda label: label != "ours")
     return [
-        Contender(label, tuple(sorted((run for run in runs if run.contender == label), key=_by_seed)))
+        RunGroup(label, tuple(sorted((run for run in runs if run.contender == label), key=_by_seed)))
         for label in labels
     ]
 
 
 def number(value: Any) -> float:
-    """A number of a JSON file; null is NaN. Raises ValueError, or OverflowError, where it is none."""
+    """A number of a JSON file; null is NaN. Raises ValueError or OverflowError for anything else."""
     if value is None:
         return math.nan
     if not isinstance(value, int | float):
@@ -212,13 +212,13 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def _by_seed(run: Run) -> tuple[bool, Any]:
+def _by_seed(run: RecordedRun) -> tuple[bool, Any]:
     known = isinstance(run.seed, int | float)
-    return not known, run.seed if known else 0  # sorting is stable: else as they came
+    return not known, run.seed if known else 0  # sorting is stable
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    """Those with a history.jsonl, or a summary.json of ours, in natural order (seed_2 before seed_10)."""
+    """The folders with a history.jsonl, or a run's summary.json, in natural order (seed_2 before seed_10)."""
     files = [path for name in ("history.jsonl", "summary.json") for path in folder.rglob(name)]
     candidates = {
         path.parent for path in files if not any(p.startswith(".") for p in path.relative_to(folder).parts)
@@ -232,7 +232,7 @@ def _natural(path: Path) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
-def _read_run(folder: Path, name: str) -> Run:
+def _read_run(folder: Path, name: str) -> RecordedRun:
     rows, notes = _read_rows(folder / "history.jsonl")
     summary = _read_summary(folder / "summary.json")
     if not summary:
@@ -243,7 +243,7 @@ def _read_run(folder: Path, name: str) -> Run:
         notes.append(f"summary.json counts {summary['windows']} windows, history.jsonl has {len(rows)}")
     if missing := sum(not math.isfinite(row.loss) for row in rows):
         notes.append(f"no finite loss in {missing} of {_windows(len(rows))}")
-    return Run(
+    return RecordedRun(
         folder=folder,
         name=redact(name),
         contender=str(summary.get("contender") or redact(name)),
@@ -266,8 +266,8 @@ def _windows(count: int) -> str:
     return f"{count:,} window{'s' * (count != 1)}"
 
 
-def _read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """The rows of a history, and what is wrong with it. Only its last line may be half-written."""
+def _read_rows(path: Path) -> tuple[list[HistoryRow], list[str]]:
+    """The rows of a history, and notes on its problems. Only the last line may be half-written."""
     if not path.exists():
         return [], ["no history.jsonl"]
     lines = [line for line in _read_text(path).split("\n") if line.strip(" \r\0")]
@@ -283,7 +283,7 @@ def _read_rows(path: Path) -> tuple[list[Row], list[str]]:
             refuse(
                 f"{path}, line {position}",
                 "found no JSON object",
-                "one is allowed in each line; mend or delete it",
+                "one is allowed in each line; fix or delete it",
             )
         try:
             values: Any = {field.name: number(row.get(field.name)) for field in fields(WindowRecord)}
@@ -291,31 +291,33 @@ def _read_rows(path: Path) -> tuple[list[Row], list[str]]:
                 values["window"] = position
             if "gradient_error" in row:
                 values["gradient_error"] = number(row["gradient_error"])
-            rows.append(Row(**values))
+            rows.append(HistoryRow(**values))
         except (ValueError, OverflowError) as wrong:
             refuse(
-                f"{path}, line {position}", one_line(wrong), "numbers and null are allowed; mend or delete it"
+                f"{path}, line {position}", one_line(wrong), "numbers and null are allowed; fix or delete it"
             )
     return rows, []
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
-    """A summary, checked, without secrets; empty where there is none."""
+    """The checked summary, without secrets; empty if there is none."""
     if not path.exists():
         return {}
     try:
         summary = json.loads(_read_text(path))
     except ValueError as error:
         refuse(
-            str(path), f"found no JSON ({one_line(error)})", "mend it, or delete it to report what is there"
+            str(path), f"found no JSON ({one_line(error)})", "fix it, or delete it to report the other files"
         )
     if not isinstance(summary, dict):
         refuse(str(path), f"found {type(summary).__name__}", "a JSON object is allowed")
-    for key in MAPPINGS:
+    for key in OBJECT_KEYS:
         if not isinstance(summary.get(key), dict | None):
             refuse(f"{path}, {key}", f"found {summary[key]!r}", "an object or null is allowed")
     steps = (summary.get("accumulation_steps") or {}).items()
-    numbers = {key: summary.get(key) for key in NUMBERS} | {f"accumulation_steps.{k}": v for k, v in steps}
+    numbers = {key: summary.get(key) for key in NUMBER_KEYS} | {
+        f"accumulation_steps.{k}": v for k, v in steps
+    }
     for key, value in numbers.items():
         try:
             number(value)
@@ -331,7 +333,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def _is_tuning(value: Any) -> bool:
-    """Is it what became of the sizes that a run tried, or nothing?"""
+    """Whether the value is the result of trying sizes, or None."""
     if value is None:
         return True
     trials = value.get("trials") if isinstance(value, dict) else None
@@ -343,7 +345,7 @@ def _is_tuning(value: Any) -> bool:
 
 
 def _is_window(value: Any) -> bool:
-    """Is it a list of micro-batches, each a list of its examples' numbers of tokens?"""
+    """Whether the value is a list of micro-batches, each a list of the token counts of its examples."""
     return isinstance(value, list) and all(
         isinstance(lengths, list)
         and lengths
@@ -353,7 +355,7 @@ def _is_window(value: Any) -> bool:
 
 
 def _are_samples(value: Any) -> bool:
-    """Is it a list of objects that hold texts, all under the same names?"""
+    """Whether the value is a list of objects that map the same names to texts."""
     return isinstance(value, list) and all(
         isinstance(one, dict)
         and one.keys() == value[0].keys()
@@ -368,7 +370,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(_read_text(path))
     except yaml.YAMLError as error:
-        refuse(str(path), f"found no YAML ({one_line(error)})", "mend it, or delete it")
+        refuse(str(path), f"found no YAML ({one_line(error)})", "fix it, or delete it")
     if not isinstance(config, dict | None):
         refuse(str(path), f"found {type(config).__name__}", "keys and values are allowed")
     return redact(config or {})

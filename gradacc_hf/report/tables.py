@@ -1,6 +1,6 @@
 """The tables of a report: figures side by side, the plan in numbers, the settings and versions.
 
-Contenders and runs in, text out; what a column is called is said here and nowhere else.
+Functions take contenders and runs, and return text. All names of columns are defined here.
 """
 
 import math
@@ -12,22 +12,27 @@ import yaml
 
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.report import narrative as words
-from gradacc_hf.report.runs import Contender, Run
+from gradacc_hf.report.runs import RecordedRun, RunGroup
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Of the table of figures: the median, the range over repeats, and "exact" or "off" for gradients."""
+class TableCell:
+    """A cell of a table.
+
+    text: the median.
+    range: minimum and maximum over repeats; "" if they are equal.
+    mark: "exact" or "off" for gradients, else "".
+    """
 
     text: str
     range: str = ""
     mark: str = ""
 
 
-def figures_table(found: Sequence[Contender]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
-    """The titles of the columns, and each contender's label and cells. What nobody has is left out."""
+def figures_table(found: Sequence[RunGroup]) -> tuple[list[str], list[tuple[str, list[TableCell]]]]:
+    """The titles of the columns, and the label and cells of each contender. Empty columns are left out."""
     metrics = metric_names(found)
-    columns: list[tuple[str, Callable[[Run], float | None], Callable[[float], str]]] = [
+    columns: list[tuple[str, Callable[[RecordedRun], float | None], Callable[[float], str]]] = [
         *((name, lambda run, name=name: run.metrics("eval").get(name), words.metric) for name in metrics),
         ("validation loss", lambda run: run.metrics("eval").get("loss"), words.metric),
         ("loss, last window", lambda run: run.loss if run.rows else None, words.metric),
@@ -46,62 +51,65 @@ def figures_table(found: Sequence[Contender]) -> tuple[list[str], list[tuple[str
             cells.append(column)
     if len(found) > 1 or len(found[0].runs) > 1:
         titles.append("repeats")
-        cells.append([Cell(str(len(contender.runs))) for contender in found])
+        cells.append([TableCell(str(len(contender.runs))) for contender in found])
     rows = [(contender.label, [column[i] for column in cells]) for i, contender in enumerate(found)]
     return titles, rows
 
 
-def metric_names(found: Sequence[Contender]) -> list[str]:
+def metric_names(found: Sequence[RunGroup]) -> list[str]:
     names = dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval"))
     return [name for name in names if name != "loss"]
 
 
 def _cell(
-    title: str, contender: Contender, figure: Callable[[Run], float | None], show: Callable[[float], str]
-) -> Cell:
+    title: str,
+    contender: RunGroup,
+    figure: Callable[[RecordedRun], float | None],
+    show: Callable[[float], str],
+) -> TableCell:
     if title.startswith("gradient error"):
         worst = words.worst_error(contender)
         if worst is None:
-            return Cell("–")
-        return Cell(
+            return TableCell("–")
+        return TableCell(
             show(worst) if math.isfinite(worst) else "not finite", mark="exact" if worst <= EXACT else "off"
         )
     values = [value for run in contender.runs if (value := figure(run)) is not None]
     known = words.finite(values)
     if not known:
-        return Cell("not finite" if values and show is words.metric else "–")
+        return TableCell("not finite" if values and show is words.metric else "–")
     cell = _spread(known, show)
     missing = f"{len(values) - len(known)} not finite" if len(known) < len(values) else ""
-    return Cell(cell.text, ", ".join(filter(None, [cell.range, missing])))
+    return TableCell(cell.text, ", ".join(filter(None, [cell.range, missing])))
 
 
-def _spread(values: Sequence[float], show: Callable[[float], str]) -> Cell:
+def _spread(values: Sequence[float], show: Callable[[float], str]) -> TableCell:
     text, _, around = words.spread(values, show).partition(" (")
-    return Cell(text, around.removesuffix(")"))
+    return TableCell(text, around.removesuffix(")"))
 
 
-def memory_figure(found: Sequence[Contender]) -> tuple[str, Callable[[Run], float | None]]:
-    """While training, where all say it; else all that the process ever held."""
+def memory_figure(found: Sequence[RunGroup]) -> tuple[str, Callable[[RecordedRun], float | None]]:
+    """The memory while training, if all runs record it; else the peak of the process."""
     title, key = "memory to train", "training_memory_bytes"
     if not all(run.summary.get(key) for contender in found for run in contender.runs if run.summary):
         title, key = "peak memory", "peak_memory_bytes"
     return title, lambda run: run.summary.get(key)
 
 
-def baseline_row(found: Sequence[Contender], titles: Sequence[str]) -> list[str]:
-    """A row of the table: the metrics of answering without training. Empty where nobody says them."""
+def baseline_row(found: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
+    """A row of the table: the metrics of a baseline without training. Empty if no run records them."""
     baseline: Mapping[str, float] = first_baseline(found)
     cells = [words.metric(baseline[title]) if title in baseline else "" for title in titles]
     return cells if any(cells) else []
 
 
-def first_baseline(found: Sequence[Contender]) -> dict[str, float]:
+def first_baseline(found: Sequence[RunGroup]) -> dict[str, float]:
     return next((b for contender in found for run in contender.runs if (b := run.metrics("baseline"))), {})
 
 
-def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
-    """What was run, in numbers: (name, a cell for each contender). Numbers that nobody has are left out."""
-    rows: list[tuple[str, Callable[[Contender], Cell]]] = [
+def plan_table(found: Sequence[RunGroup]) -> list[tuple[str, list[TableCell]]]:
+    """What was run, in numbers: (name, a cell for each contender). Empty rows are left out."""
+    rows: list[tuple[str, Callable[[RunGroup], TableCell]]] = [
         ("windows", _of_runs(lambda run: run.windows)),
         ("examples", _of_runs(lambda run: run.total("examples"))),
         ("effective batch size", _of_runs(_effective_batch_size)),
@@ -122,8 +130,8 @@ def plan_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
     return _known(found, rows)
 
 
-def dynamics_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
-    """What windows of their size did to training, as `plan_table`; empty where no step was measured."""
+def dynamics_table(found: Sequence[RunGroup]) -> list[tuple[str, list[TableCell]]]:
+    """What windows of this size did to training, as rows of `plan_table`; empty if no step was measured."""
     if not any(math.isfinite(run.update_ratio) for contender in found for run in contender.runs):
         return []
     rows = [
@@ -137,67 +145,69 @@ def dynamics_table(found: Sequence[Contender]) -> list[tuple[str, list[Cell]]]:
 
 
 def _known(
-    found: Sequence[Contender], rows: Sequence[tuple[str, Callable[[Contender], Cell]]]
-) -> list[tuple[str, list[Cell]]]:
+    found: Sequence[RunGroup], rows: Sequence[tuple[str, Callable[[RunGroup], TableCell]]]
+) -> list[tuple[str, list[TableCell]]]:
     table = [(name, [say(contender) for contender in found]) for name, say in rows]
     return [(name, cells) for name, cells in table if any(cell.text for cell in cells)]
 
 
 def _of_runs(
-    figure: Callable[[Run], float | None], show: Callable[[float], str] = words.count
-) -> Callable[[Contender], Cell]:
-    def say(contender: Contender) -> Cell:
+    figure: Callable[[RecordedRun], float | None], show: Callable[[float], str] = words.count
+) -> Callable[[RunGroup], TableCell]:
+    def say(contender: RunGroup) -> TableCell:
         known = words.finite([figure(run) for run in contender.runs])
-        return _spread(known, show) if known else Cell("")
+        return _spread(known, show) if known else TableCell("")
 
     return say
 
 
-def _all(value: Callable[[Run], Any]) -> Callable[[Contender], Cell]:
-    """What its runs say, each once, as text."""
+def _all(value: Callable[[RecordedRun], Any]) -> Callable[[RunGroup], TableCell]:
+    """The distinct values of the runs, as text."""
 
-    def say(contender: Contender) -> Cell:
+    def say(contender: RunGroup) -> TableCell:
         said = (str(v) for run in contender.runs if (v := value(run)) is not None)
-        return Cell(", ".join(dict.fromkeys(said)))
+        return TableCell(", ".join(dict.fromkeys(said)))
 
     return say
 
 
-def _skipped(run: Run) -> int | None:
+def _skipped(run: RecordedRun) -> int | None:
     return sum(row.skipped == 1 for row in run.rows) or None
 
 
-def _effective_batch_size(run: Run) -> float | None:
+def _effective_batch_size(run: RecordedRun) -> float | None:
     size = run.summary.get("effective_batch_size") or run.setting("batch", "effective")
     return size if isinstance(size, int | float) else None
 
 
-def _accumulation_steps(contender: Contender) -> Cell:
+def _accumulation_steps(contender: RunGroup) -> TableCell:
     steps = zip(*(run.accumulation_steps for run in contender.runs), strict=True)
     least, mean, most = (words.finite(numbers) for numbers in steps)
     if not (least and mean and most):
-        return Cell("")
-    return Cell(f"{min(least):g} / {sum(mean) / len(mean):.1f} / {max(most):g}".replace(" ", words.SPACE))
+        return TableCell("")
+    return TableCell(
+        f"{min(least):g} / {sum(mean) / len(mean):.1f} / {max(most):g}".replace(" ", words.SPACE)
+    )
 
 
-def _best(contender: Contender) -> Cell:
-    """Of a single run, where it is not the final one; among repeats the best windows differ."""
+def _best(contender: RunGroup) -> TableCell:
+    """The best evaluation of a single run, if it is not the final one. Repeats differ in the best window."""
     run, *repeats = contender.runs
     best = run.summary.get("best")
     if repeats or not best or best == run.summary.get("eval"):
-        return Cell("")
+        return TableCell("")
     text = " · ".join(f"{name} {words.metric(value)}" for name, value in run.metrics("best").items())
-    return Cell(text, f"after window {best.get('window', '?')}")
+    return TableCell(text, f"after window {best.get('window', '?')}")
 
 
-def configurations(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(runs, text): the configuration of the first as YAML, of all others where they differ from it."""
+def configurations(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:
+    """(runs, text): the configuration of the first run as YAML, then the differences of the others."""
     known = [run for run in runs if run.config]
     if not known:
         return []
     first, before = known[0], _flat(known[0].config)
 
-    def differences(run: Run) -> str:
+    def differences(run: RecordedRun) -> str:
         after = _flat(run.config)
         names = [name for name in {**before, **after} if before.get(name, _flat) != after.get(name, _flat)]
         lines = [f"{name}: {after.get(name, '(not there)')}" for name in names]
@@ -209,7 +219,7 @@ def configurations(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted names."""
+    """Settings by dotted names."""
     flat = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -217,9 +227,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def distinct(
-    runs: Sequence[Run], value: Callable[[Run], str], always_named: bool = False
+    runs: Sequence[RecordedRun], value: Callable[[RecordedRun], str], always_named: bool = False
 ) -> list[tuple[str, str]]:
-    """(the runs that say it, what they say), each once; no names where all say the same, unless always."""
+    """(names of runs, value), each value once. Without names if all runs agree, unless `always_named`."""
     said: dict[str, list[str]] = {}
     for run in runs:
         if found := value(run):

@@ -125,7 +125,8 @@ def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0)
         InputError: for a folder that cannot be made, or that another run is writing into.
     """
     accelerator.wait_for_everyone()  # another process may still read a model from the run that is overwritten
-    lock, chosen = None, [None, None]
+    lock = None
+    chosen: list[Any] = [None, None]
     if accelerator.is_main_process:
         lock, *chosen = _make_and_lock(config)
     folder, problem = broadcast_object_list(chosen)

@@ -152,7 +152,7 @@ class RunPlan:
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainingParts:
     """What a run trains with: the model, the optimizer and its schedule; the card that is saved beside it."""
 
     model: torch.nn.Module
@@ -226,7 +226,7 @@ def plan_run(task: Task, accelerator: Accelerator) -> RunPlan:
     return plan
 
 
-def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> Parts:
+def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> TrainingParts:
     """Load the model; make its optimizer and schedule."""
     recipe = task.recipe
     optim = recipe.config.optim
@@ -234,13 +234,13 @@ def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> Parts:
     optimizer = make_optimizer(model, optim, accelerator.mixed_precision)
     scheduler = make_scheduler(optimizer, optim, plan.windows, plan.num_windows)
     card = RunCard(recipe, facts(recipe, task.training, task.validation), plan.windows)
-    return Parts(model, optimizer, scheduler, card)
+    return TrainingParts(model, optimizer, scheduler, card)
 
 
 def train(
     task: Task,
     plan: RunPlan,
-    parts: Parts,
+    parts: TrainingParts,
     folder: Path,
     checkpoint: Checkpoint | None,
     baseline: dict[str, float] | None,

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 
+from gradacc_hf.accumulation.accelerate_state import check_unprepared
 from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
@@ -167,26 +167,10 @@ def prepare(
 
     Gradients of bf16 weights accumulate in float32.
     """
-    check_unprepared(model, optimizer, accelerator)
+    check_unprepared(accelerator, model, optimizer)
     preflight_check(model, windows, compute_loss)
     accumulate_in_float32(model, optimizer)
     return accelerator.prepare(model, optimizer)
-
-
-def check_unprepared(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> None:
-    """Raise InputError for a model or an optimizer that `accelerator.prepare` has returned."""
-    is_prepared = {
-        "optimizer": isinstance(optimizer, AcceleratedOptimizer),
-        "model": accelerator.unwrap_model(model) is not model,
-    }
-    for name, prepared in is_prepared.items():
-        if prepared:
-            raise InputError(
-                f"{name}: found one that accelerator.prepare() returned; fine_tune prepares the model and "
-                "the optimizer itself: pass both as they were before (train takes prepared ones)"
-            )
 
 
 def check_summary(more: Mapping[str, Any]) -> Mapping[str, Any]:

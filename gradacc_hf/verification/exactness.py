@@ -151,7 +151,7 @@ def verify(
         if not worst.finite:
             reasons = (NOT_FINITE,)
         elif not (loop.exact and fits):  # a reference of single examples relies on the count of items
-            reasons = why_not_exact(model, windows, compute_loss, window.indices, window.pad_to)
+            reasons = why_not_exact(model, windows, compute_loss, window.indices.tolist(), window.pad_to)
     return Verification(
         loop=loop,
         exact_trainer=_worst(compared, EXACT_TRAINER),

@@ -109,7 +109,7 @@ def loader(accelerator, data, size=16, **arguments):
 
 def seen(windows):
     """An epoch: each window's indices, and its batches as they came."""
-    return [(w.indices.tolist(), [batch["input_ids"].tolist() for batch in w]) for w in windows]
+    return [(w.indices.tolist(), [batch["input_ids"].tolist() for batch in w.batches()]) for w in windows]
 
 
 def indices(windows):

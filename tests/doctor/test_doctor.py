@@ -1,10 +1,13 @@
 """The doctor finds each fault that is planted in a loop, by its name, and none in a loop that is right."""
 
+import contextlib
+import gc
 import itertools
 import os
 import subprocess
 import sys
 import tempfile
+import types
 
 import pytest
 import torch
@@ -191,6 +194,77 @@ def test_a_loop_that_breaks_off_has_dropped_nothing():
     assert diagnosis.findings == [], str(diagnosis)
 
 
+def test_diagnoses_overlap_in_any_order_and_no_class_is_patched(monkeypatch):
+    """Two loops take turns; the diagnosis that began first ends first."""
+    for name in ("get_objects", "get_referrers", "get_referents"):
+        monkeypatch.setattr(gc, name, None)  # a call would fail
+    before = {kind: dict(vars(kind)) for kind in (DataLoader, torch.optim.Optimizer, torch.nn.Module)}
+    loops = [regression() for _ in range(2)]
+    opened, diagnoses = [contextlib.ExitStack() for _ in loops], []
+    for (model, optimizer, _), stack in zip(loops, opened, strict=True):
+        diagnoses.append(stack.enter_context(diagnose(model, optimizer, say=lambda said: None)))
+        assert all(dict(vars(kind)) == attributes for kind, attributes in before.items())
+    (first, first_optimizer, first_data), (second, second_optimizer, second_data) = loops
+    for step, ((x, y), (u, v)) in enumerate(zip(first_data, second_data, strict=True), start=1):
+        (mse_loss(first(x), y) / N).backward()
+        mse_loss(second(u), v).backward()  # a fault
+        if step % N == 0:
+            for optimizer in (first_optimizer, second_optimizer):
+                optimizer.step()
+                optimizer.zero_grad()
+        if step == 2 * N:
+            opened[0].close()
+    opened[1].close()
+    assert [names(diagnosis) for diagnosis in diagnoses] == [set(), {"not_divided"}]
+    assert [len(diagnosis.record.windows) for diagnosis in diagnoses] == [2, 3]
+    assert [first[2].p, second[2].p] == [0.1, 0.1]
+    assert all(dict(vars(kind)) == attributes for kind, attributes in before.items())
+
+
+def test_a_script_s_loops_are_found_without_a_patch():
+    before = {kind: dict(vars(kind)) for kind in (DataLoader, torch.optim.Optimizer, torch.nn.Module)}
+    with every_loop(say=lambda said: None) as diagnoses:
+        model, optimizer, loader = regression()
+        assert all(dict(vars(kind)) == attributes for kind, attributes in before.items())
+        accumulated(model, optimizer, loader, share=lambda loss: loss)
+        accumulated(*regression())
+    assert [names(diagnosis) for diagnosis in diagnoses] == [{"not_divided"}, set()]
+
+
+def test_a_pass_of_a_loader_with_persistent_workers_is_counted():
+    model, optimizer, loader = regression(rows=72)  # 18 micro-batches
+    loader = DataLoader(loader.dataset, 4, num_workers=1, persistent_workers=True)
+    with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
+        accumulated(model, optimizer, itertools.chain(*(loader for _ in range(2))))
+    assert names(diagnosis) == {"partial_window_leaked"}, str(diagnosis)
+
+
+class Holder:
+    """A trainer that keeps its scheduler in a wrapper, in a list."""
+
+    def __init__(self, optimizer, steps):
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        self.schedulers = [types.SimpleNamespace(scheduler=scheduler)]
+
+    def fit(self, model, optimizer, loader):
+        for step, (x, y) in enumerate(loader, start=1):
+            (mse_loss(model(x), y) / N).backward()
+            if step % N == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                self.schedulers[0].scheduler.step()
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_a_scheduler_is_taken_from_the_loop_or_as_given(is_given):
+    model, optimizer, loader = regression()
+    holder = [Holder(optimizer, len(loader))]
+    given = {"scheduler": holder[0].schedulers[0].scheduler} if is_given else {}
+    with diagnose(model, optimizer, say=lambda said: None, **given) as diagnosis:
+        holder.pop().fit(model, optimizer, loader)
+    assert names(diagnosis) == {"schedule_sized_in_micro_batches"}, str(diagnosis)
+
+
 @pytest.mark.parametrize("outside", [True, False])
 def test_a_regulariser_is_no_finding(outside):
     model, optimizer, loader = regression()
@@ -302,7 +376,7 @@ def test_a_last_backward_inside_the_closure_of_a_step_is_its_window_s(divided_by
             else:
                 optimizer.step(closure)
     assert names(diagnosis) == (set() if divided_by == N else {"not_divided"}), str(diagnosis)
-    assert {len(window.micro_batches) for window in diagnosis.seen.windows} == {N}
+    assert {len(window.micro_batches) for window in diagnosis.record.windows} == {N}
 
 
 def by_tokens(weigh, reduction="mean"):
@@ -643,7 +717,7 @@ def test_our_recipes_are_healthy(name, start, tmp_path):
         data = write_rows(tmp_path / "rows.jsonl", rows)
         outcome = start(recipe, "--data.train", data, "--train.max_windows", 4, "--budget.max_tokens", 60)
         assert outcome.code == 0, outcome.err
-    [diagnosis] = [d for d in diagnoses if d.seen.windows]
+    [diagnosis] = [d for d in diagnoses if d.record.windows]
     assert diagnosis.findings == [], str(diagnosis)
     compared = "is that of its window at once" in str(diagnosis)
     # Not masked_lm, whose loss is of chosen positions, and not contrastive, whose is of the whole window.

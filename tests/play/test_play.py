@@ -28,14 +28,14 @@ from gradacc_hf.play import drawing as pictures
 from gradacc_hf.play import loops, tour
 from gradacc_hf.play.animation import write_film
 from gradacc_hf.play.model_runner import MOMENTUM, WINDOWS
-from gradacc_hf.play.session import CUT, Session
-from gradacc_hf.play.sessions import People
-from gradacc_hf.play.settings import LINE, MOST, WITH_BATCH_NORM, Fault, Settings, steps_of
+from gradacc_hf.play.session import FEWEST_MICRO_BATCHES, Session
+from gradacc_hf.play.sessions import BrowserSessions
+from gradacc_hf.play.settings import LINE, MAX_SETTING, WITH_BATCH_NORM, Fault, PlaySettings, steps_of
 from gradacc_hf.play.toy_tasks import problem
 from gradacc_hf.play.workers import Workers, start_server
 
-QUICK = Settings(micro_batch=2, steps=3)
-ON_THE_LINE = Settings(model=LINE, micro_batch=2, steps=2, lr=0.01)
+QUICK = PlaySettings(micro_batch=2, steps=3)
+ON_THE_LINE = PlaySettings(model=LINE, micro_batch=2, steps=2, lr=0.01)
 
 
 def after(settings, windows, to="window"):
@@ -58,7 +58,7 @@ def by_the_api(settings, windows):
         micro_batch_size=settings.micro_batch,
         collate_fn=made.collate,
         num_items=made.num_items,
-        cost=CUT,
+        cost=FEWEST_MICRO_BATCHES,
         seed=settings.seed,
         accelerator=accelerator,
     )
@@ -142,7 +142,7 @@ def test_each_fault_shows_in_what_the_doctor_says_and_in_the_numbers(fault):
     assert any("✗" in line for line in picture.code)
 
 
-def test_batch_norm_is_not_mended_by_an_exact_loop():
+def test_batch_norm_is_not_fixed_by_an_exact_loop():
     picture = after(replace(QUICK, model=WITH_BATCH_NORM, micro_batch=4), 4)
     assert not picture.is_healthy
     assert "BatchNorm" in picture.doctor
@@ -211,7 +211,7 @@ def test_a_change_takes_effect_at_the_next_window():
     assert session.picture().window == 0
 
 
-def test_another_fault_begins_where_the_kit_s_loop_is():
+def test_another_fault_begins_where_gradacc_s_loop_is():
     session = Session(replace(QUICK, fault="zeroed too early"))
     for fault in ("scheduler on every micro-batch", "not divided"):
         for _ in range(3):
@@ -275,7 +275,7 @@ def test_bf16_and_clipping_and_a_rate_that_follows():
 )
 def test_what_cannot_be_is_one_line(given, said):
     with pytest.raises(InputError) as error:
-        replace(Settings(), **given)
+        replace(PlaySettings(), **given)
     assert said in str(error.value)
 
 
@@ -290,7 +290,7 @@ def test_any_two_sizes_set_the_third():
 def test_every_picture_can_be_drawn_whatever_the_numbers():
     diverges = after(replace(QUICK, lr=10.0, fault="not divided"), 30)
     assert not math.isfinite(diverges.losses["shown"][-1])
-    largest = Settings(micro_batch=4, steps=MOST["steps"])
+    largest = PlaySettings(micro_batch=4, steps=MAX_SETTING["steps"])
     for picture in (diverges, Session(QUICK).picture(), after(largest, 1), after(ON_THE_LINE, 2)):
         for draw in (
             getattr(pictures, n) for n in ("code", "window", "bucket", "memory", "losses", "doctor")
@@ -322,66 +322,71 @@ def test_a_film_is_a_moving_svg_of_the_run(tmp_path):
         write_film(tmp_path / "run.gif")
 
 
-# Several people, each with a process
+# Several browser sessions, each with a process
 
 
 @pytest.fixture
-def people():
+def workers():
     start_server()
     workers = Workers(2)
-    yield People(workers)
+    yield workers
     workers.end()
 
 
-def test_people_have_runs_of_their_own_and_a_full_house_says_so(people):
-    assert people.go_on("a", "micro-batch").picture.done == 1
-    assert people.go_on("b", "window").picture.done == 4
-    assert people.go_on("a", "micro-batch").picture.done == 2
-    for click in (people.enter, people.pause, lambda name: people.restart(name, QUICK)):
+@pytest.fixture
+def sessions(workers):
+    return BrowserSessions(workers)
+
+
+def test_sessions_have_separate_runs_and_a_session_too_many_is_refused(sessions):
+    assert sessions.go_on("a", "micro-batch").picture.done == 1
+    assert sessions.go_on("b", "window").picture.done == 4
+    assert sessions.go_on("a", "micro-batch").picture.done == 2
+    for click in (sessions.enter, sessions.pause, lambda name: sessions.restart(name, QUICK)):
         refused = click("c")
         assert refused.is_wrong
-        assert "2 people are here" in refused.message
-    people.leave("b")
-    assert people.enter("c").picture.window == 0
-    assert people.go_on("b", "window").message == "this page was closed: press restart"
+        assert "all 2 sessions of this page are in use: try again later" in refused.message
+    sessions.leave("b")
+    assert sessions.enter("c").picture.window == 0
+    assert sessions.go_on("b", "window").message == "this page was closed: press restart"
 
 
-def test_a_process_that_has_ended_says_so_and_a_restart_has_another(people):
-    people.enter("a")
-    people.change("a", QUICK)
-    people._by_name["a"].worker.end()
-    gone = people.go_on("a", "window")
+def test_a_process_that_has_ended_says_so_and_a_restart_has_another(sessions, workers):
+    sessions.enter("a")
+    sessions.change("a", QUICK)
+    workers.of("a").end()
+    gone = sessions.go_on("a", "window")
     assert gone.message == "the training process has ended: press restart"
     assert gone.has_ended
-    assert people.restart("a", QUICK).picture.settings == QUICK
-    assert people.go_on("a", "window").picture.done == 3
+    assert sessions.restart("a", QUICK).picture.settings == QUICK
+    assert sessions.go_on("a", "window").picture.done == 3
 
 
-def test_the_dead_take_nobody_s_place(people):
+def test_ended_processes_take_no_slot(sessions, workers):
     for name in "ab":
-        people.enter(name)
-        people._by_name[name].worker.end()
-    assert people.enter("c").picture is not None
+        sessions.enter(name)
+        workers.of(name).end()
+    assert sessions.enter("c").picture is not None
 
 
-def test_what_is_refused_is_said_until_it_is_taken_back(people):
-    assert people.refuse("a", "found 10").message == "found 10"
-    assert people.go_on("a", "window").message == "found 10"
-    assert people.change("a", QUICK).message == "The change takes effect at the next window."
-    assert people.go_on("a", "window").message == ""
+def test_what_is_refused_is_said_until_it_is_taken_back(sessions):
+    assert sessions.refuse("a", "found 10").message == "found 10"
+    assert sessions.go_on("a", "window").message == "found 10"
+    assert sessions.change("a", QUICK).message == "The change takes effect at the next window."
+    assert sessions.go_on("a", "window").message == ""
     other = replace(QUICK, seed=3)
     assert (
-        people.change("a", other).message
+        sessions.change("a", other).message
         == "The change takes effect at the next window and begins a new run."
     )
 
 
-def test_it_plays_until_there_is_a_pause(people):
-    plays = people.play("a")
+def test_it_plays_until_there_is_a_pause(sessions):
+    plays = sessions.play("a")
     assert [next(plays).picture.done for _ in range(3)] == [1, 2, 3]
-    people.set_speed("a", "windows")
+    sessions.set_speed("a", "windows")
     assert next(plays).picture.done == 4
-    people.pause("a")
+    sessions.pause("a")
     assert list(plays) == []
 
 
@@ -519,7 +524,7 @@ def test_it_plays_pauses_and_steps(page):
 
 
 @needs_a_browser
-def test_two_people_do_not_see_each_other_s_runs_and_a_closed_tab_ends_its_training(
+def test_two_sessions_have_separate_runs_and_a_closed_tab_ends_its_training(
     browser, page, address, served_by
 ):
     other = browser.new_context().new_page()

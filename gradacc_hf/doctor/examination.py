@@ -1,0 +1,62 @@
+"""What happens at the end of each window: recompute it, within a budget of work, and decide how to go on.
+
+The first windows are compared. If a pass over the data ends in a partial window, that one is awaited.
+"""
+
+from gradacc_hf.doctor.observer import Attention, Progress, Subject
+from gradacc_hf.doctor.record import LoopRecord, ObservedWindow, WindowComparison
+from gradacc_hf.doctor.reference import LossOf, compare_window, work
+
+MAX_WORK_RATIO = 1.7  # work of comparisons over that of the observed windows; with all else it is below 2
+
+
+class Examination:
+    """Compares windows of a record with references, and keeps account of the work.
+
+    windows: how many windows to compare.
+    """
+
+    def __init__(self, subject: Subject, record: LoopRecord, windows: int, loss_fn: LossOf | None):
+        self._subject, self._record = subject, record
+        self._windows, self._loss_fn = windows, loss_fn
+        self._loop_work = self._comparison_work = 0.0
+
+    def examine(self, window: ObservedWindow, progress: Progress) -> Attention:
+        """Compare the latest window of the record, if there is work left for it, and say how to go on."""
+        self._compare(window, progress)
+        return self._next(window, progress)
+
+    def _is_at_end(self, window: ObservedWindow, progress: Progress) -> bool:
+        return progress.is_at_end or len(window) < self._longest()
+
+    def _longest(self) -> int:
+        return max(map(len, self._record.windows))
+
+    def _compare(self, window: ObservedWindow, progress: Progress) -> None:
+        seen = len(self._record.windows)
+        of_loop, at_once = work(window)
+        self._loop_work += of_loop
+        expected = self._comparison_work + of_loop + at_once / 3  # a forward is a third of a step
+        to_come = max(0, self._windows - seen) * of_loop
+        is_affordable = expected <= MAX_WORK_RATIO * (self._loop_work + to_come)
+        if seen == 1 and not is_affordable:
+            times = f"{at_once / of_loop:.0f} × the work, most of it padding"
+            window.comparison = WindowComparison(why_not=f"its examples in one batch would be {times}")
+        elif is_affordable and (seen <= self._windows or self._is_at_end(window, progress)):
+            found = window.comparison = compare_window(
+                self._subject, window, self._loss_fn, self._record.autocast
+            )
+            repeats = sum(each is not None for each in (found.means, found.swamped))
+            self._comparison_work += at_once / 3 + of_loop * (1 + repeats)
+
+    def _next(self, window: ObservedWindow, progress: Progress) -> Attention:
+        seen, steps, length = len(self._record.windows), self._longest(), progress.length
+        if seen < self._windows:
+            return Attention()
+        is_in_later_pass = window.micro_batches[0].data_pass > 1
+        if seen > self._windows and (is_in_later_pass or self._is_at_end(window, progress)):
+            return Attention(stop=True)  # the end of the data was observed
+        if length is None or steps == 1 or not (length % steps or progress.ends_short):
+            return Attention(stop=True)
+        before_end = length - 2 * steps  # the last window will be partial, or have a short micro-batch
+        return Attention(resume_at=before_end if progress.forwards < before_end else None)

@@ -1,0 +1,138 @@
+"""Facts read from the call stack: the user's line, whose loop runs, the scheduler of an optimizer.
+
+Nothing here changes a frame or an object.
+"""
+
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any, cast
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from gradacc_hf.doctor.record import Place
+
+PACKAGE = str(Path(__file__).parent.parent)
+DOCTOR = str(Path(__file__).parent)
+LIBRARIES = tuple({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
+LENGTH_NAMES = ("T_max", "total_steps", "total_iters")  # attributes of schedulers, in steps
+MAX_ITEMS_SEARCHED = 64  # of a list, tuple or dict that may hold a scheduler
+
+
+def frames(outside: str = PACKAGE) -> Iterator[FrameType]:
+    """The frames of the caller's stack, innermost first, without those of files in the folder `outside`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(outside):
+            yield frame
+        frame = frame.f_back
+
+
+def _is_users(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    return not file.startswith("<") and not os.path.realpath(file).startswith(LIBRARIES)
+
+
+def user_line() -> Place | None:
+    """The innermost line outside of libraries; None if there is none."""
+    found = next(filter(_is_users, frames()), None)
+    return None if found is None else Place(found.f_code.co_filename, found.f_lineno)
+
+
+def driver() -> str:
+    """Whose loop runs: "trainer" (of transformers), "accelerate", or ""."""
+    modules = {frame.f_globals.get("__name__", "") for frame in frames()}
+    if "transformers.trainer" in modules:
+        return "trainer"
+    return "accelerate" if "accelerate.accelerator" in modules else ""
+
+
+def _caller_of_torch() -> FrameType | None:
+    """The frame whose call of a torch function is being handled."""
+    return next((frame for frame in frames() if frame.f_code.co_name != "__torch_function__"), None)
+
+
+def starting_loader() -> DataLoader | None:
+    """The loader whose iteration begins, if the torch function at hand draws the seed of its workers."""
+    frame = _caller_of_torch()
+    if frame is None or frame.f_globals.get("__name__") != "torch.utils.data.dataloader":
+        return None
+    loader = frame.f_locals.get("loader") if frame.f_code.co_name == "__init__" else None
+    return loader if isinstance(loader, DataLoader) else None
+
+
+def optimizer_being_built() -> torch.optim.Optimizer | None:
+    """The optimizer that takes parameters, if the torch function at hand checks one of them."""
+    frame = _caller_of_torch()
+    if frame is None or frame.f_code.co_name != "add_param_group":
+        return None
+    optimizer = frame.f_locals.get("self")
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+
+
+def schedule_length(optimizer: torch.optim.Optimizer) -> int | None:
+    """The steps that a scheduler of this optimizer was made for, if one is found in the calling frames.
+
+    Looked through: the variables of each frame, the module variables of the user's frames, the attributes of
+    each of these objects, and the items of lists, tuples and dicts among them.
+    """
+    examined: set[int] = set()
+    for frame in frames(outside=DOCTOR):
+        spaces = [frame.f_locals, frame.f_globals] if _is_users(frame) else [frame.f_locals]
+        for value in [value for space in spaces for value in list(space.values())]:
+            if id(value) in examined:
+                continue
+            examined.add(id(value))
+            for scheduler in _schedulers_in(value):
+                is_ours = getattr(scheduler, "optimizer", None) is optimizer
+                if is_ours and (steps := length_of(scheduler)) is not None:
+                    return steps
+    return None
+
+
+def length_of(scheduler: Any) -> int | None:
+    """The steps that this scheduler, or the one it wraps, was made for; None if it does not say."""
+    for each in _unwrapped(scheduler):
+        for name in LENGTH_NAMES:
+            if isinstance(steps := getattr(each, name, None), int):
+                return steps
+        for function in getattr(each, "lr_lambdas", ()):
+            if isinstance(steps := getattr(function, "keywords", {}).get("num_training_steps"), int):
+                return steps
+    return None
+
+
+def _schedulers_in(value: Any) -> Iterator[LRScheduler]:
+    """The schedulers that a variable holds: itself, its items, its attributes, and the items of these."""
+    for item in _items(value):
+        yield from _unwrapped(item)
+        if not isinstance(item, type | ModuleType):
+            for attribute in list(_attributes(item).values()):
+                for inner in _items(attribute):
+                    yield from _unwrapped(inner)
+
+
+def _items(value: Any) -> list[Any]:
+    if issubclass(type(value), list | tuple | dict) and len(value) <= MAX_ITEMS_SEARCHED:
+        return list(value.values() if isinstance(value, dict) else value)
+    return [value]
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    try:
+        attributes = vars(value)
+    except Exception:  # of an object without attributes, or a proxy that is not ready
+        return {}
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _unwrapped(value: Any) -> Iterator[LRScheduler]:
+    """The value, or what a wrapper such as Accelerate's holds as `scheduler`, if it is a torch scheduler."""
+    for each in (value, _attributes(value).get("scheduler")):
+        if each is not None and issubclass(type(each), LRScheduler):
+            yield cast(LRScheduler, each)

@@ -1,0 +1,171 @@
+"""Torch functions that a loop calls, as events: a backward, a loss, a changed gradient, a new loader.
+
+A thread has at most one listener, a `TorchFunctionMode`, which all subscribers share. So subscribers may come
+and go in any order, and no class of torch is changed.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
+
+from gradacc_hf.doctor.frames import optimizer_being_built, starting_loader
+
+NUMBER_READS = ("item", "__float__", "__format__")  # of a tensor, as a number
+UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"
+LOSSES = {  # functions of (prediction, target) with a mean, which a loop may call by itself
+    *("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"),
+    *("binary_cross_entropy", "binary_cross_entropy_with_logits", "poisson_nll_loss"),
+}
+
+
+class Subscriber:
+    """Receives events while it is subscribed. Each event does nothing by default.
+
+    is_listening: whether events other than `loader_started` and `optimizer_built` are wanted.
+    """
+
+    is_listening = False
+
+    def loader_started(self, loader: DataLoader) -> None:
+        """An iteration over this loader begins, with gradients enabled."""
+
+    def optimizer_built(self, optimizer: torch.optim.Optimizer) -> None:
+        """This optimizer is being built, or takes more parameters."""
+
+    def backward(self, loss: torch.Tensor, run: Callable[[], Any]) -> Any:
+        """Call `run`, the backward of this loss, and return its result."""
+        return run()
+
+    def loss_computed(
+        self, function: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any], loss: torch.Tensor
+    ) -> None:
+        """A torch function has computed a loss."""
+
+    def tensor_changed(self, tensor: Any, how: str) -> None:
+        """A function with this name is about to change the tensor, or the list of tensors, in place."""
+
+    def autocast_used(self, dtype: torch.dtype) -> None:
+        """A linear layer computes in this type."""
+
+    def gradients_unscaled(self) -> None:
+        """The gradient scaler of fp16 has divided the gradients."""
+
+    def number_read(self, value: float) -> None:
+        """A tensor was read as a number."""
+
+
+class Listener(TorchFunctionMode):
+    """Turns the torch functions of one thread into events for its subscribers."""
+
+    def __init__(self):
+        super().__init__()
+        self._subscribers: list[Subscriber] = []
+        self._is_paused = False
+
+    def add(self, subscriber: Subscriber) -> None:
+        """Begin to send events; the first subscriber starts the listener."""
+        if not self._subscribers:
+            self.__enter__()
+        self._subscribers.append(subscriber)
+
+    def remove(self, subscriber: Subscriber) -> None:
+        """Send no more events; the last subscriber stops the listener."""
+        self._subscribers.remove(subscriber)
+        if not self._subscribers:
+            self.__exit__(None, None, None)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether what runs now belongs to gradacc, not to the loop."""
+        return self._is_paused
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Send no events from what runs in here."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._is_paused or torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "random_" and torch.is_grad_enabled() and (loader := starting_loader()) is not None:
+            self._send(Subscriber.loader_started, loader)
+        elif _is_check_of_leaf(func, name) and (optimizer := optimizer_being_built()) is not None:
+            self._send(Subscriber.optimizer_built, optimizer)
+        active = [subscriber for subscriber in self._subscribers if subscriber.is_listening]
+        if not active:
+            return func(*args, **kwargs)
+        if func is torch.Tensor.backward:
+            run = partial(func, *args, **kwargs)
+            for subscriber in active:
+                run = partial(subscriber.backward, args[0], run)
+            return run()
+        for subscriber in active:
+            _send_before(subscriber, func, name, args)
+        result = func(*args, **kwargs)
+        for subscriber in active:
+            _send_after(subscriber, func, name, args, kwargs, result)
+        return result
+
+    def _send(self, event: Callable[..., None], value: Any) -> None:
+        for subscriber in list(self._subscribers):
+            getattr(subscriber, event.__name__)(value)
+
+
+def _is_check_of_leaf(func: Any, name: str) -> bool:
+    return name == "__get__" and getattr(func, "__self__", None) is torch.Tensor.is_leaf
+
+
+def _send_before(subscriber: Subscriber, func: Any, name: str, args: Any) -> None:
+    if name == "__set__" and getattr(func, "__self__", None) is torch.Tensor.grad:
+        if args[1] is None:
+            subscriber.tensor_changed(args[0].grad, "zeroed")
+    elif name.endswith("_") and not name.startswith("__") and args:
+        subscriber.tensor_changed(args[0], name)
+    elif name == "linear" and torch.is_autocast_enabled(kind := args[0].device.type):
+        subscriber.autocast_used(torch.get_autocast_dtype(kind))
+
+
+def _send_after(subscriber: Subscriber, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
+    if name == UNSCALE:
+        subscriber.gradients_unscaled()
+    if name in LOSSES and isinstance(result, torch.Tensor) and not result.ndim and result.requires_grad:
+        subscriber.loss_computed(func, args, kwargs, result)
+    elif name in NUMBER_READS and isinstance(args[0], torch.Tensor) and args[0].numel() == 1:
+        value = result if isinstance(result, float) else None
+        if name == "__format__" and args[0].is_floating_point():
+            value = float(args[0].detach())
+        if value is not None:
+            subscriber.number_read(value)
+
+
+_THREAD = threading.local()
+
+
+def thread_listener() -> Listener:
+    """The listener of this thread."""
+    if not hasattr(_THREAD, "listener"):
+        _THREAD.listener = Listener()
+    return _THREAD.listener
+
+
+@contextmanager
+def subscribed(subscriber: Subscriber) -> Iterator[Listener]:
+    """Send the events of this thread to the subscriber; gives the listener."""
+    listener = thread_listener()
+    listener.add(subscriber)
+    try:
+        yield listener
+    finally:
+        listener.remove(subscriber)
