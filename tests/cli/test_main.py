@@ -57,7 +57,7 @@ def test_a_copied_lesson_runs(tmp_path):
     assert gradacc("cp", "lessons/when_to_step", str(tmp_path)).returncode == 0
     copy = tmp_path / "recipes/lessons/when_to_step.py"
     done = subprocess.run([sys.executable, copy], capture_output=True, text=True)
-    assert "in the kit               0.000 0.000 0.000" in done.stdout
+    assert "in gradacc               0.000 0.000 0.000" in done.stdout
 
 
 def test_cp_overwrites_nothing(tmp_path):
