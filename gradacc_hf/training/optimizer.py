@@ -121,7 +121,7 @@ def choose_trained(model: Any, settings: ModelConfig, new_parameters: Collection
 
     Args:
         model: the model, changed in place.
-        settings: `freeze` names parameters to freeze. With `lora`, only adapters and new parameters are trained.
+        settings: `freeze` names parameters to freeze; with `lora`, all but adapters and new ones are frozen.
         new_parameters: names of parameters without pretrained weights; None where that is unknown.
     """
     for name in frozen_parameters([name for name, _ in model.named_parameters()], settings.freeze):
