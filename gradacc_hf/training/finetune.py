@@ -25,7 +25,7 @@ from gradacc_hf.training.autotune import Tuning
 from gradacc_hf.training.checkpoint import Checkpointer, Checkpoints
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.preflight import preflight_check
-from gradacc_hf.training.run_log import RunLog, WindowRecord
+from gradacc_hf.training.run_log import FIGURES, RunLog, WindowRecord
 from gradacc_hf.training.update_ratio import UpdateRatio
 from gradacc_hf.utils.files import WriteModel, save_model, write_pretrained
 from gradacc_hf.utils.signals import StopSignals
@@ -175,7 +175,7 @@ def prepare(
 
 def check_summary(more: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return further entries of a summary. Raises InputError for a key that the run writes itself."""
-    if taken := sorted({*SUMMARY_KEYS} & more.keys()):
+    if taken := sorted({*SUMMARY_KEYS, *FIGURES} & more.keys()):
         raise InputError(f"summary: found the key {taken[0]!r}, which the run writes itself: choose another")
     return more
 
@@ -286,21 +286,20 @@ def write_summary(
     """
     stopped = end == "stopped by a signal"
     size = windows.plan.effective_batch_size
-    return log.summary(
-        write=not stopped,
-        stopped_after=log.last_window if stopped else None,
-        eval=evaluations.latest,
-        best=evaluations.best,
-        evaluations=evaluations.rows,
-        first_window=[tokens.sum(1).tolist() for tokens in windows.split_lengths(first_window)],
-        micro_batches=str(windows.bound),
-        replays=windows.replays,
-        tuning=tuning.to_json() if tuning is not None else None,
-        empty_windows=windows.empty_windows,
-        empty_micro_batches=windows.empty_micro_batches,
-        effective_batch_size=None if callable(size) else size,
-        **{"baseline": None, **more},
-    )
+    own = {
+        "stopped_after": log.last_window if stopped else None,
+        "eval": evaluations.latest,
+        "best": evaluations.best,
+        "evaluations": evaluations.rows,
+        "first_window": [tokens.sum(1).tolist() for tokens in windows.split_lengths(first_window)],
+        "micro_batches": str(windows.bound),
+        "replays": windows.replays,
+        "tuning": tuning.to_json() if tuning is not None else None,
+        "empty_windows": windows.empty_windows,
+        "empty_micro_batches": windows.empty_micro_batches,
+        "effective_batch_size": None if callable(size) else size,
+    }
+    return log.summary({"baseline": None, **more, **own}, write=not stopped)
 
 
 class RunLength:

@@ -35,6 +35,24 @@ HISTORY = "history.jsonl"
 TRACKED = ("loss", "grad_norm", "lr", "noise_scale", "update_ratio")
 VERSIONS_OF = ("torch", "transformers", "accelerate", "datasets", "evaluate", "gradacc-hf")
 
+FIGURES = (
+    "windows",
+    "skipped_windows",
+    "examples",
+    "items",
+    "tokens",
+    "padded_tokens",
+    "padding",
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "accumulation_steps",
+    "processes",
+    "precision",
+    "versions",
+)
+"""Keys of a summary that `RunLog.summary` sets."""
+
 
 @dataclass(frozen=True)
 class WindowRecord:
@@ -182,8 +200,13 @@ class RunLog:
         self.accelerator.log({f"eval/{key}": value for key, value in metrics.items()}, window)
         self.console.print(f"after window {window}: {describe(metrics)}", soft_wrap=True)
 
-    def summary(self, write: bool = True, **more: Any) -> dict[str, Any]:
-        """Return the figures of the run; write them as summary.json where there is a folder."""
+    def summary(self, more: Mapping[str, Any], *, write: bool = True) -> dict[str, Any]:
+        """Return the figures of the run.
+
+        Args:
+            more: further entries, under keys that are not in `FIGURES`.
+            write: whether to write summary.json, where there is a folder.
+        """
         records = self.records
         seconds = sum(record.seconds for record in records)
         tokens, padded = sum(r.tokens for r in records), sum(r.padded_tokens for r in records)

@@ -11,14 +11,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
-    "gradacc_hf.contrastive": "gradacc_hf.accumulation.gradient_cache",
-    "gradacc_hf.items": "gradacc_hf.accumulation.loss_items",
-    "gradacc_hf.labels": "gradacc_hf.data.columns",
-    "gradacc_hf.loop": "gradacc_hf.training.loop",
-    "gradacc_hf.tasks.joined": "gradacc_hf.tasks.encoder_decoder",
-    "gradacc_hf.tasks.masked": "gradacc_hf.tasks.masked_head",
+    "gradacc_hf.contrastive": ("gradacc_hf.accumulation.gradient_cache",),
+    "gradacc_hf.items": ("gradacc_hf.accumulation.loss_items",),
+    "gradacc_hf.labels": ("gradacc_hf.data.columns",),
+    "gradacc_hf.loop": ("gradacc_hf.training.loop", "gradacc_hf.training.finetune"),
+    "gradacc_hf.tasks.joined": ("gradacc_hf.tasks.encoder_decoder",),
+    "gradacc_hf.tasks.masked": ("gradacc_hf.tasks.masked_head",),
 }
-"""Old module path → new module path."""
+"""Old module path → the modules that hold its names now."""
 
 
 class MovedModuleFinder:
@@ -40,9 +40,10 @@ class MovedModuleFinder:
     def exec_module(self, module: ModuleType) -> None:
         """Fill the module with the names of the new module, and warn of the old path."""
         new = MOVED[module.__name__]
-        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
-        found = vars(importlib.import_module(new))
-        module.__dict__.update({name: value for name, value in found.items() if not name.startswith("__")})
+        warnings.warn(f"{module.__name__} is now {' and '.join(new)}", DeprecationWarning, stacklevel=2)
+        for path in reversed(new):
+            found = vars(importlib.import_module(path))
+            module.__dict__.update({name: value for name, value in found.items() if name[:2] != "__"})
 
 
 def install() -> None:

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradacc_hf import Best, WindowLoader, evaluate, fine_tune, train
 from gradacc_hf.errors import InputError
-from gradacc_hf.training.finetune import EvaluationLog
-from gradacc_hf.training.run_log import WindowRecord
+from gradacc_hf.training.finetune import SUMMARY_KEYS, EvaluationLog
+from gradacc_hf.training.run_log import FIGURES, WindowRecord
 from gradacc_hf.utils.files import save_model, whole_folder, write_whole
 from gradacc_hf.verification.tiny_models import build_head
 
@@ -630,3 +630,12 @@ def test_the_best_evaluation_is_known_by_its_place_among_equal_ones_and_nan():
     again = EvaluationLog.from_progress(log.criterion, log.progress())
     assert (again.best, again.latest) == (log.best, log.latest)
     assert again.is_out_of_patience
+
+
+def test_every_key_that_a_run_writes_into_its_summary_is_reserved():
+    model, optimizer, windows = set_up()
+    summary = run(model, optimizer, windows, max_windows=1)
+    assert set(summary) == {*SUMMARY_KEYS, *FIGURES, "baseline"}
+    for key in ("windows", "seconds"):
+        with pytest.raises(InputError, match=f"^summary: found the key '{key}'"):
+            run(*set_up(), max_windows=1, summary={key: 1})
