@@ -38,7 +38,7 @@ class WindowPlan:
 
     def num_windows(self, epoch: int) -> int:
         """Windows in this epoch; a partial last one counts unless `drop_last`."""
-        return len(self._starts(epoch))
+        return len(self.starts(epoch))
 
     def count_windows(self, epochs: Iterable[int]) -> int | None:
         """Windows of these epochs together."""
@@ -91,7 +91,7 @@ class WindowPlan:
         earlier = sum(self.num_examples - self.dropped(before) for before in range(epoch))
         if self.is_over(epoch, window):
             return earlier + self.num_examples - self.dropped(epoch)
-        return earlier + self._starts(epoch)[window]
+        return earlier + self.starts(epoch)[window]
 
     def examples_of(self, windows: int) -> int:
         """Examples in the first so many windows of the run."""
@@ -108,15 +108,15 @@ class WindowPlan:
 
     def dropped(self, epoch: int) -> int:
         """Examples that `drop_last` leaves out of this epoch."""
-        if not self.drop_last or not self._starts(epoch):
+        if not self.drop_last or not self.starts(epoch):
             return self.num_examples if self.drop_last else 0
         last = self.num_windows(epoch) - 1
-        start = self._starts(epoch)[last]
+        start = self.starts(epoch)[last]
         return max(0, self.num_examples - start - self.size_asked(epoch, last))
 
     def indices(self, epoch: int, window: int) -> np.ndarray:
         """Example indices of this window, over all processes."""
-        start = self._starts(epoch)[window]
+        start = self.starts(epoch)[window]
         size = self.size_asked(epoch, window)
         stop = min(start + size, self.num_examples)
         return self._order(epoch)[start:stop].astype(np.int64)
@@ -134,7 +134,8 @@ class WindowPlan:
             self._orders = {epoch: order}
         return self._orders[epoch]
 
-    def _starts(self, epoch: int) -> Sequence[int]:
+    def starts(self, epoch: int) -> Sequence[int]:
+        """Return the position in the epoch of the first example of each window."""
         if epoch not in self._all_starts:
             self._all_starts[epoch] = self._find_starts(epoch)
         return self._all_starts[epoch]

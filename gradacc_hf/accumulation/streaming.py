@@ -190,6 +190,11 @@ class Stream:
         size = self.buffer_size
         return Held(lambda found: np.stack([self._block_of(i).tokens[i % size] for i in found.tolist()]))
 
+    @property
+    def held_examples(self) -> dict[int, int]:
+        """Examples in memory, by block of `buffer_size` examples."""
+        return {block: len(held.examples) for block, held in self._blocks.items()}
+
     def _block_of(self, index: int) -> "_Block":
         if index // self.buffer_size not in self._blocks:
             raise ValueError(f"example {index} is not at hand: a stream is read forward only")

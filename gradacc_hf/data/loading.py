@@ -166,7 +166,7 @@ def _read_files(key: str, files: list[Path], *where: str, **options: Any) -> dic
             if path.stat().st_size == 0:
                 refuse(key, f"{path} is empty", "give at least one row")
             if path.suffix.lower() != ".parquet":
-                _check_utf8(path, key)
+                check_utf8(path, key)
     except OSError as error:
         refuse(key, f"cannot read {error.filename or shown}: {error.strerror}", "give a file you may read")
     try:
@@ -227,7 +227,8 @@ def _by_name(loaded: Any) -> dict[str, Dataset]:
     return {str(name): split for name, split in loaded.items()}
 
 
-def _check_utf8(path: Path, key: str) -> None:
+def check_utf8(path: Path, key: str) -> None:
+    """Raise InputError with the line and the byte of the first character that is not UTF-8."""
     decoder, start, line = codecs.getincrementaldecoder("utf-8")(), 0, 1
     with path.open("rb") as file:
         while True:

@@ -41,11 +41,12 @@ def identifiers() -> tuple[Dataset, Dataset]:
     binds counts as bound in the outer one. No module has rows in both.
     """
     columns = ["text", "tokens", "tags", "module"]
-    rows = read_library("identifiers", IDENTIFIERS_FORMAT, columns, _functions)
+    rows = read_library("identifiers", IDENTIFIERS_FORMAT, columns, function_rows)
     return in_two(rows, by="module")
 
 
-def _functions(text: str, tree: ast.Module, parts: tuple[str, ...]) -> Iterator[Row]:
+def function_rows(text: str, tree: ast.Module, parts: tuple[str, ...]) -> Iterator[Row]:
+    """Yield a row for each function of a module: its identifiers, and the role of each."""
     name, lines = ".".join(parts).removesuffix(".__init__"), text.split("\n")  # lines as ast counts them
     outside = dict.fromkeys(dir(builtins), "builtin") | _bindings(tree.body, "global")
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -145,7 +145,7 @@ def estimate(
     states, step = optimizers[settings.optim.name]
     activations = np.vstack([found[..., 0], _constant(step, len(exponents))])
     memory = MicroBatchMemory(
-        parameters=_bytes([*(p for _, p in parameters), *whole.buffers()])
+        parameters=tensor_bytes([*(p for _, p in parameters), *whole.buffers()])
         - (_saved_by_four_bit(whole) if settings.four_bit else 0),
         gradients=sum(p.numel() * _gradient_dtype(p).itemsize for p in trained),
         optimizer=states,
@@ -289,7 +289,8 @@ def _kind(weight: torch.Tensor) -> tuple[Any, ...]:
     return tuple(weight.shape), weight.dtype
 
 
-def _bytes(tensors: Iterable[Any]) -> int:
+def tensor_bytes(tensors: Iterable[Any]) -> int:
+    """Return the bytes of the tensors among these values."""
     return sum(t.numel() * t.itemsize for t in tensors if isinstance(t, torch.Tensor))
 
 
@@ -333,7 +334,7 @@ def _step_bytes(weights: Sequence[torch.Tensor], settings: StepSettings) -> int:
 def _saved_by_four_bit(model: torch.nn.Module) -> int:
     """Bytes of the weights that will be in 4 bits, less what they take then."""
     weights = _to_be_quantized(model)
-    return _bytes(weights) - round(BYTES_PER_4BIT_WEIGHT * sum(w.numel() for w in weights))
+    return tensor_bytes(weights) - round(BYTES_PER_4BIT_WEIGHT * sum(w.numel() for w in weights))
 
 
 def _to_be_quantized(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -349,4 +350,4 @@ def _largest_layer(model: torch.nn.Module) -> int:
     layers = [list(layer.parameters()) for layers in lists for layer in layers]
     inside = {id(p) for layer in layers for p in layer}
     outside = [p for p in model.parameters() if id(p) not in inside]
-    return max(_bytes(layer) for layer in [*layers, outside])
+    return max(tensor_bytes(layer) for layer in [*layers, outside])

@@ -79,7 +79,7 @@ def _size(effective: EffectiveBatchSize, num_windows: int) -> str:
 def _parameters(recipe: Recipe, model: torch.nn.Module) -> str:
     """How many parameters there are, and how many are trained; chooses these."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    choose_trained(recipe, model)
+    choose_trained(model, recipe.config.model, recipe.new_parameters)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if rank := recipe.config.model.lora.rank:
         return f"{total:,} parameters, {trained:,} trained (LoRA rank {rank})"

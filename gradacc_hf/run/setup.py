@@ -161,7 +161,7 @@ def make_model(recipe: Recipe) -> Any:
     config = recipe.config
     set_seed(config.train.seed)
     model = recipe.model()
-    choose_trained(recipe, model)
+    choose_trained(model, recipe.config.model, recipe.new_parameters)
     if config.budget.gradient_checkpointing:
         checkpoint_activations(model)
     if config.budget.compile:

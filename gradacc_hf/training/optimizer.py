@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +16,7 @@ from gradacc_hf.accumulation.batch_schedule import lr_factor
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.errors import InputError, refuse
 from gradacc_hf.training.lora import add_lora
-from gradacc_hf.training.settings import OptimConfig
+from gradacc_hf.training.settings import ModelConfig, OptimConfig
 
 
 def make_optimizer(model: torch.nn.Module, optim: OptimConfig, precision: str = "no") -> Optimizer:
@@ -116,10 +116,15 @@ def frozen_parameters(names: Sequence[str], patterns: Sequence[str]) -> set[str]
     return frozen
 
 
-def choose_trained(recipe: Any, model: Any) -> None:
-    """Freeze what `model.freeze` names; with `model.lora`, all but its adapters and what the task adds."""
-    config = recipe.config.model
-    for name in frozen_parameters([name for name, _ in model.named_parameters()], config.freeze):
+def choose_trained(model: Any, settings: ModelConfig, new_parameters: Collection[str] | None) -> None:
+    """Freeze the parameters that are not trained.
+
+    Args:
+        model: the model, changed in place.
+        settings: `freeze` names parameters to freeze; with `lora`, all but adapters and new ones are frozen.
+        new_parameters: names of parameters without pretrained weights; None where that is unknown.
+    """
+    for name in frozen_parameters([name for name, _ in model.named_parameters()], settings.freeze):
         model.get_parameter(name).requires_grad_(False)
-    if config.lora.rank:
-        add_lora(model, config.lora, recipe.new_parameters)
+    if settings.lora.rank:
+        add_lora(model, settings.lora, new_parameters)

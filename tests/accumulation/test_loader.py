@@ -310,7 +310,7 @@ def test_planning_ten_million_examples_needs_their_lengths_and_one_permutation_o
     plan.indices(0, 0)
     plan.indices(1, 12345)
     assert plan.memory_bytes() == 40_000_000
-    assert isinstance(plan._starts(0), range)
+    assert isinstance(plan.starts(0), range)
 
 
 def noisy(example, random):

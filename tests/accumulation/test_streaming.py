@@ -126,7 +126,7 @@ def stream_of(num_examples, size, buffer_size, shuffle=True, drop_last=False):
 def blocks(windows):
     """Those that its stream holds."""
     assert isinstance(windows.plan, Stream)
-    return list(windows.plan._blocks)
+    return list(windows.plan.held_examples)
 
 
 sizes = {"num_examples": st.integers(1, 60), "size": st.integers(1, 60), "buffer_size": st.integers(1, 70)}
@@ -167,7 +167,7 @@ def test_what_is_read_ahead_is_at_most_a_buffer_and_what_is_held_two_and_the_win
         assert stream.__getitems__(window.tolist()) == window.tolist()
         done += len(window)
         assert data.taken - done <= buffer_size
-        assert sum(len(block.examples) for block in stream._blocks.values()) <= size + 2 * buffer_size
+        assert sum(stream.held_examples.values()) <= size + 2 * buffer_size
 
 
 @settings(deadline=None)

@@ -76,7 +76,7 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", "a.csv")
 
     path = write(tmp_path / "a.csv", ROWS)
-    monkeypatch.setattr(data, "_check_utf8", denied)
+    monkeypatch.setattr(data, "check_utf8", denied)
     assert "cannot read a.csv: Permission denied" in refusal(load, path)
 
 
@@ -210,11 +210,11 @@ def test_bytes_that_are_not_utf8_are_named_by_line_and_byte(tmp_path, name):
 
 def test_utf8_across_the_end_of_a_block_is_accepted(tmp_path):
     path = write(tmp_path / "a.csv", b"x" * ((1 << 20) - 1) + "é".encode())
-    data._check_utf8(path, "data.train")
+    data.check_utf8(path, "data.train")
     path = write(tmp_path / "b.csv", b"x" * ((1 << 20) - 1) + b"\xc3")
-    assert "line 1, byte 1,048,575" in refusal(data._check_utf8, path, "data.train")
+    assert "line 1, byte 1,048,575" in refusal(data.check_utf8, path, "data.train")
     path = write(tmp_path / "c.csv", b"\n" * ((1 << 20) - 1) + b"\xc3\n\n")
-    assert "line 1,048,576, byte 1,048,575" in refusal(data._check_utf8, path, "data.train")
+    assert "line 1,048,576, byte 1,048,575" in refusal(data.check_utf8, path, "data.train")
 
 
 @pytest.mark.parametrize(

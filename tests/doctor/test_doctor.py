@@ -387,7 +387,7 @@ def by_tokens(weigh, reduction="mean"):
     windows = list(zip(*[iter(loader)] * N, strict=True))
     with diagnose(made.model, optimizer, say=lambda said: None) as diagnosis:
         for window in windows:
-            items = [int((batch["labels"] != -100).sum()) for batch in window.batches()]
+            items = [int((batch["labels"] != -100).sum()) for batch in window]
             for batch, n in zip(window, items, strict=True):
                 inputs = {key: value for key, value in batch.items() if key != "labels"}
                 logits = made.model(**inputs).logits

@@ -139,7 +139,7 @@ def test_the_states_of_an_optimizer_are_those_that_it_makes(name):
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)
     optimizer.step()
-    made = sum(estimating._bytes(state.values()) for state in optimizer.state.values())
+    made = sum(estimating.tensor_bytes(state.values()) for state in optimizer.state.values())
     assert predict_at(lambda: llama(layers=2), 2, (8,), settings).memory.optimizer == made
 
 

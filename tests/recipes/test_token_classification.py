@@ -276,7 +276,7 @@ def helper(box, *rest):
 
 
 def test_every_name_has_its_role():
-    rows = list(identifiers._functions(SOURCE, ast.parse(SOURCE), ("box", "__init__")))[::-1]
+    rows = list(identifiers.function_rows(SOURCE, ast.parse(SOURCE), ("box", "__init__")))[::-1]
     assert [row["module"] for row in rows] == ["box", "box"]
     for row in rows:
         assert len(row["tokens"]) == len(row["tags"])

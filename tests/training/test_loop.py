@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradacc_hf import Best, WindowLoader, evaluate, fine_tune, train
@@ -569,7 +570,8 @@ def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
 def test_history_is_on_disk_after_each_window(tmp_path):
     """What a run that is killed leaves: whole rows, one for each window done."""
     script = tmp_path / "run.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + KILLED)
+    folders = [str(ROOT / "tests"), str(ROOT / "tests/helpers")]
+    script.write_text(f"import sys; sys.path[:0] = {folders}\n" + KILLED)
     process = subprocess.Popen([sys.executable, script], cwd=tmp_path)
     try:
         deadline = time.monotonic() + 120

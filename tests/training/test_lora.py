@@ -20,7 +20,6 @@ from gradacc_hf.accumulation.reference import EXACT, relative_error, whole_windo
 from gradacc_hf.cli import verify as verify_command
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.errors import InputError
-from gradacc_hf.run.setup import choose_trained
 from gradacc_hf.training.lora import (
     TESTED_PAIR,
     add_lora,
@@ -30,7 +29,7 @@ from gradacc_hf.training.lora import (
     peft_mismatch,
     write_merged,
 )
-from gradacc_hf.training.optimizer import make_optimizer
+from gradacc_hf.training.optimizer import choose_trained, make_optimizer
 from gradacc_hf.training.settings import LoraConfig, OptimConfig
 from gradacc_hf.utils.files import save_model
 from gradacc_hf.utils.modeling import checkpoint_activations, disable_dropout
@@ -315,7 +314,7 @@ def test_the_empty_model_has_the_trained_parameters_of_the_real_one(recipe):
         one = recipe()
         one.datasets()
         model = one.empty_model() if device == "meta" else one.model()
-        choose_trained(one, model)
+        choose_trained(model, one.config.model, one.new_parameters)
         assert {parameter.device.type for parameter in model.parameters()} == {device}
         counts.append({n: p.shape for n, p in model.named_parameters() if p.requires_grad})
     assert counts[0] == counts[1]
