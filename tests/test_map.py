@@ -1,5 +1,9 @@
-"""gradacc_hf/README.md, the map of the package, names every package, and nothing that does not exist."""
+"""gradacc_hf/README.md, the map of the package, names every package, and nothing that does not exist.
 
+Docstrings, comments and the other READMEs name existing files, too.
+"""
+
+import ast
 import re
 import tomllib
 
@@ -28,12 +32,44 @@ def test_the_drawing_has_the_layers_of_the_contract_in_order():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contract = settings["tool"]["importlinter"]["contracts"][0]
     lines = re.search(r"```\n(.*?)```", MAP, re.DOTALL)[1].splitlines()
-    drawn = [[name.removesuffix(".py") for name in line.split()[1:]] for line in lines if "│" not in line]
-    place = {name: number for number, names in enumerate(drawn) for name in names}
-    layers = [re.split(r" [|:] ", layer) for layer in contract["layers"]]
-    names = [name for layer in layers for name in layer]
-    assert sorted(names) == sorted(place)
-    assert [place[name] for name in names] == sorted(place[name] for name in names)
+    drawn = [re.split(r"\s{2,}", line)[1:] for line in lines if "│" not in line]
+    assert [place.replace(".py", "") for places in drawn for place in places] == contract["layers"]
+
+
+def test_every_pair_of_a_file_and_a_name_in_the_tables_exists():
+    rows = "\n".join(line for line in MAP.splitlines() if line.startswith("|"))
+    pairs = re.findall(r"`([\w/]+\.py)`, `(\w+)`(?: and `(\w+)`)?", rows)
+    assert len(pairs) > 10
+    missing = []
+    for path, *names in pairs:
+        defined = names_defined_in(path)
+        missing += [(path, name) for name in names if name and name not in defined]
+    assert missing == []
+
+
+def names_defined_in(path):
+    """Return the functions, classes and constants of a module of the package."""
+    nodes = ast.parse((PACKAGE / path).read_text(encoding="utf-8")).body
+    named = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    constants = (target for node in nodes if isinstance(node, ast.Assign) for target in node.targets)
+    return named | {target.id for target in constants if isinstance(target, ast.Name)}
+
+
+def test_every_python_file_that_a_text_names_exists():
+    """A name is that of a file in the same folder, or a path from gradacc_hf/ or the repository root."""
+    texts = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md")]
+    texts += [path for top in ("gradacc_hf", "recipes") for path in sorted((ROOT / top).rglob("*.py"))]
+    texts += [path for top in ("gradacc_hf", "recipes") for path in sorted((ROOT / top).rglob("README.md"))]
+    missing, found = [], 0
+    for text in texts:
+        for name in re.findall(r"`([\w./]+\.py)`", text.read_text(encoding="utf-8")):
+            found += 1
+            folders = (text.parent, PACKAGE, ROOT)
+            is_placeholder = name.endswith("/NAME.py")
+            if not is_placeholder and not any((folder / name).is_file() for folder in folders):
+                missing.append((str(text.relative_to(ROOT)), name))
+    assert found > 60
+    assert missing == []
 
 
 def test_the_map_fits_on_two_screens():

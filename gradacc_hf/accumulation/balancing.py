@@ -2,7 +2,7 @@
 
 Takes a window's examples by length, as numbers, and the cheapest split of all of them (`Sorted`);
 gives runs of neighbours, (start, stop), the micro-batches of each process. What an example costs, and what a
-micro-batch may hold: `split.py`.
+micro-batch may hold: `splitting.py`.
 """
 
 import heapq

@@ -3,8 +3,8 @@
 Source: Gao et al. 2021, arXiv 2101.06983, section 3.2. Each anchor must pick its own positive among those of
 all pairs of the window, so plain accumulation loses the negatives of the other micro-batches.
 `ContrastiveLoss` embeds all micro-batches without a graph, takes the gradient of the loss with respect to the
-embeddings, and passes it to each micro-batch when it is run again. `loop.py` runs both passes; `window.py`
-gives both the same dropout. `Embedder` embeds pairs, `search` ranks candidates.
+embeddings, and passes it to each micro-batch when it is run again. `training/loop.py` runs both passes;
+`window.py` gives both the same dropout. `Embedder` embeds pairs, `search` ranks candidates.
 """
 
 import json

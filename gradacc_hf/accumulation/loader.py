@@ -103,7 +103,7 @@ class WindowLoader:
         empty_micro_batches, empty_windows: How many had no item and were not yielded, over all processes.
         replays: How often a window was run again because memory ran out.
         seconds_to_collate: Seconds that the loop waited for the latest window.
-        tuned: Whether the bound and the cost model come from trials (`autotune.py`).
+        tuned: Whether the bound and the cost model come from trials (`training/autotune.py`).
     """
 
     def __init__(

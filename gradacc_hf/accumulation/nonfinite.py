@@ -1,7 +1,7 @@
 """Find the examples and the module that a loss or gradient which is not finite comes from.
 
 `Window.weigh` makes the gradient of such a loss NaN, so that the norm of a window's gradient shows it in all
-processes. The training loop (`loop.py`) then takes no step, and asks here for the cause.
+processes. The training loop (`training/loop.py`) then takes no step, and asks here for the cause.
 """
 
 import math

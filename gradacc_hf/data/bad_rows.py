@@ -1,7 +1,7 @@
 """Rows that a task cannot learn from: one line that names the first, or all left out, counted and said.
 
 Rows are counted from 1 as in the user's file, also after a shuffle. What is wrong with a row is for the
-recipe to say; columns of texts and of class labels are `labels.py`'s.
+recipe to say; columns of texts and of class labels are `columns.py`'s.
 """
 
 from collections.abc import Callable, Mapping, Sequence

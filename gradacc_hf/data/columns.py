@@ -1,7 +1,7 @@
 """Columns of texts and labels: what a classifier needs of them, and one line for those that are not so.
 
-Rows are counted from 1 as in the user's file, also after a shuffle. Reading files is `data.py`'s; what a task
-makes of its labels is `targets.py`'s.
+Rows are counted from 1 as in the user's file, also after a shuffle. `loading.py` reads files;
+`tasks/targets.py` makes the targets of a task from its labels.
 """
 
 import json

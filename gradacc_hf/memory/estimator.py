@@ -1,6 +1,6 @@
 """What a micro-batch costs, without a GPU and without weights: the bytes and operations of a training step.
 
-`estimate` traces real steps (`tracing.py`) of a model built from its config alone, with few of its equal
+`estimate` traces real steps (`trace.py`) of a model built from its config alone, with few of its equal
 layers, on examples of the data in a few sizes. From these, `extrapolate.py` has the moments of a step of any
 size. Predicted is a step in the midst of a run: gradients of earlier micro-batches and the optimizer's
 states are there.
@@ -281,7 +281,7 @@ def _fill_gradients(model: torch.nn.Module, used: Collection[str], layers: Mappi
 
 
 def _gradient_dtype(weight: torch.Tensor) -> torch.dtype:
-    """`bf16_weights.py` has gradients of half precision accumulate in float32."""
+    """`accumulation/fp32_accumulation.py` has gradients of half precision accumulate in float32."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 

@@ -3,7 +3,7 @@
 `trace` runs forward, loss and backward on fake tensors (shapes without numbers) and notes
 after each operation how many bytes the tensors hold that were made since it began. Unlike torch's
 MemTracker, which keeps the peak alone, it keeps every moment: the same moment of steps of several sizes is
-one polynomial in the size, where a peak is the largest of many. What is made of it: `estimate.py`.
+one polynomial in the size, where a peak is the largest of many. What is made of it: `estimator.py`.
 """
 
 import math

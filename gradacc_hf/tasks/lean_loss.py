@@ -135,9 +135,8 @@ def _forward_of(model_class: type) -> Any:
 def _mean_loss(head: Any, hidden: torch.Tensor, labels: torch.Tensor, num_items: Any) -> Any:
     """The mean over the learned tokens, or their sum divided by `num_items`."""
     hidden, targets = hidden[..., :-1, :], labels[..., 1:]
-    if is_fake(
-        hidden
-    ):  # labels without values (`memory/estimate.py`): all are learned, and two chunks tell of all
+    # Labels without values (`memory/estimator.py`): all are learned, and two chunks tell of all.
+    if is_fake(hidden):
         hidden, targets = hidden.flatten(0, -2), targets.flatten()
         rest = len(targets) - 2 * TOKENS_PER_CHUNK
         sizes = [TOKENS_PER_CHUNK, TOKENS_PER_CHUNK, rest] if rest >= 0 else TOKENS_PER_CHUNK

@@ -2,8 +2,8 @@
 
 SIGTERM (of a scheduler) and SIGINT (Ctrl-C) let it finish its window and save.
 
-`StopSignals` notes the signal; `loop.fine_tune` asks between windows. A second signal ends the process at
-once, as the first would have without this.
+`StopSignals` notes the signal. `CheckpointSaving.stops_after` (`training/finetune.py`) asks for it after each
+window. A second signal ends the process at once, as the first would have without this.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""rows.py: rows that a task cannot learn from."""
+"""data/bad_rows.py: rows that a task cannot learn from."""
 
 import pytest
 from datasets import Dataset

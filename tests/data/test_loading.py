@@ -1,4 +1,4 @@
-"""data.py: a file, a folder or a Hub name → train and validation."""
+"""data/loading.py: a file, a folder or a Hub name → train and validation."""
 
 import json
 import shutil

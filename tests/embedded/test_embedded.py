@@ -1,4 +1,4 @@
-"""embedded.py: data and models that need no download."""
+"""embedded/: data and models that need no download."""
 
 import json
 import shutil

@@ -1,7 +1,7 @@
 """Run by torchrun from test_distributed.py: each case on all processes, its findings from process 0 as one
 line of JSON.
 
-torchrun --nproc_per_node 2 tests/distributed_worker.py ddp    (or fsdp2)
+torchrun --nproc_per_node 2 tests/helpers/distributed_worker.py ddp    (or fsdp2)
 """
 
 import itertools
