@@ -63,8 +63,8 @@ from gradacc_hf.utils.signals import MARKER, end_with_launcher, lost_contact
 def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
     """Run the command line of a recipe file: train, evaluate, save and report.
 
-    A mistake in the settings or the data ends the program with one line on stderr and exit code 2. A loss that
-    is not finite, a lack of memory and the loss of another process end it with one line and exit code 1.
+    A mistake in the settings or the data ends the program with one line on stderr and exit code 2. A
+    loss that is not finite, a lack of memory and the loss of another process end it with exit code 1.
 
     Args:
         recipe_class: the recipe.
