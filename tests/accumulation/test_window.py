@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from gradacc_hf import WindowLoader, evaluate, iter_windows, train
+from gradacc_hf import WindowLoader, evaluate, fine_tune, iter_windows, train
 from gradacc_hf.accumulation.accelerate_state import check_unprepared
 from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
 from gradacc_hf.accumulation.loss_items import as_window_loss, model_loss
@@ -132,6 +132,63 @@ def test_an_unprepared_model_or_optimizer_is_refused():
     check_unprepared(accelerator, other, bare)
     with pytest.raises(InputError, match=r"^optimizer: found a prepared one; fine_tune prepares"):
         check_unprepared(accelerator, model, optimizer)
+
+
+def test_a_model_that_was_prepared_on_one_process_is_refused_where_it_shall_not_be():
+    _, _, windows, model, _ = set_up()
+    with pytest.raises(InputError, match=r"^model: found a prepared BertFor.*; fine_tune prepares"):
+        check_unprepared(windows.accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_model_may_be_fine_tuned_twice():
+    head, accelerator = build_head("sequence_classification", "bert"), Accelerator(cpu=True)
+    for _ in range(2):
+        windows = WindowLoader(
+            head.examples(LENGTHS), 10, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=3
+        )
+        optimizer = torch.optim.SGD(head.model.parameters(), lr=0.1)
+        assert fine_tune(head.model, optimizer, windows, accelerator=accelerator)["windows"] == 1
+
+
+def test_prepared_objects_stay_prepared_when_accelerate_frees_its_memory():
+    _, _, windows, model, optimizer = set_up()
+    windows.accelerator.free_memory()
+    assert len(train(model, optimizer, windows, accelerator=windows.accelerator)) == 1
+
+
+@pytest.fixture
+def compiling():
+    """An Accelerator that compiles, a head, and a function that makes loaders of the head's examples."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    head = build_head("sequence_classification", "bert")
+    accelerator = Accelerator(cpu=True, dynamo_backend="eager", mixed_precision="bf16")
+    examples = head.examples(LENGTHS)
+
+    def loader():
+        return WindowLoader(
+            examples, 10, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=5, pad_to=40
+        )
+
+    yield accelerator, head, loader
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_model_that_accelerate_compiles_is_trained_and_evaluated(compiling):
+    accelerator, head, loader = compiling
+    optimizer = torch.optim.SGD(head.model.parameters(), lr=0.1)
+    model, prepared = accelerator.prepare(head.model, optimizer)
+    assert type(model).__name__ == "OptimizedModule"
+    assert len(train(model, prepared, loader(), accelerator=accelerator)) == 1
+    assert np.isfinite(evaluate(model, loader(), accelerator=accelerator).loss)
+    with pytest.raises(InputError, match=r"^model: found a prepared OptimizedModule; fine_tune prepares"):
+        check_unprepared(accelerator, model, optimizer)
+
+
+def test_a_model_that_accelerate_compiles_is_fine_tuned(compiling):
+    accelerator, head, loader = compiling
+    optimizer = torch.optim.SGD(head.model.parameters(), lr=0.1)
+    summary = fine_tune(head.model, optimizer, loader(), accelerator=accelerator)
+    assert summary["windows"] == 1
 
 
 def test_an_unprepared_model_is_not_evaluated_where_precision_would_differ():
