@@ -109,6 +109,91 @@ def test_batches_are_read_without_a_trace_and_a_window_can_be_trained_after_an_e
     assert relative_error(optimizer.optimizer.gradients[-1], whole) < EXACT
 
 
+class Noisy(torch.nn.Module):
+    """A line with dropout; `masks` has the dropout of each training forward, `looked` of all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.dropout = torch.nn.Linear(64, 1), torch.nn.Dropout(0.5)
+        self.masks, self.looked = [], []
+
+    def forward(self, x, labels):
+        kept = self.dropout(torch.ones_like(x))
+        (self.masks if torch.is_grad_enabled() else self.looked).append(kept.tolist())
+        return {"loss": ((self.line(x * kept) - labels) ** 2).mean()}
+
+
+@torch.no_grad()
+def read(window, model):
+    for batch in window.batches():
+        model(**batch)
+        np.random.random()
+
+
+def train_noisy(when=None, look=read):
+    """Train two windows with dropout, reading each of them at a moment; return the model and the losses."""
+    torch.manual_seed(0)
+    accelerator, model = Accelerator(cpu=True), Noisy()
+    generator = torch.Generator().manual_seed(1)
+    data = [
+        {"x": torch.randn(64, generator=generator), "labels": torch.randn(1, generator=generator)}
+        for _ in range(16)
+    ]
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    losses = []
+    for window in WindowLoader(data, 8, accelerator=accelerator, micro_batch_size=2):
+        if when == "before":
+            look(window, model)
+        for position, batch in enumerate(window):
+            with accelerator.accumulate(model):
+                if when == "inside" and position == 1:
+                    look(window, model)
+                accelerator.backward(window.weigh(model(**batch)["loss"]))
+                optimizer.step()
+                optimizer.zero_grad()
+        if when == "after":
+            look(window, model)
+        losses.append(window.loss)
+    return model, losses
+
+
+@pytest.mark.parametrize("when", ["before", "inside", "after"])
+def test_a_window_that_is_read_meets_the_dropout_of_one_that_is_not(when):
+    (unread, losses), (model, again) = train_noisy(), train_noisy(when)
+    assert len({str(mask) for mask in unread.masks}) == 8
+    assert model.masks == unread.masks
+    assert again == losses
+    assert len(model.looked) == 8
+
+
+@pytest.mark.parametrize("when", ["before", "inside", "after"])
+def test_a_reading_that_is_left_early_changes_no_dropout_either(when):
+    open_iterators = []
+
+    def look(window, model):
+        for batch in window.batches():
+            with torch.no_grad():
+                model(**batch)
+            break
+        open_iterators[:] = [window.batches()]  # closes the one of the window before
+        next(open_iterators[0])
+
+    assert train_noisy(when, look)[0].masks == train_noisy()[0].masks
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_look_ahead_meets_the_dropout_of_the_training_pass(own):
+    """With `own` false as one of version 0.1.0 did, which iterated the window itself."""
+
+    @torch.no_grad()
+    def look(window, model):
+        for batch in window.forward_pass() if own else window:
+            model(**batch)
+
+    model, _ = train_noisy("before", look)
+    assert model.looked == model.masks == train_noisy()[0].masks
+
+
 def test_a_pass_without_gradients_needs_no_calls_and_gives_the_loss():
     _, _, windows, model, _ = set_up()
     [window] = windows
