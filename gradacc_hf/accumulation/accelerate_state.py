@@ -4,6 +4,7 @@ That is `Accelerator.step`, `GradientState.plugin_kwargs`, and the lists of prep
 `_optimizers`, `_schedulers`).
 """
 
+import weakref
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 
 from gradacc_hf.errors import InputError
+
+FINE_TUNE_PREPARES = (
+    "fine_tune prepares the model and the optimizer itself: leave out accelerator.prepare, or use train, "
+    "which takes prepared ones"
+)
 
 
 class AccumulationSteps:
@@ -92,9 +98,9 @@ def check_prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: 
             f"optimizer: found an unprepared {type(optimizer).__name__}; write "
             "`model, optimizer = accelerator.prepare(model, optimizer)` before the loop"
         )
-    bare = accelerator.unwrap_model(model)
-    synchronises = accelerator.num_processes == 1 or forwards_are_collective(accelerator) or bare is not model
-    if not (synchronises and _was_prepared(accelerator, bare)):
+    wrapped = _without_compile(model) is not _unwrapped(accelerator, model)
+    synchronises = accelerator.num_processes == 1 or forwards_are_collective(accelerator) or wrapped
+    if not (synchronises and _was_prepared(accelerator, model)):
         raise InputError(
             f"model: found an unprepared {type(model).__name__}; write "
             "`model, optimizer = accelerator.prepare(model, optimizer)` before the loop"
@@ -108,27 +114,45 @@ def check_prepared_model(accelerator: Accelerator, model: torch.nn.Module) -> No
     """
     if accelerator.mixed_precision == "no" and not forwards_are_collective(accelerator):
         return
-    bare = accelerator.unwrap_model(model)
-    if not _was_prepared(accelerator, bare):
+    if not _was_prepared(accelerator, model):
         raise InputError(
             f"model: found an unprepared {type(model).__name__}; write `model = accelerator.prepare(model)` "
             "before the evaluation"
         )
 
 
-def _was_prepared(accelerator: Accelerator, bare: torch.nn.Module) -> bool:
-    return any(bare is accelerator.unwrap_model(prepared) for prepared in accelerator._models)
+def _without_compile(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model inside a wrapper of torch.compile, or inside one whose blocks are compiled."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model as the user made it: Accelerate's list has it as it was before torch.compile."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+def _is_listed(accelerator: Accelerator, model: torch.nn.Module) -> bool:
+    bare = _unwrapped(accelerator, model)
+    return any(bare is _unwrapped(accelerator, prepared) for prepared in accelerator._models)
+
+
+def _was_prepared(accelerator: Accelerator, model: torch.nn.Module) -> bool:
+    # The mark survives `accelerator.free_memory()`, which empties the list.
+    return getattr(model, "_is_accelerate_prepared", False) or _is_listed(accelerator, model)
+
+
+# Models that `check_unprepared` has passed. On one process, fine_tune leaves them listed as prepared, and a
+# second fine_tune of the same model is no error.
+_passed: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 
 
 def check_unprepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
-    """Raise InputError for a model or an optimizer that is already wrapped by `accelerator.prepare`."""
+    """Raise InputError for a model or an optimizer that went through `accelerator.prepare`."""
     if isinstance(optimizer, AcceleratedOptimizer):
-        raise InputError(
-            "optimizer: found a prepared one; fine_tune prepares the model and the optimizer itself: leave "
-            "out accelerator.prepare, or use train, which takes prepared ones"
-        )
-    if model is not accelerator.unwrap_model(model):
-        raise InputError(
-            f"model: found one wrapped in {type(model).__name__}; fine_tune prepares the model and the "
-            "optimizer itself: leave out accelerator.prepare, or use train, which takes prepared ones"
-        )
+        raise InputError(f"optimizer: found a prepared one; {FINE_TUNE_PREPARES}")
+    bare = _unwrapped(accelerator, model)
+    if _without_compile(model) is not bare:
+        raise InputError(f"model: found one wrapped in {type(model).__name__}; {FINE_TUNE_PREPARES}")
+    if bare not in _passed and _is_listed(accelerator, model):
+        raise InputError(f"model: found a prepared {type(model).__name__}; {FINE_TUNE_PREPARES}")
+    _passed.add(bare)

@@ -88,7 +88,7 @@ class ContrastiveLoss:
             model = accelerator.unwrap_model(model)  # DDP's forward is collective; processes differ in number
         embedded, sizes = [], []
         with torch.no_grad():
-            for batch in window.batches():
+            for batch in window.forward_pass():
                 embedded.append(_float32_at_least(model(**batch)))
                 # An idle micro-batch has no part in the loss.
                 sizes.append(len(embedded[-1]) if window.micro_batch.num_items else 0)

@@ -27,7 +27,10 @@ class WindowLoss(Protocol):
     """
 
     def look_ahead(self, model: torch.nn.Module, window: "Window") -> None:
-        """Run the window's micro-batches (`window.batches()`) before the loop trains on them."""
+        """Run the window's micro-batches (`window.forward_pass()`) before the loop trains on them.
+
+        A pass of `for batch in window` under `torch.no_grad` does the same.
+        """
         ...
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -38,7 +38,7 @@ def find_non_finite(model: torch.nn.Module, window: Window, compute_loss: Comput
     together = forwards_are_collective(accelerator)
     bare = model if together else accelerator.unwrap_model(model)
     found, bad = None, 0
-    for batch in window.batches():
+    for batch in window.forward_pass():
         if found is not None and not together:
             bad += _loss_is_bad(bare, batch, compute_loss)
             continue

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradacc_hf.accumulation.oom_exchange import PeerOutOfMemoryError, Shortage
 from gradacc_hf.accumulation.window import Window
-from gradacc_hf.errors import OutOfMemoryError, OutOfMemoryWhileSyncingError, one_line
+from gradacc_hf.errors import GradaccError, OutOfMemoryError, OutOfMemoryWhileSyncingError, one_line
 from gradacc_hf.utils.modeling import BufferSnapshot
 
 logger = get_logger(__name__)
@@ -32,7 +32,12 @@ OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "bad_alloc", "could not creat
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or a CPU."""
+    """Whether an exception of torch or Python says that memory ran out, on a GPU or a CPU.
+
+    False for `OutOfMemoryError` of gradacc, which quotes such an exception and is final.
+    """
+    if isinstance(error, GradaccError):
+        return False
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_MESSAGES)

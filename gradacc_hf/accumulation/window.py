@@ -24,6 +24,7 @@ from gradacc_hf.accumulation.rng_replay import RngReplay
 from gradacc_hf.accumulation.splitting import Bound
 from gradacc_hf.errors import LoopError
 from gradacc_hf.utils.modeling import BufferSnapshot
+from gradacc_hf.utils.rng import rng_states, set_rng_states
 
 ACCUMULATE = "with accelerator.accumulate(model):"
 WEIGH = "accelerator.backward(window.weigh(loss))"
@@ -73,7 +74,7 @@ class Window:
     The micro-batches stay on the host; one at a time is put on the device. A window can be iterated again:
     each micro-batch then meets the random numbers (dropout) of the first pass. A pass in which gradients are
     enabled must call `accelerator.accumulate` and `weigh` for every micro-batch, else it raises LoopError.
-    `batches()` iterates without training.
+    `batches()` reads the micro-batches without any effect on training.
 
     Attributes:
         epoch: Epoch of the window, from 0.
@@ -95,6 +96,8 @@ class Window:
         self.buffers: BufferSnapshot | None = None
         self._rng = RngReplay(self.accelerator.device)
         self._position: int | None = None
+        self._pass_position: int | None = None  # the same, of a pass that weighs; a reading may be inside it
+        self._num_begun = 0  # micro-batches, over all passes
         self._weighed: set[int] = set()
         self._loss_here: Any = 0.0
         self._loss: Any = None
@@ -124,14 +127,31 @@ class Window:
                     if position == 0 and self._weighed:
                         probe.measure()
         finally:
-            self._position = None
+            self._position = self._pass_position = None
         self._end_pass(probe, checks_calls)
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        """Iterate this process's micro-batches without training.
+        """Iterate this process's micro-batches to read them, before, inside or after a training pass.
+
+        Training stays as it is: gradients, Accelerate's accumulation state, `loss` and the random numbers
+        that training draws. Random numbers that the caller draws meanwhile are taken back at the end.
+        """
+        device = self.accelerator.device
+        position_before, num_begun, states = self._position, self._num_begun, rng_states(device)
+        try:
+            for position, micro_batch in enumerate(self.micro_batches):
+                self._position = position
+                yield to_device(micro_batch.batch, self.accelerator)
+        finally:
+            if self._num_begun == num_begun:  # else an iterator is closed late, when training has gone on
+                self._position = position_before
+                set_rng_states(states, device)
+
+    def forward_pass(self) -> Iterator[dict[str, Any]]:
+        """Iterate this process's micro-batches for forwards that belong to the training, as in `look_ahead`.
 
         Gradients, Accelerate's accumulation state and `loss` stay as they are. Each micro-batch meets the
-        random numbers that it meets in training.
+        random numbers (dropout) that it meets in training: a pass before the training draws them.
         """
         try:
             for position in range(len(self)):
@@ -139,7 +159,7 @@ class Window:
                 self._rng.enter(position)
                 yield to_device(self.micro_batches[position].batch, self.accelerator)
         finally:
-            self._position = None
+            self._position = self._pass_position = None
 
     def weigh(self, loss: torch.Tensor) -> torch.Tensor:
         """Weigh the loss of the micro-batch that was yielded last, for `accelerator.backward`.
@@ -158,7 +178,8 @@ class Window:
             LoopError: Outside `for batch in window`.
             ValueError: For anything but a scalar tensor.
         """
-        if self._position is None:
+        position = self._position if self._pass_position is None else self._pass_position
+        if position is None:
             raise LoopError(
                 "weigh() weighs the micro-batch that was yielded last: call it inside `for batch in window`"
             )
@@ -169,9 +190,9 @@ class Window:
         self._latest_loss = loss
         loss = loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
-        share = self._share(self._position)
+        share = self._share(position)
         self._loss_here = self._loss_here + loss.detach() * share
-        self._weighed.add(self._position)
+        self._weighed.add(position)
         divided_by = self.accelerator.gradient_accumulation_steps * self.accelerator.num_processes
         return loss * (share * divided_by)
 
@@ -288,7 +309,8 @@ class Window:
         return self.micro_batches[position].num_items / self.num_items
 
     def _begin_micro_batch(self, position: int) -> None:
-        self._position = self.latest_position = position
+        self._position = self._pass_position = self.latest_position = position
+        self._num_begun += 1
         if self.split.ends_idle and position == len(self) - 1:
             # The other processes do not wait for the gradients of one that is out of memory.
             self.oom_exchange.report_success(self.indices)

@@ -36,7 +36,7 @@ from gradacc_hf.accumulation.reference import (
 )
 from gradacc_hf.accumulation.splitting import padded_size, rounded_up
 from gradacc_hf.config.schema import with_settings
-from gradacc_hf.errors import InputError, one_line
+from gradacc_hf.errors import GradaccError, InputError, OutOfMemoryError, one_line
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe_to_run
 from gradacc_hf.run.folder import settings
@@ -349,7 +349,7 @@ def _status(key: str) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Exit with 2 and one line for bad input, and with `DOES_NOT_FIT` if the memory does not suffice."""
+    """Exit with one line and the code of a GradaccError; with `DOES_NOT_FIT` if memory does not suffice."""
     name, folder, num_windows, with_errors, *settings = argv
     silence_libraries()
     try:
@@ -358,9 +358,9 @@ def main(argv: Sequence[str]) -> None:
             train_timed(run, name, Path(folder))
         if with_errors == "errors":
             measure_errors(run, name, Path(folder))
-    except InputError as error:
+    except GradaccError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 @contextmanager
@@ -368,8 +368,8 @@ def exit_if_out_of_memory(exit_code: int) -> Iterator[None]:
     """Exit with a code and one line on stderr if the memory does not suffice."""
     try:
         yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, OutOfMemoryError) or out_of_memory(error)):
             raise
         print(one_line(error)[:300], file=sys.stderr)
         sys.exit(exit_code)

@@ -361,9 +361,9 @@ def test_examples_and_batches_asked_for_are_those_of_the_epoch_at_hand(accelerat
 def test_a_micro_batch_that_comes_again_meets_the_same_dropout(accelerator):
     dropout = torch.nn.Dropout(0.5)
     [window, *_] = loader(accelerator)
-    first = [dropout(batch["input_ids"].float()) for batch in window.batches()]
+    first = [dropout(batch["input_ids"].float()) for batch in window.forward_pass()]
     torch.rand(3)
-    again = [dropout(batch["input_ids"].float()) for batch in window.batches()]
+    again = [dropout(batch["input_ids"].float()) for batch in window.forward_pass()]
     assert len(first) > 1
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(dropout(torch.ones(99)), dropout(torch.ones(99)))

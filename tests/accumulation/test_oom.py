@@ -119,6 +119,12 @@ def test_other_errors_stay_what_they_are():
     assert not out_of_memory(ValueError("can't allocate memory"))
 
 
+def test_the_final_error_is_not_taken_for_the_one_it_quotes():
+    message = "DefaultCPUAllocator: can't allocate memory"
+    assert out_of_memory(RuntimeError(message))
+    assert not out_of_memory(OutOfMemoryError(f"out of memory on example 3 alone ({message})"))
+
+
 def test_a_real_limit_on_the_process_changes_no_loss():
     limited, free = run_limited(1, 90), run_limited(1, None)
     assert limited.replays >= 1

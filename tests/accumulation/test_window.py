@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from gradacc_hf import WindowLoader, evaluate, iter_windows, train
+from gradacc_hf import WindowLoader, evaluate, fine_tune, iter_windows, train
 from gradacc_hf.accumulation.accelerate_state import check_unprepared
 from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
 from gradacc_hf.accumulation.loss_items import as_window_loss, model_loss
@@ -109,6 +109,91 @@ def test_batches_are_read_without_a_trace_and_a_window_can_be_trained_after_an_e
     assert relative_error(optimizer.optimizer.gradients[-1], whole) < EXACT
 
 
+class Noisy(torch.nn.Module):
+    """A line with dropout; `masks` has the dropout of each training forward, `looked` of all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.dropout = torch.nn.Linear(64, 1), torch.nn.Dropout(0.5)
+        self.masks, self.looked = [], []
+
+    def forward(self, x, labels):
+        kept = self.dropout(torch.ones_like(x))
+        (self.masks if torch.is_grad_enabled() else self.looked).append(kept.tolist())
+        return {"loss": ((self.line(x * kept) - labels) ** 2).mean()}
+
+
+@torch.no_grad()
+def read(window, model):
+    for batch in window.batches():
+        model(**batch)
+        np.random.random()
+
+
+def train_noisy(when=None, look=read):
+    """Train two windows with dropout, reading each of them at a moment; return the model and the losses."""
+    torch.manual_seed(0)
+    accelerator, model = Accelerator(cpu=True), Noisy()
+    generator = torch.Generator().manual_seed(1)
+    data = [
+        {"x": torch.randn(64, generator=generator), "labels": torch.randn(1, generator=generator)}
+        for _ in range(16)
+    ]
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    losses = []
+    for window in WindowLoader(data, 8, accelerator=accelerator, micro_batch_size=2):
+        if when == "before":
+            look(window, model)
+        for position, batch in enumerate(window):
+            with accelerator.accumulate(model):
+                if when == "inside" and position == 1:
+                    look(window, model)
+                accelerator.backward(window.weigh(model(**batch)["loss"]))
+                optimizer.step()
+                optimizer.zero_grad()
+        if when == "after":
+            look(window, model)
+        losses.append(window.loss)
+    return model, losses
+
+
+@pytest.mark.parametrize("when", ["before", "inside", "after"])
+def test_a_window_that_is_read_meets_the_dropout_of_one_that_is_not(when):
+    (unread, losses), (model, again) = train_noisy(), train_noisy(when)
+    assert len({str(mask) for mask in unread.masks}) == 8
+    assert model.masks == unread.masks
+    assert again == losses
+    assert len(model.looked) == 8
+
+
+@pytest.mark.parametrize("when", ["before", "inside", "after"])
+def test_a_reading_that_is_left_early_changes_no_dropout_either(when):
+    open_iterators = []
+
+    def look(window, model):
+        for batch in window.batches():
+            with torch.no_grad():
+                model(**batch)
+            break
+        open_iterators[:] = [window.batches()]  # closes the one of the window before
+        next(open_iterators[0])
+
+    assert train_noisy(when, look)[0].masks == train_noisy()[0].masks
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_look_ahead_meets_the_dropout_of_the_training_pass(own):
+    """With `own` false as one of version 0.1.0 did, which iterated the window itself."""
+
+    @torch.no_grad()
+    def look(window, model):
+        for batch in window.forward_pass() if own else window:
+            model(**batch)
+
+    model, _ = train_noisy("before", look)
+    assert model.looked == model.masks == train_noisy()[0].masks
+
+
 def test_a_pass_without_gradients_needs_no_calls_and_gives_the_loss():
     _, _, windows, model, _ = set_up()
     [window] = windows
@@ -132,6 +217,63 @@ def test_an_unprepared_model_or_optimizer_is_refused():
     check_unprepared(accelerator, other, bare)
     with pytest.raises(InputError, match=r"^optimizer: found a prepared one; fine_tune prepares"):
         check_unprepared(accelerator, model, optimizer)
+
+
+def test_a_model_that_was_prepared_on_one_process_is_refused_where_it_shall_not_be():
+    _, _, windows, model, _ = set_up()
+    with pytest.raises(InputError, match=r"^model: found a prepared BertFor.*; fine_tune prepares"):
+        check_unprepared(windows.accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_model_may_be_fine_tuned_twice():
+    head, accelerator = build_head("sequence_classification", "bert"), Accelerator(cpu=True)
+    for _ in range(2):
+        windows = WindowLoader(
+            head.examples(LENGTHS), 10, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=3
+        )
+        optimizer = torch.optim.SGD(head.model.parameters(), lr=0.1)
+        assert fine_tune(head.model, optimizer, windows, accelerator=accelerator)["windows"] == 1
+
+
+def test_prepared_objects_stay_prepared_when_accelerate_frees_its_memory():
+    _, _, windows, model, optimizer = set_up()
+    windows.accelerator.free_memory()
+    assert len(train(model, optimizer, windows, accelerator=windows.accelerator)) == 1
+
+
+@pytest.fixture
+def compiling():
+    """An Accelerator that compiles, a head, and a function that makes loaders of the head's examples."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    head = build_head("sequence_classification", "bert")
+    accelerator = Accelerator(cpu=True, dynamo_backend="eager", mixed_precision="bf16")
+    examples = head.examples(LENGTHS)
+
+    def loader():
+        return WindowLoader(
+            examples, 10, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=5, pad_to=40
+        )
+
+    yield accelerator, head, loader
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_model_that_accelerate_compiles_is_trained_and_evaluated(compiling):
+    accelerator, head, loader = compiling
+    optimizer = torch.optim.SGD(head.model.parameters(), lr=0.1)
+    model, prepared = accelerator.prepare(head.model, optimizer)
+    assert type(model).__name__ == "OptimizedModule"
+    assert len(train(model, prepared, loader(), accelerator=accelerator)) == 1
+    assert np.isfinite(evaluate(model, loader(), accelerator=accelerator).loss)
+    with pytest.raises(InputError, match=r"^model: found a prepared OptimizedModule; fine_tune prepares"):
+        check_unprepared(accelerator, model, optimizer)
+
+
+def test_a_model_that_accelerate_compiles_is_fine_tuned(compiling):
+    accelerator, head, loader = compiling
+    optimizer = torch.optim.SGD(head.model.parameters(), lr=0.1)
+    summary = fine_tune(head.model, optimizer, loader(), accelerator=accelerator)
+    assert summary["windows"] == 1
 
 
 def test_an_unprepared_model_is_not_evaluated_where_precision_would_differ():

@@ -14,7 +14,7 @@ from gradacc_hf.comparison import cli, worker
 from gradacc_hf.comparison.cli import print_comparison
 from gradacc_hf.comparison.compare import ComparedRuns, compare, ratios, read_compared_runs
 from gradacc_hf.comparison.worker import CONTENDERS, WorkerRun, measure_errors, train_timed
-from gradacc_hf.errors import InputError
+from gradacc_hf.errors import InputError, OutOfMemoryError
 from gradacc_hf.recipe.loading import load_recipe
 
 RECIPE = """
@@ -251,3 +251,10 @@ def test_a_contender_that_does_not_fit_is_told_by_its_exit_code(tmp_path, capsys
         worker.main(["at_once", str(tmp_path / "run"), "1", "errors", *settings])
     assert left.value.code == worker.DOES_NOT_FIT
     assert "can't allocate memory" in capsys.readouterr().err
+
+
+def test_an_example_that_does_not_fit_alone_is_told_by_the_same_exit_code(capsys):
+    with pytest.raises(SystemExit) as left, worker.exit_if_out_of_memory(worker.DOES_NOT_FIT):
+        raise OutOfMemoryError("out of memory on example 3 alone")
+    assert left.value.code == worker.DOES_NOT_FIT
+    assert "example 3 alone" in capsys.readouterr().err
