@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Memory as bars, then how the run is cut and what it takes, then what would make it fit."""
+    """Memory as bars, then the split of the run and its cost, then what would make it fit."""
     rows, lengths = plan.steps.largest
     console.print(
         f"{plan.model}: {plan.parameters:,} parameters, {plan.trained:,} trained, {plan.precision}, on "
@@ -110,7 +110,7 @@ def show(plan: Plan, console: Console) -> None:
     why = f"the longest example, of {_listed(plan.longest)} tokens, {takes}, and there are {there_are}."
     if plan.longest_bytes <= plan.memory:
         why = (
-            f"such a micro-batch takes {plan.parts.total / GIB:.2f} GiB; --budget.max_tokens auto cuts finer."
+            f"such a micro-batch takes {plan.parts.total / GIB:.2f} GiB; --budget.max_tokens auto splits finer."
         )
     console.print(f"It does not fit: {why}", style="red", soft_wrap=True)
     for lever in plan.levers:

@@ -23,7 +23,7 @@ AMPERE = 8  # the first compute capability with bf16
 
 
 def refuse_place(device: str, engine: str = "", system: str = sys.platform) -> None:
-    """Refuse where this cannot be exact, or where nobody has ever tried it, with what to use instead.
+    """Refuse devices and engines where windows are not exact or were never run.
 
     They are named as torch, `DistributedType` and `sys.platform` name them. Raises InputError.
     """
