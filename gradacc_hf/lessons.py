@@ -81,18 +81,18 @@ def fresh_accelerate() -> Iterator[None]:
 
     The environment is restored at the end, and Accelerate's state is reset again.
     """
-    from accelerate.state import AcceleratorState, GradientState  # late: listing lessons starts without torch
+    from gradacc_hf.accumulation.accelerate_state import (
+        reset_accelerate,  # late: listing lessons starts without torch
+    )
 
     before = dict(os.environ)
     for setting in [key for key in os.environ if key.startswith("ACCELERATE_")]:
         del os.environ[setting]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     try:
         yield
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
         os.environ.clear()
         os.environ.update(before)
 

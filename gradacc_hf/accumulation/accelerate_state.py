@@ -1,17 +1,20 @@
 """Everything that touches private or mutable state of Accelerate. No other module does.
 
-That is `Accelerator.step`, `GradientState.plugin_kwargs`, and the lists of prepared objects (`_models`,
-`_optimizers`, `_schedulers`).
+That is `Accelerator.step`, `GradientState.plugin_kwargs`, `Accelerator.ddp_handler`, the lists of prepared
+objects (`_models`, `_optimizers`, `_schedulers`), and the state that all Accelerators of a process share.
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from gradacc_hf.errors import InputError
 
@@ -156,3 +159,39 @@ def check_unprepared(accelerator: Accelerator, model: torch.nn.Module, optimizer
     if bare not in _passed and _is_listed(accelerator, model):
         raise InputError(f"model: found a prepared {type(model).__name__}; {FINE_TUNE_PREPARES}")
     _passed.add(bare)
+
+
+def find_unused_parameters(accelerator: Accelerator) -> None:
+    """Let DDP look for parameters without a gradient in models that are prepared from now on."""
+    handler: Any = accelerator.ddp_handler or DistributedDataParallelKwargs()
+    handler.find_unused_parameters = True
+    accelerator.ddp_handler = handler
+
+
+def requested_steps() -> int | None:
+    """Return the accumulation steps that Accelerate was given; None without Accelerate."""
+    return GradientState().num_steps if GradientState._shared_state else None
+
+
+def reset_settings() -> None:
+    """Let the next Accelerator of this process choose its precision and plugins; the processes stay."""
+    AcceleratorState._reset_state()
+
+
+def reset_accelerate() -> None:
+    """Let the next Accelerator of this process be as the first one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@contextmanager
+def preserve_accelerate_state() -> Iterator[None]:
+    """Restore the state that all Accelerators share, which the caller needs and TrainingArguments clears."""
+    states = (AcceleratorState, PartialState, GradientState)
+    before = [dict(state._shared_state) for state in states]
+    try:
+        yield
+    finally:
+        for state, values in zip(states, before, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(values)

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
+from gradacc_hf.accumulation.accelerate_state import reset_settings
 from gradacc_hf.accumulation.collation import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.oom import out_of_memory, release_memory
@@ -294,7 +294,7 @@ def measure_errors(run: WorkerRun, name: str, folder: Path) -> None:
     """
     recipe = run.recipe
     on_cpu = run.accelerator.device.type == "cpu"
-    AcceleratorState._reset_state()  # the state keeps the budget's precision
+    reset_settings()  # the state keeps the budget's precision
     run.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     model, optimizer, scheduler = run.set_up()
     disable_dropout(model)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.state import GradientState
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
+from gradacc_hf.accumulation.accelerate_state import requested_steps
 from gradacc_hf.doctor.frames import driver, schedule_length, user_line
 from gradacc_hf.doctor.listener import Subscriber, subscribed, thread_listener
 from gradacc_hf.doctor.record import (
@@ -329,7 +329,7 @@ class Observer(Subscriber):
             lr=self._lr(),
             place=user_line(),
             reads=self._reads,
-            requested_steps=_requested_steps(),
+            requested_steps=requested_steps(),
         )
         record = self._record
         record.windows.append(window)
@@ -369,11 +369,6 @@ class Observer(Subscriber):
             if any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients):
                 gradients = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
             return float(get_total_norm(gradients)) if gradients else 0.0
-
-
-def _requested_steps() -> int | None:
-    """The accumulation steps that Accelerate was given; None without Accelerate."""
-    return GradientState().num_steps if GradientState._shared_state else None
 
 
 def _are_same(output: torch.Tensor, prediction: torch.Tensor) -> bool:

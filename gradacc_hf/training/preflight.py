@@ -3,13 +3,12 @@
 `fine_tune` calls it on the model before Accelerate wraps it; a copied loop can do the same.
 """
 
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedType
 
+from gradacc_hf.accumulation.accelerate_state import find_unused_parameters
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, model_loss
 from gradacc_hf.accumulation.reference import SEPARABLE_RTOL
@@ -89,6 +88,4 @@ def expect_unused_parameters(
             logger.warning(
                 f"{len(unused)} parameters take no part in the loss ({unused[0]}, …): DDP will look for them"
             )
-        handler: Any = accelerator.ddp_handler or DistributedDataParallelKwargs()
-        handler.find_unused_parameters = True
-        accelerator.ddp_handler = handler
+        find_unused_parameters(accelerator)

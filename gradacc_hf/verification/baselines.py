@@ -7,17 +7,16 @@ without evaluation and saving. It returns its seconds and the loss of each windo
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from gradacc_hf.accumulation.accelerate_state import preserve_accelerate_state
 from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, CountItems, model_loss
@@ -185,16 +184,3 @@ def custom_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -
     model.train(training)
     loss = getattr(outputs, "loss", None)
     return None if loss is not None and torch.equal(loss, compute_loss(outputs, batch)) else compute_loss
-
-
-@contextmanager
-def preserve_accelerate_state() -> Iterator[None]:
-    """Restore the state of Accelerate, which the caller needs and TrainingArguments clears."""
-    states = (AcceleratorState, PartialState, GradientState)
-    before = [dict(state._shared_state) for state in states]
-    try:
-        yield
-    finally:
-        for state, values in zip(states, before, strict=True):
-            state._shared_state.clear()
-            state._shared_state.update(values)
