@@ -4,16 +4,12 @@ Every split of a window has the same gradient, so nothing else changes. A loop p
 micro-batches.
 """
 
-import ctypes
-import gc
-import platform
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
@@ -22,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from gradacc_hf.accumulation.oom_exchange import PeerOutOfMemoryError, Shortage
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import GradaccError, OutOfMemoryError, OutOfMemoryWhileSyncingError, one_line
+from gradacc_hf.utils.memory import free_memory, release_memory
 from gradacc_hf.utils.modeling import BufferSnapshot
 
 logger = get_logger(__name__)
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 # torch's allocator on a CPU; C++'s; oneDNN, whose messages do not name memory.
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "bad_alloc", "could not create a", "std::length_error")
 
@@ -41,43 +37,6 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_MESSAGES)
-
-
-def release_memory() -> None:
-    """Return unused memory to the device or the system, now and whenever a tensor is freed later."""
-    release_freed_memory_at_once()
-    trim_memory()
-
-
-def trim_memory() -> None:
-    """Return unused memory from the caches of torch and glibc to the device or the system."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def release_freed_memory_at_once() -> None:
-    """Let glibc return tensors above 1 MiB to the system as soon as they are freed.
-
-    By default glibc keeps blocks of up to 32 MiB for later use, so that a step holds 1.5 times as much.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
-def free_memory() -> int:
-    """Return the free bytes of this process's device; on a CPU within the limit of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    free = psutil.virtual_memory().available
-    if hasattr(psutil, "RLIMIT_AS"):  # on Linux
-        process = psutil.Process()
-        limit, _ = process.rlimit(psutil.RLIMIT_AS)
-        if limit != psutil.RLIM_INFINITY:
-            free = min(free, max(0, limit - process.memory_info().vms))
-    return free
 
 
 class _CountSteps:

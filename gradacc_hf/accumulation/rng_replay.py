@@ -26,5 +26,6 @@ class RngReplay:
             self._states.append(random_state(self._device))
 
     def rewind(self) -> None:
-        """Restore the state that the first micro-batch met."""
-        set_random_state(self._states[0], self._device)
+        """Restore the state that the first micro-batch met; nothing where none has come."""
+        if self._states:
+            set_random_state(self._states[0], self._device)

@@ -111,6 +111,7 @@ class Window:
         accelerator, checks_calls = self.accelerator, torch.is_grad_enabled()
         if self._source.begin_pass():
             zero_prepared_gradients(accelerator)  # of the pass that was left before its step
+        earlier = self._loss, self._weighed, self.small
         self._loss, self._loss_here, self._weighed, self.small = None, 0.0, set(), None
         probe = NoiseProbe(accelerator, self.split.noise_size, self._share(0))
         # Under FSDP, accumulating without synchronising holds whole gradients on every process.
@@ -126,9 +127,11 @@ class Window:
                         raise self._not_accumulated(position, entries)
                     if position == 0 and self._weighed:
                         probe.measure()
+            self._end_pass(probe, checks_calls)
         finally:
             self._position = self._pass_position = None
-        self._end_pass(probe, checks_calls)
+            if not (checks_calls or self._weighed):  # a pass that only reads takes no loss away
+                self._loss, self._weighed, self.small = earlier
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Iterate this process's micro-batches to read them, before, inside or after a training pass.
@@ -332,7 +335,15 @@ class Window:
             self.done = True
         self._source.end_pass(self.split, trained=bool(self._weighed))
 
+    def _trained_already(self) -> LoopError:
+        return LoopError(
+            "this window is trained already: to read its micro-batches again, write `for batch in "
+            f"window.batches():`; to train it again, write `{ACCUMULATE}` and `{WEIGH}`"
+        )
+
     def _not_accumulated(self, position: int, entries: int) -> LoopError:
+        if self.done and not entries:
+            return self._trained_already()
         here = f"micro-batch {position + 1} of {len(self)}"
         if entries > 1:
             return LoopError(
@@ -345,6 +356,8 @@ class Window:
         )
 
     def _not_weighed(self) -> LoopError:
+        if self.done:
+            return self._trained_already()
         missing = [position for position in range(len(self)) if position not in self._weighed]
         if not missing:
             return LoopError(f"another process did not weigh the loss of a micro-batch: write `{WEIGH}`")

@@ -1,7 +1,7 @@
 """`gradacc bench memory`: predicted beside measured peaks of real steps, each in a process of its own.
 
 On a CPU, the figure is the peak of the resident memory above the memory before the model existed. malloc is
-set as in a run under `budget.memory` (`release_freed_memory_at_once` in `accumulation/oom.py`). On a GPU, the
+set as in a run under `budget.memory` (`release_freed_memory_at_once` in `utils/memory.py`). On a GPU, the
 figure is the peak of torch's allocator. The step is in the middle of a run: a window of two micro-batches
 after another window, so that gradients and optimizer states exist.
 """
@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from gradacc_hf.accumulation.loss_items import model_loss
-from gradacc_hf.accumulation.oom import release_freed_memory_at_once, release_memory
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
 from gradacc_hf.errors import InputError
@@ -33,6 +32,7 @@ from gradacc_hf.training.lora import add_lora
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.training.settings import LoraConfig, OptimConfig
+from gradacc_hf.utils.memory import release_freed_memory_at_once, release_memory
 from gradacc_hf.utils.modeling import checkpoint_activations
 from gradacc_hf.utils.verbosity import silence_libraries
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from gradacc_hf.accumulation.accelerate_state import reset_settings
 from gradacc_hf.accumulation.collation import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.oom import out_of_memory, release_memory
+from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.reference import (
     full_float32,
     read_gradient,
@@ -45,6 +45,7 @@ from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import finite, peak_memory_bytes, versions
 from gradacc_hf.utils.files import write_whole
+from gradacc_hf.utils.memory import release_memory
 from gradacc_hf.utils.modeling import disable_dropout
 from gradacc_hf.utils.verbosity import silence_libraries
 from gradacc_hf.verification.baselines import (

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from gradacc_hf.accumulation.loss_items import IGNORED
-from gradacc_hf.accumulation.oom import out_of_memory, release_memory, trim_memory
+from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.doctor.item_counts import counts, named, tensors_in, which_items, why_coupled
 from gradacc_hf.doctor.observer import Subject, logits_in, loss_in
 from gradacc_hf.doctor.record import (
@@ -33,6 +33,7 @@ from gradacc_hf.doctor.record import (
     WindowComparison,
 )
 from gradacc_hf.errors import GradaccError, one_line
+from gradacc_hf.utils.memory import release_memory, trim_memory
 from gradacc_hf.utils.rng import preserve_rng_state
 
 GradientNow = Sequence[torch.Tensor | None]  # of each parameter that the optimizer steps

@@ -21,7 +21,6 @@ from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
-from gradacc_hf.accumulation.oom import release_freed_memory_at_once
 from gradacc_hf.config.schema import Config, OutputConfig
 from gradacc_hf.errors import InputError, NonFiniteError, OutOfMemoryWhileSyncingError, one_line
 from gradacc_hf.hub.model_card import RunCard, facts, refresh_cards
@@ -56,6 +55,7 @@ from gradacc_hf.training.run_log import describe
 from gradacc_hf.utils.commands import command
 from gradacc_hf.utils.files import write_pretrained, write_whole
 from gradacc_hf.utils.hardware import say, set_up_allocator
+from gradacc_hf.utils.memory import release_freed_memory_at_once
 from gradacc_hf.utils.redaction import redact
 from gradacc_hf.utils.signals import MARKER, end_with_launcher, lost_contact
 

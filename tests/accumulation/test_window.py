@@ -204,6 +204,44 @@ def test_a_pass_without_gradients_needs_no_calls_and_gives_the_loss():
     assert np.isfinite(window.loss)
 
 
+def trained_window():
+    """A window after its step, and the model."""
+    _, _, windows, model, optimizer = set_up()
+    [window] = windows
+    for batch in window:
+        with windows.accelerator.accumulate(model):
+            windows.accelerator.backward(window.weigh(model(**batch).loss))
+            optimizer.step()
+            optimizer.zero_grad()
+    return window, model
+
+
+def test_a_window_that_is_trained_is_read_again_with_batches():
+    window, _ = trained_window()
+    loss = window.loss
+    with pytest.raises(LoopError, match=r"trained already: to read .* `for batch in window\.batches\(\):`"):
+        list(window)
+    window, model = trained_window()
+    with torch.no_grad():
+        for batch in window:
+            model(**batch)
+        assert window.loss == pytest.approx(loss)
+        for _ in window:
+            break
+    assert window.done
+    assert window.loss == pytest.approx(loss)
+
+
+def test_a_loader_goes_back_to_a_window_before_it_is_run():
+    _, _, windows, _, _ = set_up()
+    for window in windows:
+        state = torch.get_rng_state()
+        windows.rewind_to(window)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert windows.next_position == (window.epoch, window.number)
+        break
+
+
 def test_an_unprepared_model_or_optimizer_is_refused():
     _, _, windows, model, optimizer = set_up()
     accelerator, other = windows.accelerator, build_head("sequence_classification", "bert").model
