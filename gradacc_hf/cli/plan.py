@@ -110,7 +110,7 @@ def show(plan: Plan, console: Console) -> None:
     why = f"the longest example, of {_listed(plan.longest)} tokens, {takes}, and there are {there_are}."
     if plan.longest_bytes <= plan.memory:
         why = (
-            f"such a micro-batch takes {plan.parts.total / GIB:.2f} GiB; --budget.max_tokens auto splits finer."
+            f"such a micro-batch takes {plan.parts.total / GIB:.2f} GiB; budget.max_tokens auto splits finer."
         )
     console.print(f"It does not fit: {why}", style="red", soft_wrap=True)
     for lever in plan.levers:

@@ -98,7 +98,7 @@ def test_a_size_that_does_not_fit_where_an_example_does_is_said(bare, capsys):
     between = (found["longest_bytes"] + sum(found["parts"].values())) / 2 / 2**20
     text = plan(capsys, *words, f"{between:.4f}MiB", fits=False)
     assert "It does not fit: such a micro-batch takes" in text
-    assert "--budget.max_tokens auto splits finer." in text
+    assert "budget.max_tokens auto splits finer." in text
 
 
 def test_a_plan_leaves_the_recipe_as_it_was(bare):
