@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -28,12 +28,17 @@ class AccumulationSteps:
     """Accelerate's accumulation state during one pass over a window's micro-batches.
 
     A context manager that restores the state at its end. `begin` sets the state before each micro-batch.
+    A pass that a loop left can end while a later pass runs, when its iterator is collected. The later pass
+    then restores the state from before both.
 
     Args:
         accelerator: The run's Accelerator.
         num_steps: Micro-batches of this process in the window.
         sync_each_batch: Whether gradients are reduced after each micro-batch, not only after the last.
     """
+
+    _open: ClassVar[list["AccumulationSteps"]] = []
+    """The passes that have begun and not ended, the oldest first. Accelerate's settings are shared by all."""
 
     def __init__(self, accelerator: Accelerator, num_steps: int, sync_each_batch: bool):
         self._accelerator = accelerator
@@ -47,15 +52,25 @@ class AccumulationSteps:
         }
 
     def __enter__(self) -> "AccumulationSteps":
-        self._before = dict(self._settings), self._accelerator.step
+        self._settings_before, self._step_before = dict(self._settings), self._accelerator.step
+        self._open.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._settings.clear()
-        self._settings.update(self._before[0])
-        self._accelerator.step = self._before[1]
+        later = self._open[self._open.index(self) + 1 :]
+        self._open.remove(self)
+        if later:
+            later[0]._settings_before = self._settings_before
+        else:
+            self._settings.clear()
+            self._settings.update(self._settings_before)
+        on_the_same = [steps for steps in later if steps._accelerator is self._accelerator]
+        if on_the_same:
+            on_the_same[0]._step_before = self._step_before
+        else:
+            self._accelerator.step = self._step_before
 
     def begin(self, position: int) -> None:
         """Set the state for the micro-batch at `position`, as another loader may have run in between."""

@@ -50,6 +50,7 @@ def resolve_config(recipe_class: type[Recipe], argv: Sequence[str]) -> tuple[Con
     description = (recipe_class.__doc__ or "").partition("\n")[0]
     config = read_command_line(argv, data=recipe_class.Data, description=description)
     config = replace(config, recipe=_file_of(recipe_class) or config.recipe)
+    _check_dtype(config)  # as it was asked for; `check_settings` checks what the machine leaves of it
     return fit_to_machine(config)
 
 

@@ -71,6 +71,29 @@ def test_a_call_that_is_left_out_is_an_error_with_the_line_to_add(accumulates, w
         one_window(accumulates, weighs)
 
 
+def test_a_pass_that_was_left_may_end_in_the_middle_of_the_next():
+    """A loop that keeps the iterator of a window lets Python collect it at any later time."""
+    head, examples, windows, model, optimizer = set_up()
+    accelerator = windows.accelerator
+    before = dict(accelerator.gradient_state.plugin_kwargs), accelerator.step
+    [window] = windows
+    left = iter(window)
+    next(left)
+    with accelerator.accumulate(model):
+        pass
+    for position, batch in enumerate(window):
+        with accelerator.accumulate(model):
+            accelerator.backward(window.weigh(model(**batch).loss))
+            optimizer.step()
+            optimizer.zero_grad()
+        if position == 1:
+            left.close()
+    whole = head.collate([examples[i] for i in window.indices])
+    [gradient] = optimizer.optimizer.gradients
+    assert relative_error(gradient, whole_window_gradient(head.model, whole)) < EXACT
+    assert (accelerator.gradient_state.plugin_kwargs, accelerator.step) == before
+
+
 def test_accumulate_twice_in_a_micro_batch_is_an_error():
     _, _, windows, model, _ = set_up()
     accelerator = windows.accelerator

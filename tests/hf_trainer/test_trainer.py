@@ -494,7 +494,7 @@ def test_half_the_batch_size_and_two_accumulation_steps_fit_the_same_line(tmp_pa
     accumulated.train()
     torch.testing.assert_close(accumulated.model.a, at_once.model.a)
     torch.testing.assert_close(accumulated.model.b, at_once.model.b)
-    assert not math.isclose(float(at_once.model.a), 0)
+    assert not math.isclose(at_once.model.a.item(), 0)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

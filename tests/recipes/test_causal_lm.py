@@ -300,7 +300,7 @@ def test_packed_splits_bound_the_sum_of_lengths():
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_lean_loss_has_the_gradient_of_the_models_own(tied):
     model, batch = llama(tie_word_embeddings=tied), padded(examples([300, 200, 90], learned_from=20))
-    loss, expected = float(model(**batch).loss), whole_window_gradient(model, batch)
+    loss, expected = model(**batch).loss.item(), whole_window_gradient(model, batch)
     assert make_lean(model)
     outputs = model(**batch)
     assert outputs.logits is None
