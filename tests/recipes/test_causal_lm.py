@@ -304,7 +304,7 @@ def test_the_lean_loss_has_the_gradient_of_the_models_own(tied):
     assert make_lean(model)
     outputs = model(**batch)
     assert outputs.logits is None
-    assert float(outputs.loss) == pytest.approx(loss, rel=1e-6)
+    assert outputs.loss.item() == pytest.approx(loss, rel=1e-6)
     assert relative_error(whole_window_gradient(model, batch), expected) <= EXACT
 
 
@@ -312,9 +312,9 @@ def test_the_lean_loss_has_the_gradient_of_the_models_own(tied):
 def test_models_whose_logits_are_scaled_at_most_are_lean_and_exact(kind):
     scales = {"granite": {"logits_scaling": 8.0}, "cohere": {"logit_scale": 0.0625}}.get(kind, {})
     model, batch = other(kind, initializer_range=0.2, **scales), padded(examples([40, 25, 9]))
-    loss, expected = float(model(**batch).loss), whole_window_gradient(model, batch)
+    loss, expected = model(**batch).loss.item(), whole_window_gradient(model, batch)
     assert make_lean(model, True)
-    assert float(model(**batch).loss) == pytest.approx(loss, rel=1e-5)
+    assert model(**batch).loss.item() == pytest.approx(loss, rel=1e-5)
     assert relative_error(whole_window_gradient(model, batch), expected) <= EXACT
 
 
