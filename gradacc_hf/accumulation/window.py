@@ -41,7 +41,7 @@ class WindowSource(Protocol):
         ...
 
     def end_pass(self, split: LocalSplit, trained: bool) -> None:
-        """Note that a pass has come to its end; `trained`: with gradients of all micro-batches."""
+        """Record the end of a pass; `trained`: whether all micro-batches gave gradients."""
         ...
 
     def has_fitted(self, split: LocalSplit) -> bool:
@@ -83,7 +83,7 @@ class Window:
         tokens: Tokens without padding, over all processes.
         split: The split into micro-batches; replaced as a whole when memory runs out.
         small: Gradient norm of the first micro-batch, where the loader measures the noise scale.
-        done: Whether a pass has come to its end and the optimizer step is taken.
+        done: Whether a pass is complete and the optimizer step is taken.
     """
 
     def __init__(self, split: LocalSplit, source: WindowSource):
