@@ -262,7 +262,7 @@ def test_bf16_and_clipping_and_a_rate_that_follows():
             {"micro_batch": 32, "steps": 3},
             "effective batch size: found 32 × 3 = 96; allowed: up to 64 examples",
         ),
-        ({"model": LINE}, "found 4 × 4 = 16; allowed: up to 8 examples in a window, with the line"),
+        ({"model": LINE}, "found 4 × 4 = 16; allowed: up to 8 examples per window with the model 'line"),
         ({"lr": 0}, "learning rate: found 0; allowed: a number above 0 to 10"),
         ({"lr": None}, "learning rate: found nothing; allowed"),
         ({"lr": math.nan}, "learning rate: found nan; allowed"),
@@ -345,10 +345,10 @@ def test_sessions_have_separate_runs_and_a_session_too_many_is_refused(sessions)
     for click in (sessions.enter, sessions.pause, lambda name: sessions.restart(name, QUICK)):
         refused = click("c")
         assert refused.is_wrong
-        assert "all 2 sessions of this page are in use: try again later" in refused.message
+        assert "all 2 sessions of this page are in use; try again later" in refused.message
     sessions.leave("b")
     assert sessions.enter("c").picture.window == 0
-    assert sessions.go_on("b", "window").message == "this page was closed: press restart"
+    assert sessions.go_on("b", "window").message == "this page was closed: press Restart"
 
 
 def test_a_process_that_has_ended_says_so_and_a_restart_has_another(sessions, workers):
@@ -356,7 +356,7 @@ def test_a_process_that_has_ended_says_so_and_a_restart_has_another(sessions, wo
     sessions.change("a", QUICK)
     workers.of("a").end()
     gone = sessions.go_on("a", "window")
-    assert gone.message == "the training process has ended: press restart"
+    assert gone.message == "the training process has ended: press Restart"
     assert gone.has_ended
     assert sessions.restart("a", QUICK).picture.settings == QUICK
     assert sessions.go_on("a", "window").picture.done == 3
@@ -618,7 +618,7 @@ def test_a_space_is_a_page_that_works(browser, tmp_path):
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert again.returncode == 2
-    assert "nothing is overwritten" in again.stderr
+    assert "exists and is not overwritten" in again.stderr
     alone = {**os.environ, "PYTHONPATH": ""}  # its own copy of the package
     with served([sys.executable, "app.py"], cwd=folder, env=alone) as (address, _):
         page = browser.new_page()
