@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT
 
 RECIPE = "recipes/text_classification.py"
+NO_RECIPE = "recipe: found {}, which is not a file; allowed: a path such as recipes/"
+NO_CONFIG = "--config: found 'nowhere.yaml', which is not a file; allowed: an existing YAML file"
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +95,11 @@ def test_it_prints_the_command_that_it_ends_in_and_runs_that_many_processes(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["recipes/nonsense.py"], "no recipe recipes/nonsense.py here; there are: "),
-        (["--config", "x.yaml"], "the first argument is the recipe; found --config"),
+        (
+            ["recipes/nonsense.py"],
+            "recipe: found recipes/nonsense.py, which is not a file; allowed: a path such as recipes/",
+        ),
+        (["--config", "x.yaml"], "the first argument: found --config; allowed: a recipe or a command"),
         ([RECIPE, "--processes", "0"], "--processes: found '0'; allowed: 1 or more"),
         ([RECIPE, "--processes", "two"], "--processes: found 'two'"),
         (["--processes", "two", RECIPE], "--processes: found 'two'"),
@@ -143,17 +148,26 @@ def test_help_needs_no_environment(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["recipes/nonsense.py"], "no recipe recipes/nonsense.py here; there are: "),
-        (["nonsense"], "no recipe nonsense here; there are: "),
-        (["--config", "x.yaml"], "the first argument is the recipe; found --config"),
+        (
+            ["recipes/nonsense.py"],
+            "recipe: found recipes/nonsense.py, which is not a file; allowed: a path such as recipes/",
+        ),
+        (["nonsense"], NO_RECIPE.format("nonsense")),
+        (["--config", "x.yaml"], "the first argument: found --config; allowed: a recipe or a command"),
         ([RECIPE, "--processes"], "--processes: found ''; allowed: 1 or more"),
         (["--processes", "0", RECIPE], "--processes: found '0'; allowed: 1 or more"),
-        ([RECIPE, "--config", "nowhere.yaml"], "--config: found 'nowhere.yaml', which is no file here"),
-        ([RECIPE, "--config=nowhere.yaml"], "--config: found 'nowhere.yaml', which is no file here"),
+        (
+            [RECIPE, "--config", "nowhere.yaml"],
+            NO_CONFIG,
+        ),
+        (
+            [RECIPE, "--config=nowhere.yaml"],
+            NO_CONFIG,
+        ),
         ([RECIPE, "--machines", "2"], "--machines 2 needs --main_address HOST or HOST:PORT"),
         ([RECIPE, "--machine_rank", "1"], "--machine_rank: found '1'; allowed: 0 to 0"),
         ([RECIPE, "--main_address", "--check"], "--main_address: found '--check'; allowed: HOST"),
-        (["--processes", "2", "play"], "--processes is for a recipe; play takes none"),
+        (["--processes", "2", "play"], "--processes is allowed only with a recipe; found the command play"),
     ],
 )
 def test_arguments_are_checked_before_anything_is_installed(tmp_path, arguments, line):
@@ -200,7 +214,7 @@ def test_an_active_environment_that_has_the_package_is_used(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "text_classification" in done.stdout
-    used = f"using the active virtual environment {sys.prefix}, as it has gradacc-hf\n"
+    used = f"using the active virtual environment {sys.prefix}, which has gradacc-hf\n"
     assert done.stderr == ("" if Path(sys.prefix) == ROOT / ".venv" else used)
 
 
@@ -236,7 +250,8 @@ def test_another_python_than_that_of_the_environment_is_one_line(venv, tmp_path)
     )
     assert done.returncode == 2
     assert re.fullmatch(
-        r"error: \S+ has Python 3\.\d+ and PYTHON=\S+ is 3\.99: remove that folder, or .*\n", done.stderr
+        r"error: \S+ has Python 3\.\d+, but PYTHON=\S+ is 3\.99: remove that folder or set VENV=.*\n",
+        done.stderr,
     )
 
 
@@ -276,7 +291,7 @@ def test_no_python_is_one_line(tmp_path):
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: no Python of at least 3.11 found (tried no-such-python)")
+    assert done.stderr.startswith("error: found no Python 3.11 or newer (tried no-such-python)")
 
 
 def test_the_lessons_are_listed_and_their_mistakes_are_one_line(launch, tmp_path):
