@@ -7,25 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launch_fixtures
 import pytest
 from conftest import ROOT
+from launch_fixtures import RECIPE
 
-RECIPE = "recipes/text_classification.py"
+# Fixtures.
+venv, texts = launch_fixtures.venv, launch_fixtures.texts
+
 NO_RECIPE = "recipe: found {}, which is not a file; allowed: a path such as recipes/"
 NO_CONFIG = "--config: found 'nowhere.yaml', which is not a file; allowed: an existing YAML file"
-
-
-@pytest.fixture(scope="module")
-def venv(tmp_path_factory):
-    """What ./launch.sh would have installed: this environment, with the stamp that says so."""
-    folder = tmp_path_factory.mktemp("venv")
-    for part in ("bin", "lib", "pyvenv.cfg"):
-        (folder / part).symlink_to(Path(sys.prefix) / part)
-    wanted = subprocess.run(
-        "cat pyproject.toml constraints.txt | cksum", shell=True, cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    (folder / ".gradacc-installed").write_text(f"{wanted} dev\n")
-    return folder
 
 
 @pytest.fixture
@@ -50,17 +41,6 @@ def launch(venv, tmp_path):
         )
 
     return run
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "texts.csv"
-    rows = [
-        f"{'good' if i % 3 else 'bad'} words {'and more ' * (i % 11)},{'yes' if i % 3 else 'no'}"
-        for i in range(60)
-    ]
-    path.write_text("text,label\n" + "\n".join(rows) + "\n")
-    return path
 
 
 @pytest.mark.slow
