@@ -130,9 +130,7 @@ def test_an_unprepared_optimizer_is_an_error_at_the_end_of_the_first_window(prep
         windows.accelerator.free_memory()
         model = head.model
     optimizer = torch.optim.AdamW(head.model.parameters(), **options)
-    with pytest.raises(
-        LoopError, match="took 3 steps before the window's last micro-batch: write `model"
-    ):
+    with pytest.raises(LoopError, match="took 3 steps before the window's last micro-batch: write `model"):
         copied_loop(model, optimizer, windows)
 
 
