@@ -282,7 +282,7 @@ while true; do
   kill -0 "$launcher" 2>/dev/null || break # still running: a signal interrupted the wait
 done
 
-# Leave no process behind, even if the launcher was killed: such processes would wait for each other for ever.
+# Leave no process behind, even if the launcher was killed: such processes wait for each other and never exit.
 processes_left() { ps -eo pgid=,stat= | awk -v group="$launcher" '$1 == group && $2 !~ /^Z/' | grep -q .; }
 [[ -n $signal ]] || kill -TERM -- -"$launcher" 2>/dev/null || true
 patience=60 # seconds

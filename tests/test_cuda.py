@@ -1,4 +1,4 @@
-"""What a GPU alone can show: skipped, with this reason, where there is none."""
+"""Tests that need a GPU. They are skipped without one."""
 
 import json
 import os
@@ -135,7 +135,7 @@ def test_memory_that_runs_out_changes_no_loss():
     limited, free = run_limited(1, 90), run_limited(1, None)
     assert limited.replays >= 1
     assert limited.each_once
-    assert limited.error(free) < 1e-4  # the GPU's sums depend on the split, too
+    assert limited.error(free) < 1e-4  # sums on a GPU depend on the split, too
 
 
 @pytest.mark.parametrize("window", [1, 3, 6])
@@ -165,7 +165,7 @@ def test_a_compiled_model_has_the_same_gradients_for_micro_batches_of_many_shape
         recorder = RecordGradients(head.model)
         model, optimizer = accelerator.prepare(head.model, recorder)
         train(model, optimizer, loader(head, accelerator, max_tokens=160), accelerator=accelerator)
-        assert is_compiled(head.model) == compiled  # else it has given up
+        assert is_compiled(head.model) == compiled  # otherwise compilation was abandoned
         gradients[compiled] = recorder.gradients
     for one, other in zip(*gradients.values(), strict=True):
         assert relative_error(one, other) < 1e-4
@@ -184,7 +184,7 @@ def test_adamw_in_8_bits_learns():
 
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory):
-    """A Llama with the words of a tokenizer made here: no download."""
+    """Return a Llama with a tokenizer that is made here, without a download."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -205,7 +205,7 @@ def tiny_llama(tmp_path_factory):
 
 
 def launched(folder, output, *more, topology="gpu.yaml"):
-    """A run of the causal LM recipe as users launch it; its summary and what it said."""
+    """Run the causal LM recipe as users launch it. Return the summary and the output."""
     command = [
         *("accelerate", "launch", "--config_file", f"{ROOT}/configs/accelerate/{topology}"),
         *("--num_processes", "1", f"{ROOT}/recipes/causal_lm.py", "--model.name", f"{folder}"),

@@ -1,4 +1,4 @@
-"""launch.sh: N processes asked for are N running, bad input is one line, no accelerate config leaks in."""
+"""launch.sh: the number of processes, bad input in one line, and no other accelerate config."""
 
 import json
 import os
@@ -21,7 +21,7 @@ NO_CONFIG = "--config: found 'nowhere.yaml', which is not a file; allowed: an ex
 
 @pytest.fixture
 def launch(venv, tmp_path):
-    leak = tmp_path / "hf/accelerate/default_config.yaml"  # what `accelerate config` would have left
+    leak = tmp_path / "hf/accelerate/default_config.yaml"  # as `accelerate config` writes it
     leak.parent.mkdir(parents=True)
     leak.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 3\n")
 
@@ -180,7 +180,7 @@ def test_its_flags_stand_before_or_after_the_recipe(launch, texts, arguments):
 
 
 def without(*names, **more):
-    """The environment variables without these, and with more."""
+    """Return the environment variables without these names, and with more."""
     return {**{name: value for name, value in os.environ.items() if name not in names}, **more}
 
 
@@ -207,7 +207,7 @@ def empty_venv(tmp_path_factory):
 
 
 def test_an_active_environment_without_the_package_is_left_alone(empty_venv, venv):
-    """Here with VENV, so that nothing is installed; it is the environment that is used."""
+    """VENV names the environment to use, so that nothing is installed."""
     done = subprocess.run(
         [ROOT / "launch.sh", "ls"],
         env=without("PYTHON", VIRTUAL_ENV=str(empty_venv), VENV=str(venv)),
@@ -219,7 +219,7 @@ def test_an_active_environment_without_the_package_is_left_alone(empty_venv, ven
 
 
 def test_another_python_than_that_of_the_environment_is_one_line(venv, tmp_path):
-    other = tmp_path / "python"  # says of itself that it is another version
+    other = tmp_path / "python"  # prints another version
     other.write_text("#!/bin/sh\necho 3.99\n")
     other.chmod(0o755)
     done = subprocess.run(
@@ -246,7 +246,7 @@ def test_another_python_than_that_of_the_environment_is_one_line(venv, tmp_path)
     ],
 )
 def test_it_installs_what_the_command_needs(tmp_path, arguments, extras):
-    """With the real pip in a dry run: the third step fails, and leaves no stamp that says it is done."""
+    """pip runs without installing. The third step fails and leaves no stamp."""
     folder = tmp_path / "venv"
     dry = {"PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1"}
     done = subprocess.run(

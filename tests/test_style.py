@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING that a program can check, held over the whole package and all tests."""
+"""The rules of CONTRIBUTING that a program can check, for the whole package and all tests."""
 
 import ast
 import re
@@ -37,14 +37,14 @@ THIRD_PARTY_PRIVATES = {
 
 
 def parsed(folder: Path) -> Iterator[tuple[str, ast.Module]]:
-    """Each Python file under a folder, as its path in the repository and its syntax tree."""
+    """Yield the path and the syntax tree of each Python file in a folder."""
     for path in sorted(folder.rglob("*.py")):
         if "recipes_0_1_0" not in path.parts:  # copies of released files
             yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
 
 
 def report(found: dict[str, object]) -> str:
-    """All that was found, a line each."""
+    """Return the findings, one per line."""
     return "\n".join(["", *(f"{name} {what}" for name, what in sorted(found.items()))])
 
 
@@ -110,7 +110,7 @@ def test_the_folders_of_the_tests_are_those_of_the_package():
 
 
 def test_no_test_file_imports_another_test_file():
-    """Shared code is in tests/helpers. Scripts inside strings are checked too, so each line is matched."""
+    """Shared code is in tests/helpers. The check reads lines, to include scripts in strings."""
     names = {path.stem for path in TESTS.rglob("test_*.py")}
     assert "test_style" in names
     found = {

@@ -155,7 +155,7 @@ def memory(picture: Picture) -> str:
         drawn.append(f'<text class="left" x="{x + 17}" y="91">{name}</text>')
     if held.activations:
         by_loop, at_once = picture.seconds
-        time = f" Time: {by_loop / at_once:.1f} × that of one batch." if by_loop and at_once else ""
+        time = f" Time: {by_loop / at_once:.1f} × the time of one batch." if by_loop and at_once else ""
         text = (
             f"Activations: <b data-number=activations>{_bytes(held.activations)}</b> in micro-batches, "
             f"<b data-number=at-once>{_bytes(held.activations_at_once)}</b> as one batch "

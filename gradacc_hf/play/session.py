@@ -2,9 +2,9 @@
 
 A `Session` trains up to three copies of a model on the same windows:
 
-- "shown": with the shown loop;
-- "at once": each window as one batch;
-- "ours": with gradacc's loop, if the shown loop has a fault.
+- `"shown"`: with the shown loop;
+- `"at once"`: each window as one batch;
+- `"ours"`: with gradacc's loop, if the shown loop has a fault.
 
 A session does not depend on the page. `advance` runs the shown loop to the next stop. `picture` returns the
 state at this stop as plain data.
@@ -365,7 +365,7 @@ class Session:
         self._largest = max(self._largest, norm(self._whole))
         self._error = relative_error(gradient, self._whole)
         held = self._shown.bytes_held()
-        # The optimizer states of both runs are equal in size; those of "at once" exist before the first step.
+        # Optimizer states have the same size in both runs. The run "at once" has them before the first step.
         held["optimizer"] = self._at_once.bytes_held()["optimizer"]
         self._memory = replace(
             self._memory,

@@ -14,14 +14,14 @@ class Step:
     """One step of the tour.
 
     title: heading.
-    says: explanation.
+    explanation: text of the step.
     watch: instructions for the reader.
     settings: settings of the run that the step begins.
     lessons: names of related lessons.
     """
 
     title: str
-    says: str
+    explanation: str
     watch: str
     settings: PlaySettings
     lessons: tuple[str, ...]
@@ -106,7 +106,7 @@ def page_of(number: int) -> str:
     step = STEPS[number]
     lessons = "".join(_source(f"lessons/{name}", f"{name}: {question(name)}") for name in step.lessons)
     return (
-        f"<h3>{number + 1} of {len(STEPS)}: {step.title}</h3><p>{step.says}</p><p>{step.watch}</p>"
+        f"<h3>{number + 1} of {len(STEPS)}: {step.title}</h3><p>{step.explanation}</p><p>{step.watch}</p>"
         f"{lessons}{_source('minimal', 'The loop to copy, as in the README')}"
     )
 

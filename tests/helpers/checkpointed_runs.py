@@ -21,7 +21,7 @@ OPTIMIZERS = {
 def run(
     folder, resume=None, optimizer="adamw", make=None, accelerator=None, every=1, keep=99, epochs=2, **more
 ):
-    """A tiny BERT with dropout, a scheduler, an evaluation every 3 windows: two epochs of 5 windows."""
+    """Train a tiny BERT with dropout for two epochs of 5 windows, with an evaluation every 3 windows."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = accelerator() if accelerator else Accelerator(cpu=True)
@@ -67,7 +67,7 @@ def same_weights(one, other):
 
 
 def cut_back(run, folder, window):
-    """The folder of a run as it was when it was killed after this window's checkpoint, in the next window."""
+    """Copy the folder of a run, as a kill in the window after this checkpoint would leave the folder."""
     shutil.copytree(run, folder)
     for path in sorted((folder / "checkpoints").iterdir())[window:]:
         shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Pairs of short texts as tokens, how they are collated, and a tiny model that embeds them."""
+"""Pairs of short texts as tokens, a collate function, and a tiny embedding model."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ LENGTHS = np.random.default_rng(0).integers(3, 30, size=(22, 3))
 
 
 def embedder(dropout=0.0, vocab_size=100, initializer_range=0.3):
-    """A tiny one, by default with embeddings that differ."""
+    """Return a tiny embedding model, whose embeddings differ by default."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=vocab_size,

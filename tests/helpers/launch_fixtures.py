@@ -1,4 +1,4 @@
-"""Fixtures for tests of launch.sh: an environment that counts as installed, and a small data file."""
+"""Fixtures for tests of launch.sh: an installed environment, and a small data file."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ RECIPE = "recipes/text_classification.py"
 
 @pytest.fixture(scope="module")
 def venv(tmp_path_factory):
-    """What ./launch.sh would have installed: this environment, with the stamp that says so."""
+    """Return this environment with the stamp that ./launch.sh writes after an installation."""
     folder = tmp_path_factory.mktemp("venv")
     for part in ("bin", "lib", "pyvenv.cfg"):
         (folder / part).symlink_to(Path(sys.prefix) / part)

@@ -25,7 +25,7 @@ def datasets_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch, datasets_cache):
-    """Each test starts in an empty folder; what `datasets` keeps goes elsewhere."""
+    """Start each test in an empty folder. The cache of `datasets` is elsewhere."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", datasets_cache)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(datasets_cache))
@@ -33,7 +33,7 @@ def empty_folder(tmp_path, monkeypatch, datasets_cache):
 
 
 def make_rows(number=150, labels=("ham", "spam"), seed=0):
-    """Texts of 1 to 500 words, most of them short; every third has the second label, as its words tell."""
+    """Return texts of 1 to 500 words, most of them short. The words of a text fit its label."""
     rng = np.random.default_rng(seed)
     words = [
         ["tea", "garden", "letter", "morning"],
@@ -65,7 +65,7 @@ def write(path, rows):
 
 @pytest.fixture
 def start(tiny_bert, capfd):
-    """The recipe's command line in this process; what is not said is small, and without dropout."""
+    """Run the command line of the recipe in this process. The defaults are small, without dropout."""
 
     def start(**flags):
         settings = arguments(tiny_bert, flags)
@@ -83,7 +83,10 @@ def start(tiny_bert, capfd):
 
 
 def arguments(tiny_bert, flags):
-    """A small run's settings, then {"data__train": "a.csv", "check": True} → --data.train a.csv --check."""
+    """Return the arguments of a small run, and more flags.
+
+    {"data__train": "a.csv", "check": True} becomes --data.train a.csv --check.
+    """
     settings = {
         "model.name": tiny_bert,
         "model.dropout": 0,

@@ -13,7 +13,7 @@ LENGTHS = np.random.default_rng(0).integers(3, 40, size=50).tolist()
 
 
 def set_up(effective_batch_size=10, accelerator=None, **split):
-    """A tiny BERT, its optimizer and the windows of 50 examples."""
+    """Return a tiny BERT, an optimizer and the windows of 50 examples."""
     head = build_head("sequence_classification", "bert")
     accelerator = accelerator or Accelerator(cpu=True)
     windows = WindowLoader(
@@ -50,9 +50,9 @@ class CountingScaler(torch.amp.GradScaler):
 
 
 def fp16_accelerator(init_scale=1024.0):
-    """Accelerate has no fp16 on a CPU; torch has, scaler and all."""
+    """Return an accelerator with fp16 on the CPU, which torch supports and Accelerate does not."""
     accelerator = Accelerator(cpu=True)
-    # from an overflow it comes back in one step, so that the windows after it are stepped
+    # one backoff is enough after an overflow, so that later windows step
     scaler = CountingScaler("cpu", init_scale=init_scale, backoff_factor=2.0**-30)
     accelerator.scaler, accelerator.native_amp = scaler, True
     accelerator.state._mixed_precision = "fp16"

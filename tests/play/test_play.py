@@ -1,4 +1,4 @@
-"""The page shows the numbers of the real loop: of a session, and as a browser shows them."""
+"""The page shows the numbers of the real loop, in a session and in a browser."""
 
 import math
 import os
@@ -39,7 +39,7 @@ ON_THE_LINE = PlaySettings(model=LINE, micro_batch=2, steps=2, lr=0.01)
 
 
 def after(settings, windows, to="window"):
-    """A session that has done so much."""
+    """Return the picture of a new session after a number of windows or other stops."""
     session = Session(settings)
     for _ in range(windows):
         session.advance(to)
@@ -47,7 +47,10 @@ def after(settings, windows, to="window"):
 
 
 def by_the_api(settings, windows):
-    """The same run through the Python API: the README's loop, and the norm and the error of each gradient."""
+    """Run the loop of the README through the Python API.
+
+    Return the loss of each window, and the norm and the relative error of each gradient.
+    """
     made, accelerator = problem(settings.model, settings.lengths), Accelerator(cpu=True)
     model = made.make_model(settings.seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr_in_use, momentum=MOMENTUM)
@@ -403,7 +406,7 @@ def test_no_file_is_taken(server):
 
 
 def there_is_a_browser():
-    """Chromium of this machine's, or one that `playwright install chromium` has brought."""
+    """Whether Chromium is installed, by the system or by `playwright install chromium`."""
     home = os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or os.path.expanduser("~/.cache/ms-playwright")
     return chromium() is not None or any(Path(home).glob("chromium-*"))
 
@@ -540,7 +543,7 @@ def test_two_sessions_have_separate_runs_and_a_closed_tab_ends_its_training(
     shows(page, "window", 2)
     shows(other, "done", 2)
     assert number(other, "window") == "1"
-    time.sleep(2)  # a spare one is made for whoever comes next
+    time.sleep(2)  # a spare worker starts meanwhile
     workers = training_processes(served_by)
     other.click("#play")
     other.context.close()
