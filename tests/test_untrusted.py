@@ -38,7 +38,7 @@ ROWS = [
 
 
 class LeavesAMark:
-    """An object whose pickle creates a file when it is loaded."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, mark):
         self.mark = str(mark)
@@ -49,7 +49,7 @@ class LeavesAMark:
 
 @pytest.fixture
 def mark(tmp_path):
-    """Return the file that foreign code would create. At the end, check that it does not exist."""
+    """Return the path that foreign code would create. At the end, check that nothing is there."""
     yield (path := tmp_path / "mark")
     assert not path.exists(), "code of others was run"
 
@@ -336,7 +336,7 @@ def test_an_output_folder_that_the_user_names_may_be_anywhere(start, rows, tmp_p
 
 @pytest.fixture
 def precious(tmp_path):
-    """Return a folder that runs must not change, and the content."""
+    """Return a folder that runs must not change."""
     (folder := tmp_path / "precious").mkdir()
     for name in ("config.yaml", "history.jsonl", "model.safetensors", "README.md"):
         (folder / name).write_text("mine")

@@ -62,7 +62,7 @@ def window(picture: Picture) -> str:
             size = f'width="{tokens * scale:.1f}" height="{max(0.6, high - 0.8):.1f}"'
             drawn.append(f'<rect class="tokens" x="{x:.1f}" y="{row * high + 0.4:.1f}" {size}/>')
         middle = x + wide / 2
-        if middle - labelled > LABEL_WIDTH:
+        if middle - labelled > LABEL_WIDTH and middle + LABEL_WIDTH / 2 < width:
             drawn.append(f'<text x="{middle:.1f}" y="{height + 15}">{number + 1}</text>')
             labelled = middle
         drawn.append("</g>")

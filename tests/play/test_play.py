@@ -571,6 +571,41 @@ def test_a_narrow_screen_has_all_of_it_and_nothing_hangs_over(browser, address):
 
 
 @needs_a_browser
+def test_no_text_of_a_picture_is_cut_off_or_overlaps_another(page):
+    set_number(page, "micro_batch", 1)
+    page.wait_for_function("document.querySelector('#effective input').value === '4'")
+    set_number(page, "steps", 16)
+    page.wait_for_function("document.querySelector('#effective input').value === '16'")
+    for window in range(2):
+        page.click("#window")
+        shows(page, "window", window + 1)
+    shows(page, "done", 16)
+    cut_off, overlapping = page.evaluate(BAD_TEXTS)
+    assert (cut_off, overlapping) == ([], [])
+
+
+BAD_TEXTS = """() => {
+  const cutOff = [], overlapping = [];
+  for (const svg of document.querySelectorAll("#pictures figure > svg")) {
+    const frame = svg.getBoundingClientRect();
+    const texts = [...svg.querySelectorAll("text")];
+    const placed = texts.map(text => [text.textContent, text.getBoundingClientRect()]);
+    placed.forEach(([words, box], i) => {
+      const isInside = box.left >= frame.left - 1 && box.right <= frame.right + 1
+        && box.top >= frame.top - 3 && box.bottom <= frame.bottom + 1;
+      if (!isInside) cutOff.push(words);
+      for (const [other, its] of placed.slice(i + 1)) {
+        const width = Math.min(box.right, its.right) - Math.max(box.left, its.left);
+        const height = Math.min(box.bottom, its.bottom) - Math.max(box.top, its.top);
+        if (width > 1 && height > 5) overlapping.push([words, other]);
+      }
+    });
+  }
+  return [cutOff, overlapping];
+}"""
+
+
+@needs_a_browser
 def test_a_bad_value_is_a_message_on_the_page(page):
     set_number(page, "effective", 10)
     page.wait_for_selector("#message .bad")
