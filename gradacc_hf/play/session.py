@@ -22,7 +22,6 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
 
-from gradacc_hf.accumulation.accelerate_state import forget_prepared_optimizers
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.reference import (
     EXACT,
@@ -231,7 +230,7 @@ class Session:
         self._verdict, self._is_healthy = self._diagnose_loop()
         self._loader = self._new_loader()
         self._windows = _endless(self._loader)
-        forget_prepared_optimizers(self._accelerator)
+        self._accelerator.free_memory()  # forget models and optimizers of earlier loops
         self._shown.running = self._run(self._shown, self.loop, self._feed(self.loop))
         if self._ours is not None:
             self._ours.running = self._run(self._ours, ours, self._feed(ours))
@@ -258,8 +257,8 @@ class Session:
 
     def _run(self, player: Player, loop: Loop, windows: Iterator[Any]) -> Iterator[Stop]:
         optimizer: Any = player.optimizer
-        if loop is ours:
-            optimizer = self._accelerator.prepare_optimizer(optimizer)
+        if loop is ours:  # a window then counts only steps of this model, not of the loop beside
+            _, optimizer = self._accelerator.prepare(player.model, optimizer)
         max_norm = self.settings.max_grad_norm or math.inf
         return loop(player.model, optimizer, player.scheduler, windows, self._accelerator, max_norm)
 
@@ -275,7 +274,7 @@ class Session:
         windows: Iterator[Any] = islice(_endless(loader), DIAGNOSED_WINDOWS)
         if self.loop is not ours:
             windows = (_classic(loader, window) for window in windows)
-        forget_prepared_optimizers(self._accelerator)
+        self._accelerator.free_memory()  # forget models and optimizers of earlier loops
         asked: Any = {"windows": DIAGNOSED_WINDOWS, "accumulation_steps": self.settings.steps}
         with diagnose(copied.model, copied.optimizer, say=lambda report: None, **asked) as diagnosis:
             for _ in self._run(copied, self.loop, windows):
