@@ -38,7 +38,7 @@ def history(folder):
 
 
 def no_json(constant):
-    raise AssertionError(f"{constant} is no JSON")
+    raise AssertionError(f"{constant} is not JSON")
 
 
 class CountingScaler(torch.amp.GradScaler):
