@@ -39,7 +39,7 @@ def test_a_separable_head_is_exact(kind, model_type):
     assert result.loop.norm_ratio == pytest.approx(1)
     assert result.loop.cosine == pytest.approx(1)
     assert result.reasons == ()
-    assert result.verdict.startswith("Exact: 3 micro-batches give the gradient of the whole window, with a relative ")
+    assert result.verdict.startswith("Exact: 3 micro-batches give the gradient of the whole window, with a ")
 
 
 def test_trainer_multiplies_by_the_accumulation_steps_where_it_does():
