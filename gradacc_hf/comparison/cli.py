@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Train the same windows in several ways, and compare exactness, speed and memory.",
         epilog="Settings of the recipe may follow, such as --batch.effective 32. Contenders: at_once (each "
         "window as one large batch), trainer (transformers.Trainer), trainer_by_length (Trainer, with "
-        "examples grouped by length), exact_trainer (gradacc_hf.ExactTrainer), accelerate (the loop of Accelerate's "
-        "guide, with accelerator.accumulate), ours (the loop of gradacc).",
+        "examples grouped by length), exact_trainer (gradacc_hf.ExactTrainer), accelerate (the loop of "
+        "Accelerate's guide, with accelerator.accumulate), ours (the loop of gradacc).",
     )
     parser.add_argument("--config", required=True, help="the recipe's config file")
     parser.add_argument("--budget", default="auto", help="a budget's name or file (default: %(default)s)")

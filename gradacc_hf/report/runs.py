@@ -191,7 +191,7 @@ def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
 
 
 def contenders(runs: Sequence[RecordedRun]) -> list[RunGroup]:
-    """The ways of training in the order of the runs, gradacc first ("ours" in runs of version 0.1)."""
+    """The ways of training in the order of the runs, gradacc first ("ours" in older runs)."""
     order = dict.fromkeys(run.contender for run in runs)
     labels = sorted(order, key=lambda label: label not in ("gradacc", "ours"))
     return [
