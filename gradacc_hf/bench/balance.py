@@ -69,8 +69,8 @@ class Lengths:
 class Balance:
     """Windows of one size.
 
-    `worst` and `median` are ratios: predicted cost of the slowest process / reference cost, which
-    is the mean over processes, or the cost of the costliest example alone if larger.
+    `worst` and `median` are ratios: predicted cost of the slowest process / reference cost. The reference
+    cost is the mean over processes, or the cost of the costliest example if larger.
     """
 
     lengths: str
@@ -332,11 +332,11 @@ def print_balance(result: BalanceResult, console: Console) -> None:
     verdict = "within" if worst <= BALANCED else "MORE THAN"
     windows = ", ".join(f"{count} windows with {processes:,}" for processes, count in WINDOWS.items())
     console.print(
-        "¹ predicted cost of the slowest process, divided by the mean cost of a process, or by the cost of "
-        f"the costliest example if larger; over {windows} processes. Worst ratio with split_window: "
-        f"{worst:.3f}, {verdict} {BALANCED}\n"
-        "² ratio of the costs of the slowest process, strided / split_window, median\n"
-        "³ largest number of accumulation steps of a process, mean over windows\n"
+        "¹ Predicted cost of the slowest process, relative to the mean over processes. If the costliest "
+        f"example costs more than the mean, it is the reference. {windows} processes. Worst ratio with "
+        f"split_window: {worst:.3f}, {verdict} {BALANCED}.\n"
+        "² Cost of the slowest process, strided / split_window, median.\n"
+        "³ Largest number of accumulation steps of a process, mean over windows.\n"
     )
     console.print("Memory and time of one process, by number of examples (one column of lengths)")
     headers = "examples", "permutation", "lengths", "set-up,\npeak", "permutation,\ns per epoch"
@@ -358,14 +358,15 @@ def print_balance(result: BalanceResult, console: Console) -> None:
     console.print(table)
     kinds = Counter(result.by_processes[-1].collectives)
     console.print(
-        "Collectives of a window, counted on 2 processes (DDP over gloo, MiniLM):\n"
-        f"  {kinds['all_gather']} all_gather: numbers of items\n"
-        f"  {kinds['all_reduce']} all_reduce: {kinds['all_reduce'] - 1} buckets of gradients, and the loss\n"
-        f"  {kinds['broadcast']} broadcast: the model's buffers\n"
+        "Collectives of a window, counted on 2 processes (DDP over gloo, MiniLM).\n"
+        f"  all_gather: {kinds['all_gather']}, for the numbers of items.\n"
+        f"  all_reduce: {kinds['all_reduce']}, for {kinds['all_reduce'] - 1} buckets of gradients and the "
+        "loss.\n"
+        f"  broadcast: {kinds['broadcast']}, for the model's buffers.\n"
         "Each window needs one more all_gather until every process has run its costliest micro-batch. The "
         "numbers do not depend on the number of processes.\n"
-        "FSDP2 (computed): 1 all_gather and 2 all_reduce (including the gradient's norm) per window, up to 2 "
-        "all_gather per layer and micro-batch, 1 reduce_scatter per layer."
+        "FSDP2 (computed): 1 all_gather and 2 all_reduce per window, including the gradient's norm. Each "
+        "layer has 1 reduce_scatter, and up to 2 all_gather per micro-batch."
     )
 
 

@@ -95,10 +95,10 @@ def print_lean_loss(result: LeanLossResult, console: Console) -> None:
     """Print memory and time with and without logits, and the difference of the gradients."""
     before, after = result.bytes_before / 2**20, result.bytes_after / 2**20
     console.print(
-        f"forward and backward of {result.tokens:,} tokens with a vocabulary of {VOCABULARY:,}\n"
-        f"  with logits:    {before:,.0f} MiB, {result.seconds_before:.1f} s\n"
-        f"  without logits: {after:,.0f} MiB, {result.seconds_after:.1f} s\n"
-        f"relative difference of the gradients: {result.gradient_error:.0e}"
+        f"Forward and backward of {result.tokens:,} tokens with a vocabulary of {VOCABULARY:,}.\n"
+        f"With logits: {before:,.0f} MiB, {result.seconds_before:.1f} s.\n"
+        f"Without logits: {after:,.0f} MiB, {result.seconds_after:.1f} s.\n"
+        f"The gradients differ by {result.gradient_error:.0e} (relative)."
     )
 
 

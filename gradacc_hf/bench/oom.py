@@ -144,7 +144,7 @@ class RecordingLoader:
 
 
 def _train(limit: int) -> None:
-    """Train in this process. The last process may add `limit` MiB to the memory it has; 0 is no limit."""
+    """Train in this process. The last process may add `limit` MiB to its memory; 0 disables the limit."""
     torch.set_num_threads(1)
     set_up_allocator()
     silence_libraries()

@@ -79,9 +79,9 @@ def _milliseconds(function: Callable[[], Any]) -> float:
 def print_planning(result: PlanningResult, console: Console) -> None:
     """Print a line for the offline config and a line for the large data set."""
     console.print(
-        f"offline config: {result.window_ms:.2f} ms per window, {result.share_of_step:.3%} of a step\n"
+        f"Offline config: {result.window_ms:.2f} ms per window, {result.share_of_step:.3%} of a step.\n"
         f"{result.examples:,} examples: {result.large_window_ms:.2f} ms per window of {WINDOW_SIZE}, and "
-        f"{result.permutation_seconds:.1f} s per epoch for the permutation; memory: "
-        f"{result.permutation_bytes / 1e6:.0f} MB for the permutation, {result.lengths_bytes / 1e6:.0f} MB "
-        "for the lengths"
+        f"{result.permutation_seconds:.1f} s per epoch for the permutation.\n"
+        f"Memory: {result.permutation_bytes / 1e6:.0f} MB for the permutation, "
+        f"{result.lengths_bytes / 1e6:.0f} MB for the lengths."
     )

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import track
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
-"""Yields the elements of a sequence, and may show the progress. `iter` shows nothing."""
+"""A function that yields the elements of a sequence, and may show the progress. `iter` shows nothing."""
 
 
 def progress_bar(name: str) -> Progress:

@@ -1,9 +1,14 @@
 """`gradacc bench schedules`: the examples that a run needs, with fixed and changing sizes of windows.
 
-Each offline config runs with four sizes of windows: a quarter of the config's size, the config's size, a size
-that grows by a schedule, and a size that follows the noise scale. All runs train on the same examples, with a
-learning rate proportional to the square root of the size. The causal language model is a tiny Llama trained
-from scratch, which is fast. An existing run is not repeated.
+Each offline config runs with four sizes of windows:
+
+- a quarter of the config's size
+- the config's size
+- a size that grows by a schedule
+- a size that follows the noise scale
+
+All runs train on the same examples, with a learning rate proportional to the square root of the size. The
+causal language model is a tiny Llama trained from scratch, which is fast. An existing run is not repeated.
 """
 
 import json

@@ -207,12 +207,12 @@ def print_speed(result: SpeedResult, console: Console) -> None:
     low, high = min(result.of_dense_limit), max(result.of_dense_limit)
     console.print(
         f"{result.windows} windows, {result.examples} examples in {result.micro_batches} micro-batches, "
-        f"{result.padding:.1%} padding; {len(result.seconds)} repeats\n"
-        f"speed relative to dense micro-batches without padding: {result.median_of_dense_limit:.2f} "
-        f"({low:.2f}–{high:.2f})\n"
-        f"overhead of the loop over forward, backward and optimizer: {result.median_overhead:.1%} "
-        f"({min(result.overhead):.1%} to {max(result.overhead):.1%})\n"
-        "speed of dense micro-batches:"
+        f"{result.padding:.1%} padding, {len(result.seconds)} repeats.\n"
+        f"Speed relative to dense micro-batches without padding: {result.median_of_dense_limit:.2f} "
+        f"({low:.2f}–{high:.2f}).\n"
+        f"Overhead of the loop over forward, backward and optimizer: {result.median_overhead:.1%} "
+        f"({min(result.overhead):.1%} to {max(result.overhead):.1%}).\n"
+        "Speed of dense micro-batches:"
     )
     table = Table("tokens per example", "tokens per s", box=SIMPLE)
     for length, tokens in result.dense_tokens_per_second.items():

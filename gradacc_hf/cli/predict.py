@@ -29,8 +29,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--input",
         metavar="FILE",
-        help="read inputs from a .jsonl or .csv file with the columns of the training data, from the lines "
-        "of a .txt file, or from standard input (-): lines of text or of JSON objects",
+        help="read inputs from a file: .jsonl or .csv with the columns of the training data, or .txt with "
+        "one input per line. - reads standard input: lines of text, or of JSON objects if the first is one",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write the predictions to this file, all or none"

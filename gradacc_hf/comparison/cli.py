@@ -53,9 +53,9 @@ def main(argv: Sequence[str]) -> None:
     console = Console(highlight=False, stderr=given.json)
     console.print(
         f"{given.windows} window{'s' * (given.windows > 1)} of {size} examples, {given.repeats} "
-        f"run{'s' * (given.repeats > 1)} of each contender\n"
-        f"micro-batches: {rows} examples; for gradacc, any number with the same limit of memory\n"
-        f"folder of the runs: {folder}",
+        f"run{'s' * (given.repeats > 1)} of each contender.\n"
+        f"Micro-batches have {rows} examples; with gradacc, any number within the same limit of memory.\n"
+        f"Folder of the runs: {folder}",
         soft_wrap=True,
     )
     command = redact(f"gradacc compare {shlex.join(argv)}")
@@ -76,10 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="gradacc compare",
         description="Train the same windows in several ways, and compare exactness, speed and memory.",
-        epilog="Settings of the recipe may follow, such as --batch.effective 32. Contenders: at_once (each "
-        "window as one large batch), trainer (transformers.Trainer), trainer_by_length (Trainer, with "
-        "examples grouped by length), exact_trainer (gradacc_hf.ExactTrainer), accelerate (the loop of "
-        "Accelerate's guide, with accelerator.accumulate), ours (the loop of gradacc).",
+        epilog="Settings of the recipe may follow, such as --batch.effective 32. The contender at_once "
+        "trains each window as one large batch. trainer is transformers.Trainer, and trainer_by_length groups "
+        "examples by length. exact_trainer is gradacc_hf.ExactTrainer. accelerate is the loop of "
+        "Accelerate's guide, with accelerator.accumulate. `ours` is the loop of gradacc.",
     )
     parser.add_argument("--config", required=True, help="the recipe's config file")
     parser.add_argument("--budget", default="auto", help="a budget's name or file (default: %(default)s)")
@@ -118,8 +118,8 @@ def _checked_sizes(recipe: Recipe, num_windows: int) -> tuple[int, int]:
     """
     if as_window_loss(recipe.loss) is not None:
         raise InputError(
-            f"recipe: the loss of {type(recipe).__name__} is of all examples of a window together; allowed: "
-            "losses that the other contenders can accumulate; for this one, use gradacc bench contrastive"
+            f"recipe: the loss of {type(recipe).__name__} is of all examples of a window together, which the "
+            "other contenders cannot accumulate. Use gradacc bench contrastive instead"
         )
     recipe, training, validation = load_data(recipe)
     windows, _ = make_windows(recipe, training, validation, Accelerator())
@@ -134,7 +134,7 @@ def _checked_sizes(recipe: Recipe, num_windows: int) -> tuple[int, int]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar on stderr, or lines if stderr is no terminal. Yield the function to call before each run."""
+    """Show a bar, or lines if stderr is not a terminal. Yield the function to call before each run."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total, completed=-1)

@@ -82,7 +82,7 @@ def diagnose(
 
     Args:
         model: the model, as the loop uses it.
-        optimizer: a torch optimizer, or the one that `accelerator.prepare` returned.
+        optimizer: a torch optimizer, or the optimizer that `accelerator.prepare` returned.
         loss_fn: computes the loss from (outputs, inputs by name). Needed if the loss is computed neither by
             the model nor by one torch function of the model's output.
         accumulation_steps: the intended number of micro-batches per window. Needed if neither Accelerate nor
@@ -105,7 +105,7 @@ def diagnose(
     if not isinstance(model, torch.nn.Module) or not isinstance(stepped, torch.optim.Optimizer):
         raise ValueError(
             f"diagnose(model, optimizer): found {type(model).__name__} and {type(optimizer).__name__}; "
-            "allowed: a torch.nn.Module, and a torch optimizer or the one that accelerator.prepare returned"
+            "allowed: a torch.nn.Module, and a torch optimizer or Accelerate's wrapper of it"
         )
     subject = Subject.of(model, optimizer)
     record = LoopRecord(intended=accumulation_steps, schedule_length=length_of(scheduler))

@@ -83,7 +83,7 @@ class Attention:
 class DataPasses:
     """Counts passes over the training data.
 
-    The loader that started last before the first backward is taken for the training loader.
+    The loader that started last before the first backward counts as the training loader.
     """
 
     def __init__(self, record: LoopRecord, started: Sequence[DataLoader]):

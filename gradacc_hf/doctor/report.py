@@ -66,4 +66,4 @@ def _right(record: LoopRecord, wrong: set[str]) -> Iterator[str]:
     if record.steps == 1 and not wrong:
         yield "nothing is accumulated: each step has one micro-batch"
     if not math.isfinite(sum(w.norm_at_step for w in record.windows)):
-        yield "some gradients are not finite; this alone is no fault of the loop"
+        yield "some gradients are not finite; this alone does not make the loop wrong"

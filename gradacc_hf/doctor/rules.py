@@ -51,7 +51,7 @@ class Finding:
 
 
 def findings(record: LoopRecord) -> list[Finding]:
-    """All findings, errors first, without those that are consequences of others."""
+    """All findings, errors first, without the consequences of other findings."""
     found = [finding for rule in RULES for finding in rule(record)]
     names = {finding.name for finding in found}
     explained = {effect for name in names for effect in CONSEQUENCES.get(name, ())}

@@ -120,7 +120,7 @@ class StepSettings:
     precision: str = "fp32"
     """"fp32", "bf16" or "fp16": the type of autocast."""
     on_gpu: bool = False
-    """Whether the step runs on CUDA, whose kernels allocate differently from those of a CPU."""
+    """Whether the step runs on CUDA, whose kernels allocate differently from CPU kernels."""
     four_bit: bool = False
     """Whether frozen weights will be in 4 bits."""
 

@@ -64,8 +64,8 @@ def moments(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequenc
     Args:
         fit: the sizes and the terms.
         traces: traces of the model with few layers, one per size.
-        more: for each list of equal layers, the number of layers left out, and traces at the `few` sizes of
-            the model with one layer more.
+        more: one pair per list of equal layers: the number of layers left out, and traces with one layer
+            more, at the `few` sizes.
     """
     found = []
     for phase in (FORWARD, BACKWARD):
@@ -90,7 +90,7 @@ def moments(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequenc
 def flops(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequence[Trace]]]) -> np.ndarray:
     """Return the floating-point operations of forward and backward, as factors of the terms (terms,).
 
-    The arguments are those of `moments`.
+    `moments` documents the arguments.
     """
     counted = np.array([trace.flops for trace in traces], dtype=np.float64)
     factors = fit.polynomials(counted)

@@ -150,9 +150,9 @@ def _batch_norm(model: torch.nn.Module) -> Reason | None:
     return Reason(
         f"{len(found)} BatchNorm modules ({listed(name for name, _ in found[:3])} …) normalise each example "
         "with the statistics of the micro-batch",
-        "no accumulation is exact with BatchNorm in training mode: use a model with LayerNorm or GroupNorm "
-        f"(when training from scratch, torch.nn.{other} instead of {name}, and so on), or freeze the modules "
-        "in eval mode",
+        "no accumulation is exact with BatchNorm in training mode: freeze the modules in eval mode, or use "
+        "a model with LayerNorm or GroupNorm. When training from scratch, use "
+        f"torch.nn.{other} instead of {name}, and so on",
     )
 
 
@@ -219,7 +219,7 @@ def _wrong_mode(probe: _Probe) -> Reason | None:
             named = [name or "the model" for name, module in modules if isinstance(module, kind)]
             return Reason(
                 f"with {len(named)} {kind.__name__} ({listed(named[:3])} …) in training mode, the loss of an "
-                "example depends on the other examples in the micro-batch; in evaluation mode it does not",
+                "example depends on the rest of the micro-batch; in evaluation mode it does not",
                 "no accumulation is exact with these modules in training mode: freeze them in evaluation "
                 "mode, or replace them",
             )
@@ -256,7 +256,7 @@ def _routers(probe: _Probe) -> list[Any]:
 
 
 ROUTER_LOSS = Reason(
-    "the router loss of the mixture of experts is computed for each micro-batch and is no mean over items",
+    "the router loss of the mixture of experts is computed per micro-batch and is not a mean over items",
     "set config.output_router_logits = False; with the router loss, no accumulation is exact",
 )
 
@@ -283,8 +283,8 @@ def _items_or_padding(probe: _Probe) -> Reason | None:
         return Reason("padding reaches the loss", PAD_ALIKE)
     return Reason(
         "the loss of two examples is not the mean of the single losses over any items known to gradacc",
-        "pass num_items= a function that counts the items of a batch; if padding reaches the loss, pad each "
-        "window to one length (pad_to='window'); if the loss is no mean, no accumulation is exact",
+        "pass num_items= a function that counts the items of a batch. If padding reaches the loss, pad each "
+        "window to one length (pad_to='window'). If the loss is not a mean, no accumulation is exact",
     )
 
 

@@ -239,8 +239,8 @@ def _shrink_value(name: str, value: Any) -> Any:
 def _find_items(head: Head) -> str | CountItems:
     """Run the head once, and return the items of the loss.
 
-    For a language model, check whether the loss shifts labels: if only the first position is labelled, a
-    shifting loss has no item and is NaN or 0.
+    For a language model, check whether the loss shifts labels. If only the first position is labelled, such a
+    loss has no item: it is NaN or 0.
     """
     batch = head.collate(head.examples([7, 5]))
     with torch.no_grad():
