@@ -77,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="gradacc compare",
         description="Train the same windows in several ways, and compare exactness, speed and memory.",
         epilog="Settings of the recipe may follow, such as --batch.effective 32. The contender at_once "
-        "trains each window as one large batch. trainer is transformers.Trainer, and trainer_by_length groups "
-        "examples by length. exact_trainer is gradacc_hf.ExactTrainer. accelerate is the loop of "
+        "trains each window as one large batch. trainer is transformers.Trainer, and trainer_by_length "
+        "groups examples by length. exact_trainer is gradacc_hf.ExactTrainer. accelerate is the loop of "
         "Accelerate's guide, with accelerator.accumulate. `ours` is the loop of gradacc.",
     )
     parser.add_argument("--config", required=True, help="the recipe's config file")
