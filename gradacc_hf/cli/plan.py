@@ -76,11 +76,7 @@ def show(plan: Plan, console: Console) -> None:
     table.add_column("GiB", justify="right")
     table.add_column(f"of {plan.memory / GIB:.1f} GiB", width=40)
     scale, begin = max(plan.memory, plan.parts.total), 0
-    names = {
-        "optimizer": "optimizer states",
-        "activations": "activations or optimizer step",
-        "loss": "logits and loss",
-    }
+    names = {"optimizer": "optimizer states", "activations": "activations or step", "loss": "logits and loss"}
     for name, size in asdict(plan.parts).items():
         bar = Bar(scale, begin, begin + size, width=40)
         table.add_row(names.get(name, name), f"{size / GIB:.2f}", bar)
