@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say they measure; their command line refuses in one line."""
+"""The benchmarks measure what their names promise; the command line reports errors in one line."""
 
 import json
 import math

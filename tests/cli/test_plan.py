@@ -1,4 +1,4 @@
-"""`gradacc plan` says what a run takes without weights or GPU, and refuses in one line."""
+"""`gradacc plan` predicts a run without weights or GPU, and reports errors in one line."""
 
 import json
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""All contenders see the same examples in the same windows; what is reported is what they left in files."""
+"""All contenders train on the same examples in the same windows; reports are read from the runs' files."""
 
 import json
 import math
@@ -200,7 +200,7 @@ BROKEN = """
 
 
 def recipe_with(more, folder):
-    """The tiny recipe with a loss of its own; its settings."""
+    """Write the tiny recipe with a separate loss, and return its settings."""
     (folder / "tiny.py").write_text(RECIPE + more)
     (folder / "tiny.yaml").write_text(CONFIG)
     return ["--config", str(folder / "tiny.yaml"), *TOKENS]

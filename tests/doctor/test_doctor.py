@@ -1,4 +1,4 @@
-"""The doctor finds each fault that is planted in a loop, by its name, and none in a loop that is right."""
+"""The doctor finds each planted fault of a loop by name, and no fault in a correct loop."""
 
 import contextlib
 import gc
@@ -725,7 +725,7 @@ def test_our_recipes_are_healthy(name, start, tmp_path):
 
 
 def test_a_loss_of_the_loop_s_own_is_not_taken_for_the_model_s():
-    """As our question answering has it: the model computes a loss, too, and padding reaches that one."""
+    """As in the question answering recipe: the model computes a loss too, and padding reaches it."""
     made, examples = head("question_answering", "bert")
     optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
     with diagnose(made.model, optimizer, say=lambda said: None) as diagnosis:

@@ -1,4 +1,4 @@
-"""The predicted memory of a step is that of the whole model traced at that size, and what torch counts."""
+"""The predicted memory of a step equals a trace of the whole model at that size, and torch's own counts."""
 
 import json
 

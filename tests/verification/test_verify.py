@@ -1,4 +1,4 @@
-"""`verify` says whether a loop is exact on the user's model and data, and why where it is not."""
+"""`verify` reports whether a loop is exact for the user's model and data, and the reason if it is not."""
 
 import copy
 import json
