@@ -1,4 +1,4 @@
-"""The conformance table on 40 heads, or one of each kind: gradacc is exact if the loss is a mean over items."""
+"""The conformance table on 40 heads, or one per kind: gradacc is exact if the loss is a mean over items."""
 
 import io
 import warnings
