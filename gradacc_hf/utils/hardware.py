@@ -34,7 +34,7 @@ def refuse_place(device: str, engine: str = "", system: str = sys.platform) -> N
         raise InputError("system: found Windows; use WSL 2 (wsl --install), which is Linux")
     if engine in ENGINES:
         raise InputError(
-            f"{engine} accumulates and scales gradients itself, so windows cannot be exact with it: "
+            f"{engine} accumulates and scales gradients by itself, so windows cannot be exact with it: "
             "launch with DDP or FSDP (--multi_gpu or --use_fsdp) instead"
         )
     if device not in DEVICES:
