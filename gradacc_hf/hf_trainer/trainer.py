@@ -197,9 +197,7 @@ class ExactTrainerMixin(_Base):
         )
         number = None if num_items_in_batch is None else torch.full_like(self._items, items or 1.0)
         with self._average_tokens_across_devices(False):
-            inputs = (
-                inputs if items else _with_items(inputs)
-            )  # the loss must be finite: NaN / infinity is NaN
+            inputs = inputs if items else _with_items(inputs)  # a finite loss, as NaN / infinity is NaN
             return super().training_step(model, inputs, number)
 
     # ---- an evaluation: the loss of a micro-batch is the mean over its own items ----
@@ -235,9 +233,7 @@ class ExactTrainerMixin(_Base):
                 f"BatchNorm ({norms[0]}, …) mixes the examples of a micro-batch: accumulation cannot be exact"
             )
         modes = [(module, module.training) for module in model.modules()]
-        metrics = copy.deepcopy(
-            getattr(self, "_metrics", None)
-        )  # Trainers of trl append to it in each forward
+        metrics = copy.deepcopy(getattr(self, "_metrics", None))  # forwards of trl's Trainers append to it
         model.eval()
         try:
             with preserve_rng_state():
