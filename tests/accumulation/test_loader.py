@@ -237,7 +237,7 @@ def test_an_empty_data_set_is_refused(accelerator):
 
 @pytest.mark.parametrize("count", [lambda batch: -1, lambda batch: float("nan")])
 def test_a_count_that_cannot_be_is_named_with_its_examples(accelerator, count):
-    with pytest.raises(ValueError, match=r"num_items gave .* for examples"):
+    with pytest.raises(ValueError, match=r"num_items returned .* for examples"):
         next(iter(loader(accelerator, num_items=count)))
 
 
@@ -283,7 +283,7 @@ def test_a_torch_data_set_that_knows_no_end_but_its_length_is_fine(accelerator):
 
 
 def test_a_collate_function_that_gives_no_mapping_is_named(accelerator):
-    with pytest.raises(ValueError, match="collate_fn gave a tuple; it must give a mapping"):
+    with pytest.raises(ValueError, match="collate_fn returned a tuple; it must return a mapping"):
         next(iter(loader(accelerator, collate_fn=lambda examples: (1, 2))))
 
 
