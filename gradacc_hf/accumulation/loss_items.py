@@ -62,9 +62,9 @@ def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 def count_labels(batch: Mapping[str, Any]) -> int:
     """Count the labels that are not −100, or the rows if labels are floats or booleans.
 
-    Float and boolean labels are those of regression and multi-label classification. A batch of question
-    answering has `start_positions` instead of labels. Its items are the examples whose answer lies inside the
-    padded length, as the head ignores later positions.
+    Regression and multi-label classification have float or boolean labels. A batch of question answering has
+    `start_positions` instead of labels. Its items are the examples whose answer lies inside the padded
+    length, as the head ignores later positions.
     """
     if "labels" in batch:
         labels = torch.as_tensor(batch["labels"])
@@ -76,13 +76,13 @@ def count_labels(batch: Mapping[str, Any]) -> int:
         starts, ends = batch["start_positions"] < length, batch["end_positions"] < length
         if (starts != ends).any():
             raise ValueError(
-                "an answer has one end inside the padded text and one outside, so the means over starts and "
-                "over ends have different items: put both ends outside, or leave the example out"
+                "an answer has only one end inside the padded text, so starts and ends have unequal items: "
+                "move both ends outside, or remove the example"
             )
         return int(starts.sum())
     raise ValueError(
-        f"the batch has {sorted(batch)} and no 'labels' to count: set num_items= to a function from the "
-        "batch to the number of terms of the mean loss"
+        f"the batch has {sorted(batch)} and no 'labels' to count: set num_items= to a function that counts "
+        "the terms of the mean loss"
     )
 
 

@@ -17,8 +17,8 @@ class NoiseProbe:
     """One measurement, in one pass over a window.
 
     Attributes:
-        sums: Three numbers of this process: the squared norm, 1 if it was measured or else 0, and the share
-            of the window's items in the micro-batch. Add them up over processes before `result`.
+        sums: Squared norm, measurements (1 or 0), and share of the window's items in the micro-batch. Add
+            them up over processes before `result`.
 
     Args:
         accelerator: The Accelerator of the run.

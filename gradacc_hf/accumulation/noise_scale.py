@@ -92,7 +92,7 @@ class NoiseScale:
 
 
 def in_words(noise_scale: float, size: int, measured: int) -> str:
-    """What windows of so many examples gain or lose by it, and from how many measurements that is known."""
+    """Return advice on the window size, with the number of measurements; "" without a noise scale."""
     windows = f"windows of {size:,}"
     if math.isnan(noise_scale):
         return ""

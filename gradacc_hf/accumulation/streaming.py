@@ -300,9 +300,8 @@ class Stream:
     def _size(self, window: int) -> int:
         if self._number is None and callable(self.effective_batch_size):
             raise ValueError(
-                f"the size of window {window} of epoch {self.epoch} depends on the number of earlier "
-                "windows, which is unknown because an earlier epoch was not finished: set "
-                "effective_batch_size to a number, or load a state_dict()"
+                f"the size of window {window} of epoch {self.epoch} is unknown, as an earlier epoch is "
+                "unfinished: set effective_batch_size to a number, or load a state_dict()"
             )
         return size_asked(self.effective_batch_size, (self._number or 0) + window)
 
@@ -398,14 +397,14 @@ def _of_its_own(dataset: Any) -> tuple[Any, bool]:
     Data sets of `datasets` that derive from each other, such as `take` and `skip` of one, store positions in
     shared objects. This function copies the objects. A shuffle buffer of `datasets` has no exact state.
     """
-    theirs = sys.modules.get("datasets.iterable_dataset")  # without import, as datasets may be missing
-    if theirs is None or not isinstance(dataset, theirs.IterableDataset):
+    module = sys.modules.get("datasets.iterable_dataset")  # without import, as datasets may be missing
+    if module is None or not isinstance(dataset, module.IterableDataset):
         return dataset, False
     shuffles = False
 
     def copied(node: Any) -> Any:
         nonlocal shuffles
-        shuffles = shuffles or isinstance(node, theirs.BufferShuffledExamplesIterable)
+        shuffles = shuffles or isinstance(node, module.BufferShuffledExamplesIterable)
         node = copy.copy(node)
         if hasattr(node, "ex_iterable"):
             node.ex_iterable = copied(node.ex_iterable)
@@ -413,7 +412,7 @@ def _of_its_own(dataset: Any) -> tuple[Any, bool]:
             node.ex_iterables = [copied(one) for one in node.ex_iterables]
         return node
 
-    own = object.__new__(type(dataset))  # copy.copy() of theirs shares all attributes
+    own = object.__new__(type(dataset))  # copy.copy() would share all attributes
     vars(own).update(vars(dataset), _ex_iterable=copied(dataset._ex_iterable), _starting_state_dict=None)
     own._epoch = copy.deepcopy(dataset._epoch)
     return own, not shuffles

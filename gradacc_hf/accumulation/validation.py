@@ -19,8 +19,8 @@ def refuse_engine(accelerator: Accelerator) -> None:
     parallelism = getattr(accelerator, "parallelism_config", None)
     if getattr(parallelism, "non_data_parallel_size", 1) > 1:
         raise ValueError(
-            "processes that share a model (tensor, context or sequence parallel) need the same examples, but "
-            "each process gets its own: use data parallelism (DDP or FSDP) only"
+            "processes that share a model (tensor, context or sequence parallel) need the same examples: use "
+            "data parallelism (DDP or FSDP) only"
         )
     refuse_place(accelerator.device.type, accelerator.distributed_type.value)
 

@@ -90,19 +90,19 @@ class ExactTrainerMixin(_Base):
     """Make the gradient accumulation of a Trainer exact: `class MyTrainer(ExactTrainerMixin, SomeTrainer)`.
 
     The mixin weighs losses in `training_step`. It has no effect on a Trainer whose `training_step` does not
-    call `Trainer.training_step`. With `average_tokens_across_devices=False`, each process has a window of its
-    own, as in Trainer. The gradient of each process is then exact, and all processes have equal weight.
+    call `Trainer.training_step`. With `average_tokens_across_devices=False`, each process has a separate
+    window, as in Trainer. The gradient of each process is then exact, and all processes have equal weight.
 
     Args:
         *args: positional arguments of the Trainer.
-        num_items: the items of the mean loss, if the probe does not find them: "labels", "next_token", or a
-            function from a batch to a number, as in `WindowLoader`.
+        num_items: "labels", "next_token", or a function from a batch to a number, as in `WindowLoader`.
+            Needed only if the probe does not find the items of the mean loss.
         **kwargs: keyword arguments of the Trainer.
 
     Raises:
-        ValueError: the set-up cannot be exact or was never tested: several GPUs in one process
-            (DataParallel), processes that share a model, DeepSpeed, another device, an old transformers. In
-            training: a micro-batch is not a mapping.
+        ValueError: the set-up cannot be exact or was never tested. Examples are several GPUs in one process,
+            processes that share a model, DeepSpeed, and an old transformers. In training: a micro-batch is
+            not a mapping.
     """
 
     def __init__(self, *args: Any, num_items: str | CountItems | None = None, **kwargs: Any):
@@ -143,7 +143,7 @@ class ExactTrainerMixin(_Base):
             return micro_batches, num_items_of_trainer
         if not isinstance(micro_batches[0], Mapping):
             raise ValueError(
-                f"ExactTrainer needs micro-batches that are mappings; those of {type(self).__name__} are "
+                f"ExactTrainer needs micro-batches that are mappings; {type(self).__name__} makes "
                 f"{type(micro_batches[0]).__name__}s: use {type(self).__name__} without ExactTrainerMixin"
             )
         if self._loss_kind is None or not self._loss_kind.is_conclusive:
@@ -352,8 +352,8 @@ class ExactTrainer(ExactTrainerMixin, Trainer):
         optimizers: an optimizer and a scheduler.
         optimizer_cls_and_kwargs: an optimizer class and its arguments.
         preprocess_logits_for_metrics: reduces logits before they are kept for metrics.
-        num_items: the items of the mean loss, if the probe does not find them: "labels", "next_token", or a
-            function from a batch to a number, as in `WindowLoader`.
+        num_items: "labels", "next_token", or a function from a batch to a number, as in `WindowLoader`.
+            Needed only if the probe does not find the items of the mean loss.
 
     Raises:
         ValueError: as `ExactTrainerMixin`.
@@ -418,6 +418,6 @@ def refuse_unsupported(trainer: Any) -> None:
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if getattr(parallelism, "non_data_parallel_size", 1) > 1:
         raise ValueError(
-            "processes that share a model (tensor, context or sequence parallel) get the same examples, "
-            "which would be counted twice: use data parallelism (DDP or FSDP) only"
+            "processes that share a model (tensor, context or sequence parallel) would count the same "
+            "examples twice: use data parallelism (DDP or FSDP) only"
         )

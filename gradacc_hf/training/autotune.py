@@ -1,7 +1,7 @@
 """Find the fastest micro-batch size on the first windows of a run, while training on them.
 
-Every split of a window gives the same gradient. A run can therefore try sizes without training a window twice
-or in vain. The cost model of the split (`splitting.Cost`) is fitted to the same measured times.
+Every split of a window gives the same gradient, so every trial is also a normal training step. The cost model
+of the split (`splitting.Cost`) is fitted to the same measured times.
 """
 
 import math

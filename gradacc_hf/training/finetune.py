@@ -54,7 +54,7 @@ SUMMARY_KEYS = (
 """Keys of a summary that `write_summary` sets."""
 
 End = Literal["trained", "stopped by a signal", "out of patience"]
-"""Why no further window is trained."""
+"""The reason why training ended."""
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     name: Literal["adamw", "adamw_8bit", "adam", "sgd", "adafactor"] = "adamw"
-    """Optimizer. Two take less memory: adamw_8bit holds the states of AdamW in 8 bits (bitsandbytes; CUDA
-    GPUs only), adafactor holds one number per row and column of a weight."""
+    """Optimizer. Two take less memory. adamw_8bit holds the states of AdamW in 8 bits (bitsandbytes; CUDA
+    GPUs only). adafactor holds one number per row and column of a weight."""
     lr: float = 2e-5
     """Learning rate, after warmup."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
