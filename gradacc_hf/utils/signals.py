@@ -75,7 +75,7 @@ def end_with_launcher() -> None:
 def _is_orphan() -> bool:
     """Whether the launcher has exited and this process has a new parent, such as init.
 
-    Every launcher is a Python program. A parent that is none is the new one.
+    All launchers are Python programs, so any other parent is the new one.
     """
     try:
         words = " ".join(psutil.Process(os.getppid()).cmdline())

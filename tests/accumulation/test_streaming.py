@@ -229,7 +229,7 @@ def test_the_effective_batch_size_may_follow_the_windows_number(accelerator):
     windows.load_state_dict(state)
     assert indices(windows) == second
     next(iter(windows))
-    with pytest.raises(ValueError, match="an earlier epoch was left before its end"):
+    with pytest.raises(ValueError, match="an earlier epoch is unfinished"):
         next(iter(windows))
 
 
@@ -268,7 +268,7 @@ def test_examples_that_are_too_large_are_said_once_and_refused_where_padding_wou
     accelerator, caplog
 ):
     list(loader(accelerator, Plain(), max_tokens=50))
-    assert caplog.text.count("goes alone in a micro-batch that exceeds it") == 1
+    assert caplog.text.count("runs alone in a micro-batch that exceeds the bound") == 1
     longest = max(range(20), key=lambda i: len(DATA[i]["input_ids"]))
     assert f"example {longest}" in caplog.text
     with pytest.raises(ValueError, match=rf"example {longest} has \d+ tokens, more than pad_to=32"):
@@ -471,7 +471,7 @@ def test_a_stream_that_gives_nothing_the_second_time_is_refused(accelerator):
 
     windows = loader(accelerator, Once())
     assert len(indices(windows)) == 4
-    with pytest.raises(ValueError, match="no examples in epoch 1: it must give the same examples each time"):
+    with pytest.raises(ValueError, match="no examples in epoch 1: every iteration must give the same"):
         list(windows)
 
 
