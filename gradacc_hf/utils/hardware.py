@@ -41,7 +41,7 @@ def refuse_place(device: str, engine: str = "", system: str = sys.platform) -> N
         on_the_cpu = _ON_THE_CPU.get(device, "ACCELERATE_USE_CPU=true")
         raise InputError(
             f"device: found {_NAMES.get(device, device)}, which gradacc was never tested on; use a CUDA GPU, "
-            f"or the CPU (set {on_the_cpu} in the environment)"
+            f"or the CPU ({on_the_cpu} in the environment)"
         )
 
 
