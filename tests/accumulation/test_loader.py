@@ -189,7 +189,7 @@ def test_micro_batches_and_windows_without_items_are_skipped_counted_and_said(ac
     assert handed_out[0].num_items == 4
     assert windows.empty_windows == 2
     assert windows.empty_micro_batches >= 9
-    assert "window 0 of epoch 0 holds no item" in caplog.text
+    assert "window 0 of epoch 0 has no item" in caplog.text
 
 
 def test_drop_last_says_how_many_examples_it_drops(accelerator, caplog):

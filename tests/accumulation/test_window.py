@@ -319,7 +319,7 @@ def test_an_unprepared_model_or_optimizer_is_refused():
         with pytest.raises(InputError, match=f"^model: found an unprepared BertFor.*; {line}"):
             loop(other, optimizer, windows, accelerator=accelerator)
     check_unprepared(accelerator, other, bare)
-    with pytest.raises(InputError, match=r"^optimizer: found a prepared one; fine_tune prepares"):
+    with pytest.raises(InputError, match=r"^optimizer: found a prepared optimizer; fine_tune prepares"):
         check_unprepared(accelerator, model, optimizer)
 
 

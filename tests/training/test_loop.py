@@ -606,7 +606,7 @@ run(model, optimizer, windows, validate=wait, eval_every=3, output_dir=".")
 def test_a_prepared_model_or_optimizer_is_refused():
     model, optimizer, windows = set_up()
     prepared = windows.accelerator.prepare(optimizer)
-    with pytest.raises(InputError, match=r"^optimizer: found a prepared one; fine_tune prepares"):
+    with pytest.raises(InputError, match=r"^optimizer: found a prepared optimizer; fine_tune prepares"):
         run(model, prepared, windows)
 
 
