@@ -52,8 +52,8 @@ class WindowLoader:
 
     Args:
         dataset: A `datasets.Dataset`, any sequence of examples, or a stream (below).
-        effective_batch_size: Examples per optimizer step over all processes: a number, a function of the
-            number of the window in the run such as `ScheduledBatch`, or a `GrowingBatch`.
+        effective_batch_size: Examples per optimizer step over all processes. A number, a function of the
+            number of the window in the run (such as `ScheduledBatch`), or a `GrowingBatch`.
         accelerator: The Accelerator of the run. DeepSpeed and Megatron-LM are refused, as they accumulate by
             themselves.
         collate_fn: Examples → mapping of tensors. Called as `collate_fn(examples, pad_to=n)` if `pad_to`
@@ -492,7 +492,7 @@ class WindowLoader:
     def end_pass(self, split: LocalSplit, trained: bool) -> None:
         """Record the end of a pass, and whether all micro-batches gave gradients (`trained`).
 
-        The first window is no evidence of what fits, as the optimizer allocates its states in the first step.
+        The costs of the first window do not count, as the optimizer allocates its states in the first step.
         """
         self._pass_is_open = False
         if trained and self._has_stepped:

@@ -97,8 +97,8 @@ def retry_on_oom(window: Window, model: torch.nn.Module, optimizer: Any) -> Iter
     _drop_pass(window, model, optimizer)
     if steps.count:
         raise OutOfMemoryError(
-            f"out of memory in the optimizer step ({message}): its states do not fit with any split; use a "
-            "smaller optimizer (--optim.name adafactor), --model.lora.rank 8, or more memory"
+            f"out of memory in the optimizer step ({message}): its states do not fit. No split helps: use "
+            "--optim.name adafactor, --model.lora.rank 8, or more memory"
         )
     shortage = shortage or _report_failure(window, message or "")
     if shortage.alone is not None:
@@ -111,8 +111,8 @@ def retry_on_oom(window: Window, model: torch.nn.Module, optimizer: Any) -> Iter
     window.split_finer(bound)
     logger.warning(
         f"window {window.number} of epoch {window.epoch}: out of memory in a micro-batch of "
-        f"{shortage.examples} examples, {shortage.needs}; from now on a micro-batch has at most {bound}, and "
-        "this window runs again"
+        f"{shortage.examples} examples, {shortage.needs}. From now on a micro-batch has at most {bound}. "
+        "This window runs again"
     )
 
 

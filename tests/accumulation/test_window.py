@@ -285,7 +285,7 @@ def trained_window():
 def test_a_window_that_is_trained_is_read_again_with_batches():
     window, _ = trained_window()
     loss = window.loss
-    with pytest.raises(LoopError, match=r"trained already: to read .* `for batch in window\.batches\(\):`"):
+    with pytest.raises(LoopError, match=r"already trained: to read .* `for batch in window\.batches\(\):`"):
         list(window)
     window, model = trained_window()
     with torch.no_grad():
