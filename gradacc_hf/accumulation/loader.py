@@ -104,7 +104,7 @@ class WindowLoader:
     Attributes:
         epoch, window: Position in the run. In the body of the loop, the current window counts as done.
         noise: The gradient noise scale measured so far.
-        empty_micro_batches, empty_windows: Numbers of skipped ones without items, over all processes.
+        empty_micro_batches, empty_windows: Numbers of skipped micro-batches and windows without items.
         replays: Number of windows that were run again because memory ran out.
         seconds_to_collate: Seconds that the loop waited for the latest window.
         tuned: Whether the bound and the cost model come from trials (`training/autotune.py`).
@@ -395,7 +395,7 @@ class WindowLoader:
             self._windows.replan(self.plan.resized(self.epoch, self.window))
 
     def rewind_to(self, window: Window) -> None:
-        """Go back to the start of the current window, and restore the random numbers from its start."""
+        """Go back to the start of the current window, with the random state from this point."""
         self.window = window.number
         window.restore_rng_state()
 
@@ -485,7 +485,7 @@ class WindowLoader:
     # The interface for windows (`window.WindowSource`)
 
     def begin_pass(self) -> bool:
-        """Record the begin of a pass. Return whether an earlier pass was left before the end."""
+        """Record the start of a pass. Return whether an earlier pass was left before the end."""
         was_open, self._pass_is_open = self._pass_is_open, True
         return was_open
 

@@ -81,7 +81,7 @@ class Stream:
         return self._num_examples
 
     def num_windows(self, epoch: int) -> int:
-        """Return the number of windows of the current epoch, once its end is reached. Otherwise TypeError."""
+        """Return the number of windows of the current epoch. Raise TypeError before the end of the epoch."""
         if epoch != self.epoch or self._num_examples is None:
             raise TypeError(LENGTH_UNKNOWN)
         return self._num_windows()
@@ -350,7 +350,7 @@ class _Block:
 
 
 class _Reader:
-    """Reads the examples of one epoch, from the start or from a mark on. It reads one example ahead.
+    """Read the examples of one epoch, from the start or from a mark on, one example ahead.
 
     Attributes:
         at: Position in the epoch.

@@ -38,7 +38,7 @@ class WindowSource(Protocol):
     whole_gradients: bool
 
     def begin_pass(self) -> bool:
-        """Record the begin of a pass. Return whether an earlier pass was left before the end."""
+        """Record the start of a pass. Return whether an earlier pass was left before the end."""
         ...
 
     def end_pass(self, split: LocalSplit, trained: bool) -> None:

@@ -58,7 +58,7 @@ logger = logging.get_logger(__name__)
 LOSS_RTOL_FP32 = 2e-5
 """Largest relative difference between two losses that differ only by float32 rounding."""
 HALVING_RTOL = 1e-6
-"""The same for a loss and its half. It is smaller, as a division by twice the number is exact."""
+"""The same for a loss and half of it. The value is smaller, as a division by twice the number is exact."""
 SEPARABLE_RTOL_HALF = 3e-2
 """Replaces `SEPARABLE_RTOL` for weights in bf16 or fp16."""
 DIVISOR_OF_WEIGHT_0 = inf

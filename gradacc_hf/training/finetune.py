@@ -396,7 +396,7 @@ class EvaluationLog:
 
 @dataclass(frozen=True)
 class ModelSaver:
-    """Saves the models of a run, or nothing without a folder. Call it on every process."""
+    """Save the models of a run, or nothing without a folder. Call it on every process."""
 
     accelerator: Accelerator
     output_dir: Path | str | None
@@ -416,7 +416,7 @@ class ModelSaver:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates the model every `every` windows (0: only when called), and saves the best model."""
+    """Evaluate the model every `every` windows (0: only when called), and save the best model."""
 
     model: torch.nn.Module  # prepared
     validate: Validate | None
@@ -453,7 +453,7 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class CheckpointSaving:
-    """Saves checkpoints of a run when they are due, and when a signal stops the run."""
+    """Save checkpoints of a run when they are due, and when a signal stops the run."""
 
     checkpointer: Checkpointer
     signals: StopSignals

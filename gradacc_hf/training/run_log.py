@@ -96,7 +96,7 @@ class WindowRecord:
 
 
 class RunLog:
-    """Shows and stores the progress of a run.
+    """Show and store the progress of a run.
 
     Args:
         accelerator: the Accelerator of the run, whose trackers are used.
