@@ -1,6 +1,6 @@
-"""The gradient noise scale: the noise of a window's gradient, and advice on the window size.
+"""The gradient noise scale: how noisy a window's gradient is, and what that says about its size.
 
-`noise_probe.py` measures the norms. `batch_schedule.py` has sizes that follow the noise scale.
+`noise_probe.py` measures, `batch_schedule.py` has sizes that follow.
 """
 
 import math
@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 HORIZON = 64  # windows over which a noise scale is smoothed
-MEASUREMENTS_NEEDED = 3  # measurements before any advice
+MEASUREMENTS_NEEDED = 3  # measurements, for a sentence about it
 
 
 @dataclass(frozen=True)
 class SmallBatch:
-    """The gradient of some examples of a window: number of examples, and norm of the mean gradient."""
+    """What a window's gradient would be of some of its examples alone: their number, and its norm."""
 
     examples: int
     grad_norm: float
@@ -22,37 +22,27 @@ class SmallBatch:
 
 @dataclass
 class NoiseScale:
-    """The gradient noise scale tr(Σ) / |G|², in examples: the size beyond which larger windows save little.
+    """The gradient noise scale tr(Σ) / |G|², in examples: the size from which larger windows save little.
 
-    G is the mean gradient, Σ the covariance of the gradient of one example. The gradient g of B examples has
-    E|g|² = |G|² + tr(Σ)/B. Two sizes b < B give both unknowns: tr(Σ) = (|g_b|² − |g_B|²) / (1/b − 1/B), and
-    |G|² = |g_B|² − tr(Σ)/B. Both are smoothed before the division: tr(Σ) over the windows with both norms,
-    |g_B|² over all windows.
+    G is the mean gradient, Σ the covariance of an example's. The gradient g of B examples has E|g|² = |G|² +
+    tr(Σ)/B, so that two sizes give both: tr(Σ) = (|g_b|² − |g_B|²) / (1/b − 1/B), |G|² = |g_B|² − tr(Σ)/B.
+    Each is smoothed before they are divided: tr(Σ) over the windows that have both norms, |g_B|² over all.
+    Weights fall by half in about two thirds of `horizon` windows; infinite: the plain mean.
 
     Source: McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", equation 2.8 and appendix
-    A.1. The small batch may be part of the large one: the expectations are the same.
-
-    Attributes:
-        horizon: Time constant of the smoothing, in windows. Infinite gives the plain mean.
-        measured: Windows with both norms.
+    A.1. The small batch may be part of the large one, as expectations do not ask.
     """
 
     horizon: float = HORIZON
-    measured: int = 0
-    _noise: float = 0.0  # weighted sum of tr(Σ)
-    _noise_weight: float = 0.0  # sum of these weights
-    _square: float = 0.0  # weighted sum of |g_B|²
-    _inverse: float = 0.0  # weighted sum of 1/B
-    _weight: float = 0.0  # sum of these weights
+    measured: int = 0  # windows with both norms
+    _noise: float = 0.0  # sums, with weights: of tr(Σ)
+    _noise_weight: float = 0.0
+    _square: float = 0.0  # of |g_B|²
+    _inverse: float = 0.0  # of 1/B
+    _weight: float = 0.0
 
     def record(self, examples: int, grad_norm: float, small: SmallBatch | None = None) -> None:
-        """Record a window.
-
-        Args:
-            examples: Examples of the window.
-            grad_norm: Norm of the gradient before clipping.
-            small: The gradient of a random part of the window, if it was measured.
-        """
+        """A window's size and its gradient's norm before clipping; with that of a random part, if known."""
         if not math.isfinite(grad_norm):
             return
         fading = math.exp(-1 / self.horizon)
@@ -67,12 +57,12 @@ class NoiseScale:
 
     @property
     def seen(self) -> bool:
-        """Whether any window has been recorded."""
+        """Has any window been told of?"""
         return self._weight > 0
 
     @property
     def scale(self) -> float:
-        """The noise scale in examples. NaN if not measured; infinite if the noise hides the gradient."""
+        """In examples. NaN where nothing was measured; infinite where the gradient is lost in its noise."""
         if not self._noise_weight:
             return math.nan
         noise = self._noise / self._noise_weight
@@ -82,17 +72,17 @@ class NoiseScale:
         return noise / signal if signal > 0 else math.inf
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state as numbers."""
+        """All of it, as numbers."""
         return asdict(self)
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "NoiseScale":
-        """Return the noise scale of a `state_dict`."""
+        """The one that `state_dict` was taken of."""
         return cls(**state)
 
 
 def in_words(noise_scale: float, size: int, measured: int) -> str:
-    """Return advice on the window size, with the number of measurements; "" without a noise scale."""
+    """What windows of so many examples gain or lose by it, and from how many measurements that is known."""
     windows = f"windows of {size:,}"
     if math.isnan(noise_scale):
         return ""
