@@ -37,7 +37,7 @@ OPTIMIZERS = {
 def run(
     folder, resume=None, optimizer="adamw", make=None, accelerator=None, every=1, keep=99, epochs=2, **more
 ):
-    """Train a tiny BERT with dropout and a scheduler for two epochs of 5 windows. Evaluate every 3."""
+    """A tiny BERT with dropout, a scheduler, an evaluation every 3 windows: two epochs of 5 windows."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = accelerator() if accelerator else Accelerator(cpu=True)
@@ -83,7 +83,7 @@ def same_weights(one, other):
 
 
 def cut_back(run, folder, window):
-    """Return the folder of a run that was killed in the window after this checkpoint."""
+    """The folder of a run as it was when it was killed after this window's checkpoint, in the next window."""
     shutil.copytree(run, folder)
     for path in sorted((folder / "checkpoints").iterdir())[window:]:
         shutil.rmtree(path)

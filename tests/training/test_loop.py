@@ -49,7 +49,7 @@ LENGTHS = np.random.default_rng(0).integers(3, 40, size=50).tolist()
 
 
 def set_up(effective_batch_size=10, accelerator=None, **split):
-    """Return a tiny BERT, an optimizer and the windows of 50 examples."""
+    """A tiny BERT, its optimizer and the windows of 50 examples."""
     head = build_head("sequence_classification", "bert")
     accelerator = accelerator or Accelerator(cpu=True)
     windows = WindowLoader(
@@ -74,7 +74,7 @@ def history(folder):
 
 
 def no_json(constant):
-    raise AssertionError(f"{constant} is not JSON")
+    raise AssertionError(f"{constant} is no JSON")
 
 
 def logits(model, windows):
@@ -93,9 +93,9 @@ class CountingScaler(torch.amp.GradScaler):
 
 
 def fp16_accelerator(init_scale=1024.0):
-    """Return an Accelerator with fp16 on a CPU. Accelerate does not offer it; torch does."""
+    """Accelerate has no fp16 on a CPU; torch has, scaler and all."""
     accelerator = Accelerator(cpu=True)
-    # the scale recovers from an overflow in one step, so that later windows take steps
+    # from an overflow it comes back in one step, so that the windows after it are stepped
     scaler = CountingScaler("cpu", init_scale=init_scale, backoff_factor=2.0**-30)
     accelerator.scaler, accelerator.native_amp = scaler, True
     accelerator.state._mixed_precision = "fp16"
