@@ -208,8 +208,8 @@ class Window:
         """
         if self._loss is None or len(self._weighed) < len(self):
             raise LoopError(
-                "window.loss needs the loss of every micro-batch: read it after the last one, and pass each "
-                "loss through weigh()"
+                "window.loss needs the loss of every micro-batch: pass each loss through weigh(), and read "
+                "window.loss after the last micro-batch"
             )
         return float(self._loss)
 
