@@ -21,9 +21,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-import tyro
 import yaml
 
+from gradacc_hf.config.help import print_all_settings, print_help
 from gradacc_hf.config.schema import (
     FLAGS_ONLY,
     Config,
@@ -77,14 +77,13 @@ def read_command_line(
         values, origin = _read_budget(budget)
         settings.update(values, _Source(suffix=f" in {origin}", section="budget."))
     settings.values["check"] = _typed(flags.pop("check", False), bool, "--check")
-    wants_help = _typed(flags.pop("help", False), bool, "--help")
+    help_wanted = _typed(flags.pop("help", False), bool | Literal["all"], "--help")
     settings.update(flags, _Source(prefix="--"))
 
     config = settings.config()
-    if wants_help:  # tyro shows the settings and exits; its own messages take more than a line
-        markers = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
-        shown = {"default": config, "description": description, "use_underscores": True, "config": markers}
-        tyro.cli(Config, args=["--help"], **shown)
+    if help_wanted:
+        (print_all_settings if help_wanted == "all" else print_help)(config, description)
+        sys.exit(0)
     settings.check_rules(config)
     if config.recipe is None:
         return config

@@ -535,7 +535,7 @@ def test_values_at_the_edge_of_the_possible_are_accepted():
 
 def test_an_impossible_value_of_a_budget_file_is_named_as_written_there():
     message = line(*TRAIN, "--budget", write("b.yaml", "max_tokens: 0"))
-    assert message.startswith("max_tokens in b.yaml: found 0, allowed is auto, or 1 and more:")
+    assert message.startswith("max_tokens in b.yaml: found 0, allowed is auto, or 1 or more:")
     assert message.endswith("a micro-batch budget smaller than one token")
 
 
