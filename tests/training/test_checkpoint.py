@@ -257,7 +257,8 @@ def test_where_all_are_damaged_a_run_does_not_start_anew_by_itself(whole, tmp_pa
     shutil.copytree(folder / "checkpoints/window-00000010", tmp_path / "checkpoints/window-00000010")
     DAMAGES["numbers truncated"](tmp_path / "checkpoints/window-00000010")
     with pytest.raises(
-        InputError, match=r"no checkpoint is whole \(window-00000010: numbers.pt is not as it"
+        InputError,
+        match=r"all checkpoints are damaged \(window-00000010: numbers.pt does not match its checksum",
     ):
         newest_checkpoint(tmp_path, Accelerator(cpu=True))
 
@@ -286,9 +287,9 @@ def test_what_changes_the_mathematics_is_refused_by_its_key(whole):
     found = newest_checkpoint(folder, Accelerator(cpu=True))
     found.about["same"].update({"optim.lr": 1e-3, "data.train": "sha256:a"})
     check_same(found, {"optim.lr": 1e-3, "data.train": "sha256:a", "new.key": 1})
-    with pytest.raises(InputError, match=r"^optim.lr: found 0.1, and the run had 0.001; to go on from"):
+    with pytest.raises(InputError, match=r"^optim.lr: found 0.1, but the run had 0.001; to resume from"):
         check_same(found, {"optim.lr": 0.1})
-    with pytest.raises(InputError, match=r"^data.train: not those of before; to go on"):
+    with pytest.raises(InputError, match=r"^data.train: the content has changed; to resume from"):
         check_same(found, {"data.train": "sha256:b"})
 
 

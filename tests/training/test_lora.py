@@ -164,7 +164,7 @@ def test_targets_are_names_or_patterns_of_linear_layers(targets, layers):
 
 def test_what_cannot_be_adapted_is_refused_in_one_line():
     with pytest.raises(
-        InputError, match=r"model.lora.targets: 'quary' matches no linear layer; there are bert"
+        InputError, match=r"model.lora.targets: 'quary' matches no linear layer; the model has bert"
     ):
         adapted(targets=["quary"])
     for new in (None, {name for name, _ in build_head("causal_lm", "gpt2").model.named_parameters()}):
