@@ -1,6 +1,7 @@
 """Settings of the model, the adapters and the optimizer.
 
-The text below each field is its line in `--help`. `config/schema.py` has the other sections of settings.
+The text below a field is its help; `RECIPE --help` prints the first line of it (`config/help.py`), so that line
+is complete in itself. `config/schema.py` has the other sections of settings.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ class LoraConfig:
     """LoRA adapters, trained instead of the weights of the model."""
 
     rank: int = 0
-    """Rank of the LoRA adapters; 0 trains all weights instead."""
+    """Rank of LoRA adapters (0: train all weights)."""
     alpha: int | None = None
     """Scale of the adapters: their output is multiplied by alpha / rank; null is 2 × rank."""
     dropout: float = 0.0
@@ -43,9 +44,11 @@ class ModelConfig:
     """The model, and the part of it that is trained."""
 
     name: str = "embedded:minilm"
-    """Hub name, folder, or embedded:NAME (no download)."""
+    """Hub name, folder or embedded:NAME.
+    embedded:NAME needs no download."""
     dropout: float | None = None
-    """Dropout probability that replaces all dropout probabilities in the model's config (0 to 1)."""
+    """Dropout probability everywhere in the model.
+    It replaces all dropout probabilities in the model's config (0 to 1)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights. bfloat16 takes half the memory, but loses updates below 1/256 of a
     weight. Gradients accumulate in float32. budget.precision sets only the format of the computation."""
@@ -56,7 +59,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     load_in_4bit: bool = False
-    """Load the base model in 4 bits and train adapters (QLoRA with bitsandbytes; CUDA GPUs only)."""
+    """Base model in 4 bits below the adapters (QLoRA).
+    Needs bitsandbytes and a CUDA GPU."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def rules(self) -> Rules:
@@ -77,10 +81,11 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     name: Literal["adamw", "adamw_8bit", "adam", "sgd", "adafactor"] = "adamw"
-    """Optimizer. Two take less memory: adamw_8bit holds the states of AdamW in 8 bits (bitsandbytes; CUDA
-    GPUs only), adafactor holds one number per row and column of a weight."""
+    """adamw, adamw_8bit, adam, sgd or adafactor.
+    Two take less memory: adamw_8bit holds the states of AdamW in 8 bits (bitsandbytes; CUDA GPUs only),
+    adafactor holds one number per row and column of a weight."""
     lr: float = 2e-5
-    """Learning rate, after warmup."""
+    """Learning rate after warmup."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay rates of Adam's two running means, each from 0 to below 1."""
     eps: float = 1e-8
@@ -88,13 +93,14 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum of SGD, from 0 to below 1."""
     weight_decay: float = 0.01
-    """Weight decay (0 is off)."""
+    """Weight decay (0: off)."""
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """Learning rate after warmup: linear decay to 0, cosine decay to 0, or constant."""
+    """linear, cosine or constant, after warmup.
+    linear and cosine let the learning rate decay to 0."""
     warmup_ratio: float = 0.0
-    """Share of the run's windows over which the learning rate rises from 0 (0 to 1)."""
+    """Share of the windows in which lr rises from 0."""
     max_grad_norm: float = 1.0
-    """Norm at which a window's gradient is clipped (0 is off)."""
+    """Norm at which gradients are clipped (0: off)."""
     lr_scaling: LrScaling = "none"
     """Scale lr with the window size / lr_reference_batch: linear (suits SGD), or by its square root (suits
     Adam)."""

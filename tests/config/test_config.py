@@ -292,7 +292,7 @@ def test_files_that_cannot_be_read_are_refused(flag, tmp_path):
         write("object.yaml", "a: !!python/object:os.system {}\n"): "is not YAML (line 1: ",
         write("date.yaml", "a: !!timestamp never\n"): "is not YAML (it cannot be read)",
         write("deep.yaml", "[" * 5000): "is not YAML (",
-        write("twice.yaml", "a: 1\nb: 2\na: 3\n"): "is not YAML (line 3: 'a' is there twice)",
+        write("twice.yaml", "a: 1\nb: 2\na: 3\n"): "is not YAML (line 3: 'a' is given twice)",
     }
     for file, problem in cases.items():
         assert line(*TRAIN, flag, file).startswith(f"{flag}: found {file!r}, which {problem}"), file
@@ -304,10 +304,10 @@ def test_a_byte_order_mark_and_unix_or_windows_lines_are_fine():
 
 
 def test_the_same_key_in_one_section_twice_is_refused():
-    assert "line 2: 'lr' is there twice" in line_of_file("optim: {lr: 1,\n lr: 2}")
+    assert "line 2: 'lr' is given twice" in line_of_file("optim: {lr: 1,\n lr: 2}")
     assert (
         line_of_file("optim: {lr: 1}\noptim.lr: 2")
-        == "optim.lr in a.yaml is there twice: keep one of the two"
+        == "optim.lr in a.yaml is given twice: keep one of the two"
     )
 
 

@@ -301,7 +301,7 @@ def test_what_holds_no_images_is_refused(refused):
         data__train="a.csv", data__image_column="picture"
     )
     Path("empty").mkdir()
-    assert "or images, a folder for each label" in refused(data__train="empty")
+    assert "or images in a folder for each label" in refused(data__train="empty")
 
 
 def test_one_folder_only_has_no_labels(refused):

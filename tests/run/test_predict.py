@@ -213,4 +213,4 @@ def test_a_recipe_that_does_not_answer_says_so(gradacc, run, tmp_path):
     (other / "config.yaml").write_text(f"recipe: {tmp_path / 'mute.py'}\ndata:\n  train: mine.jsonl\n")
     code, _, err = gradacc("predict", other, "tea")
     assert code == 2
-    assert err == "error: text 1: Mute does not say how it answers: define answer() in the recipe\n"
+    assert err == "error: text 1: Mute has no answers to inputs: define answer() in the recipe\n"
