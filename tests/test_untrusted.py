@@ -169,7 +169,7 @@ def test_shards_outside_of_a_models_folder_are_refused(refused, model, rows, mar
     write_zip(LeavesAMark(mark), model.parent / "weights.bin")
     (model / f"{kind}.index.json").write_text(json.dumps({"weight_map": {"a": "../weights.bin"}}))
     line = refused(TextClassification, "--data.train", rows, "--model.name", model)
-    assert f"{kind}.index.json names '../weights.bin', which is no file of the folder" in line
+    assert f"{kind}.index.json names '../weights.bin', which is not a file of the folder" in line
 
 
 def test_adapters_that_are_a_pickle_of_code_are_refused_and_not_run(refused, model, rows, mark):

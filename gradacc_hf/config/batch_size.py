@@ -44,7 +44,7 @@ def check_sizes(config: Config) -> None:
     if config.train.max_windows is not None and ends:
         raise InputError(
             "train.max_windows: found "
-            f"{config.train.max_windows} with batch.effective noise_scale, where the number of examples of "
-            "the run is unknown, and the learning rate depends on it: leave it out (set train.epochs), or set "
+            f"{config.train.max_windows} with batch.effective noise_scale, where the number of examples is "
+            "unknown, and the learning rate depends on it: leave it out (set train.epochs), or set "
             "optim.scheduler constant and optim.warmup_ratio 0"
         )

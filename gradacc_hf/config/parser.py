@@ -199,7 +199,7 @@ class _Settings:
                 yield key, value
 
     def _closest(self, key: str, source: _Source) -> str:
-        """Return the end of the message about an unknown key: the closest key, and the keys of the section."""
+        """Return the end of the message about an unknown key: the closest key, and those of the section."""
         section, dot, name = key.rpartition(".")
         if names := self.inside(section + dot):  # a typing mistake in a known section
             close = [section + dot + match for match in difflib.get_close_matches(name, names, 1)]

@@ -136,9 +136,7 @@ def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
             )
         options = _CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
         _check_card(path, key)
-        where = [os.path.abspath(path)] + (
-            [config_name] if config_name else []
-        )  # "csv" alone names a builder
+        where = [os.path.abspath(path)] + ([config_name] if config_name else [])  # "csv" is a builder's name
         return _read_files(key, files, *where, **options)
     suffix = path.suffix.lower()
     if path.is_file():
@@ -258,7 +256,7 @@ def check_utf8(path: Path, key: str) -> None:
 
 
 def _json_fault(path: Path) -> str | None:
-    """Return the place of the first line that is not JSON, or not an object; None if all lines are."""
+    """Return the place of the first line that is not a JSON object; None if there is none."""
     text = path.read_text(encoding="utf-8-sig")
     try:
         json.loads(text)

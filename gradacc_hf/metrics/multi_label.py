@@ -21,8 +21,7 @@ class MultiLabelMetric(InMemoryMetric):
 
     exact_match: the share of rows whose labels are all right.
     f1_micro: F1 over all labels of all rows.
-    f1_macro: the mean over labels of the F1 of a label. Labels that are neither predicted nor true are left
-    out.
+    f1_macro: the mean F1 over labels, without labels that are neither predicted nor true.
     """
 
     def _info(self) -> evaluate.MetricInfo:

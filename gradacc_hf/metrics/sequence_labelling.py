@@ -35,7 +35,7 @@ class Seqeval(InMemoryMetric):
         for row, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
             if len(predicted) != len(true):
                 raise InputError(
-                    f"sequence {row}: found {len(predicted)} tags; allowed: {len(true)}, one for each true tag"
+                    f"sequence {row}: found {len(predicted)} tags; allowed: {len(true)}, one per true tag"
                 )
             for tag in (*predicted, *true):
                 if not is_scheme([tag]):

