@@ -87,7 +87,7 @@ class Contrastive(Recipe):
     def problem(self, row):
         for column, name in self.columns.items():
             if not row[f"{column}_text"].strip():
-                return f"unpaired: its {name} is no text, or an empty one"
+                return f"unpaired: its {name} is empty or not text"
             if len(row[f"{column}_input_ids"]) <= self.tokenizer.num_special_tokens_to_add():
                 return f"no token of its {name} is left at data.max_length {self.data.max_length}"
         return None

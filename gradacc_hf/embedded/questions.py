@@ -8,8 +8,8 @@ from datasets import Dataset
 from gradacc_hf.embedded.stdlib import docstrings, in_two
 
 LONGEST_CONTEXT, LONGEST_ANSWER = 800, 150  # characters
-_VAGUE = {"and", "but", "it", "that", "these", "they", "this", "which"}  # they refer to text outside the
-match _END = r"(?=[.;!](?:\s|$)|:?\n\s*\n|:?\s*\Z)"  # the end of a sentence, also without a full stop
+_VAGUE = {"and", "but", "it", "that", "these", "they", "this", "which"}  # they need the sentence before
+_END = r"(?=[.;!](?:\s|$)|:?\n\s*\n|:?\s*\Z)"  # the end of a sentence, also without a full stop
 _TEMPLATES = [
     (rf"\bReturns?\s+(?P<answer>[^.]+?){_END}", "What does {name} return?"),
     (
@@ -39,7 +39,7 @@ def docstring_questions() -> tuple[Dataset, Dataset]:
     """Return (train, validation) of `question`, `context` and `answers`, in SQuAD's form.
 
     The context is a docstring. `answers` is {"text": […], "answer_start": […]}, spans of the context in
-    characters; a context may hold several answers. All questions about a docstring are in one of both sets.
+    characters; a context may hold several answers. All questions about a docstring are in the same set.
     Validation has no pair of question and answer that is in training, as copied docstrings would give. Long
     docstrings are left out, and those with a single question, which a model could answer without reading it.
     """

@@ -1,7 +1,7 @@
 """Settings of the model, the adapters and the optimizer.
 
-The text below a field is its help; `RECIPE --help` prints the first line of it (`config/help.py`), so that line
-is complete in itself. `config/schema.py` has the other sections of settings.
+The text below a field is its help. The first line is complete in itself: `config/help.py` prints it in 80
+columns. `config/schema.py` has the other sections of settings.
 """
 
 from collections.abc import Iterator

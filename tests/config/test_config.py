@@ -187,7 +187,7 @@ def test_help_shows_the_values_so_far_and_exits_0(capsys):
             "--budget ",
             "--check",
             "--optim.max_grad_norm",
-            "examples per optimizer",
+            "Examples per optimizer",
         ):
             assert text in shown
 

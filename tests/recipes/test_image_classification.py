@@ -281,7 +281,7 @@ def test_bytes_that_are_no_image_are_a_row_too(refused):
     rows = [{"image": {"bytes": b"nothing", "path": None}, "label": label} for label in "abab"]
     datasets.Dataset.from_list(rows, features=features).to_parquet("a.parquet")
     line = refused(data__train="a.parquet", data__validation="a.parquet", batch__effective=1)
-    assert "training row 1: image of 7 bytes cannot be read: it is no image" in line
+    assert "training row 1: image of 7 bytes cannot be read: it is not an image" in line
 
 
 def test_a_row_without_a_label_is_refused_or_left_out(start, refused, folder):
