@@ -1,4 +1,4 @@
-"""The documentation of Python's standard library, read from the source on this machine (licence PSF)."""
+"""The documentation of Python's standard library, read from its source (licence PSF)."""
 
 import ast
 import hashlib
