@@ -247,7 +247,7 @@ def test_a_recipe_given_as_a_flag_is_relative_to_here():
 
 def test_a_recipe_that_does_not_exist_is_refused():
     message = line_of_file("recipe: nowhere.py\ndata: {train: x.csv}")
-    assert message.startswith("recipe in a.yaml: found 'nowhere.py', allowed is a file")
+    assert message.startswith("recipe in a.yaml: found 'nowhere.py', allowed is a recipe file")
 
 
 @pytest.mark.parametrize("path", BUDGETS, ids=lambda path: path.stem)

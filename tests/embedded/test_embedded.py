@@ -116,7 +116,7 @@ def test_weights_that_are_not_whole_safetensors_are_refused(model, damage):
         weights.write_text(
             "" if damage == "empty" else "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
         )
-    assert "not a whole safetensors file" in refusal(embedded.resolve_model, str(model))
+    assert "not a complete safetensors file" in refusal(embedded.resolve_model, str(model))
 
 
 def test_a_missing_shard_is_named(model):
