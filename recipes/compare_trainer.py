@@ -3,9 +3,9 @@
     ./launch.sh recipes/compare_trainer.py --windows 3
 
 All train MiniLM on the same docstrings in the same windows of 32, the last one partial, with SGD and without
-dropout. The final weights are compared with those of training on each window at once. Copy the way that you
-have and the way that you want. `gradacc compare --config FILE` compares your own config, with repeats, memory
-and a report.
+dropout. The changes of the weights are compared with training on each window at once. Copy the way that you
+have and the way that you want. For your own config, with repeats, memory and a report:
+`gradacc compare --config FILE`.
 """
 
 import argparse

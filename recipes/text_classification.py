@@ -54,7 +54,11 @@ class TextClassification(Recipe):
         def rules(self):
             yield from super().rules()
             has_classes = self.problem == "single_label"
-            yield "class_weights", has_classes or self.class_weights == "none", "none but for single_label"
+            yield (
+                "class_weights",
+                has_classes or self.class_weights == "none",
+                "none, except for single_label",
+            )
 
     def datasets(self):
         data, columns = self.data, self.text_columns()

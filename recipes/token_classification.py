@@ -129,7 +129,7 @@ class TokenClassification(Recipe):
         predicted, tags = model(**batch.to(model.device)).logits.argmax(-1).tolist(), {}
         for row, ids in enumerate(predicted):
             for word, tag in zip(batch.word_ids(row), ids, strict=True):
-                tags.setdefault(word, model.config.id2label[tag])  # the first piece decides
+                tags.setdefault(word, model.config.id2label[tag])  # the tag of its first word piece
         return [tags.get(word, "O") for word in range(len(tokens))]  # some tokens have no word piece
 
     def baseline(self, train, validation):

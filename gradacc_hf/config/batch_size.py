@@ -24,8 +24,8 @@ def check_can_measure(sizes: GrowingBatch, measures: bool, num_processes: int) -
     """Raise InputError if `batch.effective` is noise_scale and the noise scale cannot be measured."""
     if not measures:
         raise InputError(
-            "batch.effective: found noise_scale, which cannot be measured with budget.whole_gradients, or "
-            "with a loss over all examples of a window together; allowed: a number, or sizes by window"
+            "batch.effective: found noise_scale, which cannot be measured with budget.whole_gradients, nor "
+            "with a loss over a whole window; allowed: a number, or sizes by window"
         )
     if sizes.smallest < (least := 2 * num_processes):
         raise InputError(
@@ -44,7 +44,7 @@ def check_sizes(config: Config) -> None:
     if config.train.max_windows is not None and ends:
         raise InputError(
             "train.max_windows: found "
-            f"{config.train.max_windows} with batch.effective noise_scale, where the number of examples is "
-            "unknown, and the learning rate depends on it: leave it out (set train.epochs), or set "
+            f"{config.train.max_windows} with batch.effective noise_scale. The number of examples, on "
+            "which the learning rate depends, is then unknown: set train.epochs instead, or set "
             "optim.scheduler constant and optim.warmup_ratio 0"
         )

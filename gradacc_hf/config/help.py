@@ -98,7 +98,7 @@ def _short_help(config: Config, description: str) -> Iterator[str]:
     example = _example_config(Path(sys.argv[0]))
     yield f"usage: {program} [--SETTING VALUE ...]"
     yield from ["", description] if description else []
-    yield from ["", "Examples:", "  # Train as a config says, on this machine"]
+    yield from ["", "Examples:", "  # Train with a config on this machine"]
     yield from [f"  python {program} \\", f"      --config {example} --budget auto"]
     yield "  # Change a setting, and print the plan without training"
     yield from [f"  python {program} --check \\", f"      --config {example} --train.epochs 2"]
@@ -159,7 +159,7 @@ def _from_here(path: Path) -> str:
 
 
 def _example_config(recipe: Path) -> str:
-    """Return a config of a recipe file: the one that needs no download, if there is one."""
+    """Return a config of a recipe file, preferably the offline config."""
     for name in (f"{recipe.stem}_offline.yaml", f"{recipe.stem}.yaml"):
         config = recipe.parent.parent / "configs" / name
         if config.is_file():

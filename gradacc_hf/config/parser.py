@@ -2,8 +2,8 @@
 
 Precedence, from low to high: dataclass, the recipe's defaults, `--config`, `--budget`, the other flags.
 
-A number in a file stays text until the type of its field is known: `2e-5` is a number in a number field, and
-`0123` is a name in a text field. `${...}` is plain text: nothing is read from the environment.
+A number in a file stays text until the type of its field is known. So `0123` in a text field is a name.
+`${...}` is plain text: nothing is read from the environment.
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def check_recipe_of(config: Path) -> None:
     if recipe.is_relative_to(config.parent.resolve()) or not (is_bundled or Path(given).is_absolute()):
         raise InputError(
             f"recipe in {config}: found {_shown(given)}, which may have come with the run and is not "
-            "executed; allowed is a recipe of gradacc, or your own by its absolute path"
+            "executed; allowed: a recipe of gradacc, or an absolute path"
         )
 
 
@@ -199,7 +199,7 @@ class _Settings:
                 yield key, value
 
     def _closest(self, key: str, source: _Source) -> str:
-        """Return the end of the message about an unknown key: the closest key, and those of the section."""
+        """Return the end of the message about an unknown key: the closest key, and all allowed ones."""
         section, dot, name = key.rpartition(".")
         if names := self.inside(section + dot):  # a typing mistake in a known section
             close = [section + dot + match for match in difflib.get_close_matches(name, names, 1)]

@@ -25,7 +25,7 @@ class DataConfig:
     """The examples. A recipe adds fields in a subclass.
 
     The decorator is not `frozen=True`, because recipes of version 0.1.0 subclass this with a plain
-    `@dataclass`, which Python refuses for a frozen base. Assignment raises FrozenInstanceError all the same.
+    `@dataclass`, which Python refuses for a frozen base. Assignment raises FrozenInstanceError anyway.
     """
 
     _is_frozen = False

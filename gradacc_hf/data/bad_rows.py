@@ -14,7 +14,7 @@ from gradacc_hf.data.columns import file_rows, select_rows
 from gradacc_hf.errors import refuse
 
 Problem = Callable[[Mapping[str, Any]], str | None]
-"""Returns the problem of a row, such as "3 tags for 4 tokens", or None."""
+"""Row → problem of the row, such as "3 tags for 4 tokens", or None."""
 
 
 def check_rows(
@@ -37,7 +37,7 @@ def check_rows(
         numbers: The number of each row in the file, from 0, if `dataset` has lost it.
 
     Raises:
-        InputError: If no row is left, and as `on_bad_row` says.
+        InputError: If no row is left, and for a bad row with `on_bad_row` "error".
     """
     numbers = file_rows(dataset) if numbers is None else numbers
     kept, bad = [], []

@@ -163,7 +163,7 @@ def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
         where = "is not on the Hub" if found is False else "is not cached here, and the Hub does not answer"
         refuse(
             key,
-            f"{given!r} is no file or folder and {where}",
+            f"{given!r} is not a file or folder and {where}",
             hint + ("" if close else " or embedded:NAME"),
         )
     return _by_name(loaded)
@@ -229,7 +229,7 @@ def _read_images(key: str, folder: Path) -> dict[str, Dataset]:
         with _quiet():
             return _by_name(datasets.load_dataset("imagefolder", data_dir=glob.escape(str(folder))))
     except Exception as error:
-        cure = "put the images of each label in a folder of its own"
+        cure = "put the images of each label in a separate folder"
         refuse(key, f"the images in {str(folder)!r} cannot be read: {_cause(error)}", cure)
 
 

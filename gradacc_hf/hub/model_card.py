@@ -231,7 +231,7 @@ def _is_tokenised(dataset: Dataset) -> bool:
 
 
 def _is_hub_name(given: str) -> bool:
-    """Whether this can name a repository on the Hub: it is no file, folder, or embedded data or model."""
+    """Whether this can name a repository on the Hub, and is not a file, folder or embedded name."""
     try:
         validate_repo_id(given)
     except HFValidationError:

@@ -102,6 +102,6 @@ def push(run: Path, name: str) -> None:
             repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=hidden
         )
         print(f"pushed {folder} to {pushed.repo_url}")
-    except Exception as error:  # the run is saved, so a push that fails is no error
+    except Exception as error:  # the run is saved, so a failed push only prints a line
         later = shlex.join(["hf", "upload", name, str(folder), "."])
         print(f"not pushed: {redact(one_line(error))[:300]}; push it later: {later}", file=sys.stderr)

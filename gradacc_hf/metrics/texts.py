@@ -1,4 +1,4 @@
-"""Metrics of texts, from a predicted text per row and a list of right texts, of which the best counts.
+"""Metrics of texts, from a predicted text per row and a list of right texts. The best match counts.
 
 They are `evaluate.Metric`s: SQuAD's own definition, and ROUGE and BLEU by rouge-score and sacrebleu.
 """

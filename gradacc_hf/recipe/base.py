@@ -55,7 +55,7 @@ class Recipe:
     num_items: str | CountItems = "labels"
     pad_to: PadTo = "micro_batch"  # "window" if padding changes the loss
     transform: Transform | None = None  # the random part of an example: masking, cropping, augmentation
-    tokens_are: str | None = None  # the unit of inputs that are no texts: "patches of 16 × 16 pixels"
+    tokens_are: str | None = None  # the unit of inputs other than texts: "patches of 16 × 16 pixels"
     lean_loss: ClassVar[bool] = False  # whether model() reads budget.lean_loss
     validation_source: str = "validation"
     held_out = False  # whether the validation rows are a share of the training file

@@ -59,7 +59,7 @@ def recipe_class_of(argv: Sequence[str]) -> type[Recipe]:
 def open_run(run: Path, trust_remote_code: bool = False) -> Recipe:
     """Return the recipe of a run, with the run's settings. Raise InputError if the folder holds no run.
 
-    A run may come from someone else. No code in its folder is executed, whatever config.yaml says, except the
+    A run may come from someone else. No code in its folder is executed, for any config.yaml, except the
     code of its model with `trust_remote_code`. The recipe is one of gradacc or outside of the folder.
     """
     if not run.is_dir():

@@ -1,6 +1,6 @@
 """Two encoders joined to an encoder-decoder: the second attends to the outputs of the first.
 
-Only the decoder's cross-attention and the layer before its output embeddings have new weights (BERT2BERT:
+Only the decoder's cross-attention and the layer before its output embeddings are new (BERT2BERT:
 Rothe, Narayan and Severyn, "Leveraging Pre-trained Checkpoints for Sequence Generation", 2020).
 """
 
@@ -44,8 +44,8 @@ def joined_config(config: Any, tokenizer: Any, name: str) -> Any:
     start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
     if start is None or end is None:
         raise InputError(
-            f"model.name: {name} is neither an encoder-decoder nor an encoder whose tokenizer begins and "
-            "ends a text with a token, as BERT's does; use such a model"
+            f"model.name: {name} is neither an encoder-decoder nor an encoder like BERT, whose tokenizer "
+            "frames a text with two tokens; use such a model"
         )
     joined = EncoderDecoderConfig.from_encoder_decoder_configs(
         config,

@@ -36,8 +36,8 @@ def in_parts(
         token_types: Whether to return token types.
 
     Returns:
-        A BatchEncoding of the model's inputs, with `row`, the number of the question, and `offsets`, the
-        position of each token in its text, in characters.
+        A BatchEncoding of the model's inputs, with two more keys. `row` is the number of the question.
+        `offsets` is the position of each token in its text, in characters.
     """
     parts = tokenizer(
         questions,
@@ -158,7 +158,7 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
 def row_problem(question: Any, context: Any, answers: Any = None, **settings: Any) -> str | None:
     """Return the problem of a row, or None. `answers` are checked if they are given.
 
-    `settings` are those of `in_parts`.
+    `settings` are arguments of `in_parts`.
     """
     if problem := problem_of_texts(question, context):
         return problem
@@ -176,7 +176,7 @@ def problem_of_texts(question: Any, context: Any) -> str | None:
 
 
 def problem_of_answers(context: str, answers: Any) -> str | None:
-    """Return the problem of the answers of a row, or None. An answer must start where `answer_start` says."""
+    """Return the problem of the answers of a row, or None. An answer must start at `answer_start`."""
     found = answers if isinstance(answers, Mapping) else {}
     texts, starts = found.get("text"), found.get("answer_start")
     if not isinstance(texts, list) or not isinstance(starts, list):
@@ -202,7 +202,7 @@ def problem_of_length(
 ) -> str | None:
     """Return the problem of a question that leaves no room for its context, or None.
 
-    The arguments are those of `in_parts`.
+    The arguments are the same as for `in_parts`.
     """
     most = max_length - tokenizer.num_special_tokens_to_add(pair=True) - doc_stride
     if len(question.encode()) < most:  # no more tokens than bytes

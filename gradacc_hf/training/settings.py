@@ -82,8 +82,8 @@ class OptimConfig:
 
     name: Literal["adamw", "adamw_8bit", "adam", "sgd", "adafactor"] = "adamw"
     """adamw, adamw_8bit, adam, sgd or adafactor.
-    Two take less memory: adamw_8bit holds the states of AdamW in 8 bits (bitsandbytes; CUDA GPUs only),
-    adafactor holds one number per row and column of a weight."""
+    adamw_8bit holds the states of AdamW in 8 bits (bitsandbytes; CUDA GPUs only). adafactor holds one number
+    per row and column of a weight. Both take less memory."""
     lr: float = 2e-5
     """Learning rate after warmup."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])

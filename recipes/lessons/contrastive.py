@@ -25,7 +25,7 @@ OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.0)  # at lr 0, all ways hav
 
 
 def contrastive_loss(embeddings):
-    """Return InfoNCE at temperature 0.1: each query selects its document among those of all queries."""
+    """Return InfoNCE at temperature 0.1: each query selects its document among all documents."""
     return cross_entropy(embeddings[:, 0] @ embeddings[:, 1].T / 0.1, torch.arange(len(embeddings)))
 
 

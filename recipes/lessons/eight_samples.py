@@ -1,4 +1,4 @@
-"""Why accumulate? Eight examples one at a time, a step for every four. The classic program forgets to divide.
+"""Why accumulate? Eight examples one at a time, a step for every four. The classic program does not divide.
 
 Run it: gradacc lessons eight_samples. The doctor finds: not_divided.
 """
