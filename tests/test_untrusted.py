@@ -258,7 +258,8 @@ def test_a_run_with_a_pickle_among_its_models_is_refused(gradacc, run, mark, wor
     write_zip({"a": LeavesAMark(mark)}, run / "best" / name)
     ended = gradacc(*words)
     assert is_one_line(ended)
-    assert f"run/best: found {name}, a pickle, which can execute code and which gradacc never writes" in ended[1]
+    found = f"found {name}, a pickle, which can execute code and which gradacc never writes"
+    assert f"run/best: {found}" in ended[1]
     assert gradacc("report", run)[0] == 0  # it opens no model
 
 

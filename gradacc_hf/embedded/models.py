@@ -73,8 +73,8 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
 def resolve_model(name: str, weights: bool = True) -> str:
     """Return the folder or Hub name that `from_pretrained` loads for `model.name`. No weights are loaded.
 
-    For an embedded model and an existing folder it is a folder, whose files are checked. For a cached model it
-    is the folder in the cache, if the Hub does not answer or is offline. Nothing then waits for the network.
+    For an embedded model and an existing folder it is a folder, whose files are checked. For a cached model
+    it is the folder in the cache, if the Hub does not answer or is offline: nothing waits for the network.
 
     Args:
         name: `embedded:NAME`, a folder or a Hub name.

@@ -1,7 +1,7 @@
 """The head of a masked language model, computed at the masked positions only.
 
 The vocabulary is large (30,522 tokens in BERT). The logits of all positions take most of the memory and half
-of the time of a small model, and the loss needs only the masked 15 % of them.
+of the time of a small model. The loss needs only the masked 15 % of the positions.
 """
 
 from typing import Any

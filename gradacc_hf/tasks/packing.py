@@ -68,6 +68,6 @@ def check_packing(model: Any, name: str, max_length: int = 256) -> None:
     pairs = (one, other, LEAK_RTOL), (one, alone, rounding), (late, alone, rounding)
     if not all((a - b).abs().max() <= allowed * alone.abs().max() for a, b, allowed in pairs):
         raise InputError(
-            f"data.packing: packing is not exact for {name}, where an example depends on the examples before "
-            "it in the row (by attention, a state, or positions that do not restart); set data.packing to false"
+            f"data.packing: in {name} the examples before a packed example change its logits (by attention, "
+            "a state, or positions that do not restart). Packing is not exact: set data.packing to false"
         )

@@ -112,7 +112,8 @@ def test_the_cards_of_a_run_say_what_it_did(run):
             "| precision | fp32 |",
             "| processes | 1 |",
             "micro-batches of at most 2,048 padded tokens |",
-            "72 training examples and 8 validation examples (8 of 80 training rows, held out by seed 0), of at",
+            "72 training examples and 8 validation examples (8 of 80 training rows, held out by seed 0), of "
+            "at most 16 tokens.",
             f"transformers {transformers.__version__}",
             "Not verified on this run.",
             "Unknown: the base model (a local folder) has no model card with a licence.",
