@@ -370,7 +370,9 @@ def test_sizes_come_from_a_file_or_a_flag(tmp_path):
     told = read_command_line([*grows, "--data.train", "x.csv"])
     assert effective_batch_size(told.batch, 99) == GrowingBatch(8, 32)
     assert effective_batch_size(told.batch, 20) == GrowingBatch(8, 20)
-    with pytest.raises(InputError, match=r"batch\.smallest: found 8; allowed: 1 to 7, the training examples"):
+    with pytest.raises(
+        InputError, match=r"batch\.smallest: found 8; allowed: 1 to 7, the number of training examples"
+    ):
         effective_batch_size(told.batch, 7)
 
 

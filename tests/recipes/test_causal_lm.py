@@ -179,7 +179,7 @@ def test_a_chat_that_the_assistant_begins_is_learned_too():
 @pytest.mark.parametrize(
     ("template", "named"),
     [
-        (FORGETFUL, "otherwise once turn 2 has come"),
+        (FORGETFUL, "it changes earlier text after turn 2"),
         (None, "has no chat template; name an instruct model"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}{{ nonsense() }}", "nonsense"),
     ],

@@ -254,7 +254,9 @@ def test_a_model_that_cannot_write_is_refused(make, tmp_path):
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"sep_token": None, "cls_token": None}))
-    with pytest.raises(InputError, match="is neither an encoder-decoder nor an encoder whose tokenizer"):
+    with pytest.raises(
+        InputError, match="is neither an encoder-decoder nor an encoder like BERT, whose tokenizer"
+    ):
         make(make_rows(), folder)
 
 
