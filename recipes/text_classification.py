@@ -44,7 +44,7 @@ class TextClassification(Recipe):
         """Column of the second text, for pairs."""
         label_column: str = "label"
         """Column of the label.
-        By problem: a string or an integer; a list of them; or a number."""
+        A string or an integer; a list of them for multi_label; a number for regression."""
         problem: Literal["single_label", "multi_label", "regression"] = "single_label"
         """A class, several labels or a number."""
         class_weights: str = "none"

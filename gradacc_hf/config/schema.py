@@ -242,8 +242,9 @@ class Config:
     The flag needs no value."""
     resume: str | None = None
     """Continue a run: its folder, or auto for the latest one.
-    It continues from the newest checkpoint. auto: the run in --output.dir, or else the latest run of this
-    config, unless that has ended; a new run where there is none."""
+    It continues from the newest checkpoint.
+    auto: the run in --output.dir, or else the latest run of this config unless it has ended.
+    A new run starts where there is none."""
     recipe: str | None = None
     """Recipe file.
     A relative path starts at the folder of the config file, or else at the recipes of gradacc."""

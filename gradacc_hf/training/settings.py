@@ -25,8 +25,8 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout probability of an adapter's input (from 0, below 1)."""
     targets: list[str] = field(default_factory=list)
-    """Linear layers with an adapter, by name or pattern: [q_proj, "*.layer.0.*"]; [] is peft's choice for
-    this kind of model, or all but the head."""
+    """Linear layers with an adapter, by name or pattern: [q_proj, "*.layer.0.*"].
+    []: peft's choice for this kind of model, or all layers but the head."""
     merge: bool = False
     """Save a plain model with the adapters added to the weights, instead of the adapters alone."""
 
@@ -50,8 +50,9 @@ class ModelConfig:
     """Dropout probability everywhere in the model.
     It replaces all dropout probabilities in the model's config (0 to 1)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights. bfloat16 takes half the memory, but loses updates below 1/256 of a
-    weight. Gradients accumulate in float32. budget.precision sets only the format of the computation."""
+    """Number format of the weights.
+    bfloat16 takes half the memory, but loses updates below 1/256 of a weight.
+    Gradients accumulate in float32. budget.precision sets only the format of the computation."""
     freeze: list[str] = field(default_factory=list)
     """Name patterns of parameters that are not trained, as in fnmatch: ["*.embeddings.*"]."""
     revision: str | None = None
@@ -82,8 +83,8 @@ class OptimConfig:
 
     name: Literal["adamw", "adamw_8bit", "adam", "sgd", "adafactor"] = "adamw"
     """adamw, adamw_8bit, adam, sgd or adafactor.
-    adamw_8bit holds the states of AdamW in 8 bits (bitsandbytes; CUDA GPUs only). adafactor holds one number
-    per row and column of a weight. Both take less memory."""
+    adamw_8bit holds the states of AdamW in 8 bits, and needs bitsandbytes and a CUDA GPU.
+    adafactor holds one number per row and column of a weight. Both take less memory."""
     lr: float = 2e-5
     """Learning rate after warmup."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -102,8 +103,8 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """Norm at which gradients are clipped (0: off)."""
     lr_scaling: LrScaling = "none"
-    """Scale lr with the window size / lr_reference_batch: linear (suits SGD), or by its square root (suits
-    Adam)."""
+    """Scale lr with the window size / lr_reference_batch: linear, or sqrt (by the square root).
+    linear suits SGD, sqrt suits Adam."""
     lr_reference_batch: int | None = None
     """Window size that lr is meant for, in examples; needed with lr_scaling."""
 
