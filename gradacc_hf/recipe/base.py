@@ -68,9 +68,7 @@ class Recipe:
         self.samples: list[dict[str, str]] = []  # the model's answers to a few rows, for the report
         self.new_parameters: set[str] | None = None  # parameters without saved weights; None: all
         self.without_weights = False  # set by weightless()
-        self._saved_config: Any = (
-            None  # the model config saved beside a loaded adapter, with the task's settings
-        )
+        self._saved_config: Any = None  # the config beside a loaded adapter, with the task's settings
 
     def with_config(self, config: Config) -> Self:
         """Return a copy of this recipe with other settings. Both share the data."""
@@ -244,9 +242,7 @@ class Recipe:
             raise InputError(
                 f"model.name: {self.config.model.name} has no tokenizer; save it beside the model"
             )
-        tokenizer.pad_token = (
-            tokenizer.pad_token or tokenizer.eos_token
-        )  # many decoders have no padding token
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # many decoders have only this one
         if tokenizer.pad_token is None:
             found = (
                 f"the tokenizer of {self.config.model.name} has neither a padding nor an end-of-text token"
