@@ -38,9 +38,8 @@ def main(epochs: int, max_windows: int | None) -> None:
 
     shared = {"max_tokens": 2048, "collate_fn": collate, "accelerator": accelerator}
     windows = WindowLoader(train, 64, seed=0, **shared)
-    scheduler = get_scheduler(
-        "linear", optimizer, 4, epochs * len(windows)
-    )  # not prepared: one step a window
+    # Do not prepare the scheduler: it takes one step per window.
+    scheduler = get_scheduler("linear", optimizer, 4, epochs * len(windows))
 
     for epoch in range(epochs):
         model.train()

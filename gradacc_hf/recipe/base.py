@@ -236,9 +236,8 @@ class Recipe:
         with self.loading_errors("tokenizer"):
             settings = {**self.source_options(), **self.tokenizer_settings}
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, **settings)
-        if tokenizer.vocab_size <= len(
-            tokenizer.all_special_tokens
-        ):  # transformers made an empty tokenizer, as the model has none
+        # Without tokenizer files, transformers makes a tokenizer of special tokens only.
+        if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
             raise InputError(
                 f"model.name: {self.config.model.name} has no tokenizer; save it beside the model"
             )
