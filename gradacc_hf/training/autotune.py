@@ -1,7 +1,7 @@
 """Find the fastest micro-batch size on the first windows of a run, while training on them.
 
-Every split of a window gives the same gradient. A run can therefore try sizes without training a window twice
-or in vain. The cost model of the split (`splitting.Cost`) is fitted to the same measured times.
+Every split of a window gives the same gradient, so every trial is also a normal training step. The cost model
+of the split (`splitting.Cost`) is fitted to the same measured times.
 """
 
 import math
@@ -150,7 +150,7 @@ class Tuning:
                 self._begin(fit)
             else:
                 windows.end_trials(tuned=False)
-                self.said = f"max_tokens: memory ran out, so the search ends; at most {windows.bound}"
+                self.said = f"micro-batches: at most {windows.bound}, as memory ran out; no others are tried"
             return
         seconds = broadcast_object_list([seconds])[0]
         split = windows.split(windows.epoch, windows.window - 1)
@@ -206,11 +206,14 @@ class Tuning:
         self.windows.resplit(_of_size(self.bound, best), cost if is_worth_it else None)
         self.windows.end_trials(tuned=True)
         others = ", ".join(
-            f"{size:,} takes {seconds / predicted[best]:.2f} × as long"
+            f"{size:,} takes {seconds / predicted[best]:.2f} times as long"
             for size, seconds in predicted.items()
             if size != best
         )
-        self.said = f"max_tokens: {best:,} is the fastest size and is used from now on ({others})"
+        self.said = (
+            f"micro-batches: at most {best:,} padded tokens from the next window on, the fastest size tried "
+            f"({others})"
+        )
 
 
 def _sets_up_each(windows: WindowLoader) -> bool:

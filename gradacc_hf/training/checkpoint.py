@@ -174,7 +174,7 @@ def _damage(folder: Path, accelerator: Accelerator) -> str | None:
 
 
 class Checkpointer:
-    """Saves and restores the state of a run. All methods are collective.
+    """Save and restore the state of a run. All methods are collective.
 
     Args:
         folder: the folder of the run.

@@ -54,7 +54,7 @@ SUMMARY_KEYS = (
 """Keys of a summary that `write_summary` sets."""
 
 End = Literal["trained", "stopped by a signal", "out of patience"]
-"""Why no further window is trained."""
+"""The reason why training ended."""
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,10 @@ class RunLength:
             return None
         self.total, self._growths = self._count(window), self.windows.num_growths
         size = self.windows.plan.size_asked(*self.windows.next_position)
-        return f"from window {window + 1} on, a window has {size:,} examples, chosen by the noise scale"
+        return (
+            f"effective batch size: {size:,} examples from window {window + 1:,} on, as the gradient noise "
+            "scale is at least as large"
+        )
 
     def _count(self, done: int) -> float:
         epoch, window = self.windows.next_position
@@ -396,7 +399,7 @@ class EvaluationLog:
 
 @dataclass(frozen=True)
 class ModelSaver:
-    """Saves the models of a run, or nothing without a folder. Call it on every process."""
+    """Save the models of a run, or nothing without a folder. Call it on every process."""
 
     accelerator: Accelerator
     output_dir: Path | str | None
@@ -416,7 +419,7 @@ class ModelSaver:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates the model every `every` windows (0: only when called), and saves the best model."""
+    """Evaluate the model every `every` windows (0: only when called), and save the best model."""
 
     model: torch.nn.Module  # prepared
     validate: Validate | None
@@ -453,7 +456,7 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class CheckpointSaving:
-    """Saves checkpoints of a run when they are due, and when a signal stops the run."""
+    """Save checkpoints of a run when they are due, and when a signal stops the run."""
 
     checkpointer: Checkpointer
     signals: StopSignals

@@ -54,7 +54,7 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
 
     In this case no split is exact. Either padding changes the loss, or the loss is a mean over other items.
     """
-    if as_window_loss(compute_loss) is not None:  # a loss over the whole window is no mean of means
+    if as_window_loss(compute_loss) is not None:  # a loss over the whole window has no mean over parts
         return
     short, long, both = windows.probe()
     if short.num_items + long.num_items != both.num_items:  # items masked at random cannot be compared

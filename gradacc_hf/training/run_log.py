@@ -70,12 +70,11 @@ class WindowRecord:
         padded_tokens: Tokens of the window with padding.
         accumulation_steps: Micro-batches of the process with the most micro-batches.
         seconds: Time from the previous step to this one.
-        skipped: Whether no step was taken, because the fp16 scaler skipped it or the loss or gradient was not
-            finite.
-        noise_scale: The gradient noise scale so far, in examples. NaN where it is not measured. Infinite
-            (null in JSON) where the noise hides the gradient.
+        skipped: Whether no step was taken: by the fp16 scaler, or for a loss or gradient that is not finite.
+        noise_scale: The gradient noise scale so far, in examples. NaN where nothing is measured; infinite,
+            null in JSON, where the gradient is lost in its noise.
         noise_measured: Windows in which the noise scale was measured so far.
-        update_ratio: ‖step‖ / ‖weights‖ over a sample of the weights. NaN where it is not measured.
+        update_ratio: ‖step‖ / ‖weights‖ of a sample of the weights; NaN where it is not measured.
     """
 
     window: int
@@ -96,7 +95,7 @@ class WindowRecord:
 
 
 class RunLog:
-    """Shows and stores the progress of a run.
+    """Show and store the progress of a run.
 
     Args:
         accelerator: the Accelerator of the run, whose trackers are used.

@@ -1,4 +1,4 @@
-"""How far an optimizer step moves the weights."""
+"""The size of optimizer steps, relative to the weights."""
 
 import torch
 from torch.distributed.tensor import DTensor

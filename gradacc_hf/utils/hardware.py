@@ -41,13 +41,13 @@ def refuse_place(device: str, engine: str = "", system: str = sys.platform) -> N
         on_the_cpu = _ON_THE_CPU.get(device, "ACCELERATE_USE_CPU=true")
         raise InputError(
             f"device: found {_NAMES.get(device, device)}, which gradacc was never tested on; use a CUDA GPU, "
-            f"or the CPU (set {on_the_cpu} in the environment)"
+            f"or the CPU ({on_the_cpu} in the environment)"
         )
 
 
 @dataclass(frozen=True)
 class Device:
-    """The features of a machine that budgets depend on. With several GPUs: those that all of them have."""
+    """The features of a machine that budgets depend on. Several GPUs have a feature if each GPU has it."""
 
     kind: str  # "cpu", "cuda", "mps" or "xla", as torch names it
     bf16: bool = True
@@ -118,7 +118,7 @@ def set_up_allocator() -> None:
 
 
 def launched_for_several() -> bool:
-    """Whether `accelerate launch` was asked for several processes but started only this one.
+    """Whether `accelerate launch` was called for several processes but started only this one.
 
     The environment then has the address of the main process, but not the number of processes.
     """

@@ -10,8 +10,8 @@ RANDOM = r"drop|jitter|mask_(time|feature)_prob"  # fields of modules and config
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Compute a model's activations again in the backward pass (`budget.gradient_checkpointing`)."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
+    """Recompute the activations of a model in the backward pass (`budget.gradient_checkpointing`)."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.23
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 

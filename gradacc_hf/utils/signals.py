@@ -63,7 +63,7 @@ def end_with_launcher() -> None:
     """Make Linux send a SIGTERM to this process when the launcher that started it ends.
 
     The launchers of Accelerate and torchrun do not always receive a signal or forward it. When they are
-    killed, their processes go on running.
+    killed, their processes continue to run.
     """
     launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
     if launched and sys.platform == "linux":
@@ -75,7 +75,7 @@ def end_with_launcher() -> None:
 def _is_orphan() -> bool:
     """Whether the launcher has exited and this process has a new parent, such as init.
 
-    Every launcher is a Python program. A parent that is none is the new one.
+    All launchers are Python programs, so any other parent is the new one.
     """
     try:
         words = " ".join(psutil.Process(os.getppid()).cmdline())
@@ -87,7 +87,7 @@ def _is_orphan() -> bool:
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Whether the error means that another process of the run, or its machine, is gone."""
+    """Whether the error means that another process of the run, or its machine, has ended."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""What would silently make a run inexact is noticed before it starts."""
+"""The preflight check warns of causes of inexact accumulation before a run starts."""
 
 import pytest
 import torch
