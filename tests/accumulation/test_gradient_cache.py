@@ -355,9 +355,9 @@ def test_verify_says_of_the_recipe_that_it_is_exact(tiny_bert, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"positive": None}, "unpaired: its positive is no text, or an empty one"),
-        ({"positive": "  "}, "unpaired: its positive is no text, or an empty one"),
-        ({"anchor": None}, "unpaired: its anchor is no text, or an empty one"),
+        ({"positive": None}, "unpaired: its positive is empty or not text"),
+        ({"positive": "  "}, "unpaired: its positive is empty or not text"),
+        ({"anchor": None}, "unpaired: its anchor is empty or not text"),
         ({"positive": "\u200b"}, "no token of its positive is left at data.max_length 32"),
     ],
 )
