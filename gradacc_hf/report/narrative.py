@@ -200,16 +200,19 @@ def error(value: float) -> str:
 
 
 def noise(found: Sequence[RunGroup]) -> list[Markup]:
-    """For each contender, what the size of its windows gains or loses, by the final noise scale."""
+    """Return a sentence for each contender: advice on the size of its windows, by the final noise scale."""
     sentences = []
     for contender in found:
         run = contender.runs[0]
-        measured = run.rows[-1].noise_measured if run.rows else 0
-        if measured >= MEASUREMENTS_NEEDED and (
-            said := in_words_of_noise(run.noise_scale, int(run.window_size), measured)
-        ):
-            whose = "" if len(found) == 1 else Markup("<b>{}</b>: ").format(contender.label)
-            sentences.append(Markup("{}{}{}.").format(whose, said[0].upper(), said[1:]))
+        low, high = run.noise_interval
+        if run.noise_measurements < MEASUREMENTS_NEEDED:
+            continue
+        if math.isnan(low):
+            text = "no advice on the size of windows: the run records no interval of the gradient noise scale"
+        else:
+            text = in_words_of_noise(low, high, int(run.window_size), run.noise_measurements)
+        whose = "" if len(found) == 1 else Markup("<b>{}</b>: ").format(contender.label)
+        sentences.append(Markup("{}{}{}.").format(whose, text[0].upper(), text[1:]))
     return sentences
 
 

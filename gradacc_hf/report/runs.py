@@ -23,7 +23,7 @@ from gradacc_hf.utils.redaction import redact
 
 NUMBER_KEYS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
 NUMBER_KEYS += ("training_memory_bytes", "effective_batch_size", "processes")
-OBJECT_KEYS = ("eval", "best", "baseline", "accumulation_steps", "versions")
+OBJECT_KEYS = ("eval", "best", "baseline", "accumulation_steps", "planned_accumulation_steps", "versions")
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,26 @@ class RecordedRun:
         return max((row.examples for row in self.rows[-2:]), default=math.nan)
 
     @property
+    def noise_measurements(self) -> int:
+        """The number of measurements of the gradient noise scale."""
+        measured = self.rows[-1].noise_measured if self.rows else 0
+        return int(measured) if math.isfinite(measured) else 0
+
+    @property
     def noise_scale(self) -> float:
         """The final gradient noise scale, in examples; infinite if too large, NaN if not measured."""
-        if not self.rows or not self.rows[-1].noise_measured > 0:
+        if not self.noise_measurements:
             return math.nan
         scale = self.rows[-1].noise_scale
         return scale if math.isfinite(scale) else math.inf
+
+    @property
+    def noise_interval(self) -> tuple[float, float]:
+        """The bounds of the final noise scale; NaN if they are not recorded, as by version 0.1."""
+        if not self.noise_measurements or not math.isfinite(self.rows[-1].noise_low):
+            return math.nan, math.nan
+        low, high = self.rows[-1].noise_low, self.rows[-1].noise_high
+        return low, high if math.isfinite(high) else math.inf
 
     @property
     def update_ratio(self) -> float:
@@ -314,9 +328,10 @@ def _read_summary(path: Path) -> dict[str, Any]:
     for key in OBJECT_KEYS:
         if not isinstance(summary.get(key), dict | None):
             refuse(f"{path}, {key}", f"found {summary[key]!r}", "an object or null is allowed")
-    steps = (summary.get("accumulation_steps") or {}).items()
     numbers = {key: summary.get(key) for key in NUMBER_KEYS} | {
-        f"accumulation_steps.{k}": v for k, v in steps
+        f"{key}.{name}": value
+        for key in ("accumulation_steps", "planned_accumulation_steps")
+        for name, value in (summary.get(key) or {}).items()
     }
     for key, value in numbers.items():
         try:

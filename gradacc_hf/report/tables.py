@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
+from gradacc_hf.accumulation.noise_scale import CONFIDENCE, MEASUREMENTS_NEEDED, noise_range
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.report import narrative as words
-from gradacc_hf.report.runs import RecordedRun, RunGroup
+from gradacc_hf.report.runs import RecordedRun, RunGroup, number
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def plan_table(found: Sequence[RunGroup]) -> list[tuple[str, list[TableCell]]]:
         ("examples", _of_runs(lambda run: run.total("examples"))),
         ("effective batch size", _of_runs(_effective_batch_size)),
         ("accumulation steps: min / mean / max", _accumulation_steps),
+        ("accumulation steps as planned", _planned_steps),
         ("processes", _of_runs(lambda run: run.summary.get("processes"))),
         (
             "precision",
@@ -131,15 +133,15 @@ def plan_table(found: Sequence[RunGroup]) -> list[tuple[str, list[TableCell]]]:
 
 
 def dynamics_table(found: Sequence[RunGroup]) -> list[tuple[str, list[TableCell]]]:
-    """What windows of this size did to training, as rows of `plan_table`; empty if no step was measured."""
+    """Return how the size of windows affects training, as rows of `plan_table`; [] if no step was measured."""
     if not any(math.isfinite(run.update_ratio) for contender in found for run in contender.runs):
         return []
     rows = [
-        ("examples a window, the last full one", _of_runs(lambda run: run.window_size)),
-        ("gradient noise scale, at the end (examples)", _of_runs(lambda run: run.noise_scale, words.figure)),
+        ("effective batch size at the end", _of_runs(lambda run: run.window_size)),
+        ("gradient noise scale at the end (examples)", _noise_scale),
         ("windows whose gradient was clipped", _of_runs(lambda run: run.clipped, words.percent)),
         ("windows that took no step", _of_runs(lambda run: run.skipped, words.percent)),
-        ("step / weights, median", _of_runs(lambda run: run.update_ratio, words.error)),
+        ("weight change per step, relative (median)", _of_runs(lambda run: run.update_ratio, words.error)),
     ]
     return _known(found, rows)
 
@@ -180,14 +182,53 @@ def _effective_batch_size(run: RecordedRun) -> float | None:
     return size if isinstance(size, int | float) else None
 
 
+def _noise_scale(contender: RunGroup) -> TableCell:
+    """The noise scale with its interval for a single run, the spread over repeats for several."""
+    measured = [run for run in contender.runs if run.noise_measurements >= MEASUREMENTS_NEEDED]
+    if len(contender.runs) > 1 or not measured:
+        known = words.finite([run.noise_scale for run in measured])
+        return _spread(known, words.figure) if known else TableCell("")
+    [run] = measured
+    low, high = run.noise_interval
+    scale = words.figure(run.noise_scale) if math.isfinite(run.noise_scale) else "beyond measure"
+    if math.isnan(low):
+        return TableCell(scale)
+    if low <= 0 and math.isinf(high):
+        return TableCell("not known", f"{run.noise_measurements} measurements exclude no value")
+    return TableCell(scale, f"{CONFIDENCE:.0%} interval: {noise_range(low, high)}")
+
+
+def _planned_steps(contender: RunGroup) -> TableCell:
+    """The planned accumulation steps of a single run, if the run made others, with the reason."""
+    run, *repeats = contender.runs
+    planned = run.summary.get("planned_accumulation_steps")
+    if repeats or not planned:
+        return TableCell("")
+    text = _steps(*(number(planned.get(key)) for key in ("min", "mean", "max")))
+    return TableCell("" if text == _accumulation_steps(contender).text else text, _why_other_steps(run))
+
+
+def _why_other_steps(run: RecordedRun) -> str:
+    if run.summary.get("replays"):
+        return "memory ran out, and windows were split finer"
+    trials = (run.summary.get("tuning") or {}).get("trials")
+    if trials:
+        kept = run.summary["tuning"].get("max_tokens")
+        then = f", then kept {kept:,} padded tokens" if kept else ""
+        return f"the first {len(trials)} windows tried micro-batch sizes{then}"
+    return "the plan is from a sample of windows"
+
+
+def _steps(least: float, mean: float, most: float) -> str:
+    return f"{least:g} / {mean:.1f} / {most:g}".replace(" ", words.SPACE)
+
+
 def _accumulation_steps(contender: RunGroup) -> TableCell:
     steps = zip(*(run.accumulation_steps for run in contender.runs), strict=True)
     least, mean, most = (words.finite(numbers) for numbers in steps)
     if not (least and mean and most):
         return TableCell("")
-    return TableCell(
-        f"{min(least):g} / {sum(mean) / len(mean):.1f} / {max(most):g}".replace(" ", words.SPACE)
-    )
+    return TableCell(_steps(min(least), sum(mean) / len(mean), max(most)))
 
 
 def _best(contender: RunGroup) -> TableCell:

@@ -20,15 +20,15 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
 from gradacc_hf.config.schema import Config, OutputConfig
 from gradacc_hf.errors import InputError, NonFiniteError, OutOfMemoryWhileSyncingError, one_line
 from gradacc_hf.hub.model_card import RunCard, facts, refresh_cards
 from gradacc_hf.hub.push import push
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run.ending import result_lines, training_lines
 from gradacc_hf.run.fingerprint import check_same_settings, what_must_stay
 from gradacc_hf.run.folder import open_output
-from gradacc_hf.run.overview import print_plan
+from gradacc_hf.run.overview import PlannedSteps, print_plan
 from gradacc_hf.run.resolve import (
     ResumedRun,
     check_settings,
@@ -51,7 +51,6 @@ from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.training.finetune import Best, fine_tune
 from gradacc_hf.training.lora import write_merged
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
-from gradacc_hf.training.run_log import describe
 from gradacc_hf.utils.commands import command
 from gradacc_hf.utils.files import write_pretrained, write_whole
 from gradacc_hf.utils.hardware import say, set_up_allocator
@@ -101,7 +100,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     check_same_view(resumed)
     if resumed is not None and resumed.has_ended:
         check_same_settings(config, resumed.folder)
-        tell_ended(resumed, accelerator)
+        tell_nothing_to_resume(resumed, accelerator)
         return
     task = load_task(recipe_class, config, accelerator)
     config = task.recipe.config
@@ -122,9 +121,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         if summary["stopped_after"] is not None:
             tell_stopped(summary["stopped_after"], config, plan, folder, commands)
             return
-        tell_summary(summary, plan, baseline, folder)
         if accelerator.is_main_process:
-            write_cards_and_report(folder)
+            tell_ended(task, plan, summary, folder)
             if config.output.push_to_hub is not None:
                 push(folder, config.output.push_to_hub)
 
@@ -144,11 +142,17 @@ class Task:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The windows of a run; num_windows: of the whole run."""
+    """The windows of a run.
+
+    windows, validation_windows: the loaders.
+    num_windows: windows of the whole run.
+    accumulation_steps: of the windows as they are split before training.
+    """
 
     windows: WindowLoader
     validation_windows: WindowLoader
     num_windows: int
+    accumulation_steps: PlannedSteps
 
 
 @dataclass(frozen=True)
@@ -220,10 +224,10 @@ def plan_run(task: Task, accelerator: Accelerator) -> RunPlan:
         release_freed_memory_at_once()  # as the predicted bytes assume
     empty = recipe.empty_model()
     check_max_length(recipe, empty, task.training)
-    plan = RunPlan(windows, validation_windows, total_windows(recipe.config, windows))
-    tried = tries_sizes(recipe.config.budget, plan.num_windows)
-    print_plan(recipe, windows, empty, plan.num_windows, len(task.validation), tried)
-    return plan
+    num_windows = total_windows(recipe.config, windows)
+    tried = tries_sizes(recipe.config.budget, num_windows)
+    steps = print_plan(recipe, windows, empty, num_windows, len(task.validation), tried)
+    return RunPlan(windows, validation_windows, num_windows, steps)
 
 
 def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> TrainingParts:
@@ -274,6 +278,7 @@ def train(
             write_model=write_merged if config.model.lora.merge else write_pretrained,
             summary={
                 "baseline": baseline,
+                "planned_accumulation_steps": plan.accumulation_steps._asdict(),
                 "seed": config.train.seed,
                 "command": commands.again,
                 "resumed_after": checkpoint.window if checkpoint is not None else None,
@@ -301,10 +306,10 @@ def validate(
         return card.evaluated(recipe.validate(model, windows, windows.accelerator))
 
 
-def tell_ended(resumed: ResumedRun, accelerator: Accelerator) -> None:
-    """Print that there is nothing left of the run to resume."""
+def tell_nothing_to_resume(resumed: ResumedRun, accelerator: Accelerator) -> None:
+    """Print that the run to resume has ended."""
     run = resumed.folder
-    accelerator.print(f"{run} has come to its end: nothing to go on with (its report: {run}/report.html)")
+    accelerator.print(f"{run} has ended: there is nothing to resume (report: {run}/report.html)")
 
 
 def tell_resumed(resumed: ResumedRun | None, checkpoint: Checkpoint | None, accelerator: Accelerator) -> None:
@@ -315,42 +320,36 @@ def tell_resumed(resumed: ResumedRun | None, checkpoint: Checkpoint | None, acce
 
 
 def tell_stopped(window: int, config: Config, plan: RunPlan, folder: Path, commands: Commands) -> None:
-    """Print how to continue a run that was stopped after this window; leave a file that says it."""
+    """Print the command that continues a run which was stopped after this window, and write it to a file."""
     accelerator = plan.windows.accelerator
     if accelerator.is_main_process:
         write_whole(folder / MARKER, f"cd {shlex.quote(os.getcwd())} && {commands.resume}\n")
     of_all = f"{window} of {total_windows(config, plan.windows)}"  # fewer than planned, where windows grew
-    accelerator.print(f"stopped after window {of_all}, which is saved; to go on: {commands.resume}")
+    accelerator.print(f"stopped after window {of_all}, which is saved; to continue: {commands.resume}")
 
 
-def tell_summary(
-    summary: dict[str, Any], plan: RunPlan, baseline: dict[str, float] | None, folder: Path
-) -> None:
-    """Print the figures of a run that has ended."""
-    accelerator, noise = plan.windows.accelerator, plan.windows.noise
-    accelerator.print(
-        f"{summary['windows']} windows, {summary['examples']} examples in {summary['seconds']:.0f} s; "
-        f"{summary['padding']:.0%} of the tokens were padding"
-    )
-    if summary["skipped_windows"]:
-        accelerator.print(f"{summary['skipped_windows']} of these windows took no step: not finite")
-    if noise.measured >= MEASUREMENTS_NEEDED:
-        size = plan.windows.plan.size_asked(*plan.windows.next_position)
-        accelerator.print(in_words(noise.scale, size, noise.measured))
-    if baseline:
-        accelerator.print(f"baseline: {describe(baseline)}")
-    accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")
+def tell_ended(task: Task, plan: RunPlan, summary: dict[str, Any], folder: Path) -> None:
+    """Print the figures of a run that has ended, and write its cards and report."""
+    for line in training_lines(summary, plan.windows):
+        print(line)
+    report = write_cards_and_report(folder)
+    for line in result_lines(task.recipe, summary, len(task.validation), folder, report):
+        print(line)
 
 
-def write_cards_and_report(folder: Path) -> None:
-    """Write the model cards and report.html of a run; print a line instead of any error."""
+def write_cards_and_report(folder: Path) -> Path | None:
+    """Write the model cards and report.html of a run, and return the report.
+
+    Prints a line instead of any error, and returns None.
+    """
     try:
         refresh_cards(folder)
         from gradacc_hf.report import write_report  # late: it loads matplotlib, of another extra
 
-        print(f"report: {write_report([folder])}")
+        return write_report([folder])
     except Exception as error:  # the run has ended and is saved, with or without cards and report
-        print(f"no report: {one_line(error)}; gradacc report {folder} makes one", file=sys.stderr)
+        print(f"no report: {one_line(error)}; to write it: gradacc report {folder}", file=sys.stderr)
+        return None
 
 
 def commands_of(

@@ -16,7 +16,10 @@ from gradacc_hf.accumulation.batch_schedule import GrowingBatch
 from gradacc_hf.accumulation.collation import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import as_window_loss
+from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_WANTED
+from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import Bound
+from gradacc_hf.accumulation.streaming import Stream
 from gradacc_hf.config.batch_size import check_can_measure, effective_batch_size
 from gradacc_hf.config.budget import export_cpu_offload
 from gradacc_hf.config.schema import BudgetConfig, Config, tokens_per_micro_batch
@@ -120,10 +123,11 @@ def make_windows(
         "bound": bound or choose_bound(recipe, training, lengths, make_model, accelerator),
         "num_workers": config.budget.num_workers,
     }
+    plan = WindowPlan(len(training), sizes, config.train.seed, shuffle=True, drop_last=config.batch.drop_last)
     windows = WindowLoader(
         training,
         sizes,
-        noise_every=config.train.noise_every if measures else 0,
+        noise_every=noise_every(config, plan) if measures else 0,
         lengths=lengths,
         drop_last=config.batch.drop_last,
         leave_out=config.data.leave_out,
@@ -137,9 +141,24 @@ def make_windows(
     return windows, WindowLoader(validation, size, lengths=lengths, shuffle=False, **shared)
 
 
+def noise_every(config: Config, plan: WindowPlan) -> int:
+    """Return the windows between measurements of the gradient noise scale; 0 for none.
+
+    Short runs measure more often than `train.noise_every`, so that `MEASUREMENTS_WANTED` measurements are
+    made. Windows that grow by the noise scale are measured as the setting says.
+    """
+    if config.batch.effective == "noise_scale":
+        return config.train.noise_every
+    return min(config.train.noise_every, math.ceil(_total(config, plan) / MEASUREMENTS_WANTED))
+
+
 def total_windows(config: Config, windows: WindowLoader) -> int:
     """Return the number of windows of the whole run."""
-    total = sum(windows.plan.num_windows(epoch) for epoch in range(config.train.epochs))
+    return _total(config, windows.plan)
+
+
+def _total(config: Config, plan: WindowPlan | Stream) -> int:
+    total = sum(plan.num_windows(epoch) for epoch in range(config.train.epochs))
     return min(total, config.train.max_windows or total)
 
 

@@ -141,7 +141,7 @@ class Tuning:
                 self._begin(fit)
             else:
                 windows.end_trials(tuned=False)
-                self.said = f"max_tokens: no sizes are tried, as memory ran out; at most {windows.bound}"
+                self.said = f"micro-batches: at most {windows.bound}, as memory ran out; no others are tried"
             return
         seconds = broadcast_object_list([seconds])[0]
         split = windows.split(windows.epoch, windows.window - 1)
@@ -194,11 +194,14 @@ class Tuning:
         self.windows.resplit(_of_size(self.bound, best), cost if is_worth_it else None)
         self.windows.end_trials(tuned=True)
         others = ", ".join(
-            f"{size:,}: {seconds / predicted[best]:.2f} ×"
+            f"{size:,} takes {seconds / predicted[best]:.2f} times as long"
             for size, seconds in predicted.items()
             if size != best
         )
-        self.said = f"max_tokens: {best:,} from here on, the fastest (others, by its time: {others})"
+        self.said = (
+            f"micro-batches: at most {best:,} padded tokens from the next window on, the fastest size tried "
+            f"({others})"
+        )
 
 
 def _sets_up_each(windows: WindowLoader) -> bool:

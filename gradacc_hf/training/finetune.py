@@ -324,7 +324,10 @@ class RunLength:
             return None
         self.total, self._growths = self._count(window), self.windows.num_growths
         size = self.windows.plan.size_asked(*self.windows.next_position)
-        return f"windows of {size:,} examples from window {window + 1} on, by the noise scale"
+        return (
+            f"effective batch size: {size:,} examples from window {window + 1:,} on, as the gradient noise "
+            "scale is at least as large"
+        )
 
     def _count(self, done: int) -> float:
         epoch, window = self.windows.next_position
