@@ -199,8 +199,8 @@ def in_words(low: float, high: float, size: int, measured: int) -> str:
     windows = f"windows of {size:,}"
     if low <= 0 and math.isinf(high):
         return (
-            f"no advice on {windows}: {measured:,} measurements cannot determine the gradient noise scale. "
-            "Measure more often (--train.noise_every 1) or train longer"
+            f"the gradient noise scale cannot be determined from {measured:,} measurements: no advice on "
+            f"{windows}. Measure more often (--train.noise_every 1) or train longer"
         )
     basis = f"{CONFIDENCE:.0%} interval from {measured:,} measurements"
     return (
@@ -220,7 +220,7 @@ def _advice(low: float, high: float, size: int) -> str:
         return f"{windows} are not too large. Whether larger windows would help cannot be decided"
     if high <= MUCH * size:
         return f"{windows} are not too small. Whether smaller windows would do cannot be decided"
-    return f"no advice on {windows}, as smaller and larger ones are both possible"
+    return f"no advice on {windows}, as smaller and larger ones may be better"
 
 
 def noise_range(low: float, high: float) -> str:

@@ -1,4 +1,4 @@
-"""Reads runs from disk for a report: history.jsonl, summary.json, config.yaml, verify.json.
+"""Read runs from disk for a report: history.jsonl, summary.json, config.yaml, verify.json.
 
 `read_runs` returns a `RecordedRun` for each folder, without secrets. `contenders` groups the repeats of one
 way of training. An interrupted run is read up to its last complete window. The figures of a run come from its
@@ -52,12 +52,12 @@ class RecordedRun:
         return self.summary.get("seed", self.setting("train", "seed"))
 
     def setting(self, section: str, key: str) -> Any:
-        """A value of the config; None if it is missing."""
+        """Return a value of the config; None if it is missing."""
         values = self.config.get(section)
         return values.get(key) if isinstance(values, dict) else None
 
     def total(self, name: str) -> float:
-        """A sum over the windows: `examples`, `tokens`, `padded_tokens`, `seconds`."""
+        """Return a sum over the windows: of `examples`, `tokens`, `padded_tokens` or `seconds`."""
         return (
             number(self.summary[name]) if name in self.summary else sum(getattr(r, name) for r in self.rows)
         )
@@ -69,12 +69,12 @@ class RecordedRun:
 
     @property
     def examples_per_second(self) -> float:
-        """NaN if no time is known."""
+        """Examples per second; NaN if no time is known."""
         return _ratio(self.total("examples"), self.total("seconds"))
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens without padding; NaN if no time is known."""
+        """Tokens per second, without padding; NaN if no time is known."""
         return _ratio(self.total("tokens"), self.total("seconds"))
 
     @property
@@ -104,7 +104,7 @@ class RecordedRun:
 
     @property
     def window_size(self) -> float:
-        """Examples of the larger one of the last two windows, as the last one may be partial."""
+        """Examples of the larger of the last two windows, as the last one may be partial."""
         return max((row.examples for row in self.rows[-2:]), default=math.nan)
 
     @property
@@ -156,11 +156,11 @@ class RecordedRun:
 
     @property
     def samples(self) -> list[dict[str, str]]:
-        """Outputs of the model for a few rows: name to text, the same names in each; often none."""
+        """Outputs of the model for a few rows: name to text, the same names in each. Often empty."""
         return self.summary.get("samples") or []
 
     def metrics(self, which: str) -> dict[str, float]:
-        """The metrics of the final ("eval") or best evaluation ("best"), or of the baseline ("baseline")."""
+        """Return the metrics of the final ("eval") or best evaluation ("best"), or of the "baseline"."""
         found = self.summary.get(which) or {}
         return {
             name: number(value)
@@ -177,13 +177,16 @@ class RunGroup:
     runs: tuple[RecordedRun, ...]
 
     def first_window(self) -> list[list[int]] | None:
-        """The first window that a repeat records: tokens of each example, by micro-batch."""
+        """Return the first window that a repeat records: tokens of each example, by micro-batch."""
         found = [run.summary["first_window"] for run in self.runs if run.summary.get("first_window")]
         return found[0] if found else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
-    """The runs in these folders or below. Raises InputError if a folder has no run, or a broken file."""
+    """Return the runs in these folders or below.
+
+    Raises InputError for a folder without a run, and for a broken file.
+    """
     found: dict[Path, None] = {}  # in order, each once
     for folder in map(Path, folders):
         if not folder.is_dir():
@@ -205,7 +208,7 @@ def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
 
 
 def contenders(runs: Sequence[RecordedRun]) -> list[RunGroup]:
-    """The ways of training in the order of the runs, "ours" first."""
+    """Return the ways of training in the order of the runs, "ours" first."""
     labels = sorted(dict.fromkeys(run.contender for run in runs), key=lambda label: label != "ours")
     return [
         RunGroup(label, tuple(sorted((run for run in runs if run.contender == label), key=_by_seed)))
@@ -214,7 +217,7 @@ def contenders(runs: Sequence[RecordedRun]) -> list[RunGroup]:
 
 
 def number(value: Any) -> float:
-    """A number of a JSON file; null is NaN. Raises ValueError or OverflowError for anything else."""
+    """Return a number of a JSON file; null is NaN. Raises ValueError or OverflowError for anything else."""
     if value is None:
         return math.nan
     if not isinstance(value, int | float):
@@ -232,7 +235,7 @@ def _by_seed(run: RecordedRun) -> tuple[bool, Any]:
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    """The folders with a history.jsonl, or a run's summary.json, in natural order (seed_2 before seed_10)."""
+    """Yield the folders with a history.jsonl or a run's summary.json, in natural order (seed_2, seed_10)."""
     files = [path for name in ("history.jsonl", "summary.json") for path in folder.rglob(name)]
     candidates = {
         path.parent for path in files if not any(p.startswith(".") for p in path.relative_to(folder).parts)
@@ -251,7 +254,7 @@ def _read_run(folder: Path, name: str) -> RecordedRun:
     summary = _read_summary(folder / "summary.json")
     if not summary:
         notes.append(
-            f"unfinished: {_windows(len(rows))} are there and no summary.json (killed, or still going)"
+            f"unfinished: {_windows(len(rows))} and no summary.json; the run was killed or has not ended"
         )
     elif summary.get("windows") not in (None, len(rows)):
         notes.append(f"summary.json counts {summary['windows']} windows, history.jsonl has {len(rows)}")

@@ -71,8 +71,8 @@ class WindowRecord:
         accumulation_steps: Micro-batches of the process that has most.
         seconds: Time from the previous step to this one.
         skipped: Whether no step was taken: by the fp16 scaler, or for a loss or gradient that is not finite.
-        noise_scale: The gradient noise scale so far, in examples. NaN without a measurement. Infinite, null in
-            JSON, where noise hides the mean gradient.
+        noise_scale: The gradient noise scale so far, in examples. NaN without a measurement. Infinite where
+            noise hides the mean gradient; null in JSON.
         noise_measured: Windows in which the noise scale was measured so far.
         update_ratio: ‖step‖ / ‖weights‖ of a sample of the weights; NaN where it is not measured.
         noise_low, noise_high: The bounds of the noise scale, with the confidence of
