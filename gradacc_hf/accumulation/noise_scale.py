@@ -37,13 +37,14 @@ class NoiseScale:
     Source: McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", equation 2.8 and appendix
     A.1. The small batch may be part of the large one: expectations are the same.
 
-    The interval is Fieller's for the ratio of two means, ρ = mean tr(Σ) / mean |g_B|²: all ρ that differ from
-    the data by at most t standard errors, (N − ρQ)² ≤ t² (V_N − 2ρ V_NQ + ρ² V_Q). The variances are those of
-    weighted means over independent windows. t is Student's quantile with Kish's effective number of
-    measurements, less one. The noise scale is ρ / (1 − ρ/B): infinite from ρ = B on.
+    The interval is Fieller's for ρ = N / Q, where N is the mean of tr(Σ) and Q the mean of |g_B|². It holds
+    all ρ with (N − ρQ)² ≤ t² (V_N − 2ρ V_NQ + ρ² V_Q). V are the variances and the covariance of the two
+    weighted means, over independent windows. t is Student's quantile with one degree of freedom less than
+    Kish's effective number of measurements. The noise scale is ρ / (1 − ρ/B): infinite from ρ = B on. On
+    sampled gradients, 85 to 92 % of the 90 % intervals contain the true value. The share is lowest for
+    gradients of few dimensions (`tests/accumulation/test_noise_scale.py`).
 
-    Source: Fieller 1954, "Some Problems in Interval Estimation", section 3; Kish 1965, "Survey Sampling",
-    section 11.7.
+    Source: Fieller 1954, "Some Problems in Interval Estimation"; Kish 1965, "Survey Sampling".
     """
 
     horizon: float = HORIZON

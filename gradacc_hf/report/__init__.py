@@ -59,7 +59,7 @@ def write_report(folders: Sequence[Path | str], output: Path | str | None = None
         The path of the report.
 
     Raises:
-        InputError: if there is no run, a file is broken, or `output` exists and is no report.
+        InputError: if there is no run, a file is broken, or `output` exists and is not a report.
     """
     folders = [Path(folder) for folder in folders]
     home = folders[0] if len(folders) == 1 else Path()
@@ -75,14 +75,14 @@ def write_report(folders: Sequence[Path | str], output: Path | str | None = None
 
 
 def _check_output(target: Path) -> None:
-    """Raise InputError for a file that is no report, and for a link that came with a run."""
+    """Raise InputError for a file that is not a report, and for a link that came with a run."""
     unfinished = target.with_name(f".{target.name}.unfinished")  # as `write_whole` names it
     if unfinished.is_symlink():
         refuse("--output", f"{unfinished} is a link to {os.readlink(unfinished)}", "remove it")
     if target.suffix not in (".html", ".htm") or target.is_dir():
         refuse("--output", f"found {target}", "allowed: a file that ends in .html")
     if target.exists() and GENERATOR not in target.read_text(encoding="utf-8", errors="replace")[:2000]:
-        refuse("--output", f"{target} exists and is no report of gradacc", "give another name, or move it")
+        refuse("--output", f"{target} exists and is not a report of gradacc", "give another name, or move it")
 
 
 def render(runs: Sequence[RecordedRun]) -> str:

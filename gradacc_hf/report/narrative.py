@@ -77,7 +77,7 @@ def _exactness(measured: Sequence[RunGroup]) -> Markup:
     if exact:
         verb, whose = ("is", "its") if len(exact) == 1 else ("are", "their")
         worst = error(max(errors[contender.label] for contender in exact))
-        sentence = "{} {} exact: {} gradients differ from those of undivided windows by at most {}"
+        sentence = "{} {} exact: {} gradients differ from the gradients of undivided windows by at most {}"
         parts.append(Markup(sentence).format(_names(exact), verb, whose, worst))
     if off:
         each = [Markup("{} by {}").format(_names([c]), error(errors[c.label])) for c in off]

@@ -260,7 +260,7 @@ def alone(svg: Markup) -> str:
 
 
 def key(name: str, look: int) -> Markup:
-    """Draw the line and marker of a contender, for tables and legends."""
+    """Return the line and marker of a contender as a picture, for tables and legends."""
     with rc_context(STYLE):
         figure = Figure(figsize=(0.42, 0.14))
         axes = figure.add_axes((0, 0, 1, 1))

@@ -23,6 +23,7 @@ from gradacc_hf.utils.redaction import redact
 
 NUMBER_KEYS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
 NUMBER_KEYS += ("training_memory_bytes", "effective_batch_size", "processes")
+FIRST_CONTENDER = "ours"  # the label of gradacc in `gradacc compare`
 OBJECT_KEYS = ("eval", "best", "baseline", "accumulation_steps", "planned_accumulation_steps", "versions")
 
 
@@ -208,8 +209,8 @@ def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
 
 
 def contenders(runs: Sequence[RecordedRun]) -> list[RunGroup]:
-    """Return the ways of training in the order of the runs, "ours" first."""
-    labels = sorted(dict.fromkeys(run.contender for run in runs), key=lambda label: label != "ours")
+    """Return the ways of training in the order of the runs, `FIRST_CONTENDER` first."""
+    labels = sorted(dict.fromkeys(run.contender for run in runs), key=lambda label: label != FIRST_CONTENDER)
     return [
         RunGroup(label, tuple(sorted((run for run in runs if run.contender == label), key=_by_seed)))
         for label in labels

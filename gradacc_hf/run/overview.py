@@ -1,4 +1,4 @@
-"""The table that a run prints before it loads a model: its data, windows, micro-batches and budget."""
+"""The table that a run prints before it loads a model: data, windows, micro-batches and budget."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,10 +33,10 @@ def print_plan(
     num_validation: int,
     tries_sizes: bool,
 ) -> PlannedSteps:
-    """Print what a run will do, and return its accumulation steps.
+    """Print the plan of a run, and return the planned accumulation steps.
 
     Args:
-        recipe: the recipe, after `datasets()`.
+        recipe: the recipe, after a call of `datasets()`.
         windows: the loader of the training windows.
         empty: the model without weights.
         num_windows: windows of the whole run.
@@ -102,4 +102,4 @@ def _parameters(recipe: Recipe, model: torch.nn.Module) -> str:
 
 
 def _left_out(rows: Sequence[str]) -> str:
-    return f"{len(rows):,} row{'s' * (len(rows) > 1)} that cannot be used, the first: {rows[0]}"
+    return f"{len(rows):,} row{'s' * (len(rows) > 1)} that cannot be used; the first: {rows[0]}"

@@ -462,5 +462,5 @@ def test_a_run_of_0_1_0_has_a_report(command, old_run, run):
 def test_a_run_of_0_1_0_that_has_ended_is_not_begun_again(command, old_run):
     said = command("text_classification.py", "--resume", "finished")
     assert said.code == 0, said.err
-    assert "nothing to go on with" in said.out
+    assert "there is nothing to resume" in said.out
     assert lines_of("finished/history.jsonl") == lines_of(RUN / "finished/history.jsonl")

@@ -211,7 +211,7 @@ def test_repeats_are_one_contender_with_median_and_range(compared):
 
 def test_the_verdict_says_who_is_exact_who_is_off_by_how_much_and_who_is_faster(compared):
     assert (
-        "ours is exact: its gradients differ from those of undivided windows by at most 4e-7; "
+        "ours is exact: its gradients differ from the gradients of undivided windows by at most 4e-7; "
         "Trainer is not exact but off by 4.4 at worst." in compared.page.text
     )
     assert (
@@ -343,7 +343,10 @@ def test_contenders_whose_gradients_nobody_measured_are_named(real, tmp_path):
     for name in ("a", "b", "c", "d"):
         repeat(real, tmp_path / name, errors=(2e-6,) if name == "d" else ())
     page = Page(write_report([tmp_path]))
-    assert "d is exact: its gradients differ from those of undivided windows by at most 2e-6" in page.text
+    assert (
+        "d is exact: its gradients differ from the gradients of undivided windows by at most 2e-6"
+        in page.text
+    )
     assert "The gradients of a, b and c were not measured." in page.text
     assert [row["gradient error, worst"] for row in page.figures().values()][:4] == ["–"] * 3 + [
         "2e-6 ✓ exact"
@@ -478,7 +481,7 @@ def test_a_report_is_overwritten_and_nothing_else_is(real, tmp_path):
     write_report([real], output)
     assert "Figures" in output.read_text()
     output.write_text("<html>mine, not gradacc-hf's</html>")
-    with pytest.raises(InputError, match="exists and is no report of gradacc"):
+    with pytest.raises(InputError, match="exists and is not a report of gradacc"):
         write_report([real], output)
     assert output.read_text() == "<html>mine, not gradacc-hf's</html>"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html"]
