@@ -110,7 +110,7 @@ def test_a_run_without_checkpoint_starts_anew_in_its_folder(start, stopped, tmp_
     settings, _ = stopped
     shutil.rmtree(tmp_path / "run/checkpoints")
     outcome = start(TextClassification, *settings, "--resume", "auto")
-    assert "run, from the start: it has no checkpoint" in outcome.out
+    assert "run, from the start: no checkpoint found" in outcome.out
     assert summary("run")["windows"] == 15
 
 
@@ -131,7 +131,7 @@ def test_of_two_runs_in_one_folder_the_second_is_refused(stopped, refused, tmp_p
     try:
         other.stdout.readline()
         line = refused(TextClassification, *settings, "--resume", "auto")
-        assert "output.dir: run: another run is writing into it: wait for it, stop it" in line
+        assert "output.dir: run: another run writes into it: wait until that run ends, stop it" in line
     finally:
         other.kill()
         other.wait()
