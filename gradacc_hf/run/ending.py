@@ -100,7 +100,7 @@ def _result(train: TrainConfig, summary: Mapping[str, Any], num_validation: int)
     text = f"{name} {_number(value)}{described} on {num_validation:,} validation examples"
     if others is None:
         return f"{text}; to compare with the model before training: --train.eval_on_start true"
-    is_better = value is not None and (others is None or sign * value > sign * others)
+    is_better = value is not None and sign * value > sign * others
     return f"{text}; {'better' if is_better else 'no better'} than {against}: {_number(others)}"
 
 
@@ -117,5 +117,8 @@ def _next(recipe: Recipe, folder: Path) -> str:
     trust = " --trust_remote_code" if recipe.config.model.trust_remote_code else ""
     if isinstance(recipe.example, str):
         return f"{program} predict {run}{trust} {shlex.quote(recipe.example)}"
-    row = shlex.quote(json.dumps(recipe.example, ensure_ascii=False))
-    return f"echo {row} | {program} predict {run}{trust} --input -"
+    columns = {key: getattr(recipe.data, f"{key}_column", None) or key for key in recipe.example}
+    row = {columns[key]: value for key, value in recipe.example.items()}
+    return (
+        f"echo {shlex.quote(json.dumps(row, ensure_ascii=False))} | {program} predict {run}{trust} --input -"
+    )

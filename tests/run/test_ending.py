@@ -15,7 +15,7 @@ FOLDER = Path("runs/my run")
 RESULTS = {"window": 30, "loss": 1.2, "accuracy": 0.75}
 
 
-def lines(recipe=None, report=FOLDER / "report.html", train=None, **summary):
+def lines(recipe=None, report=FOLDER / "report.html", train=None, columns=None, **summary):
     """The three lines for a recipe and a summary, by their names."""
     train = train or TrainConfig(best_metric="accuracy", best_direction="max")
     recipe = recipe or load_recipe("text_classification").TextClassification
