@@ -119,6 +119,5 @@ def _next(recipe: Recipe, folder: Path) -> str:
         return f"{program} predict {run}{trust} {shlex.quote(recipe.example)}"
     columns = {key: getattr(recipe.data, f"{key}_column", None) or key for key in recipe.example}
     row = {columns[key]: value for key, value in recipe.example.items()}
-    return (
-        f"echo {shlex.quote(json.dumps(row, ensure_ascii=False))} | {program} predict {run}{trust} --input -"
-    )
+    text = shlex.quote(json.dumps(row, ensure_ascii=False))
+    return f"printf '%s' {text} | {program} predict {run}{trust} --input -"  # echo may change backslashes

@@ -67,8 +67,9 @@ def test_the_folder_names_the_best_window_where_it_is_not_the_last():
 def test_the_next_command_predicts_an_example_of_the_task(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     assert shlex.split(lines()["next"])[:3] == ["gradacc", "predict", "runs/my run"]
-    answering = lines(load_recipe("question_answering").QuestionAnswering)["next"]
-    assert answering.startswith('echo \'{"question": ')
+    columns = {"question_column": "asked", "context_column": "context"}
+    answering = lines(load_recipe("question_answering").QuestionAnswering, columns=columns)["next"]
+    assert answering.startswith("printf '%s' '{\"asked\": ")
     assert answering.endswith("| gradacc predict 'runs/my run' --input -")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert " -m gradacc_hf predict 'runs/my run' " in lines()["next"]
