@@ -21,7 +21,7 @@ def lines(recipe=None, report=FOLDER / "report.html", train=None, columns=None, 
     recipe = recipe or load_recipe("text_classification").TextClassification
     made = object.__new__(recipe)
     made.config = SimpleNamespace(train=train, model=SimpleNamespace(trust_remote_code=False))
-    made.data = SimpleNamespace(text_column="text", second_text_column=None, text_pair_column=None)
+    made.data = SimpleNamespace(text_column="text", text_pair_column=None, **columns or {})
     summary = {
         "baseline": {"accuracy": 0.5},
         "best": RESULTS,
