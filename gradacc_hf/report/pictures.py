@@ -108,7 +108,7 @@ def _noise_of(found: Sequence[RunGroup]) -> list[Figure]:
     ]
     note = "Average over recent windows."
     if all(len(contender.runs) == 1 for contender in found):
-        note += f" Band: the {CONFIDENCE:.0%} interval."
+        note += f" Band: the {CONFIDENCE:.0%} interval, up to the edge of the picture."
     sizes = {run.window_size for contender in found for run in contender.runs}
     size = sizes.pop() if len(sizes) == 1 else None
     says = "" if size is None else f"effective batch size {size:g}"
