@@ -94,7 +94,7 @@ def _noise_of(found: Sequence[RunGroup]) -> list[Figure]:
 
     A single run has its interval as a band, which ends at the edge of the picture.
     """
-    lines = [_noise_curve(look, contender) for look, contender in enumerate(found)]
+    lines = [noise_curve(look, contender) for look, contender in enumerate(found)]
     lines = [line for line in lines if line.known]
     if not lines:
         return []
@@ -116,7 +116,7 @@ def _noise_of(found: Sequence[RunGroup]) -> list[Figure]:
     return [Figure("Gradient noise scale", drawn, note)]
 
 
-def _noise_curve(look: int, contender: RunGroup) -> plots.Curve:
+def noise_curve(look: int, contender: RunGroup) -> plots.Curve:
     """Return the known, positive noise scales of a contender, with the interval of a single run."""
 
     def known(row: HistoryRow, value: float) -> float:

@@ -19,7 +19,7 @@ from gradacc_hf.cli import main as cli
 from gradacc_hf.errors import InputError
 from gradacc_hf.report import read_runs, write_report
 from gradacc_hf.report.narrative import noise, speed_ratios, verdict
-from gradacc_hf.report.pictures import _noise_curve, curves_of
+from gradacc_hf.report.pictures import curves_of, noise_curve
 from gradacc_hf.report.runs import contenders
 from gradacc_hf.report.tables import configurations
 from gradacc_hf.utils.redaction import redact
@@ -268,7 +268,7 @@ def test_the_noise_scale_is_drawn_from_its_first_interval_on_and_never_at_zero(r
         row |= {"noise_scale": scale, "noise_measured": measured, "noise_low": scale / 3, "noise_high": None}
     folder = repeat(real, tmp_path / "run")
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    [curve] = [_noise_curve(0, contender) for contender in contenders(read_runs([folder]))]
+    [curve] = [noise_curve(0, contender) for contender in contenders(read_runs([folder]))]
     assert [math.isnan(value) for value in curve.middle] == [True, True, False, False]
     assert list(curve.middle[2:]) == [12.0, 15.0]
     html = write_report([folder]).read_text(encoding="utf-8")
