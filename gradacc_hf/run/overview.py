@@ -102,4 +102,4 @@ def _parameters(recipe: Recipe, model: torch.nn.Module) -> str:
 
 
 def _left_out(rows: Sequence[str]) -> str:
-    return f"{len(rows):,} row{'s' * (len(rows) > 1)} that cannot be used; the first: {rows[0]}"
+    return f"{len(rows):,} row{'s' * (len(rows) > 1)} that cannot be used, the first: {rows[0]}"

@@ -388,6 +388,9 @@ def test_a_stopped_run_of_0_1_0_ends_as_the_whole_run_of_0_1_0(command, old_run)
     assert "stopped, after window 8" in resumed.out
     found, expected = lines_of("stopped/history.jsonl"), lines_of("finished/history.jsonl")
     assert len(before) < len(found)
+    intervals = [(row.pop("noise_low"), row.pop("noise_high")) for row in found]  # 0.1.0 records none
+    assert set(intervals[: len(before)]) == {(None, None)}
+    assert set(intervals[len(before) :]) == {(0.0, None)}, "no bounds without the early measurements"
     assert found[: len(before)] == before
     for rows in (found, expected):
         for row in rows:
