@@ -23,7 +23,7 @@ from gradacc_hf.utils.redaction import redact
 
 NUMBER_KEYS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
 NUMBER_KEYS += ("training_memory_bytes", "effective_batch_size", "processes")
-FIRST_CONTENDER = "ours"  # the label of gradacc in `gradacc compare`
+FIRST_CONTENDERS = ("gradacc", "ours")  # labels of `gradacc compare`; the latter by version 0.1
 OBJECT_KEYS = ("eval", "best", "baseline", "accumulation_steps", "planned_accumulation_steps", "versions")
 
 
@@ -209,8 +209,9 @@ def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
 
 
 def contenders(runs: Sequence[RecordedRun]) -> list[RunGroup]:
-    """Return the ways of training in the order of the runs, `FIRST_CONTENDER` first."""
-    labels = sorted(dict.fromkeys(run.contender for run in runs), key=lambda label: label != FIRST_CONTENDER)
+    """Return the ways of training in the order of the runs, gradacc first."""
+    order = dict.fromkeys(run.contender for run in runs)
+    labels = sorted(order, key=lambda label: label not in FIRST_CONTENDERS)
     return [
         RunGroup(label, tuple(sorted((run for run in runs if run.contender == label), key=_by_seed)))
         for label in labels

@@ -144,7 +144,7 @@ def test_a_model_that_draws_elsewhere_than_from_torch_is_noticed():
             noise = np.random.default_rng().normal(size=32).astype(np.float32)
             return torch.nn.functional.normalize(super().forward(**batch) + torch.from_numpy(noise), dim=-1)
 
-    with pytest.raises(RuntimeError, match=r"micro-batch 0 is embedded .* away from where it was"):
+    with pytest.raises(RuntimeError, match=r"embeddings of micro-batch 0 differ by .* between the two"):
         accumulated(Noisy(embedder().encoder), window_loader(pairs()), ContrastiveLoss())
 
 

@@ -210,7 +210,7 @@ def test_a_growing_batch_doubles_when_the_noise_is_as_large_and_stops_at_the_lar
     assert not GrowingBatch(4, 14, patience=1).grow(1, calm.scale)
     twice, seen = GrowingBatch(4, 14, patience=2), [noise, calm, noise, noise]  # in a row
     assert [twice.grow(n, each.scale) for n, each in enumerate(seen)] == [False] * 3 + [True]
-    with pytest.raises(ValueError, match="from 8 to 4"):
+    with pytest.raises(ValueError, match="smallest 8 and largest 4"):
         GrowingBatch(8, 4)
 
 

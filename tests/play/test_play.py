@@ -121,11 +121,11 @@ def test_the_same_seed_shows_the_same_run_and_another_another():
 
 
 DOCTOR_SAYS = {
-    "none": "each gradient is that of its window at once",
+    "none": "each gradient equals the gradient of the window in one batch",
     "zeroed too early": "gradients are zeroed between the micro-batches of a window",
     "step on every micro-batch": "the optimizer steps on every micro-batch",
     "not divided": "the loss is not divided by the accumulation steps",
-    "divided by steps, not items": "micro-batches with unequal items count alike",
+    "divided by steps, not items": "micro-batches with unequal numbers of items get equal weight",
     "scheduler on every micro-batch": "the scheduler steps on every micro-batch",
 }
 

@@ -87,10 +87,10 @@ def test_without_a_run_auto_begins_one_in_a_folder_of_its_own_and_goes_on_there(
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        (["--optim.lr", 0.5], "optim.lr: found 0.5, and the run had 0.001; to go on from"),
-        (["--batch.effective", 8], "batch.effective: found 8, and the run had 16"),
-        (["--train.seed", 1], "train.seed: found 1, and the run had 0"),
-        (["--data.train", "other.jsonl"], "data.train: not those of before; to go on from"),
+        (["--optim.lr", 0.5], "optim.lr: found 0.5, but the run had 0.001; to resume from"),
+        (["--batch.effective", 8], "batch.effective: found 8, but the run had 16"),
+        (["--train.seed", 1], "train.seed: found 1, but the run had 0"),
+        (["--data.train", "other.jsonl"], "data.train: the content has changed; to resume from"),
         (["--resume", "nowhere"], "--config: found 'nowhere/config.yaml'"),
     ],
 )
