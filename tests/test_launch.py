@@ -118,7 +118,7 @@ def test_fewer_processes_than_asked_for_is_an_error(texts):
         text=True,
     )
     assert done.returncode == 2
-    assert "2 processes were asked for and 1 are running" in done.stderr
+    assert "found 1 running processes; allowed: 2, as given to the launcher" in done.stderr
 
 
 def test_help_needs_no_environment(tmp_path):

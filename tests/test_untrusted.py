@@ -356,7 +356,7 @@ def test_an_output_folder_that_is_a_link_is_refused(refused, rows, tmp_path, pre
         (link := tmp_path / "out").symlink_to(target)
         given = ["--output.dir", "out", "--output.overwrite", overwrite]
         line = refused(TextClassification, "--data.train", rows, *given)
-        assert f"output.dir: out is a link to {target}, and a run writes through none" in line
+        assert f"output.dir: out is a link to {target}; a run does not write through links" in line
         link.unlink()
     assert is_untouched(precious)
     assert not (tmp_path / "gone").exists()

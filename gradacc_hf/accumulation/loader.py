@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch.utils.data import DataLoader, default_collate
 
@@ -42,6 +41,7 @@ from gradacc_hf.accumulation.splitting import Bound, Cost, usual_cost
 from gradacc_hf.accumulation.streaming import BUFFER_SIZE, Stream, is_stream
 from gradacc_hf.accumulation.validation import check_arguments, check_sizes, check_stream, refuse_engine
 from gradacc_hf.accumulation.window import Window
+from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.signals import ignore_signals
 
 logger = get_logger(__name__)

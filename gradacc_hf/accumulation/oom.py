@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
 from gradacc_hf.accumulation.oom_exchange import PeerOutOfMemoryError, Shortage
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import GradaccError, OutOfMemoryError, OutOfMemoryWhileSyncingError, one_line
+from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.memory import free_memory, release_memory
 from gradacc_hf.utils.modeling import BufferSnapshot
 

@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -46,6 +45,7 @@ from gradacc_hf.accumulation.loader_state import device_name, sizes_of
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.training.run_log import versions
 from gradacc_hf.utils.files import flush, put_in_place
+from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.rng import rng_states, set_rng_states
 
 logger = get_logger(__name__)

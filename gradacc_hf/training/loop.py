@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather_object
 
 from gradacc_hf.accumulation.accelerate_state import check_prepared, check_prepared_model
@@ -26,6 +25,7 @@ from gradacc_hf.accumulation.reference import as_number
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import NonFiniteError
 from gradacc_hf.training.run_log import WindowRecord
+from gradacc_hf.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
@@ -182,6 +182,7 @@ def _record(
     skipped: bool,
     seconds: float,
 ) -> WindowRecord:
+    noise_low, noise_high = windows.noise.interval
     return WindowRecord(
         window=number,
         epoch=window.epoch,
@@ -197,6 +198,8 @@ def _record(
         skipped=skipped,
         noise_scale=windows.noise.scale,
         noise_measured=windows.noise.measured,
+        noise_low=noise_low,
+        noise_high=noise_high,
     )
 
 

@@ -5,7 +5,6 @@
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 
 from gradacc_hf.accumulation.accelerate_state import find_unused_parameters
@@ -13,6 +12,7 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, model_loss
 from gradacc_hf.accumulation.reference import SEPARABLE_RTOL
 from gradacc_hf.training.compile import uncompiled
+from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.modeling import BATCH_NORMS
 
 logger = get_logger(__name__)

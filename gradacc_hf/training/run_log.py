@@ -71,10 +71,12 @@ class WindowRecord:
         accumulation_steps: Micro-batches of the process with the most micro-batches.
         seconds: Time from the previous step to this one.
         skipped: Whether no step was taken: by the fp16 scaler, or for a loss or gradient that is not finite.
-        noise_scale: The gradient noise scale so far, in examples. NaN where nothing is measured; infinite,
-            null in JSON, where the gradient is lost in its noise.
+        noise_scale: The gradient noise scale so far, in examples. NaN without a measurement. Infinite where
+            noise hides the mean gradient; null in JSON.
         noise_measured: Windows in which the noise scale was measured so far.
         update_ratio: ‖step‖ / ‖weights‖ of a sample of the weights; NaN where it is not measured.
+        noise_low, noise_high: The bounds of the noise scale, with the confidence of
+            `accumulation.noise_scale.CONFIDENCE`. An infinite bound is null in JSON.
     """
 
     window: int
@@ -92,6 +94,8 @@ class WindowRecord:
     noise_scale: float = math.nan
     noise_measured: int = 0
     update_ratio: float = math.nan
+    noise_low: float = math.nan
+    noise_high: float = math.nan
 
 
 class RunLog:

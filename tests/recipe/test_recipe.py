@@ -451,7 +451,7 @@ def test_a_folder_that_holds_a_run_is_refused(start, refused, mine):
 def test_a_folder_that_holds_other_files_is_refused(refused, mine, overwrite):
     write("out/thesis.csv", make_rows(3))
     line = refused(data__train=mine, output__dir="out", output__overwrite=overwrite)
-    assert "output.dir: out holds files that are no run's" in line
+    assert "output.dir: out holds files that do not belong to a run" in line
     assert "new or empty folder" in line
 
 

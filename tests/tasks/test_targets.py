@@ -276,7 +276,7 @@ def test_truncation_that_empties_every_text_is_refused(refused):
 def test_no_room_beside_the_special_tokens_is_refused(refused):
     write([{**row, "label": str(i % 2)} for i, row in enumerate(make_rows(20))])
     line = refused({"data.max_length": 1})
-    assert "data.max_length: found 1; 2 special tokens frame a text; allow more" in line
+    assert "data.max_length: found 1, and a text has 2 special tokens; allowed: 3 or more" in line
 
 
 def test_a_pair_of_which_one_text_is_left_is_named(refused):

@@ -26,7 +26,16 @@ from gradacc_hf.utils.files import save_model, whole_folder, write_whole
 from gradacc_hf.verification.tiny_models import build_head
 
 ROW = ["window", "epoch", "loss", "grad_norm", "lr", "examples", "items", "tokens", "padded_tokens"]
-ROW += ["accumulation_steps", "seconds", "skipped", "noise_scale", "noise_measured", "update_ratio"]
+ROW += [
+    "accumulation_steps",
+    "seconds",
+    "skipped",
+    "noise_scale",
+    "noise_measured",
+    "update_ratio",
+    "noise_low",
+    "noise_high",
+]
 SUMMARY = {
     "eval",
     "baseline",
