@@ -127,7 +127,8 @@ class TrainConfig:
     stop reports the examples and the module. Under fp16 the gradient scaler skips overflows in any case."""
     noise_every: int = 16
     """Windows between measurements of the gradient noise scale (0: off).
-    It is for advice on the batch size, and changes no gradient. Runs of fewer than 256 windows measure more often."""
+    It is for advice on the batch size, and changes no gradient. Runs of fewer than 256 windows measure more
+    often."""
     best_metric: str = "loss"
     """Validation metric that ranks evaluations."""
     best_direction: Literal["min", "max"] = "min"
