@@ -6,8 +6,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
+
+from scipy.special import stdtrit
 
 HORIZON = 64  # windows over which a noise scale is smoothed
 MEASUREMENTS_NEEDED = 3  # measurements, for a sentence about it
@@ -126,7 +127,7 @@ class NoiseScale:
         if self.measured < MEASUREMENTS_NEEDED or effective < 2:
             return 0.0, math.inf
         noise, square = self._noise / self._noise_weight, self._square / self._weight
-        limit = _student((1 + CONFIDENCE) / 2, effective - 1) ** 2
+        limit = float(stdtrit(effective - 1, (1 + CONFIDENCE) / 2)) ** 2
         of_noise, of_both, of_square = self._variances()
         # The bounds of ρ are the roots of quadratic · ρ² − 2 · linear · ρ + constant.
         quadratic = square**2 - limit * of_square
@@ -167,21 +168,6 @@ class NoiseScale:
     def of(cls, state: Mapping[str, Any]) -> "NoiseScale":
         """Return the noise scale of a `state_dict`. One of version 0.1 lacks the sums for the interval."""
         return cls(**{"has_spread": "_noise_squared" in state, **state})
-
-
-def _student(probability: float, degrees: float) -> float:
-    """Return a quantile of Student's t distribution, within 2 % from 2 degrees of freedom on.
-
-    Source: Abramowitz and Stegun 1964, "Handbook of Mathematical Functions", 26.7.5.
-    """
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
 
 
 def in_words(low: float, high: float, size: int, measured: int) -> str:
