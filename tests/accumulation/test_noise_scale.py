@@ -362,7 +362,7 @@ def test_sizes_come_from_a_file_or_a_flag(tmp_path):
     assert told.batch.effective == {0: 32, 500: 64}
     assert effective_batch_size(told.batch, 64)(500) == 64
     with pytest.raises(
-        InputError, match=r"batch\.effective: found 64; allowed: 1 to 63, the training examples"
+        InputError, match=r"batch\.effective: found 64; allowed: 1 to 63, the number of training examples"
     ):
         effective_batch_size(told.batch, 63)
     told = read_command_line(["--batch.effective", "{0: 8, 9: 16}", "--data.train", "x.csv"])
