@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from gradacc_hf.errors import InputError
 
@@ -35,6 +36,10 @@ class AccumulationSteps:
         accelerator: The run's Accelerator.
         num_steps: Micro-batches of this process in the window.
         sync_each_batch: Whether gradients are reduced after each micro-batch, not only after the last.
+
+    Attributes:
+        early_steps: Steps that an optimizer of the model took before the last micro-batch. A prepared
+            optimizer takes none.
     """
 
     _open: ClassVar[list["AccumulationSteps"]] = []
@@ -50,8 +55,10 @@ class AccumulationSteps:
             "sync_with_dataloader": False,
             "sync_each_batch": sync_each_batch,
         }
+        self.early_steps = 0
 
     def __enter__(self) -> "AccumulationSteps":
+        self._hook = register_optimizer_step_pre_hook(self._count_early_step)
         self._settings_before, self._step_before = dict(self._settings), self._accelerator.step
         self._open.append(self)
         return self
@@ -59,6 +66,7 @@ class AccumulationSteps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._hook.remove()
         later = self._open[self._open.index(self) + 1 :]
         self._open.remove(self)
         if later:
@@ -80,6 +88,17 @@ class AccumulationSteps:
     def count_entries(self, position: int) -> int:
         """Return how often `accelerator.accumulate` was entered since `begin(position)`."""
         return self._accelerator.step - position
+
+    def _count_early_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._accelerator.sync_gradients and _may_train(self._accelerator, optimizer):
+            self.early_steps += 1
+
+
+def _may_train(accelerator: Accelerator, optimizer: Optimizer) -> bool:
+    """Whether an optimizer holds weights of a prepared model; always, where no model was prepared."""
+    prepared = {id(weight) for model in accelerator._models for weight in model.parameters()}
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    return not accelerator._models or any(id(weight) in prepared for weight in weights)
 
 
 def forwards_are_collective(accelerator: Accelerator) -> bool:

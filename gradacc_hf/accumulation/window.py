@@ -27,6 +27,7 @@ from gradacc_hf.utils.modeling import BufferSnapshot
 from gradacc_hf.utils.rng import rng_states, set_rng_states
 
 ACCUMULATE = "with accelerator.accumulate(model):"
+PREPARE = "model, optimizer = accelerator.prepare(model, optimizer)"
 WEIGH = "accelerator.backward(window.weigh(loss))"
 
 
@@ -73,7 +74,8 @@ class Window:
 
     The micro-batches stay on the host; one at a time is put on the device. A window can be iterated again:
     each micro-batch then meets the random numbers (dropout) of the first pass. A pass in which gradients are
-    enabled must call `accelerator.accumulate` and `weigh` for every micro-batch, else it raises LoopError.
+    enabled must call `accelerator.accumulate` and `weigh` for every micro-batch, and step a prepared
+    optimizer. Else it raises LoopError.
     `batches()` reads the micro-batches without any effect on training.
 
     Attributes:
@@ -127,7 +129,7 @@ class Window:
                         raise self._not_accumulated(position, entries)
                     if position == 0 and self._weighed:
                         probe.measure()
-            self._end_pass(probe, checks_calls)
+            self._end_pass(probe, steps.early_steps, checks_calls)
         finally:
             self._position = self._pass_position = None
             if not (checks_calls or self._weighed):  # a pass that only reads takes no loss away
@@ -318,17 +320,22 @@ class Window:
             # The other processes do not wait for the gradients of one that is out of memory.
             self.oom_exchange.report_success(self.indices)
 
-    def _end_pass(self, probe: NoiseProbe, checks_calls: bool) -> None:
+    def _end_pass(self, probe: NoiseProbe, early_steps: int, checks_calls: bool) -> None:
         """Add up the loss over processes. Collective, so that all processes raise an error together."""
         missing = len(self) - len(self._weighed)
-        loss, small, missing_anywhere = self._loss_here, probe.sums, missing
+        loss, small, missing_anywhere, early_anywhere = self._loss_here, probe.sums, missing, early_steps
         if self.accelerator.num_processes > 1:
             here = torch.as_tensor(loss, dtype=torch.float32, device=self.accelerator.device)
-            sums = torch.stack([here, *here.new_tensor([*probe.sums, missing])])
-            loss, *small, missing_anywhere = self.accelerator.reduce(sums, reduction="sum")
+            sums = torch.stack([here, *here.new_tensor([*probe.sums, missing, early_steps])])
+            loss, *small, missing_anywhere, early_anywhere = self.accelerator.reduce(sums, reduction="sum")
         self.small = probe.result(small)
         if missing_anywhere and checks_calls:
             raise self._not_weighed()
+        if early_anywhere and checks_calls:
+            raise LoopError(
+                f"an optimizer took {int(early_anywhere)} steps before the window's last micro-batch: write "
+                f"`{PREPARE}` before the loop"
+            )
         self._latest_loss = None
         if self._weighed:
             self._loss = math.nan if missing_anywhere else loss

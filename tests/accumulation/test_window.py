@@ -109,6 +109,49 @@ def test_accumulate_twice_in_a_micro_batch_is_an_error():
         loop()
 
 
+def copied_loop(model, optimizer, windows, other=None):
+    """The loop of the README; `other` is an optimizer that steps for each micro-batch."""
+    accelerator = windows.accelerator
+    for window in windows:
+        for batch in window:
+            with accelerator.accumulate(model):
+                accelerator.backward(window.weigh(model(**batch).loss))
+                if other is not None:
+                    other.step()
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("prepares_model", [True, False])
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+def test_an_unprepared_optimizer_is_an_error_at_the_end_of_the_first_window(prepares_model, options):
+    head, _, windows, model, _ = set_up()
+    if not prepares_model:
+        windows.accelerator.free_memory()
+        model = head.model
+    optimizer = torch.optim.AdamW(head.model.parameters(), **options)
+    with pytest.raises(LoopError, match="took 3 steps before the window's last micro-batch: write `model"):
+        copied_loop(model, optimizer, windows)
+
+
+def test_optimizers_that_take_no_early_step_of_the_model_are_no_error():
+    """An optimizer of other weights may step at any time, and an unprepared one at the window's end."""
+    head, _, windows, model, optimizer = set_up()
+    other = torch.optim.SGD([torch.zeros(2, requires_grad=True)])
+    copied_loop(model, optimizer, windows, other)
+    unprepared = torch.optim.SGD(head.model.parameters(), lr=0.1)
+    before = [weight.detach().clone() for weight in head.model.parameters()]
+    accelerator = windows.accelerator
+    for window in windows:
+        for batch in window:
+            with accelerator.accumulate(model):
+                accelerator.backward(window.weigh(model(**batch).loss))
+                if accelerator.sync_gradients:
+                    unprepared.step()
+                    unprepared.zero_grad()
+    assert any((old != new).any() for old, new in zip(before, head.model.parameters(), strict=True))
+
+
 def test_batches_are_read_without_a_trace_and_a_window_can_be_trained_after_an_error():
     head, examples, windows, model, optimizer = set_up()
     accelerator = windows.accelerator

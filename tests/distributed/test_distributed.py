@@ -79,6 +79,21 @@ def test_bf16_weights_are_refused_on_several_processes_in_one_line_that_says_wha
         assert "allowed there is float32, which computes in bf16 with budget.precision bf16" in refused
 
 
+def test_a_call_that_a_loop_leaves_out_is_an_error_on_all_processes(ddp):
+    num_processes, found = ddp
+    found = found["calls_left_out"]
+    assert found["none"] == [""] * num_processes
+    lines = {
+        "accumulate": "with accelerator.accumulate(model):",
+        "weigh": "accelerator.backward(window.weigh(loss))",
+        "weigh_on_the_last": "accelerator.backward(window.weigh(loss))",
+        "prepare": "model, optimizer = accelerator.prepare(model, optimizer)",
+    }
+    for call, line in lines.items():
+        assert len(found[call]) == num_processes
+        assert all(f"write `{line}`" in message for message in found[call]), call
+
+
 def test_a_contrastive_window_is_exact_where_processes_hold_unequal_numbers_of_pairs_or_none(ddp):
     num_processes, found = ddp
     planned = found["contrastive"]["planned"] + found["contrastive_fewer_pairs_than_processes"]["planned"]

@@ -4,6 +4,7 @@ line of JSON.
 torchrun --nproc_per_node 2 tests/helpers/distributed_worker.py ddp    (or fsdp2)
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from transformers import BertConfig, BertModel, PrinterCallback, TrainingArgumen
 from gradacc_hf import (
     ExactTrainer,
     InputError,
+    LoopError,
     WindowLoader,
     accumulate_in_float32,
     evaluate,
@@ -458,6 +460,37 @@ def masked_at_random(engine):
     return {"finite": all(np.isfinite(losses)), "windows": len(losses)}
 
 
+def calls_left_out(engine):
+    """The error of each process for loops that leave a call out, on all processes or on the last one."""
+    accelerator, head = accelerator_for(engine), build_head("sequence_classification", "bert")
+    weights, last = head.model.parameters(), accelerator.num_processes - 1
+    windows = WindowLoader(
+        head.examples(LENGTHS[:12]), 12, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=2
+    )
+    model, prepared = accelerator.prepare(head.model, torch.optim.SGD(weights, lr=0.0))
+
+    def error(optimizer=prepared, accumulates=True, weighs=True):
+        try:
+            for window in windows:
+                for batch in window:
+                    with accelerator.accumulate(model) if accumulates else contextlib.nullcontext():
+                        loss = model(**batch).loss
+                        accelerator.backward(window.weigh(loss) if weighs else loss)
+                        optimizer.step()
+                        optimizer.zero_grad()
+        except LoopError as found:
+            return gather_object([str(found)])
+        return gather_object([""])
+
+    return {
+        "none": error(),
+        "accumulate": error(accumulates=False),
+        "weigh": error(weighs=False),
+        "weigh_on_the_last": error(weighs=accelerator.process_index != last),
+        "prepare": error(optimizer=torch.optim.SGD(head.model.parameters(), lr=0.0)),
+    }
+
+
 def bf16_weights(engine):
     """Bf16 weights train on one process; on several, the line that they are refused with."""
     accelerator, model = accelerator_for(engine), torch.nn.Linear(2, 1).bfloat16()
@@ -630,6 +663,7 @@ CASES = {
     "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),
     "masked_at_random": masked_at_random,
     "out_of_memory": out_of_memory,
+    "calls_left_out": calls_left_out,
     "bf16_weights": bf16_weights,
     "evaluation": evaluation,
     "sizes": sizes,
