@@ -1,7 +1,7 @@
 """Every guide: its code runs, its commands run, its links lead somewhere.
 
-A code block runs as it stands, or the HTML comment above it says why not: `<!-- not run: reason -->`.
-Commands run in a folder that looks like the repository. `SHORTENED` shortens those that would take long.
+A code block runs as it stands, or the HTML comment above it has the reason: `<!-- not run: reason -->`.
+Commands run in a folder that looks like the repository. `SHORTENED` shortens commands that would take long.
 """
 
 import json
@@ -16,12 +16,12 @@ from functools import cache
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
+import launch_fixtures
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
 from guides import GUIDES, LANGUAGES, README, anchors, blocks, links, prose, read
-from launched import make_venv
 from PIL import Image
 from recipe_runs import load_recipe
 from transformers import TrainingArguments
@@ -32,6 +32,8 @@ from gradacc_hf.cli import main as cli
 from gradacc_hf.config.schema import Config
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.verification.tiny_models import build_head
+
+venv = launch_fixtures.venv
 
 ONE_WINDOW = "--train.max_windows 1 --output.tracker none"
 SMALL_WINDOW = f"{ONE_WINDOW} --batch.effective 8 --budget.max_tokens 512"
@@ -47,7 +49,7 @@ QUICK = re.compile(r"gradacc (ls|cp|lessons$|doctor|play --space)")
 """Commands of a few seconds. All others are marked slow."""
 IS_PAGE = re.compile(r"(gradacc|\./launch\.sh) play$")
 FINDS_FAULTS = re.compile(r"gradacc (doctor|verify|plan) ")
-"""Commands that may end with exit code 1, which says what they found."""
+"""Commands that may end with exit code 1, if they find a fault."""
 
 
 # ---- code ----
@@ -76,7 +78,7 @@ def test_every_block_runs_or_says_why_not():
 
 
 def names(folder, text):
-    """What a Python block of the guides uses: a tiny classifier, its data, and a Trainer's arguments."""
+    """Return what a Python block of the guides uses: a tiny classifier, its data, a Trainer's arguments."""
     head, accelerator = build_head("sequence_classification", "bert"), Accelerator(cpu=True)
     model, optimizer = head.model, torch.optim.AdamW(head.model.parameters(), lr=1e-3)
     if re.search(r"accumulate\(|diagnose\(", text):
@@ -110,8 +112,8 @@ def test_a_python_block_runs_as_it_stands(block, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A folder that looks like the repository, with data of a user, and the environment of its commands."""
+def workplace(tmp_path_factory, venv):
+    """Return a folder that looks like the repository, with a user's data, and the environment of commands."""
     folder = tmp_path_factory.mktemp("repository")
     for name in ("launch.sh", "pyproject.toml", "constraints.txt", "README.md", "gradacc_hf", "tests"):
         (folder / name).symlink_to(ROOT / name)
@@ -129,7 +131,7 @@ def workplace(tmp_path_factory):
         **os.environ,
         "PATH": f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "VENV": str(make_venv(tmp_path_factory.mktemp("venv"))),
+        "VENV": str(venv),
         "HF_HOME": str(tmp_path_factory.mktemp("hf")),
         "COLUMNS": "120",
     }

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from launched import make_venv
 
 RECIPE = "recipes/text_classification.py"
 
@@ -17,7 +16,14 @@ RECIPE = "recipes/text_classification.py"
 @pytest.fixture(scope="module")
 def venv(tmp_path_factory):
     """What ./launch.sh would have installed: this environment, with the stamp that says so."""
-    return make_venv(tmp_path_factory.mktemp("venv"))
+    folder = tmp_path_factory.mktemp("venv")
+    for part in ("bin", "lib", "pyvenv.cfg"):
+        (folder / part).symlink_to(Path(sys.prefix) / part)
+    wanted = subprocess.run(
+        "cat pyproject.toml constraints.txt | cksum", shell=True, cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    (folder / ".gradacc-installed").write_text(f"{wanted} dev\n")
+    return folder
 
 
 @pytest.fixture

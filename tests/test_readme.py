@@ -84,7 +84,7 @@ def test_both_sides_of_the_diff_train(side):
     assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
 
 
-# ---- what it says ----
+# ---- the text ----
 
 
 def test_the_readme_has_at_most_1000_words():

@@ -73,7 +73,7 @@ def film(seen: list[Picture], seconds: list[float]) -> str:
         "animation-iteration-count: infinite; animation-timing-function: step-end} "
         "@media (prefers-reduced-motion: reduce) "
         "{.shot {animation: none} .shot.last {visibility: visible}} "
-        "text {font-family: sans-serif} .mono {font-family: monospace}"
+        "text {font-family: sans-serif} .mono {font-family: monospace; font-size: 12px}"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'

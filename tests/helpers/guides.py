@@ -42,7 +42,7 @@ class Block:
 
     @property
     def runs(self) -> bool:
-        """Whether tests run the block; else the note says why not."""
+        """Whether tests run the block; if not, the note has the reason."""
         return not self.note.startswith("not run: ")
 
     @property
@@ -110,6 +110,9 @@ def check_absolute(text: str, homepage: str) -> None:
     found = links(text)
     assert len(found) == len(links(read(README))) > 20
     for link in found:
+        if link.startswith("#user-content-"):
+            assert link.removeprefix("#user-content-") in anchors(README), link
+            continue
         assert re.match(r"https://[\w-]+(\.[\w-]+)+/", link), link
         for root in (f"{homepage}/blob/main/", f"{raw}/main/"):
             assert not link.startswith(root) or (ROOT / link.removeprefix(root).partition("#")[0]).exists(), (
