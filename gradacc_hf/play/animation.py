@@ -23,7 +23,7 @@ PLACES = {  # x, y, width, title of each picture
     "losses": (500, 278, 410, "The loss of each window"),
 }
 CSS_RULES = (  # of page.css
-    *(":root", "svg text", "polyline", ".axis", ".ground", ".hatch", ".frame", ".tokens", ".next_position"),
+    *(":root", "svg text", "polyline", ".axis", ".ground", ".hatch", ".frame", ".tokens", ".coming"),
     *(".fill", ".bucket", ".target", ".mark"),
 )
 
