@@ -1,4 +1,4 @@
-"""The figures in the README, each with the command that measures it.
+"""The measured figures, each with the command that measures it. README.md holds them.
 
     python -m gradacc_hf.bench exactness     # exactness.py: errors of accumulated gradients
     python -m gradacc_hf.bench speed         # throughput.py: the loop beside the dense limit

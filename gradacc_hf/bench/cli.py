@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="gradacc bench", description="Measure the figures in the README.")
+    parser = Parser(prog="gradacc bench", description="Measure the figures of gradacc_hf/bench/README.md.")
     subcommands = parser.add_subparsers(dest="benchmark", required=True)
     for name, benchmark in BENCHMARKS.items():
         subcommand = subcommands.add_parser(name, help=benchmark.help)
