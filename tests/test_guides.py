@@ -208,6 +208,10 @@ def inline_commands():
     """Every `gradacc …` and `./launch.sh …` in the text of the guides, as words."""
     pattern = r"`((?:gradacc|\./launch\.sh) [^`\n]+)`"
     code = {code for guide in GUIDES for code in re.findall(pattern, prose(guide))}
+    measurements = prose(ROOT / "gradacc_hf/bench/README.md")
+    code |= {
+        f"gradacc {code}" for code in re.findall(r"\| `((?:bench|verify|compare)\b[^`]*)` \|", measurements)
+    }
     return [code.split() for code in sorted(code)]
 
 
