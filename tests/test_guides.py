@@ -36,7 +36,7 @@ from gradacc_hf.verification.tiny_models import build_head
 venv = launch_fixtures.venv
 
 ONE_WINDOW = "--train.max_windows 1 --output.tracker none"
-SMALL_WINDOW = f"{ONE_WINDOW} --batch.effective 8 --budget.max_tokens 512"
+SMALL_WINDOW = f"{ONE_WINDOW} --batch.effective 8 --budget.max_tokens 512 --data.validation_fraction 0.02"
 SHORTENED = {
     r"\./launch\.sh recipes/minimal\.py": "--max_windows 1",
     r"\./launch\.sh recipes/compare_trainer\.py": "",
@@ -48,7 +48,7 @@ SHORTENED = {
 QUICK = re.compile(r"gradacc (ls|cp|lessons$|doctor|play --space)")
 """Commands of a few seconds. All others are marked slow."""
 IS_PAGE = re.compile(r"(gradacc|\./launch\.sh) play$")
-FINDS_FAULTS = re.compile(r"gradacc (doctor|verify|plan) ")
+FINDS_FAULTS = re.compile(r"gradacc (doctor|verify|plan) |python tests/helpers/prose\.py")
 """Commands that may end with exit code 1, if they find a fault."""
 
 
