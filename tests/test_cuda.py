@@ -1,4 +1,4 @@
-"""What a GPU alone can show: skipped, with this reason, where there is none."""
+"""Tests that need a GPU. They are skipped without one."""
 
 import json
 import os
@@ -11,11 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accumulation.test_gradient_cache import collate as collate_pairs
-from accumulation.test_gradient_cache import embedder, num_pairs, pairs
+from checkpointed_runs import cut_back, history_without_seconds, same_weights
+from checkpointed_runs import run as run_with_checkpoints
 from conftest import ROOT
-from training.test_checkpoint import cut_back, history, same_weights
-from training.test_checkpoint import run as run_with_checkpoints
+from contrastive_pairs import collate as collate_pairs
+from contrastive_pairs import embedder, num_pairs, pairs
 
 from gradacc_hf import WindowLoader
 from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
@@ -135,7 +135,7 @@ def test_memory_that_runs_out_changes_no_loss():
     limited, free = run_limited(1, 90), run_limited(1, None)
     assert limited.replays >= 1
     assert limited.each_once
-    assert limited.error(free) < 1e-4  # the GPU's sums depend on the split, too
+    assert limited.error(free) < 1e-4  # sums on a GPU depend on the split, too
 
 
 @pytest.mark.parametrize("window", [1, 3, 6])
@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_is_the_same_bit_for_bit(tmp_path, window):
     killed = cut_back(tmp_path / "whole", tmp_path / "run", window)
     again, _ = run_with_checkpoints(killed, resume=killed, accelerator=cuda)
     assert same_weights(model, again)
-    assert history(killed) == history(tmp_path / "whole")
+    assert history_without_seconds(killed) == history_without_seconds(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.name)
@@ -165,7 +165,7 @@ def test_a_compiled_model_has_the_same_gradients_for_micro_batches_of_many_shape
         recorder = RecordGradients(head.model)
         model, optimizer = accelerator.prepare(head.model, recorder)
         train(model, optimizer, loader(head, accelerator, max_tokens=160), accelerator=accelerator)
-        assert is_compiled(head.model) == compiled  # else it has given up
+        assert is_compiled(head.model) == compiled  # otherwise compilation was abandoned
         gradients[compiled] = recorder.gradients
     for one, other in zip(*gradients.values(), strict=True):
         assert relative_error(one, other) < 1e-4
@@ -184,7 +184,7 @@ def test_adamw_in_8_bits_learns():
 
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory):
-    """A Llama with the words of a tokenizer made here: no download."""
+    """Return a Llama with a tokenizer that is made here, without a download."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -205,7 +205,7 @@ def tiny_llama(tmp_path_factory):
 
 
 def launched(folder, output, *more, topology="gpu.yaml"):
-    """A run of the causal LM recipe as users launch it; its summary and what it said."""
+    """Run the causal LM recipe as users launch it. Return the summary and the output."""
     command = [
         *("accelerate", "launch", "--config_file", f"{ROOT}/configs/accelerate/{topology}"),
         *("--num_processes", "1", f"{ROOT}/recipes/causal_lm.py", "--model.name", f"{folder}"),

@@ -1,4 +1,4 @@
-"""launch.sh: N processes asked for are N running, bad input is one line, no accelerate config leaks in."""
+"""launch.sh: the number of processes, bad input in one line, and no other accelerate config."""
 
 import json
 import os
@@ -7,28 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launch_fixtures
 import pytest
 from conftest import ROOT
+from launch_fixtures import RECIPE
 
-RECIPE = "recipes/text_classification.py"
+# Fixtures.
+venv, texts = launch_fixtures.venv, launch_fixtures.texts
 
-
-@pytest.fixture(scope="module")
-def venv(tmp_path_factory):
-    """What ./launch.sh would have installed: this environment, with the stamp that says so."""
-    folder = tmp_path_factory.mktemp("venv")
-    for part in ("bin", "lib", "pyvenv.cfg"):
-        (folder / part).symlink_to(Path(sys.prefix) / part)
-    wanted = subprocess.run(
-        "cat pyproject.toml constraints.txt | cksum", shell=True, cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    (folder / ".gradacc-installed").write_text(f"{wanted} dev\n")
-    return folder
+NO_RECIPE = "recipe: found {}, which is not a file; allowed: a path such as recipes/"
+NO_CONFIG = "--config: found 'nowhere.yaml', which is not a file; allowed: an existing YAML file"
 
 
 @pytest.fixture
 def launch(venv, tmp_path):
-    leak = tmp_path / "hf/accelerate/default_config.yaml"  # what `accelerate config` would have left
+    leak = tmp_path / "hf/accelerate/default_config.yaml"  # as `accelerate config` writes it
     leak.parent.mkdir(parents=True)
     leak.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 3\n")
 
@@ -48,17 +41,6 @@ def launch(venv, tmp_path):
         )
 
     return run
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "texts.csv"
-    rows = [
-        f"{'good' if i % 3 else 'bad'} words {'and more ' * (i % 11)},{'yes' if i % 3 else 'no'}"
-        for i in range(60)
-    ]
-    path.write_text("text,label\n" + "\n".join(rows) + "\n")
-    return path
 
 
 @pytest.mark.slow
@@ -93,8 +75,11 @@ def test_it_prints_the_command_that_it_ends_in_and_runs_that_many_processes(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["recipes/nonsense.py"], "no recipe recipes/nonsense.py here; there are: "),
-        (["--config", "x.yaml"], "the first argument is the recipe; found --config"),
+        (
+            ["recipes/nonsense.py"],
+            "recipe: found recipes/nonsense.py, which is not a file; allowed: a path such as recipes/",
+        ),
+        (["--config", "x.yaml"], "the first argument: found --config; allowed: a recipe or a command"),
         ([RECIPE, "--processes", "0"], "--processes: found '0'; allowed: 1 or more"),
         ([RECIPE, "--processes", "two"], "--processes: found 'two'"),
         (["--processes", "two", RECIPE], "--processes: found 'two'"),
@@ -143,17 +128,26 @@ def test_help_needs_no_environment(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["recipes/nonsense.py"], "no recipe recipes/nonsense.py here; there are: "),
-        (["nonsense"], "no recipe nonsense here; there are: "),
-        (["--config", "x.yaml"], "the first argument is the recipe; found --config"),
+        (
+            ["recipes/nonsense.py"],
+            "recipe: found recipes/nonsense.py, which is not a file; allowed: a path such as recipes/",
+        ),
+        (["nonsense"], NO_RECIPE.format("nonsense")),
+        (["--config", "x.yaml"], "the first argument: found --config; allowed: a recipe or a command"),
         ([RECIPE, "--processes"], "--processes: found ''; allowed: 1 or more"),
         (["--processes", "0", RECIPE], "--processes: found '0'; allowed: 1 or more"),
-        ([RECIPE, "--config", "nowhere.yaml"], "--config: found 'nowhere.yaml', which is no file here"),
-        ([RECIPE, "--config=nowhere.yaml"], "--config: found 'nowhere.yaml', which is no file here"),
+        (
+            [RECIPE, "--config", "nowhere.yaml"],
+            NO_CONFIG,
+        ),
+        (
+            [RECIPE, "--config=nowhere.yaml"],
+            NO_CONFIG,
+        ),
         ([RECIPE, "--machines", "2"], "--machines 2 needs --main_address HOST or HOST:PORT"),
         ([RECIPE, "--machine_rank", "1"], "--machine_rank: found '1'; allowed: 0 to 0"),
         ([RECIPE, "--main_address", "--check"], "--main_address: found '--check'; allowed: HOST"),
-        (["--processes", "2", "play"], "--processes is for a recipe; play takes none"),
+        (["--processes", "2", "play"], "--processes is allowed only with a recipe; found the command play"),
     ],
 )
 def test_arguments_are_checked_before_anything_is_installed(tmp_path, arguments, line):
@@ -186,7 +180,7 @@ def test_its_flags_stand_before_or_after_the_recipe(launch, texts, arguments):
 
 
 def without(*names, **more):
-    """The environment variables without these, and with more."""
+    """Return the environment variables without these names, and with more."""
     return {**{name: value for name, value in os.environ.items() if name not in names}, **more}
 
 
@@ -200,7 +194,7 @@ def test_an_active_environment_that_has_the_package_is_used(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "text_classification" in done.stdout
-    used = f"using the active virtual environment {sys.prefix}, as it has gradacc-hf\n"
+    used = f"using the active virtual environment {sys.prefix}, which has gradacc-hf\n"
     assert done.stderr == ("" if Path(sys.prefix) == ROOT / ".venv" else used)
 
 
@@ -213,7 +207,7 @@ def empty_venv(tmp_path_factory):
 
 
 def test_an_active_environment_without_the_package_is_left_alone(empty_venv, venv):
-    """Here with VENV, so that nothing is installed; it is the environment that is used."""
+    """VENV names the environment to use, so that nothing is installed."""
     done = subprocess.run(
         [ROOT / "launch.sh", "ls"],
         env=without("PYTHON", VIRTUAL_ENV=str(empty_venv), VENV=str(venv)),
@@ -225,7 +219,7 @@ def test_an_active_environment_without_the_package_is_left_alone(empty_venv, ven
 
 
 def test_another_python_than_that_of_the_environment_is_one_line(venv, tmp_path):
-    other = tmp_path / "python"  # says of itself that it is another version
+    other = tmp_path / "python"  # prints another version
     other.write_text("#!/bin/sh\necho 3.99\n")
     other.chmod(0o755)
     done = subprocess.run(
@@ -236,7 +230,8 @@ def test_another_python_than_that_of_the_environment_is_one_line(venv, tmp_path)
     )
     assert done.returncode == 2
     assert re.fullmatch(
-        r"error: \S+ has Python 3\.\d+ and PYTHON=\S+ is 3\.99: remove that folder, or .*\n", done.stderr
+        r"error: \S+ has Python 3\.\d+, but PYTHON=\S+ is 3\.99: remove that folder or set VENV=.*\n",
+        done.stderr,
     )
 
 
@@ -251,7 +246,7 @@ def test_another_python_than_that_of_the_environment_is_one_line(venv, tmp_path)
     ],
 )
 def test_it_installs_what_the_command_needs(tmp_path, arguments, extras):
-    """With the real pip in a dry run: the third step fails, and leaves no stamp that says it is done."""
+    """pip runs without installing. The third step fails and leaves no stamp."""
     folder = tmp_path / "venv"
     dry = {"PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1"}
     done = subprocess.run(
@@ -276,7 +271,7 @@ def test_no_python_is_one_line(tmp_path):
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: no Python of at least 3.11 found (tried no-such-python)")
+    assert done.stderr.startswith("error: found no Python 3.11 or newer (tried no-such-python)")
 
 
 def test_the_lessons_are_listed_and_their_mistakes_are_one_line(launch, tmp_path):

@@ -1,6 +1,6 @@
-"""gradacc_hf/README.md, the map of the package, names every package, and nothing that does not exist.
+"""The map of the package, gradacc_hf/README.md, names every package and only existing files.
 
-Docstrings, comments and the other READMEs name existing files, too.
+Docstrings, comments and the other READMEs name only existing files, too.
 """
 
 import ast
@@ -56,7 +56,7 @@ def names_defined_in(path):
 
 
 def test_every_python_file_that_a_text_names_exists():
-    """A name is that of a file in the same folder, or a path from gradacc_hf/ or the repository root."""
+    """A name is a file in the same folder, or a path from gradacc_hf/ or the repository root."""
     texts = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md")]
     texts += [path for top in ("gradacc_hf", "recipes") for path in sorted((ROOT / top).rglob("*.py"))]
     texts += [path for top in ("gradacc_hf", "recipes") for path in sorted((ROOT / top).rglob("README.md"))]

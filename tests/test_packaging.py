@@ -1,7 +1,7 @@
-"""The package as pip installs it: sdist and wheel, plain and with extras, and a Space from its requirements.
+"""The package as pip installs it: sdist and wheel, plain and with extras, and a Space from the requirements.
 
-Each environment is new and has no development tools. The plain environment is used first; then the extras are
-installed into it. Run the file as a whole; it takes some minutes.
+Each environment is new and has no development tools. The plain environment is used first. Then the extras are
+installed into it. Run the whole file, which takes some minutes.
 """
 
 import os
@@ -46,7 +46,7 @@ print(gradacc_hf.__file__)
 
 
 class Environment:
-    """A virtual environment of its own: what is installed there, and programs that run in an empty folder."""
+    """A new virtual environment. Programs run in an empty folder."""
 
     def __init__(self, folder):
         self.bin, self.home = folder / "bin", folder.parent / f"{folder.name}-home"
@@ -66,7 +66,7 @@ class Environment:
         return done
 
     def install(self, *what):
-        """With the tested versions. Without bytecode: most of it is never imported here."""
+        """Install the tested versions, without bytecode: most modules are never imported."""
         self.run("python", "-m", "pip", "install", "--no-compile", "-c", ROOT / "constraints.txt", *what)
 
     def has(self, module):
@@ -76,7 +76,7 @@ class Environment:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The sdist of this checkout, and the wheel that is built from that sdist."""
+    """Build the sdist of this checkout, and a wheel from the sdist."""
     folder = tmp_path_factory.mktemp("built")
     builder = Environment(folder / "builder")
     builder.install("hatchling", "hatch-fancy-pypi-readme")
@@ -142,7 +142,7 @@ def homepage_of(fields):
 
 
 def sources():
-    """The files of the package that are tracked by git."""
+    """Return the files of the package that git tracks."""
     listed = subprocess.run(["git", "ls-files", "gradacc_hf"], cwd=ROOT, capture_output=True, text=True)
     files = [ROOT / line for line in listed.stdout.splitlines()]
     return [file for file in files if file.is_file()] or list((ROOT / "gradacc_hf").rglob("*.py"))
@@ -152,7 +152,7 @@ def sources():
 def test_a_plain_install_trains_a_window(plain):
     printed = plain.run("python", "-c", LOOP).stdout.splitlines()
     assert printed[-2].startswith("window 0 loss ")
-    assert Path(printed[-1]).is_relative_to(plain.bin.parent)  # not the checkout
+    assert Path(printed[-1]).is_relative_to(plain.bin.parent)  # and not the checkout
 
 
 @pytest.mark.slow
@@ -211,7 +211,7 @@ def test_a_copied_recipe_trains_two_windows(with_extras):
     )
     assert "2 windows, 16 examples" in done.stdout
     assert (with_extras.home / "run/last/model.safetensors").is_file()
-    # Without [report], the run is whole and says what is missing.
+    # Without [report], the run completes and names the missing extra.
     assert "pip install 'gradacc-hf[report]'" in done.stderr
     assert not (with_extras.home / "run/report.html").exists()
 
@@ -224,7 +224,7 @@ def test_extras_bring_no_development_tools(with_extras):
 
 @pytest.mark.slow
 def test_a_space_lists_what_it_needs(tmp_path):
-    """An environment with the packages of its requirements.txt serves its page."""
+    """An environment with the packages of requirements.txt serves the page."""
     space = tmp_path / "space"
     subprocess.run(
         [sys.executable, "-m", "gradacc_hf", "play", "--space", space],

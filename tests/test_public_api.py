@@ -1,4 +1,4 @@
-"""The public names: which there are, that they load, that they are documented, and that they are typed."""
+"""The public names load, and are documented and typed. The list of names is complete."""
 
 import ast
 import inspect

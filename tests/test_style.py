@@ -1,6 +1,7 @@
-"""The rules of CONTRIBUTING that a program can check, held over the whole package and all tests."""
+"""The rules of CONTRIBUTING that a program can check, for the whole package and all tests."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,14 +37,14 @@ THIRD_PARTY_PRIVATES = {
 
 
 def parsed(folder: Path) -> Iterator[tuple[str, ast.Module]]:
-    """Each Python file under a folder, as its path in the repository and its syntax tree."""
+    """Yield the path and the syntax tree of each Python file in a folder."""
     for path in sorted(folder.rglob("*.py")):
         if "recipes_0_1_0" not in path.parts:  # copies of released files
             yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
 
 
 def report(found: dict[str, object]) -> str:
-    """All that was found, a line each."""
+    """Return the findings, one per line."""
     return "\n".join(["", *(f"{name} {what}" for name, what in sorted(found.items()))])
 
 
@@ -106,3 +107,16 @@ def test_the_folders_of_the_tests_are_those_of_the_package():
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     folders = {path.parent.relative_to(TESTS).parts[0] for path in TESTS.glob("*/**/*.py")}
     assert folders - packages - SHARED_TEST_FOLDERS == set()
+
+
+def test_no_test_file_imports_another_test_file():
+    """Shared code is in tests/helpers. The check reads lines, to include scripts in strings."""
+    names = {path.stem for path in TESTS.rglob("test_*.py")}
+    assert "test_style" in names
+    found = {
+        f"{path.relative_to(ROOT)}:{number}": line.strip()
+        for path in sorted(TESTS.rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if re.match(r"\s*(from|import)\s", line) and names & {*re.findall(r"\w+", line)}
+    }
+    assert not found, report(found)

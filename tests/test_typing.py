@@ -1,4 +1,4 @@
-"""What a type checker and an editor say of a user's script, asked from pyright."""
+"""The messages and types that pyright reports for a script of a user."""
 
 import json
 import os
@@ -57,7 +57,7 @@ windows.recrd_gradient_norm  # Cannot access attribute "recrd_gradient_norm"
 
 @pytest.fixture(scope="module")
 def messages(tmp_path_factory):
-    """Messages of pyright as (file, line number from 0, severity, text)."""
+    """Return the messages of pyright as (file, line number from 0, severity, text)."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "right.py").write_text(RIGHT)
     (folder / "wrong.py").write_text(WRONG)
@@ -91,7 +91,7 @@ def test_a_right_script_has_no_error_and_every_public_name_a_type(messages):
         expected = lines[number].partition("  # ")[2]
         if expected:
             assert revealed[number] == expected
-        # Parts of a type may be unknown where a library leaves them so: DataLoader[Unknown].
+        # Libraries leave some types unknown: DataLoader[Unknown].
         assert not re.search(r"(^|: |-> )Unknown", revealed[number]), lines[number]
 
 

@@ -1,4 +1,4 @@
-"""Models, data and runs that others made run no code and write nowhere else; what a run leaves is safe."""
+"""Models, data and runs of other people run no code and write no files elsewhere. Files of a run are safe."""
 
 import ast
 import json
@@ -38,7 +38,7 @@ ROWS = [
 
 
 class LeavesAMark:
-    """What its pickle does, where it is run: it makes a file."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, mark):
         self.mark = str(mark)
@@ -49,7 +49,7 @@ class LeavesAMark:
 
 @pytest.fixture
 def mark(tmp_path):
-    """Where code of others would leave its mark; at the end there is none."""
+    """Return the path that foreign code would create. At the end, check that nothing is there."""
     yield (path := tmp_path / "mark")
     assert not path.exists(), "code of others was run"
 
@@ -61,7 +61,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def model(tiny_bert, tmp_path):
-    """A copy of a model's folder, to be tampered with."""
+    """Return a copy of the folder of a model, to tamper with."""
     return shutil.copytree(tiny_bert, tmp_path / "model")
 
 
@@ -75,7 +75,7 @@ def marking_code(mark):
 
 @pytest.fixture(scope="module")
 def trained(tiny_bert, tmp_path_factory):
-    """A run under a umask that allows everything, with a token in the environment and one in a setting."""
+    """Run with a umask that allows everything, a token in the environment, and a token in a setting."""
     home = tmp_path_factory.mktemp("home")
     write_rows(home / "rows.jsonl", ROWS)
     flags = {"model.name": tiny_bert, "data.train": "rows.jsonl", "batch.effective": 16, "output.dir": "run"}
@@ -90,7 +90,7 @@ def trained(tiny_bert, tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path, monkeypatch):
-    """A copy of that run, as it came from someone, beside its data."""
+    """Return a copy of the run beside the data, as received from another person."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(trained[0].parent / "rows.jsonl", tmp_path)
     return shutil.copytree(trained[0], tmp_path / "run")
@@ -98,7 +98,7 @@ def run(trained, tmp_path, monkeypatch):
 
 @pytest.fixture
 def gradacc(capfd, monkeypatch):
-    """The command line in this process: its exit code, and all that it said."""
+    """Run the command line in this process. Return the exit code and the output."""
 
     def gradacc(*words):
         monkeypatch.setattr(sys, "argv", ["gradacc", *map(str, words)])
@@ -144,7 +144,7 @@ def test_weights_that_are_a_pickle_of_code_are_refused_and_not_run(refused, mode
     line = refused(TextClassification, "--data.train", rows, "--model.name", model)
     assert "cannot be loaded: a pickle that" in line
     assert "which was not run; use a model in *.safetensors" in line
-    assert "weights_only" not in line  # PyTorch's own message says how to run it
+    assert "weights_only" not in line  # the message of PyTorch explains how to load it
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -183,7 +183,7 @@ def test_code_that_comes_with_a_model_is_not_run(refused, start, model, rows, ma
     (model / "mine.py").write_text(marking_code(mark))
     auto = {"AutoConfig": "mine.C", "AutoModelForSequenceClassification": "mine.M", "AutoModel": "mine.M"}
     change(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.T", None]})
-    change(model / "config.json", auto_map=auto)  # of a kind that transformers knows by itself
+    change(model / "config.json", auto_map=auto)  # of a type that transformers has built in
     assert start(TextClassification, "--data.train", rows, "--model.name", model, "--check").code == 0
     change(model / "config.json", model_type="mine")
     line = refused(TextClassification, "--data.train", rows, "--model.name", model)
@@ -247,7 +247,7 @@ def test_the_name_of_a_kind_of_file_reads_no_files_that_happen_to_be_here(start,
     assert start(TextClassification, "--data.train", "json", "--check").code == 0
 
 
-# Runs that come from others
+# Runs of other people
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_run_with_a_pickle_among_its_models_is_refused(gradacc, run, mark, wor
     ended = gradacc(*words)
     assert is_one_line(ended)
     assert f"run/best: found {name}, a pickle, which may run code and which no run writes" in ended[1]
-    assert gradacc("report", run)[0] == 0  # it opens no model
+    assert gradacc("report", run)[0] == 0  # no model is opened
 
 
 @pytest.mark.parametrize("where", ["inside", "beside"])
@@ -327,7 +327,7 @@ def test_the_folder_of_a_run_is_named_by_its_config_and_lies_under_runs(tmp_path
 
 def test_an_output_folder_that_the_user_names_may_be_anywhere(start, rows, tmp_path):
     (tmp_path / "big").mkdir()
-    (tmp_path / "runs").symlink_to(tmp_path / "big")  # as on machines whose home is small
+    (tmp_path / "runs").symlink_to(tmp_path / "big")  # as on machines with a small home folder
     here = ["--data.train", rows, "--train.max_windows", 1]
     assert start(TextClassification, *here, "--output.dir", "../elsewhere/../elsewhere/a").code == 0
     assert start(TextClassification, *here).code == 0
@@ -336,7 +336,7 @@ def test_an_output_folder_that_the_user_names_may_be_anywhere(start, rows, tmp_p
 
 @pytest.fixture
 def precious(tmp_path):
-    """A folder that is no run's to touch, and how it was."""
+    """Return a folder that runs must not change."""
     (folder := tmp_path / "precious").mkdir()
     for name in ("config.yaml", "history.jsonl", "model.safetensors", "README.md"):
         (folder / name).write_text("mine")
@@ -408,7 +408,7 @@ def test_a_copy_is_written_through_no_link(gradacc, tmp_path):
     assert not (tmp_path / "gone").exists()
 
 
-# What a run leaves
+# Files of a run
 
 
 def test_no_file_of_a_run_is_everybodys_to_write(trained):

@@ -95,10 +95,11 @@ class AccumulationSteps:
 
 
 def _may_train(accelerator: Accelerator, optimizer: Optimizer) -> bool:
-    """Whether an optimizer holds weights of a prepared model; always, where no model was prepared."""
+    """Whether an optimizer holds weights that were prepared; always, if nothing was prepared."""
     prepared = {id(weight) for model in accelerator._models for weight in model.parameters()}
+    prepared |= {id(weight) for weight in prepared_parameters(accelerator)}
     weights = (weight for group in optimizer.param_groups for weight in group["params"])
-    return not accelerator._models or any(id(weight) in prepared for weight in weights)
+    return not prepared or any(id(weight) in prepared for weight in weights)
 
 
 def forwards_are_collective(accelerator: Accelerator) -> bool:

@@ -1,6 +1,6 @@
 """`gradacc bench recipes`: the table of the recipes in README.md, measured.
 
-Run each offline config in a process of its own, one after another. Read the figures from the run's files, and
+Run each offline config in a separate process, one after another. Read the figures from the run's files, and
 predict the recipe's example with the saved model.
 """
 
@@ -28,7 +28,7 @@ from gradacc_hf.utils.paths import bundle_root
 
 @dataclass(frozen=True)
 class OfflineRun:
-    """One offline run. The metric is of the run's best evaluation."""
+    """One offline run. The metric comes from the best evaluation of the run."""
 
     recipe: str
     data: str

@@ -69,20 +69,20 @@ class Lengths:
 class Balance:
     """Windows of one size.
 
-    `worst` and `median` are ratios: predicted cost of the slowest process / reference cost, which
-    is the mean over processes, or the cost of the costliest example alone if larger.
+    `worst` and `median` are ratios: predicted cost of the slowest process / reference cost. The reference
+    cost is the mean over processes, or the cost of the costliest example if larger.
     """
 
     lengths: str
     processes: int
     examples_each: int
     windows: int
-    worst: float
+    worst: float  # over the windows
     median: float
     strided_worst: float
     strided_median: float
-    strided_by_ours: float  # cost of the slowest process, median
-    accumulation_steps: float  # of the process with the most, mean
+    strided_by_ours: float  # ratio of the costs of the slowest process, median
+    accumulation_steps: float  # largest number of a process, mean over windows
     strided_accumulation_steps: float
     plan_ms: float  # median
 
@@ -95,9 +95,9 @@ class DataGrowth:
     permutation_bytes: int
     lengths_bytes: int
     most_bytes: int  # peak of the set-up
-    permutation_seconds: float  # once an epoch
-    plan_ms: float  # a window of 64, median
-    how: str  # measured or computed
+    permutation_seconds: float  # once per epoch
+    plan_ms: float  # for a window of 64, median
+    how: str  # "measured" or "computed"
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class ProcessGrowth:
 class BalanceResult:
     """Both tables.
 
-    `sizes` holds for each data set: examples, mean length, 95th percentile, longest, and the bound of padded
-    tokens.
+    `sizes`: for each data set, the number of examples, mean length, 95th percentile, longest, and the limit
+    of padded tokens.
     """
 
     sizes: dict[str, tuple[int, float, float, int, int]]
@@ -312,11 +312,11 @@ def print_balance(result: BalanceResult, console: Console) -> None:
     """Print a table for each data set, then memory and time by examples and by processes."""
     for name, (examples, average, most_are, longest, max_tokens) in result.sizes.items():
         console.print(
-            f"{name}: {examples:,} examples; tokens: {average:.0f} on average, 95 % up to {most_are:.0f}, "
-            f"longest {longest:,}; {max_tokens:,} padded ones at most"
+            f"{name}: {examples:,} examples of {average:.0f} tokens on average (95 %: up to {most_are:.0f}, "
+            f"longest: {longest:,}); micro-batches of at most {max_tokens:,} padded tokens"
         )
         headers = "processes", "examples\neach", "slowest¹\nworst", "\nmedian", "strided\nworst", "\nmedian"
-        table = _table(*headers, "strided\n/ split²", "steps³\nsplit", "\nstrided", "plan it,\nms")
+        table = _table(*headers, "strided\n/ split²", "steps³\nsplit", "\nstrided", "planning,\nms")
         for row in (row for row in result.balances if row.lengths == name):
             table.add_row(
                 f"{row.processes:,}",
@@ -332,14 +332,15 @@ def print_balance(result: BalanceResult, console: Console) -> None:
     verdict = "within" if worst <= BALANCED else "MORE THAN"
     windows = ", ".join(f"{count} windows with {processes:,}" for processes, count in WINDOWS.items())
     console.print(
-        "¹ predicted cost of the slowest process / the mean, or the costliest example alone if larger, of "
-        f"{windows} processes. Worst of split_window: {worst:.3f}, {verdict} {BALANCED}\n"
-        "² cost of the slowest process, strided / split_window, median\n"
-        "³ accumulation steps of the process with the most, mean\n"
+        "¹ Predicted cost of the slowest process, relative to the mean over processes. If the costliest "
+        f"example costs more than the mean, it is the reference. {windows} processes. Worst ratio with "
+        f"split_window: {worst:.3f}, {verdict} {BALANCED}.\n"
+        "² Cost of the slowest process, strided / split_window, median.\n"
+        "³ Largest number of accumulation steps of a process, mean over windows.\n"
     )
-    console.print("Memory and time of one process, by examples (one column of lengths)")
-    headers = "examples", "permutation", "lengths", "set up,\nat most", "draw it, s\nan epoch"
-    table = _table(*headers, "plan a window\nof 64, ms")
+    console.print("Memory and time of one process, by number of examples (one column of lengths)")
+    headers = "examples", "permutation", "lengths", "set-up,\npeak", "permutation,\ns per epoch"
+    table = _table(*headers, "planning a window\nof 64, ms")
     for row in result.by_data:
         table.add_row(
             f"{row.examples:,}",
@@ -349,20 +350,23 @@ def print_balance(result: BalanceResult, console: Console) -> None:
             row.how,
         )
     console.print(table)
-    console.print("A window with 64 docstrings for each process, planned by each process")
-    table = _table("processes", "examples", "plan it, ms", "collectives")
+    console.print("A window with 64 docstrings per process; every process plans the whole window")
+    table = _table("processes", "examples", "planning, ms", "collectives")
     for row in result.by_processes:
         numbers = f"{row.processes:,}", f"{row.examples:,}", f"{row.plan_ms:,.1f}"
         table.add_row(*numbers, str(sum(row.collectives.values())), row.how)
     console.print(table)
     kinds = Counter(result.by_processes[-1].collectives)
     console.print(
-        f"Collectives of a window, counted on 2 processes (DDP over gloo, MiniLM): {kinds['all_gather']} "
-        f"all_gather (numbers of items), {kinds['all_reduce']} all_reduce ({kinds['all_reduce'] - 1} buckets "
-        f"of gradients and the loss), {kinds['broadcast']} broadcast (the model's buffers). Until each "
-        "process has run its costliest micro-batch, one all_gather more. None of these depends on the number "
-        "of processes. FSDP2 (computed): an all_gather, two all_reduce with the gradient's norm, up to two "
-        "all_gather a layer in each micro-batch, and one reduce_scatter a layer."
+        "Collectives of a window, counted on 2 processes (DDP over gloo, MiniLM).\n"
+        f"  all_gather: {kinds['all_gather']}, for the numbers of items.\n"
+        f"  all_reduce: {kinds['all_reduce']}, for {kinds['all_reduce'] - 1} buckets of gradients and the "
+        "loss.\n"
+        f"  broadcast: {kinds['broadcast']}, for the model's buffers.\n"
+        "Each window needs one more all_gather until every process has run its costliest micro-batch. The "
+        "numbers do not depend on the number of processes.\n"
+        "FSDP2 (computed): 1 all_gather and 2 all_reduce per window, including the gradient's norm. Each "
+        "layer has 1 reduce_scatter, and up to 2 all_gather per micro-batch."
     )
 
 
@@ -391,7 +395,7 @@ def count_collectives() -> dict[str, int]:
 
 
 def _count(windows_before: int = 5) -> None:
-    """Profile one window in each process. The first windows have an extra collective, so skip them."""
+    """Profile one window in each process, after the first windows, which have an extra collective."""
     settings = ["--batch.effective", "16", "--budget.max_tokens", "512", "--output.tracker", "none"]
     recipe = load_recipe_to_run(["--config", str(bundle_root() / CONFIG), *settings])
     accelerator = make_accelerator(recipe.config)

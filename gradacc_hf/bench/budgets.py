@@ -1,6 +1,6 @@
 """`gradacc bench budgets`: the memory of each recipe under each budget file, a table of README.md.
 
-`gradacc plan` predicts the memory. On the CPU, each recipe is also measured, in a process of its own.
+`gradacc plan` predicts the memory. On the CPU, each recipe is also measured, in a separate process.
 """
 
 from collections.abc import Sequence

@@ -44,7 +44,7 @@ Option = tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A subcommand: the line in `--help`, how to measure and print, and the options."""
+    """A subcommand: the line in `--help`, the functions that measure and print, and the options."""
 
     help: str
     measure: Callable[[argparse.Namespace, Progress], Any]
@@ -59,7 +59,7 @@ def _positive(text: str) -> int:
 
 
 def _number(flag: str, default: int, what: str) -> Option:
-    return flag, {"type": _positive, "default": default, "help": f"{what} (%(default)s)"}
+    return flag, {"type": _positive, "default": default, "help": f"{what} (default: %(default)s)"}
 
 
 def _names(what: str, metavar: str = "NAME") -> Option:
@@ -68,15 +68,15 @@ def _names(what: str, metavar: str = "NAME") -> Option:
 
 BENCHMARKS = {
     "exactness": Benchmark(
-        "errors of accumulated gradients, for each way to accumulate",
+        "errors of accumulated gradients, for each way to train",
         lambda given, progress: measure_exactness(HEADS, progress),
         print_exactness,
     ),
     "speed": Benchmark(
-        "the loop beside the dense limit, and the overhead of the loop",
+        "time of the loop, compared with dense micro-batches and without a loop",
         lambda given, progress: measure_speed(offline_recipe(), given.windows, given.repeats, progress),
         print_speed,
-        (_number("--windows", 4, "windows in a run"), _number("--repeats", 5, "turns")),
+        (_number("--windows", 4, "windows per run"), _number("--repeats", 5, "turns")),
     ),
     "planning": Benchmark(
         "time and memory of planning a window",
@@ -84,7 +84,7 @@ BENCHMARKS = {
         print_planning,
     ),
     "balance": Benchmark(
-        "balance over 1,024 simulated processes, and cost by data and processes",
+        "balance over simulated processes, and growth with data and processes",
         lambda given, progress: measure_balance(progress),
         print_balance,
     ),
@@ -92,30 +92,30 @@ BENCHMARKS = {
         "memory of the loss of a large vocabulary, with and without logits",
         lambda given, progress: measure_lean_loss(given.tokens),
         print_lean_loss,
-        (_number("--tokens", 2048, "in the micro-batch"),),
+        (_number("--tokens", 2048, "tokens of the micro-batch"),),
     ),
     "memory": Benchmark(
-        "predicted beside measured peaks of real steps",
+        "predicted and measured peak memory of a step",
         lambda given, progress: compare_memory(cases_with(given.only), progress),
         print_memory,
-        (_names("cases whose name has one of these words", "WORD"),),
+        (_names("only cases with one of these words in the name", "WORD"),),
     ),
     "budgets": Benchmark(
         "memory of each offline config under each budget file",
         lambda given, progress: measure_budgets(given.only, progress),
         print_budgets,
-        (_names("these recipes"),),
+        (_names("only these recipes"),),
     ),
     "contrastive": Benchmark(
-        "the gradient cache beside the one of sentence-transformers",
+        "the gradient cache, compared with sentence-transformers",
         lambda given, progress: measure_contrastive(
             (), given.windows, given.repeats, given.max_tokens, progress
         ),
         print_contrastive,
         (
-            _number("--windows", 4, "windows in a run"),
-            _number("--repeats", 3, "runs of each"),
-            _number("--max-tokens", 2048, "tokens of a micro-batch"),
+            _number("--windows", 4, "windows per run"),
+            _number("--repeats", 3, "runs of each contender"),
+            _number("--max-tokens", 2048, "padded tokens of a micro-batch"),
         ),
     ),
     "recipes": Benchmark(
@@ -123,18 +123,18 @@ BENCHMARKS = {
         lambda given, progress: measure_recipes(given.only, given.windows, progress),
         print_recipes,
         (
-            _names("these recipes"),
-            ("--windows", {"type": _positive, "help": "stop each run after so many (default: its end)"}),
+            _names("only these recipes"),
+            ("--windows", {"type": _positive, "help": "windows per run (default: all)"}),
         ),
     ),
     "sizes": Benchmark(
-        "the size of micro-batches that a run finds, beside fixed sizes",
+        "the micro-batch size that a run finds, compared with fixed sizes",
         lambda given, progress: measure_micro_batch_sizes(given.only, given.windows, progress),
         print_micro_batch_sizes,
-        (_names("these recipes"), _number("--windows", 16, "timed with each size")),
+        (_names("only these recipes"), _number("--windows", 16, "windows to time with each size")),
     ),
     "cpu": Benchmark(
-        "the speed of a recipe under the settings of a CPU",
+        "speed of a recipe on a CPU: threads, malloc, padding, bf16, compilation",
         lambda given, progress: measure_cpu_settings(
             given.config, given.only, given.windows, given.repeats, progress
         ),
@@ -144,11 +144,11 @@ BENCHMARKS = {
                 "--config",
                 {
                     "default": str(bundle_root() / "configs/text_classification_offline.yaml"),
-                    "help": "a recipe's config file (%(default)s)",
+                    "help": "a recipe's config file (default: %(default)s)",
                 },
             ),
-            _names("these settings, beside the default"),
-            _number("--windows", 6, "timed windows"),
+            _names("only these settings, and the default"),
+            _number("--windows", 6, "windows to time"),
             _number("--repeats", 6, "turns"),
         ),
     ),
@@ -157,15 +157,15 @@ BENCHMARKS = {
         lambda given, progress: measure_memory_limits(given.processes, given.limits, progress=progress),
         print_memory_limits,
         (
-            _number("--processes", 1, "processes of each run"),
-            _number("--limits", 20, "limits, drawn at random"),
+            _number("--processes", 1, "processes per run"),
+            _number("--limits", 20, "number of random limits"),
         ),
     ),
     "kills": Benchmark(
-        "a run that is killed and resumed, beside an undisturbed run",
+        "a run that is killed and resumed, compared with an undisturbed run",
         lambda given, progress: measure_kills(given.kills, progress=progress),
         print_kills,
-        (_number("--kills", 50, "kills in all"),),
+        (_number("--kills", 50, "total number of kills"),),
     ),
     "damages": Benchmark(
         "resuming a run whose newest checkpoint is damaged",
@@ -173,25 +173,25 @@ BENCHMARKS = {
         print_damages,
     ),
     "schedules": Benchmark(
-        "sizes of windows, fixed and changing, side by side",
+        "examples that a run needs, with fixed and changing sizes of windows",
         lambda given, progress: measure_schedules(
             given.only, given.seeds, given.output or next_folder("schedules"), progress
         ),
         print_schedules,
         (
-            _names("these recipes"),
-            _number("--seeds", 3, "runs of each"),
-            ("--output", {"type": Path, "help": "folder of the runs; runs that are there are not repeated"}),
+            _names("only these recipes"),
+            _number("--seeds", 3, "runs of each schedule"),
+            ("--output", {"type": Path, "help": "folder of the runs; existing runs are not repeated"}),
         ),
     ),
     "watching": Benchmark(
-        "the cost of the noise scale and of the doctor",
+        "cost of measuring the noise scale, and of the doctor",
         lambda given, progress: measure_monitoring(given.repeats, progress),
         print_monitoring,
         (_number("--repeats", 12, "turns"),),
     ),
     "play": Benchmark(
-        "the speed of the page of `gradacc play`, in a browser",
+        "speed of the page of `gradacc play`, in a browser",
         lambda given, progress: measure_page(given.repeats, progress),
         print_page,
         (_number("--repeats", 6, "turns"),),
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="gradacc bench", description="Measure the figures of gradacc_hf/bench/README.md.")
+    parser = Parser(prog="gradacc bench", description="Measure the figures in the guides.")
     subcommands = parser.add_subparsers(dest="benchmark", required=True)
     for name, benchmark in BENCHMARKS.items():
         subcommand = subcommands.add_parser(name, help=benchmark.help)

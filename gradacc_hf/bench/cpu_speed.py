@@ -1,8 +1,8 @@
-"""`gradacc bench cpu`: the speed of a recipe under the settings of a CPU.
+"""`gradacc bench cpu`: the speed of a recipe under different settings of a CPU.
 
 The settings are threads, malloc, the wait policy of threads, padding to a multiple, bf16 and torch.compile.
-Each run has a process of its own, because a process reads the first three when it starts. All runs train the
-same windows, in turns. The result is the ratio to the default run of the same turn.
+Each run has a separate process, because a process reads the first three at the start. All runs train the same
+windows, in turns. The result is the ratio to the default run of the same turn.
 """
 
 import json
@@ -27,9 +27,9 @@ from gradacc_hf.utils.hardware import Device, find_device
 from gradacc_hf.utils.verbosity import silence_libraries
 
 DEFAULT = "default"
-MALLOC_KEPT_BYTES = 4 * 2**30  # glibc returns no smaller block to the kernel
-MIN_CONFIDENCE = 0.9  # for a verdict of faster or slower; 5 turns reach it
-WARM_UP_WINDOWS = 1  # not timed: they compile, and fill the allocator
+MALLOC_KEPT_BYTES = 4 * 2**30  # glibc keeps smaller freed blocks, instead of returning them to the kernel
+MIN_CONFIDENCE = 0.9  # for a verdict of faster or slower; reached with 5 turns
+WARM_UP_WINDOWS = 1  # not timed: they compile the model and fill the allocator
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def variants(device: Device | None = None) -> dict[str, Variant]:
 
 @dataclass(frozen=True)
 class VariantRatio:
-    """Seconds of a variant / seconds of the default, over all turns. A ratio below 1 is faster."""
+    """Seconds of a variant / seconds of the default, over all turns. Below 1, the variant is faster."""
 
     variant: str
     median: float
@@ -104,7 +104,7 @@ def measure_cpu_settings(
     repeats: int = 6,
     progress: Progress = iter,
 ) -> CpuSettingsResult:
-    """Time the first windows of a config's run, each variant once a turn.
+    """Time the first windows of a config's run, each variant once per turn.
 
     The interval reaches from the smallest to the largest of n ratios. It contains the median with the
     probability 1 − 2^(1 − n), because each ratio is above the median with probability 1/2.
@@ -223,7 +223,7 @@ def print_cpu_settings(result: CpuSettingsResult, console: Console) -> None:
     console.print(f"{result.config}: {result.windows} windows, {result.repeats} turns")
     console.print(table)
     for name, why in result.failed.items():
-        console.print(f"{name}: not measured: {why}")
+        console.print(f"{name} was not measured: {why}")
 
 
 if __name__ == "__main__":

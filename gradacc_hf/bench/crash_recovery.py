@@ -1,9 +1,9 @@
 """`gradacc bench kills` and `damages`: resumed runs compared with an undisturbed run, bit by bit.
 
-`measure_kills` starts a recipe's command line in a process of its own, and kills it with SIGKILL in a random
+`measure_kills` starts a recipe's command line in a separate process, and kills it with SIGKILL in a random
 phase: forward, backward, the optimizer's step, an evaluation, or the writing of a checkpoint.
-`measure_damages` damages the newest checkpoint of a run in each way of `DAMAGES`, and resumes. Both compare
-the saved weights, and the history without seconds. Runs have one process, on a CPU.
+`measure_damages` damages the newest checkpoint of a run in each way of `DAMAGES`, and resumes the run. Both
+compare the saved weights, and the history without seconds. Runs have one process, on a CPU.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ BETWEEN = "between these"
 MARKS = (BETWEEN, *PHASES)
 SETTINGS = {
     "--config": str(bundle_root() / "configs/image_classification_offline.yaml"),
-    "--model.dropout": 0.1,  # the random numbers must be the same too
+    "--model.dropout": 0.1,  # random numbers must be restored too
     "--train.max_windows": 60,
     "--train.eval_every": 7,
     "--checkpoint.every": 2,
@@ -58,7 +58,7 @@ RUN_TIMEOUT_SECONDS = 600
 
 @dataclass(frozen=True)
 class KillsResult:
-    """Kills by phase, and the number of runs with the undisturbed run's weights and history."""
+    """Kills by phase, and the number of runs that equal the undisturbed run."""
 
     kills: dict[str, int]
     runs: int
@@ -100,9 +100,10 @@ def print_kills(result: KillsResult, console: Console) -> None:
 
 @dataclass(frozen=True)
 class DamagesResult:
-    """For each damage to the newest checkpoint: its name, the run's line, and whether the end is the same.
+    """One row for each damage to the newest checkpoint.
 
-    The line says where the run resumes, or why it does not. The end is None if the run does not resume.
+    A row holds the name, a line of the run, and whether the result equals the undisturbed run. The line names
+    the window at which the run resumes, or the error. The result is None if the run does not resume.
     """
 
     rows: tuple[tuple[str, str, bool | None], ...]
@@ -131,7 +132,7 @@ def measure_damages(progress: Progress = iter) -> DamagesResult:
 
 def print_damages(result: DamagesResult, console: Console) -> None:
     """Print a row for each damage."""
-    table = Table("the newest checkpoint", "and the run", "the same end", box=SIMPLE)
+    table = Table("damage to the newest checkpoint", "resuming", "same result", box=SIMPLE)
     for name, line, same in result.rows:
         table.add_row(name, line, {True: "yes", False: "NO", None: "refused"}[same])
     console.print(table)
@@ -218,7 +219,7 @@ def _start(folder: Path, draw: random.Random | None = None, windows: tuple[int, 
 
 
 def _resume_and_read(folder: Path) -> str:
-    """Resume a run. Return the line that says where the run resumes, or the error."""
+    """Resume a run. Return the line with the window at which the run resumes, or the error."""
     output, mark = folder.parent / "output.txt", folder.parent / "mark"
     os.environ["GRADACC_MARK"] = str(mark)
     child = multiprocessing.get_context("fork").Process(

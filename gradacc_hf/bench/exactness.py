@@ -1,7 +1,7 @@
-"""`gradacc bench exactness`: relative errors of accumulated gradients, by way of accumulating and by head.
+"""`gradacc bench exactness`: relative errors of accumulated gradients, by contender and by head.
 
-The reference is the gradient of the whole window as one batch. The models are tiny, with random weights, on
-the CPU, in float32, without dropout.
+A head is a model class such as `BertForSequenceClassification`. The reference is the gradient of the whole
+window in one batch. The models are tiny, with random weights, on the CPU, in float32, without dropout.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class GradientDeviation:
-    """The gradient of one head, split and contender, compared with that of the whole window."""
+    """The gradient for one head, split and contender, compared with the gradient of the whole window."""
 
     kind: str
     model_type: str
@@ -57,7 +57,7 @@ class GradientDeviation:
 
 @dataclass(frozen=True)
 class ExactnessResult:
-    """Every head, split and contender. A gradient is exact if its error is at most `EXACT`."""
+    """Every head, split and contender. A gradient is exact if the error is at most `EXACT`."""
 
     errors: tuple[GradientDeviation, ...]
     measured_with: dict[str, str]
@@ -124,12 +124,12 @@ def print_exactness(result: ExactnessResult, console: Console) -> None:
     """Print a table for each split: exact heads and worst error by kind, and Trainer's median norm ratio."""
     for split in SPLITS.values():
         table = Table(
-            title=f"Exact heads and worst relative error, micro-batches of {split}",
+            title=f"Exact heads and worst relative error, with micro-batches of {split} examples",
             box=SIMPLE,
             padding=(0, 1, 0, 0),
         )
-        for header in ("kind", *CONTENDERS.values(), "‖g‖"):
-            table.add_column(header, justify="left" if header == "kind" else "right", no_wrap=True)
+        for header in ("kind of head", *CONTENDERS.values(), "‖g‖¹"):
+            table.add_column(header, justify="left" if header == "kind of head" else "right", no_wrap=True)
         rows = [row for row in result.errors if row.split == split]
         for kind in [*dict.fromkeys(row.kind for row in rows), "all"]:
             chosen = [row for row in rows if kind in (row.kind, "all")]
@@ -139,3 +139,5 @@ def print_exactness(result: ExactnessResult, console: Console) -> None:
             norm_ratio = median(row.norm_ratio for row in by["trainer"])
             table.add_row(kind.replace("_", " "), *cells, f"{norm_ratio:.3f}")
         console.print(table)
+    console.print(f"exact: relative error at most {EXACT:.0e}")
+    console.print("¹ norm of Trainer's gradient, divided by the norm of the whole window's gradient; median")

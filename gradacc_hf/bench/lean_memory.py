@@ -1,6 +1,6 @@
 """`gradacc bench lean_loss`: memory of the loss of a large vocabulary, with logits and without.
 
-Each of the two is measured in a process of its own.
+Each is measured in a separate process.
 """
 
 import json
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gradacc_hf.training.run_log import measured_with
 
-# Of SmolLM2-135M, with 2 of the 30 layers, so that the loss dominates.
+# The sizes of SmolLM2-135M; the model has 2 of the 30 layers, so that the loss dominates.
 VOCABULARY, HIDDEN = 49152, 576
 
 
@@ -92,12 +92,13 @@ def _measure(tokens: int, lean: bool) -> None:
 
 
 def print_lean_loss(result: LeanLossResult, console: Console) -> None:
-    """Print one sentence."""
+    """Print memory and time with and without logits, and the difference of the gradients."""
     before, after = result.bytes_before / 2**20, result.bytes_after / 2**20
     console.print(
-        f"forward and backward of {result.tokens:,} tokens, vocabulary {VOCABULARY:,}: {before:,.0f} MiB "
-        f"with logits, {after:,.0f} MiB without ({result.seconds_before:.1f} and "
-        f"{result.seconds_after:.1f} s); the gradients differ by {result.gradient_error:.0e}"
+        f"Forward and backward of {result.tokens:,} tokens with a vocabulary of {VOCABULARY:,}.\n"
+        f"With logits: {before:,.0f} MiB, {result.seconds_before:.1f} s.\n"
+        f"Without logits: {after:,.0f} MiB, {result.seconds_after:.1f} s.\n"
+        f"The gradients differ by {result.gradient_error:.0e} (relative)."
     )
 
 

@@ -1,8 +1,8 @@
-"""`gradacc bench sizes`: the size of micro-batches that a run finds, beside fixed sizes.
+"""`gradacc bench sizes`: the micro-batch size that a run finds, compared with fixed sizes.
 
-Each config runs in a process of its own. The first windows find a size (`training/autotune.py`). Each of the
+Each config runs in a separate process. The first windows find a size (`training/autotune.py`). Each of the
 next windows is trained with the found size and with every fixed size, in turns. The result is the ratio of
-times, window by window.
+the times, window by window.
 """
 
 import json
@@ -51,7 +51,7 @@ class FixedSize:
 
 @dataclass(frozen=True)
 class SizeSweep:
-    """One config. `sizes` are the sizes that the run chose from and two larger ones, the largest first."""
+    """One config. `sizes`: the sizes that the run could choose and two larger sizes, the largest first."""
 
     recipe: str
     found: int
@@ -77,7 +77,7 @@ class MicroBatchSizesResult:
 def measure_micro_batch_sizes(
     only: Sequence[str] = (), windows: int = 16, progress: Progress = iter
 ) -> MicroBatchSizesResult:
-    """Time all sizes of micro-batches with these recipes' offline configs. Raises InputError."""
+    """Time all micro-batch sizes with the offline configs of these recipes. Raises InputError."""
     known = offline_configs()
     check_names(only, known)
     found = []
@@ -91,7 +91,7 @@ def measure_micro_batch_sizes(
 
 
 def interval(ratios: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return two order statistics that have the median between them, with this probability or more.
+    """Return two order statistics between which the median lies, with at least this probability.
 
     With too few ratios for the probability, return the smallest and the largest. The number of n draws below
     the median is binomial, with probability 1/2.
@@ -129,7 +129,7 @@ def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
     epochs, in_all = recipe.config.train.epochs, total_windows(recipe.config, windows)
     tuning = Tuning.of(windows, in_all)
     if tuning is None:
-        raise InputError("nothing to try: too few windows, or all sizes split them alike")
+        raise InputError("no size to try: there are too few windows, or all sizes give the same split")
     taken = 0
     for record in trained(windows, epochs):
         tuning.record(record.seconds - windows.seconds_to_collate)
@@ -137,7 +137,7 @@ def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
         if tuning.said is not None:
             break
     if num_windows > in_all - taken:
-        raise InputError(f"--windows: found {num_windows}; allowed: {in_all - taken} at most")
+        raise InputError(f"--windows: found {num_windows}; allowed: 1 to {in_all - taken}")
     ways: dict[str, tuple[Bound, Cost]] = {
         str(size): (replace(bound, max_tokens=size), cost) for size in (*beyond, *sizes)
     }
@@ -145,7 +145,7 @@ def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for turn in range(num_windows):
-        windows.load_state_dict(windows.state_dict())  # at an epoch's end, to the next one
+        windows.load_state_dict(windows.state_dict())  # starts the next epoch at the end of an epoch
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             loader = windows.with_bound(ways[name][0], cost=ways[name][1])
             seconds[name].append(next(trained(loader, loader.epoch + 1)).seconds)
@@ -163,18 +163,18 @@ def print_micro_batch_sizes(result: MicroBatchSizesResult, console: Console) -> 
     """Print a table for each config, and compare the found size with the best fixed size."""
     for sweep in result.sweeps:
         table = Table("max_tokens", box=SIMPLE)
-        for header in ("time, found = 1", f"{CONFIDENCE:.0%} interval", ""):
+        for header in ("time ÷ time with the found size", f"{CONFIDENCE:.0%} interval", ""):
             table.add_column(header, justify="right")
         for size in sweep.sizes:
             marks = ["found"] * (size.max_tokens == sweep.found) + ["fastest fixed"] * (size is sweep.best)
             figures = f"{size.ratio:.2f}", f"{size.low:.2f}–{size.high:.2f}"
             table.add_row(f"{size.max_tokens:,}", *figures, ", ".join(marks))
-        console.print(f"{sweep.recipe}: {sweep.found:,} was found in {sweep.windows_to_find} windows")
+        console.print(f"{sweep.recipe}: found {sweep.found:,} tokens, after {sweep.windows_to_find} windows")
         console.print(table)
         best = sweep.best
         console.print(
-            f"as found, {best.ratio:.2f} × the speed of the best fixed size, {best.max_tokens:,} "
-            f"({best.low:.2f}–{best.high:.2f}, {result.windows} windows)\n"
+            f"The found size has {best.ratio:.2f} × the speed of the fastest fixed size, {best.max_tokens:,} "
+            f"({CONFIDENCE:.0%} interval {best.low:.2f}–{best.high:.2f}, {result.windows} windows).\n"
         )
 
 

@@ -1,8 +1,8 @@
 """`gradacc bench watching`: the cost of measuring the noise scale, and of the doctor.
 
 The data is offline text classification. Each window is trained with and without measuring, in turns. The
-doctor watches the loop of gradacc and a usual loop, which splits by count. The result is the ratio of times
-in the same turn.
+doctor observes the loop of gradacc and a plain loop that splits by count. The result is the ratio of the
+times in the same turn.
 """
 
 import time
@@ -31,19 +31,19 @@ from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.paths import bundle_root
 
 WATCHED_WINDOWS = 3  # the doctor's default
-MICRO_BATCH_EXAMPLES = 8  # in the usual loop
+MICRO_BATCH_EXAMPLES = 8  # in the plain loop
 MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class MonitoringResult:
-    """Times relative to the same windows unmonitored, and peak memory; the doctor's are by loop."""
+    """Times relative to the same windows without monitoring, and peak memory. Dicts are by loop."""
 
     noise: tuple[float, ...]  # time of a window that measures the noise scale
     noise_every: int  # windows; the default of a run
-    watched: dict[str, tuple[float, ...]]  # time of the windows that the doctor watches
-    afterwards: dict[str, tuple[float, ...]]  # time of as many windows when the doctor has finished
-    gradients_more: dict[str, tuple[float, ...]]  # peak memory above the loop's, in sizes of the gradient
+    watched: dict[str, tuple[float, ...]]  # time of the windows that the doctor observes
+    afterwards: dict[str, tuple[float, ...]]  # time of as many windows after the doctor has finished
+    gradients_more: dict[str, tuple[float, ...]]  # extra peak memory, in multiples of the gradient's size
     measured_with: dict[str, str]
 
 
@@ -71,7 +71,7 @@ class MonitoredLoops:
         self.loops: dict[str, Callable[[int], None]] = {"ours": self.ours, "by count": self.by_count}
 
     def make_loader(self, noise_every: int) -> WindowLoader:
-        """Return a loader that measures the noise scale every `noise_every` windows; 0 is never."""
+        """Return a loader that measures the noise scale every `noise_every` windows; 0 disables it."""
         config = with_settings(self.recipe.config, {"train.noise_every": noise_every})
         loader, _ = make_windows(
             self.recipe.with_config(config), self.training, self.validation, self.accelerator
@@ -79,7 +79,7 @@ class MonitoredLoops:
         return loader
 
     def go_to(self, window: int) -> None:
-        """Make this window of the epoch the next one."""
+        """Continue with this window of the epoch."""
         for loader in (self.windows, self.measuring_windows):
             loader.load_state_dict({**self.windows.state_dict(), "window": window})
 
@@ -100,7 +100,7 @@ class MonitoredLoops:
             next(records)
 
     def by_count(self, windows: int) -> None:
-        """Train the same windows with a usual loop, split by count."""
+        """Train the same windows with a plain loop that splits by count."""
         loader, model = self.windows, self.model.train()
         for window in range(loader.window, loader.window + windows):
             micro_batches = loader.plan.indices(loader.epoch, window).reshape(-1, MICRO_BATCH_EXAMPLES)
@@ -112,7 +112,7 @@ class MonitoredLoops:
             self.optimizer.zero_grad()
 
     def watch(self, loop: str) -> tuple[float, float, float]:
-        """Return relative times of watched and of later windows, and the gradients more."""
+        """Return the relative times of observed and of later windows, and the extra peak memory."""
         run, device = self.loops[loop], self.accelerator.device
         before = reset_peak_memory(device)
         plain = _seconds(run, WATCHED_WINDOWS)
@@ -124,7 +124,7 @@ class MonitoredLoops:
             before = reset_peak_memory(device)
             watched = _seconds(run, WATCHED_WINDOWS)
             more = peak_memory(device) - before - peak
-            assert diagnosis.is_over, "the doctor watches too many windows"
+            assert diagnosis.is_over, "the doctor observes too many windows"
             afterwards = _seconds(run, WATCHED_WINDOWS)
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return watched / plain, afterwards / plain, more / size
@@ -169,11 +169,13 @@ def print_monitoring(result: MonitoringResult, console: Console) -> None:
     more = median(result.noise) - 1
     low, high = interval(result.noise)
     console.print(
-        f"measuring the noise scale, a window takes {1 + more:.2f} × the time without ({low:.2f}–{high:.2f}, "
-        f"{len(result.noise)} pairs): one in {result.noise_every}, that is {more / result.noise_every:.2%} "
-        f"({(low - 1) / result.noise_every:.2%} to {(high - 1) / result.noise_every:.2%})"
+        f"A window that measures the noise scale takes {1 + more:.2f} × as long "
+        f"({low:.2f}–{high:.2f}, {len(result.noise)} pairs).\n"
+        f"Measured every {result.noise_every} windows, it adds {more / result.noise_every:.2%} to a run "
+        f"({(low - 1) / result.noise_every:.2%} to {(high - 1) / result.noise_every:.2%}).\n"
+        "The doctor, relative to the same windows without it:"
     )
-    table = Table("loop", "watched, time ×", "afterwards, time ×", "gradients more, at the peak", box=SIMPLE)
+    table = Table("loop", "time, observed", "time, afterwards", "extra peak memory, in gradients", box=SIMPLE)
     for name in result.watched:
         columns = (result.watched[name], result.afterwards[name], result.gradients_more[name])
         cells = [(median(values), *interval(values)) for values in columns]

@@ -1,4 +1,4 @@
-"""The offline configs, which the benchmarks run: embedded data and models, no download."""
+"""The offline configs that the benchmarks run: embedded data and models, no download."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ def offline_configs() -> dict[str, Path]:
 
 
 def check_names(names: Sequence[str], known: Iterable[str]) -> None:
-    """Raise InputError for the first of these names of `--only` that is not known."""
+    """Raise InputError for the first name of `--only` that is unknown."""
     known = list(known)
     for name in names:
         if name not in known:

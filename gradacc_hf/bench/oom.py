@@ -1,8 +1,8 @@
-"""`gradacc bench out_of_memory`: training under real memory limits, beside the same training without a limit.
+"""`gradacc bench out_of_memory`: training under real memory limits, compared with no limit.
 
-On a CPU the limit is the process's (RLIMIT_AS). On a GPU it is the limit of torch's allocator.
-`measure_memory_limits` starts each run in processes of its own, under a random limit. A window that does not
-fit is split finer and replayed, so the results must agree. `python -m gradacc_hf.bench.oom` is one such run.
+On a CPU, the process is limited (RLIMIT_AS). On a GPU, torch's allocator is limited. `measure_memory_limits`
+starts each run in separate processes, under a random limit. A window that does not fit is split finer and
+replayed, so the results must agree. `python -m gradacc_hf.bench.oom` is one such run.
 """
 
 import json
@@ -35,12 +35,12 @@ WINDOWS, EXAMPLES = 3, 24  # examples in each window
 MIN_LIMIT_MIB, MAX_LIMIT_MIB = 80, 140  # above the memory at the start; one example needs about 40
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "65536"
-}  # glibc then returns freed tensors, which else count for the limit
+}  # glibc then returns freed tensors, which would otherwise count towards the limit
 
 
 @dataclass(frozen=True)
 class LimitedRun:
-    """One run. `limit` is the memory in MiB that the last process may add, or None for no limit."""
+    """One run. `limit`: the memory in MiB that the last process may add; None for no limit."""
 
     limit: int | None
     replays: int
@@ -57,7 +57,7 @@ class LimitedRun:
 
 @dataclass(frozen=True)
 class MemoryLimitsResult:
-    """A run without a limit, and the runs with one."""
+    """A run without a limit, and the runs with limits."""
 
     processes: int
     unlimited: LimitedRun
@@ -76,7 +76,7 @@ def measure_memory_limits(
 
 
 def run_limited(processes: int, limit: int | None) -> LimitedRun:
-    """Run once, in processes of its own. Raises InputError if the run fails or hangs."""
+    """Run once, in separate processes. Raises InputError if the run fails or hangs."""
     started = time.perf_counter()
     what = f"bench out_of_memory, with a limit of {limit} MiB"
     printed = launch(what, processes, __name__, str(limit or 0), environment=MALLOC)
@@ -86,8 +86,9 @@ def run_limited(processes: int, limit: int | None) -> LimitedRun:
 
 
 def print_memory_limits(result: MemoryLimitsResult, console: Console) -> None:
-    """Print a row for each limit, and a sentence."""
-    table = Table("limit, MiB", "replays", "largest difference", "each example once", "seconds", box=SIMPLE)
+    """Print a row for each limit, and a summary."""
+    headers = "limit, MiB", "replays", "largest relative difference", "each example once", "seconds"
+    table = Table(*headers, box=SIMPLE)
     for run in (result.unlimited, *result.limited):
         limit = "none" if run.limit is None else f"{run.limit:,}"
         error = "" if run.limit is None else f"{run.error(result.unlimited):.1e}"
@@ -96,8 +97,9 @@ def print_memory_limits(result: MemoryLimitsResult, console: Console) -> None:
     replays = sum(run.replays for run in result.limited)
     worst = max((run.error(result.unlimited) for run in result.limited), default=0.0)
     console.print(
-        f"{len(result.limited)} limits on process {result.processes} of {result.processes}: {replays} "
-        f"replays; losses and gradient norms within {worst:.1e} of the run without a limit"
+        f"{len(result.limited)} runs, with a limit on process {result.processes} of {result.processes}: "
+        f"{replays} replays. Losses and gradient norms differ by at most {worst:.1e} (relative) from the run "
+        "without a limit."
     )
 
 
@@ -142,7 +144,7 @@ class RecordingLoader:
 
 
 def _train(limit: int) -> None:
-    """Train in this process. The last process may take `limit` MiB more than it has; 0 is no limit."""
+    """Train in this process. The last process may add `limit` MiB to its memory; 0 disables the limit."""
     torch.set_num_threads(1)
     set_up_allocator()
     silence_libraries()
@@ -184,8 +186,8 @@ def _train(limit: int) -> None:
     if accelerator.is_main_process:
         print(json.dumps(found), flush=True)
     accelerator.end_training()
-    # DDP's destructor joins gloo's thread and holds the GIL, and the thread needs the GIL to free the last
-    # tensors: a deadlock. The pause lets the thread free them first.
+    # DDP's destructor joins gloo's thread while holding the GIL. The thread needs the GIL to free the last
+    # tensors, which is a deadlock. The pause lets the thread free them first.
     time.sleep(0.5)
 
 

@@ -1,6 +1,6 @@
-"""`gradacc bench planning`: the time and memory that planning takes, from lengths alone.
+"""`gradacc bench planning`: the time and memory of planning windows.
 
-Planning a window is choosing its examples and splitting them into micro-batches.
+Planning a window is choosing the examples and splitting them into micro-batches, from lengths alone.
 """
 
 import time
@@ -31,9 +31,9 @@ class PlanningResult:
     """The cost of planning: for the offline config, and for `examples` random lengths."""
 
     window_ms: float  # median over an epoch of the offline config
-    share_of_step: float  # of the training time of the offline config's second window
+    share_of_step: float  # planning time / training time of the offline config's second window
     examples: int
-    permutation_seconds: float  # once an epoch
+    permutation_seconds: float  # once per epoch
     large_window_ms: float  # median
     permutation_bytes: int
     lengths_bytes: int
@@ -41,7 +41,7 @@ class PlanningResult:
 
 
 def measure_planning(recipe: Recipe, examples: int = 10_000_000) -> PlanningResult:
-    """Time the planning of a recipe's windows, and of windows of a data set with so many examples."""
+    """Time the planning of a recipe's windows, and of windows of a data set with `examples` examples."""
     recipe, training, validation = load_data(recipe)
     windows, _ = make_windows(recipe, training, validation, Accelerator())
     model = recipe.model()
@@ -79,8 +79,9 @@ def _milliseconds(function: Callable[[], Any]) -> float:
 def print_planning(result: PlanningResult, console: Console) -> None:
     """Print a line for the offline config and a line for the large data set."""
     console.print(
-        f"offline config: {result.window_ms:.2f} ms a window, {result.share_of_step:.3%} of its step\n"
-        f"{result.examples:,} examples: {result.large_window_ms:.2f} ms a window of {WINDOW_SIZE}, after "
-        f"{result.permutation_seconds:.1f} s an epoch for the permutation; it takes "
-        f"{result.permutation_bytes / 1e6:.0f} MB, the lengths {result.lengths_bytes / 1e6:.0f} MB"
+        f"Offline config: {result.window_ms:.2f} ms per window, {result.share_of_step:.3%} of a step.\n"
+        f"{result.examples:,} examples: {result.large_window_ms:.2f} ms per window of {WINDOW_SIZE}, and "
+        f"{result.permutation_seconds:.1f} s per epoch for the permutation.\n"
+        f"Memory: {result.permutation_bytes / 1e6:.0f} MB for the permutation, "
+        f"{result.lengths_bytes / 1e6:.0f} MB for the lengths."
     )

@@ -1,9 +1,9 @@
-"""`gradacc bench memory`: predicted beside measured peaks of real steps, each in a process of its own.
+"""`gradacc bench memory`: predicted and measured peak memory of real steps, each in a separate process.
 
-On a CPU, the figure is the peak of the resident memory above the memory before the model existed. malloc is
-set as in a run under `budget.memory` (`release_freed_memory_at_once` in `utils/memory.py`). On a GPU, the
-figure is the peak of torch's allocator. The step is in the middle of a run: a window of two micro-batches
-after another window, so that gradients and optimizer states exist.
+On a CPU, the figure is the peak of the resident memory, minus the memory before the model is built. malloc is
+set as in a run with `budget.memory` (`release_freed_memory_at_once` in `utils/memory.py`). On a GPU, the
+figure is the peak of torch's allocator. The step is in the middle of a run: it is the second window of two
+micro-batches, so that gradients and optimizer states exist.
 """
 
 import json
@@ -37,7 +37,7 @@ from gradacc_hf.utils.modeling import checkpoint_activations
 from gradacc_hf.utils.verbosity import silence_libraries
 
 MIB = 2**20
-ALLOWED_RELATIVE_ERROR, ALLOWED_BYTES = 0.10, 64 * MIB  # the larger of the two counts
+ALLOWED_RELATIVE_ERROR, ALLOWED_BYTES = 0.10, 64 * MIB  # the larger one applies
 TEXT = {"num_hidden_layers": 6, "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 1024}
 SIZES: dict[str, tuple[str, str, dict[str, Any]]] = {  # kind: (auto class, model type, config)
     "encoder": ("AutoModelForSequenceClassification", "bert", {**TEXT, "vocab_size": 8000}),
@@ -59,7 +59,7 @@ SIZES: dict[str, tuple[str, str, dict[str, Any]]] = {  # kind: (auto class, mode
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """A model, how it is trained, and the micro-batch: `rows` examples of `lengths` tokens."""
+    """A model, the training settings, and the micro-batch: `rows` examples of `lengths` tokens."""
 
     model: str
     rows: int
@@ -73,7 +73,7 @@ class MemoryCase:
 
     @property
     def name(self) -> str:
-        """Return the model and the options, in a line."""
+        """Return the model and the options in one line."""
         options = [f"LoRA {self.lora}"] * (self.lora > 0) + ["lean loss"] * self.lean
         options += ["checkpointing"] * self.checkpointing
         options += [self.optimizer] * (self.optimizer != "adamw")
@@ -122,10 +122,10 @@ class PredictedMemoryResult:
 
 
 def cases_with(words: Sequence[str]) -> list[MemoryCase]:
-    """Return the cases that have one of these words, or all. Raises InputError if none has."""
+    """Return the cases with one of these words in the name, or all. Raises InputError if there is none."""
     chosen = [case for case in CASES if not words or any(word in case.name for word in words)]
     if not chosen:
-        raise InputError(f"--only: no case has {words}; cases: {'; '.join(case.name for case in CASES)}")
+        raise InputError(f"--only: found {words}; allowed: words of {'; '.join(case.name for case in CASES)}")
     return chosen
 
 
@@ -148,7 +148,7 @@ def compare_memory(cases: Sequence[MemoryCase] = CASES, progress: Progress = ite
 
 
 def predict(case: MemoryCase) -> int:
-    """Predict the peak above the memory before the model, from fewer and shorter examples."""
+    """Predict the peak minus the memory before the model, from traces of fewer and shorter examples."""
     lengths = [tuple(max(8, part * length // 8) for length in case.lengths) for part in (1, 2, 3, 5, 7, 8)]
     if len(case.lengths) == 2:
         lengths = [
@@ -205,8 +205,8 @@ def _measure_in_process(case: MemoryCase) -> int:
 
 
 def _measure(case: MemoryCase) -> int:
-    """Return the peak of the second window, above the memory before the model."""
-    release_freed_memory_at_once()  # as in a run that `budget.memory` bounds
+    """Return the peak of the second window, minus the memory before the model."""
+    release_freed_memory_at_once()  # as in a run with `budget.memory`
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tiny = MemoryCase(case.model, 2, tuple(min(16, length) for length in case.lengths), case.attention)
     for _ in range(2):  # libraries set up one-time buffers
@@ -245,12 +245,12 @@ def print_memory(result: PredictedMemoryResult, console: Console) -> None:
         table.add_column(header, justify="right")
     for row in result.cases:
         figures = (f"{row.predicted / MIB:,.0f}", f"{row.measured / MIB:,.0f}", f"{row.error:+.1%}")
-        table.add_row(row.case, row.micro_batch, *figures, "" if row.holds else "off")
+        table.add_row(row.case, row.micro_batch, *figures, "" if row.holds else "too far off")
     console.print(table)
     within = sum(row.holds for row in result.cases)
-    console.print(f"{within} of {len(result.cases)} predictions hold within 10 % or 64 MiB")
+    console.print(f"{within} of {len(result.cases)} predictions are within 10 % or 64 MiB of the measurement")
     if not torch.cuda.is_available():
-        console.print("malloc returns freed blocks above 1 MiB at once, as in a run with budget.memory")
+        console.print("malloc returns freed blocks above 1 MiB immediately, as in a run with budget.memory")
 
 
 if __name__ == "__main__":

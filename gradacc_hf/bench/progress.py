@@ -1,4 +1,4 @@
-"""Progress bars of the benchmarks, on stderr: the result alone goes to stdout."""
+"""Progress bars of the benchmarks, on stderr, because stdout is for the result."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import track
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
-"""Yields the elements of a sequence and may show how many are done. `iter` shows nothing."""
+"""A function that yields the elements of a sequence, and may show the progress. `iter` shows nothing."""
 
 
 def progress_bar(name: str) -> Progress:

@@ -1,9 +1,14 @@
-"""`gradacc bench schedules`: the examples that a run needs, by sizes of windows, fixed and changing.
+"""`gradacc bench schedules`: the examples that a run needs, with fixed and changing sizes of windows.
 
-Each offline config runs with four sizes of windows: a quarter of the config's size, the config's size, a size
-that grows by a schedule, and a size that follows the noise scale. All runs train on the same examples, with a
-learning rate proportional to the square root of the size. The causal language model is a tiny Llama from
-scratch, which is fast. A run whose folder exists is not repeated.
+Each offline config runs with four sizes of windows:
+
+- a quarter of the config's size
+- the config's size
+- a size that grows by a schedule
+- a size that follows the noise scale
+
+All runs train on the same examples, with a learning rate proportional to the square root of the size. The
+causal language model is a tiny Llama trained from scratch, which is fast. An existing run is not repeated.
 """
 
 import json
@@ -31,19 +36,19 @@ from gradacc_hf.utils.files import write_whole
 
 TINY = "tiny_llama"
 NOISE = "by the noise scale"
-TASKS: dict[str, tuple[int, list[str]]] = {  # the size of windows, and settings beside the offline config's
+TASKS: dict[str, tuple[int, list[str]]] = {  # recipe: (size of windows, settings added to the offline config)
     "text_classification": (64, []),
     "causal_lm": (32, ["--model.name", TINY, "--model.lora.rank", "0", "--data.max_length", "96"]),
 }
-EVALUATIONS_PER_RUN = 8  # about
+EVALUATIONS_PER_RUN = 8  # approximately
 POINTS_PER_LINE = 40
 
 
 @dataclass(frozen=True)
 class ScheduleRuns:
-    """The runs of one config with one schedule. Tuples have one element for each seed.
+    """The runs of one config with one schedule. Tuples have one element per seed.
 
-    `examples` is the number of examples until the validation loss is `target`.
+    `examples`: number of examples until the validation loss reaches `target`.
     """
 
     recipe: str
@@ -126,7 +131,7 @@ def _training_examples(name: str, flags: Sequence[str]) -> int:
 
 
 def schedule_flags(size: int, examples: int) -> dict[str, list[str]]:
-    """Return the flags of each schedule, by label. Sizes are `size`, and a half and a quarter of it."""
+    """Return the flags of each schedule, by label. Sizes are `size`, a half and a quarter of `size`."""
     small, half = size // 4, size // 2
     first = math.ceil(examples / 3 / small)
     steps = {0: small, first: half, first + math.ceil(examples / 3 / half): size}
@@ -172,7 +177,7 @@ def _curve(run: RecordedRun) -> list[tuple[float, float]]:
 
 
 def examples_until(target: float, curve: Sequence[tuple[float, float]]) -> float:
-    """Return the examples at which the loss first is the target, interpolated linearly; NaN if never."""
+    """Return the examples at which the loss first reaches the target, interpolated linearly, or NaN."""
     for (before, high), (after, low) in pairwise(curve):
         if low <= target:
             return before + (after - before) * (max(high, target) - target) / max(high - low, 1e-12)
@@ -200,9 +205,9 @@ def print_schedules(result: SchedulesResult, console: Console) -> None:
     """Print a table in Markdown for each config: medians over the seeds, with the range."""
     for name in dict.fromkeys(one.recipe for one in result.results):
         rows = [one for one in result.results if one.recipe == name]
-        until = f"examples until validation loss {rows[0].target:.2f}"
+        until = f"examples until the validation loss is {rows[0].target:.2f}"
         lines = [f"{name}, {len(rows[0].examples)} seeds", ""]
-        lines += [f"| windows of | {until} | final loss | windows | last size | noise scale at the end |"]
+        lines += [f"| window size | {until} | final loss | windows | last size | noise scale at the end |"]
         lines += ["|---|---|---|---|---|---|"]
         for one in rows:
             known = narrative.finite(one.noise_scale)

@@ -1,9 +1,16 @@
-"""`gradacc bench contrastive`: ContrastiveLoss beside the losses of sentence-transformers.
+"""`gradacc bench contrastive`: ContrastiveLoss, compared with the losses of sentence-transformers.
 
-`measure_contrastive` starts each contender in a process of its own, in turns, with the same pairs, weights
-and windows: `MultipleNegativesRankingLoss` on the whole window, `CachedMultipleNegativesRankingLoss` in
-mini-batches of so many tokens, and `ContrastiveLoss` in micro-batches of as many padded tokens. The losses of
-sentence-transformers run in a plain PyTorch loop. Without dropout, all should reach the same model.
+`measure_contrastive` starts each contender in a separate process, in turns, with the same pairs, weights and
+windows.
+
+| contender | batch |
+|---|---|
+| `MultipleNegativesRankingLoss` | the whole window |
+| `CachedMultipleNegativesRankingLoss` | mini-batches of `max_tokens` tokens |
+| `ContrastiveLoss` | micro-batches of `max_tokens` padded tokens |
+
+The losses of sentence-transformers run in a plain PyTorch loop. Without dropout, all should reach the same
+model.
 """
 
 import json
@@ -49,7 +56,7 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class ContrastiveRuns:
-    """The runs of one contender. Tuples have one element for each repeat, unless a comment says otherwise."""
+    """The runs of one contender. Tuples have one element per repeat, unless a comment states otherwise."""
 
     name: str
     gradient_error: float  # relative to plain PyTorch on the whole first window
@@ -61,7 +68,7 @@ class ContrastiveRuns:
 
 @dataclass(frozen=True)
 class ContrastiveResult:
-    """The contenders by key. `times`: examples per second of gradacc / of the other one, for each repeat."""
+    """The contenders by key. `times`: examples per second of gradacc / of the contender, per repeat."""
 
     contenders: dict[str, ContrastiveRuns]
     times: dict[str, tuple[float, ...]]
@@ -81,7 +88,7 @@ def measure_contrastive(
     """Train the first windows of the offline config with each contender, in turns.
 
     Args:
-        settings: command-line settings beside the offline config.
+        settings: command-line settings added to the offline config.
         num_windows: the number of windows in a run.
         repeats: the number of runs of each contender.
         max_tokens: the tokens of a micro-batch.
@@ -174,7 +181,7 @@ def run_contender(name: str, num_windows: int, max_tokens: int, settings: Sequen
 
 
 class ContrastiveTraining:
-    """One contender's training of a recipe's windows, from the same initial weights."""
+    """The training of one contender on a recipe's windows, from the same initial weights."""
 
     def __init__(self, name: str, recipe: Recipe, windows: WindowLoader, max_tokens: int):
         self.recipe, self.windows, self.accelerator = recipe, windows, windows.accelerator
@@ -186,7 +193,7 @@ class ContrastiveTraining:
         self.scheduler = make_scheduler(self.optimizer, recipe.config.optim, windows, total)
 
     def train(self, num_windows: int) -> Iterator[float]:
-        """Train, and yield the loss of each window after its step. Gradients are not clipped."""
+        """Train, and yield the loss of each window after the step. Gradients are not clipped."""
         if self.reference_loss is None:
             model, optimizer = self.accelerator.prepare(self.model, self.optimizer)
             shared = {"scheduler": self.scheduler, "compute_loss": self.recipe.loss}
@@ -198,7 +205,7 @@ class ContrastiveTraining:
             batch = self.windows.collated(self.windows.plan.indices(0, number)).batch
             loss = self.reference_loss(_features(batch), None)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)  # `train` measures the norm too
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)  # `train` computes the norm too
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
@@ -234,13 +241,13 @@ def _features(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def print_contrastive(result: ContrastiveResult, console: Console) -> None:
-    """Print a row for each contender, with medians, and the ratios of speed."""
+    """Print a row for each contender, with medians, and the ratios of the speeds."""
     console.print(
         f"{result.windows} windows of {result.pairs} pairs; micro-batches of {result.max_tokens:,} tokens"
     )
     table = Table("", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     metrics = [name for name in result.contenders["ours"].metrics if name != "loss"]
-    for header in ("gradient\noff by", "pairs\na second", "MiB", "last\nloss", *metrics):
+    for header in ("gradient\nerror", "pairs\nper s", "MiB", "last\nloss", *metrics):
         table.add_column(header.replace("_", "\n", 1), justify="right")
     for contender in result.contenders.values():
         table.add_row(
@@ -254,8 +261,8 @@ def print_contrastive(result: ContrastiveResult, console: Console) -> None:
     console.print(table)
     for name, times in result.times.items():
         console.print(
-            f"ContrastiveLoss: {median(times):.2f} × the pairs per second of {CONTENDERS[name]} "
-            f"(median of {len(times)} pairs of runs: {min(times):.2f}–{max(times):.2f})"
+            f"ContrastiveLoss trains {median(times):.2f} × as many pairs per second as {CONTENDERS[name]} "
+            f"(median of {len(times)} pairs of runs, {min(times):.2f}–{max(times):.2f})"
         )
 
 

@@ -1,7 +1,7 @@
-"""`gradacc bench speed`: the time of the loop beside two lower limits.
+"""`gradacc bench speed`: the time of the loop, compared with two lower limits.
 
-The first limit is the same micro-batches without a loop around them. The second limit is dense micro-batches,
-without padding or splitting. `gradacc compare` times other ways to accumulate.
+The first limit is the time of the same micro-batches without the loop. The second limit is the time of dense
+micro-batches, without padding or splitting. `gradacc compare` times other ways to train.
 """
 
 import gc
@@ -29,17 +29,17 @@ from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.verification.baselines import run_windows
 
-DENSE_POWERS = range(3, 16)  # dense micro-batches have 2^3 … 2^15 tokens an example
+DENSE_POWERS = range(3, 16)  # dense micro-batches have 2^3 … 2^15 tokens per example
 
 
 @dataclass(frozen=True)
 class SpeedResult:
-    """The time of the loop, with one figure for each repeat, and medians.
+    """The time of the loop: one figure per repeat, and medians.
 
-    `of_dense_limit`: seconds of the dense limit / seconds of the loop. The dense limit processes each example
-    at the speed of a dense micro-batch of the example's length, and adds the optimizer's time.
-    `overhead`: seconds of the loop / seconds of the bare micro-batches, minus 1. The bare micro-batches are
-    collated before; their time covers forward, backward, clipping and the optimizer.
+    `of_dense_limit`: seconds of the dense limit / seconds of the loop. The dense limit is the time of each
+    example at the speed of a dense micro-batch of the example's length, plus the optimizer's time.
+    `overhead`: seconds of the loop / seconds of the bare micro-batches, minus 1. Bare micro-batches are
+    collated beforehand and take the time of forward, backward, clipping and the optimizer.
     """
 
     windows: int
@@ -58,7 +58,7 @@ class SpeedResult:
 def measure_speed(
     recipe: Recipe, num_windows: int = 4, repeats: int = 5, progress: Progress = iter
 ) -> SpeedResult:
-    """Time the first windows of a recipe's run in three ways, in turns. The first turn only warms up.
+    """Time the first windows of a recipe's run in three ways, in turns. The first turn warms up.
 
     Args:
         recipe: the recipe whose windows are timed.
@@ -156,7 +156,7 @@ class Workload:
         return ran.seconds
 
     def time_bare_micro_batches(self) -> tuple[float, float]:
-        """Return the seconds of the micro-batches without a loop, and those of clipping and the optimizer."""
+        """Return the seconds of the micro-batches without the loop, and of clipping and the optimizer."""
         recipe = self.recipe
         model, optimizer = self._model_and_optimizer()
         model.to(self.accelerator.device).train()
@@ -174,7 +174,7 @@ class Workload:
         return self._clock() - started, optimizer_seconds
 
     def time_dense_tokens(self) -> dict[int, float]:
-        """Return the seconds a token, by length, of a forward and backward pass that adds to gradients."""
+        """Return the seconds per token, by length, of a forward and backward that add to gradients."""
         recipe, device = self.recipe, self.accelerator.device
         model, _ = self._model_and_optimizer()
         model.to(device).train()
@@ -203,16 +203,18 @@ def _first_tokens(example: Mapping[str, Any], length: int) -> dict[str, Any]:
 
 
 def print_speed(result: SpeedResult, console: Console) -> None:
-    """Print both shares, and the speed of dense micro-batches by length."""
+    """Print both figures, and the speed of dense micro-batches by length."""
     low, high = min(result.of_dense_limit), max(result.of_dense_limit)
     console.print(
-        f"{result.median_of_dense_limit:.2f} of the dense limit ({low:.2f}–{high:.2f}, {len(result.seconds)} "
-        f"repeats of {result.windows} windows, {result.examples} examples in {result.micro_batches} "
-        f"micro-batches, {result.padding:.1%} padding)\n"
-        f"{result.median_overhead:.1%} of the loop is neither forward nor backward nor optimizer "
-        f"({min(result.overhead):.1%} to {max(result.overhead):.1%})"
+        f"{result.windows} windows, {result.examples} examples in {result.micro_batches} micro-batches, "
+        f"{result.padding:.1%} padding, {len(result.seconds)} repeats.\n"
+        f"Speed relative to dense micro-batches without padding: {result.median_of_dense_limit:.2f} "
+        f"({low:.2f}–{high:.2f}).\n"
+        f"Overhead of the loop over forward, backward and optimizer: {result.median_overhead:.1%} "
+        f"({min(result.overhead):.1%} to {max(result.overhead):.1%}).\n"
+        "Speed of dense micro-batches:"
     )
-    table = Table("tokens of a dense micro-batch's examples", "tokens a second", box=SIMPLE)
+    table = Table("tokens per example", "tokens per s", box=SIMPLE)
     for length, tokens in result.dense_tokens_per_second.items():
         table.add_row(str(length), f"{tokens:,.0f}")
     console.print(table)

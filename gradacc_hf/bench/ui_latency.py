@@ -20,7 +20,7 @@ from gradacc_hf.bench.progress import Progress
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.run_log import measured_with
 
-COUNTED_SECONDS = 4.0  # in which updates of the page are counted
+COUNTED_SECONDS = 4.0  # duration of counting updates of the page
 COUNT_UPDATES = """seconds => new Promise(done => {
 let n = 0;
 const seen = new MutationObserver(() => n++);
@@ -31,11 +31,11 @@ setTimeout(() => done(n / seconds), 1000 * seconds);
 
 @dataclass(frozen=True)
 class PageResult:
-    """Latency of the page for each visitor, and updates a second by the number of visitors."""
+    """Latency of the page for each visitor, and updates per second by the number of visitors."""
 
     first_picture: tuple[float, ...]  # seconds from opening the page to the first picture
-    first_answer: tuple[float, ...]  # seconds from opening the page to the answer to a click
-    updates: dict[str, tuple[float, ...]]  # a second
+    first_answer: tuple[float, ...]  # seconds from opening the page to the response to a click
+    updates: dict[str, tuple[float, ...]]  # per second
     measured_with: dict[str, str]
 
 
@@ -81,7 +81,7 @@ def measure_page(repeats: int, progress: Progress = iter) -> PageResult:
 
 
 def chromium() -> str | None:
-    """Return the path of an installed Chromium, or None for the one of Playwright."""
+    """Return the path of an installed Chromium, or None to use Playwright's Chromium."""
     names = ("chromium", "chromium-browser", "google-chrome")
     return next((found for name in names if (found := shutil.which(name))), None)
 
@@ -91,9 +91,9 @@ PLAY = (sys.executable, "-m", "gradacc_hf", "play", "--no-browser")
 
 @contextmanager
 def served(command: Sequence[str] = PLAY, **how: Any) -> Iterator[tuple[str, subprocess.Popen]]:
-    """Serve the page from a process of its own, and yield the address and the process.
+    """Serve the page from a separate process, and yield the address and the process.
 
-    An environment variable gives the port, as in a Space. `how` goes to subprocess.Popen.
+    The port is set with an environment variable, as in a Space. `how`: arguments of subprocess.Popen.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -109,7 +109,7 @@ def served(command: Sequence[str] = PLAY, **how: Any) -> Iterator[tuple[str, sub
                 break
             except OSError:
                 if process.poll() is not None or time.monotonic() > until:
-                    raise InputError("bench play: the page is not served; see `gradacc play`") from None
+                    raise InputError("bench play: the page did not start; try `gradacc play`") from None
                 time.sleep(0.2)
         yield address, process
     finally:
@@ -119,8 +119,12 @@ def served(command: Sequence[str] = PLAY, **how: Any) -> Iterator[tuple[str, sub
 
 def print_page(result: PageResult, console: Console) -> None:
     """Print medians and extremes."""
-    for what, seconds in (("picture", result.first_picture), ("answer to a click", result.first_answer)):
+    for what, seconds in (("picture", result.first_picture), ("response to a click", result.first_answer)):
         middle, most = median(seconds), max(seconds)
-        console.print(f"first {what} {middle:.2f} s after opening (at most {most:.2f}, of {len(seconds)})")
+        console.print(
+            f"first {what} after opening the page: median {middle:.2f} s, at most {most:.2f} s "
+            f"({len(seconds)} times)"
+        )
     for who, counts in result.updates.items():
-        console.print(f"{who} that plays: {median(counts):.1f} updates a second (at least {min(counts):.1f})")
+        middle, least = median(counts), min(counts)
+        console.print(f"updates per second, {who} playing: median {middle:.1f}, at least {least:.1f}")

@@ -17,13 +17,13 @@ from gradacc_hf.utils.commands import Parser, command
 from gradacc_hf.utils.paths import bundle_root
 
 COMMANDS = {
-    "verify": ("gradacc_hf.cli.verify", "is accumulation exact on my model and data?"),
-    "compare": ("gradacc_hf.comparison.cli", "train in several ways and compare them"),
-    "doctor": ("gradacc_hf.doctor.script", "what is wrong with a script's accumulation"),
-    "plan": ("gradacc_hf.cli.plan", "memory, steps and cost of a run, without a GPU"),
-    "play": ("gradacc_hf.play.command", "a page to watch the loop on, micro-batch by micro-batch"),
-    "bench": ("gradacc_hf.bench.cli", "measure what the README says (gradacc bench --help)"),
-    "predict": ("gradacc_hf.cli.predict", "what a saved run says to new input"),
+    "verify": ("gradacc_hf.cli.verify", "check that accumulation is exact for a model and its data"),
+    "compare": ("gradacc_hf.comparison.cli", "train in several ways, and compare exactness and speed"),
+    "doctor": ("gradacc_hf.doctor.script", "find faults in a training script's accumulation"),
+    "plan": ("gradacc_hf.cli.plan", "predict memory, steps and cost of a run, without a GPU"),
+    "play": ("gradacc_hf.play.command", "show the loop on a web page, micro-batch by micro-batch"),
+    "bench": ("gradacc_hf.bench.cli", "measure the figures in the guides"),
+    "predict": ("gradacc_hf.cli.predict", "predict on new input with a saved run"),
 }
 """Command → the module whose `main` gets the remaining arguments, and one line of help."""
 
@@ -35,24 +35,24 @@ EXTRAS = {
     "report": ("report",),
     "verify": ("recipes",),
 }
-"""The extras that a command needs; `gradacc play` names its own, as it can draw a film without Gradio."""
+"""Command → extras to require. `gradacc play` checks for Gradio itself, because it can draw without it."""
 
 
 def main() -> None:
-    """Run the `gradacc` command. A GradaccError ends it with one line and its exit code."""
+    """Run the `gradacc` command. A GradaccError ends the command with one line and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without × or ±
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # for terminals without × or ±
     try:
         with command():
             _run()
             sys.stdout.flush()
-    except BrokenPipeError:  # of `gradacc … | head`
+    except BrokenPipeError:  # as in `gradacc … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def _run() -> None:
-    """Parse the command line and run its command. Only the chosen command imports what is slow to import."""
+    """Parse the command line and run the command. Slow imports happen only in the chosen command."""
     parser = _make_parser()
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command not in COMMANDS:
@@ -82,23 +82,23 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gradacc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list the recipes and their configs")
-    copy = commands.add_parser("cp", help="copy a recipe and its configs into a folder, to edit")
-    copy.add_argument("name", help="a recipe, as `gradacc ls` names it, or lessons/NAME")
-    copy.add_argument("folder", type=Path, help="where recipes/ and configs/ go")
+    copy = commands.add_parser("cp", help="copy a recipe and its configs to a folder, for editing")
+    copy.add_argument("name", help="a recipe from `gradacc ls`, or lessons/NAME")
+    copy.add_argument("folder", type=Path, help="the folder in which recipes/ and configs/ are created")
     lesson = commands.add_parser("lessons", help="list the lessons, or run one")
-    lesson.add_argument("name", nargs="?", help="a lesson; without it, all are listed")
-    lesson.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw what the lesson shows")
+    lesson.add_argument("name", nargs="?", help="the lesson to run; by default, all lessons are listed")
+    lesson.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the lesson's result to this file")
     for name, (_, question) in COMMANDS.items():
         commands.add_parser(name, help=question, add_help=False)
-    report = commands.add_parser("report", help="one HTML page about runs, side by side")
+    report = commands.add_parser("report", help="write an HTML page that compares runs")
     report.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one that holds runs"
+        "runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or a folder that holds runs"
     )
     report.add_argument(
         "--output",
         type=Path,
         metavar="FILE.html",
-        help="where it goes; by default report.html in the folder of the run, or here if there are several",
+        help="the page to write (default: report.html in the run's folder; for several runs, in this folder)",
     )
     return parser
 
@@ -109,7 +109,7 @@ def show_lessons(name: str | None, plot: Path | None) -> None:
         lessons.run(name, plot)
         return
     if plot is not None:
-        raise InputError("--plot: which lesson? Give its name: gradacc lessons NAME --plot FILE.svg")
+        raise InputError("--plot needs the name of a lesson: gradacc lessons NAME --plot FILE.svg")
     for lesson in lessons.names():
         print(f"{lesson:<22}{lessons.question(lesson)}")
 
@@ -126,12 +126,12 @@ def configs(name: str) -> list[Path]:
 
 
 def copy_recipe(name: str, folder: Path) -> None:
-    """Copy recipes/NAME.py and its configs into a folder, or nothing if one of the files exists there.
+    """Copy recipes/NAME.py and its configs to a folder. Nothing is copied if one of the files exists there.
 
-    `name` lessons/NAME copies a lesson. Raises InputError for an unknown name and for existing files.
+    The name lessons/NAME copies a lesson. Raises InputError for an unknown name and for existing files.
     """
     if name not in recipes() and name not in [f"lessons/{lesson}" for lesson in lessons.names()]:
-        raise InputError(f"no recipe {name!r}; there are: {', '.join(recipes())}, and lessons/NAME")
+        raise InputError(f"no recipe {name!r}; allowed: {', '.join(recipes())}, and lessons/NAME")
     copies = {
         path: folder / path.relative_to(bundle_root())
         for path in (bundle_root() / "recipes" / f"{name}.py", *configs(name))
@@ -139,7 +139,8 @@ def copy_recipe(name: str, folder: Path) -> None:
     existing = [str(target) for target in copies.values() if os.path.lexists(target)]
     if existing:
         raise InputError(
-            f"{', '.join(existing)} exist already; nothing was copied: give another folder, or move them"
+            f"nothing was copied, because these files exist: {', '.join(existing)}; give another folder, or "
+            "move them"
         )
     for source, target in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -21,23 +21,25 @@ from gradacc_hf.utils.commands import Parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line. Exits with 1 where the run does not fit."""
+    """Run the command. The exit code is 1 if the run does not fit."""
     parser = Parser(
         prog="gradacc plan",
-        description="What a run will take: memory, accumulation steps, operations. Needs no GPU, no weights. "
-        "The exit code is 1 where it does not fit.",
-        epilog="Any setting of the recipe can follow, as on its own command line: --data.max_length 512",
+        description="Predict memory, accumulation steps, operations and cost of a run, without a GPU and "
+        "without weights. The exit code is 0 if the run fits, and 1 if it does not.",
+        epilog="Settings of the recipe may follow, such as --data.max_length 512.",
     )
     parser.add_argument("--config", required=True, help="the recipe's config file")
-    parser.add_argument("--budget", default="auto", help="a budget's name or file (auto)")
-    parser.add_argument("--processes", type=int, default=1, help="processes, each on a device (%(default)s)")
+    parser.add_argument("--budget", default="auto", help="a budget's name or file (default: %(default)s)")
     parser.add_argument(
-        "--tflops", type=float, help="10¹² operations a second that a device reaches: the time"
+        "--processes", type=int, default=1, help="number of processes, one per device (default: %(default)s)"
     )
     parser.add_argument(
-        "--rate-of", metavar="RUN", type=Path, help="instead: what the devices of a run reached"
+        "--tflops", type=float, help="TFLOP per second that a device reaches, to estimate the run time"
     )
-    parser.add_argument("--price", type=float, help="of one device for an hour, with the rate: the cost")
+    parser.add_argument(
+        "--rate-of", metavar="RUN", type=Path, help="take the rate from this finished run instead of --tflops"
+    )
+    parser.add_argument("--price", type=float, help="price of one device per hour, to estimate the cost")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     arguments, settings = parser.parse_known_args(argv)
     for name in ("processes", "tflops", "price"):
@@ -45,9 +47,9 @@ def main(argv: Sequence[str]) -> None:
         if value is not None and value <= 0:
             refuse(f"--{name}", f"found {value:g}", "allowed: a number above 0")
     if arguments.tflops is not None and arguments.rate_of is not None:
-        raise InputError("--rate-of: found beside --tflops, which says the rate too; give one of the two")
+        raise InputError("--tflops and --rate-of both give the rate; give only one of them")
     if arguments.price is not None and arguments.tflops is None and arguments.rate_of is None:
-        raise InputError("--price: found one without --tflops or --rate-of, by which the hours are told")
+        raise InputError("--price needs --tflops or --rate-of, to estimate the run time")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
@@ -63,14 +65,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Memory as bars, then the split of the run and its cost, then what would make it fit."""
+    """Print the memory as bars, the split and the cost, and settings that need less memory."""
     rows, lengths = plan.steps.largest
     console.print(
         f"{plan.model}: {plan.parameters:,} parameters, {plan.trained:,} trained, {plan.precision}, on "
         f"{plan.processes} × {plan.device} with {plan.memory / GIB:.1f} GiB",
         soft_wrap=True,
     )
-    table = Table("memory of a process", box=SIMPLE, title_justify="left")
+    table = Table("memory per process", box=SIMPLE, title_justify="left")
     table.add_column("GiB", justify="right")
     table.add_column(f"of {plan.memory / GIB:.1f} GiB", width=40)
     scale, begin = max(plan.memory, plan.parts.total), 0
@@ -80,39 +82,39 @@ def show(plan: Plan, console: Console) -> None:
         table.add_row(names.get(name, name), f"{size / GIB:.2f}", bar)
         begin += size
     style = "green" if plan.fits else "red"
-    table.add_row("together", f"{begin / GIB:.2f}", Bar(scale, 0, begin, width=40, color=style), style=style)
+    table.add_row("total", f"{begin / GIB:.2f}", Bar(scale, 0, begin, width=40, color=style), style=style)
     console.print(table)
     least, mean, most = plan.steps.accumulation_steps
     lines = {
         "largest micro-batch": f"{rows} × {_listed(lengths)} tokens",
-        "micro-batches": f"at most {plan.bound} ({plan.why})",
+        "micro-batch limit": f"{plan.bound} ({plan.why})",
         "accumulation steps": f"{least} / {mean:.1f} / {most} (min / mean / max)",
         "padding": f"{plan.steps.padding:.1%} of the tokens",
-        "windows": f"{plan.steps.windows:,}, over {plan.steps.epochs} epoch{'s' * (plan.steps.epochs > 1)}",
-        "operations": f"{plan.steps.flops_per_window / 1e12:,.2f} TFLOP a window, "
-        f"{plan.steps.flops_per_window * plan.steps.windows / 1e15:,.2f} PFLOP in all",
+        "windows": f"{plan.steps.windows:,} in {plan.steps.epochs} epoch{'s' * (plan.steps.epochs > 1)}",
+        "operations": f"{plan.steps.flops_per_window / 1e12:,.2f} TFLOP per window, "
+        f"{plan.steps.flops_per_window * plan.steps.windows / 1e15:,.2f} PFLOP in total",
     }
     if plan.seconds is not None:
         lines["time"] = f"{timedelta(seconds=round(plan.seconds))}" + (
             f", cost {plan.price:,.2f}" if plan.price is not None else ""
         )
     else:
-        lines["time"] = "give --tflops or --rate-of, and --price for the cost"
+        lines["time"] = "not estimated: give --tflops or --rate-of (and --price for the cost)"
     lines[f"on {max(2, plan.processes)} processes"] = ", ".join(
-        f"{name} {size / GIB:.2f} GiB each" for name, size in plan.processes_change.items()
+        f"{size / GIB:.2f} GiB each with {name}" for name, size in plan.processes_change.items()
     )
     for name, value in lines.items():
         console.print(f"{name:<22}{value}", soft_wrap=True)
     if plan.fits:
         console.print("It fits.", style="green")
         return
-    takes, there_are = f"takes {plan.longest_bytes / GIB:.2f} GiB alone", f"{plan.memory / GIB:.2f}"
-    why = f"the longest example, of {_listed(plan.longest)} tokens, {takes}, and there are {there_are}."
+    available = f"{plan.memory / GIB:.2f} GiB are available"
+    why = f"the longest example, {_listed(plan.longest)} tokens, needs {plan.longest_bytes / GIB:.2f} GiB"
+    remedy = "Settings that need less memory:" if plan.levers else ""
     if plan.longest_bytes <= plan.memory:
-        why = (
-            f"such a micro-batch takes {plan.parts.total / GIB:.2f} GiB; budget.max_tokens auto splits finer."
-        )
-    console.print(f"It does not fit: {why}", style="red", soft_wrap=True)
+        why = f"the largest micro-batch needs {plan.parts.total / GIB:.2f} GiB"
+        remedy = "--budget.max_tokens auto splits finer."
+    console.print(f"It does not fit: {why}, and {available}. {remedy}", style="red", soft_wrap=True)
     for lever in plan.levers:
         verdict = "fits" if lever.fits else "does not fit yet"
         console.print(

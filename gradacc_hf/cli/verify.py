@@ -31,27 +31,29 @@ from gradacc_hf.verification.table import print_verification
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command. The exit code is 0 where the loop is exact, and 1 where it is not."""
+    """Run the command. The exit code is 0 if the loop is exact, and 1 if it is not."""
     parser = Parser(
         prog="gradacc verify",
-        description="Compare accumulated gradients with those of whole windows, on a recipe's data. "
-        "Exits with 0 where the loop is exact, with 1 where it is not.",
-        epilog="Any setting of the recipe can follow, as on its own command line: --batch.effective 32",
+        description="Compare accumulated gradients with the gradients of whole windows, on a recipe's data. "
+        "The exit code is 0 if the loop is exact, and 1 if it is not.",
+        epilog="Settings of the recipe may follow, such as --batch.effective 32.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="the recipe's config file")
     what.add_argument(
         "--run",
         type=Path,
-        help="a run's folder: verify what it trained; its verify.json, cards and report say what came of it",
+        help="the folder of a run: verify its recipe, and write the result to verify.json, cards and report",
     )
     what.add_argument(
         "--all-heads",
         action="store_true",
-        help="every head of the installed transformers, tiny (half an hour)",
+        help="verify a tiny model of every head of the installed transformers (half an hour)",
     )
-    parser.add_argument("--budget", help="a budget's name or file (auto or, with --run, that of the run)")
-    parser.add_argument("--windows", type=int, default=1, help="windows to compare (%(default)s)")
+    parser.add_argument("--budget", help="a budget's name or file (default: auto, or the budget of --run)")
+    parser.add_argument(
+        "--windows", type=int, default=1, help="number of windows to compare (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments, settings = parser.parse_known_args(argv)
     transformers.utils.logging.set_verbosity_error()
@@ -62,21 +64,21 @@ def main(argv: Sequence[str]) -> None:
             parser.error(f"unrecognized arguments: {' '.join(settings)}")
         _all_heads(arguments.json)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("gradacc verify runs on one process: start it without a launcher")
+        raise InputError("gradacc verify runs in one process; start it without a launcher")
     if arguments.run is None:
         flags = ["--config", arguments.config, "--budget", arguments.budget or "auto", *settings]
         recipe = load_recipe(flags)
     elif settings or arguments.budget:
         given = settings[0] if settings else "--budget"
-        raise InputError(f"{given}: a run is verified with its own settings; others go with --config FILE")
+        raise InputError(f"{given}: --run uses the settings of the run; give other settings with --config")
     else:
         refuse_links(arguments.run.resolve(), "--run")
         recipe = open_run(arguments.run)
         if not (arguments.run / "summary.json").is_file():
-            raise InputError(f"{arguments.run}: found no summary.json; this run has not ended")
+            raise InputError(f"{arguments.run}: found no summary.json, so this run has not ended")
     if recipe.config.model.load_in_4bit:
         raise InputError(
-            "model.load_in_4bit: found true; allowed is false, as gradients are compared in float32"
+            "model.load_in_4bit: found true; allowed: false, because gradients are compared in float32"
         )
     recipe = on_this_machine(recipe)
     export_cpu_offload(recipe.config.budget)
@@ -105,8 +107,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _all_heads(as_json: bool) -> NoReturn:
-    """Print the conformance table. The exit code is 1 where a head is not exact for no known reason."""
-    warnings.filterwarnings("ignore")  # of hundreds of models that are not the user's
+    """Print the conformance table. The exit code is 1 if a head is not exact for an unknown reason."""
+    warnings.filterwarnings("ignore")  # warnings of hundreds of models do not concern the user
     with Progress(console=Console(stderr=True), transient=True) as progress:
         verdicts = conformance.conformance(
             conformance.heads(every=True), lambda which: progress.track(which, description="heads")

@@ -1,4 +1,4 @@
-"""The command line of `gradacc compare`: exactness, speed, memory and quality of several ways to accumulate.
+"""The command line of `gradacc compare`: exactness, speed, memory and quality of several ways to train.
 
 gradacc compare --config configs/text_classification_offline.yaml
 """
@@ -36,25 +36,27 @@ from gradacc_hf.utils.verbosity import silence_libraries
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compare, and exit with 1 if a contender failed."""
+    """Run the command. The exit code is 1 if a contender failed."""
     given, more_settings = _parser().parse_known_args(argv)
     silence_libraries()
     contenders = _chosen(given.contenders)
     if given.repeats < 1:
         raise InputError(f"--repeats: found {given.repeats}; allowed: 1 or more")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("gradacc compare runs on one process: start it without a launcher")
+        raise InputError("gradacc compare runs in one process; start it without a launcher")
     settings = ["--config", given.config, "--budget", given.budget, *more_settings]
     recipe = load_recipe(settings)
     size, rows = _checked_sizes(recipe, given.windows)
     folder = given.output or next_folder("compare")
     if given.output and folder.exists():
-        raise InputError(f"--output: {folder} is there already; give a new folder")
+        raise InputError(f"--output: {folder} exists; give a new folder")
     console = Console(highlight=False, stderr=given.json)
     console.print(
-        f"{given.windows} windows of {size} examples, {given.repeats} "
-        f"times; in micro-batches of {rows} examples, gradacc's of as many tokens as these padded; "
-        f"runs in {folder}"
+        f"{given.windows} window{'s' * (given.windows > 1)} of {size} examples, {given.repeats} "
+        f"run{'s' * (given.repeats > 1)} of each contender.\n"
+        f"Micro-batches have {rows} examples; with gradacc, any number within the same limit of memory.\n"
+        f"Folder of the runs: {folder}",
+        soft_wrap=True,
     )
     command = redact(f"gradacc compare {shlex.join(argv)}")
     with _progress(given.repeats * len(contenders)) as on_run:
@@ -73,15 +75,28 @@ def main(argv: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="gradacc compare",
-        description="Train the same windows in several ways, and compare exactness and speed.",
-        epilog="Any setting of the recipe can follow, as on its own command line: --batch.effective 32. "
-        f"Contenders: {', '.join(f'{key} ({name})' for key, name in CONTENDERS.items())}.",
+        description="Train the same windows in several ways, and compare exactness, speed and memory.",
+        epilog="Settings of the recipe may follow, such as --batch.effective 32. The contender at_once "
+        "trains each window as one large batch. trainer is transformers.Trainer, and trainer_by_length "
+        "groups examples by length. exact_trainer is gradacc_hf.ExactTrainer. accelerate is the loop of "
+        "Accelerate's guide, with accelerator.accumulate. `ours` is the loop of gradacc.",
     )
     parser.add_argument("--config", required=True, help="the recipe's config file")
-    parser.add_argument("--budget", default="auto", help="a budget's name or file (%(default)s)")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="which, by commas (%(default)s)")
-    parser.add_argument("--windows", type=int, default=8, help="windows in a run (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each, with other seeds (%(default)s)")
+    parser.add_argument("--budget", default="auto", help="a budget's name or file (default: %(default)s)")
+    parser.add_argument(
+        "--contenders",
+        default=",".join(CONTENDERS),
+        help="the contenders, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--windows", type=int, default=8, help="number of windows in a run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="number of runs of each contender, with different seeds (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, help="a new folder for the runs and the report")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -96,28 +111,30 @@ def _chosen(text: str) -> list[str]:
 
 
 def _checked_sizes(recipe: Recipe, num_windows: int) -> tuple[int, int]:
-    """Return the examples of a window, and of a micro-batch of the contenders that split by count.
+    """Return the examples of a window, and of a micro-batch for the contenders that split by count.
 
     Raises:
         InputError: the recipe's loss is of a whole window, or an epoch has fewer full windows.
     """
     if as_window_loss(recipe.loss) is not None:
         raise InputError(
-            f"recipe: the loss of {type(recipe).__name__} is of all examples of a window together, which no "
-            "other way of accumulating has; see gradacc bench contrastive"
+            f"recipe: the loss of {type(recipe).__name__} is of all examples of a window together, which the "
+            "other contenders cannot accumulate. Use gradacc bench contrastive instead"
         )
     recipe, training, validation = load_data(recipe)
     windows, _ = make_windows(recipe, training, validation, Accelerator())
     size = window_size(recipe)
     full = len(training) // size
     if not 1 <= num_windows <= full:
-        raise InputError(f"--windows: found {num_windows}; allowed: 1 to {full}, the full ones of an epoch")
+        raise InputError(
+            f"--windows: found {num_windows}; allowed: 1 to {full}, the full windows of an epoch"
+        )
     return size, micro_batch_size(recipe, windows)
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar on stderr, or lines if stderr is no terminal. Yield the function that names the next run."""
+    """Show a bar, or lines if stderr is not a terminal. Yield the function to call before each run."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total, completed=-1)
@@ -131,10 +148,10 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def print_comparison(found: dict[str, ComparedRuns | str], console: Console) -> None:
-    """Print a row for each contender, with medians and ranges, and the ratios of speed."""
+    """Print a row for each contender, with medians and ranges, and the ratios of the speeds."""
     narrow: Any = {"box": SIMPLE, "padding": (0, 2, 0, 0), "pad_edge": False}
     table = Table("", **narrow)
-    for header in ("gradient\noff by", "examples\na second", "tokens\na second", "padding", "MiB", "seconds"):
+    for header in ("gradient\nerror", "examples\nper s", "tokens\nper s", "padding", "MiB", "seconds"):
         table.add_column(header, justify="right")
     ran = {name: contender for name, contender in found.items() if isinstance(contender, ComparedRuns)}
     for contender in ran.values():
@@ -158,13 +175,14 @@ def print_comparison(found: dict[str, ComparedRuns | str], console: Console) -> 
     console.print(after)
     for name, reason in found.items():
         if isinstance(reason, str):
-            console.print(f"{CONTENDERS[name]}: not compared: {reason}")
+            console.print(f"{CONTENDERS[name]} was not compared: {reason}")
     for name, other in ran.items():
         if name != "ours" and "ours" in ran:
             times = ratios(ran["ours"], other)
+            pairs = f"median of {len(times)} pairs of runs, {min(times):.1f}–{max(times):.1f}"
             console.print(
-                f"{ran['ours'].name}: {median(times):.1f} × the examples per second of {other.name} "
-                f"(median of {len(times)} pairs of runs: {min(times):.1f}–{max(times):.1f})"
+                f"{ran['ours'].name} trains {median(times):.1f} × as many examples per second as "
+                f"{other.name} ({pairs if len(times) > 1 else '1 pair of runs'})"
             )
 
 

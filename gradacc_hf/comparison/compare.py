@@ -1,10 +1,10 @@
-"""Run the same training in several ways, side by side, and read the results.
+"""Run the same training in several ways, and read the results.
 
-`compare` starts each contender of `comparison/worker.py` in a process of its own, in turns. All of them get
-the same examples in the same windows, the same optimizer, schedule, clipping, dropout and precision, and
-micro-batches of the same memory. Contenders that split by count get as many examples as fit the budget when
-padded to the longest. Each run logs each window's loss. ExactTrainer's time includes the probes of the first
-micro-batch. The result is a folder of runs.
+`compare` starts each contender of `comparison/worker.py` in a separate process, in turns. All contenders get
+the same examples in the same windows, the same settings, and micro-batches of the same memory. For contenders
+that split by count, a micro-batch holds as many examples as fit the budget when padded to the longest. Each
+run logs the loss of each window. ExactTrainer's time includes the probes of the first micro-batch. The result
+is a folder of runs.
 """
 
 import json
@@ -24,7 +24,7 @@ from gradacc_hf.utils.files import write_whole
 
 @dataclass(frozen=True)
 class ComparedRuns:
-    """The runs of one contender. Tuples have one element for each repeat, unless a comment says otherwise."""
+    """The runs of one contender. Tuples have one element per repeat, unless a comment states otherwise."""
 
     name: str
     gradient_errors: tuple[float, ...]  # of each window of the first repeat
@@ -46,9 +46,9 @@ def compare(
     on_run: Callable[[str], None] = lambda name: None,
     command: str = "",
 ) -> dict[str, ComparedRuns | str]:
-    """Run all contenders `repeats` times, each time with another seed.
+    """Run all contenders `repeats` times, each time with a different seed.
 
-    The runs of a repeat follow one another. Another contender is the first in each repeat.
+    The runs of a repeat follow one another. Each repeat begins with a different contender.
 
     Args:
         settings: a recipe's command line.
@@ -89,14 +89,14 @@ def compare(
 
 
 def _run_worker(arguments: Sequence[str]) -> str | None:
-    """Run a contender in a process. Return why it failed, or None. Raises InputError for bad settings."""
+    """Run a contender in a process. Return the reason of a failure, or None. InputError: bad settings."""
     command = [sys.executable, "-m", "gradacc_hf.comparison.worker", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
     if done.returncode == 2:
         raise InputError(lines[-1].removeprefix("error: "))
     if done.returncode == DOES_NOT_FIT:
-        return "does not fit the memory"
+        return "does not fit in memory"
     return lines[-1] if done.returncode else None
 
 
@@ -129,5 +129,5 @@ def read_compared_runs(folder: Path) -> ComparedRuns:
 
 
 def ratios(ours: ComparedRuns, other: ComparedRuns) -> list[float]:
-    """Return the ratios of examples per second for each repeat, whose runs followed one another."""
+    """Return the ratio of examples per second for each repeat."""
     return [a / b for a, b in zip(ours.examples_per_second, other.examples_per_second, strict=True)]

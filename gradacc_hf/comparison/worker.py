@@ -1,11 +1,11 @@
-"""Run one contender of a comparison, in a process of its own, so that its memory can be measured.
+"""Run one contender of a comparison, in a separate process, so that the memory can be measured.
 
     python -m gradacc_hf.comparison.worker NAME FOLDER WINDOWS errors|no_errors --config FILE [settings]
 
-Train the first windows of a recipe's run in a way of `verification/baselines.py`, timed, and evaluate. With
-`errors`, train once more without dropout, and compare each window's gradient with that of the window as one
-batch. Write config.yaml, history.jsonl and summary.json to the folder. `comparison/compare.py` starts
-workers and reads the folders.
+Train the first windows of a recipe's run with a function of `verification/baselines.py`, timed, and evaluate.
+With `errors`, train again without dropout, and compare each gradient with the gradient of the window in one
+batch. Write config.yaml, history.jsonl and summary.json to the folder. `comparison/compare.py` starts workers
+and reads the folders.
 """
 
 import gc
@@ -62,8 +62,9 @@ CONTENDERS = {
     "trainer_by_length": "Trainer, by length",
     "exact_trainer": "ExactTrainer",
     "accelerate": "accumulate()",
-    "ours": "ours",
+    "ours": "gradacc",
 }
+"""Contender → name in tables and reports."""
 DOES_NOT_FIT = 3  # exit code of a contender that ran out of memory
 
 
@@ -79,7 +80,7 @@ class WorkerRun:
     """
 
     def __init__(self, recipe: Recipe, num_windows: int):
-        changes = {"train.noise_every": 0}  # the first window would measure, a large share of so few
+        changes = {"train.noise_every": 0}  # measuring the noise scale would slow one of few windows
         recipe = recipe.with_config(with_settings(recipe.config, changes))
         self.accelerator = make_accelerator(recipe.config)
         recipe, self.training, self.validation = load_data(recipe)
@@ -87,12 +88,12 @@ class WorkerRun:
         self.windows, _ = self.loaders()
         order = np.concatenate([self.windows.plan.indices(0, t) for t in range(num_windows)])
         self.examples: Any = self.training.select(order)
-        if recipe.transform is not None:  # the same masks for all
+        if recipe.transform is not None:  # so that all contenders get the same masks
             self.examples = self.windows.examples(order)
         self.size = micro_batch_size(recipe, self.windows)
         self.steps = window_size(recipe) // self.size
         self.pad_to = self.windows.pad_to if isinstance(self.windows.pad_to, int) else None
-        if self.windows.pad_to == "window":  # the other contenders do not know the rest of a window
+        if self.windows.pad_to == "window":  # the other contenders have no lengths of a whole window
             self.pad_to = int(self.windows.tokens.max())
         self.collated_examples: list[list[Any]] = []
 
@@ -101,7 +102,7 @@ class WorkerRun:
         return make_windows(self.recipe, self.training, self.validation, self.accelerator)
 
     def set_up(self) -> tuple[Any, Any, Any]:
-        """Return a new model on the device, the optimizer and the schedule."""
+        """Return a new model on the device, the optimizer and the scheduler."""
         config, recipe = self.recipe.config, self.recipe
         model = make_model(recipe).to(self.accelerator.device)
         optimizer = make_optimizer(model, config.optim, self.accelerator.mixed_precision)
@@ -112,7 +113,7 @@ class WorkerRun:
         )
 
     def train(self, name: str, model: Any, optimizer: Any, scheduler: Any, max_grad_norm: float) -> Any:
-        """Train one epoch of the windows in the way of a contender."""
+        """Train one epoch of the windows with a contender."""
         recipe, self.collated_examples = self.recipe, []
         shared: dict[str, Any] = {"scheduler": scheduler, "max_grad_norm": max_grad_norm}
         if name in ("ours", "at_once"):
@@ -160,7 +161,7 @@ class WorkerRun:
         return {} if self.pad_to is None else {"pad_to": self.pad_to}
 
     def collated(self, examples: Sequence[Any], device: Any) -> Any:
-        """Collate examples as one batch on the device, padded as by contenders that split by count."""
+        """Collate examples as one batch on the device, padded as for contenders that split by count."""
         return send_to_device(dict(self.recipe.collate(examples, **self._padding)), device)
 
     def _whole(self, windows: WindowLoader, number: int) -> Any:
@@ -201,7 +202,7 @@ def window_size(recipe: Recipe) -> int:
     size = recipe.config.batch.effective
     if not isinstance(size, int):
         raise InputError(
-            f"batch.effective: found {size}; allowed here: a number, because Trainer has no other sizes"
+            f"batch.effective: found {size}; allowed here: a number, because Trainer has a fixed batch size"
         )
     return size
 
@@ -242,7 +243,7 @@ def train_timed(run: WorkerRun, name: str, folder: Path) -> None:
     tokens_of = [[run.tokens(micro_batch) for micro_batch in window] for window in run.by_window()]
     if len(ends) == len(tokens_of):
         seconds = [ran.seconds - (ends[-1] - ends[0]), *np.diff(ends).tolist()]
-    else:  # the fp16 scaler has skipped steps; which ones is unknown
+    else:  # the fp16 scaler has skipped an unknown subset of the steps
         seconds, rates = [ran.seconds / len(tokens_of)] * len(tokens_of), [math.nan] * len(tokens_of)
 
     rows = [
@@ -289,9 +290,9 @@ def train_timed(run: WorkerRun, name: str, folder: Path) -> None:
 
 
 def measure_errors(run: WorkerRun, name: str, folder: Path) -> None:
-    """Add the relative error of the gradient to each window's row: float32, no dropout, no clipping.
+    """Add the relative error of the gradient to each window's row, in float32 without dropout and clipping.
 
-    The reference is the gradient of the window as one batch, at the contender's weights before the step.
+    The reference is the gradient of the window in one batch, at the contender's weights before the step.
     """
     recipe = run.recipe
     on_cpu = run.accelerator.device.type == "cpu"
@@ -306,7 +307,7 @@ def measure_errors(run: WorkerRun, name: str, folder: Path) -> None:
         [window] = run.by_window()[len(found) : len(found) + 1]
         examples = [example for micro_batch in window for example in micro_batch]
         batch = run.collated(examples, model.device)
-        with exit_if_out_of_memory(0):  # of the window as one batch: no error is measured
+        with exit_if_out_of_memory(0):  # if the whole window does not fit, no error is measured
             whole = whole_window_gradient(model, batch, recipe.loss)
         found.append(relative_error(gradient, whole))
         for parameter_name, parameter in model.named_parameters():
@@ -338,7 +339,7 @@ def reset_peak_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the largest number of bytes that the process has held since `reset_peak_memory`."""
+    """Return the largest number of bytes held since `reset_peak_memory`."""
     if device.type == "cuda" or not Path("/proc/self/status").exists():
         return peak_memory_bytes(device)
     return _status("VmHWM")
@@ -350,7 +351,7 @@ def _status(key: str) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Exit with one line and the code of a GradaccError; with `DOES_NOT_FIT` if memory does not suffice."""
+    """Run a contender. A GradaccError ends it with one line and an exit code, lack of memory with 3."""
     name, folder, num_windows, with_errors, *settings = argv
     silence_libraries()
     try:
@@ -366,7 +367,7 @@ def main(argv: Sequence[str]) -> None:
 
 @contextmanager
 def exit_if_out_of_memory(exit_code: int) -> Iterator[None]:
-    """Exit with a code and one line on stderr if the memory does not suffice."""
+    """Exit with this code and one line on stderr when memory runs out."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -30,13 +30,13 @@ __all__ = ["Diagnosis", "Finding", "diagnose"]
 
 
 class Diagnosis:
-    """What is known of a loop. `str(diagnosis)` is the report.
+    """The result of observing a loop. `str(diagnosis)` is the report.
 
     Attributes:
-        record: what was observed.
-        is_over: whether observing has ended and the report was given.
-        findings: what is wrong, errors first; empty for a healthy loop.
-        healthy: whether windows were observed and none of the findings is an error.
+        record: the observations.
+        is_over: whether observing has ended and the report was passed to `say`.
+        findings: the faults of the loop, errors first; empty for a healthy loop.
+        healthy: whether windows were observed and no finding is an error.
     """
 
     def __init__(self, record: LoopRecord, say: Callable[[str], Any]):
@@ -46,7 +46,7 @@ class Diagnosis:
 
     @property
     def findings(self) -> list[Finding]:
-        """What is wrong, errors first."""
+        """The faults of the loop, errors first."""
         return findings(self.record)
 
     @property
@@ -58,7 +58,7 @@ class Diagnosis:
         return report(self.record, self.findings)
 
     def finish(self) -> None:
-        """Give the report; the record is complete."""
+        """Pass the report to `say`, once the record is complete."""
         self.is_over = True
         self._say(str(self))
 
@@ -75,37 +75,37 @@ def diagnose(
     say: Callable[[str], Any] = print,
     started_loaders: Sequence[DataLoader] = (),
 ) -> Iterator[Diagnosis]:
-    """Observe the training loop in here, and report what is wrong with its accumulation.
+    """Observe the training loop in the `with` block, and report the faults of its accumulation.
 
     The gradient of each of the first windows is compared with the gradient of the same examples in one batch.
-    A partial window at the end of the data is compared as well. Dropout is off while it observes.
+    A partial window at the end of the data is compared as well. Dropout is off while the loop is observed.
 
     Args:
         model: the model, as the loop uses it.
-        optimizer: a torch optimizer, or what `accelerator.prepare` returned for it.
-        loss_fn: computes the loss from (outputs, inputs by name). Needed if the loss is neither the model's
-            own nor one torch function of the model's output.
-        accumulation_steps: micro-batches of a window, as intended. Needed if neither Accelerate nor the
-            divided loss shows it.
+        optimizer: a torch optimizer, or the optimizer that `accelerator.prepare` returned.
+        loss_fn: computes the loss from (outputs, inputs by name). Needed if the loss is computed neither by
+            the model nor by one torch function of the model's output.
+        accumulation_steps: the intended number of micro-batches per window. Needed if neither Accelerate nor
+            the divided loss shows the number.
         windows: number of windows to compare.
-        scheduler: the learning rate scheduler; by default it is looked for in the variables of the loop.
-        say: receives the report as soon as it is complete.
-        started_loaders: loaders over which the loop iterates already.
+        scheduler: the learning rate scheduler; by default, the variables of the loop are searched for one.
+        say: called with the report as soon as it is complete.
+        started_loaders: loaders over which the loop already iterates.
 
     Yields:
         The `Diagnosis`.
 
     Raises:
-        ValueError: an argument is none of the allowed ones.
+        ValueError: an argument is not allowed.
     """
     for name, number in (("windows", windows), ("accumulation_steps", accumulation_steps)):
         if number is not None and number < 1:
             raise ValueError(f"{name}: found {number}; allowed: 1 or more")
-    stepped = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wraps torch's
+    stepped = getattr(optimizer, "optimizer", optimizer)  # Accelerate's optimizer wraps torch's
     if not isinstance(model, torch.nn.Module) or not isinstance(stepped, torch.optim.Optimizer):
         raise ValueError(
             f"diagnose(model, optimizer): found {type(model).__name__} and {type(optimizer).__name__}; "
-            "allowed: a torch.nn.Module, and an optimizer of torch or what accelerator.prepare made of it"
+            "allowed: a torch.nn.Module, and a torch optimizer or Accelerate's wrapper of it"
         )
     subject = Subject.of(model, optimizer)
     record = LoopRecord(intended=accumulation_steps, schedule_length=length_of(scheduler))
@@ -116,6 +116,6 @@ def diagnose(
         with observer.attached():
             yield diagnosis
     except BaseException:
-        observer.stop()  # the window at hand was interrupted, not dropped
+        observer.stop()  # the current window was interrupted, not dropped
         raise
     observer.stop(keep_unstepped=True)

@@ -13,7 +13,7 @@ class DoctorCallback(TrainerCallback):
     """Diagnose a Trainer's loop: `trainer.add_callback(DoctorCallback())`.
 
     Args:
-        say: receives the report.
+        say: called with the report.
         settings: further arguments of `diagnose`.
 
     Attributes:
@@ -25,7 +25,7 @@ class DoctorCallback(TrainerCallback):
         self.diagnosis: Diagnosis | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
-        """Begin to observe the model and the optimizer."""
+        """Start observing the model and the optimizer."""
         settings = {
             "accumulation_steps": args.gradient_accumulation_steps,
             "scheduler": trained.get("lr_scheduler"),
@@ -41,5 +41,5 @@ class DoctorCallback(TrainerCallback):
             self.diagnosis.record.logged.append((state.global_step, float(logs["loss"])))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Report."""
+        """Stop observing, and report."""
         self._open.close()

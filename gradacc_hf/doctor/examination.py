@@ -1,19 +1,20 @@
-"""What happens at the end of each window: recompute it, within a budget of work, and decide how to go on.
+"""Examine each completed window: compare it with one large batch, and decide whether to observe more.
 
-The first windows are compared. If a pass over the data ends in a partial window, that one is awaited.
+The first windows are compared, within a budget of work. If a pass over the data ends in a partial window,
+that window is compared as well.
 """
 
 from gradacc_hf.doctor.observer import Attention, Progress, Subject
 from gradacc_hf.doctor.record import LoopRecord, ObservedWindow, WindowComparison
 from gradacc_hf.doctor.reference import LossOf, compare_window, work
 
-MAX_WORK_RATIO = 1.7  # work of comparisons over that of the observed windows; with all else it is below 2
+MAX_WORK_RATIO = 1.7  # comparisons over observed windows, in work; with the other costs it stays below 2
 
 
 class Examination:
-    """Compares windows of a record with references, and keeps account of the work.
+    """Compares windows of a record with references, within a budget of work.
 
-    windows: how many windows to compare.
+    windows: number of windows to compare.
     """
 
     def __init__(self, subject: Subject, record: LoopRecord, windows: int, loss_fn: LossOf | None):
@@ -22,7 +23,7 @@ class Examination:
         self._loop_work = self._comparison_work = 0.0
 
     def examine(self, window: ObservedWindow, progress: Progress) -> Attention:
-        """Compare the latest window of the record, if there is work left for it, and say how to go on."""
+        """Compare the latest window of the record if the budget allows, and return how to continue."""
         self._compare(window, progress)
         return self._next(window, progress)
 
@@ -40,8 +41,8 @@ class Examination:
         to_come = max(0, self._windows - seen) * of_loop
         is_affordable = expected <= MAX_WORK_RATIO * (self._loop_work + to_come)
         if seen == 1 and not is_affordable:
-            times = f"{at_once / of_loop:.0f} × the work, most of it padding"
-            window.comparison = WindowComparison(why_not=f"its examples in one batch would be {times}")
+            times = f"{at_once / of_loop:.0f} × the work, mostly padding"
+            window.comparison = WindowComparison(why_not=f"the window in one batch would be {times}")
         elif is_affordable and (seen <= self._windows or self._is_at_end(window, progress)):
             found = window.comparison = compare_window(
                 self._subject, window, self._loss_fn, self._record.autocast

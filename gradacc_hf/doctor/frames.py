@@ -1,6 +1,6 @@
-"""Facts read from the call stack: the user's line, whose loop runs, the scheduler of an optimizer.
+"""Read the call stack: the user's line, the library that runs the loop, the scheduler of an optimizer.
 
-Nothing here changes a frame or an object.
+Frames and objects are only read, never changed.
 """
 
 import os
@@ -25,7 +25,7 @@ MAX_ITEMS_SEARCHED = 64  # of a list, tuple or dict that may hold a scheduler
 
 
 def frames(outside: str = PACKAGE) -> Iterator[FrameType]:
-    """The frames of the caller's stack, innermost first, without those of files in the folder `outside`."""
+    """Yield the frames of the caller's stack, innermost first; files in the folder `outside` are left out."""
     frame = sys._getframe(1)
     while frame is not None:
         if not frame.f_code.co_filename.startswith(outside):
@@ -45,7 +45,7 @@ def user_line() -> Place | None:
 
 
 def driver() -> str:
-    """Whose loop runs: "trainer" (of transformers), "accelerate", or ""."""
+    """The library that runs the loop: "trainer" (of transformers), "accelerate", or "" for none."""
     modules = {frame.f_globals.get("__name__", "") for frame in frames()}
     if "transformers.trainer" in modules:
         return "trainer"
@@ -58,7 +58,7 @@ def _caller_of_torch() -> FrameType | None:
 
 
 def starting_loader() -> DataLoader | None:
-    """The loader whose iteration begins, if the torch function at hand draws the seed of its workers."""
+    """The loader whose iteration begins, if the current torch function draws the seed of the workers."""
     frame = _caller_of_torch()
     if frame is None or frame.f_globals.get("__name__") != "torch.utils.data.dataloader":
         return None
@@ -67,7 +67,7 @@ def starting_loader() -> DataLoader | None:
 
 
 def optimizer_being_built() -> torch.optim.Optimizer | None:
-    """The optimizer that takes parameters, if the torch function at hand checks one of them."""
+    """The optimizer that is adding parameters, if the current torch function checks a parameter."""
     frame = _caller_of_torch()
     if frame is None or frame.f_code.co_name != "add_param_group":
         return None
@@ -76,10 +76,10 @@ def optimizer_being_built() -> torch.optim.Optimizer | None:
 
 
 def schedule_length(optimizer: torch.optim.Optimizer) -> int | None:
-    """The steps that a scheduler of this optimizer was made for, if one is found in the calling frames.
+    """The number of steps in the schedule of this optimizer, if the calling frames hold its scheduler.
 
-    Looked through: the variables of each frame, the module variables of the user's frames, the attributes of
-    each of these objects, and the items of lists, tuples and dicts among them.
+    The search covers the variables of each frame and the module variables of the user's frames. It includes
+    the attributes of these objects, and the items of lists, tuples and dicts.
     """
     examined: set[int] = set()
     for frame in frames(outside=DOCTOR):
@@ -96,7 +96,7 @@ def schedule_length(optimizer: torch.optim.Optimizer) -> int | None:
 
 
 def length_of(scheduler: Any) -> int | None:
-    """The steps that this scheduler, or the one it wraps, was made for; None if it does not say."""
+    """The number of steps in the schedule of this scheduler, or of the one it wraps; None if unknown."""
     for each in _unwrapped(scheduler):
         for name in LENGTH_NAMES:
             if isinstance(steps := getattr(each, name, None), int):
@@ -126,13 +126,13 @@ def _items(value: Any) -> list[Any]:
 def _attributes(value: Any) -> dict[str, Any]:
     try:
         attributes = vars(value)
-    except Exception:  # of an object without attributes, or a proxy that is not ready
+    except Exception:  # the object has no attributes, or is a proxy that is not ready
         return {}
     return attributes if isinstance(attributes, dict) else {}
 
 
 def _unwrapped(value: Any) -> Iterator[LRScheduler]:
-    """The value, or what a wrapper such as Accelerate's holds as `scheduler`, if it is a torch scheduler."""
+    """Yield the torch scheduler: the value, or the attribute `scheduler` of a wrapper like Accelerate's."""
     for each in (value, _attributes(value).get("scheduler")):
         if each is not None and issubclass(type(each), LRScheduler):
             yield cast(LRScheduler, each)

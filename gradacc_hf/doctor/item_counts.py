@@ -1,7 +1,7 @@
 """Relates the losses of a window's micro-batches to the loss of the whole window.
 
-`which_items` finds the items that the mean is over, among the `counts`. `why_coupled` gives the reason if no
-count of items explains the window's loss.
+`which_items` finds the item count over which the loss is a mean. `why_coupled` finds the reason if no item
+count explains the loss of the window.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from gradacc_hf.accumulation.loss_items import COUNTS, IGNORED
 from gradacc_hf.doctor.record import LOSS_RTOL_FP32, Inputs, ObservedMicroBatch
 from gradacc_hf.utils.modeling import BATCH_NORMS
 
-ROUNDING_RTOL = 1e-5  # of a loss in float32, with a margin
+ROUNDING_RTOL = 1e-5  # relative rounding error of a loss in float32, with a margin
 
 
 def tensors_in(inputs: Inputs) -> list[torch.Tensor]:
@@ -35,10 +35,10 @@ def which_items(
     whole: float,
     tolerance: float,
 ) -> tuple[str, tuple[float, ...], bool]:
-    """Find the count of items by which the weighed losses give the whole window's loss.
+    """Find the item count with which the weighed losses give the loss of the whole window.
 
-    Returns its name ("" if there is none), the items of each micro-batch, and whether the count is certain.
-    It is not if a count with other weights explains the loss as well, as it does if all losses are alike.
+    Return the name of the count ("" if there is none), the items of each micro-batch, and whether the count
+    is certain. It is uncertain if a count with other weights explains the loss too, as with equal losses.
     """
     known = []
     for name, items in counts(model, micro_batches):
@@ -58,7 +58,7 @@ def which_items(
 def counts(
     model: torch.nn.Module, micro_batches: Sequence[ObservedMicroBatch]
 ) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Each count that applies here: its name, and the items of each micro-batch."""
+    """Yield each count that applies to these inputs: name, and items of each micro-batch."""
     for name, count in COUNT_BY.items():
         try:
             items = tuple(float(count(model, micro_batch)) for micro_batch in micro_batches)
@@ -100,7 +100,7 @@ def _by_name(name: str) -> Callable[[torch.nn.Module, ObservedMicroBatch], float
 COUNT_BY: dict[str, Callable[[torch.nn.Module, ObservedMicroBatch], float]] = {
     "examples": _rows,
     "labels that are not −100": _by_name("labels"),
-    "labels that are not −100, but the first of each row": _by_name("next_token"),
+    "labels that are not −100, without the first of each row": _by_name("next_token"),
     "targets": _targets,
     "weights of the targets' classes": _class_weights,
 }
@@ -112,7 +112,10 @@ def why_coupled(
     loss_of: Callable[..., torch.Tensor],
     tolerance: float,
 ) -> str:
-    """Why micro-batches do not give the window's loss: "batch_norm", "padding", "in_batch" or "unknown"."""
+    """Return the reason why the micro-batches' losses do not give the loss of the window.
+
+    It is "batch_norm", "padding", "in_batch" or "unknown".
+    """
     if any(isinstance(module, BATCH_NORMS) and module.training for module in model.modules()):
         return "batch_norm"
     first = next(micro_batch for micro_batch in micro_batches if micro_batch.forward)

@@ -1,7 +1,7 @@
-"""Torch functions that a loop calls, as events: a backward, a loss, a changed gradient, a new loader.
+"""Turn the torch functions that a loop calls into events: a backward, a loss, a changed gradient, a loader.
 
-A thread has at most one listener, a `TorchFunctionMode`, which all subscribers share. So subscribers may come
-and go in any order, and no class of torch is changed.
+A thread has at most one listener, a `TorchFunctionMode` that all subscribers share. Subscribers may therefore
+be added and removed in any order, and no class of torch is changed.
 """
 
 import threading
@@ -16,18 +16,18 @@ from torch.utils.data import DataLoader
 
 from gradacc_hf.doctor.frames import optimizer_being_built, starting_loader
 
-NUMBER_READS = ("item", "__float__", "__format__")  # of a tensor, as a number
+NUMBER_READS = ("item", "__float__", "__format__")  # methods that read a tensor as a number
 UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"
-LOSSES = {  # functions of (prediction, target) with a mean, which a loop may call by itself
+LOSSES = {  # functions of (prediction, target) that a loop may call to compute a mean loss
     *("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"),
     *("binary_cross_entropy", "binary_cross_entropy_with_logits", "poisson_nll_loss"),
 }
 
 
 class Subscriber:
-    """Receives events while it is subscribed. Each event does nothing by default.
+    """Receives events while it is subscribed. Every event method does nothing by default.
 
-    is_listening: whether events other than `loader_started` and `optimizer_built` are wanted.
+    is_listening: whether to receive events other than `loader_started` and `optimizer_built`.
     """
 
     is_listening = False
@@ -36,7 +36,7 @@ class Subscriber:
         """An iteration over this loader begins, with gradients enabled."""
 
     def optimizer_built(self, optimizer: torch.optim.Optimizer) -> None:
-        """This optimizer is being built, or takes more parameters."""
+        """An optimizer is being built, or parameters are being added to it."""
 
     def backward(self, loss: torch.Tensor, run: Callable[[], Any]) -> Any:
         """Call `run`, the backward of this loss, and return its result."""
@@ -69,25 +69,25 @@ class Listener(TorchFunctionMode):
         self._is_paused = False
 
     def add(self, subscriber: Subscriber) -> None:
-        """Begin to send events; the first subscriber starts the listener."""
+        """Start sending events to a subscriber; the first subscriber starts the listener."""
         if not self._subscribers:
             self.__enter__()
         self._subscribers.append(subscriber)
 
     def remove(self, subscriber: Subscriber) -> None:
-        """Send no more events; the last subscriber stops the listener."""
+        """Stop sending events to a subscriber; removing the last subscriber stops the listener."""
         self._subscribers.remove(subscriber)
         if not self._subscribers:
             self.__exit__(None, None, None)
 
     @property
     def is_paused(self) -> bool:
-        """Whether what runs now belongs to gradacc, not to the loop."""
+        """Whether the code that runs now belongs to gradacc, not to the loop."""
         return self._is_paused
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Send no events from what runs in here."""
+        """Send no events from inside the `with` block."""
         before, self._is_paused = self._is_paused, True
         try:
             yield
@@ -162,7 +162,7 @@ def thread_listener() -> Listener:
 
 @contextmanager
 def subscribed(subscriber: Subscriber) -> Iterator[Listener]:
-    """Send the events of this thread to the subscriber; gives the listener."""
+    """Send the events of this thread to the subscriber. Yield the listener."""
     listener = thread_listener()
     listener.add(subscriber)
     try:

@@ -1,12 +1,12 @@
-"""The text of each finding: what is wrong, what it does to training, and what to write instead.
+"""The text of each finding: the fault, the effect on training, and the code to write instead.
 
-Numbers of a run are in braces: `n`, its accumulation steps, and others that the finding names.
+Braces hold numbers of the run: `n` is the accumulation steps; `rules.py` passes the others by name.
 """
 
 MESSAGES: dict[str, tuple[str, str, str]] = {
     "stepped_on_every_micro_batch": (
         "the optimizer steps on every micro-batch",
-        "batches are {n} × smaller than meant; with SGD and divided losses, steps are {n} × too short",
+        "batches are {n} × smaller than intended; with SGD and a divided loss, steps are {n} × too short",
         """
 - optimizer.step()
 + if step % {n} == 0:
@@ -15,14 +15,14 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
     ),
     "zeroed_inside_the_window": (
         "gradients are zeroed between the micro-batches of a window",
-        "all micro-batches but the last of each window are computed for nothing",
+        "only the last micro-batch of each window reaches the optimizer; the others are wasted",
         """
 - optimizer.zero_grad()  # before every backward
-+ optimizer.zero_grad()  # after optimizer.step() alone""",
++ optimizer.zero_grad()  # only after optimizer.step()""",
     ),
     "never_zeroed": (
         "gradients are not zeroed after the step",
-        "each step takes the sum of the gradients of all windows so far",
+        "each step uses the sum of the gradients of all windows so far",
         """
   optimizer.step()
 + optimizer.zero_grad()""",
@@ -37,7 +37,7 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
     ),
     "unscaled_too_early": (
         "gradients are unscaled before the window is complete",
-        "later micro-batches add scaled gradients to unscaled ones, and so they alone count",
+        "later micro-batches add scaled gradients to unscaled ones, so almost only the later ones count",
         """
 + if step % {n} == 0:
       scaler.unscale_(optimizer)
@@ -46,7 +46,7 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
     ),
     "clipped_too_late": (
         "gradients are clipped after the step",
-        "the optimizer has used the unclipped gradient by then: nothing is clipped",
+        "the optimizer has already used the unclipped gradient, so clipping has no effect",
         """
 + clip_grad_norm_(model.parameters(), max_norm)
   optimizer.step()
@@ -54,10 +54,10 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
     ),
     "scheduler_per_micro_batch": (
         "the scheduler steps on every micro-batch",
-        "warm-up and decay end {n} × too early, if the schedule is as long as there are steps",
+        "if the schedule is as long as the number of steps, warm-up and decay end {n} × too early",
         """
 - scheduler.step()  # for each micro-batch
-+ scheduler.step()  # after optimizer.step() alone""",
++ scheduler.step()  # only after optimizer.step()""",
     ),
     "schedule_sized_in_micro_batches": (
         "the schedule counts micro-batches, not steps",
@@ -68,49 +68,49 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
     ),
     "synchronised_every_micro_batch": (
         "processes synchronise gradients on every micro-batch",
-        "the gradient is the same, but it takes more time",
+        "the gradient is correct, but communication takes more time than necessary",
         """
 + with nullcontext() if step % {n} == 0 else model.no_sync():  # or accelerator.accumulate(model)
       loss.backward()""",
     ),
     "not_divided": (
         "the loss is not divided by the accumulation steps",
-        "with SGD each step is {n} × too long; with Adam, clipping, weight decay and logged norms are off",
+        "with SGD, steps are {n} × too long; with Adam, clipping, weight decay and logged norms are wrong",
         """
 - loss.backward()
-+ (loss / {n}).backward()  # exact: × its items / the window's items""",
++ (loss / {n}).backward()  # for unequal micro-batches: loss * (items / items_of_the_window)""",
     ),
     "divided_twice": (
         "the loss is divided twice",
-        "with SGD each step is {n} × too short; with Adam, clipping, weight decay and logged norms are off",
+        "with SGD, steps are {n} × too short; with Adam, clipping, weight decay and logged norms are wrong",
         """
-- loss = loss / {n}  # accelerator.backward(loss) divides by the accumulation steps already""",
+- loss = loss / {n}  # accelerator.backward(loss) already divides by the accumulation steps""",
     ),
     "mis_scaled": (
-        "the loss is multiplied by something",
-        "with SGD, and for clipping, this acts as another learning rate",
-        "nothing, if it is meant (the weight of an auxiliary loss); else find the factor and remove it",
+        "the loss is multiplied by a factor",
+        "with SGD and with clipping, the factor changes the step size like another learning rate",
+        "keep the factor if it is intended, such as the weight of an auxiliary loss; otherwise remove it",
     ),
     "mean_of_means": (
-        "micro-batches with unequal items count alike",
-        "items in micro-batches with few items weigh more: the mean of means is another loss",
+        "micro-batches with unequal numbers of items get equal weight",
+        "an item counts more in a micro-batch with few items, so a different loss is minimised",
         """
 - loss = loss / {n}
 + loss = loss * (items / items_of_the_window)  # as gradacc_hf.WindowLoader weighs""",
     ),
     "another_gradient": (
-        "the gradient is not the window's gradient",
-        "training minimises another loss than the one that is reported",
-        "see the other findings; else look for code that changes weights, gradients or the loss in between",
+        "the gradient differs from the gradient of the window",
+        "training minimises a different loss from the one reported",
+        "correct the other findings, then look for code that changes weights, gradients or the loss",
     ),
     "examples_coupled": (
-        "BatchNorm normalises each example by its micro-batch",
-        "accumulation does not act as a larger batch, however the loss is weighed",
+        "BatchNorm normalises each example with the statistics of the micro-batch",
+        "accumulation is not equivalent to a larger batch, whatever the weights of the losses",
         "use LayerNorm or GroupNorm, or freeze BatchNorm in evaluation mode",
     ),
     "in_batch_negatives_cut": (
-        "in-batch negatives come from the micro-batch only",
-        "the task is easier than with the whole window's negatives, and so the loss looks better",
+        "in-batch negatives come only from the micro-batch",
+        "with fewer negatives than in the whole window the task is easier, so the loss looks better",
         "gradacc_hf.ContrastiveLoss uses the negatives of the whole window (a gradient cache)",
     ),
     "loss_is_a_sum": (
@@ -121,51 +121,51 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
 + divide by the items of the window""",
     ),
     "padding_reaches_the_loss": (
-        "an example's loss depends on how far it is padded",
-        "the gradient of an example depends on the micro-batch that it is in",
-        "mask padded positions in the loss, or pad a window's micro-batches alike",
+        "the loss of an example depends on the amount of padding",
+        "the gradient of an example depends on the other examples in the micro-batch",
+        "mask padded positions in the loss, or pad all micro-batches of a window to the same length",
     ),
     "partial_window_mis_scaled": (
-        "the last, partial window is scaled as a full one",
+        "the last, partial window is scaled like a full window",
         "the last step of each pass is too short",
         """
 - loss / {n}
 + loss / micro_batches_of_this_window""",
     ),
     "partial_window_dropped": (
-        "the examples that fill no window are dropped",
-        "these examples are computed for nothing, in every pass over the data",
+        "the examples of the last, partial window are dropped",
+        "in every pass over the data, these examples are computed but never reach a step",
         """
 - if step % {n} == 0:
 + if step % {n} == 0 or step == len(loader):""",
     ),
     "partial_window_leaked": (
-        "a window goes on in the next pass over the data",
-        "a step mixes two passes; evaluating or saving between them misses the gradients not yet applied",
+        "a window continues in the next pass over the data",
+        "a step mixes two passes; evaluating or saving between the passes misses gradients not yet applied",
         """
 - if step % {n} == 0:
 + if step % {n} == 0 or step == len(loader):""",
     ),
     "swamped_in_16_bits": (
-        "gradients are summed in 16 bits, where small ones vanish beside large ones",
-        "the more micro-batches, the larger the rounding error",
+        "gradients are summed in 16 bits, which rounds small contributions away",
+        "the rounding error grows with the number of micro-batches",
         """
 + gradacc_hf.accumulate_in_float32(model, optimizer)""",
     ),
     "logged_loss_inflated": (
         "the logged loss is inflated",
-        "loss curves of runs with other accumulation steps cannot be compared",
-        "divide the logged loss by {n}, or log the window's mean",
+        "loss curves of runs with different accumulation steps cannot be compared",
+        "divide the logged loss by {n}, or log the mean over the window",
     ),
     "logged_loss_of_the_last_micro_batch": (
         "only the loss of the last micro-batch is logged",
-        "it has {n} × the variance of the window's loss, of which it is a part",
-        "sum the losses of a window, each × its share of the items, and log the sum",
+        "the logged loss has {n} × the variance of the window's loss",
+        "multiply each loss by the micro-batch's share of the window's items, and log the sum",
     ),
     "learning_rate_unchanged": (
-        "the learning rate is a default, and the window is large",
-        "a larger batch takes fewer steps, and often allows a larger rate",
-        "try {twice:g} and {four_times:g} beside it (gradacc lessons learning_rate)",
+        "the learning rate is a default value, although the window is large",
+        "a larger batch takes fewer steps and often allows a larger learning rate",
+        "also try {twice:g} and {four_times:g} (see gradacc lessons learning_rate)",
     ),
 }
 EXACT_TRAINER = """
@@ -174,7 +174,7 @@ EXACT_TRAINER = """
 ACCUMULATE = """
 + with accelerator.accumulate(model):  # around forward, backward, step and zero_grad
       accelerator.backward(loss)"""
-FIXES: dict[str, dict[str, str]] = {  # by whose loop it is, if not the user's own
+FIXES: dict[str, dict[str, str]] = {  # by the library that runs the loop
     "trainer": dict.fromkeys(
         ("not_divided", "mean_of_means", "partial_window_mis_scaled", "logged_loss_inflated"), EXACT_TRAINER
     ),
@@ -186,7 +186,7 @@ FIXES: dict[str, dict[str, str]] = {  # by whose loop it is, if not the user's o
 + accelerator.backward(window.weigh(loss))  # windows of gradacc_hf.WindowLoader""",
     },
 }
-CONSEQUENCES: dict[str, set[str]] = {  # of a finding: other findings that it causes
+CONSEQUENCES: dict[str, set[str]] = {  # finding → other findings that it causes
     "zeroed_inside_the_window": {
         *("another_gradient", "mean_of_means", "divided_twice", "mis_scaled", "not_divided"),
     },

@@ -1,8 +1,8 @@
-"""Observes a training loop from outside and writes what it does into a `LoopRecord`.
+"""Observe a training loop from outside, and write a `LoopRecord`.
 
-`Observer` takes a model and an optimizer, as the loop uses them. Hooks of these two objects tell it of
-forwards and steps, the thread's listener (`listener.py`) of all else. `examination.py` has what runs at the
-end of each window.
+`Observer` takes the model and the optimizer of the loop. Hooks on these two objects report forwards and
+steps; the listener of the thread (`listener.py`) reports everything else. `examination.py` runs at the end of
+each window.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ from gradacc_hf.utils.modeling import disable_dropout
 
 @dataclass(frozen=True)
 class Subject:
-    """The model and the optimizer of the loop, without what Accelerate or DDP wraps around them."""
+    """The model and the optimizer of the loop, without the wrappers of Accelerate and DDP."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -51,7 +51,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the loop is in a pass over the training data.
+    """The position of the loop in a pass over the training data.
 
     forwards: micro-batches of this pass so far.
     length: micro-batches of a pass; None if unknown.
@@ -70,9 +70,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class Attention:
-    """How to go on after a window: observe it (the default), pause, or stop.
+    """The decision after a window: observe the next one (the default), pause, or stop.
 
-    resume_at: micro-batches of a pass after which observing goes on; None not to pause.
+    resume_at: number of micro-batches in the pass after which to observe again; None for no pause.
     stop: whether enough was observed.
     """
 
@@ -81,7 +81,10 @@ class Attention:
 
 
 class DataPasses:
-    """Counts passes over the training data: of the loader that began last before the first backward."""
+    """Counts passes over the training data.
+
+    The loader that started last before the first backward counts as the training loader.
+    """
 
     def __init__(self, record: LoopRecord, started: Sequence[DataLoader]):
         self._record, self._started = record, list(started)
@@ -99,7 +102,7 @@ class DataPasses:
         """A micro-batch goes through the model."""
         loader = self._training
         if loader is not None and loader.persistent_workers and self.progress().is_at_end:
-            self.loader_started(loader)  # a later pass reuses the iterator, and so no event comes
+            self.loader_started(loader)  # a later pass reuses the iterator, which sends no event
         self._forwards += 1
 
     def number(self) -> int:
@@ -112,12 +115,12 @@ class DataPasses:
             try:
                 lengths.append(len(self._started[-1]))
                 self._is_short = _ends_short(self._started[-1])
-            except TypeError:  # of a stream
+            except TypeError:  # a stream has no length
                 lengths.append(None)
         return len(self._started)
 
     def progress(self) -> Progress:
-        """How far the loop is in the pass at hand."""
+        """The position of the loop in the current pass."""
         lengths = self._record.pass_lengths
         return Progress(self._forwards, lengths[-1] if lengths else None, self._is_short)
 
@@ -128,11 +131,11 @@ def _ends_short(loader: DataLoader) -> bool:
 
 
 class Observer(Subscriber):
-    """Fills the record while it is `attached`. Dropout is off as long as it observes.
+    """Fills the record while it is `attached`. Dropout is off while it observes.
 
-    examine: called before each step of the optimizer with the complete window; tells how to go on.
+    examine: called with the complete window before each step of the optimizer; returns how to continue.
     finished: called once, when enough was observed or `stop` is called.
-    started: loaders whose iteration has begun already.
+    started: loaders whose iteration has already begun.
     """
 
     def __init__(
@@ -152,21 +155,21 @@ class Observer(Subscriber):
         self._pending: list[ObservedMicroBatch] = []
         self._forwards: list[Forward] = []
         self._torch_losses: list[TorchLoss] = []
-        self._num_inside = 0  # of the torch losses: computed by the model itself
+        self._num_inside = 0  # torch losses that the model itself computed
         self._output: Any = None  # of the latest forward, until its backward
         self._reads: list[LossRead] = []
         self._touched: list[tuple[str, Place | None]] = []
         self._gradient_ids: set[int] = set()
-        self._unscaled_norm: float | None = None  # after a gradient scaler, since the last backward
+        self._unscaled_norm: float | None = None  # set if a gradient scaler ran since the last backward
 
     @property
     def is_listening(self) -> bool:
-        """Whether it observes now, and has not paused."""
+        """Whether the loop is being observed, not paused."""
         return self._is_observing
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Observe what runs in here."""
+        """Observe the loop in the `with` block."""
         model, optimizer = self._subject.model, self._subject.optimizer
         self._observe()
         hooks = [
@@ -182,7 +185,7 @@ class Observer(Subscriber):
                 hook.remove()
 
     def stop(self, keep_unstepped: bool = False) -> None:
-        """Observe no more. `keep_unstepped`: record the backwards that no step followed."""
+        """Stop observing. `keep_unstepped`: record the backwards that no step followed."""
         if self._is_over:
             return
         self._is_over = True
@@ -220,7 +223,7 @@ class Observer(Subscriber):
     def loss_computed(
         self, function: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any], loss: torch.Tensor
     ) -> None:
-        """Record a torch function that computed a loss."""
+        """Record the torch function that computed a loss."""
         if args and isinstance(args[0], torch.Tensor):
             output = self._output if isinstance(self._output, torch.Tensor) else logits_in(self._output)
             shape = tuple(args[0].shape) if output is not None and _are_same(output, args[0]) else None
@@ -266,7 +269,7 @@ class Observer(Subscriber):
         ddp, value = self._subject.ddp, float(loss.detach())
         synchronised = None if ddp is None else bool(ddp.require_backward_grad_sync)
         result, after = run(), self._norm()
-        if not self._forwards and after == before:  # of another model
+        if not self._forwards and after == before:  # the backward of another model
             self._torch_losses = []
             return result
         torch_loss, undivided = self._loss_that_goes_backward()
@@ -289,8 +292,8 @@ class Observer(Subscriber):
         return result
 
     def _loss_that_goes_backward(self) -> tuple[TorchLoss | None, float | None]:
-        """The torch loss, if there is exactly one; and the loss before the loop divided it, if known."""
-        if by_the_loop := self._torch_losses[self._num_inside :]:  # the model's own loss is not used then
+        """The torch loss if there is exactly one, and the loss before the loop divided it, or None."""
+        if by_the_loop := self._torch_losses[self._num_inside :]:  # the loss of the model is then unused
             self._torch_losses = by_the_loop
             self._forwards = [replace(forward, loss=None) for forward in self._forwards]
         only = self._torch_losses[-1] if len(self._torch_losses) == 1 else None
@@ -301,7 +304,7 @@ class Observer(Subscriber):
     # Steps
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """A step. Its closure may hold the last backward of the window, as in Lightning."""
+        """End the window, or wrap the closure: in Lightning, it runs the last backward of the window."""
         closure = named.get("closure", args[1] if len(args) > 1 else None)
         if closure is None or not self._is_observing or thread_listener().is_paused:
             return self._end_window()
@@ -338,7 +341,7 @@ class Observer(Subscriber):
         self._pending, self._reads = [], []
         with thread_listener().paused():
             attention = self._examine(window, self._passes.progress())
-            for micro_batch in window.micro_batches:  # which hold large tensors
+            for micro_batch in window.micro_batches:  # free their large tensors
                 micro_batch.forwards, micro_batch.torch_loss = [], None
             if attention.stop:
                 self.stop()
@@ -346,7 +349,7 @@ class Observer(Subscriber):
                 self._pause(attention.resume_at)
 
     def _after_step(self, *_: Any) -> None:
-        self._touched.clear()  # by the step itself
+        self._touched.clear()  # the step itself made these changes
         if self._resume_at is not None and self._passes.progress().forwards >= self._resume_at:
             self._forwards, self._torch_losses, self._reads, self._pending = [], [], [], []
             self._observe()
@@ -372,7 +375,7 @@ class Observer(Subscriber):
 
 
 def _are_same(output: torch.Tensor, prediction: torch.Tensor) -> bool:
-    """Whether the prediction is the output, perhaps in another shape or type."""
+    """Whether the prediction is the output, in any shape or type."""
     if output.numel() != prediction.numel() or not prediction.ndim:
         return False
     return torch.equal(output.detach().float().flatten(), prediction.detach().float().flatten())

@@ -1,7 +1,7 @@
-"""The record of a training loop: windows with their micro-batches, as the observer saw them.
+"""The record of a training loop: the observed windows and micro-batches.
 
-`observer.py` fills the record, `reference.py` adds the comparison of each window's gradient, and the rules in
-`rules.py` read it.
+`observer.py` fills the record. `reference.py` adds the comparison of each window's gradient. `rules.py` reads
+the record.
 """
 
 import linecache
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # of a forward: by position, by name
-LOSS_RTOL_FP32 = 1e-4  # a smaller relative difference of two losses or gradients is rounding
-LOSS_RTOL_16_BIT = 2e-2  # the same under autocast, or with weights in 16 bits
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a forward: positional, by name
+LOSS_RTOL_FP32 = 1e-4  # relative difference of two losses or gradients up to which rounding explains it
+LOSS_RTOL_16_BIT = 2e-2  # the same, under autocast or with weights in 16 bits
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward of the model. Its outputs are not kept, because they hold the activations."""
+    """A forward of the model. The outputs are not stored, because they keep the activations alive."""
 
     inputs: Inputs
     loss: float | None  # computed by the model itself
@@ -66,17 +66,17 @@ class LossRead:
 
 @dataclass
 class ObservedMicroBatch:
-    """One backward. The norms are of all gradients of the optimizer, before and after the backward."""
+    """A backward, with the forwards before it. Norms are of all gradients of the optimizer together."""
 
     forwards: list[Forward]
     torch_loss: TorchLoss | None
-    divided_by: float | None  # the loss over what went backward; None if the loss was not observed
+    divided_by: float | None  # observed loss ÷ the loss that went backward; None if no loss was observed
     place: Place | None
     norm_before: float
     norm_after: float
     lr: float
-    synchronised: bool | None  # with other processes, by DDP
-    data_pass: int  # passes over the training data begun by then
+    synchronised: bool | None  # whether DDP synchronised the processes; None without DDP
+    data_pass: int  # passes over the training data begun so far
     touched: list[tuple[str, Place | None]] = field(default_factory=list)  # later changes of gradients
 
     @property
@@ -87,7 +87,7 @@ class ObservedMicroBatch:
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """The loop's gradient g against a reference r: ‖g‖ / ‖r‖, and the cosine of their angle."""
+    """The loop's gradient g compared with a reference r: ‖g‖ / ‖r‖, and the cosine of the angle."""
 
     ratio: float
     cosine: float
@@ -99,17 +99,18 @@ class GradientComparison:
 
 @dataclass(frozen=True)
 class WindowComparison:
-    """The gradient of a window against the gradient of the same examples in one batch.
+    """The gradient of a window, compared with the gradient of the same examples in one batch.
 
     why_not: reason why the window was not recomputed; "" if it was.
-    whole: the loop's gradient against the whole window's.
-    means: the loop's gradient against the plain mean of the micro-batches' gradients; None if not computed.
-    losses, whole_loss: the recomputed losses of the micro-batches and of the whole window.
-    items: items of each micro-batch, if weighing by them gives the whole window's loss.
-    counted: name of that item count.
-    coupled: why no item count gives the whole window's loss.
+    whole: the loop's gradient, compared with the gradient of the whole window.
+    means: the loop's gradient, compared with the mean of the micro-batches' gradients; None if not computed.
+    losses: recomputed losses of the micro-batches.
+    whole_loss: recomputed loss of the whole window.
+    items: items of each micro-batch, if weighing by these items gives the loss of the whole window.
+    counted: name of the item count.
+    coupled: reason why no item count gives the loss of the whole window.
     swamped: relative error of the sum in 16 bits.
-    half: whether the loop computes in 16 bits, which asks for a larger tolerance.
+    half: whether the loop computes in 16 bits, which needs a larger tolerance.
     """
 
     why_not: str = ""
@@ -125,7 +126,7 @@ class WindowComparison:
 
     @property
     def tolerance(self) -> float:
-        """Relative; a smaller difference is rounding."""
+        """Relative difference up to which rounding explains it."""
         return LOSS_RTOL_16_BIT if self.half else LOSS_RTOL_FP32
 
 
@@ -138,7 +139,7 @@ class ObservedWindow:
     lr: float
     place: Place | None  # of the step
     reads: list[LossRead]
-    requested_steps: int | None  # accumulation steps set in Accelerate by then
+    requested_steps: int | None  # accumulation steps set in Accelerate at that time
     comparison: WindowComparison | None = None
     norm_after_step: float | None = None  # at the start of the next backward
     touched_after: list[tuple[str, Place | None]] = field(default_factory=list)  # after the step
@@ -149,16 +150,16 @@ class ObservedWindow:
 
 @dataclass
 class LoopRecord:
-    """All that findings are made from.
+    """All observations of a loop; the findings are derived from it.
 
-    intended: accumulation steps that the user states; None if they do not.
+    intended: accumulation steps stated by the user; None if not stated.
     windows: the completed windows that were observed.
     unstepped: backwards at the end of the loop that no step followed.
     pass_lengths: micro-batches of each pass over the training data; None for a stream.
-    schedule_length: steps that the learning rate scheduler was made for; None if unknown.
-    driver: whose backward it is, "trainer" or "accelerate"; "" for the loop's own.
-    autocast: the type in which the model computes under autocast.
-    logged: losses that Trainer logged, with the number of the step.
+    schedule_length: steps in the schedule of the learning rate; None if unknown.
+    driver: the library that calls backward, "trainer" or "accelerate"; "" if the loop calls it.
+    autocast: the type of autocast; None without autocast.
+    logged: pairs of step number and loss that Trainer logged.
     """
 
     intended: int | None = None
@@ -172,18 +173,18 @@ class LoopRecord:
 
     @property
     def pass_length(self) -> int | None:
-        """Micro-batches of the first pass whose length is known."""
+        """Micro-batches of the first pass with a known length; None if no length is known."""
         return next((length for length in self.pass_lengths if length), None)
 
     @property
     def steps(self) -> int:
-        """Micro-batches of most windows that accumulate; 1 if no window accumulates."""
+        """The most frequent number of micro-batches above 1 in a window; 1 if no window accumulates."""
         counts = Counter(map(len, self.windows))
         return max(counts, key=lambda steps: (steps > 1, counts[steps], steps), default=0)
 
     @property
     def full(self) -> list[ObservedWindow]:
-        """The windows with that number of micro-batches."""
+        """The windows with `steps` micro-batches."""
         return [window for window in self.windows if len(window) == self.steps]
 
     @property

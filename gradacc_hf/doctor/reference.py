@@ -1,4 +1,4 @@
-"""Compares the gradient of a window with the gradient of the same examples in one batch.
+"""Compare the gradient of a window with the gradient of the same examples in one batch.
 
 The window is recomputed before the optimizer's step: at the weights of the window, without dropout.
 
@@ -7,8 +7,8 @@ The window is recomputed before the optimizer's step: at the weights of the wind
    weighed by these items.
 3. Otherwise (always in 16 bits, which are too coarse) the reference is a backward of the whole window.
 
-The loop's gradient is set aside and put back. One more gradient is held at a time; for weights in
-16 bits two, because the sum in float32 is computed as well.
+The loop's gradient is set aside and restored. At most one extra gradient is held. For weights in 16 bits, two
+are held, because the sum in float32 is computed as well.
 """
 
 import math
@@ -36,7 +36,7 @@ from gradacc_hf.errors import GradaccError, one_line
 from gradacc_hf.utils.memory import release_memory, trim_memory
 from gradacc_hf.utils.rng import preserve_rng_state
 
-GradientNow = Sequence[torch.Tensor | None]  # of each parameter that the optimizer steps
+GradientNow = Sequence[torch.Tensor | None]  # one gradient per parameter of the optimizer
 LossOf = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 PADDED_WITH = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
 TYPES_OF_16_BITS = {torch.bfloat16, torch.float16}
@@ -45,22 +45,22 @@ CHUNK_ELEMENTS = 2**16  # elements that are compared in float64 at a time
 
 
 class ReplayError(GradaccError):
-    """The reason why a window cannot be recomputed, in a few words."""
+    """A window cannot be recomputed. The message is the reason, in a few words."""
 
 
 def compare_window(
     subject: Subject, window: ObservedWindow, loss_fn: LossOf | None, autocast: torch.dtype | None
 ) -> WindowComparison:
-    """Recompute the window. Weights, gradients, buffers and random numbers stay as they are.
+    """Recompute the window, and compare gradients. Weights, gradients, buffers and RNG state are restored.
 
-    loss_fn: the loss of (outputs, inputs by name); None to use the loss that was observed.
-    autocast: the type in which the model computes; None without autocast.
+    loss_fn: computes the loss from (outputs, inputs by name); None to use the observed loss.
+    autocast: the type of autocast; None without autocast.
     """
     half = autocast is not None or _has_half_weights(subject)
     micro_batches = window.micro_batches
     try:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ReplayError("there are several processes: try it on one")
+            raise ReplayError("there are several processes: diagnose the loop on one")
         loss_of, known = _loss_of_loop(micro_batches, loss_fn)
         if loss_fn is None:
             _check_goes_backward(subject, micro_batches, WindowComparison(half=half).tolerance)
@@ -70,12 +70,12 @@ def compare_window(
             return _compare(subject, window, whole, loss_of, known, gradient, half)
     except ReplayError as error:
         return WindowComparison(why_not=str(error))
-    except Exception as error:  # of a model that is run in another way: the loop goes on
+    except Exception as error:  # recomputing may fail in any way; the user's loop must continue
         if not out_of_memory(error):
             return WindowComparison(why_not=f"it failed: {one_line(error)[:120]}")
         release_memory()
         return WindowComparison(
-            why_not="the window does not fit into memory at once: take a smaller one to diagnose"
+            why_not="the window does not fit into memory as one batch: diagnose with a smaller window"
         )
 
 
@@ -85,13 +85,13 @@ LossOfInputs = Callable[[Inputs, tuple[Any, ...], torch.nn.Module], torch.Tensor
 def _loss_of_loop(
     micro_batches: Sequence[ObservedMicroBatch], loss_fn: LossOf | None
 ) -> tuple[LossOfInputs, tuple[float, ...]]:
-    """The loss as the loop computes it, and its value for each micro-batch if these were observed.
+    """Return the loss function of the loop, and the loss of each micro-batch; () if these were not observed.
 
-    The loss is a function of (inputs, the other arguments of the loss, model).
+    The function takes (inputs, the other arguments of the loss, model).
     """
     for micro_batch in micro_batches:
         if micro_batch.forward is None:
-            raise ReplayError(f"{len(micro_batch.forwards)} forwards lead to one backward")
+            raise ReplayError(f"{len(micro_batch.forwards)} forwards belong to one backward; allowed: 1")
     if loss_fn is not None:
 
         def given(inputs: Any, others: tuple[Any, ...], model: Any) -> torch.Tensor:
@@ -105,19 +105,20 @@ def _loss_of_loop(
     if None not in losses:
         return lambda inputs, others, model: loss_in(model(*inputs[0], **inputs[1])), losses  # type: ignore[return-value]
     raise ReplayError(
-        f"the loss is neither the model's own nor one function of torch on its output: {HOW_TO_GIVE_THE_LOSS}"
+        "the loss is computed neither by the model nor by one torch function of the model's output: "
+        f"{HOW_TO_GIVE_THE_LOSS}"
     )
 
 
 def _torch_loss_of_loop(
     micro_batches: Sequence[ObservedMicroBatch], torch_losses: Sequence[TorchLoss]
 ) -> LossOfInputs:
-    """A loss that the loop computes by one torch function of the model's output."""
+    """Return the loss that the loop computes with one torch function of the model's output."""
     first = torch_losses[0]
     function, arguments, shape = first.function, first.named, first.shape or ()
     for key, value in arguments.items():
         if isinstance(value, torch.Tensor) and not all(each.named.get(key) is value for each in torch_losses):
-            raise ReplayError(f"the loss is given another {key}= with each micro-batch")
+            raise ReplayError(f"the argument {key}= of the loss differs between micro-batches")
     alone = _is_one_example(micro_batches[0])
     is_flat = not alone and first.others[0].ndim == 1
 
@@ -136,7 +137,7 @@ def _torch_loss_of_loop(
 def _check_goes_backward(
     subject: Subject, micro_batches: Sequence[ObservedMicroBatch], tolerance: float
 ) -> None:
-    """Raise ReplayError unless the observed loss alone went backward, divided alike or by items."""
+    """Raise ReplayError unless only the observed loss went backward, divided by a constant or by items."""
     by = [micro_batch.divided_by for micro_batch in micro_batches]
     known = [divided for divided in by if divided is not None and math.isfinite(divided)]
     if len(known) < len(by) or not all(known):
@@ -146,7 +147,7 @@ def _check_goes_backward(
         weights = [divided * n for divided, n in zip(known, items, strict=True) if n]
         if weights and max(weights) - min(weights) <= tolerance * abs(max(weights)):
             return
-    raise ReplayError(f"what goes backward is not the loss alone that was seen: {HOW_TO_GIVE_THE_LOSS}")
+    raise ReplayError(f"the backward starts from more than the observed loss: {HOW_TO_GIVE_THE_LOSS}")
 
 
 def _has_half_weights(subject: Subject) -> bool:
@@ -154,7 +155,7 @@ def _has_half_weights(subject: Subject) -> bool:
 
 
 def work(window: ObservedWindow) -> tuple[float, float]:
-    """Elements of the inputs of a window: micro-batch by micro-batch, and in one padded batch."""
+    """Return the input elements of a window: summed over the micro-batches, and as one padded batch."""
     inputs = [
         tensors_in(micro_batch.forward.inputs) for micro_batch in window.micro_batches if micro_batch.forward
     ]
@@ -165,13 +166,13 @@ def work(window: ObservedWindow) -> tuple[float, float]:
 
 
 def _is_one_example(micro_batch: ObservedMicroBatch) -> bool:
-    """Whether a micro-batch has no dimension for several examples."""
+    """Whether a micro-batch is one example, without a batch dimension."""
     values = tensors_in(micro_batch.forward.inputs) if micro_batch.forward else []
     return bool(values) and all(value.ndim < 2 and value.is_floating_point() for value in values)
 
 
 def _joined_inputs(micro_batches: Sequence[ObservedMicroBatch]) -> tuple[Any, tuple[Any, ...]]:
-    """The inputs of all micro-batches in one batch, and the other arguments of the loss."""
+    """Return the inputs of all micro-batches as one batch, and the other arguments of the loss."""
     inputs = [micro_batch.forward.inputs for micro_batch in micro_batches if micro_batch.forward]
     alone = _is_one_example(micro_batches[0])
 
@@ -188,7 +189,7 @@ def _joined_inputs(micro_batches: Sequence[ObservedMicroBatch]) -> tuple[Any, tu
 
 
 def _by_rows(loss: TorchLoss) -> tuple[Any, ...]:
-    """The other arguments of a loss, with flattened targets back in the shape of the model's output."""
+    """Return the other arguments of a loss, with flattened targets reshaped like the model's output."""
     target, *more = loss.others
     if target.ndim == 1 and len(loss.rows) > 1 and target.numel() == math.prod(loss.rows):
         target = target.reshape(loss.rows)
@@ -196,12 +197,12 @@ def _by_rows(loss: TorchLoss) -> tuple[Any, ...]:
 
 
 def _together(name: str, values: list[Any]) -> Any:
-    """Stack tensors in the first dimension, padded on the right to the longest; else take the first value."""
+    """Join tensors in the first dimension, padded on the right to the longest; else return a single value."""
     tensors = [value for value in values if isinstance(value, torch.Tensor) and value.ndim]
     if not tensors:
         return values[0]
     if len(tensors) != len(values) or len({tensor.ndim for tensor in tensors}) > 1:
-        raise ReplayError(f"the micro-batches' {name} cannot be put together")
+        raise ReplayError(f"the micro-batches' {name} cannot be joined into one batch")
     shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     padded = []
     for tensor in tensors:
@@ -213,7 +214,7 @@ def _together(name: str, values: list[Any]) -> Any:
 
 @contextmanager
 def _state_kept(subject: Subject) -> Iterator[list[torch.Tensor | None]]:
-    """Give the loop's gradient; put it back at the end, with the buffers and random numbers."""
+    """Yield the loop's gradient. At the end, restore the gradient, the buffers and the RNG state."""
     parameters, gradients = subject.parameters(), [p.grad for p in subject.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in subject.model.buffers()]
     for p in parameters:
@@ -249,7 +250,7 @@ def _compare(
     inputs, others = whole
     found = WindowComparison(half=half)
     tolerance = found.tolerance
-    trim_memory()  # of what the loop has released
+    trim_memory()  # return what the loop has freed
     with torch.no_grad():
         whole_loss = float(loss_of(inputs, others, model))
         trim_memory()
@@ -264,9 +265,9 @@ def _compare(
         for micro_batch, weight in zip(micro_batches, weights, strict=True):
             if weight:
                 (one(micro_batch) * weight).backward()
-    else:  # the items are unknown, or not to enough digits
+    else:  # the items are unknown or uncertain, or the losses are in 16 bits
         loss_of(inputs, others, model).backward()
-    # Clipping has changed the length of the gradient by then, not its direction.
+    # Clipping has changed the norm of the gradient, not the direction.
     clipped = window.norm_at_step / micro_batches[-1].norm_after if micro_batches[-1].norm_after else 1.0
     beside_whole = _gradient_comparison(gradient, _take_gradients(parameters), clipped)
     found = replace(found, whole=beside_whole, losses=losses, whole_loss=whole_loss)
@@ -288,10 +289,10 @@ def _as_means(
     subject: Subject,
     micro_batches: Sequence[ObservedMicroBatch],
 ) -> WindowComparison:
-    """The comparison of losses that add up to the window's, with the losses turned into means.
+    """Return the comparison with losses turned into means, for losses that add up to the window's loss.
 
-    They are shares of the window's mean if the model is given the window's number of items, as Trainer does,
-    or if the loop divides by that number. Otherwise they are plain sums.
+    The losses are shares of the window's mean if the window's number of items is among the model's inputs, as
+    in Trainer. They are shares as well if the loop divides by that number. Otherwise they are plain sums.
     """
     given = [
         value
@@ -326,7 +327,7 @@ def _is_number(value: Any) -> bool:
 def _gradient_comparison(
     gradient: GradientNow, other: GradientNow, clipped: float = 1.0
 ) -> GradientComparison:
-    """Compare the loop's gradient, before it was `clipped` by this factor, with another one in float64."""
+    """Compare the loop's gradient with another in float64; `clipped` is the factor of clipping to undo."""
     inner = mine = theirs = 0.0
     for g, o in zip(gradient, other, strict=True):
         some = g if g is not None else o
@@ -344,7 +345,7 @@ def _gradient_comparison(
 
 
 def _take_gradients(parameters: Sequence[torch.nn.Parameter]) -> GradientNow:
-    """The gradients of the parameters, which have none afterwards."""
+    """Return the gradients of the parameters, and set them to None."""
     gradient = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None

@@ -1,4 +1,4 @@
-"""The report of a diagnosis as text: what was observed, the findings, and what is right."""
+"""The report of a diagnosis as text: the observed windows, the findings, and the checks that passed."""
 
 import math
 from collections import Counter
@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from gradacc_hf.doctor.record import LoopRecord, WindowComparison
 from gradacc_hf.doctor.rules import COUPLED, Finding
 
-NOTHING_OBSERVED = "gradacc doctor: no step of this optimizer was seen after a backward of this model"
+NOTHING_OBSERVED = "gradacc doctor: found no step of this optimizer after a backward of this model"
 
 
 def report(record: LoopRecord, found: Sequence[Finding]) -> str:
-    """What was observed, each finding with its evidence, and what is right."""
+    """Return the text of the report."""
     if not record.windows:
         return NOTHING_OBSERVED
     lines = [_heading(record)]
@@ -19,12 +19,12 @@ def report(record: LoopRecord, found: Sequence[Finding]) -> str:
         lines += _lines_of(finding)
     lines += [f"✓ {line}" for line in _right(record, {finding.name for finding in found})]
     reasons = {w.comparison.why_not for w in record.windows if w.comparison and w.comparison.why_not}
-    lines += [f"? the gradient was not compared with that of the window at once: {why}" for why in reasons]
+    lines += [f"? the gradient was not compared with the window in one batch: {why}" for why in reasons]
     return "\n".join(lines)
 
 
 def _heading(record: LoopRecord) -> str:
-    """How many windows were observed, of how many micro-batches, and where the loop is."""
+    """Return the first line: the place of the loop, the windows observed, and their micro-batches."""
     windows = record.windows
     counts = sorted(Counter(map(len, windows)).items(), reverse=True)
     sizes = [(many, f"with {size} micro-batch{'es' * (size > 1)}") for size, many in counts]
@@ -33,8 +33,8 @@ def _heading(record: LoopRecord) -> str:
     else:
         split = ", ".join(f"{many} {size}" for many, size in sizes)
     begins = windows[0].micro_batches[0].place
-    where = f", the loop at {begins}" if begins is not None else ""
-    return f"gradacc doctor{where}: {len(windows)} window{'s' * (len(windows) > 1)} watched, {split}"
+    where = f", loop at {begins}" if begins is not None else ""
+    return f"gradacc doctor{where}: observed {len(windows)} window{'s' * (len(windows) > 1)}, {split}"
 
 
 def _lines_of(finding: Finding) -> list[str]:
@@ -48,22 +48,22 @@ def _lines_of(finding: Finding) -> list[str]:
 
 
 def _right(record: LoopRecord, wrong: set[str]) -> Iterator[str]:
-    """What was checked and is right."""
+    """Yield the checks that passed."""
     comparisons: list[WindowComparison] = [found for _, found in record.compared]
     errors = [found.whole.error() for found in comparisons if found.whole is not None]
     is_coupled = bool(wrong & set(COUPLED.values()))
     if errors and max(errors) <= max(found.tolerance for found in comparisons) and not is_coupled:
         items = next((f", items: {found.counted}" for found in comparisons if found.counted), "")
         to = f"to {max(errors):.0e}" if max(errors) else "to the last bit"
-        yield f"each gradient is that of its window at once, {to}{items}"
+        yield f"each gradient equals the gradient of the window in one batch, {to}{items}"
     if record.steps > 1 and not wrong & {"zeroed_inside_the_window", "never_zeroed"}:
-        yield "gradients are zeroed once a window"
+        yield "gradients are zeroed once per window"
     if record.steps > 1 and not any("clipped" in name or "unscaled" in name for name in wrong):
-        yield "no gradient is changed before its window is complete"
+        yield "no gradient is changed before the window is complete"
     rates = {m.lr for w in record.windows for m in w.micro_batches}
     if len(rates) > 1 and "scheduler_per_micro_batch" not in wrong:
-        yield "the learning rate moves with the steps"
+        yield "the learning rate changes only with the steps"
     if record.steps == 1 and not wrong:
         yield "nothing is accumulated: each step has one micro-batch"
     if not math.isfinite(sum(w.norm_at_step for w in record.windows)):
-        yield "some gradients are not finite, which says nothing of the loop"
+        yield "some gradients are not finite; this alone does not make the loop wrong"

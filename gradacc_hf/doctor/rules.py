@@ -1,6 +1,6 @@
-"""Rules that turn the record of a loop into findings, each with its evidence.
+"""Rules that turn the record of a loop into findings with evidence.
 
-A rule reads the whole record and yields findings. Their texts are in `messages.py`.
+A rule reads the whole record and yields findings. `messages.py` holds the texts.
 """
 
 import math
@@ -20,24 +20,25 @@ from gradacc_hf.doctor.record import (
     WindowComparison,
 )
 
-SAME_NORM_RTOL = 1e-3  # a smaller relative change of a norm is none
-ZERO_NORM_RTOL = 1e-12  # a norm that is smaller, relative to an earlier one, is zero
-MAX_STEPS = 1024  # a loss divided by more is weighed, not accumulated
-MIN_SUM_RTOL_16_BIT = 2**-9  # a larger error of a gradient summed in 16 bits is reported
+SAME_NORM_RTOL = 1e-3  # relative change of a norm up to which it counts as unchanged
+ZERO_NORM_RTOL = 1e-12  # a norm that is smaller, relative to an earlier one, counts as zero
+MAX_STEPS = 1024  # a larger divisor of the loss is a weight, not accumulation steps
+MIN_SUM_RTOL_16_BIT = 2**-9  # relative error of a gradient summed in 16 bits, from which it is reported
 DEFAULT_LEARNING_RATES = {5e-5: "Trainer's default, for 8 examples", 1e-3: "torch's default"}
-MIN_LARGE_WINDOW_EXAMPLES = 64  # from here on a default learning rate is advised against
+MIN_LARGE_WINDOW_EXAMPLES = 64  # examples of a window from which a default learning rate is reported
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong or, with the kind "advice", worth a thought.
+    """A fault of the loop, or advice.
 
     name: identifier, a key of MESSAGES.
     what: the finding in a sentence.
-    evidence: numbers of this run.
-    effect: what it does to training.
+    evidence: the numbers of this run that show it.
+    effect: the consequence for training.
     fix: the lines to change, with "-" and "+" in front.
     place: the line in the user's code.
+    kind: "error" or "advice".
     """
 
     name: str
@@ -50,7 +51,7 @@ class Finding:
 
 
 def findings(record: LoopRecord) -> list[Finding]:
-    """All findings, errors first, without those that are consequences of others."""
+    """All findings, errors first, without the consequences of other findings."""
     found = [finding for rule in RULES for finding in rule(record)]
     names = {finding.name for finding in found}
     explained = {effect for name in names for effect in CONSEQUENCES.get(name, ())}
@@ -76,13 +77,13 @@ def _stepped_every(record: LoopRecord) -> Iterator[Finding]:
     steps, place = len(record.windows), record.windows[0].place
     n = record.intended or min(window.requested_steps or 1 for window in record.windows)
     if n > 1:
-        evidence = f"{steps} steps followed {steps} backwards; {n} micro-batches a step were asked for"
+        evidence = f"{steps} steps followed {steps} backwards; the accumulation steps are set to {n}"
         yield _found("stepped_on_every_micro_batch", evidence, place, n=n)
         return
     divisors = [m.divided_by for window in record.windows for m in window.micro_batches]
     n = round(divisors[0] or 0) if divisors[0] is None or math.isfinite(divisors[0]) else 0
     same = all(by is not None and abs(by - n) <= 1e-3 * n for by in divisors)
-    if same and 1 < n <= MAX_STEPS:  # or it is the weight of a loss
+    if same and 1 < n <= MAX_STEPS:  # only advice: the divisor may be the weight of a loss
         evidence = f"{steps} steps followed {steps} backwards, each of a loss divided by {n}"
         yield _found("stepped_on_every_micro_batch", evidence, place, "advice", n=n)
 
@@ -97,8 +98,8 @@ def _zeroed_inside(record: LoopRecord) -> Iterator[Finding]:
     if lost:
         before, _ = lost[0]
         evidence = (
-            f"{len(lost)} times a gradient, the first of norm {before.norm_after:.3g}, was gone when the "
-            "next backward of its window began"
+            f"the gradient was zeroed between two backwards of a window ({len(lost)} times, first from norm "
+            f"{before.norm_after:.3g})"
         )
         yield _found(
             "zeroed_inside_the_window",
@@ -114,8 +115,8 @@ def _never_zeroed(record: LoopRecord) -> Iterator[Finding]:
     if len(kept) >= 2:
         first, last = record.windows[0], record.windows[-1]
         evidence = (
-            f"after {len(kept)} of {len(record.windows)} steps the gradient was as long as before; its norm "
-            f"was {first.norm_at_step:.3g} at the first step and {last.norm_at_step:.3g} at the last"
+            f"after {len(kept)} of {len(record.windows)} steps, the gradient's norm was the same as before; "
+            f"it was {first.norm_at_step:.3g} at the first step and {last.norm_at_step:.3g} at the last"
         )
         yield _found("never_zeroed", evidence, last.place)
 
@@ -134,8 +135,8 @@ def _clipped_early(record: LoopRecord) -> Iterator[Finding]:
     if changed:
         before, after = changed[0]
         evidence = (
-            f"{len(changed)} times a gradient was changed between two backwards of a window, first from norm "
-            f"{before.norm_after:.3g} to {after.norm_before:.3g}"
+            f"the gradient changed between two backwards of a window ({len(changed)} times, first from norm "
+            f"{before.norm_after:.3g} to {after.norm_before:.3g})"
         )
         unscaled = any("unscale" in how for how, _ in before.touched)
         name = "unscaled_too_early" if unscaled else "clipped_too_early"
@@ -146,7 +147,7 @@ def _clipped_late(record: LoopRecord) -> Iterator[Finding]:
     touched = [[(how, at) for how, at in w.touched_after if "zero" not in how] for w in record.windows]
     if late := [by for by in touched if by]:
         evidence = (
-            f"after {len(late)} of {len(record.windows)} steps the gradient was changed ({late[0][0][0]})"
+            f"after {len(late)} of {len(record.windows)} steps, the gradient was changed ({late[0][0][0]})"
         )
         yield _found("clipped_too_late", evidence, _line_of(late[0], record.windows[0].place))
 
@@ -157,20 +158,20 @@ def _scheduled(record: LoopRecord) -> Iterator[Finding]:
     if moved:
         before, after = moved[0]
         evidence = (
-            f"the learning rate changed {len(moved)} times between two backwards of a window, first from "
-            f"{before.lr:.4g} to {after.lr:.4g}"
+            f"the learning rate changed between two backwards of a window ({len(moved)} times, first from "
+            f"{before.lr:.4g} to {after.lr:.4g})"
         )
         yield _found("scheduler_per_micro_batch", evidence, after.place, n=n)
         return
     moves_with_windows = all(before.lr != after.lr for before, after in pairwise(record.windows))
     if not (moves_with_windows and n > 1 and record.schedule_length and record.pass_length):
-        return  # the scheduler steps once a pass, or never, or has an unknown length
+        return  # the scheduler steps once per pass or never, or the length is unknown
     length, of_pass = record.schedule_length, record.pass_length
     if not length % of_pass:
         passes = length // of_pass
         evidence = (
-            f"it was made for {length} steps: {passes} × {of_pass}, the micro-batches of a pass; there are "
-            f"{math.ceil(of_pass / n)} windows in one"
+            f"the schedule has {length} steps, {passes} × the {of_pass} micro-batches of a pass; a pass has "
+            f"{math.ceil(of_pass / n)} windows"
         )
         values = {"n": n, "schedule_length": length, "passes": passes}
         yield _found("schedule_sized_in_micro_batches", evidence, record.windows[0].place, "error", **values)
@@ -180,7 +181,7 @@ def _synchronised_every(record: LoopRecord) -> Iterator[Finding]:
     early = [m for w in record.full for m in w.micro_batches[:-1] if m.synchronised]
     if early:
         times = len(early) + len(record.full)
-        evidence = f"DDP reduced them in {times} backwards of {len(record.full)} windows"
+        evidence = f"DDP reduced the gradients in {times} backwards of {len(record.full)} windows"
         yield _found("synchronised_every_micro_batch", evidence, early[0].place, n=record.steps)
 
 
@@ -195,23 +196,28 @@ def _gradient(record: LoopRecord) -> Iterator[Finding]:
     is_right = _error(whole) <= worst.tolerance
     if worst.coupled in COUPLED and (worst.coupled == "sum" or not is_right):
         losses = ", ".join(f"{loss:.5g}" for loss in worst.losses[:4]) + " …" * (len(worst.losses) > 4)
-        evidence = f"the window at once has the loss {worst.whole_loss:.5g}; its micro-batches {losses}"
-        evidence += "; an example beside itself has another loss than alone" * (worst.coupled == "in_batch")
+        evidence = (
+            f"the loss of the window in one batch is {worst.whole_loss:.5g}, of the micro-batches {losses}"
+        )
+        evidence += "; the loss of an example changes in a batch that holds it twice" * (
+            worst.coupled == "in_batch"
+        )
         yield _found(COUPLED[worst.coupled], evidence, place)
         return
     if is_right:
         return
-    off = _error(GradientComparison(1.0, whole.cosine))  # of its direction
+    off = _error(GradientComparison(1.0, whole.cosine))  # error of the direction alone
+    direction = f"the direction of the gradient is {off:.2g} off from the gradient of the window in one batch"
     is_means = (
         worst.means is not None
         and _error(GradientComparison(1.0, worst.means.cosine)) + worst.tolerance < off
     )
     beside = worst.means if is_means and worst.means is not None else whole
     length = (
-        f"the gradient that reached the optimizer is {whole.ratio:.4g} × as long as that of the window at "
-        f"once, in {n} micro-batches"
+        f"with {n} micro-batches, the gradient at the step is {whole.ratio:.4g} × as long as the gradient of "
+        "the window in one batch"
     )
-    allowed = 10 * worst.tolerance  # allowed deviation of a ratio from n
+    allowed = 10 * worst.tolerance  # relative deviation of a ratio from the expected value
     if abs(beside.ratio / n - 1) <= allowed:
         yield _found("not_divided", length, place, n=n)
     elif abs(beside.ratio * n - 1) <= allowed:
@@ -219,15 +225,11 @@ def _gradient(record: LoopRecord) -> Iterator[Finding]:
     elif abs(beside.ratio - 1) > allowed and not is_means and off <= worst.tolerance:
         yield _found("mis_scaled", length, place, "advice")
     if is_means:
-        items = ", ".join(f"{count:g}" for count in worst.items) or "not known"
-        evidence = (
-            f"items of the micro-batches ({worst.counted}): {items}; the gradient is {off:.2g} off that of "
-            "the window at once"
-        )
+        items = ", ".join(f"{count:g}" for count in worst.items)
+        evidence = (f"items of the micro-batches ({worst.counted}): {items}; " if items else "") + direction
         yield _found("mean_of_means", evidence, place, n=n)
     elif off > worst.tolerance:
-        evidence = f"its direction is {off:.2g} off that of the window at once"
-        yield _found("another_gradient", evidence, window.place)
+        yield _found("another_gradient", direction, window.place)
 
 
 COUPLED = {
@@ -249,7 +251,7 @@ def _partial(record: LoopRecord) -> Iterator[Finding]:
             if first_of_new.norm_before <= ZERO_NORM_RTOL * last_of_old.norm_after:
                 yield _dropped(old, n, last_of_old)
             else:
-                evidence = f"{old} of its {len(passes)} backwards were of the pass before"
+                evidence = f"{old} of the {len(passes)} backwards of a window were in the previous pass"
                 yield _found("partial_window_leaked", evidence, window.place, n=n)
             return
     errors = [(_error(r.whole), r.tolerance) for w, r in record.compared if len(w.micro_batches) == n]
@@ -258,12 +260,12 @@ def _partial(record: LoopRecord) -> Iterator[Finding]:
         steps, whole = len(window.micro_batches), comparison.whole
         if steps >= n or whole is None:
             continue
-        evidence = f"in {steps} of {n} micro-batches its gradient is "
+        evidence = f"a window has {steps} of {n} micro-batches, and the gradient is "
         if abs(whole.ratio * n / steps - 1) <= 10 * comparison.tolerance:
-            evidence += f"{whole.ratio:.3g} × as long as that of the window at once"
+            evidence += f"{whole.ratio:.3g} × as long as the gradient of the window in one batch"
         elif full_are_right and not comparison.coupled and whole.error() > comparison.tolerance:
             evidence += (
-                f"{whole.error():.2g} off that of the window at once, and those of full windows are not"
+                f"{whole.error():.2g} off from the gradient of the window in one batch, unlike full windows"
             )
         else:
             continue
@@ -274,7 +276,7 @@ def _partial(record: LoopRecord) -> Iterator[Finding]:
 
 
 def _dropped(steps: int, n: int, where: ObservedMicroBatch) -> Finding:
-    evidence = f"{steps} backwards at the end of the data came to no step ({n} make a window)"
+    evidence = f"no step followed the last {steps} backwards of the data; a window has {n}"
     return _found("partial_window_dropped", evidence, where.place, n=n)
 
 
@@ -283,12 +285,12 @@ def _swamped(record: LoopRecord) -> Iterator[Finding]:
     error, window = max(of, key=lambda pair: pair[0], default=(0.0, None))
     if window is not None and error >= MIN_SUM_RTOL_16_BIT:
         steps = len(window.micro_batches)
-        evidence = f"after {steps} micro-batches the gradient is {error:.2%} off its sum in float32"
+        evidence = f"after {steps} micro-batches, the gradient is {error:.2%} off from the sum in float32"
         yield _found("swamped_in_16_bits", evidence, window.place)
 
 
 def _logged(record: LoopRecord) -> Iterator[Finding]:
-    """Findings about losses that one line reads once a window, or that Trainer logs."""
+    """Findings about losses that one line reads once per window, or that Trainer logs."""
     full = [(w, r) for w, r in record.compared if len(w.micro_batches) == record.steps and r.losses]
     if record.steps < 2 or len(full) < 2:
         return
@@ -320,17 +322,18 @@ def _loss_findings(
         pairs = zip((read.value for read in reads), others, strict=True)
         return all(abs(a - b) <= 10 * compared[0].tolerance * abs(b) for a, b in pairs)
 
-    shown = f"{reads[0].value:.4g} was read where the window's loss is {true[0]:.4g}"
+    shown = f"the logged loss is {reads[0].value:.4g}, the loss of the window {true[0]:.4g}"
     last, place = [comparison.losses[-1] for comparison in compared], reads[0].place
     if are(true):
         return
     if are([n * loss for loss in true]):
-        yield _found("logged_loss_inflated", f"{shown}: × {n}, the accumulation steps", place, n=n)
+        evidence = f"{shown}; their ratio is {n}, the accumulation steps"
+        yield _found("logged_loss_inflated", evidence, place, n=n)
     elif are(last):
-        evidence = f"{shown}, and the last micro-batch's {last[0]:.4g}"
+        evidence = f"{shown}, the loss of the last micro-batch {last[0]:.4g}"
         yield _found("logged_loss_of_the_last_micro_batch", evidence, place, n=n)
     elif are([loss / n for loss in last]):
-        evidence = f"{shown}: the last micro-batch's, {last[0]:.4g}, divided by {n}"
+        evidence = f"{shown}; it is the loss of the last micro-batch, {last[0]:.4g}, divided by {n}"
         yield _found("logged_loss_of_the_last_micro_batch", evidence, place, n=n)
 
 
@@ -340,13 +343,13 @@ def _rate(record: LoopRecord) -> Iterator[Finding]:
     for rate, whose in DEFAULT_LEARNING_RATES.items():
         used = any(math.isclose(window.lr, rate, rel_tol=1e-6) for window in record.windows)
         if used and examples >= MIN_LARGE_WINDOW_EXAMPLES and record.steps > 1:
-            evidence = f"{rate:g} is {whose}; a window has {examples:g} examples"
+            evidence = f"the learning rate is {rate:g}, {whose}; a window has {examples:g} examples"
             values = {"twice": 2 * rate, "four_times": 4 * rate}
             yield _found("learning_rate_unchanged", evidence, record.windows[0].place, "advice", **values)
 
 
 def _mean(comparison: WindowComparison) -> float:
-    """The loss of a window, from the losses of its micro-batches."""
+    """The loss of a window, computed from the losses of the micro-batches."""
     if not comparison.items:
         return comparison.whole_loss
     pairs = zip(comparison.items, comparison.losses, strict=True)
@@ -360,7 +363,7 @@ def _error(alike: GradientComparison | None) -> float:
 def _line_of(
     touched: Sequence[tuple[str, Place | None]], otherwise: Place | None, like: str = ""
 ) -> Place | None:
-    """The last known line that changed gradients, by a function like this; else the other line."""
+    """The last line that changed gradients with a function of this name; `otherwise` if there is none."""
     places = [place for how, place in touched if place is not None and like in how]
     return places[-1] if places else otherwise
 

@@ -1,6 +1,6 @@
-"""`gradacc doctor SCRIPT`: run a script unchanged, and diagnose each loop in it.
+"""`gradacc doctor SCRIPT`: run a script unchanged, and diagnose each training loop in it.
 
-A loop is an optimizer, with the outermost module that runs in training mode and has parameters of it.
+A loop is an optimizer, with the outermost module in training mode that holds parameters of this optimizer.
 """
 
 import argparse
@@ -31,10 +31,10 @@ class StopHere(SystemExit):
 class LoopFinder(Subscriber):
     """Finds the loops of a program and diagnoses one after the other.
 
-    It learns of optimizers as they take parameters, and of loaders as iterations begin. A loop begins with
-    the first forward of a module that has parameters of an optimizer not yet diagnosed.
+    Optimizers are found when parameters are added to them, loaders when an iteration begins. A loop begins
+    with the first forward of a module that holds parameters of an optimizer not yet diagnosed.
 
-    say: receives a report; the same findings at the same line are reported once.
+    say: called with each report; the same findings at the same line are reported once.
     stop: whether to raise StopHere after the first diagnosis.
     settings: arguments of `diagnose`.
     """
@@ -46,11 +46,11 @@ class LoopFinder(Subscriber):
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._started: list[DataLoader] = []  # the latest
         self._reported: set[tuple[Any, ...]] = set()
-        self._loop = ExitStack()  # of the diagnosis at hand
+        self._loop = ExitStack()  # of the current diagnosis
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Diagnose the loops that run in here."""
+        """Diagnose the loops in the `with` block."""
         hooks = [
             register_module_forward_pre_hook(self._before_forward),
             register_optimizer_step_post_hook(lambda optimizer, *_: self.optimizer_built(optimizer)),
@@ -63,18 +63,18 @@ class LoopFinder(Subscriber):
                 hook.remove()
 
     def loader_started(self, loader: DataLoader) -> None:
-        """Remember the loader, over which a loop may iterate whose first forward is still to come."""
+        """Store the loader: a loop may iterate over it before the first forward."""
         self._started = [loader]
 
     def optimizer_built(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remember the optimizer until its loop begins."""
+        """Store the optimizer until the loop begins."""
         if optimizer not in self._known:
             self._known.add(optimizer)
             self._optimizers.append(weakref.ref(optimizer))
 
     def _before_forward(self, module: torch.nn.Module, inputs: Any) -> None:
         if not module.training or torch.compiler.is_compiling():
-            return  # without gradients it may be a first pass, which needs the dropout of the second
+            return  # no-grad forwards count: the first pass of a gradient cache needs the second's dropout
         if self._stop and self.diagnoses and self.diagnoses[-1].is_over:
             raise StopHere(0)
         if not self._optimizers:
@@ -109,9 +109,12 @@ class LoopFinder(Subscriber):
 def every_loop(
     say: Callable[[str], Any] = print, stop: bool = False, **settings: Any
 ) -> Iterator[list[Diagnosis]]:
-    """Diagnose every loop that runs in here, one after the other; `settings` go to `diagnose`.
+    """Diagnose every loop in the `with` block, one after the other. Yield the list of diagnoses.
 
-    The same findings at the same line are reported once. `stop`: raise StopHere after the first diagnosis.
+    Args:
+        say: called with each report; the same findings at the same line are reported once.
+        stop: whether to raise StopHere after the first diagnosis.
+        settings: arguments of `diagnose`.
     """
     finder = LoopFinder(say, stop, settings)
     with finder.attached():
@@ -119,7 +122,7 @@ def every_loop(
 
 
 def run_script(script: Path, arguments: Sequence[str], **settings: Any) -> list[Diagnosis]:
-    """Run a script as `python script arguments` does, and diagnose its loops. Its exceptions pass."""
+    """Run a script as `python script arguments` does, and diagnose its loops. Exceptions propagate."""
     before, path = sys.argv, sys.path[0]
     sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent.resolve())
     try:
@@ -133,21 +136,26 @@ def run_script(script: Path, arguments: Sequence[str], **settings: Any) -> list[
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line. Exit with 1 if something is wrong with a loop, else with the script's own code."""
+    """Run the command. Exit with 0 if all loops are healthy, else with 1; SystemExit of the script passes."""
     parser = Parser(
         prog="gradacc doctor",
-        description="Run a training script unchanged, and report what is wrong with its accumulation.",
+        description="Run a training script unchanged, and report faults of its gradient accumulation.",
     )
     parser.add_argument(
-        "--windows", type=int, default=3, help="windows to compare with one large batch each (%(default)s)"
+        "--windows",
+        type=int,
+        default=3,
+        help="number of windows to compare with one large batch (default: %(default)s)",
     )
     parser.add_argument(
         "--accumulation-steps",
         type=int,
-        help="micro-batches of a window, as intended",
+        help="the intended number of micro-batches per window",
     )
-    parser.add_argument("--stop", action="store_true", help="end the script once its first loop is diagnosed")
-    parser.add_argument("script", type=Path, help="a Python file")
+    parser.add_argument(
+        "--stop", action="store_true", help="end the script after the diagnosis of the first loop"
+    )
+    parser.add_argument("script", type=Path, help="the Python file that trains")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     given = parser.parse_args(argv)
     if not given.script.is_file():
@@ -164,7 +172,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if not found:
         raise InputError(
-            f"doctor: {given.script} has trained no model with an optimizer of torch: nothing to diagnose"
+            f"doctor: {given.script} trained no model with a torch optimizer, so there is nothing to diagnose"
         )
     observed = [diagnosis for diagnosis in found if diagnosis.record.windows]
     if not observed:

@@ -1,9 +1,9 @@
-"""What a micro-batch costs, without a GPU and without weights: the bytes and operations of a training step.
+"""Estimate the bytes and operations of a training step, without a GPU and without weights.
 
-`estimate` traces real steps (`trace.py`) of a model built from its config alone, with few of its equal
-layers, on examples of the data in a few sizes. From these, `extrapolate.py` has the moments of a step of any
-size. Predicted is a step in the midst of a run: gradients of earlier micro-batches and the optimizer's
-states are there.
+`estimate` builds the model from its config alone and keeps a few of its equal layers. It traces steps
+(`trace.py`) of this model on batches of a few sizes. `extrapolate.py` derives the moments of a step of any
+size from the traces. The estimate is of a step in the middle of a run: it includes the gradients of earlier
+micro-batches and the states of the optimizer.
 """
 
 import copy
@@ -29,62 +29,78 @@ from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.settings import OptimConfig
 
 LEAN_OPTIMIZERS = ("adafactor", "adamw_8bit")
-LAYERS_TRACED = 2  # equal layers in most traces, as the first may differ; some traces have one more
-WORKSPACE_BYTES = 600 * 2**20  # on a GPU, CUDA's context and libraries; on a CPU, Python's
-FRAGMENTED_SHARE = 0.05  # of the transient memory: gaps between the blocks of the allocator
-ROWS_MULTIPLE = 16  # rows of a traced batch: a share of its positions is then a whole number
-PRIMES = (3, 5, 7, 11, 13, 17)
-EIGHT_BITS, QUANTIZED_FROM = 1 + 4 / 256, 4096  # of bitsandbytes: bytes, with a scale for each 256; numbers
-BYTES_PER_4BIT_WEIGHT = 0.516  # with its scales: QLoRA, section 3, 0.127 bits a weight
+LAYERS_TRACED = 2  # equal layers in most traces: the first layer may differ; some traces have one layer more
+WORKSPACE_BYTES = 600 * 2**20  # of CUDA's context and libraries on a GPU, of Python on a CPU
+FRAGMENTED_SHARE = 0.05  # share of the transient memory lost in gaps between the blocks of the allocator
+ROWS_MULTIPLE = 16  # of the rows of a traced batch, so that a share of the positions is a whole number
+PRIMES = (3, 5, 7, 11, 13, 17)  # sides of the stand-ins of `_state_bytes`
+EIGHT_BITS = 1 + 4 / 256  # bytes of a number in bitsandbytes' 8-bit states: 256 numbers share a scale
+QUANTIZED_FROM = 4096  # elements of the smallest weight whose states bitsandbytes keeps in 8 bits
+BYTES_PER_4BIT_WEIGHT = 0.516  # scales included: 0.127 bits a weight (QLoRA, section 3)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A batch to trace a step on: of `rows` examples, padded to `lengths` tokens (a number a column)."""
+    """A batch on which a step is traced."""
 
     rows: int
+    """Examples in the batch."""
     lengths: tuple[int, ...]
+    """Tokens to which the examples are padded, one number per column."""
     batch: Mapping[str, Any]
+    """The inputs of the model by name."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepEstimate:
-    """Of one process that runs alone. `flops`: factors of the terms of `memory.exponents`."""
+    """The memory and operations of a step, in a run of one process."""
 
     memory: MicroBatchMemory
+    """Bytes of a micro-batch of any size."""
     flops: np.ndarray
+    """Floating-point operations: factors of the terms of `memory.exponents`."""
     total_parameters: int
+    """Numbers in all parameters."""
     trained_parameters: int
-    largest_layer: int  # bytes of the parameters that FSDP gathers at once
-    lean_optimizers: Mapping[str, tuple[int, int]]  # bytes of the states of others, and of their step
+    """Numbers in the parameters that are trained."""
+    largest_layer: int
+    """Bytes of the parameters that FSDP gathers at once."""
+    lean_optimizers: Mapping[str, tuple[int, int]]
+    """Name of an optimizer → bytes of the states and of the step."""
 
     def with_optimizer(self, name: str) -> "StepEstimate":
-        """With one of `lean_optimizers` instead of its own."""
+        """Return the estimate with another optimizer, one of `lean_optimizers`."""
         states, step = self.lean_optimizers[name]
         activations = self.memory.activations.copy()
         activations[-1] = _constant(step, activations.shape[1])  # the step is the last moment
         return replace(self, memory=replace(self.memory, optimizer=states, activations=activations))
 
     def flops_of(self, rows: int, lengths: Any) -> float:
-        """Floating-point operations of forward and backward of `rows` examples padded to `lengths`."""
+        """Return the floating-point operations of forward and backward.
+
+        The micro-batch has `rows` examples, padded to `lengths` tokens.
+        """
         return float(self.flops @ self.memory.terms(rows, lengths))
 
     def to_json(self) -> dict[str, Any]:
-        """As plain numbers and lists."""
+        """Return plain numbers and lists."""
         return {**vars(self), "memory": self.memory.to_json(), "flops": self.flops.tolist()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "StepEstimate":
-        """What `to_json` gave."""
+        """Return the estimate that `to_json` wrote."""
         memory = MicroBatchMemory.from_json(values["memory"])
         return cls(**{**values, "memory": memory, "flops": np.array(values["flops"])})
 
 
 def terms_of(lengths: np.ndarray) -> np.ndarray:
-    """The powers (terms, 1 + columns) of rows and lengths that an estimate of such lengths stands on.
+    """Return the exponents of rows and lengths in the polynomials of an estimate: (terms, 1 + columns).
 
-    `lengths` (examples, columns), no more of them than are to be traced. Rows to the power of 0 and 1, ×
-    products of up to two lengths, as far as there are different lengths to tell these apart.
+    Each term is the rows to the power of 0 or 1, times a product of at most two lengths. A product is left
+    out if these lengths do not distinguish it from the products before.
+
+    Args:
+        lengths: the lengths to trace, (examples, columns).
     """
     scaled = lengths / lengths.max(axis=0)
     chosen: list[tuple[int, ...]] = []
@@ -97,15 +113,16 @@ def terms_of(lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What decides how a step goes, beside the model and its batch.
-
-    `on_gpu`: as CUDA's kernels go about it, not a CPU's. `four_bit`: frozen weights are to be in 4 bits.
-    """
+    """The settings of a step, apart from the model and the batch."""
 
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
     precision: str = "fp32"
+    """"fp32", "bf16" or "fp16": the type of autocast."""
     on_gpu: bool = False
+    """Whether the step runs on CUDA, whose kernels allocate differently from CPU kernels."""
     four_bit: bool = False
+    """Whether frozen weights will be in 4 bits."""
 
 
 def estimate(
@@ -115,15 +132,23 @@ def estimate(
     compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
     settings: StepSettings,
 ) -> StepEstimate:
-    """Trace and fit. `build` makes the model that is trained, with torch's meta device as the default.
+    """Trace steps at a few sizes, and return the estimate for any size.
 
-    `points`: one for each of the terms of `exponents` (`extrapolate.Fit`). Raises NotTraceableError.
+    Args:
+        build: builds the model to train; torch's meta device is the default device.
+        points: the batches to trace, as many as `exponents` has terms. `extrapolate.Fit` states the sizes.
+        exponents: the terms of the polynomials, from `terms_of`.
+        compute_loss: computes the loss from (outputs, batch).
+        settings: the optimizer, the precision and the device.
+
+    Raises:
+        NotTraceableError: building or tracing the model failed.
     """
     try:
         with torch.device("meta"):
             whole = build().train()
         if settings.four_bit:
-            for weight in _to_be_quantized(whole):  # from which a layer's is made when it computes
+            for weight in _to_be_quantized(whole):  # the type to which a layer dequantises a weight for use
                 weight.data = weight.data.to(FOUR_BIT_DTYPES[settings.precision])
         layers = equal_layers(whole)
         few = [
@@ -132,7 +157,7 @@ def estimate(
         selected = max(_learned(point.batch) for point in points)
         with FakeTensorMode(allow_non_fake_inputs=True):
             traced = _trace(few, layers, points, exponents, compute_loss, settings, selected)
-    except Exception as error:  # a model of any kind, which may raise anything
+    except Exception as error:  # a user's model may raise anything
         raise NotTraceableError(f"{type(error).__name__}: {one_line(error)[:200]}") from error
     found, flops, used = traced
     parameters = list(whole.named_parameters())
@@ -166,7 +191,7 @@ def estimate(
 
 
 def _constant(number: int, terms: int) -> np.ndarray:
-    """A polynomial of so many terms, the first of which has no size in it."""
+    """Return a polynomial of this many terms that is the same number at every size: the first term."""
     return np.array([number, *[0] * (terms - 1)], dtype=np.float64)
 
 
@@ -179,9 +204,9 @@ def _trace(
     settings: StepSettings,
     selected: float,
 ) -> tuple[np.ndarray, np.ndarray, set[str]]:
-    """Moments, operations, and the names of what has a gradient.
+    """Return the moments, the operations, and the names of the parameters that get a gradient.
 
-    models: with few layers, and with one more of each kind.
+    models: the model with few layers, then one model per list of equal layers, with one layer more in it.
     """
     batches = [
         {k: _fake(v) if isinstance(v, torch.Tensor) else v for k, v in p.batch.items()} for p in points
@@ -193,7 +218,7 @@ def _trace(
         how = {"precision": settings.precision, "on_gpu": settings.on_gpu}
         return trace(model, batches[point], compute_loss, selected=selected, **how)
 
-    used: set[str] = set()  # what a gradient comes to
+    used: set[str] = set()  # parameters that get a gradient
     for name, parameter in few.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: used.add(name))
@@ -210,7 +235,7 @@ def _trace(
 
 
 def _learned(batch: Mapping[str, Any]) -> float:
-    """The share of the labels that are learned, rounded up to sixteenths; 1 where there are none."""
+    """Return the share of labels that are not ignored, rounded up to sixteenths; 1 without integer labels."""
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
         return 1.0
@@ -218,9 +243,10 @@ def _learned(batch: Mapping[str, Any]) -> float:
 
 
 def equal_layers(model: torch.nn.Module) -> dict[str, int]:
-    """The lists of layers with the same class and parameters (names, shapes, dtypes): name → how many.
+    """Return the lists of equal layers: name → number of layers.
 
-    The first may differ from the others. Layers that alternate in what they attend to count as the same.
+    Layers are equal if the class and the parameters (names, shapes, dtypes) are the same. The first layer of
+    a list may differ. Layers that alternate between local and global attention count as equal.
     """
     lists = {name: m for name, m in model.named_modules() if type(m) is torch.nn.ModuleList}
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
@@ -236,7 +262,7 @@ def equal_layers(model: torch.nn.Module) -> dict[str, int]:
 
 
 def _in_few(name: str, layers: Mapping[str, int]) -> str:
-    """The name of a weight in the model of few layers: of a layer that is not there, that of the last."""
+    """Return the name of a weight in the model of few layers; a layer left out maps to the last one kept."""
     for prefix in layers:
         if match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name):
             return f"{prefix}.{min(int(match[1]), LAYERS_TRACED - 1)}.{name[match.end() :]}"
@@ -244,7 +270,7 @@ def _in_few(name: str, layers: Mapping[str, int]) -> str:
 
 
 def _with_layers(whole: torch.nn.Module, kept: Mapping[str, int]) -> torch.nn.Module:
-    """A copy of a model with so many layers in these lists."""
+    """Return a copy of a model that keeps the first layers of these lists: name → number kept."""
     few = copy.deepcopy(whole)
     for name, number in kept.items():
         parent, _, last = name.rpartition(".")
@@ -253,8 +279,8 @@ def _with_layers(whole: torch.nn.Module, kept: Mapping[str, int]) -> torch.nn.Mo
 
 
 def _make_fake(model: torch.nn.Module) -> None:
-    """Put fake tensors, as if on a CPU, in place of those on the meta device."""
-    made: dict[int, Any] = {}  # so that tied weights stay tied
+    """Replace the tensors on the meta device by fake tensors on a CPU."""
+    made: dict[int, Any] = {}  # keeps tied weights tied
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -262,11 +288,11 @@ def _make_fake(model: torch.nn.Module) -> None:
                     made[id(tensor)] = tensor, _fake(tensor)
                 if tensor is not None:
                     tensors[name] = made[id(tensor)][1]
-    accumulate_in_float32(model, torch.optim.SGD(model.parameters(), lr=1.0))  # what steps is no matter
+    accumulate_in_float32(model, torch.optim.SGD(model.parameters(), lr=1.0))  # it never steps
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
-    """Its shape without its numbers, as if on a CPU, in the fake mode at hand."""
+    """Return a fake tensor of the same shape on a CPU, in the active fake mode."""
     fake = torch.empty_like(tensor, device="cpu")
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
@@ -274,14 +300,14 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _fill_gradients(model: torch.nn.Module, used: Collection[str], layers: Mapping[str, int]) -> None:
-    """As they are in the midst of a window."""
+    """Allocate gradients, as in the middle of a window."""
     for name, p in model.named_parameters():
         if p.requires_grad and _in_few(name, layers) in used:
             p.grad = torch.zeros_like(p, dtype=_gradient_dtype(p))
 
 
 def _gradient_dtype(weight: torch.Tensor) -> torch.dtype:
-    """`accumulation/fp32_accumulation.py` has gradients of half precision accumulate in float32."""
+    """Return the type of a weight's gradient: `accumulation/fp32_accumulation.py` sums 16 bits in float32."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
@@ -295,10 +321,11 @@ def tensor_bytes(tensors: Iterable[Any]) -> int:
 
 
 def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settings: StepSettings) -> int:
-    """What the optimizer keeps of these weights of a model.
+    """Return the bytes of the optimizer's states for these weights of a model.
 
-    It is asked with small stand-ins, whose sides are primes: its states then show which sides they have. One
-    in 8 bits runs on GPUs alone; it keeps two states, in 32 bits of embeddings and small weights.
+    One step runs on small stand-ins, whose sides are distinct primes. The primes in the shape of a state show
+    which sides of the weight the state has. The 8-bit optimizer runs only on GPUs and is computed instead: it
+    has two states, in 32 bits for embeddings and small weights.
     """
     if settings.optim.name == "adamw_8bit":
         embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -321,8 +348,11 @@ def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settin
 
 
 def _step_bytes(weights: Sequence[torch.Tensor], settings: StepSettings) -> int:
-    """What the optimizer's step holds beside its states: nothing where it is fused; else, on a GPU, a copy of
-    all weights, and on a CPU of one after the other."""
+    """Return the bytes that the optimizer's step holds in addition to the states.
+
+    A fused step holds nothing. Otherwise the step holds one copy of all weights on a GPU, and two copies of
+    the largest weight on a CPU.
+    """
     name = settings.optim.name
     fused = name == "adamw_8bit" or (
         name != "adafactor" and not (settings.on_gpu and settings.precision == "fp16")
@@ -332,20 +362,20 @@ def _step_bytes(weights: Sequence[torch.Tensor], settings: StepSettings) -> int:
 
 
 def _saved_by_four_bit(model: torch.nn.Module) -> int:
-    """Bytes of the weights that will be in 4 bits, less what they take then."""
+    """Return the bytes that storing the frozen weights in 4 bits saves."""
     weights = _to_be_quantized(model)
     return tensor_bytes(weights) - round(BYTES_PER_4BIT_WEIGHT * sum(w.numel() for w in weights))
 
 
 def _to_be_quantized(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Of the linear layers that are not trained, but for the output layer."""
+    """Return the weights of the linear layers that are not trained, without the output layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
     return [m.weight for m in linear if not m.weight.requires_grad]
 
 
 def _largest_layer(model: torch.nn.Module) -> int:
-    """Bytes of the largest element of a list of layers, or of all that is in none."""
+    """Return the bytes of the largest layer of all lists, or of everything outside the lists if larger."""
     lists = [m for m in model.modules() if type(m) is torch.nn.ModuleList]
     layers = [list(layer.parameters()) for layers in lists for layer in layers]
     inside = {id(p) for layer in layers for p in layer}

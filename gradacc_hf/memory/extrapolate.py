@@ -1,8 +1,8 @@
-"""Traced steps of a few sizes → what a step of any size holds at each of its moments. Numbers only.
+"""Extrapolate traced steps of a few sizes to the memory of a step of any size, at each moment. Numbers only.
 
-The same moment of steps of several sizes is a polynomial in the size, and with each further equal layer it
-holds as much more. Which moments of two models are the same is told by their operations, counted from the
-beginning of a phase (what the first layers do) and from its end (what the last ones do).
+A moment is the state after one operation. The memory held at a moment is a polynomial in rows and lengths,
+and linear in the number of equal layers. Traces with different numbers of layers are aligned by their
+operations: the common prefix of a phase comes from the first layers, the common suffix from the last layers.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,15 @@ FORWARD, BACKWARD = 0, 1
 
 
 class Fit:
-    """Polynomials of `exponents` (terms, 1 + columns) through values at `sizes` (terms, 1 + columns).
+    """Polynomials through values at given sizes.
 
-    The sizes are rows and lengths: the first half with one number of rows, the second with another and the
-    same lengths; or all with one row. `few` are the sizes that tell what a further layer adds.
+    Args:
+        exponents: powers of rows and lengths in each term, (terms, 1 + columns).
+        sizes: rows and lengths, (terms, 1 + columns). Both halves have the same lengths, and each half has
+            one number of rows; or all sizes have one row.
+
+    Attributes:
+        few: indices of the sizes that suffice for the memory that one more layer adds.
     """
 
     def __init__(self, exponents: np.ndarray, sizes: np.ndarray):
@@ -26,18 +31,18 @@ class Fit:
         self._matrix = _terms(sizes / self.scale, exponents)
         half = len(sizes) // 2
         if half > 1 and exponents[:, 0].any():
-            # What a layer adds whatever the rows (weights cast by autocast) does not depend on the length.
+            # The part of a layer that is constant in the rows (weights cast by autocast) has no length in it.
             self.few = np.arange(half, 2 * half)
             self._of_layer = np.concatenate([[0], np.arange(half + 1, 2 * half)])
-        else:  # one length; or packed into one row
+        else:  # there is only one length, or examples are packed into one row
             self.few = self._of_layer = np.arange(len(sizes))
 
     def polynomials(self, values: np.ndarray) -> np.ndarray:
-        """Values (sizes, …) → factors of the terms (terms, …)."""
+        """Return the factors of the terms, (terms, …), from values at all sizes, (sizes, …)."""
         return self._unscaled(np.linalg.solve(self._matrix, values.reshape(len(values), -1)), values.shape)
 
     def of_a_layer(self, differences: np.ndarray) -> np.ndarray:
-        """What one more layer adds at the `few` sizes (few, …) → factors of all terms (terms, …)."""
+        """Return the factors of one more layer, (terms, …), from the bytes added at `few` sizes, (few, …)."""
         matrix = self._matrix[np.ix_(self.few, self._of_layer)]
         factors = np.zeros((len(self.exponents), differences[0].size))
         factors[self._of_layer] = np.linalg.solve(matrix, differences.reshape(len(differences), -1))
@@ -49,15 +54,18 @@ class Fit:
 
 
 def _terms(sizes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
-    """(sizes, terms)."""
+    """Return the value of each term at each size, (sizes, terms)."""
     return np.prod(sizes[:, None, :] ** exponents[None], axis=2)
 
 
 def moments(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequence[Trace]]]) -> np.ndarray:
-    """The moments (moments, terms, 2) of a model: bytes of activations and of the loss.
+    """Return the moments of a model, (moments, terms, 2): bytes of activations and of the loss.
 
-    traces: with few layers, at all sizes. more: for each kind of
-    layer, how many more there are in truth, and traces with one more of it at the `few` sizes.
+    Args:
+        fit: the sizes and the terms.
+        traces: traces of the model with few layers, one per size.
+        more: one pair per list of equal layers: the number of layers left out, and traces with one layer
+            more, at the `few` sizes.
     """
     found = []
     for phase in (FORWARD, BACKWARD):
@@ -80,7 +88,10 @@ def moments(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequenc
 
 
 def flops(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequence[Trace]]]) -> np.ndarray:
-    """The operations of a forward and backward, as factors of the terms (terms)."""
+    """Return the floating-point operations of forward and backward, as factors of the terms (terms,).
+
+    `moments` documents the arguments.
+    """
     counted = np.array([trace.flops for trace in traces], dtype=np.float64)
     factors = fit.polynomials(counted)
     for number, extra in more:
@@ -90,11 +101,11 @@ def flops(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequence[
 
 
 def largest(found: np.ndarray, fit: Fit) -> np.ndarray:
-    """Those of the moments (moments, terms, 2) that hold the most at some size."""
+    """Return the moments, (moments, terms, 2), that hold the most at some size."""
     columns = fit.exponents.shape[1] - 1
     steps = np.geomspace(1 / 64, 32, 45 if columns == 1 else 9)
     lengths = np.stack(np.meshgrid(*[np.maximum(1, top * steps) for top in fit.scale[1:]]), axis=-1)
-    if not fit.exponents[:, 1:].any():  # of one length, of which there is nothing to say
+    if not fit.exponents[:, 1:].any():  # all examples have one length
         lengths = fit.scale[1:]
     lengths = lengths.reshape(-1, columns)
     rows = 2.0 ** np.arange(14)
@@ -104,13 +115,13 @@ def largest(found: np.ndarray, fit: Fit) -> np.ndarray:
 
 
 def _side_by_side(runs: Sequence[Sequence[Phase]]) -> list[tuple[list, np.ndarray]]:
-    """Each run's operations, and bytes at all sizes (sizes, operations, 2)."""
+    """Return the operations of each run, and the bytes at all sizes, (sizes, operations, 2)."""
     if any(len({len(phase.operations) for phase in run}) > 1 for run in runs):
-        raise ValueError("the size of a micro-batch decides which operations there are")
+        raise ValueError("the operations of the model differ with the size of the micro-batch")
     return [(run[0].operations, np.stack([phase.held for phase in run])) for run in runs]
 
 
 def _alike(operations: list, others: list) -> int:
-    """How many operations are the same, from the first on."""
+    """Return the length of the common prefix."""
     pairs = enumerate(zip(operations, others, strict=False))
     return next((i for i, (one, other) in pairs if one is not other), min(len(operations), len(others)))

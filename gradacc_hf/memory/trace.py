@@ -1,9 +1,9 @@
-"""Every moment of a forward and backward, in bytes and operations, without weights and without a GPU.
+"""Trace the memory and operations of a forward and backward, without weights and without a GPU.
 
-`trace` runs forward, loss and backward on fake tensors (shapes without numbers) and notes
-after each operation how many bytes the tensors hold that were made since it began. Unlike torch's
-MemTracker, which keeps the peak alone, it keeps every moment: the same moment of steps of several sizes is
-one polynomial in the size, where a peak is the largest of many. What is made of it: `estimator.py`.
+`trace` runs forward, loss and backward on fake tensors, which have shapes but no numbers. After each
+operation it records the bytes of the tensors created since the start. torch's MemTracker records only the
+peak, which is the maximum of many polynomials in the size of the step. `trace` records every moment: the
+memory at one moment is a single polynomial. `estimator.py` uses the traces.
 """
 
 import math
@@ -21,33 +21,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-ACTIVATIONS, LOSS = 0, 1  # what a tensor that comes and goes belongs to
+ACTIVATIONS, LOSS = 0, 1  # labels of transient tensors
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = "scaled_dot_product_attention"
 _ATEN = torch.ops.aten
 _INDEXING = (_ATEN.index, _ATEN.index_put, _ATEN.index_put_, _ATEN._index_put_impl_)
-_DEVICE = torch.ops.prim.device.default  # asked of each fake tensor, over and over
+_DEVICE = torch.ops.prim.device.default  # called all the time on fake tensors; no operation of the step
 _FLASH = _ATEN._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The forward pass with the loss, or the backward pass: its operations, in their order.
-
-    `held` (operations, 2): bytes after each, of activations and of the loss.
-    """
+    """The forward pass with the loss, or the backward pass."""
 
     operations: list[Any]
+    """The operations in order."""
     held: np.ndarray
+    """Bytes of activations and of the loss after each operation, (operations, 2)."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Forward with the loss, backward; and their floating-point operations."""
+    """The trace of one step."""
 
     phases: tuple[Phase, Phase]
+    """The forward with the loss, and the backward."""
     flops: int
+    """Floating-point operations of both phases."""
 
 
 def trace(
@@ -59,10 +60,17 @@ def trace(
     on_gpu: bool = False,
     selected: float = 1.0,
 ) -> Trace:
-    """Trace a fake model in the fake mode that made it; its gradients may be there already.
+    """Trace one step of a fake model, inside the fake mode that created it.
 
-    `on_gpu`: as CUDA's kernels would do it where a CPU's do otherwise. `selected`: the share of a mask that
-    is true, where values decide a shape (of the positions, those that are learned).
+    The weights, buffers and existing gradients of the model are not counted; the batch is.
+
+    Args:
+        model: the fake model; it may have gradients.
+        batch: fake inputs by name.
+        compute_loss: computes the loss from (outputs, batch).
+        precision: "fp32", or the type of autocast: "bf16" or "fp16".
+        on_gpu: whether to imitate CUDA's kernels where a CPU's kernels allocate differently.
+        selected: the assumed share of true values in a mask that decides a shape, such as labelled positions.
     """
     tracer = _Tracer(selected)
     for tensor in tree_leaves([list(model.parameters()), [p.grad for p in model.parameters()]]):
@@ -75,7 +83,7 @@ def trace(
     if precision in AUTOCAST:
         forward = convert_outputs_to_fp32(torch.autocast("cpu", AUTOCAST[precision])(forward))
 
-    def weighed_loss(outputs: Any) -> torch.Tensor:  # they go when it ends, as in the loop
+    def weighed_loss(outputs: Any) -> torch.Tensor:  # returning frees the outputs, as in the loop
         tracer.label = LOSS
         return compute_loss(outputs, batch) * 1.0
 
@@ -89,7 +97,7 @@ def trace(
 
 
 class _Tracer(TorchDispatchMode):
-    """Follows every storage from when an operation gives it to when nothing holds it any more."""
+    """Counts the bytes of every storage, from the operation that returns it until it is freed."""
 
     def __init__(self, selected: float) -> None:
         super().__init__()
@@ -97,22 +105,22 @@ class _Tracer(TorchDispatchMode):
         self.label = ACTIVATIONS
         self.flops = 0
         self._bytes = [0, 0]
-        self._known: dict[int, Any] = {}  # by the address of a storage: what tells us of its end
+        self._known: dict[int, Any] = {}  # address of a storage → weak reference to it
         self._operations: list[Any] = []
         self._held: list[tuple[int, int]] = []
 
     def ignore(self, tensor: Any) -> None:
-        """This was there before the step."""
+        """Leave out a tensor that existed before the step."""
         if isinstance(tensor, torch.Tensor):
             self._follow(tensor, size=0)
 
     def count(self, tensor: Any) -> None:
-        """This comes with the step: its batch."""
+        """Count a tensor that comes with the step, as part of the batch."""
         if isinstance(tensor, torch.Tensor):
             self._follow(tensor)
 
     def take(self) -> Phase:
-        """What was noted since the last time."""
+        """Return what was recorded since the last call."""
         phase = Phase(self._operations, np.array(self._held, dtype=np.float64).reshape(-1, 2))
         self._operations, self._held = [], []
         return phase
@@ -136,14 +144,14 @@ class _Tracer(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operation; of one whose shape is decided by values, as if `selected` of a mask were true."""
+        """Run an operation. If a mask decides the shape, the share `selected` of the mask counts as true."""
         packet = func._overloadpacket
         if packet is _ATEN.nonzero:
             found = math.ceil(self.selected * args[0].numel())
             return args[0].new_empty((found, args[0].ndim), dtype=torch.int64)
         if packet not in _INDEXING or all(i is None or i.dtype is not torch.bool for i in args[1]):
             return func(*args, **kwargs)
-        if packet is not _ATEN.index:  # into a tensor that is there
+        if packet is not _ATEN.index:  # it writes into an existing tensor
             return torch.empty_like(args[0]) if packet is _ATEN.index_put else args[0]
         places: list[Any] = []
         for index in args[1]:
@@ -171,7 +179,11 @@ class _Tracer(TorchDispatchMode):
 
 @contextmanager
 def _labelling(model: Any, tracer: _Tracer) -> Iterator[None]:
-    """Tell what belongs to the loss: all from the output layer on, or else from the body's end on."""
+    """Label tensors as activations or loss.
+
+    The loss begins with the output layer or, without one, after the body. In the backward it ends where the
+    gradient reaches the same place.
+    """
 
     def belongs_to(label: int) -> Callable[..., None]:
         def switch(*_: Any) -> None:
@@ -184,7 +196,7 @@ def _labelling(model: Any, tracer: _Tracer) -> Iterator[None]:
         first = next(
             (t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor) and t.requires_grad), None
         )
-        if first is not None:  # where the gradient comes back to
+        if first is not None:  # the backward leaves the loss when it reaches this tensor
             first.register_hook(belongs_to(ACTIVATIONS))
 
     inner = next((m for m in model.modules() if hasattr(m, "get_output_embeddings")), model)
@@ -205,10 +217,11 @@ def _labelling(model: Any, tracer: _Tracer) -> Iterator[None]:
 
 @contextmanager
 def _as_on_gpu() -> Iterator[None]:
-    """What CUDA does otherwise: its autocast computes norms and softmax in float32, and its attention kernel
-    keeps no matrix of scores, with dropout neither.
+    """Imitate CUDA where it differs from a CPU.
 
-    Functions are replaced, as a function mode of torch does not reach what is computed again in the backward.
+    CUDA's autocast computes norms and softmax in float32. CUDA's attention kernel stores no matrix of scores,
+    with or without dropout. Functions are replaced in the module, because a torch function mode misses what
+    gradient checkpointing recomputes in the backward.
     """
     own = {name: getattr(F, name) for name in ("layer_norm", "group_norm", "softmax", "log_softmax")}
     replaced = {name: _in_float32(function) for name, function in own.items()}
@@ -242,14 +255,14 @@ def _efficient_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """torch's memory-efficient attention, called by name: on a CPU torch does not choose it."""
+    """Call torch's memory-efficient attention by name: on a CPU, torch does not select it."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     if enable_gqa:
         repeats = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
-    if attn_mask is not None:  # as a bias in the numbers of the query, for every head seen as one
+    if attn_mask is not None:  # as a bias in the type of the query, one view for all heads
         bias = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = bias.expand(*query.shape[:2], query.shape[-2], key.shape[-2])
     attend = torch.ops.aten._scaled_dot_product_efficient_attention

@@ -1,4 +1,4 @@
-"""A run as an animated SVG for a README: the pictures of the page in sequence, without a script."""
+"""Draw a run as an animated SVG for a README: the pictures of the page in sequence, without a script."""
 
 import re
 from html import escape
@@ -14,26 +14,30 @@ from gradacc_hf.play.session import Picture, Session
 from gradacc_hf.play.settings import PlaySettings
 from gradacc_hf.utils.files import write_whole
 
-SLOW_WINDOWS, FAST_WINDOWS = 2, 24  # windows shown line by line, then windows with one picture each
-PICTURE_SECONDS = {"slow": 0.6, "fast": 0.18}  # of a picture
+SLOW_WINDOWS, FAST_WINDOWS = 2, 24  # first windows shown line by line, then windows of one picture each
+PICTURE_SECONDS = {"slow": 0.6, "fast": 0.18}  # for one picture
 WIDTH, HEIGHT = 940, 470
-PLACES = {  # x, y, width, title of each picture
+PLACES = {  # x, y, width and title of each picture
     "window": (560, 40, 350, "The window"),
     "bucket": (20, 278, 400, "The gradient"),
     "losses": (500, 278, 410, "The loss of each window"),
 }
-CSS_RULES = (  # of page.css
+CSS_RULES = (  # the rules of page.css that the SVG needs
     *(":root", "svg text", "polyline", ".axis", ".ground", ".hatch", ".frame", ".tokens", ".coming"),
-    *(".fill", ".bucket", ".target", ".mark"),
+    *(".fill", ".bucket", ".target", ".mark", "circle"),
 )
 
 
 def write_film(path: Path) -> Path:
-    """Run gradacc's loop for 26 windows, and draw it. Raises InputError for a bad path."""
+    """Run gradacc's loop for 26 windows and write the animation.
+
+    Raises:
+        InputError: if the path is not a new .svg file in an existing folder.
+    """
     if path.suffix != ".svg" or not path.parent.is_dir():
         raise InputError(f"--film: found {path}; allowed: a file that ends in .svg, in an existing folder")
     if path.exists():
-        raise InputError(f"--film: {path} exists, and nothing is overwritten: give another name")
+        raise InputError(f"--film: {path} exists and is not overwritten; give another name")
     session, seen, seconds = Session(PlaySettings()), [], []
     while session.picture().window < SLOW_WINDOWS:
         session.advance("line")
@@ -50,9 +54,13 @@ def write_film(path: Path) -> Path:
 
 
 def film(seen: list[Picture], seconds: list[float]) -> str:
-    """The pictures as an SVG that repeats. Where motion is reduced, only the last picture is shown.
+    """Return the pictures as an SVG that repeats.
 
-    seconds: how long each picture is shown.
+    A browser that reduces motion shows only the last picture.
+
+    Args:
+        seen: the pictures, in order.
+        seconds: the duration of each picture.
     """
     ends = [100 * end / sum(seconds) for end in accumulate(seconds)]
     layers = [[_code(picture) for picture in seen]]
@@ -77,7 +85,7 @@ def film(seen: list[Picture], seconds: list[float]) -> str:
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
-        "<title>The loop of gradacc trains a small transformer, micro-batch by micro-batch</title>"
+        "<title>gradacc's loop trains a small transformer, micro-batch by micro-batch</title>"
         f"<style>:root {{--body-text-color: #1c1c1c}} {_rules()} {moving} {' '.join(styles)}</style>"
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="10" fill="#ffffff"/>'
         f"<defs>{pictures.HATCHED.format('padding', 'ground')}</defs>{''.join(parts)}</svg>\n"
@@ -85,7 +93,7 @@ def film(seen: list[Picture], seconds: list[float]) -> str:
 
 
 def _rules() -> str:
-    """The colours and shapes of the page, in light mode."""
+    """Return the style rules of the page that the SVG needs, in light mode."""
     css = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     css = re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL)
     rules = [rule.strip() for rule in re.findall(r"[^{}]+\{[^{}]*\}", css)]
@@ -106,14 +114,14 @@ def _code(picture: Picture) -> str:
 
 
 def _placed(name: str, figure: str) -> str:
-    """A drawing at its place, with its title, and its text up to the first semicolon."""
+    """Return a picture at its place, with its title and the first sentence of its text."""
     x, y, width, title = PLACES[name]
     drawn = re.search(r'<svg viewBox="0 0 ([^"]*)"[^>]*>(.*?)</svg>', figure, re.DOTALL)
     assert drawn is not None
     wide, high = map(float, drawn[1].split())
     height = width * high / wide
-    inner = re.sub(r"<pattern.*?</pattern>", "", drawn[2])  # the film defines the pattern once
-    words = re.sub(r"<[^>]+>", "", figure.partition("</svg><p>")[2]).partition(";")[0]
+    inner = re.sub(r"<pattern.*?</pattern>", "", drawn[2])  # the animation defines the pattern once
+    words = re.sub(r"<[^>]+>", "", figure.partition("</svg><p>")[2]).partition(". ")[0].removesuffix(".")
     said = "" if name == "losses" else f'<text class="left" x="{x}" y="{y + height + 18:.0f}">{words}</text>'
     return (
         f'<text class="left" x="{x}" y="{y - 10}" font-weight="700">{title}</text>'

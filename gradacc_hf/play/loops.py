@@ -1,11 +1,11 @@
-"""The loops that the page shows: gradacc's own, as in the README, and the classic loop with each mistake.
+"""The loops that the page shows: gradacc's loop, as in the README, and the classic loop with each mistake.
 
-Each is a generator that yields where it is: "forward", "backward", "clip", "step", "zero" and "end" of a
-window. "skipped" means that Accelerate left out a step or zero_grad, because the window is not complete.
-`shown` returns the lines of a loop without the yields, `line` the latest line.
+Each loop is a generator that yields after "forward", "backward", "clip", "step" and "zero", and at the "end"
+of a window. "skipped" means that Accelerate skipped a step or a zero_grad: the window is not complete.
+`shown` returns the lines of a loop without the yields. `line` returns the latest line.
 
-The windows of gradacc's loop come from `WindowLoader`. The windows of the classic loop are lists of (batch,
-share of the window's items). Apart from the mistake, that loop is exact.
+The windows of gradacc's loop come from `WindowLoader`. The windows of the classic loop are lists of pairs:
+a batch, and the batch's share of the window's items. Apart from the mistake, the classic loop is exact.
 """
 
 import inspect
@@ -40,8 +40,8 @@ def ours(model, optimizer, scheduler, windows, accelerator, max_norm):
 
 def zeroed_too_early(model, optimizer, scheduler, windows, accelerator, max_norm):
     for window in windows:
-        for batch, share in window:
-            optimizer.zero_grad()  # ✗ the gradient so far is gone
+        for batch, share in window:  # share of the window's items
+            optimizer.zero_grad()  # ✗ deletes the gradient so far
             yield "zero"
             loss = model(**batch).loss
             yield "forward"
@@ -57,7 +57,7 @@ def zeroed_too_early(model, optimizer, scheduler, windows, accelerator, max_norm
 
 def stepped_every_micro_batch(model, optimizer, scheduler, windows, accelerator, max_norm):
     for window in windows:
-        for batch, share in window:
+        for batch, share in window:  # share of the window's items
             loss = model(**batch).loss
             yield "forward"
             (loss * share).backward()
@@ -77,7 +77,7 @@ def not_divided(model, optimizer, scheduler, windows, accelerator, max_norm):
         for batch, _ in window:
             loss = model(**batch).loss
             yield "forward"
-            loss.backward()  # ✗ a sum of means
+            loss.backward()  # ✗ a sum of means, not a mean
             yield "backward"
         clip_grad_norm_(model.parameters(), max_norm)
         yield "clip"
@@ -94,7 +94,7 @@ def divided_by_steps(model, optimizer, scheduler, windows, accelerator, max_norm
         for batch, _ in window:
             loss = model(**batch).loss
             yield "forward"
-            (loss / len(window)).backward()  # ✗ as if each had as many items
+            (loss / len(window)).backward()  # ✗ ignores the number of items
             yield "backward"
         clip_grad_norm_(model.parameters(), max_norm)
         yield "clip"
@@ -108,12 +108,12 @@ def divided_by_steps(model, optimizer, scheduler, windows, accelerator, max_norm
 
 def scheduled_every_micro_batch(model, optimizer, scheduler, windows, accelerator, max_norm):
     for window in windows:
-        for batch, share in window:
+        for batch, share in window:  # share of the window's items
             loss = model(**batch).loss
             yield "forward"
             (loss * share).backward()
             yield "backward"
-            scheduler.step()  # ✗ the rate falls too early
+            scheduler.step()  # ✗ lowers the learning rate too early
         clip_grad_norm_(model.parameters(), max_norm)
         yield "clip"
         optimizer.step()
@@ -133,12 +133,12 @@ FAULTS: dict[str, Loop] = {
 
 
 def shown(loop: Loop) -> list[str]:
-    """The lines of the body, without the yields."""
+    """Return the lines of the body, without the yields."""
     return [text for _, text in _lines(loop)]
 
 
 def line(loop: Loop, running: Any) -> int | None:
-    """The index of the latest line in `shown`; None before the first."""
+    """Return the index of the latest line in `shown`; None before the first line."""
     if running.gi_frame is None:
         return None
     now = running.gi_frame.f_lineno

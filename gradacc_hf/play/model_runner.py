@@ -1,4 +1,4 @@
-"""A model with its optimizer and scheduler, and measurements of its forwards."""
+"""A model with its optimizer and scheduler, and measurements of forward passes."""
 
 import copy
 from collections.abc import Iterable
@@ -11,24 +11,28 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gradacc_hf.play.settings import PlaySettings
 
-WINDOWS = 200  # of a run, over which the learning rate falls to 0
+WINDOWS = 200  # of a run; the learning rate falls to 0 over the run
 MOMENTUM = 0.9
 
 
 class Player:
-    """Trains a model by SGD with momentum.
+    """A model that is trained by SGD with momentum.
 
-    like: another player whose state is copied.
-    losses: of the forwards of this window.
-    activations: bytes that the latest forward keeps for its backward.
-    running: the generator of the loop.
+    running: the generator of the loop; set by the session.
+    losses: losses of the forward passes of this window.
+    activations: bytes that the latest forward pass keeps for the backward pass.
+
+    Args:
+        model: the model to train.
+        settings: learning rate and precision.
+        like: another player, whose state is copied.
     """
 
     def __init__(self, model: torch.nn.Module, settings: PlaySettings, like: "Player | None" = None):
         self.model = model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr_in_use, momentum=MOMENTUM)
         self.scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / WINDOWS))
-        self.running: Any = None  # set by the session
+        self.running: Any = None
         self.losses: list[float] = []
         self.activations = 0
         self._kept: dict[int, int] = {}
@@ -46,12 +50,12 @@ class Player:
         self.scheduler.base_lrs = [settings.lr_in_use]
         by = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
         self.optimizer.param_groups[0].update(initial_lr=settings.lr_in_use, lr=settings.lr_in_use * by)
-        self.optimizer.zero_grad()  # a faulty loop may leave gradients
+        self.optimizer.zero_grad()  # a faulty loop may leave gradients behind
         in_precision(self.model, settings)
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
+        """Learning rate of the next step."""
         return self.optimizer.param_groups[0]["lr"]
 
     @property
@@ -60,7 +64,7 @@ class Player:
         return all(p.grad is None for p in self.model.parameters())
 
     def bytes_held(self) -> dict[str, int]:
-        """Bytes of weights, gradients and the optimizer's states."""
+        """Return the bytes of weights, gradients and optimizer states."""
         weights = list(self.model.parameters())
         states = [s for p in weights for s in self.optimizer.state[p].values()]
         return {
@@ -86,7 +90,7 @@ class Player:
 
 
 def in_precision(model: torch.nn.Module, settings: PlaySettings) -> torch.nn.Module:
-    """The model, with its forward in the precision of the settings, as Accelerate prepares it."""
+    """Return the model with its forward pass in the precision of the settings, as Accelerate prepares it."""
     vars(model).pop("forward", None)
     if settings.precision == "bf16":
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-// Keys for what the buttons do, and whether it plays: from a click on Play until another one, or until it has ended.
+// Keyboard shortcuts of the buttons, and the playing state: from a click on Play until another click or the end of the run.
 const plays = () => document.body.dataset.plays && !document.querySelector("[data-ended]");
 document.addEventListener("keydown", (event) => {
   const target = event.target;

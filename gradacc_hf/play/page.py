@@ -1,4 +1,4 @@
-"""The page: controls, pictures and the tour, with Gradio. `sessions.py` defines what clicks do."""
+"""The page: controls, pictures and the tour, with Gradio. `sessions.py` defines the actions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -26,8 +26,8 @@ CONTROLS = (
     *("model", "micro_batch", "steps", "effective", "fault", "lengths"),
     *("lr", "max_grad_norm", "seed", "lr_scaling", "precision"),
 )
-FOLLOWING = ("micro_batch", "steps", "effective", "lr")  # may be set by other controls
-WHOLE = ("micro_batch", "steps", "effective", "seed")  # whole numbers, which arrive as 4.0
+FOLLOWING = ("micro_batch", "steps", "effective", "lr")  # other controls may set these
+WHOLE = ("micro_batch", "steps", "effective", "seed")  # integers, which Gradio passes as 4.0
 BUTTONS = {
     "play": "▶ Play",
     "pause": "Pause",
@@ -36,10 +36,14 @@ BUTTONS = {
     "window": "One window",
     "restart": "Restart",
 }
-KEYS = "<p class=keys>Keys: <kbd>p</kbd> play or pause, <kbd>l</kbd> line, <kbd>m</kbd> micro-batch, \
-<kbd>w</kbd> window, <kbd>r</kbd> restart.</p>"
-TITLE = """<h1>Gradient accumulation, while it happens</h1><p>Every number here comes from the loop below,
-which trains a small model right now. <b>Play</b> it, or go on step by step; change any setting.</p>"""
+KEYS = "<p class=keys>Keys: <kbd>p</kbd> play or pause, <kbd>l</kbd> one line, <kbd>m</kbd> one micro-batch, \
+<kbd>w</kbd> one window, <kbd>r</kbd> restart.</p>"
+TITLE = """<h1>Gradient accumulation, while it happens</h1>
+<p>The loop below trains a small model. Every number is measured during this training.
+A <b>window</b> holds the examples of one optimizer step.
+A <b>micro-batch</b> is the part of a window that one forward and backward pass processes.</p>
+<p>Press <b>Play</b>, or run one line, one micro-batch or one window.
+Change any setting to see the effect.</p>"""
 # System fonts only: the page loads nothing from other hosts.
 THEME: Any = gr.themes.Default(  # type: ignore[attr-defined]
     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -47,13 +51,13 @@ THEME: Any = gr.themes.Default(  # type: ignore[attr-defined]
 
 
 class NoUploads:
-    """Middleware that refuses uploads. Every Gradio app accepts files, and this page needs none."""
+    """Middleware that refuses uploads. Gradio apps accept files by default; this page uses no files."""
 
     def __init__(self, app: Any):
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer a request; an upload with 404."""
+        """Answer a request. The answer to an upload is 404."""
         is_upload = scope["type"] == "http" and "/upload" in scope["path"]
         await (Response(status_code=404) if is_upload else self._app)(scope, receive, send)
 
@@ -73,19 +77,22 @@ LAUNCH: dict[str, Any] = {
 
 
 def build(sessions: BrowserSessions, first: Picture) -> gr.Blocks:
-    """The page. `first`: the picture before a session has begun."""
+    """Return the page.
+
+    Args:
+        sessions: the actions of the buttons and controls.
+        first: the picture to show before a session begins.
+    """
     with gr.Blocks(
         title="Gradient accumulation, while it happens", analytics_enabled=False, fill_width=True
     ) as blocks:
         gr.HTML(TITLE, elem_id="title")
-        with gr.Accordion("A guided tour", elem_id="tour"):
+        with gr.Accordion("Guided tour", elem_id="tour"):
             at = gr.State(-1)
             text = gr.HTML(tour.page_of(-1), elem_id="tour-text")
             with gr.Row():
                 back = gr.Button("Back", elem_id="tour-back", size="sm", min_width=80)
-                forth = gr.Button(
-                    "Next step", elem_id="tour-next", size="sm", variant="primary", min_width=80
-                )
+                forth = gr.Button("Next", elem_id="tour-next", size="sm", variant="primary", min_width=80)
         with gr.Row():
             with gr.Column(scale=1, min_width=320, elem_id="controls"):
                 speed = gr.Radio(list(SPEEDS), value="micro-batches", label="Play by", elem_id="speed")
@@ -123,7 +130,7 @@ def build(sessions: BrowserSessions, first: Picture) -> gr.Blocks:
         on(buttons["pause"].click, drawing(sessions.pause))
         on(buttons["restart"].click, restarted(sessions), named)
         for to in ("line", "micro-batch", "window"):
-            # In sequence: otherwise the picture of an earlier click could arrive last.
+            # In sequence, so that the picture of an earlier click does not arrive last.
             on(buttons[to].click, drawing(sessions.go_on, to), trigger_mode="always_last")
         on(speed.input, paced(sessions), speed)
         for name, control in controls.items():
@@ -145,25 +152,25 @@ def _controls(settings: PlaySettings) -> dict[str, Any]:
 
     controls = {"model": choice("model", ModelName, "Model")}
     with gr.Row():
-        controls["micro_batch"] = number("micro_batch", "Micro-batch")
-        controls["steps"] = number("steps", "Steps")
-        controls["effective"] = number("effective", "Effective")
-    controls["fault"] = choice("fault", Fault, "A mistake in the loop")
+        controls["micro_batch"] = number("micro_batch", "Micro-batch size")
+        controls["steps"] = number("steps", "Accumulation steps")
+        controls["effective"] = number("effective", "Effective batch size")
+    controls["fault"] = choice("fault", Fault, "Mistake in the loop")
     controls["lengths"] = choice("lengths", Lengths, "Lengths of the examples")
     with gr.Row():
         controls["lr"] = number("lr", "Learning rate")
-        controls["max_grad_norm"] = number("max_grad_norm", "Clip at norm")
+        controls["max_grad_norm"] = number("max_grad_norm", "Clip at norm (0: off)")
         controls["seed"] = number("seed", "Seed")
-    controls["lr_scaling"] = choice("lr_scaling", LrScaling, "Learning rate × effective batch / 16")
+    controls["lr_scaling"] = choice("lr_scaling", LrScaling, "Scale the learning rate by batch size / 16")
     controls["precision"] = choice("precision", Precision, "Precision")
     return controls
 
 
-# Events of the page → requests to sessions.py → what to draw
+# An event of the page becomes a request to sessions.py. The answer is drawn.
 
 
 def drawing(what: Callable[..., PageUpdate], *given: Any) -> Callable[[gr.Request], list[Any]]:
-    """Handle a click: request, then draw the answer."""
+    """Return a handler that passes a click on and draws the answer."""
 
     def clicked(request: gr.Request) -> list[Any]:
         return _drawn(what(_name(request), *given))
@@ -172,7 +179,7 @@ def drawing(what: Callable[..., PageUpdate], *given: Any) -> Callable[[gr.Reques
 
 
 def drawing_on(what: Callable[[str], Iterator[PageUpdate]]) -> Callable[[gr.Request], Iterator[list[Any]]]:
-    """Handle a click with a sequence of answers."""
+    """Return a handler that passes a click on and draws a sequence of answers."""
 
     def clicked(request: gr.Request) -> Iterator[list[Any]]:
         before: list[Any] = []
@@ -186,7 +193,7 @@ def drawing_on(what: Callable[[str], Iterator[PageUpdate]]) -> Callable[[gr.Requ
 
 
 def paced(sessions: BrowserSessions) -> Callable[[str, gr.Request], list[Any]]:
-    """Handle a change of the speed."""
+    """Return the handler for a change of the speed."""
 
     def chosen(speed: str, request: gr.Request) -> list[Any]:
         return _drawn(sessions.set_speed(_name(request), speed))
@@ -195,7 +202,7 @@ def paced(sessions: BrowserSessions) -> Callable[[str, gr.Request], list[Any]]:
 
 
 def restarted(sessions: BrowserSessions) -> Callable[..., list[Any]]:
-    """Handle the restart button: begin a run with the values of the controls."""
+    """Return the handler of the restart button, which begins a run with the values of the controls."""
 
     def clicked(request: gr.Request, *values: Any) -> list[Any]:
         try:
@@ -208,7 +215,7 @@ def restarted(sessions: BrowserSessions) -> Callable[..., list[Any]]:
 
 
 def closed(sessions: BrowserSessions) -> Callable[[gr.Request], None]:
-    """Handle the closing of the page."""
+    """Return the handler for the closing of the page."""
 
     def left(request: gr.Request) -> None:
         sessions.leave(_name(request))
@@ -217,9 +224,10 @@ def closed(sessions: BrowserSessions) -> Callable[[gr.Request], None]:
 
 
 def changed(sessions: BrowserSessions, which: str) -> Callable[..., list[Any]]:
-    """Handle a change of a control. Of micro-batch size, steps and effective batch, two set the third.
+    """Return the handler for a change of a control.
 
-    Another model sets sizes and a learning rate that suit it.
+    Two of micro-batch size, accumulation steps and effective batch size determine the third. A change of the
+    model also sets sizes and a learning rate that suit the new model.
     """
 
     def take(request: gr.Request, *values: Any) -> list[Any]:
@@ -241,7 +249,12 @@ def changed(sessions: BrowserSessions, which: str) -> Callable[..., list[Any]]:
 
 
 def toured(sessions: BrowserSessions, by: int) -> Callable[[int, gr.Request], list[Any]]:
-    """Handle a step of the tour, forward or back: show its text and begin a run with its settings."""
+    """Return the handler for a step of the tour, which shows a text and begins a run with its settings.
+
+    Args:
+        sessions: the actions of the page.
+        by: 1 for the next step, -1 for the previous step.
+    """
 
     def stepped(at: int, request: gr.Request) -> list[Any]:
         number = at + by
@@ -256,7 +269,7 @@ def toured(sessions: BrowserSessions, by: int) -> Callable[[int, gr.Request], li
 
 
 def _read(values: Sequence[Any]) -> dict[str, Any]:
-    """The values of the controls, with whole numbers as integers."""
+    """Return the values of the controls, with whole numbers as integers."""
     given = dict(zip(CONTROLS, values, strict=True))
     whole = (name for name in WHOLE if isinstance(given[name], float) and given[name].is_integer())
     return given | {name: int(given[name]) for name in whole}
@@ -267,9 +280,9 @@ def _settings(given: dict[str, Any]) -> PlaySettings:
 
 
 def _name(request: gr.Request) -> str:
-    """The name of the browser session. Raises gr.Error for a request without a session."""
+    """Return the name of the browser session. Raises gr.Error for a request without a session."""
     if not request.session_hash:
-        raise gr.Error("found no session: open the page in a browser")
+        raise gr.Error("The request has no session. Open the page in a browser.")
     return request.session_hash
 
 

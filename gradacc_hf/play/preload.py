@@ -1,4 +1,4 @@
-"""Imported once by the server from which workers are forked: all that they share."""
+"""Imports and data that all workers share: loaded once, by the server from which workers are forked."""
 
 from typing import get_args
 

@@ -1,8 +1,13 @@
-"""One training run on the page, micro-batch by micro-batch, beside its references.
+"""One training run on the page, micro-batch by micro-batch, beside reference runs.
 
-A `Session` trains up to three copies of a model on the same windows: by the shown loop, at once (each window
-as one batch), and, if the shown loop has a fault, by gradacc's loop. It does not depend on the page:
-`advance` runs the shown loop to its next stop, and `picture` returns the state there as plain data.
+A `Session` trains up to three copies of a model on the same windows:
+
+- `"shown"`: with the shown loop;
+- `"at once"`: each window as one batch;
+- `"ours"`: with gradacc's loop, if the shown loop has a fault.
+
+A session does not depend on the page. `advance` runs the shown loop to the next stop. `picture` returns the
+state at this stop as plain data.
 """
 
 import math
@@ -17,7 +22,6 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
 
-from gradacc_hf.accumulation.accelerate_state import forget_prepared_optimizers
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.reference import (
     EXACT,
@@ -35,16 +39,20 @@ from gradacc_hf.play.settings import PlaySettings, starts_new_run
 from gradacc_hf.play.toy_tasks import problem
 
 FEWEST_MICRO_BATCHES = Cost(fixed=1e9)  # gives the fewest micro-batches
-DIAGNOSED_WINDOWS = 3  # by the doctor
-MIN_TIMED_WINDOWS = 5  # before times are shown
-GRADIENT_RTOL = {"fp32": EXACT, "bf16": 2e-2}  # of a correct gradient
+DIAGNOSED_WINDOWS = 3  # windows that the doctor diagnoses
+MIN_TIMED_WINDOWS = 5  # times are shown after this number of windows
+GRADIENT_RTOL = {"fp32": EXACT, "bf16": 2e-2}  # largest relative error of a correct gradient
 To = Literal["line", "micro-batch", "window"]
 Who = Literal["shown", "at once", "ours"]
 
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """One micro-batch of a window: the tokens of each example, and the length after padding."""
+    """One micro-batch of a window.
+
+    tokens: number of tokens of each example.
+    padded_to: length of each example after padding.
+    """
 
     tokens: tuple[int, ...]
     padded_to: int
@@ -52,10 +60,13 @@ class MicroBatchShape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Measured bytes of a step: weights, gradients, the optimizer's states, and activations.
+    """Measured bytes of a training step.
 
+    parameters: of the weights.
+    gradients: of the gradients.
+    optimizer: of the optimizer states.
     activations: of the largest micro-batch so far.
-    activations_at_once: of the largest whole window so far.
+    activations_at_once: of the largest window as one batch so far.
     """
 
     parameters: int = 0
@@ -67,27 +78,27 @@ class Memory:
 
 @dataclass(frozen=True)
 class Picture:
-    """The state of a session at a stop, as plain data. Values that are not finite are kept.
+    """The state of a session at a stop, as plain data. Numbers may be infinite or NaN.
 
-    settings: of the run.
+    settings: settings of the run.
     code: lines of the shown loop.
-    line: index of the latest line; None before the first.
-    stop: where the loop stopped.
+    line: index of the latest line; None before the first line.
+    stop: kind of the stop; None at the beginning of a window.
     window: number of the window, from 0.
     cells: micro-batches of the window.
-    done: how many of them have had their backward.
-    norms: of the accumulated gradient, after each backward.
-    is_empty: whether there is no gradient now.
+    done: number of micro-batches whose backward pass is complete.
+    norms: norm of the accumulated gradient after each backward pass.
+    is_empty: whether the model holds no gradient.
     whole_norm: norm of the gradient of the whole window.
-    largest: the largest such norm so far.
-    error: relative error of the gradient after the latest backward.
+    largest: largest `whole_norm` so far.
+    error: relative error of the accumulated gradient after the latest backward pass.
     memory: measured bytes.
-    losses: of each window, by loop.
+    losses: loss of each window, by loop.
     changes: windows in which settings changed.
-    seconds: medians for a window, of the shown loop and at once; 0 before enough windows were timed.
+    seconds: median times of a window, in the shown loop and as one batch; 0 before enough windows were timed.
     lr: learning rate of the next step.
     doctor: verdict of the doctor.
-    is_healthy: whether that verdict is good.
+    is_healthy: whether the doctor found no fault.
     is_over: whether the run has ended.
     """
 
@@ -114,28 +125,28 @@ class Picture:
 
     @property
     def is_right(self) -> bool:
-        """Whether the accumulated gradient equals the whole window's, up to rounding in this precision.
+        """Whether the accumulated gradient equals the gradient of the whole window, up to rounding.
 
-        Near a minimum, where gradients vanish, rounding is relative to the `largest` norm so far.
+        Gradients vanish near a minimum. There, rounding is relative to the `largest` norm so far.
         """
         allowed = GRADIENT_RTOL[self.settings.precision]
         return self.error <= allowed or self.error * self.whole_norm <= allowed * self.largest / 10
 
     @property
     def has_diverged(self) -> bool:
-        """Whether the gradient, or the whole window's gradient, is not finite."""
+        """Whether the accumulated gradient, or the gradient of the whole window, is not finite."""
         return not all(map(math.isfinite, (*self.norms, self.whole_norm)))
 
 
 class Session:
-    """A training run; a new session is at its beginning."""
+    """A training run. A new session is at the beginning of a run."""
 
     def __init__(self, settings: PlaySettings = PlaySettings()):
         self._accelerator = Accelerator(cpu=True)
         self.begin(settings)
 
     def change(self, settings: PlaySettings) -> None:
-        """Use these settings from the next window on. Another model, lengths or seed begin a new run."""
+        """Use these settings from the next window on. A new model, lengths or seed begin a new run."""
         if settings == self._wanted:
             return
         self._wanted = settings
@@ -161,7 +172,11 @@ class Session:
         self._prepare()
 
     def advance(self, to: To = "line") -> None:
-        """Run the shown loop to its next line, its next backward, or the last backward of a window."""
+        """Run the shown loop to the next line, the next backward pass, or the last backward pass of a window.
+
+        Args:
+            to: "line", "micro-batch" or "window".
+        """
         while not self.is_over:
             self._go_on()
             backward = self._stop == "backward"
@@ -179,7 +194,7 @@ class Session:
         return FAULTS.get(self.settings.fault, ours)
 
     def picture(self) -> Picture:
-        """The state at this stop."""
+        """Return the state at this stop."""
         by_loop, at_once = self._seconds
         return Picture(
             settings=self.settings,
@@ -215,7 +230,7 @@ class Session:
         self._verdict, self._is_healthy = self._diagnose_loop()
         self._loader = self._new_loader()
         self._windows = _endless(self._loader)
-        forget_prepared_optimizers(self._accelerator)
+        self._accelerator.free_memory()  # forget models and optimizers of earlier loops
         self._shown.running = self._run(self._shown, self.loop, self._feed(self.loop))
         if self._ours is not None:
             self._ours.running = self._run(self._ours, ours, self._feed(ours))
@@ -236,36 +251,36 @@ class Session:
             collate_fn=self._problem.collate,
             num_items=self._problem.num_items,
             cost=FEWEST_MICRO_BATCHES,
-            seed=self.settings.seed + len(self._changes),  # otherwise the same examples would repeat
+            seed=self.settings.seed + len(self._changes),  # after a change of settings, new windows
             accelerator=self._accelerator,
         )
 
     def _run(self, player: Player, loop: Loop, windows: Iterator[Any]) -> Iterator[Stop]:
         optimizer: Any = player.optimizer
-        if loop is ours:
-            optimizer = self._accelerator.prepare_optimizer(optimizer)
+        if loop is ours:  # a window then counts only steps of this model, not of the loop beside
+            _, optimizer = self._accelerator.prepare(player.model, optimizer)
         max_norm = self.settings.max_grad_norm or math.inf
         return loop(player.model, optimizer, player.scheduler, windows, self._accelerator, max_norm)
 
     def _feed(self, loop: Loop) -> Iterator[Any]:
-        """Yield the current window whenever a loop takes the next one."""
+        """Yield the present window each time that a loop takes the next window."""
         while True:
             yield self._window if loop is ours else self._classic
 
     def _diagnose_loop(self) -> tuple[str, bool]:
-        """Diagnose the shown loop on a copy for a few windows: the verdict, and whether it is healthy."""
+        """Diagnose a copy of the shown loop for a few windows. Return the verdict and whether it is good."""
         copied = Player(self._new_model(), self.settings, like=self._shown)
         loader = self._new_loader()
         windows: Iterator[Any] = islice(_endless(loader), DIAGNOSED_WINDOWS)
         if self.loop is not ours:
             windows = (_classic(loader, window) for window in windows)
-        forget_prepared_optimizers(self._accelerator)
+        self._accelerator.free_memory()  # forget models and optimizers of earlier loops
         asked: Any = {"windows": DIAGNOSED_WINDOWS, "accumulation_steps": self.settings.steps}
         with diagnose(copied.model, copied.optimizer, say=lambda report: None, **asked) as diagnosis:
             for _ in self._run(copied, self.loop, windows):
                 pass
         if not all(map(math.isfinite, copied.losses)):
-            return "the training has diverged: no gradient of it can be compared", False
+            return "the training has diverged, so gradients cannot be compared", False
         return in_a_sentence(diagnosis), diagnosis.healthy
 
     def _apply_settings(self) -> None:
@@ -279,7 +294,7 @@ class Session:
         self._prepare()
 
     def _switch_loop(self) -> None:
-        """Show another loop, beginning with the state of gradacc's loop."""
+        """Switch to another loop. The new loop begins with the state of gradacc's loop."""
         right = self._ours or self._shown
         losses = self._losses.get("ours", self._losses["shown"])
         self._shown, self._ours, self._losses["shown"] = right, None, losses
@@ -291,7 +306,7 @@ class Session:
     # One window
 
     def _begin_window(self) -> None:
-        """Take the next window, train on it at once, and compute the reference gradient."""
+        """Take the next window, train on the window as one batch, and compute the reference gradient."""
         self._window: Window = next(self._windows)
         self._classic = _classic(self._loader, self._window)
         self._cells = tuple(map(self._shape, _micro_batches(self._loader, self._window)))
@@ -315,7 +330,7 @@ class Session:
         return MicroBatchShape(tokens, max(tokens))
 
     def _go_on(self) -> None:
-        """Run to the next stop of the shown loop; gradacc's loop, if it runs beside, keeps up."""
+        """Run the shown loop to the next stop, and gradacc's loop, if there are two, to the same stop."""
         if self._stop == "end":
             self._window_number += 1
             if self._wanted != self.settings:
@@ -349,9 +364,8 @@ class Session:
         self._largest = max(self._largest, norm(self._whole))
         self._error = relative_error(gradient, self._whole)
         held = self._shown.bytes_held()
-        held["optimizer"] = self._at_once.bytes_held()[
-            "optimizer"
-        ]  # the same, but present before the first step
+        # Optimizer states have the same size in both runs. The run "at once" has them before the first step.
+        held["optimizer"] = self._at_once.bytes_held()["optimizer"]
         self._memory = replace(
             self._memory,
             **held,
@@ -361,11 +375,11 @@ class Session:
 
 
 def in_a_sentence(diagnosis: Diagnosis) -> str:
-    """The first finding with its evidence, or the first thing that is right."""
+    """Return the first finding with its evidence, or the first check that passed."""
     if found := diagnosis.findings:
         return f"{found[0].what}: {re.sub(r' [(][^)]*[)]', '', found[0].evidence)}"
     right = [said.removeprefix("✓ ") for said in str(diagnosis).splitlines() if said.startswith("✓ ")]
-    return right[0].partition(", to ")[0] if right else "nothing was seen"
+    return right[0].partition(", to ")[0] if right else "no check was possible"
 
 
 def _endless(loader: WindowLoader) -> Iterator[Window]:
@@ -378,6 +392,6 @@ def _micro_batches(loader: WindowLoader, window: Window) -> Any:
 
 
 def _classic(loader: WindowLoader, window: Window) -> list[tuple[Any, float]]:
-    """A window for the classic loop: its micro-batches, each with its share of the items."""
+    """Return the micro-batches of a window for the classic loop, each with its share of the items."""
     collated = [loader.collated(indices) for indices in _micro_batches(loader, window)]
     return [(each.batch, each.num_items / window.num_items) for each in collated]

@@ -1,4 +1,4 @@
-"""Browser sessions and what their clicks do. Each has a worker, settings, and plays or pauses."""
+"""Browser sessions: each has a worker process, settings, and a state of playing or paused."""
 
 import threading
 import time
@@ -17,17 +17,17 @@ SPEEDS: dict[str, tuple[To, float]] = {  # the next stop, and seconds between pi
     "micro-batches": ("micro-batch", 0.08),
     "windows": ("window", 0.08),
 }
-MAX_PLAY_SECONDS = 600.0  # seconds without a click
+MAX_PLAY_SECONDS = 600.0  # playing pauses after this time without a click
 
 
 @dataclass(frozen=True)
 class PageUpdate:
     """The answer to a click.
 
-    message: "" for none.
+    message: text to show; "" for none.
     is_wrong: whether the message is an error.
-    has_ended: whether nothing plays any more.
-    picture: what to draw; None to keep what is drawn.
+    has_ended: whether playing has stopped.
+    picture: the picture to draw; None to keep the present one.
     """
 
     message: str = ""
@@ -40,8 +40,11 @@ class PageUpdate:
 class BrowserSession:
     """One browser session.
 
-    playing: token of the loop that plays; another token, or None, ends that loop.
-    refused: why the values in the controls are not allowed; "" if they are.
+    worker: the worker process.
+    settings: the latest settings of the controls.
+    speed: key of `SPEEDS`.
+    playing: token of the `play` call that is active; another token, or None, ends that call.
+    refused: the error in the values of the controls; "" for none.
     """
 
     worker: Worker
@@ -56,19 +59,19 @@ class BrowserSession:
 
 
 class BrowserSessions:
-    """All browser sessions, by name. Every error becomes a message."""
+    """All browser sessions, by name. Each error is returned as a message."""
 
     def __init__(self, workers: Workers):
         self._workers, self._lock = workers, threading.Lock()
         self._by_name: dict[str, BrowserSession] = {}
-        self._left: deque[str] = deque(maxlen=1000)  # their last click may arrive later
+        self._left: deque[str] = deque(maxlen=1000)  # a late click of a closed page must not start a worker
 
     def enter(self, name: str) -> PageUpdate:
-        """The page is opened."""
+        """Return the first picture, for a page that was opened."""
         return self._ask(name, "picture")
 
     def leave(self, name: str) -> None:
-        """The page is closed. Its training ends."""
+        """End the session and the training of a page that was closed."""
         with self._lock:
             self._left.append(name)
             person = self._by_name.pop(name, None)
@@ -77,15 +80,15 @@ class BrowserSessions:
         self._workers.leave(name)
 
     def pause(self, name: str) -> PageUpdate:
-        """Pause."""
+        """Stop playing."""
         return self._ask(name, "picture", first=_pause)
 
     def go_on(self, name: str, to: To) -> PageUpdate:
-        """Advance to the next stop of this kind, and pause."""
+        """Stop playing and advance to the next stop of this kind."""
         return self._ask(name, "advance", to, first=_pause)
 
     def play(self, name: str) -> Iterator[PageUpdate]:
-        """Advance until a pause, the end of the run, or the end of the session."""
+        """Advance and yield pictures until a pause, the end of the run, or the end of the session."""
         token, until = object(), time.monotonic() + MAX_PLAY_SECONDS
         seen = self._ask(name, "picture", first=lambda person: setattr(person, "playing", token))
         person = self._by_name.get(name)
@@ -95,12 +98,12 @@ class BrowserSessions:
         while person.playing is token:
             begun = time.monotonic()
             if begun > until:
-                yield PageUpdate("Paused after ten minutes: press play to go on.", has_ended=True)
+                yield PageUpdate("Paused after ten minutes. Press Play to continue.", has_ended=True)
                 return
             to, pace = SPEEDS[person.speed]
             seen = self._ask(name, "advance", to)
             if person.playing is not token:
-                return  # a click in between has drawn the picture already
+                return  # the click that stopped this call has drawn a later picture
             yield seen
             if seen.has_ended:
                 return
@@ -115,11 +118,11 @@ class BrowserSessions:
         return self._ask(name, "change", settings, first=lambda person: person.take(settings))
 
     def refuse(self, name: str, why: str) -> PageUpdate:
-        """Show why a value is not allowed, until it is. The run is not affected."""
+        """Show an error until the values of the controls are allowed. The run is not affected."""
         return self._ask(name, "picture", first=lambda person: setattr(person, "refused", why))
 
     def restart(self, name: str, settings: PlaySettings) -> PageUpdate:
-        """Begin a new run with these settings, also if the training process has ended."""
+        """Begin a new run with these settings, in a new process if the training process has ended."""
 
         def first(person: BrowserSession) -> None:
             _pause(person)
@@ -149,13 +152,15 @@ class BrowserSessions:
             first(person)
             picture = person.worker.ask(what, *given)
         except WorkerGoneError as error:
-            return PageUpdate(f"{error}: press restart", is_wrong=True, has_ended=True)
+            return PageUpdate(f"{error}: press Restart", is_wrong=True, has_ended=True)
         except Exception as error:
             return PageUpdate(one_line(error), is_wrong=True, has_ended=True)
         if person.refused:
             return PageUpdate(person.refused, is_wrong=True, picture=picture)
         if picture.is_over:
-            return PageUpdate("The run is over. Restart begins a new one.", has_ended=True, picture=picture)
+            return PageUpdate(
+                "The run has ended. Press Restart to begin a new run.", has_ended=True, picture=picture
+            )
         if picture.settings == person.settings:
             return PageUpdate(picture=picture)
         new_run = " and begins a new run" * starts_new_run(picture.settings, person.settings)

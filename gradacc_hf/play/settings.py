@@ -18,20 +18,28 @@ Fault = Literal[
     "scheduler on every micro-batch",
 ]
 LINE, TRANSFORMER, WITH_BATCH_NORM = get_args(ModelName)
-REFERENCE_EXAMPLES = 16  # of the window for which the learning rate is stated
+REFERENCE_EXAMPLES = 16  # of the window to which the learning rate refers
 MAX_SETTING = {"micro_batch": 32, "steps": 16, "seed": 9999, "lr": 10.0, "max_grad_norm": 1000.0}
 MAX_WINDOW_EXAMPLES = {LINE: 8, TRANSFORMER: 64, WITH_BATCH_NORM: 64}  # of a window
 
 
 @dataclass(frozen=True)
 class PlaySettings:
-    """The settings of a run. Raises InputError, in one line, for values that are not allowed.
+    """The settings of a run.
 
-    micro_batch: examples of a micro-batch.
-    steps: micro-batches of a window.
+    model: the model to train.
+    micro_batch: examples per micro-batch.
+    steps: micro-batches per window.
     lr: learning rate for windows of 16 examples.
-    lr_scaling: how the learning rate depends on the size of the window.
-    max_grad_norm: 0 for no clipping.
+    lr_scaling: rule that scales the learning rate with the size of the window.
+    max_grad_norm: norm at which gradients are clipped; 0 for no clipping.
+    precision: precision of the forward pass.
+    lengths: lengths of the examples.
+    fault: the mistake in the shown loop.
+    seed: seed of the weights and of the order of examples.
+
+    Raises:
+        InputError: if a value is not allowed.
     """
 
     model: ModelName = "small transformer"
@@ -66,33 +74,37 @@ class PlaySettings:
                 _refuse(name, value, f"a number {least} to {MAX_SETTING[name]:g}")
         if self.effective > (most := MAX_WINDOW_EXAMPLES[self.model]):
             product = f"{self.micro_batch} × {self.steps} = {self.effective}"
-            _refuse("effective", product, f"up to {most} examples in a window, with the {self.model}")
+            _refuse("effective", product, f"up to {most} examples per window with the model '{self.model}'")
 
     @property
     def effective(self) -> int:
-        """The effective batch size: examples of a window."""
+        """Effective batch size: examples per window."""
         return self.micro_batch * self.steps
 
     @property
     def lr_in_use(self) -> float:
-        """The initial learning rate, scaled by the rule."""
+        """Initial learning rate, scaled by `lr_scaling`."""
         return self.lr * lr_factor(self.lr_scaling, self.effective, REFERENCE_EXAMPLES)
 
 
 def fitting(model: ModelName) -> dict[str, Any]:
-    """The sizes and the learning rate that suit a model."""
+    """Return the sizes and the learning rate that suit a model."""
     if model == LINE:
         return {"micro_batch": 2, "steps": 2, "lr": 0.01}
     return {name: getattr(PlaySettings, name) for name in ("micro_batch", "steps", "lr")}
 
 
 def starts_new_run(before: PlaySettings, after: PlaySettings) -> bool:
-    """Whether the change of settings needs a new run."""
+    """Whether this change of settings begins a new run."""
     return any(getattr(before, name) != getattr(after, name) for name in ("model", "lengths", "seed"))
 
 
 def steps_of(effective: Any, micro_batch: Any) -> int:
-    """The accumulation steps for this effective batch size. Raises InputError if it is no multiple."""
+    """Return the accumulation steps for an effective batch size.
+
+    Raises:
+        InputError: if the effective batch size is not a multiple of the micro-batch size.
+    """
     if not _is_whole(micro_batch) or micro_batch < 1:
         _refuse("micro_batch", micro_batch, f"a whole number from 1 to {MAX_SETTING['micro_batch']}")
     if not _is_whole(effective) or not 1 <= effective <= max(MAX_WINDOW_EXAMPLES.values()):
@@ -107,7 +119,7 @@ DISPLAY_NAMES = {
     "steps": "accumulation steps",
     "effective": "effective batch size",
     "lr": "learning rate",
-    "lr_scaling": "scaling rule",
+    "lr_scaling": "learning rate scaling",
     "max_grad_norm": "clipping",
 }
 

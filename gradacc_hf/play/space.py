@@ -1,4 +1,4 @@
-"""Write a folder that is a working Space on the Hub: the page, this package, and the requirements."""
+"""Write the page as a Space for the Hub: a folder with the page, this package and the requirements."""
 
 import shutil
 from importlib import metadata
@@ -28,19 +28,24 @@ sdk_version: {gradio}
 python_version: "3.12"
 app_file: app.py
 license: apache-2.0
-short_description: A real loop, watched micro-batch by micro-batch
+short_description: A real training loop, shown micro-batch by micro-batch
 ---
 
-What gradient accumulation does, and what it does not: the loop of gradacc-hf {version} trains a small model,
-and every number on the page is measured while it runs. Written by `gradacc play --space`; it needs a CPU,
-no network, and no secret.
+The loop of gradacc-hf {version} trains a small model. The page shows what gradient accumulation does and what
+it does not do. Every number is measured during training.
+
+`gradacc play --space` wrote this folder. The Space runs on a CPU, without network access and without secrets.
 """
 
 
 def write_space(folder: Path) -> Path:
-    """Write the Space, to push with `hf upload` or to run its app.py. Raises InputError if it exists."""
+    """Write the Space, to push with `hf upload` or to run with `python app.py`.
+
+    Raises:
+        InputError: if the folder exists and is not empty.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--space: {folder} exists, and nothing is overwritten: give a new folder")
+        raise InputError(f"--space: {folder} exists and is not overwritten; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     package = folder / "gradacc_hf"
     ignored = shutil.ignore_patterns("__pycache__", "_kit")

@@ -1,4 +1,4 @@
-"""A tour of the page in seven steps. Each sets the controls, names what to watch, and links lessons."""
+"""A tour of the page in seven steps. Each step sets the controls, explains, and links lessons."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,10 +11,17 @@ from gradacc_hf.utils.paths import bundle_root
 
 @dataclass(frozen=True)
 class Step:
-    """One stop of the tour."""
+    """One step of the tour.
+
+    title: heading.
+    explanation: text of the step.
+    watch: instructions for the reader.
+    settings: settings of the run that the step begins.
+    lessons: names of related lessons.
+    """
 
     title: str
-    says: str
+    explanation: str
     watch: str
     settings: PlaySettings
     lessons: tuple[str, ...]
@@ -23,64 +30,65 @@ class Step:
 STEPS = (
     Step(
         "Why memory runs out",
-        "A forward keeps activations for its backward, and a batch of twice as many examples keeps "
-        "twice as many. Weights, gradients and the optimizer's states stay as they are. Here all 32 "
-        "examples go at once.",
-        "Go on by <b>one window</b>, and look at <b>memory</b>: nearly all of it are activations.",
+        "A forward pass keeps activations for the backward pass. Twice as many examples in a batch need "
+        "twice as many activations. Weights, gradients and optimizer states keep their size. Here all 32 "
+        "examples are one batch.",
+        "Press <b>One window</b> and look at <b>Memory</b>: nearly all of it is activations.",
         PlaySettings(micro_batch=32, steps=1),
         ("memory",),
     ),
     Step(
         "Split the batch",
-        "The same 32 examples, split into 8 micro-batches of 4, by length, so that each pads little. "
-        "One optimizer step is a <i>window</i>; how it is split does not change the mathematics.",
-        "Go on by <b>one window</b>: the upper bar in <b>memory</b> has shrunk, for the same 32 examples.",
+        "The same 32 examples are split into 8 micro-batches of 4. Examples of similar length share a "
+        "micro-batch, so there is little padding. The examples of one optimizer step are called a "
+        "<i>window</i>. The split does not change the result of the step.",
+        "Press <b>One window</b>: in <b>Memory</b>, the upper bar is now much shorter than the lower bar.",
         PlaySettings(micro_batch=4, steps=8),
         ("eight_samples", "sixteen_to_sixtyfour"),
     ),
     Step(
         "Accumulate",
-        "A backward adds to the gradients that are there. So the gradient of the window comes "
-        "together micro-batch by micro-batch. After the last it equals the gradient of the whole window, "
-        "up to rounding.",
-        "Go on by <b>one micro-batch</b>, four times: the bucket fills to the dashed line, and the "
-        "relative error falls to less than a millionth.",
+        "Each backward pass adds to the gradient of the passes before. After the last micro-batch, the "
+        "accumulated gradient equals the gradient of the whole window, up to rounding.",
+        "Press <b>One micro-batch</b> four times. The bucket fills to the dashed line, and the relative "
+        "error falls below 1e-6.",
         PlaySettings(micro_batch=4, steps=4),
         ("when_to_step", "not_quite_the_same"),
     ),
     Step(
         "Divide by items, not by steps",
-        "A loss is a mean over items: here, tokens to predict. Micro-batches of short sentences have "
-        "few. To divide each loss by the number of steps counts them all alike, and makes another "
-        "gradient of it.",
-        "<b>Play</b>: this loop divides by steps. The bucket ends elsewhere; the doctor says by how "
-        "much; with lengths <b>equal</b>, all would be well.",
+        "The loss is a mean over items. Here an item is a token to predict. A micro-batch of short "
+        "sentences has few items. Dividing each loss by the number of accumulation steps gives all "
+        "micro-batches the same weight, so the gradient is wrong.",
+        "Press <b>Play</b>: this loop divides by steps. The bucket misses the dashed line, and the doctor "
+        "prints the error. Set the lengths to <b>equal</b>, and this loop is right.",
         PlaySettings(fault="divided by steps, not items"),
         ("unequal_items",),
     ),
     Step(
-        "Step and zero once a window",
-        "The optimizer steps, and gradients are zeroed, when the window is complete. This loop zeroes "
-        "before every backward: whatever the first micro-batches have found is thrown away.",
-        "Go on by <b>one micro-batch</b>: the bucket never fills. <b>Play</b>: it learns from little.",
+        "Step and zero once per window",
+        "The optimizer steps when the window is complete. Then the gradients are zeroed. This loop zeroes "
+        "them before every backward pass, so it loses the gradients of all micro-batches but the last.",
+        "Press <b>One micro-batch</b> several times: the bucket never fills. Press <b>Play</b>: the loss "
+        "falls more slowly.",
         PlaySettings(fault="zeroed too early"),
         ("when_to_zero", "when_to_step"),
     ),
     Step(
-        "What it costs in time",
-        "Each micro-batch is a forward and a backward of its own, with what these cost whatever their "
-        "size. Here 16 micro-batches have an example each, and nothing is padded.",
-        "<b>Play</b>, and look at the last words under <b>memory</b>: the time by that of the window "
-        "at once. Then set the steps to 2, and the micro-batch size to 8.",
+        "The cost in time",
+        "Each micro-batch runs a forward and a backward pass. Each pass has a fixed cost, whatever its "
+        "size. Here each of the 16 micro-batches has one example, so nothing is padded.",
+        "Press <b>Play</b>. After five windows, the text under <b>Memory</b> compares the times. Then set "
+        "the accumulation steps to 2 and the micro-batch size to 8.",
         PlaySettings(micro_batch=1, steps=16),
         ("time",),
     ),
     Step(
-        "What it does not fix",
-        "BatchNorm normalises an example by those beside it in its micro-batch: no way of weighing "
-        "losses makes a window of that. In-batch negatives are split in the same way. Use LayerNorm; "
-        "for negatives, a gradient cache.",
-        "Go on by <b>one window</b>: the loop is right, and the error is large. The two losses drift apart.",
+        "The limits of accumulation",
+        "BatchNorm normalises each example with the other examples of the micro-batch. No weighting of "
+        "losses makes this equal to the whole window. In-batch negatives have the same limit. Use "
+        "LayerNorm instead of BatchNorm, and a gradient cache for in-batch negatives.",
+        "Press <b>One window</b>: the loop is correct, but the error is large. The two losses drift apart.",
         PlaySettings(model=WITH_BATCH_NORM),
         ("batch_norm", "contrastive"),
     ),
@@ -89,14 +97,17 @@ STEPS = (
 
 @cache
 def page_of(number: int) -> str:
-    """A step as HTML, counted from 0; for −1 the introduction."""
+    """Return a step as HTML, counted from 0; for -1, the introduction."""
     if number < 0:
-        return "<p>What does accumulation do, and what not? Seven short steps, each on the loop below.</p>"
+        return (
+            "<p>Seven short steps show what gradient accumulation does and what it does not do. "
+            "Each step runs in the loop below.</p>"
+        )
     step = STEPS[number]
     lessons = "".join(_source(f"lessons/{name}", f"{name}: {question(name)}") for name in step.lessons)
     return (
-        f"<h3>{number + 1} of {len(STEPS)}: {step.title}</h3><p>{step.says}</p><p>{step.watch}</p>"
-        f"{lessons}{_source('minimal', 'the loop to copy, as in the README')}"
+        f"<h3>{number + 1} of {len(STEPS)}: {step.title}</h3><p>{step.explanation}</p><p>{step.watch}</p>"
+        f"{lessons}{_source('minimal', 'The loop to copy, as in the README')}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The tasks of the page: a line through eight samples, and a small transformer on Python's own docstrings.
+"""The tasks of the page: a line through eight samples, and a small transformer on Python's docstrings.
 
 Nothing is downloaded. A micro-batch takes milliseconds on one core.
 """
@@ -23,16 +23,22 @@ from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.embedded import docstrings
 from gradacc_hf.play.settings import LINE, WITH_BATCH_NORM, Lengths, ModelName
 
-VOCABULARY_SIZE = 512  # in the vocabulary
+VOCABULARY_SIZE = 512  # tokens
 NUM_EXAMPLES = 512
-MAX_TOKENS, EQUAL_TOKENS = 96, 24  # tokens
+MAX_TOKENS, EQUAL_TOKENS = 96, 24  # per example: at most; with equal lengths
 LINE_INPUTS = [[1.0, 2.0], [2.0, 1.0], [3.0, 4.0], [4.0, 3.0], [5.0, 6.0], [6.0, 5.0], [7.0, 8.0], [8.0, 7.0]]
 LINE_TARGETS = [3.0, 3.0, 7.0, 7.0, 11.0, 11.0, 15.0, 15.0]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Examples, their collate function, the items that the loss is a mean over, and a model for a seed."""
+    """A task and its model.
+
+    examples: the data set.
+    collate: function from examples to a batch.
+    num_items: kind of items that the loss averages over, as in `WindowLoader`.
+    make_model: function from a seed to a model.
+    """
 
     examples: Sequence[Mapping[str, Any]]
     collate: Callable[[list[Any]], Mapping[str, torch.Tensor]]
@@ -41,27 +47,27 @@ class Problem:
 
 
 class Line(torch.nn.Module):
-    """A linear layer from two numbers to one, with its loss, as models of transformers."""
+    """A linear layer from two numbers to one that returns its loss, as models of transformers do."""
 
     def __init__(self):
         super().__init__()
         self.linear = torch.nn.Linear(2, 1)
 
     def forward(self, x, labels):
-        """A batch (rows, 2) and its labels (rows,) → the mean squared error."""
+        """Return the mean squared error for a batch (rows, 2) and labels (rows,)."""
         return SimpleNamespace(loss=mse_loss(self.linear(x)[:, 0], labels))
 
 
 class TokenBatchNorm(torch.nn.BatchNorm1d):
-    """BatchNorm in place of LayerNorm: over all tokens of a batch, including padding."""
+    """BatchNorm in place of LayerNorm. It normalises over all tokens of a batch, including padding."""
 
     def forward(self, hidden):
-        """(rows, tokens, width) → the same."""
+        """Normalise hidden states (rows, tokens, width)."""
         return super().forward(hidden.flatten(0, 1)).view_as(hidden)
 
 
 def problem(model: ModelName, lengths: Lengths) -> Problem:
-    """The task with this model and these lengths."""
+    """Return the task for a model and lengths of examples."""
     if model == LINE:
         examples = [
             {"x": torch.tensor(x), "labels": torch.tensor(y)}
@@ -74,7 +80,11 @@ def problem(model: ModelName, lengths: Lengths) -> Problem:
 
 @cache
 def sentences(lengths: Lengths) -> list[dict[str, list[int]]]:
-    """Docstrings as tokens: up to 96 of each docstring, or all joined and split into 24 each."""
+    """Return Python's docstrings as tokens.
+
+    Long-tailed: up to 96 tokens of each docstring.
+    Equal: all docstrings joined, then split into 24 tokens each.
+    """
     texts = docstrings().shuffle(seed=0)[: 3 * NUM_EXAMPLES]["text"]
     tokenizer = Tokenizer(WordLevel(unk_token="?"))
     tokenizer.pre_tokenizer = BertPreTokenizer()  # type: ignore[assignment]
@@ -87,7 +97,7 @@ def sentences(lengths: Lengths) -> list[dict[str, list[int]]]:
 
 
 def pad(examples: list[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Tokens as a batch padded on the right, its mask, and the labels of a causal language model."""
+    """Return tokens padded on the right, the attention mask, and the labels of a causal language model."""
     tokens = [torch.tensor(example["input_ids"]) for example in examples]
 
     def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
@@ -114,7 +124,7 @@ def _transformer(seed: int) -> torch.nn.Module:
     no_dropout: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     tokens: Any = {"bos_token_id": 0, "eos_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **tokens, use_cache=False))
-    model.loss_type = "ForCausalLM"  # the class name does not determine it
+    model.loss_type = "ForCausalLM"  # transformers cannot derive it from the class name
     return model
 
 

@@ -1,7 +1,7 @@
-"""One process for each browser session, because Accelerate's state belongs to the process.
+"""One process for each browser session, because Accelerate keeps one state per process.
 
-Processes are forked from a server that has imported everything, so that they start quickly. A spare process
-waits with its session ready.
+Processes are forked from a server that has imported everything, so that they start quickly. One spare process
+with a new session is kept ready.
 """
 
 import gc
@@ -16,16 +16,16 @@ from typing import Any
 
 from gradacc_hf.errors import GradaccError, InputError, one_line
 
-ANSWER_TIMEOUT_SECONDS = 60.0  # for one answer of a worker
-IDLE_TIMEOUT_SECONDS = 600.0  # without a request, after which a worker ends
+ANSWER_TIMEOUT_SECONDS = 60.0  # time limit for one answer of a worker
+IDLE_TIMEOUT_SECONDS = 600.0  # a worker without requests ends after this time
 
 
 class WorkerGoneError(GradaccError):
-    """The worker has ended."""
+    """Raised if a worker has ended or does not answer."""
 
 
 class Worker:
-    """A process with a session; `ask` is safe to call from several threads."""
+    """A process with a session. `ask` is safe to call from several threads."""
 
     def __init__(self):
         self._here, there = _context().Pipe()
@@ -35,13 +35,24 @@ class Worker:
         there.close()
 
     def ask(self, what: str, *given: Any) -> Any:
-        """Return the result of a session's method, and the picture. Raises WorkerGoneError, InputError."""
+        """Call a method of the session and return the picture after the call.
+
+        Args:
+            what: name of the method.
+            given: arguments of the method.
+
+        Raises:
+            WorkerGoneError: if the process has ended or does not answer in time.
+            InputError: if the method raises one.
+        """
         with self._asked:
             try:
                 self._here.send((what, given))
                 if not self._here.poll(ANSWER_TIMEOUT_SECONDS):
                     self.end()
-                    raise WorkerGoneError(f"no answer within {ANSWER_TIMEOUT_SECONDS:.0f} s")
+                    raise WorkerGoneError(
+                        f"the training process did not answer within {ANSWER_TIMEOUT_SECONDS:.0f} s"
+                    )
                 answer = self._here.recv()
             except (OSError, EOFError) as error:
                 raise WorkerGoneError("the training process has ended") from error
@@ -56,32 +67,36 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process runs."""
+        """Whether the process is running."""
         return self._process.is_alive()
 
 
 class Workers:
-    """The workers of all browser sessions, by name; at most `most`."""
+    """The workers of all browser sessions, by name of the session; at most `most`."""
 
     def __init__(self, most: int):
         self._most, self._by_name, self._lock = most, {}, threading.Lock()
         self._spare: Worker | None = Worker()
 
     def of(self, name: str) -> Worker:
-        """Return the worker of this session, a new one if needed. Raises InputError if all are in use."""
+        """Return the worker of a session, a new worker if needed.
+
+        Raises:
+            InputError: if all workers are in use.
+        """
         with self._lock:
             if name not in self._by_name:
                 alive = {who: worker for who, worker in self._by_name.items() if worker.is_alive}
                 self._by_name = alive
                 if len(alive) >= self._most:
-                    raise InputError(f"all {len(alive)} sessions of this page are in use: try again later")
+                    raise InputError(f"all {len(alive)} sessions of this page are in use; try again later")
                 spare = self._spare if self._spare is not None and self._spare.is_alive else Worker()
                 self._by_name[name], self._spare = spare, None
                 threading.Thread(target=self._keep_a_spare).start()
             return self._by_name[name]
 
     def leave(self, name: str) -> None:
-        """End the worker of this session."""
+        """End the worker of a session."""
         with self._lock:
             worker = self._by_name.pop(name, None)
         if worker is not None:
@@ -95,8 +110,8 @@ class Workers:
             self._spare.end()
 
     def first_picture(self) -> Any:
-        """The picture of a new session with default settings."""
-        worker = Worker()  # not the spare one, which would end when idle
+        """Return the picture of a new session with default settings."""
+        worker = Worker()  # not the spare worker: after a first request, an idle worker ends
         try:
             return worker.ask("picture")
         finally:
@@ -113,11 +128,11 @@ def _context() -> Any:
 
 
 def start_server() -> None:
-    """Start the server that imports what workers need; return at once."""
+    """Start the server that imports the modules of the workers. Return without waiting for the server."""
     _context().set_forkserver_preload(["gradacc_hf.play.preload"])
     settings = {
-        "CUDA_VISIBLE_DEVICES": "",  # threads that wait for a GPU do not survive a fork
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # shapes change with each window: else bf16 takes 1 GB
+        "CUDA_VISIBLE_DEVICES": "",  # threads of a GPU driver do not survive a fork
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # shapes vary by window: without a limit, bf16 takes 1 GB
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -130,15 +145,17 @@ def start_server() -> None:
 
 
 def _serve(connection: Connection) -> None:
-    """The process of a worker: answer requests until there are none."""
+    """Answer requests in a worker process, until the connection closes or the worker is idle too long."""
     import torch
 
     from gradacc_hf.play.session import Session
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles Ctrl-C and ends this process
-    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # one of the faults
+    warnings.filterwarnings(
+        "ignore", "Detected call of `lr_scheduler.step"
+    )  # a deliberate fault of a shown loop
     torch.set_num_threads(1)
-    gc.freeze()  # shortens later collections
+    gc.freeze()  # shortens later garbage collections
     session = Session()
     timeout = None  # wait for the first request
     while connection.poll(timeout):

@@ -191,8 +191,9 @@ def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
 
 
 def contenders(runs: Sequence[RecordedRun]) -> list[RunGroup]:
-    """The ways of training in the order of the runs, "ours" first."""
-    labels = sorted(dict.fromkeys(run.contender for run in runs), key=lambda label: label != "ours")
+    """The ways of training in the order of the runs, gradacc first ("ours" in older runs)."""
+    order = dict.fromkeys(run.contender for run in runs)
+    labels = sorted(order, key=lambda label: label not in ("gradacc", "ours"))
     return [
         RunGroup(label, tuple(sorted((run for run in runs if run.contender == label), key=_by_seed)))
         for label in labels

@@ -1,4 +1,4 @@
-"""Verify that accumulation is exact for a model and its data, and find out why where it is not."""
+"""Verify that accumulation is exact for a model and its data, and find the reason if it is not."""
 
 from typing import TYPE_CHECKING
 

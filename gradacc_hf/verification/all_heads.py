@@ -1,8 +1,9 @@
-"""The conformance table: for which heads of the installed transformers is the accumulated gradient exact?
+"""The conformance table: the heads of the installed transformers with an exact accumulated gradient.
 
-Every head that can be built tiny (`tiny_models.py`) is verified (`exactness.py`) in micro-batches of
-4 + 4 + 4 + 4 and of 5 + 5 + 5 + 1: equal micro-batches hide a mean of means. Windows are padded alike,
-because padding reaches the loss of many heads. All runs use the CPU and float32, without dropout.
+A head is a model class such as `BertForSequenceClassification`. Every head that can be built tiny
+(`tiny_models.py`) is verified (`exactness.py`) with both `SPLITS`: equal micro-batches alone would hide a
+mean of means. All micro-batches of a window are padded to one length, because padding reaches the loss of
+many heads. All runs use the CPU and float32, without dropout.
 """
 
 import math
@@ -25,37 +26,37 @@ from gradacc_hf.verification.tiny_models import KINDS, Head, build_head, model_t
 SPLITS = {4: "4 + 4 + 4 + 4", 5: "5 + 5 + 5 + 1"}
 """Examples of a micro-batch → the split of a window of 16."""
 LENGTHS = np.random.default_rng(3).integers(3, 40, size=16).tolist()
-WAYS = ("our loop", "ExactTrainer", "Trainer")
+WAYS = ("gradacc loop", "ExactTrainer", "Trainer")
 HEADS_OF_A_KIND = 4
 """Heads of each kind in the short table."""
 
 
 @dataclass(frozen=True)
 class HeadVerdict:
-    """What verifying one head gives.
-
-    `errors` holds the relative errors of all `WAYS` for each of `SPLITS`. It is empty where the head cannot
-    be built, and NaN where `verify` raised. `reason` is why the loop is not exact, or why there is no error.
-    """
+    """The result of verifying one head."""
 
     kind: str
+    """A key of the auto-mappings, such as "causal_lm"."""
     model_type: str
+    """The model type of transformers, such as "bert"."""
     errors: tuple[tuple[float, ...], ...]
+    """Relative errors of all `WAYS`, for each split; empty without a head, NaN if `verify` raised."""
     reason: str
+    """The reason why the loop is not exact, or why there is no error."""
 
     def exact(self, way: int) -> bool:
-        """Whether a way is exact in both splits; `way` is the index in `WAYS`."""
+        """Whether a way is exact with both splits; `way` is the index in `WAYS`."""
         return bool(self.errors) and all(error[way] <= EXACT for error in self.errors)
 
     @property
     def unexplained(self) -> bool:
-        """Whether the loop is not exact although no reason is known."""
+        """Whether the loop is not exact for an unknown reason."""
         raised = 0 < len(self.errors) < len(SPLITS)
         return raised or (bool(self.errors) and not self.exact(0) and not self.reason)
 
 
 def heads(every: bool) -> list[tuple[str, str]]:
-    """Return (kind, model type) of all heads, or of a few of each kind, evenly spread over the alphabet."""
+    """Return (kind, model type) of every head, or of a few heads of each kind, spread over the alphabet."""
     found = []
     for kind in KINDS:
         types = model_types(kind)
@@ -82,7 +83,7 @@ def _verdict(kind: str, model_type: str) -> HeadVerdict:
         return HeadVerdict(kind, model_type, (), one_line(error))
     try:
         results = [verify(head.model, _windows(head, size)) for size in SPLITS]
-    except Exception as error:  # with hundreds of model types, anything may be raised
+    except Exception as error:  # hundreds of model types may raise anything
         return HeadVerdict(
             kind, model_type, ((math.nan,) * len(WAYS),), f"{type(error).__name__}: {one_line(error)[:200]}"
         )
@@ -95,7 +96,7 @@ def _verdict(kind: str, model_type: str) -> HeadVerdict:
 
 
 def _windows(head: Head, size: int) -> WindowLoader:
-    """Return a window of 16 examples of unequal length, padded alike where they have a length."""
+    """Return a window of 16 examples of unequal length, padded to one length unless they are images."""
     examples = head.examples(LENGTHS)
     tokens = "input_ids" in examples[0]
     name = "input_ids" if tokens else head.model.main_input_name
@@ -114,7 +115,7 @@ def split_by_count(head: Head, examples: list, size: int, pad_to: int | None) ->
         num_items=head.num_items,
         pad_to=pad_to or "micro_batch",
         shuffle=False,
-        lengths=[1] * len(examples),  # without lengths, the split is by the number of examples
+        lengths=[1] * len(examples),  # equal lengths give a split by the number of examples
         cost=Cost(quadratic=math.inf),
     )
 
@@ -122,7 +123,7 @@ def split_by_count(head: Head, examples: list, size: int, pad_to: int | None) ->
 def print_conformance(verdicts: Sequence[HeadVerdict], console: Console) -> None:
     """Print the table by kind, then every head for which the loop is not exact."""
     table = Table("heads", box=SIMPLE)
-    for header in ("tried", *(f"exact: {way}" for way in WAYS), "not to be had"):
+    for header in ("verified", *(f"exact: {way}" for way in WAYS), "cannot be built"):
         table.add_column(header, justify="right")
     for kind in (*dict.fromkeys(verdict.kind for verdict in verdicts), "all"):
         chosen = [verdict for verdict in verdicts if kind in (verdict.kind, "all")]
@@ -130,9 +131,12 @@ def print_conformance(verdicts: Sequence[HeadVerdict], console: Console) -> None
         counts = [sum(verdict.exact(way) for verdict in tried) for way in range(len(WAYS))]
         table.add_row(kind.replace("_", " "), *map(str, (len(tried), *counts, len(chosen) - len(tried))))
     console.print(table)
-    console.print(f"exact: a relative error of at most {EXACT:.0e}, in {' and in '.join(SPLITS.values())}")
+    splits = " and with ".join(SPLITS.values())
+    console.print(f"exact: relative error at most {EXACT:.0e} with micro-batches of {splits} examples")
     for verdict in verdicts:
         if verdict.errors and not verdict.exact(0):
             worst = max(error[0] for error in verdict.errors)
-            reason = verdict.reason or "for no reason that is known here"
-            console.print(f"not exact: {verdict.kind} of {verdict.model_type}, {worst:.0e}: {reason}")
+            reason = verdict.reason or "the reason is unknown"
+            console.print(
+                f"not exact: {verdict.kind} of {verdict.model_type}, relative error {worst:.0e}: {reason}"
+            )

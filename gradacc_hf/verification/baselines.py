@@ -1,7 +1,7 @@
-"""The ways to accumulate that are compared: at once, Trainer, ExactTrainer, Accelerate and WindowLoader.
+"""The compared ways to train: one large batch, Trainer, ExactTrainer, Accelerate and WindowLoader.
 
-Each takes an unprepared model and an optimizer, and trains one epoch on the examples in the given order,
-without evaluation and saving. It returns its seconds and the loss of each window.
+Each function takes an unprepared model and an optimizer, and trains one epoch on the examples in the given
+order, without evaluation and saving. It returns the seconds and the loss of each window.
 """
 
 import math
@@ -26,16 +26,16 @@ from gradacc_hf.training.loop import train
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch of training gives."""
+    """The time and the losses of one epoch."""
 
     seconds: float
-    """From the start of the first window to the end of the last one."""
+    """Time from the start of the first window to the end of the last window."""
     losses: list[float]
-    """One of each window."""
+    """One loss per window."""
 
 
 def run_windows(model: Any, optimizer: Any, windows: WindowLoader, **more: Any) -> EpochResult:
-    """Train with the loop of `training/loop.py`, which gets `more`."""
+    """Train with the loop of `training/loop.py`; `more` are arguments of `train`."""
     accumulate_in_float32(model, optimizer)
     model, optimizer = windows.accelerator.prepare(model, optimizer)
     started = time.perf_counter()
@@ -53,7 +53,7 @@ def run_at_once(
     max_grad_norm: float = 0.0,
     compute_loss: ComputeLoss = model_loss,
 ) -> EpochResult:
-    """Train with each window as one large batch, in plain PyTorch: what accumulation replaces."""
+    """Train with each window as one large batch, in plain PyTorch."""
     model, losses = accelerator.prepare(model), []
     started = time.perf_counter()
     for batch in windows:
@@ -80,7 +80,7 @@ def run_accelerate(
     compute_loss: ComputeLoss = model_loss,
     **accelerator_arguments: Any,
 ) -> EpochResult:
-    """Train with the loop of Accelerate's guide to accumulation; the loss is the mean over micro-batches."""
+    """Train with the loop of Accelerate's guide to accumulation; a window's loss is the mean of means."""
     accelerator = Accelerator(gradient_accumulation_steps=steps, **accelerator_arguments)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     losses, of_window = [], []
@@ -103,7 +103,7 @@ def run_accelerate(
 
 
 class _Stopwatch(TrainerCallback):
-    """Measure from the first window to the last: the 0.3 s that Trainer takes to set up are left out."""
+    """Measure from the first window to the last, without the 0.3 s of Trainer's set-up."""
 
     def __init__(self):
         self.seconds, self.losses = 0.0, []
@@ -119,7 +119,7 @@ class _Stopwatch(TrainerCallback):
 
 
 class CustomLossMixin:
-    """Give a Trainer another loss, as the guide of transformers does: by overriding `compute_loss`."""
+    """Give a Trainer a different loss by overriding `compute_loss`, as in the guide of transformers."""
 
     custom_loss: ComputeLoss
 
@@ -149,10 +149,19 @@ def run_trainer(
     num_items: str | CountItems | None = None,
     **arguments: Any,
 ) -> EpochResult:
-    """Train with Trainer or, if `exact`, with ExactTrainer; the state of Accelerate stays as it is.
+    """Train with Trainer or ExactTrainer. The state of Accelerate is restored.
 
-    `size`: examples of a micro-batch. `compute_loss`: None for the loss of the model. `num_items` is for
-    ExactTrainer. `arguments` go to TrainingArguments.
+    Args:
+        model: the model.
+        optimizer: the optimizer.
+        examples: the training data.
+        collate: makes a batch of examples.
+        size: examples of a micro-batch.
+        scheduler: the learning rate scheduler.
+        compute_loss: computes the loss from (outputs, batch); None for the loss of the model.
+        exact: whether to use ExactTrainer.
+        num_items: the items of a batch, for ExactTrainer.
+        arguments: arguments of TrainingArguments.
     """
     arguments = {"train_sampling_strategy": "sequential", "logging_steps": 1, **arguments}
     arguments |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "num_train_epochs": 1}
@@ -177,7 +186,7 @@ def run_trainer(
 
 @torch.no_grad()
 def custom_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -> ComputeLoss | None:
-    """Return `compute_loss`, or None where it gives the loss of the model, which Trainer uses."""
+    """Return `compute_loss`, or None if it equals the loss of the model, which Trainer uses by default."""
     training = model.training
     model.eval()
     outputs = model(**batch)

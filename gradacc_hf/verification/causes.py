@@ -1,8 +1,8 @@
-"""Find out why accumulation is not exact for a model and its data, and what to do about it.
+"""Find the reason why accumulation is not exact for a model and its data, and a cure.
 
-`why_not_exact` takes a model without dropout, which it may change, and the loader of its windows. It tries
-the loss on one example, on two, and on more padding, in float64 where the loss allows it. `exactness.py`
-compares gradients.
+`why_not_exact` takes a model without dropout, which it may change, and the loader of the windows. It computes
+losses of one example, of two examples, and with more padding, in float64 if the loss allows it.
+`exactness.py` compares gradients.
 """
 
 import math
@@ -20,16 +20,16 @@ from gradacc_hf.errors import listed
 from gradacc_hf.utils.modeling import BATCH_NORMS
 
 LOSS_RTOL = {torch.float32: 2e-5, torch.float64: 2e-6}
-"""Relative difference of two losses up to which rounding explains it: heads compute logits in float32."""
+"""Relative difference of two losses up to which rounding explains it; heads compute logits in float32."""
 NOT_APPLICABLE = (TypeError, ValueError, KeyError, RuntimeError, AttributeError)
-"""What a loss, a count or a collate function raises for an input that it is not made for."""
+"""Exceptions of a loss, a count or a collate function for an unsuitable input."""
 MAX_PAIRS = 12
-"""Pairs of neighbours in length that are tried, and pairs of a short and a long example."""
+"""Pairs of examples to try: this many neighbours in length, and as many of a short and a long example."""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """What makes a split inexact, and what to do.
+    """The reason why a split is inexact, and the cure.
 
     Attributes:
         what: the cause, as a clause.
@@ -47,9 +47,10 @@ def why_not_exact(
     indices: Sequence[int],
     pad_to: int | None,
 ) -> tuple[Reason, ...]:
-    """Return the first reason found on the examples of a window; reasons that hide others are tried first.
+    """Return the first reason found on the examples of a window, or () if there is none.
 
-    Empty where the losses of examples separate as their items say. The model may be left in float64.
+    Reasons that hide others are tried first. There is no reason if the loss of every pair of examples is the
+    mean over the counted items. The model may be left in float64.
     """
     probe = _Probe(model, windows, compute_loss, indices, pad_to)
     reason = (
@@ -67,12 +68,12 @@ def _no_mean_over_the_items(probe: "_Probe") -> Reason | None:
         or _grows_with_the_batch(probe)
         or _router_loss(probe)
         or _items_or_padding(probe)
-        or (ROUTER_LOSS if _routers(probe) else None)  # its part of the loss is too small to be measured
+        or (ROUTER_LOSS if _routers(probe) else None)  # the router loss may be too small to be measured
     )
 
 
 class _Probe:
-    """Compute losses of examples of a window. Only examples that have items are used."""
+    """Computes losses of examples of a window. Only examples with items are used."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class _Probe:
         try:
             model.double()
             self.loss(self.by_length[:1])
-        except NOT_APPLICABLE:  # a loss with float32 in it
+        except NOT_APPLICABLE:  # the loss works only in float32
             model.float()
 
     def batch(self, indices: list[int], pad_to: int | None = None) -> Mapping[str, Any]:
@@ -104,9 +105,9 @@ class _Probe:
         return abs(loss - other) <= tolerance * max(abs(loss), abs(other))
 
     def is_mean(self, pair: list[int], count_items: CountItems, pad_to: int | None = None) -> bool | None:
-        """Whether the loss of two examples is the mean of their losses over these items.
+        """Whether the loss of two examples is the mean of the single losses, weighted by these items.
 
-        None where an example has no item, or the count does not apply.
+        None if an example has no item or the count does not apply.
         """
         try:
             a, b = (count_items(self.batch([i], pad_to)) for i in pair)
@@ -118,7 +119,7 @@ class _Probe:
         return self.same(self.loss(pair, pad_to), mean)
 
     def separates(self, count_items: CountItems, pad_to: int | None = None) -> bool:
-        """Whether the loss of every pair is the mean of their losses over these items."""
+        """Whether the loss of every pair is the mean of the single losses, weighted by these items."""
         verdicts = [v for p in self.pairs() if (v := self.is_mean(p, count_items, pad_to)) is not None]
         return bool(verdicts) and all(verdicts)
 
@@ -148,10 +149,10 @@ def _batch_norm(model: torch.nn.Module) -> Reason | None:
         other = f"LayerNorm({channels}) over the channels"
     return Reason(
         f"{len(found)} BatchNorm modules ({listed(name for name, _ in found[:3])} …) normalise each example "
-        "by its micro-batch",
-        "no accumulation is exact with them: take a model with LayerNorm or GroupNorm (for one that is "
-        f"trained from scratch: torch.nn.{other} in the place of {name}, and so on), or freeze them in "
-        "eval mode",
+        "with the statistics of the micro-batch",
+        "no accumulation is exact with BatchNorm in training mode: freeze the modules in eval mode, or use "
+        "a model with LayerNorm or GroupNorm. When training from scratch, use "
+        f"torch.nn.{other} instead of {name}, and so on",
     )
 
 
@@ -161,17 +162,16 @@ def _random(probe: _Probe) -> Reason | None:
     for name, value in batches[0].items():
         if isinstance(value, torch.Tensor) and not all(torch.equal(value, batch[name]) for batch in batches):
             return Reason(
-                f"collate_fn gives another {name} each time it is given the same example",
-                "it masks or crops at random: do that in transform= of the WindowLoader, which seeds the "
-                "generator by the example's index, the same for any split",
+                f"collate_fn returns a different {name} for the same example each time",
+                "move random masking or cropping to transform= of WindowLoader, which seeds the generator "
+                "with the example's index, so that every split gets the same numbers",
             )
     losses = [probe.loss(first) for _ in range(5)]
     if all(probe.same(losses[0], loss) or math.isnan(loss) for loss in losses):
         return None
     return Reason(
         f"the same batch has losses from {min(losses):.6g} to {max(losses):.6g}",
-        "something in the model is drawn at random although dropout is off (sampling, noise): turn it off "
-        "to verify",
+        "the model draws random numbers although dropout is off (sampling, noise): turn them off to verify",
     )
 
 
@@ -180,13 +180,13 @@ def _not_finite(probe: _Probe) -> Reason | None:
         if not math.isfinite(loss := probe.loss([index])):
             return Reason(
                 f"the loss of example {index} alone is {loss}",
-                "correct the example or the loss: in a micro-batch with others it may go unnoticed",
+                "correct the example or the loss; a micro-batch with other examples may hide the fault",
             )
     return None
 
 
 def _grows_with_the_batch(probe: _Probe) -> Reason | None:
-    """Compare the loss of an example with the loss of a batch that holds it twice: a mean stays the same."""
+    """Compare the loss of an example with the loss of a batch that holds it twice; a mean is unchanged."""
     first = probe.by_length[:1]
     alone, twice = probe.loss(first), probe.loss(first * 2)
     if probe.same(alone, twice):
@@ -197,15 +197,15 @@ def _grows_with_the_batch(probe: _Probe) -> Reason | None:
             "divide it by its items in compute_loss, or give the model reduction='mean'",
         )
     return Reason(
-        f"an example has the loss {alone:.4g} alone and {twice:.4g} beside itself: examples are compared "
-        "within the micro-batch (in-batch negatives)",
+        f"an example has the loss {alone:.4g} alone and {twice:.4g} in a batch that holds it twice: the loss "
+        "compares examples within the micro-batch (in-batch negatives)",
         "accumulation loses the negatives of the other micro-batches: use the gradient cache of "
-        "gradacc_hf.accumulation.gradient_cache (gradacc cp contrastive has it), or one micro-batch a window",
+        "gradacc_hf.accumulation.gradient_cache (see gradacc cp contrastive), or one micro-batch per window",
     )
 
 
 def _wrong_mode(probe: _Probe) -> Reason | None:
-    """Find the kind of module with which the loss separates only in evaluation mode."""
+    """Find the class of module that must be in evaluation mode to make the loss a mean over the items."""
     if probe.separates(probe.windows.count_items, probe.pad_to):
         return None
     training = [module for module in probe.model.modules() if module.training]
@@ -218,23 +218,24 @@ def _wrong_mode(probe: _Probe) -> Reason | None:
             modules = probe.model.named_modules()
             named = [name or "the model" for name, module in modules if isinstance(module, kind)]
             return Reason(
-                f"in training mode {len(named)} {kind.__name__} ({listed(named[:3])} …) make an example's "
-                "loss depend on the others of its micro-batch; in evaluation mode they do not",
-                "no accumulation is exact with them in this mode: freeze them in evaluation mode, or take "
-                "others",
+                f"with {len(named)} {kind.__name__} ({listed(named[:3])} …) in training mode, the loss of an "
+                "example depends on the rest of the micro-batch; in evaluation mode it does not",
+                "no accumulation is exact with these modules in training mode: freeze them in evaluation "
+                "mode, or replace them",
             )
     for module in training:
         module.training = True
     if not separates:
         return None
     return Reason(
-        "in training mode an example's loss depends on the others of its micro-batch; in evaluation mode not",
-        "no accumulation is exact in this mode: freeze the modules that do so in evaluation mode",
+        "in training mode, the loss of an example depends on the other examples in the micro-batch; in "
+        "evaluation mode it does not",
+        "no accumulation is exact in training mode: freeze the responsible modules in evaluation mode",
     )
 
 
 def _router_loss(probe: _Probe) -> Reason | None:
-    """Find out whether the loss is a mean over the counted items only without the router's part."""
+    """Check whether the loss is a mean over the counted items only without the router loss."""
     configs = _routers(probe)
     if not configs or probe.separates(probe.windows.count_items, probe.pad_to):
         return None
@@ -255,35 +256,35 @@ def _routers(probe: _Probe) -> list[Any]:
 
 
 ROUTER_LOSS = Reason(
-    "the router loss of the mixture of experts is that of each micro-batch, which is no mean over items",
-    "config.output_router_logits = False leaves it out; with it, no accumulation is exact",
+    "the router loss of the mixture of experts is computed per micro-batch and is not a mean over items",
+    "set config.output_router_logits = False; with the router loss, no accumulation is exact",
 )
 
 
 def _items_or_padding(probe: _Probe) -> Reason | None:
-    """Find out whether padding reaches the loss and, with equal padding, what the loss is a mean over."""
+    """Check whether padding reaches the loss and, with equal padding, over which items the loss is a mean."""
     padding, pad_to, takes_pad_to = None, probe.pad_to, True
     if pad_to is None:
         longest = int(probe.windows.lengths[probe.by_length[-1]])
         try:
             padding = _padding(probe, longest)
             pad_to = longest if padding else None
-        except NOT_APPLICABLE:  # a collate_fn without pad_to=
+        except NOT_APPLICABLE:  # collate_fn has no argument pad_to
             takes_pad_to = False
     if probe.separates(probe.windows.count_items, pad_to):
         return padding
     for setting, count in CANDIDATES.items():
         if probe.separates(count, pad_to):
             return Reason(
-                "the loss is a mean over other items than those counted", f"{setting} makes it exact"
+                "the loss is a mean over different items from the counted ones", f"{setting} makes it exact"
             )
     equal = [pair for pair in probe.pairs() if len({int(probe.windows.lengths[i]) for i in pair}) == 1]
     if not takes_pad_to and equal and all(probe.is_mean(pair, probe.windows.count_items) for pair in equal):
         return Reason("padding reaches the loss", PAD_ALIKE)
     return Reason(
-        "the loss of two examples is not the mean of their losses, over any items known here",
-        "say what it is a mean over: num_items= a function of the batch; if padding reaches it, pad windows "
-        "alike (pad_to='window'); if it is no mean, no accumulation is exact",
+        "the loss of two examples is not the mean of the single losses over any items known to gradacc",
+        "pass num_items= a function that counts the items of a batch. If padding reaches the loss, pad each "
+        "window to one length (pad_to='window'). If the loss is not a mean, no accumulation is exact",
     )
 
 
@@ -295,15 +296,15 @@ def _padding(probe: _Probe, longest: int) -> Reason | None:
         return None
     tokens = int(probe.windows.lengths[short[0]])
     return Reason(
-        f"padding reaches the loss: one of {tokens} tokens has the loss {alone:.6g}, padded to {longest} "
-        f"{padded:.6g}",
+        f"padding reaches the loss: an example of {tokens} tokens has the loss {alone:.6g}, and {padded:.6g} "
+        f"when padded to {longest}",
         PAD_ALIKE,
     )
 
 
 PAD_ALIKE = (
-    "mask padded positions in the loss, or pad each window alike: pad_to='window' (a collate_fn that takes "
-    "pad_to=)"
+    "mask padded positions in the loss, or pad each window to one length: pad_to='window' (collate_fn must "
+    "accept pad_to=)"
 )
 CANDIDATES: dict[str, CountItems] = {
     "num_items='labels'": COUNTS["labels"],

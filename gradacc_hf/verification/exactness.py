@@ -1,8 +1,8 @@
 """Verify that accumulation is exact for a model, its data and a split.
 
 `verify` compares the gradients that the loop, ExactTrainer and Trainer accumulate with the gradient of the
-window at once (`accumulation/reference.py`). `causes.py` finds out why a gradient differs, `table.py` prints
-the result.
+window in one batch (`accumulation/reference.py`). `causes.py` finds the reason for a difference, and
+`table.py` prints the result.
 """
 
 import copy
@@ -43,29 +43,29 @@ from gradacc_hf.utils.modeling import disable_dropout
 from gradacc_hf.utils.rng import preserve_rng_state
 from gradacc_hf.verification.causes import Reason, why_not_exact
 
-REFERENCE_AT_ONCE = "the window at once, in float32"
-REFERENCE_ONE_BY_ONE = "one example at a time, in float64: a window does not fit at once"
+REFERENCE_AT_ONCE = "the whole window in one batch, in float32"
+REFERENCE_ONE_BY_ONE = "one example at a time, in float64, because a window does not fit in one batch"
 ROUNDING_RTOL_FP32 = 1e-3
-"""Relative error up to which float32 rounding may be the cause, where gradients cancel."""
+"""Relative error up to which float32 rounding may be the cause, if gradients cancel."""
 NOT_FINITE = Reason(
-    "the gradient of the window at once is not finite", "correct the loss, the weights or the data first"
+    "the gradient of the whole window is not finite", "correct the loss, the weights or the data first"
 )
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` finds out about a model, its data and their split; printed, it is a table.
+    """The result of `verify` for a model, its data and a split. `print` shows a table.
 
     Attributes:
-        loop: the gradient of the loop beside the reference, in the window where it is furthest off.
-        exact_trainer: the same for `ExactTrainer` with the same micro-batches; None where it did not run.
-        trainer: the same for `transformers.Trainer`; None where it did not run.
-        trainer_failed: what Trainer or ExactTrainer raised, or "".
-        reference: how the reference gradient was computed.
-        windows: the number of windows that were compared.
-        examples: the number of examples in them.
+        loop: the loop's gradient compared with the reference, in the window with the largest error.
+        exact_trainer: the same for `ExactTrainer` with the same micro-batches; None if it did not run.
+        trainer: the same for `transformers.Trainer`; None if it did not run.
+        trainer_failed: the exception of Trainer or ExactTrainer, or "".
+        reference: the way in which the reference gradient was computed.
+        windows: the number of compared windows.
+        examples: the number of examples in these windows.
         accumulation_steps: the number of micro-batches of each window.
-        reasons: why the loop is not exact, and what to do.
+        reasons: the reasons why the loop is not exact, with cures.
         measured_with: versions and device.
     """
 
@@ -82,7 +82,7 @@ class Verification:
 
     @property
     def exact(self) -> bool:
-        """Whether the loop accumulates the gradient of each window at once, to a relative error of 1e-5."""
+        """Whether the loop accumulates the gradient of each whole window, to a relative error of 1e-5."""
         return self.loop.exact and not self.reasons
 
     @property
@@ -91,9 +91,15 @@ class Verification:
         steps = sorted(set(self.accumulation_steps))
         number = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
         if self.exact:
-            return f"Exact: {number} micro-batches give the gradient of the window, to {self.loop.error:.0e}."
-        why = "; ".join(reason.what for reason in self.reasons) or "for no reason that is known here"
-        return f"Not exact: {number} micro-batches are off by {self.loop.error:.1e}: {why}."
+            return (
+                f"Exact: {number} micro-batches give the gradient of the whole window, with a relative error "
+                f"of {self.loop.error:.0e}."
+            )
+        why = "; ".join(reason.what for reason in self.reasons) or "the reason is unknown"
+        return (
+            f"Not exact: {number} micro-batches give a gradient with a relative error of "
+            f"{self.loop.error:.1e}: {why}."
+        )
 
     def __str__(self) -> str:
         from gradacc_hf.verification.table import as_text
@@ -109,27 +115,27 @@ def verify(
     num_windows: int = 1,
     trainer: bool = True,
 ) -> Verification:
-    """Compare accumulated gradients with those of whole windows, in float32 and without dropout.
+    """Compare accumulated gradients with gradients of whole windows, in float32 and without dropout.
 
-    A copy of the model is tried: the model, the loader and the random number generators stay as they are.
-    A window of a single micro-batch is split finer, because nothing is accumulated otherwise. A window that
-    does not fit in memory at once is computed one example at a time, in float64.
+    The model is copied; the model, the loader and the random number generators do not change. A window with a
+    single micro-batch is split finer, because otherwise nothing is accumulated. If a window does not fit in
+    memory as one batch, the reference is computed one example at a time, in float64.
 
     Args:
         model: the model, before `accelerator.prepare`.
         windows: the loader of the windows, on one process and without mixed precision.
         compute_loss: computes the mean loss of a micro-batch, a scalar, from (outputs, batch).
-        num_windows: how many windows to compare, from the loader's position on.
-        trainer: whether to run `transformers.Trainer` and `ExactTrainer` on the same micro-batches, too.
+        num_windows: number of windows to compare, from the loader's position on.
+        trainer: whether to run `transformers.Trainer` and `ExactTrainer` on the same micro-batches.
 
     Returns:
-        The comparison in the window where each way is furthest off, with the reasons for an error. `print`
-        shows it as a table, `exact` is the verdict.
+        For each way, the comparison in the window with the largest error, and the reasons for an error.
+        `print` shows a table; `exact` is the verdict.
 
     Raises:
-        ValueError: for several processes or mixed precision, whose rounding hides the answer; for more
-            windows than an epoch has; for data without an item.
-        InputError: for a window that does not fit at once, with a loss of all its examples together.
+        ValueError: there are several processes or mixed precision, more windows than an epoch has, or no
+            items in the data.
+        InputError: a window does not fit in memory, and its loss is of all examples together.
     """
     accelerator = windows.accelerator
     _check_arguments(windows, num_windows)
@@ -150,7 +156,7 @@ def verify(
         reasons: tuple[Reason, ...] = ()
         if not worst.finite:
             reasons = (NOT_FINITE,)
-        elif not (loop.exact and fits):  # a reference of single examples relies on the count of items
+        elif not (loop.exact and fits):  # a reference from single examples relies on the item count
             reasons = why_not_exact(model, windows, compute_loss, window.indices.tolist(), window.pad_to)
     return Verification(
         loop=loop,
@@ -175,7 +181,9 @@ def _check_arguments(windows: WindowLoader, num_windows: int) -> None:
         )
     most = windows.plan.count_windows([windows.epoch])  # None: the length of a stream is unknown
     if num_windows < 1 or (most is not None and num_windows > most):
-        raise ValueError(f"num_windows: found {num_windows}; allowed: 1 to {most}, those of an epoch")
+        raise ValueError(
+            f"num_windows: found {num_windows}; allowed: 1 to {most}, the number of windows in an epoch"
+        )
 
 
 EXACT_TRAINER, TRAINER = "ExactTrainer", "Trainer"
@@ -183,7 +191,7 @@ EXACT_TRAINER, TRAINER = "ExactTrainer", "Trainer"
 
 @dataclass(frozen=True)
 class _ComparedWindow:
-    """One window: the gradients of all ways beside the reference."""
+    """One window: the gradients of all ways compared with the reference."""
 
     window: Window
     steps: int
@@ -192,25 +200,25 @@ class _ComparedWindow:
     finite: bool
     """Whether the reference gradient is finite."""
     fits: bool
-    """Whether the window fits in memory at once."""
+    """Whether the window fits in memory as one batch."""
     trainers: dict[str, Comparison] = field(default_factory=dict)
-    """By name; without those that failed in this window or did not run."""
+    """Trainers by name, without a Trainer that failed in this window or did not run."""
     trainer_failed: str = ""
-    """What a Trainer raised, in this window or an earlier one."""
+    """The exception of a Trainer, in this window or an earlier one."""
 
 
 def _compare_windows(
     model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss, num_windows: int, trainer: bool
 ) -> Iterator[_ComparedWindow]:
-    """Compare one window after another. After a failure of Trainer, only the loop is compared."""
+    """Yield one compared window after another. After a failure of a Trainer, only the loop is compared."""
     failed = ""
     for number, window in enumerate(windows, 1):
         truth = _whole(model, windows, window, compute_loss)
         fits = truth is not None
         if truth is None and as_window_loss(compute_loss) is not None:
             raise InputError(
-                f"batch.effective: a window of {len(window.indices)} does not fit at once, and its loss "
-                "is of all examples together: verify with a smaller one"
+                f"batch.effective: a window of {len(window.indices)} examples does not fit in memory, and "
+                "the loss is of all examples together; verify with a smaller window"
             )
         if truth is None:
             truth = _one_by_one(model, windows, window, compute_loss)
@@ -227,14 +235,14 @@ def _compare_windows(
 def _compare_trainers(
     model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss, truth: Gradient
 ) -> tuple[dict[str, Comparison], str]:
-    """Return the comparison of each Trainer by name, and what a Trainer raised, or ""."""
+    """Return the comparison of each Trainer by name, and the exception of a Trainer, or ""."""
     micro_batches, found = list(window.batches()), {}
     try:
         for name in (EXACT_TRAINER, TRAINER):
             exact = name == EXACT_TRAINER
             gradient = _trainer_gradient(model, micro_batches, compute_loss, windows.count_items, exact)
             found[name] = compare(name, gradient, truth)
-    except Exception as error:  # whatever Trainer or a callback raises: the verdict on the loop stands
+    except Exception as error:  # whatever Trainer or a callback raises, the loop still gets a verdict
         return found, f"{type(error).__name__}: {one_line(error)[:200]}"
     return found, ""
 
@@ -247,7 +255,7 @@ def _worst(compared: list[_ComparedWindow], trainer: str) -> Comparison | None:
 def _accumulated(
     model: torch.nn.Module, window: Window, accelerator: Any, compute_loss: ComputeLoss
 ) -> Gradient:
-    """Return the gradient that the loop accumulates over a window; `.grad` is left empty."""
+    """Return the gradient that the loop accumulates over a window; every `.grad` is None afterwards."""
     model.zero_grad()
     look_ahead(compute_loss, model, window)
     for batch in window:
@@ -262,16 +270,16 @@ def _accumulated(
 def _in_float64(
     model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss
 ) -> Comparison | None:
-    """Compare again in float64, where float32 rounding may be the whole error, as near a minimum.
+    """Compare in float64, because float32 rounding may be the whole error, as near a minimum.
 
-    None for a loss that does not work in float64.
+    Return None for a loss that does not work in float64.
     """
     model.double()
     try:
         truth = _whole(model, windows, window, compute_loss)
         gradient = _accumulated(model, window, windows.accelerator, compute_loss)
         return None if truth is None else compare("the loop, in float64", gradient, truth)
-    except RuntimeError:  # a loss with float32 in it
+    except RuntimeError:  # the loss works only in float32
         return None
     finally:
         model.float()
@@ -280,7 +288,7 @@ def _in_float64(
 def _whole(
     model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss
 ) -> Gradient | None:
-    """Return the reference gradient, or None where the window does not fit in memory."""
+    """Return the reference gradient, or None if the window does not fit in memory."""
     try:
         batch = in_dtype_of(model, windows.collated(window.indices, window.pad_to).batch)
         with uncompiled(model):
@@ -295,7 +303,7 @@ def _whole(
 def _one_by_one(
     model: torch.nn.Module, windows: WindowLoader, window: Window, compute_loss: ComputeLoss
 ) -> Gradient:
-    """Return the gradient of a window from its examples one by one, in float64: the finest split."""
+    """Return the gradient of a window, summed over single examples in float64: the finest split."""
     model.double()
     for index in window.indices:
         example = windows.collated([index], window.pad_to)
@@ -317,7 +325,7 @@ def _trainer_gradient(
 ) -> Gradient:
     """Return the gradient that Trainer or ExactTrainer accumulates over these micro-batches.
 
-    `ExactTrainer` gets `num_items` only where a function counts the items, as a user must give it then.
+    `ExactTrainer` gets `num_items` only if a user would have to pass it: when a function counts the items.
     """
     from gradacc_hf.verification.baselines import custom_loss, run_trainer  # late: it loads Trainer
 
@@ -335,7 +343,7 @@ def _trainer_gradient(
         max_grad_norm=0,
         logging_strategy="no",
         use_cpu=next(model.parameters()).device.type == "cpu",
-        dataloader_pin_memory=False,  # they are on the device already
+        dataloader_pin_memory=False,  # the micro-batches are already on the device
     )
     model.train()
     model.zero_grad()

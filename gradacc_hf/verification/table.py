@@ -14,13 +14,13 @@ WIDTH_COLUMNS = 100
 
 
 def print_verification(result: Verification, console: Console) -> None:
-    """Print the comparisons, the parameters that are furthest off, the reasons, and the verdict."""
+    """Print the comparisons, the parameters with the largest errors, the reasons, and the verdict."""
     console.print(
-        f"{result.windows} window{'s' * (result.windows > 1)}, {result.examples} examples, in "
-        f"{listed(result.accumulation_steps)} micro-batches; against {result.reference}"
+        f"{result.windows} window{'s' * (result.windows > 1)}, {result.examples} examples, split into "
+        f"{listed(result.accumulation_steps)} micro-batches\nreference gradient: {result.reference}"
     )
-    table = Table("", box=SIMPLE)
-    for header in ("relative error", "‖g‖ ratio", "cosine", ""):
+    table = Table("gradient of", box=SIMPLE)
+    for header in ("relative error", "norm ÷ reference", "cosine", ""):
         table.add_column(header, justify="right")
     ways = [way for way in (result.loop, result.exact_trainer, result.trainer) if way is not None]
     for way in ways:
@@ -30,7 +30,7 @@ def print_verification(result: Verification, console: Console) -> None:
     for way in ways:
         if not way.exact:
             worst = listed(f"{name} {error:.1e}" for name, error in way.worst)
-            console.print(f"{way.way} is furthest off in {worst}")
+            console.print(f"largest relative errors of {way.way}, by parameter: {worst}")
     if result.trainer_failed:
         console.print(f"Trainer could not be compared: {result.trainer_failed}", markup=False)
     for reason in result.reasons:

@@ -1,9 +1,9 @@
 """Tiny random models of every transformers head, for tests and the conformance table.
 
-`build_head(kind, model_type)` takes the default config of a model type, shrinks its sizes by field name,
-builds the head of that kind from the auto-mapping, and runs it once. A `Head` holds the model, examples that
-fit it, their collation, and what its loss is a mean over. Nothing is downloaded. A head that cannot be built
-raises `HeadUnavailableError` with the reason. `all_heads.py` verifies heads.
+A head is a model class such as `BertForSequenceClassification`. `build_head(kind, model_type)` shrinks the
+default config of a model type, field by field, builds the head and runs it once. A `Head` holds the model,
+makes and collates examples for it, and holds the items of the loss. Nothing is downloaded. A head that cannot
+be built raises `HeadUnavailableError` with the reason. `all_heads.py` verifies heads.
 """
 
 import dataclasses
@@ -58,9 +58,9 @@ _TOKENS = {"pad": 0, "bos": 1, "eos": 2, "sep": 2}
 _OTHER_TOKEN, _FIRST_WORD = 3, 5
 _TOKEN_FIELD = r"\w+_token_(id|index)|(pad|bos|eos|sep|unk|mask)_index"
 
-# Largest size by the name of a config field; the first match counts. No size is raised: 0 and -1 mean "off".
+# Largest size by the name of a config field; the first match counts. Smaller defaults stay: 0 and -1 are off.
 _SIZES = {
-    r"type_vocab_sizes?": None,  # as it is
+    r"type_vocab_sizes?": None,  # unchanged
     r"num_kv_shared_layers": 0,
     r".*vocab.*": _VOCAB,
     r"(num_|n_)?(\w+_)?(layers?|blocks|layers_per_stack)|depth": 2,
@@ -88,7 +88,7 @@ _SIZES = {
     r"num_latents": 16,
     r"num_self_attends_per_block": 2,
 }
-# No random draws in training (dropout of every name, masking of audio, noise of routers); no tiny gradients.
+# No randomness in training (dropout of every name, masking of audio, noise of routers), no tiny gradients.
 _VALUES = {
     r".*drop.*|mask_(time|feature)_prob|.*jitter_noise|mask_ratio": 0.0,
     r"initializer_range|init_std|initializer_std": 0.2,
@@ -97,16 +97,16 @@ _VALUES = {
 }
 # Sizes that some configs leave at None although the model needs them.
 _REQUIRED = r"vocab_size|head_dim|num_key_value_heads|num_experts_per_tok|n_(routed|shared)_experts"
-# Fields whose names do not tell the size.
+# Fields whose size does not follow from the name.
 _BY_MODEL_TYPE: dict[str, dict[str, Any]] = {
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},  # once for each of two layers
-    "big_bird": {"attention_type": "original_full"},  # what it falls back to for short rows
-    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},  # four and two of them are the hidden size
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},  # has no default
-    "bit": {"num_groups": 8},  # of at least eight channels
-    "lilt": {"hidden_size": 48},  # divisible by the six numbers of a box
-    "mamba2": {"num_heads": 8},  # times its head_dim is twice the hidden size
-    "mobilebert": {"initializer_range": 0.05},  # has no normalisation that would hold larger weights
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},  # one entry per layer
+    "big_bird": {"attention_type": "original_full"},  # the fallback for short rows
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},  # 4 × coordinate_size + 2 × shape_size = 32
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},  # there is no default
+    "bit": {"num_groups": 8},  # layers have at least eight channels
+    "lilt": {"hidden_size": 48},  # must be divisible by six
+    "mamba2": {"num_heads": 8},  # num_heads × head_dim = 2 × hidden size
+    "mobilebert": {"initializer_range": 0.05},  # there is no normalisation to limit activations
     "xmod": {"default_language": "en_XX"},
 }
 _INPUTS = {"input_ids", "input_values", "input_features"}  # tokens, samples or a spectrogram, a spectrogram
@@ -114,18 +114,18 @@ _INPUTS = {"input_ids", "input_values", "input_features"}  # tokens, samples or 
 
 @dataclass(frozen=True)
 class Head:
-    """A tiny model with its head, in training mode and without dropout, and what training it needs."""
+    """A tiny model with a head, in training mode and without dropout, with matching data."""
 
-    kind: str
+    kind: str  # one of KINDS
     model_type: str
     model: PreTrainedModel
     num_items: str | CountItems  # for WindowLoader: "labels", "next_token" or, for CTC, `count_rows`
-    problem: str  # of sequence classification: one of PROBLEMS
+    problem: str  # one of PROBLEMS, for sequence classification
 
     def examples(self, lengths: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
-        """Return one unpadded example per length: tokens (at least 3) or frames; images have one size."""
+        """Return one unpadded example per length, in tokens (at least 3) or frames; images have one size."""
         if min(lengths, default=3) < 3:
-            raise ValueError(f"an example here has a length of at least 3, found {min(lengths)}")
+            raise ValueError(f"lengths: found {min(lengths)}; allowed: 3 or more")
         rng = np.random.default_rng(seed)
         return [_example(self, int(length), rng) for length in lengths]
 
@@ -164,13 +164,13 @@ def build_head(kind: str, model_type: str, *, seed: int = 0, problem: str = "sin
             torch.manual_seed(seed)
             head = Head(kind, model_type, _build_model(kind, model_type, problem), "labels", problem)
             return dataclasses.replace(head, num_items=_find_items(head))
-    except Exception as error:  # hundreds of model types: whatever one of them raises is its reason
+    except Exception as error:  # hundreds of model types may raise anything; the message is the reason
         reason = " ".join(str(error).split())[:200]
         raise HeadUnavailableError(f"{kind} of {model_type}: {type(error).__name__}: {reason}") from error
 
 
 def count_rows(batch: Mapping[str, torch.Tensor]) -> int:
-    """Count the items of a CTC loss: it is a mean over examples, although its labels are sequences."""
+    """Count the examples: a CTC loss is a mean over examples, although the labels are sequences."""
     return len(batch["labels"])
 
 
@@ -184,7 +184,7 @@ def _build_model(kind: str, model_type: str, problem: str) -> PreTrainedModel:
         extra |= {"ctc_loss_reduction": "mean", "vocab_size": _VOCAB}
     auto_class, class_names = _AUTO[kind]
     names = class_names[model_type]
-    extra["architectures"] = [names] if isinstance(names, str) else [names[0]]  # of several heads the first
+    extra["architectures"] = [names] if isinstance(names, str) else [names[0]]  # the first of several heads
     config = shrink(CONFIG_MAPPING[model_type](), extra)
     if kind == "causal_lm" and hasattr(config, "is_decoder"):
         config.is_decoder = True
@@ -201,7 +201,7 @@ def _build_model(kind: str, model_type: str, problem: str) -> PreTrainedModel:
 
 
 def shrink(config: PreTrainedConfig, extra: Mapping[str, Any] = {}) -> PreTrainedConfig:
-    """Return the config with tiny sizes, built from field defaults: derived fields are derived again."""
+    """Return a config with tiny sizes. It is built from field defaults, so that derived fields fit."""
     small: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         name, value = field.name, vars(config).get(field.name)
@@ -237,9 +237,10 @@ def _shrink_value(name: str, value: Any) -> Any:
 
 
 def _find_items(head: Head) -> str | CountItems:
-    """Run the head once, and return its items. For a language model, find out whether the loss shifts labels.
+    """Run the head once, and return the items of the loss.
 
-    If only the first position is labelled, a head that shifts labels has no item: the loss is NaN or 0.
+    For a language model, check whether the loss shifts labels. If only the first position is labelled, such a
+    loss has no item: it is NaN or 0.
     """
     batch = head.collate(head.examples([7, 5]))
     with torch.no_grad():
@@ -285,7 +286,7 @@ def _example(head: Head, length: int, rng: np.random.Generator) -> dict[str, Any
         labels = _keep_some(rng, ids, share=0.3)
     elif kind == "seq2seq_lm" and config.is_encoder_decoder:
         labels = [*_words(rng, int(rng.integers(1, length))), _TOKENS["eos"]]
-    else:  # a causal head, wherever it is listed: no labels for a prompt of some length
+    else:  # a causal head, under any kind; the prompt has no labels
         prompt = int(rng.integers(length - 1))
         labels = [IGNORED] * prompt + ids[prompt:]
     return {"input_ids": ids, "labels": labels}
@@ -296,7 +297,7 @@ def _words(rng: np.random.Generator, count: int) -> list[int]:
 
 
 def _two_segments(rng: np.random.Generator, length: int) -> list[int]:
-    """Return question, two separators, context, separator: some heads need all three separators."""
+    """Return question, two separators, context, separator; some heads need all three separators."""
     ids = _words(rng, length)
     for i in (length // 3 - 1, length // 3, length - 1):
         ids[i] = _TOKENS["sep"]
@@ -316,7 +317,7 @@ def _sound(head: Head, length: int, rng: np.random.Generator) -> np.ndarray:
     bins = getattr(encoder, "num_mel_bins", None) or getattr(encoder, "feature_projection_input_dim", None)
     if bins is None:
         shape = (320 * (length + 1),)
-    elif config.model_type == "whisper":  # one length, and the other way round
+    elif config.model_type == "whisper":  # one length, with the axes swapped
         shape = (bins, 2 * config.max_source_positions)
     elif head.model.main_input_name == "input_values":  # audio spectrogram transformer: one length
         shape = (config.max_length, bins)
@@ -326,7 +327,7 @@ def _sound(head: Head, length: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _stack(name: str, rows: Sequence[np.ndarray], pad_to: int | None) -> torch.Tensor:
-    """Stack rows: tokens and their labels are padded on the last axis, sound on the first, others not."""
+    """Stack rows: pad tokens and labels on the last axis, pad sound on the first, leave others unpadded."""
     tokens = rows[0].ndim > 0 and rows[0].dtype.kind == "i"
     if tokens or name in _INPUTS:
         axis = rows[0].ndim - 1 if tokens else 0

@@ -3,11 +3,12 @@
 import re
 
 import pytest
+import text_classification_runs
 import torch
 from accelerate import Accelerator
-from recipe import test_recipe
-from recipe.test_recipe import make_rows, summary, write
+from recipe_runs import summary
 from safetensors.torch import load_file
+from text_classification_runs import make_rows, write
 
 from gradacc_hf import WindowLoader, accumulate_in_float32, train
 from gradacc_hf.accumulation.reference import RecordGradients, relative_error, whole_window_gradient
@@ -18,8 +19,9 @@ from gradacc_hf.utils.modeling import checkpoint_activations, disable_dropout
 from gradacc_hf.verification.tiny_models import build_head
 
 # Fixtures.
-start = test_recipe.start
-datasets_cache, empty_folder = test_recipe.datasets_cache, test_recipe.empty_folder
+start = text_classification_runs.start
+datasets_cache = text_classification_runs.datasets_cache
+empty_folder = text_classification_runs.empty_folder
 
 STEPS = (1, 4, 16, 64, 256)
 ROUNDING = 2**-8  # of bf16

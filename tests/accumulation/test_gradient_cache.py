@@ -12,8 +12,9 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT
+from contrastive_pairs import LENGTHS, collate, embedder, num_pairs, pairs
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoModel
 
 from gradacc_hf import WindowLoader, metrics, train, verify
 from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss, Embedder, info_nce, search
@@ -35,7 +36,6 @@ from gradacc_hf.training.settings import ModelConfig
 from gradacc_hf.utils.modeling import checkpoint_activations
 from gradacc_hf.utils.rng import random_state, set_random_state
 
-LENGTHS = np.random.default_rng(0).integers(3, 30, size=(22, 3))
 SETTINGS = [(True, 2), (False, 2), (True, 3), (False, 3)]  # symmetric, columns
 NAMES = ["symmetric", "one way", "symmetric, hard negatives", "one way, hard negatives"]
 
@@ -45,46 +45,6 @@ def load_recipe():
     sys.modules["contrastive_recipe"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Contrastive
-
-
-def embedder(dropout=0.0, vocab_size=100, initializer_range=0.3):
-    """A tiny one, by default with embeddings that differ."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        initializer_range=initializer_range,
-    )
-    return Embedder(BertModel(config)).train()
-
-
-def pairs(columns=2, lengths=LENGTHS):
-    draw = np.random.default_rng(1)
-    names = ("anchor", "positive", "negative")[:columns]
-    return [
-        {name: draw.integers(1, 100, size=n).tolist() for name, n in zip(names, row, strict=False)}
-        for row in lengths
-    ]
-
-
-def collate(examples):
-    batch = {}
-    for column in examples[0]:
-        longest = max(len(example[column]) for example in examples)
-        rows = [example[column] + [0] * (longest - len(example[column])) for example in examples]
-        batch[f"{column}_input_ids"] = torch.tensor(rows)
-        batch[f"{column}_attention_mask"] = (batch[f"{column}_input_ids"] > 0).long()
-    return batch
-
-
-def num_pairs(batch):
-    return len(batch["anchor_input_ids"])
 
 
 def window_loader(examples, size=22, **split):

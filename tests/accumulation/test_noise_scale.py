@@ -10,11 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from checkpointed_runs import cut_back, history_without_seconds, same_weights
 from datasets import Dataset
 from recipe_runs import load_recipe, write_rows
-from training.test_checkpoint import cut_back, same_weights
-from training.test_checkpoint import history as rows_but_seconds
-from training.test_loop import history
+from training_runs import history
 
 from gradacc_hf import WindowLoader, evaluate, fine_tune, train
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch, lr_factor
@@ -282,7 +281,7 @@ def test_a_run_that_grows_goes_on_as_if_it_had_not_been_stopped(whole, tmp_path,
     model, _, _, folder = whole
     again, _, _ = grown(killed := cut_back(folder, tmp_path / "run", window), resume=killed)
     assert same_weights(model, again)
-    assert rows_but_seconds(killed) == rows_but_seconds(folder)
+    assert history_without_seconds(killed) == history_without_seconds(folder)
 
 
 def test_workers_that_have_windows_ready_grow_too(whole, tmp_path):

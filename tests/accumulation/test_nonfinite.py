@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from training.test_loop import LENGTHS, fp16_accelerator, history
+from training_runs import LENGTHS, fp16_accelerator, history
 
 from gradacc_hf import WindowLoader, fine_tune, train
 from gradacc_hf.accumulation.loss_items import model_loss

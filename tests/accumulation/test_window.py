@@ -139,6 +139,10 @@ def test_optimizers_that_take_no_early_step_of_the_model_are_no_error():
     head, _, windows, model, optimizer = set_up()
     other = torch.optim.SGD([torch.zeros(2, requires_grad=True)])
     copied_loop(model, optimizer, windows, other)
+    for prepared in (model, optimizer):
+        windows.accelerator.free_memory()
+        windows.accelerator.prepare(prepared)  # one alone tells which weights are trained
+        copied_loop(model, optimizer, windows, other)
     unprepared = torch.optim.SGD(head.model.parameters(), lr=0.1)
     before = [weight.detach().clone() for weight in head.model.parameters()]
     accelerator = windows.accelerator

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say they measure; their command line refuses in one line."""
+"""The benchmarks measure what their names promise; the command line reports errors in one line."""
 
 import json
 import math
@@ -163,7 +163,7 @@ def test_our_gradient_cache_and_that_of_sentence_transformers_come_to_the_same_m
     print_contrastive(result, console)
     text = console.export_text()
     assert "…" not in text
-    assert "× the pairs per second of CachedMultipleNegativesRankingLoss" in text
+    assert "× as many pairs per second as CachedMultipleNegativesRankingLoss" in text
     with pytest.raises(InputError, match="--windows: found 9; allowed: 1 to 4"):
         measure_contrastive(flags, num_windows=9, repeats=1, max_tokens=160)
 

@@ -65,7 +65,7 @@ def test_cp_overwrites_nothing(tmp_path):
     (mine := tmp_path / "recipes/text_classification.py").write_text("mine")
     done = gradacc("cp", "text_classification", str(tmp_path))
     assert done.returncode == 2
-    assert "exist already; nothing was copied" in done.stderr
+    assert "nothing was copied, because these files exist: " in done.stderr
     assert mine.read_text() == "mine"
     assert not (tmp_path / "configs").exists()
 
@@ -75,4 +75,4 @@ def test_an_unknown_recipe_is_one_line(tmp_path, name):
     done = gradacc("cp", name, str(tmp_path))
     assert done.returncode == 2
     known = ", ".join([*cli.recipes(), "and lessons/NAME"])
-    assert done.stderr == f"error: no recipe '{name}'; there are: {known}\n"
+    assert done.stderr == f"error: no recipe '{name}'; allowed: {known}\n"

@@ -1,4 +1,4 @@
-"""`gradacc plan` says what a run takes without weights or GPU, and refuses in one line."""
+"""`gradacc plan` predicts a run without weights or GPU, and reports errors in one line."""
 
 import json
 from contextlib import nullcontext
@@ -70,7 +70,7 @@ def test_the_text_shows_every_part_and_the_bound(bare, capsys):
         "parameters",
         "optimizer states",
         "workspace",
-        "together",
+        "total",
         "2,048 padded tokens",
         "It fits.",
     ):
@@ -97,8 +97,8 @@ def test_a_size_that_does_not_fit_where_an_example_does_is_said(bare, capsys):
     found = json.loads(plan(capsys, *words, "8GiB", "--json"))
     between = (found["longest_bytes"] + sum(found["parts"].values())) / 2 / 2**20
     text = plan(capsys, *words, f"{between:.4f}MiB", fits=False)
-    assert "It does not fit: such a micro-batch takes" in text
-    assert "budget.max_tokens auto splits finer." in text
+    assert "It does not fit: the largest micro-batch needs" in text
+    assert "--budget.max_tokens auto splits finer." in text
 
 
 def test_a_plan_leaves_the_recipe_as_it_was(bare):
@@ -119,7 +119,7 @@ def test_a_bound_of_ones_own_is_kept(bare, capsys):
     [
         (["--processes", "0"], "--processes: found 0; allowed: a number above 0"),
         (["--tflops", "-1"], "--tflops: found -1"),
-        (["--price", "2"], "--price: found one without --tflops"),
+        (["--price", "2"], "--price needs --tflops or --rate-of, to estimate the run time"),
         (["--budget.memory", "8"], "--budget.memory: found '8'"),
         (["--optim.lrr", "8"], "unknown key --optim.lrr"),
     ],

@@ -1,4 +1,4 @@
-"""All contenders see the same examples in the same windows; what is reported is what they left in files."""
+"""All contenders train on the same examples in the same windows; reports are read from the runs' files."""
 
 import json
 import math
@@ -136,13 +136,13 @@ def test_the_table_names_all_and_says_why_one_is_missing(runs):
     folder, _ = runs
     found = {name: read_compared_runs(folder / name) for name in CONTENDERS if name != "at_once"}
     console = Console(record=True, width=120)
-    print_comparison({"at_once": "does not fit the memory", **found}, console)
+    print_comparison({"at_once": "does not fit in memory", **found}, console)
     text = console.export_text()
-    assert "at once: not compared: does not fit the memory" in text
-    assert text.count("× the examples per second of") == 4
+    assert "at once was not compared: does not fit in memory" in text
+    assert text.count("× as many examples per second as") == 4
     assert [line.split()[0] for line in text.splitlines() if " exact " in line] == [
         "ExactTrainer",
-        "ours",
+        "gradacc",
     ]
     assert not any(math.isnan(error) for contender in found.values() for error in contender.gradient_errors)
 
@@ -167,7 +167,7 @@ def test_the_command_runs_contenders_in_turns_and_leaves_a_report(settings, tmp_
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--windows", "3"], "--windows: found 3; allowed: 1 to 2, the full ones of an epoch"),
+        (["--windows", "3"], "--windows: found 3; allowed: 1 to 2, the full windows of an epoch"),
         (["--repeats", "0"], "--repeats: found 0; allowed: 1 or more"),
         (["--contenders", "ours,hers"], "--contenders: found 'ours,hers'; allowed: some of at_once, trainer"),
         (["--contenders", "ours,ours"], "each once"),
@@ -182,7 +182,7 @@ def test_bad_input_is_refused_before_anything_is_run(settings, tmp_path, monkeyp
 
 
 def test_a_folder_that_is_there_is_refused(settings, tmp_path):
-    with pytest.raises(InputError, match="is there already; give a new folder"):
+    with pytest.raises(InputError, match="exists; give a new folder"):
         cli.main([*settings, "--windows", "1", "--output", str(tmp_path)])
 
 
@@ -200,7 +200,7 @@ BROKEN = """
 
 
 def recipe_with(more, folder):
-    """The tiny recipe with a loss of its own; its settings."""
+    """Write the tiny recipe with a separate loss, and return its settings."""
     (folder / "tiny.py").write_text(RECIPE + more)
     (folder / "tiny.yaml").write_text(CONFIG)
     return ["--config", str(folder / "tiny.yaml"), *TOKENS]
@@ -241,7 +241,7 @@ def test_recipes_that_pad_alike_pad_alike_for_all(settings, tmp_path):
 @pytest.mark.slow
 def test_when_no_contender_can_run_it_is_one_line(tmp_path):
     settings = recipe_with(BROKEN, tmp_path)
-    with pytest.raises(InputError, match="no contender could run: ours: RuntimeError: broken"):
+    with pytest.raises(InputError, match="no contender could run: gradacc: RuntimeError: broken"):
         compare(settings, tmp_path / "runs", ["ours"], 1, 1)
 
 

@@ -8,10 +8,14 @@ import subprocess
 import sys
 import time
 
+import launch_fixtures
 import psutil
 import pytest
 from conftest import ROOT
-from test_launch import RECIPE, texts, venv  # noqa: F401
+from launch_fixtures import RECIPE
+
+# Fixtures.
+venv, texts = launch_fixtures.venv, launch_fixtures.texts
 
 WINDOWS = 400  # more than any of these runs gets to
 SMALL = ("--batch.effective", 16, "--model.freeze", "[bert.*]", "--output.tracker", "none")
@@ -25,7 +29,7 @@ def begin(command, variables=(), **settings):
     return subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, **pipes, **settings)
 
 
-def launcher(venv, run, texts, *more, windows=WINDOWS):  # noqa: F811
+def launcher(venv, run, texts, *more, windows=WINDOWS):
     command = [ROOT / "launch.sh", RECIPE, "--data.train", texts, *SMALL, "--train.max_windows", windows]
     return begin([*command, "--output.dir", run, *more], {"VENV": str(venv)})
 
@@ -50,8 +54,8 @@ def left_behind(run):
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_launch_sh_passes_a_signal_on_waits_for_the_save_and_leaves_no_process_behind(
-    venv,  # noqa: F811
-    texts,  # noqa: F811
+    venv,
+    texts,
     tmp_path,
     processes,
 ):
@@ -76,7 +80,7 @@ def test_launch_sh_passes_a_signal_on_waits_for_the_save_and_leaves_no_process_b
     assert [row["window"] for row in history(run)] == list(range(1, len(history(run)) + 1))
 
 
-def test_a_recipe_ends_with_a_launcher_that_is_killed_and_saves(texts, tmp_path):  # noqa: F811
+def test_a_recipe_ends_with_a_launcher_that_is_killed_and_saves(texts, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [ROOT / "configs/accelerate/cpu.yaml", RECIPE, "--data.train", texts, *SMALL]
@@ -97,7 +101,7 @@ def free_port():
         return found.getsockname()[1]
 
 
-def machine(rank, port, run, texts):  # noqa: F811
+def machine(rank, port, run, texts):
     """One of two, with a process each, as Accelerate launches them."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", 2, "--num_processes", 2]
     command += ["--config_file", ROOT / "configs/accelerate/cpu_2.yaml", "--machine_rank", rank]
@@ -106,7 +110,7 @@ def machine(rank, port, run, texts):  # noqa: F811
     return begin(command, {"ACCELERATE_USE_CPU": "true"}, start_new_session=True)
 
 
-def test_machines_that_do_not_see_the_same_folder_end_with_one_line(texts, tmp_path):  # noqa: F811
+def test_machines_that_do_not_see_the_same_folder_end_with_one_line(texts, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there/config.yaml").touch()
     port = free_port()
@@ -118,7 +122,7 @@ def test_machines_that_do_not_see_the_same_folder_end_with_one_line(texts, tmp_p
     assert [process.returncode for process in both] == [1, 1]
 
 
-def test_a_recipe_whose_launcher_is_killed_while_it_imports_ends_too(texts, tmp_path):  # noqa: F811
+def test_a_recipe_whose_launcher_is_killed_while_it_imports_ends_too(texts, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [ROOT / "configs/accelerate/cpu.yaml", RECIPE, "--data.train", texts, *SMALL]
     launched = begin([*command, "--train.max_windows", WINDOWS, "--output.dir", run := tmp_path / "run"])
@@ -131,7 +135,7 @@ def test_a_recipe_whose_launcher_is_killed_while_it_imports_ends_too(texts, tmp_
     assert history(run) == []
 
 
-def test_when_one_of_two_machines_dies_the_other_ends_with_a_message_and_both_go_on(texts, tmp_path):  # noqa: F811
+def test_when_one_of_two_machines_dies_the_other_ends_with_a_message_and_both_go_on(texts, tmp_path):
     run, port = tmp_path / "run", free_port()
     first, second = (machine(rank, port, run, texts) for rank in (0, 1))
     until_windows(run, 12, first, second)
@@ -160,7 +164,7 @@ def test_when_one_of_two_machines_dies_the_other_ends_with_a_message_and_both_go
     assert left_behind(run) == []
 
 
-def test_several_processes_that_were_asked_for_and_not_started_are_an_error(texts, tmp_path):  # noqa: F811
+def test_several_processes_that_were_asked_for_and_not_started_are_an_error(texts, tmp_path):
     (config := tmp_path / "multi_cpu.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
         "num_machines: 1\nmixed_precision: 'no'\n"

@@ -1,4 +1,4 @@
-"""The doctor finds each fault that is planted in a loop, by its name, and none in a loop that is right."""
+"""The doctor finds each planted fault of a loop by name, and no fault in a correct loop."""
 
 import contextlib
 import gc
@@ -105,7 +105,7 @@ def test_a_healthy_loop_gets_a_clean_bill_with_figures():
     assert diagnosis.findings == []
     assert diagnosis.healthy
     said = str(diagnosis)
-    assert "✓ each gradient is that of its window at once, to" in said
+    assert "✓ each gradient equals the gradient of the window in one batch, to" in said
     assert "✗" not in said
 
 
@@ -276,7 +276,7 @@ def test_a_regulariser_is_no_finding(outside):
     with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
         accumulated(model, optimizer, loader, regularised)
     assert diagnosis.findings == [], str(diagnosis)
-    assert "what goes backward is not the loss alone that was seen" in str(diagnosis)
+    assert "the backward starts from more than the observed loss" in str(diagnosis)
 
 
 def test_batch_norm_is_found():
@@ -354,7 +354,7 @@ def test_our_loop_is_healthy(kind, model_type, precision):
     with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
         train(model, optimizer, windows, accelerator=accelerator, epochs=2, max_grad_norm=0.5)
     assert diagnosis.healthy, str(diagnosis)
-    assert "✓ each gradient is that of its window at once" in str(diagnosis)
+    assert "✓ each gradient equals the gradient of the window in one batch" in str(diagnosis)
 
 
 @pytest.mark.parametrize("divided_by", [N, 1])
@@ -453,7 +453,7 @@ def test_losses_that_are_all_alike_do_not_mislead_about_what_is_counted(seed):
             (made.model(**batch).loss * (n / sum(items))).backward()
         optimizer.step()
     assert diagnosis.findings == [], str(diagnosis)
-    assert "each gradient is that of its window at once" in str(diagnosis)
+    assert "each gradient equals the gradient of the window in one batch" in str(diagnosis)
 
 
 def test_a_window_that_would_be_padding_at_once_is_not_replayed():
@@ -464,7 +464,7 @@ def test_a_window_that_would_be_padding_at_once_is_not_replayed():
         for piece in pieces:
             (made.model(**made.collate(piece)).loss * len(piece) / 31).backward()
         optimizer.step()
-    assert "its examples in one batch would be 26 × the work, most of it padding" in str(diagnosis)
+    assert "the window in one batch would be 26 × the work, mostly padding" in str(diagnosis)
 
 
 def test_in_batch_negatives_that_are_cut_are_found():
@@ -580,7 +580,7 @@ def test_today_s_trainer_takes_a_mean_of_means_of_tokens():
 def test_a_model_that_trainer_hands_the_items_of_the_window_is_healthy(model_type):
     diagnosis = by_trainer("causal_lm", model_type=model_type, lengths=LENGTHS * 2)
     assert diagnosis.findings == [], str(diagnosis)
-    assert "each gradient is that of its window at once" in str(diagnosis)
+    assert "each gradient equals the gradient of the window in one batch" in str(diagnosis)
 
 
 def test_where_trainer_divides_nothing_is_found_and_exact_trainer_is_healthy():
@@ -694,9 +694,9 @@ def test_under_ddp_it_is_found_when_every_micro_batch_synchronises(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
     ran = run_doctor(tmp_path, "SCRIPT", "4", "--ddp", launcher=launcher)
     assert "✗ synchronised_every_micro_batch" in ran.stdout, ran.stderr
-    assert "DDP reduced them in 12 backwards of 3 windows" in ran.stdout
+    assert "DDP reduced the gradients in 12 backwards of 3 windows" in ran.stdout
     ran = run_doctor(tmp_path, "SCRIPT", "4", "--ddp", "--no-sync", launcher=launcher)
-    assert "3 windows watched" in ran.stdout, ran.stderr
+    assert "observed 3 windows" in ran.stdout, ran.stderr
     assert "✗" not in ran.stdout
     assert "there are several processes" in ran.stdout
 
@@ -719,13 +719,13 @@ def test_our_recipes_are_healthy(name, start, tmp_path):
         assert outcome.code == 0, outcome.err
     [diagnosis] = [d for d in diagnoses if d.record.windows]
     assert diagnosis.findings == [], str(diagnosis)
-    compared = "is that of its window at once" in str(diagnosis)
+    compared = "equals the gradient of the window in one batch" in str(diagnosis)
     # Not masked_lm, whose loss is of chosen positions, and not contrastive, whose is of the whole window.
     assert compared == (name in ("text_classification", "token_classification"))
 
 
 def test_a_loss_of_the_loop_s_own_is_not_taken_for_the_model_s():
-    """As our question answering has it: the model computes a loss, too, and padding reaches that one."""
+    """As in the question answering recipe: the model computes a loss too, and padding reaches it."""
     made, examples = head("question_answering", "bert")
     optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
     with diagnose(made.model, optimizer, say=lambda said: None) as diagnosis:
@@ -748,4 +748,4 @@ def test_a_loss_beside_the_model_s_is_not_overlooked():
             ((outputs.loss + number * outputs.logits.square().mean()) / 4).backward()
         optimizer.step()
     assert diagnosis.findings == [], str(diagnosis)
-    assert "what goes backward is not the loss alone that was seen" in str(diagnosis)
+    assert "the backward starts from more than the observed loss" in str(diagnosis)

@@ -194,7 +194,7 @@ def test_the_verdict_of_verify_comes_into_the_cards(run):
 
 @pytest.mark.parametrize("more", [["--batch.effective", "8"], ["--budget", "cpu"]])
 def test_a_run_is_verified_as_it_was(run, more):
-    with pytest.raises(InputError, match=f"{more[0]}: a run is verified with its own settings"):
+    with pytest.raises(InputError, match=f"{more[0]}: --run uses the settings of the run"):
         verify_command.main(["--run", str(run), *more])
     assert not (run / "verify.json").exists()
 

@@ -1,4 +1,4 @@
-"""The predicted memory of a step is that of the whole model traced at that size, and what torch counts."""
+"""The predicted memory of a step equals a trace of the whole model at that size, and torch's own counts."""
 
 import json
 
@@ -92,7 +92,7 @@ def test_the_two_lengths_of_an_encoder_decoder_are_told_apart():
 
 
 def test_the_peak_is_that_of_torch_s_own_tracker():
-    """In a first step, of a model that has no gradients yet, which is what MemTracker is told of."""
+    """Trace the first step of a model without gradients, as MemTracker does."""
     batch = tokens(4, (32,))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = llama(layers=2)

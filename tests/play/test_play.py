@@ -1,4 +1,4 @@
-"""The page shows the numbers of the real loop: of a session, and as a browser shows them."""
+"""The page shows the numbers of the real loop, in a session and in a browser."""
 
 import math
 import os
@@ -39,7 +39,7 @@ ON_THE_LINE = PlaySettings(model=LINE, micro_batch=2, steps=2, lr=0.01)
 
 
 def after(settings, windows, to="window"):
-    """A session that has done so much."""
+    """Return the picture of a new session after a number of windows or other stops."""
     session = Session(settings)
     for _ in range(windows):
         session.advance(to)
@@ -47,7 +47,10 @@ def after(settings, windows, to="window"):
 
 
 def by_the_api(settings, windows):
-    """The same run through the Python API: the README's loop, and the norm and the error of each gradient."""
+    """Run the loop of the README through the Python API.
+
+    Return the loss of each window, and the norm and the relative error of each gradient.
+    """
     made, accelerator = problem(settings.model, settings.lengths), Accelerator(cpu=True)
     model = made.make_model(settings.seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr_in_use, momentum=MOMENTUM)
@@ -118,11 +121,11 @@ def test_the_same_seed_shows_the_same_run_and_another_another():
 
 
 DOCTOR_SAYS = {
-    "none": "each gradient is that of its window at once",
+    "none": "each gradient equals the gradient of the window in one batch",
     "zeroed too early": "gradients are zeroed between the micro-batches of a window",
     "step on every micro-batch": "the optimizer steps on every micro-batch",
     "not divided": "the loss is not divided by the accumulation steps",
-    "divided by steps, not items": "micro-batches with unequal items count alike",
+    "divided by steps, not items": "micro-batches with unequal numbers of items get equal weight",
     "scheduler on every micro-batch": "the scheduler steps on every micro-batch",
 }
 
@@ -262,7 +265,7 @@ def test_bf16_and_clipping_and_a_rate_that_follows():
             {"micro_batch": 32, "steps": 3},
             "effective batch size: found 32 × 3 = 96; allowed: up to 64 examples",
         ),
-        ({"model": LINE}, "found 4 × 4 = 16; allowed: up to 8 examples in a window, with the line"),
+        ({"model": LINE}, "found 4 × 4 = 16; allowed: up to 8 examples per window with the model 'line"),
         ({"lr": 0}, "learning rate: found 0; allowed: a number above 0 to 10"),
         ({"lr": None}, "learning rate: found nothing; allowed"),
         ({"lr": math.nan}, "learning rate: found nan; allowed"),
@@ -346,10 +349,10 @@ def test_sessions_have_separate_runs_and_a_session_too_many_is_refused(sessions)
     for click in (sessions.enter, sessions.pause, lambda name: sessions.restart(name, QUICK)):
         refused = click("c")
         assert refused.is_wrong
-        assert "all 2 sessions of this page are in use: try again later" in refused.message
+        assert "all 2 sessions of this page are in use; try again later" in refused.message
     sessions.leave("b")
     assert sessions.enter("c").picture.window == 0
-    assert sessions.go_on("b", "window").message == "this page was closed: press restart"
+    assert sessions.go_on("b", "window").message == "this page was closed: press Restart"
 
 
 def test_a_process_that_has_ended_says_so_and_a_restart_has_another(sessions, workers):
@@ -357,7 +360,7 @@ def test_a_process_that_has_ended_says_so_and_a_restart_has_another(sessions, wo
     sessions.change("a", QUICK)
     workers.of("a").end()
     gone = sessions.go_on("a", "window")
-    assert gone.message == "the training process has ended: press restart"
+    assert gone.message == "the training process has ended: press Restart"
     assert gone.has_ended
     assert sessions.restart("a", QUICK).picture.settings == QUICK
     assert sessions.go_on("a", "window").picture.done == 3
@@ -404,7 +407,7 @@ def test_no_file_is_taken(server):
 
 
 def there_is_a_browser():
-    """Chromium of this machine's, or one that `playwright install chromium` has brought."""
+    """Whether Chromium is installed, by the system or by `playwright install chromium`."""
     home = os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or os.path.expanduser("~/.cache/ms-playwright")
     return chromium() is not None or any(Path(home).glob("chromium-*"))
 
@@ -541,7 +544,7 @@ def test_two_sessions_have_separate_runs_and_a_closed_tab_ends_its_training(
     shows(page, "window", 2)
     shows(other, "done", 2)
     assert number(other, "window") == "1"
-    time.sleep(2)  # a spare one is made for whoever comes next
+    time.sleep(2)  # a spare worker starts meanwhile
     workers = training_processes(served_by)
     other.click("#play")
     other.context.close()
@@ -566,6 +569,41 @@ def test_a_narrow_screen_has_all_of_it_and_nothing_hangs_over(browser, address):
         assert page.locator(f"#see-{name}").bounding_box()["width"] > 250
     assert "dark" in page.evaluate("document.body.className")
     context.close()
+
+
+@needs_a_browser
+def test_no_text_of_a_picture_is_cut_off_or_overlaps_another(page):
+    set_number(page, "micro_batch", 1)
+    page.wait_for_function("document.querySelector('#effective input').value === '4'")
+    set_number(page, "steps", 16)
+    page.wait_for_function("document.querySelector('#effective input').value === '16'")
+    for window in range(2):
+        page.click("#window")
+        shows(page, "window", window + 1)
+    shows(page, "done", 16)
+    cut_off, overlapping = page.evaluate(BAD_TEXTS)
+    assert (cut_off, overlapping) == ([], [])
+
+
+BAD_TEXTS = """() => {
+  const cutOff = [], overlapping = [];
+  for (const svg of document.querySelectorAll("#pictures figure > svg")) {
+    const frame = svg.getBoundingClientRect();
+    const texts = [...svg.querySelectorAll("text")];
+    const placed = texts.map(text => [text.textContent, text.getBoundingClientRect()]);
+    placed.forEach(([words, box], i) => {
+      const isInside = box.left >= frame.left - 1 && box.right <= frame.right + 1
+        && box.top >= frame.top - 3 && box.bottom <= frame.bottom + 1;
+      if (!isInside) cutOff.push(words);
+      for (const [other, its] of placed.slice(i + 1)) {
+        const width = Math.min(box.right, its.right) - Math.max(box.left, its.left);
+        const height = Math.min(box.bottom, its.bottom) - Math.max(box.top, its.top);
+        if (width > 1 && height > 5) overlapping.push([words, other]);
+      }
+    });
+  }
+  return [cutOff, overlapping];
+}"""
 
 
 @needs_a_browser
@@ -619,7 +657,7 @@ def test_a_space_is_a_page_that_works(browser, tmp_path):
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert again.returncode == 2
-    assert "nothing is overwritten" in again.stderr
+    assert "exists and is not overwritten" in again.stderr
     alone = {**os.environ, "PYTHONPATH": ""}  # its own copy of the package
     with served([sys.executable, "app.py"], cwd=folder, env=alone) as (address, _):
         page = browser.new_page()

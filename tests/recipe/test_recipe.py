@@ -9,21 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets.config
 import numpy as np
-import pandas as pd
 import pytest
+import text_classification_runs
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT
-from recipe_runs import load_recipe
+from recipe_runs import summary
 from safetensors.torch import load_file
+from text_classification_runs import arguments, history, make_rows, write
 
 from gradacc_hf.accumulation.accelerate_state import forget_prepared_optimizers
 from gradacc_hf.recipe.base import set_dropout
-from gradacc_hf.run.runner import run
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.settings import OptimConfig
 
@@ -31,103 +29,10 @@ RECIPE = ROOT / "recipes" / "text_classification.py"
 ENVIRONMENT = dict(os.environ)  # before any Accelerator in this process has added to it
 METRICS = {"loss", "accuracy", "f1", "matthews_correlation"}
 
-
-TextClassification = load_recipe("text_classification").TextClassification
-
-
-@pytest.fixture(scope="session")
-def datasets_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("datasets")
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch, datasets_cache):
-    """Each test starts in an empty folder; what `datasets` keeps goes elsewhere."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", datasets_cache)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(datasets_cache))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def make_rows(number=150, labels=("ham", "spam"), seed=0):
-    """Texts of 1 to 500 words, most of them short; every third has the second label, as its words tell."""
-    rng = np.random.default_rng(seed)
-    words = [
-        ["tea", "garden", "letter", "morning"],
-        ["prize", "cash", "winner", "click"],
-        ["of", "in", "the", "a"],
-    ]
-    rows = []
-    for i in range(number):
-        kind, length = int(i % 3 == 0), int(np.clip(np.exp(rng.normal(2.5, 1.2)), 1, 200))
-        chosen = rng.choice(words[kind] + words[2], length)
-        rows.append({"text": " ".join(chosen), "label": labels[kind]})
-    rows[1]["text"], rows[2]["text"] = "tea", "tea " * 500
-    return rows
-
-
-def write(path, rows):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frame = pd.DataFrame(rows)
-    match path.suffix:
-        case ".csv":
-            frame.to_csv(path, index=False)
-        case ".jsonl":
-            frame.to_json(path, orient="records", lines=True)
-        case ".parquet":
-            frame.to_parquet(path)
-    return path
-
-
-class Outcome:
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def start(tiny_bert, capfd):
-    """The recipe's command line in this process; what is not said is small, and without dropout."""
-
-    def start(**flags):
-        settings = arguments(tiny_bert, flags)
-        capfd.readouterr()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        code = 0
-        try:
-            run(TextClassification, settings)
-        except SystemExit as end:
-            code = end.code
-        return Outcome(code, *capfd.readouterr())
-
-    return start
-
-
-def arguments(tiny_bert, flags):
-    """A small run's settings, then {"data__train": "a.csv", "check": True} → --data.train a.csv --check."""
-    settings = {
-        "model.name": tiny_bert,
-        "model.dropout": 0,
-        "data.max_length": 32,
-        "batch.effective": 16,
-        "optim.lr": 1e-3,
-        "output.tracker": "none",
-        **{key.replace("__", "."): value for key, value in flags.items()},
-    }
-    words = []
-    for key, value in settings.items():
-        if value is not None:
-            words += [f"--{key}"] if value is True else [f"--{key}", str(value)]
-    return words
-
-
-def history(folder):
-    return [json.loads(line) for line in Path(folder, "history.jsonl").read_text().splitlines()]
-
-
-def summary(folder):
-    return json.loads(Path(folder, "summary.json").read_text())
+# Fixtures.
+start = text_classification_runs.start
+datasets_cache = text_classification_runs.datasets_cache
+empty_folder = text_classification_runs.empty_folder
 
 
 def snapshot(folder="."):

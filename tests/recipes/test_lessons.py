@@ -302,7 +302,7 @@ def test_a_lesson_runs_from_the_command_line(tmp_path):
         (["../minimal"], r"lesson: found '../minimal'; there are: .*"),
         (["batch_norm", "memory"], r"unrecognized arguments: memory \(gradacc --help says what there is\)"),
         (["batch_norm", "--plot"], r"argument --plot: expected one argument \(gradacc lessons --help .*\)"),
-        (["--plot", "a.svg"], r"--plot: which lesson\? .*"),
+        (["--plot", "a.svg"], r"--plot needs the name of a lesson: .*"),
         (["batch_norm", "--plot", "a.png"], r"--plot: found a.png; allowed: a file that ends in .svg"),
         (
             ["batch_norm", "--plot", "there.svg"],

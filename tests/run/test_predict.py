@@ -193,7 +193,7 @@ def test_what_is_no_run_is_refused_in_one_line(gradacc, run, tmp_path):
         (["empty", "tea"], "empty: found no config.yaml in it"),
         ([run / "best", "tea"], f"its run is {run}"),
         ([moved, "tea"], "gone.py', allowed is a file"),
-        ([run], "what to predict on?"),
+        ([run], "predict: give texts, or --input FILE"),
         ([run, "tea", "--input", "-"], "not both"),
         ([run, "--input", "gone.txt"], "--input: no file 'gone.txt'"),
         ([run, "tea", "--output", "gone/a.jsonl"], "--output: no folder gone"),

@@ -14,84 +14,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from checkpointed_runs import cut_back, history_without_seconds, run, same_weights
 from datasets import IterableDataset
 from safetensors import safe_open
-from training.test_loop import LENGTHS, fp16_accelerator
-from training.test_loop import history as rows
+from training_runs import LENGTHS, fp16_accelerator
 
-from gradacc_hf import Best, InputError, WindowLoader, evaluate, fine_tune
+from gradacc_hf import Best, InputError, WindowLoader, fine_tune
 from gradacc_hf.accumulation.splitting import Bound, Cost
 from gradacc_hf.bench.crash_recovery import DAMAGES
 from gradacc_hf.training.checkpoint import Checkpointer, Checkpoints, check_same, newest_checkpoint
 from gradacc_hf.training.lora import add_lora
 from gradacc_hf.training.settings import LoraConfig
 from gradacc_hf.verification.tiny_models import build_head
-
-OPTIMIZERS = {
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
-    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
-}
-
-
-def run(
-    folder, resume=None, optimizer="adamw", make=None, accelerator=None, every=1, keep=99, epochs=2, **more
-):
-    """A tiny BERT with dropout, a scheduler, an evaluation every 3 windows: two epochs of 5 windows."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    accelerator = accelerator() if accelerator else Accelerator(cpu=True)
-    torch.manual_seed(7)
-    head = build_head("sequence_classification", "bert")
-    for module in head.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.2
-    model = make(head.model) if make else head.model
-    windows = WindowLoader(
-        head.examples(LENGTHS), 10, accelerator=accelerator, collate_fn=head.collate, max_tokens=64
-    )
-    chosen = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
-    scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 1 / (1 + step))
-    if resume is not None:
-        resume = newest_checkpoint(resume, accelerator)
-    settings = {
-        "validate": lambda model: {"loss": evaluate(model, windows, accelerator=accelerator).loss},
-        **more,
-    }
-    summary = fine_tune(
-        model,
-        chosen,
-        windows,
-        accelerator=accelerator,
-        scheduler=scheduler,
-        epochs=epochs,
-        eval_every=3,
-        output_dir=folder,
-        checkpoints=Checkpoints(every=every, keep=keep, resume_from=resume),
-        **settings,
-    )
-    return model, summary
-
-
-def history(folder):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder)]
-
-
-def same_weights(one, other):
-    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
-    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
-
-
-def cut_back(run, folder, window):
-    """The folder of a run as it was when it was killed after this window's checkpoint, in the next window."""
-    shutil.copytree(run, folder)
-    for path in sorted((folder / "checkpoints").iterdir())[window:]:
-        shutil.rmtree(path)
-    shutil.rmtree(folder / "last", ignore_errors=True)
-    (folder / "summary.json").unlink()
-    lines = (folder / "history.jsonl").read_text().splitlines(keepends=True)
-    (folder / "history.jsonl").write_text("".join(lines[: window + 1]) + '{"window": 99, "epo')
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +39,8 @@ def test_a_run_that_goes_on_from_any_window_is_the_same_bit_for_bit(whole, tmp_p
     model, summary, folder = whole
     again, resumed = run(killed := cut_back(folder, tmp_path / "run", window), resume=killed)
     assert same_weights(model, again)
-    assert history(killed) == history(folder)
-    assert len(history(folder)) == 10
+    assert history_without_seconds(killed) == history_without_seconds(folder)
+    assert len(history_without_seconds(folder)) == 10
     for key in ("evaluations", "best", "eval", "examples", "items", "windows", "accumulation_steps"):
         assert resumed[key] == summary[key], key
     for name in ("best", "last"):
@@ -138,7 +72,7 @@ def test_so_it_is_with_other_optimizers_weights_and_precisions(tmp_path, how):
     model, _ = run(tmp_path / "whole", **how)
     again, _ = run(killed := cut_back(tmp_path / "whole", tmp_path / "run", 4), resume=killed, **how)
     assert same_weights(model, again)
-    assert history(killed) == history(tmp_path / "whole")
+    assert history_without_seconds(killed) == history_without_seconds(tmp_path / "whole")
 
 
 def test_of_a_model_with_adapters_a_checkpoint_has_what_is_trained_alone(tmp_path):
@@ -314,7 +248,7 @@ def test_on_a_full_disk_the_run_goes_on_and_the_old_checkpoint_stays_good(tmp_pa
     assert "no checkpoint after window 6: " in (said := capsys.readouterr().out)
     assert "File too large" in said
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["window-00000009"]
-    assert len(history(tmp_path)) == 10
+    assert len(history_without_seconds(tmp_path)) == 10
 
 
 class Odd:
@@ -385,10 +319,10 @@ def test_a_run_that_is_asked_to_stop_finishes_its_window_saves_and_goes_on_as_if
     assert signal.getsignal(signal.SIGTERM) is before
     assert 4 <= stopped["stopped_after"] <= 6
     assert not (tmp_path / "summary.json").exists()
-    assert len(history(tmp_path)) == stopped["stopped_after"]
+    assert len(history_without_seconds(tmp_path)) == stopped["stopped_after"]
     again, _ = run(tmp_path, resume=tmp_path, every=0)
     assert same_weights(model, again)
-    assert history(tmp_path) == history(folder)
+    assert history_without_seconds(tmp_path) == history_without_seconds(folder)
 
 
 def test_in_another_thread_there_are_no_signals_to_note(tmp_path):
@@ -425,5 +359,5 @@ def test_a_run_over_a_stream_goes_on_too(tmp_path):
     stream(tmp_path / "cut", max_windows=8)
     again = stream(tmp_path / "cut", resume=tmp_path / "cut")
     assert same_weights(model, again)
-    assert history(tmp_path / "cut") == history(tmp_path / "whole")
-    assert len(history(tmp_path / "whole")) == 10
+    assert history_without_seconds(tmp_path / "cut") == history_without_seconds(tmp_path / "whole")
+    assert len(history_without_seconds(tmp_path / "whole")) == 10

@@ -16,8 +16,9 @@ import transformers
 from accelerate import Accelerator
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import LENGTHS, fp16_accelerator, history, no_json, run, set_up
 
-from gradacc_hf import Best, WindowLoader, evaluate, fine_tune, train
+from gradacc_hf import Best, WindowLoader, evaluate, train
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.finetune import SUMMARY_KEYS, EvaluationLog
 from gradacc_hf.training.run_log import FIGURES, WindowRecord
@@ -45,36 +46,6 @@ SUMMARY |= {
     "processes",
 }
 SUMMARY |= {"precision", "versions"}
-LENGTHS = np.random.default_rng(0).integers(3, 40, size=50).tolist()
-
-
-def set_up(effective_batch_size=10, accelerator=None, **split):
-    """A tiny BERT, its optimizer and the windows of 50 examples."""
-    head = build_head("sequence_classification", "bert")
-    accelerator = accelerator or Accelerator(cpu=True)
-    windows = WindowLoader(
-        head.examples(LENGTHS),
-        effective_batch_size,
-        accelerator=accelerator,
-        collate_fn=head.collate,
-        **(split or {"max_tokens": 64}),
-    )
-    return head.model, torch.optim.AdamW(head.model.parameters(), lr=1e-3), windows
-
-
-def run(model, optimizer, windows, **more):
-    return fine_tune(model, optimizer, windows, accelerator=windows.accelerator, **more)
-
-
-def history(folder):
-    return [
-        json.loads(line, parse_constant=no_json)
-        for line in (folder / "history.jsonl").read_text().splitlines()
-    ]
-
-
-def no_json(constant):
-    raise AssertionError(f"{constant} is no JSON")
 
 
 def logits(model, windows):
@@ -82,24 +53,6 @@ def logits(model, windows):
 
 
 # fp16
-
-
-class CountingScaler(torch.amp.GradScaler):
-    unscaled = 0
-
-    def unscale_(self, optimizer):
-        self.unscaled += 1
-        super().unscale_(optimizer)
-
-
-def fp16_accelerator(init_scale=1024.0):
-    """Accelerate has no fp16 on a CPU; torch has, scaler and all."""
-    accelerator = Accelerator(cpu=True)
-    # from an overflow it comes back in one step, so that the windows after it are stepped
-    scaler = CountingScaler("cpu", init_scale=init_scale, backoff_factor=2.0**-30)
-    accelerator.scaler, accelerator.native_amp = scaler, True
-    accelerator.state._mixed_precision = "fp16"
-    return accelerator
 
 
 def test_under_fp16_gradients_are_unscaled_once_a_window():
@@ -589,7 +542,7 @@ def test_history_is_on_disk_after_each_window(tmp_path):
 KILLED = """
 import time
 from pathlib import Path
-from training.test_loop import run, set_up
+from training_runs import run, set_up
 
 def wait(model):
     Path("third").touch()

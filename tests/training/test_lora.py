@@ -5,14 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
+import text_classification_runs
 import torch
 import transformers
 from accelerate import Accelerator
 from conftest import ROOT
 from peft import AutoPeftModel, PeftModel
-from recipe import test_recipe
-from recipe.test_recipe import TextClassification, arguments, make_rows, summary, write
+from recipe_runs import summary
 from safetensors.torch import load_file
+from text_classification_runs import TextClassification, arguments, make_rows, write
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from gradacc_hf import WindowLoader, verify
@@ -36,8 +37,9 @@ from gradacc_hf.utils.modeling import checkpoint_activations, disable_dropout
 from gradacc_hf.verification.tiny_models import build_head
 
 # Fixtures.
-start = test_recipe.start
-datasets_cache, empty_folder = test_recipe.datasets_cache, test_recipe.empty_folder
+start = text_classification_runs.start
+datasets_cache = text_classification_runs.datasets_cache
+empty_folder = text_classification_runs.empty_folder
 
 TEXTS = ["tea in the garden", "prize winner click"]
 

@@ -165,5 +165,5 @@ def test_wrong_names_are_answered_with_the_allowed_ones():
         build_head("sequence_classification", "bert", problem="ranking")
     with pytest.raises(ValueError, match="only 'single_label'"):
         build_head("masked_lm", "bert", problem="regression")
-    with pytest.raises(ValueError, match="at least 3, found 2"):
+    with pytest.raises(ValueError, match="lengths: found 2; allowed: 3 or more"):
         build_head("masked_lm", "bert").examples([4, 2])

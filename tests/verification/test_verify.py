@@ -1,4 +1,4 @@
-"""`verify` says whether a loop is exact on the user's model and data, and why where it is not."""
+"""`verify` reports whether a loop is exact for the user's model and data, and the reason if it is not."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ def test_a_separable_head_is_exact(kind, model_type):
     assert result.loop.norm_ratio == pytest.approx(1)
     assert result.loop.cosine == pytest.approx(1)
     assert result.reasons == ()
-    assert result.verdict.startswith("Exact: 3 micro-batches give the gradient of the window, to ")
+    assert result.verdict.startswith("Exact: 3 micro-batches give the gradient of the whole window, with a ")
 
 
 def test_trainer_multiplies_by_the_accumulation_steps_where_it_does():
@@ -67,7 +67,7 @@ def test_padding_that_reaches_the_loss_is_named_and_its_cure_works():
     result = verify(head.model, loader(head), trainer=False)
     (reason,) = result.reasons
     assert not result.exact
-    assert reason.what.startswith("padding reaches the loss: one of 3 tokens has the loss ")
+    assert reason.what.startswith("padding reaches the loss: an example of 3 tokens has the loss ")
     assert "pad_to='window'" in reason.cure
     assert verify(head.model, loader(head, pad_to="window"), trainer=False).exact
 
@@ -86,7 +86,7 @@ def test_padding_is_named_also_where_collate_fn_cannot_be_told_how_far():
 def test_the_items_that_would_make_it_exact_are_found(kind, counted, cure):
     head = build_head(kind, "gpt2")
     (reason,) = verify(head.model, loader(head, num_items=counted), trainer=False).reasons
-    assert reason.what == "the loss is a mean over other items than those counted"
+    assert reason.what == "the loss is a mean over different items from the counted ones"
     assert reason.cure == f"num_items='{cure}' makes it exact"
     assert verify(head.model, loader(head, num_items=cure), trainer=False).exact
 
@@ -141,7 +141,7 @@ def test_batch_norm_is_named_with_the_group_norm_that_fits():
     assert reason.what.startswith("16 BatchNorm modules (resnet.embedder.embedder.normalization, ")
     name = "resnet.embedder.embedder.normalization"
     module = head.model.get_submodule(name)
-    assert f"torch.nn.GroupNorm(16, {module.num_features}) in the place of {name}" in reason.cure
+    assert f"torch.nn.GroupNorm(16, {module.num_features}) instead of {name}" in reason.cure
 
 
 class Centred(torch.nn.Module):
@@ -155,7 +155,7 @@ def test_a_module_that_mixes_examples_in_training_mode_only_is_named():
     head = build_head("sequence_classification", "bert")
     head.model.classifier = torch.nn.Sequential(Centred(), head.model.classifier)
     [reason] = verify(head.model, loader(head), trainer=False).reasons
-    assert "in training mode 1 Centred (classifier.0 …)" in reason.what
+    assert "with 1 Centred (classifier.0 …) in training mode" in reason.what
     head.model.classifier[0].train = lambda mode=True: head.model.classifier[0]
     head.model.classifier[0].training = False
     assert verify(head.model, loader(head), trainer=False).exact
@@ -191,7 +191,7 @@ def test_masking_at_random_is_named():
         }
 
     (reason,) = verify(head.model, loader(head, collate_fn=collate), trainer=False).reasons
-    assert reason.what == "collate_fn gives another input_ids each time it is given the same example"
+    assert reason.what == "collate_fn returns a different input_ids for the same example each time"
 
 
 def test_dropout_is_off_while_it_looks_and_on_again_after_that():
@@ -314,7 +314,7 @@ def test_a_gradient_that_is_not_finite_at_once_is_named():
     head = build_head("sequence_classification", "bert")
     result = verify(head.model, loader(head), lambda outputs, _: outputs.loss * float("nan"), trainer=False)
     assert not result.exact
-    assert [reason.what for reason in result.reasons] == ["the gradient of the window at once is not finite"]
+    assert [reason.what for reason in result.reasons] == ["the gradient of the whole window is not finite"]
 
 
 @pytest.mark.parametrize("num_windows", [0, 2])
@@ -385,7 +385,7 @@ print(result.reference, result.exact, sep="|")
 def test_a_window_that_does_not_fit_is_taken_one_example_at_a_time_in_float64():
     done = subprocess.run([sys.executable, "-c", TOO_LARGE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    reference = "one example at a time, in float64: a window does not fit at once"
+    reference = "one example at a time, in float64, because a window does not fit in one batch"
     right, wrong_items = done.stdout.splitlines()
     assert right == f"{reference}|True"
     assert wrong_items == f"{reference}|False", "that reference trusts the items, so that they are tried"
@@ -454,13 +454,14 @@ def test_a_printed_verification_is_a_table_with_the_reason_and_the_verdict(capsy
     head = build_head("question_answering", "bert")
     print(verify(head.model, loader(head)))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "1 window, 10 examples, in 3 micro-batches; against the window at once, in float32"
+    assert lines[0] == "1 window, 10 examples, split into 3 micro-batches"
+    assert lines[1] == "reference gradient: the whole window in one batch, in float32"
     rows = [line.split() for line in lines if line.endswith((" exact", "cosine"))]
-    assert [row[0] for row in rows] == ["relative", "the", "ExactTrainer", "Trainer"]
+    assert [row[0] for row in rows] == ["gradient", "the", "ExactTrainer", "Trainer"]
     assert all(row[-2:] == ["not", "exact"] for row in rows[1:])
     text = " ".join(lines)
     assert "why: padding reaches the loss" in text
-    assert "what to do: mask padded positions in the loss, or pad each window alike" in text
-    assert "Not exact: 3 micro-batches are off by" in text
+    assert "what to do: mask padded positions in the loss, or pad each window to one length" in text
+    assert "Not exact: 3 micro-batches give a gradient with a relative error of" in text
     assert max(map(len, lines)) <= 100
     assert "\x1b" not in text
