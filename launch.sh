@@ -225,7 +225,7 @@ esac
 
 for argument in ${arguments[@]+"${arguments[@]}"}; do
   case $argument in
-    -h | --help) exec python "$recipe" --help ;;
+    -h | --help) exec python "$recipe" "${arguments[@]}" ;;
     --check) exec python "$recipe" "${arguments[@]}" ;;
   esac
 done

@@ -79,7 +79,7 @@ _LAZY = {
     "train": "training.loop",
     "verify": "verification.exactness",
 }
-"""Export → the module that defines it. The imports below say the same to editors and type checkers."""
+"""Export → the module that defines it. The imports below are the same list for editors and type checkers."""
 
 if TYPE_CHECKING:
     from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch

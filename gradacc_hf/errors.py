@@ -1,4 +1,4 @@
-"""The exceptions of gradacc, and how their messages are worded.
+"""The exceptions of gradacc, and helpers for their messages.
 
     GradaccError                            base class; exit code 1
     ├── InputError (ValueError)             a setting, an argument or a file is wrong; exit code 2
@@ -37,7 +37,7 @@ class InputError(GradaccError, ValueError):
 
 
 class LoopError(GradaccError, RuntimeError):
-    """A training loop leaves out a call that a window needs, or makes it in the wrong place."""
+    """A training loop omits a call that a window needs, or makes it in the wrong place."""
 
 
 class NonFiniteError(GradaccError):
@@ -45,13 +45,13 @@ class NonFiniteError(GradaccError):
 
 
 class OutOfMemoryError(GradaccError, RuntimeError):
-    """Memory does not suffice, and no split of the window into micro-batches can change that."""
+    """Memory ran out, and no split of the window into micro-batches can prevent it."""
 
 
 class OutOfMemoryWhileSyncingError(OutOfMemoryError):
     """Memory ran out while other processes wait for the gradients of this one.
 
-    The run can only go on from its last checkpoint, with micro-batches of at most `max_tokens` padded tokens.
+    The run must resume from its last checkpoint, with micro-batches of at most `max_tokens` padded tokens.
     """
 
     every_process_reports = True
@@ -73,9 +73,9 @@ class HeadUnavailableError(GradaccError):
 
 
 class MissingExtraError(GradaccError, ImportError):
-    """A package is missing that an extra of this one installs.
+    """A package of an extra of gradacc-hf is not installed.
 
-    The message says what needs which packages, and the `pip install` that brings them.
+    The message names the feature, the missing packages, and the `pip install` command.
     """
 
     exit_code = 2
@@ -97,7 +97,7 @@ def refuse(key: str, found: str, allowed: str) -> NoReturn:
 
 
 def __getattr__(name: str) -> Any:
-    """Return the exception that version 0.1.0 called `BadInput`, with a DeprecationWarning."""
+    """Return `InputError` under its old name `BadInput` (version 0.1.0), with a DeprecationWarning."""
     if name != "BadInput":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import warnings

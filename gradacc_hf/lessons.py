@@ -77,7 +77,7 @@ def run(name: str, plot: Path | None = None) -> Any:
 
 @contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """Hide Accelerate's settings and state, so that an Accelerator is as the lesson's file says.
+    """Hide Accelerate's settings and state, so that an Accelerator has the settings of the lesson alone.
 
     The environment is restored at the end, and Accelerate's state is reset again.
     """

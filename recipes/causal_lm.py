@@ -3,7 +3,7 @@
     ./launch.sh recipes/causal_lm.py --config configs/causal_lm_offline.yaml --budget auto
 
 Your own: a JSONL file with `messages` (a list of {role, content}), or with `prompt` and `completion`, or with
-`text`. Learned are what the assistant says in a chat, completions, and all of a plain text.
+`text`. The loss covers the assistant's turns of a chat, completions, and all of a plain text.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ from gradacc_hf.tasks.prompts import answer_prompts, answer_samples
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss
 from gradacc_hf.training.loop import evaluate
 
-MESSAGES, PROMPTS, TEXTS = ("messages",), ("prompt", "completion"), ("text",)  # what a row may hold
+MESSAGES, PROMPTS, TEXTS = ("messages",), ("prompt", "completion"), ("text",)  # the columns of a row
 
 
 def features(row, tokenizer, kind, max_length):
-    """A row → the tokens that the model reads, and which of them are learned."""
+    """Return the tokens of a row, and as `labels` the tokens that the loss covers."""
     if kind == MESSAGES:
         return chat.tokenize_chat(tokenizer, row["messages"], max_length)
     prompt = row["prompt"] if kind == PROMPTS else ""
@@ -49,13 +49,16 @@ class CausalLM(Recipe):
     @dataclass
     class Data(DataConfig):
         chat_template: str | None = None
-        """File with the chat template (Jinja) that is used instead of the model's own."""
+        """File with a chat template (Jinja).
+        Used instead of the model's own."""
         packing: bool = False
-        """Lay the examples of a micro-batch end to end instead of padding them; none attends to another."""
+        """Pack examples instead of padding them.
+        The examples of a micro-batch form one row. None attends to another."""
         samples: int = 4
-        """Validation prompts that are answered after an evaluation, for the report (0: none)."""
+        """Validation prompts to answer for the report.
+        They are answered after each evaluation. 0: none."""
         sample_tokens: int = 64
-        """Where an answer is cut off (tokens)."""
+        """Tokens after which an answer ends."""
 
         def rules(self):
             yield from super().rules()
@@ -76,14 +79,14 @@ class CausalLM(Recipe):
         return train.select_columns(names), self.validation.select_columns(names)
 
     def problem(self, row):
-        """What is wrong with a row before it is tokenised, or None."""
+        """Return the problem of a row before it is tokenised, or None."""
         if self.kind == MESSAGES:
             return chat.chat_problem(row["messages"])
         odd = next((name for name in self.kind if not isinstance(row[name], str)), None)
         return None if odd is None else f"column {odd!r}: {row[odd]!r:.40} is not text"
 
     def find_kind(self, rows):
-        """What both data sets hold: chats, else prompts with completions, else texts."""
+        """Return the kind of rows that both data sets hold: chats, prompts with completions, or texts."""
         kinds = (MESSAGES, PROMPTS, TEXTS)
         for kind in kinds:
             if all(set(kind) <= set(dataset.column_names) for dataset in rows):
@@ -105,7 +108,7 @@ class CausalLM(Recipe):
 
     @property
     def settings(self):
-        """What `features` is told."""
+        """The arguments of `features`."""
         return {"tokenizer": self.tokenizer, "kind": self.kind, "max_length": self.data.max_length}
 
     def model(self):
@@ -116,7 +119,7 @@ class CausalLM(Recipe):
         return model
 
     def check_model(self):
-        """Also what packing and the lean loss ask of a model; that takes its weights."""
+        """Check the weights, and, by loading them, whether the model allows packing and the lean loss."""
         super().check_model()
         if self.data.packing or self.config.budget.lean_loss is True:
             self.model()
@@ -126,7 +129,7 @@ class CausalLM(Recipe):
 
     @property
     def pad_to(self):
-        """Packed examples are not padded."""
+        """The padding of a batch; packed examples have none."""
         return "nothing" if self.data.packing else "micro_batch"
 
     def validate(self, model, windows, accelerator):
@@ -137,12 +140,12 @@ class CausalLM(Recipe):
         return {"loss": found.loss, "perplexity": perplexity(found.loss)}
 
     def answer(self, model, inputs):
-        """What the model says, greedily, to chats, prompts or texts (`tasks/prompts.py`)."""
+        """Return the greedy answers to chats, prompts or texts."""
         answers = answer_prompts(model, self.tokenizer, inputs, self.data.sample_tokens)
         return [{"answer": answer} for answer in answers]
 
     def baseline(self, train, validation):
-        """Every token as likely as it is among the learned tokens in training."""
+        """Return the perplexity of the frequencies that tokens have in the training labels."""
         learned = (
             (token for row in rows["labels"] for token in row[1:] if token != IGNORED)
             for rows in (train, validation)

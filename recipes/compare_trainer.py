@@ -3,8 +3,8 @@
     ./launch.sh recipes/compare_trainer.py --windows 3
 
 All train MiniLM on the same docstrings in the same windows of 32, the last one partial, with SGD and without
-dropout, so that the weights that come out can be compared with those of each window at once. Copy the one
-that you have, and the one that you want. Your own config, with repeats, memory and a report:
+dropout. The changes of the weights are compared with training on each window at once. Copy the way that you
+have and the way that you want. For your own config, with repeats, memory and a report:
 `gradacc compare --config FILE`.
 """
 
@@ -45,7 +45,7 @@ def with_trainer(model, examples, trainer_class=Trainer):
         learning_rate=LR,
         lr_scheduler_type="constant",
         max_grad_norm=0,
-        train_sampling_strategy="sequential",  # so that all see the same windows
+        train_sampling_strategy="sequential",  # the same windows as the other ways
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
@@ -113,7 +113,7 @@ def main(num_windows):
     ways = {"at once": at_once, "Trainer": with_trainer, "ExactTrainer": with_exact_trainer}
     ways |= {"accumulate()": with_accumulate, "windows": with_windows}
     for name, way in ways.items():
-        set_seed(0)  # the same new classifier
+        set_seed(0)  # the same initial weights of the classifier
         model = AutoModelForSequenceClassification.from_pretrained(
             minilm_path(), num_labels=len(classes), **no_dropout
         )
@@ -125,13 +125,13 @@ def main(num_windows):
         expected = change if expected is None else expected
         off = float((change - expected).norm() / expected.norm())
         speed = len(examples) / seconds
-        print(f"{name:<14}change of the weights off that at once by {off:.0e}   {speed:.0f} examples/s")
+        print(f"{name:<14}error of the weight change {off:.0e}   {speed:.0f} examples/s")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fine-tune MiniLM four ways and compare the weights.")
-    parser.add_argument("--windows", type=int, default=3, help="optimizer steps of each (%(default)s)")
-    parser.add_argument("--check", action="store_true", help="say whether this would run, and stop")
+    parser.add_argument("--windows", type=int, default=3, help="optimizer steps of each way (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="check whether this would run, and stop")
     arguments = parser.parse_args()
     if arguments.windows < 1:
         parser.error(f"--windows: found {arguments.windows}; allowed: 1 or more")

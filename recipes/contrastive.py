@@ -1,10 +1,10 @@
-"""Search: embed texts so that each is nearest to what belongs to it, out of all others.
+"""Search: embed texts so that the text that belongs to a query is the nearest.
 
     ./launch.sh recipes/contrastive.py --config configs/contrastive_offline.yaml --budget auto
 
 Your own pairs: `--data.train my.csv --data.anchor_column question --data.positive_column answer`, and
-`--data.negative_column wrong_answer` where each pair has a hard negative. Every other pair of the window is
-one, however the window is split (the gradient cache): the larger `batch.effective`, the more there are.
+`--data.negative_column wrong_answer` if each pair has a hard negative. All other pairs of a window are
+negatives too, however the window is split (by the gradient cache). A larger `batch.effective` has more.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.training.loop import evaluate
 
-HITS = 10  # that an evaluation looks at
+HITS = 10  # candidates per query in an evaluation
 
 
 def features(rows, tokenizer, columns, max_length):
-    """Rows → what the model reads: each column on its own."""
+    """Return the texts and token ids of each column."""
     found = {}
     for column, name in columns.items():
         texts = [text if isinstance(text, str) else "" for text in rows[name]]
@@ -35,7 +35,7 @@ def features(rows, tokenizer, columns, max_length):
 
 
 class Contrastive(Recipe):
-    """Find what belongs to a text."""
+    """Find the text that belongs to a text."""
 
     model_class = AutoModel
     pipeline_tag = "sentence-similarity"
@@ -44,15 +44,19 @@ class Contrastive(Recipe):
     @dataclass
     class Data(DataConfig):
         anchor_column: str = "anchor"
-        """Column that holds what is searched with: a question, a description."""
+        """Column of the search text.
+        For example a question or a description."""
         positive_column: str = "positive"
-        """Column that holds what is to be found with it."""
+        """Column of the text to find."""
         negative_column: str | None = None
-        """Column that holds what looks alike and is not to be found; null where there is none."""
+        """Column of a hard negative.
+        A text that looks like the right one, and is wrong. null: there is none."""
         temperature: float = 0.05
-        """What cosines are divided by in the loss: the lower, the more the nearest negatives count."""
+        """Divisor of the cosines in the loss.
+        The lower it is, the more the nearest negatives count."""
         symmetric: bool = True
-        """Whether positives are to find their anchors too."""
+        """Also search anchors from positives.
+        The loss is then the mean of both directions."""
 
         def rules(self):
             yield from super().rules()
@@ -64,7 +68,7 @@ class Contrastive(Recipe):
         names = (data.anchor_column, data.positive_column, data.negative_column)
         self.columns = {column: name for column, name in zip(COLUMNS, names, strict=True) if name}
         self.loss = ContrastiveLoss(data.temperature, data.symmetric)
-        self.searched = None  # by `answer`: validation texts, and where they are embedded
+        self.searched = None  # `answer` keeps the validation texts and their embeddings here
 
     def datasets(self):
         if self.config.batch.least < 2:
@@ -83,7 +87,7 @@ class Contrastive(Recipe):
     def problem(self, row):
         for column, name in self.columns.items():
             if not row[f"{column}_text"].strip():
-                return f"unpaired: its {name} is no text, or an empty one"
+                return f"unpaired: its {name} is empty or not text"
             if len(row[f"{column}_input_ids"]) <= self.tokenizer.num_special_tokens_to_add():
                 return f"no token of its {name} is left at data.max_length {self.data.max_length}"
         return None
@@ -96,7 +100,7 @@ class Contrastive(Recipe):
 
     def load(self, folder):
         model = super().load(folder)
-        return model if isinstance(model, Embedder) else Embedder(model)  # adapters come in one
+        return model if isinstance(model, Embedder) else Embedder(model)  # with adapters it is one already
 
     def lengths(self, dataset):
         tokens = [list_lengths(dataset, f"{column}_input_ids") for column in self.columns]
@@ -110,14 +114,14 @@ class Contrastive(Recipe):
         return batch
 
     def num_items(self, batch):
-        """Pairs."""
+        """Return the number of pairs."""
         return len(batch["anchor_input_ids"])
 
     def predict(self, outputs, batch):
         return outputs.float().cpu().numpy(), [None] * len(outputs)
 
     def validate(self, model, windows, accelerator):
-        """Each anchor's own positive is looked for among all of the validation set, the loss's too."""
+        """Search each anchor's positive among all of the validation set, also for the loss."""
         found = evaluate(
             model, windows, accelerator=accelerator, compute_loss=self.loss, predict=self.predict
         )
@@ -139,13 +143,13 @@ class Contrastive(Recipe):
         return load("retrieval").compute(predictions=predictions, references=references) or {}
 
     def baseline(self, train, validation):
-        """All validation rows in an order drawn at random."""
+        """Return the expected scores of a random order of all validation rows."""
         from gradacc_hf.metrics.retrieval import chance
 
         return chance(len(validation))
 
     def answer(self, model, inputs):
-        """The five validation rows that are nearest to each text, or to each row's anchor."""
+        """Return the five validation texts nearest to each text, or to each row's anchor."""
         settings = self.tokenizer, self.data.max_length
         if self.searched is None:  # once for all inputs
             candidates = self.datasets()[1]["positive_text"][:]

@@ -1,8 +1,8 @@
-"""Label an image: which of a few classes does it show?
+"""Label an image with the class that it shows.
 
     ./launch.sh recipes/image_classification.py --config configs/image_classification_offline.yaml
 
-Your own images, in a folder for each class: `--data.train FOLDER`; or a file with a column of their paths.
+Your own images: `--data.train FOLDER`, with a folder for each class in it; or a file with a column of paths.
 """
 
 from dataclasses import dataclass
@@ -31,13 +31,17 @@ class ImageClassification(Recipe):
     @dataclass
     class Data(DataConfig):
         image_column: str = "image"
-        """Column that holds the image, or the path of its file, from the current folder."""
+        """Column of the image, or of its file path.
+        A relative path starts at the current folder."""
         label_column: str = "label"
-        """Column that holds the label: strings or integers. Of a folder, the names of its class folders."""
+        """Column of the label: strings or integers.
+        In a folder of images, the labels are the names of the class folders."""
         crop: float = 1.0
-        """Augmentation: the smallest share of an image's area that is cut out of it at random (1 is off)."""
+        """Smallest random crop, as share of the area.
+        Augmentation of training images. 1: no crop."""
         flip: bool = False
-        """Augmentation: mirror half of the images, drawn at random. Wrong for digits and letters."""
+        """Mirror half of the images at random.
+        Augmentation of training images; wrong for digits and letters."""
 
         def rules(self):
             yield from super().rules()
@@ -54,13 +58,13 @@ class ImageClassification(Recipe):
         return self.examples(train, augment=True), self.examples(validation, augment=False)
 
     def examples(self, rows, augment):
-        """Images stay in their files, or as the bytes of these, until `transform` reads them."""
+        """Return the examples: paths or bytes of images, which `transform` decodes, and labels."""
         rows = rows.select_columns([self.data.image_column, "label"])
         rows = rows.rename_columns({self.data.image_column: "image", "label": "labels"})
         return with_column(rows, "augment", np.full(len(rows), augment))
 
     def transform(self, example, random):
-        """The pixels of an image; of a training image, of a random part of it, mirrored or not."""
+        """Return the pixels of an image; a training image is cropped and mirrored at random first."""
         image = read_image(example["image"])
         if example["augment"] and self.data.crop < 1:
             image = random_cut(image, self.data.crop, random)
@@ -69,7 +73,7 @@ class ImageClassification(Recipe):
         return {"pixel_values": self.pixels([image])[0], "labels": example["labels"]}
 
     def pixels(self, images):
-        """What the model reads: (images, channels, height, width), resized and normalised as it expects."""
+        """Return the inputs of the model (images, channels, height, width), resized and normalised for it."""
         return self.processor(images, return_tensors="pt")["pixel_values"]
 
     @cached_property
@@ -82,14 +86,14 @@ class ImageClassification(Recipe):
 
     @cached_property
     def patches(self):
-        """How many patches an image is cut into, and the side of each in pixels."""
+        """The number of patches in an image, and the side of a patch in pixels."""
         height, width = self.pixels([Image.new("RGB", (64, 64))]).shape[-2:]
         side = getattr(self.model_config(), "patch_size", 16)
         return height // side * (width // side), side
 
     @property
     def tokens_are(self):
-        """What `budget.max_tokens` counts here."""
+        """The unit of `budget.max_tokens` for images."""
         number, side = self.patches
         return f"patches of {side} × {side} pixels, {number} an image"
 
@@ -110,7 +114,7 @@ class ImageClassification(Recipe):
         return self.target.metrics(np.stack(predictions), np.stack(references))
 
     def baseline(self, train, validation):
-        """Always the label that is the most frequent in training."""
+        """Return the scores of the most frequent training label, given as the answer to every image."""
         return self.target.baseline(train["labels"], validation["labels"])
 
     def answer(self, model, inputs):

@@ -1,8 +1,8 @@
-"""Fill in masked tokens: train a masked language model further, on the texts of your field.
+"""Fill in masked tokens: continue the pretraining of a masked language model on your texts.
 
     ./launch.sh recipes/masked_lm.py --config configs/masked_lm_offline.yaml --budget auto
 
-Your own texts: `--data.train my.csv --data.text_column text`. Long ones are cut into chunks, none is cut off.
+Your own texts: `--data.train my.csv --data.text_column text`. A long text is split into chunks.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from gradacc_hf.tasks.masked_head import at_labels, head_at_labels
 
 
 def chunks(rows, tokenizer, text_column, max_length):
-    """Rows → what the model reads: every text in as many chunks of up to max_length tokens as it needs."""
+    """Return the inputs of the model: each text split into chunks of at most max_length tokens."""
     settings = {"truncation": True, "max_length": max_length, "return_overflowing_tokens": True}
     tokens = tokenizer(rows[text_column], return_token_type_ids=False, **settings)
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}
@@ -39,9 +39,9 @@ class MaskedLM(Recipe):
     @dataclass
     class Data(DataConfig):
         text_column: str = "text"
-        """Column that holds the text."""
+        """Column of the text."""
         masked: float = 0.15
-        """Share of the tokens that are to be predicted (between 0 and 1)."""
+        """Share of tokens to mask and predict."""
 
         def rules(self):
             yield from super().rules()
@@ -55,7 +55,7 @@ class MaskedLM(Recipe):
             found = f"found {data.max_length}, and {special} special tokens frame every chunk"
             refuse("data.max_length", found, f"allowed: {special + 1} or more")
         if not self.tokenizer.is_fast:
-            found = f"the tokenizer of {self.config.model.name} cannot cut a text into chunks"
+            found = f"the tokenizer of {self.config.model.name} cannot split a text into chunks"
             refuse("model.name", found, "use a model with a tokenizer.json")
         train, validation = self.rows()
         for dataset in (train, validation):
@@ -77,14 +77,14 @@ class MaskedLM(Recipe):
 
     @cached_property
     def ordinary(self):
-        """For every token id, whether it is not a special one; only such are masked."""
+        """For each token id, whether it is an ordinary token. Special tokens are never masked."""
         return ~np.isin(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
 
     def transform(self, example, random):
-        """Mask as BERT does: of the chosen tokens 80 % become [MASK], 10 % any token, and 10 % stay.
+        """Mask as BERT does: of the chosen tokens 80 % become [MASK], 10 % a random token, and 10 % stay.
 
-        Every token is chosen alike, whatever the length of its chunk: a short one may have none, and then no
-        item. (One at least in every chunk would give the tokens of short chunks more weight in the loss.)
+        All tokens are equally likely to be chosen, so a short chunk may have no item. To choose at least one
+        in every chunk would give tokens of short chunks more weight in the loss.
         """
         ids = np.array(example["input_ids"])
         chosen = self.ordinary[ids] & (random.random(len(ids)) < self.data.masked)
@@ -103,7 +103,7 @@ class MaskedLM(Recipe):
         return torch.nn.functional.cross_entropy(logits, labels[labels != IGNORED])
 
     def predict(self, outputs, batch):
-        """The ids of the masked tokens only: predicted ones and true ones, row by row."""
+        """Return predicted and true ids of the masked tokens, row by row."""
         labels = batch["labels"]
         predicted = at_labels(outputs.logits, labels).argmax(-1)
         counts = (labels != IGNORED).sum(1).tolist()
@@ -111,7 +111,7 @@ class MaskedLM(Recipe):
         return tuple([row.cpu().numpy() for row in rows] for rows in pairs)
 
     def validate(self, model, windows, accelerator):
-        """The masks are the same at each evaluation: those of epoch 0."""
+        """Return the metrics and the perplexity. Every evaluation uses the masks of epoch 0."""
         scores = super().validate(model, windows, accelerator)
         return {**scores, "perplexity": float(np.exp(scores["loss"]))}
 
@@ -122,19 +122,19 @@ class MaskedLM(Recipe):
         return load("accuracy").compute(**ids)
 
     def baseline(self, train, validation):
-        """A token's frequency in training (+ 1) as its probability, and always the most frequent one."""
+        """Return the perplexity of token frequencies (+ 1), and the accuracy of the most frequent token."""
         expected, found = self.count(train) + self.ordinary, self.count(validation)
         loss = -np.log(expected[self.ordinary] / expected.sum()) @ found[self.ordinary] / found.sum()
         return {"accuracy": float(found[expected.argmax()] / found.sum()), "perplexity": float(np.exp(loss))}
 
     def count(self, dataset):
-        """How often each token occurs, special ones apart."""
+        """Return the number of occurrences of each ordinary token."""
         tables = dataset.select_columns("input_ids").with_format("arrow").iter(10_000)
         ids = (pc.list_flatten(table["input_ids"]).to_numpy() for table in tables)
         return sum(np.bincount(some, minlength=len(self.tokenizer)) for some in ids) * self.ordinary
 
     def answer(self, model, inputs):
-        """The likeliest fillings of each mask in a text, with their probabilities."""
+        """Return the likeliest tokens for each mask in a text, with probabilities."""
         tokenizer, settings = self.tokenizer, {"truncation": True, "max_length": self.data.max_length}
         fill, answers = pipeline("fill-mask", model=model, tokenizer=tokenizer, tokenizer_kwargs=settings), []
         for text in texts_of(inputs, [self.data.text_column])[0]:

@@ -1,9 +1,9 @@
-"""The loop in the open, without a Recipe: MiniLM learns to tell which module a docstring belongs to.
+"""The loop in the open, without a Recipe: MiniLM learns to predict the module of a docstring.
 
     ./launch.sh recipes/minimal.py --processes 2
 
 Copy it into your project and replace the data, the model and the collate function. From `for window` to the
-scheduler's step it is Accelerate's own loop, but that the window says how long it is and weighs the loss.
+scheduler's step it is Accelerate's own loop, with two additions: the loop over windows, and `window.weigh`.
 """
 
 import argparse
@@ -38,9 +38,8 @@ def main(epochs: int, max_windows: int | None) -> None:
 
     shared = {"max_tokens": 2048, "collate_fn": collate, "accelerator": accelerator}
     windows = WindowLoader(train, 64, seed=0, **shared)
-    scheduler = get_scheduler(
-        "linear", optimizer, 4, epochs * len(windows)
-    )  # not prepared: one step a window
+    # Do not prepare the scheduler: it takes one step per window.
+    scheduler = get_scheduler("linear", optimizer, 4, epochs * len(windows))
 
     for epoch in range(epochs):
         model.train()
@@ -70,8 +69,8 @@ def main(epochs: int, max_windows: int | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fine-tune MiniLM on docstrings, with the loop in the open.")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--check", action="store_true", help="say whether this would run, and stop")
-    parser.add_argument("--max_windows", type=int, help="stop each epoch after so many windows")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the training examples (1)")
+    parser.add_argument("--check", action="store_true", help="check whether this would run, and stop")
+    parser.add_argument("--max_windows", type=int, help="optimizer steps after which an epoch ends (all)")
     arguments = parser.parse_args()
     print("check: this would run") if arguments.check else main(arguments.epochs, arguments.max_windows)

@@ -2,9 +2,10 @@
 
     ./launch.sh recipes/question_answering.py --config configs/question_answering_offline.yaml --budget auto
 
-Your own: `--data.train my.jsonl`, rows with `question`, `context` and, in characters, `answers`:
-{"text": ["a span of the context"], "answer_start": [41]}. A context longer than `data.max_length` is read in
-parts that overlap, each an example: those with the answer are learned from, the best span of all counts.
+Your own: `--data.train my.jsonl`, rows with `question`, `context` and `answers`:
+{"text": ["a span of the context"], "answer_start": [41]}, in characters. A context longer than
+`data.max_length` is split into overlapping parts. Training uses the parts with the answer; the best span of
+all parts is the model's answer.
 """
 
 import re
@@ -36,7 +37,7 @@ from gradacc_hf.tasks.spans import (
 
 
 def features(rows, numbers, question, context, answers, **settings):
-    """Rows → what the model reads, and of each example its row and where its tokens are."""
+    """Return the inputs of the model, and for each example the row and the positions of the tokens."""
     parts = in_parts(rows[question], rows[context], **settings)
     add_positions(parts, rows[answers])
     return {**parts, "row": [numbers[row] for row in parts["row"]]}
@@ -53,15 +54,17 @@ class QuestionAnswering(Recipe):
     @dataclass
     class Data(DataConfig):
         question_column: str = "question"
-        """Column that holds the question."""
+        """Column of the question."""
         context_column: str = "context"
-        """Column that holds the text with the answer in it."""
+        """Column of the text that holds the answer."""
         answers_column: str = "answers"
-        """Column that holds the answers, as SQuAD has them: {"text": [...], "answer_start": [...]}."""
+        """Column of the answers, in SQuAD's form.
+        {"text": [...], "answer_start": [...]}, with positions in characters."""
         doc_stride: int = 64
-        """Tokens that two parts of a long context share: shorter answers are whole in one of them."""
+        """Tokens shared by two parts of a long context.
+        A shorter answer is whole in one of the parts."""
         max_answer_length: int = 30
-        """The longest answer that is given (tokens)."""
+        """Tokens of the longest answer."""
 
         def rules(self):
             yield from super().rules()
@@ -90,12 +93,12 @@ class QuestionAnswering(Recipe):
         return tuple(dataset.remove_columns(["row", "offsets"]) for dataset in (train, validation))
 
     def problem(self, row):
-        """What is wrong with a row, or None."""
+        """Return the problem of a row, or None."""
         question, context, answers = (row[column] for column in self.columns.values())
         return row_problem(question, context, answers or {}, **self.settings)
 
     def problem_of_parts(self, row):
-        """What is wrong with a row whose answer no part holds, or None."""
+        """Return the problem of a row whose answer no part holds, or None."""
         limits = f"data.max_length is {self.data.max_length}, data.doc_stride {self.data.doc_stride}"
         found = f"no part of its context holds its whole answer: {limits} (raise it)"
         return None if row["is_held"] else found
@@ -106,13 +109,13 @@ class QuestionAnswering(Recipe):
 
     @cached_property
     def settings(self):
-        """How texts are cut and tokenised; token types only where the model takes some."""
+        """The settings by which texts are tokenised; with token types if the model takes them."""
         settings = {"max_length": self.data.max_length, "doc_stride": self.data.doc_stride}
         settings["token_types"] = getattr(self.model_config(), "type_vocab_size", 0) > 1
         return {"tokenizer": self.tokenizer, **settings}
 
     def num_items(self, batch):
-        """Examples: the mean over starts and the mean over ends are over equally many."""
+        """Return the number of examples: the mean over starts and the mean over ends have the same items."""
         return int((batch["start_positions"] != IGNORED).sum())
 
     def loss(self, outputs, batch):
@@ -136,19 +139,19 @@ class QuestionAnswering(Recipe):
         return self.score(found)
 
     def score(self, found):
-        """Exact match and F1 of an answer to each validation row."""
+        """Return exact match and F1 of an answer to each validation row."""
         from gradacc_hf.metrics import load  # slow to import, so not before it is needed
 
         right = [answers["text"] for answers in self.validation_rows[self.columns["answers"]]]
         return load("squad").compute(predictions=found, references=right)
 
     def baseline(self, train, validation):
-        """Always the first sentence of the context."""
+        """Return the scores of the first sentence of the context, given as the answer."""
         contexts = self.validation_rows[self.columns["context"]]
         return self.score([re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0] for text in contexts])
 
     def answer(self, model, inputs):
-        """Rows with a question and a context → the answer, where it starts, and its probability."""
+        """Return the answer to each question, with its start in the context and its probability."""
         found = []
         for number, row in enumerate(inputs, start=1):
             columns = [self.columns[name] for name in ("question", "context")]

@@ -1,9 +1,9 @@
-"""Write a text for a text: a summary, a translation, what a function does.
+"""Write a text for a text: a summary, a translation, the description of a function.
 
     ./launch.sh recipes/seq2seq.py --config configs/seq2seq_offline.yaml --budget auto
 
 Your own: `--data.train my.csv --data.source_column article --data.target_column summary`. `model.name` is an
-encoder-decoder (T5, BART, Marian, …), or else an encoder such as BERT, of which two are then joined.
+encoder-decoder (T5, BART, Marian, …), or an encoder such as BERT: two copies are then joined.
 """
 
 import re
@@ -25,14 +25,14 @@ from gradacc_hf.training.loop import evaluate
 
 
 def features(rows, tokenizer, columns, prefix, max_length, max_target_length, start):
-    """Rows → what the model reads, and as `labels` what it is to write after its start token."""
+    """Return the inputs of the model, and as `labels` the tokens to write after the start token."""
     source, target = columns
     read = tokenizer([prefix + text for text in rows[source]], truncation=True, max_length=max_length)
     read = read["input_ids"]
     written = tokenizer(text_target=rows[target], truncation=True, max_length=max_target_length)["input_ids"]
     bare, bare_target = tokenizer(prefix)["input_ids"], tokenizer(text_target="")["input_ids"]
-    nothing_read = f"no token of its source is left; data.max_length is {max_length}"
-    nothing_written = f"no token of its target is left; data.max_target_length is {max_target_length}"
+    nothing_read = f"no token of the source is left; data.max_length is {max_length}"
+    nothing_written = f"no token of the target is left; data.max_target_length is {max_target_length}"
     problems = [
         nothing_read * (len(ids) <= len(bare)) or nothing_written * (len(labels) <= len(bare_target))
         for ids, labels in zip(read, written, strict=True)
@@ -50,17 +50,21 @@ class Seq2Seq(EncoderDecoder):
     @dataclass
     class Data(DataConfig):
         source_column: str = "source"
-        """Column that holds the text to read; translation.de is the column de inside translation."""
+        """Column of the text to read.
+        translation.de: the column de inside the column translation."""
         target_column: str = "target"
-        """Column that holds the text to write."""
+        """Column of the text to write."""
         prefix: str | None = None
-        """What every source begins with: T5 knows "summarize: "."""
+        """Text put before every source.
+        For T5 for example "summarize: "."""
         max_target_length: int = 64
-        """Where a target is cut off, and the most that is written (tokens)."""
+        """Tokens after which a target is truncated.
+        Also the most tokens that the model writes."""
         generate_rows: int | None = 200
-        """The first so many validation rows have a text written for them (null: all); the loss is of all."""
+        """Validation rows to write texts for.
+        The first ones; null: all. The loss is computed on all rows."""
         num_beams: int = 1
-        """Beams of the search for what to write (1: greedy)."""
+        """Beams of the search (1: greedy)."""
 
         def rules(self):
             yield from super().rules()
@@ -93,12 +97,12 @@ class Seq2Seq(EncoderDecoder):
         return train.remove_columns(self.columns), validation.remove_columns(self.columns)
 
     def lengths(self, dataset):
-        """Tokens to read and to write, which are padded on their own."""
+        """Return the tokens to read and to write of each example, which are padded separately."""
         tokens = [list_lengths(dataset, column) for column in ("input_ids", "labels")]
         return np.stack(tokens, axis=1)
 
     def collate(self, examples, pad_to=None):
-        """What the decoder reads, the model makes of `labels`: its start token, and the labels before."""
+        """Return the batch. It has no decoder inputs: the model shifts `labels` to the right."""
         batch = super().collate([{k: v for k, v in e.items() if k != "labels"} for e in examples], pad_to)
         labels, multiple = [example["labels"] for example in examples], self.config.budget.pad_to_multiple_of
         length = -(-max(map(len, labels)) // (multiple or 1)) * (multiple or 1)
@@ -106,7 +110,7 @@ class Seq2Seq(EncoderDecoder):
         return {**batch, "labels": torch.tensor(padded)}
 
     def validate(self, model, windows, accelerator):
-        """The loss of all rows, and how good the texts are that are written for the first of them."""
+        """Return the loss of all rows, and the scores of the texts that are written for the first rows."""
         loss = evaluate(model, windows, accelerator=accelerator, compute_loss=self.loss, predict=None).loss
         written = generate(model, windows, accelerator, len(self.shown), self.tokenizer, **self.search)
         source, target = (self.shown[column] for column in self.columns)
@@ -116,7 +120,7 @@ class Seq2Seq(EncoderDecoder):
 
     @property
     def search(self):
-        """How a text is found: what `generate` is told."""
+        """The options of `generate`."""
         length = self.data.max_target_length
         return {"max_new_tokens": length, "num_beams": self.data.num_beams, "do_sample": False}
 
@@ -127,7 +131,7 @@ class Seq2Seq(EncoderDecoder):
         return load("rouge").compute(**pairs) | load("sacrebleu").compute(**pairs)
 
     def baseline(self, train, validation):
-        """Every token as likely as in training; the first line or sentence of the source as its summary."""
+        """Return the perplexity of token frequencies, and the scores of the first sentence of a source."""
         tokens = ((token for row in rows["labels"] for token in row) for rows in (train, validation))
         of_tokens = perplexity(unigram_loss(*tokens, len(self.tokenizer)))
         source, target = self.columns
@@ -136,7 +140,7 @@ class Seq2Seq(EncoderDecoder):
         return {"perplexity": of_tokens, **self.metrics(first, self.shown[target])}
 
     def answer(self, model, inputs):
-        """Texts, or rows with a source → the text written for each."""
+        """Return the text written for each input: a text, or a row with a source."""
         [texts] = texts_of(inputs, [self.data.source_column])
         texts = [(self.data.prefix or "") + text for text in texts]
         settings = {"truncation": True, "max_length": self.data.max_length, "padding": True}

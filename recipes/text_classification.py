@@ -1,4 +1,4 @@
-"""Label a text, or a pair of texts, with one of some classes, any number of labels, or a number.
+"""Label a text, or a pair of texts, with a class, any number of labels, or a number.
 
     ./launch.sh recipes/text_classification.py --config configs/text_classification_offline.yaml --budget auto
 
@@ -20,9 +20,9 @@ from gradacc_hf.tasks.targets import TARGETS, answers, class_weights
 
 
 def features(rows, tokenizer, columns, max_length):
-    """Rows → what the model reads."""
+    """Return the inputs of the model for a batch of rows."""
     texts = [rows[column] for column in columns]
-    which = None if len(texts) > 1 else False  # of one text, all tokens are of the same type
+    which = None if len(texts) > 1 else False  # the tokens of one text have one type
     tokens = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=which)
     problems = problems_of_tokens(
         tokens, len(texts), tokenizer.num_special_tokens_to_add(which is None), max_length
@@ -39,20 +39,26 @@ class TextClassification(Recipe):
     @dataclass
     class Data(DataConfig):
         text_column: str = "text"
-        """Column that holds the text."""
+        """Column of the text."""
         text_pair_column: str | None = None
-        """Column that holds the other text, where a pair is labelled."""
+        """Column of the second text, for pairs."""
         label_column: str = "label"
-        """Column that holds the label: a string or an integer, a list of them, or a number, by problem."""
+        """Column of the label.
+        A string or an integer; a list of them for multi_label; a number for regression."""
         problem: Literal["single_label", "multi_label", "regression"] = "single_label"
-        """What is predicted: one of the classes, any number of labels, or a number."""
+        """A class, several labels or a number."""
         class_weights: str = "none"
-        """Weight of each class in the loss: none, balanced (1 / its frequency), or spam=5,ham=1."""
+        """Class weights: none, balanced or a=5,b=1.
+        They weigh examples in the loss. balanced: 1 / the frequency of a class. a, b: names of classes."""
 
         def rules(self):
             yield from super().rules()
             has_classes = self.problem == "single_label"
-            yield "class_weights", has_classes or self.class_weights == "none", "none but for single_label"
+            yield (
+                "class_weights",
+                has_classes or self.class_weights == "none",
+                "none, except for single_label",
+            )
 
     def datasets(self):
         data, columns = self.data, self.text_columns()
@@ -74,7 +80,7 @@ class TextClassification(Recipe):
         return text if self.data.text_pair_column is None else {"text": text, "text_pair": text}
 
     def text_columns(self):
-        """The one column, or both of a pair, each with its setting."""
+        """Return the column of the text, or both of a pair, each with the name of its setting."""
         columns = {self.data.text_column: "data.text_column"}
         if self.data.text_pair_column is not None:
             columns[self.data.text_pair_column] = "data.text_pair_column"
@@ -84,14 +90,14 @@ class TextClassification(Recipe):
         return self.target.model_overrides()
 
     def model(self):
-        """A decoder, such as GPT-2, reads its answer off the last token that is no padding."""
+        """Return the model, with the padding token by which a decoder finds the last token of a text."""
         model = super().model()
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
 
     def num_items(self, batch):
-        """A weighted mean divides by the weights of its examples, so these are its items."""
+        """Return the divisor of the loss: the weights of the examples, or else the number of examples."""
         if self.class_weights is None:
             return len(batch["labels"])
         return float(self.class_weights[batch["labels"]].sum())
@@ -104,7 +110,7 @@ class TextClassification(Recipe):
         return self.target.metrics(np.stack(predictions), np.stack(references))
 
     def baseline(self, train, validation):
-        """The most frequent label of training, or set of labels, or the mean, for every text."""
+        """Return the scores of a constant answer: the most frequent label or set of labels, or the mean."""
         return self.target.baseline(train["labels"], validation["labels"])
 
     def answer(self, model, inputs):

@@ -25,7 +25,7 @@ from gradacc_hf.tasks.tags import check_tokens_and_tags, entities, row_problem, 
 
 
 def features(rows, tokenizer, columns, names, ids, max_length):
-    """Rows → what the model reads: a token's tag is on its first word piece, −100 is on the others."""
+    """Return the inputs of the model: the first word piece of a token has the tag, the others have −100."""
     tokens, tags = rows[columns[0]], [labels_as_text(row, names) for row in rows[columns[1]]]
     problems = [row_problem(*row, ids) or "" for row in zip(tokens, tags, strict=True)]
     tokens = [[] if problem else row for problem, row in zip(problems, tokens, strict=True)]
@@ -40,7 +40,7 @@ def features(rows, tokenizer, columns, names, ids, max_length):
 
 
 def first_pieces(tokens):
-    """Of every word piece: the number of its token, where it is the first piece of that, else None."""
+    """Return, for each word piece, the number of the token that it begins; None if it begins no token."""
     return [None if token == before else token for before, token in pairwise([None, *tokens])]
 
 
@@ -55,9 +55,11 @@ class TokenClassification(Recipe):
     @dataclass
     class Data(DataConfig):
         tokens_column: str = "tokens"
-        """Column that holds each row's tokens: a list of strings."""
+        """Column of the tokens.
+        Each row has a list of strings."""
         tags_column: str = "tags"
-        """Column that holds the tag of each token: a list of strings, whole numbers or class ids."""
+        """Column of the tags, one for each token.
+        Each row has a list of strings, whole numbers or class ids."""
 
     def datasets(self):
         data = self.data
@@ -84,7 +86,7 @@ class TokenClassification(Recipe):
         return {"id2label": dict(enumerate(self.labels)), "label2id": ids}
 
     def predict(self, outputs, batch):
-        """The ids of the labelled tokens only: predicted ones and true ones, row by row."""
+        """Return predicted and true ids of the labelled tokens, row by row."""
         rows = zip(outputs.logits.argmax(-1).cpu().numpy(), batch["labels"].cpu().numpy(), strict=True)
         pairs = [(predicted[true != IGNORED], true[true != IGNORED]) for predicted, true in rows]
         return [predicted for predicted, _ in pairs], [true for _, true in pairs]
@@ -93,7 +95,7 @@ class TokenClassification(Recipe):
         from gradacc_hf.metrics import load  # slow to import, so not before it is needed
 
         scores = {}
-        if is_scheme(self.labels):  # the tags of parts of speech are no entities
+        if is_scheme(self.labels):  # tags of parts of speech mark no entities
             names = np.array(self.labels)
             tags = {"predictions": predictions, "references": references}
             tags = {name: [names[row].tolist() for row in rows] for name, rows in tags.items()}
@@ -103,7 +105,7 @@ class TokenClassification(Recipe):
         return scores | {"token_f1": load("f1").compute(**tokens)["f1"]}
 
     def answer(self, model, inputs):
-        """The tag of each token, and the entities; a token of a text is what stands between its spaces."""
+        """Return the tags of tokens, and the entities. A text is split into tokens at white space."""
         answers = []
         for given in inputs:
             tokens = given.get(self.data.tokens_column) if isinstance(given, Mapping) else given
@@ -119,7 +121,7 @@ class TokenClassification(Recipe):
         return answers
 
     def tag(self, model, tokens):
-        """One tag a token, however many: what is beyond data.max_length goes into rows of their own."""
+        """Return a tag for each token. Tokens beyond data.max_length form further rows."""
         settings = {"truncation": True, "max_length": self.data.max_length, "return_overflowing_tokens": True}
         settings |= {"padding": True, "return_tensors": "pt", "return_token_type_ids": False}
         batch = self.tokenizer([tokens], is_split_into_words=True, **settings)
@@ -127,11 +129,11 @@ class TokenClassification(Recipe):
         predicted, tags = model(**batch.to(model.device)).logits.argmax(-1).tolist(), {}
         for row, ids in enumerate(predicted):
             for word, tag in zip(batch.word_ids(row), ids, strict=True):
-                tags.setdefault(word, model.config.id2label[tag])  # the first piece decides
-        return [tags.get(word, "O") for word in range(len(tokens))]  # a token may have no word piece
+                tags.setdefault(word, model.config.id2label[tag])  # the tag of its first word piece
+        return [tags.get(word, "O") for word in range(len(tokens))]  # some tokens have no word piece
 
     def baseline(self, train, validation):
-        """The most frequent tag of each token in training; of a new token, that of all tokens together."""
+        """Return the scores of each token's most frequent tag; a new token gets the most frequent of all."""
         of_token, of_all = defaultdict(Counter), Counter()
         for word, tag in (pair for example in train for pair in self.words(example)):
             of_token[word][tag] += 1
@@ -142,9 +144,9 @@ class TokenClassification(Recipe):
         return self.metrics(predicted, [[tag for _, tag in row] for row in pairs])
 
     def words(self, example):
-        """Its tokens, as their word pieces, with their tags."""
+        """Yield the tokens of an example, as tuples of word pieces, with their tags."""
         ids, labels = np.array(example["input_ids"]), np.array(example["labels"])
-        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}  # unknown: a token too
+        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}  # an unknown token counts
         ids, labels = (values[~np.isin(ids, list(special))] for values in (ids, labels))
         starts = np.flatnonzero(labels != IGNORED).tolist()
         for start, end in pairwise([*starts, len(ids)]):

@@ -101,6 +101,14 @@ def test_a_check_is_no_run(launch, texts):
     assert done.stdout.splitlines()[-1] == "check: this would run"
 
 
+@pytest.mark.parametrize(("words", "has_rest"), [(["--help"], False), (["--help", "all"], True)])
+def test_help_lists_the_common_settings_and_help_all_lists_the_rest(launch, words, has_rest):
+    done = launch(RECIPE, *words)
+    assert done.returncode == 0, done.stderr
+    assert "--optim.lr " in done.stdout
+    assert ("--optim.betas " in done.stdout) == has_rest
+
+
 def test_fewer_processes_than_asked_for_is_an_error(texts):
     done = subprocess.run(
         [sys.executable, RECIPE, "--data.train", texts, "--check"],
@@ -110,7 +118,7 @@ def test_fewer_processes_than_asked_for_is_an_error(texts):
         text=True,
     )
     assert done.returncode == 2
-    assert "2 processes were asked for and 1 are running" in done.stderr
+    assert "found 1 running processes; allowed: 2, as given to the launcher" in done.stderr
 
 
 def test_help_needs_no_environment(tmp_path):

@@ -143,7 +143,7 @@ def test_weights_that_are_a_pickle_of_code_are_refused_and_not_run(refused, mode
     write({"embeddings.word_embeddings.weight": LeavesAMark(mark)}, model / "pytorch_model.bin")
     line = refused(TextClassification, "--data.train", rows, "--model.name", model)
     assert "cannot be loaded: a pickle that" in line
-    assert "which was not run; use a model in *.safetensors" in line
+    assert "which was not executed; use a model in *.safetensors" in line
     assert "weights_only" not in line  # the message of PyTorch explains how to load it
 
 
@@ -169,7 +169,7 @@ def test_shards_outside_of_a_models_folder_are_refused(refused, model, rows, mar
     write_zip(LeavesAMark(mark), model.parent / "weights.bin")
     (model / f"{kind}.index.json").write_text(json.dumps({"weight_map": {"a": "../weights.bin"}}))
     line = refused(TextClassification, "--data.train", rows, "--model.name", model)
-    assert f"{kind}.index.json names '../weights.bin', which is no file of the folder" in line
+    assert f"{kind}.index.json names '../weights.bin', which is not a file of the folder" in line
 
 
 def test_adapters_that_are_a_pickle_of_code_are_refused_and_not_run(refused, model, rows, mark):
@@ -187,7 +187,7 @@ def test_code_that_comes_with_a_model_is_not_run(refused, start, model, rows, ma
     assert start(TextClassification, "--data.train", rows, "--model.name", model, "--check").code == 0
     change(model / "config.json", model_type="mine")
     line = refused(TextClassification, "--data.train", rows, "--model.name", model)
-    assert "cannot be loaded without Python code that comes with the model, which was not run" in line
+    assert "cannot be loaded without the Python code in it, which was not executed" in line
     assert "--model.trust_remote_code true" in line
 
 
@@ -202,7 +202,7 @@ def test_code_that_comes_with_an_image_processor_is_not_run(refused, tmp_path, m
     )
     line = refused(ImageClassification, "--data.train", "embedded:digits", "--model.name", model)
     assert "the image processor of" in line
-    assert "which was not run" in line
+    assert "which was not executed" in line
 
 
 # Data
@@ -234,7 +234,7 @@ def test_a_data_folder_says_nothing_of_files_elsewhere(refused, tmp_path, rows, 
         {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": named}]}]}
     )
     (folder / file).write_text(f"---\n{about}---\n" if file == "README.md" else about)
-    assert f"{file} names {named!r}; allowed are files of its folder" in refused(
+    assert f"{file} names {named!r}; allowed are files in its folder" in refused(
         TextClassification, "--data.train", folder
     )
 
@@ -258,7 +258,8 @@ def test_a_run_with_a_pickle_among_its_models_is_refused(gradacc, run, mark, wor
     write_zip({"a": LeavesAMark(mark)}, run / "best" / name)
     ended = gradacc(*words)
     assert is_one_line(ended)
-    assert f"run/best: found {name}, a pickle, which may run code and which no run writes" in ended[1]
+    found = f"found {name}, a pickle, which can execute code and which gradacc never writes"
+    assert f"run/best: {found}" in ended[1]
     assert gradacc("report", run)[0] == 0  # no model is opened
 
 
@@ -272,7 +273,7 @@ def test_a_recipe_that_came_with_a_run_is_not_run(gradacc, run, mark, where):
         for words in (("predict", run, "tea"), ("verify", "--run", run)):
             ended = gradacc(*words)
             assert is_one_line(ended)
-            assert "mine.py', which may have come with the run, and is not run" in ended[1]
+            assert "mine.py', which may have come with the run and is not executed" in ended[1]
 
 
 def test_the_code_of_a_runs_model_is_run_only_where_the_user_says_so(
@@ -293,7 +294,7 @@ def test_the_code_of_a_runs_model_is_run_only_where_the_user_says_so(
     assert config["model"]["trust_remote_code"] is True
     ended = gradacc("predict", "out", "tea")
     assert is_one_line(ended)
-    assert "which was not run" in ended[1]
+    assert "which was not executed" in ended[1]
     assert gradacc("predict", "out", "tea", "--trust_remote_code")[0] == 0
 
 
@@ -355,7 +356,7 @@ def test_an_output_folder_that_is_a_link_is_refused(refused, rows, tmp_path, pre
         (link := tmp_path / "out").symlink_to(target)
         given = ["--output.dir", "out", "--output.overwrite", overwrite]
         line = refused(TextClassification, "--data.train", rows, *given)
-        assert f"output.dir: out is a link to {target}, and a run writes through none" in line
+        assert f"output.dir: out is a link to {target}; a run does not write through links" in line
         link.unlink()
     assert is_untouched(precious)
     assert not (tmp_path / "gone").exists()

@@ -1,7 +1,8 @@
-"""Everything that touches private or mutable state of Accelerate. No other module does.
+"""All access to private or mutable state of Accelerate. No other module accesses it.
 
-That is `Accelerator.step`, `GradientState.plugin_kwargs`, `Accelerator.ddp_handler`, the lists of prepared
-objects (`_models`, `_optimizers`, `_schedulers`), and the state that all Accelerators of a process share.
+The state is `Accelerator.step`, `GradientState.plugin_kwargs`, `Accelerator.ddp_handler`, the lists of
+prepared objects (`_models`, `_optimizers`, `_schedulers`), and the state that all Accelerators of a process
+share.
 """
 
 import weakref
@@ -26,14 +27,14 @@ FINE_TUNE_PREPARES = (
 
 
 class AccumulationSteps:
-    """Accelerate's accumulation state during one pass over a window's micro-batches.
+    """Accelerate's accumulation state during one pass over the micro-batches of a window.
 
-    A context manager that restores the state at its end. `begin` sets the state before each micro-batch.
-    A pass that a loop left can end while a later pass runs, when its iterator is collected. The later pass
-    then restores the state from before both.
+    A context manager that restores the state at the end. `begin` sets the state before each micro-batch. If a
+    loop left a pass, the garbage collector may end it during a later pass. The later pass then restores the
+    state from before both.
 
     Args:
-        accelerator: The run's Accelerator.
+        accelerator: The Accelerator of the run.
         num_steps: Micro-batches of this process in the window.
         sync_each_batch: Whether gradients are reduced after each micro-batch, not only after the last.
 
@@ -43,15 +44,15 @@ class AccumulationSteps:
     """
 
     _open: ClassVar[list["AccumulationSteps"]] = []
-    """The passes that have begun and not ended, the oldest first. Accelerate's settings are shared by all."""
+    """The passes that have begun and not ended, the oldest first. All share Accelerate's settings."""
 
     def __init__(self, accelerator: Accelerator, num_steps: int, sync_each_batch: bool):
         self._accelerator = accelerator
         self._settings = accelerator.gradient_state.plugin_kwargs
         self._for_window = {
             "num_steps": num_steps,
-            # A prepared loader that was left in its last batch stays "at its end", and `accumulate` would
-            # then synchronise every micro-batch. Here only the window decides where it ends.
+            # Accelerate treats a prepared loader that was left in the last batch as ended. `accumulate`
+            # would then synchronise every micro-batch. Only the window defines the end here.
             "sync_with_dataloader": False,
             "sync_each_batch": sync_each_batch,
         }
@@ -95,7 +96,7 @@ class AccumulationSteps:
 
 
 def _may_train(accelerator: Accelerator, optimizer: Optimizer) -> bool:
-    """Whether an optimizer holds weights that were prepared; always, if nothing was prepared."""
+    """Whether an optimizer holds prepared weights. True if nothing was prepared."""
     prepared = {id(weight) for model in accelerator._models for weight in model.parameters()}
     prepared |= {id(weight) for weight in prepared_parameters(accelerator)}
     weights = (weight for group in optimizer.param_groups for weight in group["params"])
@@ -108,7 +109,7 @@ def forwards_are_collective(accelerator: Accelerator) -> bool:
 
 
 def zero_prepared_gradients(accelerator: Accelerator) -> None:
-    """Drop the gradients of all prepared optimizers, also where Accelerate would skip that."""
+    """Drop the gradients of all prepared optimizers, even inside a window, where Accelerate would not."""
     for optimizer in accelerator._optimizers:
         optimizer.optimizer.zero_grad()
 
@@ -120,12 +121,12 @@ def prepared_parameters(accelerator: Accelerator) -> list[torch.nn.Parameter]:
 
 
 def prepared_schedulers(accelerator: Accelerator) -> list[Any]:
-    """Return the learning rate schedulers that were prepared, unwrapped."""
+    """Return the prepared learning rate schedulers, unwrapped."""
     return [getattr(scheduler, "scheduler", scheduler) for scheduler in accelerator._schedulers]
 
 
 def forget_prepared_optimizers(accelerator: Accelerator) -> None:
-    """Let an Accelerator go on without the optimizers that were prepared so far."""
+    """Remove the prepared optimizers from an Accelerator."""
     accelerator._optimizers.clear()
 
 
@@ -146,9 +147,9 @@ def check_prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: 
 
 
 def check_prepared_model(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Raise InputError for an unprepared model where an evaluation needs a prepared one.
+    """Raise InputError for an unprepared model if an evaluation needs a prepared one.
 
-    That is under FSDP, and with mixed precision, which an unprepared model ignores.
+    FSDP and mixed precision need one. An unprepared model ignores mixed precision.
     """
     if accelerator.mixed_precision == "no" and not forwards_are_collective(accelerator):
         return
@@ -160,12 +161,12 @@ def check_prepared_model(accelerator: Accelerator, model: torch.nn.Module) -> No
 
 
 def _without_compile(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model inside a wrapper of torch.compile, or inside one whose blocks are compiled."""
+    """Return the model inside a wrapper of torch.compile, of the whole model or of its blocks."""
     return getattr(model, "_orig_mod", model)
 
 
 def _unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model as the user made it: Accelerate's list has it as it was before torch.compile."""
+    """Return the model without wrappers. The list of Accelerate has models from before torch.compile."""
     return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
@@ -179,49 +180,49 @@ def _was_prepared(accelerator: Accelerator, model: torch.nn.Module) -> bool:
     return getattr(model, "_is_accelerate_prepared", False) or _is_listed(accelerator, model)
 
 
-# Models that `check_unprepared` has passed. On one process, fine_tune leaves them listed as prepared, and a
-# second fine_tune of the same model is no error.
+# Models that `check_unprepared` has passed. On one process, fine_tune leaves them listed as prepared. The
+# set allows a second fine_tune of the same model.
 _passed: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 
 
 def check_unprepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
     """Raise InputError for a model or an optimizer that went through `accelerator.prepare`."""
     if isinstance(optimizer, AcceleratedOptimizer):
-        raise InputError(f"optimizer: found a prepared one; {FINE_TUNE_PREPARES}")
+        raise InputError(f"optimizer: found a prepared optimizer; {FINE_TUNE_PREPARES}")
     bare = _unwrapped(accelerator, model)
     if _without_compile(model) is not bare:
-        raise InputError(f"model: found one wrapped in {type(model).__name__}; {FINE_TUNE_PREPARES}")
+        raise InputError(f"model: found a model wrapped in {type(model).__name__}; {FINE_TUNE_PREPARES}")
     if bare not in _passed and _is_listed(accelerator, model):
         raise InputError(f"model: found a prepared {type(model).__name__}; {FINE_TUNE_PREPARES}")
     _passed.add(bare)
 
 
 def find_unused_parameters(accelerator: Accelerator) -> None:
-    """Let DDP look for parameters without a gradient in models that are prepared from now on."""
+    """Make DDP search for parameters without a gradient, in models that are prepared later."""
     handler: Any = accelerator.ddp_handler or DistributedDataParallelKwargs()
     handler.find_unused_parameters = True
     accelerator.ddp_handler = handler
 
 
 def requested_steps() -> int | None:
-    """Return the accumulation steps that Accelerate was given; None without Accelerate."""
+    """Return the accumulation steps that are set in Accelerate; None without Accelerate."""
     return GradientState().num_steps if GradientState._shared_state else None
 
 
 def reset_settings() -> None:
-    """Let the next Accelerator of this process choose its precision and plugins; the processes stay."""
+    """Reset the precision and plugins for the next Accelerator of this process. The processes stay."""
     AcceleratorState._reset_state()
 
 
 def reset_accelerate() -> None:
-    """Let the next Accelerator of this process be as the first one."""
+    """Reset all state, so that the next Accelerator of this process is like the first."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 @contextmanager
 def preserve_accelerate_state() -> Iterator[None]:
-    """Restore the state that all Accelerators share, which the caller needs and TrainingArguments clears."""
+    """Restore the shared state of all Accelerators at the end of the block. TrainingArguments clears it."""
     states = (AcceleratorState, PartialState, GradientState)
     before = [dict(state._shared_state) for state in states]
     try:

@@ -1,8 +1,8 @@
-"""Which process gets which examples of a window: about equal cost, in few micro-batches, with little padding.
+"""Assign the examples of a window to processes: about equal cost, few micro-batches, little padding.
 
-Takes a window's examples by length, as numbers, and the cheapest split of all of them (`Sorted`);
-gives runs of neighbours, (start, stop), the micro-batches of each process. What an example costs, and what a
-micro-batch may hold: `splitting.py`.
+The input is the examples of a window sorted by length, and the cheapest split for a single process
+(`Sorted`). The output is the micro-batches of each process, as runs (start, stop) of neighbours in the sorted
+order. `splitting.py` computes the cost of an example and the bound of a micro-batch.
 """
 
 import heapq
@@ -11,21 +11,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-BALANCED = 1.05  # × max(mean, most expensive example): what the slowest process may cost
-PATIENCE = 1.1  # times the least cost of the slowest process so far: where better balance is not worth it
-LONG_ONES = 0.6, 0.7  # shares of a process's cost that its long examples are given
-STEP = 1.005  # times the target: the least by which it rises
+BALANCED = 1.05  # × max(mean, most expensive example): cost of the slowest process that is good enough
+PATIENCE = 1.1  # × cost of the slowest process so far: target at which the search for a better one ends
+LONG_ONES = 0.6, 0.7  # shares of a process's target for the long examples, tried in turn
+STEP = 1.005  # least factor by which the target rises
 
 Run = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Sorted:
-    """A window's examples by length, the shortest first, and their cheapest split for a single process.
+    """The examples of a window, shortest first, and the cheapest split for a single process.
 
-    `each`: cost of every row of a micro-batch whose longest example is this one. `most`: rows it may have.
-    `fixed`: cost of a micro-batch besides its rows. `least[stop]`: cost of the cheapest split of the examples
-    before `stop`. `begins[stop]`: where the last micro-batch of that split begins.
+    Attributes:
+        each: For each example, the cost per row of a micro-batch in which it is the longest.
+        most: For each example, the maximum rows of a micro-batch in which it is the longest.
+        fixed: Cost of a micro-batch apart from the rows.
+        begins: `begins[stop]` is the start of the last micro-batch in the cheapest split of examples before
+            `stop`.
+        least: `least[stop]` is the cost of the cheapest split of the examples before `stop`.
     """
 
     each: Sequence[float]
@@ -35,7 +39,7 @@ class Sorted:
     least: Sequence[float]
 
     def cost(self, run: Run) -> float:
-        """Return the cost of any micro-batch."""
+        """Return the cost of any micro-batch, padded."""
         start, stop = run
         return self.fixed + (stop - start) * self.each[stop - 1]
 
@@ -53,15 +57,15 @@ class Sorted:
 
 
 def least_possible(examples: Sorted, num_processes: int) -> float:
-    """Return a lower bound of the slowest process's cost, as no example can be split."""
+    """Return a lower bound of the cost of the slowest process, given that no example can be split."""
     return max(examples.least[-1] / num_processes, examples.fixed + examples.each[-1])
 
 
 def balance(examples: Sorted, num_processes: int) -> tuple[list[list[Run]], float]:
-    """Return the micro-batches of each process, and the cost of the slowest one.
+    """Return the micro-batches of each process, and the cost of the slowest process.
 
-    Fills the processes up to a target, which rises until all examples have a place and no process has much
-    less work than the others.
+    All processes are filled up to a target cost. The target rises until all examples are assigned and the
+    processes are balanced.
     """
     until = [0.0, *accumulate(examples.each)]
     most_expensive = examples.fixed + examples.each[-1]
@@ -84,11 +88,11 @@ def balance(examples: Sorted, num_processes: int) -> tuple[list[list[Run]], floa
 
 
 def _fill(examples: Sorted, num_processes: int, target: float, share: float) -> tuple[list[list[Run]], Run]:
-    """One process after the other up to `target`, and the examples that are left then.
+    """Fill one process after the other up to `target`. Return the micro-batches and the remaining examples.
 
-    Each gets the longest examples that are left for a `share` of its target, then the shortest ones, to fill
-    the remaining capacity. So lengths are alike in a micro-batch and mixed in a process. Where long examples
-    take longer than predicted, all processes are late alike.
+    Each process gets the longest remaining examples for a `share` of the target, then the shortest ones for
+    the rest. Lengths are therefore similar within a micro-batch and mixed within a process. If long examples
+    take longer than predicted, all processes are delayed equally.
     """
     each, most, fixed, begins = examples.each, examples.most, examples.fixed, examples.begins
     low, high = 0, len(each)
@@ -96,7 +100,7 @@ def _fill(examples: Sorted, num_processes: int, target: float, share: float) -> 
     for others in reversed(range(num_processes)):
         runs: list[Run] = []
         room, room_for_long = target, share * target
-        spare = max(min(1, high - low), high - low - others)  # each of the others shall have one, too
+        spare = max(min(1, high - low), high - low - others)  # leave one example for each later process
         while spare:
             fit = min(int((room_for_long - fixed) / each[high - 1]), most[high - 1], spare)
             if fit < 1 and runs:
@@ -116,7 +120,7 @@ def _fill(examples: Sorted, num_processes: int, target: float, share: float) -> 
 
 
 def _reach(examples: Sorted, low: int, high: int, room: float) -> int:
-    """How many of the longest examples the cheapest split has room for."""
+    """Return how many of the longest examples fit into `room`, in the cheapest split."""
     stop = high
     while stop > low:
         start = max(low, examples.begins[stop])
@@ -129,9 +133,9 @@ def _reach(examples: Sorted, low: int, high: int, room: float) -> int:
 
 
 def _short_ones(examples: Sorted, low: int, spare: int, room: float) -> int:
-    """How many of the shortest examples make a micro-batch that there is room for.
+    """Return how many of the shortest examples make one micro-batch that fits into `room`.
 
-    Of so unlike lengths, at most, that its padding costs as much as another micro-batch would.
+    The padding of the micro-batch costs at most as much as another micro-batch would.
     """
 
     def too_many(count: int) -> bool:
@@ -143,9 +147,10 @@ def _short_ones(examples: Sorted, low: int, spare: int, room: float) -> int:
 
 
 def deal(each: Sequence[float], num_processes: int) -> list[list[int]]:
-    """Places in `each`, ascending, for every process: largest first, each to the one with the least to do.
+    """Return ascending positions in `each` for every process.
 
-    Graham 1969. Where processes have few examples, this can be better than runs of neighbours.
+    Examples are assigned in order of decreasing cost, each to the process with the least total (Graham 1969).
+    With few examples per process, this can be better than runs of neighbours.
     """
     if num_processes == 1:
         return [list(range(len(each)))]

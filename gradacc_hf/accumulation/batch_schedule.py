@@ -10,13 +10,13 @@ LrScaling = Literal["none", "linear", "sqrt"]
 
 @runtime_checkable
 class ExampleScheduler(Protocol):
-    """A learning rate scheduler whose steps count examples, also of windows that took no optimizer step."""
+    """A learning rate scheduler that counts examples, also in windows without an optimizer step."""
 
     by_examples: bool
 
 
 def counts_examples(scheduler: Any) -> bool:
-    """Whether a scheduler counts examples, so that it is stepped after every window."""
+    """Whether a scheduler counts examples, and is therefore stepped after every window."""
     return isinstance(scheduler, ExampleScheduler) and scheduler.by_examples
 
 
@@ -25,7 +25,7 @@ class ScheduledBatch:
     """Effective batch sizes that change at given windows.
 
     Args:
-        sizes: Examples per window, by the number of windows done when the size begins: {0: 32, 500: 64}.
+        sizes: Examples per window, by the number of earlier windows: {0: 32, 500: 64}.
     """
 
     sizes: Mapping[int, int]
@@ -40,26 +40,27 @@ class ScheduledBatch:
 
 @dataclass
 class GrowingBatch:
-    """An effective batch size that doubles when the gradient noise scale stays as large as the doubled size.
+    """An effective batch size that doubles once the gradient noise scale is at least the doubled size.
 
     Args:
         smallest: Examples of the first window.
-        largest: Examples per window, at most.
-        patience: Measurements in a row that must be as large, as a single one is noisy.
-        sizes: Examples per window, by the number in the run of the first window of that size.
-        in_a_row: Measurements so far that were as large.
+        largest: Maximum examples per window.
+        patience: Measurements in a row that must reach the doubled size, as a single one is noisy.
+        sizes: Examples per window, by the number in the run of the first window of this size.
+        in_a_row: Latest measurements in a row that reached the doubled size.
     """
 
     smallest: int
     largest: int
     patience: int = 4
     sizes: dict[int, int] = field(default_factory=dict)
-    in_a_row: int = 0  # measurements that were as large
+    in_a_row: int = 0
 
     def __post_init__(self):
         if not 1 <= self.smallest <= self.largest:
             raise ValueError(
-                f"the batch grows from {self.smallest} to {self.largest}; allowed: from 1 or more, upwards"
+                f"GrowingBatch has smallest {self.smallest} and largest {self.largest}; "
+                "allowed: 1 <= smallest <= largest"
             )
         self.sizes = self.sizes or {0: self.smallest}
 
@@ -70,7 +71,7 @@ class GrowingBatch:
         return f"{self.smallest} to {self.largest} examples a window, by the noise scale"
 
     def grow(self, number: int, noise_scale: float) -> bool:
-        """Take a measurement before the window of this number; return whether that window is larger."""
+        """Record a measurement before the window of this number. Return whether this window is larger."""
         size = self(number)
         larger = min(2 * size, self.largest)
         self.in_a_row = self.in_a_row + 1 if noise_scale >= larger > size else 0
@@ -80,19 +81,19 @@ class GrowingBatch:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what changes during a run, as numbers."""
+        """Return the state that changes during a run, as numbers."""
         return {"sizes": dict(self.sizes), "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to where `state_dict` was taken."""
+        """Restore a `state_dict`."""
         self.sizes = {int(number): size for number, size in state["sizes"].items()}
         self.in_a_row = state["in_a_row"]
 
 
 def lr_factor(rule: LrScaling, size: int, reference: int | None) -> float:
-    """Return the factor from the learning rate for `reference` examples per window to that for `size`.
+    """Return the factor that scales the learning rate of `reference` examples per window to `size` examples.
 
-    "linear": Goyal et al. 2017, for SGD; "sqrt": Krizhevsky 2014, and Malladi et al. 2022 for Adam.
+    Sources: Goyal et al. 2017 for "linear" (SGD); Krizhevsky 2014, and Malladi et al. 2022 for "sqrt" (Adam).
     """
     if rule == "none" or reference is None:
         return 1.0

@@ -1,7 +1,8 @@
-"""Collate a window: (epoch, window) → this process's micro-batches on the host.
+"""Collate a window: (epoch, window) → the micro-batches of this process, on the host.
 
-Takes the windows (`sampler.py`), the data set with its lengths, the bound and the item count. Runs in worker
-processes where the loader has some. `window.py` puts micro-batches on the device and weighs their losses.
+The input is the plan of windows (`sampler.py`), the data set with lengths, the bound and the item count. The
+code runs in the worker processes of the loader, if there are any. `window.py` moves micro-batches to the
+device and weighs the losses.
 """
 
 import pickle
@@ -31,16 +32,19 @@ from gradacc_hf.accumulation.streaming import Held, Stream
 PadTo = Literal["micro_batch", "window", "nothing"] | int
 Lengths = str | Sequence[int] | np.ndarray | Callable[[Any], int] | None
 Transform = Callable[[Any, np.random.Generator], Any]
-EXAMPLE_STREAM, WINDOW_STREAM = 1, 2  # keep random numbers apart from the order's, drawn from (seed, epoch)
-NOISE_WINDOW_PART, NOISE_MIN_EXAMPLES = 8, 4  # size of what noise is measured by: 1/8 of a window, at least 4
+EXAMPLE_STREAM, WINDOW_STREAM = 1, 2  # seed parts: other random numbers than the order's (seed, epoch)
+NOISE_WINDOW_PART, NOISE_MIN_EXAMPLES = 8, 4  # noise is measured on 1/8 of a window, at least 4 examples
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process runs forward and backward at once.
+    """The examples that one process runs forward and backward at once.
 
-    `batch`: what the collate function returned. `indices`: dataset indices; empty for an idle micro-batch,
-    which is run at weight 0 because other processes wait. `num_items`: terms of its mean loss.
+    Attributes:
+        batch: The result of the collate function.
+        indices: Dataset indices. Empty for an idle micro-batch, which runs with weight 0 because other
+            processes wait.
+        num_items: Terms of the mean loss.
     """
 
     batch: Mapping[str, Any]
@@ -48,12 +52,12 @@ class MicroBatch:
     num_items: float
 
     def on_device(self, accelerator: Accelerator) -> "MicroBatch":
-        """Return a copy with its batch on the accelerator's device."""
+        """Return a copy with the batch on the device of the accelerator."""
         return replace(self, batch=to_device(self.batch, accelerator))
 
 
 def to_device(batch: Mapping[str, Any], accelerator: Accelerator) -> Any:
-    """Return a host batch as a plain dict on the accelerator's device."""
+    """Return a host batch as a plain dict on the device of the accelerator."""
     return send_to_device(dict(batch), accelerator.device, non_blocking=accelerator.device.type == "cuda")
 
 
@@ -61,10 +65,15 @@ def to_device(batch: Mapping[str, Any], accelerator: Accelerator) -> Any:
 class Split:
     """The split of one window over all processes, planned from lengths.
 
-    `indices`: the window's examples. `processes`: for each process the example indices of each micro-batch.
-    `tokens`, `padded_tokens`: over all processes. `pad_to`: tokens that collating pads to; None for the
-    longest example. `measures_noise`: the first micro-batches of all processes are of one size, drawn at
-    random.
+    Attributes:
+        indices: Example indices of the window.
+        processes: For each process, the example indices of each micro-batch.
+        epoch: Number of the epoch.
+        window: Number of the window in the epoch.
+        tokens: Tokens without padding, over all processes.
+        padded_tokens: Tokens with padding, over all processes.
+        pad_to: Tokens to which collating pads; None for the longest example of the micro-batch.
+        measures_noise: Whether the first micro-batches of all processes have one size and random examples.
     """
 
     indices: np.ndarray
@@ -79,13 +88,17 @@ class Split:
 
 @dataclass(frozen=True)
 class LocalSplit:
-    """The part of one process in a window's split, collated, with the numbers that all processes agree on.
+    """The collated part of one process in the split of a window, with the numbers common to all processes.
 
-    `plan`: the split over all processes. `micro_batches`: those of this process that have items. `num_items`:
-    items of the window over all processes. `accumulation_steps`: micro-batches of the process that has most.
-    `costs`: predicted cost of the most expensive micro-batch of each process. `bound`: what the window was
-    split under. `noise_size`: examples of the first micro-batch, where it measures the noise scale; else 0.
-    `ends_idle`: whether the last micro-batch is idle and only synchronises gradients.
+    Attributes:
+        plan: The split over all processes.
+        micro_batches: The micro-batches of this process that have items.
+        num_items: Items of the window over all processes.
+        accumulation_steps: Micro-batches of the process with the most micro-batches.
+        costs: For each process, the predicted cost of the most expensive micro-batch.
+        bound: The bound of the split.
+        noise_size: Examples of the first micro-batch if it measures the noise scale, else 0.
+        ends_idle: Whether the last micro-batch is idle and only synchronises gradients.
     """
 
     plan: Split
@@ -98,16 +111,16 @@ class LocalSplit:
     ends_idle: bool = False
 
     def with_idle_end(self, idle: MicroBatch) -> "LocalSplit":
-        """Return this split with an idle micro-batch at its end."""
+        """Return this split with an idle micro-batch at the end."""
         return replace(self, micro_batches=(*self.micro_batches, idle), ends_idle=True)
 
 
 @dataclass
 class LocalWindows(Dataset):
-    """(epoch, window) → the split and this process's micro-batches, collated. Runs in worker processes.
+    """(epoch, window) → the split and the collated micro-batches of this process. Runs in worker processes.
 
-    The one owner of what windows are split by: `bound`, `cost`, `plan` and `pad_to`. `revision` counts the
-    changes of `bound` and `plan`, after which windows that workers hold ready are out of date.
+    It owns the settings of the split: `bound`, `cost`, `plan` and `pad_to`. `revision` counts the changes of
+    `bound` and `plan`. After a change, the windows that workers have prepared are outdated.
     """
 
     dataset: Any
@@ -139,23 +152,26 @@ class LocalWindows(Dataset):
     def __getitem__(self, number: tuple[int, int]) -> tuple[Split, list[MicroBatch]] | bytes:
         split = self.split(*number)
         local = split, self.collate_split(split)
-        # By value: tensors in shared memory cost a file descriptor each, and a window may hold thousands.
+        # As bytes: tensors in shared memory need a file descriptor each, and a window may have thousands.
         return local if get_worker_info() is None else pickle.dumps(local)
 
     def collate_split(self, split: Split) -> list[MicroBatch]:
-        """Collate this process's micro-batches of a split."""
+        """Collate the micro-batches of this process in a split."""
         own = split.processes[self.process]
         return [self.collate(indices, split.epoch, split.pad_to) for indices in own]
 
     @cached_property
     def lengths(self) -> Any:
-        """Tokens of each example, summed over columns; a view where there is one column."""
+        """Tokens of each example, summed over columns; a view if there is one column."""
         if not isinstance(self.tokens, np.ndarray):
             return self.tokens.sum(1)
         return self.tokens[:, 0] if self.tokens.shape[1] == 1 else self.tokens.sum(1, dtype=np.int32)
 
     def apart(self, epoch: int, window: int) -> "LocalWindows":
-        """Return windows that can be walked from there without moving these; a stream gets its own reader."""
+        """Return windows that can be read from this window on without moving the position of `self`.
+
+        A stream gets a separate reader.
+        """
         if not isinstance(self.plan, Stream):
             return self
         stream = self.plan.apart(epoch, window)
@@ -199,9 +215,9 @@ class LocalWindows(Dataset):
         )
 
     def _noise_micro_batches(self, padded: np.ndarray, epoch: int, window: int) -> list[np.ndarray]:
-        """Draw for each process the positions of a micro-batch at random; [] where the window is too small.
+        """Draw the positions of one micro-batch per process at random; [] if the window is too small.
 
-        All have one size, which fits the bound whichever examples are drawn. A choice by length is biased.
+        All have one size, which fits the bound for any examples. A choice by length would be biased.
         """
         size = max(NOISE_MIN_EXAMPLES, len(padded) // NOISE_WINDOW_PART)
         size = max(1, size // self.num_processes)
@@ -216,20 +232,25 @@ class LocalWindows(Dataset):
         return np.split(random.permutation(len(padded))[: size * self.num_processes], self.num_processes)
 
     def padded(self, tokens: np.ndarray) -> np.ndarray:
-        """Return tokens (examples, columns) rounded up to what an example alone is padded to."""
+        """Return tokens (examples, columns) rounded up to the padded length of an example alone."""
         return tokens if self.pad_to_multiple_of == 1 else rounded_up(tokens, self.pad_to_multiple_of)
 
     def too_large(self, tokens: np.ndarray, first: int = 0) -> str | None:
-        """Return a line that counts the examples which exceed the bound alone; None where there are none.
+        """Return a line with the number of examples that alone exceed the bound; None if there are none.
 
-        `first`: index of the first of these examples. Raises ValueError for an example longer than `pad_to`.
+        Args:
+            tokens: Tokens of the examples, (examples, columns).
+            first: Index of the first of these examples.
+
+        Raises:
+            ValueError: An example is longer than `pad_to`.
         """
         padded = self.padded(tokens)
         if isinstance(self.pad_to, int):
             if (longest := tokens.max()) > self.pad_to:
                 raise ValueError(
                     f"example {first + int(tokens.max(1).argmax())} has {longest} tokens, more than "
-                    f"pad_to={self.pad_to}: truncate it, or raise that"
+                    f"pad_to={self.pad_to}: truncate the example, or raise pad_to"
                 )
             padded = np.full_like(padded, self.pad_to)
         longest = int(padded.sum(1, dtype=np.int32).argmax())
@@ -238,9 +259,9 @@ class LocalWindows(Dataset):
         different, counts = np.unique(padded, return_counts=True, axis=0)
         count = sum(n for n, each in zip(counts, different, strict=True) if self.bound.exceeded_by(each))
         return (
-            f"{count} of {len(padded)} examples exceed {self.bound} (the longest has "
-            f"{self.bound.needs(1, padded[longest].tolist())}: example {first + longest}): each goes alone "
-            "in a micro-batch that exceeds it"
+            f"{count} of {len(padded)} examples exceed {self.bound} (the longest, example {first + longest}, "
+            f"has {self.bound.needs(1, padded[longest].tolist())}): each runs alone in a micro-batch that "
+            "exceeds the bound"
         )
 
     def shape(self, indices: np.ndarray, pad_to: int | None) -> tuple[int, list[int]]:
@@ -264,8 +285,8 @@ class LocalWindows(Dataset):
         return float(self.cost(rows, sum(lengths)))
 
     def examples(self, indices: np.ndarray, epoch: int) -> list[Any]:
-        """Return examples as this epoch has them: `transform` draws from (seed, epoch, index)."""
-        fetch = getattr(self.dataset, "__getitems__", None)  # one call for a datasets.Dataset
+        """Return the examples of this epoch. `transform` draws from (seed, epoch, index)."""
+        fetch = getattr(self.dataset, "__getitems__", None)  # a single call is faster for a datasets.Dataset
         examples = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
         if self.transform is None:
             return examples
@@ -276,7 +297,7 @@ class LocalWindows(Dataset):
         ]
 
     def collate(self, indices: np.ndarray, epoch: int, pad_to: int | None, counts: bool = True) -> MicroBatch:
-        """Collate examples into one micro-batch; an idle one without items, unless `counts`."""
+        """Collate examples into one micro-batch. Without `counts`, it is idle and has no items."""
         examples = self.examples(indices, epoch)
         try:
             batch = self.collate_fn(examples) if pad_to is None else self.collate_fn(examples, pad_to=pad_to)
@@ -288,17 +309,17 @@ class LocalWindows(Dataset):
             ) from error
         if not isinstance(batch, Mapping):
             raise ValueError(
-                f"collate_fn gave a {type(batch).__name__}; it must give a mapping for model(**batch)"
+                f"collate_fn returned a {type(batch).__name__}; it must return a mapping for model(**batch)"
             )
         width = batch["input_ids"].shape[-1] if pad_to and "input_ids" in batch else pad_to or 0
         if width < (pad_to or 0):
             raise ValueError(
-                f"collate_fn was told pad_to={pad_to} and padded to {width} tokens: it must pad to that"
+                f"collate_fn got pad_to={pad_to}, but padded to {width} tokens: it must pad to pad_to"
             )
         num_items = float(self.count_items(batch)) if counts else 0.0
         if not 0 <= num_items < float("inf"):
             raise ValueError(
-                f"num_items gave {num_items} for examples {indices.tolist()}; "
+                f"num_items returned {num_items} for examples {indices.tolist()}; "
                 "it must be 0 or more, and finite"
             )
         return MicroBatch(batch, indices if counts else indices[:0], num_items)
@@ -313,12 +334,12 @@ class LocalWindows(Dataset):
         return None
 
     def idle(self, split: Split) -> MicroBatch:
-        """Return what a process without work runs at weight 0 as others wait: an example with items."""
-        for _ in range(10):  # a collate function that masks at random may leave an example none
+        """Return the micro-batch with weight 0 that a process without work runs: an example with items."""
+        for _ in range(10):  # a collate function that masks at random may leave an example without items
             if found := self.find_example_with_items(split):
                 return MicroBatch(found.batch, found.indices[:0], 0.0)
         raise ValueError(
-            "a micro-batch has items but none of its examples alone: num_items must be a sum over examples"
+            "a micro-batch has items, but its examples alone have none: num_items must be a sum over examples"
         )
 
 
@@ -327,14 +348,14 @@ def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
 
     Args:
         dataset: A sequence of examples.
-        lengths: A column's name, a sequence of numbers, (examples, columns) for inputs that are padded on
-            their own, or a function of an example. None for the size of `input_ids`, or else 1 each. Nested
-            `input_ids` (choices) count as rows × the longest row.
+        lengths: A column name, a sequence of numbers, (examples, columns) for inputs that are padded
+            separately, or a function of an example. None for the size of `input_ids`, or 1 if there are none.
+            Nested `input_ids` (choices) count as rows × the longest row.
 
     Returns:
         Tokens, int32 (examples, columns).
     """
-    # Not `for example in dataset`: a torch data set without __iter__ may raise no IndexError at its end.
+    # A torch data set without __iter__ may raise no IndexError at the end, so iterate by index.
     examples = dataset if hasattr(dataset, "__iter__") else (dataset[i] for i in range(len(dataset)))
     if isinstance(lengths, str) and hasattr(dataset, "select_columns"):
         measured = dataset.select_columns(lengths)[lengths][:]
@@ -354,8 +375,8 @@ def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
     array = np.asarray(measured)
     if array.ndim not in (1, 2) or len(array) != len(dataset) or not array.size:
         raise ValueError(
-            f"lengths has the shape {array.shape}; the data set has {len(dataset)} examples: a number each, "
-            "or one for each of its inputs that are padded on their own"
+            f"lengths has the shape {array.shape}, but the data set has {len(dataset)} examples: give one "
+            "number per example, or one per example and separately padded input"
         )
     if not np.issubdtype(array.dtype, np.number) or not (np.isfinite(array) & (array >= 0)).all():
         raise ValueError(
@@ -365,7 +386,7 @@ def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
 
 
 def _column_lengths(column: Any) -> np.ndarray:
-    import pyarrow as pa  # late: datasets brings it, and only its columns need it
+    import pyarrow as pa  # late: only columns of datasets need it, and datasets installs it
     import pyarrow.compute
 
     if pa.types.is_nested(column.type.value_type):

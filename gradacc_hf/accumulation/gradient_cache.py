@@ -1,10 +1,12 @@
 """A contrastive loss over the whole window, with any split: the gradient cache.
 
-Source: Gao et al. 2021, arXiv 2101.06983, section 3.2. Each anchor must pick its own positive among those of
-all pairs of the window, so plain accumulation loses the negatives of the other micro-batches.
-`ContrastiveLoss` embeds all micro-batches without a graph, takes the gradient of the loss with respect to the
-embeddings, and passes it to each micro-batch when it is run again. `training/loop.py` runs both passes;
-`window.py` gives both the same dropout. `Embedder` embeds pairs, `search` ranks candidates.
+Each anchor must select its positive among the positives of all pairs in the window. Plain accumulation loses
+the negatives of the other micro-batches. `ContrastiveLoss` works in two passes. The first embeds all
+micro-batches without a graph, and computes the gradient of the loss with respect to the embeddings. The
+second runs each micro-batch again with this gradient. `training/loop.py` runs both passes. `window.py` gives
+both passes the same dropout. `Embedder` embeds pairs, `search` ranks candidates.
+
+Source: Gao et al. 2021, arXiv 2101.06983, section 3.2.
 """
 
 import json
@@ -19,10 +21,10 @@ from torch.nn.functional import cross_entropy, normalize
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.utils.modeling import checkpoint_activations
 
-COLUMNS = ("anchor", "positive", "negative")  # of a pair; the last, a hard negative, may be absent
-TEXTS_AT_ONCE = 32  # embedded without gradients
-SIMILARITY_ROWS = 1024  # rows of a similarity matrix that are held at once
-EMBEDDING_RTOL = 0.02  # between two passes; other dropout moves an embedding by tenths, bf16 by thousandths
+COLUMNS = ("anchor", "positive", "negative")  # of a pair; the hard negative may be absent
+TEXTS_AT_ONCE = 32  # batch size of embedding without gradients
+SIMILARITY_ROWS = 1024  # rows of the similarity matrix in memory at once
+EMBEDDING_RTOL = 0.02  # largest difference of two passes: dropout gives about 0.1, bf16 about 0.001
 
 
 def info_nce(
@@ -31,15 +33,15 @@ def info_nce(
     symmetric: bool,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute InfoNCE of pairs in float32, a mean over the pairs (van den Oord et al. 2018, equation 4).
+    """Return InfoNCE of pairs in float32, a mean over the pairs (van den Oord et al. 2018, equation 4).
 
-    An anchor's candidates are the positives and hard negatives of all pairs.
+    The candidates of an anchor are the positives and hard negatives of all pairs.
 
     Args:
-        embeddings: Anchor, positive and perhaps hard negative of each pair (pairs, columns, size).
+        embeddings: Anchor, positive and optional hard negative of each pair (pairs, columns, size).
         temperature: Divides the similarities.
         symmetric: Whether to average with the same loss from positives to anchors.
-        rows: Which terms of the mean to add up (rows,); by default all.
+        rows: Indices of the terms of the mean to add up (rows,); by default all.
     """
     rows = torch.arange(len(embeddings), device=embeddings.device) if rows is None else rows
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -53,53 +55,55 @@ def info_nce(
 
 
 class ContrastiveLoss:
-    """InfoNCE over all pairs of a window, a `WindowLoss`; its items are pairs.
+    """InfoNCE over all pairs of a window, a `WindowLoss`. An item is a pair.
 
-    Called with the embeddings of a micro-batch (pairs, columns, size) and the batch. Returns a scalar: the
-    loss of the whole window, with the gradient that goes through these pairs. A loop calls `look_ahead`
-    before each window's micro-batches. Without it, as in an evaluation, the loss is that of the batch alone.
+    Call it with the embeddings of a micro-batch (pairs, columns, size) and the batch. It returns the loss of
+    the whole window, a scalar. The gradient is the part that flows through these pairs. A loop calls
+    `look_ahead` before the micro-batches of each window. Without `look_ahead`, as in an evaluation, the loss
+    is over the batch alone.
 
     Args:
         temperature: Divides the similarities.
         symmetric: Whether to average the losses from anchors to positives and from positives to anchors.
 
     Raises:
-        RuntimeError: Where the second pass embeds a micro-batch otherwise than the first.
+        RuntimeError: The second pass gives other embeddings of a micro-batch than the first.
     """
 
     def __init__(self, temperature: float = 0.05, symmetric: bool = True):
         self.temperature, self.symmetric = temperature, symmetric
         self._window: Window | None = None
-        self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []  # a micro-batch's embeddings, and gradient
+        self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []  # embeddings and gradient, by micro-batch
         self._value = torch.tensor(0.0)
 
     def look_ahead(self, model: torch.nn.Module, window: Window) -> None:
-        """Embed the window, over all processes; keep its loss and the gradient of each embedding."""
+        """Embed the window over all processes. Store the loss and the gradient of each embedding."""
         accelerator = window.accelerator
         if window.measures_noise:
             raise ValueError(
-                "noise_every: a loss of all examples of a window together has no gradient of some of them, "
-                "by which noise is measured; give the loader noise_every=0"
+                "noise_every: a loss over a whole window has no gradient of some examples alone, so the "
+                "noise scale cannot be measured; give the loader noise_every=0"
             )
         self._window, self._cache = None, []
         if window.accumulation_steps == accelerator.num_processes == 1:
-            return  # the one micro-batch is the window
+            return  # the only micro-batch is the window
         if accelerator.distributed_type != DistributedType.FSDP:
-            model = accelerator.unwrap_model(model)  # DDP's forward is collective; processes differ in number
+            # DDP's forward is collective, and processes have unequal numbers of micro-batches.
+            model = accelerator.unwrap_model(model)
         embedded, sizes = [], []
         with torch.no_grad():
             for batch in window.forward_pass():
                 embedded.append(_float32_at_least(model(**batch)))
-                # An idle micro-batch has no part in the loss.
+                # An idle micro-batch adds nothing to the loss.
                 sizes.append(len(embedded[-1]) if window.micro_batch.num_items else 0)
         here = torch.cat([part[:size] for part, size in zip(embedded, sizes, strict=True)])
         everything, first = _gather(here, accelerator)
         self._value, gradient = self.of_all(everything)
-        gradients = gradient[first : first + len(here)].clone().split(sizes)  # not those of all processes
+        gradients = gradient[first : first + len(here)].clone().split(sizes)  # of this process only
         self._window, self._cache = window, list(zip(embedded, gradients, strict=True))
 
     def of_all(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of all these pairs and its gradient with respect to them, computed in strips."""
+        """Return the loss of all these pairs and the gradient of the embeddings, computed in strips."""
         embeddings = embeddings.detach().requires_grad_()
         value = embeddings.new_zeros(())
         for rows in torch.arange(len(embeddings), device=embeddings.device).split(SIMILARITY_ROWS):
@@ -123,16 +127,16 @@ class ContrastiveLoss:
         embeddings = _float32_at_least(embeddings)
         first_pass, gradient = self._cache[position]
         moved = float(((embeddings.detach() - first_pass).norm(dim=-1) / first_pass.norm(dim=-1)).max())
-        if position == len(self._cache) - 1:  # the last one: the window is no longer needed
+        if position == len(self._cache) - 1:  # the last micro-batch: the window is no longer needed
             self._window, self._cache = None, []
         if moved > EMBEDDING_RTOL:
             raise RuntimeError(
-                f"micro-batch {position} is embedded {moved:.2g} away from where it was in the first pass: "
-                "something in the model draws random numbers that torch's generators do not know of"
+                f"the embeddings of micro-batch {position} differ by {moved:.2g} between the two passes: the "
+                "model must draw random numbers only from torch's generators"
             )
         if not len(gradient):
             return self._value + 0.0 * embeddings.sum()
-        share = window.micro_batch.num_items / window.num_items  # what weigh() multiplies by
+        share = window.micro_batch.num_items / window.num_items  # the factor of weigh()
         through = (embeddings * gradient).sum() / share
         return self._value + (through - through.detach())
 
@@ -142,7 +146,7 @@ def _float32_at_least(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def _gather(here: torch.Tensor, accelerator: Any) -> tuple[torch.Tensor, int]:
-    """Return the embeddings of all processes, which may differ in number, and where this process's begin."""
+    """Return the embeddings of all processes, and the index of the first embedding of this process."""
     if accelerator.num_processes == 1:
         return here, 0
     counts = accelerator.gather(torch.tensor([len(here)], device=here.device)).tolist()
@@ -152,27 +156,27 @@ def _gather(here: torch.Tensor, accelerator: Any) -> tuple[torch.Tensor, int]:
 
 
 class Embedder(torch.nn.Module):
-    """An encoder that maps each text of a pair to a unit vector: the normalised mean of its tokens' vectors.
+    """An encoder that maps each text of a pair to a unit vector: the normalised mean of the token vectors.
 
-    Takes `anchor_input_ids`, `anchor_attention_mask` (pairs, length) and so on for each of `COLUMNS` that is
-    there; returns (pairs, columns, size). `save_pretrained` writes the encoder, for `AutoModel`, and the
-    pooling that `SentenceTransformer` reads.
+    The input is `anchor_input_ids` and `anchor_attention_mask` (pairs, length), and the same for each other
+    column of the batch in `COLUMNS`. The output is (pairs, columns, size). `save_pretrained` writes the
+    encoder for `AutoModel`, and the pooling for `SentenceTransformer`.
     """
 
     def __init__(self, encoder: Any):
         super().__init__()
         self.encoder = encoder
         if isinstance(pooler := getattr(encoder, "pooler", None), torch.nn.Module):
-            pooler.requires_grad_(False)  # of the first token: it has no part in the mean
+            pooler.requires_grad_(False)  # it uses only the first token, so the mean does not need it
 
     @property
     def config(self) -> Any:
-        """The encoder's config."""
+        """The config of the encoder."""
         return self.encoder.config
 
     @property
     def device(self) -> torch.device:
-        """The encoder's device."""
+        """The device of the encoder."""
         return self.encoder.device
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
@@ -185,11 +189,11 @@ class Embedder(torch.nn.Module):
     def _embed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         total = (_float32_at_least(hidden) * attention_mask[..., None]).sum(1)
-        return normalize(total, dim=-1)  # as that of the mean
+        return normalize(total, dim=-1)  # the same as for the mean
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str], tokenizer: Any, max_length: int) -> torch.Tensor:
-        """Embed texts without dropout: unit vectors (texts, size) on the host."""
+        """Return the embeddings of texts, without dropout: unit vectors (texts, size) on the host."""
         self.eval()
         found = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
@@ -211,7 +215,7 @@ class Embedder(torch.nn.Module):
     def save_pretrained(
         self, folder: Path | str, state_dict: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        """Write the encoder as transformers does, and sentence-transformers' note of how it is pooled."""
+        """Write the encoder for transformers, and the pooling config for sentence-transformers."""
         state = self.state_dict() if state_dict is None else state_dict
         self.encoder.save_pretrained(
             folder, state_dict={name.removeprefix("encoder."): tensor for name, tensor in state.items()}
@@ -234,7 +238,7 @@ def search(queries: torch.Tensor, candidates: torch.Tensor, number: int) -> tupl
     Args:
         queries: Unit vectors (queries, size).
         candidates: Unit vectors (candidates, size).
-        number: How many to return, at most.
+        number: Maximum number of candidates per query.
     """
     found = [
         (some @ candidates.T).topk(min(number, len(candidates)), dim=1)

@@ -1,8 +1,8 @@
 """The loader that yields windows.
 
-`WindowLoader` puts together which examples make a window (`sampler.py`, `streaming.py`), how a window is
-split (`splitting.py`), the collated micro-batches (`collation.py`) and what losses are means over
-(`loss_items.py`). A `Window` (`window.py`) yields this process's micro-batches and weighs their losses.
+`WindowLoader` combines the examples of each window (`sampler.py`, `streaming.py`), the split of a window
+(`splitting.py`), collated micro-batches (`collation.py`) and item counts (`loss_items.py`). A `Window`
+(`window.py`) yields the micro-batches of this process and weighs the losses.
 """
 
 import copy
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch.utils.data import DataLoader, default_collate
 
@@ -42,6 +41,7 @@ from gradacc_hf.accumulation.splitting import Bound, Cost, usual_cost
 from gradacc_hf.accumulation.streaming import BUFFER_SIZE, Stream, is_stream
 from gradacc_hf.accumulation.validation import check_arguments, check_sizes, check_stream, refuse_engine
 from gradacc_hf.accumulation.window import Window
+from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.signals import ignore_signals
 
 logger = get_logger(__name__)
@@ -51,57 +51,61 @@ class WindowLoader:
     """Yield windows: `for window in loader: for batch in window: ...`. One pass is one epoch.
 
     Args:
-        dataset: A `datasets.Dataset` or any sequence of examples; or a stream (below).
-        effective_batch_size: Examples per optimizer step over all processes; or a function of the window's
-            number in the run, such as `ScheduledBatch`; or a `GrowingBatch`.
-        accelerator: The run's Accelerator; not DeepSpeed or Megatron-LM, which accumulate by themselves.
-        collate_fn: Examples → mapping of tensors. Called as `collate_fn(examples, pad_to=n)` where `pad_to`
-            needs it.
-        max_tokens: Padded tokens per micro-batch, at most.
-        micro_batch_size: Examples per micro-batch, at most; instead of `max_tokens`.
-        bound: A `Bound`, such as one of predicted bytes; instead of the two above. The split is the cheapest
-            one under the bound, as predicted.
-        num_items: "labels", "next_token" or `batch -> number`: how many terms the mean loss has.
-        lengths: Tokens of each example: a column's name, a sequence, or a function of an example. By default
-            the size of `input_ids`, or else all equal. An array (examples, columns) where an example has
-            inputs that are padded on their own, such as source and target.
-        pad_to: "micro_batch" pads each to its longest example; "window" pads all micro-batches of a window
-            alike; a number pads to that many tokens; "nothing" says that the collate function packs its
-            examples into one row. Where padding reaches the loss (question answering), only "window" and a
+        dataset: A `datasets.Dataset`, any sequence of examples, or a stream (below).
+        effective_batch_size: Examples per optimizer step over all processes. A number, a function of the
+            number of the window in the run (such as `ScheduledBatch`), or a `GrowingBatch`.
+        accelerator: The Accelerator of the run. DeepSpeed and Megatron-LM are refused, as they accumulate by
+            themselves.
+        collate_fn: Examples → mapping of tensors. Called as `collate_fn(examples, pad_to=n)` if `pad_to`
+            requires a length.
+        max_tokens: Maximum padded tokens per micro-batch.
+        micro_batch_size: Maximum examples per micro-batch, instead of `max_tokens`.
+        bound: A `Bound` instead of the two above, such as a bound of predicted bytes. The split has the least
+            predicted cost under the bound.
+        num_items: The number of terms of the mean loss: "labels", "next_token" or `batch -> number`.
+        lengths: Tokens of each example: a column name, a sequence, or a function of an example. By default
+            the size of `input_ids`, or equal lengths if there are none. Use an array (examples, columns) if
+            an example has separately padded inputs, such as source and target.
+        pad_to: "micro_batch" pads to the longest example of a micro-batch, "window" to the longest of a
+            window, a number to this many tokens. "nothing" declares that the collate function packs the
+            examples into one row. If padding changes the loss (question answering), only "window" and a
             number are exact.
-        pad_to_multiple_of: Says that the collate function pads to a multiple of this many tokens, as the
-            argument of this name of transformers' collators. Planned sizes count it.
-        shuffle: Whether the order of epoch e is drawn from (seed, e); else it is the data set's.
+        pad_to_multiple_of: Declares that the collate function pads to a multiple of this many tokens, like
+            the same argument of transformers' collators. Planned sizes include it.
+        shuffle: Whether to draw the order of epoch e from (seed, e). Otherwise the order is the data set's.
         drop_last: Whether to leave out a partial last window.
         seed: Seed of the order and of `transform`.
-        num_workers: Processes that collate beside training.
-        transform: `(example, numpy Generator) -> example`, for what is random about an example: masking,
-            augmentation, cropping. The generator is seeded by (seed, epoch, index), so that no split, number
-            of processes or resuming changes the result. Lengths are those before.
-        cost: Predicted cost of a micro-batch; None for what is usual on the device.
-        leave_out: Examples, by index, to leave out of their windows; all others stay in theirs.
-        whole_gradients: Under FSDP, whether to accumulate whole gradients on every process and reduce them
-            once a window: less communication, more memory. By default each micro-batch's are reduced.
+        num_workers: Processes that collate in parallel with training.
+        transform: `(example, numpy Generator) -> example`, for random masking, augmentation or cropping. The
+            generator is seeded by (seed, epoch, index). The split, the number of processes and resuming
+            therefore do not change the result. `lengths` are measured before the transform.
+        cost: Predicted cost of a micro-batch; by default the cost model of the device.
+        leave_out: Indices of examples to leave out. All other examples stay in their windows.
+        whole_gradients: With FSDP, whether to accumulate unsharded gradients on every process and reduce them
+            once per window. This needs less communication and more memory. By default the gradients of each
+            micro-batch are reduced.
         buffer_size: Examples of a stream that are shuffled together; 1000 by default.
         noise_every: Measure the gradient noise scale every `noise_every` windows, starting with the first of
             each epoch; 0 disables it. The loop must call `record_gradient_norm` for each window.
 
     Raises:
-        ValueError: In one line, for arguments that cannot work.
+        ValueError: An argument cannot work. The message is one line.
 
-    A stream is a `datasets.IterableDataset`, or any iterable without a length that begins from its start
-    each time, and gives the same examples in every process. Each process reads all of it, and collates only
-    its own micro-batches: reading and tokenizing cost as much on many processes as on one. A stream with
-    `set_epoch` is told the epoch before it is read. Its lengths are measured block by block; an example's
-    index is its place in the stream. Resuming reads on from the current block where a
-    `datasets.IterableDataset` can say where that is (with a shuffle buffer of its own it cannot), and else
-    from the epoch's beginning. Examples of earlier windows cannot be looked up, and `len()` raises TypeError.
+    A stream is a `datasets.IterableDataset`, or any iterable without a length. Each iteration must start from
+    the beginning and give the same examples in every process. Each process reads the whole stream, and
+    collates only its own micro-batches. Reading and tokenizing therefore take as long on many processes as
+    on one. The loader calls `set_epoch` of the stream, if it exists, before reading. It measures lengths
+    block by block. The index of an example is its position in the stream.
+
+    Resuming starts at the current block if a `datasets.IterableDataset` can store this position, and
+    otherwise at the beginning of the epoch. A data set with its own shuffle buffer cannot store it. Examples
+    of earlier windows are not available, and `len()` raises TypeError.
 
     Attributes:
-        epoch, window: Position in the run; inside the loop's body, the current window counts as done.
+        epoch, window: Position in the run. In the body of the loop, the current window counts as done.
         noise: The gradient noise scale measured so far.
-        empty_micro_batches, empty_windows: How many had no item and were not yielded, over all processes.
-        replays: How often a window was run again because memory ran out.
+        empty_micro_batches, empty_windows: Numbers of skipped micro-batches and windows without items.
+        replays: Number of windows that were run again because memory ran out.
         seconds_to_collate: Seconds that the loop waited for the latest window.
         tuned: Whether the bound and the cost model come from trials (`training/autotune.py`).
     """
@@ -145,7 +149,7 @@ class WindowLoader:
         self._warned_too_large = self._warned_dropped = False
         self._completed_costs = (0.0,) * accelerator.num_processes
         bound = bound or Bound(max_tokens, micro_batch_size)
-        self._budget = sizes_of(bound)  # as it was given
+        self._budget = sizes_of(bound)  # as given; `bound` may be lowered later
         self._device = device_name(accelerator)
         self._trial_bound: Bound | None = None
         if is_stream(dataset):
@@ -176,7 +180,7 @@ class WindowLoader:
         self._warn_dropped()
 
     def __len__(self) -> int:
-        """Return the windows of the current epoch. Raises TypeError for a stream."""
+        """Return the number of windows in the current epoch. Raise TypeError for a stream."""
         return self.plan.num_windows(self.epoch)
 
     def __iter__(self) -> Iterator[Window]:
@@ -197,20 +201,20 @@ class WindowLoader:
                         "windows.record_gradient_norm(window, norm) for each window, or set noise_every=0"
                     )
                 self._has_stepped, asked = True, time.perf_counter()
-        ended = self._gather([0, 0, 0, 0, 0])  # instead of another window
+        ended = self._gather([0, 0, 0, 0, 0])  # pairs with `_gather` of a process that has another window
         _check_alike(ended[:, 3], self.epoch, self.window)
         self._warn_dropped()
 
-    # What windows are made of
+    # The settings of the windows
 
     @property
     def plan(self) -> WindowPlan | Stream:
-        """Which examples make which window."""
+        """The plan that assigns examples to windows."""
         return self._windows.plan
 
     @property
     def tokens(self) -> Any:
-        """Tokens of each example (examples, columns); of a stream, of those that are held."""
+        """Tokens of each example (examples, columns). A stream has only the examples in memory."""
         return self._windows.tokens
 
     @property
@@ -220,7 +224,7 @@ class WindowLoader:
 
     @property
     def bound(self) -> Bound:
-        """The most that one micro-batch may hold; lower than given where memory ran out."""
+        """The upper limit of one micro-batch. It is lowered when memory runs out."""
         return self._windows.bound
 
     @property
@@ -230,17 +234,17 @@ class WindowLoader:
 
     @property
     def pad_to(self) -> PadTo:
-        """What micro-batches are padded to."""
+        """The padding of micro-batches."""
         return self._windows.pad_to
 
     @property
     def pad_to_multiple_of(self) -> int:
-        """The number of tokens that padded lengths are a multiple of."""
+        """The divisor of all padded lengths, in tokens."""
         return self._windows.pad_to_multiple_of
 
     @property
     def count_items(self) -> items.CountItems:
-        """The function that counts a batch's items."""
+        """The function that counts the items of a batch."""
         return self._windows.count_items
 
     @count_items.setter
@@ -249,12 +253,12 @@ class WindowLoader:
 
     @property
     def noise_every(self) -> int:
-        """Windows from one measurement of the gradient noise scale to the next; 0: none is measured."""
+        """Windows from one measurement of the gradient noise scale to the next; 0 measures none."""
         return self._windows.noise_every
 
     @property
     def num_growths(self) -> int:
-        """How often the effective batch size has grown."""
+        """The number of times that the effective batch size has grown."""
         size = self.plan.effective_batch_size
         return len(size.sizes) - 1 if isinstance(size, GrowingBatch) else 0
 
@@ -264,21 +268,21 @@ class WindowLoader:
         over = self.plan.is_over(self.epoch, self.window)
         return (self.epoch + 1, 0) if over else (self.epoch, self.window)
 
-    # Looking at windows
+    # Reading windows
 
     def split(self, epoch: int, window: int) -> Split:
-        """Split a window, from lengths alone; nothing is read or collated."""
+        """Split a window from lengths alone, without reading or collating examples."""
         return self._windows.split(epoch, window)
 
     def split_lengths(self, tokens: np.ndarray) -> list[np.ndarray]:
-        """Split a window whose examples have these tokens (examples, columns); the tokens by micro-batch."""
+        """Split a window with these tokens (examples, columns), and return the tokens by micro-batch."""
         split = self._windows.split_examples(np.arange(len(tokens)), tokens, epoch=0, window=0)
         return [tokens[positions] for process in split.processes for positions in process]
 
     def collate_window(
         self, epoch: int, window: int, process: int | None = None, num_processes: int | None = None
     ) -> list[MicroBatch]:
-        """Collate the micro-batches of a window on the host, as any process of any number would."""
+        """Collate the micro-batches of a window on the host, for any process of any number of processes."""
         own = replace(
             self._windows,
             process=self._windows.process if process is None else process,
@@ -291,10 +295,11 @@ class WindowLoader:
         return self._windows.shape(indices, pad_to)
 
     def micro_batches(self) -> Iterator[tuple[MicroBatch, dict[str, Any]]]:
-        """Iterate this process's micro-batches of one pass over the data, each with its batch on the device.
+        """Iterate the micro-batches of this process in one pass over the data, with batches on the device.
 
-        For evaluation: micro-batches without items come too. Neither Accelerate's accumulation state nor the
-        loader's position changes. Where forwards are collective (FSDP) all processes get equally many.
+        The pass is for evaluation. It includes micro-batches without items. Neither Accelerate's accumulation
+        state nor the position of the loader changes. If forwards are collective (FSDP), all processes get the
+        same number of micro-batches.
         """
         windows = self._windows.apart(epoch=0, window=0)
         for split, micro_batches in self._collated_windows(windows, epoch=0, start=0):
@@ -305,16 +310,16 @@ class WindowLoader:
                 yield micro_batch, to_device(micro_batch.batch, self.accelerator)
 
     def collated(self, indices: Sequence[int] | np.ndarray, pad_to: int | None = None) -> MicroBatch:
-        """Collate any examples into one batch on the device, as the current epoch has them."""
+        """Collate examples of the current epoch into one batch on the device."""
         return self._windows.collate(np.asarray(indices), self.epoch, pad_to).on_device(self.accelerator)
 
     def examples(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
-        """Return examples as the current epoch has them, not collated."""
+        """Return examples of the current epoch, not collated."""
         return self._windows.examples(np.asarray(indices), self.epoch)
 
     def probe(self) -> list[MicroBatch]:
-        """Return a short example that has items, a long one, and both together, to try a model on."""
-        self.plan.ahead(self.epoch, self.window, 1)  # a stream then holds what it is about to need
+        """Return a short example with items, a long one, and both together, to test a model."""
+        self.plan.ahead(self.epoch, self.window, 1)  # a stream reads the next window and keeps it
         windows = self._windows.apart(epoch=0, window=0)
         for split in (windows.split(*number) for number in windows.plan.walk(0, 0)):
             short, long = (windows.find_example_with_items(split, longest) for longest in (False, True))
@@ -326,9 +331,9 @@ class WindowLoader:
     # Other loaders of the same windows
 
     def copy(self, num_windows: int) -> "WindowLoader":
-        """Return this loader at its position, to try a model on; it measures no noise.
+        """Return a copy at the same position, to test a model. It measures no noise.
 
-        Windows are split finer where each of the next `num_windows` would be one micro-batch.
+        If each of the next `num_windows` windows would be one micro-batch, the copy splits finer.
         """
         bound, windows = self.bound, replace(self._windows, noise_every=0)
         splits = [windows.split(*number) for number in self.plan.ahead(self.epoch, self.window, num_windows)]
@@ -347,13 +352,13 @@ class WindowLoader:
         cost: Cost | None = None,
         noise_every: int | None = None,
     ) -> "WindowLoader":
-        """Return this loader at its position, with its windows split under another bound.
+        """Return a copy at the same position that splits under another bound.
 
         Args:
-            bound: What one micro-batch may hold.
-            num_processes: Processes to plan for; by default those of the run.
-            cost: Predicted cost of a micro-batch; by default this loader's.
-            noise_every: Windows between measurements of the noise scale; by default this loader's.
+            bound: The upper limit of one micro-batch.
+            num_processes: Processes to plan for; by default the processes of the run.
+            cost: Predicted cost of a micro-batch; by default as in this loader.
+            noise_every: Windows between measurements of the noise scale; by default as in this loader.
         """
         other = copy.copy(self)
         other._is_started = other._pass_is_open = False
@@ -370,9 +375,9 @@ class WindowLoader:
     # Changes during a run
 
     def record_gradient_norm(self, window: Window, grad_norm: float | torch.Tensor) -> None:
-        """Record the gradient norm of a window, for the noise scale and a batch size that follows it.
+        """Record the gradient norm of a window, for the noise scale and for a `GrowingBatch`.
 
-        Call it in each window's body, in all processes, before the scheduler's step.
+        Call it in the body of the loop over windows, in all processes, before the scheduler's step.
 
         Args:
             window: The current window.
@@ -385,41 +390,42 @@ class WindowLoader:
         self.noise.record(len(window.indices), norm, window.small)
         if not isinstance(size, GrowingBatch) or self.noise.measured == measured:
             return
-        scale = broadcast_object_list([self.noise.scale])[0]  # all processes decide alike
+        scale = broadcast_object_list([self.noise.scale])[0]  # the same decision in all processes
         if size.grow(self.plan.number(self.epoch, self.window), scale):
             self._windows.replan(self.plan.resized(self.epoch, self.window))
 
     def rewind_to(self, window: Window) -> None:
-        """Go back to before the current window: it comes next, and meets the same random numbers."""
+        """Go back to the start of the current window, with the random state from this point."""
         self.window = window.number
         window.restore_rng_state()
 
     def resplit(self, bound: Bound, cost: Cost | None = None) -> None:
-        """Split the windows to come under another bound, and by another cost model."""
-        if cost is not None and cost != self.cost:  # costs of different models do not compare
+        """Split later windows under another bound, and with another cost model."""
+        if cost is not None and cost != self.cost:  # costs of different models cannot be compared
             self._completed_costs = (0.0,) * len(self._completed_costs)
         self._windows.resplit(bound, cost or self.cost)
 
     def begin_trials(self) -> None:
-        """Begin to try sizes: `state_dict()` has the bound of now until `end_trials`."""
+        """Begin trials of sizes. Until `end_trials`, `state_dict()` has the present bound."""
         self._trial_bound = self.bound
 
     def end_trials(self, tuned: bool) -> None:
-        """End the trials; `tuned`: the bound and the cost model of now are their result, and are kept."""
+        """End the trials. With `tuned`, the present bound and cost model are the result."""
         self._trial_bound, self.tuned = None, tuned
 
     @property
     def trial_bound(self) -> Bound | None:
-        """The bound that sizes are tried under; None outside trials."""
+        """The bound from before the trials; None outside trials."""
         return self._trial_bound
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a loader needs to go on, as plain data that JSON can hold.
+        """Return the state of the loader as plain data, which JSON can store.
 
-        That is the next window's position, what windows are split by (also where memory ran out, or sizes
-        were tuned), the counters, and for a growing batch its sizes and the noise scale.
+        The state is the position of the next window, the settings of the split, and the counters. It
+        includes a bound that was lowered or tuned. With `noise_every`, it has the noise scale. With a
+        `GrowingBatch`, it has the sizes.
         """
         epoch, window = self.next_position
         state = {"seed": self.seed, "epoch": epoch, "window": window, **self.plan.place(epoch, window)}
@@ -438,15 +444,15 @@ class WindowLoader:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], *, same_budget: bool | None = None) -> None:
-        """Go to where `state_dict` was taken; the next pass runs the rest of that epoch.
+        """Restore a state. The next pass runs the rest of the epoch.
 
-        Windows are the same with any budget. Under the same budget they are also split as before, with a
-        bound that was lowered when memory ran out. Under another budget they are split by that.
+        The windows are the same with any budget. With the same budget and device, the split is the same, too,
+        including a bound that was lowered when memory ran out. With another budget, the split follows it.
 
         Args:
             state: From `state_dict()`, also of version 0.1.0.
-            same_budget: Whether this loader has the budget and device of the state's. By default they are
-                compared by the loader's own bound.
+            same_budget: Whether budget and device are the same as in the state. By default, the bound that
+                was given to this loader and the device are compared.
         """
         state = upgrade_state(state)
         if isinstance(size := self.plan.effective_batch_size, GrowingBatch):
@@ -471,22 +477,22 @@ class WindowLoader:
             self.resplit(Bound(**saved["bound"], memory=memory), Cost(**saved["cost"]))
             self.tuned = saved["tuned"]
         elif compared and saved["tuned"] and self.bound.micro_batch_size is None:
-            most = saved["bound"]["max_tokens"]  # a speed that was measured; never above this budget
+            most = saved["bound"]["max_tokens"]  # keep the tuned size, up to this budget
             most = min(most, self.bound.max_tokens or most)
             self.resplit(replace(self.bound, max_tokens=most), Cost(**saved["cost"]))
             self.tuned = True
 
-    # What a window asks of its loader (`window.WindowSource`)
+    # The interface for windows (`window.WindowSource`)
 
     def begin_pass(self) -> bool:
-        """Note that a pass begins; return whether an earlier pass was left before its end."""
+        """Record the start of a pass. Return whether an earlier pass was left before the end."""
         was_open, self._pass_is_open = self._pass_is_open, True
         return was_open
 
     def end_pass(self, split: LocalSplit, trained: bool) -> None:
-        """Note that a pass has come to its end; `trained`: with gradients of all micro-batches.
+        """Record the end of a pass, and whether all micro-batches gave gradients (`trained`).
 
-        The first window does not tell what fits, as the optimizer's states come with its step.
+        The costs of the first window do not count, as the optimizer allocates its states in the first step.
         """
         self._pass_is_open = False
         if trained and self._has_stepped:
@@ -495,7 +501,7 @@ class WindowLoader:
     def has_fitted(self, split: LocalSplit) -> bool:
         """Whether each process has completed a micro-batch as expensive as the most expensive one here.
 
-        Once memory has run out in a run, what fitted before may not fit again.
+        False once memory has run out in a run, as a micro-batch that fitted before may not fit again.
         """
         fitted = (cost <= done for cost, done in zip(split.costs, self._completed_costs, strict=True))
         return not self.replays and all(fitted)
@@ -505,7 +511,7 @@ class WindowLoader:
         return self._windows.idle(split.plan)
 
     def resplit_window(self, split: LocalSplit, bound: Bound) -> LocalSplit:
-        """Split a window again, and all later ones, under a lower bound, as memory ran out."""
+        """Split this window and all later windows under a lower bound, after memory ran out."""
         self.resplit(bound)
         self.replays += 1
         plan = self._windows.split(split.plan.epoch, split.plan.window)
@@ -525,7 +531,7 @@ class WindowLoader:
                 split, micro_batches = pickle.loads(local) if isinstance(local, bytes) else local
                 yield split, [self._pinned(micro_batch) for micro_batch in micro_batches]
                 start += 1
-                if windows.revision != revision:  # what workers hold ready is split by the old bound
+                if windows.revision != revision:  # workers have prepared windows with the old bound
                     break
 
     def _collated_beside(self, windows: LocalWindows, epoch: int, start: int) -> DataLoader:
@@ -545,9 +551,9 @@ class WindowLoader:
         return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
     def _local_split(self, plan: Split, micro_batches: list[MicroBatch]) -> LocalSplit | None:
-        """Count the window's items over all processes; give every process something to run.
+        """Count the items of a window over all processes, and give every process a micro-batch to run.
 
-        None for a window without items.
+        Return None for a window without items.
         """
         with_items = [micro_batch for micro_batch in micro_batches if micro_batch.num_items]
         empty = len(micro_batches) - len(with_items)
@@ -572,13 +578,13 @@ class WindowLoader:
         )
 
     def _can_measure(self, plan: Split, micro_batches: list[MicroBatch]) -> bool:
-        """Whether the gradient of this process's first micro-batch, drawn at random, is there on its own."""
+        """Whether the gradient of the first micro-batch, drawn at random, can be read separately."""
         whole = forwards_are_collective(self.accelerator) and self.whole_gradients
         with_items = [micro_batch.num_items > 0 for micro_batch in micro_batches]
         return plan.measures_noise and with_items[0] and sum(with_items) > 1 and not whole
 
     def _pinned(self, micro_batch: MicroBatch) -> MicroBatch:
-        """Return a micro-batch in memory that a GPU can copy from beside its own work; on a CPU as it is."""
+        """Return a micro-batch in pinned memory, which a GPU can copy while computing. No change on a CPU."""
         if self.accelerator.device.type != "cuda":
             return micro_batch
         pinned = {
@@ -590,7 +596,7 @@ class WindowLoader:
         return replace(micro_batch, batch=pinned)
 
     def _gather(self, numbers: list[float]) -> np.ndarray:
-        """Gather this process's numbers (numbers,) → (processes, numbers): the one exchange per window."""
+        """Gather (numbers,) of this process → (processes, numbers): the only exchange per window."""
         if self.accelerator.num_processes == 1:
             return np.array([numbers], dtype=np.float64)
         local = torch.tensor([numbers], dtype=torch.float64, device=self.accelerator.device)
@@ -599,14 +605,14 @@ class WindowLoader:
     # Warnings
 
     def _check_lengths(self, tokens: np.ndarray, first: int = 0) -> None:
-        """Warn once of examples that exceed the bound, of all or of a stream's next block."""
+        """Warn once of examples that exceed the bound: in the data set, or in the next block of a stream."""
         too_large = self._windows.too_large(tokens, first)
         if too_large and not self._warned_too_large:
             logger.warning(too_large)
             self._warned_too_large = True
 
     def _warn_dropped(self) -> None:
-        """Warn once of examples that `drop_last` leaves out; of a stream, after its first epoch."""
+        """Warn once of examples that `drop_last` leaves out. For a stream, warn after the first epoch."""
         if (left := self.plan.dropped(self.epoch)) and not self._warned_dropped:
             total = self.plan.num_examples
             logger.warning(f"drop_last: {left} of {total} examples are left out of each epoch")
@@ -615,23 +621,23 @@ class WindowLoader:
     def _count_empty(self, split: Split, empty_micro_batches: int, window_is_empty: bool) -> None:
         if empty_micro_batches and not self.empty_micro_batches:
             logger.warning(
-                "some micro-batches hold no item (every label is ignored): they are skipped and counted"
+                "some micro-batches have no item (every label is ignored): they are skipped and counted"
             )
         if window_is_empty and not self.empty_windows:
             logger.warning(
-                f"window {split.window} of epoch {split.epoch} holds no item: skipped, and counted"
+                f"window {split.window} of epoch {split.epoch} has no item: it is skipped and counted"
             )
         self.empty_micro_batches += empty_micro_batches
         self.empty_windows += int(window_is_empty)
 
 
 def _check_alike(tokens: np.ndarray, epoch: int, window: int) -> None:
-    """Raise ValueError in all processes where their windows differ in tokens; 0 stands for no window."""
+    """Raise ValueError in all processes if the tokens of a window differ by process; 0 means no window."""
     different = sorted(set(tokens.astype(int).tolist()))
     if len(different) > 1:
         raise ValueError(
             f"window {window} of epoch {epoch} has {' and '.join(map(str, different))} tokens, by process: "
-            "data must be the same, in the same order, in all of them"
+            "all processes must have the same data in the same order"
         )
 
 
@@ -642,6 +648,6 @@ def _identity(local: Any) -> Any:
 def _warn_of_prepared_schedulers(accelerator: Accelerator) -> None:
     for scheduler in prepared_schedulers(accelerator):
         logger.warning_once(
-            f"{type(scheduler).__name__} was prepared by Accelerate, which steps it once per process: leave "
-            "the scheduler out of accelerator.prepare() and step it once per window"
+            f"{type(scheduler).__name__} was prepared by Accelerate, which steps it once per process: do not "
+            "pass the scheduler to accelerator.prepare(), and step it once per window"
         )

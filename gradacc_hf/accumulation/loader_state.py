@@ -1,4 +1,4 @@
-"""Plain data for a loader's `state_dict()`: a bound's sizes, the device, and the layouts of 0.1.0."""
+"""Plain data for `WindowLoader.state_dict()`: sizes of a bound, the device, and layouts of version 0.1.0."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,10 +24,10 @@ def device_name(accelerator: Accelerator) -> str:
 
 
 def upgrade_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state of version 0.1.0 in the layout of today; a state of today as it is.
+    """Return a state of version 0.1.0 in the present layout, and any other state unchanged.
 
-    In 0.1.0 a loader wrote `max_tokens` and `cost` beside its position where sizes were tuned. A checkpoint
-    wrote the loader's state as `place`, beside `bound`, `cost` and `counts`.
+    In 0.1.0 a loader wrote `max_tokens` and `cost` beside the position if sizes were tuned. A checkpoint
+    wrote the state of the loader as `place`, beside `bound`, `cost` and `counts`.
     """
     place = dict(state.get("place", state))
     if "split" in place or ("place" not in state and "cost" not in place):

@@ -1,8 +1,8 @@
-"""Predict the bytes of a training step from a micro-batch's rows and length: numbers only, no torch.
+"""Predict the bytes of a training step from the rows and length of a micro-batch: numbers only, no torch.
 
-At every moment of a step, live memory is a polynomial in the rows and the length (or lengths, where columns
-are padded on their own). The peak is the largest of them. `memory/estimator.py` finds the polynomials;
-`splitting.Bound` bounds a split by them.
+At every moment of a step, live memory is a polynomial in the rows and the length. With separately padded
+columns, there are several lengths. The peak is the maximum over all moments. `memory/estimator.py` finds the
+polynomials. `splitting.Bound` limits a split by the prediction.
 """
 
 from collections.abc import Sequence
@@ -13,32 +13,41 @@ from typing import Any
 import numpy as np
 
 Lengths = int | Sequence[int] | np.ndarray
-LONGEST = 2**40  # tokens that one row may have: more than any memory holds
+LONGEST = 2**40  # tokens of a row without limit: more than any memory holds
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes at the moment of a step when most are held."""
+    """Bytes at the peak of a training step, by kind."""
 
     parameters: int
     gradients: int
-    optimizer: int  # its states
-    activations: int  # and what comes and goes beside them in the backward pass
-    loss: int  # logits, and what the loss makes of them
-    workspace: int  # what libraries hold beside the tensors, and memory lost between blocks
+    optimizer: int  # states of the optimizer
+    activations: int  # including temporary tensors of the backward pass
+    loss: int  # logits, and the tensors that the loss computes from them
+    workspace: int  # memory of libraries, and fragmentation
 
     @property
     def total(self) -> int:
+        """The sum of all kinds."""
         return sum(asdict(self).values())
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatchMemory:
-    """bytes(rows, length) of one process: what is always there, and the moments of a step.
+    """The memory of one process as a function of rows and lengths.
 
-    `exponents` (terms, 1 + columns): the powers of rows and of each length that a term is the product of.
-    `activations`, `loss` (moments, terms): its factors. `workspace` is in bytes, `workspace_share` a share of
-    activations and loss. All lengths are in tokens, as `WindowLoader` counts them.
+    All lengths are in tokens, as `WindowLoader` counts them.
+
+    Attributes:
+        parameters: Bytes of the parameters.
+        gradients: Bytes of the gradients.
+        optimizer: Bytes of the optimizer states.
+        exponents: Powers of the rows and of each length in each term, (terms, 1 + columns).
+        activations: Bytes of activations: factors of the terms at each moment, (moments, terms).
+        loss: Bytes of the loss: factors of the terms at each moment, (moments, terms).
+        workspace: Bytes that libraries hold.
+        workspace_share: Further workspace, as a share of activations and loss.
     """
 
     parameters: int
@@ -52,7 +61,7 @@ class MicroBatchMemory:
 
     @property
     def resident(self) -> int:
-        """Bytes that are there between micro-batches."""
+        """Bytes in use between micro-batches."""
         return self.parameters + self.gradients + self.optimizer + self.workspace
 
     @cached_property
@@ -60,12 +69,12 @@ class MicroBatchMemory:
         return self.activations + self.loss
 
     def terms(self, rows: float, lengths: Lengths) -> np.ndarray:
-        """The products that the factors belong to (terms)."""
+        """Return the value of each term (terms)."""
         values = np.array([rows, *np.atleast_1d(lengths)], dtype=np.float64)
         return np.prod(values**self.exponents, axis=1)
 
     def parts(self, rows: int, lengths: Lengths) -> Parts:
-        """Bytes of `rows` examples padded to `lengths`, by part, when most are held."""
+        """Return the bytes at the peak of a step with `rows` examples padded to `lengths`, by kind."""
         terms = self.terms(rows, lengths)
         most = int((self._moments @ terms).argmax())
         together = float(self._moments[most] @ terms)
@@ -80,14 +89,14 @@ class MicroBatchMemory:
         )
 
     def bytes(self, rows: int, lengths: Lengths) -> int:
-        """The most that a step with `rows` examples padded to `lengths` holds."""
+        """Return the peak bytes of a step with `rows` examples padded to `lengths`."""
         return self.parts(rows, lengths).total
 
     def max_rows(self, lengths: Lengths, max_bytes: int) -> int:
-        """How many examples padded to `lengths` fit into `max_bytes`; 0 where not even one does."""
+        """Return how many examples padded to `lengths` fit into `max_bytes`; 0 if not even one fits."""
         available = (max_bytes - self.resident) / (1 + self.workspace_share)
         nothing, one = (self._moments @ self.terms(rows, lengths) for rows in (0, 1))
-        a_row = one - nothing  # every term has rows to the power of 0 or 1
+        a_row = one - nothing  # linear, as every term has rows to the power of 0 or 1
         if available < 0 or (one > available).any():
             return 0
         growing = a_row > 0
@@ -96,7 +105,7 @@ class MicroBatchMemory:
         return int(((available - nothing[growing]) / a_row[growing]).min())
 
     def max_length(self, max_bytes: int) -> int:
-        """How many tokens one row may have (packing); 0 where not even one fits."""
+        """Return how many tokens of one packed row fit into `max_bytes`; 0 if not even one fits."""
         low, high = 0, LONGEST
         while low < high:
             middle = (low + high + 1) // 2
@@ -106,11 +115,16 @@ class MicroBatchMemory:
     def over_processes(
         self, processes: int, sharded: bool, largest_layer: int = 0, whole_gradients: bool = False
     ) -> "MicroBatchMemory":
-        """Of each of several processes: DDP, or with `sharded` FSDP2.
+        """Return the memory of each of several processes, for DDP or FSDP2.
 
-        DDP reduces gradients in buckets, a second copy. FSDP2 divides parameters, gradients and optimizer
-        states, and gathers a layer of `largest_layer` bytes while the next one comes, its gradients too; with
-        `whole_gradients` it holds all of these.
+        DDP holds a second copy of the gradients, in buckets. FSDP2 divides parameters, gradients and
+        optimizer states. It also holds two gathered layers and the gradients of one.
+
+        Args:
+            processes: Number of processes.
+            sharded: Whether FSDP2 is used.
+            largest_layer: Bytes of the largest layer that FSDP2 gathers.
+            whole_gradients: Whether FSDP2 holds unsharded gradients of all layers.
         """
         if processes == 1:
             return self
@@ -124,7 +138,7 @@ class MicroBatchMemory:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain numbers and lists."""
+        """Return the fields as plain numbers and lists."""
         return {
             name: value.tolist() if isinstance(value, np.ndarray) else value
             for name, value in asdict(self).items()
@@ -132,6 +146,6 @@ class MicroBatchMemory:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "MicroBatchMemory":
-        """What `to_json` gave."""
+        """Return the model from the result of `to_json`."""
         made: dict[str, Any] = {n: np.array(v) if isinstance(v, list) else v for n, v in values.items()}
         return cls(**made)

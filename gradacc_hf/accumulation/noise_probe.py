@@ -1,6 +1,6 @@
-"""Measure the gradient of a window's first micro-batch alone, for the gradient noise scale.
+"""Measure the gradient of the first micro-batch of a window, for the gradient noise scale.
 
-The micro-batch is drawn at random (`collation.py`); what its norm is good for is told in `noise_scale.py`.
+`collation.py` draws this micro-batch at random. `noise_scale.py` computes the noise scale from the norm.
 """
 
 import math
@@ -16,11 +16,12 @@ from gradacc_hf.accumulation.reference import grad_norm
 class NoiseProbe:
     """One measurement, in one pass over a window.
 
-    `sums` is what the processes add up before `result`: the squared norm, whether it is known (1 or 0), and
-    the micro-batch's share of the window's items.
+    Attributes:
+        sums: Squared norm, measurements (1 or 0), and share of the window's items in the micro-batch. Add
+            them up over processes before `result`.
 
     Args:
-        accelerator: The run's Accelerator.
+        accelerator: The Accelerator of the run.
         num_examples: Examples of the first micro-batch of each process; 0 measures nothing.
         share: Items of this process's first micro-batch / items of the window.
     """
@@ -30,7 +31,7 @@ class NoiseProbe:
         self.sums = (0.0, 0.0, 0.0)
 
     def measure(self) -> None:
-        """Measure the gradient after the first micro-batch, as the mean over its items."""
+        """Measure the gradient after the first micro-batch, as the mean over the micro-batch's items."""
         accelerator = self._accelerator
         parameters = prepared_parameters(accelerator)
         if not self._num_examples or all(p.grad is None for p in parameters):  # an unprepared optimizer
@@ -44,11 +45,11 @@ class NoiseProbe:
             self.sums = (norm**2, 1.0, self._share)
 
     def result(self, sums: Sequence[float]) -> SmallBatch | None:
-        """Return the measurement from the sums over processes; None where no process measured."""
+        """Return the measurement from the sums over processes; None if no process measured."""
         square, known, share = map(float, sums)
         if not known:
             return None
-        if forwards_are_collective(self._accelerator):  # the gradient is of all processes together
+        if forwards_are_collective(self._accelerator):  # the gradient covers the examples of all processes
             norm = math.sqrt(square / known) / share
             return SmallBatch(self._num_examples * self._accelerator.num_processes, norm)
         return SmallBatch(self._num_examples, math.sqrt(square / known))

@@ -1,7 +1,7 @@
-"""Find the examples and the module that a loss or gradient which is not finite comes from.
+"""Find the examples and the module that cause a loss or gradient that is not finite.
 
-`Window.weigh` makes the gradient of such a loss NaN, so that the norm of a window's gradient shows it in all
-processes. The training loop (`training/loop.py`) then takes no step, and asks here for the cause.
+`Window.weigh` turns the gradient of such a loss into NaN. The gradient norm of the window is then NaN in all
+processes. The training loop (`training/loop.py`) takes no step and calls `find_non_finite`.
 """
 
 import math
@@ -17,22 +17,22 @@ from gradacc_hf.accumulation.accelerate_state import forwards_are_collective
 from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss
 from gradacc_hf.accumulation.window import Window
 
-SHOWN = 32  # examples of a micro-batch, in a message
+SHOWN = 32  # most examples in a message
 
 
 def drop_non_finite(optimizer: Any, norm: float, accelerator: Accelerator) -> None:
     """Drop gradients whose norm is not finite, so that the next step changes nothing.
 
-    Under fp16 the scaler does that: it skips the step and lowers its scale.
+    In fp16 the scaler skips such a step and lowers the scale.
     """
     if not math.isfinite(norm) and accelerator.scaler is None:
         optimizer.zero_grad()
 
 
 def find_non_finite(model: torch.nn.Module, window: Window, compute_loss: ComputeLoss) -> str:
-    """Run a window's micro-batches again; return where the first number that is not finite comes from.
+    """Run the micro-batches of a window again, and return the source of the first non-finite number.
 
-    Collective. Weights and gradients stay as they are; buffers and random states change.
+    Collective. Weights and gradients do not change; buffers and random states do.
     """
     accelerator = window.accelerator
     together = forwards_are_collective(accelerator)
@@ -50,9 +50,9 @@ def find_non_finite(model: torch.nn.Module, window: Window, compute_loss: Comput
         if cause is not None and found is None:
             found, bad = f"{_named(window.micro_batch.indices.tolist())}, {cause}", 1
     if found is not None and bad == len(window) > 1:
-        found += "; every micro-batch has this: the cause is the weights, or --optim.lr, not these examples"
+        found += "; all micro-batches are affected: the cause is the weights or --optim.lr, not the examples"
     everywhere = [cause for cause in gather_object([found]) if cause is not None]
-    return everywhere[0] if everywhere else "no micro-batch alone, only their sum"
+    return everywhere[0] if everywhere else "only the sum of the micro-batches, none of them alone"
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def _of_loss(model: torch.nn.Module, loss: torch.Tensor, look_at_gradient: bool)
         return None
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    for name, gradient in reversed(list(zip(trained, gradients, strict=True))):  # as the backward pass goes
+    for name, gradient in reversed(list(zip(trained, gradients, strict=True))):  # order of the backward pass
         if gradient is not None and not gradient.isfinite().all():
             return f"first in the gradient of {name}"
     return None
@@ -86,7 +86,7 @@ def _first_non_finite_output(model: torch.nn.Module) -> Iterator[list[str]]:
 
     def look(name: str) -> Any:
         def hook(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
-            # −∞ is what masks are made of
+            # −∞ is allowed: masks contain it.
             if not found and any((t.isnan() | (t == math.inf)).any() for t in _tensors(outputs)):
                 found.append(f"{name or 'the model'} ({type(module).__name__})")
 

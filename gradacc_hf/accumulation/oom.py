@@ -1,6 +1,6 @@
-"""Out of memory: split the current window into smaller micro-batches and run it again.
+"""Recover from running out of memory: split the window into smaller micro-batches and run it again.
 
-Every split of a window has the same gradient, so nothing else changes. A loop puts `retry_on_oom` around its
+Every split of a window has the same gradient, so nothing else changes. A loop puts `retry_on_oom` around the
 micro-batches.
 """
 
@@ -11,24 +11,24 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
 from gradacc_hf.accumulation.oom_exchange import PeerOutOfMemoryError, Shortage
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import GradaccError, OutOfMemoryError, OutOfMemoryWhileSyncingError, one_line
+from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.memory import free_memory, release_memory
 from gradacc_hf.utils.modeling import BufferSnapshot
 
 logger = get_logger(__name__)
 
-# torch's allocator on a CPU; C++'s; oneDNN, whose messages do not name memory.
+# Messages of torch's CPU allocator, of C++, and of oneDNN, which does not mention memory.
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "bad_alloc", "could not create a", "std::length_error")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of torch or Python says that memory ran out, on a GPU or a CPU.
+    """Whether an exception of torch or Python means that memory ran out, on a GPU or a CPU.
 
     False for `OutOfMemoryError` of gradacc, which quotes such an exception and is final.
     """
@@ -40,7 +40,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class _CountSteps:
-    """Count the steps that an optimizer begins, prepared or not."""
+    """Count the steps that an optimizer begins. It may be prepared."""
 
     def __init__(self, optimizer: Any):
         self.count = 0
@@ -59,14 +59,15 @@ class _CountSteps:
 
 @contextmanager
 def retry_on_oom(window: Window, model: torch.nn.Module, optimizer: Any) -> Iterator[None]:
-    """Run a pass over a window's micro-batches; when memory runs out, prepare the window for another pass.
+    """Run a pass over the micro-batches of a window. If memory runs out, prepare another pass.
 
         while not window.done:
             with retry_on_oom(window, model, optimizer):
                 for batch in window:
                     ...
 
-    The pass's gradients are dropped. This window and all later ones are split into smaller micro-batches.
+    The gradients of a failed pass are dropped. This window and all later windows are split into smaller
+    micro-batches.
 
     Args:
         window: The window to train.
@@ -74,8 +75,8 @@ def retry_on_oom(window: Window, model: torch.nn.Module, optimizer: Any) -> Iter
         optimizer: The prepared optimizer.
 
     Raises:
-        OutOfMemoryError: If one example alone does not fit, or the optimizer's states do not fit.
-        OutOfMemoryWhileSyncingError: If other processes already wait for the gradients of this process.
+        OutOfMemoryError: One example alone does not fit, or the states of the optimizer do not fit.
+        OutOfMemoryWhileSyncingError: Other processes already wait for the gradients of this process.
     """
     window.separate_synchronisation()
     window.buffers = BufferSnapshot(model)
@@ -90,14 +91,14 @@ def retry_on_oom(window: Window, model: torch.nn.Module, optimizer: Any) -> Iter
                 message = one_line(error)[:200]
             else:
                 raise
-            traceback.clear_frames(error.__traceback__)  # they hold activations
+            traceback.clear_frames(error.__traceback__)  # the frames hold activations
     if shortage is None and message is None:
         return
     _drop_pass(window, model, optimizer)
     if steps.count:
         raise OutOfMemoryError(
-            f"out of memory in the optimizer's step ({message}): its states do not fit, whatever the split; "
-            "take a leaner one (--optim.name adafactor), --model.lora.rank 8, or more memory"
+            f"out of memory in the optimizer step ({message}): its states do not fit. No split helps: use "
+            "--optim.name adafactor, --model.lora.rank 8, or more memory"
         )
     shortage = shortage or _report_failure(window, message or "")
     if shortage.alone is not None:
@@ -110,26 +111,26 @@ def retry_on_oom(window: Window, model: torch.nn.Module, optimizer: Any) -> Iter
     window.split_finer(bound)
     logger.warning(
         f"window {window.number} of epoch {window.epoch}: out of memory in a micro-batch of "
-        f"{shortage.examples} examples, {shortage.needs}; from here on at most {bound}, and this window is "
-        "run again"
+        f"{shortage.examples} examples, {shortage.needs}. From now on a micro-batch has at most {bound}. "
+        "This window runs again"
     )
 
 
 def _drop_pass(window: Window, model: torch.nn.Module, optimizer: Any) -> None:
-    """Drop the gradients, activations and buffers of a pass that broke off."""
+    """Drop the gradients and activations of a failed pass, and restore the buffers."""
     optimizer.zero_grad()
     window.restore_buffers()
     window.release_graph()
     if isinstance(model, DistributedDataParallel):
-        # Else only a process whose forward broke off waits for buffers from the first process.
+        # Otherwise a process that failed in the forward would wait alone for buffers from the first process.
         model.require_forward_param_sync = False
     release_memory()
 
 
 def _report_failure(window: Window, message: str) -> Shortage:
-    """Tell the other processes that memory ran out here; return the smallest failure of all.
+    """Report to the other processes that memory ran out here, and return the smallest failure of all.
 
-    Raises OutOfMemoryWhileSyncingError where the others already wait for this process's gradients.
+    Raise OutOfMemoryWhileSyncingError if the others already wait for the gradients of this process.
     """
     accelerator, position = window.accelerator, window.latest_position
     failed = window.micro_batches[position].indices

@@ -1,4 +1,4 @@
-"""Agree among processes whether memory sufficed for their micro-batches of a window."""
+"""Exchange between processes whether their micro-batches of a window fitted in memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +14,15 @@ from gradacc_hf.errors import OutOfMemoryError
 
 @dataclass(frozen=True)
 class Shortage:
-    """The smallest micro-batch, over all processes, that memory did not suffice for.
+    """The smallest micro-batch, over all processes, that did not fit in memory.
 
-    `lengths`: padded tokens of each column. `alone`: index of the example that was all of the micro-batch.
-    `needs`: the size for messages, in tokens, and in bytes where these are predicted. `message`: the error of
-    this process; empty where another process ran out of memory.
+    Attributes:
+        examples: Number of examples.
+        rows: Number of rows.
+        lengths: Padded tokens of each column.
+        alone: Index of the example, if the micro-batch had only one.
+        needs: Size for a message: tokens, and bytes if they are predicted.
+        message: The error of this process; empty if another process ran out of memory.
     """
 
     examples: int
@@ -30,7 +34,7 @@ class Shortage:
 
 
 class PeerOutOfMemoryError(OutOfMemoryError):
-    """Raised in a process that had enough memory, when another process had not."""
+    """Another process ran out of memory, while this process had enough."""
 
     def __init__(self, shortage: Shortage):
         super().__init__("another process is out of memory")
@@ -39,10 +43,12 @@ class PeerOutOfMemoryError(OutOfMemoryError):
 
 @dataclass(frozen=True)
 class OomExchange:
-    """The exchange that every process takes part in, with a failed micro-batch or without one.
+    """The exchange in which every process reports a failed micro-batch or success.
 
-    `shape`: example indices → rows and padded tokens of each column of their micro-batch. `bound`: what the
-    window was split under.
+    Attributes:
+        accelerator: The Accelerator of the run.
+        shape: Example indices → rows and padded tokens of each column of their micro-batch.
+        bound: The bound of the split.
     """
 
     accelerator: Accelerator
@@ -50,15 +56,16 @@ class OomExchange:
     bound: Bound
 
     def report_success(self, indices: np.ndarray) -> None:
-        """Say that memory sufficed here. Raises PeerOutOfMemoryError where it did not elsewhere.
+        """Report success. Raise PeerOutOfMemoryError if another process ran out of memory.
 
-        `indices`: any examples of the window, so that all processes exchange equally many numbers.
+        Args:
+            indices: Any examples of the window. All processes exchange the same number of values.
         """
         if shortage := self._exchange(indices[:1], examples=0):
             raise PeerOutOfMemoryError(shortage)
 
     def report_failure(self, indices: np.ndarray) -> Shortage:
-        """Say that memory ran out on these examples; return the smallest failure of all processes."""
+        """Report that memory ran out on these examples. Return the smallest failure of all processes."""
         shortage = self._exchange(indices, examples=max(1, len(indices)))
         assert shortage is not None
         return shortage

@@ -1,7 +1,8 @@
-"""The gradient of a whole window at once, which every split must give, and how far another is from it.
+"""The reference gradient of a window, and the error of other gradients.
 
-`whole_window_gradient` is the one reference: no accumulation, no weighing, no Accelerate. `relative_error` is
-the measure: ‖g − reference‖ / ‖reference‖ over all parameters together, ≤ 1e-5 in float32.
+`whole_window_gradient` computes the reference on the whole window at once: no accumulation, no weighing, no
+Accelerate. Every split must give the same gradient. `relative_error` is ‖g − reference‖ / ‖reference‖ over
+all parameters together. It must be at most 1e-5 in float32.
 """
 
 import math
@@ -19,14 +20,14 @@ from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
 Gradient = dict[str, torch.Tensor]
 
 EXACT = 1e-5
-WORST = 5  # parameters that a comparison names
-TINY = 1e-300  # instead of 0, to divide by
+WORST = 5  # parameters in `Comparison.worst`
+TINY = 1e-300  # replaces a divisor of 0
 
 
 def whole_window_gradient(
     model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss = model_loss
 ) -> Gradient:
-    """The gradient of the mean loss of one batch that holds the whole window; `.grad` is left empty."""
+    """Return the gradient of the mean loss of one batch that holds the whole window. Clear `.grad`."""
     model.zero_grad()
     compute_loss(model(**batch), batch).backward()
     gradient = read_gradient(model)
@@ -35,7 +36,7 @@ def whole_window_gradient(
 
 
 def read_gradient(model: torch.nn.Module) -> Gradient:
-    """A copy of every parameter's `.grad`, whole where it is sharded; zeros where there is none."""
+    """Return a copy of `.grad` of every trained parameter: unsharded, and zeros if there is none."""
     gradient = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -45,7 +46,7 @@ def read_gradient(model: torch.nn.Module) -> Gradient:
 
 
 def relative_error(gradient: Gradient, reference: Gradient) -> float:
-    """‖gradient − reference‖ / ‖reference‖, over all parameters, in float64; two zeros are the same."""
+    """Return ‖gradient − reference‖ / ‖reference‖ over all parameters, in float64; 0 if both are zero."""
     difference = norm({name: gradient[name].double() - reference[name].double() for name in reference})
     size = norm(reference)
     return difference / size if size else math.inf if difference else 0.0
@@ -53,10 +54,15 @@ def relative_error(gradient: Gradient, reference: Gradient) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one way accumulates against the reference, in the window where it is furthest off.
+    """A gradient g compared with the reference r.
 
-    `error` and `norm_ratio`: ‖g − r‖ / ‖r‖ and ‖g‖ / ‖r‖; `cosine` of the angle between them. `worst`:
-    parameters by ‖g_p − r_p‖ / max(‖r_p‖, 1e-4 ‖r‖), as some (a key's bias) have no gradient but rounding.
+    Attributes:
+        way: The way to accumulate that gave the gradient.
+        error: ‖g − r‖ / ‖r‖.
+        norm_ratio: ‖g‖ / ‖r‖.
+        cosine: Cosine of the angle between g and r.
+        worst: The parameters with the largest ‖g_p − r_p‖ / max(‖r_p‖, 1e-4 ‖r‖), with this value. The lower
+            limit is for parameters whose gradient is only rounding, such as the bias of attention keys.
     """
 
     way: str
@@ -67,17 +73,17 @@ class Comparison:
 
     @property
     def exact(self) -> bool:
-        """Is the error at most `EXACT`? NaN is not."""
+        """Whether the error is at most `EXACT`. NaN is not."""
         return self.error <= EXACT
 
     @property
     def badness(self) -> float:
-        """The error, to be sorted by: NaN is worst."""
+        """The error as a sort key, where NaN is worst."""
         return math.inf if math.isnan(self.error) else self.error
 
 
 def compare(way: str, gradient: Gradient, reference: Gradient) -> Comparison:
-    """All measures of how far a gradient is from the reference, in float64."""
+    """Return the comparison of a gradient with the reference, in float64."""
     size, length = norm(reference) or TINY, norm(gradient)
     inner = sum(float((gradient[n].double() * r.double()).sum()) for n, r in reference.items())
     by_parameter = {
@@ -91,23 +97,23 @@ def compare(way: str, gradient: Gradient, reference: Gradient) -> Comparison:
 
 
 def grad_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
-    """‖gradient‖ over these parameters' `.grad`, of all shards where they are sharded."""
+    """Return ‖gradient‖ over `.grad` of these parameters, including all shards."""
     return as_number(get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def as_number(norm: Any) -> float:
-    """A norm as a number; that of sharded gradients is itself sharded."""
+    """Return a norm as a number. The norm of sharded gradients is a sharded tensor."""
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def norm(gradient: Gradient) -> float:
-    """‖gradient‖ over all parameters, in float64."""
+    """Return ‖gradient‖ over all parameters, in float64."""
     return sum(float(g.double().square().sum()) for g in gradient.values()) ** 0.5
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """In here a GPU multiplies float32 numbers as such, not as TF32: convolutions would, by default."""
+    """Turn off TF32 on GPUs in the block. By default, convolutions compute float32 products in TF32."""
     matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -119,7 +125,7 @@ def full_float32() -> Iterator[None]:
 
 
 def in_dtype_of(model: torch.nn.Module, batch: Any) -> Any:
-    """Return a batch with its real inputs in float64 where the model's weights are; else as it is."""
+    """Return a batch whose floating-point inputs are float64 if the weights are; else the same batch."""
     if next(model.parameters()).dtype != torch.float64:
         return batch
     return {
@@ -129,7 +135,7 @@ def in_dtype_of(model: torch.nn.Module, batch: Any) -> Any:
 
 
 class RecordGradients(torch.optim.SGD):
-    """An optimizer that changes nothing and keeps, for each step, the gradient that reached it."""
+    """An optimizer that changes no weight and stores the gradient of each step."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__(model.parameters(), lr=0.0)
@@ -139,4 +145,5 @@ class RecordGradients(torch.optim.SGD):
         self.gradients.append(read_gradient(self.model))
 
 
-SEPARABLE_RTOL = 1e-3  # relative; bf16 weights round to 2⁻⁸, padding and wrong items change a loss by more
+SEPARABLE_RTOL = 1e-3
+"""Relative difference of losses above which padding or a wrong item count is the cause, not rounding."""

@@ -1,4 +1,4 @@
-"""Give every pass over a window the random numbers (dropout) that its first pass drew."""
+"""Replay the random numbers of the first pass over a window, such as dropout, in every later pass."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from gradacc_hf.utils.rng import random_state, set_random_state
 
 
 class RngReplay:
-    """The states of torch's generators as each micro-batch of a window met them first.
+    """The states of torch's generators at the start of each micro-batch, in the first pass over a window.
 
     Args:
-        device: Device whose generator is recorded beside the host's.
+        device: Device whose generator is recorded beside the generator of the host.
     """
 
     def __init__(self, device: torch.device):
@@ -19,13 +19,13 @@ class RngReplay:
         self._states: list[Any] = []
 
     def enter(self, position: int) -> None:
-        """Record the state for a micro-batch that comes for the first time; else restore the recorded one."""
+        """Record the state at the first run of a micro-batch, and restore it at later runs."""
         if position < len(self._states):
             set_random_state(self._states[position], self._device)
         else:
             self._states.append(random_state(self._device))
 
     def rewind(self) -> None:
-        """Restore the state that the first micro-batch met; nothing where none has come."""
+        """Restore the state of the first micro-batch, if one has been recorded."""
         if self._states:
             set_random_state(self._states[0], self._device)

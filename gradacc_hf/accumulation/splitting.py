@@ -1,9 +1,9 @@
 """Split a window over processes into micro-batches, by length and budget.
 
-Takes the lengths of a window's examples and a bound on a micro-batch. Returns, for every process, the
-positions of the examples in each of its micro-batches. Pure functions of numbers, without torch, data or
-model. `sampler.py` decides which examples make a window, `balancing.py` which process gets which of them.
-`Window.weigh` (`window.py`) makes every split give the same gradient.
+The input is the lengths of the examples of a window and a bound on a micro-batch. The output is, for every
+process, the positions of the examples in each micro-batch. All functions are pure functions of numbers,
+without torch, data or model. `sampler.py` chooses the examples of a window. `balancing.py` assigns them to
+processes. `Window.weigh` (`window.py`) makes every split give the same gradient.
 """
 
 import math
@@ -21,17 +21,21 @@ from gradacc_hf.accumulation.memory_model import LONGEST, Lengths, MicroBatchMem
 class Cost:
     """Predicted cost of a micro-batch, in tokens of a short example.
 
-    `fixed + tokens × (1 + length / quadratic)`: a constant per forward and backward (launches, and writing
-    the gradient of every parameter once more), the matrix products, and attention. The constants are those of
-    a 22 M-parameter encoder on a CPU; only their order of magnitude matters for where the splits fall.
-    `ON_GPU`: where thousands of tokens are done in the time that their kernels take to be launched.
+    The cost is `fixed + tokens × (1 + length / quadratic)`. The three terms are a constant per forward and
+    backward (kernel launches, and one more write of all gradients), the matrix products, and attention. The
+    default constants are from a 22 M-parameter encoder on a CPU. Only the order of magnitude matters for the
+    split. In `ON_GPU` the constant is larger: a GPU computes thousands of tokens in the time of the launches.
+
+    Args:
+        fixed: Constant cost of a micro-batch, in tokens.
+        quadratic: Length at which attention costs as much as the matrix products, in tokens.
     """
 
     fixed: float = 128.0
     quadratic: float = 768.0
 
     def __call__(self, rows, length):
-        """Cost of `rows` examples padded to `length` tokens; numbers or arrays."""
+        """Return the cost of `rows` examples padded to `length` tokens; numbers or arrays."""
         return self.fixed + rows * length * (1.0 + length / self.quadratic)
 
 
@@ -39,22 +43,22 @@ ON_CPU, ON_GPU = Cost(), Cost(fixed=4096.0)
 
 
 def usual_cost(device: str) -> Cost:
-    """Return the cost model of a "cpu" or "cuda" device, before a run has measured one."""
+    """Return the default cost model of a "cpu" or "cuda" device."""
     return ON_GPU if device == "cuda" else ON_CPU
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The most that one micro-batch may hold. Give one size, or `max_tokens` and `max_bytes` together.
+    """The upper limit of one micro-batch. Give one size, or `max_tokens` and `max_bytes` together.
 
     Args:
         max_tokens: Padded tokens.
         micro_batch_size: Examples.
-        max_bytes: Bytes that the whole training step of one process takes, as `memory` predicts.
-        memory: Predicts bytes from rows and padded lengths; needed with `max_bytes`.
+        max_bytes: Bytes of a whole training step in one process, as predicted by `memory`.
+        memory: Predicts bytes from rows and padded lengths. Needed with `max_bytes`.
 
     Raises:
-        ValueError: For no size, two sizes, or a size below 1.
+        ValueError: No size, two sizes, or a size below 1.
     """
 
     max_tokens: int | None = None
@@ -67,24 +71,24 @@ class Bound:
         given = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
         if len(given) != 1 and set(given) != {"max_tokens", "max_bytes"}:
             raise ValueError(
-                f"give max_tokens or micro_batch_size, one of the two; found {given or 'neither'}"
+                f"set max_tokens or micro_batch_size, one of the two; found {given or 'neither'}"
             )
         if (self.max_bytes is None) != (self.memory is None):
-            raise ValueError("max_bytes needs memory=, by which the bytes of a micro-batch are predicted")
+            raise ValueError("max_bytes needs memory=, which predicts the bytes of a micro-batch")
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
 
     def __str__(self) -> str:
-        """For messages, after "at most"."""
+        """Return the bound for a message, after the words "at most"."""
         if self.micro_batch_size is not None:
             return f"{self.micro_batch_size} examples"
         tokens = f"{self.max_tokens:,} padded tokens" if self.max_tokens is not None else ""
-        memory = f"{self.max_bytes / 2**20:,.0f} MiB, as predicted" if self.max_bytes is not None else ""
+        memory = f"{self.max_bytes / 2**20:,.0f} MiB (predicted)" if self.max_bytes is not None else ""
         return " and ".join(filter(None, (tokens, memory)))
 
     def max_rows(self, length: Lengths) -> int:
-        """Return how many examples padded to `length` tokens fit; at least one, which cannot be split."""
+        """Return how many examples padded to `length` tokens fit: at least 1, which cannot be split."""
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         rows = LONGEST if self.max_tokens is None else self.max_tokens // max(1, int(np.sum(length)))
@@ -94,18 +98,23 @@ class Bound:
         return max(1, rows)
 
     def first_packed(self, until: np.ndarray, stop: int) -> int:
-        """The first example that fits into one row with all up to `stop`; `until`: tokens before each."""
+        """Return the first example that fits into one packed row with all later examples before `stop`.
+
+        Args:
+            until: For each example, the tokens of all earlier examples.
+            stop: Position after the last example of the row.
+        """
         if self.micro_batch_size is not None:
             return max(0, stop - self.micro_batch_size)
         return min(stop - 1, int(np.searchsorted(until, until[stop] - self._max_packed)))
 
     def cheapest_row(self, cost: Cost) -> float:
-        """Tokens of the row in which a token costs least: where the constant costs as much as attention."""
+        """Return the length of a packed row with the least cost per token: constant cost equals attention."""
         return min(math.sqrt(cost.fixed * cost.quadratic), self._max_packed)
 
     @cached_property
     def _max_packed(self) -> int:
-        """How many tokens one row may have."""
+        """The maximum tokens of one row."""
         tokens = LONGEST if self.max_tokens is None else self.max_tokens
         if self.memory is None:
             return tokens
@@ -113,7 +122,13 @@ class Bound:
         return min(tokens, self.memory.max_length(self.max_bytes))
 
     def halved(self, examples: int, rows: int, lengths: Sequence[int]) -> "Bound":
-        """One that holds half a micro-batch of so many examples, in `rows` padded to `lengths`."""
+        """Return a bound for half of a micro-batch.
+
+        Args:
+            examples: Examples of the micro-batch.
+            rows: Rows of the micro-batch.
+            lengths: Padded tokens of each column.
+        """
         if self.micro_batch_size is not None:
             return Bound(micro_batch_size=max(1, examples // 2))
         finer = replace(self, max_tokens=max(1, rows * sum(lengths) // 2))
@@ -123,14 +138,14 @@ class Bound:
         return replace(finer, max_bytes=min(self.max_bytes or 0, self.memory.bytes(*half)))
 
     def needs(self, rows: int, lengths: Sequence[int]) -> str:
-        """What so many examples padded to `lengths` take, for messages: tokens, and bytes where predicted."""
+        """Return the size of `rows` examples padded to `lengths`, for a message: tokens, predicted bytes."""
         tokens = f"{rows * sum(lengths):,} padded tokens"
         if self.memory is None:
             return tokens
         return f"{tokens}, predicted to take {self.memory.bytes(rows, lengths) / 2**20:,.0f} MiB"
 
     def exceeded_by(self, length: Lengths) -> bool:
-        """Does one example of `length` tokens take more than there is?"""
+        """Whether one example of `length` tokens alone exceeds the bound."""
         if self.max_tokens is not None and int(np.sum(length)) > self.max_tokens:
             return True
         return self.memory is not None and self.memory.max_rows(length, self.max_bytes or 0) < 1
@@ -145,13 +160,18 @@ def split_window(
 ) -> list[list[np.ndarray]]:
     """Split a window of `len(lengths)` examples into `num_processes` lists of micro-batches.
 
-    lengths: tokens (examples), or (examples, columns) as `bounding_lengths` gives them.
+    Each micro-batch is an array of positions in `lengths`. Every position occurs exactly once. Processes get
+    about equal cost, not equal counts. The most expensive micro-batch of a process comes first, so that
+    memory runs out at once if it is too large. With fewer examples than processes, some lists are empty. No
+    micro-batch exceeds the bound unless a single example does.
 
-    Each micro-batch is an array of positions in `lengths`; every position comes exactly once. Processes get
-    about equal cost, not equal counts, and a process's costliest micro-batch comes first, so that one too
-    large for the memory shows at once. With fewer examples than processes some lists are empty. No
-    micro-batch exceeds the bound unless a single example does. `packed`: a micro-batch is one row of all its
-    examples' tokens, not as many rows as examples, padded to the longest.
+    Args:
+        lengths: Tokens (examples), or (examples, columns) from `bounding_lengths`.
+        bound: The upper limit of one micro-batch.
+        num_processes: Number of processes.
+        cost: The cost model.
+        packed: Whether a micro-batch is one row with the tokens of all examples. Otherwise it has one row per
+            example, padded to the longest.
     """
     if not len(lengths):
         return [[] for _ in range(num_processes)]
@@ -174,7 +194,7 @@ def split_window(
 
 
 def _alone(tokens: np.ndarray, bound: Bound, cost: Cost, packed: bool) -> list[float]:
-    """What each example costs by itself; packed, its share of the cheapest row that it may be in."""
+    """Return the cost of each example alone. If packed: its share of the cheapest possible row."""
     if not packed:
         return (cost(1, tokens) - cost.fixed).tolist()
     row = np.maximum(tokens, bound.cheapest_row(cost))
@@ -191,14 +211,14 @@ def _cheapest_split(columns: np.ndarray, bound: Bound, cost: Cost, packed: bool 
     """Split examples, sorted by length, into micro-batches of the least summed cost.
 
     Dynamic programming over the start of the last micro-batch: `least[stop] = min over start of
-    least[start] + cost(start:stop)`. In sorted order the optimal contiguous split is optimal among all
-    splits, as swapping two examples between micro-batches makes neither shorter than its longest example.
+    least[start] + cost(start:stop)`. The optimal contiguous split in sorted order is optimal among all
+    splits: for given sizes of the micro-batches, sorted order minimises the longest length of each.
     """
     n, lengths = len(columns), columns.sum(1)
     each, most = (cost(1, lengths) - cost.fixed).tolist(), [1] * n if packed else _most(columns, bound)
     least, begins = np.zeros(n + 1), [0] * (n + 1)
     rows = np.arange(n, 0.0, -1)  # rows[start - stop:] counts the examples in start:stop
-    until = np.concatenate([[0], np.cumsum(lengths)])  # tokens of the examples before each
+    until = np.concatenate([[0], np.cumsum(lengths)])  # until[i]: tokens of the examples before i
     for stop in range(1, n + 1):
         if packed:
             first = bound.first_packed(until, stop)
@@ -213,7 +233,7 @@ def _cheapest_split(columns: np.ndarray, bound: Bound, cost: Cost, packed: bool 
 
 
 def _most(columns: np.ndarray, bound: Bound) -> list[int]:
-    """For each example, how many a micro-batch may have that has it for its longest."""
+    """Return, for each example, the maximum rows of a micro-batch in which it is the longest."""
     starts = np.flatnonzero((columns[1:] != columns[:-1]).any(1)) + 1
     starts = np.concatenate([np.arange(min(1, len(columns))), starts])
     rows = [min(bound.max_rows(columns[start]), len(columns)) for start in starts]
@@ -221,11 +241,11 @@ def _most(columns: np.ndarray, bound: Bound) -> list[int]:
 
 
 def bounding_lengths(tokens: np.ndarray) -> np.ndarray:
-    """Tokens of a window, (examples, columns) → lengths by which any micro-batch of it keeps its bound.
+    """Return lengths with which every micro-batch of a window keeps the bound: (examples, columns).
 
-    Columns are padded on their own, so that a micro-batch takes the longest anchor and the longest positive
-    (or source and target), of different examples: no example says so much. Of examples sorted by their sum,
-    this is the most of each column up to there.
+    Columns, such as anchor and positive or source and target, are padded separately. A micro-batch can have
+    the longest anchor from one example and the longest positive from another. Sorted by total length, each
+    example therefore gets the maximum of each column over all examples up to it.
     """
     if tokens.shape[1] == 1:
         return tokens
@@ -236,10 +256,10 @@ def bounding_lengths(tokens: np.ndarray) -> np.ndarray:
 
 
 def padded_size(tokens: np.ndarray) -> int:
-    """Tokens of a micro-batch's examples, (examples, columns) → with padding, each column to its longest."""
+    """Return the padded tokens of a micro-batch, from the tokens (examples, columns) of its examples."""
     return len(tokens) * int(tokens.max(0).sum())
 
 
 def rounded_up(tokens: np.ndarray, multiple: int) -> np.ndarray:
-    """Numbers of tokens, each up to the next multiple."""
+    """Return numbers of tokens, each rounded up to a multiple."""
     return -(-tokens // multiple) * multiple

@@ -1,13 +1,14 @@
-"""The windows of a stream: examples that come one after the other, in unknown number.
+"""The windows of a stream: a sequence of examples of unknown length.
 
-To `collation.py` a `Stream` is the plan (as in `sampler.py`), the data set and its lengths in one. It holds
-the examples of the current window, and what it has read ahead. An example's index is its place in the stream.
+For `collation.py`, a `Stream` is the plan (as in `sampler.py`), the data set and the lengths in one. It holds
+the examples of the current window and the examples that were read ahead. The index of an example is its
+position in the stream.
 
-The order of an epoch is a *block shuffle*: the stream is split into blocks of `buffer_size` examples, each of
-which is permuted as (seed, epoch, block) draw it; window t is a slice of that order and may reach over
-several blocks. So windows depend on the stream, the seed, the effective batch size and the buffer size alone,
-and what is held are the window and at most two blocks. A buffer that holds the whole stream gives the windows
-of a data set with a length.
+The order of an epoch is a *block shuffle*. The stream is divided into blocks of `buffer_size` examples. Each
+block is permuted by a draw from (seed, epoch, block). Window t is a slice of this order and may span several
+blocks. Windows therefore depend only on the stream, the seed, the effective batch size and the buffer size.
+Memory: the window and at most two blocks. A buffer that holds the whole stream gives the windows of a data
+set with a length.
 """
 
 import copy
@@ -22,7 +23,7 @@ import torch
 
 from gradacc_hf.accumulation.sampler import EffectiveBatchSize, check_seed, size_asked
 
-BUFFER_SIZE = 1000  # examples; as of datasets
+BUFFER_SIZE = 1000  # examples; the default of datasets
 Measure = Callable[[Sequence[Any]], np.ndarray]
 END = object()
 LENGTH_UNKNOWN = "the length of a stream is unknown until it has been read to its end"
@@ -30,16 +31,26 @@ LENGTH_UNKNOWN = "the length of a stream is unknown until it has been read to it
 
 def is_stream(dataset: Any) -> bool:
     """Whether a data set can be iterated and has no length."""
-    if isinstance(dataset, torch.utils.data.IterableDataset):  # which has a __getitem__ that raises
+    if isinstance(dataset, torch.utils.data.IterableDataset):  # torch gives it a __getitem__ that raises
         return True
     return hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__")
 
 
 class Stream:
-    """The windows of every epoch of a stream, to be walked through in order, and the examples they need.
+    """The windows of every epoch of a stream, read in order, with the examples of the current windows.
 
-    measure: examples → their tokens (examples, columns). `check` is told the tokens of each block as it is
-    read, and the index of its first example.
+    Args:
+        dataset: The stream.
+        effective_batch_size: A number, or a function of the number of the window in the whole run.
+        seed: Seed of the block shuffle.
+        shuffle: Whether to permute the blocks.
+        drop_last: Whether to leave out a partial last window.
+        buffer_size: Examples of a block.
+        measure: examples → tokens (examples, columns).
+
+    Attributes:
+        check: Called with the tokens of each new block and the index of the first example in the block.
+        keeps: Whether blocks stay in memory after their windows.
     """
 
     def __init__(
@@ -55,22 +66,22 @@ class Stream:
         check_seed(seed)
         self.dataset, self.effective_batch_size, self.seed = dataset, effective_batch_size, seed
         self.shuffle, self.drop_last, self.buffer_size = shuffle, drop_last, buffer_size
-        self.keeps = False  # what has been read, to be looked up when its window has gone by
+        self.keeps = False
         self.check: Callable[[np.ndarray, int], None] = lambda tokens, first: None
         self._measure = measure
         self._begin(0, number=0)
 
-    # What WindowPlan does
+    # The interface of WindowPlan
 
     @property
     def num_examples(self) -> int:
-        """In the epoch at hand. Raises TypeError before its end."""
+        """Examples of the current epoch. Raise TypeError before the end of the epoch."""
         if self._num_examples is None:
             raise TypeError(LENGTH_UNKNOWN)
         return self._num_examples
 
     def num_windows(self, epoch: int) -> int:
-        """Raises TypeError before the end of this epoch, and when it has gone by."""
+        """Return the number of windows of the current epoch. Raise TypeError before the end of the epoch."""
         if epoch != self.epoch or self._num_examples is None:
             raise TypeError(LENGTH_UNKNOWN)
         return self._num_windows()
@@ -80,22 +91,22 @@ class Stream:
         return None
 
     def dropped(self, epoch: int) -> int:
-        """Examples that `drop_last` is known to leave out of this epoch."""
+        """Return the number of examples that `drop_last` leaves out of this epoch; 0 while it is unknown."""
         if epoch != self.epoch or self._num_examples is None or not self.drop_last:
             return 0
         return self._num_examples - self._start(self._num_windows())
 
     def is_over(self, epoch: int, window: int) -> bool:
-        """Whether the end of this epoch is known and lies before this window."""
+        """Whether this epoch is known to end before this window."""
         if epoch != self.epoch:
             return epoch < self.epoch
         return self._num_examples is not None and window >= self._num_windows()
 
     def walk(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
-        """Yield the windows of an epoch from `start` on, with their examples; free those of earlier ones."""
+        """Yield the windows of an epoch from `start` on, and free the examples of earlier windows."""
         self._go_to(epoch, start)
         for window in count(start):
-            if self.epoch != epoch:  # another walk has moved on
+            if self.epoch != epoch:  # another walk has started a later epoch
                 return
             self._let_go_before(window)
             if not self._reaches(window):
@@ -103,7 +114,7 @@ class Stream:
             yield epoch, window
 
     def ahead(self, epoch: int, window: int, most: int) -> list[tuple[int, int]]:
-        """Of the next windows those that are at hand, to judge splits by; at least one is read."""
+        """Return up to `most` next windows that have been read, after reading at least one."""
         if epoch < self.epoch or (epoch == self.epoch and not self._reaches(window)):
             epoch, window = epoch + 1, 0
         if epoch != self.epoch:
@@ -113,11 +124,16 @@ class Stream:
         return [(epoch, number) for number in there]
 
     def indices(self, epoch: int, window: int) -> np.ndarray:
-        """Example indices of this window, over all processes. Raises ValueError for one that has gone by."""
+        """Return the example indices of this window, over all processes.
+
+        Raise ValueError if the window has been freed or does not exist.
+        """
         if epoch > self.epoch:
             self._go_to(epoch, window)
         if epoch < self.epoch or window < min(self._starts):
-            raise ValueError(f"window {window} of epoch {epoch} has gone by: a stream is read forward only")
+            raise ValueError(
+                f"window {window} of epoch {epoch} is no longer in memory: a stream is read forward only"
+            )
         if not self._reaches(window):
             raise ValueError(f"the stream has no window {window} in epoch {epoch}")
         places = range(self._start(window), min(self._start(window + 1), self._until))
@@ -125,7 +141,7 @@ class Stream:
         return np.array([self._blocks[place // size].order[place % size] for place in places])
 
     def apart(self, epoch: int, window: int) -> "Stream":
-        """Return a stream with its own reader, from this window on; it shares what this one holds."""
+        """Return a stream with a separate reader, from this window on. It shares the blocks in memory."""
         other = copy.copy(self)
         other._blocks, other._marks, other._starts = dict(self._blocks), dict(self._marks), dict(self._starts)
         other._reader = None
@@ -133,21 +149,21 @@ class Stream:
         return other
 
     def number(self, epoch: int, window: int) -> int:
-        """This window's number, over the whole run."""
+        """Return the number of this window in the whole run."""
         return (self._first_number(epoch) or 0) + window
 
     def size_asked(self, epoch: int, window: int) -> int:
-        """Examples that this window would have if the stream did not end within it."""
+        """Return the number of examples that a full window would have in this place."""
         return size_asked(self.effective_batch_size, self.number(epoch, window))
 
     def resized(self, epoch: int, window: int) -> "Stream":
-        """This stream, as sizes have changed from this window on."""
+        """Return this stream after a change of sizes from this window on."""
         if epoch == self.epoch:
             self._starts = {number: start for number, start in self._starts.items() if number <= window}
         return self
 
     def place(self, epoch: int, window: int) -> dict[str, Any]:
-        """What tells the way to a window beside its numbers and the seed, as plain data."""
+        """Return what a loader's `state_dict()` stores beside epoch, window and seed, as plain data."""
         if epoch == self.epoch:
             number, start = self._number, self._start(window)
         else:
@@ -158,16 +174,17 @@ class Stream:
         }
 
     def at(self, state: Mapping[str, Any]) -> "Stream":
-        """Go to where a loader's `state_dict()` was taken. Raises ValueError where it is of other data."""
+        """Go to the position of a loader's `state_dict()`. Raise ValueError for a state of other data."""
         place = state.get("stream")
         if place is None:
             raise ValueError(
-                "the state is that of a data set with a length, and this is a stream: other data?"
+                "the state is from a data set with a length, but this is a stream: load a state of the same "
+                "data"
             )
         if place["buffer_size"] != self.buffer_size:
             raise ValueError(
-                f"buffer_size is {self.buffer_size}, and the state was taken with {place['buffer_size']}: "
-                "windows depend on it, give the same"
+                f"buffer_size is {self.buffer_size}, but the state was saved with {place['buffer_size']}: "
+                "use the same, as the windows depend on it"
             )
         self.seed = state["seed"]
         self._begin(state["epoch"], place["number"])
@@ -177,47 +194,47 @@ class Stream:
             self._marks[block] = place["mark"]
         return self
 
-    # What a data set and its lengths do
+    # The interface of a data set and its lengths
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """Examples at hand; copies, as a collate function may change what it is given."""
+        """Return copies of examples in memory, as a collate function may change its arguments."""
         found = (self._block_of(index).examples[index % self.buffer_size] for index in indices)
         return [dict(example) if isinstance(example, dict) else example for example in found]
 
     @property
     def tokens(self) -> "Held":
-        """Of the examples at hand, (examples, columns)."""
+        """Tokens of the examples in memory, (examples, columns)."""
         size = self.buffer_size
         return Held(lambda found: np.stack([self._block_of(i).tokens[i % size] for i in found.tolist()]))
 
     @property
     def held_examples(self) -> dict[int, int]:
-        """Examples in memory, by block of `buffer_size` examples."""
+        """Number of examples in memory, by block."""
         return {block: len(held.examples) for block, held in self._blocks.items()}
 
     def _block_of(self, index: int) -> "_Block":
         if index // self.buffer_size not in self._blocks:
-            raise ValueError(f"example {index} is not at hand: a stream is read forward only")
+            raise ValueError(f"example {index} is not in memory: a stream is read forward only")
         return self._blocks[index // self.buffer_size]
 
     # Reading
 
     def _begin(self, epoch: int, number: int | None) -> None:
-        """At the start of an epoch whose first window is the run's `number`, of which nothing is read."""
+        """Go to the start of an epoch, whose first window has this number in the run (None: unknown)."""
         self.epoch, self._number = epoch, number
-        self._starts = {0: 0}  # window → examples of the epoch's order before it
-        self._marks: dict[int, Any] = {0: None}  # block → what takes a reader there
+        self._starts = {0: 0}  # window → position of its first example in the order of the epoch
+        self._marks: dict[int, Any] = {0: None}  # block → state of the data set at the start of the block
         self._blocks: dict[int, _Block] = {}
-        self._until = 0  # examples of the epoch in these blocks, and before them
-        self._reader: _Reader | None = None  # of what comes after them
-        self._num_examples: int | None = None  # of this epoch, where its end has been seen
+        self._until = 0  # position after the last block that was read
+        self._reader: _Reader | None = None  # reads from this position on
+        self._num_examples: int | None = None  # examples of this epoch, once the end is reached
 
     def _go_to(self, epoch: int, window: int) -> None:
         if epoch != self.epoch or window < min(self._starts):
             self._begin(epoch, self._first_number(epoch))
 
     def _reaches(self, window: int) -> bool:
-        """Read until this window is at hand; False where the epoch ends before it."""
+        """Read until this window is in memory. Return False if the epoch ends before it."""
         while self._num_examples is None and self._until < self._start(window + 1):
             self._read_block()
         return self._is_held(window)
@@ -249,20 +266,20 @@ class Stream:
         self._num_examples, self._reader = num_examples, None
         if not num_examples:
             raise ValueError(
-                f"the stream gave no examples in epoch {self.epoch}: it must give the same examples each "
-                "time it is iterated over"
+                f"the stream gave no examples in epoch {self.epoch}: every iteration must give the same "
+                "examples"
             )
         window, start = min(self._starts.items())
         if 0 < num_examples <= start:
             raise ValueError(
                 f"the stream ended after {num_examples} examples, before window {window} of epoch "
-                f"{self.epoch}: other data?"
+                f"{self.epoch}: load a state of the same data"
             )
         size = self.effective_batch_size
         if not callable(size) and size > num_examples:
             raise ValueError(
-                f"the effective batch size is {size}, and the stream ended after {num_examples} examples: "
-                "give at most that"
+                f"the effective batch size is {size}, but the stream has {num_examples} examples: set "
+                f"effective_batch_size to at most {num_examples}"
             )
 
     def _let_go_before(self, window: int) -> None:
@@ -283,17 +300,17 @@ class Stream:
     def _size(self, window: int) -> int:
         if self._number is None and callable(self.effective_batch_size):
             raise ValueError(
-                f"the size of window {window} of epoch {self.epoch} depends on how many came before, and an "
-                "earlier epoch was left before its end: give a number, or go to a state_dict()"
+                f"the size of window {window} of epoch {self.epoch} is unknown, as an earlier epoch is "
+                "unfinished: set effective_batch_size to a number, or load a state_dict()"
             )
         return size_asked(self.effective_batch_size, (self._number or 0) + window)
 
     def _num_windows(self) -> int:
-        """Of this epoch, whose end has been seen."""
+        """Return the number of windows of this epoch, whose end has been reached."""
         return next(window for window in count(min(self._starts)) if not self._is_held(window))
 
     def _first_number(self, epoch: int) -> int | None:
-        """The number, over the whole run, of this epoch's first window, where it is known."""
+        """Return the number in the whole run of the first window of this epoch; None if unknown."""
         if epoch == 0:
             return 0
         if epoch == self.epoch:
@@ -305,7 +322,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Held:
-    """Numbers of the examples at hand, looked up by index and summed over columns as those of an array."""
+    """Numbers of the examples in memory, with indexing and summing over columns as in an array."""
 
     look_up: Callable[[np.ndarray], np.ndarray]
 
@@ -319,7 +336,13 @@ class Held:
 
 @dataclass(frozen=True)
 class _Block:
-    """Examples that are shuffled together: as they came, with their tokens, and their indices in order."""
+    """Examples that are shuffled together.
+
+    Attributes:
+        examples: In the order of the stream.
+        tokens: Of the examples, (examples, columns).
+        order: Indices in the shuffled order.
+    """
 
     examples: list[Any]
     tokens: np.ndarray
@@ -327,10 +350,12 @@ class _Block:
 
 
 class _Reader:
-    """Reads the examples of one epoch, from its start or from a mark on, and one further than it is asked.
+    """Read the examples of one epoch, from the start or from a mark on, one example ahead.
 
-    `at`: examples of the epoch before this place. `mark`: what takes another reader here without reading
-    them; None where the data set has nothing that does.
+    Attributes:
+        at: Position in the epoch.
+        mark: State of the data set, with which another reader starts at this position. None if the data set
+            has no such state.
     """
 
     def __init__(self, dataset: Any, epoch: int, at: int, mark: Any):
@@ -348,11 +373,11 @@ class _Reader:
         return self._next is not END
 
     def read(self, most: int) -> list[Any]:
-        """The next examples, so many where there are."""
+        """Return up to `most` next examples."""
         return list(self._take(most))
 
     def skip(self, most: int) -> None:
-        """Read so many and throw them away."""
+        """Read up to `most` examples and discard them."""
         for _ in self._take(most):
             pass
 
@@ -367,19 +392,19 @@ class _Reader:
 
 
 def _of_its_own(dataset: Any) -> tuple[Any, bool]:
-    """Return a data set that keeps its own position, and whether its `state_dict()` is exact.
+    """Return a data set with a separate position, and whether its `state_dict()` is exact.
 
-    Data sets that are made of one another (`take` and `skip` of one, say) note their positions in shared
-    objects. Here these are copied. A shuffle buffer of `datasets` has no state.
+    Data sets of `datasets` that derive from each other, such as `take` and `skip` of one, store positions in
+    shared objects. This function copies the objects. A shuffle buffer of `datasets` has no exact state.
     """
-    theirs = sys.modules.get("datasets.iterable_dataset")  # no import: datasets may not be installed
-    if theirs is None or not isinstance(dataset, theirs.IterableDataset):
+    module = sys.modules.get("datasets.iterable_dataset")  # without import, as datasets may be missing
+    if module is None or not isinstance(dataset, module.IterableDataset):
         return dataset, False
     shuffles = False
 
     def copied(node: Any) -> Any:
         nonlocal shuffles
-        shuffles = shuffles or isinstance(node, theirs.BufferShuffledExamplesIterable)
+        shuffles = shuffles or isinstance(node, module.BufferShuffledExamplesIterable)
         node = copy.copy(node)
         if hasattr(node, "ex_iterable"):
             node.ex_iterable = copied(node.ex_iterable)
@@ -387,7 +412,7 @@ def _of_its_own(dataset: Any) -> tuple[Any, bool]:
             node.ex_iterables = [copied(one) for one in node.ex_iterables]
         return node
 
-    own = object.__new__(type(dataset))  # copy.copy() of theirs shares all attributes
+    own = object.__new__(type(dataset))  # copy.copy() would share all attributes
     vars(own).update(vars(dataset), _ex_iterable=copied(dataset._ex_iterable), _starting_state_dict=None)
     own._epoch = copy.deepcopy(dataset._epoch)
     return own, not shuffles

@@ -1,6 +1,6 @@
-"""Refuse arguments of a `WindowLoader` that cannot work, with a ValueError in one line.
+"""Checks of the arguments of a `WindowLoader`. Each raises a ValueError with one line.
 
-`refuse_engine` also refuses engines that accumulate by themselves, and devices that were never tested.
+`refuse_engine` checks the engine and the device.
 """
 
 import inspect
@@ -15,12 +15,12 @@ from gradacc_hf.utils.hardware import refuse_place
 
 
 def refuse_engine(accelerator: Accelerator) -> None:
-    """Refuse engines that accumulate by themselves, and processes that must see the same examples."""
+    """Raise ValueError for an engine that accumulates by itself, a shared model, or an untested device."""
     parallelism = getattr(accelerator, "parallelism_config", None)
     if getattr(parallelism, "non_data_parallel_size", 1) > 1:
         raise ValueError(
-            "processes that share a model (tensor, context or sequence parallel) must see the same examples, "
-            "and here each gets its own: use data parallelism (DDP or FSDP) only"
+            "processes that share a model (tensor, context or sequence parallel) need the same examples: use "
+            "data parallelism (DDP or FSDP) only"
         )
     refuse_place(accelerator.device.type, accelerator.distributed_type.value)
 
@@ -28,10 +28,10 @@ def refuse_engine(accelerator: Accelerator) -> None:
 def check_arguments(
     dataset: Any, effective_batch_size: Any, collate_fn: Callable, pad_to: Any, pad_to_multiple_of: Any = None
 ) -> None:
-    """Refuse data, sizes and padding that cannot be."""
+    """Raise ValueError for impossible data, sizes and padding."""
     if isinstance(dataset, Mapping):
         raise ValueError(
-            f"the data set is a mapping with {list(dataset)[:5]}: give one split, a sequence of examples"
+            f"the data set is a mapping with {list(dataset)[:5]}: give one split, such as dataset['train']"
         )
     stream = is_stream(dataset)
     if not stream and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
@@ -53,8 +53,8 @@ def check_arguments(
         raise ValueError(f"pad_to_multiple_of is {multiple!r}; allowed: 1 token or more, or None")
     if multiple is not None and pad_to != "micro_batch":
         raise ValueError(
-            f"pad_to_multiple_of={multiple} rounds what each micro-batch is padded to, and pad_to={pad_to!r} "
-            "says that already: give one of the two"
+            f"pad_to_multiple_of={multiple} rounds the padded length of each micro-batch, but "
+            f"pad_to={pad_to!r} already sets it: use one of the two"
         )
     if pad_to not in ("micro_batch", "nothing"):
         if pad_to != "window" and (
@@ -71,39 +71,39 @@ def check_arguments(
 
 
 def check_sizes(bound: Any, max_tokens: Any, micro_batch_size: Any, noise_every: int) -> None:
-    """Refuse two sizes of a micro-batch at once, and a negative interval."""
+    """Raise ValueError for two sizes of a micro-batch at once, or for a negative interval."""
     if noise_every < 0:
         raise ValueError(f"noise_every is {noise_every}; allowed: 1 window or more, or 0 for never")
     if bound is not None and (max_tokens, micro_batch_size) != (None, None):
-        raise ValueError("give bound=, or max_tokens or micro_batch_size: one of the three")
+        raise ValueError("set bound=, max_tokens or micro_batch_size: only one of the three")
 
 
 def check_stream(dataset: Any, lengths: Any, num_workers: int, buffer_size: Any) -> None:
-    """Refuse what cannot be of a stream, and a buffer size where there is none."""
+    """Raise ValueError for arguments that a stream does not allow, or a buffer size without a stream."""
     if not is_stream(dataset):
         if buffer_size is not None:
             raise ValueError(
                 f"buffer_size={buffer_size!r} is for streams: a {type(dataset).__name__} has a length and is "
-                "shuffled as a whole, leave it out"
+                "shuffled as a whole; leave buffer_size out"
             )
         return
     if isinstance(dataset, Iterator):
         raise ValueError(
-            f"a {type(dataset).__name__} can be read only once, and each epoch reads it again: give "
+            f"a {type(dataset).__name__} can be read only once, but each epoch reads it again: use "
             "datasets.IterableDataset.from_generator(function), or an object whose __iter__ starts again"
         )
     if getattr(dataset, "_distributed", None) is not None:
         raise ValueError(
-            "the stream is split by process (split_dataset_by_node), and windows are of all processes: give "
-            "the whole stream, which each of them reads"
+            "the stream is split by process (split_dataset_by_node), but windows span all processes: give "
+            "the whole stream, which each process reads"
         )
     if lengths is not None and not isinstance(lengths, str) and not callable(lengths):
         raise ValueError(
-            f"lengths is a {type(lengths).__name__}; of a stream it must be a column's name or a function of "
+            f"lengths is a {type(lengths).__name__}; for a stream it must be a column name or a function of "
             "an example"
         )
     if num_workers:
-        raise ValueError(f"num_workers is {num_workers}; a stream is read by the process itself: give 0")
+        raise ValueError(f"num_workers is {num_workers}; the process itself reads a stream: set 0")
     if buffer_size is not None and (
         isinstance(buffer_size, bool) or not isinstance(buffer_size, int | np.integer) or buffer_size < 1
     ):

@@ -1,6 +1,6 @@
-"""One window: yields this process's micro-batches on the device, and weighs their losses.
+"""One window: it yields the micro-batches of this process on the device, and weighs the losses.
 
-The weights make every split give the gradient of the whole window at once. `loader.py` makes the windows.
+With these weights, every split gives the gradient of the whole window at once. `loader.py` makes the windows.
 """
 
 import math
@@ -32,17 +32,17 @@ WEIGH = "accelerator.backward(window.weigh(loss))"
 
 
 class WindowSource(Protocol):
-    """What a window asks of the loader that made it."""
+    """The interface of the loader that a window uses."""
 
     accelerator: Accelerator
     whole_gradients: bool
 
     def begin_pass(self) -> bool:
-        """Note that a pass begins; return whether an earlier pass was left before its end."""
+        """Record the start of a pass. Return whether an earlier pass was left before the end."""
         ...
 
     def end_pass(self, split: LocalSplit, trained: bool) -> None:
-        """Record the end of a pass; `trained`: whether all micro-batches gave gradients."""
+        """Record the end of a pass, and whether all micro-batches gave gradients (`trained`)."""
         ...
 
     def has_fitted(self, split: LocalSplit) -> bool:
@@ -54,7 +54,7 @@ class WindowSource(Protocol):
         ...
 
     def resplit_window(self, split: LocalSplit, bound: Bound) -> LocalSplit:
-        """Split this window, and all later ones, under a lower bound."""
+        """Split this window and all later windows under a lower bound."""
         ...
 
     def shape(self, indices: np.ndarray, pad_to: int | None = None) -> tuple[int, list[int]]:
@@ -63,7 +63,7 @@ class WindowSource(Protocol):
 
 
 class Window:
-    """One optimizer step: iterate it for this process's micro-batches, and `weigh` the loss of each.
+    """One optimizer step: iterate the micro-batches of this process, and `weigh` the loss of each.
 
         for batch in window:
             with accelerator.accumulate(model):
@@ -72,20 +72,21 @@ class Window:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    The micro-batches stay on the host; one at a time is put on the device. A window can be iterated again:
-    each micro-batch then meets the random numbers (dropout) of the first pass. A pass in which gradients are
-    enabled must call `accelerator.accumulate` and `weigh` for every micro-batch, and step a prepared
-    optimizer. Else it raises LoopError.
-    `batches()` reads the micro-batches without any effect on training.
+    The micro-batches stay on the host and move to the device one at a time. A window can be iterated again:
+    each micro-batch then gets the random numbers (dropout) of the first pass. A pass with gradients enabled
+    must call `accelerator.accumulate` and `weigh` for every micro-batch, and step a prepared optimizer.
+    Otherwise it raises LoopError. `batches()` reads the micro-batches without any effect on training.
 
     Attributes:
         epoch: Epoch of the window, from 0.
-        number: Number of the window in its epoch, from 0.
+        number: Number of the window in the epoch, from 0.
         indices: Dataset indices of the window's examples, over all processes (examples,).
         tokens: Tokens without padding, over all processes.
-        split: The split into micro-batches; replaced as a whole when memory runs out.
-        small: Gradient norm of the first micro-batch, where the loader measures the noise scale.
+        split: The split into micro-batches. A new split replaces it when memory runs out.
+        small: Gradient norm of the first micro-batch, if the loader measures the noise scale.
         done: Whether a pass is complete and the optimizer step is taken.
+        latest_position: Position of the latest micro-batch.
+        buffers: Copy of the model's buffers from the start of `retry_on_oom`.
     """
 
     def __init__(self, split: LocalSplit, source: WindowSource):
@@ -94,16 +95,16 @@ class Window:
         self.indices, self.tokens = split.plan.indices, split.plan.tokens
         self.done = False
         self.small: SmallBatch | None = None
-        self.latest_position = 0  # of the micro-batch that was yielded last
+        self.latest_position = 0
         self.buffers: BufferSnapshot | None = None
         self._rng = RngReplay(self.accelerator.device)
         self._position: int | None = None
-        self._pass_position: int | None = None  # the same, of a pass that weighs; a reading may be inside it
-        self._num_begun = 0  # micro-batches, over all passes
+        self._pass_position: int | None = None  # position of the training pass; `batches()` may run inside it
+        self._num_begun = 0  # micro-batches begun, over all passes
         self._weighed: set[int] = set()
         self._loss_here: Any = 0.0
         self._loss: Any = None
-        self._latest_loss: torch.Tensor | None = None  # as `weigh` was given it
+        self._latest_loss: torch.Tensor | None = None  # argument of the latest `weigh`
 
     def __len__(self) -> int:
         """Return the accumulation steps of this process in this window."""
@@ -112,11 +113,11 @@ class Window:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         accelerator, checks_calls = self.accelerator, torch.is_grad_enabled()
         if self._source.begin_pass():
-            zero_prepared_gradients(accelerator)  # of the pass that was left before its step
+            zero_prepared_gradients(accelerator)  # from the pass that was left before the step
         earlier = self._loss, self._weighed, self.small
         self._loss, self._loss_here, self._weighed, self.small = None, 0.0, set(), None
         probe = NoiseProbe(accelerator, self.split.noise_size, self._share(0))
-        # Under FSDP, accumulating without synchronising holds whole gradients on every process.
+        # With FSDP, accumulating without synchronising holds unsharded gradients on every process.
         sync_each_batch = forwards_are_collective(accelerator) and not self._source.whole_gradients
         try:
             with AccumulationSteps(accelerator, len(self), sync_each_batch) as steps:
@@ -132,14 +133,14 @@ class Window:
             self._end_pass(probe, steps.early_steps, checks_calls)
         finally:
             self._position = self._pass_position = None
-            if not (checks_calls or self._weighed):  # a pass that only reads takes no loss away
+            if not (checks_calls or self._weighed):  # a pass that only reads keeps the earlier loss
                 self._loss, self._weighed, self.small = earlier
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        """Iterate this process's micro-batches to read them, before, inside or after a training pass.
+        """Iterate the micro-batches of this process to read them, before, inside or after a training pass.
 
-        Training stays as it is: gradients, Accelerate's accumulation state, `loss` and the random numbers
-        that training draws. Random numbers that the caller draws meanwhile are taken back at the end.
+        This does not change training: gradients, Accelerate's accumulation state, `loss`, or random numbers.
+        At the end, the random number generators return to their states from before.
         """
         device = self.accelerator.device
         position_before, num_begun, states = self._position, self._num_begun, rng_states(device)
@@ -148,15 +149,15 @@ class Window:
                 self._position = position
                 yield to_device(micro_batch.batch, self.accelerator)
         finally:
-            if self._num_begun == num_begun:  # else an iterator is closed late, when training has gone on
+            if self._num_begun == num_begun:  # an iterator may be closed late, after further training
                 self._position = position_before
                 set_rng_states(states, device)
 
     def forward_pass(self) -> Iterator[dict[str, Any]]:
-        """Iterate this process's micro-batches for forwards that belong to the training, as in `look_ahead`.
+        """Iterate the micro-batches of this process for forwards that belong to training, as in `look_ahead`.
 
-        Gradients, Accelerate's accumulation state and `loss` stay as they are. Each micro-batch meets the
-        random numbers (dropout) that it meets in training: a pass before the training draws them.
+        Gradients, Accelerate's accumulation state and `loss` do not change. Each micro-batch gets the same
+        random numbers (dropout) as in training, even if this pass is the first.
         """
         try:
             for position in range(len(self)):
@@ -167,7 +168,7 @@ class Window:
             self._position = self._pass_position = None
 
     def weigh(self, loss: torch.Tensor) -> torch.Tensor:
-        """Weigh the loss of the micro-batch that was yielded last, for `accelerator.backward`.
+        """Weigh the loss of the latest micro-batch, for `accelerator.backward`.
 
         The weight is the micro-batch's share of the window's items × accumulation steps × processes.
         `accelerator.backward` divides by the accumulation steps, and DDP or FSDP by the processes.
@@ -176,18 +177,16 @@ class Window:
             loss: The mean loss over the micro-batch's items, a scalar tensor.
 
         Returns:
-            The weighed loss, a float32 scalar tensor (float64 for a float64 loss). NaN where `loss` is not
+            The weighed loss, a float32 scalar tensor (float64 for a float64 loss). NaN if `loss` is not
             finite, as the gradient of an infinite loss can be finite.
 
         Raises:
-            LoopError: Outside `for batch in window`.
-            ValueError: For anything but a scalar tensor.
+            LoopError: The call is outside `for batch in window`.
+            ValueError: `loss` is not a scalar tensor.
         """
         position = self._position if self._pass_position is None else self._pass_position
         if position is None:
-            raise LoopError(
-                "weigh() weighs the micro-batch that was yielded last: call it inside `for batch in window`"
-            )
+            raise LoopError("weigh() needs the micro-batch of a loop: call it inside `for batch in window`")
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             is_tensor = isinstance(loss, torch.Tensor)
             found = f"a tensor of shape {tuple(loss.shape)}" if is_tensor else type(loss).__name__
@@ -203,24 +202,25 @@ class Window:
 
     @property
     def loss(self) -> float:
-        """The exact mean loss over the window's items, over all processes; known after the last micro-batch.
+        """The exact mean loss over the window's items, over all processes.
 
-        Raises LoopError before that.
+        Raise LoopError before the end of the last micro-batch.
         """
         if self._loss is None or len(self._weighed) < len(self):
             raise LoopError(
-                "window.loss is known after the last micro-batch, if each one's loss went through weigh()"
+                "window.loss needs the loss of every micro-batch: pass each loss through weigh(), and read "
+                "window.loss after the last micro-batch"
             )
         return float(self._loss)
 
     @property
     def accelerator(self) -> Accelerator:
-        """The run's Accelerator."""
+        """The Accelerator of the run."""
         return self._source.accelerator
 
     @property
     def micro_batches(self) -> tuple[MicroBatch, ...]:
-        """This process's micro-batches, on the host."""
+        """The micro-batches of this process, on the host."""
         return self.split.micro_batches
 
     @property
@@ -235,12 +235,12 @@ class Window:
 
     @property
     def pad_to(self) -> int | None:
-        """Tokens that every micro-batch is padded to; None where each is padded to its longest example."""
+        """Tokens to which every micro-batch is padded; None if each is padded to the longest example."""
         return self.split.plan.pad_to
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches of the process that has most of them."""
+        """Micro-batches of the process with the most micro-batches."""
         return self.split.accumulation_steps
 
     @property
@@ -250,14 +250,14 @@ class Window:
 
     @property
     def position(self) -> int | None:
-        """Position of the micro-batch at hand among this process's, from 0; None outside a loop over them."""
+        """Position of the current micro-batch in this process, from 0; None outside a loop."""
         return self._position
 
     @property
     def micro_batch(self) -> MicroBatch:
-        """The micro-batch at hand, on the host. Raises LoopError outside a loop over the micro-batches."""
+        """The current micro-batch, on the host. Raise LoopError outside a loop over the micro-batches."""
         if self._position is None:
-            raise LoopError("a window has a micro-batch at hand only inside `for batch in window`")
+            raise LoopError("a window has a current micro-batch only inside `for batch in window`")
         return self.micro_batches[self._position]
 
     # For the training loop and `retry_on_oom`
@@ -267,34 +267,35 @@ class Window:
         return position in self._weighed
 
     def restore_rng_state(self) -> None:
-        """Restore the random state that the first micro-batch met."""
+        """Restore the random state from the start of the first micro-batch."""
         self._rng.rewind()
 
     def restore_buffers(self) -> None:
-        """Restore the model's buffers as they were when `retry_on_oom` began."""
+        """Restore the model's buffers from the start of `retry_on_oom`."""
         if self.buffers is not None:
             self.buffers.restore()
 
     def release_graph(self) -> None:
-        """Free the activations behind the loss that was weighed last, which the loop may still hold."""
+        """Free the activations of the latest loss, which the loop may still reference."""
         if self._latest_loss is not None and not self._latest_loss.is_leaf:
             self._latest_loss.detach_()
         self._latest_loss = None
 
     @property
     def oom_exchange(self) -> OomExchange:
-        """The exchange among processes whether memory sufficed for this split."""
+        """The exchange between processes on whether this split fitted in memory."""
         pad_to = self.pad_to
         return OomExchange(
             self.accelerator, lambda indices: self._source.shape(indices, pad_to), self.split.bound
         )
 
     def separate_synchronisation(self) -> None:
-        """End with an idle micro-batch that alone synchronises gradients, while memory may run out.
+        """Append an idle micro-batch that synchronises gradients, while memory may still run out.
 
-        DDP synchronises in the backward of the last micro-batch, which cannot be repeated after it broke off.
-        Until each process has completed a micro-batch as expensive as those of this window, the processes
-        accumulate on their own, report that memory sufficed, and synchronise in a micro-batch of weight 0.
+        DDP synchronises in the backward of the last micro-batch. A failed synchronisation cannot be repeated.
+        A window is safe once each process has completed an equally expensive micro-batch. Before this, the
+        processes accumulate separately and report success. Then they synchronise in the idle micro-batch,
+        which has weight 0.
         """
         accelerator, split = self.accelerator, self.split
         if accelerator.num_processes == 1 or forwards_are_collective(accelerator) or split.ends_idle:
@@ -303,7 +304,7 @@ class Window:
             self.split = split.with_idle_end(self._source.idle_micro_batch(split))
 
     def split_finer(self, bound: Bound) -> None:
-        """Begin again with a finer split; the loader splits all later windows under this bound, too."""
+        """Start again with a finer split. The loader uses the bound for all later windows, too."""
         self.split = self._source.resplit_window(self.split, bound)
         self._rng = RngReplay(self.accelerator.device)
         self._loss, self._weighed = None, set()
@@ -317,11 +318,11 @@ class Window:
         self._position = self._pass_position = self.latest_position = position
         self._num_begun += 1
         if self.split.ends_idle and position == len(self) - 1:
-            # The other processes do not wait for the gradients of one that is out of memory.
+            # No process starts to synchronise before all have reported success.
             self.oom_exchange.report_success(self.indices)
 
     def _end_pass(self, probe: NoiseProbe, early_steps: int, checks_calls: bool) -> None:
-        """Add up the loss over processes. Collective, so that all processes raise an error together."""
+        """Add up the loss over processes. Collective: all processes raise an error together."""
         missing = len(self) - len(self._weighed)
         loss, small, missing_anywhere, early_anywhere = self._loss_here, probe.sums, missing, early_steps
         if self.accelerator.num_processes > 1:
@@ -344,8 +345,8 @@ class Window:
 
     def _trained_already(self) -> LoopError:
         return LoopError(
-            "this window is trained already: to read its micro-batches again, write `for batch in "
-            f"window.batches():`; to train it again, write `{ACCUMULATE}` and `{WEIGH}`"
+            "this window is already trained: to read the micro-batches again, write `for batch in "
+            f"window.batches():`; to train again, write `{ACCUMULATE}` and `{WEIGH}`"
         )
 
     def _not_accumulated(self, position: int, entries: int) -> LoopError:

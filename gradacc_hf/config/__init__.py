@@ -1,4 +1,4 @@
-"""The settings of a run: what a config file and a budget file may hold, and how they are read."""
+"""The settings of a run, and reading them from flags, config files and budget files."""
 
 from gradacc_hf.utils.extras import require
 

@@ -1,4 +1,4 @@
-"""How many examples a window has, from a run's settings: a number, sizes by window, or by the noise scale."""
+"""The effective batch size from a run's settings: a number, sizes by window, or sizes by the noise scale."""
 
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch
 from gradacc_hf.accumulation.sampler import EffectiveBatchSize
@@ -7,13 +7,13 @@ from gradacc_hf.errors import InputError
 
 
 def effective_batch_size(batch: BatchConfig, num_examples: int) -> EffectiveBatchSize:
-    """Return `batch.effective` as a loader takes it. Raises InputError where it exceeds the examples."""
+    """Return `batch.effective` as a loader takes it. Raise InputError if it exceeds the training examples."""
     grows = batch.effective == "noise_scale"
     sizes = batch.effective.values() if isinstance(batch.effective, dict) else [batch.least]
     if max(sizes) > num_examples:
         raise InputError(
             f"{'batch.smallest' if grows else 'batch.effective'}: found {max(sizes)}; allowed: 1 to "
-            f"{num_examples}, the training examples there are"
+            f"{num_examples}, the number of training examples"
         )
     if isinstance(batch.effective, dict):
         return ScheduledBatch(batch.effective)
@@ -21,21 +21,21 @@ def effective_batch_size(batch: BatchConfig, num_examples: int) -> EffectiveBatc
 
 
 def check_can_measure(sizes: GrowingBatch, measures: bool, num_processes: int) -> None:
-    """Raise InputError where windows are to follow a noise scale that no part of them can be measured by."""
+    """Raise InputError if `batch.effective` is noise_scale and the noise scale cannot be measured."""
     if not measures:
         raise InputError(
-            "batch.effective: found noise_scale, which cannot be measured with a loss of a window's examples "
-            "together, or with budget.whole_gradients; allowed: a number, or sizes by window"
+            "batch.effective: found noise_scale, which cannot be measured with budget.whole_gradients, nor "
+            "with a loss over a whole window; allowed: a number, or sizes by window"
         )
     if sizes.smallest < (least := 2 * num_processes):
         raise InputError(
             f"batch.smallest: found {sizes.smallest}; allowed: {least} or more on "
-            f"{num_processes} processes, as noise is measured by a part of each one's examples"
+            f"{num_processes} processes, as the noise scale is measured on a part of each process's examples"
         )
 
 
 def check_sizes(config: Config) -> None:
-    """Raise InputError for settings beside `batch.effective: noise_scale` that cannot be."""
+    """Raise InputError for settings that `batch.effective: noise_scale` excludes."""
     if config.batch.effective != "noise_scale":
         return
     if not config.train.noise_every:
@@ -44,7 +44,7 @@ def check_sizes(config: Config) -> None:
     if config.train.max_windows is not None and ends:
         raise InputError(
             "train.max_windows: found "
-            f"{config.train.max_windows} with batch.effective noise_scale, where it is not known which "
-            "examples come last, and the learning rate follows them: leave it out (set train.epochs), or "
-            "set optim.scheduler constant and optim.warmup_ratio 0"
+            f"{config.train.max_windows} with batch.effective noise_scale. The number of examples, on "
+            "which the learning rate depends, is then unknown: set train.epochs instead, or set "
+            "optim.scheduler constant and optim.warmup_ratio 0"
         )

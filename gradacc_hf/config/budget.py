@@ -1,8 +1,8 @@
 """The part of a budget that this machine can provide.
 
-`find_device` looks at the machine; `adapt_budget` compares. A key that only makes a run faster is left out
-where the machine lacks it, with one line that names the key. A key that the run would not fit without is
-refused. `recipe/budget.py` does the same for the model; `training/optimizer.py` for the optimizer.
+`find_device` describes the machine; `adapt_budget` compares. A key that only makes a run faster is left out
+if the machine cannot provide it, with one line that names the key. A key without which the run might not fit
+is an error. `recipe/budget.py` does the same for the model, `training/optimizer.py` for the optimizer.
 """
 
 import os
@@ -16,10 +16,10 @@ from gradacc_hf.utils.hardware import Device, find_device, refuse_place
 
 
 def fit_to_machine(config: Config) -> tuple[Config, list[str]]:
-    """Return a config whose budget this machine can provide, and a line about each key that it cannot.
+    """Return the config with a budget that this machine can provide, and a line about each changed key.
 
     Raises:
-        InputError: for a machine on which no run is exact, and as `adapt_budget` does.
+        InputError: On a machine where no run is exact, and as `adapt_budget` does.
     """
     device = find_device()
     refuse_place(device.kind, device.engine)
@@ -28,24 +28,24 @@ def fit_to_machine(config: Config) -> tuple[Config, list[str]]:
 
 
 def export_cpu_offload(budget: BudgetConfig) -> None:
-    """Tell Accelerate of `budget.cpu_offload`; call it before `Accelerator()`.
+    """Export `budget.cpu_offload` to the environment, for Accelerate; call it before `Accelerator()`.
 
-    Only the environment reaches both readers in Accelerate: the FSDP plugin, and the choice of the backend
-    by which processes communicate, which needs one for tensors on CPUs.
+    Two parts of Accelerate read it from there: the FSDP plugin, and the choice of a communication backend,
+    which must support tensors on CPUs.
     """
     if budget.cpu_offload:
         os.environ["FSDP_OFFLOAD_PARAMS"] = "true"
 
 
 def adapt_budget(budget: BudgetConfig, device: Device) -> tuple[BudgetConfig, list[str]]:
-    """Return the part of the budget that the device can provide, and a line about each key that it cannot.
+    """Return the budget that the device can provide, and a line about each changed key.
 
     Raises:
-        InputError: for `cpu_offload` without FSDP2, as the run might not fit without it.
+        InputError: For `cpu_offload` without FSDP2, as the run might not fit without it.
     """
     if budget.cpu_offload and not device.fsdp2:
         raise InputError(
-            "budget.cpu_offload: found true without FSDP2; allowed is false, or true on GPUs launched by "
+            "budget.cpu_offload: found true without FSDP2; allowed is false, or true on GPUs with "
             "accelerate launch --use_fsdp --fsdp_version 2"
         )
     lines = []
@@ -53,7 +53,7 @@ def adapt_budget(budget: BudgetConfig, device: Device) -> tuple[BudgetConfig, li
         lines.append(f"budget.{key}: {why}")
         budget = replace(budget, **{key: value})
     if budget.attention == "flash_attention_2" and (why := _no_flash_attention(budget, device)):
-        lines.append(f"budget.attention: flash_attention_2 {why}: the model's own choice instead")
+        lines.append(f"budget.attention: flash_attention_2 {why}: using the model's own choice")
         budget = replace(budget, attention=None)
     return budget, lines
 
@@ -61,20 +61,20 @@ def adapt_budget(budget: BudgetConfig, device: Device) -> tuple[BudgetConfig, li
 def _beyond(budget: BudgetConfig, device: Device) -> Iterator[tuple[str, Any, str]]:
     """Yield (key, replacement of its value, reason) for each key that the device cannot provide."""
     if budget.precision == "fp16" and device.kind != "cuda":
-        yield "precision", "fp32", "fp16 needs a GPU, and none is here: training in fp32"
+        yield "precision", "fp32", "fp16 needs a GPU, and this machine has none: training in fp32"
     if budget.precision == "bf16" and not device.bf16:
         yield "precision", "fp16", "bf16 needs a GPU from Ampere on (RTX 30, A100): training in fp16"
     if budget.whole_gradients and not device.fsdp2:
-        yield "whole_gradients", False, "needs FSDP2, and processes were not launched for it: of no use"
+        yield "whole_gradients", False, "needs FSDP2, which this run does not use: ignored"
     if budget.compile and not device.compiler:
         needs = "a C++ compiler and Python's headers" + (" and Triton" if device.kind == "cuda" else "")
-        yield "compile", False, f"needs {needs}, and they are not here: training uncompiled"
+        yield "compile", False, f"needs {needs}, which were not found: training uncompiled"
 
 
 def _no_flash_attention(budget: BudgetConfig, device: Device) -> str:
-    """Return the reason why there is no flash attention; "" where there is."""
+    """Return why flash attention cannot be used; "" if it can."""
     if device.kind != "cuda":
-        return "needs a CUDA GPU, and none is here"
+        return "needs a CUDA GPU, and this machine has none"
     if not device.flash_attention:
         return "is not installed (pip install flash-attn)"
     return "" if budget.precision != "fp32" else "computes in bf16 or fp16, and budget.precision is fp32"

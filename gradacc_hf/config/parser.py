@@ -1,9 +1,9 @@
-"""From a command line, a config file and a budget file to a `Config` whose values are possible, or one line.
+"""Read a command line, a config file and a budget file into a `Config`, or raise an error of one line.
 
-The later of these wins: dataclass, the recipe's defaults, `--config`, `--budget`, the other flags.
+Precedence, from low to high: dataclass, the recipe's defaults, `--config`, `--budget`, the other flags.
 
-A number in a file stays text until the type of its field is known, so that `2e-5` is a number where one is
-wanted and `0123` a name where a name is wanted. `${...}` is plain text: nothing is read from the environment.
+A number in a file stays text until the type of its field is known. So `0123` in a text field is a name.
+`${...}` is plain text: nothing is read from the environment.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-import tyro
 import yaml
 
+from gradacc_hf.config.help import print_all_settings, print_help
 from gradacc_hf.config.schema import (
     FLAGS_ONLY,
     Config,
@@ -45,19 +45,19 @@ def read_command_line(
     defaults: Mapping[str, Any] | None = None,
     description: str = "",
 ) -> Config:
-    """Return the `Config` that a command line asks for.
+    """Return the `Config` of a command line.
 
-    `--help` prints every setting with its value so far and exits with 0.
+    `--help` prints the common settings with their values, `--help all` every setting; both exit with code 0.
 
     Args:
-        argv: the words after the program's name.
-        data: the recipe's subclass of `DataConfig`.
-        model: the recipe's subclass of `ModelConfig`.
-        defaults: the recipe's own defaults, as nested mappings.
-        description: the first line of `--help`.
+        argv: The words after the program's name.
+        data: The recipe's subclass of `DataConfig`.
+        model: The recipe's subclass of `ModelConfig`.
+        defaults: The recipe's own defaults, as nested mappings.
+        description: One line about the recipe, for `--help`.
 
     Raises:
-        InputError: for an unknown key, an impossible value, or a file that cannot be read.
+        InputError: For an unknown key, an impossible value, or a file that cannot be read.
     """
     flags = _read_flags(argv)
     settings = _Settings(Config(model=model(), data=data()))
@@ -69,7 +69,7 @@ def read_command_line(
     if "config" in flags:
         file = settings.values["config"] = _typed(flags.pop("config"), str, "--config")
         settings.update(_read_file(file, "--config"), _Source(suffix=f" in {file}"))
-        if settings["resume"] not in (None, "auto"):  # the run may have come from others
+        if settings["resume"] not in (None, "auto"):  # the run may come from someone else
             settings.values["model.trust_remote_code"] = False
             _send_nowhere(settings, file, flags)
     if "budget" in flags:
@@ -77,14 +77,13 @@ def read_command_line(
         values, origin = _read_budget(budget)
         settings.update(values, _Source(suffix=f" in {origin}", section="budget."))
     settings.values["check"] = _typed(flags.pop("check", False), bool, "--check")
-    wants_help = _typed(flags.pop("help", False), bool, "--help")
+    help_wanted = _typed(flags.pop("help", False), bool | Literal["all"], "--help")
     settings.update(flags, _Source(prefix="--"))
 
     config = settings.config()
-    if wants_help:  # tyro shows the settings and exits; its own messages take more than a line
-        markers = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
-        shown = {"default": config, "description": description, "use_underscores": True, "config": markers}
-        tyro.cli(Config, args=["--help"], **shown)
+    if help_wanted:
+        (print_all_settings if help_wanted == "all" else print_help)(config, description)
+        sys.exit(0)
     settings.check_rules(config)
     if config.recipe is None:
         return config
@@ -93,9 +92,9 @@ def read_command_line(
 
 
 def _send_nowhere(settings: "_Settings", file: str, flags: Mapping[str, Any]) -> None:
-    """Reset what a run's own config would send elsewhere, unless a flag repeats it."""
-    for name, at_home in (("push_to_hub", (None,)), ("tracker", ("none", "tensorboard"))):
-        if settings[f"output.{name}"] not in at_home:
+    """Reset the settings of a resumed run that send files elsewhere; a flag can set them again."""
+    for name, local_values in (("push_to_hub", (None,)), ("tracker", ("none", "tensorboard"))):
+        if settings[f"output.{name}"] not in local_values:
             settings.values[f"output.{name}"] = getattr(OutputConfig(), name)
             if f"output.{name}" not in flags and int(os.environ.get("RANK", 0)) == 0:
                 print(
@@ -105,7 +104,7 @@ def _send_nowhere(settings: "_Settings", file: str, flags: Mapping[str, Any]) ->
 
 
 def recipe_file(argv: Sequence[str]) -> str:
-    """The path of the recipe that a command line's `--config` names. Raises `InputError`."""
+    """Return the path of the recipe in the config of a command line. Raise `InputError` if it has none."""
     config = _typed(_read_flags(argv).get("config", True), str, "--config")
     recipe = _read_file(config, "--config").get("recipe")
     if not isinstance(recipe, str):
@@ -114,23 +113,24 @@ def recipe_file(argv: Sequence[str]) -> str:
 
 
 def check_recipe_of(config: Path) -> None:
-    """Refuse the recipe that a run's config.yaml names where it may have come with the run.
+    """Raise `InputError` if the recipe that a run's config.yaml names may have come with the run.
 
-    A run names the kit's recipe, or another by its whole path, and holds none. Raises `InputError`.
+    gradacc writes the absolute path of the recipe into a run, and no recipe file. A relative path is allowed
+    for recipes of gradacc only.
     """
     recipe = Path(recipe_file(["--config", str(config)]))
     given = _read_file(str(config), "--config")["recipe"]
-    is_of_kit = any(recipe.parent == (kit / "recipes").resolve() for kit in BUNDLE_ROOTS)
-    if recipe.is_relative_to(config.parent.resolve()) or not (is_of_kit or Path(given).is_absolute()):
+    is_bundled = any(recipe.parent == (root / "recipes").resolve() for root in BUNDLE_ROOTS)
+    if recipe.is_relative_to(config.parent.resolve()) or not (is_bundled or Path(given).is_absolute()):
         raise InputError(
-            f"recipe in {config}: found {_shown(given)}, which may have come with the run, and is not run; "
-            "allowed is one of yours or of the kit, by its whole path"
+            f"recipe in {config}: found {_shown(given)}, which may have come with the run and is not "
+            "executed; allowed: a recipe of gradacc, or an absolute path"
         )
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where keys were written, so that a message can name them as the user wrote them."""
+    """The place where keys were written. Messages name a key as the user wrote it."""
 
     prefix: str = ""
     suffix: str = ""
@@ -141,9 +141,10 @@ class _Source:
 
 
 class _Settings:
-    """The settings that were read so far, source by source, with the name of who set what.
+    """The settings read so far, source by source.
 
-    values: what was set, by its key ("optim.lr"). names: where ("optim.lr in configs/a.yaml").
+    values: set values by key ("optim.lr").
+    names: keys as messages name them ("optim.lr in configs/a.yaml").
     """
 
     def __init__(self, defaults: Config):
@@ -170,12 +171,12 @@ class _Settings:
         return with_settings(self.defaults, self.values)
 
     def inside(self, prefix: str) -> list[str]:
-        """The names inside a section such as "optim."; those of the sections inside ""."""
+        """Return the names inside a section such as "optim."; the names of the sections for ""."""
         keys = [key.removeprefix(prefix) for key in self.hints if key.startswith(prefix)]
         return sorted({key.split(".")[0] for key in keys})
 
     def update(self, values: Mapping[Any, Any], source: _Source) -> None:
-        """Set what `values` holds: {"optim": {"lr": 1}} or {"optim.lr": 1}."""
+        """Set values: {"optim": {"lr": 1}} or {"optim.lr": 1}."""
         seen = set()
         for key, value in self._flatten(values, source.section):
             name = source.key(key) + source.suffix
@@ -184,7 +185,7 @@ class _Settings:
             if key not in self.hints:
                 raise InputError(f"unknown key {name}: {self._closest(key, source)}")
             if key in seen:
-                raise InputError(f"{name} is there twice: keep one of the two")
+                raise InputError(f"{name} is given twice: keep one of the two")
             self.values[key] = _typed(value, self.hints[key], name)
             self.names[key] = name
             seen.add(key)
@@ -198,9 +199,9 @@ class _Settings:
                 yield key, value
 
     def _closest(self, key: str, source: _Source) -> str:
-        """The end of the message about an unknown key: what was meant, perhaps, and what there is."""
+        """Return the end of the message about an unknown key: the closest key, and all allowed ones."""
         section, dot, name = key.rpartition(".")
-        if names := self.inside(section + dot):  # a slip of the finger, in a section that there is
+        if names := self.inside(section + dot):  # a typing mistake in a known section
             close = [section + dot + match for match in difflib.get_close_matches(name, names, 1)]
         else:
             section, names, close = "", self.inside(""), []
@@ -214,7 +215,7 @@ class _Settings:
         return f"{question}({section or 'a run'} has: {', '.join(names)})"
 
     def check_rules(self, config: Config) -> None:
-        """Raise `InputError` for the first value that its section's `rules` do not allow."""
+        """Raise `InputError` for the first value that the `rules` of a section do not allow."""
         for path in dict.fromkeys(key.rpartition(".")[0] for key in self.hints):
             section = attrgetter(path)(config) if path else config
             for name, possible, allowed in getattr(section, "rules", tuple)():
@@ -224,7 +225,7 @@ class _Settings:
 
 
 def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
-    """["--a.b", "1", "--c=2", "--d"] → {"a.b": "1", "c": "2", "d": True}: True where no value follows."""
+    """Return ["--a.b", "1", "--c=2", "--d"] as {"a.b": "1", "c": "2", "d": True}: True without a value."""
     flags: dict[str, Any] = {}
     words = ["--help" if word == "-h" else word for word in argv]
     while words:
@@ -241,7 +242,7 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which only null and true/false are read as such; all else is text. A key is there once."""
+    """YAML whose only typed scalars are null and true/false. All else is text, and a key may occur once."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":bool", ":null"))]
@@ -252,17 +253,17 @@ class _Loader(yaml.SafeLoader):
         seen = []
         for key, _ in node.value:
             if key.value in seen:
-                problem = f"{key.value!r} is there twice"
+                problem = f"{key.value!r} is given twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _parse(text: str) -> Any:
-    """What YAML text holds. Raises ValueError with one line."""
+    """Return the content of YAML text. Raise ValueError with one line."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader: plain data, no objects
-    except Exception as error:  # PyYAML's own, and for odd tags or depth whatever Python raises
+    except Exception as error:  # errors of PyYAML; odd tags and deep nesting raise others
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         raise ValueError(f"line {mark.line + 1}: {problem}" if mark else "it cannot be read") from error
 
@@ -284,7 +285,7 @@ def _read_file(file: str, flag: str) -> Mapping[Any, Any]:
 
 
 def _read_budget(budget: str) -> tuple[Mapping[Any, Any], str]:
-    """The keys of a budget (auto, a file, or the name of one in configs/budgets) and where they are from."""
+    """Return the keys of a budget (auto, a file, or a name in configs/budgets), and their source."""
     if budget == "auto":
         detected = detect_budget()
         return {"memory": detected.memory, "precision": detected.precision}, "--budget auto"
@@ -301,28 +302,33 @@ def _read_budget(budget: str) -> tuple[Mapping[Any, Any], str]:
 
 
 def _find_recipe(recipe: str, config_file: str | None, name: str) -> str:
-    """The path of a recipe: from the config file's folder (a flag's: from here), else from the kit."""
+    """Return the path of a recipe, relative to the folder of the config file, or else to gradacc's folders.
+
+    A recipe that is given as a flag is relative to the current folder.
+    """
     here = Path() if config_file is None or name.startswith("--") else Path(config_file).parent
-    for folder in (here, *BUNDLE_ROOTS, *(kit / "configs" for kit in BUNDLE_ROOTS)):
+    for folder in (here, *BUNDLE_ROOTS, *(root / "configs" for root in BUNDLE_ROOTS)):
         if (folder / recipe).is_file():
             return str((folder / recipe).resolve())
-    raise InputError(f"{name}: found {_shown(recipe)}, allowed is a file: none from {here} or from the kit")
+    raise InputError(
+        f"{name}: found {_shown(recipe)}, allowed is a recipe file, relative to {here} or of gradacc"
+    )
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the type `hint`. Raises `InputError` that names `name`."""
+    """Return `value` as the type `hint`. Raise an `InputError` that names `name`."""
     try:
         return _convert(value, hint)
     except ValueError:
         found = _shown(value)
-        if isinstance(value, bool):  # of a flag: no value came
+        if isinstance(value, bool):  # for a flag: no value was given
             unquoted = " (YAML reads yes, no, on and off as true or false, unless quoted)"
             found = "no value" if name.startswith("--") else found + unquoted
         raise InputError(f"{name}: found {found}, allowed is {_allowed(hint)}") from None
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """`value`, which may be the text of it, as the type `hint`. Raises ValueError.
+    """Return `value`, or the value that its text stands for, as the type `hint`. Raise ValueError.
 
     A field may be a bool, int, float, str, Literal of names, list or dict of these, or a union (| None).
     """
@@ -369,7 +375,7 @@ def _allowed(hint: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value on one line, shortened, as YAML writes it."""
+    """Return a value on one line, shortened, as YAML writes it."""
     if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
     short = reprlib.Repr()

@@ -1,7 +1,10 @@
-"""The settings of a run, typed, with a line of help each.
+"""The settings of a run, typed.
 
 `--config` names a file of what is trained, `--budget` a file of what it runs on. Settings are frozen:
 `with_settings` returns a changed copy. `parser.py` reads them from files and flags.
+
+The text under a field is its help. The first line is complete in itself: `help.py` prints it in 80 columns.
+`rules` are the limits beyond the types: (field, whether its value is possible, what is allowed).
 """
 
 import re
@@ -16,34 +19,38 @@ from gradacc_hf.training.settings import ModelConfig, OptimConfig, Rules
 
 SIZES = "a size such as 8GiB (units: GiB, GB, MiB, MB)"
 
-# Under each field: its line of --help. `rules` says what the types alone do not: (field, possible, allowed).
-
 
 @dataclass
 class DataConfig:
-    """The examples. A recipe adds its own fields in a subclass.
+    """The examples. A recipe adds fields in a subclass.
 
     The decorator is not `frozen=True`, because recipes of version 0.1.0 subclass this with a plain
-    `@dataclass`, which Python refuses for a frozen base. Assignment raises FrozenInstanceError all the same.
+    `@dataclass`, which Python refuses for a frozen base. Assignment raises FrozenInstanceError anyway.
     """
 
     _is_frozen = False
 
     train: str = ""
-    """Training examples: CSV, JSONL or Parquet file, folder, Hub name, or embedded:NAME (no download)."""
+    """Training data: file, folder or Hub name.
+    A file is CSV, JSONL or Parquet. embedded:NAME needs no download."""
     validation: str | None = None
-    """Validation examples, written like train; without it, a share of train is held out."""
+    """Validation data; without it, rows of train.
+    Without it: the validation split of train, or else a share of the training rows."""
     validation_fraction: float = 0.1
-    """Share of the training examples that is held out when there is no validation set (between 0 and 1)."""
+    """Share of train held out for validation.
+    Between 0 and 1. It is used only where there is no validation set."""
     config_name: str | None = None
-    """Which configuration of the Hub's data set, where it has several."""
+    """Configuration of the Hub data set.
+    Needed where the data set has several."""
     max_length: int = 256
-    """Where an example is cut off (tokens)."""
+    """Most tokens of an example.
+    A longer one is truncated; masked_lm and question_answering split it into several."""
     leave_out: list[int] = field(default_factory=list)
-    """Training examples that are in no window, by the numbers that a message has named: [17]. The other
-    examples stay in theirs, so that a run may go on (--resume) without these."""
+    """Training examples to leave out, by number: [17].
+    Messages name the numbers. All other examples stay in their windows, so that --resume can continue."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a row that the task cannot use: stop and name it, or leave it out, counted and said."""
+    """Bad rows: stop (error) or leave out (skip).
+    A row is bad if the task cannot use it. Skipped rows are counted and reported."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_is_frozen", True)
@@ -62,21 +69,22 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """What one optimizer step sees, whatever the hardware."""
+    """The examples of one optimizer step, on any hardware."""
 
     effective: int | dict[int, int] | Literal["noise_scale"] = 64
-    """Size of a window: examples per optimizer step, over all processes. Or sizes, each with the windows done
-    when it begins: {0: 32, 500: 64}; or noise_scale: doubled when the gradient noise scale stays as large."""
+    """Examples per optimizer step, over all processes.
+    {0: 32, 500: 64}: 32 for the first 500 windows (optimizer steps), then 64.
+    noise_scale: the size doubles when the gradient noise scale stays at the doubled size or above."""
     smallest: int = 16
-    """With effective: noise_scale, the size of the first window."""
+    """Examples of the first window, with effective: noise_scale."""
     largest: int = 512
-    """With effective: noise_scale, the most that a window may have."""
+    """Most examples of a window, with effective: noise_scale."""
     drop_last: bool = False
-    """Leave out the last window of an epoch when it is not full."""
+    """Leave out the last window of an epoch if it is not full."""
 
     @property
     def least(self) -> int:
-        """Examples of the smallest windows."""
+        """Number of examples in the smallest windows."""
         if isinstance(self.effective, dict):
             return min(self.effective.values())
         return self.smallest if self.effective == "noise_scale" else self.effective
@@ -86,7 +94,7 @@ class BatchConfig:
         if isinstance(sizes, int):
             yield "effective", sizes >= 1, "1 example or more, {0: 32, 500: 64}, or noise_scale"
         elif isinstance(sizes, dict):
-            begins = "sizes of 1 or more by window, the first of which is 0: {0: 32, 500: 64}"
+            begins = "sizes of 1 or more by window, the first at window 0: {0: 32, 500: 64}"
             yield "effective", min(sizes, default=-1) == 0 and min(sizes.values(), default=0) >= 1, begins
         yield "smallest", self.smallest >= 1, "1 example or more"
         yield "largest", self.largest >= self.smallest, f"batch.smallest ({self.smallest}) or more"
@@ -98,30 +106,33 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long to train and when to look."""
+    """Length of the training, and evaluations."""
 
     epochs: int = 1
     """Passes over the training examples."""
     max_windows: int | None = None
-    """Stop after this many windows (optimizer steps), whatever epochs says."""
+    """Optimizer steps (windows) after which to stop.
+    It holds for any number of epochs."""
     eval_every: int = 0
     """Windows between evaluations (0: only at the end)."""
     eval_on_start: bool = False
     """Also evaluate before the first window."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     early_stopping: int = 0
-    """Evaluations in a row without improvement after which the run stops (0 is off)."""
+    """Evaluations without improvement before stopping.
+    They are counted in a row. 0: off."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do with a window whose loss or gradient is NaN or infinite: stop before its step and say where
-    that comes from, or leave it out. Under fp16, overflows of gradients are the scaler's to skip."""
+    """A window with a NaN or infinite loss or gradient: stop before its step, or skip it.
+    stop reports the examples and the module. Under fp16 the gradient scaler skips overflows in any case."""
     noise_every: int = 16
-    """Windows between measurements of the gradient noise scale, which says whether larger windows would help;
-    0 is off. It changes no gradient; every 16 windows it takes less than 1 % of the time."""
+    """Windows between measurements of the gradient noise scale (0: off).
+    It is for advice on the batch size, and changes no gradient. Runs of fewer than 256 windows measure more
+    often."""
     best_metric: str = "loss"
-    """Validation metric that says which evaluation is the best."""
+    """Validation metric that ranks evaluations."""
     best_direction: Literal["min", "max"] = "min"
-    """Whether the best value of best_metric is the lowest or the highest."""
+    """min or max: the best value of best_metric."""
 
     def rules(self) -> Rules:
         yield "epochs", self.epochs >= 1, "1 or more"
@@ -134,61 +145,74 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a run that is killed or stopped goes on from (--resume)."""
+    """Checkpoints, from which --resume continues a run that was killed or stopped."""
 
     every: int = 100
-    """Windows between checkpoints; 0 saves one only when the run is asked to stop (SIGTERM, Ctrl-C)."""
+    """Windows between checkpoints.
+    0: one checkpoint, when a signal stops the run (SIGTERM, Ctrl-C)."""
     keep: int = 2
-    """Checkpoints that are kept, the newest; that of the best evaluation stays too."""
+    """Newest checkpoints to keep.
+    The checkpoint of the best evaluation is kept too."""
 
     def rules(self) -> Rules:
-        yield "every", self.every >= 0, "0 windows (only when asked to stop) or more"
+        yield "every", self.every >= 0, "0 windows (only when a signal stops the run) or more"
         yield "keep", self.keep >= 1, "1 checkpoint or more"
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """What a run leaves behind."""
+    """The files of a run, and where curves and models go."""
 
     dir: str | None = None
-    """Folder of the run; by default the next free numbered folder under runs/."""
+    """Run folder; null: the next free one under runs/."""
     overwrite: bool = False
-    """Write into a folder that holds a run already."""
+    """Replace the run that dir holds."""
     tracker: str = "tensorboard"
-    """Where the curves go: the name of any tracker of Accelerate, or none."""
+    """Experiment tracker, or none.
+    The name of any tracker of Accelerate."""
     push_to_hub: str | None = None
-    """Hub repository (NAME or USER/NAME) that best/, else last/, goes to at the end; a new one is public."""
+    """Hub repository to push the model to.
+    NAME or USER/NAME. best/, or else last/, is pushed when the run ends. A new repository is public."""
 
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """What the hardware allows. It changes the split and the rounding of its precision, never the windows."""
+    """Limits of the hardware. They change micro-batches and rounding, never the windows."""
 
     memory: str | None = None
-    """Memory per device, such as 8GiB (units: GiB, GB, MiB, MB)."""
+    """Memory per device, such as 8GiB.
+    Units: GiB, GB, MiB, MB."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of the forward and backward pass."""
+    """Compute in fp32, bf16 or fp16."""
     max_tokens: int | Literal["auto"] = "auto"
-    """Padded tokens per micro-batch; auto finds the fastest that fit: by predicted bytes where the memory is
-    known, and by the time that a run's first windows take."""
+    """Padded tokens per micro-batch.
+    auto: the fastest that fits, by predicted bytes (if memory is known) and by the time of first windows."""
     micro_batch_size: int | None = None
-    """Examples per micro-batch, instead of max_tokens."""
+    """Examples per micro-batch.
+    Instead of max_tokens."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    """Recompute activations to save memory.
+    The backward pass computes the activations a second time, which takes longer."""
     compile: bool = False
-    """Compile the model's layers by torch.compile: slower to start, then faster."""
+    """Compile the layers with torch.compile.
+    The run starts later and is then faster."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] | None = None
-    """How attention is computed; null is the model's own choice: sdpa, but for some models eager."""
+    """Implementation of attention.
+    null: the model's own choice, which is sdpa, or eager for some models."""
     pad_to_multiple_of: int | None = None
-    """Pad micro-batches to a multiple of so many tokens, so that there are fewer shapes; null pads least."""
+    """Multiple of tokens to which micro-batches are padded.
+    There are then fewer shapes. null: the least padding."""
     cpu_offload: bool = False
-    """Hold weights, gradients and optimizer states in main memory (FSDP2 only): less memory, much slower."""
+    """Hold weights, gradients and optimizer states in main memory (FSDP2 only).
+    Less GPU memory, and much slower."""
     whole_gradients: bool = False
-    """Under FSDP, accumulate whole gradients on every process: less communication, more memory."""
+    """Accumulate whole gradients on every process (FSDP only).
+    Less communication, and more memory."""
     lean_loss: bool | Literal["auto"] = "auto"
-    """Compute a causal language model's logits in chunks, never all at once: auto is where they allow it."""
+    """Compute the logits of a causal language model in chunks, never all at once.
+    auto: where the model allows it."""
     num_workers: int = 0
-    """Processes that collate beside training (0: the training process itself)."""
+    """Processes that collate micro-batches (0: the training process itself)."""
 
     def rules(self) -> Rules:
         tokens, examples = self.max_tokens, self.micro_batch_size
@@ -196,7 +220,7 @@ class BudgetConfig:
             "null beside a number for budget.max_tokens: set one of the two, the other to null or auto"
         )
         yield "memory", self.memory is None or _bytes(self.memory) > 0, f"{SIZES}, or null"
-        too_few = "auto, or 1 and more: this is a micro-batch budget smaller than one token"
+        too_few = "auto, or 1 or more: this is a micro-batch budget smaller than one token"
         yield "max_tokens", tokens == "auto" or tokens >= 1, too_few
         yield "micro_batch_size", examples is None or examples >= 1, "1 example or more, or null"
         yield "micro_batch_size", examples is None or tokens == "auto", one_of_two
@@ -207,19 +231,24 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run is told. Files hold `recipe` and the sections; the first four are flags only."""
+    """All settings of a run. Files hold `recipe` and the sections; the first four are flags only."""
 
     config: str | None = None
-    """YAML file that says what is trained."""
+    """YAML file of what is trained."""
     budget_file: Annotated[str | None, tyro.conf.arg(name="budget")] = None
-    """YAML file that says what it runs on, the name of one in configs/budgets, or auto (ask the machine)."""
+    """Hardware: auto, a name in configs/budgets, or a YAML file.
+    auto: what the GPUs of this machine have."""
     check: bool = False
-    """Say whether this would run, print the plan, and stop. Needs no value."""
+    """Check whether this would run, print the plan and stop.
+    The flag needs no value."""
     resume: str | None = None
-    """Go on from the newest checkpoint: of the run in this folder; or auto: of --output.dir, or of the latest
-    run of this config, where there is one that has not ended."""
+    """Continue a run: its folder, or auto for the latest one.
+    It continues from the newest checkpoint.
+    auto: the run in --output.dir, or else the latest run of this config unless it has ended.
+    A new run starts where there is none."""
     recipe: str | None = None
-    """Recipe file; a relative path starts at the config file, then at the kit."""
+    """Recipe file.
+    A relative path starts at the folder of the config file, or else at the recipes of gradacc."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -241,8 +270,7 @@ def with_settings(settings: SettingsT, changes: Mapping[str, Any]) -> SettingsT:
 
     Args:
         settings: a `Config` or a section; it stays as it is.
-        changes: the new values by their key: `{"optim.lr": 1e-4, "check": True}`. Their types and `rules` are
-            not checked.
+        changes: new values by key: `{"optim.lr": 1e-4, "check": True}`. Types and `rules` are not checked.
 
     Returns:
         An object of the same class.
@@ -274,9 +302,9 @@ def parse_bytes(size: str) -> int:
 
 
 def detect_budget() -> BudgetConfig:
-    """Return the budget of this machine: memory of the smallest visible GPU, and bf16 where all have it.
+    """Return the budget of this machine: memory of the smallest visible GPU, and bf16 where all GPUs have it.
 
-    Without a GPU it is the default budget. torch is imported here alone.
+    Without a GPU it is the default budget. Only this function imports torch.
     """
     import torch
 
@@ -291,14 +319,15 @@ def detect_budget() -> BudgetConfig:
 def tokens_per_micro_batch(budget: BudgetConfig, device_type: str) -> int | None:
     """Return the padded tokens per micro-batch; None where `micro_batch_size` limits it instead.
 
-    "auto" gives a rule of thumb: 2048 on a CPU, 1024 per GiB of a GPU's memory. It is for a model that cannot
-    be traced, and for a CPU without `budget.memory`.
+    "auto" gives a rule of thumb: 2048 on a CPU, 1024 per GiB of a GPU's memory. It holds for a model that
+    cannot be traced, and for a CPU without `budget.memory`.
 
     Args:
+        budget: The budget of the run.
         device_type: "cpu" or "cuda".
 
     Raises:
-        InputError: where the memory of the GPU is not known.
+        InputError: If the memory of the GPU is unknown.
     """
     if budget.micro_batch_size is not None:
         return None

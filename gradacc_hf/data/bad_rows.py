@@ -1,7 +1,7 @@
-"""Rows that a task cannot learn from: one line that names the first, or all left out, counted and said.
+"""Bad rows, which a task cannot use: raise an error for the first, or skip and count them.
 
-Rows are counted from 1 as in the user's file, also after a shuffle. What is wrong with a row is for the
-recipe to say; columns of texts and of class labels are `columns.py`'s.
+Rows are counted from 1 as in the user's file, also after a shuffle. The recipe finds the problem of a row;
+`columns.py` checks columns of texts and of class labels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from gradacc_hf.data.columns import file_rows, select_rows
 from gradacc_hf.errors import refuse
 
 Problem = Callable[[Mapping[str, Any]], str | None]
-"""A row → what is wrong with it, or None: "3 tags for 4 tokens"."""
+"""Row → problem of the row, such as "3 tags for 4 tokens", or None."""
 
 
 def check_rows(
@@ -28,11 +28,16 @@ def check_rows(
 ) -> tuple[Dataset, list[str]]:
     """Return the rows without a problem, and a line about each bad row.
 
-    key: the setting that a message names.
-    on_bad_row: "error" raises InputError at the first bad row; "skip" leaves it out.
-    split: what the rows are called.
-    numbers: the number of each row in its file, from 0, where `dataset` is no longer the file itself.
-    Raises InputError where no row is left.
+    Args:
+        dataset: The rows.
+        problem: Returns the problem of a row, or None.
+        key: The setting that messages name.
+        on_bad_row: "error" raises InputError at the first bad row; "skip" leaves bad rows out.
+        split: The name of the rows in messages.
+        numbers: The number of each row in the file, from 0, if `dataset` has lost it.
+
+    Raises:
+        InputError: If no row is left, and for a bad row with `on_bad_row` "error".
     """
     numbers = file_rows(dataset) if numbers is None else numbers
     kept, bad = [], []

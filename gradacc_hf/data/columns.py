@@ -1,7 +1,7 @@
-"""Columns of texts and labels: what a classifier needs of them, and one line for those that are not so.
+"""Columns of texts and labels: check them, and encode labels as class ids.
 
 Rows are counted from 1 as in the user's file, also after a shuffle. `loading.py` reads files;
-`tasks/targets.py` makes the targets of a task from its labels.
+`tasks/targets.py` makes the targets of a task from labels.
 """
 
 import json
@@ -18,7 +18,7 @@ from datasets.table import InMemoryTable, concat_tables
 
 from gradacc_hf.errors import listed, refuse
 
-pc: Any = pyarrow.compute  # its functions are made at import: type checkers do not see them
+pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 
 
 def require_column(dataset: Dataset, column: str, key: str) -> None:
@@ -30,7 +30,7 @@ def require_column(dataset: Dataset, column: str, key: str) -> None:
 
 
 def require_texts(dataset: Dataset, column: str, key: str = "data.text_column") -> None:
-    """Raise InputError unless this is a column of texts; whether each row has one is `text_problem`'s."""
+    """Raise InputError unless this is a column of texts. `text_problem` checks the rows."""
     require_column(dataset, column, key)
     feature = dataset.features[column]
     if isinstance(feature, Value) and feature.dtype not in ("string", "large_string", "null"):
@@ -41,7 +41,7 @@ def require_texts(dataset: Dataset, column: str, key: str = "data.text_column") 
 
 
 def text_problem(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str | None]:
-    """For `check_rows`: what is wrong with a row whose texts are in these columns."""
+    """Return a function for `check_rows` that finds the problem of a row with texts in these columns."""
 
     def problem(row: Mapping[str, Any]) -> str | None:
         for column in columns:
@@ -56,30 +56,35 @@ def text_problem(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str | 
 
 
 def require_fast(tokenizer: Any, name: str) -> None:
-    """Raise InputError unless the tokenizer of the model `name` says where in a text its tokens are."""
+    """Raise InputError unless the tokenizer of the model `name` returns the positions of tokens in a text."""
     if not tokenizer.is_fast:
-        found = f"the tokenizer of {name} does not say where in a text its tokens are"
+        found = f"the tokenizer of {name} does not return the positions of tokens in a text"
         refuse("model.name", found, "name a model with a fast tokenizer (tokenizer.json)")
 
 
 def problems_of_tokens(tokens: Any, texts: int, special: int, max_length: int) -> list[str]:
-    """What is wrong with each row of a batch of tokenised texts, "" where something is left of each text.
+    """Return the problem of each row of a batch of tokenised texts, "" if tokens are left of each text.
 
-    texts: how many a row has, 1 or 2. special: how many special tokens frame them. A slow tokenizer does not
-    say which token is of which text: there, something must be left of one.
+    A slow tokenizer does not return the text of each token. With it, tokens of one text are enough.
+
+    Args:
+        tokens: The batch, as the tokenizer returns it.
+        texts: Texts of a row, 1 or 2.
+        special: Special tokens around them.
+        max_length: The length to which rows were truncated, for the message.
     """
     problems = []
     for row, ids in enumerate(tokens["input_ids"]):
         left = len({*tokens.sequence_ids(row)} - {None}) if tokens.is_fast else texts * (len(ids) > special)
         what = "its text" if texts == 1 else f"{'both' if not left else 'one'} of its texts"
         problems.append(
-            "" if left == texts else f"no token of {what} is left, cut off at data.max_length {max_length}"
+            "" if left == texts else f"no token of {what} is left, truncated to data.max_length {max_length}"
         )
     return problems
 
 
 def texts_of(inputs: Sequence[Any], columns: Sequence[str]) -> list[list[str]]:
-    """The texts in each column, of rows or, where there is one column, of texts. Raises InputError."""
+    """Return the texts of each column from rows or, for one column, from texts. Raise InputError."""
     problem = text_problem(columns)
     rows = [row if isinstance(row, Mapping) else {columns[0]: row} for row in inputs]
     for number, row in enumerate(rows, start=1):
@@ -97,12 +102,22 @@ def encode_labels(
     key: str = "data.label_column",
     skipped: list[str] | None = None,
 ) -> tuple[Dataset, Dataset, list[str]]:
-    """Replace the label column by `label`, class ids 0..K−1 (int64), and give the K names in that order.
+    """Replace the label column by `label`, class ids 0..K−1 (int64), and return the K names in that order.
 
-    Labels are strings, integers, booleans or a ClassLabel, which keeps its own names and order; others are
-    sorted, integers by size. Raises InputError for a row without label, one class only, numbers with a
-    fraction, and a validation label that training rows (or the ClassLabel) do not have, unless
-    there is a list `skipped`: then such a row is left out, and said there.
+    Labels are strings, integers, booleans or a ClassLabel. A ClassLabel keeps its names and their order;
+    other labels are sorted, integers by size.
+
+    Args:
+        train: Training rows.
+        validation: Validation rows.
+        label_column: The column of the labels.
+        key: The setting that messages name.
+        skipped: Receives a line about each validation row whose label is not in training; these rows are left
+            out. None: such a row is an error.
+
+    Raises:
+        InputError: For a row without label, a single class, numbers with a fraction, or an unknown validation
+            label.
     """
     for split in (train, validation):
         require_column(split, label_column, key)
@@ -132,9 +147,9 @@ def drop_unknown(
     key: str,
     skipped: list[str] | None,
 ) -> Dataset:
-    """Validation without these rows, whose `labels` no training row has: a line about each goes to `skipped`.
+    """Return the validation rows without `rows`, whose `labels` are in no training row.
 
-    Raises InputError where that is None.
+    A line about each goes to `skipped`. Raise InputError if `skipped` is None, or if no row is left.
     """
     found = [f"{label} is in no training row" for label in labels]
     if skipped is None:
@@ -148,9 +163,9 @@ def drop_unknown(
 
 
 def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:
-    """Every row's label as a string, so that 1, 1.0 and "1" are one class."""
+    """Return every row's label as a string, so that 1, 1.0 and "1" are one class."""
     values, feature = dataset.data.column(column), dataset.features[column]
-    if isinstance(feature, ClassLabel):  # −1 is how data sets mark rows whose label is withheld
+    if isinstance(feature, ClassLabel):  # −1 marks rows whose label is withheld
         values = pc.if_else(pc.less(values, 0), None, values)
     _refuse_null(dataset, column, key, pc.is_null(values))
     values = pa.concat_arrays(values.chunks).take(pa.array(file_rows(dataset)))
@@ -174,7 +189,7 @@ def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:
         isinstance(feature, Value) and (pa.types.is_integer(values.type) or feature.dtype.endswith("string"))
     ):
         found = f"column {column!r} holds {getattr(feature, 'dtype', None) or type(feature).__name__}"
-        several = "; several for a text: recipes/text_classification.py with data.problem multi_label"
+        several = "; for several labels a row: recipes/text_classification.py with data.problem multi_label"
         cure = "labels are all strings, or all integers, or all booleans"
         refuse(key, found, cure + several * is_list(feature))
     return values.cast(pa.large_string())
@@ -185,18 +200,18 @@ def _with_ids(dataset: Dataset, column: str, ids: pa.Array) -> Dataset:
 
 
 def is_list(feature: Any) -> bool:
-    """Is this the type of a column of lists?"""
+    """Whether this is the type of a column of lists."""
     return isinstance(feature, List | LargeList | list)
 
 
 def class_names(dataset: Dataset, column: str) -> list[str] | None:
-    """The names behind the ids in a column of lists; None where its labels are not such ids."""
+    """Return the names of the class ids in a column of lists; None if the column has no class ids."""
     element = dataset.features[column].feature
     return list(element.names) if isinstance(element, ClassLabel) else None
 
 
 def labels_as_text(labels: Any, names: list[str] | None) -> list[str]:
-    """A row's labels as strings; `names` are those behind ids. An id that has none stays a number."""
+    """Return a row's labels as strings: class ids by their `names`, ids without a name as numbers."""
     known = range(len(names or ()))
     return [names[label] if names and label in known else str(label) for label in labels or ()]
 
@@ -208,9 +223,9 @@ def with_label(dataset: Dataset, column: str, labels: np.ndarray) -> Dataset:
 
 
 def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
-    """A new column: numbers or truth values of shape (rows,), or lists of them, (rows, width).
+    """Add a column of numbers or truth values: (rows,), or (rows, width) for lists.
 
-    `add_column` would copy a shuffled data set, and lose which row of the file each row is.
+    `add_column` would copy a shuffled data set and lose the row numbers of the file.
     """
     whole = np.zeros((len(dataset.data), *values.shape[1:]), values.dtype)
     whole[file_rows(dataset)] = values
@@ -230,7 +245,7 @@ def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
 
 
 def list_lengths(dataset: Dataset | Sequence[Any], column: str) -> np.ndarray:
-    """How long the list of each row is; those of a data set are not read into Python."""
+    """Return the length of the list in each row. Lists of a data set are not read into Python."""
     if not isinstance(dataset, Dataset):
         return np.array([len(row[column]) for row in dataset])
     lengths = pc.list_value_length(dataset.data.column(column))
@@ -238,7 +253,7 @@ def list_lengths(dataset: Dataset | Sequence[Any], column: str) -> np.ndarray:
 
 
 def select_rows(dataset: Dataset, rows: Sequence[int]) -> Dataset:
-    """These rows, which keep their numbers in the file: `select` forgets them where it takes a slice."""
+    """Select rows and keep their numbers in the file, which `Dataset.select` loses for a slice."""
     numbers = pa.array(file_rows(dataset)[np.asarray(rows, np.int64)], pa.uint64())
     return Dataset(
         dataset.data,
@@ -250,7 +265,8 @@ def select_rows(dataset: Dataset, rows: Sequence[int]) -> Dataset:
 
 
 def file_rows(dataset: Dataset) -> np.ndarray:
-    indices = dataset._indices  # row numbers must be those of the file, also after a shuffle
+    """Return the number in the file, from 0, of each row, also after a shuffle."""
+    indices = dataset._indices
     return np.arange(len(dataset)) if indices is None else indices.column(0).to_numpy()
 
 
@@ -262,4 +278,4 @@ def _refuse_null(dataset: Dataset, column: str, key: str, is_null: pa.ChunkedArr
     empty = np.flatnonzero(is_null.to_numpy()[file_rows(dataset)])
     if len(empty):
         found = f"column {column!r}, {_row(dataset, int(empty[0]))} is empty, the first of {len(empty):,}"
-        refuse(key, found, "fill them in or take them out")
+        refuse(key, found, "fill them in or remove them")

@@ -1,7 +1,7 @@
-"""Their data: a file, a folder (also of images) or a Hub name → train and validation as `datasets.Dataset`.
+"""Load the user's data from a file, a folder (also of images) or a Hub name, as training and validation rows.
 
-`datasets` reads; what is added is a validation set where there is none, labels as class ids, and one line for
-whoever gave a file that cannot be read (InputError). Texts are tokenised by the recipe.
+The library `datasets` reads the files. This module holds out validation rows if there are none, and raises an
+InputError of one line for a file that cannot be read. The recipe tokenises texts.
 """
 
 import codecs
@@ -31,23 +31,23 @@ from gradacc_hf import embedded
 from gradacc_hf.data.columns import file_rows
 from gradacc_hf.errors import listed, refuse
 
-pc: Any = pyarrow.compute  # its functions are made at import: type checkers do not see them
+pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first that there is
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first that exists is used
 IMAGES = set(ImageFolder.EXTENSIONS)
 _CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts, not nulls
 
-_NO_ROWS = ("corresponds to no data", "No columns to parse", "BatchSize must be")  # so says each builder
+_NO_ROWS = ("corresponds to no data", "No columns to parse", "BatchSize must be")  # errors of the builders
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run trains and evaluates on."""
+    """The training and validation rows of a run."""
 
     train: Dataset
     validation: Dataset
-    held_out: bool  # validation was taken out of the training rows
-    source: str  # one sentence: where validation came from
+    held_out: bool  # whether validation rows were held out of the training rows
+    source: str  # one sentence about the source of the validation rows
 
 
 def load_data(
@@ -59,12 +59,20 @@ def load_data(
     config_name: str | None = None,
     label_column: str | None = None,
 ) -> Splits:
-    """Read `data.train` and `data.validation`: a CSV, JSON, JSONL or Parquet file, a folder of such files or
-    of images, a Hub name or `embedded:NAME`; `validation` may also name a split of `train`.
+    """Read training and validation rows.
 
-    Without `validation`: the first of VALIDATION_SPLITS that `train` has, else `validation_fraction` of the
-    rows (at least 1), drawn by `seed` alone; the first row of every label in `label_column` is not drawn.
-    `config_name` is that of the Hub, or of a folder in the Hub's layout, for data sets with several.
+    Args:
+        train: A CSV, JSON, JSONL or Parquet file, a folder of such files or of images, a Hub name, or
+            `embedded:NAME`.
+        validation: The same, or the name of a split of `train`. None: the first of VALIDATION_SPLITS that
+            `train` has, or else held-out training rows.
+        validation_fraction: The share of the rows to hold out (at least 1 row).
+        seed: Draws these rows, and nothing else does.
+        config_name: The configuration of a data set on the Hub, or of a folder in the Hub's layout.
+        label_column: The first row of every label in this column is not held out.
+
+    Raises:
+        InputError: For files or names that cannot be read, and for data sets without rows.
     """
     splits = _read(train, "data.train", config_name)
     if "train" not in splits:
@@ -93,7 +101,7 @@ def load_data(
 
 
 def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | None) -> tuple[Dataset, Dataset]:
-    """What is left, and a `fraction` of the rows, drawn by `seed`; of no label the first row is drawn."""
+    """Return the remaining rows, and a `fraction` drawn by `seed`. The first row of each label remains."""
     number, kept = max(1, round(len(rows) * fraction)), np.zeros(len(rows), bool)
     if label_column in rows.column_names:
         first: dict[str, int] = {}
@@ -123,10 +131,12 @@ def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
         if not files and any(p.suffix.lower() in IMAGES for p in path.rglob("*")):
             return _read_images(key, path)
         if not files:
-            refuse(key, f"no data file in {given!r}", f"allowed: {kinds}, or images, a folder for each label")
+            refuse(
+                key, f"no data file in {given!r}", f"allowed: {kinds}, or images in a folder for each label"
+            )
         options = _CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
         _check_card(path, key)
-        where = [os.path.abspath(path)] + ([config_name] if config_name else [])  # "csv" alone is no folder
+        where = [os.path.abspath(path)] + ([config_name] if config_name else [])  # "csv" is a builder's name
         return _read_files(key, files, *where, **options)
     suffix = path.suffix.lower()
     if path.is_file():
@@ -141,7 +151,7 @@ def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
     hint = f"did you mean {str(path.parent / close[0])!r}?" if close else f"give a {kinds} file, or a folder"
     if suffix in BUILDERS or given.count("/") > 1 or given[:1] in "./~":
         refuse(key, f"no file or folder {given!r}", hint)
-    if given in _PACKAGED_DATASETS_MODULES:  # `datasets` would read whatever lies in the current folder
+    if given in _PACKAGED_DATASETS_MODULES:  # `datasets` would read all files in the current folder
         refuse(key, f"{given!r} is a kind of file", hint)
     found = embedded.hub_has(given, "dataset")
     try:
@@ -153,7 +163,7 @@ def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
         where = "is not on the Hub" if found is False else "is not cached here, and the Hub does not answer"
         refuse(
             key,
-            f"{given!r} is no file or folder and {where}",
+            f"{given!r} is not a file or folder and {where}",
             hint + ("" if close else " or embedded:NAME"),
         )
     return _by_name(loaded)
@@ -176,7 +186,7 @@ def _read_files(key: str, files: list[Path], *where: str, **options: Any) -> dic
         cause = _cause(error)
         if any(sign in cause for sign in _NO_ROWS):
             refuse(key, f"{shown}: no rows", "give at least one in each file")
-        for path in files if len(files) > 1 else ():  # which of them?
+        for path in files if len(files) > 1 else ():  # finds the damaged one
             _read(str(path), key, None)
         if files[0].suffix.lower() in (".json", ".jsonl") and (fault := _json_fault(files[0])):
             refuse(key, f"{files[0]}, {fault}", "one JSON object a line, or one list of objects")
@@ -190,16 +200,16 @@ def _read_files(key: str, files: list[Path], *where: str, **options: Any) -> dic
 
 
 def _check_card(folder: Path, key: str) -> None:
-    """Refuse a folder whose own description names files elsewhere, which `datasets` would read or fetch."""
+    """Raise InputError if the folder's own description names files elsewhere, which `datasets` would read."""
     for file in (folder / datasets.config.REPOCARD_FILENAME, folder / datasets.config.REPOYAML_FILENAME):
         named: list[str] = []
-        with contextlib.suppress(Exception):  # `datasets` says what is wrong with a file that cannot be read
+        with contextlib.suppress(Exception):  # `datasets` raises the error for a file that cannot be read
             text = file.read_text(encoding="utf-8")
             about = DatasetCard(text).data.to_dict() if file.suffix == ".md" else yaml.safe_load(text)
             where = [config.get(name) for config in about["configs"] for name in ("data_files", "data_dir")]
             named = [path for path in _texts(where) if _is_elsewhere(path)]
         if named:
-            refuse(key, f"{file} names {named[0]!r}", "allowed are files of its folder")
+            refuse(key, f"{file} names {named[0]!r}", "allowed are files in its folder")
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -214,12 +224,12 @@ def _is_elsewhere(path: str) -> bool:
 
 
 def _read_images(key: str, folder: Path) -> dict[str, Dataset]:
-    """`image` and, named by the folder that it is in, `label`; folders around these may name splits."""
+    """Return rows with `image`, and `label` from the name of the folder. Folders above may name splits."""
     try:
         with _quiet():
             return _by_name(datasets.load_dataset("imagefolder", data_dir=glob.escape(str(folder))))
     except Exception as error:
-        cure = "put the images of each label in a folder of its own"
+        cure = "put the images of each label in a separate folder"
         refuse(key, f"the images in {str(folder)!r} cannot be read: {_cause(error)}", cure)
 
 
@@ -246,7 +256,7 @@ def check_utf8(path: Path, key: str) -> None:
 
 
 def _json_fault(path: Path) -> str | None:
-    """The first line that is not JSON, or not an object; None when that is not what is wrong."""
+    """Return the place of the first line that is not a JSON object; None if there is none."""
     text = path.read_text(encoding="utf-8-sig")
     try:
         json.loads(text)
@@ -274,7 +284,7 @@ def _cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars, and no log lines about a file of which InputError tells."""
+    """Show no progress bars in this block, and no log lines about a file for which InputError is raised."""
     level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
@@ -288,7 +298,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """As HF_HUB_OFFLINE=1: what is cached loads at once, instead of after 20 s of retries a file."""
+    """Load from the cache only, as with HF_HUB_OFFLINE=1. Without it, each file takes 20 s of retries."""
     before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:

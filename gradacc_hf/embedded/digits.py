@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: 1,797 grey images of 8 × 8 pixels (UCI, CC BY 4.0)."""
+"""Handwritten digits from scikit-learn: 1,797 grey images of 8 × 8 pixels (UCI, CC BY 4.0)."""
 
 import hashlib
 import io
@@ -10,9 +10,9 @@ from sklearn.datasets import load_digits
 
 
 def digits() -> tuple[Dataset, Dataset]:
-    """(train, validation) of `image` and `label`, 0 to 9; the hash of its pixels says where an image goes."""
+    """Return (train, validation) of `image` and `label`, 0 to 9. The hash of the pixels assigns an image."""
     found: Any = load_digits()
-    pixels = (found["images"] * 255 / 16).round().astype("uint8")  # of 0 to 16
+    pixels = (found["images"] * 255 / 16).round().astype("uint8")  # from 0 to 16
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
     rows: tuple[list[dict], list[dict]] = ([], [])
     for image, label in zip(pixels, found["target"].tolist(), strict=True):

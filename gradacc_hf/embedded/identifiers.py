@@ -1,7 +1,7 @@
-"""The names in the source of Python's standard library, each with its role: what it is bound to, and how.
+"""The names in the source of Python's standard library, each with its role in the function.
 
-One row is one short function, as `tokenize` sees it without docstring and comments. The same name is a
-parameter here, a variable or an attribute there: the role is known from the tokens around it.
+A row is a short function, tokenised by `tokenize`, without docstring and comments. The same name can be a
+parameter, a variable or an attribute: the tokens around it determine the role.
 """
 
 import ast
@@ -15,9 +15,9 @@ from datasets import Dataset
 
 from gradacc_hf.embedded.stdlib import Row, in_two, read_library
 
-IDENTIFIERS_FORMAT = 1  # raise it when what identifiers() gives changes: older cache files are left alone
-FUNCTION_TOKENS = range(12, 65)  # of a function that is a row: tokens
-MAX_LITERAL_CHARS = 20  # characters of a literal that is kept as it is
+IDENTIFIERS_FORMAT = 1  # raise it when the rows of identifiers() change: older cache files are then unused
+FUNCTION_TOKENS = range(12, 65)  # tokens of a function that becomes a row
+MAX_LITERAL_CHARS = 20  # characters of a literal; longer ones become "..."
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Position = tuple[int, int]  # line from 1, column from 0
@@ -32,13 +32,20 @@ _LAYOUT = {
 
 
 def identifiers() -> tuple[Dataset, Dataset]:
-    """(train, validation) of `tokens`, `tags`, `text` (the tokens, joined) and `module` (dotted).
+    """Return (train, validation) of `tokens`, `tags`, `text` (the joined tokens) and `module` (dotted).
 
-    Tags are IOB2: B-ROLE for a name, O for keywords, operators and literals; a dotted module (`os.path`) is
-    one entity, B-import I-import I-import. Roles: parameter, variable (bound in the function), global (bound
-    in the module), function, class and import (bound by def, class, import), builtin, attribute (after a
-    dot), method (an attribute that is called), keyword (of an argument in a call). What an inner function
-    binds counts as bound in the outer one. No module has rows in both.
+    Tags are IOB2: B-ROLE for a name, O for keywords, operators and literals. A dotted module (`os.path`) is
+    one entity, B-import I-import I-import. Names bound in an inner function count as bound in the outer one.
+    All rows of a module are in training, or all in validation. The roles:
+
+    parameter: a parameter of the function.
+    variable: bound in the function.
+    global: bound in the module.
+    function, class, import: bound by def, class or import.
+    builtin: a name of `builtins`.
+    attribute: after a dot.
+    method: an attribute that is called.
+    keyword: the name of an argument in a call.
     """
     columns = ["text", "tokens", "tags", "module"]
     rows = read_library("identifiers", IDENTIFIERS_FORMAT, columns, function_rows)
@@ -46,8 +53,8 @@ def identifiers() -> tuple[Dataset, Dataset]:
 
 
 def function_rows(text: str, tree: ast.Module, parts: tuple[str, ...]) -> Iterator[Row]:
-    """Yield a row for each function of a module: its identifiers, and the role of each."""
-    name, lines = ".".join(parts).removesuffix(".__init__"), text.split("\n")  # lines as ast counts them
+    """Yield a row for each function of a module."""
+    name, lines = ".".join(parts).removesuffix(".__init__"), text.split("\n")  # split as ast counts lines
     outside = dict.fromkeys(dir(builtins), "builtin") | _bindings(tree.body, "global")
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     dotted = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
@@ -56,7 +63,7 @@ def function_rows(text: str, tree: ast.Module, parts: tuple[str, ...]) -> Iterat
         for function in owner.body:
             if isinstance(function, _Function):
                 source = "\n".join(lines[function.lineno - 1 : function.end_lineno])
-                if source.isascii():  # else ast would count bytes, and tokenize characters
+                if source.isascii():  # otherwise ast counts bytes, and tokenize characters
                     tokens, tags = _tagged(function, source, outside)
                     if len(tokens) in FUNCTION_TOKENS:
                         tags = _joined(tokens, tags, dotted)
@@ -64,9 +71,10 @@ def function_rows(text: str, tree: ast.Module, parts: tuple[str, ...]) -> Iterat
 
 
 def _bindings(body: Sequence[ast.stmt], role: str) -> dict[str, str]:
-    """Names → their roles, by the statements that bind them; `role` is that of an assigned name.
+    """Return the roles of names by the statements that bind them; assigned names have the role `role`.
 
-    Of a module ("global") only what it binds itself; of a function ("variable") with its inner functions.
+    For a module ("global"), inner functions and classes are left out. For a function ("variable"), they
+    count.
     """
     found: dict[str, str] = {}
     nodes: list[ast.AST] = list(body)
@@ -86,7 +94,7 @@ def _bindings(body: Sequence[ast.stmt], role: str) -> dict[str, str]:
 
 
 def _tagged(function: _Function, source: str, outside: dict[str, str]) -> tuple[list[str], list[str]]:
-    """The tokens of a function and the tag of each, B-ROLE or O."""
+    """Return the tokens of a function and the tag of each, B-ROLE or O."""
     nodes = list(ast.walk(function))
     elsewhere = {name for node in nodes if isinstance(node, ast.Global) for name in node.names}
     inner = {n: role for n, role in _bindings(function.body, "variable").items() if n not in elsewhere}
@@ -114,7 +122,7 @@ def _tagged(function: _Function, source: str, outside: dict[str, str]) -> tuple[
 
 
 def _placed(nodes: Sequence[ast.AST]) -> tuple[dict[_Position, str], dict[_Position, _Position]]:
-    """Where a name's place gives its role; where literals start and end."""
+    """Return the roles that follow from the position of a name, and the start and end of literals."""
     called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
     roles: dict[_Position, str] = {}
     literals: dict[_Position, _Position] = {}
@@ -136,7 +144,7 @@ def _placed(nodes: Sequence[ast.AST]) -> tuple[dict[_Position, str], dict[_Posit
 
 
 def _joined(tokens: list[str], tags: list[str], dotted: set[str]) -> list[str]:
-    """The tags, with the parts of an imported dotted name as one entity."""
+    """Return the tags, with the parts of an imported dotted name as one entity."""
     for start in range(len(tokens)):
         name, end = tokens[start], start + 1
         while tags[start] == "B-import" and tokens[end : end + 1] == ["."]:

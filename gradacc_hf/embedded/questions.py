@@ -8,10 +8,8 @@ from datasets import Dataset
 from gradacc_hf.embedded.stdlib import docstrings, in_two
 
 LONGEST_CONTEXT, LONGEST_ANSWER = 800, 150  # characters
-_VAGUE = {"and", "but", "it", "that", "these", "they", "this", "which"}  # of what: the question would not say
-_END = (
-    r"(?=[.;!](?:\s|$)|:?\n\s*\n|:?\s*\Z)"  # of a sentence; also where a docstring's author left out its dot
-)
+_VAGUE = {"and", "but", "it", "that", "these", "they", "this", "which"}  # they need the sentence before
+_END = r"(?=[.;!](?:\s|$)|:?\n\s*\n|:?\s*\Z)"  # the end of a sentence, also without a full stop
 _TEMPLATES = [
     (rf"\bReturns?\s+(?P<answer>[^.]+?){_END}", "What does {name} return?"),
     (
@@ -34,16 +32,16 @@ _TEMPLATES = [
     (rf"\b(?P<what>\w+)[`'*]*\s+must\s+be\s+(?P<answer>[^.]+?){_END}", "What must {what} be?"),
     (rf"\A\s*(?!Return)(?P<answer>[A-Z][^.]+?){_END}", "What does {name} do?"),
 ]
-"""What a docstring says → the question that it answers: with the function's name and what is matched."""
+"""(pattern of a sentence in a docstring, question that it answers), filled with the name and the matches."""
 
 
 def docstring_questions() -> tuple[Dataset, Dataset]:
-    """Questions with their answers: (train, validation) of `question`, `context` and `answers`.
+    """Return (train, validation) of `question`, `context` and `answers`, in SQuAD's form.
 
-    As in SQuAD: the context is a docstring, `answers` is {"text": […], "answer_start": […]}, spans of it in
-    characters, several where it says it several times. All questions about a docstring are on the same side,
-    and no validation row has a question with an answer that is in training, as in a docstring copied.
-    Docstrings that answer a single question are left out, as there it need not be read, and long ones.
+    The context is a docstring. `answers` is {"text": […], "answer_start": […]}, spans of the context in
+    characters; a context may hold several answers. All questions about a docstring are in the same set.
+    Validation has no pair of question and answer that is in training, as copied docstrings would give. Long
+    docstrings are left out, and those with a single question, which a model could answer without reading it.
     """
     rows, source = [], docstrings()
     for name, text in zip(source["name"], source["text"], strict=True):

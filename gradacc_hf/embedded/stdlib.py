@@ -1,4 +1,4 @@
-"""The documentation of Python's own standard library, read from its source: on every machine, licence PSF."""
+"""The documentation of Python's standard library, read from its source (licence PSF)."""
 
 import ast
 import hashlib
@@ -18,31 +18,31 @@ from datasets import Dataset
 
 from gradacc_hf.errors import InputError
 
-DOCSTRINGS_FORMAT = 1  # raise it when what docstrings() gives changes: older cache files are then left alone
+DOCSTRINGS_FORMAT = 1  # raise it when the rows of docstrings() change: older cache files are then unused
 _COLUMNS = ["text", "module", "name", "source"]
 _NOT_READ = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages"}
 
 
 def docstrings() -> Dataset:
-    """Every documented function and method of the running interpreter's standard library, each text once.
+    """Return every documented function and method of the standard library, each text once.
 
     Columns: `text` (the docstring), `module` (top-level), `name` (qualified), `source` (the function without
-    its docstring). Nothing is imported; the order is fixed. Parsing takes seconds, so the result is kept
-    (`read_library`).
+    the docstring). Nothing is imported, and the order is fixed. Parsing takes seconds, so `read_library`
+    caches the result.
     """
     return read_library("docstrings", DOCSTRINGS_FORMAT, _COLUMNS, _documented)
 
 
 Row = dict[str, Any]
 ReadFile = Callable[[str, ast.Module, tuple[str, ...]], Iterator[Row]]
-"""(source, its tree, ("email", "mime", "text")) → rows with a `text` each."""
+"""(source of a module, its syntax tree, ("email", "mime", "text")) → rows, each with a `text`."""
 
 
 def read_library(name: str, version: int, columns: Sequence[str], read: ReadFile) -> Dataset:
-    """The rows that `read` finds in every file of the standard library, each `text` once, in a fixed order.
+    """Return the rows that `read` finds in the standard library, each `text` once, in a fixed order.
 
-    Kept as NAME-….parquet in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf until the library or `version`
-    changes; a cache that cannot be used is ignored. Raises InputError where Python has no source.
+    They are cached as NAME-….parquet in $XDG_CACHE_HOME/gradacc_hf or ~/.cache/gradacc_hf until the library
+    or `version` changes. A cache that cannot be used is ignored. Raise InputError if Python has no source.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files: list[Path] = []
@@ -60,7 +60,7 @@ def read_library(name: str, version: int, columns: Sequence[str], read: ReadFile
         table = pyarrow.parquet.read_table(cache, page_checksum_verification=True)
         if table.column_names == list(columns):
             return Dataset(table)
-    except (OSError, ValueError, pa.ArrowException):  # absent, damaged or not ours to read
+    except (OSError, ValueError, pa.ArrowException):  # missing, damaged or not readable
         pass
     unique: dict[str, Row] = {}
     for path in files:
@@ -78,7 +78,7 @@ def read_library(name: str, version: int, columns: Sequence[str], read: ReadFile
 
 
 def _documented(text: str, tree: ast.Module, parts: tuple[str, ...]) -> Iterator[Row]:
-    lines = text.split("\n")  # as ast counts them: splitlines() would also split at a form feed
+    lines = text.split("\n")  # as ast counts lines: splitlines() would also split at a form feed
     nodes: list[tuple[ast.AST, str]] = [(tree, ".".join(parts).removesuffix(".__init__"))]
     while nodes:
         node, name = nodes.pop()
@@ -113,7 +113,7 @@ def _write_whole(table: pa.Table, path: Path) -> None:
 
 
 def docstring_modules(num_modules: int = 12) -> tuple[Dataset, Dataset]:
-    """Which module is a docstring from: (train, validation) of `text` and `label`; the largest modules."""
+    """Return (train, validation) of docstrings as `text` and modules as `label`, of the largest modules."""
     rows = docstrings().select_columns(["text", "module"]).rename_column("module", "label")
     labels = list(rows["label"])
     most = sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0]))[:num_modules]
@@ -122,10 +122,10 @@ def docstring_modules(num_modules: int = 12) -> tuple[Dataset, Dataset]:
 
 
 def documented_functions() -> tuple[Dataset, Dataset]:
-    """Every documented function: (train, validation) of `text`, `summary`, `source`, `name` and `module`.
+    """Return (train, validation) of `text`, `summary`, `source`, `name` and `module` of documented functions.
 
-    `summary` is the first line of the docstring `text`, a sentence by PEP 257; `source` is without docstring.
-    No validation row has a summary or a source that is in training, and each of its summaries is there once.
+    `summary` is the first line of the docstring `text`, a sentence by PEP 257. `source` has no docstring. No
+    summary or source of validation is in training. Each summary of validation occurs once.
     """
     rows = docstrings()
     rows = rows.add_column("summary", [text.lstrip().partition("\n")[0] for text in rows["text"]])
@@ -139,7 +139,7 @@ def documented_functions() -> tuple[Dataset, Dataset]:
 
 
 def in_two(rows: Dataset, by: str = "text") -> tuple[Dataset, Dataset]:
-    """The sha256 of its column `by` decides where a row goes (15 % to validation), so that it never moves."""
+    """Split rows by the sha256 of the column `by`, 15 % to validation, so that a row never changes sides."""
     parts: tuple[list[int], list[int]] = ([], [])
     for index, text in enumerate(rows[by]):
         parts[int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < 0.15 * 2**32].append(index)

@@ -1,7 +1,7 @@
-"""Micro-batches that tell what a loss is a mean over, and the item counts that come into question.
+"""Micro-batches that reveal what a loss is a mean over, and the possible item counts.
 
-The functions take collated batches as a Trainer gets them, split and change them. `trainer.py` computes the
-loss of the results.
+The functions split and change collated batches, as a Trainer gets them. `trainer.py` computes the loss of the
+results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from gradacc_hf.accumulation.loss_items import COUNTS, IGNORED, CountItems, reso
 
 
 def candidate_counts(num_items: str | CountItems | None) -> dict[str, CountItems]:
-    """Return the item counts that come into question, by name: only `num_items`, if it is given."""
+    """Return the possible item counts by name; only `num_items` if it is given."""
     if num_items is not None:
         return {num_items if isinstance(num_items, str) else "num_items": resolve(num_items)}
     return {
@@ -38,10 +38,10 @@ def can_count(count: CountItems, batch: Mapping[str, Any]) -> bool:
 
 
 def split_to_probe(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return two parts of a batch and both together, which tell means over labels from means over rows.
+    """Return two parts of a batch and both together, to distinguish means over labels from means over rows.
 
-    The parts are the first half of the rows and the rest. If all rows have equally many labels, they are one
-    row, and the same row with half of its labels ignored.
+    The parts are the first half of the rows and the rest. If all rows have the same number of labels, the
+    parts are one row, and the same row with half of the labels ignored.
     """
     rows, labels = count_examples(batch), batch.get("labels")
     by_row = {k for k, v in batch.items() if isinstance(v, torch.Tensor | list) and _num_rows(v) == rows}
@@ -79,8 +79,10 @@ def deviation_from_mean(
 ) -> float:
     """Return the relative difference between the loss of two parts together and the mean of their losses.
 
-    The mean is weighted by the item count. `parts` and `losses` are those of `split_to_probe`; without parts
-    the result is NaN.
+    Args:
+        parts: the result of `split_to_probe`; without parts the result is NaN.
+        losses: the loss of each part.
+        count: the item count that weights the mean.
     """
     if not parts:
         return nan

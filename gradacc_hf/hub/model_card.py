@@ -1,9 +1,9 @@
-"""Model cards: the README.md in best/ and last/, by which a model can be judged and used without its run.
+"""Model cards: the README.md in best/ and last/, with which a model can be judged and used without its run.
 
-A card is written from what the run's folder holds: config.yaml, summary.json (its "card": the `Facts` that
-only the run knew) and verify.json. While the run goes, `RunCard` writes what is known so far; `refresh_cards`
-writes the whole of it at the end, and again when `gradacc verify --run` has come to a verdict. Names of local
-files stay out of it, and what looks like a secret is hidden.
+A card is made from the run's folder: config.yaml, verify.json, and summary.json with the `Facts` of the run
+under "card". During the run, `RunCard` writes a card without the final figures. `refresh_cards` writes the
+complete card at the end, and again after `gradacc verify --run`. A card holds no names of local files, and
+text that looks like a secret is hidden.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ NO_METRICS = ("window", "loss")
 
 @dataclass(frozen=True)
 class Licence:
-    """What a model's card says of its licence; `name` and `link` where it is none that the Hub lists."""
+    """The licence in a model card; with `name` and `link` if the Hub does not list it."""
 
     id: str = UNKNOWN
     name: str | None = None
@@ -46,25 +46,25 @@ class Licence:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says that config.yaml and the figures of a run do not."""
+    """The facts in a card that are not in config.yaml or the figures of a run."""
 
-    task: str  # the recipe, in a line
+    task: str  # one line about the recipe
     pipeline_tag: str | None
-    base_model: str | None  # on the Hub; None where it is not from there
+    base_model: str | None  # the name on the Hub; None for a model from elsewhere
     base_model_text: str
     licence: Licence
     data: str
-    data_about: str  # what embedded data is
-    dataset: str | None  # on the Hub
+    data_about: str  # one line about embedded data
+    dataset: str | None  # the name on the Hub
     training_examples: int
     validation_examples: int
-    validation: str  # where they came from
-    max_length: int | None  # where examples are cut off (tokens); None where they are no tokens
+    validation: str  # the source of the validation examples
+    max_length: int | None  # most tokens of an example; None for examples that are not tokens
     usage: str  # lines of Python
 
 
 def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
-    """Those of a run; reads the base model's card where there is one."""
+    """Return the facts of a run. The licence is read from the base model's card, if it has one."""
     config = recipe.config
     given, data = config.model.name, config.data
     upstream, licence = origin(given)
@@ -92,7 +92,7 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
 
 
 class RunCard:
-    """What `save_model` writes beside a model as its card, while the run goes."""
+    """Writes the card beside a model that is saved during a run."""
 
     def __init__(self, recipe: Recipe, facts: Facts, windows: WindowLoader):
         self.recipe, self.facts, self.windows = recipe, facts, windows
@@ -100,7 +100,7 @@ class RunCard:
         self._evaluated_at: dict[str, int] | None = None
 
     def evaluated(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The metrics of the model as it is now, until the next window changes it."""
+        """Keep the metrics of the current model for its card, until the next window; return them."""
         self._metrics, self._evaluated_at = metrics, self.windows.state_dict()
         return metrics
 
@@ -123,7 +123,7 @@ def _how(windows: WindowLoader) -> dict[str, Any]:
 
 
 def refresh_cards(run: Path) -> None:
-    """Write the cards of a run that has ended again, from what its folder holds."""
+    """Write the cards of an ended run again, from the files in its folder."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     file = run / "verify.json"
@@ -141,10 +141,14 @@ def make_card(
     metrics: Mapping[str, float] | None,
     verification: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """The card of the model in a folder.
+    """Return the card of the model in a folder.
 
-    config and summary: as in config.yaml and summary.json, the latter as far as it is known. metrics: of this
-    very model; None where it was not evaluated. verification: as in verify.json.
+    Args:
+        folder: The folder of the model.
+        config: The content of config.yaml.
+        summary: The content of summary.json, or the part of it that is known during a run.
+        metrics: The metrics of this model; None if it was not evaluated.
+        verification: The content of verify.json.
     """
     known, scores = redact(summary["card"]), _numbers(metrics)
     licence = Licence(**known["licence"])
@@ -212,8 +216,8 @@ def _base_model_text(recipe: Recipe) -> str:
 
 
 def read_licence(model_path: str) -> Licence:
-    """What the card of a base model says, a folder's own or the Hub's; unknown where there is none."""
-    with contextlib.suppress(Exception):  # no card, no network, no YAML in it: all mean that it is not known
+    """Return the licence in the card of a base model, in its folder or on the Hub; unknown without a card."""
+    with contextlib.suppress(Exception):  # no card, no network or no YAML: the licence is unknown
         folder = Path(model_path)
         file = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(model_path, "README.md"))
         said = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
@@ -227,7 +231,7 @@ def _is_tokenised(dataset: Dataset) -> bool:
 
 
 def _is_hub_name(given: str) -> bool:
-    """Does it name a repository on the Hub, and no file, folder or embedded data or model?"""
+    """Whether this can name a repository on the Hub, and is not a file, folder or embedded name."""
     try:
         validate_repo_id(given)
     except HFValidationError:
@@ -236,12 +240,12 @@ def _is_hub_name(given: str) -> bool:
 
 
 def _public(given: str) -> str:
-    """What a card says of `data.train`: no file's name, as that may say more than its owner wants."""
+    """Return `data.train` for a card, without names of local files, which may be private."""
     return given if _is_hub_name(given) or given.startswith("embedded:") else "local files"
 
 
 def _embedded_about(given: str) -> str:
-    """The first line of the module that makes embedded data; empty for other data."""
+    """Return the first line of the docstring of the module for embedded data; "" for other data."""
     if not given.startswith("embedded:"):
         return ""
     module = DATASETS[given.removeprefix("embedded:")].partition(":")[0]

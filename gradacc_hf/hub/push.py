@@ -1,7 +1,7 @@
-"""`--output.push_to_hub`: a run's model on the Hub, with its card.
+"""`--output.push_to_hub`: push a run's model with its card to the Hub.
 
-What would make the push fail is looked for before the training; whatever fails after it leaves the run as it
-is and says the command that pushes later. The token is huggingface_hub's own affair: nothing here keeps it.
+Name, token and permissions are checked before the training. A push that fails after the training leaves the
+run unchanged, and prints the command to push later. The token stays in huggingface_hub.
 """
 
 import json
@@ -27,18 +27,18 @@ LATER = "push later instead: hf upload NAME RUN/best ."
 
 
 def check_push(name: str, seconds: float = 15) -> str:
-    """The full name, USER/NAME, of a repository that this user may write. Raises InputError.
+    """Return the full name, USER/NAME, of a repository that this user may write. Raise InputError.
 
-    Only the first process asks the Hub, for at most `seconds`; the others give the name as it is.
+    Only the first process sends a request to the Hub, for at most `seconds`. The others return `name`.
     """
     try:
         validate_repo_id(name)
     except HFValidationError:
         refuse(KEY, f"found {name!r}", "allowed is NAME or USER/NAME, of letters, digits, -, _ and .")
     if constants.is_offline_mode():
-        refuse(KEY, "the Hub is not to be asked here (HF_HUB_OFFLINE is set)", f"unset it, or {LATER}")
+        refuse(KEY, "the Hub client is offline (HF_HUB_OFFLINE is set)", f"unset it, or {LATER}")
     if get_token() is None:
-        refuse(KEY, "no token of the Hub is here", f"hf auth login, or {LATER}")
+        refuse(KEY, "found no token of the Hub", f"hf auth login, or {LATER}")
     if int(os.environ.get("RANK", 0)) != 0:
         return name
     answer: list[Any] = []
@@ -49,16 +49,16 @@ def check_push(name: str, seconds: float = 15) -> str:
         except Exception as error:
             answer.append(error)
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name server that does not answer obeys no timeout
+    thread = threading.Thread(target=ask, daemon=True)  # no timeout covers a name server that does not answer
     thread.start()
     thread.join(seconds)
     user = answer[0] if answer else TimeoutError()
     if isinstance(user, HfHubHTTPError) and user.response.status_code in (401, 403):
-        refuse(KEY, "the Hub does not accept the token that is here", "hf auth login with a valid one")
+        refuse(KEY, "the Hub does not accept the token", "hf auth login with a valid one")
     if isinstance(user, Exception):
         refuse(KEY, "the Hub does not answer", f"try again, or {LATER}")
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        refuse(KEY, "the token that is here may only read", "hf auth login with one that may write")
+        refuse(KEY, "the token may only read", "hf auth login with one that may write")
     mine = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
     owner, _, own = name.rpartition("/")
     if owner and owner not in mine:
@@ -67,10 +67,10 @@ def check_push(name: str, seconds: float = 15) -> str:
 
 
 def public_adapter_config(folder: Path, run: Path) -> bytes | None:
-    """What adapter_config.json is to say on the Hub, where it names a folder of this machine as the base.
+    """Return adapter_config.json for the Hub, without the path of a base model on this machine.
 
-    Of an embedded model that is the name of what it carries, of another the folder's own name. None where
-    there is no such file, or nothing to hide in it.
+    An embedded model gets its Hub name, a model in a folder the name of the folder. None if there is no such
+    file, or if it names no path.
     """
     if not (folder / ADAPTER).exists():
         return None
@@ -85,7 +85,7 @@ def public_adapter_config(folder: Path, run: Path) -> bytes | None:
 
 
 def push(run: Path, name: str) -> None:
-    """Put best/, else last/, of a run on the Hub; say where it is or, where that fails, what to do."""
+    """Push best/, or else last/, of a run to the Hub. Print the address, or the command to push later."""
     folder = next(path for path in (run / "best", run / "last") if path.is_dir())
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -102,6 +102,6 @@ def push(run: Path, name: str) -> None:
             repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=hidden
         )
         print(f"pushed {folder} to {pushed.repo_url}")
-    except Exception as error:  # the run is over and saved, whatever became of its push
+    except Exception as error:  # the run is saved, so a failed push only prints a line
         later = shlex.join(["hf", "upload", name, str(folder), "."])
         print(f"not pushed: {redact(one_line(error))[:300]}; push it later: {later}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The lines of Python in a model's card: how it is used with transformers alone."""
+"""The lines of Python in a model card, which use the model with transformers alone."""
 
 import json
 from typing import Any
@@ -21,11 +21,11 @@ mask = tokens.attention_mask.unsqueeze(-1)
 means = (model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
 print(cosine_similarity(means[:1], means[1:]))""",
 }
-"""The Hub's name of a task for which transformers has no pipeline → what is done with tokenizer and model."""
+"""The Hub's name of a task for which transformers has no pipeline → code with the tokenizer and the model."""
 
 
 def snippet(recipe: Any, name: str) -> str:
-    """Python that runs as it stands; `name` is the folder or Hub name of a model, or of adapters."""
+    """Return a complete Python program; `name` is the folder or Hub name of a model or of adapters."""
     task, loader, lora = recipe.pipeline_tag, recipe.model_class.__name__, recipe.config.model.lora
     example, folder, imports, lines = recipe.example, _python(name), [loader], []
     options = ""

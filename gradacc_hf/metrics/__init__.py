@@ -37,9 +37,9 @@ __all__ = ["METRICS", "load"]
 
 
 def load(name: str, **settings: Any) -> evaluate.Metric:
-    """The metric of this name, as `evaluate.load` gives it; `evaluate.combine` takes a list of them.
+    """Return the metric of this name, as `evaluate.load` does; `evaluate.combine` takes a list of them.
 
-    `settings` go to `evaluate.Metric` (`cache_dir`, …). Raises InputError for a name not in METRICS.
+    `settings` go to `evaluate.Metric` (`cache_dir`, …). Raise InputError for a name not in METRICS.
     """
     if name not in METRICS:
         close = get_close_matches(name, METRICS, n=1)

@@ -1,4 +1,4 @@
-"""Metrics of a classifier: one predicted and one true class id a row.
+"""Metrics of a classifier, from one predicted and one true class id per row.
 
 They are `evaluate.Metric`s (compute, add, add_batch, combine) computed by scikit-learn.
 """
@@ -33,7 +33,7 @@ class _ClassificationMetric(InMemoryMetric):
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
-        """Keep a batch until `compute`; refuse floats, which evaluate would silently truncate."""
+        """Keep a batch until `compute`. Raise InputError for floats, which evaluate would truncate."""
         for name, values in (("predictions", predictions), ("references", references)):
             array = np.asarray(values)
             if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iub":
@@ -54,11 +54,11 @@ class Accuracy(_ClassificationMetric):
 class F1(_ClassificationMetric):
     """The mean over classes of the harmonic mean of precision and recall, 0 to 1 (`average="macro"`).
 
-    Classes that occur neither in predictions nor in references take no part.
+    Classes that occur neither in predictions nor in references are left out.
     """
 
     def _compute(self, predictions: Any, references: Any, average: Any = "macro") -> dict[str, Any]:
-        silent: Any = 0  # scikit-learn's default scores the same, and warns
+        silent: Any = 0  # scikit-learn's default gives the same score and a warning
         score = f1_score(references, predictions, average=average, zero_division=silent)
         return {"f1": score.tolist() if isinstance(score, np.ndarray) else float(score)}
 
@@ -67,5 +67,5 @@ class MatthewsCorrelation(_ClassificationMetric):
     """The correlation of predicted and true classes, −1 to 1; 0 when all predictions are one class."""
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        with warnings.catch_warnings(action="ignore"):  # about a single class, where the score is 0
+        with warnings.catch_warnings(action="ignore"):  # about a single class, for which the score is 0
             return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}

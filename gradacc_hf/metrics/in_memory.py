@@ -1,6 +1,6 @@
-"""The base of this package's metrics: `evaluate.Metric`s that write nothing.
+"""The base class of the metrics: an `evaluate.Metric` that writes no files.
 
-Predictions are kept in memory, so that any number of processes may compute at once.
+Predictions are kept in memory, so any number of processes can compute at once.
 """
 
 import os
@@ -16,6 +16,6 @@ class InMemoryMetric(evaluate.Metric):
         super().__init__(config_name, keep_in_memory=keep_in_memory, **settings)
 
     def _build_data_dir(self) -> str:
-        if self.keep_in_memory:  # evaluate would make this folder, and then not use it
+        if self.keep_in_memory:  # evaluate would create this folder without using it
             return os.path.join(self._data_dir_root, self.name, self.config_name)
         return super()._build_data_dir()

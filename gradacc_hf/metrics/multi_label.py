@@ -1,4 +1,4 @@
-"""Metrics of rows that have any number of labels."""
+"""Metrics of rows with any number of labels."""
 
 from typing import Any
 
@@ -11,16 +11,17 @@ from gradacc_hf.metrics.in_memory import InMemoryMetric
 
 _INPUTS = """
 Args:
-    predictions: 1 where a row is said to have a label, else 0, of shape (rows, labels).
-    references: 1 where it has it, else 0, of the same shape.
+    predictions: 1 for each label predicted for a row, else 0, of shape (rows, labels).
+    references: 1 for each true label of a row, else 0, of the same shape.
 """
 
 
 class MultiLabelMetric(InMemoryMetric):
-    """`exact_match`, the share of rows all of whose labels are right; `f1_micro`, of all labels of all rows
-    together; `f1_macro`, the mean of the F1 of each label; 0 to 1.
+    """Scores of sets of labels, each 0 to 1.
 
-    A label that is neither predicted nor there has no F1 and takes no part in the mean.
+    exact_match: the share of rows whose labels are all right.
+    f1_micro: F1 over all labels of all rows.
+    f1_macro: the mean F1 over labels, without labels that are neither predicted nor true.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -34,7 +35,7 @@ class MultiLabelMetric(InMemoryMetric):
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
-        """Keep a batch until `compute`; refuse what is not 0 and 1 for each row and label."""
+        """Keep a batch until `compute`. Raise InputError unless it has 0 or 1 for each row and label."""
         for name, values in (("predictions", predictions), ("references", references)):
             array = np.asarray(values)
             if array.ndim != 2 or array.size == 0 or not np.isin(array, (0, 1)).all():
@@ -46,7 +47,7 @@ class MultiLabelMetric(InMemoryMetric):
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         predictions, references = np.asarray(predictions), np.asarray(references)
-        hits = (predictions & references).sum(0)  # scikit-learn would take one label for two classes
+        hits = (predictions & references).sum(0)  # scikit-learn would read a single label as two classes
         total = predictions.sum(0) + references.sum(0)
         there = total > 0
         return {

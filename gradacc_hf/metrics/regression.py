@@ -1,4 +1,4 @@
-"""Metrics of predicted numbers: one predicted and one true number a row; correlations by SciPy."""
+"""Metrics of one predicted and one true number per row. SciPy computes the correlations."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ class _RegressionMetric(InMemoryMetric):
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
-        """Keep a batch until `compute`; refuse what is not one number a row."""
+        """Keep a batch until `compute`. Raise InputError unless it has one number per row."""
         for name, values in (("predictions", predictions), ("references", references)):
             array = np.asarray(values)
             if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iuf":
@@ -41,37 +41,41 @@ class _RegressionMetric(InMemoryMetric):
 
 
 class Pearson(_RegressionMetric):
-    """The linear correlation of predicted and true numbers, −1 to 1; 0 where all of either are the same.
+    """The linear correlation of predicted and true numbers, −1 to 1.
 
-    It is not defined there, nor with NaN or ∞, but such predictions tell nothing; NaN could not be ranked.
+    It is undefined for constant numbers and for NaN or ∞. It is 0 there, because evaluations cannot be ranked
+    by NaN.
     """
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        if _tells_nothing(predictions) or _tells_nothing(references):
+        if _is_undefined(predictions) or _is_undefined(references):
             return {"pearsonr": 0.0}
         found: Any = scipy.stats.pearsonr(predictions, references)
         return {"pearsonr": float(found.statistic)}
 
 
 class Spearman(_RegressionMetric):
-    """The correlation of the ranks of predicted and true numbers, −1 to 1; 0 where all of either are one."""
+    """The correlation of the ranks of predicted and true numbers, −1 to 1; 0 if it is undefined."""
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        if _tells_nothing(predictions) or _tells_nothing(references):
+        if _is_undefined(predictions) or _is_undefined(references):
             return {"spearmanr": 0.0}
         found: Any = scipy.stats.spearmanr(predictions, references)
         return {"spearmanr": float(found.statistic)}
 
 
 class MeanSquaredError(_RegressionMetric):
-    """The mean of the squared differences, from 0; NaN where a prediction is."""
+    """The mean of the squared differences, from 0; NaN if a prediction is NaN."""
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         return {"mse": float(np.square(np.subtract(predictions, references)).mean())}
 
 
-def _tells_nothing(numbers: Any) -> bool:
-    """All the same, as far as float64 sums can tell (SciPy asks so before it warns); or not all finite."""
+def _is_undefined(numbers: Any) -> bool:
+    """Whether a correlation with these numbers is undefined: they are constant to rounding, or not finite.
+
+    SciPy warns of constant numbers by the same test.
+    """
     numbers = np.asarray(numbers, np.float64)
     if not np.isfinite(numbers).all():
         return True

@@ -1,7 +1,7 @@
-"""Metrics of a search: for each query, the candidates found, the best first, and the one that is right.
+"""Metrics of a search, from the candidates found for each query, best first, and the right candidate.
 
-Recall at k is the share of queries whose right candidate is among the first k; MRR@10 is the mean of 1 / its
-rank, 0 beyond the tenth (Craswell 2009; as in MS MARCO).
+Recall at k is the share of queries whose right candidate is among the first k. MRR@10 is the mean of 1 / rank
+of the right candidate, 0 beyond the tenth (Craswell 2009; as in MS MARCO).
 """
 
 from typing import Any
@@ -17,13 +17,13 @@ MAX_RANK = 10
 
 _INPUTS = """
 Args:
-    predictions: ids of the candidates found, the best first: whole numbers of shape (rows, 10 or fewer).
-    references: id of the right candidate, whole numbers of shape (rows,).
+    predictions: ids of the candidates found, best first: whole numbers of shape (rows, 10 or fewer).
+    references: ids of the right candidates, whole numbers of shape (rows,).
 """
 
 
 def chance(candidates: int) -> dict[str, float]:
-    """What is to be expected of so many candidates in an order drawn at random."""
+    """Return the expected metrics of this many candidates in random order."""
     ranks = np.arange(1, min(MAX_RANK, candidates) + 1)
     return {
         "recall_at_1": 1 / candidates,
@@ -45,7 +45,7 @@ class Retrieval(InMemoryMetric):
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
-        """Keep a batch until `compute`; refuse what is no table of ids."""
+        """Keep a batch until `compute`. Raise InputError unless it is a table of ids."""
         array = np.asarray(predictions)
         if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu" or array.shape[1] > MAX_RANK:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Entities in sequences of tags, as CoNLL counts them: one is right where its type and both its ends are."""
+"""Metrics of entities in sequences of tags. As in CoNLL, an entity is right if its type and both ends are."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,12 +14,12 @@ from gradacc_hf.metrics.in_memory import InMemoryMetric
 _INPUTS = """
 Args:
     predictions: the predicted tags of each sequence, lists of strings such as B-PER, I-PER and O.
-    references: the true ones, sequence by sequence of the same length.
+    references: the true tags of each sequence, of the same lengths.
 """
 
 
 class Seqeval(InMemoryMetric):
-    """Precision, recall and F1 of entities, 0 to 1, all types together; by seqeval, as conlleval does."""
+    """Precision, recall and F1 of entities of all types, 0 to 1, computed by seqeval as conlleval does."""
 
     def _info(self) -> evaluate.MetricInfo:
         column = datasets.List(datasets.Value("string"))
@@ -35,24 +35,24 @@ class Seqeval(InMemoryMetric):
         for row, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
             if len(predicted) != len(true):
                 raise InputError(
-                    f"sequence {row}: found {len(predicted)} tags; allowed: {len(true)}, as true ones"
+                    f"sequence {row}: found {len(predicted)} tags; allowed: {len(true)}, one per true tag"
                 )
             for tag in (*predicted, *true):
                 if not is_scheme([tag]):
                     raise InputError(
-                        f"sequence {row}: found {tag!r}; allowed: O, or one of BIESLU and a type: B-PER"
+                        f"sequence {row}: found {tag!r}; allowed: O, or one of BIESLU with a type: B-PER"
                     )
         scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
-        settings: Any = {"zero_division": 0}  # what is undefined is 0, without seqeval's warning
+        settings: Any = {"zero_division": 0}  # undefined scores are 0, without seqeval's warning
         found, true = ([as_iobes(tags) for tags in rows] for rows in (predictions, references))
         return {name: float(np.asarray(score(true, found, **settings))) for name, score in scores.items()}
 
 
 def is_scheme(tags: Iterable[str]) -> bool:
-    """Do these tags say where entities begin and end: O, and B-PER, I-PER, …? Parts of speech do not."""
+    """Whether these tags mark entities: O, and B-PER, I-PER, …. Parts of speech do not."""
     return all(tag == "O" or (tag[:1] in "BIESLU" and tag[1:2] == "-" and tag[2:]) for tag in tags)
 
 
 def as_iobes(tags: Iterable[str]) -> list[str]:
-    """Tags of the BILOU scheme, whose U and L seqeval does not know, with its S and E for them."""
+    """Replace U and L of the BILOU scheme by S and E, which seqeval reads."""
     return [{"U": "S", "L": "E"}.get(tag[:1], tag[:1]) + tag[1:] for tag in tags]

@@ -1,7 +1,6 @@
-"""Metrics of texts: a predicted text a row, and the texts that would be right.
+"""Metrics of texts, from a predicted text per row and a list of right texts. The best match counts.
 
-`references` are one list of texts a row; the best of them counts. They are `evaluate.Metric`s: SQuAD's own
-definition, and ROUGE and BLEU as rouge-score and sacrebleu compute them.
+They are `evaluate.Metric`s: SQuAD's own definition, and ROUGE and BLEU by rouge-score and sacrebleu.
 """
 
 import re
@@ -18,8 +17,8 @@ from gradacc_hf.metrics.in_memory import InMemoryMetric
 
 _INPUTS = """
 Args:
-    predictions: predicted texts, one a row.
-    references: for each row, a list of one text or more that would be right.
+    predictions: predicted texts, one per row.
+    references: for each row, a list of one right text or more.
 """
 
 
@@ -37,7 +36,7 @@ class _TextMetric(InMemoryMetric):
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
-        """Keep a batch until `compute`; refuse what is not a text with a list of texts."""
+        """Keep a batch until `compute`. Raise InputError unless each row has a text and a list of texts."""
         of_texts = all(isinstance(text, str) for text in predictions)
         of_lists = all(isinstance(row, list | tuple) and len(row) for row in references)
         if not len(predictions) or not of_texts or not of_lists:
@@ -49,10 +48,10 @@ class _TextMetric(InMemoryMetric):
 
 
 class Squad(_TextMetric):
-    """`exact_match`, and `f1` of the words that two answers share, 0 to 1: as SQuAD 1.1 defines them.
+    """`exact_match`, and `f1` of the words that two answers share, 0 to 1, as SQuAD 1.1 defines them.
 
-    Case, punctuation, articles and white space do not count (Rajpurkar et al. 2016, section 6.1). Two answers
-    without a word have an `f1` of 1, as SQuAD 2.0 defines it; by SQuAD 1.1's script it is 0.
+    Case, punctuation, articles and white space are ignored (Rajpurkar et al. 2016, section 6.1). Two answers
+    without a word have an `f1` of 1, as in SQuAD 2.0. In SQuAD 1.1's script it is 0.
     """
 
     reference_urls = ("https://rajpurkar.github.io/SQuAD-explorer/",)
@@ -74,16 +73,16 @@ def _words(answer: str) -> list[str]:
 
 
 def _overlap(predicted: list[str], right: list[str]) -> float:
-    """The harmonic mean of precision and recall of words; two answers without any are the same."""
+    """Return the harmonic mean of precision and recall of words; 1 for two answers without words."""
     if not predicted or not right:
         return float(predicted == right)
     return 2 * (Counter(predicted) & Counter(right)).total() / (len(predicted) + len(right))
 
 
 class Rouge(_TextMetric):
-    """`rouge1`, `rouge2` and `rougeL`: F of shared words, pairs of words, longest common subsequence, 0 to 1.
+    """`rouge1`, `rouge2` and `rougeL`, 0 to 1: F of shared words, pairs of words, longest common subsequence.
 
-    The mean over rows, with Porter stemming (Lin 2004).
+    They are means over rows, with Porter stemming (Lin 2004).
     """
 
     reference_urls = ("https://aclanthology.org/W04-1013/",)
@@ -105,6 +104,6 @@ class SacreBleu(_TextMetric):
     def _compute(self, predictions: Any, references: Any, tokenize: Any = None) -> dict[str, float]:
         from sacrebleu import corpus_bleu
 
-        most = max(map(len, references))  # sacrebleu wants a list for the first of each row, the second, …
+        most = max(map(len, references))  # sacrebleu takes a list of first references, one of second, …
         columns: Any = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
         return {"bleu": float(corpus_bleu(predictions, columns, tokenize=tokenize).score)}

@@ -1,4 +1,4 @@
-"""The base class of recipe files, and loading the recipe that a config or a run names."""
+"""The base class of recipes, and loading the recipe of a config or of a run."""
 
 from gradacc_hf.utils.extras import require
 

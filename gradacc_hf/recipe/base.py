@@ -1,6 +1,6 @@
-"""The base class of recipes: a recipe file fills in the data, the model and the metrics of its task.
+"""The base class of recipes: a recipe file defines the data, the model and the metrics of a task.
 
-`run/runner.py` holds what all tasks share, from the command line to the saved model.
+`run/runner.py` has the part that all tasks share, from the command line to the saved model.
 """
 
 import copy
@@ -37,25 +37,25 @@ from gradacc_hf.utils.files import MODEL_CONFIG
 class Recipe:
     """A task: data → features → model → metrics. The first line of its docstring heads `--help`.
 
-    A recipe defines `model_class`, `datasets` and `metrics`. The other methods have defaults that suit token
-    inputs.
+    A recipe defines `model_class`, `datasets` and `metrics`. The defaults of the other methods suit inputs of
+    tokens.
 
     Args:
-        config: all settings of a run. They are frozen: `with_config` gives a recipe with other settings.
+        config: All settings of a run. They are frozen: `with_config` returns a recipe with other settings.
 
     Raises:
-        InputError: by most methods, for settings or files that the task cannot use.
+        InputError: In most methods, for settings or files that the task cannot use.
     """
 
     Data: ClassVar[type[DataConfig]] = DataConfig
     model_class: ClassVar[Any]
     tokenizer_settings: ClassVar[Mapping[str, Any]] = {}  # options of the tokenizer's from_pretrained
     pipeline_tag: ClassVar[str | None] = None  # the Hub's name of the task: "text-classification"
-    example: ClassVar[Any] = "A text."  # an input that shows what the model does; or None
+    example: ClassVar[Any] = "A text."  # an input for the example code of the model card; or None
     num_items: str | CountItems = "labels"
-    pad_to: PadTo = "micro_batch"  # "window" where padding changes the loss
+    pad_to: PadTo = "micro_batch"  # "window" if padding changes the loss
     transform: Transform | None = None  # the random part of an example: masking, cropping, augmentation
-    tokens_are: str | None = None  # where the inputs are no texts: "patches of 16 × 16 pixels"
+    tokens_are: str | None = None  # the unit of inputs other than texts: "patches of 16 × 16 pixels"
     lean_loss: ClassVar[bool] = False  # whether model() reads budget.lean_loss
     validation_source: str = "validation"
     held_out = False  # whether the validation rows are a share of the training file
@@ -64,33 +64,33 @@ class Recipe:
     def __init__(self, config: Config):
         self.config = config
         self.data: Any = config.data  # with the recipe's own fields
-        self.skipped_rows: list[str] = []  # one line a row, of both data sets
+        self.skipped_rows: list[str] = []  # one line for each row, of both data sets
         self.samples: list[dict[str, str]] = []  # the model's answers to a few rows, for the report
-        self.new_parameters: set[str] | None = None  # without saved weights; None: all
+        self.new_parameters: set[str] | None = None  # parameters without saved weights; None: all
         self.without_weights = False  # set by weightless()
-        self._saved_config: Any = None  # of the adapter that is loaded, with what the task had set
+        self._saved_config: Any = None  # the config beside a loaded adapter, with the task's settings
 
     def with_config(self, config: Config) -> Self:
-        """Return this recipe with other settings; it shares the data that was read."""
+        """Return a copy of this recipe with other settings. Both share the data."""
         other = copy.copy(self)
         other.config, other.data = config, config.data
         return other
 
     def weightless(self) -> Self:
-        """Return this recipe with a `model()` that is made of its config alone, without saved weights."""
+        """Return a copy of this recipe whose `model()` is made from the config, without saved weights."""
         other = copy.copy(self)
         other.without_weights = True
         vars(other).pop("model_path", None)  # it may have been computed for a model with weights
         return other
 
     def datasets(self) -> tuple[Dataset, Dataset]:
-        """Training and validation examples, tokenised, with `labels`."""
-        raise TypeError(f"{type(self).__name__} does not say what its data sets are: define datasets()")
+        """Return training and validation examples, tokenised, with `labels`."""
+        raise TypeError(f"{type(self).__name__} has no data sets: define datasets()")
 
     def rows(self, label_column: str | None = None) -> tuple[Dataset, Dataset]:
-        """What `data.train` and `data.validation` name, as it is read: training and validation rows.
+        """Read the training and validation rows that `data.train` and `data.validation` name.
 
-        Where the validation rows are held out, the first row of every label in `label_column` is not.
+        If validation rows are held out, the first row of every label in `label_column` stays in training.
         """
         data = self.data
         splits = load_data(
@@ -112,9 +112,15 @@ class Recipe:
         key: str,
         numbers: Sequence[Any] = (None, None),
     ) -> tuple[Dataset, Dataset]:
-        """Both without the rows that have a problem; InputError for the first, unless bad rows are skipped.
+        """Return both data sets without bad rows; raise InputError for the first unless they are skipped.
 
-        A key of "data.train" is "data.validation" for validation rows that are from there.
+        Args:
+            training: Training rows.
+            validation: Validation rows.
+            problem: Returns the problem of a row, or None.
+            key: The setting that messages name. For "data.train", messages about the rows of
+                `data.validation` name that setting instead.
+            numbers: For both data sets, the number of each row in the file.
         """
         kept = []
         of_validation = "data.validation" if key == "data.train" and self.data.validation else key
@@ -131,7 +137,7 @@ class Recipe:
 
     @property
     def may_skip(self) -> list[str] | None:
-        """Where rows that cannot be used are said, if they may be left out; else None."""
+        """The list that receives a line about each skipped row; None if bad rows are errors."""
         return self.skipped_rows if self.data.on_bad_row == "skip" else None
 
     def map_rows(
@@ -142,10 +148,14 @@ class Recipe:
         keep: Sequence[str] = (),
         **settings: Any,
     ) -> tuple[Dataset, Dataset]:
-        """Training and validation rows through `features(rows, tokenizer=…, **settings)`, in batches.
+        """Map training and validation rows through `features(rows, tokenizer=…, **settings)`, in batches.
 
-        Of their own columns those in `keep` stay. A row of which the feature `problem` says something is bad:
-        see `check_rows`.
+        Args:
+            splits: Training and validation rows.
+            features: Returns the new columns, with `problem`: "" or the problem of a row (see `check_rows`).
+            key: The setting that messages about bad rows name.
+            keep: Columns of the rows to keep.
+            settings: Further arguments of `features`.
         """
         settings["tokenizer"] = self.tokenizer
         mapped = [
@@ -164,52 +174,52 @@ class Recipe:
         return train.remove_columns("problem"), validation.remove_columns("problem")
 
     def lengths(self, dataset: Dataset | Sequence[Any]) -> Lengths:
-        """Tokens of each example, as `WindowLoader` takes them; by default those of `input_ids`."""
+        """Return the tokens of each example, as `WindowLoader` takes them; None counts `input_ids`."""
         return None
 
     def validate(
         self, model: torch.nn.Module, windows: WindowLoader, accelerator: Accelerator
     ) -> dict[str, float]:
-        """The metrics of a prepared model: its loss, and `metrics` of all predictions."""
+        """Return the loss of a prepared model, and the `metrics` of all predictions."""
         found = evaluate(
             model, windows, accelerator=accelerator, compute_loss=self.loss, predict=self.predict
         )
         return {"loss": found.loss, **self.metrics(found.predictions, found.references)}
 
     def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
-        """What a saved model says to new inputs, one answer each: texts, or rows as a data file has them."""
-        raise InputError(f"{type(self).__name__} does not say how it answers: define answer() in the recipe")
+        """Return one answer of a saved model to each input: a text, or a row as in a data file."""
+        raise InputError(f"{type(self).__name__} has no answers to inputs: define answer() in the recipe")
 
     def processors(self) -> list[Any]:
-        """What is saved beside the model, as what is fed to it goes through it: the tokenizer."""
+        """Return the objects that prepare inputs and are saved beside the model: the tokenizer."""
         return [self.tokenizer]
 
     def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-        """What an evaluation says of a model, from `predict`'s rows in the data set's order."""
+        """Return the metrics of an evaluation, from the rows of `predict` in the order of the data set."""
         return {}
 
     def baseline(self, train: Dataset, validation: Dataset) -> dict[str, float] | None:
-        """The metrics of the best answer that looks at no input, for comparison."""
+        """Return the metrics of the best answer that ignores the input, for comparison."""
         return None
 
     def model_overrides(self) -> dict[str, Any]:
-        """What the task sets in the model's config; known once `datasets` has run."""
+        """Return the task's settings in the model's config. Call it after `datasets`."""
         return {}
 
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The mean over the micro-batch's items."""
+        """Return the mean loss over the items of a micro-batch."""
         return model_loss(outputs, batch)
 
     def predict(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Predictions and references of a micro-batch, row by row."""
+        """Return the predictions and references of a micro-batch, row by row."""
         return logits_and_labels(outputs, batch)
 
     def collate(self, examples: Sequence[Mapping[str, Any]], pad_to: int | None = None) -> dict[str, Any]:
-        """Examples → a batch, padded to the longest or to `pad_to` tokens."""
+        """Return examples as a batch, padded to the longest or to `pad_to` tokens."""
         settings = {"padding": "longest" if pad_to is None else "max_length", "max_length": pad_to}
         settings["pad_to_multiple_of"] = self.config.budget.pad_to_multiple_of if pad_to is None else None
         labels = np.asarray(examples[0].get("labels", 0))
-        if labels.ndim and labels.dtype.kind == "i":  # a label a token: padded with −100
+        if labels.ndim and labels.dtype.kind == "i":  # one label per token: padded with −100
             return dict(
                 transformers.DataCollatorForTokenClassification(self.tokenizer, **settings)(list(examples))
             )
@@ -226,13 +236,12 @@ class Recipe:
         with self.loading_errors("tokenizer"):
             settings = {**self.source_options(), **self.tokenizer_settings}
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, **settings)
-        if tokenizer.vocab_size <= len(
-            tokenizer.all_special_tokens
-        ):  # what transformers makes up where there is none
+        # Without tokenizer files, transformers makes a tokenizer of special tokens only.
+        if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
             raise InputError(
                 f"model.name: {self.config.model.name} has no tokenizer; save it beside the model"
             )
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # decoders' often have none
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # many decoders have only this one
         if tokenizer.pad_token is None:
             found = (
                 f"the tokenizer of {self.config.model.name} has neither a padding nor an end-of-text token"
@@ -241,7 +250,7 @@ class Recipe:
         return tokenizer
 
     def model_config(self) -> Any:
-        """The model's config, with the task's settings and `model.dropout`."""
+        """Return the model's config, with the task's settings and `model.dropout`."""
         if self._saved_config is not None:
             return self._saved_config
         config = self.base_config()
@@ -252,30 +261,30 @@ class Recipe:
         return config
 
     def base_config(self) -> Any:
-        """The config of `model.name`, with the task's settings."""
+        """Return the config of `model.name`, with the task's settings."""
         with self.loading_errors("config"):
             return transformers.AutoConfig.from_pretrained(
                 self.model_path, **self.source_options(), **self.model_overrides()
             )
 
     def empty_model(self) -> Any:
-        """The model without weights, to count and name its parameters."""
-        if self.config.model.lora.rank:  # what is trained depends on which weights there are
+        """Return the model without weights, to count and name parameters."""
+        if self.config.model.lora.rank:  # the trained parameters depend on the saved weights
             return self.load_pretrained(device_map="meta")
         with self.loading_errors("config"), torch.device("meta"):
             return self.model_class.from_config(self.model_config(), **self._trust())
 
     def model(self) -> Any:
-        """The model that is fine-tuned. One of a recipe's own making sets `new_parameters`."""
+        """Return the model to fine-tune. A recipe that makes another one sets `new_parameters`."""
         whole = self._saved_config is not None or self.without_weights
         if not self.config.model.load_in_4bit or whole:
             return self.load_pretrained()
         check_four_bit(self.config.model)
-        self.load_pretrained(device_map="meta")  # what is new must not be in 4 bits
+        self.load_pretrained(device_map="meta")  # finds the new parameters, which must not be in 4 bits
         return self.load_pretrained(**four_bit(self.config.budget.precision, self.new_parameters or ()))
 
     def load(self, folder: Path | str) -> Any:
-        """A model that was saved in a run's folder: whole, or as adapters on the base model of the run."""
+        """Load a model from a run's folder: a whole one, or adapters on the base model of the run."""
         if not (Path(folder) / "adapter_config.json").exists():
             with self.loading_errors("weights", folder):
                 return self.model_class.from_pretrained(folder, **self._trust())
@@ -289,27 +298,27 @@ class Recipe:
         return model
 
     def check_model(self) -> None:
-        """Raise InputError where the weights do not fit the config; reads their names and sizes only."""
+        """Raise InputError if the weights do not fit the config. Only names and sizes are read."""
         self.load_pretrained(device_map="meta")
 
     @property
     def from_scratch(self) -> bool:
-        """Does training start from random weights, as there are no others?"""
+        """Whether training starts from random weights, because the model has no others."""
         return self.config.model.name in FROM_SCRATCH
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights: `model.dtype`."""
+        """The number format of the weights: `model.dtype`."""
         return getattr(torch, self.config.model.dtype)
 
     def load_pretrained(self, **options: Any) -> Any:
         """Load the model with its weights; set `new_parameters`.
 
         Args:
-            options: of transformers' `from_pretrained`.
+            options: Options of transformers' `from_pretrained`.
 
         Raises:
-            InputError: where the weights do not fit the config.
+            InputError: If the weights do not fit the config.
         """
         options |= {"config": self.model_config(), "dtype": self.dtype, "ignore_mismatched_sizes": True}
         if self.without_weights or self.from_scratch:
@@ -323,13 +332,13 @@ class Recipe:
             )  # fmt: skip
         name, prefix = self.config.model.name, f"{model.base_model_prefix}."
         for tensor, found, expected in info["mismatched_keys"]:
-            if tensor.startswith(prefix):  # a new head is fine: other labels
-                sizes = f"{tensor} is {list(found)}, and {list(expected)} by its config.json"
+            if tensor.startswith(prefix):  # a head may have another size, for other labels
+                sizes = f"{tensor} is {list(found)}, and {list(expected)} in config.json"
                 raise InputError(
                     f"model.name: the weights of {name} do not fit: {sizes}; copy or save both again"
                 )
         unknown = [tensor.removeprefix(prefix) for tensor in info["unexpected_keys"]]
-        for tensor in info["missing_keys"]:  # transformers would draw it at random
+        for tensor in info["missing_keys"]:  # transformers initialises these at random
             if near := get_close_matches(tensor.removeprefix(prefix), unknown, 1, cutoff=0.9):
                 raise InputError(
                     f"model.name: the weights of {name} are damaged: {near[0]!r} for {tensor}; "
@@ -344,11 +353,11 @@ class Recipe:
         """Turn any error about the files of `model.name`, or of a run's folder, into an InputError.
 
         Args:
-            what: what is loaded, for the message: "image processor".
-            folder: the folder of a run, where it is not `model.name` that is loaded.
+            what: The object that is loaded, for the message: "image processor".
+            folder: The folder of a run, if the object is loaded from there.
         """
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # such a pickle is refused
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # such a pickle raises an error
             try:
                 yield
             except InputError:
@@ -362,7 +371,7 @@ class Recipe:
         return {"trust_remote_code": self.config.model.trust_remote_code}
 
     def source_options(self) -> dict[str, Any]:
-        """Return the options with which any `from_pretrained` loads the files of `model.name`."""
+        """Return the options with which `from_pretrained` loads the files of `model.name`."""
         return {"revision": self.config.model.revision or "main", **self._trust()}
 
     # The names in recipes of version 0.1.0:
@@ -371,16 +380,16 @@ class Recipe:
 
 
 def _why(error: Exception) -> str:
-    """Why a model's files cannot be loaded, and what to do. Code that they bring was not run."""
+    """Return why a model's files cannot be loaded, and what to do. Code in these files was not executed."""
     text = one_line(error)
     if isinstance(error, UnpicklingError):
-        asked = re.search(r"GLOBAL (\S+)", text)
-        what = f"asks for {asked[1]}" if asked else "holds more than tensors"
-        return f"cannot be loaded: a pickle that {what}, which was not run; use a model in *.safetensors"
+        wanted = re.search(r"GLOBAL (\S+)", text)
+        what = f"refers to {wanted[1]}" if wanted else "holds more than tensors"
+        return f"cannot be loaded: a pickle that {what}, which was not executed; use a model in *.safetensors"
     if "trust_remote_code" in text:
         return (
-            "cannot be loaded without Python code that comes with the model, which was not run; if you trust "
-            "its author: --model.trust_remote_code true (gradacc predict RUN --trust_remote_code)"
+            "cannot be loaded without the Python code in it, which was not executed; if you trust the "
+            "author: --model.trust_remote_code true (gradacc predict RUN --trust_remote_code)"
         )
     if "version of PEFT" in text and (mismatch := installed_mismatch()):
         return f"cannot be loaded: {mismatch}"
@@ -388,14 +397,14 @@ def _why(error: Exception) -> str:
 
 
 def _of_the_task(model: Any) -> set[str]:
-    """The parameters that saved weights of the body are likely to lack: a classifier's."""
+    """Return the parameters that saved weights of the body usually lack, such as a classifier's."""
     head = model.get_output_embeddings()
     known = {*model.base_model.parameters(), *(head.parameters() if head is not None else ())}
     return {name for name, parameter in model.named_parameters() if parameter not in known}
 
 
 def set_dropout(config: Any, probability: float) -> None:
-    """Set every dropout probability of a model's config; of whole layers or paths, only to 0."""
+    """Set every dropout probability of a model's config, but dropout of whole layers or paths only to 0."""
     for name, value in vars(config).items():
         if hasattr(value, "to_dict"):
             set_dropout(value, probability)

@@ -1,7 +1,7 @@
 """The part of a budget that a recipe's model and inputs can use.
 
-`config/budget.py` does the same for the machine. A key that only makes a run faster is left out where it has
-no effect, with one line that names the key.
+`config/budget.py` does the same for the machine. A key that only makes a run faster is left out if it has no
+effect, with one line that names the key.
 """
 
 from gradacc_hf.config.schema import with_settings
@@ -11,9 +11,9 @@ from gradacc_hf.utils.hardware import say
 
 
 def fit_to_model(recipe: Recipe) -> Recipe:
-    """Return the recipe with a budget that its model and inputs can use; print a line about each other key.
+    """Return the recipe with a budget that its model and inputs can use; print a line about each changed key.
 
-    Call it after `recipe.datasets()`, which the model's config depends on.
+    Call it after `recipe.datasets()`: the model's config depends on the data.
     """
     changes, lines = unusable_padding(recipe)
     recipe = recipe.with_config(with_settings(recipe.config, changes))
@@ -26,9 +26,9 @@ def fit_to_model(recipe: Recipe) -> Recipe:
 
 
 def unusable_attention(recipe: Recipe) -> tuple[dict[str, None], list[str]]:
-    """Return the change of settings that lets the model choose its attention, and a line that says why.
+    """Return the settings that let the model choose its attention, and a line with the reason.
 
-    Both are empty where the class of the model can compute attention as `budget.attention` says.
+    Both are empty if the class of the model can use `budget.attention`.
     """
     attention = recipe.config.budget.attention
     if attention is None:
@@ -41,24 +41,24 @@ def unusable_attention(recipe: Recipe) -> tuple[dict[str, None], list[str]]:
             with_settings(recipe.config, change)
         ).empty_model()  # raises any other error
         name = type(model).__name__
-        return change, [f"budget.attention: {name} has no {attention}: the model's own choice instead"]
+        return change, [f"budget.attention: {name} has no {attention}: using the model's own choice"]
     return {}, []
 
 
 def unusable_padding(recipe: Recipe) -> tuple[dict[str, None], list[str]]:
-    """Return the change of settings that pads as little as possible, and a line that says why.
+    """Return the settings that pad as little as possible, and a line with the reason.
 
-    Both are empty where micro-batches of the task can be padded to a multiple.
+    Both are empty if micro-batches of the task can be padded to a multiple.
     """
     if recipe.config.budget.pad_to_multiple_of is None:
         return {}, []
     why = ""
     if recipe.pad_to != "micro_batch":
-        pads = {"window": "windows are padded alike", "nothing": "nothing is padded"}
-        why = pads.get(str(recipe.pad_to), f"all is padded to {recipe.pad_to} tokens")
+        pads = {"window": "all examples of a window have one length", "nothing": "nothing is padded"}
+        why = pads.get(str(recipe.pad_to), f"all examples are padded to {recipe.pad_to} tokens")
     elif recipe.tokens_are is not None:
-        why = f"its tokens are {recipe.tokens_are}"
+        why = f"tokens are {recipe.tokens_are}"
     if not why:
         return {}, []
-    line = f"budget.pad_to_multiple_of: of no use for {type(recipe).__name__}, where {why}"
+    line = f"budget.pad_to_multiple_of: no effect for {type(recipe).__name__}, where {why}"
     return {"budget.pad_to_multiple_of": None}, [line]

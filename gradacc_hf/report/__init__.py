@@ -1,7 +1,7 @@
 """`gradacc report`: one HTML page about runs, to read on a phone, print or send. It needs no network.
 
-`read_runs` (runs.py) reads the folders. `write_report` writes the page: verdict (narrative.py), tables
-(tables.py) and pictures (pictures.py, drawn by plots.py), in the template page.html.j2.
+`read_runs` (runs.py) reads the folders. `write_report` writes the page in the template page.html.j2: the
+verdict (narrative.py), tables (tables.py) and pictures (pictures.py, drawn by plots.py).
 """
 
 from gradacc_hf.utils.extras import require
@@ -48,10 +48,18 @@ GENERATOR = '<meta name="generator" content="gradacc-hf '
 
 
 def write_report(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:
-    """Write the report of the runs in these folders, and return its path.
+    """Write the report of the runs in these folders.
 
-    `output` is an HTML file. By default it is report.html in the folder, or in the current folder if several
-    folders are given. Raises InputError if there is no run, a file is broken, or `output` is no report.
+    Args:
+        folders: folders of runs, or folders that hold runs.
+        output: an HTML file. By default it is report.html in the folder. For several folders it is in the
+            current folder.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        InputError: if there is no run, a file is broken, or `output` exists and is not a report.
     """
     folders = [Path(folder) for folder in folders]
     home = folders[0] if len(folders) == 1 else Path()
@@ -62,25 +70,23 @@ def write_report(folders: Sequence[Path | str], output: Path | str | None = None
     try:
         write_whole(target, page)
     except OSError as error:
-        refuse(
-            "--output", f"{target} cannot be written ({error.strerror})", "give a file in a folder of yours"
-        )
+        refuse("--output", f"{target} cannot be written ({error.strerror})", "give a file in another folder")
     return target
 
 
 def _check_output(target: Path) -> None:
-    """Refuse to overwrite another kind of file, and to write through a link that came with a run."""
+    """Raise InputError for a file that is not a report, and for a link that came with a run."""
     unfinished = target.with_name(f".{target.name}.unfinished")  # as `write_whole` names it
     if unfinished.is_symlink():
         refuse("--output", f"{unfinished} is a link to {os.readlink(unfinished)}", "remove it")
     if target.suffix not in (".html", ".htm") or target.is_dir():
         refuse("--output", f"found {target}", "allowed: a file that ends in .html")
     if target.exists() and GENERATOR not in target.read_text(encoding="utf-8", errors="replace")[:2000]:
-        refuse("--output", f"{target} exists and is no report of gradacc", "give another name, or move it")
+        refuse("--output", f"{target} exists and is not a report of gradacc", "give another name, or move it")
 
 
 def render(runs: Sequence[RecordedRun]) -> str:
-    """The page, as HTML."""
+    """Return the page as HTML."""
     found = contenders(runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -129,19 +135,19 @@ def _versions(run: RecordedRun) -> str:
 
 
 def _keys(found: Sequence[RunGroup], name: str) -> list[Markup]:
-    """A line sample for each contender, if there are several."""
+    """Return a line sample for each contender, if there are several."""
     return [plots.key(f"{name}{look}", look) for look in range(len(found))] if len(found) > 1 else []
 
 
 def _title(runs: Sequence[RecordedRun]) -> str:
-    """The folder of the run, or the folder that holds all runs."""
+    """Return the name of the run, or of the folder that holds all runs."""
     if len(runs) == 1:
         return runs[0].name
     return redact(os.path.basename(os.path.commonpath([run.folder.resolve() for run in runs]))) or "runs"
 
 
 def _subtitle(runs: Sequence[RecordedRun]) -> str:
-    """The model, the data, and the number of runs."""
+    """Return the model, the data, and the number of runs."""
     settings = (("model", "name"), ("data", "train"))
     values = [[str(v) for run in runs if (v := run.setting(*setting))] for setting in settings]
     what = " on ".join(words.in_words(list(dict.fromkeys(names))) for names in values if names)

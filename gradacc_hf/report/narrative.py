@@ -35,7 +35,7 @@ class Verdict:
 
 
 def verdict(found: Sequence[RunGroup]) -> Verdict:
-    """Which contenders are exact or, if that was not measured, the final metrics; then the speeds."""
+    """Return which contenders are exact, and the speeds. If nothing was measured: the final metrics."""
     errors = {contender.label: worst_error(contender) for contender in found}
     measured = [contender for contender in found if errors[contender.label] is not None]
     if not measured:
@@ -51,8 +51,8 @@ def verdict(found: Sequence[RunGroup]) -> Verdict:
     return Verdict(
         [sentence for sentence in sentences if sentence],
         _tone([(errors[contender.label] or 0.0) <= EXACT for contender in measured]),
-        f"Errors are relative, ‖g − r‖ / ‖r‖, against the gradient r of the window at once; exact is at most "
-        f"{error(EXACT)} in fp32{ran_in}.",
+        "Errors are relative, ‖g − r‖ / ‖r‖. The reference r is the gradient of the window in one batch. "
+        f"Exact means at most {error(EXACT)} in fp32{ran_in}.",
     )
 
 
@@ -61,9 +61,9 @@ def _tone(exact: Sequence[bool]) -> str:
 
 
 def worst_error(contender: RunGroup) -> float | None:
-    """The largest error of all windows of all repeats.
+    """Return the largest error of all windows of all repeats.
 
-    Infinite if one is not finite, None if none was measured.
+    Infinite if one is not finite; None if none was measured.
     """
     errors = [run.gradient_error for run in contender.runs if run.gradient_error is not None]
     return max((math.inf if math.isnan(error) else error for error in errors), default=None)
@@ -77,7 +77,7 @@ def _exactness(measured: Sequence[RunGroup]) -> Markup:
     if exact:
         verb, whose = ("is", "its") if len(exact) == 1 else ("are", "their")
         worst = error(max(errors[contender.label] for contender in exact))
-        sentence = "{} {} exact, {} gradients within {} of those of the windows at once"
+        sentence = "{} {} exact: {} gradients differ from the gradients of undivided windows by at most {}"
         parts.append(Markup(sentence).format(_names(exact), verb, whose, worst))
     if off:
         each = [Markup("{} by {}").format(_names([c]), error(errors[c.label])) for c in off]
@@ -88,7 +88,7 @@ def _exactness(measured: Sequence[RunGroup]) -> Markup:
 
 
 def _metrics(found: Sequence[RunGroup]) -> Markup:
-    """The final metrics against the baseline: all metrics of one contender, or the main one of several."""
+    """Return the final metrics and the baseline: all metrics of one contender, or one metric of several."""
     names = list(dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval")))
     if not names:
         return Markup("No evaluation is recorded.")
@@ -106,18 +106,18 @@ def _metrics(found: Sequence[RunGroup]) -> Markup:
 
 
 def _final(contender: RunGroup, name: str) -> str:
-    """A metric of the final evaluations: 0.7552 (0.7500–0.7600)"""
+    """Return a metric of the final evaluations: 0.7552 (0.7500–0.7600)."""
     values = finite([run.metrics("eval").get(name) for run in contender.runs])
     return spread(values, metric) if values else metric(math.nan)
 
 
 def metric_name(name: str) -> str:
-    """The name of a metric, with the loss marked as the validation loss."""
+    """Return the name of a metric; the loss of an evaluation is the validation loss."""
     return "validation loss" if name == "loss" else name
 
 
 def _verified(run: RecordedRun) -> Markup:
-    """The verdict of `gradacc verify --run` on the model and data of a run."""
+    """Return the verdict of `gradacc verify --run` on the model and data of a run."""
     found = Markup("<b>{}</b>, by <code>gradacc verify</code> before training: {}")
     return found.format(run.name, run.verification)
 
@@ -125,13 +125,12 @@ def _verified(run: RecordedRun) -> Markup:
 def _not_measured(found: Sequence[RunGroup]) -> Markup:
     command = f"gradacc verify --run {shlex.quote(str(found[0].runs[0].folder))}"
     which = "this run" if len(found) == 1 and len(found[0].runs) == 1 else "these runs"
-    return Markup("Whether gradients were exact was not measured in {}: <code>{}</code> does.").format(
-        which, command
-    )
+    text = "Whether gradients are exact was not measured in {}. To measure it: <code>{}</code>"
+    return Markup(text).format(which, command)
 
 
 def _speed(found: Sequence[RunGroup]) -> Markup | None:
-    """The speed of the first contender, in examples per second, over the speed of each other."""
+    """Return the speed of the first contender over the speed of each other, in examples per second."""
     first, *others = found
     parts = []
     for other in others:
@@ -153,7 +152,7 @@ def _paired(first: RunGroup, other: RunGroup) -> bool:
 
 
 def speed_ratios(first: RunGroup, other: RunGroup) -> list[float]:
-    """Ratios of examples per second: one for each pair of repeats or, without pairs, one of the medians."""
+    """Return ratios of examples per second: one for each pair of repeats; without pairs, of the medians."""
     mine, theirs = ([run.examples_per_second for run in contender.runs] for contender in (first, other))
     if not _paired(first, other):
         mine, theirs = ([statistics.median(finite(v))] if finite(v) else [] for v in (mine, theirs))
@@ -165,18 +164,18 @@ def _names(contenders: Sequence[RunGroup]) -> Markup:
 
 
 def in_words(parts: Sequence[Any]) -> Markup:
-    """a, b and c."""
+    """Return "a, b and c"."""
     *most, last = [Markup.escape(part) for part in parts]
     return Markup(", ").join(most) + Markup(" and ") + last if most else last
 
 
 def finite(values: Sequence[float | None]) -> list[float]:
-    """The finite values."""
+    """Return the finite values."""
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """The median, with minimum and maximum if they differ as displayed: 512 MiB (500–520 MiB)."""
+    """Return the median, and the range if it is not one value as displayed: 512 MiB (500–520 MiB)."""
     least, middle, most = (show(reduce(values)) for reduce in (min, statistics.median, max))
     if least == most:
         return middle
@@ -185,12 +184,12 @@ def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 
 def metric(value: float) -> str:
-    """0.7552"""
+    """Return "0.7552"."""
     return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
 def error(value: float) -> str:
-    """3e-7, 0.42 or 5.1"""
+    """Return "3e-7", "0.42" or "5.1"."""
     if not math.isfinite(value):
         return "NaN or infinity"
     if value == 0 or 0.01 <= value < 1e4:
@@ -200,39 +199,42 @@ def error(value: float) -> str:
 
 
 def noise(found: Sequence[RunGroup]) -> list[Markup]:
-    """For each contender, what the size of its windows gains or loses, by the final noise scale."""
+    """Return a sentence for each contender: advice on the size of its windows, by the final noise scale."""
     sentences = []
     for contender in found:
         run = contender.runs[0]
-        measured = run.rows[-1].noise_measured if run.rows else 0
-        if measured >= MEASUREMENTS_NEEDED and (
-            said := in_words_of_noise(run.noise_scale, int(run.window_size), measured)
-        ):
-            whose = "" if len(found) == 1 else Markup("<b>{}</b>: ").format(contender.label)
-            sentences.append(Markup("{}{}{}.").format(whose, said[0].upper(), said[1:]))
+        low, high = run.noise_interval
+        if run.noise_measurements < MEASUREMENTS_NEEDED:
+            continue
+        if math.isnan(low):
+            text = "no advice on the size of windows: the run records no interval of the gradient noise scale"
+        else:
+            text = in_words_of_noise(low, high, int(run.window_size), run.noise_measurements)
+        whose = "" if len(found) == 1 else Markup("<b>{}</b>: ").format(contender.label)
+        sentences.append(Markup("{}{}{}.").format(whose, text[0].upper(), text[1:]))
     return sentences
 
 
 def figure(value: float) -> str:
-    """0.83, 12 or 1,240"""
+    """Return "0.83", "12" or "1,240"."""
     return f"{value:.2g}" if value < 10 else count(value)
 
 
 def count(value: float) -> str:
-    """17,592"""
+    """Return "17,592"."""
     return f"{value:,.0f}"
 
 
 def speed(value: float) -> str:
-    """14.2 or 2,140"""
+    """Return "14.2" or "2,140"."""
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def percent(value: float) -> str:
-    """13.2 %"""
+    """Return "13.2 %"."""
     return f"{100 * value:.1f}{SPACE}%"
 
 
 def memory(value: float) -> str:
-    """512 MiB or 11.3 GiB"""
+    """Return "512 MiB" or "11.3 GiB"."""
     return f"{value / 2**20:,.0f}{SPACE}MiB" if value < 10 * 2**30 else f"{value / 2**30:,.1f}{SPACE}GiB"

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from gradacc_hf.accumulation.noise_scale import CONFIDENCE, MEASUREMENTS_NEEDED
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.report import narrative as words
 from gradacc_hf.report import plots
-from gradacc_hf.report.runs import RunGroup
+from gradacc_hf.report.runs import HistoryRow, RunGroup
 from gradacc_hf.report.tables import first_baseline, memory_figure, metric_names
 
+BEYOND = 10.0  # times the largest noise scale, or as much below the smallest: the end of the picture
+UNBOUNDED = 1e99  # examples; the upper bound of an interval without one
 LOG_AXIS_RATIO = 3.0  # between the medians of contenders; above it an axis is logarithmic
 
 
@@ -29,11 +32,13 @@ class Figure:
 
 
 def curves_of(found: Sequence[RunGroup]) -> list[Figure]:
-    """Loss and gradient error by window."""
+    """Return loss, gradient error and evaluations by window."""
     figures = []
     if losses := _by_window(found, "loss"):
         log = _far_apart(losses)
-        notes = ["Losses are as each way logs them, not always the mean over the window."] * (len(found) > 1)
+        notes = ["Each contender logs its own loss, which is not always the mean over the window."] * (
+            len(found) > 1
+        )
         notes += ["The axis is logarithmic."] * log
         figures.append(Figure("Loss", plots.curves("loss", "loss", losses, log=log), " ".join(notes)))
     if errors := _by_window(found, "gradient_error"):
@@ -45,7 +50,7 @@ def curves_of(found: Sequence[RunGroup]) -> list[Figure]:
 
 
 def _evaluations_of(found: Sequence[RunGroup]) -> list[Figure]:
-    """Every metric by window, if a run was evaluated more than once."""
+    """Return every metric by window, if a run was evaluated more than once."""
     if all(len(run.evaluations) < 2 for contender in found for run in contender.runs):
         return []
     figures = []
@@ -60,7 +65,7 @@ def _evaluations_of(found: Sequence[RunGroup]) -> list[Figure]:
 
 
 def small_curves_of(found: Sequence[RunGroup]) -> list[Figure]:
-    """Learning rate and gradient norm by window."""
+    """Return learning rate and gradient norm by window."""
     figures = []
     if rates := _by_window(found, "lr"):
         figures.append(Figure("Learning rate", plots.curves("lr", "learning rate", rates, small=True)))
@@ -71,30 +76,80 @@ def small_curves_of(found: Sequence[RunGroup]) -> list[Figure]:
 
 
 def dynamics_of(found: Sequence[RunGroup]) -> list[Figure]:
-    """The noise scale, the size of windows if it changes, and how far steps move the weights."""
-    figures = []
-    if scales := _by_window(found, "noise_scale"):
-        drawn = plots.curves("noise", "examples", scales, small=True, log=True)
-        figures.append(Figure("Gradient noise scale", drawn, "Smoothed; measured in some windows."))
+    """Return the noise scale, the effective batch size if it changes, and the weight change per step."""
+    figures = _noise_of(found)
     sizes = _by_window(found, "examples")
     if any(np.ptp(line.middle[:-1]) > 0 for line in sizes if len(line.middle) > 2):
         drawn = plots.curves("size", "examples", sizes, small=True)
-        figures.append(Figure("Examples a window", drawn))
+        figures.append(Figure("Effective batch size", drawn, "Examples of each window."))
     if ratios := _by_window(found, "update_ratio"):
-        drawn = plots.curves("update", "step / weights", ratios, small=True)
-        figures.append(Figure("Length of a step", drawn, "By that of the weights, of a sample of them."))
+        drawn = plots.curves("update", "relative change", ratios, small=True)
+        note = "Norm of the weight change divided by the norm of the weights, on a sample of the weights."
+        figures.append(Figure("Weight change per step", drawn, note))
     return figures
 
 
+def _noise_of(found: Sequence[RunGroup]) -> list[Figure]:
+    """Return the noise scale by window, on a logarithmic axis, from the first interval on.
+
+    A single run has its interval as a band, which ends at the edge of the picture.
+    """
+    lines = [noise_curve(look, contender) for look, contender in enumerate(found)]
+    lines = [line for line in lines if line.known]
+    if not lines:
+        return []
+    middles = np.concatenate([line.middle[np.isfinite(line.middle)] for line in lines])
+    edges = float(middles.min()) / BEYOND, float(middles.max()) * BEYOND
+    clipped = [
+        plots.Curve(
+            line.look, line.windows, line.middle, np.clip(line.least, *edges), np.clip(line.most, *edges)
+        )
+        for line in lines
+    ]
+    note = "Average over recent windows."
+    if all(len(contender.runs) == 1 for contender in found):
+        note += f" Band: the {CONFIDENCE:.0%} interval, up to the edge of the picture."
+    sizes = {run.window_size for contender in found for run in contender.runs}
+    size = sizes.pop() if len(sizes) == 1 else None
+    says = "" if size is None else f"effective batch size {size:g}"
+    drawn = plots.curves("noise", "examples", clipped, small=True, log=True, bound=size, bound_text=says)
+    return [Figure("Gradient noise scale", drawn, note)]
+
+
+def noise_curve(look: int, contender: RunGroup) -> plots.Curve:
+    """Return the known, positive noise scales of a contender, with the interval of a single run."""
+
+    def known(row: HistoryRow, value: float) -> float:
+        is_known = row.noise_measured >= MEASUREMENTS_NEEDED and 0 < row.noise_scale < math.inf
+        return value if is_known else math.nan
+
+    together = _windows_a_point([contender])
+    middle, low, high = (
+        plots.curve(
+            look,
+            [[(row.window, known(row, value(row))) for row in run.rows] for run in contender.runs],
+            together,
+        )
+        for value in (
+            lambda row: row.noise_scale,
+            lambda row: row.noise_low,
+            lambda row: row.noise_high if math.isfinite(row.noise_high) else UNBOUNDED,
+        )
+    )
+    if len(contender.runs) > 1 or not low.known:
+        return middle
+    return plots.Curve(look, middle.windows, middle.middle, low.middle, high.middle)
+
+
 def curves_note(found: Sequence[RunGroup]) -> str:
-    """What a point of a curve stands for, if it is more than one window of one run."""
+    """Return the meaning of a point of a curve, if it is more than one window of one run."""
     windows, repeats = _windows_a_point(found), max(len(contender.runs) for contender in found)
     of = [f"{windows} windows"] * (windows > 1) + [f"{repeats} repeats"] * (repeats > 1)
-    return f"A point is a median of {' of '.join(of)}; bands reach from the least to the most." * bool(of)
+    return f"A point is a median of {' of '.join(of)}; bands reach from minimum to maximum." * bool(of)
 
 
 def _by_window(found: Sequence[RunGroup], name: str) -> list[plots.Curve]:
-    """A column of the histories: one curve for each contender that has it."""
+    """Return a column of the histories: one curve for each contender that has it."""
     together = _windows_a_point(found)
     lines = []
     for look, contender in enumerate(found):
@@ -118,7 +173,7 @@ def _far_apart(lines: Sequence[plots.Curve]) -> bool:
 
 
 def metrics_of(found: Sequence[RunGroup]) -> list[Figure]:
-    """Final metrics, if there are contenders to compare."""
+    """Return the final metrics, if there are contenders to compare."""
     if len(found) < 2:
         return []
     baseline = first_baseline(found)
@@ -134,7 +189,7 @@ def metrics_of(found: Sequence[RunGroup]) -> list[Figure]:
 
 
 def bars_of(found: Sequence[RunGroup]) -> list[Figure]:
-    """Speed and memory, if there are contenders to compare."""
+    """Return speed and memory, if there are contenders to compare."""
     if len(found) < 2:
         return []
     memory_title, memory = memory_figure(found)
@@ -152,7 +207,7 @@ def bars_of(found: Sequence[RunGroup]) -> list[Figure]:
 
 
 def sizes_of(found: Sequence[RunGroup]) -> list[Figure]:
-    """The time of each micro-batch size that a run tried on its first windows, without warm-up windows."""
+    """Return the time of each micro-batch size that a run tried on its first windows, without warm-up."""
     figures = []
     for look, contender in enumerate(found):
         run = next((run for run in contender.runs if run.summary.get("tuning")), None)
@@ -162,18 +217,17 @@ def sizes_of(found: Sequence[RunGroup]) -> list[Figure]:
         trials = [trial for trial in trials if trial.get("counts", True)]
         sizes = sorted({trial["max_tokens"] for trial in trials})
         values = [[1e6 * t["seconds_per_token"] for t in trials if t["max_tokens"] == s] for s in sizes]
-        labels = [f"{size:,}" + " (taken)" * (size == tuning["max_tokens"]) for size in sizes]
+        labels = [f"{size:,}" + " (kept)" * (size == tuning["max_tokens"]) for size in sizes]
         if trials:
-            drawn = plots.dots(f"sizes{look}", "µs a token of the examples", labels, values, None)
-            note = (
-                "A mark is one of the run's first windows, in micro-batches of at most so many padded tokens."
-            )
-            figures.append(Figure(contender.label, drawn, note))
+            drawn = plots.dots(f"sizes{look}", "µs per token, without padding", labels, values, None)
+            note = "Rows: most padded tokens of a micro-batch. A mark is one of the first windows of the run."
+            title = contender.label if len(found) > 1 else "Time by micro-batch size"
+            figures.append(Figure(title, drawn, note))
     return figures
 
 
 def windows_of(found: Sequence[RunGroup]) -> list[Figure]:
-    """The first window of each contender that records it, all at one scale."""
+    """Return the first window of each contender that records it, all at one scale."""
     windows = {
         look: window
         for look, contender in enumerate(found)

@@ -1,7 +1,7 @@
-"""Draws the pictures of a report: functions take numbers and return SVG for an HTML page.
+"""Draw the pictures of a report: functions take numbers and return SVG for an HTML page.
 
-Text and axes use the colour of the page's text, lines the page's variables `--c0` … `--c6`. So both follow
-the light or dark mode. The number of a contender sets colour, dashes and marker; each of them identifies it.
+Text and axes use the colour of the page's text. Lines use the page's variables `--c0` … `--c6`. So both
+follow the light or dark mode. The number of a contender sets colour, dashes and marker. Each identifies it.
 """
 
 import io
@@ -21,7 +21,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-# Okabe and Ito, distinct for the colour-blind. In the SVG each becomes the page's variable of that number.
+# Okabe and Ito, distinct for the colour-blind. In the SVG each is replaced by the page's variable `--cN`.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vPX*"
@@ -65,7 +65,7 @@ class Curve:
 
 
 def curve(look: int, repeats: Sequence[Sequence[tuple[float, float]]], windows_a_point: int = 1) -> Curve:
-    """A curve of (window, value) pairs, one list for each repeat. Values that are not finite are gaps."""
+    """Return the curve of (window, value) pairs, one list for each repeat. Values not finite are gaps."""
     by_point: dict[int, list[float]] = {}
     for pairs in repeats:
         for window, value in pairs:
@@ -82,13 +82,25 @@ def curve(look: int, repeats: Sequence[Sequence[tuple[float, float]]], windows_a
 
 
 def windows_a_point(windows: int) -> int:
-    """The number of windows of a run that share one point of a curve."""
+    """Return the number of windows of a run that share one point of a curve."""
     return math.ceil(windows / MAX_POINTS)
 
 
 def curves(name: str, ylabel: str, lines: Sequence[Curve], *, log: bool = False, bound: float | None = None,
-           small: bool = False, xlabel: str = "window", labels: Sequence[str] = ()) -> Markup:  # fmt: skip
-    """Values by window, one line for each contender. `bound`: a line across. `labels`: legend."""
+           bound_text: str = "", small: bool = False, xlabel: str = "window",
+           labels: Sequence[str] = ()) -> Markup:  # fmt: skip
+    """Draw values by window, one line for each contender.
+
+    Args:
+        name: prefix of the ids in the SVG.
+        ylabel, xlabel: names of the axes.
+        lines: the values.
+        log: whether the axis of the values is logarithmic. Values of 0 and less are drawn at `FLOOR`.
+        bound: a value that a dashed line marks.
+        bound_text: the text on that line; by default the bound of exactness.
+        small: whether the picture is low.
+        labels: the legend.
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, 1.9 if small else 2.8), layout="constrained")
         axes = figure.subplots()
@@ -99,8 +111,8 @@ def curves(name: str, ylabel: str, lines: Sequence[Curve], *, log: bool = False,
         if bound is not None:
             axes.axhline(bound, color="#000000", linewidth=1, dashes=(2, 2))
             axes.annotate(
-                f"exact: at most {_short(bound)}", (1, bound), (0, 3), xycoords=("axes fraction", "data"),
-                textcoords="offset points", ha="right", fontsize=9,
+                bound_text or f"exact: at most {_short(bound)}", (1, bound), (0, 3),
+                xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=9,
             )  # fmt: skip
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
@@ -135,13 +147,13 @@ def _log_axis(axes: Axes) -> None:
 
 
 def bars(name: str, xlabel: str, labels: Sequence[str], repeats: Sequence[Sequence[float]]) -> Markup:
-    """One bar for each contender, as long as the median of its repeats. Each repeat is a dot."""
+    """Draw one bar for each contender, as long as the median of its repeats. Each repeat is a stroke."""
     return _rows(name, xlabel, labels, repeats, bar=True)
 
 
 def dots(name: str, xlabel: str, labels: Sequence[str], repeats: Sequence[Sequence[float]],
          baseline: float | None) -> Markup:  # fmt: skip
-    """One row for each contender, one marker for each repeat, and the baseline across."""
+    """Draw one row for each contender, one marker for each repeat, and a line at the baseline."""
     return _rows(name, xlabel, labels, repeats, bar=False, baseline=baseline)
 
 
@@ -183,9 +195,9 @@ def _rows(name: str, xlabel: str, labels: Sequence[str], repeats: Sequence[Seque
 def window_picture(
     name: str, look: int, micro_batches: Sequence[Sequence[float]], longest: float, rows: float
 ) -> Markup:
-    """One window: one bar for each example, as long as its tokens, in padded micro-batches.
+    """Draw one window: one bar for each example, as long as its tokens, in padded micro-batches.
 
-    `longest` (tokens) and `rows` (of `picture_rows`) belong to the largest picture: all have one scale.
+    `longest` (tokens) and `rows` (of `picture_rows`) are of the largest picture, so that all have one scale.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(1.75, 0.3 + min(3.6, 0.15 * rows)))
@@ -212,7 +224,7 @@ def window_picture(
 
 
 def picture_rows(micro_batches: Sequence[Sequence[float]]) -> float:
-    """The height of the picture of this window, in examples."""
+    """Return the height of the picture of this window, in examples."""
     return sum(map(len, micro_batches)) + _gap(micro_batches) * (len(micro_batches) - 1) + 0.2
 
 
@@ -221,7 +233,7 @@ def _gap(micro_batches: Sequence[Sequence[float]]) -> float:
 
 
 def _bars_of(lengths: Sequence[float], top: float, apart: bool) -> list[Path]:
-    """One bar for each example; if bars are too thin to stand apart, one shape with their outline."""
+    """Return one bar for each example; if bars are too thin to stand apart, one shape with their outline."""
     if apart:
         return [_box(0, top + row + 0.1, length, 0.8) for row, length in enumerate(lengths)]
     corners = [(length, top + row + side) for row, length in enumerate(lengths) for side in (0, 1)]
@@ -236,7 +248,7 @@ def _box(left: float, top: float, width: float, height: float) -> Path:
 
 
 def alone(svg: Markup) -> str:
-    """A picture as a separate file, which follows the light or dark mode of the viewer."""
+    """Return a picture as a separate file, which follows the light or dark mode of the viewer."""
     colours = "".join(f"--c{number}: {colour};" for number, colour in enumerate(COLOURS))
     style = (
         f"<style>svg {{ {colours} color: #1c1f23; background: #ffffff; font-family: sans-serif; }} "
@@ -248,7 +260,7 @@ def alone(svg: Markup) -> str:
 
 
 def key(name: str, look: int) -> Markup:
-    """The line and marker of a contender, for tables and legends."""
+    """Return the line and marker of a contender as a picture, for tables and legends."""
     with rc_context(STYLE):
         figure = Figure(figsize=(0.42, 0.14))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -267,12 +279,12 @@ def _look(number: int) -> dict[str, Any]:
 
 
 def _wrapped(label: str) -> str:
-    """A label of at most two lines of 18 letters."""
+    """Return a label in at most two lines of 18 letters."""
     return "\n".join(textwrap.wrap(label, 18, max_lines=2, placeholder=" …") or [label])
 
 
 def _short(value: float) -> str:
-    """0.5, 20 or 1e-5."""
+    """Return "0.5", "20" or "1e-5"."""
     if 1e-3 <= value < 1e4:
         return f"{value:g}"
     mantissa, exponent = f"{value:.0e}".split("e")
@@ -280,7 +292,7 @@ def _short(value: float) -> str:
 
 
 def _svg(name: str, figure: Figure, says: str) -> Markup:
-    """The figure as an SVG element. Its ids begin with `name`, because a page has many figures."""
+    """Return the figure as an SVG element. Ids begin with `name`, because a page has many figures."""
     drawn = io.StringIO()
     figure.savefig(
         drawn, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -1,4 +1,4 @@
-"""Reads runs from disk for a report: history.jsonl, summary.json, config.yaml, verify.json.
+"""Read runs from disk for a report: history.jsonl, summary.json, config.yaml, verify.json.
 
 `read_runs` returns a `RecordedRun` for each folder, without secrets. `contenders` groups the repeats of one
 way of training. An interrupted run is read up to its last complete window. The figures of a run come from its
@@ -23,7 +23,8 @@ from gradacc_hf.utils.redaction import redact
 
 NUMBER_KEYS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
 NUMBER_KEYS += ("training_memory_bytes", "effective_batch_size", "processes")
-OBJECT_KEYS = ("eval", "best", "baseline", "accumulation_steps", "versions")
+FIRST_CONTENDERS = ("gradacc", "ours")  # labels of `gradacc compare`; the latter by version 0.1
+OBJECT_KEYS = ("eval", "best", "baseline", "accumulation_steps", "planned_accumulation_steps", "versions")
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class RecordedRun:
         return self.summary.get("seed", self.setting("train", "seed"))
 
     def setting(self, section: str, key: str) -> Any:
-        """A value of the config; None if it is missing."""
+        """Return a value of the config; None if it is missing."""
         values = self.config.get(section)
         return values.get(key) if isinstance(values, dict) else None
 
     def total(self, name: str) -> float:
-        """A sum over the windows: `examples`, `tokens`, `padded_tokens`, `seconds`."""
+        """Return a sum over the windows: of `examples`, `tokens`, `padded_tokens` or `seconds`."""
         return (
             number(self.summary[name]) if name in self.summary else sum(getattr(r, name) for r in self.rows)
         )
@@ -69,12 +70,12 @@ class RecordedRun:
 
     @property
     def examples_per_second(self) -> float:
-        """NaN if no time is known."""
+        """Examples per second; NaN if no time is known."""
         return _ratio(self.total("examples"), self.total("seconds"))
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens without padding; NaN if no time is known."""
+        """Tokens per second, without padding; NaN if no time is known."""
         return _ratio(self.total("tokens"), self.total("seconds"))
 
     @property
@@ -104,16 +105,30 @@ class RecordedRun:
 
     @property
     def window_size(self) -> float:
-        """Examples of the larger one of the last two windows, as the last one may be partial."""
+        """Examples of the larger of the last two windows, as the last one may be partial."""
         return max((row.examples for row in self.rows[-2:]), default=math.nan)
+
+    @property
+    def noise_measurements(self) -> int:
+        """The number of measurements of the gradient noise scale."""
+        measured = self.rows[-1].noise_measured if self.rows else 0
+        return int(measured) if math.isfinite(measured) else 0
 
     @property
     def noise_scale(self) -> float:
         """The final gradient noise scale, in examples; infinite if too large, NaN if not measured."""
-        if not self.rows or not self.rows[-1].noise_measured > 0:
+        if not self.noise_measurements:
             return math.nan
         scale = self.rows[-1].noise_scale
         return scale if math.isfinite(scale) else math.inf
+
+    @property
+    def noise_interval(self) -> tuple[float, float]:
+        """The bounds of the final noise scale; NaN if they are not recorded, as by version 0.1."""
+        if not self.noise_measurements or not math.isfinite(self.rows[-1].noise_low):
+            return math.nan, math.nan
+        low, high = self.rows[-1].noise_low, self.rows[-1].noise_high
+        return low, high if math.isfinite(high) else math.inf
 
     @property
     def update_ratio(self) -> float:
@@ -142,11 +157,11 @@ class RecordedRun:
 
     @property
     def samples(self) -> list[dict[str, str]]:
-        """Outputs of the model for a few rows: name to text, the same names in each; often none."""
+        """Outputs of the model for a few rows: name to text, the same names in each. Often empty."""
         return self.summary.get("samples") or []
 
     def metrics(self, which: str) -> dict[str, float]:
-        """The metrics of the final ("eval") or best evaluation ("best"), or of the baseline ("baseline")."""
+        """Return the metrics of the final ("eval") or best evaluation ("best"), or of the "baseline"."""
         found = self.summary.get(which) or {}
         return {
             name: number(value)
@@ -163,13 +178,16 @@ class RunGroup:
     runs: tuple[RecordedRun, ...]
 
     def first_window(self) -> list[list[int]] | None:
-        """The first window that a repeat records: tokens of each example, by micro-batch."""
+        """Return the first window that a repeat records: tokens of each example, by micro-batch."""
         found = [run.summary["first_window"] for run in self.runs if run.summary.get("first_window")]
         return found[0] if found else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
-    """The runs in these folders or below. Raises InputError if a folder has no run, or a broken file."""
+    """Return the runs in these folders or below.
+
+    Raises InputError for a folder without a run, and for a broken file.
+    """
     found: dict[Path, None] = {}  # in order, each once
     for folder in map(Path, folders):
         if not folder.is_dir():
@@ -191,9 +209,9 @@ def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
 
 
 def contenders(runs: Sequence[RecordedRun]) -> list[RunGroup]:
-    """The ways of training in the order of the runs, gradacc first ("ours" in older runs)."""
+    """Return the ways of training in the order of the runs, gradacc first."""
     order = dict.fromkeys(run.contender for run in runs)
-    labels = sorted(order, key=lambda label: label not in ("gradacc", "ours"))
+    labels = sorted(order, key=lambda label: label not in FIRST_CONTENDERS)
     return [
         RunGroup(label, tuple(sorted((run for run in runs if run.contender == label), key=_by_seed)))
         for label in labels
@@ -201,7 +219,7 @@ def contenders(runs: Sequence[RecordedRun]) -> list[RunGroup]:
 
 
 def number(value: Any) -> float:
-    """A number of a JSON file; null is NaN. Raises ValueError or OverflowError for anything else."""
+    """Return a number of a JSON file; null is NaN. Raises ValueError or OverflowError for anything else."""
     if value is None:
         return math.nan
     if not isinstance(value, int | float):
@@ -219,7 +237,7 @@ def _by_seed(run: RecordedRun) -> tuple[bool, Any]:
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    """The folders with a history.jsonl, or a run's summary.json, in natural order (seed_2 before seed_10)."""
+    """Yield the folders with a history.jsonl or a run's summary.json, in natural order (seed_2, seed_10)."""
     files = [path for name in ("history.jsonl", "summary.json") for path in folder.rglob(name)]
     candidates = {
         path.parent for path in files if not any(p.startswith(".") for p in path.relative_to(folder).parts)
@@ -238,7 +256,7 @@ def _read_run(folder: Path, name: str) -> RecordedRun:
     summary = _read_summary(folder / "summary.json")
     if not summary:
         notes.append(
-            f"unfinished: {_windows(len(rows))} are there and no summary.json (killed, or still going)"
+            f"unfinished: {_windows(len(rows))} and no summary.json; the run was killed or has not ended"
         )
     elif summary.get("windows") not in (None, len(rows)):
         notes.append(f"summary.json counts {summary['windows']} windows, history.jsonl has {len(rows)}")
@@ -315,9 +333,10 @@ def _read_summary(path: Path) -> dict[str, Any]:
     for key in OBJECT_KEYS:
         if not isinstance(summary.get(key), dict | None):
             refuse(f"{path}, {key}", f"found {summary[key]!r}", "an object or null is allowed")
-    steps = (summary.get("accumulation_steps") or {}).items()
     numbers = {key: summary.get(key) for key in NUMBER_KEYS} | {
-        f"accumulation_steps.{k}": v for k, v in steps
+        f"{key}.{name}": value
+        for key in ("accumulation_steps", "planned_accumulation_steps")
+        for name, value in (summary.get(key) or {}).items()
     }
     for key, value in numbers.items():
         try:

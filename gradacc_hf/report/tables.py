@@ -1,6 +1,6 @@
 """The tables of a report: figures side by side, the plan in numbers, the settings and versions.
 
-Functions take contenders and runs, and return text. All names of columns are defined here.
+Functions take contenders and runs, and return text. The names of all columns are defined here.
 """
 
 import math
@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
+from gradacc_hf.accumulation.noise_scale import CONFIDENCE, MEASUREMENTS_NEEDED, noise_range
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.report import narrative as words
-from gradacc_hf.report.runs import RecordedRun, RunGroup
+from gradacc_hf.report.runs import RecordedRun, RunGroup, number
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class TableCell:
 
 
 def figures_table(found: Sequence[RunGroup]) -> tuple[list[str], list[tuple[str, list[TableCell]]]]:
-    """The titles of the columns, and the label and cells of each contender. Empty columns are left out."""
+    """Return the titles of the columns, and the label and cells of each contender, without empty columns."""
     metrics = metric_names(found)
     columns: list[tuple[str, Callable[[RecordedRun], float | None], Callable[[float], str]]] = [
         *((name, lambda run, name=name: run.metrics("eval").get(name), words.metric) for name in metrics),
@@ -89,7 +90,7 @@ def _spread(values: Sequence[float], show: Callable[[float], str]) -> TableCell:
 
 
 def memory_figure(found: Sequence[RunGroup]) -> tuple[str, Callable[[RecordedRun], float | None]]:
-    """The memory while training, if all runs record it; else the peak of the process."""
+    """Return the memory while training, if all runs record it; else the peak of the process."""
     title, key = "memory to train", "training_memory_bytes"
     if not all(run.summary.get(key) for contender in found for run in contender.runs if run.summary):
         title, key = "peak memory", "peak_memory_bytes"
@@ -97,7 +98,7 @@ def memory_figure(found: Sequence[RunGroup]) -> tuple[str, Callable[[RecordedRun
 
 
 def baseline_row(found: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
-    """A row of the table: the metrics of a baseline without training. Empty if no run records them."""
+    """Return a row of the table: the metrics of a baseline without training. Empty if no run has them."""
     baseline: Mapping[str, float] = first_baseline(found)
     cells = [words.metric(baseline[title]) if title in baseline else "" for title in titles]
     return cells if any(cells) else []
@@ -108,12 +109,13 @@ def first_baseline(found: Sequence[RunGroup]) -> dict[str, float]:
 
 
 def plan_table(found: Sequence[RunGroup]) -> list[tuple[str, list[TableCell]]]:
-    """What was run, in numbers: (name, a cell for each contender). Empty rows are left out."""
+    """Return what was run, in numbers: (name, a cell for each contender), without empty rows."""
     rows: list[tuple[str, Callable[[RunGroup], TableCell]]] = [
         ("windows", _of_runs(lambda run: run.windows)),
         ("examples", _of_runs(lambda run: run.total("examples"))),
         ("effective batch size", _of_runs(_effective_batch_size)),
         ("accumulation steps: min / mean / max", _accumulation_steps),
+        ("accumulation steps as planned", _planned_steps),
         ("processes", _of_runs(lambda run: run.summary.get("processes"))),
         (
             "precision",
@@ -131,15 +133,18 @@ def plan_table(found: Sequence[RunGroup]) -> list[tuple[str, list[TableCell]]]:
 
 
 def dynamics_table(found: Sequence[RunGroup]) -> list[tuple[str, list[TableCell]]]:
-    """What windows of this size did to training, as rows of `plan_table`; empty if no step was measured."""
+    """Return how the size of windows affects training, as rows of `plan_table`.
+
+    Empty if no step was measured.
+    """
     if not any(math.isfinite(run.update_ratio) for contender in found for run in contender.runs):
         return []
     rows = [
-        ("examples a window, the last full one", _of_runs(lambda run: run.window_size)),
-        ("gradient noise scale, at the end (examples)", _of_runs(lambda run: run.noise_scale, words.figure)),
+        ("effective batch size at the end", _of_runs(lambda run: run.window_size)),
+        ("gradient noise scale at the end (examples)", _noise_scale),
         ("windows whose gradient was clipped", _of_runs(lambda run: run.clipped, words.percent)),
         ("windows that took no step", _of_runs(lambda run: run.skipped, words.percent)),
-        ("step / weights, median", _of_runs(lambda run: run.update_ratio, words.error)),
+        ("weight change per step, relative (median)", _of_runs(lambda run: run.update_ratio, words.error)),
     ]
     return _known(found, rows)
 
@@ -147,28 +152,28 @@ def dynamics_table(found: Sequence[RunGroup]) -> list[tuple[str, list[TableCell]
 def _known(
     found: Sequence[RunGroup], rows: Sequence[tuple[str, Callable[[RunGroup], TableCell]]]
 ) -> list[tuple[str, list[TableCell]]]:
-    table = [(name, [say(contender) for contender in found]) for name, say in rows]
+    table = [(name, [cell(contender) for contender in found]) for name, cell in rows]
     return [(name, cells) for name, cells in table if any(cell.text for cell in cells)]
 
 
 def _of_runs(
     figure: Callable[[RecordedRun], float | None], show: Callable[[float], str] = words.count
 ) -> Callable[[RunGroup], TableCell]:
-    def say(contender: RunGroup) -> TableCell:
+    def cell(contender: RunGroup) -> TableCell:
         known = words.finite([figure(run) for run in contender.runs])
         return _spread(known, show) if known else TableCell("")
 
-    return say
+    return cell
 
 
 def _all(value: Callable[[RecordedRun], Any]) -> Callable[[RunGroup], TableCell]:
-    """The distinct values of the runs, as text."""
+    """Return a function that lists the distinct values of the runs."""
 
-    def say(contender: RunGroup) -> TableCell:
-        said = (str(v) for run in contender.runs if (v := value(run)) is not None)
-        return TableCell(", ".join(dict.fromkeys(said)))
+    def cell(contender: RunGroup) -> TableCell:
+        values = (str(v) for run in contender.runs if (v := value(run)) is not None)
+        return TableCell(", ".join(dict.fromkeys(values)))
 
-    return say
+    return cell
 
 
 def _skipped(run: RecordedRun) -> int | None:
@@ -180,18 +185,60 @@ def _effective_batch_size(run: RecordedRun) -> float | None:
     return size if isinstance(size, int | float) else None
 
 
+def _noise_scale(contender: RunGroup) -> TableCell:
+    """The noise scale with its interval for a single run, the spread over repeats for several."""
+    measured = [run for run in contender.runs if run.noise_measurements >= MEASUREMENTS_NEEDED]
+    if len(contender.runs) > 1 or not measured:
+        known = words.finite([run.noise_scale for run in measured])
+        return _spread(known, words.figure) if known else TableCell("")
+    [run] = measured
+    low, high = run.noise_interval
+    scale = words.figure(run.noise_scale) if math.isfinite(run.noise_scale) else "beyond measure"
+    if math.isnan(low):
+        return TableCell(scale)
+    if low <= 0 and math.isinf(high):
+        return TableCell("not known", f"{run.noise_measurements} measurements exclude no value")
+    return TableCell(scale, f"{CONFIDENCE:.0%} interval: {noise_range(low, high)}")
+
+
+def _planned_steps(contender: RunGroup) -> TableCell:
+    """The planned accumulation steps of a single run, if the run made others, with the reason."""
+    run, *repeats = contender.runs
+    planned = run.summary.get("planned_accumulation_steps")
+    if repeats or not planned:
+        return TableCell("")
+    text = _steps(*(number(planned.get(key)) for key in ("min", "mean", "max")))
+    return TableCell("" if text == _accumulation_steps(contender).text else text, _why_other_steps(run))
+
+
+def _why_other_steps(run: RecordedRun) -> str:
+    if run.summary.get("replays"):
+        return "memory ran out, and windows were split finer"
+    trials = (run.summary.get("tuning") or {}).get("trials")
+    if trials:
+        kept = run.summary["tuning"].get("max_tokens")
+        then = f", then kept {kept:,} padded tokens" if kept else ""
+        return f"the first {len(trials)} windows tried micro-batch sizes{then}"
+    return "the plan is from a sample of windows"
+
+
+def _steps(least: float, mean: float, most: float) -> str:
+    return f"{least:g} / {mean:.1f} / {most:g}".replace(" ", words.SPACE)
+
+
 def _accumulation_steps(contender: RunGroup) -> TableCell:
     steps = zip(*(run.accumulation_steps for run in contender.runs), strict=True)
     least, mean, most = (words.finite(numbers) for numbers in steps)
     if not (least and mean and most):
         return TableCell("")
-    return TableCell(
-        f"{min(least):g} / {sum(mean) / len(mean):.1f} / {max(most):g}".replace(" ", words.SPACE)
-    )
+    return TableCell(_steps(min(least), sum(mean) / len(mean), max(most)))
 
 
 def _best(contender: RunGroup) -> TableCell:
-    """The best evaluation of a single run, if it is not the final one. Repeats differ in the best window."""
+    """Return the best evaluation of a single run, if it is not the final one.
+
+    Empty for repeats, which differ in the best window.
+    """
     run, *repeats = contender.runs
     best = run.summary.get("best")
     if repeats or not best or best == run.summary.get("eval"):
@@ -201,7 +248,7 @@ def _best(contender: RunGroup) -> TableCell:
 
 
 def configurations(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:
-    """(runs, text): the configuration of the first run as YAML, then the differences of the others."""
+    """Return (runs, text): the configuration of the first run as YAML, then how the others differ."""
     known = [run for run in runs if run.config]
     if not known:
         return []
@@ -210,8 +257,8 @@ def configurations(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:
     def differences(run: RecordedRun) -> str:
         after = _flat(run.config)
         names = [name for name in {**before, **after} if before.get(name, _flat) != after.get(name, _flat)]
-        lines = [f"{name}: {after.get(name, '(not there)')}" for name in names]
-        return "\n".join([f"as {first.name}" + (", but" if lines else ""), *lines])
+        lines = [f"{name}: {after.get(name, '(not set)')}" for name in names]
+        return "\n".join([f"same as {first.name}" + (", except" if lines else ""), *lines])
 
     yaml_of_first = yaml.safe_dump(first.config, sort_keys=False, allow_unicode=True)
     others = distinct(known[1:], differences, always_named=True)
@@ -219,7 +266,7 @@ def configurations(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted names."""
+    """Return settings by dotted names."""
     flat = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -229,11 +276,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def distinct(
     runs: Sequence[RecordedRun], value: Callable[[RecordedRun], str], always_named: bool = False
 ) -> list[tuple[str, str]]:
-    """(names of runs, value), each value once. Without names if all runs agree, unless `always_named`."""
-    said: dict[str, list[str]] = {}
+    """Return (names of runs, value), each value once; no names if all agree, unless `always_named`."""
+    names_of: dict[str, list[str]] = {}
     for run in runs:
         if found := value(run):
-            said.setdefault(found, []).append(run.name)
-    if len(said) == 1 and not always_named:
-        return [("", next(iter(said)))]
-    return [(", ".join(names), found) for found, names in said.items()]
+            names_of.setdefault(found, []).append(run.name)
+    if len(names_of) == 1 and not always_named:
+        return [("", next(iter(names_of)))]
+    return [(", ".join(names), found) for found, names in names_of.items()]

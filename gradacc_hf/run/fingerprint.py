@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with its checkpoint: data, and settings of what it computes."""
+"""The data and settings that a resumed run must have in common with its checkpoint."""
 
 import hashlib
 import json
@@ -13,11 +13,11 @@ from datasets import Dataset
 from gradacc_hf.config.schema import Config
 from gradacc_hf.errors import InputError
 
-SECTIONS = ("model", "data", "batch", "optim", "train")  # not the budget, the output and the checkpoints
+SECTIONS = ("model", "data", "batch", "optim", "train")  # budget, output and checkpoints may change
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Return a checksum of all rows, in their order."""
+    """Return a checksum of all rows, in order."""
     digest = hashlib.sha256()
     for table in dataset.with_format("arrow").iter(batch_size=10_000):
         sink = pa.BufferOutputStream()
@@ -43,16 +43,16 @@ def _digest(bytes: bytes | None, path: str | None) -> str:
 
 
 def what_must_stay(config: Config, training: Dataset, validation: Dataset) -> dict[str, Any]:
-    """Return every setting that changes what a run computes, by its key; data sets by their content."""
+    """Return every setting that changes what a run computes, by key. Data sets are given by content."""
     settings = {section: asdict(getattr(config, section)) for section in SECTIONS}
     same = {key: value for section, values in settings.items() for key, value in _flat(section, values)}
     for key in ("data.leave_out", "train.on_nonfinite", "data.train", "data.validation"):
-        del same[key]  # the first two are about windows to come
+        del same[key]  # the first two affect later windows only
     return same | {"data.train": fingerprint(training), "data.validation": fingerprint(validation)}
 
 
 def check_same_settings(config: Config, run: Path) -> None:
-    """Raise InputError where a run that has ended had other settings than are asked for now."""
+    """Raise InputError where a run that has ended was made with other settings than `config`."""
     had = json.loads(json.dumps(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))))
     for section in ("model", "batch", "optim", "train"):
         now = json.loads(json.dumps(asdict(getattr(config, section))))
@@ -60,8 +60,8 @@ def check_same_settings(config: Config, run: Path) -> None:
         for key, value in _flat(section, now):
             if key in before and before[key] != value and key != "model.trust_remote_code":
                 raise InputError(
-                    f"{key}: found {value!r}, and {run} has come to its end with {before[key]!r}: give "
-                    "another --output.dir to train again"
+                    f"{key}: found {value!r}, and {run} has ended with {before[key]!r}: give another "
+                    "--output.dir to train again"
                 )
 
 

@@ -44,9 +44,9 @@ RUN_FILES = (
 
 
 def folder_to_resume(config: Config) -> Path | None:
-    """Return the folder of the run that `--resume` continues; None where a new run starts.
+    """Return the folder of the run that `--resume` continues; None if a new run starts.
 
-    Raises InputError where the named folder holds no run.
+    Raises InputError if the named folder holds no run.
     """
     if config.resume is None:
         return None
@@ -78,7 +78,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def check_output(config: Config) -> None:
-    """Refuse a folder that cannot be written, or that holds what this run would overwrite."""
+    """Raise InputError for a folder that cannot be written, or whose files this run would overwrite."""
     folder = Path(config.output.dir or "runs")
     if config.output.dir:
         refuse_links(folder, "output.dir")
@@ -87,44 +87,47 @@ def check_output(config: Config) -> None:
     if config.output.dir and folder.is_dir() and any(folder.iterdir()):
         if not _is_run(folder):
             raise InputError(
-                f"output.dir: {folder} holds files that are no run's; give a new or empty folder"
+                f"output.dir: {folder} holds files that do not belong to a run; give a new or empty folder"
             )
         if not config.output.overwrite:
             raise InputError(
-                f"output.dir: {folder} already holds a run; give a new name, --resume auto to go on with it, "
-                "or --output.overwrite true to give it up"
+                f"output.dir: {folder} already holds a run; give a new name, --resume auto to continue it, "
+                "or --output.overwrite true to delete it"
             )
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise InputError(f"output.dir: {existing} is a file, and {folder} cannot be in it; give a folder")
+        raise InputError(f"output.dir: {existing} is a file, so {folder} cannot be made; give a folder")
     if not os.access(existing, os.W_OK):
         raise InputError(f"output.dir: {existing} cannot be written; give a folder elsewhere")
 
 
 def refuse_links(folder: Path, key: str) -> None:
-    """Refuse a run's folder that is a link, or has one where a run writes: elsewhere is not its to write."""
+    """Raise InputError for a run's folder that is a link, or that has a link where a run writes.
+
+    A run must not write outside its folder.
+    """
     of_a_run = (path for name in RUN_FILES for path in (folder / name).rglob("*"))
     for path in chain((folder,), folder.glob("*"), of_a_run):
         if path.is_symlink():
             raise InputError(
-                f"{key}: {path} is a link to {os.readlink(path)}, and a run writes through none; give the "
-                "folder itself, or remove the link"
+                f"{key}: {path} is a link to {os.readlink(path)}; a run does not write through links. Give "
+                "the folder itself, or remove the link"
             )
 
 
 @contextmanager
 def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0) -> Iterator[Path]:
-    """Make the run's folder, with its config, and lock it inside this block; call it on every process.
+    """Make the folder of the run with its config, and lock it inside this block. Call it on every process.
 
     Args:
         config: the settings of the run, which are written as config.yaml.
-        accelerator: its main process makes the folder; its trackers write there.
-        windows_done: windows of a run that continues, whose files stay.
+        accelerator: the main process makes the folder; the trackers write there.
+        windows_done: windows of a run that continues. If there are any, its files stay.
 
     Raises:
         InputError: for a folder that cannot be made, or that another run is writing into.
     """
-    accelerator.wait_for_everyone()  # another process may still read a model from the run that is overwritten
+    accelerator.wait_for_everyone()  # another process may still read a model of the overwritten run
     lock = None
     chosen: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -149,21 +152,21 @@ def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0)
 
 
 def _make_and_lock(config: Config) -> tuple["FolderLock | None", Any, Any]:
-    """Return (lock, folder, None), or (None, None, problem) where there is a problem."""
+    """Return (lock, folder, None), or (None, None, problem) if there is a problem."""
     try:
         folder = Path(config.output.dir) if config.output.dir else next_folder(_name(config))
         folder.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(folder)
         if lock.acquire():
             return lock, folder, None
-        in_use = "another run is writing into it: wait for it, stop it, or give a new folder"
+        in_use = "another run writes into it: wait until that run ends, stop it, or give a new folder"
         return None, None, f"{folder}: {in_use}"
     except OSError as error:
         return None, None, f"{config.output.dir} cannot be made ({error.strerror}); give a folder elsewhere"
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove the files of an earlier run, which `--output.overwrite` gives up."""
+    """Remove the files of an earlier run, for `--output.overwrite true`."""
     for path in (folder / name for name in RUN_FILES if name != LOCK):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -172,27 +175,27 @@ def _remove_run(folder: Path) -> None:
 
 
 class FolderLock:
-    """Keeps a run's folder for this process until `release`, or until the process ends, however it does."""
+    """Locks the folder of a run for this process, until `release` or the end of the process."""
 
     def __init__(self, folder: Path):
         self._path = folder / LOCK
         self._file: IO[str] | None = None
 
     def acquire(self) -> bool:
-        """Take the folder. Returns False where another process has it."""
-        import fcntl  # not on Windows, which is refused with a line elsewhere
+        """Lock the folder. Returns False if another process holds the lock."""
+        import fcntl  # not on Windows, which an earlier check refuses
 
         self._file = self._path.open("a")
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # any other error: a file system without locks
                 self.release()
                 return False
         return True
 
     def release(self) -> None:
-        """Let another run have the folder."""
+        """Unlock the folder."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -203,14 +206,14 @@ def _name(config: Config) -> str:
 
 
 def _folders_of(name: str) -> list[tuple[int, Path]]:
-    """Return the numbered folders of the runs of this name: (number, folder)."""
+    """Return the numbered folders of runs with this name: (number, folder)."""
     pattern = re.compile(re.escape(name) + r"-([0-9]+)")
     found = [(pattern.fullmatch(path.name), path) for path in Path("runs").glob("*")]
     return [(int(match[1]), path) for match, path in found if match]
 
 
 def settings(config: Config) -> str:
-    """Return all settings of a run, except secrets, as the text of a config file that runs it again."""
+    """Return all settings of a run, without secrets, as the text of a config file that repeats the run."""
     values = {name: value for name, value in asdict(config).items() if name not in FLAGS_ONLY}
     return yaml.safe_dump(without_tokens(values), sort_keys=False)
 

@@ -1,4 +1,4 @@
-"""Settings with which a recipe's run takes less memory: flags to paste, the largest saving first."""
+"""Settings that save memory in a run of a recipe: flags to paste, the largest saving first."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,10 @@ MIN_SAVED_SHARE = 0.01  # of the bytes; a flag that saves less is not listed
 class Lever:
     """Flags that save memory.
 
-    bytes: what the longest example alone takes with them. saved: bytes less than without them.
+    flags: the flags of a command line.
+    bytes: memory of the longest example with these flags.
+    saved: bytes less than without them.
+    fits: whether the longest example fits into the memory.
     """
 
     flags: str
@@ -40,14 +43,13 @@ def levers(
     available: int,
     processes: int = 1,
 ) -> list[Lever]:
-    """Return each lever alone, the best first; then the best together, until they fit.
+    """Return each lever alone, the best first. Then return the best ones combined, until the run fits.
 
     Args:
+        recipe, dataset, lengths, make_model, on_gpu: as for `recipe_memory`.
         found: the estimate of the recipe as it is.
         available: bytes of memory.
         processes: processes of the run.
-
-    The other arguments are those of `recipe_memory`.
     """
     longest = lengths[longest_example(lengths)]
 
@@ -65,7 +67,7 @@ def levers(
             if traced:
                 other = recipe.with_config(with_settings(recipe.config, traced))
                 estimate = recipe_memory(other, dataset, lengths, make_model, on_gpu, only_longest=True)
-        except (InputError, NotTraceableError):  # not with this model
+        except (InputError, NotTraceableError):  # this model does not support the setting
             return None
         if name := settings.get("optim.name"):
             estimate = estimate.with_optimizer(name)
@@ -83,7 +85,7 @@ def levers(
     for _, settings in useful:
         if any(one.fits for one in made):
             break
-        if "data.max_length" in settings:  # other examples: these are as long as they are
+        if "data.max_length" in settings:  # a model for shorter examples would have other estimates
             continue
         more = {**settings, **together}
         if len(together) and more != together and (size := take(more)) is not None:
@@ -93,7 +95,7 @@ def levers(
 
 
 def _choices(recipe: Recipe, on_gpu: bool) -> Iterator[Settings]:
-    """Yield the settings that are possible for this recipe and not set yet."""
+    """Yield the settings that this recipe supports and that are not set yet."""
     config = recipe.config
     half = {"model.dtype": "bfloat16", "budget.precision": "bf16"}
     if not config.budget.gradient_checkpointing:

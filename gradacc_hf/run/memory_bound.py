@@ -1,7 +1,7 @@
-"""The memory of a recipe's micro-batches: from the model's config, the data and the settings.
+"""The memory of a recipe's micro-batches, from the model's config, the data and the settings.
 
 `memory/estimator.py` estimates it by tracing a step. Estimates are cached in $XDG_CACHE_HOME/gradacc_hf or
-~/.cache/gradacc_hf, by everything that they depend on.
+~/.cache/gradacc_hf. The cache key contains everything that an estimate depends on.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from gradacc_hf.training.run_log import versions
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.rng import preserve_rng_state
 
-CACHE_FORMAT = 1  # raise it when an estimate of the same step changes
-CANDIDATE_EXAMPLES = 500  # examples, of different lengths, that the ones to trace are chosen from
+CACHE_FORMAT = 1  # raise it when the estimate of an unchanged step changes
+CANDIDATE_EXAMPLES = 500  # examples of different lengths, from which the traced ones are chosen
 STEP_INDEPENDENT_KEYS = ("memory", "max_tokens", "micro_batch_size", "num_workers")  # keys of a budget
 
 
@@ -43,17 +43,18 @@ def recipe_memory(
     on_gpu: bool,
     only_longest: bool = False,
 ) -> StepEstimate:
-    """Return the memory that a micro-batch of a recipe takes; no weights are loaded.
+    """Return the memory of a micro-batch of a recipe, without loading weights.
 
     Args:
+        recipe: the recipe.
         dataset: the training examples.
-        lengths: their tokens, (examples, columns).
+        lengths: tokens of the examples, (examples, columns).
         make_model: recipe → the model that is trained.
         on_gpu: whether the run will be on a GPU.
         only_longest: whether to estimate the longest example alone, which is quicker.
 
     Raises:
-        NotTraceableError: where no step of the model can be traced.
+        NotTraceableError: if no step of the model can be traced.
     """
     weightless = recipe.weightless()
     try:
@@ -62,21 +63,24 @@ def recipe_memory(
             padded = rounded_up(lengths, recipe.config.budget.pad_to_multiple_of or 1)
             points, exponents = choose(weightless, dataset, padded)
     except (ValueError, KeyError, TypeError) as error:
-        raise NotTraceableError(f"its examples cannot be collated: {error}") from error
+        raise NotTraceableError(f"the examples cannot be collated: {error}") from error
     config = recipe.config
     settings = StepSettings(config.optim, config.budget.precision, on_gpu, config.model.load_in_4bit)
     file = _cache() / f"memory-{_key(weightless, points, settings)}.json"
-    can_be_kept = not config.model.trust_remote_code  # that code may change unnoticed
-    with suppress(OSError, ValueError, KeyError, TypeError):  # none there, or none that can be read
+    can_be_kept = not config.model.trust_remote_code  # the cache key does not contain that code
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no cached estimate, or a damaged one
         if can_be_kept:
             return StepEstimate.from_json(json.loads(file.read_text(encoding="utf-8")))
     if not only_longest:
-        print(f"tracing a step of {config.model.name} for its memory (once: {file.parent})", file=stderr)
+        print(
+            f"estimating the memory of a step of {config.model.name} (once; cached in {file.parent})",
+            file=stderr,
+        )
     with preserve_rng_state():
         found = estimate(lambda: make_model(weightless), points, exponents, weightless.loss, settings)
     if not can_be_kept:
         return found
-    with suppress(OSError):  # a cache that cannot be written is done without
+    with suppress(OSError):  # the cache is optional
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(found.to_json()))
     return found
@@ -89,10 +93,14 @@ def choose_bound(
     make_model: Callable[[Recipe], Any],
     accelerator: Accelerator,
 ) -> Bound:
-    """Return the limit of a recipe's micro-batches: what its budget says; for `auto`, the available bytes.
+    """Return the bound of a recipe's micro-batches: the setting of the budget; for `auto`, available bytes.
 
-    On a CPU without `budget.memory`, and for a model that cannot be traced, `auto` is a number of tokens
-    (`tokens_per_micro_batch`). Arguments: as for `recipe_memory`.
+    `auto` is a number of tokens (`tokens_per_micro_batch`) on a CPU without `budget.memory`, and for a model
+    that cannot be traced.
+
+    Args:
+        recipe, dataset, lengths, make_model: as for `recipe_memory`.
+        accelerator: the Accelerator of the run.
     """
     budget, on_gpu = recipe.config.budget, accelerator.device.type == "cuda"
     tokens = tokens_per_micro_batch(budget, accelerator.device.type)
@@ -110,19 +118,19 @@ def choose_bound(
             bound = Bound(max_bytes=memory, memory=of_one)
         except NotTraceableError as error:
             thumb = f"budget.max_tokens: {tokens:,}, a rule of thumb"
-            print(f"{thumb}: no step could be traced: {error}", file=stderr)
-    return broadcast_object_list([bound])[0]  # else processes might split a window differently
+            print(f"{thumb}, because no step could be traced: {error}", file=stderr)
+    return broadcast_object_list([bound])[0]  # all processes must split windows under the same bound
 
 
 def usable_memory(budget: BudgetConfig, on_gpu: bool) -> int | None:
-    """Return the bytes of a budget, at most the smallest GPU's memory; None where neither is known."""
+    """Return the bytes of a budget, at most the smallest GPU's memory; None if neither is known."""
     granted = parse_bytes(budget.memory) if budget.memory is not None else None
     found = detect_budget().memory if on_gpu else None
     return min(filter(None, (granted, parse_bytes(found) if found else None)), default=None)
 
 
 def _points(recipe: Recipe, dataset: Any, lengths: np.ndarray) -> tuple[list[Point], np.ndarray]:
-    """Batches of one example each, several times over, in lengths as far apart as there are."""
+    """Return the points to trace, with exponents. Each batch repeats one example; lengths are far apart."""
     if isinstance(recipe.pad_to, int):
         lengths = np.full_like(lengths, recipe.pad_to)
     different, first = np.unique(lengths, axis=0, return_index=True)
@@ -131,11 +139,10 @@ def _points(recipe: Recipe, dataset: Any, lengths: np.ndarray) -> tuple[list[Poi
     of_lengths = exponents[: len(exponents) // 2, 1:]
     chosen = some[_far_apart(different[some], of_lengths)]
     packed = recipe.pad_to == "nothing"
-    chunked_rows = (
-        2 * TOKENS_PER_CHUNK // max(1, int(different[chosen].min()) - 1) + 1
-    )  # a lean loss takes two and more
+    # The lean loss needs at least two chunks of tokens.
+    chunked_rows = 2 * TOKENS_PER_CHUNK // max(1, int(different[chosen].min()) - 1) + 1
     rows = ROWS_MULTIPLE * math.ceil(chunked_rows / ROWS_MULTIPLE) if recipe.lean_loss else ROWS_MULTIPLE
-    if packed:  # one row of several examples: its length is theirs together
+    if packed:  # one row holds several examples; the row's length is the sum of the examples' lengths
         lengths_of = [int(rows * k * different[chosen[-1], 0]) for k in (1, 2, 3)]
         batches = [_collate(recipe, dataset, int(first[chosen[-1]]), rows * k, None) for k in (1, 2, 3)]
         exponents = np.array([(0, 0), (0, 1), (0, 2)])
@@ -153,20 +160,22 @@ def _points(recipe: Recipe, dataset: Any, lengths: np.ndarray) -> tuple[list[Poi
 
 
 def longest_example(lengths: np.ndarray) -> int:
-    """The index of the example with most tokens."""
+    """Return the index of the example with most tokens."""
     return int(lengths.reshape(len(lengths), -1).sum(axis=1).argmax())
 
 
 def _longest(recipe: Recipe, dataset: Any, lengths: np.ndarray) -> tuple[list[Point], np.ndarray]:
-    """The longest example alone."""
+    """Return the longest example as the only point to trace, with its exponents."""
     index = longest_example(lengths)
     batch = _collate(recipe, dataset, index, 1, recipe.pad_to if isinstance(recipe.pad_to, int) else None)
     return [Point(1, tuple(map(int, lengths[index])), batch)], np.zeros((1, 1 + lengths.shape[1]), dtype=int)
 
 
 def _far_apart(lengths: np.ndarray, powers: np.ndarray) -> np.ndarray:
-    """As many of the lengths as there are powers, which tell these well apart: each the farthest from what
-    those before it say (Gram-Schmidt with pivoting)."""
+    """Return the indices of as many lengths as there are powers, which determine the powers well.
+
+    Each chosen length has the largest component orthogonal to the earlier ones: Gram-Schmidt with pivoting.
+    """
     values = np.prod((lengths / lengths.max(axis=0))[:, None, :] ** powers[None], axis=2)
     chosen: list[int] = []
     for _ in powers:
@@ -185,7 +194,7 @@ def _collate(recipe: Recipe, dataset: Any, index: int, rows: int, pad_to: int | 
 
 
 def _key(recipe: Recipe, points: list[Point], settings: StepSettings) -> str:
-    """Return a checksum of what an estimate depends on: model, settings, batches, code, versions."""
+    """Return a checksum of everything that an estimate depends on: model, settings, batches, versions."""
     config = recipe.config
     beside = sorted(Path(config.recipe).parent.glob("*.py")) if config.recipe else []
     shapes = [

@@ -1,6 +1,7 @@
-"""The table that a run prints before it loads a model: its data, windows, micro-batches and budget."""
+"""The table that a run prints before it loads a model: data, windows, micro-batches and budget."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,17 @@ from gradacc_hf.training.optimizer import choose_trained
 from gradacc_hf.utils.hardware import describe_device
 
 
+class PlannedSteps(NamedTuple):
+    """Accumulation steps over the planned windows, of the process that has most."""
+
+    min: int
+    mean: float
+    max: int
+
+    def __str__(self) -> str:
+        return f"{self.min} / {self.mean:.1f} / {self.max}"
+
+
 def print_plan(
     recipe: Recipe,
     windows: WindowLoader,
@@ -20,11 +32,11 @@ def print_plan(
     num_windows: int,
     num_validation: int,
     tries_sizes: bool,
-) -> None:
-    """Print what a run will do.
+) -> PlannedSteps:
+    """Print the plan of a run, and return the planned accumulation steps.
 
     Args:
-        recipe: the recipe, after `datasets()`.
+        recipe: the recipe, after a call of `datasets()`.
         windows: the loader of the training windows.
         empty: the model without weights.
         num_windows: windows of the whole run.
@@ -38,7 +50,8 @@ def print_plan(
     at_most = "at most " * isinstance(plan.effective_batch_size, GrowingBatch)
     last = min(num_windows, plan.num_windows(0)) - 1
     sample = [windows.split(0, int(t)) for t in np.linspace(0, last, min(100, last + 1))]
-    steps = [max(map(len, split.processes)) for split in sample]
+    counts = [max(map(len, split.processes)) for split in sample]
+    steps = PlannedSteps(min(counts), sum(counts) / len(counts), max(counts))
     padding = 1 - sum(split.tokens for split in sample) / sum(split.padded_tokens for split in sample)
     rows = (
         ("recipe", (type(recipe).__doc__ or type(recipe).__name__).partition("\n")[0]),
@@ -54,11 +67,11 @@ def print_plan(
         ),
         (
             "micro-batches",
-            f"at most {windows.bound}" + ("; sizes are tried first" if tries_sizes else ""),
+            f"at most {windows.bound}" + "; the first windows try smaller sizes" * tries_sizes,
         ),
         (
             "accumulation steps",
-            f"{min(steps)} / {sum(steps) / len(steps):.1f} / {max(steps)} (min / mean / max)",
+            f"{steps} (min / mean / max)" + "; more with smaller micro-batches" * tries_sizes,
         ),
         ("padding", f"{padding:.1%} of the tokens"),
         *([("budget", f"auto: {describe_device()}")] if config.budget_file == "auto" else []),
@@ -67,6 +80,7 @@ def print_plan(
     )
     for name, value in rows:
         accelerator.print(f"{name:<22}{value}")
+    return steps
 
 
 def _size(effective: EffectiveBatchSize, num_windows: int) -> str:
@@ -77,7 +91,7 @@ def _size(effective: EffectiveBatchSize, num_windows: int) -> str:
 
 
 def _parameters(recipe: Recipe, model: torch.nn.Module) -> str:
-    """How many parameters there are, and how many are trained; chooses these."""
+    """Return the number of parameters and of trained ones, as text; choose the trained ones."""
     total = sum(parameter.numel() for parameter in model.parameters())
     choose_trained(model, recipe.config.model, recipe.new_parameters)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,6 +1,6 @@
-"""What a run of a recipe will take: memory, steps, operations, time and cost, for `gradacc plan`.
+"""The memory, steps, operations, time and cost of a run of a recipe, for `gradacc plan`.
 
-A plan needs the config and the tokenizer of the model, and the data; no weights and no GPU.
+A plan needs the config and the tokenizer of the model, and the data. It needs no weights and no GPU.
 """
 
 import json
@@ -32,19 +32,19 @@ SAMPLED_WINDOWS = 200  # windows of the first epoch that are split, evenly space
 
 @dataclass(frozen=True)
 class Steps:
-    """How the windows are split, from a sample of the first epoch. Operations are floating-point ones."""
+    """The split of the windows, from a sample of the first epoch."""
 
     windows: int
     epochs: int
     accumulation_steps: tuple[int, float, int]  # min, mean, max over windows, of the process with most
     padding: float  # share of the tokens
-    largest: tuple[int, list[int]]  # rows, and length of each column, of the micro-batch that takes most
-    flops_per_window: float
+    largest: tuple[int, list[int]]  # rows, and length of each column, of the micro-batch with most memory
+    flops_per_window: float  # floating-point operations
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take; bytes are of one process."""
+    """The plan of a run. Bytes are for one process."""
 
     model: str
     parameters: int
@@ -52,11 +52,11 @@ class Plan:
     device: str
     processes: int
     precision: str
-    memory: int  # bytes there are
+    memory: int  # available bytes
     parts: Parts  # at the largest micro-batch
     fits: bool
     longest: list[int]  # tokens of the longest example
-    longest_bytes: int  # that it takes alone
+    longest_bytes: int  # memory of that example alone
     bound: str
     why: str
     steps: Steps
@@ -67,14 +67,17 @@ class Plan:
 
 
 def rate_of(run: Path) -> float:
-    """Return the 10¹² operations a second that each device of a run reached, by its plan and seconds."""
+    """Return the speed of each device in a finished run, in 10¹² operations per second.
+
+    The plan of the run gives the operations, the summary of the run the seconds.
+    """
     recipe = open_run(run)
     file = run / "summary.json"
     if not file.is_file():
-        refuse(str(run), "found no summary.json in it, so this run has not ended", "give one that has")
+        refuse(str(run), "found no summary.json in it, so the run has not ended", "give a run that has")
     summary = json.loads(file.read_text(encoding="utf-8"))
     tuned: dict[str, Any] = summary.get("tuning") or {"max_tokens": None}
-    if tuned["max_tokens"] is not None:  # as most of its windows were split
+    if tuned["max_tokens"] is not None:  # most windows were split with this size
         changes = {"budget.max_tokens": tuned["max_tokens"]}
         recipe = recipe.with_config(with_settings(recipe.config, changes))
     planned = make_plan(recipe, summary["processes"], with_levers=False).steps.flops_per_window
@@ -91,18 +94,18 @@ def make_plan(
 ) -> Plan:
     """Return the plan of a recipe's run.
 
-    It is for GPUs, except with the budget `cpu`, and where the memory of a GPU is not known.
+    The plan is for GPUs. It is for a CPU with the budget `cpu`, or if the memory of a GPU is not known.
 
     Args:
-        recipe: the recipe; it stays as it is.
+        recipe: the recipe, which is not changed.
         processes: processes of the run.
-        tflops: 10¹² floating-point operations a second of one device.
-        price: price of one device for an hour.
-        with_levers: whether to look for settings that take less memory, where the run does not fit.
-        data: what `recipe.datasets()` returns, where it was called before.
+        tflops: speed of one device, in 10¹² floating-point operations per second.
+        price: price of one device per hour.
+        with_levers: whether to search for settings that save memory, if the run does not fit.
+        data: the result of an earlier `recipe.datasets()`; by default the data are read.
 
     Raises:
-        InputError: where no step of the model can be traced.
+        InputError: if no step of the model can be traced.
     """
     recipe = recipe.weightless()
     training, validation = data or recipe.datasets()
@@ -116,8 +119,8 @@ def make_plan(
         found = recipe_memory(recipe, training, windows.tokens, make_model, device == "cuda")
     except NotTraceableError as error:
         raise InputError(
-            f"model.name: no step of {config.model.name} could be traced ({error}); run it with --check, and "
-            "a number for budget.max_tokens"
+            f"model.name: no step of {config.model.name} could be traced ({error}). Run the recipe with "
+            "--check and a number for budget.max_tokens instead"
         ) from error
     per_process = found.memory.over_processes(processes, sharded=False)
     bound, why = _bound(recipe, per_process, memory, bool(given), device)
@@ -162,13 +165,13 @@ def _bound(
     """Return the limit of a micro-batch, and the reason."""
     budget = recipe.config.budget
     if budget.micro_batch_size is not None:
-        return Bound(micro_batch_size=budget.micro_batch_size), "budget.micro_batch_size says so"
+        return Bound(micro_batch_size=budget.micro_batch_size), "set by budget.micro_batch_size"
     if budget.max_tokens != "auto":
-        return Bound(max_tokens=budget.max_tokens), "budget.max_tokens says so"
+        return Bound(max_tokens=budget.max_tokens), "set by budget.max_tokens"
     if is_given:
-        return Bound(max_bytes=there_are, memory=memory), "what budget.memory holds, by the bytes predicted"
+        return Bound(max_bytes=there_are, memory=memory), "the predicted bytes fit budget.memory"
     tokens = tokens_per_micro_batch(budget, device)
-    return Bound(max_tokens=tokens), "more is not faster on a CPU; budget.memory would bound it by bytes"
+    return Bound(max_tokens=tokens), "more is not faster on a CPU; set budget.memory for a bound in bytes"
 
 
 def _steps(recipe: Recipe, windows: WindowLoader, found: StepEstimate) -> Steps:

@@ -1,7 +1,7 @@
-"""The answers of a saved model to new inputs, and the reading of inputs, for `gradacc predict`.
+"""Apply a saved model to new inputs, and read the inputs, for `gradacc predict`.
 
-The config.yaml of a run names its recipe file and holds its settings. The recipe loads the saved model and
-answers.
+The config.yaml of a run names the recipe file and holds the settings. The recipe loads the saved model and
+computes the answers.
 """
 
 import csv
@@ -24,36 +24,36 @@ INPUTS_PER_BATCH = 32
 INPUT_SUFFIXES = (".jsonl", ".csv", ".txt")
 
 Input = tuple[str, Any]
-"""Where an input is from, for messages ("a.csv, line 2"), and itself: a text, or a row as a mapping."""
+"""The source of an input, for messages ("a.csv, line 2"), and the input: a text, or a row as a mapping."""
 
 
 def load_model(recipe: Recipe, run: Path, which: str = "best") -> Any:
-    """Return the "best" or the "last" model of a run, in evaluation mode, on the GPU where there is one."""
+    """Return the "best" or the "last" model of a run in evaluation mode, on the GPU if there is one."""
     folder = run / which
     if not folder.is_dir():
         there = listed(f"--model {name}" for name in ("best", "last") if (run / name).is_dir())
-        cure = f"choose {there}" if there else "this run saved no model: let it run to its end"
+        cure = f"choose {there}" if there else "this run saved no model; continue it with --resume"
         refuse(str(run), f"found no {which}/ in it", cure)
     device = find_device().kind
     refuse_place(device)
     model = recipe.load(folder)
-    recipe.model_path = str(folder)  # what the input goes through was saved beside the model
+    recipe.model_path = str(folder)  # the tokenizer or processor was saved beside the model
     return model.to(device).eval()
 
 
 def predict(recipe: Recipe, model: Any, inputs: Iterable[Input]) -> Iterator[dict[str, Any]]:
-    """Yield the answers to the inputs, in order. Raises InputError that names the input at fault."""
+    """Yield the answers to the inputs, in order. Raises InputError that names the invalid input."""
     rest = iter(inputs)
     while together := list(islice(rest, INPUTS_PER_BATCH)):
         try:
             answers = _answer(recipe, model, [one for _, one in together])
         except InputError:
-            for where, one in together:  # which of them?
+            for where, one in together:  # find the invalid input
                 try:
                     _answer(recipe, model, [one])
                 except InputError as error:
-                    said = re.sub(r"^input(?: 1)?: ", "", one_line(error))  # its own count of what it got
-                    raise InputError(f"{where}: {said}") from None
+                    problem = re.sub(r"^input(?: 1)?: ", "", one_line(error))  # the number within the batch
+                    raise InputError(f"{where}: {problem}") from None
             raise
         yield from map(finite, answers)
 
@@ -64,7 +64,7 @@ def _answer(recipe: Recipe, model: Any, inputs: Sequence[Any]) -> list[dict[str,
 
 
 def number_texts(texts: Sequence[str]) -> Iterator[Input]:
-    """Yield the texts of a command line as inputs: "text 1", "text 2"."""
+    """Yield the texts of a command line as inputs, with the sources "text 1", "text 2"."""
     for number, text in enumerate(texts, start=1):
         yield f"text {number:,}", text
 
@@ -107,7 +107,7 @@ def _checked(numbered: Iterator[tuple[int, Any]], source: str) -> Iterator[Input
     except UnicodeDecodeError:
         refuse(f"{source}, after line {line:,}", "found bytes that are not UTF-8", "save it as UTF-8")
     except OSError as error:
-        refuse(source, f"cannot be read ({error.strerror})", "give a file that you may read")
+        refuse(source, f"cannot be read ({error.strerror})", "give a readable file")
     except _BrokenLineError as error:
         refuse(f"{source}, line {error.line:,}", str(error), error.cure)
     if not count:

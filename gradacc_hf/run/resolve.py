@@ -1,8 +1,8 @@
-"""The settings of a run, resolved: from a command line to the one frozen `Config` that the run reads.
+"""Resolve the settings of a run: from a command line to the frozen `Config` that the run reads.
 
-The config names the recipe file and the folder to resume, and this machine can provide its budget. Whatever
-is printed, saved or fingerprinted comes from it. `recipe/budget.py` does the last step, once the data is
-read: the part of the budget that the model can use.
+The config names the recipe file and the folder to resume. Its budget is one that this machine can provide.
+All that a run prints, saves or fingerprints comes from this config. After the data are read,
+`recipe/budget.py` reduces the budget to the part that the model can use.
 """
 
 import inspect
@@ -50,12 +50,12 @@ def resolve_config(recipe_class: type[Recipe], argv: Sequence[str]) -> tuple[Con
     description = (recipe_class.__doc__ or "").partition("\n")[0]
     config = read_command_line(argv, data=recipe_class.Data, description=description)
     config = replace(config, recipe=_file_of(recipe_class) or config.recipe)
-    _check_dtype(config)  # as it was asked for; `check_settings` checks what the machine leaves of it
+    _check_dtype(config)  # as the user set it; `check_settings` checks it as the machine provides it
     return fit_to_machine(config)
 
 
 def check_settings(recipe_class: type[Recipe], config: Config) -> None:
-    """Raise InputError for settings that are possible one by one, but not together or not on this machine."""
+    """Raise InputError for settings that exclude each other, or that this machine does not support."""
     _check_dtype(config)
     _check_early_stopping(config)
     check_sizes(config)
@@ -67,7 +67,7 @@ def check_settings(recipe_class: type[Recipe], config: Config) -> None:
 
 
 def find_run_to_resume(config: Config) -> ResumedRun | None:
-    """Return the run that `--resume` names. Raises InputError where the named folder holds no run."""
+    """Return the run that `--resume` names. Raises InputError if the named folder holds no run."""
     folder = folder_to_resume(config)
     return None if folder is None else ResumedRun(folder, ended(folder))
 
@@ -76,7 +76,7 @@ def resolve_output(config: Config, resumed: ResumedRun | None) -> Config:
     """Return the config with the folder that is resumed, and the full name of the Hub repository.
 
     Raises:
-        InputError: for a folder that cannot be written, and for a repository that this user may not write.
+        InputError: for a folder or a repository that this user cannot write.
     """
     changes = {}
     if resumed is None:
@@ -89,7 +89,7 @@ def resolve_output(config: Config, resumed: ResumedRun | None) -> Config:
 
 
 def _file_of(recipe_class: type[Recipe]) -> str | None:
-    """Return the file that defines a recipe; None for one that was typed into a notebook, say."""
+    """Return the file that defines a recipe; None for a recipe without a file, as in a notebook."""
     try:
         return str(Path(inspect.getfile(recipe_class)).resolve())
     except (TypeError, OSError):
@@ -99,14 +99,14 @@ def _file_of(recipe_class: type[Recipe]) -> str | None:
 def _check_early_stopping(config: Config) -> None:
     if config.train.early_stopping and not config.train.eval_every:
         raise InputError(
-            f"train.early_stopping: found {config.train.early_stopping} with train.eval_every 0, an "
-            "evaluation at the end only: set train.eval_every to 1 or more, or train.early_stopping to 0"
+            f"train.early_stopping: found {config.train.early_stopping} with train.eval_every 0, which "
+            "evaluates at the end only: set train.eval_every to 1 or more, or train.early_stopping to 0"
         )
 
 
 def _check_dtype(config: Config) -> None:
     if config.model.dtype == "bfloat16" and config.budget.precision != "bf16":
         raise InputError(
-            f"model.dtype: found bfloat16 with budget.precision {config.budget.precision}; allowed is "
-            "float32, or bfloat16 with budget.precision bf16, which computes losses and norms in float32"
+            f"model.dtype: found bfloat16 with budget.precision {config.budget.precision}; allowed: float32, "
+            "or bfloat16 with budget.precision bf16, which computes losses and norms in float32"
         )

@@ -1,7 +1,7 @@
 """`run`: the command line of a recipe file.
 
-`_run` is the sequence of its phases. They come in the order in which a mistake is cheapest to find: settings,
-folder, data, windows, model; then `training.fine_tune`, and the report.
+`_run` is the sequence of its phases. Cheap checks come first: settings, folder, data, windows, model. Then
+come `training.fine_tune` and the report.
 """
 
 import os
@@ -20,15 +20,15 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
 from gradacc_hf.config.schema import Config, OutputConfig
 from gradacc_hf.errors import InputError, NonFiniteError, OutOfMemoryWhileSyncingError, one_line
 from gradacc_hf.hub.model_card import RunCard, facts, refresh_cards
 from gradacc_hf.hub.push import push
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run.ending import result_lines, training_lines
 from gradacc_hf.run.fingerprint import check_same_settings, what_must_stay
 from gradacc_hf.run.folder import open_output
-from gradacc_hf.run.overview import print_plan
+from gradacc_hf.run.overview import PlannedSteps, print_plan
 from gradacc_hf.run.resolve import (
     ResumedRun,
     check_settings,
@@ -51,7 +51,6 @@ from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.training.finetune import Best, fine_tune
 from gradacc_hf.training.lora import write_merged
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
-from gradacc_hf.training.run_log import describe
 from gradacc_hf.utils.commands import command
 from gradacc_hf.utils.files import write_pretrained, write_whole
 from gradacc_hf.utils.hardware import say, set_up_allocator
@@ -63,15 +62,15 @@ from gradacc_hf.utils.signals import MARKER, end_with_launcher, lost_contact
 def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
     """Run the command line of a recipe file: train, evaluate, save and report.
 
-    A mistake in the settings or the data ends the program with one line on stderr and exit code 2. A
-    loss that is not finite, a lack of memory and the loss of another process end it with exit code 1.
+    A mistake in the settings or the data ends the program with one line on stderr and exit code 2. Exit code
+    1 stands for a loss that is not finite, for a lack of memory, and for a process that ended early.
 
     Args:
         recipe_class: the recipe.
-        argv: the words after the program's name; by default those of this program.
+        argv: the words after the program's name; by default `sys.argv[1:]`.
 
     Raises:
-        SystemExit: with exit code 1 or 2, as said above.
+        SystemExit: with exit code 1 or 2.
     """
     try:
         with command():
@@ -81,8 +80,8 @@ def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
             raise
         why = one_line(error).partition("] ")[2].partition(". ")[0] or one_line(error)
         print(
-            f"error: process {os.environ.get('RANK')}: another process or machine is gone ({why[:200]}): "
-            "start all again with --resume auto",
+            f"error: process {os.environ.get('RANK')}: another process or machine has ended ({why[:200]}): "
+            "start all processes again with --resume auto",
             file=sys.stderr,
         )
         sys.exit(1)
@@ -101,7 +100,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     check_same_view(resumed)
     if resumed is not None and resumed.has_ended:
         check_same_settings(config, resumed.folder)
-        tell_ended(resumed, accelerator)
+        tell_nothing_to_resume(resumed, accelerator)
         return
     task = load_task(recipe_class, config, accelerator)
     config = task.recipe.config
@@ -122,18 +121,19 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         if summary["stopped_after"] is not None:
             tell_stopped(summary["stopped_after"], config, plan, folder, commands)
             return
-        tell_summary(summary, plan, baseline, folder)
         if accelerator.is_main_process:
-            write_cards_and_report(folder)
+            tell_ended(task, plan, summary, folder)
             if config.output.push_to_hub is not None:
                 push(folder, config.output.push_to_hub)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A recipe with its data. Its config is the resolved one: all later phases read `recipe.config`.
+    """A recipe with its data. All later phases read the resolved config, `recipe.config`.
 
-    same: the settings and fingerprints of the data that a run shares with every checkpoint it continues from.
+    recipe: the recipe.
+    training, validation: the examples.
+    same: settings and data fingerprints that a checkpoint to resume from must share.
     """
 
     recipe: Recipe
@@ -144,16 +144,22 @@ class Task:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The windows of a run; num_windows: of the whole run."""
+    """The windows of a run.
+
+    windows, validation_windows: the loaders.
+    num_windows: windows of the whole run.
+    accumulation_steps: of the windows as they are split before training.
+    """
 
     windows: WindowLoader
     validation_windows: WindowLoader
     num_windows: int
+    accumulation_steps: PlannedSteps
 
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What a run trains with: the model, the optimizer and its schedule; the card that is saved beside it."""
+    """The model, the optimizer and its schedule, and the card that is saved beside the model."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -163,20 +169,20 @@ class TrainingParts:
 
 @dataclass(frozen=True)
 class Commands:
-    """The command lines that begin this run again, and that continue it."""
+    """The command lines that repeat this run, and that continue it."""
 
     again: str
     resume: str
 
 
 def set_up_process() -> None:
-    """Set up signals and memory; call it before CUDA starts."""
+    """Set up signals and memory. Call it before CUDA starts."""
     end_with_launcher()
     set_up_allocator()
 
 
 def quieten_libraries() -> None:
-    """Print nothing of transformers but errors, and no progress bars into a file."""
+    """Print only errors of transformers, and no progress bars into a file."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not sys.stderr.isatty():
@@ -184,18 +190,18 @@ def quieten_libraries() -> None:
 
 
 def check_same_view(resumed: ResumedRun | None) -> None:
-    """Raise InputError where the processes found different runs to resume."""
+    """Raise InputError if the processes found different runs to resume."""
     views = set(gather_object(["none" if resumed is None else str(resumed)]))
     if len(views) > 1:
         raise InputError(
-            f"output.dir: the processes see different runs there ({'; '.join(sorted(views))}): all machines "
-            "must share the folder"
+            f"output.dir: the processes found different runs there ({'; '.join(sorted(views))}): all "
+            "machines must share the folder"
         )
 
 
 def load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelerator) -> Task:
-    """Read the data sets, and compute what a resumed run must have in common with this one."""
-    with accelerator.main_process_first():  # the others find what it has cached
+    """Read the data sets, and compute the settings and fingerprints that a resumed run must share."""
+    with accelerator.main_process_first():  # the other processes read its cache
         recipe, training, validation = load_data(recipe_class(config))
     found = [what_must_stay(config, training, validation)] if accelerator.is_main_process else [{}]
     return Task(recipe, training, validation, broadcast_object_list(found)[0])
@@ -204,7 +210,7 @@ def load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelerat
 def find_checkpoint(task: Task, resumed: ResumedRun | None, accelerator: Accelerator) -> Checkpoint | None:
     """Return the newest checkpoint of the run that is resumed.
 
-    Raises InputError where that run has other data, or other settings that change what it computes.
+    Raises InputError if that run has other data, or other settings that change the computation.
     """
     checkpoint = None if resumed is None else newest_checkpoint(resumed.folder, accelerator)
     if checkpoint is not None:
@@ -213,21 +219,21 @@ def find_checkpoint(task: Task, resumed: ResumedRun | None, accelerator: Acceler
 
 
 def plan_run(task: Task, accelerator: Accelerator) -> RunPlan:
-    """Split the data into windows, and print what the run will do before anything takes long."""
+    """Split the data into windows, and print the plan of the run before anything takes long."""
     recipe = task.recipe
     windows, validation_windows = make_windows(recipe, task.training, task.validation, accelerator)
     if windows.bound.max_bytes is not None and accelerator.device.type == "cpu":
-        release_freed_memory_at_once()  # as the predicted bytes assume
+        release_freed_memory_at_once()  # the predicted bytes assume it
     empty = recipe.empty_model()
     check_max_length(recipe, empty, task.training)
-    plan = RunPlan(windows, validation_windows, total_windows(recipe.config, windows))
-    tried = tries_sizes(recipe.config.budget, plan.num_windows)
-    print_plan(recipe, windows, empty, plan.num_windows, len(task.validation), tried)
-    return plan
+    num_windows = total_windows(recipe.config, windows)
+    tried = tries_sizes(recipe.config.budget, num_windows)
+    steps = print_plan(recipe, windows, empty, num_windows, len(task.validation), tried)
+    return RunPlan(windows, validation_windows, num_windows, steps)
 
 
 def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> TrainingParts:
-    """Load the model; make its optimizer and schedule."""
+    """Load the model, and make the optimizer and the schedule."""
     recipe = task.recipe
     optim = recipe.config.optim
     model = make_model(recipe)
@@ -274,6 +280,7 @@ def train(
             write_model=write_merged if config.model.lora.merge else write_pretrained,
             summary={
                 "baseline": baseline,
+                "planned_accumulation_steps": plan.accumulation_steps._asdict(),
                 "seed": config.train.seed,
                 "command": commands.again,
                 "resumed_after": checkpoint.window if checkpoint is not None else None,
@@ -289,83 +296,77 @@ def train(
             if isinstance(error, OutOfMemoryWhileSyncingError)
             else ""
         )
-        line = f"{error}; from its last checkpoint: {commands.resume}{finer}"
+        line = f"{error}; to continue from the last checkpoint: {commands.resume}{finer}"
         raise type(error)(line, *error.args[1:]) from None
 
 
 def validate(
     model: torch.nn.Module, recipe: Recipe, windows: WindowLoader, card: RunCard
 ) -> dict[str, float]:
-    """Return the validation metrics of a prepared model, and note them in the card."""
+    """Return the validation metrics of a prepared model, and record them in the card."""
     with uncompiled(model):
         return card.evaluated(recipe.validate(model, windows, windows.accelerator))
 
 
-def tell_ended(resumed: ResumedRun, accelerator: Accelerator) -> None:
-    """Print that there is nothing left of the run to resume."""
+def tell_nothing_to_resume(resumed: ResumedRun, accelerator: Accelerator) -> None:
+    """Print that the run to resume has ended."""
     run = resumed.folder
-    accelerator.print(f"{run} has come to its end: nothing to go on with (its report: {run}/report.html)")
+    accelerator.print(f"{run} has ended: there is nothing to resume (report: {run}/report.html)")
 
 
 def tell_resumed(resumed: ResumedRun | None, checkpoint: Checkpoint | None, accelerator: Accelerator) -> None:
     """Print which run is resumed, and from where."""
     if resumed is not None:
-        after = f"after window {checkpoint.window}" if checkpoint else "from the start: it has no checkpoint"
+        after = f"after window {checkpoint.window}" if checkpoint else "from the start: no checkpoint found"
         accelerator.print(f"{'resume':<22}{resumed.folder}, {after}")
 
 
 def tell_stopped(window: int, config: Config, plan: RunPlan, folder: Path, commands: Commands) -> None:
-    """Print how to continue a run that was stopped after this window; leave a file that says it."""
+    """Print the command that continues a run which was stopped after this window, and write it to a file."""
     accelerator = plan.windows.accelerator
     if accelerator.is_main_process:
         write_whole(folder / MARKER, f"cd {shlex.quote(os.getcwd())} && {commands.resume}\n")
-    of_all = f"{window} of {total_windows(config, plan.windows)}"  # fewer than planned, where windows grew
-    accelerator.print(f"stopped after window {of_all}, which is saved; to go on: {commands.resume}")
+    of_all = f"{window} of {total_windows(config, plan.windows)}"  # fewer than planned if windows grew
+    accelerator.print(f"stopped after window {of_all}, which is saved; to continue: {commands.resume}")
 
 
-def tell_summary(
-    summary: dict[str, Any], plan: RunPlan, baseline: dict[str, float] | None, folder: Path
-) -> None:
-    """Print the figures of a run that has ended."""
-    accelerator, noise = plan.windows.accelerator, plan.windows.noise
-    accelerator.print(
-        f"{summary['windows']} windows, {summary['examples']} examples in {summary['seconds']:.0f} s; "
-        f"{summary['padding']:.0%} of the tokens were padding"
-    )
-    if summary["skipped_windows"]:
-        accelerator.print(f"{summary['skipped_windows']} of these windows took no step: not finite")
-    if noise.measured >= MEASUREMENTS_NEEDED:
-        size = plan.windows.plan.size_asked(*plan.windows.next_position)
-        accelerator.print(in_words(noise.scale, size, noise.measured))
-    if baseline:
-        accelerator.print(f"baseline: {describe(baseline)}")
-    accelerator.print(f"saved in {folder}: best/ and last/ (models), history.jsonl, summary.json, logs/")
+def tell_ended(task: Task, plan: RunPlan, summary: dict[str, Any], folder: Path) -> None:
+    """Print the figures of a run that has ended, and write its cards and report."""
+    for line in training_lines(summary, plan.windows):
+        print(line)
+    report = write_cards_and_report(folder)
+    for line in result_lines(task.recipe, summary, len(task.validation), folder, report):
+        print(line)
 
 
-def write_cards_and_report(folder: Path) -> None:
-    """Write the model cards and report.html of a run; print a line instead of any error."""
+def write_cards_and_report(folder: Path) -> Path | None:
+    """Write the model cards and report.html of a run, and return the report.
+
+    Prints a line instead of any error, and returns None.
+    """
     try:
         refresh_cards(folder)
         from gradacc_hf.report import write_report  # late: it loads matplotlib, of another extra
 
-        print(f"report: {write_report([folder])}")
-    except Exception as error:  # the run has ended and is saved, with or without cards and report
-        print(f"no report: {one_line(error)}; gradacc report {folder} makes one", file=sys.stderr)
+        return write_report([folder])
+    except Exception as error:  # the run is saved, with or without cards and report
+        print(f"no report: {one_line(error)}; to write it: gradacc report {folder}", file=sys.stderr)
+        return None
 
 
 def commands_of(
     folder: Path, output: OutputConfig, argv: Sequence[str], resumed: ResumedRun | None, processes: int
 ) -> Commands:
-    """Return the command lines that begin a run again and that continue it."""
+    """Return the command lines that repeat a run and that continue it."""
     again = argv
-    if resumed is not None:  # the words that continue a run would not begin it
+    if resumed is not None:  # a command with --resume does not start a run from the beginning
         again = ["--config", str(folder / "config.yaml"), "--output.dir", f"{folder}-again"]
     resume = ["--resume", str(folder), *_destination_flags(output)]
     return Commands(_command(again, processes), _command(resume, processes))
 
 
 def _destination_flags(output: OutputConfig) -> list[str]:
-    """Return the flags without which a resumed run sends nothing to the Hub or to a tracker elsewhere."""
+    """Return the flags that a resumed run needs to send data to the Hub or to a remote tracker."""
     words = [] if output.push_to_hub is None else ["--output.push_to_hub", output.push_to_hub]
     return (
         words if output.tracker in ("none", "tensorboard") else [*words, "--output.tracker", output.tracker]
@@ -373,7 +374,7 @@ def _destination_flags(output: OutputConfig) -> list[str]:
 
 
 def _command(words: Sequence[str], processes: int) -> str:
-    """Return the command that runs this file with these words, from this folder, without secrets."""
+    """Return the command that runs this file with these words in this folder, without secrets."""
     program = redact(shlex.join([sys.argv[0], *words]))
     if launcher := os.environ.get("GRADACC_LAUNCHER"):
         return f"{launcher} {program} --processes {processes}"

@@ -1,4 +1,4 @@
-"""The parts of a run: its Accelerator, its data, its windows and its model, each made from settings."""
+"""Make the parts of a run from its settings: the Accelerator, the data, the windows and the model."""
 
 import math
 import os
@@ -16,7 +16,10 @@ from gradacc_hf.accumulation.batch_schedule import GrowingBatch
 from gradacc_hf.accumulation.collation import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import as_window_loss
+from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_WANTED
+from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import Bound
+from gradacc_hf.accumulation.streaming import Stream
 from gradacc_hf.config.batch_size import check_can_measure, effective_batch_size
 from gradacc_hf.config.budget import export_cpu_offload
 from gradacc_hf.config.schema import BudgetConfig, Config, tokens_per_micro_batch
@@ -38,7 +41,7 @@ def make_accelerator(config: Config) -> Accelerator:
         config: a config that this machine can run (`config.budget.fit_to_machine`).
 
     Raises:
-        InputError: for a tracker that is not there, or a launcher that started another number of processes.
+        InputError: for an unknown tracker, or a launcher that started another number of processes.
     """
     tracker, known = config.output.tracker, sorted(map(str, LoggerType.list()))
     if tracker != "none" and tracker not in known:
@@ -47,12 +50,12 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     if tracker not in ("none", *map(str, get_available_trackers())):
         raise InputError(
-            f"output.tracker: {tracker} is not installed here: pip install {tracker}, or choose another"
+            f"output.tracker: {tracker} is not installed: pip install {tracker}, or choose another tracker"
         )
     export_cpu_offload(config.budget)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(config.budget.precision, config.budget.precision),
-        cpu=not torch.accelerator.is_available(),  # else several processes would each run alone
+        cpu=not torch.accelerator.is_available(),  # else several processes would not form a group
         log_with=None if tracker == "none" or config.check else tracker,
         project_dir="runs",  # until the folder of the run is made
         step_scheduler_with_optimizer=False,
@@ -60,13 +63,13 @@ def make_accelerator(config: Config) -> Accelerator:
     expected = int(os.environ.get("GRADACC_PROCESSES") or accelerator.num_processes)
     if accelerator.num_processes != expected:
         raise InputError(
-            f"{expected} processes were asked for and {accelerator.num_processes} are running: on CPUs the "
-            "topology must be configs/accelerate/cpu_2.yaml, as ./launch.sh passes it"
+            f"found {accelerator.num_processes} running processes; allowed: {expected}, as given to the "
+            "launcher. On CPUs use the topology configs/accelerate/cpu_2.yaml, as ./launch.sh does"
         )
     if accelerator.num_processes == 1 and launched_for_several():
         raise InputError(
-            "accelerate launch was asked for several processes and has started one (MULTI_CPU waits for "
-            "mpirun): pass --config_file configs/accelerate/cpu_2.yaml --num_processes N, or use ./launch.sh"
+            "accelerate launch started one process instead of several, because MULTI_CPU needs mpirun: pass "
+            "--config_file configs/accelerate/cpu_2.yaml --num_processes N, or use ./launch.sh"
         )
     return accelerator
 
@@ -75,7 +78,9 @@ def load_data(recipe: Recipe) -> tuple[Recipe, Dataset, Dataset]:
     """Read the data sets of a recipe.
 
     Returns:
-        The recipe, with a budget that its model and inputs can use; the training and validation examples.
+        The recipe, with a budget that its model and inputs can use.
+        The training examples.
+        The validation examples.
     """
     training, validation = recipe.datasets()
     return fit_to_model(recipe), training, validation
@@ -92,16 +97,16 @@ def make_windows(
 
     Args:
         recipe, training, validation: as `load_data` returns them.
-        bound: the limit of a micro-batch; by default what the budget says, or the memory there is.
+        bound: the limit of a micro-batch; by default the limit of the budget, or of the available memory.
 
     Raises:
-        InputError: for sizes of windows that these examples cannot fill or measure.
+        InputError: for sizes of windows that the examples cannot fill, or that rule out measuring noise.
     """
     config = recipe.config
     sizes = effective_batch_size(config.batch, len(training))
-    measures = as_window_loss(recipe.loss) is None  # else no example has a gradient of its own
+    measures = as_window_loss(recipe.loss) is None  # a loss of the whole window has no parts to measure
     if accelerator.distributed_type == DistributedType.FSDP and config.budget.whole_gradients:
-        measures = False  # the gradient of one micro-batch is never there on its own
+        measures = False  # the gradient of a single micro-batch is never available
     if isinstance(sizes, GrowingBatch):
         check_can_measure(sizes, measures, accelerator.num_processes)
     if wrong := [index for index in config.data.leave_out if not 0 <= index < len(training)]:
@@ -120,10 +125,11 @@ def make_windows(
         "bound": bound or choose_bound(recipe, training, lengths, make_model, accelerator),
         "num_workers": config.budget.num_workers,
     }
+    plan = WindowPlan(len(training), sizes, config.train.seed, shuffle=True, drop_last=config.batch.drop_last)
     windows = WindowLoader(
         training,
         sizes,
-        noise_every=config.train.noise_every if measures else 0,
+        noise_every=noise_every(config, plan) if measures else 0,
         lengths=lengths,
         drop_last=config.batch.drop_last,
         leave_out=config.data.leave_out,
@@ -131,29 +137,44 @@ def make_windows(
         **shared,
     )
     size, lengths = min(512, len(validation)), recipe.lengths(validation)
-    if windows.bound.max_bytes is not None:  # predicted for training; the memory of generation is not
+    if windows.bound.max_bytes is not None:  # a prediction for training, which excludes generation
         most = tokens_per_micro_batch(config.budget, accelerator.device.type)
         shared["bound"] = replace(windows.bound, max_tokens=most)
     return windows, WindowLoader(validation, size, lengths=lengths, shuffle=False, **shared)
 
 
+def noise_every(config: Config, plan: WindowPlan) -> int:
+    """Return the windows between measurements of the gradient noise scale; 0 for none.
+
+    Short runs measure more often than `train.noise_every`, so that `MEASUREMENTS_WANTED` measurements are
+    made. Windows that grow by the noise scale are measured as set.
+    """
+    if config.batch.effective == "noise_scale":
+        return config.train.noise_every
+    return min(config.train.noise_every, math.ceil(_total(config, plan) / MEASUREMENTS_WANTED))
+
+
 def total_windows(config: Config, windows: WindowLoader) -> int:
     """Return the number of windows of the whole run."""
-    total = sum(windows.plan.num_windows(epoch) for epoch in range(config.train.epochs))
+    return _total(config, windows.plan)
+
+
+def _total(config: Config, plan: WindowPlan | Stream) -> int:
+    total = sum(plan.num_windows(epoch) for epoch in range(config.train.epochs))
     return min(total, config.train.max_windows or total)
 
 
 def tries_sizes(budget: BudgetConfig, num_windows: int) -> bool:
     """Whether a run of so many windows tries several micro-batch sizes.
 
-    A compiled model does not: its first windows are slow at any size.
+    A run of a compiled model does not, because the first windows are slow at any size.
     """
     is_free = budget.max_tokens == "auto" and budget.micro_batch_size is None and not budget.compile
     return is_free and num_windows >= WINDOWS_NEEDED
 
 
 def make_model(recipe: Recipe) -> Any:
-    """Return the model that is trained; new weights, such as a classifier's, are the same in every process.
+    """Return the model that is trained. New weights, as of a classifier, are equal in all processes.
 
     Args:
         recipe: as `load_data` returns it.
@@ -170,12 +191,13 @@ def make_model(recipe: Recipe) -> Any:
 
 
 def check_max_length(recipe: Recipe, model: Any, training: Dataset) -> None:
-    """Raise InputError for more tokens than the model has positions, and for special tokens alone."""
+    """Raise InputError if data.max_length exceeds the positions of the model, or leaves no room for text."""
     if not any(name.endswith("input_ids") for name in training.column_names):
         return
     special, given = recipe.tokenizer.num_special_tokens_to_add(), recipe.config.data.max_length
     if given <= special:
-        refuse("data.max_length", f"found {given}; {special} special tokens frame a text", "allow more")
+        found = f"found {given}, and a text has {special} special tokens"
+        refuse("data.max_length", found, f"allowed: {special + 1} or more")
     positions = getattr(model.config, "max_position_embeddings", None) or 0
     allowed = min(recipe.tokenizer.model_max_length, positions if positions > 0 else math.inf)  # XLNet: −1
     multiple = recipe.config.budget.pad_to_multiple_of or 1

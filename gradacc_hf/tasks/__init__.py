@@ -1,4 +1,4 @@
-"""What a recipe stands on and another could too: chats, packing, spans, tags, images, targets …"""
+"""Code that several recipes can share: chats, packing, spans, tags, images, targets and more."""
 
 from gradacc_hf.utils.extras import require
 

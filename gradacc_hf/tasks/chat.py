@@ -1,8 +1,8 @@
-"""Text to learn from → tokens, and which of them are learned: answers, never prompts.
+"""Tokenise training texts, and mark the tokens that the loss covers: answers, never prompts.
 
-A chat is a list of messages, {role, content}, as in transformers. Its template writes it as one text; what
-the assistant wrote in it is found by the template's own marks ({% generation %}) or, where it has none, by
-writing the chat up to each turn. Every assistant turn is learned, with the token that ends it.
+A chat is a list of messages, {role, content}, as in transformers. The chat template renders it as one text.
+The assistant's turns are found by the template's own marks ({% generation %}) or, without marks, by rendering
+the chat up to each turn. The loss covers every assistant turn, with the token that ends it.
 """
 
 import re
@@ -17,23 +17,23 @@ from gradacc_hf.errors import InputError, one_line
 
 Messages = Sequence[Mapping[str, Any]]
 Tokens = dict[str, Any]
-"""`input_ids`; `labels`, the same where a token is learned, else −100; a `problem`, "" where all is well."""
+"""`input_ids`; `labels`, −100 for tokens that the loss does not cover; `problem`, "" if there is none."""
 
 
 def messages_problem(messages: Any) -> str | None:
-    """What is wrong with messages, whoever they are from, or None."""
+    """Return the problem of a list of messages, or None."""
     if not isinstance(messages, list) or not messages:
         return "it has no messages"
     for turn, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"message {turn} is no {{role, content}}"
+            return f"message {turn} is not {{role, content}}"
         if not isinstance(message.get("content"), str):
             return f"message {turn} ({message['role']}) has no text as its content"
     return None
 
 
 def chat_problem(messages: Any) -> str | None:
-    """What is wrong with a row's messages, or None."""
+    """Return the problem of a row's messages, or None."""
     if problem := messages_problem(messages):
         return problem
     if not any(message["role"] == "assistant" for message in messages):
@@ -42,7 +42,7 @@ def chat_problem(messages: Any) -> str | None:
 
 
 def check_chat_template(tokenizer: Any, name: str) -> None:
-    """Raise InputError unless the template tells exactly which tokens are the assistant's."""
+    """Raise InputError unless the template determines exactly which tokens are the assistant's."""
     if not tokenizer.chat_template:
         raise InputError(
             f"model.name: {name} has no chat template; name an instruct model, or give data.chat_template a "
@@ -57,15 +57,15 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
                 raise ValueError("it marks none")
     except (ValueError, jinja2.TemplateError) as error:
         raise InputError(
-            f"model.name: the chat template of {name} does not tell which tokens are the assistant's "
+            f"model.name: the chat template of {name} does not determine which tokens are the assistant's "
             f"({one_line(error)}); put {{% generation %}} marks around them, in a file for data.chat_template"
         ) from error
 
 
 def tokenize_chat(tokenizer: Any, messages: Messages, max_length: int) -> Tokens:
-    """The chat's first `max_length` tokens, of which the assistant's are learned.
+    """Return the first `max_length` tokens of a chat, with labels for the assistant's tokens.
 
-    Of a chat that the template refuses there is none, and the `problem` says why.
+    A chat that raises an error in the template has no tokens and a `problem`.
     """
     try:
         ids, learned = assistant_tokens(tokenizer, messages)
@@ -76,11 +76,14 @@ def tokenize_chat(tokenizer: Any, messages: Messages, max_length: int) -> Tokens
 
 
 def assistant_tokens(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
-    """A chat's tokens, and for each whether it is the assistant's, 0 or 1.
+    """Return the tokens of a chat, and for each 1 if it is the assistant's, else 0.
 
-    A token is the assistant's if any of its characters is. After the last special token of a turn (its end)
-    nothing is: the line break that templates put there is not the assistant's to write. Raises ValueError for
-    a template that does not tell, and jinja2.TemplateError where it refuses the chat.
+    A token is the assistant's if any of its characters is. Tokens after the last special token of a turn are
+    not: templates put a line break there, which the assistant does not write.
+
+    Raises:
+        ValueError: If the template does not determine the assistant's tokens.
+        jinja2.TemplateError: If the chat raises an error in the template.
     """
     if re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template()):
         found = tokenizer.apply_chat_template(
@@ -101,20 +104,20 @@ def assistant_tokens(tokenizer: Any, messages: Messages) -> tuple[list[int], lis
 
 
 def _assistant_spans(tokenizer: Any, messages: Messages, text: str) -> list[tuple[int, int]]:
-    """Where in the chat's text the assistant writes: (first character, the one after the last)."""
+    """Return the assistant's spans in the text of the chat: (first character, last character + 1)."""
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
             until = _write(tokenizer, messages[: turn + 1])
             if turn:
                 before = _write(tokenizer, messages[:turn], add_generation_prompt=True)
-            else:  # nothing comes before: what the template writes until it is the assistant's turn
+            else:  # the first turn: the text that the template writes before the assistant's turn
                 user = [{"role": "user", "content": "A"}]
                 asked = _write(tokenizer, user, add_generation_prompt=True)
                 opening = asked.removeprefix(_write(tokenizer, user))
                 before = until[: until.find(opening) + len(opening)] if opening in until else asked
             if not (text.startswith(until) and until.startswith(before)):
-                raise ValueError(f"it writes the chat otherwise once turn {turn + 1} has come")
+                raise ValueError(f"it changes earlier text after turn {turn + 1}")
             spans.append((len(before), len(until)))
     return spans
 
@@ -124,13 +127,13 @@ def _write(tokenizer: Any, messages: Messages, **options: Any) -> str:
 
 
 def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt that no template writes: with the token that begins a text, where the model has one."""
+    """Return the tokens of a prompt without a chat template, after the token that begins a text, if any."""
     begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return [tokenizer.bos_token_id] * begins + tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def tokenize_completion(tokenizer: Any, prompt: str, completion: str, max_length: int) -> Tokens:
-    """The first `max_length` tokens of a prompt and its completion, which is learned, and its end."""
+    """Return the first `max_length` tokens of a prompt and completion, with labels for the completion."""
     before = tokenize_prompt(tokenizer, prompt)
     after = tokenizer(completion, add_special_tokens=False)["input_ids"]
     if not after:
@@ -140,16 +143,18 @@ def tokenize_completion(tokenizer: Any, prompt: str, completion: str, max_length
 
 
 def _truncated(ids: Sequence[int], labels: Sequence[int], max_length: int) -> Tokens:
-    """With the problem where no token is left that is learned and follows another."""
+    """Return the first `max_length` tokens, with a problem if no token after the first has a label."""
     problem = ""
     if all(label == IGNORED for label in labels[1:max_length]):
         first = next((place for place, label in enumerate(labels) if place and label != IGNORED), None)
-        problem = "it has no token to learn that follows another"
+        problem = "it has no token to learn after its first token"
         if first is not None:
-            problem = f"what is learned begins at token {first + 1:,}, and data.max_length is {max_length:,}"
+            problem = (
+                f"the text to learn begins at token {first + 1:,}, and data.max_length is {max_length:,}"
+            )
     return {"input_ids": list(ids[:max_length]), "labels": list(labels[:max_length]), "problem": problem}
 
 
 def tokens_problem(row: Mapping[str, Any]) -> str | None:
-    """What was wrong with a row when it was tokenised, or None."""
+    """Return the problem that was found when a row was tokenised, or None."""
     return row["problem"] or None

@@ -1,7 +1,7 @@
-"""Two encoders joined to an encoder-decoder: the second reads what the first has understood.
+"""Two encoders joined to an encoder-decoder: the second attends to the outputs of the first.
 
-Only the decoder's attention to the encoder, and its layer before the vocabulary, have new weights
-(BERT2BERT: Rothe, Narayan and Severyn, "Leveraging Pre-trained Checkpoints for Sequence Generation", 2020).
+Only the decoder's cross-attention and the layer before its output embeddings are new (BERT2BERT:
+Rothe, Narayan and Severyn, "Leveraging Pre-trained Checkpoints for Sequence Generation", 2020).
 """
 
 import copy
@@ -16,7 +16,7 @@ from gradacc_hf.recipe.base import Recipe
 
 
 class EncoderDecoder(Recipe):
-    """A recipe whose model is an encoder-decoder, or else two encoders of `model.name`, joined."""
+    """A recipe whose model is an encoder-decoder, or two encoders of `model.name` joined to one."""
 
     def model_config(self) -> Any:
         config = super().model_config()
@@ -25,7 +25,7 @@ class EncoderDecoder(Recipe):
         return joined_config(config, self.tokenizer, self.config.model.name)
 
     def load_pretrained(self, **options: Any) -> Any:
-        warnings.filterwarnings("ignore", "Version v4.12.0")  # two joined were once trained otherwise
+        warnings.filterwarnings("ignore", "Version v4.12.0")  # about the training of joined models before it
         if self.base_config().is_encoder_decoder:
             return super().load_pretrained(**options)
         with self.loading_errors("weights"):
@@ -37,15 +37,15 @@ class EncoderDecoder(Recipe):
 
 
 def joined_config(config: Any, tokenizer: Any, name: str) -> Any:
-    """The EncoderDecoderConfig of two models of `config`.
+    """Return the EncoderDecoderConfig of two models of `config`.
 
-    Raises InputError where the tokenizer gives texts no first and last token.
+    Raise InputError if the tokenizer adds no first and last token to a text.
     """
     start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
     if start is None or end is None:
         raise InputError(
-            f"model.name: {name} is neither an encoder-decoder nor an encoder whose tokenizer begins and "
-            "ends a text with a token, as BERT's; use one of those"
+            f"model.name: {name} is neither an encoder-decoder nor an encoder like BERT, whose tokenizer "
+            "frames a text with two tokens; use such a model"
         )
     joined = EncoderDecoderConfig.from_encoder_decoder_configs(
         config,
@@ -59,16 +59,16 @@ def joined_config(config: Any, tokenizer: Any, name: str) -> Any:
 
 
 def new_parameters(model: Any) -> set[str]:
-    """Those of the joined model whose weights are new: the encoder alone has none of their name."""
+    """Return the parameters of the joined model with new weights: those whose name the encoder lacks."""
     known, prefix = dict(model.encoder.named_parameters()), f"{model.decoder.base_model_prefix}."
     names = (name for name, _ in model.decoder.named_parameters())
     return {f"decoder.{name}" for name in names if name.removeprefix(prefix) not in known}
 
 
 def join(path: str, config: Any, **options: Any) -> Any:
-    """The EncoderDecoderModel of `joined_config`, both halves with the weights of `path`.
+    """Return the EncoderDecoderModel of `joined_config`, with the weights of `path` in both halves.
 
-    `options` are those of `from_pretrained`. On torch's meta device there are no weights to load.
+    `options` go to `from_pretrained`. On torch's meta device no weights are loaded.
     """
     if torch.get_default_device().type == "meta":
         return EncoderDecoderModel(config)

@@ -1,4 +1,4 @@
-"""What a model writes for the first rows of a data set, shared out to all processes."""
+"""Generate texts for the first rows of a data set, distributed over all processes."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from gradacc_hf.errors import refuse
 
 
 def check_target_length(config: Any, length: int, name: str) -> None:
-    """Raise InputError where the decoder of the model `name` has fewer positions than `length`."""
+    """Raise InputError if the decoder of the model `name` has fewer positions than `length`."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
     if 0 < positions < length:
         allowed = f"allowed: 1 to {positions}, the positions of the decoder of {name}"
@@ -29,11 +29,11 @@ def generate(
     tokenizer: Any,
     **settings: Any,
 ) -> list[str]:
-    """The texts that a prepared encoder-decoder writes for examples 0 to `rows` − 1, in this order.
+    """Return the texts that a prepared encoder-decoder writes for examples 0 to `rows` − 1, in this order.
 
-    In micro-batches of the loader's bound, `labels` left out; `settings` go to the model's `generate`.
+    It runs micro-batches of the loader's bound, without `labels`. `settings` go to the model's `generate`.
     """
-    sharded = accelerator.distributed_type == DistributedType.FSDP  # a forward is collective: all do the same
+    sharded = accelerator.distributed_type == DistributedType.FSDP  # a forward is collective: all rows
     module: Any = model if sharded else accelerator.unwrap_model(model)
     training = module.training
     module.eval()

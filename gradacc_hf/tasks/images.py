@@ -1,7 +1,7 @@
-"""Images in rows: reading them one by one, so that one that cannot be read is a row and not the end of a run.
+"""Images in rows, read one by one, so that a run can skip a row whose image cannot be read.
 
-A row has an image as `datasets.Image(decode=False)` gives it, its bytes or its path. What is made of the
-pixels is up to the model's image processor.
+A row has the bytes or the path of an image, as with `datasets.Image(decode=False)`. The model's image
+processor converts the pixels.
 """
 
 import io
@@ -23,7 +23,7 @@ Picture = pillow.Image
 
 
 def undecoded(dataset: Dataset, column: str, key: str = "data.image_column") -> Dataset:
-    """The data set with images as bytes or paths. Raises InputError where the column holds neither."""
+    """Return the data set with images as bytes or paths. Raise InputError if the column holds neither."""
     require_column(dataset, column, key)
     feature = dataset.features[column]
     is_path = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
@@ -34,12 +34,15 @@ def undecoded(dataset: Dataset, column: str, key: str = "data.image_column") -> 
 
 
 def read_image(image: Mapping[str, Any]) -> Picture:
-    """A row's image in RGB, turned as its camera says. Raises what Pillow raises, and OSError."""
+    """Return a row's image in RGB, in its EXIF orientation. Raise OSError and the errors of Pillow."""
     return load_image(_open(image))
 
 
 def image_problem(column: str) -> Callable[[Mapping[str, Any]], str | None]:
-    """For `check_rows`: why a row's image cannot be read. All of it is read, a JPEG at 1/8 of its size."""
+    """Return a function for `check_rows` that returns why a row's image cannot be read, or None.
+
+    It decodes the whole image, a JPEG at 1/8 of the size.
+    """
 
     def problem(row: Mapping[str, Any]) -> str | None:
         image = row[column]
@@ -49,11 +52,11 @@ def image_problem(column: str) -> Callable[[Mapping[str, Any]], str | None]:
             picture = _open(image)
             picture.draft(picture.mode, (1, 1))
             picture.load()
-        except Exception as error:  # whatever Pillow's readers of damaged files raise
+        except Exception as error:  # Pillow raises many kinds of errors for damaged files
             unknown = isinstance(error, UnidentifiedImageError)
-            why = "it is no image" if unknown else getattr(error, "strerror", None) or one_line(error)
+            why = "it is not an image" if unknown else getattr(error, "strerror", None) or one_line(error)
             if isinstance(error, FileNotFoundError) and not Path(image["path"]).is_absolute():
-                why += f" (paths are from the current folder, {Path.cwd()})"
+                why += f" (paths are relative to the current folder, {Path.cwd()})"
             name = image["path"] or f"of {len(image['bytes']):,} bytes"
             return f"image {name} cannot be read: {why}"
         return None
@@ -66,8 +69,8 @@ def _open(image: Mapping[str, Any]) -> Picture:
 
 
 def random_cut(image: Picture, smallest: float, random: np.random.Generator) -> Picture:
-    """A part of the image, `smallest` to 1 of its area and anywhere in it, at the size of the whole."""
-    side = math.sqrt(random.uniform(smallest, 1))  # as a share of the image's
+    """Crop a random part of the image, a share of `smallest` to 1 of the area, and resize it to the image."""
+    side = math.sqrt(random.uniform(smallest, 1))  # as a share of the image's side
     width, height = side * image.width, side * image.height
     left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
     box = (left, top, left + width, top + height)
@@ -75,7 +78,7 @@ def random_cut(image: Picture, smallest: float, random: np.random.Generator) -> 
 
 
 def images_of(inputs: Sequence[Any], column: str) -> list[Picture]:
-    """The images of paths, or of rows with a path in this column. Raises InputError for unreadable ones."""
+    """Return the images of paths, or of rows with a path in this column. Raise InputError."""
     problem, images = image_problem("image"), []
     for number, given in enumerate(inputs, start=1):
         path = given.get(column) if isinstance(given, Mapping) else given

@@ -1,12 +1,12 @@
-"""The loss of a causal language model without its logits: they are never whole in memory.
+"""The loss of a causal language model, computed without all logits in memory at once.
 
 Logits are tokens × vocabulary, by far the largest tensor of a small model with a large vocabulary.
-`make_lean` has the model compute them for a few hundred tokens at a time, forward and again in the backward
-pass (torch.utils.checkpoint), and only for tokens that are learned. The mathematics are unchanged: the
-gradient is that of the model's own loss, to rounding.
+`make_lean` makes the model compute them for a few hundred tokens at a time, and again in the backward pass
+(torch.utils.checkpoint), only for labelled tokens. The gradient equals the gradient of the model's own loss,
+to rounding.
 
-Torch 2.13's linear_cross_entropy does the same with the gradient computed ahead; it is not used because its
-loss comes in the precision of its inputs (11.625 for 11.507 in bf16) and older versions lack it.
+Torch 2.13's linear_cross_entropy does the same and computes the gradient in the forward pass. It is not used:
+the loss has the precision of the inputs (11.625 for 11.507 in bf16), and older versions lack it.
 """
 
 import math
@@ -25,24 +25,23 @@ from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.verification.tiny_models import shrink
 
-TOKENS_PER_CHUNK = (
-    256  # tokens whose logits are in memory at a time: 50 MB at a vocabulary of 49,152, in float32
-)
+TOKENS_PER_CHUNK = 256  # logits in memory at a time; 50 MB in float32 with a vocabulary of 49,152
 
 
 def make_lean(model: Any, setting: bool | Literal["auto"] = "auto") -> bool:
-    """Make a causal language model compute its loss in chunks, where its logits allow it.
+    """Make a causal language model compute its loss in chunks, if its logits allow it.
 
-    With labels, the outputs then hold the loss alone. Without labels (generation), logits are as before.
+    With labels, the outputs then hold only the loss. Without labels (generation), the logits do not change.
 
     Args:
-        setting: "auto": where the logits allow it; False: never; True: always.
+        model: The model. Its `forward` is replaced.
+        setting: "auto": if the logits allow it; False: never; True: always.
 
     Returns:
         Whether the model computes its loss in chunks now.
 
     Raises:
-        InputError: with `setting` True, where the logits do not allow it.
+        InputError: If `setting` is True and the logits do not allow it.
     """
     if setting is False:
         return False
@@ -55,18 +54,18 @@ def make_lean(model: Any, setting: bool | Literal["auto"] = "auto") -> bool:
 
 
 def not_lean(model: Any) -> str | None:
-    """Why the loss cannot be had from the hidden states and the head alone; None where it can.
+    """Return why the loss cannot be computed from the hidden states and the head; None if it can.
 
-    The model is asked rather than its type: numbers are put in place of what its head gives, must come out as
-    its logits, and its loss must be their cross-entropy with the next tokens. A constant scale (Granite,
-    Cohere) commutes with a head without bias; a soft cap (Gemma 2) does not.
+    The model itself is tested: numbers replace the outputs of the head. They must come out as the logits, and
+    the loss must be their cross-entropy with the next tokens. A constant scale (Granite, Cohere) commutes
+    with a head without bias; a soft cap (Gemma 2) does not.
     """
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
-        return f"its head is no plain linear layer ({type(head).__name__})"
+        return f"its head is not a plain linear layer ({type(head).__name__})"
     if getattr(model.config, "output_router_logits", False):
-        return "a router's loss is added to it (model.config.output_router_logits)"
-    if head.weight.is_meta:  # no numbers to ask with: a tiny model of the same class and switches is asked
+        return "a router's loss is added to its loss (model.config.output_router_logits)"
+    if head.weight.is_meta:  # without numbers, a tiny model of the same class and settings is tested
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             return not_lean(type(model)(shrink(model.config)))
     given: list[torch.Tensor] = []
@@ -85,17 +84,17 @@ def not_lean(model: Any) -> str | None:
         with torch.no_grad():
             outputs = model.eval()(input_ids=tokens, labels=labels)
         logits, loss = outputs.logits, float(outputs.loss)
-    except Exception as error:  # a model of any kind, which may raise anything
-        return f"it cannot be asked for its loss ({type(error).__name__}: {one_line(error)[:200]})"
+    except Exception as error:  # any model, which can raise any error
+        return f"its loss cannot be tested ({type(error).__name__}: {one_line(error)[:200]})"
     finally:
         hook.remove()
         model.train(training)
     if len(given) != 1 or given[0].shape != logits.shape:
-        return "its logits are not what its head gives"
+        return "its logits are not the outputs of its head"
     largest = given[0].argmax()
     scale = float(logits.flatten()[largest] / given[0].flatten()[largest])
     if not torch.allclose(logits.float(), scale * given[0].float(), rtol=1e-2, atol=1e-2 * abs(scale)):
-        return "what its head gives is changed further (a soft cap, say) before it is called logits"
+        return "its logits are the outputs of its head after another operation (such as a soft cap)"
     if head.bias is not None and scale != 1:
         return "its head has a bias, and its logits are scaled"
     expected = torch.nn.functional.cross_entropy(
@@ -108,9 +107,9 @@ def not_lean(model: Any) -> str | None:
 
 @cache
 def _forward_of(model_class: type) -> Any:
-    """The class's own forward, but for its logits and loss where there are labels.
+    """Return the class's forward, which with labels computes the loss in chunks and no logits.
 
-    Its signature stays, by which generate and Trainer find out what a model takes.
+    The signature stays: generate and Trainer read the names of a model's inputs from it.
     """
 
     @wraps(model_class.forward)  # type: ignore[attr-defined]
@@ -133,9 +132,9 @@ def _forward_of(model_class: type) -> Any:
 
 
 def _mean_loss(head: Any, hidden: torch.Tensor, labels: torch.Tensor, num_items: Any) -> Any:
-    """The mean over the learned tokens, or their sum divided by `num_items`."""
+    """Return the mean loss over the labelled tokens, or the sum divided by `num_items`."""
     hidden, targets = hidden[..., :-1, :], labels[..., 1:]
-    # Labels without values (`memory/estimator.py`): all are learned, and two chunks tell of all.
+    # Labels without values (`memory/estimator.py`): all tokens count, and two chunks stand for all chunks.
     if is_fake(hidden):
         hidden, targets = hidden.flatten(0, -2), targets.flatten()
         rest = len(targets) - 2 * TOKENS_PER_CHUNK
@@ -146,7 +145,7 @@ def _mean_loss(head: Any, hidden: torch.Tensor, labels: torch.Tensor, num_items:
         hidden, targets = hidden[learned], targets[learned]
         chunks = zip(hidden.split(TOKENS_PER_CHUNK), targets.split(TOKENS_PER_CHUNK), strict=True)
     if not len(targets):
-        return hidden.sum() * math.nan  # a mean over nothing
+        return hidden.sum() * math.nan  # a mean over no tokens
     losses = [
         checkpoint(_loss, head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
     ]
@@ -161,8 +160,8 @@ def _loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) ->
 
 @contextmanager
 def _passing_through(head: torch.nn.Module) -> Iterator[None]:
-    """In this block the head gives what it is given: the hidden states."""
-    own = vars(head).get("forward")  # Accelerate's, say, where the model is spread over devices
+    """Make the head return its inputs, the hidden states, inside this block."""
+    own = vars(head).get("forward")  # for example Accelerate's, if the model is spread over devices
     head.forward = lambda hidden: hidden
     try:
         yield

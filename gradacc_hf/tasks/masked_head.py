@@ -1,7 +1,7 @@
-"""The head of a masked language model, at the masked positions only.
+"""The head of a masked language model, computed at the masked positions only.
 
-A vocabulary is wide (BERT's: 30,522): the logits of all positions take most of the memory and half of the
-time of a small model, and the loss is a mean over the masked 15 % of them.
+The vocabulary is large (30,522 tokens in BERT). The logits of all positions take most of the memory and half
+of the time of a small model. The loss needs only the masked 15 % of the positions.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from gradacc_hf.accumulation.loss_items import IGNORED
 
 
 def head_at_labels(model: Any) -> Any:
-    """The same model; given `labels`, it computes logits (items, vocabulary), where they are not −100.
+    """Make the model compute logits only where `labels` are not −100: (items, vocabulary). Return the model.
 
-    It then gives no loss. Without labels it gives the logits of all positions, (batch, length, vocabulary),
-    as ever. So does, with them, a model whose head does not call its output embeddings: `at_labels` takes
-    both.
+    With labels, it returns no loss. Without labels, it returns the logits of all positions (batch, length,
+    vocabulary). A model whose head does not call its output embeddings returns all logits in both cases:
+    `at_labels` takes both shapes.
     """
     chosen: list[torch.Tensor] = []
 
@@ -36,5 +36,5 @@ def head_at_labels(model: Any) -> Any:
 
 
 def at_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits (items, vocabulary) of the labelled positions, row by row, of what the model gave."""
+    """Return the logits (items, vocabulary) of the labelled positions, from all logits or from these."""
     return logits if logits.ndim == 2 else logits[labels != IGNORED]

@@ -1,4 +1,4 @@
-"""What a causal language model answers, greedily: to chats, or to prompts."""
+"""Greedy answers of a causal language model to chats or prompts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,24 +10,32 @@ from datasets import Dataset
 from gradacc_hf.errors import one_line, refuse
 from gradacc_hf.tasks.chat import messages_problem, tokenize_prompt
 
-PROMPTS_PER_BATCH = 8  # prompts that are answered at once
+PROMPTS_PER_BATCH = 8  # prompts answered at once
 CURE = 'give a text, or a row with "messages" or "prompt"'
 
 
 @torch.no_grad()
 def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_tokens: int) -> list[str]:
-    """One answer an input, at most so many tokens long, with dropout off.
+    """Return one answer for each input, with dropout off.
 
-    Where the model has too few positions, an answer gets half of them at most, and a prompt loses its start.
-    An input is a list of messages; a row with `messages`, without its last one if that is the assistant's; a
-    row with a `prompt`; or a text: what a user says to a model with a chat template, else a prompt. Every
-    process answers all, so that none waits for another. Raises InputError with the number of an input that
-    cannot be answered.
+    If the model has too few positions, an answer gets at most half of them, and a prompt loses its start.
+    Every process answers all inputs, so no process waits for another.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        inputs: Lists of messages, rows with `messages` (a last message of the assistant is left out), rows
+            with
+            a `prompt`, or texts. A text is a user's message if the model has a chat template, else a prompt.
+        max_new_tokens: The longest answer.
+
+    Raises:
+        InputError: With the number of the first input that cannot be answered.
     """
     prompts = [_tokens(tokenizer, given, f"input {number:,}") for number, given in enumerate(inputs, start=1)]
     config = model.config.get_text_config(decoder=True)
     limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 0
-    positions = int(min(limit for limit in limits if limit > 0))  # XLNet says −1: without end
+    positions = int(min(limit for limit in limits if limit > 0))  # XLNet has −1: no limit
     max_new_tokens = min(max_new_tokens, max(positions // 2, 1))
     prompts = [prompt[max_new_tokens - positions :] for prompt in prompts]
     ends = {tokenizer.eos_token_id, *_ends(model)} - {None}
@@ -56,10 +64,10 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
 def answer_samples(
     model: Any, tokenizer: Any, rows: Dataset, number: int, max_new_tokens: int
 ) -> list[dict[str, str]]:
-    """What is answered to the first rows' prompts, of chats to all before the last turn of the assistant.
+    """Answer the prompts of the first rows; in a chat, the messages before the assistant's last turn.
 
-    Beside each `prompt` (the message before that turn) and `answer` stands the row's own, the `reference`.
-    Rows in which nothing comes before it are left out.
+    Return for each row the `prompt` (in a chat, the last message before that turn), the `answer` and the
+    `reference` of the row. Rows without a prompt are left out.
     """
     prompts, shown = [], []
     for row in rows.select(range(min(number, len(rows)))).to_list():
@@ -96,7 +104,7 @@ def _tokens(tokenizer: Any, given: Any, name: str) -> list[int]:
 
 
 def _written(tokenizer: Any, messages: Any, is_row: bool, name: str) -> str:
-    """The chat as its template writes it, until it is the assistant's turn."""
+    """Return the chat as its template writes it, up to the assistant's turn."""
     if problem := messages_problem(messages):
         refuse(name, problem, CURE)
     if not tokenizer.chat_template:

@@ -1,7 +1,7 @@
-"""Answers as spans of a text: characters to tokens and back, for texts longer than a model reads.
+"""Answers as spans of a text: map characters to tokens and back, for texts longer than a model's input.
 
-A context that does not fit is divided into parts that overlap, each with the whole question before it. What
-is learned from a part, and which span is the best, is `recipes/question_answering.py`'s.
+A context that does not fit is split into overlapping parts, each after the whole question.
+`recipes/question_answering.py` trains on the parts and chooses the best span.
 """
 
 import math
@@ -25,10 +25,19 @@ def in_parts(
     doc_stride: int,
     token_types: bool = True,
 ) -> Any:
-    """Questions and contexts → one example or more each: a BatchEncoding.
+    """Tokenise questions and contexts into examples, one or more for each pair.
 
-    Beside what the model reads: `row`, of which question it is, and `offsets`, where each token is in its own
-    text, in characters. max_length: tokens of an example; doc_stride: of them, what two parts share.
+    Args:
+        questions: One question for each row.
+        contexts: One context for each row.
+        tokenizer: A fast tokenizer.
+        max_length: Tokens of an example, at most.
+        doc_stride: Tokens that two parts of a context share.
+        token_types: Whether to return token types.
+
+    Returns:
+        A BatchEncoding of the model's inputs, with two more keys. `row` is the number of the question.
+        `offsets` is the position of each token in its text, in characters.
     """
     parts = tokenizer(
         questions,
@@ -39,18 +48,18 @@ def in_parts(
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
         return_token_type_ids=token_types,
-        split_special_tokens=True,  # a "[SEP]" that somebody wrote separates nothing
+        split_special_tokens=True,  # a "[SEP]" in a text separates nothing
     )
     parts["row"], parts["offsets"] = parts.pop("overflow_to_sample_mapping"), parts.pop("offset_mapping")
     return parts
 
 
 def add_positions(parts: Any, answers: Sequence[Mapping[str, Any]]) -> None:
-    """Add `start_positions` and `end_positions`: the tokens of each row's first answer.
+    """Add `start_positions` and `end_positions`: the first and last token of each row's first answer.
 
-    Both are IGNORED in a part that does not have all of its tokens.
+    Both are IGNORED in a part that does not hold the whole answer.
     """
-    held, reach = [], {}  # the answer's tokens in each part; where in its text those of all parts are
+    held, reach = [], {}  # the answer's tokens in each part; their range in the text, over all parts
     for part, (row, offsets) in enumerate(zip(parts["row"], parts["offsets"], strict=True)):
         text, start = answers[row]["text"][0], answers[row]["answer_start"][0]
         first, last = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
@@ -69,7 +78,7 @@ def add_positions(parts: Any, answers: Sequence[Mapping[str, Any]]) -> None:
 
 
 def with_held(rows: Dataset, parts: Dataset) -> Dataset:
-    """The rows with `is_held`: does a part of the row's context hold its whole answer?"""
+    """Add `is_held` to the rows: whether a part of the row's context holds its whole answer."""
     row, start = (parts.with_format("numpy")[name][:] for name in ("row", "start_positions"))
     return with_column(rows, "is_held", np.isin(np.arange(len(rows)), row[start != IGNORED]))
 
@@ -77,7 +86,7 @@ def with_held(rows: Dataset, parts: Dataset) -> Dataset:
 def context_logits(
     outputs: Any, input_ids: torch.Tensor, tokenizer: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Start and end logits, (batch, length): −∞ outside the context, so no padding is in a softmax."""
+    """Return start and end logits (batch, length), −∞ outside the context, so that softmaxes skip padding."""
     no_words = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}  # padding, separators
     outside = torch.isin(input_ids, torch.tensor(sorted(no_words), device=input_ids.device))
     outside |= (input_ids == tokenizer.sep_token_id).cumsum(1) == 0  # the question
@@ -90,9 +99,9 @@ def context_logits(
 def best_spans(
     starts: torch.Tensor, ends: torch.Tensor, max_answer_length: int
 ) -> list[tuple[float, int, int]]:
-    """Start and end logits, (batch, length) each → the span with the largest sum: (sum, first, last token).
+    """Return for each row the span with the largest sum of logits: (sum, first token, last token).
 
-    It ends where it starts or later, and has at most `max_answer_length` tokens.
+    A span has 1 to `max_answer_length` tokens. `starts` and `ends` are logits (batch, length).
     """
     length = starts.shape[1]
     allowed = torch.ones(length, length, dtype=torch.bool, device=starts.device)
@@ -108,7 +117,13 @@ def best_of_rows(
     rows: Sequence[int],
     offsets: Sequence[Sequence[tuple[int, int]]],
 ) -> dict[int, tuple[float, int, int]]:
-    """The best span, row and offsets of each part → the best of each row: (sum, start, end in characters)."""
+    """Return the best span of each row, (sum, start, end in characters), from the best spans of the parts.
+
+    Args:
+        spans: The best span of each part: (sum, first token, last token).
+        rows: The row of each part.
+        offsets: The position of each token of each part, in characters.
+    """
     best: dict[int, tuple[float, int, int]] = {}
     for (total, first, last), row, places in zip(spans, rows, offsets, strict=True):
         best[row] = max(best.get(row, (-math.inf, 0, 0)), (total, places[first][0], places[last][1]))
@@ -119,9 +134,9 @@ def best_of_rows(
 def find_answer(
     model: Any, question: str, context: str, max_answer_length: int, tokenizer: Any, **settings: Any
 ) -> dict[str, Any]:
-    """The answer to one question, where in its context it starts, and its probability.
+    """Return the answer to one question, its start in the context, and its probability.
 
-    The settings are those of `in_parts`.
+    `settings` go to `in_parts`.
     """
     parts = in_parts([question], [context], tokenizer, **settings)
     offsets, rows = parts.pop("offsets"), parts.pop("row")
@@ -133,7 +148,7 @@ def find_answer(
 
 
 def check_tokenizer(tokenizer: Any, name: str) -> None:
-    """Raise InputError unless the tokenizer of the model `name` separates texts and says where tokens are."""
+    """Raise InputError unless the tokenizer of the model `name` separates texts and returns positions."""
     require_fast(tokenizer, name)
     if tokenizer.sep_token_id is None:
         found = f"the tokenizer of {name} does not separate question and context"
@@ -141,9 +156,9 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
 
 
 def row_problem(question: Any, context: Any, answers: Any = None, **settings: Any) -> str | None:
-    """What is wrong with a row, or None; `answers` are looked at where there are some.
+    """Return the problem of a row, or None. `answers` are checked if they are given.
 
-    The settings are those of `in_parts`.
+    `settings` are arguments of `in_parts`.
     """
     if problem := problem_of_texts(question, context):
         return problem
@@ -153,15 +168,15 @@ def row_problem(question: Any, context: Any, answers: Any = None, **settings: An
 
 
 def problem_of_texts(question: Any, context: Any) -> str | None:
-    """What is wrong with a question or its context, or None."""
+    """Return the problem of a question or its context, or None."""
     for name, text in (("question", question), ("context", context)):
         if not isinstance(text, str) or not text.strip():
-            return f"its {name} is {'empty' if text is None or isinstance(text, str) else 'no text'}"
+            return f"its {name} is {'empty' if text is None or isinstance(text, str) else 'not text'}"
     return None
 
 
 def problem_of_answers(context: str, answers: Any) -> str | None:
-    """What is wrong with the answers of a row, which must be where they are said to be, or None."""
+    """Return the problem of the answers of a row, or None. An answer must start at `answer_start`."""
     found = answers if isinstance(answers, Mapping) else {}
     texts, starts = found.get("text"), found.get("answer_start")
     if not isinstance(texts, list) or not isinstance(starts, list):
@@ -172,22 +187,22 @@ def problem_of_answers(context: str, answers: Any) -> str | None:
         return f"it has {len(texts)} answers and {len(starts)} places where they start"
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text.strip():
-            return "an answer of it is empty"
+            return "one of its answers is empty"
         if type(start) is not int:
-            return f"its answer {text!r} starts at {start!r}, and not at a whole number of characters"
+            return f"its answer {text!r} starts at {start!r}, not at a whole number of characters"
         if not 0 <= start <= len(context) - len(text):
             return f"its answer {text!r} at {start} is outside its context of {len(context):,} characters"
         if (there := context[start : start + len(text)]) != text:
-            return f"its context has {there!r} at {start}, and not the answer {text!r}"
+            return f"its context has {there!r} at {start}, not the answer {text!r}"
     return None
 
 
 def problem_of_length(
     question: str, tokenizer: Any, max_length: int, doc_stride: int, token_types: bool = True
 ) -> str | None:
-    """What is wrong with a question that leaves no room for its context, or None.
+    """Return the problem of a question that leaves no room for its context, or None.
 
-    The settings are those of `in_parts`.
+    The arguments are the same as for `in_parts`.
     """
     most = max_length - tokenizer.num_special_tokens_to_add(pair=True) - doc_stride
     if len(question.encode()) < most:  # no more tokens than bytes

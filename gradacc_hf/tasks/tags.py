@@ -1,7 +1,7 @@
-"""Rows of tokens with a tag each: the names of the tags, and what is wrong with a row.
+"""Rows of tokens with one tag per token: the names of the tags, and the problem of a row.
 
-Tags are strings, whole numbers or ids of a ClassLabel, whose names and order are kept. What a model reads of
-them is the recipe's.
+Tags are strings, whole numbers or ids of a ClassLabel, whose names and order are kept. The recipe makes the
+labels of the model from them.
 """
 
 from collections.abc import Collection, Sequence
@@ -27,9 +27,9 @@ def check_tokens_and_tags(dataset: Dataset, tokens_column: str, tags_column: str
 
 
 def tag_names(train: Dataset, tags_column: str) -> list[str]:
-    """The tags in the order of their ids: a ClassLabel's, else those of the training rows, sorted.
+    """Return the tags in the order of their ids: of the ClassLabel, or of the training rows, sorted.
 
-    Raises InputError where there are not at least two.
+    Raise InputError for fewer than two tags.
     """
     names = class_names(train, tags_column)
     if names is None:
@@ -37,21 +37,21 @@ def tag_names(train: Dataset, tags_column: str) -> list[str]:
         names = [str(tag) for tag in sorted(present)]
         begun = {name[2:] for name in names if name.startswith("B-")}
         if any(name.startswith("I-") and name[2:] in begun for name in names):
-            names = [name for name in names if is_scheme([name])]  # another one makes its row a bad one
+            names = [name for name in names if is_scheme([name])]  # rows with other tags are bad rows
     if len(names) < 2:
         found = f"{len(names)} different tags in the training rows"
-        refuse("data.tags_column", found, "at least two, or there is nothing to learn")
+        refuse("data.tags_column", found, "allowed: two or more")
     return names
 
 
 def entities(tokens: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
-    """What the tags mark: its type, its tokens, and the number of its first token, from 0."""
+    """Return the entities that tags mark: type, tokens, and the number of the first token, from 0."""
     spans = get_entities(as_iobes(tags)) if is_scheme(tags) else []
     return [{"type": of, "tokens": list(tokens[start : end + 1]), "start": start} for of, start, end in spans]
 
 
 def row_problem(tokens: Any, tags: list[str], known: Collection[str]) -> str | None:
-    """What is wrong with a row's tokens and tags, or None."""
+    """Return the problem of a row's tokens and tags, or None."""
     if not tokens:
         return "no tokens"
     if None in tokens:
@@ -66,7 +66,7 @@ def row_problem(tokens: Any, tags: list[str], known: Collection[str]) -> str | N
 
 
 def _element(dataset: Dataset, column: str, key: str) -> Any:
-    """The feature of a list column's elements."""
+    """Return the feature of the elements of a list column."""
     require_column(dataset, column, key)
     feature = dataset.features[column]
     if not is_list(feature):

@@ -1,8 +1,7 @@
-"""What a model is taught to say of an input: one of some classes, any number of labels, or a number.
+"""Targets of a model: a class, any number of labels, or a number.
 
-A `Target` knows its column of labels: what is wrong with a row's label, what the model's config and loss are,
-how good predictions are, and which answer is the best that looks at no input. Shared by the recipes that
-label texts and images.
+A `Target` checks and encodes the column of labels. It has the model's config, the loss, the metrics and the
+baseline for them. The recipes that label texts and images share it.
 """
 
 import math
@@ -32,17 +31,17 @@ KEY = "data.label_column"
 
 
 class Target(ABC):
-    """The labels of a task. `encode` replaces their column by `label`, as numbers, and finds their names."""
+    """The labels of a task. `encode` replaces the column by `label`, with numbers, and finds the names."""
 
     def __init__(self, train: Dataset, validation: Dataset, column: str):
-        """Raises InputError where a data set has no such column."""
+        """Raise InputError if a data set has no such column."""
         for split in (train, validation):
             require_column(split, column, KEY)
         self.column, self.feature = column, train.features[column]
         self.names: list[str] = []
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
-        """For `check_rows`: what is wrong with a row's label."""
+        """Return the problem of a row's label, or None, for `check_rows`."""
         label = row[self.column]
         if label is None:
             return f"column {self.column!r} is empty"
@@ -54,36 +53,36 @@ class Target(ABC):
     def encode(
         self, train: Dataset, validation: Dataset, skipped: list[str] | None = None
     ) -> tuple[Dataset, Dataset]:
-        """Both with a column `label` of what `loss` compares with, a row each.
+        """Return both data sets with a column `label`, the targets of `loss`.
 
-        Raises InputError, also for a validation row with a label that no training row has; with a list
-        `skipped`, such a row is left out, and said there.
+        A validation row may have a label that is in no training row. With a list `skipped`, the row is left
+        out and gets a line there; otherwise InputError is raised.
         """
 
     @abstractmethod
     def model_overrides(self) -> dict[str, Any]:
-        """What the model's config says of its outputs."""
+        """Return the settings of the model's config for its outputs."""
 
     @abstractmethod
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean over rows. logits: (rows, outputs); labels: as `encode` made them."""
+        """Return the mean loss over rows, from logits (rows, outputs) and labels as `encode` makes them."""
 
     @abstractmethod
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """How good these predictions are. Shapes as in `loss`."""
+        """Return the metrics of predictions. Shapes are as in `loss`."""
 
     @abstractmethod
     def constant(self, labels: np.ndarray) -> np.ndarray:
-        """The logits, (outputs,), of the best answer to these labels that looks at no input."""
+        """Return the logits (outputs,) of the best constant answer to these labels."""
 
     def baseline(self, train: Sequence[Any], validation: Sequence[Any]) -> dict[str, float]:
-        """The metrics on validation labels of the answer that is the best to the training labels."""
+        """Return the metrics, on validation labels, of the best constant answer to the training labels."""
         answer = self.constant(np.asarray(train))
         return self.metrics(np.tile(answer, (len(validation), 1)), np.asarray(validation))
 
 
 class SingleLabel(Target):
-    """One of some classes. Labels are strings, integers, booleans or a ClassLabel."""
+    """A class for each row. Labels are strings, integers, booleans or a ClassLabel."""
 
     def encode(
         self, train: Dataset, validation: Dataset, skipped: list[str] | None = None
@@ -97,7 +96,7 @@ class SingleLabel(Target):
     def loss(
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The mean over rows of the cross-entropy; `weights`, (classes,), weigh rows by their class."""
+        """Return the mean cross-entropy over rows; `weights` (classes,) weigh rows by class."""
         weights = None if weights is None else weights.to(logits)
         return torch.nn.functional.cross_entropy(logits, labels, weights)
 
@@ -110,10 +109,10 @@ class SingleLabel(Target):
 
 
 class MultiLabel(Target):
-    """Any number of labels. A row has a list of strings, of integers or of a ClassLabel; it may be empty."""
+    """Any number of labels for each row: a list of strings, integers or class ids, which may be empty."""
 
     def __init__(self, train: Dataset, validation: Dataset, column: str):
-        """Raises InputError where a data set has no such column of lists."""
+        """Raise InputError if a data set has no such column of lists."""
         super().__init__(train, validation, column)
         for split in (train, validation):
             if not is_list(feature := split.features[column]):
@@ -149,7 +148,7 @@ class MultiLabel(Target):
         return self._encode(train), self._encode(validation)
 
     def _texts(self, dataset: Dataset) -> list[list[str]]:
-        """The labels of each row; validation's ids may be in another order than training's."""
+        """Return the labels of each row as text: class ids of both data sets may be in different orders."""
         names = class_names(dataset, self.column)
         return [labels_as_text(labels, names) for labels in dataset[self.column]]
 
@@ -161,23 +160,23 @@ class MultiLabel(Target):
         return {**_names(self.names), "problem_type": "multi_label_classification"}
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean over rows of the binary cross-entropy, which is itself a mean over labels."""
+        """Return the mean binary cross-entropy over rows and labels."""
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return _scores(("multi_label",), (logits > 0).astype(int), labels.astype(int))
 
     def constant(self, labels: np.ndarray) -> np.ndarray:
-        """The set of labels that is the most frequent."""
+        """Return logits of the most frequent set of labels."""
         majority = Counter(map(tuple, labels.tolist())).most_common(1)[0][0]
         return np.asarray(majority) - 0.5
 
 
 class Regression(Target):
-    """A number. Labels are numbers, or strings of them."""
+    """A number for each row. Labels are numbers, or strings of numbers."""
 
     def __init__(self, train: Dataset, validation: Dataset, column: str):
-        """Raises InputError where a data set has no such column of numbers."""
+        """Raise InputError if a data set has no such column of numbers."""
         super().__init__(train, validation, column)
         for split in (train, validation):
             feature = split.features[column]
@@ -208,7 +207,7 @@ class Regression(Target):
         return {**_names([self.column]), "problem_type": "regression"}
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean over rows of the squared error."""
+        """Return the mean squared error over rows."""
         return torch.nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
 
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -219,13 +218,16 @@ class Regression(Target):
 
 
 TARGETS = {"single_label": SingleLabel, "multi_label": MultiLabel, "regression": Regression}
-"""`data.problem` → what it makes of the labels."""
+"""`data.problem` → the class of its target."""
 
 
 def answers(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
-    """What a saved model says, a dict a row, by the problem in its config. logits: (rows, outputs).
+    """Return the answer of a saved model for each row, from its logits (rows, outputs).
 
-    One class: label, score (its probability) and scores of all; several: labels (those above 0.5) and scores;
+    The problem in the model's config determines the keys:
+
+    a class: label, score (the probability of the label), scores (of all labels).
+    several labels: labels (with a probability above 0.5), scores.
     a number: score.
     """
     logits = logits.float().cpu()
@@ -245,10 +247,15 @@ def answers(logits: torch.Tensor, config: Any) -> list[dict[str, Any]]:
 
 
 def class_weights(setting: str, names: Sequence[str], labels: Sequence[int]) -> torch.Tensor | None:
-    """One weight a class, in the order of `names`; None where all weigh 1.
+    """Return one weight for each class, in the order of `names`; None if all weights are 1.
 
-    setting: none, balanced (1 / its frequency among `labels`, which are class ids), or "spam=5,ham=1".
-    Raises InputError.
+    Args:
+        setting: none, balanced (1 / the frequency of the class), or "spam=5,ham=1".
+        names: The names of the classes.
+        labels: The class ids of the training rows.
+
+    Raises:
+        InputError: For any other setting, or if a class has no weight.
     """
     if setting == "none":
         return None
@@ -282,7 +289,7 @@ def _scores(names: Sequence[str], predictions: np.ndarray, references: np.ndarra
 
 
 def _number(label: Any) -> float:
-    """A label as a number; NaN where it is none."""
+    """Return a label as a number; NaN if it is not one."""
     try:
         return float(label)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""A language model that reads nothing: the baseline of those that write."""
+"""A language model of token frequencies: the baseline of recipes that write texts."""
 
 import math
 from collections import Counter
@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 
 def unigram_loss(train: Iterable[int], validation: Iterable[int], vocabulary: int) -> float:
-    """The mean loss (nats) of validation tokens, each as likely as it is in training.
+    """Return the mean loss (nats) of validation tokens under their frequencies in training.
 
-    Every token of the `vocabulary` counts once more than it is there (Laplace), so that none is impossible.
+    Each token of the `vocabulary` counts once more than it occurs (Laplace), so that no probability is 0.
     """
     seen, found = Counter(train), Counter(validation)
     total = math.log(seen.total() + vocabulary)
@@ -16,5 +16,5 @@ def unigram_loss(train: Iterable[int], validation: Iterable[int], vocabulary: in
 
 
 def perplexity(loss: float) -> float:
-    """How many tokens a model hesitates between: e to its mean loss (nats); at most e⁷⁰⁰."""
+    """Return the perplexity for a mean loss in nats: e to the loss, at most e⁷⁰⁰."""
     return math.exp(min(loss, 700))

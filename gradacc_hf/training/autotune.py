@@ -1,7 +1,7 @@
-"""Find the fastest micro-batch size on the first windows of a run, while they are trained.
+"""Find the fastest micro-batch size on the first windows of a run, while training on them.
 
-Every split of a window gives the same gradient, so a run can try sizes as it goes: no window is trained
-twice, or in vain. The split's cost model (`splitting.Cost`) is fitted to the same seconds.
+Every split of a window gives the same gradient, so every trial is also a normal training step. The cost model
+of the split (`splitting.Cost`) is fitted to the same measured times.
 """
 
 import math
@@ -18,22 +18,26 @@ from gradacc_hf.accumulation.collation import Split
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.splitting import ON_CPU, Bound, Cost
 
-WINDOWS_NEEDED = 24  # of a run that tries sizes: most of it should have the fastest
-AHEAD = 8  # windows that sizes are judged on, as they will be split
-HOPELESS = 1.3  # times the fastest: smaller sizes are not tried
-CLOSE = 1.15  # times the fastest: those sizes are tried again
-TURNS = 2, 8  # so many times: at least, at most
-WORTH = 1.03  # times as fast: what another cost model must promise to be taken
-NEVER = 1e9  # tokens from which the quadratic cost would count, where none was seen
+WINDOWS_NEEDED = 24  # a run with fewer windows tries no sizes: most windows should use the fastest
+AHEAD = 8  # next windows that sizes are compared on
+HOPELESS = 1.3  # if a size takes this many times the fastest time, smaller sizes are not tried
+CLOSE = 1.15  # sizes up to this many times the fastest time are tried again
+TURNS = 2, 8  # further trials of each close size: least, most
+WORTH = 1.03  # speedup that a fitted cost model must predict to replace the current one
+NEVER = 1e9  # tokens: `Cost.quadratic` if no quadratic cost was measured
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A window that was trained with this size.
+    """A window that was trained with one micro-batch size.
 
-    `seconds_per_token`: of what its examples would cost without padding, so that windows compare. `work`:
-    micro-batches, padded tokens, padded tokens × length, of the process with most of it. `counts`: else it
-    has set up what the next ones find.
+    Attributes:
+        max_tokens: The size, in padded tokens per micro-batch.
+        seconds: Time of the window.
+        seconds_per_token: Time divided by the predicted cost of the examples without padding, so that windows
+            can be compared.
+        work: Micro-batches, padded tokens, and padded tokens × length, of the process with the most work.
+        counts: Whether the time is used. It is not if the window also did one-time set-up.
     """
 
     max_tokens: int
@@ -44,9 +48,10 @@ class Trial:
 
 
 def sizes_to_try(windows: WindowLoader) -> list[int]:
-    """Return padded tokens of a micro-batch: powers of two, largest first, that split windows differently.
+    """Return sizes in padded tokens: powers of two, largest first, that split the next windows differently.
 
-    From the bound or, where that is more, a process's share of a window, down to its longest example.
+    The largest size is the bound, or the share of one process in a window if that is smaller. The smallest
+    size still holds the longest example.
     """
     ahead = _ahead(windows)
     shapes = [windows.shape(split.indices, split.pad_to) for split in ahead]
@@ -54,7 +59,7 @@ def sizes_to_try(windows: WindowLoader) -> list[int]:
     if windows.bound.max_tokens is not None:
         most = min(most, windows.bound.max_tokens)
     longest = max(1, *(int(windows.lengths[split.indices].max()) for split in ahead))
-    sizes: dict[int, int] = {}  # micro-batches → the smallest size that gives so many
+    sizes: dict[int, int] = {}  # number of micro-batches → the smallest size that gives this number
     for exponent in range(math.ceil(math.log2(most)), math.floor(math.log2(longest)), -1):
         size = min(2**exponent, windows.bound.max_tokens or 2**exponent)
         splits = _ahead(windows.with_bound(_of_size(windows.bound, size)))
@@ -65,11 +70,16 @@ def sizes_to_try(windows: WindowLoader) -> list[int]:
 def search(
     sizes: Sequence[int], turns: int = TURNS[0], sets_up_each: bool = False
 ) -> Generator[tuple[int, bool], float, None]:
-    """Sizes to train a window with, one after the other; each is answered with what a token of it took.
+    """Yield (size, whether the time counts) for each window to train, and receive its seconds per token.
 
-    With each comes whether the answer counts. The first does not: it is what a run sets up once; with
-    `sets_up_each`, the first of each size, for which a GPU loads other kernels. From the largest size down as
-    long as that is not hopeless, then those that are close to the fastest, in turns.
+    The search tries sizes from the largest down until one is hopeless. It then repeats the sizes close to the
+    fastest.
+
+    Args:
+        sizes: The sizes, largest first.
+        turns: How often a close size is repeated.
+        sets_up_each: Whether the first time of every size does not count, as on a GPU, which loads other
+            kernels for each size. Otherwise only the first time of the run does not count.
     """
     seconds: dict[int, list[float]] = {}
     for size in sizes:
@@ -89,9 +99,9 @@ def _fastest(seconds: Mapping[int, Sequence[float]]) -> float:
 
 
 def fit_cost(trials: Sequence[Trial], default: Cost = ON_CPU) -> Cost:
-    """The cost model by which these windows took so long: least squares of relative errors, no term below 0.
+    """Fit a cost model to the times of these windows: least squares of relative errors, no negative term.
 
-    The fixed cost is at least half the default's, as a smaller one makes tiny micro-batches.
+    The fixed cost is at least half of the default, as a smaller one would give tiny micro-batches.
     """
     from scipy.optimize import nnls  # late: it takes a second
 
@@ -103,25 +113,24 @@ def fit_cost(trials: Sequence[Trial], default: Cost = ON_CPU) -> Cost:
 
 
 class Tuning:
-    """Try micro-batch sizes on a loader's next windows: `record` takes the seconds of each window.
+    """Try micro-batch sizes on the next windows of a loader.
 
-    All processes decide alike, by the seconds of process 0. When memory runs out, the search starts again
-    with the sizes below the one that was too large.
+    Call `record` with the seconds of each window. All processes use the seconds of process 0, and so choose
+    the same size. When memory runs out, the search starts again with the sizes that fit.
     """
 
     @classmethod
     def of(cls, windows: WindowLoader, num_windows: int | None) -> "Tuning | None":
         """Return a search for a run of this many windows (None: unknown).
 
-        None where sizes are known, windows too few, or all sizes split alike.
+        Return None if the loader is already tuned, if the run has too few windows, or if all sizes give the
+        same split.
         """
         if windows.bound.micro_batch_size is not None:
-            raise ValueError(
-                "tune: sizes are tried in tokens; give the loader max_tokens, not micro_batch_size"
-            )
+            raise ValueError("tune varies max_tokens: give the loader max_tokens, not micro_batch_size")
         least, most = TURNS
         num_windows = sys.maxsize if num_windows is None else num_windows
-        a_size = 1 + least + _sets_up_each(windows)  # windows for it
+        a_size = 1 + least + _sets_up_each(windows)  # windows that one size needs
         sizes = sizes_to_try(windows)[: max(0, (num_windows // 2 - 1) // a_size)]
         if len(sizes) < 2 or windows.tuned:
             return None
@@ -129,11 +138,11 @@ class Tuning:
 
     def __init__(self, windows: WindowLoader, sizes: Sequence[int], turns: int = TURNS[0]):
         self.windows, self._turns = windows, turns
-        self.said: str | None = None  # what came of it, in a line
+        self.said: str | None = None  # the result in one line; None while the search runs
         self._begin(sizes)
 
     def record(self, seconds: float) -> None:
-        """The loader's latest window took so long."""
+        """Record the seconds of the latest window of the loader, and set the size of the next one."""
         windows = self.windows
         if windows.bound is not self._tried:
             fit = [size for size in self._sizes if size <= (windows.bound.max_tokens or 0)]
@@ -141,7 +150,7 @@ class Tuning:
                 self._begin(fit)
             else:
                 windows.end_trials(tuned=False)
-                self.said = f"max_tokens: no sizes are tried, as memory ran out; at most {windows.bound}"
+                self.said = f"micro-batches: at most {windows.bound}, as memory ran out; no others are tried"
             return
         seconds = broadcast_object_list([seconds])[0]
         split = windows.split(windows.epoch, windows.window - 1)
@@ -163,7 +172,7 @@ class Tuning:
         self._try(*next(self._search))
 
     def to_json(self) -> dict[str, Any]:
-        """For the summary of a run; `max_tokens` is null while it is not known."""
+        """Return the entry of summary.json. `max_tokens` is None while the search runs."""
         return {
             "max_tokens": self.windows.bound.max_tokens if self.said is not None else None,
             "cost": asdict(self.windows.cost),
@@ -172,12 +181,15 @@ class Tuning:
 
     def _try(self, size: int, counts: bool) -> None:
         self._counts = counts
-        if size != self._tried.max_tokens:  # else what workers hold ready need not be split again
+        if size != self._tried.max_tokens:  # windows that workers have prepared stay valid for the same size
             self._tried = _of_size(self.bound, size)
             self.windows.resplit(self._tried)
 
     def _choose(self) -> None:
-        """By what each size is predicted to take for the windows ahead, and by how much it was off so far."""
+        """Choose the size with the least predicted time for the next windows.
+
+        The prediction of each size is corrected by its median ratio of measured to predicted time.
+        """
         trials = [trial for trial in self.trials if trial.counts]
         cost = fit_cost(trials, self.windows.cost)
 
@@ -194,30 +206,33 @@ class Tuning:
         self.windows.resplit(_of_size(self.bound, best), cost if is_worth_it else None)
         self.windows.end_trials(tuned=True)
         others = ", ".join(
-            f"{size:,}: {seconds / predicted[best]:.2f} ×"
+            f"{size:,} takes {seconds / predicted[best]:.2f} times as long"
             for size, seconds in predicted.items()
             if size != best
         )
-        self.said = f"max_tokens: {best:,} from here on, the fastest (others, by its time: {others})"
+        self.said = (
+            f"micro-batches: at most {best:,} padded tokens from the next window on, the fastest size tried "
+            f"({others})"
+        )
 
 
 def _sets_up_each(windows: WindowLoader) -> bool:
-    """Whether each size has its own set-up, as on a GPU, which loads other kernels."""
+    """Whether the first window of each size includes set-up, as on a GPU, which loads other kernels."""
     return windows.accelerator.device.type == "cuda"
 
 
 def _of_size(bound: Bound, max_tokens: int) -> Bound:
-    """So many padded tokens, and no more bytes than before."""
+    """Return the bound with this many padded tokens and the same bytes."""
     return replace(bound, max_tokens=max_tokens)
 
 
 def _ahead(windows: WindowLoader) -> list[Split]:
-    """The next windows, as they are split; of a stream, those at hand."""
+    """Return the splits of the next windows. A stream gives only the windows that it has read."""
     return [windows.split(*number) for number in windows.plan.ahead(windows.epoch, windows.window, AHEAD)]
 
 
 def _work(windows: WindowLoader, split: Split) -> tuple[float, float, float]:
-    """That of `Trial`."""
+    """Return `Trial.work` of a split."""
     found = []
     for process in split.processes:
         shapes = [windows.shape(indices, split.pad_to) for indices in process]
@@ -228,6 +243,6 @@ def _work(windows: WindowLoader, split: Split) -> tuple[float, float, float]:
 
 
 def _total(cost: Cost, work: Sequence[float]) -> float:
-    """What micro-batches cost together: `cost`, of each."""
+    """Return the predicted cost of this work."""
     micro_batches, tokens, quadratic = work
     return cost.fixed * micro_batches + tokens + quadratic / cost.quadratic

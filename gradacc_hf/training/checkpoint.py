@@ -1,12 +1,19 @@
-"""Checkpoints: what a run needs to go on as if it had never been stopped. Saved between windows only.
+"""Checkpoints: the state that a run needs to continue exactly. They are saved between windows only.
 
-One is a folder, `checkpoints/window-00000040` in the run's: the trained weights and the optimizer's tensors
-in safetensors, which each process writes its part of and any number of processes can read
-(`torch.distributed.checkpoint`); the optimizer's, scheduler's and loader's numbers; each process's random
-numbers; what the run was, for people and for `check_same`; a checksum of every file. No file of it is read as
-a pickle that could run code. Weights that are not trained stay out: they are those of the base model.
+A checkpoint is a folder in the folder of the run, such as `checkpoints/window-00000040`:
 
-`fine_tune` (`finetune.py`) decides when to save; `utils/signals.py` asks a run to stop.
+| file | content |
+|---|---|
+| `*.safetensors` | trained weights and tensors of the optimizer (`torch.distributed.checkpoint`) |
+| `numbers.pt` | numbers of the optimizer, scheduler, scaler and loader, and the evaluations |
+| `random-N.pt` | random number generators of process N |
+| `about.json` | settings and fingerprints of the run, for people and for `check_same` |
+| `sha256.json` | checksums of all other files |
+
+Each process writes its part of the tensors, and any number of processes can read them. No file is read as a
+pickle that could run code. Frozen weights are left out, as the base model has them.
+
+`fine_tune` (`finetune.py`) decides when to save. `utils/signals.py` requests a run to stop.
 """
 
 import hashlib
@@ -25,7 +32,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -39,6 +45,7 @@ from gradacc_hf.accumulation.loader_state import device_name, sizes_of
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.training.run_log import versions
 from gradacc_hf.utils.files import flush, put_in_place
+from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.rng import rng_states, set_rng_states
 
 logger = get_logger(__name__)
@@ -49,28 +56,28 @@ ABOUT, NUMBERS, SUMS = "about.json", "numbers.pt", "sha256.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is complete: its folder, and what is known of its run."""
+    """A complete checkpoint: its folder and the content of about.json."""
 
     folder: Path
     about: Mapping[str, Any]
 
     @property
     def window(self) -> int:
-        """The window that the checkpoint was saved after, counted over the run from 1."""
+        """The window after which the checkpoint was saved, counted over the run from 1."""
         return self.about["window"]
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """When a run saves checkpoints, and what it must have in common with one to go on from it.
+    """Settings of saving checkpoints and of resuming from one.
 
     Args:
-        every: Windows from one checkpoint to the next; 0 saves only when the run is asked to stop.
-        keep: Newest checkpoints to keep; that of the best evaluation stays, too.
-        same: Settings and fingerprints by key that must equal the checkpoint's, else resuming is refused.
-        budget: By default the loader's bound. If it equals the checkpoint's, the split into micro-batches is
-            reproduced exactly; otherwise only the result is.
-        resume_from: The checkpoint to go on from; None starts from the beginning.
+        every: Windows from one checkpoint to the next; 0 saves only when a signal stops the run.
+        keep: Number of newest checkpoints to keep. The checkpoint of the best evaluation is kept, too.
+        same: Settings and fingerprints by key. If they differ from the checkpoint, resuming is refused.
+        budget: Settings that determine the split; by default the bound of the loader. If they equal the
+            checkpoint's, the split into micro-batches is the same. Otherwise results agree up to rounding.
+        resume_from: The checkpoint to resume from; None starts from the beginning.
     """
 
     every: int = 100
@@ -86,14 +93,14 @@ def newest_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
     A damaged checkpoint is left out with a warning.
 
     Args:
-        run: The run's folder.
-        accelerator: The run's Accelerator.
+        run: The folder of the run.
+        accelerator: The Accelerator of the run.
 
     Returns:
-        The checkpoint; None where the run has none.
+        The checkpoint; None if the run has none.
 
     Raises:
-        InputError: Where all checkpoints are damaged.
+        InputError: All checkpoints are damaged.
     """
     if accelerator.is_main_process:
         _put_back_old(run / FOLDER)
@@ -107,29 +114,27 @@ def newest_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
         logger.warning(f"checkpoint {folder} is damaged ({problem}): left out")
     if problems:
         raise InputError(
-            f"{run / FOLDER}: no checkpoint is whole ({'; '.join(problems)}): start again, in another folder "
-            "or with --output.overwrite true"
+            f"{run / FOLDER}: all checkpoints are damaged ({'; '.join(problems)}): start again, in another "
+            "folder or with --output.overwrite true"
         )
     return None
 
 
 def check_same(checkpoint: Checkpoint, same: Mapping[str, Any]) -> None:
-    """Raise InputError for the first key whose value is not that of the checkpoint's run."""
+    """Raise InputError for the first key whose value differs from the run of the checkpoint."""
     before = checkpoint.about["same"]
     for key, value in json.loads(json.dumps(same)).items():
         if key in before and before[key] != value:
             fingerprint = isinstance(value, str) and value.startswith("sha256:")
-            found = (
-                "not those of before" if fingerprint else f"found {value!r}, and the run had {before[key]!r}"
-            )
+            changed = f"found {value!r}, but the run had {before[key]!r}"
             raise InputError(
-                f"{key}: {found}; to go on from {checkpoint.folder} it must be the same: set it back, or "
-                "start a new run in another --output.dir"
+                f"{key}: {'the content has changed' if fingerprint else changed}; to resume from "
+                f"{checkpoint.folder}, set it back, or start a new run in another --output.dir"
             )
 
 
 def _folders(parent: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a folder with their windows, the newest last."""
+    """Return (window, folder) of the checkpoints in a folder, the newest last."""
     if not parent.is_dir():
         return []
     found = [(re.fullmatch(r"window-([0-9]{8,12})", path.name), path) for path in parent.iterdir()]
@@ -137,25 +142,25 @@ def _folders(parent: Path) -> list[tuple[int, Path]]:
 
 
 def _put_back_old(parent: Path) -> None:
-    """A checkpoint whose place another was about to take, when the run was killed."""
+    """Restore checkpoints that were being replaced when the run was killed."""
     for old in parent.glob(".window-*.old"):
         if not (folder := parent / old.name[1 : -len(".old")]).exists():
             old.rename(folder)
 
 
 def _damage(folder: Path, accelerator: Accelerator) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None where it is as it was written."""
+    """Return the damage of a checkpoint in a few words; None if it is as it was written. Collective."""
     try:
         expected = json.loads((folder / SUMS).read_text(encoding="utf-8"))
         found = {path.name for path in folder.iterdir()} - {SUMS}
         if not isinstance(expected, dict) or ABOUT not in expected:
-            problem = f"{SUMS} does not say what is in it"
+            problem = f"{SUMS} does not list the files"
         elif missing := sorted(expected.keys() - found):
             problem = f"{missing[0]} is missing"
         elif strange := sorted(found - expected.keys()):
-            problem = f"{strange[0]} is none of its files"
+            problem = f"{strange[0]} is not listed in {SUMS}"
         elif any(path.is_symlink() or not path.is_file() for path in folder.iterdir()):
-            problem = "it holds a link or a folder"
+            problem = "it contains a link or a folder"
         else:
             problem = None
     except (OSError, ValueError) as error:
@@ -165,13 +170,20 @@ def _damage(folder: Path, accelerator: Accelerator) -> str | None:
     sums: dict[str, str] = {}
     problem = _together(lambda: sums.update(_checksums(folder, accelerator)))
     differ = (name for name in sorted(expected) if sums.get(name) != expected[name])
-    return problem or next((f"{name} is not as it was written" for name in differ), None)
+    return problem or next((f"{name} does not match its checksum" for name in differ), None)
 
 
 class Checkpointer:
-    """Saves a run of these objects, as Accelerate has prepared them, and brings them to where one was saved.
+    """Save and restore the state of a run. All methods are collective.
 
-    `folder` is the run's.
+    Args:
+        folder: the folder of the run.
+        settings: the settings of saving and resuming.
+        accelerator: the Accelerator of the run.
+        model: the prepared model.
+        optimizer: the prepared optimizer.
+        scheduler: the scheduler, or None.
+        windows: the loader of the run.
     """
 
     def __init__(
@@ -191,10 +203,15 @@ class Checkpointer:
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
 
     def save(self, window: int, best_window: float | None, progress: Mapping[str, Any]) -> str | None:
-        """Save a checkpoint after this window of the run; give what went wrong, in a line.
+        """Save a checkpoint. If that fails (a full disk), earlier checkpoints are unchanged.
 
-        `best_window`: after which the best evaluation was. `progress`: plain numbers that `load` gives back.
-        Where it goes wrong (a full disk), what was there stays as it was. Collective.
+        Args:
+            window: the window of the run after which the checkpoint is saved.
+            best_window: the window after which the best evaluation was; None without one.
+            progress: plain numbers that `load` returns.
+
+        Returns:
+            The error in one line; None if there was none.
         """
         folder = self.folder / f"window-{window:08d}"
         unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -221,7 +238,7 @@ class Checkpointer:
         return None
 
     def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Bring all objects to where the checkpoint was saved; gives the `progress` that was. Collective."""
+        """Restore all objects from a checkpoint, and return the `progress` that was saved."""
         folder, about = checkpoint.folder, checkpoint.about
         numbers = read_plain(folder / NUMBERS)
         with _alone_too():
@@ -237,27 +254,27 @@ class Checkpointer:
             self.scheduler.load_state_dict(numbers["scheduler"])
         if self.accelerator.scaler is not None and numbers["scaler"]:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
-        # On other hardware, or with another budget, windows are split by that, and sizes tried again.
+        # On other hardware or with another budget, the split and the tuned size of the run do not apply.
         same_budget = about["budget"] == self.budget and about["device"] == device_name(self.accelerator)
         self.windows.load_state_dict(numbers["windows"], same_budget=same_budget)
         process = self.accelerator.process_index
         if about["processes"] == self.accelerator.num_processes:
             set_rng_states(read_plain(folder / f"random-{process}.pt"), self.accelerator.device)
-        else:  # other processes draw other numbers; not again those of the beginning
+        else:  # with another number of processes, new seeds; the start's seeds would repeat its numbers
             set_seed((self.windows.seed + checkpoint.window + 1_000_003 * process) % 2**32)
         return numbers["progress"]
 
     def _begin(self, unfinished: Path) -> None:
         if self.accelerator.is_main_process:
             _put_back_old(unfinished.parent)
-            for left in unfinished.parent.glob(".window-*"):  # by a run that was killed while it saved
+            for left in unfinished.parent.glob(".window-*"):  # a run was killed while saving
                 shutil.rmtree(left)
             unfinished.mkdir(parents=True)
 
     def _see(self, unfinished: Path) -> None:
         if not unfinished.is_dir():
             process = self.accelerator.process_index
-            raise OSError(f"process {process} does not see {unfinished}: all machines must share the folder")
+            raise OSError(f"process {process} cannot find {unfinished}: all machines must share the folder")
 
     def _write_tensors(self, unfinished: Path) -> None:
         states = self.optimizer.state_dict()["state"]
@@ -304,21 +321,21 @@ class Checkpointer:
         flush(unfinished)
         put_in_place(unfinished, folder)
         kept = _folders(self.folder)
-        for _, later in kept[kept.index((window, folder)) + 1 :]:  # damaged: the run went back behind them
+        for _, later in kept[kept.index((window, folder)) + 1 :]:  # damaged: the run resumed before them
             shutil.rmtree(later)
         for of_window, old in kept[: kept.index((window, folder)) + 1][: -self.settings.keep]:
             if of_window != best_window:
                 shutil.rmtree(old)
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """What training changes in the model: trained parameters, and buffers that are part of its state."""
+        """Return the tensors that training changes: trained parameters, and buffers in the state dict."""
         saved = self.model.state_dict().keys()
         found = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         found |= {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
         return {f"model.{name}": tensor.detach() for name, tensor in found.items()}
 
     def _empty_like_saved(self, saved: Mapping[str, Any]) -> list[tuple[str, int, str, torch.Tensor]]:
-        """For each tensor of the optimizer in a checkpoint: key, number of its parameter, name, a place."""
+        """Return (key, index of the parameter, name, empty tensor) for each saved optimizer tensor."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         found = []
         for key, tensor in saved.items():
@@ -328,13 +345,13 @@ class Checkpointer:
             if index >= len(parameters):
                 raise InputError(
                     f"the checkpoint's optimizer has more than the {len(parameters)} weights trained here: "
-                    "go on with the model and settings of its run"
+                    "resume with the model and settings of its run"
                 )
             found.append((key, index, match[2], _place(parameters[index], tensor)))
         return found
 
     def _groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The optimizer's groups as they were saved, with the parameters' numbers in them again."""
+        """Return the saved groups of the optimizer, with the indices of the present parameters."""
         now = self.optimizer.state_dict()["param_groups"]
         return [{**group, "params": here["params"]} for group, here in zip(saved, now, strict=True)]
 
@@ -344,23 +361,23 @@ def _key(index: int, name: str) -> str:
 
 
 def _place(parameter: torch.Tensor, saved: Any) -> torch.Tensor:
-    """An empty tensor for a state of the optimizer, sharded as its parameter is."""
+    """Return an empty tensor for a state of the optimizer, sharded like the parameter."""
     size, dtype = saved.size, saved.properties.dtype
     if not isinstance(parameter, DTensor):
-        device = parameter.device if len(size) else None  # counts of steps are on the host
+        device = parameter.device if len(size) else None  # step counts are scalars on the host
         return torch.empty(size, dtype=dtype, device=device)
     if size == parameter.size():
         return torch.empty_like(parameter.detach(), dtype=dtype)
     if len(size):
         raise InputError(
-            "a checkpoint of this optimizer, whose states are not of the weights' shapes, cannot be "
-            "resharded: go on without FSDP, or use --optim.name adamw"
+            "a checkpoint of this optimizer cannot be resharded, as the states have other shapes than the "
+            "weights: resume without FSDP, or use --optim.name adamw"
         )
     return torch.empty(size, dtype=dtype)
 
 
 def write_plain(path: Path, values: Any) -> None:
-    """Write numbers, text, tensors, and lists and dicts of these; raises InputError for anything else."""
+    """Write numbers, text, tensors, and lists and dicts of them. Raise InputError for anything else."""
     buffer = io.BytesIO()
     try:
         torch.save(values, buffer)
@@ -368,12 +385,12 @@ def write_plain(path: Path, values: Any) -> None:
         why = one_line(error)[:200]
         raise InputError(f"{path.name}: {why}; allowed are numbers, text and tensors") from error
     buffer.seek(0)
-    _load_plain(buffer, path)  # what could not be read back must not be found out when it is needed
+    _load_plain(buffer, path)  # an unreadable file must be found now, not at resuming
     path.write_bytes(buffer.getvalue())
 
 
 def read_plain(path: Path) -> Any:
-    """Read what `write_plain` wrote; raises InputError for what would run code, which it does not."""
+    """Read a file of `write_plain`. Raise InputError, and run nothing, if the file contains code."""
     return _load_plain(path, path)
 
 
@@ -383,15 +400,18 @@ def _load_plain(source: Any, path: Path) -> Any:
     except pickle.UnpicklingError as error:
         reason = one_line(error).partition(". ")[0][:200]
         raise InputError(
-            f"{path}: refused, as it holds more than numbers, text and tensors ({reason}): take a "
-            "checkpoint that you trust"
+            f"{path}: refused, as it holds more than numbers, text and tensors ({reason}): use a checkpoint "
+            "that you trust"
         ) from None
 
 
 def _checksums(folder: Path, accelerator: Accelerator) -> dict[str, str]:
-    """Of every file but the list of them, which the processes share out and flush to the disk. Collective."""
+    """Return the checksums of all files except `SUMS`, and flush the files to the disk.
+
+    Collective: the processes share the files.
+    """
     names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
-    names = broadcast_object_list([names])[0]  # a shared disk may show each machine another list
+    names = broadcast_object_list([names])[0]  # on a shared disk, machines may list different files
     here, problem = {}, None
     try:
         for path in [folder / name for name in names][accelerator.process_index :: accelerator.num_processes]:
@@ -406,13 +426,13 @@ def _checksums(folder: Path, accelerator: Accelerator) -> dict[str, str]:
 
 
 def _together(step: Callable[[], None]) -> str | None:
-    """Do a step in all processes; what went wrong in the first of those where something did, in a line."""
+    """Run a step in all processes. Return the error of the first process that failed, in one line."""
     problem = None
     try:
         step()
     except CheckpointException as error:
         problem = one_line(next(iter(error.failures.values()))[0])
-    except (OSError, SafetensorError, InputError) as error:  # of the last: a scheduler's odd state
+    except (OSError, SafetensorError, InputError) as error:  # InputError: a state that is not plain
         problem = one_line(error)
     return _first(problem)
 
@@ -423,7 +443,7 @@ def _first(problem: str | None) -> str | None:
 
 @contextmanager
 def _alone_too() -> Iterator[None]:
-    """One process needs no torch.distributed, and no warning of it."""
+    """Hide the warning that a single process runs without torch.distributed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -1,9 +1,10 @@
 """torch.compile for micro-batches of many shapes: layer by layer, in place.
 
-`compile_layers` compiles the layers that a model repeats. They share one compiled code for any number of
-examples and tokens, and a second for one example alone. All else runs as it is: a whole model takes minutes
-to compile, and again for some shapes. The model keeps its class, and its weights their names. Source:
-"Reducing torch.compile cold start compilation time with regional compilation", in PyTorch's recipes.
+`compile_layers` compiles only the repeated layers of a model. They share one compiled version for any number
+of examples and tokens, and a second one for a single example. A whole model would take minutes to compile,
+and again for some shapes. The model keeps its class, and the weights keep their names.
+
+Source: "Reducing torch.compile cold start compilation time with regional compilation", in PyTorch's recipes.
 """
 
 import inspect
@@ -18,9 +19,9 @@ from gradacc_hf.utils.hardware import say
 
 
 def compile_layers(model: torch.nn.Module) -> None:
-    """Compile the repeated layers of a model in place; the whole model where it repeats none.
+    """Compile the repeated layers of a model in place, or the whole model if no layer is repeated.
 
-    Compiling happens at the first micro-batch. Where it fails, one line says so, and the run goes on
+    The layers are compiled at the first micro-batch. If that fails, the run prints one line and continues
     uncompiled.
     """
     repeated = [layers for layers in model.modules() if isinstance(layers, torch.nn.ModuleList)]
@@ -30,7 +31,7 @@ def compile_layers(model: torch.nn.Module) -> None:
 
     def give_up(error: RuntimeError) -> None:
         name = type(chosen[0]).__name__
-        say(f"budget.compile: {name} cannot be compiled, and runs as it is ({one_line(error)[:200]})")
+        say(f"budget.compile: {name} cannot be compiled and runs uncompiled ({one_line(error)[:200]})")
         for module in chosen:
             module._compiled_call_impl = None
 
@@ -40,13 +41,13 @@ def compile_layers(model: torch.nn.Module) -> None:
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
-    """Is any part of it? A copy of a compiled model is not."""
+    """Whether any part of a model is compiled. A copy of a compiled model is not."""
     return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 @contextmanager
 def uncompiled(model: torch.nn.Module) -> Iterator[None]:
-    """In here a model runs as it is: what is done once is not worth compiling, nor is a text that grows."""
+    """Run a model uncompiled in the block: for a single step, or for generated text that grows."""
     if is_compiled(model):
         with torch.compiler.set_stance("force_eager"):
             yield
@@ -55,7 +56,10 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _train_without_cache(model: torch.nn.Module) -> None:
-    """A decoder's layers keep keys and values in a list, by their number: each would be compiled again."""
+    """Turn off the key-value cache in training.
+
+    The layers of a decoder index the cache by their number, so each layer would be compiled separately.
+    """
 
     def without(module: Any, inputs: Any, named: dict[str, Any]) -> Any:
         return (inputs, {"use_cache": False, **named}) if module.training else None
@@ -67,7 +71,7 @@ def _train_without_cache(model: torch.nn.Module) -> None:
 
 
 def _compile(module: Any, give_up: Callable[[RuntimeError], None]) -> None:
-    from torch._dynamo.exc import TorchDynamoException  # slow to import, so not before they are needed
+    from torch._dynamo.exc import TorchDynamoException  # late: slow to import
     from torch._inductor.exc import CppCompileError
 
     module.compile(dynamic=True)
@@ -77,7 +81,7 @@ def _compile(module: Any, give_up: Callable[[RuntimeError], None]) -> None:
         if module._compiled_call_impl is not None:
             try:
                 return compiled(*inputs, **named)
-            except (TorchDynamoException, CppCompileError) as error:  # before anything is computed
+            except (TorchDynamoException, CppCompileError) as error:  # raised before anything is computed
                 give_up(error)
         return module._call_impl(*inputs, **named)
 

@@ -1,7 +1,12 @@
 """Fine-tune a model: the loop with evaluation, early stopping, checkpoints and saving.
 
-`fine_tune` is the sequence of its phases. The objects of a run are here: `EvaluationLog` (which evaluation is
-the best), `Evaluator` (when to evaluate), `ModelSaver` (best/ and last/) and `RunLength` (how many windows).
+`fine_tune` runs the phases one after the other. The objects of a run:
+
+- `EvaluationLog` stores the evaluations and finds the best.
+- `Evaluator` evaluates when it is due.
+- `ModelSaver` writes best/ and last/.
+- `RunLength` counts the windows of the run.
+- `CheckpointSaving` saves checkpoints when they are due.
 """
 
 import math
@@ -31,7 +36,7 @@ from gradacc_hf.utils.files import WriteModel, save_model, write_pretrained
 from gradacc_hf.utils.signals import StopSignals
 
 Validate = Callable[[torch.nn.Module], Mapping[str, float]]
-"""Returns the metrics of the prepared model."""
+"""Prepared model → metrics."""
 
 SUMMARY_KEYS = (
     "stopped_after",
@@ -46,20 +51,20 @@ SUMMARY_KEYS = (
     "empty_micro_batches",
     "effective_batch_size",
 )
-"""Keys of the summary that `write_summary` sets itself."""
+"""Keys of a summary that `write_summary` sets."""
 
 End = Literal["trained", "stopped by a signal", "out of patience"]
-"""Why no further window is trained."""
+"""The reason why training ended."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """Which evaluation of a run is the best, and when the run stops early.
+    """The criterion for the best evaluation of a run and for early stopping.
 
     Args:
-        metric: the metric of an evaluation that is compared.
-        direction: whether the best value is the lowest or the highest.
-        patience: evaluations in a row without improvement after which the run stops; 0 never stops it.
+        metric: the metric to compare.
+        direction: "min" if the lowest value is the best, "max" if the highest is.
+        patience: the run stops after this many evaluations in a row without improvement; 0 is off.
     """
 
     metric: str = "loss"
@@ -67,7 +72,7 @@ class Best:
     patience: int = 0
 
     def improves(self, history: Sequence[Mapping[str, float]]) -> bool:
-        """Whether the latest evaluation is better than all before it. Any number is better than NaN."""
+        """Whether the latest evaluation is better than all earlier ones. Any number is better than NaN."""
         sign = -1 if self.direction == "max" else 1
         *earlier, latest = [
             math.inf if math.isnan(m[self.metric]) else sign * m[self.metric] for m in history
@@ -101,29 +106,30 @@ def fine_tune(
     """Fine-tune a model in place, and return the figures of the run.
 
     Args:
-        model, optimizer: as they are before `accelerator.prepare`.
-        windows: the training windows.
-        accelerator: the Accelerator that `windows` was made with.
-        scheduler: a schedule of the learning rate, not prepared; it is stepped once a window.
-        epochs, max_windows: passes over the examples, and windows, after which training ends.
-        max_grad_norm: norm at which a window's gradient is clipped; 0 does not clip.
+        model, optimizer: the model and the optimizer, not prepared.
+        windows, accelerator: the training windows, and the Accelerator that `windows` was made with.
+        scheduler: a learning rate scheduler, not prepared. It is stepped once per window.
+        epochs, max_windows: passes over the data, and the maximum number of windows (None: no maximum).
+        max_grad_norm: norm at which the gradient of a window is clipped; 0 does not clip.
         compute_loss: (outputs, batch) → the mean loss over the items of a micro-batch.
-        validate: prepared model → its metrics; it is called after the last window, too.
-        eval_every, eval_on_start: windows between evaluations (0: only at the end); also before the first?
-        best: which evaluation is the best, and when the run stops early.
-        on_nonfinite: what to do with a loss or gradient that is not finite, as for `train`.
-        tune: whether the first windows find the fastest size of micro-batches (`autotune.py`).
+        validate: prepared model → metrics. It is also called after the last window.
+        eval_every: windows between evaluations; 0 evaluates only at the end.
+        eval_on_start: whether to evaluate before the first window, too.
+        best: the criterion for the best evaluation and for early stopping.
+        on_nonfinite: action for a loss or gradient that is not finite, as for `train`.
+        tune: whether to find the fastest micro-batch size on the first windows (`autotune.py`).
         output_dir: folder for history.jsonl, summary.json, and the models in best/ and last/.
-        checkpoints: when to save one in `output_dir`, also on SIGTERM and SIGINT; and one to resume from.
-        save_with, write_model: what is saved beside a model (a tokenizer), and how a model is written.
+        checkpoints: settings of the checkpoints in `output_dir`. SIGTERM and SIGINT save one, too.
+        save_with: objects to save beside a model, such as a tokenizer.
+        write_model: function that writes a model.
         summary: further entries of the summary.
 
     Returns:
-        The summary, as in summary.json. `stopped_after`: the window after which a signal stopped the run.
+        The summary, as in summary.json. `stopped_after` is the window after which a signal stopped the run.
 
     Raises:
-        InputError: for prepared models, windows that cannot be trained, and keys of `summary` that are taken.
-        NonFiniteError: with `on_nonfinite` "stop"; a checkpoint of the window before is saved.
+        InputError: the model is already prepared, windows cannot be trained, or `summary` has a reserved key.
+        NonFiniteError: as for `train`. A checkpoint after the previous window is saved first.
     """
     more, first_window = check_summary(summary or {}), tokens_of_next_window(windows)
     model, optimizer = prepare(model, optimizer, windows, accelerator, compute_loss)
@@ -174,7 +180,7 @@ def prepare(
 
 
 def check_summary(more: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return further entries of a summary. Raises InputError for a key that the run writes itself."""
+    """Return further entries of a summary. Raise InputError for a key that the run writes itself."""
     if taken := sorted({*SUMMARY_KEYS, *FIGURES} & more.keys()):
         raise InputError(f"summary: found the key {taken[0]!r}, which the run writes itself: choose another")
     return more
@@ -194,14 +200,14 @@ def open_checkpoints(
     scheduler: Any,
     windows: WindowLoader,
 ) -> Checkpointer | None:
-    """Return what saves and loads the checkpoints of this run; None without `settings`.
+    """Return the `Checkpointer` of this run, or None without `settings`.
 
-    Raises ValueError for checkpoints without a folder.
+    Raise ValueError for checkpoints without a folder.
     """
     if settings is None:
         return None
     if saver.folder is None:
-        raise ValueError("checkpoints need a folder: give output_dir=")
+        raise ValueError("checkpoints need a folder: set output_dir=")
     return Checkpointer(saver.folder, settings, saver.accelerator, model, optimizer, scheduler, windows)
 
 
@@ -209,7 +215,7 @@ def resume(checkpointer: Checkpointer | None, best: Best) -> tuple[int, "Evaluat
     """Load the checkpoint to resume from, if there is one.
 
     Returns:
-        The windows that the run has done, and its evaluations.
+        The number of windows done, and the evaluations so far.
     """
     if checkpointer is None or checkpointer.settings.resume_from is None:
         return 0, EvaluationLog(best)
@@ -227,16 +233,16 @@ def train_windows(
     tuning: Tuning | None,
     saving: "CheckpointSaving | None",
 ) -> End:
-    """Train window by window, and do what is due after each.
+    """Train window by window, with logging, tuning, checkpoints and evaluations after each.
 
     Args:
-        records: trains one window for each record that is taken.
-        done: windows that were done when the run was resumed.
+        records: an iterator that trains one window per record.
+        done: windows done before the run was resumed.
 
     Returns:
-        Why no further window is trained.
+        The reason why training ended.
     """
-    if done and evaluator.gives_up_after(done, length.total):  # the checkpoint came first
+    if done and evaluator.gives_up_after(done, length.total):  # the checkpoint was saved before evaluating
         return "out of patience"
     try:
         for record in records:
@@ -254,7 +260,7 @@ def train_windows(
                 return "out of patience"
     except NonFiniteError:
         if saving is not None and log.records:
-            saving.save()  # after the window before it
+            saving.save()  # the state after the previous window
         raise
     return "trained"
 
@@ -278,7 +284,7 @@ def write_summary(
     end: End,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the summary of a run; write it unless a signal stopped the run.
+    """Return the summary of a run. Write it unless a signal stopped the run.
 
     Args:
         first_window: the tokens of the examples of the first window.
@@ -303,9 +309,10 @@ def write_summary(
 
 
 class RunLength:
-    """How many windows a run has. Windows that grow by the noise scale change the number.
+    """The number of windows of a run. It changes when windows grow with the noise scale.
 
-    total: windows of the whole run; infinite for a stream, whose length is not known.
+    Attributes:
+        total: windows of the whole run; infinite for a stream, whose length is unknown.
     """
 
     def __init__(self, windows: WindowLoader, epochs: int, max_windows: int | None, done: int):
@@ -319,23 +326,27 @@ class RunLength:
         return int(self.total) if self.total < math.inf else None
 
     def count_again(self, window: int) -> str | None:
-        """Update `total` after this window. Returns a line that says so where windows have grown."""
+        """Update `total` after this window. Return a line for the user if windows have grown, else None."""
         if self.windows.num_growths == self._growths:
             return None
         self.total, self._growths = self._count(window), self.windows.num_growths
         size = self.windows.plan.size_asked(*self.windows.next_position)
-        return f"windows of {size:,} examples from window {window + 1} on, by the noise scale"
+        return (
+            f"effective batch size: {size:,} examples from window {window + 1:,} on, as the gradient noise "
+            "scale is at least as large"
+        )
 
     def _count(self, done: int) -> float:
         epoch, window = self.windows.next_position
-        to_run = self.windows.plan.count_windows(range(epoch, self.epochs))  # None: of a stream
+        to_run = self.windows.plan.count_windows(range(epoch, self.epochs))  # None for a stream
         return min(self.max_windows or math.inf, math.inf if to_run is None else done + to_run - window)
 
 
 class EvaluationLog:
-    """The evaluations of a run, and which of them is the best.
+    """The evaluations of a run, with the best.
 
-    rows: the metrics of each evaluation, with the `window` that it came after.
+    Attributes:
+        rows: the metrics of each evaluation, and the `window` after which it ran.
     """
 
     def __init__(self, criterion: Best):
@@ -345,7 +356,7 @@ class EvaluationLog:
 
     @classmethod
     def from_progress(cls, criterion: Best, progress: Mapping[str, Any]) -> "EvaluationLog":
-        """Return the evaluations that `progress` of a checkpoint held."""
+        """Return the evaluations in the `progress` of a checkpoint."""
         log = cls(criterion)
         log.rows = list(progress["evaluations"])
         if progress["best"]:
@@ -353,12 +364,12 @@ class EvaluationLog:
         return log
 
     def progress(self) -> dict[str, Any]:
-        """Return what a checkpoint stores: plain numbers."""
+        """Return the evaluations as plain numbers, for a checkpoint."""
         return {"evaluations": self.rows, "best": self.best or {}}
 
     @property
     def windows(self) -> list[float]:
-        """The windows that evaluations came after; each is there once."""
+        """The windows after which evaluations ran, each once."""
         return [row["window"] for row in self.rows]
 
     @property
@@ -372,7 +383,7 @@ class EvaluationLog:
         return self.rows[-1] if self.rows else None
 
     def add(self, window: int, metrics: Mapping[str, float]) -> bool:
-        """Add an evaluation after this window. Returns whether it is the best so far."""
+        """Add an evaluation after this window. Return whether it is the best so far."""
         self.rows.append({"window": window, **metrics})
         improves = self.criterion.improves(self.rows)
         if improves:
@@ -388,7 +399,7 @@ class EvaluationLog:
 
 @dataclass(frozen=True)
 class ModelSaver:
-    """Saves the models of a run; without a folder it saves nothing. Called on every process."""
+    """Save the models of a run, or nothing without a folder. Call it on every process."""
 
     accelerator: Accelerator
     output_dir: Path | str | None
@@ -408,7 +419,7 @@ class ModelSaver:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates the model every `every` windows (0: never of its own), and saves the best one."""
+    """Evaluate the model every `every` windows (0: only when called), and save the best model."""
 
     model: torch.nn.Module  # prepared
     validate: Validate | None
@@ -418,19 +429,19 @@ class Evaluator:
     saver: ModelSaver
 
     def evaluate(self, window: int) -> None:
-        """Evaluate the model as it is after this window. Does nothing without `validate`."""
+        """Evaluate the model after this window. Do nothing without `validate`."""
         if self.validate is None:
             return
-        metrics = broadcast_object_list([self.validate(self.model)])[0]  # all processes decide alike
+        metrics = broadcast_object_list([self.validate(self.model)])[0]  # the same decisions in all processes
         metric = self.evaluations.criterion.metric
         if metric not in metrics:
-            raise ValueError(f"best: no metric {metric!r}; validate gave {', '.join(metrics)}")
+            raise ValueError(f"best: no metric {metric!r}; validate returned {', '.join(metrics)}")
         self.log.evaluation(metrics)
         if self.evaluations.add(window, metrics):
             self.saver.save(self.model, "best")
 
     def gives_up_after(self, window: int, total: float) -> bool:
-        """Evaluate where it is due after this window. Returns whether the run stops early."""
+        """Evaluate after this window, if it is due. Return whether the run stops early."""
         if self.validate is None or not self.every or window % self.every:
             return False
         if window not in self.evaluations.windows:
@@ -438,14 +449,14 @@ class Evaluator:
         return window != total and self.evaluations.is_out_of_patience
 
     def evaluate_at_end(self, window: int) -> None:
-        """Evaluate after the last window, unless that is done already."""
+        """Evaluate after the last window, unless it has been evaluated."""
         if window and window not in self.evaluations.windows:
             self.evaluate(window)
 
 
 @dataclass(frozen=True)
 class CheckpointSaving:
-    """Saves checkpoints of a run when they are due, and when a signal asks the run to stop."""
+    """Save checkpoints of a run when they are due, and when a signal stops the run."""
 
     checkpointer: Checkpointer
     signals: StopSignals
@@ -453,14 +464,14 @@ class CheckpointSaving:
     evaluations: EvaluationLog
 
     def stops_after(self, window: int, total: float) -> bool:
-        """Save a checkpoint where it is due after this window. Returns whether a signal stops the run."""
+        """Save a checkpoint after this window, if it is due. Return whether a signal stops the run."""
         is_asked, every = self.signals.asked(), self.checkpointer.settings.every
         if is_asked or (every and window % every == 0):
             self.save()
         return is_asked and window < total
 
     def save(self) -> None:
-        """Save a checkpoint after the latest window; print a line where that fails."""
+        """Save a checkpoint after the latest window. Print a line if that fails."""
         self.log.keep()
         best, window = self.evaluations.best, self.log.last_window
         best_window = None if best is None else best["window"]

@@ -1,7 +1,7 @@
 """The training loop over windows, and evaluation over the same splits.
 
-`iter_windows` is the README's loop with a record of each window. `train` runs it to its end. `evaluate`
-runs a model over data. `fine_tune` (`finetune.py`) adds evaluation, checkpoints and saving.
+`iter_windows` is the loop of the README and yields a record of each window. `train` runs the loop to the end.
+`evaluate` runs a model over data. `fine_tune` (`finetune.py`) adds evaluation, checkpoints and saving.
 """
 
 import math
@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather_object
 
 from gradacc_hf.accumulation.accelerate_state import check_prepared, check_prepared_model
@@ -26,6 +25,7 @@ from gradacc_hf.accumulation.reference import as_number
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import NonFiniteError
 from gradacc_hf.training.run_log import WindowRecord
+from gradacc_hf.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
@@ -33,7 +33,7 @@ Predict = Callable[[Any, Mapping[str, Any]], tuple[Sequence[Any], Sequence[Any]]
 
 
 def logits_and_labels(outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Return a micro-batch's predictions and references by row, as numpy arrays: float32 logits, labels."""
+    """Return the predictions and references of a micro-batch by row: float32 logits and labels, in numpy."""
     if getattr(outputs, "logits", None) is None or "labels" not in batch:
         raise ValueError("the model gives no logits, or the batch has no labels: pass predict= for this head")
     return outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
@@ -54,30 +54,30 @@ def train(
     windows_done: int = 0,
     on_window: Callable[[WindowRecord], None] | None = None,
 ) -> list[WindowRecord]:
-    """Train a prepared model to the end of its windows.
+    """Train a prepared model on all windows.
 
     Args:
         model: The prepared model.
         optimizer: The prepared optimizer.
         windows: The loader of the run.
-        accelerator: The run's Accelerator.
-        scheduler: A learning rate scheduler, not prepared; stepped once a window.
+        accelerator: The Accelerator of the run.
+        scheduler: A learning rate scheduler, not prepared. It is stepped once per window.
         epochs: Passes over the data.
-        max_windows: Windows of the run, at most; None for all.
-        max_grad_norm: Clips the gradient's norm; 0 does not clip.
-        compute_loss: The loss; by default the model's own.
-        on_nonfinite: A window whose loss or gradient is not finite takes no step. "stop" then raises
-            NonFiniteError, with the loader back before the window; "skip" goes on.
-        windows_done: Windows of the run before this call; `max_windows` counts them, too.
+        max_windows: Maximum number of windows of the run; None for no maximum.
+        max_grad_norm: Norm at which the gradient of a window is clipped; 0 does not clip.
+        compute_loss: The loss; by default the loss of the model.
+        on_nonfinite: Action for a window whose loss or gradient is not finite. Such a window never takes a
+            step. "stop" puts the loader back before the window and raises NonFiniteError. "skip" continues.
+        windows_done: Windows of the run before this call. `max_windows` includes them.
         on_window: Called with the record of each window.
 
     Returns:
         The record of each window.
 
     Raises:
-        InputError: For a model or an optimizer that is not prepared.
-        NonFiniteError: With `on_nonfinite` "stop".
-        OutOfMemoryError: Where no split of a window fits in memory.
+        InputError: The model or the optimizer is not prepared.
+        NonFiniteError: The loss or gradient of a window is not finite, with `on_nonfinite` "stop".
+        OutOfMemoryError: No split of a window fits in memory.
     """
     records = []
     for record in iter_windows(
@@ -113,21 +113,23 @@ def iter_windows(
     on_nonfinite: Literal["stop", "skip"] = "stop",
     windows_done: int = 0,
 ) -> Iterator[WindowRecord]:
-    """Train a prepared model, one window per step of the iterator; stop iterating to stop training.
+    """Train a prepared model, one window per step of the iterator. Stop iterating to stop training.
 
     Args:
-        model, optimizer: The prepared model and optimizer.
+        model: The prepared model.
+        optimizer: The prepared optimizer.
         windows: The loader of the run.
-        accelerator: The run's Accelerator.
-        scheduler: A learning rate scheduler, not prepared; stepped once a window.
-        epochs, max_windows: Passes over the data, and windows of the run, at most.
-        max_grad_norm: Clips the gradient's norm; 0 does not clip.
-        compute_loss: The loss, a mean over the items of a micro-batch; by default the model's own.
+        accelerator: The Accelerator of the run.
+        scheduler: A learning rate scheduler, not prepared. It is stepped once per window.
+        epochs: Passes over the data.
+        max_windows: Maximum number of windows of the run; None for no maximum.
+        max_grad_norm: Norm at which the gradient of a window is clipped; 0 does not clip.
+        compute_loss: The loss, a mean over the items of a micro-batch; by default the loss of the model.
         on_nonfinite: "stop" or "skip", as for `train`.
-        windows_done: Windows of the run before this call; `max_windows` counts them, too.
+        windows_done: Windows of the run before this call. `max_windows` includes them.
 
     Yields:
-        The record of each window, after its step.
+        The record of each window, after the optimizer step.
 
     Raises:
         InputError, NonFiniteError, OutOfMemoryError: As for `train`.
@@ -142,19 +144,19 @@ def iter_windows(
             number = next(numbers)
             model.train()
             while not window.done:
-                with retry_on_oom(window, model, optimizer):  # splits finer, where memory runs out
-                    look_ahead(compute_loss, model, window)  # only for a loss of all examples together
+                with retry_on_oom(window, model, optimizer):  # splits finer if memory runs out
+                    look_ahead(compute_loss, model, window)  # only for a loss over the whole window
                     for batch in window:  # this process's micro-batches
                         with accelerator.accumulate(model):
                             loss = compute_loss(model(**batch), batch)  # a mean over the micro-batch's items
                             accelerator.backward(window.weigh(loss))
                             if accelerator.sync_gradients:
                                 norm = as_number(accelerator.clip_grad_norm_(model.parameters(), largest))
-                                drop_non_finite(optimizer, norm, accelerator)  # then no step is taken
+                                drop_non_finite(optimizer, norm, accelerator)  # such a gradient takes no step
                             optimizer.step()
                             optimizer.zero_grad()
             lr, mean = optimizer.param_groups[0]["lr"], window.loss
-            # Under fp16 the scaler judges the gradient, which may exceed the format's range.
+            # In fp16 the scaler checks the gradient, which may exceed the range of the format.
             finite = math.isfinite(norm if accelerator.scaler is None else mean)
             if not finite:
                 where = find_non_finite(model, window, compute_loss)
@@ -180,6 +182,7 @@ def _record(
     skipped: bool,
     seconds: float,
 ) -> WindowRecord:
+    noise_low, noise_high = windows.noise.interval
     return WindowRecord(
         window=number,
         epoch=window.epoch,
@@ -195,18 +198,20 @@ def _record(
         skipped=skipped,
         noise_scale=windows.noise.scale,
         noise_measured=windows.noise.measured,
+        noise_low=noise_low,
+        noise_high=noise_high,
     )
 
 
 def _stop_or_skip(number: int, window: Window, windows: WindowLoader, where: str, on_nonfinite: str) -> None:
-    what = f"window {number}: its loss or gradient is not finite: {where}"
+    what = f"window {number}: the loss or gradient is not finite: {where}"
     if on_nonfinite == "stop":
         windows.rewind_to(window)
         raise NonFiniteError(
-            f"{what}; no step was taken: look at these examples and go on without them (--data.leave_out), "
-            "or without such windows (--train.on_nonfinite skip), or start again with a lower --optim.lr"
+            f"{what}; no step was taken: check these examples and leave them out (--data.leave_out), "
+            "skip such windows (--train.on_nonfinite skip), or start again with a lower --optim.lr"
         )
-    logger.warning(f"{what}; no step was taken, and the run goes on")
+    logger.warning(f"{what}; no step was taken, and the run continues")
 
 
 @dataclass(frozen=True)
@@ -214,9 +219,9 @@ class Evaluation:
     """The result of `evaluate`.
 
     Attributes:
-        loss: Mean over all items; NaN for a loss of all examples of a window together.
-        predictions: By example, in the data set's order, each once.
-        references: By example, in the same order.
+        loss: Mean over all items. NaN for a loss over a whole window, such as a contrastive loss.
+        predictions: One per example, in the order of the data set.
+        references: One per example, in the same order.
     """
 
     loss: float
@@ -233,20 +238,21 @@ def evaluate(
     compute_loss: ComputeLoss = model_loss,
     predict: Predict | None = logits_and_labels,
 ) -> Evaluation:
-    """Run a prepared model over all data of `windows`, without dropout; no accumulation state is touched.
+    """Run a prepared model over all data of `windows`, without dropout. The accumulation state is unchanged.
 
     Args:
         model: The prepared model.
-        windows: The loader of the data; its position stays as it is.
-        accelerator: The run's Accelerator.
-        compute_loss: The loss; by default the model's own. A `WindowLoss` has none over micro-batches: NaN.
-        predict: (outputs, batch) → predictions and references by row; None for the loss alone.
+        windows: The loader of the data. Its position is unchanged.
+        accelerator: The Accelerator of the run.
+        compute_loss: The loss; by default the loss of the model. A `WindowLoss` gives NaN, as it has no loss
+            per micro-batch.
+        predict: (outputs, batch) → predictions and references by row; None computes only the loss.
 
     Returns:
         The loss, predictions and references, the same in all processes.
 
     Raises:
-        InputError: For an unprepared model, under FSDP or with mixed precision.
+        InputError: The model is not prepared, with FSDP or mixed precision.
     """
     check_prepared_model(accelerator, model)
     if accelerator.distributed_type != DistributedType.FSDP:
@@ -261,7 +267,7 @@ def evaluate(
         if micro_batch.num_items and as_window_loss(compute_loss) is None:
             loss_here += float(compute_loss(outputs, batch)) * micro_batch.num_items
             items_here += micro_batch.num_items
-        if predict and len(micro_batch.indices):  # an idle one is run only because the others wait
+        if predict and len(micro_batch.indices):  # an idle micro-batch has none; it runs only for collectives
             rows += zip(micro_batch.indices.tolist(), *predict(outputs, batch), strict=True)
     model.train(training)
     sums = gather_object([(loss_here, items_here)])

@@ -1,7 +1,8 @@
-"""LoRA through peft: adapters and the new weights of the task are trained; the base model stays as it is.
+"""LoRA through peft: train adapters and the new weights of the task, with a frozen base model.
 
-`add_lora` puts the adapters into a model of transformers, which stays of its own class: recipes, losses and
-`generate` see no difference. Saved are the adapters alone (`checkpoint.write_pretrained`), or `write_merged`.
+`add_lora` adds adapters to a transformers model. The model keeps its class, so recipes, losses and `generate`
+work unchanged. `write_pretrained` (`utils/files.py`) saves the adapters alone, `write_merged` a plain model.
+
 Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; in 4 bits: Dettmers et al. 2023, QLoRA.
 """
 
@@ -23,28 +24,34 @@ from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.training.settings import LoraConfig, ModelConfig
 from gradacc_hf.utils.extras import require
 
-ADAPTER = "default"  # peft's name for the only one
+ADAPTER = "default"  # peft's name for a single adapter
 TESTED_PAIR = ("5.23.0", "0.21.2")  # transformers and peft, as in constraints.txt
 FOUR_BIT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] | None) -> None:
-    """Freeze a model and add adapters; the modules of `new_parameters` are trained in full, and saved too.
+    """Freeze a model and add adapters, on the device of the model, in float32.
 
-    `new_parameters`: names of those that came with no weights; None: it is not known which had weights. The
-    adapters are on the model's device, in float32. Raises InputError where nothing can be adapted.
+    Args:
+        model: the model, changed in place.
+        settings: rank, scale and target layers of the adapters.
+        new_parameters: names of parameters without pretrained weights; None if unknown. Their modules are
+            trained in full and saved with the adapters.
+
+    Raises:
+        InputError: nothing in the model can be adapted.
     """
     require("model.lora", "recipes", "peft")
     check_peft()
-    import peft  # slow to import, so not before it is needed
+    import peft  # late: slow to import
     from peft.functional import cast_adapter_dtype
     from transformers.pytorch_utils import Conv1D
 
     model = pretrained(model)
     if new_parameters is None or len(new_parameters) == len(dict(model.named_parameters())):
         raise InputError(
-            f"model.lora.rank: found {settings.rank}, and this model starts without weights, which adapters "
-            "cannot stand on; allowed is 0"
+            f"model.lora.rank: found {settings.rank}, but this model has no pretrained weights to adapt; "
+            "allowed is 0"
         )
     new_parameters = [name for name in new_parameters if model.get_parameter(name).requires_grad]
     new_modules = _new_modules(model, new_parameters)
@@ -56,7 +63,7 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
         modules_to_save=new_modules or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    adapters.auto_mapping = {  # so that peft's AutoPeftModel… finds the class
+    adapters.auto_mapping = {  # the AutoPeftModel… classes of peft need it to find the class
         "base_model_class": type(model).__name__,
         "parent_library": type(model).__module__,
     }
@@ -71,19 +78,19 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
 
 
 def check_peft() -> None:
-    """Raise InputError where the installed transformers refuses the installed peft."""
+    """Raise InputError if the installed transformers does not accept the installed peft."""
     if message := installed_mismatch():
         raise InputError(f"model.lora: {message}")
 
 
 def installed_mismatch() -> str | None:
-    """Return `peft_mismatch` of the installed versions; `needed` is what transformers itself asks for."""
+    """Return `peft_mismatch` of the installed versions, with the minimum that transformers requires."""
     needed = getattr(peft_integration, "MIN_PEFT_VERSION", "0")
     return peft_mismatch(version("transformers"), version("peft"), needed)
 
 
 def peft_mismatch(transformers: str, peft: str, needed: str) -> str | None:
-    """Return the line for a peft that is older than the `needed` one; None where it is new enough."""
+    """Return an error line if peft is older than `needed`, else None."""
     if Version(peft) >= Version(needed):
         return None
     pair = 'pip install "transformers=={}" "peft=={}"'.format(*TESTED_PAIR)
@@ -94,19 +101,22 @@ def peft_mismatch(transformers: str, peft: str, needed: str) -> str | None:
 
 
 def pretrained(model: Any) -> Any:
-    """The model of transformers: the given one, or the one that it is wrapped around."""
+    """Return the transformers model: `model` itself, or the one inside it."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def _new_modules(model: Any, new_parameters: Collection[str]) -> list[str]:
-    """The modules whose parameters are all new: not a head of a new bias and the embeddings' own weights."""
+    """Return the modules whose parameters are all new.
+
+    A head with a new bias and weights that are tied to the embeddings is not among them.
+    """
     new = {id(model.get_parameter(name)) for name in new_parameters}
     parents = sorted({name.rpartition(".")[0] for name in new_parameters})
     return [name for name in parents if all(id(p) in new for p in model.get_submodule(name).parameters())]
 
 
 def _targets(model: Any, patterns: list[str], new_modules: Collection[str]) -> list[str] | None:
-    """The modules that get an adapter, by name; None where peft has its own choice for this kind of model."""
+    """Return the names of the modules that get an adapter; None to use peft's choice for this model type."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOSEN
     from transformers.pytorch_utils import Conv1D
 
@@ -128,15 +138,20 @@ def _targets(model: Any, patterns: list[str], new_modules: Collection[str]) -> l
         matching = {*fnmatch.filter(linear, pattern), *fnmatch.filter(linear, f"*.{pattern}")}
         if not matching:
             some = f"{linear[0]}, … {linear[-1]}" if linear else "none"
-            raise InputError(f"model.lora.targets: {pattern!r} matches no linear layer; there are {some}")
+            raise InputError(f"model.lora.targets: {pattern!r} matches no linear layer; the model has {some}")
         chosen |= matching
     return sorted(chosen)
 
 
 def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Save a model with its adapters added to the weights, as a plain one; the model itself stays as it is.
+    """Save a plain model with the adapters added to the weights. The model itself is not changed.
 
-    `state` is its state dict, gathered where it was sharded. Memory: a copy of the weights, on the host.
+    Memory: a copy of the weights, on the host.
+
+    Args:
+        model: the model with adapters.
+        folder: an existing folder.
+        state: the state dict of the model, gathered if the model is sharded.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -152,7 +167,7 @@ def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
     of_peft = (".lora_", ".original_module.")
     kept = {name: tensor for name, tensor in merged.items() if not any(part in name for part in of_peft)}
     inner = pretrained(model)
-    with torch.device("meta"):  # only its names and its way of saving are needed
+    with torch.device("meta"):  # only the parameter names and `save_pretrained` are needed
         plain = type(inner)(inner.config)
     if getattr(inner, "generation_config", None) is not None:
         plain.generation_config = inner.generation_config
@@ -162,7 +177,7 @@ def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
 
 
 def check_four_bit(model: ModelConfig) -> None:
-    """Raise InputError where `model.load_in_4bit` cannot work on this machine."""
+    """Raise InputError if `model.load_in_4bit` cannot work on this machine."""
     if not model.load_in_4bit:
         return
     if not torch.cuda.is_available():
@@ -172,9 +187,14 @@ def check_four_bit(model: ModelConfig) -> None:
 
 
 def four_bit(precision: str, new_parameters: Collection[str]) -> dict[str, Any]:
-    """What `from_pretrained` is told to load a base model in 4 bits (NF4, quantised twice), as in QLoRA.
+    """Return arguments of `from_pretrained` that load a base model in 4 bits, as in QLoRA.
 
-    It computes in the budget's `precision`. The modules of `new_parameters` are trained, so they stay whole.
+    The format is NF4 with double quantisation.
+
+    Args:
+        precision: the format of the computation, as in `budget.precision`.
+        new_parameters: names of parameters without pretrained weights. Their modules are trained, so they are
+            not quantised.
     """
     from transformers import BitsAndBytesConfig
 
@@ -184,6 +204,6 @@ def four_bit(precision: str, new_parameters: Collection[str]) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=FOUR_BIT_DTYPES[precision],
-        llm_int8_skip_modules=new_modules or None,  # None: transformers leaves the output layer whole
+        llm_int8_skip_modules=new_modules or None,  # with None, transformers skips the output layer
     )
     return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}

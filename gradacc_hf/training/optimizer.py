@@ -1,4 +1,4 @@
-"""The optimizer and its schedule by name, and which parameters are trained."""
+"""Create the optimizer and the learning rate schedule, and freeze parameters."""
 
 import fnmatch
 import math
@@ -20,10 +20,16 @@ from gradacc_hf.training.settings import ModelConfig, OptimConfig
 
 
 def make_optimizer(model: torch.nn.Module, optim: OptimConfig, precision: str = "no") -> Optimizer:
-    """The optimizer by name; no weight decay on biases, norms and all else with fewer than two dimensions.
+    """Return the optimizer of these settings.
 
-    Fused, which is 4 × as fast for 22 M parameters on a CPU; but not for the mixed `precision` "fp16", where
-    a fused step skips overflows unseen by Accelerate, and the scheduler would go on.
+    Parameters with fewer than two dimensions, such as biases and norms, have no weight decay. The optimizer
+    is fused, which is 4 × as fast for 22 M parameters on a CPU. In fp16 it is not fused: Accelerate does not
+    detect that a fused step was skipped after an overflow, and the scheduler would step.
+
+    Args:
+        model: the model, with its trained parameters chosen.
+        optim: the settings.
+        precision: the mixed precision of the Accelerator.
     """
     fused = precision != "fp16"
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -46,7 +52,7 @@ def make_optimizer(model: torch.nn.Module, optim: OptimConfig, precision: str = 
 
 
 def _adamw_8bit(model: torch.nn.Module, groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
-    """AdamW with states in 8 bits, but of embeddings: rare rows make theirs too uneven for that.
+    """Return AdamW with 8-bit states. States of embeddings have 32 bits, as rare rows make them too uneven.
 
     Source: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", section 2.3.
     """
@@ -59,7 +65,7 @@ def _adamw_8bit(model: torch.nn.Module, groups: list[dict[str, Any]], **settings
 
 
 def check_optimizer(optim: OptimConfig) -> None:
-    """Raise InputError where `optim.name` cannot run. No other optimizer takes its place."""
+    """Raise InputError if the optimizer `optim.name` cannot run here."""
     if optim.name != "adamw_8bit":
         return
     others = "allowed here: adamw, adam, sgd, adafactor"
@@ -74,12 +80,12 @@ def check_optimizer(optim: OptimConfig) -> None:
 def make_scheduler(
     optimizer: Optimizer, optim: OptimConfig, windows: WindowLoader, total_windows: int
 ) -> LRScheduler:
-    """The learning rate's schedule over a whole run, to be stepped once a window.
+    """Return the learning rate schedule of a whole run. Step it once per window.
 
-    Where the size of windows changes, warm-up and decay are by the examples that came before, not by windows.
-    The size of the window that comes decides what `optim.lr_scaling` makes of it.
+    If the size of windows changes, warmup and decay follow the number of examples so far, not of windows.
+    `optim.lr_scaling` scales the learning rate by the size of the next window.
     """
-    plan: Any = windows.plan  # of data with a length
+    plan: Any = windows.plan  # for data of known length
     by_examples = callable(plan.effective_batch_size)
     total = plan.examples_of(total_windows) if by_examples else total_windows
     name = {"constant": "constant_with_warmup"}.get(optim.scheduler, optim.scheduler)
@@ -94,19 +100,20 @@ def make_scheduler(
         return shape(done) * lr_factor(optim.lr_scaling, plan.size_asked(*coming), optim.lr_reference_batch)
 
     made = LambdaLR(optimizer, factor)
-    made.by_examples = by_examples  # type: ignore[attr-defined]  # those of a window without a step count, too
+    # `counts_examples` reads this: a window without a step advances the schedule, too.
+    made.by_examples = by_examples  # type: ignore[attr-defined]
     return made
 
 
 def frozen_parameters(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
-    """The parameters whose names match `model.freeze`."""
+    """Return the names that match a pattern of `model.freeze`."""
     frozen: set[str] = set()
     for pattern in patterns:
         matching = fnmatch.filter(names, pattern)
         if not matching:
             raise InputError(
                 f"model.freeze: {pattern!r} matches no parameter; "
-                f"there are {names[0]}, {names[1]}, … {names[-1]}"
+                f"the model has {names[0]}, {names[1]}, … {names[-1]}"
             )
         frozen.update(matching)
     if len(frozen) == len(names):
@@ -117,12 +124,13 @@ def frozen_parameters(names: Sequence[str], patterns: Sequence[str]) -> set[str]
 
 
 def choose_trained(model: Any, settings: ModelConfig, new_parameters: Collection[str] | None) -> None:
-    """Freeze the parameters that are not trained.
+    """Freeze the parameters that are not trained, and add adapters.
 
     Args:
         model: the model, changed in place.
-        settings: `freeze` names parameters to freeze; with `lora`, all but adapters and new ones are frozen.
-        new_parameters: names of parameters without pretrained weights; None where that is unknown.
+        settings: `freeze` has the patterns of frozen parameters. With `lora`, only adapters and new
+            parameters are trained.
+        new_parameters: names of parameters without pretrained weights; None if unknown.
     """
     for name in frozen_parameters([name for name, _ in model.named_parameters()], settings.freeze):
         model.get_parameter(name).requires_grad_(False)

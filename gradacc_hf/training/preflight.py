@@ -1,11 +1,10 @@
-"""Check a model before a run, with two short steps, for what would silently make it inexact.
+"""Check a model before a run, on two examples, for causes of inexact accumulation that raise no error.
 
-`fine_tune` calls it on the model before Accelerate wraps it; a copied loop can do the same.
+`fine_tune` checks the model before Accelerate wraps it. A copied loop can do the same.
 """
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 
 from gradacc_hf.accumulation.accelerate_state import find_unused_parameters
@@ -13,6 +12,7 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, model_loss
 from gradacc_hf.accumulation.reference import SEPARABLE_RTOL
 from gradacc_hf.training.compile import uncompiled
+from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.modeling import BATCH_NORMS
 
 logger = get_logger(__name__)
@@ -21,9 +21,9 @@ logger = get_logger(__name__)
 def preflight_check(
     model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss = model_loss
 ) -> None:
-    """Warn of BatchNorm and of a loss that does not separate; tell DDP of parameters outside the loss.
+    """Warn of BatchNorm and of an inseparable loss, and prepare DDP for parameters outside the loss.
 
-    Call it before `accelerator.prepare(model)`. The model is moved to the device, and else left as it is.
+    Call it before `accelerator.prepare(model)`. The model is moved to the device and not changed otherwise.
 
     Args:
         model: The unprepared model.
@@ -38,11 +38,11 @@ def preflight_check(
         )
     accelerator = windows.accelerator
     placed_already = hasattr(model, "hf_device_map")
-    if accelerator.distributed_type == DistributedType.FSDP or placed_already:  # may not fit on one device
+    if accelerator.distributed_type == DistributedType.FSDP or placed_already:  # it may not fit on one device
         return
     training = model.training
     model.to(accelerator.device).eval()
-    with uncompiled(model), torch.random.fork_rng():  # a run draws the same numbers with and without this
+    with uncompiled(model), torch.random.fork_rng():  # the check must not change the run's random numbers
         notice_inseparable_loss(model, windows, compute_loss)
         expect_unused_parameters(model, windows, compute_loss, accelerator)
     model.train(training)
@@ -50,31 +50,33 @@ def preflight_check(
 
 @torch.no_grad()
 def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss) -> None:
-    """Warn when the loss of two examples is not the mean of theirs, over the items that are counted.
+    """Warn if the loss of two examples together is not the mean of their losses, weighted by items.
 
-    Then no split is exact: padding reaches the loss, or the loss is a mean over something else.
+    In this case no split is exact. Either padding changes the loss, or the loss is a mean over other items.
     """
-    if as_window_loss(compute_loss) is not None:  # a loss of all examples together is no mean of means
+    if as_window_loss(compute_loss) is not None:  # a loss over the whole window has no mean over parts
         return
     short, long, both = windows.probe()
-    if short.num_items + long.num_items != both.num_items:  # masked at random: nothing to compare
+    if short.num_items + long.num_items != both.num_items:  # items masked at random cannot be compared
         return
     losses = [float(compute_loss(model(**found.batch), found.batch)) for found in (short, long, both)]
     mean = (losses[0] * short.num_items + losses[1] * long.num_items) / both.num_items
     if abs(losses[2] - mean) > SEPARABLE_RTOL * abs(mean):
         logger.warning(
-            f"two examples have the loss {losses[2]:.4f}, and the mean over their items is {mean:.4f}: no "
-            "split is exact. If padding reaches the loss, pad windows alike (pad_to='window'); if it is "
-            "a mean over other items, say which (num_items='next_token' where the head shifts its labels)"
+            f"two examples have the loss {losses[2]:.4f} together, but the mean over their items is "
+            f"{mean:.4f}: no split is exact. If padding changes the loss, pad a window to one length "
+            "(pad_to='window'). If the loss is a mean over other items, set num_items ('next_token' if the "
+            "head shifts its labels)"
         )
 
 
 def expect_unused_parameters(
     model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss, accelerator: Accelerator
 ) -> None:
-    """Let DDP look for unused parameters each window, where any parameter takes no part in the loss.
+    """Make DDP search for unused parameters in each window, if any parameter is outside the loss.
 
-    Otherwise DDP silently leaves their whole bucket unreduced in the first window, and raises in the next.
+    Without the search, DDP does not reduce the bucket of such a parameter in the first window, and raises in
+    the next.
     """
     if accelerator.distributed_type == DistributedType.NO:
         return
@@ -86,6 +88,6 @@ def expect_unused_parameters(
     if unused or any("layerdrop" in name and value for name, value in settings.items()):
         if unused:
             logger.warning(
-                f"{len(unused)} parameters take no part in the loss ({unused[0]}, …): DDP will look for them"
+                f"{len(unused)} parameters do not affect the loss ({unused[0]}, …): DDP will search for them"
             )
         find_unused_parameters(accelerator)

@@ -1,7 +1,7 @@
 """The log of a run: progress bar, experiment tracker, history.jsonl and summary.json.
 
-`loop.py` gives one `WindowRecord` a window; only the main process writes. Reports and comparisons read the
-two files.
+`loop.py` yields one `WindowRecord` per window. Only the main process writes. Reports and comparisons read
+history.jsonl and summary.json.
 """
 
 import contextlib
@@ -68,13 +68,15 @@ class WindowRecord:
         items: Items of the window: the terms of the mean loss.
         tokens: Tokens of the window without padding, from the lengths.
         padded_tokens: Tokens of the window with padding.
-        accumulation_steps: Micro-batches of the process that has most.
+        accumulation_steps: Micro-batches of the process with the most micro-batches.
         seconds: Time from the previous step to this one.
         skipped: Whether no step was taken: by the fp16 scaler, or for a loss or gradient that is not finite.
-        noise_scale: The gradient noise scale so far, in examples. NaN where nothing is measured; infinite,
-            null in JSON, where the gradient is lost in its noise.
+        noise_scale: The gradient noise scale so far, in examples. NaN without a measurement. Infinite where
+            noise hides the mean gradient; null in JSON.
         noise_measured: Windows in which the noise scale was measured so far.
         update_ratio: ‖step‖ / ‖weights‖ of a sample of the weights; NaN where it is not measured.
+        noise_low, noise_high: The bounds of the noise scale, with the confidence of
+            `accumulation.noise_scale.CONFIDENCE`. An infinite bound is null in JSON.
     """
 
     window: int
@@ -92,15 +94,18 @@ class WindowRecord:
     noise_scale: float = math.nan
     noise_measured: int = 0
     update_ratio: float = math.nan
+    noise_low: float = math.nan
+    noise_high: float = math.nan
 
 
 class RunLog:
-    """Shows and stores a run; the trackers are those of the Accelerator.
+    """Show and store the progress of a run.
 
     Args:
-        total_windows: windows of the whole run; None: not known.
+        accelerator: the Accelerator of the run, whose trackers are used.
+        total_windows: windows of the whole run; None if unknown.
         folder: the folder of the run; None stores nothing.
-        windows_done: the window of the checkpoint that the run continues from. Later rows of its history are
+        windows_done: the window of the checkpoint that the run continues from. Later rows of the history are
             removed.
     """
 
@@ -133,7 +138,7 @@ class RunLog:
         if self.folder is not None:
             path = self.folder / HISTORY
             self.records = read_history(path, self.windows_done) if self.windows_done else []
-            self.accelerator.wait_for_everyone()  # all have read it
+            self.accelerator.wait_for_everyone()  # all processes have read the file before it changes
             if self.accelerator.is_main_process:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(path, "".join(map(_row, self.records)))
@@ -155,7 +160,7 @@ class RunLog:
         return self.records[-1].window if self.records else 0
 
     def window(self, record: WindowRecord) -> None:
-        """Record a window that was trained."""
+        """Record a trained window."""
         self.records.append(record)
         row = finite(asdict(record))
         if self._history is not None:
@@ -171,7 +176,7 @@ class RunLog:
         )
         speed = f"{examples_per_second:.1f} examples/s · {tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=record.window, loss=record.loss, speed=speed)
-        total = self.total_windows  # where it is not known: at 1, 2, … 10, 20, … 100, 200, …
+        total = self.total_windows  # if it is unknown, lines appear at 1, 2, … 10, 20, … 100, 200, …
         every = 10 ** (len(str(record.window)) - 1) if total is None else max(1, total // 10)
         if not self.console.is_terminal and (record.window % every == 0 or record.window == 1):
             of = "" if total is None else f"/{total}"
@@ -181,7 +186,7 @@ class RunLog:
             )
 
     def expect(self, total_windows: int | None) -> None:
-        """Set the number of windows of the whole run; None: not known."""
+        """Set the number of windows of the whole run; None if unknown."""
         self.total_windows = total_windows
         self._progress.update(self._task, total=total_windows)
 
@@ -190,12 +195,12 @@ class RunLog:
         self.console.print(line, soft_wrap=True)
 
     def keep(self) -> None:
-        """Flush the history to the disk, as a checkpoint is about to rely on it."""
+        """Flush the history to the disk, before a checkpoint relies on it."""
         if self._history is not None:
             os.fsync(self._history.fileno())
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of an evaluation after the latest window."""
+        """Record the metrics of an evaluation that ran after the latest window."""
         window = self.last_window
         self.accelerator.log({f"eval/{key}": value for key, value in metrics.items()}, window)
         self.console.print(f"after window {window}: {describe(metrics)}", soft_wrap=True)
@@ -205,7 +210,7 @@ class RunLog:
 
         Args:
             more: further entries, under keys that are not in `FIGURES`.
-            write: whether to write summary.json, where there is a folder.
+            write: whether to write summary.json. Nothing is written without a folder.
         """
         records = self.records
         seconds = sum(record.seconds for record in records)
@@ -240,7 +245,7 @@ class RunLog:
 
 
 def read_history(path: Path, windows: int) -> list[WindowRecord]:
-    """Return the rows of a history.jsonl up to this window, without a row that was not written completely."""
+    """Return the rows of a history.jsonl up to a window, without incomplete rows."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -272,18 +277,19 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a run computes with."""
+    """Return the versions of Python and of the libraries that a run uses."""
     found = {"python": platform.python_version()}
     for name in VERSIONS_OF:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ours, where it is not installed
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # gradacc may run uninstalled
             found[name] = importlib.metadata.version(name)
     return found
 
 
 def measured_with(device: str | None = None) -> dict[str, str]:
-    """Return what a measurement was made with: versions, and the "cpu" or the GPU that it ran on.
+    """Return the environment of a measurement: versions, device name and number of threads.
 
-    `device`: "cpu" or "cuda"; by default the one that a run would take here.
+    Args:
+        device: "cpu" or "cuda"; by default the device that a run would use here.
     """
     device = device or find_device().kind
     name = torch.cuda.get_device_name() if device == "cuda" else device

@@ -1,6 +1,7 @@
 """Settings of the model, the adapters and the optimizer.
 
-Each field is followed by its line of `--help`. The other sections of a run's settings: `config/schema.py`.
+The text below a field is its help. The first line is complete in itself: `config/help.py` prints it in 80
+columns. `config/schema.py` has the other sections of settings.
 """
 
 from collections.abc import Iterator
@@ -10,45 +11,48 @@ from typing import Literal
 from gradacc_hf.accumulation.batch_schedule import LrScaling
 
 Rules = Iterator[tuple[str, bool, str]]
-"""Limits of a section beyond its types: (field, whether its value is possible, what is allowed)."""
+"""Limits of a section beyond its types: (field, whether the value is possible, what is allowed)."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters that are trained instead of the model's weights."""
+    """LoRA adapters, trained instead of the weights of the model."""
 
     rank: int = 0
-    """Rank of the adapters: LoRA. 0 is off, and all weights are trained."""
+    """Rank of LoRA adapters (0: train all weights)."""
     alpha: int | None = None
-    """Adapters count alpha / rank times; null is 2 × rank, so that they count twice at any rank."""
+    """Scale of the adapters: their output is multiplied by alpha / rank; null is 2 × rank."""
     dropout: float = 0.0
-    """Dropout probability of what goes into an adapter (0 up to 1)."""
+    """Dropout probability of an adapter's input (from 0, below 1)."""
     targets: list[str] = field(default_factory=list)
-    """Linear layers with an adapter, by name or pattern: [q_proj, "*.layer.0.*"]; [] is peft's choice for
-    this kind of model, or all but the head."""
+    """Linear layers with an adapter, by name or pattern: [q_proj, "*.layer.0.*"].
+    []: peft's choice for this kind of model, or all layers but the head."""
     merge: bool = False
-    """Save a plain model with the adapters added to its weights, instead of the adapters alone."""
+    """Save a plain model with the adapters added to the weights, instead of the adapters alone."""
 
     def rules(self) -> Rules:
         off = self.rank == 0
         yield "rank", self.rank >= 0, "0 (off) or more; 8 and 16 are usual"
         yield "alpha", self.alpha is None or self.alpha >= 1, "1 or more, or null"
-        yield "dropout", 0 <= self.dropout < 1, "a probability from 0 up to 1, 1 excluded"
+        yield "dropout", 0 <= self.dropout < 1, "a probability from 0 to below 1"
         yield "targets", not (off and self.targets), "[] without adapters: set model.lora.rank"
         yield "merge", not (off and self.merge), "false without adapters: set model.lora.rank"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model is trained, and how much of it."""
+    """The model, and the part of it that is trained."""
 
     name: str = "embedded:minilm"
-    """Hub name, folder, or embedded:NAME (no download)."""
+    """Hub name, folder or embedded:NAME.
+    embedded:NAME needs no download."""
     dropout: float | None = None
-    """Overrides every dropout probability of the model's config (0 to 1)."""
+    """Dropout probability everywhere in the model.
+    It replaces all dropout probabilities in the model's config (0 to 1)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights: bfloat16 takes half the memory, but loses updates below 1/256 of a weight
-    (gradients accumulate in float32). budget.precision only computes in bf16, over weights of either."""
+    """Number format of the weights.
+    bfloat16 takes half the memory, but loses updates below 1/256 of a weight.
+    Gradients accumulate in float32. budget.precision sets only the format of the computation."""
     freeze: list[str] = field(default_factory=list)
     """Name patterns of parameters that are not trained, as in fnmatch: ["*.embeddings.*"]."""
     revision: str | None = None
@@ -56,18 +60,19 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     load_in_4bit: bool = False
-    """Hold the base model in 4 bits beneath its adapters (QLoRA, by bitsandbytes; CUDA GPUs only)."""
+    """Base model in 4 bits below the adapters (QLoRA).
+    Needs bitsandbytes and a CUDA GPU."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def rules(self) -> Rules:
         adapters, frozen_by_lora = (
             self.lora.rank > 0,
-            "[] with model.lora, which trains no weight of the base",
+            "[] with model.lora, which trains no weight of the base model",
         )
         yield "freeze", not (adapters and self.freeze), frozen_by_lora
-        needs = "false without adapters, as 4 bits cannot be trained: set model.lora.rank"
+        needs = "false without adapters, as 4-bit weights cannot be trained: set model.lora.rank"
         yield "load_in_4bit", adapters or not self.load_in_4bit, needs
-        whole = "false with model.lora.merge, which needs whole weights: save the adapter, merge it later"
+        whole = "false with model.lora.merge, which needs full weights: save the adapter, merge it later"
         yield "load_in_4bit", not (self.lora.merge and self.load_in_4bit), whole
         yield "dropout", self.dropout is None or 0 <= self.dropout <= 1, "a probability from 0 to 1, or null"
 
@@ -77,42 +82,44 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     name: Literal["adamw", "adamw_8bit", "adam", "sgd", "adafactor"] = "adamw"
-    """Optimizer. Lean ones: adamw_8bit holds AdamW's states in 8 bits, not 32 (bitsandbytes; CUDA GPUs only),
-    adafactor a number for each row and column of a weight."""
+    """adamw, adamw_8bit, adam, sgd or adafactor.
+    adamw_8bit holds the states of AdamW in 8 bits, and needs bitsandbytes and a CUDA GPU.
+    adafactor holds one number per row and column of a weight. Both take less memory."""
     lr: float = 2e-5
-    """Learning rate, after warmup."""
+    """Learning rate after warmup."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """Decay of Adam's two running means, each from 0 up to 1."""
+    """Decay rates of Adam's two running means, each from 0 to below 1."""
     eps: float = 1e-8
     """Term that keeps Adam's denominator above 0."""
     momentum: float = 0.9
-    """Momentum of SGD, from 0 up to 1."""
+    """Momentum of SGD, from 0 to below 1."""
     weight_decay: float = 0.01
-    """Weight decay (0 is off)."""
+    """Weight decay (0: off)."""
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """Learning rate after warmup: down to 0 on a line, down to 0 on a cosine, or constant."""
+    """linear, cosine or constant, after warmup.
+    linear and cosine let the learning rate decay to 0."""
     warmup_ratio: float = 0.0
-    """Share of the run's windows over which the learning rate rises from 0 (0 to 1)."""
+    """Share of the windows in which lr rises from 0."""
     max_grad_norm: float = 1.0
-    """Norm at which a window's gradient is clipped (0 is off)."""
+    """Norm at which gradients are clipped (0: off)."""
     lr_scaling: LrScaling = "none"
-    """How the learning rate follows the size of a window, which lr_reference_batch says lr is meant for:
-    in proportion (suits SGD), or by the square root (suits Adam)."""
+    """Scale lr with the window size / lr_reference_batch: linear, or sqrt (by the square root).
+    linear suits SGD, sqrt suits Adam."""
     lr_reference_batch: int | None = None
-    """Size of a window that lr is meant for, with lr_scaling."""
+    """Window size that lr is meant for, in examples; needed with lr_scaling."""
 
     def rules(self) -> Rules:
-        unit_interval = "from 0 up to 1, 1 excluded"
+        unit_interval = "from 0 to below 1"
         betas_possible = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         yield "lr", self.lr > 0, "a number above 0"
         yield "betas", betas_possible, f"two numbers {unit_interval}, such as [0.9, 0.999]"
         yield "eps", self.eps > 0, "a number above 0"
         yield "momentum", 0 <= self.momentum < 1, f"a number {unit_interval}"
-        yield "weight_decay", self.weight_decay >= 0, "a number from 0 (0 is off)"
+        yield "weight_decay", self.weight_decay >= 0, "0 (off) or more"
         yield "warmup_ratio", 0 <= self.warmup_ratio <= 1, "a share of the windows from 0 to 1"
-        yield "max_grad_norm", self.max_grad_norm >= 0, "a number from 0 (0 is off)"
+        yield "max_grad_norm", self.max_grad_norm >= 0, "0 (off) or more"
         reference, scales = self.lr_reference_batch, self.lr_scaling != "none"
-        size = f"the size of a window that suits lr, for lr_scaling {self.lr_scaling}"
+        size = f"the window size that lr is meant for, with lr_scaling {self.lr_scaling}"
         yield "lr_reference_batch", (reference is not None) or not scales, size
         yield "lr_reference_batch", reference is None or reference >= 1, "1 example or more"
         yield "lr_reference_batch", reference is None or scales, "null without lr_scaling: linear or sqrt"

@@ -1,21 +1,23 @@
-"""How far an optimizer step moves the weights."""
+"""The size of optimizer steps, relative to the weights."""
 
 import torch
 from torch.distributed.tensor import DTensor
 
-SAMPLE = 2**16  # weights by which an update is measured
+SAMPLE = 2**16  # weights in the sample
 
 
 class UpdateRatio:
-    """How far steps move the weights that are trained: ‖Δw‖ / ‖w‖, over a sample of them.
+    """The relative size of optimizer steps: ‖Δw‖ / ‖w‖ over a sample of the trained weights.
 
-    The sample is every n-th element, about `SAMPLE` in all; of sharded weights, those of this process.
+    The sample is every n-th element, about `SAMPLE` in total. With sharded weights, it comes from the shards
+    of this process.
     """
 
     def __init__(self, model: torch.nn.Module):
         self._trained = [p for p in model.parameters() if p.requires_grad]
         count = sum(p.numel() for p in self._trained)
-        self._every = 6 * (count // SAMPLE // 6) + 1  # else it might be the same few columns of each weight
+        # 1 more than a multiple of 6: other strides may hit the same few columns of each weight.
+        self._every = 6 * (count // SAMPLE // 6) + 1
         self._before = self._sample()
 
     def since_last(self) -> float:

@@ -1,1 +1,1 @@
-"""Files, signals, devices and random numbers: what all packages share."""
+"""Files, signals, devices and random numbers, shared by all packages."""

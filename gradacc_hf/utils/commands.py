@@ -1,4 +1,4 @@
-"""What all commands share: the argument parser, and how an exception of gradacc ends a command."""
+"""The argument parser of all commands, and the context manager that reports gradacc's exceptions."""
 
 import argparse
 import os
@@ -16,15 +16,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError with the message and the command that prints the usage."""
-        raise InputError(f"{message} ({self.prog} --help says what there is)")
+        raise InputError(f"{message} (see {self.prog} --help)")
 
 
 @contextmanager
 def command() -> Iterator[None]:
-    """Run a command: a GradaccError ends it with one line on stderr and the exit code of the exception.
+    """Run the block as a command.
 
-    The main process prints the line, without access tokens. Other users cannot write the files that
-    the command creates.
+    A GradaccError ends the command with one line on stderr and the exit code of the exception. Only the main
+    process prints the line, without access tokens, unless the exception has `every_process_reports`. Other
+    users cannot write the files that the command creates.
     """
     umask = os.umask(0o002)
     os.umask(umask | 0o002)

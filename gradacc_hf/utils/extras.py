@@ -1,7 +1,7 @@
-"""The extras of this package: what each one installs, and one line where something of it is missing.
+"""The extras of this package: their requirements, and the error for a missing one.
 
-`pip install gradacc-hf` installs what the loop and `ExactTrainer` need. A package that needs more begins with
-`require`. The extras and their requirements are read from the metadata of the installed package.
+`pip install gradacc-hf` installs what the loop and `ExactTrainer` need. A package that needs more calls
+`require` at the top. The extras and their requirements are read from the metadata of the installed package.
 """
 
 import re
@@ -20,9 +20,9 @@ def require(user: str, extra: str, *packages: str) -> None:
     """Raise MissingExtraError unless the packages of an extra are installed.
 
     Args:
-        user: what needs them, as the message names it: a module or a command.
-        extra: the extra that installs them, as pyproject.toml names it.
-        packages: the distributions that are needed, if not all of the extra.
+        user: the module or command that needs the packages, as the message should name it.
+        extra: the extra in pyproject.toml that installs them.
+        packages: the distributions that are needed; by default all of the extra.
     """
     missing = [name for name in packages or packages_of(extra) if not is_installed(name)]
     if missing:
@@ -33,15 +33,15 @@ def require(user: str, extra: str, *packages: str) -> None:
 
 @cache
 def packages_of(*extras: str) -> tuple[str, ...]:
-    """Return the distributions that these extras install, without this package and those of the base.
+    """Return the distributions that these extras install, without gradacc-hf and the base requirements.
 
-    Empty where the package runs from a folder without being installed, as in a Space.
+    The result is empty where gradacc runs from a folder without being installed, as in a Space.
     """
     return tuple(name for name, _ in _requirements(extras) if name != DISTRIBUTION)
 
 
 def pinned(*extras: str) -> list[str]:
-    """Return the requirements of the base and of these extras, each in the version that is installed here."""
+    """Return the requirements of the base and of these extras, pinned to the installed versions."""
     names = sorted({name for name, _ in _requirements(("", *extras)) if name != DISTRIBUTION})
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
 
@@ -56,7 +56,7 @@ def is_installed(distribution: str) -> bool:
 
 
 def _requirements(extras: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yield (distribution, extra) for each requirement of these extras; the extra of the base is ""."""
+    """Yield (distribution, extra) for each requirement of these extras. The base has the extra ""."""
     from packaging.requirements import Requirement  # late: commands that need no extra start without it
 
     try:
@@ -72,7 +72,7 @@ def _requirements(extras: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue
         yield requirement.name, extra
-        if requirement.name == DISTRIBUTION:  # an extra that is made of others
+        if requirement.name == DISTRIBUTION:  # an extra that consists of other extras
             yield from _requirements(tuple(requirement.extras))
 
 

@@ -1,8 +1,8 @@
-"""Writing a run's files whole or not at all.
+"""Atomic writes of files and folders.
 
-A file or folder is written beside its place under a temporary name, flushed to the disk and renamed: whoever
-reads it sees the old one or the new one, never half of one, wherever the run is killed. A folder takes two
-renames; between them the old one is whole under its other name, and the next write puts it back first.
+A file or folder is written under a temporary name in the same folder, flushed to the disk, and renamed. A
+reader finds the old version or the new one, never a partial one, even if the run is killed. Replacing a
+folder takes two renames. If a run is killed between them, the next write first restores the old folder.
 """
 
 import os
@@ -21,10 +21,15 @@ MODEL_CONFIG = "model_config.json"
 
 
 def write_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write a model, whose state dict is `state`, for `from_pretrained`; of one with adapters, these alone.
+    """Write a model for `from_pretrained`. For a model with adapters, write the adapters alone.
 
-    Beside adapters, the model's config is `model_config.json`: it has what the task set, such as the labels.
-    (As config.json, transformers would take the folder for that of the base model.)
+    Beside adapters, the config of the model is stored as `model_config.json`. It holds the settings of the
+    task, such as the labels. With a `config.json`, transformers would load the folder as a base model.
+
+    Args:
+        model: the model, not wrapped.
+        folder: an existing folder.
+        state: the state dict of the model.
     """
     if not hasattr(model, "save_pretrained"):
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
@@ -42,9 +47,9 @@ def save_model(
     *companions: Any,
     write: WriteModel = write_pretrained,
 ) -> None:
-    """Save a prepared model, and what belongs to it: a tokenizer, an image processor.
+    """Save a prepared model with its companions, such as a tokenizer or an image processor.
 
-    Called by every process, as gathering the weights of a sharded model is collective; one of them writes.
+    Call it on every process: gathering the weights of a sharded model is collective. The main process writes.
     """
     state: Any = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
@@ -57,9 +62,9 @@ def save_model(
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which takes the place of `folder` when the block ends without an error."""
+    """Yield a folder to fill. It replaces `folder` when the block ends without an error."""
     unfinished, old = folder.with_name(f".{folder.name}.unfinished"), folder.with_name(f".{folder.name}.old")
-    _tidy(folder, unfinished, old)  # what a killed run left
+    _tidy(folder, unfinished, old)  # remains of a killed run
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
@@ -71,7 +76,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_in_place(unfinished: Path, folder: Path) -> None:
-    """Let a folder whose files are all on the disk take the place of `folder`."""
+    """Replace `folder` by a folder whose files have all been flushed to the disk."""
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -89,9 +94,9 @@ def _tidy(folder: Path, unfinished: Path, old: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.unlink(missing_ok=True)  # never through a link
+    unfinished.unlink(missing_ok=True)  # a link left there must not be written through
     unfinished.write_text(text, encoding="utf-8")
     flush(unfinished)
     unfinished.replace(path)
@@ -99,8 +104,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
-    if os.name == "nt" and path.is_dir():  # cannot be opened there
+    """Flush a file, or the entries of a folder, to the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Detection of the device and what this machine offers."""
+"""Detection of the device and its features."""
 
 import os
 import shutil
@@ -16,46 +16,49 @@ from gradacc_hf.errors import InputError
 
 ENGINES = ("DEEPSPEED", "MEGATRON_LM")  # as accelerate.utils.DistributedType names them
 DEVICES = ("cpu", "cuda")  # as torch names them: AMD's (ROCm) is "cuda", too
-_NAMES = {"mps": "mps, Apple's GPU", "xla": "xla, a TPU or torch_xla's"}
+_NAMES = {"mps": "mps, an Apple GPU", "xla": "xla, a TPU or another torch_xla device"}
 _ON_THE_CPU = {"xla": "USE_TORCH_XLA=false"}
 ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 AMPERE = 8  # the first compute capability with bf16
 
 
 def refuse_place(device: str, engine: str = "", system: str = sys.platform) -> None:
-    """Refuse devices and engines where windows are not exact or were never run.
+    """Raise InputError for a device, engine or system on which windows are not exact or were never run.
 
-    They are named as torch, `DistributedType` and `sys.platform` name them. Raises InputError.
+    Args:
+        device: a device type of torch.
+        engine: a name of `accelerate.utils.DistributedType`.
+        system: a value of `sys.platform`.
     """
     if system in ("win32", "cygwin"):
         raise InputError("system: found Windows; use WSL 2 (wsl --install), which is Linux")
     if engine in ENGINES:
         raise InputError(
-            f"{engine} accumulates and scales gradients by itself, so windows cannot be exact under it: "
+            f"{engine} accumulates and scales gradients by itself, so windows cannot be exact with it: "
             "launch with DDP or FSDP (--multi_gpu or --use_fsdp) instead"
         )
     if device not in DEVICES:
         on_the_cpu = _ON_THE_CPU.get(device, "ACCELERATE_USE_CPU=true")
         raise InputError(
-            f"device: found {_NAMES.get(device, device)}, where no window has ever been trained; use a CUDA "
-            f"GPU, or the CPU ({on_the_cpu} in the environment)"
+            f"device: found {_NAMES.get(device, device)}, which gradacc was never tested on; use a CUDA GPU, "
+            f"or the CPU ({on_the_cpu} in the environment)"
         )
 
 
 @dataclass(frozen=True)
 class Device:
-    """What budgets ask of a machine; of several GPUs, what all of them have."""
+    """The features of a machine that budgets depend on. Several GPUs have a feature if each GPU has it."""
 
-    kind: str  # "cpu", "cuda", "mps", "xla", as torch names it
+    kind: str  # "cpu", "cuda", "mps" or "xla", as torch names it
     bf16: bool = True
-    compiler: bool = True  # that torch.compile can use
+    compiler: bool = True  # one that torch.compile can use
     flash_attention: bool = False
-    fsdp2: bool = False  # is this process launched for it?
-    engine: str = ""  # or for one of ENGINES?
+    fsdp2: bool = False  # whether this process was launched for FSDP2
+    engine: str = ""  # the engine of ENGINES that this process was launched for, or ""
 
 
 def find_device() -> Device:
-    """This machine's, of the processes as they were launched: the one that Accelerate will choose."""
+    """Return the device that Accelerate will choose for this process, as it was launched."""
     kind = _find_kind()
     gpus = range(torch.cuda.device_count()) if kind == "cuda" else ()
     return Device(
@@ -69,7 +72,7 @@ def find_device() -> Device:
 
 
 def _find_kind() -> str:
-    if is_torch_xla_available():  # Accelerate takes it wherever it is installed
+    if is_torch_xla_available():  # Accelerate uses torch_xla wherever it is installed
         return "xla"
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         return "cpu"
@@ -78,7 +81,7 @@ def _find_kind() -> str:
 
 
 def _has_compiler(kind: str) -> bool:
-    """A C++ compiler, and the headers of Python that what it compiles includes; on a GPU, Triton too."""
+    """Whether torch.compile finds a C++ compiler and the headers of Python; on a GPU, Triton too."""
     if kind == "cuda" and not has_triton():
         return False
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
@@ -87,7 +90,7 @@ def _has_compiler(kind: str) -> bool:
 
 
 def describe_device() -> str:
-    """What `--budget auto` has found, in a few words."""
+    """Return a short description of the devices that `--budget auto` found."""
     if not torch.cuda.is_available():
         return f"no GPU: the CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -98,15 +101,16 @@ def describe_device() -> str:
 
 
 def say(line: str) -> None:
-    """A line on stderr, of the main process alone."""
+    """Print a line on stderr, on the main process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(line, file=sys.stderr)
 
 
 def set_up_allocator() -> None:
-    """CUDA memory in segments that can grow, which micro-batches of many shapes do not fragment.
+    """Let CUDA allocate memory in segments that can grow.
 
-    To be called before CUDA starts. Nothing is set where the user has set up the allocator.
+    Micro-batches of many shapes fragment segments of fixed size. Call this before CUDA starts. It changes
+    nothing where the user has configured the allocator.
     """
     if not any(name in os.environ for name in ALLOCATOR_NAMES):
         renamed = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
@@ -114,9 +118,9 @@ def set_up_allocator() -> None:
 
 
 def launched_for_several() -> bool:
-    """Has `accelerate launch` been asked for several processes, and started this one alone?
+    """Whether `accelerate launch` was called for several processes but started only this one.
 
-    It says where processes are to meet, then, but not how many they are.
+    The environment then has the address of the main process, but not the number of processes.
     """
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

@@ -1,4 +1,4 @@
-"""Exports of a package that load their module at their first use, as in transformers and TRL."""
+"""Lazy exports of a package: each loads its module at its first use, as in transformers and TRL."""
 
 import sys
 import warnings
@@ -11,13 +11,13 @@ def lazy_exports(
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """Return `__getattr__` and `__dir__` for a package.
 
-    The package assigns them where type checkers do not look: for them, a module with a `__getattr__` has
-    every name. Editors get the exports from imports under `TYPE_CHECKING`.
+    The package assigns them only at run time: to a type checker, a module with a `__getattr__` has every
+    name. Editors read the exports from the imports under `TYPE_CHECKING`.
 
     Args:
         package: `__name__` of the package, whose `__all__` are the public names.
         modules: export → the module that defines it, relative to the package.
-        renamed: export of version 0.1.0 → the export that replaces it. They give a DeprecationWarning.
+        renamed: export of version 0.1.0 → the export that replaces it. Its use gives a DeprecationWarning.
     """
 
     def __getattr__(name: str) -> object:

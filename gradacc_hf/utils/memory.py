@@ -1,4 +1,4 @@
-"""Free memory of this process's device, and its return to the device or the system."""
+"""Measure the free memory of the device, and return unused memory to the device or the system."""
 
 import ctypes
 import gc
@@ -28,14 +28,14 @@ def trim_memory() -> None:
 def release_freed_memory_at_once() -> None:
     """Let glibc return tensors above 1 MiB to the system as soon as they are freed.
 
-    By default glibc keeps blocks of up to 32 MiB for later use, so that a step holds 1.5 times as much.
+    By default glibc keeps blocks of up to 32 MiB for later use. A step then holds 1.5 times as much memory.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def free_memory() -> int:
-    """Return the free bytes of this process's device; on a CPU within the limit of the process."""
+    """Return the free bytes of this process's device. On a CPU, the memory limit of the process applies."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     free = psutil.virtual_memory().available

@@ -10,15 +10,15 @@ RANDOM = r"drop|jitter|mask_(time|feature)_prob"  # fields of modules and config
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Compute a model's activations again in the backward pass (`budget.gradient_checkpointing`)."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
+    """Recompute the activations of a model in the backward pass (`budget.gradient_checkpointing`)."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.23
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def disable_dropout(model: torch.nn.Module) -> list[tuple[Any, str, float]]:
     """Set every probability to drop, mask or jitter to 0, in the modules and in their configs.
 
-    Gives what there was: of which object which attribute had which value.
+    Return (object, attribute name, previous value) for each change.
     """
     removed = []
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
@@ -32,7 +32,7 @@ def disable_dropout(model: torch.nn.Module) -> list[tuple[Any, str, float]]:
 
 
 class BufferSnapshot:
-    """A copy of a model's floating-point buffers, which forwards of BatchNorm change."""
+    """A copy of the floating-point buffers of a model. Forwards of BatchNorm change them."""
 
     def __init__(self, model: torch.nn.Module):
         self._buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point()]

@@ -1,4 +1,4 @@
-"""Import paths of version 0.1.0 that recipe files use: each still imports, with a DeprecationWarning.
+"""Import paths of version 0.1.0 that recipe files use. They still work, with a DeprecationWarning.
 
 `gradacc cp` copies recipes into the projects of users, so these paths stay until version 1.0.
 """
@@ -24,17 +24,17 @@ MOVED = {
 class MovedModuleFinder:
     """Find the modules of `MOVED` under their old paths, and load them from their new paths.
 
-    A finder and a loader without their base classes: `importlib.abc` takes 10 ms to import.
+    The class has no base classes, as `importlib.abc` takes 10 ms to import.
     """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec for an old path, and None for any other path."""
+        """Return a spec for an old path and None for any other path."""
         return ModuleSpec(fullname, self) if fullname in MOVED else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Return an empty module: the import machinery sets its attributes, so it is not the new module."""
+        """Return an empty module, not the new one: the import machinery sets attributes of the result."""
         return ModuleType(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:

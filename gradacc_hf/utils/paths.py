@@ -6,9 +6,9 @@ PACKAGE = Path(__file__).parents[1]
 
 
 BUNDLE_ROOTS = (PACKAGE.parent, PACKAGE / "_kit")
-"""Where recipes/ and configs/ are: beside the package in a checkout, inside it in an installed one."""
+"""Folders that may hold recipes/ and configs/: beside the package in a checkout, inside it if installed."""
 
 
 def bundle_root() -> Path:
-    """The folder that holds recipes/ and configs/."""
+    """Return the folder that holds recipes/ and configs/."""
     return next(root for root in BUNDLE_ROOTS if (root / "recipes").is_dir())

@@ -1,9 +1,10 @@
-"""Hiding secrets in what is shown of a run: its settings, its command, its names.
+"""Hide secrets in the settings, commands and names of a run.
 
-A value is hidden by its key (a token, a password, an API key), and in any text: credentials in URLs, options
-and variables that are named like secrets, and tokens that are known by their first letters. Rather too much
-than too little is hidden; numbers with a point are no secrets. `without_tokens` hides only what can be
-nothing else, for what is to be read again by the kit, and for its messages.
+`redact` is for text that people read. It hides values whose key names a secret: a token, a password, an API
+key. Fractional numbers under such keys stay. In any text it hides credentials in URLs, values of options and
+variables that are named like secrets, and tokens with a well-known prefix. It may hide too much.
+
+`without_tokens` is for files that gradacc reads again, and for messages. It hides only unmistakable secrets.
 """
 
 import re
@@ -36,14 +37,14 @@ _UNMISTAKABLE = (
 
 
 def redact(value: Any) -> Any:
-    """The same mapping, list or text without its secrets."""
+    """Return the same mapping, list or text without secrets."""
     if isinstance(value, dict):
         return {redact(key): _hidden(value[key]) if _is_secret(key) else redact(value[key]) for key in value}
     return _within(value, redact, _IN_TEXT)
 
 
 def without_tokens(value: Any) -> Any:
-    """The same mapping, list or text without credentials in URLs and tokens of well-known kinds."""
+    """Return the same mapping, list or text without credentials in URLs and tokens of well-known kinds."""
     if isinstance(value, dict):
         return {key: without_tokens(one) for key, one in value.items()}
     return _within(value, without_tokens, _UNMISTAKABLE)
@@ -63,5 +64,8 @@ def _is_secret(key: Any) -> bool:
 
 
 def _hidden(value: Any) -> Any:
-    """What is shown under a secret's key; that there is none may be seen, and `loss_per_token: 2.3` too."""
+    """Return what is shown for a value whose key names a secret.
+
+    Empty values, booleans and fractional numbers stay, such as `loss_per_token: 2.3`.
+    """
     return value if value in (None, "") or isinstance(value, bool | float) else HIDDEN

@@ -1,4 +1,4 @@
-"""State of the random number generators: read, restore, leave unchanged."""
+"""Read, restore and preserve the state of the random number generators."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -10,13 +10,13 @@ import torch
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:
-    """What dropout draws from: torch's generator on the host, and the device's."""
+    """Return the states of the generators that dropout uses: torch's on the host, and the device's."""
     on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *on_device]
 
 
 def set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
-    """Go back to a `random_state`."""
+    """Restore the generators to a `random_state`."""
     torch.set_rng_state(state[0])
     for on_device in state[1:]:
         torch.cuda.set_rng_state(on_device, device)
@@ -24,7 +24,7 @@ def set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Whatever is drawn in between, by torch, numpy or Python, what comes after is as without it."""
+    """Restore the generators of torch, numpy and Python to their present state at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
@@ -36,13 +36,14 @@ def preserve_rng_state() -> Iterator[None]:
 
 
 def rng_states(device: torch.device) -> dict[str, Any]:
-    """The state of all that this process draws from."""
+    """Return the states of all random number generators of this process."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     numpy = (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss)
     return {"torch": random_state(device), "python": random.getstate(), "numpy": numpy}
 
 
 def set_rng_states(state: Mapping[str, Any], device: torch.device) -> None:
+    """Restore all generators to `rng_states`."""
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])

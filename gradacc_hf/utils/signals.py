@@ -1,9 +1,7 @@
-"""How a run ends before its time.
+"""Stop a run early, on SIGTERM from a scheduler or SIGINT from Ctrl-C.
 
-SIGTERM (of a scheduler) and SIGINT (Ctrl-C) let it finish its window and save.
-
-`StopSignals` notes the signal. `CheckpointSaving.stops_after` (`training/finetune.py`) asks for it after each
-window. A second signal ends the process at once, as the first would have without this.
+`StopSignals` records the first signal. `CheckpointSaving.stops_after` (`training/finetune.py`) checks for it
+after each window, saves a checkpoint and stops the run. A second signal ends the process at once.
 """
 
 import ctypes
@@ -19,15 +17,15 @@ import torch
 from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ECHO = 2.0  # seconds: torchrun passes on to its processes what the whole group got already
-PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
-MARKER = "TO_BE_RESUMED"  # in the folder of a run that was stopped so; it holds the command that goes on
+ECHO = 2.0  # seconds: torchrun forwards a signal that the whole process group has already received
+PR_SET_PDEATHSIG = 1  # from sys/prctl.h of Linux
+MARKER = "TO_BE_RESUMED"  # file in the folder of a stopped run, with the command that resumes it
 
 
 class StopSignals:
-    """While this is entered, the first signal is noted, and said; the second one ends the process.
+    """Context manager that records the first signal and prints a line. The second one ends the process.
 
-    In a thread that is not the main one, which gets no signals, it does nothing.
+    It has no effect outside the main thread, as other threads receive no signals.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -45,7 +43,7 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def asked(self) -> bool:
-        """Has any process got a signal? To be called by all of them, between windows."""
+        """Whether any process has received a signal. Call it on all processes, between windows."""
         if self._since is not None:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
@@ -53,29 +51,32 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._since is None:
             self._since = time.monotonic()
-            if self.accelerator.is_main_process:  # not print, which this may break into
+            if self.accelerator.is_main_process:  # no print: the signal may arrive in the middle of another
                 name = signal.Signals(number).name
-                os.write(2, f"\n{name}: stopping after this window; once more to stop at once\n".encode())
+                os.write(2, f"\n{name}: stopping after this window; send it again to stop at once\n".encode())
         elif time.monotonic() - self._since > ECHO:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
 
 def end_with_launcher() -> None:
-    """Get a SIGTERM when the launcher that started this process ends (on Linux).
+    """Make Linux send a SIGTERM to this process when the launcher that started it ends.
 
-    Those of Accelerate and torchrun are not always passed a signal, do not always pass it on, and leave their
-    processes running when they are killed.
+    The launchers of Accelerate and torchrun do not always receive a signal or forward it. When they are
+    killed, their processes continue to run.
     """
     launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if _is_orphan():  # it ended while this process was importing
+        if _is_orphan():  # the launcher ended while this process was importing
             sys.exit(128 + signal.SIGTERM)
 
 
 def _is_orphan() -> bool:
-    """Is the parent no launcher, which all are programs of Python, but who takes in orphans?"""
+    """Whether the launcher has exited and this process has a new parent, such as init.
+
+    All launchers are Python programs, so any other parent is the new one.
+    """
     try:
         words = " ".join(psutil.Process(os.getppid()).cmdline())
     except psutil.NoSuchProcess:
@@ -86,11 +87,11 @@ def _is_orphan() -> bool:
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Is this what is raised where another process of the run, or its machine, is gone?"""
+    """Whether the error means that another process of the run, or its machine, has ended."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def ignore_signals(worker: int) -> None:
-    """For processes that collate beside training: they end with the one that they work for."""
+    """Ignore the stop signals in a data-loading worker, which ends with its training process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Keep transformers and datasets quiet, for commands that print results."""
+"""Silence transformers and datasets in commands that print results."""
 
 
 def silence_libraries() -> None:

@@ -1,4 +1,4 @@
-"""Is it exactly a large batch? With LayerNorm and GroupNorm, yes; with BatchNorm, no, and why.
+"""Is it exactly a large batch? Yes with LayerNorm and GroupNorm, no with BatchNorm.
 
 Run it: gradacc lessons batch_norm. The doctor finds: examples_coupled.
 """
@@ -25,7 +25,7 @@ def new_model(norm):
 
 
 def plain(norm, size):
-    """The gradient of 64 examples in micro-batches of `size`, and the first example after the norm."""
+    """Return the gradient of 64 examples in micro-batches of `size`, and the first example after the norm."""
     model, normalised = new_model(norm), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model[1].register_forward_hook(lambda module, inputs, output: normalised.append(output[0]))
@@ -36,7 +36,7 @@ def plain(norm, size):
 
 
 def gradacc(norm, size):
-    """The same gradient through gradacc."""
+    """Return the same gradient, computed with gradacc."""
     model = (accelerator := Accelerator(cpu=True)).prepare(new_model(norm))
     examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     for window in WindowLoader(examples, 64, micro_batch_size=size, shuffle=False, accelerator=accelerator):
@@ -51,25 +51,23 @@ def main():
         return (torch.dist(here, truth) / truth.norm()).item()
 
     found = {}
-    print("examples a micro-batch     gradient off by   in gradacc   first example, normalised, off by")
+    print("  micro-batch size      gradient error   in gradacc   first example's error")
     for norm in NORMS:
         (truth, example), errors = plain(norm, 64), []
         for size in (32, 16, 8, 4):
             gradient, row_here = plain(norm, size)
             errors.append((off(gradient, truth), off(gradacc(norm, size), truth), off(row_here, example)))
             print(f"{norm:<15} {size:2} {errors[-1][0]:19.0e} {errors[-1][1]:12.0e} {errors[-1][2]:22.0e}")
-        found[norm] = torch.tensor(errors).T.tolist()  # of gradients, gradacc's, the first example
-    print("BatchNorm shifts and scales an example by its micro-batch's statistics, the others by its own.")
-    print(
-        "In gradacc: `preflight_check`, which `fine_tune` calls, warns of a model's BatchNorm before the run."
-    )
+        found[norm] = torch.tensor(errors).T.tolist()  # errors: gradients, with gradacc, first example
+    print("BatchNorm normalises an example by statistics of its micro-batch, the others by its own values.")
+    print("In gradacc: `fine_tune` calls `preflight_check`, which warns of BatchNorm before the run.")
     return found
 
 
 def draw(axes, found):
     for norm, errors in found.items():
         axes.semilogy((32, 16, 8, 4), errors[0], marker="o", label=norm)
-    axes.set(title="Error of the gradient", xlabel="examples a micro-batch", ylabel="relative error")
+    axes.set(title="Error of the gradient", xlabel="examples per micro-batch", ylabel="relative error")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""May bf16 weights accumulate in bf16? No: the gradient gets worse with every micro-batch; in float32, not.
+"""May bf16 weights accumulate in bf16? No: each micro-batch adds an error. In float32 it does not.
 
 Run it: gradacc lessons bf16_weights. The doctor finds: swamped_in_16_bits.
 """
@@ -17,14 +17,14 @@ Y = X.sum(dim=1, keepdim=True)
 
 
 def new_model(dtype=torch.bfloat16):
-    """The same weights in any format: those that bf16 can hold."""
+    """Return a model whose weights are rounded to bf16 and have the same values in any format."""
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
     return model.bfloat16().to(dtype)
 
 
 def plain(steps, dtype=torch.bfloat16, accumulate=None):
-    """The gradient of the window, in plain PyTorch; summed in the weights' format, or in `accumulate`."""
+    """Return the window's gradient in plain PyTorch, summed in the weights' format or in `accumulate`."""
     model, total = new_model(dtype), 0.0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for x, y in zip(X.chunk(steps), Y.chunk(steps), strict=True):
@@ -39,7 +39,7 @@ def plain(steps, dtype=torch.bfloat16, accumulate=None):
 
 
 def gradacc(steps):
-    """The same through gradacc: `.grad` is float32 over bf16 weights, and rounded at the optimizer's step."""
+    """Return the same with gradacc: `.grad` is float32, and is rounded to bf16 at the optimizer's step."""
     model, seen = new_model(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     accumulate_in_float32(model, optimizer)
@@ -66,7 +66,7 @@ def main():
         for errors, gradient in zip(found.values(), gradients, strict=True):
             errors.append((torch.dist(gradient.float(), truth) / truth.norm()).item())
         print(f"{steps:18}" + "".join(f"{errors[-1]:11.2%}" for errors in found.values()))
-    print("In gradacc: `accumulate_in_float32`, which `fine_tune` calls; of a recipe, `--model.dtype`.")
+    print("In gradacc: `accumulate_in_float32`, which `fine_tune` calls. In a recipe: `--model.dtype`.")
     return found
 
 

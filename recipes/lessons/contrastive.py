@@ -1,4 +1,4 @@
-"""Do in-batch negatives accumulate? No: a micro-batch sees only its own. The gradient cache brings them back.
+"""Do in-batch negatives accumulate? No: a micro-batch has only its own. The gradient cache restores others.
 
 Run it: gradacc lessons contrastive. The doctor finds: in_batch_negatives_cut.
 """
@@ -21,22 +21,22 @@ class Encoder(torch.nn.Linear):
 
 
 MODEL = Encoder(16, 8)
-OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.0)  # all ways at the same weights
+OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.0)  # at lr 0, all ways have the same weights
 
 
 def contrastive_loss(embeddings):
-    """Each query is to pick its own document among those of all queries (InfoNCE, temperature 0.1)."""
+    """Return InfoNCE at temperature 0.1: each query selects its document among all documents."""
     return cross_entropy(embeddings[:, 0] @ embeddings[:, 1].T / 0.1, torch.arange(len(embeddings)))
 
 
 def without_cache(window):
-    """Micro-batch by micro-batch, its share of a mean of losses: each has its own negatives only."""
+    """Yield the share of each micro-batch in a mean of losses. A micro-batch has only its own negatives."""
     for batch in window:
         yield MODEL(**batch)["loss"] / len(window)
 
 
 def gradient_cache(window):
-    """Embed all; then each micro-batch goes back from the whole loss's gradient (Gao et al. 2021, 3.2)."""
+    """Yield scalars with the gradients of the whole loss, by micro-batch (Gao et al. 2021, section 3.2)."""
     with torch.no_grad():
         embeddings = [MODEL(**batch)["embeddings"] for batch in window]
     contrastive_loss(everything := torch.cat(embeddings).requires_grad_()).backward()
@@ -57,7 +57,7 @@ def gradacc(accelerator):
     pairs = {"micro_batch_size": 16, "num_items": lambda batch: len(batch["query"])}
     for window in WindowLoader(PAIRS, 64, accelerator=accelerator, **pairs):
         for part in gradient_cache(window):
-            with accelerator.accumulate(MODEL):  # a share already: undo the share that `weigh` takes
+            with accelerator.accumulate(MODEL):  # already a share: undo the share of `weigh`
                 accelerator.backward(window.weigh(part * len(window)))
     return MODEL.weight.grad
 
@@ -72,8 +72,8 @@ def main():
         gradients[f"{64 // n} × {n}, cached"] = plain(gradient_cache(window))
     for name, gradient in (gradients | {"gradacc, cached": gradacc(Accelerator(cpu=True))}).items():
         found[name] = ((gradient - gradients["1 × 64"]).norm() / gradients["1 × 64"].norm()).item()
-        print(f"{name:<14} gradient off that of 64 pairs at once by {found[name]:.0e}")
-    print("In gradacc: `gradacc_hf.ContrastiveLoss`, with dropout, on any number of processes.")
+        print(f"{name:<14} gradient error {found[name]:.0e}, against 64 pairs at once")
+    print("In gradacc: `gradacc_hf.ContrastiveLoss`, also with dropout and on several processes.")
     return found
 
 

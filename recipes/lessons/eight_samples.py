@@ -1,4 +1,4 @@
-"""Why accumulate? Eight examples, one at a time, a step for every four; and what the classic program forgets.
+"""Why accumulate? Eight examples one at a time, a step for every four. The classic program does not divide.
 
 Run it: gradacc lessons eight_samples. The doctor finds: not_divided.
 """
@@ -20,7 +20,7 @@ def new_model():
 
 
 def plain(divide_by):
-    """One epoch in plain PyTorch: the predictions, and the norm of the first gradient."""
+    """Train one epoch in plain PyTorch. Return the predictions, and the norm of the first gradient."""
     (model, optimizer), norms = new_model(), []
     for i, (x, y) in enumerate(zip(X, Y, strict=True), start=1):
         (mse_loss(model(x), y) / divide_by).backward()  # adds to .grad
@@ -32,7 +32,7 @@ def plain(divide_by):
 
 
 def closed_form():
-    """The same two steps at once: the gradient of the mean squared error is 2/4 Xᵀ(Xw − y)."""
+    """Take the two steps in closed form: the gradient of the mean squared error is 2/4 Xᵀ(Xw − y)."""
     model = new_model()[0]
     w = torch.cat([model.weight.detach().T, model.bias.detach()[None]])  # (3, 1), the bias last
     examples = torch.cat([X, torch.ones(8, 1)], dim=1)
@@ -42,7 +42,7 @@ def closed_form():
 
 
 def gradacc():
-    """The same epoch through gradacc: nothing to count, nothing to divide by."""
+    """Train the same epoch with gradacc: nothing to count, nothing to divide by."""
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
     examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     for window in WindowLoader(examples, 4, micro_batch_size=1, shuffle=False, accelerator=accelerator):
@@ -63,9 +63,9 @@ def main():
         print(x, *(f"{value:12.3f}" for value in example))
     error = max(abs(a - b) for a, b in zip(found["gradacc"], found["closed form"], strict=True))
     ratio = classic_norm / norm
-    print(f"The classic program never divides by 4: its first step is {ratio:.2f} × the mean's.")
-    print(f"gradacc and the two steps at once, in closed form, differ by at most {error:.0e}.")
-    print("In gradacc: `window.weigh(loss)` makes each loss its share of the window's mean.")
+    print(f"The classic program never divides by 4: its first step is {ratio:.2f} times too long.")
+    print(f"gradacc and the closed form of the two steps differ by at most {error:.0e}.")
+    print("In gradacc: `window.weigh(loss)` scales each loss to its share of the window's mean.")
     return {**found, "step ratio": ratio, "error": error}
 
 

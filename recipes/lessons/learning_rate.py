@@ -18,7 +18,7 @@ Y = (torch.tanh(X @ torch.randn(20, 4)) @ torch.randn(4) > 0).long()
 
 
 def new_model(seed, lr, warmup):
-    """A small network, SGD, and a learning rate that rises to `lr` over `warmup` steps."""
+    """Return a small network, SGD, and a learning rate that rises to `lr` over `warmup` steps."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -26,7 +26,7 @@ def new_model(seed, lr, warmup):
 
 
 def plain(seed, size, lr, warmup=0):
-    """The mean loss of each epoch, every window at once: the same examples seen, whatever the window."""
+    """Return the mean loss of each epoch, with one batch per window. All sizes use the same examples."""
     (model, optimizer, scheduler), losses = new_model(seed, lr, warmup), []
     for _ in range(EPOCHS):
         for x, y in zip(X.split(size), Y.split(size), strict=True):
@@ -64,15 +64,15 @@ def main():
             print(f"lr {lr}: {name:<19} loss by epoch", *(f"{loss:.3f}" for loss in losses.mean(0)), end="")
             print(f" ± {losses[:, -1].std():.3f} (5 seeds)")
     found["error"] = (gradacc(0, 64, 0.4) - plain(0, 64, 0.4)).abs().max().item()
-    print(f"Through gradacc, 64 as 16 × 4, the losses are the same to {found['error']:.0e}.")
-    print("In gradacc: `batch.effective` and `optim.lr` stay as they are on any budget: tune them once.")
+    print(f"With gradacc, 16 × 4 has the losses of 64, to {found['error']:.0e}.")
+    print("In gradacc: `batch.effective` and `optim.lr` hold on any budget, so tune them once.")
     return found
 
 
 def draw(axes, found):
     for i, name in enumerate(list(found)[:-1]):  # the same colour for the same way
         axes.plot(range(1, EPOCHS + 1), found[name], color=f"C{i % 5}", ls=("-", ":")[i // 5], label=name)
-    axes.set(title="Rows a step, and learning rate", xlabel="epoch", ylabel="loss", yscale="log")
+    axes.set(title="Examples per step, and learning rate", xlabel="epoch", ylabel="loss", yscale="log")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What does it save? Peak memory of 32 examples at once and accumulated: activations fall, not gradients.
+"""What does it save? Peak memory of 32 examples at once and accumulated: activations shrink, gradients stay.
 
 Run it: gradacc lessons memory. The doctor finds: nothing.
 """
 
 import torch
 from accelerate import Accelerator
-from torch.distributed._tools.mem_tracker import MemTracker  # not a public name of torch's
+from torch.distributed._tools.mem_tracker import MemTracker  # not a public module
 
 from gradacc_hf import WindowLoader
 
@@ -21,7 +21,7 @@ def new_model():
 
 
 def peak(tracker):
-    """What the tracked step held when it held most. The tracker follows every tensor; no GPU is needed."""
+    """Return the memory at the peak. The tracker follows every tensor and needs no GPU."""
     sizes = next(iter(tracker.get_tracker_snapshot("peak").values()))
     mb = {str(kind).split(".")[-1]: size / 1e6 for kind, size in sizes.items()}
     other = sum(mb[kind] for kind in ("BUFFER", "TEMP", "OTH"))
@@ -29,13 +29,13 @@ def peak(tracker):
 
 
 def plain(size):
-    """Two steps on 32 examples in micro-batches of `size`; the second finds the optimizer's state there."""
+    """Take two steps on 32 examples in micro-batches of `size`. The second step has the optimizer's state."""
     model, optimizer = new_model()
     with (tracker := MemTracker()):
         tracker.track_external(model, optimizer)
         for _ in range(2):
             for x in X.split(size):
-                tracker.reset_mod_stats()  # else a second forward is refused
+                tracker.reset_mod_stats()  # a second forward needs it
                 (model(x).pow(2).mean() * size / 32).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -64,8 +64,9 @@ def main():
     print("MB at the peak", *(f"{part:>11}" for part in PARTS), "      total")
     for name, parts in found.items():
         print(f"{name:<14}", *(f"{size:11.2f}" for size in parts.values()), f"{sum(parts.values()):11.2f}")
-    print("Activations fall. Gradients do not: at the peak all are there (of one batch, before most exist).")
-    print("In gradacc: `max_tokens` bounds a micro-batch, `effective_batch_size` says what a step sees.")
+    print("Activations shrink. Gradients do not: when accumulating, all of them exist at the peak.")
+    print("With a single batch, the peak comes before most gradients exist.")
+    print("In gradacc: `max_tokens` limits a micro-batch, `effective_batch_size` a step.")
     return found
 
 

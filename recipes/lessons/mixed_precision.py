@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
 from gradacc_hf import WindowLoader
 
-MAX_NORM, SCALE = 5e-6, 2.0**16  # clips each gradient here; GradScaler's first scale
+MAX_NORM, SCALE = 5e-6, 2.0**16  # below all norms here; GradScaler's initial scale
 torch.manual_seed(0)
 Y = (X := torch.randn(64, 32)).sum(dim=1, keepdim=True)
 
@@ -22,11 +22,11 @@ def new_model():
 
 
 def small_loss(outputs, y):
-    return mse_loss(outputs.float(), y) * 1e-6  # an auxiliary loss of little weight: small gradients
+    return mse_loss(outputs.float(), y) * 1e-6  # as an auxiliary loss has: small gradients
 
 
 def plain(dtype, size, scale=1.0, unscale=4):
-    """The gradient a window's step uses, in plain PyTorch: scale, unscale once, clip, step, update."""
+    """Return the gradient of a step in plain PyTorch: scale, unscale once, clip, step, update."""
     model, optimizer = new_model()
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     for i, (x, y) in enumerate(zip(X.split(size), Y.split(size), strict=True), start=1):
@@ -34,15 +34,15 @@ def plain(dtype, size, scale=1.0, unscale=4):
             loss = small_loss(model(x), y) * size / 64
         scaler.scale(loss).backward()
         if i == unscale:
-            scaler.unscale_(optimizer)  # a second time in a window, PyTorch refuses
+            scaler.unscale_(optimizer)  # PyTorch allows it once per step
     clip_grad_norm_(model.parameters(), MAX_NORM)
-    scaler.step(optimizer)  # unscales what is not yet; skips the step after an overflow
+    scaler.step(optimizer)  # unscales if that was not done; skips the step after an overflow
     scaler.update()
     return parameters_to_vector(p.grad for p in model.parameters())
 
 
 def gradacc():
-    """bf16 through gradacc. fp16 needs a GPU there: on a CPU, Accelerate makes it float32."""
+    """Return the gradient in bf16 with gradacc. fp16 needs a GPU: Accelerate uses float32 on a CPU."""
     model, optimizer = (accelerator := Accelerator(cpu=True, mixed_precision="bf16")).prepare(*new_model())
     examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     for window in WindowLoader(examples, 64, micro_batch_size=16, shuffle=False, accelerator=accelerator):
@@ -68,8 +68,8 @@ def main():
     for name, gradient in gradients.items():
         found[name] = {"error": (torch.dist(gradient, truth) / truth.norm()).item()}
         found[name]["zeros"] = zeros = (gradient == 0).float().mean().item()
-        print(f"{name:<31} off float32 at once by {found[name]['error']:.0e}, {zeros:3.0%} of it zero")
-    print('In gradacc: `Accelerator(mixed_precision=...)`, here "bf16"; its "fp16" needs a GPU.')
+        print(f"{name:<31} error {found[name]['error']:.0e}, {zeros:3.0%} zeros, against float32 at once")
+    print('In gradacc: `Accelerator(mixed_precision="bf16")`; "fp16" needs a GPU.')
     return found
 
 

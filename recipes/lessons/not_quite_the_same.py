@@ -21,7 +21,7 @@ def new_model(optimizer, p=0.0):
     return model, getattr(torch.optim, optimizer)(model.parameters(), **OPTIMIZERS[optimizer])
 
 
-def state(model, optimizer):  # the weights and what the optimizer remembers: momentum, or Adam's two means
+def state(model, optimizer):  # the weights and the optimizer's state: momentum, or Adam's two means
     remembered = [v for entry in optimizer.state.values() for v in entry.values() if v.dim()]
     return nn.utils.parameters_to_vector([*model.parameters(), *remembered])
 
@@ -47,7 +47,7 @@ def gradacc(name):
     return state(model, optimizer), window.number + 1
 
 
-def dropout_error(draws):  # of the gradient of 64 examples as 16 × 4, the mean over so many draws
+def dropout_error(draws):  # of the gradient of 64 examples as 16 × 4, averaged over draws
     a, b = (new_model("SGD", p=0.1)[0] for _ in range(2))
     for model, size in ((a, 16), (b, 64)):
         for x, y in [*zip(X[:64].split(size), Y[:64].split(size), strict=True)] * draws:
@@ -62,10 +62,10 @@ def main():
         ways = {"64": plain(opt, 64, 1), "16 × 4": plain(opt, 16, 4), "16": plain(opt, 16, 1)}
         for way, (here, steps) in (ways | {"gradacc": gradacc(opt)}).items():
             found[opt, way] = steps, (torch.dist(here, ways["64"][0]) / ways["64"][0].norm()).item()
-            print(f"{opt:>5}, {way:<6}: {steps} steps; weights, state off 64's by {found[opt, way][1]:.0e}")
+            print(f"{opt:>5}, {way:<7}: {steps} steps; error of weights and state {found[opt, way][1]:.0e}")
     for draws in (1, 10, 100, 1000):
         found[draws] = dropout_error(draws)
-        print(f"dropout 0.1, mean of {draws:4} gradients: 16 × 4 off 64 by {found[draws]:.0e}")
+        print(f"dropout 0.1, mean of {draws:4} gradients, 16 × 4 against 64: error {found[draws]:.0e}")
     print("In gradacc: windows are the same on every budget; `model.dropout: 0` turns dropout off.")
     return found
 

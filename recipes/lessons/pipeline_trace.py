@@ -1,4 +1,4 @@
-"""What happens to an example? A thousand of them, followed through window, micro-batch, model, loss and step.
+"""What happens to an example? A thousand examples pass through window, micro-batch, model, loss and step.
 
 Run it: gradacc lessons pipeline_trace. The doctor finds: partial_window_leaked.
 """
@@ -23,7 +23,7 @@ def new_model():
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def plain(size, steps):  # batches that do not fill a window stay in .grad
+def plain(size, steps):  # gradients of batches that fill no window stay in .grad
     (model, optimizer), batches = new_model(), DataLoader(TensorDataset(X, Y), size)
     for _ in range(5):
         for i, (x, y) in enumerate(batches, start=1):
@@ -31,7 +31,7 @@ def plain(size, steps):  # batches that do not fill a window stay in .grad
             if i % steps == 0:
                 optimizer.step()
                 optimizer.zero_grad()
-    print(f"plain: {i} batches of {size} an epoch, {i // steps} steps; {i % steps} batches fill no window")
+    print(f"plain: {i} batches of {size} per epoch, {i // steps} steps; {i % steps} batches fill no window")
     return parameters_to_vector(model.parameters()).detach()
 
 
@@ -48,7 +48,9 @@ def gradacc(found):
                     optimizer.zero_grad()
             found["loss"][epoch] += window.loss * len(window.indices) / len(X)
         found["accuracy"].append((model(X).argmax(1) == Y).float().mean().item())
-    print(f"gradacc: {tuple(X.shape)} examples -> {len(windows)} windows, the last of {len(window.indices)}")
+    print(
+        f"gradacc: {tuple(X.shape)} examples -> {len(windows)} windows, the last with {len(window.indices)}"
+    )
     print(f"-> micro-batches {tuple(batch['x'].shape)} -> logits {tuple(model(batch['x']).shape)} -> loss ()")
     return model
 
@@ -57,16 +59,16 @@ def main():
     weights = {"plain": plain(4, 4), "at once": plain(16, 1)}
     model, h = gradacc(found := {"loss": [], "accuracy": []}), X[:1]
     for loss, accuracy in zip(*found.values(), strict=True):
-        print(f"an epoch: loss during it {loss:.4f}, accuracy after it, on the same examples, {accuracy:.3f}")
-    print(f"now the first example: {[round(v, 2) for v in h[0].tolist()]}")
+        print(f"epoch: mean loss {loss:.4f}, then accuracy on the same examples {accuracy:.3f}")
+    print(f"the first example: {[round(v, 2) for v in h[0].tolist()]}")
     for layer in (*model, torch.nn.Softmax(1)):
         h = layer(h)
         print(f"{type(layer).__name__:>8} -> {tuple(h.shape)} {[round(v, 2) for v in h[0].tolist()]}")
     print(f"-> class {int(h.argmax())}; its label is {int(Y[0])}")
     weights["gradacc"], truth = parameters_to_vector(model.parameters()), weights["at once"]
     found |= {name: (torch.dist(weights[name], truth) / truth.norm()).item() for name in ("plain", "gradacc")}
-    print(f"weights off those of windows at once: plain {found['plain']:.0e}, gradacc {found['gradacc']:.0e}")
-    print("In gradacc: `WindowLoader` makes a step of the examples left over, which plain code leaks.")
+    print(f"error of the weights: plain {found['plain']:.0e}, gradacc {found['gradacc']:.0e}")
+    print("In gradacc: `WindowLoader` makes a step of the last examples, which plain code leaks.")
     return found
 
 

@@ -14,7 +14,7 @@ X = torch.randn(2000, 10)  # 1,000 examples to train on, 1,000 to validate
 Y = (X @ torch.randn(10) + torch.randn(2000) > 0).long()
 
 
-def problem(seed):  # an order of the training examples, first weights
+def problem(seed):  # the order of the training examples, and initial weights
     torch.manual_seed(seed)
     order, model = torch.randperm(1000), torch.nn.Linear(10, 2, bias=False)
     return X[order], Y[order], model, torch.optim.SGD(model.parameters(), lr=0.1)
@@ -63,10 +63,12 @@ def main():
             error = (torch.dist(weights, truth) / truth.norm()).item()
             right = ((X[1000:] @ weights.mT).argmax(-1) == Y[1000:]).float().mean(-1)
             found[name, max_norm] = {"losses": losses.mean(0), "accuracy": right, "error": error}
-            print(f"{name:>18}, max_norm {max_norm}: weights off 64's by {error:.0e}; validation", end=" ")
+            print(f"{name:>18}, max_norm {max_norm}: error of the weights {error:.0e}; validation", end=" ")
             print(f"accuracy {right.mean():.3f} ± {right.std():.3f}, training loss by epoch", end=" ")
             print(*(f"{loss:.3f}" for loss in losses.mean(0)))
-    print(f"In gradacc: `WindowLoader` steps with the last {1000 % 64} examples; clip if `sync_gradients`.")
+    print(
+        f"In gradacc: `WindowLoader` makes a step of the last {1000 % 64} examples; clip if `sync_gradients`."
+    )
     return found
 
 

@@ -1,4 +1,4 @@
-"""What do several processes exchange? Two over gloo, reducing after every micro-batch or once a window.
+"""What do several processes exchange? Two over gloo reduce gradients after each micro-batch or once a window.
 
 Run it: gradacc lessons synchronise_once. The doctor finds: synchronised_every_micro_batch.
 """
@@ -24,7 +24,7 @@ EXAMPLES = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
 MODEL = torch.nn.Linear(8, 1)
 
 
-def counted(calls, bucket):  # what DDP does by itself, and a note of it
+def counted(calls, bucket):  # DDP's own all-reduce, with a record of it
     calls.append(bucket.index())
     return allreduce_hook(None, bucket)
 
@@ -41,7 +41,7 @@ def plain(once):  # this process's half of 64 examples, in 4 micro-batches of 8
     return len(calls), MODEL.weight.grad
 
 
-def gradacc():  # `accumulate` synchronises where the window ends
+def gradacc():  # `accumulate` synchronises at the end of the window
     MODEL.zero_grad()
     ddp = (accelerator := Accelerator(cpu=True)).prepare(MODEL)
     ddp.register_comm_hook(calls := [], counted)
@@ -52,7 +52,7 @@ def gradacc():  # `accumulate` synchronises where the window ends
     return len(calls), MODEL.weight.grad
 
 
-def process(folder):  # what each of the two runs; it writes down what it saw
+def process(folder):  # the program of each process, which saves its results
     torch.distributed.init_process_group("gloo")
     torch.save([plain(once=False), plain(once=True), gradacc()], f"{folder}/{torch.distributed.get_rank()}")
     torch.distributed.destroy_process_group()
@@ -67,8 +67,8 @@ def main():
     for name, *seen in zip(("each micro-batch", "once", "gradacc"), *both, strict=True):
         error = max((torch.dist(gradient, truth) / truth.norm()).item() for _, gradient in seen)
         found[name] = {"reduces": seen[0][0], "error": error}
-        print(f"{name:<16} {seen[0][0]} gradient all-reduces; off one process's gradient by {error:.0e}")
-    print("In gradacc: `accumulate` with a window: the gradient is reduced once (and a few numbers).")
+        print(f"{name:<16} {seen[0][0]} gradient all-reduces; error {error:.0e}, against one process")
+    print("In gradacc: `accumulate` reduces the gradient once per window (and a few numbers).")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Is it faster? Sixty-four examples at once, in ever smaller micro-batches, and split by length.
+"""Is it faster? Sixty-four examples at once, in smaller and smaller micro-batches, and split by length.
 
 Run it: gradacc lessons time. The doctor finds: nothing.
 """
@@ -15,7 +15,7 @@ from gradacc_hf import WindowLoader
 torch.manual_seed(0)
 LENGTHS = {"alike": [32] * 64, "unequal": torch.randn(64).exp().mul(16).clamp(2, 160).long().tolist()}
 MODEL = torch.nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True)
-OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.0)  # all ways at the same weights
+OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.0)  # at lr 0, all ways have the same weights
 
 
 def collate(examples):
@@ -32,7 +32,7 @@ def mean_loss(batch):  # over the tokens that are not padding
 
 
 def plain(examples, size):
-    """Forward and backward in plain PyTorch, in micro-batches of `size`, in the examples' own order."""
+    """Run forward and backward in plain PyTorch, in micro-batches of `size`; yield their padded tokens."""
     for batch in (collate(examples[i : i + size]) for i in range(0, 64, size)):
         (mean_loss(batch) * count_tokens(batch) / sum(map(len, examples))).backward()
         yield batch["src"].shape[:2].numel()
@@ -53,7 +53,7 @@ def main():
     for kind, lengths in LENGTHS.items():
         examples = [torch.randn(length, 64) for length in lengths]
         seconds, gradients, tokens = {way: [] for way in (*ways, "gradacc")}, {}, {}
-        for _ in range(9):  # interleaved, as the machine may be busy now and then
+        for _ in range(9):  # interleaved, as the load of the machine changes
             for name, (way, setting) in (ways | {"gradacc": (gradacc, accelerator)}).items():
                 MODEL.zero_grad()
                 start = perf_counter()
@@ -66,15 +66,17 @@ def main():
             ratio = median(seconds[name]) / median(seconds["1 × 64"])
             error = (torch.dist(gradients[name], truth) / truth.norm()).item()
             found[name, kind] = {"ratio": ratio, "tokens": tokens[name], "error": error}
-            print(f"{kind:>7} {name:>6}: {tokens[name]:5} padded tokens, time × {ratio:.2f}, off {error:.0e}")
-    print("In gradacc: `WindowLoader` sorts a window by length and splits it at the least cost.")
+            print(
+                f"{kind:>7} {name:>6}: {tokens[name]:5} padded tokens, time × {ratio:.2f}, error {error:.0e}"
+            )
+    print("In gradacc: `WindowLoader` sorts a window by length and splits it at the least predicted cost.")
     return found
 
 
 def draw(axes, found):
     axes.barh([", ".join(name) for name in found], [way["ratio"] for way in found.values()])
     axes.invert_yaxis()
-    axes.set(title="Time of a window, × that of 64 examples at once", xlabel="ratio of medians")
+    axes.set(title="Time of a window / time of 64 examples at once", xlabel="ratio of medians")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Do micro-batches count alike? Not with unequal numbers of tokens: a mean of means against the mean.
+"""Do micro-batches count alike? Not with unequal numbers of tokens: a mean of means is not the mean.
 
 Run it: gradacc lessons unequal_items. The doctor finds: mean_of_means.
 """
@@ -16,14 +16,14 @@ EXAMPLES = [{"x": torch.randn(n, 8), "labels": torch.randint(5, (n,))} for n in 
 
 
 def collate(examples):
-    """Pad to the longest; padding is labelled −100, which the loss leaves out."""
+    """Pad to the longest. Padding has the label −100, which the loss leaves out."""
     x = pad_sequence([example["x"] for example in examples], batch_first=True)
     labels = pad_sequence([example["labels"] for example in examples], batch_first=True, padding_value=-100)
     return {"x": x, "labels": labels}
 
 
 def mean_loss(model, batch):
-    """The mean over the labelled tokens, as token classifiers and language models have it."""
+    """Return the mean over the labelled tokens, as in token classifiers and language models."""
     return cross_entropy(model(batch["x"]).flatten(0, 1), batch["labels"].flatten())
 
 
@@ -33,7 +33,7 @@ def new_model():
 
 
 def plain(size, weight):
-    """Loss and gradient of the eight examples in micro-batches of `size`, each weighed, in plain PyTorch."""
+    """Return loss and gradient of the eight examples in weighted micro-batches, in plain PyTorch."""
     model, total = new_model(), 0.0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for batch in (collate(EXAMPLES[i : i + size]) for i in range(0, 8, size)):
@@ -45,7 +45,7 @@ def plain(size, weight):
 
 
 def gradacc():
-    """The same through gradacc, which counts the labels that are not −100."""
+    """Return the same with gradacc, which counts the labels that are not −100."""
     model = (accelerator := Accelerator(cpu=True)).prepare(new_model())
     settings = {"micro_batch_size": 2, "shuffle": False, "accelerator": accelerator}
     for window in WindowLoader(EXAMPLES, 8, collate_fn=collate, **settings):
@@ -65,8 +65,8 @@ def main():
     print(f"{sum(TOKENS)} labelled tokens at once: loss {loss:.4f}; in micro-batches of {split}:")
     for name, (loss, gradient) in ways.items():
         found[name] = {"loss": loss, "error": (torch.dist(gradient, truth) / truth.norm()).item()}
-        print(f"{name:<14} loss {loss:.4f}, gradient off by {found[name]['error']:.0e}")
-    print("In gradacc: `num_items` says what a mean is over; `window.weigh` gives each one its share.")
+        print(f"{name:<14} loss {loss:.4f}, gradient error {found[name]['error']:.0e}")
+    print("In gradacc: `num_items` counts the items of a mean; `window.weigh` scales the mean to its share.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Does it update after every batch? Stepping on each micro-batch against stepping once a window.
+"""Does it update after every batch? Steps on each micro-batch, compared with one step per window.
 
 Run it: gradacc lessons when_to_step. The doctor finds: stepped_on_every_micro_batch, never_zeroed.
 """
@@ -21,7 +21,7 @@ def new_model():
 
 
 def plain(step_every, zero_every):
-    """The weights before and after each micro-batch, (1 + 4, 5), in plain PyTorch."""
+    """Return the weights before and after each micro-batch, (1 + 4, 5), in plain PyTorch."""
     model, optimizer = new_model()
     weights = [model.weight.detach().clone()]
     for i, (x, y) in enumerate(zip(X.split(8), Y.split(8), strict=True), start=1):
@@ -35,7 +35,7 @@ def plain(step_every, zero_every):
 
 
 def gradacc():
-    """The same through gradacc."""
+    """Return the same weights with gradacc."""
     model, optimizer = (accelerator := Accelerator(cpu=True)).prepare(*new_model())
     examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     weights = [model.weight.detach().clone()]
@@ -43,7 +43,7 @@ def gradacc():
         for batch in window:
             with accelerator.accumulate(model):
                 accelerator.backward(window.weigh(mse_loss(model(batch["x"]), batch["labels"])))
-                optimizer.step()  # waits for the window's last micro-batch
+                optimizer.step()  # acts at the window's last micro-batch
                 optimizer.zero_grad()
             weights.append(model.weight.detach().clone())
     return torch.cat(weights)
@@ -54,7 +54,7 @@ def main():
     (gradient,) = torch.autograd.grad(mse_loss(model(X), Y), model.weight)
     step = -0.1 * gradient  # SGD's, on all 32 examples at once
     ways = {"every 4": plain(4, 4), "in gradacc": gradacc(), "every 1": plain(1, 1)}
-    print("stepping                 length of the update at each micro-batch   off the step of 32 examples")
+    print("stepping                 length of the update at each micro-batch         error")
     for name, weights in (ways | {"every 1, zeroing every 4": plain(1, 4)}).items():
         moved = weights.diff(dim=0).norm(dim=1)
         error = ((weights[-1] - weights[0] - step).norm() / step.norm()).item()
@@ -62,8 +62,9 @@ def main():
         found[name] = {"distance": distance, "updates": int((moved > 0).sum()), "error": error}
         shown = " ".join(f"{length:.3f}" for length in moved)
         print(f"{name:<25}{shown}{found[name]['updates']:6} updates {error:16.0e}")
-    print("Every 1: batches of 8, at a quarter of the rate; zeroing every 4, early examples count again.")
-    print("In gradacc: call `optimizer.step()` inside `accumulate`; it happens where the window ends.")
+    print("every 1: training on batches of 8, at a quarter of the learning rate.")
+    print("every 1, zeroing every 4: early examples count several times.")
+    print("In gradacc: call `optimizer.step()` inside `accumulate`; it acts at the end of the window.")
     return found
 
 

@@ -144,7 +144,7 @@ def test_a_model_that_draws_elsewhere_than_from_torch_is_noticed():
             noise = np.random.default_rng().normal(size=32).astype(np.float32)
             return torch.nn.functional.normalize(super().forward(**batch) + torch.from_numpy(noise), dim=-1)
 
-    with pytest.raises(RuntimeError, match=r"micro-batch 0 is embedded .* away from where it was"):
+    with pytest.raises(RuntimeError, match=r"embeddings of micro-batch 0 differ by .* between the two"):
         accumulated(Noisy(embedder().encoder), window_loader(pairs()), ContrastiveLoss())
 
 
@@ -355,9 +355,9 @@ def test_verify_says_of_the_recipe_that_it_is_exact(tiny_bert, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"positive": None}, "unpaired: its positive is no text, or an empty one"),
-        ({"positive": "  "}, "unpaired: its positive is no text, or an empty one"),
-        ({"anchor": None}, "unpaired: its anchor is no text, or an empty one"),
+        ({"positive": None}, "unpaired: its positive is empty or not text"),
+        ({"positive": "  "}, "unpaired: its positive is empty or not text"),
+        ({"anchor": None}, "unpaired: its anchor is empty or not text"),
         ({"positive": "\u200b"}, "no token of its positive is left at data.max_length 32"),
     ],
 )

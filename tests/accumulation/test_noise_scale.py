@@ -18,12 +18,14 @@ from training_runs import history
 from gradacc_hf import WindowLoader, evaluate, fine_tune, train
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch, lr_factor
 from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
-from gradacc_hf.accumulation.noise_scale import NoiseScale, SmallBatch, in_words
+from gradacc_hf.accumulation.noise_scale import CONFIDENCE, NoiseScale, SmallBatch, in_words
 from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_error, whole_window_gradient
+from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.config.batch_size import check_can_measure, check_sizes, effective_batch_size
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.errors import InputError
 from gradacc_hf.report import write_report
+from gradacc_hf.run.setup import noise_every
 from gradacc_hf.tasks.packing import pack
 from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
 from gradacc_hf.training.optimizer import make_scheduler
@@ -208,7 +210,7 @@ def test_a_growing_batch_doubles_when_the_noise_is_as_large_and_stops_at_the_lar
     assert not GrowingBatch(4, 14, patience=1).grow(1, calm.scale)
     twice, seen = GrowingBatch(4, 14, patience=2), [noise, calm, noise, noise]  # in a row
     assert [twice.grow(n, each.scale) for n, each in enumerate(seen)] == [False] * 3 + [True]
-    with pytest.raises(ValueError, match="from 8 to 4"):
+    with pytest.raises(ValueError, match="smallest 8 and largest 4"):
         GrowingBatch(8, 4)
 
 
@@ -369,7 +371,9 @@ def test_sizes_come_from_a_file_or_a_flag(tmp_path):
     told = read_command_line([*grows, "--data.train", "x.csv"])
     assert effective_batch_size(told.batch, 99) == GrowingBatch(8, 32)
     assert effective_batch_size(told.batch, 20) == GrowingBatch(8, 20)
-    with pytest.raises(InputError, match=r"batch\.smallest: found 8; allowed: 1 to 7, the training examples"):
+    with pytest.raises(
+        InputError, match=r"batch\.smallest: found 8; allowed: 1 to 7, the number of training examples"
+    ):
         effective_batch_size(told.batch, 7)
 
 
@@ -398,7 +402,7 @@ def test_growing_windows_need_a_part_of_each_process_to_measure_by():
     check_can_measure(GrowingBatch(16, 32), True, 8)
     with pytest.raises(InputError, match=r"batch\.smallest: found 15; allowed: 16 or more on 8 processes"):
         check_can_measure(GrowingBatch(15, 32), True, 8)
-    with pytest.raises(InputError, match="cannot be measured with a loss of a window's examples together"):
+    with pytest.raises(InputError, match=r"budget\.whole_gradients, nor with a loss over a whole window"):
         check_can_measure(GrowingBatch(16, 32), False, 8)
 
 
@@ -429,19 +433,131 @@ def test_a_loss_of_the_whole_window_has_no_noise_scale():
 
 
 @pytest.mark.parametrize(
-    ("scale", "says"),
+    ("interval", "known", "says"),
     [
-        (384.0, "windows of 64 are 6 × smaller; larger windows would still help"),
-        (16.0, "windows of 64 are 4 × larger; you pay for averaging"),
-        (70.0, "windows of 64 are about as large"),
-        (math.inf, "beyond what windows of 64 can measure: larger windows would still help"),
-        (0.0, "below what windows of 64 can measure: smaller windows would do"),
-        (0.02, "windows of 64 are 3,200 × larger"),
+        ((200, 900), "200 to 900", "are much smaller. Larger windows would need fewer steps"),
+        ((200, math.inf), "at least 200", "are much smaller. Larger windows would need fewer steps"),
+        ((4, 16), "4 to 16", "are much larger. Smaller windows would need fewer examples"),
+        ((0, 0.02), "at most 0.02", "are much larger. Smaller windows would need fewer examples"),
+        ((40, 110), "40 to 110", "are about as large, which balances steps and examples"),
+        ((40, 1234), "40 to 1,200", "are not too large. Whether larger windows would help cannot be decided"),
+        ((4, 110), "4 to 110", "are not too small. Whether smaller windows would do cannot be decided"),
+        (
+            (0.5, 400),
+            "0.5 to 400",
+            "no advice on windows of 64, as smaller and larger ones may be better",
+        ),
     ],
 )
-def test_the_noise_scale_is_put_into_words(scale, says):
-    assert says in in_words(scale, 64, 5)
-    assert in_words(math.nan, 64, 0) == ""
+def test_the_noise_scale_is_put_into_words(interval, known, says):
+    line, windows = in_words(*interval, 64, 5), "" if says.startswith("no") else "windows of 64 "
+    basis = f"the gradient noise scale is {known} examples (90% interval from 5 measurements)"
+    assert line == f"{basis}: {windows}{says}"
+
+
+def test_a_noise_scale_that_cannot_be_determined_gives_no_advice():
+    assert "cannot be determined from 5 measurements: no advice on windows of 64." in in_words(
+        0, math.inf, 64, 5
+    )
+    assert in_words(math.nan, math.nan, 64, 0) == ""
+
+
+def sampled(random, truth, dimensions, num_windows, every, drift=1.0):
+    """The noise scale of sampled windows of 64 examples, measured by 8; heavy-tailed gradients of examples.
+
+    `drift`: |G|² at the end over that at the start. `truth`: tr(Σ) / |G|² of every window.
+    """
+    noise = NoiseScale()
+    for t in range(num_windows):
+        square = drift ** (t / (num_windows - 1))
+        mean = random.normal(size=dimensions)
+        mean *= math.sqrt(square) / np.linalg.norm(mean)
+        spread = random.normal(size=(64, dimensions)) * np.sqrt(random.exponential(size=(64, 1)))
+        gradients = mean + math.sqrt(truth * square / dimensions) * spread
+        small = SmallBatch(8, float(np.linalg.norm(gradients[:8].mean(0))))
+        noise.record(64, float(np.linalg.norm(gradients.mean(0))), small if t % every == 0 else None)
+    return noise
+
+
+@pytest.mark.parametrize("drift", [1.0, 0.1])
+def test_the_interval_has_the_true_noise_scale_about_as_often_as_it_says(drift):
+    random, shares = np.random.default_rng(0), {}
+    cases = itertools.product((6.0, 60.0, 600.0), (4, 32), ((30, 2), (64, 8)))
+    for truth, dimensions, (num_windows, every) in cases:
+        found = [sampled(random, truth, dimensions, num_windows, every, drift).interval for _ in range(150)]
+        shares[truth, dimensions, every] = np.mean([low <= truth <= high for low, high in found])
+    assert min(shares.values()) > CONFIDENCE - 0.1, shares
+    assert np.mean([*shares.values()]) > CONFIDENCE - 0.03, shares
+
+
+def test_the_interval_narrows_with_more_measurements():
+    random = np.random.default_rng(1)
+    widths = []
+    for every in (16, 4, 1):
+        found = [sampled(random, 20.0, 50, 64, every).interval for _ in range(40)]
+        widths.append(np.median([high - low for low, high in found]))
+    assert widths[0] > 2 * widths[1] > 2 * widths[2]
+
+
+def test_few_measurements_exclude_nothing():
+    noise = NoiseScale()
+    assert all(map(math.isnan, noise.interval))
+    for norm in (3.0, 2.0):
+        noise.record(64, 1.0, SmallBatch(8, norm))
+        assert noise.interval == (0, math.inf)
+    noise.record(64, 1.0, SmallBatch(8, 1.01))
+    assert in_words(*noise.interval, 64, noise.measured).startswith("the gradient noise scale cannot be")
+
+
+def test_sums_of_version_0_1_have_a_noise_scale_and_no_interval():
+    noise = sampled(np.random.default_rng(2), 20.0, 50, 40, 2)
+    state = noise.state_dict()
+    before = {
+        key: state[key]
+        for key in ("horizon", "measured", "_noise", "_noise_weight", "_square", "_inverse", "_weight")
+    }
+    old = NoiseScale.of(before)
+    assert old.scale == noise.scale
+    assert old.interval == (0, math.inf)
+    old.record(64, 1.0, SmallBatch(8, 1.2))
+    assert old.interval == NoiseScale.of(json.loads(json.dumps(old.state_dict()))).interval == (0, math.inf)
+
+
+@pytest.mark.parametrize("unequal_items", [False, True])
+def test_runs_of_other_seeds_do_not_contradict_each_other(unequal_items):
+    """Real gradients and splits: the intervals of short runs have the closed form, or they say nothing."""
+    data, lengths, w, truth = closed_form(unequal_items)
+    found = []
+    for seed in range(16):
+        accelerator = Accelerator(cpu=True)
+        model = Mean(w)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+        windows = WindowLoader(
+            data, 64, accelerator=accelerator, lengths=lengths, max_tokens=600, noise_every=2, seed=seed,
+            num_items="labels" if unequal_items else lambda batch: len(batch["x"]),
+        )  # fmt: skip
+        train(model, optimizer, windows, accelerator=accelerator, max_windows=30)
+        found.append(windows.noise.interval)
+    overlap = [max(a[0], b[0]) <= min(a[1], b[1]) for a, b in itertools.combinations(found, 2)]
+    assert np.mean(overlap) > 0.85  # 97 % of the pairs of 60 seeds
+    for size in (2**power for power in range(12)):
+        lines = [in_words(*interval, size, 15) for interval in found]
+        advice = {word for line in lines for word in ("much smaller", "much larger") if word in line}
+        assert len(advice) < 2, lines
+    assert sum(low <= truth <= high for low, high in found) >= 13  # 93 % of 60 seeds
+    assert all(high < math.inf for _, high in found), "15 measurements suffice here"
+
+
+@pytest.mark.parametrize(
+    ("windows", "setting", "every"),
+    [(30, 16, 2), (37, 16, 3), (256, 16, 16), (9999, 16, 16), (30, 1, 1), (30, 0, 0)],
+)
+def test_short_runs_measure_more_often(windows, setting, every):
+    flags = ["--data.train", "x.csv", "--train.noise_every", str(setting), "--batch.effective", "8"]
+    config = read_command_line(flags)
+    assert noise_every(config, WindowPlan(8 * windows, 8, 0, shuffle=True, drop_last=False)) == every
+    grows = read_command_line([*flags[:-1], "noise_scale"])
+    assert noise_every(grows, WindowPlan(8 * windows, 8, 0, shuffle=True, drop_last=False)) == setting
 
 
 def test_a_step_is_measured_by_the_weights_that_it_moves():
@@ -491,12 +607,12 @@ def test_the_report_shows_what_the_size_of_windows_did(whole, tmp_path):
     clipped = sum(row["grad_norm"] > 0.5 for row in rows) / len(rows)
     assert 0 < clipped < 1 or clipped == 1
     for text in (
-        "What the size of the windows does",
-        "gradient noise scale, at the end (examples)",
+        "<h2>Batch size</h2>",
+        "gradient noise scale at the end (examples)",
         f"{100 * clipped:.1f}\N{NO-BREAK SPACE}%",
         "windows that took no step",
-        "step / weights, median",
-        "Examples a window",
+        "weight change per step, relative (median)",
+        "Effective batch size",
     ):
         assert text in page, text
 
@@ -518,4 +634,4 @@ def test_a_recipe_has_windows_of_the_sizes_asked_for_and_keeps_to_them(start, tm
     assert again.code == 2
     assert "batch.effective: found {'0': 4, '3': 16}" in again.err
     same = start(recipe, *flags, "--batch.effective", "{0: 4, 3: 8}", "--resume", "auto")
-    assert "has come to its end" in same.out
+    assert "run has ended: there is nothing to resume" in same.out

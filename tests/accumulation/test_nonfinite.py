@@ -98,7 +98,7 @@ def run(folder, cause, accelerator=None, spoilt=True, resume=False, leave_out=()
 )
 def test_it_stops_before_the_step_and_names_window_examples_and_module(tmp_path, cause, said):
     line, weights, model = run(tmp_path, cause)
-    assert line.startswith("window 2: its loss or gradient is not finite: examples [")
+    assert line.startswith("window 2: the loss or gradient is not finite: examples [")
     assert said in line
     named = json.loads(line[line.index("[") : line.index("]") + 1])
     assert BAD in named
@@ -125,7 +125,7 @@ def test_or_leaves_that_window_out_and_goes_on(tmp_path, cause, caplog):
     assert summary["skipped_windows"] == 1
     assert [row["lr"] for row in history(tmp_path)] == pytest.approx([1e-3, 5e-4, 5e-4, 1e-3 / 3, 2.5e-4])
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert "no step was taken, and the run goes on" in caplog.text
+    assert "no step was taken, and the run continues" in caplog.text
 
 
 def test_under_fp16_the_scaler_judges_gradients_and_a_loss_that_is_nan_stops_the_run(tmp_path):
@@ -181,5 +181,5 @@ def test_where_every_micro_batch_is_bad_it_is_not_these_examples(tmp_path):
     )
     optimizer = torch.optim.SGD(head.model.parameters(), lr=1e30)
     model, optimizer = accelerator.prepare(head.model, optimizer)
-    with pytest.raises(NonFiniteError, match=r"the cause is the weights, or --optim\.lr, not these examples"):
+    with pytest.raises(NonFiniteError, match=r"the cause is the weights or --optim\.lr, not the examples"):
         train(model, optimizer, windows, accelerator=accelerator)

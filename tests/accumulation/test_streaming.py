@@ -229,7 +229,7 @@ def test_the_effective_batch_size_may_follow_the_windows_number(accelerator):
     windows.load_state_dict(state)
     assert indices(windows) == second
     next(iter(windows))
-    with pytest.raises(ValueError, match="an earlier epoch was left before its end"):
+    with pytest.raises(ValueError, match="an earlier epoch is unfinished"):
         next(iter(windows))
 
 
@@ -268,7 +268,7 @@ def test_examples_that_are_too_large_are_said_once_and_refused_where_padding_wou
     accelerator, caplog
 ):
     list(loader(accelerator, Plain(), max_tokens=50))
-    assert caplog.text.count("goes alone in a micro-batch that exceeds it") == 1
+    assert caplog.text.count("runs alone in a micro-batch that exceeds the bound") == 1
     longest = max(range(20), key=lambda i: len(DATA[i]["input_ids"]))
     assert f"example {longest}" in caplog.text
     with pytest.raises(ValueError, match=rf"example {longest} has \d+ tokens, more than pad_to=32"):
@@ -436,9 +436,9 @@ def generator():
         (
             Plain(),
             {"lengths": [1] * 53},
-            "lengths is a list; of a stream it must be a column's name or a function",
+            "lengths is a list; for a stream it must be a column name or a function",
         ),
-        (Plain(), {"num_workers": 2}, "num_workers is 2; a stream is read by the process itself"),
+        (Plain(), {"num_workers": 2}, "num_workers is 2; the process itself reads a stream"),
         (Plain(), {"size": 0}, "the effective batch size is 0; it must be an integer of at least 1"),
         (Plain(), {"seed": -1}, "the seed is -1"),
         (17, {"buffer_size": None}, "or a stream of examples to iterate over; found int"),
@@ -454,7 +454,7 @@ def test_what_cannot_work_is_refused_in_one_line(accelerator, data, arguments, s
     ("data", "said"),
     [
         (Plain([]), "the stream gave no examples in epoch 0"),
-        (Plain(DATA[:10]), "the effective batch size is 16, and the stream ended after 10 examples"),
+        (Plain(DATA[:10]), "the effective batch size is 16, but the stream has 10 examples"),
     ],
 )
 def test_what_is_found_out_by_reading_is_said_then_in_one_line(accelerator, data, said):
@@ -471,7 +471,7 @@ def test_a_stream_that_gives_nothing_the_second_time_is_refused(accelerator):
 
     windows = loader(accelerator, Once())
     assert len(indices(windows)) == 4
-    with pytest.raises(ValueError, match="no examples in epoch 1: it must give the same examples each time"):
+    with pytest.raises(ValueError, match="no examples in epoch 1: every iteration must give the same"):
         list(windows)
 
 
@@ -487,11 +487,11 @@ def test_a_state_of_other_data_or_another_buffer_is_refused(accelerator):
     assert len(indices(windows)) == 4
     state = {**windows.state_dict(), "epoch": 0, "window": 3}
     state["stream"] = {**state["stream"], "examples": 48}
-    with pytest.raises(ValueError, match="buffer_size is 7, and the state was taken with 20"):
+    with pytest.raises(ValueError, match="buffer_size is 7, but the state was saved with 20"):
         loader(accelerator, Plain(), buffer_size=7).load_state_dict(state)
-    with pytest.raises(ValueError, match="the state is that of a stream"):
+    with pytest.raises(ValueError, match="the state is from a stream"):
         loader(accelerator, DATA, buffer_size=None).load_state_dict(state)
-    with pytest.raises(ValueError, match="the state is that of a data set with a length"):
+    with pytest.raises(ValueError, match="the state is from a data set with a length"):
         windows.load_state_dict({"seed": 0, "epoch": 0, "window": 1})
     for shorter in (45, 35, 17):  # in the same block, and in earlier ones
         other = loader(accelerator, Plain(DATA[:shorter]))
@@ -503,9 +503,9 @@ def test_a_state_of_other_data_or_another_buffer_is_refused(accelerator):
 def test_what_has_gone_by_cannot_be_looked_up(accelerator):
     windows = loader(accelerator, Plain())
     first, *_ = windows
-    with pytest.raises(ValueError, match=r"example \d+ is not at hand: a stream is read forward only"):
+    with pytest.raises(ValueError, match=r"example \d+ is not in memory: a stream is read forward only"):
         windows.examples(first.indices)
-    with pytest.raises(ValueError, match="window 0 of epoch 0 has gone by"):
+    with pytest.raises(ValueError, match="window 0 of epoch 0 is no longer in memory"):
         windows.split(0, 0)
 
 

@@ -289,7 +289,7 @@ def trained_window():
 def test_a_window_that_is_trained_is_read_again_with_batches():
     window, _ = trained_window()
     loss = window.loss
-    with pytest.raises(LoopError, match=r"trained already: to read .* `for batch in window\.batches\(\):`"):
+    with pytest.raises(LoopError, match=r"already trained: to read .* `for batch in window\.batches\(\):`"):
         list(window)
     window, model = trained_window()
     with torch.no_grad():
@@ -323,7 +323,7 @@ def test_an_unprepared_model_or_optimizer_is_refused():
         with pytest.raises(InputError, match=f"^model: found an unprepared BertFor.*; {line}"):
             loop(other, optimizer, windows, accelerator=accelerator)
     check_unprepared(accelerator, other, bare)
-    with pytest.raises(InputError, match=r"^optimizer: found a prepared one; fine_tune prepares"):
+    with pytest.raises(InputError, match=r"^optimizer: found a prepared optimizer; fine_tune prepares"):
         check_unprepared(accelerator, model, optimizer)
 
 

@@ -110,7 +110,7 @@ def test_a_plan_leaves_the_recipe_as_it_was(bare):
 def test_a_bound_of_ones_own_is_kept(bare, capsys):
     words = ["--config", CONFIG, *bare, "--json", "--budget", "cpu"]
     found = json.loads(plan(capsys, *words, "--budget.max_tokens", 64))
-    assert (found["bound"], found["why"]) == ("64 padded tokens", "budget.max_tokens says so")
+    assert (found["bound"], found["why"]) == ("64 padded tokens", "set by budget.max_tokens")
     assert found["steps"]["accumulation_steps"][2] > 1
 
 

@@ -388,6 +388,9 @@ def test_a_stopped_run_of_0_1_0_ends_as_the_whole_run_of_0_1_0(command, old_run)
     assert "stopped, after window 8" in resumed.out
     found, expected = lines_of("stopped/history.jsonl"), lines_of("finished/history.jsonl")
     assert len(before) < len(found)
+    intervals = [(row.pop("noise_low"), row.pop("noise_high")) for row in found]  # 0.1.0 records none
+    assert set(intervals[: len(before)]) == {(None, None)}
+    assert set(intervals[len(before) :]) == {(0.0, None)}, "no bounds without the early measurements"
     assert found[: len(before)] == before
     for rows in (found, expected):
         for row in rows:
@@ -462,5 +465,5 @@ def test_a_run_of_0_1_0_has_a_report(command, old_run, run):
 def test_a_run_of_0_1_0_that_has_ended_is_not_begun_again(command, old_run):
     said = command("text_classification.py", "--resume", "finished")
     assert said.code == 0, said.err
-    assert "nothing to go on with" in said.out
+    assert "there is nothing to resume" in said.out
     assert lines_of("finished/history.jsonl") == lines_of(RUN / "finished/history.jsonl")

@@ -176,7 +176,7 @@ def test_a_model_without_that_attention_has_its_own_choice(tmp_path, tiny_bert, 
     assert make_model(fitted).config._attn_implementation == "eager"
     [line] = capsys.readouterr().err.splitlines()
     assert line == (
-        "budget.attention: DebertaV2ForSequenceClassification has no sdpa: the model's own choice instead"
+        "budget.attention: DebertaV2ForSequenceClassification has no sdpa: using the model's own choice"
     )
 
 
@@ -203,7 +203,11 @@ def test_micro_batches_are_padded_to_a_multiple_as_planned_and_stay_exact(tiny_b
     ("recipe", "arguments", "why"),
     [
         (CausalLM, ["--data.packing", "true"], "where nothing is padded"),
-        (type("Windows", (TextClassification,), {"pad_to": "window"}), [], "where windows are padded alike"),
+        (
+            type("Windows", (TextClassification,), {"pad_to": "window"}),
+            [],
+            "where all examples of a window have one length",
+        ),
     ],
 )
 def test_padding_to_a_multiple_is_left_off_where_it_is_of_no_use(
@@ -217,7 +221,7 @@ def test_padding_to_a_multiple_is_left_off_where_it_is_of_no_use(
     assert made.config.budget.pad_to_multiple_of == 8
     assert fitted.config.budget.pad_to_multiple_of is None
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("budget.pad_to_multiple_of: of no use for")
+    assert line.startswith("budget.pad_to_multiple_of: no effect for")
     assert line.endswith(why)
 
 
@@ -350,7 +354,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_with_one_line(monkeypatch, capsys
     compile_layers(model)
     assert relative_error(gradient_of(model, 3, 7), gradient_of(plain, 3, 7)) == 0
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("budget.compile: LlamaDecoderLayer cannot be compiled, and runs as it is (")
+    assert line.startswith("budget.compile: LlamaDecoderLayer cannot be compiled and runs uncompiled (")
     assert not is_compiled(model)
 
 

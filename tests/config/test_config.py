@@ -187,7 +187,7 @@ def test_help_shows_the_values_so_far_and_exits_0(capsys):
             "--budget ",
             "--check",
             "--optim.max_grad_norm",
-            "examples per optimizer",
+            "Examples per optimizer",
         ):
             assert text in shown
 
@@ -247,7 +247,7 @@ def test_a_recipe_given_as_a_flag_is_relative_to_here():
 
 def test_a_recipe_that_does_not_exist_is_refused():
     message = line_of_file("recipe: nowhere.py\ndata: {train: x.csv}")
-    assert message.startswith("recipe in a.yaml: found 'nowhere.py', allowed is a file")
+    assert message.startswith("recipe in a.yaml: found 'nowhere.py', allowed is a recipe file")
 
 
 @pytest.mark.parametrize("path", BUDGETS, ids=lambda path: path.stem)
@@ -292,7 +292,7 @@ def test_files_that_cannot_be_read_are_refused(flag, tmp_path):
         write("object.yaml", "a: !!python/object:os.system {}\n"): "is not YAML (line 1: ",
         write("date.yaml", "a: !!timestamp never\n"): "is not YAML (it cannot be read)",
         write("deep.yaml", "[" * 5000): "is not YAML (",
-        write("twice.yaml", "a: 1\nb: 2\na: 3\n"): "is not YAML (line 3: 'a' is there twice)",
+        write("twice.yaml", "a: 1\nb: 2\na: 3\n"): "is not YAML (line 3: 'a' is given twice)",
     }
     for file, problem in cases.items():
         assert line(*TRAIN, flag, file).startswith(f"{flag}: found {file!r}, which {problem}"), file
@@ -304,10 +304,10 @@ def test_a_byte_order_mark_and_unix_or_windows_lines_are_fine():
 
 
 def test_the_same_key_in_one_section_twice_is_refused():
-    assert "line 2: 'lr' is there twice" in line_of_file("optim: {lr: 1,\n lr: 2}")
+    assert "line 2: 'lr' is given twice" in line_of_file("optim: {lr: 1,\n lr: 2}")
     assert (
         line_of_file("optim: {lr: 1}\noptim.lr: 2")
-        == "optim.lr in a.yaml is there twice: keep one of the two"
+        == "optim.lr in a.yaml is given twice: keep one of the two"
     )
 
 
@@ -535,7 +535,7 @@ def test_values_at_the_edge_of_the_possible_are_accepted():
 
 def test_an_impossible_value_of_a_budget_file_is_named_as_written_there():
     message = line(*TRAIN, "--budget", write("b.yaml", "max_tokens: 0"))
-    assert message.startswith("max_tokens in b.yaml: found 0, allowed is auto, or 1 and more:")
+    assert message.startswith("max_tokens in b.yaml: found 0, allowed is auto, or 1 or more:")
     assert message.endswith("a micro-batch budget smaller than one token")
 
 

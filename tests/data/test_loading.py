@@ -324,7 +324,7 @@ def test_the_same_class_may_be_written_as_number_or_string():
         (["a", "a"], ["a"], "one class only, 'a'"),
         ([1.0, 2.5], [1.0], "row 2: 2.5; labels are classes, as strings or integers; to predict numbers: "),
         ([1.0, float("inf")], [1.0], "row 2: inf"),
-        ([["a"], ["b"]], [["a"]], "several for a text: recipes/text_classification.py with data.problem"),
+        ([["a"], ["b"]], [["a"]], "for several labels a row: recipes/text_classification.py with data"),
     ],
 )
 def test_labels_that_cannot_be_classes_are_refused(train, validation, found):

@@ -170,7 +170,7 @@ def test_a_stream_gives_each_example_once_an_epoch_over_all_processes_and_goes_o
     assert found["labels"] == 2 * [found["expected_labels"]]
     for refused in found["refused"]:
         assert len(refused) == (0 if num_processes == 1 else 2)
-        assert all("data must be the same, in the same order, in all of them" in said for said in refused)
+        assert all("all processes must have the same data in the same order" in said for said in refused)
 
 
 def test_a_fine_tuning_does_not_depend_on_the_number_of_processes(ddp):

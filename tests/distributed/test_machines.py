@@ -65,7 +65,7 @@ def test_launch_sh_passes_a_signal_on_waits_for_the_save_and_leaves_no_process_b
     printed, _ = running.communicate(timeout=MEASUREMENTS_NEEDED)
     assert running.returncode == 128 + signal.SIGTERM, printed
     stopped = len(history(run))
-    assert f"stopped after window {stopped} of {WINDOWS}, which is saved; to go on: " in printed
+    assert f"stopped after window {stopped} of {WINDOWS}, which is saved; to continue: " in printed
     command = (run / "TO_BE_RESUMED").read_text()
     go_on = f"{ROOT}/launch.sh {RECIPE} --resume {run} --processes {processes}\n"
     assert command.startswith("cd /")
@@ -117,7 +117,7 @@ def test_machines_that_do_not_see_the_same_folder_end_with_one_line(texts, tmp_p
     both = [machine(rank, port, tmp_path / name, texts) for rank, name in enumerate(("there", "gone"))]
     printed, _ = both[0].communicate(timeout=MEASUREMENTS_NEEDED)
     both[1].communicate(timeout=MEASUREMENTS_NEEDED)
-    assert "error: output.dir: the processes see different runs there (" in printed
+    assert "error: output.dir: the processes found different runs there (" in printed
     assert "all machines must share the folder" in printed
     assert [process.returncode for process in both] == [1, 1]
 
@@ -146,8 +146,8 @@ def test_when_one_of_two_machines_dies_the_other_ends_with_a_message_and_both_go
     printed, _ = first.communicate(timeout=MEASUREMENTS_NEEDED)
     assert time.monotonic() - died < 60
     assert first.returncode == 1
-    assert "error: process 0: another process or machine is gone (" in printed
-    assert "start all again with --resume auto" in printed
+    assert "error: process 0: another process or machine has ended (" in printed
+    assert "start all processes again with --resume auto" in printed
     second.communicate()
     assert left_behind(run) == []
     before = len(history(run))
@@ -159,7 +159,7 @@ def test_when_one_of_two_machines_dies_the_other_ends_with_a_message_and_both_go
             process.terminate()
     printed, _ = first.communicate(timeout=MEASUREMENTS_NEEDED)
     second.communicate(timeout=MEASUREMENTS_NEEDED)
-    assert "which is saved; to go on: " in printed
+    assert "which is saved; to continue: " in printed
     assert [row["window"] for row in history(run)] == list(range(1, len(history(run)) + 1))
     assert left_behind(run) == []
 
@@ -171,5 +171,5 @@ def test_several_processes_that_were_asked_for_and_not_started_are_an_error(text
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, RECIPE]
     printed, _ = begin([*command, "--data.train", texts, "--check"]).communicate(timeout=MEASUREMENTS_NEEDED)
-    assert "was asked for several processes and has started one" in printed
+    assert "accelerate launch started one process instead of several" in printed
     assert "configs/accelerate/cpu_2.yaml" in printed

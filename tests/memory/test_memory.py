@@ -264,4 +264,4 @@ def test_the_loader_says_which_example_does_not_fit_with_its_bytes(tiny_bert, ro
         recipe, training, validation, Accelerator(cpu=True), Bound(None, None, most, windows.bound.memory)
     )
     assert "padded tokens, predicted to take" in caplog.text
-    assert "each goes alone" in caplog.text
+    assert "each runs alone" in caplog.text

@@ -451,7 +451,7 @@ def test_a_folder_that_holds_a_run_is_refused(start, refused, mine):
 def test_a_folder_that_holds_other_files_is_refused(refused, mine, overwrite):
     write("out/thesis.csv", make_rows(3))
     line = refused(data__train=mine, output__dir="out", output__overwrite=overwrite)
-    assert "output.dir: out holds files that are no run's" in line
+    assert "output.dir: out holds files that do not belong to a run" in line
     assert "new or empty folder" in line
 
 
@@ -486,7 +486,7 @@ def test_a_truncated_model_file_is_refused(refused, mine, damaged):
         model__name=damaged("model.safetensors", lambda content: content[: len(content) // 2]),
     )
     assert "model.name" in line
-    assert "damaged/model.safetensors is not a whole safetensors file" in line
+    assert "damaged/model.safetensors is not a complete safetensors file" in line
     assert "copy" in line
 
 
@@ -588,7 +588,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused(refused, mine):
     [
         ({"optim__lrr": 1}, "did you mean --optim.lr?"),
         ({"data__train": "latin.csv"}, "latin.csv is not UTF-8"),
-        ({"model__name": "damaged"}, "damaged/model.safetensors is not a whole safetensors file"),
+        ({"model__name": "damaged"}, "damaged/model.safetensors is not a complete safetensors file"),
     ],
 )
 def test_a_process_of_its_own_ends_with_2_and_one_line(tiny_bert, mine, damaged, flags, named):

@@ -179,7 +179,7 @@ def test_a_chat_that_the_assistant_begins_is_learned_too():
 @pytest.mark.parametrize(
     ("template", "named"),
     [
-        (FORGETFUL, "otherwise once turn 2 has come"),
+        (FORGETFUL, "it changes earlier text after turn 2"),
         (None, "has no chat template; name an instruct model"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}{{ nonsense() }}", "nonsense"),
     ],
@@ -368,7 +368,7 @@ def without_labels():
         (lambda: build_head("causal_lm", "xlnet").model, "not the mean cross-entropy of the next"),
         (with_z_loss, "not the mean cross-entropy of the next"),
         (own_loss, "not the mean cross-entropy of the next"),
-        (without_labels, r"it cannot be asked for its loss \(TypeError: .*'labels'"),
+        (without_labels, r"its loss cannot be tested \(TypeError: .*'labels'"),
     ],
     ids=["not shifted", "not shifted either", "with another term", "of one's own", "none"],
 )
@@ -655,7 +655,7 @@ def test_a_row_without_text_is_refused_by_its_number_or_skipped(start, kind):
 @pytest.mark.parametrize(
     ("rows", "flags", "named"),
     [
-        ([{"prompt": "x" * 200, "completion": "y"}], {}, "what is learned begins at token 201"),
+        ([{"prompt": "x" * 200, "completion": "y"}], {}, "the text to learn begins at token 201"),
         ([{"prompt": "x", "completion": ""}], {}, "it has no text to learn"),
         ([{"question": "x", "reply": "y"}], {}, "found the columns question, reply; allowed: messages; or"),
         (chats(1), {"data__chat_template": "none.jinja"}, "data.chat_template: no file 'none.jinja'"),
@@ -687,7 +687,7 @@ def test_answers_are_what_generate_gives_alone(tiny):
         ({"prompt": None}, "found {'prompt': None}"),
         ({"messages": []}, "it has no messages"),
         ([], "it has no messages"),
-        ({"messages": ["hi"]}, "message 1 is no {role, content}"),
+        ({"messages": ["hi"]}, "message 1 is not {role, content}"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1 (user) has no text as its content"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "it has no message but the assistant's"),
     ],

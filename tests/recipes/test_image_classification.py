@@ -281,7 +281,7 @@ def test_bytes_that_are_no_image_are_a_row_too(refused):
     rows = [{"image": {"bytes": b"nothing", "path": None}, "label": label} for label in "abab"]
     datasets.Dataset.from_list(rows, features=features).to_parquet("a.parquet")
     line = refused(data__train="a.parquet", data__validation="a.parquet", batch__effective=1)
-    assert "training row 1: image of 7 bytes cannot be read: it is no image" in line
+    assert "training row 1: image of 7 bytes cannot be read: it is not an image" in line
 
 
 def test_a_row_without_a_label_is_refused_or_left_out(start, refused, folder):
@@ -301,7 +301,7 @@ def test_what_holds_no_images_is_refused(refused):
         data__train="a.csv", data__image_column="picture"
     )
     Path("empty").mkdir()
-    assert "or images, a folder for each label" in refused(data__train="empty")
+    assert "or images in a folder for each label" in refused(data__train="empty")
 
 
 def test_one_folder_only_has_no_labels(refused):

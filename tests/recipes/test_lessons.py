@@ -41,7 +41,7 @@ def shown(capsys, tmp_path):
 def test_eight_samples(shown):
     found, lines = shown("eight_samples")
     assert found["step ratio"] == pytest.approx(4)
-    assert "The classic program never divides by 4: its first step is 4.00 × the mean's." in lines
+    assert "The classic program never divides by 4: its first step is 4.00 times too long." in lines
     largest = max(map(abs, found["closed form"]))
     assert found["error"] < EXACT * largest
     assert found["divided"] == pytest.approx(found["closed form"], abs=EXACT * largest)
@@ -80,8 +80,8 @@ def test_pipeline_trace(shown):
     found, lines = shown("pipeline_trace")
     assert found["gradacc"] < EXACT
     assert found["plain"] > 1e-3, "the examples left over leak into the next epoch"
-    assert lines[0] == "plain: 250 batches of 4 an epoch, 62 steps; 2 batches fill no window"
-    assert lines[2] == "gradacc: (1000, 10) examples -> 63 windows, the last of 8"
+    assert lines[0] == "plain: 250 batches of 4 per epoch, 62 steps; 2 batches fill no window"
+    assert lines[2] == "gradacc: (1000, 10) examples -> 63 windows, the last with 8"
     assert found["loss"] == sorted(found["loss"], reverse=True)
     assert found["accuracy"][-1] > 0.9
     assert [line.split()[0] for line in lines[-6:-2]] == ["Linear", "ReLU", "Linear", "Softmax"]
@@ -300,7 +300,7 @@ def test_a_lesson_runs_from_the_command_line(tmp_path):
     [
         (["nonsense"], r"lesson: found 'nonsense'; there are: eight_samples, .*"),
         (["../minimal"], r"lesson: found '../minimal'; there are: .*"),
-        (["batch_norm", "memory"], r"unrecognized arguments: memory \(gradacc --help says what there is\)"),
+        (["batch_norm", "memory"], r"unrecognized arguments: memory \(see gradacc --help\)"),
         (["batch_norm", "--plot"], r"argument --plot: expected one argument \(gradacc lessons --help .*\)"),
         (["--plot", "a.svg"], r"--plot needs the name of a lesson: .*"),
         (["batch_norm", "--plot", "a.png"], r"--plot: found a.png; allowed: a file that ends in .svg"),

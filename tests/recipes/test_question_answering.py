@@ -166,11 +166,11 @@ BAD = {
     "its question is empty": {"question": " "},
     "its context is empty": {"context": ""},
     "it has no answer": {"answers": {"text": [], "answer_start": []}},
-    "an answer of it is empty": {"answers": {"text": [""], "answer_start": [7]}},
+    "one of its answers is empty": {"answers": {"text": [""], "answer_start": [7]}},
     "its answer 'Ada' at 17 is outside its context of 19 characters": {
         "answers": {"text": ["Ada"], "answer_start": [17]}
     },
-    "its context has 'was' at 3, and not the answer 'Ada'": {
+    "its context has 'was' at 3, not the answer 'Ada'": {
         "answers": {"text": ["Ada"], "answer_start": [3]}
     },
     "it has 1 answers and 2 places where they start": {"answers": {"text": ["Ada"], "answer_start": [7, 8]}},

@@ -48,7 +48,7 @@ def test_a_recipe_is_exact_with_adapters_and_checkpointing(config):
 def test_adapters_stand_on_no_model_without_weights():
     recipe = recipe_of(FROM_SCRATCH, *LORA)
     recipe.datasets()
-    with pytest.raises(InputError, match="starts without weights, which adapters cannot stand on"):
+    with pytest.raises(InputError, match="this model has no pretrained weights to adapt"):
         make_model(recipe)
 
 

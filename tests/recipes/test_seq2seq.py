@@ -214,8 +214,8 @@ def test_a_prefix_begins_every_source_and_columns_inside_a_column_are_found(make
 BAD = {
     "column 'source' is empty": {"source": " "},
     "column 'target' is empty": {"target": None},
-    "no token of its source is left; data.max_length is 32": {"source": "\u200b"},
-    "no token of its target is left; data.max_target_length is 10": {"target": "\u200b"},
+    "no token of the source is left; data.max_length is 32": {"source": "\u200b"},
+    "no token of the target is left; data.max_target_length is 10": {"target": "\u200b"},
 }
 
 
@@ -238,7 +238,7 @@ def test_a_bad_row_is_named_or_left_out(make, found):
 
 
 def test_a_limit_that_leaves_nothing_of_any_text_is_named(make):
-    with pytest.raises(InputError, match=r"row 1: no token of its source is left; data\.max_length is 4"):
+    with pytest.raises(InputError, match=r"row 1: no token of the source is left; data\.max_length is 4"):
         make(make_rows(), prefix="summarize this text: ", max_length=4)
     with pytest.raises(
         InputError, match=r"data\.max_target_length: found 65; allowed: 1 to 64, the positions"
@@ -254,7 +254,9 @@ def test_a_model_that_cannot_write_is_refused(make, tmp_path):
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"sep_token": None, "cls_token": None}))
-    with pytest.raises(InputError, match="is neither an encoder-decoder nor an encoder whose tokenizer"):
+    with pytest.raises(
+        InputError, match="is neither an encoder-decoder nor an encoder like BERT, whose tokenizer"
+    ):
         make(make_rows(), folder)
 
 

@@ -182,7 +182,7 @@ def test_a_tokenizer_that_does_not_say_where_its_tokens_are_is_refused(tiny_bert
     transformers.ByT5Tokenizer().save_pretrained(folder)
     file = write_rows(tmp_path / "a.jsonl", make_rows(20))
     recipe = make_recipe(TokenClassification, "--data.train", file, "--model.name", folder)
-    with pytest.raises(InputError, match=r"does not say where in a text its tokens are; name a model with a"):
+    with pytest.raises(InputError, match=r"does not return the positions of tokens in a text; name a model"):
         recipe.datasets()
 
 

@@ -19,7 +19,7 @@ from gradacc_hf.cli import main as cli
 from gradacc_hf.errors import InputError
 from gradacc_hf.report import read_runs, write_report
 from gradacc_hf.report.narrative import noise, speed_ratios, verdict
-from gradacc_hf.report.pictures import curves_of
+from gradacc_hf.report.pictures import curves_of, noise_curve
 from gradacc_hf.report.runs import contenders
 from gradacc_hf.report.tables import configurations
 from gradacc_hf.utils.redaction import redact
@@ -210,7 +210,10 @@ def test_repeats_are_one_contender_with_median_and_range(compared):
 
 
 def test_the_verdict_says_who_is_exact_who_is_off_by_how_much_and_who_is_faster(compared):
-    assert "ours is exact, its gradients within 4e-7 of those of the windows at once; Trainer is not exact but off by 4.4 at worst." in compared.page.text  # fmt: skip  # noqa: E501
+    assert (
+        "ours is exact: its gradients differ from the gradients of undivided windows by at most 4e-7; "
+        "Trainer is not exact but off by 4.4 at worst." in compared.page.text
+    )
     assert (
         "Per second, ours trains 2.5 × as many examples as Trainer (2.0–3.0) (medians of 3 pairs of runs)."
         in compared.page.text
@@ -221,7 +224,7 @@ def test_the_verdict_says_who_is_exact_who_is_off_by_how_much_and_who_is_faster(
 def test_the_page_has_its_sections_and_only_those_that_have_something_in_them(compared, page):
     expected = (
         "Figures, Curves, Loss, Gradient error, Learning rate, Gradient norm, "
-        "What the size of the windows does, Length of a step, Final metrics, accuracy, "
+        "Batch size, Weight change per step, Final metrics, accuracy, "
     )
     expected += (
         "Validation loss, Speed and memory, Speed, Memory to train, One window, Plan, How to run it again"
@@ -234,8 +237,8 @@ def test_the_page_has_its_sections_and_only_those_that_have_something_in_them(co
         "Loss",
         "Learning rate",
         "Gradient norm",
-        "What the size of the windows does",
-        "Length of a step",
+        "Batch size",
+        "Weight change per step",
         "One window",
         "Plan",
         "How to run it again",
@@ -243,14 +246,55 @@ def test_the_page_has_its_sections_and_only_those_that_have_something_in_them(co
 
 
 def test_a_noise_scale_beyond_measure_is_said_and_one_measured_once_is_not(real, tmp_path):
-    def said(measured):
+    def said(measured, **interval):
         row = {"window": 1, "loss": 1.0, "examples": 64, "noise_scale": None, "noise_measured": measured}
-        (folder := tmp_path / str(measured)).mkdir()
-        (folder / "history.jsonl").write_text(json.dumps(row) + "\n")
+        folder = tmp_path / f"{measured}{len(interval)}{interval.get('noise_low')}"
+        folder.mkdir()
+        (folder / "history.jsonl").write_text(json.dumps({**row, **interval}) + "\n")
         return noise(contenders(read_runs([folder])))
 
-    assert said(0) == said(1) == []
-    assert "beyond what windows of 64 can measure: larger windows would still help" in said(4)[0]
+    unbounded = said(4, noise_low=150, noise_high=None)[0]
+    assert said(0) == said(1, noise_low=0.0, noise_high=None) == []
+    assert "is at least 150 examples (90% interval from 4 measurements): windows of 64 are much" in unbounded
+    nothing = "cannot be determined from 4 measurements: no advice on windows of 64."
+    assert nothing in said(4, noise_low=0.0, noise_high=None)[0]
+    assert "the run records no interval of the gradient noise scale" in said(4)[0], "a run of version 0.1"
+
+
+def test_the_noise_scale_is_drawn_from_its_first_interval_on_and_never_at_zero(real, tmp_path):
+    found = [(0.0, 1), (0.0, 3), (12.0, 4), (15.0, 5)]
+    rows = [json.loads(line) for line in (real / "history.jsonl").read_text().splitlines()]
+    for row, (scale, measured) in zip(rows, found, strict=True):
+        row |= {"noise_scale": scale, "noise_measured": measured, "noise_low": scale / 3, "noise_high": None}
+    folder = repeat(real, tmp_path / "run")
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [curve] = [noise_curve(0, contender) for contender in contenders(read_runs([folder]))]
+    assert [math.isnan(value) for value in curve.middle] == [True, True, False, False]
+    assert list(curve.middle[2:]) == [12.0, 15.0]
+    html = write_report([folder]).read_text(encoding="utf-8")
+    assert "1e-9" not in html
+    assert "Gradient noise scale" in html
+    assert "(90% interval from 5 measurements)" in html
+
+
+def test_accumulation_steps_other_than_planned_come_with_the_reason(real, tmp_path):
+    def table(name, **more):
+        folder = repeat(real, tmp_path / name, accumulation_steps={"min": 2, "mean": 4.7, "max": 14}, **more)
+        rows = Page(write_report([folder])).tables["plan"]
+        return {row[0]: row[1].replace("\xa0", " ") for row in rows}
+
+    trial = {"max_tokens": 512, "seconds_per_token": 1.0, "counts": True}
+    planned = {"min": 2, "mean": 3.3, "max": 4}
+    tuned = table("a", planned_accumulation_steps=planned, tuning={"max_tokens": 256, "trials": [trial] * 9})
+    assert tuned["accumulation steps: min / mean / max"] == "2 / 4.7 / 14"
+    assert tuned["accumulation steps as planned"] == (
+        "2 / 3.3 / 4 the first 9 windows tried micro-batch sizes, then kept 256 padded tokens"
+    )
+    split_finer = table("b", planned_accumulation_steps=planned, replays=1)
+    assert "memory ran out" in split_finer["accumulation steps as planned"]
+    same = table("c", planned_accumulation_steps={"min": 2, "mean": 4.7, "max": 14})
+    assert "accumulation steps as planned" not in same
+    assert "accumulation steps as planned" not in table("d")
 
 
 def test_losses_that_are_far_apart_are_on_a_logarithmic_axis(compared, real, tmp_path):
@@ -277,7 +321,7 @@ def test_the_picture_of_a_window_names_its_padding_and_draws_every_example(compa
 
 def test_without_gradient_errors_it_says_so_and_names_the_command_that_measures_them(page):
     assert "Final accuracy 0.7500 (baseline 0.5000) and validation loss 1.2500." in page.text
-    assert "Whether gradients were exact was not measured in this run: gradacc verify --run" in page.text  # fmt: skip  # noqa: E501
+    assert "Whether gradients are exact was not measured in this run. To measure it: gradacc verify --run" in page.text  # fmt: skip  # noqa: E501
 
 
 def test_what_verify_found_is_said(real, tmp_path):
@@ -299,7 +343,10 @@ def test_contenders_whose_gradients_nobody_measured_are_named(real, tmp_path):
     for name in ("a", "b", "c", "d"):
         repeat(real, tmp_path / name, errors=(2e-6,) if name == "d" else ())
     page = Page(write_report([tmp_path]))
-    assert "d is exact, its gradients within 2e-6" in page.text
+    assert (
+        "d is exact: its gradients differ from the gradients of undivided windows by at most 2e-6"
+        in page.text
+    )
     assert "The gradients of a, b and c were not measured." in page.text
     assert [row["gradient error, worst"] for row in page.figures().values()][:4] == ["–"] * 3 + [
         "2e-6 ✓ exact"
@@ -325,7 +372,7 @@ def test_a_killed_run_is_reported_as_far_as_it_came(real, tmp_path):
     history.write_bytes(history.read_bytes()[:-40])
     page = Page(write_report([tmp_path / "run"]))
     assert "the last line of history.jsonl is half-written and was left out" in page.text
-    assert "unfinished: 3 windows are there and no summary.json" in page.text
+    assert "unfinished: 3 windows and no summary.json; the run was killed or has not ended" in page.text
     rows = [json.loads(line) for line in history.read_text().splitlines()[:3]]
     assert page.figures()["run"]["loss, last window"] == f"{rows[-1]['loss']:.4f}"
     assert page.figures()["run"]["examples/s"] == shown(24 / sum(row["seconds"] for row in rows))
@@ -333,7 +380,7 @@ def test_a_killed_run_is_reported_as_far_as_it_came(real, tmp_path):
 
 def test_a_run_that_was_killed_before_its_first_window_has_a_report(tmp_path):
     (tmp_path / "history.jsonl").write_text("")
-    assert "unfinished: 0 windows are there" in Page(write_report([tmp_path])).text
+    assert "unfinished: 0 windows and no summary.json" in Page(write_report([tmp_path])).text
 
 
 def test_losses_that_are_not_finite_are_counted_and_drawn_as_gaps(real, tmp_path):
@@ -424,7 +471,7 @@ def test_configurations_are_shown_once_and_then_where_they_differ(compared, real
     config = yaml.safe_load((repeat(real, tmp_path / "b") / "config.yaml").read_text())
     config["train"]["seed"] = 7
     (tmp_path / "b/config.yaml").write_text(yaml.safe_dump(config))
-    assert configurations(read_runs([tmp_path]))[1:] == [("b", "as a, but\ntrain.seed: 7")]
+    assert configurations(read_runs([tmp_path]))[1:] == [("b", "same as a, except\ntrain.seed: 7")]
 
 
 def test_a_report_is_overwritten_and_nothing_else_is(real, tmp_path):
@@ -434,7 +481,7 @@ def test_a_report_is_overwritten_and_nothing_else_is(real, tmp_path):
     write_report([real], output)
     assert "Figures" in output.read_text()
     output.write_text("<html>mine, not gradacc-hf's</html>")
-    with pytest.raises(InputError, match="exists and is no report of gradacc"):
+    with pytest.raises(InputError, match="exists and is not a report of gradacc"):
         write_report([real], output)
     assert output.read_text() == "<html>mine, not gradacc-hf's</html>"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html"]
@@ -487,7 +534,7 @@ def test_wrong_folders_and_outputs_are_one_line(real, tmp_path):
 def test_precision_is_named_where_it_is_not_fp32(real, tmp_path):
     repeat(real, tmp_path / "run", errors=(1e-3,), precision="bf16")
     assert (
-        "exact is at most 1e-5 in fp32; this ran in bf16."
+        "Exact means at most 1e-5 in fp32; this ran in bf16."
         in verdict(contenders(read_runs([tmp_path]))).measure
     )
 

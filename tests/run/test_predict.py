@@ -192,7 +192,7 @@ def test_what_is_no_run_is_refused_in_one_line(gradacc, run, tmp_path):
         (["gone", "tea"], "gone: found no such folder"),
         (["empty", "tea"], "empty: found no config.yaml in it"),
         ([run / "best", "tea"], f"its run is {run}"),
-        ([moved, "tea"], "gone.py', allowed is a file"),
+        ([moved, "tea"], "gone.py', allowed is a recipe file"),
         ([run], "predict: give texts, or --input FILE"),
         ([run, "tea", "--input", "-"], "not both"),
         ([run, "--input", "gone.txt"], "--input: no file 'gone.txt'"),
@@ -213,4 +213,4 @@ def test_a_recipe_that_does_not_answer_says_so(gradacc, run, tmp_path):
     (other / "config.yaml").write_text(f"recipe: {tmp_path / 'mute.py'}\ndata:\n  train: mine.jsonl\n")
     code, _, err = gradacc("predict", other, "tea")
     assert code == 2
-    assert err == "error: text 1: Mute does not say how it answers: define answer() in the recipe\n"
+    assert err == "error: text 1: Mute has no answers to inputs: define answer() in the recipe\n"

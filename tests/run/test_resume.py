@@ -60,7 +60,7 @@ def test_a_run_goes_on_with_another_budget_and_then_has_come_to_its_end(start, s
     assert not (tmp_path / "run/TO_BE_RESUMED").exists()
     again = start(TextClassification, *settings, "--resume", "auto")
     assert again.code == 0
-    assert again.out == "run has come to its end: nothing to go on with (its report: run/report.html)\n"
+    assert again.out == "run has ended: there is nothing to resume (report: run/report.html)\n"
 
 
 def test_the_folder_alone_says_what_to_go_on_with_also_where_the_data_have_moved(start, stopped, tmp_path):
@@ -87,10 +87,10 @@ def test_without_a_run_auto_begins_one_in_a_folder_of_its_own_and_goes_on_there(
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        (["--optim.lr", 0.5], "optim.lr: found 0.5, and the run had 0.001; to go on from"),
-        (["--batch.effective", 8], "batch.effective: found 8, and the run had 16"),
-        (["--train.seed", 1], "train.seed: found 1, and the run had 0"),
-        (["--data.train", "other.jsonl"], "data.train: not those of before; to go on from"),
+        (["--optim.lr", 0.5], "optim.lr: found 0.5, but the run had 0.001; to resume from"),
+        (["--batch.effective", 8], "batch.effective: found 8, but the run had 16"),
+        (["--train.seed", 1], "train.seed: found 1, but the run had 0"),
+        (["--data.train", "other.jsonl"], "data.train: the content has changed; to resume from"),
         (["--resume", "nowhere"], "--config: found 'nowhere/config.yaml'"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_run_without_checkpoint_starts_anew_in_its_folder(start, stopped, tmp_
     settings, _ = stopped
     shutil.rmtree(tmp_path / "run/checkpoints")
     outcome = start(TextClassification, *settings, "--resume", "auto")
-    assert "run, from the start: it has no checkpoint" in outcome.out
+    assert "run, from the start: no checkpoint found" in outcome.out
     assert summary("run")["windows"] == 15
 
 
@@ -118,7 +118,7 @@ def test_a_run_that_has_ended_is_not_gone_on_with_other_settings(start, refused,
     settings, _ = stopped
     assert start(TextClassification, *settings, "--resume", "auto").code == 0
     line = refused(TextClassification, *settings, "--resume", "auto", "--train.max_windows", 20)
-    assert "train.max_windows: found 20, and run has come to its end with None" in line
+    assert "train.max_windows: found 20, and run has ended with None" in line
 
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(stopped, refused, tmp_path):
@@ -131,7 +131,7 @@ def test_of_two_runs_in_one_folder_the_second_is_refused(stopped, refused, tmp_p
     try:
         other.stdout.readline()
         line = refused(TextClassification, *settings, "--resume", "auto")
-        assert "output.dir: run: another run is writing into it: wait for it, stop it" in line
+        assert "output.dir: run: another run writes into it: wait until that run ends, stop it" in line
     finally:
         other.kill()
         other.wait()

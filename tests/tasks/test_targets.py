@@ -224,7 +224,7 @@ def test_class_weights_are_for_classes(refused, settings):
     [
         ({}, {"text": None}, "data.text_column: training row 7: column 'text' is empty"),
         ({}, {"text": " \n"}, "data.text_column: training row 7: column 'text' is empty"),
-        ({}, {"text": "\u200b"}, "row 7: no token of its text is left, cut off at data.max_length 48"),
+        ({}, {"text": "\u200b"}, "row 7: no token of its text is left, truncated to data.max_length 48"),
         ({}, {"label": None}, "data.label_column: training row 7: column 'label' is empty"),
         (NUMBER, {"other": ""}, "data.text_column: training row 7: column 'other' is empty"),
         (NUMBER, {"score": None}, "data.label_column: training row 7: column 'score' is empty"),
@@ -270,20 +270,20 @@ def test_truncation_that_empties_every_text_is_refused(refused):
     write([{**row, "label": str(i % 2)} for i, row in enumerate(make_rows(20))])
     line = refused({"data.max_length": 2, "data.on_bad_row": "skip"})
     assert "none of the 18 training rows can be used" in line
-    assert "cut off at data.max_length 2" in line
+    assert "truncated to data.max_length 2" in line
 
 
 def test_no_room_beside_the_special_tokens_is_refused(refused):
     write([{**row, "label": str(i % 2)} for i, row in enumerate(make_rows(20))])
     line = refused({"data.max_length": 1})
-    assert "data.max_length: found 1; 2 special tokens frame a text; allow more" in line
+    assert "data.max_length: found 1, and a text has 2 special tokens; allowed: 3 or more" in line
 
 
 def test_a_pair_of_which_one_text_is_left_is_named(refused):
     rows = [{**row, "other": "\u200b" if i == 2 else row["other"]} for i, row in enumerate(make_rows(20))]
     write(rows)
     line = refused({**NUMBER, "data.validation": "a.jsonl"})
-    assert "training row 3: no token of one of its texts is left, cut off at data.max_length 48" in line
+    assert "training row 3: no token of one of its texts is left, truncated to data.max_length 48" in line
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_a_pair_of_which_one_text_is_left_is_named(refused):
         ),
         (
             {"data.label_column": "topics"},
-            "several for a text: recipes/text_classification.py with",
+            "for several labels a row: recipes/text_classification.py with",
         ),
         ({**MULTI, "data.label_column": "score"}, "column 'score' holds float64, not lists of labels; write"),
         (

@@ -1,4 +1,4 @@
-"""A run's first windows tell the fastest size of a micro-batch, and nothing else changes."""
+"""Tuning finds the fastest micro-batch size on the first windows of a run, and nothing else changes."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ LENGTHS = np.random.default_rng(5).integers(3, 40, size=300).tolist()
 
 
 class Noting(WindowLoader):
-    """Keeps a note of the examples in each window."""
+    """Record the examples in each window."""
 
     def __iter__(self):
         for window in super().__iter__():
@@ -32,7 +32,7 @@ def make_loader(**split):
 
 
 def run(tune, **split):
-    """30 windows: the loader, its summary, gradients, and indices."""
+    """Train 30 windows; return the loader, the summary, gradients and indices."""
     model, windows = make_loader(**(split or {"max_tokens": 160}))
     recorder = RecordGradients(model)
     summary = fine_tune(model, recorder, windows, accelerator=windows.accelerator, tune=tune)
@@ -40,7 +40,7 @@ def run(tune, **split):
 
 
 def answered(sizes, seconds, **settings):
-    """The sizes that a search tries when each takes so long; that whose answers do not count are below 0."""
+    """Return the sizes that a search tries with these times. Sizes whose time does not count are negative."""
     trying, tried = search(sizes, **settings), []
     size, counts = next(trying)
     try:
@@ -107,7 +107,7 @@ def test_the_choice_is_kept_where_a_run_goes_on(tuned):
     _, again = make_loader(max_tokens=160)
     again.load_state_dict(state)
     assert (again.bound, again.cost) == (tuned[0].bound, tuned[0].cost)
-    assert Tuning.of(again, 100) is None  # it is known
+    assert Tuning.of(again, 100) is None  # the loader is already tuned
     _, smaller = make_loader(max_tokens=50)
     smaller.load_state_dict(state)
     assert smaller.bound.max_tokens <= 50
@@ -117,7 +117,7 @@ def test_the_choice_is_kept_where_a_run_goes_on(tuned):
 
 
 def trying():
-    """A loader, and the search for its size after two windows."""
+    """Return a loader, and the search for the size after two windows."""
     _, windows = make_loader(max_tokens=160)
     tuning = Tuning(windows, sizes_to_try(windows))
     for _ in range(2):
@@ -137,7 +137,7 @@ def test_no_size_exceeds_the_memory():
     memory = MicroBatchMemory(parameters=100, gradients=0, optimizer=0, **numbers)
     _, windows = make_loader(bound=Bound(max_bytes=100 + 10 * 90, memory=memory))
     sizes = sizes_to_try(windows)
-    assert max(sizes) == 128  # all above cut as the memory does, which holds 90 tokens
+    assert max(sizes) == 128  # larger sizes split like the memory bound of 90 tokens
     for size in sizes:
         cut = windows.with_bound(Bound(max_tokens=size, max_bytes=1000, memory=memory)).split(0, 0)
         for rows, lengths in (cut_shape for cut_shape in map(cut_of(windows), cut.processes[0])):
@@ -162,7 +162,7 @@ def test_a_bound_in_examples_is_refused():
 
 def test_where_memory_runs_out_only_smaller_sizes_are_tried():
     windows, tuning = trying()
-    windows.resplit(windows.bound.halved(8, 8, [40]))  # as a shortage does
+    windows.resplit(windows.bound.halved(8, 8, [40]))  # as after running out of memory
     largest = windows.bound.max_tokens
     next(iter(windows))
     tuning.record(1.0)

@@ -1,4 +1,4 @@
-"""checkpoint.py and what goes on from it: bit for bit the same run, whole files or none, damage and doubt."""
+"""Checkpoints: a resumed run is bitwise the same, files are complete or absent, and damage is found."""
 
 import dataclasses
 import os
@@ -64,7 +64,7 @@ def with_adapters(model):
         {"optimizer": "adafactor"},
         {"make": in_bf16},
         {"make": with_adapters},
-        {"accelerator": lambda: fp16_accelerator(init_scale=2.0**40)},  # whose first window overflows
+        {"accelerator": lambda: fp16_accelerator(init_scale=2.0**40)},  # the first window overflows
     ],
     ids=["sgd", "adafactor", "bf16 weights", "adapters", "fp16"],
 )
@@ -94,7 +94,7 @@ def test_the_newest_are_kept_and_that_of_the_best_evaluation(tmp_path):
 
 
 def test_what_is_in_hand_when_memory_had_run_out_is_cut_as_it_was(tmp_path):
-    """The same budget: the same cut. Another one: its own."""
+    """The same budget gives the same split; another budget gives its own split."""
     accelerator = Accelerator(cpu=True)
     head = build_head("sequence_classification", "bert")
     settings = {"accelerator": accelerator, "collate_fn": head.collate}
@@ -132,7 +132,7 @@ def test_a_damaged_one_that_a_run_went_back_behind_does_not_outlive_those_that_c
         return {"loss": 1.0}
 
     run(killed, resume=killed, keep=1, validate=validate)
-    assert found == [6, 9, 10]  # each evaluation finds the one that was saved before it
+    assert found == [6, 9, 10]  # the checkpoint is saved before each evaluation
     assert newest_checkpoint(killed, Accelerator(cpu=True)).window == 10
 
 
@@ -171,7 +171,7 @@ def test_on_other_hardware_windows_are_cut_as_that_asks_for(tmp_path):
         assert windows.tuned == (device == "cpu")
 
 
-# Damage and doubt
+# Damage
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "a pickle that runs code"])
@@ -191,7 +191,8 @@ def test_where_all_are_damaged_a_run_does_not_start_anew_by_itself(whole, tmp_pa
     shutil.copytree(folder / "checkpoints/window-00000010", tmp_path / "checkpoints/window-00000010")
     DAMAGES["numbers truncated"](tmp_path / "checkpoints/window-00000010")
     with pytest.raises(
-        InputError, match=r"no checkpoint is whole \(window-00000010: numbers.pt is not as it"
+        InputError,
+        match=r"all checkpoints are damaged \(window-00000010: numbers.pt does not match its checksum",
     ):
         newest_checkpoint(tmp_path, Accelerator(cpu=True))
 
@@ -204,7 +205,7 @@ def test_a_pickle_that_would_run_code_is_refused_without_running_it(whole, tmp_p
     with pytest.raises(InputError, match=r"numbers.pt: refused, as it holds more than numbers"):
         run(killed, resume=killed)
     assert not (tmp_path / "mark").exists()
-    torch.load(killed / "checkpoints/window-00000004/numbers.pt", weights_only=False)  # the mark is real
+    torch.load(killed / "checkpoints/window-00000004/numbers.pt", weights_only=False)  # the code runs
     assert (tmp_path / "mark").exists()
 
 
@@ -220,9 +221,9 @@ def test_what_changes_the_mathematics_is_refused_by_its_key(whole):
     found = newest_checkpoint(folder, Accelerator(cpu=True))
     found.about["same"].update({"optim.lr": 1e-3, "data.train": "sha256:a"})
     check_same(found, {"optim.lr": 1e-3, "data.train": "sha256:a", "new.key": 1})
-    with pytest.raises(InputError, match=r"^optim.lr: found 0.1, and the run had 0.001; to go on from"):
+    with pytest.raises(InputError, match=r"^optim.lr: found 0.1, but the run had 0.001; to resume from"):
         check_same(found, {"optim.lr": 0.1})
-    with pytest.raises(InputError, match=r"^data.train: not those of before; to go on"):
+    with pytest.raises(InputError, match=r"^data.train: the content has changed; to resume from"):
         check_same(found, {"data.train": "sha256:b"})
 
 
@@ -252,7 +253,7 @@ def test_on_a_full_disk_the_run_goes_on_and_the_old_checkpoint_stays_good(tmp_pa
 
 
 class Odd:
-    """What can be pickled, and not be read by weights alone."""
+    """An object that pickle can write, and `weights_only` cannot read."""
 
 
 @pytest.mark.parametrize("odd", [Odd, lambda: None], ids=["a class", "a function"])
@@ -311,7 +312,7 @@ def test_a_run_that_is_asked_to_stop_finishes_its_window_saves_and_goes_on_as_if
     def loss(outputs, batch):
         if torch.is_grad_enabled():
             seen.append(len(batch["labels"]))
-        if sum(seen) == 35:  # in the midst of the fourth window
+        if sum(seen) == 35:  # inside the fourth window
             os.kill(os.getpid(), signal.SIGTERM)
         return outputs.loss
 
@@ -334,7 +335,7 @@ def test_in_another_thread_there_are_no_signals_to_note(tmp_path):
 
 
 def test_a_run_over_a_stream_goes_on_too(tmp_path):
-    """From within its second epoch, by what the stream itself says of where it is."""
+    """The run continues inside the second epoch, from the position that the stream stored."""
 
     def stream(folder, resume=None, max_windows=None):
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,4 +1,4 @@
-"""loop.py and what it writes: fp16, the record of a run, the best model, early stopping, whole files."""
+"""The training loop and its output: fp16, records, the best model, early stopping, atomic files."""
 
 import json
 import math
@@ -26,7 +26,16 @@ from gradacc_hf.utils.files import save_model, whole_folder, write_whole
 from gradacc_hf.verification.tiny_models import build_head
 
 ROW = ["window", "epoch", "loss", "grad_norm", "lr", "examples", "items", "tokens", "padded_tokens"]
-ROW += ["accumulation_steps", "seconds", "skipped", "noise_scale", "noise_measured", "update_ratio"]
+ROW += [
+    "accumulation_steps",
+    "seconds",
+    "skipped",
+    "noise_scale",
+    "noise_measured",
+    "update_ratio",
+    "noise_low",
+    "noise_high",
+]
 SUMMARY = {
     "eval",
     "baseline",
@@ -73,7 +82,7 @@ def train_records(accelerator):
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 def test_an_fp16_overflow_skips_the_window_and_leaves_the_scheduler_where_it_was(tmp_path, max_grad_norm):
-    accelerator = fp16_accelerator(init_scale=2.0**40)  # 2⁴⁰ × a gradient is beyond fp16
+    accelerator = fp16_accelerator(init_scale=2.0**40)  # 2⁴⁰ × a gradient overflows fp16
     model, optimizer, windows = set_up(accelerator=accelerator, micro_batch_size=3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -211,7 +220,7 @@ def test_windows_without_items_are_counted_and_the_run_still_ends_with_an_evalua
 
 
 class ScalarReads(TorchDispatchMode):
-    """Counts what waits for the device: a tensor's value read into Python (item, float, bool)."""
+    """Count reads of tensor values into Python (item, float, bool), which wait for the device."""
 
     def __init__(self):
         super().__init__()
@@ -223,7 +232,7 @@ class ScalarReads(TorchDispatchMode):
 
 
 class Line(torch.nn.Module):
-    """Reads no values itself, as transformers' attention masks do."""
+    """A model that reads no values. The attention masks of transformers do."""
 
     def __init__(self):
         super().__init__()
@@ -253,11 +262,11 @@ def test_no_value_is_read_from_the_device_for_a_micro_batch_only_for_a_window(ma
         assert summary["accumulation_steps"]["max"] == 12 // size
         reads[size] = found.count
     assert reads[1] == reads[4] == reads[12]
-    # of each of two windows the loss, the norms of gradient and step, and one to spare; before, three losses
+    # loss, gradient norm and step norm of each of two windows, and one in reserve; before them, three losses
     assert 2 * 3 <= reads[1] <= 2 * 4 + 3
 
 
-# Evaluation, the best model, and when to stop
+# Evaluation, the best model, and early stopping
 
 
 def test_best_and_last_reload_and_give_the_same_logits(tmp_path):
@@ -391,7 +400,7 @@ def test_evaluations_come_every_so_many_windows_and_once_at_the_end(
 
 
 def test_a_run_with_evaluations_trains_as_one_without(tmp_path):
-    """Also with dropout: an evaluation draws no random number."""
+    """This holds with dropout, too, as an evaluation draws no random numbers."""
     losses = []
     for eval_every in (0, 1):
         model, optimizer, windows = set_up()
@@ -431,7 +440,7 @@ def test_evaluation_is_the_mean_over_all_items_with_each_prediction_once_and_dro
     assert [int(label) for label in found.references] == [example["labels"] for example in examples]
 
 
-# Whole or not at all
+# Atomic files
 
 
 WRITER = """
@@ -458,7 +467,7 @@ def test_a_save_that_is_killed_half_way_leaves_the_old_model_whole(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "best").iterdir()} == before
     with torch.no_grad():
         next(model.parameters()).add_(1)
-    save_model(model, tmp_path / "best", windows.accelerator)  # the next one clears up
+    save_model(model, tmp_path / "best", windows.accelerator)  # the next save removes the remains
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     saved = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "best")
     assert torch.equal(next(saved.parameters()), next(model.parameters()))
@@ -492,7 +501,7 @@ def test_a_save_that_ends_between_its_two_renames_loses_nothing(tmp_path, monkey
             raise KeyboardInterrupt
         return rename(path, target)
 
-    if killed:  # as the disk then is
+    if killed:  # the state of the disk after the kill
         rename(folder, tmp_path / ".best.old")
         (tmp_path / ".best.unfinished").mkdir()
     else:
@@ -521,7 +530,7 @@ def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
 
 
 def test_history_is_on_disk_after_each_window(tmp_path):
-    """What a run that is killed leaves: whole rows, one for each window done."""
+    """A killed run leaves complete rows, one for each finished window."""
     script = tmp_path / "run.py"
     folders = [str(ROOT / "tests"), str(ROOT / "tests/helpers")]
     script.write_text(f"import sys; sys.path[:0] = {folders}\n" + KILLED)
@@ -553,13 +562,13 @@ run(model, optimizer, windows, validate=wait, eval_every=3, output_dir=".")
 """
 
 
-# What fine_tune takes
+# Arguments of fine_tune
 
 
 def test_a_prepared_model_or_optimizer_is_refused():
     model, optimizer, windows = set_up()
     prepared = windows.accelerator.prepare(optimizer)
-    with pytest.raises(InputError, match=r"^optimizer: found a prepared one; fine_tune prepares"):
+    with pytest.raises(InputError, match=r"^optimizer: found a prepared optimizer; fine_tune prepares"):
         run(model, prepared, windows)
 
 

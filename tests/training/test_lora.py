@@ -1,4 +1,4 @@
-"""LoRA: what is trained, that it is exact, and that what is saved comes back the same."""
+"""LoRA: the trained parameters, exact accumulation, and models that load as they were saved."""
 
 import json
 import re
@@ -45,7 +45,7 @@ TEXTS = ["tea in the garden", "prize winner click"]
 
 
 def adapted(kind="sequence_classification", model_type="bert", **settings):
-    """A tiny head with adapters that do something, as after a few steps; and the names of what is new."""
+    """Return a tiny head with adapters that are not zero, and the names of the new parameters."""
     head = build_head(kind, model_type)
     body = f"{head.model.base_model_prefix}."
     tied = head.model.get_output_embeddings() is not None
@@ -64,7 +64,7 @@ def trained(model):
 
 HEADS = [
     ("sequence_classification", "bert"),
-    ("sequence_classification", "distilbert"),  # peft has no choice of layers for it
+    ("sequence_classification", "distilbert"),  # peft has no default layers for it
     ("sequence_classification", "roberta"),  # a head of two layers
     ("token_classification", "bert"),
     ("question_answering", "distilbert"),
@@ -84,7 +84,7 @@ def test_adapters_and_what_is_new_are_trained_exactly_and_nothing_else(kind, mod
     }
     assert wrapped == new
     assert any("lora_A" in name for name in trained(head.model))
-    pad_to = "window" if kind == "question_answering" else "micro_batch"  # there, padding reaches the loss
+    pad_to = "window" if kind == "question_answering" else "micro_batch"  # padding changes the loss there
     settings = {"collate_fn": head.collate, "num_items": head.num_items, "accelerator": Accelerator(cpu=True)}
     examples = head.examples([5, 9, 12, 30, 7, 3])
     windows = WindowLoader(examples, 6, micro_batch_size=2, pad_to=pad_to, **settings)
@@ -166,11 +166,11 @@ def test_targets_are_names_or_patterns_of_linear_layers(targets, layers):
 
 def test_what_cannot_be_adapted_is_refused_in_one_line():
     with pytest.raises(
-        InputError, match=r"model.lora.targets: 'quary' matches no linear layer; there are bert"
+        InputError, match=r"model.lora.targets: 'quary' matches no linear layer; the model has bert"
     ):
         adapted(targets=["quary"])
     for new in (None, {name for name, _ in build_head("causal_lm", "gpt2").model.named_parameters()}):
-        with pytest.raises(InputError, match=r"rank: found 4, and this model starts without weights"):
+        with pytest.raises(InputError, match=r"rank: found 4, but this model has no pretrained weights"):
             add_lora(build_head("causal_lm", "gpt2").model, LoraConfig(rank=4), new)
 
 
@@ -234,7 +234,7 @@ def test_lora_is_a_section_of_a_config_file_too():
 
 @pytest.fixture
 def recipe(tiny_bert):
-    """A recipe of the run that the tests make."""
+    """Return a recipe with the settings of these tests."""
 
     def recipe(**flags):
         flags = {"data__train": write("a.csv", make_rows(40)), "model__lora__rank": 4, **flags}

@@ -1,4 +1,4 @@
-"""What would silently make a run inexact is noticed before it starts."""
+"""The preflight check warns of causes of inexact accumulation before a run starts."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def said(caplog, kind, model_type, **arguments):
 
 
 def test_a_loss_that_padding_reaches_is_named_with_the_cure(caplog):
-    assert "no split is exact. If padding reaches the loss" in said(caplog, "question_answering", "bert")
+    assert "no split is exact. If padding changes the loss" in said(caplog, "question_answering", "bert")
 
 
 def test_items_that_are_not_those_of_the_loss_are_noticed(caplog):

@@ -1,0 +1,123 @@
+"""The lines that a run prints at its end: how good the model is, where it is saved, and what to do next."""
+
+import json
+import math
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
+from gradacc_hf.config.schema import TrainConfig
+from gradacc_hf.recipe.base import Recipe
+
+COLUMN = 22  # characters of a line's name, as in the plan that a run prints at its start
+METRICS_IN_WORDS = {
+    "accuracy": "share of correct predictions",
+    "bleu": "overlap with the reference text, from 0 to 100",
+    "exact_match": "share of predictions that are exactly right",
+    "f1": "harmonic mean of precision and recall",
+    "f1_macro": "harmonic mean of precision and recall, averaged over labels",
+    "f1_micro": "harmonic mean of precision and recall, over all labels together",
+    "loss": "mean loss, lower is better",
+    "matthews_correlation": "correlation with the true labels, 1 is perfect and 0 is chance",
+    "mrr_at_10": "mean of 1 / rank of the right result among the first 10, 1 is perfect",
+    "mse": "mean squared error, lower is better",
+    "pearsonr": "linear correlation with the true values, 1 is perfect",
+    "perplexity": "exp(mean loss of a token), lower is better and 1 is perfect",
+    "precision": "share of predicted spans that are right",
+    "recall": "share of true spans that are found",
+    "recall_at_1": "share of queries whose first result is right",
+    "recall_at_10": "share of queries with the right result among the first 10",
+    "rougeL": "longest common subsequence with the reference text, from 0 to 1",
+    "spearmanr": "rank correlation with the true values, 1 is perfect",
+}
+
+
+def training_lines(summary: Mapping[str, Any], windows: WindowLoader) -> list[str]:
+    """Return what was trained: windows, time, padding; skipped windows; advice on the batch size."""
+    trained = (
+        f"{summary['windows']:,} windows, {summary['examples']:,} examples in {summary['seconds']:,.0f} s; "
+        f"{summary['padding']:.0%} of the tokens were padding"
+    )
+    lines = [_row("trained", trained)]
+    if skipped := summary["skipped_windows"]:
+        lines.append(_row("skipped", f"{skipped:,} windows took no step: loss or gradient not finite"))
+    noise = windows.noise
+    if noise.measured >= MEASUREMENTS_NEEDED:
+        size = windows.plan.size_asked(*windows.next_position)
+        lines.append(_row("batch size", in_words(*noise.interval, size, noise.measured)))
+    return lines
+
+
+def result_lines(
+    recipe: Recipe, summary: Mapping[str, Any], num_validation: int, folder: Path, report: Path | None
+) -> list[str]:
+    """Return three lines: how good the model is and against what, where it is saved, the next command.
+
+    Args:
+        recipe: the recipe of the run.
+        summary: the figures of the run.
+        num_validation: validation examples.
+        folder: the folder of the run.
+        report: the report of the run; None where none was written.
+    """
+    saved = f"{folder}: model in best/{_after(summary)}, last weights in last/"
+    saved += f"; report: {report}" if report is not None else "; no report"
+    return [
+        _row("result", _result(recipe.config.train, summary, num_validation)),
+        _row("saved", saved),
+        _row("next", _next(recipe, folder)),
+    ]
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<{COLUMN}}{text}"
+
+
+def _after(summary: Mapping[str, Any]) -> str:
+    best = summary["best"]
+    return f" (after window {best['window']:,})" if best and best != summary["eval"] else ""
+
+
+def _result(train: TrainConfig, summary: Mapping[str, Any], num_validation: int) -> str:
+    """Return the metric of the best evaluation in words, against the baseline or the untrained model."""
+    best, baseline = summary["best"], summary["baseline"] or {}
+    if not best:
+        return "no evaluation"
+    metric, sign = train.best_metric, -1 if train.best_direction == "min" else 1
+    value, others = best[metric], None
+    first = next((row for row in summary["evaluations"] if not row["window"]), None)
+    if metric in baseline:
+        others, against = baseline[metric], "a baseline without training"
+    elif first is not None:
+        others, against = first[metric], "the model before training"
+    name = "validation loss" if metric == "loss" else metric.replace("_", " ")
+    described = f" ({METRICS_IN_WORDS[metric]})" if metric in METRICS_IN_WORDS else ""
+    text = f"{name} {_number(value)}{described} on {num_validation:,} validation examples"
+    if others is None:
+        return f"{text}; to compare with the model before training: --train.eval_on_start true"
+    is_better = value is not None and sign * value > sign * others
+    return f"{text}; {'better' if is_better else 'no better'} than {against}: {_number(others)}"
+
+
+def _number(value: float | None) -> str:
+    return f"{value:,.4f}" if value is not None and math.isfinite(value) else "not finite"
+
+
+def _next(recipe: Recipe, folder: Path) -> str:
+    """Return the command that applies the model to an input, or that verifies the run."""
+    program = "gradacc" if shutil.which("gradacc") else f"{shlex.quote(sys.executable)} -m gradacc_hf"
+    run = shlex.quote(str(folder))
+    if type(recipe).answer is Recipe.answer or recipe.example is None:
+        return f"{program} verify --run {run}"
+    trust = " --trust_remote_code" if recipe.config.model.trust_remote_code else ""
+    if isinstance(recipe.example, str):
+        return f"{program} predict {run}{trust} {shlex.quote(recipe.example)}"
+    columns = {key: getattr(recipe.data, f"{key}_column", None) or key for key in recipe.example}
+    row = {columns[key]: value for key, value in recipe.example.items()}
+    text = shlex.quote(json.dumps(row, ensure_ascii=False))
+    return f"printf '%s' {text} | {program} predict {run}{trust} --input -"  # echo may change backslashes

@@ -1,0 +1,24 @@
+"""Loggers for programs that may run as several processes."""
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.logging import MultiProcessAdapter
+
+
+class RunLogger(MultiProcessAdapter):
+    """Accelerate's logger, which prefixes lines with the process only if there are several."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Return the message of a record, and the options of the call that logs it."""
+        if PartialState().num_processes > 1:
+            return super().process(msg, kwargs)
+        kwargs.setdefault("stacklevel", 2)
+        return msg, kwargs
+
+
+def get_logger(name: str) -> RunLogger:
+    """Return the logger of this name. An Accelerator must exist before it is used."""
+    return RunLogger(logging.getLogger(name), {})

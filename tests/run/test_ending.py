@@ -1,0 +1,86 @@
+"""The last lines of a run: how good the model is, where it is saved, and the next command."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from recipe_runs import load_recipe
+
+from gradacc_hf.config.schema import TrainConfig
+from gradacc_hf.run.ending import METRICS_IN_WORDS, result_lines
+
+FOLDER = Path("runs/my run")
+RESULTS = {"window": 30, "loss": 1.2, "accuracy": 0.75}
+
+
+def lines(recipe=None, report=FOLDER / "report.html", train=None, columns=None, **summary):
+    """The three lines for a recipe and a summary, by their names."""
+    train = train or TrainConfig(best_metric="accuracy", best_direction="max")
+    recipe = recipe or load_recipe("text_classification").TextClassification
+    made = object.__new__(recipe)
+    made.config = SimpleNamespace(train=train, model=SimpleNamespace(trust_remote_code=False))
+    made.data = SimpleNamespace(text_column="text", text_pair_column=None, **columns or {})
+    summary = {
+        "baseline": {"accuracy": 0.5},
+        "best": RESULTS,
+        "eval": RESULTS,
+        "evaluations": [RESULTS],
+        **summary,
+    }
+    found = result_lines(made, summary, 429, FOLDER, report)
+    assert len(found) == 3
+    return {line[:22].strip(): line[22:] for line in found}
+
+
+def test_the_result_is_the_metric_in_words_against_the_baseline():
+    assert lines()["result"] == (
+        "accuracy 0.7500 (share of correct predictions) on 429 validation examples; better than a baseline "
+        "without training: 0.5000"
+    )
+    worse = lines(baseline={"accuracy": 0.75})["result"]
+    assert worse.endswith("no better than a baseline without training: 0.7500")
+
+
+def test_without_a_baseline_the_untrained_model_is_the_comparison():
+    before = {"window": 0, "loss": 3.0, "accuracy": 0.1}
+    train = TrainConfig(best_metric="loss", best_direction="min")
+    found = lines(baseline=None, evaluations=[before, RESULTS], train=train)["result"]
+    assert found == (
+        "validation loss 1.2000 (mean loss, lower is better) on 429 validation examples; better than the "
+        "model before training: 3.0000"
+    )
+    alone = lines(baseline=None, train=train)["result"]
+    assert alone.endswith("; to compare with the model before training: --train.eval_on_start true")
+    assert lines(best=None)["result"] == "no evaluation"
+
+
+def test_the_folder_names_the_best_window_where_it_is_not_the_last():
+    assert lines()["saved"] == (
+        "runs/my run: model in best/, last weights in last/; report: runs/my run/report.html"
+    )
+    best = lines(best={**RESULTS, "window": 1200}, report=None)["saved"]
+    assert best == "runs/my run: model in best/ (after window 1,200), last weights in last/; no report"
+
+
+def test_the_next_command_predicts_an_example_of_the_task(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    assert shlex.split(lines()["next"])[:3] == ["gradacc", "predict", "runs/my run"]
+    columns = {"question_column": "asked", "context_column": "context"}
+    answering = lines(load_recipe("question_answering").QuestionAnswering, columns=columns)["next"]
+    assert answering.startswith("printf '%s' '{\"asked\": ")
+    assert answering.endswith("| gradacc predict 'runs/my run' --input -")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert " -m gradacc_hf predict 'runs/my run' " in lines()["next"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["accuracy", "perplexity", "f1", "f1_macro", "rougeL", "bleu", "mrr_at_10", "pearsonr", "loss"],
+)
+def test_the_metrics_that_configs_choose_the_best_model_by_have_words(name):
+    assert name in METRICS_IN_WORDS
+    train = replace(TrainConfig(), best_metric=name)
+    found = lines(train=train, best={"window": 1, name: 0.5}, eval={"window": 1}, baseline=None)
+    assert METRICS_IN_WORDS[name] in found["result"]
