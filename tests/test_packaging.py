@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from guides import check_absolute
 
 from gradacc_hf.bench.ui_latency import served
 
@@ -78,7 +79,7 @@ def built(tmp_path_factory):
     """Build the sdist of this checkout, and a wheel from the sdist."""
     folder = tmp_path_factory.mktemp("built")
     builder = Environment(folder / "builder")
-    builder.install("hatchling")
+    builder.install("hatchling", "hatch-fancy-pypi-readme")
     builder.run("python", "-m", "hatchling", "build", "-t", "sdist", "-d", folder, cwd=ROOT)
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -109,9 +110,13 @@ def test_the_wheel_holds_the_package_and_the_recipes(built):
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         fields = message_from_bytes(archive.read(metadata))
+    check_absolute(fields.get_payload(decode=True).decode(), homepage_of(fields))
     for name in (
         "__init__.py",
         "CHANGELOG.md",
+        "README.md",
+        "accumulation/README.md",
+        "bench/README.md",
         "_kit/recipes/minimal.py",
         "_kit/recipes/finetune_on_a_t4.ipynb",
         "_kit/configs/text_classification_offline.yaml",
@@ -128,6 +133,12 @@ def test_the_wheel_holds_the_package_and_the_recipes(built):
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "constraints.txt", "launch.sh", "tests/conftest.py"} <= inside
+
+
+def homepage_of(fields):
+    """The address of the repository in the metadata of a wheel."""
+    [url] = [url for url in fields.get_all("Project-URL") if url.startswith("Homepage, ")]
+    return url.removeprefix("Homepage, ")
 
 
 def sources():

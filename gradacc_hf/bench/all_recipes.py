@@ -1,4 +1,4 @@
-"""`gradacc bench recipes`: the table in recipes/README.md, measured.
+"""`gradacc bench recipes`: the table of the recipes in README.md, measured.
 
 Run each offline config in a separate process, one after another. Read the figures from the run's files, and
 predict the recipe's example with the saved model.
@@ -99,7 +99,7 @@ def print_recipes(result: RecipesResult, console: Console) -> None:
     for one in result.results:
         baseline, value = "–" if one.baseline is None else f"{one.baseline:.3f}", one.value or math.nan
         lines.append(
-            f"| [`{one.recipe}`]({one.recipe}.py) | `{one.data}`, {one.training_examples:,} examples "
+            f"| `{one.recipe}` | `{one.data}`, {one.training_examples:,} examples "
             f"| `{one.model}` | {one.metric} {value:.3f} after {one.windows:,} windows | {baseline} "
             f"| {one.seconds:.0f} s |"
         )

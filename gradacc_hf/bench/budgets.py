@@ -1,4 +1,4 @@
-"""`gradacc bench budgets`: the table of configs/README.md, memory of each recipe under each budget file.
+"""`gradacc bench budgets`: the memory of each recipe under each budget file, a table of README.md.
 
 `gradacc plan` predicts the memory. On the CPU, each recipe is also measured, in a separate process.
 """

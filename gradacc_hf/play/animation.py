@@ -23,7 +23,7 @@ PLACES = {  # x, y, width and title of each picture
     "losses": (500, 278, 410, "The loss of each window"),
 }
 CSS_RULES = (  # the rules of page.css that the SVG needs
-    *(":root", "svg text", "polyline", ".axis", ".ground", ".hatch", ".frame", ".tokens", ".next_position"),
+    *(":root", "svg text", "polyline", ".axis", ".ground", ".hatch", ".frame", ".tokens", ".coming"),
     *(".fill", ".bucket", ".target", ".mark", "circle"),
 )
 

@@ -320,6 +320,7 @@ def test_a_film_is_a_moving_svg_of_the_run(tmp_path):
 
     assert tree.fromstring(text).tag.endswith("svg")
     assert "@keyframes" in text
+    assert ".coming {" in text  # micro-batches that are not done are pale
     assert "<script" not in text
     with pytest.raises(InputError, match=r"--film: found .*run\.gif; allowed: a file that ends in \.svg"):
         write_film(tmp_path / "run.gif")
