@@ -405,7 +405,7 @@ def test_a_copy_is_written_through_no_link(gradacc, tmp_path):
     (tmp_path / "recipes/minimal.py").symlink_to(tmp_path / "gone")
     ended = gradacc("cp", "minimal", tmp_path)
     assert is_one_line(ended)
-    assert "exist already" in ended[1]
+    assert "these files exist" in ended[1]
     assert not (tmp_path / "gone").exists()
 
 

@@ -63,7 +63,7 @@ def heads():
             yield pytest.param("sequence_classification", model_type, problem, id=f"{problem}-{model_type}")
 
 
-@pytest.mark.parametrize(("kind", "model_type", "problem"), heads())
+@pytest.mark.parametrize(("kind", "model_type", "problem"), list(heads()))
 def test_the_gradient_is_that_of_the_whole_window(kind, model_type, problem):
     head = build_head(kind, model_type, problem=problem)
     examples = head.examples(LENGTHS)
