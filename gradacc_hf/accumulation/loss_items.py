@@ -51,12 +51,40 @@ def look_ahead(compute_loss: ComputeLoss, model: torch.nn.Module, window: "Windo
 
 
 def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return the loss that the model computed from the labels in the batch."""
-    if getattr(outputs, "loss", None) is None:
+    """Return the loss that the model computed from the labels in the batch.
+
+    Args:
+        outputs: An object or a mapping with `loss`, a tuple that starts with the loss, or the loss alone.
+        batch: The micro-batch.
+
+    Raises:
+        ValueError: The outputs hold no loss.
+    """
+    loss = output_named(outputs, "loss", position=0)
+    if loss is None and isinstance(outputs, torch.Tensor):
+        loss = outputs
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        found = "" if loss is None else f" but a {_described(loss)}"
         raise ValueError(
-            f"the model returned no loss for a batch with {sorted(batch)}: add labels, or pass compute_loss="
+            f"the model returned no loss{found} for a batch with {sorted(batch)}: add labels, or pass "
+            "compute_loss="
         )
-    return outputs.loss
+    return loss
+
+
+def output_named(outputs: Any, name: str, position: int) -> Any:
+    """Return one output of a model by its name, or by its position in a tuple; None if it is missing."""
+    if isinstance(outputs, Mapping):
+        return outputs.get(name)
+    if isinstance(outputs, tuple | list) and not hasattr(outputs, name):
+        return outputs[position] if len(outputs) > position else None
+    return getattr(outputs, name, None)
+
+
+def _described(value: Any) -> str:
+    return (
+        f"tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    )
 
 
 def count_labels(batch: Mapping[str, Any]) -> int:

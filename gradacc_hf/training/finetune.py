@@ -29,7 +29,7 @@ from gradacc_hf.errors import InputError, NonFiniteError
 from gradacc_hf.training.autotune import Tuning
 from gradacc_hf.training.checkpoint import Checkpointer, Checkpoints
 from gradacc_hf.training.loop import iter_windows
-from gradacc_hf.training.preflight import preflight_check
+from gradacc_hf.training.preflight import check_trainable, preflight_check
 from gradacc_hf.training.run_log import FIGURES, RunLog, WindowRecord
 from gradacc_hf.training.update_ratio import UpdateRatio
 from gradacc_hf.utils.files import WriteModel, save_model, write_pretrained
@@ -128,11 +128,11 @@ def fine_tune(
         The summary, as in summary.json. `stopped_after` is the window after which a signal stopped the run.
 
     Raises:
-        InputError: the model is already prepared, windows cannot be trained, or `summary` has a reserved key.
+        InputError: model, optimizer or windows cannot be trained, or `summary` has a reserved key.
         NonFiniteError: as for `train`. A checkpoint after the previous window is saved first.
     """
     more, first_window = check_summary(summary or {}), tokens_of_next_window(windows)
-    model, optimizer = prepare(model, optimizer, windows, accelerator, compute_loss)
+    model, optimizer = prepare(model, optimizer, scheduler, windows, compute_loss)
     saver = ModelSaver(accelerator, output_dir, save_with, write_model)
     checkpointer = open_checkpoints(checkpoints, saver, model, optimizer, scheduler, windows)
     done, evaluations = resume(checkpointer, best)
@@ -165,15 +165,17 @@ def fine_tune(
 def prepare(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    scheduler: Any,
     windows: WindowLoader,
-    accelerator: Accelerator,
     compute_loss: ComputeLoss,
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Check the model on a micro-batch, and return the prepared model and optimizer.
+    """Check model, optimizer and scheduler, and return the prepared model and optimizer.
 
     Gradients of bf16 weights accumulate in float32.
     """
+    accelerator = windows.accelerator
     check_unprepared(accelerator, model, optimizer)
+    check_trainable(model, optimizer, scheduler)
     preflight_check(model, windows, compute_loss)
     accumulate_in_float32(model, optimizer)
     return accelerator.prepare(model, optimizer)

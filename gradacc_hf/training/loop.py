@@ -18,12 +18,19 @@ from accelerate.utils import DistributedType, gather_object
 from gradacc_hf.accumulation.accelerate_state import check_prepared, check_prepared_model
 from gradacc_hf.accumulation.batch_schedule import counts_examples
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, look_ahead, model_loss
+from gradacc_hf.accumulation.loss_items import (
+    ComputeLoss,
+    as_window_loss,
+    look_ahead,
+    model_loss,
+    output_named,
+)
 from gradacc_hf.accumulation.nonfinite import drop_non_finite, find_non_finite
 from gradacc_hf.accumulation.oom import retry_on_oom
 from gradacc_hf.accumulation.reference import as_number
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import NonFiniteError
+from gradacc_hf.training.preflight import check_trainable
 from gradacc_hf.training.run_log import WindowRecord
 from gradacc_hf.utils.logs import get_logger
 
@@ -33,10 +40,14 @@ Predict = Callable[[Any, Mapping[str, Any]], tuple[Sequence[Any], Sequence[Any]]
 
 
 def logits_and_labels(outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Return the predictions and references of a micro-batch by row: float32 logits and labels, in numpy."""
-    if getattr(outputs, "logits", None) is None or "labels" not in batch:
+    """Return the predictions and references of a micro-batch by row: float32 logits and labels, in numpy.
+
+    The logits are the output of this name, or the second of a tuple.
+    """
+    logits = output_named(outputs, "logits", position=1)
+    if not isinstance(logits, torch.Tensor) or "labels" not in batch:
         raise ValueError("the model gives no logits, or the batch has no labels: pass predict= for this head")
-    return outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
+    return logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
 
 
 def train(
@@ -75,7 +86,7 @@ def train(
         The record of each window.
 
     Raises:
-        InputError: The model or the optimizer is not prepared.
+        InputError: The model or the optimizer is not prepared, or cannot be trained (`check_trainable`).
         NonFiniteError: The loss or gradient of a window is not finite, with `on_nonfinite` "stop".
         OutOfMemoryError: No split of a window fits in memory.
     """
@@ -135,6 +146,7 @@ def iter_windows(
         InputError, NonFiniteError, OutOfMemoryError: As for `train`.
     """
     check_prepared(accelerator, model, optimizer)
+    check_trainable(model, optimizer, scheduler)
     if max_windows is not None and windows_done >= max_windows:
         return
     numbers, largest = count(windows_done + 1), max_grad_norm or math.inf

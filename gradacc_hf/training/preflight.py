@@ -3,6 +3,9 @@
 `fine_tune` checks the model before Accelerate wraps it. A copied loop can do the same.
 """
 
+import inspect
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -11,11 +14,55 @@ from gradacc_hf.accumulation.accelerate_state import find_unused_parameters
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, model_loss
 from gradacc_hf.accumulation.reference import SEPARABLE_RTOL
+from gradacc_hf.errors import InputError
 from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.modeling import BATCH_NORMS
 
 logger = get_logger(__name__)
+
+
+def check_trainable(model: torch.nn.Module, optimizer: Any, scheduler: Any = None) -> None:
+    """Raise InputError for a model, an optimizer or a scheduler with which the loop cannot train.
+
+    Args:
+        model: The model, prepared or not.
+        optimizer: The optimizer, prepared or not.
+        scheduler: A learning rate scheduler, or None.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # as it was before accelerator.prepare
+    name, trained = type(optimizer).__name__, [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise InputError(
+            f"model: all parameters of {type(model).__name__} are frozen; set requires_grad for some, "
+            "or add adapters"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in trained):
+        raise InputError(
+            f"optimizer: {name} holds none of the {len(trained)} trained parameters of the model; make the "
+            "optimizer after the last change of the model, such as adapters"
+        )
+    if needed := _needed_by_step(optimizer):
+        raise InputError(
+            f"optimizer: {name}.step needs {needed[0]!r}, which the loop does not pass; use one such "
+            "as AdamW, whose step needs no argument"
+        )
+    if scheduler is not None and (needed := _needed_by_step(scheduler)):
+        raise InputError(
+            f"scheduler: {type(scheduler).__name__}.step needs {needed[0]!r}, which the loop does not pass; "
+            "use a scheduler that needs no argument, or step this one in a loop that you copied"
+        )
+
+
+def _needed_by_step(steps: Any) -> list[str]:
+    """Return the names of the arguments of `step` without a default.
+
+    The class has them: a scheduler replaces `step` of the optimizer by a function that counts calls.
+    """
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    _, *parameters = inspect.signature(type(steps).step).parameters.values()  # without self
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
 
 
 def preflight_check(
