@@ -149,6 +149,7 @@ def run(workplace, command):
     )
     allowed = (0, 1) if FINDS_FAULTS.match(command) else (0,)
     assert done.returncode in allowed, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr  # an exception has exit code 1, too
     return done
 
 

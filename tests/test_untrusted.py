@@ -273,7 +273,7 @@ def test_a_recipe_that_came_with_a_run_is_not_run(gradacc, run, mark, where):
         for words in (("predict", run, "tea"), ("verify", "--run", run)):
             ended = gradacc(*words)
             assert is_one_line(ended)
-            assert "mine.py', which may have come with the run and is not executed" in ended[1]
+            assert "mine.py', not executed, as it may have come with the run; allowed: " in ended[1]
 
 
 def test_the_code_of_a_runs_model_is_run_only_where_the_user_says_so(

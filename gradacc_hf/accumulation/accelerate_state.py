@@ -38,11 +38,10 @@ class AccumulationSteps:
         num_steps: Micro-batches of this process in the window.
         sync_each_batch: Whether gradients are reduced after each micro-batch, not only after the last.
 
-    Attributes:
-        early_steps: Steps that an optimizer of the model took before the last micro-batch. A prepared
-            optimizer takes none.
     """
 
+    _hook: ClassVar[Any] = None
+    """The hook that counts steps. It is never removed: torch.compile recompiles when the hooks change."""
     _open: ClassVar[list["AccumulationSteps"]] = []
     """The passes that have begun and not ended, the oldest first. All share Accelerate's settings."""
 
@@ -56,10 +55,12 @@ class AccumulationSteps:
             "sync_with_dataloader": False,
             "sync_each_batch": sync_each_batch,
         }
-        self.early_steps = 0
+        self._early: dict[int, tuple[str, int]] = {}  # by id of the optimizer: its class, and early steps
+        self._in_time: set[int] = set()  # ids of the optimizers that stepped after the last micro-batch
 
     def __enter__(self) -> "AccumulationSteps":
-        self._hook = register_optimizer_step_pre_hook(self._count_early_step)
+        if AccumulationSteps._hook is None:
+            AccumulationSteps._hook = register_optimizer_step_pre_hook(_count_step)
         self._settings_before, self._step_before = dict(self._settings), self._accelerator.step
         self._open.append(self)
         return self
@@ -67,7 +68,6 @@ class AccumulationSteps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hook.remove()
         later = self._open[self._open.index(self) + 1 :]
         self._open.remove(self)
         if later:
@@ -90,17 +90,42 @@ class AccumulationSteps:
         """Return how often `accelerator.accumulate` was entered since `begin(position)`."""
         return self._accelerator.step - position
 
-    def _count_early_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._accelerator.sync_gradients and _may_train(self._accelerator, optimizer):
-            self.early_steps += 1
+    @property
+    def early_steps(self) -> tuple[str, int]:
+        """The class of an unprepared optimizer that stepped before the last micro-batch, and its steps.
+
+        ("", 0) without one. If nothing was prepared, and another optimizer waits for the last micro-batch,
+        the early steps are deliberate.
+        """
+        accelerator = self._accelerator
+        if not (accelerator._optimizers or accelerator._models) and self._in_time - self._early.keys():
+            return "", 0
+        return max(self._early.values(), key=lambda steps: steps[1], default=("", 0))
+
+    def count_step(self, optimizer: Optimizer) -> None:
+        """Count a step of any optimizer of the process."""
+        if self._accelerator.sync_gradients:
+            self._in_time.add(id(optimizer))
+        elif _trains_the_model(self._accelerator, optimizer):
+            _, steps = self._early.get(id(optimizer), ("", 0))
+            self._early[id(optimizer)] = type(optimizer).__name__, steps + 1
 
 
-def _may_train(accelerator: Accelerator, optimizer: Optimizer) -> bool:
-    """Whether an optimizer holds prepared weights. True if nothing was prepared."""
-    prepared = {id(weight) for model in accelerator._models for weight in model.parameters()}
-    prepared |= {id(weight) for weight in prepared_parameters(accelerator)}
+def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling() and AccumulationSteps._open:
+        AccumulationSteps._open[-1].count_step(optimizer)
+
+
+def _trains_the_model(accelerator: Accelerator, optimizer: Optimizer) -> bool:
+    """Whether an optimizer holds weights of the prepared optimizers; without these, of prepared models.
+
+    True if nothing was prepared.
+    """
+    trained = {id(weight) for weight in prepared_parameters(accelerator)}
+    if not accelerator._optimizers:
+        trained = {id(weight) for model in accelerator._models for weight in model.parameters()}
     weights = (weight for group in optimizer.param_groups for weight in group["params"])
-    return not prepared or any(id(weight) in prepared for weight in weights)
+    return not trained or any(id(weight) in trained for weight in weights)
 
 
 def forwards_are_collective(accelerator: Accelerator) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 HORIZON = 64  # windows over which a noise scale is smoothed
+NOISE_EVERY = 16  # windows between measurements in a long run
 MEASUREMENTS_NEEDED = 3  # measurements, for a sentence about it
 MEASUREMENTS_WANTED = 16  # measurements; shorter runs measure more often to reach this number
 CONFIDENCE = 0.9  # share of intervals that contain the true noise scale
@@ -134,6 +135,8 @@ class NoiseScale:
         linear = noise * square - limit * of_both
         constant = noise**2 - limit * of_noise
         discriminant = linear**2 - quadratic * constant
+        if abs(discriminant) < 1e-12 * linear**2:  # both roots are equal but for rounding
+            discriminant = 0.0
         if quadratic <= 0 or discriminant < 0:
             return 0.0, math.inf
         roots = [(linear + sign * math.sqrt(discriminant)) / quadratic for sign in (-1, 1)]
@@ -190,9 +193,7 @@ def in_words(low: float, high: float, size: int, measured: int) -> str:
             f"{windows}. Measure more often (--train.noise_every 1) or train longer"
         )
     basis = f"{CONFIDENCE:.0%} interval from {measured:,} measurements"
-    return (
-        f"the gradient noise scale is {noise_range(low, high)} examples ({basis}): {_advice(low, high, size)}"
-    )
+    return f"the gradient noise scale is {noise_range(low, high)} ({basis}): {_advice(low, high, size)}"
 
 
 def _advice(low: float, high: float, size: int) -> str:
@@ -211,10 +212,14 @@ def _advice(low: float, high: float, size: int) -> str:
 
 
 def noise_range(low: float, high: float) -> str:
-    """Return an interval as text: "3 to 40", "at least 3" or "at most 40"."""
+    """Return an interval as text, such as "3 to 40 examples" or "at least 3 examples"."""
+    if math.isinf(low):
+        return "too large to measure"
+    if high <= 0:
+        return "below 1 example"
     if math.isinf(high):
-        return f"at least {_number(low)}"
-    return f"at most {_number(high)}" if low <= 0 else f"{_number(low)} to {_number(high)}"
+        return f"at least {_number(low)} examples"
+    return f"at most {_number(high)} examples" if low <= 0 else f"{_number(low)} to {_number(high)} examples"
 
 
 def _number(value: float) -> str:

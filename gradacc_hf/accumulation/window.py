@@ -321,22 +321,19 @@ class Window:
             # No process starts to synchronise before all have reported success.
             self.oom_exchange.report_success(self.indices)
 
-    def _end_pass(self, probe: NoiseProbe, early_steps: int, checks_calls: bool) -> None:
+    def _end_pass(self, probe: NoiseProbe, early_steps: tuple[str, int], checks_calls: bool) -> None:
         """Add up the loss over processes. Collective: all processes raise an error together."""
         missing = len(self) - len(self._weighed)
-        loss, small, missing_anywhere, early_anywhere = self._loss_here, probe.sums, missing, early_steps
+        loss, small, missing_anywhere, early_anywhere = self._loss_here, probe.sums, missing, early_steps[1]
         if self.accelerator.num_processes > 1:
             here = torch.as_tensor(loss, dtype=torch.float32, device=self.accelerator.device)
-            sums = torch.stack([here, *here.new_tensor([*probe.sums, missing, early_steps])])
+            sums = torch.stack([here, *here.new_tensor([*probe.sums, missing, early_steps[1]])])
             loss, *small, missing_anywhere, early_anywhere = self.accelerator.reduce(sums, reduction="sum")
         self.small = probe.result(small)
         if missing_anywhere and checks_calls:
             raise self._not_weighed()
         if early_anywhere and checks_calls:
-            raise LoopError(
-                f"an optimizer took {int(early_anywhere)} steps before the window's last micro-batch: write "
-                f"`{PREPARE}` before the loop"
-            )
+            raise self._stepped_early(*early_steps)
         self._latest_loss = None
         if self._weighed:
             self._loss = math.nan if missing_anywhere else loss
@@ -372,4 +369,11 @@ class Window:
         return LoopError(
             f"the loss of micro-batch {missing[0] + 1} of {len(self)} was not weighed: write `{WEIGH}`; to "
             "read batches without training, use window.batches()"
+        )
+
+    def _stepped_early(self, optimizer: str, steps: int) -> LoopError:
+        found = f"{optimizer} took {steps} steps" if steps else "on another process, an optimizer took steps"
+        return LoopError(
+            f"{found} before the last micro-batch of the window: write `{PREPARE}` before the loop, or step "
+            "only `if accelerator.sync_gradients:`"
         )

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.noise_scale import NOISE_EVERY
 from gradacc_hf.bench.micro_batch_size import interval
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
-from gradacc_hf.config.schema import TrainConfig, with_settings
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.doctor import Diagnosis, diagnose
 from gradacc_hf.recipe.loading import load_recipe_to_run
 from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows
@@ -156,7 +157,7 @@ def measure_monitoring(turns: int, progress: Progress = iter) -> MonitoringResul
     columns = {name: list(zip(*rows, strict=True)) for name, rows in found.items()}
     return MonitoringResult(
         noise=tuple(noise),
-        noise_every=TrainConfig().noise_every,
+        noise_every=NOISE_EVERY,
         watched={name: found[0] for name, found in columns.items()},
         afterwards={name: found[1] for name, found in columns.items()},
         gradients_more={name: found[2] for name, found in columns.items()},

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     console.print(
         f"{given.windows} window{'s' * (given.windows > 1)} of {size} examples, {given.repeats} "
         f"run{'s' * (given.repeats > 1)} of each contender.\n"
-        f"Micro-batches have {rows} examples; with gradacc, any number within the same limit of memory.\n"
+        f"Micro-batches have {rows} examples. With gradacc, the budget bounds them instead.\n"
         f"Folder of the runs: {folder}",
         soft_wrap=True,
     )

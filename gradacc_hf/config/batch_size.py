@@ -38,7 +38,7 @@ def check_sizes(config: Config) -> None:
     """Raise InputError for settings that `batch.effective: noise_scale` excludes."""
     if config.batch.effective != "noise_scale":
         return
-    if not config.train.noise_every:
+    if config.train.noise_every == 0:
         raise InputError("train.noise_every: found 0 with batch.effective noise_scale; allowed: 1 or more")
     ends = config.optim.scheduler != "constant" or config.optim.warmup_ratio > 0
     if config.train.max_windows is not None and ends:

@@ -133,7 +133,7 @@ def first_lines(section: type) -> dict[str, str]:
     for base in reversed(section.__mro__):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError):  # no source file
+        except (OSError, TypeError, SyntaxError):  # no source file
             continue
         for field, text in pairwise(getattr(tree.body[0], "body", [])):
             match field, text:

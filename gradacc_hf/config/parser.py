@@ -116,15 +116,15 @@ def check_recipe_of(config: Path) -> None:
     """Raise `InputError` if the recipe that a run's config.yaml names may have come with the run.
 
     gradacc writes the absolute path of the recipe into a run, and no recipe file. A relative path is allowed
-    for recipes of gradacc only.
+    for recipes of gradacc only, and a path inside the folder of the run for none.
     """
     recipe = Path(recipe_file(["--config", str(config)]))
     given = _read_file(str(config), "--config")["recipe"]
     is_bundled = any(recipe.parent == (root / "recipes").resolve() for root in BUNDLE_ROOTS)
     if recipe.is_relative_to(config.parent.resolve()) or not (is_bundled or Path(given).is_absolute()):
         raise InputError(
-            f"recipe in {config}: found {_shown(given)}, which may have come with the run and is not "
-            "executed; allowed: a recipe of gradacc, or an absolute path"
+            f"recipe in {config}: found {_shown(given)}, not executed, as it may have come with the run; "
+            "allowed: a recipe of gradacc, or an absolute path elsewhere"
         )
 
 

@@ -125,10 +125,10 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A window with a NaN or infinite loss or gradient: stop before its step, or skip it.
     stop reports the examples and the module. Under fp16 the gradient scaler skips overflows in any case."""
-    noise_every: int = 16
+    noise_every: int | None = None
     """Windows between measurements of the gradient noise scale (0: off).
-    It is for advice on the batch size, and changes no gradient. Runs of fewer than 256 windows measure more
-    often."""
+    It is for advice on the batch size, and changes no gradient. null is 16, and less for runs of fewer than
+    256 windows."""
     best_metric: str = "loss"
     """Validation metric that ranks evaluations."""
     best_direction: Literal["min", "max"] = "min"
@@ -139,7 +139,7 @@ class TrainConfig:
         yield "max_windows", self.max_windows is None or self.max_windows >= 1, "1 window or more, or null"
         yield "eval_every", self.eval_every >= 0, "0 windows (only at the end) or more"
         yield "seed", 0 <= self.seed < 2**32, "an integer from 0 to 4294967295"
-        yield "noise_every", self.noise_every >= 0, "0 windows (off) or more"
+        yield "noise_every", (self.noise_every or 0) >= 0, "null, 0 windows (off) or more"
         yield "early_stopping", self.early_stopping >= 0, "0 evaluations (off) or more"
 
 

@@ -125,10 +125,9 @@ class RecordedRun:
     @property
     def noise_interval(self) -> tuple[float, float]:
         """The bounds of the final noise scale; NaN if they are not recorded, as by version 0.1."""
-        if not self.noise_measurements or not math.isfinite(self.rows[-1].noise_low):
+        if not self.noise_measurements:
             return math.nan, math.nan
-        low, high = self.rows[-1].noise_low, self.rows[-1].noise_high
-        return low, high if math.isfinite(high) else math.inf
+        return self.rows[-1].noise_low, self.rows[-1].noise_high
 
     @property
     def update_ratio(self) -> float:
@@ -310,6 +309,9 @@ def _read_rows(path: Path) -> tuple[list[HistoryRow], list[str]]:
                 values["window"] = position
             if "gradient_error" in row:
                 values["gradient_error"] = number(row["gradient_error"])
+            for bound in ("noise_low", "noise_high"):  # null is infinite; version 0.1 has no such column
+                if values["noise_measured"] > 0 and row.get(bound, math.nan) is None:
+                    values[bound] = math.inf
             rows.append(HistoryRow(**values))
         except (ValueError, OverflowError) as wrong:
             refuse(

@@ -98,7 +98,7 @@ def memory_figure(found: Sequence[RunGroup]) -> tuple[str, Callable[[RecordedRun
 
 
 def baseline_row(found: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
-    """Return a row of the table: the metrics of a baseline without training. Empty if no run has them."""
+    """Return a row of the table: the metrics of a baseline that ignores the input. Empty without any."""
     baseline: Mapping[str, float] = first_baseline(found)
     cells = [words.metric(baseline[title]) if title in baseline else "" for title in titles]
     return cells if any(cells) else []

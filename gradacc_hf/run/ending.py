@@ -89,23 +89,25 @@ def _result(train: TrainConfig, summary: Mapping[str, Any], num_validation: int)
     if not best:
         return "no evaluation"
     metric, sign = train.best_metric, -1 if train.best_direction == "min" else 1
-    value, others = best[metric], None
+    value, others, against = best[metric], None, ""
     first = next((row for row in summary["evaluations"] if not row["window"]), None)
     if metric in baseline:
-        others, against = baseline[metric], "a baseline without training"
+        others, against = baseline[metric], "a baseline that ignores the input"
     elif first is not None:
-        others, against = first[metric], "the model before training"
+        others, against = first.get(metric), "the model before training"
     name = "validation loss" if metric == "loss" else metric.replace("_", " ")
     described = f" ({METRICS_IN_WORDS[metric]})" if metric in METRICS_IN_WORDS else ""
     text = f"{name} {_number(value)}{described} on {num_validation:,} validation examples"
-    if others is None:
+    if not against:
         return f"{text}; to compare with the model before training: --train.eval_on_start true"
-    is_better = value is not None and sign * value > sign * others
+    is_better = value is not None and (others is None or sign * value > sign * others)
     return f"{text}; {'better' if is_better else 'no better'} than {against}: {_number(others)}"
 
 
 def _number(value: float | None) -> str:
-    return f"{value:,.4f}" if value is not None and math.isfinite(value) else "not finite"
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:.2g}" if 0 < abs(value) < 1e-3 else f"{value:,.4f}"
 
 
 def _next(recipe: Recipe, folder: Path) -> str:

@@ -16,7 +16,7 @@ from gradacc_hf.accumulation.batch_schedule import GrowingBatch
 from gradacc_hf.accumulation.collation import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import as_window_loss
-from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_WANTED
+from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_WANTED, NOISE_EVERY
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import Bound
 from gradacc_hf.accumulation.streaming import Stream
@@ -146,12 +146,14 @@ def make_windows(
 def noise_every(config: Config, plan: WindowPlan) -> int:
     """Return the windows between measurements of the gradient noise scale; 0 for none.
 
-    Short runs measure more often than `train.noise_every`, so that `MEASUREMENTS_WANTED` measurements are
-    made. Windows that grow by the noise scale are measured as set.
+    By default, short runs measure more often, so that `MEASUREMENTS_WANTED` measurements are made. Windows
+    that grow by the noise scale are measured as often as in long runs.
     """
-    if config.batch.effective == "noise_scale":
+    if config.train.noise_every is not None:
         return config.train.noise_every
-    return min(config.train.noise_every, math.ceil(_total(config, plan) / MEASUREMENTS_WANTED))
+    if config.batch.effective == "noise_scale":
+        return NOISE_EVERY
+    return min(NOISE_EVERY, max(1, math.ceil(_total(config, plan) / MEASUREMENTS_WANTED)))
 
 
 def total_windows(config: Config, windows: WindowLoader) -> int:

@@ -51,7 +51,7 @@ def check_trainable(model: torch.nn.Module, optimizer: Any, scheduler: Any = Non
     if scheduler is not None and (needed := _needed_by_step(scheduler)):
         raise InputError(
             f"scheduler: {type(scheduler).__name__}.step needs {needed[0]!r}, which the loop does not pass; "
-            "use a scheduler that needs no argument, or step this one in a loop that you copied"
+            "use one that needs no argument, or step it in a loop of your own"
         )
 
 

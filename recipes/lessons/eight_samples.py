@@ -63,7 +63,7 @@ def main():
         print(x, *(f"{value:12.3f}" for value in example))
     error = max(abs(a - b) for a, b in zip(found["gradacc"], found["closed form"], strict=True))
     ratio = classic_norm / norm
-    print(f"The classic program never divides by 4: its first step is {ratio:.2f} times too long.")
+    print(f"The classic program never divides by 4: its first step is {ratio:.2f} times as long.")
     print(f"gradacc and the closed form of the two steps differ by at most {error:.0e}.")
     print("In gradacc: `window.weigh(loss)` scales each loss to its share of the window's mean.")
     return {**found, "step ratio": ratio, "error": error}

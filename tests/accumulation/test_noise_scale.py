@@ -388,7 +388,7 @@ def test_sizes_come_from_a_file_or_a_flag(tmp_path):
         (["--batch.smallest", "8"], "allowed is 16, its default, unless batch.effective is noise_scale"),
         (["--optim.lr_scaling", "sqrt"], "--optim.lr_reference_batch (not set): found null"),
         (["--optim.lr_reference_batch", "8"], "found 8, allowed is null without lr_scaling"),
-        (["--train.noise_every", "-1"], "--train.noise_every: found -1, allowed is 0 windows (off) or more"),
+        (["--train.noise_every", "-1"], "found -1, allowed is null, 0 windows (off) or more"),
     ],
 )  # fmt: skip
 def test_sizes_that_cannot_be_are_refused_in_a_line(flags, says):
@@ -550,14 +550,25 @@ def test_runs_of_other_seeds_do_not_contradict_each_other(unequal_items):
 
 @pytest.mark.parametrize(
     ("windows", "setting", "every"),
-    [(30, 16, 2), (37, 16, 3), (256, 16, 16), (9999, 16, 16), (30, 1, 1), (30, 0, 0)],
+    [(30, None, 2), (37, None, 3), (256, None, 16), (9999, None, 16), (30, 16, 16), (30, 1, 1), (30, 0, 0)],
 )
-def test_short_runs_measure_more_often(windows, setting, every):
-    flags = ["--data.train", "x.csv", "--train.noise_every", str(setting), "--batch.effective", "8"]
+def test_short_runs_measure_more_often_unless_a_number_is_set(windows, setting, every):
+    flags = ["--data.train", "x.csv", "--batch.effective", "8"]
+    flags[2:2] = [] if setting is None else ["--train.noise_every", str(setting)]
     config = read_command_line(flags)
     assert noise_every(config, WindowPlan(8 * windows, 8, 0, shuffle=True, drop_last=False)) == every
-    grows = read_command_line([*flags[:-1], "noise_scale"])
-    assert noise_every(grows, WindowPlan(8 * windows, 8, 0, shuffle=True, drop_last=False)) == setting
+    if setting != 0:
+        grows = read_command_line([*flags[:-1], "noise_scale"])
+        plan = WindowPlan(8 * windows, 8, 0, shuffle=True, drop_last=False)
+        assert noise_every(grows, plan) == (setting or 16)
+
+
+def test_a_scale_beyond_measure_is_not_a_number_of_examples():
+    line = in_words(math.inf, math.inf, 64, 15)
+    assert line == (
+        "the gradient noise scale is too large to measure (90% interval from 15 measurements): windows of 64 "
+        "are much smaller. Larger windows would need fewer steps"
+    )
 
 
 def test_a_step_is_measured_by_the_weights_that_it_moves():

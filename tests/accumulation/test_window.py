@@ -130,7 +130,7 @@ def test_an_unprepared_optimizer_is_an_error_at_the_end_of_the_first_window(prep
         windows.accelerator.free_memory()
         model = head.model
     optimizer = torch.optim.AdamW(head.model.parameters(), **options)
-    with pytest.raises(LoopError, match="took 3 steps before the window's last micro-batch: write `model"):
+    with pytest.raises(LoopError, match=r"AdamW took 3 steps before the last micro-batch .*: write `mod"):
         copied_loop(model, optimizer, windows)
 
 
@@ -154,6 +154,49 @@ def test_optimizers_that_take_no_early_step_of_the_model_are_no_error():
                     unprepared.step()
                     unprepared.zero_grad()
     assert any((old != new).any() for old, new in zip(before, head.model.parameters(), strict=True))
+
+
+def test_a_second_optimizer_may_step_at_any_time_where_the_first_waits():
+    """A critic with an optimizer of its own, and a loop that prepares nothing and steps by itself."""
+    _, _, windows, model, optimizer = set_up()
+    critic = windows.accelerator.prepare(torch.nn.Linear(2, 1))
+    copied_loop(model, optimizer, windows, torch.optim.SGD(critic.parameters(), lr=0.0))
+    head, _, windows, _, _ = set_up()
+    accelerator = windows.accelerator
+    accelerator.free_memory()
+    main, other = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (head.model, torch.nn.Linear(2, 1)))
+    for window in windows:
+        for batch in window:
+            with accelerator.accumulate(head.model):
+                accelerator.backward(window.weigh(head.model(**batch).loss))
+                other.step()
+                if accelerator.sync_gradients:
+                    main.step()
+                    main.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, inside torch.compile
+def test_a_compiled_optimizer_is_compiled_once_for_all_windows():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    head, accelerator = build_head("sequence_classification", "bert"), Accelerator(cpu=True)
+    windows = WindowLoader(
+        head.examples(LENGTHS), 2, accelerator=accelerator, collate_fn=head.collate, micro_batch_size=1
+    )
+    counter, bare = CompileCounter(), torch.optim.SGD(head.model.parameters(), lr=0.0)
+    bare.step = torch.compile(bare.step, backend=counter)
+    model, optimizer = accelerator.prepare(head.model, bare)
+    frames = []
+    for window in windows:
+        for batch in window:
+            with accelerator.accumulate(model):
+                accelerator.backward(window.weigh(model(**batch).loss))
+                optimizer.step()
+                optimizer.zero_grad()
+        frames.append(counter.frame_count)
+    assert len(frames) == 5
+    assert frames[-1] == frames[1] > 0, frames
 
 
 def test_batches_are_read_without_a_trace_and_a_window_can_be_trained_after_an_error():

@@ -171,7 +171,7 @@ def passages_of_python(source: str, skip_data: bool = False, is_lesson: bool = F
             yield from (
                 (replace(each, kind="docstring") for each in passages) if id(node) == title else passages
             )
-        elif is_prose(text, words_in_a_row=2 if is_shown else 4) and (is_shown or not skip_data):
+        elif is_prose(text, words_in_a_row=2 if is_shown else 3) and (is_shown or not skip_data):
             stripped = [(number, re.sub(r"<[^<>]*>", " ", line)) for number, line in lines]
             yield from passages_of_text("message", stripped)
 
@@ -207,7 +207,7 @@ def is_prose(text: str, words_in_a_row: int) -> bool:
     """Whether a string has so many words in a row, and is no regular expression or program."""
     words = re.search(rf"(?:\b[A-Za-z][a-z'-]*[,;:]? ){{{words_in_a_row - 1}}}[A-Za-z]", text)
     return bool(words) and not re.search(
-        r"\\[bswdWS]|\(\?[:P=!<]|^\s*(?:def|import|from) \w", text, re.MULTILINE
+        r"\\[bswdWS]|\(\?[:P=!<]|^\s*(?:def \w+\(|from [\w.]+ import |import \w+$)", text, re.MULTILINE
     )
 
 

@@ -41,7 +41,7 @@ def shown(capsys, tmp_path):
 def test_eight_samples(shown):
     found, lines = shown("eight_samples")
     assert found["step ratio"] == pytest.approx(4)
-    assert "The classic program never divides by 4: its first step is 4.00 times too long." in lines
+    assert "The classic program never divides by 4: its first step is 4.00 times as long." in lines
     largest = max(map(abs, found["closed form"]))
     assert found["error"] < EXACT * largest
     assert found["divided"] == pytest.approx(found["closed form"], abs=EXACT * largest)

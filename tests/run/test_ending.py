@@ -37,10 +37,10 @@ def lines(recipe=None, report=FOLDER / "report.html", train=None, columns=None, 
 def test_the_result_is_the_metric_in_words_against_the_baseline():
     assert lines()["result"] == (
         "accuracy 0.7500 (share of correct predictions) on 429 validation examples; better than a baseline "
-        "without training: 0.5000"
+        "that ignores the input: 0.5000"
     )
     worse = lines(baseline={"accuracy": 0.75})["result"]
-    assert worse.endswith("no better than a baseline without training: 0.7500")
+    assert worse.endswith("no better than a baseline that ignores the input: 0.7500")
 
 
 def test_without_a_baseline_the_untrained_model_is_the_comparison():
@@ -54,6 +54,15 @@ def test_without_a_baseline_the_untrained_model_is_the_comparison():
     alone = lines(baseline=None, train=train)["result"]
     assert alone.endswith("; to compare with the model before training: --train.eval_on_start true")
     assert lines(best=None)["result"] == "no evaluation"
+    diverged = lines(baseline=None, evaluations=[{**before, "loss": None}, RESULTS], train=train)["result"]
+    assert diverged.endswith("better than the model before training: not finite")
+
+
+def test_small_figures_keep_two_digits():
+    train = TrainConfig(best_metric="loss", best_direction="min")
+    found = lines(best={**RESULTS, "loss": 1e-5}, baseline={"loss": 2e-5}, train=train)["result"]
+    assert found.startswith("validation loss 1e-05 ")
+    assert found.endswith("better than a baseline that ignores the input: 2e-05")
 
 
 def test_the_folder_names_the_best_window_where_it_is_not_the_last():
