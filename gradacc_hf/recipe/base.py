@@ -199,7 +199,7 @@ class Recipe:
         return {}
 
     def baseline(self, train: Dataset, validation: Dataset) -> dict[str, float] | None:
-        """Return the metrics of the best answer that ignores the input, for comparison."""
+        """Return the metrics of an answer that ignores the input, for comparison. The training rows decide it."""
         return None
 
     def model_overrides(self) -> dict[str, Any]:
