@@ -115,7 +115,7 @@ def test_every_name_of_version_0_1_0_is_still_there():
 def test_the_version_is_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", gradacc_hf.__version__)
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert settings["project"]["dynamic"] == ["version"]
+    assert settings["project"]["dynamic"] == ["version", "readme"]
     assert "version" not in settings["project"]
     assert settings["tool"]["hatch"]["version"]["path"] == "gradacc_hf/__init__.py"
 

@@ -104,7 +104,8 @@ class AccumulationSteps:
 
     def count_step(self, optimizer: Optimizer) -> None:
         """Count a step of any optimizer of the process."""
-        if self._accelerator.sync_gradients:
+        # The pass may be left, and the state reset since.
+        if getattr(self._accelerator.gradient_state, "sync_gradients", True):
             self._in_time.add(id(optimizer))
         elif _trains_the_model(self._accelerator, optimizer):
             _, steps = self._early.get(id(optimizer), ("", 0))

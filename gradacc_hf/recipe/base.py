@@ -199,7 +199,7 @@ class Recipe:
         return {}
 
     def baseline(self, train: Dataset, validation: Dataset) -> dict[str, float] | None:
-        """Return the metrics of an answer that ignores the input, for comparison. The training rows decide it."""
+        """Return the metrics of an answer that ignores the input. The training rows decide the answer."""
         return None
 
     def model_overrides(self) -> dict[str, Any]:

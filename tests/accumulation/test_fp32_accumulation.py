@@ -158,5 +158,6 @@ def test_bf16_weights_want_bf16_precision(start, precision):
     outcome = start(data__train="a.csv", model__dtype="bfloat16", budget__precision=precision)
     assert outcome.code == 2
     assert re.fullmatch(
-        rf"error: model.dtype: found bfloat16 with budget.precision {precision}; allowed is .*\n", outcome.err
+        rf"error: model.dtype: found bfloat16 with budget.precision {precision}; allowed: float32, .*\n",
+        outcome.err,
     )

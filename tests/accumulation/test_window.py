@@ -175,6 +175,21 @@ def test_a_second_optimizer_may_step_at_any_time_where_the_first_waits():
                     main.zero_grad()
 
 
+def test_an_optimizer_steps_after_a_pass_was_left_and_accelerates_state_was_reset():
+    _, _, windows, _, _ = set_up()
+    accelerator = windows.accelerator
+    [window] = windows
+    left = iter(window)
+    next(left)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator.gradient_state._reset_state()
+    weight = torch.zeros(2, requires_grad=True)
+    weight.sum().backward()
+    torch.optim.SGD([weight], lr=1.0).step()
+    assert weight.tolist() == [-1.0, -1.0]
+    left.close()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, inside torch.compile
 def test_a_compiled_optimizer_is_compiled_once_for_all_windows():
     from torch._dynamo.testing import CompileCounter

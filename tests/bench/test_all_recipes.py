@@ -55,7 +55,7 @@ def test_a_row_is_measured_in_a_run_of_its_own_that_leaves_nothing(small_bundle)
     console = Console(file=io.StringIO(), width=40)
     print_recipes(result, console)
     lines = console.file.getvalue().splitlines()
-    assert lines[2].startswith("| [`mine`](mine.py) | ")
+    assert lines[2].startswith("| `mine` | ")
     assert (
         f"accuracy {row.value:.3f} after 7 windows | {row.baseline:.3f} | {row.seconds:.0f} s |" in lines[2]
     )

@@ -105,7 +105,7 @@ def test_the_loop_is_measured_beside_its_own_micro_batches_and_dense_ones(consol
     assert result.median_overhead == sum(result.overhead) / 2
     json.dumps(asdict(result))
     print_speed(result, console)
-    assert "of the dense limit" in console.export_text()
+    assert "Speed relative to dense micro-batches without p" in console.export_text()
 
 
 def test_windows_that_there_are_not_are_refused():
