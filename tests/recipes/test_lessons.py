@@ -249,7 +249,12 @@ def test_lessons_follow_one_another_in_one_process_whatever_the_environment_says
     assert dict(os.environ) == before, "a lesson leaves the environment as it was"
 
 
-@pytest.mark.parametrize("name", NAMES)
+LONG = ("learning_rate", "sixteen_to_sixtyfour")  # minutes under the doctor
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in NAMES]
+)
 def test_the_doctor_finds_what_a_lesson_shows(name, tmp_path):
     path = FOLDER / f"{name}.py"
     says = re.search(r"The doctor finds: (.+)\.\n", path.read_text(encoding="utf-8"))[1]
