@@ -8,8 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # test files run in parallel, and
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
+from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.training.lora import installed_mismatch
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +22,7 @@ pytest_plugins = ["recipe_runs"]
 def fresh_accelerate():
     torch.set_num_threads(1)
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from checkpointed_runs import cut_back, history_without_seconds, same_weights
 from checkpointed_runs import run as run_with_checkpoints
 from conftest import ROOT
@@ -18,6 +17,7 @@ from contrastive_pairs import collate as collate_pairs
 from contrastive_pairs import embedder, num_pairs, pairs
 
 from gradacc_hf import WindowLoader
+from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
 from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.bench.oom import run_limited
@@ -50,8 +50,7 @@ HEADS = [
 
 
 def cuda(**settings):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     accelerator = Accelerator(**settings)
     assert accelerator.device.type == "cuda"
     return accelerator

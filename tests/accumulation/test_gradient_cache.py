@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT
 from contrastive_pairs import LENGTHS, collate, embedder, num_pairs, pairs
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from gradacc_hf import WindowLoader, metrics, train, verify
+from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss, Embedder, info_nce, search
 from gradacc_hf.accumulation.reference import (
     EXACT,
@@ -272,8 +272,7 @@ def start(tiny_bert, tmp_path, monkeypatch, capfd):
             "output.tracker": "none",
             **{key.replace("__", "."): value for key, value in flags.items()},
         }
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
         capfd.readouterr()
         code = 0
         try:

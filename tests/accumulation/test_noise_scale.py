@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from checkpointed_runs import cut_back, history_without_seconds, same_weights
 from datasets import Dataset
 from recipe_runs import load_recipe, write_rows
 from training_runs import history
 
 from gradacc_hf import WindowLoader, evaluate, fine_tune, train
+from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch, lr_factor
 from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
 from gradacc_hf.accumulation.noise_scale import CONFIDENCE, NoiseScale, SmallBatch, in_words
@@ -216,8 +216,7 @@ def test_a_growing_batch_doubles_when_the_noise_is_as_large_and_stops_at_the_lar
 
 def grown(folder, resume=None, num_workers=0, streamed=False, lengths=LENGTHS):
     """A tiny BERT with dropout whose windows grow from 4 to 16 examples over two epochs."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     accelerator, head = Accelerator(cpu=True), build_head("sequence_classification", "bert")
     for module in head.model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from training_runs import LENGTHS, fp16_accelerator, history
 
 from gradacc_hf import WindowLoader, fine_tune, train
+from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.accumulation.loss_items import model_loss
 from gradacc_hf.errors import NonFiniteError
 from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
@@ -31,8 +31,7 @@ class Root(torch.autograd.Function):
 
 
 def run(folder, cause, accelerator=None, spoilt=True, resume=False, leave_out=(), **more):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     accelerator = accelerator() if accelerator else Accelerator(cpu=True)
     head = build_head("sequence_classification", "bert")
     examples = head.examples(LENGTHS)

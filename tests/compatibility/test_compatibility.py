@@ -21,8 +21,9 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+
+from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes_0_1_0"
@@ -79,8 +80,7 @@ def command(monkeypatch, capfd):
 
     def command(program, *words):
         monkeypatch.setattr(sys, "argv", [str(program), *map(str, words)])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
         capfd.readouterr()
         code = 0
         try:

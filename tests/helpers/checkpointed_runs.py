@@ -4,10 +4,10 @@ import shutil
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from training_runs import LENGTHS, history
 
 from gradacc_hf import WindowLoader, evaluate, fine_tune
+from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
 from gradacc_hf.verification.tiny_models import build_head
 
@@ -22,8 +22,7 @@ def run(
     folder, resume=None, optimizer="adamw", make=None, accelerator=None, every=1, keep=99, epochs=2, **more
 ):
     """Train a tiny BERT with dropout for two epochs of 5 windows, with an evaluation every 3 windows."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     accelerator = accelerator() if accelerator else Accelerator(cpu=True)
     torch.manual_seed(7)
     head = build_head("sequence_classification", "bert")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT
 
+from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.run.runner import run
@@ -64,6 +64,18 @@ class Outcome:
     err: str
 
 
+def run_recipe(recipe_class, arguments, capfd):
+    """Run the command line of a recipe in this process, as the first one of the process."""
+    capfd.readouterr()
+    reset_accelerate()
+    code = 0
+    try:
+        run(recipe_class, [str(word) for word in arguments])
+    except SystemExit as end:
+        code = end.code
+    return Outcome(code, *capfd.readouterr())
+
+
 @pytest.fixture
 def start(tiny_bert, capfd, tmp_path, monkeypatch):
     """A recipe's command line in this process and an empty folder; a small run where nothing else is said."""
@@ -72,15 +84,7 @@ def start(tiny_bert, capfd, tmp_path, monkeypatch):
     def start(recipe_class, *arguments):
         small = {"--model.name": tiny_bert, "--model.dropout": 0, "--data.max_length": 32}
         small |= {"--batch.effective": 16, "--optim.lr": 1e-3, "--output.tracker": "none"}
-        capfd.readouterr()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        code = 0
-        try:
-            run(recipe_class, [str(word) for word in with_defaults(arguments, small)])
-        except SystemExit as end:
-            code = end.code
-        return Outcome(code, *capfd.readouterr())
+        return run_recipe(recipe_class, with_defaults(arguments, small), capfd)
 
     return start
 

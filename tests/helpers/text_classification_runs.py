@@ -10,10 +10,7 @@ import datasets.config
 import numpy as np
 import pandas as pd
 import pytest
-from accelerate.state import AcceleratorState, GradientState
-from recipe_runs import Outcome, load_recipe
-
-from gradacc_hf.run.runner import run
+from recipe_runs import load_recipe, run_recipe
 
 TextClassification = load_recipe("text_classification").TextClassification
 
@@ -68,16 +65,7 @@ def start(tiny_bert, capfd):
     """Run the command line of the recipe in this process. The defaults are small, without dropout."""
 
     def start(**flags):
-        settings = arguments(tiny_bert, flags)
-        capfd.readouterr()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        code = 0
-        try:
-            run(TextClassification, settings)
-        except SystemExit as end:
-            code = end.code
-        return Outcome(code, *capfd.readouterr())
+        return run_recipe(TextClassification, arguments(tiny_bert, flags), capfd)
 
     return start
 

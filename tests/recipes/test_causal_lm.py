@@ -15,8 +15,8 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT
+from recipe_runs import run_recipe
 
 from gradacc_hf import WindowLoader, embedded
 from gradacc_hf.accumulation.loss_items import IGNORED
@@ -485,15 +485,8 @@ def start(tiny, capfd):
                 if value is True and key in ("check", "data.packing")
                 else [f"--{key}", str(value)]
             )
-        capfd.readouterr()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        code = 0
-        try:
-            run(CausalLM, words)
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
+        ended = run_recipe(CausalLM, words, capfd)
+        return ended.code, ended.out, ended.err
 
     return start
 

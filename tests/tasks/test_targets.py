@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from recipe_runs import run_recipe
 
 from gradacc_hf import verify
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.runner import run
 from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.tasks.targets import TARGETS
 from gradacc_hf.utils.paths import bundle_root
@@ -61,15 +60,8 @@ def words(tiny_bert, settings):
 @pytest.fixture
 def start(tiny_bert, capfd):
     def start(settings):
-        capfd.readouterr()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        code = 0
-        try:
-            run(TextClassification, words(tiny_bert, settings))
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
+        ended = run_recipe(TextClassification, words(tiny_bert, settings), capfd)
+        return ended.code, ended.out, ended.err
 
     return start
 

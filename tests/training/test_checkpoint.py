@@ -13,13 +13,13 @@ import threading
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from checkpointed_runs import cut_back, history_without_seconds, run, same_weights
 from datasets import IterableDataset
 from safetensors import safe_open
 from training_runs import LENGTHS, fp16_accelerator
 
 from gradacc_hf import Best, InputError, WindowLoader, fine_tune
+from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.accumulation.splitting import Bound, Cost
 from gradacc_hf.bench.crash_recovery import DAMAGES
 from gradacc_hf.training.checkpoint import Checkpointer, Checkpoints, check_same, newest_checkpoint
@@ -338,8 +338,7 @@ def test_a_run_over_a_stream_goes_on_too(tmp_path):
     """The run continues inside the second epoch, from the position that the stream stored."""
 
     def stream(folder, resume=None, max_windows=None):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
         head = build_head("sequence_classification", "bert")
         examples = head.examples(LENGTHS)
         windows = WindowLoader(
