@@ -192,6 +192,8 @@ if [[ -n $is_active ]]; then
 else
   install "$extras"
 fi
+# The program that a run suggests to a user without gradacc.
+[[ $action == test ]] || command -v gradacc >/dev/null || export GRADACC_COMMAND=$0
 export PATH="$venv/bin:$PATH"
 [[ $(uname) != Darwin ]] || export ACCELERATE_USE_CPU=true # training is not tested on Apple's GPUs
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -113,6 +114,8 @@ def _number(value: float | None) -> str:
 def _next(recipe: Recipe, folder: Path) -> str:
     """Return the command that applies the model to an input, or that verifies the run."""
     program = "gradacc" if shutil.which("gradacc") else f"{shlex.quote(sys.executable)} -m gradacc_hf"
+    if launcher := os.environ.get("GRADACC_COMMAND"):  # launch.sh, which has gradacc in its own environment
+        program = shlex.quote(launcher)
     run = shlex.quote(str(folder))
     if type(recipe).answer is Recipe.answer or recipe.example is None:
         return f"{program} verify --run {run}"

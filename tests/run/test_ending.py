@@ -82,6 +82,8 @@ def test_the_next_command_predicts_an_example_of_the_task(monkeypatch):
     assert answering.endswith("| gradacc predict 'runs/my run' --input -")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert " -m gradacc_hf predict 'runs/my run' " in lines()["next"]
+    monkeypatch.setenv("GRADACC_COMMAND", "./launch.sh")
+    assert shlex.split(lines()["next"])[:3] == ["./launch.sh", "predict", "runs/my run"]
 
 
 @pytest.mark.parametrize(
