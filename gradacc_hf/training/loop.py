@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
@@ -36,10 +37,11 @@ from gradacc_hf.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
-Predict = Callable[[Any, Mapping[str, Any]], tuple[Sequence[Any], Sequence[Any]]]
+Rows = Sequence[Any] | np.ndarray
+Predict = Callable[[Any, Mapping[str, Any]], tuple[Rows, Rows]]
 
 
-def logits_and_labels(outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+def logits_and_labels(outputs: Any, batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return the predictions and references of a micro-batch by row: float32 logits and labels, in numpy.
 
     The logits are the output of this name, or the second of a tuple.
