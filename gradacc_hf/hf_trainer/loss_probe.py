@@ -1,92 +1,159 @@
-"""Micro-batches that reveal what a loss is a mean over, and the possible item counts.
+"""Find out what the loss of a Trainer is a mean over. The answer may be: cannot tell.
 
-The functions split and change collated batches, as a Trainer gets them. `trainer.py` computes the loss of the
-results.
+`LossProbe` compares the loss of a few rows in one batch with their single losses (`loss_questions.py`). Item
+counts remain possible until they differ for a micro-batch. Labels count as alike once a sample has compared
+them. A window with a new label, or with counts that differ for the first time, is therefore probed again.
 """
 
-from collections.abc import Mapping, Sequence
-from math import nan
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from gradacc_hf.accumulation.loss_items import CountItems
+from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.hf_trainer.item_counts import can_count, candidate_counts
+from gradacc_hf.hf_trainer.loss_questions import Finding, Losses, LossKind, Questions, Result, same_shapes
+from gradacc_hf.hf_trainer.probe_rows import (
+    MOST_LABELS,
+    Rows,
+    label_keys,
+    labels_of,
+    micro_batches_as_rows,
+    most_different,
+    num_rows,
+    on_host,
+)
 
-from gradacc_hf.accumulation.loss_items import COUNTS, IGNORED, CountItems, resolve
-
-
-def candidate_counts(num_items: str | CountItems | None) -> dict[str, CountItems]:
-    """Return the possible item counts by name; only `num_items` if it is given."""
-    if num_items is not None:
-        return {num_items if isinstance(num_items, str) else "num_items": resolve(num_items)}
-    return {
-        "shift_labels": lambda batch: int((batch["shift_labels"] != IGNORED).sum()),
-        **COUNTS,
-        "examples": count_examples,
-    }
-
-
-def count_examples(batch: Mapping[str, Any]) -> int:
-    """Return the number of rows of a batch."""
-    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+MOST_ROWS = 16
+"""Rows of a sample with one label each. With more labels per row, it is the size of a micro-batch, 2 to 8."""
 
 
-def can_count(count: CountItems, batch: Mapping[str, Any]) -> bool:
-    """Whether an item count applies to this batch."""
-    try:
-        return count(batch) >= 0
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError):
-        return False
-
-
-def split_to_probe(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return two parts of a batch and both together, to distinguish means over labels from means over rows.
-
-    The parts are the first half of the rows and the rest. If all rows have the same number of labels, the
-    parts are one row, and the same row with half of the labels ignored.
-    """
-    rows, labels = count_examples(batch), batch.get("labels")
-    by_row = {k for k, v in batch.items() if isinstance(v, torch.Tensor | list) and _num_rows(v) == rows}
-    if isinstance(labels, torch.Tensor) and labels.ndim == 2 and not labels.is_floating_point():
-        counts = (labels != IGNORED).sum(1)
-        if len(counts.unique()) == 1 and int(counts[0]) > 1:
-            one = {k: v[:1] if k in by_row else v for k, v in batch.items()}
-            labelled = (one["labels"][0] != IGNORED).nonzero().flatten()
-            fewer = {**one, "labels": one["labels"].clone()}
-            fewer["labels"][0, labelled[len(labelled) // 2 :]] = IGNORED
-            both = {k: _concatenate(v, fewer[k]) if k in by_row else v for k, v in one.items()}
-            return [one, fewer, both]
-    halves = (slice(0, max(1, rows // 2)), slice(rows // 2, rows))
-    parts = [{k: v[half] if k in by_row else v for k, v in batch.items()} for half in halves]
-    return [*parts, dict(batch)]
-
-
-def _num_rows(value: Any) -> int:
-    return len(value) if isinstance(value, list) or value.ndim else -1
-
-
-def _concatenate(one: Any, other: Any) -> Any:
-    return one + other if isinstance(one, list) else torch.cat([one, other])
-
-
-def with_first_label(batch: Mapping[str, Any], label: torch.Tensor) -> dict[str, Any]:
-    """Return the batch with this label at the first position of each row."""
-    labels = batch["labels"].clone()
-    labels[..., 0] = label
-    return {**batch, "labels": labels}
-
-
-def deviation_from_mean(
-    parts: Sequence[Mapping[str, Any]], losses: Sequence[float], count: CountItems
-) -> float:
-    """Return the relative difference between the loss of two parts together and the mean of their losses.
+@dataclass
+class LossProbe:
+    """What is known about the loss of a Trainer.
 
     Args:
-        parts: the result of `split_to_probe`; without parts the result is NaN.
-        losses: the loss of each part.
-        count: the item count that weights the mean.
+        num_items: The item count, if the user gives it.
+        label_names: Names of the labels in a batch.
+        config: Config of the model, or None.
     """
-    if not parts:
-        return nan
-    weighted = [(count(part), loss) for part, loss in zip(parts[:2], losses[:2], strict=True)]
-    items = sum(items for items, _ in weighted)
-    mean = sum(items * loss for items, loss in weighted if items) / items if items else nan
-    return abs(mean - losses[2]) / (abs(losses[2]) or 1)
+
+    num_items: str | CountItems | None
+    label_names: Sequence[str] = ()
+    config: Any = None
+    kind: LossKind | None = None
+    known: set[int] = field(default_factory=set)
+    """Labels that a sample has compared with each other."""
+
+    def __post_init__(self) -> None:
+        self.counts = candidate_counts(self.num_items, self.label_names, self.config)
+        self._reference: list[Rows] = []  # rows of the latest deciding sample
+        self._most_rows = MOST_ROWS
+        self._tracks_labels = True
+        self._wait = self._gap = 0  # windows until an open question is asked again
+        self._is_closed = False  # the loss is no mean, which no further window changes
+
+    # ---- each window: is there a question? ----
+
+    def asks(self, micro_batches: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these micro-batches of a window open a question that the earlier ones could not answer."""
+        if self._wait or self._is_closed:
+            self._wait = max(0, self._wait - 1)
+            return False
+        if self.kind is None or not self.kind.is_conclusive:
+            return True
+        new = self._labels(micro_batches) - self.known
+        return bool(new) or any(self._differs(batch) for batch in micro_batches)
+
+    def _labels(self, micro_batches: Sequence[Mapping[str, Any]]) -> set[int]:
+        """Return the different labels of the window; none if they are a vocabulary."""
+        names = label_keys(micro_batches[0], self.label_names) if self._tracks_labels else []
+        found: set[int] = set()
+        for batch in micro_batches:
+            found |= labels_of(batch, [name for name in names if name in batch])
+        per_token = any(micro_batches[0][name].ndim > 1 for name in names)
+        if (per_token and len(found) > MOST_LABELS) or len(self.known) > 16 * MOST_LABELS:
+            self._tracks_labels = False
+            return set()
+        return found
+
+    def _differs(self, batch: Mapping[str, Any]) -> bool:
+        """Whether the counts that fit so far differ for a micro-batch by more than rounding."""
+        assert self.kind is not None
+        if not self.kind.others or not can_count(self.counts[self.kind.count], batch):
+            return False
+        items = self.counts[self.kind.count](batch)
+        return any(
+            can_count(self.counts[name], batch)
+            and abs(self.counts[name](batch) - ratio * items) > EXACT * max(items, 1)
+            for name, ratio in self.kind.others.items()
+        )
+
+    def rows(self, micro_batches: Sequence[Mapping[str, Any]], pairs: bool = False) -> list[Rows]:
+        """Return the rows of these micro-batches that decide most, on the host."""
+        self._labels(micro_batches)
+        names = label_keys(micro_batches[0], self.label_names)
+        per_token = any(micro_batches[0][name].ndim > 1 for name in names)
+        size = max(num_rows(batch, names) for batch in micro_batches)
+        self._most_rows = min(8, max(2, size)) if per_token or not names else MOST_ROWS
+        found = micro_batches_as_rows(micro_batches, names if self._tracks_labels else [], pairs)
+        return on_host(self.choose(list(found)))
+
+    @property
+    def _usual_count(self) -> str:
+        return "labels" if "labels" in self.counts else next(iter(self.counts))
+
+    def choose(self, rows: Sequence[Rows]) -> list[Rows]:
+        """Return the rows that decide most, such as those of all processes."""
+        possible = self.counts.values()
+        count = next((c for c in possible if rows and can_count(c, rows[0].batch)), lambda batch: 1)
+        return most_different(rows, count, self.known, self._most_rows)
+
+    def learn(
+        self, rows: Sequence[Rows], losses: Losses, in_pairs: Callable[[], Sequence[Rows]]
+    ) -> Finding | None:
+        """Probe the loss with a sample of rows. Return what is new, or None.
+
+        Args:
+            rows: Rows from `rows`, of all processes.
+            losses: Computes losses.
+            in_pairs: Returns rows from `rows(pairs=True)`, for a loss that fails for single rows.
+        """
+        counts, before = self.counts, self.kind
+        if not rows:  # no row has items
+            self.kind = before or LossKind(False, False, False, self._usual_count, {}, is_conclusive=False)
+            return None
+        if before is not None and before.is_conclusive:
+            rows = same_shapes([*rows, *self._reference])
+            if len(_labels_of(rows)) < 2 and not any(self._differs(row.batch) for row in rows):
+                return None  # with one label, a window is exact for every weight of the label
+            counts = {name: self.counts[name] for name in (before.count, *before.others)}
+        result = self._ask(rows, counts, losses)
+        if result.fails_alone and (pairs := in_pairs()):
+            result = self._ask(pairs, counts, losses)
+        self._is_closed = result.finding.answer == "no"
+        self.known |= result.labels
+        if result.finding.answer == "cannot tell":
+            self._gap = max(1, 2 * self._gap)  # ask again after 1 window, then 2, 4, …
+            self._wait = self._gap - 1
+        elif result.labels:
+            self._reference = _of_different_labels(rows)
+        if before is None or result.kind.is_conclusive or not before.is_conclusive:
+            self.kind = result.kind
+        return result.finding
+
+    def _ask(self, rows: Sequence[Rows], counts: Mapping[str, CountItems], losses: Losses) -> Result:
+        pad_token_id = getattr(self.config, "pad_token_id", None) or 0
+        return Questions(
+            same_shapes(rows), counts, losses, [*self.label_names, "labels"], pad_token_id
+        ).answer()
+
+
+def _labels_of(rows: Sequence[Rows]) -> frozenset[int]:
+    return frozenset().union(*(row.labels for row in rows))
+
+
+def _of_different_labels(rows: Sequence[Rows]) -> list[Rows]:
+    """Return two rows, with different labels if possible."""
+    other = next((row for row in rows[1:] if row.labels != rows[0].labels), None)
+    return [rows[0], other] if other is not None else list(rows[:2])

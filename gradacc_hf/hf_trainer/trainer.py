@@ -5,36 +5,34 @@ own), put `ExactTrainerMixin` before it. `gradient_accumulation_steps` then give
 window, on one process or many, for every head whose loss is a mean over items.
 
 Trainer passes the number of items of the window to the head, and expects the head to divide a sum of losses
-by this number. Most heads ignore the number. ExactTrainer therefore probes the loss once, on the first
-micro-batch. If the loss uses the number, Trainer is exact and nothing changes. Any other loss is a mean over
-the micro-batch. ExactTrainer weighs it by the share of the window's items in the micro-batch.
+by this number. Most heads ignore the number. ExactTrainer therefore probes the loss on rows of the first
+window, and again in a window that raises a new question (`loss_probe.py`). If the loss uses the number,
+Trainer is exact and nothing changes. Any other loss is a mean over the micro-batch. ExactTrainer weighs it by
+the share of the window's items in the micro-batch.
 """
 
 import copy
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from math import inf, isclose, isfinite, isnan, nan
+from contextlib import contextmanager
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, gather_object
 from transformers import Trainer, __version__
 from transformers.utils import logging
 
-from gradacc_hf.accumulation.loss_items import IGNORED, CountItems
-from gradacc_hf.accumulation.reference import SEPARABLE_RTOL
-from gradacc_hf.hf_trainer.loss_probe import (
-    can_count,
-    candidate_counts,
-    count_examples,
-    deviation_from_mean,
-    split_to_probe,
-    with_first_label,
-)
+from gradacc_hf.accumulation.loss_items import CountItems
+from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LOSS_RTOL_HALF
+from gradacc_hf.accumulation.reference import full_float32
+from gradacc_hf.hf_trainer.item_counts import count_examples
+from gradacc_hf.hf_trainer.loss_probe import LossProbe
+from gradacc_hf.hf_trainer.loss_questions import Finding
+from gradacc_hf.hf_trainer.probe_rows import Rows
 from gradacc_hf.utils.hardware import refuse_place
+from gradacc_hf.utils.logs import info
 from gradacc_hf.utils.modeling import BATCH_NORMS
 from gradacc_hf.utils.rng import preserve_rng_state
 
@@ -55,32 +53,12 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-LOSS_RTOL_FP32 = 2e-5
-"""Largest relative difference between two losses that differ only by float32 rounding."""
-HALVING_RTOL = 1e-6
-"""The same for a loss and half of it. The value is smaller, as a division by twice the number is exact."""
-SEPARABLE_RTOL_HALF = 3e-2
-"""Replaces `SEPARABLE_RTOL` for weights in bf16 or fp16."""
 DIVISOR_OF_WEIGHT_0 = inf
 """Divides the loss of a micro-batch with weight 0.
 
 Trainer only divides losses: by `num_items_in_batch`, or by `current_gradient_accumulation_steps`. A finite
 loss divided by infinity is 0, and so is the gradient.
 """
-
-
-@dataclass(frozen=True)
-class _LossKind:
-    """The kind of loss that `compute_loss` returns, as found by the probe of a micro-batch."""
-
-    is_sum: bool
-    """Whether the loss is a sum over items, divided by `num_items_in_batch`. If so, Trainer is exact."""
-    times_processes: bool
-    """Whether a sum is multiplied by the number of processes, as Trainer expects."""
-    count: str
-    """Name of the item count of the mean."""
-    is_conclusive: bool
-    """Whether the result is used for later windows. After a loss of 0 or NaN the next window is probed."""
 
 
 _Base = Trainer if TYPE_CHECKING else object
@@ -106,9 +84,9 @@ class ExactTrainerMixin(_Base):
     """
 
     def __init__(self, *args: Any, num_items: str | CountItems | None = None, **kwargs: Any):
-        self._counts = candidate_counts(num_items)
+        self._num_items = num_items
         super().__init__(*args, **kwargs)
-        self._loss_kind: _LossKind | None = None
+        self._probe, self._reported = self._new_probe(), set()
         self._evaluating = False
         refuse_unsupported(self)
 
@@ -122,13 +100,17 @@ class ExactTrainerMixin(_Base):
         Returns:
             The `TrainOutput` of Trainer.
         """
-        self._loss_kind = None
+        self._probe, self._reported = self._new_probe(), set()
         return super().train(*args, **kwargs)
+
+    def _new_probe(self) -> LossProbe:
+        names = getattr(self, "label_names", None) or ()
+        return LossProbe(self._num_items, names, getattr(self.model, "config", None))
 
     @property
     def items_found(self) -> str | None:
         """The items of the mean loss that the probe found, such as "labels"; None before the first window."""
-        return None if self._loss_kind is None else self._loss_kind.count
+        return None if self._probe.kind is None else self._probe.kind.count
 
     # ---- a window: count the items ----
 
@@ -146,23 +128,33 @@ class ExactTrainerMixin(_Base):
                 f"ExactTrainer needs micro-batches that are mappings; {type(self).__name__} makes "
                 f"{type(micro_batches[0]).__name__}s: use {type(self).__name__} without ExactTrainerMixin"
             )
-        if self._loss_kind is None or not self._loss_kind.is_conclusive:
-            self._loss_kind = self._probe_loss(micro_batches, num_items_of_trainer is not None)
-        items = [self._count(batch) for batch in micro_batches]
+        items, asks = self._add_up_items(micro_batches, self._probe.asks(micro_batches))
+        if asks:
+            self._probe_loss(micro_batches, num_items_of_trainer is not None)
+            items, _ = self._add_up_items(micro_batches, False)
         # Without a known end of the epoch, Trainer steps only after the expected number of micro-batches.
         missing = num_batches - len(micro_batches)
         micro_batches += missing * micro_batches[-1:]
         self._items_of_micro_batches = deque(items + missing * [0.0])
-        total: Any = torch.tensor(sum(items), dtype=torch.float32, device=device)
-        if self._processes > 1:
-            total = self.accelerator.reduce(total, reduction="sum")
-        self._items, self._total = total, float(total)
         return micro_batches, num_items_of_trainer
 
+    def _add_up_items(
+        self, micro_batches: Sequence[Mapping[str, Any]], asks: bool
+    ) -> tuple[list[float], bool]:
+        """Count the items of the window. Return those of each micro-batch, and whether any process `asks`."""
+        items = [self._count(batch) if self._probe.kind else 0.0 for batch in micro_batches]
+        sums = torch.tensor([sum(items), asks], dtype=torch.float32, device=self.args.device)
+        anywhere: Any = sums
+        if self.accelerator.num_processes > 1:
+            anywhere = self.accelerator.reduce(sums, reduction="sum")
+        self._items = (anywhere if self._processes > 1 else sums)[0]
+        self._total = float(self._items)
+        return items, bool(anywhere[1])
+
     def _count(self, batch: Mapping[str, Any]) -> float:
-        assert self._loss_kind is not None
+        assert self._probe.kind is not None
         try:
-            return float(self._counts[self._loss_kind.count](batch))
+            return float(self._probe.counts[self._probe.kind.count](batch))
         except ValueError as error:
             logger.warning_once(f"{error}; gradacc counts the examples of this micro-batch instead")
             return float(count_examples(batch))
@@ -183,7 +175,7 @@ class ExactTrainerMixin(_Base):
         Returns:
             The part of the window's mean loss, a detached scalar. Trainer adds up the parts.
         """
-        items, kind = self._items_of_micro_batches.popleft(), self._loss_kind
+        items, kind = self._items_of_micro_batches.popleft(), self._probe.kind
         assert kind is not None
         if kind.is_sum:  # the head divides the sum by the number of items
             self.loss_is_scaled_for_ga = kind.times_processes
@@ -213,111 +205,53 @@ class ExactTrainerMixin(_Base):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         number = super()._get_num_items_in_batch(batch_samples, device)
-        if self._evaluating and number is not None and self._loss_kind is not None:
+        if self._evaluating and number is not None and self._probe.kind is not None:
             return torch.full_like(torch.as_tensor(number), sum(map(self._count, batch_samples)))
         return number
 
     # ---- the probe: find the kind of loss ----
 
     @torch.no_grad()
-    def _probe_loss(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> _LossKind:
-        """Probe `compute_loss` on a micro-batch without dropout.
+    def _probe_loss(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> None:
+        """Probe `compute_loss` without dropout on a few rows of the window, and log what is new.
 
-        Forwards may be collective, so all processes run the same number of them. All use the result of the
+        Forwards may be collective. All processes therefore probe the same rows, and use the losses of the
         first process.
         """
         model: Any = self.model_wrapped
-        norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
-        if norms:
-            logger.warning(
-                f"BatchNorm ({norms[0]}, …) mixes the examples of a micro-batch: accumulation cannot be exact"
-            )
+        if self._probe.kind is None:
+            warn_of_batch_norm(model)
         modes = [(module, module.training) for module in model.modules()]
         metrics = copy.deepcopy(getattr(self, "_metrics", None))  # forwards of trl's Trainers append to it
         model.eval()
+
+        def rows(pairs: bool = False) -> list[Rows]:
+            own = self._probe.rows(micro_batches, pairs)
+            return self._probe.choose(gather_object(own)) if self.accelerator.num_processes > 1 else own
+
         try:
-            with preserve_rng_state():
+            with preserve_rng_state(), full_float32():
+                sample, losses = rows(), _TrainerLosses(self, counted)
                 try:
-                    kind = self._find_kind(micro_batches, counted)
+                    losses(micro_batches[0], 1.0 if counted else None)
                 except Exception:  # a model that computes its loss only in training mode
                     for module in model.modules():
                         module.training = not isinstance(module, BATCH_NORMS)
-                    kind = self._find_kind(micro_batches, counted)
+                finding = self._probe.learn(sample, losses, in_pairs=lambda: rows(pairs=True))
         finally:
             for module, training in modes:
                 module.training = training
             if metrics is not None:
                 self._metrics = metrics
-        return broadcast_object_list([kind])[0]
+        if finding is not None and self.is_world_process_zero():
+            self._report(finding)
 
-    def _find_kind(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> _LossKind:
-        """Find the kind of loss, from the losses with two numbers of items and of two parts of a batch."""
-        names = self._possible_counts(micro_batches[0], counted)
-        batch = next((b for b in micro_batches if self._counts[names[0]](b)), micro_batches[0])
-        number = float(self._counts[names[0]](batch)) or 1.0
-        with self._average_tokens_across_devices(False):
-            once, twice = (self._loss(batch, n if counted else None) for n in (number, 2 * number))
-            try:
-                mean = self._loss(batch, None)
-            except Exception:  # a loss that needs the number
-                mean = nan
-            try:
-                parts = split_to_probe(batch)
-                losses = [self._loss(part, None) for part in parts]
-            except Exception:  # a loss that needs the number, or a batch without rows
-                parts, losses = [], []
-        again = self._loss(batch, number if counted else None) if self._processes > 1 else nan
-        divided = 2 * (once - twice)  # sum / number, where the loss is sum / number + rest
-        rest = once - divided
-        is_sum = bool(once) and abs(rest) <= HALVING_RTOL * abs(once)
-        times_processes = not isclose(again, once, rel_tol=LOSS_RTOL_FP32)
-        if abs(divided) > HALVING_RTOL * abs(once):
-            denominator = number * divided / (mean - rest)
-            counts = {name: self._counts[name](batch) for name in names}
-            off = {name: abs(counts[name] / denominator - 1) for name in names}
-            each = {name: abs(counts[name] * self._processes / denominator - 1) for name in names}
-            if min(off.values()) > SEPARABLE_RTOL >= min(each.values()):
-                off, times_processes = each, True  # the loss includes the factor of processes
-        else:
-            off = {name: deviation_from_mean(parts, losses, self._counts[name]) for name in names}
-        nearest = min(off.values())
-        count = next(name for name in names if not off[name] > max(2 * nearest, LOSS_RTOL_FP32 / 10))
-        self._warn_of_inexact(off[count], count, is_sum)
-        return _LossKind(is_sum, times_processes, count, is_conclusive=bool(once) and isfinite(once))
-
-    def _warn_of_inexact(self, off: float, count: str, is_sum: bool) -> None:
-        """Warn if the loss deviates from the mean over the counted items, or if the deviation is unknown."""
-        half = next(self.model.parameters()).dtype != torch.float32  # type: ignore[union-attr]
-        unknown = isnan(off) and len(self._counts) > 1 and not is_sum
-        if off > (SEPARABLE_RTOL_HALF if half else SEPARABLE_RTOL) or unknown:
-            what = "could not be tested as a mean" if unknown else "is not a mean"
-            logger.warning(
-                f"the loss of a micro-batch {what} over its items, counted as {count!r}: accumulation may "
-                "not be exact. If it is a mean over other items, set num_items= to 'labels', 'next_token' or "
-                "a function of the batch"
-            )
-
-    def _loss(self, batch: Mapping[str, Any], number: float | None) -> float:
-        torch.manual_seed(0)  # a model may draw random numbers in evaluation mode
-        inputs = self._prepare_inputs(dict(batch))
-        num_items = None if number is None else torch.tensor(number, device=self.args.device)
-        with self.compute_loss_context_manager():
-            model: Any = self.model_wrapped
-            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items)
-        return float(loss)
-
-    def _possible_counts(self, batch: Mapping[str, Any], counted: bool) -> list[str]:
-        """Return the names of the counts that apply to this batch, the most likely first."""
-        labels, shifts = batch.get("labels"), getattr(self, "_loss_shifts_labels", False)
-        if isinstance(labels, torch.Tensor) and labels.ndim > 1 and not labels.is_floating_point():
-            used = labels[labels != IGNORED]
-            with suppress(Exception):
-                if used.numel() and used.min() != used.max():
-                    ends = [with_first_label(batch, label) for label in (used.min(), used.max())]
-                    losses = [self._loss(end, 1.0 if counted else None) for end in ends]
-                    shifts = losses[0] == losses[1]  # the first label has no effect
-        possible = [name for name, count in self._counts.items() if can_count(count, batch)]
-        return [name for name in possible if name != ("labels" if shifts else "next_token")] or possible
+    def _report(self, finding: Finding) -> None:
+        """Log what the probe found, each line once per training."""
+        if finding.text not in self._reported:
+            self._reported.add(finding.text)
+            line = f"{type(self).__name__}: {finding.text}"
+            info(logger, line) if finding.answer == "yes" else logger.warning(line)
 
     @contextmanager
     def _average_tokens_across_devices(self, value: bool) -> Iterator[None]:
@@ -400,6 +334,57 @@ def _with_items(inputs: Mapping[str, Any]) -> dict[str, Any]:
         name: torch.zeros_like(value) if name in ("labels", "start_positions", "end_positions") else value
         for name, value in inputs.items()
     }
+
+
+class _TrainerLosses:
+    """Computes losses as a Trainer does, for the probe. Every process gets the loss of the first."""
+
+    def __init__(self, trainer: Any, counted: bool):
+        self.trainer, self.counted = trainer, counted
+        self.num_processes = trainer._processes
+        half = (
+            next(trainer.model.parameters()).dtype != torch.float32 or trainer.args.bf16 or trainer.args.fp16
+        )
+        self.rtol = LOSS_RTOL_HALF if half else LOSS_RTOL_FP32
+
+    def __call__(
+        self, batch: Mapping[str, Any], number: float | None, seed: int = 0, across: bool = False
+    ) -> float:
+        """Return the loss that `compute_loss` gives for this number of items."""
+        trainer = self.trainer
+        torch.manual_seed(seed)  # a model may draw random numbers in evaluation mode
+        inputs = trainer._prepare_inputs(dict(batch))
+        num_items = None if number is None else torch.tensor(number, device=trainer.args.device)
+        with trainer._average_tokens_across_devices(across), trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=num_items)
+        loss = torch.as_tensor(loss, device=trainer.args.device).detach().double().reshape(())
+        return float(broadcast(loss) if trainer.accelerator.num_processes > 1 else loss)
+
+    def across_processes(self, batch: Mapping[str, Any], number: float) -> float:
+        """Return the loss with the factor of processes, if the loss has one."""
+        return self(batch, number if self.counted else None, across=True)
+
+    @contextmanager
+    def without_zeros(self) -> Iterator[None]:
+        """Set parameters that are all 0 to small random numbers in the block."""
+        parameters = [getattr(p, "_local_tensor", p) for p in self.trainer.model_wrapped.parameters()]
+        zeros = [p for p in parameters if p.numel() and not p.any()]
+        torch.manual_seed(0)
+        try:
+            for parameter in zeros:
+                parameter.normal_(std=0.02)
+            yield
+        finally:
+            for parameter in zeros:
+                parameter.zero_()
+
+
+def warn_of_batch_norm(model: torch.nn.Module) -> None:
+    """Warn of modules that normalise over the micro-batch."""
+    if norms := [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]:
+        logger.warning(
+            f"BatchNorm ({norms[0]}, …) mixes the examples of a micro-batch: accumulation cannot be exact"
+        )
 
 
 def refuse_unsupported(trainer: Any) -> None:

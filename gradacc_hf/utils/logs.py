@@ -22,3 +22,12 @@ class RunLogger(MultiProcessAdapter):
 def get_logger(name: str) -> RunLogger:
     """Return the logger of this name. An Accelerator must exist before it is used."""
     return RunLogger(logging.getLogger(name), {})
+
+
+def info(logger: logging.Logger, line: str) -> None:
+    """Log a line at level INFO. It is shown even if the program does not configure logging."""
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+    logger.info(line)

@@ -1,0 +1,301 @@
+"""The questions about a loss that a sample of rows answers: yes, no, or cannot tell.
+
+Does the loss use the number of items that Trainer passes? What is it a mean over? Do all labels count alike?
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isclose, nan
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from gradacc_hf.accumulation.loss_items import IGNORED, CountItems
+from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LossSample
+from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.hf_trainer.item_counts import can_count
+from gradacc_hf.hf_trainer.probe_rows import Rows, combine, single, with_first_label
+
+HALVING_RTOL = 1e-6
+"""Largest relative difference between a loss and twice its half. A division by twice the number is exact."""
+COUNT_RTOL = 1e-3
+"""Largest relative difference between a count of items and the divisor of a sum."""
+SET_NUM_ITEMS = (
+    "If it is a mean over other items, set num_items= to 'labels', 'next_token' or a function of the batch"
+)
+
+
+class Losses(Protocol):
+    """Computes losses of micro-batches without dropout, the same in all processes."""
+
+    counted: bool
+    """Whether Trainer passes `num_items_in_batch`."""
+    num_processes: int
+    rtol: float
+    """Largest relative difference between losses that is rounding."""
+
+    def __call__(self, batch: Mapping[str, Any], number: float | None, seed: int = 0) -> float:
+        """Return the loss that `compute_loss` gives for this number of items."""
+        ...
+
+    def across_processes(self, batch: Mapping[str, Any], number: float) -> float:
+        """Return the loss with the factor of processes, if the loss has one."""
+        ...
+
+    def without_zeros(self) -> AbstractContextManager[Any]:
+        """Set parameters that are all 0, such as those of a new head, to small numbers in the block."""
+        ...
+
+
+@dataclass(frozen=True)
+class LossKind:
+    """The kind of loss that `compute_loss` returns, as found by a probe.
+
+    Attributes:
+        is_sum: Whether the loss is a sum over items, divided by `num_items_in_batch`.
+        uses_number: Whether the loss depends on `num_items_in_batch`.
+        times_processes: Whether a sum is multiplied by the number of processes, as Trainer expects.
+        count: Name of the item count of the mean.
+        others: Item counts that fit as well, and their ratio to `count` in the sample.
+        is_conclusive: Whether the losses could decide. If not, a later window is probed.
+    """
+
+    is_sum: bool
+    uses_number: bool
+    times_processes: bool
+    count: str
+    others: dict[str, float]
+    is_conclusive: bool
+
+    def __str__(self) -> str:
+        if self.is_sum:
+            return f"a sum over items (counted as {self.count!r}), divided by num_items_in_batch"
+        number = "uses" if self.uses_number else "does not use"
+        return f"a mean over items (counted as {self.count!r}), and {number} num_items_in_batch"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line about a loss.
+
+    Attributes:
+        answer: Whether accumulation is exact.
+        text: The line.
+    """
+
+    answer: Literal["yes", "no", "cannot tell"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a sample shows.
+
+    Attributes:
+        kind: The kind of loss.
+        labels: Labels that the sample compared with each other.
+        finding: A line about the loss.
+        fails_alone: Whether single rows have no loss. They may belong together in pairs.
+    """
+
+    kind: LossKind
+    labels: frozenset[int]
+    finding: Finding
+    fails_alone: bool = False
+
+
+class Questions:
+    """Ask what kind of loss a sample of rows shows.
+
+    Args:
+        rows: The rows, of one shape or with masked padding.
+        counts: The possible item counts by name, the most likely first.
+        losses: Computes losses.
+        label_names: Names of the labels in a batch.
+        pad_token_id: Fills `input_ids` behind shorter rows.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Rows],
+        counts: Mapping[str, CountItems],
+        losses: Losses,
+        label_names: Sequence[str],
+        pad_token_id: int,
+    ):
+        self.rows, self.losses = rows, losses
+        self.batch = combine(rows, label_names, pad_token_id)
+        self.parts = [single(self.batch, i, rows) for i in range(len(rows))]
+        repeated = [replace(rows[0], values={k: self.parts[0][k] for k in rows[0].values if k in self.batch})]
+        self.repeated = combine(repeated * len(rows), label_names, pad_token_id)
+        names = [name for name, count in counts.items() if can_count(count, self.batch)]
+        self.items = {name: np.array([counts[name](part) for part in self.parts], float) for name in names}
+        self.number = float(counts[names[0]](self.batch)) or 1.0
+        self.totals = {name: float(counts[name](self.batch)) for name in names}
+
+    def answer(self) -> Result:
+        """Return what the sample shows."""
+        counted, number = self.losses.counted, self.number
+        once = self.losses(self.batch, number if counted else None)
+        twice = self.losses(self.batch, 2 * number) if counted else once
+        divided = 2 * (once - twice)  # sum / number, where the loss is sum / number + rest
+        uses_number = abs(divided) > HALVING_RTOL * abs(once)
+        try:
+            return self._of_sum(once, divided) if uses_number else self._of_mean(once)
+        except Exception as error:  # a loss that needs more than these rows, such as pairs of them
+            kind = self._kind(next(iter(self.items)), once, is_conclusive=False)
+            result = self._cannot_tell(kind, f"it fails for single rows ({type(error).__name__})")
+            return replace(result, fails_alone=True)
+
+    # ---- a loss that divides by num_items_in_batch ----
+
+    def _of_sum(self, once: float, divided: float) -> Result:
+        rest = once - divided
+        is_sum = bool(once) and abs(rest) <= HALVING_RTOL * abs(once)
+        try:
+            mean = self.losses(self.batch, None)
+        except Exception:  # a loss that needs the number
+            mean = nan
+        times_processes = self._times_processes(once)
+        divisor = self.number * divided / (mean - rest)
+        totals, processes = {name: self.totals[name] for name in self._unshifted}, self.losses.num_processes
+        off = {name: abs(total / divisor - 1) for name, total in totals.items()}
+        each = {name: abs(total * processes / divisor - 1) for name, total in totals.items()}
+        if min(off.values()) > COUNT_RTOL >= min(each.values()):
+            off, times_processes = each, True  # the loss includes the factor of processes
+        nearest = min(off.values())
+        fits = [name for name in off if not off[name] > max(2 * nearest, LOSS_RTOL_FP32 / 10)]
+        kind = self._kind(fits[0], once, is_sum=is_sum, uses_number=True, times_processes=times_processes)
+        kind = replace(kind, others={} if np.isnan(mean) else dict.fromkeys(fits[1:], 1.0))
+        if not kind.is_conclusive:
+            return self._cannot_tell(kind, f"it is {once}")
+        if off[kind.count] > COUNT_RTOL:
+            return self._no(kind)
+        alone = np.array([self.losses(part, self.number) for part in self.parts])
+        halves = np.array([self.losses(part, 2 * self.number) for part in self.parts])
+        sums, rests = 2 * (alone - halves), 2 * halves - alone
+        items = self.items[kind.count]
+        off_sum = abs(np.nansum(sums) - divided)
+        off_rest = abs(np.nansum(rests * items) / items.sum() - rest) if not is_sum and items.sum() else 0.0
+        if max(off_sum, off_rest) > self.losses.rtol * abs(once):
+            return self._no(kind)
+        return self._yes(kind, self._labels)
+
+    def _times_processes(self, once: float) -> bool:
+        if self.losses.num_processes == 1:
+            return False
+        return not isclose(
+            self.losses.across_processes(self.batch, self.number), once, rel_tol=LOSS_RTOL_FP32
+        )
+
+    # ---- a mean over the micro-batch ----
+
+    def _of_mean(self, once: float) -> Result:
+        sample = self._sample(once)
+        if not sample.is_usable:
+            result = self._cannot_tell(self._kind(self._unshifted[0], once), f"it is {once}")
+            return replace(result, fails_alone=not np.isfinite(sample.alone).any())
+        if not self._decides(sample):
+            with self.losses.without_zeros():
+                sample = self._sample(self._loss(self.batch))
+        fits = [name for name in self._unshifted if sample.fits(self.items[name])]
+        if not fits:
+            usual = [name for name in self._unshifted if "other than" not in name]
+            nearest = min(usual, key=lambda name: sample.deviation(self.items[name]))
+            kind = self._kind(nearest, once)
+            if self._loss(self.parts[0], seed=1) != self._loss(self.parts[0]):
+                return self._cannot_tell(kind, "it draws random numbers")
+            return self._no(kind)
+        kind = self._kind(fits[0], once)
+        items = self.items[kind.count]
+        kind = replace(kind, others={n: float(self.items[n].sum() / items.sum()) for n in fits[1:]})
+        if not self._decides(sample):
+            kind = replace(kind, is_conclusive=False)
+            return self._cannot_tell(kind, f"the losses of {len(self.rows)} examples are all alike")
+        if tied := [
+            name for name, ratio in kind.others.items() if not self._proportional(name, items, ratio)
+        ]:
+            kind = replace(kind, is_conclusive=False)
+            return self._cannot_tell(kind, f"the items may be {kind.count!r} or {tied[0]!r}")
+        open_labels = self._labels - self._compared(sample, items)
+        if open_labels and len(self._labels) > 1:
+            text = f"whether label {min(open_labels)} counts like the others"
+            return self._cannot_tell(kind, text, self._labels - open_labels)
+        return self._yes(kind, self._labels if len(self._labels) > 1 else frozenset())
+
+    def _loss(self, batch: Mapping[str, Any], seed: int = 0) -> float:
+        try:
+            return self.losses(batch, None, seed)
+        except Exception:  # a loss that needs the number of items, and does not divide by it
+            return self.losses(batch, self.number, seed)
+
+    def _sample(self, together: float) -> LossSample:
+        alone = np.array([self._loss(part) for part in self.parts])
+        return LossSample(alone, together, self._loss(self.repeated), self.losses.rtol)
+
+    def _decides(self, sample: LossSample) -> bool:
+        return len(self.rows) == 1 or any(sample.decides(items) for items in self.items.values())
+
+    def _proportional(self, name: str, items: np.ndarray, ratio: float) -> bool:
+        return bool((abs(self.items[name] - ratio * items) <= EXACT * np.maximum(items, 1)).all())
+
+    def _compared(self, sample: LossSample, items: np.ndarray) -> frozenset[int]:
+        """Return the labels whose double weight would be noticed."""
+        if any(len(row.labels) > 1 for row in self.rows):  # labels by token: the rows mix them
+            return self._labels
+        doubled = {v: items * [1 + (v in row.labels) for row in self.rows] for v in self._labels}
+        return frozenset(v for v, weighted in doubled.items() if sample.separates(items, weighted))
+
+    @cached_property
+    def _labels(self) -> frozenset[int]:
+        return frozenset().union(*(row.labels for row in self.rows))
+
+    @cached_property
+    def _unshifted(self) -> list[str]:
+        """Names of the counts that apply: not "labels" if the head shifts labels, else not "next_token"."""
+        labels, names = self.batch.get("labels"), list(self.items)
+        if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.is_floating_point():
+            return [name for name in names if name != "next_token"] or names
+        used = labels[labels != IGNORED]
+        if not used.numel() or used.min() == used.max():
+            return names
+        ends = [with_first_label(self.batch, label) for label in (used.min(), used.max())]
+        shifts = self._loss(ends[0]) == self._loss(ends[1])  # the first label has no effect
+        wrong = "labels" if shifts else "next_token"
+        return [name for name in names if not name.startswith(wrong)] or names
+
+    # ---- answers ----
+
+    def _kind(self, count: str, once: float, **known: Any) -> LossKind:
+        usable = bool(once) and np.isfinite(once)
+        kind = LossKind(False, False, False, count, {}, is_conclusive=bool(usable))
+        return replace(kind, **known)
+
+    def _yes(self, kind: LossKind, labels: frozenset[int]) -> Result:
+        return Result(kind, labels, Finding("yes", f"the loss of a micro-batch is {kind}"))
+
+    def _no(self, kind: LossKind) -> Result:
+        text = (
+            f"the loss of a micro-batch is not a mean over its items, counted as {kind.count!r}: "
+            f"accumulation is not exact. {SET_NUM_ITEMS}"
+        )
+        return Result(kind, self._labels, Finding("no", text))
+
+    def _cannot_tell(self, kind: LossKind, why: str, labels: frozenset[int] = frozenset()) -> Result:
+        text = (
+            "cannot tell whether the loss of a micro-batch is a mean over its items, counted as "
+            f"{kind.count!r}: {why}. Accumulation may not be exact. {SET_NUM_ITEMS}"
+        )
+        return Result(kind, labels, Finding("cannot tell", text))
+
+
+def same_shapes(rows: Sequence[Rows]) -> list[Rows]:
+    """Return the rows that combine into one batch: all, or those like the first if nothing masks padding."""
+    try:
+        combine(rows, (), 0)
+        return list(rows)
+    except (ValueError, RuntimeError, IndexError):
+        return [row for row in rows if row.shapes == rows[0].shapes]

@@ -1,0 +1,187 @@
+"""Rows of micro-batches for the probe of a loss: the most different ones, combined into one batch."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gradacc_hf.accumulation.loss_items import IGNORED
+
+MOST_LABELS = 64
+"""Different labels per token in a window above which the labels are a vocabulary, not classes."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One or more rows of a micro-batch that stay together.
+
+    Attributes:
+        values: Values by name; the first dimension is the rows.
+        shared: Values of the micro-batch that are not by row.
+        labels: The different labels of the rows. Empty if labels are floats or a vocabulary.
+    """
+
+    values: dict[str, Any]
+    shared: dict[str, Any] = field(default_factory=dict)
+    labels: frozenset[int] = frozenset()
+
+    @property
+    def batch(self) -> dict[str, Any]:
+        """The rows as a micro-batch."""
+        return {**self.shared, **self.values}
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """The shape of every value."""
+        return {name: getattr(value, "shape", len(value)) for name, value in self.values.items()}
+
+
+def label_keys(batch: Mapping[str, Any], label_names: Sequence[str]) -> list[str]:
+    """Return the names of the integer labels in a batch; without a known name, of its integers by row."""
+    integers = {
+        name: value
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor) and value.ndim and not value.is_floating_point()
+    }
+    known = [name for name in dict.fromkeys([*label_names, "labels"]) if name in integers]
+    spans = ("start_positions", "end_positions")
+    if known or "start_positions" in batch:
+        return [name for name in known if name not in spans]
+    return [name for name, value in integers.items() if value.ndim == 1]
+
+
+def labels_of(batch: Mapping[str, Any], names: Sequence[str]) -> set[int]:
+    """Return the different labels of a batch, without the ignored label."""
+    return {int(v) for name in names for v in torch.unique(batch[name]).tolist() if v != IGNORED}
+
+
+def num_rows(batch: Mapping[str, Any], names: Sequence[str] = ()) -> int:
+    """Return the number of rows: the length of the labels, or of the first tensor."""
+    tensors = [batch[name] for name in names] + list(batch.values())
+    return next(len(value) for value in tensors if isinstance(value, torch.Tensor) and value.ndim)
+
+
+def split_rows(batch: Mapping[str, Any], names: Sequence[str], pairs: bool = False) -> list[Rows]:
+    """Split a micro-batch into single rows; or into pairs of a row and its counterpart in the second half."""
+    rows = num_rows(batch, names)
+    by_row = {name: value for name, value in batch.items() if _length(value) == rows}
+    shared = {name: value for name, value in batch.items() if name not in by_row}
+    half = rows // 2
+    parts = [[i, i + half] for i in range(half)] if pairs else [[i] for i in range(rows)]
+    found = []
+    for part in parts:
+        values = {name: _take(value, part) for name, value in by_row.items()}
+        labels = labels_of(values, [name for name in names if name in values])
+        found.append(Rows(values, shared, frozenset(labels)))
+    return found
+
+
+def _length(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return len(value) if value.ndim else -1
+    return len(value) if isinstance(value, list) else -1
+
+
+def _take(value: Any, part: list[int]) -> Any:
+    return value[part] if isinstance(value, torch.Tensor) else [value[i] for i in part]
+
+
+def most_different(
+    rows: Iterable[Rows], count: Callable[[Mapping[str, Any]], float], known: Iterable[int], most: int
+) -> list[Rows]:
+    """Choose rows: the most and the fewest items, and as many new labels as possible.
+
+    Args:
+        rows: The rows to choose from. Rows without items are not chosen.
+        count: Items of a batch.
+        known: Labels that need no row.
+        most: Largest number of rows.
+    """
+    items = [(row, count(row.batch)) for row in rows]
+    left = sorted((pair for pair in items if pair[1]), key=lambda pair: pair[1])
+    chosen, new = [], set(known)
+    while left and len(chosen) < most:
+        gains = [len(row.labels - new) for row, _ in left]
+        if max(gains) == 0 and len(chosen) >= min(4, most):
+            break
+        # Without a new label: the fewest items, then the most, in turns.
+        position = gains.index(max(gains)) if max(gains) else -(len(chosen) % 2)
+        row, _ = left.pop(position)
+        chosen.append(row)
+        new |= row.labels
+    return chosen
+
+
+def combine(rows: Sequence[Rows], label_names: Sequence[str], pad_token_id: int) -> dict[str, Any]:
+    """Return one batch of these rows. The first rows of all come first, then the second rows.
+
+    Raises:
+        ValueError: The rows have unequal shapes, and nothing masks the padding.
+    """
+    names = [name for name in rows[0].values if all(name in row.values for row in rows)]
+    return {**rows[0].shared, **{name: _stack(rows, name, label_names, pad_token_id) for name in names}}
+
+
+def _stack(rows: Sequence[Rows], name: str, label_names: Sequence[str], pad_token_id: int) -> Any:
+    values = [row.values[name] for row in rows]
+    if isinstance(values[0], list):
+        return [value[i] for i in range(len(values[0])) for value in values]
+    if len({value.shape for value in values}) > 1:
+        values = _padded(rows, name, values, label_names, pad_token_id)
+    return torch.stack(values, dim=1).flatten(0, 1)
+
+
+def _padded(
+    rows: Sequence[Rows], name: str, values: list[torch.Tensor], label_names: Sequence[str], pad_token_id: int
+) -> list[torch.Tensor]:
+    """Pad tensors to one shape, on the side where the attention masks of the rows are padded."""
+    masks = [row.values.get("attention_mask") for row in rows]
+    if any(mask is None for mask in masks) or len({value.ndim for value in values}) > 1:
+        raise ValueError(f"{name}: rows of unequal shape, and nothing masks the padding")
+    left = any(bool((mask[..., 0] == 0).any()) for mask in masks if mask is not None)
+    fill = 0
+    if name.endswith("input_ids"):
+        fill = pad_token_id
+    elif (name in label_names or name == "labels") and not values[0].is_floating_point():
+        fill = IGNORED
+    widest = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+    found = []
+    for value in values:
+        padding: list[int] = []
+        for size, width in zip(reversed(value.shape[1:]), reversed(widest[1:]), strict=True):
+            padding += [width - size, 0] if left else [0, width - size]
+        found.append(torch.nn.functional.pad(value, padding, value=fill))
+    return found
+
+
+def single(batch: Mapping[str, Any], row: int, rows: Sequence[Rows]) -> dict[str, Any]:
+    """Return one of the combined rows alone, with the padding of `batch = combine(rows)`."""
+    size, number = len(rows), _length(next(iter(rows[0].values.values())))
+    part = [row + size * i for i in range(number)]
+    names = [name for name in batch if name in rows[0].values]
+    return {**batch, **{name: _take(batch[name], part) for name in names}}
+
+
+def with_first_label(batch: Mapping[str, Any], label: torch.Tensor) -> dict[str, Any]:
+    """Return the batch with this label at the first position of each row."""
+    labels = batch["labels"].clone()
+    labels[..., 0] = label
+    return {**batch, "labels": labels}
+
+
+def on_host(rows: Sequence[Rows]) -> list[Rows]:
+    """Return the rows with tensors on the host."""
+
+    def move(values: dict[str, Any]) -> dict[str, Any]:
+        return {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+
+    return [Rows(move(row.values), move(row.shared), row.labels) for row in rows]
+
+
+def micro_batches_as_rows(
+    micro_batches: Iterable[Mapping[str, Any]], names: Sequence[str], pairs: bool
+) -> Iterator[Rows]:
+    """Yield the rows of all micro-batches."""
+    for batch in micro_batches:
+        yield from split_rows(batch, [name for name in names if name in batch], pairs)

@@ -1,0 +1,276 @@
+"""ExactTrainer is exact, or warns in one line: losses that are easy to get wrong, each with many seeds.
+
+Run all seeds with `pytest -m slow`. Then the table counts, by loss: exact, warned, wrong without a warning.
+"""
+
+import logging
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid, mse_loss
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from gradacc_hf import ExactTrainer
+
+EXACT = 1e-5
+WIDTH, CLASSES, LENGTH = 5, 4, 6
+
+
+class Net(nn.Module):
+    """Logits of rows, or of the positions of rows."""
+
+    def __init__(self, outputs=CLASSES, zero_head=False):
+        super().__init__()
+        self.body, self.head = nn.Linear(WIDTH, 16), nn.Linear(16, outputs)
+        if zero_head:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        self.config = SimpleNamespace(semantic_loss_ignore_index=9, to_json_string=lambda: "{}")
+
+    def forward(self, x, labels=None):
+        return self.head(torch.tanh(self.body(x)))
+
+
+def stack(examples):
+    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def rare(i):
+    return int(i % 12 == 7)
+
+
+def rows(label=lambda i: i % CLASSES, name="labels", dtype=torch.long, n=96):
+    return [{"x": torch.randn(WIDTH), name: torch.tensor(label(i), dtype=dtype)} for i in range(n)]
+
+
+def positions(n=64, ignored=-100, equal=0, classes=CLASSES):
+    """Examples with labels by position. The first `equal` examples have no ignored label."""
+    found = []
+    for i in range(n):
+        labels = torch.randint(0, classes, (LENGTH,))
+        labels[LENGTH if i < equal else int(torch.randint(1, LENGTH, ())) :] = ignored
+        found.append({"x": torch.randn(LENGTH, WIDTH), "labels": labels})
+    return found
+
+
+def by_position(logits, labels, **more):
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), **more)
+
+
+def focal(logits, labels, alpha=None):
+    each = cross_entropy(logits, labels, reduction="none")
+    each = (1 - torch.exp(-each)) ** 2 * each
+    return each.mean() if alpha is None else (alpha[labels] * each).sum() / alpha[labels].sum()
+
+
+def mean_of_rows(logits, labels):
+    each = cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return (each.sum(1) / (labels != -100).sum(1)).mean()
+
+
+def token_and_row(net, batch):
+    logits = net(batch["x"])
+    return by_position(logits, batch["labels"]) + cross_entropy(logits[:, 0], batch["row"])
+
+
+def contrastive(net, batch):
+    z = net(batch["x"])
+    return cross_entropy(z @ z.flip(1).T, torch.arange(len(z)))
+
+
+def weighted_examples(net, batch):
+    each = cross_entropy(net(batch["x"]), batch["labels"], reduction="none")
+    return (each * batch["weight"]).sum() / batch["weight"].sum()
+
+
+def preference(net, batch):
+    chosen, rejected = net(batch["x"]).mean(1).chunk(2)
+    return -logsigmoid(chosen - rejected).mean()
+
+
+def pairs(examples):
+    return {"x": torch.cat([torch.stack([e[name] for e in examples]) for name in ("x", "rejected")])}
+
+
+WEIGHTS = torch.tensor([1.0, 3.0, 0.5, 12.0])
+RARE = torch.tensor([1.0, 12.0, 1.0, 1.0])
+LATE = torch.tensor([1.0, 1.0, 1.0, 30.0])
+
+
+def plain(loss, **more):
+    return lambda net, batch: loss(net(batch["x"]), batch["labels"], **more)
+
+
+def case(data, loss, *, net=Net, collate=stack, **arguments):
+    return SimpleNamespace(data=data, loss=loss, net=net, collate=collate, arguments=arguments)
+
+
+CASES = {
+    "cross entropy": case(rows, plain(cross_entropy)),
+    "class weights": case(rows, plain(cross_entropy, weight=WEIGHTS)),
+    "class weights, rare label": case(lambda: rows(rare), plain(cross_entropy, weight=RARE)),
+    "class weights, label that comes late": case(
+        lambda: rows(lambda i: 3 if i == 60 else i % 3), plain(cross_entropy, weight=LATE)
+    ),
+    "class weights, one example at a time": case(
+        lambda: rows(rare), plain(cross_entropy, weight=RARE), per_device_train_batch_size=1
+    ),
+    "class weights, head of zeros": case(
+        rows, plain(cross_entropy, weight=WEIGHTS), net=lambda: Net(zero_head=True)
+    ),
+    "cross entropy, head of zeros": case(rows, plain(cross_entropy), net=lambda: Net(zero_head=True)),
+    "cross entropy, labels in order": case(lambda: rows(lambda i: i // 32), plain(cross_entropy)),
+    "class weights, labels in order": case(
+        lambda: rows(lambda i: i // 32), plain(cross_entropy, weight=WEIGHTS)
+    ),
+    "focal loss": case(rows, plain(focal)),
+    "focal loss with class weights": case(lambda: rows(rare), plain(focal, alpha=RARE)),
+    "labels under another name": case(
+        lambda: rows(name="target"), lambda net, batch: cross_entropy(net(batch["x"]), batch["target"])
+    ),
+    "ignored labels under another name": case(
+        lambda: rows(lambda i: -100 if i % 3 else i % CLASSES, name="target"),
+        lambda net, batch: cross_entropy(net(batch["x"]), batch["target"]),
+        label_names=["target"],
+    ),
+    "labels by position": case(positions, plain(by_position)),
+    "labels by position, the first of equal count": case(lambda: positions(equal=16), plain(by_position)),
+    "ignored label 255": case(
+        lambda: positions(ignored=255, equal=16), plain(by_position, ignore_index=255)
+    ),
+    "ignored label of the config": case(
+        lambda: positions(ignored=9, equal=16), plain(by_position, ignore_index=9)
+    ),
+    "ignored label that nothing names": case(
+        lambda: positions(ignored=77, equal=16), plain(by_position, ignore_index=77)
+    ),
+    "class weights by position": case(
+        positions, plain(by_position, weight=WEIGHTS), per_device_train_batch_size=1
+    ),
+    "mean of rows": case(lambda: positions(equal=16), plain(mean_of_rows)),
+    "two losses with different items": case(
+        lambda: [{**e, "row": torch.tensor(i % CLASSES)} for i, e in enumerate(positions())], token_and_row
+    ),
+    "weighted examples": case(
+        lambda: [{**e, "weight": torch.rand(())} for e in rows()], weighted_examples
+    ),
+    "contrastive": case(rows, contrastive),
+    "preference": case(
+        lambda: [{"x": torch.randn(WIDTH), "rejected": torch.randn(WIDTH)} for _ in range(96)],
+        preference,
+        collate=pairs,
+    ),
+    "sum": case(rows, plain(cross_entropy, reduction="sum")),
+    "regression": case(
+        lambda: rows(lambda i: i / 50, dtype=torch.float32),
+        lambda net, batch: mse_loss(net(batch["x"])[:, 0], batch["labels"]),
+    ),
+    "several labels per example": case(
+        lambda: [{"x": e["x"], "labels": (torch.rand(CLASSES) < 0.3).float()} for e in rows()],
+        plain(binary_cross_entropy_with_logits, pos_weight=WEIGHTS),
+    ),
+}
+"""Losses by name."""
+MAY_WARN = {
+    *(name for name in CASES if "class weights" in name),
+    "ignored label that nothing names",
+    "two losses with different items",
+    "weighted examples",
+    "contrastive",
+    "sum",
+}
+"""Losses that ExactTrainer need not get right without `num_items=`. It must warn."""
+
+
+class Recorder(TrainerCallback):
+    """Stores the gradient of each window."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
+
+
+def run(name, seed, folder):
+    """Train, and return the largest relative error of a window's gradient, and the warnings."""
+    chosen = CASES[name]
+    torch.manual_seed(seed)
+    net, data, seen, recorder = chosen.net(), chosen.data(), [], Recorder()
+
+    def collate(examples):
+        seen.append(examples)
+        return chosen.collate(examples)
+
+    class Custom(ExactTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return chosen.loss(model, inputs)
+
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "learning_rate": 0.05}
+    settings |= {"max_grad_norm": 0, "num_train_epochs": 1, "report_to": "none", "save_strategy": "no"}
+    settings |= {"use_cpu": True, "disable_tqdm": True, "seed": seed, "remove_unused_columns": False}
+    settings |= {"optim": "sgd", "lr_scheduler_type": "constant", "dataloader_pin_memory": False}
+    if "in order" in name:
+        settings["train_sampling_strategy"] = "sequential"
+    arguments = TrainingArguments(str(folder), **{**settings, **chosen.arguments})
+    trainer = Custom(net, arguments, collate, train_dataset=data, callbacks=[recorder])
+    trainer.remove_callback(PrinterCallback)
+    truths = []
+
+    def before_step(*_):
+        steps = arguments.gradient_accumulation_steps
+        window = [e for batch in seen[len(truths) * steps : (len(truths) + 1) * steps] for e in batch]
+        loss = chosen.loss(net, chosen.collate(window))
+        truths.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))]))
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(before_step)
+    with warnings_of() as warned:
+        trainer.train()
+    errors = [
+        float((found - truth).norm() / truth.norm())
+        for found, truth in zip(recorder.gradients, truths, strict=True)
+    ]
+    return max(errors), warned
+
+
+class warnings_of:  # noqa: N801 a context manager
+    """Collect the warnings of gradacc in the block."""
+
+    def __enter__(self):
+        self.lines, self.handler = [], logging.Handler(logging.WARNING)
+        self.handler.emit = lambda record: self.lines.append(record.getMessage())
+        logging.getLogger("gradacc_hf").addHandler(self.handler)
+        return self.lines
+
+    def __exit__(self, *_):
+        logging.getLogger("gradacc_hf").removeHandler(self.handler)
+
+
+def count(name, seeds, folder):
+    """Count the seeds that are exact, warned of, and wrong without a warning; also warned of but exact."""
+    counts = Counter()
+    for seed in seeds:
+        error, warned = run(name, seed, folder)
+        counts["silent" if error > EXACT and not warned else "warned" if warned else "exact"] += 1
+        counts["false alarm"] += bool(warned) and error <= EXACT
+    return counts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_or_warned(name, tmp_path):
+    counts = count(name, range(2), tmp_path)
+    assert counts["silent"] == 0
+    assert name in MAY_WARN or counts["warned"] == 0
+
+
+@pytest.mark.slow
+def test_exact_or_warned_with_100_seeds(tmp_path):
+    table = {name: count(name, range(100), tmp_path) for name in CASES}
+    for name, counts in table.items():
+        print(f"{name:50} {counts['exact']:4} {counts['warned']:4} {counts['silent']:4} {counts['false alarm']:4}")
+    assert sum(counts["silent"] for counts in table.values()) == 0
+    assert sum(counts["warned"] for name, counts in table.items() if name not in MAY_WARN) == 0
