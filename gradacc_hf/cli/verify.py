@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from gradacc_hf.config.budget import export_cpu_offload
-from gradacc_hf.errors import InputError
+from gradacc_hf.errors import InputError, listed
 from gradacc_hf.hub.model_card import refresh_cards
 from gradacc_hf.recipe.loading import load_recipe, on_this_machine, open_run
 from gradacc_hf.run.folder import refuse_links
@@ -52,7 +52,10 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--budget", help="a budget's name or file (default: auto, or the budget of --run)")
     parser.add_argument(
-        "--windows", type=int, default=1, help="number of windows to compare (default: %(default)s)"
+        "--windows",
+        type=int,
+        help="number of windows to compare, chosen among the next 8 (default: one, and up to two more with "
+        "other labels)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments, settings = parser.parse_known_args(argv)
@@ -85,25 +88,33 @@ def main(argv: Sequence[str]) -> None:
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     recipe, training, validation = load_data(recipe)
     windows, _ = make_windows(recipe, training, validation, accelerator)
-    if not 1 <= arguments.windows <= len(windows):
+    if arguments.windows is not None and not 1 <= arguments.windows <= len(windows):
         raise InputError(
             f"--windows: found {arguments.windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
         )
     result = verify(make_model(recipe), windows, recipe.loss, num_windows=arguments.windows)
     as_json = finite({**asdict(result), "exact": result.exact, "verdict": result.verdict})
     as_json = json.dumps(as_json, indent=2)
-    if arguments.run is not None:
-        write_whole(arguments.run / "verify.json", as_json + "\n")
-        refresh_cards(arguments.run)
-        if (arguments.run / "report.html").is_file():
-            from gradacc_hf.report import write_report  # late: it loads matplotlib
-
-            write_report([arguments.run])
+    written = _write(arguments.run, as_json) if arguments.run is not None else []
     if arguments.json:
         print(as_json)
     else:
         print_verification(result, Console(highlight=False))
+    if written:
+        print(f"wrote {listed(map(str, written))}", file=sys.stderr if arguments.json else sys.stdout)
     sys.exit(0 if result.exact else 1)
+
+
+def _write(run: Path, as_json: str) -> list[Path]:
+    """Write verify.json of a run, and the model cards and the report with the verdict. Return the files."""
+    write_whole(run / "verify.json", as_json + "\n")
+    written = [run / "verify.json", *refresh_cards(run)]
+    if (run / "report.html").is_file():
+        from gradacc_hf.report import write_report  # late: it loads matplotlib
+
+        write_report([run])
+        written.append(run / "report.html")
+    return written
 
 
 def _all_heads(as_json: bool) -> NoReturn:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from gradacc_hf.accumulation.loss_items import COUNTS, IGNORED, CountItems, resolve
-from gradacc_hf.hf_trainer.probe_rows import num_rows
+from gradacc_hf.accumulation.probe_rows import num_rows
 
 USUAL_IGNORED = (255, -1)
 """Labels besides −100 that losses often ignore: in segmentation, and in older code."""

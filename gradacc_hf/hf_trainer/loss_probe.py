@@ -10,22 +10,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradacc_hf.accumulation.loss_items import CountItems
-from gradacc_hf.accumulation.reference import EXACT
-from gradacc_hf.hf_trainer.item_counts import can_count, candidate_counts
-from gradacc_hf.hf_trainer.loss_questions import Finding, Losses, LossKind, Questions, Result, same_shapes
-from gradacc_hf.hf_trainer.probe_rows import (
-    MOST_LABELS,
+from gradacc_hf.accumulation.probe_rows import (
     Rows,
     label_keys,
-    labels_of,
+    labels_of_window,
     micro_batches_as_rows,
     most_different,
     num_rows,
     on_host,
 )
+from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.hf_trainer.item_counts import can_count, candidate_counts
+from gradacc_hf.hf_trainer.loss_questions import Finding, Losses, LossKind, Questions, Result, same_shapes
 
 MOST_ROWS = 16
 """Rows of a sample with one label each. With more labels per row, it is the size of a micro-batch, 2 to 8."""
+
+MOST_KNOWN = 1000
+"""Labels that were compared, above which new labels open no question."""
 
 
 @dataclass
@@ -67,15 +69,9 @@ class LossProbe:
 
     def _labels(self, micro_batches: Sequence[Mapping[str, Any]]) -> set[int]:
         """Return the different labels of the window; none if they are a vocabulary."""
-        names = label_keys(micro_batches[0], self.label_names) if self._tracks_labels else []
-        found: set[int] = set()
-        for batch in micro_batches:
-            found |= labels_of(batch, [name for name in names if name in batch])
-        per_token = any(micro_batches[0][name].ndim > 1 for name in names)
-        if (per_token and len(found) > MOST_LABELS) or len(self.known) > 16 * MOST_LABELS:
-            self._tracks_labels = False
-            return set()
-        return found
+        found = labels_of_window(micro_batches, self.label_names) if self._tracks_labels else set()
+        self._tracks_labels &= found is not None and len(self.known) <= MOST_KNOWN
+        return found or set()
 
     def _differs(self, batch: Mapping[str, Any]) -> bool:
         """Whether the counts that fit so far differ for a micro-batch by more than rounding."""

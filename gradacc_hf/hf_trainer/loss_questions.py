@@ -15,9 +15,9 @@ import torch
 
 from gradacc_hf.accumulation.loss_items import IGNORED, CountItems
 from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LossSample
+from gradacc_hf.accumulation.probe_rows import Rows, combine, single, with_first_label
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.hf_trainer.item_counts import can_count
-from gradacc_hf.hf_trainer.probe_rows import Rows, combine, single, with_first_label
 
 HALVING_RTOL = 1e-6
 """Largest relative difference between a loss and twice its half. A division by twice the number is exact."""

@@ -26,11 +26,11 @@ from transformers.utils import logging
 
 from gradacc_hf.accumulation.loss_items import CountItems
 from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LOSS_RTOL_HALF
+from gradacc_hf.accumulation.probe_rows import Rows
 from gradacc_hf.accumulation.reference import full_float32
 from gradacc_hf.hf_trainer.item_counts import count_examples
 from gradacc_hf.hf_trainer.loss_probe import LossProbe
 from gradacc_hf.hf_trainer.loss_questions import Finding
-from gradacc_hf.hf_trainer.probe_rows import Rows
 from gradacc_hf.utils.hardware import refuse_place
 from gradacc_hf.utils.logs import info
 from gradacc_hf.utils.modeling import BATCH_NORMS

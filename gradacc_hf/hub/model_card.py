@@ -122,16 +122,19 @@ def _how(windows: WindowLoader) -> dict[str, Any]:
     }
 
 
-def refresh_cards(run: Path) -> None:
-    """Write the cards of an ended run again, from the files in its folder."""
+def refresh_cards(run: Path) -> list[Path]:
+    """Write the cards of an ended run again, from the files in its folder. Return the cards."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     file = run / "verify.json"
     verification = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    written = []
     for folder, metrics in ((run / "best", summary["best"]), (run / "last", summary["eval"])):
         if folder.is_dir():
             card = make_card(folder, config, summary, metrics, verification)
-            write_whole(folder / "README.md", str(card))
+            written.append(folder / "README.md")
+            write_whole(written[-1], str(card))
+    return written
 
 
 def make_card(

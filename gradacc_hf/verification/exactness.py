@@ -7,8 +7,9 @@ window in one batch (`accumulation/reference.py`). `causes.py` finds the reason 
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from gradacc_hf.accumulation.loss_items import (
     model_loss,
 )
 from gradacc_hf.accumulation.oom import out_of_memory
+from gradacc_hf.accumulation.probe_rows import labels_of_window
 from gradacc_hf.accumulation.reference import (
     EXACT,
     Comparison,
@@ -45,6 +47,8 @@ from gradacc_hf.verification.causes import Reason, why_not_exact
 
 REFERENCE_AT_ONCE = "the whole window in one batch, in float32"
 REFERENCE_ONE_BY_ONE = "one example at a time, in float64, because a window does not fit in one batch"
+LOOK_AHEAD, MOST_WINDOWS = 8, 3
+"""Windows among which the compared ones are chosen, and the most that are chosen without a number."""
 ROUNDING_RTOL_FP32 = 1e-3
 """Relative error up to which float32 rounding may be the cause, if gradients cancel."""
 NOT_FINITE = Reason(
@@ -63,9 +67,11 @@ class Verification:
         trainer_failed: the exception of Trainer or ExactTrainer, or "".
         reference: the way in which the reference gradient was computed.
         windows: the number of compared windows.
+        windows_read: the number of windows from which they were chosen.
         examples: the number of examples in these windows.
         accumulation_steps: the number of micro-batches of each window.
         reasons: the reasons why the loop is not exact, with cures.
+        undecided: what the compared windows cannot show.
         measured_with: versions and device.
     """
 
@@ -75,25 +81,38 @@ class Verification:
     trainer_failed: str
     reference: str
     windows: int
+    windows_read: int
     examples: int
     accumulation_steps: tuple[int, ...]
     reasons: tuple[Reason, ...]
+    undecided: tuple[str, ...]
     measured_with: dict[str, str]
 
     @property
     def exact(self) -> bool:
-        """Whether the loop accumulates the gradient of each whole window, to a relative error of 1e-5."""
-        return self.loop.exact and not self.reasons
+        """Whether the loop accumulates the gradient of each whole window, to a relative error of 1e-5.
+
+        False also if every compared gradient is 0, which shows nothing.
+        """
+        return self.loop.exact and not self.reasons and not self.shows_nothing
+
+    @property
+    def shows_nothing(self) -> bool:
+        """Whether the gradients of all compared windows are 0."""
+        return self.loop.norm_ratio == 0 and self.loop.error == 0
 
     @property
     def verdict(self) -> str:
         """The result in one sentence."""
         steps = sorted(set(self.accumulation_steps))
         number = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+        if self.shows_nothing:
+            return "Cannot tell: " + "; ".join(self.undecided) + "."
         if self.exact:
+            but = "".join(f" Cannot tell: {line}." for line in self.undecided)
             return (
                 f"Exact: {number} micro-batches give the gradient of the whole window, with a relative error "
-                f"of {self.loop.error:.0e}."
+                f"of {self.loop.error:.0e}.{but}"
             )
         why = "; ".join(reason.what for reason in self.reasons) or "the reason is unknown"
         return (
@@ -112,7 +131,7 @@ def verify(
     windows: WindowLoader,
     compute_loss: ComputeLoss = model_loss,
     *,
-    num_windows: int = 1,
+    num_windows: int | None = None,
     trainer: bool = True,
 ) -> Verification:
     """Compare accumulated gradients with gradients of whole windows, in float32 and without dropout.
@@ -125,7 +144,9 @@ def verify(
         model: the model, before `accelerator.prepare`.
         windows: the loader of the windows, on one process and without mixed precision.
         compute_loss: computes the mean loss of a micro-batch, a scalar, from (outputs, batch).
-        num_windows: number of windows to compare, from the loader's position on.
+        num_windows: number of windows to compare. They are chosen among the next 8, or the next `num_windows`
+            if these are more: windows with the most different labels, and with unequal micro-batches. By
+            default one window, and up to two more if they have other labels.
         trainer: whether to run `transformers.Trainer` and `ExactTrainer` on the same micro-batches.
 
     Returns:
@@ -143,11 +164,15 @@ def verify(
     if compiled:
         compile_layers(model)
     disable_dropout(model)
-    windows = windows.copy(num_windows)
+    look_ahead = max(LOOK_AHEAD, num_windows or 0)
+    most = windows.plan.count_windows([windows.epoch])
+    windows = windows.copy(look_ahead if most is None else min(look_ahead, most - windows.window % most))
     with preserve_rng_state(), full_float32():
-        compared = list(_compare_windows(model, windows, compute_loss, num_windows, trainer))
-        if not compared:
+        read = list(islice(windows, look_ahead))
+        if not read:
             raise ValueError("no example of the data set has an item: every label is ignored")
+        chosen = deciding_windows(read, num_windows)
+        compared = list(_compare_windows(model, windows, chosen, compute_loss, trainer))
         fits = all(each.fits for each in compared)
         worst = max(compared, key=lambda each: each.loop.badness)
         loop, window = worst.loop, worst.window
@@ -165,14 +190,16 @@ def verify(
         trainer_failed=compared[-1].trainer_failed,
         reference=REFERENCE_AT_ONCE if fits else REFERENCE_ONE_BY_ONE,
         windows=len(compared),
+        windows_read=len(read),
         examples=sum(len(each.window.indices) for each in compared),
         accumulation_steps=tuple(each.steps for each in compared),
         reasons=reasons,
+        undecided=tuple(_undecided(compared, read)),
         measured_with=measured_with(accelerator.device.type),
     )
 
 
-def _check_arguments(windows: WindowLoader, num_windows: int) -> None:
+def _check_arguments(windows: WindowLoader, num_windows: int | None) -> None:
     accelerator = windows.accelerator
     if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
         raise ValueError(
@@ -180,9 +207,48 @@ def _check_arguments(windows: WindowLoader, num_windows: int) -> None:
             f"{accelerator.num_processes} processes, mixed precision {accelerator.mixed_precision!r}"
         )
     most = windows.plan.count_windows([windows.epoch])  # None: the length of a stream is unknown
-    if num_windows < 1 or (most is not None and num_windows > most):
+    if num_windows is not None and (num_windows < 1 or (most is not None and num_windows > most)):
         raise ValueError(
             f"num_windows: found {num_windows}; allowed: 1 to {most}, the number of windows in an epoch"
+        )
+
+
+def deciding_windows(windows: Sequence[Window], number: int | None) -> list[Window]:
+    """Choose the windows that show most: different labels, several micro-batches, unequal items.
+
+    Args:
+        windows: The windows to choose from, in order.
+        number: The number to choose; None for one window, and up to two more with other labels.
+    """
+    left, chosen, known = list(windows), list[Window](), set[int]()
+
+    def value(window: Window) -> tuple[bool, int, bool]:
+        unequal = len({micro_batch.num_items for micro_batch in window.micro_batches}) > 1
+        return len(window) > 1, len(_labels(window) - known), unequal
+
+    while left and len(chosen) < (number or MOST_WINDOWS):
+        best = max(left, key=value)
+        if chosen and number is None and not _labels(best) - known:
+            break
+        left.remove(best)
+        chosen.append(best)
+        known |= _labels(best)
+    return [window for window in windows if window in chosen]
+
+
+def _labels(window: Window) -> set[int]:
+    return labels_of_window([micro_batch.batch for micro_batch in window.micro_batches]) or set()
+
+
+def _undecided(compared: Sequence["_ComparedWindow"], read: Sequence[Window]) -> Iterator[str]:
+    """Yield what the compared windows cannot show."""
+    if all(each.loop.error == 0 == each.loop.norm_ratio for each in compared):
+        yield "the gradient of each compared window is 0"
+    labels = set().union(*(_labels(window) for window in read))
+    if len(labels) == 1:
+        yield (
+            f"all labels of the first {len(read)} windows are {labels.pop()}, so a loss that weighs labels "
+            "would not show"
         )
 
 
@@ -208,11 +274,15 @@ class _ComparedWindow:
 
 
 def _compare_windows(
-    model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss, num_windows: int, trainer: bool
+    model: torch.nn.Module,
+    windows: WindowLoader,
+    chosen: Sequence[Window],
+    compute_loss: ComputeLoss,
+    trainer: bool,
 ) -> Iterator[_ComparedWindow]:
     """Yield one compared window after another. After a failure of a Trainer, only the loop is compared."""
     failed = ""
-    for number, window in enumerate(windows, 1):
+    for window in chosen:
         truth = _whole(model, windows, window, compute_loss)
         fits = truth is not None
         if truth is None and as_window_loss(compute_loss) is not None:
@@ -228,8 +298,6 @@ def _compare_windows(
             trainers, failed = _compare_trainers(model, windows, window, compute_loss, truth)
         finite = math.isfinite(norm(truth))
         yield _ComparedWindow(window, len(window), loop, finite, fits, trainers, failed)
-        if number == num_windows:
-            return
 
 
 def _compare_trainers(

@@ -465,3 +465,47 @@ def test_a_printed_verification_is_a_table_with_the_reason_and_the_verdict(capsy
     assert "Not exact: 3 micro-batches give a gradient with a relative error of" in text
     assert max(map(len, lines)) <= 100
     assert "\x1b" not in text
+
+
+class ClassWeights(torch.nn.Module):
+    """A classifier whose loss weighs labels: it is no mean over examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 3)
+
+    def forward(self, x, labels):
+        weight = torch.tensor([1.0, 9.0, 1.0])
+        return {"loss": torch.nn.functional.cross_entropy(self.layer(x), labels, weight)}
+
+
+def rare_labels(labels, size=8):
+    torch.manual_seed(0)
+    examples = [{"x": torch.randn(5), "labels": torch.tensor(label)} for label in labels]
+    return WindowLoader(examples, size, accelerator=Accelerator(cpu=True), micro_batch_size=2, shuffle=False)
+
+
+def test_windows_with_different_labels_are_chosen():
+    windows = rare_labels([0] * 16 + [0, 0, 0, 1, 0, 0, 2, 0] + [0] * 16)
+    result = verify(ClassWeights(), windows, trainer=False)
+    assert (result.windows, result.windows_read, result.exact) == (1, 5, False)
+    assert "1 of the next 5 windows" in str(result)
+
+
+def test_more_windows_are_chosen_until_all_labels_were_compared():
+    windows = rare_labels([0, 2] * 8 + [0] * 7 + [1])
+    result = verify(ClassWeights(), windows, trainer=False)
+    assert (result.windows, result.windows_read, result.exact) == (2, 3, False)
+
+
+def test_one_label_cannot_show_whether_labels_count_alike():
+    result = verify(ClassWeights(), rare_labels([1] * 24), trainer=False)
+    assert result.exact
+    assert "Cannot tell: all labels of the first 3 windows are 1" in result.verdict
+
+
+def test_gradients_of_0_show_nothing():
+    head = build_head("sequence_classification", "bert")
+    result = verify(head.model, loader(head), lambda outputs, batch: outputs.loss * 0, trainer=False)
+    assert not result.exact
+    assert result.verdict == "Cannot tell: the gradient of each compared window is 0."

@@ -1,4 +1,4 @@
-"""Rows of micro-batches for the probe of a loss: the most different ones, combined into one batch."""
+"""Rows of micro-batches that show most about a loss: the most different ones, combined into one batch."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +54,17 @@ def label_keys(batch: Mapping[str, Any], label_names: Sequence[str]) -> list[str
 def labels_of(batch: Mapping[str, Any], names: Sequence[str]) -> set[int]:
     """Return the different labels of a batch, without the ignored label."""
     return {int(v) for name in names for v in torch.unique(batch[name]).tolist() if v != IGNORED}
+
+
+def labels_of_window(
+    batches: Sequence[Mapping[str, Any]], label_names: Sequence[str] = ()
+) -> set[int] | None:
+    """Return the different labels of the micro-batches of a window; None if they are a vocabulary."""
+    names, found = label_keys(batches[0], label_names), set[int]()
+    for batch in batches:
+        found |= labels_of(batch, [name for name in names if name in batch])
+    per_token = any(batches[0][name].ndim > 1 for name in names)
+    return None if per_token and len(found) > MOST_LABELS else found
 
 
 def num_rows(batch: Mapping[str, Any], names: Sequence[str] = ()) -> int:
