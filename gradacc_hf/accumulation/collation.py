@@ -18,6 +18,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from gradacc_hf.accumulation.loss_items import CountItems
+from gradacc_hf.accumulation.same_data import checksum, checksum_of_rows
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import (
     Bound,
@@ -74,6 +75,7 @@ class Split:
         padded_tokens: Tokens with padding, over all processes.
         pad_to: Tokens to which collating pads; None for the longest example of the micro-batch.
         measures_noise: Whether the first micro-batches of all processes have one size and random examples.
+        rows: Checksum of lengths and contents of examples, to compare processes; 0 where none is compared.
     """
 
     indices: np.ndarray
@@ -84,6 +86,7 @@ class Split:
     padded_tokens: int
     pad_to: int | None
     measures_noise: bool = False
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ class LocalWindows(Dataset):
     """(epoch, window) → the split and the collated micro-batches of this process. Runs in worker processes.
 
     It owns the settings of the split: `bound`, `cost`, `plan` and `pad_to`. `revision` counts the changes of
-    `bound` and `plan`. After a change, the windows that workers have prepared are outdated.
+    `bound` and `plan`. After a change, the windows that workers have prepared are outdated. The window
+    `compare_at` has a checksum of examples, and all windows of a stream from there on.
     """
 
     dataset: Any
@@ -138,6 +142,7 @@ class LocalWindows(Dataset):
     leave_out: Collection[int] = ()
     noise_every: int = 0
     revision: int = 0
+    compare_at: tuple[int, int] | None = None
 
     def resplit(self, bound: Bound, cost: Cost) -> None:
         """Split later windows under another bound or cost model."""
@@ -151,6 +156,8 @@ class LocalWindows(Dataset):
 
     def __getitem__(self, number: tuple[int, int]) -> tuple[Split, list[MicroBatch]] | bytes:
         split = self.split(*number)
+        if self.compare_at and (self.compare_at == number or isinstance(self.plan, Stream)):
+            split = replace(split, rows=checksum_of_rows(self, split))
         local = split, self.collate_split(split)
         # As bytes: tensors in shared memory need a file descriptor each, and a window may have thousands.
         return local if get_worker_info() is None else pickle.dumps(local)
@@ -166,6 +173,14 @@ class LocalWindows(Dataset):
         if not isinstance(self.tokens, np.ndarray):
             return self.tokens.sum(1)
         return self.tokens[:, 0] if self.tokens.shape[1] == 1 else self.tokens.sum(1, dtype=np.int32)
+
+    @cached_property
+    def identity(self) -> dict[str, int | None] | None:
+        """Number of examples and checksum of the lengths, None if they are all 1; None for a stream."""
+        if not isinstance(self.tokens, np.ndarray):
+            return None
+        lengths = checksum(self.tokens) if self.tokens.max() > 1 else None
+        return {"examples": len(self.tokens), "lengths": lengths}
 
     def apart(self, epoch: int, window: int) -> "LocalWindows":
         """Return windows that can be read from this window on without moving the position of `self`.
@@ -286,8 +301,7 @@ class LocalWindows(Dataset):
 
     def examples(self, indices: np.ndarray, epoch: int) -> list[Any]:
         """Return the examples of this epoch. `transform` draws from (seed, epoch, index)."""
-        fetch = getattr(self.dataset, "__getitems__", None)  # a single call is faster for a datasets.Dataset
-        examples = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
+        examples = self.read(indices)
         if self.transform is None:
             return examples
         numbers = ([self.plan.seed, epoch, index, EXAMPLE_STREAM] for index in indices.tolist())
@@ -295,6 +309,17 @@ class LocalWindows(Dataset):
             self.transform(example, np.random.default_rng(seed))
             for example, seed in zip(examples, numbers, strict=True)
         ]
+
+    def read(self, indices: np.ndarray) -> list[Any]:
+        """Return examples as the data set has them."""
+        fetch = getattr(self.dataset, "__getitems__", None)  # a single call is faster for a datasets.Dataset
+        return fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
+
+    def read_again(self, indices: np.ndarray, times: int) -> list[list[Any]]:
+        """Return examples as repeated readings give them. A stream is read again from the start, twice."""
+        if isinstance(self.plan, Stream):
+            return [self.read(indices), *(self.plan.read_again(indices) for _ in range(2))]
+        return [self.read(indices) for _ in range(times)]
 
     def collate(self, indices: np.ndarray, epoch: int, pad_to: int | None, counts: bool = True) -> MicroBatch:
         """Collate examples into one micro-batch. Without `counts`, it is idle and has no items."""
