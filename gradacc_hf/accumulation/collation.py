@@ -6,13 +6,12 @@ device and weighs the losses.
 """
 
 import pickle
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import Dataset, default_collate, get_worker_info
@@ -31,7 +30,6 @@ from gradacc_hf.accumulation.splitting import (
 from gradacc_hf.accumulation.streaming import Held, Stream
 
 PadTo = Literal["micro_batch", "window", "nothing"] | int
-Lengths = str | Sequence[int] | np.ndarray | Callable[[Any], int] | None
 Transform = Callable[[Any, np.random.Generator], Any]
 EXAMPLE_STREAM, WINDOW_STREAM = 1, 2  # seed parts: other random numbers than the order's (seed, epoch)
 NOISE_WINDOW_PART, NOISE_MIN_EXAMPLES = 8, 4  # noise is measured on 1/8 of a window, at least 4 examples
@@ -366,62 +364,3 @@ class LocalWindows(Dataset):
         raise ValueError(
             "a micro-batch has items, but its examples alone have none: num_items must be a sum over examples"
         )
-
-
-def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
-    """Measure the tokens of every example.
-
-    Args:
-        dataset: A sequence of examples.
-        lengths: A column name, a sequence of numbers, (examples, columns) for inputs that are padded
-            separately, or a function of an example. None for the size of `input_ids`, or 1 if there are none.
-            Nested `input_ids` (choices) count as rows × the longest row.
-
-    Returns:
-        Tokens, int32 (examples, columns).
-    """
-    # A torch data set without __iter__ may raise no IndexError at the end, so iterate by index.
-    examples = dataset if hasattr(dataset, "__iter__") else (dataset[i] for i in range(len(dataset)))
-    if isinstance(lengths, str) and hasattr(dataset, "select_columns"):
-        measured = dataset.select_columns(lengths)[lengths][:]
-    elif isinstance(lengths, str):
-        measured = [example[lengths] for example in examples]
-    elif callable(lengths):
-        measured = [lengths(example) for example in examples]
-    elif lengths is not None:
-        measured = lengths
-    elif hasattr(dataset, "with_format") and "input_ids" in getattr(dataset, "column_names", ()):
-        tables = dataset.select_columns("input_ids").with_format("arrow").iter(100_000)
-        measured = np.concatenate([_column_lengths(table["input_ids"]) for table in tables])
-    elif isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]:
-        measured = [_padded_size(example["input_ids"]) for example in examples]
-    else:
-        measured = np.ones(len(dataset))
-    array = np.asarray(measured)
-    if array.ndim not in (1, 2) or len(array) != len(dataset) or not array.size:
-        raise ValueError(
-            f"lengths has the shape {array.shape}, but the data set has {len(dataset)} examples: give one "
-            "number per example, or one per example and separately padded input"
-        )
-    if not np.issubdtype(array.dtype, np.number) or not (np.isfinite(array) & (array >= 0)).all():
-        raise ValueError(
-            f"lengths must be numbers of tokens, 0 or more; found {array.dtype}: {array[:3].tolist()} …"
-        )
-    return array.astype(np.int32).reshape(len(dataset), -1)
-
-
-def _column_lengths(column: Any) -> np.ndarray:
-    import pyarrow as pa  # late: only columns of datasets need it, and datasets installs it
-    import pyarrow.compute
-
-    if pa.types.is_nested(column.type.value_type):
-        return np.array([_padded_size(row) for row in column.to_pylist()])
-    return np.asarray(pyarrow.compute.list_value_length(column))  # type: ignore[attr-defined]
-
-
-def _padded_size(ids: Any) -> int:
-    """Return the tokens of one example: its length, or for nested rows (choices) rows × the longest."""
-    if isinstance(ids, torch.Tensor):
-        return ids.numel()
-    nested = len(ids) > 0 and np.ndim(ids[0]) > 0
-    return len(ids) * max(len(row) for row in ids) if nested else len(ids)

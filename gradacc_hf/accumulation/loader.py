@@ -23,16 +23,15 @@ from gradacc_hf.accumulation import loss_items as items
 from gradacc_hf.accumulation.accelerate_state import forwards_are_collective, prepared_schedulers
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch
 from gradacc_hf.accumulation.collation import (
-    Lengths,
     LocalSplit,
     LocalWindows,
     MicroBatch,
     PadTo,
     Split,
     Transform,
-    measure_lengths,
     to_device,
 )
+from gradacc_hf.accumulation.lengths import Lengths, measure_lengths
 from gradacc_hf.accumulation.loader_state import (
     COUNTERS,
     device_name,
@@ -71,8 +70,8 @@ class WindowLoader:
             predicted cost under the bound.
         num_items: The number of terms of the mean loss: "labels", "next_token" or `batch -> number`.
         lengths: Tokens of each example: a column name, a sequence, or a function of an example. By default
-            the size of `input_ids`, or equal lengths if there are none. Use an array (examples, columns) if
-            an example has separately padded inputs, such as source and target.
+            the size of `input_ids`, or else of the main input, such as audio samples. Use an array (examples,
+            columns) if an example has separately padded inputs, such as source and target.
         pad_to: "micro_batch" pads to the longest example of a micro-batch, "window" to the longest of a
             window, a number to this many tokens. "nothing" declares that the collate function packs the
             examples into one row. If padding changes the loss (question answering), only "window" and a
@@ -157,16 +156,17 @@ class WindowLoader:
         self._compares_rows = accelerator.num_processes > 1
         self._completed_costs = (0.0,) * accelerator.num_processes
         bound = bound or Bound(max_tokens, micro_batch_size)
+        measure = partial(measure_lengths, lengths=lengths, bounds=bound.micro_batch_size is None)
         self._budget = sizes_of(bound)  # as given; `bound` may be lowered later
         self._device = device_name(accelerator)
         self._trial_bound: Bound | None = None
         if is_stream(dataset):
-            measure, size = partial(measure_lengths, lengths=lengths), int(buffer_size or BUFFER_SIZE)
+            size = int(buffer_size or BUFFER_SIZE)
             plan = Stream(dataset, effective_batch_size, seed, shuffle, drop_last, size, measure)
             plan.check, dataset, tokens = self._check_lengths, plan, plan.tokens
         else:
             plan = WindowPlan(len(dataset), effective_batch_size, seed, shuffle, drop_last)
-            tokens = measure_lengths(dataset, lengths)
+            tokens = measure(dataset)
         self._windows = LocalWindows(
             dataset=dataset,
             collate_fn=collate_fn,

@@ -20,7 +20,8 @@ import transformers
 from accelerate import Accelerator
 from datasets import Dataset
 
-from gradacc_hf.accumulation.collation import Lengths, PadTo, Transform
+from gradacc_hf.accumulation.collation import PadTo, Transform
+from gradacc_hf.accumulation.lengths import Lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import CountItems, model_loss
 from gradacc_hf.config.schema import Config, DataConfig
