@@ -85,7 +85,7 @@ def _padded_size(ids: Any) -> int:
 
 
 def _measure_main_input(dataset: Any, examples: Iterable[Any]) -> np.ndarray:
-    """Return the length of the main input of each example, or 1 with a warning if it is no sequence.
+    """Return the length of the main input of each example, or 1 with a warning without a sequence.
 
     The first example determines the input.
     """
