@@ -38,7 +38,7 @@ def info_nce(
     """Return InfoNCE of pairs in float32, a mean over the pairs (van den Oord et al. 2018, equation 4).
 
     The candidates of an anchor are the positives and hard negatives of all pairs. All positives of an equal
-    anchor are right: those of other pairs are left out of the candidates.
+    anchor are right. Right texts of other pairs are left out of the candidates.
 
     Args:
         embeddings: Anchor, positive and optional hard negative of each pair (pairs, columns, size).
