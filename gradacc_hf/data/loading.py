@@ -110,7 +110,8 @@ def load_data(
     for key, given, split in (("data.train", train, rows), ("data.validation", validation or train, held)):
         if not len(split):
             refuse(key, f"{given!r} has no rows", "give at least one")
-    reading.mixed = mixed_columns(rows, held)
+    for name, line in mixed_columns(rows, held).items():
+        reading.merged.setdefault(name, []).append(line)
     reading.columns = [*dict.fromkeys((*rows.column_names, *held.column_names))]
     return Splits(rows, held, held_out, source, reading)
 
@@ -191,13 +192,18 @@ def _read_folder(path: Path, given: str, key: str, config_name: str | None, read
             parts = [(p, read_file(p, key)) for p in of_split]
             rows_of[name] = [(str(p), len(rows)) for p, rows in parts]
             splits[name], lines = joined(parts, key)
-            for line in lines:
-                reading.note("merged", line)
+            reading.merged |= {
+                column: [*reading.merged.get(column, []), line] for column, line in lines.items()
+            }
     read = {p.resolve() for of_split in of_splits.values() for p in of_split}
     for p in (p for p in found if p.resolve() not in read and p.name not in FILES_TO_IGNORE):
         is_data = p.suffix.lower() in BUILDERS
-        why = f"its name is in no split: {listed(of_splits)}" if is_data else f"allowed: {listed(BUILDERS)}"
+        why = f"allowed: {listed(BUILDERS)}"
+        if is_data:
+            why = f"no split in its name, unlike in {listed(of_splits)}; to use it, set data.validation to it"
         reading.note("not read", f"{p}: {why}")
+    for p in (p for p in path.rglob("*") if p.suffix.lower() in BUILDERS and is_hidden(p.relative_to(path))):
+        reading.note("not read", f"{p}: a hidden file")
     return Source(given, splits, rows_of)
 
 

@@ -6,58 +6,71 @@ are in the files: a column of one type has that type, and any other column holds
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Json, Value, concatenate_datasets
 from datasets.table import InMemoryTable
 
 from gradacc_hf.errors import listed, refuse
 
+pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 KINDS = {str: "texts", bool: "truth values", int: "numbers", float: "numbers", type(None): "missing"}
 
 
 def is_exact(dataset: Dataset) -> bool:
     """Whether the values of a JSON file are as in the file.
 
-    Dates were texts. JSON that is not an object may have been a text, such as "1".
+    Dates were texts. JSON that is not an object may have been a text, such as "1". Large numbers may have
+    been integers.
     """
-    return all(_is_plain(dataset.data.column(name).type) for name in dataset.column_names) and all(
-        text[:1] == "{" for name in dataset.column_names for text in _json_of(dataset.data.column(name))
-    )
+    leaves = (leaf for name in dataset.column_names for leaf in _leaves(dataset.data.column(name)))
+    return all(map(_is_exact, leaves))
 
 
-def _is_plain(kind: pa.DataType) -> bool:
-    if pa.types.is_temporal(kind):
-        return False
-    return all(_is_plain(kind.field(number).type) for number in range(kind.num_fields))
-
-
-def _json_of(column: Any) -> Iterable[str]:
-    """Yield every JSON text in a column, also inside lists and structures."""
+def _leaves(column: Any) -> Iterator[Any]:
+    """Yield the arrays of values in a column, also inside lists and structures."""
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-        if isinstance(chunk.type, pa.JsonType):
-            yield from (text for text in chunk.storage.to_pylist() if text is not None)
-        elif pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
-            yield from _json_of(chunk.flatten())
+        if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+            yield from _leaves(chunk.flatten())
         elif pa.types.is_struct(chunk.type):
             for values in chunk.flatten():
-                yield from _json_of(values)
+                yield from _leaves(values)
+        else:
+            yield chunk
+
+
+def _is_exact(values: Any) -> bool:
+    if isinstance(values.type, pa.JsonType):
+        return all(text is None or text[:1] == "{" for text in values.storage.to_pylist())
+    if pa.types.is_floating(values.type):
+        return not pc.any(pc.greater_equal(pc.abs(values), 2.0**53)).as_py()
+    return not pa.types.is_temporal(values.type)
 
 
 def read_mixed_json(path: Path) -> Dataset:
-    """Return the rows of a JSON file, read into memory with its values unchanged. NaN is a missing value."""
+    """Return the rows of a JSON file, read into memory with its values unchanged.
+
+    NaN is a missing value, and integers of more than 64 bits are text.
+    """
     text = path.read_text(encoding="utf-8-sig")
     texts = [text] if text.lstrip().startswith("[") else filter(str.strip, text.split("\n"))
-    rows = [
-        json.loads(one, parse_constant=lambda name: None if name == "NaN" else float(name)) for one in texts
-    ]
+    rows = [json.loads(one, parse_constant=_constant, parse_int=_integer) for one in texts]
     rows = rows[0] if rows and isinstance(rows[0], list) else rows
     rows = [row if isinstance(row, dict) else {"text": row} for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
     return _dataset({name: as_column([row.get(name) for row in rows]) for name in names})
+
+
+def _constant(name: str) -> float | None:
+    return None if name == "NaN" else float(name)
+
+
+def _integer(digits: str) -> int | str:
+    return number if abs(number := int(digits)) < 2**63 else digits
 
 
 def as_column(values: Sequence[Any]) -> tuple[pa.Array, Any]:
@@ -66,7 +79,7 @@ def as_column(values: Sequence[Any]) -> tuple[pa.Array, Any]:
         column = pa.array(values)
         if column.to_pylist() == list(values):
             return column, Features.from_arrow_schema(pa.schema([("c", column.type)]))["c"]
-    except (pa.ArrowException, OverflowError):
+    except pa.ArrowException:
         pass
     texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
     return pa.array(texts, pa.json_()), Json()
@@ -91,19 +104,19 @@ def mixed_columns(*splits: Dataset) -> dict[str, str]:
     return lines
 
 
-def joined(files: Sequence[tuple[Path, Dataset]], key: str) -> tuple[Dataset, list[str]]:
+def joined(files: Sequence[tuple[Path, Dataset]], key: str) -> tuple[Dataset, dict[str, str]]:
     """Return the rows of several files, and a line about each column that not all of them have.
 
     Raises:
         InputError: If a column has class ids in one file and other values in another.
     """
     if len(files) == 1:
-        return files[0][1], []
+        return files[0][1], {}
     names = dict.fromkeys(name for _, rows in files for name in rows.column_names)
-    parts, lines = [rows for _, rows in files], []
+    parts, lines = [rows for _, rows in files], {}
     for name in names:
         if absent := [path.name for path, rows in files if name not in rows.column_names]:
-            lines.append(f"column {name!r} is empty for the rows of {listed(absent)}, which lack it")
+            lines[name] = f"column {name!r} is empty for the rows of {listed(absent)}, which lack it"
         kinds = {path: rows.features[name] for path, rows in files if name in rows.column_names}
         if len({repr(kind) for kind in kinds.values()}) > 1:
             parts = _in_one_type(parts, name, kinds, key)

@@ -14,7 +14,12 @@ from datasets import Dataset
 from gradacc_hf.errors import listed
 
 SPLITS = ("training", "validation")
-LOST = {"lost_tokens": "tokens", "lost_labels": "labelled tokens", "lost_turns": "assistant turns"}
+SHOWN = 20  # lines of one name in a plan
+LOST = {
+    "lost_tokens": "tokens",
+    "lost_labels": "of them with a label",
+    "lost_turns": "whole assistant turns",
+}
 """Columns with the number of things that truncation removed from a row, and the name of these things."""
 
 
@@ -50,13 +55,13 @@ class Reading:
     files: the files, in the order in which they were read.
     notes: lines about rows and columns that were changed or left out, by the name of the line.
     columns: the columns of all files.
-    mixed: columns with values of several types, and a line about each.
+    merged: lines about columns that differ from file to file, or from row to row.
     """
 
     files: list[FileRows] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
-    mixed: dict[str, str] = field(default_factory=dict)
+    merged: dict[str, list[str]] = field(default_factory=dict)
 
     def begin(self, other: "Reading") -> None:
         """Become a copy of another record."""
@@ -78,15 +83,15 @@ class Reading:
             lines.append(text)
 
     def use(self, columns: Iterable[str]) -> None:
-        """Note the columns that nothing uses, and the types of used columns that have several.
+        """Note the columns that nothing uses, and where used columns differ.
 
         A column inside another, such as translation.de, uses both.
         """
         used = {name.partition(".")[0] for name in columns} | {*columns}
         if unused := [name for name in self.columns if name not in used]:
             self.note("ignored", f"{counted(len(unused), 'column')} that nothing uses: {listed(unused)}")
-        for name in (name for name in self.mixed if name in used):
-            self.note("merged", self.mixed[name])
+        for line in (line for name, lines in self.merged.items() if name in used for line in lines):
+            self.note("merged", line)
 
     def note_parts(self, rows: Sequence[Dataset], parts: Sequence[Dataset], what: str) -> None:
         """Note the splits whose rows became several examples: "chunks"."""
@@ -95,16 +100,16 @@ class Reading:
                 self.note("split", f"{counted(len(of_rows), f'{split} row')} into {len(of_parts):,} {what}")
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return (name, text) of every line, the files first."""
-        notes = [(name, text) for name, texts in self.notes.items() for text in texts]
-        return [("read", str(file)) for file in self.files] + notes
+        """Return (name, text) of the lines of a plan, the files first. Of many lines, the first are shown."""
+        found = {"read": [*map(str, self.files)], **self.notes}
+        lines = [(name, text) for name, texts in found.items() for text in texts[:SHOWN]]
+        more = {name: len(texts) - SHOWN for name, texts in found.items() if len(texts) > SHOWN}
+        return lines + [(name, f"{number:,} more, in summary.json") for name, number in more.items()]
 
     def summary(self) -> dict[str, Any]:
-        """Return the files with their rows, and the lines, as `summary.json` has them."""
-        return {
-            "files": [asdict(file) for file in self.files],
-            "lines": [list(line) for line in self.lines()],
-        }
+        """Return the files with their rows, all notes, and the lines of the plan, for `summary.json`."""
+        lines = [list(line) for line in self.lines()]
+        return {"files": [asdict(file) for file in self.files], "notes": self.notes, "lines": lines}
 
 
 def counted(number: int, noun: str) -> str:

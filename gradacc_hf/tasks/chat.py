@@ -242,17 +242,15 @@ def _unwritten(
         name = f"message {turn + 1} ({message['role']})"
         other = {**message, "content": f"{message['content']} A"}
         if said and said not in part and not _changes(tokenizer, messages, tools, turn, other, text):
-            return f"the chat template does not write {name}; give another as data.chat_template"
+            return f"the chat template does not write {name}; set data.chat_template to another"
         calls = _calls(message)
         without = {key: value for key, value in message.items() if key not in CALLS}
         if calls and not (
             all(_names(call, part) for call in calls)
             and _changes(tokenizer, messages, tools, turn, without, text)
         ):
-            calls = listed(str(call.get("name")) for call in calls)
-            return (
-                f"{name} calls {calls}, which the chat template does not write; give data.chat_template one"
-            )
+            found = f"{name} calls {listed(str(call.get('name')) for call in calls)}"
+            return f"{found}, which the chat template does not write; set data.chat_template to another"
     return None
 
 
