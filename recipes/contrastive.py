@@ -25,6 +25,7 @@ from gradacc_hf.accumulation.gradient_cache import (
 )
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import file_rows, list_lengths, require_column, texts_of
+from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
@@ -40,6 +41,7 @@ def features(rows, tokenizer, columns, max_length):
         texts = [text if isinstance(text, str) else "" for text in rows[name]]
         tokens = tokenizer(texts, truncation=True, max_length=max_length)
         found |= {f"{column}_text": texts, f"{column}_input_ids": tokens["input_ids"]}
+        found[f"{column}_lost"] = tokens_lost(tokenizer, [texts], tokens["input_ids"], max_length)
     return found
 
 
@@ -88,11 +90,15 @@ class Contrastive(Recipe):
         if self.config.batch.least < 2:
             raise InputError("batch.effective: found 1; allowed: 2 or more, as other pairs are the negatives")
         rows = self.rows()
+        self.reading.use(self.columns.values())
         for dataset in rows:
             for column, name in self.columns.items():
                 require_column(dataset, name, f"data.{column}_column")
         numbers, tokenised = [file_rows(dataset) for dataset in rows], map(self.tokenize, rows)
-        return self.check_rows(*tokenised, self.problem, "data.train", numbers)
+        splits = self.check_rows(*tokenised, self.problem, "data.train", numbers)
+        for column, name in self.columns.items():
+            splits = self.note_truncated(splits, {f"{column}_lost": f"tokens of {name}"})
+        return splits
 
     def tokenize(self, dataset):
         settings = {"columns": self.columns, "max_length": self.data.max_length, "tokenizer": self.tokenizer}
