@@ -25,7 +25,7 @@ from gradacc_hf.accumulation.gradient_cache import (
 )
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import file_rows, list_lengths, require_column, texts_of
-from gradacc_hf.data.reading import tokens_lost
+from gradacc_hf.data.reading import SPLITS, tokens_lost
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
@@ -98,7 +98,16 @@ class Contrastive(Recipe):
         splits = self.check_rows(*tokenised, self.problem, "data.train", numbers)
         for column, name in self.columns.items():
             splits = self.note_truncated(splits, {f"{column}_lost": f"tokens of {name}"})
+        for split, dataset in zip(SPLITS, splits, strict=True):
+            self.note_equal_texts(split, dataset)
         return splits
+
+    def note_equal_texts(self, split, dataset):
+        different = {f"{column}s": len(set(dataset[f"{column}_text"])) for column in COLUMNS[:2]}
+        equal = [f"{count:,} different {name}" for name, count in different.items() if count < len(dataset)]
+        if equal:
+            found = f"{len(dataset):,} {split} pairs have {' and '.join(equal)}"
+            self.reading.note("equal texts", f"{found}: equal texts are not negatives")
 
     def tokenize(self, dataset):
         settings = {"columns": self.columns, "max_length": self.data.max_length, "tokenizer": self.tokenizer}

@@ -337,12 +337,3 @@ def right_answers(anchors: Sequence[Hashable], positives: Sequence[Hashable]) ->
     for anchor, positive in zip(anchors, positives, strict=True):
         right.setdefault(anchor, set()).add(first[positive])
     return [sorted(right[anchor]) for anchor in anchors]
-
-
-def equal_texts(anchors: Sequence[Hashable], positives: Sequence[Hashable]) -> str:
-    """Return a line about equal texts among pairs; "" if all differ."""
-    different = {"anchors": len(set(anchors)), "positives": len(set(positives))}
-    equal = [f"{number:,} different {name}" for name, number in different.items() if number < len(anchors)]
-    if not equal:
-        return ""
-    return f"{len(anchors):,} pairs have {' and '.join(equal)}: equal texts are not negatives of each other"
