@@ -3,12 +3,13 @@
     ./launch.sh recipes/causal_lm.py --config configs/causal_lm_offline.yaml --budget auto
 
 Your own: a JSONL file with `messages` (a list of {role, content}), or with `prompt` and `completion`, or with
-`text`. The loss covers the assistant's turns of a chat, completions, and all of a plain text.
+`text`. The loss covers the assistant's turns of a chat, completions, and all of a plain text. A chat may have
+`tools`; turns with `weight` 0 or `train` false are not learned.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
@@ -32,7 +33,7 @@ MESSAGES, PROMPTS, TEXTS = ("messages",), ("prompt", "completion"), ("text",)  #
 def features(row, tokenizer, kind, max_length):
     """Return the tokens of a row, and as `labels` the tokens that the loss covers."""
     if kind == MESSAGES:
-        return chat.tokenize_chat(tokenizer, row["messages"], max_length)
+        return chat.tokenize_chat(tokenizer, row["messages"], max_length, row.get("tools"))
     prompt = row["prompt"] if kind == PROMPTS else ""
     return chat.tokenize_completion(tokenizer, prompt, row[kind[-1]], max_length)
 
@@ -71,17 +72,21 @@ class CausalLM(Recipe):
         self.of_chats = self.kind == MESSAGES
         if self.of_chats:
             chat.check_chat_template(self.tokenizer, self.config.model.name)
+        self.reading.use([*self.kind, "tools"] if self.of_chats else self.kind)
         rows = self.check_rows(*rows, self.problem, "data.train")
         tokens = [dataset.map(features, fn_kwargs=self.settings) for dataset in rows]
         numbers = [file_rows(dataset) for dataset in rows]
-        train, self.validation = self.check_rows(*tokens, chat.tokens_problem, "data.train", numbers)
+        tokens = self.check_rows(*tokens, chat.tokens_problem, "data.train", numbers)
+        train, self.validation = self.note_truncated(tokens)
+        if self.of_chats:
+            chat.note_chats(self.reading, self.tokenizer, chain(train, self.validation))
         names = ["input_ids", "labels"]
         return train.select_columns(names), self.validation.select_columns(names)
 
     def problem(self, row):
         """Return the problem of a row before it is tokenised, or None."""
         if self.kind == MESSAGES:
-            return chat.chat_problem(row["messages"])
+            return chat.chat_problem(row["messages"], row.get("tools"))
         odd = next((name for name in self.kind if not isinstance(row[name], str)), None)
         return None if odd is None else f"column {odd!r}: {row[odd]!r:.40} is not text"
 

@@ -4,7 +4,8 @@
 
 Your own pairs: `--data.train my.csv --data.anchor_column question --data.positive_column answer`, and
 `--data.negative_column wrong_answer` if each pair has a hard negative. All other pairs of a window are
-negatives too, however the window is split (by the gradient cache). A larger `batch.effective` has more.
+negatives too, however the window is split (by the gradient cache). A larger `batch.effective` has more. Equal
+texts are not negatives of each other: all positives of an anchor are right, in the loss and in the metric.
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,18 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from gradacc_hf.accumulation.gradient_cache import COLUMNS, ContrastiveLoss, Embedder, search
+from gradacc_hf.accumulation.gradient_cache import (
+    COLUMNS,
+    ContrastiveLoss,
+    Embedder,
+    right_answers,
+    search,
+    search_positives,
+    text_numbers,
+)
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import file_rows, list_lengths, require_column, texts_of
+from gradacc_hf.data.reading import SPLITS, tokens_lost
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
@@ -31,7 +41,13 @@ def features(rows, tokenizer, columns, max_length):
         texts = [text if isinstance(text, str) else "" for text in rows[name]]
         tokens = tokenizer(texts, truncation=True, max_length=max_length)
         found |= {f"{column}_text": texts, f"{column}_input_ids": tokens["input_ids"]}
+        found[f"{column}_lost"] = tokens_lost(tokenizer, [texts], tokens["input_ids"], max_length)
     return found
+
+
+def texts_by_tokens(rows):
+    """Return the anchors and the positives as tuples of token ids, by which texts are compared."""
+    return [list(map(tuple, rows[f"{column}_input_ids"])) for column in COLUMNS[:2]]
 
 
 class Contrastive(Recipe):
@@ -74,11 +90,24 @@ class Contrastive(Recipe):
         if self.config.batch.least < 2:
             raise InputError("batch.effective: found 1; allowed: 2 or more, as other pairs are the negatives")
         rows = self.rows()
+        self.reading.use(self.columns.values())
         for dataset in rows:
             for column, name in self.columns.items():
                 require_column(dataset, name, f"data.{column}_column")
         numbers, tokenised = [file_rows(dataset) for dataset in rows], map(self.tokenize, rows)
-        return self.check_rows(*tokenised, self.problem, "data.train", numbers)
+        splits = self.check_rows(*tokenised, self.problem, "data.train", numbers)
+        for column, name in self.columns.items():
+            splits = self.note_truncated(splits, {f"{column}_lost": f"tokens of {name}"})
+        for split, dataset in zip(SPLITS, splits, strict=True):
+            self.note_equal_texts(split, dataset)
+        return splits
+
+    def note_equal_texts(self, split, dataset):
+        different = {f"{column}s": len(set(dataset[f"{column}_text"])) for column in COLUMNS[:2]}
+        equal = [f"{count:,} different {name}" for name, count in different.items() if count < len(dataset)]
+        if equal:
+            found = f"{len(dataset):,} {split} pairs have {' and '.join(equal)}"
+            self.reading.note("equal texts", f"{found}: equal texts are not negatives")
 
     def tokenize(self, dataset):
         settings = {"columns": self.columns, "max_length": self.data.max_length, "tokenizer": self.tokenizer}
@@ -118,24 +147,24 @@ class Contrastive(Recipe):
         return len(batch["anchor_input_ids"])
 
     def predict(self, outputs, batch):
-        return outputs.float().cpu().numpy(), [None] * len(outputs)
+        return outputs.float().cpu().numpy(), text_numbers(batch).tolist()
 
     def validate(self, model, windows, accelerator):
-        """Search each anchor's positive among all of the validation set, also for the loss."""
+        """Search each anchor's positives among all of the validation set, also for the loss."""
         found = evaluate(
             model, windows, accelerator=accelerator, compute_loss=self.loss, predict=self.predict
         )
-        embeddings = torch.from_numpy(np.stack(found.predictions))
-        loss = self.loss.value(embeddings)
-        _, ids = search(embeddings[:, 0], embeddings[:, 1], HITS)
-        self.samples[:] = [self.sample(windows, row, ids[row].tolist()) for row in range(min(8, len(ids)))]
-        return {"loss": loss, **self.metrics(ids.numpy(), np.arange(len(ids)))}
+        embeddings, texts = torch.from_numpy(np.stack(found.predictions)), torch.tensor(found.references)
+        ids, right = search_positives(embeddings, texts, HITS)
+        rows = range(min(8, len(ids)))
+        self.samples[:] = [self.sample(windows, row, ids[row], right[row]) for row in rows]
+        return {"loss": self.loss.value(embeddings, texts), **self.metrics(ids, right)}
 
-    def sample(self, windows, row, ids):
-        right, first = windows.examples([row, ids[0]])
-        rank = str(ids.index(row) + 1) if row in ids else f"beyond {HITS}"
+    def sample(self, windows, number, ids, right):
+        pair, first = windows.examples([number, ids[0]])
+        rank = next((str(rank) for rank, row in enumerate(ids, 1) if row in right), f"beyond {HITS}")
         found = {"found first": first["positive_text"], "rank of the right one": rank}
-        return {"anchor": right["anchor_text"], **found}
+        return {"anchor": pair["anchor_text"], **found}
 
     def metrics(self, predictions, references):
         from gradacc_hf.metrics import load  # slow to import, so not before it is needed
@@ -143,16 +172,17 @@ class Contrastive(Recipe):
         return load("retrieval").compute(predictions=predictions, references=references) or {}
 
     def baseline(self, train, validation):
-        """Return the expected scores of a random order of all validation rows."""
+        """Return the expected scores of a random order of all different positives of the validation rows."""
         from gradacc_hf.metrics.retrieval import chance
 
-        return chance(len(validation))
+        right = right_answers(*texts_by_tokens(validation))
+        return chance(len(set().union(*right)), list(map(len, right)))
 
     def answer(self, model, inputs):
         """Return the five validation texts nearest to each text, or to each row's anchor."""
         settings = self.tokenizer, self.data.max_length
         if self.searched is None:  # once for all inputs
-            candidates = self.datasets()[1]["positive_text"][:]
+            candidates = [*dict.fromkeys(self.datasets()[1]["positive_text"])]
             self.searched = candidates, model.embed(candidates, *settings)
         [texts], (candidates, embedded) = texts_of(inputs, [self.data.anchor_column]), self.searched
         scores, ids = search(model.embed(texts, *settings), embedded, 5)

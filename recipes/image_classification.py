@@ -50,6 +50,7 @@ class ImageClassification(Recipe):
     def datasets(self):
         data = self.data
         train, validation = (undecoded(rows, data.image_column) for rows in self.rows(data.label_column))
+        self.reading.use([data.image_column, data.label_column])
         self.target = SingleLabel(train, validation, data.label_column)
         problem = image_problem(data.image_column)
         train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")

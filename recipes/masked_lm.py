@@ -60,8 +60,11 @@ class MaskedLM(Recipe):
         train, validation = self.rows()
         for dataset in (train, validation):
             require_column(dataset, data.text_column, "data.text_column")
-        train, validation = self.check_rows(train, validation, self.problem, "data.text_column")
-        return self.tokenize(train), self.tokenize(validation)
+        self.reading.use([data.text_column])
+        rows = self.check_rows(train, validation, self.problem, "data.text_column")
+        splits = [self.tokenize(dataset) for dataset in rows]
+        self.reading.note_parts(rows, splits, f"chunks, by data.max_length {data.max_length}")
+        return tuple(splits)
 
     def problem(self, row):
         text = row[self.data.text_column]

@@ -32,6 +32,7 @@ from gradacc_hf.tasks.spans import (
     find_answer,
     in_parts,
     row_problem,
+    unused,
     with_held,
 )
 
@@ -78,6 +79,7 @@ class QuestionAnswering(Recipe):
     def datasets(self):
         check_tokenizer(self.tokenizer, self.config.model.name)
         rows = self.rows()
+        self.reading.use(self.columns.values())
         for name, column in self.columns.items():
             for dataset in rows:
                 require_column(dataset, column, f"data.{name}_column")
@@ -88,7 +90,10 @@ class QuestionAnswering(Recipe):
         if sum(map(len, kept)) < sum(map(len, rows)):
             parts = [self.tokenize(dataset) for dataset in kept]
         (train, validation), self.validation_rows = parts, kept[1]
+        self.reading.note_parts(kept, parts, f"parts, by data.max_length {self.data.max_length}")
         train = train.filter(lambda start: start != IGNORED, input_columns="start_positions")
+        for line in unused(kept[0][self.columns["answers"]], len(parts[0]) - len(train)):
+            self.reading.note("ignored", line)
         self.parts = validation.select_columns(["row", "offsets"])
         return tuple(dataset.remove_columns(["row", "offsets"]) for dataset in (train, validation))
 

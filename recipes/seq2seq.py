@@ -17,6 +17,7 @@ from transformers import AutoModelForSeq2SeqLM
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import list_lengths, require_texts, text_problem, texts_of
+from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.run import run
 from gradacc_hf.tasks.encoder_decoder import EncoderDecoder
 from gradacc_hf.tasks.generate import check_target_length, generate
@@ -27,8 +28,8 @@ from gradacc_hf.training.loop import evaluate
 def features(rows, tokenizer, columns, prefix, max_length, max_target_length, start):
     """Return the inputs of the model, and as `labels` the tokens to write after the start token."""
     source, target = columns
-    read = tokenizer([prefix + text for text in rows[source]], truncation=True, max_length=max_length)
-    read = read["input_ids"]
+    sources = [prefix + text for text in rows[source]]
+    read = tokenizer(sources, truncation=True, max_length=max_length)["input_ids"]
     written = tokenizer(text_target=rows[target], truncation=True, max_length=max_target_length)["input_ids"]
     bare, bare_target = tokenizer(prefix)["input_ids"], tokenizer(text_target="")["input_ids"]
     nothing_read = f"no token of the source is left; data.max_length is {max_length}"
@@ -37,8 +38,11 @@ def features(rows, tokenizer, columns, prefix, max_length, max_target_length, st
         nothing_read * (len(ids) <= len(bare)) or nothing_written * (len(labels) <= len(bare_target))
         for ids, labels in zip(read, written, strict=True)
     ]
+    lost = {"lost_source": tokens_lost(tokenizer, [sources], read, max_length)}
+    in_target = {"text_target": rows[target]}
+    lost["lost_target"] = tokens_lost(tokenizer, in_target, written, max_target_length)
     labels = [ids[1:] if ids[:1] == [start] else ids for ids in written]
-    return {"input_ids": read, "labels": labels, "problem": problems}
+    return {"input_ids": read, "labels": labels, "problem": problems, **lost}
 
 
 class Seq2Seq(EncoderDecoder):
@@ -84,6 +88,7 @@ class Seq2Seq(EncoderDecoder):
     def datasets(self):
         data, rows, start = self.data, self.rows(), self.model_config().decoder_start_token_id
         check_target_length(self.model_config(), data.max_target_length, self.config.model.name)
+        self.reading.use(self.columns)
         if not set(self.columns) <= set(rows[0].column_names):  # translation.de is inside translation
             rows = [dataset.flatten() for dataset in rows]
         for dataset in rows:
@@ -92,7 +97,10 @@ class Seq2Seq(EncoderDecoder):
         rows = self.check_rows(*rows, text_problem(self.columns), "data.train")
         settings = {"max_length": data.max_length, "max_target_length": data.max_target_length}
         settings |= {"columns": self.columns, "prefix": data.prefix or "", "start": start}
-        train, validation = self.map_rows(rows, features, "data.train", keep=self.columns, **settings)
+        splits = self.map_rows(rows, features, "data.train", keep=self.columns, **settings)
+        splits = self.note_truncated(splits, {"lost_source": "source tokens"})
+        limit = "data.max_target_length"
+        train, validation = self.note_truncated(splits, {"lost_target": "labelled tokens"}, limit)
         self.shown = validation.select(range(min(data.generate_rows or len(validation), len(validation))))
         return train.remove_columns(self.columns), validation.remove_columns(self.columns)
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import problems_of_tokens, require_texts, text_problem, texts_of
+from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.targets import TARGETS, answers, class_weights
@@ -24,10 +25,10 @@ def features(rows, tokenizer, columns, max_length):
     texts = [rows[column] for column in columns]
     which = None if len(texts) > 1 else False  # the tokens of one text have one type
     tokens = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=which)
-    problems = problems_of_tokens(
-        tokens, len(texts), tokenizer.num_special_tokens_to_add(which is None), max_length
-    )
-    return {**tokens, "labels": rows["label"], "problem": problems}
+    special = tokenizer.num_special_tokens_to_add(which is None)
+    problems = problems_of_tokens(tokens, len(texts), special, max_length)
+    lost = tokens_lost(tokenizer, texts, tokens["input_ids"], max_length)
+    return {**tokens, "labels": rows["label"], "problem": problems, "lost_tokens": lost}
 
 
 class TextClassification(Recipe):
@@ -63,6 +64,7 @@ class TextClassification(Recipe):
     def datasets(self):
         data, columns = self.data, self.text_columns()
         train, validation = self.rows(None if data.problem == "regression" else data.label_column)
+        self.reading.use([*columns, data.label_column])
         for split in (train, validation):
             for column, key in columns.items():
                 require_texts(split, column, key)

@@ -17,6 +17,7 @@ from transformers import AutoModelForTokenClassification
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import class_names, file_rows, labels_as_text, require_fast
+from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.errors import refuse
 from gradacc_hf.metrics.sequence_labelling import is_scheme
 from gradacc_hf.recipe import Recipe
@@ -36,7 +37,10 @@ def features(rows, tokenizer, columns, names, ids, max_length):
         labels.append([IGNORED if token is None else ids[of_row[token]] for token in starts])
         if not problems[row] and set(labels[-1]) == {IGNORED}:
             problems[row] = f"no token of its {len(of_row)} is left by data.max_length {max_length}"
-    return {**encoded, "labels": labels, "problem": problems}
+    lost = tokens_lost(tokenizer, [tokens], encoded["input_ids"], max_length, is_split_into_words=True)
+    left = [sum(label != IGNORED for label in row) for row in labels]
+    of_labels = [len(row) - n if cut else 0 for row, n, cut in zip(tags, left, lost, strict=True)]
+    return {**encoded, "labels": labels, "problem": problems, "lost_tokens": lost, "lost_labels": of_labels}
 
 
 def first_pieces(tokens):
@@ -65,13 +69,14 @@ class TokenClassification(Recipe):
         data = self.data
         require_fast(self.tokenizer, self.config.model.name)
         splits = self.rows(data.tags_column)
+        self.reading.use([data.tokens_column, data.tags_column])
         for dataset in splits:
             check_tokens_and_tags(dataset, data.tokens_column, data.tags_column)
         self.labels = tag_names(splits[0], data.tags_column)
         train, validation = map(self.tokenize, splits)
         numbers, problem = [file_rows(dataset) for dataset in splits], lambda row: row["problem"] or None
         found = self.check_rows(train, validation, problem, "data.tags_column", numbers)
-        return tuple(dataset.remove_columns("problem") for dataset in found)
+        return tuple(dataset.remove_columns("problem") for dataset in self.note_truncated(found))
 
     def tokenize(self, dataset):
         data = self.data

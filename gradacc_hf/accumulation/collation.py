@@ -6,18 +6,18 @@ device and weighs the losses.
 """
 
 import pickle
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from gradacc_hf.accumulation.loss_items import CountItems
+from gradacc_hf.accumulation.same_data import checksum, checksum_of_rows
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import (
     Bound,
@@ -30,7 +30,6 @@ from gradacc_hf.accumulation.splitting import (
 from gradacc_hf.accumulation.streaming import Held, Stream
 
 PadTo = Literal["micro_batch", "window", "nothing"] | int
-Lengths = str | Sequence[int] | np.ndarray | Callable[[Any], int] | None
 Transform = Callable[[Any, np.random.Generator], Any]
 EXAMPLE_STREAM, WINDOW_STREAM = 1, 2  # seed parts: other random numbers than the order's (seed, epoch)
 NOISE_WINDOW_PART, NOISE_MIN_EXAMPLES = 8, 4  # noise is measured on 1/8 of a window, at least 4 examples
@@ -74,6 +73,7 @@ class Split:
         padded_tokens: Tokens with padding, over all processes.
         pad_to: Tokens to which collating pads; None for the longest example of the micro-batch.
         measures_noise: Whether the first micro-batches of all processes have one size and random examples.
+        rows: Checksum of lengths and contents of examples, to compare processes; 0 where none is compared.
     """
 
     indices: np.ndarray
@@ -84,6 +84,7 @@ class Split:
     padded_tokens: int
     pad_to: int | None
     measures_noise: bool = False
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class LocalWindows(Dataset):
     """(epoch, window) → the split and the collated micro-batches of this process. Runs in worker processes.
 
     It owns the settings of the split: `bound`, `cost`, `plan` and `pad_to`. `revision` counts the changes of
-    `bound` and `plan`. After a change, the windows that workers have prepared are outdated.
+    `bound` and `plan`. After a change, the windows that workers have prepared are outdated. The window
+    `compare_at` has a checksum of examples, and all windows of a stream from there on.
     """
 
     dataset: Any
@@ -138,6 +140,7 @@ class LocalWindows(Dataset):
     leave_out: Collection[int] = ()
     noise_every: int = 0
     revision: int = 0
+    compare_at: tuple[int, int] | None = None
 
     def resplit(self, bound: Bound, cost: Cost) -> None:
         """Split later windows under another bound or cost model."""
@@ -151,6 +154,8 @@ class LocalWindows(Dataset):
 
     def __getitem__(self, number: tuple[int, int]) -> tuple[Split, list[MicroBatch]] | bytes:
         split = self.split(*number)
+        if self.compare_at and (self.compare_at == number or isinstance(self.plan, Stream)):
+            split = replace(split, rows=checksum_of_rows(self, split))
         local = split, self.collate_split(split)
         # As bytes: tensors in shared memory need a file descriptor each, and a window may have thousands.
         return local if get_worker_info() is None else pickle.dumps(local)
@@ -166,6 +171,14 @@ class LocalWindows(Dataset):
         if not isinstance(self.tokens, np.ndarray):
             return self.tokens.sum(1)
         return self.tokens[:, 0] if self.tokens.shape[1] == 1 else self.tokens.sum(1, dtype=np.int32)
+
+    @cached_property
+    def identity(self) -> dict[str, int | None] | None:
+        """Number of examples and checksum of the lengths, None if they are all 1; None for a stream."""
+        if not isinstance(self.tokens, np.ndarray):
+            return None
+        lengths = checksum(self.tokens) if self.tokens.max() > 1 else None
+        return {"examples": len(self.tokens), "lengths": lengths}
 
     def apart(self, epoch: int, window: int) -> "LocalWindows":
         """Return windows that can be read from this window on without moving the position of `self`.
@@ -286,8 +299,7 @@ class LocalWindows(Dataset):
 
     def examples(self, indices: np.ndarray, epoch: int) -> list[Any]:
         """Return the examples of this epoch. `transform` draws from (seed, epoch, index)."""
-        fetch = getattr(self.dataset, "__getitems__", None)  # a single call is faster for a datasets.Dataset
-        examples = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
+        examples = self.read(indices)
         if self.transform is None:
             return examples
         numbers = ([self.plan.seed, epoch, index, EXAMPLE_STREAM] for index in indices.tolist())
@@ -295,6 +307,17 @@ class LocalWindows(Dataset):
             self.transform(example, np.random.default_rng(seed))
             for example, seed in zip(examples, numbers, strict=True)
         ]
+
+    def read(self, indices: np.ndarray) -> list[Any]:
+        """Return examples as the data set has them."""
+        fetch = getattr(self.dataset, "__getitems__", None)  # a single call is faster for a datasets.Dataset
+        return fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
+
+    def read_again(self, indices: np.ndarray, times: int) -> list[list[Any]]:
+        """Return examples as repeated readings give them. A stream is read again from the start, twice."""
+        if isinstance(self.plan, Stream):
+            return [self.read(indices), *(self.plan.read_again(indices) for _ in range(2))]
+        return [self.read(indices) for _ in range(times)]
 
     def collate(self, indices: np.ndarray, epoch: int, pad_to: int | None, counts: bool = True) -> MicroBatch:
         """Collate examples into one micro-batch. Without `counts`, it is idle and has no items."""
@@ -341,62 +364,3 @@ class LocalWindows(Dataset):
         raise ValueError(
             "a micro-batch has items, but its examples alone have none: num_items must be a sum over examples"
         )
-
-
-def measure_lengths(dataset: Any, lengths: Lengths) -> np.ndarray:
-    """Measure the tokens of every example.
-
-    Args:
-        dataset: A sequence of examples.
-        lengths: A column name, a sequence of numbers, (examples, columns) for inputs that are padded
-            separately, or a function of an example. None for the size of `input_ids`, or 1 if there are none.
-            Nested `input_ids` (choices) count as rows × the longest row.
-
-    Returns:
-        Tokens, int32 (examples, columns).
-    """
-    # A torch data set without __iter__ may raise no IndexError at the end, so iterate by index.
-    examples = dataset if hasattr(dataset, "__iter__") else (dataset[i] for i in range(len(dataset)))
-    if isinstance(lengths, str) and hasattr(dataset, "select_columns"):
-        measured = dataset.select_columns(lengths)[lengths][:]
-    elif isinstance(lengths, str):
-        measured = [example[lengths] for example in examples]
-    elif callable(lengths):
-        measured = [lengths(example) for example in examples]
-    elif lengths is not None:
-        measured = lengths
-    elif hasattr(dataset, "with_format") and "input_ids" in getattr(dataset, "column_names", ()):
-        tables = dataset.select_columns("input_ids").with_format("arrow").iter(100_000)
-        measured = np.concatenate([_column_lengths(table["input_ids"]) for table in tables])
-    elif isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]:
-        measured = [_padded_size(example["input_ids"]) for example in examples]
-    else:
-        measured = np.ones(len(dataset))
-    array = np.asarray(measured)
-    if array.ndim not in (1, 2) or len(array) != len(dataset) or not array.size:
-        raise ValueError(
-            f"lengths has the shape {array.shape}, but the data set has {len(dataset)} examples: give one "
-            "number per example, or one per example and separately padded input"
-        )
-    if not np.issubdtype(array.dtype, np.number) or not (np.isfinite(array) & (array >= 0)).all():
-        raise ValueError(
-            f"lengths must be numbers of tokens, 0 or more; found {array.dtype}: {array[:3].tolist()} …"
-        )
-    return array.astype(np.int32).reshape(len(dataset), -1)
-
-
-def _column_lengths(column: Any) -> np.ndarray:
-    import pyarrow as pa  # late: only columns of datasets need it, and datasets installs it
-    import pyarrow.compute
-
-    if pa.types.is_nested(column.type.value_type):
-        return np.array([_padded_size(row) for row in column.to_pylist()])
-    return np.asarray(pyarrow.compute.list_value_length(column))  # type: ignore[attr-defined]
-
-
-def _padded_size(ids: Any) -> int:
-    """Return the tokens of one example: its length, or for nested rows (choices) rows × the longest."""
-    if isinstance(ids, torch.Tensor):
-        return ids.numel()
-    nested = len(ids) > 0 and np.ndim(ids[0]) > 0
-    return len(ids) * max(len(row) for row in ids) if nested else len(ids)

@@ -4,13 +4,14 @@ Each anchor must select its positive among the positives of all pairs in the win
 the negatives of the other micro-batches. `ContrastiveLoss` works in two passes. The first embeds all
 micro-batches without a graph, and computes the gradient of the loss with respect to the embeddings. The
 second runs each micro-batch again with this gradient. `training/loop.py` runs both passes. `window.py` gives
-both passes the same dropout. `Embedder` embeds pairs, `search` ranks candidates.
+both passes the same dropout. `Embedder` embeds pairs, `search` ranks candidates. Equal texts are not
+negatives of each other.
 
 Source: Gao et al. 2021, arXiv 2101.06983, section 3.2.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +33,79 @@ def info_nce(
     temperature: float,
     symmetric: bool,
     rows: torch.Tensor | None = None,
+    texts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return InfoNCE of pairs in float32, a mean over the pairs (van den Oord et al. 2018, equation 4).
 
-    The candidates of an anchor are the positives and hard negatives of all pairs.
+    The candidates of an anchor are the positives and hard negatives of all pairs. All positives of an equal
+    anchor are right. Right texts of other pairs are left out of the candidates.
 
     Args:
         embeddings: Anchor, positive and optional hard negative of each pair (pairs, columns, size).
         temperature: Divides the similarities.
         symmetric: Whether to average with the same loss from positives to anchors.
         rows: Indices of the terms of the mean to add up (rows,); by default all.
+        texts: A number for each text (pairs, columns), equal for equal texts; by default all texts differ.
     """
     rows = torch.arange(len(embeddings), device=embeddings.device) if rows is None else rows
+    forth, back = (None, None) if texts is None else _also_right(texts, rows)
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings = _float32_at_least(embeddings) / temperature**0.5
         anchors, candidates = embeddings[:, 0], embeddings[:, 1:].transpose(0, 1).flatten(0, 1)
-        total = cross_entropy(anchors[rows] @ candidates.T, rows, reduction="sum")
+        total = _cross_entropy(anchors[rows] @ candidates.T, rows, forth)
         if symmetric:
-            back = cross_entropy(candidates[rows] @ anchors.T, rows, reduction="sum")
-            total = (total + back) / 2
+            total = (total + _cross_entropy(candidates[rows] @ anchors.T, rows, back)) / 2
     return total / len(embeddings)
+
+
+def _cross_entropy(
+    similarities: torch.Tensor, rows: torch.Tensor, left_out: torch.Tensor | None
+) -> torch.Tensor:
+    if left_out is not None:
+        similarities = similarities.masked_fill(left_out, -torch.inf)
+    return cross_entropy(similarities, rows, reduction="sum")
+
+
+def _also_right(
+    texts: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Return which candidates are right for the anchors of `rows`, and which anchors for their positives.
+
+    The right one of the row itself is not included. None if no text occurs twice.
+    """
+    different, texts = torch.unique(texts, return_inverse=True)
+    if len(different) == texts.numel():
+        return None, None
+    anchors, positives, candidates = texts[:, 0], texts[:, 1], texts[:, 1:].T.flatten()
+    found = []
+    for queries, answers, among in ((anchors, positives, candidates), (positives, anchors, anchors)):
+        row, pair = (queries[rows, None] == queries).nonzero(as_tuple=True)
+        right = torch.zeros(len(rows), len(different), dtype=torch.bool, device=texts.device)
+        right[row, answers[pair]] = True
+        right = right[:, among]
+        right[torch.arange(len(rows), device=texts.device), rows] = False
+        found.append(right)
+    return found[0], found[1]
+
+
+def text_numbers(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return a number for each text of a batch of `Embedder`, (pairs, columns): a hash of the tokens.
+
+    Equal texts have equal numbers, however they are padded. None if the batch has no token ids.
+    """
+    columns = [column for column in COLUMNS if f"{column}_input_ids" in batch]
+    if not columns:
+        return None
+    found = []
+    for column in columns:
+        tokens = batch[f"{column}_input_ids"].long()
+        mask = batch.get(f"{column}_attention_mask")
+        mask = torch.ones_like(tokens) if mask is None else (mask > 0).long()
+        number = tokens + 0x9E3779B97F4A7C1 * mask.cumsum(1)  # of the token and its position
+        for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):  # splitmix64
+            number = (number ^ (number >> shift)) * factor
+        found.append(((number ^ (number >> 31)) * mask).sum(1))
+    return torch.stack(found, dim=1)
 
 
 class ContrastiveLoss:
@@ -60,7 +114,7 @@ class ContrastiveLoss:
     Call it with the embeddings of a micro-batch (pairs, columns, size) and the batch. It returns the loss of
     the whole window, a scalar. The gradient is the part that flows through these pairs. A loop calls
     `look_ahead` before the micro-batches of each window. Without `look_ahead`, as in an evaluation, the loss
-    is over the batch alone.
+    is over the batch alone. Texts are compared by the token ids of the batch (`text_numbers`).
 
     Args:
         temperature: Divides the similarities.
@@ -90,40 +144,45 @@ class ContrastiveLoss:
         if accelerator.distributed_type != DistributedType.FSDP:
             # DDP's forward is collective, and processes have unequal numbers of micro-batches.
             model = accelerator.unwrap_model(model)
-        embedded, sizes = [], []
+        embedded, texts, sizes = [], [], []
         with torch.no_grad():
             for batch in window.forward_pass():
                 embedded.append(_float32_at_least(model(**batch)))
+                texts.append(text_numbers(batch))
                 # An idle micro-batch adds nothing to the loss.
                 sizes.append(len(embedded[-1]) if window.micro_batch.num_items else 0)
-        here = torch.cat([part[:size] for part, size in zip(embedded, sizes, strict=True)])
+        parts = [embedded] if texts[0] is None else [embedded, texts]
+        here = [torch.cat([each[:size] for each, size in zip(part, sizes, strict=True)]) for part in parts]
         everything, first = _gather(here, accelerator)
-        self._value, gradient = self.of_all(everything)
-        gradients = gradient[first : first + len(here)].clone().split(sizes)  # of this process only
+        self._value, gradient = self.of_all(*everything)
+        gradients = gradient[first : first + sum(sizes)].clone().split(sizes)  # of this process only
         self._window, self._cache = window, list(zip(embedded, gradients, strict=True))
 
-    def of_all(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_all(
+        self, embeddings: torch.Tensor, texts: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of all these pairs and the gradient of the embeddings, computed in strips."""
         embeddings = embeddings.detach().requires_grad_()
         value = embeddings.new_zeros(())
         for rows in torch.arange(len(embeddings), device=embeddings.device).split(SIMILARITY_ROWS):
-            part = info_nce(embeddings, self.temperature, self.symmetric, rows)
+            part = info_nce(embeddings, self.temperature, self.symmetric, rows, texts)
             part.backward()
             value += part.detach()
         assert embeddings.grad is not None
         return value, embeddings.grad
 
     @torch.no_grad()
-    def value(self, embeddings: torch.Tensor) -> float:
-        """Return the loss of all these pairs, computed in strips."""
+    def value(self, embeddings: torch.Tensor, texts: torch.Tensor | None = None) -> float:
+        """Return the loss of all these pairs, computed in strips. `texts` are as for `info_nce`."""
         strips = torch.arange(len(embeddings), device=embeddings.device).split(SIMILARITY_ROWS)
-        return sum(float(info_nce(embeddings, self.temperature, self.symmetric, rows)) for rows in strips)
+        parts = (info_nce(embeddings, self.temperature, self.symmetric, rows, texts) for rows in strips)
+        return sum(map(float, parts))
 
     def __call__(self, embeddings: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
         window = self._window
         position = None if window is None else window.position
         if window is None or position is None:
-            return info_nce(embeddings, self.temperature, self.symmetric)
+            return info_nce(embeddings, self.temperature, self.symmetric, texts=text_numbers(batch))
         embeddings = _float32_at_least(embeddings)
         first_pass, gradient = self._cache[position]
         moved = float(((embeddings.detach() - first_pass).norm(dim=-1) / first_pass.norm(dim=-1)).max())
@@ -145,13 +204,15 @@ def _float32_at_least(embeddings: torch.Tensor) -> torch.Tensor:
     return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
-def _gather(here: torch.Tensor, accelerator: Any) -> tuple[torch.Tensor, int]:
-    """Return the embeddings of all processes, and the index of the first embedding of this process."""
+def _gather(here: list[torch.Tensor], accelerator: Any) -> tuple[list[torch.Tensor], int]:
+    """Return the rows of each tensor over all processes, and the index of the first row of this process."""
     if accelerator.num_processes == 1:
         return here, 0
-    counts = accelerator.gather(torch.tensor([len(here)], device=here.device)).tolist()
-    padded = accelerator.gather(accelerator.pad_across_processes(here)).split(max(counts))
-    everything = torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
+    counts = accelerator.gather(torch.tensor([len(here[0])], device=here[0].device)).tolist()
+    everything = []
+    for tensor in here:
+        padded = accelerator.gather(accelerator.pad_across_processes(tensor)).split(max(counts))
+        everything.append(torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)]))
     return everything, sum(counts[: accelerator.process_index])
 
 
@@ -245,3 +306,34 @@ def search(queries: torch.Tensor, candidates: torch.Tensor, number: int) -> tupl
         for some in queries.split(SIMILARITY_ROWS)
     ]
     return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
+
+
+def search_positives(
+    embeddings: torch.Tensor, texts: torch.Tensor, number: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Search each anchor's positives among all different positives.
+
+    Args:
+        embeddings: Of the pairs (pairs, columns, size).
+        texts: The numbers of the texts (pairs, columns), from `text_numbers`.
+        number: Maximum number of positives found per anchor.
+
+    Returns:
+        The positives found for each anchor, best first, and the right positives, as from `right_answers`.
+    """
+    right = right_answers(*texts[:, :2].T.tolist())
+    different = sorted(set().union(*right))
+    _, found = search(embeddings[:, 0], embeddings[different, 1], number)
+    return torch.tensor(different)[found].tolist(), right
+
+
+def right_answers(anchors: Sequence[Hashable], positives: Sequence[Hashable]) -> list[list[int]]:
+    """Return the right positives of each anchor, each as the first row with this text.
+
+    An anchor of several rows has all their positives as right ones.
+    """
+    first = dict(zip(reversed(positives), reversed(range(len(positives))), strict=True))
+    right: dict[Hashable, set[int]] = {}
+    for anchor, positive in zip(anchors, positives, strict=True):
+        right.setdefault(anchor, set()).add(first[positive])
+    return [sorted(right[anchor]) for anchor in anchors]

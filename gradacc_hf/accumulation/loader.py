@@ -23,19 +23,25 @@ from gradacc_hf.accumulation import loss_items as items
 from gradacc_hf.accumulation.accelerate_state import forwards_are_collective, prepared_schedulers
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch
 from gradacc_hf.accumulation.collation import (
-    Lengths,
     LocalSplit,
     LocalWindows,
     MicroBatch,
     PadTo,
     Split,
     Transform,
-    measure_lengths,
     to_device,
 )
-from gradacc_hf.accumulation.loader_state import COUNTERS, device_name, sizes_of, upgrade_state
+from gradacc_hf.accumulation.lengths import Lengths, measure_lengths
+from gradacc_hf.accumulation.loader_state import (
+    COUNTERS,
+    device_name,
+    is_other_data,
+    sizes_of,
+    upgrade_state,
+)
 from gradacc_hf.accumulation.noise_scale import NoiseScale
 from gradacc_hf.accumulation.reference import as_number
+from gradacc_hf.accumulation.same_data import SAME_DATA, check_same_data, checksum_of_split
 from gradacc_hf.accumulation.sampler import EffectiveBatchSize, WindowPlan
 from gradacc_hf.accumulation.splitting import Bound, Cost, usual_cost
 from gradacc_hf.accumulation.streaming import BUFFER_SIZE, Stream, is_stream
@@ -64,8 +70,8 @@ class WindowLoader:
             predicted cost under the bound.
         num_items: The number of terms of the mean loss: "labels", "next_token" or `batch -> number`.
         lengths: Tokens of each example: a column name, a sequence, or a function of an example. By default
-            the size of `input_ids`, or equal lengths if there are none. Use an array (examples, columns) if
-            an example has separately padded inputs, such as source and target.
+            the size of `input_ids`, or else of the main input, such as audio samples. Use an array (examples,
+            columns) if an example has separately padded inputs, such as source and target.
         pad_to: "micro_batch" pads to the longest example of a micro-batch, "window" to the longest of a
             window, a number to this many tokens. "nothing" declares that the collate function packs the
             examples into one row. If padding changes the loss (question answering), only "window" and a
@@ -147,18 +153,20 @@ class WindowLoader:
         self.noise, self.tuned = NoiseScale(), False
         self._is_started = self._has_stepped = self._pass_is_open = False
         self._warned_too_large = self._warned_dropped = False
+        self._compares_rows = accelerator.num_processes > 1
         self._completed_costs = (0.0,) * accelerator.num_processes
         bound = bound or Bound(max_tokens, micro_batch_size)
+        measure = partial(measure_lengths, lengths=lengths, bounds=bound.micro_batch_size is None)
         self._budget = sizes_of(bound)  # as given; `bound` may be lowered later
         self._device = device_name(accelerator)
         self._trial_bound: Bound | None = None
         if is_stream(dataset):
-            measure, size = partial(measure_lengths, lengths=lengths), int(buffer_size or BUFFER_SIZE)
+            size = int(buffer_size or BUFFER_SIZE)
             plan = Stream(dataset, effective_batch_size, seed, shuffle, drop_last, size, measure)
             plan.check, dataset, tokens = self._check_lengths, plan, plan.tokens
         else:
             plan = WindowPlan(len(dataset), effective_batch_size, seed, shuffle, drop_last)
-            tokens = measure_lengths(dataset, lengths)
+            tokens = measure(dataset)
         self._windows = LocalWindows(
             dataset=dataset,
             collate_fn=collate_fn,
@@ -187,6 +195,7 @@ class WindowLoader:
         if self._is_started:
             self.epoch, self.window = self.epoch + 1, 0
         self._is_started, asked = True, time.perf_counter()
+        self._windows.compare_at = (self.epoch, self.window) if self._compares_rows else None
         for plan, micro_batches in self._collated_windows(self._windows, self.epoch, self.window):
             self.window += 1
             split = self._local_split(plan, micro_batches)
@@ -201,7 +210,7 @@ class WindowLoader:
                         "windows.record_gradient_norm(window, norm) for each window, or set noise_every=0"
                     )
                 self._has_stepped, asked = True, time.perf_counter()
-        ended = self._gather([0, 0, 0, 0, 0])  # pairs with `_gather` of a process that has another window
+        ended = self._gather([0, 0, 0, 0, 0, 0])  # pairs with `_gather` of a process that has another window
         _check_alike(ended[:, 3], self.epoch, self.window)
         self._warn_dropped()
 
@@ -301,8 +310,12 @@ class WindowLoader:
         state nor the position of the loader changes. If forwards are collective (FSDP), all processes get the
         same number of micro-batches.
         """
-        windows = self._windows.apart(epoch=0, window=0)
+        windows, compares = self._windows.apart(epoch=0, window=0), self._compares_rows
+        windows.compare_at = (0, 0) if compares else None
         for split, micro_batches in self._collated_windows(windows, epoch=0, start=0):
+            if compares and not split.window:
+                self._check_same_data(windows, split, self._gather([checksum_of_split(split)])[:, 0])
+                windows.compare_at = None
             most = max(map(len, split.processes))
             while forwards_are_collective(self.accelerator) and len(micro_batches) < most:
                 micro_batches.append(windows.collate(split.indices[:1], 0, split.pad_to, counts=False))
@@ -423,9 +436,9 @@ class WindowLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the loader as plain data, which JSON can store.
 
-        The state is the position of the next window, the settings of the split, and the counters. It
-        includes a bound that was lowered or tuned. With `noise_every`, it has the noise scale. With a
-        `GrowingBatch`, it has the sizes.
+        The state is the position of the next window, the settings of the split, the counters, and a checksum
+        of the lengths of the examples. It includes a bound that was lowered or tuned. With `noise_every`, it
+        has the noise scale. With a `GrowingBatch`, it has the sizes.
         """
         epoch, window = self.next_position
         state = {"seed": self.seed, "epoch": epoch, "window": window, **self.plan.place(epoch, window)}
@@ -441,10 +454,13 @@ class WindowLoader:
             "device": self._device,
         }
         state["counts"] = {name: getattr(self, name) for name in COUNTERS}
+        state["data"] = self._windows.identity
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], *, same_budget: bool | None = None) -> None:
         """Restore a state. The next pass runs the rest of the epoch.
+
+        Warn if the data have another length or examples of other lengths.
 
         The windows are the same with any budget. With the same budget and device, the split is the same, too,
         including a bound that was lowered when memory ran out. With another budget, the split follows it.
@@ -460,6 +476,11 @@ class WindowLoader:
         if "noise" in state:
             self.noise = NoiseScale.of(state["noise"])
         self._windows.replan(self.plan.at(state))
+        if is_other_data(state.get("data"), self._windows.identity):
+            logger.warning(
+                "the state is from other data: examples were added, removed, changed or moved since, so that "
+                "some may come twice and others never. Load a state of the same data"
+            )
         if "split" in state:
             self._restore_split(state["split"], same_budget)
         for name, count in state.get("counts", {}).items():
@@ -558,8 +579,9 @@ class WindowLoader:
         with_items = [micro_batch for micro_batch in micro_batches if micro_batch.num_items]
         empty = len(micro_batches) - len(with_items)
         here = [sum(m.num_items for m in with_items), len(with_items), empty, plan.tokens]
-        counts = self._gather([*here, self._can_measure(plan, micro_batches)])
+        counts = self._gather([*here, self._can_measure(plan, micro_batches), checksum_of_split(plan)])
         _check_alike(counts[:, 3], plan.epoch, plan.window)
+        self._check_same_data(self._windows, plan, counts[:, 5])
         num_items, most = counts[:, 0].sum(), int(counts[:, 1].max())
         self._count_empty(plan, int(counts[:, 2].sum()), num_items == 0)
         if num_items == 0:
@@ -576,6 +598,14 @@ class WindowLoader:
             bound=self.bound,
             noise_size=len(micro_batches[0].indices) if counts[:, 4].all() else 0,
         )
+
+    def _check_same_data(self, windows: LocalWindows, split: Split, checksums: np.ndarray) -> None:
+        """Raise ValueError in all processes if their checksums of a window show other data."""
+        differ = len(set(checksums.tolist())) > 1
+        if differ:
+            check_same_data(windows, split)
+        if differ or (split.rows and not isinstance(self.plan, Stream)):  # cannot be compared, or is alike
+            self._compares_rows, self._windows.compare_at = False, None
 
     def _can_measure(self, plan: Split, micro_batches: list[MicroBatch]) -> bool:
         """Whether the gradient of the first micro-batch, drawn at random, can be read separately."""
@@ -637,7 +667,7 @@ def _check_alike(tokens: np.ndarray, epoch: int, window: int) -> None:
     if len(different) > 1:
         raise ValueError(
             f"window {window} of epoch {epoch} has {' and '.join(map(str, different))} tokens, by process: "
-            "all processes must have the same data in the same order"
+            f"{SAME_DATA}"
         )
 
 

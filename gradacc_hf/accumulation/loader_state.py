@@ -23,6 +23,12 @@ def device_name(accelerator: Accelerator) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def is_other_data(saved: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> bool:
+    """Whether two data sets have known and unequal numbers or lengths of examples."""
+    pairs = [(saved[name], here[name]) for name in here] if saved and here else []
+    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+
+
 def upgrade_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state of version 0.1.0 in the present layout, and any other state unchanged.
 

@@ -201,6 +201,13 @@ class Stream:
         found = (self._block_of(index).examples[index % self.buffer_size] for index in indices)
         return [dict(example) if isinstance(example, dict) else example for example in found]
 
+    def read_again(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
+        """Return examples of the current epoch from another reading, which starts at the beginning."""
+        reader = _Reader(self.dataset, self.epoch, 0, None)
+        reader.skip(first := int(min(indices)))
+        examples = reader.read(int(max(indices)) + 1 - first)
+        return [examples[index - first] for index in indices if index - first < len(examples)]
+
     @property
     def tokens(self) -> "Held":
         """Tokens of the examples in memory, (examples, columns)."""

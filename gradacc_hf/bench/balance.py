@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from gradacc_hf.accumulation.balancing import BALANCED
-from gradacc_hf.accumulation.collation import measure_lengths
+from gradacc_hf.accumulation.lengths import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import Bound, Cost, split_window

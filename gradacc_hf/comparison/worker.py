@@ -25,7 +25,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from gradacc_hf.accumulation.accelerate_state import reset_settings
-from gradacc_hf.accumulation.collation import measure_lengths
+from gradacc_hf.accumulation.lengths import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.reference import (

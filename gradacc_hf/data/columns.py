@@ -5,6 +5,7 @@ Rows are counted from 1 as in the user's file, also after a shuffle. `loading.py
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
+from datasets import ClassLabel, Dataset, Features, Json, LargeList, List, Value
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable, concat_tables
 
@@ -105,7 +106,7 @@ def encode_labels(
     """Replace the label column by `label`, class ids 0..K−1 (int64), and return the K names in that order.
 
     Labels are strings, integers, booleans or a ClassLabel. A ClassLabel keeps its names and their order;
-    other labels are sorted, integers by size.
+    other labels are sorted, integers by size, also where they are text.
 
     Args:
         train: Training rows.
@@ -125,11 +126,7 @@ def encode_labels(
     present, feature = pc.unique(texts).to_pylist(), train.features[label_column]
     if len(present) < 2:
         refuse(key, f"one class only, {present[0]!r}, in the training rows", "at least two")
-    if isinstance(feature, ClassLabel):
-        names = list(feature.names)
-    else:
-        is_text = isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool")
-        names = sorted(present, key=None if is_text else int)
+    names = list(feature.names) if isinstance(feature, ClassLabel) else in_order(present)
     known = pa.array(names, pa.large_string())
     ids, other_ids = pc.index_in(texts, known), pc.index_in(other, known)
     if other_ids.null_count:
@@ -138,6 +135,11 @@ def encode_labels(
         validation = drop_unknown(validation, unknown, labels, key, skipped)
         other_ids = other_ids.drop_null()
     return _with_ids(train, label_column, ids), _with_ids(validation, label_column, other_ids), names
+
+
+def in_order(labels: Sequence[str]) -> list[str]:
+    """Return labels sorted: by size if all of them are integers without leading zeros, else as text."""
+    return sorted(labels, key=int if all(re.fullmatch(r"0|-?[1-9][0-9]*", one) for one in labels) else None)
 
 
 def drop_unknown(
@@ -169,6 +171,8 @@ def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:
         values = pc.if_else(pc.less(values, 0), None, values)
     _refuse_null(dataset, column, key, pc.is_null(values))
     values = pa.concat_arrays(values.chunks).take(pa.array(file_rows(dataset)))
+    if isinstance(feature, Json):
+        return pa.array(_mixed_as_text(dataset, column, key), pa.large_string())
     if isinstance(feature, ClassLabel):
         return pa.array(feature.names, pa.large_string()).take(values)
     if pa.types.is_boolean(values.type):
@@ -193,6 +197,19 @@ def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:
         cure = "labels are all strings, or all integers, or all booleans"
         refuse(key, found, cure + several * is_list(feature))
     return values.cast(pa.large_string())
+
+
+def _mixed_as_text(dataset: Dataset, column: str, key: str) -> list[str]:
+    """Return labels of several types as text: 1 and 1.0 are "1"."""
+    values = dataset[column][:]
+    for row, value in enumerate(values):
+        if isinstance(value, list | dict):
+            refuse(
+                key, f"column {column!r}, {_row(dataset, row)}: {value!r:.40}", "labels are text or numbers"
+            )
+    return [
+        f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value) for value in values
+    ]
 
 
 def _with_ids(dataset: Dataset, column: str, ids: pa.Array) -> Dataset:

@@ -9,8 +9,9 @@ import contextlib
 import glob
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import datasets
 import datasets.config
 import huggingface_hub.constants
 import numpy as np
-import pyarrow.compute
+import pandas as pd
 import yaml
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import CastError
@@ -29,14 +31,16 @@ from huggingface_hub import DatasetCard
 
 from gradacc_hf import embedded
 from gradacc_hf.data.columns import file_rows
-from gradacc_hf.errors import listed, refuse
+from gradacc_hf.data.mixed import is_exact, joined, mixed_columns, read_mixed_json
+from gradacc_hf.data.reading import Reading, Source, counted
+from gradacc_hf.errors import InputError, listed, refuse
 
-pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first that exists is used
 IMAGES = set(ImageFolder.EXTENSIONS)
 _CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts, not nulls
 
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}.*")  # SPLIT-00000-of-00001.parquet, as on the Hub
 _NO_ROWS = ("corresponds to no data", "No columns to parse", "BatchSize must be")  # errors of the builders
 
 
@@ -48,6 +52,7 @@ class Splits:
     validation: Dataset
     held_out: bool  # whether validation rows were held out of the training rows
     source: str  # one sentence about the source of the validation rows
+    reading: Reading = field(default_factory=Reading)
 
 
 def load_data(
@@ -74,30 +79,41 @@ def load_data(
     Raises:
         InputError: For files or names that cannot be read, and for data sets without rows.
     """
-    splits = _read(train, "data.train", config_name)
+    reading = Reading()
+    found = _read(train, "data.train", config_name, reading)
+    splits = found.splits
     if "train" not in splits:
         refuse("data.train", f"{train!r} has no train split; found {listed(splits)}", "name the file itself")
-    rows = splits["train"]
+    rows, used = splits["train"], {"train"}
+    reading.use_split(found, "train", "training")
     held_out, source = False, f"validation: {validation}"
     if validation is None:
         name = next((split for split in VALIDATION_SPLITS if split in splits), None)
-        if name is None:
-            held_out, number_of_rows = True, len(rows)
-            rows, held = _hold_out(rows, validation_fraction, seed, label_column)
-            source = f"validation: {len(held):,} of {number_of_rows:,} training rows, held out by seed {seed}"
-        else:
-            held, source = splits[name], f"validation: the {name} split of {train}"
-    elif validation in splits and not Path(validation).exists():
-        held, source = splits[validation], f"validation: the {validation} split of {train}"
     else:
-        others = _read(validation, "data.validation", config_name)
-        held = others[
-            next((split for split in (*VALIDATION_SPLITS, "train") if split in others), next(iter(others)))
-        ]
+        name = validation if validation in splits and not Path(validation).exists() else None
+    if name is not None:
+        held, source = splits[name], f"validation: the {name} split of {train}"
+        used.add(name)
+        reading.use_split(found, name, "validation")
+    elif validation is None:
+        held_out, number_of_rows = True, len(rows)
+        rows, held = _hold_out(rows, validation_fraction, seed, label_column)
+        source = f"validation: {len(held):,} of {number_of_rows:,} training rows, held out by seed {seed}"
+    else:
+        reading.leave_splits(found, used)
+        found = _read(validation, "data.validation", config_name, reading)
+        names = (split for split in (*VALIDATION_SPLITS, "train") if split in found.splits)
+        used = {name := next(names, next(iter(found.splits)))}
+        held = found.splits[name]
+        reading.use_split(found, name, "validation")
+    reading.leave_splits(found, used)
     for key, given, split in (("data.train", train, rows), ("data.validation", validation or train, held)):
         if not len(split):
             refuse(key, f"{given!r} has no rows", "give at least one")
-    return Splits(rows, held, held_out, source)
+    for name, line in mixed_columns(rows, held).items():
+        reading.merged.setdefault(name, []).append(line)
+    reading.columns = [*dict.fromkeys((*rows.column_names, *held.column_names))]
+    return Splits(rows, held, held_out, source, reading)
 
 
 def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | None) -> tuple[Dataset, Dataset]:
@@ -118,34 +134,22 @@ def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | Non
     return shuffled.select(left), shuffled.select(drawn)
 
 
-def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
+def _read(given: str, key: str, config_name: str | None, reading: Reading) -> Source:
     if given.startswith("embedded:"):
         name = given.removeprefix("embedded:")
         if name not in embedded.DATASETS:
             names = listed(f"embedded:{known}" for known in embedded.DATASETS)
             refuse(key, f"no {given!r}", f"the embedded data is {names}")
-        return dict(zip(("train", "validation"), embedded.load(name), strict=True))
+        return Source(given, dict(zip(("train", "validation"), embedded.load(name), strict=True)))
     path, kinds = Path(given).expanduser(), listed(BUILDERS)
     if path.is_dir() and given:
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in BUILDERS and p.is_file())
-        if not files and any(p.suffix.lower() in IMAGES for p in path.rglob("*")):
-            return _read_images(key, path)
-        if not files:
-            refuse(
-                key, f"no data file in {given!r}", f"allowed: {kinds}, or images in a folder for each label"
-            )
-        options = _CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
-        _check_card(path, key)
-        where = [os.path.abspath(path)] + ([config_name] if config_name else [])  # "csv" is a builder's name
-        return _read_files(key, files, *where, **options)
+        return _read_folder(path, given, key, config_name, reading)
     suffix = path.suffix.lower()
     if path.is_file():
         if suffix not in BUILDERS:
             refuse(key, f"{given!r} is a {suffix or 'file without extension'}", f"allowed: {kinds}")
-        options = _CSV if suffix == ".csv" else {}
-        return _read_files(
-            key, [path], BUILDERS[suffix], data_files={"train": glob.escape(str(path))}, **options
-        )
+        rows = read_file(path, key)
+        return Source(given, {"train": rows}, {"train": [(str(path), len(rows))]})
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, siblings, n=1)
     hint = f"did you mean {str(path.parent / close[0])!r}?" if close else f"give a {kinds} file, or a folder"
@@ -166,10 +170,116 @@ def _read(given: str, key: str, config_name: str | None) -> dict[str, Dataset]:
             f"{given!r} is not a file or folder and {where}",
             hint + ("" if close else " or embedded:NAME"),
         )
-    return _by_name(loaded)
+    return Source(given, _by_name(loaded))
 
 
-def _read_files(key: str, files: list[Path], *where: str, **options: Any) -> dict[str, Dataset]:
+def _read_folder(path: Path, given: str, key: str, config_name: str | None, reading: Reading) -> Source:
+    """Return the splits of a folder. Every file with data is read, or noted as not read."""
+    found = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p.relative_to(path)))
+    files = [p for p in found if p.suffix.lower() in BUILDERS]
+    if not files and any(p.suffix.lower() in IMAGES for p in found):
+        return _read_images(key, given, path, found, reading)
+    if not files:
+        kinds = f"allowed: {listed(BUILDERS)}, or images in a folder for each label"
+        refuse(key, f"no data file in {given!r}", kinds)
+    if config_name or _has_configs(path, key):
+        where = [os.path.abspath(path)] + ([config_name] if config_name else [])  # "csv" is a builder's name
+        splits, of_splits = _read_card(key, files, where)
+        rows_of = {}
+    else:
+        of_splits, splits, rows_of = files_of_splits(path, files), {}, {}
+        for name, of_split in of_splits.items():
+            parts = [(p, read_file(p, key)) for p in of_split]
+            rows_of[name] = [(str(p), len(rows)) for p, rows in parts]
+            splits[name], lines = joined(parts, key)
+            reading.merged |= {
+                column: [*reading.merged.get(column, []), line] for column, line in lines.items()
+            }
+    read = {p.resolve() for of_split in of_splits.values() for p in of_split}
+    for p in (p for p in found if p.resolve() not in read and p.name not in FILES_TO_IGNORE):
+        is_data = p.suffix.lower() in BUILDERS
+        why = f"allowed: {listed(BUILDERS)}"
+        if is_data:
+            why = f"no split in its name, unlike in {listed(of_splits)}; to use it, set data.validation to it"
+        reading.note("not read", f"{p}: {why}")
+    for p in (p for p in path.rglob("*") if p.suffix.lower() in BUILDERS and is_hidden(p.relative_to(path))):
+        reading.note("not read", f"{p}: a hidden file")
+    return Source(given, splits, rows_of)
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file is hidden or in a hidden folder, so that `datasets` does not read it."""
+    return any(part.startswith((".", "__")) for part in path.parts)
+
+
+def files_of_splits(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Return the files of each split, named as `datasets` names them.
+
+    The first of these names that any file has decides: data/SPLIT-00000-of-00001, a folder such as train/, a
+    file such as train_1.csv. Without any, all files are training files.
+    """
+    places: list[list[list[str]]] = [[], [], []]  # by rule, by file: splits
+    for path in (p.relative_to(folder) for p in files):
+        shard = _SHARD.fullmatch(path.name) if path.parent == Path("data") else None
+        places[0].append([shard[1]] if shard else [])
+        places[1].append([split for part in path.parent.parts for split in _splits_in(part)])
+        places[2].append(_splits_in(path.name))
+    splits = next((place for place in places if any(place)), [["train"]] * len(files))
+    names = dict.fromkeys(name for of_file in splits for name in of_file)
+    return {name: [p for p, of_file in zip(files, splits, strict=True) if name in of_file] for name in names}
+
+
+def _splits_in(name: str) -> list[str]:
+    """Return the splits whose keyword is a word of this name of a file or folder."""
+    words = re.split(r"[-._ 0-9]+", name)
+    return [str(split) for split, keywords in SPLIT_KEYWORDS.items() if {*keywords} & {*words}]
+
+
+def _read_card(
+    key: str, files: list[Path], where: list[str]
+) -> tuple[dict[str, Dataset], dict[str, list[Path]]]:
+    """Return the splits that the folder's own description defines, and their files."""
+    with reading_errors(key, files):
+        of_splits = datasets.load_dataset_builder(*where).config.data_files or {}
+        options = _CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
+        splits = _by_name(datasets.load_dataset(*where, **options))
+    return splits, {str(name): [Path(p) for p in names] for name, names in of_splits.items()}
+
+
+def read_file(path: Path, key: str) -> Dataset:
+    """Return the rows of a file. Columns of a text file are texts; other columns keep their types."""
+    suffix = path.suffix.lower()
+    with reading_errors(key, [path]):
+        if suffix == ".csv":
+            options = {"features": Features(dict.fromkeys(_header(path, key), Value("string"))), **_CSV}
+        else:
+            options = {"parse_agent_traces": False} if suffix in (".json", ".jsonl") else {}
+        where = {"train": glob.escape(str(path))}
+        try:
+            rows = datasets.load_dataset(BUILDERS[suffix], data_files=where, **options)["train"]
+            exact = suffix in (".csv", ".parquet") or is_exact(rows)
+        except Exception:
+            if suffix not in (".json", ".jsonl") or json_fault(path):
+                raise
+            exact = False
+        if not exact:
+            rows = read_mixed_json(path)
+    if not len(rows):
+        refuse(key, f"{path}: no rows", "give at least one in each file")
+    return rows
+
+
+def _header(path: Path, key: str) -> list[str]:
+    """Return the names of the columns of a CSV file. Raise InputError if rows have more fields than names."""
+    first = pd.read_csv(path, nrows=1, dtype=str, **_CSV)
+    if not isinstance(first.index, pd.RangeIndex):
+        refuse(key, f"{path}: rows have more fields than the header", "give every column a name")
+    return list(first.columns)
+
+
+@contextlib.contextmanager
+def reading_errors(key: str, files: Sequence[Path]) -> Iterator[None]:
+    """Turn an error about these files into an InputError of one line, and print no progress bars."""
     shown = listed(files[:3])
     try:
         for path in files:
@@ -181,35 +291,38 @@ def _read_files(key: str, files: list[Path], *where: str, **options: Any) -> dic
         refuse(key, f"cannot read {error.filename or shown}: {error.strerror}", "give a file you may read")
     try:
         with _quiet():
-            loaded = datasets.load_dataset(*where, **options)
+            yield
+    except InputError:
+        raise
     except Exception as error:
         cause = _cause(error)
         if any(sign in cause for sign in _NO_ROWS):
             refuse(key, f"{shown}: no rows", "give at least one in each file")
-        for path in files if len(files) > 1 else ():  # finds the damaged one
-            _read(str(path), key, None)
-        if files[0].suffix.lower() in (".json", ".jsonl") and (fault := _json_fault(files[0])):
-            refuse(key, f"{files[0]}, {fault}", "one JSON object a line, or one list of objects")
+        for path in files:
+            if path.suffix.lower() in (".json", ".jsonl") and (fault := json_fault(path)):
+                refuse(key, f"{path}, {fault}", "one JSON object a line, or one list of objects")
         cause = cause.removeprefix("Error tokenizing data. C error: ").rstrip(".")
         commas = ", with commas between values" if files[0].suffix.lower() == ".csv" else ""
         refuse(key, f"{shown} cannot be read: {cause}", f"correct or leave out that part{commas}")
-    splits = _by_name(loaded)
-    if options and any("__index_level_0__" in split.column_names for split in splits.values()):
-        refuse(key, f"{files[0]}: rows have more fields than the header", "give every column a name")
-    return splits
 
 
-def _check_card(folder: Path, key: str) -> None:
-    """Raise InputError if the folder's own description names files elsewhere, which `datasets` would read."""
+def _has_configs(folder: Path, key: str) -> bool:
+    """Whether the folder's own description defines data sets.
+
+    Raise InputError if it names files elsewhere, which `datasets` would read.
+    """
+    has = False
     for file in (folder / datasets.config.REPOCARD_FILENAME, folder / datasets.config.REPOYAML_FILENAME):
         named: list[str] = []
         with contextlib.suppress(Exception):  # `datasets` raises the error for a file that cannot be read
             text = file.read_text(encoding="utf-8")
             about = DatasetCard(text).data.to_dict() if file.suffix == ".md" else yaml.safe_load(text)
+            has |= not {"configs", "dataset_info"}.isdisjoint(about)
             where = [config.get(name) for config in about["configs"] for name in ("data_files", "data_dir")]
             named = [path for path in _texts(where) if _is_elsewhere(path)]
         if named:
             refuse(key, f"{file} names {named[0]!r}", "allowed are files in its folder")
+    return has
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -223,14 +336,20 @@ def _is_elsewhere(path: str) -> bool:
     return "://" in path or Path(path).is_absolute() or ".." in Path(path).parts
 
 
-def _read_images(key: str, folder: Path) -> dict[str, Dataset]:
+def _read_images(key: str, given: str, folder: Path, found: Sequence[Path], reading: Reading) -> Source:
     """Return rows with `image`, and `label` from the name of the folder. Folders above may name splits."""
     try:
         with _quiet():
-            return _by_name(datasets.load_dataset("imagefolder", data_dir=glob.escape(str(folder))))
+            splits = _by_name(datasets.load_dataset("imagefolder", data_dir=glob.escape(str(folder))))
     except Exception as error:
         cure = "put the images of each label in a separate folder"
         refuse(key, f"the images in {str(folder)!r} cannot be read: {_cause(error)}", cure)
+    images = sum(p.suffix.lower() in IMAGES for p in found)
+    if left := images - sum(map(len, splits.values())):
+        reading.note("not read", f"{counted(left, 'image')} of {folder} in no split: {listed(splits)}")
+    for p in (p for p in found if p.suffix.lower() not in IMAGES and p.name not in FILES_TO_IGNORE):
+        reading.note("not read", f"{p}: not an image")
+    return Source(given, splits)
 
 
 def _by_name(loaded: Any) -> dict[str, Dataset]:
@@ -255,7 +374,7 @@ def check_utf8(path: Path, key: str) -> None:
             start, line = start + len(block), line + block.count(b"\n")
 
 
-def _json_fault(path: Path) -> str | None:
+def json_fault(path: Path) -> str | None:
     """Return the place of the first line that is not a JSON object; None if there is none."""
     text = path.read_text(encoding="utf-8-sig")
     try:

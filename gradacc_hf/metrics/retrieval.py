@@ -1,9 +1,11 @@
-"""Metrics of a search, from the candidates found for each query, best first, and the right candidate.
+"""Metrics of a search, from the candidates found for each query, best first, and the right candidates.
 
-Recall at k is the share of queries whose right candidate is among the first k. MRR@10 is the mean of 1 / rank
-of the right candidate, 0 beyond the tenth (Craswell 2009; as in MS MARCO).
+Recall at k is the share of queries with a right candidate among the first k. MRR@10 is the mean of 1 / rank
+of the first right candidate, 0 beyond the tenth (Craswell 2009; as in MS MARCO).
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -18,17 +20,28 @@ MAX_RANK = 10
 _INPUTS = """
 Args:
     predictions: ids of the candidates found, best first: whole numbers of shape (rows, 10 or fewer).
-    references: ids of the right candidates, whole numbers of shape (rows,).
+    references: ids of the right candidates: for each row a whole number, or a list of them.
 """
 
 
-def chance(candidates: int) -> dict[str, float]:
-    """Return the expected metrics of this many candidates in random order."""
+def chance(candidates: int, right: Sequence[int] = (1,)) -> dict[str, float]:
+    """Return the expected metrics of this many candidates in random order.
+
+    Args:
+        candidates: the number of candidates.
+        right: the number of right candidates of each query.
+    """
+    counts, queries = np.unique(np.asarray(right), return_counts=True)
     ranks = np.arange(1, min(MAX_RANK, candidates) + 1)
+    first = [  # the probability that the first right candidate has a rank, (counts, ranks)
+        [math.comb(candidates - rank, n - 1) / math.comb(candidates, n) for rank in ranks.tolist()]
+        for n in counts.tolist()
+    ]
+    found = np.average(first, axis=0, weights=queries)
     return {
-        "recall_at_1": 1 / candidates,
-        "recall_at_10": len(ranks) / candidates,
-        "mrr_at_10": float((1 / ranks).sum() / candidates),
+        "recall_at_1": float(found[0]),
+        "recall_at_10": float(found.sum()),
+        "mrr_at_10": float((found / ranks).sum()),
     }
 
 
@@ -41,7 +54,7 @@ class Retrieval(InMemoryMetric):
             description=type(self).__doc__ or "",
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": datasets.List(ids), "references": ids}),
+            features=datasets.Features({"predictions": datasets.List(ids), "references": datasets.List(ids)}),
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
@@ -52,10 +65,12 @@ class Retrieval(InMemoryMetric):
                 f"predictions: found {array.dtype} of shape {array.shape}; allowed are ids of candidates, "
                 f"whole numbers of shape (rows, at most {MAX_RANK}), at least one row"
             )
-        super().add_batch(predictions=array.tolist(), references=references, **more)
+        right = [np.atleast_1d(row).tolist() for row in references]
+        super().add_batch(predictions=array.tolist(), references=right, **more)
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        hits = np.asarray(predictions) == np.asarray(references)[:, None]
+        hits = np.array([np.isin(found, right) for found, right in zip(predictions, references, strict=True)])
+        hits &= hits.cumsum(1) == 1  # of several right candidates, the first counts
         ranks = np.arange(1, hits.shape[1] + 1)
         return {
             "recall_at_1": float(hits[:, 0].mean()),

@@ -20,13 +20,15 @@ import transformers
 from accelerate import Accelerator
 from datasets import Dataset
 
-from gradacc_hf.accumulation.collation import Lengths, PadTo, Transform
+from gradacc_hf.accumulation.collation import PadTo, Transform
+from gradacc_hf.accumulation.lengths import Lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import CountItems, model_loss
 from gradacc_hf.config.schema import Config, DataConfig
 from gradacc_hf.data.bad_rows import Problem, check_rows
 from gradacc_hf.data.columns import file_rows
 from gradacc_hf.data.loading import load_data
+from gradacc_hf.data.reading import LOST, Reading, truncation_note
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
 from gradacc_hf.training.loop import Rows, evaluate, logits_and_labels
@@ -65,6 +67,7 @@ class Recipe:
         self.config = config
         self.data: Any = config.data  # with the recipe's own fields
         self.skipped_rows: list[str] = []  # one line for each row, of both data sets
+        self.reading = Reading()  # the files, and what was changed or left out
         self.samples: list[dict[str, str]] = []  # the model's answers to a few rows, for the report
         self.new_parameters: set[str] | None = None  # parameters without saved weights; None: all
         self.without_weights = False  # set by weightless()
@@ -102,6 +105,7 @@ class Recipe:
             label_column=label_column,
         )
         self.validation_source, self.held_out = splits.source, splits.held_out
+        self.reading.begin(splits.reading)
         return splits.train, splits.validation
 
     def check_rows(
@@ -153,6 +157,7 @@ class Recipe:
         Args:
             splits: Training and validation rows.
             features: Returns the new columns, with `problem`: "" or the problem of a row (see `check_rows`).
+                Columns of `reading.LOST` are counted as truncated by data.max_length, and removed.
             key: The setting that messages about bad rows name.
             keep: Columns of the rows to keep.
             settings: Further arguments of `features`.
@@ -171,7 +176,25 @@ class Recipe:
         train, validation = self.check_rows(
             mapped[0], mapped[1], lambda row: row["problem"] or None, key, numbers
         )
+        train, validation = self.note_truncated((train, validation))
         return train.remove_columns("problem"), validation.remove_columns("problem")
+
+    def note_truncated(
+        self, splits: Sequence[Dataset], lost: Mapping[str, str] = LOST, setting: str = "data.max_length"
+    ) -> tuple[Dataset, Dataset]:
+        """Note the rows that were truncated, and return training and validation rows without these columns.
+
+        Args:
+            splits: Training and validation rows.
+            lost: Columns with the number of things that truncation removed from a row, and their name.
+            setting: The setting that truncates.
+        """
+        names = {name: what for name, what in lost.items() if name in splits[0].column_names}
+        value = getattr(self.data, setting.removeprefix("data."))
+        if names and (text := truncation_note(splits, names, f"{setting} {value}")):
+            self.reading.note("truncated", text)
+        train, validation = (dataset.remove_columns([*names]) for dataset in splits)
+        return train, validation
 
     def lengths(self, dataset: Dataset | Sequence[Any]) -> Lengths:
         """Return the tokens of each example, as `WindowLoader` takes them; None counts `input_ids`."""

@@ -122,6 +122,7 @@ def render(runs: Sequence[RecordedRun]) -> str:
         windows=windows_of(found),
         samples=[(run.name, run.samples) for run in runs if run.samples],
         plan=plan_table(found),
+        readings=distinct(runs, lambda run: run.reading),
         several=len(found) > 1,
         repeated=max(len(contender.runs) for contender in found) > 1,
         configurations=configurations(runs),

@@ -159,6 +159,15 @@ class RecordedRun:
         """Outputs of the model for a few rows: name to text, the same names in each. Often empty."""
         return self.summary.get("samples") or []
 
+    @property
+    def reading(self) -> str:
+        """The files that were read, and what was changed or left out, in lines. Empty for version 0.1."""
+        lines = [f"{name}: {text}" for name, text in (self.summary.get("reading") or {}).get("lines", ())]
+        left_out = self.summary.get("skipped_rows") or {}
+        if left_out.get("count"):
+            lines.append(f"left out: {left_out['count']:,} rows, the first: {left_out['first'][0]}")
+        return "\n".join(lines)
+
     def metrics(self, which: str) -> dict[str, float]:
         """Return the metrics of the final ("eval") or best evaluation ("best"), or of the "baseline"."""
         found = self.summary.get(which) or {}
@@ -349,6 +358,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
         refuse(f"{path}, samples", "found something else", "a list of objects, name to text, is allowed")
     if not _is_window(summary.get("first_window") or []):
         refuse(f"{path}, first_window", "found something else", "[[tokens of each example, …], …] is allowed")
+    if not _is_reading(summary.get("reading"), summary.get("skipped_rows")):
+        refuse(f"{path}, reading", "found something else", "what a run writes, or null, is allowed")
     if not _is_tuning(summary.get("tuning")):
         refuse(f"{path}, tuning", "found something else", "what a run writes, or null, is allowed")
     return redact(summary)
@@ -363,6 +374,21 @@ def _is_tuning(value: Any) -> bool:
         isinstance(trial, dict)
         and all(isinstance(trial.get(key), int | float) for key in ("max_tokens", "seconds_per_token"))
         for trial in trials
+    )
+
+
+def _is_reading(reading: Any, skipped: Any) -> bool:
+    """Whether the values are pairs of texts, and the number of skipped rows with lines about some."""
+    pairs = reading.get("lines") if isinstance(reading, dict) else [] if reading is None else None
+    skipped = {"count": 0} if skipped is None else skipped
+    if not isinstance(pairs, list) or not isinstance(skipped, dict):
+        return False
+    first = skipped.get("first") if skipped.get("count") else [""]
+    return (
+        isinstance(skipped.get("count", 0), int)
+        and isinstance(first, list)
+        and first != []
+        and all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in pairs)
     )
 
 

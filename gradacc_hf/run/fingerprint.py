@@ -1,8 +1,10 @@
-"""The data and settings that a resumed run must have in common with its checkpoint."""
+"""Checksums of data and settings: for a run to resume, and for examples that are in both data sets."""
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import yaml
 from datasets import Dataset
 
 from gradacc_hf.config.schema import Config
+from gradacc_hf.data.reading import counted
 from gradacc_hf.errors import InputError
 
+TARGETS = ("labels", "start_positions", "end_positions", "augment")  # not inputs of a model
 SECTIONS = ("model", "data", "batch", "optim", "train")  # budget, output and checkpoints may change
 
 
@@ -40,6 +44,40 @@ def _files_by_content(table: Any) -> Any:
 def _digest(bytes: bytes | None, path: str | None) -> str:
     content = bytes if bytes is not None else Path(path).read_bytes() if path else b""
     return hashlib.sha256(content).hexdigest()
+
+
+def duplicates_note(training: Dataset, validation: Dataset) -> str | None:
+    """Return a line about validation examples whose inputs are also those of a training example, or None."""
+    names = [name for name in training.column_names if name not in TARGETS]
+    if not names or not {*names} <= {*validation.column_names}:
+        return None
+    known = set(_keys(training.select_columns(names)))
+    number = sum(key in known for key in _keys(validation.select_columns(names)))
+    if not number:
+        return None
+    some = "all" if number == len(validation) else f"{number:,} of"
+    return f"{some} {counted(len(validation), 'validation example')} are also training examples"
+
+
+def _keys(dataset: Dataset) -> Iterable[bytes]:
+    """Yield a checksum of each row."""
+    for table in dataset.with_format("arrow").iter(batch_size=1_000):
+        whole = _files_by_content(table.combine_chunks())  # type: ignore[union-attr]
+        columns = [_values(whole.column(name).chunk(0)) for name in sorted(whole.column_names)]
+        for row in zip(*columns, strict=True):
+            digest = hashlib.blake2b(digest_size=16)
+            for value in row:
+                digest.update(b"%d:" % len(value) + value)
+            yield digest.digest()
+
+
+def _values(column: Any) -> Iterable[bytes]:
+    """Return the bytes of each value. Lists of numbers are not read into Python."""
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if is_list and pa.types.is_integer(column.type.value_type) and not column.null_count:
+        offsets, numbers = column.offsets.to_pylist(), column.values.to_numpy(zero_copy_only=False)
+        return [numbers[start:end].tobytes() for start, end in pairwise(offsets)]
+    return [repr(value).encode() for value in column.to_pylist()]
 
 
 def what_must_stay(config: Config, training: Dataset, validation: Dataset) -> dict[str, Any]:

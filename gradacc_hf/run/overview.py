@@ -58,6 +58,7 @@ def print_plan(
         ("model", f"{config.model.name}, {_parameters(recipe, empty)}"),
         *([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
         ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
+        *recipe.reading.lines(),
         ("validation", recipe.validation_source.removeprefix("validation: ")),
         *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),
         ("effective batch size", _size(plan.effective_batch_size, num_windows)),

@@ -26,7 +26,7 @@ from gradacc_hf.hub.model_card import RunCard, facts, refresh_cards
 from gradacc_hf.hub.push import push
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.ending import result_lines, training_lines
-from gradacc_hf.run.fingerprint import check_same_settings, what_must_stay
+from gradacc_hf.run.fingerprint import check_same_settings, duplicates_note, what_must_stay
 from gradacc_hf.run.folder import open_output
 from gradacc_hf.run.overview import PlannedSteps, print_plan
 from gradacc_hf.run.resolve import (
@@ -203,7 +203,11 @@ def load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelerat
     """Read the data sets, and compute the settings and fingerprints that a resumed run must share."""
     with accelerator.main_process_first():  # the other processes read its cache
         recipe, training, validation = load_data(recipe_class(config))
-    found = [what_must_stay(config, training, validation)] if accelerator.is_main_process else [{}]
+    found: list[dict[str, Any]] = [{}]
+    if accelerator.is_main_process:
+        found = [what_must_stay(config, training, validation)]
+        if text := duplicates_note(training, validation):
+            recipe.reading.note("duplicates", text)
     return Task(recipe, training, validation, broadcast_object_list(found)[0])
 
 
@@ -285,6 +289,7 @@ def train(
                 "command": commands.again,
                 "resumed_after": checkpoint.window if checkpoint is not None else None,
                 "skipped_rows": {"count": len(recipe.skipped_rows), "first": recipe.skipped_rows[:10]},
+                "reading": recipe.reading.summary(),
                 "samples": recipe.samples,
                 "tokens_are": recipe.tokens_are,
                 "card": asdict(parts.card.facts),

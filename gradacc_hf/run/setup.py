@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, LoggerType, set_seed
 from datasets import Dataset
 
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch
-from gradacc_hf.accumulation.collation import measure_lengths
+from gradacc_hf.accumulation.lengths import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import as_window_loss
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_WANTED, NOISE_EVERY
@@ -113,7 +113,8 @@ def make_windows(
         raise InputError(
             f"data.leave_out: found {wrong[0]}; allowed: 0 to {len(training) - 1}, training examples"
         )
-    lengths = measure_lengths(training, recipe.lengths(training))
+    by_length = config.budget.micro_batch_size is None
+    lengths = measure_lengths(training, recipe.lengths(training), bounds=by_length)
     shared: dict[str, Any] = {
         "accelerator": accelerator,
         "collate_fn": recipe.collate,

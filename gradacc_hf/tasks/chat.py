@@ -2,22 +2,36 @@
 
 A chat is a list of messages, {role, content}, as in transformers. The chat template renders it as one text.
 The assistant's turns are found by the template's own marks ({% generation %}) or, without marks, by rendering
-the chat up to each turn. The loss covers every assistant turn, with the token that ends it.
+the chat up to each turn. The loss covers every assistant turn, with the token that ends it and with its tool
+calls, except turns with `weight` 0 or `train` false.
 """
 
+import itertools
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.data.columns import require_fast
-from gradacc_hf.errors import InputError, one_line
+from gradacc_hf.data.reading import Reading, counted
+from gradacc_hf.errors import InputError, listed, one_line
 
 Messages = Sequence[Mapping[str, Any]]
 Tokens = dict[str, Any]
-"""`input_ids`; `labels`, −100 for tokens that the loss does not cover; `problem`, "" if there is none."""
+"""`input_ids`; `labels`, −100 for tokens that the loss does not cover; `problem`, "" if there is none.
+
+`lost_tokens`, `lost_labels` and `lost_turns` are what truncation removed: tokens, tokens with a label, and
+whole assistant turns.
+"""
+CALLS = ("tool_calls", "function_call")
+LEARNED_BY = ("weight", "train")  # keys of a message that decide whether it is learned
+TRIED = 20  # messages with a key for which the template is tried
+NO_TOKENS = {"input_ids": [], "labels": [], "lost_tokens": 0, "lost_labels": 0, "lost_turns": 0}
 
 
 def messages_problem(messages: Any) -> str | None:
@@ -27,18 +41,88 @@ def messages_problem(messages: Any) -> str | None:
     for turn, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f"message {turn} is not {{role, content}}"
-        if not isinstance(message.get("content"), str):
+        if not isinstance(message.get("content"), str) and not _calls(message):
             return f"message {turn} ({message['role']}) has no text as its content"
     return None
 
 
-def chat_problem(messages: Any) -> str | None:
-    """Return the problem of a row's messages, or None."""
+def chat_problem(messages: Any, tools: Any = None) -> str | None:
+    """Return the problem of a row's messages and tools, or None."""
     if problem := messages_problem(messages):
         return problem
+    try:
+        as_tools(tools)
+    except ValueError:
+        return f"its tools are not a list of functions: {tools!r:.60}"
+    for turn, message in enumerate(messages, 1):
+        weight, train = (message.get(key) for key in LEARNED_BY)
+        if weight is not None and weight not in (0, 1):
+            return f"message {turn} has weight {weight!r}; allowed: 0 (not learned) or 1"
+        if not isinstance(train, bool | None):
+            return f"message {turn} has train {train!r}; allowed: true or false"
+        if weight is not None and train is not None and bool(weight) != train:
+            return f"message {turn} has weight {weight!r} and train {train!r}; one of them is enough"
     if not any(message["role"] == "assistant" for message in messages):
         return "it has no assistant turn, so nothing to learn"
+    if not any(message["role"] == "assistant" and is_learned(message) for message in messages):
+        return "all its assistant turns have weight 0 or train false, so there is nothing to learn"
     return None
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether `weight` and `train` of a message allow to learn it."""
+    return message.get("weight") != 0 and message.get("train") is not False
+
+
+def as_tools(tools: Any) -> list[Any] | None:
+    """Return the tools of a row as a list, or None if it has none. They may be one JSON text.
+
+    Raises:
+        ValueError: If they are not a list of objects.
+    """
+    found = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
+    if found is not None and not (isinstance(found, list) and all(isinstance(one, dict) for one in found)):
+        raise ValueError("not a list of functions")
+    return without_nulls(found) or None
+
+
+def for_template(messages: Messages) -> list[dict[str, Any]]:
+    """Return messages as templates expect them.
+
+    Parquet fills absent keys with null, so keys with null are left out. Arguments of calls are objects.
+    """
+    prepared = []
+    for message in messages:
+        kept = {k: without_nulls(v) for k, v in message.items() if v is not None and k not in LEARNED_BY}
+        for call in (call for call in _calls(kept) if "arguments" in call):
+            call["arguments"] = _as_object(call["arguments"])
+        prepared.append({**kept, "content": kept.get("content", "")})
+    return prepared
+
+
+def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the functions that a message calls: {name, arguments}."""
+    calls = message.get("tool_calls")
+    calls = [call.get("function") or call for call in calls or () if isinstance(call, dict)]
+    return calls + [call for call in [message.get("function_call")] if isinstance(call, dict)]
+
+
+def _as_object(arguments: Any) -> Any:
+    """Return arguments that are written as JSON (by OpenAI) as an object, which templates expect."""
+    if isinstance(arguments, str):
+        try:
+            found = json.loads(arguments)
+        except ValueError:
+            return arguments
+        return found if isinstance(found, dict) else arguments
+    return arguments
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a copy of nested lists and objects without keys whose value is null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def check_chat_template(tokenizer: Any, name: str) -> None:
@@ -62,59 +146,195 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
         ) from error
 
 
-def tokenize_chat(tokenizer: Any, messages: Messages, max_length: int) -> Tokens:
+def tokenize_chat(tokenizer: Any, messages: Messages, max_length: int, tools: Any = None) -> Tokens:
     """Return the first `max_length` tokens of a chat, with labels for the assistant's tokens.
 
-    A chat that raises an error in the template has no tokens and a `problem`.
+    A chat that raises an error in the template, or that the template does not write, has no tokens and a
+    `problem`.
     """
+    learns = [is_learned(message) for message in messages if message["role"] == "assistant"]
     try:
-        ids, learned = assistant_tokens(tokenizer, messages)
-    except (ValueError, jinja2.TemplateError) as error:
-        return {"input_ids": [], "labels": [], "problem": f"the chat template refuses it: {one_line(error)}"}
-    labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
-    return _truncated(ids, labels, max_length)
+        tools, messages = as_tools(tools), for_template(messages)
+        text, spans = write_chat(tokenizer, messages, tools)
+        if problem := _unwritten(tokenizer, messages, tools, text, spans):
+            return {**NO_TOKENS, "problem": problem}
+        if not all(learns) and len(spans) != len(learns):
+            raise ValueError(
+                f"it marks {len(spans)} of {len(learns)} assistant turns, and some have weight 0"
+            )
+        ids, places = _tokens_of(tokenizer, text, spans, ends=not _is_marked(tokenizer, tools))
+    except (ValueError, TypeError, jinja2.TemplateError) as error:
+        return {**NO_TOKENS, "problem": f"the chat template refuses it: {one_line(error)}"}
+    if len(spans) == len(learns):
+        places = list(itertools.compress(places, learns))
+    labels = [IGNORED] * len(ids)
+    for i in itertools.chain(*places):
+        labels[i] = ids[i]
+    lost = sum(bool(turn) and min(turn) >= max_length for turn in places)
+    return {**_truncated(ids, labels, max_length), "lost_turns": lost}
 
 
-def assistant_tokens(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
+def assistant_tokens(tokenizer: Any, messages: Messages, tools: Any = None) -> tuple[list[int], list[int]]:
     """Return the tokens of a chat, and for each 1 if it is the assistant's, else 0.
-
-    A token is the assistant's if any of its characters is. Tokens after the last special token of a turn are
-    not: templates put a line break there, which the assistant does not write.
 
     Raises:
         ValueError: If the template does not determine the assistant's tokens.
         jinja2.TemplateError: If the chat raises an error in the template.
     """
-    if re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template()):
-        found = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return found["input_ids"], found["assistant_masks"]
-    text = _write(tokenizer, messages)
+    text, spans = write_chat(tokenizer, messages, tools)
+    ids, places = _tokens_of(tokenizer, text, spans, ends=not _is_marked(tokenizer, tools))
+    learned = {*itertools.chain(*places)}
+    return ids, [int(i in learned) for i in range(len(ids))]
+
+
+def _is_marked(tokenizer: Any, tools: Any) -> bool:
+    """Whether the template marks the assistant's text."""
+    return bool(re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template(tools=tools)))
+
+
+def write_chat(tokenizer: Any, messages: Messages, tools: Any) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a chat, and the assistant's spans: (first character, last character + 1).
+
+    Raises:
+        ValueError: If the template does not determine the assistant's tokens.
+        jinja2.TemplateError: If the chat raises an error in the template.
+    """
+    if not _is_marked(tokenizer, tools):
+        text = _write(tokenizer, messages, tools)
+        return text, _assistant_spans(tokenizer, messages, tools, text)
+    [text], [spans] = render_jinja_template(
+        conversations=[list(messages)],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(tools=tools),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return text, [(start, stop) for start, stop in spans]
+
+
+def _tokens_of(
+    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], ends: bool
+) -> tuple[list[int], list[list[int]]]:
+    """Return the tokens of a text, and the places of the tokens of each span.
+
+    A token is in a span if any of its characters is. With `ends`, a span ends with its last special token:
+    templates put a line break after it, which the assistant does not write.
+    """
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = found["input_ids"], found["offset_mapping"]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    learned = [0] * len(ids)
-    for start, stop in _assistant_spans(tokenizer, messages, text):
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and ends}
+    places = []
+    for start, stop in spans:
         tokens = [i for i, (first, last) in enumerate(offsets) if first < stop and last > start]
-        ends = [place for place, i in enumerate(tokens, 1) if ids[i] in special]
-        for i in tokens[: ends[-1] if ends else None]:
-            learned[i] = 1
-    return ids, learned
+        last = [place for place, i in enumerate(tokens, 1) if ids[i] in special]
+        places.append(tokens[: last[-1] if last else None])
+    return ids, places
 
 
-def _assistant_spans(tokenizer: Any, messages: Messages, text: str) -> list[tuple[int, int]]:
+def _unwritten(
+    tokenizer: Any, messages: Messages, tools: Any, text: str, spans: Sequence[tuple[int, int]]
+) -> str | None:
+    """Return the first message that the template does not write, or None."""
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    own = dict(zip(turns, (text[a:b] for a, b in spans), strict=True)) if len(spans) == len(turns) else {}
+    for turn, message in enumerate(messages):
+        said, part = message["content"].strip(), own.get(turn, text)
+        name = f"message {turn + 1} ({message['role']})"
+        other = {**message, "content": f"{message['content']} A"}
+        if said and said not in part and not _changes(tokenizer, messages, tools, turn, other, text):
+            return f"the chat template does not write {name}; set data.chat_template to another"
+        calls = _calls(message)
+        without = {key: value for key, value in message.items() if key not in CALLS}
+        if calls and not (
+            all(_names(call, part) for call in calls)
+            and _changes(tokenizer, messages, tools, turn, without, text)
+        ):
+            found = f"{name} calls {listed(str(call.get('name')) for call in calls)}"
+            return f"{found}, which the chat template does not write; set data.chat_template to another"
+    return None
+
+
+def note_chats(reading: Reading, tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Note what the loss or the template ignores in chats: turns, weights, keys of messages, and tools."""
+    unlearned, others, tools_unused = 0, 0, 0
+    unused: Counter[str] = Counter()
+    written: dict[str, bool] = {}  # key of messages, or tools as text: whether the template writes it
+    for row in rows:
+        messages, tools = for_template(row["messages"]), as_tools(row.get("tools"))
+        for turn, (given, message) in enumerate(zip(row["messages"], messages, strict=True)):
+            own = given["role"] == "assistant"
+            unlearned += own and not is_learned(given)
+            others += not own and any(given.get(key) for key in LEARNED_BY)
+            for key in message.keys() - {"role", "content", *CALLS}:
+                if key not in written or (not written[key] and unused[key] < TRIED):
+                    written[key] = _writes_key(tokenizer, messages, tools, turn, key)
+                unused[key] += 1
+        if tools:
+            name = json.dumps(tools, sort_keys=True)
+            if name not in written:
+                written[name] = _write_or_none(tokenizer, messages, tools) != _write_or_none(
+                    tokenizer, messages, None
+                )
+            tools_unused += not written[name]
+    if unlearned:
+        reading.note("not learned", f"{counted(unlearned, 'assistant turn')}, of weight 0 or train false")
+    if others:
+        reading.note("ignored", f"weight or train of {counted(others, 'message')} of other roles")
+    for key, number in unused.items():
+        if not written[key]:
+            reading.note(
+                "ignored", f"{key} of {counted(number, 'message')}: the chat template does not write it"
+            )
+    if tools_unused:
+        reading.note(
+            "ignored", f"tools of {counted(tools_unused, 'row')}: the chat template does not write them"
+        )
+
+
+def _writes_key(tokenizer: Any, messages: Messages, tools: Any, turn: int, key: str) -> bool:
+    """Whether the text of the chat has a key of this message."""
+    without = {name: value for name, value in messages[turn].items() if name != key}
+    text = _write_or_none(tokenizer, messages, tools)
+    return text is None or _changes(tokenizer, messages, tools, turn, without, text)
+
+
+def _write_or_none(tokenizer: Any, messages: Messages, tools: Any) -> str | None:
+    """Return the text of a chat, or None if the template refuses it."""
+    try:
+        return _write(tokenizer, messages, tools)
+    except (ValueError, TypeError, jinja2.TemplateError):
+        return None
+
+
+def _names(call: Mapping[str, Any], text: str) -> bool:
+    """Whether a text has the name of a function and of each argument."""
+    arguments = call.get("arguments")
+    names = [str(call.get("name")), *(arguments if isinstance(arguments, dict) else ())]
+    return all(name in text or json.dumps(name)[1:-1] in text for name in names)
+
+
+def _changes(
+    tokenizer: Any, messages: Messages, tools: Any, turn: int, other: Mapping[str, Any], text: str
+) -> bool:
+    """Whether the chat has another text if this turn is another message."""
+    try:
+        return _write(tokenizer, [*messages[:turn], other, *messages[turn + 1 :]], tools) != text
+    except (ValueError, TypeError, jinja2.TemplateError):
+        return True
+
+
+def _assistant_spans(tokenizer: Any, messages: Messages, tools: Any, text: str) -> list[tuple[int, int]]:
     """Return the assistant's spans in the text of the chat: (first character, last character + 1)."""
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            until = _write(tokenizer, messages[: turn + 1])
+            until = _write(tokenizer, messages[: turn + 1], tools)
             if turn:
-                before = _write(tokenizer, messages[:turn], add_generation_prompt=True)
+                before = _write(tokenizer, messages[:turn], tools, add_generation_prompt=True)
             else:  # the first turn: the text that the template writes before the assistant's turn
                 user = [{"role": "user", "content": "A"}]
-                asked = _write(tokenizer, user, add_generation_prompt=True)
-                opening = asked.removeprefix(_write(tokenizer, user))
+                asked = _write(tokenizer, user, tools, add_generation_prompt=True)
+                opening = asked.removeprefix(_write(tokenizer, user, tools))
                 before = until[: until.find(opening) + len(opening)] if opening in until else asked
             if not (text.startswith(until) and until.startswith(before)):
                 raise ValueError(f"it changes earlier text after turn {turn + 1}")
@@ -122,8 +342,8 @@ def _assistant_spans(tokenizer: Any, messages: Messages, text: str) -> list[tupl
     return spans
 
 
-def _write(tokenizer: Any, messages: Messages, **options: Any) -> str:
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+def _write(tokenizer: Any, messages: Messages, tools: Any, **options: Any) -> str:
+    return tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options)
 
 
 def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -137,7 +357,7 @@ def tokenize_completion(tokenizer: Any, prompt: str, completion: str, max_length
     before = tokenize_prompt(tokenizer, prompt)
     after = tokenizer(completion, add_special_tokens=False)["input_ids"]
     if not after:
-        return {"input_ids": [], "labels": [], "problem": "it has no text to learn"}
+        return {**NO_TOKENS, "problem": "it has no text to learn"}
     after += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return _truncated(before + after, [IGNORED] * len(before) + after, max_length)
 
@@ -152,7 +372,10 @@ def _truncated(ids: Sequence[int], labels: Sequence[int], max_length: int) -> To
             problem = (
                 f"the text to learn begins at token {first + 1:,}, and data.max_length is {max_length:,}"
             )
-    return {"input_ids": list(ids[:max_length]), "labels": list(labels[:max_length]), "problem": problem}
+    beyond = sum(label != IGNORED for label in labels[max_length:])
+    lost = {"lost_tokens": max(0, len(ids) - max_length), "lost_labels": beyond, "lost_turns": 0}
+    kept = {"input_ids": list(ids[:max_length]), "labels": list(labels[:max_length])}
+    return {**kept, **lost, "problem": problem}
 
 
 def tokens_problem(row: Mapping[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """Greedy answers of a causal language model to chats or prompts."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from gradacc_hf.errors import one_line, refuse
-from gradacc_hf.tasks.chat import messages_problem, tokenize_prompt
+from gradacc_hf.tasks.chat import as_tools, for_template, messages_problem, tokenize_prompt
 
 PROMPTS_PER_BATCH = 8  # prompts answered at once
 CURE = 'give a text, or a row with "messages" or "prompt"'
@@ -70,12 +71,13 @@ def answer_samples(
     `reference` of the row. Rows without a prompt are left out.
     """
     prompts, shown = [], []
-    for row in rows.select(range(min(number, len(rows)))).to_list():
+    for row in rows.select(range(min(number, len(rows)))):
         if messages := row.get("messages"):
+            messages = for_template(messages)
             last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
             if last:
-                prompts.append(messages[:last])
-                shown.append((messages[last - 1]["content"], messages[last]["content"]))
+                prompts.append({"messages": messages[:last], "tools": row.get("tools")})
+                shown.append(tuple(map(as_shown, messages[last - 1 : last + 1])))
         elif row["prompt"]:
             prompts.append({"prompt": row["prompt"]})
             shown.append((row["prompt"], row["completion"]))
@@ -96,15 +98,22 @@ def _tokens(tokenizer: Any, given: Any, name: str) -> list[int]:
         given = [{"role": "user", "content": given}] if tokenizer.chat_template else {"prompt": given}
     row = given if isinstance(given, Mapping) else {"messages": given} if isinstance(given, list) else {}
     if "messages" in row:
-        text = _written(tokenizer, row["messages"], row is given, name)
+        text = _written(tokenizer, row, row is given, name)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     if not isinstance(prompt := row.get("prompt"), str):
         refuse(name, f"found {given!r:.80}", CURE)
     return tokenize_prompt(tokenizer, prompt) or refuse(name, "its prompt is empty", "give one")
 
 
-def _written(tokenizer: Any, messages: Any, is_row: bool, name: str) -> str:
+def as_shown(message: Mapping[str, Any]) -> str:
+    """Return the text of a message, and its tool calls as JSON."""
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+    return " ".join(filter(None, [message["content"], calls]))
+
+
+def _written(tokenizer: Any, row: Mapping[str, Any], is_row: bool, name: str) -> str:
     """Return the chat as its template writes it, up to the assistant's turn."""
+    messages = row["messages"]
     if problem := messages_problem(messages):
         refuse(name, problem, CURE)
     if not tokenizer.chat_template:
@@ -114,6 +123,7 @@ def _written(tokenizer: Any, messages: Any, is_row: bool, name: str) -> str:
     if not messages:
         refuse(name, "it has no message but the assistant's", CURE)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (ValueError, jinja2.TemplateError) as error:
+        options = {"tools": as_tools(row.get("tools")), "add_generation_prompt": True}
+        return tokenizer.apply_chat_template(for_template(messages), tokenize=False, **options)
+    except (ValueError, TypeError, jinja2.TemplateError) as error:
         refuse(name, f"the chat template refuses it: {one_line(error)}", "give another chat")

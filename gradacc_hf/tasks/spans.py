@@ -5,7 +5,7 @@ A context that does not fit is split into overlapping parts, each after the whol
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.data.columns import require_fast, with_column
+from gradacc_hf.data.reading import counted
 from gradacc_hf.errors import refuse
 
 
@@ -75,6 +76,19 @@ def add_positions(parts: Any, answers: Sequence[Mapping[str, Any]]) -> None:
         whole = tokens and (offsets[tokens[0]][0], offsets[tokens[-1]][1]) == reach[row]
         positions.append((tokens[0], tokens[-1]) if whole else (IGNORED, IGNORED))
     parts["start_positions"], parts["end_positions"] = map(list, zip(*positions, strict=True))
+
+
+def unused(answers: Iterable[Mapping[str, Any]], without: int) -> list[str]:
+    """Return lines about the answers and the parts that training does not use.
+
+    Args:
+        answers: The answers of each training row.
+        without: The number of training parts that hold no answer.
+    """
+    lines = [f"{counted(without, 'training part')} without an answer"] if without else []
+    if several := sum(len(of_row["text"]) > 1 for of_row in answers):
+        lines.append(f"all answers but the first of {counted(several, 'training row')}")
+    return lines
 
 
 def with_held(rows: Dataset, parts: Dataset) -> Dataset:

@@ -35,6 +35,24 @@ def preserve_rng_state() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+@contextmanager
+def seed_host_generators() -> Iterator[None]:
+    """Seed the generators of the host alike in all processes, and restore them at the end of the block.
+
+    No GPU is used, so that a worker process of a loader can call it.
+    """
+    python, numpy, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(host)
+
+
 def rng_states(device: torch.device) -> dict[str, Any]:
     """Return the states of all random number generators of this process."""
     name, keys, position, has_gauss, gauss = np.random.get_state()

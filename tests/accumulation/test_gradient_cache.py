@@ -1,6 +1,7 @@
 """The contrastive loss of a window is that of all its pairs together, however the window is cut."""
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,16 @@ from transformers import AutoModel
 
 from gradacc_hf import WindowLoader, metrics, train, verify
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
-from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss, Embedder, info_nce, search
+from gradacc_hf.accumulation.gradient_cache import (
+    COLUMNS,
+    ContrastiveLoss,
+    Embedder,
+    info_nce,
+    right_answers,
+    search,
+    search_positives,
+    text_numbers,
+)
 from gradacc_hf.accumulation.reference import (
     EXACT,
     RecordGradients,
@@ -29,6 +39,7 @@ from gradacc_hf.accumulation.splitting import bounding_lengths
 from gradacc_hf.config.schema import BatchConfig, Config, with_settings
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import InputError
+from gradacc_hf.metrics.retrieval import chance
 from gradacc_hf.recipe.loading import load_recipe as read_recipe
 from gradacc_hf.run.runner import run
 from gradacc_hf.run.setup import make_windows
@@ -103,6 +114,104 @@ def test_a_window_larger_than_a_strip_of_similarities_has_the_same_loss_and_grad
     monkeypatch.setattr("gradacc_hf.accumulation.gradient_cache.SIMILARITY_ROWS", 4)
     for part, other in zip(whole, ContrastiveLoss().of_all(e), strict=True):
         torch.testing.assert_close(part, other)
+
+
+def with_equal_texts(columns=2):
+    """Pairs of which some share a positive, an anchor, both, or a positive with a hard negative."""
+    examples = pairs(columns)
+    for to, of, column in [
+        (21, 0, "positive"),
+        (11, 0, "positive"),
+        (20, 1, "anchor"),
+        (12, 1, "anchor"),
+        (12, 2, "positive"),
+        (19, 3, "positive"),
+        (19, 3, "anchor"),
+    ]:
+        examples[to][column] = examples[of][column]
+    if columns == 3:
+        examples[5]["negative"] = examples[0]["positive"]
+        examples[0]["negative"] = examples[0]["positive"]
+    return examples
+
+
+def masked_by_hand(examples, embeddings, symmetric, temperature=0.1):
+    """The loss pair by pair: a right answer of another pair is no candidate."""
+    anchors, positives = ([tuple(e[column]) for e in examples] for column in COLUMNS[:2])
+    rights, total, e = set(zip(anchors, positives, strict=True)), 0.0, embeddings
+    for i, anchor in enumerate(anchors):
+        candidates = [e[i, 1]]
+        for c, column in enumerate(list(examples[0])[1:], 1):
+            for j, other in enumerate(examples):
+                if (i, 1) != (j, c) and (anchor, tuple(other[column])) not in rights:
+                    candidates.append(e[j, c])
+        forth = torch.stack(candidates) @ e[i, 0] / temperature
+        total = total - forth.log_softmax(0)[0] / len(examples) / (1 + symmetric)
+        if symmetric:
+            others = [j for j in range(len(examples)) if j != i and (anchors[j], positives[i]) not in rights]
+            back = e[[i, *others], 0] @ e[i, 1] / temperature
+            total = total - back.log_softmax(0)[0] / len(examples) / 2
+    return total
+
+
+@pytest.mark.parametrize(("symmetric", "columns"), SETTINGS, ids=NAMES)
+def test_equal_texts_are_not_negatives_however_a_window_is_split(symmetric, columns):
+    examples, loss = with_equal_texts(columns), ContrastiveLoss(0.1, symmetric)
+    windows = window_loader(examples)
+    assert len(windows.split(0, 0).processes[0]) >= 3
+    [gradient], [value] = accumulated(embedder(), windows, loss)
+    reference, batch = embedder(), collate(examples)
+    expected = masked_by_hand(examples, reference(**batch), symmetric)
+    expected.backward()
+    assert relative_error(gradient, read_gradient(reference)) <= EXACT
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    unmasked = info_nce(embedder()(**batch), 0.1, symmetric)
+    assert abs(unmasked.item() - expected.item()) > 0.01
+
+
+def test_strips_leave_out_equal_texts_alike(monkeypatch):
+    e, texts = torch.randn(11, 3, 8), torch.randint(0, 9, (11, 3))
+    whole, value = ContrastiveLoss().of_all(e, texts), ContrastiveLoss().value(e, texts)
+    monkeypatch.setattr("gradacc_hf.accumulation.gradient_cache.SIMILARITY_ROWS", 4)
+    for part, other in zip(whole, ContrastiveLoss().of_all(e, texts), strict=True):
+        torch.testing.assert_close(part, other)
+    assert ContrastiveLoss().value(e, texts) == pytest.approx(value)
+
+
+def test_the_number_of_a_text_depends_on_the_tokens_and_not_on_the_padding():
+    tokens = [[5, 6], [6, 5], [5, 6, 0], [0, 5, 6], [5], [11]]
+
+    def numbers(left, width):
+        def padded(row):
+            padding = [0] * (width - len(row))
+            return padding + row if left else row + padding
+
+        batch = {
+            "anchor_input_ids": torch.tensor([padded(row) for row in tokens]),
+            "anchor_attention_mask": torch.tensor([padded([1] * len(row)) for row in tokens]),
+        }
+        return text_numbers(batch)[:, 0].tolist()
+
+    assert len(set(numbers(left=False, width=3))) == len(tokens)
+    assert numbers(left=False, width=3) == numbers(left=True, width=7)
+    assert text_numbers({"pixel_values": torch.ones(2)}) is None
+
+
+def test_all_positives_of_an_anchor_are_right_and_equal_ones_are_one_candidate():
+    anchors, positives = ["a", "b", "a", "c"], ["x", "x", "y", "z"]
+    assert right_answers(anchors, positives) == [[0, 2], [0], [0, 2], [3]]
+    texts = torch.tensor([[10, 1], [11, 1], [10, 2], [12, 3]])
+    embeddings = torch.zeros(4, 2, 3)
+    embeddings[range(4), 1, [0, 0, 1, 2]] = 1  # x, x, y, z
+    embeddings[:, 0] = torch.tensor([[0.1, 0.9, 0.5], [0.9, 0.2, 0.1], [0.1, 0.9, 0.5], [0.5, 0.4, 0.1]])
+    ids, right = search_positives(embeddings, texts, 10)
+    assert ids == [[2, 3, 0], [0, 2, 3], [2, 3, 0], [0, 2, 3]]
+    assert right == [[0, 2], [0], [0, 2], [3]]
+    scores = metrics.load("retrieval").compute(predictions=ids, references=right)
+    assert scores["recall_at_1"] == pytest.approx(3 / 4)
+    assert scores["mrr_at_10"] == pytest.approx((1 + 1 + 1 + 1 / 3) / 4)
+    orders = [min(order.index(0), order.index(1)) + 1 for order in itertools.permutations(range(5))]
+    assert chance(5, [2])["mrr_at_10"] == pytest.approx(np.mean([1 / rank for rank in orders]))
 
 
 def test_with_dropout_both_passes_draw_the_same_masks_and_the_gradient_is_that_of_these_masks():
@@ -322,6 +431,23 @@ def test_a_run_learns_to_find_and_leaves_an_encoder(start, columns):
     np.testing.assert_allclose(
         SentenceTransformer("out/last", device="cpu").encode(["tea drink"]), vector, atol=1e-5
     )
+
+
+def test_pairs_with_three_different_answers_are_learned_and_found(start):
+    topics = {"price": "It costs a coin.", "place": "It is in Rome.", "time": "It opens at nine."}
+    rows = [{"anchor": f"question {i} about {t}", "positive": topics[t]} for i in range(30) for t in topics]
+    rows[0]["anchor"] = rows[1]["anchor"]  # with two right answers
+    data = {"data__train": write("a.jsonl", rows), "data__validation": write("b.jsonl", rows)}
+    code, out, err = start(**data, train__epochs=6, output__dir="out")
+    assert code == 0, err
+    found = summary("out")
+    line = "90 training pairs have 89 different anchors and 3 different positives: equal texts are not"
+    assert line in " ".join(out.split())
+    assert ["equal texts", f"{line} negatives"] in found["reading"]["lines"]
+    assert found["baseline"]["recall_at_1"] == pytest.approx((88 / 3 + 2 * 2 / 3) / 90)
+    assert found["eval"]["recall_at_10"] == 1.0  # of three different candidates
+    assert found["eval"]["recall_at_1"] > 0.9
+    assert found["eval"]["loss"] < 0.5  # with equal texts as negatives, at least log(30)
 
 
 def recipe_of(rows, tiny_bert, **data):

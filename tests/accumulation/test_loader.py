@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.logging import MultiProcessAdapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradacc_hf.accumulation.collation import measure_lengths
+from gradacc_hf.accumulation.lengths import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.sampler import WindowPlan
 
@@ -269,6 +270,63 @@ def test_lengths_come_from_a_column_a_sequence_a_function_or_the_input_ids():
     choices = [{"input_ids": [[1, 2, 3], [1]]}, {"input_ids": [[1], [2]]}]
     assert measure_lengths(choices, None).ravel().tolist() == [6, 2]
     assert measure_lengths(datasets.Dataset.from_list(choices), None).ravel().tolist() == [6, 2]
+
+
+SIZES = [9, 400, 31]
+MEASURED = {
+    "audio": [{"input_values": [0.5] * n, "labels": [1] * 500} for n in SIZES],
+    "audio of numpy": [
+        {"input_values": np.zeros(n, np.float32), "attention_mask": np.ones(900)} for n in SIZES
+    ],
+    "frames": [{"input_features": torch.zeros(n, 80)} for n in SIZES],
+    "frames, mels first": [{"input_features": np.zeros((80, n)).tolist()} for n in SIZES],
+    "embeddings": [{"inputs_embeds": torch.zeros(n, 16), "position_ids": torch.arange(n)} for n in SIZES],
+    "another name": [{"id": 7, "name": "x", "signal": [0.5] * n, "label": 1} for n in SIZES],
+    "nested": [{"audio": {"array": np.zeros(n), "sampling_rate": 16_000}, "text": "x"} for n in SIZES],
+    "nested input_ids": [{"x": {"input_ids": [1] * n, "noise": [0] * 999}} for n in SIZES],
+    "x and y": [(torch.zeros(n), torch.zeros(999)) for n in SIZES],
+    "arrays": [np.zeros(n) for n in SIZES],
+}
+UNMEASURED = {
+    "texts": [{"text": "a b c", "label": 1}] * 3,
+    "images": [{"pixel_values": torch.zeros(3, 8, 8), "labels": torch.zeros(5)}] * 3,
+    "numbers": [{"x": 0.5, "y": 1.0}] * 3,
+    "texts alone": ["a b c"] * 3,
+}
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+def test_inputs_without_input_ids_are_measured_where_lengths_bound_a_micro_batch(kind, accelerator, caplog):
+    examples = MEASURED[kind]
+    assert measure_lengths(examples, None, bounds=True).ravel().tolist() == SIZES
+    assert measure_lengths(examples, None).ravel().tolist() == [1, 1, 1]
+    windows = loader(accelerator, examples, 3, max_tokens=400)
+    assert sorted(len(indices) for [*process] in windows.split(0, 0).processes for indices in process) == [
+        1,
+        2,
+    ]
+    assert "bounds a micro-batch" not in caplog.text
+    if isinstance(examples[0], dict):
+        dataset = datasets.Dataset.from_list(examples)
+        for form in (None, "numpy", "torch"):
+            formatted = dataset.with_format(form)
+            assert measure_lengths(formatted, None, bounds=True).ravel().tolist() == SIZES
+        stream = loader(accelerator, dataset.to_iterable_dataset(), 3, max_tokens=400)
+        stream.plan.ahead(0, 0, 1)
+        assert stream.tokens[np.arange(3)].ravel().tolist() == SIZES
+
+
+@pytest.mark.parametrize("kind", UNMEASURED)
+def test_inputs_without_a_length_are_a_warning_where_only_lengths_bound_a_micro_batch(
+    kind, accelerator, caplog
+):
+    loader(accelerator, UNMEASURED[kind], 3, micro_batch_size=2)
+    loader(accelerator, UNMEASURED[kind], 3, lengths=[1, 2, 3])
+    assert "count as 1 token" not in caplog.text
+    MultiProcessAdapter.warning_once.cache_clear()
+    assert loader(accelerator, UNMEASURED[kind], 3, max_tokens=400).tokens.ravel().tolist() == [1, 1, 1]
+    assert caplog.text.count("3 of 3 examples have no input_ids and no other sequence") == 1
+    assert "Give lengths=, or micro_batch_size= instead of max_tokens=" in caplog.text
 
 
 def test_a_torch_data_set_that_knows_no_end_but_its_length_is_fine(accelerator):

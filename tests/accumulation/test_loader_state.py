@@ -122,3 +122,16 @@ def test_what_a_checkpoint_of_0_1_0_holds_is_taken():
     windows.load_state_dict(old, same_budget=False)
     assert (windows.bound, windows.window, windows.replays) == (Bound(max_tokens=160), 3, 3)
     assert upgrade_state(place) == place
+
+
+@pytest.mark.parametrize(
+    ("lengths", "warns"), [(LENGTHS, False), (LENGTHS[::-1], True), ([*LENGTHS, 5], True)]
+)
+def test_a_state_of_other_data_is_a_warning(lengths, warns, caplog):
+    state = json.loads(json.dumps(CopiedLoop().windows.state_dict()))
+    head = build_head("sequence_classification", "bert")
+    windows = WindowLoader(
+        head.examples(lengths), 10, accelerator=Accelerator(cpu=True), collate_fn=head.collate, max_tokens=160
+    )
+    windows.load_state_dict(state)
+    assert ("the state is from other data" in caplog.text) == warns

@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+import datasets
 import datasets.config
 import numpy as np
 import pandas as pd
@@ -140,7 +141,7 @@ def test_the_embedded_docstrings_bring_their_own_validation(monkeypatch, tmp_pat
 
 def test_a_data_set_cached_from_the_hub_loads_without_the_hub(tmp_path):
     write(tmp_path / "name" / "train.csv", ROWS)
-    load(tmp_path / "name")
+    datasets.load_dataset(str(tmp_path / "name"))
     (folder,) = (path.parent for path in (tmp_path / "cache").glob("name/*/0.0.0/*/dataset_info.json"))
     shutil.copytree(folder, tmp_path / "cache" / "org___name" / "default" / "0.0.0" / folder.name)
     assert len(load("org/name").train) == 16
@@ -241,10 +242,12 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, name, content, found,
     assert "ailed to" not in capfd.readouterr().err
 
 
-def test_a_folder_whose_files_have_different_columns_names_them(tmp_path):
+def test_splits_with_different_columns_keep_their_own(tmp_path):
     write(tmp_path / "set" / "train.csv", ROWS)
     write(tmp_path / "set" / "test.csv", "txt,label\na,b\n")
-    assert "different columns, txt, label and text, label" in refusal(load, tmp_path / "set")
+    validation = load(tmp_path / "set").validation
+    message = refusal(require_column, validation, "text", "data.text_column")
+    assert "no column 'text'; found txt, label; did you mean 'txt'?" in message
 
 
 def test_a_folder_without_train_names_what_it_has(tmp_path):

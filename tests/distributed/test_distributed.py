@@ -173,6 +173,37 @@ def test_a_stream_gives_each_example_once_an_epoch_over_all_processes_and_goes_o
         assert all("all processes must have the same data in the same order" in said for said in refused)
 
 
+def test_other_data_or_another_order_stops_all_processes_in_the_first_window(ddp):
+    num_processes, found = ddp
+    raised = found["other_data"]["raised"]
+    ends = {
+        "alike": "",
+        "rounded": "",
+        "drawn by numpy": "",
+        "drawn by the data set": "",
+        "stream alike": "",
+        "stream drawn": "",
+        "moved": "all processes must have the same data in the same order",
+        "moved, with a worker": "all processes must have the same data in the same order",
+        "swapped": "all processes must have the same data in the same order",
+        "changed, evaluated": "all processes must have the same data in the same order",
+        "changed": "all processes must have the same data in the same order",
+        "stream moved": "all processes must have the same data in the same order",
+        "stream changed": "all processes must have the same data in the same order",
+        "seed": "give all processes the same seed",
+        "bound": "give all processes one bound",
+    }
+    assert raised.keys() == ends.keys()
+    for name, end in ends.items():
+        assert len(raised[name]) == num_processes, name
+        for said, windows in raised[name]:
+            if num_processes == 1 or not end:
+                assert (said, windows > 0) == ("", True), name
+            else:
+                assert (said.endswith(end), "\n" in said) == (True, False), (name, said)
+                assert windows <= (1 if name.startswith("stream changed") else 0), name
+
+
 def test_a_fine_tuning_does_not_depend_on_the_number_of_processes(ddp):
     _, found = ddp
     assert found["evaluation"]["loss"] == pytest.approx(

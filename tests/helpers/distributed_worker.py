@@ -241,6 +241,76 @@ def stream(engine):
     }
 
 
+class RandomRows:
+    """Examples with a number that is drawn at each reading, by a generator of the data set or of numpy."""
+
+    def __init__(self, examples, generator):
+        self.examples, self.generator = examples, generator
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        return {**self.examples[index], "drawn": self.generator.random()}
+
+    def __iter__(self):
+        return (self[index] for index in range(len(self)))
+
+
+def other_data(engine):
+    """What each process raises in the first window of unlike data of equal lengths; "" where it trains."""
+    accelerator = accelerator_for(engine)
+    process = accelerator.process_index
+    head = build_head("sequence_classification", "gpt2")
+    examples = head.examples([9] * 20)
+    moved = [examples[i] for i in np.random.default_rng(process).permutation(20)]
+    swapped = [*examples[:15], *(reversed(examples[15:17]) if process else examples[15:17]), *examples[17:]]
+    changed = [*examples[:7], {**examples[7], "labels": 9 + process}, *examples[8:]]
+    rounded = [{**example, "audio": np.ones(99) * (1 + 1e-7 * process)} for example in examples]
+    own, shared = np.random.default_rng(process), np.random
+
+    class Streamed:
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __iter__(self):
+            return iter(self.rows)
+
+    cases = {
+        "alike": (examples, {}),
+        "rounded": (rounded, {}),
+        "drawn by numpy": (RandomRows(examples, shared), {}),
+        "drawn by the data set": (RandomRows(examples, own), {}),
+        "stream alike": (Streamed(examples), {}),
+        "stream drawn": (Streamed(RandomRows(examples, own)), {}),
+        "moved": (moved, {}),
+        "moved, with a worker": (moved, {"num_workers": 1}),
+        "swapped": (swapped, {}),
+        "changed": (changed, {}),
+        "stream moved": (Streamed(moved), {}),
+        "stream changed": (Streamed(changed), {"buffer_size": 9}),
+        "seed": (examples, {"seed": process}),
+        "bound": (examples, {"max_tokens": 9 + 90 * process}),
+    }
+    found = {}
+    for name, (data, settings) in cases.items():
+        shared.seed(process)
+        windows = WindowLoader(
+            data, 8, accelerator=accelerator, collate_fn=head.collate, **{"max_tokens": 36, **settings}
+        )
+        windows_seen = 0
+        for evaluates in (True, False) if name == "changed" else (False,):
+            raised = ""
+            try:
+                for _ in windows.micro_batches() if evaluates else windows:
+                    windows_seen += 1
+            except ValueError as error:
+                raised = str(error)
+            key = f"{name}, evaluated" if evaluates else name
+            found[key] = gather_object([(raised, windows_seen)])
+    return {"raised": found}
+
+
 def loss_at_labels(outputs, batch):
     labels = batch["labels"][batch["labels"] != -100]
     return torch.nn.functional.cross_entropy(at_labels(outputs.logits, batch["labels"]), labels)
@@ -595,6 +665,10 @@ def contrastive(engine, size=22, **split):
         {c: draw.integers(1, 100, size=n).tolist() for c, n in zip(COLUMNS, row, strict=True)}
         for row in lengths
     ]
+    for pair, earlier in zip(pairs[4:], pairs, strict=False):  # equal texts are not negatives
+        pair["positive"] = earlier["positive"]
+    pairs[2]["anchor"] = pairs[21]["anchor"]
+    lengths = np.array([[len(pair[column]) for column in COLUMNS] for pair in pairs])
 
     def embedder():
         torch.manual_seed(0)
@@ -659,6 +733,7 @@ CASES = {
     "streamed": lambda engine: gradients(engine, max_tokens=64, streamed=True, buffer_size=8),
     "noise": noise,
     "stream": stream,
+    "other_data": other_data,
     "contrastive": lambda engine: contrastive(engine, max_tokens=160),
     "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),
     "masked_at_random": masked_at_random,

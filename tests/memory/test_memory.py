@@ -208,7 +208,7 @@ def of_recipe(recipe):
 
 
 def memory_lengths(recipe, training):
-    from gradacc_hf.accumulation.collation import measure_lengths
+    from gradacc_hf.accumulation.lengths import measure_lengths
 
     return measure_lengths(training, recipe.lengths(training))
 

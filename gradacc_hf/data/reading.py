@@ -1,0 +1,163 @@
+"""The record of what was read: the files with their rows, and what was changed or left out.
+
+The plan of a run prints its lines, `summary.json` has them, and the report shows them.
+"""
+
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from gradacc_hf.errors import listed
+
+SPLITS = ("training", "validation")
+SHOWN = 20  # lines of one name in a plan
+LOST = {
+    "lost_tokens": "tokens",
+    "lost_labels": "of them with a label",
+    "lost_turns": "whole assistant turns",
+}
+"""Columns with the number of things that truncation removed from a row, and the name of these things."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The splits of a file, a folder or a data set, and the files of each split with their rows."""
+
+    name: str
+    splits: dict[str, Dataset]
+    files: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+
+    def files_of(self, split: str) -> list[tuple[str, int]]:
+        """Return the files of a split with their rows, or the split itself if they are not known."""
+        return self.files.get(split) or [(f"{self.name}, split {split}", len(self.splits[split]))]
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """A file or a split of a data set that was read, the number of rows, and what they are used for."""
+
+    name: str
+    rows: int
+    use: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {counted(self.rows, 'row')}, {self.use}"
+
+
+@dataclass
+class Reading:
+    """What a recipe read.
+
+    files: the files, in the order in which they were read.
+    notes: lines about rows and columns that were changed or left out, by the name of the line.
+    columns: the columns of all files.
+    merged: lines about columns that differ from file to file, or from row to row.
+    """
+
+    files: list[FileRows] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
+    merged: dict[str, list[str]] = field(default_factory=dict)
+
+    def begin(self, other: "Reading") -> None:
+        """Become a copy of another record."""
+        vars(self).update(copy.deepcopy(vars(other)))
+
+    def use_split(self, source: Source, split: str, use: str) -> None:
+        """Add the files of a split that is used for training or validation."""
+        self.files += [FileRows(name, rows, use) for name, rows in source.files_of(split)]
+
+    def leave_splits(self, source: Source, used: Collection[str]) -> None:
+        """Note the files of the splits that are not used."""
+        for split in (name for name in source.splits if name not in used):
+            for name, rows in source.files_of(split):
+                self.note("not used", f"{name}: {counted(rows, 'row')}")
+
+    def note(self, name: str, text: str) -> None:
+        """Add a line, unless it is there already."""
+        if text not in (lines := self.notes.setdefault(name, [])):
+            lines.append(text)
+
+    def use(self, columns: Iterable[str]) -> None:
+        """Note the columns that nothing uses, and where used columns differ.
+
+        A column inside another, such as translation.de, uses both.
+        """
+        used = {name.partition(".")[0] for name in columns} | {*columns}
+        if unused := [name for name in self.columns if name not in used]:
+            self.note("ignored", f"{counted(len(unused), 'column')} that nothing uses: {listed(unused)}")
+        for line in (line for name, lines in self.merged.items() if name in used for line in lines):
+            self.note("merged", line)
+
+    def note_parts(self, rows: Sequence[Dataset], parts: Sequence[Dataset], what: str) -> None:
+        """Note the splits whose rows became several examples: "chunks"."""
+        for split, of_rows, of_parts in zip(SPLITS, rows, parts, strict=True):
+            if len(of_parts) > len(of_rows):
+                self.note("split", f"{counted(len(of_rows), f'{split} row')} into {len(of_parts):,} {what}")
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return (name, text) of the lines of a plan, the files first. Of many lines, the first are shown."""
+        found = {"read": [*map(str, self.files)], **self.notes}
+        lines = [(name, text) for name, texts in found.items() for text in texts[:SHOWN]]
+        more = {name: len(texts) - SHOWN for name, texts in found.items() if len(texts) > SHOWN}
+        return lines + [(name, f"{number:,} more, in summary.json") for name, number in more.items()]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the files with their rows, all notes, and the lines of the plan, for `summary.json`."""
+        lines = [list(line) for line in self.lines()]
+        return {"files": [asdict(file) for file in self.files], "notes": self.notes, "lines": lines}
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 row" or "12 rows"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def tokens_lost(
+    tokenizer: Any,
+    texts: Sequence[Sequence[Any]] | Mapping[str, Sequence[Any]],
+    found: Sequence[Sequence[int]],
+    max_length: int,
+    **settings: Any,
+) -> list[int]:
+    """Return the number of tokens that truncation removed from each row.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: One column of texts, or two for pairs; or columns by the tokenizer's name of the argument.
+        found: The tokens of each row, after truncation.
+        max_length: The most tokens of a row.
+        settings: Further arguments of the tokenizer.
+    """
+    lost = [0] * len(found)
+    full = [row for row, ids in enumerate(found) if len(ids) >= max_length]
+    if full:
+        named = texts if isinstance(texts, Mapping) else dict(zip(("text", "text_pair"), texts, strict=False))
+        settings |= {name: [column[row] for row in full] for name, column in named.items()}
+        again = tokenizer(verbose=False, **settings)
+        for row, ids in zip(full, again["input_ids"], strict=True):
+            lost[row] = len(ids) - len(found[row])
+    return lost
+
+
+def truncation_note(splits: Sequence[Dataset], columns: Mapping[str, str], setting: str) -> str | None:
+    """Return a line about the rows that were truncated, or None if there are none.
+
+    Args:
+        splits: Training and validation rows.
+        columns: Columns with the number of things that each row lost, and the name of these things: "tokens".
+            The first is above 0 in every truncated row.
+        setting: The setting that truncates, with its value.
+    """
+    lost = {name: [np.asarray(split[name][:], np.int64) for split in splits] for name in columns}
+    rows = [int((of_split > 0).sum()) for of_split in lost[next(iter(columns))]]
+    if not any(rows):
+        return None
+    where = " and ".join(f"{counted(n, f'{split} row')}" for n, split in zip(rows, SPLITS, strict=True) if n)
+    sums = {what: sum(int(one.sum()) for one in lost[name]) for name, what in columns.items()}
+    what = ", ".join(f"{number:,} {what}" for what, number in sums.items() if number)
+    return f"{where} lost {what}, by {setting}"

@@ -1,0 +1,68 @@
+"""Checksums of examples depend on the content alone."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gradacc_hf.accumulation.same_data import checksum
+
+
+@dataclasses.dataclass
+class Example:
+    tokens: list
+    weight: float = 1.0
+
+
+PICTURE = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+UNLIKE = [
+    {"a": [[1], [2]]},
+    {"a": [[1, 2]]},
+    {"a": [1, 2]},
+    {"a": [1.0, 2.0]},
+    {"b": [1, 2]},
+    {"a": [[1], [2, 3]]},
+    {"a": "1"},
+    {"a": None},
+    {"a": True},
+    {"a": b"1"},
+    {"a": ["x", "yz"]},
+    {"a": ["xy", "z"]},
+    {"a": {"x", "y"}},
+    {"a": torch.tensor([0.5, 2.0], dtype=torch.bfloat16)},
+    {"a": torch.tensor([2.0, 0.5], dtype=torch.bfloat16)},
+    {"a": Image.fromarray(PICTURE)},
+    {"a": Image.fromarray(PICTURE[::-1].copy())},
+    {"a": {"bytes": b"x", "path": "x.png"}},
+    {"a": {"bytes": b"y", "path": "x.png"}},
+    {"a": Example([1])},
+    {"a": Example([2])},
+    ([1, 2], 3),
+    ([1], 2, 3),
+]
+
+
+def test_unlike_examples_have_unlike_checksums_that_float64_holds():
+    found = [checksum(example) for example in UNLIKE]
+    assert len(set(found)) == len(UNLIKE)
+    assert [int(float(each)) for each in found] == found
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ({"a": [1, 2]}, {"a": (1, 2)}),
+        ({"a": [0.5, 1.0]}, {"a": torch.tensor([0.5, 1.0], requires_grad=True)}),
+        ({"bytes": b"x", "path": "/here/x.png"}, {"bytes": b"x", "path": "/there/x.png"}),
+        ({"a": Path("/here/x.png")}, {"a": Path("/there/x.png")}),
+        ({"a": {"x", "y", "z"}}, {"a": {"z", "y", "x"}}),
+        ({"a": object()}, {"a": object()}),
+        ({"a": Example([1])}, {"a": Example([1])}),
+    ],
+)
+def test_equal_content_has_one_checksum_whatever_holds_it(one, other):
+    assert checksum(one) == checksum(other)
