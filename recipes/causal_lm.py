@@ -6,6 +6,7 @@ Your own: a JSONL file with `messages` (a list of {role, content}), or with `pro
 `text`. The loss covers the assistant's turns of a chat, completions, and all of a plain text.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -41,6 +42,7 @@ class CausalLM(Recipe):
     """Teach a language model to answer."""
 
     model_class = AutoModelForCausalLM
+    padding_side = "right"
     pipeline_tag = "text-generation"
     example = "Write a Python function that adds two numbers."
     num_items = "next_token"
@@ -99,12 +101,17 @@ class CausalLM(Recipe):
     @cached_property
     def tokenizer(self):
         tokenizer = super().tokenizer
-        tokenizer.padding_side = "right"
         if template := self.data.chat_template:
             if not Path(template).is_file():
                 raise InputError(f"data.chat_template: no file {template!r}; give one, or null")
             tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         return tokenizer
+
+    def processors(self):
+        """Return the tokenizer as it was given: a text is continued after padding on the left."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.padding_side = self.own_padding_side
+        return [tokenizer]
 
     @property
     def settings(self):
