@@ -6,7 +6,6 @@ Your own: a JSONL file with `messages` (a list of {role, content}), or with `pro
 `text`. The loss covers the assistant's turns of a chat, completions, and all of a plain text.
 """
 
-import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -108,8 +107,8 @@ class CausalLM(Recipe):
         return tokenizer
 
     def processors(self):
-        """Return the tokenizer as it was given: a text is continued after padding on the left."""
-        tokenizer = copy.deepcopy(self.tokenizer)
+        """Return the tokenizer with its own padding side: a text is continued after padding on the left."""
+        [tokenizer] = super().processors()
         tokenizer.padding_side = self.own_padding_side
         return [tokenizer]
 

@@ -99,7 +99,7 @@ def _loss_of(outputs: Any) -> Any:
     if not isinstance(outputs, tuple | list) or (isinstance(loss, torch.Tensor) and loss.ndim == 0):
         return loss
     scalars = [one for one in outputs if isinstance(one, torch.Tensor) and one.ndim == 0]
-    if scalars and isinstance(loss, torch.Tensor) and loss.numel() == 1:  # (loss, accuracy) or (logits, loss)
+    if scalars and isinstance(loss, torch.Tensor) and loss.shape == (1,):
         raise ValueError(
             "the model returned a tuple with several single numbers, any of which may be the loss: return a "
             "mapping with 'loss', or pass compute_loss="

@@ -72,6 +72,7 @@ class Recipe:
         self.model_notes: dict[str, str] = {}  # for the plan: each change of the user's model, by name
         self.own_padding_side: str | None = None  # of the tokenizer, before `padding_side`
         self.without_weights = False  # set by weightless()
+        self._own_tokenizing: tuple[Any, Any] = None, None  # truncation and padding in the tokenizer's file
         self._saved_config: Any = None  # the config beside a loaded adapter, with the task's settings
 
     def with_config(self, config: Config) -> Self:
@@ -195,8 +196,16 @@ class Recipe:
         raise InputError(f"{type(self).__name__} has no answers to inputs: define answer() in the recipe")
 
     def processors(self) -> list[Any]:
-        """Return the objects that prepare inputs and are saved beside the model: the tokenizer."""
-        return [self.tokenizer]
+        """Return the objects that prepare inputs and are saved beside the model: the tokenizer.
+
+        A fast tokenizer saves the truncation and the padding of the latest call, so they are set back.
+        """
+        tokenizer = copy.deepcopy(self.tokenizer)
+        if tokenizer.is_fast:
+            backend, (truncation, padding) = tokenizer.backend_tokenizer, self._own_tokenizing
+            backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+            backend.enable_padding(**padding) if padding else backend.no_padding()
+        return [tokenizer]
 
     def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         """Return the metrics of an evaluation, from the rows of `predict` in the order of the data set."""
@@ -248,6 +257,9 @@ class Recipe:
         if tokenizer.pad_token is None:
             self._choose_pad_token(tokenizer)
         self.own_padding_side = tokenizer.padding_side
+        if tokenizer.is_fast:
+            backend = tokenizer.backend_tokenizer
+            self._own_tokenizing = backend.truncation, backend.padding
         if self.padding_side not in (None, self.own_padding_side):
             tokenizer.padding_side = self.padding_side
             note = f"{self.padding_side}, so that the first token of a text is at position 0"

@@ -55,7 +55,7 @@ def match_labels(found: Sequence[str], own: Sequence[str] | None) -> Labels:
         return Labels(list(found), as_found)
     ids = _by_name(found, own) or _by_name(*map(_folded, (found, own))) or _by_id(found, len(own))
     if ids is None:
-        note = f"{_some(found)}, other labels than the model's own ({_some(own)})"
+        note = f"{_some(found)}, instead of the model's own: {_some(own)}"
         return Labels(list(found), as_found, note)
     note = f"the model's own, in the model's order: {_some(own)}"
     if len(found) < len(own):

@@ -367,7 +367,8 @@ def _width_of_one_hot(train: Dataset, column: str) -> int:
     if len(numbers) == len(rows) or (len(numbers) > len(rows) / 2 and not is_set):
         return width  # rows of another form are bad rows
     if "int" not in element.dtype or (repeats is not None and len({*map(len, rows)}) == 1):
-        found = f"column {column!r} has rows such as {repeats or rows[0]}"
+        odd = next((labels for labels in rows if {*labels} - {0, 1}), rows[0])
+        found = f"column {column!r} has rows such as {odd}"
         refuse(KEY, f"{found}, which are neither one-hot nor labels", cure)
     return 0
 

@@ -3,6 +3,7 @@
 PyTorch reports such an id as "index out of range in self", and on a GPU as a failed assertion.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from traceback import walk_tb
@@ -20,7 +21,13 @@ CURE = (
 
 
 def num_embeddings(model: Any) -> int | None:
-    """Return the rows of the input embeddings of a transformers model; None if there are none."""
+    """Return the rows of the input embeddings of a transformers model; None if there are none.
+
+    A model of images or sound may mark their places by ids without a row.
+    """
+    config = getattr(model, "config", None)
+    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        return None
     try:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # images, or another module
@@ -42,7 +49,8 @@ def ids_beyond(batch: Mapping[str, Any], rows: int) -> str | None:
             continue
         wrong = ids[(ids < 0) | (ids >= rows)]
         if wrong.numel():
-            return f"{name} has the id {int(wrong[0])}, and the model has the ids 0 to {rows - 1}"
+            found = f"{name} has the id {int(wrong[0])}, and the model has the ids 0 to {rows - 1}"
+            return f"{found}; {CURE if wrong[0] >= 0 else 'only labels have -100'}"
     return None
 
 
@@ -90,7 +98,9 @@ def _of_embedding(module: torch.nn.Embedding, ids: torch.Tensor, model: torch.nn
         return None
     name = next((name for name, found in model.named_modules() if found is module), "an embedding")
     found = f"model: {name} has the rows 0 to {rows - 1}, and the batch has {int(wrong[0])}"
-    if "position" in name:
+    if wrong[0] < 0:
+        return f"{found}; an id is 0 or more, and only labels have -100"
+    if re.search(r"pos|wpe", name):
         return f"{found}; the model has too few positions: shorten the examples"
     inputs = [one for one in model.modules() if hasattr(one, "get_input_embeddings")]
     of_tokens = any(num_embeddings(one) == rows for one in inputs)

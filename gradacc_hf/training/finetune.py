@@ -27,6 +27,7 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
 from gradacc_hf.errors import InputError, NonFiniteError
 from gradacc_hf.training.autotune import Tuning
+from gradacc_hf.training.bad_index import name_bad_index
 from gradacc_hf.training.checkpoint import Checkpointer, Checkpoints
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.preflight import (
@@ -183,7 +184,8 @@ def prepare(
     check_trainable(model, optimizer, scheduler)
     warn_of_untrained(model, optimizer)
     check_token_ids(model, windows)
-    preflight_check(model, windows, compute_loss)
+    with name_bad_index(model):
+        preflight_check(model, windows, compute_loss)
     accumulate_in_float32(model, optimizer)
     return accelerator.prepare(model, optimizer)
 

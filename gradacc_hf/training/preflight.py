@@ -15,7 +15,7 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, model_loss
 from gradacc_hf.accumulation.reference import SEPARABLE_RTOL
 from gradacc_hf.errors import InputError
-from gradacc_hf.training.bad_index import CURE, ids_beyond, num_embeddings
+from gradacc_hf.training.bad_index import ids_beyond, num_embeddings
 from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.modeling import BATCH_NORMS
@@ -122,7 +122,7 @@ def check_token_ids(model: torch.nn.Module, windows: WindowLoader) -> None:
     place = windows.state_dict()
     for micro_batch in windows.collate_window(place["epoch"], place["window"]):
         if problem := ids_beyond(micro_batch.batch, rows):
-            raise InputError(f"{problem}: examples {micro_batch.indices[:4].tolist()}; {CURE}")
+            raise InputError(f"examples {micro_batch.indices[:4].tolist()}: {problem}")
 
 
 def _needed_by_step(steps: Any) -> list[str]:
