@@ -101,7 +101,7 @@ def _loss_of(outputs: Any) -> Any:
     scalars = [one for one in outputs if isinstance(one, torch.Tensor) and one.ndim == 0]
     if scalars and isinstance(loss, torch.Tensor) and loss.shape == (1,):
         raise ValueError(
-            "the model returned a tuple with several single numbers, any of which may be the loss: return a "
+            "the model returned a tuple with several single numbers, and any may be the loss: return a "
             "mapping with 'loss', or pass compute_loss="
         )
     return scalars[0] if len(scalars) == 1 else loss  # (logits, loss)

@@ -1,7 +1,7 @@
 """Rows of tokens with one tag per token: the names of the tags, and the problem of a row.
 
-Tags are strings, whole numbers or ids of a ClassLabel, whose names and order are kept. −100 is no tag: such a
-token has no label. The recipe makes the labels of the model from the tags.
+Tags are strings, whole numbers or ids of a ClassLabel, whose names and order are kept. A token with −100
+has no label. The recipe makes the labels of the model from the tags.
 """
 
 from collections.abc import Collection, Sequence
@@ -63,7 +63,7 @@ def row_problem(tokens: Any, tags: list[str], known: Collection[str]) -> str | N
         return f"{len(tags)} tags for {len(tokens)} tokens"
     unknown = next((tag for tag in tags if tag not in known and tag != NO_TAG), None)
     if unknown is None:
-        return None if {*tags} - {NO_TAG} else f"all of its {len(tags)} tags are −100, which is no tag"
+        return None if {*tags} - {NO_TAG} else f"all of its {len(tags)} tags are −100, so it has no label"
     others = " (B-TYPE, I-TYPE, O)" if is_scheme(known) and not is_scheme([unknown]) else ""
     return f"tag {unknown!r} is not one of the {len(known)} tags of training{others}"
 

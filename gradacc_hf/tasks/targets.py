@@ -102,9 +102,9 @@ class SingleLabel(Target):
     """A class for each row. Labels are strings, integers, booleans or a ClassLabel."""
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
-        """Return the problem of a row's label, or None. −100 is no label, as in the loss of torch."""
+        """Return the problem of a row's label, or None. −100 marks a row without a label."""
         if str(row[self.column]) in (str(IGNORED), f"{IGNORED}.0"):
-            return f"column {self.column!r} is −100, which is no label"
+            return f"column {self.column!r} is −100, so it has no label"
         return super().problem(row)
 
     def encode(
@@ -165,7 +165,7 @@ class MultiLabel(Target):
         if labels is not None and isinstance(self.feature.feature, ClassLabel) and -1 in labels:
             return f"column {self.column!r} has −1, a label that is withheld, among {len(labels)}"
         if labels is not None and {*map(str, labels)} & {str(IGNORED), f"{IGNORED}.0"}:
-            return f"column {self.column!r} has −100, which is no label, among {len(labels)}"
+            return f"column {self.column!r} has −100, the mark of a missing label, among {len(labels)}"
         if labels is not None and self.one_hot and (len(labels) != self.one_hot or {*labels} - {0, 1}):
             return (
                 f"column {self.column!r} is {labels}: the training rows have {self.one_hot} numbers, 0 or 1"

@@ -67,8 +67,8 @@ def name_bad_index(model: torch.nn.Module) -> Iterator[None]:
         if "device-side assert" not in str(error):
             raise
         raise InputError(
-            "model: a token id, a position or a label is beyond the rows of the model, and a GPU does not "
-            "name it; run the same on the CPU to find it"
+            "model: a token id, a position or a label is beyond the rows of the model. A GPU does not name "
+            "it; run the same on the CPU to find it"
         ) from error
 
 

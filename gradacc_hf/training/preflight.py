@@ -80,7 +80,7 @@ def _check_values(model: torch.nn.Module, optimizer: Any) -> None:
 
 
 def _not_held(model: torch.nn.Module, optimizer: Any) -> tuple[int, list[str]]:
-    """Return the number of trained parameters, and the names of those that the optimizer does not hold."""
+    """Return the number of trained parameters, and the names of trained ones outside the optimizer."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return len(trained), [name for name, p in trained.items() if id(p) not in held]

@@ -176,7 +176,7 @@ def predict_with(recipe, model, inputs):
 def test_a_row_of_ignored_tags_alone_is_a_bad_row():
     save("Bert", task="ForTokenClassification", **names("O", "B-PER"))
     rows = [{"tokens": ["w1", "w2"], "tags": [0, 1]}] * 20 + [{"tokens": ["w1"], "tags": [-100]}]
-    with pytest.raises(InputError, match="row 21: all of its 1 tags are −100, which is no tag"):
+    with pytest.raises(InputError, match="row 21: all of its 1 tags are −100, so it has no label"):
         recipe_for("token_classification", rows).datasets()
 
 
@@ -234,7 +234,7 @@ NOT_ONE_HOT = {
     "soft labels": ([[0.5, 1.0], [0.5, 1.0]] * 15, r"rows such as \[0.5, 1.0\], which are neither one-hot"),
     "ratings": ([[2, 2, 1], [1, 3, 3]] * 15, r"rows such as \[[12], [23], [13]\], which are neither one-hot"),
     "one column": ([[0], [1]] * 15, r"every row of column 'label' is \[0\] or \[1\]"),
-    "-100": ([["a", "b"], ["-100", "a"]] * 15, "has −100, which is no label"),
+    "-100": ([["a", "b"], ["-100", "a"]] * 15, "has −100, the mark of a missing label"),
 }
 
 
@@ -253,7 +253,7 @@ def test_minus_100_is_no_class(label):
     kind = type(label)
     rows = [{"text": text, "label": kind(i % 2)} for i, text in enumerate(TEXTS)]
     rows += [{"text": "w1", "label": label}]
-    with pytest.raises(InputError, match="row 61: column 'label' is −100, which is no label"):
+    with pytest.raises(InputError, match="row 61: column 'label' is −100, so it has no label"):
         recipe_for("text_classification", rows).datasets()
 
 

@@ -351,7 +351,7 @@ def test_outputs_without_a_loss_are_an_error_with_the_cure(form, found):
         ),
         (
             lambda loss, logits: (loss[None], loss),
-            "several single numbers, any of which may be the loss: return a",
+            "several single numbers, and any may be the loss: return a",
         ),
     ],
 )
