@@ -42,6 +42,7 @@ class CausalLM(Recipe):
     """Teach a language model to answer."""
 
     model_class = AutoModelForCausalLM
+    padding_side = "right"
     pipeline_tag = "text-generation"
     example = "Write a Python function that adds two numbers."
     num_items = "next_token"
@@ -104,12 +105,17 @@ class CausalLM(Recipe):
     @cached_property
     def tokenizer(self):
         tokenizer = super().tokenizer
-        tokenizer.padding_side = "right"
         if template := self.data.chat_template:
             if not Path(template).is_file():
                 raise InputError(f"data.chat_template: no file {template!r}; give one, or null")
             tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         return tokenizer
+
+    def processors(self):
+        """Return the tokenizer with its own padding side: a text is continued after padding on the left."""
+        [tokenizer] = super().processors()
+        tokenizer.padding_side = self.own_padding_side
+        return [tokenizer]
 
     @property
     def settings(self):

@@ -54,6 +54,7 @@ class Contrastive(Recipe):
     """Find the text that belongs to a text."""
 
     model_class = AutoModel
+    padding_side = "right"
     pipeline_tag = "sentence-similarity"
     example = "Return the number of items in the list."
 

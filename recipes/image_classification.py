@@ -55,7 +55,8 @@ class ImageClassification(Recipe):
         problem = image_problem(data.image_column)
         train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
         train, validation = self.check_rows(train, validation, problem, "data.image_column")
-        train, validation = self.target.encode(train, validation, self.may_skip)
+        train, validation = self.target.encode(train, validation, self.may_skip, self.own_labels)
+        self.note_labels(self.target.labels.note)
         return self.examples(train, augment=True), self.examples(validation, augment=False)
 
     def examples(self, rows, augment):

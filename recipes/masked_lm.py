@@ -33,6 +33,7 @@ class MaskedLM(Recipe):
     """Fill in masked tokens."""
 
     model_class = AutoModelForMaskedLM
+    padding_side = "right"
     pipeline_tag = "fill-mask"
     example = "Return the [MASK] of the list."
 
@@ -81,7 +82,12 @@ class MaskedLM(Recipe):
     @cached_property
     def ordinary(self):
         """For each token id, whether it is an ordinary token. Special tokens are never masked."""
-        return ~np.isin(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
+        ids = np.arange(len(self.tokenizer))
+        known = ids < self.own_config.vocab_size  # a tokenizer may have tokens that the model lacks
+        return known & ~np.isin(ids, self.tokenizer.all_special_ids)
+
+    def tokens_of_batches(self):
+        return [*super().tokens_of_batches(), self.tokenizer.mask_token]
 
     def transform(self, example, random):
         """Mask as BERT does: of the chosen tokens 80 % become [MASK], 10 % a random token, and 10 % stay.

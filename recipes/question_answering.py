@@ -48,7 +48,7 @@ class QuestionAnswering(Recipe):
     """Answer a question with a span of a text."""
 
     model_class = AutoModelForQuestionAnswering
-    tokenizer_settings: ClassVar = {"padding_side": "right"}  # XLNet's would move the answers' positions
+    padding_side = "right"  # the left would move the answers' positions
     pipeline_tag = "question-answering"
     example: ClassVar = {"question": "What is it?", "context": "def total(items):\n    return sum(items)"}
 

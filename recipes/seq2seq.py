@@ -49,6 +49,7 @@ class Seq2Seq(EncoderDecoder):
     """Write a text for a text."""
 
     model_class = AutoModelForSeq2SeqLM
+    padding_side = "right"
     example = "def add(a, b):\n    return a + b"
 
     @dataclass

@@ -18,6 +18,7 @@ from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.targets import TARGETS, answers, class_weights
+from gradacc_hf.utils.modeling import is_decoder
 
 
 def features(rows, tokenizer, columns, max_length):
@@ -71,8 +72,10 @@ class TextClassification(Recipe):
         self.target = TARGETS[data.problem](train, validation, data.label_column)
         train, validation = self.check_rows(train, validation, text_problem(columns), "data.text_column")
         train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
-        train, validation = self.target.encode(train, validation, self.may_skip)
-        self.class_weights = class_weights(data.class_weights, self.target.names, train["label"])
+        train, validation = self.target.encode(train, validation, self.may_skip, self.own_labels)
+        self.note_labels(self.target.labels.note)
+        self.class_weights = class_weights(data.class_weights, self.target.labels.in_data, train["label"])
+        self.notes_pad_id()
         settings = {"columns": list(columns), "max_length": data.max_length}
         return self.map_rows((train, validation), features, "data.text_column", **settings)
 
@@ -91,12 +94,26 @@ class TextClassification(Recipe):
     def model_overrides(self):
         return self.target.model_overrides()
 
+    @property
+    def padding_side(self):
+        """The side of the padding: XLNet reads the last position, a text of any other model starts at 0."""
+        return None if self.own_config.model_type == "xlnet" else "right"
+
     def model(self):
         """Return the model, with the padding token by which a decoder finds the last token of a text."""
         model = super().model()
-        if getattr(model.config, "pad_token_id", None) is None:
+        if self.notes_pad_id():
             model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
+
+    def notes_pad_id(self):
+        """Whether the config gets the padding token of the tokenizer, which a decoder searches for."""
+        own = getattr(self.own_config, "pad_token_id", None)
+        if own is not None and not (is_decoder(self.own_config) and own != self.tokenizer.pad_token_id):
+            return False
+        note = f"{self.tokenizer.pad_token_id}, as in the tokenizer; the model's config has {own}"
+        self.model_notes["pad_token_id"] = note
+        return True
 
     def num_items(self, batch):
         """Return the divisor of the loss: the weights of the examples, or else the number of examples."""

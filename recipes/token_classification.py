@@ -21,6 +21,7 @@ from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.errors import refuse
 from gradacc_hf.metrics.sequence_labelling import is_scheme
 from gradacc_hf.recipe import Recipe
+from gradacc_hf.recipe.labels import match_labels
 from gradacc_hf.run import run
 from gradacc_hf.tasks.tags import check_tokens_and_tags, entities, row_problem, tag_names
 
@@ -34,7 +35,7 @@ def features(rows, tokenizer, columns, names, ids, max_length):
     encoded, labels = tokenizer(tokens, is_split_into_words=True, **settings), []
     for row, of_row in enumerate(tags):
         starts = first_pieces(encoded.word_ids(row))
-        labels.append([IGNORED if token is None else ids[of_row[token]] for token in starts])
+        labels.append([IGNORED if token is None else ids.get(of_row[token], IGNORED) for token in starts])
         if not problems[row] and set(labels[-1]) == {IGNORED}:
             problems[row] = f"no token of its {len(of_row)} is left by data.max_length {max_length}"
     lost = tokens_lost(tokenizer, [tokens], encoded["input_ids"], max_length, is_split_into_words=True)
@@ -52,6 +53,7 @@ class TokenClassification(Recipe):
     """Tag every token of a text."""
 
     model_class = AutoModelForTokenClassification
+    padding_side = "right"
     pipeline_tag = "token-classification"
     example = "import os ; print ( os . getcwd ( ) )"
     tokenizer_settings: ClassVar = {"add_prefix_space": True}  # where spaces are part of word pieces
@@ -72,7 +74,8 @@ class TokenClassification(Recipe):
         self.reading.use([data.tokens_column, data.tags_column])
         for dataset in splits:
             check_tokens_and_tags(dataset, data.tokens_column, data.tags_column)
-        self.labels = tag_names(splits[0], data.tags_column)
+        self.labels = match_labels(tag_names(splits[0], data.tags_column), self.own_labels)
+        self.note_labels(self.labels.note)
         train, validation = map(self.tokenize, splits)
         numbers, problem = [file_rows(dataset) for dataset in splits], lambda row: row["problem"] or None
         found = self.check_rows(train, validation, problem, "data.tags_column", numbers)
@@ -82,13 +85,12 @@ class TokenClassification(Recipe):
         data = self.data
         settings = {"columns": (data.tokens_column, data.tags_column), "max_length": data.max_length}
         settings["names"] = class_names(dataset, data.tags_column)
-        settings["ids"] = {label: i for i, label in enumerate(self.labels)}
+        settings["ids"] = self.labels.ids
         settings["tokenizer"] = self.tokenizer
         return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
 
     def model_overrides(self):
-        ids = {label: i for i, label in enumerate(self.labels)}
-        return {"id2label": dict(enumerate(self.labels)), "label2id": ids}
+        return self.labels.model_overrides()
 
     def predict(self, outputs, batch):
         """Return predicted and true ids of the labelled tokens, row by row."""
@@ -100,8 +102,8 @@ class TokenClassification(Recipe):
         from gradacc_hf.metrics import load  # slow to import, so not before it is needed
 
         scores = {}
-        if is_scheme(self.labels):  # tags of parts of speech mark no entities
-            names = np.array(self.labels)
+        if is_scheme(self.labels.names):  # tags of parts of speech mark no entities
+            names = np.array(self.labels.names)
             tags = {"predictions": predictions, "references": references}
             tags = {name: [names[row].tolist() for row in rows] for name, rows in tags.items()}
             scores |= load("seqeval").compute(**tags)

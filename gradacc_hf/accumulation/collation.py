@@ -56,8 +56,14 @@ class MicroBatch:
 
 
 def to_device(batch: Mapping[str, Any], accelerator: Accelerator) -> Any:
-    """Return a host batch as a plain dict on the device of the accelerator."""
-    return send_to_device(dict(batch), accelerator.device, non_blocking=accelerator.device.type == "cuda")
+    """Return a host batch as a plain dict of tensors on the device of the accelerator."""
+    batch = {
+        name: torch.from_numpy(value)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+        else value
+        for name, value in batch.items()
+    }
+    return send_to_device(batch, accelerator.device, non_blocking=accelerator.device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -332,7 +338,8 @@ class LocalWindows(Dataset):
             ) from error
         if not isinstance(batch, Mapping):
             raise ValueError(
-                f"collate_fn returned a {type(batch).__name__}; it must return a mapping for model(**batch)"
+                f"collate_fn returned a {type(batch).__name__}; it must return a mapping for model(**batch), "
+                'such as {"input_ids": …, "labels": …}: pass a collate_fn= that makes one'
             )
         width = batch["input_ids"].shape[-1] if pad_to and "input_ids" in batch else pad_to or 0
         if width < (pad_to or 0):

@@ -54,22 +54,24 @@ def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """Return the loss that the model computed from the labels in the batch.
 
     Args:
-        outputs: An object or a mapping with `loss`, a tuple that starts with the loss, or the loss alone.
+        outputs: An object or a mapping with `loss`, a tuple with the loss, or the loss alone. In a tuple the
+            loss is the first element, or else the only scalar.
         batch: The micro-batch.
 
     Raises:
-        ValueError: The outputs hold no loss.
+        ValueError: The outputs hold no loss, or a loss for each item.
     """
-    loss = output_named(outputs, "loss", position=0)
-    if loss is None and isinstance(outputs, torch.Tensor):
-        loss = outputs
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        found = "" if loss is None else f" but a {_described(loss)}"
+    loss = _loss_of(outputs)
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss
+    given = f"for a batch with {sorted(batch)}"
+    if isinstance(loss, torch.Tensor) and loss.ndim == 1:
         raise ValueError(
-            f"the model returned no loss{found} for a batch with {sorted(batch)}: add labels, or pass "
-            "compute_loss="
+            f"the model returned a loss for each of {len(loss)} items {given}: return the mean, or pass "
+            "compute_loss= with the mean"
         )
-    return loss
+    found = "" if loss is None else f" but a {_described(loss)}"
+    raise ValueError(f"the model returned no loss{found} {given}: add labels, or pass compute_loss=")
 
 
 def output_named(outputs: Any, name: str, position: int) -> Any:
@@ -79,6 +81,30 @@ def output_named(outputs: Any, name: str, position: int) -> Any:
     if isinstance(outputs, tuple | list) and not hasattr(outputs, name):
         return outputs[position] if len(outputs) > position else None
     return getattr(outputs, name, None)
+
+
+def logits_of(outputs: Any) -> torch.Tensor | None:
+    """Return the logits: the output of this name, the first of a tuple after the loss, or a tensor alone."""
+    if isinstance(outputs, tuple | list) and not hasattr(outputs, "logits"):
+        loss = _loss_of(outputs)
+        return next((one for one in outputs if isinstance(one, torch.Tensor) and one is not loss), None)
+    logits = outputs if isinstance(outputs, torch.Tensor) else output_named(outputs, "logits", position=1)
+    return logits if isinstance(logits, torch.Tensor) and logits.ndim else None
+
+
+def _loss_of(outputs: Any) -> Any:
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    loss = output_named(outputs, "loss", position=0)
+    if not isinstance(outputs, tuple | list) or (isinstance(loss, torch.Tensor) and loss.ndim == 0):
+        return loss
+    scalars = [one for one in outputs if isinstance(one, torch.Tensor) and one.ndim == 0]
+    if scalars and isinstance(loss, torch.Tensor) and loss.shape == (1,):
+        raise ValueError(
+            "the model returned a tuple with several single numbers, and any may be the loss: return a "
+            "mapping with 'loss', or pass compute_loss="
+        )
+    return scalars[0] if len(scalars) == 1 else loss  # (logits, loss)
 
 
 def _described(value: Any) -> str:

@@ -30,8 +30,13 @@ def check_arguments(
 ) -> None:
     """Raise ValueError for impossible data, sizes and padding."""
     if isinstance(dataset, Mapping):
+        columns = any(isinstance(column, list | tuple | np.ndarray) for column in dataset.values())
+        cure = "datasets.Dataset.from_dict(…) of it" if columns else "one split, such as dataset['train']"
+        raise ValueError(f"the data set is a mapping with {list(dataset)[:5]}: give {cure}")
+    if hasattr(dataset, "iloc"):  # a pandas DataFrame or Series, whose items are columns
         raise ValueError(
-            f"the data set is a mapping with {list(dataset)[:5]}: give one split, such as dataset['train']"
+            f"the data set is a pandas {type(dataset).__name__}: give datasets.Dataset.from_pandas(…) of it, "
+            "or its .to_dict('records')"
         )
     stream = is_stream(dataset)
     if not stream and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):

@@ -86,6 +86,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(table)
     least, mean, most = plan.steps.accumulation_steps
     lines = {
+        **plan.model_notes,
         "largest micro-batch": f"{rows} × {_listed(lengths)} tokens",
         "micro-batch limit": f"{plan.bound} ({plan.why})",
         "accumulation steps": f"{least} / {mean:.1f} / {most} (min / mean / max)",

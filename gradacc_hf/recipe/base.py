@@ -31,6 +31,7 @@ from gradacc_hf.data.loading import load_data
 from gradacc_hf.data.reading import LOST, Reading, truncation_note
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
+from gradacc_hf.recipe.labels import labels_of_config
 from gradacc_hf.training.loop import Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
 from gradacc_hf.utils.files import MODEL_CONFIG
@@ -52,6 +53,7 @@ class Recipe:
     Data: ClassVar[type[DataConfig]] = DataConfig
     model_class: ClassVar[Any]
     tokenizer_settings: ClassVar[Mapping[str, Any]] = {}  # options of the tokenizer's from_pretrained
+    padding_side: str | None = None  # "right" or "left"; None: the tokenizer's own
     pipeline_tag: ClassVar[str | None] = None  # the Hub's name of the task: "text-classification"
     example: ClassVar[Any] = "A text."  # an input for the example code of the model card; or None
     num_items: str | CountItems = "labels"
@@ -70,7 +72,10 @@ class Recipe:
         self.reading = Reading()  # the files, and what was changed or left out
         self.samples: list[dict[str, str]] = []  # the model's answers to a few rows, for the report
         self.new_parameters: set[str] | None = None  # parameters without saved weights; None: all
+        self.model_notes: dict[str, str] = {}  # for the plan: each change of the user's model, by name
+        self.own_padding_side: str | None = None  # of the tokenizer, before `padding_side`
         self.without_weights = False  # set by weightless()
+        self._own_tokenizing: tuple[Any, Any] = None, None  # truncation and padding in the tokenizer's file
         self._saved_config: Any = None  # the config beside a loaded adapter, with the task's settings
 
     def with_config(self, config: Config) -> Self:
@@ -214,8 +219,16 @@ class Recipe:
         raise InputError(f"{type(self).__name__} has no answers to inputs: define answer() in the recipe")
 
     def processors(self) -> list[Any]:
-        """Return the objects that prepare inputs and are saved beside the model: the tokenizer."""
-        return [self.tokenizer]
+        """Return the objects that prepare inputs and are saved beside the model: the tokenizer.
+
+        A fast tokenizer saves the truncation and the padding of the latest call, so they are set back.
+        """
+        tokenizer = copy.deepcopy(self.tokenizer)
+        if tokenizer.is_fast:
+            backend, (truncation, padding) = tokenizer.backend_tokenizer, self._own_tokenizing
+            backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+            backend.enable_padding(**padding) if padding else backend.no_padding()
+        return [tokenizer]
 
     def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         """Return the metrics of an evaluation, from the rows of `predict` in the order of the data set."""
@@ -264,21 +277,65 @@ class Recipe:
             raise InputError(
                 f"model.name: {self.config.model.name} has no tokenizer; save it beside the model"
             )
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # many decoders have only this one
+        if tokenizer.pad_token is None:
+            self._choose_pad_token(tokenizer)
+        self.own_padding_side = tokenizer.padding_side
+        if tokenizer.is_fast:
+            backend = tokenizer.backend_tokenizer
+            self._own_tokenizing = backend.truncation, backend.padding
+        if self.padding_side not in (None, self.own_padding_side):
+            tokenizer.padding_side = self.padding_side
+            note = f"{self.padding_side}, so that the first token of a text is at position 0"
+            self.model_notes["padding side"] = f"{note}; the tokenizer's is {self.own_padding_side}"
+        return tokenizer
+
+    def _choose_pad_token(self, tokenizer: Any) -> None:
+        """Set the padding token of a tokenizer without one: the token of the model's config, or the last."""
+        own = getattr(self.own_config, "pad_token_id", None)
+        known = isinstance(own, int) and 0 <= own < len(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own) if known else tokenizer.eos_token
         if tokenizer.pad_token is None:
             found = (
                 f"the tokenizer of {self.config.model.name} has neither a padding nor an end-of-text token"
             )
             refuse("model.name", found, "set its pad_token, and save it again")
-        return tokenizer
+        source = "the padding token of the model's config" if known else "the end-of-text token"
+        self.model_notes["padding token"] = f"{tokenizer.pad_token}, {source}; the tokenizer had none"
+
+    def tokens_of_batches(self) -> list[str]:
+        """Return the tokens that batches have and examples may not have: the padding token."""
+        return [self.tokenizer.pad_token]
+
+    @cached_property
+    def own_config(self) -> Any:
+        """The config of `model.name` as it was saved."""
+        with self.loading_errors("config"):
+            return transformers.AutoConfig.from_pretrained(self.model_path, **self.source_options())
+
+    @property
+    def own_labels(self) -> list[str] | None:
+        """The label names in the saved config of the model, by id; None if it has no labels of its own."""
+        if self.from_scratch:
+            return None
+        return labels_of_config(self.own_config, self.model_class.__name__.removeprefix("AutoModel"))
+
+    def note_labels(self, note: str | None) -> None:
+        """Note for the plan where the labels come from, and a change of the problem that the model solves."""
+        if note is not None:
+            self.model_notes["labels"] = note
+        was, now = getattr(self.own_config, "problem_type", None), self.model_overrides().get("problem_type")
+        if was not in (None, now) and now is not None:
+            self.model_notes["problem"] = f"{now} instead of {was} in the model's config"
 
     def model_config(self) -> Any:
         """Return the model's config, with the task's settings and `model.dropout`."""
         if self._saved_config is not None:
             return self._saved_config
         config = self.base_config()
-        if self.config.model.dropout is not None:
-            set_dropout(config, self.config.model.dropout)
+        dropout = self.config.model.dropout
+        if dropout is not None and (changed := set_dropout(config, dropout)):
+            was = ", ".join(f"{name} was {value}" for name, value in changed.items())
+            self.model_notes["dropout"] = f"{dropout}, as model.dropout sets; {was}"
         if self.config.budget.attention is not None:
             config._attn_implementation = self.config.budget.attention
         return config
@@ -369,7 +426,17 @@ class Recipe:
                 )
         mismatched = {tensor for tensor, _, _ in info["mismatched_keys"]}
         self.new_parameters = {*info["missing_keys"], *mismatched} & dict(model.named_parameters()).keys()
+        sizes = [f"{list(found)} is saved, {list(now)} needed" for _, found, now in info["mismatched_keys"]]
+        self.note_head(model, sizes[0] if sizes else "not among the saved weights")
         return model
+
+    def note_head(self, model: Any, why: str) -> None:
+        """Note for the plan whether the head of a loaded model is new or kept, and why it is new."""
+        if new := sorted(self.new_parameters or ()):
+            more = f", … ({len(new)} parameters)" if len(new) > 4 else ""
+            self.model_notes["head"] = f"new: {', '.join(new[:4])}{more}; {why}"
+        elif getattr(model, "base_model", model) is not model:
+            self.model_notes["head"] = "kept: all weights are the saved ones"
 
     @contextmanager
     def loading_errors(self, what: str, folder: Path | str | None = None) -> Iterator[None]:
@@ -426,12 +493,19 @@ def _of_the_task(model: Any) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter not in known}
 
 
-def set_dropout(config: Any, probability: float) -> None:
-    """Set every dropout probability of a model's config, but dropout of whole layers or paths only to 0."""
+def set_dropout(config: Any, probability: float) -> dict[str, float]:
+    """Set every dropout probability of a model's config, but dropout of whole layers or paths only to 0.
+
+    Return the earlier value of each that changes, by name.
+    """
+    changed: dict[str, float] = {}
     for name, value in vars(config).items():
         if hasattr(value, "to_dict"):
-            set_dropout(value, probability)
+            changed |= set_dropout(value, probability)
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         of_layers = "layerdrop" in name or "drop_path" in name
         if numeric and ("drop" in name) and (probability == 0 or not of_layers):
+            if value != probability:
+                changed[name] = value
             setattr(config, name, probability)
+    return changed

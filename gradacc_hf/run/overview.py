@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch
 from gradacc_hf.accumulation.loader import WindowLoader
@@ -56,6 +57,7 @@ def print_plan(
     rows = (
         ("recipe", (type(recipe).__doc__ or type(recipe).__name__).partition("\n")[0]),
         ("model", f"{config.model.name}, {_parameters(recipe, empty)}"),
+        *((name, note) for name, note in recipe.model_notes.items() if name != "head"),  # for `print_head`
         *([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
         ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
         *recipe.reading.lines(),
@@ -82,6 +84,12 @@ def print_plan(
     for name, value in rows:
         accelerator.print(f"{name:<22}{value}")
     return steps
+
+
+def print_head(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Print whether the head of the model is new or kept. The weights have to be loaded before."""
+    if note := recipe.model_notes.get("head"):
+        accelerator.print(f"{'head':<22}{note}")
 
 
 def _size(effective: EffectiveBatchSize, num_windows: int) -> str:

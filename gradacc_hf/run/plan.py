@@ -24,7 +24,7 @@ from gradacc_hf.recipe.budget import fit_to_model
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.memory_advice import Lever, levers
 from gradacc_hf.run.memory_bound import longest_example, recipe_memory, usable_memory
-from gradacc_hf.run.setup import make_model, make_windows, total_windows
+from gradacc_hf.run.setup import check_vocabulary, make_model, make_windows, total_windows
 
 GIB = 2**30
 SAMPLED_WINDOWS = 200  # windows of the first epoch that are split, evenly spaced
@@ -64,6 +64,7 @@ class Plan:
     seconds: float | None
     price: float | None
     levers: list[Lever]
+    model_notes: dict[str, str]  # what the recipe changes of the model, and where the labels come from
 
 
 def rate_of(run: Path) -> float:
@@ -110,6 +111,7 @@ def make_plan(
     recipe = recipe.weightless()
     training, validation = data or recipe.datasets()
     recipe = fit_to_model(recipe)
+    check_vocabulary(recipe, recipe.empty_model(), (training, validation))
     config, is_cpu = recipe.config, Path(recipe.config.budget_file or "").stem == "cpu"
     given = usable_memory(config.budget, on_gpu=not is_cpu)
     device = "cpu" if is_cpu or given is None else "cuda"
@@ -156,6 +158,7 @@ def make_plan(
         levers=levers(recipe, training, windows.tokens, make_model, device == "cuda", **room)
         if with_levers and alone > memory
         else [],
+        model_notes={name: note for name, note in recipe.model_notes.items() if name != "head"},
     )
 
 

@@ -17,6 +17,7 @@ import torch
 
 from gradacc_hf.errors import InputError, listed, one_line, refuse
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.training.bad_index import name_bad_index
 from gradacc_hf.training.run_log import finite
 from gradacc_hf.utils.hardware import find_device, refuse_place
 
@@ -60,7 +61,8 @@ def predict(recipe: Recipe, model: Any, inputs: Iterable[Input]) -> Iterator[dic
 
 @torch.inference_mode()
 def _answer(recipe: Recipe, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
-    return recipe.answer(model, inputs)
+    with name_bad_index(model):
+        return recipe.answer(model, inputs)
 
 
 def number_texts(texts: Sequence[str]) -> Iterator[Input]:

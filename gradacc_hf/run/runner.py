@@ -28,7 +28,7 @@ from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.ending import result_lines, training_lines
 from gradacc_hf.run.fingerprint import check_same_settings, duplicates_note, what_must_stay
 from gradacc_hf.run.folder import open_output
-from gradacc_hf.run.overview import PlannedSteps, print_plan
+from gradacc_hf.run.overview import PlannedSteps, print_head, print_plan
 from gradacc_hf.run.resolve import (
     ResumedRun,
     check_settings,
@@ -39,6 +39,7 @@ from gradacc_hf.run.resolve import (
 from gradacc_hf.run.setup import (
     check_best_metric,
     check_max_length,
+    check_vocabulary,
     load_data,
     make_accelerator,
     make_model,
@@ -111,9 +112,11 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     check_best_metric(config, baseline)
     if config.check:
         task.recipe.check_model()
+        print_head(task.recipe, accelerator)
         accelerator.print("check: this would run")
         return
     parts = build(task, plan, accelerator)
+    print_head(task.recipe, accelerator)
     with open_output(config, accelerator, checkpoint.window if checkpoint else 0) as folder:
         commands = commands_of(folder, config.output, argv, resumed, accelerator.num_processes)
         summary = train(task, plan, parts, folder, checkpoint, baseline, commands)
@@ -230,6 +233,7 @@ def plan_run(task: Task, accelerator: Accelerator) -> RunPlan:
         release_freed_memory_at_once()  # the predicted bytes assume it
     empty = recipe.empty_model()
     check_max_length(recipe, empty, task.training)
+    check_vocabulary(recipe, empty, (task.training, task.validation))
     num_windows = total_windows(recipe.config, windows)
     tried = tries_sizes(recipe.config.budget, num_windows)
     steps = print_plan(recipe, windows, empty, num_windows, len(task.validation), tried)

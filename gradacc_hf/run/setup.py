@@ -2,10 +2,11 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pyarrow.compute
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -23,15 +24,19 @@ from gradacc_hf.accumulation.streaming import Stream
 from gradacc_hf.config.batch_size import check_can_measure, effective_batch_size
 from gradacc_hf.config.budget import export_cpu_offload
 from gradacc_hf.config.schema import BudgetConfig, Config, tokens_per_micro_batch
+from gradacc_hf.data.columns import is_list
 from gradacc_hf.errors import InputError, refuse
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.budget import fit_to_model
 from gradacc_hf.run.memory_bound import choose_bound
 from gradacc_hf.training.autotune import WINDOWS_NEEDED
+from gradacc_hf.training.bad_index import num_embeddings, num_outputs
 from gradacc_hf.training.compile import compile_layers
 from gradacc_hf.training.optimizer import choose_trained
 from gradacc_hf.utils.hardware import launched_for_several
-from gradacc_hf.utils.modeling import checkpoint_activations
+from gradacc_hf.utils.modeling import checkpoint_activations, num_positions
+
+pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -201,8 +206,7 @@ def check_max_length(recipe: Recipe, model: Any, training: Dataset) -> None:
     if given <= special:
         found = f"found {given}, and a text has {special} special tokens"
         refuse("data.max_length", found, f"allowed: {special + 1} or more")
-    positions = getattr(model.config, "max_position_embeddings", None) or 0
-    allowed = min(recipe.tokenizer.model_max_length, positions if positions > 0 else math.inf)  # XLNet: −1
+    allowed = min(recipe.tokenizer.model_max_length, num_positions(model) or math.inf)
     multiple = recipe.config.budget.pad_to_multiple_of or 1
     if given <= allowed < (padded := -(-given // multiple) * multiple):
         found = f"found {multiple}, which pads data.max_length {given} to {padded} tokens"
@@ -210,6 +214,42 @@ def check_max_length(recipe: Recipe, model: Any, training: Dataset) -> None:
     if given > allowed:
         found, name = f"found {given}", recipe.config.model.name
         refuse("data.max_length", found, f"allowed: 1 to {allowed}, the positions of {name}")
+
+
+def check_vocabulary(recipe: Recipe, model: Any, datasets: Sequence[Dataset]) -> None:
+    """Raise InputError if the data have a token id beyond the embeddings or the outputs of the model.
+
+    Note it for the plan if the tokenizer has further tokens, and none is in the data.
+    """
+    inner = next((module for module in model.modules() if hasattr(module, "get_input_embeddings")), None)
+    columns = [column for column in datasets[0].column_names if column.endswith("input_ids")]
+    if (rows := num_embeddings(inner)) is None or not columns:
+        return
+    tokenizer, outputs = recipe.tokenizer, num_outputs(inner) or rows
+    largest = {column: max(_largest(dataset, column) for dataset in datasets) for column in columns}
+    largest |= {"the batches": max(tokenizer.convert_tokens_to_ids(recipe.tokens_of_batches()))}
+    limits = dict.fromkeys(largest, rows)
+    if is_list(datasets[0].features.get("labels")):
+        largest["labels"] = max(_largest(dataset, "labels") for dataset in datasets)
+    limits["labels"] = outputs
+    for column, number in largest.items():
+        if number >= limits[column]:
+            token, name = tokenizer.convert_ids_to_tokens(number), recipe.config.model.name
+            refuse(
+                "model.name",
+                f"{column} have the token {token!r}, id {number}, and {name} has the ids 0 to "
+                f"{limits[column] - 1}",
+                f"call resize_token_embeddings({len(tokenizer)}) on the model and save both, or remove the "
+                "token from the tokenizer",
+            )
+    if len(tokenizer) > rows:
+        note = f"{len(tokenizer) - rows} of {len(tokenizer)} tokens have no embedding; the data have none"
+        recipe.model_notes["tokenizer"] = f"{note} of them"
+
+
+def _largest(dataset: Dataset, column: str) -> int:
+    """Return the largest number in a column of lists."""
+    return pc.max(pc.list_flatten(dataset.data.column(column))).as_py() or 0
 
 
 def check_best_metric(config: Config, baseline: Mapping[str, float] | None) -> None:

@@ -33,6 +33,7 @@ class EncoderDecoder(Recipe):
                 self.model_path, self.model_config(), dtype=self.dtype, **options, **self.source_options()
             )
         self.new_parameters = new_parameters(model)
+        self.note_head(model, "two encoders are joined")
         return model
 
 

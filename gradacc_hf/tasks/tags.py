@@ -1,7 +1,7 @@
 """Rows of tokens with one tag per token: the names of the tags, and the problem of a row.
 
-Tags are strings, whole numbers or ids of a ClassLabel, whose names and order are kept. The recipe makes the
-labels of the model from them.
+Tags are strings, whole numbers or ids of a ClassLabel, whose names and order are kept. A token with −100
+has no label. The recipe makes the labels of the model from the tags.
 """
 
 from collections.abc import Collection, Sequence
@@ -10,9 +10,12 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value
 from seqeval.metrics.sequence_labeling import get_entities
 
+from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.data.columns import class_names, file_rows, is_list, require_column
 from gradacc_hf.errors import refuse
 from gradacc_hf.metrics.sequence_labelling import as_iobes, is_scheme
+
+NO_TAG = str(IGNORED)
 
 
 def check_tokens_and_tags(dataset: Dataset, tokens_column: str, tags_column: str) -> None:
@@ -34,7 +37,7 @@ def tag_names(train: Dataset, tags_column: str) -> list[str]:
     names = class_names(train, tags_column)
     if names is None:
         present = {tag for tags in train[tags_column] for tag in tags or () if tag is not None}
-        names = [str(tag) for tag in sorted(present)]
+        names = [str(tag) for tag in sorted(present) if str(tag) != NO_TAG]
         begun = {name[2:] for name in names if name.startswith("B-")}
         if any(name.startswith("I-") and name[2:] in begun for name in names):
             names = [name for name in names if is_scheme([name])]  # rows with other tags are bad rows
@@ -58,9 +61,9 @@ def row_problem(tokens: Any, tags: list[str], known: Collection[str]) -> str | N
         return f"token {tokens.index(None) + 1} of {len(tokens)} is null"
     if len(tags) != len(tokens):
         return f"{len(tags)} tags for {len(tokens)} tokens"
-    unknown = next((tag for tag in tags if tag not in known), None)
+    unknown = next((tag for tag in tags if tag not in known and tag != NO_TAG), None)
     if unknown is None:
-        return None
+        return None if {*tags} - {NO_TAG} else f"all of its {len(tags)} tags are −100, so it has no label"
     others = " (B-TYPE, I-TYPE, O)" if is_scheme(known) and not is_scheme([unknown]) else ""
     return f"tag {unknown!r} is not one of the {len(known)} tags of training{others}"
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Value
 
+from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.data.columns import (
     class_names,
     drop_unknown,
@@ -26,6 +27,7 @@ from gradacc_hf.data.columns import (
     with_label,
 )
 from gradacc_hf.errors import listed, refuse
+from gradacc_hf.recipe.labels import SHOWN, Labels, match_labels
 
 KEY = "data.label_column"
 
@@ -38,7 +40,12 @@ class Target(ABC):
         for split in (train, validation):
             require_column(split, column, KEY)
         self.column, self.feature = column, train.features[column]
-        self.names: list[str] = []
+        self.labels = Labels([], {})
+
+    @property
+    def names(self) -> list[str]:
+        """The label names of the model, by id."""
+        return self.labels.names
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
         """Return the problem of a row's label, or None, for `check_rows`."""
@@ -51,12 +58,22 @@ class Target(ABC):
 
     @abstractmethod
     def encode(
-        self, train: Dataset, validation: Dataset, skipped: list[str] | None = None
+        self,
+        train: Dataset,
+        validation: Dataset,
+        skipped: list[str] | None = None,
+        own: Sequence[str] | None = None,
     ) -> tuple[Dataset, Dataset]:
-        """Return both data sets with a column `label`, the targets of `loss`.
+        """Return both data sets with a column `label`, the targets of `loss`. Set `labels`.
 
         A validation row may have a label that is in no training row. With a list `skipped`, the row is left
         out and gets a line there; otherwise InputError is raised.
+
+        Args:
+            train: Training rows.
+            validation: Validation rows.
+            skipped: Receives a line about each row that is left out.
+            own: The label names of the model, by id; None if it has none.
         """
 
     @abstractmethod
@@ -84,14 +101,31 @@ class Target(ABC):
 class SingleLabel(Target):
     """A class for each row. Labels are strings, integers, booleans or a ClassLabel."""
 
+    def problem(self, row: Mapping[str, Any]) -> str | None:
+        """Return the problem of a row's label, or None. −100 marks a row without a label."""
+        if str(row[self.column]) in (str(IGNORED), f"{IGNORED}.0"):
+            return f"column {self.column!r} is −100, so it has no label"
+        return super().problem(row)
+
     def encode(
-        self, train: Dataset, validation: Dataset, skipped: list[str] | None = None
+        self,
+        train: Dataset,
+        validation: Dataset,
+        skipped: list[str] | None = None,
+        own: Sequence[str] | None = None,
     ) -> tuple[Dataset, Dataset]:
-        train, validation, self.names = encode_labels(train, validation, self.column, skipped=skipped)
+        train, validation, found = encode_labels(train, validation, self.column, skipped=skipped)
+        self.labels = match_labels(found, own)
+        ids = np.array([self.labels.ids[name] for name in found])
+        if (ids != np.arange(len(found))).any():
+            train, validation = (
+                with_label(dataset, "label", ids[np.asarray(dataset["label"])])
+                for dataset in (train, validation)
+            )
         return train, validation
 
     def model_overrides(self) -> dict[str, Any]:
-        return {**_names(self.names), "problem_type": "single_label_classification"}
+        return {**self.labels.model_overrides(), "problem_type": "single_label_classification"}
 
     def loss(
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
@@ -109,7 +143,10 @@ class SingleLabel(Target):
 
 
 class MultiLabel(Target):
-    """Any number of labels for each row: a list of strings, integers or class ids, which may be empty."""
+    """Any number of labels for each row: a list of strings, integers or class ids, which may be empty.
+
+    Rows of equal length with only 0 and 1 (false and true) are one-hot: one number for each label.
+    """
 
     def __init__(self, train: Dataset, validation: Dataset, column: str):
         """Raise InputError if a data set has no such column of lists."""
@@ -119,6 +156,7 @@ class MultiLabel(Target):
                 found = getattr(feature, "dtype", None) or type(feature).__name__
                 cure = f'write lists (JSONL: {{"{column}": ["a", "b"]}}), or set data.problem to single_label'
                 refuse(KEY, f"column {column!r} holds {found}, not lists of labels", cure)
+        self.one_hot = _width_of_one_hot(train, column)
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
         labels = row[self.column]
@@ -126,22 +164,34 @@ class MultiLabel(Target):
             return f"column {self.column!r} has an empty label among {len(labels)}"
         if labels is not None and isinstance(self.feature.feature, ClassLabel) and -1 in labels:
             return f"column {self.column!r} has −1, a label that is withheld, among {len(labels)}"
+        if labels is not None and {*map(str, labels)} & {str(IGNORED), f"{IGNORED}.0"}:
+            return f"column {self.column!r} has −100, the mark of a missing label, among {len(labels)}"
+        if labels is not None and self.one_hot and (len(labels) != self.one_hot or {*labels} - {0, 1}):
+            return (
+                f"column {self.column!r} is {labels}: the training rows have {self.one_hot} numbers, 0 or 1"
+            )
         return super().problem(row)
 
     def encode(
-        self, train: Dataset, validation: Dataset, skipped: list[str] | None = None
+        self,
+        train: Dataset,
+        validation: Dataset,
+        skipped: list[str] | None = None,
+        own: Sequence[str] | None = None,
     ) -> tuple[Dataset, Dataset]:
+        if self.one_hot:
+            return self._encode_one_hot(train, own), self._encode_one_hot(validation, own)
         known = class_names(train, self.column)
         if known is None:
             known = sorted({label for labels in train[self.column] for label in labels})
-        self.names = [str(label) for label in known]
+        found = [str(label) for label in known]
         if not known:
             refuse(KEY, "no training row has a label", "at least one row must have one")
         if not all(isinstance(label, str | int) for label in known):
             refuse(KEY, f"a label is {known[0]!r}", "labels are all strings, or all integers")
-        unknown = {}
+        self.labels, unknown = match_labels(found, own), {}
         for row, labels in enumerate(self._texts(validation)):
-            if absent := sorted({*labels} - {*self.names}):
+            if absent := sorted({*labels} - {*found}):
                 unknown[row] = f"label {absent[0]!r} of validation row {file_rows(validation)[row] + 1:,}"
         if unknown:
             validation = drop_unknown(validation, [*unknown], [*unknown.values()], KEY, skipped)
@@ -153,11 +203,23 @@ class MultiLabel(Target):
         return [labels_as_text(labels, names) for labels in dataset[self.column]]
 
     def _encode(self, dataset: Dataset) -> Dataset:
-        rows = [[float(name in labels) for name in self.names] for labels in self._texts(dataset)]
-        return with_label(dataset, self.column, np.array(rows, np.float32))
+        targets = np.zeros((len(dataset), len(self.names)), np.float32)
+        for row, labels in enumerate(self._texts(dataset)):
+            targets[row, [self.labels.ids[label] for label in labels]] = 1
+        return with_label(dataset, self.column, targets)
+
+    def _encode_one_hot(self, dataset: Dataset, own: Sequence[str] | None) -> Dataset:
+        note = f"rows of {self.one_hot} numbers, 0 or 1, are one-hot: one for each label"
+        names = [str(number) for number in range(self.one_hot)]
+        if own is not None and len(own) == self.one_hot:
+            names, note = list(own), f"{note}, in the order of the model's own: {listed(own)}"
+        elif own is not None:
+            note += f"; the model has {len(own)} labels of its own ({listed(own[:SHOWN])})"
+        self.labels = Labels(names, {name: number for number, name in enumerate(names)}, note)
+        return with_label(dataset, self.column, np.array(dataset[self.column][:], np.float32))
 
     def model_overrides(self) -> dict[str, Any]:
-        return {**_names(self.names), "problem_type": "multi_label_classification"}
+        return {**self.labels.model_overrides(), "problem_type": "multi_label_classification"}
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean binary cross-entropy over rows and labels."""
@@ -195,16 +257,25 @@ class Regression(Target):
         return found
 
     def encode(
-        self, train: Dataset, validation: Dataset, skipped: list[str] | None = None
+        self,
+        train: Dataset,
+        validation: Dataset,
+        skipped: list[str] | None = None,
+        own: Sequence[str] | None = None,
     ) -> tuple[Dataset, Dataset]:
         def encode(dataset: Dataset) -> Dataset:
             numbers = [_number(label) for label in dataset[self.column]]
             return with_label(dataset, self.column, np.array(numbers, np.float32))
 
+        self.labels = Labels([self.column], {})
+        if own is not None:
+            of_one = f"the model's own: {own[0]}"
+            note = of_one if len(own) == 1 else f"one number; the model's own labels are {listed(own)}"
+            self.labels = Labels([own[0] if len(own) == 1 else self.column], {}, note)
         return encode(train), encode(validation)
 
     def model_overrides(self) -> dict[str, Any]:
-        return {**_names([self.column]), "problem_type": "regression"}
+        return {**self.labels.model_overrides(), "problem_type": "regression"}
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean squared error over rows."""
@@ -251,7 +322,7 @@ def class_weights(setting: str, names: Sequence[str], labels: Sequence[int]) -> 
 
     Args:
         setting: none, balanced (1 / the frequency of the class), or "spam=5,ham=1".
-        names: The names of the classes.
+        names: The names of the classes in the data, by id.
         labels: The class ids of the training rows.
 
     Raises:
@@ -265,18 +336,41 @@ def class_weights(setting: str, names: Sequence[str], labels: Sequence[int]) -> 
         return torch.tensor([mean / max(1, counts[c]) for c in range(len(names))])
     pairs = [pair.strip().rpartition("=") for pair in setting.split(",")]
     weights = {key: float(n) if re.fullmatch(r"\d*\.?\d+", n) else 0.0 for key, _, n in pairs}
-    if sorted(weights) != sorted(names) or not all(weights.values()):
+    missing = {names[number] for number in {*labels}} - {*weights}  # the model may have labels without rows
+    if missing or {*weights} - {*names} or not all(weights.values()):
         refuse(
             "data.class_weights",
             f"found {setting!r}",
             f"allowed: none, balanced, or a number above 0 for each of {listed(names)}, "
             f"as in {names[0]}=2,{names[1]}=1",
         )
-    return torch.tensor([weights[name] for name in names])
+    return torch.tensor([weights.get(name, 1.0) for name in names])
 
 
-def _names(names: Sequence[str]) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+def _width_of_one_hot(train: Dataset, column: str) -> int:
+    """Return the length of one-hot rows; 0 if rows are sets of labels.
+
+    Raise InputError for rows of numbers that can be neither.
+    """
+    element = train.features[column].feature
+    if not isinstance(element, Value) or not any(kind in element.dtype for kind in ("int", "float", "bool")):
+        return 0
+    rows = [labels for labels in train[column] if labels and None not in labels]
+    width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
+    numbers = [labels for labels in rows if len(labels) == width and {*labels} <= {0, 1}]
+    repeats = next((labels for labels in rows if len({*labels}) < len(labels)), None)  # a set has no repeats
+    is_set = "int" in element.dtype and repeats is None
+    cure = "write the names of a row's labels, or one 0 or 1 for each label in every row"
+    if len(numbers) == len(rows) > 0 and is_set and width == 1:
+        found = f"every row of column {column!r} is [0] or [1], which is one label or two"
+        refuse(KEY, found, f"{cure}; for one class a row: data.problem single_label")
+    if len(numbers) == len(rows) or (len(numbers) > len(rows) / 2 and not is_set):
+        return width  # rows of another form are bad rows
+    if "int" not in element.dtype or (repeats is not None and len({*map(len, rows)}) == 1):
+        odd = next((labels for labels in rows if {*labels} - {0, 1}), rows[0])
+        found = f"column {column!r} has rows such as {odd}"
+        refuse(KEY, f"{found}, which are neither one-hot nor labels", cure)
+    return 0
 
 
 def _scores(names: Sequence[str], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:

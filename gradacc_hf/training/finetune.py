@@ -27,9 +27,15 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
 from gradacc_hf.errors import InputError, NonFiniteError
 from gradacc_hf.training.autotune import Tuning
+from gradacc_hf.training.bad_index import name_bad_index
 from gradacc_hf.training.checkpoint import Checkpointer, Checkpoints
 from gradacc_hf.training.loop import iter_windows
-from gradacc_hf.training.preflight import check_trainable, preflight_check
+from gradacc_hf.training.preflight import (
+    check_token_ids,
+    check_trainable,
+    preflight_check,
+    warn_of_untrained,
+)
 from gradacc_hf.training.run_log import FIGURES, RunLog, WindowRecord
 from gradacc_hf.training.update_ratio import UpdateRatio
 from gradacc_hf.utils.files import WriteModel, save_model, write_pretrained
@@ -176,7 +182,10 @@ def prepare(
     accelerator = windows.accelerator
     check_unprepared(accelerator, model, optimizer)
     check_trainable(model, optimizer, scheduler)
-    preflight_check(model, windows, compute_loss)
+    warn_of_untrained(model, optimizer)
+    check_token_ids(model, windows)
+    with name_bad_index(model):
+        preflight_check(model, windows, compute_loss)
     accumulate_in_float32(model, optimizer)
     return accelerator.prepare(model, optimizer)
 

@@ -22,16 +22,17 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import (
     ComputeLoss,
     as_window_loss,
+    logits_of,
     look_ahead,
     model_loss,
-    output_named,
 )
 from gradacc_hf.accumulation.nonfinite import drop_non_finite, find_non_finite
 from gradacc_hf.accumulation.oom import retry_on_oom
 from gradacc_hf.accumulation.reference import as_number
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import NonFiniteError
-from gradacc_hf.training.preflight import check_trainable
+from gradacc_hf.training.bad_index import name_bad_index
+from gradacc_hf.training.preflight import check_trainable, warn_of_untrained
 from gradacc_hf.training.run_log import WindowRecord
 from gradacc_hf.utils.logs import get_logger
 
@@ -45,10 +46,10 @@ Predict = Callable[[Any, Mapping[str, Any]], tuple[Rows, Rows]]
 def logits_and_labels(outputs: Any, batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return the predictions and references of a micro-batch by row: float32 logits and labels, in numpy.
 
-    The logits are the output of this name, or the second of a tuple.
+    The logits are the output of this name, the first tensor of a tuple after the loss, or a tensor alone.
     """
-    logits = output_named(outputs, "logits", position=1)
-    if not isinstance(logits, torch.Tensor) or "labels" not in batch:
+    logits = logits_of(outputs)
+    if logits is None or "labels" not in batch:
         raise ValueError("the model gives no logits, or the batch has no labels: pass predict= for this head")
     return logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
 
@@ -93,6 +94,7 @@ def train(
         NonFiniteError: The loss or gradient of a window is not finite, with `on_nonfinite` "stop".
         OutOfMemoryError: No split of a window fits in memory.
     """
+    warn_of_untrained(model, optimizer)
     records = []
     for record in iter_windows(
         model,
@@ -158,8 +160,8 @@ def iter_windows(
         for window in windows:  # one window is one optimizer step
             number = next(numbers)
             model.train()
-            while not window.done:
-                with retry_on_oom(window, model, optimizer):  # splits finer if memory runs out
+            while not window.done:  # again, split finer, if memory runs out
+                with retry_on_oom(window, model, optimizer), name_bad_index(model):
                     look_ahead(compute_loss, model, window)  # only for a loss over the whole window
                     for batch in window:  # this process's micro-batches
                         with accelerator.accumulate(model):
@@ -278,7 +280,8 @@ def evaluate(
     rows: list[tuple[int, Any, Any]] = []
     loss_here, items_here = 0.0, 0.0
     for micro_batch, batch in windows.micro_batches():
-        outputs = model(**batch)
+        with name_bad_index(model):
+            outputs = model(**batch)
         if micro_batch.num_items and as_window_loss(compute_loss) is None:
             loss_here += float(compute_loss(outputs, batch)) * micro_batch.num_items
             items_here += micro_batch.num_items

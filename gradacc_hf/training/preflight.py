@@ -15,11 +15,14 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, model_loss
 from gradacc_hf.accumulation.reference import SEPARABLE_RTOL
 from gradacc_hf.errors import InputError
+from gradacc_hf.training.bad_index import ids_beyond, num_embeddings
 from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.modeling import BATCH_NORMS
 
 logger = get_logger(__name__)
+
+REMAKE = "make the optimizer after the last change of the model"
 
 
 def check_trainable(model: torch.nn.Module, optimizer: Any, scheduler: Any = None) -> None:
@@ -37,22 +40,89 @@ def check_trainable(model: torch.nn.Module, optimizer: Any, scheduler: Any = Non
             f"model: all parameters of {type(model).__name__} are frozen; set requires_grad for some, "
             "or add adapters"
         )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(p) in held for p in trained):
-        raise InputError(
-            f"optimizer: {name} holds none of the {len(trained)} trained parameters of the model; make the "
-            "optimizer after the last change of the model, such as adapters"
-        )
+    _check_values(model, optimizer)
     if needed := _needed_by_step(optimizer):
         raise InputError(
             f"optimizer: {name}.step needs {needed[0]!r}, which the loop does not pass; use one such "
             "as AdamW, whose step needs no argument"
+        )
+    if hasattr(type(optimizer), "first_step"):  # SAM: its closure has a default, and is needed nevertheless
+        raise InputError(
+            f"optimizer: {name} takes two steps a window (first_step, second_step), which the loop does not; "
+            "use one with a single step, such as AdamW"
         )
     if scheduler is not None and (needed := _needed_by_step(scheduler)):
         raise InputError(
             f"scheduler: {type(scheduler).__name__}.step needs {needed[0]!r}, which the loop does not pass; "
             "use one that needs no argument, or step it in a loop of your own"
         )
+    of_scheduler = getattr(scheduler, "optimizer", None)
+    if of_scheduler is not None and getattr(of_scheduler, "optimizer", of_scheduler) is not optimizer:
+        raise InputError(
+            f"scheduler: {type(scheduler).__name__} was made for another optimizer, so it would not change "
+            f"the learning rate of {name}; make it with this one"
+        )
+
+
+def _check_values(model: torch.nn.Module, optimizer: Any) -> None:
+    """Raise InputError for weights without values, and for an optimizer that holds no trained parameter."""
+    if empty := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise InputError(
+            f"model: {empty} is on the meta device and has no values; load the weights, without "
+            "device_map='meta' or torch.device('meta')"
+        )
+    trained, missing = _not_held(model, optimizer)
+    if len(missing) == trained:
+        raise InputError(
+            f"optimizer: {type(optimizer).__name__} holds none of the {trained} trained parameters of the "
+            f"model; {REMAKE}, such as adapters"
+        )
+
+
+def _not_held(model: torch.nn.Module, optimizer: Any) -> tuple[int, list[str]]:
+    """Return the number of trained parameters, and the names of trained ones outside the optimizer."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return len(trained), [name for name, p in trained.items() if id(p) not in held]
+
+
+def warn_of_untrained(model: torch.nn.Module, optimizer: Any) -> None:
+    """Warn of parameters that stay as they are, although nothing freezes them.
+
+    The optimizer may hold only some, as after `resize_token_embeddings`, and integers have no gradient.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # as it was before accelerator.prepare
+    parameters = dict(model.named_parameters())
+    trained, missing = _not_held(model, optimizer)
+    if missing:
+        known = {id(p) for p in parameters.values()}
+        others = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
+        gone = f" and {others} that are not in the model" if others else ""
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        logger.warning(
+            f"{type(optimizer).__name__} has {trained - len(missing)} of {trained} trained parameters{gone}, "
+            f"so {missing[0]}{more} will not change; {REMAKE}, such as resize_token_embeddings, or set "
+            "requires_grad to False"
+        )
+    fixed = [name for name, p in parameters.items() if not (p.is_floating_point() or p.is_complex())]
+    if fixed and not any(".lora_" in name for name in parameters):
+        logger.warning(
+            f"{len(fixed)} of {len(parameters)} parameters are integers and will not change ({fixed[0]}, …): "
+            "the model is quantised; add adapters, or load it in floating point"
+        )
+
+
+def check_token_ids(model: torch.nn.Module, windows: WindowLoader) -> None:
+    """Raise InputError if the next window has token ids beyond the embeddings of the model.
+
+    `name_bad_index` finds such ids in later windows. A model without `get_input_embeddings` is not checked.
+    """
+    if (rows := num_embeddings(model)) is None:
+        return
+    place = windows.state_dict()
+    for micro_batch in windows.collate_window(place["epoch"], place["window"]):
+        if problem := ids_beyond(micro_batch.batch, rows):
+            raise InputError(f"examples {micro_batch.indices[:4].tolist()}: {problem}")
 
 
 def _needed_by_step(steps: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Small changes to a model: dropout, gradient checkpointing, BatchNorm."""
+"""Small changes to a model: dropout, gradient checkpointing, BatchNorm; the kind and the ids of a model."""
 
 import re
 from typing import Any
@@ -29,6 +29,26 @@ def disable_dropout(model: torch.nn.Module) -> list[tuple[Any, str, float]]:
                 removed.append((holder, name, value))
                 setattr(holder, name, 0.0)
     return removed
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether a model of this config only predicts next tokens, such as Llama."""
+    from transformers.models.auto import modeling_auto as known  # slow to import
+
+    masked = known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.model_type not in masked
+
+
+def num_positions(model: Any) -> int:
+    """Return the most tokens that the positions of a model allow; 0 if there is no limit.
+
+    RoBERTa counts from the padding token on, so the first rows of its table belong to no token.
+    """
+    most = max(getattr(model.config, "max_position_embeddings", None) or 0, 0)  # XLNet has −1
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            most = min(most, module.num_embeddings - module.padding_idx - 1)
+    return most
 
 
 class BufferSnapshot:

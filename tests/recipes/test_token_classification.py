@@ -108,7 +108,9 @@ def test_the_first_piece_of_each_token_has_its_tag_and_what_is_cut_off_has_none(
         recipe = make_recipe(TokenClassification, *settings)
         example = recipe.datasets()[0][0]
         pieces = recipe.tokenizer.convert_ids_to_tokens(example["input_ids"])
-        tagged = [(p, recipe.labels[t]) for p, t in zip(pieces, example["labels"], strict=True) if t != -100]
+        tagged = [
+            (p, recipe.labels.names[t]) for p, t in zip(pieces, example["labels"], strict=True) if t != -100
+        ]
         expected = [("cleopatra", "B-PER"), ("unbelievable", "O"), ("of", "O")]
         first = [recipe.tokenizer.tokenize(token)[0] for token in rows[0]["tokens"]]
         assert (
@@ -160,7 +162,9 @@ def test_the_baseline_counts_unknown_tokens_too(tiny_bert, tmp_path):
     train, validation = recipe.datasets()
     assert recipe.tokenizer.unk_token_id in train[0]["input_ids"]
     assert recipe.baseline(train, validation)["accuracy"] == 1
-    assert [tag for _, tag in recipe.words(train[0])] == [recipe.labels.index(tag) for tag in ("B-PER", "O")]
+    assert [tag for _, tag in recipe.words(train[0])] == [
+        recipe.labels.names.index(tag) for tag in ("B-PER", "O")
+    ]
 
 
 def test_a_rare_tag_is_not_held_out(tiny_bert, tmp_path):
@@ -170,7 +174,7 @@ def test_a_rare_tag_is_not_held_out(tiny_bert, tmp_path):
     file = write_rows(tmp_path / "a.jsonl", rows)
     recipe = make_recipe(TokenClassification, "--data.train", file, "--model.name", tiny_bert)
     recipe.datasets()
-    assert len(recipe.labels) == 21
+    assert len(recipe.labels.names) == 21
 
 
 # Bad rows

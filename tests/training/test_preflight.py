@@ -114,12 +114,32 @@ def plateau():
     return model, optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 
 
+def scheduler_of_another_optimizer():
+    model = Classifier()
+    optimizer, other = (torch.optim.SGD(model.parameters(), 0.1) for _ in range(2))
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(other, 1)
+
+
+class SharpnessAware(torch.optim.SGD):
+    """SAM as its authors wrote it: the closure of `step` has a default, and is needed nevertheless."""
+
+    def first_step(self):
+        raise NotImplementedError
+
+
+def two_steps():
+    model = Classifier()
+    return model, SharpnessAware(model.parameters(), 0.1), None
+
+
 REFUSED = {
     frozen: "model: all parameters of Classifier are frozen; set requires_grad",
     other_parameters: "optimizer: SGD holds none of the 2 trained parameters of the model; make",
     frozen_after_the_optimizer: "optimizer: AdamW holds none of the 2 trained parameters of the model",
     closure: "optimizer: LBFGS.step needs 'closure', which the loop does not pass",
     plateau: "scheduler: ReduceLROnPlateau.step needs 'metrics', which the loop does not pass",
+    scheduler_of_another_optimizer: "scheduler: StepLR was made for another optimizer, so it would not",
+    two_steps: r"optimizer: SharpnessAware takes two steps a window \(first_step, second_step\)",
 }
 
 
@@ -144,12 +164,142 @@ def test_an_optimizer_of_some_of_the_parameters_and_usual_schedulers_are_accepte
     check_trainable(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
 
 
+def test_weights_without_values_are_refused():
+    with torch.device("meta"):
+        model = Classifier()
+    with pytest.raises(InputError, match=r"line\.weight is on the meta device and has no values; load"):
+        check_trainable(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def part_of_the_parameters(model):
+    return torch.optim.SGD([model.line.bias], 0.1)
+
+
+def replaced_after_the_optimizer(model):
+    """As by `resize_token_embeddings`."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.line.weight = torch.nn.Parameter(model.line.weight.detach().clone())
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("case", "line"),
+    [
+        (part_of_the_parameters, "SGD has 1 of 2 trained parameters, so line.weight will not change; make"),
+        (
+            replaced_after_the_optimizer,
+            "SGD has 1 of 2 trained parameters and 1 that are not in the model, so",
+        ),
+        (lambda model: torch.optim.SGD(model.parameters(), 0.1), None),
+    ],
+)
+def test_an_optimizer_of_some_trained_parameters_is_warned_of_once(case, line, caplog):
+    model, windows = Classifier(), make_windows()
+    optimizer, before = case(model), model.line.weight.detach().clone()
+    fine_tune(model, optimizer, windows, accelerator=windows.accelerator)
+    assert torch.equal(before, model.line.weight) == (line is not None)
+    assert [line in record.getMessage() for record in caplog.records] == [True] * (line is not None)
+
+
+def test_a_tied_weight_that_the_optimizer_holds_is_not_warned_of(caplog):
+    model, windows = Classifier(), make_windows()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.other = torch.nn.Linear(5, 3)
+    model.other.weight, model.other.bias = model.line.weight, model.line.bias
+    fine_tune(model, optimizer, windows, accelerator=windows.accelerator)
+    assert not caplog.records
+
+
+def test_integers_among_the_parameters_are_warned_of(caplog):
+    model, windows = Classifier(), make_windows()
+    model.packed = torch.nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    optimizer = torch.optim.SGD(model.line.parameters(), 0.1)
+    fine_tune(model, optimizer, windows, accelerator=windows.accelerator)
+    assert (
+        "1 of 3 parameters are integers and will not change (packed, …): the model is quantised"
+        in caplog.text
+    )
+
+
+# Ids without a row
+
+
+class Words(torch.nn.Module):
+    """A classifier of the user's own, with 20 words and 6 positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.positions = torch.nn.Embedding(20, 4), torch.nn.Embedding(6, 4)
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, input_ids, labels):
+        places = self.positions(torch.arange(input_ids.shape[1]))
+        return torch.nn.functional.cross_entropy(self.head((self.words(input_ids) + places).mean(1)), labels)
+
+
+def bert():
+    return build_head("sequence_classification", "bert").model
+
+
+def windows_of(ids=(3, 4), label=1, **arguments):
+    """The last example of 40 has these ids and this label; it is in the last window."""
+    examples = [{"input_ids": torch.tensor([3, 4, 5]), "labels": torch.tensor(i % 2)} for i in range(39)]
+    examples += [{"input_ids": torch.tensor(ids), "labels": torch.tensor(label)}]
+    settings = {"micro_batch_size": 1, "shuffle": False, **arguments}
+    return WindowLoader(examples, 16, accelerator=Accelerator(cpu=True), **settings)
+
+
+BEYOND = {
+    "a token": (Words, {"ids": [3, 20]}, "words has the rows 0 to 19, and the batch has 20; change"),
+    "a token of BERT": (
+        bert,
+        {"ids": [3, 9999]},
+        "and the batch has 9999; the tokenizer has tokens that the",
+    ),
+    "a negative token": (Words, {"ids": [3, -100]}, "and the batch has -100; .* only labels have -100"),
+    "a position": (
+        Words,
+        {"ids": [3] * 7},
+        "positions has the rows 0 to 5, .* has 6; .*: shorten the examples",
+    ),
+    "a label": (
+        Words,
+        {"label": 3},
+        "labels: the loss has the label 3, and the model has 3 outputs; allowed: 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_an_id_without_a_row_is_named_in_training_and_evaluation(case):
+    make, settings, found = BEYOND[case]
+    model, windows = make(), windows_of(**settings)
+    model, optimizer = windows.accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(InputError, match=found):
+        train(model, optimizer, windows, accelerator=windows.accelerator)
+    assert windows.window == 3
+    with pytest.raises(InputError, match=found):
+        evaluate(model, windows_of(**settings), accelerator=windows.accelerator, predict=None)
+
+
+def test_tokens_beyond_the_embeddings_are_refused_before_the_first_window():
+    model, windows = bert(), windows_of(ids=[3, 9999])
+    windows.load_state_dict({**windows.state_dict(), "window": 2})
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        InputError, match=r"examples \[39\]: input_ids has the id 9999, and the model has .*resize"
+    ):
+        fine_tune(model, torch.optim.SGD(model.parameters(), 0.1), windows, accelerator=windows.accelerator)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
 # Outputs of all usual forms
 
 FORMS = {
     "object": lambda loss, logits: SimpleNamespace(loss=loss, logits=logits),
     "dict": lambda loss, logits: {"loss": loss, "logits": logits},
     "tuple": lambda loss, logits: (loss, logits),
+    "tuple with the loss at the end": lambda loss, logits: (logits, loss),
     "loss": lambda loss, logits: loss,
     "loss of shape (1,)": lambda loss, logits: SimpleNamespace(loss=loss[None], logits=logits),
 }
@@ -190,3 +340,22 @@ def test_outputs_without_a_loss_are_an_error_with_the_cure(form, found):
     [batch, *_] = next(iter(windows)).batches()
     with pytest.raises(ValueError, match=found + r".*\['labels', 'x'\]: add labels, or pass compute_loss="):
         model_loss(model(**batch), batch)
+
+
+@pytest.mark.parametrize(
+    ("form", "found"),
+    [
+        (
+            lambda loss, logits: SimpleNamespace(loss=loss.repeat(3)),
+            "a loss for each of 3 items .*: return the mean",
+        ),
+        (
+            lambda loss, logits: (loss[None], loss),
+            "several single numbers, and any may be the loss: return a",
+        ),
+    ],
+)
+def test_a_loss_that_is_not_clear_is_an_error_with_the_cure(form, found):
+    model, windows = Classifier(form), make_windows()
+    with pytest.raises(ValueError, match=found):
+        fine_tune(model, torch.optim.SGD(model.parameters(), 0.1), windows, accelerator=windows.accelerator)

@@ -1,0 +1,106 @@
+"""The labels of a data set, in the order and with the names that the user's model has for them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradacc_hf.errors import listed
+
+SHOWN = 6  # label names of a message
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a model that is trained on a data set.
+
+    Attributes:
+        names: Names in the config of the model, by id.
+        ids: Label in the data → id.
+        note: A line about the labels for the plan of a run; None if the model had none.
+    """
+
+    names: list[str]
+    ids: dict[str, int]
+    note: str | None = None
+
+    @property
+    def in_data(self) -> list[str]:
+        """The labels as the data has them, by id. A label that only the model has keeps the model's name."""
+        names = list(self.names)
+        for name, number in self.ids.items():
+            names[number] = name
+        return names
+
+    def model_overrides(self) -> dict[str, Any]:
+        """Return the settings of the model's config."""
+        return {
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: i for i, name in enumerate(self.names)},
+        }
+
+
+def match_labels(found: Sequence[str], own: Sequence[str] | None) -> Labels:
+    """Return the labels of a model for a data set. The model's own labels stay if the data has no others.
+
+    Labels match by name, or by name without case, if that is unambiguous. Whole numbers are ids of the model,
+    if the highest is the model's highest id.
+
+    Args:
+        found: The labels of the data, in the order of the data.
+        own: The names in the config of the model, by id; None if the model has no labels.
+    """
+    as_found = {name: number for number, name in enumerate(found)}
+    if own is None:
+        return Labels(list(found), as_found)
+    ids = _by_name(found, own) or _by_name(*map(_folded, (found, own))) or _by_id(found, len(own))
+    if ids is None:
+        note = f"{_some(found)}, instead of the model's own: {_some(own)}"
+        return Labels(list(found), as_found, note)
+    note = f"the model's own, in the model's order: {_some(own)}"
+    if len(found) < len(own):
+        note += f"; the data has {len(found)} of these {len(own)}"
+    of_data = dict(zip(found, ids, strict=True))
+    renamed = [name for name, number in of_data.items() if name != own[number]]
+    if renamed:
+        note += f"; in the data: {_some([f'{name} = {own[of_data[name]]}' for name in renamed])}"
+    return Labels(list(own), of_data, note)
+
+
+def labels_of_config(config: Any, task: str) -> list[str] | None:
+    """Return the label names in a model's saved config; None if they are a default and no head has them.
+
+    Args:
+        config: The config as it was saved.
+        task: The end of the name of a model class with a head for the task: "ForSequenceClassification".
+    """
+    names: Mapping[int, str] = getattr(config, "id2label", None) or {}
+    if sorted(names) != list(range(len(names))) or not names:
+        return None
+    has_head = any(task in name for name in getattr(config, "architectures", None) or ())
+    own = [str(names[number]) for number in range(len(names))]
+    is_default = own == [f"LABEL_{number}" for number in range(len(own))]
+    return None if is_default and not has_head else own
+
+
+def _by_name(found: Sequence[str], own: Sequence[str]) -> list[int] | None:
+    known = {name: number for number, name in enumerate(own)}
+    is_clear = len({*found}) == len(found) and len(known) == len(own)
+    return [known[name] for name in found] if is_clear and {*found} <= {*known} else None
+
+
+def _by_id(found: Sequence[str], size: int) -> list[int] | None:
+    if not all(re.fullmatch(r"0|[1-9]\d*", name) for name in found):
+        return None
+    numbers = [int(name) for name in found]
+    return numbers if max(numbers) == size - 1 else None
+
+
+def _folded(names: Sequence[str]) -> list[str]:
+    """Return names without case, and with one space for any spaces, hyphens or underscores inside."""
+    return [re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", name.strip()).casefold() for name in names]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", … ({len(names)})" if len(names) > SHOWN else ""
+    return listed(names[:SHOWN]) + more
