@@ -7,16 +7,17 @@ device and weighs the losses.
 
 import pickle
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from gradacc_hf.accumulation.loss_items import CountItems
+from gradacc_hf.accumulation.loss_items import CountItems, CountSeveral
 from gradacc_hf.accumulation.same_data import checksum, checksum_of_rows
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import (
@@ -43,12 +44,14 @@ class MicroBatch:
         batch: The result of the collate function.
         indices: Dataset indices. Empty for an idle micro-batch, which runs with weight 0 because other
             processes wait.
-        num_items: Terms of the mean loss.
+        num_items: Terms of the mean loss; their sum, if there are several losses.
+        items: Terms of each of several losses by name. Not empty also for an idle micro-batch.
     """
 
     batch: Mapping[str, Any]
     indices: np.ndarray
     num_items: float
+    items: Mapping[str, float] = field(default_factory=dict)
 
     def on_device(self, accelerator: Accelerator) -> "MicroBatch":
         """Return a copy with the batch on the device of the accelerator."""
@@ -101,6 +104,7 @@ class LocalSplit:
         plan: The split over all processes.
         micro_batches: The micro-batches of this process that have items.
         num_items: Items of the window over all processes.
+        items: Items of each of several losses by name, over all processes.
         accumulation_steps: Micro-batches of the process with the most micro-batches.
         costs: For each process, the predicted cost of the most expensive micro-batch.
         bound: The bound of the split.
@@ -111,6 +115,7 @@ class LocalSplit:
     plan: Split
     micro_batches: tuple[MicroBatch, ...]
     num_items: float
+    items: Mapping[str, float]
     accumulation_steps: int
     costs: tuple[float, ...]
     bound: Bound
@@ -352,7 +357,8 @@ class LocalWindows(Dataset):
                 f"num_items returned {num_items} for examples {indices.tolist()}; "
                 "it must be 0 or more, and finite"
             )
-        return MicroBatch(batch, indices if counts else indices[:0], num_items)
+        each = self.count_items.each(batch) if isinstance(self.count_items, CountSeveral) else {}
+        return MicroBatch(batch, indices if counts else indices[:0], num_items, each)
 
     def find_example_with_items(self, split: Split, longest: bool = False) -> MicroBatch | None:
         """Return the shortest (or longest) example of the window that has items when collated alone."""
@@ -367,7 +373,7 @@ class LocalWindows(Dataset):
         """Return the micro-batch with weight 0 that a process without work runs: an example with items."""
         for _ in range(10):  # a collate function that masks at random may leave an example without items
             if found := self.find_example_with_items(split):
-                return MicroBatch(found.batch, found.indices[:0], 0.0)
+                return replace(found, indices=found.indices[:0], num_items=0.0)
         raise ValueError(
             "a micro-batch has items, but its examples alone have none: num_items must be a sum over examples"
         )

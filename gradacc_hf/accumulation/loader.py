@@ -40,6 +40,7 @@ from gradacc_hf.accumulation.loader_state import (
     upgrade_state,
 )
 from gradacc_hf.accumulation.noise_scale import NoiseScale
+from gradacc_hf.accumulation.probe_rows import different_examples, read_alone
 from gradacc_hf.accumulation.reference import as_number
 from gradacc_hf.accumulation.same_data import SAME_DATA, check_same_data, checksum_of_split
 from gradacc_hf.accumulation.sampler import EffectiveBatchSize, WindowPlan
@@ -68,7 +69,8 @@ class WindowLoader:
         micro_batch_size: Maximum examples per micro-batch, instead of `max_tokens`.
         bound: A `Bound` instead of the two above, such as a bound of predicted bytes. The split has the least
             predicted cost under the bound.
-        num_items: The number of terms of the mean loss: "labels", "next_token" or `batch -> number`.
+        num_items: The number of terms of the mean loss: "labels", "next_token" or `batch -> number`. For
+            several losses, a mapping with the number of each: `{"mlm": "labels", "nsp": count_rows}`.
         lengths: Tokens of each example: a column name, a sequence, or a function of an example. By default
             the size of `input_ids`, or else of the main input, such as audio samples. Use an array (examples,
             columns) if an example has separately padded inputs, such as source and target.
@@ -126,7 +128,7 @@ class WindowLoader:
         max_tokens: int | None = None,
         micro_batch_size: int | None = None,
         bound: Bound | None = None,
-        num_items: str | items.CountItems = "labels",
+        num_items: items.NumItems = "labels",
         lengths: Lengths = None,
         pad_to: PadTo = "micro_batch",
         pad_to_multiple_of: int | None = None,
@@ -340,6 +342,25 @@ class WindowLoader:
                 both = windows.collate(np.concatenate([short.indices, long.indices]), 0, split.pad_to)
                 return [micro_batch.on_device(self.accelerator) for micro_batch in (short, long, both)]
         raise ValueError("no example of the data set has an item: every label is ignored")
+
+    def sample(self, most: int = 16) -> tuple[list[MicroBatch], MicroBatch]:
+        """Return different examples of the first windows, each alone, and all together, to test a loss.
+
+        The examples have labels, item counts and lengths that are as different as possible.
+
+        Args:
+            most: Largest number of examples. It is lower if more would exceed the bound.
+        """
+        self.plan.ahead(self.epoch, self.window, 1)  # a stream reads the next window and keeps it
+        windows = self._windows.apart(epoch=0, window=0)
+        alone, pad_to = read_alone(windows)
+        if not alone:
+            raise ValueError("no example of the data set has an item: every label is ignored")
+        longest = windows.padded(np.concatenate([windows.tokens[each.indices] for each in alone])).max(0)
+        packed = self.pad_to == "nothing"
+        alone = different_examples(alone, 2 if packed else max(2, min(most, self.bound.max_rows(longest))))
+        together = windows.collate(np.concatenate([each.indices for each in alone]), 0, pad_to)
+        return [each.on_device(self.accelerator) for each in alone], together.on_device(self.accelerator)
 
     # Other loaders of the same windows
 
@@ -579,7 +600,10 @@ class WindowLoader:
         with_items = [micro_batch for micro_batch in micro_batches if micro_batch.num_items]
         empty = len(micro_batches) - len(with_items)
         here = [sum(m.num_items for m in with_items), len(with_items), empty, plan.tokens]
-        counts = self._gather([*here, self._can_measure(plan, micro_batches), checksum_of_split(plan)])
+        here += [self._can_measure(plan, micro_batches), checksum_of_split(plan)]
+        names = list(self.count_items.counts) if isinstance(self.count_items, items.CountSeveral) else []
+        here += [sum(m.items[name] for m in with_items) for name in names]
+        counts = self._gather(here)
         _check_alike(counts[:, 3], plan.epoch, plan.window)
         self._check_same_data(self._windows, plan, counts[:, 5])
         num_items, most = counts[:, 0].sum(), int(counts[:, 1].max())
@@ -593,6 +617,7 @@ class WindowLoader:
             plan=plan,
             micro_batches=tuple(with_items),
             num_items=float(num_items),
+            items=dict(zip(names, counts[:, 6:].sum(0).tolist(), strict=True)),
             accumulation_steps=most,
             costs=self._windows.most_expensive(plan),
             bound=self.bound,

@@ -6,6 +6,7 @@ makes accumulation exact.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -16,8 +17,36 @@ if TYPE_CHECKING:
 IGNORED = -100  # label of torch and transformers for a position without an item
 
 CountItems = Callable[[Mapping[str, Any]], float]
-ComputeLoss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
+Loss = torch.Tensor | Mapping[str, torch.Tensor]
+"""A mean over items, or several means over items of their own, by name."""
+ComputeLoss = Callable[[Any, Mapping[str, Any]], Loss]
 """(model outputs, batch) → the mean loss over the items of the batch; or a `WindowLoss`."""
+
+
+@dataclass(frozen=True)
+class CountSeveral:
+    """Count the items of several losses, such as masked tokens and sentence pairs.
+
+    Attributes:
+        counts: The item count of each loss by name.
+    """
+
+    counts: Mapping[str, CountItems]
+
+    def each(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """Return the number of items of each loss."""
+        return {name: float(count(batch)) for name, count in self.counts.items()}
+
+    def __call__(self, batch: Mapping[str, Any]) -> float:
+        return sum(self.each(batch).values())
+
+
+def total_loss(loss: Loss) -> torch.Tensor:
+    """Return the sum of several losses; a single loss as it is."""
+    if not isinstance(loss, Mapping):
+        return loss
+    first, *others = loss.values()
+    return sum(others, first)
 
 
 @runtime_checkable
@@ -150,8 +179,14 @@ def count_next_token(batch: Mapping[str, Any]) -> int:
 COUNTS: dict[str, CountItems] = {"labels": count_labels, "next_token": count_next_token}
 
 
-def resolve(num_items: str | CountItems) -> CountItems:
-    """Return the count function: one of `COUNTS` by name, or the given function `batch -> number`."""
+NumItems = str | CountItems | Mapping[str, str | CountItems]
+"""What counts items: a name in `COUNTS`, a function of a batch, or one of these for each loss by name."""
+
+
+def resolve(num_items: NumItems) -> CountItems:
+    """Return the count function: one of `COUNTS` by name, the function itself, or `CountSeveral`."""
+    if isinstance(num_items, Mapping):
+        return CountSeveral({name: resolve(count) for name, count in num_items.items()})
     if callable(num_items):
         return num_items
     if num_items not in COUNTS:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from gradacc_hf.accumulation.accelerate_state import forwards_are_collective
-from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss
+from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, total_loss
 from gradacc_hf.accumulation.window import Window
 
 SHOWN = 32  # most examples in a message
@@ -46,7 +46,8 @@ def find_non_finite(model: torch.nn.Module, window: Window, compute_loss: Comput
             outputs = bare(**batch)
             cause = f"first in the output of {modules[0]}" if modules else None
             if cause is None and as_window_loss(compute_loss) is None:
-                cause = _of_loss(bare, compute_loss(outputs, batch), look_at_gradient=not together)
+                loss = total_loss(compute_loss(outputs, batch))
+                cause = _of_loss(bare, loss, look_at_gradient=not together)
         if cause is not None and found is None:
             found, bad = f"{_named(window.micro_batch.indices.tolist())}, {cause}", 1
     if found is not None and bad == len(window) > 1:
@@ -58,7 +59,9 @@ def find_non_finite(model: torch.nn.Module, window: Window, compute_loss: Comput
 @torch.no_grad()
 def _loss_is_bad(model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss) -> bool:
     outputs = model(**batch)
-    return as_window_loss(compute_loss) is None and not math.isfinite(float(compute_loss(outputs, batch)))
+    if as_window_loss(compute_loss) is not None:
+        return False
+    return not math.isfinite(float(total_loss(compute_loss(outputs, batch))))
 
 
 def _named(indices: list[int]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
+from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss, total_loss
 
 Gradient = dict[str, torch.Tensor]
 
@@ -29,7 +29,7 @@ def whole_window_gradient(
 ) -> Gradient:
     """Return the gradient of the mean loss of one batch that holds the whole window. Clear `.grad`."""
     model.zero_grad()
-    compute_loss(model(**batch), batch).backward()
+    total_loss(compute_loss(model(**batch), batch)).backward()
     gradient = read_gradient(model)
     model.zero_grad()
     return gradient
@@ -143,7 +143,3 @@ class RecordGradients(torch.optim.SGD):
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         self.gradients.append(read_gradient(self.model))
-
-
-SEPARABLE_RTOL = 1e-3
-"""Relative difference of losses above which padding or a wrong item count is the cause, not rounding."""

@@ -4,7 +4,7 @@ With these weights, every split gives the gradient of the whole window at once. 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from gradacc_hf.accumulation.accelerate_state import (
     zero_prepared_gradients,
 )
 from gradacc_hf.accumulation.collation import LocalSplit, MicroBatch, to_device
+from gradacc_hf.accumulation.loss_items import Loss
 from gradacc_hf.accumulation.noise_probe import NoiseProbe
 from gradacc_hf.accumulation.noise_scale import SmallBatch
 from gradacc_hf.accumulation.oom_exchange import OomExchange
@@ -104,7 +105,7 @@ class Window:
         self._weighed: set[int] = set()
         self._loss_here: Any = 0.0
         self._loss: Any = None
-        self._latest_loss: torch.Tensor | None = None  # argument of the latest `weigh`
+        self._latest_losses: list[torch.Tensor] = []  # argument of the latest `weigh`
 
     def __len__(self) -> int:
         """Return the accumulation steps of this process in this window."""
@@ -167,42 +168,42 @@ class Window:
         finally:
             self._position = self._pass_position = None
 
-    def weigh(self, loss: torch.Tensor) -> torch.Tensor:
+    def weigh(self, loss: Loss) -> torch.Tensor:
         """Weigh the loss of the latest micro-batch, for `accelerator.backward`.
 
         The weight is the micro-batch's share of the window's items × accumulation steps × processes.
         `accelerator.backward` divides by the accumulation steps, and DDP or FSDP by the processes.
 
         Args:
-            loss: The mean loss over the micro-batch's items, a scalar tensor.
+            loss: The mean loss over the micro-batch's items, a scalar tensor. If the loader's `num_items` is
+                a mapping, a mapping of the losses with these names: each is weighed by items of its own.
 
         Returns:
-            The weighed loss, a float32 scalar tensor (float64 for a float64 loss). NaN if `loss` is not
-            finite, as the gradient of an infinite loss can be finite.
+            The weighed loss, a float32 scalar tensor (float64 for a float64 loss); several losses are added.
+            NaN if a loss is not finite, as the gradient of an infinite loss can be finite.
 
         Raises:
             LoopError: The call is outside `for batch in window`.
-            ValueError: `loss` is not a scalar tensor.
+            ValueError: A loss is not a scalar tensor, or the names are not those of `num_items`.
         """
         position = self._position if self._pass_position is None else self._pass_position
         if position is None:
             raise LoopError("weigh() needs the micro-batch of a loop: call it inside `for batch in window`")
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            is_tensor = isinstance(loss, torch.Tensor)
-            found = f"a tensor of shape {tuple(loss.shape)}" if is_tensor else type(loss).__name__
-            raise ValueError(f"weigh() takes the micro-batch's mean loss, a scalar tensor; found {found}")
-        self._latest_loss = loss
-        loss = loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
-        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
-        share = self._share(position)
-        self._loss_here = self._loss_here + loss.detach() * share
-        self._weighed.add(position)
+        parts = [(_checked(part), share) for part, share in self._parts(loss, position)]
+        self._latest_losses = [part for part, _ in parts]
         divided_by = self.accelerator.gradient_accumulation_steps * self.accelerator.num_processes
-        return loss * (share * divided_by)
+        weighed: Any = 0.0
+        for part, share in parts:
+            part = part.reshape(()).to(torch.promote_types(part.dtype, torch.float32))
+            part = part * torch.where(part.detach().isfinite(), 1.0, math.nan)
+            self._loss_here = self._loss_here + part.detach() * share
+            weighed = weighed + part * (share * divided_by)
+        self._weighed.add(position)
+        return weighed
 
     @property
     def loss(self) -> float:
-        """The exact mean loss over the window's items, over all processes.
+        """The exact mean loss over the window's items, over all processes; the sum of several losses.
 
         Raise LoopError before the end of the last micro-batch.
         """
@@ -276,10 +277,11 @@ class Window:
             self.buffers.restore()
 
     def release_graph(self) -> None:
-        """Free the activations of the latest loss, which the loop may still reference."""
-        if self._latest_loss is not None and not self._latest_loss.is_leaf:
-            self._latest_loss.detach_()
-        self._latest_loss = None
+        """Free the activations of the latest losses, which the loop may still reference."""
+        for loss in self._latest_losses:
+            if not loss.is_leaf:
+                loss.detach_()
+        self._latest_losses = []
 
     @property
     def oom_exchange(self) -> OomExchange:
@@ -314,6 +316,19 @@ class Window:
     def _share(self, position: int) -> float:
         return self.micro_batches[position].num_items / self.num_items
 
+    def _parts(self, loss: Loss, position: int) -> list[tuple[torch.Tensor, float]]:
+        """Return each loss with its share of the window's items. A loss without items here has no part."""
+        micro_batch, totals = self.micro_batches[position], self.split.items
+        given = sorted(loss) if isinstance(loss, Mapping) else None
+        if given != (sorted(totals) or None):
+            found = "one loss" if given is None else f"losses {given}"
+            wanted = f"a mapping with the losses {sorted(totals)}" if totals else "one loss"
+            raise ValueError(f"weigh() got {found}; with num_items= of this loader, it takes {wanted}")
+        if not isinstance(loss, Mapping):
+            return [(loss, self._share(position))]
+        counted = micro_batch.num_items > 0  # an idle micro-batch has weight 0
+        return [(loss[n], items / totals[n] * counted) for n, items in micro_batch.items.items() if items]
+
     def _begin_micro_batch(self, position: int) -> None:
         self._position = self._pass_position = self.latest_position = position
         self._num_begun += 1
@@ -334,7 +349,7 @@ class Window:
             raise self._not_weighed()
         if early_anywhere and checks_calls:
             raise self._stepped_early(*early_steps)
-        self._latest_loss = None
+        self._latest_losses = []
         if self._weighed:
             self._loss = math.nan if missing_anywhere else loss
             self.done = True
@@ -377,3 +392,11 @@ class Window:
             f"{found} before the last micro-batch of the window: write `{PREPARE}` before the loop, or step "
             "only `if accelerator.sync_gradients:`"
         )
+
+
+def _checked(loss: Any) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        is_tensor = isinstance(loss, torch.Tensor)
+        found = f"a tensor of shape {tuple(loss.shape)}" if is_tensor else type(loss).__name__
+        raise ValueError(f"weigh() takes the micro-batch's mean loss, a scalar tensor; found {found}")
+    return loss

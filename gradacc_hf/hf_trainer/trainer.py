@@ -15,7 +15,7 @@ import copy
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from gradacc_hf.hf_trainer.loss_probe import LossProbe
 from gradacc_hf.hf_trainer.loss_questions import Finding
 from gradacc_hf.utils.hardware import refuse_place
 from gradacc_hf.utils.logs import info
-from gradacc_hf.utils.modeling import BATCH_NORMS
+from gradacc_hf.utils.modeling import BATCH_NORMS, small_instead_of_zero
 from gradacc_hf.utils.rng import preserve_rng_state
 
 if TYPE_CHECKING:
@@ -364,19 +364,9 @@ class _TrainerLosses:
         """Return the loss with the factor of processes, if the loss has one."""
         return self(batch, number if self.counted else None, across=True)
 
-    @contextmanager
-    def without_zeros(self) -> Iterator[None]:
+    def without_zeros(self) -> AbstractContextManager[None]:
         """Set parameters that are all 0 to small random numbers in the block."""
-        parameters = [getattr(p, "_local_tensor", p) for p in self.trainer.model_wrapped.parameters()]
-        zeros = [p for p in parameters if p.numel() and not p.any()]
-        torch.manual_seed(0)
-        try:
-            for parameter in zeros:
-                parameter.normal_(std=0.02)
-            yield
-        finally:
-            for parameter in zeros:
-                parameter.zero_()
+        return small_instead_of_zero(self.trainer.model_wrapped)
 
 
 def warn_of_batch_norm(model: torch.nn.Module) -> None:

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from gradacc_hf.accumulation.loss_items import total_loss
+
 ACTIVATIONS, LOSS = 0, 1  # labels of transient tensors
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = "scaled_dot_product_attention"
@@ -85,7 +87,7 @@ def trace(
 
     def weighed_loss(outputs: Any) -> torch.Tensor:  # returning frees the outputs, as in the loop
         tracer.label = LOSS
-        return compute_loss(outputs, batch) * 1.0
+        return total_loss(compute_loss(outputs, batch)) * 1.0
 
     phases = []
     with _labelling(model, tracer), tracer, _as_on_gpu() if on_gpu else nullcontext():

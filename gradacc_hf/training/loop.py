@@ -278,21 +278,34 @@ def evaluate(
     training = model.training
     model.eval()
     rows: list[tuple[int, Any, Any]] = []
-    loss_here, items_here = 0.0, 0.0
+    here: dict[str, list[float]] = {}  # by loss: sum, items
     for micro_batch, batch in windows.micro_batches():
         with name_bad_index(model):
             outputs = model(**batch)
         if micro_batch.num_items and as_window_loss(compute_loss) is None:
-            loss_here += float(compute_loss(outputs, batch)) * micro_batch.num_items
-            items_here += micro_batch.num_items
+            loss = compute_loss(outputs, batch)
+            losses = loss if isinstance(loss, Mapping) else {"": loss}
+            for name, items in (micro_batch.items or {"": micro_batch.num_items}).items():
+                if items:
+                    sums = here.setdefault(name, [0.0, 0.0])
+                    sums[0] += float(losses[name]) * items
+                    sums[1] += items
         if predict and len(micro_batch.indices):  # an idle micro-batch has none; it runs only for collectives
             rows += zip(micro_batch.indices.tolist(), *predict(outputs, batch), strict=True)
     model.train(training)
-    sums = gather_object([(loss_here, items_here)])
+    sums = gather_object([here])
     everything = {index: (prediction, reference) for index, prediction, reference in gather_object(rows)}
-    items = sum(items for _, items in sums)
     return Evaluation(
-        loss=sum(loss for loss, _ in sums) / items if items else math.nan,
+        loss=_mean_loss(sums),
         predictions=[everything[index][0] for index in sorted(everything)],
         references=[everything[index][1] for index in sorted(everything)],
     )
+
+
+def _mean_loss(sums: Sequence[Mapping[str, Sequence[float]]]) -> float:
+    """Return the mean of each loss over all processes, added; NaN without items."""
+    means = []
+    for name in dict.fromkeys(name for of_process in sums for name in of_process):
+        parts = [of_process[name] for of_process in sums if name in of_process]
+        means.append(sum(loss for loss, _ in parts) / sum(items for _, items in parts))
+    return sum(means) if means else math.nan

@@ -1,24 +1,27 @@
-"""Check a model before a run, on two examples, for causes of inexact accumulation that raise no error.
+"""Check a model before a run, on a few examples, for causes of inexact accumulation that raise no error.
 
 `fine_tune` checks the model before Accelerate wraps it. A copied loop can do the same.
 """
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from gradacc_hf.accumulation.accelerate_state import find_unused_parameters
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, model_loss
-from gradacc_hf.accumulation.reference import SEPARABLE_RTOL
+from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, model_loss, total_loss
+from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LOSS_RTOL_HALF, LossSample
+from gradacc_hf.accumulation.probe_rows import labels_by_row
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.bad_index import ids_beyond, num_embeddings
 from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.utils.logs import get_logger
-from gradacc_hf.utils.modeling import BATCH_NORMS
+from gradacc_hf.utils.modeling import BATCH_NORMS, small_instead_of_zero
 
 logger = get_logger(__name__)
 
@@ -167,24 +170,68 @@ def preflight_check(
 
 @torch.no_grad()
 def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compute_loss: ComputeLoss) -> None:
-    """Warn if the loss of two examples together is not the mean of their losses, weighted by items.
+    """Warn if the loss of examples together is not the mean of their losses, weighted by items.
 
     In this case no split is exact. Either padding changes the loss, or the loss is a mean over other items.
+    The warning is another one if the examples cannot show it.
     """
     if as_window_loss(compute_loss) is not None:  # a loss over the whole window has no mean over parts
         return
-    short, long, both = windows.probe()
-    if short.num_items + long.num_items != both.num_items:  # items masked at random cannot be compared
-        return
-    losses = [float(compute_loss(model(**found.batch), found.batch)) for found in (short, long, both)]
-    mean = (losses[0] * short.num_items + losses[1] * long.num_items) / both.num_items
-    if abs(losses[2] - mean) > SEPARABLE_RTOL * abs(mean):
-        logger.warning(
-            f"two examples have the loss {losses[2]:.4f} together, but the mean over their items is "
-            f"{mean:.4f}: no split is exact. If padding changes the loss, pad a window to one length "
-            "(pad_to='window'). If the loss is a mean over other items, set num_items ('next_token' if the "
-            "head shifts its labels)"
+    alone, together = windows.sample()
+
+    def losses() -> list[Mapping[str, torch.Tensor]]:
+        found = [compute_loss(model(**each.batch), each.batch) for each in (*alone, together)]
+        return [loss if isinstance(loss, Mapping) else {"": loss} for loss in found]
+
+    def sample_of(measured: list[Mapping[str, torch.Tensor]], name: str) -> LossSample:
+        *single, whole = (float(loss[name]) for loss in measured)
+        return LossSample(np.array(single), whole, rtol=_rounding(model))
+
+    measured = losses()
+    for name in measured[0]:
+        items = np.array([each.items[name] if name else each.num_items for each in alone])
+        if items.sum() != (together.items[name] if name else together.num_items):  # masked at random
+            continue
+        sample = sample_of(measured, name)
+        if not sample.decides(items):  # such as a head of zeros
+            with small_instead_of_zero(model):
+                sample = sample_of(losses(), name)
+        if problem := _problem(sample, items, [labels_by_row(each) for each in alone]):
+            logger.warning(f"{name}: {problem}" if name else problem)
+
+
+def _problem(sample: LossSample, items: np.ndarray, labels: Sequence[set[int]]) -> str:
+    """Return a line if the sample shows no mean over items, or cannot tell; "" if it shows one.
+
+    Args:
+        sample: Losses of examples alone and together.
+        items: Items of each example (examples,).
+        labels: Labels of each example; empty sets if labels are not by example.
+    """
+    if not sample.is_usable or len(items) < 2:
+        return ""
+    cure = "set num_items ('next_token' if the head shifts its labels)"
+    if not sample.fits(items):
+        return (
+            f"{len(items)} examples have the loss {sample.together:.6g} together, but the mean over their "
+            f"items is {sample.mean(items):.6g}: no split is exact. If padding changes the loss, pad a "
+            f"window to one length (pad_to='window'). If the loss is a mean over other items, {cure}"
         )
+    different, why = set().union(*labels), ""
+    if not sample.decides(items):
+        why = f"the losses of {len(items)} examples are all alike"
+    elif len(different) == 1:
+        why = f"all labels of the first examples are {different.pop()}, so class weights would not show"
+    else:
+        doubled = {v: items * [1 + (v in of_example) for of_example in labels] for v in different}
+        if hidden := [v for v, weighted in doubled.items() if not sample.separates(items, weighted)]:
+            why = f"a weight of label {min(hidden)} would not show"
+    return why and f"cannot tell whether the loss is a mean over its items: {why}. If not, {cure}"
+
+
+def _rounding(model: torch.nn.Module) -> float:
+    dtype = next(model.parameters()).dtype
+    return LOSS_RTOL_FP32 if dtype in (torch.float32, torch.float64) else LOSS_RTOL_HALF
 
 
 def expect_unused_parameters(
@@ -198,7 +245,7 @@ def expect_unused_parameters(
     if accelerator.distributed_type == DistributedType.NO:
         return
     batch = windows.probe()[0].batch
-    compute_loss(model(**batch), batch).backward()
+    total_loss(compute_loss(model(**batch), batch)).backward()
     unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad()
     settings = vars(getattr(model, "config", None) or model)

@@ -1,6 +1,8 @@
 """Small changes to a model: dropout, gradient checkpointing, BatchNorm; the kind and the ids of a model."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,3 +64,19 @@ class BufferSnapshot:
         """Set the buffers back to their values at the time of the copy."""
         for buffer, before in self._buffers:
             buffer.copy_(before)
+
+
+@contextmanager
+def small_instead_of_zero(model: torch.nn.Module) -> Iterator[None]:
+    """Set parameters that are all 0, such as those of a new head, to small random numbers in the block."""
+    parameters = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+    with torch.no_grad():
+        zeros = [p for p in parameters if p.numel() and p.is_floating_point() and not p.any()]
+        torch.manual_seed(0)
+        try:
+            for parameter in zeros:
+                parameter.normal_(std=0.02)
+            yield
+        finally:
+            for parameter in zeros:
+                parameter.zero_()

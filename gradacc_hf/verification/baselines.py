@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from gradacc_hf.accumulation.accelerate_state import preserve_accelerate_state
 from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import ComputeLoss, CountItems, model_loss
+from gradacc_hf.accumulation.loss_items import ComputeLoss, CountItems, model_loss, total_loss
 from gradacc_hf.hf_trainer.trainer import ExactTrainer
 from gradacc_hf.training.loop import train
 
@@ -59,7 +59,7 @@ def run_at_once(
     for batch in windows:
         model.train()
         with accelerator.autocast():
-            loss = compute_loss(model(**batch), batch)
+            loss = total_loss(compute_loss(model(**batch), batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
         optimizer.step()
@@ -88,7 +88,7 @@ def run_accelerate(
     model.train()
     for batch in loader:
         with accelerator.accumulate(model):
-            loss = compute_loss(model(**batch), batch)
+            loss = total_loss(compute_loss(model(**batch), batch))
             accelerator.backward(loss)
             of_window.append(loss.detach())
             if accelerator.sync_gradients:
@@ -125,7 +125,7 @@ class CustomLossMixin:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        loss = self.custom_loss(outputs, inputs)
+        loss = total_loss(self.custom_loss(outputs, inputs))
         return (loss, outputs) if return_outputs else loss
 
 
@@ -191,5 +191,5 @@ def custom_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -
     model.eval()
     outputs = model(**batch)
     model.train(training)
-    loss = getattr(outputs, "loss", None)
-    return None if loss is not None and torch.equal(loss, compute_loss(outputs, batch)) else compute_loss
+    loss, ours = getattr(outputs, "loss", None), total_loss(compute_loss(outputs, batch))
+    return None if loss is not None and torch.equal(loss, ours) else compute_loss

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import COUNTS, ComputeLoss, CountItems, as_window_loss
+from gradacc_hf.accumulation.loss_items import COUNTS, ComputeLoss, CountItems, as_window_loss, total_loss
 from gradacc_hf.accumulation.reference import in_dtype_of
 from gradacc_hf.errors import listed
 from gradacc_hf.utils.modeling import BATCH_NORMS
@@ -98,7 +98,7 @@ class _Probe:
     @torch.no_grad()
     def loss(self, indices: list[int], pad_to: int | None = None) -> float:
         batch = self.batch(indices, pad_to)
-        return float(self.compute_loss(self.model(**batch), batch))
+        return float(total_loss(self.compute_loss(self.model(**batch), batch)))
 
     def same(self, loss: float, other: float) -> bool:
         tolerance = LOSS_RTOL[next(self.model.parameters()).dtype]

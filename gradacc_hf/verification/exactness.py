@@ -7,7 +7,7 @@ window in one batch (`accumulation/reference.py`). `causes.py` finds the reason 
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -377,7 +377,14 @@ def _one_by_one(
         example = windows.collated([index], window.pad_to)
         if example.num_items:
             batch = in_dtype_of(model, example.batch)
-            (compute_loss(model(**batch), batch) * (example.num_items / window.num_items)).backward()
+            loss = compute_loss(model(**batch), batch)
+            if isinstance(loss, Mapping):
+                parts = [
+                    loss[name] * (n / window.split.items[name]) for name, n in example.items.items() if n
+                ]
+            else:
+                parts = [loss * (example.num_items / window.num_items)]
+            sum(parts[1:], parts[0]).backward()
     gradient = read_gradient(model)
     model.zero_grad()
     model.float()

@@ -138,9 +138,7 @@ CASES = {
     ),
     "labels by position": case(positions, plain(by_position)),
     "labels by position, the first of equal count": case(lambda: positions(equal=16), plain(by_position)),
-    "ignored label 255": case(
-        lambda: positions(ignored=255, equal=16), plain(by_position, ignore_index=255)
-    ),
+    "ignored label 255": case(lambda: positions(ignored=255, equal=16), plain(by_position, ignore_index=255)),
     "ignored label of the config": case(
         lambda: positions(ignored=9, equal=16), plain(by_position, ignore_index=9)
     ),
@@ -154,9 +152,7 @@ CASES = {
     "two losses with different items": case(
         lambda: [{**e, "row": torch.tensor(i % CLASSES)} for i, e in enumerate(positions())], token_and_row
     ),
-    "weighted examples": case(
-        lambda: [{**e, "weight": torch.rand(())} for e in rows()], weighted_examples
-    ),
+    "weighted examples": case(lambda: [{**e, "weight": torch.rand(())} for e in rows()], weighted_examples),
     "contrastive": case(rows, contrastive),
     "preference": case(
         lambda: [{"x": torch.randn(WIDTH), "rejected": torch.randn(WIDTH)} for _ in range(96)],
@@ -237,7 +233,7 @@ def run(name, seed, folder):
     return max(errors), warned
 
 
-class warnings_of:  # noqa: N801 a context manager
+class warnings_of:
     """Collect the warnings of gradacc in the block."""
 
     def __enter__(self):
@@ -271,6 +267,6 @@ def test_exact_or_warned(name, tmp_path):
 def test_exact_or_warned_with_100_seeds(tmp_path):
     table = {name: count(name, range(100), tmp_path) for name in CASES}
     for name, counts in table.items():
-        print(f"{name:50} {counts['exact']:4} {counts['warned']:4} {counts['silent']:4} {counts['false alarm']:4}")
+        print(f"{name:50}", *(f"{counts[key]:4}" for key in ("exact", "warned", "silent", "false alarm")))
     assert sum(counts["silent"] for counts in table.values()) == 0
     assert sum(counts["warned"] for name, counts in table.items() if name not in MAY_WARN) == 0

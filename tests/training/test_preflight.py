@@ -1,5 +1,6 @@
 """The preflight check warns of causes of inexact accumulation before a run starts."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -359,3 +360,61 @@ def test_a_loss_that_is_not_clear_is_an_error_with_the_cure(form, found):
     model, windows = Classifier(form), make_windows()
     with pytest.raises(ValueError, match=found):
         fine_tune(model, torch.optim.SGD(model.parameters(), 0.1), windows, accelerator=windows.accelerator)
+
+
+class LabelWeights(torch.nn.Module):
+    """A classifier whose loss may weigh labels. Its head may be all zeros."""
+
+    def __init__(self, weight=None, zeros=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.weight = torch.nn.Linear(5, 8), torch.nn.Linear(8, 3), weight
+        if zeros:
+            torch.nn.init.zeros_(self.head.weight)
+            torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, x, labels):
+        logits = self.head(torch.tanh(self.body(x)))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels, self.weight)}
+
+
+def line_about(model, labels, caplog):
+    generator = torch.Generator().manual_seed(0)
+    examples = [{"x": torch.randn(5, generator=generator), "labels": torch.tensor(label)} for label in labels]
+    accelerator = Accelerator(cpu=True)
+    before = copy.deepcopy(model.state_dict())
+    preflight_check(model, WindowLoader(examples, 16, accelerator=accelerator, micro_batch_size=4))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return caplog.text
+
+
+WEIGHTS = torch.tensor([1.0, 12.0, 1.0])
+RARE = [0] * 40 + [1] + [0] * 200 + [1] + [0] * 20
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("labels", [[0, 1, 2] * 10, RARE])
+def test_class_weights_are_noticed(labels, zeros, caplog):
+    assert "no split is exact" in line_about(LabelWeights(WEIGHTS, zeros), labels, caplog)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("labels", [[0, 1, 2] * 10, RARE])
+def test_nothing_is_said_of_labels_that_count_alike(labels, zeros, caplog):
+    assert line_about(LabelWeights(zeros=zeros), labels, caplog) == ""
+
+
+def test_one_label_alone_cannot_tell(caplog):
+    said = line_about(LabelWeights(WEIGHTS), [1] * 40, caplog)
+    assert (
+        "cannot tell whether the loss is a mean over its items: all labels of the first examples are 1"
+        in said
+    )
+
+
+def test_losses_that_are_all_alike_cannot_tell(caplog):
+    class Constant(LabelWeights):
+        def forward(self, x, labels):
+            return {"loss": super().forward(x, labels)["loss"] * 0 + 1}
+
+    assert "the losses of 4 examples are all alike" in line_about(Constant(), [0, 1, 2] * 10, caplog)
