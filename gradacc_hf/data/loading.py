@@ -26,6 +26,7 @@ from datasets import Dataset, Features, Value
 from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.json.json import JsonConfig
 from datasets.table import CastError
 from huggingface_hub import DatasetCard
 
@@ -177,7 +178,7 @@ def _read_folder(path: Path, given: str, key: str, config_name: str | None, read
     """Return the splits of a folder. Every file with data is read, or noted as not read."""
     there = [(p, is_hidden(p.relative_to(path))) for p in sorted(path.rglob("*")) if not p.is_dir()]
     found = [p for p, hidden in there if not hidden]
-    files = [p for p in found if p.suffix.lower() in BUILDERS]
+    files = [p for p in found if p.suffix.lower() in BUILDERS and p.name not in FILES_TO_IGNORE]
     if not files and any(p.suffix.lower() in IMAGES for p in found):
         return _read_images(key, given, path, found, reading)
     if not files:
@@ -190,9 +191,11 @@ def _read_folder(path: Path, given: str, key: str, config_name: str | None, read
             named = datasets.load_dataset_builder(*where).config.data_files or {}  # type: ignore[arg-type]
             of_splits = {str(name): [Path(p) for p in of_split] for name, of_split in named.items()}
             if not _names_files_only(about, of_splits):
-                splits = _by_name(datasets.load_dataset(*where))
+                options = _CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
+                splits = _by_name(datasets.load_dataset(*where, **options))
                 _note_not_read(path, there, of_splits, reading)
-                return Source(given, splits)
+                of_all = {name: [(listed(of_splits[name]), len(rows))] for name, rows in splits.items()}
+                return Source(given, splits, of_all)
     else:
         of_splits = files_of_splits(path, files)
     splits, rows_of = {}, {}
@@ -225,10 +228,12 @@ def _note_not_read(
     for p, hidden in there:
         is_data = p.suffix.lower() in BUILDERS
         why = f"allowed: {listed(BUILDERS)}"
-        if is_data:
+        if hidden or p.name in FILES_TO_IGNORE:
+            why = "a hidden file" if hidden else "a description, not data"
+        elif is_data:
             why = f"no split in its name, unlike in {listed(of_splits)}; to use it, set data.validation to it"
-        if p.resolve() not in read and p.name not in FILES_TO_IGNORE and (is_data or not hidden):
-            reading.note("not read", f"{p}: {'a hidden file' if hidden else why}")
+        if p.resolve() not in read and p.suffix != ".md" and (is_data or not hidden):
+            reading.note("not read", f"{p}: {why}")
     for p in (p for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):
         reading.note("not read", f"{p}: a link to a folder")
 
@@ -269,7 +274,8 @@ def read_file(path: Path, key: str) -> Dataset:
             names = dict.fromkeys(_header(path, key), Value("string"))
             options: dict[str, Any] = {"features": Features(names), **_CSV}
         else:
-            options = {"parse_agent_traces": False} if suffix in (".json", ".jsonl") else {}
+            is_json = suffix in (".json", ".jsonl") and hasattr(JsonConfig, "parse_agent_traces")
+            options = {"parse_agent_traces": False} if is_json else {}
         load: Any = datasets.load_dataset
         where = {"train": glob.escape(str(path))}
         try:

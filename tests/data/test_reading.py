@@ -54,11 +54,13 @@ def test_every_file_of_a_folder_that_is_not_read_is_named():
     csv("set/.old.csv", ROWS)
     Path("set/more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x", "label": "odd"}\n'))
     Path("set/README.md").write_text("# About\n")
+    Path("set/dataset_info.json").write_text("{}")
     splits, lines = read("set")
     assert len(splits.train) == 36
     assert lines == [
         ("read", "set/my_training.csv: 40 rows, training"),
         ("not read", "set/.old.csv: a hidden file"),
+        ("not read", "set/dataset_info.json: a description, not data"),
         ("not read", "set/more.jsonl.gz: allowed: .csv, .json, .jsonl, .parquet"),
         (
             "not read",
