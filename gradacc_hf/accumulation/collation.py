@@ -324,12 +324,6 @@ class LocalWindows(Dataset):
         fetch = getattr(self.dataset, "__getitems__", None)  # a single call is faster for a datasets.Dataset
         return fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
 
-    def read_again(self, indices: np.ndarray, times: int) -> list[list[Any]]:
-        """Return examples as repeated readings give them. A stream is read again from the start, twice."""
-        if isinstance(self.plan, Stream):
-            return [self.read(indices), *(self.plan.read_again(indices) for _ in range(2))]
-        return [self.read(indices) for _ in range(times)]
-
     def collate(self, indices: np.ndarray, epoch: int, pad_to: int | None, counts: bool = True) -> MicroBatch:
         """Collate examples into one micro-batch. Without `counts`, it is idle and has no items."""
         examples = self.examples(indices, epoch)

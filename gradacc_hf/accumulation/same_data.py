@@ -8,7 +8,7 @@ with the item counts. Only after a difference do the processes exchange more.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 SAMPLE = 64  # examples of the first window, and as many spread over the data set
-EXAMINED, READINGS = 4, 8  # examples that differ and are read again, and how often
+EXAMINED = 4  # examples that differ and are read again
+READINGS = {False: 8, True: 2}  # of such examples; by whether they are from a stream
 DEPTH = 8  # levels of an example that are compared
 RTOL = 1e-3  # features of equal audio may differ by rounding between machines
 SAME_DATA = "all processes must have the same data in the same order"
@@ -115,27 +116,46 @@ def _sample(windows: "LocalWindows", split: "Split") -> np.ndarray:
 
 
 def _compare_rows(windows: "LocalWindows", split: "Split", checksums: list[list[int]]) -> None:
-    """Raise ValueError unless the examples differ by rounding, or at every reading. All processes call it."""
+    """Raise ValueError unless the examples differ by rounding, or change. All processes must call it.
+
+    Each reading starts with seeded generators. Examples that are drawn from the generators of torch, numpy or
+    Python are then alike at every reading, and in all processes.
+    """
     sample = _sample(windows, split)
     differ = [i for i, values in enumerate(zip(*checksums, strict=True)) if len(set(values)) > 1][:EXAMINED]
-    chosen = sample[differ]
-    with seed_host_generators():
-        readings = windows.read_again(chosen, READINGS)
+    chosen, readings, is_stream = sample[differ], [], isinstance(windows.plan, Stream)
+    read = windows.plan.read_again if isinstance(windows.plan, Stream) else windows.read
+    for _ in range(READINGS[is_stream]):
+        with seed_host_generators():
+            readings.append(read(chosen))
     changes = len({checksum(reading) for reading in readings}) > 1
-    contents = [_leaves(row) for row in readings[0]]
-    found = gather_object([(changes, contents)])
-    if any(changes for changes, _ in found):
+    held = windows.read(chosen) if is_stream else readings[0]  # a stream was first read without seeds
+    found = gather_object([(changes, *([_leaves(row) for row in rows] for rows in (readings[0], held)))])
+    changes, again, held = zip(*found, strict=True)
+    other = _first_unlike(again)
+    if other is not None and not any(changes):
+        process, row = other
+        raise ValueError(
+            f"example {chosen[row]} differs between process 0 and process {process}: {SAME_DATA}"
+        )
+    if any(changes) or _first_unlike(held) is not None:
         logger.warning_once(
             f"example {chosen[0]} changes at every reading, so the data of the processes cannot be compared: "
             f"{SAME_DATA}. Give random changes to WindowLoader as transform="
         )
-        return
-    for process, (_, others) in enumerate(found):
-        for index, row, other in zip(chosen.tolist(), found[0][1], others, strict=True):
-            if not _are_close(row, other):
-                raise ValueError(
-                    f"example {index} differs between process 0 and process {process}: {SAME_DATA}"
-                )
+
+
+def _first_unlike(contents: Sequence[list[Any]]) -> tuple[int, int] | None:
+    """Return the first process and row that differ from process 0 by more than rounding; None without one."""
+    return next(
+        (
+            (process, row)
+            for process, rows in enumerate(contents)
+            for row in range(max(len(rows), len(contents[0])))
+            if len(rows) != len(contents[0]) or not _are_close(contents[0][row], rows[row])
+        ),
+        None,
+    )
 
 
 def _are_close(row: list[Any], other: list[Any]) -> bool:

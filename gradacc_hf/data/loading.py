@@ -26,6 +26,7 @@ from datasets import Dataset, Features, Value
 from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.json.json import JsonConfig
 from datasets.table import CastError
 from huggingface_hub import DatasetCard
 
@@ -175,36 +176,66 @@ def _read(given: str, key: str, config_name: str | None, reading: Reading) -> So
 
 def _read_folder(path: Path, given: str, key: str, config_name: str | None, reading: Reading) -> Source:
     """Return the splits of a folder. Every file with data is read, or noted as not read."""
-    found = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p.relative_to(path)))
-    files = [p for p in found if p.suffix.lower() in BUILDERS]
+    there = [(p, is_hidden(p.relative_to(path))) for p in sorted(path.rglob("*")) if not p.is_dir()]
+    found = [p for p, hidden in there if not hidden]
+    files = [p for p in found if p.suffix.lower() in BUILDERS and p.name not in FILES_TO_IGNORE]
     if not files and any(p.suffix.lower() in IMAGES for p in found):
         return _read_images(key, given, path, found, reading)
     if not files:
         kinds = f"allowed: {listed(BUILDERS)}, or images in a folder for each label"
         refuse(key, f"no data file in {given!r}", kinds)
-    if config_name or _has_configs(path, key):
+    about = _card(path, key)
+    if config_name or about:
         where = [os.path.abspath(path)] + ([config_name] if config_name else [])  # "csv" is a builder's name
-        splits, of_splits = _read_card(key, files, where)
-        rows_of = {}
+        with reading_errors(key, files):
+            named = datasets.load_dataset_builder(*where).config.data_files or {}  # type: ignore[arg-type]
+            of_splits = {str(name): [Path(p) for p in of_split] for name, of_split in named.items()}
+            if not _names_files_only(about, of_splits):
+                options = _CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
+                splits = _by_name(datasets.load_dataset(*where, **options))
+                _note_not_read(path, there, of_splits, reading)
+                of_all = {name: [(listed(of_splits[name]), len(rows))] for name, rows in splits.items()}
+                return Source(given, splits, of_all)
     else:
-        of_splits, splits, rows_of = files_of_splits(path, files), {}, {}
-        for name, of_split in of_splits.items():
-            parts = [(p, read_file(p, key)) for p in of_split]
-            rows_of[name] = [(str(p), len(rows)) for p, rows in parts]
-            splits[name], lines = joined(parts, key)
-            reading.merged |= {
-                column: [*reading.merged.get(column, []), line] for column, line in lines.items()
-            }
+        of_splits = files_of_splits(path, files)
+    splits, rows_of = {}, {}
+    for name, of_split in of_splits.items():
+        parts = [(p, read_file(p, key)) for p in of_split]
+        rows_of[name] = [(str(p), len(rows)) for p, rows in parts]
+        splits[name], lines = joined(parts, key)
+        for column, line in lines.items():
+            reading.merged.setdefault(column, []).append(line)
+    _note_not_read(path, there, of_splits, reading)
+    return Source(given, splits, rows_of)
+
+
+def _names_files_only(about: Any, of_splits: dict[str, list[Path]]) -> bool:
+    """Whether a folder's description names files that `read_file` reads, without types and options."""
+    keys = {name for config in about.get("configs", ()) for name in config}
+    files = [p for of_split in of_splits.values() for p in of_split]
+    return (
+        "dataset_info" not in about
+        and keys <= {"config_name", "data_files", "data_dir", "default"}
+        and all(p.suffix.lower() in BUILDERS for p in files)
+    )
+
+
+def _note_not_read(
+    folder: Path, there: Sequence[tuple[Path, bool]], of_splits: dict[str, list[Path]], reading: Reading
+) -> None:
+    """Note the files of a folder that are in no split; of hidden files, those with data."""
     read = {p.resolve() for of_split in of_splits.values() for p in of_split}
-    for p in (p for p in found if p.resolve() not in read and p.name not in FILES_TO_IGNORE):
+    for p, hidden in there:
         is_data = p.suffix.lower() in BUILDERS
         why = f"allowed: {listed(BUILDERS)}"
-        if is_data:
+        if hidden or p.name in FILES_TO_IGNORE:
+            why = "a hidden file" if hidden else "a description, not data"
+        elif is_data:
             why = f"no split in its name, unlike in {listed(of_splits)}; to use it, set data.validation to it"
-        reading.note("not read", f"{p}: {why}")
-    for p in (p for p in path.rglob("*") if p.suffix.lower() in BUILDERS and is_hidden(p.relative_to(path))):
-        reading.note("not read", f"{p}: a hidden file")
-    return Source(given, splits, rows_of)
+        if p.resolve() not in read and p.suffix != ".md" and (is_data or not hidden):
+            reading.note("not read", f"{p}: {why}")
+    for p in (p for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):
+        reading.note("not read", f"{p}: a link to a folder")
 
 
 def is_hidden(path: Path) -> bool:
@@ -235,28 +266,20 @@ def _splits_in(name: str) -> list[str]:
     return [str(split) for split, keywords in SPLIT_KEYWORDS.items() if {*keywords} & {*words}]
 
 
-def _read_card(
-    key: str, files: list[Path], where: list[str]
-) -> tuple[dict[str, Dataset], dict[str, list[Path]]]:
-    """Return the splits that the folder's own description defines, and their files."""
-    with reading_errors(key, files):
-        of_splits = datasets.load_dataset_builder(*where).config.data_files or {}
-        options = _CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
-        splits = _by_name(datasets.load_dataset(*where, **options))
-    return splits, {str(name): [Path(p) for p in names] for name, names in of_splits.items()}
-
-
 def read_file(path: Path, key: str) -> Dataset:
     """Return the rows of a file. Columns of a text file are texts; other columns keep their types."""
     suffix = path.suffix.lower()
     with reading_errors(key, [path]):
         if suffix == ".csv":
-            options = {"features": Features(dict.fromkeys(_header(path, key), Value("string"))), **_CSV}
+            names = dict.fromkeys(_header(path, key), Value("string"))
+            options: dict[str, Any] = {"features": Features(names), **_CSV}
         else:
-            options = {"parse_agent_traces": False} if suffix in (".json", ".jsonl") else {}
+            is_json = suffix in (".json", ".jsonl") and hasattr(JsonConfig, "parse_agent_traces")
+            options = {"parse_agent_traces": False} if is_json else {}
+        load: Any = datasets.load_dataset
         where = {"train": glob.escape(str(path))}
         try:
-            rows = datasets.load_dataset(BUILDERS[suffix], data_files=where, **options)["train"]
+            rows = load(BUILDERS[suffix], data_files=where, **options)["train"]
             exact = suffix in (".csv", ".parquet") or is_exact(rows)
         except Exception:
             if suffix not in (".json", ".jsonl") or json_fault(path):
@@ -306,23 +329,28 @@ def reading_errors(key: str, files: Sequence[Path]) -> Iterator[None]:
         refuse(key, f"{shown} cannot be read: {cause}", f"correct or leave out that part{commas}")
 
 
-def _has_configs(folder: Path, key: str) -> bool:
-    """Whether the folder's own description defines data sets.
+def _card(folder: Path, key: str) -> dict[str, Any]:
+    """Return what the folder's own description states about data sets; empty without one.
 
     Raise InputError if it names files elsewhere, which `datasets` would read.
     """
-    has = False
+    stated: dict[str, Any] = {}
     for file in (folder / datasets.config.REPOCARD_FILENAME, folder / datasets.config.REPOYAML_FILENAME):
-        named: list[str] = []
-        with contextlib.suppress(Exception):  # `datasets` raises the error for a file that cannot be read
+        if not file.is_file():
+            continue
+        try:
             text = file.read_text(encoding="utf-8")
+            if file.suffix == ".md" and not text.lstrip().startswith("---"):
+                continue  # without metadata
             about = DatasetCard(text).data.to_dict() if file.suffix == ".md" else yaml.safe_load(text)
-            has |= not {"configs", "dataset_info"}.isdisjoint(about)
-            where = [config.get(name) for config in about["configs"] for name in ("data_files", "data_dir")]
-            named = [path for path in _texts(where) if _is_elsewhere(path)]
+            stated |= {name: about[name] for name in ("configs", "dataset_info") if about.get(name)}
+            where = [one.get(name) for one in about.get("configs", ()) for name in ("data_files", "data_dir")]
+        except Exception:  # `datasets` raises the error for a file that cannot be read
+            stated["dataset_info"], where = "unknown", []
+        named = [path for path in _texts(where) if _is_elsewhere(path)]
         if named:
             refuse(key, f"{file} names {named[0]!r}", "allowed are files in its folder")
-    return has
+    return stated
 
 
 def _texts(value: Any) -> Iterator[str]:

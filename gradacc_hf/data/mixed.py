@@ -62,7 +62,7 @@ def read_mixed_json(path: Path) -> Dataset:
     rows = rows[0] if rows and isinstance(rows[0], list) else rows
     rows = [row if isinstance(row, dict) else {"text": row} for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
-    return _dataset({name: as_column([row.get(name) for row in rows]) for name in names})
+    return dataset_of({name: as_column([row.get(name) for row in rows]) for name in names})
 
 
 def _constant(name: str) -> float | None:
@@ -85,7 +85,8 @@ def as_column(values: Sequence[Any]) -> tuple[pa.Array, Any]:
     return pa.array(texts, pa.json_()), Json()
 
 
-def _dataset(columns: dict[str, tuple[Any, Any]]) -> Dataset:
+def dataset_of(columns: dict[str, tuple[Any, Any]]) -> Dataset:
+    """Return a data set of columns, each an Arrow array with its feature."""
     features = Features({name: feature for name, (_, feature) in columns.items()})
     table = pa.table({name: column for name, (column, _) in columns.items()})
     return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
@@ -96,12 +97,20 @@ def mixed_columns(*splits: Dataset) -> dict[str, str]:
     lines = {}
     for name in dict.fromkeys(name for split in splits for name in split.column_names):
         kinds: Counter[str] = Counter()
-        for split in (split for split in splits if isinstance(split.features.get(name), Json)):
+        for split in (split for split in splits if _has_scalars(split, name)):
             kinds.update(KINDS.get(type(value), "lists or objects") for value in split[name])
         if kinds.keys() & {*KINDS.values()} - {"missing"}:
             counts = listed(f"{number:,} {kind}" for kind, number in kinds.items())
             lines[name] = f'column {name!r} has {counts}; 1 and "1" are one value'
     return lines
+
+
+def _has_scalars(split: Dataset, name: str) -> bool:
+    """Whether a column holds JSON that is neither a list nor an object."""
+    if not isinstance(split.features.get(name), Json):
+        return False
+    texts = (text for leaf in _leaves(split.data.column(name)) for text in leaf.storage.to_pylist())
+    return any(text is not None and text[:1] not in "{[" for text in texts)
 
 
 def joined(files: Sequence[tuple[Path, Dataset]], key: str) -> tuple[Dataset, dict[str, str]]:
@@ -154,4 +163,4 @@ def _replaced(part: Dataset, name: str, values: list[Any]) -> Dataset:
     columns = {
         other: (part.data.column(other), part.features[other]) for other in part.column_names if other != name
     }
-    return _dataset({**columns, name: (pa.chunked_array([pa.array(texts, pa.json_())]), Json())})
+    return dataset_of({**columns, name: (pa.chunked_array([pa.array(texts, pa.json_())]), Json())})

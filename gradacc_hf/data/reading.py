@@ -50,7 +50,7 @@ class FileRows:
 
 @dataclass
 class Reading:
-    """What a recipe read.
+    """The record of what a recipe read.
 
     files: the files, in the order in which they were read.
     notes: lines about rows and columns that were changed or left out, by the name of the line.

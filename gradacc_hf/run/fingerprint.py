@@ -47,7 +47,7 @@ def _digest(bytes: bytes | None, path: str | None) -> str:
 
 
 def duplicates_note(training: Dataset, validation: Dataset) -> str | None:
-    """Return a line about validation examples whose inputs are also those of a training example, or None."""
+    """Return a line about validation examples that share their inputs with a training example, or None."""
     names = [name for name in training.column_names if name not in TARGETS]
     if not names or not {*names} <= {*validation.column_names}:
         return None

@@ -6,11 +6,12 @@ the chat up to each turn. The loss covers every assistant turn, with the token t
 calls, except turns with `weight` 0 or `train` false.
 """
 
+import copy
 import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -19,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.data.columns import require_fast
 from gradacc_hf.data.reading import Reading, counted
-from gradacc_hf.errors import InputError, listed, one_line
+from gradacc_hf.errors import InputError, one_line
 
 Messages = Sequence[Mapping[str, Any]]
 Tokens = dict[str, Any]
@@ -202,7 +203,8 @@ def write_chat(tokenizer: Any, messages: Messages, tools: Any) -> tuple[str, lis
     if not _is_marked(tokenizer, tools):
         text = _write(tokenizer, messages, tools)
         return text, _assistant_spans(tokenizer, messages, tools, text)
-    [text], [spans] = render_jinja_template(
+    render: Any = render_jinja_template  # declared to return a text
+    [text], [spans] = render(
         conversations=[list(messages)],
         tools=tools,
         chat_template=tokenizer.get_chat_template(tools=tools),
@@ -234,24 +236,68 @@ def _tokens_of(
 def _unwritten(
     tokenizer: Any, messages: Messages, tools: Any, text: str, spans: Sequence[tuple[int, int]]
 ) -> str | None:
-    """Return the first message that the template does not write, or None."""
-    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    own = dict(zip(turns, (text[a:b] for a, b in spans), strict=True)) if len(spans) == len(turns) else {}
+    """Return a line about the first message that the template does not write, or None."""
     for turn, message in enumerate(messages):
-        said, part = message["content"].strip(), own.get(turn, text)
-        name = f"message {turn + 1} ({message['role']})"
-        other = {**message, "content": f"{message['content']} A"}
-        if said and said not in part and not _changes(tokenizer, messages, tools, turn, other, text):
+        part, name = _part(messages, turn, text, spans), f"message {turn + 1} ({message['role']})"
+        said, longer = message["content"].strip(), {**message, "content": f"{message['content']} A"}
+        if said and said not in part and not _changes(tokenizer, messages, tools, turn, longer, part):
             return f"the chat template does not write {name}; set data.chat_template to another"
-        calls = _calls(message)
-        without = {key: value for key, value in message.items() if key not in CALLS}
-        if calls and not (
-            all(_names(call, part) for call in calls)
-            and _changes(tokenizer, messages, tools, turn, without, text)
-        ):
-            found = f"{name} calls {listed(str(call.get('name')) for call in calls)}"
-            return f"{found}, which the chat template does not write; set data.chat_template to another"
+        for call, others in _other_calls(message):
+            if not _has_words(call, part.replace(said, "")) and not all(
+                _changes(tokenizer, messages, tools, turn, other, part) for other in others
+            ):
+                found = f"{name} calls {call.get('name')}"
+                return f"{found}, which the chat template does not write; set data.chat_template to another"
     return None
+
+
+def _has_words(call: Mapping[str, Any], text: str) -> bool:
+    """Whether a text has the name of a call and all of its arguments, as words."""
+    arguments = call.get("arguments") or {}
+    if not isinstance(arguments, dict) or any(isinstance(value, dict | list) for value in arguments.values()):
+        return False
+    words = [call.get("name"), *arguments, *arguments.values()]
+    forms = [{str(word), json.dumps(word, ensure_ascii=False).strip('"')} for word in words]
+    found = (any(re.search(rf"(?<!\w){re.escape(f)}(?!\w)", text) for f in form) for form in forms)
+    return all(found)
+
+
+def _part(messages: Messages, turn: int, text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """Return the text of an assistant's turn; of other turns, the text of the chat."""
+    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if turn not in turns or len(spans) != len(turns):
+        return "".join(text[a:b] for a, b in spans) if turn in turns else text
+    start, stop = spans[turns.index(turn)]
+    return text[start:stop]
+
+
+def _other_calls(message: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], list[dict[str, Any]]]]:
+    """Yield each call of a message, with copies of the message in which its name or its arguments differ."""
+    for number, call in enumerate(_calls(message)):
+        given = call.get("arguments")
+        changes: list[dict[str, Any]] = [{"name": f"{call.get('name')}_A"}]
+        if given and isinstance(given, dict):
+            changes.append({"arguments": {f"{key}_A": value for key, value in given.items()}})
+            changes += [{"arguments": {**given, key: f"{value} A"}} for key, value in given.items()]
+        elif given:
+            changes.append({"arguments": f"{given} A"})
+        others = [copy.deepcopy(dict(message)) for _ in changes]
+        for other, change in zip(others, changes, strict=True):
+            _calls(other)[number].update(change)
+        yield call, others
+
+
+def _changes(
+    tokenizer: Any, messages: Messages, tools: Any, turn: int, other: Mapping[str, Any], part: str
+) -> bool:
+    """Whether this part of the chat has another text if this turn is another message."""
+    changed = [*messages[:turn], other, *messages[turn + 1 :]]
+    try:
+        if other["role"] != "assistant":
+            return _write(tokenizer, changed, tools) != part
+        return _part(changed, turn, *write_chat(tokenizer, changed, tools)) != part
+    except (ValueError, TypeError, jinja2.TemplateError):
+        return True
 
 
 def note_chats(reading: Reading, tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -294,8 +340,8 @@ def note_chats(reading: Reading, tokenizer: Any, rows: Iterable[Mapping[str, Any
 def _writes_key(tokenizer: Any, messages: Messages, tools: Any, turn: int, key: str) -> bool:
     """Whether the text of the chat has a key of this message."""
     without = {name: value for name, value in messages[turn].items() if name != key}
-    text = _write_or_none(tokenizer, messages, tools)
-    return text is None or _changes(tokenizer, messages, tools, turn, without, text)
+    changed = [*messages[:turn], without, *messages[turn + 1 :]]
+    return _write_or_none(tokenizer, messages, tools) != _write_or_none(tokenizer, changed, tools)
 
 
 def _write_or_none(tokenizer: Any, messages: Messages, tools: Any) -> str | None:
@@ -304,23 +350,6 @@ def _write_or_none(tokenizer: Any, messages: Messages, tools: Any) -> str | None
         return _write(tokenizer, messages, tools)
     except (ValueError, TypeError, jinja2.TemplateError):
         return None
-
-
-def _names(call: Mapping[str, Any], text: str) -> bool:
-    """Whether a text has the name of a function and of each argument."""
-    arguments = call.get("arguments")
-    names = [str(call.get("name")), *(arguments if isinstance(arguments, dict) else ())]
-    return all(name in text or json.dumps(name)[1:-1] in text for name in names)
-
-
-def _changes(
-    tokenizer: Any, messages: Messages, tools: Any, turn: int, other: Mapping[str, Any], text: str
-) -> bool:
-    """Whether the chat has another text if this turn is another message."""
-    try:
-        return _write(tokenizer, [*messages[:turn], other, *messages[turn + 1 :]], tools) != text
-    except (ValueError, TypeError, jinja2.TemplateError):
-        return True
 
 
 def _assistant_spans(tokenizer: Any, messages: Messages, tools: Any, text: str) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from gradacc_hf.errors import one_line, refuse
-from gradacc_hf.tasks.chat import as_tools, for_template, messages_problem, tokenize_prompt
+from gradacc_hf.tasks.chat import as_tools, for_template, is_learned, messages_problem, tokenize_prompt
 
 PROMPTS_PER_BATCH = 8  # prompts answered at once
 CURE = 'give a text, or a row with "messages" or "prompt"'
@@ -65,16 +65,17 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
 def answer_samples(
     model: Any, tokenizer: Any, rows: Dataset, number: int, max_new_tokens: int
 ) -> list[dict[str, str]]:
-    """Answer the prompts of the first rows; in a chat, the messages before the assistant's last turn.
+    """Answer the prompts of the first rows; in a chat, the messages before the last turn that is learned.
 
     Return for each row the `prompt` (in a chat, the last message before that turn), the `answer` and the
     `reference` of the row. Rows without a prompt are left out.
     """
     prompts, shown = [], []
-    for row in rows.select(range(min(number, len(rows)))):
-        if messages := row.get("messages"):
-            messages = for_template(messages)
-            last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
+    first: Any = rows.select(range(min(number, len(rows))))
+    for row in first:
+        if given := row.get("messages"):
+            learned = [turn for turn, m in enumerate(given) if m["role"] == "assistant" and is_learned(m)]
+            messages, last = for_template(given), learned[-1]
             if last:
                 prompts.append({"messages": messages[:last], "tools": row.get("tools")})
                 shown.append(tuple(map(as_shown, messages[last - 1 : last + 1])))

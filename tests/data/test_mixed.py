@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from gradacc_hf.data.columns import encode_labels
 from gradacc_hf.data.loading import load_data
-from gradacc_hf.data.mixed import as_column
+from gradacc_hf.data.mixed import as_column, dataset_of
 from gradacc_hf.errors import InputError
 
 
@@ -144,6 +144,4 @@ def test_rows_that_look_like_the_log_of_an_agent_are_rows():
     ids=str,
 )
 def test_a_column_has_the_values_that_it_was_given(values):
-    from gradacc_hf.data.mixed import _dataset
-
-    assert _dataset({"c": as_column(values)})["c"][:] == values
+    assert dataset_of({"c": as_column(values)})["c"][:] == values

@@ -11,6 +11,7 @@ from recipe_runs import load_recipe, make_recipe, summary, with_defaults, write_
 from gradacc_hf.data.loading import load_data
 from gradacc_hf.data.reading import SHOWN, Reading, tokens_lost
 from gradacc_hf.embedded import minilm_path
+from gradacc_hf.errors import InputError
 from gradacc_hf.run.fingerprint import duplicates_note
 
 ROWS = [{"text": f"text {i}", "label": "odd" if i % 2 else "even"} for i in range(40)]
@@ -53,16 +54,18 @@ def test_every_file_of_a_folder_that_is_not_read_is_named():
     csv("set/.old.csv", ROWS)
     Path("set/more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x", "label": "odd"}\n'))
     Path("set/README.md").write_text("# About\n")
+    Path("set/dataset_info.json").write_text("{}")
     splits, lines = read("set")
     assert len(splits.train) == 36
     assert lines == [
         ("read", "set/my_training.csv: 40 rows, training"),
+        ("not read", "set/.old.csv: a hidden file"),
+        ("not read", "set/dataset_info.json: a description, not data"),
         ("not read", "set/more.jsonl.gz: allowed: .csv, .json, .jsonl, .parquet"),
         (
             "not read",
             "set/my_heldout.csv: no split in its name, unlike in train; to use it, set data.validation to it",
         ),
-        ("not read", "set/.old.csv: a hidden file"),
     ]
 
 
@@ -236,3 +239,23 @@ def test_every_recipe_counts_what_is_beyond_max_length(tiny_bert, recipe, rows, 
     made.datasets()
     lines = "\n".join(f"{name} {text}" for name, text in made.reading.lines())
     assert all(one in lines for one in expected), lines
+
+
+def test_a_description_that_names_files_changes_no_labels_and_no_file_is_dropped():
+    rows = [{"text": f"t {i}", "label": ["01", "1"][i % 2]} for i in range(20)]
+    csv("set/mine.csv", rows)
+    jsonl("set/more.jsonl", rows)
+    csv("set/others.csv", rows)
+    files = "data_files: [{split: train, path: [mine.csv, more.jsonl]}]"
+    Path("set/README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {files}\n---\n")
+    splits, lines = read("set")
+    assert {*splits.train["label"]} == {"01", "1"}
+    folder = Path("set").resolve()
+    assert [text for name, text in lines if name == "read"] == [
+        f"{folder}/mine.csv: 20 rows, training",
+        f"{folder}/more.jsonl: 20 rows, training",
+    ]
+    assert any(text.startswith("set/others.csv: ") for name, text in lines if name == "not read")
+    Path("set/README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(InputError, match="cannot be read"):
+        read("set")

@@ -283,7 +283,10 @@ def other_data(engine):
         "drawn by the data set": (RandomRows(examples, own), {}),
         "stream alike": (Streamed(examples), {}),
         "stream drawn": (Streamed(RandomRows(examples, own)), {}),
+        "stream drawn by numpy": (Streamed(RandomRows(examples, shared)), {}),
         "moved": (moved, {}),
+        "moved, drawn by numpy": (RandomRows(moved, shared), {}),
+        "stream moved, drawn by numpy": (Streamed(RandomRows(moved, shared)), {}),
         "moved, with a worker": (moved, {"num_workers": 1}),
         "swapped": (swapped, {}),
         "changed": (changed, {}),
@@ -665,9 +668,9 @@ def contrastive(engine, size=22, **split):
         {c: draw.integers(1, 100, size=n).tolist() for c, n in zip(COLUMNS, row, strict=True)}
         for row in lengths
     ]
-    for pair, earlier in zip(pairs[4:], pairs, strict=False):  # equal texts are not negatives
-        pair["positive"] = earlier["positive"]
-    pairs[2]["anchor"] = pairs[21]["anchor"]
+    for to, of in ((5, 0), (21, 0), (13, 1)):  # equal texts are not negatives
+        pairs[to]["positive"] = pairs[of]["positive"]
+    pairs[2]["anchor"] = pairs[20]["anchor"]
     lengths = np.array([[len(pair[column]) for column in COLUMNS] for pair in pairs])
 
     def embedder():

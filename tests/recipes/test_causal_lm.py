@@ -26,7 +26,7 @@ from gradacc_hf.embedded import smollm2
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.runner import run
-from gradacc_hf.tasks.chat import assistant_tokens, check_chat_template
+from gradacc_hf.tasks.chat import assistant_tokens, chat_problem, check_chat_template, tokenize_chat
 from gradacc_hf.tasks.lean_loss import make_lean, not_lean
 from gradacc_hf.tasks.packing import check_packing, pack
 from gradacc_hf.training.loop import logits_and_labels
@@ -189,6 +189,159 @@ def test_a_template_that_does_not_tell_is_refused_in_one_line(template, named):
         check_chat_template(byte_tokenizer(template), "mine")
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# Turns that are not learned, and tools
+
+WITH_TOOLS = (
+    "{% if tools %}<s>tools\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}</s>\n{% endif %}"
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+MARKED_WITH_TOOLS = WITH_TOOLS.replace(
+    "<s>{{ m.role }}\n{{ m.content }}",
+    "<s>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}",
+).replace(
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}</s>\n{% endfor %}",
+    "</s>{% endif %}\n{% endfor %}",
+)
+CONTENT_ONLY = MARKED_WITH_TOOLS.replace(
+    "{{ m.content }}{% for", "{{ m.content }}{% endgeneration %}{% for"
+).replace("</s>{% endgeneration %}", "</s>")
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"default": 1}}}}}
+
+
+def call(name="add", arguments=None, content=""):
+    function = {"name": name, "arguments": {"a": 2} if arguments is None else arguments}
+    return {
+        "role": "assistant",
+        "content": content,
+        "tool_calls": [{"type": "function", "function": function}],
+    }
+
+
+def learned_of(messages, template=CHATML, tools=None, max_length=10_000):
+    """The learned text of a chat, a problem, and what truncation removed."""
+    tokenizer = byte_tokenizer(template)
+    found = tokenize_chat(tokenizer, messages, max_length, tools)
+    text = tokenizer.decode([token for token in found["labels"] if token != IGNORED])
+    return text, found["problem"], found
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefixes", "by marks"])
+@pytest.mark.parametrize("key", [{"weight": 0}, {"weight": 0.0}, {"train": False}], ids=str)
+def test_turns_of_weight_0_are_not_learned(template, key):
+    chat = [user("a"), {**assistant("no"), **key}, user("b"), {**assistant("yes"), "weight": 1}]
+    plain = [user("a"), assistant("no"), user("b"), assistant("yes")]
+    text, problem, found = learned_of(chat, template)
+    assert (text, problem) == ("yes</s>", "")
+    assert found["input_ids"] == learned_of(plain, template)[2]["input_ids"]
+    assert learned_of(plain, template)[0] == "no</s>yes</s>"
+
+
+@pytest.mark.parametrize(
+    ("turn", "named"),
+    [
+        ({"weight": 0.5}, "message 2 has weight 0.5; allowed: 0 (not learned) or 1"),
+        ({"train": "no"}, "message 2 has train 'no'; allowed: true or false"),
+        ({"train": True, "weight": 0}, "message 2 has weight 0 and train True; one of them"),
+        ({"weight": 0}, "all its assistant turns have weight 0 or train false"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_a_problem_of_the_row(turn, named):
+    assert named in chat_problem([user("a"), {**assistant("b"), **turn}])
+
+
+@pytest.mark.parametrize("template", [WITH_TOOLS, MARKED_WITH_TOOLS], ids=["by prefixes", "by marks"])
+@pytest.mark.parametrize("arguments", [{"a": 2}, '{"a": 2}'], ids=["an object", "as text"])
+def test_tools_reach_the_template_and_calls_are_learned(template, arguments):
+    chat = [user("1+1"), call(arguments=arguments), {"role": "tool", "content": "2"}, assistant("2.")]
+    text, problem, found = learned_of(chat, template, [ADD])
+    assert problem == ""
+    assert text == '<call>{"name": "add", "arguments": {"a": 2}}</call></s>2.</s>'
+    written = byte_tokenizer(template).decode(found["input_ids"])
+    assert written.startswith('<s>tools\n{"type": "function", "function": {"name": "add"')
+    assert learned_of(chat, template, json.dumps([ADD]))[2] == found
+    assert learned_of([{**m, "name": None} for m in chat], template, [ADD])[2] == found
+    assert "tools" not in byte_tokenizer(template).decode(learned_of(chat, template)[2]["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "named"),
+    [
+        (CHATML, call(), "message 2 (assistant) calls add, which the chat template does not write"),
+        (CHATML, call(content="add a"), "message 2 (assistant) calls add"),
+        (MARKED, call(), "message 2 (assistant) calls add"),
+        (CONTENT_ONLY, call(), "message 2 (assistant) calls add"),
+        (WITH_TOOLS.replace("c.function |", "c.function.name |"), call(), "message 2 (assistant) calls add"),
+        (
+            WITH_TOOLS,
+            {"role": "assistant", "content": None, "function_call": {"name": "old", "arguments": "{}"}},
+            "message 2 (assistant) calls old",
+        ),
+        (
+            "{% for m in messages if m.role in ('user', 'assistant') %}<s>{{ m.role }}\n{{ m.content }}</s>\n"
+            "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}",
+            {"role": "tool", "content": "it rains"},
+            "the chat template does not write message 2 (tool)",
+        ),
+    ],
+)
+def test_what_the_template_does_not_write_is_a_problem_of_the_row(template, message, named):
+    text, problem, found = learned_of([user("x"), message, assistant("y")], template)
+    assert named in problem
+    assert (text, found["input_ids"]) == ("", [])
+
+
+def test_a_call_without_content_is_no_bad_row_and_an_empty_answer_is():
+    nothing = {"role": "assistant", "content": None}
+    assert chat_problem([user("x"), {**call(), "content": None}], [ADD]) is None
+    assert "message 2 (assistant) has no text" in chat_problem([user("x"), {**nothing, "tool_calls": []}])
+    assert "its tools are not a list" in chat_problem([user("x"), assistant("y")], "add")
+
+
+def test_truncation_counts_labels_and_whole_turns():
+    chat = [user("a"), assistant("first"), user("b"), assistant("second"), user("c"), assistant("third")]
+    whole = learned_of(chat)[2]
+    begin = byte_tokenizer().decode(whole["input_ids"]).index("second")  # a token a byte, but <s> and </s>
+    at = learned_of(chat[:3])[2]["input_ids"]
+    found = learned_of(chat, max_length=len(at) + len("<assistant\n") + 2)[2]
+    assert begin
+    assert found["lost_turns"] == 1
+    assert found["lost_labels"] == len("cond") + 1 + len("third") + 1
+    assert found["lost_tokens"] == len(whole["input_ids"]) - len(found["input_ids"])
+
+
+def test_the_plan_counts_turns_keys_and_tools_that_are_not_learned(start):
+    quiet = {**assistant("no"), "weight": 0}
+    rows = [
+        {
+            "messages": [{**user("x"), "name": "Ada", "weight": 1}, quiet, assistant("y" * (9 + i % 3))],
+            "tools": [ADD],
+        }
+        for i in range(20)
+    ]
+    for row in rows[:5]:
+        row["messages"].append(assistant("z" * 200))
+    code, out, err = start(data__train=write("a.jsonl", rows), data__validation_fraction=0.2, check=True)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert "not learned           20 assistant turns, of weight 0 or train false" in lines
+    assert "ignored               weight or train of 20 messages of other roles" in lines
+    assert "ignored               name of 20 messages: the chat template does not write it" in lines
+    assert "ignored               tools of 20 rows: the chat template does not write them" in lines
+    [truncated] = [line for line in lines if line.startswith("truncated")]
+    assert "whole assistant turns" not in truncated
+    Path("mine.jinja").write_text(WITH_TOOLS)
+    code, out, err = start(
+        data__train="a.jsonl", data__chat_template="mine.jinja", data__max_length=400, check=True
+    )
+    assert code == 0, err
+    assert "tools of" not in out
+    assert "truncated" not in out
 
 
 # Packing
