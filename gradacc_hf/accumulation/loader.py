@@ -343,10 +343,11 @@ class WindowLoader:
                 return [micro_batch.on_device(self.accelerator) for micro_batch in (short, long, both)]
         raise ValueError("no example of the data set has an item: every label is ignored")
 
-    def sample(self, most: int = 16) -> tuple[list[MicroBatch], MicroBatch]:
+    def sample(self, most: int = 16) -> tuple[list[MicroBatch], MicroBatch, int | None]:
         """Return different examples of the first windows, each alone, and all together, to test a loss.
 
-        The examples have labels, item counts and lengths that are as different as possible.
+        The examples have labels, item counts and lengths that are as different as possible. The third value
+        is the length to which they are padded, or None for the longest.
 
         Args:
             most: Largest number of examples. It is lower if more would exceed the bound.
@@ -360,7 +361,8 @@ class WindowLoader:
         packed = self.pad_to == "nothing"
         alone = different_examples(alone, 2 if packed else max(2, min(most, self.bound.max_rows(longest))))
         together = windows.collate(np.concatenate([each.indices for each in alone]), 0, pad_to)
-        return [each.on_device(self.accelerator) for each in alone], together.on_device(self.accelerator)
+        alone = [each.on_device(self.accelerator) for each in alone]
+        return alone, together.on_device(self.accelerator), pad_to
 
     # Other loaders of the same windows
 

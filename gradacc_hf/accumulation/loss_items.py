@@ -180,7 +180,7 @@ COUNTS: dict[str, CountItems] = {"labels": count_labels, "next_token": count_nex
 
 
 NumItems = str | CountItems | Mapping[str, str | CountItems]
-"""What counts items: a name in `COUNTS`, a function of a batch, or one of these for each loss by name."""
+"""A name in `COUNTS`, a function that counts the items of a batch, or one of these for each loss by name."""
 
 
 def resolve(num_items: NumItems) -> CountItems:

@@ -1,11 +1,12 @@
 """Decide from a few losses what a loss is a mean over. Numbers only.
 
 A loss is a mean over items if the loss of examples together is the mean of their single losses, weighted by
-their items. A sample of losses can answer yes or no, or it cannot tell: if all single losses are alike, every
+their items. A sample of losses answers yes, no, or cannot tell. If all single losses are alike, every
 weighted mean of them is the same.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +16,7 @@ LOSS_RTOL_FP32 = 2e-5
 LOSS_RTOL_HALF = 4e-3
 """The same for a model that computes in bf16 or fp16."""
 LARGEST_NOISE = 0.05
-"""Relative noise of a loss above which the loss is no mean at all."""
+"""Relative noise of a loss above which the loss is not a mean."""
 DECIDING = 3.0
 """Multiple of the tolerance by which two means must differ. Otherwise the sample cannot separate them."""
 
@@ -75,7 +76,24 @@ class LossSample:
         difference = abs(self.mean(items) - self.mean(others))
         return difference > DECIDING * self.tolerance * abs(self.together)
 
+    def hidden_labels(self, items: np.ndarray, labels: Sequence[Collection[int]]) -> list[int]:
+        """Return the labels whose double weight would not show. `labels` are the labels of each example."""
+        different = sorted(set().union(*labels))
+        doubled = {v: items * [1 + (v in of_example) for of_example in labels] for v in different}
+        return [v for v, weighted in doubled.items() if not self.separates(items, weighted)]
+
+    def partner(self, row: int, items: np.ndarray) -> int:
+        """Return the example whose loss differs most from the loss of `row`."""
+        differences = np.where(np.asarray(items) > 0, abs(self.alone - self.alone[row]), -1)
+        return int(np.nanargmax(differences))
+
+    def pair(self, first: int, second: int, together: float) -> "LossSample":
+        """Return the sample of two of the examples, with their loss together."""
+        return replace(
+            self, alone=self.alone[[first, second]], together=together, repeated=None, rtol=self.tolerance
+        )
+
     def decides(self, items: np.ndarray) -> bool:
-        """Whether a mean that gives double weight to one of the examples would be noticed."""
+        """Whether a mean that gives double weight to one of the examples would show."""
         doubled = np.asarray(items, float) * (1 + np.eye(len(self.alone)))
         return any(self.separates(items, other) for other in doubled)

@@ -184,7 +184,7 @@ class Window:
 
         Raises:
             LoopError: The call is outside `for batch in window`.
-            ValueError: A loss is not a scalar tensor, or the names are not those of `num_items`.
+            ValueError: A loss is not a scalar tensor, or the names differ from `num_items`.
         """
         position = self._position if self._pass_position is None else self._pass_position
         if position is None:

@@ -1,4 +1,4 @@
-"""Find out what the loss of a Trainer is a mean over. The answer may be: cannot tell.
+"""Determine the items that the loss of a Trainer is a mean over. The answer may be: cannot tell.
 
 `LossProbe` compares the loss of a few rows in one batch with their single losses (`loss_questions.py`). Item
 counts remain possible until they differ for a micro-batch. Labels count as alike once a sample has compared
@@ -32,7 +32,7 @@ MOST_KNOWN = 1000
 
 @dataclass
 class LossProbe:
-    """What is known about the loss of a Trainer.
+    """The state of knowledge about the loss of a Trainer.
 
     Args:
         num_items: The item count, if the user gives it.
@@ -52,13 +52,13 @@ class LossProbe:
         self._reference: list[Rows] = []  # rows of the latest deciding sample
         self._most_rows = MOST_ROWS
         self._tracks_labels = True
-        self._wait = self._gap = 0  # windows until an open question is asked again
-        self._is_closed = False  # the loss is no mean, which no further window changes
+        self._wait = self._gap = 0  # windows until the next probe of an open question
+        self._is_closed = False  # the loss is not a mean, which no further window changes
 
     # ---- each window: is there a question? ----
 
     def asks(self, micro_batches: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these micro-batches of a window open a question that the earlier ones could not answer."""
+        """Whether these micro-batches of a window open a question that earlier windows did not answer."""
         if self._wait or self._is_closed:
             self._wait = max(0, self._wait - 1)
             return False
@@ -100,7 +100,7 @@ class LossProbe:
         return "labels" if "labels" in self.counts else next(iter(self.counts))
 
     def choose(self, rows: Sequence[Rows]) -> list[Rows]:
-        """Return the rows that decide most, such as those of all processes."""
+        """Return the rows that decide most, such as the rows of all processes."""
         possible = self.counts.values()
         count = next((c for c in possible if rows and can_count(c, rows[0].batch)), lambda batch: 1)
         return most_different(rows, count, self.known, self._most_rows)

@@ -1,6 +1,7 @@
 """The questions about a loss that a sample of rows answers: yes, no, or cannot tell.
 
-Does the loss use the number of items that Trainer passes? What is it a mean over? Do all labels count alike?
+Whether the loss uses the number of items that Trainer passes, the items of the mean, and whether all labels
+count alike.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ class Losses(Protocol):
         ...
 
     def without_zeros(self) -> AbstractContextManager[Any]:
-        """Set parameters that are all 0, such as those of a new head, to small numbers in the block."""
+        """Set parameters that are all 0, as in a new head, to small numbers in the block."""
         ...
 
 
@@ -92,7 +93,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Result:
-    """What a sample shows.
+    """The answers of a sample.
 
     Attributes:
         kind: The kind of loss.
@@ -198,18 +199,21 @@ class Questions:
         if not sample.is_usable:
             result = self._cannot_tell(self._kind(self._unshifted[0], once), f"it is {once}")
             return replace(result, fails_alone=not np.isfinite(sample.alone).any())
-        if not self._decides(sample):
-            with self.losses.without_zeros():
-                sample = self._sample(self._loss(self.batch))
+        if self._decides(sample):
+            return self._of_sample(sample)
+        with self.losses.without_zeros():
+            return self._of_sample(self._sample(self._loss(self.batch)))
+
+    def _of_sample(self, sample: LossSample) -> Result:
         fits = [name for name in self._unshifted if sample.fits(self.items[name])]
         if not fits:
             usual = [name for name in self._unshifted if "other than" not in name]
             nearest = min(usual, key=lambda name: sample.deviation(self.items[name]))
-            kind = self._kind(nearest, once)
+            kind = self._kind(nearest, sample.together)
             if self._loss(self.parts[0], seed=1) != self._loss(self.parts[0]):
                 return self._cannot_tell(kind, "it draws random numbers")
             return self._no(kind)
-        kind = self._kind(fits[0], once)
+        kind = self._kind(fits[0], sample.together)
         items = self.items[kind.count]
         kind = replace(kind, others={n: float(self.items[n].sum() / items.sum()) for n in fits[1:]})
         if not self._decides(sample):
@@ -220,11 +224,31 @@ class Questions:
         ]:
             kind = replace(kind, is_conclusive=False)
             return self._cannot_tell(kind, f"the items may be {kind.count!r} or {tied[0]!r}")
-        open_labels = self._labels - self._compared(sample, items)
-        if open_labels and len(self._labels) > 1:
-            text = f"whether label {min(open_labels)} counts like the others"
-            return self._cannot_tell(kind, text, self._labels - open_labels)
-        return self._yes(kind, self._labels if len(self._labels) > 1 else frozenset())
+        return self._of_labels(kind, sample, items) if len(self._labels) > 1 else self._yes(kind, frozenset())
+
+    def _of_labels(self, kind: LossKind, sample: LossSample, items: np.ndarray) -> Result:
+        """Compare the weights of labels. A label whose weight would not show is compared in a pair of rows."""
+        hidden = frozenset()
+        if all(len(row.labels) <= 1 for row in self.rows):  # else labels by token, which every row mixes
+            hidden = frozenset(sample.hidden_labels(items, [row.labels for row in self.rows]))
+        for label in sorted(hidden):
+            pair, counts = self._pair(label, sample, items)
+            if not pair.fits(counts):
+                return self._no(kind)
+            if pair.decides(counts):
+                hidden -= {label}
+        if hidden:
+            text = f"a weight of label {min(hidden)} would not show"
+            return self._cannot_tell(kind, text, self._labels - hidden)
+        return self._yes(kind, self._labels)
+
+    def _pair(self, label: int, sample: LossSample, items: np.ndarray) -> tuple[LossSample, np.ndarray]:
+        """Compare a row of this label with the row whose loss differs most. Return sample and items."""
+        row = next(i for i, each in enumerate(self.rows) if label in each.labels)
+        both = [row, sample.partner(row, items)]
+        names = [name for name in self.rows[0].values if name in self.batch]
+        rows = [Rows({n: self.parts[i][n] for n in names}, self.rows[0].shared) for i in both]
+        return sample.pair(*both, together=self._loss(combine(rows, (), 0))), items[both]
 
     def _loss(self, batch: Mapping[str, Any], seed: int = 0) -> float:
         try:
@@ -241,13 +265,6 @@ class Questions:
 
     def _proportional(self, name: str, items: np.ndarray, ratio: float) -> bool:
         return bool((abs(self.items[name] - ratio * items) <= EXACT * np.maximum(items, 1)).all())
-
-    def _compared(self, sample: LossSample, items: np.ndarray) -> frozenset[int]:
-        """Return the labels whose double weight would be noticed."""
-        if any(len(row.labels) > 1 for row in self.rows):  # labels by token: the rows mix them
-            return self._labels
-        doubled = {v: items * [1 + (v in row.labels) for row in self.rows] for v in self._labels}
-        return frozenset(v for v, weighted in doubled.items() if sample.separates(items, weighted))
 
     @cached_property
     def _labels(self) -> frozenset[int]:

@@ -141,7 +141,7 @@ class ExactTrainerMixin(_Base):
     def _add_up_items(
         self, micro_batches: Sequence[Mapping[str, Any]], asks: bool
     ) -> tuple[list[float], bool]:
-        """Count the items of the window. Return those of each micro-batch, and whether any process `asks`."""
+        """Count the items of the window. Return the items by micro-batch, and whether any process `asks`."""
         items = [self._count(batch) if self._probe.kind else 0.0 for batch in micro_batches]
         sums = torch.tensor([sum(items), asks], dtype=torch.float32, device=self.args.device)
         anywhere: Any = sums

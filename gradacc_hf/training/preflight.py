@@ -4,7 +4,7 @@
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -177,7 +177,7 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
     """
     if as_window_loss(compute_loss) is not None:  # a loss over the whole window has no mean over parts
         return
-    alone, together = windows.sample()
+    alone, together, pad_to = windows.sample()
 
     def losses() -> list[Mapping[str, torch.Tensor]]:
         found = [compute_loss(model(**each.batch), each.batch) for each in (*alone, together)]
@@ -187,26 +187,43 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
         *single, whole = (float(loss[name]) for loss in measured)
         return LossSample(np.array(single), whole, rtol=_rounding(model))
 
-    measured = losses()
+    def pair_of(name: str) -> Callable[[int, int], float]:
+        def loss(first: int, second: int) -> float:
+            indices = np.concatenate([alone[first].indices, alone[second].indices])
+            batch = windows.collated(indices, pad_to).batch
+            found = compute_loss(model(**batch), batch)
+            return float(found[name] if isinstance(found, Mapping) else found)
+
+        return loss
+
+    measured, labels = losses(), [labels_by_row(each) for each in alone]
     for name in measured[0]:
         items = np.array([each.items[name] if name else each.num_items for each in alone])
         if items.sum() != (together.items[name] if name else together.num_items):  # masked at random
             continue
         sample = sample_of(measured, name)
-        if not sample.decides(items):  # such as a head of zeros
+        if sample.decides(items):
+            problem = _problem(sample, items, labels, pair_of(name))
+        else:  # such as a head of zeros
             with small_instead_of_zero(model):
-                sample = sample_of(losses(), name)
-        if problem := _problem(sample, items, [labels_by_row(each) for each in alone]):
+                problem = _problem(sample_of(losses(), name), items, labels, pair_of(name))
+        if problem:
             logger.warning(f"{name}: {problem}" if name else problem)
 
 
-def _problem(sample: LossSample, items: np.ndarray, labels: Sequence[set[int]]) -> str:
+def _problem(
+    sample: LossSample,
+    items: np.ndarray,
+    labels: Sequence[set[int]],
+    loss_of_pair: Callable[[int, int], float],
+) -> str:
     """Return a line if the sample shows no mean over items, or cannot tell; "" if it shows one.
 
     Args:
         sample: Losses of examples alone and together.
         items: Items of each example (examples,).
         labels: Labels of each example; empty sets if labels are not by example.
+        loss_of_pair: Computes the loss of two of the examples together.
     """
     if not sample.is_usable or len(items) < 2:
         return ""
@@ -222,10 +239,14 @@ def _problem(sample: LossSample, items: np.ndarray, labels: Sequence[set[int]]) 
         why = f"the losses of {len(items)} examples are all alike"
     elif len(different) == 1:
         why = f"all labels of the first examples are {different.pop()}, so class weights would not show"
-    else:
-        doubled = {v: items * [1 + (v in of_example) for of_example in labels] for v in different}
-        if hidden := [v for v, weighted in doubled.items() if not sample.separates(items, weighted)]:
-            why = f"a weight of label {min(hidden)} would not show"
+    for label in sample.hidden_labels(items, labels) if not why else ():
+        row = next(i for i, of_example in enumerate(labels) if label in of_example)
+        both = [row, sample.partner(row, items)]
+        pair = sample.pair(*both, together=loss_of_pair(*both))
+        if not pair.fits(items[both]):
+            return f"the loss does not count label {label} like the others: no split is exact; {cure}"
+        if not pair.decides(items[both]):
+            why = f"a weight of label {label} would not show"
     return why and f"cannot tell whether the loss is a mean over its items: {why}. If not, {cure}"
 
 

@@ -68,7 +68,7 @@ class BufferSnapshot:
 
 @contextmanager
 def small_instead_of_zero(model: torch.nn.Module) -> Iterator[None]:
-    """Set parameters that are all 0, such as those of a new head, to small random numbers in the block."""
+    """Set parameters that are all 0, as in a new head, to small random numbers in the block."""
     parameters = [getattr(p, "_local_tensor", p) for p in model.parameters()]
     with torch.no_grad():
         zeros = [p for p in parameters if p.numel() and p.is_floating_point() and not p.any()]
