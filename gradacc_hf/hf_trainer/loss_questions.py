@@ -227,7 +227,7 @@ class Questions:
         return self._of_labels(kind, sample, items) if len(self._labels) > 1 else self._yes(kind, frozenset())
 
     def _of_labels(self, kind: LossKind, sample: LossSample, items: np.ndarray) -> Result:
-        """Compare the weights of labels. A label whose weight would not show is compared in a pair of rows."""
+        """Compare the weights of labels: a label whose weight would not show, in a pair of rows."""
         hidden = frozenset()
         if all(len(row.labels) <= 1 for row in self.rows):  # else labels by token, which every row mixes
             hidden = frozenset(sample.hidden_labels(items, [row.labels for row in self.rows]))
