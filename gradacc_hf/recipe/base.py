@@ -309,7 +309,10 @@ class Recipe:
         if self._saved_config is not None:
             return self._saved_config
         config = self.base_config()
-        dropout = self.config.model.dropout
+        dropout, saved = self.config.model.dropout, getattr(config, "dtype", None)
+        if saved not in (None, self.dtype) and not self.from_scratch:
+            was, now = (str(dtype).removeprefix("torch.") for dtype in (saved, self.dtype))
+            self.model_notes["number format"] = f"{now}, as model.dtype sets; {was} in the model's config"
         if dropout is not None and (changed := set_dropout(config, dropout)):
             was = ", ".join(f"{name} was {value}" for name, value in changed.items())
             self.model_notes["dropout"] = f"{dropout}, as model.dropout sets; {was}"

@@ -388,6 +388,23 @@ def test_a_run_saves_the_config_that_it_was_given(capfd):
     assert before == after
 
 
+def test_dropout_and_the_number_format_change_only_by_their_settings():
+    save("Bert", hidden_dropout_prob=0.07, **names("b", "a"))
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(TEXTS)]
+    for dropout in (None, 0.3):
+        settings = ["--model.dropout", "null" if dropout is None else dropout, "--model.dtype", "bfloat16"]
+        recipe = recipe_for("text_classification", rows, *settings)
+        recipe.datasets()
+        probabilities = {m.p for m in make_model(recipe).modules() if isinstance(m, torch.nn.Dropout)}
+        assert probabilities == ({0.07, 0.1} if dropout is None else {dropout})
+        assert ("dropout" in recipe.model_notes) == (dropout is not None)
+        assert (
+            recipe.model_notes["number format"]
+            == "bfloat16, as model.dtype sets; float32 in the model's config"
+        )
+    assert "hidden_dropout_prob was 0.07" in recipe.model_notes["dropout"]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_weights_stay_tied_in_what_is_saved_and_resumed(tied, capfd):
     save("Llama", task="ForCausalLM", tie_word_embeddings=tied)
