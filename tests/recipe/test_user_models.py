@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gradacc_hf import verify
 from gradacc_hf.errors import InputError
+from gradacc_hf.run.plan import make_plan
 from gradacc_hf.run.predict import predict
 from gradacc_hf.run.setup import check_max_length, check_vocabulary, make_model, make_windows
 
@@ -356,6 +357,18 @@ def test_a_text_has_at_most_the_positions_of_the_model(kind, most):
         batch = recipe.collate(train.select(range(2)).to_list())
         assert batch["input_ids"].shape[1] == most
         assert make_model(recipe)(**batch).loss.isfinite()
+
+
+def test_gradacc_plan_has_the_same_lines_and_refuses_the_same_tokens():
+    tokenizer = make_tokenizer(side="left", added=["new"])
+    save("GPT2", task="ForSequenceClassification", tokenizer=tokenizer, **names("b", "a"))
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(TEXTS)]
+    recipe = recipe_for("text_classification", rows)
+    found = make_plan(recipe, data=recipe.datasets()).model_notes
+    assert {*found} - {"dropout"} == {"labels", "padding side", "tokenizer"}
+    recipe = recipe_for("text_classification", [*rows, {"text": "new", "label": "a"}])
+    with pytest.raises(InputError, match="the token 'new', id 44"):
+        make_plan(recipe)
 
 
 # What a run saves
