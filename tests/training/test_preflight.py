@@ -6,10 +6,11 @@ import numpy as np
 import pandas
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from torch.utils.data import default_collate
 
-from gradacc_hf import InputError, WindowLoader, evaluate, fine_tune, train, verify
+from gradacc_hf import ExactTrainer, InputError, WindowLoader, evaluate, fine_tune, train, verify
 from gradacc_hf.accumulation.loss_items import model_loss
 from gradacc_hf.training.bad_index import name_bad_index
 from gradacc_hf.training.preflight import check_trainable, preflight_check
@@ -423,3 +424,23 @@ def test_tuples_of_a_tensor_data_set_need_a_collate_function():
     windows = WindowLoader(dataset, 4, accelerator=Accelerator(cpu=True), micro_batch_size=2)
     with pytest.raises(ValueError, match=r"returned a list; it must return a mapping .* pass a collate_fn="):
         next(iter(windows))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_exact_trainer_trains_and_evaluates_outputs_of_every_usual_form(form, tmp_path):
+    examples = make_windows().examples(range(40))
+    weights, losses = [], []
+    for name in ("dict", form):
+        model = Classifier(FORMS[name])
+        arguments = transformers.TrainingArguments(
+            tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=4, learning_rate=0.1,
+            num_train_epochs=1, optim="sgd", use_cpu=True, report_to="none", save_strategy="no",
+        )  # fmt: skip
+        trainer = ExactTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=examples)
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+        weights.append(model.line.weight.detach())
+        assert not model._forward_hooks
+    assert torch.equal(*weights)
+    assert losses[0] == losses[1]
+    assert not torch.equal(weights[0], Classifier().line.weight)
