@@ -267,9 +267,13 @@ class Recipe:
         return tokenizer
 
     def _choose_pad_token(self, tokenizer: Any) -> None:
-        """Set the padding token of a tokenizer without one: the token of the model's config, or the last."""
+        """Set the padding token of a tokenizer without one.
+
+        It is the token of the model's config if that is a special token, not a word. Else it is the
+        end-of-text token.
+        """
         own = getattr(self.own_config, "pad_token_id", None)
-        known = isinstance(own, int) and 0 <= own < len(tokenizer)
+        known = getattr(tokenizer.added_tokens_decoder.get(own), "special", False)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own) if known else tokenizer.eos_token
         if tokenizer.pad_token is None:
             found = (

@@ -44,7 +44,7 @@ def names(*labels):
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
 
 
-def make_tokenizer(pad="<pad>", side="right", added=()):
+def make_tokenizer(pad="<pad>", side="right", added=(), special=()):
     words = {word: i for i, word in enumerate(["<unk>", "<eos>", "<pad>", "<mask>", *WORDS])}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -52,6 +52,7 @@ def make_tokenizer(pad="<pad>", side="right", added=()):
     marks |= {"cls_token": "<eos>", "sep_token": "<eos>"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, padding_side=side, **marks)
     tokenizer.add_tokens(list(added))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     return tokenizer
 
 
@@ -264,7 +265,12 @@ def test_minus_100_is_no_class(label):
 DECODERS = {
     "left": (make_tokenizer(side="left"), {}, {"padding side"}),
     "none": (make_tokenizer(pad=None), {"pad_token_id": None}, {"padding token", "pad_token_id"}),
-    "in the config": (make_tokenizer(pad=None), {}, {"padding token"}),
+    "in the config": (make_tokenizer(pad=None, special=["<pad>"]), {}, {"padding token"}),
+    "a word in the config": (
+        make_tokenizer(pad=None),
+        {"pad_token_id": 9},
+        {"padding token", "pad_token_id"},
+    ),
     "another in the config": (make_tokenizer(), {"pad_token_id": 1}, {"pad_token_id"}),
     "the end of a text": (make_tokenizer(pad="<eos>"), {"pad_token_id": 1}, set()),
 }
