@@ -1,5 +1,6 @@
 """A model of the user's own stays as it is in every recipe, and the plan names each change."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from gradacc_hf.errors import InputError
 from gradacc_hf.run.plan import make_plan
 from gradacc_hf.run.predict import predict
 from gradacc_hf.run.setup import check_max_length, check_vocabulary, make_model, make_windows
+from gradacc_hf.utils.modeling import num_positions
 
 WORDS = [f"w{number}" for number in range(40)]
 TEXTS = [
@@ -375,6 +377,13 @@ def test_gradacc_plan_has_the_same_lines_and_refuses_the_same_tokens():
     recipe = recipe_for("text_classification", [*rows, {"text": "new", "label": "a"}])
     with pytest.raises(InputError, match="the token 'new', id 44"):
         make_plan(recipe)
+
+
+def test_joined_encoders_have_the_positions_of_one():
+    config = transformers.BertConfig(vocab_size=9, hidden_size=2, num_hidden_layers=1, num_attention_heads=1,
+                                     intermediate_size=2, max_position_embeddings=34)  # fmt: skip
+    joined = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, copy.deepcopy(config))
+    assert num_positions(transformers.EncoderDecoderModel(joined)) == 34
 
 
 # What a run saves
