@@ -21,7 +21,7 @@ from gradacc_hf.errors import InputError, listed
 from gradacc_hf.hub.model_card import refresh_cards
 from gradacc_hf.recipe.loading import load_recipe, on_this_machine, open_run
 from gradacc_hf.run.folder import refuse_links
-from gradacc_hf.run.setup import load_data, make_model, make_windows
+from gradacc_hf.run.setup import check_vocabulary, load_data, make_model, make_windows
 from gradacc_hf.training.run_log import finite
 from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.files import write_whole
@@ -87,6 +87,7 @@ def main(argv: Sequence[str]) -> None:
     export_cpu_offload(recipe.config.budget)
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     recipe, training, validation = load_data(recipe)
+    check_vocabulary(recipe, recipe.empty_model(), (training, validation))
     windows, _ = make_windows(recipe, training, validation, accelerator)
     if arguments.windows is not None and not 1 <= arguments.windows <= len(windows):
         raise InputError(

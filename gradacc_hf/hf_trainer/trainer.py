@@ -31,6 +31,7 @@ from gradacc_hf.accumulation.reference import full_float32
 from gradacc_hf.hf_trainer.item_counts import count_examples
 from gradacc_hf.hf_trainer.loss_probe import LossProbe
 from gradacc_hf.hf_trainer.loss_questions import Finding
+from gradacc_hf.hf_trainer.outputs import for_trainer
 from gradacc_hf.utils.hardware import refuse_place
 from gradacc_hf.utils.logs import info
 from gradacc_hf.utils.modeling import BATCH_NORMS, small_instead_of_zero
@@ -191,6 +192,14 @@ class ExactTrainerMixin(_Base):
         with self._average_tokens_across_devices(False):
             inputs = inputs if items else _with_items(inputs)  # a finite loss, as NaN / infinity is NaN
             return super().training_step(model, inputs, number)
+
+    def compute_loss(self, model, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as Trainer does, also from an object, a loss alone, or (logits, loss)."""
+        compute: Any = super().compute_loss
+        if getattr(compute, "__func__", None) is not Trainer.compute_loss:  # it may read other outputs
+            return compute(model, *args, **kwargs)
+        with for_trainer(model):
+            return compute(model, *args, **kwargs)
 
     # ---- an evaluation: the loss of a micro-batch is the mean over its own items ----
 

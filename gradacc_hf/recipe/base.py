@@ -290,9 +290,13 @@ class Recipe:
         return tokenizer
 
     def _choose_pad_token(self, tokenizer: Any) -> None:
-        """Set the padding token of a tokenizer without one: the token of the model's config, or the last."""
+        """Set the padding token of a tokenizer without one.
+
+        It is the token of the model's config if that is a special token, not a word. Else it is the
+        end-of-text token.
+        """
         own = getattr(self.own_config, "pad_token_id", None)
-        known = isinstance(own, int) and 0 <= own < len(tokenizer)
+        known = getattr(tokenizer.added_tokens_decoder.get(own), "special", False)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own) if known else tokenizer.eos_token
         if tokenizer.pad_token is None:
             found = (
@@ -332,7 +336,10 @@ class Recipe:
         if self._saved_config is not None:
             return self._saved_config
         config = self.base_config()
-        dropout = self.config.model.dropout
+        dropout, saved = self.config.model.dropout, getattr(config, "dtype", None)
+        if saved not in (None, self.dtype) and not self.from_scratch:
+            was, now = (str(dtype).removeprefix("torch.") for dtype in (saved, self.dtype))
+            self.model_notes["number format"] = f"{now}, as model.dtype sets; {was} in the model's config"
         if dropout is not None and (changed := set_dropout(config, dropout)):
             was = ", ".join(f"{name} was {value}" for name, value in changed.items())
             self.model_notes["dropout"] = f"{dropout}, as model.dropout sets; {was}"

@@ -4,6 +4,7 @@
 """
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, model_loss, total_loss
 from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LOSS_RTOL_HALF, LossSample
 from gradacc_hf.accumulation.probe_rows import labels_by_row
+from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.bad_index import ids_beyond, num_embeddings
 from gradacc_hf.training.compile import uncompiled
@@ -69,7 +71,8 @@ def check_trainable(model: torch.nn.Module, optimizer: Any, scheduler: Any = Non
 
 def _check_values(model: torch.nn.Module, optimizer: Any) -> None:
     """Raise InputError for weights without values, and for an optimizer that holds no trained parameter."""
-    if empty := next((name for name, p in model.named_parameters() if p.is_meta), None):
+    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None and os.environ.get("ACCELERATE_USE_FSDP") != "true":  # FSDP sends the values later
         raise InputError(
             f"model: {empty} is on the meta device and has no values; load the weights, without "
             "device_map='meta' or torch.device('meta')"
@@ -118,12 +121,15 @@ def warn_of_untrained(model: torch.nn.Module, optimizer: Any) -> None:
 def check_token_ids(model: torch.nn.Module, windows: WindowLoader) -> None:
     """Raise InputError if the next window has token ids beyond the embeddings of the model.
 
-    `name_bad_index` finds such ids in later windows. A model without `get_input_embeddings` is not checked.
+    `name_bad_index` finds such ids in later windows, and in a stream, which would be read twice. A model
+    without `get_input_embeddings` is not checked.
     """
-    if (rows := num_embeddings(model)) is None:
+    if (rows := num_embeddings(model)) is None or not isinstance(windows.plan, WindowPlan):
         return
     place = windows.state_dict()
-    for micro_batch in windows.collate_window(place["epoch"], place["window"]):
+    with torch.random.fork_rng(devices=()):  # the check must not change the run's random numbers
+        micro_batches = windows.collate_window(place["epoch"], place["window"])
+    for micro_batch in micro_batches:
         if problem := ids_beyond(micro_batch.batch, rows):
             raise InputError(f"examples {micro_batch.indices[:4].tolist()}: {problem}")
 

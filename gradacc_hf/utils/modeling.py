@@ -46,11 +46,12 @@ def num_positions(model: Any) -> int:
 
     RoBERTa counts from the padding token on, so the first rows of its table belong to no token.
     """
-    most = max(getattr(model.config, "max_position_embeddings", None) or 0, 0)  # XLNet has −1
+    configs = (model.config, *(getattr(model.config, part, None) for part in ("encoder", "text_config")))
+    limits = [getattr(config, "max_position_embeddings", None) or 0 for config in configs]
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            most = min(most, module.num_embeddings - module.padding_idx - 1)
-    return most
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if limit > 0), default=0)  # XLNet has −1
 
 
 class BufferSnapshot:

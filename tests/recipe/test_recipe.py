@@ -608,5 +608,7 @@ def test_a_tokenizer_that_cannot_pad_is_refused(refused, mine, tiny_bert):
     shutil.copytree(tiny_bert, "unpadded")
     settings = Path("unpadded/tokenizer_config.json")
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": None}))
+    config = Path("unpadded/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": None}))
     found = "model.name: the tokenizer of unpadded has neither a padding nor an end-of-text token; set its"
     assert found in refused(data__train=mine, model__name="unpadded")

@@ -1,5 +1,6 @@
 """A model of the user's own stays as it is in every recipe, and the plan names each change."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gradacc_hf import verify
 from gradacc_hf.errors import InputError
+from gradacc_hf.run.plan import make_plan
 from gradacc_hf.run.predict import predict
 from gradacc_hf.run.setup import check_max_length, check_vocabulary, make_model, make_windows
+from gradacc_hf.utils.modeling import num_positions
 
 WORDS = [f"w{number}" for number in range(40)]
 TEXTS = [
@@ -43,7 +46,7 @@ def names(*labels):
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
 
 
-def make_tokenizer(pad="<pad>", side="right", added=()):
+def make_tokenizer(pad="<pad>", side="right", added=(), special=()):
     words = {word: i for i, word in enumerate(["<unk>", "<eos>", "<pad>", "<mask>", *WORDS])}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -51,6 +54,7 @@ def make_tokenizer(pad="<pad>", side="right", added=()):
     marks |= {"cls_token": "<eos>", "sep_token": "<eos>"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, padding_side=side, **marks)
     tokenizer.add_tokens(list(added))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     return tokenizer
 
 
@@ -263,7 +267,12 @@ def test_minus_100_is_no_class(label):
 DECODERS = {
     "left": (make_tokenizer(side="left"), {}, {"padding side"}),
     "none": (make_tokenizer(pad=None), {"pad_token_id": None}, {"padding token", "pad_token_id"}),
-    "in the config": (make_tokenizer(pad=None), {}, {"padding token"}),
+    "in the config": (make_tokenizer(pad=None, special=["<pad>"]), {}, {"padding token"}),
+    "a word in the config": (
+        make_tokenizer(pad=None),
+        {"pad_token_id": 9},
+        {"padding token", "pad_token_id"},
+    ),
     "another in the config": (make_tokenizer(), {"pad_token_id": 1}, {"pad_token_id"}),
     "the end of a text": (make_tokenizer(pad="<eos>"), {"pad_token_id": 1}, set()),
 }
@@ -358,6 +367,25 @@ def test_a_text_has_at_most_the_positions_of_the_model(kind, most):
         assert make_model(recipe)(**batch).loss.isfinite()
 
 
+def test_gradacc_plan_has_the_same_lines_and_refuses_the_same_tokens():
+    tokenizer = make_tokenizer(side="left", added=["new"])
+    save("GPT2", task="ForSequenceClassification", tokenizer=tokenizer, **names("b", "a"))
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(TEXTS)]
+    recipe = recipe_for("text_classification", rows)
+    found = make_plan(recipe, data=recipe.datasets()).model_notes
+    assert {*found} - {"dropout"} == {"labels", "padding side", "tokenizer"}
+    recipe = recipe_for("text_classification", [*rows, {"text": "new", "label": "a"}])
+    with pytest.raises(InputError, match="the token 'new', id 44"):
+        make_plan(recipe)
+
+
+def test_joined_encoders_have_the_positions_of_one():
+    config = transformers.BertConfig(vocab_size=9, hidden_size=2, num_hidden_layers=1, num_attention_heads=1,
+                                     intermediate_size=2, max_position_embeddings=34)  # fmt: skip
+    joined = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, copy.deepcopy(config))
+    assert num_positions(transformers.EncoderDecoderModel(joined)) == 34
+
+
 # What a run saves
 
 
@@ -386,6 +414,23 @@ def test_a_run_saves_the_config_that_it_was_given(capfd):
     assert run_recipe(CLASSES["text_classification"], arguments, capfd).code == 0
     before, after = saved_configs("out/best")
     assert before == after
+
+
+def test_dropout_and_the_number_format_change_only_by_their_settings():
+    save("Bert", hidden_dropout_prob=0.07, **names("b", "a"))
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(TEXTS)]
+    for dropout in (None, 0.3):
+        settings = ["--model.dropout", "null" if dropout is None else dropout, "--model.dtype", "bfloat16"]
+        recipe = recipe_for("text_classification", rows, *settings)
+        recipe.datasets()
+        probabilities = {m.p for m in make_model(recipe).modules() if isinstance(m, torch.nn.Dropout)}
+        assert probabilities == ({0.07, 0.1} if dropout is None else {dropout})
+        assert ("dropout" in recipe.model_notes) == (dropout is not None)
+        assert (
+            recipe.model_notes["number format"]
+            == "bfloat16, as model.dtype sets; float32 in the model's config"
+        )
+    assert "hidden_dropout_prob was 0.07" in recipe.model_notes["dropout"]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -3,12 +3,17 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
+import pandas
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
+from torch.utils.data import default_collate
 
-from gradacc_hf import InputError, WindowLoader, evaluate, fine_tune, train, verify
+from gradacc_hf import ExactTrainer, InputError, WindowLoader, evaluate, fine_tune, train, verify
 from gradacc_hf.accumulation.loss_items import model_loss
+from gradacc_hf.training.bad_index import name_bad_index
 from gradacc_hf.training.preflight import check_trainable, preflight_check
 from gradacc_hf.verification.tiny_models import build_head
 
@@ -283,6 +288,14 @@ def test_an_id_without_a_row_is_named_in_training_and_evaluation(case):
         evaluate(model, windows_of(**settings), accelerator=windows.accelerator, predict=None)
 
 
+def test_the_failed_assertion_of_a_gpu_is_explained():
+    found = r"beyond the rows of the model\. .* run the same on the CPU to find it"
+    with pytest.raises(InputError, match=found), name_bad_index(Words()):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    with pytest.raises(RuntimeError, match="another"), name_bad_index(Words()):
+        raise RuntimeError("another")
+
+
 def test_tokens_beyond_the_embeddings_are_refused_before_the_first_window():
     model, windows = bert(), windows_of(ids=[3, 9999])
     windows.load_state_dict({**windows.state_dict(), "window": 2})
@@ -360,6 +373,79 @@ def test_a_loss_that_is_not_clear_is_an_error_with_the_cure(form, found):
     model, windows = Classifier(form), make_windows()
     with pytest.raises(ValueError, match=found):
         fine_tune(model, torch.optim.SGD(model.parameters(), 0.1), windows, accelerator=windows.accelerator)
+
+
+def test_logits_alone_are_evaluated_with_a_loss_of_the_users_own():
+    model, windows = Classifier(lambda loss, logits: logits), make_windows(shuffle=False)
+    found = evaluate(
+        model,
+        windows,
+        accelerator=windows.accelerator,
+        compute_loss=lambda outputs, batch: torch.nn.functional.cross_entropy(outputs, batch["labels"]),
+    )
+    inputs = torch.stack([example["x"] for example in windows.examples(range(40))])
+    assert torch.allclose(torch.tensor(np.stack(found.predictions)), model.line(inputs), atol=1e-6)
+
+
+# Data and batches of other forms
+
+
+def test_arrays_of_numpy_in_a_batch_train_as_tensors():
+    weights = []
+    for kind in (torch.as_tensor, np.asarray):
+
+        def collate(examples, kind=kind):
+            return {name: kind(tensor) for name, tensor in default_collate(examples).items()}
+
+        model, windows = Classifier(), make_windows(collate_fn=collate)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        fine_tune(model, optimizer, windows, accelerator=windows.accelerator)
+        weights.append(model.line.weight.detach())
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "found"),
+    [
+        (
+            pandas.DataFrame({"x": [1.0], "labels": [0]}),
+            r"a pandas DataFrame: give datasets\.Dataset\.from_pandas",
+        ),
+        ({"x": [1.0], "labels": [0]}, r"a mapping with \['x', 'labels'\]: give datasets\.Dataset\.from_dict"),
+        ({"train": [{"x": 1.0}]}, r"a mapping with \['train'\]"),
+    ],
+)
+def test_tables_of_other_libraries_are_refused_with_the_cure(dataset, found):
+    with pytest.raises(ValueError, match=found):
+        WindowLoader(dataset, 1, accelerator=Accelerator(cpu=True), micro_batch_size=1)
+
+
+def test_tuples_of_a_tensor_data_set_need_a_collate_function():
+    dataset = torch.utils.data.TensorDataset(torch.randn(8, 5), torch.arange(8) % 3)
+    windows = WindowLoader(dataset, 4, accelerator=Accelerator(cpu=True), micro_batch_size=2)
+    with pytest.raises(ValueError, match=r"returned a list; it must return a mapping .* pass a collate_fn="):
+        next(iter(windows))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_exact_trainer_trains_and_evaluates_outputs_of_every_usual_form(form, tmp_path):
+    examples = make_windows().examples(range(40))
+    weights, losses = [], []
+    for name in ("dict", form):
+        model = Classifier(FORMS[name])
+        arguments = transformers.TrainingArguments(
+            tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=4, learning_rate=0.1,
+            num_train_epochs=1, optim="sgd", use_cpu=True, report_to="none", save_strategy="no",
+        )  # fmt: skip
+        trainer = ExactTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=examples)
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+        weights.append(model.line.weight.detach())
+        batch = default_collate(examples[:3])
+        assert type(model(**batch)) is type(Classifier(FORMS[name])(**batch))  # the outputs are as before
+    assert torch.equal(*weights)
+    assert losses[0] == losses[1]
+    assert not torch.equal(weights[0], Classifier().line.weight)
 
 
 class LabelWeights(torch.nn.Module):
