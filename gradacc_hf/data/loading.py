@@ -184,6 +184,8 @@ def _read_folder(path: Path, given: str, key: str, config_name: str | None, read
     if not files:
         kinds = f"allowed: {listed(BUILDERS)}, or images in a folder for each label"
         refuse(key, f"no data file in {given!r}", kinds)
+    if (script := path / f"{path.resolve().name}.py").is_file():
+        refuse(key, f"found {script}, which makes the data and is not executed", "name the data files")
     about = _card(path, key)
     if config_name or about:
         where = [os.path.abspath(path)] + ([config_name] if config_name else [])  # "csv" is a builder's name
