@@ -177,7 +177,7 @@ def test_a_run_states_what_was_truncated_skipped_merged_and_ignored(start):
     assert recorded == lines
     report = Path("out/report.html").read_text()
     assert "1 training row lost 26 tokens" in report
-    assert "left out: 1 rows, the first: training row 4" in report
+    assert "left out: 1 row, the first: training row 4" in report
 
 
 @pytest.mark.parametrize(
