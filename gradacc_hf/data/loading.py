@@ -246,7 +246,7 @@ def is_hidden(path: Path) -> bool:
 
 
 def files_of_splits(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return the files of each split, named as `datasets` names them.
+    """Return the files of each split, named as `datasets` names them, in any case: Test.csv.
 
     The first of these names that any file has decides: data/SPLIT-00000-of-00001, a folder such as train/, a
     file such as train_1.csv. Without any, all files are training files.
@@ -264,7 +264,7 @@ def files_of_splits(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]
 
 def _splits_in(name: str) -> list[str]:
     """Return the splits whose keyword is a word of this name of a file or folder."""
-    words = re.split(r"[-._ 0-9]+", name)
+    words = re.split(r"[-._ 0-9]+", name.lower())
     return [str(split) for split, keywords in SPLIT_KEYWORDS.items() if {*keywords} & {*words}]
 
 
