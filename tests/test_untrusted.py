@@ -221,7 +221,9 @@ def test_a_script_that_comes_with_data_is_not_run(refused, tmp_path, rows, mark)
     assert "no data file in" in refused(TextClassification, "--data.train", folder)
     assert "is a .py; allowed" in refused(TextClassification, "--data.train", folder / "mine.py")
     shutil.copy(rows, folder)
-    assert "found mine.py" in refused(TextClassification, "--data.train", folder)
+    assert "mine.py, which makes the data and is not executed" in refused(
+        TextClassification, "--data.train", folder
+    )
 
 
 @pytest.mark.parametrize("elsewhere", ["../rows.jsonl", "{}/rows.jsonl", "http://127.0.0.1:9/rows.jsonl"])

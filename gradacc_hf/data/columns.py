@@ -126,6 +126,12 @@ def encode_labels(
     present, feature = pc.unique(texts).to_pylist(), train.features[label_column]
     if len(present) < 2:
         refuse(key, f"one class only, {present[0]!r}, in the training rows", "at least two")
+    bare: dict[str, str] = {}
+    for label in present:
+        if label != (other_label := bare.setdefault(label.strip(), label)):
+            refuse(
+                key, f"labels {other_label!r} and {label!r} differ in white space only", "write them alike"
+            )
     names = list(feature.names) if isinstance(feature, ClassLabel) else in_order(present)
     known = pa.array(names, pa.large_string())
     ids, other_ids = pc.index_in(texts, known), pc.index_in(other, known)

@@ -184,6 +184,8 @@ def _read_folder(path: Path, given: str, key: str, config_name: str | None, read
     if not files:
         kinds = f"allowed: {listed(BUILDERS)}, or images in a folder for each label"
         refuse(key, f"no data file in {given!r}", kinds)
+    if (script := path / f"{path.resolve().name}.py").is_file():
+        refuse(key, f"found {script}, which makes the data and is not executed", "name the data files")
     about = _card(path, key)
     if config_name or about:
         where = [os.path.abspath(path)] + ([config_name] if config_name else [])  # "csv" is a builder's name
@@ -244,7 +246,7 @@ def is_hidden(path: Path) -> bool:
 
 
 def files_of_splits(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return the files of each split, named as `datasets` names them.
+    """Return the files of each split, named as `datasets` names them, in any case: Test.csv.
 
     The first of these names that any file has decides: data/SPLIT-00000-of-00001, a folder such as train/, a
     file such as train_1.csv. Without any, all files are training files.
@@ -262,7 +264,7 @@ def files_of_splits(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]
 
 def _splits_in(name: str) -> list[str]:
     """Return the splits whose keyword is a word of this name of a file or folder."""
-    words = re.split(r"[-._ 0-9]+", name)
+    words = re.split(r"[-._ 0-9]+", name.lower())
     return [str(split) for split, keywords in SPLIT_KEYWORDS.items() if {*keywords} & {*words}]
 
 

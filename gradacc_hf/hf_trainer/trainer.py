@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast, gather_object
-from transformers import Trainer, __version__
+from transformers import PreTrainedModel, Trainer, __version__
 from transformers.utils import logging
 
 from gradacc_hf.accumulation.loss_items import CountItems
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
         DataCollator,
         EvalPrediction,
         FeatureExtractionMixin,
-        PreTrainedModel,
         PreTrainedTokenizerBase,
         ProcessorMixin,
         TrainerCallback,
@@ -196,7 +195,8 @@ class ExactTrainerMixin(_Base):
     def compute_loss(self, model, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as Trainer does, also from an object, a loss alone, or (logits, loss)."""
         compute: Any = super().compute_loss
-        if getattr(compute, "__func__", None) is not Trainer.compute_loss:  # it may read other outputs
+        usual = isinstance(self.model, PreTrainedModel)  # its outputs are a mapping
+        if usual or getattr(compute, "__func__", None) is not Trainer.compute_loss:
             return compute(model, *args, **kwargs)
         with for_trainer(model):
             return compute(model, *args, **kwargs)

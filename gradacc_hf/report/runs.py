@@ -164,8 +164,8 @@ class RecordedRun:
         """The files that were read, and what was changed or left out, in lines. Empty for version 0.1."""
         lines = [f"{name}: {text}" for name, text in (self.summary.get("reading") or {}).get("lines", ())]
         left_out = self.summary.get("skipped_rows") or {}
-        if left_out.get("count"):
-            lines.append(f"left out: {left_out['count']:,} rows, the first: {left_out['first'][0]}")
+        if count := left_out.get("count"):
+            lines.append(f"left out: {count:,} row{'s' * (count > 1)}, the first: {left_out['first'][0]}")
         return "\n".join(lines)
 
     def metrics(self, which: str) -> dict[str, float]:

@@ -96,7 +96,7 @@ def for_template(messages: Messages) -> list[dict[str, Any]]:
     for message in messages:
         kept = {k: without_nulls(v) for k, v in message.items() if v is not None and k not in LEARNED_BY}
         for call in (call for call in _calls(kept) if "arguments" in call):
-            call["arguments"] = _as_object(call["arguments"])
+            call["arguments"] = without_nulls(_as_object(call["arguments"]))
         prepared.append({**kept, "content": kept.get("content", "")})
     return prepared
 
@@ -302,7 +302,7 @@ def _changes(
 
 def note_chats(reading: Reading, tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> None:
     """Note what the loss or the template ignores in chats: turns, weights, keys of messages, and tools."""
-    unlearned, others, tools_unused = 0, 0, 0
+    unlearned, others, tools_unused, nulls = 0, 0, 0, 0
     unused: Counter[str] = Counter()
     written: dict[str, bool] = {}  # key of messages, or tools as text: whether the template writes it
     for row in rows:
@@ -310,6 +310,8 @@ def note_chats(reading: Reading, tokenizer: Any, rows: Iterable[Mapping[str, Any
         for turn, (given, message) in enumerate(zip(row["messages"], messages, strict=True)):
             own = given["role"] == "assistant"
             unlearned += own and not is_learned(given)
+            calls = [_as_object(call.get("arguments")) for call in _calls(given)]
+            nulls += sum(isinstance(one, dict) and None in one.values() for one in calls)
             others += not own and any(given.get(key) for key in LEARNED_BY)
             for key in message.keys() - {"role", "content", *CALLS}:
                 if key not in written or (not written[key] and unused[key] < TRIED):
@@ -326,6 +328,8 @@ def note_chats(reading: Reading, tokenizer: Any, rows: Iterable[Mapping[str, Any
         reading.note("not learned", f"{counted(unlearned, 'assistant turn')}, of weight 0 or train false")
     if others:
         reading.note("ignored", f"weight or train of {counted(others, 'message')} of other roles")
+    if nulls:
+        reading.note("ignored", f"arguments that are null, in {counted(nulls, 'call')}")
     for key, number in unused.items():
         if not written[key]:
             reading.note(

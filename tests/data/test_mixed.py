@@ -65,6 +65,12 @@ def test_integers_of_a_text_file_are_in_the_order_of_their_size():
     assert names_of(write_labels("b.csv", ["10", "9", "01"]))[0] == ["01", "10", "9"]
 
 
+def test_labels_that_differ_in_white_space_only_are_refused():
+    assert names_of(write_labels("a.csv", [" 0", " 1"]))[0] == [" 0", " 1"]
+    with pytest.raises(InputError, match=r"labels '.?1' and '.?1' differ in white space only; write them"):
+        names_of(write_labels("b.csv", [" 1", "0", "1"]))
+
+
 @pytest.mark.parametrize("empty", ["", '""'])
 def test_an_empty_label_of_a_text_file_is_no_label(empty):
     with pytest.raises(InputError, match=r"is empty, the first of 8"):

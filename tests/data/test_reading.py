@@ -103,6 +103,13 @@ def test_files_have_the_splits_that_datasets_gives_them(name, split):
     assert not any(name == "not read" for name, _ in lines)
 
 
+def test_words_of_splits_may_be_in_any_case():
+    csv("set/Train.csv", ROWS)
+    csv("set/My TEST.csv", ROWS[:4])
+    splits, _ = read("set")
+    assert (len(splits.train), len(splits.validation)) == (40, 4)
+
+
 def test_columns_that_nothing_uses_are_named_and_refuse_no_file():
     csv("a.csv", [])
     rows = "".join(f"row {i},{'ab'[i % 2]},{'' if i < 10_000 else 'remark'}\n" for i in range(10_050))
@@ -177,7 +184,7 @@ def test_a_run_states_what_was_truncated_skipped_merged_and_ignored(start):
     assert recorded == lines
     report = Path("out/report.html").read_text()
     assert "1 training row lost 26 tokens" in report
-    assert "left out: 1 rows, the first: training row 4" in report
+    assert "left out: 1 row, the first: training row 4" in report
 
 
 @pytest.mark.parametrize(

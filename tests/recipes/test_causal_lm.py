@@ -256,7 +256,11 @@ def test_weights_that_cannot_be_used_are_a_problem_of_the_row(turn, named):
 
 
 @pytest.mark.parametrize("template", [WITH_TOOLS, MARKED_WITH_TOOLS], ids=["by prefixes", "by marks"])
-@pytest.mark.parametrize("arguments", [{"a": 2}, '{"a": 2}'], ids=["an object", "as text"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"a": 2}, '{"a": 2}', {"a": 2, "of_another_call": None}],
+    ids=["an object", "as text", "as in Parquet"],
+)
 def test_tools_reach_the_template_and_calls_are_learned(template, arguments):
     chat = [user("1+1"), call(arguments=arguments), {"role": "tool", "content": "2"}, assistant("2.")]
     text, problem, found = learned_of(chat, template, [ADD])

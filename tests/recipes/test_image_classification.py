@@ -294,11 +294,11 @@ def test_a_row_without_a_label_is_refused_or_left_out(start, refused, folder):
 
 
 def test_what_holds_no_images_is_refused(refused):
-    pd.DataFrame([{"image": i, "label": "a"} for i in range(9)]).to_csv("a.csv", index=False)
-    line = refused(data__train="a.csv")
+    pd.DataFrame([{"image": i, "label": "a"} for i in range(9)]).to_parquet("a.parquet")
+    line = refused(data__train="a.parquet")
     assert "data.image_column: column 'image' holds int64; name a column of images, or of paths" in line
     assert "no column 'picture'; found image, label" in refused(
-        data__train="a.csv", data__image_column="picture"
+        data__train="a.parquet", data__image_column="picture"
     )
     Path("empty").mkdir()
     assert "or images in a folder for each label" in refused(data__train="empty")

@@ -509,6 +509,8 @@ def test_by_default_it_goes_into_the_folder_or_with_several_into_the_current_one
         ("summary.json", '{"seconds": "1"}', "summary.json, seconds: found '1'; a number or null"),
         ("summary.json", '{"eval": 1}', "summary.json, eval: found 1; an object or null"),
         ("summary.json", '{"first_window": [3]}', "summary.json, first_window: found something else"),
+        ("summary.json", '{"reading": {"lines": [[1, "x"]]}}', "summary.json, reading: found something else"),
+        ("summary.json", '{"skipped_rows": {"count": 2, "first": []}}', "summary.json, reading: found"),
         ("config.yaml", "a: [", "config.yaml: found no YAML"),
     ],
 )
