@@ -55,7 +55,7 @@ class LossSample:
     @property
     def is_usable(self) -> bool:
         """Whether the losses are finite and not 0. Otherwise the sample decides nothing."""
-        return bool(self.together) and np.isfinite(self.together) and np.isfinite(self.alone).any()
+        return bool(self.together and np.isfinite(self.together) and np.isfinite(self.alone).any())
 
     def mean(self, items: np.ndarray) -> float:
         """Return the mean of the single losses, weighted by items (examples,); NaN without items."""

@@ -21,7 +21,7 @@ from gradacc_hf.accumulation.probe_rows import (
 )
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.hf_trainer.item_counts import can_count, candidate_counts
-from gradacc_hf.hf_trainer.loss_questions import Finding, Losses, LossKind, Questions, Result, same_shapes
+from gradacc_hf.hf_trainer.loss_questions import Answer, Losses, LossKind, Questions, Result, same_shapes
 
 MOST_ROWS = 16
 """Rows of a sample with one label each. With more labels per row, it is the size of a micro-batch, 2 to 8."""
@@ -107,7 +107,7 @@ class LossProbe:
 
     def learn(
         self, rows: Sequence[Rows], losses: Losses, in_pairs: Callable[[], Sequence[Rows]]
-    ) -> Finding | None:
+    ) -> Answer | None:
         """Probe the loss with a sample of rows. Return what is new, or None.
 
         Args:
@@ -127,22 +127,20 @@ class LossProbe:
         result = self._ask(rows, counts, losses)
         if result.fails_alone and (pairs := in_pairs()):
             result = self._ask(pairs, counts, losses)
-        self._is_closed = result.finding.answer == "no"
+        self._is_closed = result.answer.exact == "no"
         self.known |= result.labels
-        if result.finding.answer == "cannot tell":
+        if result.answer.exact == "cannot tell":
             self._gap = max(1, 2 * self._gap)  # ask again after 1 window, then 2, 4, …
             self._wait = self._gap - 1
         elif result.labels:
             self._reference = _of_different_labels(rows)
         if before is None or result.kind.is_conclusive or not before.is_conclusive:
             self.kind = result.kind
-        return result.finding
+        return result.answer
 
     def _ask(self, rows: Sequence[Rows], counts: Mapping[str, CountItems], losses: Losses) -> Result:
         pad_token_id = getattr(self.config, "pad_token_id", None) or 0
-        return Questions(
-            same_shapes(rows), counts, losses, [*self.label_names, "labels"], pad_token_id
-        ).answer()
+        return Questions(same_shapes(rows), counts, losses, [*self.label_names, "labels"], pad_token_id).ask()
 
 
 def _labels_of(rows: Sequence[Rows]) -> frozenset[int]:

@@ -79,15 +79,15 @@ class LossKind:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Answer:
     """One line about a loss.
 
     Attributes:
-        answer: Whether accumulation is exact.
+        exact: Whether accumulation is exact.
         text: The line.
     """
 
-    answer: Literal["yes", "no", "cannot tell"]
+    exact: Literal["yes", "no", "cannot tell"]
     text: str
 
 
@@ -98,13 +98,13 @@ class Result:
     Attributes:
         kind: The kind of loss.
         labels: Labels that the sample compared with each other.
-        finding: A line about the loss.
+        answer: A line about the loss.
         fails_alone: Whether single rows have no loss. They may belong together in pairs.
     """
 
     kind: LossKind
     labels: frozenset[int]
-    finding: Finding
+    answer: Answer
     fails_alone: bool = False
 
 
@@ -137,7 +137,7 @@ class Questions:
         self.number = float(counts[names[0]](self.batch)) or 1.0
         self.totals = {name: float(counts[name](self.batch)) for name in names}
 
-    def answer(self) -> Result:
+    def ask(self) -> Result:
         """Return what the sample shows."""
         counted, number = self.losses.counted, self.number
         once = self.losses(self.batch, number if counted else None)
@@ -292,21 +292,21 @@ class Questions:
         return replace(kind, **known)
 
     def _yes(self, kind: LossKind, labels: frozenset[int]) -> Result:
-        return Result(kind, labels, Finding("yes", f"the loss of a micro-batch is {kind}"))
+        return Result(kind, labels, Answer("yes", f"the loss of a micro-batch is {kind}"))
 
     def _no(self, kind: LossKind) -> Result:
         text = (
             f"the loss of a micro-batch is not a mean over its items, counted as {kind.count!r}: "
             f"accumulation is not exact. {SET_NUM_ITEMS}"
         )
-        return Result(kind, self._labels, Finding("no", text))
+        return Result(kind, self._labels, Answer("no", text))
 
     def _cannot_tell(self, kind: LossKind, why: str, labels: frozenset[int] = frozenset()) -> Result:
         text = (
             "cannot tell whether the loss of a micro-batch is a mean over its items, counted as "
             f"{kind.count!r}: {why}. Accumulation may not be exact. {SET_NUM_ITEMS}"
         )
-        return Result(kind, labels, Finding("cannot tell", text))
+        return Result(kind, labels, Answer("cannot tell", text))
 
 
 def same_shapes(rows: Sequence[Rows]) -> list[Rows]:

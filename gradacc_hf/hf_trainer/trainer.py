@@ -30,7 +30,7 @@ from gradacc_hf.accumulation.probe_rows import Rows
 from gradacc_hf.accumulation.reference import full_float32
 from gradacc_hf.hf_trainer.item_counts import count_examples
 from gradacc_hf.hf_trainer.loss_probe import LossProbe
-from gradacc_hf.hf_trainer.loss_questions import Finding
+from gradacc_hf.hf_trainer.loss_questions import Answer
 from gradacc_hf.hf_trainer.outputs import for_trainer
 from gradacc_hf.utils.hardware import refuse_place
 from gradacc_hf.utils.logs import info
@@ -246,21 +246,21 @@ class ExactTrainerMixin(_Base):
                 except Exception:  # a model that computes its loss only in training mode
                     for module in model.modules():
                         module.training = not isinstance(module, BATCH_NORMS)
-                finding = self._probe.learn(sample, losses, in_pairs=lambda: rows(pairs=True))
+                answer = self._probe.learn(sample, losses, in_pairs=lambda: rows(pairs=True))
         finally:
             for module, training in modes:
                 module.training = training
             if metrics is not None:
                 self._metrics = metrics
-        if finding is not None and self.is_world_process_zero():
-            self._report(finding)
+        if answer is not None and self.is_world_process_zero():
+            self._report(answer)
 
-    def _report(self, finding: Finding) -> None:
+    def _report(self, answer: Answer) -> None:
         """Log what the probe found, each line once per training."""
-        if finding.text not in self._reported:
-            self._reported.add(finding.text)
-            line = f"{type(self).__name__}: {finding.text}"
-            info(logger, line) if finding.answer == "yes" else logger.warning(line)
+        if answer.text not in self._reported:
+            self._reported.add(answer.text)
+            line = f"{type(self).__name__}: {answer.text}"
+            info(logger, line) if answer.exact == "yes" else logger.warning(line)
 
     @contextmanager
     def _average_tokens_across_devices(self, value: bool) -> Iterator[None]:
@@ -366,8 +366,10 @@ class _TrainerLosses:
         num_items = None if number is None else torch.tensor(number, device=trainer.args.device)
         with trainer._average_tokens_across_devices(across), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=num_items)
-        loss = torch.as_tensor(loss, device=trainer.args.device).detach().double().reshape(())
-        return float(broadcast(loss) if trainer.accelerator.num_processes > 1 else loss)
+        found: Any = torch.as_tensor(loss, device=trainer.args.device).detach().double().reshape(())
+        if trainer.accelerator.num_processes > 1:
+            found = broadcast(found)
+        return float(found)
 
     def across_processes(self, batch: Mapping[str, Any], number: float) -> float:
         """Return the loss with the factor of processes, if the loss has one."""

@@ -287,7 +287,8 @@ class Checkpointer:
         if self.accelerator.num_processes > 1:  # as DDP does before each forward
             saved = self.model.state_dict().keys()
             for buffer in (buffer for name, buffer in self.model.named_buffers() if name in saved):
-                buffer.copy_(broadcast(buffer.clone()))
+                of_main_process: Any = broadcast(buffer.clone())
+                buffer.copy_(of_main_process)
         with _alone_too():
             writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
             save_tensors(self._weights() | of_optimizer, storage_writer=writer)

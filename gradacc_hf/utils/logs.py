@@ -24,7 +24,7 @@ def get_logger(name: str) -> RunLogger:
     return RunLogger(logging.getLogger(name), {})
 
 
-def info(logger: logging.Logger, line: str) -> None:
+def info(logger: Any, line: str) -> None:
     """Log a line at level INFO. It is shown even if the program does not configure logging."""
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
