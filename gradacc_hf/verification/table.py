@@ -17,7 +17,7 @@ def print_verification(result: Verification, console: Console) -> None:
     """Print the comparisons, the parameters with the largest errors, the reasons, and the verdict."""
     console.print(
         f"{result.windows} of the next {result.windows_read} windows, chosen for different labels and "
-        f"unequal micro-batches: {result.examples} examples, split into {listed(result.accumulation_steps)} "
+        f"unequal micro-batches\n{result.examples} examples, split into {listed(result.accumulation_steps)} "
         f"micro-batches\nreference gradient: {result.reference}"
     )
     table = Table("gradient of", box=SIMPLE)

@@ -61,6 +61,15 @@ def test_every_case_is_exact_on_1_2_and_3_processes(ddp):
     assert found["noise"]["measured"] >= found["noise"]["windows"] - 1 >= 1
 
 
+def test_a_label_that_one_process_alone_gets_late_is_probed_by_all(ddp):
+    _, found = ddp
+    (level, first), (warning, second) = found["exact_trainer_late_label"]["lines"]
+    assert (level, warning) == ("INFO", "WARNING")
+    assert "a mean over items (counted as 'labels')" in first
+    assert "is not a mean over its items, counted as 'labels'" in second
+    assert found["exact_trainer_late_label"]["steps"] == 4
+
+
 def test_processes_have_unequal_accumulation_steps_and_none_has_none(ddp):
     num_processes, found = ddp
     steps = [row["steps"] for row in found.values() if "steps" in row]

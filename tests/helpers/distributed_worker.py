@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 tests/helpers/distributed_worker.py ddp    (or fsdp2
 import contextlib
 import itertools
 import json
+import logging
 import os
 import signal
 import sys
@@ -659,6 +660,41 @@ def exact_trainer(engine, kind, model_type, average=True):
     return {"error": max(errors), "loss_error": max(loss_errors), "same_windows": True}
 
 
+def exact_trainer_late_label(engine):
+    """The lines of ExactTrainer if a heavier label comes in the third window, in one process alone."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    weight, lines = torch.tensor([1.0, 1.0, 30.0]), []
+    late = 2 * 2 * processes * 2 + 2 * processes - 1  # the last process's first micro-batch of the window
+    torch.manual_seed(0)
+    labels = [2 if i == late else i % 2 for i in range(16 * processes)]
+    examples = [{"x": torch.randn(4), "labels": torch.tensor(label)} for label in labels]
+
+    class Weighted(ExactTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return torch.nn.functional.cross_entropy(model(inputs["x"]), inputs["labels"], weight)
+
+    arguments = TrainingArguments(
+        tempfile.mkdtemp(),
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+    )
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))
+    logging.getLogger("gradacc_hf").addHandler(handler)
+    trainer = Weighted(torch.nn.Linear(4, 3), arguments, train_dataset=examples)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    logging.getLogger("gradacc_hf").removeHandler(handler)
+    return {"lines": lines, "steps": trainer.state.global_step}
+
+
 def contrastive(engine, size=22, **split):
     """Windows of pairs: the worst error against all pairs of a window at once."""
     accelerator, loss = accelerator_for(engine), ContrastiveLoss(0.1)
@@ -753,6 +789,7 @@ CASES = {
     "exact_trainer_means": lambda engine: exact_trainer(engine, "token_classification", "bert"),
     "exact_trainer_sums": lambda engine: exact_trainer(engine, "causal_lm", "gpt2"),
     "exact_trainer_each_its_own": lambda engine: exact_trainer(engine, "causal_lm", "gpt2", average=False),
+    "exact_trainer_late_label": exact_trainer_late_label,
 }
 
 if __name__ == "__main__":
