@@ -1,5 +1,4 @@
 import torch
-import torch.nn.functional as F
 from tiny import loader, net
 
 model, steps = net(), 4

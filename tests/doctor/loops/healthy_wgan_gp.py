@@ -13,7 +13,7 @@ def penalty(real, fake):
     return ((slope.norm(2, dim=1) - 1) ** 2).mean()
 
 
-for epoch in range(2):
+for _ in range(2):
     batches = [x for x, _ in loader()]
     for first in range(0, len(batches), steps):
         of_critic.zero_grad()
