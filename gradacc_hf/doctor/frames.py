@@ -46,7 +46,17 @@ def _is_users(frame: FrameType) -> bool:
 
 @lru_cache(maxsize=4096)
 def _is_users_file(file: str) -> bool:
-    return not file.startswith("<") and not os.path.realpath(file).startswith(LIBRARIES)
+    if file.startswith("<"):
+        return False
+    path = os.path.realpath(file)
+    installed = {os.path.realpath(folder) for folder in sys.path if folder and _has_installed(folder)}
+    return not path.startswith((*LIBRARIES, *(folder + os.sep for folder in installed)))
+
+
+@lru_cache(maxsize=256)
+def _has_installed(folder: str) -> bool:
+    """Whether a folder of the search path has installed packages."""
+    return next(Path(folder).glob("*.dist-info"), None) is not None
 
 
 def user_line() -> Place | None:
@@ -155,7 +165,8 @@ def schedule_lines(optimizer: torch.optim.Optimizer) -> ScheduleLines:
         stepped = _first_line(lines, rf"\b({any_name})\b(\[[^\]]*\])?\.step\(", within)
         stepped = stepped or _first_line(lines, r"\[[\"']lr[\"']\]\s*[-+*/]?=[^=]", within)
         if made or stepped:
-            return ScheduleLines(*(line and Place(file, line) for line in (made, stepped)))
+            places = [Place(file, line) if line else None for line in (made, stepped)]
+            return ScheduleLines(made=places[0], stepped=places[1])
     return ScheduleLines()
 
 

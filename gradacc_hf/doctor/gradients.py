@@ -1,6 +1,6 @@
 """The gradients of one optimizer: their norm, whether a backward reached them, and changes by the loop."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,11 +93,15 @@ class GradientWatch:
 
     def follow_weights(self) -> int:
         """Count a change of the weights since the latest call. Return the number of changes so far."""
-        now = tuple((_storage(p), p._version) for p in self._subject.parameters())
+        now = _versions(self._subject.parameters())
         if self._weights and now != self._weights:
             self.weights_version += 1
         self._weights = now
         return self.weights_version
+
+    def model_version(self) -> int:
+        """A number that changes with any weight of the model, also with those of other optimizers."""
+        return hash((self.follow_weights(), _versions(self._subject.model.parameters())))
 
     def after_backward(self) -> None:
         """Start following changes of the gradients of this backward."""
@@ -151,6 +155,10 @@ class GradientWatch:
         cosine = compare_gradients(self.gradients(), self.before_change).cosine
         is_scaled = GradientComparison(1.0, cosine).error() <= LOSS_RTOL_FP32
         return GradientChange(factors["hand"] if is_scaled else None, factors["clip"], place, how)
+
+
+def _versions(parameters: Iterable[torch.nn.Parameter]) -> tuple[Any, ...]:
+    return tuple((_storage(p), p._version) for p in parameters)
 
 
 def _storage(tensor: torch.Tensor) -> int:

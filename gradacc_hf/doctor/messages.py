@@ -23,7 +23,7 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
     ),
     "zeroed_inside_the_window": (
         "gradients are zeroed between the micro-batches of a window",
-        "only the last micro-batch of each window reaches the optimizer; the others are wasted",
+        "only the backwards after the last zeroing reach the optimizer; the others are wasted",
         """
 - optimizer.zero_grad()  # before every backward
 + optimizer.zero_grad()  # only after optimizer.step()""",

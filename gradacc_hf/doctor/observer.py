@@ -296,6 +296,7 @@ class Observer(Subscriber):
             factors=tuple(factor for factor, *_ in self._factors),
             root_factors=root_factors,
             weights_version=self._gradients.follow_weights(),
+            model_version=self._gradients.model_version() if self._is_observing else 0,
         )
         self._pending.append(micro_batch)
         self._forwards, self._output, self._unscaled_norm = [], None, None
@@ -376,7 +377,7 @@ class Observer(Subscriber):
             change=gradients.change(norm),
             before_change=gradients.before_change,
             unscaled=unscaled,
-            weights_changed=gradients.follow_weights() != last.weights_version,
+            weights_changed={m.model_version for m in own} != {gradients.model_version()},
             discarded=discarded,
         )
 

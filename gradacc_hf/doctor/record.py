@@ -111,7 +111,8 @@ class ObservedMicroBatch:
     is_complete: bool = False  # whether the terms make up all of the loss
     factors: tuple[float, ...] = ()  # numbers by which losses were multiplied before this backward
     root_factors: tuple[float, ...] = ()  # the last of them, by which the whole loss was multiplied
-    weights_version: int = 0  # changes of the weights so far
+    weights_version: int = 0  # changes of the optimizer's weights so far
+    model_version: int = 0  # changes with any weight of the model
     touched: list[tuple[str, Place | None]] = field(default_factory=list)  # later changes of gradients
 
     @property
@@ -248,7 +249,7 @@ class ObservedWindow:
     change: GradientChange = GradientChange()
     before_change: Sequence[torch.Tensor | None] | None = None  # the gradient before that change by hand
     unscaled: float = 1.0  # factor by which a gradient scaler divided, between the last backward and the step
-    weights_changed: bool = False  # between the last backward and the step
+    weights_changed: bool = False  # any weight of the model, between the first backward and the step
     discarded: list[Discarded] = field(default_factory=list)
     comparison: WindowComparison | None = None
     norm_after_step: float | None = None  # at the start of the next backward

@@ -84,7 +84,7 @@ def compare_window(
 def _check_weights(subject: Subject, window: ObservedWindow) -> None:
     """Raise ReplayError if the model alone, with the weights of now, does not give the gradient."""
     if window.weights_changed:
-        raise ReplayError("the weights change between the last backward and the step, as in SAM")
+        raise ReplayError("weights of the model change before the step, as in SAM or by another optimizer")
     inside = {id(p) for p in subject.model.parameters()}
     if any(p.grad is not None and id(p) not in inside for p in subject.parameters()):
         raise ReplayError("the optimizer also steps parameters of another module")

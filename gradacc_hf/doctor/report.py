@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from gradacc_hf.doctor.judgement import Judgement, judgements
 from gradacc_hf.doctor.record import LoopRecord
-from gradacc_hf.doctor.rules import Finding
+from gradacc_hf.doctor.rules import COUPLED, Finding
 
 NOTHING_OBSERVED = "gradacc doctor: found no step of this optimizer after a backward of this model"
 NOT_OBSERVED = (
@@ -110,6 +110,13 @@ def _not_judged(record: LoopRecord, wrong: set[str]) -> Iterator[str]:
         if record.steps > 1:
             which = "" if number == many else f" in {number} of {many} windows"
             yield f"the scale of the loss was not judged{which}: {why}"
+    odd = [each for each in judged if each.compared == "wrong" and not each.weighing.faults]
+    if odd and not wrong & {*COUPLED.values(), *BY_GRADIENT}:
+        error = max(each.window.comparison.error for each in odd if each.window.comparison is not None)
+        yield (
+            f"in {_of(odd, judged)}, the gradient is {error:.2g} off from the gradient of the window in one "
+            "batch, for a reason that was not found"
+        )
     changes = [w for w in record.windows if w.change.place and w.change.hand != 1.0]
     if changes and "divided_twice" not in wrong:
         where = f"{changes[0].change.place}: {changes[0].change.place.code}"  # type: ignore[union-attr]
@@ -122,6 +129,10 @@ def _not_judged(record: LoopRecord, wrong: set[str]) -> Iterator[str]:
         yield from _end_not_judged(record, wrong)
 
 
+BY_GRADIENT = {  # findings that explain another gradient
+    *("not_divided", "divided_twice", "mis_scaled", "mean_of_means", "another_gradient"),
+    *("partial_window_mis_scaled", "partial_window_leaked", "swamped_in_16_bits"),
+}
 DISCARDED = {
     "other_loss": "backwards of another loss, zeroed before a window",
     "other_weights": "backwards at other weights, zeroed before a window (two passes, as in SAM)",

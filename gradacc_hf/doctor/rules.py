@@ -111,6 +111,12 @@ def _zeroed_inside(record: LoopRecord) -> Iterator[Finding]:
         )
         place = _line_of(before.touched, before.place, "zero")
         yield _found("zeroed_inside_the_window", evidence, place, n=record.steps)
+    empty = [w for w in record.windows if w.norm_at_step == 0 < w.micro_batches[-1].norm_after]
+    if empty:
+        last = empty[0].micro_batches[-1]
+        evidence = f"the gradient was zeroed between the last backward and the step ({times(len(empty))})"
+        place = _line_of(last.touched, last.place, "zero")
+        yield _found("zeroed_inside_the_window", evidence, place, n=record.steps)
 
 
 def _is_zeroed(before: ObservedMicroBatch, after: ObservedMicroBatch) -> bool:

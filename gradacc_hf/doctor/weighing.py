@@ -229,7 +229,7 @@ def _by_key(group: Sequence[ObservedMicroBatch]) -> list[list[LossTerm]]:
     """The terms of each loss that all micro-batches of a group have, one per micro-batch."""
     found: dict[tuple, list[LossTerm]] = defaultdict(list)
     for micro_batch in group:
-        seen: Counter[tuple] = Counter()
+        seen: Counter[str] = Counter()
         for term in micro_batch.terms:
             found[term.function, seen[term.function]].append(term)
             seen[term.function] += 1

@@ -266,6 +266,18 @@ def test_a_scheduler_is_taken_from_the_loop_or_as_given(is_given):
     assert names(diagnosis) == {"schedule_sized_in_micro_batches"}, str(diagnosis)
 
 
+def test_a_number_of_times_is_written_out():
+    [finding] = plain("zeroed early", rows=16, windows=1).findings
+    assert "3 times" in finding.evidence
+    model, optimizer, loader = regression(rows=8)
+    with diagnose(model, optimizer, say=lambda said: None) as diagnosis:
+        for x, y in loader:
+            optimizer.zero_grad()
+            (mse_loss(model(x), y) / 2).backward()
+        optimizer.step()
+    assert "of a window (once, first from norm" in diagnosis.findings[0].evidence
+
+
 @pytest.mark.parametrize("outside", [True, False])
 def test_a_regulariser_is_no_finding(outside):
     model, optimizer, loader = regression()
