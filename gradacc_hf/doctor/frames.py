@@ -1,6 +1,6 @@
 """Read the call stack: the user's line, the library that runs the loop, the scheduler of an optimizer.
 
-The lines of a scheduler are found in the text of the file, because its calls are no functions of torch.
+The lines of a scheduler are found in the text of the file, because torch functions do not report its calls.
 
 Frames and objects are only read, never changed.
 """

@@ -100,7 +100,7 @@ class GradientWatch:
         return self.weights_version
 
     def model_version(self) -> int:
-        """A number that changes with any weight of the model, also with those of other optimizers."""
+        """A number that changes with any weight of the model, also when another optimizer steps."""
         return hash((self.follow_weights(), _versions(self._subject.model.parameters())))
 
     def after_backward(self) -> None:

@@ -1,4 +1,4 @@
-"""What is known about each window: whether its gradient was compared, and its losses' weights judged."""
+"""The answers about each window: about its gradient, and about the weights of its losses."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -39,7 +39,7 @@ def _judgement(window: ObservedWindow, weighing: Weighing, record: LoopRecord) -
         compared = "right" if found.error <= found.tolerance and not weighing.faults else "wrong"
         is_same = GradientComparison(1.0, found.whole.cosine).error() <= found.tolerance
         if compared == "wrong" and is_same and weighing.verdict == "exact":
-            compared, why = "no", f"the loss has a factor of its own, {found.whole.ratio:.4g}"
+            compared, why = "no", f"the loop multiplies the loss by {found.whole.ratio:.4g}"
     weighed: Answer = "wrong" if weighing.faults else "no"
     if weighing.verdict == "exact" and window.is_intact and not record.has_batch_norm:
         weighed = "right"

@@ -104,7 +104,7 @@ class Observer(Subscriber):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether backwards were observed that no step has followed, and observing goes on."""
+        """Whether backwards were observed that no step has followed, and observing continues."""
         return not self._is_over and bool(self._pending)
 
     @contextmanager

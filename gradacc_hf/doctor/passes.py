@@ -28,15 +28,13 @@ class Progress:
 class DataPasses:
     """Counts passes over the training data.
 
-    The training loader is the loader that started last among those that gave a batch before the first
+    The training loader is the loader that started last, of all loaders that gave a batch before the first
     backward. A pass begins when this loader, or another in its place, gives the first batch of an iteration.
     """
 
     def __init__(self, record: LoopRecord, started: Sequence[StartedLoader]):
         self._record = record
-        self._started: list[tuple[StartedLoader, int]] = [
-            (each, 0) for each in started
-        ]  # with batches so far
+        self._started = [(each, 0) for each in started]  # with the batches so far
         self._training: StartedLoader | None = None
         self._number = 0
 

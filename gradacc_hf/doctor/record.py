@@ -283,7 +283,7 @@ class LoopRecord:
     is_stream: whether the loop reads the data as a stream, so that a window may continue in the next pass.
     has_several_loaders: whether several loaders give batches at the same time.
     unseen_steps: steps after no backward that reached the optimizer.
-    later: windows after the observed ones, of which only the weights of the losses are known.
+    later: irregular windows after the observed ones; only the weights of their losses are known.
     schedule: the lines of the scheduler.
     optimizer: the class of the optimizer.
     has_batch_norm: whether a BatchNorm normalises with the statistics of the micro-batch.

@@ -286,7 +286,7 @@ def _compare(
         kept = replace(found, losses=losses, whole_loss=whole_loss, coupled=coupled)
         return replace(kept, items=items, counted=counted, why_not=CHANGED_INSIDE)
     if coupled == "unknown":
-        raise ReplayError("the loss of the window in one batch is no mean of the micro-batches' losses")
+        raise ReplayError("no count of items explains the loss of the window in one batch")
     if adds_up or (is_sure and not found.half):
         weights = [1.0] * len(micro_batches) if adds_up else [n / sum(items) for n in items]
         for micro_batch, weight, before in zip(micro_batches, weights, losses, strict=True):

@@ -43,8 +43,8 @@ class LoopFinder(Subscriber):
     """Finds the loops of a program and diagnoses them, several optimizers at a time.
 
     Optimizers are found when parameters are added to them, loaders when an iteration begins. A diagnosis
-    begins with the first forward of a module that holds parameters of an optimizer. It ends early if another
-    optimizer takes over its parameters.
+    begins with the first forward of a module that holds parameters of an optimizer. If the optimizer has made
+    a step, the diagnosis ends when the diagnosis of another optimizer begins.
 
     say: called with each report; the same findings at the same line are reported once.
     stop: whether to raise StopHere once no optimizer is observed any more.
@@ -131,8 +131,7 @@ class LoopFinder(Subscriber):
         self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, parameters: frozenset[int]
     ) -> None:
         for loop in list(self._loops):
-            is_before = loop.diagnosis.record.windows and not loop.parameters.isdisjoint(parameters)
-            if loop.diagnosis.is_over or is_before:  # this loop is over
+            if loop.diagnosis.is_over or loop.diagnosis.record.windows:  # this loop came before
                 self._loops.remove(loop)
                 loop.ending.close()
         diagnosis: list[Diagnosis] = []

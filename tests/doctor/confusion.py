@@ -35,17 +35,21 @@ Fault = tuple[str, int]  # name and line
 
 @dataclass(frozen=True)
 class Result:
-    """What the doctor does with a loop."""
+    """The findings of the doctor in a loop.
+
+    planted, found: names and lines of faults.
+    code, output: exit code and text of the command.
+    """
 
     name: str
     planted: set[Fault]
     found: set[Fault]
     code: int
-    said: str
+    output: str
 
     @property
     def is_judged(self) -> bool:
-        return NOT_JUDGED.search(self.said) is None
+        return NOT_JUDGED.search(self.output) is None
 
     @property
     def is_right(self) -> bool:
@@ -56,10 +60,11 @@ def paths(word: str = "") -> list[Path]:
     """The loops with this word in the name. Loops of Lightning need it installed."""
     found = [path for path in sorted(LOOPS.glob("*_*.py")) if word in path.stem]
     has_lightning = importlib.util.find_spec("lightning") is not None
-    return [path for path in found if has_lightning or "lightning" not in _modules(path)]
+    return [path for path in found if has_lightning or "lightning" not in modules_of(path)]
 
 
-def _modules(path: Path) -> set[str]:
+def modules_of(path: Path) -> set[str]:
+    """The packages that a loop imports."""
     return set(re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
 
 
@@ -86,9 +91,9 @@ def diagnose_loop(path: Path, *options: str) -> Result:
         code = 99
     gc.unfreeze()
     torch.set_rng_state(rng)
-    said = out.getvalue()
+    output = out.getvalue()
     return Result(
-        path.stem, planted, {(name, int(line)) for name, _, line in FINDING.findall(said)}, code, said
+        path.stem, planted, {(name, int(line)) for name, _, line in FINDING.findall(output)}, code, output
     )
 
 
@@ -117,7 +122,7 @@ if __name__ == "__main__":
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     results = [diagnose_loop(path) for path in paths(word)]
     if word:
-        print(*(each.said for each in results), sep="\n")
+        print(*(each.output for each in results), sep="\n")
     print(table(results))
     for each in results:
         if not each.is_right:
