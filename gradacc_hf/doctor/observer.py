@@ -363,7 +363,8 @@ class Observer(Subscriber):
         """The window of the pending backwards."""
         gradients, last, unscaled = self._gradients, self._pending[-1], 1.0
         if self._unscaled_norm is not None:
-            unscaled = self._unscaled_norm / last.norm_after if last.norm_after else math.nan
+            is_known = 0 < last.norm_after < math.inf
+            unscaled = self._unscaled_norm / last.norm_after if is_known else math.nan
             last.norm_after, self._unscaled_norm = self._unscaled_norm, None
         own, discarded = own_backwards(self._pending, self._record.windows)
         norm = gradients.norm()

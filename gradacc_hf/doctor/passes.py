@@ -44,24 +44,24 @@ class DataPasses:
 
     def number(self) -> int:
         """Passes begun so far; 0 without a loader. Called at each backward."""
-        advanced, restarted = [], False
+        advanced, restarted, going_on = [], False, []
         for index, (started, before) in enumerate(self._started):
             if started.batches != before:
                 advanced.append(started)
+                going_on += [started] if before and started is not self._training else []
                 restarted |= started is self._training and started.batches < before  # a persistent iterator
             self._started[index] = started, started.batches
         if self._training in advanced:
             self._number += restarted
         elif advanced:
-            goes_on = any(each is not advanced[-1] and _is_underway(each) for each in advanced)
-            if self._training is None or not goes_on:
+            if self._training is None or not going_on:
                 self._begin(advanced[-1])
+            else:  # one of several loaders begins again, not the data
+                self._record.has_several_loaders = True
             self._training = advanced[-1]
         elif self._training is None and self._started:
             self._begin(self._started[-1][0])
         in_use = {id(each) for each in advanced} | {id(self._training)}
-        if len({id(each) for each in advanced if _is_underway(each)}) > 1:
-            self._record.has_several_loaders = True
         self._started = [pair for pair in self._started if id(pair[0]) in in_use or _is_underway(pair[0])]
         return self._number
 

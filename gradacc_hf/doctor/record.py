@@ -229,6 +229,21 @@ class Weighing:
         return set(self.verdict.split("+")) - {"exact", ""}
 
 
+def groups_of(micro_batches: Sequence[ObservedMicroBatch], by_line: bool) -> list[list[ObservedMicroBatch]]:
+    """Group micro-batches by their losses. A micro-batch with a part of the losses belongs to the same group.
+
+    by_line: whether losses of the same function in two lines differ.
+    """
+    losses = [frozenset(m.losses if by_line else [name for name, _ in m.losses]) for m in micro_batches]
+    heads: list[frozenset] = []
+    for some in sorted(set(losses), key=len, reverse=True):
+        if not any(some <= head for head in heads):
+            heads.append(some)
+    of = [next(i for i, head in enumerate(heads) if some <= head) for some in losses]
+    groups = [[m for m, i in zip(micro_batches, of, strict=True) if i == n] for n in range(len(heads))]
+    return [group for group in groups if group]
+
+
 SAME_NORM_RTOL = 1e-3  # relative change of a norm up to which it counts as unchanged
 
 
@@ -263,10 +278,9 @@ class ObservedWindow:
 
     def __len__(self) -> int:
         """The number of micro-batches: of backwards of the same loss."""
-        fine = Counter(micro_batch.losses for micro_batch in self.micro_batches)
-        coarse = Counter(tuple(name for name, _ in micro_batch.losses) for micro_batch in self.micro_batches)
-        is_even = len(set(fine.values())) == 1 and max(fine.values()) > 1
-        return max((fine if is_even else coarse).values())
+        fine = [len(group) for group in groups_of(self.micro_batches, by_line=True)]
+        is_even = len(set(fine)) == 1 and fine[0] > 1
+        return max(fine if is_even else map(len, groups_of(self.micro_batches, by_line=False)))
 
 
 @dataclass

@@ -137,7 +137,7 @@ DISCARDED = {
     "other_loss": "backwards of another loss, zeroed before a window",
     "other_weights": "backwards at other weights, zeroed before a window (two passes, as in SAM)",
     "not_finite": "windows with a gradient that is not finite, zeroed without a step",
-    "skipped": "whole windows, zeroed without a step",
+    "skipped": "whole windows, or windows of another optimizer, zeroed without a step",
 }
 
 

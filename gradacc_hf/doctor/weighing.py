@@ -23,6 +23,7 @@ from gradacc_hf.doctor.record import (
     ObservedWindow,
     Weighing,
     WindowComparison,
+    groups_of,
 )
 
 RTOL = 4e-3  # relative difference up to which weights are alike; a number in bf16 has half of it
@@ -97,6 +98,9 @@ def weigh(window: ObservedWindow, steps: int) -> Weighing:
     found = _weigh(window, steps, 1.0)  # the loop clips the gradient by hand
     if found.verdict == "exact" or many == 1:
         return found
+    lines = {at for each in window.micro_batches[:-1] for _, at in each.touched}
+    if window.change.place in lines:  # the fault of clipping too early
+        return found
     where = f" at {window.change.place}" if window.change.place else ""
     return Weighing(why_not=f"the gradient is multiplied by {hand:.4g} before the step{where}")
 
@@ -105,19 +109,15 @@ def _weigh(window: ObservedWindow, steps: int, scaled: float) -> Weighing:
     factor = window.unscaled * scaled
     if not math.isfinite(factor):
         return Weighing(why_not="the scale of the gradient scaler is unknown")
-    fine: dict[tuple, list[ObservedMicroBatch]] = defaultdict(list)
-    coarse: dict[tuple, list[ObservedMicroBatch]] = defaultdict(list)
-    for micro_batch in window.micro_batches:
-        fine[micro_batch.losses].append(micro_batch)
-        coarse[tuple(name for name, _ in micro_batch.losses)].append(micro_batch)
-    by, losses = [], _losses_of_model(window)
-    for groups in (fine, coarse):  # the branches of a loop may compute the same loss in several lines
-        judged = [_judge(group, steps, factor, losses) for group in groups.values()]
-        if exact := _all_exact(judged, groups.values(), steps):
+    judged: list[Weighing] = []
+    losses = _losses_of_model(window)
+    for by_line in (True, False):  # the branches of a loop may compute the same loss in several lines
+        groups = groups_of(window.micro_batches, by_line)
+        is_full = all(len(group) >= len(window) for group in groups)
+        now = [_judge(group, steps, factor, losses) for group in groups]
+        if exact := _all_exact(now, groups, steps):
             return exact
-        by.append(judged)
-    is_full = all(len(group) >= len(window) for group in fine.values())
-    judged = by[0] if is_full else by[1]
+        judged = judged or (now if is_full or not by_line else [])
     if wrong := [each for each in judged if each.faults]:
         return replace(wrong[0], verdict="+".join(sorted(set().union(*(each.faults for each in wrong)))))
     return next(each for each in judged if not each.verdict)

@@ -55,6 +55,8 @@ def _why_discarded(
         return "other_loss"
     if part[-1].data_pass < own[0].data_pass:
         return "dropped"
+    if part[-1].model_version != own[0].model_version:  # another optimizer made a step
+        return "skipped"
     usual = Counter(len(w.micro_batches) for w in earlier if not w.discarded).most_common(1)
     if usual and usual[0][0] == len(own) > 1:
         return "dropped" if len(part) < len(own) else "skipped"
