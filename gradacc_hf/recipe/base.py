@@ -29,7 +29,7 @@ from gradacc_hf.data.columns import file_rows
 from gradacc_hf.data.loading import load_data
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
-from gradacc_hf.training.loop import evaluate, logits_and_labels
+from gradacc_hf.training.loop import Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
 from gradacc_hf.utils.files import MODEL_CONFIG
 
@@ -210,7 +210,7 @@ class Recipe:
         """Return the mean loss over the items of a micro-batch."""
         return model_loss(outputs, batch)
 
-    def predict(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    def predict(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Rows, Rows]:
         """Return the predictions and references of a micro-batch, row by row."""
         return logits_and_labels(outputs, batch)
 

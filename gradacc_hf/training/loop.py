@@ -38,6 +38,7 @@ from gradacc_hf.utils.logs import get_logger
 logger = get_logger(__name__)
 
 Rows = Sequence[Any] | np.ndarray
+"""Predictions or references of a micro-batch, by row."""
 Predict = Callable[[Any, Mapping[str, Any]], tuple[Rows, Rows]]
 
 
