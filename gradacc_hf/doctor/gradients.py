@@ -1,5 +1,6 @@
 """The gradients of one optimizer: their norm, whether a backward reached them, and changes by the loop."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,12 @@ class GradientWatch:
             gradients = [g for g in self.gradients() if g is not None]
             if any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients):
                 gradients = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-            return float(get_total_norm(gradients)) if gradients else 0.0
+            norm = float(get_total_norm(gradients)) if gradients else 0.0
+            if math.isinf(norm):  # squares of scaled gradients overflow in float32
+                norm = math.hypot(
+                    *(float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in gradients)
+                )
+            return norm
 
     def state(self) -> tuple[Any, ...]:
         """Identity and version of each gradient; a backward that reaches a parameter changes them."""
