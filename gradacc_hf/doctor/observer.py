@@ -95,7 +95,9 @@ class Observer(Subscriber):
         ] = ()  # backwards zeroed before the window, of later windows
         self._forwards: list[Forward] = []
         self._reads: list[LossRead] = []
-        self._factors: list[tuple[float, weakref.ref, weakref.ref]] = []  # with the loss before and after
+        self._scaled: list[
+            tuple[weakref.ref, tuple[float, ...]]
+        ] = []  # losses, and their factors, last first
 
     @property
     def is_listening(self) -> bool:
@@ -168,9 +170,9 @@ class Observer(Subscriber):
         is_evaluation = self._trains and not module.training
         if is_evaluation or not torch.is_grad_enabled() or thread_listener().is_paused:
             return
-        if not self._is_observing or self._is_in_step:
-            return
         self._output, loss = outputs, loss_in(outputs)
+        if not self._is_observing or self._is_in_step or (loss is not None and is_in_transform(loss)):
+            return
         if loss is not None:
             numbers = [each for each in (*inputs, *named.values()) if is_number(each)]
             self._terms.output_loss(loss, self._since, has_number=bool(numbers))
@@ -182,6 +184,8 @@ class Observer(Subscriber):
         self, function: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any], loss: torch.Tensor
     ) -> None:
         """Watch a loss."""
+        if is_in_transform(loss):
+            return
         recomputed = None
         is_known = getattr(function, "__name__", "") in LOSSES and args and isinstance(args[0], torch.Tensor)
         if is_known and self._is_observing:
@@ -194,7 +198,7 @@ class Observer(Subscriber):
 
     def loss_scaled(self, factor: float, loss: torch.Tensor, scaled: torch.Tensor) -> None:
         """Record a number by which a loss was multiplied."""
-        self._factors.append((factor, weakref.ref(loss), weakref.ref(scaled)))
+        self._scaled.append((weakref.ref(scaled), (factor, *self._factors_of(loss))))
 
     def number_read(self, value: float) -> None:
         """Record a tensor that was read as a number."""
@@ -237,7 +241,7 @@ class Observer(Subscriber):
             result = run()
         if self._gradients.state() == state:  # the backward of another model
             return result
-        root_factors = self._root_factors(loss)
+        root_factors = self._factors_of(loss)
         losses = self._terms.take(None if loss is None else float(loss.detach()), self._tolerance())
         if self._is_in_step:  # an optimizer with a closure evaluates it again
             windows = self._record.windows
@@ -249,17 +253,13 @@ class Observer(Subscriber):
         else:
             self._append(losses, place, math.nan, math.nan, root_factors)
             self._num_later += 1
-        self._factors = []
+        self._scaled = []
         return result
 
-    def _root_factors(self, loss: torch.Tensor | None) -> tuple[float, ...]:
-        """The numbers by which the whole loss was multiplied, last first."""
-        found, now = [], loss
-        for factor, before, after in reversed(self._factors):
-            if now is not None and after() is now:
-                found.append(factor)
-                now = before()
-        return tuple(found)
+    def _factors_of(self, loss: torch.Tensor | None) -> tuple[float, ...]:
+        """The numbers by which a whole loss was multiplied, last first."""
+        known = reversed(self._scaled if loss is not None else [])
+        return next((factors for scaled, factors in known if scaled() is loss), ())
 
     def _tolerance(self) -> float:
         return TERM_RTOL if self._record.autocast is None else LOSS_RTOL_16_BIT
@@ -293,7 +293,7 @@ class Observer(Subscriber):
             data_pass=self._passes.number(),
             terms=terms,
             is_complete=losses.is_complete,
-            factors=tuple(factor for factor, *_ in self._factors),
+            factors=tuple(factors[0] for _, factors in self._scaled),
             root_factors=root_factors,
             weights_version=self._gradients.follow_weights(),
             model_version=self._gradients.model_version() if self._is_observing else 0,
@@ -430,6 +430,15 @@ def _are_same(output: torch.Tensor, prediction: torch.Tensor) -> bool:
     if output.numel() != prediction.numel() or not prediction.ndim:
         return False
     return torch.equal(output.detach().float().flatten(), prediction.detach().float().flatten())
+
+
+def is_in_transform(loss: torch.Tensor) -> bool:
+    """Whether a loss is inside of a transform like torch.func.vmap, where it has no single value."""
+    try:
+        loss.detach().item()
+    except RuntimeError:
+        return True
+    return False
 
 
 def is_number(value: Any) -> bool:

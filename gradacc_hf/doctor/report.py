@@ -125,6 +125,9 @@ def _not_judged(record: LoopRecord, wrong: set[str]) -> Iterator[str]:
     set_aside = Counter(d.why for w in record.windows for d in w.discarded if d.why in DISCARDED)
     for why, number in set_aside.items():
         yield f"{DISCARDED[why]}: not judged ({number} of them)"
+    reads = [read for window in record.windows for read in window.reads]
+    if record.steps > 1 and reads and sum(len(w) == record.steps for w, _ in record.compared) < 2:
+        yield "the losses that the loop reads were not compared with the loss of the window"
     if record.steps > 1 and "partial_window_leaked" not in wrong:
         yield from _end_not_judged(record, wrong)
 

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from gradacc_hf.doctor import Diagnosis, diagnose
 from gradacc_hf.doctor.frames import StartedLoader
 from gradacc_hf.doctor.listener import Subscriber, subscribed
+from gradacc_hf.doctor.record import LoopRecord
 from gradacc_hf.doctor.report import NOT_OBSERVED, NOTHING_OBSERVED
 from gradacc_hf.errors import InputError
 from gradacc_hf.utils.commands import Parser
@@ -187,7 +188,9 @@ def every_loop(
     seen = [diagnosis.record for diagnosis in finder.diagnoses]
     names = [record.optimizer for record in seen if record.unseen_steps and not record.windows]
     for name in sorted({*names, *finder.stepped_unseen.values()}):
-        say(NOT_OBSERVED.format(f"the optimizer {name}" if name else "an optimizer"))
+        say(NOT_OBSERVED.format(name or "an optimizer"))
+    for name in finder.stepped_unseen.values():
+        finder.diagnoses.append(Diagnosis(LoopRecord(optimizer=name, unseen_steps=1), say))
 
 
 def run_script(script: Path, arguments: Sequence[str], **settings: Any) -> list[Diagnosis]:

@@ -220,6 +220,9 @@ def _wrong_scale(
         undivided, is_large = (), False
     if undivided or (is_large and not is_alone):
         return {"not_divided"}
+    twice = [sum(abs(f * many - 1) <= RTOL for f in each.root_factors) > 1 for each in group]
+    if many > 2 and all(twice):  # a factor of 1/2 is common besides the steps
+        return {"divided_twice"}
     if many > 1 and any(series.is_near(1 / many) for series in (every if is_alone else totals)):
         return {"divided_twice"}
     return set()

@@ -763,4 +763,4 @@ def test_a_loss_beside_the_model_s_is_not_overlooked():
         optimizer.step()
     assert diagnosis.findings == [], str(diagnosis)
     assert "the backward starts from more than one loss" in str(diagnosis)
-    assert "the scale of the loss was not judged" in str(diagnosis)
+    assert "the weights of the losses were judged" in str(diagnosis)
