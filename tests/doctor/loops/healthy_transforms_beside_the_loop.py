@@ -16,7 +16,7 @@ for _ in range(2):
         (F.cross_entropy(model(x), y) / steps).backward()
         weights = dict(model.named_parameters())
         norms = [g.norm() for g in vmap(grad(loss_of), (None, 0, 0))(weights, x, y).values()]
-        scaled = vmap(lambda row: (row * weights["0.bias"].sum()).mean())(x)
+        scaled = vmap(lambda row: (row * model[0].bias.sum()).mean())(x)
         if step % steps == 0:
             optimizer.step()
             optimizer.zero_grad()
