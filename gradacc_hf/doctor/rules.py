@@ -219,7 +219,7 @@ def _weights(record: LoopRecord) -> Iterator[Finding]:
         if not _is_leak(window, record):
             for name in weighing.faults:
                 found.setdefault(name, (window, weighing))
-    for name in sorted(found):
+    for name in sorted(found, key=lambda name: (name == "mean_of_means", name)):  # the scale first
         window, weighing = found[name]
         steps, place = len(window), weighing.place
         evidence = f"over {steps} micro-batches, the weights of the loss sum up to {weighing.sum:.4g}"
