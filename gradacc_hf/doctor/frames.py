@@ -120,6 +120,11 @@ def is_clipping_norm() -> bool:
     return any(frame.f_code.co_name in names for frame in frames())
 
 
+def is_in_optimizer() -> bool:
+    """Whether code of an optimizer is running."""
+    return any(frame.f_globals.get("__name__", "").startswith("torch.optim") for frame in frames())
+
+
 def is_clipping() -> bool:
     """Whether one of torch's functions that clip gradients is running."""
     return any(frame.f_globals.get("__name__") == "torch.nn.utils.clip_grad" for frame in frames())

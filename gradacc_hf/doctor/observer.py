@@ -16,7 +16,14 @@ import torch
 
 from gradacc_hf.accumulation.accelerate_state import requested_steps
 from gradacc_hf.doctor.dropout import Key, hold_dropout, release_dropout
-from gradacc_hf.doctor.frames import StartedLoader, driver, schedule_length, schedule_lines, user_line
+from gradacc_hf.doctor.frames import (
+    StartedLoader,
+    driver,
+    is_in_optimizer,
+    schedule_length,
+    schedule_lines,
+    user_line,
+)
 from gradacc_hf.doctor.gradients import GradientWatch, Subject
 from gradacc_hf.doctor.listener import LOSSES, Subscriber, subscribed, thread_listener
 from gradacc_hf.doctor.passes import DataPasses, Progress
@@ -202,7 +209,7 @@ class Observer(Subscriber):
 
     def number_read(self, value: float) -> None:
         """Record a tensor that was read as a number."""
-        if not self._is_observing:
+        if not self._is_observing or is_in_optimizer():
             return
         if self._pending or self._forwards:
             self._reads.append(LossRead(value, user_line()))
