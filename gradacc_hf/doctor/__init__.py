@@ -7,8 +7,9 @@ For transformers' Trainer: `trainer.add_callback(gradacc_hf.DoctorCallback())`.
 
 Data flows one way:
 
-    listener.py, frames.py → observer.py → record.py ← examination.py, reference.py, item_counts.py
-                                         record.py → rules.py, messages.py → report.py → Diagnosis
+    listener.py, frames.py → terms.py, gradients.py, passes.py → observer.py → record.py
+    examination.py, reference.py, item_counts.py → record.py
+    record.py → weighing.py, judgement.py → rules.py, messages.py → report.py → Diagnosis
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from gradacc_hf.doctor.examination import Examination
-from gradacc_hf.doctor.frames import length_of
-from gradacc_hf.doctor.observer import Observer, Subject
+from gradacc_hf.doctor.frames import StartedLoader, length_of
+from gradacc_hf.doctor.gradients import Subject
+from gradacc_hf.doctor.observer import Observer
 from gradacc_hf.doctor.record import LoopRecord
 from gradacc_hf.doctor.reference import LossOf
 from gradacc_hf.doctor.report import report
@@ -35,6 +36,7 @@ class Diagnosis:
     Attributes:
         record: the observations.
         is_over: whether observing has ended and the report was passed to `say`.
+        is_waiting: returns whether observed backwards wait for a step.
         findings: the faults of the loop, errors first; empty for a healthy loop.
         healthy: whether windows were observed and no finding is an error.
     """
@@ -42,6 +44,7 @@ class Diagnosis:
     def __init__(self, record: LoopRecord, say: Callable[[str], Any]):
         self.record = record
         self.is_over = False
+        self.is_waiting: Callable[[], bool] = lambda: False
         self._say = say
 
     @property
@@ -73,7 +76,8 @@ def diagnose(
     windows: int = 3,
     scheduler: Any = None,
     say: Callable[[str], Any] = print,
-    started_loaders: Sequence[DataLoader] = (),
+    to_end: bool = True,
+    started_loaders: Sequence[StartedLoader] = (),
 ) -> Iterator[Diagnosis]:
     """Observe the training loop in the `with` block, and report the faults of its accumulation.
 
@@ -89,7 +93,8 @@ def diagnose(
             the divided loss shows the number.
         windows: number of windows to compare.
         scheduler: the learning rate scheduler; by default, the variables of the loop are searched for one.
-        say: called with the report as soon as it is complete.
+        say: called with the report as soon as it is complete, and again if a later window leaks.
+        to_end: whether to observe the end of a pass over the data too, if its last window is partial.
         started_loaders: loaders over which the loop already iterates.
 
     Yields:
@@ -110,8 +115,10 @@ def diagnose(
     subject = Subject.of(model, optimizer)
     record = LoopRecord(intended=accumulation_steps, schedule_length=length_of(scheduler))
     diagnosis = Diagnosis(record, say)
-    examination = Examination(subject, record, windows, loss_fn)
-    observer = Observer(subject, record, examination.examine, diagnosis.finish, started_loaders)
+    examination = Examination(subject, record, windows, loss_fn, to_end)
+    found_later = diagnosis.finish if to_end else None
+    observer = Observer(subject, record, examination.examine, diagnosis.finish, found_later, started_loaders)
+    diagnosis.is_waiting = lambda: observer.is_waiting
     try:
         with observer.attached():
             yield diagnosis

@@ -4,7 +4,9 @@ The first windows are compared, within a budget of work. If a pass over the data
 that window is compared as well.
 """
 
-from gradacc_hf.doctor.observer import Attention, Progress, Subject
+from gradacc_hf.doctor.gradients import Subject
+from gradacc_hf.doctor.observer import Attention
+from gradacc_hf.doctor.passes import Progress
 from gradacc_hf.doctor.record import LoopRecord, ObservedWindow, WindowComparison
 from gradacc_hf.doctor.reference import LossOf, compare_window, work
 
@@ -15,10 +17,13 @@ class Examination:
     """Compares windows of a record with references, within a budget of work.
 
     windows: number of windows to compare.
+    to_end: whether to observe the end of a pass over the data as well.
     """
 
-    def __init__(self, subject: Subject, record: LoopRecord, windows: int, loss_fn: LossOf | None):
-        self._subject, self._record = subject, record
+    def __init__(
+        self, subject: Subject, record: LoopRecord, windows: int, loss_fn: LossOf | None, to_end: bool
+    ):
+        self._subject, self._record, self._to_end = subject, record, to_end
         self._windows, self._loss_fn = windows, loss_fn
         self._loop_work = self._comparison_work = 0.0
 
@@ -43,7 +48,13 @@ class Examination:
         if seen == 1 and not is_affordable:
             times = f"{at_once / of_loop:.0f} × the work, mostly padding"
             window.comparison = WindowComparison(why_not=f"the window in one batch would be {times}")
-        elif is_affordable and (seen <= self._windows or self._is_at_end(window, progress)):
+        elif not is_affordable:
+            window.comparison = WindowComparison(why_not="comparing them too would take too long")
+        elif seen > self._windows and not self._is_at_end(window, progress):
+            window.comparison = WindowComparison(
+                why_not=f"only the first {self._windows} and the last of a pass are compared"
+            )
+        else:
             found = window.comparison = compare_window(
                 self._subject, window, self._loss_fn, self._record.autocast
             )
@@ -51,13 +62,23 @@ class Examination:
             self._comparison_work += at_once / 3 + of_loop * (1 + repeats)
 
     def _next(self, window: ObservedWindow, progress: Progress) -> Attention:
-        seen, steps, length = len(self._record.windows), self._longest(), progress.length
+        record = self._record
+        seen, steps, length = len(record.windows), self._longest(), progress.length
         if seen < self._windows:
             return Attention()
         is_in_later_pass = window.micro_batches[0].data_pass > 1
         if seen > self._windows and (is_in_later_pass or self._is_at_end(window, progress)):
             return Attention(stop=True)  # the end of the data was observed
-        if length is None or steps == 1 or not (length % steps or progress.ends_short):
+        batches = max(1, round(progress.batches / self._in_this_pass()))  # of a window
+        if length is None or steps == 1 or not (length % batches or progress.ends_short):
             return Attention(stop=True)
-        before_end = length - 2 * steps  # the last window will be partial, or have a short micro-batch
-        return Attention(resume_at=before_end if progress.forwards < before_end else None)
+        if not self._to_end:
+            record.stopped_early = True
+            return Attention(stop=True)
+        before_end = length - 2 * batches  # the last window will be partial, or have a short micro-batch
+        return Attention(resume_at=before_end if progress.batches < before_end else None)
+
+    def _in_this_pass(self) -> int:
+        """The number of windows in the latest pass."""
+        passes = [window.micro_batches[0].data_pass for window in self._record.windows]
+        return passes.count(passes[-1])

@@ -1,12 +1,19 @@
 """Read the call stack: the user's line, the library that runs the loop, the scheduler of an optimizer.
 
+The lines of a scheduler are found in the text of the file, because torch functions do not report its calls.
+
 Frames and objects are only read, never changed.
 """
 
+import inspect
+import linecache
 import os
+import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, cast
@@ -15,7 +22,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from gradacc_hf.doctor.record import Place
+from gradacc_hf.doctor.record import Place, ScheduleLines
 
 PACKAGE = str(Path(__file__).parent.parent)
 DOCTOR = str(Path(__file__).parent)
@@ -34,8 +41,22 @@ def frames(outside: str = PACKAGE) -> Iterator[FrameType]:
 
 
 def _is_users(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
-    return not file.startswith("<") and not os.path.realpath(file).startswith(LIBRARIES)
+    return _is_users_file(frame.f_code.co_filename)
+
+
+@lru_cache(maxsize=4096)
+def _is_users_file(file: str) -> bool:
+    if file.startswith("<"):
+        return False
+    path = os.path.realpath(file)
+    installed = {os.path.realpath(folder) for folder in sys.path if folder and _has_installed(folder)}
+    return not path.startswith((*LIBRARIES, *(folder + os.sep for folder in installed)))
+
+
+@lru_cache(maxsize=256)
+def _has_installed(folder: str) -> bool:
+    """Whether a folder of the search path has installed packages."""
+    return next(Path(folder).glob("*.dist-info"), None) is not None
 
 
 def user_line() -> Place | None:
@@ -57,13 +78,56 @@ def _caller_of_torch() -> FrameType | None:
     return next((frame for frame in frames() if frame.f_code.co_name != "__torch_function__"), None)
 
 
-def starting_loader() -> DataLoader | None:
-    """The loader whose iteration begins, if the current torch function draws the seed of the workers."""
+@dataclass(frozen=True)
+class StartedLoader:
+    """An iteration over a loader.
+
+    iterator: counts the batches in `_num_yielded`.
+    is_stream: whether the loop calls `iter` itself, or a generator does; windows may then continue in the
+        next pass on purpose.
+    """
+
+    loader: DataLoader
+    iterator: Any
+    is_stream: bool = False
+
+    @property
+    def batches(self) -> int:
+        """Batches fetched in this pass."""
+        return getattr(self.iterator, "_num_yielded", 0)
+
+
+def starting_loader() -> StartedLoader | None:
+    """The iteration over a loader that begins, if the current torch function draws the workers' seed."""
     frame = _caller_of_torch()
     if frame is None or frame.f_globals.get("__name__") != "torch.utils.data.dataloader":
         return None
-    loader = frame.f_locals.get("loader") if frame.f_code.co_name == "__init__" else None
-    return loader if isinstance(loader, DataLoader) else None
+    found = frame.f_locals if frame.f_code.co_name == "__init__" else {}
+    if not isinstance(loader := found.get("loader"), DataLoader):
+        return None
+    starts = next(filter(_is_users, frames()), None)
+    is_stream = False
+    if starts is not None:
+        text = linecache.getline(starts.f_code.co_filename, starts.f_lineno)
+        is_generator = bool(starts.f_code.co_flags & inspect.CO_GENERATOR)
+        is_stream = is_generator or bool(re.search(r"\biter\(", text))
+    return StartedLoader(loader, found.get("self"), is_stream)
+
+
+def is_clipping_norm() -> bool:
+    """Whether torch's clipping to a norm is running."""
+    names = ("clip_grad_norm_", "clip_grads_with_norm_", "_clip_grads_with_norm_")
+    return any(frame.f_code.co_name in names for frame in frames())
+
+
+def is_in_optimizer() -> bool:
+    """Whether code of an optimizer is running."""
+    return any(frame.f_globals.get("__name__", "").startswith("torch.optim") for frame in frames())
+
+
+def is_clipping() -> bool:
+    """Whether one of torch's functions that clip gradients is running."""
+    return any(frame.f_globals.get("__name__") == "torch.nn.utils.clip_grad" for frame in frames())
 
 
 def optimizer_being_built() -> torch.optim.Optimizer | None:
@@ -93,6 +157,45 @@ def schedule_length(optimizer: torch.optim.Optimizer) -> int | None:
                 if is_ours and (steps := length_of(scheduler)) is not None:
                     return steps
     return None
+
+
+def schedule_lines(optimizer: torch.optim.Optimizer) -> ScheduleLines:
+    """Find the lines of this optimizer's scheduler in the text of the user's files."""
+    for frame in filter(_is_users, frames(outside=DOCTOR)):
+        file, lines = frame.f_code.co_filename, linecache.getlines(frame.f_code.co_filename)
+        within = {line for *_, line in frame.f_code.co_lines() if line}
+        names = sorted(_scheduler_names(frame, optimizer))
+        any_name = "|".join(map(re.escape, names)) or "(?!)"
+        made = _first_line(lines, rf"\b({any_name})\b[^=(]*=[^=]")
+        stepped = _first_line(lines, rf"\b({any_name})\b(\[[^\]]*\])?\.step\(", within)
+        stepped = stepped or _first_line(lines, r"\[[\"']lr[\"']\]\s*[-+*/]?=[^=]", within)
+        if made or stepped:
+            places = [Place(file, line) if line else None for line in (made, stepped)]
+            return ScheduleLines(made=places[0], stepped=places[1])
+    return ScheduleLines()
+
+
+def _scheduler_names(frame: FrameType, optimizer: torch.optim.Optimizer) -> set[str]:
+    """The names of variables and attributes that hold a scheduler of this optimizer."""
+
+    def is_held(value: Any) -> bool:
+        return any(getattr(each, "optimizer", None) is optimizer for each in _unwrapped(value))
+
+    names = set()
+    for space in (frame.f_locals, frame.f_globals):
+        for name, value in list(space.items()):
+            if any(map(is_held, _items(value))):
+                names.add(name)
+            elif not isinstance(value, type | ModuleType):
+                held = _attributes(value).items()
+                names |= {attribute for attribute, each in held if any(map(is_held, _items(each)))}
+    return names
+
+
+def _first_line(lines: Sequence[str], pattern: str, within: Container[int] = range(1, sys.maxsize)) -> int:
+    """The first line of code that has the pattern, preferably one of `within`; 0 if there is none."""
+    found = [n for n, text in enumerate(lines, 1) if re.search(pattern, text.partition("#")[0])]
+    return next((n for n in found if n in within), found[0] if found else 0)
 
 
 def length_of(scheduler: Any) -> int | None:

@@ -135,12 +135,15 @@ def why_coupled(
             return float(loss_of(inputs, tuple(rows_of(v, rows) for v in others), model))
 
     try:
-        alone, twice = loss([0]), loss([0, 0])
+        alone, again, twice = loss([0]), loss([0]), loss([0, 0])
     except (RuntimeError, IndexError, ValueError, TypeError):
         return "unknown"
+    if abs(alone - again) > tolerance * max(abs(alone), abs(again)):
+        return "unknown"  # the model is random
     if abs(alone - twice) <= tolerance * max(abs(alone), abs(twice)):
         return "padding" if _padded(micro_batches) else "unknown"
-    return "in_batch"
+    # A loss that the loop computes may have other dimensions before the examples, such as time.
+    return "unknown" if first.torch_loss is not None else "in_batch"
 
 
 def _padded(micro_batches: Sequence[ObservedMicroBatch]) -> bool:

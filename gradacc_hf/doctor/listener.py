@@ -12,16 +12,22 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader
 
-from gradacc_hf.doctor.frames import optimizer_being_built, starting_loader
+from gradacc_hf.doctor.frames import StartedLoader, optimizer_being_built, starting_loader
 
 NUMBER_READS = ("item", "__float__", "__format__")  # methods that read a tensor as a number
 UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"
 LOSSES = {  # functions of (prediction, target) that a loop may call to compute a mean loss
     *("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"),
     *("binary_cross_entropy", "binary_cross_entropy_with_logits", "poisson_nll_loss"),
+    *("triplet_margin_loss", "cosine_embedding_loss", "margin_ranking_loss", "hinge_embedding_loss"),
+    *("soft_margin_loss", "multi_margin_loss", "multilabel_margin_loss", "gaussian_nll_loss"),
+    *("multilabel_soft_margin_loss", "triplet_margin_with_distance_loss", "ctc_loss"),
 }
+REDUCTIONS = {"mean", "sum"}  # methods and functions that reduce a tensor to a loss
+PRODUCTS = {"mul", "multiply", "mul_"}
+QUOTIENTS = {"div", "divide", "true_divide", "div_"}
+NO_CHANGES = {"requires_grad_", "detach_", "retain_grad_", "share_memory_"}  # methods that keep the values
 
 
 class Subscriber:
@@ -32,23 +38,29 @@ class Subscriber:
 
     is_listening = False
 
-    def loader_started(self, loader: DataLoader) -> None:
+    def loader_started(self, loader: StartedLoader) -> None:
         """An iteration over this loader begins, with gradients enabled."""
 
     def optimizer_built(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is being built, or parameters are being added to it."""
 
-    def backward(self, loss: torch.Tensor, run: Callable[[], Any]) -> Any:
-        """Call `run`, the backward of this loss, and return its result."""
+    def backward(self, loss: torch.Tensor | None, run: Callable[[], Any]) -> Any:
+        """Call `run`, the backward of this loss, and return its result. None: of several losses."""
         return run()
 
     def loss_computed(
         self, function: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any], loss: torch.Tensor
     ) -> None:
-        """A torch function has computed a loss."""
+        """A torch function has computed a loss. It is one of LOSSES or REDUCTIONS."""
+
+    def loss_scaled(self, factor: float, loss: torch.Tensor, scaled: torch.Tensor) -> None:
+        """A loss was multiplied by this number."""
 
     def tensor_changed(self, tensor: Any, how: str) -> None:
         """A function with this name is about to change the tensor, or the list of tensors, in place."""
+
+    def gradient_replaced(self, parameter: torch.Tensor) -> None:
+        """The loop is about to set `.grad` of a parameter to another tensor."""
 
     def autocast_used(self, dtype: torch.dtype) -> None:
         """A linear layer computes in this type."""
@@ -106,10 +118,10 @@ class Listener(TorchFunctionMode):
         active = [subscriber for subscriber in self._subscribers if subscriber.is_listening]
         if not active:
             return func(*args, **kwargs)
-        if func is torch.Tensor.backward:
+        if func in (torch.Tensor.backward, torch.autograd.backward):
             run = partial(func, *args, **kwargs)
             for subscriber in active:
-                run = partial(subscriber.backward, args[0], run)
+                run = partial(subscriber.backward, _root(args, kwargs), run)
             return run()
         for subscriber in active:
             _send_before(subscriber, func, name, args)
@@ -127,11 +139,21 @@ def _is_check_of_leaf(func: Any, name: str) -> bool:
     return name == "__get__" and getattr(func, "__self__", None) is torch.Tensor.is_leaf
 
 
+def _root(args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The loss that goes backward with the gradient 1; None if there are several, or another gradient."""
+    given = [*args[1:2], kwargs.get("gradient"), kwargs.get("grad_tensors")]
+    tensors = args[0] if isinstance(args[0], tuple | list) else (args[0],)
+    is_plain = len(tensors) == 1 and tensors[0].numel() == 1 and all(each is None for each in given)
+    return tensors[0] if is_plain else None
+
+
 def _send_before(subscriber: Subscriber, func: Any, name: str, args: Any) -> None:
     if name == "__set__" and getattr(func, "__self__", None) is torch.Tensor.grad:
         if args[1] is None:
             subscriber.tensor_changed(args[0].grad, "zeroed")
-    elif name.endswith("_") and not name.startswith("__") and args:
+        elif args[1] is not args[0].grad:
+            subscriber.gradient_replaced(args[0])
+    elif name.endswith("_") and not name.startswith("__") and name not in NO_CHANGES and args:
         subscriber.tensor_changed(args[0], name)
     elif name == "linear" and torch.is_autocast_enabled(kind := args[0].device.type):
         subscriber.autocast_used(torch.get_autocast_dtype(kind))
@@ -140,14 +162,27 @@ def _send_before(subscriber: Subscriber, func: Any, name: str, args: Any) -> Non
 def _send_after(subscriber: Subscriber, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
     if name == UNSCALE:
         subscriber.gradients_unscaled()
-    if name in LOSSES and isinstance(result, torch.Tensor) and not result.ndim and result.requires_grad:
+    is_loss = isinstance(result, torch.Tensor) and not result.ndim and result.requires_grad
+    if is_loss and (name in LOSSES or name in REDUCTIONS):
         subscriber.loss_computed(func, args, kwargs, result)
+    elif is_loss and (name in PRODUCTS or name in QUOTIENTS) and len(args) == 2:
+        numbers = [float(value) for value in args if _is_number(value)]
+        if numbers and numbers[0]:
+            loss = args[0] if isinstance(args[0], torch.Tensor) and args[0].requires_grad else args[1]
+            subscriber.loss_scaled(numbers[0] if name in PRODUCTS else 1 / numbers[0], loss, result)
     elif name in NUMBER_READS and isinstance(args[0], torch.Tensor) and args[0].numel() == 1:
         value = result if isinstance(result, float) else None
         if name == "__format__" and args[0].is_floating_point():
             value = float(args[0].detach())
         if value is not None:
             subscriber.number_read(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, or a tensor of one number on the CPU that is not trained."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.requires_grad and value.device.type == "cpu"
+    return isinstance(value, int | float)
 
 
 _THREAD = threading.local()

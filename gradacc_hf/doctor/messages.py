@@ -3,6 +3,14 @@
 Braces hold numbers of the run: `n` is the accumulation steps; `rules.py` passes the others by name.
 """
 
+LAST_WINDOW = """
+  for step, batch in enumerate(loader, start=1):  # batch: all examples of a micro-batch
++     before = (step - 1) // {n} * {n} * loader.batch_size  # examples before this window
++     examples = min({n} * loader.batch_size, len(loader.dataset) - before)  # examples of this window
+-     (loss / {n}).backward()
++     (loss * len(batch) / examples).backward()  # for a loss that is a mean over examples
+-     if step % {n} == 0:
++     if step % {n} == 0 or step == len(loader):"""
 MESSAGES: dict[str, tuple[str, str, str]] = {
     "stepped_on_every_micro_batch": (
         "the optimizer steps on every micro-batch",
@@ -15,7 +23,7 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
     ),
     "zeroed_inside_the_window": (
         "gradients are zeroed between the micro-batches of a window",
-        "only the last micro-batch of each window reaches the optimizer; the others are wasted",
+        "only the backwards after the last zeroing reach the optimizer; the others are wasted",
         """
 - optimizer.zero_grad()  # before every backward
 + optimizer.zero_grad()  # only after optimizer.step()""",
@@ -128,23 +136,17 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
     "partial_window_mis_scaled": (
         "the last, partial window is scaled like a full window",
         "the last step of each pass is too short",
-        """
-- loss / {n}
-+ loss / micro_batches_of_this_window""",
+        LAST_WINDOW,
     ),
     "partial_window_dropped": (
         "the examples of the last, partial window are dropped",
         "in every pass over the data, these examples are computed but never reach a step",
-        """
-- if step % {n} == 0:
-+ if step % {n} == 0 or step == len(loader):""",
+        LAST_WINDOW,
     ),
     "partial_window_leaked": (
         "a window continues in the next pass over the data",
         "a step mixes two passes; evaluating or saving between the passes misses gradients not yet applied",
-        """
-- if step % {n} == 0:
-+ if step % {n} == 0 or step == len(loader):""",
+        LAST_WINDOW,
     ),
     "swamped_in_16_bits": (
         "gradients are summed in 16 bits, which rounds small contributions away",
@@ -187,13 +189,5 @@ FIXES: dict[str, dict[str, str]] = {  # by the library that runs the loop
     },
 }
 CONSEQUENCES: dict[str, set[str]] = {  # finding → other findings that it causes
-    "zeroed_inside_the_window": {
-        *("another_gradient", "mean_of_means", "divided_twice", "mis_scaled", "not_divided"),
-    },
-    "never_zeroed": {"another_gradient", "mean_of_means", "not_divided", "mis_scaled"},
-    "clipped_too_early": {"another_gradient", "mean_of_means", "mis_scaled", "divided_twice"},
-    "unscaled_too_early": {
-        *("another_gradient", "mean_of_means", "mis_scaled", "divided_twice", "not_divided"),
-    },
     "swamped_in_16_bits": {"another_gradient", "mis_scaled"},
 }

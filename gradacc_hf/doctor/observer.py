@@ -1,24 +1,38 @@
 """Observe a training loop from outside, and write a `LoopRecord`.
 
-`Observer` takes the model and the optimizer of the loop. Hooks on these two objects report forwards and
-steps; the listener of the thread (`listener.py`) reports everything else. `examination.py` runs at the end of
-each window.
+`Observer` takes the model and one optimizer of the loop. Hooks on these two objects report forwards and
+steps; the listener of the thread (`listener.py`) reports everything else. A backward belongs to the window of
+each optimizer whose parameters it reaches. `examination.py` runs at the end of each window.
 """
 
+import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
-from torch.utils.data import DataLoader
 
 from gradacc_hf.accumulation.accelerate_state import requested_steps
-from gradacc_hf.doctor.frames import driver, schedule_length, user_line
-from gradacc_hf.doctor.listener import Subscriber, subscribed, thread_listener
+from gradacc_hf.doctor.dropout import Key, hold_dropout, release_dropout
+from gradacc_hf.doctor.frames import (
+    StartedLoader,
+    driver,
+    is_in_optimizer,
+    schedule_length,
+    schedule_lines,
+    user_line,
+)
+from gradacc_hf.doctor.gradients import GradientWatch, Subject
+from gradacc_hf.doctor.listener import LOSSES, Subscriber, subscribed, thread_listener
+from gradacc_hf.doctor.passes import DataPasses, Progress
 from gradacc_hf.doctor.record import (
+    LOSS_RTOL_16_BIT,
+    LOSS_RTOL_FP32,
+    MODEL,
+    MODEL_WITH_NUMBER,
+    Discarded,
     Forward,
     LoopRecord,
     LossRead,
@@ -27,45 +41,13 @@ from gradacc_hf.doctor.record import (
     Place,
     TorchLoss,
 )
-from gradacc_hf.utils.modeling import disable_dropout
+from gradacc_hf.doctor.terms import BackwardLosses, TermWatch
+from gradacc_hf.doctor.windows import has_leaked, own_backwards
+from gradacc_hf.utils.modeling import BATCH_NORMS
 
-
-@dataclass(frozen=True)
-class Subject:
-    """The model and the optimizer of the loop, without the wrappers of Accelerate and DDP."""
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    ddp: DistributedDataParallel | None = None
-
-    @classmethod
-    def of(cls, model: torch.nn.Module, optimizer: Any) -> "Subject":
-        """Unwrap a model and an optimizer."""
-        ddp = model if isinstance(model, DistributedDataParallel) else None
-        return cls(model if ddp is None else ddp.module, getattr(optimizer, "optimizer", optimizer), ddp)
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that the optimizer steps."""
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The position of the loop in a pass over the training data.
-
-    forwards: micro-batches of this pass so far.
-    length: micro-batches of a pass; None if unknown.
-    ends_short: whether the last micro-batch of a pass has fewer examples.
-    """
-
-    forwards: int
-    length: int | None
-    ends_short: bool
-
-    @property
-    def is_at_end(self) -> bool:
-        """Whether the pass is complete."""
-        return self.length is not None and self.forwards == self.length
+TERM_RTOL = 10 * LOSS_RTOL_FP32  # relative difference of a loss and the sum of its terms
+MAX_PENDING = 4096  # backwards without a step, after which the loop has no windows
+MAX_LATER = 400  # backwards after the observed windows, in which a leak of the last window is looked for
 
 
 @dataclass(frozen=True)
@@ -80,61 +62,12 @@ class Attention:
     stop: bool = False
 
 
-class DataPasses:
-    """Counts passes over the training data.
-
-    The loader that started last before the first backward counts as the training loader.
-    """
-
-    def __init__(self, record: LoopRecord, started: Sequence[DataLoader]):
-        self._record, self._started = record, list(started)
-        self._training: DataLoader | None = None
-        self._is_short = False
-        self._forwards = 0
-
-    def loader_started(self, loader: DataLoader) -> None:
-        """An iteration over this loader begins."""
-        self._started.append(loader)
-        if loader is self._training:
-            self._forwards = 0
-
-    def forward(self) -> None:
-        """A micro-batch goes through the model."""
-        loader = self._training
-        if loader is not None and loader.persistent_workers and self.progress().is_at_end:
-            self.loader_started(loader)  # a later pass reuses the iterator, which sends no event
-        self._forwards += 1
-
-    def number(self) -> int:
-        """Passes begun so far; 0 without a loader."""
-        if self._training is None and self._started:
-            self._training = self._started[-1]
-        self._started = [loader for loader in self._started if loader is self._training]
-        lengths = self._record.pass_lengths
-        while len(lengths) < len(self._started):
-            try:
-                lengths.append(len(self._started[-1]))
-                self._is_short = _ends_short(self._started[-1])
-            except TypeError:  # a stream has no length
-                lengths.append(None)
-        return len(self._started)
-
-    def progress(self) -> Progress:
-        """The position of the loop in the current pass."""
-        lengths = self._record.pass_lengths
-        return Progress(self._forwards, lengths[-1] if lengths else None, self._is_short)
-
-
-def _ends_short(loader: DataLoader) -> bool:
-    size = getattr(loader, "batch_size", None) or getattr(loader.batch_sampler, "batch_size", None)
-    return isinstance(size, int) and not loader.drop_last and len(loader.dataset) % size > 0  # type: ignore[arg-type]
-
-
 class Observer(Subscriber):
     """Fills the record while it is `attached`. Dropout is off while it observes.
 
     examine: called with the complete window before each step of the optimizer; returns how to continue.
     finished: called once, when enough was observed or `stop` is called.
+    found_later: called if a window after the observed ones is irregular; None not to look at later windows.
     started: loaders whose iteration has already begun.
     """
 
@@ -144,28 +77,44 @@ class Observer(Subscriber):
         record: LoopRecord,
         examine: Callable[[ObservedWindow, Progress], Attention],
         finished: Callable[[], None],
-        started: Sequence[DataLoader] = (),
+        found_later: Callable[[], None] | None = None,
+        started: Sequence[StartedLoader] = (),
     ):
         self._subject, self._record = subject, record
-        self._examine, self._finished = examine, finished
+        self._examine, self._finished, self._found_later = examine, finished, found_later
         self._passes = DataPasses(record, started)
-        self._is_observing, self._is_over = False, False
+        self._gradients, self._terms = GradientWatch(subject), TermWatch()
+        self._is_observing = self._is_over = self._is_later = False
+        self._is_in_step = self._has_begun = False
+        self._num_later = 0
         self._resume_at: int | None = None
-        self._dropout: list[tuple[Any, str, float]] = []
-        self._pending: list[ObservedMicroBatch] = []
-        self._forwards: list[Forward] = []
-        self._torch_losses: list[TorchLoss] = []
-        self._num_inside = 0  # torch losses that the model itself computed
+        self._dropout: list[Key] = []
+        self._trains = False  # whether a forward was in training mode
+        self._since = 0  # losses computed before the latest forward
         self._output: Any = None  # of the latest forward, until its backward
-        self._reads: list[LossRead] = []
-        self._touched: list[tuple[str, Place | None]] = []
-        self._gradient_ids: set[int] = set()
         self._unscaled_norm: float | None = None  # set if a gradient scaler ran since the last backward
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pending: list[ObservedMicroBatch] = []
+        self._lost: tuple[
+            ObservedMicroBatch, ...
+        ] = ()  # backwards zeroed before the window, of later windows
+        self._forwards: list[Forward] = []
+        self._reads: list[LossRead] = []
+        self._scaled: list[
+            tuple[weakref.ref, tuple[float, ...]]
+        ] = []  # losses, and their factors, last first
 
     @property
     def is_listening(self) -> bool:
         """Whether the loop is being observed, not paused."""
-        return self._is_observing
+        return self._is_observing or self._is_later
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether backwards were observed that no step has followed, and observing continues."""
+        return not self._is_over and bool(self._pending)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -173,6 +122,7 @@ class Observer(Subscriber):
         model, optimizer = self._subject.model, self._subject.optimizer
         self._observe()
         hooks = [
+            model.register_forward_pre_hook(self._before_forward),
             model.register_forward_hook(self._forward, with_kwargs=True),
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -181,6 +131,7 @@ class Observer(Subscriber):
             with subscribed(self):
                 yield
         finally:
+            self._is_later = False
             for hook in hooks:
                 hook.remove()
 
@@ -192,64 +143,92 @@ class Observer(Subscriber):
         if self._is_observing and keep_unstepped:
             self._record.unstepped = self._pending
         self._pause()
+        self._forget()
+        self._is_later = self._found_later is not None and self._may_leak()
         self._finished()
+
+    def _may_leak(self) -> bool:
+        """Whether a later window can continue in the next pass unnoticed: the end of the data is unknown."""
+        record = self._record
+        weights = {round(m.terms[0].weight, 6) for w in record.full for m in w.micro_batches if m.terms}
+        is_regular = len(weights) == 1 and all(window.is_intact for window in record.full)
+        return record.steps > 1 and not record.pass_lengths and is_regular
 
     def _observe(self) -> None:
         self._is_observing, self._resume_at = True, None
-        self._dropout = disable_dropout(self._subject.model)
+        self._dropout = hold_dropout(self._subject.model)
 
     def _pause(self, resume_at: int | None = None) -> None:
         self._is_observing, self._resume_at = False, resume_at
-        for holder, name, value in self._dropout:
-            setattr(holder, name, value)
+        release_dropout(self._dropout)
         self._dropout = []
 
     # Events
 
-    def loader_started(self, loader: DataLoader) -> None:
+    def loader_started(self, loader: StartedLoader) -> None:
         """Count a pass over the data."""
         self._passes.loader_started(loader)
 
+    def _before_forward(self, module: Any, inputs: Any) -> None:
+        self._since = self._terms.num_seen
+
     def _forward(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any], outputs: Any) -> None:
-        if not module.training or not torch.is_grad_enabled() or thread_listener().is_paused:
+        self._trains |= module.training
+        is_evaluation = self._trains and not module.training
+        if is_evaluation or not torch.is_grad_enabled() or thread_listener().is_paused:
             return
-        self._passes.forward()
-        if self._is_observing:
-            self._output, self._num_inside = outputs, len(self._torch_losses)
-            loss = loss_in(outputs)
-            value = None if loss is None else float(loss.detach())
-            self._forwards.append(Forward((inputs, named), value, user_line()))
+        self._output, loss = outputs, loss_in(outputs)
+        if not self._is_observing or self._is_in_step or (loss is not None and is_in_transform(loss)):
+            return
+        if loss is not None:
+            numbers = [each for each in (*inputs, *named.values()) if is_number(each)]
+            self._terms.output_loss(loss, self._since, has_number=bool(numbers))
+        value = None if loss is None else float(loss.detach())
+        detached = _detached(inputs), {name: _detached(each) for name, each in named.items()}
+        self._forwards.append(Forward(detached, value, user_line()))
 
     def loss_computed(
         self, function: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any], loss: torch.Tensor
     ) -> None:
-        """Record the torch function that computed a loss."""
-        if args and isinstance(args[0], torch.Tensor):
+        """Watch a loss."""
+        if is_in_transform(loss):
+            return
+        recomputed = None
+        is_known = getattr(function, "__name__", "") in LOSSES and args and isinstance(args[0], torch.Tensor)
+        if is_known and self._is_observing:
             output = self._output if isinstance(self._output, torch.Tensor) else logits_in(self._output)
             shape = tuple(args[0].shape) if output is not None and _are_same(output, args[0]) else None
             rows = tuple(output.shape[:-1]) if output is not None else ()
-            value = float(loss.detach())
-            self._torch_losses.append(TorchLoss(function, tuple(args[1:]), dict(named), shape, rows, value))
+            others = tuple(_detached(each) for each in args[1:])
+            recomputed = TorchLoss(function, others, dict(named), shape, rows, float(loss.detach()))
+        self._terms.loss_computed(function, args, named, loss, recomputed)
+
+    def loss_scaled(self, factor: float, loss: torch.Tensor, scaled: torch.Tensor) -> None:
+        """Record a number by which a loss was multiplied."""
+        self._scaled.append((weakref.ref(scaled), (factor, *self._factors_of(loss))))
 
     def number_read(self, value: float) -> None:
         """Record a tensor that was read as a number."""
+        if not self._is_observing or is_in_optimizer():
+            return
         if self._pending or self._forwards:
             self._reads.append(LossRead(value, user_line()))
         elif self._record.windows:  # after the step
             self._record.windows[-1].reads.append(LossRead(value, user_line()))
 
     def tensor_changed(self, tensor: Any, how: str) -> None:
-        """Record a change of the optimizer's gradients."""
-        if self._is_gradient(tensor):
-            here = (how, user_line())
-            if not self._touched or self._touched[-1] != here:
-                self._touched.append(here)
+        """Record a change of the optimizer's gradients or weights."""
+        if self._is_observing and not self._is_in_step:
+            self._gradients.changed(tensor, how)
+        elif self._is_later and "zero" in how and self._pending:
+            first = tensor[0] if isinstance(tensor, list | tuple) and tensor else tensor
+            if isinstance(first, torch.Tensor) and self._gradients.is_gradient(first):
+                self._lost, self._pending = tuple(self._pending), []
 
-    def _is_gradient(self, tensor: Any) -> bool:
-        first = tensor[0] if isinstance(tensor, list | tuple) and tensor else tensor
-        if not isinstance(first, torch.Tensor) or id(first) not in self._gradient_ids:
-            return False
-        return any(p.grad is first for p in self._subject.parameters())  # the id may have been reused
+    def gradient_replaced(self, parameter: torch.Tensor) -> None:
+        """Record a gradient that the loop sets."""
+        if self._is_observing and any(parameter is p for p in self._subject.parameters()):
+            self._gradients.gradient_changed("replaced")
 
     def autocast_used(self, dtype: torch.dtype) -> None:
         """Record the type of autocast."""
@@ -257,121 +236,200 @@ class Observer(Subscriber):
 
     def gradients_unscaled(self) -> None:
         """Measure the gradients that a scaler has divided."""
-        self._unscaled_norm = self._norm()
+        if self._is_observing:
+            self._unscaled_norm = self._gradients.norm()
+            self._gradients.forget()
 
-    def backward(self, loss: torch.Tensor, run: Callable[[], Any]) -> Any:
-        """Record a backward, with the norm of the gradients before and after it."""
-        before, place, windows = self._norm(), user_line(), self._record.windows
-        self._hand_over_touched()
-        if not self._pending and windows and windows[-1].norm_after_step is None:
-            windows[-1].norm_after_step = before
-        self._record.driver = self._record.driver or driver()
-        ddp, value = self._subject.ddp, float(loss.detach())
-        synchronised = None if ddp is None else bool(ddp.require_backward_grad_sync)
-        result, after = run(), self._norm()
-        if not self._forwards and after == before:  # the backward of another model
-            self._torch_losses = []
+    def backward(self, loss: torch.Tensor | None, run: Callable[[], Any]) -> Any:
+        """Record a backward that reaches the optimizer, with the norm of the gradients before and after."""
+        place, state = user_line(), self._gradients.state()
+        before = self._gradients.norm() if self._is_observing else math.nan
+        with self._terms.during_backward():
+            result = run()
+        if self._gradients.state() == state:  # the backward of another model
             return result
-        torch_loss, undivided = self._loss_that_goes_backward()
-        self._pending.append(
-            ObservedMicroBatch(
-                forwards=self._forwards,
-                torch_loss=torch_loss,
-                divided_by=undivided / value if undivided is not None and value else None,
-                place=place,
-                norm_before=before,
-                norm_after=after,
-                lr=self._lr(),
-                synchronised=synchronised,
-                data_pass=self._passes.number(),
-            )
-        )
-        self._forwards, self._torch_losses, self._num_inside, self._output = [], [], 0, None
-        self._unscaled_norm = None
-        self._gradient_ids = {id(p.grad) for p in self._subject.parameters() if p.grad is not None}
+        root_factors = self._factors_of(loss)
+        losses = self._terms.take(None if loss is None else float(loss.detach()), self._tolerance())
+        if self._is_in_step:  # an optimizer with a closure evaluates it again
+            windows = self._record.windows
+            if windows and windows[-1].norm_after_step is None:
+                windows[-1].norm_after_step = before
+        elif self._is_observing:
+            self._hand_over_touched()
+            self._append(losses, place, before, self._gradients.norm(), root_factors)
+        else:
+            self._append(losses, place, math.nan, math.nan, root_factors)
+            self._num_later += 1
+        self._scaled = []
         return result
 
-    def _loss_that_goes_backward(self) -> tuple[TorchLoss | None, float | None]:
-        """The torch loss if there is exactly one, and the loss before the loop divided it, or None."""
-        if by_the_loop := self._torch_losses[self._num_inside :]:  # the loss of the model is then unused
-            self._torch_losses = by_the_loop
-            self._forwards = [replace(forward, loss=None) for forward in self._forwards]
-        only = self._torch_losses[-1] if len(self._torch_losses) == 1 else None
-        losses = [f.loss for f in self._forwards if f.loss is not None] if only is None else [only.value]
-        is_sum = only is not None and only.named.get("reduction") == "sum"
-        return only, losses[0] if len(losses) == 1 and not is_sum else None
+    def _factors_of(self, loss: torch.Tensor | None) -> tuple[float, ...]:
+        """The numbers by which a whole loss was multiplied, last first."""
+        known = reversed(self._scaled if loss is not None else [])
+        return next((factors for scaled, factors in known if scaled() is loss), ())
+
+    def _tolerance(self) -> float:
+        return TERM_RTOL if self._record.autocast is None else LOSS_RTOL_16_BIT
+
+    def _append(
+        self,
+        losses: BackwardLosses,
+        place: Place | None,
+        before: float,
+        after: float,
+        root_factors: tuple[float, ...],
+    ) -> None:
+        self._record.driver = self._record.driver or driver()
+        ddp, terms = self._subject.ddp, losses.terms
+        only = terms[0] if losses.is_complete and len(terms) == 1 else None
+        forwards = self._forwards
+        if only is None or only.function not in (
+            MODEL,
+            MODEL_WITH_NUMBER,
+        ):  # the loss of the model is then unused
+            forwards = [replace(forward, loss=None) for forward in forwards]
+        micro_batch = ObservedMicroBatch(
+            forwards=forwards,
+            torch_loss=losses.torch_losses[0] if only is not None else None,
+            divided_by=1 / only.weight if only is not None and not only.is_sum else None,
+            place=place,
+            norm_before=before,
+            norm_after=after,
+            lr=self._lr(),
+            synchronised=None if ddp is None else bool(ddp.require_backward_grad_sync),
+            data_pass=self._passes.number(),
+            terms=terms,
+            is_complete=losses.is_complete,
+            factors=tuple(factors[0] for _, factors in self._scaled),
+            root_factors=root_factors,
+            weights_version=self._gradients.follow_weights(),
+            model_version=self._gradients.model_version() if self._is_observing else 0,
+        )
+        self._pending.append(micro_batch)
+        self._forwards, self._output, self._unscaled_norm = [], None, None
+        self._gradients.after_backward()
+        if len(self._pending) > MAX_PENDING:
+            self.stop()
 
     # Steps
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """End the window, or wrap the closure: in Lightning, it runs the last backward of the window."""
+        self._has_begun = True
         closure = named.get("closure", args[1] if len(args) > 1 else None)
         if closure is None or not self._is_observing or thread_listener().is_paused:
-            return self._end_window()
-        has_ended = False
+            self._end_window()
+            self._is_in_step = self._is_observing
+            return None
 
         def closure_with_end() -> Any:
-            nonlocal has_ended
             loss = closure()
-            if not has_ended:  # some optimizers call it several times
-                has_ended = True
+            if not self._is_in_step:  # some optimizers call it several times
                 self._end_window()
+                self._is_in_step = True
             return loss
 
         return (optimizer, closure_with_end, *args[2:]), {k: v for k, v in named.items() if k != "closure"}
 
     def _end_window(self) -> None:
-        if not self._is_observing or thread_listener().is_paused or not self._pending:
+        if thread_listener().is_paused or not self.is_listening:
+            return
+        if not self._pending:
+            self._record.unseen_steps += bool(self._is_observing and not self._record.windows)
+            self._record.optimizer = type(self._subject.optimizer).__name__
+            return
+        if self._is_later:
+            self._end_later_window()
             return
         self._hand_over_touched()
-        if self._unscaled_norm is not None:
-            self._pending[-1].norm_after, self._unscaled_norm = self._unscaled_norm, None
-        window = ObservedWindow(
-            micro_batches=self._pending,
-            norm_at_step=self._norm(),
-            lr=self._lr(),
-            place=user_line(),
-            reads=self._reads,
-            requested_steps=requested_steps(),
-        )
+        window = self._window()
         record = self._record
+        if record.windows and record.windows[-1].norm_after_step is None:
+            record.windows[-1].norm_after_step = window.micro_batches[0].norm_before
         record.windows.append(window)
+        record.optimizer = type(self._subject.optimizer).__name__
+        modules = self._subject.model.modules()
+        record.has_batch_norm |= any(isinstance(m, BATCH_NORMS) and m.training for m in modules)
         if record.schedule_length is None:
             record.schedule_length = schedule_length(self._subject.optimizer)
-        self._pending, self._reads = [], []
+        if not record.schedule.stepped:
+            record.schedule = schedule_lines(self._subject.optimizer)
+        self._forget()
         with thread_listener().paused():
             attention = self._examine(window, self._passes.progress())
             for micro_batch in window.micro_batches:  # free their large tensors
                 micro_batch.forwards, micro_batch.torch_loss = [], None
+            window.before_change = None
+            self._gradients.forget()
             if attention.stop:
                 self.stop()
             elif attention.resume_at is not None:
                 self._pause(attention.resume_at)
 
+    def _window(self) -> ObservedWindow:
+        """The window of the pending backwards."""
+        gradients, last, unscaled = self._gradients, self._pending[-1], 1.0
+        if self._unscaled_norm is not None:
+            is_known = 0 < last.norm_after < math.inf
+            unscaled = self._unscaled_norm / last.norm_after if is_known else math.nan
+            last.norm_after, self._unscaled_norm = self._unscaled_norm, None
+        own, discarded = own_backwards(self._pending, self._record.windows)
+        norm = gradients.norm()
+        return ObservedWindow(
+            micro_batches=own,
+            norm_at_step=norm,
+            lr=self._lr(),
+            place=user_line(),
+            reads=self._reads,
+            requested_steps=requested_steps(),
+            change=gradients.change(norm),
+            before_change=gradients.before_change,
+            unscaled=unscaled,
+            weights_changed={m.model_version for m in own} != {gradients.model_version()},
+            discarded=discarded,
+        )
+
+    def _end_later_window(self) -> None:
+        record, last = self._record, self._pending[-1]
+        window = ObservedWindow(self._pending, math.nan, last.lr, user_line(), [], None)
+        if 0 < len(self._lost) < record.steps:
+            window.discarded.append(Discarded("dropped", self._lost))
+        is_regular = not window.discarded and not has_leaked(window, record.full, record.steps)
+        self._forget()
+        if is_regular and self._num_later < MAX_LATER:
+            return
+        self._is_later = False
+        if not is_regular and self._found_later is not None:
+            record.later.append(window)
+            with thread_listener().paused():
+                self._found_later()
+
     def _after_step(self, *_: Any) -> None:
-        self._touched.clear()  # the step itself made these changes
-        if self._resume_at is not None and self._passes.progress().forwards >= self._resume_at:
-            self._forwards, self._torch_losses, self._reads, self._pending = [], [], [], []
+        if not self._has_begun:  # observing began inside of this step, in a closure
+            self._forget()
+        self._is_in_step = self._has_begun = False
+        self._gradients.touched.clear()  # the step itself made these changes
+        self._gradients.follow_weights()
+        if self._resume_at is not None and self._passes.progress().batches >= self._resume_at:
+            self._forget()
             self._observe()
 
     def _hand_over_touched(self) -> None:
+        touched, self._gradients.touched = self._gradients.touched, []
         if self._pending:
-            self._pending[-1].touched += self._touched
+            self._pending[-1].touched += touched
         elif self._record.windows:
-            self._record.windows[-1].touched_after += self._touched
-        self._touched = []
+            self._record.windows[-1].touched_after += touched
 
-    def _lr(self) -> float:
-        return float(self._subject.optimizer.param_groups[0]["lr"])
+    def _lr(self) -> tuple[float, ...]:
+        return tuple(float(group["lr"]) for group in self._subject.optimizer.param_groups)
 
-    @torch.no_grad()
-    def _norm(self) -> float:
-        """The norm of all gradients together; 0 if there is none."""
-        with thread_listener().paused():
-            gradients = [p.grad for p in self._subject.parameters() if p.grad is not None]
-            if any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients):
-                gradients = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-            return float(get_total_norm(gradients)) if gradients else 0.0
+
+def _detached(value: Any) -> Any:
+    """The value without the graph that made it, which the loop frees in its backward."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        return value.detach()
+    return tuple(map(_detached, value)) if type(value) is tuple else value
 
 
 def _are_same(output: torch.Tensor, prediction: torch.Tensor) -> bool:
@@ -379,6 +437,22 @@ def _are_same(output: torch.Tensor, prediction: torch.Tensor) -> bool:
     if output.numel() != prediction.numel() or not prediction.ndim:
         return False
     return torch.equal(output.detach().float().flatten(), prediction.detach().float().flatten())
+
+
+def is_in_transform(loss: torch.Tensor) -> bool:
+    """Whether a loss is inside of a transform like torch.func.vmap, where it has no single value."""
+    try:
+        loss.detach().item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def is_number(value: Any) -> bool:
+    """Whether an input of a forward is a number, such as the number of items of the window."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.ndim
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def loss_in(outputs: Any) -> torch.Tensor | None:

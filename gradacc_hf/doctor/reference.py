@@ -21,10 +21,12 @@ import torch
 
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.oom import out_of_memory
+from gradacc_hf.doctor.gradients import GradientNow, Subject, compare_gradients
 from gradacc_hf.doctor.item_counts import counts, named, tensors_in, which_items, why_coupled
-from gradacc_hf.doctor.observer import Subject, logits_in, loss_in
+from gradacc_hf.doctor.observer import is_number, logits_in, loss_in
 from gradacc_hf.doctor.record import (
     LOSS_RTOL_FP32,
+    GradientChange,
     GradientComparison,
     Inputs,
     ObservedMicroBatch,
@@ -36,12 +38,11 @@ from gradacc_hf.errors import GradaccError, one_line
 from gradacc_hf.utils.memory import release_memory, trim_memory
 from gradacc_hf.utils.rng import preserve_rng_state
 
-GradientNow = Sequence[torch.Tensor | None]  # one gradient per parameter of the optimizer
 LossOf = Callable[[Any, Mapping[str, Any]], torch.Tensor]
+CHANGED_INSIDE = "the gradient was changed inside the window, or carried over from the window before"
 PADDED_WITH = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
 TYPES_OF_16_BITS = {torch.bfloat16, torch.float16}
 HOW_TO_GIVE_THE_LOSS = "put `with gradacc_hf.diagnose(model, optimizer, loss_fn=…):` around the loop"
-CHUNK_ELEMENTS = 2**16  # elements that are compared in float64 at a time
 
 
 class ReplayError(GradaccError):
@@ -61,6 +62,7 @@ def compare_window(
     try:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ReplayError("there are several processes: diagnose the loop on one")
+        _check_weights(subject, window)
         loss_of, known = _loss_of_loop(micro_batches, loss_fn)
         if loss_fn is None:
             _check_goes_backward(subject, micro_batches, WindowComparison(half=half).tolerance)
@@ -79,6 +81,15 @@ def compare_window(
         )
 
 
+def _check_weights(subject: Subject, window: ObservedWindow) -> None:
+    """Raise ReplayError if the model alone, with the weights of now, does not give the gradient."""
+    if window.weights_changed:
+        raise ReplayError("weights of the model change before the step, as in SAM or by another optimizer")
+    inside = {id(p) for p in subject.model.parameters()}
+    if any(p.grad is not None and id(p) not in inside for p in subject.parameters()):
+        raise ReplayError("the optimizer also steps parameters of another module")
+
+
 LossOfInputs = Callable[[Inputs, tuple[Any, ...], torch.nn.Module], torch.Tensor]
 
 
@@ -92,6 +103,12 @@ def _loss_of_loop(
     for micro_batch in micro_batches:
         if micro_batch.forward is None:
             raise ReplayError(f"{len(micro_batch.forwards)} forwards belong to one backward; allowed: 1")
+    if loss_fn is None and any(len(each.terms) > 1 for each in micro_batches):
+        raise ReplayError(f"the backward starts from more than one loss: {HOW_TO_GIVE_THE_LOSS}")
+    if loss_fn is None and any(each.terms and not each.is_complete for each in micro_batches):
+        raise ReplayError(f"the backward starts from more than the observed loss: {HOW_TO_GIVE_THE_LOSS}")
+    if loss_fn is None and len({tuple(name for name, _ in each.losses) for each in micro_batches}) > 1:
+        raise ReplayError(f"the micro-batches have different losses: {HOW_TO_GIVE_THE_LOSS}")
     if loss_fn is not None:
 
         def given(inputs: Any, others: tuple[Any, ...], model: Any) -> torch.Tensor:
@@ -147,7 +164,7 @@ def _check_goes_backward(
         weights = [divided * n for divided, n in zip(known, items, strict=True) if n]
         if weights and max(weights) - min(weights) <= tolerance * abs(max(weights)):
             return
-    raise ReplayError(f"the backward starts from more than the observed loss: {HOW_TO_GIVE_THE_LOSS}")
+    raise ReplayError("the weights of the losses are neither equal nor in proportion to a count of items")
 
 
 def _has_half_weights(subject: Subject) -> bool:
@@ -215,13 +232,16 @@ def _together(name: str, values: list[Any]) -> Any:
 @contextmanager
 def _state_kept(subject: Subject) -> Iterator[list[torch.Tensor | None]]:
     """Yield the loop's gradient. At the end, restore the gradient, the buffers and the RNG state."""
-    parameters, gradients = subject.parameters(), [p.grad for p in subject.parameters()]
+    mine = subject.parameters()
+    known = {id(p) for p in mine}
+    parameters = [*mine, *(p for p in subject.model.parameters() if id(p) not in known)]
+    gradients = [p.grad for p in parameters]
     buffers = [(buffer, buffer.clone()) for buffer in subject.model.buffers()]
     for p in parameters:
         p.grad = None
     try:
         with preserve_rng_state(), torch.enable_grad():
-            yield gradients
+            yield gradients[: len(mine)]
     finally:
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
@@ -260,34 +280,71 @@ def _compare(
     counted, items, is_sure = which_items(subject.model, micro_batches, losses, whole_loss, tolerance)
     adds_up = not counted and abs(sum(losses) - whole_loss) <= tolerance * abs(whole_loss)
     coupled = "" if counted or adds_up else why_coupled(model, micro_batches, loss_of, tolerance)
+    if not window.is_intact:
+        if adds_up:
+            coupled = "sum"
+        kept = replace(found, losses=losses, whole_loss=whole_loss, coupled=coupled)
+        return replace(kept, items=items, counted=counted, why_not=CHANGED_INSIDE)
+    if coupled == "unknown":
+        raise ReplayError("no count of items explains the loss of the window in one batch")
     if adds_up or (is_sure and not found.half):
         weights = [1.0] * len(micro_batches) if adds_up else [n / sum(items) for n in items]
-        for micro_batch, weight in zip(micro_batches, weights, strict=True):
+        for micro_batch, weight, before in zip(micro_batches, weights, losses, strict=True):
             if weight:
-                (one(micro_batch) * weight).backward()
+                loss = one(micro_batch)
+                _check_repeats(float(loss.detach()), before, tolerance)
+                (loss * weight).backward()
     else:  # the items are unknown or uncertain, or the losses are in 16 bits
-        loss_of(inputs, others, model).backward()
-    # Clipping has changed the norm of the gradient, not the direction.
-    clipped = window.norm_at_step / micro_batches[-1].norm_after if micro_batches[-1].norm_after else 1.0
-    beside_whole = _gradient_comparison(gradient, _take_gradients(parameters), clipped)
-    found = replace(found, whole=beside_whole, losses=losses, whole_loss=whole_loss)
+        loss = loss_of(inputs, others, model)
+        _check_repeats(float(loss.detach()), whole_loss, tolerance)
+        loss.backward()
+    change, last = window.change, micro_batches[-1].norm_after
+    clipped = window.norm_at_step / last if last else 1.0
+    if change.hand is None and window.before_change is not None:  # compare before that change
+        gradient, clipped = list(window.before_change), 1.0
+    beside_whole = compare_gradients(gradient, _take_gradients(parameters), clipped)
+    found = replace(found, losses=losses, whole_loss=whole_loss, adds_up=adds_up)
     if adds_up:
-        return _as_means(found, beside_whole, subject, micro_batches)
+        return _as_means(replace(found, whole=beside_whole), subject, micro_batches, change)
+    found = replace(found, whole=_with_division(beside_whole, change, len(micro_batches)))
     means = swamped = None
-    if beside_whole.error() > tolerance and len(micro_batches) > 1:
+    if found.error > tolerance and len(micro_batches) > 1:
         for micro_batch in micro_batches:
             (one(micro_batch) / len(micro_batches)).backward()
-        means = _gradient_comparison(gradient, _take_gradients(parameters), clipped)
+        means = compare_gradients(gradient, _take_gradients(parameters), clipped)
+        means = _with_division(means, change, len(micro_batches))
     if counted and _has_half_weights(subject):
         swamped = _swamped(gradient, parameters, micro_batches, items, one)
     return replace(found, means=means, items=items, counted=counted, coupled=coupled, swamped=swamped)
 
 
+def _check_repeats(now: float, before: float, tolerance: float) -> None:
+    """Raise ReplayError if a loss differs from the same loss before."""
+    if abs(now - before) > tolerance * max(abs(now), abs(before)):
+        raise ReplayError("the same examples give another loss each time")
+
+
+def _with_division(
+    found: GradientComparison, change: GradientChange, steps: int, total: float = 1.0
+) -> GradientComparison:
+    """Return the comparison with the loop's own scaling of the gradient, unless it is a kind of clipping.
+
+    total: expected ratio of the gradients.
+    """
+    hand = change.hand
+    if hand is None or hand <= 0 or found.ratio <= 0 or not math.isfinite(found.ratio):
+        return found
+    scaled = replace(found, ratio=found.ratio * hand)
+    is_division = steps > 1 and abs(hand * steps - 1) <= LOSS_RTOL_FP32
+    is_nearer = abs(math.log(scaled.ratio * total)) < abs(math.log(found.ratio * total))
+    return scaled if is_division or is_nearer else found
+
+
 def _as_means(
     found: WindowComparison,
-    whole: GradientComparison,
     subject: Subject,
     micro_batches: Sequence[ObservedMicroBatch],
+    change: GradientChange,
 ) -> WindowComparison:
     """Return the comparison with losses turned into means, for losses that add up to the window's loss.
 
@@ -300,9 +357,11 @@ def _as_means(
         if micro_batch.forward
         for value in micro_batch.forward.inputs[1].values()
     ]
-    numbers = [float(v) for v in given if isinstance(v, int | float | torch.Tensor) and _is_number(v)]
+    numbers = [float(v) for v in given if is_number(v)]
     for counted, items in counts(subject.model, micro_batches):
         total = sum(items)
+        assert found.whole is not None
+        whole = _with_division(found.whole, change, len(micro_batches), total)
         is_share = any(math.isclose(total, number, rel_tol=LOSS_RTOL_FP32) for number in numbers)
         if is_share or math.isclose(whole.ratio * total, 1, rel_tol=10 * found.tolerance):
             by = 1.0 if is_share else total
@@ -317,31 +376,6 @@ def _as_means(
                 counted=counted,
             )
     return replace(found, coupled="sum")
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor) or (value.numel() == 1 and not value.ndim)
-
-
-@torch.no_grad()
-def _gradient_comparison(
-    gradient: GradientNow, other: GradientNow, clipped: float = 1.0
-) -> GradientComparison:
-    """Compare the loop's gradient with another in float64; `clipped` is the factor of clipping to undo."""
-    inner = mine = theirs = 0.0
-    for g, o in zip(gradient, other, strict=True):
-        some = g if g is not None else o
-        for i in range(0, 0 if some is None else some.numel(), CHUNK_ELEMENTS):
-            a = None if g is None else g.flatten()[i : i + CHUNK_ELEMENTS].double() / clipped
-            b = None if o is None else o.flatten()[i : i + CHUNK_ELEMENTS].double()
-            mine += float(a.square().sum()) if a is not None else 0.0
-            theirs += float(b.square().sum()) if b is not None else 0.0
-            inner += float(a @ b) if a is not None and b is not None else 0.0
-    if not theirs or not mine:
-        return GradientComparison(
-            (mine**0.5) / (theirs**0.5) if theirs else float("inf"), 1.0 if mine == theirs else 0.0
-        )
-    return GradientComparison((mine / theirs) ** 0.5, inner / (mine * theirs) ** 0.5)
 
 
 def _take_gradients(parameters: Sequence[torch.nn.Parameter]) -> GradientNow:
@@ -366,4 +400,4 @@ def _swamped(
         for total, g in zip(totals, _take_gradients(parameters), strict=True):
             if g is not None:
                 total += g.float()
-    return max(0.0, 1 - _gradient_comparison(gradient, totals).cosine ** 2) ** 0.5
+    return max(0.0, 1 - compare_gradients(gradient, totals).cosine ** 2) ** 0.5

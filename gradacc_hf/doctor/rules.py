@@ -12,16 +12,19 @@ from typing import Any, Literal
 
 from gradacc_hf.doctor.messages import CONSEQUENCES, FIXES, MESSAGES
 from gradacc_hf.doctor.record import (
+    SAME_NORM_RTOL,
     GradientComparison,
     LoopRecord,
     LossRead,
     ObservedMicroBatch,
+    ObservedWindow,
     Place,
+    Weighing,
     WindowComparison,
 )
+from gradacc_hf.doctor.weighing import weigh, weighings
+from gradacc_hf.doctor.windows import ZERO_NORM_RTOL, has_leaked, is_zeroed_between
 
-SAME_NORM_RTOL = 1e-3  # relative change of a norm up to which it counts as unchanged
-ZERO_NORM_RTOL = 1e-12  # a norm that is smaller, relative to an earlier one, counts as zero
 MAX_STEPS = 1024  # a larger divisor of the loss is a weight, not accumulation steps
 MIN_SUM_RTOL_16_BIT = 2**-9  # relative error of a gradient summed in 16 bits, from which it is reported
 DEFAULT_LEARNING_RATES = {5e-5: "Trainer's default, for 8 examples", 1e-3: "torch's default"}
@@ -52,7 +55,11 @@ class Finding:
 
 def findings(record: LoopRecord) -> list[Finding]:
     """All findings, errors first, without the consequences of other findings."""
-    found = [finding for rule in RULES for finding in rule(record)]
+    first: dict[str, Finding] = {}
+    for rule in RULES:
+        for finding in rule(record):
+            first.setdefault(finding.name, finding)
+    found = list(first.values())
     names = {finding.name for finding in found}
     explained = {effect for name in names for effect in CONSEQUENCES.get(name, ())}
     fixes = FIXES.get(record.driver, {})
@@ -88,25 +95,34 @@ def _stepped_every(record: LoopRecord) -> Iterator[Finding]:
         yield _found("stepped_on_every_micro_batch", evidence, place, "advice", n=n)
 
 
+def times(number: int) -> str:
+    """A number of times in words."""
+    return "once" if number == 1 else f"{number} times"
+
+
 def _zeroed_inside(record: LoopRecord) -> Iterator[Finding]:
-    lost = [
-        (before, after)
-        for before, after in record.between
-        if before.norm_after > 0 and after.norm_before <= ZERO_NORM_RTOL * before.norm_after
-        if before.data_pass == after.data_pass
-    ]
+    between = [pair for window in record.windows for pair in pairwise(window.micro_batches)]
+    lost = [pair for pair in between if _is_zeroed(*pair)]
     if lost:
         before, _ = lost[0]
         evidence = (
-            f"the gradient was zeroed between two backwards of a window ({len(lost)} times, first from norm "
+            f"the gradient was zeroed between two backwards of a window ({times(len(lost))}, first from norm "
             f"{before.norm_after:.3g})"
         )
-        yield _found(
-            "zeroed_inside_the_window",
-            evidence,
-            _line_of(before.touched, before.place, "zero"),
-            n=record.steps,
-        )
+        place = _line_of(before.touched, before.place, "zero")
+        yield _found("zeroed_inside_the_window", evidence, place, n=record.steps)
+    empty = [w for w in record.windows if w.norm_at_step == 0 < w.micro_batches[-1].norm_after]
+    if empty:
+        last = empty[0].micro_batches[-1]
+        evidence = f"the gradient was zeroed between the last backward and the step ({times(len(empty))})"
+        place = _line_of(last.touched, last.place, "zero")
+        yield _found("zeroed_inside_the_window", evidence, place, n=record.steps)
+
+
+def _is_zeroed(before: ObservedMicroBatch, after: ObservedMicroBatch) -> bool:
+    """Whether gradients were zeroed between two backwards: all, or some by a function that zeroes."""
+    some = any("zero" in how for how, _ in before.touched) and _changed(before.norm_after, after.norm_before)
+    return before.data_pass == after.data_pass and (is_zeroed_between(before, after) or some)
 
 
 def _never_zeroed(record: LoopRecord) -> Iterator[Finding]:
@@ -131,11 +147,12 @@ def _clipped_early(record: LoopRecord) -> Iterator[Finding]:
         (before, after)
         for before, after in record.between
         if before.norm_after > 0 and _changed(before.norm_after, after.norm_before)
+        if not any("zero" in how for how, _ in before.touched)
     ]
     if changed:
         before, after = changed[0]
         evidence = (
-            f"the gradient changed between two backwards of a window ({len(changed)} times, first from norm "
+            f"the gradient changed between two backwards of a window ({times(len(changed))}, first from norm "
             f"{before.norm_after:.3g} to {after.norm_before:.3g})"
         )
         unscaled = any("unscale" in how for how, _ in before.touched)
@@ -144,24 +161,32 @@ def _clipped_early(record: LoopRecord) -> Iterator[Finding]:
 
 
 def _clipped_late(record: LoopRecord) -> Iterator[Finding]:
-    touched = [[(how, at) for how, at in w.touched_after if "zero" not in how] for w in record.windows]
-    if late := [by for by in touched if by]:
+    late = [by for window in record.windows if (by := _late(window.touched_after))]
+    if late:
         evidence = (
             f"after {len(late)} of {len(record.windows)} steps, the gradient was changed ({late[0][0][0]})"
         )
         yield _found("clipped_too_late", evidence, _line_of(late[0], record.windows[0].place))
 
 
+def _late(touched: Sequence[tuple[str, Place | None]]) -> list[tuple[str, Place | None]]:
+    """The changes after a step that have no effect: clipping, and any change before zeroing."""
+    zeroed = [index for index, (how, _) in enumerate(touched) if "zero" in how]
+    until = zeroed[-1] if zeroed else 0
+    return [each for i, each in enumerate(touched) if "clip" in each[0] or (i < until and i not in zeroed)]
+
+
 def _scheduled(record: LoopRecord) -> Iterator[Finding]:
     n = record.steps
-    moved = [(before, after) for before, after in record.between if before.lr != after.lr]
+    moved = [(b, a) for b, a in record.between if b.lr != a.lr and b.data_pass == a.data_pass]
     if moved:
         before, after = moved[0]
+        first, second = next((x, y) for x, y in zip(before.lr, after.lr, strict=True) if x != y)
         evidence = (
-            f"the learning rate changed between two backwards of a window ({len(moved)} times, first from "
-            f"{before.lr:.4g} to {after.lr:.4g})"
+            f"the learning rate changed between two backwards of a window ({times(len(moved))}, first from "
+            f"{first:.4g} to {second:.4g})"
         )
-        yield _found("scheduler_per_micro_batch", evidence, after.place, n=n)
+        yield _found("scheduler_per_micro_batch", evidence, record.schedule.stepped or after.place, n=n)
         return
     moves_with_windows = all(before.lr != after.lr for before, after in pairwise(record.windows))
     if not (moves_with_windows and n > 1 and record.schedule_length and record.pass_length):
@@ -174,38 +199,89 @@ def _scheduled(record: LoopRecord) -> Iterator[Finding]:
             f"{math.ceil(of_pass / n)} windows"
         )
         values = {"n": n, "schedule_length": length, "passes": passes}
-        yield _found("schedule_sized_in_micro_batches", evidence, record.windows[0].place, "error", **values)
+        place = record.schedule.made or record.windows[0].place
+        yield _found("schedule_sized_in_micro_batches", evidence, place, "error", **values)
 
 
 def _synchronised_every(record: LoopRecord) -> Iterator[Finding]:
     early = [m for w in record.full for m in w.micro_batches[:-1] if m.synchronised]
     if early:
-        times = len(early) + len(record.full)
-        evidence = f"DDP reduced the gradients in {times} backwards of {len(record.full)} windows"
+        many = len(early) + len(record.full)
+        evidence = f"DDP reduced the gradients in {many} backwards of {len(record.full)} windows"
         yield _found("synchronised_every_micro_batch", evidence, early[0].place, n=record.steps)
 
 
+def _weights(record: LoopRecord) -> Iterator[Finding]:
+    """Findings from the weights of the losses. They need no comparison of gradients."""
+    n = record.steps
+    found: dict[str, tuple[ObservedWindow, Weighing]] = {}
+    for window, weighing in weighings(record):
+        if not _is_leak(window, record):
+            for name in weighing.faults:
+                found.setdefault(name, (window, weighing))
+    for name in sorted(found, key=lambda name: (name == "mean_of_means", name)):  # the scale first
+        window, weighing = found[name]
+        steps, place = len(window), weighing.place
+        evidence = f"over {steps} micro-batches, the weights of the loss sum up to {weighing.sum:.4g}"
+        compared = window.comparison
+        if compared is not None and compared.whole is not None:
+            evidence += (
+                f"; the gradient at the step is {compared.whole.ratio:.4g} × as long as the gradient of the "
+                "window in one batch"
+            )
+        if name == "mean_of_means":
+            items = ", ".join(f"{count:g}" for count in weighing.items)
+            evidence = f"items of the micro-batches ({weighing.counted}): {items}; all have the same weight"
+        elif name == "partial_window_mis_scaled":
+            evidence = f"a window has {steps} of {n} micro-batches, and {evidence}"
+        elif name == "in_batch_negatives_cut":
+            evidence = f"the classes of the loss are the examples of a micro-batch; a window has {steps}"
+        elif name == "loss_is_a_sum":
+            items = ", ".join(f"{count:g}" for count in weighing.items)
+            evidence = (
+                f"the loss is a sum over {weighing.counted} ({items}), which the loop does not divide by"
+            )
+        elif name == "divided_twice" and window.change.hand and window.change.hand != 1:
+            evidence += f", and the gradient is multiplied by {window.change.hand:.4g} as well"
+        if name != "partial_window_leaked":
+            yield _found(name, evidence, place, n=n)
+
+
+def _batch_norm(record: LoopRecord) -> Iterator[Finding]:
+    if record.has_batch_norm and record.steps > 1:
+        place = record.windows[0].micro_batches[0].place
+        evidence = "a BatchNorm of the model is in training mode"
+        found = next((r for _, r in record.compared if r.coupled == "batch_norm"), None)
+        yield _found("examples_coupled", _losses_of(found) if found else evidence, place)
+
+
+def _losses_of(found: WindowComparison) -> str:
+    losses = ", ".join(f"{loss:.5g}" for loss in found.losses[:4]) + " …" * (len(found.losses) > 4)
+    return f"the loss of the window in one batch is {found.whole_loss:.5g}, of the micro-batches {losses}"
+
+
 def _gradient(record: LoopRecord) -> Iterator[Finding]:
-    """Findings from the comparisons of full windows."""
-    full = [(w, r) for w, r in record.compared if len(w.micro_batches) == record.steps]
+    """Findings from the comparisons of full windows, where the weights of the losses do not tell."""
+    full = [(w, r) for w, r in record.compared if len(w) == record.steps and not _is_leak(w, record)]
     if record.steps < 2 or not full:
         return
-    window, worst = max(full, key=lambda pair: _error(pair[1].whole))
-    place, n, whole = window.micro_batches[0].place, record.steps, worst.whole
+    coupled = next((pair for pair in full if pair[1].coupled in COUPLED), None)
+    if coupled is not None and (coupled[1].coupled == "sum" or coupled[1].error > coupled[1].tolerance):
+        window, found = coupled
+        evidence = _losses_of(found)
+        if found.coupled == "in_batch":
+            evidence += "; the loss of an example changes in a batch that holds it twice"
+        yield _found(COUPLED[found.coupled], evidence, window.micro_batches[0].place)
+        return
+    full = [(w, r) for w, r in full if w.is_intact]
+    if not full:
+        return
+    window, worst = max(full, key=lambda pair: pair[1].error)
+    weighing, n, whole = weigh(window, record.steps), record.steps, worst.whole
+    if worst.error <= worst.tolerance or (weighing.verdict == "exact" and weighing.items):
+        return
     assert whole is not None
-    is_right = _error(whole) <= worst.tolerance
-    if worst.coupled in COUPLED and (worst.coupled == "sum" or not is_right):
-        losses = ", ".join(f"{loss:.5g}" for loss in worst.losses[:4]) + " …" * (len(worst.losses) > 4)
-        evidence = (
-            f"the loss of the window in one batch is {worst.whole_loss:.5g}, of the micro-batches {losses}"
-        )
-        evidence += "; the loss of an example changes in a batch that holds it twice" * (
-            worst.coupled == "in_batch"
-        )
-        yield _found(COUPLED[worst.coupled], evidence, place)
-        return
-    if is_right:
-        return
+    place = window.micro_batches[0].place
     off = _error(GradientComparison(1.0, whole.cosine))  # error of the direction alone
     direction = f"the direction of the gradient is {off:.2g} off from the gradient of the window in one batch"
     is_means = (
@@ -228,7 +304,7 @@ def _gradient(record: LoopRecord) -> Iterator[Finding]:
         items = ", ".join(f"{count:g}" for count in worst.items)
         evidence = (f"items of the micro-batches ({worst.counted}): {items}; " if items else "") + direction
         yield _found("mean_of_means", evidence, place, n=n)
-    elif off > worst.tolerance:
+    elif off > worst.tolerance and not weighing.verdict:
         yield _found("another_gradient", direction, window.place)
 
 
@@ -240,30 +316,52 @@ COUPLED = {
 }
 
 
+def _is_leak(window: ObservedWindow, record: LoopRecord) -> bool:
+    """Whether a window continues in the next pass over the data."""
+    passes = [m.data_pass for m in window.micro_batches]
+    if passes[0]:
+        return passes[-1] > passes[0]
+    return record.steps > 1 and has_leaked(window, record.full, record.steps)
+
+
 def _partial(record: LoopRecord) -> Iterator[Finding]:
     """Findings about windows at the end of a pass over the data."""
     n = record.steps
-    for window in record.windows:
-        passes = [m.data_pass for m in window.micro_batches]
-        if passes[0] and passes[-1] > passes[0]:
-            old = passes.count(passes[0])
-            last_of_old, first_of_new = window.micro_batches[old - 1], window.micro_batches[old]
-            if first_of_new.norm_before <= ZERO_NORM_RTOL * last_of_old.norm_after:
-                yield _dropped(old, n, last_of_old)
-            else:
-                evidence = f"{old} of the {len(passes)} backwards of a window were in the previous pass"
-                yield _found("partial_window_leaked", evidence, window.place, n=n)
+    for window in (*record.windows, *record.later):
+        dropped = [d.micro_batches for d in window.discarded if d.why == "dropped"]
+        if dropped and len(dropped[-1]) < n:
+            yield _dropped(len(dropped[-1]), n, dropped[-1][-1])
             return
-    errors = [(_error(r.whole), r.tolerance) for w, r in record.compared if len(w.micro_batches) == n]
+        passes = [m.data_pass for m in window.micro_batches]
+        if not record.is_stream and _is_leak(window, record):
+            evidence = f"a window has {len(window)} micro-batches, some of them from the pass before"
+            if passes[0]:
+                old = passes.count(passes[0])
+                evidence = f"{old} of the {len(passes)} backwards of a window were in the previous pass"
+            yield _found("partial_window_leaked", evidence, window.place, n=n)
+            return
+    yield from _mis_scaled_partial(record)
+    known = {
+        m.losses for w in record.windows for m in w.micro_batches if m is w.micro_batches[-1] or w.is_intact
+    }
+    left = [each for each in record.unstepped if each.losses in known]
+    if record.pass_length and 0 < len(left) < n:
+        yield _dropped(len(left), n, left[-1])
+
+
+def _mis_scaled_partial(record: LoopRecord) -> Iterator[Finding]:
+    """A finding about the gradient of a partial window, where the weights of the losses do not tell."""
+    n = record.steps
+    errors = [(r.error, r.tolerance) for w, r in record.compared if len(w) == n and w.is_intact]
     full_are_right = bool(errors) and all(error <= tolerance for error, tolerance in errors)
     for window, comparison in record.compared:
-        steps, whole = len(window.micro_batches), comparison.whole
-        if steps >= n or whole is None:
+        steps, whole = len(window), comparison.whole
+        if steps >= n or whole is None or not window.is_intact or weigh(window, n).verdict:
             continue
         evidence = f"a window has {steps} of {n} micro-batches, and the gradient is "
         if abs(whole.ratio * n / steps - 1) <= 10 * comparison.tolerance:
             evidence += f"{whole.ratio:.3g} × as long as the gradient of the window in one batch"
-        elif full_are_right and not comparison.coupled and whole.error() > comparison.tolerance:
+        elif full_are_right and not comparison.coupled and comparison.error > comparison.tolerance:
             evidence += (
                 f"{whole.error():.2g} off from the gradient of the window in one batch, unlike full windows"
             )
@@ -271,8 +369,6 @@ def _partial(record: LoopRecord) -> Iterator[Finding]:
             continue
         yield _found("partial_window_mis_scaled", evidence, window.micro_batches[0].place, n=n)
         return
-    if record.pass_length and 0 < len(record.unstepped) < n:
-        yield _dropped(len(record.unstepped), n, record.unstepped[-1])
 
 
 def _dropped(steps: int, n: int, where: ObservedMicroBatch) -> Finding:
@@ -341,7 +437,7 @@ def _rate(record: LoopRecord) -> Iterator[Finding]:
     windows = [sum(r.items) for _, r in record.compared if r.items and r.counted == "examples"]
     examples = median(windows) if windows else 0
     for rate, whose in DEFAULT_LEARNING_RATES.items():
-        used = any(math.isclose(window.lr, rate, rel_tol=1e-6) for window in record.windows)
+        used = any(math.isclose(window.lr[0], rate, rel_tol=1e-6) for window in record.windows)
         if used and examples >= MIN_LARGE_WINDOW_EXAMPLES and record.steps > 1:
             evidence = f"the learning rate is {rate:g}, {whose}; a window has {examples:g} examples"
             values = {"twice": 2 * rate, "four_times": 4 * rate}
@@ -374,6 +470,8 @@ RULES: tuple[Callable[[LoopRecord], Iterator[Finding]], ...] = (
     _never_zeroed,
     _clipped_early,
     _clipped_late,
+    _weights,
+    _batch_norm,
     _gradient,
     _partial,
     _scheduled,

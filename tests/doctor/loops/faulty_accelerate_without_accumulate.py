@@ -1,0 +1,13 @@
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from tiny import loader, net
+
+accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=4), net()
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+model, optimizer, batches = accelerator.prepare(model, optimizer, loader())
+for _ in range(2):
+    for x, y in batches:
+        accelerator.backward(F.cross_entropy(model(x), y))
+        optimizer.step()  # fault: stepped_on_every_micro_batch
+        optimizer.zero_grad()

@@ -1,0 +1,14 @@
+import torch
+import torch.nn.functional as F
+from tiny import loader, net
+
+model, steps = net(), 4
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+model.insert(1, torch.nn.BatchNorm1d(16))
+for _ in range(2):
+    for step, (x, y) in enumerate(loader(), start=1):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()  # fault: not_divided, examples_coupled
+        if step % steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()

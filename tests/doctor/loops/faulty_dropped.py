@@ -1,0 +1,14 @@
+import torch
+import torch.nn.functional as F
+from tiny import loader, net
+
+model, steps = net(), 4
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+for _ in range(2):
+    optimizer.zero_grad()
+    for step, (x, y) in enumerate(loader(40), start=1):
+        loss = F.cross_entropy(model(x), y) / steps
+        loss.backward()  # fault: partial_window_dropped
+        if step % steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()

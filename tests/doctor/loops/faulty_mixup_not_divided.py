@@ -1,0 +1,15 @@
+import torch
+import torch.nn.functional as F
+from tiny import loader, net
+
+model, steps = net(), 4
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+for _ in range(2):
+    for step, (x, y) in enumerate(loader(), start=1):
+        share, order = 0.3, torch.randperm(len(x))
+        logits = model(share * x + (1 - share) * x[order])
+        loss = share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y[order])
+        loss.backward()  # fault: not_divided
+        if step % steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()

@@ -1,0 +1,116 @@
+"""The doctor on the loops of `loops/`: each fault by its name and line, nothing in a healthy loop."""
+
+import re
+import shutil
+
+import pytest
+from doctor.confusion import LOOPS, diagnose_loop, modules_of, paths, table
+
+MIN_HEALTHY, MIN_JUDGED, MIN_FAULTY = 40, 30, 40
+
+
+@pytest.fixture(scope="module")
+def results():
+    return [diagnose_loop(path) for path in paths()]
+
+
+def test_each_fault_is_found_at_its_line_and_none_in_a_healthy_loop(results):
+    wrong = [
+        f"{each.name}: planted {sorted(each.planted)}, found {sorted(each.found)}, exit code {each.code}"
+        for each in results
+        if not each.is_right
+    ]
+    assert not wrong, "\n".join(["", *wrong, table(results)])
+
+
+def test_there_are_enough_loops_and_most_healthy_ones_are_judged(results):
+    healthy = [each for each in results if each.name.startswith("healthy")]
+    assert len(healthy) >= MIN_HEALTHY
+    assert sum(each.is_judged for each in healthy) >= MIN_JUDGED
+    assert len(results) - len(healthy) >= MIN_FAULTY
+    assert sum(len({name for name, _ in each.planted}) > 1 for each in results) >= 10, (
+        "several faults at once"
+    )
+
+
+def test_the_guide_prints_the_table(results):
+    """The guide counts without the loops of Lightning."""
+    guide = (LOOPS.parents[2] / "gradacc_hf/doctor/README.md").read_text(encoding="utf-8")
+    printed = table([r for r in results if "lightning" not in modules_of(LOOPS / f"{r.name}.py")])
+    assert printed in guide, printed
+
+
+def test_each_window_is_compared_or_a_line_says_why_not(results):
+    for each in results:
+        for report in re.split(r"(?=^gradacc doctor)", each.output, flags=re.MULTILINE):
+            observed = re.search(r"observed (\d+) window", report)
+            if observed is None:
+                continue
+            equal = re.search(
+                r"^✓ (each gradient|in (\d+) of \d+ windows, the gradient) equals", report, re.M
+            )
+            number = 0 if equal is None else int(equal[2] or observed[1])
+            not_compared = "was not compared with the window" in report
+            assert number == int(observed[1]) or not_compared or "✗" in report, each.name + "\n" + report
+
+
+@pytest.mark.parametrize("windows", ["3", "6"])
+def test_a_leak_of_sliced_tensors_is_found_with_any_number_of_windows(windows):
+    found = diagnose_loop(LOOPS / "faulty_shuffled_slices_leaked_with_one_counter.py", "--windows", windows)
+    assert found.is_right, found.output
+    equal = "each gradient equals" if windows == "3" else "in 5 of 6 windows, the gradient equals"
+    assert equal in found.output
+
+
+def test_stop_ends_the_script_at_the_step_that_ends_the_watched_windows(tmp_path):
+    shutil.copy(LOOPS / "tiny.py", tmp_path)
+    script = tmp_path / "train.py"
+    text = (LOOPS / "faulty_leaked.py").read_text()
+    zero = "            optimizer.zero_grad()"
+    script.write_text(text.replace(zero, f"            print('stepped')\n{zero}"))
+    stopped = diagnose_loop(script, "--stop", "--windows", "2")
+    assert stopped.output.count("stepped") == 1, "the second step is the last"
+    assert "observed 2 windows" in stopped.output
+    assert "? the end of a pass over the data was not observed, because of --stop" in stopped.output
+    assert stopped.code == 0
+
+
+@pytest.mark.parametrize(("rows", "fault"), [(72, "dropped"), (72, "leaked"), (74, "leaked")])
+def test_the_cure_of_a_lost_last_window_passes(rows, fault, tmp_path):
+    body = """
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+x, y = torch.randn(ROWS, 5), torch.randint(3, (ROWS,))
+loader = DataLoader(TensorDataset(x, y), 4)
+model = torch.nn.Linear(5, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(2):
+    ZERO
+    for step, (x, batch) in enumerate(loader, start=1):
+        loss = F.cross_entropy(model(x), batch)
+        (loss / 4).backward()
+        if step % 4 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+    body = body.replace("ROWS", str(rows)).replace(
+        "ZERO", "optimizer.zero_grad()" if fault == "dropped" else ""
+    )
+    script = tmp_path / "loop.py"
+    script.write_text(body)
+    wrong = diagnose_loop(script)
+    assert {name for name, _ in wrong.found} >= {f"partial_window_{fault}"}, wrong.output
+    fix = re.search(r"✗ partial_window.*?instead (.*?)\n[✗✓?]", wrong.output, re.DOTALL)[1]
+    lines = [line.strip() for line in fix.splitlines()]
+    removed = [line[1:].strip() for line in lines if line.startswith("-")]
+    added = [re.sub(r"  #.*", "", line[1:]).strip() for line in lines if line.startswith("+")]
+    indented = ["        " + line for line in added]
+    cured = body.replace("        " + removed[0], "\n".join(indented[:-1]))
+    script.write_text(cured.replace("        " + removed[1], indented[-1]))
+    healthy = diagnose_loop(script)
+    assert healthy.found == set(), healthy.output
+    assert "in one batch" in healthy.output
+    assert healthy.code == 0
