@@ -46,10 +46,3 @@ def _judgement(window: ObservedWindow, weighing: Weighing, record: LoopRecord) -
     elif weighing.verdict == "exact":
         weighed = "wrong"
     return Judgement(window, compared, why, weighed, weighing)
-
-
-def is_judged(record: LoopRecord) -> bool:
-    """Whether each window was judged, by comparing gradients or by the weights of the losses."""
-    return bool(record.windows) and all(
-        each.compared != "no" or each.weighed != "no" for each in judgements(record)
-    )
