@@ -113,12 +113,23 @@ def _tagged(function: _Function, source: str, outside: dict[str, str]) -> tuple[
             skip_to = literals[position]
             continue
         if position in literals:
-            skip_to, text = literals[position], text if len(text) <= MAX_LITERAL_CHARS else '"..."'
+            skip_to = literals[position]
+            if token.type != tokenize.STRING:  # since Python 3.12, the start of an f-string
+                text = _segment(source, token.start, skip_to, function.lineno)
+            text = text if len(text) <= MAX_LITERAL_CHARS else '"..."'
         elif token.type == tokenize.NAME and not keyword.iskeyword(text):
             role = "function" if tokens[-1:] == ["def"] else placed.get(position) or known.get(text)
         tokens.append(text)
         tags.append(f"B-{role}" if role else "O")
     return tokens, tags
+
+
+def _segment(source: str, start: _Position, end: _Position, first_line: int) -> str:
+    """Return a literal of the source of a function. `start` counts lines from 1, `end` from `first_line`."""
+    lines = source.split("\n")[start[0] - 1 : end[0] - first_line + 1]
+    lines[-1] = lines[-1][: end[1]]
+    lines[0] = lines[0][start[1] :]
+    return "\n".join(lines)
 
 
 def _placed(nodes: Sequence[ast.AST]) -> tuple[dict[_Position, str], dict[_Position, _Position]]:

@@ -402,7 +402,7 @@ WRONG = """
 import runpy
 Base = runpy.run_path("{}")["TextClassification"]
 class Wrong(Base):
-    num_items = staticmethod(lambda batch: batch["input_ids"].numel())
+    num_items = staticmethod(lambda batch: batch["input_ids"].numel() ** 2)
 """
 OFFLINE = bundle_root() / "configs/text_classification_offline.yaml"
 SMALL = ("--config", OFFLINE, "--batch.effective", 8, "--data.max_length", 16, "--budget.micro_batch_size", 3)
