@@ -80,7 +80,9 @@ class CausalLM(Recipe):
         tokens = self.check_rows(*tokens, chat.tokens_problem, "data.train", numbers)
         train, self.validation = self.note_truncated(tokens)
         if self.of_chats:
-            chat.note_chats(self.reading, self.tokenizer, chain(train, self.validation))
+            names = [n for n in train.column_names if n not in ("input_ids", "labels")]
+            chats = (dataset.select_columns(names) for dataset in (train, self.validation))
+            chat.note_chats(self.reading, self.tokenizer, chain(*chats))
         names = ["input_ids", "labels"]
         return train.select_columns(names), self.validation.select_columns(names)
 

@@ -61,7 +61,7 @@ class MicroBatch:
 def to_device(batch: Mapping[str, Any], accelerator: Accelerator) -> Any:
     """Return a host batch as a plain dict of tensors on the device of the accelerator."""
     batch = {
-        name: torch.from_numpy(value)
+        name: torch.from_numpy(np.array(value))
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
         else value
         for name, value in batch.items()
@@ -345,13 +345,13 @@ class LocalWindows(Dataset):
             raise ValueError(
                 f"collate_fn got pad_to={pad_to}, but padded to {width} tokens: it must pad to pad_to"
             )
-        num_items = float(self.count_items(batch)) if counts else 0.0
+        each = self.count_items.each(batch) if isinstance(self.count_items, CountSeveral) else {}
+        num_items = (sum(each.values()) if each else float(self.count_items(batch))) if counts else 0.0
         if not 0 <= num_items < float("inf"):
             raise ValueError(
                 f"num_items returned {num_items} for examples {indices.tolist()}; "
                 "it must be 0 or more, and finite"
             )
-        each = self.count_items.each(batch) if isinstance(self.count_items, CountSeveral) else {}
         return MicroBatch(batch, indices if counts else indices[:0], num_items, each)
 
     def find_example_with_items(self, split: Split, longest: bool = False) -> MicroBatch | None:

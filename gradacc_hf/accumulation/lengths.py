@@ -93,7 +93,7 @@ def _measure_main_input(dataset: Any, examples: Iterable[Any]) -> np.ndarray:
     if keys is not None and len(keys) == 1 and _is_column_of_lists(dataset, keys[0]):
         tables = dataset.select_columns(keys[0]).with_format("arrow").iter(100_000)
         return np.concatenate([_column_lengths(table[keys[0]]) for table in tables])
-    if keys is None:
+    if keys is None or len(_shape(_value(dataset[0], keys)) or ()) not in (1, 2):  # such as images
         shapes: list[tuple[int, ...] | None] = [None] * len(dataset)
     else:
         shapes = [_shape(_value(example, keys)) for example in examples]

@@ -212,7 +212,9 @@ class WindowLoader:
                         "windows.record_gradient_norm(window, norm) for each window, or set noise_every=0"
                     )
                 self._has_stepped, asked = True, time.perf_counter()
-        ended = self._gather([0, 0, 0, 0, 0, 0])  # pairs with `_gather` of a process that has another window
+        ended = self._gather(
+            [0] * (6 + len(self._names_of_losses))
+        )  # pairs with `_gather` of a process that has another window
         _check_alike(ended[:, 3], self.epoch, self.window)
         self._warn_dropped()
 
@@ -602,8 +604,9 @@ class WindowLoader:
         with_items = [micro_batch for micro_batch in micro_batches if micro_batch.num_items]
         empty = len(micro_batches) - len(with_items)
         here = [sum(m.num_items for m in with_items), len(with_items), empty, plan.tokens]
-        here += [self._can_measure(plan, micro_batches), checksum_of_split(plan)]
-        names = list(self.count_items.counts) if isinstance(self.count_items, items.CountSeveral) else []
+        several = self.accelerator.num_processes > 1
+        here += [self._can_measure(plan, micro_batches), checksum_of_split(plan) if several else 0]
+        names = self._names_of_losses
         here += [sum(m.items[name] for m in with_items) for name in names]
         counts = self._gather(here)
         _check_alike(counts[:, 3], plan.epoch, plan.window)
@@ -625,6 +628,12 @@ class WindowLoader:
             bound=self.bound,
             noise_size=len(micro_batches[0].indices) if counts[:, 4].all() else 0,
         )
+
+    @property
+    def _names_of_losses(self) -> list[str]:
+        """Names of several losses, each with items of its own; none for a single loss."""
+        count = self.count_items
+        return list(count.counts) if isinstance(count, items.CountSeveral) else []
 
     def _check_same_data(self, windows: LocalWindows, split: Split, checksums: np.ndarray) -> None:
         """Raise ValueError in all processes if their checksums of a window show other data."""

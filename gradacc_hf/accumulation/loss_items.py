@@ -5,7 +5,7 @@ returns the number of items of a collated batch on the host. `window.py` weighs 
 makes accumulation exact.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -39,6 +39,20 @@ class CountSeveral:
 
     def __call__(self, batch: Mapping[str, Any]) -> float:
         return sum(self.each(batch).values())
+
+
+def losses_by_name(loss: Loss, names: Collection[str], where: str) -> dict[str, torch.Tensor]:
+    """Return several losses by name, or a single loss by the name "".
+
+    Raises:
+        ValueError: The names are not the names of `num_items`.
+    """
+    given = sorted(loss) if isinstance(loss, Mapping) else []
+    if given != sorted(names):
+        found = f"losses {given}" if given else "one loss"
+        wanted = f"a mapping with the losses {sorted(names)}" if names else "one loss"
+        raise ValueError(f"{where} got {found}; with num_items= of this loader, it takes {wanted}")
+    return dict(loss) if isinstance(loss, Mapping) else {"": loss}
 
 
 def total_loss(loss: Loss) -> torch.Tensor:

@@ -216,7 +216,7 @@ def read_alone(windows: Any) -> tuple[list[MicroBatch], int | None]:
     Returns:
         The examples, and the length to which they are padded, or None.
     """
-    found, pad_to, labels, latest = list[MicroBatch](), None, set[int](), 0
+    found, pad_to, labels, latest, read = list[MicroBatch](), None, set[int](), 0, 0
     for number in windows.plan.walk(0, 0):
         split = windows.split(*number)
         if found and split.pad_to != pad_to:
@@ -226,10 +226,12 @@ def read_alone(windows: Any) -> tuple[list[MicroBatch], int | None]:
             example = windows.collate(np.array([index]), 0, pad_to)
             if not example.num_items:
                 continue
-            found.append(example)
+            read += 1
             if new := labels_by_row(example) - labels:
-                labels, latest = labels | new, len(found)
-            if len(found) >= (MOST_READ if len(labels) == 1 else min(latest + READ, MOST_READ)):
+                labels, latest = labels | new, read
+            if new or read <= READ:
+                found.append(example)
+            if read >= (MOST_READ if len(labels) == 1 else min(latest + READ, MOST_READ)):
                 return found, pad_to
     return found, pad_to
 

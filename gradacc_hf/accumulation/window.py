@@ -4,7 +4,7 @@ With these weights, every split gives the gradient of the whole window at once. 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from gradacc_hf.accumulation.accelerate_state import (
     zero_prepared_gradients,
 )
 from gradacc_hf.accumulation.collation import LocalSplit, MicroBatch, to_device
-from gradacc_hf.accumulation.loss_items import Loss
+from gradacc_hf.accumulation.loss_items import Loss, losses_by_name
 from gradacc_hf.accumulation.noise_probe import NoiseProbe
 from gradacc_hf.accumulation.noise_scale import SmallBatch
 from gradacc_hf.accumulation.oom_exchange import OomExchange
@@ -319,15 +319,11 @@ class Window:
     def _parts(self, loss: Loss, position: int) -> list[tuple[torch.Tensor, float]]:
         """Return each loss with its share of the window's items. A loss without items here has no part."""
         micro_batch, totals = self.micro_batches[position], self.split.items
-        given = sorted(loss) if isinstance(loss, Mapping) else None
-        if given != (sorted(totals) or None):
-            found = "one loss" if given is None else f"losses {given}"
-            wanted = f"a mapping with the losses {sorted(totals)}" if totals else "one loss"
-            raise ValueError(f"weigh() got {found}; with num_items= of this loader, it takes {wanted}")
-        if not isinstance(loss, Mapping):
-            return [(loss, self._share(position))]
+        losses = losses_by_name(loss, totals, "weigh()")
+        if not totals:
+            return [(losses[""], self._share(position))]
         counted = micro_batch.num_items > 0  # an idle micro-batch has weight 0
-        return [(loss[n], items / totals[n] * counted) for n, items in micro_batch.items.items() if items]
+        return [(losses[n], items / totals[n] * counted) for n, items in micro_batch.items.items() if items]
 
     def _begin_micro_batch(self, position: int) -> None:
         self._position = self._pass_position = self.latest_position = position

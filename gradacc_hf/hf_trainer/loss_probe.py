@@ -24,7 +24,7 @@ from gradacc_hf.hf_trainer.item_counts import can_count, candidate_counts
 from gradacc_hf.hf_trainer.loss_questions import Answer, Losses, LossKind, Questions, Result, same_shapes
 
 MOST_ROWS = 16
-"""Rows of a sample with one label each. With more labels per row, it is the size of a micro-batch, 2 to 8."""
+"""Rows of a sample: at most 4 micro-batches, or one of 2 to 8 rows if labels are by token."""
 
 MOST_KNOWN = 1000
 """Labels that were compared, above which new labels open no question."""
@@ -50,7 +50,6 @@ class LossProbe:
     def __post_init__(self) -> None:
         self.counts = candidate_counts(self.num_items, self.label_names, self.config)
         self._reference: list[Rows] = []  # rows of the latest deciding sample
-        self._most_rows = MOST_ROWS
         self._tracks_labels = True
         self._wait = self._gap = 0  # windows until the next probe of an open question
         self._is_closed = False  # the loss is not a mean, which no further window changes
@@ -91,19 +90,19 @@ class LossProbe:
         names = label_keys(micro_batches[0], self.label_names)
         per_token = any(micro_batches[0][name].ndim > 1 for name in names)
         size = max(num_rows(batch, names) for batch in micro_batches)
-        self._most_rows = min(8, max(2, size)) if per_token or not names else MOST_ROWS
+        most = min(8, max(2, size)) if per_token or not names else min(MOST_ROWS, max(4, 4 * size))
         found = micro_batches_as_rows(micro_batches, names if self._tracks_labels else [], pairs)
-        return on_host(self.choose(list(found)))
+        return on_host(self.choose(list(found), most))
 
     @property
     def _usual_count(self) -> str:
         return "labels" if "labels" in self.counts else next(iter(self.counts))
 
-    def choose(self, rows: Sequence[Rows]) -> list[Rows]:
-        """Return the rows that decide most, such as the rows of all processes."""
+    def choose(self, rows: Sequence[Rows], most: int) -> list[Rows]:
+        """Return at most `most` rows that decide most, such as of the rows of all processes."""
         possible = self.counts.values()
         count = next((c for c in possible if rows and can_count(c, rows[0].batch)), lambda batch: 1)
-        return most_different(rows, count, self.known, self._most_rows)
+        return most_different(rows, count, self.known, most)
 
     def learn(
         self, rows: Sequence[Rows], losses: Losses, in_pairs: Callable[[], Sequence[Rows]]

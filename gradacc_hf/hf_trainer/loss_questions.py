@@ -16,6 +16,7 @@ import torch
 
 from gradacc_hf.accumulation.loss_items import IGNORED, CountItems
 from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LossSample
+from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.probe_rows import Rows, combine, single, with_first_label
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.hf_trainer.item_counts import can_count
@@ -143,10 +144,14 @@ class Questions:
         once = self.losses(self.batch, number if counted else None)
         twice = self.losses(self.batch, 2 * number) if counted else once
         divided = 2 * (once - twice)  # sum / number, where the loss is sum / number + rest
-        uses_number = abs(divided) > HALVING_RTOL * abs(once)
+        again = self.losses(self.batch, number) if counted else once
+        noise = 4 * abs(again - once)  # of sums in an undefined order, on a GPU
+        uses_number = abs(divided) > max(HALVING_RTOL * abs(once), 2 * noise)
         try:
             return self._of_sum(once, divided) if uses_number else self._of_mean(once)
         except Exception as error:  # a loss that needs more than these rows, such as pairs of them
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
             kind = self._kind(next(iter(self.items)), once, is_conclusive=False)
             result = self._cannot_tell(kind, f"it fails for single rows ({type(error).__name__})")
             return replace(result, fails_alone=True)
@@ -160,6 +165,7 @@ class Questions:
             mean = self.losses(self.batch, None)
         except Exception:  # a loss that needs the number
             mean = nan
+        mean = nan if mean == rest else mean
         times_processes = self._times_processes(once)
         divisor = self.number * divided / (mean - rest)
         totals, processes = {name: self.totals[name] for name in self._unshifted}, self.losses.num_processes

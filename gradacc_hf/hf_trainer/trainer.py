@@ -16,17 +16,19 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from transformers import PreTrainedModel, Trainer, __version__
 from transformers.utils import logging
 
 from gradacc_hf.accumulation.loss_items import CountItems
 from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LOSS_RTOL_HALF
-from gradacc_hf.accumulation.probe_rows import Rows
+from gradacc_hf.accumulation.oom import out_of_memory
+from gradacc_hf.accumulation.probe_rows import Rows, on_host
 from gradacc_hf.accumulation.reference import full_float32
 from gradacc_hf.hf_trainer.item_counts import count_examples
 from gradacc_hf.hf_trainer.loss_probe import LossProbe
@@ -236,17 +238,21 @@ class ExactTrainerMixin(_Base):
 
         def rows(pairs: bool = False) -> list[Rows]:
             own = self._probe.rows(micro_batches, pairs)
-            return self._probe.choose(gather_object(own)) if self.accelerator.num_processes > 1 else own
+            if self.accelerator.num_processes == 1:
+                return own
+            of_processes = gather_object([own])
+            return self._probe.choose(list(chain(*of_processes)), max(map(len, of_processes)))
 
         try:
             with preserve_rng_state(), full_float32():
                 sample, losses = rows(), _TrainerLosses(self, counted)
-                try:
-                    losses(micro_batches[0], 1.0 if counted else None)
+                first = on_host([Rows(dict(micro_batches[0]))])
+                try:  # the same micro-batch in all processes
+                    losses(broadcast_object_list(first)[0].batch, 1.0 if counted else None)
                 except Exception:  # a model that computes its loss only in training mode
                     for module in model.modules():
                         module.training = not isinstance(module, BATCH_NORMS)
-                answer = self._probe.learn(sample, losses, in_pairs=lambda: rows(pairs=True))
+                answer = self._learn(sample, losses, in_pairs=lambda: rows(pairs=True))
         finally:
             for module, training in modes:
                 module.training = training
@@ -254,6 +260,18 @@ class ExactTrainerMixin(_Base):
                 self._metrics = metrics
         if answer is not None and self.is_world_process_zero():
             self._report(answer)
+
+    def _learn(
+        self, sample: list[Rows], losses: "_TrainerLosses", in_pairs: Callable[[], list[Rows]]
+    ) -> Answer | None:
+        """Probe a sample of rows; of fewer rows if memory runs out in a single process."""
+        while True:
+            try:
+                return self._probe.learn(sample, losses, in_pairs)
+            except RuntimeError as error:
+                if not out_of_memory(error) or len(sample) < 4 or self.accelerator.num_processes > 1:
+                    raise
+            sample = sample[: len(sample) // 2]
 
     def _report(self, answer: Answer) -> None:
         """Log what the probe found, each line once per training."""
@@ -366,7 +384,7 @@ class _TrainerLosses:
         num_items = None if number is None else torch.tensor(number, device=trainer.args.device)
         with trainer._average_tokens_across_devices(across), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=num_items)
-        found: Any = torch.as_tensor(loss, device=trainer.args.device).detach().double().reshape(())
+        found: Any = torch.as_tensor(loss, device=trainer.args.device).detach().float().reshape(())
         if trainer.accelerator.num_processes > 1:
             found = broadcast(found)
         return float(found)

@@ -24,6 +24,7 @@ from gradacc_hf.accumulation.loss_items import (
     as_window_loss,
     logits_of,
     look_ahead,
+    losses_by_name,
     model_loss,
 )
 from gradacc_hf.accumulation.nonfinite import drop_non_finite, find_non_finite
@@ -284,7 +285,7 @@ def evaluate(
             outputs = model(**batch)
         if micro_batch.num_items and as_window_loss(compute_loss) is None:
             loss = compute_loss(outputs, batch)
-            losses = loss if isinstance(loss, Mapping) else {"": loss}
+            losses = losses_by_name(loss, micro_batch.items, "evaluate()")
             for name, items in (micro_batch.items or {"": micro_batch.num_items}).items():
                 if items:
                     sums = here.setdefault(name, [0.0, 0.0])

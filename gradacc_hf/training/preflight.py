@@ -15,15 +15,23 @@ from accelerate.utils import DistributedType
 
 from gradacc_hf.accumulation.accelerate_state import find_unused_parameters
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import ComputeLoss, as_window_loss, model_loss, total_loss
+from gradacc_hf.accumulation.loss_items import (
+    ComputeLoss,
+    CountSeveral,
+    as_window_loss,
+    model_loss,
+    total_loss,
+)
 from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LOSS_RTOL_HALF, LossSample
 from gradacc_hf.accumulation.probe_rows import labels_by_row
+from gradacc_hf.accumulation.reference import full_float32
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.bad_index import ids_beyond, num_embeddings
 from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.modeling import BATCH_NORMS, small_instead_of_zero
+from gradacc_hf.utils.rng import preserve_rng_state
 
 logger = get_logger(__name__)
 
@@ -127,7 +135,7 @@ def check_token_ids(model: torch.nn.Module, windows: WindowLoader) -> None:
     if (rows := num_embeddings(model)) is None or not isinstance(windows.plan, WindowPlan):
         return
     place = windows.state_dict()
-    with torch.random.fork_rng(devices=()):  # the check must not change the run's random numbers
+    with preserve_rng_state():  # the check must not change the run's random numbers
         micro_batches = windows.collate_window(place["epoch"], place["window"])
     for micro_batch in micro_batches:
         if problem := ids_beyond(micro_batch.batch, rows):
@@ -168,7 +176,7 @@ def preflight_check(
         return
     training = model.training
     model.to(accelerator.device).eval()
-    with uncompiled(model), torch.random.fork_rng():  # the check must not change the run's random numbers
+    with uncompiled(model), preserve_rng_state(), full_float32():
         notice_inseparable_loss(model, windows, compute_loss)
         expect_unused_parameters(model, windows, compute_loss, accelerator)
     model.train(training)
@@ -186,12 +194,14 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
     alone, together, pad_to = windows.sample()
 
     def losses() -> list[Mapping[str, torch.Tensor]]:
-        found = [compute_loss(model(**each.batch), each.batch) for each in (*alone, together)]
+        repeated = windows.collated(np.repeat(alone[0].indices, len(alone)), pad_to)
+        micro_batches = (*alone, together, repeated)
+        found = [compute_loss(model(**each.batch), each.batch) for each in micro_batches]
         return [loss if isinstance(loss, Mapping) else {"": loss} for loss in found]
 
     def sample_of(measured: list[Mapping[str, torch.Tensor]], name: str) -> LossSample:
-        *single, whole = (float(loss[name]) for loss in measured)
-        return LossSample(np.array(single), whole, rtol=_rounding(model))
+        *single, whole, repeated = (float(loss[name]) for loss in measured)
+        return LossSample(np.array(single), whole, repeated, _rounding(model))
 
     def pair_of(name: str) -> Callable[[int, int], float]:
         def loss(first: int, second: int) -> float:
@@ -270,6 +280,9 @@ def expect_unused_parameters(
     the next.
     """
     if accelerator.distributed_type == DistributedType.NO:
+        return
+    if isinstance(windows.count_items, CountSeveral):  # a micro-batch may lack the items of a loss
+        find_unused_parameters(accelerator)
         return
     batch = windows.probe()[0].batch
     total_loss(compute_loss(model(**batch), batch)).backward()

@@ -28,6 +28,9 @@ def info(logger: Any, line: str) -> None:
     """Log a line at level INFO. It is shown even if the program does not configure logging."""
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
-    if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
+    handler = None if logger.hasHandlers() else logging.StreamHandler()
+    if handler is not None:
+        logger.addHandler(handler)
     logger.info(line)
+    if handler is not None:  # a later `logging.basicConfig` has a handler of its own
+        logger.removeHandler(handler)

@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -695,6 +696,54 @@ def exact_trainer_late_label(engine):
     return {"lines": lines, "steps": trainer.state.global_step}
 
 
+class TwoTasks(torch.nn.Module):
+    """Two heads, each with labels of its own: most examples have one of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.a, self.b = (torch.nn.Linear(*size) for size in ((4, 8), (8, 3), (8, 2)))
+
+    def forward(self, x, a, b):
+        hidden = torch.tanh(self.body(x))
+        cross_entropy = torch.nn.functional.cross_entropy
+        return {"a": cross_entropy(self.a(hidden), a), "b": cross_entropy(self.b(hidden), b)}
+
+
+def several_losses(engine):
+    """Windows of two losses, where many micro-batches have items of one: the worst error of a gradient."""
+
+    def losses(outputs, batch):
+        return outputs
+
+    accelerator, generator = accelerator_for(engine), torch.Generator().manual_seed(0)
+    examples = [
+        {
+            "x": torch.randn(4, generator=generator),
+            "a": torch.tensor(i % 3 if i % 4 == 0 else -100),
+            "b": torch.tensor(i % 2 if i % 4 else -100),
+        }
+        for i in range(30)
+    ]
+    num_items = {name: partial(count_of, name) for name in "ab"}
+    data = {"accelerator": accelerator, "micro_batch_size": 2, "num_items": num_items}
+    windows, model, untouched = WindowLoader(examples, 15, **data), TwoTasks(), TwoTasks()
+    preflight_check(model, windows, losses)
+    model, optimizer = accelerator.prepare(model, RecordGradients(model))
+    records = train(model, optimizer, windows, accelerator=accelerator, compute_loss=losses)
+    errors, loss_errors = [], []
+    plan = WindowLoader(examples, 15, **data)
+    for record, gradient in zip(records, optimizer.optimizer.gradients, strict=True):
+        batch = plan.collated(plan.plan.indices(0, record.window - 1)).batch
+        errors.append(relative_error(gradient, whole_window_gradient(untouched, batch, losses)))
+        loss_errors.append(abs(record.loss / float(sum(untouched(**batch).values())) - 1))
+    return {"error": max(errors), "loss_error": max(loss_errors), "same_windows": True}
+
+
+def count_of(name, batch):
+    return int((batch[name] != -100).sum())
+
+
 def contrastive(engine, size=22, **split):
     """Windows of pairs: the worst error against all pairs of a window at once."""
     accelerator, loss = accelerator_for(engine), ContrastiveLoss(0.1)
@@ -773,6 +822,7 @@ CASES = {
     "noise": noise,
     "stream": stream,
     "other_data": other_data,
+    "several_losses": several_losses,
     "contrastive": lambda engine: contrastive(engine, max_tokens=160),
     "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),
     "masked_at_random": masked_at_random,
