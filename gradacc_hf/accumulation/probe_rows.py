@@ -233,6 +233,8 @@ def read_alone(windows: Any) -> tuple[list[MicroBatch], int | None]:
                 found.append(example)
             if read >= (MOST_READ if len(labels) == 1 else min(latest + READ, MOST_READ)):
                 return found, pad_to
+        if found and not isinstance(windows.tokens, np.ndarray):
+            break  # a stream keeps only the examples of one window
     return found, pad_to
 
 

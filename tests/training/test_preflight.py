@@ -504,3 +504,15 @@ def test_losses_that_are_all_alike_cannot_tell(caplog):
             return {"loss": super().forward(x, labels)["loss"] * 0 + 1}
 
     assert "the losses of 4 examples are all alike" in line_about(Constant(), [0, 1, 2] * 10, caplog)
+
+
+def test_a_stream_is_checked_by_the_examples_of_one_window(caplog):
+    examples = [{"x": torch.randn(5), "labels": torch.tensor(i % 3)} for i in range(40)]
+    accelerator = Accelerator(cpu=True)
+    stream = type("Stream", (), {"__iter__": lambda self: iter(examples)})()
+    windows = WindowLoader(stream, 8, accelerator=accelerator, micro_batch_size=3, buffer_size=8)
+    preflight_check(LabelWeights(), windows)
+    assert caplog.text == ""
+    preflight_check(LabelWeights(WEIGHTS), windows)
+    assert "no split is exact" in caplog.text
+    assert [len(window.indices) for window in windows] == [8] * 5
