@@ -101,11 +101,16 @@ class LossProbe:
     def choose(self, rows: Sequence[Rows], most: int) -> list[Rows]:
         """Return at most `most` rows that decide most, such as of the rows of all processes."""
         possible = self.counts.values()
-        count = next((c for c in possible if rows and can_count(c, rows[0].batch)), lambda batch: 1)
+        applies = (c for c in possible if rows and all(can_count(c, row.batch) for row in rows))
+        count = next(applies, lambda batch: 1)
         return most_different(rows, count, self.known, most)
 
     def learn(
-        self, rows: Sequence[Rows], losses: Losses, in_pairs: Callable[[], Sequence[Rows]]
+        self,
+        rows: Sequence[Rows],
+        losses: Losses,
+        in_pairs: Callable[[], Sequence[Rows]],
+        whole: Mapping[str, Any],
     ) -> Answer | None:
         """Probe the loss with a sample of rows. Return what is new, or None.
 
@@ -113,6 +118,7 @@ class LossProbe:
             rows: Rows from `rows`, of all processes.
             losses: Computes losses.
             in_pairs: Returns rows from `rows(pairs=True)`, for a loss that fails for single rows.
+            whole: A micro-batch, for a loss that fails for pairs of rows, too.
         """
         counts, before = self.counts, self.kind
         if not rows:  # no row has items
@@ -126,6 +132,8 @@ class LossProbe:
         result = self._ask(rows, counts, losses)
         if result.fails_alone and (pairs := in_pairs()):
             result = self._ask(pairs, counts, losses)
+        if result.fails_alone:  # such as images whose pixels are not by row
+            result = self._ask([Rows({}, dict(whole))], counts, losses)
         self._is_closed = result.answer.exact == "no"
         self.known |= result.labels
         if result.answer.exact == "cannot tell":

@@ -130,7 +130,8 @@ class Questions:
     ):
         self.rows, self.losses = rows, losses
         self.batch = combine(rows, label_names, pad_token_id)
-        self.parts = [single(self.batch, i, rows) for i in range(len(rows))]
+        self.is_split = bool(rows[0].values)
+        self.parts = [single(self.batch, i, rows) if self.is_split else self.batch for i in range(len(rows))]
         repeated = [replace(rows[0], values={k: self.parts[0][k] for k in rows[0].values if k in self.batch})]
         self.repeated = combine(repeated * len(rows), label_names, pad_token_id)
         names = [name for name, count in counts.items() if can_count(count, self.batch)]
@@ -140,21 +141,29 @@ class Questions:
 
     def ask(self) -> Result:
         """Return what the sample shows."""
+        try:
+            return self._answer()
+        except Exception as error:  # a loss that needs more than these rows, such as pairs of them
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            kind = self._kind(next(iter(self.items)), nan)
+            result = self._cannot_tell(kind, f"it fails for single rows ({type(error).__name__})")
+            return replace(result, fails_alone=True)
+
+    def _answer(self) -> Result:
         counted, number = self.losses.counted, self.number
         once = self.losses(self.batch, number if counted else None)
         twice = self.losses(self.batch, 2 * number) if counted else once
         divided = 2 * (once - twice)  # sum / number, where the loss is sum / number + rest
         again = self.losses(self.batch, number) if counted else once
         noise = 4 * abs(again - once)  # of sums in an undefined order, on a GPU
-        uses_number = abs(divided) > max(HALVING_RTOL * abs(once), 2 * noise)
-        try:
-            return self._of_sum(once, divided) if uses_number else self._of_mean(once)
-        except Exception as error:  # a loss that needs more than these rows, such as pairs of them
-            if isinstance(error, RuntimeError) and out_of_memory(error):
-                raise
-            kind = self._kind(next(iter(self.items)), once, is_conclusive=False)
-            result = self._cannot_tell(kind, f"it fails for single rows ({type(error).__name__})")
-            return replace(result, fails_alone=True)
+        if abs(divided) > max(HALVING_RTOL * abs(once), 2 * noise):
+            return self._of_sum(once, divided)
+        return self._of_mean(once) if self.is_split else self._unsplit(once)
+
+    def _unsplit(self, once: float) -> Result:
+        kind = self._kind(self._unshifted[0], once)
+        return self._cannot_tell(kind, "the rows of a micro-batch cannot be separated")
 
     # ---- a loss that divides by num_items_in_batch ----
 
@@ -216,7 +225,8 @@ class Questions:
             usual = [name for name in self._unshifted if "other than" not in name]
             nearest = min(usual, key=lambda name: sample.deviation(self.items[name]))
             kind = self._kind(nearest, sample.together)
-            if self._loss(self.parts[0], seed=1) != self._loss(self.parts[0]):
+            first = self._loss(self.parts[0])
+            if np.isfinite(first) and self._loss(self.parts[0], seed=1) != first:
                 return self._cannot_tell(kind, "it draws random numbers")
             return self._no(kind)
         kind = self._kind(fits[0], sample.together)

@@ -246,13 +246,14 @@ class ExactTrainerMixin(_Base):
         try:
             with preserve_rng_state(), full_float32():
                 sample, losses = rows(), _TrainerLosses(self, counted)
-                first = on_host([Rows(dict(micro_batches[0]))])
-                try:  # the same micro-batch in all processes
-                    losses(broadcast_object_list(first)[0].batch, 1.0 if counted else None)
+                # The same micro-batch in all processes.
+                first = broadcast_object_list(on_host([Rows({}, dict(micro_batches[0]))]))[0].batch
+                try:
+                    losses(first, 1.0 if counted else None)
                 except Exception:  # a model that computes its loss only in training mode
                     for module in model.modules():
                         module.training = not isinstance(module, BATCH_NORMS)
-                answer = self._learn(sample, losses, in_pairs=lambda: rows(pairs=True))
+                answer = self._learn(sample, losses, lambda: rows(pairs=True), first)
         finally:
             for module, training in modes:
                 module.training = training
@@ -262,12 +263,16 @@ class ExactTrainerMixin(_Base):
             self._report(answer)
 
     def _learn(
-        self, sample: list[Rows], losses: "_TrainerLosses", in_pairs: Callable[[], list[Rows]]
+        self,
+        sample: list[Rows],
+        losses: "_TrainerLosses",
+        in_pairs: Callable[[], list[Rows]],
+        whole: Mapping[str, Any],
     ) -> Answer | None:
         """Probe a sample of rows; of fewer rows if memory runs out in a single process."""
         while True:
             try:
-                return self._probe.learn(sample, losses, in_pairs)
+                return self._probe.learn(sample, losses, in_pairs, whole)
             except RuntimeError as error:
                 if not out_of_memory(error) or len(sample) < 4 or self.accelerator.num_processes > 1:
                     raise

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -525,3 +526,37 @@ def test_logged_losses_are_those_of_the_run_without_accumulation(compute_loss_fu
         losses[steps] = logged(trainer)
     assert len(losses[1]) == 5
     assert losses[1] == pytest.approx(losses[2], rel=1e-4)  # transformers uses 0.01
+
+
+def test_a_batch_whose_pixels_are_not_by_row_trains_as_in_trainer(tmp_path, capture_warnings):
+    """As in Qwen2-VL: all patches of a micro-batch are in one tensor. The loss divides by the number."""
+
+    class Patches(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = torch.nn.Linear(4, 3)
+
+        def forward(self, pixels, counts, labels, **kwargs):
+            rows = torch.stack([part.mean(0) for part in pixels.split(counts.tolist())])
+            loss = cross_entropy(self.layer(rows), labels, reduction="sum")
+            return {"loss": loss / kwargs.get("num_items_in_batch", len(labels))}
+
+    def collate(examples):
+        batch = {"pixels": torch.cat([example["pixels"] for example in examples])}
+        batch["counts"] = torch.tensor([len(example["pixels"]) for example in examples])
+        return {**batch, "labels": torch.tensor([example["label"] for example in examples])}
+
+    generator = torch.Generator().manual_seed(0)
+    examples = [{"pixels": torch.randn(2 + i % 3, 4, generator=generator), "label": i % 3} for i in range(16)]
+    gradients = []
+    for trainer_class in (ExactTrainer, Trainer):
+        model = Patches()
+        trainer = make(
+            trainer_class, SimpleNamespace(model=model, collate=collate), tmp_path, examples, size=3
+        )
+        trainer.data_collator = collate
+        trainer.train()
+        gradients.append(trainer.optimizer.optimizer.gradients)
+    assert all(relative_error(*pair) < EXACT for pair in zip(*gradients, strict=True))
+    assert capture_warnings.text.count("WARNING") <= 1
