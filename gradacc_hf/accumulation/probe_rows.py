@@ -12,6 +12,17 @@ from gradacc_hf.accumulation.loss_items import IGNORED
 
 MOST_LABELS = 64
 """Different labels per token in a window above which the labels are a vocabulary, not classes."""
+Mark = tuple[str, float]
+USUAL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "pixel_values",
+    "input_values",
+)
+MOST_MARKS = 32
+"""Different numbers of an entry of a batch above which they are no marks."""
 READ, MOST_READ = 64, 512
 """Examples to choose from: reading ends after so many without a new label, and after so many in all."""
 
@@ -24,11 +35,13 @@ class Rows:
         values: Values by name; the first dimension is the rows.
         shared: Values of the micro-batch that are not by row.
         labels: The different labels of the rows. Empty if labels are floats or a vocabulary.
+        marks: What else may weigh the rows, from `marks_of`.
     """
 
     values: dict[str, Any]
     shared: dict[str, Any] = field(default_factory=dict)
     labels: frozenset[int] = frozenset()
+    marks: frozenset[Mark] = frozenset()
 
     @property
     def batch(self) -> dict[str, Any]:
@@ -71,6 +84,38 @@ def labels_of_window(
     return None if per_token and len(found) > MOST_LABELS else found
 
 
+def marks_of(batch: Mapping[str, Any], label_names: Sequence[str] = ()) -> set[Mark]:
+    """Return what may weigh rows besides integer labels, such as weights and masks, without usual inputs.
+
+    A mark is an entry of the batch with a number by row: the value, or how many values are neither 0, NaN nor
+    ignored, or the size of a list. Entries with many different numbers have no marks.
+    """
+    found: set[Mark] = set()
+    labels = label_keys(batch, label_names)
+    for name, value in batch.items():
+        if name in USUAL_INPUTS or name in labels:
+            continue
+        numbers: Sequence[float] = ()
+        if isinstance(value, torch.Tensor) and value.ndim == 1:
+            numbers = value.double().tolist()
+        elif isinstance(value, torch.Tensor) and value.ndim:
+            numbers = ((value != 0) & (value == value) & (value != IGNORED)).flatten(1).sum(1).tolist()
+        elif isinstance(value, list):
+            numbers = [float(_size(each)) for each in value]
+        marks = {(name, round(number, 4)) for number in numbers if number == number}
+        found |= marks if len(marks) <= MOST_MARKS else set()
+    return found
+
+
+def _size(value: Any) -> int:
+    """Return the number of elements of an entry of a list, such as the boxes of an image."""
+    if isinstance(value, Mapping):
+        return sum(_size(each) for each in value.values())
+    if isinstance(value, torch.Tensor):
+        return value.numel()
+    return len(value) if hasattr(value, "__len__") else 1
+
+
 def num_rows(batch: Mapping[str, Any], names: Sequence[str] = ()) -> int:
     """Return the number of rows: the length of the labels, or of the first tensor."""
     tensors = [batch[name] for name in names] + list(batch.values())
@@ -88,7 +133,7 @@ def split_rows(batch: Mapping[str, Any], names: Sequence[str], pairs: bool = Fal
     for part in parts:
         values = {name: _take(value, part) for name, value in by_row.items()}
         labels = labels_of(values, [name for name in names if name in values])
-        found.append(Rows(values, shared, frozenset(labels)))
+        found.append(Rows(values, shared, frozenset(labels), frozenset(marks_of(values, names))))
     return found
 
 
@@ -103,28 +148,28 @@ def _take(value: Any, part: list[int]) -> Any:
 
 
 def most_different(
-    rows: Iterable[Rows], count: Callable[[Mapping[str, Any]], float], known: Iterable[int], most: int
+    rows: Iterable[Rows], count: Callable[[Mapping[str, Any]], float], known: Iterable[Any], most: int
 ) -> list[Rows]:
     """Choose rows: the most and the fewest items, and as many new labels as possible.
 
     Args:
         rows: The rows to choose from. Rows without items are not chosen.
         count: Items of a batch.
-        known: Labels that need no row.
+        known: Labels and marks that need no row.
         most: Largest number of rows.
     """
     items = [(row, count(row.batch)) for row in rows]
     left = sorted((pair for pair in items if pair[1]), key=lambda pair: pair[1])
     chosen, new = [], set(known)
     while left and len(chosen) < most:
-        gains = [len(row.labels - new) for row, _ in left]
+        gains = [len((row.labels | row.marks) - new) for row, _ in left]
         if max(gains) == 0 and len(chosen) >= min(4, most):
             break
         # Without a new label: the fewest items, then the most, in turns.
         position = gains.index(max(gains)) if max(gains) else -(len(chosen) % 2)
         row, _ = left.pop(position)
         chosen.append(row)
-        new |= row.labels
+        new |= row.labels | row.marks
     return chosen
 
 
@@ -191,7 +236,7 @@ def on_host(rows: Sequence[Rows]) -> list[Rows]:
     def move(values: dict[str, Any]) -> dict[str, Any]:
         return {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
-    return [Rows(move(row.values), move(row.shared), row.labels) for row in rows]
+    return [Rows(move(row.values), move(row.shared), row.labels, row.marks) for row in rows]
 
 
 def micro_batches_as_rows(

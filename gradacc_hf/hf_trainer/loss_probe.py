@@ -5,15 +5,19 @@ counts remain possible until they differ for a micro-batch. Labels count as alik
 them. A window with a new label, or with counts that differ for the first time, is therefore probed again.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gradacc_hf.accumulation.loss_items import CountItems
 from gradacc_hf.accumulation.probe_rows import (
+    MOST_MARKS,
+    Mark,
     Rows,
     label_keys,
     labels_of_window,
+    marks_of,
     micro_batches_as_rows,
     most_different,
     num_rows,
@@ -44,8 +48,8 @@ class LossProbe:
     label_names: Sequence[str] = ()
     config: Any = None
     kind: LossKind | None = None
-    known: set[int] = field(default_factory=set)
-    """Labels that a sample has compared with each other."""
+    known: set[int | Mark] = field(default_factory=set)
+    """Labels and marks that a sample has compared with each other."""
 
     def __post_init__(self) -> None:
         self.counts = candidate_counts(self.num_items, self.label_names, self.config)
@@ -63,7 +67,7 @@ class LossProbe:
             return False
         if self.kind is None or not self.kind.is_conclusive:
             return True
-        new = self._labels(micro_batches) - self.known
+        new = (self._labels(micro_batches) | self._marks(micro_batches)) - self.known
         return bool(new) or any(self._differs(batch) for batch in micro_batches)
 
     def _labels(self, micro_batches: Sequence[Mapping[str, Any]]) -> set[int]:
@@ -71,6 +75,12 @@ class LossProbe:
         found = labels_of_window(micro_batches, self.label_names) if self._tracks_labels else set()
         self._tracks_labels &= found is not None and len(self.known) <= MOST_KNOWN
         return found or set()
+
+    def _marks(self, micro_batches: Sequence[Mapping[str, Any]]) -> set[Mark]:
+        """Return what else may weigh rows of the window; nothing of an entry with many known numbers."""
+        found = set[Mark]().union(*(marks_of(batch, self.label_names) for batch in micro_batches))
+        known = Counter(mark[0] for mark in self.known if isinstance(mark, tuple))
+        return {mark for mark in found if known[mark[0]] < MOST_MARKS}
 
     def _differs(self, batch: Mapping[str, Any]) -> bool:
         """Whether the counts that fit so far differ for a micro-batch by more than rounding."""
@@ -126,7 +136,8 @@ class LossProbe:
             return None
         if before is not None and before.is_conclusive:
             rows = same_shapes([*rows, *self._reference])
-            if len(_labels_of(rows)) < 2 and not any(self._differs(row.batch) for row in rows):
+            alike = len(_labels_of(rows)) < 2 and len({row.marks for row in rows}) < 2
+            if alike and not any(self._differs(row.batch) for row in rows):
                 return None  # with one label, a window is exact for every weight of the label
             counts = {name: self.counts[name] for name in (before.count, *before.others)}
         result = self._ask(rows, counts, losses)
@@ -136,6 +147,8 @@ class LossProbe:
             result = self._ask([Rows({}, dict(whole))], counts, losses)
         self._is_closed = result.answer.exact == "no"
         self.known |= result.labels
+        if result.answer.exact == "yes":
+            self.known |= frozenset[Mark]().union(*(row.marks for row in rows))
         if result.answer.exact == "cannot tell":
             self._gap = max(1, 2 * self._gap)  # ask again after 1 window, then 2, 4, …
             self._wait = self._gap - 1

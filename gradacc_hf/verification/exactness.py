@@ -24,7 +24,7 @@ from gradacc_hf.accumulation.loss_items import (
     model_loss,
 )
 from gradacc_hf.accumulation.oom import out_of_memory
-from gradacc_hf.accumulation.probe_rows import labels_of_window
+from gradacc_hf.accumulation.probe_rows import labels_of_window, marks_of
 from gradacc_hf.accumulation.reference import (
     EXACT,
     Comparison,
@@ -220,24 +220,29 @@ def deciding_windows(windows: Sequence[Window], number: int | None) -> list[Wind
         windows: The windows to choose from, in order.
         number: The number to choose; None for one window, and up to two more with other labels.
     """
-    left, chosen, known = list(windows), list[Window](), set[int]()
+    left, chosen, known = list(windows), list[Window](), set[Any]()
 
     def value(window: Window) -> tuple[bool, int, bool]:
         unequal = len({micro_batch.num_items for micro_batch in window.micro_batches}) > 1
-        return len(window) > 1, len(_labels(window) - known), unequal
+        return len(window) > 1, len(_kinds(window) - known), unequal
 
     while left and len(chosen) < (number or MOST_WINDOWS):
         best = max(left, key=value)
-        if chosen and number is None and not _labels(best) - known:
+        if chosen and number is None and not _kinds(best) - known:
             break
         left.remove(best)
         chosen.append(best)
-        known |= _labels(best)
+        known |= _kinds(best)
     return [window for window in windows if window in chosen]
 
 
 def _labels(window: Window) -> set[int]:
     return labels_of_window([micro_batch.batch for micro_batch in window.micro_batches]) or set()
+
+
+def _kinds(window: Window) -> set[Any]:
+    """Return what may weigh the examples of a window: labels, and other entries of the batches."""
+    return _labels(window).union(*(marks_of(micro_batch.batch) for micro_batch in window.micro_batches))
 
 
 def _undecided(compared: Sequence["_ComparedWindow"], read: Sequence[Window]) -> Iterator[str]:

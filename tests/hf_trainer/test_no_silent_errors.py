@@ -86,6 +86,11 @@ def weighted_examples(net, batch):
     return (each * batch["weight"]).sum() / batch["weight"].sum()
 
 
+def masked_positions(net, batch):
+    each = cross_entropy(net(batch["x"]).transpose(1, 2), batch["labels"], reduction="none")
+    return (each * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+
+
 def preference(net, batch):
     chosen, rejected = net(batch["x"]).mean(1).chunk(2)
     return -logsigmoid(chosen - rejected).mean()
@@ -153,6 +158,20 @@ CASES = {
         lambda: [{**e, "row": torch.tensor(i % CLASSES)} for i, e in enumerate(positions())], token_and_row
     ),
     "weighted examples": case(lambda: [{**e, "weight": torch.rand(())} for e in rows()], weighted_examples),
+    "weighted examples, the first alike": case(
+        lambda: [
+            {**e, "weight": torch.tensor(5.0 if i > 40 and i % 9 == 0 else 1.0)} for i, e in enumerate(rows())
+        ],
+        weighted_examples,
+    ),
+    "mask of positions, the first full": case(
+        lambda: [
+            {**e, "loss_mask": (torch.arange(LENGTH) < (LENGTH if i < 32 else 1 + i % LENGTH)).float()}
+            for i, e in enumerate(positions(ignored=0))
+        ],
+        masked_positions,
+        train_sampling_strategy="sequential",
+    ),
     "contrastive": case(rows, contrastive),
     "preference": case(
         lambda: [{"x": torch.randn(WIDTH), "rejected": torch.randn(WIDTH)} for _ in range(96)],
@@ -175,6 +194,8 @@ MAY_WARN = {
     "ignored label that nothing names",
     "two losses with different items",
     "weighted examples",
+    "weighted examples, the first alike",
+    "mask of positions, the first full",
     "contrastive",
     "sum",
 }
