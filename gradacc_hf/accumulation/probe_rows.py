@@ -22,7 +22,7 @@ USUAL_INPUTS = (
     "input_values",
 )
 MOST_MARKS = 32
-"""Different numbers of an entry of a batch above which they are no marks."""
+"""Different numbers of an entry of a batch above which the entry has no marks."""
 READ, MOST_READ = 64, 512
 """Examples to choose from: reading ends after so many without a new label, and after so many in all."""
 
@@ -87,8 +87,8 @@ def labels_of_window(
 def marks_of(batch: Mapping[str, Any], label_names: Sequence[str] = ()) -> set[Mark]:
     """Return what may weigh rows besides integer labels, such as weights and masks, without usual inputs.
 
-    A mark is an entry of the batch with a number by row: the value, or how many values are neither 0, NaN nor
-    ignored, or the size of a list. Entries with many different numbers have no marks.
+    A mark is the name of an entry of the batch, and a number of a row. The number is the value, the values
+    that are neither 0, NaN nor ignored, or the size of a list. Many different numbers are not marks.
     """
     found: set[Mark] = set()
     labels = label_keys(batch, label_names)

@@ -32,5 +32,5 @@ def info(logger: Any, line: str) -> None:
     if handler is not None:
         logger.addHandler(handler)
     logger.info(line)
-    if handler is not None:  # a later `logging.basicConfig` has a handler of its own
+    if handler is not None:  # a later `logging.basicConfig` adds another handler
         logger.removeHandler(handler)

@@ -15,10 +15,13 @@ WIDTH_COLUMNS = 100
 
 def print_verification(result: Verification, console: Console) -> None:
     """Print the comparisons, the parameters with the largest errors, the reasons, and the verdict."""
+    compared = f"{result.windows} window{'s' * (result.windows > 1)}"
+    if result.windows < result.windows_read:
+        next_windows = f"{result.windows} of the next {result.windows_read} windows"
+        compared = f"{next_windows}, chosen for different labels and unequal micro-batches"
     console.print(
-        f"{result.windows} of the next {result.windows_read} windows, chosen for different labels and "
-        f"unequal micro-batches\n{result.examples} examples, split into {listed(result.accumulation_steps)} "
-        f"micro-batches\nreference gradient: {result.reference}"
+        f"{compared}\n{result.examples} examples, split into {listed(result.accumulation_steps)} micro-batches\n"
+        f"reference gradient: {result.reference}"
     )
     table = Table("gradient of", box=SIMPLE)
     for header in ("relative error", "norm ÷ reference", "cosine", ""):
