@@ -20,8 +20,8 @@ def print_verification(result: Verification, console: Console) -> None:
         next_windows = f"{result.windows} of the next {result.windows_read} windows"
         compared = f"{next_windows}, chosen for different labels and unequal micro-batches"
     console.print(
-        f"{compared}\n{result.examples} examples, split into {listed(result.accumulation_steps)} micro-batches\n"
-        f"reference gradient: {result.reference}"
+        f"{compared}\n{result.examples} examples, split into {listed(result.accumulation_steps)} "
+        f"micro-batches\nreference gradient: {result.reference}"
     )
     table = Table("gradient of", box=SIMPLE)
     for header in ("relative error", "norm ÷ reference", "cosine", ""):
