@@ -40,7 +40,9 @@ SMALL_WINDOW = f"{ONE_WINDOW} --batch.effective 8 --budget.max_tokens 512 --data
 SHORTENED = {
     r"\./launch\.sh recipes/minimal\.py": "--max_windows 1",
     r"\./launch\.sh recipes/compare_trainer\.py": "",
+    r"\./launch\.sh recipes/.*noise_scale": f"{ONE_WINDOW} --optim.scheduler constant --optim.warmup_ratio 0",
     r"\./launch\.sh recipes/.*--batch\.effective": ONE_WINDOW,
+    r"\./launch\.sh recipes/.*--budget\.max_tokens": SMALL_WINDOW.replace("--budget.max_tokens 512 ", ""),
     r"\./launch\.sh recipes/(?!.*--help)": SMALL_WINDOW,
     r"gradacc compare": "--windows 1 --repeats 1 --contenders trainer,ours --budget.max_tokens 1024",
 }

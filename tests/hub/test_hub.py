@@ -101,7 +101,7 @@ def test_a_configuration_must_be_named_where_there_are_several(repository):
 
 def to_cache(repository, tmp_path, name, as_name):
     """What `datasets` keeps of a data set from the Hub, made from the same files here."""
-    load_data(str(repository), config_name=name, validation_fraction=0.1, seed=0)
+    datasets.load_dataset(str(repository), name)
     [info] = (tmp_path / "cache").rglob(f"glue/{name}*/0.0.0/*/dataset_info.json")
     target = tmp_path / "cache" / as_name.replace("/", "___") / name / "0.0.0" / info.parent.name
     shutil.copytree(info.parent, target)
