@@ -121,7 +121,7 @@ def test_the_same_seed_shows_the_same_run_and_another_another():
 
 
 DOCTOR_SAYS = {
-    "none": "each gradient equals the gradient of the window in one batch",
+    "none": "gradient equals the gradient of the window in one batch",
     "zeroed too early": "gradients are zeroed between the micro-batches of a window",
     "step on every micro-batch": "the optimizer steps on every micro-batch",
     "not divided": "the loss is not divided by the accumulation steps",
