@@ -67,7 +67,7 @@ def test_a_label_that_one_process_alone_gets_late_is_probed_by_all(ddp):
     assert (level, warning) == ("INFO", "WARNING")
     assert "a mean over items (counted as 'labels')" in first
     assert "is not a mean over its items, counted as 'labels'" in second
-    assert found["exact_trainer_late_label"]["steps"] == 4
+    assert found["exact_trainer_late_label"]["trained"] == 4
 
 
 def test_processes_have_unequal_accumulation_steps_and_none_has_none(ddp):

@@ -693,7 +693,7 @@ def exact_trainer_late_label(engine):
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     logging.getLogger("gradacc_hf").removeHandler(handler)
-    return {"lines": lines, "steps": trainer.state.global_step}
+    return {"lines": lines, "trained": trainer.state.global_step}
 
 
 class TwoTasks(torch.nn.Module):
