@@ -354,10 +354,9 @@ class LocalWindows(Dataset):
             )
         return MicroBatch(batch, indices if counts else indices[:0], num_items, each)
 
-    def find_example_with_items(self, split: Split, longest: bool = False) -> MicroBatch | None:
-        """Return the shortest (or longest) example of the window that has items when collated alone."""
-        by_length = np.argsort(self.tokens[split.indices].sum(1), kind="stable")
-        for index in split.indices[by_length[::-1] if longest else by_length]:
+    def find_example_with_items(self, split: Split) -> MicroBatch | None:
+        """Return the shortest example of the window that has items when collated alone."""
+        for index in split.indices[np.argsort(self.tokens[split.indices].sum(1), kind="stable")]:
             micro_batch = self.collate(np.array([index]), split.epoch, split.pad_to)
             if micro_batch.num_items:
                 return micro_batch

@@ -40,9 +40,9 @@ from gradacc_hf.accumulation.loader_state import (
     upgrade_state,
 )
 from gradacc_hf.accumulation.noise_scale import NoiseScale
-from gradacc_hf.accumulation.probe_rows import different_examples, read_alone
 from gradacc_hf.accumulation.reference import as_number
 from gradacc_hf.accumulation.same_data import SAME_DATA, check_same_data, checksum_of_split
+from gradacc_hf.accumulation.sample_examples import different_examples, read_alone
 from gradacc_hf.accumulation.sampler import EffectiveBatchSize, WindowPlan
 from gradacc_hf.accumulation.splitting import Bound, Cost, usual_cost
 from gradacc_hf.accumulation.streaming import BUFFER_SIZE, Stream, is_stream
@@ -333,17 +333,6 @@ class WindowLoader:
     def examples(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
         """Return examples of the current epoch, not collated."""
         return self._windows.examples(np.asarray(indices), self.epoch)
-
-    def probe(self) -> list[MicroBatch]:
-        """Return a short example with items, a long one, and both together, to test a model."""
-        self.plan.ahead(self.epoch, self.window, 1)  # a stream reads the next window and keeps it
-        windows = self._windows.apart(epoch=0, window=0)
-        for split in (windows.split(*number) for number in windows.plan.walk(0, 0)):
-            short, long = (windows.find_example_with_items(split, longest) for longest in (False, True))
-            if short is not None and long is not None:
-                both = windows.collate(np.concatenate([short.indices, long.indices]), 0, split.pad_to)
-                return [micro_batch.on_device(self.accelerator) for micro_batch in (short, long, both)]
-        raise ValueError("no example of the data set has an item: every label is ignored")
 
     def sample(self, most: int = 16) -> tuple[list[MicroBatch], MicroBatch, int | None]:
         """Return different examples of the first windows, each alone, and all together, to test a loss.

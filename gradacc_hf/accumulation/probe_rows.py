@@ -4,10 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
-from gradacc_hf.accumulation.collation import MicroBatch
 from gradacc_hf.accumulation.loss_items import IGNORED
 
 MOST_LABELS = 64
@@ -23,8 +21,6 @@ USUAL_INPUTS = (
 )
 MOST_MARKS = 32
 """Different numbers of an entry of a batch above which the entry has no marks."""
-READ, MOST_READ = 64, 512
-"""Examples to choose from: reading ends after so many without a new label, and after so many in all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,56 +241,3 @@ def micro_batches_as_rows(
     """Yield the rows of all micro-batches."""
     for batch in micro_batches:
         yield from split_rows(batch, [name for name in names if name in batch], pairs)
-
-
-# ---- examples of a data set ----
-
-
-def read_alone(windows: Any) -> tuple[list[MicroBatch], int | None]:
-    """Read examples of the first windows that have items, each as a micro-batch.
-
-    Reading ends after 64 examples without a new label, or after 512 if all have one label.
-
-    Args:
-        windows: The windows (`LocalWindows`), from the first on.
-
-    Returns:
-        The examples, and the length to which they are padded, or None.
-    """
-    found, pad_to, labels, latest, read = list[MicroBatch](), None, set[int](), 0, 0
-    for number in windows.plan.walk(0, 0):
-        split = windows.split(*number)
-        if found and split.pad_to != pad_to:
-            break  # padded to the longest example of another window
-        pad_to = split.pad_to
-        for index in split.indices:
-            example = windows.collate(np.array([index]), 0, pad_to)
-            if not example.num_items:
-                continue
-            read += 1
-            if new := labels_by_row(example) - labels:
-                labels, latest = labels | new, read
-            if new or read <= READ:
-                found.append(example)
-            if read >= (MOST_READ if len(labels) == 1 else min(latest + READ, MOST_READ)):
-                return found, pad_to
-        if found and not isinstance(windows.tokens, np.ndarray):
-            break  # a stream keeps only the examples of one window
-    return found, pad_to
-
-
-def labels_by_row(example: MicroBatch) -> set[int]:
-    """Return the labels of an example, without labels by token."""
-    names = [name for name in label_keys(example.batch, ()) if example.batch[name].ndim == 1]
-    return labels_of(example.batch, names)
-
-
-def different_examples(examples: Sequence[MicroBatch], most: int) -> list[MicroBatch]:
-    """Choose examples with different labels, item counts and lengths; always a short and a long one."""
-    sizes = [sum(v.numel() for v in each.batch.values() if isinstance(v, torch.Tensor)) for each in examples]
-    rows = [Rows({"example": each}, labels=frozenset(labels_by_row(each))) for each in examples]
-    chosen = [rows[i] for i in dict.fromkeys((sizes.index(min(sizes)), sizes.index(max(sizes))))]
-    rest = [row for row in rows if row not in chosen]
-    known = frozenset().union(*(row.labels for row in chosen))
-    chosen += most_different(rest, lambda batch: batch["example"].num_items, known, most - len(chosen))
-    return [row.values["example"] for row in chosen]

@@ -29,7 +29,6 @@ from gradacc_hf.hf_trainer.loss_questions import Answer, Losses, LossKind, Quest
 
 MOST_ROWS = 16
 """Rows of a sample: at most 4 micro-batches, or one of 2 to 8 rows if labels are by token."""
-
 MOST_KNOWN = 1000
 """Labels that were compared, above which new labels open no question."""
 
@@ -104,10 +103,6 @@ class LossProbe:
         found = micro_batches_as_rows(micro_batches, names if self._tracks_labels else [], pairs)
         return on_host(self.choose(list(found), most))
 
-    @property
-    def _usual_count(self) -> str:
-        return "labels" if "labels" in self.counts else next(iter(self.counts))
-
     def choose(self, rows: Sequence[Rows], most: int) -> list[Rows]:
         """Return at most `most` rows that decide most, such as of the rows of all processes."""
         possible = self.counts.values()
@@ -132,7 +127,8 @@ class LossProbe:
         """
         counts, before = self.counts, self.kind
         if not rows:  # no row has items
-            self.kind = before or LossKind(False, False, False, self._usual_count, {}, is_conclusive=False)
+            usual = "labels" if "labels" in self.counts else next(iter(self.counts))
+            self.kind = before or LossKind(usual, is_conclusive=False)
             return None
         if before is not None and before.is_conclusive:
             rows = same_shapes([*rows, *self._reference])

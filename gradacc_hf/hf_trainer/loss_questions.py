@@ -6,7 +6,7 @@ count alike.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isclose, nan
 from typing import Any, Literal, Protocol
@@ -57,20 +57,20 @@ class LossKind:
     """The kind of loss that `compute_loss` returns, as found by a probe.
 
     Attributes:
+        count: Name of the item count of the mean.
+        is_conclusive: Whether the losses could decide. If not, a later window is probed.
         is_sum: Whether the loss is a sum over items, divided by `num_items_in_batch`.
         uses_number: Whether the loss depends on `num_items_in_batch`.
         times_processes: Whether a sum is multiplied by the number of processes, as Trainer expects.
-        count: Name of the item count of the mean.
         others: Item counts that fit as well, and their ratio to `count` in the sample.
-        is_conclusive: Whether the losses could decide. If not, a later window is probed.
     """
 
-    is_sum: bool
-    uses_number: bool
-    times_processes: bool
     count: str
-    others: dict[str, float]
     is_conclusive: bool
+    is_sum: bool = False
+    uses_number: bool = False
+    times_processes: bool = False
+    others: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.is_sum:
@@ -159,11 +159,10 @@ class Questions:
         noise = 4 * abs(again - once)  # of sums in an undefined order, on a GPU
         if abs(divided) > max(HALVING_RTOL * abs(once), 2 * noise):
             return self._of_sum(once, divided)
-        return self._of_mean(once) if self.is_split else self._unsplit(once)
-
-    def _unsplit(self, once: float) -> Result:
-        kind = self._kind(self._unshifted[0], once)
-        return self._cannot_tell(kind, "the rows of a micro-batch cannot be separated")
+        if not self.is_split:
+            kind = self._kind(self._unshifted[0], once)
+            return self._cannot_tell(kind, "the rows of a micro-batch cannot be separated")
+        return self._of_mean(once)
 
     # ---- a loss that divides by num_items_in_batch ----
 
@@ -184,8 +183,9 @@ class Questions:
             off, times_processes = each, True  # the loss includes the factor of processes
         nearest = min(off.values())
         fits = [name for name in off if not off[name] > max(2 * nearest, LOSS_RTOL_FP32 / 10)]
-        kind = self._kind(fits[0], once, is_sum=is_sum, uses_number=True, times_processes=times_processes)
-        kind = replace(kind, others={} if np.isnan(mean) else dict.fromkeys(fits[1:], 1.0))
+        others = {} if np.isnan(mean) else dict.fromkeys(fits[1:], 1.0)
+        known = {"is_sum": is_sum, "uses_number": True, "times_processes": times_processes, "others": others}
+        kind = self._kind(fits[0], once, **known)
         if not kind.is_conclusive:
             return self._cannot_tell(kind, f"it is {once}")
         if off[kind.count] > COUNT_RTOL:
@@ -229,9 +229,9 @@ class Questions:
             if np.isfinite(first) and self._loss(self.parts[0], seed=1) != first:
                 return self._cannot_tell(kind, "it draws random numbers")
             return self._no(kind)
-        kind = self._kind(fits[0], sample.together)
-        items = self.items[kind.count]
-        kind = replace(kind, others={n: float(self.items[n].sum() / items.sum()) for n in fits[1:]})
+        items = self.items[fits[0]]
+        others = {name: float(self.items[name].sum() / items.sum()) for name in fits[1:]}
+        kind = self._kind(fits[0], sample.together, others=others)
         if not self._decides(sample):
             kind = replace(kind, is_conclusive=False)
             return self._cannot_tell(kind, f"the losses of {len(self.rows)} examples are all alike")
@@ -303,9 +303,7 @@ class Questions:
     # ---- answers ----
 
     def _kind(self, count: str, once: float, **known: Any) -> LossKind:
-        usable = bool(once) and np.isfinite(once)
-        kind = LossKind(False, False, False, count, {}, is_conclusive=bool(usable))
-        return replace(kind, **known)
+        return LossKind(count, is_conclusive=bool(once and np.isfinite(once)), **known)
 
     def _yes(self, kind: LossKind, labels: frozenset[int]) -> Result:
         return Result(kind, labels, Answer("yes", f"the loss of a micro-batch is {kind}"))

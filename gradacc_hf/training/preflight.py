@@ -23,8 +23,8 @@ from gradacc_hf.accumulation.loss_items import (
     total_loss,
 )
 from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LOSS_RTOL_HALF, LossSample
-from gradacc_hf.accumulation.probe_rows import labels_by_row
 from gradacc_hf.accumulation.reference import full_float32
+from gradacc_hf.accumulation.sample_examples import labels_by_row
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.bad_index import ids_beyond, num_embeddings
@@ -215,8 +215,8 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
     measured, labels = losses(), [labels_by_row(each) for each in alone]
     for name in measured[0]:
         items = np.array([each.items[name] if name else each.num_items for each in alone])
-        if items.sum() != (together.items[name] if name else together.num_items):  # masked at random
-            continue
+        if not np.isclose(items.sum(), together.items[name] if name else together.num_items):
+            continue  # masked at random
         sample = sample_of(measured, name)
         if sample.decides(items):
             problem = _problem(sample, items, labels, pair_of(name))
@@ -284,7 +284,7 @@ def expect_unused_parameters(
     if isinstance(windows.count_items, CountSeveral):  # a micro-batch may lack the items of a loss
         find_unused_parameters(accelerator)
         return
-    batch = windows.probe()[0].batch
+    batch = windows.sample(2)[0][0].batch
     total_loss(compute_loss(model(**batch), batch)).backward()
     unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad()

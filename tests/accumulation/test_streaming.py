@@ -382,15 +382,20 @@ def test_going_through_the_stream_in_the_middle_of_an_epoch_changes_nothing(acce
         assert windows.state_dict() == undisturbed.state_dict()
 
 
+def sampled(windows):
+    """Return the indices of the sample: each example alone, and all together."""
+    alone, together, _ = windows.sample()
+    return [micro_batch.indices.tolist() for micro_batch in (*alone, together)]
+
+
 def test_a_model_is_tried_on_the_first_examples_with_items_apart_from_the_run(accelerator):
     data = [{**example, "labels": -100 if i < 30 else 1} for i, example in enumerate(DATA)]
     windows, undisturbed = (loader(accelerator, Plain(data), size=4, buffer_size=5) for _ in range(2))
-    for micro_batch in windows.probe():
-        assert min(micro_batch.indices) >= 30
+    assert all(min(indices) >= 30 for indices in sampled(windows))
     assert blocks(windows) == [0]
     assert seen(windows) == seen(undisturbed)
     state = windows.state_dict()
-    assert [m.indices.tolist() for m in windows.probe()] == [m.indices.tolist() for m in undisturbed.probe()]
+    assert sampled(windows) == sampled(undisturbed)
     assert windows.state_dict() == state
     assert seen(windows) == seen(undisturbed)
 
@@ -400,7 +405,7 @@ def test_what_a_collate_function_does_to_an_example_is_not_there_the_next_time(a
         return collate([{"input_ids": e.pop("input_ids"), "labels": e.pop("labels")} for e in examples])
 
     windows = loader(accelerator, Plain(), collate_fn=popping)
-    windows.probe()
+    windows.sample()
     [window, *_] = windows
     assert len(windows.examples(window.indices[:0])) == 0
     assert len(list(window.batches())) == len(window)

@@ -615,27 +615,28 @@ def synchronised(accelerator):
     return [len(set(norms)) == 1 for norms in zip(*gather_object([found]), strict=True)]
 
 
-def exact_trainer(engine, kind, model_type, average=True):
-    """Two windows of ExactTrainer: errors against each whole window, or the mean of the processes' parts."""
-    head, untouched = build_head(kind, model_type), build_head(kind, model_type)
-    examples = head.examples([*LENGTHS, 9])
-    arguments = TrainingArguments(
+def of_trainer(**more):
+    """Arguments of a Trainer: windows of two micro-batches of two examples, in the order of the data."""
+    return TrainingArguments(
         tempfile.mkdtemp(),
         use_cpu=True,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
-        max_steps=2,
-        max_grad_norm=0,
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=2,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        average_tokens_across_devices=average,
+        **more,
     )
+
+
+def exact_trainer(engine, kind, model_type, average=True):
+    """Two windows of ExactTrainer: errors against each whole window, or the mean of the processes' parts."""
+    head, untouched = build_head(kind, model_type), build_head(kind, model_type)
+    examples = head.examples([*LENGTHS, 9])
+    more = {"max_grad_norm": 0, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    arguments = of_trainer(max_steps=2, average_tokens_across_devices=average, **more)
     recorder, data = RecordGradients(head.model), {"train_dataset": examples, "eval_dataset": examples[:1]}
     trainer = ExactTrainer(head.model, arguments, head.collate, optimizers=(recorder, None), **data)
     trainer.remove_callback(PrinterCallback)
@@ -674,18 +675,7 @@ def exact_trainer_late_label(engine):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return torch.nn.functional.cross_entropy(model(inputs["x"]), inputs["labels"], weight)
 
-    arguments = TrainingArguments(
-        tempfile.mkdtemp(),
-        use_cpu=True,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=4,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-    )
+    arguments = of_trainer(max_steps=4)
     handler = logging.Handler()
     handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))
     logging.getLogger("gradacc_hf").addHandler(handler)

@@ -121,7 +121,8 @@ def test_the_same_seed_shows_the_same_run_and_another_another():
 
 
 DOCTOR_SAYS = {
-    "none": "gradient equals the gradient of the window in one batch",
+    # Of a window that is much padding in one batch, the doctor reports that it is not compared.
+    "none": r"^(each|in [12] of 3 windows, the) gradient equals the gradient of the window in one batch",
     "zeroed too early": "gradients are zeroed between the micro-batches of a window",
     "step on every micro-batch": "the optimizer steps on every micro-batch",
     "not divided": "the loss is not divided by the accumulation steps",
@@ -133,7 +134,7 @@ DOCTOR_SAYS = {
 @pytest.mark.parametrize("fault", get_args(Fault))
 def test_each_fault_shows_in_what_the_doctor_says_and_in_the_numbers(fault):
     picture = after(replace(QUICK, steps=4, fault=fault), 8)
-    assert DOCTOR_SAYS[fault] in picture.doctor
+    assert re.search(DOCTOR_SAYS[fault], picture.doctor)
     assert picture.is_healthy == (fault == "none")
     exact = picture.losses.get("ours", picture.losses["shown"])
     assert exact == pytest.approx(picture.losses["at once"], rel=1e-4)

@@ -464,12 +464,13 @@ class LabelWeights(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(logits, labels, self.weight)}
 
 
-def line_about(model, labels, caplog):
+def line_about(model, labels, caplog, **arguments):
     generator = torch.Generator().manual_seed(0)
     examples = [{"x": torch.randn(5, generator=generator), "labels": torch.tensor(label)} for label in labels]
     accelerator = Accelerator(cpu=True)
     before = copy.deepcopy(model.state_dict())
-    preflight_check(model, WindowLoader(examples, 16, accelerator=accelerator, micro_batch_size=4))
+    windows = WindowLoader(examples, 16, accelerator=accelerator, micro_batch_size=4, **arguments)
+    preflight_check(model, windows)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return caplog.text
 
@@ -516,3 +517,15 @@ def test_a_stream_is_checked_by_the_examples_of_one_window(caplog):
     preflight_check(LabelWeights(WEIGHTS), windows)
     assert "no split is exact" in caplog.text
     assert [len(window.indices) for window in windows] == [8] * 5
+
+
+@pytest.mark.parametrize(("factor", "is_warned_of"), [(1.0, False), (torch.tensor([1.0, 3.0, 1.0]), True)])
+def test_sums_of_class_weights_are_counts_although_they_round(factor, is_warned_of, caplog):
+    weight = torch.tensor([0.1, 0.7, 1.3])
+
+    def sum_of_weights(batch):
+        return float((factor * weight)[batch["labels"]].sum())
+
+    said = line_about(LabelWeights(weight), [0, 1, 2] * 20, caplog, num_items=sum_of_weights)
+    assert ("no split is exact" in said) == is_warned_of
+    assert is_warned_of or said == ""
