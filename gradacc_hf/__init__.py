@@ -28,6 +28,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OutOfMemoryError",
+    "PaddingNotRemovableError",
     "ScheduledBatch",
     "Verification",
     "Window",
@@ -41,6 +42,8 @@ __all__ = [
     "iter_windows",
     "newest_checkpoint",
     "preflight_check",
+    "remove_padding",
+    "restore_padding",
     "retry_on_oom",
     "train",
     "verify",
@@ -63,6 +66,7 @@ _LAZY = {
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
     "OutOfMemoryError": "errors",
+    "PaddingNotRemovableError": "errors",
     "ScheduledBatch": "accumulation.batch_schedule",
     "Verification": "verification.exactness",
     "Window": "accumulation.window",
@@ -75,6 +79,8 @@ _LAZY = {
     "iter_windows": "training.loop",
     "newest_checkpoint": "training.checkpoint",
     "preflight_check": "training.preflight",
+    "remove_padding": "padding.removal",
+    "restore_padding": "padding.removal",
     "retry_on_oom": "accumulation.oom",
     "train": "training.loop",
     "verify": "verification.exactness",
@@ -98,8 +104,10 @@ if TYPE_CHECKING:
         MissingExtraError,
         NonFiniteError,
         OutOfMemoryError,
+        PaddingNotRemovableError,
     )
     from gradacc_hf.hf_trainer.trainer import ExactTrainer, ExactTrainerMixin
+    from gradacc_hf.padding.removal import remove_padding, restore_padding
     from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
     from gradacc_hf.training.finetune import Best, fine_tune
     from gradacc_hf.training.loop import Evaluation, evaluate, iter_windows, train

@@ -8,6 +8,7 @@
     ├── OutOfMemoryError (RuntimeError)     no split of the window fits in memory
     │   ├── OutOfMemoryWhileSyncingError    other processes already wait for the gradients
     │   └── PeerOutOfMemoryError            another process is out of memory; handled by `retry_on_oom`
+    ├── PaddingNotRemovableError            a model cannot compute its layers without padding
     ├── NotTraceableError                   memory cannot be predicted for this model
     ├── HeadUnavailableError                a tiny model of this head cannot be built offline
     ├── ReplayError                         the doctor cannot recompute a window
@@ -62,6 +63,10 @@ class OutOfMemoryWhileSyncingError(OutOfMemoryError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+class PaddingNotRemovableError(GradaccError):
+    """A model does not compute the same loss and gradients without padding."""
 
 
 class NotTraceableError(GradaccError):

@@ -55,10 +55,10 @@ def num_positions(model: Any) -> int:
 
 
 class BufferSnapshot:
-    """A copy of the floating-point buffers of a model. Forwards of BatchNorm change them."""
+    """A copy of the buffers of a model. Forwards of BatchNorm change them."""
 
     def __init__(self, model: torch.nn.Module):
-        self._buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point()]
+        self._buffers = [(b, b.clone()) for b in model.buffers()]
 
     @torch.no_grad()
     def restore(self) -> None:

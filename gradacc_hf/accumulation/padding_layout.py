@@ -1,0 +1,172 @@
+"""Where the real tokens of a padded batch go when a model computes without padding.
+
+A `PaddingLayout` is computed on the host from an attention mask of shape (batch, length). `pack` gathers the
+real tokens of a padded tensor, and `unpack` puts them back. The packed tokens are ordered by groups: examples
+of about one length, for which attention runs at once. A loader computes the layout beside training and hands
+it over with `attach_layout`; `gradacc_hf.remove_padding` computes it otherwise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradacc_hf.accumulation.memory_model import LONGEST
+from gradacc_hf.accumulation.splitting import Bound, Cost, split_window
+
+# Cost of a group in pairs of tokens: the launches of a group take the time of `fixed` pairs.
+GROUPS_ON_CPU = Cost(fixed=2_000.0, quadratic=1.0)
+GROUPS_ON_GPU = Cost(fixed=500_000.0, quadratic=1.0)
+_ATTACHED = "_gradacc_padding_layout"
+
+
+@dataclass(frozen=True, eq=False)
+class PaddingLayout:
+    """The order of the real tokens of one padded batch.
+
+    Attributes:
+        shape: (batch, length) of the padded batch.
+        side: Where the padding is: "right", "left", or "mixed".
+        groups: (examples, length of the longest) of each group, in packed order.
+        rows: Row of each example in the padded batch, in packed order.
+        lengths: Real tokens of each example, in packed order.
+        tokens: Position in the flattened padded batch of each packed token.
+        blocks: Position of each packed token in the concatenated groups, each padded to its longest example.
+            None if the examples of each group have one length, so that no group has padding.
+    """
+
+    shape: tuple[int, int]
+    side: str
+    groups: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    tokens: torch.Tensor
+    blocks: torch.Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of real tokens."""
+        return len(self.tokens)
+
+    @property
+    def block_sizes(self) -> list[int]:
+        """The tokens of each group, with its padding."""
+        return [rows * length for rows, length in self.groups]
+
+    def to(self, device: torch.device | str) -> "PaddingLayout":
+        """Return the layout with its indices on a device."""
+        if self.tokens.device == torch.device(device):
+            return self
+        blocks = None if self.blocks is None else self.blocks.to(device, non_blocking=True)
+        return replace(self, tokens=self.tokens.to(device, non_blocking=True), blocks=blocks)
+
+
+def padding_layout(
+    attention_mask: torch.Tensor | np.ndarray, cost: Cost | None = None
+) -> PaddingLayout | None:
+    """Return the layout of a batch, or None if it has no padding or an example without any real token.
+
+    Args:
+        attention_mask: Shape (batch, length), not 0 at real tokens. A mask on a GPU is copied to the host.
+        cost: Cost of the attention of one group, in pairs of tokens. Default: by the device of the mask.
+    """
+    if cost is None:
+        on_gpu = isinstance(attention_mask, torch.Tensor) and attention_mask.is_cuda
+        cost = GROUPS_ON_GPU if on_gpu else GROUPS_ON_CPU
+    device = attention_mask.device if isinstance(attention_mask, torch.Tensor) else "cpu"
+    mask = attention_mask.cpu().numpy() if isinstance(attention_mask, torch.Tensor) else attention_mask
+    real = mask != 0
+    lengths = real.sum(1)
+    if real.all() or not lengths.all():
+        return None
+    groups = split_window(lengths, Bound(max_tokens=LONGEST), cost=cost)[0]
+    return _layout(real, lengths, groups).to(device)
+
+
+def _layout(real: np.ndarray, lengths: np.ndarray, groups: Sequence[np.ndarray]) -> PaddingLayout:
+    """Build the index arrays of these groups of rows."""
+    rows = np.concatenate(groups)
+    width = real.shape[1]
+    row_of_token, column = np.nonzero(real[rows])
+    tokens = rows[row_of_token] * width + column
+    longest = np.array([lengths[group].max() for group in groups])
+    blocks = None
+    if any(lengths[group].min() < most for group, most in zip(groups, longest, strict=True)):
+        row_lengths = lengths[rows]
+        block_lengths = np.repeat(longest, [len(group) for group in groups])
+        starts = np.cumsum(block_lengths) - block_lengths
+        before = np.cumsum(row_lengths) - row_lengths
+        blocks = torch.from_numpy(np.arange(len(tokens)) + np.repeat(starts - before, row_lengths))
+    return PaddingLayout(
+        shape=(real.shape[0], width),
+        side=_side(real, lengths),
+        groups=tuple((len(group), int(most)) for group, most in zip(groups, longest, strict=True)),
+        rows=tuple(rows.tolist()),
+        lengths=tuple(lengths[rows].tolist()),
+        tokens=torch.from_numpy(tokens),
+        blocks=blocks,
+    )
+
+
+def _side(real: np.ndarray, lengths: np.ndarray) -> str:
+    first = np.arange(real.shape[1]) < lengths[:, None]
+    if (real == first).all():
+        return "right"
+    return "left" if (real[:, ::-1] == first).all() else "mixed"
+
+
+def attach_layout(attention_mask: torch.Tensor, layout: PaddingLayout) -> None:
+    """Hand a layout to the next forward with this mask, so that the forward does not wait for the device.
+
+    Call it on the tensor that goes into the model, after the batch is on its device. A change of the mask in
+    place makes the layout void.
+    """
+    layout = layout.to(attention_mask.device)
+    setattr(attention_mask, _ATTACHED, (layout, attention_mask._version))
+
+
+def attached_layout(attention_mask: torch.Tensor) -> PaddingLayout | None:
+    """Return the layout that a loader attached to a mask, or None."""
+    layout, version = getattr(attention_mask, _ATTACHED, (None, None))
+    if layout is None or version != attention_mask._version or layout.shape != tuple(attention_mask.shape):
+        return None
+    return layout
+
+
+def pack(padded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return `padded[tokens]`: rows of a tensor at distinct positions."""
+    return _Pack.apply(padded, tokens)
+
+
+def unpack(packed: torch.Tensor, tokens: torch.Tensor, size: int) -> torch.Tensor:
+    """Return a tensor of `size` rows with `packed` at distinct positions, and zeros elsewhere."""
+    return _Unpack.apply(packed, tokens, size)
+
+
+class _Pack(torch.autograd.Function):
+    """`index_select`. As positions are distinct, the backward pass copies instead of adding up."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.size = len(padded)
+        return padded.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _Unpack.apply(gradients[0], ctx.saved_tensors[0], ctx.size), None
+
+
+class _Unpack(torch.autograd.Function):
+    """The inverse of `_Pack`."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: torch.Tensor, tokens: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.save_for_backward(tokens)
+        return packed.new_zeros(size, *packed.shape[1:]).index_copy_(0, tokens, packed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _Pack.apply(gradients[0], ctx.saved_tensors[0]), None, None

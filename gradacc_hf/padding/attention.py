@@ -1,0 +1,255 @@
+"""Attention and mask functions for transformers that keep the examples of packed tokens apart.
+
+transformers looks both up by the name in `config._attn_implementation`. `NAMES` holds ours, one for each
+attention that they run. Outside of a forward without padding, both pass their arguments on unchanged.
+
+In such a forward, the mask function returns a stand-in. The hooks of the layers (`hooks.py`) replace the
+stand-in with a `PackedMask`, which the attention function reads. A `PackedMask` travels in the arguments of a
+layer, so that gradient checkpointing finds it again in the backward pass.
+"""
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gradacc_hf.accumulation.padding_layout import PaddingLayout, pack, unpack
+from gradacc_hf.errors import PaddingNotRemovableError
+
+NAMES = {"sdpa": "gradacc_packed_sdpa", "eager": "gradacc_packed_eager"}
+ORIGINAL = {ours: theirs for theirs, ours in NAMES.items()}
+
+
+@dataclass(eq=False)
+class PackedForward:
+    """One forward of a stack of layers without padding.
+
+    Attributes:
+        stack: The stack of layers (`hooks.Stack`).
+        layout: Where the tokens go.
+        masks: Stand-ins that the mask function has returned, with what they stand for.
+        packed: Padded argument of the layers → its packed copy, by identity. The padded tensor is kept, too.
+        calls: Calls of layers so far.
+    """
+
+    stack: Any
+    layout: PaddingLayout
+    masks: list[tuple[torch.Tensor, "PackedMask"]] = field(default_factory=list)
+    packed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    calls: int = 0
+
+    def mask_of(self, value: object) -> "PackedMask | None":
+        """Return what a stand-in stands for; None for other values."""
+        return next((mask for standin, mask in self.masks if standin is value), None)
+
+
+class _Current(threading.local):
+    forward: PackedForward | None = None
+
+
+CURRENT = _Current()
+"""The forward without padding that runs in this thread, if any."""
+
+
+@dataclass(eq=False)
+class PackedMask:
+    """What a layer gets in place of a mask of shape (batch, 1, length of queries, length of keys).
+
+    Attributes:
+        kind: "full" or "causal", or "other" with `build`.
+        layout: Layout of the queries.
+        build: Returns the boolean mask of the padded batch.
+        keys: Boolean padding mask of the keys, (batch, length of keys). None if no key is padding.
+        of_groups: Masks of the groups, once they are computed.
+    """
+
+    kind: str
+    layout: PaddingLayout
+    build: Callable[[], torch.Tensor]
+    keys: torch.Tensor | None
+    of_groups: dict[bool, list[torch.Tensor | None]] = field(default_factory=dict)
+
+    def group_masks(self, explicit: bool) -> list[torch.Tensor | None]:
+        """Return a boolean mask for each group, or None where every pair (causal: every earlier one) attends.
+
+        Args:
+            explicit: Whether a causal mask is needed, because the attention has no such flag.
+        """
+        if explicit not in self.of_groups:
+            masks, first = [], 0
+            for rows, length in self.layout.groups:
+                masks.append(self._group_mask(slice(first, first + rows), length, explicit))
+                first += rows
+            self.of_groups[explicit] = masks
+        return self.of_groups[explicit]
+
+    def _group_mask(self, examples: slice, length: int, explicit: bool) -> torch.Tensor | None:
+        layout, device = self.layout, self.layout.tokens.device
+        lengths = torch.tensor(layout.lengths[examples], device=device)
+        is_real = (torch.arange(length, device=device) < lengths[:, None])[:, None, None, :]
+        equal = min(layout.lengths[examples]) == length
+        if self.kind == "full":
+            return None if equal else is_real
+        if self.kind == "causal":
+            if not explicit:
+                return None  # padding is behind the last token, where no real query attends
+            causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+            return causal.expand(len(lengths), 1, -1, -1)
+        tokens = torch.split(layout.tokens, list(layout.lengths))[examples]
+        places = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True) % layout.shape[1]
+        rows = torch.tensor(layout.rows[examples], device=device)[:, None, None]
+        mask = self.build()[rows, 0, places[:, :, None], places[:, None, :]][:, None]
+        # Queries of padding attend to every real token: a query that attends to nothing would give NaN.
+        return torch.where(is_real.transpose(2, 3), mask & is_real, is_real)
+
+
+def _mask(original: str, **arguments: Any) -> Any:
+    """Return the mask of `original`, or a stand-in during a forward without padding."""
+    forward = CURRENT.forward
+    if forward is None:
+        return ALL_MASK_ATTENTION_FUNCTIONS[original](**arguments)
+    function, keys = arguments["mask_function"], arguments.get("attention_mask")
+    kind = {causal_mask_function: "causal", bidirectional_mask_function: "full"}.get(function, "other")
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    built: list[torch.Tensor] = []
+
+    def build() -> torch.Tensor:
+        if not built:
+            built.append(sdpa_mask(**(arguments | skips)))  # type: ignore[arg-type]
+        return built[0]
+
+    shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
+    device = forward.layout.tokens.device
+    # Not a number: attention over a stand-in that a hook has not replaced fails, and is not wrong silently.
+    standin = torch.full((), torch.nan, dtype=torch.float64, device=device).expand(shape)
+    forward.masks.append((standin, PackedMask(kind, forward.layout, build, keys)))
+    return standin
+
+
+def _attention(
+    original: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **arguments: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Run the original attention: on each group of examples if the tokens are packed, else unchanged."""
+    attend = _original_attention(original, module)
+    if not isinstance(attention_mask, PackedMask):
+        _check_not_packed(module, query)
+        return attend(module, query, key, value, attention_mask, **arguments)
+    return _attend_by_group(attend, original, module, query, key, value, attention_mask, arguments)
+
+
+def _original_attention(original: str, module: torch.nn.Module) -> Callable:
+    if original != "eager":
+        return ALL_ATTENTION_FUNCTIONS[original]
+    for base in type(module).__mro__:  # each modeling file has its own function
+        function = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise PaddingNotRemovableError(f"{type(module).__name__} has no eager attention function")
+
+
+def _check_not_packed(module: torch.nn.Module, query: torch.Tensor) -> None:
+    forward = CURRENT.forward
+    if forward is not None and query.shape[0] == 1 and query.shape[2] == forward.layout.num_tokens:
+        raise PaddingNotRemovableError(
+            f"{type(module).__name__} attends without a mask from transformers' mask functions"
+        )
+
+
+@torch.compiler.disable
+def _attend_by_group(
+    attend: Callable,
+    original: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: PackedMask,
+    arguments: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """Attend within each group of examples.
+
+    Args:
+        query: (1, heads, tokens, size), as `key` and `value`. Those of another sequence are still padded:
+            (batch, heads, length, size).
+    """
+    if arguments.get("position_bias") is not None:
+        raise PaddingNotRemovableError(f"{type(module).__name__} computes its bias from packed positions")
+    layout = mask.layout
+    of_one_sequence = key.shape[2] == query.shape[2] and key.shape[0] == 1
+    blocks, sizes = layout.blocks, layout.block_sizes
+    queries = _blocks(query, blocks, sizes, layout.groups)
+    if of_one_sequence:
+        keys = _blocks(key, blocks, sizes, layout.groups)
+        values = _blocks(value, blocks, sizes, layout.groups)
+        masks = mask.group_masks(explicit=original == "eager")
+        is_causal = mask.kind == "causal" and original != "eager"
+    elif mask.kind == "full" and key.shape[0] == layout.shape[0]:
+        keys, values, masks = _other_sequence(key, value, mask)
+        is_causal = False
+    else:
+        raise PaddingNotRemovableError(f"{type(module).__name__} attends to {tuple(key.shape)} keys")
+    outputs = []
+    for q, k, v, group_mask in zip(queries, keys, values, masks, strict=True):
+        if original == "eager" and group_mask is not None:
+            zero = torch.zeros((), dtype=q.dtype, device=q.device)
+            group_mask = torch.where(group_mask, zero, torch.finfo(q.dtype).min)
+        output = attend(module, q, k, v, group_mask, **(arguments | {"is_causal": is_causal}))[0]
+        outputs.append(output.flatten(0, 1))
+    joined = torch.cat(outputs)
+    if blocks is not None:
+        joined = pack(joined, blocks)
+    return joined[None], None
+
+
+def _blocks(
+    states: torch.Tensor, blocks: torch.Tensor | None, sizes: list[int], groups: tuple[tuple[int, int], ...]
+) -> list[torch.Tensor]:
+    """Return (1, heads, tokens, size) as one (examples, heads, length, size) for each group.
+
+    `split` has one concatenation as its backward pass, while slices would each fill a whole gradient.
+    """
+    tokens = states[0].transpose(0, 1)
+    if blocks is not None:
+        tokens = unpack(tokens, blocks, sum(sizes))
+    return [
+        part.unflatten(0, group).transpose(1, 2)
+        for part, group in zip(torch.split(tokens, sizes), groups, strict=True)
+    ]
+
+
+def _other_sequence(
+    key: torch.Tensor, value: torch.Tensor, mask: PackedMask
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]:
+    """Return keys, values and masks for each group of queries, of a padded other sequence."""
+    layout = mask.layout
+    order = torch.tensor(layout.rows, device=key.device)
+    counts = [rows for rows, _ in layout.groups]
+    keys = torch.split(pack(key, order), counts)
+    values = torch.split(pack(value, order), counts)
+    if mask.keys is None:
+        return list(keys), list(values), [None] * len(counts)
+    masks = torch.split(mask.keys[order][:, None, None], counts)
+    return list(keys), list(values), list(masks)
+
+
+for _original, _ours in NAMES.items():
+    AttentionInterface.register(_ours, partial(_attention, _original))
+    AttentionMaskInterface.register(_ours, partial(_mask, _original))

@@ -1,0 +1,271 @@
+"""Hooks that feed the layers of a model real tokens only, and give the rest of the model padded tensors.
+
+    forward of a model ──► EnterForward     reads the padding mask, and starts a `PackedForward`
+      embeddings           padded, as before
+      first layer      ──► PackInputs       (batch, length, …) → (1, real tokens, …)
+      later layers     ──► PackInputs       replaces masks and positions, which the model passes to each layer
+      last layer       ──► UnpackOutput     (1, real tokens, …) → (batch, length, …), zeros at padding
+      head                 padded, as before
+    end of the forward ──► LeaveForward
+
+A stack is all layers of one model class, such as `BertModel` or the decoder of BART. Two ways keep examples
+apart. By groups: attention runs through transformers' attention interface (`attention.py`). Otherwise the
+attention modules of the layers run padded (`PadInputs`, `PackOutput`), and only the rest without padding.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gradacc_hf.accumulation.padding_layout import (
+    PaddingLayout,
+    attached_layout,
+    pack,
+    padding_layout,
+    unpack,
+)
+from gradacc_hf.errors import PaddingNotRemovableError
+from gradacc_hf.padding.attention import CURRENT, PackedForward
+
+# Attributes of tensors, which reach an attention module also when checkpointing recomputes a layer.
+_FORWARD = "_gradacc_packed_forward"  # of masks and biases among the arguments of a layer
+_PADDED = "_gradacc_padded_in_forward"  # of hidden states that `PadInputs` has padded
+
+
+@dataclass(eq=False)
+class Stack:
+    """The layers of one model class, in the order of their calls.
+
+    Attributes:
+        name: Class name of the model.
+        calls: Calls of layers in one forward. A layer may be called repeatedly, as in ALBERT.
+        by_group: Whether attention runs through the attention interface. Otherwise it runs padded.
+        caches: Whether the model returns a cache unless `use_cache` is False.
+    """
+
+    name: str
+    calls: int
+    by_group: bool
+    caches: bool
+    sides: set[str] = field(default_factory=set)
+    """Where padding was in the forwards that were checked. Batches with padding elsewhere stay padded."""
+    checking: bool = True
+    """Whether the check still runs."""
+
+
+@dataclass(eq=False)
+class Hook:
+    """Base class of all hooks of this package. `handle` removes the hook."""
+
+    stack: Stack
+    handle: Any = field(default=None, init=False)
+
+
+@dataclass(eq=False)
+class EnterForward(Hook):
+    """Start a forward without padding where the batch and the arguments allow it."""
+
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if CURRENT.forward is not None and CURRENT.forward.stack is self.stack:
+            return None  # a model around this one has started
+        given = _by_name(module.forward, args, kwargs)
+        mask = given.get("attention_mask")
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not self._is_ordinary(module, given):
+            return None
+        inputs = next((given[n] for n in ("inputs_embeds", "input_ids") if given.get(n) is not None), None)
+        if inputs is None or inputs.shape[:2] != mask.shape:
+            return None  # prompts of peft, or a cache
+        layout = attached_layout(mask) or padding_layout(mask)
+        if layout is None or (len(mask) == 1 and given.get("encoder_hidden_states") is not None):
+            return None
+        if not self.stack.checking and layout.side not in self.stack.sides:
+            return None
+        if not self.stack.by_group and _recomputes_reentrantly(module):
+            return None
+        CURRENT.forward = PackedForward(self.stack, layout)
+        return (args, kwargs | {"use_cache": False}) if self.stack.caches else None
+
+    def _is_ordinary(self, module: Any, given: Mapping[str, Any]) -> bool:
+        """Whether the forward neither uses a cache nor returns anything of each layer."""
+        config = module.config
+        if given.get("past_key_values") is not None or given.get("use_cache"):
+            return False
+        if self.stack.caches and not module.training and given.get("use_cache") is None:
+            return not getattr(config, "use_cache", False)
+        wanted = {
+            name: getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")
+        }
+        wanted |= {name: value for name, value in given.items() if name.startswith("output_")}
+        return not any(value is True for value in wanted.values())
+
+
+@dataclass(eq=False)
+class LeaveForward(Hook):
+    """End the forward, also after an exception."""
+
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        forward = CURRENT.forward
+        if forward is None or forward.stack is not self.stack:
+            return
+        CURRENT.forward = None
+        if self.stack.checking and forward.calls == self.stack.calls:
+            self.stack.sides.add(forward.layout.side)
+        if output is not None and forward.calls != self.stack.calls:
+            found = f"{forward.calls} layers ran, but {self.stack.calls} while it was checked"
+            raise PaddingNotRemovableError(f"{self.stack.name}: {found}")
+
+
+@dataclass(eq=False)
+class PackInputs(Hook):
+    """Give a layer packed arguments."""
+
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        forward = CURRENT.forward
+        if forward is None or forward.stack is not self.stack:
+            return None
+        forward.calls += 1
+        pack_one = self._pack_by_group if self.stack.by_group else self._pack_hidden
+        given = _by_name(module.forward, args, kwargs)
+        packed = {
+            name: value if _is_other_sequence(forward, name, value) else pack_one(forward, value)
+            for name, value in given.items()
+        }
+        return tuple(packed[name] for name in list(given)[: len(args)]), {n: packed[n] for n in kwargs}
+
+    def _pack_by_group(self, forward: PackedForward, value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(self._pack_by_group(forward, part) for part in value)
+        if isinstance(value, dict):
+            return {name: self._pack_by_group(forward, part) for name, part in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        mask = forward.mask_of(value)
+        if mask is not None:
+            return mask
+        if id(value) in forward.packed:
+            return forward.packed[id(value)][1]
+        packed = _packed(value, forward.layout)
+        if not packed.requires_grad:
+            forward.packed[id(value)] = (value, packed)
+        return packed
+
+    def _pack_hidden(self, forward: PackedForward, value: Any) -> Any:
+        """Pack hidden states, and attach the forward to other tensors, which attention modules get."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.ndim == 3 and value.is_floating_point() and value.shape[:2] == forward.layout.shape:
+            return _packed(value, forward.layout)
+        setattr(value, _FORWARD, forward)
+        return value
+
+
+@dataclass(eq=False)
+class UnpackOutput(Hook):
+    """Put the tokens back into a padded tensor after the last layer."""
+
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: tuple, output: Any) -> Any:
+        forward = CURRENT.forward
+        if forward is None or forward.stack is not self.stack or forward.calls != self.stack.calls:
+            return output
+        return _each_tensor(output, lambda value: _unpacked(value, forward.layout))
+
+
+@dataclass(eq=False)
+class PadInputs(Hook):
+    """Give an attention module padded hidden states."""
+
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        forward = _forward_of((*args, *kwargs.values()), self.stack)
+        if forward is None:
+            return None
+
+        def padded(value: Any) -> Any:
+            wide = _unpacked(value, forward.layout)
+            if wide is not value:
+                setattr(wide, _PADDED, forward)
+            return wide
+
+        return tuple(map(padded, args)), {name: padded(value) for name, value in kwargs.items()}
+
+
+@dataclass(eq=False)
+class PackOutput(Hook):
+    """Pack the output of an attention module."""
+
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        attached = (getattr(value, _PADDED, None) for value in (*args, *kwargs.values()))
+        forward = next((found for found in attached if found is not None), None)
+        if forward is None:
+            return output
+        return _each_tensor(output, lambda value: _packed_hidden(value, forward.layout))
+
+
+def _recomputes_reentrantly(model: torch.nn.Module) -> bool:
+    """Whether gradient checkpointing replaces the tensors in which `PadInputs` finds the forward."""
+    return any(
+        getattr(module, "gradient_checkpointing", False)
+        and getattr(module._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
+        for module in model.modules()
+        if hasattr(module, "_gradient_checkpointing_func")
+    )
+
+
+def _is_other_sequence(forward: PackedForward, name: str, value: Any) -> bool:
+    """Whether an argument of a layer belongs to the encoder, whose tokens stay padded in a decoder."""
+    return name.startswith("encoder_") and forward.mask_of(value) is None
+
+
+def _by_name(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name."""
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def _forward_of(values: tuple, stack: Stack) -> PackedForward | None:
+    """Return the forward that is attached to a tensor, or the current one."""
+    attached = (getattr(value, _FORWARD, None) for value in values if isinstance(value, torch.Tensor))
+    forward = next((found for found in attached if found is not None), CURRENT.forward)
+    return forward if forward is not None and forward.stack is stack else None
+
+
+def _packed(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
+    """Return (batch or 1, length, …) as (1, real tokens, …); other tensors unchanged."""
+    batch, length = layout.shape
+    if value.ndim < 2 or value.shape[1] != length or value.shape[0] not in (1, batch):
+        if value.ndim == 4 and value.shape[-1] == length:
+            shape = tuple(value.shape)
+            raise PaddingNotRemovableError(f"a layer gets a mask or bias of shape {shape} from its own code")
+        return value
+    if value.shape[0] != batch:
+        return value[0].index_select(0, layout.tokens % length)[None]
+    return pack(value.flatten(0, 1), layout.tokens)[None]
+
+
+def _packed_hidden(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
+    return _packed(value, layout) if value.ndim == 3 and value.shape[:2] == layout.shape else value
+
+
+def _unpacked(value: Any, layout: PaddingLayout) -> Any:
+    """Return (1, real tokens, …) as (batch, length, …) with zeros at padding; other values unchanged."""
+    if not isinstance(value, torch.Tensor) or value.ndim < 3 or value.shape[:2] != (1, layout.num_tokens):
+        return value
+    batch, length = layout.shape
+    return unpack(value[0], layout.tokens, batch * length).unflatten(0, (batch, length))
+
+
+def _each_tensor(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return an output of a layer with each tensor changed: a tensor, or a tuple with tensors."""
+    if isinstance(output, torch.Tensor):
+        return change(output)
+    if type(output) in (tuple, list):
+        return type(output)(change(part) if isinstance(part, torch.Tensor) else part for part in output)
+    return output

@@ -1,0 +1,319 @@
+"""Check that a model gives the same loss and gradients without padding, and leave no trace.
+
+The sample has up to four examples of a batch, with two lengths or more and two examples of one length. Rows
+are shortened where the batch has no such rows. Dropout is off, parameters that are zero become small random
+numbers, and the arithmetic is float32.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout
+from gradacc_hf.accumulation.reference import EXACT, Gradient, compare, full_float32, norm, read_gradient
+from gradacc_hf.accumulation.splitting import Cost
+from gradacc_hf.errors import InputError, PaddingNotRemovableError, one_line
+from gradacc_hf.utils.modeling import BufferSnapshot, disable_dropout, small_instead_of_zero
+from gradacc_hf.utils.rng import preserve_rng_state
+
+ROWS = 4  # examples of the sample
+WORST_PARAMETER = 100 * EXACT
+GROUPINGS = (Cost(fixed=0.0, quadratic=1.0), Cost(fixed=1e15, quadratic=1.0))  # a group per length; one group
+
+Layers = Mapping[PreTrainedModel, Sequence[torch.nn.Module]]
+Stacks = dict[PreTrainedModel, tuple[list[torch.nn.Module], int]]
+
+
+class Probe:
+    """The loss and gradient of a model on a sample, with and without padding."""
+
+    def __init__(self, model: torch.nn.Module, batch: Mapping[str, Any]):
+        self.model = model
+        self.sample = make_sample(batch, getattr(model.config, "pad_token_id", None))
+        self._loss, self._gradient = math.nan, {}
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Make the model ready for comparisons in the block, and restore it bit for bit."""
+        model = self.model
+        with ExitStack() as stack:
+            stack.enter_context(preserve_rng_state())
+            stack.enter_context(full_float32())
+            stack.enter_context(torch.autocast(self.sample["attention_mask"].device.type, enabled=False))
+            stack.enter_context(_without_gradients(model))
+            stack.enter_context(_in_training(model))
+            stack.enter_context(_plain_forward(model))
+            stack.enter_context(_float32_weights(model))
+            stack.enter_context(small_instead_of_zero(model))
+            stack.enter_context(torch.enable_grad())
+            stack.callback(BufferSnapshot(model).restore)
+            yield
+
+    def record_layers(self, layers: Layers) -> Stacks:
+        """Run the padded model, store its loss and gradient, and return the layers by the order of calls.
+
+        Raises:
+            PaddingNotRemovableError: There are no layers, or the sample decides nothing.
+        """
+        self._refuse_skipped_layers()
+        called: dict[PreTrainedModel, list[torch.nn.Module]] = {owner: [] for owner in layers}
+        dtypes: set[torch.dtype] = set()
+
+        def record(owner: PreTrainedModel, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+            called[owner].append(module)
+            values = (*args, *kwargs.values())
+            dtypes.update(v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
+
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs, owner=owner: record(owner, module, args, kwargs),
+                with_kwargs=True,
+            )
+            for owner, stack in layers.items()
+            for layer in stack
+        ]
+        try:
+            self._loss, self._gradient = self._run(self.sample)
+        finally:
+            for handle in handles:
+                handle.remove()
+        name = type(self.model).__name__
+        stacks = {owner: (list(dict.fromkeys(calls)), len(calls)) for owner, calls in called.items() if calls}
+        if not stacks:
+            raise PaddingNotRemovableError(f"{name} has no layers marked as GradientCheckpointingLayer")
+        if dtypes & {torch.bfloat16, torch.float16}:
+            raise PaddingNotRemovableError(
+                f"{name} computes in 16 bits, which cannot show 1e-5; call remove_padding before sharding"
+            )
+        if not math.isfinite(self._loss) or not norm(self._gradient) > 0:
+            raise PaddingNotRemovableError(
+                f"loss {self._loss} and gradient {norm(self._gradient)} of the sample decide nothing"
+            )
+        return stacks
+
+    def _refuse_skipped_layers(self) -> None:
+        for module in self.model.modules():
+            for holder in (module, getattr(module, "config", None)):
+                for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+                    if getattr(holder, name, 0):
+                        raise PaddingNotRemovableError(f"{name} skips layers at random; set it to 0")
+
+    def check(self) -> None:
+        """Compare loss and gradient of the changed model. Raises PaddingNotRemovableError if not exact."""
+        for cost in GROUPINGS:
+            sample = dict(self.sample)
+            sample["attention_mask"] = mask = sample["attention_mask"].clone()
+            if mask.ndim == 2:
+                layout = padding_layout(mask, cost)
+                assert layout is not None
+                attach_layout(mask, layout)
+            try:
+                loss, gradient = self._run(sample)
+            except PaddingNotRemovableError:
+                raise
+            except Exception as error:  # a model of unknown structure may raise anything
+                raise PaddingNotRemovableError(f"{type(error).__name__}: {one_line(error)[:150]}") from error
+            self._compare(loss, gradient)
+
+    def _compare(self, loss: float, gradient: Gradient) -> None:
+        off = abs(loss - self._loss) / max(abs(self._loss), 1e-30)
+        if not off <= EXACT:
+            raise PaddingNotRemovableError(f"the loss is off by {off:.0e}")
+        found = compare("without padding", gradient, self._gradient)
+        if not found.exact:
+            raise PaddingNotRemovableError(f"the gradient is off by {found.error:.0e}")
+        name, worst = found.worst[0]
+        if not worst <= WORST_PARAMETER:
+            raise PaddingNotRemovableError(f"the gradient of {name} is off by {worst:.0e}")
+
+    def reads_padding(self, stacks: Stacks) -> bool:
+        """Whether the padded model's loss depends on hidden states of padding after the last layer."""
+
+        def clear(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            first = output if isinstance(output, torch.Tensor) else output[0]
+            mask = self.sample["attention_mask"].reshape(-1, self.sample["attention_mask"].shape[-1])
+            if first.ndim != 3 or first.shape[:2] != mask.shape:
+                return output
+            cleared = first * (mask != 0)[..., None].to(first.dtype)
+            return cleared if isinstance(output, torch.Tensor) else type(output)((cleared, *output[1:]))
+
+        handles = [layers[-1].register_forward_hook(clear) for layers, _ in stacks.values()]
+        try:
+            self._compare(*self._run(self.sample))
+        except PaddingNotRemovableError:
+            return True
+        finally:
+            for handle in handles:
+                handle.remove()
+        return False
+
+    def _run(self, sample: Mapping[str, Any]) -> tuple[float, Gradient]:
+        self.model.zero_grad(set_to_none=True)
+        loss = _loss(self.model(**sample), sample["attention_mask"])
+        loss.backward()
+        gradient = read_gradient(self.model)
+        self.model.zero_grad(set_to_none=True)
+        return float(loss.detach()), gradient
+
+
+def _loss(outputs: Any, mask: torch.Tensor) -> torch.Tensor:
+    """Return the loss of a model, or a random projection of the outputs if there is none."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    if isinstance(loss, torch.Tensor):
+        return loss.sum()
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros((), device=mask.device)
+    for value in outputs.values() if isinstance(outputs, Mapping) else outputs:
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            weights = torch.randn(value.shape, generator=generator).to(value)
+            if value.shape[: mask.ndim] == mask.shape:
+                weights = weights * (mask != 0).reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
+            total = total + (value * weights).sum() / value.numel() ** 0.5
+    return total
+
+
+def make_sample(batch: Mapping[str, Any], pad_token_id: int | None) -> dict[str, Any]:
+    """Return a small batch that can decide: two lengths or more, and two examples of one length.
+
+    Raises:
+        InputError: There is no attention mask, or the examples are shorter than four tokens.
+    """
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3):
+        raise InputError("batch: no attention_mask of shape (batch, length); pass a padded batch")
+    real = (mask != 0).reshape(len(mask), -1, mask.shape[-1]).any(1)
+    lengths = real.sum(1).cpu().numpy()
+    if lengths.max() < 4:
+        raise InputError(f"batch: the longest example has {lengths.max()} tokens; allowed: 4 or more")
+    order = np.argsort(-lengths, kind="stable")
+    rows = order[np.linspace(0, len(order) - 1, min(ROWS, max(2, len(order)))).round().astype(int)]
+    sample = {
+        name: value[torch.as_tensor(rows, device=value.device)].clone()
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(mask)
+        else value
+        for name, value in batch.items()
+    }
+    for row, target in enumerate(_sample_lengths(lengths[rows].tolist())):
+        _shorten(sample, row, target, pad_token_id)
+    return sample
+
+
+def _sample_lengths(lengths: list[int]) -> list[int]:
+    """Return lengths, in descending order, of which two differ and two are equal if there are three."""
+    targets = list(lengths)
+    if targets[0] == targets[-1]:
+        targets[-1] = max(2, targets[0] // 2)
+    if len(targets) > 2 and len(set(targets)) == len(targets):
+        targets[1] = targets[2]
+    return targets
+
+
+def _shorten(sample: dict[str, Any], row: int, target: int, pad_token_id: int | None) -> None:
+    """Turn the last real tokens of a row into padding; with padding on the left, the first.
+
+    The token at the end stays: it may be the separator that a head looks for.
+    """
+    mask = sample["attention_mask"]
+    choices = mask[row].reshape(-1, mask.shape[-1])
+    for choice, choice_mask in enumerate(choices):
+        columns = torch.nonzero(choice_mask)[:, 0]
+        if len(columns) <= target:
+            continue
+        on_left = bool(choice_mask[-1] != 0) and not bool(choice_mask[0] != 0)
+        gone = columns[:-target] if on_left else columns[target:]
+        old_end, new_end = (columns[0], columns[-target]) if on_left else (columns[-1], columns[target - 1])
+        for name, value in sample.items():
+            if not isinstance(value, torch.Tensor) or value.shape[: mask.ndim] != mask.shape:
+                continue
+            part = value[row] if mask.ndim == 2 else value[row, choice]
+            if name == "input_ids":
+                part[new_end] = part[old_end].clone()
+                part[gone] = pad_token_id or 0
+            elif name == "attention_mask":
+                part[gone] = 0
+            elif name == "labels" and not value.is_floating_point():
+                part[gone] = IGNORED
+        for name in ("start_positions", "end_positions"):
+            if isinstance(sample.get(name), torch.Tensor) and not on_left:
+                sample[name][row].clamp_(max=int(columns[target - 1]))
+
+
+def without_wrappers(model: torch.nn.Module) -> Any:
+    """Return the model inside DDP and `torch.compile`."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+@contextmanager
+def _without_gradients(model: torch.nn.Module) -> Iterator[None]:
+    """Put the gradients of the model aside in the block."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def _in_training(model: torch.nn.Module) -> Iterator[None]:
+    """Set the model to training without dropout in the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    dropout = disable_dropout(model)
+    try:
+        yield
+    finally:
+        for holder, name, value in dropout:
+            setattr(holder, name, value)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _plain_forward(model: torch.nn.Module) -> Iterator[None]:
+    """Undo Accelerate's autocast around the forward, and compiled layers, in the block."""
+    wrapped = vars(model).get("forward")
+    original = vars(model).get("_original_forward")
+    with ExitStack() as stack:
+        if any(module._compiled_call_impl is not None for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if wrapped is not None and original is not None:
+            model.forward = original
+            stack.callback(setattr, model, "forward", wrapped)
+        yield
+
+
+@contextmanager
+def _float32_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Hold 16-bit weights and buffers in float32 in the block. The originals come back untouched."""
+    tensors = [
+        t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
+        raise PaddingNotRemovableError(
+            "the weights are sharded in 16 bits; call remove_padding before sharding"
+        )
+    originals = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor, data in originals:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in originals:
+            tensor.data = data

@@ -1,0 +1,220 @@
+"""`remove_padding` and `restore_padding`: switch a model to computing without padding, and back."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from gradacc_hf.errors import PaddingNotRemovableError, one_line
+from gradacc_hf.padding.attention import NAMES, ORIGINAL
+from gradacc_hf.padding.hooks import (
+    EnterForward,
+    Hook,
+    LeaveForward,
+    PackInputs,
+    PackOutput,
+    PadInputs,
+    Stack,
+    UnpackOutput,
+)
+from gradacc_hf.padding.probe import Probe, without_wrappers
+
+
+def remove_padding(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
+    """Make a transformers model compute its layers without padding, in place.
+
+    Embeddings, head, loss and labels stay padded, as do collate functions. The model is checked before the
+    change stays: loss and all gradients on examples of `batch`, without dropout, against the padded model.
+    A forward uses it if its `attention_mask` has padding. Forwards with a cache, as in `generate`, and with
+    hidden states or attentions as outputs stay padded. `restore_padding` undoes the change.
+
+    Call it before `torch.compile` of a whole model and before FSDP2 shards to 16 bits. With FSDP2, all
+    processes must call it.
+
+    Args:
+        model: A transformers model, also with LoRA, or wrapped in DDP or FSDP2.
+        batch: A padded batch on the device of the model, with `attention_mask` and what the loss needs.
+
+    Raises:
+        InputError: The batch has no attention mask, or no example of four tokens.
+        PaddingNotRemovableError: The result is not exact to 1e-5, or the structure of the model is unknown.
+            The model is as before.
+    """
+    if is_removed(model):
+        return
+    probe = Probe(without_wrappers(model), batch)
+    reasons = []
+    with probe.prepared():
+        stacks = probe.record_layers(_layers_by_owner(probe.model))
+        for install in (_install_groups, _install_padded_attention):
+            try:
+                install(probe.model, stacks)
+                probe.check()
+                _end_check(probe.model)
+                return
+            except PaddingNotRemovableError as error:
+                reasons.append(one_line(error))
+                restore_padding(probe.model)
+                if probe.reads_padding(stacks):
+                    reasons = ["the loss reads hidden states of padding"]
+                    break
+            except BaseException:
+                restore_padding(probe.model)
+                raise
+    raise PaddingNotRemovableError(
+        f"padding cannot be removed from {type(probe.model).__name__}: {_joined(reasons)}"
+    )
+
+
+def _joined(reasons: list[str]) -> str:
+    """Return the reasons why attention by groups fails, and why padded attention modules fail."""
+    return "; with padded attention modules: ".join(reasons)
+
+
+def restore_padding(model: torch.nn.Module) -> None:
+    """Undo `remove_padding`. A model without the change stays as it is."""
+    for hook in list(_hooks(model)):
+        hook.handle.remove()
+    for config in _configs(model):
+        name = config._attn_implementation_internal
+        if name in ORIGINAL:
+            config._attn_implementation_internal = ORIGINAL[name]
+
+
+def is_removed(model: torch.nn.Module) -> bool:
+    """Whether `remove_padding` is on for a model, or for a part of it."""
+    return next(_hooks(model), None) is not None
+
+
+def _end_check(model: torch.nn.Module) -> None:
+    """End the check. Remove the hooks of stacks that it did not run without padding.
+
+    Raises:
+        PaddingNotRemovableError: The check ran no stack without padding.
+    """
+    hooks = list(_hooks(model))
+    if not any(hook.stack.sides for hook in hooks):
+        raise PaddingNotRemovableError("no layers get an attention mask of shape (batch, length)")
+    for hook in hooks:
+        hook.stack.checking = False
+        if not hook.stack.sides:
+            hook.handle.remove()
+
+
+def _hooks(model: torch.nn.Module) -> Iterator[Hook]:
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if isinstance(hook, Hook):
+                yield hook
+
+
+def _configs(model: torch.nn.Module) -> list[PreTrainedConfig]:
+    """Return every config of a module, each once."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    found = {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}
+    return list(found.values())
+
+
+def _layers_by_owner(model: torch.nn.Module) -> dict[PreTrainedModel, list[torch.nn.Module]]:
+    """Return the outermost layers below each innermost model class.
+
+    transformers marks a layer by its base class. A model class without the mark has a list of like modules.
+    """
+    found = _outermost(model, _marked) or _outermost(model, _repeated)
+    return found
+
+
+def _marked(module: torch.nn.Module) -> list[torch.nn.Module]:
+    return [child for child in module.children() if isinstance(child, GradientCheckpointingLayer)]
+
+
+def _repeated(module: torch.nn.Module) -> list[torch.nn.Module]:
+    alike = isinstance(module, torch.nn.ModuleList) and len({type(child) for child in module}) == 1
+    return list(module) if alike else []
+
+
+def _outermost(
+    model: torch.nn.Module, layers_in: Callable[[torch.nn.Module], list[torch.nn.Module]]
+) -> dict[PreTrainedModel, list[torch.nn.Module]]:
+    found: dict[PreTrainedModel, list[torch.nn.Module]] = {}
+
+    def walk(module: torch.nn.Module, owner: PreTrainedModel | None) -> None:
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        layers = layers_in(module) if owner is not None else []
+        if owner is not None and layers:
+            found.setdefault(owner, []).extend(layers)
+        for child in module.children():
+            if child not in layers:
+                walk(child, owner)
+
+    walk(model, None)
+    return found
+
+
+def _install_groups(model: torch.nn.Module, stacks: Mapping[PreTrainedModel, tuple[list, int]]) -> None:
+    """Run attention by groups of examples, through transformers' attention interface."""
+    for owner, (layers, calls) in stacks.items():
+        configs = {id(c): c for part in (owner, *layers) for c in _configs(part)}.values()
+        for config in configs:
+            name = config._attn_implementation_internal or "eager"
+            name = ORIGINAL.get(name, name)  # two stacks may share a config
+            if name not in NAMES:
+                raise PaddingNotRemovableError(
+                    f"attn_implementation is {name!r}; allowed: {' or '.join(map(repr, NAMES))}"
+                )
+            config._attn_implementation_internal = NAMES[name]
+        _install_layers(model, owner, layers, Stack(type(owner).__name__, calls, True, _caches(owner)))
+
+
+def _install_padded_attention(
+    model: torch.nn.Module, stacks: Mapping[PreTrainedModel, tuple[list, int]]
+) -> None:
+    """Run the attention modules of the layers padded, and the rest of the layers without padding."""
+    for owner, (layers, calls) in stacks.items():
+        stack = Stack(type(owner).__name__, calls, False, _caches(owner))
+        _install_layers(model, owner, layers, stack)
+        for layer in layers:
+            attentions = list(_attention_modules(layer))
+            if not attentions:
+                raise PaddingNotRemovableError(f"{type(layer).__name__} has no attention module")
+            for attention in attentions:
+                before, after = PadInputs(stack), PackOutput(stack)
+                before.handle = attention.register_forward_pre_hook(before, with_kwargs=True)
+                after.handle = attention.register_forward_hook(after, with_kwargs=True)
+
+
+def _install_layers(model: torch.nn.Module, owner: PreTrainedModel, layers: list, stack: Stack) -> None:
+    for layer in layers:
+        before, after = PackInputs(stack), UnpackOutput(stack)
+        before.handle = layer.register_forward_pre_hook(before, with_kwargs=True)
+        after.handle = layer.register_forward_hook(after)
+    for module in _models_around(model, owner):
+        enter, leave = EnterForward(stack), LeaveForward(stack)
+        enter.handle = module.register_forward_pre_hook(enter, with_kwargs=True)
+        leave.handle = module.register_forward_hook(leave, always_call=True)
+
+
+def _models_around(model: torch.nn.Module, owner: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the model classes that contain these layers and no others: the owner, and models around it."""
+    around = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and list(_layers_by_owner(module)) == [owner]:
+            around.append(module)
+    return around
+
+
+def _attention_modules(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for child in layer.children():
+        if "attention" in type(child).__name__.lower():
+            yield child
+        elif not isinstance(child, torch.nn.Linear):
+            yield from _attention_modules(child)
+
+
+def _caches(owner: PreTrainedModel) -> bool:
+    """Whether a model class returns a cache by default."""
+    takes = "use_cache" in inspect.signature(owner.forward).parameters
+    return takes and getattr(owner.config, "is_decoder", True) is not False

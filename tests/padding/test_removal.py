@@ -1,0 +1,299 @@
+"""A model without padding has the loss and gradients of the padded model, whatever is done with it."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import gradacc_hf
+from gradacc_hf import PaddingNotRemovableError
+from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout
+from gradacc_hf.accumulation.reference import EXACT, compare, read_gradient, whole_window_gradient
+from gradacc_hf.padding.removal import is_removed
+from gradacc_hf.verification.tiny_models import build_head
+
+LENGTHS = [17, 9, 30, 9, 12, 3, 21]
+
+
+def make(kind="sequence_classification", model_type="bert", lengths=LENGTHS, remove=True):
+    """Return a padded model, a copy without padding, and a batch."""
+    head = build_head(kind, model_type)
+    batch = head.collate(head.examples(lengths))
+    padded = copy.deepcopy(head.model)
+    if remove:
+        gradacc_hf.remove_padding(head.model, head.collate(head.examples(LENGTHS)))
+    return padded, head.model, batch
+
+
+def layer_tokens(model, batch):
+    """Return the tokens that the feed-forward part of the last layer computes."""
+    seen = []
+    dense = [
+        module
+        for name, module in model.named_modules()
+        if ".layer" in name and isinstance(module, torch.nn.Linear) and "lora" not in name
+    ]
+    handle = dense[-1].register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    model(**batch)
+    handle.remove()
+    return seen[0][:-1].numel()
+
+
+def assert_same(padded, removed, batch):
+    reference = whole_window_gradient(padded, batch)
+    found = compare("without padding", whole_window_gradient(removed, batch), reference)
+    assert found.error < EXACT
+    assert found.worst[0][1] < 100 * EXACT
+    with torch.no_grad():
+        torch.testing.assert_close(removed(**batch).loss, padded(**batch).loss, rtol=EXACT, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type"),
+    [
+        ("sequence_classification", "bert"),
+        ("token_classification", "distilbert"),
+        ("masked_lm", "albert"),
+        ("masked_lm", "modernbert"),
+        ("multiple_choice", "roberta"),
+        ("causal_lm", "llama"),
+        ("causal_lm", "gemma2"),
+        ("causal_lm", "gpt_oss"),
+        ("sequence_classification", "mistral"),
+        ("sequence_classification", "deberta-v2"),
+        ("masked_lm", "mpnet"),
+        ("seq2seq_lm", "bart"),
+        ("seq2seq_lm", "t5"),
+    ],
+)
+def test_loss_and_gradients_are_those_of_the_padded_model(kind, model_type):
+    assert_same(*make(kind, model_type))
+
+
+def test_layers_compute_real_tokens_only():
+    padded, removed, batch = make()
+    assert layer_tokens(padded, batch) == len(LENGTHS) * max(LENGTHS)
+    assert layer_tokens(removed, batch) == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("lengths", [[9], [9, 9, 9], [12, 5], [30] * 3 + [4]])
+@pytest.mark.parametrize("pad_to", [None, 32])
+@pytest.mark.parametrize("model_type", ["bert", "llama", "mpnet"])
+def test_batches_of_one_and_of_equal_lengths(model_type, lengths, pad_to):
+    kind = "causal_lm" if model_type == "llama" else "masked_lm"
+    padded, removed, _ = make(kind, model_type)
+    head = build_head(kind, model_type)
+    assert_same(padded, removed, head.collate(head.examples(lengths), pad_to=pad_to))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt_oss"])
+def test_padding_on_the_left_and_holes(model_type):
+    padded, removed, right = make("causal_lm", model_type)
+    left = {name: value.flip(1) for name, value in right.items()}
+    holes = {name: value.clone() for name, value in right.items()}
+    holes["attention_mask"][0, 3] = 0
+    for batch in (left, holes):
+        first = batch["attention_mask"].diff(dim=1, prepend=batch["attention_mask"][:, :1] * 0) == 1
+        batch["labels"][first] = -100  # predicted from padding
+        assert layer_tokens(removed, batch) == 7 * 30
+        assert_same(padded, removed, batch)  # not checked on such padding, so padded
+        gradacc_hf.restore_padding(removed)
+        gradacc_hf.remove_padding(removed, batch)
+        tokens = layer_tokens(removed, batch)
+        assert tokens == batch["attention_mask"].sum()
+        assert_same(padded, removed, batch)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_an_equal_batch_to_check_on(model_type):
+    kind = "causal_lm" if model_type == "llama" else "masked_lm"
+    padded, removed, batch = make(kind, model_type, remove=False)
+    head = build_head(kind, model_type)
+    for lengths in ([8, 8, 8], [8]):
+        gradacc_hf.remove_padding(removed, head.collate(head.examples(lengths)))
+        assert_same(padded, removed, batch)
+        gradacc_hf.restore_padding(removed)
+
+
+def test_a_batch_with_an_example_without_tokens_stays_padded():
+    padded, removed, batch = make("masked_lm")
+    batch["attention_mask"][1] = 0
+    assert layer_tokens(removed, batch) == batch["input_ids"].numel()
+    assert_same(padded, removed, batch)
+
+
+def test_a_layout_of_a_loader_is_used_and_a_changed_mask_makes_it_void():
+    padded, removed, batch = make()
+    mask = batch["attention_mask"]
+    other = mask.clone()
+    other[0, 2:] = 0  # so that the test sees which layout was used
+    attach_layout(mask, padding_layout(other))
+    assert layer_tokens(removed, batch) == sum(LENGTHS) - LENGTHS[0] + 2
+    mask[0, 0] = 1
+    assert layer_tokens(removed, batch) == sum(LENGTHS)
+    attach_layout(mask, padding_layout(mask))
+    assert_same(padded, removed, batch)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama", "deberta-v2", "t5"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_with_other_forwards_before_the_backward(model_type, reentrant):
+    kind = {"bert": "masked_lm", "llama": "causal_lm", "t5": "seq2seq_lm"}.get(model_type, "masked_lm")
+    padded, removed, batch = make(kind, model_type)
+    reference = whole_window_gradient(padded, batch)
+    (getattr(removed, "activation_checkpointing_enable", None) or removed.gradient_checkpointing_enable)(
+        {"use_reentrant": reentrant}
+    )
+    if reentrant:
+        removed.enable_input_require_grads()
+    loss = removed(**batch).loss
+    short = {name: value[:2].clone() for name, value in batch.items()}
+    removed(**short)  # another layout
+    short["attention_mask"][:] = 1
+    removed(**short)  # padded
+    loss.backward()
+    assert compare("", read_gradient(removed), reference).error < EXACT
+
+
+@pytest.mark.parametrize("model_type", ["bert", "deberta-v2"])
+def test_lora_before_and_after(model_type):
+    gradients = []
+    for order in ("lora first", "padding first", "padded"):
+        torch.manual_seed(0)
+        _, model, batch = make(model_type=model_type, remove=order == "padding first")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.2)
+        if order == "lora first":
+            gradacc_hf.remove_padding(model, batch)
+        assert (layer_tokens(model, batch) == sum(LENGTHS)) == (order != "padded")
+        gradients.append(whole_window_gradient(model, batch))
+    assert compare("", gradients[0], gradients[2]).error < EXACT
+    assert compare("", gradients[1], gradients[2]).error < EXACT
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def test_copies_and_their_restoring_are_independent(model_type):
+    padded, removed, batch = make("masked_lm", model_type)
+    twin = copy.deepcopy(removed)
+    gradacc_hf.restore_padding(removed)
+    assert is_removed(twin)
+    assert not is_removed(removed)
+    assert layer_tokens(removed, batch) == batch["input_ids"].numel()
+    assert layer_tokens(twin, batch) < batch["input_ids"].numel()
+    assert_same(padded, twin, batch)
+    assert_same(padded, removed, batch)
+
+
+def test_restoring_leaves_nothing_behind():
+    padded, removed, _ = make()
+    gradacc_hf.restore_padding(removed)
+    assert traces(removed) == traces(padded)
+
+
+def traces(model):
+    """Return what `remove_padding` might leave in a model."""
+    return [
+        (
+            name,
+            module.training,
+            sorted(vars(module)),
+            [len(value) for key, value in sorted(vars(module).items()) if "hooks" in key],
+            vars(module.config).copy() if hasattr(module, "config") else None,
+            getattr(module, "p", None),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize(("kind", "model_type"), [("question_answering", "bert"), ("masked_lm", "convbert")])
+def test_a_refused_model_is_as_before(kind, model_type):
+    padded, model, batch = make(kind, model_type, remove=False)
+    model.eval()
+    padded.eval()
+    model(**batch).loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    values = [None if grad is None else grad.clone() for grad in gradients]
+    random_state = torch.get_rng_state()
+    with pytest.raises(PaddingNotRemovableError):
+        gradacc_hf.remove_padding(model, batch)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert traces(model) == traces(padded)
+    for name, tensor in padded.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    for parameter, gradient, value in zip(model.parameters(), gradients, values, strict=True):
+        assert parameter.grad is gradient
+        assert gradient is None or torch.equal(gradient, value)
+
+
+def test_a_model_in_bf16_is_checked_in_float32_and_is_as_before():
+    head = build_head("masked_lm", "bert")
+    model = head.model.bfloat16()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = head.collate(head.examples(LENGTHS))
+    gradacc_hf.remove_padding(model, batch)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+    assert model(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["llama", "deberta-v2"])
+def test_autocast(dtype, model_type):
+    kind = "causal_lm" if model_type == "llama" else "masked_lm"
+    padded, removed, batch = make(kind, model_type)
+    with torch.autocast("cpu", dtype):
+        expected, loss = padded(**batch).loss, removed(**batch).loss
+        assert layer_tokens(removed, batch) > 0
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+
+
+def test_generate_and_evaluation_take_the_ordinary_path():
+    padded, removed, batch = make("causal_lm", "llama")
+    prompts = {name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}
+    padded.eval()
+    removed.eval()
+    kwargs = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(removed.generate(**prompts, **kwargs), padded.generate(**prompts, **kwargs))
+    with torch.no_grad():
+        cached = removed(**prompts, use_cache=True)
+        assert cached.past_key_values.get_seq_length() == max(LENGTHS)
+        hidden = removed(**prompts, output_hidden_states=True).hidden_states
+        assert all(one.shape[:2] == prompts["input_ids"].shape for one in hidden)
+        without_mask = {"input_ids": batch["input_ids"]}
+        assert torch.equal(removed(**without_mask).logits, padded(**without_mask).logits)
+
+
+def test_a_saved_model_does_not_name_the_attention(tmp_path):
+    padded, removed, batch = make()
+    removed.save_pretrained(tmp_path)
+    assert "gradacc" not in (tmp_path / "config.json").read_text()
+    padded.save_pretrained(tmp_path / "padded")
+    assert (tmp_path / "padded/config.json").read_text() == (tmp_path / "config.json").read_text()
+    assert removed.state_dict().keys() == padded.state_dict().keys()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).train()
+    assert not is_removed(loaded)
+    assert_same(padded, removed, batch)
+
+
+def compile_layers(bert):
+    for layer in bert.encoder.layer:
+        layer.compile(backend="eager", dynamic=True)
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_compiled_layers(compiled_first):
+    padded, removed, batch = make(remove=False)
+    if compiled_first:
+        compile_layers(removed.bert)
+        removed(**batch).loss.backward()
+        removed.zero_grad()
+    gradacc_hf.remove_padding(removed, batch)
+    if not compiled_first:
+        compile_layers(removed.bert)
+    assert_same(padded, removed, batch)
+    assert_same(padded, removed, {name: value[:5] for name, value in batch.items()})
