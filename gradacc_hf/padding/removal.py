@@ -54,6 +54,7 @@ def remove_padding(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
                 install(probe.model, stacks)
                 probe.check()
                 _end_check(probe.model)
+                _compile_again(probe.model)
                 return
             except PaddingNotRemovableError as error:
                 reasons.append(one_line(error))
@@ -76,8 +77,11 @@ def _joined(reasons: list[str]) -> str:
 
 def restore_padding(model: torch.nn.Module) -> None:
     """Undo `remove_padding`. A model without the change stays as it is."""
-    for hook in list(_hooks(model)):
+    hooks = list(_hooks(model))
+    for hook in hooks:
         hook.handle.remove()
+    if hooks:
+        _compile_again(model)
     for config in _configs(model):
         name = config._attn_implementation_internal
         if name in ORIGINAL:
@@ -87,6 +91,12 @@ def restore_padding(model: torch.nn.Module) -> None:
 def is_removed(model: torch.nn.Module) -> bool:
     """Whether `remove_padding` is on for a model, or for a part of it."""
     return next(_hooks(model), None) is not None
+
+
+def _compile_again(model: torch.nn.Module) -> None:
+    """Let compiled layers be compiled again: compiled code leaves out hooks that it does not contain."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        torch.compiler.reset()
 
 
 def _end_check(model: torch.nn.Module) -> None:

@@ -5,6 +5,8 @@ import copy
 import peft
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
 
 import gradacc_hf
@@ -280,20 +282,41 @@ def test_a_saved_model_does_not_name_the_attention(tmp_path):
     assert_same(padded, removed, batch)
 
 
-def compile_layers(bert):
-    for layer in bert.encoder.layer:
-        layer.compile(backend="eager", dynamic=True)
+class Products(TorchDispatchMode):
+    """Records the rows of each matrix product with a bias."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm.default:
+            self.rows.append(len(args[1]))
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.rows = []
+        return super().__enter__()
 
 
-@pytest.mark.parametrize("compiled_first", [True, False])
-def test_compiled_layers(compiled_first):
-    padded, removed, batch = make(remove=False)
+@pytest.mark.parametrize(("model_type", "compiled_first"), [("bert", False), ("mpnet", True)])
+def test_compiled_layers(model_type, compiled_first):
+    padded, removed, batch = make("sequence_classification", model_type, remove=False)
+    torch.compiler.reset()
+    counter = CompileCounter()
+
+    def compile_layers():
+        for layer in removed.base_model.encoder.layer:
+            layer.compile(backend=counter, dynamic=True)
+
     if compiled_first:
-        compile_layers(removed.bert)
-        removed(**batch).loss.backward()
-        removed.zero_grad()
+        compile_layers()
+        removed(**batch)
     gradacc_hf.remove_padding(removed, batch)
     if not compiled_first:
-        compile_layers(removed.bert)
+        compile_layers()
     assert_same(padded, removed, batch)
-    assert_same(padded, removed, {name: value[:5] for name, value in batch.items()})
+    compiled = counter.frame_count
+    assert compiled > 0
+    for examples in (3, 5, 6):
+        assert_same(padded, removed, {name: value[:examples] for name, value in batch.items()})
+    assert counter.frame_count == compiled
+    with Products() as products:
+        removed(**batch)
+    assert products.rows.count(sum(LENGTHS)) >= 4
