@@ -92,7 +92,7 @@ class LossProbe:
         return next((name for batch in micro_batches if (name := self._differs(batch))), "")
 
     def leave_open(self, name: str) -> Answer:
-        """Return the line for a count that differs in the window, although no sample tells it apart."""
+        """Return the line for a count that differs in the window, although no sample separates it."""
         assert self.kind is not None
         kind, self.kind = self.kind, replace(self.kind, is_conclusive=False)
         self._back_off()

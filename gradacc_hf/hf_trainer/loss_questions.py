@@ -111,7 +111,7 @@ class Result:
         answer: A line about the loss.
         fails_alone: Whether single rows have no loss. They may belong together in pairs.
         counts: New item counts among the others of `kind`.
-        weighed: Labels whose weight is known to be that of the others.
+        weighed: Labels with the weight of the others.
     """
 
     kind: LossKind

@@ -15,7 +15,7 @@ from gradacc_hf.utils.modeling import BufferSnapshot, small_instead_of_zero
 from gradacc_hf.utils.rng import preserve_rng_state
 
 MOST_IN_GRADIENT = 1_000_000
-"""Parameters whose gradient is compared: those of the smallest tensors, such as the biases of all layers."""
+"""Parameters whose gradient is compared, from the smallest tensors on, such as the biases of all layers."""
 
 
 class TrainerLosses:
