@@ -32,7 +32,13 @@ from huggingface_hub import DatasetCard
 
 from gradacc_hf import embedded
 from gradacc_hf.data.columns import file_rows
-from gradacc_hf.data.mixed import is_exact, joined, mixed_columns, read_mixed_json
+from gradacc_hf.data.mixed import (
+    changed_columns,
+    joined,
+    mixed_columns,
+    read_mixed_json,
+    with_columns_of_file,
+)
 from gradacc_hf.data.reading import Reading, Source, counted
 from gradacc_hf.errors import InputError, listed, refuse
 
@@ -282,13 +288,13 @@ def read_file(path: Path, key: str) -> Dataset:
         where = {"train": glob.escape(str(path))}
         try:
             rows = load(BUILDERS[suffix], data_files=where, **options)["train"]
-            exact = suffix in (".csv", ".parquet") or is_exact(rows)
         except Exception:
             if suffix not in (".json", ".jsonl") or json_fault(path):
                 raise
-            exact = False
-        if not exact:
             rows = read_mixed_json(path)
+        else:
+            if suffix in (".json", ".jsonl") and (changed := changed_columns(rows)):
+                rows = with_columns_of_file(rows, path, changed)
     if not len(rows):
         refuse(key, f"{path}: no rows", "give at least one in each file")
     return rows
