@@ -5,13 +5,14 @@ from pathlib import Path
 
 import datasets.config
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image
 from recipe_runs import load_recipe, make_recipe, summary, with_defaults, write_rows
 
 from gradacc_hf.data.loading import load_data
 from gradacc_hf.data.reading import SHOWN, Reading, tokens_lost
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import InputError
+from gradacc_hf.run import fingerprint
 from gradacc_hf.run.fingerprint import duplicates_note
 
 ROWS = [{"text": f"text {i}", "label": "odd" if i % 2 else "even"} for i in range(40)]
@@ -142,6 +143,19 @@ def test_duplicates_are_found_by_the_inputs_of_the_model():
     assert duplicates_note(train, other) == "2 of 5 validation examples are also training examples"
     assert duplicates_note(train, train.select([2])) == "all 1 validation example are also training examples"
     assert duplicates_note(train, other.select([0, 2, 3])) is None
+
+
+def test_of_images_only_those_of_equal_size_are_read_for_duplicates(monkeypatch):
+    sizes = {"a": 1, "b": 2, "c": 3, "d": 2, "e": 4, "f": 2}
+    for name, size in sizes.items():
+        Path(name).write_bytes((b"x" if name in "bd" else name.encode()) * size)
+    read, digest = [], fingerprint._digest
+    monkeypatch.setattr(fingerprint, "_digest", lambda **file: read.append(file["path"]) or digest(**file))
+    train, other = (
+        Dataset.from_dict({"image": [*names]}).cast_column("image", Image()) for names in ("abc", "def")
+    )
+    assert duplicates_note(train, other) == "1 of 3 validation examples are also training examples"
+    assert sorted(read) == ["b", "d", "f"]
 
 
 def test_lost_tokens_are_those_beyond_the_most():
