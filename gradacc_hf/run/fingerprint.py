@@ -80,13 +80,12 @@ def _sketches(dataset: Dataset) -> np.ndarray:
 
 def _sketch(column: Any) -> Iterable[np.ndarray]:
     """Yield the lengths of texts and files; of lists of integers also three values, within the list."""
-    if _is_list_of_integers(column):
-        offsets, numbers = column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False)
-        starts, lengths = offsets[:-1], np.diff(offsets)
-        yield lengths
-        for quarter in (1, 2, 3) if len(numbers) else ():
-            places = np.minimum(starts + lengths * quarter // 4, len(numbers) - 1)
-            yield np.where(lengths > 0, numbers[places], 0)
+    if _is_list_of_integers(column.type):
+        numbers = np.append(pc.fill_null(column.values, 0).to_numpy(zero_copy_only=False), 0)
+        starts = column.offsets.to_numpy()[:-1]
+        yield (lengths := pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False))
+        for quarter in (1, 2, 3):
+            yield np.where(lengths > 0, numbers[starts + lengths * quarter // 4], 0)
     elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         yield pc.fill_null(pc.binary_length(column), -1).to_numpy(zero_copy_only=False)
     elif _is_file(column.type):
@@ -103,9 +102,8 @@ def _is_file(kind: Any) -> bool:
     return pa.types.is_struct(kind) and {part.name for part in kind} == {"bytes", "path"}
 
 
-def _is_list_of_integers(column: Any) -> bool:
-    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    return is_list and pa.types.is_integer(column.type.value_type) and not column.null_count
+def _is_list_of_integers(kind: Any) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
 
 
 def _keys(dataset: Dataset) -> Iterable[bytes]:
@@ -122,7 +120,7 @@ def _keys(dataset: Dataset) -> Iterable[bytes]:
 
 def _values(column: Any) -> Iterable[bytes]:
     """Return the bytes of each value. Lists of numbers are not read into Python."""
-    if _is_list_of_integers(column):
+    if _is_list_of_integers(column.type) and not column.null_count:
         offsets, numbers = column.offsets.to_pylist(), column.values.to_numpy(zero_copy_only=False)
         return [numbers[start:end].tobytes() for start, end in pairwise(offsets)]
     return [repr(value).encode() for value in column.to_pylist()]

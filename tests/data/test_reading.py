@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets.config
 import pytest
-from datasets import Dataset, Image
+from datasets import Dataset, Image, concatenate_datasets
 from recipe_runs import load_recipe, make_recipe, summary, with_defaults, write_rows
 
 from gradacc_hf.data.loading import load_data
@@ -143,6 +143,11 @@ def test_duplicates_are_found_by_the_inputs_of_the_model():
     assert duplicates_note(train, other) == "2 of 5 validation examples are also training examples"
     assert duplicates_note(train, train.select([2])) == "all 1 validation example are also training examples"
     assert duplicates_note(train, other.select([0, 2, 3])) is None
+    empty = Dataset.from_dict(
+        {"input_ids": [None, [], None]}, features=train.select_columns("input_ids").features
+    )
+    few, some = empty.select([0, 1]), concatenate_datasets([train.select_columns("input_ids"), empty])
+    assert duplicates_note(some, few) == "all 2 validation examples are also training examples"
 
 
 def test_of_images_only_those_of_equal_size_are_read_for_duplicates(monkeypatch):
