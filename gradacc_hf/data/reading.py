@@ -120,27 +120,32 @@ def counted(number: int, noun: str) -> str:
 def tokens_lost(
     tokenizer: Any,
     texts: Sequence[Sequence[Any]] | Mapping[str, Sequence[Any]],
-    found: Sequence[Sequence[int]],
+    found: Any,
     max_length: int,
     **settings: Any,
 ) -> list[int]:
     """Return the number of tokens that truncation removed from each row.
 
+    The rows of a slow tokenizer, and pairs of texts, are tokenised again if they are at the limit.
+
     Args:
         tokenizer: The tokenizer.
         texts: One column of texts, or two for pairs; or columns by the tokenizer's name of the argument.
-        found: The tokens of each row, after truncation.
+        found: The rows as the tokenizer returns them, after truncation.
         max_length: The most tokens of a row.
         settings: Further arguments of the tokenizer.
     """
-    lost = [0] * len(found)
-    full = [row for row, ids in enumerate(found) if len(ids) >= max_length]
-    if full:
+    lost = [0] * len(ids := found["input_ids"])
+    full = [row for row, tokens in enumerate(ids) if len(tokens) >= max_length]
+    if found.encodings and len(texts) == 1:
+        for row in full:  # further parts of the row, each with special tokens
+            lost[row] = sum(part.special_tokens_mask.count(0) for part in found.encodings[row].overflowing)
+    elif full:
         named = texts if isinstance(texts, Mapping) else dict(zip(("text", "text_pair"), texts, strict=False))
         settings |= {name: [column[row] for row in full] for name, column in named.items()}
         again = tokenizer(verbose=False, **settings)
-        for row, ids in zip(full, again["input_ids"], strict=True):
-            lost[row] = len(ids) - len(found[row])
+        for row, tokens in zip(full, again["input_ids"], strict=True):
+            lost[row] = len(tokens) - len(ids[row])
     return lost
 
 

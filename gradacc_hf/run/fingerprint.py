@@ -81,11 +81,13 @@ def _sketches(dataset: Dataset) -> np.ndarray:
 def _sketch(column: Any) -> Iterable[np.ndarray]:
     """Yield the lengths of texts and files; of lists of integers also three values, within the list."""
     if _is_list_of_integers(column.type):
-        numbers = np.append(pc.fill_null(column.values, 0).to_numpy(zero_copy_only=False), 0)
-        starts = column.offsets.to_numpy()[:-1]
+        numbers, starts = column.values, column.offsets.to_numpy()[:-1]
+        numbers = (pc.fill_null(numbers, 0) if numbers.null_count else numbers).to_numpy()
         yield (lengths := pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False))
         for quarter in (1, 2, 3):
-            yield np.where(lengths > 0, numbers[starts + lengths * quarter // 4], 0)
+            values = np.zeros(len(lengths), np.int64)
+            values[lengths > 0] = numbers[(starts + lengths * quarter // 4)[lengths > 0]]
+            yield values
     elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         yield pc.fill_null(pc.binary_length(column), -1).to_numpy(zero_copy_only=False)
     elif _is_file(column.type):

@@ -168,10 +168,25 @@ def test_lost_tokens_are_those_beyond_the_most():
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path())
     texts = [["a b", "a b c", "a b c d e"], ["x", "x", "x"]]
-    found = tokenizer(*texts, truncation=True, max_length=7)["input_ids"]
+    found = tokenizer(*texts, truncation=True, max_length=7)
     assert tokens_lost(tokenizer, texts, found, 7) == [0, 0, 2]
-    found = tokenizer(texts[0], truncation=True, max_length=5)["input_ids"]
-    assert tokens_lost(tokenizer, texts[:1], found, 5) == [0, 0, 2]
+    for length, lost in ((5, [0, 0, 2]), (4, [0, 1, 3]), (2, [2, 3, 5])):
+        found = tokenizer(texts[0], truncation=True, max_length=length)
+        assert tokens_lost(None, texts[:1], found, length) == lost  # not tokenised again
+    words = [text.split() for text in texts[0]]
+    found = tokenizer(words, is_split_into_words=True, truncation=True, max_length=4)
+    assert tokens_lost(None, [words], found, 4, is_split_into_words=True) == [0, 1, 3]
+
+
+def test_tokens_of_a_slow_tokenizer_are_counted(tmp_path):
+    import transformers
+
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
+    tokenizer = transformers.BertTokenizerLegacy(str(tmp_path / "vocab.txt"))
+    texts = ["a b", "a b a b a"]
+    found = tokenizer(texts, truncation=True, max_length=4)
+    assert not tokenizer.is_fast
+    assert tokens_lost(tokenizer, [texts], found, 4) == [0, 3]
 
 
 def test_a_run_states_what_was_truncated_skipped_merged_and_ignored(start):
