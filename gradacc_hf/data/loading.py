@@ -233,6 +233,7 @@ def _note_not_read(
 ) -> None:
     """Note the files of a folder that are in no split; of hidden files, those with data."""
     read = {p.resolve() for of_split in of_splits.values() for p in of_split}
+    left: list[tuple[Path, str]] = []
     for p, hidden in there:
         is_data = p.suffix.lower() in BUILDERS
         why = f"allowed: {listed(BUILDERS)}"
@@ -241,9 +242,9 @@ def _note_not_read(
         elif is_data:
             why = f"no split in its name, unlike in {listed(of_splits)}; to use it, set data.validation to it"
         if p.resolve() not in read and p.suffix != ".md" and (is_data or not hidden):
-            reading.note("not read", f"{p}: {why}")
-    for p in (p for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):
-        reading.note("not read", f"{p}: a link to a folder")
+            left.append((p, why))
+    left += [(p, "a link to a folder") for p in folder.rglob("*") if p.is_symlink() and p.is_dir()]
+    reading.note_not_read(left)
 
 
 def is_hidden(path: Path) -> bool:
@@ -383,8 +384,8 @@ def _read_images(key: str, given: str, folder: Path, found: Sequence[Path], read
     images = sum(p.suffix.lower() in IMAGES for p in found)
     if left := images - sum(map(len, splits.values())):
         reading.note("not read", f"{counted(left, 'image')} of {folder} in no split: {listed(splits)}")
-    for p in (p for p in found if p.suffix.lower() not in IMAGES and p.name not in FILES_TO_IGNORE):
-        reading.note("not read", f"{p}: not an image")
+    others = (p for p in found if p.suffix.lower() not in IMAGES and p.name not in FILES_TO_IGNORE)
+    reading.note_not_read([(p, "not an image") for p in others])
     return Source(given, splits)
 
 

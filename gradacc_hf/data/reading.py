@@ -6,6 +6,7 @@ The plan of a run prints its lines, `summary.json` has them, and the report show
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,16 @@ class Reading:
         """Add a line, unless it is there already."""
         if text not in (lines := self.notes.setdefault(name, [])):
             lines.append(text)
+
+    def note_not_read(self, files: Iterable[tuple[Path, str]]) -> None:
+        """Note files with the reason why they are not read: one line for each suffix and reason."""
+        alike: dict[tuple[str, str], list[Path]] = {}
+        for path, why in files:
+            alike.setdefault((path.suffix.lower(), why), []).append(path)
+        for (suffix, why), paths in alike.items():
+            kind = f"{suffix} files" if suffix else "files without suffix"
+            found = f"{len(paths):,} {kind}, such as {paths[0]}" if len(paths) > 1 else paths[0]
+            self.note("not read", f"{found}: {why}")
 
     def use(self, columns: Iterable[str]) -> None:
         """Note the columns that nothing uses, and where used columns differ.

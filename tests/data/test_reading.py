@@ -70,6 +70,19 @@ def test_every_file_of_a_folder_that_is_not_read_is_named():
     ]
 
 
+def test_files_that_are_not_read_for_one_reason_are_one_line_with_their_number():
+    csv("set/a.csv", ROWS)
+    for number in range(300):
+        Path(f"set/{number:03}.png").touch()
+        Path(f"set/{number:03}").touch()
+    _, lines = read("set")
+    kinds = "allowed: .csv, .json, .jsonl, .parquet"
+    assert [text for name, text in lines if name == "not read"] == [
+        f"300 files without suffix, such as set/000: {kinds}",
+        f"300 .png files, such as set/000.png: {kinds}",
+    ]
+
+
 def test_splits_that_are_not_used_are_named():
     for name, rows in (("train/a", ROWS), ("validation/b", ROWS[:5]), ("test/c", ROWS[:3])):
         csv(f"set/{name}.csv", rows)
