@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils.data import default_collate
 
 from gradacc_hf import WindowLoader
 from gradacc_hf.accumulation.reference import EXACT
@@ -484,7 +485,7 @@ class ClassWeights(torch.nn.Module):
 def rare_labels(labels, size=8, **settings):
     torch.manual_seed(0)
     examples = [{"x": torch.randn(5), "labels": torch.tensor(label)} for label in labels]
-    settings |= {"accelerator": Accelerator(cpu=True), "micro_batch_size": 2, "shuffle": False}
+    settings = {"accelerator": Accelerator(cpu=True), "micro_batch_size": 2, "shuffle": False, **settings}
     return WindowLoader(examples, size, **settings)
 
 
@@ -508,6 +509,28 @@ def test_few_windows_are_in_memory_at_once():
     result = verify(ClassWeights(), windows, num_windows=8, trainer=False)
     assert (result.windows, result.accumulation_steps) == (8, (4,) * 8)
     assert most[0] <= 16  # of the worst window, this one and the next; all windows have 32
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda rows: rows[:3],
+        lambda rows: rows[: max(1, len(rows) // 2 * 2)],
+        lambda rows: list({int(row["labels"]): row for row in rows}.values()),
+    ],
+    ids=["most", "even", "different labels"],
+)
+def test_a_collate_function_that_drops_examples_is_named(keep):
+    labels = [0, 1, 2, 0, 1, 2, 0, 1]
+    windows = rare_labels(labels, micro_batch_size=3, collate_fn=lambda rows: default_collate(keep(rows)))
+
+    class Classifier(ClassWeights):
+        def forward(self, x, labels):
+            return {"loss": torch.nn.functional.cross_entropy(self.layer(x), labels)}
+
+    result = verify(Classifier(), windows, trainer=False)
+    assert "it drops examples or labels" in result.verdict
+    assert verify(Classifier(), rare_labels(labels, micro_batch_size=3), trainer=False).exact
 
 
 def test_more_windows_are_chosen_until_all_labels_were_compared():
