@@ -543,10 +543,8 @@ def test_more_windows_are_chosen_until_all_labels_were_compared():
 def test_windows_with_other_shares_of_a_label_are_chosen():
     tags = [[1, 0, 0, 0]] * 16 + [[1, 1, 0, 0], [0, 0, 0, 0]] * 4
     examples = [{"x": torch.randn(4, 5), "labels": torch.tensor(each)} for each in tags]
-    windows = rare_labels([0])
-    windows = WindowLoader(
-        examples, 8, accelerator=windows.accelerator, micro_batch_size=3, shuffle=False, lengths=[4] * 24
-    )
+    settings = {"accelerator": Accelerator(cpu=True), "micro_batch_size": 3, "shuffle": False}
+    windows = WindowLoader(examples, 8, lengths=[4] * 24, **settings)
     assert not verify(ClassWeights(), windows, trainer=False).exact
 
 
