@@ -41,7 +41,7 @@ def features(rows, tokenizer, columns, max_length):
         texts = [text if isinstance(text, str) else "" for text in rows[name]]
         tokens = tokenizer(texts, truncation=True, max_length=max_length)
         found |= {f"{column}_text": texts, f"{column}_input_ids": tokens["input_ids"]}
-        found[f"{column}_lost"] = tokens_lost(tokenizer, [texts], tokens["input_ids"], max_length)
+        found[f"{column}_lost"] = tokens_lost(tokenizer, [texts], tokens, max_length)
     return found
 
 
