@@ -18,6 +18,12 @@ from accelerate.utils import send_to_device
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from gradacc_hf.accumulation.loss_items import CountItems, CountSeveral
+from gradacc_hf.accumulation.padding_layout import (
+    GROUPS_ON_CPU,
+    PaddingLayout,
+    attach_layout,
+    layouts_of,
+)
 from gradacc_hf.accumulation.same_data import checksum, checksum_of_rows
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import (
@@ -27,6 +33,7 @@ from gradacc_hf.accumulation.splitting import (
     padded_size,
     rounded_up,
     split_window,
+    split_without_padding,
 )
 from gradacc_hf.accumulation.streaming import Held, Stream
 
@@ -46,16 +53,21 @@ class MicroBatch:
             processes wait.
         num_items: Terms of the mean loss; their sum, if there are several losses.
         items: Terms of each of several losses by name. Not empty also for an idle micro-batch.
+        layouts: Places of the real tokens for each attention mask, if the model computes no padding.
     """
 
     batch: Mapping[str, Any]
     indices: np.ndarray
     num_items: float
     items: Mapping[str, float] = field(default_factory=dict)
+    layouts: Mapping[str, PaddingLayout] = field(default_factory=dict)
 
     def on_device(self, accelerator: Accelerator) -> "MicroBatch":
         """Return a copy with the batch on the device of the accelerator."""
-        return replace(self, batch=to_device(self.batch, accelerator))
+        batch = to_device(self.batch, accelerator)
+        for name, layout in self.layouts.items():
+            attach_layout(batch[name], layout)
+        return replace(self, batch=batch)
 
 
 def to_device(batch: Mapping[str, Any], accelerator: Accelerator) -> Any:
@@ -150,6 +162,8 @@ class LocalWindows(Dataset):
     pad_to_multiple_of: int = 1
     leave_out: Collection[int] = ()
     noise_every: int = 0
+    padding_free: bool = False
+    layout_cost: Cost = GROUPS_ON_CPU
     revision: int = 0
     compare_at: tuple[int, int] | None = None
 
@@ -213,14 +227,13 @@ class LocalWindows(Dataset):
         self, indices: np.ndarray, tokens: np.ndarray, epoch: int, window: int, measures_noise: bool = False
     ) -> Split:
         """Split a window of these examples, whose tokens are (examples, columns)."""
-        padded, pad_to, packed = self.padded(tokens), None, self.pad_to == "nothing"
+        padded, pad_to = self.padded(tokens), None
         if self.pad_to not in ("micro_batch", "nothing"):
             pad_to = int(tokens.max(initial=0)) if self.pad_to == "window" else self.pad_to
             padded = np.full_like(tokens, pad_to)
         small = self._noise_micro_batches(padded, epoch, window) if measures_noise else []
         rest = np.setdiff1d(np.arange(len(indices)), np.concatenate(small) if small else [])
-        lengths = bounding_lengths(padded[rest])
-        processes = split_window(lengths, self.bound, self.num_processes, self.cost, packed)
+        processes = self._split(tokens[rest], padded[rest])
         processes = [[rest[positions] for positions in process] for process in processes]
         if small:
             processes = [[first, *process] for first, process in zip(small, processes, strict=True)]
@@ -232,11 +245,18 @@ class LocalWindows(Dataset):
             window=window,
             tokens=total,
             padded_tokens=total
-            if packed
+            if self.padding_free or self.pad_to == "nothing"
             else sum(padded_size(padded[positions]) for process in processes for positions in process),
             pad_to=pad_to,
             measures_noise=bool(small),
         )
+
+    def _split(self, tokens: np.ndarray, padded: np.ndarray) -> list[list[np.ndarray]]:
+        """Return for each process the positions in each micro-batch, of examples of these tokens."""
+        if self.padding_free:
+            return split_without_padding(tokens, self.bound, self.num_processes, self.cost)
+        packed = self.pad_to == "nothing"
+        return split_window(bounding_lengths(padded), self.bound, self.num_processes, self.cost, packed)
 
     def _noise_micro_batches(self, padded: np.ndarray, epoch: int, window: int) -> list[np.ndarray]:
         """Draw the positions of one micro-batch per process at random; [] if the window is too small.
@@ -289,10 +309,15 @@ class LocalWindows(Dataset):
         )
 
     def shape(self, indices: np.ndarray, pad_to: int | None) -> tuple[int, list[int]]:
-        """Return the rows of a micro-batch of these examples, and the padded tokens of each column."""
+        """Return the rows of a micro-batch of these examples, and the padded tokens of each column.
+
+        Without padding, the tokens are those of a mean example.
+        """
         tokens = self.padded(self.tokens[indices])
         if self.pad_to == "nothing":
             return 1, tokens.sum(0).tolist()
+        if self.padding_free:
+            return len(tokens), np.ceil(self.tokens[indices].mean(0)).astype(int).tolist()
         return len(tokens), (tokens if pad_to is None else np.full_like(tokens, pad_to)).max(
             0, initial=0
         ).tolist()
@@ -302,6 +327,12 @@ class LocalWindows(Dataset):
         return tuple(
             max((self._cost(indices, split.pad_to) for indices in process), default=0.0)
             for process in split.processes
+        )
+
+    def total_cost(self, split: Split) -> float:
+        """Return the predicted cost of the process with the highest cost."""
+        return max(
+            sum(self._cost(indices, split.pad_to) for indices in process) for process in split.processes
         )
 
     def _cost(self, indices: np.ndarray, pad_to: int | None) -> float:
@@ -352,7 +383,8 @@ class LocalWindows(Dataset):
                 f"num_items returned {num_items} for examples {indices.tolist()}; "
                 "it must be 0 or more, and finite"
             )
-        return MicroBatch(batch, indices if counts else indices[:0], num_items, each)
+        layouts = layouts_of(batch, self.layout_cost) if self.padding_free else {}
+        return MicroBatch(batch, indices if counts else indices[:0], num_items, each, layouts)
 
     def find_example_with_items(self, split: Split) -> MicroBatch | None:
         """Return the shortest example of the window that has items when collated alone."""

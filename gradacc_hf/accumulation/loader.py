@@ -40,6 +40,7 @@ from gradacc_hf.accumulation.loader_state import (
     upgrade_state,
 )
 from gradacc_hf.accumulation.noise_scale import NoiseScale
+from gradacc_hf.accumulation.padding_layout import GROUPS_ON_CPU, GROUPS_ON_GPU
 from gradacc_hf.accumulation.reference import as_number
 from gradacc_hf.accumulation.same_data import SAME_DATA, check_same_data, checksum_of_split
 from gradacc_hf.accumulation.sample_examples import different_examples, read_alone
@@ -93,6 +94,8 @@ class WindowLoader:
             once per window. This needs less communication and more memory. By default the gradients of each
             micro-batch are reduced.
         buffer_size: Examples of a stream that are shuffled together; 1000 by default.
+        padding_free: Whether the model computes no padding, after `gradacc_hf.remove_padding`. Micro-batches
+            are then limited by tokens without padding, and are not sorted by length.
         noise_every: Measure the gradient noise scale every `noise_every` windows, starting with the first of
             each epoch; 0 disables it. The loop must call `record_gradient_norm` for each window.
 
@@ -141,6 +144,7 @@ class WindowLoader:
         leave_out: Collection[int] = (),
         whole_gradients: bool = False,
         buffer_size: int | None = None,
+        padding_free: bool = False,
         noise_every: int = 0,
     ):
         refuse_engine(accelerator)
@@ -184,6 +188,8 @@ class WindowLoader:
             pad_to_multiple_of=pad_to_multiple_of or 1,
             leave_out=leave_out,
             noise_every=noise_every,
+            padding_free=padding_free,
+            layout_cost=GROUPS_ON_GPU if accelerator.device.type == "cuda" else GROUPS_ON_CPU,
         )
         if isinstance(tokens, np.ndarray):
             self._check_lengths(tokens)
@@ -307,6 +313,10 @@ class WindowLoader:
         """Return the rows of a micro-batch of these examples, and the padded tokens of each column."""
         return self._windows.shape(indices, pad_to)
 
+    def predicted_cost(self, split: Split) -> float:
+        """Return the predicted cost of a window, in tokens, of the process with the highest cost."""
+        return self._windows.total_cost(split)
+
     def micro_batches(self) -> Iterator[tuple[MicroBatch, dict[str, Any]]]:
         """Iterate the micro-batches of this process in one pass over the data, with batches on the device.
 
@@ -400,6 +410,11 @@ class WindowLoader:
         return other
 
     # Changes during a run
+
+    def without_padding(self) -> None:
+        """Split later windows for a model that computes no padding, after `gradacc_hf.remove_padding`."""
+        self._windows.padding_free = True
+        self._windows.revision += 1
 
     def record_gradient_norm(self, window: Window, grad_norm: float | torch.Tensor) -> None:
         """Record the gradient norm of a window, for the noise scale and for a `GrowingBatch`.

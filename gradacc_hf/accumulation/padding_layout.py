@@ -6,7 +6,7 @@ of about one length, for which attention runs at once. A loader computes the lay
 it over with `attach_layout`; `gradacc_hf.remove_padding` computes it otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,6 +115,13 @@ def _side(real: np.ndarray, lengths: np.ndarray) -> str:
     if (real == first).all():
         return "right"
     return "left" if (real[:, ::-1] == first).all() else "mixed"
+
+
+def layouts_of(batch: Mapping[str, Any], cost: Cost) -> dict[str, PaddingLayout]:
+    """Return the layouts of a host batch, by the name of the attention mask."""
+    masks = {name: v for name, v in batch.items() if name.endswith("attention_mask") and v.ndim == 2}
+    found = {name: padding_layout(mask, cost) for name, mask in masks.items()}
+    return {name: layout for name, layout in found.items() if layout is not None}
 
 
 def attach_layout(attention_mask: torch.Tensor, layout: PaddingLayout) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 from gradacc_hf.accumulation.balancing import BALANCED, Run, Sorted, balance, deal, least_possible
 from gradacc_hf.accumulation.memory_model import LONGEST, Lengths, MicroBatchMemory
 
+SHARE_ROUNDING = 1e-9  # of sums of shares
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -108,6 +110,26 @@ class Bound:
             return max(0, stop - self.micro_batch_size)
         return min(stop - 1, int(np.searchsorted(until, until[stop] - self._max_packed)))
 
+    def shares(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the share of a micro-batch without padding that each example takes up (examples,).
+
+        Examples fit into one micro-batch if their shares add up to at most 1.
+
+        Args:
+            tokens: Tokens of the examples, (examples, columns).
+        """
+        if self.micro_batch_size is not None:
+            return np.full(len(tokens), 1.0 / self.micro_batch_size)
+        found = np.zeros(len(tokens))
+        if self.max_tokens is not None:
+            found = tokens.sum(1) / self.max_tokens
+        if self.memory is not None:
+            assert self.max_bytes is not None
+            different, inverse = np.unique(tokens, axis=0, return_inverse=True)
+            rows = [self.memory.max_rows(lengths, self.max_bytes) for lengths in different]
+            found = np.maximum(found, (1.0 / np.maximum(rows, 0.5))[inverse.ravel()])
+        return found
+
     def cheapest_row(self, cost: Cost) -> float:
         """Return the length of a packed row with the least cost per token: constant cost equals attention."""
         return min(math.sqrt(cost.fixed * cost.quadratic), self._max_packed)
@@ -191,6 +213,42 @@ def split_window(
         dealt.append(_most_expensive_first(by_length[hand], examples.cheapest_runs(), examples.cost_of_split))
         slowest_dealt = max(slowest_dealt, examples.least[-1])
     return filled if slowest <= slowest_dealt else dealt
+
+
+def split_without_padding(
+    tokens: np.ndarray, bound: Bound, num_processes: int = 1, cost: Cost = Cost()
+) -> list[list[np.ndarray]]:
+    """Split a window for a model that computes no padding: as few micro-batches as fit, of about equal size.
+
+    The micro-batches of a process have its examples in the order of the window. They are therefore random
+    samples of the window, not sorted by length.
+
+    Args:
+        tokens: Tokens of the examples, (examples, columns).
+        bound: The upper limit of one micro-batch.
+        num_processes: Number of processes.
+        cost: The cost model.
+
+    Returns:
+        As `split_window`.
+    """
+    lengths = np.maximum(tokens, 1).sum(1)
+    each, by_length = cost(1, lengths) - cost.fixed, np.argsort(lengths, kind="stable")
+    hands = deal(each[by_length].tolist(), num_processes) if len(tokens) else [[]] * num_processes
+    return [_equal_parts(np.sort(by_length[hand]), bound.shares(tokens), each) for hand in hands]
+
+
+def _equal_parts(positions: np.ndarray, shares: np.ndarray, each: np.ndarray) -> list[np.ndarray]:
+    """Split positions into consecutive parts of about equal cost, whose shares add up to at most 1."""
+    if not len(positions):
+        return []
+    share, price = shares[positions], each[positions]
+    middles = np.cumsum(price) - price / 2
+    for parts in range(max(1, math.ceil(share.sum() - SHARE_ROUNDING)), len(positions)):
+        number = np.floor(middles * parts / price.sum()).astype(int)  # of the part of each example
+        if np.bincount(number, share).max() <= 1 + SHARE_ROUNDING:
+            return np.split(positions, np.flatnonzero(np.diff(number)) + 1)
+    return np.split(positions, len(positions))
 
 
 def _alone(tokens: np.ndarray, bound: Bound, cost: Cost, packed: bool) -> list[float]:

@@ -211,6 +211,9 @@ class BudgetConfig:
     lean_loss: bool | Literal["auto"] = "auto"
     """Compute the logits of a causal language model in chunks, never all at once.
     auto: where the model allows it."""
+    padding_free: Literal["auto", "on", "off"] = "auto"
+    """Compute the layers without padding.
+    auto: where that is exact, as checked on the model, and saves work."""
     num_workers: int = 0
     """Processes that collate micro-batches (0: the training process itself)."""
 

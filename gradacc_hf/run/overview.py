@@ -14,6 +14,9 @@ from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.training.optimizer import choose_trained
 from gradacc_hf.utils.hardware import describe_device
 
+LATER = ("head", "padding")
+"""Notes on the model that need its weights. `print_head` prints them."""
+
 
 class PlannedSteps(NamedTuple):
     """Accumulation steps over the planned windows, of the process that has most."""
@@ -57,7 +60,7 @@ def print_plan(
     rows = (
         ("recipe", (type(recipe).__doc__ or type(recipe).__name__).partition("\n")[0]),
         ("model", f"{config.model.name}, {_parameters(recipe, empty)}"),
-        *((name, note) for name, note in recipe.model_notes.items() if name != "head"),  # for `print_head`
+        *((name, note) for name, note in recipe.model_notes.items() if name not in LATER),
         *([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
         ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
         *recipe.reading.lines(),
@@ -87,9 +90,10 @@ def print_plan(
 
 
 def print_head(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Print whether the head of the model is new or kept. The weights have to be loaded before."""
-    if note := recipe.model_notes.get("head"):
-        accelerator.print(f"{'head':<22}{note}")
+    """Print whether the head is new or kept, and whether padding is removed, of a loaded model."""
+    for name in LATER:
+        if note := recipe.model_notes.get(name):
+            accelerator.print(f"{name:<22}{note}")
 
 
 def _size(effective: EffectiveBatchSize, num_windows: int) -> str:

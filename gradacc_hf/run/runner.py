@@ -30,6 +30,7 @@ from gradacc_hf.run.ending import result_lines, training_lines
 from gradacc_hf.run.fingerprint import check_same_settings, duplicates_note, what_must_stay
 from gradacc_hf.run.folder import open_output
 from gradacc_hf.run.overview import PlannedSteps, print_head, print_plan
+from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.resolve import (
     ResumedRun,
     check_settings,
@@ -254,6 +255,7 @@ def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> TrainingParts:
     recipe = task.recipe
     optim = recipe.config.optim
     model = make_model(recipe)
+    choose_padding(recipe, model, plan.windows, plan.validation_windows)
     optimizer = make_optimizer(model, optim, accelerator.mixed_precision)
     scheduler = make_scheduler(optimizer, optim, plan.windows, plan.num_windows)
     card = RunCard(recipe, facts(recipe, task.training, task.validation), plan.windows)

@@ -1,0 +1,80 @@
+"""Remove padding from the model of a run, if `budget.padding_free` and the model allow it."""
+
+from typing import Any
+
+import numpy as np
+from accelerate.utils import DistributedType
+
+from gradacc_hf.accumulation.collation import Split
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.errors import PaddingNotRemovableError, one_line, refuse
+from gradacc_hf.padding.removal import remove_padding
+from gradacc_hf.recipe.base import Recipe
+
+LEAST_SAVING = 0.02
+"""Share of the predicted cost below which padding is kept."""
+SAMPLED_WINDOWS = 16
+
+
+def choose_padding(recipe: Recipe, model: Any, *loaders: WindowLoader) -> None:
+    """Remove padding from the model, and split the windows of the loaders by tokens without padding.
+
+    `recipe.model_notes["padding"]` gets a line with the result.
+
+    Args:
+        recipe: The recipe.
+        model: The model, before Accelerate wraps it.
+        loaders: The loaders of the run, the one of the training windows first.
+
+    Raises:
+        InputError: `budget.padding_free` is on, and padding cannot be removed.
+    """
+    setting, windows = recipe.config.budget.padding_free, loaders[0]
+    if setting == "off":
+        return
+    why = _why_kept(recipe, windows, setting)
+    if not why:
+        try:
+            model.to(windows.accelerator.device)
+            remove_padding(model, windows.sample()[1].batch)
+        except PaddingNotRemovableError as error:
+            why = one_line(error)
+    if why:
+        if setting == "on":
+            refuse("budget.padding_free", "found on", f"{why}; allowed: auto or off")
+        recipe.model_notes["padding"] = f"kept: {why}"
+        return
+    before = _steps(_sample(windows))
+    for loader in loaders:
+        loader.without_padding()
+    recipe.model_notes["padding"] = (
+        f"none in the layers: {_steps(_sample(windows)):.1f} accumulation steps instead of {before:.1f}"
+    )
+
+
+def _why_kept(recipe: Recipe, windows: WindowLoader, setting: str) -> str:
+    """Return why padding is kept without a check of the model, or ""."""
+    if recipe.pad_to == "nothing":
+        return "the recipe packs examples"
+    if recipe.pad_to != "micro_batch":
+        return "padding changes the loss of this recipe"
+    if "attention_mask" not in windows.sample(2)[1].batch:
+        return "the inputs have no attention mask"
+    if windows.accelerator.distributed_type == DistributedType.FSDP:
+        return "FSDP is used" if setting == "auto" else ""
+    padded = sum(map(windows.predicted_cost, _sample(windows)))
+    other = windows.with_bound(windows.bound)
+    other.without_padding()
+    saving = 1 - sum(map(other.predicted_cost, _sample(other))) / padded
+    if setting == "auto" and saving < LEAST_SAVING:
+        return f"removing it would save {max(saving, 0):.0%} of the predicted cost"
+    return ""
+
+
+def _sample(windows: WindowLoader) -> list[Split]:
+    numbers = np.linspace(0, windows.plan.num_windows(0) - 1, SAMPLED_WINDOWS).astype(int)
+    return [windows.split(0, int(number)) for number in np.unique(numbers)]
+
+
+def _steps(splits: list[Split]) -> float:
+    return float(np.mean([max(map(len, split.processes)) for split in splits]))
