@@ -6,6 +6,8 @@ import shutil
 import pytest
 from doctor.confusion import LOOPS, diagnose_loop, modules_of, paths, table
 
+from gradacc_hf.doctor.report import NOTHING_JUDGED
+
 MIN_HEALTHY, MIN_JUDGED, MIN_FAULTY = 40, 30, 40
 
 
@@ -52,6 +54,12 @@ def test_each_window_is_compared_or_a_line_says_why_not(results):
             number = 0 if equal is None else int(equal[2] or observed[1])
             not_compared = "was not compared with the window" in report
             assert number == int(observed[1]) or not_compared or "✗" in report, each.name + "\n" + report
+
+
+def test_a_script_of_which_nothing_was_judged_ends_with_a_line_that_states_it(results):
+    unjudged = {each.name for each in results if each.output.rstrip().endswith(NOTHING_JUDGED)}
+    assert "healthy_gradients_averaged_in_a_buffer" in unjudged
+    assert unjudged <= {each.name for each in results if each.code == 0 and not each.is_judged}
 
 
 @pytest.mark.parametrize("windows", ["3", "6"])
