@@ -43,8 +43,11 @@ def compare_gradients(gradient: GradientNow, other: GradientNow, clipped: float 
     for g, o in zip(gradient, other, strict=True):
         some = g if g is not None and (o is None or g.device.type != "cpu") else o  # one may be on the host
         for i in range(0, 0 if some is None else some.numel(), CHUNK_ELEMENTS):
-            a = None if g is None else g.flatten()[i : i + CHUNK_ELEMENTS].to(some.device).double() / clipped
-            b = None if o is None else o.flatten()[i : i + CHUNK_ELEMENTS].to(some.device).double()
+            a, b = (
+                None if each is None else each.flatten()[i : i + CHUNK_ELEMENTS].to(some).double()
+                for each in (g, o)
+            )
+            a = None if a is None else a / clipped
             mine += float(a.square().sum()) if a is not None else 0.0
             theirs += float(b.square().sum()) if b is not None else 0.0
             inner += float(a @ b) if a is not None and b is not None else 0.0

@@ -62,6 +62,29 @@ def test_a_script_of_which_nothing_was_judged_ends_with_a_line_that_states_it(re
     assert unjudged <= {each.name for each in results if each.code == 0 and not each.is_judged}
 
 
+HALF = """
+import torch
+model = torch.nn.Linear(5, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+for step in range(1, 13):
+    loss = (model(torch.randn(4, 5)) - 1).square().mean() / 2
+    loss.backward()
+    if step % 4 == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+def test_a_weight_that_the_loop_may_have_chosen_is_stated_and_no_fault(tmp_path):
+    (tmp_path / "half.py").write_text(HALF)
+    found = diagnose_loop(tmp_path / "half.py")
+    assert (found.code, found.found) == (0, set())
+    assert (
+        "sum up to 2 over the window, and not to 1: the loop chose a weight for the loss, or" in found.output
+    )
+    assert found.output.rstrip().endswith(NOTHING_JUDGED)
+
+
 @pytest.mark.parametrize("windows", ["3", "6"])
 def test_a_leak_of_sliced_tensors_is_found_with_any_number_of_windows(windows):
     found = diagnose_loop(LOOPS / "faulty_shuffled_slices_leaked_with_one_counter.py", "--windows", windows)
