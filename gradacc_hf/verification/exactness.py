@@ -37,6 +37,7 @@ from gradacc_hf.accumulation.reference import (
     read_gradient,
     whole_window_gradient,
 )
+from gradacc_hf.accumulation.sample_examples import count_labels
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.training.compile import compile_layers, is_compiled, uncompiled
@@ -235,7 +236,10 @@ def _facts_of(window: Window) -> WindowFacts:
     batches = [micro_batch.batch for micro_batch in window.micro_batches]
     labels = labels_of_window(batches) or set()
     unequal = len({micro_batch.num_items for micro_batch in window.micro_batches}) > 1
-    return WindowFacts(len(window) > 1, unequal, labels, set(labels).union(*map(marks_of, batches)))
+    kinds = set[Any](labels).union(*map(marks_of, batches))
+    if labels:  # by token, rows may differ in how often a label occurs
+        kinds |= {pair for counted in count_labels(window.micro_batches) for pair in counted.items()}
+    return WindowFacts(len(window) > 1, unequal, labels, kinds)
 
 
 def deciding_windows(windows: Sequence[WindowFacts], number: int | None) -> list[int]:

@@ -479,7 +479,8 @@ class ClassWeights(torch.nn.Module):
 
     def forward(self, x, labels):
         weight = torch.tensor([1.0, 9.0, 1.0])
-        return {"loss": torch.nn.functional.cross_entropy(self.layer(x), labels, weight)}
+        logits = self.layer(x).flatten(0, -2)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels.flatten(), weight)}
 
 
 def rare_labels(labels, size=8, **settings):
@@ -537,6 +538,14 @@ def test_more_windows_are_chosen_until_all_labels_were_compared():
     windows = rare_labels([0, 2] * 8 + [0] * 7 + [1])
     result = verify(ClassWeights(), windows, trainer=False)
     assert (result.windows, result.windows_read, result.exact) == (2, 3, False)
+
+
+def test_windows_with_other_shares_of_a_label_are_chosen():
+    tags = [[1, 0, 0, 0]] * 16 + [[1, 1, 0, 0], [0, 0, 0, 0]] * 4
+    examples = [{"x": torch.randn(4, 5), "labels": torch.tensor(each)} for each in tags]
+    settings = {"accelerator": Accelerator(cpu=True), "micro_batch_size": 3, "shuffle": False}
+    windows = WindowLoader(examples, 8, lengths=[4] * 24, **settings)
+    assert not verify(ClassWeights(), windows, trainer=False).exact
 
 
 def test_one_label_cannot_show_whether_labels_count_alike():
