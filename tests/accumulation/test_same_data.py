@@ -10,7 +10,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from gradacc_hf import WindowLoader
+from gradacc_hf.accumulation.collation import LocalWindows
 from gradacc_hf.accumulation.same_data import checksum
+from gradacc_hf.accumulation.splitting import Bound, usual_cost
 
 
 @dataclasses.dataclass
@@ -92,9 +94,19 @@ class Content:
 
 def test_later_windows_of_a_stream_compare_one_example():
     stream = Stream()
-    settings = {"micro_batch_size": 8, "accelerator": Accelerator(cpu=True), "shuffle": False}
-    loader = WindowLoader(stream, 8, collate_fn=lambda rows: {"labels": torch.zeros(len(rows))}, **settings)
-    windows = loader._windows
+    plan = WindowLoader(stream, 8, micro_batch_size=8, accelerator=Accelerator(cpu=True), shuffle=False).plan
+    windows = LocalWindows(
+        dataset=plan,
+        collate_fn=lambda rows: {"labels": torch.zeros(len(rows))},
+        count_items=lambda batch: len(batch["labels"]),
+        tokens=plan.tokens,
+        pad_to="micro_batch",
+        bound=Bound(micro_batch_size=8),
+        cost=usual_cost("cpu"),
+        plan=plan,
+        num_processes=2,
+        process=0,
+    )
     windows.compare_at = (0, 0)
     read = []
     for number in range(3):
