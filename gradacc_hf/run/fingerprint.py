@@ -40,12 +40,15 @@ def _files_by_content(table: Any) -> Any:
     """Replace the files of images and sounds by checksums of their content."""
     for number, field in enumerate(table.schema):
         if _is_file(field.type):
-            digests = [None if row is None else _digest(**row) for row in table.column(number).to_pylist()]
+            digests = [
+                None if row is None else digest_of_file(**row) for row in table.column(number).to_pylist()
+            ]
             table = table.set_column(number, field.name, pa.array(digests, pa.string()))
     return table
 
 
-def _digest(bytes: bytes | None, path: str | None) -> str:
+def digest_of_file(bytes: bytes | None, path: str | None) -> str:
+    """Return a checksum of the content of an image or a sound."""
     content = bytes if bytes is not None else Path(path).read_bytes() if path else b""
     return hashlib.sha256(content).hexdigest()
 

@@ -167,8 +167,10 @@ def test_of_images_only_those_of_equal_size_are_read_for_duplicates(monkeypatch)
     sizes = {"a": 1, "b": 2, "c": 3, "d": 2, "e": 4, "f": 2}
     for name, size in sizes.items():
         Path(name).write_bytes((b"x" if name in "bd" else name.encode()) * size)
-    read, digest = [], fingerprint._digest
-    monkeypatch.setattr(fingerprint, "_digest", lambda **file: read.append(file["path"]) or digest(**file))
+    read, digest = [], fingerprint.digest_of_file
+    monkeypatch.setattr(
+        fingerprint, "digest_of_file", lambda **file: read.append(file["path"]) or digest(**file)
+    )
     train, other = (
         Dataset.from_dict({"image": [*names]}).cast_column("image", Image()) for names in ("abc", "def")
     )
