@@ -140,9 +140,9 @@ def pack(padded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return _Pack.apply(padded, tokens)
 
 
-def unpack(packed: torch.Tensor, tokens: torch.Tensor, size: int) -> torch.Tensor:
-    """Return a tensor of `size` rows with `packed` at distinct positions, and zeros elsewhere."""
-    return _Unpack.apply(packed, tokens, size)
+def unpack(packed: torch.Tensor, tokens: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Return a tensor of `shape` rows with `packed` at distinct flat positions, and zeros elsewhere."""
+    return _Unpack.apply(packed, tokens, shape)
 
 
 class _Pack(torch.autograd.Function):
@@ -156,17 +156,20 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return _Unpack.apply(gradients[0], ctx.saved_tensors[0], ctx.size), None
+        return _Unpack.apply(gradients[0], ctx.saved_tensors[0], (ctx.size,)), None
 
 
 class _Unpack(torch.autograd.Function):
     """The inverse of `_Pack`."""
 
     @staticmethod
-    def forward(ctx: Any, packed: torch.Tensor, tokens: torch.Tensor, size: int) -> torch.Tensor:
+    def forward(ctx: Any, packed: torch.Tensor, tokens: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         ctx.save_for_backward(tokens)
-        return packed.new_zeros(size, *packed.shape[1:]).index_copy_(0, tokens, packed)
+        ctx.dims = len(shape)
+        padded = packed.new_zeros(*shape, *packed.shape[1:])  # not a view: FSDP2 warns of those
+        padded.view(-1, *packed.shape[1:]).index_copy_(0, tokens, packed)
+        return padded
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return _Pack.apply(gradients[0], ctx.saved_tensors[0]), None, None
+        return _Pack.apply(gradients[0].flatten(0, ctx.dims - 1), ctx.saved_tensors[0]), None, None

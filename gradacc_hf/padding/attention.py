@@ -42,6 +42,7 @@ class PackedForward:
         masks: Stand-ins that the mask function has returned, with what they stand for.
         packed: Padded argument of the layers → its packed copy, by identity. The padded tensor is kept, too.
         calls: Calls of layers so far.
+        is_packed: Whether a layer got packed hidden states.
     """
 
     stack: Any
@@ -49,6 +50,7 @@ class PackedForward:
     masks: list[tuple[torch.Tensor, "PackedMask"]] = field(default_factory=list)
     packed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     calls: int = 0
+    is_packed: bool = False
 
     def mask_of(self, value: object) -> "PackedMask | None":
         """Return what a stand-in stands for; None for other values."""

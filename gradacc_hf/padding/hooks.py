@@ -113,7 +113,7 @@ class LeaveForward(Hook):
         if forward is None or forward.stack is not self.stack:
             return
         CURRENT.forward = None
-        if self.stack.checking and forward.calls == self.stack.calls:
+        if self.stack.checking and forward.is_packed and forward.calls == self.stack.calls:
             self.stack.sides.add(forward.layout.side)
         if output is not None and forward.calls != self.stack.calls:
             found = f"{forward.calls} layers ran, but {self.stack.calls} while it was checked"
@@ -136,6 +136,10 @@ class PackInputs(Hook):
             name: value if _is_other_sequence(forward, name, value) else pack_one(forward, value)
             for name, value in given.items()
         }
+        forward.is_packed |= any(
+            isinstance(value, torch.Tensor) and value.ndim == 3 and packed[name] is not value
+            for name, value in given.items()
+        )
         return tuple(packed[name] for name in list(given)[: len(args)]), {n: packed[n] for n in kwargs}
 
     def _pack_by_group(self, forward: PackedForward, value: Any) -> Any:
@@ -258,8 +262,7 @@ def _unpacked(value: Any, layout: PaddingLayout) -> Any:
     """Return (1, real tokens, …) as (batch, length, …) with zeros at padding; other values unchanged."""
     if not isinstance(value, torch.Tensor) or value.ndim < 3 or value.shape[:2] != (1, layout.num_tokens):
         return value
-    batch, length = layout.shape
-    return unpack(value[0], layout.tokens, batch * length).unflatten(0, (batch, length))
+    return unpack(value[0], layout.tokens, *layout.shape)
 
 
 def _each_tensor(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -228,3 +228,8 @@ def _caches(owner: PreTrainedModel) -> bool:
     """Whether a model class returns a cache by default."""
     takes = "use_cache" in inspect.signature(owner.forward).parameters
     return takes and getattr(owner.config, "is_decoder", True) is not False
+
+
+def is_grouped(model: torch.nn.Module) -> bool:
+    """Whether padding is removed and attention runs by groups of examples, without any padded module."""
+    return is_removed(model) and all(hook.stack.by_group for hook in _hooks(model))
