@@ -5,6 +5,7 @@ are shortened where the batch has no such rows. Dropout is off, parameters that 
 numbers, and the arithmetic is float32.
 """
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -88,7 +89,7 @@ class Probe:
         name = type(self.model).__name__
         stacks = {owner: (list(dict.fromkeys(calls)), len(calls)) for owner, calls in called.items() if calls}
         if not stacks:
-            raise PaddingNotRemovableError(f"{name} has no layers marked as GradientCheckpointingLayer")
+            raise PaddingNotRemovableError(f"{name} calls no repeated layers")
         if dtypes & {torch.bfloat16, torch.float16}:
             raise PaddingNotRemovableError(
                 f"{name} computes in 16 bits, which cannot show 1e-5; call remove_padding before sharding"
@@ -120,16 +121,19 @@ class Probe:
             except PaddingNotRemovableError:
                 raise
             except Exception as error:  # a model of unknown structure may raise anything
-                raise PaddingNotRemovableError(f"{type(error).__name__}: {one_line(error)[:150]}") from error
+                what = f"{type(error).__name__}: {one_line(error)[:150]}"
+                raise PaddingNotRemovableError(f"the layers need the padded shape ({what})") from error
             self._compare(loss, gradient)
 
     def _compare(self, loss: float, gradient: Gradient) -> None:
         off = abs(loss - self._loss) / max(abs(self._loss), 1e-30)
         if not off <= EXACT:
-            raise PaddingNotRemovableError(f"the loss is off by {off:.0e}")
+            raise PaddingNotRemovableError(f"examples mix, or a mask is lost: the loss is off by {off:.0e}")
         found = compare("without padding", gradient, self._gradient)
         if not found.exact:
-            raise PaddingNotRemovableError(f"the gradient is off by {found.error:.0e}")
+            raise PaddingNotRemovableError(
+                f"examples mix, or a mask is lost: the gradient is off by {found.error:.0e}"
+            )
         name, worst = found.worst[0]
         if not worst <= WORST_PARAMETER:
             raise PaddingNotRemovableError(f"the gradient of {name} is off by {worst:.0e}")
@@ -145,7 +149,11 @@ class Probe:
             cleared = first * (mask != 0)[..., None].to(first.dtype)
             return cleared if isinstance(output, torch.Tensor) else type(output)((cleared, *output[1:]))
 
-        handles = [layers[-1].register_forward_hook(clear) for layers, _ in stacks.values()]
+        handles = [
+            layers[-1].register_forward_hook(clear)
+            for owner, (layers, _) in stacks.items()
+            if not (getattr(self.model.config, "is_encoder_decoder", False) and _attends_to_encoder(owner))
+        ]
         try:
             self._compare(*self._run(self.sample))
         except PaddingNotRemovableError:
@@ -162,6 +170,10 @@ class Probe:
         gradient = read_gradient(self.model)
         self.model.zero_grad(set_to_none=True)
         return float(loss.detach()), gradient
+
+
+def _attends_to_encoder(owner: PreTrainedModel) -> bool:
+    return "encoder_hidden_states" in inspect.signature(owner.forward).parameters
 
 
 def _loss(outputs: Any, mask: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gradacc_hf
-from gradacc_hf.accumulation.reference import EXACT, compare, whole_window_gradient
+from gradacc_hf.accumulation.reference import compare, whole_window_gradient
 from gradacc_hf.errors import HeadUnavailableError, PaddingNotRemovableError
 from gradacc_hf.padding.removal import is_grouped
 from gradacc_hf.verification.tiny_models import KINDS, build_head, model_types

@@ -9,7 +9,6 @@ import pytest
 import torch.distributed as dist
 from conftest import ROOT
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # the logits
 
 
