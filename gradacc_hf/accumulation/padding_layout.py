@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.memory_model import LONGEST
 from gradacc_hf.accumulation.splitting import Bound, Cost, split_window
 
@@ -40,7 +41,7 @@ class PaddingLayout:
     shape: tuple[int, int]
     side: str
     groups: tuple[tuple[int, int], ...]
-    rows: tuple[int, ...]
+    rows: torch.Tensor
     lengths: tuple[int, ...]
     tokens: torch.Tensor
     blocks: torch.Tensor | None
@@ -59,8 +60,9 @@ class PaddingLayout:
         """Return the layout with its indices on a device."""
         if self.tokens.device == torch.device(device):
             return self
-        blocks = None if self.blocks is None else self.blocks.to(device, non_blocking=True)
-        return replace(self, tokens=self.tokens.to(device, non_blocking=True), blocks=blocks)
+        indices = {"rows": self.rows, "tokens": self.tokens, "blocks": self.blocks}
+        moved = {n: None if t is None else t.to(device, non_blocking=True) for n, t in indices.items()}
+        return replace(self, **moved)
 
 
 def padding_layout(
@@ -103,7 +105,7 @@ def _layout(real: np.ndarray, lengths: np.ndarray, groups: Sequence[np.ndarray])
         shape=(real.shape[0], width),
         side=_side(real, lengths),
         groups=tuple((len(group), int(most)) for group, most in zip(groups, longest, strict=True)),
-        rows=tuple(rows.tolist()),
+        rows=torch.from_numpy(rows),
         lengths=tuple(lengths[rows].tolist()),
         tokens=torch.from_numpy(tokens),
         blocks=blocks,
@@ -124,20 +126,29 @@ def layouts_of(batch: Mapping[str, Any], cost: Cost) -> dict[str, PaddingLayout]
     return {name: layout for name, layout in found.items() if layout is not None}
 
 
-def attach_layout(attention_mask: torch.Tensor, layout: PaddingLayout) -> None:
+def target_mask(labels: torch.Tensor) -> torch.Tensor:
+    """Return the attention mask of targets (batch, length): 1 up to the last label of each row, then 0."""
+    return (labels != IGNORED).long().flip(1).cummax(1).values.flip(1)
+
+
+def attach_layout(mask: torch.Tensor, layout: PaddingLayout) -> None:
     """Hand a layout to the next forward with this mask, so that the forward does not wait for the device.
 
-    Call it on the tensor that goes into the model, after the batch is on its device. A change of the mask in
-    place makes the layout void.
+    Call it on the tensor that goes into the model, after the batch is on its device. A change of the tensor
+    in place makes the layout void.
+
+    Args:
+        mask: The `attention_mask` or `decoder_attention_mask` of a batch. For targets without a mask, the
+            `labels`, with the layout of `target_mask(labels)`.
+        layout: The result of `padding_layout`.
     """
-    layout = layout.to(attention_mask.device)
-    setattr(attention_mask, _ATTACHED, (layout, attention_mask._version))
+    setattr(mask, _ATTACHED, (layout.to(mask.device), mask._version))
 
 
-def attached_layout(attention_mask: torch.Tensor) -> PaddingLayout | None:
-    """Return the layout that a loader attached to a mask, or None."""
-    layout, version = getattr(attention_mask, _ATTACHED, (None, None))
-    if layout is None or version != attention_mask._version or layout.shape != tuple(attention_mask.shape):
+def attached_layout(mask: torch.Tensor) -> PaddingLayout | None:
+    """Return the layout that a loader attached to a tensor, or None."""
+    layout, version = getattr(mask, _ATTACHED, (None, None))
+    if layout is None or version != mask._version or layout.shape != tuple(mask.shape):
         return None
     return layout
 
@@ -147,9 +158,9 @@ def pack(padded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return _Pack.apply(padded, tokens)
 
 
-def unpack(packed: torch.Tensor, tokens: torch.Tensor, size: int) -> torch.Tensor:
-    """Return a tensor of `size` rows with `packed` at distinct positions, and zeros elsewhere."""
-    return _Unpack.apply(packed, tokens, size)
+def unpack(packed: torch.Tensor, tokens: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Return a tensor of `shape` rows with `packed` at distinct flat positions, and zeros elsewhere."""
+    return _Unpack.apply(packed, tokens, shape)
 
 
 class _Pack(torch.autograd.Function):
@@ -163,17 +174,20 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return _Unpack.apply(gradients[0], ctx.saved_tensors[0], ctx.size), None
+        return _Unpack.apply(gradients[0], ctx.saved_tensors[0], (ctx.size,)), None
 
 
 class _Unpack(torch.autograd.Function):
     """The inverse of `_Pack`."""
 
     @staticmethod
-    def forward(ctx: Any, packed: torch.Tensor, tokens: torch.Tensor, size: int) -> torch.Tensor:
+    def forward(ctx: Any, packed: torch.Tensor, tokens: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         ctx.save_for_backward(tokens)
-        return packed.new_zeros(size, *packed.shape[1:]).index_copy_(0, tokens, packed)
+        ctx.dims = len(shape)
+        padded = packed.new_zeros(*shape, *packed.shape[1:])  # not a view: FSDP2 warns of those
+        padded.view(-1, *packed.shape[1:]).index_copy_(0, tokens, packed)
+        return padded
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return _Pack.apply(gradients[0], ctx.saved_tensors[0]), None, None
+        return _Pack.apply(gradients[0].flatten(0, ctx.dims - 1), ctx.saved_tensors[0]), None, None

@@ -33,6 +33,7 @@ from gradacc_hf.hf_trainer.loss_probe import LossProbe
 from gradacc_hf.hf_trainer.loss_questions import Answer
 from gradacc_hf.hf_trainer.outputs import for_trainer
 from gradacc_hf.hf_trainer.trainer_losses import TrainerLosses
+from gradacc_hf.padding.removal import remove_padding
 from gradacc_hf.utils.hardware import refuse_place
 from gradacc_hf.utils.logs import info
 from gradacc_hf.utils.modeling import BATCH_NORMS
@@ -75,16 +76,25 @@ class ExactTrainerMixin(_Base):
         *args: positional arguments of the Trainer.
         num_items: "labels", "next_token", or a function from a batch to a number, as in `WindowLoader`.
             Needed only if the probe does not find the items of the mean loss.
+        padding_free: whether to compute the layers without padding (`gradacc_hf.remove_padding`). The model
+            is checked with the first micro-batch.
         **kwargs: keyword arguments of the Trainer.
 
     Raises:
         ValueError: the set-up cannot be exact or was never tested. Examples are several GPUs in one process,
             processes that share a model, DeepSpeed, and an old transformers. In training: a micro-batch is
             not a mapping.
+        PaddingNotRemovableError: in training, with `padding_free`: the model is not exact without padding.
     """
 
-    def __init__(self, *args: Any, num_items: str | CountItems | None = None, **kwargs: Any):
-        self._num_items = num_items
+    def __init__(
+        self,
+        *args: Any,
+        num_items: str | CountItems | None = None,
+        padding_free: bool = False,
+        **kwargs: Any,
+    ):
+        self._num_items, self._padding_free = num_items, padding_free
         super().__init__(*args, **kwargs)
         self._probe, self._reported = self._new_probe(), set()
         self._losses: TrainerLosses | None = None
@@ -129,6 +139,9 @@ class ExactTrainerMixin(_Base):
                 f"ExactTrainer needs micro-batches that are mappings; {type(self).__name__} makes "
                 f"{type(micro_batches[0]).__name__}s: use {type(self).__name__} without ExactTrainerMixin"
             )
+        if self._padding_free and self._probe.kind is None:
+            model: Any = self.model_wrapped
+            remove_padding(model, self._prepare_inputs(dict(micro_batches[0])))
         items, asks = self._add_up_items(micro_batches, self._probe.asks(micro_batches))
         for attempt in (1, 2) if asks else ():  # the first sample may show what to look for
             self._probe_loss(micro_batches, num_items_of_trainer is not None)
@@ -314,9 +327,10 @@ class ExactTrainer(ExactTrainerMixin, Trainer):
         preprocess_logits_for_metrics: reduces logits before they are kept for metrics.
         num_items: "labels", "next_token", or a function from a batch to a number, as in `WindowLoader`.
             Needed only if the probe does not find the items of the mean loss.
+        padding_free: whether to compute the layers without padding.
 
     Raises:
-        ValueError: as `ExactTrainerMixin`.
+        ValueError, PaddingNotRemovableError: as `ExactTrainerMixin`.
     """
 
     if TYPE_CHECKING:  # at run time the arguments go to the installed Trainer as they are
@@ -342,13 +356,15 @@ class ExactTrainer(ExactTrainerMixin, Trainer):
             preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
             *,
             num_items: str | CountItems | None = None,
+            padding_free: bool = False,
         ) -> None: ...
 
 
 def _signature() -> inspect.Signature:
-    """Return the signature of Trainer with the argument of `ExactTrainerMixin` added."""
+    """Return the signature of Trainer with the arguments of `ExactTrainerMixin` added."""
     trainer, mixin = inspect.signature(Trainer), inspect.signature(ExactTrainerMixin)
-    return trainer.replace(parameters=[*trainer.parameters.values(), mixin.parameters["num_items"]])
+    added = [mixin.parameters[name] for name in ("num_items", "padding_free")]
+    return trainer.replace(parameters=[*trainer.parameters.values(), *added])
 
 
 ExactTrainer.__signature__ = _signature()  # type: ignore[attr-defined]

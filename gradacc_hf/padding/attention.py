@@ -39,16 +39,20 @@ class PackedForward:
     Attributes:
         stack: The stack of layers (`hooks.Stack`).
         layout: Where the tokens go.
+        mask: Padding mask of the batch.
         masks: Stand-ins that the mask function has returned, with what they stand for.
         packed: Padded argument of the layers → its packed copy, by identity. The padded tensor is kept, too.
         calls: Calls of layers so far.
+        is_packed: Whether a layer got packed hidden states.
     """
 
     stack: Any
     layout: PaddingLayout
+    mask: torch.Tensor
     masks: list[tuple[torch.Tensor, "PackedMask"]] = field(default_factory=list)
     packed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     calls: int = 0
+    is_packed: bool = False
 
     def mask_of(self, value: object) -> "PackedMask | None":
         """Return what a stand-in stands for; None for other values."""
@@ -88,29 +92,43 @@ class PackedMask:
             explicit: Whether a causal mask is needed, because the attention has no such flag.
         """
         if explicit not in self.of_groups:
+            real, tokens = self._blocks()
             masks, first = [], 0
-            for rows, length in self.layout.groups:
-                masks.append(self._group_mask(slice(first, first + rows), length, explicit))
+            for (rows, length), is_real, places in zip(self.layout.groups, real, tokens, strict=True):
+                equal = min(self.layout.lengths[first : first + rows]) == length
+                masks.append(self._group_mask(is_real[:, None, None, :], places, equal, explicit))
                 first += rows
             self.of_groups[explicit] = masks
         return self.of_groups[explicit]
 
-    def _group_mask(self, examples: slice, length: int, explicit: bool) -> torch.Tensor | None:
-        layout, device = self.layout, self.layout.tokens.device
-        lengths = torch.tensor(layout.lengths[examples], device=device)
-        is_real = (torch.arange(length, device=device) < lengths[:, None])[:, None, None, :]
-        equal = min(layout.lengths[examples]) == length
+    def _blocks(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return, for each group, which tokens are real, and their flat positions: (examples, length)."""
+        layout, sizes = self.layout, self.layout.block_sizes
+        blocks = layout.blocks
+        if blocks is None:
+            real, tokens = torch.ones_like(layout.tokens, dtype=torch.bool), layout.tokens
+        else:
+            tokens = layout.tokens.new_zeros(sum(sizes)).index_copy_(0, blocks, layout.tokens)
+            real = torch.zeros_like(tokens, dtype=torch.bool).index_fill_(0, blocks, True)
+        return tuple(  # type: ignore[return-value]
+            [part.view(group) for part, group in zip(torch.split(flat, sizes), layout.groups, strict=True)]
+            for flat in (real, tokens)
+        )
+
+    def _group_mask(
+        self, is_real: torch.Tensor, tokens: torch.Tensor, equal: bool, explicit: bool
+    ) -> torch.Tensor | None:
+        length = self.layout.shape[1]
         if self.kind == "full":
             return None if equal else is_real
         if self.kind == "causal":
             if not explicit:
                 return None  # padding is behind the last token, where no real query attends
-            causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-            return causal.expand(len(lengths), 1, -1, -1)
-        tokens = torch.split(layout.tokens, list(layout.lengths))[examples]
-        places = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True) % layout.shape[1]
-        rows = torch.tensor(layout.rows[examples], device=device)[:, None, None]
-        mask = self.build()[rows, 0, places[:, :, None], places[:, None, :]][:, None]
+            width = tokens.shape[1]
+            causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
+            return causal.expand(len(tokens), 1, -1, -1)
+        rows, columns = tokens[:, :1, None] // length, tokens % length
+        mask = self.build()[rows, 0, columns[:, :, None], columns[:, None, :]][:, None]
         # Queries of padding attend to every real token: a query that attends to nothing would give NaN.
         return torch.where(is_real.transpose(2, 3), mask & is_real, is_real)
 
@@ -240,7 +258,7 @@ def _other_sequence(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]:
     """Return keys, values and masks for each group of queries, of a padded other sequence."""
     layout = mask.layout
-    order = torch.tensor(layout.rows, device=key.device)
+    order = layout.rows
     counts = [rows for rows, _ in layout.groups]
     keys = torch.split(pack(key, order), counts)
     values = torch.split(pack(value, order), counts)

@@ -16,15 +16,18 @@ attention modules of the layers run padded (`PadInputs`, `PackOutput`), and only
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 
 from gradacc_hf.accumulation.padding_layout import (
     PaddingLayout,
+    attach_layout,
     attached_layout,
     pack,
     padding_layout,
+    target_mask,
     unpack,
 )
 from gradacc_hf.errors import PaddingNotRemovableError
@@ -70,12 +73,24 @@ class EnterForward(Hook):
 
     @torch.compiler.disable
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if CURRENT.forward is not None and CURRENT.forward.stack is self.stack:
-            return None  # a model around this one has started
-        given = _by_name(module.forward, args, kwargs)
+        given = _by_name(module, args, kwargs)
         mask = given.get("attention_mask")
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not self._is_ordinary(module, given):
+        is_padding_mask = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        around = CURRENT.forward
+        if around is not None and around.stack is self.stack:  # started by a model around this one
+            if not is_padding_mask or mask is around.mask:
+                return self._without_cache(module, args, kwargs)
+            CURRENT.forward = None
+        if not is_padding_mask or not self._is_ordinary(module, given):
             return None
+        layout = self._layout(module, given, mask)
+        if layout is None:
+            return None
+        CURRENT.forward = PackedForward(self.stack, layout, mask)
+        return self._without_cache(module, args, kwargs)
+
+    def _layout(self, module: Any, given: Mapping[str, Any], mask: torch.Tensor) -> PaddingLayout | None:
+        """Return the layout, or None if the batch stays padded."""
         inputs = next((given[n] for n in ("inputs_embeds", "input_ids") if given.get(n) is not None), None)
         if inputs is None or inputs.shape[:2] != mask.shape:
             return None  # prompts of peft, or a cache
@@ -86,8 +101,12 @@ class EnterForward(Hook):
             return None
         if not self.stack.by_group and _recomputes_reentrantly(module):
             return None
-        CURRENT.forward = PackedForward(self.stack, layout)
-        return (args, kwargs | {"use_cache": False}) if self.stack.caches else None
+        return layout
+
+    def _without_cache(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if not self.stack.caches or "use_cache" not in _names(module):
+            return None
+        return args, kwargs | {"use_cache": False}
 
     def _is_ordinary(self, module: Any, given: Mapping[str, Any]) -> bool:
         """Whether the forward neither uses a cache nor returns anything of each layer."""
@@ -104,6 +123,30 @@ class EnterForward(Hook):
 
 
 @dataclass(eq=False)
+class MaskDecoder(Hook):
+    """Give a sequence-to-sequence model the mask of its targets, which collate functions leave out.
+
+    Tokens after the last label are padding: they have no item, and no earlier token attends to them.
+    """
+
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        given = _by_name(module, args, kwargs)
+        labels, tokens = given.get("labels"), given.get("decoder_input_ids")
+        if not module.training or labels is None or given.get("decoder_attention_mask") is not None:
+            return None
+        if given.get("decoder_inputs_embeds") is not None or (
+            tokens is not None and tokens.shape != labels.shape
+        ):
+            return None
+        mask = target_mask(labels)
+        layout = attached_layout(labels)
+        if layout is not None:
+            attach_layout(mask, layout)
+        return args, kwargs | {"decoder_attention_mask": mask}
+
+
+@dataclass(eq=False)
 class LeaveForward(Hook):
     """End the forward, also after an exception."""
 
@@ -113,7 +156,7 @@ class LeaveForward(Hook):
         if forward is None or forward.stack is not self.stack:
             return
         CURRENT.forward = None
-        if self.stack.checking and forward.calls == self.stack.calls:
+        if self.stack.checking and forward.is_packed and forward.calls == self.stack.calls:
             self.stack.sides.add(forward.layout.side)
         if output is not None and forward.calls != self.stack.calls:
             found = f"{forward.calls} layers ran, but {self.stack.calls} while it was checked"
@@ -131,23 +174,24 @@ class PackInputs(Hook):
             return None
         forward.calls += 1
         pack_one = self._pack_by_group if self.stack.by_group else self._pack_hidden
-        given = _by_name(module.forward, args, kwargs)
-        packed = {
-            name: value if _is_other_sequence(forward, name, value) else pack_one(forward, value)
+        given = _by_name(module, args, kwargs)
+        packed = {name: pack_one(forward, name, value) for name, value in given.items()}
+        forward.is_packed |= any(
+            isinstance(value, torch.Tensor) and value.ndim == 3 and packed[name] is not value
             for name, value in given.items()
-        }
+        )
         return tuple(packed[name] for name in list(given)[: len(args)]), {n: packed[n] for n in kwargs}
 
-    def _pack_by_group(self, forward: PackedForward, value: Any) -> Any:
+    def _pack_by_group(self, forward: PackedForward, name: str, value: Any) -> Any:
         if isinstance(value, tuple | list):
-            return type(value)(self._pack_by_group(forward, part) for part in value)
+            return type(value)(self._pack_by_group(forward, name, part) for part in value)
         if isinstance(value, dict):
-            return {name: self._pack_by_group(forward, part) for name, part in value.items()}
+            return {key: self._pack_by_group(forward, name, part) for key, part in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
         mask = forward.mask_of(value)
-        if mask is not None:
-            return mask
+        if mask is not None or _is_of_encoder(name):
+            return value if mask is None else mask
         if id(value) in forward.packed:
             return forward.packed[id(value)][1]
         packed = _packed(value, forward.layout)
@@ -155,12 +199,14 @@ class PackInputs(Hook):
             forward.packed[id(value)] = (value, packed)
         return packed
 
-    def _pack_hidden(self, forward: PackedForward, value: Any) -> Any:
+    def _pack_hidden(self, forward: PackedForward, name: str, value: Any) -> Any:
         """Pack hidden states, and attach the forward to other tensors, which attention modules get."""
         if not isinstance(value, torch.Tensor):
             return value
-        if value.ndim == 3 and value.is_floating_point() and value.shape[:2] == forward.layout.shape:
-            return _packed(value, forward.layout)
+        if value.is_floating_point() and not _is_of_encoder(name):
+            packed = _packed_hidden(value, forward.layout)
+            if packed is not value:
+                return packed
         setattr(value, _FORWARD, forward)
         return value
 
@@ -219,15 +265,25 @@ def _recomputes_reentrantly(model: torch.nn.Module) -> bool:
     )
 
 
-def _is_other_sequence(forward: PackedForward, name: str, value: Any) -> bool:
-    """Whether an argument of a layer belongs to the encoder, whose tokens stay padded in a decoder."""
-    return name.startswith("encoder_") and forward.mask_of(value) is None
+def _is_of_encoder(name: str) -> bool:
+    """Whether an argument of a decoder layer belongs to the encoder, whose tokens stay padded there."""
+    return name.startswith("encoder_")
 
 
-def _by_name(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
-    names = [name for name in inspect.signature(function).parameters if name != "self"]
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
+def _by_name(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward by name."""
+    return dict(zip(_names(module), args, strict=False)) | dict(kwargs)
+
+
+def _names(module: torch.nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of a forward."""
+    own = vars(module).get("forward")  # Accelerate's wrapper
+    return _names_of(type(module).forward)[1:] if own is None else tuple(inspect.signature(own).parameters)
+
+
+@cache
+def _names_of(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def _forward_of(values: tuple, stack: Stack) -> PackedForward | None:
@@ -258,8 +314,7 @@ def _unpacked(value: Any, layout: PaddingLayout) -> Any:
     """Return (1, real tokens, …) as (batch, length, …) with zeros at padding; other values unchanged."""
     if not isinstance(value, torch.Tensor) or value.ndim < 3 or value.shape[:2] != (1, layout.num_tokens):
         return value
-    batch, length = layout.shape
-    return unpack(value[0], layout.tokens, batch * length).unflatten(0, (batch, length))
+    return unpack(value[0], layout.tokens, *layout.shape)
 
 
 def _each_tensor(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

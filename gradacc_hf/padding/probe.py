@@ -5,6 +5,7 @@ are shortened where the batch has no such rows. Dropout is off, parameters that 
 numbers, and the arithmetic is float32.
 """
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from gradacc_hf.accumulation.loss_items import IGNORED
-from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout
+from gradacc_hf.accumulation.loss_items import IGNORED, output_named
+from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout, target_mask
 from gradacc_hf.accumulation.reference import EXACT, Gradient, compare, full_float32, norm, read_gradient
 from gradacc_hf.accumulation.splitting import Cost
 from gradacc_hf.errors import InputError, PaddingNotRemovableError, one_line
@@ -42,8 +43,13 @@ class Probe:
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """Make the model ready for comparisons in the block, and restore it bit for bit."""
+        """Make the model ready for comparisons in the block, and restore it bit for bit.
+
+        Raises:
+            PaddingNotRemovableError: The model skips layers at random, or has sharded 16-bit weights.
+        """
         model = self.model
+        self._refuse_skipped_layers()
         with ExitStack() as stack:
             stack.enter_context(preserve_rng_state())
             stack.enter_context(full_float32())
@@ -63,7 +69,6 @@ class Probe:
         Raises:
             PaddingNotRemovableError: There are no layers, or the sample decides nothing.
         """
-        self._refuse_skipped_layers()
         called: dict[PreTrainedModel, list[torch.nn.Module]] = {owner: [] for owner in layers}
         dtypes: set[torch.dtype] = set()
 
@@ -88,15 +93,17 @@ class Probe:
         name = type(self.model).__name__
         stacks = {owner: (list(dict.fromkeys(calls)), len(calls)) for owner, calls in called.items() if calls}
         if not stacks:
-            raise PaddingNotRemovableError(f"{name} has no layers marked as GradientCheckpointingLayer")
+            raise PaddingNotRemovableError(f"{name} calls no repeated layers")
         if dtypes & {torch.bfloat16, torch.float16}:
             raise PaddingNotRemovableError(
                 f"{name} computes in 16 bits, which cannot show 1e-5; call remove_padding before sharding"
             )
-        if not math.isfinite(self._loss) or not norm(self._gradient) > 0:
-            raise PaddingNotRemovableError(
-                f"loss {self._loss} and gradient {norm(self._gradient)} of the sample decide nothing"
+        size, error = norm(self._gradient), None
+        if not (math.isfinite(self._loss) and size > 0):
+            error = PaddingNotRemovableError(
+                f"loss {self._loss} and gradient {size} of the sample decide nothing"
             )
+        self._raise_everywhere(error)
         return stacks
 
     def _refuse_skipped_layers(self) -> None:
@@ -115,21 +122,35 @@ class Probe:
                 layout = padding_layout(mask, cost)
                 assert layout is not None
                 attach_layout(mask, layout)
+            found = None
             try:
-                loss, gradient = self._run(sample)
-            except PaddingNotRemovableError:
-                raise
+                self._compare(*self._run(sample))
+            except PaddingNotRemovableError as error:
+                found = error
             except Exception as error:  # a model of unknown structure may raise anything
-                raise PaddingNotRemovableError(f"{type(error).__name__}: {one_line(error)[:150]}") from error
-            self._compare(loss, gradient)
+                what = f"{type(error).__name__}: {one_line(error)[:150]}"
+                found = PaddingNotRemovableError(f"the layers need the padded shape ({what})")
+            self._raise_everywhere(found)
+
+    def _raise_everywhere(self, error: PaddingNotRemovableError | None) -> None:
+        """Raise an error of any process in all processes that share the weights, which run in step."""
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            found = torch.tensor(float(error is not None), device=self.sample["attention_mask"].device)
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+            if found and error is None:
+                error = PaddingNotRemovableError("it is not exact in another process")
+        if error is not None:
+            raise error
 
     def _compare(self, loss: float, gradient: Gradient) -> None:
         off = abs(loss - self._loss) / max(abs(self._loss), 1e-30)
         if not off <= EXACT:
-            raise PaddingNotRemovableError(f"the loss is off by {off:.0e}")
+            raise PaddingNotRemovableError(f"examples mix, or a mask is lost: the loss is off by {off:.0e}")
         found = compare("without padding", gradient, self._gradient)
         if not found.exact:
-            raise PaddingNotRemovableError(f"the gradient is off by {found.error:.0e}")
+            raise PaddingNotRemovableError(
+                f"examples mix, or a mask is lost: the gradient is off by {found.error:.0e}"
+            )
         name, worst = found.worst[0]
         if not worst <= WORST_PARAMETER:
             raise PaddingNotRemovableError(f"the gradient of {name} is off by {worst:.0e}")
@@ -145,9 +166,18 @@ class Probe:
             cleared = first * (mask != 0)[..., None].to(first.dtype)
             return cleared if isinstance(output, torch.Tensor) else type(output)((cleared, *output[1:]))
 
-        handles = [layers[-1].register_forward_hook(clear) for layers, _ in stacks.values()]
+        handles = [
+            layers[-1].register_forward_hook(clear)
+            for owner, (layers, _) in stacks.items()
+            if not (getattr(self.model.config, "is_encoder_decoder", False) and _attends_to_encoder(owner))
+        ]
         try:
-            self._compare(*self._run(self.sample))
+            found = None
+            try:
+                self._compare(*self._run(self.sample))
+            except PaddingNotRemovableError as error:
+                found = error
+            self._raise_everywhere(found)
         except PaddingNotRemovableError:
             return True
         finally:
@@ -156,26 +186,45 @@ class Probe:
         return False
 
     def _run(self, sample: Mapping[str, Any]) -> tuple[float, Gradient]:
+        """Return the loss, and the gradient of the loss plus a random projection of all other outputs.
+
+        The projection makes every example and token count, also those without a label.
+        """
         self.model.zero_grad(set_to_none=True)
-        loss = _loss(self.model(**sample), sample["attention_mask"])
-        loss.backward()
+        outputs = self.model(**sample)
+        loss = output_named(outputs, "loss", position=0)
+        projection = _projection(outputs, self._masks(sample))
+        if not isinstance(loss, torch.Tensor) or loss.ndim:
+            loss = projection
+        (loss + projection).backward()
         gradient = read_gradient(self.model)
         self.model.zero_grad(set_to_none=True)
         return float(loss.detach()), gradient
 
+    def _masks(self, sample: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return the masks of the tokens that outputs may belong to: inputs, and targets of a decoder."""
+        masks, labels = [sample["attention_mask"]], sample.get("labels")
+        if isinstance(sample.get("decoder_attention_mask"), torch.Tensor):
+            masks.append(sample["decoder_attention_mask"])
+        elif getattr(self.model.config, "is_encoder_decoder", False) and isinstance(labels, torch.Tensor):
+            masks += [target_mask(labels)] if labels.ndim == 2 and not labels.is_floating_point() else []
+        return masks
 
-def _loss(outputs: Any, mask: torch.Tensor) -> torch.Tensor:
-    """Return the loss of a model, or a random projection of the outputs if there is none."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-    if isinstance(loss, torch.Tensor):
-        return loss.sum()
+
+def _attends_to_encoder(owner: PreTrainedModel) -> bool:
+    return "encoder_hidden_states" in inspect.signature(owner.forward).parameters
+
+
+def _projection(outputs: Any, masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a random projection of outputs. Tokens count where every mask of their shape is not 0."""
     generator = torch.Generator().manual_seed(0)
-    total = torch.zeros((), device=mask.device)
+    total = torch.zeros((), device=masks[0].device)
     for value in outputs.values() if isinstance(outputs, Mapping) else outputs:
-        if isinstance(value, torch.Tensor) and value.requires_grad:
+        if isinstance(value, torch.Tensor) and value.requires_grad and value.ndim:
             weights = torch.randn(value.shape, generator=generator).to(value)
-            if value.shape[: mask.ndim] == mask.shape:
-                weights = weights * (mask != 0).reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
+            for mask in masks:
+                if value.shape[: mask.ndim] == mask.shape:
+                    weights = weights * (mask != 0).reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
             total = total + (value * weights).sum() / value.numel() ** 0.5
     return total
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from gradacc_hf.padding.hooks import (
     EnterForward,
     Hook,
     LeaveForward,
+    MaskDecoder,
     PackInputs,
     PackOutput,
     PadInputs,
@@ -46,10 +48,10 @@ def remove_padding(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
     if is_removed(model):
         return
     probe = Probe(without_wrappers(model), batch)
-    reasons = []
     with probe.prepared():
         stacks = probe.record_layers(_layers_by_owner(probe.model))
-        for install in (_install_groups, _install_padded_attention):
+        reasons = {}
+        for way, install in _ways(probe.model).items():
             try:
                 install(probe.model, stacks)
                 probe.check()
@@ -57,22 +59,43 @@ def remove_padding(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
                 _compile_again(probe.model)
                 return
             except PaddingNotRemovableError as error:
-                reasons.append(one_line(error))
                 restore_padding(probe.model)
-                if probe.reads_padding(stacks):
-                    reasons = ["the loss reads hidden states of padding"]
+                if not reasons and probe.reads_padding(stacks):
+                    reasons = {"": "the loss reads hidden states of padding"}
                     break
+                reasons[way] = one_line(error)
             except BaseException:
                 restore_padding(probe.model)
                 raise
-    raise PaddingNotRemovableError(
-        f"padding cannot be removed from {type(probe.model).__name__}: {_joined(reasons)}"
-    )
+    name = type(probe.model).__name__
+    raise PaddingNotRemovableError(f"padding cannot be removed from {name}: {_joined(reasons)}")
 
 
-def _joined(reasons: list[str]) -> str:
-    """Return the reasons why attention by groups fails, and why padded attention modules fail."""
-    return "; with padded attention modules: ".join(reasons)
+def _ways(model: torch.nn.Module) -> dict[str, Callable]:
+    """Return the ways to install the hooks by name, the fastest first."""
+    ways = {"": _install_groups, "with padded attention modules": _install_padded_attention}
+    if not any(map(_has_targets, model.modules())):
+        return ways
+    with_targets = {
+        f"{way or 'by groups'}, targets without padding": partial(_install_with_targets, install)
+        for way, install in ways.items()
+    }
+    return with_targets | ways
+
+
+def _has_targets(module: torch.nn.Module) -> bool:
+    """Whether a model takes labels and a mask of decoder inputs."""
+    if not isinstance(module, PreTrainedModel):
+        return False
+    return {"labels", "decoder_attention_mask"} <= inspect.signature(module.forward).parameters.keys()
+
+
+def _joined(reasons: Mapping[str, str]) -> str:
+    """Return the reason of each way, each once."""
+    ways: dict[str, str] = {}
+    for way, reason in reasons.items():
+        ways.setdefault(reason, way)
+    return "; ".join(f"{way}: {reason}" if way else reason for reason, way in ways.items())
 
 
 def restore_padding(model: torch.nn.Module) -> None:
@@ -107,7 +130,9 @@ def _end_check(model: torch.nn.Module) -> None:
     """
     hooks = list(_hooks(model))
     if not any(hook.stack.sides for hook in hooks):
-        raise PaddingNotRemovableError("no layers get an attention mask of shape (batch, length)")
+        raise PaddingNotRemovableError(
+            "no layer gets states (batch, length, size) with a mask (batch, length)"
+        )
     for hook in hooks:
         hook.stack.checking = False
         if not hook.stack.sides:
@@ -196,6 +221,17 @@ def _install_padded_attention(
                 after.handle = attention.register_forward_hook(after, with_kwargs=True)
 
 
+def _install_with_targets(
+    install: Callable, model: torch.nn.Module, stacks: Mapping[PreTrainedModel, tuple[list, int]]
+) -> None:
+    """Remove the padding of targets, too, which have labels but no mask."""
+    install(model, stacks)
+    for module in filter(_has_targets, model.modules()):
+        stack = next(hook.stack for hook in _hooks(module))
+        hook = MaskDecoder(stack)
+        hook.handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def _install_layers(model: torch.nn.Module, owner: PreTrainedModel, layers: list, stack: Stack) -> None:
     for layer in layers:
         before, after = PackInputs(stack), UnpackOutput(stack)
@@ -228,3 +264,8 @@ def _caches(owner: PreTrainedModel) -> bool:
     """Whether a model class returns a cache by default."""
     takes = "use_cache" in inspect.signature(owner.forward).parameters
     return takes and getattr(owner.config, "is_decoder", True) is not False
+
+
+def is_grouped(model: torch.nn.Module) -> bool:
+    """Whether padding is removed and attention runs by groups of examples, without any padded module."""
+    return is_removed(model) and all(hook.stack.by_group for hook in _hooks(model))

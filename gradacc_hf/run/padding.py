@@ -60,6 +60,8 @@ def _why_kept(recipe: Recipe, windows: WindowLoader, setting: str) -> str:
         return "padding changes the loss of this recipe"
     if "attention_mask" not in windows.sample(2)[1].batch:
         return "the inputs have no attention mask"
+    if setting == "auto" and recipe.config.budget.compile:
+        return "the layers are compiled"
     if windows.accelerator.distributed_type == DistributedType.FSDP:
         return "FSDP is used" if setting == "auto" else ""
     padded = sum(map(windows.predicted_cost, _sample(windows)))

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
@@ -252,6 +253,22 @@ def test_autocast(dtype, model_type):
         expected, loss = padded(**batch).loss, removed(**batch).loss
         assert layer_tokens(removed, batch) > 0
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("prepared_first", [True, False])
+def test_accelerate_with_autocast(prepared_first):
+    padded, model, batch = make(remove=not prepared_first)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare(model)
+    forward = prepared.forward
+    if prepared_first:
+        gradacc_hf.remove_padding(prepared, batch)
+    assert prepared.forward == forward
+    assert layer_tokens(prepared, batch) == sum(LENGTHS)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = padded(**batch).loss
+    torch.testing.assert_close(prepared(**batch).loss, expected, rtol=2e-2, atol=0)
+    assert prepared(**batch).logits.dtype == torch.float32
 
 
 def test_generate_and_evaluation_take_the_ordinary_path():
