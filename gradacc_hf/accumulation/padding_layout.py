@@ -1,4 +1,4 @@
-"""Where the real tokens of a padded batch go when a model computes without padding.
+"""The order of the real tokens of a padded batch in a model that computes without padding.
 
 A `PaddingLayout` is computed on the host from an attention mask of shape (batch, length). `pack` gathers the
 real tokens of a padded tensor, and `unpack` puts them back. The packed tokens are ordered by groups: examples

@@ -1,7 +1,7 @@
 """Attention and mask functions for transformers that keep the examples of packed tokens apart.
 
-transformers looks both up by the name in `config._attn_implementation`. `NAMES` holds ours, one for each
-attention that they run. Outside of a forward without padding, both pass their arguments on unchanged.
+transformers looks both up by the name in `config._attn_implementation`. `NAMES` holds the names of this module, one
+for each attention that they run. Outside of a forward without padding, both pass their arguments on unchanged.
 
 In such a forward, the mask function returns a stand-in. The hooks of the layers (`hooks.py`) replace the
 stand-in with a `PackedMask`, which the attention function reads. A `PackedMask` travels in the arguments of a
@@ -69,7 +69,7 @@ CURRENT = _Current()
 
 @dataclass(eq=False)
 class PackedMask:
-    """What a layer gets in place of a mask of shape (batch, 1, length of queries, length of keys).
+    """The replacement for a mask of shape (batch, 1, length of queries, length of keys).
 
     Attributes:
         kind: "full" or "causal", or "other" with `build`.
@@ -166,14 +166,14 @@ def _attention(
     **arguments: Any,
 ) -> tuple[torch.Tensor, Any]:
     """Run the original attention: on each group of examples if the tokens are packed, else unchanged."""
-    attend = _original_attention(original, module)
+    attend: Callable[..., tuple[torch.Tensor, Any]] = _original_attention(original, module)
     if not isinstance(attention_mask, PackedMask):
         _check_not_packed(module, query)
         return attend(module, query, key, value, attention_mask, **arguments)
     return _attend_by_group(attend, original, module, query, key, value, attention_mask, arguments)
 
 
-def _original_attention(original: str, module: torch.nn.Module) -> Callable:
+def _original_attention(original: str, module: torch.nn.Module) -> Callable[..., Any]:
     if original != "eager":
         return ALL_ATTENTION_FUNCTIONS[original]
     for base in type(module).__mro__:  # each modeling file has its own function
@@ -205,7 +205,7 @@ def _attend_by_group(
     """Attend within each group of examples.
 
     Args:
-        query: (1, heads, tokens, size), as `key` and `value`. Those of another sequence are still padded:
+        query: (1, heads, tokens, size), as `key` and `value`. Keys of another sequence are still padded:
             (batch, heads, length, size).
     """
     if arguments.get("position_bias") is not None:

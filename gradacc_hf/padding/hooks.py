@@ -54,7 +54,7 @@ class Stack:
     by_group: bool
     caches: bool
     sides: set[str] = field(default_factory=set)
-    """Where padding was in the forwards that were checked. Batches with padding elsewhere stay padded."""
+    """Sides of padding in the forwards that were checked. Batches with padding elsewhere stay padded."""
     checking: bool = True
     """Whether the check still runs."""
 
@@ -75,13 +75,14 @@ class EnterForward(Hook):
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         given = _by_name(module, args, kwargs)
         mask = given.get("attention_mask")
-        is_padding_mask = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            mask = None
         around = CURRENT.forward
         if around is not None and around.stack is self.stack:  # started by a model around this one
-            if not is_padding_mask or mask is around.mask:
+            if mask is None or mask is around.mask:
                 return self._without_cache(module, args, kwargs)
             CURRENT.forward = None
-        if not is_padding_mask or not self._is_ordinary(module, given):
+        if mask is None or not self._is_ordinary(module, given):
             return None
         layout = self._layout(module, given, mask)
         if layout is None:

@@ -131,7 +131,7 @@ def test_a_layout_of_a_loader_is_used_and_a_changed_mask_makes_it_void():
     padded, removed, batch = make()
     mask = batch["attention_mask"]
     other = mask.clone()
-    other[0, 2:] = 0  # so that the test sees which layout was used
+    other[0, 2:] = 0  # so that the layouts differ
     attach_layout(mask, padding_layout(other))
     assert layer_tokens(removed, batch) == sum(LENGTHS) - LENGTHS[0] + 2
     mask[0, 0] = 1
