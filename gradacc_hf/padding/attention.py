@@ -1,7 +1,8 @@
 """Attention and mask functions for transformers that keep the examples of packed tokens apart.
 
-transformers looks both up by the name in `config._attn_implementation`. `NAMES` holds the names of this module, one
-for each attention that they run. Outside of a forward without padding, both pass their arguments on unchanged.
+transformers looks both up by the name in `config._attn_implementation`. `NAMES` holds the names of this
+module, one for each attention that they run. Outside of a forward without padding, both pass their arguments
+on unchanged.
 
 In such a forward, the mask function returns a stand-in. The hooks of the layers (`hooks.py`) replace the
 stand-in with a `PackedMask`, which the attention function reads. A `PackedMask` travels in the arguments of a
@@ -166,11 +167,12 @@ def _attention(
     **arguments: Any,
 ) -> tuple[torch.Tensor, Any]:
     """Run the original attention: on each group of examples if the tokens are packed, else unchanged."""
-    attend: Callable[..., tuple[torch.Tensor, Any]] = _original_attention(original, module)
+    attend = _original_attention(original, module)
     if not isinstance(attention_mask, PackedMask):
         _check_not_packed(module, query)
         return attend(module, query, key, value, attention_mask, **arguments)
-    return _attend_by_group(attend, original, module, query, key, value, attention_mask, arguments)
+    by_group: Callable[..., Any] = _attend_by_group
+    return by_group(attend, original, module, query, key, value, attention_mask, arguments)
 
 
 def _original_attention(original: str, module: torch.nn.Module) -> Callable[..., Any]:
