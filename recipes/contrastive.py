@@ -18,36 +18,18 @@ from gradacc_hf.accumulation.gradient_cache import (
     COLUMNS,
     ContrastiveLoss,
     Embedder,
-    right_answers,
-    search,
     search_positives,
     text_numbers,
 )
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import file_rows, list_lengths, require_column, texts_of
-from gradacc_hf.data.reading import SPLITS, tokens_lost
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
+from gradacc_hf.tasks.search import chance, features, nearest, note_equal_texts, sample
 from gradacc_hf.training.loop import evaluate
 
 HITS = 10  # candidates per query in an evaluation
-
-
-def features(rows, tokenizer, columns, max_length):
-    """Return the texts and token ids of each column."""
-    found = {}
-    for column, name in columns.items():
-        texts = [text if isinstance(text, str) else "" for text in rows[name]]
-        tokens = tokenizer(texts, truncation=True, max_length=max_length)
-        found |= {f"{column}_text": texts, f"{column}_input_ids": tokens["input_ids"]}
-        found[f"{column}_lost"] = tokens_lost(tokenizer, [texts], tokens["input_ids"], max_length)
-    return found
-
-
-def texts_by_tokens(rows):
-    """Return the anchors and the positives as tuples of token ids, by which texts are compared."""
-    return [list(map(tuple, rows[f"{column}_input_ids"])) for column in COLUMNS[:2]]
 
 
 class Contrastive(Recipe):
@@ -99,16 +81,8 @@ class Contrastive(Recipe):
         splits = self.check_rows(*tokenised, self.problem, "data.train", numbers)
         for column, name in self.columns.items():
             splits = self.note_truncated(splits, {f"{column}_lost": f"tokens of {name}"})
-        for split, dataset in zip(SPLITS, splits, strict=True):
-            self.note_equal_texts(split, dataset)
+        note_equal_texts(splits, self.reading)
         return splits
-
-    def note_equal_texts(self, split, dataset):
-        different = {f"{column}s": len(set(dataset[f"{column}_text"])) for column in COLUMNS[:2]}
-        equal = [f"{count:,} different {name}" for name, count in different.items() if count < len(dataset)]
-        if equal:
-            found = f"{len(dataset):,} {split} pairs have {' and '.join(equal)}"
-            self.reading.note("equal texts", f"{found}: equal texts are not negatives")
 
     def tokenize(self, dataset):
         settings = {"columns": self.columns, "max_length": self.data.max_length, "tokenizer": self.tokenizer}
@@ -158,14 +132,8 @@ class Contrastive(Recipe):
         embeddings, texts = torch.from_numpy(np.stack(found.predictions)), torch.tensor(found.references)
         ids, right = search_positives(embeddings, texts, HITS)
         rows = range(min(8, len(ids)))
-        self.samples[:] = [self.sample(windows, row, ids[row], right[row]) for row in rows]
+        self.samples[:] = [sample(*windows.examples([i, ids[i][0]]), ids[i], right[i]) for i in rows]
         return {"loss": self.loss.value(embeddings, texts), **self.metrics(ids, right)}
-
-    def sample(self, windows, number, ids, right):
-        pair, first = windows.examples([number, ids[0]])
-        rank = next((str(rank) for rank, row in enumerate(ids, 1) if row in right), f"beyond {HITS}")
-        found = {"found first": first["positive_text"], "rank of the right one": rank}
-        return {"anchor": pair["anchor_text"], **found}
 
     def metrics(self, predictions, references):
         from gradacc_hf.metrics import load  # slow to import, so not before it is needed
@@ -174,10 +142,7 @@ class Contrastive(Recipe):
 
     def baseline(self, train, validation):
         """Return the expected scores of a random order of all different positives of the validation rows."""
-        from gradacc_hf.metrics.retrieval import chance
-
-        right = right_answers(*texts_by_tokens(validation))
-        return chance(len(set().union(*right)), list(map(len, right)))
+        return chance(validation)
 
     def answer(self, model, inputs):
         """Return the five validation texts nearest to each text, or to each row's anchor."""
@@ -186,11 +151,7 @@ class Contrastive(Recipe):
             candidates = [*dict.fromkeys(self.datasets()[1]["positive_text"])]
             self.searched = candidates, model.embed(candidates, *settings)
         [texts], (candidates, embedded) = texts_of(inputs, [self.data.anchor_column]), self.searched
-        scores, ids = search(model.embed(texts, *settings), embedded, 5)
-        return [
-            {"text": text, "found": [{"score": s, "text": candidates[i]} for s, i in zip(*hits, strict=True)]}
-            for text, *hits in zip(texts, scores.tolist(), ids.tolist(), strict=True)
-        ]
+        return nearest(texts, model.embed(texts, *settings), candidates, embedded)
 
 
 if __name__ == "__main__":

@@ -29,20 +29,20 @@ def features(rows, tokenizer, columns, prefix, max_length, max_target_length, st
     """Return the inputs of the model, and as `labels` the tokens to write after the start token."""
     source, target = columns
     sources = [prefix + text for text in rows[source]]
-    read = tokenizer(sources, truncation=True, max_length=max_length)["input_ids"]
-    written = tokenizer(text_target=rows[target], truncation=True, max_length=max_target_length)["input_ids"]
+    read = tokenizer(sources, truncation=True, max_length=max_length)
+    written = tokenizer(text_target=rows[target], truncation=True, max_length=max_target_length)
     bare, bare_target = tokenizer(prefix)["input_ids"], tokenizer(text_target="")["input_ids"]
     nothing_read = f"no token of the source is left; data.max_length is {max_length}"
     nothing_written = f"no token of the target is left; data.max_target_length is {max_target_length}"
     problems = [
         nothing_read * (len(ids) <= len(bare)) or nothing_written * (len(labels) <= len(bare_target))
-        for ids, labels in zip(read, written, strict=True)
+        for ids, labels in zip(read["input_ids"], written["input_ids"], strict=True)
     ]
     lost = {"lost_source": tokens_lost(tokenizer, [sources], read, max_length)}
     in_target = {"text_target": rows[target]}
     lost["lost_target"] = tokens_lost(tokenizer, in_target, written, max_target_length)
-    labels = [ids[1:] if ids[:1] == [start] else ids for ids in written]
-    return {"input_ids": read, "labels": labels, "problem": problems, **lost}
+    labels = [ids[1:] if ids[:1] == [start] else ids for ids in written["input_ids"]]
+    return {"input_ids": read["input_ids"], "labels": labels, "problem": problems, **lost}
 
 
 class Seq2Seq(EncoderDecoder):

@@ -28,7 +28,7 @@ def features(rows, tokenizer, columns, max_length):
     tokens = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=which)
     special = tokenizer.num_special_tokens_to_add(which is None)
     problems = problems_of_tokens(tokens, len(texts), special, max_length)
-    lost = tokens_lost(tokenizer, texts, tokens["input_ids"], max_length)
+    lost = tokens_lost(tokenizer, texts, tokens, max_length)
     return {**tokens, "labels": rows["label"], "problem": problems, "lost_tokens": lost}
 
 

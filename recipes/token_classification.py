@@ -38,7 +38,7 @@ def features(rows, tokenizer, columns, names, ids, max_length):
         labels.append([IGNORED if token is None else ids.get(of_row[token], IGNORED) for token in starts])
         if not problems[row] and set(labels[-1]) == {IGNORED}:
             problems[row] = f"no token of its {len(of_row)} is left by data.max_length {max_length}"
-    lost = tokens_lost(tokenizer, [tokens], encoded["input_ids"], max_length, is_split_into_words=True)
+    lost = tokens_lost(tokenizer, [tokens], encoded, max_length, is_split_into_words=True)
     left = [sum(label != IGNORED for label in row) for row in labels]
     of_labels = [len(row) - n if cut else 0 for row, n, cut in zip(tags, left, lost, strict=True)]
     return {**encoded, "labels": labels, "problem": problems, "lost_tokens": lost, "lost_labels": of_labels}

@@ -22,6 +22,7 @@ from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
 from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.bench.oom import run_limited
 from gradacc_hf.bench.predicted_memory import CASES, compare_memory
+from gradacc_hf.doctor.gradients import GradientWatch, Subject
 from gradacc_hf.training.compile import compile_layers, is_compiled
 from gradacc_hf.training.loop import train
 from gradacc_hf.training.optimizer import make_optimizer
@@ -128,6 +129,18 @@ def test_under_fp16_a_window_that_overflows_takes_no_step_and_the_others_do():
     accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40, backoff_factor=2.0**-28)
     found = records(accelerator)
     assert [record.skipped for record in found] == [True, False, False]
+
+
+def test_the_doctor_copies_a_gradient_that_is_changed_by_hand_to_the_host():
+    model = torch.nn.Linear(64, 64, device="cuda")
+    watch = GradientWatch(Subject.of(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+    model(torch.ones(2, 64, device="cuda")).sum().backward()
+    watch.after_backward()
+    watch.gradient_changed("div_")
+    for parameter in model.parameters():
+        parameter.grad.div_(4)
+    assert [gradient.device.type for gradient in watch.before_change] == ["cpu", "cpu"]
+    assert watch.change(watch.norm()).hand == pytest.approx(0.25)
 
 
 def test_memory_that_runs_out_changes_no_loss():

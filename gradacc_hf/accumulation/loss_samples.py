@@ -5,16 +5,17 @@ their items. A sample of losses answers yes, no, or cannot tell. If all single l
 weighted mean of them is the same.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+LOSS_RTOL_FP64 = 1e-9
+"""Largest relative difference between two losses that differ only by float64 rounding."""
 LOSS_RTOL_FP32 = 2e-5
-"""Largest relative difference between two losses that differ only by float32 rounding."""
+"""The same for float32."""
 LOSS_RTOL_HALF = 4e-3
-"""The same for a model that computes in bf16 or fp16."""
+"""The same for bf16 and fp16."""
 LARGEST_NOISE = 0.05
 """Relative noise of a loss above which the loss is not a mean."""
 DECIDING = 3.0
@@ -49,8 +50,8 @@ class LossSample:
 
     @property
     def tolerance(self) -> float:
-        """Relative difference of losses that is rounding."""
-        return max(self.rtol, 4 * self.noise)
+        """Relative difference of losses that is rounding. More noise is not rounding."""
+        return max(self.rtol, min(4 * self.noise, LOSS_RTOL_FP32))
 
     @property
     def is_usable(self) -> bool:
@@ -65,7 +66,8 @@ class LossSample:
 
     def deviation(self, items: np.ndarray) -> float:
         """Return the relative difference between the loss together and the mean weighted by items."""
-        return abs(self.mean(items) - self.together) / (abs(self.together) or 1.0)
+        found = abs(self.mean(items) - self.together) / (abs(self.together) or 1.0)
+        return found if np.isfinite(found) else float("inf")
 
     def fits(self, items: np.ndarray) -> bool:
         """Whether the loss together is the mean weighted by items."""
@@ -75,23 +77,6 @@ class LossSample:
         """Whether the means weighted by two counts differ so much that at most one of them fits."""
         difference = abs(self.mean(items) - self.mean(others))
         return difference > DECIDING * self.tolerance * abs(self.together)
-
-    def hidden_labels(self, items: np.ndarray, labels: Sequence[Collection[int]]) -> list[int]:
-        """Return the labels whose double weight would not show. `labels` are the labels of each example."""
-        different = sorted(set().union(*labels))
-        doubled = {v: items * [1 + (v in of_example) for of_example in labels] for v in different}
-        return [v for v, weighted in doubled.items() if not self.separates(items, weighted)]
-
-    def partner(self, row: int, items: np.ndarray) -> int:
-        """Return the example whose loss differs most from the loss of `row`."""
-        differences = np.where(np.asarray(items) > 0, abs(self.alone - self.alone[row]), -1)
-        return int(np.nanargmax(differences))
-
-    def pair(self, first: int, second: int, together: float) -> "LossSample":
-        """Return the sample of two of the examples, with their loss together."""
-        return replace(
-            self, alone=self.alone[[first, second]], together=together, repeated=None, rtol=self.tolerance
-        )
 
     def decides(self, items: np.ndarray) -> bool:
         """Whether a mean that gives double weight to one of the examples would show."""

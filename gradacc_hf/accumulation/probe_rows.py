@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.accumulation.reference import EXACT
 
 MOST_LABELS = 64
 """Different labels per token in a window above which the labels are a vocabulary, not classes."""
@@ -20,7 +23,7 @@ USUAL_INPUTS = (
     "input_values",
 )
 MOST_MARKS = 32
-"""Different numbers of an entry of a batch above which the entry has no marks."""
+"""Different numbers of an entry of a batch above which their signs are the marks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,32 +86,43 @@ def labels_of_window(
 def marks_of(batch: Mapping[str, Any], label_names: Sequence[str] = ()) -> set[Mark]:
     """Return what may weigh rows besides integer labels, such as weights and masks, without usual inputs.
 
-    A mark is the name of an entry of the batch, and a number of a row. The number is the value, the values
-    that are neither 0, NaN nor ignored, or the size of a list. Many different numbers are not marks.
+    A mark is the name of an entry of the batch, and a number of a row. Of many different numbers, it is the
+    sign.
     """
     found: set[Mark] = set()
     labels = label_keys(batch, label_names)
-    for name, value in batch.items():
-        if name in USUAL_INPUTS or name in labels:
+    for entry, value in batch.items():
+        if entry in USUAL_INPUTS or entry in labels:
             continue
-        numbers: Sequence[float] = ()
-        if isinstance(value, torch.Tensor) and value.ndim == 1:
-            numbers = value.double().tolist()
-        elif isinstance(value, torch.Tensor) and value.ndim:
-            numbers = ((value != 0) & (value == value) & (value != IGNORED)).flatten(1).sum(1).tolist()
-        elif isinstance(value, list):
-            numbers = [float(_size(each)) for each in value]
-        marks = {(name, round(number, 4)) for number in numbers if number == number}
-        found |= marks if len(marks) <= MOST_MARKS else set()
+        for name, numbers in _numbers(entry, value):
+            marks = {(name, round(number, 4)) for number in numbers if number == number}
+            if len(marks) > MOST_MARKS:
+                marks = {(name, float(np.sign(number))) for _, number in marks}
+            found |= marks
     return found
 
 
-def _size(value: Any) -> int:
-    """Return the number of elements of an entry of a list, such as the boxes of an image."""
-    if isinstance(value, Mapping):
-        return sum(_size(each) for each in value.values())
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, list[float]]]:
+    """Yield names, and a number of each row: the value itself, or how many values count."""
+    if isinstance(value, torch.Tensor) and value.ndim == 1:
+        yield name, value.double().tolist()
+    elif isinstance(value, torch.Tensor) and value.ndim:
+        ignored = value == IGNORED
+        yield name, ((value != 0) & (value == value) & ~ignored).flatten(1).sum(1).tolist()
+        yield f"{name} ignored", ignored.flatten(1).sum(1).tolist()
+    elif isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        for key in value[0] if value else ():  # such as the boxes of an image
+            yield f"{name}.{key}", [_number(each.get(key)) for each in value]
+    elif isinstance(value, list):
+        yield name, [_number(each) for each in value]
+
+
+def _number(value: Any) -> float:
+    """Return a number itself, or the number of elements."""
+    if isinstance(value, int | float):
+        return float(value)
     if isinstance(value, torch.Tensor):
-        return value.numel()
+        return float(value) if value.ndim == 0 else value.numel()
     return len(value) if hasattr(value, "__len__") else 1
 
 
@@ -143,9 +157,10 @@ def _take(value: Any, part: list[int]) -> Any:
     return value[part] if isinstance(value, torch.Tensor) else [value[i] for i in part]
 
 
-def most_different(
-    rows: Iterable[Rows], count: Callable[[Mapping[str, Any]], float], known: Iterable[Any], most: int
-) -> list[Rows]:
+Count = Callable[[Mapping[str, Any]], float]
+
+
+def most_different(rows: Iterable[Rows], count: Count, known: Iterable[Any], most: int) -> list[Rows]:
     """Choose rows: the most and the fewest items, and as many new labels as possible.
 
     Args:
@@ -167,6 +182,75 @@ def most_different(
         chosen.append(row)
         new |= row.labels | row.marks
     return chosen
+
+
+def tell_apart(chosen: list[Rows], rows: Iterable[Rows], count: Count, other: Count) -> list[Rows]:
+    """Return the chosen rows, and one more if two counts have the same ratio in all of them.
+
+    Args:
+        chosen: Rows with items.
+        rows: Rows to choose from, also rows without items.
+        count: Items of a batch.
+        other: Another count that applies to all rows.
+    """
+    ratio = other(chosen[0].batch) / count(chosen[0].batch)
+
+    def is_off(row: Rows) -> bool:
+        items = count(row.batch)
+        return abs(other(row.batch) - ratio * items) > EXACT * max(items, 1)
+
+    if any(is_off(row) for row in chosen):
+        return chosen
+    return chosen + list(islice(filter(is_off, rows), 1))
+
+
+def groups_of_shapes(rows: Sequence[Rows], label_names: Sequence[str]) -> list[list[Rows]]:
+    """Return groups of rows that combine into one batch: one group if attention masks mask the padding.
+
+    Labels of different lengths combine.
+    """
+    if all("attention_mask" in row.values for row in rows):
+        return [list(rows)] if rows else []
+    groups = dict[str, list[Rows]]()
+    for row in rows:
+        longer = {name for name in label_names if getattr(row.values.get(name), "ndim", 1) > 1}
+        shapes = {name: shape for name, shape in row.shapes.items() if name not in longer}
+        groups.setdefault(str(shapes), []).append(row)
+    return list(groups.values())
+
+
+def variants(row: Rows, others: Sequence[Rows], label_names: Sequence[str]) -> list[Rows]:
+    """Return copies of a row with other labels, for a row whose shape no other row has.
+
+    Where labels are by token, the copies ignore a part of them. Otherwise they have the labels of other rows.
+    """
+    names = label_keys(row.batch, label_names)
+    if by_token := [name for name in names if name in row.values and row.values[name].ndim > 1]:
+        parts = ((0, 2), (1, 3))  # without the first half, without the last two thirds
+        found = [{name: _ignored(row.values[name], *part) for name in by_token} for part in parts]
+        return [_with(row, values, names) for values in found]
+    floats = [n for n in dict.fromkeys([*label_names, "labels"]) if n in row.values and n not in names]
+    found = list[Rows]()
+    for other in others[:3]:
+        values = {n: other.values[n] for n in (*names, *floats) if n in row.values and n in other.values}
+        if values and all(value.shape == row.values[n].shape for n, value in values.items()):
+            found.append(_with(row, values, names))
+    return found
+
+
+def _ignored(labels: torch.Tensor, is_end: int, divisor: int) -> torch.Tensor:
+    """Return labels by token without those before (0) or after (1) a share of the used labels."""
+    used = (labels != IGNORED).nonzero()
+    end = len(used) // divisor
+    left, ignored = labels.clone(), used[end:] if is_end else used[:end]
+    left[tuple(ignored.T)] = IGNORED
+    return left
+
+
+def _with(row: Rows, values: dict[str, Any], names: Sequence[str]) -> Rows:
+    changed = {**row.values, **values}
+    here = [name for name in names if name in changed]
+    return Rows(changed, row.shared, frozenset(labels_of(changed, here)), frozenset(marks_of(changed, names)))
 
 
 def combine(rows: Sequence[Rows], label_names: Sequence[str], pad_token_id: int) -> dict[str, Any]:
@@ -193,14 +277,11 @@ def _padded(
 ) -> list[torch.Tensor]:
     """Pad tensors to one shape, on the side where the attention masks of the rows are padded."""
     masks = [row.values.get("attention_mask") for row in rows]
-    if any(mask is None for mask in masks) or len({value.ndim for value in values}) > 1:
+    is_label = (name in label_names or name == "labels") and not values[0].is_floating_point()
+    if (any(mask is None for mask in masks) and not is_label) or len({value.ndim for value in values}) > 1:
         raise ValueError(f"{name}: rows of unequal shape, and nothing masks the padding")
     left = any(bool((mask[..., 0] == 0).any()) for mask in masks if mask is not None)
-    fill = 0
-    if name.endswith("input_ids"):
-        fill = pad_token_id
-    elif (name in label_names or name == "labels") and not values[0].is_floating_point():
-        fill = IGNORED
+    fill = IGNORED if is_label else pad_token_id if name.endswith("input_ids") else 0
     widest = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
     found = []
     for value in values:

@@ -1,12 +1,22 @@
 """Examples of a data set that show most about a loss, for the preflight check."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from gradacc_hf.accumulation.collation import LocalWindows, MicroBatch
-from gradacc_hf.accumulation.probe_rows import Rows, label_keys, labels_of, most_different
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.accumulation.probe_rows import (
+    MOST_LABELS,
+    Mark,
+    Rows,
+    label_keys,
+    labels_of,
+    marks_of,
+    most_different,
+)
 
 READ, MOST_READ = 64, 512
 """Examples to choose from: reading ends after so many without a new label, and after so many in all."""
@@ -51,12 +61,28 @@ def labels_by_row(example: MicroBatch) -> set[int]:
     return labels_of(example.batch, names)
 
 
+def count_labels(examples: Sequence[MicroBatch]) -> list[Counter[int]]:
+    """Return how often each label occurs in each example; nothing if the labels are a vocabulary."""
+    names = label_keys(examples[0].batch, ())
+    found = [
+        Counter(int(v) for name in names for v in example.batch[name].flatten().tolist() if v != IGNORED)
+        for example in examples
+    ]
+    by_token = any(examples[0].batch[name].ndim > 1 for name in names)
+    is_vocabulary = by_token and len(set().union(*found)) > MOST_LABELS
+    return [Counter[int]() for _ in examples] if is_vocabulary else found
+
+
 def different_examples(examples: Sequence[MicroBatch], most: int) -> list[MicroBatch]:
     """Choose examples with different labels, item counts and lengths; always a short and a long one."""
     sizes = [sum(v.numel() for v in each.batch.values() if isinstance(v, torch.Tensor)) for each in examples]
-    rows = [Rows({"example": each}, labels=frozenset(labels_by_row(each))) for each in examples]
+    labels = count_labels(examples)
+    rows = [
+        Rows({"example": each}, labels=frozenset(counted), marks=frozenset(marks_of(each.batch)))
+        for each, counted in zip(examples, labels, strict=True)
+    ]
     chosen = [rows[i] for i in dict.fromkeys((sizes.index(min(sizes)), sizes.index(max(sizes))))]
     rest = [row for row in rows if row not in chosen]
-    known = frozenset().union(*(row.labels for row in chosen))
+    known = frozenset[int | Mark]().union(*(row.labels | row.marks for row in chosen))
     chosen += most_different(rest, lambda batch: batch["example"].num_items, known, most - len(chosen))
     return [row.values["example"] for row in chosen]

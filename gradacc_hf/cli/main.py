@@ -148,5 +148,7 @@ def copy_recipe(name: str, folder: Path) -> None:
         print(target)
     script, *settings = copies.values()
     if settings:
-        command = ["accelerate", "launch", str(script), "--config", str(settings[-1]), "--budget", "auto"]
+        named = {config.stem: config for config in settings}
+        config = named.get(f"{name}_offline") or named.get(name) or settings[-1]
+        command = ["accelerate", "launch", str(script), "--config", str(config), "--budget", "auto"]
         print(f"run it: {shlex.join(command)}")

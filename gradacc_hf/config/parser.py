@@ -269,11 +269,11 @@ def _parse(text: str) -> Any:
 
 
 def _read_file(file: str, flag: str) -> Mapping[Any, Any]:
-    content, problem = None, "is empty"
+    content, problem, question = None, "is empty", ""
     try:
         content = _parse(Path(file).read_bytes().decode("utf-8-sig"))
     except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
+        problem, question = f"cannot be read ({error.strerror})", _closest_file(Path(file))
     except UnicodeDecodeError as error:
         problem = f"is not UTF-8 text (byte {error.start + 1})"
     except ValueError as error:
@@ -281,7 +281,17 @@ def _read_file(file: str, flag: str) -> Mapping[Any, Any]:
     if isinstance(content, Mapping):
         return content
     problem = problem if content is None else f"holds {_shown(content)}"
-    raise InputError(f"{flag}: found {_shown(file)}, which {problem}; allowed is a YAML file with keys")
+    raise InputError(
+        f"{flag}: found {_shown(file)}, which {problem}; {question}allowed is a YAML file with keys"
+    )
+
+
+def _closest_file(absent: Path) -> str:
+    """Return a question with the YAML file of the closest name, in the same folder or configs/; or ""."""
+    folders = (absent.parent, *(root / "configs" for root in (Path(), *BUNDLE_ROOTS)))
+    files = {file.name: file for folder in reversed(folders) for file in sorted(folder.glob("*.y*ml"))}
+    close = difflib.get_close_matches(absent.name, files, 1)
+    return f"did you mean {files[close[0]]}? " if close else ""
 
 
 def _read_budget(budget: str) -> tuple[Mapping[Any, Any], str]:

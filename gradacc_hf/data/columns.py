@@ -6,7 +6,9 @@ Rows are counted from 1 as in the user's file, also after a shuffle. `loading.py
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,6 +22,7 @@ from datasets.table import InMemoryTable, concat_tables
 from gradacc_hf.errors import listed, refuse
 
 pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
+_AS_TEXT = ContextVar("_AS_TEXT", default=False)
 
 
 def require_column(dataset: Dataset, column: str, key: str) -> None:
@@ -145,7 +148,18 @@ def encode_labels(
 
 def in_order(labels: Sequence[str]) -> list[str]:
     """Return labels sorted: by size if all of them are integers without leading zeros, else as text."""
-    return sorted(labels, key=int if all(re.fullmatch(r"0|-?[1-9][0-9]*", one) for one in labels) else None)
+    by_size = all(re.fullmatch(r"0|-?[1-9][0-9]*", label) for label in labels) and not _AS_TEXT.get()
+    return sorted(labels, key=int if by_size else None)
+
+
+@contextmanager
+def integers_as_text() -> Iterator[None]:
+    """Sort labels as text in this block, also integers, as version 0.1.0 sorted strings of a JSONL file."""
+    token = _AS_TEXT.set(True)
+    try:
+        yield
+    finally:
+        _AS_TEXT.reset(token)
 
 
 def drop_unknown(

@@ -32,7 +32,13 @@ from huggingface_hub import DatasetCard
 
 from gradacc_hf import embedded
 from gradacc_hf.data.columns import file_rows
-from gradacc_hf.data.mixed import is_exact, joined, mixed_columns, read_mixed_json
+from gradacc_hf.data.mixed import (
+    changed_columns,
+    joined,
+    mixed_columns,
+    read_mixed_json,
+    with_columns_of_file,
+)
 from gradacc_hf.data.reading import Reading, Source, counted
 from gradacc_hf.errors import InputError, listed, refuse
 
@@ -227,6 +233,7 @@ def _note_not_read(
 ) -> None:
     """Note the files of a folder that are in no split; of hidden files, those with data."""
     read = {p.resolve() for of_split in of_splits.values() for p in of_split}
+    left: list[tuple[Path, str]] = []
     for p, hidden in there:
         is_data = p.suffix.lower() in BUILDERS
         why = f"allowed: {listed(BUILDERS)}"
@@ -235,9 +242,9 @@ def _note_not_read(
         elif is_data:
             why = f"no split in its name, unlike in {listed(of_splits)}; to use it, set data.validation to it"
         if p.resolve() not in read and p.suffix != ".md" and (is_data or not hidden):
-            reading.note("not read", f"{p}: {why}")
-    for p in (p for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):
-        reading.note("not read", f"{p}: a link to a folder")
+            left.append((p, why))
+    left += [(p, "a link to a folder") for p in folder.rglob("*") if p.is_symlink() and p.is_dir()]
+    reading.note_not_read(left)
 
 
 def is_hidden(path: Path) -> bool:
@@ -282,13 +289,13 @@ def read_file(path: Path, key: str) -> Dataset:
         where = {"train": glob.escape(str(path))}
         try:
             rows = load(BUILDERS[suffix], data_files=where, **options)["train"]
-            exact = suffix in (".csv", ".parquet") or is_exact(rows)
         except Exception:
             if suffix not in (".json", ".jsonl") or json_fault(path):
                 raise
-            exact = False
-        if not exact:
             rows = read_mixed_json(path)
+        else:
+            if suffix in (".json", ".jsonl") and (changed := changed_columns(rows)):
+                rows = with_columns_of_file(rows, path, changed)
     if not len(rows):
         refuse(key, f"{path}: no rows", "give at least one in each file")
     return rows
@@ -377,8 +384,8 @@ def _read_images(key: str, given: str, folder: Path, found: Sequence[Path], read
     images = sum(p.suffix.lower() in IMAGES for p in found)
     if left := images - sum(map(len, splits.values())):
         reading.note("not read", f"{counted(left, 'image')} of {folder} in no split: {listed(splits)}")
-    for p in (p for p in found if p.suffix.lower() not in IMAGES and p.name not in FILES_TO_IGNORE):
-        reading.note("not read", f"{p}: not an image")
+    others = (p for p in found if p.suffix.lower() not in IMAGES and p.name not in FILES_TO_IGNORE)
+    reading.note_not_read([(p, "not an image") for p in others])
     return Source(given, splits)
 
 

@@ -7,28 +7,31 @@ are in the files: a column of one type has that type, and any other column holds
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Json, Value, concatenate_datasets
-from datasets.table import InMemoryTable
+from datasets.fingerprint import Hasher
+from datasets.table import InMemoryTable, concat_tables
 
 from gradacc_hf.errors import listed, refuse
 
 pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 KINDS = {str: "texts", bool: "truth values", int: "numbers", float: "numbers", type(None): "missing"}
+ROWS_AT_ONCE = 1_000  # of a file, as Python objects
 
 
-def is_exact(dataset: Dataset) -> bool:
-    """Whether the values of a JSON file are as in the file.
+def changed_columns(dataset: Dataset) -> list[str]:
+    """Return the columns of a JSON file whose values may differ from the file.
 
     Dates were texts. JSON that is not an object may have been a text, such as "1". Large numbers may have
     been integers.
     """
-    leaves = (leaf for name in dataset.column_names for leaf in _leaves(dataset.data.column(name)))
-    return all(map(_is_exact, leaves))
+    names = dataset.column_names
+    return [name for name in names if not all(map(_is_exact, _leaves(dataset.data.column(name))))]
 
 
 def _leaves(column: Any) -> Iterator[Any]:
@@ -56,13 +59,49 @@ def read_mixed_json(path: Path) -> Dataset:
 
     NaN is a missing value, and integers of more than 64 bits are text.
     """
-    text = path.read_text(encoding="utf-8-sig")
-    texts = [text] if text.lstrip().startswith("[") else filter(str.strip, text.split("\n"))
-    rows = [json.loads(one, parse_constant=_constant, parse_int=_integer) for one in texts]
-    rows = rows[0] if rows and isinstance(rows[0], list) else rows
-    rows = [row if isinstance(row, dict) else {"text": row} for row in rows]
-    names = dict.fromkeys(name for row in rows for name in row)
-    return dataset_of({name: as_column([row.get(name) for row in rows]) for name in names})
+    return dataset_of(_read_columns(path))
+
+
+def with_columns_of_file(dataset: Dataset, path: Path, names: Sequence[str]) -> Dataset:
+    """Return the rows of a JSON file with some columns as in the file. The others are not read again."""
+    columns = _read_columns(path, names)
+    table = pa.table({name: column for name, (column, _) in columns.items()})
+    if len(table) != len(dataset):  # the file has rows that are not objects
+        return read_mixed_json(path)
+    info = dataset.info.copy()
+    info.features = Features(
+        {name: columns.get(name, (None, dataset.features[name]))[1] for name in dataset.features}
+    )
+    whole = concat_tables([dataset.data.drop(list(names)), InMemoryTable(table)], axis=1)
+    return Dataset(
+        whole.select(list(info.features)),
+        info=info,
+        split=dataset.split,
+        fingerprint=Hasher.hash((dataset._fingerprint, [*names])),
+    )
+
+
+def _read_columns(path: Path, names: Sequence[str] = ()) -> dict[str, tuple[pa.ChunkedArray, Any]]:
+    """Return columns of a JSON file with their features, by default all. Few rows at a time are in Python."""
+    chunks: dict[str, list[pa.Array]] = {}
+    number, all_rows = 0, _rows(path)
+    while rows := [*islice(all_rows, ROWS_AT_ONCE)]:
+        for name in names or dict.fromkeys(chain(chunks, *rows)):
+            before = chunks.setdefault(name, [pa.nulls(number)] if number else [])
+            before.append(_unchanged([row.get(name) for row in rows]))
+        number += len(rows)
+    return {name: _in_one_column(parts) for name, parts in chunks.items()}
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of JSON lines, or of one list. A row that is not an object is a text."""
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        is_list = next((line for line in file if line.strip()), "").lstrip().startswith("[")
+        file.seek(0)
+        for text in [file.read()] if is_list else filter(str.strip, file):
+            found = json.loads(text, parse_constant=_constant, parse_int=_integer)
+            for row in found if isinstance(found, list) else [found]:
+                yield row if isinstance(row, dict) else {"text": row}
 
 
 def _constant(name: str) -> float | None:
@@ -73,16 +112,45 @@ def _integer(digits: str) -> int | str:
     return number if abs(number := int(digits)) < 2**63 else digits
 
 
-def as_column(values: Sequence[Any]) -> tuple[pa.Array, Any]:
+def as_column(values: Sequence[Any]) -> tuple[pa.ChunkedArray, Any]:
     """Return values as an Arrow array with its feature. JSON if no type of Arrow holds them unchanged."""
+    return _in_one_column([_unchanged(values)])
+
+
+def _unchanged(values: Sequence[Any]) -> pa.Array:
     try:
         column = pa.array(values)
         if column.to_pylist() == list(values):
-            return column, Features.from_arrow_schema(pa.schema([("c", column.type)]))["c"]
+            return column
     except pa.ArrowException:
         pass
+    return _as_json(values)
+
+
+def _as_json(values: Sequence[Any]) -> pa.Array:
     texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
-    return pa.array(texts, pa.json_()), Json()
+    return pa.array(texts, pa.json_())
+
+
+def _in_one_column(chunks: Sequence[pa.Array]) -> tuple[pa.ChunkedArray, Any]:
+    """Return parts of a column in one type, with its feature. JSON if no type of Arrow holds all of them."""
+    schemas = [pa.schema([("c", chunk.type)]) for chunk in chunks]
+    if not any(isinstance(chunk.type, pa.JsonType) for chunk in chunks):
+        try:
+            schema = pa.unify_schemas(schemas, promote_options="permissive")
+            kind = schema.field("c").type
+            parts = [chunk if chunk.type == kind else chunk.cast(kind) for chunk in chunks]
+            if all(
+                part is chunk or part.to_pylist() == chunk.to_pylist()
+                for part, chunk in zip(parts, chunks, strict=True)
+            ):
+                return pa.chunked_array(parts, kind), Features.from_arrow_schema(schema)["c"]
+        except pa.ArrowException:
+            pass
+    texts = [
+        chunk if isinstance(chunk.type, pa.JsonType) else _as_json(chunk.to_pylist()) for chunk in chunks
+    ]
+    return pa.chunked_array(texts, pa.json_()), Json()
 
 
 def dataset_of(columns: dict[str, tuple[Any, Any]]) -> Dataset:

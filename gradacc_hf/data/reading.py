@@ -6,6 +6,7 @@ The plan of a run prints its lines, `summary.json` has them, and the report show
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,16 @@ class Reading:
         if text not in (lines := self.notes.setdefault(name, [])):
             lines.append(text)
 
+    def note_not_read(self, files: Iterable[tuple[Path, str]]) -> None:
+        """Note files with the reason why they are not read: one line for each suffix and reason."""
+        alike: dict[tuple[str, str], list[Path]] = {}
+        for path, why in files:
+            alike.setdefault((path.suffix.lower(), why), []).append(path)
+        for (suffix, why), paths in alike.items():
+            kind = f"{suffix} files" if suffix else "files without suffix"
+            found = f"{len(paths):,} {kind}, such as {paths[0]}" if len(paths) > 1 else paths[0]
+            self.note("not read", f"{found}: {why}")
+
     def use(self, columns: Iterable[str]) -> None:
         """Note the columns that nothing uses, and where used columns differ.
 
@@ -120,27 +131,32 @@ def counted(number: int, noun: str) -> str:
 def tokens_lost(
     tokenizer: Any,
     texts: Sequence[Sequence[Any]] | Mapping[str, Sequence[Any]],
-    found: Sequence[Sequence[int]],
+    found: Any,
     max_length: int,
     **settings: Any,
 ) -> list[int]:
     """Return the number of tokens that truncation removed from each row.
 
+    The rows of a slow tokenizer, and pairs of texts, are tokenised again if they are at the limit.
+
     Args:
         tokenizer: The tokenizer.
         texts: One column of texts, or two for pairs; or columns by the tokenizer's name of the argument.
-        found: The tokens of each row, after truncation.
+        found: The rows as the tokenizer returns them, after truncation.
         max_length: The most tokens of a row.
         settings: Further arguments of the tokenizer.
     """
-    lost = [0] * len(found)
-    full = [row for row, ids in enumerate(found) if len(ids) >= max_length]
-    if full:
+    lost = [0] * len(ids := found["input_ids"])
+    full = [row for row, tokens in enumerate(ids) if len(tokens) >= max_length]
+    if found.encodings and len(texts) == 1:
+        for row in full:  # further parts of the row, each with special tokens
+            lost[row] = sum(part.special_tokens_mask.count(0) for part in found.encodings[row].overflowing)
+    elif full:
         named = texts if isinstance(texts, Mapping) else dict(zip(("text", "text_pair"), texts, strict=False))
         settings |= {name: [column[row] for row in full] for name, column in named.items()}
         again = tokenizer(verbose=False, **settings)
-        for row, ids in zip(full, again["input_ids"], strict=True):
-            lost[row] = len(ids) - len(found[row])
+        for row, tokens in zip(full, again["input_ids"], strict=True):
+            lost[row] = len(tokens) - len(ids[row])
     return lost
 
 

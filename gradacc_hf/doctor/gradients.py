@@ -41,10 +41,13 @@ def compare_gradients(gradient: GradientNow, other: GradientNow, clipped: float 
     """Compare the loop's gradient with another in float64; `clipped` is the factor of clipping to undo."""
     inner = mine = theirs = 0.0
     for g, o in zip(gradient, other, strict=True):
-        some = g if g is not None else o
+        some = g if g is not None and (o is None or g.device.type != "cpu") else o  # one may be on the host
         for i in range(0, 0 if some is None else some.numel(), CHUNK_ELEMENTS):
-            a = None if g is None else g.flatten()[i : i + CHUNK_ELEMENTS].double() / clipped
-            b = None if o is None else o.flatten()[i : i + CHUNK_ELEMENTS].double()
+            a, b = (
+                None if each is None else each.flatten()[i : i + CHUNK_ELEMENTS].to(some).double()
+                for each in (g, o)
+            )
+            a = None if a is None else a / clipped
             mine += float(a.square().sum()) if a is not None else 0.0
             theirs += float(b.square().sum()) if b is not None else 0.0
             inner += float(a @ b) if a is not None and b is not None else 0.0
@@ -58,8 +61,8 @@ def compare_gradients(gradient: GradientNow, other: GradientNow, clipped: float 
 class GradientWatch:
     """Follows the gradients and the weights of one optimizer.
 
-    before_change: copy of the gradient before the loop changed it by hand after the latest backward; None if
-        it did not.
+    before_change: copy of the gradient, on the host, before the loop changed it by hand after the latest
+        backward; None if it did not.
     touched: changes since the latest backward or step, with the line.
     weights_version: changes of the weights so far.
     """
@@ -146,7 +149,9 @@ class GradientWatch:
         if not self._chain or self._chain[-1][0] != kind:
             self._chain.append((kind, self.norm()))
         if kind == "hand" and self.before_change is None:
-            self.before_change = [None if g is None else g.detach().clone() for g in self.gradients()]
+            self.before_change = [
+                None if g is None else g.detach().to("cpu", copy=True) for g in self.gradients()
+            ]
             self._hand = (here[1], how)
 
     def change(self, norm: float) -> GradientChange:

@@ -30,6 +30,13 @@ def judgements(record: LoopRecord) -> list[Judgement]:
     return [_judgement(window, weighing, record) for window, weighing in weighings(record)]
 
 
+def is_judged(record: LoopRecord) -> bool:
+    """Whether the gradient or the weights of the losses were judged in a window, or nothing accumulates."""
+    return record.steps == 1 or any(
+        each.compared != "no" or each.weighed != "no" for each in judgements(record)
+    )
+
+
 def _judgement(window: ObservedWindow, weighing: Weighing, record: LoopRecord) -> Judgement:
     found, why = window.comparison, ""
     compared: Answer = "no"

@@ -247,6 +247,7 @@ class Observer(Subscriber):
         with self._terms.during_backward():
             result = run()
         if self._gradients.state() == state:  # the backward of another model
+            self._drop_factors_of(loss)
             return result
         root_factors = self._factors_of(loss)
         losses = self._terms.take(None if loss is None else float(loss.detach()), self._tolerance())
@@ -267,6 +268,16 @@ class Observer(Subscriber):
         """The numbers by which a whole loss was multiplied, last first."""
         known = reversed(self._scaled if loss is not None else [])
         return next((factors for scaled, factors in known if scaled() is loss), ())
+
+    def _drop_factors_of(self, loss: torch.Tensor | None) -> None:
+        """Drop the numbers by which another model's loss was multiplied."""
+        chain = self._factors_of(loss)
+        parts = [chain[start:] for start in range(len(chain))]
+        self._scaled = [
+            (scaled, factors)
+            for scaled, factors in self._scaled
+            if scaled() is not loss and not (scaled() is None and factors in parts)
+        ]
 
     def _tolerance(self) -> float:
         return TERM_RTOL if self._record.autocast is None else LOSS_RTOL_16_BIT

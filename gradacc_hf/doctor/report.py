@@ -13,6 +13,10 @@ NOT_OBSERVED = (
     "gradacc doctor: {} was not judged: no step followed a backward that the doctor observed; it observes "
     "Tensor.backward() and torch.autograd.backward() of a model that holds the parameters"
 )
+NOTHING_JUDGED = (
+    "gradacc doctor: nothing was judged, so the loop may be right or wrong; the lines above name the reasons "
+    "(exit code 0, because no fault was found)"
+)
 
 
 def report(record: LoopRecord, found: Sequence[Finding]) -> str:

@@ -19,9 +19,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gradacc_hf.doctor import Diagnosis, diagnose
 from gradacc_hf.doctor.frames import StartedLoader
+from gradacc_hf.doctor.judgement import is_judged
 from gradacc_hf.doctor.listener import Subscriber, subscribed
 from gradacc_hf.doctor.record import LoopRecord
-from gradacc_hf.doctor.report import NOT_OBSERVED, NOTHING_OBSERVED
+from gradacc_hf.doctor.report import NOT_OBSERVED, NOTHING_JUDGED, NOTHING_OBSERVED
 from gradacc_hf.errors import InputError
 from gradacc_hf.utils.commands import Parser
 
@@ -208,7 +209,7 @@ def run_script(script: Path, arguments: Sequence[str], **settings: Any) -> list[
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command. Exit with 0 if all loops are healthy, else with 1; SystemExit of the script passes."""
+    """Run the command. Exit with 1 if a loop has a fault; SystemExit of the script passes."""
     parser = Parser(
         prog="gradacc doctor",
         description="Run a training script unchanged, and report faults of its gradient accumulation.",
@@ -250,4 +251,8 @@ def main(argv: Sequence[str]) -> None:
     if not observed and not any(diagnosis.record.unseen_steps for diagnosis in found):
         print(NOTHING_OBSERVED)
         sys.exit(1)
-    sys.exit(0 if all(diagnosis.healthy for diagnosis in observed) else 1)
+    if not all(diagnosis.healthy for diagnosis in observed):
+        sys.exit(1)
+    if not any(is_judged(diagnosis.record) for diagnosis in observed):
+        print(NOTHING_JUDGED)
+    sys.exit(0)

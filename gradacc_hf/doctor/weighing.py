@@ -169,6 +169,8 @@ def _judge(
     if not verdicts:
         sums = sorted({f"{series.sum:.3g}" for some in of_key for series in some[:1]})
         reason = f"the weights of its losses sum up to {', '.join(sums)} over the window"
+        if len(of_key) == 1 and every[0].sum > 1:
+            reason += ", and not to 1: the loop chose a weight for the loss, or does not divide it"
         if any(series.raw for series in every):
             reason = "the number of items in its sums is unknown"
         elif not all(micro_batch.is_complete for micro_batch in group):

@@ -48,6 +48,11 @@ def count_other(batch: Mapping[str, Any], name: str, ignored: int = IGNORED, fir
     return int(((labels != IGNORED) & (labels != ignored)).sum())
 
 
+def count_twice(batch: Mapping[str, Any], count: CountItems, names: Sequence[str], label: int) -> float:
+    """Return the items of a count, where those with a label count twice."""
+    return count(batch) + sum(int((batch[name] == label).sum()) for name in names)
+
+
 def count_examples(batch: Mapping[str, Any]) -> int:
     """Return the number of rows of a batch."""
     return num_rows(batch)

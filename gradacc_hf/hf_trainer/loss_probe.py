@@ -7,7 +7,8 @@ them. A window with a new label, or with counts that differ for the first time, 
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from gradacc_hf.accumulation.loss_items import CountItems
@@ -15,6 +16,7 @@ from gradacc_hf.accumulation.probe_rows import (
     MOST_MARKS,
     Mark,
     Rows,
+    groups_of_shapes,
     label_keys,
     labels_of_window,
     marks_of,
@@ -22,10 +24,12 @@ from gradacc_hf.accumulation.probe_rows import (
     most_different,
     num_rows,
     on_host,
+    tell_apart,
+    variants,
 )
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.hf_trainer.item_counts import can_count, candidate_counts
-from gradacc_hf.hf_trainer.loss_questions import Answer, Losses, LossKind, Questions, Result, same_shapes
+from gradacc_hf.hf_trainer.loss_questions import Answer, Losses, LossKind, Questions, Result, cannot_tell
 
 MOST_ROWS = 16
 """Rows of a sample: at most 4 micro-batches, or one of 2 to 8 rows if labels are by token."""
@@ -54,20 +58,49 @@ class LossProbe:
         self.counts = candidate_counts(self.num_items, self.label_names, self.config)
         self._reference: list[Rows] = []  # rows of the latest deciding sample
         self._tracks_labels = True
+        self._weighed = set[int]()  # labels with the weight of the others
+        self._windows = 0
         self._wait = self._gap = 0  # windows until the next probe of an open question
         self._is_closed = False  # the loss is not a mean, which no further window changes
 
     # ---- each window: is there a question? ----
 
     def asks(self, micro_batches: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these micro-batches of a window open a question that earlier windows did not answer."""
-        if self._wait or self._is_closed:
-            self._wait = max(0, self._wait - 1)
+        """Whether these micro-batches of a window open a question that earlier windows did not answer.
+
+        Windows 4, 32, 256 … are probed in any case, as a loss may change in training.
+        """
+        self._windows += 1
+        if self._is_closed:
             return False
-        if self.kind is None or not self.kind.is_conclusive:
+        if self._wait:
+            self._wait -= 1
+            return False
+        if self.kind is None or not self.kind.is_conclusive or self._is_scheduled:
             return True
         new = (self._labels(micro_batches) | self._marks(micro_batches)) - self.known
-        return bool(new) or any(self._differs(batch) for batch in micro_batches)
+        return bool(new or self.differs(micro_batches))
+
+    @property
+    def _is_scheduled(self) -> bool:
+        return self._windows in (4 * 8**power for power in range(12))
+
+    def differs(self, micro_batches: Sequence[Mapping[str, Any]]) -> str:
+        """Return the name of a count that fits so far, and differs for a micro-batch; "" if none does."""
+        if self.kind is None or not self.kind.is_conclusive:
+            return ""
+        return next((name for batch in micro_batches if (name := self._differs(batch))), "")
+
+    def leave_open(self, name: str) -> Answer:
+        """Return the line for a count that differs in the window, although no sample separates it."""
+        assert self.kind is not None
+        kind, self.kind = self.kind, replace(self.kind, is_conclusive=False)
+        self._back_off()
+        return cannot_tell(kind, f"the items may be {kind.count!r} or {name or next(iter(kind.others))!r}")
+
+    def _back_off(self) -> None:
+        self._gap = max(1, 2 * self._gap)  # ask again after 1 window, then 2, 4, …
+        self._wait = self._gap - 1
 
     def _labels(self, micro_batches: Sequence[Mapping[str, Any]]) -> set[int]:
         """Return the different labels of the window; none if they are a vocabulary."""
@@ -81,17 +114,19 @@ class LossProbe:
         known = Counter(mark[0] for mark in self.known if isinstance(mark, tuple))
         return {mark for mark in found if known[mark[0]] < MOST_MARKS}
 
-    def _differs(self, batch: Mapping[str, Any]) -> bool:
-        """Whether the counts that fit so far differ for a micro-batch by more than rounding."""
+    def _differs(self, batch: Mapping[str, Any]) -> str:
+        """Return the name of a count that fits so far, and differs for a micro-batch."""
         assert self.kind is not None
         if not self.kind.others or not can_count(self.counts[self.kind.count], batch):
-            return False
+            return ""
         items = self.counts[self.kind.count](batch)
-        return any(
-            can_count(self.counts[name], batch)
-            and abs(self.counts[name](batch) - ratio * items) > EXACT * max(items, 1)
+        off = (
+            name
             for name, ratio in self.kind.others.items()
+            if can_count(self.counts[name], batch)
+            and abs(self.counts[name](batch) - ratio * items) > EXACT * max(items, 1)
         )
+        return next(off, "")
 
     def rows(self, micro_batches: Sequence[Mapping[str, Any]], pairs: bool = False) -> list[Rows]:
         """Return the rows of these micro-batches that decide most, on the host."""
@@ -104,11 +139,27 @@ class LossProbe:
         return on_host(self.choose(list(found), most))
 
     def choose(self, rows: Sequence[Rows], most: int) -> list[Rows]:
-        """Return at most `most` rows that decide most, such as of the rows of all processes."""
-        possible = self.counts.values()
-        applies = (c for c in possible if rows and all(can_count(c, row.batch) for row in rows))
-        count = next(applies, lambda batch: 1)
-        return most_different(rows, count, self.known, most)
+        """Return about `most` rows that decide most, such as of the rows of all processes.
+
+        All of them combine into one batch.
+        """
+        names = [*self.label_names, "labels"]
+        possible = [c for c in self.counts.values() if rows and all(can_count(c, row.batch) for row in rows)]
+        if self.kind is not None and self.counts[self.kind.count] in possible:
+            possible.insert(0, self.counts[self.kind.count])
+        count, *others = possible or [lambda batch: 1]
+        found = list[Rows]()
+        for group in groups_of_shapes(rows, names):
+            chosen = most_different(group, count, self.known, most)
+            more = list(group)
+            if len(group) < len(rows):  # rows of other shapes may differ in what these have in common
+                more += chain(*(variants(row, (), names) for row in chosen))
+            for other in others if chosen else ():
+                chosen = tell_apart(chosen, more, count, other)
+            found = max(found, chosen, key=len)
+        if len(found) == 1:
+            found += variants(found[0], [row for row in rows if row is not found[0]], names)
+        return found
 
     def learn(
         self,
@@ -131,9 +182,10 @@ class LossProbe:
             self.kind = before or LossKind(usual, is_conclusive=False)
             return None
         if before is not None and before.is_conclusive:
-            rows = same_shapes([*rows, *self._reference])
+            names = [*self.label_names, "labels"]
+            rows = groups_of_shapes([*rows, *self._reference], names)[0]
             alike = len(_labels_of(rows)) < 2 and len({row.marks for row in rows}) < 2
-            if alike and not any(self._differs(row.batch) for row in rows):
+            if alike and not self._is_scheduled and not self.differs([row.batch for row in rows]):
                 return None  # with one label, a window is exact for every weight of the label
             counts = {name: self.counts[name] for name in (before.count, *before.others)}
         result = self._ask(rows, counts, losses)
@@ -145,9 +197,10 @@ class LossProbe:
         self.known |= result.labels
         if result.answer.exact == "yes":
             self.known |= frozenset[Mark]().union(*(row.marks for row in rows))
+        self.counts |= result.counts
+        self._weighed |= result.weighed
         if result.answer.exact == "cannot tell":
-            self._gap = max(1, 2 * self._gap)  # ask again after 1 window, then 2, 4, …
-            self._wait = self._gap - 1
+            self._back_off()
         elif result.labels:
             self._reference = _of_different_labels(rows)
         if before is None or result.kind.is_conclusive or not before.is_conclusive:
@@ -156,7 +209,8 @@ class LossProbe:
 
     def _ask(self, rows: Sequence[Rows], counts: Mapping[str, CountItems], losses: Losses) -> Result:
         pad_token_id = getattr(self.config, "pad_token_id", None) or 0
-        return Questions(same_shapes(rows), counts, losses, [*self.label_names, "labels"], pad_token_id).ask()
+        names = [*self.label_names, "labels"]
+        return Questions(rows, counts, losses, names, pad_token_id, self._weighed).ask()
 
 
 def _labels_of(rows: Sequence[Rows]) -> frozenset[int]:

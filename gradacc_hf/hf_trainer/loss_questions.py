@@ -4,10 +4,10 @@ Whether the loss uses the number of items that Trainer passes, the items of the 
 count alike.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import isclose, nan
 from typing import Any, Literal, Protocol
 
@@ -17,9 +17,9 @@ import torch
 from gradacc_hf.accumulation.loss_items import IGNORED, CountItems
 from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LossSample
 from gradacc_hf.accumulation.oom import out_of_memory
-from gradacc_hf.accumulation.probe_rows import Rows, combine, single, with_first_label
+from gradacc_hf.accumulation.probe_rows import Rows, combine, label_keys, single, with_first_label
 from gradacc_hf.accumulation.reference import EXACT
-from gradacc_hf.hf_trainer.item_counts import can_count
+from gradacc_hf.hf_trainer.item_counts import can_count, count_twice
 
 HALVING_RTOL = 1e-6
 """Largest relative difference between a loss and twice its half. A division by twice the number is exact."""
@@ -36,8 +36,11 @@ class Losses(Protocol):
     counted: bool
     """Whether Trainer passes `num_items_in_batch`."""
     num_processes: int
-    rtol: float
-    """Largest relative difference between losses that is rounding."""
+
+    @property
+    def rtol(self) -> float:
+        """Largest relative difference between losses that is rounding."""
+        ...
 
     def __call__(self, batch: Mapping[str, Any], number: float | None, seed: int = 0) -> float:
         """Return the loss that `compute_loss` gives for this number of items."""
@@ -49,6 +52,12 @@ class Losses(Protocol):
 
     def without_zeros(self) -> AbstractContextManager[Any]:
         """Set parameters that are all 0, as in a new head, to small numbers in the block."""
+        ...
+
+    def gradient_error(
+        self, batch: Mapping[str, Any], parts: Sequence[tuple[float, Mapping[str, Any]]], number: float | None
+    ) -> float | None:
+        """Return the relative error of the sum of weight × gradient of the parts; None if unknown."""
         ...
 
 
@@ -101,12 +110,20 @@ class Result:
         labels: Labels that the sample compared with each other.
         answer: A line about the loss.
         fails_alone: Whether single rows have no loss. They may belong together in pairs.
+        counts: New item counts among the others of `kind`.
+        weighed: Labels with the weight of the others.
     """
 
     kind: LossKind
     labels: frozenset[int]
     answer: Answer
     fails_alone: bool = False
+    counts: dict[str, CountItems] = field(default_factory=dict)
+    weighed: frozenset[int] = frozenset()
+
+
+class _LossFails(Exception):
+    """The loss cannot be computed for a batch."""
 
 
 class Questions:
@@ -118,6 +135,7 @@ class Questions:
         losses: Computes losses.
         label_names: Names of the labels in a batch.
         pad_token_id: Fills `input_ids` behind shorter rows.
+        weighed: Labels whose weight needs no check.
     """
 
     def __init__(
@@ -127,9 +145,13 @@ class Questions:
         losses: Losses,
         label_names: Sequence[str],
         pad_token_id: int,
+        weighed: Collection[int] = (),
     ):
-        self.rows, self.losses = rows, losses
+        self.weighed = frozenset(weighed)
+        self.rows, self.counts, self.losses = rows, counts, losses
+        self._number_of_mean: float | None = None  # for a mean that needs `num_items_in_batch`
         self.batch = combine(rows, label_names, pad_token_id)
+        self.label_names = label_keys(self.batch, label_names)
         self.is_split = bool(rows[0].values)
         self.parts = [single(self.batch, i, rows) if self.is_split else self.batch for i in range(len(rows))]
         repeated = [replace(rows[0], values={k: self.parts[0][k] for k in rows[0].values if k in self.batch})]
@@ -143,19 +165,17 @@ class Questions:
         """Return what the sample shows."""
         try:
             return self._answer()
-        except Exception as error:  # a loss that needs more than these rows, such as pairs of them
-            if isinstance(error, RuntimeError) and out_of_memory(error):
-                raise
+        except _LossFails as error:  # a loss that needs more than these rows, such as pairs of them
             kind = self._kind(next(iter(self.items)), nan)
-            result = self._cannot_tell(kind, f"it fails for single rows ({type(error).__name__})")
+            result = self._cannot_tell(kind, f"it fails for single rows ({error})")
             return replace(result, fails_alone=True)
 
     def _answer(self) -> Result:
         counted, number = self.losses.counted, self.number
-        once = self.losses(self.batch, number if counted else None)
-        twice = self.losses(self.batch, 2 * number) if counted else once
+        once = self._compute(self.batch, number if counted else None)
+        twice = self._compute(self.batch, 2 * number) if counted else once
         divided = 2 * (once - twice)  # sum / number, where the loss is sum / number + rest
-        again = self.losses(self.batch, number) if counted else once
+        again = self._compute(self.batch, number) if counted else once
         noise = 4 * abs(again - once)  # of sums in an undefined order, on a GPU
         if abs(divided) > max(HALVING_RTOL * abs(once), 2 * noise):
             return self._of_sum(once, divided)
@@ -170,8 +190,8 @@ class Questions:
         rest = once - divided
         is_sum = bool(once) and abs(rest) <= HALVING_RTOL * abs(once)
         try:
-            mean = self.losses(self.batch, None)
-        except Exception:  # a loss that needs the number
+            mean = self._compute(self.batch, None)
+        except _LossFails:  # a loss that needs the number
             mean = nan
         mean = nan if mean == rest else mean
         times_processes = self._times_processes(once)
@@ -190,13 +210,13 @@ class Questions:
             return self._cannot_tell(kind, f"it is {once}")
         if off[kind.count] > COUNT_RTOL:
             return self._no(kind)
-        alone = np.array([self.losses(part, self.number) for part in self.parts])
-        halves = np.array([self.losses(part, 2 * self.number) for part in self.parts])
+        alone = np.array([self._compute(part, self.number) for part in self.parts])
+        halves = np.array([self._compute(part, 2 * self.number) for part in self.parts])
         sums, rests = 2 * (alone - halves), 2 * halves - alone
         items = self.items[kind.count]
         off_sum = abs(np.nansum(sums) - divided)
         off_rest = abs(np.nansum(rests * items) / items.sum() - rest) if not is_sum and items.sum() else 0.0
-        if max(off_sum, off_rest) > self.losses.rtol * abs(once):
+        if max(off_sum, off_rest) > max(self.losses.rtol, HALVING_RTOL) * abs(once):
             return self._no(kind)
         return self._yes(kind, self._labels)
 
@@ -220,10 +240,15 @@ class Questions:
             return self._of_sample(self._sample(self._loss(self.batch)))
 
     def _of_sample(self, sample: LossSample) -> Result:
+        usual = [name for name in self._unshifted if " than " not in name and " twice" not in name]
+        usual = usual or self._unshifted
+        nearest = min(usual, key=lambda name: sample.deviation(self.items[name]))
         fits = [name for name in self._unshifted if sample.fits(self.items[name])]
+        if not fits and sample.deviation(self.items[nearest]) <= LOSS_RTOL_FP32:
+            # Such as a mean that adds 1e-8 to its divisor.
+            error = self._gradient_error(nearest)
+            fits = [nearest] if error is not None and error <= EXACT else []
         if not fits:
-            usual = [name for name in self._unshifted if "other than" not in name]
-            nearest = min(usual, key=lambda name: sample.deviation(self.items[name]))
             kind = self._kind(nearest, sample.together)
             first = self._loss(self.parts[0])
             if np.isfinite(first) and self._loss(self.parts[0], seed=1) != first:
@@ -236,51 +261,72 @@ class Questions:
             kind = replace(kind, is_conclusive=False)
             return self._cannot_tell(kind, f"the losses of {len(self.rows)} examples are all alike")
         if tied := [
-            name for name, ratio in kind.others.items() if not self._proportional(name, items, ratio)
+            name for name, ratio in kind.others.items() if not _proportional(self.items[name], items, ratio)
         ]:
             kind = replace(kind, is_conclusive=False)
             return self._cannot_tell(kind, f"the items may be {kind.count!r} or {tied[0]!r}")
-        return self._of_labels(kind, sample, items) if len(self._labels) > 1 else self._yes(kind, frozenset())
+        error = self._gradient_error(kind.count)
+        if error is not None and error > EXACT:
+            return self._no(kind)
+        return self._of_labels(kind, sample, items)
+
+    def _gradient_error(self, name: str) -> float | None:
+        """Return the relative error of the gradient from single rows weighted by items; None if unknown."""
+        weights = self.items[name] / self.items[name].sum()
+        weighted = [(weight, part) for weight, part in zip(weights, self.parts, strict=True) if weight]
+        return self.losses.gradient_error(self.batch, weighted, self._number_of_mean)
 
     def _of_labels(self, kind: LossKind, sample: LossSample, items: np.ndarray) -> Result:
-        """Compare the weights of labels: a label whose weight would not show, in a pair of rows."""
-        hidden = frozenset()
-        if all(len(row.labels) <= 1 for row in self.rows):  # else labels by token, which every row mixes
-            hidden = frozenset(sample.hidden_labels(items, [row.labels for row in self.rows]))
-        for label in sorted(hidden):
-            pair, counts = self._pair(label, sample, items)
-            if not pair.fits(counts):
-                return self._no(kind)
-            if pair.decides(counts):
-                hidden -= {label}
+        """Check for each label whether the losses would show a double weight of the label.
+
+        Where all rows have the same share of the label, the weight has no effect. It remains a possible count
+        of items until a micro-batch has another share.
+        """
+        hidden, possible, counts = set[int](), dict(kind.others), dict[str, CountItems]()
+        weighed = set[int]()
+        for label in sorted(self._labels - self.weighed):
+            twice = partial(count_twice, count=self.counts[kind.count], names=self.label_names, label=label)
+            doubled = np.array([twice(part) for part in self.parts], float)
+            ratio = float(doubled.sum() / items.sum())
+            if _proportional(doubled, items, ratio):
+                name = f"{kind.count} with label {label} twice"
+                possible[name], counts[name] = ratio, twice
+            elif sample.separates(items, doubled):
+                weighed.add(label)
+            else:
+                hidden.add(label)
+        kind = replace(kind, others=possible)
         if hidden:
             text = f"a weight of label {min(hidden)} would not show"
-            return self._cannot_tell(kind, text, self._labels - hidden)
-        return self._yes(kind, self._labels)
+            result = self._cannot_tell(kind, text, self._labels - hidden)
+        else:
+            result = self._yes(kind, self._labels if len(self._labels) > 1 else frozenset())
+        return replace(result, counts=counts, weighed=frozenset(weighed))
 
-    def _pair(self, label: int, sample: LossSample, items: np.ndarray) -> tuple[LossSample, np.ndarray]:
-        """Compare a row of this label with the row whose loss differs most. Return sample and items."""
-        row = next(i for i, each in enumerate(self.rows) if label in each.labels)
-        both = [row, sample.partner(row, items)]
-        names = [name for name in self.rows[0].values if name in self.batch]
-        rows = [Rows({n: self.parts[i][n] for n in names}, self.rows[0].shared) for i in both]
-        return sample.pair(*both, together=self._loss(combine(rows, (), 0))), items[both]
+    def _compute(self, batch: Mapping[str, Any], number: float | None, seed: int = 0) -> float:
+        try:
+            return self.losses(batch, number, seed)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            raise _LossFails(type(error).__name__) from error
 
     def _loss(self, batch: Mapping[str, Any], seed: int = 0) -> float:
-        try:
-            return self.losses(batch, None, seed)
-        except Exception:  # a loss that needs the number of items, and does not divide by it
-            return self.losses(batch, self.number, seed)
+        if self._number_of_mean is None:
+            try:
+                return self._compute(batch, None, seed)
+            except _LossFails:  # a loss that needs the number of items, and does not divide by it
+                loss = self._compute(batch, self.number, seed)
+                self._number_of_mean = self.number
+                return loss
+        return self._compute(batch, self._number_of_mean, seed)
 
     def _sample(self, together: float) -> LossSample:
         alone = np.array([self._loss(part) for part in self.parts])
         return LossSample(alone, together, self._loss(self.repeated), self.losses.rtol)
 
     def _decides(self, sample: LossSample) -> bool:
-        return len(self.rows) == 1 or any(sample.decides(items) for items in self.items.values())
-
-    def _proportional(self, name: str, items: np.ndarray, ratio: float) -> bool:
-        return bool((abs(self.items[name] - ratio * items) <= EXACT * np.maximum(items, 1)).all())
+        return any(sample.decides(items) for items in self.items.values())
 
     @cached_property
     def _labels(self) -> frozenset[int]:
@@ -316,17 +362,17 @@ class Questions:
         return Result(kind, self._labels, Answer("no", text))
 
     def _cannot_tell(self, kind: LossKind, why: str, labels: frozenset[int] = frozenset()) -> Result:
-        text = (
-            "cannot tell whether the loss of a micro-batch is a mean over its items, counted as "
-            f"{kind.count!r}: {why}. Accumulation may not be exact. {SET_NUM_ITEMS}"
-        )
-        return Result(kind, labels, Answer("cannot tell", text))
+        return Result(kind, labels, cannot_tell(kind, why))
 
 
-def same_shapes(rows: Sequence[Rows]) -> list[Rows]:
-    """Return the rows that combine into one batch: all, or those like the first if nothing masks padding."""
-    try:
-        combine(rows, (), 0)
-        return list(rows)
-    except (ValueError, RuntimeError, IndexError):
-        return [row for row in rows if row.shapes == rows[0].shapes]
+def cannot_tell(kind: LossKind, why: str) -> Answer:
+    """Return the line for a sample that cannot decide."""
+    text = (
+        "cannot tell whether the loss of a micro-batch is a mean over its items, counted as "
+        f"{kind.count!r}: {why}. Accumulation may not be exact. {SET_NUM_ITEMS}"
+    )
+    return Answer("cannot tell", text)
+
+
+def _proportional(items: np.ndarray, others: np.ndarray, ratio: float) -> bool:
+    return bool((abs(items - ratio * others) <= EXACT * np.maximum(others, 1)).all())

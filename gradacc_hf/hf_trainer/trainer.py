@@ -15,29 +15,27 @@ import copy
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, Trainer, __version__
 from transformers.utils import logging
 
 from gradacc_hf.accumulation.loss_items import CountItems
-from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LOSS_RTOL_HALF
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.probe_rows import Rows, on_host
-from gradacc_hf.accumulation.reference import full_float32
 from gradacc_hf.hf_trainer.item_counts import count_examples
 from gradacc_hf.hf_trainer.loss_probe import LossProbe
 from gradacc_hf.hf_trainer.loss_questions import Answer
 from gradacc_hf.hf_trainer.outputs import for_trainer
+from gradacc_hf.hf_trainer.trainer_losses import TrainerLosses
 from gradacc_hf.utils.hardware import refuse_place
 from gradacc_hf.utils.logs import info
-from gradacc_hf.utils.modeling import BATCH_NORMS, small_instead_of_zero
-from gradacc_hf.utils.rng import preserve_rng_state
+from gradacc_hf.utils.modeling import BATCH_NORMS
 
 if TYPE_CHECKING:
     from datasets import Dataset as DatasetOfRows
@@ -89,6 +87,7 @@ class ExactTrainerMixin(_Base):
         self._num_items = num_items
         super().__init__(*args, **kwargs)
         self._probe, self._reported = self._new_probe(), set()
+        self._losses: TrainerLosses | None = None
         self._evaluating = False
         refuse_unsupported(self)
 
@@ -102,7 +101,7 @@ class ExactTrainerMixin(_Base):
         Returns:
             The `TrainOutput` of Trainer.
         """
-        self._probe, self._reported = self._new_probe(), set()
+        self._probe, self._reported, self._losses = self._new_probe(), set(), None
         return super().train(*args, **kwargs)
 
     def _new_probe(self) -> LossProbe:
@@ -131,9 +130,14 @@ class ExactTrainerMixin(_Base):
                 f"{type(micro_batches[0]).__name__}s: use {type(self).__name__} without ExactTrainerMixin"
             )
         items, asks = self._add_up_items(micro_batches, self._probe.asks(micro_batches))
-        if asks:
+        for attempt in (1, 2) if asks else ():  # the first sample may show what to look for
             self._probe_loss(micro_batches, num_items_of_trainer is not None)
-            items, _ = self._add_up_items(micro_batches, False)
+            differs = self._probe.differs(micro_batches)
+            items, is_open = self._add_up_items(micro_batches, bool(differs))
+            if not is_open:
+                break
+            if attempt == 2:
+                self._report(self._probe.leave_open(differs))
         # Without a known end of the epoch, Trainer steps only after the expected number of micro-batches.
         missing = num_batches - len(micro_batches)
         micro_batches += missing * micro_batches[-1:]
@@ -222,7 +226,6 @@ class ExactTrainerMixin(_Base):
 
     # ---- the probe: find the kind of loss ----
 
-    @torch.no_grad()
     def _probe_loss(self, micro_batches: Sequence[Mapping[str, Any]], counted: bool) -> None:
         """Probe `compute_loss` without dropout on a few rows of the window, and log what is new.
 
@@ -232,9 +235,9 @@ class ExactTrainerMixin(_Base):
         model: Any = self.model_wrapped
         if self._probe.kind is None:
             warn_of_batch_norm(model)
-        modes = [(module, module.training) for module in model.modules()]
+        if self._losses is None or self._losses.counted != counted:
+            self._losses = TrainerLosses(self, counted, self._processes)
         metrics = copy.deepcopy(getattr(self, "_metrics", None))  # forwards of trl's Trainers append to it
-        model.eval()
 
         def rows(pairs: bool = False) -> list[Rows]:
             own = self._probe.rows(micro_batches, pairs)
@@ -243,29 +246,20 @@ class ExactTrainerMixin(_Base):
             of_processes = gather_object([own])
             return self._probe.choose(list(chain(*of_processes)), max(map(len, of_processes)))
 
+        # The same micro-batch in all processes.
+        first = broadcast_object_list(on_host([Rows({}, dict(micro_batches[0]))]))[0].batch
         try:
-            with preserve_rng_state(), full_float32():
-                sample, losses = rows(), _TrainerLosses(self, counted)
-                # The same micro-batch in all processes.
-                first = broadcast_object_list(on_host([Rows({}, dict(micro_batches[0]))]))[0].batch
-                try:
-                    losses(first, 1.0 if counted else None)
-                except Exception:  # a model that computes its loss only in training mode
-                    for module in model.modules():
-                        module.training = not isinstance(module, BATCH_NORMS)
-                answer = self._learn(sample, losses, lambda: rows(pairs=True), first)
+            with self._losses.ready(first):
+                answer = self._learn(rows(), self._losses, lambda: rows(pairs=True), first)
         finally:
-            for module, training in modes:
-                module.training = training
             if metrics is not None:
                 self._metrics = metrics
-        if answer is not None and self.is_world_process_zero():
-            self._report(answer)
+        self._report(answer)
 
     def _learn(
         self,
         sample: list[Rows],
-        losses: "_TrainerLosses",
+        losses: TrainerLosses,
         in_pairs: Callable[[], list[Rows]],
         whole: Mapping[str, Any],
     ) -> Answer | None:
@@ -278,9 +272,9 @@ class ExactTrainerMixin(_Base):
                     raise
             sample = sample[: len(sample) // 2]
 
-    def _report(self, answer: Answer) -> None:
+    def _report(self, answer: Answer | None) -> None:
         """Log what the probe found, each line once per training."""
-        if answer.text not in self._reported:
+        if answer is not None and self.is_world_process_zero() and answer.text not in self._reported:
             self._reported.add(answer.text)
             line = f"{type(self).__name__}: {answer.text}"
             info(logger, line) if answer.exact == "yes" else logger.warning(line)
@@ -366,41 +360,6 @@ def _with_items(inputs: Mapping[str, Any]) -> dict[str, Any]:
         name: torch.zeros_like(value) if name in ("labels", "start_positions", "end_positions") else value
         for name, value in inputs.items()
     }
-
-
-class _TrainerLosses:
-    """Computes losses as a Trainer does, for the probe. Every process gets the loss of the first."""
-
-    def __init__(self, trainer: Any, counted: bool):
-        self.trainer, self.counted = trainer, counted
-        self.num_processes = trainer._processes
-        half = (
-            next(trainer.model.parameters()).dtype != torch.float32 or trainer.args.bf16 or trainer.args.fp16
-        )
-        self.rtol = LOSS_RTOL_HALF if half else LOSS_RTOL_FP32
-
-    def __call__(
-        self, batch: Mapping[str, Any], number: float | None, seed: int = 0, across: bool = False
-    ) -> float:
-        """Return the loss that `compute_loss` gives for this number of items."""
-        trainer = self.trainer
-        torch.manual_seed(seed)  # a model may draw random numbers in evaluation mode
-        inputs = trainer._prepare_inputs(dict(batch))
-        num_items = None if number is None else torch.tensor(number, device=trainer.args.device)
-        with trainer._average_tokens_across_devices(across), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=num_items)
-        found: Any = torch.as_tensor(loss, device=trainer.args.device).detach().float().reshape(())
-        if trainer.accelerator.num_processes > 1:
-            found = broadcast(found)
-        return float(found)
-
-    def across_processes(self, batch: Mapping[str, Any], number: float) -> float:
-        """Return the loss with the factor of processes, if the loss has one."""
-        return self(batch, number if self.counted else None, across=True)
-
-    def without_zeros(self) -> AbstractContextManager[None]:
-        """Set parameters that are all 0 to small random numbers in the block."""
-        return small_instead_of_zero(self.trainer.model_wrapped)
 
 
 def warn_of_batch_norm(model: torch.nn.Module) -> None:

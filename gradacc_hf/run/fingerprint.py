@@ -8,7 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import yaml
 from datasets import Dataset
 
@@ -16,6 +18,8 @@ from gradacc_hf.config.schema import Config
 from gradacc_hf.data.reading import counted
 from gradacc_hf.errors import InputError
 
+pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
+MIXER = 0x5851F42D4C957F2D  # an odd number, with which sketches of columns are mixed
 TARGETS = ("labels", "start_positions", "end_positions", "augment")  # not inputs of a model
 SECTIONS = ("model", "data", "batch", "optim", "train")  # budget, output and checkpoints may change
 
@@ -35,13 +39,16 @@ def fingerprint(dataset: Dataset) -> str:
 def _files_by_content(table: Any) -> Any:
     """Replace the files of images and sounds by checksums of their content."""
     for number, field in enumerate(table.schema):
-        if pa.types.is_struct(field.type) and {part.name for part in field.type} == {"bytes", "path"}:
-            digests = [None if row is None else _digest(**row) for row in table.column(number).to_pylist()]
+        if _is_file(field.type):
+            digests = [
+                None if row is None else digest_of_file(**row) for row in table.column(number).to_pylist()
+            ]
             table = table.set_column(number, field.name, pa.array(digests, pa.string()))
     return table
 
 
-def _digest(bytes: bytes | None, path: str | None) -> str:
+def digest_of_file(bytes: bytes | None, path: str | None) -> str:
+    """Return a checksum of the content of an image or a sound."""
     content = bytes if bytes is not None else Path(path).read_bytes() if path else b""
     return hashlib.sha256(content).hexdigest()
 
@@ -51,12 +58,57 @@ def duplicates_note(training: Dataset, validation: Dataset) -> str | None:
     names = [name for name in training.column_names if name not in TARGETS]
     if not names or not {*names} <= {*validation.column_names}:
         return None
-    known = set(_keys(training.select_columns(names)))
-    number = sum(key in known for key in _keys(validation.select_columns(names)))
+    train, other = (split.select_columns(names) for split in (training, validation))
+    of_train, of_other = _sketches(train), _sketches(other)
+    known = set(_keys(train.select(np.flatnonzero(np.isin(of_train, of_other)))))
+    number = sum(key in known for key in _keys(other.select(np.flatnonzero(np.isin(of_other, of_train)))))
     if not number:
         return None
     some = "all" if number == len(validation) else f"{number:,} of"
     return f"{some} {counted(len(validation), 'validation example')} are also training examples"
+
+
+def _sketches(dataset: Dataset) -> np.ndarray:
+    """Return a number for each row, which equal rows share. Most of the content is not read."""
+    found = [np.zeros(0, np.int64)]
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        whole: Any = table.combine_chunks()  # type: ignore[union-attr]
+        sketch = np.zeros(len(whole), np.int64)
+        for name in sorted(whole.column_names):
+            for numbers in _sketch(whole.column(name).chunk(0)):
+                sketch = sketch * MIXER + numbers.astype(np.int64)  # wraps around
+        found.append(sketch)
+    return np.concatenate(found)
+
+
+def _sketch(column: Any) -> Iterable[np.ndarray]:
+    """Yield the lengths of texts and files; of lists of integers also three values, within the list."""
+    if _is_list_of_integers(column.type):
+        numbers, starts = column.values, column.offsets.to_numpy()[:-1]
+        numbers = (pc.fill_null(numbers, 0) if numbers.null_count else numbers).to_numpy()
+        yield (lengths := pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False))
+        for quarter in (1, 2, 3):
+            values = np.zeros(len(lengths), np.int64)
+            values[lengths > 0] = numbers[(starts + lengths * quarter // 4)[lengths > 0]]
+            yield values
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        yield pc.fill_null(pc.binary_length(column), -1).to_numpy(zero_copy_only=False)
+    elif _is_file(column.type):
+        parts = dict(zip([part.name for part in column.type], column.flatten(), strict=True))
+        files = zip(pc.binary_length(parts["bytes"]).to_pylist(), parts["path"].to_pylist(), strict=True)
+        yield np.array([_size(size, path) for size, path in files], np.int64)
+
+
+def _size(size: int | None, path: str | None) -> int:
+    return size if size is not None else Path(path).stat().st_size if path else 0
+
+
+def _is_file(kind: Any) -> bool:
+    return pa.types.is_struct(kind) and {part.name for part in kind} == {"bytes", "path"}
+
+
+def _is_list_of_integers(kind: Any) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
 
 
 def _keys(dataset: Dataset) -> Iterable[bytes]:
@@ -73,8 +125,7 @@ def _keys(dataset: Dataset) -> Iterable[bytes]:
 
 def _values(column: Any) -> Iterable[bytes]:
     """Return the bytes of each value. Lists of numbers are not read into Python."""
-    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    if is_list and pa.types.is_integer(column.type.value_type) and not column.null_count:
+    if _is_list_of_integers(column.type) and not column.null_count:
         offsets, numbers = column.offsets.to_pylist(), column.values.to_numpy(zero_copy_only=False)
         return [numbers[start:end].tobytes() for start, end in pairwise(offsets)]
     return [repr(value).encode() for value in column.to_pylist()]

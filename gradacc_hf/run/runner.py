@@ -21,6 +21,7 @@ from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.config.schema import Config, OutputConfig
+from gradacc_hf.data.columns import integers_as_text
 from gradacc_hf.errors import InputError, NonFiniteError, OutOfMemoryWhileSyncingError, one_line
 from gradacc_hf.hub.model_card import RunCard, facts, refresh_cards
 from gradacc_hf.hub.push import push
@@ -103,9 +104,9 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         check_same_settings(config, resumed.folder)
         tell_nothing_to_resume(resumed, accelerator)
         return
-    task = load_task(recipe_class, config, accelerator)
+    checkpoint = None if resumed is None else newest_checkpoint(resumed.folder, accelerator)
+    task = load_task(recipe_class, config, accelerator, checkpoint)
     config = task.recipe.config
-    checkpoint = find_checkpoint(task, resumed, accelerator)
     plan = plan_run(task, accelerator)
     tell_resumed(resumed, checkpoint, accelerator)
     baseline = task.recipe.baseline(task.training, task.validation)
@@ -202,8 +203,27 @@ def check_same_view(resumed: ResumedRun | None) -> None:
         )
 
 
-def load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelerator) -> Task:
-    """Read the data sets, and compute the settings and fingerprints that a resumed run must share."""
+def load_task(
+    recipe_class: type[Recipe], config: Config, accelerator: Accelerator, checkpoint: Checkpoint | None = None
+) -> Task:
+    """Read the data sets, and compute the settings and fingerprints that a resumed run must share.
+
+    Labels have the order of the run that is resumed. Raise InputError if that run has other data, or other
+    settings that change the computation.
+    """
+    task = _load_task(recipe_class, config, accelerator)
+    if checkpoint is None:
+        return task
+    before = checkpoint.about["same"].get("data.train")
+    if before not in (None, task.same["data.train"]):
+        with integers_as_text():
+            other = _load_task(recipe_class, config, accelerator)
+        task = other if other.same["data.train"] == before else task
+    check_same(checkpoint, task.same)
+    return task
+
+
+def _load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelerator) -> Task:
     with accelerator.main_process_first():  # the other processes read its cache
         recipe, training, validation = load_data(recipe_class(config))
     found: list[dict[str, Any]] = [{}]
@@ -212,17 +232,6 @@ def load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelerat
         if text := duplicates_note(training, validation):
             recipe.reading.note("duplicates", text)
     return Task(recipe, training, validation, broadcast_object_list(found)[0])
-
-
-def find_checkpoint(task: Task, resumed: ResumedRun | None, accelerator: Accelerator) -> Checkpoint | None:
-    """Return the newest checkpoint of the run that is resumed.
-
-    Raises InputError if that run has other data, or other settings that change the computation.
-    """
-    checkpoint = None if resumed is None else newest_checkpoint(resumed.folder, accelerator)
-    if checkpoint is not None:
-        check_same(checkpoint, task.same)
-    return checkpoint
 
 
 def plan_run(task: Task, accelerator: Accelerator) -> RunPlan:

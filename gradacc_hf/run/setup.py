@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow.compute
 import torch
 from accelerate import Accelerator
@@ -219,13 +220,17 @@ def check_max_length(recipe: Recipe, model: Any, training: Dataset) -> None:
 def check_vocabulary(recipe: Recipe, model: Any, datasets: Sequence[Dataset]) -> None:
     """Raise InputError if the data have a token id beyond the embeddings or the outputs of the model.
 
-    Note it for the plan if the tokenizer has further tokens, and none is in the data.
+    Training examples of `data.leave_out` may have one. Note it for the plan if the tokenizer has further
+    tokens, and none is in the data.
     """
     inner = next((module for module in model.modules() if hasattr(module, "get_input_embeddings")), None)
     columns = [column for column in datasets[0].column_names if column.endswith("input_ids")]
     if (rows := num_embeddings(inner)) is None or not columns:
         return
     tokenizer, outputs = recipe.tokenizer, num_outputs(inner) or rows
+    training, *others = datasets
+    if left_out := recipe.config.data.leave_out:
+        datasets = [training.select(np.setdiff1d(np.arange(len(training)), left_out)), *others]
     largest = {column: max(_largest(dataset, column) for dataset in datasets) for column in columns}
     largest |= {"the batches": max(tokenizer.convert_tokens_to_ids(recipe.tokens_of_batches()))}
     limits = dict.fromkeys(largest, rows)
@@ -248,8 +253,9 @@ def check_vocabulary(recipe: Recipe, model: Any, datasets: Sequence[Dataset]) ->
 
 
 def _largest(dataset: Dataset, column: str) -> int:
-    """Return the largest number in a column of lists."""
-    return pc.max(pc.list_flatten(dataset.data.column(column))).as_py() or 0
+    """Return the largest number in a column of lists, of the rows that are selected."""
+    tables: Any = dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000)
+    return max((pc.max(pc.list_flatten(table[column])).as_py() or 0 for table in tables), default=0)
 
 
 def check_best_metric(config: Config, baseline: Mapping[str, float] | None) -> None:

@@ -5,7 +5,8 @@
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,22 @@ from gradacc_hf.accumulation.loss_items import (
     model_loss,
     total_loss,
 )
-from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LOSS_RTOL_HALF, LossSample
+from gradacc_hf.accumulation.loss_modes import find_mode
+from gradacc_hf.accumulation.loss_samples import LossSample
 from gradacc_hf.accumulation.reference import full_float32
-from gradacc_hf.accumulation.sample_examples import labels_by_row
+from gradacc_hf.accumulation.sample_examples import count_labels
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.bad_index import ids_beyond, num_embeddings
 from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.utils.logs import get_logger
-from gradacc_hf.utils.modeling import BATCH_NORMS, small_instead_of_zero
+from gradacc_hf.utils.modeling import BATCH_NORMS, BufferSnapshot, small_instead_of_zero
 from gradacc_hf.utils.rng import preserve_rng_state
 
 logger = get_logger(__name__)
 
+SMALL = 1e-6
+"""Relative difference of losses below which no warning is worth it, such as 1e-8 added to a divisor."""
 REMAKE = "make the optimizer after the last change of the model"
 
 
@@ -175,9 +179,10 @@ def preflight_check(
     if accelerator.distributed_type == DistributedType.FSDP or placed_already:  # it may not fit on one device
         return
     training = model.training
-    model.to(accelerator.device).eval()
+    model.to(accelerator.device)
     with uncompiled(model), preserve_rng_state(), full_float32():
         notice_inseparable_loss(model, windows, compute_loss)
+        model.eval()
         expect_unused_parameters(model, windows, compute_loss, accelerator)
     model.train(training)
 
@@ -192,83 +197,68 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
     if as_window_loss(compute_loss) is not None:  # a loss over the whole window has no mean over parts
         return
     alone, together, pad_to = windows.sample()
+    repeated = windows.collated(np.repeat(alone[0].indices, len(alone)), pad_to)
+    is_half = next(model.parameters()).dtype not in (torch.float32, torch.float64)
 
     def losses() -> list[Mapping[str, torch.Tensor]]:
-        repeated = windows.collated(np.repeat(alone[0].indices, len(alone)), pad_to)
         micro_batches = (*alone, together, repeated)
         found = [compute_loss(model(**each.batch), each.batch) for each in micro_batches]
         return [loss if isinstance(loss, Mapping) else {"": loss} for loss in found]
 
+    def loss_after(seed: int) -> float:
+        torch.manual_seed(seed)
+        return float(total_loss(compute_loss(model(**together.batch), together.batch)))
+
     def sample_of(measured: list[Mapping[str, torch.Tensor]], name: str) -> LossSample:
-        *single, whole, repeated = (float(loss[name]) for loss in measured)
-        return LossSample(np.array(single), whole, repeated, _rounding(model))
+        *single, whole, again = (float(loss[name]) for loss in measured)
+        return LossSample(np.array(single), whole, again, mode.rtol(is_half))
 
-    def pair_of(name: str) -> Callable[[int, int], float]:
-        def loss(first: int, second: int) -> float:
-            indices = np.concatenate([alone[first].indices, alone[second].indices])
-            batch = windows.collated(indices, pad_to).batch
-            found = compute_loss(model(**batch), batch)
-            return float(found[name] if isinstance(found, Mapping) else found)
-
-        return loss
-
-    measured, labels = losses(), [labels_by_row(each) for each in alone]
-    for name in measured[0]:
-        items = np.array([each.items[name] if name else each.num_items for each in alone])
-        if not np.isclose(items.sum(), together.items[name] if name else together.num_items):
-            continue  # masked at random
-        sample = sample_of(measured, name)
-        if sample.decides(items):
-            problem = _problem(sample, items, labels, pair_of(name))
-        else:  # such as a head of zeros
-            with small_instead_of_zero(model):
-                problem = _problem(sample_of(losses(), name), items, labels, pair_of(name))
-        if problem:
-            logger.warning(f"{name}: {problem}" if name else problem)
+    mode, buffers = find_mode(model, loss_after, is_half), BufferSnapshot(model)
+    with mode.of(model):
+        measured, labels = losses(), count_labels(alone)
+        for name in measured[0]:
+            items = np.array([each.items[name] if name else each.num_items for each in alone])
+            if not np.isclose(items.sum(), together.items[name] if name else together.num_items):
+                continue  # masked at random
+            sample = sample_of(measured, name)
+            if sample.decides(items):
+                problem = _problem(sample, items, labels)
+            else:  # such as a head of zeros
+                with small_instead_of_zero(model):
+                    problem = _problem(sample_of(losses(), name), items, labels)
+            if problem:
+                logger.warning(f"{name}: {problem}" if name else problem)
+    buffers.restore()
 
 
-def _problem(
-    sample: LossSample,
-    items: np.ndarray,
-    labels: Sequence[set[int]],
-    loss_of_pair: Callable[[int, int], float],
-) -> str:
+def _problem(sample: LossSample, items: np.ndarray, labels: Sequence[Counter[int]]) -> str:
     """Return a line if the sample shows no mean over items, or cannot tell; "" if it shows one.
 
     Args:
         sample: Losses of examples alone and together.
         items: Items of each example (examples,).
-        labels: Labels of each example; empty sets if labels are not by example.
-        loss_of_pair: Computes the loss of two of the examples together.
+        labels: How often each label occurs in each example.
     """
     if not sample.is_usable or len(items) < 2:
         return ""
     cure = "set num_items ('next_token' if the head shifts its labels)"
-    if not sample.fits(items):
+    if not sample.fits(items) and sample.deviation(items) > SMALL:
         return (
             f"{len(items)} examples have the loss {sample.together:.6g} together, but the mean over their "
             f"items is {sample.mean(items):.6g}: no split is exact. If padding changes the loss, pad a "
             f"window to one length (pad_to='window'). If the loss is a mean over other items, {cure}"
         )
-    different, why = set().union(*labels), ""
+    different, why = set[int]().union(*labels), ""
     if not sample.decides(items):
         why = f"the losses of {len(items)} examples are all alike"
     elif len(different) == 1:
         why = f"all labels of the first examples are {different.pop()}, so class weights would not show"
-    for label in sample.hidden_labels(items, labels) if not why else ():
-        row = next(i for i, of_example in enumerate(labels) if label in of_example)
-        both = [row, sample.partner(row, items)]
-        pair = sample.pair(*both, together=loss_of_pair(*both))
-        if not pair.fits(items[both]):
-            return f"the loss does not count label {label} like the others: no split is exact; {cure}"
-        if not pair.decides(items[both]):
+    for label in sorted(different) if not why else ():
+        weighted = items + [counted[label] for counted in labels]
+        same_share = np.allclose(weighted * items.sum(), items * weighted.sum())
+        if not same_share and not sample.separates(items, weighted):
             why = f"a weight of label {label} would not show"
     return why and f"cannot tell whether the loss is a mean over its items: {why}. If not, {cure}"
-
-
-def _rounding(model: torch.nn.Module) -> float:
-    dtype = next(model.parameters()).dtype
-    return LOSS_RTOL_FP32 if dtype in (torch.float32, torch.float64) else LOSS_RTOL_HALF
 
 
 def expect_unused_parameters(

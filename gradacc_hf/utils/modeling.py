@@ -33,6 +33,22 @@ def disable_dropout(model: torch.nn.Module) -> list[tuple[Any, str, float]]:
     return removed
 
 
+@contextmanager
+def without_dropout(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """Set training or evaluation mode without dropout in the block. BatchNorm is in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    removed = disable_dropout(model)
+    try:
+        for module, _ in modes:
+            module.training = training and not isinstance(module, BATCH_NORMS)
+        yield
+    finally:
+        for module, before in modes:
+            module.training = before
+        for holder, name, value in removed:
+            setattr(holder, name, value)
+
+
 def is_decoder(config: Any) -> bool:
     """Whether a model of this config only predicts next tokens, such as Llama."""
     from transformers.models.auto import modeling_auto as known  # slow to import

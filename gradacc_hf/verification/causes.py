@@ -52,6 +52,8 @@ def why_not_exact(
     Reasons that hide others are tried first. There is no reason if the loss of every pair of examples is the
     mean over the counted items. The model may be left in float64.
     """
+    if reason := _drops_examples(windows, indices, pad_to):
+        return (reason,)
     probe = _Probe(model, windows, compute_loss, indices, pad_to)
     reason = (
         _batch_norm(model)
@@ -154,6 +156,35 @@ def _batch_norm(model: torch.nn.Module) -> Reason | None:
         "a model with LayerNorm or GroupNorm. When training from scratch, use "
         f"torch.nn.{other} instead of {name}, and so on",
     )
+
+
+def _drops_examples(windows: WindowLoader, indices: Sequence[int], pad_to: int | None) -> Reason | None:
+    """Compare the items of several examples in one batch with the items of these examples one by one.
+
+    The labels are counted, too, because a wrong count of items may include padding.
+    """
+
+    def items(chosen: Sequence[int]) -> tuple[float, float]:
+        found = windows.collated(chosen, pad_to)
+        return found.num_items, COUNTS["labels"](found.batch) if "labels" in found.batch else found.num_items
+
+    for number in sorted({2, 3, len(indices) // 2, len(indices)} & {*range(2, len(indices) + 1)}):
+        chosen = [int(i) for i in indices[:number]]
+        try:
+            together, alone = (
+                items(chosen),
+                [sum(all_of) for all_of in zip(*(items([i]) for i in chosen), strict=True)],
+            )
+            is_random = items(chosen) != together  # `_random` finds it
+        except NOT_APPLICABLE:
+            return None
+        if not is_random and not any(map(math.isclose, together, alone)):
+            return Reason(
+                f"collate_fn returns {together[0]:g} items for {number} examples in one batch, {alone[0]:g} "
+                "one by one: it drops examples or labels by the rest of the micro-batch",
+                "drop them before WindowLoader, or by the example alone, so that every split has equal items",
+            )
+    return None
 
 
 def _random(probe: _Probe) -> Reason | None:

@@ -37,6 +37,7 @@ from gradacc_hf.accumulation.reference import (
     read_gradient,
     whole_window_gradient,
 )
+from gradacc_hf.accumulation.sample_examples import count_labels
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.training.compile import compile_layers, is_compiled, uncompiled
@@ -166,16 +167,21 @@ def verify(
     disable_dropout(model)
     look_ahead = max(LOOK_AHEAD, num_windows or 0)
     most = windows.plan.count_windows([windows.epoch])
-    windows = windows.copy(look_ahead if most is None else min(look_ahead, most - windows.window % most))
+    ahead = look_ahead if most is None else min(look_ahead, most - windows.window % most)
     with preserve_rng_state(), full_float32():
-        read = list(islice(windows, look_ahead))
+        read = [_facts_of(window) for window in islice(windows.copy(ahead), look_ahead)]
         if not read:
             raise ValueError("no example of the data set has an item: every label is ignored")
-        chosen = deciding_windows(read, num_windows)
-        compared = list(_compare_windows(model, windows, chosen, compute_loss, trainer))
+        chosen, windows = deciding_windows(read, num_windows), windows.copy(ahead)
+        comparisons = _compare_windows(model, windows, chosen, compute_loss, trainer)
+        worst, window = next(comparisons)
+        compared = [worst]
+        for each, its_window in comparisons:
+            compared.append(each)
+            if each.loop.badness > worst.loop.badness:
+                worst, window = each, its_window
         fits = all(each.fits for each in compared)
-        worst = max(compared, key=lambda each: each.loop.badness)
-        loop, window = worst.loop, worst.window
+        loop = worst.loop
         if EXACT < loop.error < ROUNDING_RTOL_FP32 and fits:
             loop = _in_float64(model, windows, window, compute_loss) or loop
         reasons: tuple[Reason, ...] = ()
@@ -191,7 +197,7 @@ def verify(
         reference=REFERENCE_AT_ONCE if fits else REFERENCE_ONE_BY_ONE,
         windows=len(compared),
         windows_read=len(read),
-        examples=sum(len(each.window.indices) for each in compared),
+        examples=sum(each.examples for each in compared),
         accumulation_steps=tuple(each.steps for each in compared),
         reasons=reasons,
         undecided=tuple(_undecided(compared, read)),
@@ -213,43 +219,60 @@ def _check_arguments(windows: WindowLoader, num_windows: int | None) -> None:
         )
 
 
-def deciding_windows(windows: Sequence[Window], number: int | None) -> list[Window]:
+@dataclass(frozen=True)
+class WindowFacts:
+    """The facts by which windows are chosen, without the data of the window."""
+
+    several: bool
+    """Whether the window has several micro-batches."""
+    unequal: bool
+    """Whether the micro-batches have different numbers of items."""
+    labels: set[int]
+    kinds: set[Any]
+    """Labels and other entries of the batches, which may weigh examples."""
+
+
+def _facts_of(window: Window) -> WindowFacts:
+    batches = [micro_batch.batch for micro_batch in window.micro_batches]
+    labels = labels_of_window(batches) or set()
+    unequal = len({micro_batch.num_items for micro_batch in window.micro_batches}) > 1
+    kinds = set[Any](labels).union(*map(marks_of, batches))
+    if labels:  # by token, rows may differ in how often a label occurs
+        kinds |= {pair for counted in count_labels(window.micro_batches) for pair in counted.items()}
+    return WindowFacts(len(window) > 1, unequal, labels, kinds)
+
+
+def deciding_windows(windows: Sequence[WindowFacts], number: int | None) -> list[int]:
     """Choose the windows that show most: different labels, several micro-batches, unequal items.
 
     Args:
-        windows: The windows to choose from, in order.
+        windows: The facts of the windows to choose from, in order.
         number: The number to choose; None for one window, and up to two more with other labels.
-    """
-    left, chosen, known = list(windows), list[Window](), set[Any]()
 
-    def value(window: Window) -> tuple[bool, int, bool]:
-        unequal = len({micro_batch.num_items for micro_batch in window.micro_batches}) > 1
-        return len(window) > 1, len(_kinds(window) - known), unequal
+    Returns:
+        The places of the chosen windows, in order.
+    """
+    left, chosen, known = list(range(len(windows))), list[int](), set[Any]()
+
+    def value(place: int) -> tuple[bool, int, bool]:
+        window = windows[place]
+        return window.several, len(window.kinds - known), window.unequal
 
     while left and len(chosen) < (number or MOST_WINDOWS):
         best = max(left, key=value)
-        if chosen and number is None and not _kinds(best) - known:
+        if chosen and number is None and not windows[best].kinds - known:
             break
         left.remove(best)
         chosen.append(best)
-        known |= _kinds(best)
-    return [window for window in windows if window in chosen]
+        known |= windows[best].kinds
+    return sorted(chosen)
 
 
-def _labels(window: Window) -> set[int]:
-    return labels_of_window([micro_batch.batch for micro_batch in window.micro_batches]) or set()
-
-
-def _kinds(window: Window) -> set[Any]:
-    """Return what may weigh the examples of a window: labels, and other entries of the batches."""
-    return _labels(window).union(*(marks_of(micro_batch.batch) for micro_batch in window.micro_batches))
-
-
-def _undecided(compared: Sequence["_ComparedWindow"], read: Sequence[Window]) -> Iterator[str]:
+def _undecided(compared: Sequence["_ComparedWindow"], read: Sequence[WindowFacts]) -> Iterator[str]:
     """Yield what the compared windows cannot show."""
     if all(each.loop.error == 0 == each.loop.norm_ratio for each in compared):
         yield "the gradient of each compared window is 0"
-    labels = set().union(*(_labels(window) for window in read))
+    labels = set().union(*(window.labels for window in read))
     if len(labels) == 1:
         yield (
             f"all labels of the first {len(read)} windows are {labels.pop()}, so a loss that weighs labels "
@@ -264,7 +287,7 @@ EXACT_TRAINER, TRAINER = "ExactTrainer", "Trainer"
 class _ComparedWindow:
     """One window: the gradients of all ways compared with the reference."""
 
-    window: Window
+    examples: int
     steps: int
     """Micro-batches of the window."""
     loop: Comparison
@@ -281,13 +304,18 @@ class _ComparedWindow:
 def _compare_windows(
     model: torch.nn.Module,
     windows: WindowLoader,
-    chosen: Sequence[Window],
+    chosen: Sequence[int],
     compute_loss: ComputeLoss,
     trainer: bool,
-) -> Iterator[_ComparedWindow]:
-    """Yield one compared window after another. After a failure of a Trainer, only the loop is compared."""
+) -> Iterator[tuple[_ComparedWindow, Window]]:
+    """Yield the comparison of one chosen window after another, with the window.
+
+    After a failure of a Trainer, only the loop is compared.
+    """
     failed = ""
-    for window in chosen:
+    for place, window in enumerate(islice(windows, chosen[-1] + 1)):
+        if place not in chosen:
+            continue
         truth = _whole(model, windows, window, compute_loss)
         fits = truth is not None
         if truth is None and as_window_loss(compute_loss) is not None:
@@ -302,7 +330,7 @@ def _compare_windows(
         if trainer and not failed:
             trainers, failed = _compare_trainers(model, windows, window, compute_loss, truth)
         finite = math.isfinite(norm(truth))
-        yield _ComparedWindow(window, len(window), loop, finite, fits, trainers, failed)
+        yield _ComparedWindow(len(window.indices), len(window), loop, finite, fits, trainers, failed), window
 
 
 def _compare_trainers(

@@ -46,11 +46,13 @@ def test_a_copied_recipe_is_the_one_that_its_copied_config_names(tmp_path):
     ).resolve()
 
 
-def test_cp_says_how_the_copy_is_run(tmp_path, capsys):
-    cli.copy_recipe("contrastive", tmp_path)
+@pytest.mark.parametrize("name", ["contrastive", "text_classification"])
+def test_cp_says_how_the_copy_is_run(tmp_path, capsys, name):
+    cli.copy_recipe(name, tmp_path)
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("run it: "))
     assert command[:2] == ["accelerate", "launch"]
     assert all(Path(file).is_file() for file in (command[2], command[4]))
+    assert Path(command[4]).stem == f"{name}_offline"
 
 
 def test_a_copied_lesson_runs(tmp_path):

@@ -229,6 +229,13 @@ def test_a_recipe_path_is_relative_to_the_config_file():
     assert read_command_line(["--config", "here/configs/a.yaml"]).recipe == str(Path(recipe).resolve())
 
 
+def test_a_config_file_that_is_absent_is_named_with_the_closest_one():
+    write("mine/my_run.yaml", "data: {train: x.csv}")
+    assert "did you mean mine/my_run.yaml? " in line("--config", "mine/my_rnu.yaml")
+    assert "configs/text_classification.yaml? " in line("--config", "text_clasification.yaml")
+    assert "did you mean" not in line("--config", "xyz.yaml")
+
+
 @pytest.mark.parametrize("written", ["../recipes/r.py", "recipes/r.py"])
 def test_a_recipe_path_is_then_relative_to_the_kit(written, tmp_path, monkeypatch):
     recipe = tmp_path / write("kit/recipes/r.py", "")

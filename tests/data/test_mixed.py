@@ -6,11 +6,11 @@ from pathlib import Path
 import datasets.config
 import pandas as pd
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Json, List, Value
 
 from gradacc_hf.data.columns import encode_labels
-from gradacc_hf.data.loading import load_data
-from gradacc_hf.data.mixed import as_column, dataset_of
+from gradacc_hf.data.loading import load_data, read_file
+from gradacc_hf.data.mixed import ROWS_AT_ONCE, as_column, dataset_of, read_mixed_json
 from gradacc_hf.errors import InputError
 
 
@@ -119,6 +119,35 @@ def test_rows_with_late_keys_and_late_types_are_read():
     splits = load_data("a.jsonl", None, validation_fraction=0.1, seed=0)
     assert len(splits.train) + len(splits.validation) == len(rows)
     assert splits.reading.columns == ["text", "label", "n", "nothing", "note"]
+
+
+def test_beside_a_column_of_dates_the_rows_are_not_read_into_memory():
+    rows = [{"text": f"t {i}", "day": f"2020-01-0{i % 9 + 1}", "n": i} for i in range(2_500)]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_file(Path("a.jsonl"), "data.train")
+    assert found.to_list() == rows
+    assert found.column_names == ["text", "day", "n"]
+    assert found.cache_files  # the file of text and n, which are mapped into memory
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "feature"),
+    [
+        (1, 1.5, Value("float64")),
+        (None, "x", Value("string")),
+        ([], ["x"], List(Value("string"))),
+        (2**60 + 1, 0.5, Json()),  # the integer is no float64
+        ({"a": 1}, {"b": 1}, Json()),
+        (True, 1, Json()),
+    ],
+    ids=str,
+)
+def test_a_type_that_changes_after_many_rows_changes_no_value(first, later, feature):
+    values = [first] * ROWS_AT_ONCE + [later]
+    Path("a.jsonl").write_text("".join(json.dumps({"c": value}) + "\n" for value in values))
+    found = read_mixed_json(Path("a.jsonl"))
+    assert found["c"][:] == values
+    assert found.features["c"] == feature
 
 
 def test_integers_of_more_than_64_bits_are_read():

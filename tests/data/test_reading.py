@@ -5,13 +5,14 @@ from pathlib import Path
 
 import datasets.config
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image, concatenate_datasets
 from recipe_runs import load_recipe, make_recipe, summary, with_defaults, write_rows
 
 from gradacc_hf.data.loading import load_data
 from gradacc_hf.data.reading import SHOWN, Reading, tokens_lost
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import InputError
+from gradacc_hf.run import fingerprint
 from gradacc_hf.run.fingerprint import duplicates_note
 
 ROWS = [{"text": f"text {i}", "label": "odd" if i % 2 else "even"} for i in range(40)]
@@ -66,6 +67,19 @@ def test_every_file_of_a_folder_that_is_not_read_is_named():
             "not read",
             "set/my_heldout.csv: no split in its name, unlike in train; to use it, set data.validation to it",
         ),
+    ]
+
+
+def test_files_that_are_not_read_for_one_reason_are_one_line_with_their_number():
+    csv("set/a.csv", ROWS)
+    for number in range(300):
+        Path(f"set/{number:03}.png").touch()
+        Path(f"set/{number:03}").touch()
+    _, lines = read("set")
+    kinds = "allowed: .csv, .json, .jsonl, .parquet"
+    assert [text for name, text in lines if name == "not read"] == [
+        f"300 files without suffix, such as set/000: {kinds}",
+        f"300 .png files, such as set/000.png: {kinds}",
     ]
 
 
@@ -142,6 +156,26 @@ def test_duplicates_are_found_by_the_inputs_of_the_model():
     assert duplicates_note(train, other) == "2 of 5 validation examples are also training examples"
     assert duplicates_note(train, train.select([2])) == "all 1 validation example are also training examples"
     assert duplicates_note(train, other.select([0, 2, 3])) is None
+    empty = Dataset.from_dict(
+        {"input_ids": [None, [], None]}, features=train.select_columns("input_ids").features
+    )
+    few, some = empty.select([0, 1]), concatenate_datasets([train.select_columns("input_ids"), empty])
+    assert duplicates_note(some, few) == "all 2 validation examples are also training examples"
+
+
+def test_of_images_only_those_of_equal_size_are_read_for_duplicates(monkeypatch):
+    sizes = {"a": 1, "b": 2, "c": 3, "d": 2, "e": 4, "f": 2}
+    for name, size in sizes.items():
+        Path(name).write_bytes((b"x" if name in "bd" else name.encode()) * size)
+    read, digest = [], fingerprint.digest_of_file
+    monkeypatch.setattr(
+        fingerprint, "digest_of_file", lambda **file: read.append(file["path"]) or digest(**file)
+    )
+    train, other = (
+        Dataset.from_dict({"image": [*names]}).cast_column("image", Image()) for names in ("abc", "def")
+    )
+    assert duplicates_note(train, other) == "1 of 3 validation examples are also training examples"
+    assert sorted(read) == ["b", "d", "f"]
 
 
 def test_lost_tokens_are_those_beyond_the_most():
@@ -149,10 +183,25 @@ def test_lost_tokens_are_those_beyond_the_most():
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path())
     texts = [["a b", "a b c", "a b c d e"], ["x", "x", "x"]]
-    found = tokenizer(*texts, truncation=True, max_length=7)["input_ids"]
+    found = tokenizer(*texts, truncation=True, max_length=7)
     assert tokens_lost(tokenizer, texts, found, 7) == [0, 0, 2]
-    found = tokenizer(texts[0], truncation=True, max_length=5)["input_ids"]
-    assert tokens_lost(tokenizer, texts[:1], found, 5) == [0, 0, 2]
+    for length, lost in ((5, [0, 0, 2]), (4, [0, 1, 3]), (2, [2, 3, 5])):
+        found = tokenizer(texts[0], truncation=True, max_length=length)
+        assert tokens_lost(None, texts[:1], found, length) == lost  # not tokenised again
+    words = [text.split() for text in texts[0]]
+    found = tokenizer(words, is_split_into_words=True, truncation=True, max_length=4)
+    assert tokens_lost(None, [words], found, 4, is_split_into_words=True) == [0, 1, 3]
+
+
+def test_tokens_of_a_slow_tokenizer_are_counted(tmp_path):
+    import transformers
+
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
+    tokenizer = transformers.BertTokenizerLegacy(str(tmp_path / "vocab.txt"))
+    texts = ["a b", "a b a b a"]
+    found = tokenizer(texts, truncation=True, max_length=4)
+    assert not tokenizer.is_fast
+    assert tokens_lost(tokenizer, [texts], found, 4) == [0, 3]
 
 
 def test_a_run_states_what_was_truncated_skipped_merged_and_ignored(start):

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from doctor.confusion import LOOPS, diagnose_loop, modules_of, paths, table
 
+from gradacc_hf.doctor.report import NOTHING_JUDGED
+
 MIN_HEALTHY, MIN_JUDGED, MIN_FAULTY = 40, 30, 40
 
 
@@ -52,6 +54,35 @@ def test_each_window_is_compared_or_a_line_says_why_not(results):
             number = 0 if equal is None else int(equal[2] or observed[1])
             not_compared = "was not compared with the window" in report
             assert number == int(observed[1]) or not_compared or "✗" in report, each.name + "\n" + report
+
+
+def test_a_script_of_which_nothing_was_judged_ends_with_a_line_that_states_it(results):
+    unjudged = {each.name for each in results if each.output.rstrip().endswith(NOTHING_JUDGED)}
+    assert "healthy_gradients_averaged_in_a_buffer" in unjudged
+    assert unjudged <= {each.name for each in results if each.code == 0 and not each.is_judged}
+
+
+HALF = """
+import torch
+model = torch.nn.Linear(5, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+for step in range(1, 13):
+    loss = (model(torch.randn(4, 5)) - 1).square().mean() / 2
+    loss.backward()
+    if step % 4 == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+def test_a_weight_that_the_loop_may_have_chosen_is_stated_and_no_fault(tmp_path):
+    (tmp_path / "half.py").write_text(HALF)
+    found = diagnose_loop(tmp_path / "half.py")
+    assert (found.code, found.found) == (0, set())
+    assert (
+        "sum up to 2 over the window, and not to 1: the loop chose a weight for the loss, or" in found.output
+    )
+    assert found.output.rstrip().endswith(NOTHING_JUDGED)
 
 
 @pytest.mark.parametrize("windows", ["3", "6"])

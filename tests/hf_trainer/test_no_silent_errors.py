@@ -100,6 +100,53 @@ def pairs(examples):
     return {"x": torch.cat([torch.stack([e[name] for e in examples]) for name in ("x", "rejected")])}
 
 
+def of_unequal_lengths(n=64):
+    lengths = torch.randint(3, 12, (n,)).tolist()
+    return [{"x": torch.randn(k, WIDTH), "labels": torch.randint(0, CLASSES, (k,))} for k in lengths]
+
+
+def padded(examples):
+    values = {name: [example[name] for example in examples] for name in examples[0]}
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {"x": pad(values["x"], True), "labels": pad(values["labels"], True, padding_value=-100)}
+
+
+def one_tag_each_at_first():
+    found = positions(equal=64)
+    for i, example in enumerate(found):
+        example["labels"] = torch.zeros(LENGTH, dtype=torch.long)
+        example["labels"][torch.randperm(LENGTH)[: 1 if i < 32 else int(torch.randint(0, 4, ()))]] = 1
+    return found
+
+
+def in_training_mode(net, batch):
+    weight = WEIGHTS if net.training else None
+    return cross_entropy(net(batch["x"]), batch["labels"], weight=weight)
+
+
+def objects(examples):
+    return {"x": torch.stack([e["x"] for e in examples]), "labels": [e["labels"] for e in examples]}
+
+
+def by_boxes(net, batch):
+    each = cross_entropy(
+        net(batch["x"]), torch.tensor([e["class"] for e in batch["labels"]]), reduction="none"
+    )
+    boxes = torch.tensor([float(e["boxes"]) for e in batch["labels"]])
+    return (each * boxes).sum() / boxes.sum()
+
+
+def targets_with_nan():
+    nan = torch.arange(CLASSES) < 2
+    labels = [torch.randn(CLASSES).masked_fill(nan & bool(rare(i)), torch.nan) for i in range(96)]
+    return [{"x": torch.randn(WIDTH), "labels": each} for each in labels]
+
+
+def without_nan(net, batch):
+    here = ~torch.isnan(batch["labels"])
+    return mse_loss(net(batch["x"])[here], batch["labels"][here])
+
+
 WEIGHTS = torch.tensor([1.0, 3.0, 0.5, 12.0])
 RARE = torch.tensor([1.0, 12.0, 1.0, 1.0])
 LATE = torch.tensor([1.0, 1.0, 1.0, 30.0])
@@ -187,6 +234,51 @@ CASES = {
         lambda: [{"x": e["x"], "labels": (torch.rand(CLASSES) < 0.3).float()} for e in rows()],
         plain(binary_cross_entropy_with_logits, pos_weight=WEIGHTS),
     ),
+    "ignored rows, sum divided by all rows": case(
+        lambda: rows(lambda i: -100 if torch.rand(()) < 0.2 else i % CLASSES),
+        lambda net, batch: cross_entropy(net(batch["x"]), batch["labels"], reduction="sum") / len(batch["x"]),
+    ),
+    "unequal lengths, one at a time": case(
+        of_unequal_lengths, plain(by_position), collate=padded, per_device_train_batch_size=1
+    ),
+    "unequal lengths, one at a time, mean of rows": case(
+        of_unequal_lengths, plain(mean_of_rows), collate=padded, per_device_train_batch_size=1
+    ),
+    "unequal lengths, one at a time, class weights": case(
+        of_unequal_lengths,
+        plain(by_position, weight=WEIGHTS),
+        collate=padded,
+        per_device_train_batch_size=1,
+    ),
+    "class weights by position, one tag each at first": case(
+        one_tag_each_at_first,
+        plain(by_position, weight=WEIGHTS),
+        train_sampling_strategy="sequential",
+    ),
+    "class weights in training mode": case(rows, in_training_mode),
+    "small contrastive part": case(
+        rows, lambda net, batch: plain(cross_entropy)(net, batch) + 1e-4 * contrastive(net, batch)
+    ),
+    "root of the mean square of large targets": case(
+        lambda: rows(lambda i: 1000 + (i % 7) / 3, dtype=torch.float32),
+        lambda net, batch: mse_loss(net(batch["x"])[:, 0], batch["labels"]).sqrt(),
+    ),
+    "boxes of an image, rarely many": case(
+        lambda: [
+            {"x": torch.randn(WIDTH), "labels": {"boxes": 3 if i % 12 == 7 else 1, "class": i % CLASSES}}
+            for i in range(96)
+        ],
+        by_boxes,
+        collate=objects,
+    ),
+    "targets that are rarely NaN": case(targets_with_nan, without_nan),
+    "small number added to the divisor": case(
+        positions,
+        lambda net, batch: (
+            by_position(net(batch["x"]), batch["labels"], reduction="sum")
+            / ((batch["labels"] != -100).sum() + 1e-7)
+        ),
+    ),
 }
 """Losses by name."""
 MAY_WARN = {
@@ -198,6 +290,10 @@ MAY_WARN = {
     "mask of positions, the first full",
     "contrastive",
     "sum",
+    "small contrastive part",
+    "root of the mean square of large targets",
+    "boxes of an image, rarely many",
+    "targets that are rarely NaN",
 }
 """Losses that ExactTrainer need not get right without `num_items=`. It must warn."""
 

@@ -1,5 +1,6 @@
 """A model of the user's own stays as it is in every recipe, and the plan names each change."""
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -327,6 +328,17 @@ def test_tokens_without_an_embedding_are_refused_by_the_check(capfd):
         outcome = run_recipe(CLASSES[name], [*arguments, write_rows("more.jsonl", [*rows, row])], capfd)
         assert outcome.code == 2
         assert "have the token 'new', id 44, and model has the ids 0 to 43; call resize" in outcome.err
+
+
+def test_only_rows_that_are_used_may_have_no_token_without_an_embedding():
+    save("Llama", task="ForCausalLM", tokenizer=make_tokenizer(added=["new"]))
+    rows = [{"text": text} for text in [*TEXTS, "w1 new"]]
+    for flags, refused in (((), True), (("--data.leave_out", f"[{len(TEXTS)}]"), False)):
+        recipe = recipe_for("causal_lm", rows, "--data.validation", write_rows("v.jsonl", rows[:2]), *flags)
+        training, validation = recipe.datasets()
+        with pytest.raises(InputError, match="id 44") if refused else contextlib.nullcontext():
+            check_vocabulary(recipe, recipe.empty_model(), (training, validation))
+        check_vocabulary(recipe, recipe.empty_model(), (training.select(range(8)), validation))
 
 
 def test_a_new_padding_token_without_an_embedding_is_refused():

@@ -1,5 +1,6 @@
 """--resume, as a user of a recipe meets it."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from datasets import Dataset, Image
 from recipe_runs import load_recipe, summary, write_rows
 
 from gradacc_hf.config.parser import read_command_line
+from gradacc_hf.data.columns import integers_as_text
 from gradacc_hf.run.fingerprint import fingerprint
 
 TextClassification = load_recipe("text_classification").TextClassification
@@ -61,6 +63,19 @@ def test_a_run_goes_on_with_another_budget_and_then_has_come_to_its_end(start, s
     again = start(TextClassification, *settings, "--resume", "auto")
     assert again.code == 0
     assert again.out == "run has ended: there is nothing to resume (report: run/report.html)\n"
+
+
+def test_a_run_of_0_1_0_whose_numbers_were_sorted_as_text_is_resumed(start, tmp_path):
+    labelled = [{**row, "label": ["9", "10"][row["label"] == "odd"]} for row in rows()]
+    settings = ["--data.train", write_rows(tmp_path / "rows.jsonl", labelled), "--output.dir", "run"]
+    settings += ["--train.epochs", 3, "--budget.max_tokens", 400, "--checkpoint.every", 2]
+    ToldToStop.windows = 0
+    with integers_as_text():
+        assert start(ToldToStop, *settings).code == 0
+    outcome = start(TextClassification, *settings, "--resume", "auto")
+    assert outcome.code == 0, outcome.err
+    config = json.loads((tmp_path / "run/last/config.json").read_text())
+    assert config["id2label"] == {"0": "10", "1": "9"}
 
 
 def test_the_folder_alone_says_what_to_go_on_with_also_where_the_data_have_moved(start, stopped, tmp_path):

@@ -4,11 +4,13 @@ import copy
 import json
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils.data import default_collate
 
 from gradacc_hf import WindowLoader
 from gradacc_hf.accumulation.reference import EXACT
@@ -477,13 +479,15 @@ class ClassWeights(torch.nn.Module):
 
     def forward(self, x, labels):
         weight = torch.tensor([1.0, 9.0, 1.0])
-        return {"loss": torch.nn.functional.cross_entropy(self.layer(x), labels, weight)}
+        logits = self.layer(x).flatten(0, -2)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels.flatten(), weight)}
 
 
-def rare_labels(labels, size=8):
+def rare_labels(labels, size=8, **settings):
     torch.manual_seed(0)
     examples = [{"x": torch.randn(5), "labels": torch.tensor(label)} for label in labels]
-    return WindowLoader(examples, size, accelerator=Accelerator(cpu=True), micro_batch_size=2, shuffle=False)
+    settings = {"accelerator": Accelerator(cpu=True), "micro_batch_size": 2, "shuffle": False, **settings}
+    return WindowLoader(examples, size, **settings)
 
 
 def test_windows_with_different_labels_are_chosen():
@@ -493,10 +497,55 @@ def test_windows_with_different_labels_are_chosen():
     assert "1 of the next 5 windows" in str(result)
 
 
+def test_few_windows_are_in_memory_at_once():
+    alive, most = weakref.WeakSet(), [0]
+
+    def collate(examples):
+        batch = {name: torch.stack([example[name] for example in examples]) for name in ("x", "labels")}
+        alive.add(batch["x"])
+        most[0] = max(most[0], len(alive))
+        return batch
+
+    windows = rare_labels([0] * 62 + [1, 2], collate_fn=collate)
+    result = verify(ClassWeights(), windows, num_windows=8, trainer=False)
+    assert (result.windows, result.accumulation_steps) == (8, (4,) * 8)
+    assert most[0] <= 16  # of the worst window, this one and the next; all windows have 32
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda rows: rows[:3],
+        lambda rows: rows[: max(1, len(rows) // 2 * 2)],
+        lambda rows: list({int(row["labels"]): row for row in rows}.values()),
+    ],
+    ids=["most", "even", "different labels"],
+)
+def test_a_collate_function_that_drops_examples_is_named(keep):
+    labels = [0, 1, 2, 0, 1, 2, 0, 1]
+    windows = rare_labels(labels, micro_batch_size=3, collate_fn=lambda rows: default_collate(keep(rows)))
+
+    class Classifier(ClassWeights):
+        def forward(self, x, labels):
+            return {"loss": torch.nn.functional.cross_entropy(self.layer(x), labels)}
+
+    result = verify(Classifier(), windows, trainer=False)
+    assert "it drops examples or labels" in result.verdict
+    assert verify(Classifier(), rare_labels(labels, micro_batch_size=3), trainer=False).exact
+
+
 def test_more_windows_are_chosen_until_all_labels_were_compared():
     windows = rare_labels([0, 2] * 8 + [0] * 7 + [1])
     result = verify(ClassWeights(), windows, trainer=False)
     assert (result.windows, result.windows_read, result.exact) == (2, 3, False)
+
+
+def test_windows_with_other_shares_of_a_label_are_chosen():
+    tags = [[1, 0, 0, 0]] * 16 + [[1, 1, 0, 0], [0, 0, 0, 0]] * 4
+    examples = [{"x": torch.randn(4, 5), "labels": torch.tensor(each)} for each in tags]
+    settings = {"accelerator": Accelerator(cpu=True), "micro_batch_size": 3, "shuffle": False}
+    windows = WindowLoader(examples, 8, lengths=[4] * 24, **settings)
+    assert not verify(ClassWeights(), windows, trainer=False).exact
 
 
 def test_one_label_cannot_show_whether_labels_count_alike():

@@ -1,0 +1,63 @@
+"""Modes in which the losses of a sample are computed: without dropout, and in float64 if possible."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from math import isclose, isnan
+
+import torch
+
+from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LOSS_RTOL_FP64, LOSS_RTOL_HALF
+from gradacc_hf.utils.float64 import in_float64
+from gradacc_hf.utils.modeling import without_dropout
+
+
+@dataclass(frozen=True)
+class LossMode:
+    """A mode of a model.
+
+    Attributes:
+        training: Whether the modules are in training mode, where losses may differ from evaluation mode.
+        float64: Whether the model computes in float64.
+    """
+
+    training: bool
+    float64: bool
+
+    def rtol(self, is_half: bool) -> float:
+        """Return the largest relative difference of losses that is rounding. `is_half`: bf16 or fp16."""
+        return LOSS_RTOL_FP64 if self.float64 else LOSS_RTOL_HALF if is_half else LOSS_RTOL_FP32
+
+    @contextmanager
+    def of(self, model: torch.nn.Module) -> Iterator[None]:
+        """Set the mode of a model in the block, without dropout and with BatchNorm in evaluation mode.
+
+        Raises:
+            ValueError: the model cannot compute in float64.
+        """
+        with without_dropout(model, self.training), in_float64(model) if self.float64 else nullcontext():
+            yield
+
+
+MODES = tuple(LossMode(training, float64) for training in (True, False) for float64 in (True, False))
+
+
+def find_mode(model: torch.nn.Module, loss: Callable[[int], float], is_half: bool) -> LossMode:
+    """Return the first mode whose losses are repeatable; else the last one that has losses.
+
+    Args:
+        model: The model.
+        loss: Computes a loss after a seed of random numbers.
+        is_half: Whether the model usually computes in bf16 or fp16.
+    """
+    possible = MODES[-1]
+    for mode in MODES:
+        try:
+            with mode.of(model):
+                first, second = loss(0), loss(1)
+        except Exception:  # a kernel without float64, or a loss only in training mode
+            continue
+        if isnan(first) or isclose(first, second, rel_tol=mode.rtol(is_half)):
+            return mode
+        possible = mode
+    return possible

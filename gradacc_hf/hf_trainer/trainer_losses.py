@@ -1,0 +1,124 @@
+"""Compute losses and gradients of a few rows as a Trainer does, for the probe of the loss."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from math import isnan
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, broadcast, extract_model_from_parallel
+
+from gradacc_hf.accumulation.loss_modes import MODES, LossMode, find_mode
+from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_HALF
+from gradacc_hf.accumulation.reference import full_float32
+from gradacc_hf.utils.modeling import BufferSnapshot, small_instead_of_zero
+from gradacc_hf.utils.rng import preserve_rng_state
+
+MOST_IN_GRADIENT = 1_000_000
+"""Parameters whose gradient is compared, from the smallest tensors on, such as the biases of all layers."""
+
+
+class TrainerLosses:
+    """Computes losses of a Trainer without dropout. Every process gets the losses of the first.
+
+    Args:
+        trainer: The Trainer, in training.
+        counted: Whether Trainer passes `num_items_in_batch`.
+        num_processes: Processes over which the items of a window are counted.
+    """
+
+    def __init__(self, trainer: Any, counted: bool, num_processes: int):
+        self.trainer, self.counted, self.num_processes = trainer, counted, num_processes
+        self.model: Any = trainer.model_wrapped
+        if trainer.accelerator.distributed_type != DistributedType.FSDP:
+            self.model = extract_model_from_parallel(self.model, keep_torch_compile=False)
+        first = next(self.model.parameters())
+        self._is_half = first.dtype != torch.float32 or trainer.args.bf16 or trainer.args.fp16
+        self._mode: LossMode | None = None
+
+    @property
+    def rtol(self) -> float:
+        """Largest relative difference between losses that is rounding."""
+        return (self._mode or MODES[-1]).rtol(self._is_half)
+
+    @contextmanager
+    def ready(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Prepare the model in the block.
+
+        Args:
+            batch: A micro-batch to try, the same in all processes.
+        """
+        number = 1.0 if self.counted else None
+        buffers = BufferSnapshot(self.model)
+        try:
+            with preserve_rng_state(), full_float32(), torch.no_grad():
+                self._mode = self._mode or find_mode(
+                    self.model, lambda seed: self(batch, number, seed), self._is_half
+                )
+                with self._mode.of(self.model):
+                    yield
+        finally:
+            buffers.restore()
+
+    # ---- losses and gradients ----
+
+    def __call__(self, batch: Mapping[str, Any], number: float | None, seed: int = 0) -> float:
+        """Return the loss that `compute_loss` gives for this number of items."""
+        return self._of_first(self._loss(batch, number, seed))
+
+    def across_processes(self, batch: Mapping[str, Any], number: float) -> float:
+        """Return the loss with the factor of processes, if the loss has one."""
+        return self._of_first(self._loss(batch, number if self.counted else None, across=True))
+
+    def without_zeros(self) -> AbstractContextManager[None]:
+        """Set parameters that are all 0 to small random numbers in the block."""
+        return small_instead_of_zero(self.model)
+
+    def gradient_error(
+        self, batch: Mapping[str, Any], parts: Sequence[tuple[float, Mapping[str, Any]]], number: float | None
+    ) -> float | None:
+        """Return the relative error of a sum of gradients; None if it cannot be computed, or in 16 bits.
+
+        Args:
+            batch: The rows in one batch. The gradient of its loss is the reference.
+            parts: Weights and parts of the batch.
+            number: Number of items that the loss needs, if any.
+        """
+        if self.rtol == LOSS_RTOL_HALF:
+            return None
+        trained = sorted((p for p in self.model.parameters() if p.requires_grad), key=lambda p: p.numel())
+        sizes = torch.tensor([p.numel() for p in trained]).cumsum(0)
+        chosen = trained[: max(1, int((sizes <= MOST_IN_GRADIENT).sum()))]
+
+        def gradient(part: Mapping[str, Any]) -> torch.Tensor:
+            with torch.enable_grad():
+                found = torch.autograd.grad(self._loss(part, number), chosen, allow_unused=True)
+            zeros = zip(found, chosen, strict=True)
+            return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zeros])
+
+        try:
+            reference = gradient(batch)
+            sums = sum((weight * gradient(part) for weight, part in parts), torch.zeros_like(reference))
+            error = (sums - reference).norm() / reference.norm()
+        except Exception:  # such as memory, or a loss without a gradient
+            error = torch.tensor(float("nan"))
+        found = self._of_first(error)
+        return None if isnan(found) else found
+
+    def _loss(
+        self, batch: Mapping[str, Any], number: float | None, seed: int = 0, across: bool = False
+    ) -> torch.Tensor:
+        trainer = self.trainer
+        torch.manual_seed(seed)  # a model may draw random numbers
+        inputs = trainer._prepare_inputs(dict(batch))
+        num_items = None if number is None else torch.tensor(number, device=trainer.args.device)
+        with trainer._average_tokens_across_devices(across), trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=num_items)
+        return torch.as_tensor(loss, device=trainer.args.device).reshape(())
+
+    def _of_first(self, value: torch.Tensor) -> float:
+        """Return the value of the first process as a number."""
+        value = value.detach()
+        if self.trainer.accelerator.num_processes > 1:
+            value = broadcast(value.clone())
+        return float(value)

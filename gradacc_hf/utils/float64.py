@@ -1,0 +1,79 @@
+"""Compute a model in float64 for a while, without a change of the model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+SHORTER = (torch.float32, torch.bfloat16, torch.float16)
+MOST_PARAMETERS = 500_000_000
+"""Parameters of a model above which a copy in float64 is too large."""
+
+
+@contextmanager
+def in_float64(model: torch.nn.Module) -> Iterator[None]:
+    """Compute in float64 in the block, also where code casts to float32.
+
+    The modules hold copies of their parameters and buffers meanwhile. The parameters themselves, which
+    optimizers and gradient hooks refer to, do not change.
+
+    Raises:
+        ValueError: a parameter is not a plain tensor of floating point, such as a quantised or sharded one;
+            or the model is too large.
+    """
+    if sum(p.numel() for p in model.parameters()) > MOST_PARAMETERS:
+        raise ValueError(f"more than {MOST_PARAMETERS:,} parameters, too many for a copy in float64")
+    for name, parameter in model.named_parameters():
+        plain = type(parameter) is torch.nn.Parameter and parameter.is_floating_point()
+        if not plain or parameter.device.type in ("meta", "mps"):
+            raise ValueError(f"{name} has no values in float64")
+    entries: list[tuple[dict[str, Any], str, torch.Tensor]] = [
+        (tensors, name, tensor)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.is_floating_point()
+    ]
+    copies = {id(tensor): _double(tensor) for _, _, tensor in entries}
+    try:
+        for tensors, name, tensor in entries:
+            tensors[name] = copies[id(tensor)]
+        with _Float64():
+            yield
+    finally:
+        for tensors, name, tensor in entries:
+            tensors[name] = tensor
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.detach().to(torch.float64, copy=True)
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(copy, requires_grad=tensor.requires_grad)
+    return copy
+
+
+class _Float64(TorchDispatchMode):
+    """Replace every shorter floating-point number by one in float64: inputs, casts and new tensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func.namespace != "aten" or func._schema.is_mutable:
+            return func(*args, **kwargs)
+        if kwargs.get("dtype") in SHORTER:
+            kwargs["dtype"] = torch.float64
+        try:
+            found = func(*tree_map(_longer, args), **tree_map(_longer, kwargs))
+        except (RuntimeError, NotImplementedError):  # a kernel without float64, such as of experts
+            found = func(*tree_map(_shorter, args), **tree_map(_shorter, kwargs))
+        return tree_map(_longer, found)
+
+
+def _longer(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.dtype in SHORTER else value
+
+
+def _shorter(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
