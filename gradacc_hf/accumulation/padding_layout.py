@@ -78,8 +78,9 @@ def padding_layout(
         on_gpu = isinstance(attention_mask, torch.Tensor) and attention_mask.is_cuda
         cost = GROUPS_ON_GPU if on_gpu else GROUPS_ON_CPU
     device = attention_mask.device if isinstance(attention_mask, torch.Tensor) else "cpu"
-    mask = attention_mask.cpu().numpy() if isinstance(attention_mask, torch.Tensor) else attention_mask
-    real = mask != 0
+    real = attention_mask != 0
+    if isinstance(real, torch.Tensor):
+        real = real.cpu().numpy()
     lengths = real.sum(1)
     if real.all() or not lengths.all():
         return None
@@ -135,15 +136,19 @@ def attach_layout(mask: torch.Tensor, layout: PaddingLayout) -> None:
             `labels`, with the layout of `target_mask(labels)`.
         layout: The result of `padding_layout`.
     """
-    setattr(mask, _ATTACHED, (layout.to(mask.device), mask._version))
+    setattr(mask, _ATTACHED, (layout.to(mask.device), _version(mask)))
 
 
 def attached_layout(mask: torch.Tensor) -> PaddingLayout | None:
     """Return the layout that a loader attached to a tensor, or None."""
     layout, version = getattr(mask, _ATTACHED, (None, None))
-    if layout is None or version != mask._version or layout.shape != tuple(mask.shape):
+    if layout is None or version != _version(mask) or layout.shape != tuple(mask.shape):
         return None
     return layout
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def pack(padded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -171,8 +171,7 @@ def _attention(
     if not isinstance(attention_mask, PackedMask):
         _check_not_packed(module, query)
         return attend(module, query, key, value, attention_mask, **arguments)
-    by_group: Callable[..., Any] = _attend_by_group
-    return by_group(attend, original, module, query, key, value, attention_mask, arguments)
+    return _attend_by_group(attend, original, module, query, key, value, attention_mask, arguments)
 
 
 def _original_attention(original: str, module: torch.nn.Module) -> Callable[..., Any]:
@@ -193,8 +192,7 @@ def _check_not_packed(module: torch.nn.Module, query: torch.Tensor) -> None:
         )
 
 
-@torch.compiler.disable
-def _attend_by_group(
+def _attend_packed(
     attend: Callable,
     original: str,
     module: torch.nn.Module,
@@ -237,6 +235,9 @@ def _attend_by_group(
     if blocks is not None:
         joined = pack(joined, blocks)
     return joined[None], None
+
+
+_attend_by_group: Any = torch.compiler.disable(_attend_packed)  # compiled, each batch would be a new program
 
 
 def _blocks(

@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 from gradacc_hf.accumulation.padding_layout import (
     PaddingLayout,
@@ -95,6 +96,8 @@ class EnterForward(Hook):
         inputs = next((given[n] for n in ("inputs_embeds", "input_ids") if given.get(n) is not None), None)
         if inputs is None or inputs.shape[:2] != mask.shape:
             return None  # prompts of peft, or a cache
+        if mask.is_meta or isinstance(mask, FakeTensor):
+            return None  # a prediction of memory, without values
         layout = attached_layout(mask) or padding_layout(mask)
         if layout is None or (len(mask) == 1 and given.get("encoder_hidden_states") is not None):
             return None

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import gradacc_hf
 from gradacc_hf import PaddingNotRemovableError
@@ -189,6 +189,8 @@ def test_copies_and_their_restoring_are_independent(model_type):
     assert layer_tokens(twin, batch) < batch["input_ids"].numel()
     assert_same(padded, twin, batch)
     assert_same(padded, removed, batch)
+    gradacc_hf.restore_padding(twin)
+    assert traces(twin) == traces(padded)
 
 
 def test_restoring_leaves_nothing_behind():
@@ -271,6 +273,32 @@ def test_accelerate_with_autocast(prepared_first):
     assert prepared(**batch).logits.dtype == torch.float32
 
 
+def test_trainer_takes_the_same_steps(tmp_path):
+    padded, removed, _ = make("token_classification")
+    head = build_head("token_classification", "bert")
+    rows = head.examples(LENGTHS * 2)
+    settings = dict(max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, optim="sgd", use_cpu=True)
+    for model in (padded, removed):
+        args = TrainingArguments(str(tmp_path), report_to="none", save_strategy="no", **settings)
+        Trainer(model, args, train_dataset=rows, data_collator=head.collate).train()
+    assert is_removed(removed)
+    for name, tensor in padded.state_dict().items():
+        torch.testing.assert_close(removed.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_with_and_without_an_attached_layout(mode):
+    padded, removed, batch = make("masked_lm")
+    padded.eval()
+    removed.eval()
+    with mode():
+        mask = batch["attention_mask"] = batch["attention_mask"].clone()
+        attach_layout(mask, padding_layout(mask))
+        real = mask != 0
+        assert layer_tokens(removed, batch) == sum(LENGTHS)
+        torch.testing.assert_close(removed(**batch).logits[real], padded(**batch).logits[real])
+
+
 def test_generate_and_evaluation_take_the_ordinary_path():
     padded, removed, batch = make("causal_lm", "llama")
     prompts = {name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}
@@ -312,7 +340,10 @@ class Products(TorchDispatchMode):
         return super().__enter__()
 
 
-@pytest.mark.parametrize(("model_type", "compiled_first"), [("bert", False), ("mpnet", True)])
+@pytest.mark.parametrize(
+    ("model_type", "compiled_first"),
+    [("bert", False), pytest.param("mpnet", True, marks=pytest.mark.slow)],
+)
 def test_compiled_layers(model_type, compiled_first):
     padded, removed, batch = make("sequence_classification", model_type, remove=False)
     torch.compiler.reset()
