@@ -78,9 +78,8 @@ def padding_layout(
         on_gpu = isinstance(attention_mask, torch.Tensor) and attention_mask.is_cuda
         cost = GROUPS_ON_GPU if on_gpu else GROUPS_ON_CPU
     device = attention_mask.device if isinstance(attention_mask, torch.Tensor) else "cpu"
-    real = attention_mask != 0
-    if isinstance(real, torch.Tensor):
-        real = real.cpu().numpy()
+    is_real: Any = attention_mask != 0
+    real: np.ndarray = is_real.cpu().numpy() if isinstance(is_real, torch.Tensor) else is_real
     lengths = real.sum(1)
     if real.all() or not lengths.all():
         return None

@@ -41,6 +41,7 @@ class PackedForward:
         stack: The stack of layers (`hooks.Stack`).
         layout: Where the tokens go.
         mask: Padding mask of the batch.
+        encoder_mask: Padding mask of the sequence that a decoder attends to.
         masks: Stand-ins that the mask function has returned, with what they stand for.
         packed: Padded argument of the layers → its packed copy, by identity. The padded tensor is kept, too.
         calls: Calls of layers so far.
@@ -50,6 +51,7 @@ class PackedForward:
     stack: Any
     layout: PaddingLayout
     mask: torch.Tensor
+    encoder_mask: torch.Tensor | None = None
     masks: list[tuple[torch.Tensor, "PackedMask"]] = field(default_factory=list)
     packed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     calls: int = 0
@@ -78,6 +80,7 @@ class PackedMask:
         build: Returns the boolean mask of the padded batch.
         keys: Boolean padding mask of the keys, (batch, length of keys). None if no key is padding.
         of_groups: Masks of the groups, once they are computed.
+        key_layout: Layout of packed keys of another sequence: the encoder's tokens in a decoder.
     """
 
     kind: str
@@ -85,6 +88,7 @@ class PackedMask:
     build: Callable[[], torch.Tensor]
     keys: torch.Tensor | None
     of_groups: dict[bool, list[torch.Tensor | None]] = field(default_factory=dict)
+    key_layout: PaddingLayout | None = None
 
     def group_masks(self, explicit: bool) -> list[torch.Tensor | None]:
         """Return a boolean mask for each group, or None where every pair (causal: every earlier one) attends.
@@ -205,13 +209,15 @@ def _attend_packed(
     """Attend within each group of examples.
 
     Args:
-        query: (1, heads, tokens, size), as `key` and `value`. Keys of another sequence are still padded:
+        query: (1, heads, tokens, size), as `key` and `value`. Keys of another sequence may be padded:
             (batch, heads, length, size).
     """
     if arguments.get("position_bias") is not None:
         raise PaddingNotRemovableError(f"{type(module).__name__} computes its bias from packed positions")
     layout = mask.layout
-    of_one_sequence = key.shape[2] == query.shape[2] and key.shape[0] == 1
+    if mask.key_layout is not None:
+        key, value = _padded_keys(key, mask.key_layout), _padded_keys(value, mask.key_layout)
+    of_one_sequence = mask.key_layout is None and key.shape[2] == query.shape[2] and key.shape[0] == 1
     blocks, sizes = layout.blocks, layout.block_sizes
     queries = _blocks(query, blocks, sizes, layout.groups)
     if of_one_sequence:
@@ -254,6 +260,11 @@ def _blocks(
         part.unflatten(0, group).transpose(1, 2)
         for part, group in zip(torch.split(tokens, sizes), groups, strict=True)
     ]
+
+
+def _padded_keys(states: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
+    """Return (1, heads, tokens, size) as (batch, heads, length, size)."""
+    return unpack(states[0].transpose(0, 1), layout.tokens, *layout.shape).transpose(1, 2)
 
 
 def _other_sequence(

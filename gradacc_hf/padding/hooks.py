@@ -88,7 +88,9 @@ class EnterForward(Hook):
         layout = self._layout(module, given, mask)
         if layout is None:
             return None
-        CURRENT.forward = PackedForward(self.stack, layout, mask)
+        encoder_mask = given.get("encoder_attention_mask")
+        is_padding = isinstance(encoder_mask, torch.Tensor) and encoder_mask.ndim == 2
+        CURRENT.forward = PackedForward(self.stack, layout, mask, encoder_mask if is_padding else None)
         return self._without_cache(module, args, kwargs)
 
     def _layout(self, module: Any, given: Mapping[str, Any], mask: torch.Tensor) -> PaddingLayout | None:
@@ -180,6 +182,11 @@ class PackInputs(Hook):
         pack_one = self._pack_by_group if self.stack.by_group else self._pack_hidden
         given = _by_name(module, args, kwargs)
         packed = {name: pack_one(forward, name, value) for name, value in given.items()}
+        encoder, standin = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        if self.stack.by_group and isinstance(encoder, torch.Tensor):
+            if id(encoder) not in forward.packed:
+                forward.packed[id(encoder)] = (encoder, _packed_encoder(forward, encoder, standin))
+            packed["encoder_hidden_states"] = forward.packed[id(encoder)][1]
         forward.is_packed |= any(
             isinstance(value, torch.Tensor) and value.ndim == 3 and packed[name] is not value
             for name, value in given.items()
@@ -196,12 +203,9 @@ class PackInputs(Hook):
         mask = forward.mask_of(value)
         if mask is not None or _is_of_encoder(name):
             return value if mask is None else mask
-        if id(value) in forward.packed:
-            return forward.packed[id(value)][1]
-        packed = _packed(value, forward.layout)
-        if not packed.requires_grad:
-            forward.packed[id(value)] = (value, packed)
-        return packed
+        if id(value) not in forward.packed:
+            forward.packed[id(value)] = (value, _packed(value, forward.layout))
+        return forward.packed[id(value)][1]
 
     def _pack_hidden(self, forward: PackedForward, name: str, value: Any) -> Any:
         """Pack hidden states, and attach the forward to other tensors, which attention modules get."""
@@ -308,6 +312,19 @@ def _packed(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
     if value.shape[0] != batch:
         return value[0].index_select(0, layout.tokens % length)[None]
     return pack(value.flatten(0, 1), layout.tokens)[None]
+
+
+def _packed_encoder(forward: PackedForward, value: torch.Tensor, standin: Any) -> torch.Tensor:
+    """Return the encoder's hidden states packed, if the mask of a decoder layer for them is known."""
+    mask, padding = forward.mask_of(standin), forward.encoder_mask
+    if mask is None or mask.kind != "full" or mask.keys is None or padding is None or value.ndim != 3:
+        return value
+    if value.shape[:2] != padding.shape or mask.keys.shape != padding.shape:
+        return value
+    mask.key_layout = attached_layout(padding) or padding_layout(padding)
+    if mask.key_layout is None:
+        return value
+    return pack(value.flatten(0, 1), mask.key_layout.tokens)[None]
 
 
 def _packed_hidden(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:

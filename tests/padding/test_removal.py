@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 import gradacc_hf
 from gradacc_hf import PaddingNotRemovableError
-from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout
+from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout, target_mask
 from gradacc_hf.accumulation.reference import EXACT, compare, read_gradient, whole_window_gradient
 from gradacc_hf.padding.removal import is_removed
 from gradacc_hf.verification.tiny_models import build_head
@@ -118,6 +118,23 @@ def test_an_equal_batch_to_check_on(model_type):
         gradacc_hf.remove_padding(removed, head.collate(head.examples(lengths)))
         assert_same(padded, removed, batch)
         gradacc_hf.restore_padding(removed)
+
+
+def test_a_decoder_computes_real_tokens_of_both_sequences():
+    padded, removed, batch = make("seq2seq_lm", "bart")
+    decoder = removed.model.decoder.layers[-1]
+    tokens = []
+    for module in (decoder.fc1, decoder.encoder_attn.k_proj):
+        module.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[:2].numel()))
+    removed(**batch)
+    targets = target_mask(batch["labels"]).sum().item()
+    assert targets < batch["labels"].numel()
+    assert sorted(tokens) == sorted([sum(LENGTHS), targets])
+    batch["decoder_attention_mask"] = target_mask(batch["labels"])
+    assert_same(padded, removed, batch)
+    del batch["decoder_attention_mask"]
+    attach_layout(batch["labels"], padding_layout(target_mask(batch["labels"])))
+    assert_same(padded, removed, batch)
 
 
 def test_a_batch_with_an_example_without_tokens_stays_padded():
