@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gradacc_hf.accumulation.padding_layout import (
     PaddingLayout,
@@ -105,7 +106,7 @@ class EnterForward(Hook):
             return None
         if not self.stack.checking and layout.side not in self.stack.sides:
             return None
-        if not self.stack.by_group and _recomputes_reentrantly(module):
+        if module.training and _recomputes_hooks(module, self.stack.by_group):
             return None
         return layout
 
@@ -263,14 +264,24 @@ class PackOutput(Hook):
         return _each_tensor(output, lambda value: _packed_hidden(value, forward.layout))
 
 
-def _recomputes_reentrantly(model: torch.nn.Module) -> bool:
-    """Whether gradient checkpointing replaces the tensors in which `PadInputs` finds the forward."""
-    return any(
-        getattr(module, "gradient_checkpointing", False)
-        and getattr(module._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
-        for module in model.modules()
-        if hasattr(module, "_gradient_checkpointing_func")
-    )
+def _recomputes_hooks(model: torch.nn.Module, by_group: bool) -> bool:
+    """Whether the backward pass calls hooks again or replaces the tensors in which they find the forward.
+
+    transformers' checkpointing leaves the hooks of a layer outside. Wrappers such as those of FSDP do not, nor
+    does transformers up to the version in which layers have a `__call__`. Reentrant checkpointing replaces
+    tensors.
+    """
+    inside = "__call__" in vars(GradientCheckpointingLayer)
+    for module in model.modules():
+        if type(module).__name__ == "CheckpointWrapper":
+            return True
+        if getattr(module, "gradient_checkpointing", False) and isinstance(
+            module, GradientCheckpointingLayer
+        ):
+            options = getattr(module._gradient_checkpointing_func, "keywords", {})
+            if inside or (not by_group and options.get("use_reentrant", True)):
+                return True
+    return False
 
 
 def _is_of_encoder(name: str) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -175,6 +176,16 @@ def test_gradient_checkpointing_with_other_forwards_before_the_backward(model_ty
     removed(**short)  # padded
     loss.backward()
     assert compare("", read_gradient(removed), reference).error < EXACT
+
+
+def test_checkpoint_wrappers_around_layers_stay_padded():
+    padded, removed, batch = make("masked_lm")
+    apply_activation_checkpointing(removed, check_fn=lambda module: type(module).__name__ == "BertLayer")
+    assert layer_tokens(removed, batch) == batch["input_ids"].numel()
+    reference = whole_window_gradient(padded, batch)
+    gradient = whole_window_gradient(removed, batch)
+    names = {name.replace("_checkpoint_wrapped_module.", ""): name for name in gradient}
+    assert compare("", {name: gradient[names[name]] for name in reference}, reference).error < EXACT
 
 
 @pytest.mark.parametrize("model_type", ["bert", "deberta-v2"])
