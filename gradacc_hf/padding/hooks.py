@@ -267,8 +267,8 @@ class PackOutput(Hook):
 def _recomputes_hooks(model: torch.nn.Module, by_group: bool) -> bool:
     """Whether the backward pass calls hooks again or replaces the tensors in which they find the forward.
 
-    transformers' checkpointing leaves the hooks of a layer outside. Wrappers of layers do not, nor do versions
-    of transformers whose layers have a `__call__`. Reentrant checkpointing replaces tensors.
+    transformers' checkpointing leaves the hooks of a layer outside. Wrappers of layers do not, nor do
+    versions of transformers whose layers have a `__call__`. Reentrant checkpointing replaces tensors.
     """
     inside = "__call__" in vars(GradientCheckpointingLayer)
     for module in model.modules():
