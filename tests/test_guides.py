@@ -290,7 +290,18 @@ def test_every_guide_can_be_reached_from_the_readme():
 
 
 @pytest.mark.parametrize(
-    "name", ["accumulation", "training", "hf_trainer", "doctor", "play", "bench", "../recipes", "../configs"]
+    "name",
+    [
+        "accumulation",
+        "training",
+        "padding",
+        "hf_trainer",
+        "doctor",
+        "play",
+        "bench",
+        "../recipes",
+        "../configs",
+    ],
 )
 def test_every_entry_has_a_guide(name):
     assert (ROOT / "gradacc_hf" / name / "README.md").resolve() in GUIDES

@@ -1,4 +1,4 @@
-"""Where the real tokens of a padded batch go when a model computes without padding.
+"""The order of the real tokens of a padded batch in a model that computes without padding.
 
 A `PaddingLayout` is computed on the host from an attention mask of shape (batch, length). `pack` gathers the
 real tokens of a padded tensor, and `unpack` puts them back. The packed tokens are ordered by groups: examples
@@ -78,8 +78,8 @@ def padding_layout(
         on_gpu = isinstance(attention_mask, torch.Tensor) and attention_mask.is_cuda
         cost = GROUPS_ON_GPU if on_gpu else GROUPS_ON_CPU
     device = attention_mask.device if isinstance(attention_mask, torch.Tensor) else "cpu"
-    mask = attention_mask.cpu().numpy() if isinstance(attention_mask, torch.Tensor) else attention_mask
-    real = mask != 0
+    is_real: Any = attention_mask != 0
+    real: np.ndarray = is_real.cpu().numpy() if isinstance(is_real, torch.Tensor) else is_real
     lengths = real.sum(1)
     if real.all() or not lengths.all():
         return None
@@ -142,15 +142,19 @@ def attach_layout(mask: torch.Tensor, layout: PaddingLayout) -> None:
             `labels`, with the layout of `target_mask(labels)`.
         layout: The result of `padding_layout`.
     """
-    setattr(mask, _ATTACHED, (layout.to(mask.device), mask._version))
+    setattr(mask, _ATTACHED, (layout.to(mask.device), _version(mask)))
 
 
 def attached_layout(mask: torch.Tensor) -> PaddingLayout | None:
     """Return the layout that a loader attached to a tensor, or None."""
     layout, version = getattr(mask, _ATTACHED, (None, None))
-    if layout is None or version != mask._version or layout.shape != tuple(mask.shape):
+    if layout is None or version != _version(mask) or layout.shape != tuple(mask.shape):
         return None
     return layout
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def pack(padded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Attention and mask functions for transformers that keep the examples of packed tokens apart.
 
-transformers looks both up by the name in `config._attn_implementation`. `NAMES` holds ours, one for each
-attention that they run. Outside of a forward without padding, both pass their arguments on unchanged.
+transformers looks both up by the name in `config._attn_implementation`. `NAMES` holds the names of this
+module, one for each attention that they run. Outside of a forward without padding, both pass their arguments
+on unchanged.
 
 In such a forward, the mask function returns a stand-in. The hooks of the layers (`hooks.py`) replace the
 stand-in with a `PackedMask`, which the attention function reads. A `PackedMask` travels in the arguments of a
@@ -40,6 +41,7 @@ class PackedForward:
         stack: The stack of layers (`hooks.Stack`).
         layout: Where the tokens go.
         mask: Padding mask of the batch.
+        encoder_mask: Padding mask of the sequence that a decoder attends to.
         masks: Stand-ins that the mask function has returned, with what they stand for.
         packed: Padded argument of the layers → its packed copy, by identity. The padded tensor is kept, too.
         calls: Calls of layers so far.
@@ -49,6 +51,7 @@ class PackedForward:
     stack: Any
     layout: PaddingLayout
     mask: torch.Tensor
+    encoder_mask: torch.Tensor | None = None
     masks: list[tuple[torch.Tensor, "PackedMask"]] = field(default_factory=list)
     packed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     calls: int = 0
@@ -69,7 +72,7 @@ CURRENT = _Current()
 
 @dataclass(eq=False)
 class PackedMask:
-    """What a layer gets in place of a mask of shape (batch, 1, length of queries, length of keys).
+    """The replacement for a mask of shape (batch, 1, length of queries, length of keys).
 
     Attributes:
         kind: "full" or "causal", or "other" with `build`.
@@ -77,6 +80,7 @@ class PackedMask:
         build: Returns the boolean mask of the padded batch.
         keys: Boolean padding mask of the keys, (batch, length of keys). None if no key is padding.
         of_groups: Masks of the groups, once they are computed.
+        key_layout: Layout of packed keys of another sequence: the encoder's tokens in a decoder.
     """
 
     kind: str
@@ -84,6 +88,7 @@ class PackedMask:
     build: Callable[[], torch.Tensor]
     keys: torch.Tensor | None
     of_groups: dict[bool, list[torch.Tensor | None]] = field(default_factory=dict)
+    key_layout: PaddingLayout | None = None
 
     def group_masks(self, explicit: bool) -> list[torch.Tensor | None]:
         """Return a boolean mask for each group, or None where every pair (causal: every earlier one) attends.
@@ -173,7 +178,7 @@ def _attention(
     return _attend_by_group(attend, original, module, query, key, value, attention_mask, arguments)
 
 
-def _original_attention(original: str, module: torch.nn.Module) -> Callable:
+def _original_attention(original: str, module: torch.nn.Module) -> Callable[..., Any]:
     if original != "eager":
         return ALL_ATTENTION_FUNCTIONS[original]
     for base in type(module).__mro__:  # each modeling file has its own function
@@ -191,8 +196,7 @@ def _check_not_packed(module: torch.nn.Module, query: torch.Tensor) -> None:
         )
 
 
-@torch.compiler.disable
-def _attend_by_group(
+def _attend_packed(
     attend: Callable,
     original: str,
     module: torch.nn.Module,
@@ -205,13 +209,15 @@ def _attend_by_group(
     """Attend within each group of examples.
 
     Args:
-        query: (1, heads, tokens, size), as `key` and `value`. Those of another sequence are still padded:
+        query: (1, heads, tokens, size), as `key` and `value`. Keys of another sequence may be padded:
             (batch, heads, length, size).
     """
     if arguments.get("position_bias") is not None:
         raise PaddingNotRemovableError(f"{type(module).__name__} computes its bias from packed positions")
     layout = mask.layout
-    of_one_sequence = key.shape[2] == query.shape[2] and key.shape[0] == 1
+    if mask.key_layout is not None:
+        key, value = _padded_keys(key, mask.key_layout), _padded_keys(value, mask.key_layout)
+    of_one_sequence = mask.key_layout is None and key.shape[2] == query.shape[2] and key.shape[0] == 1
     blocks, sizes = layout.blocks, layout.block_sizes
     queries = _blocks(query, blocks, sizes, layout.groups)
     if of_one_sequence:
@@ -237,6 +243,9 @@ def _attend_by_group(
     return joined[None], None
 
 
+_attend_by_group: Any = torch.compiler.disable(_attend_packed)  # compiled, each batch would be a new program
+
+
 def _blocks(
     states: torch.Tensor, blocks: torch.Tensor | None, sizes: list[int], groups: tuple[tuple[int, int], ...]
 ) -> list[torch.Tensor]:
@@ -251,6 +260,11 @@ def _blocks(
         part.unflatten(0, group).transpose(1, 2)
         for part, group in zip(torch.split(tokens, sizes), groups, strict=True)
     ]
+
+
+def _padded_keys(states: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
+    """Return (1, heads, tokens, size) as (batch, heads, length, size)."""
+    return unpack(states[0].transpose(0, 1), layout.tokens, *layout.shape).transpose(1, 2)
 
 
 def _other_sequence(

@@ -20,6 +20,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gradacc_hf.accumulation.padding_layout import (
     PaddingLayout,
@@ -54,7 +56,7 @@ class Stack:
     by_group: bool
     caches: bool
     sides: set[str] = field(default_factory=set)
-    """Where padding was in the forwards that were checked. Batches with padding elsewhere stay padded."""
+    """Sides of padding in the forwards that were checked. Batches with padding elsewhere stay padded."""
     checking: bool = True
     """Whether the check still runs."""
 
@@ -75,18 +77,21 @@ class EnterForward(Hook):
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         given = _by_name(module, args, kwargs)
         mask = given.get("attention_mask")
-        is_padding_mask = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            mask = None
         around = CURRENT.forward
         if around is not None and around.stack is self.stack:  # started by a model around this one
-            if not is_padding_mask or mask is around.mask:
+            if mask is None or mask is around.mask:
                 return self._without_cache(module, args, kwargs)
             CURRENT.forward = None
-        if not is_padding_mask or not self._is_ordinary(module, given):
+        if mask is None or not self._is_ordinary(module, given):
             return None
         layout = self._layout(module, given, mask)
         if layout is None:
             return None
-        CURRENT.forward = PackedForward(self.stack, layout, mask)
+        encoder_mask = given.get("encoder_attention_mask")
+        is_padding = isinstance(encoder_mask, torch.Tensor) and encoder_mask.ndim == 2
+        CURRENT.forward = PackedForward(self.stack, layout, mask, encoder_mask if is_padding else None)
         return self._without_cache(module, args, kwargs)
 
     def _layout(self, module: Any, given: Mapping[str, Any], mask: torch.Tensor) -> PaddingLayout | None:
@@ -94,12 +99,14 @@ class EnterForward(Hook):
         inputs = next((given[n] for n in ("inputs_embeds", "input_ids") if given.get(n) is not None), None)
         if inputs is None or inputs.shape[:2] != mask.shape:
             return None  # prompts of peft, or a cache
+        if mask.is_meta or isinstance(mask, FakeTensor):
+            return None  # a prediction of memory, without values
         layout = attached_layout(mask) or padding_layout(mask)
         if layout is None or (len(mask) == 1 and given.get("encoder_hidden_states") is not None):
             return None
         if not self.stack.checking and layout.side not in self.stack.sides:
             return None
-        if not self.stack.by_group and _recomputes_reentrantly(module):
+        if module.training and _recomputes_hooks(module, self.stack.by_group):
             return None
         return layout
 
@@ -176,6 +183,11 @@ class PackInputs(Hook):
         pack_one = self._pack_by_group if self.stack.by_group else self._pack_hidden
         given = _by_name(module, args, kwargs)
         packed = {name: pack_one(forward, name, value) for name, value in given.items()}
+        encoder, standin = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        if self.stack.by_group and isinstance(encoder, torch.Tensor):
+            if id(encoder) not in forward.packed:
+                forward.packed[id(encoder)] = (encoder, _packed_encoder(forward, encoder, standin))
+            packed["encoder_hidden_states"] = forward.packed[id(encoder)][1]
         forward.is_packed |= any(
             isinstance(value, torch.Tensor) and value.ndim == 3 and packed[name] is not value
             for name, value in given.items()
@@ -192,12 +204,9 @@ class PackInputs(Hook):
         mask = forward.mask_of(value)
         if mask is not None or _is_of_encoder(name):
             return value if mask is None else mask
-        if id(value) in forward.packed:
-            return forward.packed[id(value)][1]
-        packed = _packed(value, forward.layout)
-        if not packed.requires_grad:
-            forward.packed[id(value)] = (value, packed)
-        return packed
+        if id(value) not in forward.packed:
+            forward.packed[id(value)] = (value, _packed(value, forward.layout))
+        return forward.packed[id(value)][1]
 
     def _pack_hidden(self, forward: PackedForward, name: str, value: Any) -> Any:
         """Pack hidden states, and attach the forward to other tensors, which attention modules get."""
@@ -255,14 +264,23 @@ class PackOutput(Hook):
         return _each_tensor(output, lambda value: _packed_hidden(value, forward.layout))
 
 
-def _recomputes_reentrantly(model: torch.nn.Module) -> bool:
-    """Whether gradient checkpointing replaces the tensors in which `PadInputs` finds the forward."""
-    return any(
-        getattr(module, "gradient_checkpointing", False)
-        and getattr(module._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
-        for module in model.modules()
-        if hasattr(module, "_gradient_checkpointing_func")
-    )
+def _recomputes_hooks(model: torch.nn.Module, by_group: bool) -> bool:
+    """Whether the backward pass calls hooks again or replaces the tensors in which they find the forward.
+
+    transformers' checkpointing leaves the hooks of a layer outside. Wrappers of layers do not, nor do
+    versions of transformers whose layers have a `__call__`. Reentrant checkpointing replaces tensors.
+    """
+    inside = "__call__" in vars(GradientCheckpointingLayer)
+    for module in model.modules():
+        if type(module).__name__ == "CheckpointWrapper":
+            return True
+        if getattr(module, "gradient_checkpointing", False) and isinstance(
+            module, GradientCheckpointingLayer
+        ):
+            options = getattr(module._gradient_checkpointing_func, "keywords", {})
+            if inside or (not by_group and options.get("use_reentrant", True)):
+                return True
+    return False
 
 
 def _is_of_encoder(name: str) -> bool:
@@ -304,6 +322,19 @@ def _packed(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
     if value.shape[0] != batch:
         return value[0].index_select(0, layout.tokens % length)[None]
     return pack(value.flatten(0, 1), layout.tokens)[None]
+
+
+def _packed_encoder(forward: PackedForward, value: torch.Tensor, standin: Any) -> torch.Tensor:
+    """Return the encoder's hidden states packed, if the mask of a decoder layer for them is known."""
+    mask, padding = forward.mask_of(standin), forward.encoder_mask
+    if mask is None or mask.kind != "full" or mask.keys is None or padding is None or value.ndim != 3:
+        return value
+    if value.shape[:2] != padding.shape or mask.keys.shape != padding.shape:
+        return value
+    mask.key_layout = attached_layout(padding) or padding_layout(padding)
+    if mask.key_layout is None:
+        return value
+    return pack(value.flatten(0, 1), mask.key_layout.tokens)[None]
 
 
 def _packed_hidden(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:

@@ -256,7 +256,7 @@ def make_sample(batch: Mapping[str, Any], pad_token_id: int | None) -> dict[str,
 
 
 def _sample_lengths(lengths: list[int]) -> list[int]:
-    """Return lengths, in descending order, of which two differ and two are equal if there are three."""
+    """Return lengths in descending order. Two differ, and two are equal if there are three."""
     targets = list(lengths)
     if targets[0] == targets[-1]:
         targets[-1] = max(2, targets[0] // 2)

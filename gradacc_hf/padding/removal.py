@@ -99,7 +99,11 @@ def _joined(reasons: Mapping[str, str]) -> str:
 
 
 def restore_padding(model: torch.nn.Module) -> None:
-    """Undo `remove_padding`. A model without the change stays as it is."""
+    """Undo `remove_padding`. A model without the change stays as it is.
+
+    Args:
+        model: The model that was given to `remove_padding`, a copy of it, or a model around it.
+    """
     hooks = list(_hooks(model))
     for hook in hooks:
         hook.handle.remove()
@@ -167,8 +171,8 @@ def _marked(module: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _repeated(module: torch.nn.Module) -> list[torch.nn.Module]:
-    alike = isinstance(module, torch.nn.ModuleList) and len({type(child) for child in module}) == 1
-    return list(module) if alike else []
+    layers = list(module) if isinstance(module, torch.nn.ModuleList) else []
+    return layers if len({type(layer) for layer in layers}) == 1 else []
 
 
 def _outermost(
@@ -217,8 +221,8 @@ def _install_padded_attention(
                 raise PaddingNotRemovableError(f"{type(layer).__name__} has no attention module")
             for attention in attentions:
                 before, after = PadInputs(stack), PackOutput(stack)
-                before.handle = attention.register_forward_pre_hook(before, with_kwargs=True)
-                after.handle = attention.register_forward_hook(after, with_kwargs=True)
+                _add(before, attention.register_forward_pre_hook, with_kwargs=True)
+                _add(after, attention.register_forward_hook, with_kwargs=True)
 
 
 def _install_with_targets(
@@ -229,18 +233,22 @@ def _install_with_targets(
     for module in filter(_has_targets, model.modules()):
         stack = next(hook.stack for hook in _hooks(module))
         hook = MaskDecoder(stack)
-        hook.handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        _add(hook, module.register_forward_pre_hook, with_kwargs=True)
 
 
 def _install_layers(model: torch.nn.Module, owner: PreTrainedModel, layers: list, stack: Stack) -> None:
     for layer in layers:
         before, after = PackInputs(stack), UnpackOutput(stack)
-        before.handle = layer.register_forward_pre_hook(before, with_kwargs=True)
-        after.handle = layer.register_forward_hook(after)
+        _add(before, layer.register_forward_pre_hook, with_kwargs=True)
+        _add(after, layer.register_forward_hook)
     for module in _models_around(model, owner):
         enter, leave = EnterForward(stack), LeaveForward(stack)
-        enter.handle = module.register_forward_pre_hook(enter, with_kwargs=True)
-        leave.handle = module.register_forward_hook(leave, always_call=True)
+        _add(enter, module.register_forward_pre_hook, with_kwargs=True)
+        _add(leave, module.register_forward_hook, always_call=True)
+
+
+def _add(hook: Hook, register: Callable[..., Any], **options: bool) -> None:
+    hook.handle = register(hook, **options)
 
 
 def _models_around(model: torch.nn.Module, owner: PreTrainedModel) -> list[torch.nn.Module]:

@@ -1,4 +1,4 @@
-"""Run by torchrun from tests/padding/test_distributed.py: gradients without padding under DDP or FSDP2, on a CPU.
+"""Run by torchrun from tests/padding/test_distributed.py: gradients without padding under DDP and FSDP2.
 
 Each process has its own half of a batch, one of them without padding. `check` raises if the gradient is not
 the mean of the gradients of the padded halves. Process 0 prints the errors.

@@ -7,12 +7,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import gradacc_hf
 from gradacc_hf import PaddingNotRemovableError
-from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout
+from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout, target_mask
 from gradacc_hf.accumulation.reference import EXACT, compare, read_gradient, whole_window_gradient
 from gradacc_hf.padding.removal import is_removed
 from gradacc_hf.verification.tiny_models import build_head
@@ -120,6 +121,23 @@ def test_an_equal_batch_to_check_on(model_type):
         gradacc_hf.restore_padding(removed)
 
 
+def test_a_decoder_computes_real_tokens_of_both_sequences():
+    padded, removed, batch = make("seq2seq_lm", "bart")
+    decoder = removed.model.decoder.layers[-1]
+    tokens = []
+    for module in (decoder.fc1, decoder.encoder_attn.k_proj):
+        module.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[:2].numel()))
+    removed(**batch)
+    targets = target_mask(batch["labels"]).sum().item()
+    assert targets < batch["labels"].numel()
+    assert sorted(tokens) == sorted([sum(LENGTHS), targets])
+    batch["decoder_attention_mask"] = target_mask(batch["labels"])
+    assert_same(padded, removed, batch)
+    del batch["decoder_attention_mask"]
+    attach_layout(batch["labels"], padding_layout(target_mask(batch["labels"])))
+    assert_same(padded, removed, batch)
+
+
 def test_a_batch_with_an_example_without_tokens_stays_padded():
     padded, removed, batch = make("masked_lm")
     batch["attention_mask"][1] = 0
@@ -131,7 +149,7 @@ def test_a_layout_of_a_loader_is_used_and_a_changed_mask_makes_it_void():
     padded, removed, batch = make()
     mask = batch["attention_mask"]
     other = mask.clone()
-    other[0, 2:] = 0  # so that the test sees which layout was used
+    other[0, 2:] = 0  # so that the layouts differ
     attach_layout(mask, padding_layout(other))
     assert layer_tokens(removed, batch) == sum(LENGTHS) - LENGTHS[0] + 2
     mask[0, 0] = 1
@@ -158,6 +176,16 @@ def test_gradient_checkpointing_with_other_forwards_before_the_backward(model_ty
     removed(**short)  # padded
     loss.backward()
     assert compare("", read_gradient(removed), reference).error < EXACT
+
+
+def test_checkpoint_wrappers_around_layers_stay_padded():
+    padded, removed, batch = make("masked_lm")
+    apply_activation_checkpointing(removed, check_fn=lambda module: type(module).__name__ == "BertLayer")
+    assert layer_tokens(removed, batch) == batch["input_ids"].numel()
+    reference = whole_window_gradient(padded, batch)
+    gradient = whole_window_gradient(removed, batch)
+    names = {name.replace("_checkpoint_wrapped_module.", ""): name for name in gradient}
+    assert compare("", {name: gradient[names[name]] for name in reference}, reference).error < EXACT
 
 
 @pytest.mark.parametrize("model_type", ["bert", "deberta-v2"])
@@ -189,6 +217,8 @@ def test_copies_and_their_restoring_are_independent(model_type):
     assert layer_tokens(twin, batch) < batch["input_ids"].numel()
     assert_same(padded, twin, batch)
     assert_same(padded, removed, batch)
+    gradacc_hf.restore_padding(twin)
+    assert traces(twin) == traces(padded)
 
 
 def test_restoring_leaves_nothing_behind():
@@ -271,6 +301,32 @@ def test_accelerate_with_autocast(prepared_first):
     assert prepared(**batch).logits.dtype == torch.float32
 
 
+def test_trainer_takes_the_same_steps(tmp_path):
+    padded, removed, _ = make("token_classification")
+    head = build_head("token_classification", "bert")
+    rows = head.examples(LENGTHS * 2)
+    settings = dict(max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, optim="sgd", use_cpu=True)
+    for model in (padded, removed):
+        args = TrainingArguments(str(tmp_path), report_to="none", save_strategy="no", **settings)
+        Trainer(model, args, train_dataset=rows, data_collator=head.collate).train()
+    assert is_removed(removed)
+    for name, tensor in padded.state_dict().items():
+        torch.testing.assert_close(removed.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_with_and_without_an_attached_layout(mode):
+    padded, removed, batch = make("masked_lm")
+    padded.eval()
+    removed.eval()
+    with mode():
+        mask = batch["attention_mask"] = batch["attention_mask"].clone()
+        attach_layout(mask, padding_layout(mask))
+        real = mask != 0
+        assert layer_tokens(removed, batch) == sum(LENGTHS)
+        torch.testing.assert_close(removed(**batch).logits[real], padded(**batch).logits[real])
+
+
 def test_generate_and_evaluation_take_the_ordinary_path():
     padded, removed, batch = make("causal_lm", "llama")
     prompts = {name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}
@@ -312,7 +368,10 @@ class Products(TorchDispatchMode):
         return super().__enter__()
 
 
-@pytest.mark.parametrize(("model_type", "compiled_first"), [("bert", False), ("mpnet", True)])
+@pytest.mark.parametrize(
+    ("model_type", "compiled_first"),
+    [("bert", False), pytest.param("mpnet", True, marks=pytest.mark.slow)],
+)
 def test_compiled_layers(model_type, compiled_first):
     padded, removed, batch = make("sequence_classification", model_type, remove=False)
     torch.compiler.reset()
