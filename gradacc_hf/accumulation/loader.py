@@ -271,6 +271,11 @@ class WindowLoader:
         self._windows.count_items = count
 
     @property
+    def padding_free(self) -> bool:
+        """Whether windows are split for a model that computes no padding."""
+        return self._windows.padding_free
+
+    @property
     def noise_every(self) -> int:
         """Windows from one measurement of the gradient noise scale to the next; 0 measures none."""
         return self._windows.noise_every

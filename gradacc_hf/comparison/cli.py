@@ -24,7 +24,7 @@ from rich.table import Table
 from gradacc_hf.accumulation.loss_items import as_window_loss
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.comparison.compare import ComparedRuns, compare, ratios
-from gradacc_hf.comparison.worker import CONTENDERS, micro_batch_size, window_size
+from gradacc_hf.comparison.worker import CONTENDERS, USUAL, micro_batch_size, window_size
 from gradacc_hf.errors import InputError, listed
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe
@@ -78,14 +78,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Train the same windows in several ways, and compare exactness, speed and memory.",
         epilog="Settings of the recipe may follow, such as --batch.effective 32. The contender at_once "
         "trains each window as one large batch. trainer is transformers.Trainer, and trainer_by_length "
-        "groups examples by length. exact_trainer is gradacc_hf.ExactTrainer. accelerate is the loop of "
-        "Accelerate's guide, with accelerator.accumulate. `ours` is the loop of gradacc.",
+        "groups examples by length. trainer_batch_rebalance groups them by predicted cost. exact_trainer and "
+        "exact_trainer_batch_rebalance are gradacc_hf.ExactTrainer. accelerate is the loop of Accelerate's "
+        "guide, with accelerator.accumulate. `ours` is the loop of gradacc, and ours_padded is the same "
+        "loop with padding.",
     )
     parser.add_argument("--config", required=True, help="the recipe's config file")
     parser.add_argument("--budget", default="auto", help="a budget's name or file (default: %(default)s)")
     parser.add_argument(
         "--contenders",
-        default=",".join(CONTENDERS),
+        default=",".join(USUAL),
         help="the contenders, separated by commas (default: %(default)s)",
     )
     parser.add_argument(

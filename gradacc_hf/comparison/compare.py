@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gradacc_hf.comparison.worker import CONTENDERS, DOES_NOT_FIT
+from gradacc_hf.comparison.worker import CONTENDERS, DOES_NOT_FIT, USUAL
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.utils.files import write_whole
@@ -40,7 +40,7 @@ class ComparedRuns:
 def compare(
     settings: Sequence[str],
     folder: Path,
-    contenders: Sequence[str] = tuple(CONTENDERS),
+    contenders: Sequence[str] = USUAL,
     num_windows: int = 8,
     repeats: int = 3,
     on_run: Callable[[str], None] = lambda name: None,

@@ -8,6 +8,7 @@ batch. Write config.yaml, history.jsonl and summary.json to the folder. `compari
 and reads the folders.
 """
 
+import copy
 import gc
 import json
 import math
@@ -40,6 +41,7 @@ from gradacc_hf.errors import GradaccError, InputError, OutOfMemoryError, one_li
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe_to_run
 from gradacc_hf.run.folder import settings
+from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
@@ -60,11 +62,23 @@ CONTENDERS = {
     "at_once": "at once",
     "trainer": "Trainer",
     "trainer_by_length": "Trainer, by length",
+    "trainer_batch_rebalance": "Trainer, batch_rebalance",
     "exact_trainer": "ExactTrainer",
+    "exact_trainer_batch_rebalance": "ExactTrainer, batch_rebalance",
     "accelerate": "accumulate()",
     "ours": "gradacc",
+    "ours_padded": "gradacc, padded",
 }
 """Contender → name in tables and reports."""
+LOOPS = ("ours", "ours_padded", "at_once")
+"""Contenders that train windows."""
+USUAL = tuple(name for name in CONTENDERS if name != "ours_padded")
+STRATEGIES = {
+    "trainer_by_length": "group_by_length",
+    "trainer_batch_rebalance": "batch_rebalance",
+    "exact_trainer_batch_rebalance": "batch_rebalance",
+}
+"""`train_sampling_strategy` of Trainer; otherwise the order of the windows."""
 DOES_NOT_FIT = 3  # exit code of a contender that ran out of memory
 
 
@@ -77,6 +91,7 @@ class WorkerRun:
         steps: micro-batches of a window, for these contenders.
         pad_to: the length to which these contenders pad; None for the longest of a micro-batch.
         collated_examples: the examples of each micro-batch of the last training, in order.
+        padding_free: whether the last training computed no padding.
     """
 
     def __init__(self, recipe: Recipe, num_windows: int):
@@ -96,6 +111,7 @@ class WorkerRun:
         if self.windows.pad_to == "window":  # the other contenders have no lengths of a whole window
             self.pad_to = int(self.windows.tokens.max())
         self.collated_examples: list[list[Any]] = []
+        self.padding_free = False
 
     def loaders(self) -> tuple[WindowLoader, WindowLoader]:
         """Return new loaders of the training and the validation data."""
@@ -116,10 +132,13 @@ class WorkerRun:
         """Train one epoch of the windows with a contender."""
         recipe, self.collated_examples = self.recipe, []
         shared: dict[str, Any] = {"scheduler": scheduler, "max_grad_norm": max_grad_norm}
-        if name in ("ours", "at_once"):
+        if name in LOOPS:
             windows, _ = self.loaders()
             shared["compute_loss"] = recipe.loss
             if name == "ours":
+                choose_padding(recipe, model, windows)
+            self.padding_free = windows.padding_free
+            if name != "at_once":
                 splits = [windows.split(0, t) for t in range(self.num_windows)]
                 self.collated_examples = [
                     windows.examples(indices) for split in splits for indices in split.processes[0]
@@ -141,10 +160,10 @@ class WorkerRun:
             self._collate,
             self.size,
             compute_loss=loss,
-            exact=name == "exact_trainer",
+            exact=name.startswith("exact_trainer"),
             num_items=recipe.num_items,
             gradient_accumulation_steps=self.steps,
-            train_sampling_strategy="group_by_length" if name == "trainer_by_length" else "sequential",
+            train_sampling_strategy=STRATEGIES.get(name, "sequential"),
             seed=recipe.config.train.seed,
             bf16=precision == "bf16",
             fp16=precision == "fp16",
@@ -171,10 +190,10 @@ class WorkerRun:
 
     def padded_size(self, name: str, window: list[np.ndarray]) -> int:
         """Return the padded tokens of a window, from tokens of shape (examples, columns) by micro-batch."""
-        if self.windows.pad_to == "nothing":
+        if self.windows.pad_to == "nothing" or self.padding_free:
             return int(sum(map(np.sum, window)))
         pad_to = self.pad_to
-        if name == "ours" and self.windows.pad_to == "window":
+        if name in LOOPS[:2] and self.windows.pad_to == "window":
             pad_to = int(max(map(np.max, window)))
         multiple = self.recipe.config.budget.pad_to_multiple_of or 1
         padded = (
@@ -237,7 +256,7 @@ def train_timed(run: WorkerRun, name: str, folder: Path) -> None:
     ran = run.train(name, model, optimizer, scheduler, config.optim.max_grad_norm)
     peak = peak_memory(device)
     _, validation = run.loaders()
-    prepared = run.accelerator.prepare(model) if name not in ("ours", "at_once") else model
+    prepared = run.accelerator.prepare(model) if name not in LOOPS else model
     with uncompiled(prepared):
         metrics = recipe.validate(prepared, validation, run.accelerator)
     tokens_of = [[run.tokens(micro_batch) for micro_batch in window] for window in run.by_window()]
@@ -300,6 +319,7 @@ def measure_errors(run: WorkerRun, name: str, folder: Path) -> None:
     run.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     model, optimizer, scheduler = run.set_up()
     disable_dropout(model)
+    padded = copy.deepcopy(model)  # the contender may remove the padding of its model
     found: list[float] = []
 
     def compare(*_: Any) -> None:
@@ -307,12 +327,10 @@ def measure_errors(run: WorkerRun, name: str, folder: Path) -> None:
         [window] = run.by_window()[len(found) : len(found) + 1]
         examples = [example for micro_batch in window for example in micro_batch]
         batch = run.collated(examples, model.device)
+        padded.load_state_dict(model.state_dict())
         with exit_if_out_of_memory(0):  # if the whole window does not fit, no error is measured
-            whole = whole_window_gradient(model, batch, recipe.loss)
+            whole = whole_window_gradient(padded, batch, recipe.loss)
         found.append(relative_error(gradient, whole))
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.grad = gradient[parameter_name]
 
     optimizer.register_step_pre_hook(compare)
     with full_float32():

@@ -1,0 +1,92 @@
+"""Windows that are split for a model without padding: by real tokens, in the order of the window."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import BertConfig, BertForSequenceClassification
+
+from gradacc_hf import WindowLoader, remove_padding
+from gradacc_hf.accumulation.memory_model import MicroBatchMemory
+from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error, whole_window_gradient
+from gradacc_hf.accumulation.splitting import Bound, split_without_padding
+
+MEMORY = MicroBatchMemory(
+    parameters=100,
+    gradients=100,
+    optimizer=200,
+    exponents=np.array([[1, 1], [1, 2]]),
+    activations=np.array([[3.0, 0.1], [1.0, 0.2]]),
+    loss=np.zeros((2, 2)),
+)
+BOUNDS = {
+    "tokens": Bound(max_tokens=256),
+    "examples": Bound(micro_batch_size=7),
+    "bytes": Bound(max_bytes=3_000, memory=MEMORY),
+}
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_few_micro_batches_of_about_equal_size_keep_the_bound(bound, num_processes):
+    tokens = np.random.default_rng(0).integers(1, 90, (96, 1))
+    processes = split_without_padding(tokens, BOUNDS[bound], num_processes)
+    split = [positions for process in processes for positions in process]
+    assert sorted(np.concatenate(split)) == list(range(96))
+    assert all((np.diff(np.concatenate(process)) > 0).all() for process in processes), "not sorted by length"
+    shares = BOUNDS[bound].shares(tokens)
+    sums = [shares[positions].sum() for positions in split]
+    assert max(sums) <= 1 + 1e-9
+    assert len(split) <= np.ceil(shares.sum()) + 2 * num_processes
+    totals = [sum(int(tokens[positions].sum()) for positions in process) for process in processes]
+    assert max(totals) <= 1.1 * sum(totals) / num_processes
+
+
+def test_an_example_beyond_the_bound_is_alone():
+    split = split_without_padding(np.array([[10], [500], [10]]), Bound(max_tokens=100))
+    assert [positions.tolist() for positions in split[0]] == [[0], [1], [2]]
+    assert split_without_padding(np.zeros((0, 1), int), Bound(max_tokens=100), 2) == [[], []]
+
+
+def test_bytes_of_a_micro_batch_are_at_most_the_bytes_of_the_bound():
+    tokens = np.random.default_rng(1).integers(1, 60, (64, 1))
+    for positions in split_without_padding(tokens, BOUNDS["bytes"])[0]:
+        terms = sum(MEMORY.terms(1, length) for length in tokens[positions])
+        assert MEMORY.resident + (MEMORY.activations @ terms).max() <= 3_000
+
+
+def collate(examples):
+    ids = torch.nn.utils.rnn.pad_sequence([example["input_ids"] for example in examples], True)
+    labels = torch.stack([example["labels"] for example in examples])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+@pytest.mark.parametrize("noise_every", [0, 1])
+def test_a_window_without_padding_has_the_gradient_of_the_padded_window(noise_every):
+    torch.manual_seed(0)
+    small = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**small, intermediate_size=16, num_labels=3)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    model = BertForSequenceClassification(config)
+    padded = BertForSequenceClassification(config)
+    padded.load_state_dict(model.state_dict())
+    lengths = torch.randint(3, 60, (64,)).tolist()
+    examples = [
+        {"input_ids": torch.randint(1, 100, (n,)), "labels": torch.tensor(i % 3)}
+        for i, n in enumerate(lengths)
+    ]
+    remove_padding(model, collate(examples[:8]))
+    accelerator = Accelerator(cpu=True)
+    settings = {"accelerator": accelerator, "collate_fn": collate, "max_tokens": 256}
+    windows = WindowLoader(examples, 32, padding_free=True, noise_every=noise_every, **settings)
+    for window in windows:
+        sizes = [int(each.batch["attention_mask"].sum()) for each in window.micro_batches]
+        assert max(sizes) <= 256
+        assert window.padded_tokens == window.tokens == sum(sizes)
+        model.zero_grad()
+        for batch in window:
+            with accelerator.accumulate(model):
+                accelerator.backward(window.weigh(model(**batch).loss))
+        whole = whole_window_gradient(padded, collate([examples[i] for i in window.indices]))
+        assert relative_error(read_gradient(model), whole) <= EXACT
+        assert (window.small is not None) == bool(noise_every)
