@@ -235,20 +235,38 @@ def split_without_padding(
     lengths = np.maximum(tokens, 1).sum(1)
     each, by_length = cost(1, lengths) - cost.fixed, np.argsort(lengths, kind="stable")
     hands = deal(each[by_length].tolist(), num_processes) if len(tokens) else [[]] * num_processes
-    return [_equal_parts(np.sort(by_length[hand]), bound.shares(tokens), each) for hand in hands]
+    shares = bound.shares(tokens)
+    return [_equal_parts(np.sort(by_length[hand]), shares) for hand in hands]
 
 
-def _equal_parts(positions: np.ndarray, shares: np.ndarray, each: np.ndarray) -> list[np.ndarray]:
-    """Split positions into consecutive parts of about equal cost, whose shares add up to at most 1."""
+def _equal_parts(positions: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
+    """Split positions into few parts whose shares add up to at most 1 each.
+
+    The parts are consecutive and about equal, unless first-fit decreasing needs fewer. It does where examples
+    are almost as large as a micro-batch.
+    """
     if not len(positions):
         return []
-    share, price = shares[positions], each[positions]
-    middles = np.cumsum(price) - price / 2
-    for parts in range(max(1, math.ceil(share.sum() - SHARE_ROUNDING)), len(positions)):
-        number = np.floor(middles * parts / price.sum()).astype(int)  # of the part of each example
+    fitted, share = _first_fit(positions, shares), shares[positions]
+    middles = np.cumsum(share) - share / 2
+    for parts in range(max(1, math.ceil(share.sum() - SHARE_ROUNDING)), len(fitted) + 1):
+        number = np.floor(middles * parts / share.sum()).astype(int)  # of the part of each example
         if np.bincount(number, share).max() <= 1 + SHARE_ROUNDING:
             return np.split(positions, np.flatnonzero(np.diff(number)) + 1)
-    return np.split(positions, len(positions))
+    return fitted
+
+
+def _first_fit(positions: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
+    """Split positions by first-fit decreasing (Johnson 1973); each part is in ascending order."""
+    parts, free = list[list[int]](), np.zeros(0)
+    for position in positions[np.argsort(-shares[positions], kind="stable")]:
+        fits = np.flatnonzero(free >= shares[position] - SHARE_ROUNDING)
+        if not len(fits):
+            parts.append([])
+            free, fits = np.append(free, 1.0), np.array([len(free)])
+        parts[fits[0]].append(int(position))
+        free[fits[0]] -= shares[position]
+    return [np.sort(part) for part in parts]
 
 
 def _alone(tokens: np.ndarray, bound: Bound, cost: Cost, packed: bool) -> list[float]:

@@ -15,9 +15,10 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import LabelSmoother
 
-from gradacc_hf import ExactTrainer, ExactTrainerMixin
+from gradacc_hf import ExactTrainer, ExactTrainerMixin, PaddingNotRemovableError
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_error, whole_window_gradient
+from gradacc_hf.padding.removal import is_removed
 from gradacc_hf.verification.all_heads import LENGTHS
 from gradacc_hf.verification.baselines import CustomLossMixin
 from gradacc_hf.verification.tiny_models import build_head
@@ -463,6 +464,25 @@ def test_the_loss_is_probed_in_windows_1_and_4_and_not_in_each(tmp_path):
     first = seen.index(torch.float32)
     assert set(seen[:first]) == {torch.float64}
     assert first < len(seen) - len(micro_batches) <= 2 * first + 2
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batch_rebalance"])
+def test_without_padding_the_gradients_are_those_of_the_padded_model(strategy, tmp_path):
+    found, lengths = [], [3, 40, 7, 22, 5, 9, 31, 4] * 4
+    for padding_free in (False, True):
+        head = build_head("sequence_classification", "bert")
+        settings = {"train_sampling_strategy": strategy, "padding_free": padding_free}
+        found.append(gradients(ExactTrainer, head, tmp_path, head.examples(lengths), **settings))
+        assert is_removed(head.model) == padding_free
+    for padded, removed in zip(*found, strict=True):
+        assert relative_error(removed, padded) <= EXACT
+
+
+def test_a_loss_that_reads_padding_is_refused_in_training(tmp_path):
+    head = build_head("question_answering", "distilbert")
+    trainer = make(ExactTrainer, head, tmp_path, head.examples(LENGTHS), padding_free=True)
+    with pytest.raises(PaddingNotRemovableError, match="the loss reads"):
+        trainer.train()
 
 
 # ---- the assertions of transformers' TrainerGradientAccumulationTest, on models that need no download ----
