@@ -21,6 +21,7 @@ from gradacc_hf.errors import InputError, listed
 from gradacc_hf.hub.model_card import refresh_cards
 from gradacc_hf.recipe.loading import load_recipe, on_this_machine, open_run
 from gradacc_hf.run.folder import refuse_links
+from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.setup import check_vocabulary, load_data, make_model, make_windows
 from gradacc_hf.training.run_log import finite
 from gradacc_hf.utils.commands import Parser
@@ -93,7 +94,9 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(
             f"--windows: found {arguments.windows}; allowed: 1 to {len(windows)}, the windows of an epoch"
         )
-    result = verify(make_model(recipe), windows, recipe.loss, num_windows=arguments.windows)
+    model = make_model(recipe)
+    choose_padding(recipe, model, windows)
+    result = verify(model, windows, recipe.loss, num_windows=arguments.windows)
     as_json = finite({**asdict(result), "exact": result.exact, "verdict": result.verdict})
     as_json = json.dumps(as_json, indent=2)
     written = _write(arguments.run, as_json) if arguments.run is not None else []

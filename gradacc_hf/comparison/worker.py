@@ -8,7 +8,6 @@ batch. Write config.yaml, history.jsonl and summary.json to the folder. `compari
 and reads the folders.
 """
 
-import copy
 import gc
 import json
 import math
@@ -38,6 +37,7 @@ from gradacc_hf.accumulation.reference import (
 from gradacc_hf.accumulation.splitting import padded_size, rounded_up
 from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import GradaccError, InputError, OutOfMemoryError, one_line
+from gradacc_hf.padding.attention import with_padding
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe_to_run
 from gradacc_hf.run.folder import settings
@@ -319,7 +319,6 @@ def measure_errors(run: WorkerRun, name: str, folder: Path) -> None:
     run.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     model, optimizer, scheduler = run.set_up()
     disable_dropout(model)
-    padded = copy.deepcopy(model)  # the contender may remove the padding of its model
     found: list[float] = []
 
     def compare(*_: Any) -> None:
@@ -327,10 +326,12 @@ def measure_errors(run: WorkerRun, name: str, folder: Path) -> None:
         [window] = run.by_window()[len(found) : len(found) + 1]
         examples = [example for micro_batch in window for example in micro_batch]
         batch = run.collated(examples, model.device)
-        padded.load_state_dict(model.state_dict())
-        with exit_if_out_of_memory(0):  # if the whole window does not fit, no error is measured
-            whole = whole_window_gradient(padded, batch, recipe.loss)
+        with exit_if_out_of_memory(0), with_padding():  # if the window does not fit, no error is measured
+            whole = whole_window_gradient(model, batch, recipe.loss)
         found.append(relative_error(gradient, whole))
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.grad = gradient[parameter_name]
 
     optimizer.register_step_pre_hook(compare)
     with full_float32():

@@ -11,7 +11,8 @@ layer, so that gradient checkpointing finds it again in the backward pass.
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -64,6 +65,17 @@ class PackedForward:
 
 class _Current(threading.local):
     forward: PackedForward | None = None
+    keeps_padding = False
+
+
+@contextmanager
+def with_padding() -> Iterator[None]:
+    """Compute padded in the block, also where `remove_padding` is on."""
+    before, CURRENT.keeps_padding = CURRENT.keeps_padding, True
+    try:
+        yield
+    finally:
+        CURRENT.keeps_padding = before
 
 
 CURRENT = _Current()

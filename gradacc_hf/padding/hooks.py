@@ -75,6 +75,8 @@ class EnterForward(Hook):
 
     @torch.compiler.disable
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if CURRENT.keeps_padding:
+            return None
         given = _by_name(module, args, kwargs)
         mask = given.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:

@@ -40,6 +40,7 @@ from gradacc_hf.accumulation.reference import (
 from gradacc_hf.accumulation.sample_examples import count_labels
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import InputError, one_line
+from gradacc_hf.padding.attention import with_padding
 from gradacc_hf.training.compile import compile_layers, is_compiled, uncompiled
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.modeling import disable_dropout
@@ -392,7 +393,7 @@ def _whole(
     """Return the reference gradient, or None if the window does not fit in memory."""
     try:
         batch = in_dtype_of(model, windows.collated(window.indices, window.pad_to).batch)
-        with uncompiled(model):
+        with uncompiled(model), with_padding():
             return whole_window_gradient(model, batch, compute_loss)
     except RuntimeError as error:
         if not out_of_memory(error):

@@ -39,7 +39,12 @@ def test_a_run_without_padding_is_the_same_training(start):  # noqa: F811
 
 def test_padding_that_the_loss_reads_stays_or_is_refused(tiny_bert, capfd):
     recipe = load_recipe("question_answering").QuestionAnswering
-    flags = {"data__train": "embedded:questions", "data__doc_stride": 4, "budget__padding_free": "on"}
+    flags = {
+        "data__train": "embedded:questions",
+        "data__doc_stride": 4,
+        "data__on_bad_row": "skip",
+        "budget__padding_free": "on",
+    }
     ran = run_recipe(recipe, arguments(tiny_bert, flags), capfd)
     assert ran.code == 2
     assert "budget.padding_free: found on" in ran.err

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import default_collate
 
-from gradacc_hf import WindowLoader
+from gradacc_hf import WindowLoader, remove_padding
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.cli import main as cli
 from gradacc_hf.utils.paths import bundle_root
@@ -356,7 +356,7 @@ def test_mixed_precision_is_refused():
 TOO_LARGE = """
 import resource, torch
 from accelerate import Accelerator
-from gradacc_hf import WindowLoader
+from gradacc_hf import WindowLoader, remove_padding
 from gradacc_hf.verification.tiny_models import build_head
 from gradacc_hf.verification.exactness import verify
 torch.set_num_threads(1)
@@ -559,3 +559,15 @@ def test_gradients_of_0_show_nothing():
     result = verify(head.model, loader(head), lambda outputs, batch: outputs.loss * 0, trainer=False)
     assert not result.exact
     assert result.verdict == "Cannot tell: the gradient of each compared window is 0."
+
+
+def test_a_model_without_padding_is_compared_with_the_padded_model():
+    head = build_head("sequence_classification", "bert")
+    windows = loader(head, padding_free=True)
+    remove_padding(head.model, windows.sample()[1].batch)
+    shapes = set()
+    head.model.bert.encoder.layer[0].attention.register_forward_hook(
+        lambda module, inputs, outputs: shapes.add(len(outputs[0]))
+    )
+    assert verify(head.model, windows, trainer=False).exact
+    assert shapes == {1, len(LENGTHS)}, "the accumulated micro-batches are packed, the whole window is not"
