@@ -57,6 +57,8 @@ class Stack:
     caches: bool
     sides: set[str] = field(default_factory=set)
     """Sides of padding in the forwards that were checked. Batches with padding elsewhere stay padded."""
+    arguments: dict[str, bool] = field(default_factory=dict)
+    """Argument of the layers → whether it was packed while the check ran."""
     checking: bool = True
     """Whether the check still runs."""
 
@@ -106,6 +108,8 @@ class EnterForward(Hook):
         layout = attached_layout(mask) or padding_layout(mask)
         if layout is None or (len(mask) == 1 and given.get("encoder_hidden_states") is not None):
             return None
+        if layout.num_tokens == layout.shape[1]:
+            return None  # packed tokens would have the shape of one example
         if not self.stack.checking and layout.side not in self.stack.sides:
             return None
         if module.training and _recomputes_hooks(module, self.stack.by_group):
@@ -182,9 +186,8 @@ class PackInputs(Hook):
         if forward is None or forward.stack is not self.stack:
             return None
         forward.calls += 1
-        pack_one = self._pack_by_group if self.stack.by_group else self._pack_hidden
         given = _by_name(module, args, kwargs)
-        packed = {name: pack_one(forward, name, value) for name, value in given.items()}
+        packed = {n: self._packed_as_checked(module, forward, n, value) for n, value in given.items()}
         encoder, standin = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if self.stack.by_group and isinstance(encoder, torch.Tensor):
             if id(encoder) not in forward.packed:
@@ -195,6 +198,29 @@ class PackInputs(Hook):
             for name, value in given.items()
         )
         return tuple(packed[name] for name in list(given)[: len(args)]), {n: packed[n] for n in kwargs}
+
+    def _packed_as_checked(self, module: Any, forward: PackedForward, name: str, value: Any) -> Any:
+        """Return an argument packed if it was packed in the check: its shape may match by chance."""
+        checked = self.stack.arguments
+        if not self.stack.checking and checked.get(name) is False:
+            return self._attached(forward, value)
+        pack_one = self._pack_by_group if self.stack.by_group else self._pack_hidden
+        packed = pack_one(forward, name, value)
+        if not isinstance(value, torch.Tensor):
+            return packed
+        if self.stack.checking:
+            checked[name] = checked.get(name, False) or packed is not value
+        elif packed is not value and name not in checked:
+            raise PaddingNotRemovableError(
+                f"{type(module).__name__} gets the argument {name}, which it did not get in the check"
+            )
+        return packed
+
+    def _attached(self, forward: PackedForward, value: Any) -> Any:
+        """Return an argument that stays padded, with the forward attached if attention modules need it."""
+        if isinstance(value, torch.Tensor) and not self.stack.by_group:
+            setattr(value, _FORWARD, forward)
+        return value
 
     def _pack_by_group(self, forward: PackedForward, name: str, value: Any) -> Any:
         if isinstance(value, tuple | list):
@@ -218,8 +244,7 @@ class PackInputs(Hook):
             packed = _packed_hidden(value, forward.layout)
             if packed is not value:
                 return packed
-        setattr(value, _FORWARD, forward)
-        return value
+        return self._attached(forward, value)
 
 
 @dataclass(eq=False)
@@ -345,7 +370,7 @@ def _packed_hidden(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
 
 def _unpacked(value: Any, layout: PaddingLayout) -> Any:
     """Return (1, real tokens, …) as (batch, length, …) with zeros at padding; other values unchanged."""
-    if not isinstance(value, torch.Tensor) or value.ndim < 3 or value.shape[:2] != (1, layout.num_tokens):
+    if not isinstance(value, torch.Tensor) or value.ndim != 3 or value.shape[:2] != (1, layout.num_tokens):
         return value
     return unpack(value[0], layout.tokens, *layout.shape)
 

@@ -250,8 +250,12 @@ def make_sample(batch: Mapping[str, Any], pad_token_id: int | None) -> dict[str,
         else value
         for name, value in batch.items()
     }
-    for row, target in enumerate(_sample_lengths(lengths[rows].tolist())):
+    targets = _sample_lengths(lengths[rows].tolist())
+    for row, target in enumerate(targets):
         _shorten(sample, row, target, pad_token_id)
+    if int((sample["attention_mask"] != 0).sum()) == mask.shape[-1]:  # such a batch stays padded
+        for row, target in enumerate(targets):
+            _shorten(sample, row, max(1, target - 1), pad_token_id)
     return sample
 
 

@@ -92,6 +92,55 @@ def test_batches_of_one_and_of_equal_lengths(model_type, lengths, pad_to):
     assert_same(padded, removed, head.collate(head.examples(lengths), pad_to=pad_to))
 
 
+@pytest.mark.parametrize(("lengths", "pad_to"), [([6, 4], 10), ([3, 3, 3], 9)])
+@pytest.mark.parametrize("model_type", ["bert", "llama", "mpnet"])
+def test_as_many_tokens_as_the_padded_length(model_type, lengths, pad_to):
+    kind = "causal_lm" if model_type == "llama" else "masked_lm"
+    padded, removed, _ = make(kind, model_type)
+    head = build_head(kind, model_type)
+    batch = head.collate(head.examples(lengths), pad_to=pad_to)
+    assert_same(padded, removed, batch)
+    real = batch["attention_mask"] != 0
+    torch.testing.assert_close(removed(**batch).logits[real], padded(**batch).logits[real])
+    if max(lengths) >= 4:
+        gradacc_hf.restore_padding(removed)
+        gradacc_hf.remove_padding(removed, batch)
+        assert_same(padded, removed, head.collate(head.examples(LENGTHS)))
+
+
+def test_as_many_tokens_as_attention_heads():
+    padded, removed, _ = make("masked_lm", "mpnet")
+    heads, head = padded.config.num_attention_heads, build_head("masked_lm", "mpnet")
+    assert_same(padded, removed, head.collate(head.examples([heads]), pad_to=heads + 3))
+
+
+def test_an_argument_of_the_layers_is_packed_as_in_the_check():
+    padded, removed, batch = make(remove=False)
+    size, layers = batch["input_ids"].shape[1] + 3, removed.base_model.encoder.layer
+    condition, seen = torch.randn(len(LENGTHS), size), []
+
+    def add_condition(module, args, kwargs):
+        return args, kwargs | {"condition": condition}
+
+    handle = layers[0].register_forward_pre_hook(add_condition, with_kwargs=True)
+    gradacc_hf.remove_padding(removed, batch)
+    layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("condition")), with_kwargs=True
+    )
+    wide = {
+        name: torch.nn.functional.pad(value, (0, 3)) if value.ndim == 2 else value
+        for name, value in batch.items()
+    }
+    assert_same(padded, removed, wide)
+    assert all(one is condition for one in seen)
+    handle.remove()
+    gradacc_hf.restore_padding(removed)
+    gradacc_hf.remove_padding(removed, batch)
+    layers[0].register_forward_pre_hook(add_condition, with_kwargs=True, prepend=True)
+    with pytest.raises(PaddingNotRemovableError, match="condition, which it did not get in the check"):
+        removed(**wide)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt_oss"])
 def test_padding_on_the_left_and_holes(model_type):
     padded, removed, right = make("causal_lm", model_type)
