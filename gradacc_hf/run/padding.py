@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 from gradacc_hf.accumulation.collation import Split
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.errors import PaddingNotRemovableError, one_line, refuse
-from gradacc_hf.padding.removal import remove_padding
+from gradacc_hf.padding.removal import is_grouped, remove_padding
 from gradacc_hf.recipe.base import Recipe
 
 LEAST_SAVING = 0.02
@@ -16,20 +16,22 @@ LEAST_SAVING = 0.02
 SAMPLED_WINDOWS = 16
 
 
-def choose_padding(recipe: Recipe, model: Any, *loaders: WindowLoader) -> None:
-    """Remove padding from the model, and split the windows of the loaders by tokens without padding.
+def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
+    """Remove padding from the model, and split the training windows by tokens without padding.
 
-    `recipe.model_notes["padding"]` gets a line with the result.
+    Windows stay padded and sorted by length for models with padded attention modules. Validation windows stay
+    so for all models, as decoders evaluate with padding. `recipe.model_notes["padding"]` gets a line with the
+    result.
 
     Args:
         recipe: The recipe.
         model: The model, before Accelerate wraps it.
-        loaders: The loaders of the run, the one of the training windows first.
+        windows: The training windows.
 
     Raises:
         InputError: `budget.padding_free` is on, and padding cannot be removed.
     """
-    setting, windows = recipe.config.budget.padding_free, loaders[0]
+    setting = recipe.config.budget.padding_free
     if setting == "off":
         return
     why = _why_kept(recipe, windows, setting)
@@ -44,9 +46,11 @@ def choose_padding(recipe: Recipe, model: Any, *loaders: WindowLoader) -> None:
             refuse("budget.padding_free", "found on", f"{why}; allowed: auto or off")
         recipe.model_notes["padding"] = f"kept: {why}"
         return
+    if not is_grouped(model):
+        recipe.model_notes["padding"] = "none in the layers, except in attention"
+        return
     before = _steps(_sample(windows))
-    for loader in loaders:
-        loader.without_padding()
+    windows.without_padding()
     recipe.model_notes["padding"] = (
         f"none in the layers: {_steps(_sample(windows)):.1f} accumulation steps instead of {before:.1f}"
     )

@@ -255,7 +255,7 @@ def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> TrainingParts:
     recipe = task.recipe
     optim = recipe.config.optim
     model = make_model(recipe)
-    choose_padding(recipe, model, plan.windows, plan.validation_windows)
+    choose_padding(recipe, model, plan.windows)
     optimizer = make_optimizer(model, optim, accelerator.mixed_precision)
     scheduler = make_scheduler(optimizer, optim, plan.windows, plan.num_windows)
     card = RunCard(recipe, facts(recipe, task.training, task.validation), plan.windows)

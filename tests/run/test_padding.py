@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from recipe_runs import load_recipe, run_recipe
+from accelerate import Accelerator
+from recipe_runs import load_recipe, make_recipe, run_recipe
 from text_classification_runs import (
+    TextClassification,
     arguments,
     datasets_cache,  # noqa: F401
     empty_folder,  # noqa: F401
@@ -15,8 +17,30 @@ from text_classification_runs import (
     write,
 )
 
+from gradacc_hf import WindowLoader
+from gradacc_hf.padding.removal import is_removed
+from gradacc_hf.run.padding import choose_padding
+from gradacc_hf.verification.tiny_models import build_head
 
-def test_a_run_without_padding_is_the_same_training(start):  # noqa: F811
+LENGTHS = [3, 40, 7, 22, 5, 9, 31, 4] * 4
+
+
+def choose(model_type="bert", setting="auto", lengths=LENGTHS, change=lambda model: None):
+    """Return the line of the run about padding, the model and the training windows."""
+    head = build_head("sequence_classification", model_type)
+    change(head.model)
+    windows = WindowLoader(
+        head.examples(lengths), 16, accelerator=Accelerator(cpu=True), collate_fn=head.collate, max_tokens=96
+    )
+    recipe = make_recipe(TextClassification, "--data.train", "a.csv", "--budget.padding_free", setting)
+    choose_padding(recipe, head.model, windows)
+    return recipe.model_notes["padding"], head.model, windows
+
+
+
+def test_a_run_without_padding_is_the_same_training(start, monkeypatch):  # noqa: F811
+    split, changed = WindowLoader.without_padding, []
+    monkeypatch.setattr(WindowLoader, "without_padding", lambda self: (changed.append(self), split(self)))
     rows = write("rows.csv", make_rows())
     shared = {"data__train": rows, "budget__max_tokens": 96, "train__max_windows": 4}
     printed = {}
@@ -35,6 +59,17 @@ def test_a_run_without_padding_is_the_same_training(start):  # noqa: F811
     assert steps[1] < steps[0]
     config = json.loads(Path("auto/best/config.json").read_text())
     assert "gradacc" not in json.dumps(config)
+    assert {loader.plan.shuffle for loader in changed} == {True}, "the validation windows stay padded"
+
+
+def test_windows_stay_sorted_by_length_where_attention_runs_padded():
+    note, model, windows = choose("mpnet")
+    assert note == "none in the layers, except in attention"
+    assert is_removed(model)
+    assert not windows.padding_free
+    note, model, windows = choose("bert")
+    assert "accumulation steps instead of" in note
+    assert windows.padding_free
 
 
 def test_padding_that_the_loss_reads_stays_or_is_refused(tiny_bert, capfd):
