@@ -311,7 +311,7 @@ class LocalWindows(Dataset):
     def shape(self, indices: np.ndarray, pad_to: int | None) -> tuple[int, list[int]]:
         """Return the rows of a micro-batch of these examples, and the padded tokens of each column.
 
-        Without padding, the tokens are those of a mean example.
+        Without padding, the tokens are the mean of the examples.
         """
         tokens = self.padded(self.tokens[indices])
         if self.pad_to == "nothing":
@@ -336,6 +336,9 @@ class LocalWindows(Dataset):
         )
 
     def _cost(self, indices: np.ndarray, pad_to: int | None) -> float:
+        if self.padding_free:
+            alone = self.cost(1, self.tokens[indices].sum(1)) - self.cost.fixed
+            return float(self.cost.fixed + alone.sum())
         rows, lengths = self.shape(indices, pad_to)
         return float(self.cost(rows, sum(lengths)))
 

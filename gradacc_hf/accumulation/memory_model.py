@@ -92,6 +92,21 @@ class MicroBatchMemory:
         """Return the peak bytes of a step with `rows` examples padded to `lengths`."""
         return self.parts(rows, lengths).total
 
+    def bytes_without_padding(self, tokens: np.ndarray) -> int:
+        """Return the peak bytes of a step whose layers compute no padding, and whose loss is padded.
+
+        Args:
+            tokens: Tokens of the examples, (examples, columns).
+        """
+        padded = self.terms(len(tokens), tokens.max(0))
+        lengths, number = np.unique(tokens, axis=0, return_counts=True)
+        each = np.prod(
+            np.insert(lengths.astype(np.float64), 0, 1.0, axis=1)[:, None] ** self.exponents, axis=2
+        )
+        layers = np.where(self.exponents[:, 0] == 0, padded, number @ each)
+        most = float((self.activations @ layers + self.loss @ padded).max())
+        return self.resident + round((1 + self.workspace_share) * most)
+
     def max_rows(self, lengths: Lengths, max_bytes: int) -> int:
         """Return how many examples padded to `lengths` fit into `max_bytes`; 0 if not even one fits."""
         available = (max_bytes - self.resident) / (1 + self.workspace_share)

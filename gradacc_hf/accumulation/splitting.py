@@ -17,6 +17,7 @@ from gradacc_hf.accumulation.balancing import BALANCED, Run, Sorted, balance, de
 from gradacc_hf.accumulation.memory_model import LONGEST, Lengths, MicroBatchMemory
 
 SHARE_ROUNDING = 1e-9  # of sums of shares
+PADDED_ROWS = 2  # rows of a micro-batch without padding in the layers, as a multiple of those with padding
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,16 @@ class Bound:
             found = np.maximum(found, (1.0 / np.maximum(rows, 0.5))[inverse.ravel()])
         return found
 
+    def holds_without_padding(self, tokens: np.ndarray) -> bool:
+        """Whether a micro-batch without padding in the layers keeps the bound, where the rest stays padded.
+
+        Args:
+            tokens: Tokens of the examples, (examples, columns).
+        """
+        if len(tokens) > PADDED_ROWS * self.max_rows(tokens.max(0)):
+            return False
+        return self.memory is None or self.memory.bytes_without_padding(tokens) <= (self.max_bytes or 0)
+
     def cheapest_row(self, cost: Cost) -> float:
         """Return the length of a packed row with the least cost per token: constant cost equals attention."""
         return min(math.sqrt(cost.fixed * cost.quadratic), self._max_packed)
@@ -221,7 +232,8 @@ def split_without_padding(
     """Split a window for a model that computes no padding: as few micro-batches as fit, of about equal size.
 
     The micro-batches of a process have its examples in the order of the window. They are therefore random
-    samples of the window, not sorted by length.
+    samples of the window, not sorted by length. Where few examples are much longer than others, micro-batches
+    are filled from the longest example on, so that embeddings and head compute little padding.
 
     Args:
         tokens: Tokens of the examples, (examples, columns).
@@ -235,37 +247,47 @@ def split_without_padding(
     lengths = np.maximum(tokens, 1).sum(1)
     each, by_length = cost(1, lengths) - cost.fixed, np.argsort(lengths, kind="stable")
     hands = deal(each[by_length].tolist(), num_processes) if len(tokens) else [[]] * num_processes
-    shares = bound.shares(tokens)
-    return [_equal_parts(np.sort(by_length[hand]), shares) for hand in hands]
+    return [_equal_parts(np.sort(by_length[hand]), tokens, bound) for hand in hands]
 
 
-def _equal_parts(positions: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
-    """Split positions into few parts whose shares add up to at most 1 each.
+def _equal_parts(positions: np.ndarray, tokens: np.ndarray, bound: Bound) -> list[np.ndarray]:
+    """Split positions into few parts that keep the bound.
 
     The parts are consecutive and about equal, unless first-fit decreasing needs fewer. It does where examples
-    are almost as large as a micro-batch.
+    are almost as large as a micro-batch, or much longer than others.
     """
     if not len(positions):
         return []
-    fitted, share = _first_fit(positions, shares), shares[positions]
+    shares = bound.shares(tokens)
+    fitted, share = _first_fit(positions, tokens, shares, bound), shares[positions]
     middles = np.cumsum(share) - share / 2
     for parts in range(max(1, math.ceil(share.sum() - SHARE_ROUNDING)), len(fitted) + 1):
         number = np.floor(middles * parts / share.sum()).astype(int)  # of the part of each example
-        if np.bincount(number, share).max() <= 1 + SHARE_ROUNDING:
-            return np.split(positions, np.flatnonzero(np.diff(number)) + 1)
+        if np.bincount(number, share).max() > 1 + SHARE_ROUNDING:
+            continue
+        split = np.split(positions, np.flatnonzero(np.diff(number)) + 1)
+        if all(len(part) == 1 or bound.holds_without_padding(tokens[part]) for part in split):
+            return split
     return fitted
 
 
-def _first_fit(positions: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
+def _first_fit(
+    positions: np.ndarray, tokens: np.ndarray, shares: np.ndarray, bound: Bound
+) -> list[np.ndarray]:
     """Split positions by first-fit decreasing (Johnson 1973); each part is in ascending order."""
-    parts, free = list[list[int]](), np.zeros(0)
+    parts = list[list[int]]()
+    free, rows_left = np.zeros(0), np.zeros(0)  # of each part
     for position in positions[np.argsort(-shares[positions], kind="stable")]:
-        fits = np.flatnonzero(free >= shares[position] - SHARE_ROUNDING)
-        if not len(fits):
+        fits = np.flatnonzero((free >= shares[position] - SHARE_ROUNDING) & (rows_left > 0))
+        part = next((i for i in fits if bound.holds_without_padding(tokens[[*parts[i], position]])), None)
+        if part is None:
+            part = len(parts)
             parts.append([])
-            free, fits = np.append(free, 1.0), np.array([len(free)])
-        parts[fits[0]].append(int(position))
-        free[fits[0]] -= shares[position]
+            free = np.append(free, 1.0)
+            rows_left = np.append(rows_left, PADDED_ROWS * bound.max_rows(tokens[position]))
+        parts[part].append(int(position))
+        free[part] -= shares[position]
+        rows_left[part] -= 1
     return [np.sort(part) for part in parts]
 
 

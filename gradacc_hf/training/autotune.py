@@ -235,10 +235,11 @@ def _work(windows: WindowLoader, split: Split) -> tuple[float, float, float]:
     """Return `Trial.work` of a split."""
     found = []
     for process in split.processes:
-        shapes = [windows.shape(indices, split.pad_to) for indices in process]
+        computed = [np.split(each, len(each)) if windows.padding_free else [each] for each in process]
+        shapes = [windows.shape(indices, split.pad_to) for each in computed for indices in each]
         sizes = [(rows * sum(lengths), sum(lengths)) for rows, lengths in shapes]
         tokens, quadratic = sum(size for size, _ in sizes), sum(size * length for size, length in sizes)
-        found.append((float(len(sizes)), float(tokens), float(quadratic)))
+        found.append((float(len(process)), float(tokens), float(quadratic)))
     return max(found, key=lambda work: _total(windows.cost, work))
 
 

@@ -17,7 +17,7 @@ MEMORY = MicroBatchMemory(
     optimizer=200,
     exponents=np.array([[1, 1], [1, 2]]),
     activations=np.array([[3.0, 0.1], [1.0, 0.2]]),
-    loss=np.zeros((2, 2)),
+    loss=np.array([[0.0, 0.0], [0.5, 0.0]]),
 )
 BOUNDS = {
     "tokens": Bound(max_tokens=256),
@@ -52,7 +52,26 @@ def test_bytes_of_a_micro_batch_are_at_most_the_bytes_of_the_bound():
     tokens = np.random.default_rng(1).integers(1, 60, (64, 1))
     for positions in split_without_padding(tokens, BOUNDS["bytes"])[0]:
         terms = sum(MEMORY.terms(1, length) for length in tokens[positions])
-        assert MEMORY.resident + (MEMORY.activations @ terms).max() <= 3_000
+        padded = MEMORY.terms(len(positions), tokens[positions].max())
+        expected = MEMORY.resident + (MEMORY.activations @ terms + MEMORY.loss @ padded).max()
+        assert MEMORY.bytes_without_padding(tokens[positions]) == round(expected) <= 3_000
+
+
+@pytest.mark.parametrize("bound", ["tokens", "bytes"])
+def test_what_stays_padded_keeps_twice_the_bound_beside_a_long_example(bound):
+    bound = {"tokens": Bound(max_tokens=4096), "bytes": Bound(max_bytes=1_000_000, memory=MEMORY)}[bound]
+    tokens = np.array([100] * 63 + [2000])[:, None]
+    split = split_without_padding(tokens, bound)[0]
+    assert max(len(rows) / bound.max_rows(tokens[rows].max()) for rows in split) <= 2
+    assert len(split) <= np.ceil(bound.shares(tokens).sum()) + 1
+
+
+def test_the_predicted_cost_is_the_sum_over_examples():
+    examples = [{"input_ids": torch.ones(n, dtype=torch.long), "labels": torch.tensor(0)} for n in (2, 200)]
+    settings = {"accelerator": Accelerator(cpu=True), "collate_fn": collate, "max_tokens": 1000}
+    windows = WindowLoader(examples, 2, padding_free=True, **settings)
+    expected = windows.cost(1, 2) + windows.cost(1, 200) - windows.cost.fixed
+    assert windows.predicted_cost(windows.split(0, 0)) == pytest.approx(expected)
 
 
 def collate(examples):

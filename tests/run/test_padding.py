@@ -37,7 +37,6 @@ def choose(model_type="bert", setting="auto", lengths=LENGTHS, change=lambda mod
     return recipe.model_notes["padding"], head.model, windows
 
 
-
 def test_a_run_without_padding_is_the_same_training(start, monkeypatch):  # noqa: F811
     split, changed = WindowLoader.without_padding, []
     monkeypatch.setattr(WindowLoader, "without_padding", lambda self: (changed.append(self), split(self)))
