@@ -6,7 +6,7 @@ all parameters together. It must be at most 1e-5 in float32.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +35,16 @@ def whole_window_gradient(
     return gradient
 
 
-def read_gradient(model: torch.nn.Module) -> Gradient:
-    """Return a copy of `.grad` of every trained parameter: unsharded, and zeros if there is none."""
+def read_gradient(model: torch.nn.Module, names: Collection[str] | None = None) -> Gradient:
+    """Return a copy of `.grad` of trained parameters: unsharded, and zeros if there is none.
+
+    Args:
+        model: The model.
+        names: Names of the parameters; by default all.
+    """
     gradient = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and (names is None or name in names):
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
             gradient[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
     return gradient
@@ -47,9 +52,13 @@ def read_gradient(model: torch.nn.Module) -> Gradient:
 
 def relative_error(gradient: Gradient, reference: Gradient) -> float:
     """Return ‖gradient − reference‖ / ‖reference‖ over all parameters, in float64; 0 if both are zero."""
-    difference = norm({name: gradient[name].double() - reference[name].double() for name in reference})
-    size = norm(reference)
+    difference, size = math.hypot(*_differences(gradient, reference).values()), norm(reference)
     return difference / size if size else math.inf if difference else 0.0
+
+
+def _differences(gradient: Gradient, reference: Gradient) -> dict[str, float]:
+    """Return ‖g − r‖ of each parameter, in float64. One parameter at a time is in memory."""
+    return {name: norm({name: gradient[name].double() - r.double()}) for name, r in reference.items()}
 
 
 @dataclass(frozen=True)
@@ -86,9 +95,9 @@ def compare(way: str, gradient: Gradient, reference: Gradient) -> Comparison:
     """Return the comparison of a gradient with the reference, in float64."""
     size, length = norm(reference) or TINY, norm(gradient)
     inner = sum(float((gradient[n].double() * r.double()).sum()) for n, r in reference.items())
+    differences = _differences(gradient, reference)
     by_parameter = {
-        name: norm({name: gradient[name].double() - r.double()}) / max(norm({name: r}), 1e-4 * size, TINY)
-        for name, r in reference.items()
+        name: differences[name] / max(norm({name: r}), 1e-4 * size, TINY) for name, r in reference.items()
     }
     worst = sorted(by_parameter.items(), key=lambda pair: -pair[1])[:WORST]
     return Comparison(

@@ -33,7 +33,7 @@ from gradacc_hf.hf_trainer.loss_probe import LossProbe
 from gradacc_hf.hf_trainer.loss_questions import Answer
 from gradacc_hf.hf_trainer.outputs import for_trainer
 from gradacc_hf.hf_trainer.trainer_losses import TrainerLosses
-from gradacc_hf.padding.removal import remove_padding
+from gradacc_hf.padding.removal import remove_padding_in_all
 from gradacc_hf.utils.hardware import refuse_place
 from gradacc_hf.utils.logs import info
 from gradacc_hf.utils.modeling import BATCH_NORMS
@@ -77,7 +77,7 @@ class ExactTrainerMixin(_Base):
         num_items: "labels", "next_token", or a function from a batch to a number, as in `WindowLoader`.
             Needed only if the probe does not find the items of the mean loss.
         padding_free: whether to compute the layers without padding (`gradacc_hf.remove_padding`). The model
-            is checked with the first micro-batch.
+            is checked with the first micro-batch of the first process.
         **kwargs: keyword arguments of the Trainer.
 
     Raises:
@@ -141,7 +141,7 @@ class ExactTrainerMixin(_Base):
             )
         if self._padding_free and self._probe.kind is None:
             model: Any = self.model_wrapped
-            remove_padding(model, self._prepare_inputs(dict(micro_batches[0])))
+            remove_padding_in_all(model, self._prepare_inputs(dict(micro_batches[0])), self.accelerator)
         items, asks = self._add_up_items(micro_batches, self._probe.asks(micro_batches))
         for attempt in (1, 2) if asks else ():  # the first sample may show what to look for
             self._probe_loss(micro_batches, num_items_of_trainer is not None)

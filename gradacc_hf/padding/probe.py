@@ -7,7 +7,7 @@ numbers, and the arithmetic is float32.
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradacc_hf.accumulation.loss_items import IGNORED, output_named
+from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout, target_mask
 from gradacc_hf.accumulation.reference import EXACT, Gradient, compare, full_float32, norm, read_gradient
 from gradacc_hf.accumulation.splitting import Cost
@@ -27,6 +28,8 @@ from gradacc_hf.utils.rng import preserve_rng_state
 
 ROWS = 4  # examples of the sample
 WORST_PARAMETER = 100 * EXACT
+MOST_COMPARED = 50_000_000
+"""Parameters whose gradient is compared, from the smallest tensors on, such as the biases of all layers."""
 GROUPINGS = (Cost(fixed=0.0, quadratic=1.0), Cost(fixed=1e15, quadratic=1.0))  # a group per length; one group
 
 Layers = Mapping[PreTrainedModel, Sequence[torch.nn.Module]]
@@ -37,7 +40,10 @@ class Probe:
     """The loss and gradient of a model on a sample, with and without padding."""
 
     def __init__(self, model: torch.nn.Module, batch: Mapping[str, Any]):
+        if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+            raise PaddingNotRemovableError(f"{type(model).__name__} has no config of transformers")
         self.model = model
+        self._compared = _names_to_compare(model)
         self.sample = make_sample(batch, getattr(model.config, "pad_token_id", None))
         self._loss, self._gradient = math.nan, {}
 
@@ -46,10 +52,17 @@ class Probe:
         """Make the model ready for comparisons in the block, and restore it bit for bit.
 
         Raises:
-            PaddingNotRemovableError: The model skips layers at random, or has sharded 16-bit weights.
+            PaddingNotRemovableError: The model skips layers at random, is quantised, has sharded 16-bit
+                weights, or a backward pass would change it.
         """
         model = self.model
         self._refuse_skipped_layers()
+        if any(getattr(module, "is_quantized", False) for module in model.modules()):
+            raise PaddingNotRemovableError("the weights are quantised: their rounding hides errors of 1e-5")
+        if any(parameter._post_accumulate_grad_hooks for parameter in model.parameters()):
+            raise PaddingNotRemovableError(
+                "parameters have hooks after the backward pass, such as an optimizer; add them later"
+            )
         with ExitStack() as stack:
             stack.enter_context(preserve_rng_state())
             stack.enter_context(full_float32())
@@ -86,7 +99,9 @@ class Probe:
             for layer in stack
         ]
         try:
-            self._loss, self._gradient = self._run(self.sample)
+            self._loss, self._gradient = self._everywhere(
+                lambda: self._run(self.sample), "the padded model fails on a sample"
+            )
         finally:
             for handle in handles:
                 handle.remove()
@@ -122,15 +137,27 @@ class Probe:
                 layout = padding_layout(mask, cost)
                 assert layout is not None
                 attach_layout(mask, layout)
-            found = None
-            try:
-                self._compare(*self._run(sample))
-            except PaddingNotRemovableError as error:
-                found = error
-            except Exception as error:  # a model of unknown structure may raise anything
-                what = f"{type(error).__name__}: {one_line(error)[:150]}"
-                found = PaddingNotRemovableError(f"the layers need the padded shape ({what})")
-            self._raise_everywhere(found)
+            self._everywhere(
+                lambda sample=sample: self._compare(*self._run(sample)), "the layers need the padded shape"
+            )
+
+    def _everywhere(self, compute: Callable[[], Any], failure: str) -> Any:
+        """Return the result of a function, or raise PaddingNotRemovableError in all processes.
+
+        Args:
+            compute: The function. A model of unknown structure may raise anything.
+            failure: What an exception means, unless memory runs out.
+        """
+        found = result = None
+        try:
+            result = compute()
+        except PaddingNotRemovableError as error:
+            found = error
+        except Exception as error:
+            what = "memory runs out" if out_of_memory(error) else failure
+            found = PaddingNotRemovableError(f"{what} ({type(error).__name__}: {one_line(error)[:150]})")
+        self._raise_everywhere(found)
+        return result
 
     def _raise_everywhere(self, error: PaddingNotRemovableError | None) -> None:
         """Raise an error of any process in all processes that share the weights, which run in step."""
@@ -191,15 +218,28 @@ class Probe:
         The projection makes every example and token count, also those without a label.
         """
         self.model.zero_grad(set_to_none=True)
+        handles = [
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and name not in self._compared
+        ]
+        try:
+            loss = self._backward(sample)
+        finally:
+            for handle in handles:
+                handle.remove()
+        gradient = read_gradient(self.model, self._compared)
+        self.model.zero_grad(set_to_none=True)
+        return loss, gradient
+
+    def _backward(self, sample: Mapping[str, Any]) -> float:
         outputs = self.model(**sample)
         loss = output_named(outputs, "loss", position=0)
         projection = _projection(outputs, self._masks(sample))
         if not isinstance(loss, torch.Tensor) or loss.ndim:
             loss = projection
         (loss + projection).backward()
-        gradient = read_gradient(self.model)
-        self.model.zero_grad(set_to_none=True)
-        return float(loss.detach()), gradient
+        return float(loss.detach())
 
     def _masks(self, sample: Mapping[str, Any]) -> list[torch.Tensor]:
         """Return the masks of the tokens that outputs may belong to: inputs, and targets of a decoder."""
@@ -209,6 +249,18 @@ class Probe:
         elif getattr(self.model.config, "is_encoder_decoder", False) and isinstance(labels, torch.Tensor):
             masks += [target_mask(labels)] if labels.ndim == 2 and not labels.is_floating_point() else []
         return masks
+
+
+def _names_to_compare(model: torch.nn.Module) -> set[str]:
+    """Return the names of trained parameters, the smallest first, with at most `MOST_COMPARED` numbers."""
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    names = sorted(sizes, key=sizes.__getitem__)
+    numbers = np.cumsum([sizes[name] for name in names])
+    return set(names[: max(1, int((numbers <= MOST_COMPARED).sum()))])
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 def _attends_to_encoder(owner: PreTrainedModel) -> bool:

@@ -6,6 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -29,7 +31,7 @@ def remove_padding(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
     """Make a transformers model compute its layers without padding, in place.
 
     Embeddings, head, loss and labels stay padded, as do collate functions. The model is checked before the
-    change stays: loss and all gradients on examples of `batch`, without dropout, against the padded model.
+    change stays: loss and gradients on examples of `batch`, without dropout, against the padded model.
     A forward uses it if its `attention_mask` has padding. Forwards with a cache, as in `generate`, and with
     hidden states or attentions as outputs stay padded. `restore_padding` undoes the change.
 
@@ -69,6 +71,36 @@ def remove_padding(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
                 raise
     name = type(probe.model).__name__
     raise PaddingNotRemovableError(f"padding cannot be removed from {name}: {_joined(reasons)}")
+
+
+def remove_padding_in_all(model: torch.nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """Remove padding in all processes, or in none. Every process calls it, and checks the batch of the first.
+
+    Args:
+        model: As in `remove_padding`.
+        batch: As in `remove_padding`.
+        accelerator: The Accelerator of the run.
+
+    Raises:
+        Exception: As in `remove_padding`. Processes that raise nothing themselves raise
+            PaddingNotRemovableError.
+    """
+    if accelerator.num_processes == 1:
+        return remove_padding(model, batch)
+    device = next(model.parameters()).device
+    batch = send_to_device(broadcast_object_list([send_to_device(dict(batch), "cpu")])[0], device)
+    own = None
+    try:
+        remove_padding(model, batch)
+    except Exception as error:
+        own = error
+    reasons = gather_object([None if own is None else one_line(own)])
+    elsewhere = next((reason for reason in reasons if reason is not None), None)
+    if own is None and elsewhere is not None:
+        restore_padding(model)
+        own = PaddingNotRemovableError(f"in another process, {elsewhere}")
+    if own is not None:
+        raise own
 
 
 def _ways(model: torch.nn.Module) -> dict[str, Callable]:

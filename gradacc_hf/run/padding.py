@@ -3,17 +3,21 @@
 from typing import Any
 
 import numpy as np
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 
 from gradacc_hf.accumulation.collation import Split
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.errors import PaddingNotRemovableError, one_line, refuse
-from gradacc_hf.padding.removal import is_grouped, remove_padding
+from gradacc_hf.accumulation.oom import out_of_memory
+from gradacc_hf.errors import InputError, PaddingNotRemovableError, one_line, refuse
+from gradacc_hf.padding.removal import is_grouped, remove_padding_in_all
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.utils.memory import release_memory
 
 LEAST_SAVING = 0.02
 """Share of the predicted cost below which padding is kept."""
 SAMPLED_WINDOWS = 16
+MOST_PARAMETERS = 1_000_000_000
+"""Parameters of a model up to which `auto` checks it: the check holds 16-bit weights in float32."""
 
 
 def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
@@ -34,13 +38,9 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
     setting = recipe.config.budget.padding_free
     if setting == "off":
         return
-    why = _why_kept(recipe, windows, setting)
+    why = _why_kept(recipe, model, windows, setting)
     if not why:
-        try:
-            model.to(windows.accelerator.device)
-            remove_padding(model, windows.sample()[1].batch)
-        except PaddingNotRemovableError as error:
-            why = one_line(error)
+        why = _remove(model, windows)
     if why:
         if setting == "on":
             refuse("budget.padding_free", "found on", f"{why}; allowed: auto or off")
@@ -56,7 +56,26 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
     )
 
 
-def _why_kept(recipe: Recipe, windows: WindowLoader, setting: str) -> str:
+def _remove(model: Any, windows: WindowLoader) -> str:
+    """Remove padding, or return why it is kept."""
+    batch = windows.sample()[1].batch
+    try:
+        if windows.accelerator.distributed_type == DistributedType.FSDP:  # the whole model may not fit
+            batch = send_to_device(batch, model.device)
+        else:
+            model.to(windows.accelerator.device)
+        remove_padding_in_all(model, batch, windows.accelerator)
+    except (PaddingNotRemovableError, InputError) as error:
+        return one_line(error)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        release_memory()
+        return "memory runs out in the check"
+    return ""
+
+
+def _why_kept(recipe: Recipe, model: Any, windows: WindowLoader, setting: str) -> str:
     """Return why padding is kept without a check of the model, or ""."""
     if recipe.pad_to == "nothing":
         return "the recipe packs examples"
@@ -64,8 +83,15 @@ def _why_kept(recipe: Recipe, windows: WindowLoader, setting: str) -> str:
         return "padding changes the loss of this recipe"
     if "attention_mask" not in windows.sample(2)[1].batch:
         return "the inputs have no attention mask"
+    if any(hasattr(module, "hf_device_map") for module in model.modules()):
+        return "the model is placed on devices already"
+    if any(getattr(module, "is_quantized", False) for module in model.modules()):
+        return "the weights are quantised"
     if setting == "auto" and recipe.config.budget.compile:
         return "the layers are compiled"
+    number = sum(parameter.numel() for parameter in model.parameters())
+    if setting == "auto" and number > MOST_PARAMETERS:
+        return f"the check would copy {number:,} parameters, more than {MOST_PARAMETERS:,}"
     if windows.accelerator.distributed_type == DistributedType.FSDP:
         return "FSDP is used" if setting == "auto" else ""
     padded = sum(map(windows.predicted_cost, _sample(windows)))

@@ -7,13 +7,17 @@ the mean of the gradients of the padded halves. Process 0 prints the errors.
 import copy
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gradacc_hf
 from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error, whole_window_gradient
+from gradacc_hf.errors import PaddingNotRemovableError
+from gradacc_hf.padding.removal import is_removed, remove_padding_in_all
 from gradacc_hf.utils.modeling import checkpoint_activations
 from gradacc_hf.verification.tiny_models import build_head
 
@@ -46,8 +50,29 @@ def check(engine, model_type, when, checkpointing=False):
     return error
 
 
+def check_agreement():
+    """Check that a model which cannot be checked in one process stays padded in both."""
+    accelerator, head = Accelerator(cpu=True), build_head("masked_lm", "bert")
+    batch = head.collate(head.examples([19, 7, 7, 12] if accelerator.process_index else [9, 9, 5, 14]))
+    if accelerator.process_index:
+        head.model.config.layerdrop = 0.5
+    with pytest.raises(PaddingNotRemovableError) as caught:
+        remove_padding_in_all(head.model, batch, accelerator)
+    assert not is_removed(head.model)
+    assert ("in another process" in str(caught.value)) == accelerator.is_main_process
+    head.model.config.layerdrop = 0.0
+    if accelerator.process_index:
+        batch = {}  # that of the first process is checked
+    remove_padding_in_all(head.model, batch, accelerator)
+    assert is_removed(head.model)
+    accelerator.end_training()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "agreement" in sys.argv:
+        check_agreement()
+        sys.exit()
     dist.init_process_group("gloo")
     for engine in ("ddp", "fsdp2"):
         for model_type in ("bert", "deberta-v2"):

@@ -29,8 +29,17 @@ def test_one_process(one_process, engine, when, model_type):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [[], ["checkpointing"]])
 def test_two_processes(checkpointing):
+    assert len(run_two(*checkpointing).splitlines()) == 8
+
+
+def test_two_processes_remove_padding_together_or_not_at_all():
+    run_two("agreement")
+
+
+def run_two(*arguments):
+    """Run the worker in two processes, and return what it printed."""
     script = ROOT / "tests/helpers/padding_worker.py"
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), *checkpointing]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), *arguments]
     done = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
@@ -39,4 +48,4 @@ def test_two_processes(checkpointing):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert len(done.stdout.splitlines()) == 8
+    return done.stdout

@@ -8,7 +8,7 @@ from transformers import BertModel
 
 import gradacc_hf
 from gradacc_hf import InputError, PaddingNotRemovableError
-from gradacc_hf.padding import attention
+from gradacc_hf.padding import attention, probe
 from gradacc_hf.padding.probe import make_sample
 from gradacc_hf.padding.removal import is_grouped, is_removed
 from gradacc_hf.verification.tiny_models import build_head
@@ -84,6 +84,11 @@ def test_a_layer_that_is_skipped_at_random_is_named():
     assert "layerdrop skips layers at random; set it to 0" in refusal(model, batch)
 
 
+def test_a_module_of_another_library_is_named():
+    model, batch = head_and_batch()
+    assert "Sequential has no config of transformers" in refusal(torch.nn.Sequential(model), batch)
+
+
 def test_labels_that_decide_nothing_are_named():
     model, batch = head_and_batch()
     batch["labels"][:] = -100
@@ -114,6 +119,31 @@ def test_a_batch_that_cannot_be_used_is_named(change, message):
     with pytest.raises(InputError) as caught:
         gradacc_hf.remove_padding(model, batch)
     assert message in str(caught.value)
+
+
+def test_the_check_compares_few_gradients_of_a_large_model(monkeypatch):
+    model, batch = head_and_batch()
+    monkeypatch.setattr(probe, "MOST_COMPARED", 2_000)
+    tested = probe.Probe(model, batch)
+    with tested.prepared():
+        _, gradient = tested._run(tested.sample)
+    assert not any("word_embeddings" in name for name in gradient)
+    assert all(f"layer.{layer}.output.LayerNorm.bias" in str(sorted(gradient)) for layer in (0, 1))
+    assert sum(one.numel() for one in gradient.values()) <= 2_000
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    gradacc_hf.remove_padding(model, batch)
+    assert is_grouped(model)
+
+
+def test_an_optimizer_in_the_backward_pass_is_refused():
+    model, batch = head_and_batch()
+    weight = next(model.parameters())
+    handle = weight.register_post_accumulate_grad_hook(lambda parameter: parameter.data.add_(1))
+    before = weight.detach().clone()
+    assert "hooks after the backward pass" in refusal(model, batch)
+    assert torch.equal(weight, before)
+    handle.remove()
+    gradacc_hf.remove_padding(model, batch)
 
 
 @pytest.mark.parametrize("lengths", [[8, 8, 8, 8, 8], [9], [5, 6], [4, 8, 16, 32, 64], [9, 9, 4]])

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from recipe_runs import load_recipe, make_recipe, run_recipe
 from text_classification_runs import (
@@ -25,12 +26,16 @@ from gradacc_hf.verification.tiny_models import build_head
 LENGTHS = [3, 40, 7, 22, 5, 9, 31, 4] * 4
 
 
-def choose(model_type="bert", setting="auto", lengths=LENGTHS, change=lambda model: None):
+def choose(model_type="bert", setting="auto", change=lambda model: None, **of_batch):
     """Return the line of the run about padding, the model and the training windows."""
     head = build_head("sequence_classification", model_type)
     change(head.model)
     windows = WindowLoader(
-        head.examples(lengths), 16, accelerator=Accelerator(cpu=True), collate_fn=head.collate, max_tokens=96
+        head.examples(LENGTHS),
+        16,
+        accelerator=Accelerator(cpu=True),
+        collate_fn=lambda examples: head.collate(examples) | of_batch,
+        max_tokens=96,
     )
     recipe = make_recipe(TextClassification, "--data.train", "a.csv", "--budget.padding_free", setting)
     choose_padding(recipe, head.model, windows)
@@ -69,6 +74,41 @@ def test_windows_stay_sorted_by_length_where_attention_runs_padded():
     note, model, windows = choose("bert")
     assert "accumulation steps instead of" in note
     assert windows.padding_free
+
+
+def run_out(module, args):
+    if module.training:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("change", "of_batch", "reason"),
+    [
+        (lambda model: model.register_forward_pre_hook(run_out), {}, "memory runs out"),
+        (
+            lambda model: None,
+            {"inputs_embeds": torch.zeros(())},
+            "the padded model fails on a sample (ValueError",
+        ),
+        (lambda model: vars(model).update(hf_device_map={"": "cpu"}), {}, "the model is placed on devices"),
+        (lambda model: vars(model).update(is_quantized=True), {}, "the weights are quantised"),
+    ],
+)
+def test_a_check_that_fails_does_not_stop_a_run(change, of_batch, reason):
+    note, model, windows = choose(change=change, **of_batch)
+    assert note.startswith("kept: ")
+    assert reason in note
+    assert not is_removed(model)
+    assert not windows.padding_free
+
+
+def test_short_examples_and_large_models_keep_padding(monkeypatch):
+    monkeypatch.setitem(globals(), "LENGTHS", [3] * 32)
+    assert "kept: " in choose()[0]
+    monkeypatch.setitem(globals(), "LENGTHS", [3, 30] * 16)
+    monkeypatch.setattr("gradacc_hf.run.padding.MOST_PARAMETERS", 1_000)
+    assert "parameters, more than 1,000" in choose()[0]
+    assert is_removed(choose(setting="on")[1])
 
 
 def test_padding_that_the_loss_reads_stays_or_is_refused(tiny_bert, capfd):
