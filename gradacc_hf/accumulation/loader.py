@@ -47,7 +47,13 @@ from gradacc_hf.accumulation.sample_examples import different_examples, read_alo
 from gradacc_hf.accumulation.sampler import EffectiveBatchSize, WindowPlan
 from gradacc_hf.accumulation.splitting import Bound, Cost, usual_cost
 from gradacc_hf.accumulation.streaming import BUFFER_SIZE, Stream, is_stream
-from gradacc_hf.accumulation.validation import check_arguments, check_sizes, check_stream, refuse_engine
+from gradacc_hf.accumulation.validation import (
+    check_arguments,
+    check_padding_free,
+    check_sizes,
+    check_stream,
+    refuse_engine,
+)
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.utils.logs import get_logger
 from gradacc_hf.utils.signals import ignore_signals
@@ -95,7 +101,8 @@ class WindowLoader:
             micro-batch are reduced.
         buffer_size: Examples of a stream that are shuffled together; 1000 by default.
         padding_free: Whether the model computes no padding, after `gradacc_hf.remove_padding`. Micro-batches
-            are then limited by tokens without padding, and are not sorted by length.
+            are then limited by tokens without padding, and are not sorted by length. Needs the default
+            `pad_to`.
         noise_every: Measure the gradient noise scale every `noise_every` windows, starting with the first of
             each epoch; 0 disables it. The loop must call `record_gradient_norm` for each window.
 
@@ -151,6 +158,8 @@ class WindowLoader:
         check_stream(dataset, lengths, num_workers, buffer_size)
         check_arguments(dataset, effective_batch_size, collate_fn, pad_to, pad_to_multiple_of)
         check_sizes(bound, max_tokens, micro_batch_size, noise_every)
+        if padding_free:
+            check_padding_free(pad_to)
         self.accelerator, self.num_workers = accelerator, num_workers
         self.whole_gradients = whole_gradients
         self.seed, self.epoch, self.window = seed, 0, 0
@@ -418,6 +427,7 @@ class WindowLoader:
 
     def without_padding(self) -> None:
         """Split later windows for a model that computes no padding, after `gradacc_hf.remove_padding`."""
+        check_padding_free(self.pad_to)
         self._windows.padding_free = True
         self._windows.revision += 1
 

@@ -75,6 +75,15 @@ def check_arguments(
             )
 
 
+def check_padding_free(pad_to: Any) -> None:
+    """Raise ValueError for a padding that a split without padding would not bound."""
+    if pad_to != "micro_batch":
+        raise ValueError(
+            f"pad_to is {pad_to!r}; allowed with padding_free=True: 'micro_batch', which pads to the longest "
+            "example of a micro-batch"
+        )
+
+
 def check_sizes(bound: Any, max_tokens: Any, micro_batch_size: Any, noise_every: int) -> None:
     """Raise ValueError for two sizes of a micro-batch at once, or for a negative interval."""
     if noise_every < 0:

@@ -80,6 +80,17 @@ def collate(examples):
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
 
+@pytest.mark.parametrize("pad_to", ["nothing", "window", 300])
+def test_another_padding_than_that_of_micro_batches_is_refused(pad_to):
+    examples = [{"input_ids": torch.ones(n, dtype=torch.long), "labels": torch.tensor(0)} for n in (2, 200)]
+    settings = {"collate_fn": lambda examples, pad_to=None: collate(examples), "max_tokens": 1000}
+    settings |= {"accelerator": Accelerator(cpu=True), "pad_to": pad_to}
+    with pytest.raises(ValueError, match=f"pad_to is {pad_to!r}; allowed with padding_free=True: 'micro_"):
+        WindowLoader(examples, 2, padding_free=True, **settings)
+    with pytest.raises(ValueError, match="allowed with padding_free=True"):
+        WindowLoader(examples, 2, **settings).without_padding()
+
+
 @pytest.mark.parametrize("noise_every", [0, 1])
 def test_a_window_without_padding_has_the_gradient_of_the_padded_window(noise_every):
     torch.manual_seed(0)
