@@ -44,7 +44,8 @@ class PackedForward:
         mask: Padding mask of the batch.
         encoder_mask: Padding mask of the sequence that a decoder attends to.
         masks: Stand-ins that the mask function has returned, with what they stand for.
-        packed: Padded argument of the layers → its packed copy, by identity. The padded tensor is kept, too.
+        packed: Padded argument of all layers, such as positions → its packed copy, by identity. The padded
+            tensor is kept, too.
         calls: Calls of layers so far.
         is_packed: Whether a layer got packed hidden states.
     """
@@ -66,6 +67,10 @@ class PackedForward:
 class _Current(threading.local):
     forward: PackedForward | None = None
     keeps_padding = False
+
+    def __init__(self) -> None:
+        self.around: list[tuple[torch.nn.Module, PackedForward | None]] = []
+        """Models that have started or suspended a forward, each with the forward around it."""
 
 
 @contextmanager

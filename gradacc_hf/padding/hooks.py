@@ -87,7 +87,9 @@ class EnterForward(Hook):
         if around is not None and around.stack is self.stack:  # started by a model around this one
             if mask is None or mask is around.mask:
                 return self._without_cache(module, args, kwargs)
-            CURRENT.forward = None
+            around = None  # this one replaces it
+        CURRENT.around.append((module, around))
+        CURRENT.forward = None
         if mask is None or not self._is_ordinary(module, given):
             return None
         layout = self._layout(module, given, mask)
@@ -161,14 +163,19 @@ class MaskDecoder(Hook):
 
 @dataclass(eq=False)
 class LeaveForward(Hook):
-    """End the forward, also after an exception."""
+    """End the forward, also after an exception, and continue the forward of a model around this one."""
 
     @torch.compiler.disable
     def __call__(self, module: Any, args: Any, output: Any) -> None:
         forward = CURRENT.forward
-        if forward is None or forward.stack is not self.stack:
+        if forward is not None and forward.stack is self.stack:
+            CURRENT.forward = None
+        else:
+            forward = None
+        if CURRENT.around and CURRENT.around[-1][0] is module:
+            CURRENT.forward = CURRENT.around.pop()[1]
+        if forward is None:
             return
-        CURRENT.forward = None
         if self.stack.checking and forward.is_packed and forward.calls == self.stack.calls:
             self.stack.sides.add(forward.layout.side)
         if output is not None and forward.calls != self.stack.calls:
@@ -232,9 +239,12 @@ class PackInputs(Hook):
         mask = forward.mask_of(value)
         if mask is not None or _is_of_encoder(name):
             return value if mask is None else mask
-        if id(value) not in forward.packed:
-            forward.packed[id(value)] = (value, _packed(value, forward.layout))
-        return forward.packed[id(value)][1]
+        if id(value) in forward.packed:
+            return forward.packed[id(value)][1]
+        packed = _packed(value, forward.layout)
+        if packed is not value and not name.startswith("hidden"):  # only one layer gets these hidden states
+            forward.packed[id(value)] = (value, packed)
+        return packed
 
     def _pack_hidden(self, forward: PackedForward, name: str, value: Any) -> Any:
         """Pack hidden states, and attach the forward to other tensors, which attention modules get."""

@@ -1,6 +1,7 @@
 """A model without padding has the loss and gradients of the padded model, whatever is done with it."""
 
 import copy
+import weakref
 
 import peft
 import pytest
@@ -139,6 +140,40 @@ def test_an_argument_of_the_layers_is_packed_as_in_the_check():
     layers[0].register_forward_pre_hook(add_condition, with_kwargs=True, prepend=True)
     with pytest.raises(PaddingNotRemovableError, match="condition, which it did not get in the check"):
         removed(**wide)
+
+
+@pytest.mark.parametrize("lengths", [[9, 5, 5], [6, 6]])
+def test_a_layer_that_calls_another_model_without_padding(lengths):
+    padded, removed, batch = make()
+    expected, other, _ = make("masked_lm", "distilbert")
+    head = build_head("masked_lm", "distilbert")
+    inner, losses = head.collate(head.examples(lengths)), []
+    removed.base_model.encoder.layer[1].register_forward_pre_hook(
+        lambda module, args: losses.append(other(**inner).loss), prepend=True
+    )
+    assert layer_tokens(removed, batch) == sum(LENGTHS)
+    assert_same(padded, removed, batch)
+    torch.testing.assert_close(losses[0], expected(**inner).loss)
+    handle = removed.base_model.encoder.layer[0].register_forward_pre_hook(
+        lambda module, args: module.attention(torch.ones(1, 2, 3)), prepend=True
+    )
+    with pytest.raises(RuntimeError):  # an exception ends all forwards
+        removed(**batch)
+    handle.remove()
+    assert_same(padded, removed, batch)
+
+
+def test_hidden_states_are_not_kept_until_the_forward_ends():
+    _, removed, batch = make()
+    kept, packed = [], []
+    for layer in removed.base_model.encoder.layer:
+        layer.register_forward_pre_hook(lambda module, args: packed.append(weakref.ref(args[0])))
+    last = removed.base_model.encoder.layer[-1]
+    last.register_forward_hook(lambda *_: kept.extend(one() is not None for one in packed[:-1]))
+    with torch.no_grad():
+        removed(**batch)
+    assert len(kept) == len(removed.base_model.encoder.layer) - 1
+    assert not any(kept)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt_oss"])
