@@ -53,7 +53,7 @@ class MicroBatch:
             processes wait.
         num_items: Terms of the mean loss; their sum, if there are several losses.
         items: Terms of each of several losses by name. Not empty also for an idle micro-batch.
-        layouts: Places of the real tokens for each attention mask, if the model computes no padding.
+        layouts: Positions of the real tokens by the name of the mask, or "labels", without padding.
     """
 
     batch: Mapping[str, Any]
@@ -64,10 +64,14 @@ class MicroBatch:
 
     def on_device(self, accelerator: Accelerator) -> "MicroBatch":
         """Return a copy with the batch on the device of the accelerator."""
+        return replace(self, batch=self.batch_on_device(accelerator))
+
+    def batch_on_device(self, accelerator: Accelerator) -> Any:
+        """Return the batch on the device of the accelerator, a dict, with the layouts attached."""
         batch = to_device(self.batch, accelerator)
         for name, layout in self.layouts.items():
             attach_layout(batch[name], layout)
-        return replace(self, batch=batch)
+        return batch
 
 
 def to_device(batch: Mapping[str, Any], accelerator: Accelerator) -> Any:

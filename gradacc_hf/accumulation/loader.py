@@ -29,7 +29,6 @@ from gradacc_hf.accumulation.collation import (
     PadTo,
     Split,
     Transform,
-    to_device,
 )
 from gradacc_hf.accumulation.lengths import Lengths, measure_lengths
 from gradacc_hf.accumulation.loader_state import (
@@ -348,7 +347,7 @@ class WindowLoader:
             while forwards_are_collective(self.accelerator) and len(micro_batches) < most:
                 micro_batches.append(windows.collate(split.indices[:1], 0, split.pad_to, counts=False))
             for micro_batch in micro_batches:
-                yield micro_batch, to_device(micro_batch.batch, self.accelerator)
+                yield micro_batch, micro_batch.batch_on_device(self.accelerator)
 
     def collated(self, indices: Sequence[int] | np.ndarray, pad_to: int | None = None) -> MicroBatch:
         """Collate examples of the current epoch into one batch on the device."""

@@ -120,10 +120,21 @@ def _side(real: np.ndarray, lengths: np.ndarray) -> str:
 
 
 def layouts_of(batch: Mapping[str, Any], cost: Cost) -> dict[str, PaddingLayout]:
-    """Return the layouts of a host batch, by the name of the attention mask."""
+    """Return the layouts of a host batch, by the name of the attention mask.
+
+    Targets without a mask have the layout under the name "labels".
+    """
     masks = {name: v for name, v in batch.items() if name.endswith("attention_mask") and v.ndim == 2}
+    if "decoder_attention_mask" not in batch and _are_targets(batch.get("labels"), batch.get("input_ids")):
+        masks["labels"] = target_mask(torch.as_tensor(batch["labels"]))
     found = {name: padding_layout(mask, cost) for name, mask in masks.items()}
     return {name: layout for name, layout in found.items() if layout is not None}
+
+
+def _are_targets(labels: Any, inputs: Any) -> bool:
+    """Whether labels are token numbers of a sequence of another length than the inputs."""
+    shapes = [getattr(value, "shape", ()) for value in (labels, inputs)]
+    return len(shapes[0]) == 2 and shapes[0] != shapes[1] and not torch.as_tensor(labels).is_floating_point()
 
 
 def target_mask(labels: torch.Tensor) -> torch.Tensor:

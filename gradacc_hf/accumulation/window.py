@@ -16,7 +16,7 @@ from gradacc_hf.accumulation.accelerate_state import (
     forwards_are_collective,
     zero_prepared_gradients,
 )
-from gradacc_hf.accumulation.collation import LocalSplit, MicroBatch, to_device
+from gradacc_hf.accumulation.collation import LocalSplit, MicroBatch
 from gradacc_hf.accumulation.loss_items import Loss, losses_by_name
 from gradacc_hf.accumulation.noise_probe import NoiseProbe
 from gradacc_hf.accumulation.noise_scale import SmallBatch
@@ -126,7 +126,7 @@ class Window:
                     self._begin_micro_batch(position)
                     steps.begin(position)
                     self._rng.enter(position)
-                    yield to_device(self.micro_batches[position].batch, accelerator)
+                    yield self.micro_batches[position].batch_on_device(accelerator)
                     if checks_calls and (entries := steps.count_entries(position)) != 1:
                         raise self._not_accumulated(position, entries)
                     if position == 0 and self._weighed:
@@ -148,7 +148,7 @@ class Window:
         try:
             for position, micro_batch in enumerate(self.micro_batches):
                 self._position = position
-                yield to_device(micro_batch.batch, self.accelerator)
+                yield micro_batch.batch_on_device(self.accelerator)
         finally:
             if self._num_begun == num_begun:  # an iterator may be closed late, after further training
                 self._position = position_before
@@ -164,7 +164,7 @@ class Window:
             for position in range(len(self)):
                 self._begin_micro_batch(position)
                 self._rng.enter(position)
-                yield to_device(self.micro_batches[position].batch, self.accelerator)
+                yield self.micro_batches[position].batch_on_device(self.accelerator)
         finally:
             self._position = self._pass_position = None
 

@@ -1,5 +1,7 @@
 """Windows that are split for a model without padding: by real tokens, in the order of the window."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from gradacc_hf import WindowLoader, remove_padding
 from gradacc_hf.accumulation.memory_model import MicroBatchMemory
 from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error, whole_window_gradient
 from gradacc_hf.accumulation.splitting import Bound, split_without_padding
+from gradacc_hf.verification.tiny_models import build_head
 
 MEMORY = MicroBatchMemory(
     parameters=100,
@@ -120,3 +123,20 @@ def test_a_window_without_padding_has_the_gradient_of_the_padded_window(noise_ev
         whole = whole_window_gradient(padded, collate([examples[i] for i in window.indices]))
         assert relative_error(read_gradient(model), whole) <= EXACT
         assert window.measures_noise == bool(noise_every)
+
+
+def test_the_loader_hands_over_the_layouts_of_inputs_and_targets(monkeypatch):
+    head = build_head("seq2seq_lm", "bart")
+    padded = copy.deepcopy(head.model)
+    examples = head.examples([17, 9, 30, 12])
+    remove_padding(head.model, head.collate(examples))
+    settings = {"accelerator": Accelerator(cpu=True), "collate_fn": head.collate, "max_tokens": 1000}
+    [window] = WindowLoader(examples, 4, padding_free=True, **settings)
+    assert window.micro_batches[0].layouts.keys() == {"attention_mask", "labels"}
+    monkeypatch.setattr("gradacc_hf.padding.hooks.padding_layout", None)  # a call would fail
+    for batch in window:
+        assert batch["labels"].shape != batch["input_ids"].shape
+        with settings["accelerator"].accumulate(head.model):
+            settings["accelerator"].backward(window.weigh(head.model(**batch).loss))
+    whole = whole_window_gradient(padded, head.collate(examples))
+    assert relative_error(read_gradient(head.model), whole) <= EXACT
