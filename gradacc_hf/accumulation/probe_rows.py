@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -127,9 +127,11 @@ def _number(value: Any) -> float:
 
 
 def num_rows(batch: Mapping[str, Any], names: Sequence[str] = ()) -> int:
-    """Return the number of rows: the length of the labels, or of the first tensor."""
-    tensors = [batch[name] for name in names] + list(batch.values())
-    return next(len(value) for value in tensors if isinstance(value, torch.Tensor) and value.ndim)
+    """Return the number of rows: the length of the labels, or of the first tensor; else 1."""
+    values = [batch[name] for name in names] + list(batch.values())
+    sizes = (len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim)
+    nested = (num_rows(value) for value in values if isinstance(value, Mapping))
+    return next(chain(sizes, nested), 1)
 
 
 def split_rows(batch: Mapping[str, Any], names: Sequence[str], pairs: bool = False) -> list[Rows]:

@@ -1,6 +1,6 @@
 """Compute losses and gradients of a few rows as a Trainer does, for the probe of the loss."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from math import isnan
 from typing import Any
@@ -10,8 +10,9 @@ from accelerate.utils import DistributedType, broadcast, extract_model_from_para
 
 from gradacc_hf.accumulation.loss_modes import MODES, LossMode, find_mode
 from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_HALF
-from gradacc_hf.accumulation.reference import full_float32
-from gradacc_hf.utils.modeling import BufferSnapshot, small_instead_of_zero
+from gradacc_hf.accumulation.reference import full_float32, in_dtype_of
+from gradacc_hf.utils.attributes import Attributes
+from gradacc_hf.utils.modeling import BufferSnapshot, nonlinear_hooks, small_instead_of_zero
 from gradacc_hf.utils.rng import preserve_rng_state
 
 MOST_IN_GRADIENT = 1_000_000
@@ -30,35 +31,60 @@ class TrainerLosses:
     def __init__(self, trainer: Any, counted: bool, num_processes: int):
         self.trainer, self.counted, self.num_processes = trainer, counted, num_processes
         self.model: Any = trainer.model_wrapped
-        if trainer.accelerator.distributed_type != DistributedType.FSDP:
+        self._is_sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
+        if not self._is_sharded:
             self.model = extract_model_from_parallel(self.model, keep_torch_compile=False)
-        first = next(self.model.parameters())
-        self._is_half = first.dtype != torch.float32 or trainer.args.bf16 or trainer.args.fp16
+        self._is_half = next(self.model.parameters()).dtype not in (torch.float32, torch.float64)
+        if self._is_sharded:
+            self._is_half |= trainer.args.bf16 or trainer.args.fp16
         self._mode: LossMode | None = None
+        self._hooked: list[str] = []
+        self._changes = self._repeats_inputs = self._has_dropout = False
 
     @property
     def rtol(self) -> float:
         """Largest relative difference between losses that is rounding."""
         return (self._mode or MODES[-1]).rtol(self._is_half)
 
+    @property
+    def doubt(self) -> str:
+        """The reason why these losses may differ from the losses in training; "" if there is none."""
+        if self._changes:
+            return "in training mode, it changes from call to call"
+        if self._repeats_inputs and self._has_dropout:
+            return "it runs the model twice on the same inputs, and the check is without dropout"
+        if self._hooked:
+            return f"a hook of {self._hooked[0]} changes the gradient of each micro-batch"
+        return ""
+
     @contextmanager
     def ready(self, batch: Mapping[str, Any]) -> Iterator[None]:
-        """Prepare the model in the block.
+        """Prepare the model in the block. Restore everything that forwards change, except for parameters.
 
         Args:
             batch: A micro-batch to try, the same in all processes.
         """
         number = 1.0 if self.counted else None
-        buffers = BufferSnapshot(self.model)
+        holders = [self.trainer, self.trainer.state]
+        if not self._is_sharded:
+            holders += self.model.modules()
+        self._hooked = nonlinear_hooks(self.model)
+        buffers, attributes = BufferSnapshot(self.model), [Attributes(holder) for holder in holders]
         try:
+            self.trainer.log = lambda *_, **__: None
+            if "_original_forward" in vars(self.model):  # without the autocast of Accelerate
+                self.model.forward = self.model._original_forward
             with preserve_rng_state(), full_float32(), torch.no_grad():
-                self._mode = self._mode or find_mode(
-                    self.model, lambda seed: self(batch, number, seed), self._is_half
-                )
-                with self._mode.of(self.model):
+                if self._mode is None:
+                    self._mode, self._changes = find_mode(
+                        self.model, lambda seed: self(batch, number, seed), self._is_half
+                    )
+                with self._mode.of(self.model) as self._has_dropout:
                     yield
         finally:
             buffers.restore()
+            for each in attributes:
+                each.restore()
 
     # ---- losses and gradients ----
 
@@ -111,14 +137,30 @@ class TrainerLosses:
         trainer = self.trainer
         torch.manual_seed(seed)  # a model may draw random numbers
         inputs = trainer._prepare_inputs(dict(batch))
+        if self._mode is None or self._mode.float64:
+            inputs = in_dtype_of(self.model, inputs)
         num_items = None if number is None else torch.tensor(number, device=trainer.args.device)
-        with trainer._average_tokens_across_devices(across), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=num_items)
+        watch = self.model.register_forward_pre_hook(self._watch([]), with_kwargs=True)
+        try:
+            with trainer._average_tokens_across_devices(across), trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=num_items)
+        finally:
+            watch.remove()
         return torch.as_tensor(loss, device=trainer.args.device).reshape(())
+
+    def _watch(self, seen: list[list[int]]) -> Callable[[Any, tuple, dict[str, Any]], None]:
+        """Return a hook that notes whether the model runs twice on the same inputs for a loss."""
+
+        def note(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            values = [v.data_ptr() for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+            self._repeats_inputs |= values in seen
+            seen.append(values)
+
+        return note
 
     def _of_first(self, value: torch.Tensor) -> float:
         """Return the value of the first process as a number."""
-        value = value.detach()
+        found: Any = value.detach()
         if self.trainer.accelerator.num_processes > 1:
-            value = broadcast(value.clone())
-        return float(value)
+            found = broadcast(found.clone())
+        return float(found)

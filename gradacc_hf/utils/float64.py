@@ -41,11 +41,21 @@ def in_float64(model: torch.nn.Module) -> Iterator[None]:
     try:
         for tensors, name, tensor in entries:
             tensors[name] = copies[id(tensor)]
+        _set_flat_weights(model)
         with _Float64():
             yield
     finally:
         for tensors, name, tensor in entries:
             tensors[name] = tensor
+        _set_flat_weights(model)
+
+
+def _set_flat_weights(model: torch.nn.Module) -> None:
+    """Update the references to weights that LSTM and GRU hold beside their parameters."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.RNNBase):
+            names = module._flat_weights_names
+            module._flat_weights = [getattr(module, name, None) for name in names]
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
