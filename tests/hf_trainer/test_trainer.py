@@ -465,6 +465,41 @@ def test_the_loss_is_probed_in_windows_1_and_4_and_at_epochs_1_and_2(tmp_path):
     assert 0 < first_probe < probes_and_micro_batches.count(torch.float64) <= 4 * first_probe + 8
 
 
+class Counting(torch.nn.Module):
+    """A classifier that counts its forwards in training, and keeps a list and a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = torch.nn.Linear(3, 2), []
+        self.register_buffer("number", torch.tensor(0))
+
+    def forward(self, x, labels):
+        self.number += self.training
+        self.calls.append(len(x))
+        self.latest = x.mean()
+        return {"loss": cross_entropy(self.layer(x), labels)}
+
+
+class Logging(ExactTrainer):
+    def compute_loss(self, *args, **kwargs):
+        self.log({"computed": 1.0})
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_the_probe_leaves_no_trace(tmp_path):
+    torch.manual_seed(0)
+    model = Counting()
+    examples = [{"x": torch.randn(3), "labels": torch.tensor(i % 2)} for i in range(32)]
+    settings = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": 2}
+    settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    settings |= {"save_strategy": "no", "dataloader_pin_memory": False}
+    trainer = Logging(model, TrainingArguments(str(tmp_path), **settings), train_dataset=examples)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    assert model.number == len(model.calls) == len(logged(trainer, "computed")) == 4
+    assert model.latest.dtype == torch.float32
+
+
 # ---- the assertions of transformers' TrainerGradientAccumulationTest, on models that need no download ----
 
 
