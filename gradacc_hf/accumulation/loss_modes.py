@@ -45,7 +45,9 @@ class LossMode:
 MODES = tuple(LossMode(training, float64) for training in (True, False) for float64 in (True, False))
 
 
-def find_mode(model: torch.nn.Module, loss: Callable[[int], float], is_half: bool) -> tuple[LossMode, bool]:
+def find_mode(
+    model: torch.nn.Module, loss: Callable[[int], float], is_half: bool, allows_float64: bool = True
+) -> tuple[LossMode, bool]:
     """Return the first mode whose losses are repeatable, and whether they are not in training mode.
 
     Without such a mode, return the last one that has losses. Tensors that the first forward creates and keeps
@@ -55,11 +57,14 @@ def find_mode(model: torch.nn.Module, loss: Callable[[int], float], is_half: boo
         model: The model.
         loss: Computes a loss after a seed of random numbers.
         is_half: Whether the model usually computes in bf16 or fp16.
+        allows_float64: Whether to try float64.
     """
     possible, changes = MODES[-1], False
     with suppress(Exception), LossMode(training=True, float64=False).of(model):
         loss(0)
     for mode in MODES:
+        if mode.float64 and not allows_float64:
+            continue
         try:
             with mode.of(model):
                 first, second = loss(0), loss(1)

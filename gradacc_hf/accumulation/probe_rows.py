@@ -315,7 +315,9 @@ def on_host(rows: Sequence[Rows]) -> list[Rows]:
     def move(values: dict[str, Any]) -> dict[str, Any]:
         return {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
-    return [Rows(move(row.values), move(row.shared), row.labels, row.marks) for row in rows]
+    shared = {id(row.shared): row.shared for row in rows}
+    shared = {key: move(values) for key, values in shared.items()}  # once for all rows of a micro-batch
+    return [Rows(move(row.values), shared[id(row.shared)], row.labels, row.marks) for row in rows]
 
 
 def micro_batches_as_rows(

@@ -82,8 +82,10 @@ class LossProbe:
             return False
         if self.kind is None or not self.kind.is_conclusive or self._is_scheduled:
             return True
-        new = (self._labels(micro_batches) | self._marks(micro_batches)) - self.known
-        return bool(new or self.differs(micro_batches))
+        labels, new_marks = self._labels(micro_batches), self._marks(micro_batches) - self.known
+        # With one label alone, a window is exact for every weight of the label.
+        new_labels = labels - self.known if len(labels | _labels_of(self._reference)) > 1 else ()
+        return bool(new_labels or new_marks or self.differs(micro_batches))
 
     def differs(self, micro_batches: Sequence[Mapping[str, Any]]) -> str:
         """Return the name of a count that fits so far, and differs for a micro-batch; "" if none does."""
@@ -97,6 +99,10 @@ class LossProbe:
         kind, self.kind = self.kind, replace(self.kind, is_conclusive=False)
         self._back_off()
         return cannot_tell(kind, f"the items may be {kind.count!r} or {name or next(iter(kind.others))!r}")
+
+    def stop(self) -> None:
+        """Ask nothing more."""
+        self._is_closed = True
 
     def _back_off(self) -> None:
         self._gap = max(1, 2 * self._gap)  # ask again after 1 window, then 2, 4, …
@@ -201,7 +207,7 @@ class LossProbe:
         self._weighed |= result.weighed
         if result.answer.exact == "cannot tell":
             self._back_off()
-        elif result.labels:
+        elif result.labels or not self._reference:
             self._reference = _of_different_labels(rows)
         if before is None or result.kind.is_conclusive or not before.is_conclusive:
             self.kind = result.kind

@@ -290,9 +290,13 @@ class Questions:
         real = mask[row] != 0
         if real.all() or not real.any():
             return False
+        part = self.parts[row]
+        labels = [part[name] for name in self.label_names if _has_columns(part[name], mask)]
+        if any(bool((value[:, ~real] != IGNORED).any()) for value in labels):
+            return False  # labels of another sequence, such as of a decoder
         short = {
-            name: value[:, real] if _has_columns(value, mask) else value
-            for name, value in self.parts[row].items()
+            name: value[:, real] if _has_columns(value, mask) and not name.startswith("decoder_") else value
+            for name, value in part.items()
         }
         try:
             loss = self._loss(short)

@@ -35,6 +35,7 @@ from gradacc_hf.hf_trainer.outputs import for_trainer
 from gradacc_hf.hf_trainer.trainer_losses import TrainerLosses
 from gradacc_hf.utils.hardware import refuse_place
 from gradacc_hf.utils.logs import info
+from gradacc_hf.utils.memory import release_memory
 from gradacc_hf.utils.modeling import train_batch_norms
 
 if TYPE_CHECKING:
@@ -268,12 +269,21 @@ class ExactTrainerMixin(_Base):
 
         # The same micro-batch in all processes.
         first = broadcast_object_list(on_host([Rows({}, dict(micro_batches[0]))]))[0].batch
+        answer = failure = None
         try:
             with self._losses.ready(first):
                 answer = self._learn(rows(), self._losses, lambda: rows(pairs=True), first)
+        except RuntimeError as error:
+            if not out_of_memory(error) or self._probe.kind is None:
+                raise
+            failure = error
         finally:
             if metrics is not None:
                 self._metrics = metrics
+        if failure is not None:  # the states of the optimizer fill the memory by now
+            self._probe.stop()
+            release_memory()
+            logger.warning("The loss is not checked again, as memory ran out in a check")
         self._report(answer)
 
     def _learn(

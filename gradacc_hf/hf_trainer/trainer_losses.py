@@ -9,8 +9,9 @@ import torch
 from accelerate.utils import DistributedType, broadcast, extract_model_from_parallel
 
 from gradacc_hf.accumulation.loss_modes import MODES, LossMode, find_mode
-from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_HALF
+from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.reference import full_float32, in_dtype_of
+from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.utils.attributes import Attributes
 from gradacc_hf.utils.modeling import BufferSnapshot, nonlinear_hooks, small_instead_of_zero
 from gradacc_hf.utils.rng import preserve_rng_state
@@ -34,7 +35,8 @@ class TrainerLosses:
         self._is_sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
         if not self._is_sharded:
             self.model = extract_model_from_parallel(self.model, keep_torch_compile=False)
-        self._is_half = next(self.model.parameters()).dtype not in (torch.float32, torch.float64)
+        kinds = {p.dtype for p in self.model.parameters()}
+        self._is_half = not kinds <= {torch.float32, torch.float64}
         if self._is_sharded:
             self._is_half |= trainer.args.bf16 or trainer.args.fp16
         self._mode: LossMode | None = None
@@ -65,36 +67,46 @@ class TrainerLosses:
             batch: A micro-batch to try, the same in all processes.
         """
         number = 1.0 if self.counted else None
-        holders = [self.trainer, self.trainer.state]
+        modules = [value for value in vars(self.trainer).values() if isinstance(value, torch.nn.Module)]
         if not self._is_sharded:
-            holders += self.model.modules()
-        self._hooked = nonlinear_hooks(self.model)
-        buffers, attributes = BufferSnapshot(self.model), [Attributes(holder) for holder in holders]
+            modules.append(self.model)
+        holders = {id(m): m for module in modules for m in module.modules() if not self._is_sharded}
+        if self._mode is None and not self._is_sharded:
+            self._hooked = nonlinear_hooks(self.model)
+        attributes = [Attributes(each) for each in (self.trainer, self.trainer.state, *holders.values())]
+        buffers = BufferSnapshot(self.model) if self._is_sharded else None
         try:
             self.trainer.log = lambda *_, **__: None
-            if "_original_forward" in vars(self.model):  # without the autocast of Accelerate
-                self.model.forward = self.model._original_forward
-            with preserve_rng_state(), full_float32(), torch.no_grad():
+            if not self._is_sharded and "_original_forward" in vars(self.model):
+                self.model.forward = self.model._original_forward  # without the autocast of Accelerate
+            with uncompiled(self.model), preserve_rng_state(), full_float32(), torch.no_grad():
                 if self._mode is None:
                     self._mode, self._changes = find_mode(
-                        self.model, lambda seed: self(batch, number, seed), self._is_half
+                        self.model,
+                        lambda seed: self(batch, number, seed),
+                        self._is_half,
+                        allows_float64=not self._is_sharded,
                     )
                 with self._mode.of(self.model) as self._has_dropout:
                     yield
         finally:
-            buffers.restore()
+            if buffers is not None:
+                buffers.restore()
             for each in attributes:
                 each.restore()
 
     # ---- losses and gradients ----
 
     def __call__(self, batch: Mapping[str, Any], number: float | None, seed: int = 0) -> float:
-        """Return the loss that `compute_loss` gives for this number of items."""
-        return self._of_first(self._loss(batch, number, seed))
+        """Return the loss that `compute_loss` gives for this number of items.
+
+        If it fails in any process, raise in all of them.
+        """
+        return self._of_all(lambda: self._loss(batch, number, seed))
 
     def across_processes(self, batch: Mapping[str, Any], number: float) -> float:
         """Return the loss with the factor of processes, if the loss has one."""
-        return self._of_first(self._loss(batch, number if self.counted else None, across=True))
+        return self._of_all(lambda: self._loss(batch, number if self.counted else None, across=True))
 
     def without_zeros(self) -> AbstractContextManager[None]:
         """Set parameters that are all 0 to small random numbers in the block."""
@@ -103,14 +115,14 @@ class TrainerLosses:
     def gradient_error(
         self, batch: Mapping[str, Any], parts: Sequence[tuple[float, Mapping[str, Any]]], number: float | None
     ) -> float | None:
-        """Return the relative error of a sum of gradients; None if it cannot be computed, or in 16 bits.
+        """Return the relative error of a sum of gradients; None if it cannot be computed, or not in float64.
 
         Args:
             batch: The rows in one batch. The gradient of its loss is the reference.
             parts: Weights and parts of the batch.
             number: Number of items that the loss needs, if any.
         """
-        if self.rtol == LOSS_RTOL_HALF:
+        if self._mode is None or not self._mode.float64:  # else rounding may be the error
             return None
         trained = sorted((p for p in self.model.parameters() if p.requires_grad), key=lambda p: p.numel())
         sizes = torch.tensor([p.numel() for p in trained]).cumsum(0)
@@ -122,13 +134,15 @@ class TrainerLosses:
             zeros = zip(found, chosen, strict=True)
             return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zeros])
 
-        try:
+        def error() -> torch.Tensor:
             reference = gradient(batch)
             sums = sum((weight * gradient(part) for weight, part in parts), torch.zeros_like(reference))
-            error = (sums - reference).norm() / reference.norm()
+            return (sums - reference).norm() / reference.norm()
+
+        try:
+            found = self._of_all(error)
         except Exception:  # such as memory, or a loss without a gradient
-            error = torch.tensor(float("nan"))
-        found = self._of_first(error)
+            return None
         return None if isnan(found) else found
 
     def _loss(
@@ -153,14 +167,32 @@ class TrainerLosses:
 
         def note(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             values = [v.data_ptr() for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-            self._repeats_inputs |= values in seen
+            self._repeats_inputs |= bool(values) and values in seen
             seen.append(values)
 
         return note
 
-    def _of_first(self, value: torch.Tensor) -> float:
-        """Return the value of the first process as a number."""
-        found: Any = value.detach()
-        if self.trainer.accelerator.num_processes > 1:
-            found = broadcast(found.clone())
+    def _of_all(self, compute: Callable[[], torch.Tensor]) -> float:
+        """Return the number of the first process.
+
+        Raises:
+            Exception: the computation failed here, or memory ran out or it failed in another process.
+        """
+        accelerator, failure, number = self.trainer.accelerator, None, torch.zeros(())
+        try:
+            number = compute().detach()
+        except Exception as error:
+            failure = error
+        if accelerator.num_processes == 1:
+            if failure is not None:
+                raise failure
+            return float(number)
+        is_full = isinstance(failure, RuntimeError) and out_of_memory(failure)
+        flags = torch.tensor([failure is not None, is_full], dtype=torch.float32, device=accelerator.device)
+        failed, full = accelerator.reduce(flags, reduction="sum").tolist()
+        if full:
+            raise failure if is_full and failure else torch.OutOfMemoryError("CUDA out of memory elsewhere")
+        if failed:
+            raise failure or RuntimeError("the loss failed in another process")
+        found: Any = broadcast(number.to(accelerator.device, torch.float64).clone())
         return float(found)

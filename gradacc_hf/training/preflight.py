@@ -7,6 +7,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -181,11 +182,13 @@ def preflight_check(
         return
     training = model.training
     model.to(accelerator.device)
-    with uncompiled(model), preserve_rng_state(), full_float32():
-        notice_inseparable_loss(model, windows, compute_loss)
-        model.eval()
-        expect_unused_parameters(model, windows, compute_loss, accelerator)
-    model.train(training)
+    try:
+        with uncompiled(model), preserve_rng_state(), full_float32():
+            notice_inseparable_loss(model, windows, compute_loss)
+            model.eval()
+            expect_unused_parameters(model, windows, compute_loss, accelerator)
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -217,9 +220,11 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
         *single, whole, again = (float(loss[name]) for loss in measured)
         return LossSample(np.array(single), whole, again, mode.rtol(is_half))
 
-    state = [Attributes(module) for module in model.modules()]
-    mode, changes = find_mode(model, loss_after, is_half)
-    with mode.of(model):
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(Attributes(module).restore)
+        mode, changes = find_mode(model, loss_after, is_half)
+        stack.enter_context(mode.of(model))
         measured, labels = losses(), count_labels(alone)
         for name in measured[0]:
             items = np.array([each.items[name] if name else each.num_items for each in alone])
@@ -233,8 +238,6 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
                     problem = _problem(sample_of(losses(), name), items, labels)
             if problem:
                 logger.warning(f"{name}: {problem}" if name else problem)
-    for attributes in state:
-        attributes.restore()
     if doubt := _doubt(model, changes):
         logger.warning(f"cannot tell whether accumulation is exact: {doubt}")
 

@@ -4,23 +4,25 @@ from typing import Any
 
 import torch
 
+LARGEST = 1_000_000
+"""Numbers of an integer tensor above which it holds quantised weights, which no forward changes."""
+
 
 class Attributes:
     """The attributes of an object: values, contents of lists and dicts, numbers of tensors.
 
+    Parameters are not copied, whether they are trained or frozen, and tensors inside lists are not either.
+
     Args:
-        holder: The object, such as a module. Parameters of modules are not copied.
+        holder: The object, such as a module with its buffers.
     """
 
     def __init__(self, holder: Any):
         self._holder, self._values = holder, dict(vars(holder))
-        self._contents = [(v, v.copy()) for v in self._values.values() if isinstance(v, list | dict)]
+        self._contents = [(v, v.copy()) for v in self._values.values() if isinstance(v, list | dict | set)]
         inside = [t for held, _ in self._contents if isinstance(held, dict) for t in held.values()]
-        self._tensors = [
-            (tensor, tensor._version, tensor.detach().clone())
-            for tensor in (*self._values.values(), *inside)
-            if isinstance(tensor, torch.Tensor) and not tensor.requires_grad and not tensor.is_inference()
-        ]
+        tensors = [t for t in (*self._values.values(), *inside) if _may_change(t)]
+        self._tensors = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -33,3 +35,12 @@ class Attributes:
         for tensor, version, before in self._tensors:
             if tensor._version != version:
                 tensor.copy_(before)
+
+
+def _may_change(value: Any) -> bool:
+    """Whether a value is a tensor that a forward may change in place, such as a buffer."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+        return False
+    if value.requires_grad or value.is_inference() or value.is_meta:
+        return False
+    return value.is_floating_point() or value.numel() <= LARGEST

@@ -18,7 +18,8 @@ def in_float64(model: torch.nn.Module) -> Iterator[None]:
     """Compute in float64 in the block, also where code casts to float32.
 
     The modules hold copies of their parameters and buffers meanwhile. The parameters themselves, which
-    optimizers and gradient hooks refer to, do not change.
+    optimizers and gradient hooks refer to, do not change. A change of a part of another float32 tensor is
+    lost, such as of a queue that is no buffer.
 
     Raises:
         ValueError: a parameter is not a plain tensor of floating point, such as a quantised or sharded one;
@@ -76,6 +77,8 @@ class _Float64(TorchDispatchMode):
             kwargs["dtype"] = torch.float64
         try:
             found = func(*tree_map(_longer, args), **tree_map(_longer, kwargs))
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError):  # a kernel without float64, such as of experts
             found = func(*tree_map(_shorter, args), **tree_map(_shorter, kwargs))
         return tree_map(_longer, found)

@@ -56,8 +56,9 @@ def without_dropout(model: torch.nn.Module, training: bool) -> Iterator[bool]:
     modes = [(module, module.training) for module in model.modules()]
     removed = disable_dropout(model)
     try:
+        model.train(training)
         for module, _ in modes:
-            module.training = training and not isinstance(module, BATCH_NORMS)
+            module.training &= not isinstance(module, BATCH_NORMS)
         with _NoDropout():
             yield bool(removed)
     finally:
@@ -82,32 +83,37 @@ class _NoDropout(TorchFunctionMode):
 def train_batch_norms(model: torch.nn.Module) -> list[str]:
     """Return the names of BatchNorm modules that train. A model may freeze them in its method `train`."""
     modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    found = [n for n, module in model.named_modules() if isinstance(module, BATCH_NORMS) and module.training]
-    for module, before in modes:
-        module.training = before
-    return found
+    try:
+        model.train()
+        named = list(model.named_modules())
+        return [name for name, module in named if isinstance(module, BATCH_NORMS) and module.training]
+    finally:
+        for module, before in modes:
+            module.training = before
 
 
 def nonlinear_hooks(model: torch.nn.Module) -> list[str]:
     """Return the names of parameters whose gradient hooks are not linear, such as clipping.
 
-    Such hooks change the gradient of each micro-batch separately.
+    Such hooks change the gradient of each micro-batch separately. The hooks are called with random gradients.
     """
     found = []
     for name, parameter in model.named_parameters():
         for hook in (parameter._backward_hooks or {}).values():
             with preserve_rng_state():
                 one, two = (100 * torch.randn_like(parameter) for _ in range(2))
-            gradients = (one, two, one + two)
+            gradients = [one, two, one + two]
             try:
-                hooked = [hook(gradient.clone()) for gradient in gradients]
+                returned = [hook(gradient) for gradient in gradients]  # or changed in place
+                first, second, both = (
+                    gradient if after is None else after
+                    for gradient, after in zip(gradients, returned, strict=True)
+                )
+                size = 1e-3 * float(both.abs().max())
+                if not torch.allclose(first + second, both, rtol=0, atol=size):
+                    found.append(name)
             except Exception:  # a hook that needs more than a gradient
                 continue
-            pairs = zip(gradients, hooked, strict=True)
-            first, second, both = (before if after is None else after for before, after in pairs)
-            if not torch.allclose(first + second, both, rtol=0, atol=1e-3 * float(both.abs().max())):
-                found.append(name)
     return found
 
 

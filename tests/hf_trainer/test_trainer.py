@@ -500,6 +500,31 @@ def test_the_probe_leaves_no_trace(tmp_path):
     assert model.latest.dtype == torch.float32
 
 
+class OutOfMemory(ExactTrainer):
+    """Runs out of memory in every probe but the first."""
+
+    def compute_loss(self, *args, **kwargs):
+        if self.state.global_step and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_later_probe_without_memory_ends_the_probes_and_not_the_training(tmp_path, caplog):
+    head = build_head("sequence_classification", "bert")
+    trainer = make(OutOfMemory, head, tmp_path, head.examples(LENGTHS), size=2, steps=2, num_train_epochs=3)
+    trainer.train()
+    assert trainer.state.global_step == 12
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+        "The loss is not checked again, as memory ran out in a check"
+    ]
+
+
+def test_padding_to_one_length_in_encoder_and_decoder_is_exact(tmp_path, caplog):
+    head = build_head("seq2seq_lm", "t5")
+    make(ExactTrainer, head, tmp_path, head.examples(LENGTHS), pad_to=max(LENGTHS) + 2).train()
+    assert "padding changes it" not in caplog.text
+
+
 # ---- the assertions of transformers' TrainerGradientAccumulationTest, on models that need no download ----
 
 
