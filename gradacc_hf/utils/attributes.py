@@ -11,14 +11,16 @@ LARGEST = 1_000_000
 class Attributes:
     """The attributes of an object: values, contents of lists and dicts, numbers of tensors.
 
-    Parameters are not copied, whether they are trained or frozen, and tensors inside lists are not either.
+    Parameters are not copied, whether they are trained or frozen. Tensors inside lists are not either.
+    Hooks of modules stay, as an observer of the forward may have added them.
 
     Args:
         holder: The object, such as a module with its buffers.
     """
 
     def __init__(self, holder: Any):
-        self._holder, self._values = holder, dict(vars(holder))
+        self._holder = holder
+        self._values = {name: value for name, value in vars(holder).items() if "hook" not in name}
         self._contents = [(v, v.copy()) for v in self._values.values() if isinstance(v, list | dict | set)]
         inside = [t for held, _ in self._contents if isinstance(held, dict) for t in held.values()]
         tensors = [t for t in (*self._values.values(), *inside) if _may_change(t)]
@@ -27,8 +29,10 @@ class Attributes:
     @torch.no_grad()
     def restore(self) -> None:
         """Set the attributes back to their values at the time of the copy."""
-        vars(self._holder).clear()
-        vars(self._holder).update(self._values)
+        attributes = vars(self._holder)
+        for name in [name for name in attributes if name not in self._values and "hook" not in name]:
+            del attributes[name]
+        attributes.update(self._values)
         for held, content in self._contents:
             held.clear()
             held.extend(content) if isinstance(held, list) else held.update(content)

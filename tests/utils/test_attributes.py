@@ -22,10 +22,11 @@ class Holder(torch.nn.Linear):
 
 
 def test_everything_that_a_forward_changes_is_restored_but_parameters():
-    holder = Holder()
+    holder, observed = Holder(), []
     weight, mean, steps = holder.weight, holder.mean, holder.steps
     attributes = Attributes(holder)
     holder(torch.randn(4, 3))
+    holder.register_forward_hook(lambda *_: observed.append(1))
     with torch.no_grad():
         weight.fill_(5.0)
     attributes.restore()
@@ -39,3 +40,5 @@ def test_everything_that_a_forward_changes_is_restored_but_parameters():
     assert not holder.by_name["a"].any()
     assert holder.last is None
     assert not hasattr(holder, "new")
+    holder(torch.randn(4, 3))
+    assert observed, "a hook stays"
