@@ -12,7 +12,7 @@ class Attributes:
     """The attributes of an object: values, contents of lists and dicts, numbers of tensors.
 
     Parameters are not copied, whether they are trained or frozen. Tensors inside lists are not either.
-    Hooks of modules stay, as an observer of the forward may have added them.
+    Hooks of modules stay. Code that watches the forward may have added them.
 
     Args:
         holder: The object, such as a module with its buffers.
