@@ -19,7 +19,7 @@ def in_float64(model: torch.nn.Module) -> Iterator[None]:
 
     The modules hold copies of their parameters and buffers meanwhile. The parameters themselves, which
     optimizers and gradient hooks refer to, do not change. A change of a part of another float32 tensor is
-    lost, such as of a queue that is no buffer.
+    lost, such as of a queue in an attribute.
 
     Raises:
         ValueError: a parameter is not a plain tensor of floating point, such as a quantised or sharded one;
