@@ -684,7 +684,8 @@ class WindowLoader:
         if self.accelerator.num_processes == 1:
             return np.array([numbers], dtype=np.float64)
         local = torch.tensor([numbers], dtype=torch.float64, device=self.accelerator.device)
-        return send_to_device(self.accelerator.gather(local), "cpu").numpy()
+        gathered: Any = send_to_device(self.accelerator.gather(local), "cpu")
+        return gathered.numpy()
 
     # Warnings
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -127,9 +127,11 @@ def _number(value: Any) -> float:
 
 
 def num_rows(batch: Mapping[str, Any], names: Sequence[str] = ()) -> int:
-    """Return the number of rows: the length of the labels, or of the first tensor."""
-    tensors = [batch[name] for name in names] + list(batch.values())
-    return next(len(value) for value in tensors if isinstance(value, torch.Tensor) and value.ndim)
+    """Return the number of rows: the length of the labels, or of the first tensor; else 1."""
+    values = [batch[name] for name in names] + list(batch.values())
+    sizes = (len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim)
+    nested = (num_rows(value) for value in values if isinstance(value, Mapping))
+    return next(chain(sizes, nested), 1)
 
 
 def split_rows(batch: Mapping[str, Any], names: Sequence[str], pairs: bool = False) -> list[Rows]:
@@ -313,7 +315,9 @@ def on_host(rows: Sequence[Rows]) -> list[Rows]:
     def move(values: dict[str, Any]) -> dict[str, Any]:
         return {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
-    return [Rows(move(row.values), move(row.shared), row.labels, row.marks) for row in rows]
+    shared = {id(row.shared): row.shared for row in rows}
+    shared = {key: move(values) for key, values in shared.items()}  # once for all rows of a micro-batch
+    return [Rows(move(row.values), shared[id(row.shared)], row.labels, row.marks) for row in rows]
 
 
 def micro_batches_as_rows(

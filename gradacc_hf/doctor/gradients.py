@@ -42,9 +42,10 @@ def compare_gradients(gradient: GradientNow, other: GradientNow, clipped: float 
     inner = mine = theirs = 0.0
     for g, o in zip(gradient, other, strict=True):
         some = g if g is not None and (o is None or g.device.type != "cpu") else o  # one may be on the host
+        device = None if some is None else some.device
         for i in range(0, 0 if some is None else some.numel(), CHUNK_ELEMENTS):
             a, b = (
-                None if each is None else each.flatten()[i : i + CHUNK_ELEMENTS].to(some).double()
+                None if each is None else each.flatten()[i : i + CHUNK_ELEMENTS].to(device).double()
                 for each in (g, o)
             )
             a = None if a is None else a / clipped

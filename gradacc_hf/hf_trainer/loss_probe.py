@@ -33,7 +33,7 @@ from gradacc_hf.hf_trainer.loss_questions import Answer, Losses, LossKind, Quest
 
 MOST_ROWS = 16
 """Rows of a sample: at most 4 micro-batches, or one of 2 to 8 rows if labels are by token."""
-MOST_KNOWN = 1000
+MOST_KNOWN = 64
 """Labels that were compared, above which new labels open no question."""
 
 
@@ -59,18 +59,22 @@ class LossProbe:
         self._reference: list[Rows] = []  # rows of the latest deciding sample
         self._tracks_labels = True
         self._weighed = set[int]()  # labels with the weight of the others
-        self._windows = 0
+        self._windows = self._epoch = 0
+        self._is_scheduled = False
         self._wait = self._gap = 0  # windows until the next probe of an open question
         self._is_closed = False  # the loss is not a mean, which no further window changes
 
     # ---- each window: is there a question? ----
 
-    def asks(self, micro_batches: Sequence[Mapping[str, Any]]) -> bool:
+    def asks(self, micro_batches: Sequence[Mapping[str, Any]], epoch: int = 0) -> bool:
         """Whether these micro-batches of a window open a question that earlier windows did not answer.
 
-        Windows 4, 32, 256 … are probed in any case, as a loss may change in training.
+        Windows 4, 32, 256 … and the first of epochs 1, 2, 4, 8 … are probed in any case, as a loss may change
+        in training.
         """
         self._windows += 1
+        starts, self._epoch = epoch != self._epoch and not epoch & (epoch - 1), epoch
+        self._is_scheduled = starts or self._windows in (4 * 8**power for power in range(12))
         if self._is_closed:
             return False
         if self._wait:
@@ -78,12 +82,10 @@ class LossProbe:
             return False
         if self.kind is None or not self.kind.is_conclusive or self._is_scheduled:
             return True
-        new = (self._labels(micro_batches) | self._marks(micro_batches)) - self.known
-        return bool(new or self.differs(micro_batches))
-
-    @property
-    def _is_scheduled(self) -> bool:
-        return self._windows in (4 * 8**power for power in range(12))
+        labels, new_marks = self._labels(micro_batches), self._marks(micro_batches) - self.known
+        # With one label alone, a window is exact for every weight of the label.
+        new_labels = labels - self.known if len(labels | _labels_of(self._reference)) > 1 else ()
+        return bool(new_labels or new_marks or self.differs(micro_batches))
 
     def differs(self, micro_batches: Sequence[Mapping[str, Any]]) -> str:
         """Return the name of a count that fits so far, and differs for a micro-batch; "" if none does."""
@@ -97,6 +99,10 @@ class LossProbe:
         kind, self.kind = self.kind, replace(self.kind, is_conclusive=False)
         self._back_off()
         return cannot_tell(kind, f"the items may be {kind.count!r} or {name or next(iter(kind.others))!r}")
+
+    def stop(self) -> None:
+        """Ask nothing more."""
+        self._is_closed = True
 
     def _back_off(self) -> None:
         self._gap = max(1, 2 * self._gap)  # ask again after 1 window, then 2, 4, …
@@ -201,7 +207,7 @@ class LossProbe:
         self._weighed |= result.weighed
         if result.answer.exact == "cannot tell":
             self._back_off()
-        elif result.labels:
+        elif result.labels or not self._reference:
             self._reference = _of_different_labels(rows)
         if before is None or result.kind.is_conclusive or not before.is_conclusive:
             self.kind = result.kind

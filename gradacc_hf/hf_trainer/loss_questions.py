@@ -42,6 +42,11 @@ class Losses(Protocol):
         """Largest relative difference between losses that is rounding."""
         ...
 
+    @property
+    def doubt(self) -> str:
+        """The reason why these losses may differ from the losses in training; "" if there is none."""
+        ...
+
     def __call__(self, batch: Mapping[str, Any], number: float | None, seed: int = 0) -> float:
         """Return the loss that `compute_loss` gives for this number of items."""
         ...
@@ -164,7 +169,11 @@ class Questions:
     def ask(self) -> Result:
         """Return what the sample shows."""
         try:
-            return self._answer()
+            result = self._answer()
+            if result.answer.exact == "yes" and (doubt := self.losses.doubt):
+                kind = replace(result.kind, is_conclusive=False)
+                return replace(result, kind=kind, answer=cannot_tell(kind, doubt))
+            return result
         except _LossFails as error:  # a loss that needs more than these rows, such as pairs of them
             kind = self._kind(next(iter(self.items)), nan)
             result = self._cannot_tell(kind, f"it fails for single rows ({error})")
@@ -268,7 +277,32 @@ class Questions:
         error = self._gradient_error(kind.count)
         if error is not None and error > EXACT:
             return self._no(kind)
+        if self._padding_changes(sample):
+            return self._no(kind, "padding changes it, so micro-batches of other lengths have other losses")
         return self._of_labels(kind, sample, items)
+
+    def _padding_changes(self, sample: LossSample) -> bool:
+        """Whether the row with the most padding has another loss without padding."""
+        mask = self.batch.get("attention_mask")
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or len(mask) != len(self.parts):
+            return False
+        row = int(mask.sum(1).argmin())
+        real = mask[row] != 0
+        if real.all() or not real.any():
+            return False
+        part = self.parts[row]
+        labels = [part[name] for name in self.label_names if _has_columns(part[name], mask)]
+        if any(bool((value[:, ~real] != IGNORED).any()) for value in labels):
+            return False  # labels of another sequence, such as of a decoder
+        short = {
+            name: value[:, real] if _has_columns(value, mask) and not name.startswith("decoder_") else value
+            for name, value in part.items()
+        }
+        try:
+            loss = self._loss(short)
+        except _LossFails:  # an input that depends on the padded length
+            return False
+        return not isclose(loss, sample.alone[row], rel_tol=max(sample.tolerance, LOSS_RTOL_FP32))
 
     def _gradient_error(self, name: str) -> float | None:
         """Return the relative error of the gradient from single rows weighted by items; None if unknown."""
@@ -285,6 +319,8 @@ class Questions:
         hidden, possible, counts = set[int](), dict(kind.others), dict[str, CountItems]()
         weighed = set[int]()
         for label in sorted(self._labels - self.weighed):
+            if not self._counts(kind.count, label):
+                continue
             twice = partial(count_twice, count=self.counts[kind.count], names=self.label_names, label=label)
             doubled = np.array([twice(part) for part in self.parts], float)
             ratio = float(doubled.sum() / items.sum())
@@ -302,6 +338,11 @@ class Questions:
         else:
             result = self._yes(kind, self._labels if len(self._labels) > 1 else frozenset())
         return replace(result, counts=counts, weighed=frozenset(weighed))
+
+    def _counts(self, name: str, label: int) -> bool:
+        """Whether a count counts this label."""
+        labels = {n: torch.full_like(self.batch[n], label) for n in self.label_names}
+        return bool(self.counts[name]({**self.batch, **labels}))
 
     def _compute(self, batch: Mapping[str, Any], number: float | None, seed: int = 0) -> float:
         try:
@@ -341,8 +382,12 @@ class Questions:
         used = labels[labels != IGNORED]
         if not used.numel() or used.min() == used.max():
             return names
-        ends = [with_first_label(self.batch, label) for label in (used.min(), used.max())]
-        shifts = self._loss(ends[0]) == self._loss(ends[1])  # the first label has no effect
+        first = (used.min(), used.max(), torch.tensor(IGNORED))
+        try:
+            losses = {self._loss(with_first_label(self.batch, label)) for label in first}
+        except _LossFails:  # it reads −100 as a label
+            losses = set[float]()
+        shifts = len(losses) == 1  # the first label has no effect
         wrong = "labels" if shifts else "next_token"
         return [name for name in names if not name.startswith(wrong)] or names
 
@@ -354,11 +399,13 @@ class Questions:
     def _yes(self, kind: LossKind, labels: frozenset[int]) -> Result:
         return Result(kind, labels, Answer("yes", f"the loss of a micro-batch is {kind}"))
 
-    def _no(self, kind: LossKind) -> Result:
+    def _no(self, kind: LossKind, why: str = "") -> Result:
         text = (
             f"the loss of a micro-batch is not a mean over its items, counted as {kind.count!r}: "
             f"accumulation is not exact. {SET_NUM_ITEMS}"
         )
+        if why:
+            text = f"the loss of a micro-batch is not exact in accumulation: {why}"
         return Result(kind, self._labels, Answer("no", text))
 
     def _cannot_tell(self, kind: LossKind, why: str, labels: frozenset[int] = frozenset()) -> Result:
@@ -372,6 +419,11 @@ def cannot_tell(kind: LossKind, why: str) -> Answer:
         f"{kind.count!r}: {why}. Accumulation may not be exact. {SET_NUM_ITEMS}"
     )
     return Answer("cannot tell", text)
+
+
+def _has_columns(value: Any, mask: torch.Tensor) -> bool:
+    """Whether the second dimension of a value is the tokens of the mask."""
+    return isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == mask.shape[1]
 
 
 def _proportional(items: np.ndarray, others: np.ndarray, ratio: float) -> bool:

@@ -36,7 +36,8 @@ from gradacc_hf.hf_trainer.trainer_losses import TrainerLosses
 from gradacc_hf.padding.removal import remove_padding_in_all
 from gradacc_hf.utils.hardware import refuse_place
 from gradacc_hf.utils.logs import info
-from gradacc_hf.utils.modeling import BATCH_NORMS
+from gradacc_hf.utils.memory import release_memory
+from gradacc_hf.utils.modeling import train_batch_norms
 
 if TYPE_CHECKING:
     from datasets import Dataset as DatasetOfRows
@@ -142,7 +143,8 @@ class ExactTrainerMixin(_Base):
         if self._padding_free and self._probe.kind is None:
             model: Any = self.model_wrapped
             remove_padding_in_all(model, self._prepare_inputs(dict(micro_batches[0])), self.accelerator)
-        items, asks = self._add_up_items(micro_batches, self._probe.asks(micro_batches))
+        asks = self._probe.asks(micro_batches, int(self.state.epoch or 0))
+        items, asks = self._add_up_items(micro_batches, asks)
         for attempt in (1, 2) if asks else ():  # the first sample may show what to look for
             self._probe_loss(micro_batches, num_items_of_trainer is not None)
             differs = self._probe.differs(micro_batches)
@@ -151,11 +153,22 @@ class ExactTrainerMixin(_Base):
                 break
             if attempt == 2:
                 self._report(self._probe.leave_open(differs))
+        self._replace_without_items(micro_batches, items)
         # Without a known end of the epoch, Trainer steps only after the expected number of micro-batches.
         missing = num_batches - len(micro_batches)
         micro_batches += missing * micro_batches[-1:]
         self._items_of_micro_batches = deque(items + missing * [0.0])
         return micro_batches, num_items_of_trainer
+
+    def _replace_without_items(self, micro_batches: list[Any], items: list[float]) -> None:
+        """Replace micro-batches of weight 0 whose mean over no items may be NaN, as NaN / infinity is NaN."""
+        assert self._probe.kind is not None
+        if self._probe.kind.is_sum or all(items) or not any(items):
+            return
+        other = next(batch for batch, number in zip(micro_batches, items, strict=True) if number)
+        for place, number in enumerate(items):
+            if not number:
+                micro_batches[place] = other
 
     def _add_up_items(
         self, micro_batches: Sequence[Mapping[str, Any]], asks: bool
@@ -208,8 +221,16 @@ class ExactTrainerMixin(_Base):
         )
         number = None if num_items_in_batch is None else torch.full_like(self._items, items or 1.0)
         with self._average_tokens_across_devices(False):
-            inputs = inputs if items else _with_items(inputs)  # a finite loss, as NaN / infinity is NaN
+            inputs = inputs if items else self._with_items(inputs)
             return super().training_step(model, inputs, number)
+
+    def _with_items(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the inputs with labels that all count, so that the loss is finite."""
+        names = {"labels", "start_positions", "end_positions", *self.label_names}
+        return {
+            name: torch.zeros_like(value) if name in names and isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+        }
 
     def compute_loss(self, model, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as Trainer does, also from an object, a loss alone, or (logits, loss)."""
@@ -261,12 +282,21 @@ class ExactTrainerMixin(_Base):
 
         # The same micro-batch in all processes.
         first = broadcast_object_list(on_host([Rows({}, dict(micro_batches[0]))]))[0].batch
+        answer = failure = None
         try:
             with self._losses.ready(first):
                 answer = self._learn(rows(), self._losses, lambda: rows(pairs=True), first)
+        except RuntimeError as error:
+            if not out_of_memory(error) or self._probe.kind is None:
+                raise
+            failure = error
         finally:
             if metrics is not None:
                 self._metrics = metrics
+        if failure is not None:  # the states of the optimizer fill the memory by now
+            self._probe.stop()
+            release_memory()
+            logger.warning("The loss is not checked again, as memory ran out in a check")
         self._report(answer)
 
     def _learn(
@@ -370,17 +400,9 @@ def _signature() -> inspect.Signature:
 ExactTrainer.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
-def _with_items(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs with labels that all count, so that the loss is finite."""
-    return {
-        name: torch.zeros_like(value) if name in ("labels", "start_positions", "end_positions") else value
-        for name, value in inputs.items()
-    }
-
-
 def warn_of_batch_norm(model: torch.nn.Module) -> None:
     """Warn of modules that normalise over the micro-batch."""
-    if norms := [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]:
+    if norms := train_batch_norms(model):
         logger.warning(
             f"BatchNorm ({norms[0]}, …) mixes the examples of a micro-batch: accumulation cannot be exact"
         )

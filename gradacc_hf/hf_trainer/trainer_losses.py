@@ -1,6 +1,6 @@
 """Compute losses and gradients of a few rows as a Trainer does, for the probe of the loss."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from math import isnan
 from typing import Any
@@ -9,9 +9,11 @@ import torch
 from accelerate.utils import DistributedType, broadcast, extract_model_from_parallel
 
 from gradacc_hf.accumulation.loss_modes import MODES, LossMode, find_mode
-from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_HALF
-from gradacc_hf.accumulation.reference import full_float32
-from gradacc_hf.utils.modeling import BufferSnapshot, small_instead_of_zero
+from gradacc_hf.accumulation.oom import out_of_memory
+from gradacc_hf.accumulation.reference import full_float32, in_dtype_of
+from gradacc_hf.training.compile import uncompiled
+from gradacc_hf.utils.attributes import Attributes
+from gradacc_hf.utils.modeling import BufferSnapshot, nonlinear_hooks, small_instead_of_zero
 from gradacc_hf.utils.rng import preserve_rng_state
 
 MOST_IN_GRADIENT = 1_000_000
@@ -30,45 +32,81 @@ class TrainerLosses:
     def __init__(self, trainer: Any, counted: bool, num_processes: int):
         self.trainer, self.counted, self.num_processes = trainer, counted, num_processes
         self.model: Any = trainer.model_wrapped
-        if trainer.accelerator.distributed_type != DistributedType.FSDP:
+        self._is_sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
+        if not self._is_sharded:
             self.model = extract_model_from_parallel(self.model, keep_torch_compile=False)
-        first = next(self.model.parameters())
-        self._is_half = first.dtype != torch.float32 or trainer.args.bf16 or trainer.args.fp16
+        kinds = {p.dtype for p in self.model.parameters()}
+        self._is_half = not kinds <= {torch.float32, torch.float64}
+        if self._is_sharded:
+            self._is_half |= trainer.args.bf16 or trainer.args.fp16
         self._mode: LossMode | None = None
+        self._hooked: list[str] = []
+        self._changes = self._repeats_inputs = self._has_dropout = False
 
     @property
     def rtol(self) -> float:
         """Largest relative difference between losses that is rounding."""
         return (self._mode or MODES[-1]).rtol(self._is_half)
 
+    @property
+    def doubt(self) -> str:
+        """The reason why these losses may differ from the losses in training; "" if there is none."""
+        if self._changes:
+            return "in training mode, it changes from call to call"
+        if self._repeats_inputs and self._has_dropout:
+            return "it runs the model twice on the same inputs, and the check is without dropout"
+        if self._hooked:
+            return f"a hook of {self._hooked[0]} changes the gradient of each micro-batch"
+        return ""
+
     @contextmanager
     def ready(self, batch: Mapping[str, Any]) -> Iterator[None]:
-        """Prepare the model in the block.
+        """Prepare the model in the block. Restore everything that forwards change, except for parameters.
 
         Args:
             batch: A micro-batch to try, the same in all processes.
         """
         number = 1.0 if self.counted else None
-        buffers = BufferSnapshot(self.model)
+        modules = [value for value in vars(self.trainer).values() if isinstance(value, torch.nn.Module)]
+        if not self._is_sharded:
+            modules.append(self.model)
+        holders = {id(m): m for module in modules for m in module.modules() if not self._is_sharded}
+        if self._mode is None and not self._is_sharded:
+            self._hooked = nonlinear_hooks(self.model)
+        attributes = [Attributes(each) for each in (self.trainer, self.trainer.state, *holders.values())]
+        buffers = BufferSnapshot(self.model) if self._is_sharded else None
         try:
-            with preserve_rng_state(), full_float32(), torch.no_grad():
-                self._mode = self._mode or find_mode(
-                    self.model, lambda seed: self(batch, number, seed), self._is_half
-                )
-                with self._mode.of(self.model):
+            self.trainer.log = lambda *_, **__: None
+            if not self._is_sharded and "_original_forward" in vars(self.model):
+                self.model.forward = self.model._original_forward  # without the autocast of Accelerate
+            with uncompiled(self.model), preserve_rng_state(), full_float32(), torch.no_grad():
+                if self._mode is None:
+                    self._mode, self._changes = find_mode(
+                        self.model,
+                        lambda seed: self(batch, number, seed),
+                        self._is_half,
+                        allows_float64=not self._is_sharded,
+                    )
+                with self._mode.of(self.model) as self._has_dropout:
                     yield
         finally:
-            buffers.restore()
+            if buffers is not None:
+                buffers.restore()
+            for each in attributes:
+                each.restore()
 
     # ---- losses and gradients ----
 
     def __call__(self, batch: Mapping[str, Any], number: float | None, seed: int = 0) -> float:
-        """Return the loss that `compute_loss` gives for this number of items."""
-        return self._of_first(self._loss(batch, number, seed))
+        """Return the loss that `compute_loss` gives for this number of items.
+
+        If it fails in any process, raise in all of them.
+        """
+        return self._of_all(lambda: self._loss(batch, number, seed))
 
     def across_processes(self, batch: Mapping[str, Any], number: float) -> float:
         """Return the loss with the factor of processes, if the loss has one."""
-        return self._of_first(self._loss(batch, number if self.counted else None, across=True))
+        return self._of_all(lambda: self._loss(batch, number if self.counted else None, across=True))
 
     def without_zeros(self) -> AbstractContextManager[None]:
         """Set parameters that are all 0 to small random numbers in the block."""
@@ -77,14 +115,14 @@ class TrainerLosses:
     def gradient_error(
         self, batch: Mapping[str, Any], parts: Sequence[tuple[float, Mapping[str, Any]]], number: float | None
     ) -> float | None:
-        """Return the relative error of a sum of gradients; None if it cannot be computed, or in 16 bits.
+        """Return the relative error of a sum of gradients; None if it cannot be computed, or not in float64.
 
         Args:
             batch: The rows in one batch. The gradient of its loss is the reference.
             parts: Weights and parts of the batch.
             number: Number of items that the loss needs, if any.
         """
-        if self.rtol == LOSS_RTOL_HALF:
+        if self._mode is None or not self._mode.float64:  # else rounding may be the error
             return None
         trained = sorted((p for p in self.model.parameters() if p.requires_grad), key=lambda p: p.numel())
         sizes = torch.tensor([p.numel() for p in trained]).cumsum(0)
@@ -96,13 +134,15 @@ class TrainerLosses:
             zeros = zip(found, chosen, strict=True)
             return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zeros])
 
-        try:
+        def error() -> torch.Tensor:
             reference = gradient(batch)
             sums = sum((weight * gradient(part) for weight, part in parts), torch.zeros_like(reference))
-            error = (sums - reference).norm() / reference.norm()
+            return (sums - reference).norm() / reference.norm()
+
+        try:
+            found = self._of_all(error)
         except Exception:  # such as memory, or a loss without a gradient
-            error = torch.tensor(float("nan"))
-        found = self._of_first(error)
+            return None
         return None if isnan(found) else found
 
     def _loss(
@@ -111,14 +151,48 @@ class TrainerLosses:
         trainer = self.trainer
         torch.manual_seed(seed)  # a model may draw random numbers
         inputs = trainer._prepare_inputs(dict(batch))
+        if self._mode is None or self._mode.float64:
+            inputs = in_dtype_of(self.model, inputs)
         num_items = None if number is None else torch.tensor(number, device=trainer.args.device)
-        with trainer._average_tokens_across_devices(across), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=num_items)
+        watch = self.model.register_forward_pre_hook(self._watch([]), with_kwargs=True)
+        try:
+            with trainer._average_tokens_across_devices(across), trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=num_items)
+        finally:
+            watch.remove()
         return torch.as_tensor(loss, device=trainer.args.device).reshape(())
 
-    def _of_first(self, value: torch.Tensor) -> float:
-        """Return the value of the first process as a number."""
-        value = value.detach()
-        if self.trainer.accelerator.num_processes > 1:
-            value = broadcast(value.clone())
-        return float(value)
+    def _watch(self, seen: list[list[int]]) -> Callable[[Any, tuple, dict[str, Any]], None]:
+        """Return a hook that notes whether the model runs twice on the same inputs for a loss."""
+
+        def note(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            values = [v.data_ptr() for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+            self._repeats_inputs |= bool(values) and values in seen
+            seen.append(values)
+
+        return note
+
+    def _of_all(self, compute: Callable[[], torch.Tensor]) -> float:
+        """Return the number of the first process.
+
+        Raises:
+            Exception: the computation failed here, or memory ran out or it failed in another process.
+        """
+        accelerator, failure, number = self.trainer.accelerator, None, torch.zeros(())
+        try:
+            number = compute().detach()
+        except Exception as error:
+            failure = error
+        if accelerator.num_processes == 1:
+            if failure is not None:
+                raise failure
+            return float(number)
+        is_full = isinstance(failure, RuntimeError) and out_of_memory(failure)
+        flags = torch.tensor([failure is not None, is_full], dtype=torch.float32, device=accelerator.device)
+        failed, full = accelerator.reduce(flags, reduction="sum").tolist()
+        if full:
+            raise failure if is_full and failure else torch.OutOfMemoryError("CUDA out of memory elsewhere")
+        if failed:
+            raise failure or RuntimeError("the loss failed in another process")
+        found: Any = broadcast(number.to(accelerator.device, torch.float64).clone())
+        return float(found)

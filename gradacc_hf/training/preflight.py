@@ -7,6 +7,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from gradacc_hf.accumulation.accelerate_state import find_unused_parameters
+from gradacc_hf.accumulation.collation import MicroBatch
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import (
     ComputeLoss,
@@ -25,14 +27,15 @@ from gradacc_hf.accumulation.loss_items import (
 )
 from gradacc_hf.accumulation.loss_modes import find_mode
 from gradacc_hf.accumulation.loss_samples import LossSample
-from gradacc_hf.accumulation.reference import full_float32
+from gradacc_hf.accumulation.reference import full_float32, in_dtype_of
 from gradacc_hf.accumulation.sample_examples import count_labels
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.bad_index import ids_beyond, num_embeddings
 from gradacc_hf.training.compile import uncompiled
+from gradacc_hf.utils.attributes import Attributes
 from gradacc_hf.utils.logs import get_logger
-from gradacc_hf.utils.modeling import BATCH_NORMS, BufferSnapshot, small_instead_of_zero
+from gradacc_hf.utils.modeling import nonlinear_hooks, small_instead_of_zero, train_batch_norms
 from gradacc_hf.utils.rng import preserve_rng_state
 
 logger = get_logger(__name__)
@@ -168,8 +171,7 @@ def preflight_check(
         windows: The loader of the run.
         compute_loss: The loss of the run.
     """
-    norms = [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
-    if norms:
+    if norms := train_batch_norms(model):
         logger.warning(
             f"{len(norms)} modules normalise over the micro-batch (BatchNorm: {norms[0]}, …): no "
             "accumulation is exact with them; use a model with LayerNorm or GroupNorm"
@@ -180,11 +182,13 @@ def preflight_check(
         return
     training = model.training
     model.to(accelerator.device)
-    with uncompiled(model), preserve_rng_state(), full_float32():
-        notice_inseparable_loss(model, windows, compute_loss)
-        model.eval()
-        expect_unused_parameters(model, windows, compute_loss, accelerator)
-    model.train(training)
+    try:
+        with uncompiled(model), preserve_rng_state(), full_float32():
+            notice_inseparable_loss(model, windows, compute_loss)
+            model.eval()
+            expect_unused_parameters(model, windows, compute_loss, accelerator)
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -200,21 +204,27 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
     repeated = windows.collated(np.repeat(alone[0].indices, len(alone)), pad_to)
     is_half = next(model.parameters()).dtype not in (torch.float32, torch.float64)
 
+    def loss_of(each: MicroBatch) -> Any:
+        batch = in_dtype_of(model, each.batch)
+        return compute_loss(model(**batch), batch)
+
     def losses() -> list[Mapping[str, torch.Tensor]]:
-        micro_batches = (*alone, together, repeated)
-        found = [compute_loss(model(**each.batch), each.batch) for each in micro_batches]
+        found = [loss_of(each) for each in (*alone, together, repeated)]
         return [loss if isinstance(loss, Mapping) else {"": loss} for loss in found]
 
     def loss_after(seed: int) -> float:
         torch.manual_seed(seed)
-        return float(total_loss(compute_loss(model(**together.batch), together.batch)))
+        return float(total_loss(loss_of(together)))
 
     def sample_of(measured: list[Mapping[str, torch.Tensor]], name: str) -> LossSample:
         *single, whole, again = (float(loss[name]) for loss in measured)
         return LossSample(np.array(single), whole, again, mode.rtol(is_half))
 
-    mode, buffers = find_mode(model, loss_after, is_half), BufferSnapshot(model)
-    with mode.of(model):
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(Attributes(module).restore)
+        mode, changes = find_mode(model, loss_after, is_half)
+        stack.enter_context(mode.of(model))
         measured, labels = losses(), count_labels(alone)
         for name in measured[0]:
             items = np.array([each.items[name] if name else each.num_items for each in alone])
@@ -228,7 +238,15 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
                     problem = _problem(sample_of(losses(), name), items, labels)
             if problem:
                 logger.warning(f"{name}: {problem}" if name else problem)
-    buffers.restore()
+    if doubt := _doubt(model, changes):
+        logger.warning(f"cannot tell whether accumulation is exact: {doubt}")
+
+
+def _doubt(model: torch.nn.Module, changes: bool) -> str:
+    if changes:
+        return "in training mode, the loss changes from call to call, although dropout is off"
+    names = nonlinear_hooks(model)
+    return f"a hook of {names[0]} changes the gradient of each micro-batch" if names else ""
 
 
 def _problem(sample: LossSample, items: np.ndarray, labels: Sequence[Counter[int]]) -> str:

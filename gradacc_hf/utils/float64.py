@@ -18,7 +18,8 @@ def in_float64(model: torch.nn.Module) -> Iterator[None]:
     """Compute in float64 in the block, also where code casts to float32.
 
     The modules hold copies of their parameters and buffers meanwhile. The parameters themselves, which
-    optimizers and gradient hooks refer to, do not change.
+    optimizers and gradient hooks refer to, do not change. A change of a part of another float32 tensor is
+    lost, such as of a queue in an attribute.
 
     Raises:
         ValueError: a parameter is not a plain tensor of floating point, such as a quantised or sharded one;
@@ -41,11 +42,21 @@ def in_float64(model: torch.nn.Module) -> Iterator[None]:
     try:
         for tensors, name, tensor in entries:
             tensors[name] = copies[id(tensor)]
+        _set_flat_weights(model)
         with _Float64():
             yield
     finally:
         for tensors, name, tensor in entries:
             tensors[name] = tensor
+        _set_flat_weights(model)
+
+
+def _set_flat_weights(model: torch.nn.Module) -> None:
+    """Update the references to weights that LSTM and GRU hold beside their parameters."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.RNNBase):
+            names = module._flat_weights_names
+            module._flat_weights = [getattr(module, name, None) for name in names]
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,6 +77,8 @@ class _Float64(TorchDispatchMode):
             kwargs["dtype"] = torch.float64
         try:
             found = func(*tree_map(_longer, args), **tree_map(_longer, kwargs))
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError):  # a kernel without float64, such as of experts
             found = func(*tree_map(_shorter, args), **tree_map(_shorter, kwargs))
         return tree_map(_longer, found)

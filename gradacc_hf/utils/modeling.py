@@ -6,9 +6,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from gradacc_hf.utils.rng import preserve_rng_state
 
 BATCH_NORMS = torch.nn.modules.batchnorm._BatchNorm
-RANDOM = r"drop|jitter|mask_(time|feature)_prob"  # fields of modules and configs that hold a probability
+# Fields of modules and configs that hold a probability, but not the weight of a loss.
+RANDOM = r"^(?!.*(alpha|weight|coef|loss|lambda)).*(drop|jitter|mask_(time|feature)_prob)"
+DROPOUTS = (
+    functional.dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+    torch.dropout,
+)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -34,19 +48,73 @@ def disable_dropout(model: torch.nn.Module) -> list[tuple[Any, str, float]]:
 
 
 @contextmanager
-def without_dropout(model: torch.nn.Module, training: bool) -> Iterator[None]:
-    """Set training or evaluation mode without dropout in the block. BatchNorm is in evaluation mode."""
+def without_dropout(model: torch.nn.Module, training: bool) -> Iterator[bool]:
+    """Set training or evaluation mode without dropout in the block. BatchNorm is in evaluation mode.
+
+    Yield whether any module or config has dropout.
+    """
     modes = [(module, module.training) for module in model.modules()]
     removed = disable_dropout(model)
     try:
+        model.train(training)
         for module, _ in modes:
-            module.training = training and not isinstance(module, BATCH_NORMS)
-        yield
+            module.training &= not isinstance(module, BATCH_NORMS)
+        with _NoDropout():
+            yield bool(removed)
     finally:
         for module, before in modes:
             module.training = before
         for holder, name, value in removed:
             setattr(holder, name, value)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Return the input of dropout functions unchanged."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is functional.scaled_dot_product_attention:
+            kwargs |= {"dropout_p": 0.0} if len(args) < 5 else {}
+        return func(*args, **kwargs)
+
+
+def train_batch_norms(model: torch.nn.Module) -> list[str]:
+    """Return the names of BatchNorm modules that train. A model may freeze them in its method `train`."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        named = list(model.named_modules())
+        return [name for name, module in named if isinstance(module, BATCH_NORMS) and module.training]
+    finally:
+        for module, before in modes:
+            module.training = before
+
+
+def nonlinear_hooks(model: torch.nn.Module) -> list[str]:
+    """Return the names of parameters whose gradient hooks are not linear, such as clipping.
+
+    Such hooks change the gradient of each micro-batch separately. The hooks are called with random gradients.
+    """
+    found = []
+    for name, parameter in model.named_parameters():
+        for hook in (parameter._backward_hooks or {}).values():
+            with preserve_rng_state():
+                one, two = (100 * torch.randn_like(parameter) for _ in range(2))
+            gradients = [one, two, one + two]
+            try:
+                returned = [hook(gradient) for gradient in gradients]  # or changed in place
+                first, second, both = (
+                    gradient if after is None else after
+                    for gradient, after in zip(gradients, returned, strict=True)
+                )
+                size = 1e-3 * float(both.abs().max())
+                if not torch.allclose(first + second, both, rtol=0, atol=size):
+                    found.append(name)
+            except Exception:  # a hook that needs more than a gradient
+                continue
+    return found
 
 
 def is_decoder(config: Any) -> bool:

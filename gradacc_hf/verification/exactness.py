@@ -162,7 +162,11 @@ def verify(
     """
     accelerator = windows.accelerator
     _check_arguments(windows, num_windows)
-    compiled, model = is_compiled(model), copy.deepcopy(model).float().to(accelerator.device).train()
+    try:
+        compiled, model = is_compiled(model), copy.deepcopy(model)
+    except RuntimeError as error:  # a weight that a hook computes, as of weight_norm
+        raise InputError(f"model: {type(model).__name__} cannot be copied: {one_line(error)}") from error
+    model = model.float().to(accelerator.device).train()
     if compiled:
         compile_layers(model)
     disable_dropout(model)

@@ -152,6 +152,48 @@ RARE = torch.tensor([1.0, 12.0, 1.0, 1.0])
 LATE = torch.tensor([1.0, 1.0, 1.0, 30.0])
 
 
+class Kept(Net):
+    """A net that makes a tensor in its first forward and keeps it."""
+
+    def forward(self, x, labels=None):
+        if not hasattr(self, "ones"):
+            self.ones = torch.ones(16)
+        return self.head(self.ones * torch.tanh(self.body(x)))
+
+
+class Random(Net):
+    """A net that draws random numbers in training mode."""
+
+    def forward(self, x, labels=None):
+        noise = 1e-7 * torch.randn(len(x), CLASSES) if self.training else 0
+        return super().forward(x) + noise
+
+
+class Clipped(Net):
+    """A net whose gradients are clipped in every backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        for parameter in self.parameters():
+            parameter.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+
+
+class Rdrop(Net):
+    """A net with dropout, and a loss that is no mean over the rows: the penalty is a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(1e-6)
+
+    def forward(self, x, labels=None):
+        return self.dropout(super().forward(x))
+
+
+def penalty_of_two_passes(net, batch):
+    first, second = net(batch["x"]), net(batch["x"])
+    return cross_entropy(first, batch["labels"]) + (first + second).square().mean(1).sum()
+
+
 def plain(loss, **more):
     return lambda net, batch: loss(net(batch["x"]), batch["labels"], **more)
 
@@ -272,6 +314,11 @@ CASES = {
         collate=objects,
     ),
     "targets that are rarely NaN": case(targets_with_nan, without_nan),
+    "tensor that the first forward keeps": case(rows, plain(cross_entropy), net=Kept),
+    "class weights in training mode, with random numbers": case(rows, in_training_mode, net=Random),
+    "gradients clipped by hooks": case(rows, plain(cross_entropy), net=Clipped),
+    "two passes with dropout": case(rows, penalty_of_two_passes, net=Rdrop),
+    "many classes": case(lambda: rows(lambda i: i % 80), plain(cross_entropy), net=lambda: Net(outputs=80)),
     "small number added to the divisor": case(
         positions,
         lambda net, batch: (
@@ -294,6 +341,8 @@ MAY_WARN = {
     "root of the mean square of large targets",
     "boxes of an image, rarely many",
     "targets that are rarely NaN",
+    "gradients clipped by hooks",
+    "two passes with dropout",
 }
 """Losses that ExactTrainer need not get right without `num_items=`. It must warn."""
 

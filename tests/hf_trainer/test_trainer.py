@@ -454,16 +454,76 @@ def test_several_gpus_in_one_process_and_an_old_transformers_are_refused(tmp_pat
         ExactTrainer(head.model, TrainingArguments(str(tmp_path), report_to="none"))
 
 
-def test_the_loss_is_probed_in_windows_1_and_4_and_not_in_each(tmp_path):
+def test_the_loss_is_probed_in_windows_1_and_4_and_at_epochs_1_and_2(tmp_path):
     head = build_head("sequence_classification", "bert")
     seen = []
     head.model.register_forward_hook(lambda model, inputs, outputs: seen.append(outputs.loss.dtype))
     make(ExactTrainer, head, tmp_path, head.examples(LENGTHS), size=2, steps=2, num_train_epochs=3).train()
-    micro_batches = [dtype for dtype in seen if dtype == torch.float32]
-    assert len(micro_batches) == 3 * 8
-    first = seen.index(torch.float32)
-    assert set(seen[:first]) == {torch.float64}
-    assert first < len(seen) - len(micro_batches) <= 2 * first + 2
+    first_try, *probes_and_micro_batches = seen
+    assert first_try == torch.float32
+    assert probes_and_micro_batches.count(torch.float32) == 3 * 8
+    first_probe = probes_and_micro_batches.index(torch.float32)
+    assert 0 < first_probe < probes_and_micro_batches.count(torch.float64) <= 4 * first_probe + 8
+
+
+class Counting(torch.nn.Module):
+    """A classifier that counts its forwards in training, and keeps a list and a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = torch.nn.Linear(3, 2), []
+        self.register_buffer("number", torch.tensor(0))
+
+    def forward(self, x, labels):
+        self.number += self.training
+        self.calls.append(len(x))
+        self.latest = x.mean()
+        return {"loss": cross_entropy(self.layer(x), labels)}
+
+
+class Logging(ExactTrainer):
+    def compute_loss(self, *args, **kwargs):
+        self.log({"computed": 1.0})
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_the_probe_leaves_no_trace(tmp_path):
+    torch.manual_seed(0)
+    model = Counting()
+    examples = [{"x": torch.randn(3), "labels": torch.tensor(i % 2)} for i in range(32)]
+    settings = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": 2}
+    settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    settings |= {"save_strategy": "no", "dataloader_pin_memory": False}
+    trainer = Logging(model, TrainingArguments(str(tmp_path), **settings), train_dataset=examples)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    assert model.number == len(model.calls) == len(logged(trainer, "computed")) == 4
+    assert model.latest.dtype == torch.float32
+
+
+class OutOfMemory(ExactTrainer):
+    """Runs out of memory in every probe but the first."""
+
+    def compute_loss(self, *args, **kwargs):
+        if self.state.global_step and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_later_probe_without_memory_ends_the_probes_and_not_the_training(tmp_path, caplog):
+    head = build_head("sequence_classification", "bert")
+    trainer = make(OutOfMemory, head, tmp_path, head.examples(LENGTHS), size=2, steps=2, num_train_epochs=3)
+    trainer.train()
+    assert trainer.state.global_step == 12
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+        "The loss is not checked again, as memory ran out in a check"
+    ]
+
+
+def test_padding_to_one_length_in_encoder_and_decoder_is_exact(tmp_path, caplog):
+    head = build_head("seq2seq_lm", "t5")
+    make(ExactTrainer, head, tmp_path, head.examples(LENGTHS), pad_to=max(LENGTHS) + 2).train()
+    assert "padding changes it" not in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "batch_rebalance"])

@@ -425,7 +425,8 @@ def test_the_command_line_exits_with_1_where_it_is_not_exact(monkeypatch, capsys
     (tmp_path / "wrong.py").write_text(WRONG.format(bundle_root() / "recipes/text_classification.py"))
     text = OFFLINE.read_text().replace("../recipes/text_classification.py", "wrong.py")
     (tmp_path / "wrong.yaml").write_text(text)
-    code, out, _ = verify_command(monkeypatch, capsys, "--config", tmp_path / "wrong.yaml", *SMALL[2:])
+    wrong = ["--config", tmp_path / "wrong.yaml", *SMALL[2:], "--windows", 1]
+    code, out, _ = verify_command(monkeypatch, capsys, *wrong)
     assert code == 1
     assert "num_items='labels' makes it exact" in " ".join(out.split())
     assert "Not exact: 3 micro-batches" in out
