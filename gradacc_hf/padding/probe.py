@@ -23,6 +23,7 @@ from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout
 from gradacc_hf.accumulation.reference import EXACT, Gradient, compare, full_float32, norm, read_gradient
 from gradacc_hf.accumulation.splitting import Cost
 from gradacc_hf.errors import InputError, PaddingNotRemovableError, one_line
+from gradacc_hf.utils.attributes import Attributes
 from gradacc_hf.utils.modeling import BufferSnapshot, disable_dropout, small_instead_of_zero
 from gradacc_hf.utils.rng import preserve_rng_state
 
@@ -73,7 +74,6 @@ class Probe:
             stack.enter_context(_float32_weights(model))
             stack.enter_context(small_instead_of_zero(model))
             stack.enter_context(torch.enable_grad())
-            stack.callback(BufferSnapshot(model).restore)
             yield
 
     def record_layers(self, layers: Layers) -> Stacks:
@@ -161,7 +161,7 @@ class Probe:
 
     def _raise_everywhere(self, error: PaddingNotRemovableError | None) -> None:
         """Raise an error of any process in all processes that share the weights, which run in step."""
-        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+        if _is_sharded(self.model):
             found = torch.tensor(float(error is not None), device=self.sample["attention_mask"].device)
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
             if found and error is None:
@@ -217,6 +217,15 @@ class Probe:
 
         The projection makes every example and token count, also those without a label.
         """
+        with ExitStack() as stack:
+            if _is_sharded(self.model):  # the attributes of modules belong to FSDP
+                stack.callback(BufferSnapshot(self.model).restore)
+            else:
+                for module in self.model.modules():
+                    stack.callback(Attributes(module).restore)
+            return self._loss_and_gradient(sample)
+
+    def _loss_and_gradient(self, sample: Mapping[str, Any]) -> tuple[float, Gradient]:
         self.model.zero_grad(set_to_none=True)
         handles = [
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -249,6 +258,10 @@ class Probe:
         elif getattr(self.model.config, "is_encoder_decoder", False) and isinstance(labels, torch.Tensor):
             masks += [target_mask(labels)] if labels.ndim == 2 and not labels.is_floating_point() else []
         return masks
+
+
+def _is_sharded(model: torch.nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _names_to_compare(model: torch.nn.Module) -> set[str]:

@@ -89,6 +89,23 @@ def test_a_module_of_another_library_is_named():
     assert "Sequential has no config of transformers" in refusal(torch.nn.Sequential(model), batch)
 
 
+def test_what_forwards_change_in_modules_is_restored():
+    model, batch = head_and_batch()
+    layer = model.base_model.encoder.layer[0]
+    layer.calls, seen = 0, torch.zeros(())
+    layer.register_buffer("seen", seen)
+
+    def change(module, args):
+        module.calls += 1
+        module.seen += 1
+        module.seen = module.seen.clone()
+
+    layer.register_forward_pre_hook(change)
+    gradacc_hf.remove_padding(model, batch)
+    assert is_grouped(model)
+    assert (layer.calls, layer.seen is seen, seen.item()) == (0, True, 0)
+
+
 def test_labels_that_decide_nothing_are_named():
     model, batch = head_and_batch()
     batch["labels"][:] = -100
