@@ -146,7 +146,8 @@ def attach_layout(mask: torch.Tensor, layout: PaddingLayout) -> None:
     """Hand a layout to the next forward with this mask, so that the forward does not wait for the device.
 
     Call it on the tensor that goes into the model, after the batch is on its device. A change of the tensor
-    in place makes the layout void.
+    in place makes the layout void. A wrapper that copies inputs, such as DDP, drops the layout. The forward
+    then computes the layout itself, with the same result, and waits for the device.
 
     Args:
         mask: The `attention_mask` or `decoder_attention_mask` of a batch. For targets without a mask, the

@@ -70,7 +70,9 @@ CONTENDERS = {
     "ours_padded": "gradacc, padded",
 }
 """Contender → name in tables and reports."""
-LOOPS = ("ours", "ours_padded", "at_once")
+SPLIT_BY_LENGTH = ("ours", "ours_padded")
+"""Contenders that split windows by length."""
+LOOPS = (*SPLIT_BY_LENGTH, "at_once")
 """Contenders that train windows."""
 USUAL = tuple(name for name in CONTENDERS if name != "ours_padded")
 STRATEGIES = {
@@ -193,7 +195,7 @@ class WorkerRun:
         if self.windows.pad_to == "nothing" or self.padding_free:
             return int(sum(map(np.sum, window)))
         pad_to = self.pad_to
-        if name in LOOPS[:2] and self.windows.pad_to == "window":
+        if name in SPLIT_BY_LENGTH and self.windows.pad_to == "window":
             pad_to = int(max(map(np.max, window)))
         multiple = self.recipe.config.budget.pad_to_multiple_of or 1
         padded = (

@@ -40,10 +40,11 @@ class PackedForward:
 
     Attributes:
         stack: The stack of layers (`hooks.Stack`).
-        layout: Where the tokens go.
+        layout: Positions of the real tokens in the batch.
         mask: Padding mask of the batch.
         encoder_mask: Padding mask of the sequence that a decoder attends to.
-        masks: Stand-ins that the mask function has returned, with what they stand for.
+        masks: Stand-ins that the mask function has returned, with what they stand for. A stand-in is a tensor
+            of the shape of a mask, as the model may read the shape before a layer gets it.
         packed: Padded argument of all layers, such as positions → its packed copy, by identity. The padded
             tensor is kept, too.
         calls: Calls of layers so far.
@@ -97,7 +98,8 @@ class PackedMask:
         build: Returns the boolean mask of the padded batch.
         keys: Boolean padding mask of the keys, (batch, length of keys). None if no key is padding.
         of_groups: Masks of the groups, once they are computed.
-        key_layout: Layout of packed keys of another sequence: the encoder's tokens in a decoder.
+        key_layout: Layout of packed keys of another sequence: the encoder's tokens in a decoder. None if the
+            keys are those tokens padded, or the tokens of the queries.
     """
 
     kind: str
@@ -116,9 +118,9 @@ class PackedMask:
         if explicit not in self.of_groups:
             real, tokens = self._blocks()
             masks, first = [], 0
-            for (rows, length), is_real, places in zip(self.layout.groups, real, tokens, strict=True):
+            for (rows, length), is_real, positions in zip(self.layout.groups, real, tokens, strict=True):
                 equal = min(self.layout.lengths[first : first + rows]) == length
-                masks.append(self._group_mask(is_real[:, None, None, :], places, equal, explicit))
+                masks.append(self._group_mask(is_real[:, None, None, :], positions, equal, explicit))
                 first += rows
             self.of_groups[explicit] = masks
         return self.of_groups[explicit]

@@ -133,6 +133,9 @@ def _joined(reasons: Mapping[str, str]) -> str:
 def restore_padding(model: torch.nn.Module) -> None:
     """Undo `remove_padding`. A model without the change stays as it is.
 
+    If layers of the model are compiled, `torch.compiler.reset` drops the compiled code of all models in the
+    process. Their next forwards compile again.
+
     Args:
         model: The model that was given to `remove_padding`, a copy of it, or a model around it.
     """
@@ -153,7 +156,10 @@ def is_removed(model: torch.nn.Module) -> bool:
 
 
 def _compile_again(model: torch.nn.Module) -> None:
-    """Let compiled layers be compiled again: compiled code leaves out hooks that it does not contain."""
+    """Let compiled layers be compiled again: compiled code leaves out hooks that it does not contain.
+
+    Torch cannot drop the code of one model, so all models of the process are compiled again.
+    """
     if any(module._compiled_call_impl is not None for module in model.modules()):
         torch.compiler.reset()
 
@@ -194,8 +200,7 @@ def _layers_by_owner(model: torch.nn.Module) -> dict[PreTrainedModel, list[torch
 
     transformers marks a layer by its base class. A model class without the mark has a list of like modules.
     """
-    found = _outermost(model, _marked) or _outermost(model, _repeated)
-    return found
+    return _outermost(model, _marked) or _outermost(model, _repeated)
 
 
 def _marked(module: torch.nn.Module) -> list[torch.nn.Module]:
