@@ -125,9 +125,10 @@ def test_the_version_is_in_one_place():
 
 def test_exact_trainer_shows_the_signature_of_trainer():
     exact, trainer = inspect.signature(gradacc_hf.ExactTrainer), inspect.signature(Trainer)
-    *same, added = exact.parameters.values()
+    *same, items, padding_free = exact.parameters.values()
     assert same == [*trainer.parameters.values()]
-    assert (added.name, added.kind) == ("num_items", inspect.Parameter.KEYWORD_ONLY)
+    assert (items.name, padding_free.name) == ("num_items", "padding_free")
+    assert {items.kind, padding_free.kind} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 # ---- docstrings ----
