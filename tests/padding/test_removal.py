@@ -452,10 +452,8 @@ class Products(TorchDispatchMode):
         return super().__enter__()
 
 
-@pytest.mark.parametrize(
-    ("model_type", "compiled_first"),
-    [("bert", False), pytest.param("mpnet", True, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "compiled_first"), [("bert", False), ("mpnet", True)])
 def test_compiled_layers(model_type, compiled_first):
     padded, removed, batch = make("sequence_classification", model_type, remove=False)
     torch.compiler.reset()

@@ -268,7 +268,8 @@ def test_the_plan_says_what_is_about_to_happen(start):
 
 
 def test_the_plan_tells_the_accumulation_steps_and_the_padding_of_the_run(start):
-    outcome = start(data__train=write("a.csv", make_rows()), budget__max_tokens=128, output__dir="out")
+    budget = {"budget__max_tokens": 128, "budget__padding_free": "off"}
+    outcome = start(data__train=write("a.csv", make_rows()), output__dir="out", **budget)
     found = summary("out")
     steps = found["accumulation_steps"]
     assert f"{steps['min']} / {steps['mean']:.1f} / {steps['max']} (min / mean / max)" in outcome.out
