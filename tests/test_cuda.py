@@ -23,10 +23,11 @@ from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_e
 from gradacc_hf.bench.oom import run_limited
 from gradacc_hf.bench.predicted_memory import CASES, compare_memory
 from gradacc_hf.doctor.gradients import GradientWatch, Subject
-from gradacc_hf.training.compile import compile_layers, is_compiled
+from gradacc_hf.training.compile import compile_layers
 from gradacc_hf.training.loop import train
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.settings import OptimConfig
+from gradacc_hf.utils.modeling import is_compiled
 from gradacc_hf.utils.rng import random_state, set_random_state
 from gradacc_hf.verification.exactness import verify
 from gradacc_hf.verification.tiny_models import build_head

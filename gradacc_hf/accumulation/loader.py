@@ -7,6 +7,7 @@
 
 import copy
 import pickle
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -325,6 +326,11 @@ class WindowLoader:
     def shape(self, indices: np.ndarray, pad_to: int | None = None) -> tuple[int, list[int]]:
         """Return the rows of a micro-batch of these examples, and the padded tokens of each column."""
         return self._windows.shape(indices, pad_to)
+
+    def spread_splits(self, number: int, end: int | None = None) -> list[Split]:
+        """Split windows of the first epoch, evenly spaced: at most `number` of the first `end` windows."""
+        last = min(self.plan.num_windows(0), end or sys.maxsize) - 1
+        return [self.split(0, int(window)) for window in np.unique(np.linspace(0, last, number).astype(int))]
 
     def predicted_cost(self, split: Split) -> float:
         """Return the predicted cost of a window, in tokens, of the process with the highest cost."""

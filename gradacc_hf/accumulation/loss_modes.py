@@ -8,8 +8,8 @@ from math import isclose, isnan
 import torch
 
 from gradacc_hf.accumulation.loss_samples import LOSS_RTOL_FP32, LOSS_RTOL_FP64, LOSS_RTOL_HALF
-from gradacc_hf.utils.float64 import in_float64
 from gradacc_hf.utils.modeling import without_dropout
+from gradacc_hf.utils.precision import in_float64
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Compute losses and gradients of a few rows as a Trainer does, for the probe of the loss."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import isnan
 from typing import Any
 
@@ -11,13 +11,19 @@ from accelerate.utils import DistributedType, broadcast, extract_model_from_para
 from gradacc_hf.accumulation.loss_modes import MODES, LossMode, find_mode
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.reference import full_float32, in_dtype_of
-from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.utils.attributes import Attributes
-from gradacc_hf.utils.modeling import BufferSnapshot, nonlinear_hooks, small_instead_of_zero
+from gradacc_hf.utils.modeling import (
+    BufferSnapshot,
+    nonlinear_hooks,
+    small_instead_of_zero,
+    smallest_parameters,
+    uncompiled,
+    without_autocast,
+)
 from gradacc_hf.utils.rng import preserve_rng_state
 
 MOST_IN_GRADIENT = 1_000_000
-"""Parameters whose gradient is compared, from the smallest tensors on, such as the biases of all layers."""
+"""Numbers of the gradient that is compared."""
 
 
 class TrainerLosses:
@@ -77,9 +83,8 @@ class TrainerLosses:
         buffers = BufferSnapshot(self.model) if self._is_sharded else None
         try:
             self.trainer.log = lambda *_, **__: None
-            if not self._is_sharded and "_original_forward" in vars(self.model):
-                self.model.forward = self.model._original_forward  # without the autocast of Accelerate
-            with uncompiled(self.model), preserve_rng_state(), full_float32(), torch.no_grad():
+            autocast = nullcontext() if self._is_sharded else without_autocast(self.model)
+            with autocast, uncompiled(self.model), preserve_rng_state(), full_float32(), torch.no_grad():
                 if self._mode is None:
                     self._mode, self._changes = find_mode(
                         self.model,
@@ -124,9 +129,7 @@ class TrainerLosses:
         """
         if self._mode is None or not self._mode.float64:  # else rounding may be the error
             return None
-        trained = sorted((p for p in self.model.parameters() if p.requires_grad), key=lambda p: p.numel())
-        sizes = torch.tensor([p.numel() for p in trained]).cumsum(0)
-        chosen = trained[: max(1, int((sizes <= MOST_IN_GRADIENT).sum()))]
+        chosen = list(smallest_parameters(self.model, MOST_IN_GRADIENT).values())
 
         def gradient(part: Mapping[str, Any]) -> torch.Tensor:
             with torch.enable_grad():

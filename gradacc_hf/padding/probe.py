@@ -24,13 +24,21 @@ from gradacc_hf.accumulation.reference import EXACT, Gradient, compare, full_flo
 from gradacc_hf.accumulation.splitting import Cost
 from gradacc_hf.errors import InputError, PaddingNotRemovableError, one_line
 from gradacc_hf.utils.attributes import Attributes
-from gradacc_hf.utils.modeling import BufferSnapshot, disable_dropout, small_instead_of_zero
+from gradacc_hf.utils.modeling import (
+    BufferSnapshot,
+    small_instead_of_zero,
+    smallest_parameters,
+    uncompiled,
+    without_autocast,
+    without_dropout,
+)
+from gradacc_hf.utils.precision import weights_held_in
 from gradacc_hf.utils.rng import preserve_rng_state
 
 ROWS = 4  # examples of the sample
 WORST_PARAMETER = 100 * EXACT
 MOST_COMPARED = 50_000_000
-"""Parameters whose gradient is compared, from the smallest tensors on, such as the biases of all layers."""
+"""Numbers of the gradient that is compared."""
 GROUPINGS = (Cost(fixed=0.0, quadratic=1.0), Cost(fixed=1e15, quadratic=1.0))  # a group per length; one group
 
 Layers = Mapping[PreTrainedModel, Sequence[torch.nn.Module]]
@@ -44,7 +52,7 @@ class Probe:
         if not isinstance(getattr(model, "config", None), PreTrainedConfig):
             raise PaddingNotRemovableError(f"{type(model).__name__} has no config of transformers")
         self.model = model
-        self._compared = _names_to_compare(model)
+        self._compared = set(smallest_parameters(model, MOST_COMPARED))
         self.sample = make_sample(batch, getattr(model.config, "pad_token_id", None))
         self._loss, self._gradient = math.nan, {}
 
@@ -60,6 +68,11 @@ class Probe:
         self._refuse_skipped_layers()
         if any(getattr(module, "is_quantized", False) for module in model.modules()):
             raise PaddingNotRemovableError("the weights are quantised: their rounding hides errors of 1e-5")
+        tensors = (*model.parameters(), *model.buffers())
+        if any(isinstance(t, DTensor) and t.dtype in (torch.bfloat16, torch.float16) for t in tensors):
+            raise PaddingNotRemovableError(
+                "the weights are sharded in 16 bits; call remove_padding before sharding"
+            )
         if any(parameter._post_accumulate_grad_hooks for parameter in model.parameters()):
             raise PaddingNotRemovableError(
                 "parameters have hooks after the backward pass, such as an optimizer; add them later"
@@ -69,9 +82,11 @@ class Probe:
             stack.enter_context(full_float32())
             stack.enter_context(torch.autocast(self.sample["attention_mask"].device.type, enabled=False))
             stack.enter_context(_without_gradients(model))
-            stack.enter_context(_in_training(model))
-            stack.enter_context(_plain_forward(model))
-            stack.enter_context(_float32_weights(model))
+            stack.enter_context(without_dropout(model, training=True))
+            model.train()  # with BatchNorm, whose statistics include padding
+            stack.enter_context(uncompiled(model))
+            stack.enter_context(without_autocast(model))
+            stack.enter_context(weights_held_in(model, torch.float32))
             stack.enter_context(small_instead_of_zero(model))
             stack.enter_context(torch.enable_grad())
             yield
@@ -264,14 +279,6 @@ def _is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def _names_to_compare(model: torch.nn.Module) -> set[str]:
-    """Return the names of trained parameters, the smallest first, with at most `MOST_COMPARED` numbers."""
-    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    names = sorted(sizes, key=sizes.__getitem__)
-    numbers = np.cumsum([sizes[name] for name in names])
-    return set(names[: max(1, int((numbers <= MOST_COMPARED).sum()))])
-
-
 def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
@@ -386,52 +393,3 @@ def _without_gradients(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-
-
-@contextmanager
-def _in_training(model: torch.nn.Module) -> Iterator[None]:
-    """Set the model to training without dropout in the block."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    dropout = disable_dropout(model)
-    try:
-        yield
-    finally:
-        for holder, name, value in dropout:
-            setattr(holder, name, value)
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _plain_forward(model: torch.nn.Module) -> Iterator[None]:
-    """Undo Accelerate's autocast around the forward, and compiled layers, in the block."""
-    wrapped = vars(model).get("forward")
-    original = vars(model).get("_original_forward")
-    with ExitStack() as stack:
-        if any(module._compiled_call_impl is not None for module in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if wrapped is not None and original is not None:
-            model.forward = original
-            stack.callback(setattr, model, "forward", wrapped)
-        yield
-
-
-@contextmanager
-def _float32_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Hold 16-bit weights and buffers in float32 in the block. The originals come back untouched."""
-    tensors = [
-        t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)
-    ]
-    if any(isinstance(tensor, DTensor) for tensor in tensors):
-        raise PaddingNotRemovableError(
-            "the weights are sharded in 16 bits; call remove_padding before sharding"
-        )
-    originals = [(tensor, tensor.data) for tensor in tensors]
-    try:
-        for tensor, data in originals:
-            tensor.data = data.float()
-        yield
-    finally:
-        for tensor, data in originals:
-            tensor.data = data

@@ -25,6 +25,7 @@ from gradacc_hf.padding.hooks import (
     UnpackOutput,
 )
 from gradacc_hf.padding.probe import Probe, without_wrappers
+from gradacc_hf.utils.modeling import is_compiled
 
 
 def remove_padding(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
@@ -160,7 +161,7 @@ def _compile_again(model: torch.nn.Module) -> None:
 
     Torch cannot drop the code of one model, so all models of the process are compiled again.
     """
-    if any(module._compiled_call_impl is not None for module in model.modules()):
+    if is_compiled(model):
         torch.compiler.reset()
 
 

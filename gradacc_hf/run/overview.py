@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -52,8 +51,7 @@ def print_plan(
     of_all = sum(plan.num_windows(epoch) for epoch in range(epochs))
     some = f" of {of_all:,}" if of_all > num_windows else ""  # train.max_windows
     at_most = "at most " * isinstance(plan.effective_batch_size, GrowingBatch)
-    last = min(num_windows, plan.num_windows(0)) - 1
-    sample = [windows.split(0, int(t)) for t in np.linspace(0, last, min(100, last + 1))]
+    sample = windows.spread_splits(100, end=num_windows)
     counts = [max(map(len, split.processes)) for split in sample]
     steps = PlannedSteps(min(counts), sum(counts) / len(counts), max(counts))
     padding = 1 - sum(split.tokens for split in sample) / sum(split.padded_tokens for split in sample)

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from accelerate.utils import DistributedType, send_to_device
 
-from gradacc_hf.accumulation.collation import Split
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.errors import InputError, PaddingNotRemovableError, one_line, refuse
@@ -49,10 +48,10 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
     if not is_grouped(model):
         recipe.model_notes["padding"] = "none in the layers, except in attention"
         return
-    before = _steps(_sample(windows))
+    before = _steps(windows)
     windows.without_padding()
     recipe.model_notes["padding"] = (
-        f"none in the layers: {_steps(_sample(windows)):.1f} accumulation steps instead of {before:.1f}"
+        f"none in the layers: {_steps(windows):.1f} accumulation steps instead of {before:.1f}"
     )
 
 
@@ -94,19 +93,18 @@ def _why_kept(recipe: Recipe, model: Any, windows: WindowLoader, setting: str) -
         return f"the check would copy {number:,} parameters, more than {MOST_PARAMETERS:,}"
     if windows.accelerator.distributed_type == DistributedType.FSDP:
         return "FSDP is used" if setting == "auto" else ""
-    padded = sum(map(windows.predicted_cost, _sample(windows)))
     other = windows.with_bound(windows.bound)
     other.without_padding()
-    saving = 1 - sum(map(other.predicted_cost, _sample(other))) / padded
+    saving = 1 - _cost(other) / _cost(windows)
     if setting == "auto" and saving < LEAST_SAVING:
         return f"removing it would save {max(saving, 0):.0%} of the predicted cost"
     return ""
 
 
-def _sample(windows: WindowLoader) -> list[Split]:
-    numbers = np.linspace(0, windows.plan.num_windows(0) - 1, SAMPLED_WINDOWS).astype(int)
-    return [windows.split(0, int(number)) for number in np.unique(numbers)]
+def _cost(windows: WindowLoader) -> float:
+    return sum(map(windows.predicted_cost, windows.spread_splits(SAMPLED_WINDOWS)))
 
 
-def _steps(splits: list[Split]) -> float:
+def _steps(windows: WindowLoader) -> float:
+    splits = windows.spread_splits(SAMPLED_WINDOWS)
     return float(np.mean([max(map(len, split.processes)) for split in splits]))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 from accelerate import Accelerator
 from datasets import Dataset
@@ -178,9 +177,7 @@ def _bound(
 
 
 def _steps(recipe: Recipe, windows: WindowLoader, found: StepEstimate) -> Steps:
-    plan = windows.plan
-    numbers = np.unique(np.linspace(0, plan.num_windows(0) - 1, SAMPLED_WINDOWS).astype(int))
-    splits = [windows.split(0, int(number)) for number in numbers]
+    splits = windows.spread_splits(SAMPLED_WINDOWS)
     shapes = [
         (rows, tuple(lengths))
         for split in splits

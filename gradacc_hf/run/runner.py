@@ -50,7 +50,6 @@ from gradacc_hf.run.setup import (
     tries_sizes,
 )
 from gradacc_hf.training.checkpoint import Checkpoint, Checkpoints, check_same, newest_checkpoint
-from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.training.finetune import Best, fine_tune
 from gradacc_hf.training.lora import write_merged
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
@@ -58,6 +57,7 @@ from gradacc_hf.utils.commands import command
 from gradacc_hf.utils.files import write_pretrained, write_whole
 from gradacc_hf.utils.hardware import say, set_up_allocator
 from gradacc_hf.utils.memory import release_freed_memory_at_once
+from gradacc_hf.utils.modeling import uncompiled
 from gradacc_hf.utils.redaction import redact
 from gradacc_hf.utils.signals import MARKER, end_with_launcher, lost_contact
 

@@ -8,8 +8,7 @@ Source: "Reducing torch.compile cold start compilation time with regional compil
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,21 +37,6 @@ def compile_layers(model: torch.nn.Module) -> None:
     for module in chosen:
         _compile(module, give_up)
     _train_without_cache(model)
-
-
-def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether any part of a model is compiled. A copy of a compiled model is not."""
-    return any(module._compiled_call_impl is not None for module in model.modules())
-
-
-@contextmanager
-def uncompiled(model: torch.nn.Module) -> Iterator[None]:
-    """Run a model uncompiled in the block: for a single step, or for generated text that grows."""
-    if is_compiled(model):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
 
 
 def _train_without_cache(model: torch.nn.Module) -> None:

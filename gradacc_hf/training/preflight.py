@@ -32,10 +32,9 @@ from gradacc_hf.accumulation.sample_examples import count_labels
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.bad_index import ids_beyond, num_embeddings
-from gradacc_hf.training.compile import uncompiled
 from gradacc_hf.utils.attributes import Attributes
 from gradacc_hf.utils.logs import get_logger
-from gradacc_hf.utils.modeling import nonlinear_hooks, small_instead_of_zero, train_batch_norms
+from gradacc_hf.utils.modeling import nonlinear_hooks, small_instead_of_zero, train_batch_norms, uncompiled
 from gradacc_hf.utils.rng import preserve_rng_state
 
 logger = get_logger(__name__)

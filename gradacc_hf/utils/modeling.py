@@ -47,6 +47,50 @@ def disable_dropout(model: torch.nn.Module) -> list[tuple[Any, str, float]]:
     return removed
 
 
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether any part of a model is compiled. A copy of a compiled model is not."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+@contextmanager
+def uncompiled(model: torch.nn.Module) -> Iterator[None]:
+    """Run a model uncompiled in the block: for a single step, or for generated text that grows."""
+    if is_compiled(model):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def without_autocast(model: Any) -> Iterator[None]:
+    """Run a model without the autocast that Accelerate adds to the forward, in the block."""
+    original, wrapped = (vars(model).get(name) for name in ("_original_forward", "forward"))
+    if original is None or wrapped is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = wrapped
+
+
+def smallest_parameters(model: torch.nn.Module, most: int) -> dict[str, torch.nn.Parameter]:
+    """Return trained parameters by name, the smallest first, with at most `most` numbers; at least one.
+
+    The biases of all layers are among them, so that a gradient of few numbers depends on the whole backward.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found, numbers = dict[str, torch.nn.Parameter](), 0
+    for name in sorted(trained, key=lambda name: trained[name].numel()):
+        numbers += trained[name].numel()
+        if found and numbers > most:
+            break
+        found[name] = trained[name]
+    return found
+
+
 @contextmanager
 def without_dropout(model: torch.nn.Module, training: bool) -> Iterator[bool]:
     """Set training or evaluation mode without dropout in the block. BatchNorm is in evaluation mode.

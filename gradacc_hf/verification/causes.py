@@ -168,13 +168,12 @@ def _drops_examples(windows: WindowLoader, indices: Sequence[int], pad_to: int |
         found = windows.collated(chosen, pad_to)
         return found.num_items, COUNTS["labels"](found.batch) if "labels" in found.batch else found.num_items
 
-    for number in sorted({2, 3, len(indices) // 2, len(indices)} & {*range(2, len(indices) + 1)}):
+    sizes = {number for number in (2, 3, len(indices) // 2, len(indices)) if 2 <= number <= len(indices)}
+    for number in sorted(sizes):
         chosen = [int(i) for i in indices[:number]]
         try:
-            together, alone = (
-                items(chosen),
-                [sum(all_of) for all_of in zip(*(items([i]) for i in chosen), strict=True)],
-            )
+            together, each = items(chosen), [items([i]) for i in chosen]
+            alone = [sum(counts) for counts in zip(*each, strict=True)]
             is_random = items(chosen) != together  # `_random` finds it
         except NOT_APPLICABLE:
             return None

@@ -41,9 +41,9 @@ from gradacc_hf.accumulation.sample_examples import count_labels
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.padding.attention import with_padding
-from gradacc_hf.training.compile import compile_layers, is_compiled, uncompiled
+from gradacc_hf.training.compile import compile_layers
 from gradacc_hf.training.run_log import measured_with
-from gradacc_hf.utils.modeling import disable_dropout
+from gradacc_hf.utils.modeling import disable_dropout, is_compiled, uncompiled
 from gradacc_hf.utils.rng import preserve_rng_state
 from gradacc_hf.verification.causes import Reason, why_not_exact
 

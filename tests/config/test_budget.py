@@ -26,11 +26,11 @@ from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.budget import fit_to_model
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.setup import load_data, make_model, make_windows
-from gradacc_hf.training.compile import compile_layers, is_compiled
+from gradacc_hf.training.compile import compile_layers
 from gradacc_hf.training.optimizer import check_optimizer
 from gradacc_hf.training.settings import OptimConfig
 from gradacc_hf.utils.hardware import ALLOCATOR_NAMES, Device, find_device, set_up_allocator
-from gradacc_hf.utils.modeling import checkpoint_activations
+from gradacc_hf.utils.modeling import checkpoint_activations, is_compiled
 from gradacc_hf.verification.exactness import verify
 
 TextClassification = load_recipe("text_classification").TextClassification

@@ -65,13 +65,27 @@ def check_agreement():
         batch = {}  # that of the first process is checked
     remove_padding_in_all(head.model, batch, accelerator)
     assert is_removed(head.model)
-    accelerator.end_training()
+
+
+def check_16_bits():
+    """Check that DDP still reduces the gradients of 16-bit weights after the check in float32."""
+    head = build_head("sequence_classification", "bert")
+    model = DistributedDataParallel(head.model.bfloat16())
+    batch = head.collate(head.examples([19, 7, 7, 12 + dist.get_rank()]))
+    gradacc_hf.remove_padding(model, batch)
+    model(**batch).loss.backward()
+    own = torch.cat([grad.flatten().float() for grad in read_gradient(head.model).values()])
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own)
+    assert torch.equal(*found)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if "agreement" in sys.argv:
         check_agreement()
+        check_16_bits()
+        dist.destroy_process_group()
         sys.exit()
     dist.init_process_group("gloo")
     for engine in ("ddp", "fsdp2"):

@@ -32,7 +32,7 @@ def test_two_processes(checkpointing):
     assert len(run_two(*checkpointing).splitlines()) == 8
 
 
-def test_two_processes_remove_padding_together_or_not_at_all():
+def test_two_processes_remove_padding_together_or_not_at_all_and_reduce_16_bit_gradients():
     run_two("agreement")
 
 

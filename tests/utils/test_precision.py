@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM
 
-from gradacc_hf.utils.float64 import in_float64
+from gradacc_hf.utils.precision import in_float64
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16}
 SMALL |= {"num_hidden_layers": 1, "num_attention_heads": 2}

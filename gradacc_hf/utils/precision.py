@@ -1,4 +1,4 @@
-"""Compute a model in float64 for a while, without a change of the model."""
+"""Compute a model in a longer precision for a while, without a change of the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +17,7 @@ MOST_PARAMETERS = 500_000_000
 def in_float64(model: torch.nn.Module) -> Iterator[None]:
     """Compute in float64 in the block, also where code casts to float32.
 
-    The modules hold copies of their parameters and buffers meanwhile. The parameters themselves, which
-    optimizers and gradient hooks refer to, do not change. A change of a part of another float32 tensor is
-    lost, such as of a queue in an attribute.
+    A change of a part of another float32 tensor is lost, such as of a queue in an attribute.
 
     Raises:
         ValueError: a parameter is not a plain tensor of floating point, such as a quantised or sharded one;
@@ -31,20 +29,30 @@ def in_float64(model: torch.nn.Module) -> Iterator[None]:
         plain = type(parameter) is torch.nn.Parameter and parameter.is_floating_point()
         if not plain or parameter.device.type in ("meta", "mps"):
             raise ValueError(f"{name} has no values in float64")
+    with weights_held_in(model, torch.float64), _Float64():
+        yield
+
+
+@contextmanager
+def weights_held_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Hold shorter floating-point parameters and buffers in another dtype in the block.
+
+    The modules hold copies meanwhile. The parameters themselves do not change, as optimizers and DDP refer to
+    them. A change of the dtype of a parameter would remove the hooks by which DDP reduces gradients.
+    """
     entries: list[tuple[dict[str, Any], str, torch.Tensor]] = [
         (tensors, name, tensor)
         for module in model.modules()
         for tensors in (module._parameters, module._buffers)
         for name, tensor in tensors.items()
-        if tensor is not None and tensor.is_floating_point()
+        if tensor is not None and tensor.dtype in SHORTER and tensor.dtype.itemsize < dtype.itemsize
     ]
-    copies = {id(tensor): _double(tensor) for _, _, tensor in entries}
+    copies = {id(tensor): _copy(tensor, dtype) for _, _, tensor in entries}  # one for tied weights
     try:
         for tensors, name, tensor in entries:
             tensors[name] = copies[id(tensor)]
         _set_flat_weights(model)
-        with _Float64():
-            yield
+        yield
     finally:
         for tensors, name, tensor in entries:
             tensors[name] = tensor
@@ -59,8 +67,8 @@ def _set_flat_weights(model: torch.nn.Module) -> None:
             module._flat_weights = [getattr(module, name, None) for name in names]
 
 
-def _double(tensor: torch.Tensor) -> torch.Tensor:
-    copy = tensor.detach().to(torch.float64, copy=True)
+def _copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    copy = tensor.detach().to(dtype, copy=True)
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(copy, requires_grad=tensor.requires_grad)
     return copy
