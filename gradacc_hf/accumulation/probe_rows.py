@@ -240,6 +240,19 @@ def variants(row: Rows, others: Sequence[Rows], label_names: Sequence[str]) -> l
     return found
 
 
+def relabelled(row: Rows, labels: Iterable[int], label_names: Sequence[str]) -> list[Rows]:
+    """Return copies of a row whose last label is another one; none if labels are by row."""
+    names = label_keys(row.batch, label_names)
+    found = list[Rows]()
+    for label in sorted(set(labels) - row.labels):
+        copies = {name: row.values[name].clone() for name in names if row.values[name].ndim > 1}
+        for copy in copies.values():
+            if len(used := (copy != IGNORED).nonzero()):
+                copy[tuple(used[-1])] = label
+        found += [_with(row, copies, names)] if copies else []
+    return found
+
+
 def _ignored(labels: torch.Tensor, is_end: int, divisor: int) -> torch.Tensor:
     """Return labels by token without those before (0) or after (1) a share of the used labels."""
     used = (labels != IGNORED).nonzero()

@@ -1,7 +1,9 @@
 """Examples of a data set that show most about a loss, for the preflight check."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from gradacc_hf.accumulation.probe_rows import (
     labels_of,
     marks_of,
     most_different,
+    tell_apart,
 )
 
 READ, MOST_READ = 64, 512
@@ -74,15 +77,31 @@ def count_labels(examples: Sequence[MicroBatch]) -> list[Counter[int]]:
 
 
 def different_examples(examples: Sequence[MicroBatch], most: int) -> list[MicroBatch]:
-    """Choose examples with different labels, item counts and lengths; always a short and a long one."""
+    """Choose examples with different labels, item counts and lengths; always a short and a long one.
+
+    Where possible, no label has the same share of the items in all of them, so that its weight shows.
+    """
     sizes = [sum(v.numel() for v in each.batch.values() if isinstance(v, torch.Tensor)) for each in examples]
     labels = count_labels(examples)
     rows = [
-        Rows({"example": each}, labels=frozenset(counted), marks=frozenset(marks_of(each.batch)))
+        Rows({"example": each, "counted": counted}, {}, frozenset(counted), frozenset(marks_of(each.batch)))
         for each, counted in zip(examples, labels, strict=True)
     ]
     chosen = [rows[i] for i in dict.fromkeys((sizes.index(min(sizes)), sizes.index(max(sizes))))]
     rest = [row for row in rows if row not in chosen]
     known = frozenset[int | Mark]().union(*(row.labels | row.marks for row in chosen))
-    chosen += most_different(rest, lambda batch: batch["example"].num_items, known, most - len(chosen))
-    return [row.values["example"] for row in chosen]
+    chosen += most_different(rest, _items, known, most - len(chosen))
+    apart = list[Rows]()
+    for label in sorted(set().union(*labels)):
+        found = tell_apart([*chosen, *apart], rest, _items, partial(_items_of_label, label=label))
+        apart += found[len(chosen) + len(apart) :]
+    chosen = [*chosen[: max(2, most - len(apart))], *apart]
+    return [row.values["example"] for row in chosen[:most]]
+
+
+def _items(row: Mapping[str, Any]) -> int:
+    return row["example"].num_items
+
+
+def _items_of_label(row: Mapping[str, Any], label: int) -> int:
+    return row["counted"][label]

@@ -24,6 +24,7 @@ from gradacc_hf.accumulation.probe_rows import (
     most_different,
     num_rows,
     on_host,
+    relabelled,
     tell_apart,
     variants,
 )
@@ -56,6 +57,7 @@ class LossProbe:
 
     def __post_init__(self) -> None:
         self.counts = candidate_counts(self.num_items, self.label_names, self.config)
+        self._names = [*self.label_names, "labels"]
         self._reference: list[Rows] = []  # rows of the latest deciding sample
         self._tracks_labels = True
         self._weighed = set[int]()  # labels with the weight of the others
@@ -149,22 +151,24 @@ class LossProbe:
 
         All of them combine into one batch.
         """
-        names = [*self.label_names, "labels"]
         possible = [c for c in self.counts.values() if rows and all(can_count(c, row.batch) for row in rows)]
         if self.kind is not None and self.counts[self.kind.count] in possible:
             possible.insert(0, self.counts[self.kind.count])
         count, *others = possible or [lambda batch: 1]
+        labels = {known for known in self.known | _labels_of(rows) if isinstance(known, int)}
         found = list[Rows]()
-        for group in groups_of_shapes(rows, names):
+        for group in groups_of_shapes(rows, self._names):
             chosen = most_different(group, count, self.known, most)
             more = list(group)
             if len(group) < len(rows):  # rows of other shapes may differ in what these have in common
-                more += chain(*(variants(row, (), names) for row in chosen))
+                more += chain(*(variants(row, (), self._names) for row in chosen))
+                more += relabelled(chosen[0], labels, self._names) if chosen else []
             for other in others if chosen else ():
                 chosen = tell_apart(chosen, more, count, other)
             found = max(found, chosen, key=len)
-        if len(found) == 1:
-            found += variants(found[0], [row for row in rows if row is not found[0]], names)
+        if len(with_items := [row for row in found if count(row.batch)]) == 1:
+            found += variants(with_items[0], [row for row in rows if row is not with_items[0]], self._names)
+            found += chain(*(variants(row, with_items, self._names) for row in found if not count(row.batch)))
         return found
 
     def learn(
@@ -188,8 +192,7 @@ class LossProbe:
             self.kind = before or LossKind(usual, is_conclusive=False)
             return None
         if before is not None and before.is_conclusive:
-            names = [*self.label_names, "labels"]
-            rows = groups_of_shapes([*rows, *self._reference], names)[0]
+            rows = groups_of_shapes([*rows, *self._reference], self._names)[0]
             alike = len(_labels_of(rows)) < 2 and len({row.marks for row in rows}) < 2
             if alike and not self._is_scheduled and not self.differs([row.batch for row in rows]):
                 return None  # with one label, a window is exact for every weight of the label
@@ -215,8 +218,7 @@ class LossProbe:
 
     def _ask(self, rows: Sequence[Rows], counts: Mapping[str, CountItems], losses: Losses) -> Result:
         pad_token_id = getattr(self.config, "pad_token_id", None) or 0
-        names = [*self.label_names, "labels"]
-        return Questions(rows, counts, losses, names, pad_token_id, self._weighed).ask()
+        return Questions(rows, counts, losses, self._names, pad_token_id, self._weighed).ask()
 
 
 def _labels_of(rows: Sequence[Rows]) -> frozenset[int]:

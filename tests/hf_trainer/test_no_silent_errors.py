@@ -429,6 +429,19 @@ def test_exact_or_warned(name, tmp_path):
     assert name in MAY_WARN or counts["warned"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("ignored labels under another name", 40),  # the first window has one label
+        ("unequal lengths, one at a time, mean of rows", 90),  # label 2 is in all rows of the first sample
+    ],
+)
+def test_a_deciding_sample_is_made_if_the_window_has_none(name, seed, tmp_path):
+    error, warned = run(name, seed, tmp_path)
+    assert error <= EXACT
+    assert not warned
+
+
 @pytest.mark.slow
 def test_exact_or_warned_with_100_seeds(tmp_path):
     table = {name: count(name, range(100), tmp_path) for name in CASES}

@@ -529,3 +529,22 @@ def test_sums_of_class_weights_are_counts_although_they_round(factor, is_warned_
     said = line_about(LabelWeights(weight), [0, 1, 2] * 20, caplog, num_items=sum_of_weights)
     assert ("no split is exact" in said) == is_warned_of
     assert is_warned_of or said == ""
+
+
+class TagWeights(LabelWeights):
+    """The same for tags of positions."""
+
+    def forward(self, x, labels):
+        return super().forward(x.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize(("weight", "is_warned_of"), [(None, False), (WEIGHTS, True)])
+def test_an_example_with_another_share_of_a_tag_is_among_the_examples(weight, is_warned_of, caplog):
+    tags = torch.zeros(40, 6, dtype=torch.long)
+    tags[:, 0] = 1  # the same share in all examples
+    tags[[21, 33], 1] = 1  # except two
+    examples = [{"x": torch.randn(6, 5), "labels": tags[i]} for i in range(40)]
+    windows = WindowLoader(examples, 16, accelerator=Accelerator(cpu=True), micro_batch_size=4)
+    preflight_check(TagWeights(weight), windows)
+    assert ("no split is exact" in caplog.text) == is_warned_of
+    assert is_warned_of or caplog.text == ""
