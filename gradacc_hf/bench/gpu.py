@@ -1,7 +1,7 @@
 """`gradacc bench gpu`: what removing padding gains on a GPU, within a time limit.
 
-The run writes a line of JSON to runs/gpu-N/rows.jsonl as soon as a result exists: first the environment, then
-checks of gradients (`gpu_checks.py`), then runs of each contender (`gpu_contenders.py`). Contenders of a
+The run appends each result to runs/gpu-N/rows.jsonl as soon as it exists, as a line of JSON. The order is the
+environment, checks of gradients (`gpu_checks.py`), and runs of contenders (`gpu_contenders.py`). Contenders of a
 model take turns, and turn 0 warms up. A cell is a contender of a model in a precision: medians over its
 turns. The time limit, Ctrl-C and SIGTERM end the run with a table of what there is.
 
@@ -41,7 +41,7 @@ RAISE_AGAIN_SECONDS = 5.0  # a library may have swallowed the first exception of
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """What the run covers. The order is the order of the run."""
+    """The models, precisions and contenders of a run, in the order of the run."""
 
     models: tuple[GpuModel, ...]
     heads: tuple[tuple[str, str], ...] = HEADS
@@ -58,7 +58,7 @@ FULL = GpuPlan(
     (
         GpuModel("MiniLM size", "minilm", 256, 16384),
         GpuModel("BERT-base size", "bert-base", 256, 16384),
-        GpuModel("0.5 B decoder, LoRA 16", "decoder-0.5b", 64, 8192, lora=16, lean=True),
+        GpuModel("0.5 B decoder, LoRA 16", "decoder-0.5b", 128, 8192, lora=16, lean=True),
     )
 )
 TINY = GpuPlan(
@@ -86,7 +86,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Note:
-    """Why a model or a figure is missing."""
+    """A reason why a model or a figure is missing."""
 
     model: str
     precision: str

@@ -1,4 +1,4 @@
-"""The checks of `gradacc bench gpu`: is each gradient the gradient of the whole window?
+"""The checks of `gradacc bench gpu`: gradients of split windows, against the whole window at once.
 
 A tiny model of each head runs windows in float32: split into padded micro-batches, and split without padding
 in the layers. The reference is the gradient of each whole window at once, with padding.

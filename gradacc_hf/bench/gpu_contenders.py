@@ -5,8 +5,8 @@ micro-batch holds as many examples as fit `max_tokens`. Trainer's micro-batches 
 examples, so that they fit when padded to the longest.
 
 The dense limit is the loop on examples of one length: as many examples and real tokens, and no padding.
-Lengths are those of the docstrings in Python's standard library, counted in words and signs. Tokens and
-weights are random.
+Examples are as long as the docstrings of Python's standard library, in words and signs. Tokens and weights are
+random.
 """
 
 import copy
@@ -180,7 +180,7 @@ class Workload:
         return windows
 
     def _predicted(self, windows: WindowLoader) -> int | None:
-        """Return the predicted bytes of the largest micro-batch, without those of CUDA's context."""
+        """Return the predicted bytes of the largest micro-batch, without CUDA's context."""
         memory = self.memory
         if memory is None:
             return None

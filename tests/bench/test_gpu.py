@@ -32,7 +32,7 @@ def of(kind, found):
 
 
 def test_the_command_writes_a_row_for_each_cell_and_prints_a_table(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "TINY", replace(TINY, models=(ENCODER,), precisions=("fp32",)))
+    monkeypatch.setattr(cli, "TINY", replace(TINY, models=(DECODER,), precisions=("fp32",)))
     cli.main(["gpu", "--tiny"])
     found = rows()
     assert found[0]["row"] == "environment"
@@ -44,7 +44,7 @@ def test_the_command_writes_a_row_for_each_cell_and_prints_a_table(monkeypatch, 
     assert [turn["contender"] for turn in of("turn", found)] != list(cells)  # the order rotates
     for name, cell in cells.items():
         assert cell["failed"] is None
-        assert (cell["turns"], cell["model"], cell["precision"]) == (1, ENCODER.name, "fp32")
+        assert (cell["turns"], cell["model"], cell["precision"]) == (1, DECODER.name, "fp32")
         assert min(cell["tokens_per_second"], cell["of_dense_limit"], cell["mfu"]) > 0
         assert (cell["predicted_bytes"] is not None) == (name in WITH_PREDICTION)
     assert cells["dense"]["of_dense_limit"] == 1
@@ -54,47 +54,54 @@ def test_the_command_writes_a_row_for_each_cell_and_prints_a_table(monkeypatch, 
     assert "ended early" not in printed
 
 
-def test_a_cell_that_fails_is_a_row_with_the_reason(monkeypatch):
-    sizes = {**predicted_memory.TINY, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
-    monkeypatch.setitem(predicted_memory.SIZES, "mixes", ("AutoModelForCausalLM", "lfm2", sizes))
-    plan = replace(TINY, models=(GpuModel("mixes", "mixes", 6, 64),), heads=(), precisions=("fp32",))
-    result = measure_gpu(60, replace(plan, contenders=("ours", "ours_padded"), turns=2))
-    ours, padded = result.cells
-    assert (ours.turns, ours.tokens_per_second) == (0, None)
-    assert ours.failed.startswith("PaddingNotRemovableError: padding cannot be removed from Lfm2")
-    assert (padded.turns, padded.failed) == (2, None)
-    assert [turn["contender"] for turn in of("turn", rows())].count("ours") == 1  # it is not tried again
-    assert len(of("cell", rows())) == 2
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run in which one contender fails, and which ends with Ctrl-C before the second model."""
 
-
-def test_an_interrupted_run_has_complete_lines_and_the_cells_so_far():
-    def interrupted(groups):
+    def interrupt(groups):
         yield groups[0]
         signal.raise_signal(signal.SIGINT)
-        pytest.fail("the run goes on")
+        pytest.fail("the run continues")
 
+    sizes = {**predicted_memory.TINY, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    mixes = GpuModel("mixes examples", "mixes", 6, 64)
     plan = replace(
-        TINY, models=(DECODER, ENCODER), heads=(), precisions=("fp32",), contenders=("ours", "dense")
+        TINY, models=(mixes, ENCODER), heads=(), precisions=("fp32",), contenders=("ours", "dense")
     )
     before = signal.getsignal(signal.SIGINT)
-    result = measure_gpu(60, plan, interrupted)
-    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("interrupted"))
+        patch.setitem(predicted_memory.SIZES, "mixes", ("AutoModelForCausalLM", "lfm2", sizes))
+        result = measure_gpu(60, replace(plan, turns=2), interrupt)
+        assert signal.getsignal(signal.SIGINT) is before
+        return result, rows(result.file)
+
+
+def test_a_cell_that_fails_is_a_row_with_the_reason(interrupted):
+    result, found = interrupted
+    ours, dense = result.cells
+    assert (ours.turns, ours.tokens_per_second) == (0, None)
+    assert ours.failed.startswith("PaddingNotRemovableError: padding cannot be removed from Lfm2")
+    assert (dense.turns, dense.failed) == (2, None)
+    assert [row["failed"] for row in of("cell", found)] == [ours.failed, None]
+    assert [row["contender"] for row in of("turn", found)] == ["dense", "ours", "dense"]  # one attempt
+
+
+def test_an_interrupted_run_has_complete_lines_and_the_cells_so_far(interrupted):
+    result, found = interrupted
     assert result.stopped == "Ctrl-C"
-    assert [(cell.model, cell.contender, cell.failed) for cell in result.cells] == [
-        (DECODER.name, "ours", None),
-        (DECODER.name, "dense", None),
-    ]
-    assert [row["row"] for row in rows()] == ["environment", "turn", "turn", "cell", "cell"]
+    assert [row["row"] for row in found] == ["environment", *3 * ["turn"], *2 * ["cell"]]
+    assert len(result.cells) == 2
 
 
 def test_the_time_limit_ends_the_run():
     plan = replace(TINY, heads=(), precisions=("fp32",), contenders=("dense",), windows=2, turns=100_000)
     started = time.monotonic()
-    result = measure_gpu(2, replace(plan, models=(ENCODER,)))
-    assert time.monotonic() - started < 4
-    assert result.stopped == "time limit of 2 s" or "of 100000 turns" in result.notes[0].text
+    result = measure_gpu(1, replace(plan, models=(DECODER,)))
+    assert time.monotonic() - started < 3
+    assert result.stopped == "time limit of 1 s" or "of 100000 turns" in result.notes[0].text
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    assert len(rows()) >= 1
+    assert rows()[0]["row"] == "environment"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
