@@ -109,7 +109,7 @@ def _verdict(kind: str, model_type: str) -> HeadVerdict:
 
 
 def padding_outcome(head: Head, others: Sequence[Sequence[int]] = OTHER_LENGTHS) -> str:
-    """Remove padding from a head. Return whether its gradients are those of the padded head.
+    """Remove padding from a head. Return whether its gradients equal the padded head's.
 
     Args:
         head: A head, which is changed.
