@@ -236,7 +236,7 @@ def groups_of(micro_batches: Sequence[ObservedMicroBatch], by_line: bool) -> lis
     """
     losses = [frozenset(m.losses if by_line else [name for name, _ in m.losses]) for m in micro_batches]
     heads: list[frozenset] = []
-    for some in sorted(set(losses), key=len, reverse=True):
+    for some in sorted(dict.fromkeys(losses), key=len, reverse=True):  # of equal length: in order
         if not any(some <= head for head in heads):
             heads.append(some)
     of = [next(i for i, head in enumerate(heads) if some <= head) for some in losses]

@@ -171,6 +171,12 @@ def _has_half_weights(subject: Subject) -> bool:
     return any(p.dtype in TYPES_OF_16_BITS for p in subject.parameters())
 
 
+def _has_hooks(subject: Subject) -> bool:
+    """Whether hooks of the loop may change the gradient of each backward, for example clamp it."""
+    of_parameters = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in subject.parameters())
+    return of_parameters or any(m._backward_hooks for m in subject.model.modules())
+
+
 def work(window: ObservedWindow) -> tuple[float, float]:
     """Return the input elements of a window: summed over the micro-batches, and as one padded batch."""
     inputs = [
@@ -287,14 +293,14 @@ def _compare(
         return replace(kept, items=items, counted=counted, why_not=CHANGED_INSIDE)
     if coupled == "unknown":
         raise ReplayError("no count of items explains the loss of the window in one batch")
-    if adds_up or (is_sure and not found.half):
+    if (adds_up or (is_sure and not found.half)) and not _has_hooks(subject):
         weights = [1.0] * len(micro_batches) if adds_up else [n / sum(items) for n in items]
         for micro_batch, weight, before in zip(micro_batches, weights, losses, strict=True):
             if weight:
                 loss = one(micro_batch)
                 _check_repeats(float(loss.detach()), before, tolerance)
                 (loss * weight).backward()
-    else:  # the items are unknown or uncertain, or the losses are in 16 bits
+    else:  # the items are unknown or uncertain, the losses are in 16 bits, or hooks change gradients
         loss = loss_of(inputs, others, model)
         _check_repeats(float(loss.detach()), whole_loss, tolerance)
         loss.backward()

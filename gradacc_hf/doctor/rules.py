@@ -126,7 +126,13 @@ def _is_zeroed(before: ObservedMicroBatch, after: ObservedMicroBatch) -> bool:
 
 
 def _never_zeroed(record: LoopRecord) -> Iterator[Finding]:
-    known = [w for w in record.windows if w.norm_after_step is not None and w.norm_at_step > 0]
+    nexts = dict(pairwise(map(id, record.windows)))
+    zeroed = {id(w) for w in record.windows if any(_is_zeroed(*pair) for pair in pairwise(w.micro_batches))}
+    known = [
+        w
+        for w in record.windows
+        if w.norm_after_step is not None and w.norm_at_step > 0 and nexts.get(id(w)) not in zeroed
+    ]
     kept = [w for w in known if not _changed(w.norm_at_step, w.norm_after_step) and w.norm_after_step]
     if len(kept) >= 2:
         first, last = record.windows[0], record.windows[-1]

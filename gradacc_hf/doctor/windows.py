@@ -73,7 +73,7 @@ def has_leaked(window: ObservedWindow, full: Sequence[ObservedWindow], steps: in
     weights = [term.weight for term in (*usual, *terms)]
     if not usual or len(terms) < steps or max(weights) - min(weights) > EQUAL_RTOL * max(map(abs, weights)):
         return False
-    if len(terms) > steps:
+    if len(window) > steps:
         return True
     sizes, size = [dict(term.items) for term in terms], dict(usual[0].items)
     if any(dict(term.items) != size for term in usual):
