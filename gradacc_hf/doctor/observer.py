@@ -25,7 +25,7 @@ from gradacc_hf.doctor.frames import (
     user_line,
 )
 from gradacc_hf.doctor.gradients import GradientWatch, Subject
-from gradacc_hf.doctor.listener import LOSSES, Subscriber, subscribed, thread_listener
+from gradacc_hf.doctor.listener import LOSSES, Roots, Subscriber, subscribed, thread_listener
 from gradacc_hf.doctor.passes import DataPasses, Progress
 from gradacc_hf.doctor.record import (
     LOSS_RTOL_16_BIT,
@@ -240,17 +240,23 @@ class Observer(Subscriber):
             self._unscaled_norm = self._gradients.norm()
             self._gradients.forget()
 
-    def backward(self, loss: torch.Tensor | None, run: Callable[[], Any]) -> Any:
+    def backward(self, roots: Roots, run: Callable[[], Any]) -> Any:
         """Record a backward that reaches the optimizer, with the norm of the gradients before and after."""
+        for loss, gradient in roots:
+            if gradient not in (0, 1):
+                self.loss_scaled(gradient, loss, loss)
         place, state = user_line(), self._gradients.state()
         before = self._gradients.norm() if self._is_observing else math.nan
         with self._terms.during_backward():
             result = run()
         if self._gradients.state() == state:  # the backward of another model
-            self._drop_factors_of(loss)
+            for loss, _ in roots:
+                self._drop_factors_of(loss)
             return result
-        root_factors = self._factors_of(loss)
-        losses = self._terms.take(None if loss is None else float(loss.detach()), self._tolerance())
+        of_roots = [self._factors_of(loss) for loss, _ in roots]
+        root_factors = tuple(f for f in of_roots[0] if all(f in each for each in of_roots)) if roots else ()
+        value = sum(float(loss.detach()) * gradient for loss, gradient in roots) if roots else None
+        losses = self._terms.take(value, self._tolerance())
         if self._is_in_step:  # an optimizer with a closure evaluates it again
             windows = self._record.windows
             if windows and windows[-1].norm_after_step is None:
@@ -264,12 +270,11 @@ class Observer(Subscriber):
         self._scaled = []
         return result
 
-    def _factors_of(self, loss: torch.Tensor | None) -> tuple[float, ...]:
+    def _factors_of(self, loss: torch.Tensor) -> tuple[float, ...]:
         """The numbers by which a whole loss was multiplied, last first."""
-        known = reversed(self._scaled if loss is not None else [])
-        return next((factors for scaled, factors in known if scaled() is loss), ())
+        return next((factors for scaled, factors in reversed(self._scaled) if scaled() is loss), ())
 
-    def _drop_factors_of(self, loss: torch.Tensor | None) -> None:
+    def _drop_factors_of(self, loss: torch.Tensor) -> None:
         """Drop the numbers by which another model's loss was multiplied."""
         chain = self._factors_of(loss)
         parts = [chain[start:] for start in range(len(chain))]
