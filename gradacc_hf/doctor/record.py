@@ -75,6 +75,7 @@ class LossTerm:
     weight: derivative of the tensor that went backward.
     items: counts of items, by name: of a mean, the count that it averages over; () if unknown.
     is_in_batch: whether the classes are the examples of the batch.
+    number: identifies the loss, in all backwards that it enters.
     """
 
     function: str
@@ -84,6 +85,7 @@ class LossTerm:
     items: tuple[tuple[str, float], ...]
     is_sum: bool
     is_in_batch: bool
+    number: int = field(default=-1, compare=False)
 
 
 @dataclass(frozen=True)

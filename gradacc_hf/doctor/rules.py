@@ -238,6 +238,11 @@ def _weights(record: LoopRecord) -> Iterator[Finding]:
         if name == "mean_of_means":
             items = ", ".join(f"{count:g}" for count in weighing.items)
             evidence = f"items of the micro-batches ({weighing.counted}): {items}; all have the same weight"
+        elif name == "another_gradient":
+            totals = ", ".join(f"{total:.3g}" for total in weighing.items)
+            evidence = (
+                f"each backward of a window repeats the losses before; their weights add up to {totals}"
+            )
         elif name == "partial_window_mis_scaled":
             evidence = f"a window has {steps} of {n} micro-batches, and {evidence}"
         elif name == "in_batch_negatives_cut":

@@ -104,7 +104,7 @@ class TermWatch:
         known = [(seen, float(weight)) for seen, weight in self._fired if seen.number not in held]
         known = [(seen, weight) for seen, weight in known if weight]
         self._fired = []
-        terms = tuple(replace(seen.term, weight=weight) for seen, weight in known)
+        terms = tuple(replace(seen.term, weight=weight, number=seen.number) for seen, weight in known)
         torch_losses = tuple(seen.recomputed for seen, _ in known)
         if root is None:
             return BackwardLosses(terms, torch_losses, False)
