@@ -134,8 +134,8 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
         "mask padded positions in the loss, or pad all micro-batches of a window to the same length",
     ),
     "partial_window_mis_scaled": (
-        "the last, partial window is scaled like a full window",
-        "the last step of each pass is too short",
+        "a partial window is scaled like a full window",
+        "the step of the partial window is too short",
         LAST_WINDOW,
     ),
     "partial_window_dropped": (
