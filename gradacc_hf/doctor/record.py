@@ -278,8 +278,19 @@ class ObservedWindow:
         first, pairs = self.micro_batches[0], pairwise(self.micro_batches)
         return first.norm_before == 0 and all(_is_kept(before, after) for before, after in pairs)
 
+    @property
+    def alternates(self) -> bool:
+        """Whether the micro-batches have different losses, each divided by the number of all of them."""
+        many = len(self.micro_batches)
+        is_divided = all(
+            any(abs(f * many - 1) <= LOSS_RTOL_FP32 for f in m.root_factors) for m in self.micro_batches
+        )
+        return is_divided and len(groups_of(self.micro_batches, by_line=True)) > 1
+
     def __len__(self) -> int:
-        """The number of micro-batches: of backwards of the same loss."""
+        """The number of micro-batches: of backwards of the same loss, or of all if losses alternate."""
+        if self.alternates:
+            return len(self.micro_batches)
         fine = [len(group) for group in groups_of(self.micro_batches, by_line=True)]
         is_even = len(set(fine)) == 1 and fine[0] > 1
         return max(fine if is_even else map(len, groups_of(self.micro_batches, by_line=False)))

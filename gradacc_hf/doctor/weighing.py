@@ -129,7 +129,11 @@ def _weigh(window: ObservedWindow, steps: int, scaled: float) -> Weighing:
     for by_line in (True, False):  # the branches of a loop may compute the same loss in several lines
         groups = groups_of(window.micro_batches, by_line)
         is_full = all(len(group) >= len(window) for group in groups)
-        now = [_judge(group, steps, factor, losses) for group in groups]
+        if window.alternates:  # each group has its share of the window
+            shares = [len(group) / len(window) for group in groups]
+            now = [_judge(g, len(g), factor / share, losses) for g, share in zip(groups, shares, strict=True)]
+        else:
+            now = [_judge(group, steps, factor, losses) for group in groups]
         if exact := _all_exact(now, groups, steps):
             return exact
         judged = judged or (now if is_full or not by_line else [])
