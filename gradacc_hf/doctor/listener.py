@@ -162,6 +162,8 @@ def _send_before(subscriber: Subscriber, func: Any, name: str, args: Any) -> Non
             subscriber.tensor_changed(args[0].grad, "zeroed")
         elif args[1] is not args[0].grad:
             subscriber.gradient_replaced(args[0])
+    elif name == "__set__" and getattr(func, "__self__", None) is torch.Tensor.data:
+        subscriber.tensor_changed(args[0], "replaced")
     elif name.endswith("_") and not name.startswith("__") and name not in NO_CHANGES and args:
         subscriber.tensor_changed(args[0], name)
     elif name == "linear" and torch.is_autocast_enabled(kind := args[0].device.type):

@@ -389,8 +389,9 @@ class Observer(Subscriber):
             is_known = 0 < last.norm_after < math.inf
             unscaled = self._unscaled_norm / last.norm_after if is_known else math.nan
             last.norm_after, self._unscaled_norm = self._unscaled_norm, None
-        own, discarded = own_backwards(self._pending, self._record.windows)
         norm = gradients.norm()
+        change = gradients.change(norm)
+        own, discarded = own_backwards(self._pending, self._record.windows, change.is_set)
         return ObservedWindow(
             micro_batches=own,
             norm_at_step=norm,
@@ -398,7 +399,7 @@ class Observer(Subscriber):
             place=user_line(),
             reads=self._reads,
             requested_steps=requested_steps(),
-            change=gradients.change(norm),
+            change=change,
             before_change=gradients.before_change,
             unscaled=unscaled,
             weights_changed={m.model_version for m in own} != {gradients.model_version()},

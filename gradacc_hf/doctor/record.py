@@ -194,12 +194,17 @@ class GradientChange:
     place: Place | None = None
     how: str = ""
 
+    @property
+    def is_set(self) -> bool:
+        """Whether the loop set a gradient of its own, perhaps from the gradients of several backwards."""
+        return self.hand is None and self.how in ("replaced", "copy_")
+
 
 @dataclass(frozen=True)
 class Discarded:
     """Backwards whose gradient was zeroed before the window.
 
-    why: "other_loss", "other_weights", "not_finite", "dropped" or "skipped".
+    why: "other_loss", "other_weights", "not_finite", "dropped", "skipped" or "copied".
     """
 
     why: str
@@ -334,6 +339,11 @@ class LoopRecord:
     has_batch_norm: bool = False
     stopped_early: bool = False
     logged: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def sets_gradients(self) -> bool:
+        """Whether the loop zeroes backwards of a window, and sets the gradient of the step itself."""
+        return any(discarded.why == "copied" for window in self.windows for discarded in window.discarded)
 
     @property
     def pass_length(self) -> int | None:

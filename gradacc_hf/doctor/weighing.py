@@ -87,6 +87,8 @@ def weigh(window: ObservedWindow, steps: int) -> Weighing:
     """Judge the weights of the losses in a window. `steps`: micro-batches of a full window."""
     if (growing := _growing_sum(window)) is not None:
         return growing
+    if any(discarded.why == "copied" for discarded in window.discarded):
+        return Weighing(why_not="the loop zeroes backwards, and sets the gradient itself")
     hand, many = window.change.hand, len(window)
     if hand is None or abs(hand - 1) <= RTOL:
         return _weigh(window, steps, 1.0)

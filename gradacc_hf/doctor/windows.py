@@ -19,7 +19,7 @@ def is_zeroed_between(before: ObservedMicroBatch, after: ObservedMicroBatch) -> 
 
 
 def own_backwards(
-    pending: Sequence[ObservedMicroBatch], earlier: Sequence[ObservedWindow]
+    pending: Sequence[ObservedMicroBatch], earlier: Sequence[ObservedWindow], is_set: bool = False
 ) -> tuple[list[ObservedMicroBatch], list[Discarded]]:
     """Return the backwards of a window, and those discarded before it.
 
@@ -27,6 +27,7 @@ def own_backwards(
 
     pending: the backwards since the latest step.
     earlier: the windows before.
+    is_set: whether the loop set the gradient at the step, perhaps from copies of zeroed gradients.
     """
     parts = [[pending[0]]]
     for before, after in pairwise(pending):
@@ -35,7 +36,7 @@ def own_backwards(
         parts[-1].append(after)
     own, discarded = parts.pop(), []
     while parts:
-        why = _why_discarded(parts[-1], own, earlier)
+        why = "copied" if is_set else _why_discarded(parts[-1], own, earlier)
         if why:
             discarded.insert(0, Discarded(why, tuple(parts.pop())))
             continue
