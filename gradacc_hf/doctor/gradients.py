@@ -66,6 +66,7 @@ class GradientWatch:
         backward; None if it did not.
     touched: changes since the latest backward or step, with the line.
     weights_version: changes of the weights so far.
+    clipped_scaled: factor of clipping since the latest backward, before a scaler divided the gradient.
     """
 
     def __init__(self, subject: Subject):
@@ -76,6 +77,7 @@ class GradientWatch:
         self.before_change: list[torch.Tensor | None] | None = None
         self.touched: list[tuple[str, Place | None]] = []
         self.weights_version = 0
+        self.clipped_scaled = 1.0
         self._chain: list[tuple[str, float]] = []  # kinds of changes, with the norm before each
         self._hand: tuple[Place | None, str] = (None, "")
 
@@ -118,6 +120,7 @@ class GradientWatch:
         parameters = self._subject.parameters()
         self._of_weights = {_storage(p) for p in parameters}
         self._of_gradients = {_storage(p.grad): p for p in parameters if p.grad is not None}
+        self.clipped_scaled = 1.0
         self.forget()
 
     def forget(self) -> None:
@@ -144,6 +147,8 @@ class GradientWatch:
         here = (how, user_line())
         if not self.touched or self.touched[-1] != here:
             self.touched.append((f"clip: {how}" if is_clipping() else how, here[1]))
+        if how == UNSCALE and self._chain:
+            self.clipped_scaled = self.change(self.norm()).clip
         if "zero" in how or how == UNSCALE:
             return
         kind = "clip" if is_clipping_norm() else "hand"

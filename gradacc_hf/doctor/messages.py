@@ -52,6 +52,14 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
       clip_grad_norm_(model.parameters(), max_norm)
       scaler.step(optimizer)""",
     ),
+    "clipped_while_scaled": (
+        "gradients are clipped before they are unscaled",
+        "the threshold applies to the scaled gradient, so the step uses a much smaller gradient than intended",
+        """
++ scaler.unscale_(optimizer)
+  clip_grad_norm_(model.parameters(), max_norm)
+  scaler.step(optimizer)""",
+    ),
     "clipped_too_late": (
         "gradients are clipped after the step",
         "the optimizer has already used the unclipped gradient, so clipping has no effect",

@@ -387,8 +387,8 @@ class Observer(Subscriber):
         gradients, last, unscaled = self._gradients, self._pending[-1], 1.0
         if self._unscaled_norm is not None:
             is_known = 0 < last.norm_after < math.inf
-            unscaled = self._unscaled_norm / last.norm_after if is_known else math.nan
-            last.norm_after, self._unscaled_norm = self._unscaled_norm, None
+            now, self._unscaled_norm = self._unscaled_norm / gradients.clipped_scaled, None
+            unscaled, last.norm_after = now / last.norm_after if is_known else math.nan, now
         norm = gradients.norm()
         change = gradients.change(norm)
         own, discarded = own_backwards(self._pending, self._record.windows, change.is_set)

@@ -10,6 +10,7 @@ from itertools import pairwise, takewhile
 from statistics import median
 from typing import Any, Literal
 
+from gradacc_hf.doctor.listener import UNSCALE
 from gradacc_hf.doctor.messages import CONSEQUENCES, FIXES, MESSAGES
 from gradacc_hf.doctor.record import (
     SAME_NORM_RTOL,
@@ -164,6 +165,21 @@ def _clipped_early(record: LoopRecord) -> Iterator[Finding]:
         unscaled = any("unscale" in how for how, _ in before.touched)
         name = "unscaled_too_early" if unscaled else "clipped_too_early"
         yield _found(name, evidence, _line_of(before.touched, before.place), n=record.steps)
+
+
+def _clipped_scaled(record: LoopRecord) -> Iterator[Finding]:
+    for window in record.windows:
+        changes = [how for how, _ in window.micro_batches[-1].touched]
+        before = changes[: changes.index(UNSCALE)] if UNSCALE in changes else []
+        if any("clip" in how for how in before) and window.unscaled != 1:
+            evidence = (
+                f"between the clipping and the step, the gradient scaler divided the gradient by its scale "
+                f"(norm {window.norm_at_step:.3g} at the step)"
+            )
+            yield _found(
+                "clipped_while_scaled", evidence, _line_of(window.micro_batches[-1].touched, None, "clip")
+            )
+            return
 
 
 def _clipped_late(record: LoopRecord) -> Iterator[Finding]:
@@ -480,6 +496,7 @@ RULES: tuple[Callable[[LoopRecord], Iterator[Finding]], ...] = (
     _zeroed_inside,
     _never_zeroed,
     _clipped_early,
+    _clipped_scaled,
     _clipped_late,
     _weights,
     _batch_norm,
