@@ -155,6 +155,7 @@ class WindowComparison:
     swamped: relative error of the sum in 16 bits.
     half: whether the loop computes in 16 bits, which needs a larger tolerance.
     adds_up: whether the losses of the micro-batches add up to the loss of the window.
+    hook: the line of a hook that runs in each backward, and may change its gradient.
     """
 
     why_not: str = ""
@@ -168,6 +169,7 @@ class WindowComparison:
     swamped: float | None = None
     half: bool = False
     adds_up: bool = False
+    hook: Place | None = None
 
     @property
     def error(self) -> float:

@@ -138,7 +138,7 @@ def _not_judged(record: LoopRecord, wrong: set[str]) -> Iterator[str]:
 
 BY_GRADIENT = {  # findings that explain another gradient
     *("not_divided", "divided_twice", "mis_scaled", "mean_of_means", "another_gradient"),
-    *("partial_window_mis_scaled", "partial_window_leaked", "swamped_in_16_bits"),
+    *("partial_window_mis_scaled", "partial_window_leaked", "swamped_in_16_bits", "clipped_too_early"),
 }
 DISCARDED = {
     "other_loss": "backwards of another loss, zeroed before a window",

@@ -167,6 +167,18 @@ def _clipped_early(record: LoopRecord) -> Iterator[Finding]:
         yield _found(name, evidence, _line_of(before.touched, before.place), n=record.steps)
 
 
+def _clipped_in_a_hook(record: LoopRecord) -> Iterator[Finding]:
+    for window, found in record.compared:
+        is_of_hooks = found.hook is not None and _error(found.means) <= found.tolerance < found.error
+        if is_of_hooks and weigh(window, record.steps).verdict == "exact":
+            evidence = (
+                f"a hook changes the gradient of each backward; the gradient is {found.error:.2g} off from the "
+                "gradient of the window in one batch"
+            )
+            yield _found("clipped_too_early", evidence, found.hook, n=record.steps)
+            return
+
+
 def _clipped_scaled(record: LoopRecord) -> Iterator[Finding]:
     for window in record.windows:
         changes = [how for how, _ in window.micro_batches[-1].touched]
@@ -496,6 +508,7 @@ RULES: tuple[Callable[[LoopRecord], Iterator[Finding]], ...] = (
     _zeroed_inside,
     _never_zeroed,
     _clipped_early,
+    _clipped_in_a_hook,
     _clipped_scaled,
     _clipped_late,
     _weights,
