@@ -54,7 +54,7 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
     ),
     "clipped_while_scaled": (
         "gradients are clipped before they are unscaled",
-        "the threshold applies to the scaled gradient, so the step uses a much smaller gradient than intended",
+        "the threshold applies to the scaled gradient, so the step uses a much smaller gradient",
         """
 + scaler.unscale_(optimizer)
   clip_grad_norm_(model.parameters(), max_norm)

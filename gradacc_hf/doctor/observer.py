@@ -178,12 +178,15 @@ class Observer(Subscriber):
         if is_evaluation or not torch.is_grad_enabled() or thread_listener().is_paused:
             return
         self._output, loss = outputs, loss_in(outputs)
-        if not self._is_observing or self._is_in_step or (loss is not None and is_in_transform(loss)):
+        if not self._is_observing or self._is_in_step:
             return
-        if loss is not None:
-            numbers = [each for each in (*inputs, *named.values()) if is_number(each)]
-            self._terms.output_loss(loss, self._since, has_number=bool(numbers))
-        value = None if loss is None else float(loss.detach())
+        with thread_listener().paused():  # the loop does not read the loss here
+            if loss is not None and is_in_transform(loss):
+                return
+            value = None if loss is None else float(loss.detach())
+            if loss is not None:
+                numbers = [each for each in (*inputs, *named.values()) if is_number(each)]
+                self._terms.output_loss(loss, self._since, has_number=bool(numbers))
         detached = _detached(inputs), {name: _detached(each) for name, each in named.items()}
         self._forwards.append(Forward(detached, value, user_line()))
 
@@ -473,12 +476,19 @@ def is_number(value: Any) -> bool:
 
 
 def loss_in(outputs: Any) -> torch.Tensor | None:
-    """The loss that a model computed itself, as models of transformers do."""
+    """The loss that a model computed itself: in a mapping, an attribute, a tuple, or as the only output."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if type(outputs) in (tuple, list, torch.Tensor):
+        some = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        numbers = [each for each in some if isinstance(each, torch.Tensor) and not each.ndim]
+        is_loss = len(numbers) == 1 and (numbers[0].requires_grad or not torch.is_grad_enabled())
+        loss = numbers[0] if is_loss else None
     return loss if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
 
 
 def logits_in(outputs: Any) -> torch.Tensor | None:
-    """The logits in the outputs of a model of transformers."""
+    """The logits in the outputs of a model: of transformers, or the first tensor of a tuple."""
     found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if type(outputs) in (tuple, list):
+        found = next((each for each in outputs if isinstance(each, torch.Tensor) and each.ndim > 1), None)
     return found if isinstance(found, torch.Tensor) else None

@@ -198,7 +198,7 @@ class GradientChange:
 
     @property
     def is_set(self) -> bool:
-        """Whether the loop set a gradient of its own, perhaps from the gradients of several backwards."""
+        """Whether the loop set another gradient, perhaps from the gradients of several backwards."""
         return self.hand is None and self.how in ("replaced", "copy_")
 
 

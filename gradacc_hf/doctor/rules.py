@@ -172,8 +172,8 @@ def _clipped_in_a_hook(record: LoopRecord) -> Iterator[Finding]:
         is_of_hooks = found.hook is not None and _error(found.means) <= found.tolerance < found.error
         if is_of_hooks and weigh(window, record.steps).verdict == "exact":
             evidence = (
-                f"a hook changes the gradient of each backward; the gradient is {found.error:.2g} off from the "
-                "gradient of the window in one batch"
+                f"a hook changes the gradient of each backward; the gradient is {found.error:.2g} off from "
+                "the gradient of the window in one batch"
             )
             yield _found("clipped_too_early", evidence, found.hook, n=record.steps)
             return
