@@ -507,6 +507,46 @@ def test_losses_that_are_all_alike_cannot_tell(caplog):
     assert "the losses of 4 examples are all alike" in line_about(Constant(), [0, 1, 2] * 10, caplog)
 
 
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        (
+            lambda logits, labels: (logits / (logits - logits.mean(0))).square().mean(),
+            "of an example alone is not finite",
+        ),
+        (lambda logits, labels: logits.sum() * 0, "the loss is 0"),
+    ],
+)
+def test_losses_that_are_not_finite_or_0_cannot_tell(loss, why, caplog):
+    class Other(LabelWeights):
+        def forward(self, x, labels):
+            return {"loss": loss(self.head(torch.tanh(self.body(x))), labels)}
+
+    said = line_about(Other(), [0, 1, 2] * 10, caplog)
+    assert (
+        f"cannot tell whether the loss is a mean over its items: the loss {why.removeprefix('the loss ')}"
+        in said
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_masks_cannot_tell(seed, caplog):
+    def mask(examples):
+        batch = default_collate(examples)
+        batch["labels"] = torch.where(torch.rand(batch["labels"].shape) < 0.5, batch["labels"], -100)
+        return batch
+
+    class Tagger(LabelWeights):
+        def forward(self, x, labels):
+            return super().forward(x.flatten(0, 1), labels.flatten())
+
+    torch.manual_seed(seed)
+    examples = [{"x": torch.randn(8, 5), "labels": torch.randint(3, (8,))} for _ in range(20)]
+    settings = {"accelerator": Accelerator(cpu=True), "micro_batch_size": 4, "collate_fn": mask}
+    preflight_check(Tagger(), WindowLoader(examples, 16, **settings))
+    assert "the items of the same examples change, as with random masks" in caplog.text
+
+
 def test_a_stream_is_checked_by_the_examples_of_one_window(caplog):
     examples = [{"x": torch.randn(5), "labels": torch.tensor(i % 3)} for i in range(40)]
     accelerator = Accelerator(cpu=True)
