@@ -529,6 +529,24 @@ def test_losses_that_are_not_finite_or_0_cannot_tell(loss, why, caplog):
     )
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_two_rows_of_one_length_differ_by_their_items(seed, caplog):
+    """The loader counts one label less in each row than the loss: rows of equal counts do not show it."""
+
+    class Tagger(LabelWeights):
+        def forward(self, x, labels):
+            return super().forward(x.flatten(0, 1), labels.flatten())
+
+    torch.manual_seed(seed)
+    examples = []
+    for length in torch.randint(2, 9, (20,)).tolist():
+        labels = torch.where(torch.arange(8) < length, torch.randint(3, (8,)), -100)
+        examples.append({"x": torch.randn(8, 5), "labels": labels})
+    settings = {"accelerator": Accelerator(cpu=True), "micro_batch_size": 2, "num_items": "next_token"}
+    preflight_check(Tagger(), WindowLoader(examples, 8, **settings))
+    assert "no split is exact" in caplog.text
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_masks_cannot_tell(seed, caplog):
     def mask(examples):
