@@ -56,6 +56,26 @@ class PaddingLayout:
         """The tokens of each group, with its padding."""
         return [rows * length for rows, length in self.groups]
 
+    def read_positions(self, kind: str, labels: torch.Tensor) -> torch.Tensor | None:
+        """Return the packed positions of tokens that a loss reads, or None for all tokens.
+
+        Args:
+            kind: "first" or "last" token of each example; "labelled" tokens, or the tokens "before labelled"
+                ones.
+            labels: Labels of the padded batch. Labels by token have shape (batch, length).
+        """
+        if kind in ("first", "last"):
+            ends = np.cumsum(self.lengths)
+            found = torch.from_numpy(ends - 1 if kind == "last" else ends - self.lengths)
+            return found.to(self.tokens.device, non_blocking=True)
+        if tuple(labels.shape) != self.shape:
+            return None
+        labelled = labels != IGNORED
+        if kind == "before labelled":
+            labelled = torch.nn.functional.pad(labelled[:, 1:], (0, 1))
+        found = labelled.flatten()[self.tokens].nonzero()[:, 0]
+        return found if len(found) else None
+
     def to(self, device: torch.device | str) -> "PaddingLayout":
         """Return the layout with its indices on a device."""
         if self.tokens.device == torch.device(device):

@@ -43,6 +43,7 @@ class PackedForward:
         layout: Positions of the real tokens in the batch.
         mask: Padding mask of the batch.
         encoder_mask: Padding mask of the sequence that a decoder attends to.
+        read: Packed positions at which the end of the last layer runs, or None for all.
         masks: Stand-ins that the mask function has returned, with what they stand for. A stand-in is a tensor
             of the shape of a mask, as the model may read the shape before a layer gets it.
         packed: Padded argument of all layers, such as positions → its packed copy, by identity. The padded
@@ -55,6 +56,7 @@ class PackedForward:
     layout: PaddingLayout
     mask: torch.Tensor
     encoder_mask: torch.Tensor | None = None
+    read: torch.Tensor | None = None
     masks: list[tuple[torch.Tensor, "PackedMask"]] = field(default_factory=list)
     packed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     calls: int = 0
@@ -68,6 +70,8 @@ class PackedForward:
 class _Current(threading.local):
     forward: PackedForward | None = None
     keeps_padding = False
+    labels: torch.Tensor | None = None
+    """Labels of the forward, for a model that skips tokens which the loss does not read."""
 
     def __init__(self) -> None:
         self.around: list[tuple[torch.nn.Module, PackedForward | None]] = []

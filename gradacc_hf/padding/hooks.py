@@ -61,6 +61,8 @@ class Stack:
     """Argument of the layers → whether it was packed while the check ran."""
     checking: bool = True
     """Whether the check still runs."""
+    reads: str = ""
+    """Tokens at which the end of the last layer runs (`PaddingLayout.read_positions`); "" for all."""
 
 
 @dataclass(eq=False)
@@ -69,6 +71,10 @@ class Hook:
 
     stack: Stack
     handle: Any = field(default=None, init=False)
+
+    def add(self, register: Callable[..., Any], **options: bool) -> None:
+        """Add the hook to a module with a method of it, such as `module.register_forward_hook`."""
+        self.handle = register(self, **options)
 
 
 @dataclass(eq=False)
@@ -79,7 +85,7 @@ class EnterForward(Hook):
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if CURRENT.keeps_padding:
             return None
-        given = _by_name(module, args, kwargs)
+        given = arguments_by_name(module, args, kwargs)
         mask = given.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             mask = None
@@ -97,7 +103,9 @@ class EnterForward(Hook):
             return None
         encoder_mask = given.get("encoder_attention_mask")
         is_padding = isinstance(encoder_mask, torch.Tensor) and encoder_mask.ndim == 2
-        CURRENT.forward = PackedForward(self.stack, layout, mask, encoder_mask if is_padding else None)
+        CURRENT.forward = PackedForward(
+            self.stack, layout, mask, encoder_mask if is_padding else None, self._read(module, layout)
+        )
         return self._without_cache(module, args, kwargs)
 
     def _layout(self, module: Any, given: Mapping[str, Any], mask: torch.Tensor) -> PaddingLayout | None:
@@ -117,6 +125,14 @@ class EnterForward(Hook):
         if module.training and _recomputes_hooks(module, self.stack.by_group):
             return None
         return layout
+
+    def _read(self, module: Any, layout: PaddingLayout) -> torch.Tensor | None:
+        """Return the packed positions that the loss reads, or None for all."""
+        if not self.stack.reads or not module.training or CURRENT.labels is None:
+            return None
+        if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+            return None  # the backward pass calls the parts of a layer again
+        return layout.read_positions(self.stack.reads, CURRENT.labels)
 
     def _without_cache(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if not self.stack.caches or "use_cache" not in _names(module):
@@ -146,7 +162,7 @@ class MaskDecoder(Hook):
 
     @torch.compiler.disable
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        given = _by_name(module, args, kwargs)
+        given = arguments_by_name(module, args, kwargs)
         labels, tokens = given.get("labels"), given.get("decoder_input_ids")
         if not module.training or labels is None or given.get("decoder_attention_mask") is not None:
             return None
@@ -193,7 +209,7 @@ class PackInputs(Hook):
         if forward is None or forward.stack is not self.stack:
             return None
         forward.calls += 1
-        given = _by_name(module, args, kwargs)
+        given = arguments_by_name(module, args, kwargs)
         packed = {n: self._packed_as_checked(module, forward, n, value) for n, value in given.items()}
         encoder, standin = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if self.stack.by_group and isinstance(encoder, torch.Tensor):
@@ -266,7 +282,7 @@ class UnpackOutput(Hook):
         forward = CURRENT.forward
         if forward is None or forward.stack is not self.stack or forward.calls != self.stack.calls:
             return output
-        return _each_tensor(output, lambda value: _unpacked(value, forward.layout))
+        return each_tensor(output, lambda value: _unpacked(value, forward.layout, forward.read))
 
 
 @dataclass(eq=False)
@@ -298,7 +314,7 @@ class PackOutput(Hook):
         forward = next((found for found in attached if found is not None), None)
         if forward is None:
             return output
-        return _each_tensor(output, lambda value: _packed_hidden(value, forward.layout))
+        return each_tensor(output, lambda value: _packed_hidden(value, forward.layout))
 
 
 def _recomputes_hooks(model: torch.nn.Module, by_group: bool) -> bool:
@@ -325,7 +341,7 @@ def _is_of_encoder(name: str) -> bool:
     return name.startswith("encoder_")
 
 
-def _by_name(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_by_name(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward by name."""
     return dict(zip(_names(module), args, strict=False)) | dict(kwargs)
 
@@ -378,14 +394,18 @@ def _packed_hidden(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
     return _packed(value, layout) if value.ndim == 3 and value.shape[:2] == layout.shape else value
 
 
-def _unpacked(value: Any, layout: PaddingLayout) -> Any:
-    """Return (1, real tokens, …) as (batch, length, …) with zeros at padding; other values unchanged."""
-    if not isinstance(value, torch.Tensor) or value.ndim != 3 or value.shape[:2] != (1, layout.num_tokens):
+def _unpacked(value: Any, layout: PaddingLayout, read: torch.Tensor | None = None) -> Any:
+    """Return (1, real or read tokens, …) as (batch, length, …), else zeros; other values unchanged."""
+    if not isinstance(value, torch.Tensor) or value.ndim != 3 or len(value) != 1:
         return value
-    return unpack(value[0], layout.tokens, *layout.shape)
+    if value.shape[1] == layout.num_tokens:
+        return unpack(value[0], layout.tokens, *layout.shape)
+    if read is not None and value.shape[1] == len(read):
+        return unpack(value[0], layout.tokens[read], *layout.shape)
+    return value
 
 
-def _each_tensor(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def each_tensor(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Return an output of a layer with each tensor changed: a tensor, or a tuple with tensors."""
     if isinstance(output, torch.Tensor):
         return change(output)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gradacc_hf.accumulation.loss_items import IGNORED, output_named
+from gradacc_hf.accumulation.loss_items import IGNORED, ComputeLoss, output_named, total_loss
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout, target_mask
 from gradacc_hf.accumulation.reference import EXACT, Gradient, compare, full_float32, norm, read_gradient
@@ -55,6 +55,32 @@ class Probe:
         self._compared = set(smallest_parameters(model, MOST_COMPARED))
         self.sample = make_sample(batch, getattr(model.config, "pad_token_id", None))
         self._loss, self._gradient = math.nan, {}
+        self._compute_loss: ComputeLoss | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 has sharded the weights."""
+        return _is_sharded(self.model)
+
+    @contextmanager
+    def of_loss(self, compute_loss: ComputeLoss) -> Iterator[None]:
+        """Compare a loss alone in the block: its value and gradient now are the reference.
+
+        Raises:
+            PaddingNotRemovableError: The loss fails.
+        """
+        before = self._loss, self._gradient
+        self._compute_loss = compute_loss
+        try:
+            self._loss, self._gradient = self._everywhere(self.run, "the loss fails on a sample")
+            yield
+        finally:
+            self._compute_loss = None
+            self._loss, self._gradient = before
+
+    def run(self) -> tuple[float, Gradient]:
+        """Return the loss and the gradient of the sample."""
+        return self._run(self.sample)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -258,6 +284,10 @@ class Probe:
 
     def _backward(self, sample: Mapping[str, Any]) -> float:
         outputs = self.model(**sample)
+        if self._compute_loss is not None:
+            loss = total_loss(self._compute_loss(outputs, sample))
+            loss.backward()
+            return float(loss.detach())
         loss = output_named(outputs, "loss", position=0)
         projection = _projection(outputs, self._masks(sample))
         if not isinstance(loss, torch.Tensor) or loss.ndim:

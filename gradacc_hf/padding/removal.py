@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object, send_to_devic
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gradacc_hf.accumulation.loss_items import ComputeLoss
 from gradacc_hf.errors import PaddingNotRemovableError, one_line
 from gradacc_hf.padding.attention import NAMES, ORIGINAL
 from gradacc_hf.padding.hooks import (
@@ -24,11 +25,14 @@ from gradacc_hf.padding.hooks import (
     Stack,
     UnpackOutput,
 )
-from gradacc_hf.padding.probe import Probe, without_wrappers
+from gradacc_hf.padding.probe import Probe, Stacks, without_wrappers
+from gradacc_hf.padding.unread import skip_unread_tokens
 from gradacc_hf.utils.modeling import is_compiled
 
 
-def remove_padding(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
+def remove_padding(
+    model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss | None = None
+) -> None:
     """Make a transformers model compute its layers without padding, in place.
 
     Embeddings, head, loss and labels stay padded, as do collate functions. The model is checked before the
@@ -42,6 +46,10 @@ def remove_padding(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
     Args:
         model: A transformers model, also with LoRA, or wrapped in DDP or FSDP2.
         batch: A padded batch on the device of the model, with `attention_mask` and what the loss needs.
+        compute_loss: The loss of the loop, (outputs, batch) → loss, or None. If given, the feed-forward part
+            of the last layer runs only at tokens that this loss reads, where that is exact. In sequence
+            classification, it is the first token of each example. In training with labels, other outputs
+            then differ from the padded model's, such as the logits of unlabelled tokens.
 
     Raises:
         InputError: The batch has no attention mask, or no example of four tokens.
@@ -59,6 +67,8 @@ def remove_padding(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
                 install(probe.model, stacks)
                 probe.check()
                 _end_check(probe.model)
+                if compute_loss is not None:
+                    _skip_unread(probe, stacks, compute_loss)
                 _compile_again(probe.model)
                 return
             except PaddingNotRemovableError as error:
@@ -74,25 +84,31 @@ def remove_padding(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
     raise PaddingNotRemovableError(f"padding cannot be removed from {name}: {_joined(reasons)}")
 
 
-def remove_padding_in_all(model: torch.nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> None:
+def remove_padding_in_all(
+    model: torch.nn.Module,
+    batch: Mapping[str, Any],
+    accelerator: Accelerator,
+    compute_loss: ComputeLoss | None = None,
+) -> None:
     """Remove padding in all processes, or in none. Every process calls it, and checks the batch of the first.
 
     Args:
         model: As in `remove_padding`.
         batch: As in `remove_padding`.
         accelerator: The Accelerator of the run.
+        compute_loss: As in `remove_padding`.
 
     Raises:
         Exception: As in `remove_padding`. Processes that raise nothing themselves raise
             PaddingNotRemovableError.
     """
     if accelerator.num_processes == 1:
-        return remove_padding(model, batch)
+        return remove_padding(model, batch, compute_loss)
     device = next(model.parameters()).device
     batch = send_to_device(broadcast_object_list([send_to_device(dict(batch), "cpu")])[0], device)
     own = None
     try:
-        remove_padding(model, batch)
+        remove_padding(model, batch, compute_loss)
     except Exception as error:
         own = error
     reasons = gather_object([None if own is None else one_line(own)])
@@ -154,6 +170,18 @@ def restore_padding(model: torch.nn.Module) -> None:
 def is_removed(model: torch.nn.Module) -> bool:
     """Whether `remove_padding` is on for a model, or for a part of it."""
     return next(_hooks(model), None) is not None
+
+
+def skips_unread(model: torch.nn.Module) -> bool:
+    """Whether the end of the last layer runs only at tokens that the loss reads."""
+    return any(hook.stack.reads for hook in _hooks(model))
+
+
+def _skip_unread(probe: Probe, stacks: Stacks, compute_loss: ComputeLoss) -> None:
+    """Skip tokens that the loss does not read, in a model with one stack of layers."""
+    changed = [layers[-1] for layers, _ in stacks.values() if next(_hooks(layers[-1]), None) is not None]
+    if len(changed) == 1:
+        skip_unread_tokens(probe, changed[0], next(_hooks(changed[0])).stack, compute_loss)
 
 
 def _compile_again(model: torch.nn.Module) -> None:
@@ -259,8 +287,8 @@ def _install_padded_attention(
                 raise PaddingNotRemovableError(f"{type(layer).__name__} has no attention module")
             for attention in attentions:
                 before, after = PadInputs(stack), PackOutput(stack)
-                _add(before, attention.register_forward_pre_hook, with_kwargs=True)
-                _add(after, attention.register_forward_hook, with_kwargs=True)
+                before.add(attention.register_forward_pre_hook, with_kwargs=True)
+                after.add(attention.register_forward_hook, with_kwargs=True)
 
 
 def _install_with_targets(
@@ -271,22 +299,18 @@ def _install_with_targets(
     for module in filter(_has_targets, model.modules()):
         stack = next(hook.stack for hook in _hooks(module))
         hook = MaskDecoder(stack)
-        _add(hook, module.register_forward_pre_hook, with_kwargs=True)
+        hook.add(module.register_forward_pre_hook, with_kwargs=True)
 
 
 def _install_layers(model: torch.nn.Module, owner: PreTrainedModel, layers: list, stack: Stack) -> None:
     for layer in layers:
         before, after = PackInputs(stack), UnpackOutput(stack)
-        _add(before, layer.register_forward_pre_hook, with_kwargs=True)
-        _add(after, layer.register_forward_hook)
+        before.add(layer.register_forward_pre_hook, with_kwargs=True)
+        after.add(layer.register_forward_hook)
     for module in _models_around(model, owner):
         enter, leave = EnterForward(stack), LeaveForward(stack)
-        _add(enter, module.register_forward_pre_hook, with_kwargs=True)
-        _add(leave, module.register_forward_hook, always_call=True)
-
-
-def _add(hook: Hook, register: Callable[..., Any], **options: bool) -> None:
-    hook.handle = register(hook, **options)
+        enter.add(module.register_forward_pre_hook, with_kwargs=True)
+        leave.add(module.register_forward_hook, always_call=True)
 
 
 def _models_around(model: torch.nn.Module, owner: PreTrainedModel) -> list[torch.nn.Module]:

@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType, send_to_device
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.errors import InputError, PaddingNotRemovableError, one_line, refuse
-from gradacc_hf.padding.removal import is_grouped, remove_padding_in_all
+from gradacc_hf.padding.removal import is_grouped, remove_padding_in_all, skips_unread
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.utils.memory import release_memory
 
@@ -39,7 +39,7 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
         return
     why = _why_kept(recipe, model, windows, setting)
     if not why:
-        why = _remove(model, windows)
+        why = _remove(recipe, model, windows)
     if why:
         if setting == "on":
             refuse("budget.padding_free", "found on", f"{why}; allowed: auto or off")
@@ -50,12 +50,12 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
         return
     before = _steps(windows)
     windows.without_padding()
-    recipe.model_notes["padding"] = (
-        f"none in the layers: {_steps(windows):.1f} accumulation steps instead of {before:.1f}"
-    )
+    steps = f"{_steps(windows):.1f} accumulation steps instead of {before:.1f}"
+    unread = "; the last layer ends with the tokens that the loss reads" * skips_unread(model)
+    recipe.model_notes["padding"] = f"none in the layers: {steps}{unread}"
 
 
-def _remove(model: Any, windows: WindowLoader) -> str:
+def _remove(recipe: Recipe, model: Any, windows: WindowLoader) -> str:
     """Remove padding, or return why it is kept."""
     batch = windows.sample()[1].batch
     try:
@@ -63,7 +63,7 @@ def _remove(model: Any, windows: WindowLoader) -> str:
             batch = send_to_device(batch, model.device)
         else:
             model.to(windows.accelerator.device)
-        remove_padding_in_all(model, batch, windows.accelerator)
+        remove_padding_in_all(model, batch, windows.accelerator, recipe.loss)
     except (PaddingNotRemovableError, InputError) as error:
         return one_line(error)
     except (RuntimeError, MemoryError) as error:

@@ -19,6 +19,7 @@ from text_classification_runs import (
 )
 
 from gradacc_hf import WindowLoader
+from gradacc_hf.accumulation.loss_items import model_loss
 from gradacc_hf.padding.removal import is_removed
 from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.verification.tiny_models import build_head
@@ -38,6 +39,7 @@ def choose(model_type="bert", setting="auto", change=lambda model: None, **of_ba
         max_tokens=96,
     )
     recipe = make_recipe(TextClassification, "--data.train", "a.csv", "--budget.padding_free", setting)
+    recipe.loss = model_loss
     choose_padding(recipe, head.model, windows)
     return recipe.model_notes["padding"], head.model, windows
 
@@ -53,6 +55,7 @@ def test_a_run_without_padding_is_the_same_training(start, monkeypatch):  # noqa
         assert (ran.code, ran.err) == (0, "")
         printed[setting] = ran.out
     assert "padding               none in the layers: " in printed["auto"]
+    assert "; the last layer ends with the tokens that the loss reads" in printed["auto"]
     assert "none in the layers" not in printed["off"]
     padded, removed = history("off"), history("auto")
     for one, other in zip(padded, removed, strict=True):
