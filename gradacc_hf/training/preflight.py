@@ -42,6 +42,8 @@ logger = get_logger(__name__)
 SMALL = 1e-6
 """Relative difference of losses below which no warning is worth it, such as 1e-8 added to a divisor. It is
 lower where losses differ little from example to example, as a root of a mean shows little then."""
+BOUNDS = 4
+"""Micro-batches that fit into memory at once without gradients. Two examples show little about a loss."""
 CANNOT_TELL = "cannot tell whether the loss is a mean over its items"
 REMAKE = "make the optimizer after the last change of the model"
 
@@ -201,7 +203,7 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
     """
     if as_window_loss(compute_loss) is not None:  # a loss over the whole window has no mean over parts
         return
-    alone, together, pad_to = windows.sample()
+    alone, together, pad_to = windows.sample(bounds=BOUNDS)
     repeated = windows.collated(np.repeat(alone[0].indices, len(alone)), pad_to)
     is_half = next(model.parameters()).dtype not in (torch.float32, torch.float64)
 
