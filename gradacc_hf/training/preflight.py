@@ -284,8 +284,7 @@ def _problem(sample: LossSample, items: np.ndarray, labels: Sequence[Counter[int
         why = f"all labels of the first examples are {different.pop()}, so class weights would not show"
     for label in sorted(different) if not why else ():
         weighted = items + [counted[label] for counted in labels]
-        same_share = np.allclose(weighted * items.sum(), items * weighted.sum())
-        if not same_share and not sample.separates(items, weighted):
+        if not sample.separates(items, weighted):
             why = f"a weight of label {label} would not show"
     return why and f"{CANNOT_TELL}: {why}. If not, {cure}"
 
