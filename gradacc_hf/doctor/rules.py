@@ -305,6 +305,8 @@ def _gradient(record: LoopRecord) -> Iterator[Finding]:
     if record.steps < 2 or not full:
         return
     coupled = next((pair for pair in full if pair[1].coupled in COUPLED), None)
+    if coupled is not None and coupled[1].coupled == "sum" and weigh(coupled[0], record.steps).verdict:
+        return  # the loop divides the sum
     if coupled is not None and (coupled[1].coupled == "sum" or coupled[1].error > coupled[1].tolerance):
         window, found = coupled
         evidence = _losses_of(found)
