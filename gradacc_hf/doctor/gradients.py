@@ -66,6 +66,7 @@ class GradientWatch:
         backward; None if it did not.
     touched: changes since the latest backward or step, with the line.
     weights_version: changes of the weights so far.
+    clipped_scaled: factor of clipping since the latest backward, before a scaler divided the gradient.
     """
 
     def __init__(self, subject: Subject):
@@ -76,6 +77,8 @@ class GradientWatch:
         self.before_change: list[torch.Tensor | None] | None = None
         self.touched: list[tuple[str, Place | None]] = []
         self.weights_version = 0
+        self.clipped_scaled = 1.0
+        self._is_replaced = False  # whether a gradient is another tensor since the latest search
         self._chain: list[tuple[str, float]] = []  # kinds of changes, with the norm before each
         self._hand: tuple[Place | None, str] = (None, "")
 
@@ -115,10 +118,14 @@ class GradientWatch:
 
     def after_backward(self) -> None:
         """Start following changes of the gradients of this backward."""
-        parameters = self._subject.parameters()
-        self._of_weights = {_storage(p) for p in parameters}
-        self._of_gradients = {_storage(p.grad): p for p in parameters if p.grad is not None}
+        self._of_weights = {_storage(p) for p in self._subject.parameters()}
+        self._find_gradients()
+        self.clipped_scaled = 1.0
         self.forget()
+
+    def _find_gradients(self) -> None:
+        parameters, self._is_replaced = self._subject.parameters(), False
+        self._of_gradients = {_storage(p.grad): p for p in parameters if p.grad is not None}
 
     def forget(self) -> None:
         """Forget changes by hand."""
@@ -135,15 +142,20 @@ class GradientWatch:
             self.weights_version += 1
 
     def is_gradient(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a gradient of the latest backward, or a view of one."""
+        """Whether a tensor is a gradient of the latest backward or set since, or a view of one."""
+        if self._is_replaced:
+            self._find_gradients()
         parameter = self._of_gradients.get(storage := _storage(tensor))
         return parameter is not None and parameter.grad is not None and _storage(parameter.grad) == storage
 
     def gradient_changed(self, how: str) -> None:
         """Record a change of a gradient that is about to happen."""
         here = (how, user_line())
+        self._is_replaced |= how == "replaced"
         if not self.touched or self.touched[-1] != here:
             self.touched.append((f"clip: {how}" if is_clipping() else how, here[1]))
+        if how == UNSCALE and self._chain:
+            self.clipped_scaled = self.change(self.norm()).clip
         if "zero" in how or how == UNSCALE:
             return
         kind = "clip" if is_clipping_norm() else "hand"
