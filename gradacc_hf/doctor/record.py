@@ -189,12 +189,14 @@ class GradientChange:
     hand: factor by which the loop scaled it, without clipping to a norm; None if it changed otherwise.
     clip: factor of clipping to a norm.
     place: the first line that changed it by hand.
+    scaled: factor by which the loop scaled it before it changed it otherwise; None if both were mixed.
     """
 
     hand: float | None = 1.0
     clip: float = 1.0
     place: Place | None = None
     how: str = ""
+    scaled: float | None = 1.0
 
     @property
     def is_set(self) -> bool:

@@ -314,7 +314,7 @@ def _gradient(record: LoopRecord) -> Iterator[Finding]:
             evidence += "; the loss of an example changes in a batch that holds it twice"
         yield _found(COUPLED[found.coupled], evidence, window.micro_batches[0].place)
         return
-    full = [(w, r) for w, r in full if w.is_intact]
+    full = [(w, r) for w, r in full if w.is_intact and w.change.scaled is not None]
     if not full:
         return
     window, worst = max(full, key=lambda pair: pair[1].error)

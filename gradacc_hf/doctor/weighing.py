@@ -90,7 +90,9 @@ def weigh(window: ObservedWindow, steps: int) -> Weighing:
     if any(discarded.why == "copied" for discarded in window.discarded):
         return Weighing(why_not="the loop zeroes backwards, and sets the gradient itself")
     hand, many = window.change.hand, len(window)
-    if hand is None or abs(hand - 1) <= RTOL:
+    if hand is None and (hand := window.change.scaled) is None:
+        return Weighing(why_not="the loop scales the gradient, and changes it otherwise in the same lines")
+    if abs(hand - 1) <= RTOL:
         return _weigh(window, steps, 1.0)
     if abs(hand * many - 1) <= RTOL and many > 1:  # the loop divides the gradient by the steps
         once = [replace(each, root_factors=(*each.root_factors, hand)) for each in window.micro_batches]
