@@ -279,6 +279,7 @@ class Recipe:
             )
         if tokenizer.pad_token is None:
             self._choose_pad_token(tokenizer)
+        self._note_settings(tokenizer)
         self.own_padding_side = tokenizer.padding_side
         if tokenizer.is_fast:
             backend = tokenizer.backend_tokenizer
@@ -288,6 +289,20 @@ class Recipe:
             note = f"{self.padding_side}, so that the first token of a text is at position 0"
             self.model_notes["padding side"] = f"{note}; the tokenizer's is {self.own_padding_side}"
         return tokenizer
+
+    def _note_settings(self, tokenizer: Any) -> None:
+        """Note each setting of the recipe that changes the tokenizer, and save no other."""
+        from transformers.models.auto.tokenization_auto import get_tokenizer_config  # slow to import
+
+        saved = get_tokenizer_config(self.model_path, **self.source_options())
+        for name, value in self.tokenizer_settings.items():
+            was = saved.get(name, "no value")
+            if was == value:
+                continue
+            if tokenizer.is_fast and not _has_word_starts(tokenizer):
+                tokenizer.init_kwargs.pop(name, None)
+            else:
+                self.model_notes[name] = f"{value}; {was} in the saved tokenizer"
 
     def _choose_pad_token(self, tokenizer: Any) -> None:
         """Set the padding token of a tokenizer without one.
@@ -474,6 +489,13 @@ class Recipe:
     # The names in recipes of version 0.1.0:
     _loading = loading_errors
     _source = source_options
+
+
+def _has_word_starts(tokenizer: Any) -> bool:
+    """Whether a fast tokenizer writes the space before a word into the tokens."""
+    parts = tokenizer.backend_tokenizer.pre_tokenizer, tokenizer.backend_tokenizer.normalizer
+    state = b"".join(part.__getstate__() for part in parts if part is not None)
+    return any(name in state for name in (b"add_prefix_space", b"prepend_scheme", b'"Prepend"'))
 
 
 def _why(error: Exception) -> str:

@@ -310,6 +310,25 @@ def test_a_language_model_keeps_the_padding_side_and_the_rest_of_its_tokenizer()
     assert transformers.AutoTokenizer.from_pretrained("saved").padding_side == "left"
 
 
+@pytest.mark.parametrize("is_part", [False, True])
+def test_a_tokenizer_setting_of_a_task_is_in_the_plan_or_not_saved(is_part):
+    tokenizer = make_tokenizer()
+    if is_part:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    save("Bert", task="ForTokenClassification", tokenizer=tokenizer, **names("a", "b"))
+    rows = [
+        {"tokens": text.split(), "tags": ["ab"[len(word) % 2] for word in text.split()]} for text in TEXTS
+    ]
+    recipe = recipe_for("token_classification", rows)
+    recipe.tokenizer  # noqa: B018
+    recipe.processors()[0].save_pretrained("saved")
+    saved = json.loads(Path("saved/tokenizer_config.json").read_text())
+    assert saved.get("add_prefix_space", False) == is_part
+    assert recipe.model_notes.get("add_prefix_space") == (
+        "True; no value in the saved tokenizer" if is_part else None
+    )
+
+
 def test_tokens_without_an_embedding_are_refused_by_the_check(capfd):
     added = make_tokenizer(added=["new"])
     for name, task, row in (
