@@ -1,8 +1,8 @@
 """`gradacc bench gpu`: what removing padding gains on a GPU, within a time limit.
 
 The run appends each result to runs/gpu-N/rows.jsonl as soon as it exists, as a line of JSON. The order is the
-environment, checks of gradients (`gpu_checks.py`), and runs of contenders (`gpu_contenders.py`). Contenders of a
-model take turns, and turn 0 warms up. A cell is a contender of a model in a precision: medians over its
+environment, checks of gradients (`gpu_checks.py`), and runs of contenders (`gpu_contenders.py`). Contenders
+of a model take turns, and turn 0 warms up. A cell is a contender of a model in a precision: medians over its
 turns. The time limit, Ctrl-C and SIGTERM end the run with a table of what there is.
 
 MFU is the operations per second of forward and backward on real tokens, as a share of the GPU's peak.
@@ -27,7 +27,7 @@ from rich.table import Table
 from gradacc_hf.accumulation.accelerate_state import reset_settings
 from gradacc_hf.bench.gpu_cells import Cell, cells_of, group_of, peak_of
 from gradacc_hf.bench.gpu_checks import HEADS, Check, check_head
-from gradacc_hf.bench.gpu_contenders import CONTENDERS, GpuModel, Turn, Workload
+from gradacc_hf.bench.gpu_contenders import CONTENDERS, GpuModel, GpuWorkload, Turn
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.errors import GradaccError, InputError, one_line
 from gradacc_hf.run.folder import next_folder
@@ -111,7 +111,7 @@ class Stopped(BaseException):
 
 
 @dataclass
-class Rows:
+class RowLog:
     """The results so far, each also a line of JSON in a file, flushed at once."""
 
     file: Path
@@ -142,7 +142,7 @@ def measure_gpu(seconds: float, plan: GpuPlan = FULL, progress: Progress = iter)
     """
     if not (plan.on_cpu or torch.cuda.is_available()):
         raise InputError("bench gpu: found no CUDA GPU; allowed without one: --tiny, which runs on the CPU")
-    rows, stopped = Rows(next_folder("gpu") / "rows.jsonl"), None
+    rows, stopped = RowLog(next_folder("gpu") / "rows.jsonl"), None
     try:
         with time_limit(seconds):
             _measure(plan, rows, seconds, progress)
@@ -183,7 +183,7 @@ def time_limit(seconds: float) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _measure(plan: GpuPlan, rows: Rows, seconds: float, progress: Progress) -> None:
+def _measure(plan: GpuPlan, rows: RowLog, seconds: float, progress: Progress) -> None:
     end = time.monotonic() + seconds
     reset_settings()
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
@@ -199,7 +199,7 @@ def _measure(plan: GpuPlan, rows: Rows, seconds: float, progress: Progress) -> N
             rows.add(Note(model.name, precision, f"left out: {reason}"))
             continue
         try:
-            work = Workload(model, precision, plan.longest, plan.windows, device)
+            work = GpuWorkload(model, precision, plan.longest, plan.windows, device)
         except Exception as error:  # out of memory, or anything that a library raises
             rows.add(
                 Note(model.name, precision, f"left out: {type(error).__name__}: {one_line(error)[:300]}")
@@ -214,7 +214,7 @@ def _measure(plan: GpuPlan, rows: Rows, seconds: float, progress: Progress) -> N
             rows.add(cell)
 
 
-def _take_turns(plan: GpuPlan, work: Workload, rows: Rows, until: float) -> None:
+def _take_turns(plan: GpuPlan, work: GpuWorkload, rows: RowLog, until: float) -> None:
     """Run each contender once per turn. No turn starts after `until`, except the first that counts."""
     failed = set()
     for turn in range(0 if plan.warm_up else 1, plan.turns + 1):

@@ -5,8 +5,8 @@ micro-batch holds as many examples as fit `max_tokens`. Trainer's micro-batches 
 examples, so that they fit when padded to the longest.
 
 The dense limit is the loop on examples of one length: as many examples and real tokens, and no padding.
-Examples are as long as the docstrings of Python's standard library, in words and signs. Tokens and weights are
-random.
+Examples are as long as the docstrings of Python's standard library, in words and signs. Tokens and weights
+are random.
 """
 
 import copy
@@ -80,7 +80,7 @@ class Turn:
     failed: str | None = None
 
 
-class Workload:
+class GpuWorkload:
     """A model and its examples, with the estimate of a step.
 
     Attributes:
