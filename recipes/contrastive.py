@@ -121,6 +121,10 @@ class Contrastive(Recipe):
         """Return the number of pairs."""
         return len(batch["anchor_input_ids"])
 
+    def padded_part(self, model, batch):
+        inputs = {name: batch[f"anchor_{name}"] for name in ("input_ids", "attention_mask")}
+        return model.encoder, inputs
+
     def predict(self, outputs, batch):
         return outputs.float().cpu().numpy(), text_numbers(batch).tolist()
 

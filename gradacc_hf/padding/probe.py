@@ -51,9 +51,17 @@ Stacks = dict[PreTrainedModel, tuple[list[torch.nn.Module], int]]
 
 
 class Probe:
-    """The loss and gradient of a model on a sample, with and without padding."""
+    """The loss and gradient of a model on a sample, with and without padding.
 
-    def __init__(self, model: torch.nn.Module, batch: Mapping[str, Any]):
+    Args:
+        model: The model, without wrappers.
+        batch: A padded batch, or a packed row.
+        compute_loss: (outputs, batch) → loss, or None for the model's loss.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss | None = None
+    ):
         if not isinstance(getattr(model, "config", None), PreTrainedConfig):
             raise PaddingNotRemovableError(f"{type(model).__name__} has no config of transformers")
         self.model = model
@@ -62,7 +70,7 @@ class Probe:
         batch = padded_batch(batch) if self.packs else batch
         self.sample = make_sample(batch, getattr(model.config, "pad_token_id", None))
         self._loss, self._gradient = math.nan, {}
-        self._compute_loss: ComputeLoss | None = None
+        self._compute_loss, self._is_alone = compute_loss, False
 
     @property
     def is_sharded(self) -> bool:
@@ -70,19 +78,19 @@ class Probe:
         return _is_sharded(self.model)
 
     @contextmanager
-    def of_loss(self, compute_loss: ComputeLoss) -> Iterator[None]:
-        """Compare a loss alone in the block: its value and gradient now are the reference.
+    def of_loss_alone(self) -> Iterator[None]:
+        """Compare the loss without other outputs in the block. Its value and gradient now are the reference.
 
         Raises:
             PaddingNotRemovableError: The loss fails.
         """
         before = self._loss, self._gradient
-        self._compute_loss = compute_loss
+        self._is_alone = True
         try:
             self._loss, self._gradient = self._everywhere(self.run, "the loss fails on a sample")
             yield
         finally:
-            self._compute_loss = None
+            self._is_alone = False
             self._loss, self._gradient = before
 
     def run(self) -> tuple[float, Gradient]:
@@ -191,7 +199,7 @@ class Probe:
 
     def check_row(self) -> None:
         """Compare the loss of the examples in one row. Raises PaddingNotRemovableError if not exact."""
-        with self.of_loss(lambda outputs, _: output_named(outputs, "loss", position=0)):
+        with self.of_loss_alone():
             for cost in GROUPINGS:
                 row = packed_row(self.sample)
                 layout = row_layout(row["position_ids"], cost)
@@ -303,11 +311,13 @@ class Probe:
 
     def _backward(self, sample: Mapping[str, Any]) -> float:
         outputs = self.model(**sample)
-        if self._compute_loss is not None:
+        if self._compute_loss is None:
+            loss = output_named(outputs, "loss", position=0)
+        else:
             loss = total_loss(self._compute_loss(outputs, sample))
+        if self._is_alone:
             loss.backward()
             return float(loss.detach())
-        loss = output_named(outputs, "loss", position=0)
         projection = _projection(outputs, self._masks(sample))
         if not isinstance(loss, torch.Tensor) or loss.ndim:
             loss = projection

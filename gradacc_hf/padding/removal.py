@@ -48,10 +48,10 @@ def remove_padding(
         batch: A padded batch on the device of the model, with `attention_mask` and what the loss needs. Or
             examples that are packed into one row, with `position_ids` that restart at each example: attention
             then needs no mask (tokens, tokens).
-        compute_loss: The loss of the loop, (outputs, batch) → loss, or None. If given, the feed-forward part
-            of the last layer runs only at tokens that this loss reads, where that is exact. In sequence
-            classification, it is the first token of each example. In training with labels, other outputs
-            then differ from the padded model's, such as the logits of unlabelled tokens.
+        compute_loss: The loss of the loop, (outputs, batch) → loss, or None for the model's loss. If given,
+            the feed-forward part of the last layer runs only at tokens that it reads, where that is exact. In
+            sequence classification, it is the first token of each example. In training with labels, other
+            outputs then differ from the padded model's, such as the logits of unlabelled tokens.
 
     Raises:
         InputError: The batch has no attention mask, or no example of four tokens.
@@ -60,7 +60,7 @@ def remove_padding(
     """
     if is_removed(model):
         return
-    probe = Probe(without_wrappers(model), batch)
+    probe = Probe(without_wrappers(model), batch, compute_loss)
     with probe.prepared():
         stacks = probe.record_layers(_layers_by_owner(probe.model))
         reasons = {}
@@ -72,7 +72,7 @@ def remove_padding(
                     probe.check_row()
                 _end_check(probe.model)
                 if compute_loss is not None:
-                    _skip_unread(probe, stacks, compute_loss)
+                    _skip_unread(probe, stacks)
                 _compile_again(probe.model)
                 return
             except PaddingNotRemovableError as error:
@@ -181,11 +181,11 @@ def skips_unread(model: torch.nn.Module) -> bool:
     return any(hook.stack.reads for hook in _hooks(model))
 
 
-def _skip_unread(probe: Probe, stacks: Stacks, compute_loss: ComputeLoss) -> None:
+def _skip_unread(probe: Probe, stacks: Stacks) -> None:
     """Skip tokens that the loss does not read, in a model with one stack of layers."""
     changed = [layers[-1] for layers, _ in stacks.values() if next(_hooks(layers[-1]), None) is not None]
     if len(changed) == 1:
-        skip_unread_tokens(probe, changed[0], next(_hooks(changed[0])).stack, compute_loss)
+        skip_unread_tokens(probe, changed[0], next(_hooks(changed[0])).stack)
 
 
 def _compile_again(model: torch.nn.Module) -> None:

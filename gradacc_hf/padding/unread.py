@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from gradacc_hf.accumulation.loss_items import ComputeLoss
 from gradacc_hf.accumulation.padding_layout import pack, padding_layout, unpack
 from gradacc_hf.errors import PaddingNotRemovableError
 from gradacc_hf.padding.attention import CURRENT, PackedForward
@@ -106,14 +105,13 @@ def _packed(value: Any, forward: PackedForward) -> Any:
     return pack(value[0], forward.read)[None]
 
 
-def skip_unread_tokens(probe: Probe, layer: torch.nn.Module, stack: Stack, compute_loss: ComputeLoss) -> bool:
+def skip_unread_tokens(probe: Probe, layer: torch.nn.Module, stack: Stack) -> bool:
     """Determine which tokens the loss reads, and compute the end of the last layer only at these.
 
     Args:
         probe: The probe of the model, which computes without padding.
         layer: The last layer.
         stack: The stack of the layer.
-        compute_loss: The loss.
 
     Returns:
         Whether a part of the layer is skipped now, with the same loss and gradient.
@@ -121,7 +119,7 @@ def skip_unread_tokens(probe: Probe, layer: torch.nn.Module, stack: Stack, compu
     labels = probe.sample.get("labels")
     if not isinstance(labels, torch.Tensor) or not stack.by_group or probe.is_sharded:
         return False
-    with ExitStack() as added, suppress(PaddingNotRemovableError), probe.of_loss(compute_loss):
+    with ExitStack() as added, suppress(PaddingNotRemovableError), probe.of_loss_alone():
         note, forget = NoteLabels(stack), ForgetLabels(stack)
         note.add(probe.model.register_forward_pre_hook, with_kwargs=True, prepend=True)
         forget.add(probe.model.register_forward_hook, always_call=True)

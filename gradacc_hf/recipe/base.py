@@ -246,6 +246,10 @@ class Recipe:
         """Return the mean loss over the items of a micro-batch."""
         return model_loss(outputs, batch)
 
+    def padded_part(self, model: Any, batch: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+        """Return the model whose layers compute padding, and its inputs: a part of the recipe's model."""
+        return model, batch
+
     def predict(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Rows, Rows]:
         """Return the predictions and references of a micro-batch, row by row."""
         return logits_and_labels(outputs, batch)

@@ -6,6 +6,7 @@ import numpy as np
 from accelerate.utils import DistributedType, send_to_device
 
 from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.loss_items import as_window_loss
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.errors import InputError, PaddingNotRemovableError, one_line, refuse
 from gradacc_hf.padding.removal import is_grouped, remove_padding_in_all, skips_unread
@@ -60,13 +61,14 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
 
 def _remove(recipe: Recipe, model: Any, windows: WindowLoader) -> str:
     """Remove padding, or return why it is kept."""
-    batch = windows.sample()[1].batch
+    part, batch = recipe.padded_part(model, windows.sample()[1].batch)
+    compute_loss = None if as_window_loss(recipe.loss) is not None else recipe.loss
     try:
         if windows.accelerator.distributed_type == DistributedType.FSDP:  # the whole model may not fit
-            batch = send_to_device(batch, model.device)
+            batch = send_to_device(batch, part.device)
         else:
             model.to(windows.accelerator.device)
-        remove_padding_in_all(model, batch, windows.accelerator, recipe.loss)
+        remove_padding_in_all(part, batch, windows.accelerator, compute_loss)
     except (PaddingNotRemovableError, InputError) as error:
         return one_line(error)
     except (RuntimeError, MemoryError) as error:
@@ -82,7 +84,7 @@ def _why_kept(recipe: Recipe, model: Any, windows: WindowLoader, setting: str) -
     packs = recipe.pad_to == "nothing"
     if not packs and recipe.pad_to != "micro_batch":
         return "padding changes the loss of this recipe"
-    if not packs and "attention_mask" not in windows.sample(2)[1].batch:
+    if not packs and "attention_mask" not in recipe.padded_part(model, windows.sample(2)[1].batch)[1]:
         return "the inputs have no attention mask"
     if any(hasattr(module, "hf_device_map") for module in model.modules()):
         return "the model is placed on devices already"

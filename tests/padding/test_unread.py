@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gradacc_hf
+from gradacc_hf import PaddingNotRemovableError
 from gradacc_hf.accumulation.reference import EXACT, compare, read_gradient, whole_window_gradient
 from gradacc_hf.padding.removal import is_removed, skips_unread
 from gradacc_hf.verification.tiny_models import build_head
@@ -93,7 +94,7 @@ def test_other_outputs_are_those_of_the_padded_model_in_evaluation_and_without_l
 
 def test_a_loss_that_reads_all_tokens_skips_none():
     def with_penalty(outputs, batch):
-        return outputs.loss + outputs.logits.square().mean()
+        return outputs.loss + (outputs.logits * batch["attention_mask"][..., None]).square().mean()
 
     padded, model, batch_of = make("token_classification", "bert", with_penalty)
     assert is_removed(model)
@@ -101,10 +102,28 @@ def test_a_loss_that_reads_all_tokens_skips_none():
     assert error(padded, model, batch_of(OTHERS)) < EXACT
 
 
-def test_a_loss_that_fails_on_the_sample_skips_none():
-    _, model, _ = make("sequence_classification", "bert", lambda outputs, batch: outputs.missing)
-    assert is_removed(model)
-    assert not skips_unread(model)
+def test_a_loss_that_fails_on_the_sample_is_refused():
+    with pytest.raises(PaddingNotRemovableError, match="fails on a sample \\(AttributeError"):
+        make("sequence_classification", "bert", lambda outputs, batch: outputs.missing)
+
+
+def test_the_loss_of_the_loop_may_read_real_tokens_where_the_models_loss_reads_padding():
+    def loss_of_real_tokens(outputs, batch):
+        starts = outputs.start_logits.masked_fill(batch["attention_mask"] == 0, -torch.inf)
+        return torch.nn.functional.cross_entropy(starts, batch["start_positions"])
+
+    head = build_head("question_answering", "bert")
+    batch = head.collate(head.examples(LENGTHS))
+    with pytest.raises(PaddingNotRemovableError, match="reads hidden states of padding"):
+        gradacc_hf.remove_padding(head.model, batch)
+    padded = copy.deepcopy(head.model)
+    gradacc_hf.remove_padding(head.model, batch, loss_of_real_tokens)
+    gradients = []
+    for model in (head.model, padded):
+        other = head.collate(head.examples(OTHERS))
+        loss_of_real_tokens(model.train()(**other), other).backward()
+        gradients.append(read_gradient(model))
+    assert compare("real tokens", *gradients).error < EXACT
 
 
 def test_layers_that_are_computed_again_skip_none_and_stay_exact():
