@@ -54,6 +54,7 @@ class Recipe:
     model_class: ClassVar[Any]
     tokenizer_settings: ClassVar[Mapping[str, Any]] = {}  # options of the tokenizer's from_pretrained
     padding_side: str | None = None  # "right" or "left"; None: the tokenizer's own
+    saves_padding_side: ClassVar[bool] = True  # False: the saved tokenizer keeps the side of its own
     pipeline_tag: ClassVar[str | None] = None  # the Hub's name of the task: "text-classification"
     example: ClassVar[Any] = "A text."  # an input for the example code of the model card; or None
     num_items: str | CountItems = "labels"
@@ -121,7 +122,7 @@ class Recipe:
         key: str,
         numbers: Sequence[Any] = (None, None),
     ) -> tuple[Dataset, Dataset]:
-        """Return both data sets without bad rows; raise InputError for the first unless they are skipped.
+        """Return both data sets without bad rows; raise InputError for the file's first unless skipped.
 
         Args:
             training: Training rows.
@@ -137,11 +138,13 @@ class Recipe:
             ("training", key, training, numbers[0]),
             ("training" if self.held_out else "validation", of_validation, validation, numbers[1]),
         )
+        others = (validation, numbers[1]) if self.held_out else None  # rows of the same file
         for split, named, dataset, of_file in splits:
             settings = {"key": named, "on_bad_row": self.data.on_bad_row, "split": split, "numbers": of_file}
-            dataset, bad = check_rows(dataset, problem, **settings)
+            dataset, bad = check_rows(dataset, problem, **settings, others=others)
             self.skipped_rows += bad
             kept.append(dataset)
+            others = None
         return kept[0], kept[1]
 
     @property
@@ -228,6 +231,8 @@ class Recipe:
             backend, (truncation, padding) = tokenizer.backend_tokenizer, self._own_tokenizing
             backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
             backend.enable_padding(**padding) if padding else backend.no_padding()
+        if not self.saves_padding_side:
+            tokenizer.padding_side = self.own_padding_side
         return [tokenizer]
 
     def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
@@ -286,7 +291,9 @@ class Recipe:
         if self.padding_side not in (None, self.own_padding_side):
             tokenizer.padding_side = self.padding_side
             note = f"{self.padding_side}, so that the first token of a text is at position 0"
-            self.model_notes["padding side"] = f"{note}; the tokenizer's is {self.own_padding_side}"
+            saved = self.padding_side if self.saves_padding_side else self.own_padding_side
+            note += f"; the tokenizer's is {self.own_padding_side}, and it is saved with {saved}"
+            self.model_notes["padding side"] = note
         return tokenizer
 
     def _choose_pad_token(self, tokenizer: Any) -> None:
@@ -304,7 +311,8 @@ class Recipe:
             )
             refuse("model.name", found, "set its pad_token, and save it again")
         source = "the padding token of the model's config" if known else "the end-of-text token"
-        self.model_notes["padding token"] = f"{tokenizer.pad_token}, {source}; the tokenizer had none"
+        note = f"{tokenizer.pad_token}, {source}; the tokenizer had none, and it is saved with this one"
+        self.model_notes["padding token"] = note
 
     def tokens_of_batches(self) -> list[str]:
         """Return the tokens that batches have and examples may not have: the padding token."""
