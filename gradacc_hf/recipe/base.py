@@ -275,8 +275,7 @@ class Recipe:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         with self.loading_errors("tokenizer"):
-            settings = {**self.source_options(), **self.tokenizer_settings}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, **settings)
+            tokenizer = self._load_tokenizer()
         # Without tokenizer files, transformers makes a tokenizer of special tokens only.
         if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
             raise InputError(
@@ -294,6 +293,20 @@ class Recipe:
             saved = self.padding_side if self.saves_padding_side else self.own_padding_side
             note += f"; the tokenizer's is {self.own_padding_side}, and it is saved with {saved}"
             self.model_notes["padding side"] = note
+        return tokenizer
+
+    def _load_tokenizer(self) -> Any:
+        """Return the tokenizer as it was saved, or with `tokenizer_settings` where they change tokens."""
+        options = self.source_options()
+        own = transformers.AutoTokenizer.from_pretrained(self.model_path, **options)
+        if not self.tokenizer_settings:
+            return own
+        options |= self.tokenizer_settings
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, **options)
+        if own.is_fast and own.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str():
+            return own
+        for name, value in self.tokenizer_settings.items():
+            self.model_notes[name] = f"{value}, as this task needs; the tokenizer is saved so"
         return tokenizer
 
     def _choose_pad_token(self, tokenizer: Any) -> None:

@@ -16,6 +16,7 @@ from recipe_runs import load_recipe, make_recipe, run_recipe, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gradacc_hf import verify
+from gradacc_hf.embedded.smollm2 import smollm2_path
 from gradacc_hf.errors import InputError
 from gradacc_hf.run.plan import make_plan
 from gradacc_hf.run.predict import predict
@@ -303,11 +304,39 @@ def test_a_language_model_keeps_the_padding_side_and_the_rest_of_its_tokenizer()
     recipe.datasets()
     assert recipe.collate(recipe.datasets()[0].select(range(9)).to_list())["attention_mask"][:, 0].all()
     assert recipe.model_notes["padding side"].startswith("right, ")
+    assert recipe.model_notes["padding side"].endswith("saved with left")
     [saved] = recipe.processors()
     saved.save_pretrained("saved")
     before, after = (json.loads(Path(folder, "tokenizer.json").read_text()) for folder in ("model", "saved"))
     assert before == after  # also without the truncation of this task
     assert transformers.AutoTokenizer.from_pretrained("saved").padding_side == "left"
+
+
+def test_each_change_of_the_saved_tokenizer_has_a_line():
+    tokenizer = transformers.GPT2Tokenizer.from_pretrained(smollm2_path(), padding_side="left")
+    tokenizer.pad_token = None
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": None}
+    save("GPT2", task="ForTokenClassification", tokenizer=tokenizer, **names("O", "B-PER"), **sizes)
+    rows = [{"tokens": ["Ada", "sang"], "tags": ["B-PER", "O"]}] * 20
+    recipe = recipe_for("token_classification", rows)
+    recipe.datasets()
+    [saved] = recipe.processors()
+    saved.save_pretrained("saved")
+    before, after = (json.loads(Path(f, "tokenizer_config.json").read_text()) for f in ("model", "saved"))
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert changed == {"add_prefix_space", "pad_token", "padding_side"}
+    assert recipe.model_notes["add_prefix_space"] == "True, as this task needs; the tokenizer is saved so"
+    assert recipe.model_notes["padding side"].endswith(
+        "; the tokenizer's is left, and it is saved with right"
+    )
+    assert recipe.model_notes["padding token"].endswith("had none, and it is saved with this one")
+
+
+def test_a_setting_that_changes_no_token_is_not_saved():
+    save("Bert", task="ForTokenClassification", **names("O", "B-PER"))
+    recipe = recipe_for("token_classification", [{"tokens": ["w1", "w2"], "tags": ["B-PER", "O"]}] * 20)
+    assert "add_prefix_space" not in recipe.tokenizer.init_kwargs
+    assert "add_prefix_space" not in recipe.model_notes
 
 
 def test_tokens_without_an_embedding_are_refused_by_the_check(capfd):
