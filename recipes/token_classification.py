@@ -75,7 +75,7 @@ class TokenClassification(Recipe):
         for dataset in splits:
             check_tokens_and_tags(dataset, data.tokens_column, data.tags_column)
         self.labels = match_labels(tag_names(splits[0], data.tags_column), self.own_labels)
-        self.note_labels(self.labels.note)
+        self.note_labels(self.labels)
         train, validation = map(self.tokenize, splits)
         numbers, problem = [file_rows(dataset) for dataset in splits], lambda row: row["problem"] or None
         found = self.check_rows(train, validation, problem, "data.tags_column", numbers)

@@ -31,7 +31,7 @@ from gradacc_hf.data.loading import load_data
 from gradacc_hf.data.reading import LOST, Reading, truncation_note
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
-from gradacc_hf.recipe.labels import labels_of_config
+from gradacc_hf.recipe.labels import Labels, labels_of_config, parameters_of_labels, renew
 from gradacc_hf.training.loop import Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
 from gradacc_hf.utils.files import MODEL_CONFIG
@@ -75,6 +75,7 @@ class Recipe:
         self.new_parameters: set[str] | None = None  # parameters without saved weights; None: all
         self.model_notes: dict[str, str] = {}  # for the plan: each change of the user's model, by name
         self.own_padding_side: str | None = None  # of the tokenizer, before `padding_side`
+        self.has_new_labels = False  # whether the model has labels, and the data have others
         self.without_weights = False  # set by weightless()
         self._own_tokenizing: tuple[Any, Any] = None, None  # truncation and padding in the tokenizer's file
         self._saved_config: Any = None  # the config beside a loaded adapter, with the task's settings
@@ -344,10 +345,14 @@ class Recipe:
             return None
         return labels_of_config(self.own_config, self.model_class.__name__.removeprefix("AutoModel"))
 
-    def note_labels(self, note: str | None) -> None:
-        """Note for the plan where the labels come from, and a change of the problem that the model solves."""
-        if note is not None:
-            self.model_notes["labels"] = note
+    def note_labels(self, labels: Labels) -> None:
+        """Note for the plan where the labels come from, and a change of the problem that the model solves.
+
+        The head of a model is new if the labels are.
+        """
+        self.has_new_labels = labels.are_new
+        if labels.note is not None:
+            self.model_notes["labels"] = labels.note
         was, now = getattr(self.own_config, "problem_type", None), self.model_overrides().get("problem_type")
         if was not in (None, now) and now is not None:
             self.model_notes["problem"] = f"{now} instead of {was} in the model's config"
@@ -454,9 +459,21 @@ class Recipe:
                 )
         mismatched = {tensor for tensor, _, _ in info["mismatched_keys"]}
         self.new_parameters = {*info["missing_keys"], *mismatched} & dict(model.named_parameters()).keys()
-        sizes = [f"{list(found)} is saved, {list(now)} needed" for _, found, now in info["mismatched_keys"]]
-        self.note_head(model, sizes[0] if sizes else "not among the saved weights")
+        why = [f"{list(found)} is saved, {list(now)} needed" for _, found, now in info["mismatched_keys"]]
+        if self.has_new_labels and (same := self._head_of_other_labels(options["config"])):
+            renew(model, same)
+            self.new_parameters |= same
+            why.append("the saved ones are for other labels; they are kept for the names or ids of the model")
+        self.note_head(model, why[0] if why else "not among the saved weights")
         return model
+
+    def _head_of_other_labels(self, config: Any) -> set[str]:
+        """Return the parameters that were saved for other labels, although their sizes fit the config."""
+
+        def make(config: Any) -> torch.nn.Module:
+            return self.model_class.from_config(config, **self._trust())
+
+        return parameters_of_labels(make, config) - (self.new_parameters or set())
 
     def note_head(self, model: Any, why: str) -> None:
         """Note for the plan whether the head of a loaded model is new or kept, and why it is new."""

@@ -1,9 +1,15 @@
-"""The labels of a data set, in the order and with the names that the user's model has for them."""
+"""The labels of a data set, in the order and with the names that the user's model has for them.
 
+A model with other labels gets a new head.
+"""
+
+import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from gradacc_hf.errors import listed
 
@@ -17,12 +23,14 @@ class Labels:
     Attributes:
         names: Names in the config of the model, by id.
         ids: Label in the data → id.
-        note: A line about the labels for the plan of a run; None if the model had none.
+        note: A line about the labels for the plan of a run, or None.
+        are_new: Whether the model has labels of its own, and the data have others. The head is then new.
     """
 
     names: list[str]
     ids: dict[str, int]
     note: str | None = None
+    are_new: bool = False
 
     @property
     def in_data(self) -> list[str]:
@@ -41,7 +49,7 @@ class Labels:
 
 
 def match_labels(found: Sequence[str], own: Sequence[str] | None) -> Labels:
-    """Return the labels of a model for a data set. The model's own labels stay if the data has no others.
+    """Return the labels of a model for a data set. The model's own labels stay if the data have no others.
 
     Labels match by name, or by name without case, if that is unambiguous. Whole numbers are ids of the model,
     if the highest is the model's highest id.
@@ -52,11 +60,11 @@ def match_labels(found: Sequence[str], own: Sequence[str] | None) -> Labels:
     """
     as_found = {name: number for number, name in enumerate(found)}
     if own is None:
-        return Labels(list(found), as_found)
+        return Labels(list(found), as_found, f"of the data: {_some(found)}")
     ids = _by_name(found, own) or _by_name(*map(_folded, (found, own))) or _by_id(found, len(own))
     if ids is None:
         note = f"{_some(found)}, instead of the model's own: {_some(own)}"
-        return Labels(list(found), as_found, note)
+        return Labels(list(found), as_found, note, are_new=True)
     note = f"the model's own, in the model's order: {_some(own)}"
     if len(found) < len(own):
         note += f"; the data has {len(found)} of these {len(own)}"
@@ -81,6 +89,30 @@ def labels_of_config(config: Any, task: str) -> list[str] | None:
     own = [str(names[number]) for number in range(len(names))]
     is_default = own == [f"LABEL_{number}" for number in range(len(own))]
     return None if is_default and not has_head else own
+
+
+def parameters_of_labels(make: Callable[[Any], torch.nn.Module], config: Any) -> set[str]:
+    """Return the names of the parameters whose size depends on the number of labels.
+
+    Args:
+        make: Returns a model for a config.
+        config: The config of the model.
+    """
+    wider, sizes = copy.deepcopy(config), []
+    wider.num_labels = config.num_labels + 1
+    for each in (config, wider):
+        with torch.device("meta"):
+            sizes.append({name: p.shape for name, p in make(each).named_parameters()})
+    return {name for name, size in sizes[0].items() if size != sizes[1][name]}
+
+
+@torch.no_grad()
+def renew(model: Any, names: Collection[str]) -> None:
+    """Draw new values for the modules of a transformers model that have these parameters."""
+    for module in {model.get_submodule(name.rpartition(".")[0]) for name in names}:
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = False  # else transformers keeps the values
+        model._init_weights(module)
 
 
 def _by_name(found: Sequence[str], own: Sequence[str]) -> list[int] | None:

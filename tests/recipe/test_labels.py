@@ -20,6 +20,7 @@ SAME = [
 ]
 OTHER = [
     (["bad", "good"], ["negative", "positive"]),
+    (["Positive", "neutral"], ["positive", "negative"]),  # "neutral" has no row of the head
     (["1", "2"], ["negative", "positive"]),
     (["0", "1"], ["a", "b", "c"]),  # ids of two of three labels, or two other labels
     (["a", "b", "c"], ["a", "b"]),
@@ -33,6 +34,7 @@ OTHER = [
 def test_the_order_and_the_names_of_the_model_stay(found, own, ids):
     labels = match_labels(found, own)
     assert labels.names == own
+    assert not labels.are_new
     assert [labels.ids[name] for name in found] == ids
     assert [labels.in_data[number] for number in ids] == found
     assert labels.model_overrides()["label2id"] == {name: i for i, name in enumerate(own)}
@@ -45,12 +47,14 @@ def test_other_labels_replace_those_of_the_model_and_the_plan_has_a_line(found, 
     labels = match_labels(found, own)
     assert labels.names == found
     assert labels.ids == {name: i for i, name in enumerate(found)}
+    assert labels.are_new
     assert labels.note == f"{', '.join(found)}, instead of the model's own: {', '.join(own)}"
 
 
 def test_a_model_without_labels_gets_those_of_the_data():
     assert match_labels(["b", "a"], None).names == ["b", "a"]
-    assert match_labels(["b", "a"], None).note is None
+    assert match_labels(["b", "a"], None).note == "of the data: b, a"
+    assert match_labels([*"abcdefgh"], None).note == "of the data: a, b, c, d, e, f, … (8)"
 
 
 @pytest.mark.parametrize(

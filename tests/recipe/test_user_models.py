@@ -210,7 +210,19 @@ def test_an_image_classifier_answers_as_before():
 
 
 NEW_HEADS = {  # labels of the data, config of the model → labels, head
-    "other names": (("good", "bad"), names("negative", "positive"), "instead of the model's own", "kept"),
+    "other names": (("good", "bad"), names("negative", "positive"), "instead of the model's own", "new"),
+    "one other name": (
+        ("Positive", "neutral"),
+        names("positive", "negative"),
+        "Positive, neutral, instead of the",
+        "new",
+    ),
+    "the same names": (
+        ("Positive", "negative"),
+        names("negative", "positive"),
+        "Positive = positive",
+        "kept",
+    ),
     "more labels": (("negative", "positive", "mixed"), names("negative", "positive"), "instead", "new"),
     "a regression": (("a", "b"), {"num_labels": 1, "problem_type": "regression"}, "own: LABEL_0", "new"),
 }
@@ -230,6 +242,39 @@ def test_the_plan_says_whether_the_head_is_new(case, capfd):
     assert line in labels
     assert found == head
     assert ("problem  " in outcome.out) == (case == "a regression")
+
+
+def test_a_head_for_other_labels_gets_new_values_and_the_body_stays():
+    """The head has the size of the saved one, whose second row is for "negative"."""
+    for name, task in (
+        ("text_classification", "ForSequenceClassification"),
+        ("token_classification", "ForTokenClassification"),
+    ):
+        saved, _ = save("Bert", task=task, **names("positive", "negative"))
+        labels = ["positive", "neutral"]
+        rows = [
+            {"text": text, "tokens": text.split()[:1], "label": labels[i % 2], "tags": [labels[i % 2]]}
+            for i, text in enumerate(TEXTS)
+        ]
+        recipe = recipe_for(name, rows, "--model.lora.rank", 2)
+        recipe.datasets()
+        model = recipe.model()
+        assert (
+            recipe.model_notes["labels"] == f"neutral, positive, instead of the model's own: {listed(saved)}"
+        )
+        assert recipe.model_notes["head"].startswith(
+            "new: classifier.bias, classifier.weight; the saved ones"
+        )
+        assert recipe.new_parameters == {"classifier.weight", "classifier.bias"}
+        assert not torch.isclose(model.classifier.weight, saved.classifier.weight).any()
+        assert model.classifier.weight.std() > 0
+        assert torch.equal(
+            model.bert.embeddings.word_embeddings.weight, saved.bert.embeddings.word_embeddings.weight
+        )
+
+
+def listed(model):
+    return ", ".join(model.config.id2label.values())
 
 
 NOT_ONE_HOT = {
