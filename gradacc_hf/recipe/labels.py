@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
-from gradacc_hf.errors import listed
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.errors import listed, refuse
 
 SHOWN = 6  # label names of a message
+USUAL_IGNORED = 255
+"""The label that marks what has no label in many data sets."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Labels:
         }
 
 
-def match_labels(found: Sequence[str], own: Sequence[str] | None) -> Labels:
+def match_labels(found: Sequence[str], own: Sequence[str] | None, key: str | None = None) -> Labels:
     """Return the labels of a model for a data set. The model's own labels stay if the data have no others.
 
     Labels match by name, or by name without case, if that is unambiguous. Whole numbers are ids of the model,
@@ -57,13 +60,17 @@ def match_labels(found: Sequence[str], own: Sequence[str] | None) -> Labels:
     Args:
         found: The labels of the data, in the order of the data.
         own: The names in the config of the model, by id; None if the model has no labels.
+        key: The setting of the labels, to refuse a whole number that is no class; None if they are names.
+
+    Raises:
+        InputError: One of the labels is 255, and the others are 0 to n.
     """
     as_found = {name: number for number, name in enumerate(found)}
     if own is None:
-        return Labels(list(found), as_found, f"of the data: {_some(found)}")
+        return Labels(list(found), as_found, f"of the data: {_some(found)}{_note_apart(found, key)}")
     ids = _by_name(found, own) or _by_name(*map(_folded, (found, own))) or _by_id(found, len(own))
     if ids is None:
-        note = f"{_some(found)}, instead of the model's own: {_some(own)}"
+        note = f"{_some(found)}, instead of the model's own: {_some(own)}{_note_apart(found, key)}"
         return Labels(list(found), as_found, note, are_new=True)
     note = f"the model's own, in the model's order: {_some(own)}"
     if len(found) < len(own):
@@ -126,6 +133,23 @@ def _by_id(found: Sequence[str], size: int) -> list[int] | None:
         return None
     numbers = [int(name) for name in found]
     return numbers if max(numbers) == size - 1 else None
+
+
+def _note_apart(found: Sequence[str], key: str | None) -> str:
+    """Return a line about a whole number apart from the others, which are 0 to n, or ""."""
+    others = {str(number) for number in range(len(found) - 1)}
+    apart = [name for name in found if name not in others]
+    is_number = len(apart) == 1 and re.fullmatch(r"-?[1-9]\d*", apart[0])
+    if key is None or not is_number or len(others) < 2 or int(apart[0]) == len(others):
+        return ""
+    [number] = apart
+    if int(number) == USUAL_IGNORED:
+        refuse(
+            key,
+            f"the labels are 0 to {len(others) - 1} and {number}, the usual mark of a missing label",
+            f"write {IGNORED} where there is no label, or a name such as c{number} if it is a class",
+        )
+    return f"; {number} is learned as a class ({IGNORED} would mark a missing label)"
 
 
 def _folded(names: Sequence[str]) -> list[str]:

@@ -116,7 +116,7 @@ class SingleLabel(Target):
         own: Sequence[str] | None = None,
     ) -> tuple[Dataset, Dataset]:
         train, validation, found = encode_labels(train, validation, self.column, skipped=skipped)
-        self.labels = match_labels(found, own)
+        self.labels = match_labels(found, own, None if isinstance(self.feature, ClassLabel) else KEY)
         ids = np.array([self.labels.ids[name] for name in found])
         if (ids != np.arange(len(found))).any():
             train, validation = (

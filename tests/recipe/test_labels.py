@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.labels import labels_of_config, match_labels
 
 SAME = [
@@ -71,3 +72,28 @@ def test_default_names_without_a_head_are_no_labels(names, architecture, own):
     config = SimpleNamespace(id2label=names, architectures=[architecture])
     assert labels_of_config(config, "ForSequenceClassification") == own
     assert labels_of_config(SimpleNamespace(), "ForSequenceClassification") is None
+
+
+def test_255_beside_labels_from_0_on_is_refused_and_another_number_is_noted():
+    with pytest.raises(InputError, match=r"k: the labels are 0 to 1 and 255, .*; write -100 .* such as c255"):
+        match_labels(["0", "1", "255"], None, "k")
+    with pytest.raises(InputError):
+        match_labels(["0", "1", "255"], ["negative", "positive"], "k")
+    for number in ("-1", "9"):
+        note = match_labels(["0", "1", number], None, "k").note
+        assert note.endswith(f"; {number} is learned as a class (-100 would mark a missing label)")
+
+
+@pytest.mark.parametrize(
+    ("found", "own", "key"),
+    [
+        (["0", "1", "255"], None, None),  # names of classes
+        (["0", "1", "255"], ["0", "1", "255"], "k"),  # the model's own
+        (["0", "255"], None, "k"),  # two classes
+        (["0", "1", "2"], None, "k"),
+        (["0", "1", "a"], None, "k"),
+        (["0", "2", "255"], None, "k"),
+    ],
+)
+def test_other_labels_are_classes(found, own, key):
+    assert "learned as a class" not in match_labels(found, own, key).note
