@@ -25,6 +25,7 @@ from gradacc_hf.accumulation.accelerate_state import check_unprepared
 from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
+from gradacc_hf.accumulation.validation import check_windows
 from gradacc_hf.errors import InputError, NonFiniteError
 from gradacc_hf.training.autotune import Tuning
 from gradacc_hf.training.bad_index import name_bad_index
@@ -137,6 +138,7 @@ def fine_tune(
         InputError: model, optimizer or windows cannot be trained, or `summary` has a reserved key.
         NonFiniteError: as for `train`. A checkpoint after the previous window is saved first.
     """
+    check_windows(windows)
     more, first_window = check_summary(summary or {}), tokens_of_next_window(windows)
     model, optimizer = prepare(model, optimizer, scheduler, windows, compute_loss)
     saver = ModelSaver(accelerator, output_dir, save_with, write_model)

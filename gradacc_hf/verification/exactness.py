@@ -38,6 +38,7 @@ from gradacc_hf.accumulation.reference import (
     whole_window_gradient,
 )
 from gradacc_hf.accumulation.sample_examples import count_labels
+from gradacc_hf.accumulation.validation import check_windows
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.padding.attention import with_padding
@@ -160,6 +161,7 @@ def verify(
             items in the data.
         InputError: a window does not fit in memory, and its loss is of all examples together.
     """
+    check_windows(windows)
     accelerator = windows.accelerator
     _check_arguments(windows, num_windows)
     try:
