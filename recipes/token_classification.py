@@ -87,8 +87,9 @@ class TokenClassification(Recipe):
         return tuple(dataset.remove_columns("problem") for dataset in self.note_truncated(found))
 
     def tokenize(self, dataset, in_training):
-        data, settings = self.data, {"in_training": in_training}
-        settings |= {"columns": (data.tokens_column, data.tags_column), "max_length": data.max_length}
+        data = self.data
+        settings = {"columns": (data.tokens_column, data.tags_column), "max_length": data.max_length}
+        settings["in_training"] = in_training
         settings["names"] = class_names(dataset, data.tags_column)
         settings["ids"] = self.labels.ids
         settings["tokenizer"] = self.tokenizer

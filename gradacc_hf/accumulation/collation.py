@@ -399,7 +399,7 @@ class LocalWindows(Dataset):
                 f"num_items returned {num_items} for examples {indices.tolist()}; "
                 "it must be 0 or more, and finite"
             )
-        layouts = layouts_of(batch, self.layout_cost) if self.padding_free else {}
+        layouts = layouts_of(batch, self.layout_cost) if self.padding_free or self.pad_to == "nothing" else {}
         return MicroBatch(batch, indices if counts else indices[:0], num_items, each, layouts)
 
     def find_example_with_items(self, split: Split) -> MicroBatch | None:

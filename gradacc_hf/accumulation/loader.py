@@ -363,14 +363,15 @@ class WindowLoader:
         """Return examples of the current epoch, not collated."""
         return self._windows.examples(np.asarray(indices), self.epoch)
 
-    def sample(self, most: int = 16) -> tuple[list[MicroBatch], MicroBatch, int | None]:
+    def sample(self, most: int = 16, bounds: int = 1) -> tuple[list[MicroBatch], MicroBatch, int | None]:
         """Return different examples of the first windows, each alone, and all together, to test a loss.
 
         The examples have labels, item counts and lengths that are as different as possible. The third value
         is the length to which they are padded, or None for the longest.
 
         Args:
-            most: Largest number of examples. It is lower if more would exceed the bound.
+            most: Largest number of examples. It is lower if more would exceed the bounds.
+            bounds: Micro-batches that fit into memory at once: several, if no gradients are computed.
         """
         self.plan.ahead(self.epoch, self.window, 1)  # a stream reads the next window and keeps it
         windows = self._windows.apart(epoch=0, window=0)
@@ -379,7 +380,8 @@ class WindowLoader:
             raise ValueError("no example of the data set has an item: every label is ignored")
         longest = windows.padded(np.concatenate([windows.tokens[each.indices] for each in alone])).max(0)
         packed = self.pad_to == "nothing"
-        alone = different_examples(alone, 2 if packed else max(2, min(most, self.bound.max_rows(longest))))
+        rows = 2 if packed else max(2, min(most, bounds * self.bound.max_rows(longest)))
+        alone = different_examples(alone, rows)
         together = windows.collate(np.concatenate([each.indices for each in alone]), 0, pad_to)
         alone = [each.on_device(self.accelerator) for each in alone]
         return alone, together.on_device(self.accelerator), pad_to

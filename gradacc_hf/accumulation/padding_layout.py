@@ -29,10 +29,11 @@ class PaddingLayout:
 
     Attributes:
         shape: (batch, length) of the padded batch.
-        side: Where the padding is: "right", "left", or "mixed".
+        side: Where the padding is: "right", "left", or "mixed". "row" stands for examples that a collate
+            function has packed into one row of shape (1, tokens). The packed order is then the row's.
         groups: (examples, length of the longest) of each group, in packed order.
-        rows: Row of each example in the padded batch, in packed order.
-        lengths: Real tokens of each example, in packed order.
+        rows: Row of each example in the padded batch, in the order of the groups.
+        lengths: Real tokens of each example, in the order of the groups.
         tokens: Position in the flattened padded batch of each packed token.
         blocks: Position of each packed token in the concatenated groups, each padded to its longest example.
             None if the examples of each group have one length, so that no group has padding.
@@ -52,6 +53,11 @@ class PaddingLayout:
         return len(self.tokens)
 
     @property
+    def is_row(self) -> bool:
+        """Whether the batch is one row of packed examples, without padding."""
+        return self.side == "row"
+
+    @property
     def block_sizes(self) -> list[int]:
         """The tokens of each group, with its padding."""
         return [rows * length for rows, length in self.groups]
@@ -65,6 +71,8 @@ class PaddingLayout:
             labels: Labels of the padded batch. Labels by token have shape (batch, length).
         """
         if kind in ("first", "last"):
+            if self.is_row:
+                return None
             ends = np.cumsum(self.lengths)
             found = torch.from_numpy(ends - 1 if kind == "last" else ends - self.lengths)
             return found.to(self.tokens.device, non_blocking=True)
@@ -132,6 +140,43 @@ def _layout(real: np.ndarray, lengths: np.ndarray, groups: Sequence[np.ndarray])
     )
 
 
+def row_layout(position_ids: torch.Tensor | np.ndarray, cost: Cost | None = None) -> PaddingLayout | None:
+    """Return the layout of examples that are packed into one row, or None for a single example.
+
+    Args:
+        position_ids: Positions of the tokens, shape (1, tokens). They restart at each example. A tensor on a
+            GPU is copied to the host.
+        cost: As in `padding_layout`.
+    """
+    if cost is None:
+        on_gpu = isinstance(position_ids, torch.Tensor) and position_ids.is_cuda
+        cost = GROUPS_ON_GPU if on_gpu else GROUPS_ON_CPU
+    device = position_ids.device if isinstance(position_ids, torch.Tensor) else "cpu"
+    positions = (
+        position_ids.cpu().numpy() if isinstance(position_ids, torch.Tensor) else np.asarray(position_ids)
+    )[0]
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(positions) != 1) + 1])
+    if len(starts) == 1:
+        return None
+    lengths = np.diff(np.append(starts, len(positions)))
+    groups = split_window(lengths, Bound(max_tokens=LONGEST), cost=cost)[0]
+    rows = np.concatenate(groups)
+    longest = np.array([lengths[group].max() for group in groups])
+    block_lengths = np.repeat(longest, [len(group) for group in groups])
+    block_starts = np.empty_like(starts)
+    block_starts[rows] = np.cumsum(block_lengths) - block_lengths
+    tokens = np.arange(len(positions))
+    return PaddingLayout(
+        shape=(1, len(positions)),
+        side="row",
+        groups=tuple((len(group), int(most)) for group, most in zip(groups, longest, strict=True)),
+        rows=torch.from_numpy(rows),
+        lengths=tuple(lengths[rows].tolist()),
+        tokens=torch.from_numpy(tokens),
+        blocks=torch.from_numpy(tokens + np.repeat(block_starts - starts, lengths)),
+    ).to(device)
+
+
 def _side(real: np.ndarray, lengths: np.ndarray) -> str:
     first = np.arange(real.shape[1]) < lengths[:, None]
     if (real == first).all():
@@ -142,8 +187,11 @@ def _side(real: np.ndarray, lengths: np.ndarray) -> str:
 def layouts_of(batch: Mapping[str, Any], cost: Cost) -> dict[str, PaddingLayout]:
     """Return the layouts of a host batch, by the name of the attention mask.
 
-    Targets without a mask have the layout under the name "labels".
+    Targets without a mask have the layout under the name "labels", and packed examples under "position_ids".
     """
+    if "attention_mask" not in batch and np.shape(batch.get("position_ids", ()))[:1] == (1,):
+        layout = row_layout(batch["position_ids"], cost)
+        return {} if layout is None else {"position_ids": layout}
     masks = {name: v for name, v in batch.items() if name.endswith("attention_mask") and v.ndim == 2}
     if "decoder_attention_mask" not in batch and _are_targets(batch.get("labels"), batch.get("input_ids")):
         masks["labels"] = target_mask(torch.as_tensor(batch["labels"]))
@@ -171,8 +219,8 @@ def attach_layout(mask: torch.Tensor, layout: PaddingLayout) -> None:
 
     Args:
         mask: The `attention_mask` or `decoder_attention_mask` of a batch. For targets without a mask, the
-            `labels`, with the layout of `target_mask(labels)`.
-        layout: The result of `padding_layout`.
+            `labels`, with the layout of `target_mask(labels)`. For packed examples, the `position_ids`.
+        layout: The result of `padding_layout` or `row_layout`.
     """
     setattr(mask, _ATTACHED, (layout.to(mask.device), _version(mask)))
 

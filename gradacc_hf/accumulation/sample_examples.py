@@ -81,7 +81,10 @@ def different_examples(examples: Sequence[MicroBatch], most: int) -> list[MicroB
 
     Where possible, no label has the same share of the items in all of them, so that its weight shows.
     """
-    sizes = [sum(v.numel() for v in each.batch.values() if isinstance(v, torch.Tensor)) for each in examples]
+    sizes = [
+        (sum(v.numel() for v in each.batch.values() if isinstance(v, torch.Tensor)), each.num_items)
+        for each in examples  # rows of one length differ by their items
+    ]
     labels = count_labels(examples)
     rows = [
         Rows({"example": each, "counted": counted}, {}, frozenset(counted), frozenset(marks_of(each.batch)))

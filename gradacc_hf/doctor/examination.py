@@ -67,10 +67,14 @@ class Examination:
         if seen < self._windows:
             return Attention()
         is_in_later_pass = window.micro_batches[0].data_pass > 1
+        if window.micro_batches[0].data_pass < window.micro_batches[-1].data_pass:
+            return Attention(stop=True)  # the window contains the end of the data
         if seen > self._windows and (is_in_later_pass or self._is_at_end(window, progress)):
             return Attention(stop=True)  # the end of the data was observed
-        batches = max(1, round(progress.batches / self._in_this_pass()))  # of a window
-        if length is None or steps == 1 or not (length % batches or progress.ends_short):
+        lengths = self._in_this_pass()
+        batches = max(1, round(progress.batches / len(lengths)))  # of a window
+        ends_in_full = len(set(lengths)) == 1 and not (length or 0) % batches
+        if length is None or steps == 1 or (ends_in_full and not progress.ends_short):
             return Attention(stop=True)
         if not self._to_end:
             record.stopped_early = True
@@ -78,7 +82,8 @@ class Examination:
         before_end = length - 2 * batches  # the last window will be partial, or have a short micro-batch
         return Attention(resume_at=before_end if progress.batches < before_end else None)
 
-    def _in_this_pass(self) -> int:
-        """The number of windows in the latest pass."""
-        passes = [window.micro_batches[0].data_pass for window in self._record.windows]
-        return passes.count(passes[-1])
+    def _in_this_pass(self) -> list[int]:
+        """The micro-batches of each observed window in the latest pass."""
+        windows = self._record.windows
+        latest = windows[-1].micro_batches[0].data_pass
+        return [len(window) for window in windows if window.micro_batches[0].data_pass == latest]

@@ -14,6 +14,7 @@ from gradacc_hf.doctor.listener import UNSCALE, thread_listener
 from gradacc_hf.doctor.record import LOSS_RTOL_FP32, GradientChange, GradientComparison, Place
 
 GradientNow = Sequence[torch.Tensor | None]  # one gradient per parameter of the optimizer
+SCALING = {"div_", "mul_", "__idiv__", "__itruediv__", "__imul__", "_foreach_div_", "_foreach_mul_"}
 CHUNK_ELEMENTS = 2**16  # elements that are compared in float64 at a time
 
 
@@ -63,9 +64,10 @@ class GradientWatch:
     """Follows the gradients and the weights of one optimizer.
 
     before_change: copy of the gradient, on the host, before the loop changed it by hand after the latest
-        backward; None if it did not.
+        backward, and after a scaling that came first; None if it did not.
     touched: changes since the latest backward or step, with the line.
     weights_version: changes of the weights so far.
+    clipped_scaled: factor of clipping since the latest backward, before a scaler divided the gradient.
     """
 
     def __init__(self, subject: Subject):
@@ -76,8 +78,12 @@ class GradientWatch:
         self.before_change: list[torch.Tensor | None] | None = None
         self.touched: list[tuple[str, Place | None]] = []
         self.weights_version = 0
+        self.clipped_scaled = 1.0
+        self._is_replaced = False  # whether a gradient is another tensor since the latest search
         self._chain: list[tuple[str, float]] = []  # kinds of changes, with the norm before each
         self._hand: tuple[Place | None, str] = (None, "")
+        self._line: Place | None = None  # of the latest change by hand
+        self._scaled, self._scales = 1.0, False  # factor of the lines that only scale; whether any scales
 
     def gradients(self) -> list[torch.Tensor | None]:
         """The gradient of each parameter."""
@@ -115,14 +121,19 @@ class GradientWatch:
 
     def after_backward(self) -> None:
         """Start following changes of the gradients of this backward."""
-        parameters = self._subject.parameters()
-        self._of_weights = {_storage(p) for p in parameters}
-        self._of_gradients = {_storage(p.grad): p for p in parameters if p.grad is not None}
+        self._of_weights = {_storage(p) for p in self._subject.parameters()}
+        self._find_gradients()
+        self.clipped_scaled = 1.0
         self.forget()
+
+    def _find_gradients(self) -> None:
+        parameters, self._is_replaced = self._subject.parameters(), False
+        self._of_gradients = {_storage(p.grad): p for p in parameters if p.grad is not None}
 
     def forget(self) -> None:
         """Forget changes by hand."""
         self.before_change, self._chain, self._hand = None, [], (None, "")
+        self._scaled, self._scales = 1.0, False
 
     def changed(self, tensor: Any, how: str) -> None:
         """Record a change of a gradient or a weight that is about to happen."""
@@ -135,25 +146,41 @@ class GradientWatch:
             self.weights_version += 1
 
     def is_gradient(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a gradient of the latest backward, or a view of one."""
+        """Whether a tensor is a gradient of the latest backward or set since, or a view of one."""
+        if self._is_replaced:
+            self._find_gradients()
         parameter = self._of_gradients.get(storage := _storage(tensor))
         return parameter is not None and parameter.grad is not None and _storage(parameter.grad) == storage
 
     def gradient_changed(self, how: str) -> None:
         """Record a change of a gradient that is about to happen."""
         here = (how, user_line())
+        self._is_replaced |= how == "replaced"
         if not self.touched or self.touched[-1] != here:
             self.touched.append((f"clip: {how}" if is_clipping() else how, here[1]))
+        if how == UNSCALE and self._chain:
+            self.clipped_scaled = self.change(self.norm()).clip
         if "zero" in how or how == UNSCALE:
             return
         kind = "clip" if is_clipping_norm() else "hand"
         if not self._chain or self._chain[-1][0] != kind:
             self._chain.append((kind, self.norm()))
-        if kind == "hand" and self.before_change is None:
-            self.before_change = [
-                None if g is None else g.detach().to("cpu", copy=True) for g in self.gradients()
-            ]
-            self._hand = (here[1], how)
+        if kind == "hand":
+            self._changed_by_hand(here[1], how)
+
+    def _changed_by_hand(self, line: Place | None, how: str) -> None:
+        if self.before_change is None:
+            self.before_change, self._hand = self._copies(), (line, how)
+        elif line != self._line:  # the lines before may have scaled the gradient, as a division by the steps
+            found = compare_gradients(self.gradients(), self.before_change)
+            if found.ratio and GradientComparison(1.0, found.cosine).error() <= LOSS_RTOL_FP32:
+                self._scaled *= found.ratio
+                self.before_change = self._copies()
+        self._line = line
+        self._scales |= how in SCALING
+
+    def _copies(self) -> list[torch.Tensor | None]:
+        return [None if g is None else g.detach().to("cpu", copy=True) for g in self.gradients()]
 
     def change(self, norm: float) -> GradientChange:
         """The change since the latest backward. `norm`: the norm of the gradient now."""
@@ -166,7 +193,8 @@ class GradientWatch:
             return GradientChange(clip=factors["clip"])
         cosine = compare_gradients(self.gradients(), self.before_change).cosine
         is_scaled = GradientComparison(1.0, cosine).error() <= LOSS_RTOL_FP32
-        return GradientChange(factors["hand"] if is_scaled else None, factors["clip"], place, how)
+        scaled = None if self._scales and self._scaled == 1 else self._scaled
+        return GradientChange(factors["hand"] if is_scaled else None, factors["clip"], place, how, scaled)
 
 
 def _versions(parameters: Iterable[torch.nn.Parameter]) -> tuple[Any, ...]:

@@ -32,9 +32,8 @@ def judgements(record: LoopRecord) -> list[Judgement]:
 
 def is_judged(record: LoopRecord) -> bool:
     """Whether the gradient or the weights of the losses were judged in a window, or nothing accumulates."""
-    return record.steps == 1 or any(
-        each.compared != "no" or each.weighed != "no" for each in judgements(record)
-    )
+    is_single = record.steps == 1 and not record.sets_gradients
+    return is_single or any(each.compared != "no" or each.weighed != "no" for each in judgements(record))
 
 
 def _judgement(window: ObservedWindow, weighing: Weighing, record: LoopRecord) -> Judgement:

@@ -29,6 +29,10 @@ PRODUCTS = {"mul", "multiply", "mul_"}
 QUOTIENTS = {"div", "divide", "true_divide", "div_"}
 NO_CHANGES = {"requires_grad_", "detach_", "retain_grad_", "share_memory_"}  # methods that keep the values
 
+Roots = Sequence[
+    tuple[torch.Tensor, float]
+]  # losses that go backward, with the gradient of each; () if unknown
+
 
 class Subscriber:
     """Receives events while it is subscribed. Every event method does nothing by default.
@@ -44,8 +48,8 @@ class Subscriber:
     def optimizer_built(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is being built, or parameters are being added to it."""
 
-    def backward(self, loss: torch.Tensor | None, run: Callable[[], Any]) -> Any:
-        """Call `run`, the backward of this loss, and return its result. None: of several losses."""
+    def backward(self, roots: Roots, run: Callable[[], Any]) -> Any:
+        """Call `run`, the backward of these losses, and return its result."""
         return run()
 
     def loss_computed(
@@ -121,7 +125,7 @@ class Listener(TorchFunctionMode):
         if func in (torch.Tensor.backward, torch.autograd.backward):
             run = partial(func, *args, **kwargs)
             for subscriber in active:
-                run = partial(subscriber.backward, _root(args, kwargs), run)
+                run = partial(subscriber.backward, _roots(args, kwargs), run)
             return run()
         for subscriber in active:
             _send_before(subscriber, func, name, args)
@@ -139,12 +143,17 @@ def _is_check_of_leaf(func: Any, name: str) -> bool:
     return name == "__get__" and getattr(func, "__self__", None) is torch.Tensor.is_leaf
 
 
-def _root(args: Any, kwargs: Any) -> torch.Tensor | None:
-    """The loss that goes backward with the gradient 1; None if there are several, or another gradient."""
-    given = [*args[1:2], kwargs.get("gradient"), kwargs.get("grad_tensors")]
-    tensors = args[0] if isinstance(args[0], tuple | list) else (args[0],)
-    is_plain = len(tensors) == 1 and tensors[0].numel() == 1 and all(each is None for each in given)
-    return tensors[0] if is_plain else None
+def _roots(args: Any, kwargs: Any) -> Roots:
+    """The losses that go backward; () if one of them, or a given gradient, is more than a number."""
+    tensors = args[0] if args else kwargs.get("tensors")
+    given = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
+    tensors = list(tensors) if isinstance(tensors, tuple | list) else [tensors]
+    given = list(given) if isinstance(given, tuple | list) else [given] * len(tensors)
+    numbers = [isinstance(each, torch.Tensor) and each.numel() == 1 for each in tensors]
+    if not all(numbers) or not all(each is None or each.numel() == 1 for each in given):
+        return ()
+    values = [1.0 if each is None else float(each.detach()) for each in given]
+    return tuple(zip(tensors, values, strict=True))
 
 
 def _send_before(subscriber: Subscriber, func: Any, name: str, args: Any) -> None:
@@ -153,6 +162,8 @@ def _send_before(subscriber: Subscriber, func: Any, name: str, args: Any) -> Non
             subscriber.tensor_changed(args[0].grad, "zeroed")
         elif args[1] is not args[0].grad:
             subscriber.gradient_replaced(args[0])
+    elif name == "__set__" and getattr(func, "__self__", None) is torch.Tensor.data:
+        subscriber.tensor_changed(args[0], "replaced")
     elif name.endswith("_") and not name.startswith("__") and name not in NO_CHANGES and args:
         subscriber.tensor_changed(args[0], name)
     elif name == "linear" and torch.is_autocast_enabled(kind := args[0].device.type):

@@ -52,6 +52,14 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
       clip_grad_norm_(model.parameters(), max_norm)
       scaler.step(optimizer)""",
     ),
+    "clipped_while_scaled": (
+        "gradients are clipped before they are unscaled",
+        "the threshold applies to the scaled gradient, so the step uses a much smaller gradient",
+        """
++ scaler.unscale_(optimizer)
+  clip_grad_norm_(model.parameters(), max_norm)
+  scaler.step(optimizer)""",
+    ),
     "clipped_too_late": (
         "gradients are clipped after the step",
         "the optimizer has already used the unclipped gradient, so clipping has no effect",
@@ -134,8 +142,8 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
         "mask padded positions in the loss, or pad all micro-batches of a window to the same length",
     ),
     "partial_window_mis_scaled": (
-        "the last, partial window is scaled like a full window",
-        "the last step of each pass is too short",
+        "a partial window is scaled like a full window",
+        "the step of the partial window is too short",
         LAST_WINDOW,
     ),
     "partial_window_dropped": (

@@ -25,7 +25,7 @@ from gradacc_hf.doctor.frames import (
     user_line,
 )
 from gradacc_hf.doctor.gradients import GradientWatch, Subject
-from gradacc_hf.doctor.listener import LOSSES, Subscriber, subscribed, thread_listener
+from gradacc_hf.doctor.listener import LOSSES, Roots, Subscriber, subscribed, thread_listener
 from gradacc_hf.doctor.passes import DataPasses, Progress
 from gradacc_hf.doctor.record import (
     LOSS_RTOL_16_BIT,
@@ -178,12 +178,15 @@ class Observer(Subscriber):
         if is_evaluation or not torch.is_grad_enabled() or thread_listener().is_paused:
             return
         self._output, loss = outputs, loss_in(outputs)
-        if not self._is_observing or self._is_in_step or (loss is not None and is_in_transform(loss)):
+        if not self._is_observing or self._is_in_step:
             return
-        if loss is not None:
-            numbers = [each for each in (*inputs, *named.values()) if is_number(each)]
-            self._terms.output_loss(loss, self._since, has_number=bool(numbers))
-        value = None if loss is None else float(loss.detach())
+        with thread_listener().paused():  # the loop does not read the loss here
+            if loss is not None and is_in_transform(loss):
+                return
+            value = None if loss is None else float(loss.detach())
+            if loss is not None:
+                numbers = [each for each in (*inputs, *named.values()) if is_number(each)]
+                self._terms.output_loss(loss, self._since, has_number=bool(numbers))
         detached = _detached(inputs), {name: _detached(each) for name, each in named.items()}
         self._forwards.append(Forward(detached, value, user_line()))
 
@@ -240,17 +243,23 @@ class Observer(Subscriber):
             self._unscaled_norm = self._gradients.norm()
             self._gradients.forget()
 
-    def backward(self, loss: torch.Tensor | None, run: Callable[[], Any]) -> Any:
+    def backward(self, roots: Roots, run: Callable[[], Any]) -> Any:
         """Record a backward that reaches the optimizer, with the norm of the gradients before and after."""
+        for loss, gradient in roots:
+            if gradient not in (0, 1):
+                self.loss_scaled(gradient, loss, loss)
         place, state = user_line(), self._gradients.state()
         before = self._gradients.norm() if self._is_observing else math.nan
         with self._terms.during_backward():
             result = run()
         if self._gradients.state() == state:  # the backward of another model
-            self._drop_factors_of(loss)
+            for loss, _ in roots:
+                self._drop_factors_of(loss)
             return result
-        root_factors = self._factors_of(loss)
-        losses = self._terms.take(None if loss is None else float(loss.detach()), self._tolerance())
+        of_roots = [self._factors_of(loss) for loss, _ in roots]
+        root_factors = tuple(f for f in of_roots[0] if all(f in each for each in of_roots)) if roots else ()
+        value = sum(float(loss.detach()) * gradient for loss, gradient in roots) if roots else None
+        losses = self._terms.take(value, self._tolerance())
         if self._is_in_step:  # an optimizer with a closure evaluates it again
             windows = self._record.windows
             if windows and windows[-1].norm_after_step is None:
@@ -264,12 +273,11 @@ class Observer(Subscriber):
         self._scaled = []
         return result
 
-    def _factors_of(self, loss: torch.Tensor | None) -> tuple[float, ...]:
+    def _factors_of(self, loss: torch.Tensor) -> tuple[float, ...]:
         """The numbers by which a whole loss was multiplied, last first."""
-        known = reversed(self._scaled if loss is not None else [])
-        return next((factors for scaled, factors in known if scaled() is loss), ())
+        return next((factors for scaled, factors in reversed(self._scaled) if scaled() is loss), ())
 
-    def _drop_factors_of(self, loss: torch.Tensor | None) -> None:
+    def _drop_factors_of(self, loss: torch.Tensor) -> None:
         """Drop the numbers by which another model's loss was multiplied."""
         chain = self._factors_of(loss)
         parts = [chain[start:] for start in range(len(chain))]
@@ -382,10 +390,11 @@ class Observer(Subscriber):
         gradients, last, unscaled = self._gradients, self._pending[-1], 1.0
         if self._unscaled_norm is not None:
             is_known = 0 < last.norm_after < math.inf
-            unscaled = self._unscaled_norm / last.norm_after if is_known else math.nan
-            last.norm_after, self._unscaled_norm = self._unscaled_norm, None
-        own, discarded = own_backwards(self._pending, self._record.windows)
+            now, self._unscaled_norm = self._unscaled_norm / gradients.clipped_scaled, None
+            unscaled, last.norm_after = now / last.norm_after if is_known else math.nan, now
         norm = gradients.norm()
+        change = gradients.change(norm)
+        own, discarded = own_backwards(self._pending, self._record.windows, change.is_set)
         return ObservedWindow(
             micro_batches=own,
             norm_at_step=norm,
@@ -393,7 +402,7 @@ class Observer(Subscriber):
             place=user_line(),
             reads=self._reads,
             requested_steps=requested_steps(),
-            change=gradients.change(norm),
+            change=change,
             before_change=gradients.before_change,
             unscaled=unscaled,
             weights_changed={m.model_version for m in own} != {gradients.model_version()},
@@ -467,12 +476,19 @@ def is_number(value: Any) -> bool:
 
 
 def loss_in(outputs: Any) -> torch.Tensor | None:
-    """The loss that a model computed itself, as models of transformers do."""
+    """The loss that a model computed itself: in a mapping, an attribute, a tuple, or as the only output."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if type(outputs) in (tuple, list, torch.Tensor):
+        some = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        numbers = [each for each in some if isinstance(each, torch.Tensor) and not each.ndim]
+        is_loss = len(numbers) == 1 and (numbers[0].requires_grad or not torch.is_grad_enabled())
+        loss = numbers[0] if is_loss else None
     return loss if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
 
 
 def logits_in(outputs: Any) -> torch.Tensor | None:
-    """The logits in the outputs of a model of transformers."""
+    """The logits in the outputs of a model: of transformers, or the first tensor of a tuple."""
     found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if type(outputs) in (tuple, list):
+        found = next((each for each in outputs if isinstance(each, torch.Tensor) and each.ndim > 1), None)
     return found if isinstance(found, torch.Tensor) else None

@@ -75,6 +75,7 @@ class LossTerm:
     weight: derivative of the tensor that went backward.
     items: counts of items, by name: of a mean, the count that it averages over; () if unknown.
     is_in_batch: whether the classes are the examples of the batch.
+    number: identifies the loss, in all backwards that it enters.
     """
 
     function: str
@@ -84,6 +85,7 @@ class LossTerm:
     items: tuple[tuple[str, float], ...]
     is_sum: bool
     is_in_batch: bool
+    number: int = field(default=-1, compare=False)
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ class WindowComparison:
     swamped: relative error of the sum in 16 bits.
     half: whether the loop computes in 16 bits, which needs a larger tolerance.
     adds_up: whether the losses of the micro-batches add up to the loss of the window.
+    hook: the line of a hook that runs in each backward, and may change its gradient.
     """
 
     why_not: str = ""
@@ -166,6 +169,7 @@ class WindowComparison:
     swamped: float | None = None
     half: bool = False
     adds_up: bool = False
+    hook: Place | None = None
 
     @property
     def error(self) -> float:
@@ -185,19 +189,26 @@ class GradientChange:
     hand: factor by which the loop scaled it, without clipping to a norm; None if it changed otherwise.
     clip: factor of clipping to a norm.
     place: the first line that changed it by hand.
+    scaled: factor by which the loop scaled it before it changed it otherwise; None if both were mixed.
     """
 
     hand: float | None = 1.0
     clip: float = 1.0
     place: Place | None = None
     how: str = ""
+    scaled: float | None = 1.0
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the loop set another gradient, perhaps from the gradients of several backwards."""
+        return self.hand is None and self.how in ("replaced", "copy_")
 
 
 @dataclass(frozen=True)
 class Discarded:
     """Backwards whose gradient was zeroed before the window.
 
-    why: "other_loss", "other_weights", "not_finite", "dropped" or "skipped".
+    why: "other_loss", "other_weights", "not_finite", "dropped", "skipped" or "copied".
     """
 
     why: str
@@ -236,7 +247,7 @@ def groups_of(micro_batches: Sequence[ObservedMicroBatch], by_line: bool) -> lis
     """
     losses = [frozenset(m.losses if by_line else [name for name, _ in m.losses]) for m in micro_batches]
     heads: list[frozenset] = []
-    for some in sorted(set(losses), key=len, reverse=True):
+    for some in sorted(dict.fromkeys(losses), key=len, reverse=True):  # of equal length: in order
         if not any(some <= head for head in heads):
             heads.append(some)
     of = [next(i for i, head in enumerate(heads) if some <= head) for some in losses]
@@ -276,8 +287,19 @@ class ObservedWindow:
         first, pairs = self.micro_batches[0], pairwise(self.micro_batches)
         return first.norm_before == 0 and all(_is_kept(before, after) for before, after in pairs)
 
+    @property
+    def alternates(self) -> bool:
+        """Whether the micro-batches have different losses, each divided by the number of all of them."""
+        many = len(self.micro_batches)
+        is_divided = all(
+            any(abs(f * many - 1) <= LOSS_RTOL_FP32 for f in m.root_factors) for m in self.micro_batches
+        )
+        return is_divided and len(groups_of(self.micro_batches, by_line=True)) > 1
+
     def __len__(self) -> int:
-        """The number of micro-batches: of backwards of the same loss."""
+        """The number of micro-batches: of backwards of the same loss, or of all if losses alternate."""
+        if self.alternates:
+            return len(self.micro_batches)
         fine = [len(group) for group in groups_of(self.micro_batches, by_line=True)]
         is_even = len(set(fine)) == 1 and fine[0] > 1
         return max(fine if is_even else map(len, groups_of(self.micro_batches, by_line=False)))
@@ -321,6 +343,11 @@ class LoopRecord:
     has_batch_norm: bool = False
     stopped_early: bool = False
     logged: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def sets_gradients(self) -> bool:
+        """Whether the loop zeroes backwards of a window, and sets the gradient of the step itself."""
+        return any(discarded.why == "copied" for window in self.windows for discarded in window.discarded)
 
     @property
     def pass_length(self) -> int | None:

@@ -31,6 +31,7 @@ from gradacc_hf.doctor.record import (
     Inputs,
     ObservedMicroBatch,
     ObservedWindow,
+    Place,
     TorchLoss,
     WindowComparison,
 )
@@ -171,6 +172,13 @@ def _has_half_weights(subject: Subject) -> bool:
     return any(p.dtype in TYPES_OF_16_BITS for p in subject.parameters())
 
 
+def _hooks(subject: Subject) -> list[Any]:
+    """Hooks of the loop that may change the gradient of each backward, for example clamp it."""
+    owners = (*subject.parameters(), *subject.model.modules())
+    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return [hook for each in owners for kind in kinds for hook in (getattr(each, kind, None) or {}).values()]
+
+
 def work(window: ObservedWindow) -> tuple[float, float]:
     """Return the input elements of a window: summed over the micro-batches, and as one padded batch."""
     inputs = [
@@ -287,14 +295,15 @@ def _compare(
         return replace(kept, items=items, counted=counted, why_not=CHANGED_INSIDE)
     if coupled == "unknown":
         raise ReplayError("no count of items explains the loss of the window in one batch")
-    if adds_up or (is_sure and not found.half):
+    hooks = _hooks(subject)
+    if (adds_up or (is_sure and not found.half)) and not hooks:
         weights = [1.0] * len(micro_batches) if adds_up else [n / sum(items) for n in items]
         for micro_batch, weight, before in zip(micro_batches, weights, losses, strict=True):
             if weight:
                 loss = one(micro_batch)
                 _check_repeats(float(loss.detach()), before, tolerance)
                 (loss * weight).backward()
-    else:  # the items are unknown or uncertain, or the losses are in 16 bits
+    else:  # the items are unknown or uncertain, the losses are in 16 bits, or hooks change gradients
         loss = loss_of(inputs, others, model)
         _check_repeats(float(loss.detach()), whole_loss, tolerance)
         loss.backward()
@@ -315,7 +324,14 @@ def _compare(
         means = _with_division(means, change, len(micro_batches))
     if counted and _has_half_weights(subject):
         swamped = _swamped(gradient, parameters, micro_batches, items, one)
-    return replace(found, means=means, items=items, counted=counted, coupled=coupled, swamped=swamped)
+    found = replace(found, means=means, items=items, counted=counted, coupled=coupled, swamped=swamped)
+    return replace(found, hook=_line_of_code(hooks[0])) if hooks and is_sure else found
+
+
+def _line_of_code(function: Any) -> Place | None:
+    """The first line of a function; None if it is not written in Python."""
+    code = getattr(function, "__code__", None)
+    return None if code is None else Place(code.co_filename, code.co_firstlineno)
 
 
 def _check_repeats(now: float, before: float, tolerance: float) -> None:

@@ -85,7 +85,7 @@ def _right(record: LoopRecord, wrong: set[str]) -> Iterator[str]:
     rates = {m.lr for w in record.windows for m in w.micro_batches}
     if len(rates) > 1 and "scheduler_per_micro_batch" not in wrong:
         yield "the learning rate changes only with the steps"
-    if record.steps == 1 and not wrong:
+    if record.steps == 1 and not wrong and not record.sets_gradients:
         yield "nothing is accumulated: each step has one micro-batch"
     if not math.isfinite(sum(w.norm_at_step for w in record.windows)):
         yield "some gradients are not finite; this alone does not make the loop wrong"
@@ -111,7 +111,7 @@ def _not_judged(record: LoopRecord, wrong: set[str]) -> Iterator[str]:
         each.weighing.why_not for each in judged if each.compared == "no" and each.weighed == "no"
     )
     for why, number in unknown.items():
-        if record.steps > 1:
+        if record.steps > 1 or record.sets_gradients:
             which = "" if number == many else f" in {number} of {many} windows"
             yield f"the scale of the loss was not judged{which}: {why}"
     odd = [each for each in judged if each.compared == "wrong" and not each.weighing.faults]
@@ -138,7 +138,7 @@ def _not_judged(record: LoopRecord, wrong: set[str]) -> Iterator[str]:
 
 BY_GRADIENT = {  # findings that explain another gradient
     *("not_divided", "divided_twice", "mis_scaled", "mean_of_means", "another_gradient"),
-    *("partial_window_mis_scaled", "partial_window_leaked", "swamped_in_16_bits"),
+    *("partial_window_mis_scaled", "partial_window_leaked", "swamped_in_16_bits", "clipped_too_early"),
 }
 DISCARDED = {
     "other_loss": "backwards of another loss, zeroed before a window",

@@ -10,6 +10,7 @@ from itertools import pairwise, takewhile
 from statistics import median
 from typing import Any, Literal
 
+from gradacc_hf.doctor.listener import UNSCALE
 from gradacc_hf.doctor.messages import CONSEQUENCES, FIXES, MESSAGES
 from gradacc_hf.doctor.record import (
     SAME_NORM_RTOL,
@@ -126,7 +127,13 @@ def _is_zeroed(before: ObservedMicroBatch, after: ObservedMicroBatch) -> bool:
 
 
 def _never_zeroed(record: LoopRecord) -> Iterator[Finding]:
-    known = [w for w in record.windows if w.norm_after_step is not None and w.norm_at_step > 0]
+    nexts = dict(pairwise(map(id, record.windows)))
+    zeroed = {id(w) for w in record.windows if any(_is_zeroed(*pair) for pair in pairwise(w.micro_batches))}
+    known = [
+        w
+        for w in record.windows
+        if w.norm_after_step is not None and w.norm_at_step > 0 and nexts.get(id(w)) not in zeroed
+    ]
     kept = [w for w in known if not _changed(w.norm_at_step, w.norm_after_step) and w.norm_after_step]
     if len(kept) >= 2:
         first, last = record.windows[0], record.windows[-1]
@@ -158,6 +165,33 @@ def _clipped_early(record: LoopRecord) -> Iterator[Finding]:
         unscaled = any("unscale" in how for how, _ in before.touched)
         name = "unscaled_too_early" if unscaled else "clipped_too_early"
         yield _found(name, evidence, _line_of(before.touched, before.place), n=record.steps)
+
+
+def _clipped_in_a_hook(record: LoopRecord) -> Iterator[Finding]:
+    for window, found in record.compared:
+        is_of_hooks = found.hook is not None and _error(found.means) <= found.tolerance < found.error
+        if is_of_hooks and weigh(window, record.steps).verdict == "exact":
+            evidence = (
+                f"a hook changes the gradient of each backward; the gradient is {found.error:.2g} off from "
+                "the gradient of the window in one batch"
+            )
+            yield _found("clipped_too_early", evidence, found.hook, n=record.steps)
+            return
+
+
+def _clipped_scaled(record: LoopRecord) -> Iterator[Finding]:
+    for window in record.windows:
+        changes = [how for how, _ in window.micro_batches[-1].touched]
+        before = changes[: changes.index(UNSCALE)] if UNSCALE in changes else []
+        if any("clip" in how for how in before) and window.unscaled != 1:
+            evidence = (
+                f"between the clipping and the step, the gradient scaler divided the gradient by its scale "
+                f"(norm {window.norm_at_step:.3g} at the step)"
+            )
+            yield _found(
+                "clipped_while_scaled", evidence, _line_of(window.micro_batches[-1].touched, None, "clip")
+            )
+            return
 
 
 def _clipped_late(record: LoopRecord) -> Iterator[Finding]:
@@ -232,6 +266,11 @@ def _weights(record: LoopRecord) -> Iterator[Finding]:
         if name == "mean_of_means":
             items = ", ".join(f"{count:g}" for count in weighing.items)
             evidence = f"items of the micro-batches ({weighing.counted}): {items}; all have the same weight"
+        elif name == "another_gradient":
+            totals = ", ".join(f"{total:.3g}" for total in weighing.items)
+            evidence = (
+                f"each backward of a window repeats the losses before; their weights add up to {totals}"
+            )
         elif name == "partial_window_mis_scaled":
             evidence = f"a window has {steps} of {n} micro-batches, and {evidence}"
         elif name == "in_batch_negatives_cut":
@@ -266,6 +305,8 @@ def _gradient(record: LoopRecord) -> Iterator[Finding]:
     if record.steps < 2 or not full:
         return
     coupled = next((pair for pair in full if pair[1].coupled in COUPLED), None)
+    if coupled is not None and coupled[1].coupled == "sum" and weigh(coupled[0], record.steps).verdict:
+        return  # the loop divides the sum
     if coupled is not None and (coupled[1].coupled == "sum" or coupled[1].error > coupled[1].tolerance):
         window, found = coupled
         evidence = _losses_of(found)
@@ -273,7 +314,7 @@ def _gradient(record: LoopRecord) -> Iterator[Finding]:
             evidence += "; the loss of an example changes in a batch that holds it twice"
         yield _found(COUPLED[found.coupled], evidence, window.micro_batches[0].place)
         return
-    full = [(w, r) for w, r in full if w.is_intact]
+    full = [(w, r) for w, r in full if w.is_intact and w.change.scaled is not None]
     if not full:
         return
     window, worst = max(full, key=lambda pair: pair[1].error)
@@ -469,6 +510,8 @@ RULES: tuple[Callable[[LoopRecord], Iterator[Finding]], ...] = (
     _zeroed_inside,
     _never_zeroed,
     _clipped_early,
+    _clipped_in_a_hook,
+    _clipped_scaled,
     _clipped_late,
     _weights,
     _batch_norm,

@@ -4,6 +4,7 @@ A hook on each loss receives the derivative of the tensor that goes backward: th
 need neither the model nor the data again, so they are known for any loop. `weighing.py` judges them.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -101,10 +102,10 @@ class TermWatch:
     def take(self, root: float | None, tolerance: float) -> "BackwardLosses":
         """Return the losses in the latest backward. `root`: the loss that went backward; None if unknown."""
         held = {number for seen, _ in self._fired for number in seen.holds}
-        known = [(seen, float(weight)) for seen, weight in self._fired if seen.number not in held]
-        known = [(seen, weight) for seen, weight in known if weight]
+        fired = [(seen, float(weight)) for seen, weight in self._fired if weight]
+        known = [(_with_items(seen, w, fired), w) for seen, w in fired if seen.number not in held]
         self._fired = []
-        terms = tuple(replace(seen.term, weight=weight) for seen, weight in known)
+        terms = tuple(replace(seen.term, weight=weight, number=seen.number) for seen, weight in known)
         torch_losses = tuple(seen.recomputed for seen, _ in known)
         if root is None:
             return BackwardLosses(terms, torch_losses, False)
@@ -127,6 +128,16 @@ class BackwardLosses:
     terms: tuple[LossTerm, ...]
     torch_losses: tuple[TorchLoss | None, ...]
     is_complete: bool
+
+
+def _with_items(seen: _Seen, weight: float, fired: Sequence[tuple[_Seen, float]]) -> _Seen:
+    """The loss of a model, with the items of the mean that it is; any other loss as it is."""
+    inner = [(each.term, w) for each, w in fired if each.number in seen.holds]
+    if len(inner) != 1 or inner[0][0].is_sum:
+        return seen
+    term, of_term = inner[0]
+    is_same = math.isclose(term.value * of_term, seen.term.value * weight, rel_tol=1e-3)
+    return replace(seen, term=replace(seen.term, items=term.items)) if is_same else seen
 
 
 def _items(

@@ -13,6 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from gradacc_hf.doctor.record import (
     MODEL,
@@ -84,8 +85,14 @@ def _as_mean(micro_batch: ObservedMicroBatch) -> ObservedMicroBatch:
 
 def weigh(window: ObservedWindow, steps: int) -> Weighing:
     """Judge the weights of the losses in a window. `steps`: micro-batches of a full window."""
+    if (growing := _growing_sum(window)) is not None:
+        return growing
+    if any(discarded.why == "copied" for discarded in window.discarded):
+        return Weighing(why_not="the loop zeroes backwards, and sets the gradient itself")
     hand, many = window.change.hand, len(window)
-    if hand is None or abs(hand - 1) <= RTOL:
+    if hand is None and (hand := window.change.scaled) is None:
+        return Weighing(why_not="the loop scales the gradient, and changes it otherwise in the same lines")
+    if abs(hand - 1) <= RTOL:
         return _weigh(window, steps, 1.0)
     if abs(hand * many - 1) <= RTOL and many > 1:  # the loop divides the gradient by the steps
         once = [replace(each, root_factors=(*each.root_factors, hand)) for each in window.micro_batches]
@@ -105,6 +112,18 @@ def weigh(window: ObservedWindow, steps: int) -> Weighing:
     return Weighing(why_not=f"the gradient is multiplied by {hand:.4g} before the step{where}")
 
 
+def _growing_sum(window: ObservedWindow) -> Weighing | None:
+    """The verdict about a sum of losses that goes backward after each new loss; None for other windows."""
+    numbers = [{term.number for term in micro_batch.terms} for micro_batch in window.micro_batches]
+    if len(numbers) < 2 or not all(before and before < after for before, after in pairwise(numbers)):
+        return None
+    totals: Counter[int] = Counter()
+    for micro_batch in window.micro_batches:
+        totals.update({term.number: term.weight for term in micro_batch.terms})
+    weights = tuple(totals[number] for number in sorted(totals))
+    return Weighing("another_gradient", "", sum(weights), weights, place=window.micro_batches[-1].place)
+
+
 def _weigh(window: ObservedWindow, steps: int, scaled: float) -> Weighing:
     factor = window.unscaled * scaled
     if not math.isfinite(factor):
@@ -114,7 +133,11 @@ def _weigh(window: ObservedWindow, steps: int, scaled: float) -> Weighing:
     for by_line in (True, False):  # the branches of a loop may compute the same loss in several lines
         groups = groups_of(window.micro_batches, by_line)
         is_full = all(len(group) >= len(window) for group in groups)
-        now = [_judge(group, steps, factor, losses) for group in groups]
+        if window.alternates:  # each group has its share of the window
+            shares = [len(group) / len(window) for group in groups]
+            now = [_judge(g, len(g), factor / share, losses) for g, share in zip(groups, shares, strict=True)]
+        else:
+            now = [_judge(group, steps, factor, losses) for group in groups]
         if exact := _all_exact(now, groups, steps):
             return exact
         judged = judged or (now if is_full or not by_line else [])

@@ -19,7 +19,7 @@ def is_zeroed_between(before: ObservedMicroBatch, after: ObservedMicroBatch) -> 
 
 
 def own_backwards(
-    pending: Sequence[ObservedMicroBatch], earlier: Sequence[ObservedWindow]
+    pending: Sequence[ObservedMicroBatch], earlier: Sequence[ObservedWindow], is_set: bool = False
 ) -> tuple[list[ObservedMicroBatch], list[Discarded]]:
     """Return the backwards of a window, and those discarded before it.
 
@@ -27,6 +27,7 @@ def own_backwards(
 
     pending: the backwards since the latest step.
     earlier: the windows before.
+    is_set: whether the loop set the gradient at the step, perhaps from copies of zeroed gradients.
     """
     parts = [[pending[0]]]
     for before, after in pairwise(pending):
@@ -35,7 +36,7 @@ def own_backwards(
         parts[-1].append(after)
     own, discarded = parts.pop(), []
     while parts:
-        why = _why_discarded(parts[-1], own, earlier)
+        why = "copied" if is_set else _why_discarded(parts[-1], own, earlier)
         if why:
             discarded.insert(0, Discarded(why, tuple(parts.pop())))
             continue
@@ -73,7 +74,7 @@ def has_leaked(window: ObservedWindow, full: Sequence[ObservedWindow], steps: in
     weights = [term.weight for term in (*usual, *terms)]
     if not usual or len(terms) < steps or max(weights) - min(weights) > EQUAL_RTOL * max(map(abs, weights)):
         return False
-    if len(terms) > steps:
+    if len(window) > steps:
         return True
     sizes, size = [dict(term.items) for term in terms], dict(usual[0].items)
     if any(dict(term.items) != size for term in usual):

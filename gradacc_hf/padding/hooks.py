@@ -29,6 +29,7 @@ from gradacc_hf.accumulation.padding_layout import (
     attached_layout,
     pack,
     padding_layout,
+    row_layout,
     target_mask,
     unpack,
 )
@@ -96,9 +97,12 @@ class EnterForward(Hook):
             around = None  # this one replaces it
         CURRENT.around.append((module, around))
         CURRENT.forward = None
+        positions = self._positions_of_row(module, args, given)
+        if positions is not None:
+            mask = torch.ones_like(positions)
         if mask is None or not self._is_ordinary(module, given):
             return None
-        layout = self._layout(module, given, mask)
+        layout = self._layout(module, given, mask, positions)
         if layout is None:
             return None
         encoder_mask = given.get("encoder_attention_mask")
@@ -106,19 +110,44 @@ class EnterForward(Hook):
         CURRENT.forward = PackedForward(
             self.stack, layout, mask, encoder_mask if is_padding else None, self._read(module, layout)
         )
-        return self._without_cache(module, args, kwargs)
+        CURRENT.forward.is_packed = layout.is_row
+        if positions is not None:
+            # Without a mask, transformers would build a mask (tokens, tokens) to keep the examples apart.
+            kwargs = kwargs | {"attention_mask": mask}
+        return self._without_cache(module, args, kwargs) or (args, kwargs)
 
-    def _layout(self, module: Any, given: Mapping[str, Any], mask: torch.Tensor) -> PaddingLayout | None:
-        """Return the layout, or None if the batch stays padded."""
+    def _positions_of_row(self, module: Any, args: tuple, given: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return the positions of examples that are packed into one row, or None for other batches."""
+        positions, names = given.get("position_ids"), _names(module)
+        if given.get("attention_mask") is not None or "attention_mask" not in names[len(args) :]:
+            return None
+        if not self.stack.by_group or not isinstance(positions, torch.Tensor):
+            return None
+        return positions if positions.ndim == 2 and len(positions) == 1 else None
+
+    def _layout(
+        self, module: Any, given: Mapping[str, Any], mask: torch.Tensor, positions: torch.Tensor | None
+    ) -> PaddingLayout | None:
+        """Return the layout, or None if the batch stays as it is.
+
+        Args:
+            module: The model.
+            given: Its arguments.
+            mask: The padding mask.
+            positions: Positions of packed examples, or None.
+        """
         inputs = next((given[n] for n in ("inputs_embeds", "input_ids") if given.get(n) is not None), None)
         if inputs is None or inputs.shape[:2] != mask.shape:
             return None  # prompts of peft, or a cache
         if mask.is_meta or isinstance(mask, FakeTensor):
             return None  # a prediction of memory, without values
-        layout = attached_layout(mask) or padding_layout(mask)
+        if positions is None:
+            layout = attached_layout(mask) or padding_layout(mask)
+        else:
+            layout = attached_layout(positions) or row_layout(positions)
         if layout is None or (len(mask) == 1 and given.get("encoder_hidden_states") is not None):
             return None
-        if layout.num_tokens == layout.shape[1]:
+        if layout.num_tokens == layout.shape[1] and not layout.is_row:
             return None  # packed tokens would have the shape of one example
         if not self.stack.checking and layout.side not in self.stack.sides:
             return None
@@ -367,6 +396,8 @@ def _forward_of(values: tuple, stack: Stack) -> PackedForward | None:
 def _packed(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
     """Return (batch or 1, length, …) as (1, real tokens, …); other tensors unchanged."""
     batch, length = layout.shape
+    if layout.is_row:
+        return value
     if value.ndim < 2 or value.shape[1] != length or value.shape[0] not in (1, batch):
         if value.ndim == 4 and value.shape[-1] == length:
             shape = tuple(value.shape)
@@ -399,7 +430,7 @@ def _unpacked(value: Any, layout: PaddingLayout, read: torch.Tensor | None = Non
     if not isinstance(value, torch.Tensor) or value.ndim != 3 or len(value) != 1:
         return value
     if value.shape[1] == layout.num_tokens:
-        return unpack(value[0], layout.tokens, *layout.shape)
+        return value if layout.is_row else unpack(value[0], layout.tokens, *layout.shape)
     if read is not None and value.shape[1] == len(read):
         return unpack(value[0], layout.tokens[read], *layout.shape)
     return value

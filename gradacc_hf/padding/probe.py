@@ -19,7 +19,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradacc_hf.accumulation.loss_items import IGNORED, ComputeLoss, output_named, total_loss
 from gradacc_hf.accumulation.oom import out_of_memory
-from gradacc_hf.accumulation.padding_layout import attach_layout, padding_layout, target_mask
+from gradacc_hf.accumulation.padding_layout import (
+    attach_layout,
+    padding_layout,
+    row_layout,
+    target_mask,
+)
 from gradacc_hf.accumulation.reference import EXACT, Gradient, compare, full_float32, norm, read_gradient
 from gradacc_hf.accumulation.splitting import Cost
 from gradacc_hf.errors import InputError, PaddingNotRemovableError, one_line
@@ -53,6 +58,8 @@ class Probe:
             raise PaddingNotRemovableError(f"{type(model).__name__} has no config of transformers")
         self.model = model
         self._compared = set(smallest_parameters(model, MOST_COMPARED))
+        self.packs = is_row_of_examples(batch)
+        batch = padded_batch(batch) if self.packs else batch
         self.sample = make_sample(batch, getattr(model.config, "pad_token_id", None))
         self._loss, self._gradient = math.nan, {}
         self._compute_loss: ComputeLoss | None = None
@@ -181,6 +188,18 @@ class Probe:
             self._everywhere(
                 lambda sample=sample: self._compare(*self._run(sample)), "the layers need the padded shape"
             )
+
+    def check_row(self) -> None:
+        """Compare the loss of the examples in one row. Raises PaddingNotRemovableError if not exact."""
+        with self.of_loss(lambda outputs, _: output_named(outputs, "loss", position=0)):
+            for cost in GROUPINGS:
+                row = packed_row(self.sample)
+                layout = row_layout(row["position_ids"], cost)
+                assert layout is not None
+                attach_layout(row["position_ids"], layout)
+                self._everywhere(
+                    lambda row=row: self._compare(*self._run(row)), "the model fails on packed examples"
+                )
 
     def _everywhere(self, compute: Callable[[], Any], failure: str) -> Any:
         """Return the result of a function, or raise PaddingNotRemovableError in all processes.
@@ -359,6 +378,39 @@ def make_sample(batch: Mapping[str, Any], pad_token_id: int | None) -> dict[str,
         for row, target in enumerate(targets):
             _shorten(sample, row, max(1, target - 1), pad_token_id)
     return sample
+
+
+def is_row_of_examples(batch: Mapping[str, Any]) -> bool:
+    """Whether a collate function has packed the examples of a batch into one row."""
+    positions = batch.get("position_ids")
+    if batch.get("attention_mask") is not None or not isinstance(positions, torch.Tensor):
+        return False
+    return positions.ndim == 2 and len(positions) == 1 and row_layout(positions) is not None
+
+
+def padded_batch(row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the examples of a packed row as a padded batch of input ids, mask and labels."""
+    starts = (row["position_ids"][0].diff() != 1).nonzero()[:, 0] + 1
+    sizes = torch.tensor([0, *starts.tolist(), row["position_ids"].shape[1]]).diff().tolist()
+    mask = [torch.ones(size, dtype=torch.long, device=starts.device) for size in sizes]
+    columns = {"input_ids": (row["input_ids"][0].split(sizes), 0), "attention_mask": (mask, 0)}
+    if isinstance(row.get("labels"), torch.Tensor) and row["labels"].shape == row["input_ids"].shape:
+        columns["labels"] = row["labels"][0].split(sizes), IGNORED
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {name: pad(list(parts), True, fill) for name, (parts, fill) in columns.items()}
+
+
+def packed_row(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the examples of a padded batch in one row, with positions that restart at each example.
+
+    The first token of an example has the label −100, as no token before it predicts it.
+    """
+    real = batch["attention_mask"] != 0
+    positions = real.long().cumsum(1) - 1
+    columns = {"input_ids": batch["input_ids"], "position_ids": positions}
+    if "labels" in batch:
+        columns["labels"] = batch["labels"].masked_fill(positions == 0, IGNORED)
+    return {**{name: value[real][None] for name, value in columns.items()}, "use_cache": False}
 
 
 def _sample_lengths(lengths: list[int]) -> list[int]:

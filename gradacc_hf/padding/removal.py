@@ -45,7 +45,9 @@ def remove_padding(
 
     Args:
         model: A transformers model, also with LoRA, or wrapped in DDP or FSDP2.
-        batch: A padded batch on the device of the model, with `attention_mask` and what the loss needs.
+        batch: A padded batch on the device of the model, with `attention_mask` and what the loss needs. Or
+            examples that are packed into one row, with `position_ids` that restart at each example: attention
+            then needs no mask (tokens, tokens).
         compute_loss: The loss of the loop, (outputs, batch) → loss, or None. If given, the feed-forward part
             of the last layer runs only at tokens that this loss reads, where that is exact. In sequence
             classification, it is the first token of each example. In training with labels, other outputs
@@ -66,6 +68,8 @@ def remove_padding(
             try:
                 install(probe.model, stacks)
                 probe.check()
+                if probe.packs:
+                    probe.check_row()
                 _end_check(probe.model)
                 if compute_loss is not None:
                     _skip_unread(probe, stacks, compute_loss)

@@ -276,7 +276,8 @@ class Recipe:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         with self.loading_errors("tokenizer"):
-            tokenizer = self._load_tokenizer()
+            settings = {**self.source_options(), **self.tokenizer_settings}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, **settings)
         # Without tokenizer files, transformers makes a tokenizer of special tokens only.
         if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
             raise InputError(
@@ -284,6 +285,7 @@ class Recipe:
             )
         if tokenizer.pad_token is None:
             self._choose_pad_token(tokenizer)
+        self._note_settings(tokenizer)
         self.own_padding_side = tokenizer.padding_side
         if tokenizer.is_fast:
             backend = tokenizer.backend_tokenizer
@@ -296,19 +298,19 @@ class Recipe:
             self.model_notes["padding side"] = note
         return tokenizer
 
-    def _load_tokenizer(self) -> Any:
-        """Return the tokenizer as it was saved, or with `tokenizer_settings` where they change tokens."""
-        options = self.source_options()
-        own = transformers.AutoTokenizer.from_pretrained(self.model_path, **options)
-        if not self.tokenizer_settings:
-            return own
-        options |= self.tokenizer_settings
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, **options)
-        if own.is_fast and own.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str():
-            return own
+    def _note_settings(self, tokenizer: Any) -> None:
+        """Note each setting of the recipe that changes the tokenizer, and save no other."""
+        from transformers.models.auto.tokenization_auto import get_tokenizer_config  # slow to import
+
+        saved = get_tokenizer_config(self.model_path, **self.source_options())
         for name, value in self.tokenizer_settings.items():
-            self.model_notes[name] = f"{value}, as this task needs; the tokenizer is saved so"
-        return tokenizer
+            was = saved.get(name, "no value")
+            if was == value:
+                continue
+            if tokenizer.is_fast and not _has_word_starts(tokenizer):
+                tokenizer.init_kwargs.pop(name, None)
+            else:
+                self.model_notes[name] = f"{value}; {was} in the saved tokenizer"
 
     def _choose_pad_token(self, tokenizer: Any) -> None:
         """Set the padding token of a tokenizer without one.
@@ -512,6 +514,13 @@ class Recipe:
     # The names in recipes of version 0.1.0:
     _loading = loading_errors
     _source = source_options
+
+
+def _has_word_starts(tokenizer: Any) -> bool:
+    """Whether a fast tokenizer writes the space before a word into the tokens."""
+    parts = tokenizer.backend_tokenizer.pre_tokenizer, tokenizer.backend_tokenizer.normalizer
+    state = b"".join(part.__getstate__() for part in parts if part is not None)
+    return any(name in state for name in (b"add_prefix_space", b"prepend_scheme", b'"Prepend"'))
 
 
 def _why(error: Exception) -> str:

@@ -239,7 +239,8 @@ def windows_of(found: Sequence[RunGroup]) -> list[Figure]:
     for look, window in windows.items():
         padded = sum(len(lengths) * max(lengths) for lengths in window)
         padding = 1 - sum(map(sum, window)) / padded if padded else 0.0
-        count = f"{len(window)} micro-batch{'es' * (len(window) != 1)}"
-        drawn = plots.window_picture(f"window{look}", look, window, longest or 1, rows)
-        figures.append(Figure(found[look].label, drawn, f"{count}, {words.percent(padding)} padding"))
+        count, is_padded = f"{len(window)} micro-batch{'es' * (len(window) != 1)}", found[look].is_padded
+        drawn = plots.window_picture(f"window{look}", look, window, longest or 1, rows, is_padded)
+        note = f"{words.percent(padding)} padding" if is_padded else "no padding computed"
+        figures.append(Figure(found[look].label, drawn, f"{count}, {note}"))
     return figures

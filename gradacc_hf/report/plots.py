@@ -193,11 +193,17 @@ def _rows(name: str, xlabel: str, labels: Sequence[str], repeats: Sequence[Seque
 
 
 def window_picture(
-    name: str, look: int, micro_batches: Sequence[Sequence[float]], longest: float, rows: float
+    name: str,
+    look: int,
+    micro_batches: Sequence[Sequence[float]],
+    longest: float,
+    rows: float,
+    is_padded: bool = True,
 ) -> Markup:
-    """Draw one window: one bar for each example, as long as its tokens, in padded micro-batches.
+    """Draw one window: one bar for each example, as long as its tokens, in micro-batches.
 
-    `longest` (tokens) and `rows` (of `picture_rows`) are of the largest picture, so that all have one scale.
+    Padding is hatched if `is_padded`. `longest` (tokens) and `rows` (of `picture_rows`) are of the largest
+    picture, so that all have one scale.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(1.75, 0.3 + min(3.6, 0.15 * rows)))
@@ -209,7 +215,8 @@ def window_picture(
             boxes.append(_box(0, top, max(lengths), len(lengths)))
             tokens += _bars_of(lengths, top, apart=rows < 100)
             top += len(lengths) + _gap(micro_batches)
-        padding: Any = {"facecolor": "none", "edgecolor": colour, "linewidth": 0.6, "hatch": "/////"}
+        padding: Any = {"facecolor": "none", "edgecolor": colour, "linewidth": 0.6}
+        padding["hatch"] = "/////" if is_padded else None
         axes.add_patch(PathPatch(Path.make_compound_path(*boxes), **padding))
         axes.add_patch(PathPatch(Path.make_compound_path(*tokens), facecolor=colour, linewidth=0))
         axes.set(xlim=(0, longest), ylim=(rows, 0), yticks=[], xticks=[0, longest])

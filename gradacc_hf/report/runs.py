@@ -185,6 +185,11 @@ class RunGroup:
     label: str
     runs: tuple[RecordedRun, ...]
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether a repeat computed padding."""
+        return any(run.padding != 0 for run in self.runs)
+
     def first_window(self) -> list[list[int]] | None:
         """Return the first window that a repeat records: tokens of each example, by micro-batch."""
         found = [run.summary["first_window"] for run in self.runs if run.summary.get("first_window")]

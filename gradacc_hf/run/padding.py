@@ -45,6 +45,9 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
             refuse("budget.padding_free", "found on", f"{why}; allowed: auto or off")
         recipe.model_notes["padding in layers"] = f"kept: {why}"
         return
+    if recipe.pad_to == "nothing":
+        recipe.model_notes["padding"] = "none: packed examples, each with attention of its own"
+        return
     if not is_grouped(model):
         recipe.model_notes["padding in layers"] = "none in the layers, except in attention"
         return
@@ -76,11 +79,10 @@ def _remove(recipe: Recipe, model: Any, windows: WindowLoader) -> str:
 
 def _why_kept(recipe: Recipe, model: Any, windows: WindowLoader, setting: str) -> str:
     """Return why padding is kept without a check of the model, or ""."""
-    if recipe.pad_to == "nothing":
-        return "the recipe packs examples"
-    if recipe.pad_to != "micro_batch":
+    packs = recipe.pad_to == "nothing"
+    if not packs and recipe.pad_to != "micro_batch":
         return "padding changes the loss of this recipe"
-    if "attention_mask" not in windows.sample(2)[1].batch:
+    if not packs and "attention_mask" not in windows.sample(2)[1].batch:
         return "the inputs have no attention mask"
     if any(hasattr(module, "hf_device_map") for module in model.modules()):
         return "the model is placed on devices already"
@@ -93,6 +95,8 @@ def _why_kept(recipe: Recipe, model: Any, windows: WindowLoader, setting: str) -
         return f"the check would copy {number:,} parameters, more than {MOST_PARAMETERS:,}"
     if windows.accelerator.distributed_type == DistributedType.FSDP:
         return "FSDP is used" if setting == "auto" else ""
+    if packs:
+        return ""
     other = windows.with_bound(windows.bound)
     other.without_padding()
     saving = 1 - _cost(other) / _cost(windows)

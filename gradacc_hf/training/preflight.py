@@ -45,6 +45,9 @@ logger = get_logger(__name__)
 SMALL = 1e-6
 """Relative difference of losses below which no warning is worth it, such as 1e-8 added to a divisor. It is
 lower where losses differ little from example to example, as a root of a mean shows little then."""
+BOUNDS = 4
+"""Micro-batches that fit into memory at once without gradients. Two examples show little about a loss."""
+CANNOT_TELL = "cannot tell whether the loss is a mean over its items"
 REMAKE = "make the optimizer after the last change of the model"
 
 
@@ -203,7 +206,7 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
     """
     if as_window_loss(compute_loss) is not None:  # a loss over the whole window has no mean over parts
         return
-    alone, together, pad_to = windows.sample()
+    alone, together, pad_to = windows.sample(bounds=BOUNDS)
     repeated = windows.collated(np.repeat(alone[0].indices, len(alone)), pad_to)
     is_half = next(model.parameters()).dtype not in (torch.float32, torch.float64)
 
@@ -239,9 +242,13 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
         stack.enter_context(mode.of(model))
         measured, labels = losses(), count_labels(alone)
         for name in measured[0]:
-            items = np.array([each.items[name] if name else each.num_items for each in alone])
-            if not np.isclose(items.sum(), together.items[name] if name else together.num_items):
-                continue  # masked at random
+            *counts, at_once, again = (
+                each.items[name] if name else each.num_items for each in (*alone, together, repeated)
+            )
+            items = np.array(counts)
+            if not np.allclose([items.sum(), len(items) * items[0]], [at_once, again]):
+                logger.warning(f"{CANNOT_TELL}: the items of the same examples change, as with random masks")
+                continue
             sample = sample_of(measured, name)
             if sample.decides(items):
                 problem = _problem(sample, items, labels, lambda name=name: is_padding_out(name))
@@ -276,9 +283,12 @@ def _problem(
         labels: How often each label occurs in each example.
         is_padding_out: Returns whether padding does not change the loss.
     """
-    if not sample.is_usable or len(items) < 2:
+    if len(items) < 2 or not np.isfinite(sample.together):  # the loop names losses that are not finite
         return ""
     cure = "set num_items ('next_token' if the head shifts its labels)"
+    if not sample.is_usable:
+        why = "the loss of an example alone is not finite" if sample.together else "the loss is 0"
+        return f"{CANNOT_TELL}: {why}. If not, {cure}"
     spread = float(np.nanstd(sample.alone)) / abs(sample.together)
     if not sample.fits(items) and sample.deviation(items) > min(SMALL, 1e-5 * spread):
         pad = "If padding changes the loss, pad a window to one length (pad_to='window'). "
@@ -294,10 +304,9 @@ def _problem(
         why = f"all labels of the first examples are {different.pop()}, so class weights would not show"
     for label in sorted(different) if not why else ():
         weighted = items + [counted[label] for counted in labels]
-        same_share = np.allclose(weighted * items.sum(), items * weighted.sum())
-        if not same_share and not sample.separates(items, weighted):
+        if not sample.separates(items, weighted):
             why = f"a weight of label {label} would not show"
-    return why and f"cannot tell whether the loss is a mean over its items: {why}. If not, {cure}"
+    return why and f"{CANNOT_TELL}: {why}. If not, {cure}"
 
 
 def expect_unused_parameters(

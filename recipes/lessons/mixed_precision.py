@@ -1,6 +1,7 @@
 """Does half precision survive accumulation? bf16 and fp16 done right, and the usual mistakes.
 
-Run it: gradacc lessons mixed_precision. The doctor finds: unscaled_too_early, another_gradient, mis_scaled.
+Run it: gradacc lessons mixed_precision. The doctor finds: unscaled_too_early, clipped_while_scaled,
+another_gradient, mis_scaled.
 """
 
 import torch

@@ -72,6 +72,8 @@ def test_launch_sh_passes_a_signal_on_waits_for_the_save_and_leaves_no_process_b
     assert command.endswith(f" && {go_on}")
     assert (run / f"checkpoints/window-{stopped:08d}").is_dir()
     assert left_behind(run) == []
+    if processes == 1:
+        return
     resumed = launcher(venv, run, texts, "--resume", "auto", "--processes", 1)  # on another number
     until_windows(run, stopped + 3, resumed)
     assert not (run / "TO_BE_RESUMED").exists()

@@ -3,7 +3,6 @@
 python tests/padding/test_all_architectures.py [KIND ...]     prints the table of all heads, in minutes
 """
 
-import copy
 import sys
 import warnings
 from collections import Counter
@@ -11,39 +10,19 @@ from collections import Counter
 import pytest
 import torch
 
-import gradacc_hf
-from gradacc_hf.accumulation.reference import compare, whole_window_gradient
-from gradacc_hf.errors import HeadUnavailableError, PaddingNotRemovableError
-from gradacc_hf.padding.removal import is_grouped
+from gradacc_hf.errors import HeadUnavailableError
+from gradacc_hf.verification.all_heads import padding_outcome
 from gradacc_hf.verification.tiny_models import KINDS, build_head, model_types
 
 TEXT_KINDS = [kind for kind in KINDS if not kind.startswith(("image", "audio", "ctc"))]
-CHECKED_ON = [17, 9, 26, 9, 12, 5]
-OTHERS = [[31, 4, 14, 14, 8], [22, 20, 21], [3, 40, 3, 3], [12, 12, 12]]
-"""Lengths of batches after the check. The last has padding in every row."""
 
 
 def outcome(kind, model_type):
-    """Return "exact by groups", "exact with padded attention", "refused: …", "not built: …" or "WRONG: …"."""
+    """Return the outcome of a head, or "not built: …"."""
     try:
-        head = build_head(kind, model_type)
+        return padding_outcome(build_head(kind, model_type))
     except HeadUnavailableError as error:
         return f"not built: {error}"
-    padded = copy.deepcopy(head.model)
-    checked = head.collate(head.examples(CHECKED_ON))
-    if "attention_mask" not in checked:
-        return "not built: the head takes no attention mask"
-    try:
-        gradacc_hf.remove_padding(head.model, checked)
-    except PaddingNotRemovableError as error:
-        return f"refused: {error}"
-    for seed, lengths in enumerate(OTHERS, start=1):
-        batch = head.collate(head.examples(lengths, seed), pad_to=max(lengths) + 3 * (seed == len(OTHERS)))
-        reference = whole_window_gradient(padded, batch)
-        found = compare("without padding", whole_window_gradient(head.model, batch), reference)
-        if not found.exact:
-            return f"WRONG: the gradient is off by {found.error:.0e} for lengths {lengths}"
-    return "exact by groups" if is_grouped(head.model) else "exact with padded attention"
 
 
 def table(heads):

@@ -370,18 +370,30 @@ def test_each_change_of_the_saved_tokenizer_has_a_line():
     before, after = (json.loads(Path(f, "tokenizer_config.json").read_text()) for f in ("model", "saved"))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert changed == {"add_prefix_space", "pad_token", "padding_side"}
-    assert recipe.model_notes["add_prefix_space"] == "True, as this task needs; the tokenizer is saved so"
+    assert recipe.model_notes["add_prefix_space"] == "True; False in the saved tokenizer"
     assert recipe.model_notes["padding side"].endswith(
         "; the tokenizer's is left, and it is saved with right"
     )
     assert recipe.model_notes["padding token"].endswith("had none, and it is saved with this one")
 
 
-def test_a_setting_that_changes_no_token_is_not_saved():
-    save("Bert", task="ForTokenClassification", **names("O", "B-PER"))
-    recipe = recipe_for("token_classification", [{"tokens": ["w1", "w2"], "tags": ["B-PER", "O"]}] * 20)
-    assert "add_prefix_space" not in recipe.tokenizer.init_kwargs
-    assert "add_prefix_space" not in recipe.model_notes
+@pytest.mark.parametrize("is_part", [False, True])
+def test_a_tokenizer_setting_of_a_task_is_in_the_plan_or_not_saved(is_part):
+    tokenizer = make_tokenizer()
+    if is_part:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    save("Bert", task="ForTokenClassification", tokenizer=tokenizer, **names("a", "b"))
+    rows = [
+        {"tokens": text.split(), "tags": ["ab"[len(word) % 2] for word in text.split()]} for text in TEXTS
+    ]
+    recipe = recipe_for("token_classification", rows)
+    recipe.tokenizer  # noqa: B018
+    recipe.processors()[0].save_pretrained("saved")
+    saved = json.loads(Path("saved/tokenizer_config.json").read_text())
+    assert saved.get("add_prefix_space", False) == is_part
+    assert recipe.model_notes.get("add_prefix_space") == (
+        "True; no value in the saved tokenizer" if is_part else None
+    )
 
 
 def test_tokens_without_an_embedding_are_refused_by_the_check(capfd):

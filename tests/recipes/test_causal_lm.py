@@ -710,11 +710,12 @@ def test_the_same_run_packed_lean_or_neither(start):
     for packing in (False, True):
         for lean in ("true", "false"):
             flags = {"data__packing": packing} if packing else {}
-            code, _, err = start(
+            code, printed, err = start(
                 data__train="a.jsonl", **flags, budget__lean_loss=lean, budget__max_tokens=200,
                 output__overwrite=True,
             )  # fmt: skip
             assert code == 0, err
+            assert ("packed examples, each with attention of its own" in printed) == packing
             losses[packing, lean] = [row["loss"] for row in history()]
             assert summary()["eval"]["loss"] > 0
             if packing:

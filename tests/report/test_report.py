@@ -19,7 +19,7 @@ from gradacc_hf.cli import main as cli
 from gradacc_hf.errors import InputError
 from gradacc_hf.report import read_runs, write_report
 from gradacc_hf.report.narrative import noise, speed_ratios, verdict
-from gradacc_hf.report.pictures import curves_of, noise_curve
+from gradacc_hf.report.pictures import curves_of, noise_curve, windows_of
 from gradacc_hf.report.runs import contenders
 from gradacc_hf.report.tables import configurations
 from gradacc_hf.utils.redaction import redact
@@ -317,6 +317,16 @@ def test_the_picture_of_a_window_names_its_padding_and_draws_every_example(compa
     widths = [right - left for left, right in zip(lefts, rights, strict=True)]
     lengths = [length for lengths in FIRST_WINDOW for length in lengths]
     assert [width / widths[-1] for width in widths] == pytest.approx([n / 31 for n in lengths], abs=1e-4)
+
+
+def test_the_picture_of_a_window_without_padding_has_no_hatching(real, tmp_path):
+    repeat(real, tmp_path / "padded", contender="a", first_window=FIRST_WINDOW, tokens=113, padded_tokens=138)
+    repeat(real, tmp_path / "packed", contender="b", first_window=FIRST_WINDOW, tokens=113, padded_tokens=113)
+    figures = windows_of(contenders(read_runs([tmp_path])))
+    notes = {figure.title: figure.note for figure in figures}
+    hatched = {figure.title: "<pattern" in figure.svg for figure in figures}
+    assert notes == {"a": "3 micro-batches, 18.1\xa0% padding", "b": "3 micro-batches, no padding computed"}
+    assert hatched == {"a": True, "b": False}
 
 
 def test_without_gradient_errors_it_says_so_and_names_the_command_that_measures_them(page):

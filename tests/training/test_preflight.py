@@ -504,7 +504,91 @@ def test_losses_that_are_all_alike_cannot_tell(caplog):
         def forward(self, x, labels):
             return {"loss": super().forward(x, labels)["loss"] * 0 + 1}
 
-    assert "the losses of 4 examples are all alike" in line_about(Constant(), [0, 1, 2] * 10, caplog)
+    assert "examples are all alike" in line_about(Constant(), [0, 1, 2] * 10, caplog)
+
+
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        (
+            lambda logits, labels: (logits / (logits - logits.mean(0))).square().mean(),
+            "of an example alone is not finite",
+        ),
+        (lambda logits, labels: logits.sum() * 0, "the loss is 0"),
+    ],
+)
+def test_losses_that_are_not_finite_or_0_cannot_tell(loss, why, caplog):
+    class Other(LabelWeights):
+        def forward(self, x, labels):
+            return {"loss": loss(self.head(torch.tanh(self.body(x))), labels)}
+
+    said = line_about(Other(), [0, 1, 2] * 10, caplog)
+    assert (
+        f"cannot tell whether the loss is a mean over its items: the loss {why.removeprefix('the loss ')}"
+        in said
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_rows_of_one_length_differ_by_their_items(seed, caplog):
+    """The loader counts one label less in each row than the loss: rows of equal counts do not show it."""
+
+    class Tagger(LabelWeights):
+        def forward(self, x, labels):
+            return super().forward(x.flatten(0, 1), labels.flatten())
+
+    torch.manual_seed(seed)
+    examples = []
+    for length in torch.randint(2, 9, (20,)).tolist():
+        labels = torch.where(torch.arange(8) < length, torch.randint(3, (8,)), -100)
+        examples.append({"x": torch.randn(8, 5), "labels": labels})
+    settings = {"accelerator": Accelerator(cpu=True), "micro_batch_size": 2, "num_items": "next_token"}
+    preflight_check(Tagger(), WindowLoader(examples, 8, **settings))
+    assert "no split is exact" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_small_micro_batches_hide_no_ignored_label(size, caplog):
+    class Pixels(LabelWeights):
+        def forward(self, x, labels):
+            logits = self.head(torch.tanh(self.body(x))).flatten(0, 1)
+            return torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=255)
+
+    def counted(batch):
+        return int((batch["labels"] != 255).sum())
+
+    for seed in range(12):
+        torch.manual_seed(seed)
+        labels = torch.where(torch.rand(60, 4) < 0.4, 255, torch.randint(3, (60, 4)))
+        labels[:, 0] = 1
+        examples = [{"x": torch.randn(4, 5), "labels": row} for row in labels]
+        for num_items in ("labels", counted):
+            settings = {
+                "accelerator": Accelerator(cpu=True),
+                "micro_batch_size": size,
+                "num_items": num_items,
+            }
+            caplog.clear()
+            preflight_check(Pixels(), WindowLoader(examples, 8, seed=seed, **settings))
+            assert bool(caplog.text) == (num_items == "labels"), seed
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_masks_cannot_tell(seed, caplog):
+    def mask(examples):
+        batch = default_collate(examples)
+        batch["labels"] = torch.where(torch.rand(batch["labels"].shape) < 0.5, batch["labels"], -100)
+        return batch
+
+    class Tagger(LabelWeights):
+        def forward(self, x, labels):
+            return super().forward(x.flatten(0, 1), labels.flatten())
+
+    torch.manual_seed(seed)
+    examples = [{"x": torch.randn(8, 5), "labels": torch.randint(3, (8,))} for _ in range(20)]
+    settings = {"accelerator": Accelerator(cpu=True), "micro_batch_size": 4, "collate_fn": mask}
+    preflight_check(Tagger(), WindowLoader(examples, 16, **settings))
+    assert "the items of the same examples change, as with random masks" in caplog.text
 
 
 def test_a_stream_is_checked_by_the_examples_of_one_window(caplog):

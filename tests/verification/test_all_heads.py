@@ -43,6 +43,12 @@ def test_trainer_is_not_exact_on_most(verdicts):
     assert sum(verdict.exact(2) for verdict in tried) < len(tried) / 2
 
 
+def test_no_head_is_wrong_without_padding(verdicts):
+    outcomes = [verdict.padding for verdict in verdicts if verdict.errors]
+    assert [outcome for outcome in outcomes if not outcome.startswith(("exact", "refused: "))] == []
+    assert any(outcome.startswith("exact by groups") for outcome in outcomes)
+
+
 def test_a_head_that_cannot_be_had_says_why(verdicts):
     assert all(verdict.reason for verdict in verdicts if not verdict.errors)
 
@@ -54,8 +60,8 @@ def test_all_heads_are_hundreds():
 def test_the_table_adds_up(verdicts):
     console = Console(width=120, record=True, file=io.StringIO())
     conformance.print_conformance(verdicts, console)
-    lines = [line.split()[-5:] for line in console.export_text().splitlines()]
-    rows = [cells for cells in lines if len(cells) == 5 and all(map(str.isdigit, cells))]
+    lines = [line.split()[-6:] for line in console.export_text().splitlines()]
+    rows = [cells for cells in lines if len(cells) == 6 and all(map(str.isdigit, cells))]
     *kinds, total = [[int(cell) for cell in row] for row in rows]
     assert [sum(column) for column in zip(*kinds, strict=True)] == total
-    assert total[0] + total[4] == len(verdicts)
+    assert total[0] + total[5] == len(verdicts)

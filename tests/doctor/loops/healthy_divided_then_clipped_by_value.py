@@ -1,0 +1,15 @@
+import torch
+import torch.nn.functional as F
+from tiny import loader, net
+
+model, steps = net(), 4
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(2):
+    for step, (x, y) in enumerate(loader(), start=1):
+        F.cross_entropy(model(x), y).backward()
+        if step % steps == 0:
+            for parameter in model.parameters():
+                parameter.grad.div_(steps)
+            torch.nn.utils.clip_grad_value_(model.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
