@@ -60,7 +60,7 @@ def match_labels(found: Sequence[str], own: Sequence[str] | None, key: str | Non
     Args:
         found: The labels of the data, in the order of the data.
         own: The names in the config of the model, by id; None if the model has no labels.
-        key: The setting of the labels, to refuse a whole number that is no class; None if they are names.
+        key: The setting of the labels, for a message about a whole number apart; None if they are names.
 
     Raises:
         InputError: One of the labels is 255, and the others are 0 to n.

@@ -138,7 +138,6 @@ def fine_tune(
         InputError: model, optimizer or windows cannot be trained, or `summary` has a reserved key.
         NonFiniteError: as for `train`. A checkpoint after the previous window is saved first.
     """
-    check_windows(windows)
     more, first_window = check_summary(summary or {}), tokens_of_next_window(windows)
     model, optimizer = prepare(model, optimizer, scheduler, windows, compute_loss)
     saver = ModelSaver(accelerator, output_dir, save_with, write_model)
@@ -200,7 +199,8 @@ def check_summary(more: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def tokens_of_next_window(windows: WindowLoader) -> np.ndarray:
-    """Return the tokens of each example of the next window: (examples, columns)."""
+    """Return the tokens of each example of the next window: (examples, columns). Refuse a DataLoader."""
+    check_windows(windows)
     place = windows.state_dict()
     return windows.tokens[windows.plan.indices(place["epoch"], place["window"])]
 

@@ -273,7 +273,7 @@ def _problem(
     sample: LossSample,
     items: np.ndarray,
     labels: Sequence[Counter[int]],
-    is_padding_out: Callable[[], bool] = lambda: False,
+    is_padding_out: Callable[[], bool],
 ) -> str:
     """Return a line if the sample shows no mean over items, or cannot tell; "" if it shows one.
 
