@@ -465,7 +465,9 @@ class Recipe:
         if self.has_new_labels and (same := self._head_of_other_labels(options["config"])):
             renew(model, same)
             self.new_parameters |= same
-            why.append("the saved ones are for other labels; they are kept for the names or ids of the model")
+            why.append(
+                "the saved ones are for other labels; to keep them, give the label names or ids of the model"
+            )
         self.note_head(model, why[0] if why else "not among the saved weights")
         return model
 
