@@ -6,6 +6,7 @@ that window is compared as well.
 
 from gradacc_hf.doctor.gradients import Subject
 from gradacc_hf.doctor.observer import Attention
+from gradacc_hf.doctor.packed_rows import change_of_later_examples
 from gradacc_hf.doctor.passes import Progress
 from gradacc_hf.doctor.record import LoopRecord, ObservedWindow, WindowComparison
 from gradacc_hf.doctor.reference import LossOf, compare_window, work
@@ -30,6 +31,10 @@ class Examination:
     def examine(self, window: ObservedWindow, progress: Progress) -> Attention:
         """Compare the latest window of the record if the budget allows, and return how to continue."""
         self._compare(window, progress)
+        forward = window.micro_batches[0].forward
+        if len(self._record.windows) == 1 and forward is not None:
+            change = change_of_later_examples(self._subject, forward.inputs)
+            self._record.mixed_rows = change, forward.place
         return self._next(window, progress)
 
     def _is_at_end(self, window: ObservedWindow, progress: Progress) -> bool:

@@ -73,6 +73,14 @@ def driver() -> str:
     return "accelerate" if "accelerate.accelerator" in modules else ""
 
 
+def sampling_strategy() -> str:
+    """`train_sampling_strategy` of the Trainer that runs the loop, or ""."""
+    here = (frame for frame in frames() if frame.f_globals.get("__name__") == "transformers.trainer")
+    arguments = (getattr(frame.f_locals.get("self"), "args", None) for frame in here)
+    found = (getattr(each, "train_sampling_strategy", "") for each in arguments)
+    return next((str(strategy) for strategy in found if strategy), "")
+
+
 def _caller_of_torch() -> FrameType | None:
     """The frame whose call of a torch function is being handled."""
     return next((frame for frame in frames() if frame.f_code.co_name != "__torch_function__"), None)

@@ -63,8 +63,8 @@ def compare_gradients(gradient: GradientNow, other: GradientNow, clipped: float 
 class GradientWatch:
     """Follows the gradients and the weights of one optimizer.
 
-    before_change: copy of the gradient, on the host, before the loop changed it by hand after the latest
-        backward, and after a scaling that came first; None if it did not.
+    before_change: copy of the gradient, on the host, before the loop changed it by hand; None if it did not.
+        A scaling that comes first is included.
     touched: changes since the latest backward or step, with the line.
     weights_version: changes of the weights so far.
     clipped_scaled: factor of clipping since the latest backward, before a scaler divided the gradient.

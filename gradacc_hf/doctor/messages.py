@@ -124,6 +124,12 @@ MESSAGES: dict[str, tuple[str, str, str]] = {
         "accumulation is not equivalent to a larger batch, whatever the weights of the losses",
         "use LayerNorm or GroupNorm, or freeze BatchNorm in evaluation mode",
     ),
+    "packed_examples_mixed": (
+        "the examples of a packed row attend to each other",
+        "each example is learned together with the texts before and after it",
+        "pad instead, or pass a mask that keeps the examples apart. Without a mask and a cache, position_ids "
+        "keep them apart in some causal models only",
+    ),
     "in_batch_negatives_cut": (
         "in-batch negatives come only from the micro-batch",
         "with fewer negatives than in the whole window the task is easier, so the loss looks better",

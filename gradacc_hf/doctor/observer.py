@@ -20,6 +20,7 @@ from gradacc_hf.doctor.frames import (
     StartedLoader,
     driver,
     is_in_optimizer,
+    sampling_strategy,
     schedule_length,
     schedule_lines,
     user_line,
@@ -298,7 +299,8 @@ class Observer(Subscriber):
         after: float,
         root_factors: tuple[float, ...],
     ) -> None:
-        self._record.driver = self._record.driver or driver()
+        if not self._record.driver:
+            self._record.driver, self._record.sampling = driver(), sampling_strategy()
         ddp, terms = self._subject.ddp, losses.terms
         only = terms[0] if losses.is_complete and len(terms) == 1 else None
         forwards = self._forwards

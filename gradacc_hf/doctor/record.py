@@ -315,6 +315,7 @@ class LoopRecord:
     pass_lengths: micro-batches of each pass over the training data; None for a stream.
     schedule_length: steps in the schedule of the learning rate; None if unknown.
     driver: the library that calls backward, "trainer" or "accelerate"; "" if the loop calls it.
+    sampling: `train_sampling_strategy` of Trainer, or "".
     autocast: the type of autocast; None without autocast.
     is_stream: whether the loop reads the data as a stream, so that a window may continue in the next pass.
     has_several_loaders: whether several loaders give batches at the same time.
@@ -325,6 +326,7 @@ class LoopRecord:
     has_batch_norm: whether a BatchNorm normalises with the statistics of the micro-batch.
     stopped_early: whether observing ended before the end of a pass over the data.
     logged: pairs of step number and loss that Trainer logged.
+    mixed_rows: change of later examples of a packed row with the first one, and the line of the forward.
     """
 
     intended: int | None = None
@@ -333,6 +335,7 @@ class LoopRecord:
     pass_lengths: list[int | None] = field(default_factory=list)
     schedule_length: int | None = None
     driver: str = ""
+    sampling: str = ""
     autocast: torch.dtype | None = None
     is_stream: bool = False
     has_several_loaders: bool = False
@@ -343,6 +346,7 @@ class LoopRecord:
     has_batch_norm: bool = False
     stopped_early: bool = False
     logged: list[tuple[int, float]] = field(default_factory=list)
+    mixed_rows: tuple[float, Place | None] = (0.0, None)
 
     @property
     def sets_gradients(self) -> bool:

@@ -69,7 +69,7 @@ def compare_window(
             _check_goes_backward(subject, micro_batches, WindowComparison(half=half).tolerance)
         whole = _joined_inputs(micro_batches)
         kind = subject.parameters()[0].device.type
-        with _state_kept(subject) as gradient, torch.autocast(kind, autocast, enabled=autocast is not None):
+        with state_kept(subject) as gradient, torch.autocast(kind, autocast, enabled=autocast is not None):
             return _compare(subject, window, whole, loss_of, known, gradient, half)
     except ReplayError as error:
         return WindowComparison(why_not=str(error))
@@ -238,7 +238,7 @@ def _together(name: str, values: list[Any]) -> Any:
 
 
 @contextmanager
-def _state_kept(subject: Subject) -> Iterator[list[torch.Tensor | None]]:
+def state_kept(subject: Subject) -> Iterator[list[torch.Tensor | None]]:
     """Yield the loop's gradient. At the end, restore the gradient, the buffers and the RNG state."""
     mine = subject.parameters()
     known = {id(p) for p in mine}

@@ -266,6 +266,8 @@ def _weights(record: LoopRecord) -> Iterator[Finding]:
         if name == "mean_of_means":
             items = ", ".join(f"{count:g}" for count in weighing.items)
             evidence = f"items of the micro-batches ({weighing.counted}): {items}; all have the same weight"
+            if record.sampling == "batch_rebalance":
+                evidence += '; train_sampling_strategy="batch_rebalance" makes micro-batches of unequal size'
         elif name == "another_gradient":
             totals = ", ".join(f"{total:.3g}" for total in weighing.items)
             evidence = (
@@ -284,6 +286,13 @@ def _weights(record: LoopRecord) -> Iterator[Finding]:
             evidence += f", and the gradient is multiplied by {window.change.hand:.4g} as well"
         if name != "partial_window_leaked":
             yield _found(name, evidence, place, n=n)
+
+
+def _packed_rows(record: LoopRecord) -> Iterator[Finding]:
+    change, place = record.mixed_rows
+    if change:
+        evidence = f"other tokens in the first example of a row change outputs of later ones by {change:.2g}"
+        yield _found("packed_examples_mixed", evidence, place)
 
 
 def _batch_norm(record: LoopRecord) -> Iterator[Finding]:
@@ -514,6 +523,7 @@ RULES: tuple[Callable[[LoopRecord], Iterator[Finding]], ...] = (
     _clipped_scaled,
     _clipped_late,
     _weights,
+    _packed_rows,
     _batch_norm,
     _gradient,
     _partial,

@@ -585,6 +585,15 @@ def test_today_s_trainer_does_not_divide_a_bert_classifier_s_loss_and_logs_it_in
     assert "ExactTrainer(model, args, …)" in not_divided.fix
 
 
+def test_batch_rebalance_is_named_where_a_head_ignores_the_item_count():
+    settings = {"train_sampling_strategy": "batch_rebalance"}
+    diagnosis = by_trainer("sequence_classification", lengths=[9, 5, 30, 12, 7, 4, 22, 3] * 6, **settings)
+    found = next(finding for finding in diagnosis.findings if finding.name == "mean_of_means")
+    assert 'train_sampling_strategy="batch_rebalance" makes micro-batches of unequal size' in found.evidence
+    exact = by_trainer("sequence_classification", exact=True, lengths=[9, 5, 30, 12] * 6, **settings)
+    assert "mean_of_means" not in names(exact)
+
+
 def test_today_s_trainer_takes_a_mean_of_means_of_tokens():
     diagnosis = by_trainer("token_classification", lengths=LENGTHS * 2)
     assert {"not_divided", "mean_of_means"} <= names(diagnosis), str(diagnosis)
