@@ -18,6 +18,7 @@
 | damages | `crash_recovery.py` | a run whose newest checkpoint is damaged |
 | schedules | `schedules.py` | examples that a run needs, by size of the windows |
 | watching | `monitoring_overhead.py` | cost of the noise scale and of the doctor |
+| gpu | `gpu.py` | speed and memory with and without padding on a GPU; no GPU has run it yet |
 | play | `ui_latency.py` | speed of the page of `gradacc play` |
 
 A benchmark returns a frozen result. `--json` prints the result as JSON instead of a table. The contenders of

@@ -20,6 +20,7 @@ from gradacc_hf.bench.budgets import measure_budgets, print_budgets
 from gradacc_hf.bench.cpu_speed import measure_cpu_settings, print_cpu_settings
 from gradacc_hf.bench.crash_recovery import measure_damages, measure_kills, print_damages, print_kills
 from gradacc_hf.bench.exactness import HEADS, measure_exactness, print_exactness
+from gradacc_hf.bench.gpu import FULL, TINY, measure_gpu, print_gpu
 from gradacc_hf.bench.lean_memory import measure_lean_loss, print_lean_loss
 from gradacc_hf.bench.micro_batch_size import measure_micro_batch_sizes, print_micro_batch_sizes
 from gradacc_hf.bench.monitoring_overhead import measure_monitoring, print_monitoring
@@ -189,6 +190,15 @@ BENCHMARKS = {
         lambda given, progress: measure_monitoring(given.repeats, progress),
         print_monitoring,
         (_number("--repeats", 12, "turns"),),
+    ),
+    "gpu": Benchmark(
+        "speed and memory with and without padding on a GPU, within a time limit",
+        lambda given, progress: measure_gpu(given.seconds, TINY if given.tiny else FULL, progress),
+        print_gpu,
+        (
+            _number("--seconds", 480, "time limit"),
+            ("--tiny", {"action": "store_true", "help": "tiny models, which a CPU runs in seconds"}),
+        ),
     ),
     "play": Benchmark(
         "speed of the page of `gradacc play`, in a browser",

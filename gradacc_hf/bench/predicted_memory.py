@@ -25,7 +25,7 @@ from gradacc_hf.accumulation.loss_items import model_loss
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
 from gradacc_hf.errors import InputError
-from gradacc_hf.memory.estimator import Point, StepSettings, estimate, terms_of
+from gradacc_hf.memory.estimator import Point, StepEstimate, StepSettings, estimate, terms_of
 from gradacc_hf.memory.trace import AUTOCAST
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.training.lora import add_lora
@@ -39,6 +39,8 @@ from gradacc_hf.utils.verbosity import silence_libraries
 MIB = 2**20
 ALLOWED_RELATIVE_ERROR, ALLOWED_BYTES = 0.10, 64 * MIB  # the larger one applies
 TEXT = {"num_hidden_layers": 6, "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 1024}
+TINY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+TINY["vocab_size"] = 8000  # `make_batch` draws from 8,000 tokens
 SIZES: dict[str, tuple[str, str, dict[str, Any]]] = {  # kind: (auto class, model type, config)
     "encoder": ("AutoModelForSequenceClassification", "bert", {**TEXT, "vocab_size": 8000}),
     "decoder": (
@@ -54,6 +56,20 @@ SIZES: dict[str, tuple[str, str, dict[str, Any]]] = {  # kind: (auto class, mode
         | {"d_ff": 1024, "vocab_size": 8000, "decoder_start_token_id": 0},
     ),
     "vit": ("AutoModelForImageClassification", "vit", {**TEXT, "image_size": 224, "patch_size": 16}),
+    "minilm": (
+        "AutoModelForSequenceClassification",
+        "bert",
+        {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
+    ),
+    "bert-base": ("AutoModelForSequenceClassification", "bert", {}),
+    "decoder-0.5b": (  # the sizes of Qwen2.5-0.5B
+        "AutoModelForCausalLM",
+        "qwen2",
+        {"num_hidden_layers": 24, "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
+        | {"intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True},
+    ),
+    "tiny-encoder": ("AutoModelForSequenceClassification", "bert", {**TINY}),
+    "tiny-decoder": ("AutoModelForCausalLM", "qwen2", {**TINY, "num_key_value_heads": 2}),
 }
 
 
@@ -148,7 +164,13 @@ def compare_memory(cases: Sequence[MemoryCase] = CASES, progress: Progress = ite
 
 
 def predict(case: MemoryCase) -> int:
-    """Predict the peak minus the memory before the model, from traces of fewer and shorter examples."""
+    """Predict the peak minus the memory before the model."""
+    memory = step_estimate(case).memory
+    return memory.bytes(case.rows, case.lengths) - memory.workspace
+
+
+def step_estimate(case: MemoryCase) -> StepEstimate:
+    """Estimate the step of a case from traces of fewer and shorter examples."""
     lengths = [tuple(max(8, part * length // 8) for length in case.lengths) for part in (1, 2, 3, 5, 7, 8)]
     if len(case.lengths) == 2:
         lengths = [
@@ -160,8 +182,7 @@ def predict(case: MemoryCase) -> int:
     few = max(2, -(-1024 // min(min(one) for one in lengths))) if case.lean else 2
     points = [Point(rows, one, make_batch(case, rows, one)) for rows in (few, few + 1) for one in lengths]
     settings = StepSettings(OptimConfig(name=case.optimizer), case.precision, torch.cuda.is_available())
-    found = estimate(lambda: build(case), points, exponents, model_loss, settings)
-    return found.memory.bytes(case.rows, case.lengths) - found.memory.workspace
+    return estimate(lambda: build(case), points, exponents, model_loss, settings)
 
 
 def build(case: MemoryCase) -> Any:
@@ -179,6 +200,11 @@ def build(case: MemoryCase) -> Any:
     return model
 
 
+def is_classifier(model: str) -> bool:
+    """Whether a model of `SIZES` has one label per text."""
+    return SIZES[model][0] == "AutoModelForSequenceClassification"
+
+
 def make_batch(
     case: MemoryCase, rows: int, lengths: Sequence[int], device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
@@ -191,7 +217,7 @@ def make_batch(
         ids = torch.randint(5, 8000, (rows, lengths[0]), generator=draw)
         mask = torch.ones_like(ids)
         mask[0, lengths[0] // 2 :] = 0
-        labels = {"encoder": torch.zeros(rows, dtype=torch.long)}.get(case.model, ids)
+        labels = torch.zeros(rows, dtype=torch.long) if is_classifier(case.model) else ids
         if len(lengths) == 2:
             labels = torch.randint(5, 8000, (rows, lengths[1]), generator=draw)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
