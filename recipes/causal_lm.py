@@ -43,6 +43,7 @@ class CausalLM(Recipe):
 
     model_class = AutoModelForCausalLM
     padding_side = "right"
+    saves_padding_side = False  # a text is continued after padding on the left
     pipeline_tag = "text-generation"
     example = "Write a Python function that adds two numbers."
     num_items = "next_token"
@@ -112,12 +113,6 @@ class CausalLM(Recipe):
                 raise InputError(f"data.chat_template: no file {template!r}; give one, or null")
             tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         return tokenizer
-
-    def processors(self):
-        """Return the tokenizer with its own padding side: a text is continued after padding on the left."""
-        [tokenizer] = super().processors()
-        tokenizer.padding_side = self.own_padding_side
-        return [tokenizer]
 
     @property
     def settings(self):

@@ -56,7 +56,7 @@ class ImageClassification(Recipe):
         train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
         train, validation = self.check_rows(train, validation, problem, "data.image_column")
         train, validation = self.target.encode(train, validation, self.may_skip, self.own_labels)
-        self.note_labels(self.target.labels.note)
+        self.note_labels(self.target.labels)
         return self.examples(train, augment=True), self.examples(validation, augment=False)
 
     def examples(self, rows, augment):

@@ -73,7 +73,7 @@ class TextClassification(Recipe):
         train, validation = self.check_rows(train, validation, text_problem(columns), "data.text_column")
         train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
         train, validation = self.target.encode(train, validation, self.may_skip, self.own_labels)
-        self.note_labels(self.target.labels.note)
+        self.note_labels(self.target.labels)
         self.class_weights = class_weights(data.class_weights, self.target.labels.in_data, train["label"])
         self.notes_pad_id()
         settings = {"columns": list(columns), "max_length": data.max_length}

@@ -23,13 +23,15 @@ from gradacc_hf.metrics.sequence_labelling import is_scheme
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.recipe.labels import match_labels
 from gradacc_hf.run import run
-from gradacc_hf.tasks.tags import check_tokens_and_tags, entities, row_problem, tag_names
+from gradacc_hf.tasks.tags import check_tokens_and_tags, entities, ignored_note, row_problem, tag_names
 
 
-def features(rows, tokenizer, columns, names, ids, max_length):
+def features(rows, tokenizer, columns, names, ids, max_length, in_training):
     """Return the inputs of the model: the first word piece of a token has the tag, the others have −100."""
-    tokens, tags = rows[columns[0]], [labels_as_text(row, names) for row in rows[columns[1]]]
-    problems = [row_problem(*row, ids) or "" for row in zip(tokens, tags, strict=True)]
+    tokens, tags = (rows[column] for column in columns)
+    pairs = zip(tokens, tags, strict=True)
+    problems = [row_problem(*pair, ids, names, in_training) or "" for pair in pairs]
+    tags = [labels_as_text(row, names) for row in tags]
     tokens = [[] if problem else row for problem, row in zip(problems, tokens, strict=True)]
     settings = {"truncation": True, "max_length": max_length, "return_token_type_ids": False}
     encoded, labels = tokenizer(tokens, is_split_into_words=True, **settings), []
@@ -74,16 +76,20 @@ class TokenClassification(Recipe):
         self.reading.use([data.tokens_column, data.tags_column])
         for dataset in splits:
             check_tokens_and_tags(dataset, data.tokens_column, data.tags_column)
-        self.labels = match_labels(tag_names(splits[0], data.tags_column), self.own_labels)
-        self.note_labels(self.labels.note)
-        train, validation = map(self.tokenize, splits)
+        key = None if class_names(splits[0], data.tags_column) else "data.tags_column"
+        self.labels = match_labels(tag_names(splits[0], data.tags_column), self.own_labels, key)
+        self.note_labels(self.labels)
+        if text := ignored_note(splits, data.tags_column):
+            self.reading.note("ignored", text)
+        train, validation = self.tokenize(splits[0], True), self.tokenize(splits[1], False)
         numbers, problem = [file_rows(dataset) for dataset in splits], lambda row: row["problem"] or None
         found = self.check_rows(train, validation, problem, "data.tags_column", numbers)
         return tuple(dataset.remove_columns("problem") for dataset in self.note_truncated(found))
 
-    def tokenize(self, dataset):
+    def tokenize(self, dataset, in_training):
         data = self.data
         settings = {"columns": (data.tokens_column, data.tags_column), "max_length": data.max_length}
+        settings["in_training"] = in_training
         settings["names"] = class_names(dataset, data.tags_column)
         settings["ids"] = self.labels.ids
         settings["tokenizer"] = self.tokenizer

@@ -7,6 +7,7 @@ device and weighs the losses.
 
 import pickle
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from gradacc_hf.accumulation.splitting import (
     split_without_padding,
 )
 from gradacc_hf.accumulation.streaming import Held, Stream
+from gradacc_hf.accumulation.validation import name_example
 
 PadTo = Literal["micro_batch", "window", "nothing"] | int
 Transform = Callable[[Any, np.random.Generator], Any]
@@ -352,15 +354,22 @@ class LocalWindows(Dataset):
         if self.transform is None:
             return examples
         numbers = ([self.plan.seed, epoch, index, EXAMPLE_STREAM] for index in indices.tolist())
-        return [
-            self.transform(example, np.random.default_rng(seed))
-            for example, seed in zip(examples, numbers, strict=True)
-        ]
+        found = []
+        for index, example, seed in zip(indices.tolist(), examples, numbers, strict=True):
+            with name_example(index):
+                found.append(self.transform(example, np.random.default_rng(seed)))
+        return found
 
     def read(self, indices: np.ndarray) -> list[Any]:
-        """Return examples as the data set has them."""
-        fetch = getattr(self.dataset, "__getitems__", None)  # a single call is faster for a datasets.Dataset
-        return fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
+        """Return examples as the data set has them. Raise InputError with the index if one cannot be read."""
+        if fetch := getattr(self.dataset, "__getitems__", None):  # faster for a datasets.Dataset
+            with suppress(Exception):
+                return fetch(indices.tolist())
+        found = []
+        for index in indices.tolist():
+            with name_example(index):
+                found.append(self.dataset[index])
+        return found
 
     def collate(self, indices: np.ndarray, epoch: int, pad_to: int | None, counts: bool = True) -> MicroBatch:
         """Collate examples into one micro-batch. Without `counts`, it is idle and has no items."""

@@ -5,12 +5,13 @@ samples of audio, frames of features, positions of embeddings.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from gradacc_hf.accumulation.validation import name_example
 from gradacc_hf.utils.logs import get_logger
 
 logger = get_logger(__name__)
@@ -37,8 +38,7 @@ def measure_lengths(dataset: Any, lengths: Lengths, bounds: bool = False) -> np.
     Returns:
         Tokens, int32 (examples, columns).
     """
-    # A torch data set without __iter__ may raise no IndexError at the end, so iterate by index.
-    examples = dataset if hasattr(dataset, "__iter__") else (dataset[i] for i in range(len(dataset)))
+    examples = _examples(dataset)
     if isinstance(lengths, str) and hasattr(dataset, "select_columns"):
         measured = dataset.select_columns(lengths)[lengths][:]
     elif isinstance(lengths, str):
@@ -50,10 +50,10 @@ def measure_lengths(dataset: Any, lengths: Lengths, bounds: bool = False) -> np.
     elif hasattr(dataset, "with_format") and "input_ids" in getattr(dataset, "column_names", ()):
         tables = dataset.select_columns("input_ids").with_format("arrow").iter(100_000)
         measured = np.concatenate([_column_lengths(table["input_ids"]) for table in tables])
-    elif isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]:
+    elif isinstance(first := next(_examples(dataset)), Mapping) and "input_ids" in first:
         measured = [_padded_size(example["input_ids"]) for example in examples]
     else:
-        measured = _measure_main_input(dataset, examples) if bounds else np.ones(len(dataset))
+        measured = _measure_main_input(dataset, first, examples) if bounds else np.ones(len(dataset))
     array = np.asarray(measured)
     if array.ndim not in (1, 2) or len(array) != len(dataset) or not array.size:
         raise ValueError(
@@ -65,6 +65,16 @@ def measure_lengths(dataset: Any, lengths: Lengths, bounds: bool = False) -> np.
             f"lengths must be numbers of tokens, 0 or more; found {array.dtype}: {array[:3].tolist()} …"
         )
     return array.astype(np.int32).reshape(len(dataset), -1)
+
+
+def _examples(dataset: Any) -> Iterator[Any]:
+    """Yield the examples. Raise InputError with the index of an example that cannot be read."""
+    # A torch data set without __iter__ may raise no IndexError at the end, so iterate by index.
+    rows = iter(dataset) if hasattr(dataset, "__iter__") else (dataset[i] for i in range(len(dataset)))
+    for index in range(len(dataset)):
+        with name_example(index):
+            example = next(rows)
+        yield example
 
 
 def _column_lengths(column: Any) -> np.ndarray:
@@ -84,16 +94,16 @@ def _padded_size(ids: Any) -> int:
     return len(ids) * max(len(row) for row in ids) if nested else len(ids)
 
 
-def _measure_main_input(dataset: Any, examples: Iterable[Any]) -> np.ndarray:
+def _measure_main_input(dataset: Any, first: Any, examples: Iterable[Any]) -> np.ndarray:
     """Return the length of the main input of each example, or 1 with a warning without a sequence.
 
     The first example determines the input.
     """
-    keys = _main_input(dataset[0])
+    keys = _main_input(first)
     if keys is not None and len(keys) == 1 and _is_column_of_lists(dataset, keys[0]):
         tables = dataset.select_columns(keys[0]).with_format("arrow").iter(100_000)
         return np.concatenate([_column_lengths(table[keys[0]]) for table in tables])
-    if keys is None or len(_shape(_value(dataset[0], keys)) or ()) not in (1, 2):  # such as images
+    if keys is None or len(_shape(_value(first, keys)) or ()) not in (1, 2):  # such as images
         shapes: list[tuple[int, ...] | None] = [None] * len(dataset)
     else:
         shapes = [_shape(_value(example, keys)) for example in examples]

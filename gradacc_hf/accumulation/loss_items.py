@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of torch and transformers for a position without an item
 
+SEVERAL_LOSSES = (
+    "If it is a sum of several losses, give the items of each: num_items={'mlm': …, 'nsp': …}, and "
+    "weigh({'mlm': …, 'nsp': …}), or a compute_loss that returns such a mapping"
+)
+
 CountItems = Callable[[Mapping[str, Any]], float]
 Loss = torch.Tensor | Mapping[str, torch.Tensor]
 """A mean over items, or several means over items of their own, by name."""

@@ -159,6 +159,11 @@ def _take(value: Any, part: list[int]) -> Any:
     return value[part] if isinstance(value, torch.Tensor) else [value[i] for i in part]
 
 
+def row_of(batch: Mapping[str, Any], row: int, rows: int) -> dict[str, Any]:
+    """Return a row of a batch of so many rows alone, with the padding of the batch."""
+    return {name: _take(value, [row]) if _length(value) == rows else value for name, value in batch.items()}
+
+
 Count = Callable[[Mapping[str, Any]], float]
 
 

@@ -5,13 +5,42 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
 
 from gradacc_hf.accumulation.streaming import is_stream
+from gradacc_hf.errors import GradaccError, InputError, one_line
 from gradacc_hf.utils.hardware import refuse_place
+
+OF_LOADER = "its data set (loader.dataset) with collate_fn=loader.collate_fn"
+
+
+@contextmanager
+def name_example(index: int) -> Iterator[None]:
+    """Turn an exception of a data set or a transform into an InputError with the index of the example."""
+    try:
+        yield
+    except (GradaccError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        found = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(
+            f"example {index} of the data set cannot be read ({found}): correct it, or remove it"
+        ) from error
+
+
+def check_windows(windows: Any) -> None:
+    """Raise InputError for a DataLoader in place of a WindowLoader."""
+    if isinstance(windows, DataLoader):
+        raise InputError(
+            f"windows is a {type(windows).__name__}, which makes batches of its own: make a WindowLoader of "
+            f"{OF_LOADER}, and an effective batch size"
+        )
 
 
 def refuse_engine(accelerator: Accelerator) -> None:
@@ -33,6 +62,10 @@ def check_arguments(
         columns = any(isinstance(column, list | tuple | np.ndarray) for column in dataset.values())
         cure = "datasets.Dataset.from_dict(…) of it" if columns else "one split, such as dataset['train']"
         raise ValueError(f"the data set is a mapping with {list(dataset)[:5]}: give {cure}")
+    if isinstance(dataset, DataLoader):
+        raise ValueError(
+            f"the data set is a {type(dataset).__name__}, whose items are batches: give {OF_LOADER} instead"
+        )
     if hasattr(dataset, "iloc"):  # a pandas DataFrame or Series, whose items are columns
         raise ValueError(
             f"the data set is a pandas {type(dataset).__name__}: give datasets.Dataset.from_pandas(…) of it, "

@@ -25,32 +25,45 @@ def check_rows(
     on_bad_row: Literal["error", "skip"] = "error",
     split: str = "training",
     numbers: Sequence[int] | np.ndarray | None = None,
+    others: tuple[Dataset, Sequence[int] | np.ndarray | None] | None = None,
 ) -> tuple[Dataset, list[str]]:
-    """Return the rows without a problem, and a line about each bad row.
+    """Return the rows without a problem, and a line about each bad row, in the order of the file.
 
     Args:
         dataset: The rows.
         problem: Returns the problem of a row, or None.
         key: The setting that messages name.
-        on_bad_row: "error" raises InputError at the first bad row; "skip" leaves bad rows out.
+        on_bad_row: "error" raises InputError for the first bad row of the file; "skip" leaves bad rows out.
         split: The name of the rows in messages.
         numbers: The number of each row in the file, from 0, if `dataset` has lost it.
+        others: Further rows of the same file with their numbers. An error counts and names them, too.
 
     Raises:
         InputError: If no row is left, and for a bad row with `on_bad_row` "error".
     """
+    bad = _bad_rows(dataset, problem, numbers)
+    lines = [f"{split} row {number + 1:,}: {found}" for number, found in sorted(bad.values())]
+    if bad and on_bad_row == "error":
+        found = [*bad.values(), *(_bad_rows(others[0], problem, others[1]).values() if others else ())]
+        number, first = min(found)
+        more = f" (the first of {len(found):,} bad rows)" if len(found) > 1 else ""
+        cure = "correct it, or leave such rows out: --data.on_bad_row skip"
+        refuse(key, f"{split} row {number + 1:,}: {first}{more}", cure)
+    if len(bad) == len(dataset):
+        refuse(key, f"none of the {len(dataset):,} {split} rows can be used ({lines[0]}, …)", "give others")
+    kept = [index for index in range(len(dataset)) if index not in bad]
+    return select_rows(dataset, kept) if bad else dataset, lines
+
+
+def _bad_rows(
+    dataset: Dataset, problem: Problem, numbers: Sequence[int] | np.ndarray | None
+) -> dict[int, tuple[int, str]]:
+    """Return the number in the file, from 0, and the problem of each bad row, by index."""
     numbers = file_rows(dataset) if numbers is None else numbers
-    kept, bad = [], []
+    bad = {}
     for start in range(0, len(dataset), 1000):
         columns = dataset[start : start + 1000]
         for index, values in enumerate(zip(*columns.values(), strict=True), start=start):
-            found = problem(dict(zip(columns, values, strict=True)))
-            if found is None:
-                kept.append(index)
-                continue
-            bad.append(f"{split} row {numbers[index] + 1:,}: {found}")
-            if on_bad_row == "error":
-                refuse(key, bad[0], "correct it, or leave such rows out: --data.on_bad_row skip")
-    if not kept:
-        refuse(key, f"none of the {len(dataset):,} {split} rows can be used ({bad[0]}, …)", "give others")
-    return select_rows(dataset, kept) if bad else dataset, bad
+            if (found := problem(dict(zip(columns, values, strict=True)))) is not None:
+                bad[index] = int(numbers[index]), found
+    return bad

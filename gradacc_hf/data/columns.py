@@ -139,7 +139,7 @@ def encode_labels(
     known = pa.array(names, pa.large_string())
     ids, other_ids = pc.index_in(texts, known), pc.index_in(other, known)
     if other_ids.null_count:
-        unknown = np.flatnonzero(other_ids.is_null()).tolist()
+        unknown = in_file_order(validation, np.flatnonzero(other_ids.is_null()))
         labels = [f"label {other[row].as_py()!r} of validation {_row(validation, row)}" for row in unknown]
         validation = drop_unknown(validation, unknown, labels, key, skipped)
         other_ids = other_ids.drop_null()
@@ -199,8 +199,8 @@ def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:
         return pc.if_else(values, pa.scalar("True", pa.large_string()), "False")
     if pa.types.is_floating(values.type):
         whole = pc.and_(pc.less(pc.abs(values), 2.0**53), pc.equal(values, pc.floor(values)))
-        row = pc.index(whole, False).as_py()
-        if row >= 0:
+        if odd := in_file_order(dataset, np.flatnonzero(pc.invert(whole))):
+            row = odd[0]
             found = f"column {column!r}, {_row(dataset, row)}: {values[row].as_py()}"
             refuse(
                 key,
@@ -222,11 +222,11 @@ def _label_texts(dataset: Dataset, column: str, key: str) -> pa.Array:
 def _mixed_as_text(dataset: Dataset, column: str, key: str) -> list[str]:
     """Return labels of several types as text: 1 and 1.0 are "1"."""
     values = dataset[column][:]
-    for row, value in enumerate(values):
-        if isinstance(value, list | dict):
-            refuse(
-                key, f"column {column!r}, {_row(dataset, row)}: {value!r:.40}", "labels are text or numbers"
-            )
+    odd = [row for row, value in enumerate(values) if isinstance(value, list | dict)]
+    if odd:
+        row = in_file_order(dataset, odd)[0]
+        found = f"column {column!r}, {_row(dataset, row)}: {values[row]!r:.40}"
+        refuse(key, found, "labels are text or numbers")
     return [
         f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value) for value in values
     ]
@@ -307,12 +307,17 @@ def file_rows(dataset: Dataset) -> np.ndarray:
     return np.arange(len(dataset)) if indices is None else indices.column(0).to_numpy()
 
 
+def in_file_order(dataset: Dataset, rows: Sequence[int] | np.ndarray) -> list[int]:
+    """Return rows of a data set in the order in which the file has them."""
+    return sorted(map(int, rows), key=file_rows(dataset).__getitem__)
+
+
 def _row(dataset: Dataset, row: int) -> str:
     return f"row {file_rows(dataset)[row] + 1:,}"
 
 
 def _refuse_null(dataset: Dataset, column: str, key: str, is_null: pa.ChunkedArray) -> None:
-    empty = np.flatnonzero(is_null.to_numpy()[file_rows(dataset)])
-    if len(empty):
-        found = f"column {column!r}, {_row(dataset, int(empty[0]))} is empty, the first of {len(empty):,}"
+    empty = in_file_order(dataset, np.flatnonzero(is_null.to_numpy()[file_rows(dataset)]))
+    if empty:
+        found = f"column {column!r}, {_row(dataset, empty[0])} is empty, the first of {len(empty):,}"
         refuse(key, found, "fill them in or remove them")

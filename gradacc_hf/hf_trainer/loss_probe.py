@@ -58,6 +58,7 @@ class LossProbe:
     def __post_init__(self) -> None:
         self.counts = candidate_counts(self.num_items, self.label_names, self.config)
         self._names = [*self.label_names, "labels"]
+        self._found_names = ["labels"]  # names of the labels that the latest window has
         self._reference: list[Rows] = []  # rows of the latest deciding sample
         self._tracks_labels = True
         self._weighed = set[int]()  # labels with the weight of the others
@@ -100,7 +101,8 @@ class LossProbe:
         assert self.kind is not None
         kind, self.kind = self.kind, replace(self.kind, is_conclusive=False)
         self._back_off()
-        return cannot_tell(kind, f"the items may be {kind.count!r} or {name or next(iter(kind.others))!r}")
+        why = f"the items may be {kind.count!r} or {name or next(iter(kind.others))!r}"
+        return cannot_tell(kind, why, self._found_names)
 
     def stop(self) -> None:
         """Ask nothing more."""
@@ -139,7 +141,7 @@ class LossProbe:
     def rows(self, micro_batches: Sequence[Mapping[str, Any]], pairs: bool = False) -> list[Rows]:
         """Return the rows of these micro-batches that decide most, on the host."""
         self._labels(micro_batches)
-        names = label_keys(micro_batches[0], self.label_names)
+        names = self._found_names = label_keys(micro_batches[0], self.label_names)
         per_token = any(micro_batches[0][name].ndim > 1 for name in names)
         size = max(num_rows(batch, names) for batch in micro_batches)
         most = min(8, max(2, size)) if per_token or not names else min(MOST_ROWS, max(4, 4 * size))

@@ -25,9 +25,6 @@ HALVING_RTOL = 1e-6
 """Largest relative difference between a loss and twice its half. A division by twice the number is exact."""
 COUNT_RTOL = 1e-3
 """Largest relative difference between a count of items and the divisor of a sum."""
-SET_NUM_ITEMS = (
-    "If it is a mean over other items, set num_items= to 'labels', 'next_token' or a function of the batch"
-)
 
 
 class Losses(Protocol):
@@ -172,7 +169,7 @@ class Questions:
             result = self._answer()
             if result.answer.exact == "yes" and (doubt := self.losses.doubt):
                 kind = replace(result.kind, is_conclusive=False)
-                return replace(result, kind=kind, answer=cannot_tell(kind, doubt))
+                return replace(result, kind=kind, answer=cannot_tell(kind, doubt, self.label_names))
             return result
         except _LossFails as error:  # a loss that needs more than these rows, such as pairs of them
             kind = self._kind(next(iter(self.items)), nan)
@@ -402,21 +399,31 @@ class Questions:
     def _no(self, kind: LossKind, why: str = "") -> Result:
         text = (
             f"the loss of a micro-batch is not a mean over its items, counted as {kind.count!r}: "
-            f"accumulation is not exact. {SET_NUM_ITEMS}"
+            f"accumulation is not exact. {set_num_items(self.label_names)}"
         )
         if why:
             text = f"the loss of a micro-batch is not exact in accumulation: {why}"
         return Result(kind, self._labels, Answer("no", text))
 
     def _cannot_tell(self, kind: LossKind, why: str, labels: frozenset[int] = frozenset()) -> Result:
-        return Result(kind, labels, cannot_tell(kind, why))
+        return Result(kind, labels, cannot_tell(kind, why, self.label_names))
 
 
-def cannot_tell(kind: LossKind, why: str) -> Answer:
+def set_num_items(label_names: Sequence[str]) -> str:
+    """Return the advice for a loss with other items, with the names of labels that the batch has."""
+    allowed = "a function of the batch"
+    if "labels" in label_names:
+        allowed = f"'labels', 'next_token' or {allowed}"
+    elif label_names:
+        allowed += f", such as lambda batch: int((batch[{label_names[0]!r}] != -100).sum())"
+    return f"If it is a mean over other items, such as with class weights, set num_items= to {allowed}"
+
+
+def cannot_tell(kind: LossKind, why: str, label_names: Sequence[str]) -> Answer:
     """Return the line for a sample that cannot decide."""
     text = (
         "cannot tell whether the loss of a micro-batch is a mean over its items, counted as "
-        f"{kind.count!r}: {why}. Accumulation may not be exact. {SET_NUM_ITEMS}"
+        f"{kind.count!r}: {why}. Accumulation may not be exact. {set_num_items(label_names)}"
     )
     return Answer("cannot tell", text)
 

@@ -31,7 +31,7 @@ from gradacc_hf.data.loading import load_data
 from gradacc_hf.data.reading import LOST, Reading, truncation_note
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
-from gradacc_hf.recipe.labels import labels_of_config
+from gradacc_hf.recipe.labels import Labels, labels_of_config, parameters_of_labels, renew
 from gradacc_hf.training.loop import Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
 from gradacc_hf.utils.files import MODEL_CONFIG
@@ -54,6 +54,7 @@ class Recipe:
     model_class: ClassVar[Any]
     tokenizer_settings: ClassVar[Mapping[str, Any]] = {}  # options of the tokenizer's from_pretrained
     padding_side: str | None = None  # "right" or "left"; None: the tokenizer's own
+    saves_padding_side: ClassVar[bool] = True  # False: the saved tokenizer keeps the side of its own
     pipeline_tag: ClassVar[str | None] = None  # the Hub's name of the task: "text-classification"
     example: ClassVar[Any] = "A text."  # an input for the example code of the model card; or None
     num_items: str | CountItems = "labels"
@@ -74,6 +75,7 @@ class Recipe:
         self.new_parameters: set[str] | None = None  # parameters without saved weights; None: all
         self.model_notes: dict[str, str] = {}  # for the plan: each change of the user's model, by name
         self.own_padding_side: str | None = None  # of the tokenizer, before `padding_side`
+        self.has_new_labels = False  # whether the model has labels, and the data have others
         self.without_weights = False  # set by weightless()
         self._own_tokenizing: tuple[Any, Any] = None, None  # truncation and padding in the tokenizer's file
         self._saved_config: Any = None  # the config beside a loaded adapter, with the task's settings
@@ -121,7 +123,7 @@ class Recipe:
         key: str,
         numbers: Sequence[Any] = (None, None),
     ) -> tuple[Dataset, Dataset]:
-        """Return both data sets without bad rows; raise InputError for the first unless they are skipped.
+        """Return both data sets without bad rows; raise InputError for the file's first unless skipped.
 
         Args:
             training: Training rows.
@@ -137,11 +139,13 @@ class Recipe:
             ("training", key, training, numbers[0]),
             ("training" if self.held_out else "validation", of_validation, validation, numbers[1]),
         )
+        others = (validation, numbers[1]) if self.held_out else None  # rows of the same file
         for split, named, dataset, of_file in splits:
             settings = {"key": named, "on_bad_row": self.data.on_bad_row, "split": split, "numbers": of_file}
-            dataset, bad = check_rows(dataset, problem, **settings)
+            dataset, bad = check_rows(dataset, problem, **settings, others=others)
             self.skipped_rows += bad
             kept.append(dataset)
+            others = None
         return kept[0], kept[1]
 
     @property
@@ -228,6 +232,8 @@ class Recipe:
             backend, (truncation, padding) = tokenizer.backend_tokenizer, self._own_tokenizing
             backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
             backend.enable_padding(**padding) if padding else backend.no_padding()
+        if not self.saves_padding_side:
+            tokenizer.padding_side = self.own_padding_side
         return [tokenizer]
 
     def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
@@ -291,7 +297,9 @@ class Recipe:
         if self.padding_side not in (None, self.own_padding_side):
             tokenizer.padding_side = self.padding_side
             note = f"{self.padding_side}, so that the first token of a text is at position 0"
-            self.model_notes["padding side"] = f"{note}; the tokenizer's is {self.own_padding_side}"
+            saved = self.padding_side if self.saves_padding_side else self.own_padding_side
+            note += f"; the tokenizer's is {self.own_padding_side}, and it is saved with {saved}"
+            self.model_notes["padding side"] = note
         return tokenizer
 
     def _note_settings(self, tokenizer: Any) -> None:
@@ -323,7 +331,8 @@ class Recipe:
             )
             refuse("model.name", found, "set its pad_token, and save it again")
         source = "the padding token of the model's config" if known else "the end-of-text token"
-        self.model_notes["padding token"] = f"{tokenizer.pad_token}, {source}; the tokenizer had none"
+        note = f"{tokenizer.pad_token}, {source}; the tokenizer had none, and it is saved with this one"
+        self.model_notes["padding token"] = note
 
     def tokens_of_batches(self) -> list[str]:
         """Return the tokens that batches have and examples may not have: the padding token."""
@@ -342,10 +351,14 @@ class Recipe:
             return None
         return labels_of_config(self.own_config, self.model_class.__name__.removeprefix("AutoModel"))
 
-    def note_labels(self, note: str | None) -> None:
-        """Note for the plan where the labels come from, and a change of the problem that the model solves."""
-        if note is not None:
-            self.model_notes["labels"] = note
+    def note_labels(self, labels: Labels) -> None:
+        """Note for the plan where the labels come from, and a change of the problem that the model solves.
+
+        The head of a model is new if the labels are.
+        """
+        self.has_new_labels = labels.are_new
+        if labels.note is not None:
+            self.model_notes["labels"] = labels.note
         was, now = getattr(self.own_config, "problem_type", None), self.model_overrides().get("problem_type")
         if was not in (None, now) and now is not None:
             self.model_notes["problem"] = f"{now} instead of {was} in the model's config"
@@ -452,9 +465,23 @@ class Recipe:
                 )
         mismatched = {tensor for tensor, _, _ in info["mismatched_keys"]}
         self.new_parameters = {*info["missing_keys"], *mismatched} & dict(model.named_parameters()).keys()
-        sizes = [f"{list(found)} is saved, {list(now)} needed" for _, found, now in info["mismatched_keys"]]
-        self.note_head(model, sizes[0] if sizes else "not among the saved weights")
+        why = [f"{list(found)} is saved, {list(now)} needed" for _, found, now in info["mismatched_keys"]]
+        if self.has_new_labels and (same := self._head_of_other_labels(options["config"])):
+            renew(model, same)
+            self.new_parameters |= same
+            why.append(
+                "the saved ones are for other labels; to keep them, give the label names or ids of the model"
+            )
+        self.note_head(model, why[0] if why else "not among the saved weights")
         return model
+
+    def _head_of_other_labels(self, config: Any) -> set[str]:
+        """Return the parameters that were saved for other labels, although their sizes fit the config."""
+
+        def make(config: Any) -> torch.nn.Module:
+            return self.model_class.from_config(config, **self._trust())
+
+        return parameters_of_labels(make, config) - (self.new_parameters or set())
 
     def note_head(self, model: Any, why: str) -> None:
         """Note for the plan whether the head of a loaded model is new or kept, and why it is new."""

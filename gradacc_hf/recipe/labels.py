@@ -1,13 +1,22 @@
-"""The labels of a data set, in the order and with the names that the user's model has for them."""
+"""The labels of a data set, in the order and with the names that the user's model has for them.
 
+A model with other labels gets a new head.
+"""
+
+import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradacc_hf.errors import listed
+import torch
+
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.errors import listed, refuse
 
 SHOWN = 6  # label names of a message
+USUAL_IGNORED = 255
+"""The label that marks what has no label in many data sets."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +26,14 @@ class Labels:
     Attributes:
         names: Names in the config of the model, by id.
         ids: Label in the data → id.
-        note: A line about the labels for the plan of a run; None if the model had none.
+        note: A line about the labels for the plan of a run, or None.
+        are_new: Whether the model has labels of its own, and the data have others. The head is then new.
     """
 
     names: list[str]
     ids: dict[str, int]
     note: str | None = None
+    are_new: bool = False
 
     @property
     def in_data(self) -> list[str]:
@@ -40,8 +51,8 @@ class Labels:
         }
 
 
-def match_labels(found: Sequence[str], own: Sequence[str] | None) -> Labels:
-    """Return the labels of a model for a data set. The model's own labels stay if the data has no others.
+def match_labels(found: Sequence[str], own: Sequence[str] | None, key: str | None = None) -> Labels:
+    """Return the labels of a model for a data set. The model's own labels stay if the data have no others.
 
     Labels match by name, or by name without case, if that is unambiguous. Whole numbers are ids of the model,
     if the highest is the model's highest id.
@@ -49,14 +60,18 @@ def match_labels(found: Sequence[str], own: Sequence[str] | None) -> Labels:
     Args:
         found: The labels of the data, in the order of the data.
         own: The names in the config of the model, by id; None if the model has no labels.
+        key: The setting of the labels, for a message about a whole number apart; None if they are names.
+
+    Raises:
+        InputError: One of the labels is 255, and the others are 0 to n.
     """
     as_found = {name: number for number, name in enumerate(found)}
     if own is None:
-        return Labels(list(found), as_found)
+        return Labels(list(found), as_found, f"of the data: {_some(found)}{_note_apart(found, key)}")
     ids = _by_name(found, own) or _by_name(*map(_folded, (found, own))) or _by_id(found, len(own))
     if ids is None:
-        note = f"{_some(found)}, instead of the model's own: {_some(own)}"
-        return Labels(list(found), as_found, note)
+        note = f"{_some(found)}, instead of the model's own: {_some(own)}{_note_apart(found, key)}"
+        return Labels(list(found), as_found, note, are_new=True)
     note = f"the model's own, in the model's order: {_some(own)}"
     if len(found) < len(own):
         note += f"; the data has {len(found)} of these {len(own)}"
@@ -83,6 +98,30 @@ def labels_of_config(config: Any, task: str) -> list[str] | None:
     return None if is_default and not has_head else own
 
 
+def parameters_of_labels(make: Callable[[Any], torch.nn.Module], config: Any) -> set[str]:
+    """Return the names of the parameters whose size depends on the number of labels.
+
+    Args:
+        make: Returns a model for a config.
+        config: The config of the model.
+    """
+    wider, sizes = copy.deepcopy(config), []
+    wider.num_labels = config.num_labels + 1
+    for each in (config, wider):
+        with torch.device("meta"):
+            sizes.append({name: p.shape for name, p in make(each).named_parameters()})
+    return {name for name, size in sizes[0].items() if size != sizes[1][name]}
+
+
+@torch.no_grad()
+def renew(model: Any, names: Collection[str]) -> None:
+    """Draw new values for the modules of a transformers model that have these parameters."""
+    for module in {model.get_submodule(name.rpartition(".")[0]) for name in names}:
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = False  # else transformers keeps the values
+        model._init_weights(module)
+
+
 def _by_name(found: Sequence[str], own: Sequence[str]) -> list[int] | None:
     known = {name: number for number, name in enumerate(own)}
     is_clear = len({*found}) == len(found) and len(known) == len(own)
@@ -94,6 +133,23 @@ def _by_id(found: Sequence[str], size: int) -> list[int] | None:
         return None
     numbers = [int(name) for name in found]
     return numbers if max(numbers) == size - 1 else None
+
+
+def _note_apart(found: Sequence[str], key: str | None) -> str:
+    """Return a line about a whole number apart from the others, which are 0 to n, or ""."""
+    others = {str(number) for number in range(len(found) - 1)}
+    apart = [name for name in found if name not in others]
+    is_number = len(apart) == 1 and re.fullmatch(r"-?[1-9]\d*", apart[0])
+    if key is None or not is_number or len(others) < 2 or int(apart[0]) == len(others):
+        return ""
+    [number] = apart
+    if int(number) == USUAL_IGNORED:
+        refuse(
+            key,
+            f"the labels are 0 to {len(others) - 1} and {number}, the usual mark of a missing label",
+            f"write {IGNORED} where there is no label, or a name such as c{number} if it is a class",
+        )
+    return f"; {number} is learned as a class ({IGNORED} would mark a missing label)"
 
 
 def _folded(names: Sequence[str]) -> list[str]:

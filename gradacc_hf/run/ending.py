@@ -13,6 +13,7 @@ from typing import Any
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
 from gradacc_hf.config.schema import TrainConfig
+from gradacc_hf.data.reading import counted
 from gradacc_hf.recipe.base import Recipe
 
 COLUMN = 22  # characters of a line's name, as in the plan that a run prints at its start
@@ -41,12 +42,15 @@ METRICS_IN_WORDS = {
 def training_lines(summary: Mapping[str, Any], windows: WindowLoader) -> list[str]:
     """Return what was trained: windows, time, padding; skipped windows; advice on the batch size."""
     trained = (
-        f"{summary['windows']:,} windows, {summary['examples']:,} examples in {summary['seconds']:,.0f} s; "
+        f"{counted(summary['windows'], 'window')}, {counted(summary['examples'], 'example')} in "
+        f"{summary['seconds']:,.0f} s; "
         f"{summary['padding']:.0%} of the tokens were padding"
     )
     lines = [_row("trained", trained)]
     if skipped := summary["skipped_windows"]:
-        lines.append(_row("skipped", f"{skipped:,} windows took no step: loss or gradient not finite"))
+        lines.append(
+            _row("skipped", f"{counted(skipped, 'window')} took no step: loss or gradient not finite")
+        )
     noise = windows.noise
     if noise.measured >= MEASUREMENTS_NEEDED:
         size = windows.plan.size_asked(*windows.next_position)
@@ -98,7 +102,7 @@ def _result(train: TrainConfig, summary: Mapping[str, Any], num_validation: int)
         others, against = first.get(metric), "the model before training"
     name = "validation loss" if metric == "loss" else metric.replace("_", " ")
     described = f" ({METRICS_IN_WORDS[metric]})" if metric in METRICS_IN_WORDS else ""
-    text = f"{name} {_number(value)}{described} on {num_validation:,} validation examples"
+    text = f"{name} {_number(value)}{described} on {counted(num_validation, 'validation example')}"
     if not against:
         return f"{text}; to compare with the model before training: --train.eval_on_start true"
     is_better = value is not None and (others is None or sign * value > sign * others)

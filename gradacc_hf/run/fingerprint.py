@@ -53,8 +53,14 @@ def digest_of_file(bytes: bytes | None, path: str | None) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def duplicates_note(training: Dataset, validation: Dataset) -> str | None:
-    """Return a line about validation examples that share their inputs with a training example, or None."""
+def duplicates_note(training: Dataset, validation: Dataset, truncated: bool = False) -> str | None:
+    """Return a line about validation examples that share their inputs with a training example, or None.
+
+    Args:
+        training: Training examples.
+        validation: Validation examples.
+        truncated: Whether inputs were truncated, so that rows that differ in the file may have equal inputs.
+    """
     names = [name for name in training.column_names if name not in TARGETS]
     if not names or not {*names} <= {*validation.column_names}:
         return None
@@ -65,7 +71,8 @@ def duplicates_note(training: Dataset, validation: Dataset) -> str | None:
     if not number:
         return None
     some = "all" if number == len(validation) else f"{number:,} of"
-    return f"{some} {counted(len(validation), 'validation example')} are also training examples"
+    after = ", compared after truncation" * truncated
+    return f"{some} {counted(len(validation), 'validation example')} are also training examples{after}"
 
 
 def _sketches(dataset: Dataset) -> np.ndarray:

@@ -13,7 +13,7 @@ from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.training.optimizer import choose_trained
 from gradacc_hf.utils.hardware import describe_device
 
-LATER = ("head", "padding")
+LATER = ("head", "padding in layers")
 """Notes on the model that need its weights. `print_head` prints them."""
 
 

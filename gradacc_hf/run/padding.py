@@ -24,8 +24,8 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
     """Remove padding from the model, and split the training windows by tokens without padding.
 
     Windows stay padded and sorted by length for models with padded attention modules. Validation windows stay
-    so for all models, as decoders evaluate with padding. `recipe.model_notes["padding"]` gets a line with the
-    result.
+    so for all models, as decoders evaluate with padding. `recipe.model_notes["padding in layers"]` gets a
+    line with the result.
 
     Args:
         recipe: The recipe.
@@ -44,19 +44,19 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
     if why:
         if setting == "on":
             refuse("budget.padding_free", "found on", f"{why}; allowed: auto or off")
-        recipe.model_notes["padding"] = f"kept: {why}"
+        recipe.model_notes["padding in layers"] = f"kept: {why}"
         return
     if recipe.pad_to == "nothing":
         recipe.model_notes["padding"] = "none: packed examples, each with attention of its own"
         return
     if not is_grouped(model):
-        recipe.model_notes["padding"] = "none in the layers, except in attention"
+        recipe.model_notes["padding in layers"] = "none in the layers, except in attention"
         return
     before = _steps(windows)
     windows.without_padding()
     steps = f"{_steps(windows):.1f} accumulation steps instead of {before:.1f}"
     unread = "; the last layer ends with the tokens that the loss reads" * skips_unread(model)
-    recipe.model_notes["padding"] = f"none in the layers: {steps}{unread}"
+    recipe.model_notes["padding in layers"] = f"none in the layers: {steps}{unread}"
 
 
 def _remove(recipe: Recipe, model: Any, windows: WindowLoader) -> str:

@@ -230,7 +230,7 @@ def _load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelera
     found: list[dict[str, Any]] = [{}]
     if accelerator.is_main_process:
         found = [what_must_stay(config, training, validation)]
-        if text := duplicates_note(training, validation):
+        if text := duplicates_note(training, validation, "truncated" in recipe.reading.notes):
             recipe.reading.note("duplicates", text)
     return Task(recipe, training, validation, broadcast_object_list(found)[0])
 

@@ -11,11 +11,13 @@ from datasets import ClassLabel, Dataset, Value
 from seqeval.metrics.sequence_labeling import get_entities
 
 from gradacc_hf.accumulation.loss_items import IGNORED
-from gradacc_hf.data.columns import class_names, file_rows, is_list, require_column
-from gradacc_hf.errors import refuse
+from gradacc_hf.data.columns import class_names, file_rows, is_list, labels_as_text, require_column
+from gradacc_hf.data.reading import SPLITS, counted
+from gradacc_hf.errors import listed, refuse
 from gradacc_hf.metrics.sequence_labelling import as_iobes, is_scheme
 
 NO_TAG = str(IGNORED)
+SHOWN = 6  # tags of a message
 
 
 def check_tokens_and_tags(dataset: Dataset, tokens_column: str, tags_column: str) -> None:
@@ -53,19 +55,51 @@ def entities(tokens: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]
     return [{"type": of, "tokens": list(tokens[start : end + 1]), "start": start} for of, start, end in spans]
 
 
-def row_problem(tokens: Any, tags: list[str], known: Collection[str]) -> str | None:
-    """Return the problem of a row's tokens and tags, or None."""
+def row_problem(
+    tokens: Any,
+    tags: Any,
+    known: Collection[str],
+    names: Sequence[str] | None = None,
+    in_training: bool = True,
+) -> str | None:
+    """Return the problem of a row's tokens and tags, or None.
+
+    Args:
+        tokens: The tokens.
+        tags: The tags.
+        known: The tags of the training rows, as text.
+        names: The names of the class ids; None if the tags have none.
+        in_training: Whether it is a training row.
+    """
     if not tokens:
         return "no tokens"
     if None in tokens:
         return f"token {tokens.index(None) + 1} of {len(tokens)} is null"
+    tags = tags or []
+    if None in tags:
+        return f"tag {tags.index(None) + 1} of {len(tags)} is null; −100 marks a token without a tag"
     if len(tags) != len(tokens):
         return f"{len(tags)} tags for {len(tokens)} tokens"
-    unknown = next((tag for tag in tags if tag not in known and tag != NO_TAG), None)
+    texts = labels_as_text(tags, list(names or ()))
+    unknown = next((tag for tag in texts if tag not in known and tag != NO_TAG), None)
     if unknown is None:
-        return None if {*tags} - {NO_TAG} else f"all of its {len(tags)} tags are −100, so it has no label"
-    others = " (B-TYPE, I-TYPE, O)" if is_scheme(known) and not is_scheme([unknown]) else ""
-    return f"tag {unknown!r} is not one of the {len(known)} tags of training{others}"
+        return None if {*texts} - {NO_TAG} else f"all of its {len(texts)} tags are −100, so it has no label"
+    some = listed([*known][:SHOWN]) + ", …" * (len(known) > SHOWN)
+    if not in_training:
+        return f"tag {unknown!r} is not one of the {len(known)} tags of the training rows ({some})"
+    if names is not None:
+        return f"tag {unknown!r} is the id of none of the {len(names)} classes ({some})"
+    return f"tag {unknown!r} is not in the form of the others ({some})"
+
+
+def ignored_note(splits: Sequence[Dataset], tags_column: str) -> str | None:
+    """Return a line about the tokens of training and validation rows whose tag is −100, or None."""
+    parts = []
+    for split, name in zip(splits, SPLITS, strict=True):
+        tags = [str(tag) for row in split[tags_column] for tag in row or ()]
+        if number := tags.count(NO_TAG):
+            parts.append(f"{number:,} of {counted(len(tags), f'{name} token')}")
+    return f"{' and '.join(parts)} have the tag −100, so no label" if parts else None
 
 
 def _element(dataset: Dataset, column: str, key: str) -> Any:

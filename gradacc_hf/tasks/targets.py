@@ -21,6 +21,7 @@ from gradacc_hf.data.columns import (
     drop_unknown,
     encode_labels,
     file_rows,
+    in_file_order,
     is_list,
     labels_as_text,
     require_column,
@@ -115,7 +116,7 @@ class SingleLabel(Target):
         own: Sequence[str] | None = None,
     ) -> tuple[Dataset, Dataset]:
         train, validation, found = encode_labels(train, validation, self.column, skipped=skipped)
-        self.labels = match_labels(found, own)
+        self.labels = match_labels(found, own, None if isinstance(self.feature, ClassLabel) else KEY)
         ids = np.array([self.labels.ids[name] for name in found])
         if (ids != np.arange(len(found))).any():
             train, validation = (
@@ -190,8 +191,9 @@ class MultiLabel(Target):
         if not all(isinstance(label, str | int) for label in known):
             refuse(KEY, f"a label is {known[0]!r}", "labels are all strings, or all integers")
         self.labels, unknown = match_labels(found, own), {}
-        for row, labels in enumerate(self._texts(validation)):
-            if absent := sorted({*labels} - {*found}):
+        texts = self._texts(validation)
+        for row in in_file_order(validation, range(len(texts))):
+            if absent := sorted({*texts[row]} - {*found}):
                 unknown[row] = f"label {absent[0]!r} of validation row {file_rows(validation)[row] + 1:,}"
         if unknown:
             validation = drop_unknown(validation, [*unknown], [*unknown.values()], KEY, skipped)

@@ -25,6 +25,7 @@ from gradacc_hf.accumulation.accelerate_state import check_unprepared
 from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
+from gradacc_hf.accumulation.validation import check_windows
 from gradacc_hf.errors import InputError, NonFiniteError
 from gradacc_hf.training.autotune import Tuning
 from gradacc_hf.training.bad_index import name_bad_index
@@ -198,7 +199,8 @@ def check_summary(more: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def tokens_of_next_window(windows: WindowLoader) -> np.ndarray:
-    """Return the tokens of each example of the next window: (examples, columns)."""
+    """Return the tokens of each example of the next window: (examples, columns). Refuse a DataLoader."""
+    check_windows(windows)
     place = windows.state_dict()
     return windows.tokens[windows.plan.indices(place["epoch"], place["window"])]
 

@@ -30,6 +30,7 @@ from gradacc_hf.accumulation.loss_items import (
 from gradacc_hf.accumulation.nonfinite import drop_non_finite, find_non_finite
 from gradacc_hf.accumulation.oom import retry_on_oom
 from gradacc_hf.accumulation.reference import as_number
+from gradacc_hf.accumulation.validation import check_windows
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import NonFiniteError
 from gradacc_hf.training.bad_index import name_bad_index
@@ -151,6 +152,7 @@ def iter_windows(
     Raises:
         InputError, NonFiniteError, OutOfMemoryError: As for `train`.
     """
+    check_windows(windows)
     check_prepared(accelerator, model, optimizer)
     check_trainable(model, optimizer, scheduler)
     if max_windows is not None and windows_done >= max_windows:
@@ -272,6 +274,7 @@ def evaluate(
     Raises:
         InputError: The model is not prepared, with FSDP or mixed precision.
     """
+    check_windows(windows)
     check_prepared_model(accelerator, model)
     if accelerator.distributed_type != DistributedType.FSDP:
         # DDP's forward is collective, and processes have unequal numbers of micro-batches.

@@ -6,8 +6,9 @@
 import inspect
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from gradacc_hf.accumulation.accelerate_state import find_unused_parameters
 from gradacc_hf.accumulation.collation import MicroBatch
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import (
+    SEVERAL_LOSSES,
     ComputeLoss,
     CountSeveral,
     as_window_loss,
@@ -27,6 +29,7 @@ from gradacc_hf.accumulation.loss_items import (
 )
 from gradacc_hf.accumulation.loss_modes import find_mode
 from gradacc_hf.accumulation.loss_samples import LossSample
+from gradacc_hf.accumulation.probe_rows import row_of
 from gradacc_hf.accumulation.reference import full_float32, in_dtype_of
 from gradacc_hf.accumulation.sample_examples import count_labels
 from gradacc_hf.accumulation.sampler import WindowPlan
@@ -219,6 +222,15 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
         torch.manual_seed(seed)
         return float(total_loss(loss_of(together)))
 
+    def is_padding_out(name: str) -> bool:
+        """Whether the smallest example has the same loss alone with the padding of all together."""
+        sizes = [sum(v.numel() for v in each.batch.values() if hasattr(v, "numel")) for each in alone]
+        row = int(np.argmin(sizes))
+        padded = replace(together, batch=row_of(together.batch, row, len(alone)))
+        found = [loss_of(each) for each in (alone[row], padded)]
+        losses = [float(loss[name] if isinstance(loss, Mapping) else loss) for loss in found]
+        return bool(np.isclose(*losses, rtol=max(mode.rtol(is_half), SMALL), atol=0))
+
     def sample_of(measured: list[Mapping[str, torch.Tensor]], name: str) -> LossSample:
         *single, whole, again = (float(loss[name]) for loss in measured)
         return LossSample(np.array(single), whole, again, mode.rtol(is_half))
@@ -239,10 +251,11 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
                 continue
             sample = sample_of(measured, name)
             if sample.decides(items):
-                problem = _problem(sample, items, labels)
+                problem = _problem(sample, items, labels, lambda name=name: is_padding_out(name))
             else:  # such as a head of zeros
                 with small_instead_of_zero(model):
-                    problem = _problem(sample_of(losses(), name), items, labels)
+                    sample = sample_of(losses(), name)
+                    problem = _problem(sample, items, labels, lambda name=name: is_padding_out(name))
             if problem:
                 logger.warning(f"{name}: {problem}" if name else problem)
     if doubt := _doubt(model, changes):
@@ -256,13 +269,19 @@ def _doubt(model: torch.nn.Module, changes: bool) -> str:
     return f"a hook of {names[0]} changes the gradient of each micro-batch" if names else ""
 
 
-def _problem(sample: LossSample, items: np.ndarray, labels: Sequence[Counter[int]]) -> str:
+def _problem(
+    sample: LossSample,
+    items: np.ndarray,
+    labels: Sequence[Counter[int]],
+    is_padding_out: Callable[[], bool],
+) -> str:
     """Return a line if the sample shows no mean over items, or cannot tell; "" if it shows one.
 
     Args:
         sample: Losses of examples alone and together.
         items: Items of each example (examples,).
         labels: How often each label occurs in each example.
+        is_padding_out: Returns whether padding does not change the loss.
     """
     if len(items) < 2 or not np.isfinite(sample.together):  # the loop names losses that are not finite
         return ""
@@ -272,10 +291,11 @@ def _problem(sample: LossSample, items: np.ndarray, labels: Sequence[Counter[int
         return f"{CANNOT_TELL}: {why}. If not, {cure}"
     spread = float(np.nanstd(sample.alone)) / abs(sample.together)
     if not sample.fits(items) and sample.deviation(items) > min(SMALL, 1e-5 * spread):
+        pad = "If padding changes the loss, pad a window to one length (pad_to='window'). "
         return (
             f"{len(items)} examples have the loss {sample.together:.6g} together, but the mean over their "
-            f"items is {sample.mean(items):.6g}: no split is exact. If padding changes the loss, pad a "
-            f"window to one length (pad_to='window'). If the loss is a mean over other items, {cure}"
+            f"items is {sample.mean(items):.6g}: no split is exact. {'' if is_padding_out() else pad}"
+            f"If the loss is a mean over other items, {cure}. {SEVERAL_LOSSES}"
         )
     different, why = set[int]().union(*labels), ""
     if not sample.decides(items):

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import COUNTS, ComputeLoss, CountItems, as_window_loss, total_loss
+from gradacc_hf.accumulation.loss_items import (
+    COUNTS,
+    SEVERAL_LOSSES,
+    ComputeLoss,
+    CountItems,
+    as_window_loss,
+    total_loss,
+)
+from gradacc_hf.accumulation.probe_rows import row_of
 from gradacc_hf.accumulation.reference import in_dtype_of
 from gradacc_hf.errors import listed
 from gradacc_hf.utils.modeling import BATCH_NORMS
@@ -293,29 +301,50 @@ ROUTER_LOSS = Reason(
 
 def _items_or_padding(probe: _Probe) -> Reason | None:
     """Check whether padding reaches the loss and, with equal padding, over which items the loss is a mean."""
-    padding, pad_to, takes_pad_to = None, probe.pad_to, True
+    padding, pad_to, takes_pad_to, is_ruled_out = None, probe.pad_to, True, True
     if pad_to is None:
         longest = int(probe.windows.lengths[probe.by_length[-1]])
         try:
             padding = _padding(probe, longest)
             pad_to = longest if padding else None
+            is_ruled_out = padding is None
         except NOT_APPLICABLE:  # collate_fn has no argument pad_to
-            takes_pad_to = False
-    if probe.separates(probe.windows.count_items, pad_to):
+            takes_pad_to, is_ruled_out = False, _is_the_same_in_a_batch(probe)
+    count_items = probe.windows.count_items
+    if probe.separates(count_items, pad_to):
         return padding
     for setting, count in CANDIDATES.items():
         if probe.separates(count, pad_to):
-            return Reason(
-                "the loss is a mean over different items from the counted ones", f"{setting} makes it exact"
-            )
-    equal = [pair for pair in probe.pairs() if len({int(probe.windows.lengths[i]) for i in pair}) == 1]
-    if not takes_pad_to and equal and all(probe.is_mean(pair, probe.windows.count_items) for pair in equal):
+            return Reason(OTHER_ITEMS, f"{setting} makes it exact")
+    pairs = probe.pairs()
+    equal = [pair for pair in pairs if len({int(probe.windows.lengths[i]) for i in pair}) == 1]
+    if not takes_pad_to and not is_ruled_out and equal and all(probe.is_mean(p, count_items) for p in equal):
         return Reason("padding reaches the loss", PAD_ALIKE)
-    return Reason(
-        "the loss of two examples is not the mean of the single losses over any items known to gradacc",
-        "pass num_items= a function that counts the items of a batch. If padding reaches the loss, pad each "
-        "window to one length (pad_to='window'). If the loss is not a mean, no accumulation is exact",
+    what = "the loss of two examples is not the mean of the single losses over any items known to gradacc"
+    if is_ruled_out and any(probe.is_mean(pair, count_items, pad_to) for pair in pairs):
+        what = OTHER_ITEMS  # two examples with equally many of all items
+    pad = (
+        ""
+        if is_ruled_out
+        else "If padding reaches the loss, pad each window to one length (pad_to='window'). "
     )
+    return Reason(
+        what,
+        f"pass num_items= a function that counts the items of a batch. {SEVERAL_LOSSES}. {pad}If the loss is "
+        "not a mean, no accumulation is exact",
+    )
+
+
+def _is_the_same_in_a_batch(probe: _Probe) -> bool:
+    """Whether the shortest example has the same loss with the padding that a batch with the longest has."""
+    pair = [probe.by_length[0], probe.by_length[-1]]
+    batch = row_of(probe.batch(pair), 0, 2)
+    try:
+        with torch.no_grad():
+            padded = float(total_loss(probe.compute_loss(probe.model(**batch), batch)))
+    except NOT_APPLICABLE:  # a batch that cannot be separated into rows
+        return False
+    return probe.same(probe.loss(pair[:1]), padded)
 
 
 def _padding(probe: _Probe, longest: int) -> Reason | None:
@@ -332,6 +361,7 @@ def _padding(probe: _Probe, longest: int) -> Reason | None:
     )
 
 
+OTHER_ITEMS = "the loss is a mean over different items from the counted ones"
 PAD_ALIKE = (
     "mask padded positions in the loss, or pad each window to one length: pad_to='window' (collate_fn must "
     "accept pad_to=)"

@@ -38,6 +38,7 @@ from gradacc_hf.accumulation.reference import (
     whole_window_gradient,
 )
 from gradacc_hf.accumulation.sample_examples import count_labels
+from gradacc_hf.accumulation.validation import check_windows
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.padding.attention import with_padding
@@ -160,8 +161,8 @@ def verify(
             items in the data.
         InputError: a window does not fit in memory, and its loss is of all examples together.
     """
-    accelerator = windows.accelerator
     _check_arguments(windows, num_windows)
+    accelerator = windows.accelerator
     try:
         compiled, model = is_compiled(model), copy.deepcopy(model)
     except RuntimeError as error:  # a weight that a hook computes, as of weight_norm
@@ -211,6 +212,7 @@ def verify(
 
 
 def _check_arguments(windows: WindowLoader, num_windows: int | None) -> None:
+    check_windows(windows)
     accelerator = windows.accelerator
     if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
         raise ValueError(

@@ -492,8 +492,8 @@ def test_an_unpaired_row_is_one_line_with_its_number_or_left_out(start, row, rea
     rows[7] |= row
     data = {"data__train": write("a.jsonl", rows), "data__validation": write("b.jsonl", make_rows())}
     code, _, err = start(**data)
-    cure = "correct it, or leave such rows out: --data.on_bad_row skip"
-    assert (code, err) == (2, f"error: data.train: training row 1: {reason}; {cure}\n")
+    cure = "(the first of 2 bad rows); correct it, or leave such rows out: --data.on_bad_row skip"
+    assert (code, err) == (2, f"error: data.train: training row 1: {reason} {cure}\n")
     code, out, err = start(**data, data__on_bad_row="skip", output__dir="out")
     assert code == 0, err
     assert f"2 rows that cannot be used, the first: training row 1: {reason}" in out

@@ -14,9 +14,11 @@ from accelerate.logging import MultiProcessAdapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradacc_hf import evaluate, fine_tune, train, verify
 from gradacc_hf.accumulation.lengths import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.sampler import WindowPlan
+from gradacc_hf.errors import InputError
 
 RNG = np.random.default_rng(0)
 DATA = [
@@ -426,3 +428,61 @@ def test_a_micro_batch_that_comes_again_meets_the_same_dropout(accelerator):
     assert len(first) > 1
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(dropout(torch.ones(99)), dropout(torch.ones(99)))
+
+
+class OneBad(torch.utils.data.Dataset):
+    """Raises for one index, as a broken file does."""
+
+    def __init__(self, error, at_once=False):
+        self.error = error
+        if at_once:
+            self.__getitems__ = lambda indices: [self[index] for index in indices]
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise self.error
+        return {"x": torch.ones(3), "labels": torch.tensor(0)}
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("error", [KeyError("text"), OSError("broken data stream"), IndexError("9")])
+def test_an_example_that_cannot_be_read_is_named(at_once, error):
+    dataset, sizes = OneBad(error, at_once), {"accelerator": Accelerator(cpu=True), "shuffle": False}
+    line = (
+        f"example 5 of the data set cannot be read \\({type(error).__name__}: .*\\): correct it, or remove it"
+    )
+    with pytest.raises(InputError, match=line) as caught:
+        WindowLoader(dataset, 4, max_tokens=8, **sizes)  # measures lengths
+    assert caught.value.__cause__ is error
+    windows = iter(WindowLoader(dataset, 4, micro_batch_size=2, lengths=[3] * 8, **sizes))
+    next(windows)
+    with pytest.raises(InputError, match=line) as caught:
+        next(windows)
+    assert caught.value.__cause__ is error
+
+    def transform(example, random):
+        raise error
+
+    loader = WindowLoader(dataset, 4, micro_batch_size=2, lengths=[3] * 8, transform=transform, **sizes)
+    with pytest.raises(InputError, match=r"example [0-3] of the data set cannot be read"):
+        next(iter(loader))
+
+
+def test_a_data_loader_is_refused_as_data_and_as_windows():
+    loader, accelerator = torch.utils.data.DataLoader([{"x": 1}] * 4), Accelerator(cpu=True)
+    cure = r"its data set \(loader.dataset\) with collate_fn=loader.collate_fn"
+    with pytest.raises(ValueError, match=f"a DataLoader, whose items are batches: give {cure}"):
+        WindowLoader(loader, 4, accelerator=accelerator, micro_batch_size=2)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for call in (
+        lambda: fine_tune(model, optimizer, loader, accelerator=accelerator),
+        lambda: train(model, optimizer, loader, accelerator=accelerator),
+        lambda: evaluate(model, loader, accelerator=accelerator),
+        lambda: verify(model, loader),
+    ):
+        with pytest.raises(InputError, match=f"windows is a DataLoader, .* make a WindowLoader of {cure}"):
+            call()

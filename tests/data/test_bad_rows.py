@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from gradacc_hf.data.bad_rows import check_rows
-from gradacc_hf.data.columns import file_rows, list_lengths, select_rows, with_column
+from gradacc_hf.data.columns import encode_labels, file_rows, list_lengths, select_rows, with_column
 from gradacc_hf.errors import InputError
 
 
@@ -23,7 +23,33 @@ def test_the_first_bad_row_is_named_as_the_file_numbers_it():
     with pytest.raises(InputError) as caught:
         check_rows(rows_of(3, 5), is_bad, key="data.text_column", split="validation")
     cure = "correct it, or leave such rows out: --data.on_bad_row skip"
-    assert str(caught.value) == f"data.text_column: validation row 3: it is bad; {cure}"
+    first = "data.text_column: validation row 3: it is bad (the first of 2 bad rows)"
+    assert str(caught.value) == f"{first}; {cure}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_row_of_the_file_is_named_in_any_order_and_any_part(seed):
+    rows = rows_of(*range(3, 11)).shuffle(seed=seed, keep_in_memory=True)
+    training, held_out = rows.select(range(6)), rows.select(range(6, 10))
+    line = r"k: training row 3: it is bad \(the first of 8 bad rows\); correct it"
+    with pytest.raises(InputError, match=line):
+        check_rows(rows, is_bad, key="k")
+    with pytest.raises(InputError, match=line):
+        check_rows(training, is_bad, key="k", others=(held_out, None))
+
+
+def test_of_labels_without_a_class_the_first_row_of_the_file_is_named():
+    labels = [0, 1, 0, 1, *[None] * 8]
+    rows = Dataset.from_dict({"label": labels}).shuffle(seed=1, keep_in_memory=True)
+    with pytest.raises(InputError, match="row 5 is empty, the first of 8"):
+        encode_labels(rows, rows, "label")
+    rows = Dataset.from_dict({"label": [0, 1, 0, *[0.5] * 8]}).shuffle(seed=1, keep_in_memory=True)
+    with pytest.raises(InputError, match=r"row 4: 0\.5"):
+        encode_labels(rows, rows, "label")
+    rows = Dataset.from_dict({"label": ["a", "b"]})
+    others = Dataset.from_dict({"label": ["a", *"cdefgh"]}).shuffle(seed=1, keep_in_memory=True)
+    with pytest.raises(InputError, match="label 'c' of validation row 2 is in no training row"):
+        encode_labels(rows, others, "label")
 
 
 def test_good_rows_are_the_data_set_itself():
@@ -44,12 +70,14 @@ def test_skipped_rows_are_left_out_and_those_left_keep_their_numbers(bad, seed):
     assert kept["number"][:] == [number for number in rows["number"] if number not in bad]
     assert (file_rows(kept) + 1).tolist() == kept["number"][:]
     _, again = check_rows(kept, lambda row: "odd" * (row["number"] % 2) or None, key="k", on_bad_row="skip")
-    assert again == [f"training row {number}: odd" for number in kept["number"] if number % 2]
+    assert again == [f"training row {number}: odd" for number in sorted(kept["number"]) if number % 2]
 
 
 def test_a_held_out_part_and_a_mapped_one_are_numbered_as_the_file():
     held_out = rows_of(2, 9).shuffle(seed=3, keep_in_memory=True).select([0, 1, 2, 3, 4, 5])
-    expected = [f"training row {number}: it is bad" for number in held_out["number"] if number in (2, 9)]
+    expected = [
+        f"training row {number}: it is bad" for number in sorted(held_out["number"]) if number in (2, 9)
+    ]
     assert expected
     assert check_rows(held_out, is_bad, key="k", on_bad_row="skip")[1] == expected
     mapped = held_out.map(lambda row: {"number": 0}).flatten_indices()

@@ -156,6 +156,7 @@ def test_duplicates_are_found_by_the_inputs_of_the_model():
     assert duplicates_note(train, other) == "2 of 5 validation examples are also training examples"
     assert duplicates_note(train, train.select([2])) == "all 1 validation example are also training examples"
     assert duplicates_note(train, other.select([0, 2, 3])) is None
+    assert duplicates_note(train, other, truncated=True).endswith("examples, compared after truncation")
     empty = Dataset.from_dict(
         {"input_ids": [None, [], None]}, features=train.select_columns("input_ids").features
     )
@@ -222,7 +223,8 @@ def test_a_run_states_what_was_truncated_skipped_merged_and_ignored(start):
         "ignored               1 column that nothing uses: weight",
         "merged                column 'label' has 44 texts, 2 numbers; 1 and \"1\" are one value",
         "truncated             1 training row lost 26 tokens, by data.max_length 16",
-        "duplicates            2 of 3 validation examples are also training examples",
+        "duplicates            2 of 3 validation examples are also training examples, "
+        "compared after truncation",
     ]
     plan = [
         line for line in outcome.out.splitlines() if line.split("  ")[0] in {one.split()[0] for one in lines}

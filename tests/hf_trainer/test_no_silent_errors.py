@@ -230,6 +230,11 @@ CASES = {
         lambda net, batch: cross_entropy(net(batch["x"]), batch["target"]),
         label_names=["target"],
     ),
+    "class weights under another name": case(
+        lambda: rows(name="target"),
+        lambda net, batch: cross_entropy(net(batch["x"]), batch["target"], weight=WEIGHTS),
+        label_names=["target"],
+    ),
     "labels by position": case(positions, plain(by_position)),
     "labels by position, the first of equal count": case(lambda: positions(equal=16), plain(by_position)),
     "ignored label 255": case(lambda: positions(ignored=255, equal=16), plain(by_position, ignore_index=255)),
@@ -427,6 +432,23 @@ def test_exact_or_warned(name, tmp_path):
     counts = count(name, range(1), tmp_path)
     assert counts["silent"] == 0
     assert name in MAY_WARN or counts["warned"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("class weights", "to 'labels', 'next_token' or a function of the batch"),
+        (
+            "class weights under another name",
+            "to a function of the batch, such as lambda batch: int((batch['target'] != -100).sum())",
+        ),
+    ],
+)
+def test_the_advice_names_labels_that_the_batch_has(name, advice, tmp_path):
+    _, [line] = run(name, 0, tmp_path)
+    assert line.endswith(
+        f"If it is a mean over other items, such as with class weights, set num_items= {advice}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.labels import labels_of_config, match_labels
 
 SAME = [
@@ -20,6 +21,7 @@ SAME = [
 ]
 OTHER = [
     (["bad", "good"], ["negative", "positive"]),
+    (["Positive", "neutral"], ["positive", "negative"]),  # "neutral" has no row of the head
     (["1", "2"], ["negative", "positive"]),
     (["0", "1"], ["a", "b", "c"]),  # ids of two of three labels, or two other labels
     (["a", "b", "c"], ["a", "b"]),
@@ -33,6 +35,7 @@ OTHER = [
 def test_the_order_and_the_names_of_the_model_stay(found, own, ids):
     labels = match_labels(found, own)
     assert labels.names == own
+    assert not labels.are_new
     assert [labels.ids[name] for name in found] == ids
     assert [labels.in_data[number] for number in ids] == found
     assert labels.model_overrides()["label2id"] == {name: i for i, name in enumerate(own)}
@@ -45,12 +48,14 @@ def test_other_labels_replace_those_of_the_model_and_the_plan_has_a_line(found, 
     labels = match_labels(found, own)
     assert labels.names == found
     assert labels.ids == {name: i for i, name in enumerate(found)}
+    assert labels.are_new
     assert labels.note == f"{', '.join(found)}, instead of the model's own: {', '.join(own)}"
 
 
 def test_a_model_without_labels_gets_those_of_the_data():
     assert match_labels(["b", "a"], None).names == ["b", "a"]
-    assert match_labels(["b", "a"], None).note is None
+    assert match_labels(["b", "a"], None).note == "of the data: b, a"
+    assert match_labels([*"abcdefgh"], None).note == "of the data: a, b, c, d, e, f, … (8)"
 
 
 @pytest.mark.parametrize(
@@ -67,3 +72,28 @@ def test_default_names_without_a_head_are_no_labels(names, architecture, own):
     config = SimpleNamespace(id2label=names, architectures=[architecture])
     assert labels_of_config(config, "ForSequenceClassification") == own
     assert labels_of_config(SimpleNamespace(), "ForSequenceClassification") is None
+
+
+def test_255_beside_labels_from_0_on_is_refused_and_another_number_is_noted():
+    with pytest.raises(InputError, match=r"k: the labels are 0 to 1 and 255, .*; write -100 .* such as c255"):
+        match_labels(["0", "1", "255"], None, "k")
+    with pytest.raises(InputError):
+        match_labels(["0", "1", "255"], ["negative", "positive"], "k")
+    for number in ("-1", "9"):
+        note = match_labels(["0", "1", number], None, "k").note
+        assert note.endswith(f"; {number} is learned as a class (-100 would mark a missing label)")
+
+
+@pytest.mark.parametrize(
+    ("found", "own", "key"),
+    [
+        (["0", "1", "255"], None, None),  # names of classes
+        (["0", "1", "255"], ["0", "1", "255"], "k"),  # the model's own
+        (["0", "255"], None, "k"),  # two classes
+        (["0", "1", "2"], None, "k"),
+        (["0", "1", "a"], None, "k"),
+        (["0", "2", "255"], None, "k"),
+    ],
+)
+def test_other_labels_are_classes(found, own, key):
+    assert "learned as a class" not in match_labels(found, own, key).note

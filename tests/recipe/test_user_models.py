@@ -16,6 +16,7 @@ from recipe_runs import load_recipe, make_recipe, run_recipe, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gradacc_hf import verify
+from gradacc_hf.embedded.smollm2 import smollm2_path
 from gradacc_hf.errors import InputError
 from gradacc_hf.run.plan import make_plan
 from gradacc_hf.run.predict import predict
@@ -209,7 +210,19 @@ def test_an_image_classifier_answers_as_before():
 
 
 NEW_HEADS = {  # labels of the data, config of the model → labels, head
-    "other names": (("good", "bad"), names("negative", "positive"), "instead of the model's own", "kept"),
+    "other names": (("good", "bad"), names("negative", "positive"), "instead of the model's own", "new"),
+    "one other name": (
+        ("Positive", "neutral"),
+        names("positive", "negative"),
+        "Positive, neutral, instead of the",
+        "new",
+    ),
+    "the same names": (
+        ("Positive", "negative"),
+        names("negative", "positive"),
+        "Positive = positive",
+        "kept",
+    ),
     "more labels": (("negative", "positive", "mixed"), names("negative", "positive"), "instead", "new"),
     "a regression": (("a", "b"), {"num_labels": 1, "problem_type": "regression"}, "own: LABEL_0", "new"),
 }
@@ -229,6 +242,39 @@ def test_the_plan_says_whether_the_head_is_new(case, capfd):
     assert line in labels
     assert found == head
     assert ("problem  " in outcome.out) == (case == "a regression")
+
+
+def test_a_head_for_other_labels_gets_new_values_and_the_body_stays():
+    """The head has the size of the saved one, whose second row is for "negative"."""
+    for name, task in (
+        ("text_classification", "ForSequenceClassification"),
+        ("token_classification", "ForTokenClassification"),
+    ):
+        saved, _ = save("Bert", task=task, **names("positive", "negative"))
+        labels = ["positive", "neutral"]
+        rows = [
+            {"text": text, "tokens": text.split()[:1], "label": labels[i % 2], "tags": [labels[i % 2]]}
+            for i, text in enumerate(TEXTS)
+        ]
+        recipe = recipe_for(name, rows, "--model.lora.rank", 2)
+        recipe.datasets()
+        model = recipe.model()
+        assert (
+            recipe.model_notes["labels"] == f"neutral, positive, instead of the model's own: {listed(saved)}"
+        )
+        assert recipe.model_notes["head"].startswith(
+            "new: classifier.bias, classifier.weight; the saved ones"
+        )
+        assert recipe.new_parameters == {"classifier.weight", "classifier.bias"}
+        assert not torch.isclose(model.classifier.weight, saved.classifier.weight).any()
+        assert model.classifier.weight.std() > 0
+        assert torch.equal(
+            model.bert.embeddings.word_embeddings.weight, saved.bert.embeddings.word_embeddings.weight
+        )
+
+
+def listed(model):
+    return ", ".join(model.config.id2label.values())
 
 
 NOT_ONE_HOT = {
@@ -303,11 +349,32 @@ def test_a_language_model_keeps_the_padding_side_and_the_rest_of_its_tokenizer()
     recipe.datasets()
     assert recipe.collate(recipe.datasets()[0].select(range(9)).to_list())["attention_mask"][:, 0].all()
     assert recipe.model_notes["padding side"].startswith("right, ")
+    assert recipe.model_notes["padding side"].endswith("saved with left")
     [saved] = recipe.processors()
     saved.save_pretrained("saved")
     before, after = (json.loads(Path(folder, "tokenizer.json").read_text()) for folder in ("model", "saved"))
     assert before == after  # also without the truncation of this task
     assert transformers.AutoTokenizer.from_pretrained("saved").padding_side == "left"
+
+
+def test_each_change_of_the_saved_tokenizer_has_a_line():
+    tokenizer = transformers.GPT2Tokenizer.from_pretrained(smollm2_path(), padding_side="left")
+    tokenizer.pad_token = None
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": None}
+    save("GPT2", task="ForTokenClassification", tokenizer=tokenizer, **names("O", "B-PER"), **sizes)
+    rows = [{"tokens": ["Ada", "sang"], "tags": ["B-PER", "O"]}] * 20
+    recipe = recipe_for("token_classification", rows)
+    recipe.datasets()
+    [saved] = recipe.processors()
+    saved.save_pretrained("saved")
+    before, after = (json.loads(Path(f, "tokenizer_config.json").read_text()) for f in ("model", "saved"))
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert changed == {"add_prefix_space", "pad_token", "padding_side"}
+    assert recipe.model_notes["add_prefix_space"] == "True; False in the saved tokenizer"
+    assert recipe.model_notes["padding side"].endswith(
+        "; the tokenizer's is left, and it is saved with right"
+    )
+    assert recipe.model_notes["padding token"].endswith("had none, and it is saved with this one")
 
 
 @pytest.mark.parametrize("is_part", [False, True])

@@ -205,7 +205,14 @@ def bad(row):
         ({"tokens": ["a", None], "tags": ["O", "O"]}, "training row 7: token 2 of 2 is null"),
         ({"tokens": ["a", "b"], "tags": None}, "training row 7: 0 tags for 2 tokens"),
         ({"tokens": ["\u200b"], "tags": ["O"]}, "training row 7: no token of its 1 is left"),
-        ({"tokens": ["a"], "tags": ["X-a"]}, "training row 7: tag 'X-a' is not one of the 4 tags of"),
+        (
+            {"tokens": ["a"], "tags": ["X-a"]},
+            "training row 7: tag 'X-a' is not in the form of the others (B-ORG, B-PER, I-PER, O)",
+        ),
+        (
+            {"tokens": ["a", "b"], "tags": ["O", None]},
+            "training row 7: tag 2 of 2 is null; −100 marks a token without a tag",
+        ),
     ],
 )
 def test_a_bad_row_is_named_or_skipped(start, refused, row, line):
@@ -226,7 +233,8 @@ def test_a_tag_of_validation_that_training_does_not_have_is_named(refused):
         write_rows("b.jsonl", bad({"tokens": ["a"], "tags": ["X"]})),
     )
     message = refused(TokenClassification, "--data.train", train, "--data.validation", validation)
-    assert "validation row 7: tag 'X' is not one of the 4 tags of training" in message
+    found = "validation row 7: tag 'X' is not one of the 4 tags of the training rows (B-ORG, B-PER, I-PER, O)"
+    assert found in message
 
 
 def test_an_id_that_has_no_name_is_named(refused):
@@ -234,7 +242,29 @@ def test_an_id_that_has_no_name_is_named(refused):
     features = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=NAMES))})
     Dataset.from_list(rows, features=features).to_parquet("a.parquet")
     message = refused(TokenClassification, "--data.train", "a.parquet", "--data.validation", "a.parquet")
-    assert "training row 31: tag '-1' is not one of the 4 tags of training" in message
+    assert "training row 31: tag '-1' is the id of none of the 4 classes (O, B-PER, I-PER, B-ORG)" in message
+
+
+def test_the_first_row_of_the_file_is_named_where_all_are_bad(refused):
+    train = write_rows("a.jsonl", [{"tokens": ["a", "b", "c"], "tags": ["O", None, "X"]}] * 20)
+    message = refused(TokenClassification, "--data.train", train)
+    assert "data.tags_column: training row 1: tag 2 of 3 is null; " in message
+    assert "(the first of 20 bad rows)" in message
+
+
+def test_ignored_tags_are_counted_and_255_is_no_class(start, refused):
+    rows = [{"tokens": ["a", "b", "c", "d"], "tags": [0, 1, 2, tag]} for tag in [-100] * 9 + [0] * 11]
+    train, validation = write_rows("a.jsonl", rows), write_rows("b.jsonl", rows[8:10])
+    outcome = start(TokenClassification, "--data.train", train, "--data.validation", validation, "--check")
+    assert outcome.code == 0, outcome.err
+    counts = "9 of 80 training tokens and 1 of 8 validation tokens"
+    assert f"ignored               {counts} have the tag −100, so no label" in outcome.out
+    assert "labels                of the data: 0, 1, 2\n" in outcome.out
+    rows = [{**row, "tags": [255 if tag < 0 else tag for tag in row["tags"]]} for row in rows]
+    message = refused(TokenClassification, "--data.train", write_rows("a.jsonl", rows))
+    assert (
+        "data.tags_column: the labels are 0 to 2 and 255, the usual mark of a missing label; write" in message
+    )
 
 
 def test_a_row_whose_tags_are_no_list_is_named(refused):

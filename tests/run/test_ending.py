@@ -9,7 +9,7 @@ import pytest
 from recipe_runs import load_recipe
 
 from gradacc_hf.config.schema import TrainConfig
-from gradacc_hf.run.ending import METRICS_IN_WORDS, result_lines
+from gradacc_hf.run.ending import METRICS_IN_WORDS, result_lines, training_lines
 
 FOLDER = Path("runs/my run")
 RESULTS = {"window": 30, "loss": 1.2, "accuracy": 0.75}
@@ -32,6 +32,14 @@ def lines(recipe=None, report=FOLDER / "report.html", train=None, columns=None, 
     found = result_lines(made, summary, 429, FOLDER, report)
     assert len(found) == 3
     return {line[:22].strip(): line[22:] for line in found}
+
+
+def test_one_window_is_one_window():
+    windows = SimpleNamespace(noise=SimpleNamespace(measured=0))
+    summary = {"windows": 1, "examples": 1, "seconds": 2.0, "padding": 0.25, "skipped_windows": 1}
+    trained, skipped = training_lines(summary, windows)
+    assert trained.endswith(" 1 window, 1 example in 2 s; 25% of the tokens were padding")
+    assert " 1 window took no step" in skipped
 
 
 def test_the_result_is_the_metric_in_words_against_the_baseline():

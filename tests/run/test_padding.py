@@ -41,7 +41,7 @@ def choose(model_type="bert", setting="auto", change=lambda model: None, **of_ba
     recipe = make_recipe(TextClassification, "--data.train", "a.csv", "--budget.padding_free", setting)
     recipe.loss = model_loss
     choose_padding(recipe, head.model, windows)
-    return recipe.model_notes["padding"], head.model, windows
+    return recipe.model_notes["padding in layers"], head.model, windows
 
 
 def test_a_run_without_padding_is_the_same_training(start, monkeypatch):  # noqa: F811
@@ -54,7 +54,8 @@ def test_a_run_without_padding_is_the_same_training(start, monkeypatch):  # noqa
         ran = start(**shared, budget__padding_free=setting, output__dir=setting)
         assert (ran.code, ran.err) == (0, "")
         printed[setting] = ran.out
-    assert "padding               none in the layers: " in printed["auto"]
+    assert "padding in layers     none in the layers: " in printed["auto"]
+    assert printed["auto"].count("\npadding  ") == 1, "each line has a name of its own"
     assert "; the last layer ends with the tokens that the loss reads" in printed["auto"]
     assert "none in the layers" not in printed["off"]
     padded, removed = history("off"), history("auto")

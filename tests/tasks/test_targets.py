@@ -109,6 +109,11 @@ def test_a_decoder_without_padding_token_is_exact_and_saved(start, tiny_bert):
     assert transformers.AutoConfig.from_pretrained("out/best").pad_token_id == ids["eos_token_id"]
 
 
+def test_a_class_255_beside_0_and_1_is_refused(refused):
+    write([{**row, "label": [0, 1, 255][i % 3]} for i, row in enumerate(make_rows(30))])
+    assert "data.label_column: the labels are 0 to 1 and 255" in refused({})
+
+
 def test_several_labels_are_learned_and_said(start, tiny_bert):
     write(make_rows())
     code, _, err = start({**MULTI, "train.epochs": 8, "optim.lr": 3e-3, "output.dir": "out"})

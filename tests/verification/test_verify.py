@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from torch.utils.data import default_collate
 
 from gradacc_hf import WindowLoader, remove_padding
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.cli import main as cli
+from gradacc_hf.training.preflight import preflight_check
 from gradacc_hf.utils.paths import bundle_root
 from gradacc_hf.verification.exactness import verify
 from gradacc_hf.verification.tiny_models import build_head
@@ -103,6 +105,37 @@ def test_a_mean_over_examples_of_means_over_tokens_is_found():
 
     (reason,) = verify(head.model, loader(head), loss, trainer=False).reasons
     assert reason.cure == "num_items=lambda batch: len(batch['labels']) makes it exact"
+
+
+@pytest.mark.parametrize("takes_pad_to", [True, False])
+def test_two_losses_with_items_of_their_own_are_named_and_padding_is_ruled_out(takes_pad_to, caplog):
+    """As in BERT's pretraining: masked tokens, and sentence pairs."""
+    head = build_head("masked_lm", "bert")
+    torch.manual_seed(0)
+    model = transformers.BertForPreTraining(head.model.config)
+
+    def collate(examples, pad_to=None):
+        labels = torch.tensor([example["input_ids"][0] % 2 for example in examples])
+        return {**head.collate(examples, pad_to), "next_sentence_label": labels}
+
+    windows = loader(head, collate_fn=collate if takes_pad_to else lambda examples: collate(examples))
+    (reason,) = verify(model, windows, trainer=False).reasons
+    preflight_check(model, windows)
+    assert reason.what == "the loss is a mean over different items from the counted ones"
+    for text in (reason.cure, caplog.text):
+        assert "num_items={'mlm': …, 'nsp': …}, and weigh({'mlm': …, 'nsp': …})" in text
+        assert "padding" not in text
+        assert "pad_to" not in text
+    several = {"mlm": "labels", "nsp": lambda batch: len(batch["next_sentence_label"])}
+
+    def losses(outputs, batch):
+        cross_entropy = torch.nn.functional.cross_entropy
+        return {
+            "mlm": cross_entropy(outputs.prediction_logits.mT, batch["labels"]),
+            "nsp": cross_entropy(outputs.seq_relationship_logits, batch["next_sentence_label"]),
+        }
+
+    assert verify(model, loader(head, collate_fn=collate, num_items=several), losses, trainer=False).exact
 
 
 def test_a_sum_is_told_from_a_mean():
