@@ -119,6 +119,12 @@ class GradientWatch:
         """A number that changes with any weight of the model, also when another optimizer steps."""
         return hash((self.follow_weights(), _versions(self._subject.model.parameters())))
 
+    def other_weights(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Trained weights of the model that another optimizer has, each with a copy on the host."""
+        mine = {id(p) for p in self._subject.parameters()}
+        others = [p for p in self._subject.model.parameters() if p.requires_grad and id(p) not in mine]
+        return [(p, p.detach().to("cpu", copy=True)) for p in others]
+
     def after_backward(self) -> None:
         """Start following changes of the gradients of this backward."""
         self._of_weights = {_storage(p) for p in self._subject.parameters()}

@@ -94,6 +94,8 @@ class Observer(Subscriber):
         self._since = 0  # losses computed before the latest forward
         self._output: Any = None  # of the latest forward, until its backward
         self._unscaled_norm: float | None = None  # set if a gradient scaler ran since the last backward
+        self._keeps_others = False  # whether another optimizer steps between a backward and this step
+        self._others: list[tuple[torch.nn.Parameter, torch.Tensor]] = []  # its weights, at the first backward
         self._forget()
 
     def _forget(self) -> None:
@@ -299,6 +301,8 @@ class Observer(Subscriber):
         after: float,
         root_factors: tuple[float, ...],
     ) -> None:
+        if self._keeps_others and self._is_observing and not self._pending:
+            self._others = self._gradients.other_weights()
         if not self._record.driver:
             self._record.driver, self._record.sampling = driver(), sampling_strategy()
         ddp, terms = self._subject.ddp, losses.terms
@@ -380,7 +384,7 @@ class Observer(Subscriber):
             attention = self._examine(window, self._passes.progress())
             for micro_batch in window.micro_batches:  # free their large tensors
                 micro_batch.forwards, micro_batch.torch_loss = [], None
-            window.before_change = None
+            window.before_change, window.other_weights = None, ()
             self._gradients.forget()
             if attention.stop:
                 self.stop()
@@ -397,6 +401,12 @@ class Observer(Subscriber):
         norm = gradients.norm()
         change = gradients.change(norm)
         own, discarded = own_backwards(self._pending, self._record.windows, change.is_set)
+        versions, weights = {m.model_version for m in own}, {m.weights_version for m in own}
+        weights_changed = versions != {gradients.model_version()}
+        others, self._others = self._others, []
+        self._keeps_others = (
+            weights_changed and len(versions) == 1 and weights == {gradients.follow_weights()}
+        )
         return ObservedWindow(
             micro_batches=own,
             norm_at_step=norm,
@@ -407,7 +417,8 @@ class Observer(Subscriber):
             change=change,
             before_change=gradients.before_change,
             unscaled=unscaled,
-            weights_changed={m.model_version for m in own} != {gradients.model_version()},
+            weights_changed=weights_changed,
+            other_weights=others if self._keeps_others else (),
             discarded=discarded,
         )
 

@@ -276,6 +276,7 @@ class ObservedWindow:
     before_change: Sequence[torch.Tensor | None] | None = None  # the gradient before that change by hand
     unscaled: float = 1.0  # factor by which a gradient scaler divided, between the last backward and the step
     weights_changed: bool = False  # any weight of the model, between the first backward and the step
+    other_weights: Sequence[tuple[torch.nn.Parameter, torch.Tensor]] = ()  # another optimizer's, before
     discarded: list[Discarded] = field(default_factory=list)
     comparison: WindowComparison | None = None
     norm_after_step: float | None = None  # at the start of the next backward

@@ -69,7 +69,11 @@ def compare_window(
             _check_goes_backward(subject, micro_batches, WindowComparison(half=half).tolerance)
         whole = _joined_inputs(micro_batches)
         kind = subject.parameters()[0].device.type
-        with state_kept(subject) as gradient, torch.autocast(kind, autocast, enabled=autocast is not None):
+        with (
+            _weights_of(window),
+            state_kept(subject) as gradient,
+            torch.autocast(kind, autocast, enabled=autocast is not None),
+        ):
             return _compare(subject, window, whole, loss_of, known, gradient, half)
     except ReplayError as error:
         return WindowComparison(why_not=str(error))
@@ -84,11 +88,24 @@ def compare_window(
 
 def _check_weights(subject: Subject, window: ObservedWindow) -> None:
     """Raise ReplayError if the model alone, with the weights of now, does not give the gradient."""
-    if window.weights_changed:
+    if window.weights_changed and not window.other_weights:
         raise ReplayError("weights of the model change before the step, as in SAM or by another optimizer")
     inside = {id(p) for p in subject.model.parameters()}
     if any(p.grad is not None and id(p) not in inside for p in subject.parameters()):
         raise ReplayError("the optimizer also steps parameters of another module")
+
+
+@contextmanager
+def _weights_of(window: ObservedWindow) -> Iterator[None]:
+    """Give the model the weights of the window in the block, where another optimizer has stepped since."""
+    now = [p.data for p, _ in window.other_weights]
+    try:
+        for p, before in window.other_weights:
+            p.data = before.to(p.device)
+        yield
+    finally:
+        for (p, _), value in zip(window.other_weights, now, strict=True):
+            p.data = value
 
 
 LossOfInputs = Callable[[Inputs, tuple[Any, ...], torch.nn.Module], torch.Tensor]

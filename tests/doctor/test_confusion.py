@@ -93,6 +93,13 @@ def test_a_leak_of_sliced_tensors_is_found_with_any_number_of_windows(windows):
     assert equal in found.output
 
 
+def test_an_optimizer_that_steps_after_another_is_compared_at_the_weights_of_its_window():
+    found = diagnose_loop(LOOPS / "healthy_two_optimizers.py")
+    first, second = found.output.split("SGD: observed 3 windows")
+    assert "each gradient equals the gradient of the window in one batch" in first
+    assert "in 2 of 3 windows, the gradient equals the gradient of the window in one batch" in second
+
+
 def test_stop_ends_the_script_at_the_step_that_ends_the_watched_windows(tmp_path):
     shutil.copy(LOOPS / "tiny.py", tmp_path)
     script = tmp_path / "train.py"
