@@ -7,7 +7,6 @@ device and weighs the losses.
 
 import pickle
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -363,8 +362,11 @@ class LocalWindows(Dataset):
     def read(self, indices: np.ndarray) -> list[Any]:
         """Return examples as the data set has them. Raise InputError with the index if one cannot be read."""
         if fetch := getattr(self.dataset, "__getitems__", None):  # faster for a datasets.Dataset
-            with suppress(Exception):
+            try:
                 return fetch(indices.tolist())
+            except Exception:  # read one by one below, to name the example
+                if not hasattr(self.dataset, "__getitem__"):
+                    raise
         found = []
         for index in indices.tolist():
             with name_example(index):

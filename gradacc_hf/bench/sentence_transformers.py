@@ -7,7 +7,7 @@ windows.
 |---|---|
 | `MultipleNegativesRankingLoss` | the whole window |
 | `CachedMultipleNegativesRankingLoss` | mini-batches of `max_tokens` tokens |
-| `ContrastiveLoss` | micro-batches of `max_tokens` padded tokens |
+| `ContrastiveLoss` | micro-batches of `max_tokens` tokens, without padding in the layers |
 
 The losses of sentence-transformers run in a plain PyTorch loop. Without dropout, all should reach the same
 model.
@@ -38,8 +38,10 @@ from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_err
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
 from gradacc_hf.errors import InputError, one_line
+from gradacc_hf.padding.attention import with_padding
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe
+from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.setup import load_data, make_model, make_windows, total_windows
 from gradacc_hf.training.loop import iter_windows
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
@@ -166,7 +168,8 @@ def run_contender(name: str, num_windows: int, max_tokens: int, settings: Sequen
         name, recipe, make_windows(recipe, training, validation_data, accelerator)[0], max_tokens
     )
     batch = windows.collated(windows.plan.indices(0, 0)).batch
-    truth = whole_window_gradient(contender.model, batch, recipe.loss)
+    with with_padding():
+        truth = whole_window_gradient(contender.model, batch, recipe.loss)
     gradients: list[Any] = []
     contender.optimizer.register_step_pre_hook(lambda *_: gradients.append(read_gradient(contender.model)))
     list(contender.train(1))
@@ -186,7 +189,9 @@ class ContrastiveTraining:
     def __init__(self, name: str, recipe: Recipe, windows: WindowLoader, max_tokens: int):
         self.recipe, self.windows, self.accelerator = recipe, windows, windows.accelerator
         self.model, self.reference_loss = make_model(recipe).to(self.accelerator.device), None
-        if name != "ours":
+        if name == "ours":
+            choose_padding(recipe, self.model, windows)
+        else:
             self.model, self.reference_loss = _reference(name, self.model, recipe, max_tokens)
         self.optimizer = make_optimizer(self.model, recipe.config.optim)
         total = total_windows(recipe.config, windows)

@@ -140,8 +140,9 @@ def _read_tokens(probe: Probe, layer: torch.nn.Module) -> tuple[torch.Tensor, li
 
     def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
         output = output if isinstance(output, torch.Tensor) else output[0]
-        output.retain_grad()
-        outputs.append(output)
+        if output.requires_grad:  # not in a frozen encoder
+            output.retain_grad()
+            outputs.append(output)
 
     handles = [layer.register_forward_hook(keep)]
     for part in layer.children():
@@ -151,8 +152,9 @@ def _read_tokens(probe: Probe, layer: torch.nn.Module) -> tuple[torch.Tensor, li
     finally:
         for handle in handles:
             handle.remove()
-    gradient = outputs[-1].grad
-    assert gradient is not None
+    gradient = outputs[-1].grad if outputs else None
+    if gradient is None:
+        raise PaddingNotRemovableError("the layers have no gradient")
     return (gradient != 0).flatten(2).any(2), list(dict.fromkeys(parts))
 
 

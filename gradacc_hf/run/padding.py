@@ -47,7 +47,7 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
         recipe.model_notes["padding in layers"] = f"kept: {why}"
         return
     if recipe.pad_to == "nothing":
-        recipe.model_notes["padding"] = "none: packed examples, each with attention of its own"
+        recipe.model_notes["padding in layers"] = "none: packed examples, each with attention of its own"
         return
     if not is_grouped(model):
         recipe.model_notes["padding in layers"] = "none in the layers, except in attention"

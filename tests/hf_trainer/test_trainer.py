@@ -599,7 +599,7 @@ def test_every_window_has_the_micro_batches_that_it_should_and_none_is_lost(epoc
     assert sum(seen) == len(trainer.get_train_dataloader()) * epochs
 
 
-@pytest.mark.parametrize("compute_loss_func", [None, heeding, ignoring])
+@pytest.mark.parametrize("compute_loss_func", [None, pytest.param(heeding, marks=pytest.mark.slow), ignoring])
 def test_logged_losses_are_those_of_the_run_without_accumulation(compute_loss_func, tmp_path):
     losses = {}
     for size, steps in ((8, 1), (4, 2)):

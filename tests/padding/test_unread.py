@@ -126,6 +126,14 @@ def test_the_loss_of_the_loop_may_read_real_tokens_where_the_models_loss_reads_p
     assert compare("real tokens", *gradients).error < EXACT
 
 
+def test_frozen_layers_skip_none():
+    head = build_head("sequence_classification", "bert")
+    head.model.bert.requires_grad_(False)
+    gradacc_hf.remove_padding(head.model, head.collate(head.examples(LENGTHS)), model_loss)
+    assert is_removed(head.model)
+    assert not skips_unread(head.model)
+
+
 def test_layers_that_are_computed_again_skip_none_and_stay_exact():
     padded, model, batch_of = make("sequence_classification", "bert")
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()

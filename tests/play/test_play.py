@@ -291,6 +291,7 @@ def test_any_two_sizes_set_the_third():
         steps_of(10, 4)
 
 
+@pytest.mark.slow
 def test_every_picture_can_be_drawn_whatever_the_numbers():
     diverges = after(replace(QUICK, lr=10.0, fault="not divided"), 30)
     assert not math.isfinite(diverges.losses["shown"][-1])

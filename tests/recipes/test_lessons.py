@@ -249,7 +249,8 @@ def test_lessons_follow_one_another_in_one_process_whatever_the_environment_says
     assert dict(os.environ) == before, "a lesson leaves the environment as it was"
 
 
-LONG = ("learning_rate", "sixteen_to_sixtyfour")  # minutes under the doctor
+LONG = ("learning_rate", "sixteen_to_sixtyfour", "not_quite_the_same", "pipeline_trace", "batch_norm")
+LONG += ("bf16_weights", "when_to_zero")  # a quarter of a minute or more under the doctor
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from recipe_runs import load_recipe, make_recipe, run_recipe
+from recipe_runs import make_recipe
 from text_classification_runs import (
     TextClassification,
-    arguments,
     datasets_cache,  # noqa: F401
     empty_folder,  # noqa: F401
     history,
@@ -20,6 +19,7 @@ from text_classification_runs import (
 
 from gradacc_hf import WindowLoader
 from gradacc_hf.accumulation.loss_items import model_loss
+from gradacc_hf.errors import InputError
 from gradacc_hf.padding.removal import is_removed
 from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.verification.tiny_models import build_head
@@ -115,14 +115,10 @@ def test_short_examples_and_large_models_keep_padding(monkeypatch):
     assert is_removed(choose(setting="on")[1])
 
 
-def test_padding_that_the_loss_reads_stays_or_is_refused(tiny_bert, capfd):
-    recipe = load_recipe("question_answering").QuestionAnswering
-    flags = {
-        "data__train": "embedded:questions",
-        "data__doc_stride": 4,
-        "data__on_bad_row": "skip",
-        "budget__padding_free": "on",
-    }
-    ran = run_recipe(recipe, arguments(tiny_bert, flags), capfd)
-    assert ran.code == 2
-    assert "budget.padding_free: found on" in ran.err
+def test_a_model_that_mixes_neighbours_keeps_padding_or_is_refused():
+    note, model, windows = choose("convbert")
+    assert note.startswith("kept: padding cannot be removed from ConvBertForSequenceClassification")
+    assert not is_removed(model)
+    assert not windows.padding_free
+    with pytest.raises(InputError, match=r"budget\.padding_free: found on"):
+        choose("convbert", setting="on")
