@@ -85,6 +85,7 @@ print(len(modules))
 """
 
 
+@pytest.mark.slow
 def test_no_submodule_hides_an_export_once_all_submodules_are_imported():
     done = subprocess.run([sys.executable, "-c", ALL_MODULES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

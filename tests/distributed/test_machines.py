@@ -112,6 +112,7 @@ def machine(rank, port, run, texts):
     return begin(command, {"ACCELERATE_USE_CPU": "true"}, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_machines_that_do_not_see_the_same_folder_end_with_one_line(texts, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there/config.yaml").touch()
@@ -124,6 +125,7 @@ def test_machines_that_do_not_see_the_same_folder_end_with_one_line(texts, tmp_p
     assert [process.returncode for process in both] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_recipe_whose_launcher_is_killed_while_it_imports_ends_too(texts, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [ROOT / "configs/accelerate/cpu.yaml", RECIPE, "--data.train", texts, *SMALL]

@@ -713,6 +713,7 @@ def test_data_to_evaluate_on_are_not_taken_for_those_to_train_on(tmp_path):
     assert "✗" not in ran.stdout
 
 
+@pytest.mark.slow
 def test_under_ddp_it_is_found_when_every_micro_batch_synchronises(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
     ran = run_doctor(tmp_path, "SCRIPT", "4", "--ddp", launcher=launcher)

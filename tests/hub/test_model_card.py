@@ -177,6 +177,7 @@ def test_a_model_that_was_not_evaluated_claims_no_metrics(run):
         yaml.safe_load(card.data.to_yaml())
 
 
+@pytest.mark.slow
 def test_the_verdict_of_verify_comes_into_the_cards(run):
     done = subprocess.run(
         [Path(sys.executable).with_name("gradacc"), "verify", "--run", run], capture_output=True, text=True
@@ -326,6 +327,7 @@ def test_the_best_model_is_pushed_whole_with_its_card(train, hub, mine):
     assert all(TOKEN not in body for _, body, _ in hub.requests)
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_leaves_the_run_and_says_how_to_do_it_later(train, hub):
     hub.accepts = False
     done = train(hub.environment, output__push_to_hub="us/x", train__max_windows=1)

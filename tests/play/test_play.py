@@ -114,6 +114,7 @@ def test_the_loop_shown_is_that_of_the_readme():
     assert shown == [line for line in of_readme if "optimizer_step_was_skipped" not in line]
 
 
+@pytest.mark.slow
 def test_the_same_seed_shows_the_same_run_and_another_another():
     first, again, other = (after(replace(QUICK, seed=seed), 3) for seed in (1, 1, 2))
     assert (first.losses, first.norms, first.error) == (again.losses, again.norms, again.error)
@@ -182,6 +183,7 @@ def test_a_line_is_marked_as_it_runs_and_the_bucket_empties():
     assert not any(picture.is_empty for picture in seen if picture.stop in ("backward", "skipped", "step"))
 
 
+@pytest.mark.slow
 def test_activations_are_those_of_a_micro_batch_and_weights_what_they_are():
     small, large = (
         after(replace(QUICK, steps=4, lengths="equal"), 2),
@@ -215,6 +217,7 @@ def test_a_change_takes_effect_at_the_next_window():
     assert session.picture().window == 0
 
 
+@pytest.mark.slow
 def test_another_fault_begins_where_gradacc_s_loop_is():
     session = Session(replace(QUICK, fault="zeroed too early"))
     for fault in ("scheduler on every micro-batch", "not divided"):
@@ -644,6 +647,7 @@ def test_the_tour_sets_the_controls(page):
     assert "gradacc lessons eight_samples" in page.inner_text("#tour-text")
 
 
+@pytest.mark.slow
 @needs_a_browser
 def test_a_space_is_a_page_that_works(browser, tmp_path):
     folder = tmp_path / "space"
