@@ -158,6 +158,7 @@ def gradacc(*arguments, cwd=None):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_the_command_runs_contenders_in_turns_and_leaves_a_report(settings, tmp_path):
     arguments = [*settings, "--contenders", "trainer,ours", "--windows", "1", "--repeats", "1", "--json"]
     done = gradacc(*arguments, cwd=tmp_path)

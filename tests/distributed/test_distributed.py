@@ -45,7 +45,7 @@ def launch(num_processes, engine, *cases, fails=False, **variables):
     return {row.pop("case"): row for row in rows}
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.fixture(scope="module", params=[*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 def ddp(request):
     return request.param, launch(request.param, "ddp")
 
