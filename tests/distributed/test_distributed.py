@@ -260,7 +260,7 @@ def test_a_run_stops_on_one_number_of_processes_and_goes_on_on_another_sharded_o
     undisturbed = launch(1, "ddp", "goes_on", RUN=str(tmp_path / "whole"), STOP="99")["goes_on"]
     assert undisturbed["stopped_after"] is None
     assert undisturbed["examples"] == 2 * 23
-    parts = [(2, "ddp", 3), (1, "ddp", 6), (3, "fsdp2", 99)]
+    parts = [(2, "ddp", 3), (1, "ddp", 6), (3, "fsdp2", 9), (2, "fsdp2", 99)]
     for processes, engine, stop in parts:
         found = launch(processes, engine, "goes_on", RUN=str(tmp_path / "parts"), STOP=str(stop))["goes_on"]
         assert found["stopped_after"] == (stop if stop < 99 else None)
