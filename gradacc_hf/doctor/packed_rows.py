@@ -4,6 +4,7 @@ A packed row has examples end to end, with positions that restart at each one. M
 apart only under a causal mask, without an attention mask and without a cache. Others mix them silently.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ LEAST_CHANGE_HALF = 1e-2
 def change_of_later_examples(subject: Subject, inputs: Inputs) -> float:
     """Return how much a change of the first example of a packed row changes the outputs of the others.
 
-    The change is relative to the largest output; 0 below rounding, and for other batches.
+    The change is relative to the largest output; 0 below rounding, and for other batches. It is NaN if the
+    model has no outputs by token.
     """
     given = named(subject.model, inputs)
     ids, positions, mask = (given.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
@@ -45,10 +47,10 @@ def change_of_later_examples(subject: Subject, inputs: Inputs) -> float:
             before, after = (
                 _states(subject.model(**plain | {"input_ids": each}), ids.shape) for each in (ids, changed)
             )
-    except Exception:  # a model without outputs by token, or one that needs labels
-        return 0.0
-    if before is None or after is None:
-        return 0.0
+    except Exception:  # any model, such as one that needs labels
+        return math.nan
+    if before is None or after is None:  # no outputs by token
+        return math.nan
     difference = (after - before)[0, first:].abs().max() / before.abs().max()
     least = LEAST_CHANGE.get(before.dtype, LEAST_CHANGE_HALF)
     return float(difference) if difference > least else 0.0

@@ -121,6 +121,8 @@ def _not_judged(record: LoopRecord, wrong: set[str]) -> Iterator[str]:
             f"in {_of(odd, judged)}, the gradient is {error:.2g} off from the gradient of the window in one "
             "batch, for a reason that was not found"
         )
+    if math.isnan(record.mixed_rows[0]):
+        yield "whether the examples of a packed row attend to each other was not judged: no outputs by token"
     changes = [w for w in record.windows if w.change.place and w.change.hand != 1.0]
     if changes and "divided_twice" not in wrong:
         where = f"{changes[0].change.place}: {changes[0].change.place.code}"  # type: ignore[union-attr]

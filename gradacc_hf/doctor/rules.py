@@ -290,7 +290,7 @@ def _weights(record: LoopRecord) -> Iterator[Finding]:
 
 def _packed_rows(record: LoopRecord) -> Iterator[Finding]:
     change, place = record.mixed_rows
-    if change:
+    if change > 0:
         evidence = f"other tokens in the first example of a row change outputs of later ones by {change:.2g}"
         yield _found("packed_examples_mixed", evidence, place)
 

@@ -100,6 +100,16 @@ def test_an_optimizer_that_steps_after_another_is_compared_at_the_weights_of_its
     assert "in 2 of 3 windows, the gradient equals the gradient of the window in one batch" in second
 
 
+def test_a_packed_row_of_a_model_without_outputs_by_token_is_stated_as_not_judged(tmp_path):
+    text = (LOOPS / "faulty_packed_rows_of_an_encoder.py").read_text()
+    only_loss = "model.forward = lambda f=model.forward, **given: {'loss': f(**given).loss}\noptimizer = "
+    (tmp_path / "loop.py").write_text(
+        text.replace("optimizer = ", only_loss, 1).replace(").loss  #", ")['loss']  #")
+    )
+    found = diagnose_loop(tmp_path / "loop.py")
+    assert "? whether the examples of a packed row attend to each other was not judged" in found.output
+
+
 def test_stop_ends_the_script_at_the_step_that_ends_the_watched_windows(tmp_path):
     shutil.copy(LOOPS / "tiny.py", tmp_path)
     script = tmp_path / "train.py"
