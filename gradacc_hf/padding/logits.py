@@ -157,17 +157,20 @@ def deferred(head: Any, tokens_per_chunk: int) -> Iterator[Reading]:
     """Defer the next call of a head inside this block. Yield how the logits are read."""
     reading, own = Reading(tokens_per_chunk), vars(head).get("forward")  # Accelerate's over several devices
 
-    def restore() -> None:
-        vars(head).pop("forward", None)
-        if own is not None:
-            head.forward = own
-
-    def defer(hidden: torch.Tensor) -> DeferredLogits:
+    def defer(module: Any, args: tuple, hidden: torch.Tensor) -> DeferredLogits:
         restore()  # the loss calls the head
         positions = torch.arange(hidden.shape[:-1].numel(), device=hidden.device)
         return DeferredLogits(head, hidden, positions.view(hidden.shape[:-1]), (), reading)
 
-    head.forward = defer
+    def restore() -> None:
+        handle.remove()
+        vars(head).pop("forward", None)
+        if own is not None:
+            head.forward = own
+
+    # Other hooks of the head get its input as output. FSDP2 needs a tensor.
+    handle = head.register_forward_hook(defer)
+    head.forward = lambda hidden: hidden
     try:
         yield reading
     finally:

@@ -33,7 +33,8 @@ def make_lean(model: Any, setting: bool | Literal["auto"] = "auto") -> bool:
     try:
         if any(parameter.is_meta for parameter in model.parameters()):
             with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-                check_logits(type(model)(shrink(model.config)))
+                start = {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
+                check_logits(type(model)(shrink(model.config, start)))
             install(model)
         else:
             skip_unlabelled_logits(model)
