@@ -4,7 +4,6 @@ Each is measured in a separate process.
 """
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,9 +15,6 @@ from gradacc_hf.training.run_log import measured_with
 
 # Two layers of SmolLM2-135M and of T5-small, so that the loss dominates.
 VOCABULARIES = {"decoder": 49152, "encoder-decoder": 32128}
-
-# Blocks of the size of logits of a chunk would fragment the heap of glibc.
-UNFRAGMENTED = {"MALLOC_MMAP_THRESHOLD_": "4000000"}
 
 
 @dataclass(frozen=True)
@@ -49,9 +45,7 @@ def measure_lean_loss(tokens: int = 2048) -> LeanLossResult:
         found = []
         for lean in ("0", "1"):
             command = [sys.executable, "-m", "gradacc_hf.bench.lean_memory", model, str(tokens), lean]
-            printed = subprocess.run(
-                command, capture_output=True, text=True, check=True, env=os.environ | UNFRAGMENTED
-            ).stdout
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             found.append(json.loads(printed.splitlines()[-1]))
         before, after = found
         device = before["device"]
@@ -88,9 +82,11 @@ def _measure(name: str, tokens: int, lean: bool) -> None:
     from gradacc_hf.accumulation.reference import relative_error, whole_window_gradient
     from gradacc_hf.padding.logits import install, restore_logits
     from gradacc_hf.training.run_log import peak_memory_bytes
+    from gradacc_hf.utils.memory import release_freed_memory_at_once
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    release_freed_memory_at_once()  # as in a run
     model = _build(name).to(device)
     ids = torch.randint(VOCABULARIES[name], (tokens // 64, 64), device=device)
     batch = {"input_ids": ids, "labels": ids}

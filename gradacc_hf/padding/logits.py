@@ -4,8 +4,8 @@ Logits are tokens × vocabulary, by far the largest tensor of a small model with
 reads them only where there are labels. In a forward with labels, the head returns `DeferredLogits`, which
 compute nothing. The model's own code casts, scales, caps or slices them, and passes them to
 `torch.nn.functional.cross_entropy`. This call selects the labelled rows. It computes logits and loss in
-chunks, and again in the backward pass (torch.utils.checkpoint). All other code gets all logits, so that no
-model gets another loss. The gradient equals the gradient of the model's own loss, to rounding.
+chunks, and all but the last again in the backward pass (torch.utils.checkpoint). Any other function gets all
+logits. The gradient equals the gradient of the model's own loss, to rounding.
 
 Torch 2.13's linear_cross_entropy computes the gradient in the forward pass. It is not used: the loss has the
 precision of the inputs (11.625 for 11.507 in bf16), and older versions lack it.
@@ -314,7 +314,11 @@ class DeferredLogits:
             chosen, target = self._positions[labelled], target[labelled]
         parts = list(zip(hidden[chosen].split(most), target.split(most), strict=True))
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        losses = [_loss_of_rows(self._head, self._changes, *part, options, len(parts) > 1) for part in parts]
+        recompute = [True] * (len(parts) - 1) + [False]  # the backward pass starts with the last part
+        losses = [
+            _loss_of_rows(self._head, self._changes, *part, options, again)
+            for part, again in zip(parts, recompute, strict=True)
+        ]
         total = torch.stack(losses).sum()
         return total / count if reduction == "mean" else total
 
