@@ -138,7 +138,7 @@ def _without_logits(outputs: Any) -> Any:
 
 
 @dataclass
-class Reading:
+class LogitReads:
     """A record of what reads the logits in a forward.
 
     Attributes:
@@ -153,9 +153,12 @@ class Reading:
 
 
 @contextmanager
-def deferred(head: Any, tokens_per_chunk: int) -> Iterator[Reading]:
+def deferred(head: Any, tokens_per_chunk: int) -> Iterator[LogitReads]:
     """Defer the next call of a head inside this block. Yield how the logits are read."""
-    reading, own = Reading(tokens_per_chunk), vars(head).get("forward")  # Accelerate's over several devices
+    reading, own = (
+        LogitReads(tokens_per_chunk),
+        vars(head).get("forward"),
+    )  # Accelerate's over several devices
 
     def defer(module: Any, args: tuple, hidden: torch.Tensor) -> DeferredLogits:
         restore()  # the loss calls the head
@@ -196,7 +199,7 @@ class DeferredLogits:
         hidden: torch.Tensor,
         positions: torch.Tensor,
         changes: tuple[Callable[[torch.Tensor], torch.Tensor], ...],
-        reading: Reading,
+        reading: LogitReads,
     ):
         self._head, self._hidden, self._positions = head, hidden, positions
         self._changes, self._reading = changes, reading
