@@ -197,6 +197,17 @@ class Probe:
                 lambda sample=sample: self._compare(*self._run(sample)), "the layers need the padded shape"
             )
 
+    def is_exact_with(self, install: Callable[[], Sequence[Any]]) -> bool:
+        """Whether loss and gradient stay the same with more hooks. They are removed if not."""
+        hooks = install()
+        try:
+            self.check()
+        except PaddingNotRemovableError:
+            for hook in hooks:
+                hook.handle.remove()
+            return False
+        return True
+
     def check_row(self) -> None:
         """Compare the loss of the examples in one row. Raises PaddingNotRemovableError if not exact."""
         with self.of_loss_alone():

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gradacc_hf.accumulation.loss_items import ComputeLoss
 from gradacc_hf.errors import PaddingNotRemovableError, one_line
 from gradacc_hf.padding.attention import NAMES, ORIGINAL
+from gradacc_hf.padding.embeddings import pack_embeddings
 from gradacc_hf.padding.hooks import (
     EnterForward,
     Hook,
@@ -24,6 +25,7 @@ from gradacc_hf.padding.hooks import (
     PadInputs,
     Stack,
     UnpackOutput,
+    stack_of,
 )
 from gradacc_hf.padding.probe import Probe, Stacks, without_wrappers
 from gradacc_hf.padding.unread import skip_unread_tokens
@@ -35,7 +37,7 @@ def remove_padding(
 ) -> None:
     """Make a transformers model compute its layers without padding, in place.
 
-    Embeddings, head, loss and labels stay padded, as do collate functions. The model is checked before the
+    Head, loss and labels stay padded, as do collate functions. The model is checked before the
     change stays: loss and gradients on examples of `batch`, without dropout, against the padded model.
     A forward uses it if its `attention_mask` has padding. Forwards with a cache, as in `generate`, and with
     hidden states or attentions as outputs stay padded. `restore_padding` undoes the change.
@@ -71,6 +73,8 @@ def remove_padding(
                 if probe.packs:
                     probe.check_row()
                 _end_check(probe.model)
+                for owner, (layers, _) in stacks.items():
+                    pack_embeddings(probe, owner, layers)
                 if compute_loss is not None:
                     _skip_unread(probe, stacks)
                 _compile_again(probe.model)
@@ -183,9 +187,11 @@ def skips_unread(model: torch.nn.Module) -> bool:
 
 def _skip_unread(probe: Probe, stacks: Stacks) -> None:
     """Skip tokens that the loss does not read, in a model with one stack of layers."""
-    changed = [layers[-1] for layers, _ in stacks.values() if next(_hooks(layers[-1]), None) is not None]
+    changed = [layers[-1] for layers, _ in stacks.values() if stack_of(layers[-1]) is not None]
     if len(changed) == 1:
-        skip_unread_tokens(probe, changed[0], next(_hooks(changed[0])).stack)
+        stack = stack_of(changed[0])
+        assert stack is not None
+        skip_unread_tokens(probe, changed[0], stack)
 
 
 def _compile_again(model: torch.nn.Module) -> None:
