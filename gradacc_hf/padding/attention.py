@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gradacc_hf.accumulation.padding_layout import PaddingLayout, pack, unpack
 from gradacc_hf.errors import PaddingNotRemovableError
+from gradacc_hf.padding import variable_length
 
 NAMES = {"sdpa": "gradacc_packed_sdpa", "eager": "gradacc_packed_eager"}
 ORIGINAL = {ours: theirs for theirs, ours in NAMES.items()}
@@ -268,22 +269,23 @@ def _attend_packed(
     if mask.key_layout is not None:
         key, value = _padded_keys(key, mask.key_layout), _padded_keys(value, mask.key_layout)
     of_one_sequence = mask.key_layout is None and key.shape[2] == query.shape[2] and key.shape[0] == 1
-    blocks, sizes = layout.blocks, layout.block_sizes
     read = _read_queries(mask) if of_one_sequence else None
+    is_causal = of_one_sequence and read is None and mask.kind == "causal" and original != "eager"
+    by_kernel = of_one_sequence and read is None and original == "sdpa"
+    if by_kernel and variable_length.takes(query, key, mask.kind, arguments.get("dropout", 0.0)):
+        scale = arguments.get("scaling")
+        return variable_length.attend(query, key, value, layout, is_causal, scale), None
+    blocks, sizes = layout.blocks, layout.block_sizes
     if read is None:
         queries = _blocks(query, blocks, sizes, layout.groups)
     else:
         counts = [rows for rows, _ in layout.groups]
         queries = list(torch.split(pack(query[0].transpose(0, 1), read)[:, :, None], counts))
-    is_causal = False
     if of_one_sequence:
         keys = _blocks(key, blocks, sizes, layout.groups)
         values = _blocks(value, blocks, sizes, layout.groups)
-    if read is not None:
-        masks = mask.query_masks(CURRENT.forward.stack.reads)
-    elif of_one_sequence:
-        masks = mask.group_masks(explicit=original == "eager")
-        is_causal = mask.kind == "causal" and original != "eager"
+        explicit = original == "eager"
+        masks = mask.group_masks(explicit) if read is None else mask.query_masks(CURRENT.forward.stack.reads)
     elif mask.kind == "full" and key.shape[0] == layout.shape[0]:
         keys, values, masks = _other_sequence(key, value, mask)
     else:

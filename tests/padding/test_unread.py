@@ -56,7 +56,12 @@ def rows_of(module, model, batch):
         ("sequence_classification", "bert", "bert.encoder.layer.1.intermediate", "rows"),
         ("sequence_classification", "distilbert", "distilbert.transformer.layer.1.ffn", "rows"),
         ("sequence_classification", "bert", "bert.encoder.layer.1.attention.self.query", "rows"),
-        ("sequence_classification", "albert", "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn", "rows"),
+        (
+            "sequence_classification",
+            "albert",
+            "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn",
+            "rows",
+        ),
         ("sequence_classification", "deberta-v2", "deberta.encoder.layer.1.intermediate", "rows"),
         ("sequence_classification", "modernbert", "model.layers.1.mlp.Wi", "rows"),
         ("sequence_classification", "modernbert", "model.layers.1.attn.Wo", "rows"),
