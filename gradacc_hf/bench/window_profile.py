@@ -12,6 +12,7 @@ torch's profiler gives the time of each operator without the operators that it c
 up by kind.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def measure_profile(repeats: int, progress: Progress = iter) -> ProfileResult:
 def _profiled(compute: Callable[[], Any]) -> dict[str, float]:
     """Return the milliseconds of a function by kind of operators."""
     kinds = {f"aten::{operator}": kind for kind, operators in KINDS.items() for operator in operators}
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and end otherwise
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         compute()
     times: dict[str, float] = defaultdict(float)
