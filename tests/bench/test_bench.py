@@ -163,7 +163,7 @@ def test_our_gradient_cache_and_that_of_sentence_transformers_come_to_the_same_m
     print_contrastive(result, console)
     text = console.export_text()
     assert "…" not in text
-    assert "× as many pairs per second as CachedMultipleNegativesRankingLoss" in text
+    assert "× the pairs per second of CachedMultipleNegativesRankingLoss" in text
     with pytest.raises(InputError, match="--windows: found 9; allowed: 1 to 4"):
         measure_contrastive(flags, num_windows=9, repeats=1, max_tokens=160)
 
