@@ -76,7 +76,7 @@ class ContrastiveRuns:
 
 @dataclass(frozen=True)
 class ContrastiveResult:
-    """The contenders by key. `times`: examples per second of gradacc / of the loss in `COMPARED`, per repeat."""
+    """The contenders by key. `times`: pairs per second, gradacc / the loss in `COMPARED`, per repeat."""
 
     contenders: dict[str, ContrastiveRuns]
     times: dict[str, tuple[float, ...]]
