@@ -61,7 +61,7 @@ class Probe:
         self, model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss | None = None
     ):
         if not isinstance(getattr(model, "config", None), PreTrainedConfig):
-            raise PaddingNotRemovableError(f"{type(model).__name__} has no config of transformers")
+            raise PaddingNotRemovableError("it has no config of transformers")
         self.model = model
         self._compared = set(smallest_parameters(model, MOST_COMPARED))
         self.packs = is_row_of_examples(batch)
@@ -159,13 +159,12 @@ class Probe:
         finally:
             for handle in handles:
                 handle.remove()
-        name = type(self.model).__name__
         stacks = {owner: (list(dict.fromkeys(calls)), len(calls)) for owner, calls in called.items() if calls}
         if not stacks:
-            raise PaddingNotRemovableError(f"{name} calls no repeated layers")
+            raise PaddingNotRemovableError("it calls no repeated layers")
         if dtypes & {torch.bfloat16, torch.float16}:
             raise PaddingNotRemovableError(
-                f"{name} computes in 16 bits, which cannot show 1e-5; call remove_padding before sharding"
+                "it computes in 16 bits, which cannot show 1e-5; call remove_padding before sharding"
             )
         size, error = norm(self._gradient), None
         if not (math.isfinite(self._loss) and size > 0):

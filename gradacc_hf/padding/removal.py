@@ -62,7 +62,16 @@ def remove_padding(
     """
     if is_removed(model):
         return
-    probe = Probe(without_wrappers(model), batch, compute_loss)
+    try:
+        _remove(without_wrappers(model), batch, compute_loss)
+    except PaddingNotRemovableError as error:
+        name = type(without_wrappers(model)).__name__
+        raise PaddingNotRemovableError(f"padding cannot be removed from {name}: {error}") from error
+
+
+def _remove(model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss | None) -> None:
+    """Install the hooks of the first way that is exact. Raises PaddingNotRemovableError if none is."""
+    probe = Probe(model, batch, compute_loss)
     with probe.prepared():
         stacks = probe.record_layers(_layers_by_owner(probe.model))
         reasons = {}
@@ -88,8 +97,7 @@ def remove_padding(
             except BaseException:
                 restore_padding(probe.model)
                 raise
-    name = type(probe.model).__name__
-    raise PaddingNotRemovableError(f"padding cannot be removed from {name}: {_joined(reasons)}")
+    raise PaddingNotRemovableError(_joined(reasons))
 
 
 def remove_padding_in_all(
