@@ -155,10 +155,8 @@ class LogitReads:
 @contextmanager
 def deferred(head: Any, tokens_per_chunk: int) -> Iterator[LogitReads]:
     """Defer the next call of a head inside this block. Yield how the logits are read."""
-    reading, own = (
-        LogitReads(tokens_per_chunk),
-        vars(head).get("forward"),
-    )  # Accelerate's over several devices
+    reading = LogitReads(tokens_per_chunk)
+    own = vars(head).get("forward")  # Accelerate's, if the model is spread over devices
 
     def defer(module: Any, args: tuple, hidden: torch.Tensor) -> DeferredLogits:
         restore()  # the loss calls the head
