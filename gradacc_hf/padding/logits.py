@@ -40,7 +40,7 @@ _FORWARDS = "_gradacc_forwards"
 
 # Functions by the name without underscores. `to` and the like take no tensor of another shape.
 _OF_ELEMENTS = {"add", "radd", "sub", "rsub", "mul", "rmul", "div", "truediv", "tanh", "neg"}
-_OF_DTYPE = {"float", "to", "type", "double"}
+_OF_DTYPE = {"float", "to", "double"}
 _OF_POSITIONS = {"view", "reshape", "flatten", "contiguous", "getitem"}
 _OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "getitem")
 
@@ -181,7 +181,8 @@ def deferred(head: Any, tokens_per_chunk: int) -> Iterator[LogitReads]:
 class DeferredLogits:
     """The logits of a head, which are computed when a function reads them.
 
-    It is not a tensor, but functions of torch take it (`__torch_function__`), and it has a tensor's methods.
+    It is not a tensor, but functions of torch take it (`__torch_function__`). It has a tensor's methods,
+    except methods in place.
 
     Args:
         head: Module, (positions, size) → (positions, vocabulary).
@@ -220,6 +221,8 @@ class DeferredLogits:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(torch.Tensor, name)
+        if name.endswith("_") and not name.startswith("_"):
+            raise AttributeError(f"{name} would change deferred logits in place")
         if not callable(method):  # such as T
             return getattr(self._computed(name), name)
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
@@ -242,7 +245,7 @@ class DeferredLogits:
             return self._moved(name, args[1:]) if not kwargs else None
         if name in _OF_DTYPE and args[0] is self:
             return self._changed(lambda logits: func(logits, *args[1:], **kwargs))
-        if name not in _OF_ELEMENTS:
+        if name not in _OF_ELEMENTS or any(isinstance(value, torch.Tensor) for value in kwargs.values()):
             return None
         others = [a for a in args if isinstance(a, torch.Tensor)]
         if any(other.numel() not in (1, *other.shape[-1:]) for other in others):

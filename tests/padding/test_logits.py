@@ -330,7 +330,10 @@ def test_tensors_indexed_by_a_mask_and_other_functions_are_computed_as_usual():
             lambda x: torch.tanh(x / 3) * 3,
             lambda x: torch.arange(7.0) - x,
             lambda x: x + torch.arange(3.0)[:, None],
+            lambda x: x.add(other=torch.arange(3.0)[:, None]),
             lambda x: x.mT,
             lambda x: torch.stack([x, x]),
         ):
             torch.testing.assert_close(torch.abs(change(found)), change(whole).abs())
+        with pytest.raises(AttributeError, match="mul_ would change deferred logits in place"):
+            found[:, 1:].mul_(2)
