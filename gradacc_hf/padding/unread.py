@@ -122,7 +122,7 @@ def skip_unread_tokens(probe: Probe, layer: torch.nn.Module, stack: Stack) -> bo
     labels = probe.sample.get("labels")
     if not isinstance(labels, torch.Tensor) or probe.is_sharded:
         return False
-    seen = _Seen()
+    seen = _WatchedLayer()
     with ExitStack() as added, suppress(PaddingNotRemovableError), probe.of_loss_alone(seen.watch(layer)):
         note, forget = NoteLabels(stack), ForgetLabels(stack)
         note.add(probe.model.register_forward_pre_hook, with_kwargs=True, prepend=True)
@@ -138,7 +138,7 @@ def skip_unread_tokens(probe: Probe, layer: torch.nn.Module, stack: Stack) -> bo
     return False
 
 
-class _Seen:
+class _WatchedLayer:
     """The outputs of a layer, and its parts in the order of their first calls."""
 
     def __init__(self) -> None:
