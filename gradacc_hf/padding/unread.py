@@ -151,7 +151,7 @@ class _WatchedLayer:
 
         def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
             output = output if isinstance(output, torch.Tensor) else output[0]
-            if output.requires_grad:  # not in a frozen encoder
+            if isinstance(output, torch.Tensor) and output.requires_grad:  # not in a frozen encoder
                 output.retain_grad()
                 self.outputs.append(output)
 
@@ -233,9 +233,11 @@ def _linears_of_read_tokens(probe: Probe, layer: torch.nn.Module) -> list[torch.
     """Return the linear layers over all real tokens whose outputs have a gradient at read tokens alone."""
     outputs: list[tuple[torch.nn.Module, torch.Tensor, torch.Tensor]] = []
 
-    def keep(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
         forward = CURRENT.forward
-        if forward is None or forward.read is None or not output.requires_grad:
+        if not isinstance(output, torch.Tensor) or not output.requires_grad:  # such as a router's tuple
+            return
+        if forward is None or forward.read is None:
             return
         if output.shape[:2] == (1, forward.layout.num_tokens):
             output.retain_grad()
