@@ -327,6 +327,13 @@ class LocalWindows(Dataset):
             0, initial=0
         ).tolist()
 
+    def half_bytes(self, indices: np.ndarray) -> int:
+        """Return the predicted bytes of half of a micro-batch without padding; 0 where none are predicted."""
+        if not self.padding_free or self.bound.memory is None:
+            return 0
+        by_length = indices[np.argsort(-self.tokens[indices].sum(1), kind="stable")]
+        return self.bound.memory.bytes_without_padding(self.tokens[by_length[::2]])
+
     def most_expensive(self, split: Split) -> tuple[float, ...]:
         """Return the predicted cost of the most expensive micro-batch of each process."""
         return tuple(

@@ -327,6 +327,10 @@ class WindowLoader:
         """Return the rows of a micro-batch of these examples, and the padded tokens of each column."""
         return self._windows.shape(indices, pad_to)
 
+    def half_bytes(self, indices: np.ndarray) -> int:
+        """Return the predicted bytes of half of a micro-batch without padding; 0 where none are predicted."""
+        return self._windows.half_bytes(indices)
+
     def spread_splits(self, number: int, end: int | None = None) -> list[Split]:
         """Split windows of the first epoch, evenly spaced: at most `number` of the first `end` windows."""
         last = min(self.plan.num_windows(0), end or sys.maxsize) - 1

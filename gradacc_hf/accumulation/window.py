@@ -62,6 +62,10 @@ class WindowSource(Protocol):
         """Return the rows of a micro-batch of these examples, and the padded tokens of each column."""
         ...
 
+    def half_bytes(self, indices: np.ndarray) -> int:
+        """Return the predicted bytes of half of a micro-batch without padding; 0 where none are predicted."""
+        ...
+
 
 class Window:
     """One optimizer step: iterate the micro-batches of this process, and `weigh` the loss of each.
@@ -288,7 +292,10 @@ class Window:
         """The exchange between processes on whether this split fitted in memory."""
         pad_to = self.pad_to
         return OomExchange(
-            self.accelerator, lambda indices: self._source.shape(indices, pad_to), self.split.bound
+            self.accelerator,
+            lambda indices: self._source.shape(indices, pad_to),
+            self._source.half_bytes,
+            self.split.bound,
         )
 
     def separate_synchronisation(self) -> None:

@@ -59,6 +59,34 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
     recipe.model_notes["padding in layers"] = f"none in the layers: {steps}{unread}"
 
 
+def plan_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
+    """Split windows as the run does if the check of its model passes, which a plan without weights cannot do.
+
+    `recipe.model_notes["padding in layers"]` gets a line with this assumption, or why padding is planned.
+
+    Args:
+        recipe: The recipe.
+        model: The model without weights.
+        windows: The training windows of the plan.
+    """
+    setting = recipe.config.budget.padding_free
+    if setting == "off" or recipe.pad_to == "nothing":
+        return
+    why = _why_kept(recipe, model, windows, setting)
+    if not why and not _runs_by_group(recipe, model, windows):
+        why = "attention of its own"
+    if not why:
+        windows.without_padding()
+    note = f"planned: {why}" if why else "none in the layers, if the check of the model passes in the run"
+    recipe.model_notes["padding in layers"] = note
+
+
+def _runs_by_group(recipe: Recipe, model: Any, windows: WindowLoader) -> bool:
+    """Whether transformers declares that a model class leaves attention to the attention interface."""
+    part = recipe.padded_part(model, windows.sample(2)[1].batch)[0]
+    return any(getattr(module, "_supports_attention_backend", False) for module in part.modules())
+
+
 def _remove(recipe: Recipe, model: Any, windows: WindowLoader) -> str:
     """Remove padding, or return why it is kept."""
     part, batch = recipe.padded_part(model, windows.sample()[1].batch)
@@ -88,7 +116,7 @@ def _why_kept(recipe: Recipe, model: Any, windows: WindowLoader, setting: str) -
         return "the inputs have no attention mask"
     if any(hasattr(module, "hf_device_map") for module in model.modules()):
         return "the model is placed on devices already"
-    if any(getattr(module, "is_quantized", False) for module in model.modules()):
+    if recipe.config.model.load_in_4bit or any(getattr(m, "is_quantized", False) for m in model.modules()):
         return "the weights are quantised"
     if setting == "auto" and recipe.config.budget.compile:
         return "the layers are compiled"
