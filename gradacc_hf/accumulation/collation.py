@@ -5,6 +5,7 @@ code runs in the worker processes of the loader, if there are any. `window.py` m
 device and weighs the losses.
 """
 
+import math
 import pickle
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from gradacc_hf.accumulation.padding_layout import (
 from gradacc_hf.accumulation.same_data import checksum, checksum_of_rows
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import (
+    SHARE_ROUNDING,
     Bound,
     Cost,
     bounding_lengths,
@@ -98,7 +100,8 @@ class Split:
         tokens: Tokens without padding, over all processes.
         padded_tokens: Tokens with padding, over all processes.
         pad_to: Tokens to which collating pads; None for the longest example of the micro-batch.
-        measures_noise: Whether the first micro-batches of all processes have one size and random examples.
+        noise_micro_batches: First micro-batches of each process that have random examples, of one number in
+            all processes, to measure the noise scale; 0 if the window does not measure it.
         rows: Checksum of lengths and contents of examples, to compare processes; 0 where none is compared.
     """
 
@@ -109,8 +112,13 @@ class Split:
     tokens: int
     padded_tokens: int
     pad_to: int | None
-    measures_noise: bool = False
+    noise_micro_batches: int = 0
     rows: int = 0
+
+    @property
+    def measures_noise(self) -> bool:
+        """Whether the window measures the noise scale."""
+        return self.noise_micro_batches > 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ class LocalSplit:
         accumulation_steps: Micro-batches of the process with the most micro-batches.
         costs: For each process, the predicted cost of the most expensive micro-batch.
         bound: The bound of the split.
-        noise_size: Examples of the first micro-batch if it measures the noise scale, else 0.
+        noise_size: Examples of the micro-batches that measure the noise scale; 0 if it cannot be measured.
         ends_idle: Whether the last micro-batch is idle and only synchronises gradients.
     """
 
@@ -225,8 +233,10 @@ class LocalWindows(Dataset):
         indices = self.plan.indices(epoch, window)
         if self.leave_out:
             indices = indices[~np.isin(indices, list(self.leave_out))]
-        measures = self.noise_every > 0 and window % self.noise_every == 0
-        return self.split_examples(indices, self.tokens[indices], epoch, window, measures)
+        tokens = self.tokens[indices]
+        is_due = self.noise_every > 0 and window % self.noise_every == 0
+        measures = is_due or (self.noise_every > 0 and self._random_parts(tokens) > 1)
+        return self.split_examples(indices, tokens, epoch, window, measures)
 
     def split_examples(
         self, indices: np.ndarray, tokens: np.ndarray, epoch: int, window: int, measures_noise: bool = False
@@ -236,12 +246,11 @@ class LocalWindows(Dataset):
         if self.pad_to not in ("micro_batch", "nothing"):
             pad_to = int(tokens.max(initial=0)) if self.pad_to == "window" else self.pad_to
             padded = np.full_like(tokens, pad_to)
-        small = self._noise_micro_batches(padded, epoch, window) if measures_noise else []
-        rest = np.setdiff1d(np.arange(len(indices)), np.concatenate(small) if small else [])
-        processes = self._split(tokens[rest], padded[rest])
-        processes = [[rest[positions] for positions in process] for process in processes]
+        small = self._noise_micro_batches(tokens, padded, epoch, window) if measures_noise else []
+        rest = np.setdiff1d(np.arange(len(indices)), np.concatenate(sum(small, [])) if small else [])
+        processes = self._split(tokens, padded, rest)
         if small:
-            processes = [[first, *process] for first, process in zip(small, processes, strict=True)]
+            processes = [[*first, *process] for first, process in zip(small, processes, strict=True)]
         total = int(tokens.sum())
         return Split(
             indices=indices,
@@ -253,21 +262,44 @@ class LocalWindows(Dataset):
             if self.padding_free or self.pad_to == "nothing"
             else sum(padded_size(padded[positions]) for process in processes for positions in process),
             pad_to=pad_to,
-            measures_noise=bool(small),
+            noise_micro_batches=len(small[0]) if small else 0,
         )
 
-    def _split(self, tokens: np.ndarray, padded: np.ndarray) -> list[list[np.ndarray]]:
-        """Return for each process the positions in each micro-batch, of examples of these tokens."""
+    def _split(
+        self, tokens: np.ndarray, padded: np.ndarray, positions: np.ndarray
+    ) -> list[list[np.ndarray]]:
+        """Return for each process those of the positions that are in each micro-batch."""
+        settings = self.bound, self.num_processes, self.cost
         if self.padding_free:
-            return split_without_padding(tokens, self.bound, self.num_processes, self.cost)
-        packed = self.pad_to == "nothing"
-        return split_window(bounding_lengths(padded), self.bound, self.num_processes, self.cost, packed)
+            processes = split_without_padding(tokens[positions], *settings)
+        else:
+            processes = split_window(bounding_lengths(padded[positions]), *settings, self.pad_to == "nothing")
+        return [[positions[part] for part in process] for process in processes]
 
-    def _noise_micro_batches(self, padded: np.ndarray, epoch: int, window: int) -> list[np.ndarray]:
-        """Draw the positions of one micro-batch per process at random; [] if the window is too small.
+    def _random_parts(self, tokens: np.ndarray) -> int:
+        """Return into how many random parts a window without padding is split; 1 if the split is not random.
 
-        All have one size, which fits the bound for any examples. A choice by length would be biased.
+        The number depends on the tokens in the window, and not on their order. With several processes, each
+        gets about the same tokens, so that the examples of one process are no random sample.
         """
+        if not self.padding_free or self.num_processes > 1 or len(tokens) < 2:
+            return 1
+        parts = math.ceil(self.bound.shares(tokens).sum() - SHARE_ROUNDING)
+        return parts if parts > 1 or self.bound.holds_without_padding(tokens) else 2
+
+    def _noise_micro_batches(
+        self, tokens: np.ndarray, padded: np.ndarray, epoch: int, window: int
+    ) -> list[list[np.ndarray]]:
+        """Draw the positions of the first micro-batches of each process at random; [] for too small a window.
+
+        The number of examples does not depend on the draw, as a choice by length would be biased. Without
+        padding, it is the mean number of a micro-batch, which seldom needs a further micro-batch. Otherwise
+        it is small, and fits the bound for any examples.
+        """
+        random = np.random.default_rng([self.plan.seed, epoch, window, WINDOW_STREAM])
+        if (parts := self._random_parts(tokens)) > 1:
+            size = min(max(NOISE_MIN_EXAMPLES, len(tokens) // parts), len(tokens) // 2)
+            return self._split(tokens, padded, np.sort(random.permutation(len(tokens))[:size]))
         size = max(NOISE_MIN_EXAMPLES, len(padded) // NOISE_WINDOW_PART)
         size = max(1, size // self.num_processes)
         size = min(size, len(padded) // 2 // self.num_processes)
@@ -277,8 +309,8 @@ class LocalWindows(Dataset):
             size //= 2
         if size < 1:
             return []
-        random = np.random.default_rng([self.plan.seed, epoch, window, WINDOW_STREAM])
-        return np.split(random.permutation(len(padded))[: size * self.num_processes], self.num_processes)
+        drawn = random.permutation(len(padded))[: size * self.num_processes]
+        return [[part] for part in np.split(drawn, self.num_processes)]
 
     def padded(self, tokens: np.ndarray) -> np.ndarray:
         """Return tokens (examples, columns) rounded up to the padded length of an example alone."""

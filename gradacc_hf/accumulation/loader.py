@@ -104,7 +104,8 @@ class WindowLoader:
             are then limited by tokens without padding, and are not sorted by length. Needs the default
             `pad_to`.
         noise_every: Measure the gradient noise scale every `noise_every` windows, starting with the first of
-            each epoch; 0 disables it. The loop must call `record_gradient_norm` for each window.
+            each epoch; 0 disables it. With `padding_free` in one process, every window of two micro-batches
+            or more measures it. The loop must call `record_gradient_norm` for each window.
 
     Raises:
         ValueError: An argument cannot work. The message is one line.
@@ -458,6 +459,8 @@ class WindowLoader:
         self.noise.record(len(window.indices), norm, window.small)
         if not isinstance(size, GrowingBatch) or self.noise.measured == measured:
             return
+        if window.number % self.noise_every:  # measured beside the windows of `noise_every`
+            return
         scale = broadcast_object_list([self.noise.scale])[0]  # the same decision in all processes
         if size.grow(self.plan.number(self.epoch, self.window), scale):
             self._windows.replan(self.plan.resized(self.epoch, self.window))
@@ -656,7 +659,9 @@ class WindowLoader:
             accumulation_steps=most,
             costs=self._windows.most_expensive(plan),
             bound=self.bound,
-            noise_size=len(micro_batches[0].indices) if counts[:, 4].all() else 0,
+            noise_size=sum(len(micro_batch.indices) for micro_batch in micro_batches[: plan.noise_micro_batches])
+            if counts[:, 4].all()
+            else 0,
         )
 
     @property
@@ -674,10 +679,11 @@ class WindowLoader:
             self._compares_rows, self._windows.compare_at = False, None
 
     def _can_measure(self, plan: Split, micro_batches: list[MicroBatch]) -> bool:
-        """Whether the gradient of the first micro-batch, drawn at random, can be read separately."""
+        """Whether the gradient of the first micro-batches, drawn at random, can be read separately."""
         whole = forwards_are_collective(self.accelerator) and self.whole_gradients
         with_items = [micro_batch.num_items > 0 for micro_batch in micro_batches]
-        return plan.measures_noise and with_items[0] and sum(with_items) > 1 and not whole
+        first = plan.noise_micro_batches
+        return first > 0 and all(with_items[:first]) and sum(with_items) > first and not whole
 
     def _pinned(self, micro_batch: MicroBatch) -> MicroBatch:
         """Return a micro-batch in pinned memory, which a GPU can copy while computing. No change on a CPU."""
