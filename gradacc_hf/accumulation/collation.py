@@ -100,8 +100,8 @@ class Split:
         tokens: Tokens without padding, over all processes.
         padded_tokens: Tokens with padding, over all processes.
         pad_to: Tokens to which collating pads; None for the longest example of the micro-batch.
-        noise_micro_batches: First micro-batches of each process that have random examples, of one number in
-            all processes, to measure the noise scale; 0 if the window does not measure it.
+        noise_micro_batches: Number of the first micro-batches of each process that measure the noise scale,
+            or 0. Their examples are random, and equally many in all processes.
         rows: Checksum of lengths and contents of examples, to compare processes; 0 where none is compared.
     """
 
@@ -233,10 +233,8 @@ class LocalWindows(Dataset):
         indices = self.plan.indices(epoch, window)
         if self.leave_out:
             indices = indices[~np.isin(indices, list(self.leave_out))]
-        tokens = self.tokens[indices]
-        is_due = self.noise_every > 0 and window % self.noise_every == 0
-        measures = is_due or (self.noise_every > 0 and self._random_parts(tokens) > 1)
-        return self.split_examples(indices, tokens, epoch, window, measures)
+        measures = self.noise_every > 0 and window % self.noise_every == 0
+        return self.split_examples(indices, self.tokens[indices], epoch, window, measures)
 
     def split_examples(
         self, indices: np.ndarray, tokens: np.ndarray, epoch: int, window: int, measures_noise: bool = False
@@ -247,7 +245,8 @@ class LocalWindows(Dataset):
             pad_to = int(tokens.max(initial=0)) if self.pad_to == "window" else self.pad_to
             padded = np.full_like(tokens, pad_to)
         small = self._noise_micro_batches(tokens, padded, epoch, window) if measures_noise else []
-        rest = np.setdiff1d(np.arange(len(indices)), np.concatenate(sum(small, [])) if small else [])
+        drawn = [positions for process in small for positions in process]
+        rest = np.setdiff1d(np.arange(len(indices)), np.concatenate(drawn) if drawn else [])
         processes = self._split(tokens, padded, rest)
         if small:
             processes = [[*first, *process] for first, process in zip(small, processes, strict=True)]
@@ -265,10 +264,8 @@ class LocalWindows(Dataset):
             noise_micro_batches=len(small[0]) if small else 0,
         )
 
-    def _split(
-        self, tokens: np.ndarray, padded: np.ndarray, positions: np.ndarray
-    ) -> list[list[np.ndarray]]:
-        """Return for each process those of the positions that are in each micro-batch."""
+    def _split(self, tokens: np.ndarray, padded: np.ndarray, positions: np.ndarray) -> list[list[np.ndarray]]:
+        """Split these positions of a window: for each process, the positions in each micro-batch."""
         settings = self.bound, self.num_processes, self.cost
         if self.padding_free:
             processes = split_without_padding(tokens[positions], *settings)
@@ -276,29 +273,32 @@ class LocalWindows(Dataset):
             processes = split_window(bounding_lengths(padded[positions]), *settings, self.pad_to == "nothing")
         return [[positions[part] for part in process] for process in processes]
 
-    def _random_parts(self, tokens: np.ndarray) -> int:
-        """Return into how many random parts a window without padding is split; 1 if the split is not random.
+    def _random_examples(self, tokens: np.ndarray) -> int:
+        """Return the number of random examples in the first micro-batches of a window without padding, or 0.
 
-        The number depends on the tokens in the window, and not on their order. With several processes, each
-        gets about the same tokens, so that the examples of one process are no random sample.
+        The window is split into these examples and the rest. The number leaves both parts the same room to
+        spare. It follows from the sum of the shares, as a choice by the draw would be biased. With several
+        processes, each gets about the same tokens, and therefore no random sample.
         """
-        if not self.padding_free or self.num_processes > 1 or len(tokens) < 2:
-            return 1
-        parts = math.ceil(self.bound.shares(tokens).sum() - SHARE_ROUNDING)
-        return parts if parts > 1 or self.bound.holds_without_padding(tokens) else 2
+        number = len(tokens)
+        if not self.padding_free or self.num_processes > 1 or number < 2:
+            return 0
+        share = float(self.bound.shares(tokens).sum())
+        parts, first = math.ceil(share - SHARE_ROUNDING), math.ceil(NOISE_MIN_EXAMPLES * share / number)
+        spare = (parts - share) / 2
+        size = min(max(1, round(number * (first - spare) / share)), number // 2)
+        return size if parts > first else 0
 
     def _noise_micro_batches(
         self, tokens: np.ndarray, padded: np.ndarray, epoch: int, window: int
     ) -> list[list[np.ndarray]]:
         """Draw the positions of the first micro-batches of each process at random; [] for too small a window.
 
-        The number of examples does not depend on the draw, as a choice by length would be biased. Without
-        padding, it is the mean number of a micro-batch, which seldom needs a further micro-batch. Otherwise
-        it is small, and fits the bound for any examples.
+        The number of examples does not depend on the draw, as a choice by length would be biased. Where it is
+        not of `_random_examples`, it is small, and fits the bound for any examples.
         """
         random = np.random.default_rng([self.plan.seed, epoch, window, WINDOW_STREAM])
-        if (parts := self._random_parts(tokens)) > 1:
-            size = min(max(NOISE_MIN_EXAMPLES, len(tokens) // parts), len(tokens) // 2)
+        if size := self._random_examples(tokens):
             return self._split(tokens, padded, np.sort(random.permutation(len(tokens))[:size]))
         size = max(NOISE_MIN_EXAMPLES, len(padded) // NOISE_WINDOW_PART)
         size = max(1, size // self.num_processes)

@@ -104,8 +104,7 @@ class WindowLoader:
             are then limited by tokens without padding, and are not sorted by length. Needs the default
             `pad_to`.
         noise_every: Measure the gradient noise scale every `noise_every` windows, starting with the first of
-            each epoch; 0 disables it. With `padding_free` in one process, every window of two micro-batches
-            or more measures it. The loop must call `record_gradient_norm` for each window.
+            each epoch; 0 disables it. The loop must call `record_gradient_norm` for each window.
 
     Raises:
         ValueError: An argument cannot work. The message is one line.
@@ -443,6 +442,11 @@ class WindowLoader:
         self._windows.padding_free = True
         self._windows.revision += 1
 
+    def measure_noise(self, every: int) -> None:
+        """Measure the gradient noise scale every `every` windows from now on."""
+        self._windows.noise_every = every
+        self._windows.revision += 1
+
     def record_gradient_norm(self, window: Window, grad_norm: float | torch.Tensor) -> None:
         """Record the gradient norm of a window, for the noise scale and for a `GrowingBatch`.
 
@@ -458,8 +462,6 @@ class WindowLoader:
         measured, size = self.noise.measured, self.plan.effective_batch_size
         self.noise.record(len(window.indices), norm, window.small)
         if not isinstance(size, GrowingBatch) or self.noise.measured == measured:
-            return
-        if window.number % self.noise_every:  # measured beside the windows of `noise_every`
             return
         scale = broadcast_object_list([self.noise.scale])[0]  # the same decision in all processes
         if size.grow(self.plan.number(self.epoch, self.window), scale):
@@ -659,7 +661,9 @@ class WindowLoader:
             accumulation_steps=most,
             costs=self._windows.most_expensive(plan),
             bound=self.bound,
-            noise_size=sum(len(micro_batch.indices) for micro_batch in micro_batches[: plan.noise_micro_batches])
+            noise_size=sum(
+                len(micro_batch.indices) for micro_batch in micro_batches[: plan.noise_micro_batches]
+            )
             if counts[:, 4].all()
             else 0,
         )

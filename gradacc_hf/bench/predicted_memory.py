@@ -126,6 +126,7 @@ CASES = (
     MemoryCase("vit", 8, (197,), attention="eager", precision="bf16"),
     MemoryCase("vit", 48, (197,), checkpointing=True),
     MemoryCase("encoder", 12, (256,), padding_free=True),
+    MemoryCase("encoder", 48, (128,), padding_free=True),
     MemoryCase("encoder", 8, (256,), attention="eager", padding_free=True),
     MemoryCase("encoder", 32, (256,), checkpointing=True, padding_free=True),
     MemoryCase("decoder", 6, (256,), precision="bf16", padding_free=True),

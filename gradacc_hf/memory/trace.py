@@ -272,7 +272,7 @@ def _label_layers(model: torch.nn.Module, tracer: _Tracer) -> list[Any]:
 def _labelling_attention(tracer: _Tracer) -> Iterator[None]:
     """Label what torch's attention in a layer gets, computes and returns. Without padding, it runs by groups.
 
-    Attention that a model computes by itself ("eager") is not told apart from the rest of the layer.
+    Attention in the code of a model ("eager") keeps the label of the layer.
     """
     attend = getattr(F, SDPA)
 

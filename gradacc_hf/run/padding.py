@@ -1,5 +1,6 @@
 """Remove padding from the model of a run, if `budget.padding_free` and the model allow it."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from gradacc_hf.utils.memory import release_memory
 
 LEAST_SAVING = 0.02
 """Share of the predicted cost below which padding is kept."""
+MOST_NOISE_COST = 0.01
+"""Share of the predicted cost that measuring the noise scale may add where padding is removed."""
 SAMPLED_WINDOWS = 16
 MOST_PARAMETERS = 1_000_000_000
 """Parameters of a model up to which `auto` checks it: the check holds 16-bit weights in float32."""
@@ -54,9 +57,19 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
         return
     before = _steps(windows)
     windows.without_padding()
+    if recipe.config.train.noise_every is None and recipe.config.batch.effective != "noise_scale":
+        _measure_noise_more_often(windows)
     steps = f"{_steps(windows):.1f} accumulation steps instead of {before:.1f}"
     unread = "; the last layer ends with the tokens that the loss reads" * skips_unread(model)
     recipe.model_notes["padding in layers"] = f"none in the layers: {steps}{unread}"
+
+
+def _measure_noise_more_often(windows: WindowLoader) -> None:
+    """Measure the noise scale as often as costs at most `MOST_NOISE_COST`, if it is measured at all."""
+    if windows.noise_every:
+        never, always = (windows.with_bound(windows.bound, noise_every=every) for every in (0, 1))
+        further = _cost(always) / _cost(never) - 1
+        windows.measure_noise(min(windows.noise_every, max(1, math.ceil(further / MOST_NOISE_COST))))
 
 
 def plan_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
