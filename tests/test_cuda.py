@@ -23,6 +23,7 @@ from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_e
 from gradacc_hf.bench.oom import run_limited
 from gradacc_hf.bench.predicted_memory import CASES, compare_memory
 from gradacc_hf.doctor.gradients import GradientWatch, Subject
+from gradacc_hf.padding import remove_padding, variable_length
 from gradacc_hf.training.compile import compile_layers
 from gradacc_hf.training.loop import train
 from gradacc_hf.training.optimizer import make_optimizer
@@ -68,6 +69,22 @@ def loader(head, accelerator, size=10, **split):
     return WindowLoader(
         examples, size, accelerator=accelerator, collate_fn=head.collate, num_items=head.num_items, **split
     )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_the_kernel_for_variable_lengths_is_as_precise_as_padded_bf16(model_type, monkeypatch):
+    head, calls = build_head("causal_lm", model_type), []
+    batch = {name: value.cuda() for name, value in head.collate(head.examples(LENGTHS)).items()}
+    gradients = [whole_window_gradient(head.model.cuda(), batch)]
+    with torch.autocast("cuda", torch.bfloat16):
+        gradients.append(whole_window_gradient(head.model, batch))
+        attend = variable_length.attend
+        monkeypatch.setattr(variable_length, "attend", lambda *args: calls.append(1) or attend(*args))
+        remove_padding(head.model, batch)
+        gradients.append(whole_window_gradient(head.model, batch))
+    exact, padded, removed = gradients
+    assert len(calls) == head.model.config.num_hidden_layers
+    assert relative_error(removed, exact) <= 2 * relative_error(padded, exact)
 
 
 @pytest.mark.parametrize(("kind", "model_type"), HEADS)

@@ -109,6 +109,7 @@ def test_help_lists_the_common_settings_and_help_all_lists_the_rest(launch, word
     assert ("--optim.betas " in done.stdout) == has_rest
 
 
+@pytest.mark.slow
 def test_fewer_processes_than_asked_for_is_an_error(texts):
     done = subprocess.run(
         [sys.executable, RECIPE, "--data.train", texts, "--check"],
@@ -176,8 +177,8 @@ def test_arguments_are_checked_before_anything_is_installed(tmp_path, arguments,
     "arguments",
     [
         ["--processes", 2, RECIPE, "--check"],
-        [RECIPE, "--processes=2", "--check"],
-        [RECIPE, "--check", "--processes", 2],
+        pytest.param([RECIPE, "--processes=2", "--check"], marks=pytest.mark.slow),
+        pytest.param([RECIPE, "--check", "--processes", 2], marks=pytest.mark.slow),
         ["--machines=2", "--main_address", "localhost", RECIPE, "--machine_rank", 1, "--check"],
     ],
 )

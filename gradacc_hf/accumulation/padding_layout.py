@@ -37,6 +37,8 @@ class PaddingLayout:
         tokens: Position in the flattened padded batch of each packed token.
         blocks: Position of each packed token in the concatenated groups, each padded to its longest example.
             None if the examples of each group have one length, so that no group has padding.
+        offsets: Position of the first packed token of each example, and the number of tokens, in ascending
+            order.
     """
 
     shape: tuple[int, int]
@@ -46,6 +48,7 @@ class PaddingLayout:
     lengths: tuple[int, ...]
     tokens: torch.Tensor
     blocks: torch.Tensor | None
+    offsets: torch.Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -73,9 +76,7 @@ class PaddingLayout:
         if kind in ("first", "last"):
             if self.is_row:
                 return None
-            ends = np.cumsum(self.lengths)
-            found = torch.from_numpy(ends - 1 if kind == "last" else ends - self.lengths)
-            return found.to(self.tokens.device, non_blocking=True)
+            return self.offsets[1:].long() - 1 if kind == "last" else self.offsets[:-1].long()
         if tuple(labels.shape) != self.shape:
             return None
         labelled = labels != IGNORED
@@ -88,7 +89,7 @@ class PaddingLayout:
         """Return the layout with its indices on a device."""
         if self.tokens.device == torch.device(device):
             return self
-        indices = {"rows": self.rows, "tokens": self.tokens, "blocks": self.blocks}
+        indices = {name: getattr(self, name) for name in ("rows", "tokens", "blocks", "offsets")}
         moved = {n: None if t is None else t.to(device, non_blocking=True) for n, t in indices.items()}
         return replace(self, **moved)
 
@@ -137,6 +138,7 @@ def _layout(real: np.ndarray, lengths: np.ndarray, groups: Sequence[np.ndarray])
         lengths=tuple(lengths[rows].tolist()),
         tokens=torch.from_numpy(tokens),
         blocks=blocks,
+        offsets=_offsets(lengths[rows]),
     )
 
 
@@ -174,7 +176,12 @@ def row_layout(position_ids: torch.Tensor | np.ndarray, cost: Cost | None = None
         lengths=tuple(lengths[rows].tolist()),
         tokens=torch.from_numpy(tokens),
         blocks=torch.from_numpy(tokens + np.repeat(block_starts - starts, lengths)),
+        offsets=_offsets(lengths),
     ).to(device)
+
+
+def _offsets(lengths: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
 def _side(real: np.ndarray, lengths: np.ndarray) -> str:

@@ -4,6 +4,7 @@
 |---|---|---|
 | exactness | `exactness.py` | errors of accumulated gradients |
 | speed | `throughput.py` | time of the loop, compared with dense micro-batches |
+| profile | `window_profile.py` | operators of one window, with padding and without |
 | planning | `planning.py` | time and memory of planning a window |
 | balance | `balance.py` | balance over processes, and growth with data and processes |
 | lean_loss | `lean_memory.py` | memory of the loss of a large vocabulary |

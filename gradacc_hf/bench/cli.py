@@ -33,6 +33,7 @@ from gradacc_hf.bench.schedules import measure_schedules, print_schedules
 from gradacc_hf.bench.sentence_transformers import measure_contrastive, print_contrastive
 from gradacc_hf.bench.throughput import measure_speed, print_speed
 from gradacc_hf.bench.ui_latency import measure_page, print_page
+from gradacc_hf.bench.window_profile import measure_profile, print_profile
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.run.folder import next_folder
 from gradacc_hf.utils.commands import Parser
@@ -78,6 +79,12 @@ BENCHMARKS = {
         lambda given, progress: measure_speed(offline_recipe(), given.windows, given.repeats, progress),
         print_speed,
         (_number("--windows", 4, "windows per run"), _number("--repeats", 5, "turns")),
+    ),
+    "profile": Benchmark(
+        "operators of one window, with padding and without",
+        lambda given, progress: measure_profile(given.repeats, progress),
+        print_profile,
+        (_number("--repeats", 3, "turns"),),
     ),
     "planning": Benchmark(
         "time and memory of planning a window",

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from gradacc_hf.accumulation.accelerate_state import reset_settings
 from gradacc_hf.bench.gpu_cells import Cell, cells_of, group_of, peak_of
-from gradacc_hf.bench.gpu_checks import HEADS, Check, check_head
+from gradacc_hf.bench.gpu_checks import HEADS, Check, check_head, check_kernel
 from gradacc_hf.bench.gpu_contenders import CONTENDERS, GpuModel, GpuWorkload, Turn
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.errors import GradaccError, InputError, one_line
@@ -192,6 +192,8 @@ def _measure(plan: GpuPlan, rows: RowLog, seconds: float, progress: Progress) ->
     rows.add(Environment(seconds, measured_with(), peaks))
     for head in plan.heads:
         rows.add(check_head(*head, accelerator))
+    if device.type == "cuda":
+        rows.add(check_kernel(device))
     groups = [(precision, model) for precision in plan.precisions for model in plan.models]
     for number, (precision, model) in enumerate(progress(groups)):
         until = time.monotonic() + (end - time.monotonic()) / (len(groups) - number)

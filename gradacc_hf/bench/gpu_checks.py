@@ -7,6 +7,7 @@ in the layers. The reference is the gradient of each whole window at once, with 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
@@ -22,6 +23,7 @@ from gradacc_hf.accumulation.reference import (
 )
 from gradacc_hf.errors import PaddingNotRemovableError, one_line
 from gradacc_hf.padding.removal import remove_padding
+from gradacc_hf.padding.variable_length import is_precise
 from gradacc_hf.training.loop import train
 from gradacc_hf.verification.tiny_models import Head, build_head
 
@@ -65,6 +67,13 @@ def check_head(kind: str, model_type: str, accelerator: Accelerator) -> Check:
             return _check(name, build_head(kind, model_type), accelerator)
     except Exception as error:  # one head must not end the others
         return Check(name, failed=f"{type(error).__name__}: {one_line(error)[:300]}")
+
+
+def check_kernel(device: torch.device) -> Check:
+    """Check whether attention runs in torch's kernel for variable lengths, in bf16 and without dropout."""
+    used = all(is_precise(device, torch.bfloat16, (4, 2), 64, is_causal) for is_causal in (False, True))
+    why = None if used else "missing, or less precise than attention by example: attention runs by groups"
+    return Check("the kernel for variable lengths", refused=why)
 
 
 def _check(name: str, head: Head, accelerator: Accelerator) -> Check:

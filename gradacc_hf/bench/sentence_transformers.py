@@ -8,6 +8,7 @@ windows.
 | `MultipleNegativesRankingLoss` | the whole window |
 | `CachedMultipleNegativesRankingLoss` | mini-batches of `max_tokens` tokens |
 | `ContrastiveLoss` | micro-batches of `max_tokens` tokens, without padding in the layers |
+| `ContrastiveLoss`, at once | the whole window, without padding in the layers: one pass |
 
 The losses of sentence-transformers run in a plain PyTorch loop. Without dropout, all should reach the same
 model.
@@ -53,7 +54,12 @@ CONTENDERS = {
     "at_once": "MultipleNegativesRankingLoss",
     "cached": "CachedMultipleNegativesRankingLoss",
     "ours": "ContrastiveLoss",
+    "ours_at_once": "ContrastiveLoss, at once",
 }
+COMPARED = {"at_once": "ours_at_once", "cached": "ours"}
+"""Loss of sentence-transformers → contender with as much memory or less."""
+WHOLE_WINDOW = 1_000_000_000
+"""Tokens of a micro-batch that holds any window."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class ContrastiveRuns:
 
 @dataclass(frozen=True)
 class ContrastiveResult:
-    """The contenders by key. `times`: examples per second of gradacc / of the contender, per repeat."""
+    """The contenders by key. `times`: pairs per second, gradacc / the loss in `COMPARED`, per repeat."""
 
     contenders: dict[str, ContrastiveRuns]
     times: dict[str, tuple[float, ...]]
@@ -104,7 +110,7 @@ def measure_contrastive(
             "bench contrastive: sentence-transformers is not installed: pip install sentence-transformers"
         )
     names = list(CONTENDERS)
-    turns = [name for repeat in range(repeats) for name in names[repeat % 3 :] + names[: repeat % 3]]
+    turns = [name for repeat in range(repeats) for name in names[repeat % 4 :] + names[: repeat % 4]]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for name in progress(turns):
         found[name].append(_run_in_process(name, num_windows, max_tokens, settings))
@@ -119,11 +125,10 @@ def measure_contrastive(
         )
         for name, runs in found.items()
     }
-    ours = contenders["ours"].examples_per_second
+    speeds = {name: runs.examples_per_second for name, runs in contenders.items()}
     times = {
-        name: tuple(a / b for a, b in zip(ours, other.examples_per_second, strict=True))
-        for name, other in contenders.items()
-        if name != "ours"
+        other: tuple(a / b for a, b in zip(speeds[ours], speeds[other], strict=True))
+        for other, ours in COMPARED.items()
     }
     pairs, device = _recipe(max_tokens, settings).config.batch.least, found["ours"][0]["device"]
     return ContrastiveResult(contenders, times, num_windows, pairs, max_tokens, measured_with(device))
@@ -148,7 +153,7 @@ def _recipe(max_tokens: int, settings: Sequence[str]) -> Recipe:
 
 def run_contender(name: str, num_windows: int, max_tokens: int, settings: Sequence[str]) -> dict[str, Any]:
     """Train and evaluate one contender, then measure the error of the first window's gradient."""
-    recipe = _recipe(max_tokens, settings)
+    recipe = _recipe(WHOLE_WINDOW if name == "ours_at_once" else max_tokens, settings)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     recipe, training, validation_data = load_data(recipe)
     windows, validation = make_windows(recipe, training, validation_data, accelerator)
@@ -189,7 +194,7 @@ class ContrastiveTraining:
     def __init__(self, name: str, recipe: Recipe, windows: WindowLoader, max_tokens: int):
         self.recipe, self.windows, self.accelerator = recipe, windows, windows.accelerator
         self.model, self.reference_loss = make_model(recipe).to(self.accelerator.device), None
-        if name == "ours":
+        if name in COMPARED.values():
             choose_padding(recipe, self.model, windows)
         else:
             self.model, self.reference_loss = _reference(name, self.model, recipe, max_tokens)
@@ -266,7 +271,7 @@ def print_contrastive(result: ContrastiveResult, console: Console) -> None:
     console.print(table)
     for name, times in result.times.items():
         console.print(
-            f"ContrastiveLoss trains {median(times):.2f} × as many pairs per second as {CONTENDERS[name]} "
+            f"{CONTENDERS[COMPARED[name]]}: {median(times):.2f} × the pairs per second of {CONTENDERS[name]} "
             f"(median of {len(times)} pairs of runs, {min(times):.2f}–{max(times):.2f})"
         )
 

@@ -1,9 +1,11 @@
 """`gradacc bench speed`: the time of the loop, compared with two lower limits.
 
 The first limit is the time of the same micro-batches without the loop. The second limit is the time of dense
-micro-batches, without padding or splitting. `gradacc compare` times other ways to train.
+micro-batches, without padding or splitting. The loop runs as in a recipe, without padding where the model
+allows it, and once more with padding. `gradacc compare` times other ways to train.
 """
 
+import copy
 import gc
 import math
 import time
@@ -23,7 +25,9 @@ from gradacc_hf.accumulation.collation import MicroBatch, Split
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.errors import InputError
+from gradacc_hf.padding import restore_padding
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.setup import load_data, make_model, make_windows, total_windows
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import measured_with
@@ -38,6 +42,7 @@ class SpeedResult:
 
     `of_dense_limit`: seconds of the dense limit / seconds of the loop. The dense limit is the time of each
     example at the speed of a dense micro-batch of the example's length, plus the optimizer's time.
+    `of_dense_limit_padded`: the same for the loop with padding.
     `overhead`: seconds of the loop / seconds of the bare micro-batches, minus 1. Bare micro-batches are
     collated beforehand and take the time of forward, backward, clipping and the optimizer.
     """
@@ -49,6 +54,8 @@ class SpeedResult:
     seconds: list[float]
     of_dense_limit: list[float]
     median_of_dense_limit: float
+    of_dense_limit_padded: list[float]
+    median_of_dense_limit_padded: float
     overhead: list[float]
     median_overhead: float
     dense_tokens_per_second: dict[int, float]  # by length, median
@@ -71,9 +78,9 @@ def measure_speed(
     """
     workload = Workload(recipe, num_windows)
     lengths, dense_lengths = workload.lengths, list(workload.dense)
-    seconds, overhead, of_dense_limit, token_seconds = [], [], [], []
+    seconds, overhead, of_dense_limit, padded, token_seconds = [], [], [], [], []
     for turn in progress(range(repeats + 1)):
-        loop_seconds = workload.time_loop()
+        loop_seconds, padded_seconds = workload.time_loop(), workload.time_loop(padded=True)
         bare_seconds, optimizer_seconds = workload.time_bare_micro_batches()
         costs = workload.time_dense_tokens()
         if turn == 0:
@@ -81,17 +88,20 @@ def measure_speed(
         by_example = np.interp(np.log2(lengths), np.log2(dense_lengths), list(costs.values()))
         seconds.append(loop_seconds)
         overhead.append(loop_seconds / bare_seconds - 1)
-        of_dense_limit.append(float(optimizer_seconds + sum(lengths * by_example)) / loop_seconds)
+        limit = float(optimizer_seconds + sum(lengths * by_example))
+        of_dense_limit.append(limit / loop_seconds)
+        padded.append(limit / padded_seconds)
         token_seconds.append(costs)
-    splits = workload.splits
     return SpeedResult(
         windows=num_windows,
         examples=len(lengths),
         micro_batches=sum(map(len, workload.micro_batches)),
-        padding=1 - sum(split.tokens for split in splits) / sum(split.padded_tokens for split in splits),
+        padding=workload.padding,
         seconds=seconds,
         of_dense_limit=of_dense_limit,
         median_of_dense_limit=median(of_dense_limit),
+        of_dense_limit_padded=padded,
+        median_of_dense_limit_padded=median(padded),
         overhead=overhead,
         median_overhead=median(overhead),
         dense_tokens_per_second={
@@ -105,6 +115,7 @@ class Workload:
     """The first windows of a recipe's run: planned, collated, and timed in three ways.
 
     Attributes:
+        model: the model of a run, without padding where it allows that. A timing trains a copy.
         splits: the split of each window.
         micro_batches: the collated micro-batches of each window.
         lengths: tokens of each example.
@@ -114,7 +125,8 @@ class Workload:
     def __init__(self, recipe: Recipe, num_windows: int):
         self.num_windows, self.accelerator = num_windows, Accelerator()
         self.recipe, self.training, self.validation = load_data(recipe)
-        self.windows = self._loader()
+        self.model, self.windows = make_model(self.recipe), self._loader()
+        choose_padding(self.recipe, self.model, self.windows)
         if num_windows > len(self.windows):
             raise InputError(
                 f"--windows: found {num_windows}; allowed: 1 to {len(self.windows)}, the windows of an epoch"
@@ -126,6 +138,14 @@ class Workload:
         ]
         self.lengths = self.windows.lengths[np.concatenate([split.indices for split in self.splits])]
         self.dense = self._dense_micro_batches()
+
+    @property
+    def padding(self) -> float:
+        """Share of padding among the tokens that the layers of the loop compute."""
+        if self.windows.padding_free:
+            return 0.0
+        padded = sum(split.padded_tokens for split in self.splits)
+        return 1 - sum(split.tokens for split in self.splits) / padded
 
     def _loader(self) -> WindowLoader:
         windows, _ = make_windows(self.recipe, self.training, self.validation, self.accelerator)
@@ -139,15 +159,18 @@ class Workload:
             for length in lengths
         }
 
-    def time_loop(self) -> float:
+    def time_loop(self, padded: bool = False) -> float:
         """Return the seconds of the loop."""
-        model, optimizer = self._model_and_optimizer()
+        model, optimizer = self._model_and_optimizer(padded)
+        loader = self._loader()
+        if self.windows.padding_free and not padded:
+            loader.without_padding()
         config = self.recipe.config
         scheduler = make_scheduler(optimizer, config.optim, self.windows, total_windows(config, self.windows))
         ran = run_windows(
             model,
             optimizer,
-            self._loader(),
+            loader,
             scheduler=scheduler,
             compute_loss=self.recipe.loss,
             max_windows=self.num_windows,
@@ -164,7 +187,7 @@ class Workload:
         for window in self.micro_batches:
             items = sum(micro_batch.num_items for micro_batch in window)
             for micro_batch in window:
-                batch = micro_batch.batch
+                batch = micro_batch.batch_on_device(self.accelerator)
                 (recipe.loss(model(**batch), batch) * (micro_batch.num_items / items)).backward()
             before = self._clock()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.config.optim.max_grad_norm or math.inf)
@@ -176,7 +199,7 @@ class Workload:
     def time_dense_tokens(self) -> dict[int, float]:
         """Return the seconds per token, by length, of a forward and backward that add to gradients."""
         recipe, device = self.recipe, self.accelerator.device
-        model, _ = self._model_and_optimizer()
+        model, _ = self._model_and_optimizer(padded=True)
         model.to(device).train()
         found = {}
         for length, examples in self.dense.items():
@@ -187,9 +210,11 @@ class Workload:
                 found[length] = (self._clock() - started) / (len(examples) * length)
         return found
 
-    def _model_and_optimizer(self) -> tuple[Any, Any]:
+    def _model_and_optimizer(self, padded: bool = False) -> tuple[Any, Any]:
         gc.collect()
-        model = make_model(self.recipe)
+        model = copy.deepcopy(self.model)
+        if padded:
+            restore_padding(model)
         return model, make_optimizer(model, self.recipe.config.optim)
 
     def _clock(self) -> float:
@@ -208,8 +233,9 @@ def print_speed(result: SpeedResult, console: Console) -> None:
     console.print(
         f"{result.windows} windows, {result.examples} examples in {result.micro_batches} micro-batches, "
         f"{result.padding:.1%} padding, {len(result.seconds)} repeats.\n"
-        f"Speed relative to dense micro-batches without padding: {result.median_of_dense_limit:.2f} "
-        f"({low:.2f}–{high:.2f}).\n"
+        f"Speed relative to dense micro-batches: {result.median_of_dense_limit:.2f} ({low:.2f}–{high:.2f}); "
+        f"of the loop with padding: {result.median_of_dense_limit_padded:.2f} "
+        f"({min(result.of_dense_limit_padded):.2f}–{max(result.of_dense_limit_padded):.2f}).\n"
         f"Overhead of the loop over forward, backward and optimizer: {result.median_overhead:.1%} "
         f"({min(result.overhead):.1%} to {max(result.overhead):.1%}).\n"
         "Speed of dense micro-batches:"

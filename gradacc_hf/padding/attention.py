@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gradacc_hf.accumulation.padding_layout import PaddingLayout, pack, unpack
 from gradacc_hf.errors import PaddingNotRemovableError
+from gradacc_hf.padding import variable_length
 
 NAMES = {"sdpa": "gradacc_packed_sdpa", "eager": "gradacc_packed_eager"}
 ORIGINAL = {ours: theirs for theirs, ours in NAMES.items()}
@@ -50,6 +51,7 @@ class PackedForward:
             tensor is kept, too.
         calls: Calls of layers so far.
         is_packed: Whether a layer got packed hidden states.
+        embeds: Whether the model computes its embeddings from input ids.
     """
 
     stack: Any
@@ -61,6 +63,12 @@ class PackedForward:
     packed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     calls: int = 0
     is_packed: bool = False
+    embeds: bool = False
+
+    @property
+    def read_queries(self) -> torch.Tensor | None:
+        """Packed positions of the only queries that this layer needs, one per example, or None for all."""
+        return self.read if self.stack.read_queries and self.calls == self.stack.calls else None
 
     def mask_of(self, value: object) -> "PackedMask | None":
         """Return what a stand-in stands for; None for other values."""
@@ -128,6 +136,26 @@ class PackedMask:
                 first += rows
             self.of_groups[explicit] = masks
         return self.of_groups[explicit]
+
+    def query_masks(self, kind: str) -> list[torch.Tensor | None]:
+        """Return a boolean mask (examples, 1, 1, keys) for each group, for one query per example.
+
+        Args:
+            kind: Which token of each example is the query, "first" or "last".
+        """
+        if self.kind == "causal":  # all keys are at the last token or before it
+            if kind != "last":
+                raise PaddingNotRemovableError("a causal model reads the first token alone")
+            return replace(self, kind="full", of_groups={}).group_masks(explicit=True)
+        masks, first = [], 0
+        for (rows, _), mask in zip(self.layout.groups, self.group_masks(explicit=True), strict=True):
+            if mask is not None and mask.shape[2] > 1:
+                lengths = torch.tensor(self.layout.lengths[first : first + rows], device=mask.device)
+                queries = lengths - 1 if kind == "last" else torch.zeros_like(lengths)
+                mask = mask[torch.arange(rows, device=mask.device), :, queries][:, :, None]
+            masks.append(mask)
+            first += rows
+        return masks
 
     def _blocks(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return, for each group, which tokens are real, and their flat positions: (examples, length)."""
@@ -241,16 +269,25 @@ def _attend_packed(
     if mask.key_layout is not None:
         key, value = _padded_keys(key, mask.key_layout), _padded_keys(value, mask.key_layout)
     of_one_sequence = mask.key_layout is None and key.shape[2] == query.shape[2] and key.shape[0] == 1
+    read = _read_queries(mask) if of_one_sequence else None
+    is_causal = of_one_sequence and read is None and mask.kind == "causal" and original != "eager"
+    by_kernel = of_one_sequence and read is None and original == "sdpa"
+    if by_kernel and variable_length.takes(query, key, mask.kind, arguments.get("dropout", 0.0)):
+        scale = arguments.get("scaling")
+        return variable_length.attend(query, key, value, layout, is_causal, scale), None
     blocks, sizes = layout.blocks, layout.block_sizes
-    queries = _blocks(query, blocks, sizes, layout.groups)
+    if read is None:
+        queries = _blocks(query, blocks, sizes, layout.groups)
+    else:
+        counts = [rows for rows, _ in layout.groups]
+        queries = list(torch.split(pack(query[0].transpose(0, 1), read)[:, :, None], counts))
     if of_one_sequence:
         keys = _blocks(key, blocks, sizes, layout.groups)
         values = _blocks(value, blocks, sizes, layout.groups)
-        masks = mask.group_masks(explicit=original == "eager")
-        is_causal = mask.kind == "causal" and original != "eager"
+        explicit = original == "eager"
+        masks = mask.group_masks(explicit) if read is None else mask.query_masks(CURRENT.forward.stack.reads)
     elif mask.kind == "full" and key.shape[0] == layout.shape[0]:
         keys, values, masks = _other_sequence(key, value, mask)
-        is_causal = False
     else:
         raise PaddingNotRemovableError(f"{type(module).__name__} attends to {tuple(key.shape)} keys")
     outputs = []
@@ -261,12 +298,20 @@ def _attend_packed(
         output = attend(module, q, k, v, group_mask, **(arguments | {"is_causal": is_causal}))[0]
         outputs.append(output.flatten(0, 1))
     joined = torch.cat(outputs)
+    if read is not None:
+        return unpack(joined, read, 1, layout.num_tokens), None
     if blocks is not None:
         joined = pack(joined, blocks)
     return joined[None], None
 
 
 _attend_by_group: Any = torch.compiler.disable(_attend_packed)  # compiled, each batch would be a new program
+
+
+def _read_queries(mask: PackedMask) -> torch.Tensor | None:
+    """Return the packed positions of the only queries that a layer with this mask needs, or None for all."""
+    forward = CURRENT.forward
+    return forward.read_queries if forward is not None and forward.layout is mask.layout else None
 
 
 def _blocks(

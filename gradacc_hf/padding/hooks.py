@@ -1,7 +1,7 @@
 """Hooks that feed the layers of a model real tokens only, and give the rest of the model padded tensors.
 
     forward of a model ──► EnterForward     reads the padding mask, and starts a `PackedForward`
-      embeddings           padded, as before
+      embeddings           padded, or without padding where that is exact (`embeddings.py`)
       first layer      ──► PackInputs       (batch, length, …) → (1, real tokens, …)
       later layers     ──► PackInputs       replaces masks and positions, which the model passes to each layer
       last layer       ──► UnpackOutput     (1, real tokens, …) → (batch, length, …), zeros at padding
@@ -64,6 +64,8 @@ class Stack:
     """Whether the check still runs."""
     reads: str = ""
     """Tokens at which the end of the last layer runs (`PaddingLayout.read_positions`); "" for all."""
+    read_queries: bool = False
+    """Whether the attention of the last layer computes one query per example, where the loss reads one."""
 
 
 @dataclass(eq=False)
@@ -76,6 +78,11 @@ class Hook:
     def add(self, register: Callable[..., Any], **options: bool) -> None:
         """Add the hook to a module with a method of it, such as `module.register_forward_hook`."""
         self.handle = register(self, **options)
+
+
+def stack_of(layer: torch.nn.Module) -> Stack | None:
+    """Return the stack of a layer that is computed without padding, or None."""
+    return next((hook.stack for hook in layer._forward_pre_hooks.values() if isinstance(hook, Hook)), None)
 
 
 @dataclass(eq=False)
@@ -111,6 +118,7 @@ class EnterForward(Hook):
             self.stack, layout, mask, encoder_mask if is_padding else None, self._read(module, layout)
         )
         CURRENT.forward.is_packed = layout.is_row
+        CURRENT.forward.embeds = given.get("inputs_embeds") is None
         if positions is not None:
             # Without a mask, transformers would build a mask (tokens, tokens) to keep the examples apart.
             kwargs = kwargs | {"attention_mask": mask}
@@ -285,8 +293,14 @@ class PackInputs(Hook):
         if mask is not None or _is_of_encoder(name):
             return value if mask is None else mask
         if id(value) in forward.packed:
-            return forward.packed[id(value)][1]
-        packed = _packed(value, forward.layout)
+            of_first = name.startswith(
+                "hidden"
+            )  # embeddings, of which the first layer alone gets the stand-in
+            packed = (forward.packed.pop if of_first else forward.packed.get)(id(value))[1]
+            if value.requires_grad and packed.is_leaf:  # frozen embeddings before checkpointed layers
+                packed.requires_grad_()
+            return packed
+        packed = packed_tensor(value, forward.layout)
         if packed is not value and not name.startswith("hidden"):  # only one layer gets these hidden states
             forward.packed[id(value)] = (value, packed)
         return packed
@@ -393,7 +407,7 @@ def _forward_of(values: tuple, stack: Stack) -> PackedForward | None:
     return forward if forward is not None and forward.stack is stack else None
 
 
-def _packed(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
+def packed_tensor(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
     """Return (batch or 1, length, …) as (1, real tokens, …); other tensors unchanged."""
     batch, length = layout.shape
     if layout.is_row:
@@ -422,7 +436,7 @@ def _packed_encoder(forward: PackedForward, value: torch.Tensor, standin: Any) -
 
 
 def _packed_hidden(value: torch.Tensor, layout: PaddingLayout) -> torch.Tensor:
-    return _packed(value, layout) if value.ndim == 3 and value.shape[:2] == layout.shape else value
+    return packed_tensor(value, layout) if value.ndim == 3 and value.shape[:2] == layout.shape else value
 
 
 def _unpacked(value: Any, layout: PaddingLayout, read: torch.Tensor | None = None) -> Any:

@@ -1,8 +1,7 @@
 """Check that a model gives the same loss and gradients without padding, and leave no trace.
 
-The sample has up to four examples of a batch, with two lengths or more and two examples of one length. Rows
-are shortened where the batch has no such rows. Dropout is off, parameters that are zero become small random
-numbers, and the arithmetic is float32.
+The sample has up to four examples of a batch (`sample.py`). Dropout is off, parameters that are zero become
+small random numbers, and the arithmetic is float32.
 """
 
 import inspect
@@ -11,13 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gradacc_hf.accumulation.loss_items import IGNORED, ComputeLoss, output_named, total_loss
+from gradacc_hf.accumulation.loss_items import ComputeLoss, output_named, total_loss
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.padding_layout import (
     attach_layout,
@@ -27,7 +25,8 @@ from gradacc_hf.accumulation.padding_layout import (
 )
 from gradacc_hf.accumulation.reference import EXACT, Gradient, compare, full_float32, norm, read_gradient
 from gradacc_hf.accumulation.splitting import Cost
-from gradacc_hf.errors import InputError, PaddingNotRemovableError, one_line
+from gradacc_hf.errors import PaddingNotRemovableError, one_line
+from gradacc_hf.padding.sample import is_row_of_examples, make_sample, packed_row, padded_batch
 from gradacc_hf.utils.attributes import Attributes
 from gradacc_hf.utils.modeling import (
     BufferSnapshot,
@@ -40,7 +39,6 @@ from gradacc_hf.utils.modeling import (
 from gradacc_hf.utils.precision import weights_held_in
 from gradacc_hf.utils.rng import preserve_rng_state
 
-ROWS = 4  # examples of the sample
 WORST_PARAMETER = 100 * EXACT
 MOST_COMPARED = 50_000_000
 """Numbers of the gradient that is compared."""
@@ -63,7 +61,7 @@ class Probe:
         self, model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss | None = None
     ):
         if not isinstance(getattr(model, "config", None), PreTrainedConfig):
-            raise PaddingNotRemovableError(f"{type(model).__name__} has no config of transformers")
+            raise PaddingNotRemovableError("it has no config of transformers")
         self.model = model
         self._compared = set(smallest_parameters(model, MOST_COMPARED))
         self.packs = is_row_of_examples(batch)
@@ -161,13 +159,12 @@ class Probe:
         finally:
             for handle in handles:
                 handle.remove()
-        name = type(self.model).__name__
         stacks = {owner: (list(dict.fromkeys(calls)), len(calls)) for owner, calls in called.items() if calls}
         if not stacks:
-            raise PaddingNotRemovableError(f"{name} calls no repeated layers")
+            raise PaddingNotRemovableError("it calls no repeated layers")
         if dtypes & {torch.bfloat16, torch.float16}:
             raise PaddingNotRemovableError(
-                f"{name} computes in 16 bits, which cannot show 1e-5; call remove_padding before sharding"
+                "it computes in 16 bits, which cannot show 1e-5; call remove_padding before sharding"
             )
         size, error = norm(self._gradient), None
         if not (math.isfinite(self._loss) and size > 0):
@@ -196,6 +193,17 @@ class Probe:
             self._everywhere(
                 lambda sample=sample: self._compare(*self._run(sample)), "the layers need the padded shape"
             )
+
+    def is_exact_with(self, install: Callable[[], Sequence[Any]]) -> bool:
+        """Whether loss and gradient stay the same with more hooks. They are removed if not."""
+        hooks = install()
+        try:
+            self.check()
+        except PaddingNotRemovableError:
+            for hook in hooks:
+                hook.handle.remove()
+            return False
+        return True
 
     def check_row(self) -> None:
         """Compare the loss of the examples in one row. Raises PaddingNotRemovableError if not exact."""
@@ -358,109 +366,6 @@ def _projection(outputs: Any, masks: Sequence[torch.Tensor]) -> torch.Tensor:
                     weights = weights * (mask != 0).reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
             total = total + (value * weights).sum() / value.numel() ** 0.5
     return total
-
-
-def make_sample(batch: Mapping[str, Any], pad_token_id: int | None) -> dict[str, Any]:
-    """Return a small batch that can decide: two lengths or more, and two examples of one length.
-
-    Raises:
-        InputError: There is no attention mask, or the examples are shorter than four tokens.
-    """
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3):
-        raise InputError("batch: no attention_mask of shape (batch, length); pass a padded batch")
-    real = (mask != 0).reshape(len(mask), -1, mask.shape[-1]).any(1)
-    lengths = real.sum(1).cpu().numpy()
-    if lengths.max() < 4:
-        raise InputError(f"batch: the longest example has {lengths.max()} tokens; allowed: 4 or more")
-    order = np.argsort(-lengths, kind="stable")
-    rows = order[np.linspace(0, len(order) - 1, min(ROWS, max(2, len(order)))).round().astype(int)]
-    sample = {
-        name: value[torch.as_tensor(rows, device=value.device)].clone()
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(mask)
-        else value
-        for name, value in batch.items()
-    }
-    targets = _sample_lengths(lengths[rows].tolist())
-    for row, target in enumerate(targets):
-        _shorten(sample, row, target, pad_token_id)
-    if int((sample["attention_mask"] != 0).sum()) == mask.shape[-1]:  # such a batch stays padded
-        for row, target in enumerate(targets):
-            _shorten(sample, row, max(1, target - 1), pad_token_id)
-    return sample
-
-
-def is_row_of_examples(batch: Mapping[str, Any]) -> bool:
-    """Whether a collate function has packed the examples of a batch into one row."""
-    positions = batch.get("position_ids")
-    if batch.get("attention_mask") is not None or not isinstance(positions, torch.Tensor):
-        return False
-    return positions.ndim == 2 and len(positions) == 1 and row_layout(positions) is not None
-
-
-def padded_batch(row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the examples of a packed row as a padded batch of input ids, mask and labels."""
-    starts = (row["position_ids"][0].diff() != 1).nonzero()[:, 0] + 1
-    sizes = torch.tensor([0, *starts.tolist(), row["position_ids"].shape[1]]).diff().tolist()
-    mask = [torch.ones(size, dtype=torch.long, device=starts.device) for size in sizes]
-    columns = {"input_ids": (row["input_ids"][0].split(sizes), 0), "attention_mask": (mask, 0)}
-    if isinstance(row.get("labels"), torch.Tensor) and row["labels"].shape == row["input_ids"].shape:
-        columns["labels"] = row["labels"][0].split(sizes), IGNORED
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {name: pad(list(parts), True, fill) for name, (parts, fill) in columns.items()}
-
-
-def packed_row(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the examples of a padded batch in one row, with positions that restart at each example.
-
-    The first token of an example has the label −100, as no token before it predicts it.
-    """
-    real = batch["attention_mask"] != 0
-    positions = real.long().cumsum(1) - 1
-    columns = {"input_ids": batch["input_ids"], "position_ids": positions}
-    if "labels" in batch:
-        columns["labels"] = batch["labels"].masked_fill(positions == 0, IGNORED)
-    return {**{name: value[real][None] for name, value in columns.items()}, "use_cache": False}
-
-
-def _sample_lengths(lengths: list[int]) -> list[int]:
-    """Return lengths in descending order. Two differ, and two are equal if there are three."""
-    targets = list(lengths)
-    if targets[0] == targets[-1]:
-        targets[-1] = max(2, targets[0] // 2)
-    if len(targets) > 2 and len(set(targets)) == len(targets):
-        targets[1] = targets[2]
-    return targets
-
-
-def _shorten(sample: dict[str, Any], row: int, target: int, pad_token_id: int | None) -> None:
-    """Turn the last real tokens of a row into padding; with padding on the left, the first.
-
-    The token at the end stays: it may be the separator that a head looks for.
-    """
-    mask = sample["attention_mask"]
-    choices = mask[row].reshape(-1, mask.shape[-1])
-    for choice, choice_mask in enumerate(choices):
-        columns = torch.nonzero(choice_mask)[:, 0]
-        if len(columns) <= target:
-            continue
-        on_left = bool(choice_mask[-1] != 0) and not bool(choice_mask[0] != 0)
-        gone = columns[:-target] if on_left else columns[target:]
-        old_end, new_end = (columns[0], columns[-target]) if on_left else (columns[-1], columns[target - 1])
-        for name, value in sample.items():
-            if not isinstance(value, torch.Tensor) or value.shape[: mask.ndim] != mask.shape:
-                continue
-            part = value[row] if mask.ndim == 2 else value[row, choice]
-            if name == "input_ids":
-                part[new_end] = part[old_end].clone()
-                part[gone] = pad_token_id or 0
-            elif name == "attention_mask":
-                part[gone] = 0
-            elif name == "labels" and not value.is_floating_point():
-                part[gone] = IGNORED
-        for name in ("start_positions", "end_positions"):
-            if isinstance(sample.get(name), torch.Tensor) and not on_left:
-                sample[name][row].clamp_(max=int(columns[target - 1]))
 
 
 def without_wrappers(model: torch.nn.Module) -> Any:

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gradacc_hf.accumulation.loss_items import ComputeLoss
 from gradacc_hf.errors import PaddingNotRemovableError, one_line
 from gradacc_hf.padding.attention import NAMES, ORIGINAL
+from gradacc_hf.padding.embeddings import pack_embeddings
 from gradacc_hf.padding.hooks import (
     EnterForward,
     Hook,
@@ -24,6 +25,7 @@ from gradacc_hf.padding.hooks import (
     PadInputs,
     Stack,
     UnpackOutput,
+    stack_of,
 )
 from gradacc_hf.padding.probe import Probe, Stacks, without_wrappers
 from gradacc_hf.padding.unread import skip_unread_tokens
@@ -35,7 +37,7 @@ def remove_padding(
 ) -> None:
     """Make a transformers model compute its layers without padding, in place.
 
-    Embeddings, head, loss and labels stay padded, as do collate functions. The model is checked before the
+    Head, loss and labels stay padded, as do collate functions. The model is checked before the
     change stays: loss and gradients on examples of `batch`, without dropout, against the padded model.
     A forward uses it if its `attention_mask` has padding. Forwards with a cache, as in `generate`, and with
     hidden states or attentions as outputs stay padded. `restore_padding` undoes the change.
@@ -60,7 +62,16 @@ def remove_padding(
     """
     if is_removed(model):
         return
-    probe = Probe(without_wrappers(model), batch, compute_loss)
+    try:
+        _remove(without_wrappers(model), batch, compute_loss)
+    except PaddingNotRemovableError as error:
+        name = type(without_wrappers(model)).__name__
+        raise PaddingNotRemovableError(f"padding cannot be removed from {name}: {error}") from error
+
+
+def _remove(model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss | None) -> None:
+    """Install the hooks of the first way that is exact. Raises PaddingNotRemovableError if none is."""
+    probe = Probe(model, batch, compute_loss)
     with probe.prepared():
         stacks = probe.record_layers(layers_by_owner(probe.model))
         reasons = {}
@@ -71,6 +82,8 @@ def remove_padding(
                 if probe.packs:
                     probe.check_row()
                 _end_check(probe.model)
+                for owner, (layers, _) in stacks.items():
+                    pack_embeddings(probe, owner, layers)
                 if compute_loss is not None:
                     _skip_unread(probe, stacks)
                 _compile_again(probe.model)
@@ -84,8 +97,7 @@ def remove_padding(
             except BaseException:
                 restore_padding(probe.model)
                 raise
-    name = type(probe.model).__name__
-    raise PaddingNotRemovableError(f"padding cannot be removed from {name}: {_joined(reasons)}")
+    raise PaddingNotRemovableError(_joined(reasons))
 
 
 def remove_padding_in_all(
@@ -183,9 +195,11 @@ def skips_unread(model: torch.nn.Module) -> bool:
 
 def _skip_unread(probe: Probe, stacks: Stacks) -> None:
     """Skip tokens that the loss does not read, in a model with one stack of layers."""
-    changed = [layers[-1] for layers, _ in stacks.values() if next(_hooks(layers[-1]), None) is not None]
+    changed = [layers[-1] for layers, _ in stacks.values() if stack_of(layers[-1]) is not None]
     if len(changed) == 1:
-        skip_unread_tokens(probe, changed[0], next(_hooks(changed[0])).stack)
+        stack = stack_of(changed[0])
+        assert stack is not None
+        skip_unread_tokens(probe, changed[0], stack)
 
 
 def _compile_again(model: torch.nn.Module) -> None:

@@ -9,16 +9,19 @@ its feed-forward part, runs at these tokens alone.
                            ──► UnpackOutput (1, read tokens, …) → (batch, length, …), zeros elsewhere
 
 Where the layer adds hidden states from before the attention at its end, `PackRead` and `UnpackRead` surround
-the feed-forward part instead.
+the feed-forward part instead. They also surround linear layers beside the attention whose outputs are read at
+these tokens alone, such as the projection of the queries. The attention then computes one query per example,
+if the loss reads one token of each.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import ModuleList
 
 from gradacc_hf.accumulation.padding_layout import pack, padding_layout, unpack
 from gradacc_hf.errors import PaddingNotRemovableError
@@ -117,7 +120,7 @@ def skip_unread_tokens(probe: Probe, layer: torch.nn.Module, stack: Stack) -> bo
         Whether a part of the layer is skipped now, with the same loss and gradient.
     """
     labels = probe.sample.get("labels")
-    if not isinstance(labels, torch.Tensor) or not stack.by_group or probe.is_sharded:
+    if not isinstance(labels, torch.Tensor) or probe.is_sharded:
         return False
     with ExitStack() as added, suppress(PaddingNotRemovableError), probe.of_loss_alone():
         note, forget = NoteLabels(stack), ForgetLabels(stack)
@@ -127,7 +130,8 @@ def skip_unread_tokens(probe: Probe, layer: torch.nn.Module, stack: Stack) -> bo
         added.callback(forget.handle.remove)
         read, parts = _read_tokens(probe, layer)
         stack.reads = _kind(probe, labels, read)
-        if stack.reads and any(_is_exact(probe, install) for install in _cuts(stack, parts)):
+        if stack.reads and any(map(probe.is_exact_with, _cuts(stack, parts))):
+            _skip_queries(probe, layer, stack)
             added.pop_all()
             return True
         stack.reads = ""
@@ -145,7 +149,7 @@ def _read_tokens(probe: Probe, layer: torch.nn.Module) -> tuple[torch.Tensor, li
             outputs.append(output)
 
     handles = [layer.register_forward_hook(keep)]
-    for part in layer.children():
+    for part in _parts(layer):
         handles.append(part.register_forward_pre_hook(lambda module, args: parts.append(module)))
     try:
         probe.run()
@@ -156,6 +160,12 @@ def _read_tokens(probe: Probe, layer: torch.nn.Module) -> tuple[torch.Tensor, li
     if gradient is None:
         raise PaddingNotRemovableError("the layers have no gradient")
     return (gradient != 0).flatten(2).any(2), list(dict.fromkeys(parts))
+
+
+def _parts(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the parts of a module. The only layer in a group of layers stands for its own parts."""
+    parts = [p for child in module.children() for p in (child if isinstance(child, ModuleList) else [child])]
+    return _parts(parts[0]) if len(parts) == 1 else parts
 
 
 def _kind(probe: Probe, labels: torch.Tensor, read: torch.Tensor) -> str:
@@ -192,20 +202,49 @@ def _keep_after(stack: Stack, part: torch.nn.Module) -> list[Hook]:
     return [hook]
 
 
+def _skip_queries(probe: Probe, layer: torch.nn.Module, stack: Stack) -> None:
+    """Skip unread tokens in linear layers and queries, too, as far as the result stays exact."""
+    linears = _linears_of_read_tokens(probe, layer)
+
+    def with_linears() -> list[Hook]:
+        return [hook for linear in linears for hook in _surround(stack, linear)]
+
+    stack.read_queries = stack.by_group and stack.reads in TOKENS_OF_ROWS
+    if stack.read_queries and not probe.is_exact_with(with_linears):
+        stack.read_queries = False
+    if linears and not stack.read_queries:
+        probe.is_exact_with(with_linears)
+
+
+def _linears_of_read_tokens(probe: Probe, layer: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the linear layers over all real tokens whose outputs have a gradient at read tokens alone."""
+    outputs: list[tuple[torch.nn.Module, torch.Tensor, torch.Tensor]] = []
+
+    def keep(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        forward = CURRENT.forward
+        if forward is None or forward.read is None or not output.requires_grad:
+            return
+        if output.shape[:2] == (1, forward.layout.num_tokens):
+            output.retain_grad()
+            outputs.append((module, output, forward.read))
+
+    linears = [part for part in layer.modules() if isinstance(part, torch.nn.Linear)]
+    handles = [part.register_forward_hook(keep) for part in linears]
+    try:
+        probe.run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = []
+    for module, output, read in outputs:
+        gradient = None if output.grad is None else output.grad[0].index_fill(0, read, 0)
+        if gradient is not None and not gradient.any():
+            found.append(module)
+    return found
+
+
 def _surround(stack: Stack, part: torch.nn.Module) -> list[Hook]:
     before, after = PackRead(stack), UnpackRead(stack)
     before.add(part.register_forward_pre_hook, with_kwargs=True)
     after.add(part.register_forward_hook)
     return [before, after]
-
-
-def _is_exact(probe: Probe, install: Callable[[], Iterable[Hook]]) -> bool:
-    """Whether loss and gradient stay the same with these hooks. They are removed if not."""
-    hooks = install()
-    try:
-        probe.check()
-    except PaddingNotRemovableError:
-        for hook in hooks:
-            hook.handle.remove()
-        return False
-    return True

@@ -52,15 +52,15 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
     if recipe.pad_to == "nothing":
         recipe.model_notes["padding in layers"] = "none: packed examples, each with attention of its own"
         return
+    unread = "; the last layer ends with the tokens that the loss reads" * skips_unread(model)
     if not is_grouped(model):
-        recipe.model_notes["padding in layers"] = "none in the layers, except in attention"
+        recipe.model_notes["padding in layers"] = f"none in the layers, except in attention{unread}"
         return
     before = _steps(windows)
     windows.without_padding()
     if recipe.config.train.noise_every is None and recipe.config.batch.effective != "noise_scale":
         _measure_noise_more_often(windows)
     steps = f"{_steps(windows):.1f} accumulation steps instead of {before:.1f}"
-    unread = "; the last layer ends with the tokens that the loss reads" * skips_unread(model)
     recipe.model_notes["padding in layers"] = f"none in the layers: {steps}{unread}"
 
 

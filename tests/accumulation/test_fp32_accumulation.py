@@ -51,6 +51,7 @@ def error(steps, in_float32, checkpointing=False, lora=False, precision="no"):
     return relative_error(recorder.gradients[0], truth)
 
 
+@pytest.mark.slow
 def test_the_error_stays_flat_in_float32_and_grows_in_bf16():
     flat = [error(steps, in_float32=True) for steps in STEPS]
     growing = [error(steps, in_float32=False) for steps in STEPS]

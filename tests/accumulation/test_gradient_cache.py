@@ -404,7 +404,7 @@ def test_its_configs_fit_its_settings(name):
     assert list(recipe.columns) == ["anchor", "positive", "negative"][: 2 + (name == "contrastive")]
 
 
-@pytest.mark.parametrize("columns", [2, 3])
+@pytest.mark.parametrize("columns", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_learns_to_find_and_leaves_an_encoder(start, columns):
     hard = {"data__negative_column": "negative"} if columns == 3 else {}
     train, validation = write("train.jsonl", make_rows(100)), write("validation.jsonl", make_rows(100, 1))

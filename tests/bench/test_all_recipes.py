@@ -43,6 +43,7 @@ def small_bundle(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_row_is_measured_in_a_run_of_its_own_that_leaves_nothing(small_bundle):
     before = sorted(small_bundle.rglob("*"))
     result = measure_recipes(windows=7)

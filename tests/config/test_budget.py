@@ -252,6 +252,7 @@ def history(folder):
     return [json.loads(line) for line in Path(folder, "history.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_same_run_saved_as_a_plain_model(traced_only, start, rows, tiny_bert):
     shared = ["--data.train", rows, "--budget.micro_batch_size", 5, "--train.max_windows", 3]
     shared += ["--budget.padding_free", "off"]

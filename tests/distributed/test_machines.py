@@ -52,7 +52,8 @@ def left_behind(run):
     return [p for p in psutil.process_iter(["cmdline"]) if str(run) in " ".join(p.info["cmdline"] or ())]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_launch_sh_passes_a_signal_on_waits_for_the_save_and_leaves_no_process_behind(
     venv,
     texts,
@@ -139,6 +140,7 @@ def test_a_recipe_whose_launcher_is_killed_while_it_imports_ends_too(texts, tmp_
     assert history(run) == []
 
 
+@pytest.mark.slow
 def test_when_one_of_two_machines_dies_the_other_ends_with_a_message_and_both_go_on(texts, tmp_path):
     run, port = tmp_path / "run", free_port()
     first, second = (machine(rank, port, run, texts) for rank in (0, 1))

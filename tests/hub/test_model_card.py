@@ -149,6 +149,7 @@ def test_the_snippet_of_adapters_runs_as_it_stands_and_knows_the_labels(train):
     assert re.search(r"'label': '(ham|spam)', 'score': 0\.\d+", done.stdout)
 
 
+@pytest.mark.slow
 def test_a_card_is_there_with_the_model_before_the_run_ends(train):
     """Killed right after its first evaluation, a run has a whole best/, card included."""
     Path("sitecustomize.py").write_text(

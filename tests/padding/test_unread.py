@@ -47,7 +47,7 @@ def rows_of(module, model, batch):
     )
     model(**batch)
     handle.remove()
-    return seen[0]
+    return seen[-1]
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,22 @@ def rows_of(module, model, batch):
     [
         ("sequence_classification", "bert", "bert.encoder.layer.1.intermediate", "rows"),
         ("sequence_classification", "distilbert", "distilbert.transformer.layer.1.ffn", "rows"),
+        ("sequence_classification", "bert", "bert.encoder.layer.1.attention.self.query", "rows"),
+        (
+            "sequence_classification",
+            "albert",
+            "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn",
+            "rows",
+        ),
+        ("sequence_classification", "deberta-v2", "deberta.encoder.layer.1.intermediate", "rows"),
         ("sequence_classification", "modernbert", "model.layers.1.mlp.Wi", "rows"),
+        ("sequence_classification", "modernbert", "model.layers.1.attn.Wo", "rows"),
         ("sequence_classification", "llama", "model.layers.1.mlp.up_proj", "rows"),
+        ("sequence_classification", "mistral", "model.layers.1.self_attn.q_proj", "rows"),
         ("multiple_choice", "roberta", "roberta.encoder.layer.1.intermediate", "rows"),
         ("token_classification", "electra", "electra.encoder.layer.1.intermediate", "labels"),
         ("masked_lm", "bert", "bert.encoder.layer.1.intermediate", "labels"),
+        ("masked_lm", "bert", "bert.encoder.layer.1.attention.self.query", "labels"),
         ("causal_lm", "llama", "model.layers.1.mlp.up_proj", "next labels"),
     ],
 )

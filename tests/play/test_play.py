@@ -318,6 +318,7 @@ def test_the_tour_has_seven_steps_each_with_lessons_that_there_are():
             assert f"gradacc lessons {name}" in page
 
 
+@pytest.mark.slow
 def test_a_film_is_a_moving_svg_of_the_run(tmp_path):
     path = write_film(tmp_path / "run.svg")
     text = path.read_text(encoding="utf-8")

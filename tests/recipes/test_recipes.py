@@ -30,7 +30,7 @@ def recipe_of(config, *settings):
     return load_recipe(["--config", str(ROOT / "configs" / f"{config}.yaml"), *SMALL, *settings])
 
 
-QUICK = ("causal_lm", "contrastive", "image_classification", "text_classification")
+QUICK = ("contrastive", "image_classification", "text_classification")
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_run_without_padding_is_the_same_training(start, monkeypatch):  # noqa
 
 def test_windows_stay_sorted_by_length_where_attention_runs_padded():
     note, model, windows = choose("mpnet")
-    assert note == "none in the layers, except in attention"
+    assert note.startswith("none in the layers, except in attention; the last layer ends with")
     assert is_removed(model)
     assert not windows.padding_free
     note, model, windows = choose("bert")
