@@ -301,5 +301,5 @@ def test_a_step_without_padding_holds_at_most_what_is_predicted(kind, attention)
     remove_padding(model, mixed)
     most = max(phase.held.sum(axis=1).max() for phase in estimating.trace(model, mixed, model_loss).phases)
     predicted = memory.bytes_without_padding(np.array(lengths)[:, None]) - memory.resident
-    assert most <= predicted < 1.4 * most
+    assert most <= predicted < (1.5 if attention == "eager" else 1.4) * most
     assert predicted < memory.bytes(len(lengths), max(lengths)) - memory.resident
