@@ -209,7 +209,7 @@ class BudgetConfig:
     """Accumulate whole gradients on every process (FSDP only).
     Less communication, and more memory."""
     lean_loss: bool | Literal["auto"] = "auto"
-    """Compute the logits of a causal language model in chunks, never all at once.
+    """Compute the logits of a language model at labelled tokens only, a few hundred at a time.
     auto: where the model allows it."""
     padding_free: Literal["auto", "on", "off"] = "auto"
     """Compute the layers without padding.

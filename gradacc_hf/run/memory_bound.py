@@ -24,8 +24,8 @@ from gradacc_hf.accumulation.splitting import Bound, rounded_up
 from gradacc_hf.config.schema import BudgetConfig, detect_budget, parse_bytes, tokens_per_micro_batch
 from gradacc_hf.errors import NotTraceableError
 from gradacc_hf.memory.estimator import ROWS_MULTIPLE, Point, StepEstimate, StepSettings, estimate, terms_of
+from gradacc_hf.padding.logits import TOKENS_PER_CHUNK
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.tasks.lean_loss import TOKENS_PER_CHUNK
 from gradacc_hf.training.run_log import versions
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.rng import preserve_rng_state

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -41,10 +42,13 @@ def llama(attention="sdpa", checkpointing=False, lora=0, lean=False, dtype=torch
     return model
 
 
-def t5(attention="eager"):
+def t5(attention="eager", lean=False):
     sizes = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "vocab_size": 300}
     config = transformers.T5Config(**sizes, num_layers=4, num_decoder_layers=1, decoder_start_token_id=0)
-    return transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attention)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attention)
+    if lean:
+        make_lean(model, True)
+    return model
 
 
 def tokens(rows, lengths):
@@ -163,9 +167,10 @@ def test_of_weights_in_4_bits_no_copy_is_held_for_the_backward_pass():
     assert whole.parameters - quantized.parameters > 0.85 * 2 * copies
 
 
-def test_a_lean_loss_holds_a_few_hundred_tokens_logits_at_most():
-    lean = predict_at(lambda: llama(lean=True, layers=2), 64, (256,)).memory.parts(64, 256)
-    usual = predict_at(lambda: llama(layers=2), 64, (256,)).memory.parts(64, 256)
+@pytest.mark.parametrize(("build", "lengths"), [(partial(llama, layers=2), (256,)), (t5, (8, 256))])
+def test_a_lean_loss_holds_a_few_hundred_tokens_logits_at_most(build, lengths):
+    lean = predict_at(partial(build, lean=True), 64, lengths).memory.parts(64, lengths)
+    usual = predict_at(build, 64, lengths).memory.parts(64, lengths)
     assert lean.loss < usual.loss / 3
 
 

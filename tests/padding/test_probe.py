@@ -9,8 +9,8 @@ from transformers import BertModel
 import gradacc_hf
 from gradacc_hf import InputError, PaddingNotRemovableError
 from gradacc_hf.padding import attention, probe
-from gradacc_hf.padding.sample import make_sample
 from gradacc_hf.padding.removal import is_grouped, is_removed
+from gradacc_hf.padding.sample import make_sample
 from gradacc_hf.verification.tiny_models import build_head
 
 LENGTHS = [17, 9, 30, 9, 12, 3, 21]
