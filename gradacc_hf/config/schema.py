@@ -128,7 +128,7 @@ class TrainConfig:
     noise_every: int | None = None
     """Windows between measurements of the gradient noise scale (0: off).
     It is for advice on the batch size, and changes no gradient. null is 16, and less for runs of fewer than
-    256 windows."""
+    256 windows, or where padding is removed and a measurement takes little time."""
     best_metric: str = "loss"
     """Validation metric that ranks evaluations."""
     best_direction: Literal["min", "max"] = "min"

@@ -30,9 +30,15 @@ from gradacc_hf.training.run_log import versions
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.rng import preserve_rng_state
 
-CACHE_FORMAT = 1  # raise it when the estimate of an unchanged step changes
+CACHE_FORMAT = 2  # raise it when the estimate of an unchanged step changes
 CANDIDATE_EXAMPLES = 500  # examples of different lengths, from which the traced ones are chosen
-STEP_INDEPENDENT_KEYS = ("memory", "max_tokens", "micro_batch_size", "num_workers")  # keys of a budget
+STEP_INDEPENDENT_KEYS = (
+    "memory",
+    "max_tokens",
+    "micro_batch_size",
+    "num_workers",
+    "padding_free",
+)  # of a budget
 
 
 def recipe_memory(
