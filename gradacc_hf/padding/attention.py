@@ -51,7 +51,9 @@ class PackedForward:
             tensor is kept, too.
         calls: Calls of layers so far.
         is_packed: Whether a layer got packed hidden states.
-        embeds: Whether the model computes its embeddings from input ids.
+        embeds: Whether the embeddings may be computed without padding.
+        is_embedding: Whether the module that computes them runs.
+        standin: The tensor in the place of packed embeddings, until the first layer gets it.
     """
 
     stack: Any
@@ -64,6 +66,8 @@ class PackedForward:
     calls: int = 0
     is_packed: bool = False
     embeds: bool = False
+    is_embedding: bool = False
+    standin: torch.Tensor | None = None
 
     @property
     def read_queries(self) -> torch.Tensor | None:

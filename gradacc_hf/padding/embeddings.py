@@ -3,13 +3,15 @@
 The hooks find the module that makes the input of the first layer, such as `BertEmbeddings`. They pack inside
 it: token numbers, where they enter the lookups, or else hidden states, where they enter the normalisation.
 
+    begin of the module  ◄── BeginEmbeddings
     lookups              ◄── PackEntry   (batch, length) → (1, real tokens), or
     normalisation        ◄── PackEntry   (batch, length, size) → (1, real tokens, size)
     end of the module    ──► StandIn     (1, real tokens, size) → a stand-in of shape (batch, length, size)
     first layer          ──► PackInputs  replaces the stand-in with what it stands for
 
 The stand-in is not a number everywhere. A model that computes something with it gets a wrong loss in the
-check, and keeps padded embeddings.
+check, and keeps padded embeddings. So does a forward in which a module of the embeddings was replaced, or got
+or lost a hook, since the check.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 
 from gradacc_hf.padding.attention import CURRENT, PackedForward, with_padding
-from gradacc_hf.padding.hooks import Hook, Stack, packed_tensor, stack_of
+from gradacc_hf.padding.hooks import EnterForward, Hook, Stack, packed_tensor, stack_of
 from gradacc_hf.padding.probe import Probe
 
 
@@ -30,10 +32,20 @@ class PackEntry(Hook):
 
     def __call__(self, module: Any, args: tuple) -> tuple | None:
         forward = _forward(self.stack)
-        if forward is None:
+        if forward is None or not forward.is_embedding:
             return None
         pack = partial(packed_tensor, layout=forward.layout)
         return tuple(pack(value) if isinstance(value, torch.Tensor) else value for value in args)
+
+
+@dataclass(eq=False)
+class BeginEmbeddings(Hook):
+    """Note that the module which computes the embeddings begins: lookups elsewhere stay as they are."""
+
+    def __call__(self, module: Any, args: tuple) -> None:
+        forward = _forward(self.stack)
+        if forward is not None:
+            forward.is_embedding = True
 
 
 @dataclass(eq=False)
@@ -42,11 +54,14 @@ class StandIn(Hook):
 
     def __call__(self, module: Any, args: tuple, output: Any) -> Any:
         forward = _forward(self.stack)
-        if forward is None or output.shape[:2] != (1, forward.layout.num_tokens):
+        if forward is None:
+            return output
+        forward.is_embedding = False
+        if output.shape[:2] != (1, forward.layout.num_tokens):
             return output
         nothing = torch.full((), torch.nan, dtype=output.dtype, device=output.device)
         standin = nothing.expand(*forward.layout.shape, output.shape[-1])
-        forward.packed[id(standin)] = (standin, output)
+        forward.packed[id(standin)], forward.standin = (standin, output), standin
         return standin
 
 
@@ -73,7 +88,13 @@ def pack_embeddings(probe: Probe, owner: torch.nn.Module, layers: Sequence[torch
     if stack is None or not stack.by_group or probe.is_sharded:
         return False
     embeddings = _embeddings(probe, owner, layers)
-    return embeddings is not None and any(map(probe.is_exact_with, _ways(stack, embeddings)))
+    if embeddings is None or not any(map(probe.is_exact_with, _ways(stack, embeddings))):
+        return False
+    for module in probe.model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, EnterForward) and hook.stack is stack:
+                hook.note_embeddings(module, embeddings)
+    return True
 
 
 def _embeddings(
@@ -116,9 +137,10 @@ def _ways(stack: Stack, embeddings: torch.nn.Module) -> Iterator[Callable[[], li
 
 
 def _install(stack: Stack, embeddings: torch.nn.Module, entries: Sequence[torch.nn.Module]) -> list[Hook]:
-    hooks: list[Hook] = [PackEntry(stack) for _ in entries]
-    for hook, entry in zip(hooks, entries, strict=True):
+    begin, end = BeginEmbeddings(stack), StandIn(stack)
+    begin.add(embeddings.register_forward_pre_hook)
+    end.add(embeddings.register_forward_hook)
+    packs = [PackEntry(stack) for _ in entries]
+    for hook, entry in zip(packs, entries, strict=True):
         hook.add(entry.register_forward_pre_hook)
-    hooks.append(StandIn(stack))
-    hooks[-1].add(embeddings.register_forward_hook)
-    return hooks
+    return [begin, *packs, end]

@@ -16,7 +16,7 @@ attention modules of the layers run padded (`PadInputs`, `PackOutput`), and only
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from gradacc_hf.padding.attention import CURRENT, PackedForward
 
 # Attributes of tensors, which reach an attention module also when checkpointing recomputes a layer.
 _FORWARD = "_gradacc_packed_forward"  # of masks and biases among the arguments of a layer
+_INPUTS = ("input_ids", "inputs_embeds")
 _PADDED = "_gradacc_padded_in_forward"  # of hidden states that `PadInputs` has padded
 
 
@@ -60,6 +61,8 @@ class Stack:
     """Sides of padding in the forwards that were checked. Batches with padding elsewhere stay padded."""
     arguments: dict[str, bool] = field(default_factory=dict)
     """Argument of the layers → whether it was packed while the check ran."""
+    given: set[str] = field(default_factory=set)
+    """Names of tensors by token that models around the layers got in the check."""
     checking: bool = True
     """Whether the check still runs."""
     reads: str = ""
@@ -88,6 +91,9 @@ def stack_of(layer: torch.nn.Module) -> Stack | None:
 @dataclass(eq=False)
 class EnterForward(Hook):
     """Start a forward without padding where the batch and the arguments allow it."""
+
+    embeddings: dict[str, list[tuple]] = field(default_factory=dict, init=False)
+    """Name of the module that computes embeddings without padding → its state in the check."""
 
     @torch.compiler.disable
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -118,11 +124,26 @@ class EnterForward(Hook):
             self.stack, layout, mask, encoder_mask if is_padding else None, self._read(module, layout)
         )
         CURRENT.forward.is_packed = layout.is_row
-        CURRENT.forward.embeds = given.get("inputs_embeds") is None
+        CURRENT.forward.embeds = given.get("inputs_embeds") is None and self._embeds_as_checked(module)
         if positions is not None:
             # Without a mask, transformers would build a mask (tokens, tokens) to keep the examples apart.
             kwargs = kwargs | {"attention_mask": mask}
         return self._without_cache(module, args, kwargs) or (args, kwargs)
+
+    def note_embeddings(self, module: torch.nn.Module, embeddings: torch.nn.Module) -> None:
+        """Store the modules that compute the embeddings of a model, as they are now."""
+        [name] = [name for name, part in module.named_modules() if part is embeddings]
+        self.embeddings = {name: _module_state(embeddings)}
+
+    def _embeds_as_checked(self, module: torch.nn.Module) -> bool:
+        """Whether no module of the embeddings was replaced, or got or lost a hook, since the check."""
+        for name, state in self.embeddings.items():
+            try:
+                if _module_state(module.get_submodule(name)) != state:
+                    return False
+            except AttributeError:
+                return False
+        return True
 
     def _positions_of_row(self, module: Any, args: tuple, given: Mapping[str, Any]) -> torch.Tensor | None:
         """Return the positions of examples that are packed into one row, or None for other batches."""
@@ -159,6 +180,11 @@ class EnterForward(Hook):
             return None  # packed tokens would have the shape of one example
         if not self.stack.checking and layout.side not in self.stack.sides:
             return None
+        names = {name for name, value in given.items() if _is_of_tokens(name, value)}
+        if self.stack.checking:
+            self.stack.given |= names
+        elif names - self.stack.given:  # such as positions, which a layer did not get in the check
+            return None
         if module.training and _recomputes_hooks(module, self.stack.by_group):
             return None
         return layout
@@ -178,15 +204,12 @@ class EnterForward(Hook):
 
     def _is_ordinary(self, module: Any, given: Mapping[str, Any]) -> bool:
         """Whether the forward neither uses a cache nor returns anything of each layer."""
-        config = module.config
-        if given.get("past_key_values") is not None or given.get("use_cache"):
+        if given.get("past_key_values") is not None:
             return False
-        if self.stack.caches and not module.training and given.get("use_cache") is None:
-            return not getattr(config, "use_cache", False)
-        wanted = {
-            name: getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")
-        }
-        wanted |= {name: value for name, value in given.items() if name.startswith("output_")}
+        names = {"use_cache"} if self.stack.caches and not module.training else set()
+        names |= {name for name in (*vars(module.config), *given) if name.startswith("output_")}
+        wanted = {name: given.get(name) for name in names | {"use_cache"}}
+        wanted |= {name: getattr(module.config, name, False) for name in names if wanted[name] is None}
         return not any(value is True for value in wanted.values())
 
 
@@ -247,6 +270,11 @@ class PackInputs(Hook):
             return None
         forward.calls += 1
         given = arguments_by_name(module, args, kwargs)
+        if forward.standin is not None and not any(v is forward.standin for v in given.values()):
+            raise PaddingNotRemovableError(
+                f"{self.stack.name} changes its embeddings before the first layer, but did not in the check"
+            )
+        forward.standin = None
         packed = {n: self._packed_as_checked(module, forward, n, value) for n, value in given.items()}
         encoder, standin = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if self.stack.by_group and isinstance(encoder, torch.Tensor):
@@ -324,7 +352,35 @@ class UnpackOutput(Hook):
         forward = CURRENT.forward
         if forward is None or forward.stack is not self.stack or forward.calls != self.stack.calls:
             return output
-        return each_tensor(output, lambda value: _unpacked(value, forward.layout, forward.read))
+        shape = forward.layout, forward.read
+        return each_tensor(output, lambda value: self._guarded(_unpacked(value, *shape), value, *shape))
+
+    def _guarded(
+        self, padded: torch.Tensor, packed: torch.Tensor, layout: PaddingLayout, read: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the padded output. Its gradient must be zero where nothing was computed."""
+        if padded is packed or not padded.requires_grad or self.stack.checking:
+            return padded
+        computed = layout.tokens if read is None else layout.tokens[read]
+        is_skipped = torch.ones(layout.shape, dtype=torch.bool, device=padded.device)
+        is_skipped.view(-1).index_fill_(0, computed, False)
+        padded.register_hook(partial(_check_gradient, is_skipped))
+        return padded
+
+
+def _check_gradient(is_skipped: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
+    """Raise if a loss reads tokens that were not computed. On a GPU, which must not wait, return NaN."""
+    found = gradient if gradient.is_cuda else gradient[is_skipped]
+    is_read = (found != 0) & found.isfinite()  # an overflow in fp16 gives NaN everywhere
+    if gradient.is_cuda:
+        lost = (is_read.any(-1) & is_skipped).any()
+        return torch.where(lost, torch.nan, gradient)
+    if is_read.any():
+        raise PaddingNotRemovableError(
+            "the loss reads tokens that it did not read in the check: padding, or tokens without a label; "
+            "restore_padding(model) computes all tokens"
+        )
+    return None
 
 
 @dataclass(eq=False)
@@ -376,6 +432,19 @@ def _recomputes_hooks(model: torch.nn.Module, by_group: bool) -> bool:
             if inside or (not by_group and options.get("use_reentrant", True)):
                 return True
     return False
+
+
+def _module_state(module: torch.nn.Module) -> list[tuple]:
+    """Return what tells whether parts of a module are replaced, patched, or have got or lost a hook."""
+    return [
+        (name, type(part), "forward" in vars(part), len(part._forward_hooks), len(part._forward_pre_hooks))
+        for name, part in module.named_modules()
+    ]
+
+
+def _is_of_tokens(name: str, value: Any) -> bool:
+    """Whether an argument of a model may change what the layers compute for a token."""
+    return isinstance(value, torch.Tensor) and value.ndim > 1 and "label" not in name and name not in _INPUTS
 
 
 def _is_of_encoder(name: str) -> bool:

@@ -42,7 +42,21 @@ _FORWARDS = "_gradacc_forwards"
 _OF_ELEMENTS = {"add", "radd", "sub", "rsub", "mul", "rmul", "div", "truediv", "tanh", "neg"}
 _OF_DTYPE = {"float", "to", "double"}
 _OF_POSITIONS = {"view", "reshape", "flatten", "contiguous", "getitem"}
-_OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "getitem")
+_OPERATORS = (
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "neg",
+    "getitem",
+)
 
 
 def skip_unlabelled_logits(model: torch.nn.Module) -> None:
@@ -158,17 +172,25 @@ def deferred(head: Any, tokens_per_chunk: int) -> Iterator[LogitReads]:
     reading = LogitReads(tokens_per_chunk)
     own = vars(head).get("forward")  # Accelerate's, if the model is spread over devices
 
-    def defer(module: Any, args: tuple, hidden: torch.Tensor) -> DeferredLogits:
-        restore()  # the loss calls the head
+    inputs: list[torch.Tensor] = []
+
+    def note(module: Any, args: tuple) -> None:
+        inputs.append(args[0])
+
+    def defer(module: Any, args: tuple, output: torch.Tensor) -> DeferredLogits:
+        restore()  # the loss calls the head, with its other hooks
+        hidden = inputs[0]
         positions = torch.arange(hidden.shape[:-1].numel(), device=hidden.device)
         return DeferredLogits(head, hidden, positions.view(hidden.shape[:-1]), (), reading)
 
     def restore() -> None:
+        before.remove()
         handle.remove()
         vars(head).pop("forward", None)
         if own is not None:
             head.forward = own
 
+    before = head.register_forward_pre_hook(note, prepend=True)
     # Other hooks of the head get its input as output. FSDP2 needs a tensor.
     handle = head.register_forward_hook(defer)
     head.forward = lambda hidden: hidden
@@ -226,6 +248,9 @@ class DeferredLogits:
         if not callable(method):  # such as T
             return getattr(self._computed(name), name)
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TypeError("an assignment would change deferred logits in place")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -457,7 +482,7 @@ def _loss_and_gradient(
         return (inputs["input"], *args[1:])
 
     torch.manual_seed(0)  # for noise of routers
-    handle = head.register_forward_pre_hook(detach)
+    handle = head.register_forward_pre_hook(detach, prepend=True)
     try:
         loss = model(**batch).loss
     finally:

@@ -76,33 +76,36 @@ class Probe:
         return _is_sharded(self.model)
 
     @contextmanager
-    def of_loss_alone(self, watch: AbstractContextManager | None = None) -> Iterator[None]:
+    def of_loss_alone(
+        self, watch: AbstractContextManager | None = None, sample: Mapping[str, Any] | None = None
+    ) -> Iterator[None]:
         """Compare the loss without other outputs in the block. Its value and gradient now are the reference.
 
         Args:
             watch: Is entered while the reference is computed.
+            sample: The sample in the block.
 
         Raises:
             PaddingNotRemovableError: The loss fails.
         """
-        before = self._loss, self._gradient
-        self._is_alone = True
+        before = self._loss, self._gradient, self.sample
+        self._is_alone, self.sample = True, dict(sample or self.sample)
         try:
             with watch or nullcontext():
                 self._loss, self._gradient = self._everywhere(self.run, "the loss fails on a sample")
             yield
         finally:
             self._is_alone = False
-            self._loss, self._gradient = before
+            self._loss, self._gradient, self.sample = before
 
     def run(self) -> tuple[float, Gradient]:
         """Return the loss and the gradient of the sample."""
         return self._run(self.sample)
 
     def run_forward(self) -> None:
-        """Run the model on the sample, without a gradient."""
-        with torch.no_grad():
-            self._run(self.sample)
+        """Run the forward of the model on the sample."""
+        with self._restored():
+            self.model(**self.sample)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -206,10 +209,15 @@ class Probe:
     def is_exact_with(
         self, install: Callable[[], Sequence[Any]], groupings: Sequence[Cost] = GROUPINGS[1:]
     ) -> bool:
-        """Whether loss and gradient stay the same with more hooks. They are removed if not."""
+        """Whether loss and gradient stay the same with more hooks. They are removed if not.
+
+        One grouping is enough for hooks that do not change the attention.
+        """
         hooks = install()
         try:
             self.check(groupings)
+            if self.packs and self._is_alone:
+                self._check_rows()
         except PaddingNotRemovableError:
             for hook in hooks:
                 hook.handle.remove()
@@ -219,14 +227,17 @@ class Probe:
     def check_row(self) -> None:
         """Compare the loss of the examples in one row. Raises PaddingNotRemovableError if not exact."""
         with self.of_loss_alone():
-            for cost in GROUPINGS:
-                row = packed_row(self.sample)
-                layout = row_layout(row["position_ids"], cost)
-                assert layout is not None
-                attach_layout(row["position_ids"], layout)
-                self._everywhere(
-                    lambda row=row: self._compare(*self._run(row)), "the model fails on packed examples"
-                )
+            self._check_rows()
+
+    def _check_rows(self) -> None:
+        for cost in GROUPINGS:
+            row = packed_row(self.sample)
+            layout = row_layout(row["position_ids"], cost)
+            assert layout is not None
+            attach_layout(row["position_ids"], layout)
+            self._everywhere(
+                lambda row=row: self._compare(*self._run(row)), "the model fails on packed examples"
+            )
 
     def _everywhere(self, compute: Callable[[], Any], failure: str) -> Any:
         """Return the result of a function, or raise PaddingNotRemovableError in all processes.
@@ -304,13 +315,19 @@ class Probe:
 
         The projection makes every example and token count, also those without a label.
         """
+        with self._restored():
+            return self._loss_and_gradient(sample)
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Restore what a forward in the block changes in modules."""
         with ExitStack() as stack:
             if _is_sharded(self.model):  # the attributes of modules belong to FSDP
                 stack.callback(BufferSnapshot(self.model).restore)
             else:
                 for module in self.model.modules():
                     stack.callback(Attributes(module).restore)
-            return self._loss_and_gradient(sample)
+            yield
 
     def _loss_and_gradient(self, sample: Mapping[str, Any]) -> tuple[float, Gradient]:
         self.model.zero_grad(set_to_none=True)
@@ -330,8 +347,6 @@ class Probe:
 
     def _backward(self, sample: Mapping[str, Any]) -> float:
         outputs = self.model(**sample)
-        if not torch.is_grad_enabled():
-            return math.nan
         if self._compute_loss is None:
             loss = output_named(outputs, "loss", position=0)
         else:

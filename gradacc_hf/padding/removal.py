@@ -321,6 +321,8 @@ def _install_with_targets(
 
 
 def _install_layers(model: torch.nn.Module, owner: PreTrainedModel, layers: list, stack: Stack) -> None:
+    if getattr(owner.config, "chunk_size_feed_forward", 0):
+        raise PaddingNotRemovableError("chunk_size_feed_forward splits the padded length; set it to 0")
     for layer in layers:
         before, after = PackInputs(stack), UnpackOutput(stack)
         before.add(layer.register_forward_pre_hook, with_kwargs=True)

@@ -47,6 +47,19 @@ def make_sample(batch: Mapping[str, Any], pad_token_id: int | None) -> dict[str,
     return sample
 
 
+def with_gaps_in_labels(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sample in which every second labelled token of a row has no label.
+
+    If all tokens had labels, nothing would tell tokens before a label from tokens with one, or keys from
+    queries.
+    """
+    labels, mask = sample.get("labels"), sample["attention_mask"]
+    if not isinstance(labels, torch.Tensor) or labels.shape != mask.shape or labels.is_floating_point():
+        return dict(sample)
+    labelled = labels != IGNORED
+    return {**sample, "labels": labels.masked_fill(labelled & (labelled.cumsum(-1) % 2 == 0), IGNORED)}
+
+
 def is_row_of_examples(batch: Mapping[str, Any]) -> bool:
     """Whether a collate function has packed the examples of a batch into one row."""
     positions = batch.get("position_ids")
@@ -113,7 +126,7 @@ def _shorten(sample: dict[str, Any], row: int, target: int, pad_token_id: int | 
                 part[gone] = pad_token_id or 0
             elif name == "attention_mask":
                 part[gone] = 0
-            elif name == "labels" and not value.is_floating_point():
+            elif not value.is_floating_point() and (name == "labels" or bool((value == IGNORED).any())):
                 part[gone] = IGNORED
         for name in ("start_positions", "end_positions"):
             if isinstance(sample.get(name), torch.Tensor) and not on_left:

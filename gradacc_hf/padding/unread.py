@@ -28,6 +28,7 @@ from gradacc_hf.errors import PaddingNotRemovableError
 from gradacc_hf.padding.attention import CURRENT, PackedForward
 from gradacc_hf.padding.hooks import Hook, Stack, arguments_by_name, each_tensor
 from gradacc_hf.padding.probe import GROUPINGS, Probe
+from gradacc_hf.padding.sample import with_gaps_in_labels
 
 TOKENS_OF_ROWS = ("first", "last")
 TOKENS_OF_LABELS = ("labelled", "before labelled")
@@ -119,11 +120,13 @@ def skip_unread_tokens(probe: Probe, layer: torch.nn.Module, stack: Stack) -> bo
     Returns:
         Whether a part of the layer is skipped now, with the same loss and gradient.
     """
-    labels = probe.sample.get("labels")
+    sample = with_gaps_in_labels(probe.sample)
+    labels = sample.get("labels")
     if not isinstance(labels, torch.Tensor) or probe.is_sharded:
         return False
     seen = _WatchedLayer()
-    with ExitStack() as added, suppress(PaddingNotRemovableError), probe.of_loss_alone(seen.watch(layer)):
+    alone = probe.of_loss_alone(seen.watch(layer), sample)
+    with ExitStack() as added, suppress(PaddingNotRemovableError), alone:
         note, forget = NoteLabels(stack), ForgetLabels(stack)
         note.add(probe.model.register_forward_pre_hook, with_kwargs=True, prepend=True)
         forget.add(probe.model.register_forward_hook, always_call=True)
