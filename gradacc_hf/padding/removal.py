@@ -321,7 +321,8 @@ def _install_with_targets(
 
 
 def _install_layers(model: torch.nn.Module, owner: PreTrainedModel, layers: list, stack: Stack) -> None:
-    if getattr(owner.config, "chunk_size_feed_forward", 0):
+    parts = (part for layer in layers for part in layer.modules())
+    if any(getattr(part, "chunk_size_feed_forward", 0) for part in parts):
         raise PaddingNotRemovableError("chunk_size_feed_forward splits the padded length; set it to 0")
     for layer in layers:
         before, after = PackInputs(stack), UnpackOutput(stack)

@@ -337,3 +337,23 @@ def test_tensors_indexed_by_a_mask_and_other_functions_are_computed_as_usual():
             torch.testing.assert_close(torch.abs(change(found)), change(whole).abs())
         with pytest.raises(AttributeError, match="mul_ would change deferred logits in place"):
             found[:, 1:].mul_(2)
+
+
+@pytest.mark.parametrize("change", ["scale", "cap", "bias", "input"])
+def test_hooks_that_the_head_gets_later_count_once(change):
+    head, batch_of = make(*LLAMA)
+    whole = copy.deepcopy(head.model)
+    gradacc_hf.skip_unlabelled_logits(head.model)
+    changes = {
+        "scale": lambda module, args, output: output * 0.5,
+        "cap": lambda module, args, output: 3 * torch.tanh(output / 3),
+        "bias": lambda module, args, output: output + torch.linspace(-1, 1, module.out_features),
+    }
+    for model in (whole, head.model):
+        if change == "input":
+            model.lm_head.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        else:
+            model.lm_head.register_forward_hook(changes[change])
+    batch = batch_of(LENGTHS)
+    gradients = [whole_window_gradient(model, batch) for model in (head.model, whole)]
+    assert relative_error(*gradients) < EXACT

@@ -478,3 +478,37 @@ def test_compiled_layers(model_type, compiled_first):
     with Products() as products:
         removed(**batch)
     assert products.rows.count(sum(LENGTHS)) >= 4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mpnet"])
+@pytest.mark.parametrize("given", ["argument", "config"])
+def test_hidden_states_as_outputs_are_those_of_the_padded_model(model_type, given):
+    kind = "causal_lm" if model_type == "llama" else "token_classification"
+    padded, removed, batch = make(kind, model_type)
+    more = {"output_hidden_states": True} if given == "argument" else {}
+    real = batch["attention_mask"] != 0
+    for training in (True, False):
+        outputs = []
+        for model in (padded, removed):
+            model.config.use_cache = False
+            model.config.output_hidden_states = given == "config"
+            outputs.append(model.train(training)(**batch, **more).hidden_states)
+        for expected, found in zip(*outputs, strict=True):
+            torch.testing.assert_close(found[real], expected[real])
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_positions_that_the_check_did_not_get_keep_the_padding(model_type):
+    padded, removed, batch = make("token_classification", model_type)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]) // 2
+    assert_same(padded, removed, batch)
+
+
+def test_chunks_of_the_padded_length_are_refused():
+    padded, model, batch = make(remove=False)
+    for layer in model.bert.encoder.layer:
+        layer.chunk_size_feed_forward = 2
+    with pytest.raises(PaddingNotRemovableError, match="chunk_size_feed_forward splits the padded length"):
+        gradacc_hf.remove_padding(model, batch)
+    assert not is_removed(model)
+    assert not is_removed(padded)

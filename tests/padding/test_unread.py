@@ -9,6 +9,7 @@ import gradacc_hf
 from gradacc_hf import PaddingNotRemovableError
 from gradacc_hf.accumulation.reference import EXACT, compare, read_gradient, whole_window_gradient
 from gradacc_hf.padding.removal import is_removed, skips_unread
+from gradacc_hf.padding.sample import packed_row
 from gradacc_hf.verification.tiny_models import build_head
 
 LENGTHS = [17, 9, 30, 9, 12, 3, 21]
@@ -175,3 +176,43 @@ def test_a_copy_skips_too_and_the_restored_model_does_not():
     gradacc_hf.restore_padding(model)
     assert not skips_unread(model)
     assert not is_removed(model)
+
+
+@pytest.mark.parametrize("last_label", [True, False])
+@pytest.mark.parametrize("is_row", [False, True])
+def test_labels_of_all_tokens_in_the_check_do_not_hide_keys_of_later_prompts(is_row, last_label):
+    head = build_head("causal_lm", "llama")
+
+    def batch_of(lengths, unlabelled):
+        batch = head.collate(head.examples(lengths))
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        if not last_label:  # as collators leave them that take the end of text for padding
+            ends = batch["attention_mask"].sum(1, keepdim=True) - 1
+            batch["labels"].scatter_(1, ends, -100)
+        batch["labels"][:, unlabelled] = -100
+        return batch, packed_row(batch) if is_row else batch
+
+    padded = copy.deepcopy(head.model)
+    gradacc_hf.remove_padding(head.model, batch_of(LENGTHS, [])[1], model_loss)
+    assert skips_unread(head.model)
+    for unlabelled in ([0, 1, 2], [2]):
+        reference, given = batch_of([11, 4, 6, 26, 7], unlabelled)
+        reference = whole_window_gradient(padded, reference)
+        assert compare("prompts", whole_window_gradient(head.model, given), reference).error < EXACT
+
+
+def test_a_loss_that_reads_other_tokens_later_is_an_error():
+    weight = 0.0
+
+    def with_penalty(outputs, batch):
+        return outputs.loss + weight * (outputs.logits * batch["attention_mask"][..., None]).sum()
+
+    padded, model, batch_of = make("token_classification", "bert", with_penalty)
+    batch = batch_of(OTHERS)
+    assert skips_unread(model)
+    assert error(padded, model, batch) < EXACT
+    weight = 1.0
+    with pytest.raises(PaddingNotRemovableError, match="reads tokens that it did not read in the check"):
+        with_penalty(model.train()(**batch), batch).backward()
+    gradacc_hf.restore_padding(model)
+    with_penalty(model(**batch), batch).backward()
