@@ -5,7 +5,7 @@ The plan of a run prints its lines, `summary.json` has them, and the report show
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,25 @@ class Source:
 
     name: str
     splits: dict[str, Dataset]
-    files: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    files: dict[str, list["FileRows"]] = field(default_factory=dict)
 
-    def files_of(self, split: str) -> list[tuple[str, int]]:
+    def files_of(self, split: str) -> list["FileRows"]:
         """Return the files of a split with their rows, or the split itself if they are not known."""
-        return self.files.get(split) or [(f"{self.name}, split {split}", len(self.splits[split]))]
+        return self.files.get(split) or [FileRows(f"{self.name}, split {split}", len(self.splits[split]))]
 
 
 @dataclass(frozen=True)
 class FileRows:
-    """A file or a split of a data set that was read, the number of rows, and what they are used for."""
+    """A file or a split of a data set that was read, its number of rows, their use, and the file's form."""
 
     name: str
     rows: int
-    use: str
+    use: str = ""
+    form: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}: {counted(self.rows, 'row')}, {self.use}"
+        found = f" ({self.form})" if self.form else ""
+        return f"{self.name}: {counted(self.rows, 'row')}{', ' * bool(self.use)}{self.use}{found}"
 
 
 @dataclass
@@ -70,13 +72,13 @@ class Reading:
 
     def use_split(self, source: Source, split: str, use: str) -> None:
         """Add the files of a split that is used for training or validation."""
-        self.files += [FileRows(name, rows, use) for name, rows in source.files_of(split)]
+        self.files += [replace(file, use=use) for file in source.files_of(split)]
 
     def leave_splits(self, source: Source, used: Collection[str]) -> None:
         """Note the files of the splits that are not used."""
         for split in (name for name in source.splits if name not in used):
-            for name, rows in source.files_of(split):
-                self.note("not used", f"{name}: {counted(rows, 'row')}")
+            for file in source.files_of(split):
+                self.note("not used", str(file))
 
     def note(self, name: str, text: str) -> None:
         """Add a line, unless it is there already."""
