@@ -56,7 +56,7 @@ def text_problem(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str | 
             text = row[column]
             if text is not None and not isinstance(text, str):
                 return f"column {column!r}: {type(text).__name__}, not text"
-            if not (text or "").strip():
+            if not text or not text.strip():
                 return f"column {column!r} is empty"
         return None
 

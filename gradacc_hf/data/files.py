@@ -69,12 +69,14 @@ class Form:
     encoding: of a text file, as Python names it.
     rows_key: the key of the rows in a JSON file of one object.
     sheet: of an Excel file.
+    without: columns of a Parquet file whose type `datasets` does not have.
     """
 
     separator: str | None = None
     encoding: str | None = None
     rows_key: str | None = None
     sheet: str | None = None
+    without: str | None = None
 
     def __str__(self) -> str:
         """Return the line of a plan: all but the defaults, which are commas and UTF-8."""
@@ -84,6 +86,7 @@ class Form:
             "encoding": self.encoding if self.encoding != UTF8 else None,
             "rows under": self.rows_key and repr(self.rows_key),
             "sheet": self.sheet,
+            "without": self.without,
         }
         return ", ".join(f"{name} {value}" for name, value in shown.items() if value)
 

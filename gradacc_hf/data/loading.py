@@ -213,9 +213,10 @@ def _read_files(
 ) -> tuple[Dataset, list[FileRows]]:
     """Return the rows of several files as one data set, and what was read of each."""
     found = [(p, *read_file(p, key, form)) for p in files]
-    rows, lines = joined([(p, of_file) for p, of_file, _ in found], key)
+    rows, lines, classes = joined([(p, of_file) for p, of_file, _ in found])
     for column, line in lines.items():
         reading.merged.setdefault(column, []).append(line)
+    reading.refused |= {column: (key, line, "write labels as text") for column, line in classes.items()}
     record_files(rows, [(p, len(of_file), found_form) for p, of_file, found_form in found])
     return rows, [FileRows(str(p), len(of_file), form=str(found_form)) for p, of_file, found_form in found]
 

@@ -18,7 +18,7 @@ from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable, concat_tables
 
 from gradacc_hf.data.files import open_text
-from gradacc_hf.errors import listed, refuse
+from gradacc_hf.errors import listed
 
 pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 KINDS = {str: "texts", bool: "truth values", int: "numbers", float: "numbers", type(None): "missing"}
@@ -172,6 +172,9 @@ def _unchanged(values: Sequence[Any]) -> pa.Array:
             return column
     except pa.ArrowException:
         pass
+    except UnicodeEncodeError:  # half of a surrogate pair, such as of a truncated emoji, becomes "?"
+        whole = json.dumps(values, ensure_ascii=False).encode(errors="replace")
+        return _unchanged(json.loads(whole))
     return _as_json(values)
 
 
@@ -215,7 +218,7 @@ def mixed_columns(*splits: Dataset) -> dict[str, str]:
         kinds: Counter[str] = Counter()
         for split in (split for split in splits if _has_scalars(split, name)):
             kinds.update(KINDS.get(type(value), "lists or objects") for value in split[name])
-        if kinds.keys() & {*KINDS.values()} - {"missing"}:
+        if len(kinds) > 1 and kinds.keys() & {*KINDS.values()} - {"missing"}:
             counts = listed(f"{number:,} {kind}" for kind, number in kinds.items())
             lines[name] = f'column {name!r} has {counts}; 1 and "1" are one value'
     return lines
@@ -229,31 +232,34 @@ def _has_scalars(split: Dataset, name: str) -> bool:
     return any(text is not None and text[:1] not in "{[" for text in texts)
 
 
-def joined(files: Sequence[tuple[Path, Dataset]], key: str) -> tuple[Dataset, dict[str, str]]:
-    """Return the rows of several files, and a line about each column that not all of them have.
+def joined(files: Sequence[tuple[Path, Dataset]]) -> tuple[Dataset, dict[str, str], dict[str, str]]:
+    """Return the rows of several files, and two kinds of lines, by column.
 
-    Raises:
-        InputError: If a column has class ids in one file and other values in another.
+    A line of the first kind is about a column that not all files have. A line of the second kind is about a
+    column that is left out: it has class ids in one file, and other values in another.
     """
     if len(files) == 1:
-        return files[0][1], {}
+        return files[0][1], {}, {}
     names = dict.fromkeys(name for _, rows in files for name in rows.column_names)
-    parts, lines = [rows for _, rows in files], {}
+    parts, lines, classes = [rows for _, rows in files], {}, {}
     for name in names:
         if absent := [path.name for path, rows in files if name not in rows.column_names]:
             lines[name] = f"column {name!r} is empty for the rows of {listed(absent)}, which lack it"
         kinds = {path: rows.features[name] for path, rows in files if name in rows.column_names}
         if len({repr(kind) for kind in kinds.values()}) > 1:
-            parts = _in_one_type(parts, name, kinds, key)
-    return concatenate_datasets(parts), lines
+            if any(isinstance(kind, ClassLabel) for kind in kinds.values()):
+                names_of = ((path, getattr(kind, "names", None) or kind) for path, kind in kinds.items())
+                shown = listed(f"{found} in {path}" for path, found in names_of)
+                classes[name] = f"column {name!r} has classes of different names: {shown}"
+                parts = [part.remove_columns(name) if name in part.features else part for part in parts]
+            else:
+                parts = _in_one_type(parts, name, kinds)
+    return concatenate_datasets(parts), lines, classes
 
 
-def _in_one_type(parts: list[Dataset], name: str, kinds: dict[Path, Any], key: str) -> list[Dataset]:
+def _in_one_type(parts: list[Dataset], name: str, kinds: dict[Path, Any]) -> list[Dataset]:
     """Return the files with a column in a type that all of them can have."""
     found = [kind for kind in kinds.values() if kind != Value("null")]
-    if any(isinstance(kind, ClassLabel) for kind in found):
-        shown = listed(f"{getattr(kind, 'names', None) or kind} in {path}" for path, kind in kinds.items())
-        refuse(key, f"column {name!r} has classes of different names: {shown}", "write labels as text")
     wanted = found[0] if len({repr(kind) for kind in found}) == 1 else None
     for prefix, common in (
         ("int", "int64"),

@@ -13,6 +13,8 @@ from typing import Any
 
 import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.json.json import JsonConfig
@@ -79,7 +81,7 @@ def read_splits(path: Path, key: str, given: Form | None = None) -> dict[str, tu
         elif suffix == ".xlsx":
             found = {"train": _read_excel(path, key, form)}
         else:
-            found = {"train": (_load(BUILDERS[suffix], path), form)}
+            found = {"train": _read_arrow(path, form)}
     for rows, _ in found.values():
         if not len(rows):
             refuse(key, f"{path}: no rows", "give at least one in each file")
@@ -122,6 +124,27 @@ def _refuse_encoding(path: Path, key: str, form: Form) -> None:
 def _load(builder: str, path: Path, **options: Any) -> Dataset:
     load: Any = datasets.load_dataset
     return load(builder, data_files={"train": glob.escape(str(path))}, **options)["train"]
+
+
+def _read_arrow(path: Path, form: Form) -> tuple[Dataset, Form]:
+    """Return the rows of a Parquet or Arrow file, without columns of types that `datasets` does not have."""
+    builder = BUILDERS[suffix_of(path)]
+    try:
+        return _load(builder, path), form
+    except Exception:
+        schema = pq.read_schema(path) if builder == "parquet" else []
+        if not (odd := [column.name for column in schema if not _has_feature(column)]):
+            raise
+        read = pa.schema([column for column in schema if column.name not in odd], schema.metadata)
+        options = {"columns": read.names, "features": Features.from_arrow_schema(read)}
+        return _load(builder, path, **options), replace(form, without=listed(odd))
+
+
+def _has_feature(column: pa.Field) -> bool:
+    try:
+        return bool(Features.from_arrow_schema(pa.schema([column])))
+    except ValueError:
+        return False
 
 
 def _read_table(path: Path, key: str, form: Form) -> Dataset:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from gradacc_hf.errors import listed
+from gradacc_hf.errors import listed, refuse
 
 SPLITS = ("training", "validation")
 SHOWN = 20  # lines of one name in a plan
@@ -59,12 +59,14 @@ class Reading:
     notes: lines about rows and columns that were changed or left out, by the name of the line.
     columns: the columns of all files.
     merged: lines about columns that differ from file to file, or from row to row.
+    refused: columns that are left out, with the setting, the reason and the cure.
     """
 
     files: list[FileRows] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     merged: dict[str, list[str]] = field(default_factory=dict)
+    refused: dict[str, tuple[str, str, str]] = field(default_factory=dict)
 
     def begin(self, other: "Reading") -> None:
         """Become a copy of another record."""
@@ -98,9 +100,11 @@ class Reading:
     def use(self, columns: Iterable[str]) -> None:
         """Note the columns that nothing uses, and where used columns differ.
 
-        A column inside another, such as translation.de, uses both.
+        A column inside another, such as translation.de, uses both. Raise InputError for a refused column.
         """
         used = {name.partition(".")[0] for name in columns} | {*columns}
+        for name in used & self.refused.keys():
+            refuse(*self.refused[name])
         if unused := [name for name in self.columns if name not in used]:
             self.note("ignored", f"{counted(len(unused), 'column')} that nothing uses: {listed(unused)}")
         for line in (line for name, lines in self.merged.items() if name in used for line in lines):

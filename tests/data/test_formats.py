@@ -10,6 +10,8 @@ from pathlib import Path
 
 import datasets.config
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -252,6 +254,19 @@ def test_a_column_that_nothing_uses_refuses_no_file():
     rows = [{"text": f"t {i}", "label": "ab"[i % 2], "meta": metas[i % 7]} for i in range(21)]
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert load("a.jsonl")[0] == rows
+
+
+def test_half_of_a_truncated_emoji_refuses_no_file():
+    rows = [{"text": f"t {i}", "note": "\ud83d" if i == 2 else "\U0001f600"} for i in range(4)]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load("a.jsonl")[0] == [*rows[:2], {"text": "t 2", "note": "?"}, rows[3]]
+
+
+def test_columns_of_parquet_that_datasets_cannot_read_are_left_out():
+    columns = {name: [row[name] for row in ROWS] for name in ("text", "label")}
+    maps = pa.array([[("a", 1)]] * 5, pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({**columns, "meta": maps}), "a.parquet")
+    assert load("a.parquet") == (ROWS, ["a.parquet: 5 rows, training (without meta)"])
 
 
 # Other files

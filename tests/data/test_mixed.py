@@ -110,6 +110,9 @@ def test_class_ids_beside_text_are_refused():
     write_labels("set/b.csv", ["no", "yes"])
     with pytest.raises(InputError, match=r"column 'label' has classes of different names: .*'no', 'yes'"):
         names_of("set")
+    splits = load_data("set", validation_fraction=0.1, seed=0)
+    splits.reading.use(["text"])
+    assert splits.train.column_names == ["text"]
 
 
 def test_rows_with_late_keys_and_late_types_are_read():
