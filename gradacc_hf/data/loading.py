@@ -29,6 +29,7 @@ from huggingface_hub import DatasetCard
 from gradacc_hf import embedded
 from gradacc_hf.data.columns import file_rows
 from gradacc_hf.data.files import ALLOWED, Form, is_data
+from gradacc_hf.data.looks_like import looks_like
 from gradacc_hf.data.mixed import joined, mixed_columns
 from gradacc_hf.data.places import record_files
 from gradacc_hf.data.readers import CSV, cause_of, quiet, read_file, read_splits, reading_errors, splits_in
@@ -129,7 +130,9 @@ def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | Non
     shuffled = rows.shuffle(seed=seed, keep_in_memory=True)
     drawn = np.flatnonzero(~kept[file_rows(shuffled)])[:number]
     if not 0 < fraction < 1 or not len(drawn) or number >= len(rows):
-        found = f"{fraction:g} of {len(rows):,} rows leaves nothing to train on or to hold out"
+        found = f"{fraction:g} of {counted(len(rows), 'row')} leaves nothing to train on or to hold out"
+        if name := looks_like(rows.column_names):
+            found += f" (it looks like {name})"
         refuse("data.validation_fraction", found, "between 0 and 1, or set data.validation")
     left = np.setdiff1d(np.arange(len(rows)), drawn)
     return shuffled.select(left), shuffled.select(drawn)

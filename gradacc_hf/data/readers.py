@@ -132,7 +132,7 @@ def _read_arrow(path: Path, form: Form) -> tuple[Dataset, Form]:
     try:
         return _load(builder, path), form
     except Exception:
-        schema = pq.read_schema(path) if builder == "parquet" else []
+        schema: Any = pq.read_schema(path) if builder == "parquet" else []
         if not (odd := [column.name for column in schema if not _has_feature(column)]):
             raise
         read = pa.schema([column for column in schema if column.name not in odd], schema.metadata)

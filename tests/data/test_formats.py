@@ -24,6 +24,7 @@ from gradacc_hf.data.places import places
 from gradacc_hf.data.tables import find_separator
 from gradacc_hf.errors import InputError
 
+README = (Path(__file__).parents[2] / "recipes" / "README.md").read_text()
 ROWS = [
     {"text": "a, b; c", "label": "x"},
     {"text": 'say "hi"', "label": "NA"},
@@ -31,6 +32,7 @@ ROWS = [
     {"text": "null", "label": "1e3"},
     {"text": "über 2020-01-01", "label": "True"},
 ]
+FORMATS = README.split("## Formats")[1].split("\n## ")[0]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
@@ -305,6 +307,19 @@ def test_a_sheet_of_an_excel_file_is_read():
 def test_without_openpyxl_an_excel_file_is_refused():
     Path("a.xlsx").touch()
     assert "pip install openpyxl" in refusal(load, "a.xlsx")
+
+
+def test_every_example_of_the_page_of_formats_is_read():
+    rows = [line.split(" | ") for line in FORMATS.split("\n") if line.startswith("| `.")]
+    examples = [(cells[0].strip("|` "), cells[1].strip("`")) for cells in rows if "good" in cells[1]]
+    assert len(examples) == 7
+    for number, (suffix, text) in enumerate(examples):
+        name = f"{number}{suffix}"
+        Path(name).write_text(text.replace("⏎", "\n").replace("→", "\t") + "\n")
+        assert load_data(name, name, validation_fraction=0.1, seed=0).train.to_list() == [
+            {"text": "good; fine", "label": "yes"}
+        ], name
+    assert all(f"`{suffix}`" in FORMATS for suffix in (*files.BUILDERS, *files.COMPRESSED))
 
 
 # Several files
