@@ -35,6 +35,7 @@ TEXTS = TABLES + JSONS
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSED = (*OPENERS, ".zst")  # of text files
 ALLOWED = f"{listed(BUILDERS)} (text also in {listed(COMPRESSED)})"
+COLUMNS = "the name of each column"  # the place of the rows in a JSON object of columns
 UTF8 = "utf-8-sig"  # skips a byte order mark
 
 BLOCK = 1 << 20
@@ -84,7 +85,7 @@ class Form:
         shown = {
             "separator": names.get(self.separator or ",", self.separator) if self.separator != "," else None,
             "encoding": self.encoding if self.encoding != UTF8 else None,
-            "rows under": self.rows_key and repr(self.rows_key),
+            "rows under": self.rows_key if self.rows_key in (None, COLUMNS) else repr(self.rows_key),
             "sheet": self.sheet,
             "without": self.without,
         }

@@ -203,11 +203,12 @@ def _files_of(name: str, key: str, reading: Reading) -> list[Path]:
         return [path]
     if not glob.has_magic(name):
         refuse(key, f"no file {name!r}", _hint(path))
-    found = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
-    files = [p for p in found if is_data(p)]
+    found = [*map(Path, sorted(glob.glob(str(path), recursive=True)))]
+    files = [p for p in found if p.is_file() and is_data(p)]
     if not files:
         refuse(key, f"no data file matches {name!r}", f"allowed: {ALLOWED}")
-    reading.note_not_read([(p, f"allowed: {ALLOWED}") for p in found if p not in files])
+    others = [p for p in found if p not in files]
+    reading.note_not_read([(p, "a folder" if p.is_dir() else f"allowed: {ALLOWED}") for p in others])
     return files
 
 
@@ -312,8 +313,8 @@ def _note_not_read(
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file is hidden or in a hidden folder, so that `datasets` does not read it."""
-    return any(part.startswith((".", "__")) for part in path.parts)
+    """Whether a file is hidden, in a hidden folder, or the mark of an open Excel file."""
+    return any(part.startswith((".", "__", "~$")) for part in path.parts)
 
 
 def files_of_splits(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:

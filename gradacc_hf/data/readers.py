@@ -1,5 +1,6 @@
 """Read one data file: its form is found in it, and `datasets` reads the rows as far as it goes."""
 
+import codecs
 import contextlib
 import glob
 import json
@@ -23,6 +24,7 @@ from datasets.table import CastError
 from gradacc_hf.config.schema import SEPARATORS
 from gradacc_hf.data.files import (
     BUILDERS,
+    COLUMNS,
     JSONS,
     TABLES,
     TEXTS,
@@ -41,6 +43,7 @@ from gradacc_hf.data.mixed import (
     lists_of_object,
     read_mixed_json,
     rows_as_dataset,
+    rows_of_columns,
     with_columns_of_file,
 )
 from gradacc_hf.data.tables import find_separator, table_fault
@@ -97,7 +100,7 @@ def _form(path: Path, key: str, given: Form) -> Form:
             if not file.read(1):
                 refuse(key, f"{path} is empty", "give at least one row")
         if suffix in TEXTS:
-            form = replace(form, encoding=given.encoding or find_encoding(path, key))
+            form = replace(form, encoding=_encoding(given.encoding) or find_encoding(path, key))
         if suffix in TABLES:
             assert form.encoding is not None
             found = SEPARATORS.get(given.separator or "", given.separator)
@@ -112,13 +115,15 @@ def _form(path: Path, key: str, given: Form) -> Form:
     return replace(form, sheet=given.sheet) if suffix == ".xlsx" else form
 
 
+def _encoding(given: str | None) -> str | None:
+    return UTF8 if given and codecs.lookup(given).name in ("utf-8", UTF8) else given
+
+
 def _refuse_encoding(path: Path, key: str, form: Form) -> None:
-    encoding = form.encoding or "utf-8"
+    encoding = "UTF-8" if form.encoding in (None, UTF8) else form.encoding
     if fault := encoding_fault(path, encoding):
-        shown = "UTF-8" if encoding == UTF8 else encoding
-        refuse(
-            key, f"{path} is not {shown}: {fault}", "save it as UTF-8, or set data.encoding to its encoding"
-        )
+        cure = "save it as UTF-8, or set data.encoding to its encoding"
+        refuse(key, f"{path} is not {encoding}: {fault}", cure)
 
 
 def _load(builder: str, path: Path, **options: Any) -> Dataset:
@@ -182,14 +187,14 @@ def _lists(path: Path, key: str, form: Form) -> dict[str, tuple[str, list[Any]]]
     whole = lists_of_object(path, form.encoding)
     if whole is None:
         return None
-    keys, lists = whole
+    found, lists = whole
     if (name := form.rows_key) is not None:
         if name not in lists:
-            found = f"{path} has no list of objects under {name!r}; found the keys {listed(keys)}"
-            refuse("data.rows_key", found, f"allowed: {listed(lists) or 'null'}")
+            keys = f"{path} has no list of objects under {name!r}; found the keys {listed(found)}"
+            refuse("data.rows_key", keys, f"allowed: {listed(lists) or 'null'}")
         return {"train": (name, lists[name])}
     if not lists:
-        return None
+        return {"train": (COLUMNS, rows)} if (rows := rows_of_columns(found)) else None
     if len(lists) == 1:
         return {"train": next(iter(lists.items()))}
     splits = {name: splits_in(name) for name in lists}

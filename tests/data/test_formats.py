@@ -113,7 +113,7 @@ def test_the_settings_overrule_what_is_found():
         [{"text,more;label": "a,b;õ"}],
         ["a.csv: 1 row, training (separator tab, encoding latin-1)"],
     )
-    line = "a.csv is not utf-8: line 2, byte 20; save it as UTF-8, or set data.encoding to its encoding"
+    line = "a.csv is not UTF-8: line 2, byte 20; save it as UTF-8, or set data.encoding to its encoding"
     assert refusal(load, "a.csv", encoding="utf-8") == f"data.train: {line}"
 
 
@@ -217,6 +217,11 @@ def test_a_damaged_compressed_file_is_one_line():
 def test_json_in_every_layout_is_read(name, text, stated):
     Path(name).write_text(text, encoding="utf-8", newline="")
     assert load(name) == (ROWS, [f"{name}: 5 rows, training{stated}"])
+
+
+def test_a_data_frame_as_json_is_read():
+    pd.DataFrame(ROWS).to_json("a.json")
+    assert load("a.json") == (ROWS, ["a.json: 5 rows, training (rows under the name of each column)"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
@@ -331,6 +336,7 @@ def test_several_files_are_one_data_set_in_their_order():
         Path(f"s/{number}.jsonl").write_text(json.dumps(ROWS[number]) + "\n")
     pd.DataFrame(ROWS[3:]).to_csv("b.csv", index=False, sep=";")
     Path("s/notes.md").touch()
+    Path("s/older").mkdir()
     stated = [*(f"s/{number}.jsonl: 1 row, training" for number in range(3))]
     assert load("s/*.jsonl") == (ROWS[:3], stated)
     assert load("s/*") == (ROWS[:3], stated)
@@ -338,7 +344,8 @@ def test_several_files_are_one_data_set_in_their_order():
     assert load(["b.csv", "s/0.jsonl"])[0] == [*ROWS[3:], ROWS[0]]
     splits = load_data("s/*", "b.csv", validation_fraction=0.1, seed=0)
     kinds = f"allowed: {files.ALLOWED}"
-    assert splits.reading.lines()[-1] == ("not read", f"s/notes.md: {kinds}")
+    notes = [("not read", f"s/notes.md: {kinds}"), ("not read", "s/older: a folder")]
+    assert splits.reading.lines()[-2:] == notes
     assert refusal(load, "s/*.txt") == f"data.train: no data file matches 's/*.txt'; {kinds}"
     assert refusal(load, "b.csv, c.csv") == "data.train: no file 'c.csv'; did you mean 'b.csv'?"
     Path("a,b.jsonl").write_text(JSONL)
