@@ -70,6 +70,7 @@ class Form:
     encoding: of a text file, as Python names it.
     rows_key: the key of the rows in a JSON file of one object.
     sheet: of an Excel file.
+    quotes: "as text" if the quotes of a table are part of its texts.
     without: columns of a Parquet file whose type `datasets` does not have.
     """
 
@@ -77,6 +78,7 @@ class Form:
     encoding: str | None = None
     rows_key: str | None = None
     sheet: str | None = None
+    quotes: str | None = None
     without: str | None = None
 
     def __str__(self) -> str:
@@ -87,6 +89,7 @@ class Form:
             "encoding": self.encoding if self.encoding != UTF8 else None,
             "rows under": self.rows_key if self.rows_key in (None, COLUMNS) else repr(self.rows_key),
             "sheet": self.sheet,
+            "quotes": self.quotes,
             "without": self.without,
         }
         return ", ".join(f"{name} {value}" for name, value in shown.items() if value)
@@ -141,7 +144,7 @@ def find_encoding(path: Path, key: str) -> str:
     if found := next((name for mark, name in _MARKS if start.startswith(mark)), None):
         return found
     zeros = [start[odd::2].count(0) for odd in (0, 1)]  # of ASCII in UTF-16, every second byte is 0
-    if min(zeros) == 0 and 40 * max(zeros) > len(start):
+    if min(zeros) == 0 and max(zeros) > max(2, len(start) // 40):
         return "utf-16-le" if zeros[1] else "utf-16-be"
     if (fault := encoding_fault(path, "utf-8")) is None:
         return UTF8

@@ -133,6 +133,8 @@ def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | Non
         found = f"{fraction:g} of {counted(len(rows), 'row')} leaves nothing to train on or to hold out"
         if name := looks_like(rows.column_names):
             found += f" (it looks like {name})"
+        elif len(rows) == 1:
+            found += f" (it has {listed(rows.column_names)})"
         refuse("data.validation_fraction", found, "between 0 and 1, or set data.validation")
     left = np.setdiff1d(np.arange(len(rows)), drawn)
     return shuffled.select(left), shuffled.select(drawn)

@@ -51,7 +51,7 @@ def _lines(path: Path, rows: int, form: Form) -> list[int] | None:
     try:
         if suffix in TABLES and form.separator:
             with open_text(path, form.encoding, newline="") as file:
-                lines = [line for line, _ in records(file, form.separator)][1:]
+                lines = [line for line, _ in records(file, form)][1:]
         elif suffix in JSONS and not form.rows_key:
             with open_text(path, form.encoding) as file:
                 lines = [number for number, line in enumerate(file, start=1) if line.strip()]

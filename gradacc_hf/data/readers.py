@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import csv
 import glob
 import json
 import lzma
@@ -15,9 +16,11 @@ from typing import Any
 import datasets
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 from datasets.data_files import SPLIT_KEYWORDS
+from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.json.json import JsonConfig
 from datasets.table import CastError
 
@@ -46,9 +49,10 @@ from gradacc_hf.data.mixed import (
     rows_of_columns,
     with_columns_of_file,
 )
-from gradacc_hf.data.tables import find_separator, table_fault
+from gradacc_hf.data.tables import find_separator, quotes_are_text, table_fault
 from gradacc_hf.errors import InputError, listed, refuse
 
+pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts, not nulls
 
 _NO_ROWS = ("corresponds to no data", "No columns to parse", "BatchSize must be")  # errors of the builders
@@ -78,7 +82,7 @@ def read_splits(path: Path, key: str, given: Form | None = None) -> dict[str, tu
     with reading_errors(key, [path], form):
         suffix = suffix_of(path)
         if suffix in TABLES:
-            found = {"train": (_read_table(path, key, form), form)}
+            found = {"train": _read_table(path, key, form)}
         elif suffix in JSONS:
             found = _read_json(path, key, form)
         elif suffix == ".xlsx":
@@ -152,8 +156,30 @@ def _has_feature(column: pa.Field) -> bool:
         return False
 
 
-def _read_table(path: Path, key: str, form: Form) -> Dataset:
+def _read_table(path: Path, key: str, form: Form) -> tuple[Dataset, Form]:
+    """Return the rows of a table. Quotes that are part of the texts do not merge lines into a value."""
+    try:
+        rows = _load_table(path, key, form)
+    except (pd.errors.ParserError, DatasetGenerationError):
+        if not quotes_are_text(path, form):
+            raise
+    else:
+        if not (_has_merged(rows, form) and quotes_are_text(path, form)):
+            return rows, form
+    form = replace(form, quotes="as text")
+    return _load_table(path, key, form), form
+
+
+def _has_merged(rows: Dataset, form: Form) -> bool:
+    """Whether a value has both the separator and a line end."""
+    signs = (form.separator, "\n")
+    found = (pc.and_(*(pc.match_substring(column, sign) for sign in signs)) for column in rows.data.columns)
+    return any(pc.any(of_column).as_py() for of_column in found)
+
+
+def _load_table(path: Path, key: str, form: Form) -> Dataset:
     options = {**CSV, "sep": form.separator, "encoding": form.encoding if form.encoding != UTF8 else None}
+    options["quoting"] = csv.QUOTE_NONE if form.quotes else csv.QUOTE_MINIMAL
     first = pd.read_csv(path, nrows=1, dtype=str, **options)
     if not isinstance(first.index, pd.RangeIndex):
         cure = "give every column a name; one column of texts: --data.separator none"

@@ -105,6 +105,18 @@ def test_one_column_of_texts_with_commas_is_one_column():
     assert load("a.csv") == (rows, ["a.csv: 3 rows, training (separator none)"])
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [['"hello there', "b", 'say" now'], ['say "hi"', '"open', "c"]],
+    ids=["two quotes", "an open quote"],
+)
+def test_quotes_that_are_text_merge_no_lines(texts):
+    rows = [{"text": text, "label": "x"} for text in texts]
+    Path("a.tsv").write_text("text\tlabel\n" + "".join(f"{text}\tx\n" for text in texts))
+    assert load("a.tsv") == (rows, ["a.tsv: 3 rows, training (separator tab, quotes as text)"])
+    assert places(load_data("a.tsv", "a.tsv", validation_fraction=0.1, seed=0).train, [2]) == ["a.tsv line 4"]
+
+
 def test_the_settings_overrule_what_is_found():
     Path("a.csv").write_bytes("text,more;label\na,b;õ\n".encode("cp1250", "replace").replace(b"?", b"\xf5"))
     assert load("a.csv", separator="semicolon", encoding="cp1250")[0] == [{"text,more": "a,b", "label": "ő"}]
