@@ -78,8 +78,8 @@ def table_fault(path: Path, form: Form) -> str | None:
 def quotes_are_text(path: Path, form: Form) -> bool:
     """Whether the quotes of a table are part of its texts.
 
-    Each line has as many separators as the header, and a quote closes within a value. In tables of tabs, often
-    written without quoting, a quote may also stay open.
+    Each line has as many separators as the header, and a quote closes within a value. A quote may also stay
+    open in a table of tabs, which is often written without quoting.
     """
     separator = form.separator or ","
     with open_text(path, form.encoding, newline="") as file:
