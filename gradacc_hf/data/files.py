@@ -58,7 +58,7 @@ _PAGES = {  # code page → letters that its languages use; of equal pages, the 
 }
 _LATIN = {"cp1252", "cp1250", "cp1254"}
 _LAST = "ςךםןףץ"  # letters that only end a word
-_SIGNS = "€‚„…‘’“”–—•™«»°§¿¡£©®½²·\xa0"
+_SIGNS = "€„…‘’“”–—•™«»°§¿¡£©®½²·\xa0"
 _WORD = re.compile(rb"[A-Za-z]*[\x80-\xff][A-Za-z\x80-\xff]*")
 
 
