@@ -47,7 +47,7 @@ _MARKS = (  # UTF-32 first: its mark begins with the mark of UTF-16
 )
 _CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюяёіїєґў"
 _PAGES = {  # code page → letters that its languages use; of equal pages, the first is taken
-    "cp1252": "àâäáãåæçèéêëìíîïñòóôõöøùúûüßœ",
+    "cp1252": "àâäáãåæçèéêëìíîïñòóôõöøùúûüßœµ",
     "cp1250": "áâäăąćčçďéęëěíîĺľłńňóôöőŕřśšşťţúůüűýźżžß",
     "cp1254": "âçğıîöşûü",
     "cp1255": "אבגדהוזחטיךכלםמןנסעףפץצקרשת",
@@ -58,7 +58,7 @@ _PAGES = {  # code page → letters that its languages use; of equal pages, the 
 }
 _LATIN = {"cp1252", "cp1250", "cp1254"}
 _LAST = "ςךםןףץ"  # letters that only end a word
-_SIGNS = "€„…‘’“”–—•™«»°§¿¡£©®½²·\xa0"
+_SIGNS = "€„…‘’“”–—•™«»°§¿¡£©®½²±×·\xa0"
 _WORD = re.compile(rb"[A-Za-z]*[\x80-\xff][A-Za-z\x80-\xff]*")
 
 

@@ -6,6 +6,7 @@ counted only for a message.
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ _KEY = "gradacc"
 
 def record_files(rows: Dataset, files: Sequence[tuple[Path, int, Form]]) -> None:
     """Record the files of all rows, in their order, with the number of rows and the form of each."""
-    rows.info.download_checksums = {_KEY: list(files)}
+    found = [[str(path), number, asdict(form)] for path, number, form in files]  # `save_to_disk` writes it
+    rows.info.download_checksums = {_KEY: found}
 
 
 def places(rows: Dataset, numbers: Iterable[Any], split: str = "training") -> list[str]:
@@ -39,7 +41,7 @@ def places(rows: Dataset, numbers: Iterable[Any], split: str = "training") -> li
             continue
         path, count, form = files[index]
         if index not in lines:
-            lines[index] = _lines(path, count, form)
+            lines[index] = _lines(Path(path), count, Form(**form))
         row, of_file = number - (ends[index] - count), lines[index]
         found.append(f"{path} row {row + 1:,}" if of_file is None else f"{path} line {of_file[row]:,}")
     return found

@@ -407,6 +407,7 @@ def test_a_row_is_named_by_its_line_in_its_file():
         "c.json row 1",
     ]
     assert places(shuffled, range(6)) == expected
+    splits.train.save_to_disk("saved")
     Path("b.jsonl").write_text("{}\n")  # no longer the file that was read
     assert places(shuffled, [3, 4]) == ["b.jsonl row 1", "b.jsonl row 2"]
     assert places(Dataset.from_list(ROWS), [6], "validation") == ["validation row 7"]
