@@ -1,7 +1,7 @@
 """Load the user's data from a file, a folder (also of images) or a Hub name, as training and validation rows.
 
-The library `datasets` reads the files. This module holds out validation rows if there are none, and raises an
-InputError of one line for a file that cannot be read. The recipe tokenises texts.
+`readers.py` reads each file. This module finds the files and their splits, and holds out validation rows if
+there are none. The recipe tokenises texts.
 """
 
 import contextlib

@@ -5,9 +5,7 @@ import contextlib
 import csv
 import glob
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +54,6 @@ pc: Any = pyarrow.compute  # the functions are made at import, so type checkers 
 CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts, not nulls
 
 _NO_ROWS = ("corresponds to no data", "No columns to parse", "BatchSize must be")  # errors of the builders
-_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # also of a compressed file
 
 
 def read_file(path: Path, key: str, given: Form | None = None) -> tuple[Dataset, Form]:
@@ -111,7 +108,9 @@ def _form(path: Path, key: str, given: Form) -> Form:
             form = replace(form, separator=found or find_separator(path, form.encoding))
     except UnicodeDecodeError:
         _refuse_encoding(path, key, form)
-    except _DAMAGED as error:
+    except InputError:
+        raise
+    except Exception as error:  # also those of the libraries for compressed files
         found = getattr(error, "strerror", None) or cause_of(error)
         refuse(key, f"cannot read {path}: {found}", "give a file that you can read")
     if suffix in JSONS:
