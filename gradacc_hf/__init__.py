@@ -24,6 +24,7 @@ __all__ = [
     "GradaccError",
     "GrowingBatch",
     "InputError",
+    "LogitsNeededError",
     "LoopError",
     "MissingExtraError",
     "NonFiniteError",
@@ -43,8 +44,10 @@ __all__ = [
     "newest_checkpoint",
     "preflight_check",
     "remove_padding",
+    "restore_logits",
     "restore_padding",
     "retry_on_oom",
+    "skip_unlabelled_logits",
     "train",
     "verify",
 ]
@@ -62,6 +65,7 @@ _LAZY = {
     "GradaccError": "errors",
     "GrowingBatch": "accumulation.batch_schedule",
     "InputError": "errors",
+    "LogitsNeededError": "errors",
     "LoopError": "errors",
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
@@ -80,8 +84,10 @@ _LAZY = {
     "newest_checkpoint": "training.checkpoint",
     "preflight_check": "training.preflight",
     "remove_padding": "padding.removal",
+    "restore_logits": "padding.logits",
     "restore_padding": "padding.removal",
     "retry_on_oom": "accumulation.oom",
+    "skip_unlabelled_logits": "padding.logits",
     "train": "training.loop",
     "verify": "verification.exactness",
 }
@@ -100,6 +106,7 @@ if TYPE_CHECKING:
     from gradacc_hf.errors import (
         GradaccError,
         InputError,
+        LogitsNeededError,
         LoopError,
         MissingExtraError,
         NonFiniteError,
@@ -107,6 +114,7 @@ if TYPE_CHECKING:
         PaddingNotRemovableError,
     )
     from gradacc_hf.hf_trainer.trainer import ExactTrainer, ExactTrainerMixin
+    from gradacc_hf.padding.logits import restore_logits, skip_unlabelled_logits
     from gradacc_hf.padding.removal import remove_padding, restore_padding
     from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
     from gradacc_hf.training.finetune import Best, fine_tune

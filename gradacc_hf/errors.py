@@ -9,6 +9,7 @@
     │   ├── OutOfMemoryWhileSyncingError    other processes already wait for the gradients
     │   └── PeerOutOfMemoryError            another process is out of memory; handled by `retry_on_oom`
     ├── PaddingNotRemovableError            a model cannot compute its layers without padding
+    ├── LogitsNeededError                   a loss reads logits at positions without labels
     ├── NotTraceableError                   memory cannot be predicted for this model
     ├── HeadUnavailableError                a tiny model of this head cannot be built offline
     ├── ReplayError                         the doctor cannot recompute a window
@@ -67,6 +68,10 @@ class OutOfMemoryWhileSyncingError(OutOfMemoryError):
 
 class PaddingNotRemovableError(GradaccError):
     """A model does not compute the same loss and gradients without padding."""
+
+
+class LogitsNeededError(GradaccError):
+    """The loss of a model reads logits at positions without labels, or cannot be tested."""
 
 
 class NotTraceableError(GradaccError):

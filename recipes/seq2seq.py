@@ -21,6 +21,7 @@ from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.run import run
 from gradacc_hf.tasks.encoder_decoder import EncoderDecoder
 from gradacc_hf.tasks.generate import check_target_length, generate
+from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss
 from gradacc_hf.training.loop import evaluate
 
@@ -51,6 +52,7 @@ class Seq2Seq(EncoderDecoder):
     model_class = AutoModelForSeq2SeqLM
     padding_side = "right"
     example = "def add(a, b):\n    return a + b"
+    lean_loss = True
 
     @dataclass
     class Data(DataConfig):
@@ -104,6 +106,17 @@ class Seq2Seq(EncoderDecoder):
         train, validation = self.note_truncated(splits, {"lost_target": "labelled tokens"}, limit)
         self.shown = validation.select(range(min(data.generate_rows or len(validation), len(validation))))
         return train.remove_columns(self.columns), validation.remove_columns(self.columns)
+
+    def model(self):
+        model = super().model()
+        make_lean(model, self.config.budget.lean_loss)
+        return model
+
+    def check_model(self):
+        """Check the weights, and, by loading them, whether the model allows the lean loss."""
+        super().check_model()
+        if self.config.budget.lean_loss is True:
+            self.model()
 
     def lengths(self, dataset):
         """Return the tokens to read and to write of each example, which are padded separately."""

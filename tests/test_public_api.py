@@ -26,6 +26,7 @@ PUBLIC = [
     "GradaccError",
     "GrowingBatch",
     "InputError",
+    "LogitsNeededError",
     "LoopError",
     "MissingExtraError",
     "NonFiniteError",
@@ -45,8 +46,10 @@ PUBLIC = [
     "newest_checkpoint",
     "preflight_check",
     "remove_padding",
+    "restore_logits",
     "restore_padding",
     "retry_on_oom",
+    "skip_unlabelled_logits",
     "train",
     "verify",
 ]

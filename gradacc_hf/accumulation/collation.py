@@ -5,6 +5,7 @@ code runs in the worker processes of the loader, if there are any. `window.py` m
 device and weighs the losses.
 """
 
+import math
 import pickle
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from gradacc_hf.accumulation.padding_layout import (
 from gradacc_hf.accumulation.same_data import checksum, checksum_of_rows
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.accumulation.splitting import (
+    SHARE_ROUNDING,
     Bound,
     Cost,
     bounding_lengths,
@@ -98,7 +100,8 @@ class Split:
         tokens: Tokens without padding, over all processes.
         padded_tokens: Tokens with padding, over all processes.
         pad_to: Tokens to which collating pads; None for the longest example of the micro-batch.
-        measures_noise: Whether the first micro-batches of all processes have one size and random examples.
+        noise_micro_batches: Number of the first micro-batches of each process that measure the noise scale,
+            or 0. Their examples are random, and equally many in all processes.
         rows: Checksum of lengths and contents of examples, to compare processes; 0 where none is compared.
     """
 
@@ -109,8 +112,13 @@ class Split:
     tokens: int
     padded_tokens: int
     pad_to: int | None
-    measures_noise: bool = False
+    noise_micro_batches: int = 0
     rows: int = 0
+
+    @property
+    def measures_noise(self) -> bool:
+        """Whether the window measures the noise scale."""
+        return self.noise_micro_batches > 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ class LocalSplit:
         accumulation_steps: Micro-batches of the process with the most micro-batches.
         costs: For each process, the predicted cost of the most expensive micro-batch.
         bound: The bound of the split.
-        noise_size: Examples of the first micro-batch if it measures the noise scale, else 0.
+        noise_size: Examples of the micro-batches that measure the noise scale; 0 if it cannot be measured.
         ends_idle: Whether the last micro-batch is idle and only synchronises gradients.
     """
 
@@ -236,12 +244,12 @@ class LocalWindows(Dataset):
         if self.pad_to not in ("micro_batch", "nothing"):
             pad_to = int(tokens.max(initial=0)) if self.pad_to == "window" else self.pad_to
             padded = np.full_like(tokens, pad_to)
-        small = self._noise_micro_batches(padded, epoch, window) if measures_noise else []
-        rest = np.setdiff1d(np.arange(len(indices)), np.concatenate(small) if small else [])
-        processes = self._split(tokens[rest], padded[rest])
-        processes = [[rest[positions] for positions in process] for process in processes]
+        small = self._noise_micro_batches(tokens, padded, epoch, window) if measures_noise else []
+        drawn = [positions for process in small for positions in process]
+        rest = np.setdiff1d(np.arange(len(indices)), np.concatenate(drawn) if drawn else [])
+        processes = self._split(tokens, padded, rest)
         if small:
-            processes = [[first, *process] for first, process in zip(small, processes, strict=True)]
+            processes = [[*first, *process] for first, process in zip(small, processes, strict=True)]
         total = int(tokens.sum())
         return Split(
             indices=indices,
@@ -253,21 +261,45 @@ class LocalWindows(Dataset):
             if self.padding_free or self.pad_to == "nothing"
             else sum(padded_size(padded[positions]) for process in processes for positions in process),
             pad_to=pad_to,
-            measures_noise=bool(small),
+            noise_micro_batches=len(small[0]) if small else 0,
         )
 
-    def _split(self, tokens: np.ndarray, padded: np.ndarray) -> list[list[np.ndarray]]:
-        """Return for each process the positions in each micro-batch, of examples of these tokens."""
+    def _split(self, tokens: np.ndarray, padded: np.ndarray, positions: np.ndarray) -> list[list[np.ndarray]]:
+        """Split these positions of a window: for each process, the positions in each micro-batch."""
+        settings = self.bound, self.num_processes, self.cost
         if self.padding_free:
-            return split_without_padding(tokens, self.bound, self.num_processes, self.cost)
-        packed = self.pad_to == "nothing"
-        return split_window(bounding_lengths(padded), self.bound, self.num_processes, self.cost, packed)
+            processes = split_without_padding(tokens[positions], *settings)
+        else:
+            processes = split_window(bounding_lengths(padded[positions]), *settings, self.pad_to == "nothing")
+        return [[positions[part] for part in process] for process in processes]
 
-    def _noise_micro_batches(self, padded: np.ndarray, epoch: int, window: int) -> list[np.ndarray]:
-        """Draw the positions of one micro-batch per process at random; [] if the window is too small.
+    def _random_examples(self, tokens: np.ndarray) -> int:
+        """Return the number of random examples in the first micro-batches of a window without padding, or 0.
 
-        All have one size, which fits the bound for any examples. A choice by length would be biased.
+        The window is split into these examples and the rest. The number leaves both parts the same room to
+        spare. It follows from the sum of the shares, as a choice by the draw would be biased. With several
+        processes, each gets about the same tokens, and therefore no random sample.
         """
+        number = len(tokens)
+        if not self.padding_free or self.num_processes > 1 or number < 2:
+            return 0
+        share = float(self.bound.shares(tokens).sum())
+        parts, first = math.ceil(share - SHARE_ROUNDING), math.ceil(NOISE_MIN_EXAMPLES * share / number)
+        spare = (parts - share) / 2
+        size = min(max(1, round(number * (first - spare) / share)), number // 2)
+        return size if parts > first else 0
+
+    def _noise_micro_batches(
+        self, tokens: np.ndarray, padded: np.ndarray, epoch: int, window: int
+    ) -> list[list[np.ndarray]]:
+        """Draw the positions of the first micro-batches of each process at random; [] for too small a window.
+
+        The number of examples does not depend on the draw, as a choice by length would be biased. Where it is
+        not of `_random_examples`, it is small, and fits the bound for any examples.
+        """
+        random = np.random.default_rng([self.plan.seed, epoch, window, WINDOW_STREAM])
+        if size := self._random_examples(tokens):
+            return self._split(tokens, padded, np.sort(random.permutation(len(tokens))[:size]))
         size = max(NOISE_MIN_EXAMPLES, len(padded) // NOISE_WINDOW_PART)
         size = max(1, size // self.num_processes)
         size = min(size, len(padded) // 2 // self.num_processes)
@@ -277,8 +309,8 @@ class LocalWindows(Dataset):
             size //= 2
         if size < 1:
             return []
-        random = np.random.default_rng([self.plan.seed, epoch, window, WINDOW_STREAM])
-        return np.split(random.permutation(len(padded))[: size * self.num_processes], self.num_processes)
+        drawn = random.permutation(len(padded))[: size * self.num_processes]
+        return [[part] for part in np.split(drawn, self.num_processes)]
 
     def padded(self, tokens: np.ndarray) -> np.ndarray:
         """Return tokens (examples, columns) rounded up to the padded length of an example alone."""
@@ -326,6 +358,13 @@ class LocalWindows(Dataset):
         return len(tokens), (tokens if pad_to is None else np.full_like(tokens, pad_to)).max(
             0, initial=0
         ).tolist()
+
+    def half_bytes(self, indices: np.ndarray) -> int:
+        """Return the predicted bytes of half of a micro-batch without padding; 0 where none are predicted."""
+        if not self.padding_free or self.bound.memory is None:
+            return 0
+        by_length = indices[np.argsort(-self.tokens[indices].sum(1), kind="stable")]
+        return self.bound.memory.bytes_without_padding(self.tokens[by_length[::2]])
 
     def most_expensive(self, split: Split) -> tuple[float, ...]:
         """Return the predicted cost of the most expensive micro-batch of each process."""

@@ -327,6 +327,10 @@ class WindowLoader:
         """Return the rows of a micro-batch of these examples, and the padded tokens of each column."""
         return self._windows.shape(indices, pad_to)
 
+    def half_bytes(self, indices: np.ndarray) -> int:
+        """Return the predicted bytes of half of a micro-batch without padding; 0 where none are predicted."""
+        return self._windows.half_bytes(indices)
+
     def spread_splits(self, number: int, end: int | None = None) -> list[Split]:
         """Split windows of the first epoch, evenly spaced: at most `number` of the first `end` windows."""
         last = min(self.plan.num_windows(0), end or sys.maxsize) - 1
@@ -436,6 +440,11 @@ class WindowLoader:
         """Split later windows for a model that computes no padding, after `gradacc_hf.remove_padding`."""
         check_padding_free(self.pad_to)
         self._windows.padding_free = True
+        self._windows.revision += 1
+
+    def measure_noise(self, every: int) -> None:
+        """Measure the gradient noise scale every `every` windows from now on."""
+        self._windows.noise_every = every
         self._windows.revision += 1
 
     def record_gradient_norm(self, window: Window, grad_norm: float | torch.Tensor) -> None:
@@ -652,7 +661,11 @@ class WindowLoader:
             accumulation_steps=most,
             costs=self._windows.most_expensive(plan),
             bound=self.bound,
-            noise_size=len(micro_batches[0].indices) if counts[:, 4].all() else 0,
+            noise_size=sum(
+                len(micro_batch.indices) for micro_batch in micro_batches[: plan.noise_micro_batches]
+            )
+            if counts[:, 4].all()
+            else 0,
         )
 
     @property
@@ -670,10 +683,11 @@ class WindowLoader:
             self._compares_rows, self._windows.compare_at = False, None
 
     def _can_measure(self, plan: Split, micro_batches: list[MicroBatch]) -> bool:
-        """Whether the gradient of the first micro-batch, drawn at random, can be read separately."""
+        """Whether the gradient of the first micro-batches, drawn at random, can be read separately."""
         whole = forwards_are_collective(self.accelerator) and self.whole_gradients
         with_items = [micro_batch.num_items > 0 for micro_batch in micro_batches]
-        return plan.measures_noise and with_items[0] and sum(with_items) > 1 and not whole
+        first = plan.noise_micro_batches
+        return first > 0 and all(with_items[:first]) and sum(with_items) > first and not whole
 
     def _pinned(self, micro_batch: MicroBatch) -> MicroBatch:
         """Return a micro-batch in pinned memory, which a GPU can copy while computing. No change on a CPU."""

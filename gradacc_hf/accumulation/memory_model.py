@@ -48,6 +48,10 @@ class MicroBatchMemory:
         loss: Bytes of the loss: factors of the terms at each moment, (moments, terms).
         workspace: Bytes that libraries hold.
         workspace_share: Further workspace, as a share of activations and loss.
+        layers: The part of `activations` that `remove_padding` computes without padding; None for no part.
+        attention: The part of `activations` that it computes by groups of examples, padded to the longest of
+            the group; None for no part.
+        group_cost: Cost of a group in pairs of tokens (`padding_layout.py`).
     """
 
     parameters: int
@@ -58,6 +62,9 @@ class MicroBatchMemory:
     loss: np.ndarray
     workspace: int = 0
     workspace_share: float = 0.0
+    layers: np.ndarray | None = None
+    attention: np.ndarray | None = None
+    group_cost: float = 0.0
 
     @property
     def resident(self) -> int:
@@ -76,9 +83,13 @@ class MicroBatchMemory:
     def parts(self, rows: int, lengths: Lengths) -> Parts:
         """Return the bytes at the peak of a step with `rows` examples padded to `lengths`, by kind."""
         terms = self.terms(rows, lengths)
-        most = int((self._moments @ terms).argmax())
-        together = float(self._moments[most] @ terms)
-        loss = min(together, max(0.0, float(self.loss[most] @ terms)))
+        return self._parts(self._moments @ terms, self.loss @ terms)
+
+    def _parts(self, held: np.ndarray, of_loss: np.ndarray) -> Parts:
+        """Return the bytes at the moment that holds most, from the bytes of all moments (moments)."""
+        most = int(held.argmax())
+        together = float(held[most])
+        loss = min(together, max(0.0, float(of_loss[most])))
         return Parts(
             parameters=self.parameters,
             gradients=self.gradients,
@@ -92,20 +103,49 @@ class MicroBatchMemory:
         """Return the peak bytes of a step with `rows` examples padded to `lengths`."""
         return self.parts(rows, lengths).total
 
-    def bytes_without_padding(self, tokens: np.ndarray) -> int:
-        """Return the peak bytes of a step whose layers compute no padding, and whose loss is padded.
+    def parts_without_padding(self, tokens: np.ndarray) -> Parts:
+        """Return the bytes at the peak of a step after `remove_padding`. Embeddings, head, loss stay padded.
 
         Args:
             tokens: Tokens of the examples, (examples, columns).
         """
         padded = self.terms(len(tokens), tokens.max(0))
-        lengths, number = np.unique(tokens, axis=0, return_counts=True)
-        each = np.prod(
-            np.insert(lengths.astype(np.float64), 0, 1.0, axis=1)[:, None] ** self.exponents, axis=2
-        )
-        layers = np.where(self.exponents[:, 0] == 0, padded, number @ each)
-        most = float((self.activations @ layers + self.loss @ padded).max())
-        return self.resident + round((1 + self.workspace_share) * most)
+        held = self._moments @ padded
+        if self.layers is not None:
+            held = held + self.layers @ (self._terms_of_examples(tokens, padded) - padded)
+        if self.attention is not None:
+            held = held + self.attention @ (self._terms_of_groups(tokens, padded) - padded)
+        return self._parts(held, self.loss @ padded)
+
+    def bytes_without_padding(self, tokens: np.ndarray) -> int:
+        """Return the peak bytes of a step after `remove_padding`, as `parts_without_padding`."""
+        return self.parts_without_padding(tokens).total
+
+    def _terms_of_examples(self, tokens: np.ndarray, padded: np.ndarray) -> np.ndarray:
+        """Return the value of each term (terms), summed over examples where the term has rows."""
+        each = tokens.astype(np.float64)[:, None] ** self.exponents[:, 1:]
+        return np.where(self.exponents[:, 0] == 0, padded, np.prod(each, axis=2).sum(0))
+
+    def _terms_of_groups(self, tokens: np.ndarray, padded: np.ndarray) -> np.ndarray:
+        """Return an upper limit of each term (terms), if each example is as long as the longest of its group.
+
+        The layout has the groups of the least cost, Σ (length + length²) + `group_cost` per group. A few
+        groups of equal numbers of examples therefore limit Σ length², which limits Σ length
+        (Cauchy-Schwarz). With several columns, the limit is the padded batch.
+        """
+        if tokens.shape[1] > 1:
+            return padded
+        lengths = np.sort(tokens[:, 0]).astype(np.float64)
+        rows, least, groups = len(lengths), np.inf, 1
+        while groups <= rows and (groups - 1) * self.group_cost < least:
+            ends = np.arange(groups + 1) * rows // groups
+            longest = lengths[ends[1:] - 1]
+            padded_cost = (ends[1:] - ends[:-1]) @ (longest * (1 + longest))
+            least = min(least, (groups - 1) * self.group_cost + padded_cost)
+            groups *= 2
+        pairs = least - lengths.sum()
+        sums = np.array([rows, min(np.sqrt(rows * pairs), rows * lengths[-1]), pairs])
+        return np.where(self.exponents[:, 0] == 0, padded, sums[self.exponents[:, 1]])
 
     def max_rows(self, lengths: Lengths, max_bytes: int) -> int:
         """Return how many examples padded to `lengths` fit into `max_bytes`; 0 if not even one fits."""

@@ -1,6 +1,6 @@
-"""Measure the gradient of the first micro-batch of a window, for the gradient noise scale.
+"""Measure the gradient of the first micro-batches of a window, for the gradient noise scale.
 
-`collation.py` draws this micro-batch at random. `noise_scale.py` computes the noise scale from the norm.
+`collation.py` draws their examples at random. `noise_scale.py` computes the noise scale from the norm.
 """
 
 import math
@@ -17,13 +17,13 @@ class NoiseProbe:
     """One measurement, in one pass over a window.
 
     Attributes:
-        sums: Squared norm, measurements (1 or 0), and share of the window's items in the micro-batch. Add
+        sums: Squared norm, measurements (1 or 0), and share of the window's items in the micro-batches. Add
             them up over processes before `result`.
 
     Args:
         accelerator: The Accelerator of the run.
-        num_examples: Examples of the first micro-batch of each process; 0 measures nothing.
-        share: Items of this process's first micro-batch / items of the window.
+        num_examples: Examples of the first micro-batches of each process; 0 measures nothing.
+        share: Items of this process's first micro-batches / items of the window.
     """
 
     def __init__(self, accelerator: Accelerator, num_examples: int, share: float):
@@ -31,7 +31,7 @@ class NoiseProbe:
         self.sums = (0.0, 0.0, 0.0)
 
     def measure(self) -> None:
-        """Measure the gradient after the first micro-batch, as the mean over the micro-batch's items."""
+        """Measure the gradient after the first micro-batches, as the mean over their items."""
         accelerator = self._accelerator
         parameters = prepared_parameters(accelerator)
         if not self._num_examples or all(p.grad is None for p in parameters):  # an unprepared optimizer

@@ -107,7 +107,7 @@ def retry_on_oom(window: Window, model: torch.nn.Module, optimizer: Any) -> Iter
             f"{free_memory() / 2**20:,.0f} MiB free ({shortage.message or 'in another process'}): shorten it "
             "(--data.max_length), or set --budget.gradient_checkpointing true or --budget.precision bf16"
         )
-    bound = window.split.bound.halved(shortage.examples, shortage.rows, shortage.lengths)
+    bound = window.split.bound.halved(shortage.examples, shortage.rows, shortage.lengths, shortage.half_bytes)
     window.split_finer(bound)
     logger.warning(
         f"window {window.number} of epoch {window.epoch}: out of memory in a micro-batch of "

@@ -21,6 +21,7 @@ class Shortage:
         rows: Number of rows.
         lengths: Padded tokens of each column.
         alone: Index of the example, if the micro-batch had only one.
+        half_bytes: Predicted bytes of half of the micro-batch, if it has no padding and bytes are predicted.
         needs: Size for a message: tokens, and bytes if they are predicted.
         message: The error of this process; empty if another process ran out of memory.
     """
@@ -29,6 +30,7 @@ class Shortage:
     rows: int
     lengths: list[int]
     alone: int | None
+    half_bytes: int
     needs: str
     message: str = ""
 
@@ -48,11 +50,13 @@ class OomExchange:
     Attributes:
         accelerator: The Accelerator of the run.
         shape: Example indices → rows and padded tokens of each column of their micro-batch.
+        half_bytes: Example indices → predicted bytes of half of their micro-batch, or 0.
         bound: The bound of the split.
     """
 
     accelerator: Accelerator
     shape: Callable[[np.ndarray], tuple[int, list[int]]]
+    half_bytes: Callable[[np.ndarray], int]
     bound: Bound
 
     def report_success(self, indices: np.ndarray) -> None:
@@ -73,13 +77,13 @@ class OomExchange:
     def _exchange(self, indices: np.ndarray, examples: int) -> Shortage | None:
         rows, lengths = self.shape(indices)
         alone = int(indices[0]) if len(indices) == 1 else -1
-        here = [examples, rows * sum(lengths), alone, rows, *lengths]
+        here = [examples, rows * sum(lengths), alone, self.half_bytes(indices), rows, *lengths]
         everywhere: Any = torch.tensor([here], device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
             everywhere = self.accelerator.gather(everywhere)
         failures = [row for row in everywhere.tolist() if row[0]]
         if not failures:
             return None
-        examples, _, alone, rows, *lengths = min(failures)
+        examples, _, alone, half_bytes, rows, *lengths = min(failures)
         needs = self.bound.needs(rows, lengths)
-        return Shortage(examples, rows, lengths, alone if alone >= 0 else None, needs)
+        return Shortage(examples, rows, lengths, alone if alone >= 0 else None, half_bytes, needs)

@@ -154,13 +154,14 @@ class Bound:
         assert self.max_bytes is not None
         return min(tokens, self.memory.max_length(self.max_bytes))
 
-    def halved(self, examples: int, rows: int, lengths: Sequence[int]) -> "Bound":
+    def halved(self, examples: int, rows: int, lengths: Sequence[int], half_bytes: int = 0) -> "Bound":
         """Return a bound for half of a micro-batch.
 
         Args:
             examples: Examples of the micro-batch.
             rows: Rows of the micro-batch.
             lengths: Padded tokens of each column.
+            half_bytes: Bytes of half of the micro-batch, if it has no padding and bytes are predicted.
         """
         if self.micro_batch_size is not None:
             return Bound(micro_batch_size=max(1, examples // 2))
@@ -168,7 +169,7 @@ class Bound:
         if self.memory is None:
             return finer
         half = (rows // 2, lengths) if rows > 1 else (1, [length // 2 for length in lengths])
-        return replace(finer, max_bytes=min(self.max_bytes or 0, self.memory.bytes(*half)))
+        return replace(finer, max_bytes=min(self.max_bytes or 0, half_bytes or self.memory.bytes(*half)))
 
     def needs(self, rows: int, lengths: Sequence[int]) -> str:
         """Return the size of `rows` examples padded to `lengths`, for a message: tokens, predicted bytes."""
@@ -259,15 +260,16 @@ def _equal_parts(positions: np.ndarray, tokens: np.ndarray, bound: Bound) -> lis
     if not len(positions):
         return []
     shares = bound.shares(tokens)
-    fitted, share = _first_fit(positions, tokens, shares, bound), shares[positions]
-    middles = np.cumsum(share) - share / 2
-    for parts in range(max(1, math.ceil(share.sum() - SHARE_ROUNDING)), len(fitted) + 1):
+    share, fitted = shares[positions], None
+    middles, parts = np.cumsum(share) - share / 2, max(1, math.ceil(share.sum() - SHARE_ROUNDING))
+    while fitted is None or parts <= len(fitted):
         number = np.floor(middles * parts / share.sum()).astype(int)  # of the part of each example
-        if np.bincount(number, share).max() > 1 + SHARE_ROUNDING:
-            continue
-        split = np.split(positions, np.flatnonzero(np.diff(number)) + 1)
-        if all(len(part) == 1 or bound.holds_without_padding(tokens[part]) for part in split):
-            return split
+        if np.bincount(number, share).max() <= 1 + SHARE_ROUNDING:
+            split = np.split(positions, np.flatnonzero(np.diff(number)) + 1)
+            if all(len(part) == 1 or bound.holds_without_padding(tokens[part]) for part in split):
+                return split
+        fitted = fitted or _first_fit(positions, tokens, shares, bound)
+        parts += 1
     return fitted
 
 

@@ -62,6 +62,10 @@ class WindowSource(Protocol):
         """Return the rows of a micro-batch of these examples, and the padded tokens of each column."""
         ...
 
+    def half_bytes(self, indices: np.ndarray) -> int:
+        """Return the predicted bytes of half of a micro-batch without padding; 0 where none are predicted."""
+        ...
+
 
 class Window:
     """One optimizer step: iterate the micro-batches of this process, and `weigh` the loss of each.
@@ -84,7 +88,7 @@ class Window:
         indices: Dataset indices of the window's examples, over all processes (examples,).
         tokens: Tokens without padding, over all processes.
         split: The split into micro-batches. A new split replaces it when memory runs out.
-        small: Gradient norm of the first micro-batch, if the loader measures the noise scale.
+        small: Gradient norm of the first micro-batches, if the loader measures the noise scale.
         done: Whether a pass is complete and the optimizer step is taken.
         latest_position: Position of the latest micro-batch.
         buffers: Copy of the model's buffers from the start of `retry_on_oom`.
@@ -117,7 +121,8 @@ class Window:
             zero_prepared_gradients(accelerator)  # from the pass that was left before the step
         earlier = self._loss, self._weighed, self.small
         self._loss, self._loss_here, self._weighed, self.small = None, 0.0, set(), None
-        probe = NoiseProbe(accelerator, self.split.noise_size, self._share(0))
+        measured = min(max(1, self.split.plan.noise_micro_batches), len(self))
+        probe = NoiseProbe(accelerator, self.split.noise_size, sum(map(self._share, range(measured))))
         # With FSDP, accumulating without synchronising holds unsharded gradients on every process.
         sync_each_batch = forwards_are_collective(accelerator) and not self._source.whole_gradients
         try:
@@ -129,7 +134,7 @@ class Window:
                     yield self.micro_batches[position].batch_on_device(accelerator)
                     if checks_calls and (entries := steps.count_entries(position)) != 1:
                         raise self._not_accumulated(position, entries)
-                    if position == 0 and self._weighed:
+                    if position == measured - 1 and self._weighed:
                         probe.measure()
             self._end_pass(probe, steps.early_steps, checks_calls)
         finally:
@@ -246,7 +251,7 @@ class Window:
 
     @property
     def measures_noise(self) -> bool:
-        """Whether the first micro-batch is drawn at random, to measure the gradient noise scale."""
+        """Whether the first micro-batches are drawn at random, to measure the gradient noise scale."""
         return self.split.noise_size > 0
 
     @property
@@ -288,7 +293,10 @@ class Window:
         """The exchange between processes on whether this split fitted in memory."""
         pad_to = self.pad_to
         return OomExchange(
-            self.accelerator, lambda indices: self._source.shape(indices, pad_to), self.split.bound
+            self.accelerator,
+            lambda indices: self._source.shape(indices, pad_to),
+            self._source.half_bytes,
+            self.split.bound,
         )
 
     def separate_synchronisation(self) -> None:

@@ -21,12 +21,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from gradacc_hf.accumulation.loss_items import model_loss
+from gradacc_hf.accumulation.loss_items import IGNORED, model_loss
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
 from gradacc_hf.errors import InputError
 from gradacc_hf.memory.estimator import Point, StepEstimate, StepSettings, estimate, terms_of
 from gradacc_hf.memory.trace import AUTOCAST
+from gradacc_hf.padding.removal import remove_padding
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.training.lora import add_lora
 from gradacc_hf.training.optimizer import make_optimizer
@@ -75,7 +76,10 @@ SIZES: dict[str, tuple[str, str, dict[str, Any]]] = {  # kind: (auto class, mode
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """A model, the training settings, and the micro-batch: `rows` examples of `lengths` tokens."""
+    """A model, the training settings, and the micro-batch: `rows` examples of `lengths` tokens.
+
+    Without padding, the examples have evenly spaced lengths, from an eighth of `lengths` on.
+    """
 
     model: str
     rows: int
@@ -86,6 +90,12 @@ class MemoryCase:
     lora: int = 0
     lean: bool = False
     optimizer: Any = "adamw"
+    padding_free: bool = False
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens of the examples of a micro-batch without padding, (examples, 1)."""
+        return np.linspace(self.lengths[0] // 8, self.lengths[0], self.rows).astype(int)[:, None]
 
     @property
     def name(self) -> str:
@@ -93,6 +103,7 @@ class MemoryCase:
         options = [f"LoRA {self.lora}"] * (self.lora > 0) + ["lean loss"] * self.lean
         options += ["checkpointing"] * self.checkpointing
         options += [self.optimizer] * (self.optimizer != "adamw")
+        options += ["without padding"] * self.padding_free
         return ", ".join([self.model, self.attention, self.precision, *options])
 
 
@@ -114,6 +125,11 @@ CASES = (
     MemoryCase("vit", 16, (197,)),
     MemoryCase("vit", 8, (197,), attention="eager", precision="bf16"),
     MemoryCase("vit", 48, (197,), checkpointing=True),
+    MemoryCase("encoder", 12, (256,), padding_free=True),
+    MemoryCase("encoder", 48, (128,), padding_free=True),
+    MemoryCase("encoder", 8, (256,), attention="eager", padding_free=True),
+    MemoryCase("encoder", 32, (256,), checkpointing=True, padding_free=True),
+    MemoryCase("decoder", 6, (256,), precision="bf16", padding_free=True),
 )
 
 
@@ -166,6 +182,8 @@ def compare_memory(cases: Sequence[MemoryCase] = CASES, progress: Progress = ite
 def predict(case: MemoryCase) -> int:
     """Predict the peak minus the memory before the model."""
     memory = step_estimate(case).memory
+    if case.padding_free:
+        return memory.bytes_without_padding(case.tokens) - memory.workspace
     return memory.bytes(case.rows, case.lengths) - memory.workspace
 
 
@@ -215,9 +233,14 @@ def make_batch(
         batch = {"pixel_values": torch.randn(rows, 3, 224, 224, generator=draw), "labels": labels}
     else:
         ids = torch.randint(5, 8000, (rows, lengths[0]), generator=draw)
-        mask = torch.ones_like(ids)
-        mask[0, lengths[0] // 2 :] = 0
+        if case.padding_free and rows == case.rows:
+            mask = (torch.arange(lengths[0]) < torch.from_numpy(case.tokens)).long()
+        else:
+            mask = torch.ones_like(ids)
+            mask[0, lengths[0] // 2 :] = 0
         labels = torch.zeros(rows, dtype=torch.long) if is_classifier(case.model) else ids
+        if case.padding_free and labels is ids:
+            labels = torch.where(mask == 1, ids, IGNORED)
         if len(lengths) == 2:
             labels = torch.randint(5, 8000, (rows, lengths[1]), generator=draw)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -243,6 +266,8 @@ def _measure(case: MemoryCase) -> int:
     before = reset_peak_memory(device)
     torch.manual_seed(0)
     model = build(case).to(device).train()
+    if case.padding_free:
+        remove_padding(model, make_batch(case, case.rows, case.lengths, device))
     optimizer = make_optimizer(model, OptimConfig(name=case.optimizer))
     _window(case, model, optimizer, device)
     reset_peak_memory(device)

@@ -87,7 +87,7 @@ def show(plan: Plan, console: Console) -> None:
     least, mean, most = plan.steps.accumulation_steps
     lines = {
         **plan.model_notes,
-        "largest micro-batch": f"{rows} × {_listed(lengths)} tokens",
+        "largest micro-batch": f"{rows} × {'at most ' * plan.padding_free}{_listed(lengths)} tokens",
         "micro-batch limit": f"{plan.bound} ({plan.why})",
         "accumulation steps": f"{least} / {mean:.1f} / {most} (min / mean / max)",
         "padding": f"{plan.steps.padding:.1%} of the tokens",

@@ -151,7 +151,7 @@ class TrainConfig:
     noise_every: int | None = None
     """Windows between measurements of the gradient noise scale (0: off).
     It is for advice on the batch size, and changes no gradient. null is 16, and less for runs of fewer than
-    256 windows."""
+    256 windows, or where padding is removed and a measurement takes little time."""
     best_metric: str = "loss"
     """Validation metric that ranks evaluations."""
     best_direction: Literal["min", "max"] = "min"
@@ -232,7 +232,7 @@ class BudgetConfig:
     """Accumulate whole gradients on every process (FSDP only).
     Less communication, and more memory."""
     lean_loss: bool | Literal["auto"] = "auto"
-    """Compute the logits of a causal language model in chunks, never all at once.
+    """Compute the logits of a language model at labelled tokens only, a few hundred at a time.
     auto: where the model allows it."""
     padding_free: Literal["auto", "on", "off"] = "auto"
     """Compute the layers without padding.

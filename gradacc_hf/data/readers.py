@@ -110,7 +110,7 @@ def _form(path: Path, key: str, given: Form) -> Form:
         _refuse_encoding(path, key, form)
     except InputError:
         raise
-    except Exception as error:  # also those of the libraries for compressed files
+    except Exception as error:  # libraries for compressed files have errors of several kinds
         found = getattr(error, "strerror", None) or cause_of(error)
         refuse(key, f"cannot read {path}: {found}", "give a file that you can read")
     if suffix in JSONS:

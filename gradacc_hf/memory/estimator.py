@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.memory_model import MicroBatchMemory
+from gradacc_hf.accumulation.padding_layout import GROUPS_ON_CPU, GROUPS_ON_GPU
 from gradacc_hf.errors import NotTraceableError, one_line
 from gradacc_hf.memory import extrapolate
-from gradacc_hf.memory.trace import Trace, trace
+from gradacc_hf.memory.trace import ATTENTION, LAYERS, LOSS, Trace, trace
 from gradacc_hf.training.lora import FOUR_BIT_DTYPES
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.settings import OptimConfig
@@ -168,7 +169,10 @@ def estimate(
         for other in [replace(settings, optim=replace(settings.optim, name=name))]
     }
     states, step = optimizers[settings.optim.name]
-    activations = np.vstack([found[..., 0], _constant(step, len(exponents))])
+    nothing = _constant(0, len(exponents))
+    if not found[..., ATTENTION].any():  # eager attention, in the layers
+        found[..., [LAYERS, ATTENTION]] = found[..., [ATTENTION, LAYERS]]
+    activations = np.vstack([found[..., :LOSS].sum(axis=2), _constant(step, len(exponents))])
     memory = MicroBatchMemory(
         parameters=tensor_bytes([*(p for _, p in parameters), *whole.buffers()])
         - (_saved_by_four_bit(whole) if settings.four_bit else 0),
@@ -176,7 +180,10 @@ def estimate(
         optimizer=states,
         exponents=exponents,
         activations=activations,
-        loss=np.vstack([found[..., 1], _constant(0, len(exponents))]),
+        loss=np.vstack([found[..., LOSS], nothing]),
+        layers=np.vstack([found[..., LAYERS], nothing]),
+        attention=np.vstack([found[..., ATTENTION], nothing]),
+        group_cost=(GROUPS_ON_GPU if settings.on_gpu else GROUPS_ON_CPU).fixed,
         workspace=WORKSPACE_BYTES,
         workspace_share=FRAGMENTED_SHARE,
     )

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradacc_hf.memory.trace import Phase, Trace
+from gradacc_hf.memory.trace import ATTENTION, LAYERS, Phase, Trace
 
 FORWARD, BACKWARD = 0, 1
+REAL_SHARES = (1.0, 0.5, 0.25, 0.125)  # of the tokens of a padded micro-batch
 
 
 class Fit:
@@ -59,7 +60,7 @@ def _terms(sizes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
 
 
 def moments(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequence[Trace]]]) -> np.ndarray:
-    """Return the moments of a model, (moments, terms, 2): bytes of activations and of the loss.
+    """Return the moments of a model, (moments, terms, labels): bytes of each label of `trace`.
 
     Args:
         fit: the sizes and the terms.
@@ -101,7 +102,7 @@ def flops(fit: Fit, traces: Sequence[Trace], more: Sequence[tuple[int, Sequence[
 
 
 def largest(found: np.ndarray, fit: Fit) -> np.ndarray:
-    """Return the moments, (moments, terms, 2), that hold the most at some size."""
+    """Return the moments, (moments, terms, labels), that hold the most at some size and share of padding."""
     columns = fit.exponents.shape[1] - 1
     steps = np.geomspace(1 / 64, 32, 45 if columns == 1 else 9)
     lengths = np.stack(np.meshgrid(*[np.maximum(1, top * steps) for top in fit.scale[1:]]), axis=-1)
@@ -110,8 +111,10 @@ def largest(found: np.ndarray, fit: Fit) -> np.ndarray:
     lengths = lengths.reshape(-1, columns)
     rows = 2.0 ** np.arange(14)
     sizes = np.concatenate([np.repeat(rows, len(lengths))[:, None], np.tile(lengths, (len(rows), 1))], axis=1)
-    most = (found.sum(axis=2) @ _terms(sizes, fit.exponents).T).argmax(axis=0)
-    return found[np.unique(most)]
+    terms = _terms(sizes, fit.exponents).T
+    kept = np.ones((len(REAL_SHARES), found.shape[2]))  # without padding, layers hold real tokens only
+    kept[:, [LAYERS, ATTENTION]] = np.array(REAL_SHARES)[:, None]
+    return found[np.unique([((found @ share) @ terms).argmax(axis=0) for share in kept])]
 
 
 def _side_by_side(runs: Sequence[Sequence[Phase]]) -> list[tuple[list, np.ndarray]]:

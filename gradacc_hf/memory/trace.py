@@ -6,6 +6,7 @@ peak, which is the maximum of many polynomials in the size of the step. `trace` 
 memory at one moment is a single polynomial. `estimator.py` uses the traces.
 """
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +23,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from gradacc_hf.accumulation.loss_items import total_loss
+from gradacc_hf.padding.removal import layers_by_owner
 
-ACTIVATIONS, LOSS = 0, 1  # labels of transient tensors
+REST, LAYERS, ATTENTION, LOSS = range(4)  # labels of transient tensors; embeddings belong to the rest
+LABELS = 4
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ATTENTION = "scaled_dot_product_attention"
+SDPA = "scaled_dot_product_attention"
 _ATEN = torch.ops.aten
 _INDEXING = (_ATEN.index, _ATEN.index_put, _ATEN.index_put_, _ATEN._index_put_impl_)
 _DEVICE = torch.ops.prim.device.default  # called all the time on fake tensors; no operation of the step
@@ -40,7 +43,7 @@ class Phase:
     operations: list[Any]
     """The operations in order."""
     held: np.ndarray
-    """Bytes of activations and of the loss after each operation, (operations, 2)."""
+    """Bytes of each label after each operation, (operations, labels)."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def trace(
         return total_loss(compute_loss(outputs, batch)) * 1.0
 
     phases = []
-    with _labelling(model, tracer), tracer, _as_on_gpu() if on_gpu else nullcontext():
+    on_device = _as_on_gpu() if on_gpu else nullcontext()
+    with _labelling(model, tracer), tracer, on_device, _labelling_attention(tracer):
         loss = weighed_loss(forward(**batch))
         phases.append(tracer.take())
         loss.backward()
@@ -104,12 +108,12 @@ class _Tracer(TorchDispatchMode):
     def __init__(self, selected: float) -> None:
         super().__init__()
         self.selected = selected
-        self.label = ACTIVATIONS
+        self.label = REST
         self.flops = 0
-        self._bytes = [0, 0]
-        self._known: dict[int, Any] = {}  # address of a storage → weak reference to it
+        self._bytes = [0] * LABELS
+        self._known: dict[int, Any] = {}  # address of a storage → weak reference to it, label and size
         self._operations: list[Any] = []
-        self._held: list[tuple[int, int]] = []
+        self._held: list[tuple[int, ...]] = []
 
     def ignore(self, tensor: Any) -> None:
         """Leave out a tensor that existed before the step."""
@@ -121,9 +125,16 @@ class _Tracer(TorchDispatchMode):
         if isinstance(tensor, torch.Tensor):
             self._follow(tensor)
 
+    def move(self, tensor: torch.Tensor, label: int) -> None:
+        """Give a tensor another label."""
+        if known := self._known.get(tensor.untyped_storage()._cdata):
+            self._bytes[known[1]] -= known[2]
+            self._bytes[label] += known[2]
+            known[1] = label
+
     def take(self) -> Phase:
         """Return what was recorded since the last call."""
-        phase = Phase(self._operations, np.array(self._held, dtype=np.float64).reshape(-1, 2))
+        phase = Phase(self._operations, np.array(self._held, dtype=np.float64).reshape(-1, LABELS))
         self._operations, self._held = [], []
         return phase
 
@@ -135,7 +146,7 @@ class _Tracer(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self._follow(tensor)
         self._operations.append(func)
-        self._held.append((self._bytes[0], self._bytes[1]))
+        self._held.append(tuple(self._bytes))
         packet = func._overloadpacket
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
@@ -169,52 +180,130 @@ class _Tracer(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        label, size = self.label, storage.nbytes() if size is None else size
-        self._bytes[label] += size
+        size = storage.nbytes() if size is None else size
+        self._bytes[self.label] += size
 
         def gone(_: Any) -> None:
+            _, label, size = self._known.pop(key)
             self._bytes[label] -= size
-            del self._known[key]
 
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key] = [weakref.ref(storage, gone), self.label, size]
 
 
 @contextmanager
 def _labelling(model: Any, tracer: _Tracer) -> Iterator[None]:
-    """Label tensors as activations or loss.
+    """Label tensors as layers, loss or rest; `_labelling_attention` adds attention.
 
     The loss begins with the output layer or, without one, after the body. In the backward it ends where the
     gradient reaches the same place.
     """
+    tracer.label, hooks = REST, _label_layers(model, tracer)
 
-    def belongs_to(label: int) -> Callable[..., None]:
-        def switch(*_: Any) -> None:
-            tracer.label = label
-
-        return switch
+    def body_begins(*_: Any) -> None:
+        tracer.label = REST
 
     def loss_begins(tensors: Any) -> None:
         tracer.label = LOSS
-        first = next(
-            (t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor) and t.requires_grad), None
-        )
-        if first is not None:  # the backward leaves the loss when it reaches this tensor
-            first.register_hook(belongs_to(ACTIVATIONS))
+        first = _first_state(tensors)
+        if first is not None and first.requires_grad:
+            first.register_hook(loss_ends)
+
+    def loss_ends(_: Any) -> None:
+        if tracer.label == LOSS:  # not yet in the last layer
+            tracer.label = REST
 
     inner = next((m for m in model.modules() if hasattr(m, "get_output_embeddings")), model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     body = getattr(inner, "base_model", inner)
-    tracer.label, hooks = ACTIVATIONS, []
     if isinstance(head, torch.nn.Module):
         hooks.append(head.register_forward_pre_hook(lambda module, inputs: loss_begins(inputs)))
     elif body is not model:
-        hooks.append(body.register_forward_pre_hook(belongs_to(ACTIVATIONS)))
+        hooks.append(body.register_forward_pre_hook(body_begins))
         hooks.append(body.register_forward_hook(lambda module, inputs, outputs: loss_begins(outputs)))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _label_layers(model: torch.nn.Module, tracer: _Tracer) -> list[Any]:
+    """Add hooks that label the tensors of repeated layers, and return the hooks.
+
+    `remove_padding` computes these tensors without padding. What a stack of layers returns, and the gradient
+    that it returns, are part of the rest, as they are padded.
+    """
+    output: Any = None  # of the latest layer
+
+    def begin(module: Any, args: Any, kwargs: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # checkpointing computes the layer again
+            return
+        tracer.label, states = LAYERS, _first_state((args, kwargs))
+        if states is not None and states is output:
+            tracer.move(states, LAYERS)
+        elif states is not None and states.requires_grad:
+            states.register_hook(leave)
+
+    def end(module: Any, args: Any, result: Any) -> None:
+        nonlocal output
+        if torch._C._current_graph_task_id() != -1:
+            return
+        tracer.label, output = REST, _first_state(result)
+        if output is not None:
+            tracer.move(output, REST)
+            if output.requires_grad:
+                output.register_hook(enter)
+
+    def enter(_: Any) -> None:
+        tracer.label = LAYERS
+
+    def leave(gradient: torch.Tensor) -> None:
+        tracer.label = REST
+        tracer.move(gradient, REST)
+
+    hooks: list[Any] = []
+    for layer in itertools.chain.from_iterable(layers_by_owner(model).values()):
+        hooks.append(layer.register_forward_pre_hook(begin, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(end))
+    return hooks
+
+
+@contextmanager
+def _labelling_attention(tracer: _Tracer) -> Iterator[None]:
+    """Label what torch's attention in a layer gets, computes and returns. Without padding, it runs by groups.
+
+    Attention in the code of a model ("eager") keeps the label of the layer.
+    """
+    attend = getattr(F, SDPA)
+
+    def labelled(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracer.label != LAYERS:
+            return attend(query, key, value, *args, **kwargs)
+        for tensor in (query, key, value):
+            tracer.move(tensor, ATTENTION)
+        label_as(ATTENTION)
+        output = attend(query, key, value, *args, **kwargs)
+        label_as(LAYERS)
+        if output.requires_grad:
+            output.register_hook(lambda _: label_as(ATTENTION))
+        if query.requires_grad:
+            query.register_hook(lambda _: label_as(LAYERS))
+        return output
+
+    def label_as(label: int) -> None:
+        tracer.label = label
+
+    setattr(F, SDPA, labelled)
+    try:
+        yield
+    finally:
+        setattr(F, SDPA, attend)
+
+
+def _first_state(values: Any) -> torch.Tensor | None:
+    """Return the first floating-point tensor among these values: the hidden states of a layer."""
+    tensors = (v for v in tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point())
+    return next(tensors, None)
 
 
 @contextmanager
@@ -227,7 +316,7 @@ def _as_on_gpu() -> Iterator[None]:
     """
     own = {name: getattr(F, name) for name in ("layer_norm", "group_norm", "softmax", "log_softmax")}
     replaced = {name: _in_float32(function) for name, function in own.items()}
-    own[ATTENTION], replaced[ATTENTION] = getattr(F, ATTENTION), _efficient_attention
+    own[SDPA], replaced[SDPA] = getattr(F, SDPA), _efficient_attention
     try:
         for name, function in replaced.items():
             setattr(F, name, function)

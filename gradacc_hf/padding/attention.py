@@ -137,12 +137,10 @@ class PackedMask:
             self.of_groups[explicit] = masks
         return self.of_groups[explicit]
 
-    def query_masks(self, kind: str) -> list[torch.Tensor | None]:
-        """Return a boolean mask (examples, 1, 1, keys) for each group, for one query per example.
-
-        Args:
-            kind: Which token of each example is the query, "first" or "last".
-        """
+    def query_masks(self) -> list[torch.Tensor | None]:
+        """Return a boolean mask (examples, 1, 1, keys) for each group, for the read query of each example."""
+        assert CURRENT.forward is not None
+        kind = CURRENT.forward.stack.reads
         if self.kind == "causal":  # all keys are at the last token or before it
             if kind != "last":
                 raise PaddingNotRemovableError("a causal model reads the first token alone")
@@ -285,7 +283,7 @@ def _attend_packed(
         keys = _blocks(key, blocks, sizes, layout.groups)
         values = _blocks(value, blocks, sizes, layout.groups)
         explicit = original == "eager"
-        masks = mask.group_masks(explicit) if read is None else mask.query_masks(CURRENT.forward.stack.reads)
+        masks = mask.group_masks(explicit) if read is None else mask.query_masks()
     elif mask.kind == "full" and key.shape[0] == layout.shape[0]:
         keys, values, masks = _other_sequence(key, value, mask)
     else:

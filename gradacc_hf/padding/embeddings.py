@@ -97,7 +97,7 @@ def _embeddings(
     handles.append(layers[0].register_forward_pre_hook(look, with_kwargs=True))
     try:
         with with_padding():
-            probe.run()
+            probe.run_forward()
     finally:
         for handle in handles:
             handle.remove()

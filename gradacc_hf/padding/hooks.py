@@ -293,10 +293,9 @@ class PackInputs(Hook):
         if mask is not None or _is_of_encoder(name):
             return value if mask is None else mask
         if id(value) in forward.packed:
-            of_first = name.startswith(
-                "hidden"
-            )  # embeddings, of which the first layer alone gets the stand-in
-            packed = (forward.packed.pop if of_first else forward.packed.get)(id(value))[1]
+            packed = forward.packed[id(value)][1]
+            if name.startswith("hidden"):  # embeddings: only the first layer gets their stand-in
+                del forward.packed[id(value)]
             if value.requires_grad and packed.is_leaf:  # frozen embeddings before checkpointed layers
                 packed.requires_grad_()
             return packed

@@ -7,7 +7,7 @@ small random numbers, and the arithmetic is float32.
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Probe:
         self, model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss | None = None
     ):
         if not isinstance(getattr(model, "config", None), PreTrainedConfig):
-            raise PaddingNotRemovableError(f"{type(model).__name__} has no config of transformers")
+            raise PaddingNotRemovableError("it has no config of transformers")
         self.model = model
         self._compared = set(smallest_parameters(model, MOST_COMPARED))
         self.packs = is_row_of_examples(batch)
@@ -76,8 +76,11 @@ class Probe:
         return _is_sharded(self.model)
 
     @contextmanager
-    def of_loss_alone(self) -> Iterator[None]:
+    def of_loss_alone(self, watch: AbstractContextManager | None = None) -> Iterator[None]:
         """Compare the loss without other outputs in the block. Its value and gradient now are the reference.
+
+        Args:
+            watch: Is entered while the reference is computed.
 
         Raises:
             PaddingNotRemovableError: The loss fails.
@@ -85,7 +88,8 @@ class Probe:
         before = self._loss, self._gradient
         self._is_alone = True
         try:
-            self._loss, self._gradient = self._everywhere(self.run, "the loss fails on a sample")
+            with watch or nullcontext():
+                self._loss, self._gradient = self._everywhere(self.run, "the loss fails on a sample")
             yield
         finally:
             self._is_alone = False
@@ -94,6 +98,11 @@ class Probe:
     def run(self) -> tuple[float, Gradient]:
         """Return the loss and the gradient of the sample."""
         return self._run(self.sample)
+
+    def run_forward(self) -> None:
+        """Run the model on the sample, without a gradient."""
+        with torch.no_grad():
+            self._run(self.sample)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -159,13 +168,12 @@ class Probe:
         finally:
             for handle in handles:
                 handle.remove()
-        name = type(self.model).__name__
         stacks = {owner: (list(dict.fromkeys(calls)), len(calls)) for owner, calls in called.items() if calls}
         if not stacks:
-            raise PaddingNotRemovableError(f"{name} calls no repeated layers")
+            raise PaddingNotRemovableError("it calls no repeated layers")
         if dtypes & {torch.bfloat16, torch.float16}:
             raise PaddingNotRemovableError(
-                f"{name} computes in 16 bits, which cannot show 1e-5; call remove_padding before sharding"
+                "it computes in 16 bits, which cannot show 1e-5; call remove_padding before sharding"
             )
         size, error = norm(self._gradient), None
         if not (math.isfinite(self._loss) and size > 0):
@@ -182,9 +190,9 @@ class Probe:
                     if getattr(holder, name, 0):
                         raise PaddingNotRemovableError(f"{name} skips layers at random; set it to 0")
 
-    def check(self) -> None:
+    def check(self, groupings: Sequence[Cost] = GROUPINGS) -> None:
         """Compare loss and gradient of the changed model. Raises PaddingNotRemovableError if not exact."""
-        for cost in GROUPINGS:
+        for cost in groupings:
             sample = dict(self.sample)
             sample["attention_mask"] = mask = sample["attention_mask"].clone()
             if mask.ndim == 2:
@@ -195,11 +203,13 @@ class Probe:
                 lambda sample=sample: self._compare(*self._run(sample)), "the layers need the padded shape"
             )
 
-    def is_exact_with(self, install: Callable[[], Sequence[Any]]) -> bool:
+    def is_exact_with(
+        self, install: Callable[[], Sequence[Any]], groupings: Sequence[Cost] = GROUPINGS[1:]
+    ) -> bool:
         """Whether loss and gradient stay the same with more hooks. They are removed if not."""
         hooks = install()
         try:
-            self.check()
+            self.check(groupings)
         except PaddingNotRemovableError:
             for hook in hooks:
                 hook.handle.remove()
@@ -320,6 +330,8 @@ class Probe:
 
     def _backward(self, sample: Mapping[str, Any]) -> float:
         outputs = self.model(**sample)
+        if not torch.is_grad_enabled():
+            return math.nan
         if self._compute_loss is None:
             loss = output_named(outputs, "loss", position=0)
         else:

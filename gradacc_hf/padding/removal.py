@@ -62,9 +62,18 @@ def remove_padding(
     """
     if is_removed(model):
         return
-    probe = Probe(without_wrappers(model), batch, compute_loss)
+    try:
+        _remove(without_wrappers(model), batch, compute_loss)
+    except PaddingNotRemovableError as error:
+        name = type(without_wrappers(model)).__name__
+        raise PaddingNotRemovableError(f"padding cannot be removed from {name}: {error}") from error
+
+
+def _remove(model: torch.nn.Module, batch: Mapping[str, Any], compute_loss: ComputeLoss | None) -> None:
+    """Install the hooks of the first way that is exact. Raises PaddingNotRemovableError if none is."""
+    probe = Probe(model, batch, compute_loss)
     with probe.prepared():
-        stacks = probe.record_layers(_layers_by_owner(probe.model))
+        stacks = probe.record_layers(layers_by_owner(probe.model))
         reasons = {}
         for way, install in _ways(probe.model).items():
             try:
@@ -88,8 +97,7 @@ def remove_padding(
             except BaseException:
                 restore_padding(probe.model)
                 raise
-    name = type(probe.model).__name__
-    raise PaddingNotRemovableError(f"padding cannot be removed from {name}: {_joined(reasons)}")
+    raise PaddingNotRemovableError(_joined(reasons))
 
 
 def remove_padding_in_all(
@@ -234,7 +242,7 @@ def _configs(model: torch.nn.Module) -> list[PreTrainedConfig]:
     return list(found.values())
 
 
-def _layers_by_owner(model: torch.nn.Module) -> dict[PreTrainedModel, list[torch.nn.Module]]:
+def layers_by_owner(model: torch.nn.Module) -> dict[PreTrainedModel, list[torch.nn.Module]]:
     """Return the outermost layers below each innermost model class.
 
     transformers marks a layer by its base class. A model class without the mark has a list of like modules.
@@ -327,7 +335,7 @@ def _models_around(model: torch.nn.Module, owner: PreTrainedModel) -> list[torch
     """Return the model classes that contain these layers and no others: the owner, and models around it."""
     around = []
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and list(_layers_by_owner(module)) == [owner]:
+        if isinstance(module, PreTrainedModel) and list(layers_by_owner(module)) == [owner]:
             around.append(module)
     return around
 

@@ -15,7 +15,7 @@ if the loss reads one token of each.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from gradacc_hf.accumulation.padding_layout import pack, padding_layout, unpack
 from gradacc_hf.errors import PaddingNotRemovableError
 from gradacc_hf.padding.attention import CURRENT, PackedForward
 from gradacc_hf.padding.hooks import Hook, Stack, arguments_by_name, each_tensor
-from gradacc_hf.padding.probe import Probe
+from gradacc_hf.padding.probe import GROUPINGS, Probe
 
 TOKENS_OF_ROWS = ("first", "last")
 TOKENS_OF_LABELS = ("labelled", "before labelled")
@@ -122,15 +122,15 @@ def skip_unread_tokens(probe: Probe, layer: torch.nn.Module, stack: Stack) -> bo
     labels = probe.sample.get("labels")
     if not isinstance(labels, torch.Tensor) or probe.is_sharded:
         return False
-    with ExitStack() as added, suppress(PaddingNotRemovableError), probe.of_loss_alone():
+    seen = _WatchedLayer()
+    with ExitStack() as added, suppress(PaddingNotRemovableError), probe.of_loss_alone(seen.watch(layer)):
         note, forget = NoteLabels(stack), ForgetLabels(stack)
         note.add(probe.model.register_forward_pre_hook, with_kwargs=True, prepend=True)
         forget.add(probe.model.register_forward_hook, always_call=True)
         added.callback(note.handle.remove)
         added.callback(forget.handle.remove)
-        read, parts = _read_tokens(probe, layer)
-        stack.reads = _kind(probe, labels, read)
-        if stack.reads and any(map(probe.is_exact_with, _cuts(stack, parts))):
+        stack.reads = _kind(probe, labels, seen.read_tokens())
+        if stack.reads and any(map(probe.is_exact_with, _cuts(stack, seen.parts))):
             _skip_queries(probe, layer, stack)
             added.pop_all()
             return True
@@ -138,28 +138,41 @@ def skip_unread_tokens(probe: Probe, layer: torch.nn.Module, stack: Stack) -> bo
     return False
 
 
-def _read_tokens(probe: Probe, layer: torch.nn.Module) -> tuple[torch.Tensor, list[torch.nn.Module]]:
-    """Return which tokens the loss reads (batch, length), and the parts of the layer in calling order."""
-    outputs, parts = list[torch.Tensor](), list[torch.nn.Module]()
+class _WatchedLayer:
+    """The outputs of a layer, and its parts in the order of their first calls."""
 
-    def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        output = output if isinstance(output, torch.Tensor) else output[0]
-        if output.requires_grad:  # not in a frozen encoder
-            output.retain_grad()
-            outputs.append(output)
+    def __init__(self) -> None:
+        self.outputs: list[torch.Tensor] = []
+        self.parts: list[torch.nn.Module] = []
 
-    handles = [layer.register_forward_hook(keep)]
-    for part in _parts(layer):
-        handles.append(part.register_forward_pre_hook(lambda module, args: parts.append(module)))
-    try:
-        probe.run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    gradient = outputs[-1].grad if outputs else None
-    if gradient is None:
-        raise PaddingNotRemovableError("the layers have no gradient")
-    return (gradient != 0).flatten(2).any(2), list(dict.fromkeys(parts))
+    @contextmanager
+    def watch(self, layer: torch.nn.Module) -> Iterator[None]:
+        """Watch a layer in the block."""
+
+        def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
+            output = output if isinstance(output, torch.Tensor) else output[0]
+            if isinstance(output, torch.Tensor) and output.requires_grad:  # not in a frozen encoder
+                output.retain_grad()
+                self.outputs.append(output)
+
+        def note(module: torch.nn.Module, args: tuple) -> None:
+            if module not in self.parts:
+                self.parts.append(module)
+
+        handles = [layer.register_forward_hook(keep)]
+        handles += [part.register_forward_pre_hook(note) for part in _parts(layer)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def read_tokens(self) -> torch.Tensor:
+        """Return at which tokens the last output has a gradient: boolean, (batch, length)."""
+        gradient = self.outputs[-1].grad if self.outputs else None
+        if gradient is None:
+            raise PaddingNotRemovableError("the layers have no gradient")
+        return (gradient != 0).flatten(2).any(2)
 
 
 def _parts(module: torch.nn.Module) -> list[torch.nn.Module]:
@@ -210,7 +223,7 @@ def _skip_queries(probe: Probe, layer: torch.nn.Module, stack: Stack) -> None:
         return [hook for linear in linears for hook in _surround(stack, linear)]
 
     stack.read_queries = stack.by_group and stack.reads in TOKENS_OF_ROWS
-    if stack.read_queries and not probe.is_exact_with(with_linears):
+    if stack.read_queries and not probe.is_exact_with(with_linears, GROUPINGS):
         stack.read_queries = False
     if linears and not stack.read_queries:
         probe.is_exact_with(with_linears)
@@ -220,9 +233,11 @@ def _linears_of_read_tokens(probe: Probe, layer: torch.nn.Module) -> list[torch.
     """Return the linear layers over all real tokens whose outputs have a gradient at read tokens alone."""
     outputs: list[tuple[torch.nn.Module, torch.Tensor, torch.Tensor]] = []
 
-    def keep(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
         forward = CURRENT.forward
-        if forward is None or forward.read is None or not output.requires_grad:
+        if not isinstance(output, torch.Tensor) or not output.requires_grad:  # such as a router's tuple
+            return
+        if forward is None or forward.read is None:
             return
         if output.shape[:2] == (1, forward.layout.num_tokens):
             output.retain_grad()

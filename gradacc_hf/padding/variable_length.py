@@ -55,8 +55,8 @@ def attend(
     Returns:
         (1, tokens, heads, size).
     """
-    tokens = (states[0].transpose(0, 1) for states in (query, key, value))
-    return _kernel(*tokens, layout.offsets, max(layout.lengths), is_causal, scale)[None]
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    return _kernel(query, key, value, layout.offsets, max(layout.lengths), is_causal, scale)[None]
 
 
 def _kernel(
@@ -73,14 +73,16 @@ def _kernel(
     # The window of a causal attention ends at the token itself.
     options: dict[str, Any] = {"window_size": (-1, 0)} if is_causal else {}
     options |= {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    return varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scale, **options)
+    output = varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scale, **options)
+    assert isinstance(output, torch.Tensor)
+    return output
 
 
 @cache
 def is_precise(
     device: torch.device, dtype: torch.dtype, heads: tuple[int, int], size: int, is_causal: bool
 ) -> bool:
-    """Whether output and gradients of the kernel are as near to float32 as those of SDPA by example."""
+    """Whether the kernel's output and gradients are as near to float32 as SDPA's by example."""
     generator = torch.Generator(device).manual_seed(0)
     total = sum(SAMPLE_LENGTHS)
     shapes = [(total, number, size) for number in (heads[0], heads[1], heads[1], heads[0])]
@@ -89,8 +91,8 @@ def is_precise(
     )
     ends = torch.tensor([0, *SAMPLE_LENGTHS], device=device).cumsum(0).int()
 
-    def by_example(*states: torch.Tensor) -> torch.Tensor:
-        parts = zip(*(part.split(SAMPLE_LENGTHS) for part in states), strict=True)
+    def by_example(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        parts = zip(*(part.split(SAMPLE_LENGTHS) for part in (query, key, value)), strict=True)
         outputs = [
             torch.nn.functional.scaled_dot_product_attention(
                 *(part.transpose(0, 1)[None] for part in parts_of_one),
@@ -101,8 +103,8 @@ def is_precise(
         ]
         return torch.cat([output[0].transpose(0, 1) for output in outputs])
 
-    def by_kernel(*states: torch.Tensor) -> torch.Tensor:
-        return _kernel(*states, ends, max(SAMPLE_LENGTHS), is_causal, None)
+    def by_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return _kernel(query, key, value, ends, max(SAMPLE_LENGTHS), is_causal, None)
 
     def results(attend: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         inputs = [part.detach().to(dtype).requires_grad_() for part in states]

@@ -219,6 +219,8 @@ def _why_other_steps(run: RecordedRun) -> str:
         kept = run.summary["tuning"].get("max_tokens")
         then = f", then kept {kept:,} padded tokens" if kept else ""
         return f"the first {len(trials)} windows tried micro-batch sizes{then}"
+    if run.padding == 0:
+        return "the plan is from a sample of windows with padding, and the run computes none"
     return "the plan is from a sample of windows"
 
 

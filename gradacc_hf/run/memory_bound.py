@@ -24,15 +24,21 @@ from gradacc_hf.accumulation.splitting import Bound, rounded_up
 from gradacc_hf.config.schema import BudgetConfig, detect_budget, parse_bytes, tokens_per_micro_batch
 from gradacc_hf.errors import NotTraceableError
 from gradacc_hf.memory.estimator import ROWS_MULTIPLE, Point, StepEstimate, StepSettings, estimate, terms_of
+from gradacc_hf.padding.logits import TOKENS_PER_CHUNK
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.tasks.lean_loss import TOKENS_PER_CHUNK
 from gradacc_hf.training.run_log import versions
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.rng import preserve_rng_state
 
-CACHE_FORMAT = 1  # raise it when the estimate of an unchanged step changes
+CACHE_FORMAT = 2  # raise it when the estimate of an unchanged step changes
 CANDIDATE_EXAMPLES = 500  # examples of different lengths, from which the traced ones are chosen
-STEP_INDEPENDENT_KEYS = ("memory", "max_tokens", "micro_batch_size", "num_workers")  # keys of a budget
+STEP_INDEPENDENT_KEYS = (
+    "memory",
+    "max_tokens",
+    "micro_batch_size",
+    "num_workers",
+    "padding_free",
+)  # of a budget
 
 
 def recipe_memory(

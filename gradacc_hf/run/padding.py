@@ -1,5 +1,6 @@
 """Remove padding from the model of a run, if `budget.padding_free` and the model allow it."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from gradacc_hf.utils.memory import release_memory
 
 LEAST_SAVING = 0.02
 """Share of the predicted cost below which padding is kept."""
+MOST_NOISE_COST = 0.01
+"""Share of the predicted cost that measuring the noise scale may add where padding is removed."""
 SAMPLED_WINDOWS = 16
 MOST_PARAMETERS = 1_000_000_000
 """Parameters of a model up to which `auto` checks it: the check holds 16-bit weights in float32."""
@@ -55,8 +58,46 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
         return
     before = _steps(windows)
     windows.without_padding()
+    if recipe.config.train.noise_every is None and recipe.config.batch.effective != "noise_scale":
+        _measure_noise_more_often(windows)
     steps = f"{_steps(windows):.1f} accumulation steps instead of {before:.1f}"
     recipe.model_notes["padding in layers"] = f"none in the layers: {steps}{unread}"
+
+
+def _measure_noise_more_often(windows: WindowLoader) -> None:
+    """Measure the noise scale as often as costs at most `MOST_NOISE_COST`, if it is measured at all."""
+    if windows.noise_every:
+        never, always = (windows.with_bound(windows.bound, noise_every=every) for every in (0, 1))
+        further = _cost(always) / _cost(never) - 1
+        windows.measure_noise(min(windows.noise_every, max(1, math.ceil(further / MOST_NOISE_COST))))
+
+
+def plan_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
+    """Split windows as the run does if the check of its model passes, which a plan without weights cannot do.
+
+    `recipe.model_notes["padding in layers"]` gets a line with this assumption, or why padding is planned.
+
+    Args:
+        recipe: The recipe.
+        model: The model without weights.
+        windows: The training windows of the plan.
+    """
+    setting = recipe.config.budget.padding_free
+    if setting == "off" or recipe.pad_to == "nothing":
+        return
+    why = _why_kept(recipe, model, windows, setting)
+    if not why and not _runs_by_group(recipe, model, windows):
+        why = "attention of its own"
+    if not why:
+        windows.without_padding()
+    note = f"planned: {why}" if why else "none in the layers, if the check of the model passes in the run"
+    recipe.model_notes["padding in layers"] = note
+
+
+def _runs_by_group(recipe: Recipe, model: Any, windows: WindowLoader) -> bool:
+    """Whether transformers declares that a model class leaves attention to the attention interface."""
+    part = recipe.padded_part(model, windows.sample(2)[1].batch)[0]
+    return any(getattr(module, "_supports_attention_backend", False) for module in part.modules())
 
 
 def _remove(recipe: Recipe, model: Any, windows: WindowLoader) -> str:
@@ -88,7 +129,7 @@ def _why_kept(recipe: Recipe, model: Any, windows: WindowLoader, setting: str) -
         return "the inputs have no attention mask"
     if any(hasattr(module, "hf_device_map") for module in model.modules()):
         return "the model is placed on devices already"
-    if any(getattr(module, "is_quantized", False) for module in model.modules()):
+    if recipe.config.model.load_in_4bit or any(getattr(m, "is_quantized", False) for m in model.modules()):
         return "the weights are quantised"
     if setting == "auto" and recipe.config.budget.compile:
         return "the layers are compiled"

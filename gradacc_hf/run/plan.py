@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from accelerate import Accelerator
 from datasets import Dataset
@@ -15,7 +16,7 @@ from datasets import Dataset
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.memory_model import MicroBatchMemory, Parts
 from gradacc_hf.accumulation.splitting import Bound, usual_cost
-from gradacc_hf.config.schema import tokens_per_micro_batch, with_settings
+from gradacc_hf.config.schema import Config, tokens_per_micro_batch, with_settings
 from gradacc_hf.errors import InputError, NotTraceableError, refuse
 from gradacc_hf.memory.estimator import StepEstimate
 from gradacc_hf.recipe.base import Recipe
@@ -23,9 +24,11 @@ from gradacc_hf.recipe.budget import fit_to_model
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.memory_advice import Lever, levers
 from gradacc_hf.run.memory_bound import longest_example, recipe_memory, usable_memory
+from gradacc_hf.run.padding import plan_padding
 from gradacc_hf.run.setup import check_vocabulary, make_model, make_windows, total_windows
 
 GIB = 2**30
+Shape = tuple[tuple[int, ...], ...]  # (rows, columns): tokens of each row of a micro-batch
 SAMPLED_WINDOWS = 200  # windows of the first epoch that are split, evenly spaced
 
 
@@ -37,7 +40,7 @@ class Steps:
     epochs: int
     accumulation_steps: tuple[int, float, int]  # min, mean, max over windows, of the process with most
     padding: float  # share of the tokens
-    largest: tuple[int, list[int]]  # rows, and length of each column, of the micro-batch with most memory
+    largest: tuple[int, list[int]]  # rows, and longest of each column, of the micro-batch with most memory
     flops_per_window: float  # floating-point operations
 
 
@@ -64,6 +67,7 @@ class Plan:
     price: float | None
     levers: list[Lever]
     model_notes: dict[str, str]  # what the recipe changes of the model, and where the labels come from
+    padding_free: bool  # whether micro-batches are planned without padding
 
 
 def rate_of(run: Path) -> float:
@@ -110,7 +114,8 @@ def make_plan(
     recipe = recipe.weightless()
     training, validation = data or recipe.datasets()
     recipe = fit_to_model(recipe)
-    check_vocabulary(recipe, recipe.empty_model(), (training, validation))
+    empty = recipe.empty_model()
+    check_vocabulary(recipe, empty, (training, validation))
     config, is_cpu = recipe.config, Path(recipe.config.budget_file or "").stem == "cpu"
     given = usable_memory(config.budget, on_gpu=not is_cpu)
     device = "cpu" if is_cpu or given is None else "cuda"
@@ -125,8 +130,10 @@ def make_plan(
         ) from error
     per_process = found.memory.over_processes(processes, sharded=False)
     bound, why = _bound(recipe, per_process, memory, bool(given), device)
-    steps = _steps(recipe, windows.with_bound(bound, processes, usual_cost(device)), found)
-    parts = per_process.parts(*steps.largest)
+    windows = windows.with_bound(bound, processes, usual_cost(device))
+    plan_padding(recipe, empty, windows)
+    steps, largest = _steps(recipe, windows, found)
+    parts = _parts(per_process, windows, largest)
     longest = windows.tokens[longest_example(windows.tokens)].tolist()
     alone = per_process.bytes(1, longest)
     room = {"found": found, "available": memory, "processes": processes}
@@ -146,18 +153,14 @@ def make_plan(
         bound=str(bound),
         why=why,
         steps=steps,
-        processes_change={
-            name: found.memory.over_processes(
-                max(2, processes), sharded, found.largest_layer, recipe.config.budget.whole_gradients
-            ).bytes(*steps.largest)
-            for name, sharded in (("DDP", False), ("FSDP2", True))
-        },
+        processes_change=_on_processes(max(2, processes), found, config, windows, largest),
         seconds=seconds,
         price=seconds * processes * price / 3600 if seconds is not None and price else None,
         levers=levers(recipe, training, windows.tokens, make_model, device == "cuda", **room)
         if with_levers and alone > memory
         else [],
         model_notes={name: note for name, note in recipe.model_notes.items() if name != "head"},
+        padding_free=windows.padding_free,
     )
 
 
@@ -176,24 +179,63 @@ def _bound(
     return Bound(max_tokens=tokens), "more is not faster on a CPU; set budget.memory for a bound in bytes"
 
 
-def _steps(recipe: Recipe, windows: WindowLoader, found: StepEstimate) -> Steps:
+def _parts(memory: MicroBatchMemory, windows: WindowLoader, shape: Shape) -> Parts:
+    """Return the bytes of a micro-batch with examples of these tokens."""
+    tokens = np.array(shape)
+    if windows.padding_free:
+        return memory.parts_without_padding(tokens)
+    return memory.parts(len(tokens), tokens.max(0))
+
+
+def _on_processes(
+    number: int, found: StepEstimate, config: Config, windows: WindowLoader, shape: Shape
+) -> dict[str, int]:
+    """Return the bytes of a micro-batch in each of several processes, under DDP and FSDP2."""
+    whole, layer = config.budget.whole_gradients, found.largest_layer
+    memories = {
+        name: found.memory.over_processes(number, sharded, layer, whole)
+        for name, sharded in (("DDP", False), ("FSDP2", True))
+    }
+    return {name: _parts(memory, windows, shape).total for name, memory in memories.items()}
+
+
+def _steps(recipe: Recipe, windows: WindowLoader, found: StepEstimate) -> tuple[Steps, Shape]:
+    """Return the split, and the micro-batch with most memory."""
     splits = windows.spread_splits(SAMPLED_WINDOWS)
     shapes = [
-        (rows, tuple(lengths))
+        _shape(windows, micro_batch, split.pad_to)
         for split in splits
         for process in split.processes
-        for rows, lengths in (windows.shape(micro_batch, split.pad_to) for micro_batch in process)
+        for micro_batch in process
     ]
     different = sorted(set(shapes))
     steps = [max(map(len, split.processes)) for split in splits]
     tokens, padded = (sum(getattr(split, name) for split in splits) for name in ("tokens", "padded_tokens"))
-    flops = {shape: found.flops_of(*shape) for shape in different}
-    largest = max(different, key=lambda shape: (found.memory.bytes(*shape), shape[0] * sum(shape[1])))
-    return Steps(
+    flops = {shape: _flops(found, windows, shape) for shape in different}
+    largest = max(
+        different, key=lambda shape: (_parts(found.memory, windows, shape).total, sum(map(sum, shape)))
+    )
+    planned = Steps(
         windows=total_windows(recipe.config, windows),
         epochs=recipe.config.train.epochs,
         accumulation_steps=(min(steps), sum(steps) / len(steps), max(steps)),
         padding=1 - tokens / padded,
-        largest=(largest[0], list(largest[1])),
+        largest=(len(largest), np.array(largest).max(0).tolist()),
         flops_per_window=sum(flops[shape] for shape in shapes) / len(splits),
     )
+    return planned, largest
+
+
+def _shape(windows: WindowLoader, micro_batch: np.ndarray, pad_to: int | None) -> Shape:
+    """Return the computed tokens of each row of a micro-batch, in ascending order."""
+    if windows.padding_free:
+        return tuple(sorted(map(tuple, windows.tokens[micro_batch].tolist())))
+    rows, lengths = windows.shape(micro_batch, pad_to)
+    return (tuple(lengths),) * rows
+
+
+def _flops(found: StepEstimate, windows: WindowLoader, shape: Shape) -> float:
+    """Return the operations of a micro-batch. Without padding, they are the sum over examples."""
+    if windows.padding_free:
+        return sum(found.flops_of(1, tokens) for tokens in shape)
+    return found.flops_of(len(shape), shape[0])

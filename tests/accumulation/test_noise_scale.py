@@ -24,6 +24,7 @@ from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.config.batch_size import check_can_measure, check_sizes, effective_batch_size
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.errors import InputError
+from gradacc_hf.padding.removal import remove_padding
 from gradacc_hf.report import write_report
 from gradacc_hf.run.setup import noise_every
 from gradacc_hf.tasks.packing import pack
@@ -97,6 +98,72 @@ def test_the_first_micro_batch_of_a_split_by_length_would_not_do():
         )
         noise.record(64, whole, SmallBatch(len(split.processes[0][0]), first))
     assert abs(noise.scale / truth - 1) > 0.3
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """A classifier in float64 without padding, examples with labels by length, and their gradients."""
+    head = build_head("sequence_classification", "bert")
+    examples = head.examples(LENGTHS * 2)
+    for example in examples:
+        example["labels"] = torch.tensor(min(len(example["input_ids"]) // 13, 2))
+    model = head.model.double()
+    gradients = [read_gradient_of(model, head.collate([example])) for example in examples]
+    remove_padding(model, head.collate(examples[:8]))
+    return head, model, examples, torch.stack(gradients).numpy()
+
+
+def read_gradient_of(model, batch):
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def windows_of(classifier, **settings):
+    head, _, examples, _ = classifier
+    shared = {"accelerator": Accelerator(cpu=True), "collate_fn": head.collate, "num_items": head.num_items}
+    return WindowLoader(examples, 32, **shared, **settings)
+
+
+@pytest.mark.parametrize("max_tokens", [400, 150])
+def test_windows_without_padding_give_the_exact_noise_of_the_gradients_of_examples(classifier, max_tokens):
+    """The mean of tr(Σ) over many splits. By length, or up to a number of tokens, it is biased."""
+    gradients = classifier[-1]
+    truth, products = float(gradients.var(0, ddof=1).sum()), gradients @ gradients.T
+
+    def noise(part, whole):
+        squares = [products[np.ix_(some, some)].mean() for some in (part, whole)]
+        return (squares[0] - squares[1]) / (1 / len(part) - 1 / len(whole))
+
+    def difference(windows, first):
+        """Return the mean difference from the truth, in standard errors."""
+        splits = [windows.split(epoch, window) for epoch in range(300) for window in range(3)]
+        found = [noise(np.concatenate(split.processes[0][: first(split)]), split.indices) for split in splits]
+        return (np.mean(found) - truth) / (np.std(found) / math.sqrt(len(found)))
+
+    windows = windows_of(classifier, max_tokens=max_tokens, padding_free=True, noise_every=1)
+    assert abs(difference(windows, lambda split: split.noise_micro_batches)) < 3
+    by_length = windows_of(classifier, max_tokens=max_tokens)
+    assert abs(difference(by_length, lambda split: 1)) > 10
+    if max_tokens == 150:
+        by_tokens = windows_of(classifier, max_tokens=max_tokens, padding_free=True)
+        assert abs(difference(by_tokens, lambda split: 1)) > 10
+
+
+def test_windows_without_padding_measure_the_gradient_of_their_random_part(classifier):
+    _, model, _, gradients = classifier
+    windows = windows_of(classifier, max_tokens=150, padding_free=True, noise_every=1)
+    model, _ = windows.accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    for window in windows:
+        model.zero_grad()
+        for batch in window:
+            with windows.accelerator.accumulate(model):
+                windows.accelerator.backward(window.weigh(model(**batch).loss))
+        part = np.concatenate(window.split.plan.processes[0][: window.split.plan.noise_micro_batches])
+        assert window.small.examples == len(part)
+        assert window.small.grad_norm == pytest.approx(np.linalg.norm(gradients[part].mean(0)), rel=1e-6)
+    single = windows_of(classifier, max_tokens=4000, padding_free=True, noise_every=2)
+    assert [single.split(0, window).measures_noise for window in range(4)] == [True, False, True, False]
 
 
 def test_a_noise_scale_follows_what_changes_and_forgets_what_was():

@@ -12,6 +12,7 @@ from gradacc_hf.accumulation.reference import EXACT, RecordGradients, relative_e
 from gradacc_hf.accumulation.splitting import Bound
 from gradacc_hf.bench.oom import RecordingLoader, run_limited
 from gradacc_hf.errors import OutOfMemoryError
+from gradacc_hf.padding.removal import remove_padding
 from gradacc_hf.training.loop import train
 from gradacc_hf.verification.tiny_models import build_head
 
@@ -41,8 +42,16 @@ def run(most=None, where="forward", epochs=2, **split):
         head.examples(LENGTHS), 10, accelerator=accelerator, collate_fn=head.collate, **split
     )
 
+    padding_free = split.get("padding_free", False)
+    if padding_free:
+        remove_padding(head.model, head.collate(head.examples(LENGTHS)[:8]))
+
+    def is_beyond(batch):
+        held = batch["attention_mask"].sum() if padding_free else batch["input_ids"].numel()
+        return most and held > most
+
     def check(module, inputs, named):
-        if where == "forward" and most and named["input_ids"].numel() > most:
+        if where == "forward" and is_beyond(named):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     head.model.register_forward_pre_hook(check, with_kwargs=True)
@@ -50,7 +59,7 @@ def run(most=None, where="forward", epochs=2, **split):
     model, optimizer = accelerator.prepare(head.model, recorder)
 
     def loss(outputs, batch):
-        is_short = where == "backward" and most and batch["input_ids"].numel() > most
+        is_short = where == "backward" and is_beyond(batch)
         return NoMemory.apply(outputs.loss, is_short)
 
     watched, settings = (
@@ -80,6 +89,24 @@ def test_the_window_is_cut_finer_and_run_again_with_the_same_gradient(undisturbe
     if "max_tokens" in split:  # windows to come are cut finer from the start
         assert windows.bound.max_tokens < 160
         assert windows.replays <= 2
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("bound", ["tokens", "bytes"])
+def test_a_window_without_padding_is_cut_by_its_real_tokens(undisturbed, where, bound):
+    """Twice at most: the largest micro-batch has up to 160 real tokens, and 50 fit."""
+    factors = {"exponents": np.array([(1, 1)]), "activations": np.array([[2.0**20]])}
+    factors["layers"] = 0.75 * factors["activations"]
+    memory = MicroBatchMemory(parameters=0, gradients=0, optimizer=0, loss=np.zeros((1, 1)), **factors)
+    split = {"tokens": {"max_tokens": 160}, "bytes": {"bound": Bound(max_bytes=200 * 2**20, memory=memory)}}
+    windows, gradients, losses, indices = run(50, where, padding_free=True, **split[bound])
+    assert 1 <= windows.replays <= 2
+    assert indices == undisturbed[3]
+    assert losses == pytest.approx(undisturbed[2], rel=1e-5)
+    assert max(relative_error(*pair) for pair in zip(gradients, undisturbed[1], strict=True)) < EXACT
+    sizes = [int(windows.lengths[part].sum()) for part in windows.split(0, 0).processes[0]]
+    assert max(sizes) <= 50
+    assert len(sizes) <= np.ceil(sum(sizes) / 40) + 2, "no finer than the tokens that fit"
 
 
 def test_an_example_that_does_not_fit_alone_is_named(undisturbed):

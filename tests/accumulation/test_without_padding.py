@@ -1,6 +1,7 @@
 """Windows that are split for a model without padding: by real tokens, in the order of the window."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from gradacc_hf import WindowLoader, remove_padding
 from gradacc_hf.accumulation.memory_model import MicroBatchMemory
+from gradacc_hf.accumulation.padding_layout import padding_layout
 from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error, whole_window_gradient
-from gradacc_hf.accumulation.splitting import Bound, split_without_padding
+from gradacc_hf.accumulation.splitting import Bound, Cost, split_without_padding
 from gradacc_hf.verification.tiny_models import build_head
 
 MEMORY = MicroBatchMemory(
@@ -21,6 +23,9 @@ MEMORY = MicroBatchMemory(
     exponents=np.array([[1, 1], [1, 2]]),
     activations=np.array([[3.0, 0.1], [1.0, 0.2]]),
     loss=np.array([[0.0, 0.0], [0.5, 0.0]]),
+    layers=np.array([[2.0, 0.0], [0.5, 0.1]]),
+    attention=np.array([[0.5, 0.1], [0.0, 0.1]]),
+    group_cost=2000.0,
 )
 BOUNDS = {
     "tokens": Bound(max_tokens=256),
@@ -54,10 +59,30 @@ def test_an_example_beyond_the_bound_is_alone():
 def test_bytes_of_a_micro_batch_are_at_most_the_bytes_of_the_bound():
     tokens = np.random.default_rng(1).integers(1, 60, (64, 1))
     for positions in split_without_padding(tokens, BOUNDS["bytes"])[0]:
-        terms = sum(MEMORY.terms(1, length) for length in tokens[positions])
-        padded = MEMORY.terms(len(positions), tokens[positions].max())
-        expected = MEMORY.resident + (MEMORY.activations @ terms + MEMORY.loss @ padded).max()
-        assert MEMORY.bytes_without_padding(tokens[positions]) == round(expected) <= 3_000
+        assert MEMORY.bytes_without_padding(tokens[positions]) <= 3_000
+    alone = tokens[:1]
+    assert MEMORY.bytes_without_padding(alone) == MEMORY.bytes(1, alone[0])
+    assert MEMORY.bytes_without_padding(np.repeat(alone, 9, axis=0)) == MEMORY.bytes(9, alone[0])
+
+
+@pytest.mark.parametrize("group_cost", [0.0, 2_000.0, 500_000.0])
+def test_bytes_without_padding_are_those_of_examples_groups_and_the_padded_rest(group_cost):
+    """Attention is at most the sum over the groups of a layout, and at least the sum over examples."""
+    lengths = np.random.default_rng(2).integers(1, 200, 40)
+    memory = replace(MEMORY, group_cost=group_cost)
+    mask = torch.arange(lengths.max()) < torch.from_numpy(lengths)[:, None]
+    layout = padding_layout(mask, Cost(fixed=max(group_cost, 1e-9), quadratic=1.0))
+
+    def by(rows):
+        examples = [(1, length) for length in lengths]
+        real, grouped = (sum(memory.terms(*row) for row in found) for found in (examples, rows))
+        padded, rest = memory.terms(40, lengths.max()), memory.activations - memory.layers - memory.attention
+        held = (rest + memory.loss) @ padded + memory.layers @ real + memory.attention @ grouped
+        return memory.resident + held.max()
+
+    predicted = memory.bytes_without_padding(lengths[:, None])
+    assert by(layout.groups) <= predicted + 1 <= memory.bytes(40, lengths.max()) + 1
+    assert predicted <= (1.1 if group_cost < 1e5 else 1.4) * by(layout.groups)
 
 
 @pytest.mark.parametrize("bound", ["tokens", "bytes"])

@@ -114,6 +114,23 @@ def test_a_bound_of_ones_own_is_kept(bare, capsys):
     assert found["steps"]["accumulation_steps"][2] > 1
 
 
+def test_a_plan_states_that_it_assumes_no_padding_and_predicts_such_micro_batches(bare, capsys):
+    words = ["--config", CONFIG, *bare, "--budget.memory", "8GiB"]
+    found = {
+        setting: json.loads(plan(capsys, *words, "--budget.padding_free", setting, "--json"))
+        for setting in ("on", "off")
+    }
+    assert {setting: one["padding_free"] for setting, one in found.items()} == {"on": True, "off": False}
+    assert found["on"]["steps"]["padding"] == 0 < found["off"]["steps"]["padding"]
+    assert found["on"]["steps"]["flops_per_window"] < found["off"]["steps"]["flops_per_window"]
+    text = plan(capsys, *words, "--budget.padding_free", "on")
+    assert "padding in layers     none in the layers, if the check of the model passes in the run" in text
+    assert " × at most " in text
+    assert "padding in layers" not in plan(capsys, *words, "--budget.padding_free", "off")
+    text = plan(capsys, *words, "--budget.padding_free", "auto")
+    assert "padding in layers     planned: removing it would save" in text
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -240,6 +240,7 @@ def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes():
         "no_items_here_and_there",
         "fewer_examples_than_processes",
         "clipped",
+        "packed_and_lean",
         "evaluation",
     ]
     contrastive = ["contrastive", "contrastive_fewer_pairs_than_processes"]

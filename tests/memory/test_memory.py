@@ -1,6 +1,8 @@
 """The predicted memory of a step equals a trace of the whole model at that size, and torch's own counts."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ from recipe_runs import load_recipe, make_recipe, write_rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from gradacc_hf.accumulation.loss_items import model_loss
+from gradacc_hf.accumulation.loss_items import IGNORED, model_loss
 from gradacc_hf.accumulation.splitting import Bound
 from gradacc_hf.errors import NotTraceableError
 from gradacc_hf.memory import estimator as estimating
 from gradacc_hf.memory.estimator import Point, StepSettings, estimate, terms_of
+from gradacc_hf.padding.removal import remove_padding
 from gradacc_hf.run import memory_bound as recipes
 from gradacc_hf.run.setup import make_model
 from gradacc_hf.tasks.lean_loss import make_lean
@@ -39,10 +42,13 @@ def llama(attention="sdpa", checkpointing=False, lora=0, lean=False, dtype=torch
     return model
 
 
-def t5(attention="eager"):
+def t5(attention="eager", lean=False):
     sizes = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "vocab_size": 300}
     config = transformers.T5Config(**sizes, num_layers=4, num_decoder_layers=1, decoder_start_token_id=0)
-    return transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attention)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attention)
+    if lean:
+        make_lean(model, True)
+    return model
 
 
 def tokens(rows, lengths):
@@ -161,9 +167,10 @@ def test_of_weights_in_4_bits_no_copy_is_held_for_the_backward_pass():
     assert whole.parameters - quantized.parameters > 0.85 * 2 * copies
 
 
-def test_a_lean_loss_holds_a_few_hundred_tokens_logits_at_most():
-    lean = predict_at(lambda: llama(lean=True, layers=2), 64, (256,)).memory.parts(64, 256)
-    usual = predict_at(lambda: llama(layers=2), 64, (256,)).memory.parts(64, 256)
+@pytest.mark.parametrize(("build", "lengths"), [(partial(llama, layers=2), (256,)), (t5, (8, 256))])
+def test_a_lean_loss_holds_a_few_hundred_tokens_logits_at_most(build, lengths):
+    lean = predict_at(partial(build, lean=True), 64, lengths).memory.parts(64, lengths)
+    usual = predict_at(build, 64, lengths).memory.parts(64, lengths)
     assert lean.loss < usual.loss / 3
 
 
@@ -265,3 +272,39 @@ def test_the_loader_says_which_example_does_not_fit_with_its_bytes(tiny_bert, ro
     )
     assert "padded tokens, predicted to take" in caplog.text
     assert "each runs alone" in caplog.text
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["sequence_classification", "causal_lm"])
+def test_a_step_without_padding_holds_at_most_what_is_predicted(kind, attention):
+    """Of lengths that were not traced, against the tensors of a real step after `remove_padding`."""
+
+    def build():
+        sizes = {**SIZES, "vocab_size": 300}
+        if kind == "causal_lm":
+            config = transformers.LlamaConfig(**sizes)
+            return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        config = transformers.BertConfig(**sizes, num_labels=3)
+        build_one = transformers.AutoModelForSequenceClassification.from_config
+        return build_one(config, attn_implementation=attention)
+
+    def batch(lengths):
+        ids = torch.ones(len(lengths), max(lengths), dtype=torch.long)
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        labels = torch.zeros(len(lengths), dtype=torch.long)
+        labels = torch.where(mask == 1, ids, IGNORED) if kind == "causal_lm" else labels
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    points = [Point(r, one, batch(one * r)) for r in (2, 3) for one in LENGTHS]
+    memory = replace(
+        estimate(build, points, terms_of(np.array(LENGTHS)), model_loss, StepSettings()).memory,
+        workspace_share=0.0,
+    )
+    lengths = np.minimum(90, 4 + np.random.default_rng(0).exponential(25, 24)).astype(int).tolist()
+    model, mixed = build().train(), batch(lengths)
+    model_loss(model(**mixed), mixed).backward()  # gradients exist in the middle of a window
+    remove_padding(model, mixed)
+    most = max(phase.held.sum(axis=1).max() for phase in estimating.trace(model, mixed, model_loss).phases)
+    predicted = memory.bytes_without_padding(np.array(lengths)[:, None]) - memory.resident
+    assert most <= predicted < (1.5 if attention == "eager" else 1.4) * most
+    assert predicted < memory.bytes(len(lengths), max(lengths)) - memory.resident

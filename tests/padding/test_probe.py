@@ -9,8 +9,8 @@ from transformers import BertModel
 import gradacc_hf
 from gradacc_hf import InputError, PaddingNotRemovableError
 from gradacc_hf.padding import attention, probe
-from gradacc_hf.padding.sample import make_sample
 from gradacc_hf.padding.removal import is_grouped, is_removed
+from gradacc_hf.padding.sample import make_sample
 from gradacc_hf.verification.tiny_models import build_head
 
 LENGTHS = [17, 9, 30, 9, 12, 3, 21]
@@ -86,7 +86,9 @@ def test_a_layer_that_is_skipped_at_random_is_named():
 
 def test_a_module_of_another_library_is_named():
     model, batch = head_and_batch()
-    assert "Sequential has no config of transformers" in refusal(torch.nn.Sequential(model), batch)
+    assert "removed from Sequential: it has no config of transformers" in refusal(
+        torch.nn.Sequential(model), batch
+    )
 
 
 def test_what_forwards_change_in_modules_is_restored():

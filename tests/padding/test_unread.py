@@ -72,6 +72,7 @@ def rows_of(module, model, batch):
         ("masked_lm", "bert", "bert.encoder.layer.1.intermediate", "labels"),
         ("masked_lm", "bert", "bert.encoder.layer.1.attention.self.query", "labels"),
         ("causal_lm", "llama", "model.layers.1.mlp.up_proj", "next labels"),
+        ("causal_lm", "phimoe", "model.layers.1.self_attn.o_proj", "next labels"),
     ],
 )
 def test_the_feed_forward_part_runs_at_read_tokens_with_the_same_gradient(kind, model_type, part, read):

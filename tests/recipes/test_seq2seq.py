@@ -14,10 +14,13 @@ import transformers
 from accelerate import Accelerator
 from conftest import ROOT
 
+import gradacc_hf
 from gradacc_hf import embedded
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError
+from gradacc_hf.padding.logits import skips_logits
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.tasks.generate import generate
@@ -130,10 +133,22 @@ def test_the_decoder_reads_its_start_token_and_the_labels_before(make, kind):
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
         logits = model(**inputs, decoder_input_ids=read).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        torch.testing.assert_close(recipe.loss(model(**batch), batch), expected)
+        assert model(**batch).logits is None  # `budget.lean_loss`
+        gradacc_hf.restore_logits(model)
         labelled = labels != IGNORED
         torch.testing.assert_close(model(**batch).logits[labelled], logits[labelled])
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(recipe.loss(model(**batch), batch), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_of_a_plan_computes_logits_at_labels_as_the_run_does(make, kind):
+    recipe, *_ = make(make_rows(), kind)
+    for setting in (True, "auto", False):
+        chosen = recipe.with_config(with_settings(recipe.config, {"budget.lean_loss": setting}))
+        with torch.device("meta"):
+            planned = make_model(chosen.weightless())
+        assert skips_logits(planned) == skips_logits(make_model(chosen)) == bool(setting)
 
 
 def test_two_encoders_are_joined_with_their_weights_and_a_saved_model_is_whole(make, models, tmp_path):

@@ -292,6 +292,8 @@ def test_accumulation_steps_other_than_planned_come_with_the_reason(real, tmp_pa
     )
     split_finer = table("b", planned_accumulation_steps=planned, replays=1)
     assert "memory ran out" in split_finer["accumulation steps as planned"]
+    removed = table("e", planned_accumulation_steps=planned, tokens=100, padded_tokens=100)
+    assert removed["accumulation steps as planned"].endswith("with padding, and the run computes none")
     same = table("c", planned_accumulation_steps={"min": 2, "mean": 4.7, "max": 14})
     assert "accumulation steps as planned" not in same
     assert "accumulation steps as planned" not in table("d")

@@ -19,6 +19,7 @@ from text_classification_runs import (
 
 from gradacc_hf import WindowLoader
 from gradacc_hf.accumulation.loss_items import model_loss
+from gradacc_hf.accumulation.splitting import Cost
 from gradacc_hf.errors import InputError
 from gradacc_hf.padding.removal import is_removed
 from gradacc_hf.run.padding import choose_padding
@@ -27,7 +28,7 @@ from gradacc_hf.verification.tiny_models import build_head
 LENGTHS = [3, 40, 7, 22, 5, 9, 31, 4] * 4
 
 
-def choose(model_type="bert", setting="auto", change=lambda model: None, **of_batch):
+def choose(model_type="bert", setting="auto", change=lambda model: None, fixed=128.0, flags=(), **of_batch):
     """Return the line of the run about padding, the model and the training windows."""
     head = build_head("sequence_classification", model_type)
     change(head.model)
@@ -37,8 +38,11 @@ def choose(model_type="bert", setting="auto", change=lambda model: None, **of_ba
         accelerator=Accelerator(cpu=True),
         collate_fn=lambda examples: head.collate(examples) | of_batch,
         max_tokens=96,
+        noise_every=16,
+        cost=Cost(fixed=fixed),
     )
-    recipe = make_recipe(TextClassification, "--data.train", "a.csv", "--budget.padding_free", setting)
+    flags = ("--budget.padding_free", setting, *flags)
+    recipe = make_recipe(TextClassification, "--data.train", "a.csv", *flags)
     recipe.loss = model_loss
     choose_padding(recipe, head.model, windows)
     return recipe.model_notes["padding in layers"], head.model, windows
@@ -72,12 +76,21 @@ def test_a_run_without_padding_is_the_same_training(start, monkeypatch):  # noqa
 
 def test_windows_stay_sorted_by_length_where_attention_runs_padded():
     note, model, windows = choose("mpnet")
-    assert note == "none in the layers, except in attention"
+    assert note.startswith("none in the layers, except in attention; the last layer ends with")
     assert is_removed(model)
     assert not windows.padding_free
     note, model, windows = choose("bert")
     assert "accumulation steps instead of" in note
     assert windows.padding_free
+
+
+def test_the_noise_scale_is_measured_more_often_where_that_costs_little():
+    assert choose(fixed=0.1)[-1].noise_every == 1
+    assert choose(fixed=4096.0)[-1].noise_every == 16
+    assert choose(fixed=0.1, flags=("--train.noise_every", "16"))[-1].noise_every == 16
+    grows = ("--batch.effective", "noise_scale")
+    assert choose(fixed=0.1, flags=grows)[-1].noise_every == 16
+    assert choose("mpnet", fixed=0.1)[-1].noise_every == 16, "windows are sorted by length"
 
 
 def run_out(module, args):
