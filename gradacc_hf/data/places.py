@@ -51,6 +51,8 @@ def _lines(path: Path, rows: int, form: Form) -> list[int] | None:
     """Return the line of each row, from 1. None if the file has no lines, or others than were read."""
     suffix, lines = suffix_of(path), []
     try:
+        if suffix == ".xlsx":
+            return [*range(2, rows + 2)]  # as Excel numbers the rows: the first is the header
         if suffix in TABLES and form.separator:
             with open_text(path, form.encoding, newline="") as file:
                 lines = [line for line, _ in records(file, form)][1:]

@@ -319,6 +319,8 @@ def test_a_sheet_of_an_excel_file_is_read():
         pd.DataFrame(ROWS).to_excel(book, sheet_name="first one", index=False)
         pd.DataFrame(others).to_excel(book, sheet_name="other", index=False)
     assert load("a.xlsx") == (ROWS, ["a.xlsx: 5 rows, training (sheet 'first one', the first of 2)"])
+    splits = load_data("a.xlsx", "a.xlsx", validation_fraction=0.1, seed=0)
+    assert places(splits.train, [0, 4]) == ["a.xlsx line 2", "a.xlsx line 6"]
     found = [{"text": "1", "label": "2.5"}, {"text": "NA", "label": None}]
     assert load("a.xlsx", sheet="other") == (found, ["a.xlsx: 2 rows, training (sheet 'other')"])
     assert (
