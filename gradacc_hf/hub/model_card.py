@@ -70,7 +70,8 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
     upstream, licence = origin(given)
     on_hub = upstream or (given if _is_hub_name(given) else None)
     source = recipe.validation_source.removeprefix("validation: ")
-    for name in filter(None, (data.validation, data.train)):
+    train = str(data.train)  # DataConfig joins a list of files
+    for name in (str(data.validation or train), train):
         if source.endswith(name):
             source = source.removesuffix(name) + _public(name)
             break
@@ -80,9 +81,9 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
         base_model=on_hub,
         base_model_text=on_hub or _base_model_text(recipe),
         licence=Licence(licence) if licence else read_licence(recipe.model_path),
-        data=_public(data.train) + (f", {data.config_name}" if data.config_name else ""),
-        data_about=_embedded_about(data.train),
-        dataset=data.train if _is_hub_name(data.train) else None,
+        data=_public(train) + (f", {data.config_name}" if data.config_name else ""),
+        data_about=_embedded_about(train),
+        dataset=train if _is_hub_name(train) else None,
         training_examples=len(training),
         validation_examples=len(validation),
         validation=source,
