@@ -80,7 +80,7 @@ def _run(name: str, config: Path, windows: int | None) -> OfflineRun:
         answer = next(predict(recipe, load_model(recipe, run), inputs), None)
         return OfflineRun(
             recipe=name,
-            data=recipe.config.data.train,
+            data=str(recipe.config.data.train),
             training_examples=summary["card"]["training_examples"],
             model=recipe.config.model.name,
             metric=metric,

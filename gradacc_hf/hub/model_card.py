@@ -22,7 +22,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.data.loading import BUILDERS
+from gradacc_hf.data.files import is_data
 from gradacc_hf.embedded import DATASETS, origin
 from gradacc_hf.hub.usage import snippet
 from gradacc_hf.recipe.base import Recipe
@@ -70,7 +70,8 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
     upstream, licence = origin(given)
     on_hub = upstream or (given if _is_hub_name(given) else None)
     source = recipe.validation_source.removeprefix("validation: ")
-    for name in filter(None, (data.validation, data.train)):
+    train = str(data.train)  # DataConfig joins a list of files
+    for name in (str(data.validation or train), train):
         if source.endswith(name):
             source = source.removesuffix(name) + _public(name)
             break
@@ -80,9 +81,9 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
         base_model=on_hub,
         base_model_text=on_hub or _base_model_text(recipe),
         licence=Licence(licence) if licence else read_licence(recipe.model_path),
-        data=_public(data.train) + (f", {data.config_name}" if data.config_name else ""),
-        data_about=_embedded_about(data.train),
-        dataset=data.train if _is_hub_name(data.train) else None,
+        data=_public(train) + (f", {data.config_name}" if data.config_name else ""),
+        data_about=_embedded_about(train),
+        dataset=train if _is_hub_name(train) else None,
         training_examples=len(training),
         validation_examples=len(validation),
         validation=source,
@@ -239,7 +240,7 @@ def _is_hub_name(given: str) -> bool:
         validate_repo_id(given)
     except HFValidationError:
         return False
-    return Path(given).suffix.lower() not in BUILDERS and not Path(given).exists()
+    return not is_data(Path(given)) and not Path(given).exists()
 
 
 def _public(given: str) -> str:
