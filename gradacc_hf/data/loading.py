@@ -10,7 +10,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -47,6 +47,9 @@ VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first t
 IMAGES = set(ImageFolder.EXTENSIONS)
 _CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts, not nulls
 
+Convert = Callable[[Dataset], tuple[Dataset, str | None]]
+"""Rows as a file has them → rows as a task takes them, and the format for the plan, or None."""
+
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}.*")  # SPLIT-00000-of-00001.parquet, as on the Hub
 _NO_ROWS = ("corresponds to no data", "No columns to parse", "BatchSize must be")  # errors of the builders
 
@@ -70,6 +73,7 @@ def load_data(
     seed: int,
     config_name: str | None = None,
     label_column: str | None = None,
+    convert: Convert | None = None,
 ) -> Splits:
     """Read training and validation rows.
 
@@ -82,6 +86,7 @@ def load_data(
         seed: Draws these rows, and nothing else does.
         config_name: The configuration of a data set on the Hub, or of a folder in the Hub's layout.
         label_column: The first row of every label in this column is not held out.
+        convert: Converts training and validation rows, before rows are held out.
 
     Raises:
         InputError: For files or names that cannot be read, and for data sets without rows.
@@ -91,7 +96,7 @@ def load_data(
     splits = found.splits
     if "train" not in splits:
         refuse("data.train", f"{train!r} has no train split; found {listed(splits)}", "name the file itself")
-    rows, used = splits["train"], {"train"}
+    rows, used = _converted(splits["train"], convert, reading), {"train"}
     reading.use_split(found, "train", "training")
     held_out, source = False, f"validation: {validation}"
     if validation is None:
@@ -99,7 +104,8 @@ def load_data(
     else:
         name = validation if validation in splits and not Path(validation).exists() else None
     if name is not None:
-        held, source = splits[name], f"validation: the {name} split of {train}"
+        held = _converted(splits[name], convert, reading)
+        source = f"validation: the {name} split of {train}"
         used.add(name)
         reading.use_split(found, name, "validation")
     elif validation is None:
@@ -111,7 +117,7 @@ def load_data(
         found = _read(validation, "data.validation", config_name, reading)
         names = (split for split in (*VALIDATION_SPLITS, "train") if split in found.splits)
         used = {name := next(names, next(iter(found.splits)))}
-        held = found.splits[name]
+        held = _converted(found.splits[name], convert, reading)
         reading.use_split(found, name, "validation")
     reading.leave_splits(found, used)
     for key, given, split in (("data.train", train, rows), ("data.validation", validation or train, held)):
@@ -121,6 +127,13 @@ def load_data(
         reading.merged.setdefault(name, []).append(line)
     reading.columns = [*dict.fromkeys((*rows.column_names, *held.column_names))]
     return Splits(rows, held, held_out, source, reading)
+
+
+def _converted(rows: Dataset, convert: Convert | None, reading: Reading) -> Dataset:
+    rows, found = convert(rows) if convert else (rows, None)
+    if found:
+        reading.note("format", found)
+    return rows
 
 
 def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | None) -> tuple[Dataset, Dataset]:
