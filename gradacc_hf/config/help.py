@@ -29,6 +29,8 @@ COMMON = {
         "data.validation",
         "data.validation_fraction",
         "data.config_name",
+        "data.separator",
+        "data.encoding",
         "data.max_length",
         "data.on_bad_row",
     ),

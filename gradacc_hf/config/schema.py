@@ -7,6 +7,7 @@ The text under a field is its help. The first line is complete in itself: `help.
 `rules` are the limits beyond the types: (field, whether its value is possible, what is allowed).
 """
 
+import codecs
 import re
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass, field, replace
@@ -17,6 +18,8 @@ import tyro
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.settings import ModelConfig, OptimConfig, Rules
 
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "pipe": "|", "none": "\x1f"}
+"""Name of a separator of a table → the character. No file has the last, so each line is one value."""
 SIZES = "a size such as 8GiB (units: GiB, GB, MiB, MB)"
 
 
@@ -30,10 +33,11 @@ class DataConfig:
 
     _is_frozen = False
 
-    train: str = ""
-    """Training data: file, folder or Hub name.
-    A file is CSV, JSONL or Parquet. embedded:NAME needs no download."""
-    validation: str | None = None
+    train: str | list[str] = ""
+    """Training data: files or Hub name.
+    A CSV, JSONL or Parquet file, others (recipes/README.md), or a folder. Several: a list, names with commas
+    between them, or a pattern such as shards/*.jsonl. embedded:NAME needs no download."""
+    validation: str | list[str] | None = None
     """Validation data; without it, rows of train.
     Without it: the validation split of train, or else a share of the training rows."""
     validation_fraction: float = 0.1
@@ -42,6 +46,18 @@ class DataConfig:
     config_name: str | None = None
     """Configuration of the Hub data set.
     Needed where the data set has several."""
+    separator: str | None = None
+    """Separator of a table: , ; | or tab.
+    null: found in the file, and stated in the plan. Also any other character, and none for one column."""
+    encoding: str | None = None
+    """Encoding of text files, such as cp1252.
+    null: found in each file, and stated in the plan."""
+    rows_key: str | None = None
+    """Key of the rows in a JSON file.
+    It is needed where the file is one object with several lists of objects."""
+    sheet: str | None = None
+    """Sheet of an Excel file.
+    null: the first."""
     max_length: int = 256
     """Most tokens of an example.
     A longer one is truncated; masked_lm and question_answering split it into several."""
@@ -53,6 +69,9 @@ class DataConfig:
     A row is bad if the task cannot use it. Skipped rows are counted and reported."""
 
     def __post_init__(self) -> None:
+        for name in ("train", "validation"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, ",".join(value))
         object.__setattr__(self, "_is_frozen", True)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -63,6 +82,10 @@ class DataConfig:
     def rules(self) -> Rules:
         sources = "a CSV, JSONL or Parquet file, a folder, a Hub name, or embedded:NAME"
         yield "train", self.train != "", sources
+        separators = "one character, or comma, semicolon, tab, pipe or none"
+        yield "separator", self.separator is None or _is_separator(self.separator), separators
+        encodings = "an encoding of Python, such as utf-8, utf-16, latin-1, cp1252 or shift_jis"
+        yield "encoding", self.encoding is None or _is_encoding(self.encoding), encodings
         yield "validation_fraction", 0 < self.validation_fraction < 1, "a number above 0 and below 1"
         yield "max_length", self.max_length >= 1, "1 token or more"
 
@@ -288,6 +311,17 @@ def with_settings(settings: SettingsT, changes: Mapping[str, Any]) -> SettingsT:
             own[name] = value
     sections = {name: with_settings(getattr(settings, name), inner) for name, inner in of_sections.items()}
     return replace(settings, **own, **sections)  # type: ignore[type-var]
+
+
+def _is_separator(text: str) -> bool:
+    return text in SEPARATORS or (len(text) == 1 and not text.isalnum() and text not in '"\r\n')
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        return codecs.lookup(name)._is_text_encoding  # type: ignore[attr-defined]
+    except LookupError:
+        return False
 
 
 def _bytes(size: str) -> int:

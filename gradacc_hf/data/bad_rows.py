@@ -11,6 +11,8 @@ import numpy as np
 from datasets import Dataset
 
 from gradacc_hf.data.columns import file_rows, select_rows
+from gradacc_hf.data.looks_like import looks_like
+from gradacc_hf.data.places import places
 from gradacc_hf.errors import refuse
 
 Problem = Callable[[Mapping[str, Any]], str | None]
@@ -42,17 +44,28 @@ def check_rows(
         InputError: If no row is left, and for a bad row with `on_bad_row` "error".
     """
     bad = _bad_rows(dataset, problem, numbers)
-    lines = [f"{split} row {number + 1:,}: {found}" for number, found in sorted(bad.values())]
     if bad and on_bad_row == "error":
         found = [*bad.values(), *(_bad_rows(others[0], problem, others[1]).values() if others else ())]
         number, first = min(found)
         more = f" (the first of {len(found):,} bad rows)" if len(found) > 1 else ""
+        if len(found) == len(dataset) + (len(others[0]) if others else 0) > 1:
+            more = f" (all {len(found):,} rows are bad{_format(dataset)})"
         cure = "correct it, or leave such rows out: --data.on_bad_row skip"
-        refuse(key, f"{split} row {number + 1:,}: {first}{more}", cure)
+        refuse(key, f"{places(dataset, [number], split)[0]}: {first}{more}", cure)
+    in_order = sorted(bad.values())
+    where = places(dataset, [number for number, _ in in_order], split)
+    lines = [f"{place}: {found}" for place, (_, found) in zip(where, in_order, strict=True)]
     if len(bad) == len(dataset):
-        refuse(key, f"none of the {len(dataset):,} {split} rows can be used ({lines[0]}, …)", "give others")
+        found = f"none of the {len(dataset):,} {split} rows can be used{_format(dataset)} ({lines[0]}, …)"
+        refuse(key, found, "give others")
     kept = [index for index in range(len(dataset)) if index not in bad]
     return select_rows(dataset, kept) if bad else dataset, lines
+
+
+def _format(rows: Dataset) -> str:
+    first: Any = rows.with_format("arrow")[:3]  # images are not decoded
+    name = looks_like(rows.column_names, first.to_pylist())
+    return f"; they look like {name}" if name else ""
 
 
 def _bad_rows(

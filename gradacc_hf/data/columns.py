@@ -19,6 +19,8 @@ from datasets import ClassLabel, Dataset, Features, Json, LargeList, List, Value
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable, concat_tables
 
+from gradacc_hf.data.looks_like import looks_like
+from gradacc_hf.data.places import places
 from gradacc_hf.errors import listed, refuse
 
 pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
@@ -30,7 +32,9 @@ def require_column(dataset: Dataset, column: str, key: str) -> None:
     if column not in dataset.column_names:
         close = get_close_matches(column, dataset.column_names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"set {key} to one of them"
-        refuse(key, f"no column {column!r}; found {listed(dataset.column_names)}", hint)
+        name = looks_like(dataset.column_names)
+        found = f"no column {column!r}; found {listed(dataset.column_names)}"
+        refuse(key, found + f" (it looks like {name})" * bool(name), hint)
 
 
 def require_texts(dataset: Dataset, column: str, key: str = "data.text_column") -> None:
@@ -52,7 +56,7 @@ def text_problem(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str | 
             text = row[column]
             if text is not None and not isinstance(text, str):
                 return f"column {column!r}: {type(text).__name__}, not text"
-            if not (text or "").strip():
+            if not text or not text.strip():
                 return f"column {column!r} is empty"
         return None
 
@@ -140,7 +144,10 @@ def encode_labels(
     ids, other_ids = pc.index_in(texts, known), pc.index_in(other, known)
     if other_ids.null_count:
         unknown = in_file_order(validation, np.flatnonzero(other_ids.is_null()))
-        labels = [f"label {other[row].as_py()!r} of validation {_row(validation, row)}" for row in unknown]
+        where = places(validation, file_rows(validation)[unknown], "validation")
+        labels = [
+            f"label {other[row].as_py()!r} of {place}" for row, place in zip(unknown, where, strict=True)
+        ]
         validation = drop_unknown(validation, unknown, labels, key, skipped)
         other_ids = other_ids.drop_null()
     return _with_ids(train, label_column, ids), _with_ids(validation, label_column, other_ids), names
@@ -313,7 +320,7 @@ def in_file_order(dataset: Dataset, rows: Sequence[int] | np.ndarray) -> list[in
 
 
 def _row(dataset: Dataset, row: int) -> str:
-    return f"row {file_rows(dataset)[row] + 1:,}"
+    return places(dataset, [file_rows(dataset)[row]], "")[0]
 
 
 def _refuse_null(dataset: Dataset, column: str, key: str, is_null: pa.ChunkedArray) -> None:

@@ -4,7 +4,6 @@ The library `datasets` reads the files. This module holds out validation rows if
 InputError of one line for a file that cannot be read. The recipe tokenises texts.
 """
 
-import codecs
 import contextlib
 import glob
 import json
@@ -20,38 +19,28 @@ import datasets
 import datasets.config
 import huggingface_hub.constants
 import numpy as np
-import pandas as pd
 import yaml
-from datasets import Dataset, Features, Value
-from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
+from datasets import Dataset, DatasetDict
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from datasets.packaged_modules.json.json import JsonConfig
-from datasets.table import CastError
 from huggingface_hub import DatasetCard
 
 from gradacc_hf import embedded
 from gradacc_hf.data.columns import file_rows
-from gradacc_hf.data.mixed import (
-    changed_columns,
-    joined,
-    mixed_columns,
-    read_mixed_json,
-    with_columns_of_file,
-)
-from gradacc_hf.data.reading import Reading, Source, counted
-from gradacc_hf.errors import InputError, listed, refuse
+from gradacc_hf.data.files import ALLOWED, Form, is_data
+from gradacc_hf.data.mixed import joined, mixed_columns
+from gradacc_hf.data.places import record_files
+from gradacc_hf.data.readers import CSV, cause_of, quiet, read_file, read_splits, reading_errors, splits_in
+from gradacc_hf.data.reading import FileRows, Reading, Source, counted
+from gradacc_hf.errors import listed, refuse
 
-BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first that exists is used
 IMAGES = set(ImageFolder.EXTENSIONS)
-_CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts, not nulls
-
 Convert = Callable[[Dataset], tuple[Dataset, str | None]]
 """Rows as a file has them → rows as a task takes them, and the format for the plan, or None."""
 
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}.*")  # SPLIT-00000-of-00001.parquet, as on the Hub
-_NO_ROWS = ("corresponds to no data", "No columns to parse", "BatchSize must be")  # errors of the builders
 
 
 @dataclass(frozen=True)
@@ -66,20 +55,22 @@ class Splits:
 
 
 def load_data(
-    train: str,
-    validation: str | None = None,
+    train: str | Sequence[str],
+    validation: str | Sequence[str] | None = None,
     *,
     validation_fraction: float,
     seed: int,
     config_name: str | None = None,
     label_column: str | None = None,
     convert: Convert | None = None,
+    form: Form | None = None,
 ) -> Splits:
     """Read training and validation rows.
 
     Args:
-        train: A CSV, JSON, JSONL or Parquet file, a folder of such files or of images, a Hub name, or
-            `embedded:NAME`.
+        train: A data file (`files.BUILDERS`), a folder of such files or of images, a Hub name, or
+            `embedded:NAME`. Several files are a list, names with commas between them, or a pattern such as
+            `shards/*.jsonl`.
         validation: The same, or the name of a split of `train`. None: the first of VALIDATION_SPLITS that
             `train` has, or else held-out training rows.
         validation_fraction: The share of the rows to hold out (at least 1 row).
@@ -87,12 +78,15 @@ def load_data(
         config_name: The configuration of a data set on the Hub, or of a folder in the Hub's layout.
         label_column: The first row of every label in this column is not held out.
         convert: Converts training and validation rows, before rows are held out.
+        form: What is stated about the files. The rest is found in them.
 
     Raises:
         InputError: For files or names that cannot be read, and for data sets without rows.
     """
-    reading = Reading()
-    found = _read(train, "data.train", config_name, reading)
+    reading, form = Reading(), form or Form()
+    train = train if isinstance(train, str) else ",".join(train)
+    validation = validation if isinstance(validation, str | None) else ",".join(validation)
+    found = _read(train, "data.train", config_name, reading, form)
     splits = found.splits
     if "train" not in splits:
         refuse("data.train", f"{train!r} has no train split; found {listed(splits)}", "name the file itself")
@@ -114,7 +108,7 @@ def load_data(
         source = f"validation: {len(held):,} of {number_of_rows:,} training rows, held out by seed {seed}"
     else:
         reading.leave_splits(found, used)
-        found = _read(validation, "data.validation", config_name, reading)
+        found = _read(validation, "data.validation", config_name, reading, form)
         names = (split for split in (*VALIDATION_SPLITS, "train") if split in found.splits)
         used = {name := next(names, next(iter(found.splits)))}
         held = _converted(found.splits[name], convert, reading)
@@ -154,26 +148,30 @@ def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | Non
     return shuffled.select(left), shuffled.select(drawn)
 
 
-def _read(given: str, key: str, config_name: str | None, reading: Reading) -> Source:
+def _read(given: str, key: str, config_name: str | None, reading: Reading, form: Form) -> Source:
     if given.startswith("embedded:"):
         name = given.removeprefix("embedded:")
         if name not in embedded.DATASETS:
             names = listed(f"embedded:{known}" for known in embedded.DATASETS)
             refuse(key, f"no {given!r}", f"the embedded data is {names}")
         return Source(given, dict(zip(("train", "validation"), embedded.load(name), strict=True)))
-    path, kinds = Path(given).expanduser(), listed(BUILDERS)
+    path = Path(given).expanduser()
     if path.is_dir() and given:
-        return _read_folder(path, given, key, config_name, reading)
-    suffix = path.suffix.lower()
+        return _read_saved(path, given, key) or _read_folder(path, given, key, config_name, reading, form)
     if path.is_file():
-        if suffix not in BUILDERS:
-            refuse(key, f"{given!r} is a {suffix or 'file without extension'}", f"allowed: {kinds}")
-        rows = read_file(path, key)
-        return Source(given, {"train": rows}, {"train": [(str(path), len(rows))]})
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = get_close_matches(path.name, siblings, n=1)
-    hint = f"did you mean {str(path.parent / close[0])!r}?" if close else f"give a {kinds} file, or a folder"
-    if suffix in BUILDERS or given.count("/") > 1 or given[:1] in "./~":
+        _check_suffix(path, key)
+        found = read_splits(path, key, form)
+        source = Source(given, {split: rows for split, (rows, _) in found.items()})
+        for split, (rows, of_file) in found.items():
+            record_files(rows, [(path, len(rows), of_file)])
+            source.files[split] = [FileRows(str(path), len(rows), form=str(of_file))]
+        return source
+    if "," in given or glob.has_magic(given):
+        files = [file for name in given.split(",") for file in _files_of(name.strip(), key, reading)]
+        rows, of_files = _read_files(files, key, reading, form)
+        return Source(given, {"train": rows}, {"train": of_files})
+    hint = _hint(path)
+    if is_data(path) or given.count("/") > 1 or given[:1] in "./~":
         refuse(key, f"no file or folder {given!r}", hint)
     if given in _PACKAGED_DATASETS_MODULES:  # `datasets` would read all files in the current folder
         refuse(key, f"{given!r} is a kind of file", hint)
@@ -183,25 +181,90 @@ def _read(given: str, key: str, config_name: str | None, reading: Reading) -> So
             loaded = datasets.load_dataset(given, config_name)
     except Exception as error:
         if found:
-            refuse(key, f"{given!r} on the Hub cannot be read: {_cause(error)}", "see data.config_name")
+            refuse(key, f"{given!r} on the Hub cannot be read: {cause_of(error)}", "see data.config_name")
         where = "is not on the Hub" if found is False else "is not cached here, and the Hub does not answer"
         refuse(
             key,
             f"{given!r} is not a file or folder and {where}",
-            hint + ("" if close else " or embedded:NAME"),
+            hint + (" or embedded:NAME" if hint.startswith("give") else ""),
         )
     return Source(given, _by_name(loaded))
 
 
-def _read_folder(path: Path, given: str, key: str, config_name: str | None, reading: Reading) -> Source:
+def _hint(absent: Path) -> str:
+    siblings = [p.name for p in absent.parent.iterdir()] if absent.parent.is_dir() else []
+    close = get_close_matches(absent.name, siblings, n=1)
+    return (
+        f"did you mean {str(absent.parent / close[0])!r}?" if close else f"give a {ALLOWED} file, or a folder"
+    )
+
+
+def _check_suffix(path: Path, key: str) -> None:
+    if not is_data(path):
+        suffixes = "".join(path.suffixes[-2:]).lower()
+        refuse(key, f"{str(path)!r} is a {suffixes or 'file without extension'}", f"allowed: {ALLOWED}")
+
+
+def _files_of(name: str, key: str, reading: Reading) -> list[Path]:
+    """Return the file of this name, or the data files that match it as a pattern, sorted."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        _check_suffix(path, key)
+        return [path]
+    if not glob.has_magic(name):
+        refuse(key, f"no file {name!r}", _hint(path))
+    found = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
+    files = [p for p in found if is_data(p)]
+    if not files:
+        refuse(key, f"no data file matches {name!r}", f"allowed: {ALLOWED}")
+    reading.note_not_read([(p, f"allowed: {ALLOWED}") for p in found if p not in files])
+    return files
+
+
+def _read_files(
+    files: Sequence[Path], key: str, reading: Reading, form: Form
+) -> tuple[Dataset, list[FileRows]]:
+    """Return the rows of several files as one data set, and what was read of each."""
+    found = [(p, *read_file(p, key, form)) for p in files]
+    rows, lines, classes = joined([(p, of_file) for p, of_file, _ in found])
+    for column, line in lines.items():
+        reading.merged.setdefault(column, []).append(line)
+    reading.refused |= {column: (key, line, "write labels as text") for column, line in classes.items()}
+    record_files(rows, [(p, len(of_file), found_form) for p, of_file, found_form in found])
+    return rows, [FileRows(str(p), len(of_file), form=str(found_form)) for p, of_file, found_form in found]
+
+
+def _read_saved(path: Path, given: str, key: str) -> Source | None:
+    """Return the splits of a folder that `save_to_disk` wrote; None for other folders."""
+    of_splits = path / datasets.config.DATASETDICT_JSON_FILENAME
+    names = (datasets.config.DATASET_STATE_JSON_FILENAME, datasets.config.DATASET_INFO_FILENAME)
+    if not of_splits.is_file() and not all((path / name).is_file() for name in names):
+        return None
+    with reading_errors(key, [path]):
+        for file in (of_splits, *path.rglob(names[0])):
+            named = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            where = [
+                name
+                for name in _texts([named.get("splits"), named.get("_data_files")])
+                if _is_elsewhere(name)
+            ]
+            if where:
+                refuse(key, f"{file} names {where[0]!r}", "allowed are files in its folder")
+        loaded = datasets.load_from_disk(str(path))
+    return Source(given, _by_name(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded})
+
+
+def _read_folder(
+    path: Path, given: str, key: str, config_name: str | None, reading: Reading, form: Form
+) -> Source:
     """Return the splits of a folder. Every file with data is read, or noted as not read."""
     there = [(p, is_hidden(p.relative_to(path))) for p in sorted(path.rglob("*")) if not p.is_dir()]
     found = [p for p, hidden in there if not hidden]
-    files = [p for p in found if p.suffix.lower() in BUILDERS and p.name not in FILES_TO_IGNORE]
+    files = [p for p in found if is_data(p) and p.name not in FILES_TO_IGNORE]
     if not files and any(p.suffix.lower() in IMAGES for p in found):
         return _read_images(key, given, path, found, reading)
     if not files:
-        kinds = f"allowed: {listed(BUILDERS)}, or images in a folder for each label"
+        kinds = f"allowed: {ALLOWED}, or images in a folder for each label"
         refuse(key, f"no data file in {given!r}", kinds)
     if (script := path / f"{path.resolve().name}.py").is_file():
         refuse(key, f"found {script}, which makes the data and is not executed", "name the data files")
@@ -212,20 +275,18 @@ def _read_folder(path: Path, given: str, key: str, config_name: str | None, read
             named = datasets.load_dataset_builder(*where).config.data_files or {}  # type: ignore[arg-type]
             of_splits = {str(name): [Path(p) for p in of_split] for name, of_split in named.items()}
             if not _names_files_only(about, of_splits):
-                options = _CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
+                options = CSV if {p.suffix.lower() for p in files} == {".csv"} else {}
                 splits = _by_name(datasets.load_dataset(*where, **options))
                 _note_not_read(path, there, of_splits, reading)
-                of_all = {name: [(listed(of_splits[name]), len(rows))] for name, rows in splits.items()}
+                of_all = {
+                    name: [FileRows(listed(of_splits[name]), len(rows))] for name, rows in splits.items()
+                }
                 return Source(given, splits, of_all)
     else:
         of_splits = files_of_splits(path, files)
     splits, rows_of = {}, {}
     for name, of_split in of_splits.items():
-        parts = [(p, read_file(p, key)) for p in of_split]
-        rows_of[name] = [(str(p), len(rows)) for p, rows in parts]
-        splits[name], lines = joined(parts, key)
-        for column, line in lines.items():
-            reading.merged.setdefault(column, []).append(line)
+        splits[name], rows_of[name] = _read_files(of_split, key, reading, form)
     _note_not_read(path, there, of_splits, reading)
     return Source(given, splits, rows_of)
 
@@ -237,7 +298,7 @@ def _names_files_only(about: Any, of_splits: dict[str, list[Path]]) -> bool:
     return (
         "dataset_info" not in about
         and keys <= {"config_name", "data_files", "data_dir", "default"}
-        and all(p.suffix.lower() in BUILDERS for p in files)
+        and all(map(is_data, files))
     )
 
 
@@ -248,13 +309,13 @@ def _note_not_read(
     read = {p.resolve() for of_split in of_splits.values() for p in of_split}
     left: list[tuple[Path, str]] = []
     for p, hidden in there:
-        is_data = p.suffix.lower() in BUILDERS
-        why = f"allowed: {listed(BUILDERS)}"
+        has_data = is_data(p)
+        why = f"allowed: {ALLOWED}"
         if hidden or p.name in FILES_TO_IGNORE:
             why = "a hidden file" if hidden else "a description, not data"
-        elif is_data:
+        elif has_data:
             why = f"no split in its name, unlike in {listed(of_splits)}; to use it, set data.validation to it"
-        if p.resolve() not in read and p.suffix != ".md" and (is_data or not hidden):
+        if p.resolve() not in read and p.suffix != ".md" and (has_data or not hidden):
             left.append((p, why))
     left += [(p, "a link to a folder") for p in folder.rglob("*") if p.is_symlink() and p.is_dir()]
     reading.note_not_read(left)
@@ -275,80 +336,11 @@ def files_of_splits(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]
     for path in (p.relative_to(folder) for p in files):
         shard = _SHARD.fullmatch(path.name) if path.parent == Path("data") else None
         places[0].append([shard[1]] if shard else [])
-        places[1].append([split for part in path.parent.parts for split in _splits_in(part)])
-        places[2].append(_splits_in(path.name))
+        places[1].append([split for part in path.parent.parts for split in splits_in(part)])
+        places[2].append(splits_in(path.name))
     splits = next((place for place in places if any(place)), [["train"]] * len(files))
     names = dict.fromkeys(name for of_file in splits for name in of_file)
     return {name: [p for p, of_file in zip(files, splits, strict=True) if name in of_file] for name in names}
-
-
-def _splits_in(name: str) -> list[str]:
-    """Return the splits whose keyword is a word of this name of a file or folder."""
-    words = re.split(r"[-._ 0-9]+", name.lower())
-    return [str(split) for split, keywords in SPLIT_KEYWORDS.items() if {*keywords} & {*words}]
-
-
-def read_file(path: Path, key: str) -> Dataset:
-    """Return the rows of a file. Columns of a text file are texts; other columns keep their types."""
-    suffix = path.suffix.lower()
-    with reading_errors(key, [path]):
-        if suffix == ".csv":
-            names = dict.fromkeys(_header(path, key), Value("string"))
-            options: dict[str, Any] = {"features": Features(names), **_CSV}
-        else:
-            is_json = suffix in (".json", ".jsonl") and hasattr(JsonConfig, "parse_agent_traces")
-            options = {"parse_agent_traces": False} if is_json else {}
-        load: Any = datasets.load_dataset
-        where = {"train": glob.escape(str(path))}
-        try:
-            rows = load(BUILDERS[suffix], data_files=where, **options)["train"]
-        except Exception:
-            if suffix not in (".json", ".jsonl") or json_fault(path):
-                raise
-            rows = read_mixed_json(path)
-        else:
-            if suffix in (".json", ".jsonl") and (changed := changed_columns(rows)):
-                rows = with_columns_of_file(rows, path, changed)
-    if not len(rows):
-        refuse(key, f"{path}: no rows", "give at least one in each file")
-    return rows
-
-
-def _header(path: Path, key: str) -> list[str]:
-    """Return the names of the columns of a CSV file. Raise InputError if rows have more fields than names."""
-    first = pd.read_csv(path, nrows=1, dtype=str, **_CSV)
-    if not isinstance(first.index, pd.RangeIndex):
-        refuse(key, f"{path}: rows have more fields than the header", "give every column a name")
-    return list(first.columns)
-
-
-@contextlib.contextmanager
-def reading_errors(key: str, files: Sequence[Path]) -> Iterator[None]:
-    """Turn an error about these files into an InputError of one line, and print no progress bars."""
-    shown = listed(files[:3])
-    try:
-        for path in files:
-            if path.stat().st_size == 0:
-                refuse(key, f"{path} is empty", "give at least one row")
-            if path.suffix.lower() != ".parquet":
-                check_utf8(path, key)
-    except OSError as error:
-        refuse(key, f"cannot read {error.filename or shown}: {error.strerror}", "give a file you may read")
-    try:
-        with _quiet():
-            yield
-    except InputError:
-        raise
-    except Exception as error:
-        cause = _cause(error)
-        if any(sign in cause for sign in _NO_ROWS):
-            refuse(key, f"{shown}: no rows", "give at least one in each file")
-        for path in files:
-            if path.suffix.lower() in (".json", ".jsonl") and (fault := json_fault(path)):
-                refuse(key, f"{path}, {fault}", "one JSON object a line, or one list of objects")
-        cause = cause.removeprefix("Error tokenizing data. C error: ").rstrip(".")
-        commas = ", with commas between values" if files[0].suffix.lower() == ".csv" else ""
-        refuse(key, f"{shown} cannot be read: {cause}", f"correct or leave out that part{commas}")
 
 
 def _card(folder: Path, key: str) -> dict[str, Any]:
@@ -389,11 +381,11 @@ def _is_elsewhere(path: str) -> bool:
 def _read_images(key: str, given: str, folder: Path, found: Sequence[Path], reading: Reading) -> Source:
     """Return rows with `image`, and `label` from the name of the folder. Folders above may name splits."""
     try:
-        with _quiet():
+        with quiet():
             splits = _by_name(datasets.load_dataset("imagefolder", data_dir=glob.escape(str(folder))))
     except Exception as error:
         cure = "put the images of each label in a separate folder"
-        refuse(key, f"the images in {str(folder)!r} cannot be read: {_cause(error)}", cure)
+        refuse(key, f"the images in {str(folder)!r} cannot be read: {cause_of(error)}", cure)
     images = sum(p.suffix.lower() in IMAGES for p in found)
     if left := images - sum(map(len, splits.values())):
         reading.note("not read", f"{counted(left, 'image')} of {folder} in no split: {listed(splits)}")
@@ -404,65 +396,6 @@ def _read_images(key: str, given: str, folder: Path, found: Sequence[Path], read
 
 def _by_name(loaded: Any) -> dict[str, Dataset]:
     return {str(name): split for name, split in loaded.items()}
-
-
-def check_utf8(path: Path, key: str) -> None:
-    """Raise InputError with the line and the byte of the first character that is not UTF-8."""
-    decoder, start, line = codecs.getincrementaldecoder("utf-8")(), 0, 1
-    with path.open("rb") as file:
-        while True:
-            block = file.read(1 << 20)
-            pending = len(decoder.getstate()[0])
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                line += block[: max(0, error.start - pending)].count(b"\n")
-                found = f"{path} is not UTF-8: line {line:,}, byte {start - pending + error.start:,}"
-                refuse(key, found, f"save it as UTF-8 (iconv -f latin1 -t utf8 {path.name})")
-            if not block:
-                return
-            start, line = start + len(block), line + block.count(b"\n")
-
-
-def json_fault(path: Path) -> str | None:
-    """Return the place of the first line that is not a JSON object; None if there is none."""
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        json.loads(text)
-        return None
-    except json.JSONDecodeError as error:
-        if text.lstrip().startswith("["):
-            return f"line {error.lineno:,}: {error.msg}"
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            if line.strip() and not isinstance(json.loads(line), dict):
-                return f"line {number:,}: not an object"
-        except json.JSONDecodeError as error:
-            return f"line {number:,}, column {error.colno}: {error.msg}"
-    return None
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None and not isinstance(error, CastError):
-        error = error.__cause__
-    if isinstance(error, CastError):
-        tables = f"{listed(error.table_column_names)} and {listed(error.requested_column_names)}"
-        return f"its files have different columns, {tables}"
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Show no progress bars in this block, and no log lines about a file for which InputError is raised."""
-    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ are in the files: a column of one type has that type, and any other column holds
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features, Json, Value, co
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable, concat_tables
 
-from gradacc_hf.errors import listed, refuse
+from gradacc_hf.data.files import open_text
+from gradacc_hf.errors import listed
 
 pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 KINDS = {str: "texts", bool: "truth values", int: "numbers", float: "numbers", type(None): "missing"}
@@ -54,17 +55,22 @@ def _is_exact(values: Any) -> bool:
     return not pa.types.is_temporal(values.type)
 
 
-def read_mixed_json(path: Path) -> Dataset:
+def read_mixed_json(path: Path, encoding: str | None = None) -> Dataset:
     """Return the rows of a JSON file, read into memory with its values unchanged.
 
     NaN is a missing value, and integers of more than 64 bits are text.
     """
-    return dataset_of(_read_columns(path))
+    return rows_as_dataset(_rows(path, encoding))
+
+
+def rows_as_dataset(rows: Iterable[Any]) -> Dataset:
+    """Return rows as a data set in memory, with their values unchanged."""
+    return dataset_of(_read_columns(rows))
 
 
 def with_columns_of_file(dataset: Dataset, path: Path, names: Sequence[str]) -> Dataset:
     """Return the rows of a JSON file with some columns as in the file. The others are not read again."""
-    columns = _read_columns(path, names)
+    columns = _read_columns(_rows(path), names)
     table = pa.table({name: column for name, (column, _) in columns.items()})
     if len(table) != len(dataset):  # the file has rows that are not objects
         return read_mixed_json(path)
@@ -81,11 +87,16 @@ def with_columns_of_file(dataset: Dataset, path: Path, names: Sequence[str]) -> 
     )
 
 
-def _read_columns(path: Path, names: Sequence[str] = ()) -> dict[str, tuple[pa.ChunkedArray, Any]]:
-    """Return columns of a JSON file with their features, by default all. Few rows at a time are in Python."""
+def _read_columns(
+    all_rows: Iterable[Any], names: Sequence[str] = ()
+) -> dict[str, tuple[pa.ChunkedArray, Any]]:
+    """Return columns of JSON rows with their features, by default all. Few rows at a time are in Python.
+
+    A row that is not an object is a text.
+    """
     chunks: dict[str, list[pa.Array]] = {}
-    number, all_rows = 0, _rows(path)
-    while rows := [*islice(all_rows, ROWS_AT_ONCE)]:
+    number, left = 0, (row if isinstance(row, dict) else {"text": row} for row in all_rows)
+    while rows := [*islice(left, ROWS_AT_ONCE)]:
         for name in names or dict.fromkeys(chain(chunks, *rows)):
             before = chunks.setdefault(name, [pa.nulls(number)] if number else [])
             before.append(_unchanged([row.get(name) for row in rows]))
@@ -93,15 +104,52 @@ def _read_columns(path: Path, names: Sequence[str] = ()) -> dict[str, tuple[pa.C
     return {name: _in_one_column(parts) for name, parts in chunks.items()}
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file of JSON lines, or of one list. A row that is not an object is a text."""
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        is_list = next((line for line in file if line.strip()), "").lstrip().startswith("[")
+def _rows(path: Path, encoding: str | None = None) -> Iterator[Any]:
+    """Yield the rows of a file of JSON lines, or of one list."""
+    with open_text(path, encoding) as file:
+        first = next((line for line in file if line.strip()), "")
+        is_list = first.lstrip().startswith("[")
         file.seek(0)
         for text in [file.read()] if is_list else filter(str.strip, file):
-            found = json.loads(text, parse_constant=_constant, parse_int=_integer)
-            for row in found if isinstance(found, list) else [found]:
-                yield row if isinstance(row, dict) else {"text": row}
+            found = parse_json(text)
+            yield from found if isinstance(found, list) else [found]
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. NaN is a missing value, and integers of more than 64 bits are text."""
+    return json.loads(text, parse_constant=_constant, parse_int=_integer)
+
+
+def lists_of_object(path: Path, encoding: str | None = None) -> tuple[list[str], dict[str, list[Any]]] | None:
+    """Return the keys of the object that a JSON file consists of, and the lists of objects in it.
+
+    None for a list, for JSON lines, and for a file that is not JSON. Only an object is read whole.
+    """
+    with open_text(path, encoding) as file:
+        lines = filter(str.strip, file)
+        first = next(lines, "")
+        if not first.lstrip().startswith("{") or (next(lines, "") and is_json(first)):
+            return None
+    with open_text(path, encoding) as file:
+        try:
+            found = parse_json(file.read())
+        except json.JSONDecodeError:
+            return None
+    lists = {
+        key: value
+        for key, value in found.items()
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+    }
+    return [*found], lists
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is JSON."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _constant(name: str) -> float | None:
@@ -124,6 +172,9 @@ def _unchanged(values: Sequence[Any]) -> pa.Array:
             return column
     except pa.ArrowException:
         pass
+    except UnicodeEncodeError:  # half of a surrogate pair, such as of a truncated emoji, becomes "?"
+        whole = json.dumps(values, ensure_ascii=False).encode(errors="replace")
+        return _unchanged(json.loads(whole))
     return _as_json(values)
 
 
@@ -167,7 +218,7 @@ def mixed_columns(*splits: Dataset) -> dict[str, str]:
         kinds: Counter[str] = Counter()
         for split in (split for split in splits if _has_scalars(split, name)):
             kinds.update(KINDS.get(type(value), "lists or objects") for value in split[name])
-        if kinds.keys() & {*KINDS.values()} - {"missing"}:
+        if len(kinds) > 1 and kinds.keys() & {*KINDS.values()} - {"missing"}:
             counts = listed(f"{number:,} {kind}" for kind, number in kinds.items())
             lines[name] = f'column {name!r} has {counts}; 1 and "1" are one value'
     return lines
@@ -181,31 +232,34 @@ def _has_scalars(split: Dataset, name: str) -> bool:
     return any(text is not None and text[:1] not in "{[" for text in texts)
 
 
-def joined(files: Sequence[tuple[Path, Dataset]], key: str) -> tuple[Dataset, dict[str, str]]:
-    """Return the rows of several files, and a line about each column that not all of them have.
+def joined(files: Sequence[tuple[Path, Dataset]]) -> tuple[Dataset, dict[str, str], dict[str, str]]:
+    """Return the rows of several files, and two kinds of lines, by column.
 
-    Raises:
-        InputError: If a column has class ids in one file and other values in another.
+    A line of the first kind is about a column that not all files have. A line of the second kind is about a
+    column that is left out: it has class ids in one file, and other values in another.
     """
     if len(files) == 1:
-        return files[0][1], {}
+        return files[0][1], {}, {}
     names = dict.fromkeys(name for _, rows in files for name in rows.column_names)
-    parts, lines = [rows for _, rows in files], {}
+    parts, lines, classes = [rows for _, rows in files], {}, {}
     for name in names:
         if absent := [path.name for path, rows in files if name not in rows.column_names]:
             lines[name] = f"column {name!r} is empty for the rows of {listed(absent)}, which lack it"
         kinds = {path: rows.features[name] for path, rows in files if name in rows.column_names}
         if len({repr(kind) for kind in kinds.values()}) > 1:
-            parts = _in_one_type(parts, name, kinds, key)
-    return concatenate_datasets(parts), lines
+            if any(isinstance(kind, ClassLabel) for kind in kinds.values()):
+                names_of = ((path, getattr(kind, "names", None) or kind) for path, kind in kinds.items())
+                shown = listed(f"{found} in {path}" for path, found in names_of)
+                classes[name] = f"column {name!r} has classes of different names: {shown}"
+                parts = [part.remove_columns(name) if name in part.features else part for part in parts]
+            else:
+                parts = _in_one_type(parts, name, kinds)
+    return concatenate_datasets(parts), lines, classes
 
 
-def _in_one_type(parts: list[Dataset], name: str, kinds: dict[Path, Any], key: str) -> list[Dataset]:
+def _in_one_type(parts: list[Dataset], name: str, kinds: dict[Path, Any]) -> list[Dataset]:
     """Return the files with a column in a type that all of them can have."""
     found = [kind for kind in kinds.values() if kind != Value("null")]
-    if any(isinstance(kind, ClassLabel) for kind in found):
-        shown = listed(f"{getattr(kind, 'names', None) or kind} in {path}" for path, kind in kinds.items())
-        refuse(key, f"column {name!r} has classes of different names: {shown}", "write labels as text")
     wanted = found[0] if len({repr(kind) for kind in found}) == 1 else None
     for prefix, common in (
         ("int", "int64"),

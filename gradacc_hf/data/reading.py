@@ -5,14 +5,14 @@ The plan of a run prints its lines, `summary.json` has them, and the report show
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from gradacc_hf.errors import listed
+from gradacc_hf.errors import listed, refuse
 
 SPLITS = ("training", "validation")
 SHOWN = 20  # lines of one name in a plan
@@ -30,23 +30,25 @@ class Source:
 
     name: str
     splits: dict[str, Dataset]
-    files: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    files: dict[str, list["FileRows"]] = field(default_factory=dict)
 
-    def files_of(self, split: str) -> list[tuple[str, int]]:
+    def files_of(self, split: str) -> list["FileRows"]:
         """Return the files of a split with their rows, or the split itself if they are not known."""
-        return self.files.get(split) or [(f"{self.name}, split {split}", len(self.splits[split]))]
+        return self.files.get(split) or [FileRows(f"{self.name}, split {split}", len(self.splits[split]))]
 
 
 @dataclass(frozen=True)
 class FileRows:
-    """A file or a split of a data set that was read, the number of rows, and what they are used for."""
+    """A file or a split of a data set that was read, its number of rows, their use, and the file's form."""
 
     name: str
     rows: int
-    use: str
+    use: str = ""
+    form: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}: {counted(self.rows, 'row')}, {self.use}"
+        found = f" ({self.form})" if self.form else ""
+        return f"{self.name}: {counted(self.rows, 'row')}{', ' * bool(self.use)}{self.use}{found}"
 
 
 @dataclass
@@ -57,12 +59,14 @@ class Reading:
     notes: lines about rows and columns that were changed or left out, by the name of the line.
     columns: the columns of all files.
     merged: lines about columns that differ from file to file, or from row to row.
+    refused: columns that are left out, with the setting, the reason and the cure.
     """
 
     files: list[FileRows] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     merged: dict[str, list[str]] = field(default_factory=dict)
+    refused: dict[str, tuple[str, str, str]] = field(default_factory=dict)
 
     def begin(self, other: "Reading") -> None:
         """Become a copy of another record."""
@@ -70,13 +74,13 @@ class Reading:
 
     def use_split(self, source: Source, split: str, use: str) -> None:
         """Add the files of a split that is used for training or validation."""
-        self.files += [FileRows(name, rows, use) for name, rows in source.files_of(split)]
+        self.files += [replace(file, use=use) for file in source.files_of(split)]
 
     def leave_splits(self, source: Source, used: Collection[str]) -> None:
         """Note the files of the splits that are not used."""
         for split in (name for name in source.splits if name not in used):
-            for name, rows in source.files_of(split):
-                self.note("not used", f"{name}: {counted(rows, 'row')}")
+            for file in source.files_of(split):
+                self.note("not used", str(file))
 
     def note(self, name: str, text: str) -> None:
         """Add a line, unless it is there already."""
@@ -96,9 +100,11 @@ class Reading:
     def use(self, columns: Iterable[str]) -> None:
         """Note the columns that nothing uses, and where used columns differ.
 
-        A column inside another, such as translation.de, uses both.
+        A column inside another, such as translation.de, uses both. Raise InputError for a refused column.
         """
         used = {name.partition(".")[0] for name in columns} | {*columns}
+        for name in used & self.refused.keys():
+            refuse(*self.refused[name])
         if unused := [name for name in self.columns if name not in used]:
             self.note("ignored", f"{counted(len(unused), 'column')} that nothing uses: {listed(unused)}")
         for line in (line for name, lines in self.merged.items() if name in used for line in lines):

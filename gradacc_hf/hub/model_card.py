@@ -22,7 +22,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.data.loading import BUILDERS
+from gradacc_hf.data.files import is_data
 from gradacc_hf.embedded import DATASETS, origin
 from gradacc_hf.hub.usage import snippet
 from gradacc_hf.recipe.base import Recipe
@@ -239,7 +239,7 @@ def _is_hub_name(given: str) -> bool:
         validate_repo_id(given)
     except HFValidationError:
         return False
-    return Path(given).suffix.lower() not in BUILDERS and not Path(given).exists()
+    return not is_data(Path(given)) and not Path(given).exists()
 
 
 def _public(given: str) -> str:

@@ -27,6 +27,7 @@ from gradacc_hf.accumulation.loss_items import CountItems, model_loss
 from gradacc_hf.config.schema import Config, DataConfig
 from gradacc_hf.data.bad_rows import Problem, check_rows
 from gradacc_hf.data.columns import file_rows
+from gradacc_hf.data.files import Form
 from gradacc_hf.data.loading import Convert, load_data
 from gradacc_hf.data.reading import LOST, Reading, truncation_note
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
@@ -115,6 +116,7 @@ class Recipe:
             config_name=data.config_name,
             label_column=label_column,
             convert=convert,
+            form=Form(data.separator, data.encoding, data.rows_key, data.sheet),
         )
         self.validation_source, self.held_out = splits.source, splits.held_out
         self.reading.begin(splits.reading)

@@ -12,6 +12,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.data.columns import class_names, file_rows, is_list, labels_as_text, require_column
+from gradacc_hf.data.places import places
 from gradacc_hf.data.reading import SPLITS, counted
 from gradacc_hf.errors import listed, refuse
 from gradacc_hf.metrics.sequence_labelling import as_iobes, is_scheme
@@ -108,10 +109,11 @@ def _element(dataset: Dataset, column: str, key: str) -> Any:
     feature = dataset.features[column]
     if not is_list(feature):
         rows = list(zip(file_rows(dataset).tolist(), dataset[column], strict=True))
-        odd = [(row + 1, value) for row, value in rows if not isinstance(value, list | None)]
+        odd = [(row, value) for row, value in rows if not isinstance(value, list | None)]
         if 0 < len(odd) < len(rows):
             number, value = min(odd, key=lambda one: one[0])
-            refuse(key, f"row {number:,} has {value!r} in column {column!r}", "lists, as in the others")
+            place = places(dataset, [number], "")[0]
+            refuse(key, f"{place} has {value!r} in column {column!r}", "lists, as in the others")
         cure = 'in a JSONL or Parquet file rows have lists: {"tokens": ["a", "b"], "tags": ["X", "O"]}'
         refuse(key, f"column {column!r} has {_kind(feature)}, not lists", cure)
     return feature.feature

@@ -27,6 +27,7 @@ from gradacc_hf.data.columns import (
     require_column,
     with_label,
 )
+from gradacc_hf.data.places import places
 from gradacc_hf.errors import listed, refuse
 from gradacc_hf.recipe.labels import SHOWN, Labels, match_labels
 
@@ -194,9 +195,13 @@ class MultiLabel(Target):
         texts = self._texts(validation)
         for row in in_file_order(validation, range(len(texts))):
             if absent := sorted({*texts[row]} - {*found}):
-                unknown[row] = f"label {absent[0]!r} of validation row {file_rows(validation)[row] + 1:,}"
+                unknown[row] = absent[0]
         if unknown:
-            validation = drop_unknown(validation, [*unknown], [*unknown.values()], KEY, skipped)
+            where = places(validation, file_rows(validation)[[*unknown]], "validation")
+            labels = [
+                f"label {label!r} of {place}" for label, place in zip(unknown.values(), where, strict=True)
+            ]
+            validation = drop_unknown(validation, [*unknown], labels, KEY, skipped)
         return self._encode(train), self._encode(validation)
 
     def _texts(self, dataset: Dataset) -> list[list[str]]:

@@ -493,11 +493,11 @@ def test_an_unpaired_row_is_one_line_with_its_number_or_left_out(start, row, rea
     data = {"data__train": write("a.jsonl", rows), "data__validation": write("b.jsonl", make_rows())}
     code, _, err = start(**data)
     cure = "(the first of 2 bad rows); correct it, or leave such rows out: --data.on_bad_row skip"
-    assert (code, err) == (2, f"error: data.train: training row 1: {reason} {cure}\n")
+    assert (code, err) == (2, f"error: data.train: a.jsonl line 1: {reason} {cure}\n")
     code, out, err = start(**data, data__on_bad_row="skip", output__dir="out")
     assert code == 0, err
-    assert f"2 rows that cannot be used, the first: training row 1: {reason}" in out
-    assert summary("out")["skipped_rows"]["first"][1].startswith("training row 8: ")
+    assert f"2 rows that cannot be used, the first: a.jsonl line 1: {reason}" in out
+    assert summary("out")["skipped_rows"]["first"][1].startswith("a.jsonl line 8: ")
 
 
 @pytest.mark.parametrize(

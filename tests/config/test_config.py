@@ -399,7 +399,10 @@ def test_a_section_is_no_flag():
 
 def test_a_flag_without_its_value_is_refused():
     assert line(*TRAIN, "--optim.lr") == "--optim.lr: found no value, allowed is a number"
-    assert line("--data.train", "--check") == "--data.train: found no value, allowed is text"
+    assert (
+        line("--data.train", "--check")
+        == '--data.train: found no value, allowed is text or a list: ["a", "b"]'
+    )
     assert line("--config") == "--config: found no value, allowed is text"
     assert line("--budget", "--check") == "--budget: found no value, allowed is text"
     assert line("--config=") == "--config: found '', allowed is text"
@@ -453,7 +456,7 @@ SIZES = "an integer or numbers by number: {0: 32, 500: 64} or noise_scale"
         ("train.best_direction", "up", "min or max"),
         ("model.freeze", "bias", 'a list: ["a", "b"]'),
         ("model.dropout", "much", "a number or null"),
-        ("data.train", "[a.csv]", "text"),
+        ("data.train", "{a: b.csv}", 'text or a list: ["a", "b"]'),
         ("output.dir", "''", "text or null"),
     ],
 )
@@ -476,7 +479,7 @@ def test_a_list_that_is_not_yaml_is_refused():
 def test_an_unquoted_no_is_explained():
     assert line_of_file("data: {train: no}") == (
         "data.train in a.yaml: found false (YAML reads yes, no, on and off as true or false, unless quoted), "
-        "allowed is text"
+        'allowed is text or a list: ["a", "b"]'
     )
 
 

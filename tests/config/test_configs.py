@@ -83,7 +83,7 @@ def test_an_offline_config_would_run_without_the_hub(path, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("change", ["max_lenght: 9", "train: []", "validation_fraction: 2"])
+@pytest.mark.parametrize("change", ["max_lenght: 9", "train: null", "validation_fraction: 2"])
 def test_a_config_that_does_not_fit_would_be_noticed(path_of, change):
     with pytest.raises(ValueError, match=change.partition(":")[0]):
         load_recipe(["--config", path_of(change)])

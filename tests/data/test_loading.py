@@ -14,10 +14,13 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from gradacc_hf import embedded
 from gradacc_hf.data import loading as data
+from gradacc_hf.data import readers
 from gradacc_hf.data.columns import encode_labels, require_column, require_texts
+from gradacc_hf.data.files import encoding_fault
 from gradacc_hf.data.loading import load_data
 from gradacc_hf.errors import InputError
 
+KINDS = [".csv", ".json", ".jsonl", ".parquet"]  # test_formats.py has the others
 ROWS = [{"text": f"text {i}", "label": "odd" if i % 2 else "even"} for i in range(20)]
 
 
@@ -57,7 +60,7 @@ def write(path: Path, content: list[dict] | str | bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", data.BUILDERS)
+@pytest.mark.parametrize("suffix", KINDS)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
     train = write(tmp_path / f"train{suffix}", ROWS)
     splits = load(train, write(tmp_path / f"other{suffix}", ROWS[:3]))
@@ -77,8 +80,8 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", "a.csv")
 
     path = write(tmp_path / "a.csv", ROWS)
-    monkeypatch.setattr(data, "check_utf8", denied)
-    assert "cannot read a.csv: Permission denied" in refusal(load, path)
+    monkeypatch.setattr(readers, "find_encoding", denied)
+    assert f"cannot read {path}: Permission denied" in refusal(load, path)
 
 
 def test_a_file_that_changed_is_read_again(tmp_path):
@@ -167,9 +170,8 @@ def test_a_missing_file_names_the_closest_one(tmp_path):
 
 
 def test_an_extension_that_is_not_read_names_those_that_are(tmp_path):
-    assert "is a .xlsx; allowed: .csv, .json, .jsonl, .parquet" in refusal(
-        load, write(tmp_path / "a.xlsx", "x")
-    )
+    kinds = ".csv, .tsv, .json, .jsonl, .parquet, .arrow, .xlsx (text also in .gz, .bz2, .xz, .zst)"
+    assert f"is a .docx; allowed: {kinds}" in refusal(load, write(tmp_path / "a.docx", "x"))
     assert "file without extension" in refusal(load, write(tmp_path / "a", "x"))
     (tmp_path / "set").mkdir()
     assert "no data file in" in refusal(load, tmp_path / "set")
@@ -192,7 +194,7 @@ def test_a_file_without_rows_is_refused(tmp_path, name, content):
     assert "no rows" in refusal(load, path)
 
 
-@pytest.mark.parametrize("suffix", data.BUILDERS)
+@pytest.mark.parametrize("suffix", KINDS)
 def test_an_empty_file_is_refused(tmp_path, suffix):
     write(tmp_path / "set" / f"train{suffix}", ROWS)
     empty = write(tmp_path / "set" / f"validation{suffix}", "")
@@ -211,22 +213,22 @@ def test_bytes_that_are_not_utf8_are_named_by_line_and_byte(tmp_path, name):
 
 def test_utf8_across_the_end_of_a_block_is_accepted(tmp_path):
     path = write(tmp_path / "a.csv", b"x" * ((1 << 20) - 1) + "é".encode())
-    data.check_utf8(path, "data.train")
+    assert encoding_fault(path, "utf-8") is None
     path = write(tmp_path / "b.csv", b"x" * ((1 << 20) - 1) + b"\xc3")
-    assert "line 1, byte 1,048,575" in refusal(data.check_utf8, path, "data.train")
+    assert encoding_fault(path, "utf-8") == "line 1, byte 1,048,575"
     path = write(tmp_path / "c.csv", b"\n" * ((1 << 20) - 1) + b"\xc3\n\n")
-    assert "line 1,048,576, byte 1,048,575" in refusal(data.check_utf8, path, "data.train")
+    assert encoding_fault(path, "utf-8") == "line 1,048,576, byte 1,048,575"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
-        ("a.csv", "text,label\na,1\nb,2,3\n", "Expected 2 fields in line 3, saw 3"),
-        ("a.csv", 'text,label\na,1\n"b,2\n', "EOF inside string"),
+        ("a.csv", "text,label\na,1\nb,2,3\n", "a.csv line 3: 3 values for 2 columns; correct it"),
+        ("a.csv", 'text,label\na,1\n"b,2\n', "a.csv line 3: a quote opens and does not close"),
         ("a.csv", "text,label\na,1,x\nb,2,y\n", "more fields than the header"),
-        ("a.jsonl", '{"text": "a"}\n{"text": }\n', "a.jsonl, line 2, column 10: Expecting value"),
-        ("a.jsonl", '"a"\n"b"\n', "a.jsonl, line 1: not an object"),
-        ("a.json", '[{"text": "a"},\n{"text": "b"', "a.json, line 2: Expecting"),
+        ("a.jsonl", '{"text": "a"}\n{"text": }\n', "a.jsonl line 2, column 10: Expecting value"),
+        ("a.jsonl", '"a"\n"b"\n', "a.jsonl line 1: not an object"),
+        ("a.json", '[{"text": "a"},\n{"text": "b"', "a.json line 2: Expecting"),
         ("a.parquet", "PAR1 not at all", "Parquet magic bytes not found"),
     ],
 )

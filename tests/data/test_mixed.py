@@ -110,6 +110,9 @@ def test_class_ids_beside_text_are_refused():
     write_labels("set/b.csv", ["no", "yes"])
     with pytest.raises(InputError, match=r"column 'label' has classes of different names: .*'no', 'yes'"):
         names_of("set")
+    splits = load_data("set", validation_fraction=0.1, seed=0)
+    splits.reading.use(["text"])
+    assert splits.train.column_names == ["text"]
 
 
 def test_rows_with_late_keys_and_late_types_are_read():
@@ -124,7 +127,7 @@ def test_rows_with_late_keys_and_late_types_are_read():
 def test_beside_a_column_of_dates_the_rows_are_not_read_into_memory():
     rows = [{"text": f"t {i}", "day": f"2020-01-0{i % 9 + 1}", "n": i} for i in range(2_500)]
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = read_file(Path("a.jsonl"), "data.train")
+    found, _ = read_file(Path("a.jsonl"), "data.train")
     assert found.to_list() == rows
     assert found.column_names == ["text", "day", "n"]
     assert found.cache_files  # the file of text and n, which are mapped into memory

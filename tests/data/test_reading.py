@@ -1,6 +1,5 @@
 """data/reading.py: what the plan, the summary and the report state about the data."""
 
-import gzip
 from pathlib import Path
 
 import datasets.config
@@ -8,6 +7,7 @@ import pytest
 from datasets import Dataset, Image, concatenate_datasets
 from recipe_runs import load_recipe, make_recipe, summary, with_defaults, write_rows
 
+from gradacc_hf.data.files import ALLOWED
 from gradacc_hf.data.loading import load_data
 from gradacc_hf.data.reading import SHOWN, Reading, tokens_lost
 from gradacc_hf.embedded import minilm_path
@@ -53,7 +53,7 @@ def test_every_file_of_a_folder_that_is_not_read_is_named():
     csv("set/my_training.csv", ROWS)
     csv("set/my_heldout.csv", ROWS)
     csv("set/.old.csv", ROWS)
-    Path("set/more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x", "label": "odd"}\n'))
+    Path("set/more.docx").touch()
     Path("set/README.md").write_text("# About\n")
     Path("set/dataset_info.json").write_text("{}")
     splits, lines = read("set")
@@ -62,7 +62,7 @@ def test_every_file_of_a_folder_that_is_not_read_is_named():
         ("read", "set/my_training.csv: 40 rows, training"),
         ("not read", "set/.old.csv: a hidden file"),
         ("not read", "set/dataset_info.json: a description, not data"),
-        ("not read", "set/more.jsonl.gz: allowed: .csv, .json, .jsonl, .parquet"),
+        ("not read", f"set/more.docx: allowed: {ALLOWED}"),
         (
             "not read",
             "set/my_heldout.csv: no split in its name, unlike in train; to use it, set data.validation to it",
@@ -76,7 +76,7 @@ def test_files_that_are_not_read_for_one_reason_are_one_line_with_their_number()
         Path(f"set/{number:03}.png").touch()
         Path(f"set/{number:03}").touch()
     _, lines = read("set")
-    kinds = "allowed: .csv, .json, .jsonl, .parquet"
+    kinds = f"allowed: {ALLOWED}"
     assert [text for name, text in lines if name == "not read"] == [
         f"300 files without suffix, such as set/000: {kinds}",
         f"300 .png files, such as set/000.png: {kinds}",
@@ -235,7 +235,7 @@ def test_a_run_states_what_was_truncated_skipped_merged_and_ignored(start):
     assert recorded == lines
     report = Path("out/report.html").read_text()
     assert "1 training row lost 26 tokens" in report
-    assert "left out: 1 row, the first: training row 4" in report
+    assert "left out: 1 row, the first: set/train_a.jsonl line 4" in report
 
 
 @pytest.mark.parametrize(

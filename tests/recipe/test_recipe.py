@@ -419,7 +419,7 @@ def test_an_empty_data_set_is_refused(refused):
 def test_a_label_seen_only_in_validation_is_refused(refused, mine):
     line = refused(data__train=mine, data__validation=write("b.csv", [{"text": "x", "label": "eggs"}]))
     assert "data.label_column" in line
-    assert "'eggs' of validation row 1 is in no training row" in line
+    assert "'eggs' of b.csv line 2 is in no training row" in line
     assert "data.train" in line
 
 

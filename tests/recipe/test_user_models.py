@@ -182,7 +182,7 @@ def predict_with(recipe, model, inputs):
 def test_a_row_of_ignored_tags_alone_is_a_bad_row():
     save("Bert", task="ForTokenClassification", **names("O", "B-PER"))
     rows = [{"tokens": ["w1", "w2"], "tags": [0, 1]}] * 20 + [{"tokens": ["w1"], "tags": [-100]}]
-    with pytest.raises(InputError, match="row 21: all of its 1 tags are −100, so it has no label"):
+    with pytest.raises(InputError, match="line 21: all of its 1 tags are −100, so it has no label"):
         recipe_for("token_classification", rows).datasets()
 
 
@@ -280,7 +280,7 @@ def listed(model):
 NOT_ONE_HOT = {
     "a short row": (
         [[0, 1, 1], [1, 0, 0]] * 15 + [[0, 1]],
-        r"row 31: column 'label' is \[0, 1\]: .*3 numbers",
+        r"line 31: column 'label' is \[0, 1\]: .*3 numbers",
     ),
     "soft labels": ([[0.5, 1.0], [0.5, 1.0]] * 15, r"rows such as \[0.5, 1.0\], which are neither one-hot"),
     "ratings": ([[2, 2, 1], [1, 3, 3]] * 15, r"rows such as \[[12], [23], [13]\], which are neither one-hot"),
@@ -304,7 +304,7 @@ def test_minus_100_is_no_class(label):
     kind = type(label)
     rows = [{"text": text, "label": kind(i % 2)} for i, text in enumerate(TEXTS)]
     rows += [{"text": "w1", "label": label}]
-    with pytest.raises(InputError, match="row 61: column 'label' is −100, so it has no label"):
+    with pytest.raises(InputError, match="line 61: column 'label' is −100, so it has no label"):
         recipe_for("text_classification", rows).datasets()
 
 

@@ -810,7 +810,7 @@ def test_a_chat_that_cannot_be_learned_is_refused_by_its_row_or_skipped(start, r
     code, _, err = start(data__train="a.jsonl", data__validation=write("b.jsonl", chats(4)))
     assert code == 2
     assert err.count("\n") == 1
-    assert "training row 3: " in err
+    assert "a.jsonl line 3: " in err
     assert named in err
     code, out, err = start(
         data__train="a.jsonl", data__validation="b.jsonl", data__on_bad_row="skip", check=True
@@ -827,7 +827,7 @@ def test_a_row_without_text_is_refused_by_its_number_or_skipped(start, kind):
     data = {"data__train": "a.jsonl", "data__validation": "b.jsonl"}
     code, _, err = start(**data, check=True)
     assert (code, err.count("\n")) == (2, 1)
-    assert f"training row 3: column '{kind[-1]}': None is not text" in err
+    assert f"a.jsonl line 3: column '{kind[-1]}': None is not text" in err
     code, out, err = start(**data, data__on_bad_row="skip", check=True)
     assert code == 0, err
     assert "1 row that cannot be used" in out

@@ -269,7 +269,7 @@ def test_an_image_that_cannot_be_read_is_a_row_and_not_the_end_of_a_run(start, r
         bad.write_bytes(damage.encode())
     line = refused(data__train="images.csv")
     assert "data.image_column: " in line
-    assert f"row 1: image {bad} cannot be read: " in line
+    assert f"images.csv line 2: image {bad} cannot be read: " in line
     assert "--data.on_bad_row skip" in line
     _, out, err = start(data__train="images.csv", data__on_bad_row="skip", check="true")
     assert err == ""
@@ -281,14 +281,14 @@ def test_bytes_that_are_no_image_are_a_row_too(refused):
     rows = [{"image": {"bytes": b"nothing", "path": None}, "label": label} for label in "abab"]
     datasets.Dataset.from_list(rows, features=features).to_parquet("a.parquet")
     line = refused(data__train="a.parquet", data__validation="a.parquet", batch__effective=1)
-    assert "training row 1: image of 7 bytes cannot be read: it is not an image" in line
+    assert "a.parquet row 1: image of 7 bytes cannot be read: it is not an image" in line
 
 
 def test_a_row_without_a_label_is_refused_or_left_out(start, refused, folder):
     files = sorted(Path(folder).rglob("*.*g"))
     rows = [{"image": str(f), "label": f.parent.name if i != 6 else None} for i, f in enumerate(files)]
     pd.DataFrame(rows).to_csv("images.csv", index=False)
-    assert "row 7: column 'label' is empty; correct it" in refused(data__train="images.csv")
+    assert "images.csv line 8: column 'label' is empty; correct it" in refused(data__train="images.csv")
     _, out, _ = start(data__train="images.csv", data__on_bad_row="skip", check="true")
     assert "left out              1 row that cannot be used" in out
 

@@ -246,9 +246,9 @@ def test_the_hub_config_leaves_out_the_blank_lines_of_wikitext():
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ({"text": ""}, "training row 7: the text is empty"),
-        ({"text": " \n "}, "training row 7: the text is empty"),
-        ({"text": None}, "training row 7: the text is empty"),
+        ({"text": ""}, "a.jsonl line 7: the text is empty"),
+        ({"text": " \n "}, "a.jsonl line 7: the text is empty"),
+        ({"text": None}, "a.jsonl line 7: the text is empty"),
     ],
 )
 def test_an_empty_text_is_named_or_skipped(start, refused, row, line):
@@ -271,7 +271,7 @@ def test_an_empty_text_is_named_or_skipped(start, refused, row, line):
 def test_what_cannot_be_masked_is_refused(refused, tiny_bert):
     write_rows("a.jsonl", make_rows(40))
     write_rows("b.jsonl", [{"text": 12}] * 40)
-    assert "training row" in (line := refused(MaskedLM, "--data.train", "b.jsonl"))
+    assert "b.jsonl line 1: " in (line := refused(MaskedLM, "--data.train", "b.jsonl"))
     assert "found 12, not a text" in line
     line = refused(MaskedLM, "--data.train", "a.jsonl", "--data.text_column", "texts")
     assert "data.text_column: no column 'texts'; found text; did you mean 'text'?" in line

@@ -309,14 +309,14 @@ def test_a_bad_row_is_named_or_left_out(make, found):
     with pytest.raises(InputError) as caught:
         make(rows)
     message = str(caught.value)
-    assert message.startswith(f"data.train: training row 19: {found}")
+    assert message.startswith(f"data.train: a.jsonl line 19: {found}")
     assert message.endswith("correct it, or leave such rows out: --data.on_bad_row skip")
     assert "\n" not in message
     recipe, train, _ = make(rows, on_bad_row="skip")
     assert len(train) == 19
     assert [line.partition(": ")[0] for line in recipe.skipped_rows] == [
-        "training row 19",
-        "validation row 19",
+        "a.jsonl line 19",
+        "a.jsonl line 19",
     ]
 
 
@@ -324,7 +324,7 @@ def test_a_bad_validation_row_is_of_the_file_that_it_is_in(make):
     recipe, *_ = make([GOOD] * 2)
     write("b.jsonl", [GOOD, GOOD | {"question": ""}])
     recipe = recipe.with_config(with_settings(recipe.config, {"data.validation": "b.jsonl"}))
-    with pytest.raises(InputError, match=r"^data\.validation: validation row 2: its question is empty"):
+    with pytest.raises(InputError, match=r"^data\.validation: b.jsonl line 2: its question is empty"):
         recipe.datasets()
 
 
@@ -337,7 +337,7 @@ def test_a_bad_validation_row_is_of_the_file_that_it_is_in(make):
 )
 def test_answers_of_another_kind_are_a_bad_row(make, answers):
     with pytest.raises(
-        InputError, match=r"^data.train: training row 1: its answers? .*; correct it, or leave"
+        InputError, match=r"^data.train: a.jsonl line 1: its answers? .*; correct it, or leave"
     ):
         make([GOOD | {"answers": answers}] * 4)
 

@@ -241,19 +241,19 @@ def test_a_bad_row_is_named_or_left_out(make, found):
     with pytest.raises(InputError) as caught:
         make(rows)
     assert str(caught.value) == (
-        f"data.train: training row 19: {found}; correct it, or leave such rows out: --data.on_bad_row skip"
+        f"data.train: a.jsonl line 19: {found}; correct it, or leave such rows out: --data.on_bad_row skip"
     )
     recipe, train, validation = make(rows, on_bad_row="skip", generate_rows=20)
     assert len(train) == len(validation) == len(recipe.shown) == 19
     assert recipe.shown["target"] == [row["target"] for i, row in enumerate(rows) if i != 18]
     assert [line.partition(": ")[0] for line in recipe.skipped_rows] == [
-        "training row 19",
-        "validation row 19",
+        "a.jsonl line 19",
+        "a.jsonl line 19",
     ]
 
 
 def test_a_limit_that_leaves_nothing_of_any_text_is_named(make):
-    with pytest.raises(InputError, match=r"row 1: no token of the source is left; data\.max_length is 4"):
+    with pytest.raises(InputError, match=r"line 1: no token of the source is left; data\.max_length is 4"):
         make(make_rows(), prefix="summarize this text: ", max_length=4)
     with pytest.raises(
         InputError, match=r"data\.max_target_length: found 65; allowed: 1 to 64, the positions"

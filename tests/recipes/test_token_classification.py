@@ -199,19 +199,19 @@ def bad(row):
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ({"tokens": ["a", "b"], "tags": ["O"]}, "training row 7: 1 tags for 2 tokens"),
-        ({"tokens": [], "tags": []}, "training row 7: no tokens"),
-        ({"tokens": None, "tags": ["O"]}, "training row 7: no tokens"),
-        ({"tokens": ["a", None], "tags": ["O", "O"]}, "training row 7: token 2 of 2 is null"),
-        ({"tokens": ["a", "b"], "tags": None}, "training row 7: 0 tags for 2 tokens"),
-        ({"tokens": ["\u200b"], "tags": ["O"]}, "training row 7: no token of its 1 is left"),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "a.jsonl line 7: 1 tags for 2 tokens"),
+        ({"tokens": [], "tags": []}, "a.jsonl line 7: no tokens"),
+        ({"tokens": None, "tags": ["O"]}, "a.jsonl line 7: no tokens"),
+        ({"tokens": ["a", None], "tags": ["O", "O"]}, "a.jsonl line 7: token 2 of 2 is null"),
+        ({"tokens": ["a", "b"], "tags": None}, "a.jsonl line 7: 0 tags for 2 tokens"),
+        ({"tokens": ["\u200b"], "tags": ["O"]}, "a.jsonl line 7: no token of its 1 is left"),
         (
             {"tokens": ["a"], "tags": ["X-a"]},
-            "training row 7: tag 'X-a' is not in the form of the others (B-ORG, B-PER, I-PER, O)",
+            "a.jsonl line 7: tag 'X-a' is not in the form of the others (B-ORG, B-PER, I-PER, O)",
         ),
         (
             {"tokens": ["a", "b"], "tags": ["O", None]},
-            "training row 7: tag 2 of 2 is null; −100 marks a token without a tag",
+            "a.jsonl line 7: tag 2 of 2 is null; −100 marks a token without a tag",
         ),
     ],
 )
@@ -233,7 +233,7 @@ def test_a_tag_of_validation_that_training_does_not_have_is_named(refused):
         write_rows("b.jsonl", bad({"tokens": ["a"], "tags": ["X"]})),
     )
     message = refused(TokenClassification, "--data.train", train, "--data.validation", validation)
-    found = "validation row 7: tag 'X' is not one of the 4 tags of the training rows (B-ORG, B-PER, I-PER, O)"
+    found = "b.jsonl line 7: tag 'X' is not one of the 4 tags of the training rows (B-ORG, B-PER, I-PER, O)"
     assert found in message
 
 
@@ -242,14 +242,14 @@ def test_an_id_that_has_no_name_is_named(refused):
     features = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=NAMES))})
     Dataset.from_list(rows, features=features).to_parquet("a.parquet")
     message = refused(TokenClassification, "--data.train", "a.parquet", "--data.validation", "a.parquet")
-    assert "training row 31: tag '-1' is the id of none of the 4 classes (O, B-PER, I-PER, B-ORG)" in message
+    assert "a.parquet row 31: tag '-1' is the id of none of the 4 classes (O, B-PER, I-PER, B-ORG)" in message
 
 
 def test_the_first_row_of_the_file_is_named_where_all_are_bad(refused):
     train = write_rows("a.jsonl", [{"tokens": ["a", "b", "c"], "tags": ["O", None, "X"]}] * 20)
     message = refused(TokenClassification, "--data.train", train)
-    assert "data.tags_column: training row 1: tag 2 of 3 is null; " in message
-    assert "(the first of 20 bad rows)" in message
+    assert "data.tags_column: a.jsonl line 1: tag 2 of 3 is null; " in message
+    assert "(all 20 rows are bad)" in message
 
 
 def test_ignored_tags_are_counted_and_255_is_no_class(start, refused):
@@ -269,7 +269,9 @@ def test_ignored_tags_are_counted_and_255_is_no_class(start, refused):
 
 def test_a_row_whose_tags_are_no_list_is_named(refused):
     train = write_rows("a.jsonl", bad({"tokens": ["a"], "tags": "B-PER O"}))
-    assert "row 7 has 'B-PER O' in column 'tags'" in refused(TokenClassification, "--data.train", train)
+    assert "a.jsonl line 7 has 'B-PER O' in column 'tags'" in refused(
+        TokenClassification, "--data.train", train
+    )
 
 
 def test_columns_that_are_no_lists_are_refused(refused):

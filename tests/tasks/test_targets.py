@@ -203,7 +203,7 @@ def test_class_ids_of_validation_are_read_by_their_own_names(tiny_bert):
 def test_a_withheld_label_among_several_is_refused_or_left_out(start, refused):
     train = write_class_ids("a.parquet", ["sport", "food"], [[0], [1], [1, -1]])
     settings = {**MULTI, "data.train": train, "data.validation": train, "batch.effective": 1}
-    assert "training row 3: column 'topics' has −1, a label that is withheld, among 2" in refused(settings)
+    assert "a.parquet row 3: column 'topics' has −1, a label that is withheld, among 2" in refused(settings)
     code, out, err = start({**settings, "data.on_bad_row": "skip", "check": "true"})
     assert code == 0, err
     assert "2 to train on, 2 to validate" in out
@@ -219,16 +219,16 @@ def test_class_weights_are_for_classes(refused, settings):
 @pytest.mark.parametrize(
     ("settings", "change", "found"),
     [
-        ({}, {"text": None}, "data.text_column: training row 7: column 'text' is empty"),
-        ({}, {"text": " \n"}, "data.text_column: training row 7: column 'text' is empty"),
-        ({}, {"text": "\u200b"}, "row 7: no token of its text is left, truncated to data.max_length 48"),
-        ({}, {"label": None}, "data.label_column: training row 7: column 'label' is empty"),
-        (NUMBER, {"other": ""}, "data.text_column: training row 7: column 'other' is empty"),
-        (NUMBER, {"score": None}, "data.label_column: training row 7: column 'score' is empty"),
-        (NUMBER, {"score": "much"}, "training row 7: column 'score': 'much' is not a number"),
-        (NUMBER, {"score": "nan"}, "training row 7: column 'score': 'nan' is not a number"),
-        (MULTI, {"topics": None}, "data.label_column: training row 7: column 'topics' is empty"),
-        (MULTI, {"topics": ["food", None]}, "row 7: column 'topics' has an empty label among 2"),
+        ({}, {"text": None}, "data.text_column: a.jsonl line 7: column 'text' is empty"),
+        ({}, {"text": " \n"}, "data.text_column: a.jsonl line 7: column 'text' is empty"),
+        ({}, {"text": "\u200b"}, "line 7: no token of its text is left, truncated to data.max_length 48"),
+        ({}, {"label": None}, "data.label_column: a.jsonl line 7: column 'label' is empty"),
+        (NUMBER, {"other": ""}, "data.text_column: a.jsonl line 7: column 'other' is empty"),
+        (NUMBER, {"score": None}, "data.label_column: a.jsonl line 7: column 'score' is empty"),
+        (NUMBER, {"score": "much"}, "a.jsonl line 7: column 'score': 'much' is not a number"),
+        (NUMBER, {"score": "nan"}, "a.jsonl line 7: column 'score': 'nan' is not a number"),
+        (MULTI, {"topics": None}, "data.label_column: a.jsonl line 7: column 'topics' is empty"),
+        (MULTI, {"topics": ["food", None]}, "line 7: column 'topics' has an empty label among 2"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_or_left_out(start, refused, settings, change, found):
@@ -247,7 +247,7 @@ def test_a_row_that_cannot_be_used_is_refused_or_left_out(start, refused, settin
     )
     assert code == 0, err
     assert "39 to train on, 40 to validate" in out
-    assert "left out              1 row that cannot be used, the first: training row 7: " in out
+    assert "left out              1 row that cannot be used, the first: a.jsonl line 7: " in out
     assert summary()["skipped_rows"]["count"] == 1
 
 
@@ -280,7 +280,7 @@ def test_a_pair_of_which_one_text_is_left_is_named(refused):
     rows = [{**row, "other": "\u200b" if i == 2 else row["other"]} for i, row in enumerate(make_rows(20))]
     write(rows)
     line = refused({**NUMBER, "data.validation": "a.jsonl"})
-    assert "training row 3: no token of one of its texts is left, truncated to data.max_length 48" in line
+    assert "a.jsonl line 3: no token of one of its texts is left, truncated to data.max_length 48" in line
 
 
 @pytest.mark.parametrize(
@@ -327,5 +327,5 @@ def test_a_label_that_only_validation_has_is_refused(refused):
     write([{"text": "goal", "topics": ["sport"]}, {"text": "soup", "topics": ["food"]}])
     write([{"text": "goal", "topics": ["sport"]}, {"text": "song", "topics": ["music"]}], "b.jsonl")
     line = refused({**MULTI, "data.validation": "b.jsonl", "batch.effective": 1})
-    assert "label 'music' of validation row 2 is in no training row" in line
+    assert "label 'music' of b.jsonl line 2 is in no training row" in line
     assert "--data.on_bad_row skip" in line

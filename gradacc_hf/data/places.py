@@ -1,0 +1,60 @@
+"""The place of a row in the file that it comes from: "train.jsonl line 17".
+
+`loading.py` records the files in the rows' `info`, which the functions of `datasets` pass on. Lines are
+counted only for a message.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from gradacc_hf.data.files import JSONS, TABLES, Form, open_text, suffix_of
+from gradacc_hf.data.tables import records
+
+_KEY = "gradacc"
+
+
+def record_files(rows: Dataset, files: Sequence[tuple[Path, int, Form]]) -> None:
+    """Record the files of all rows, in their order, with the number of rows and the form of each."""
+    rows.info.download_checksums = {_KEY: list(files)}
+
+
+def places(rows: Dataset, numbers: Iterable[Any], split: str = "training") -> list[str]:
+    """Return the place of each row, by its number from 0.
+
+    It is the file and the line, or else the row of the file, or else "training row 3".
+    """
+    files = (rows.info.download_checksums or {}).get(_KEY, [])
+    ends = [*accumulate(number for _, number, _ in files)]
+    lines: dict[int, list[int] | None] = {}
+    found = []
+    for number in map(int, numbers):
+        index = bisect_right(ends, number)
+        if index == len(files):
+            found.append(f"{split} row {number + 1:,}".lstrip())
+            continue
+        path, count, form = files[index]
+        if index not in lines:
+            lines[index] = _lines(path, count, form)
+        row, of_file = number - (ends[index] - count), lines[index]
+        found.append(f"{path} row {row + 1:,}" if of_file is None else f"{path} line {of_file[row]:,}")
+    return found
+
+
+def _lines(path: Path, rows: int, form: Form) -> list[int] | None:
+    """Return the line of each row, from 1. None if the file has no lines, or others than were read."""
+    suffix, lines = suffix_of(path), []
+    try:
+        if suffix in TABLES and form.separator:
+            with open_text(path, form.encoding, newline="") as file:
+                lines = [line for line, _ in records(file, form.separator)][1:]
+        elif suffix in JSONS and not form.rows_key:
+            with open_text(path, form.encoding) as file:
+                lines = [number for number, line in enumerate(file, start=1) if line.strip()]
+    except (OSError, UnicodeError):
+        return None
+    return lines if len(lines) == rows else None
