@@ -28,7 +28,7 @@ from huggingface_hub import DatasetCard
 
 from gradacc_hf import embedded
 from gradacc_hf.data.columns import file_rows
-from gradacc_hf.data.files import ALLOWED, Form, is_data
+from gradacc_hf.data.files import ALLOWED, TAGGED, Form, is_data
 from gradacc_hf.data.mixed import joined, mixed_columns
 from gradacc_hf.data.places import record_files
 from gradacc_hf.data.readers import CSV, cause_of, quiet, read_file, read_splits, reading_errors, splits_in
@@ -159,7 +159,7 @@ def _read(given: str, key: str, config_name: str | None, reading: Reading, form:
     if path.is_dir() and given:
         return _read_saved(path, given, key) or _read_folder(path, given, key, config_name, reading, form)
     if path.is_file():
-        _check_suffix(path, key)
+        _check_suffix(path, key, form)
         found = read_splits(path, key, form)
         source = Source(given, {split: rows for split, (rows, _) in found.items()})
         for split, (rows, of_file) in found.items():
@@ -167,11 +167,11 @@ def _read(given: str, key: str, config_name: str | None, reading: Reading, form:
             source.files[split] = [FileRows(str(path), len(rows), form=str(of_file))]
         return source
     if "," in given or glob.has_magic(given):
-        files = [file for name in given.split(",") for file in _files_of(name.strip(), key, reading)]
+        files = [file for name in given.split(",") for file in _files_of(name.strip(), key, reading, form)]
         rows, of_files = _read_files(files, key, reading, form)
         return Source(given, {"train": rows}, {"train": of_files})
     hint = _hint(path)
-    if is_data(path) or given.count("/") > 1 or given[:1] in "./~":
+    if is_data(path, form) or given.count("/") > 1 or given[:1] in "./~":
         refuse(key, f"no file or folder {given!r}", hint)
     if given in _PACKAGED_DATASETS_MODULES:  # `datasets` would read all files in the current folder
         refuse(key, f"{given!r} is a kind of file", hint)
@@ -199,22 +199,23 @@ def _hint(absent: Path) -> str:
     )
 
 
-def _check_suffix(path: Path, key: str) -> None:
-    if not is_data(path):
+def _check_suffix(path: Path, key: str, form: Form) -> None:
+    if not is_data(path, form):
         suffixes = "".join(path.suffixes[-2:]).lower()
-        refuse(key, f"{str(path)!r} is a {suffixes or 'file without extension'}", f"allowed: {ALLOWED}")
+        allowed = f"{listed(TAGGED)}, {ALLOWED}" if form.word_columns else ALLOWED
+        refuse(key, f"{str(path)!r} is a {suffixes or 'file without extension'}", f"allowed: {allowed}")
 
 
-def _files_of(name: str, key: str, reading: Reading) -> list[Path]:
+def _files_of(name: str, key: str, reading: Reading, form: Form) -> list[Path]:
     """Return the file of this name, or the data files that match it as a pattern, sorted."""
     path = Path(name).expanduser()
     if path.is_file():
-        _check_suffix(path, key)
+        _check_suffix(path, key, form)
         return [path]
     if not glob.has_magic(name):
         refuse(key, f"no file {name!r}", _hint(path))
     found = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
-    files = [p for p in found if is_data(p)]
+    files = [p for p in found if is_data(p, form)]
     if not files:
         refuse(key, f"no data file matches {name!r}", f"allowed: {ALLOWED}")
     reading.note_not_read([(p, f"allowed: {ALLOWED}") for p in found if p not in files])
@@ -260,7 +261,7 @@ def _read_folder(
     """Return the splits of a folder. Every file with data is read, or noted as not read."""
     there = [(p, is_hidden(p.relative_to(path))) for p in sorted(path.rglob("*")) if not p.is_dir()]
     found = [p for p, hidden in there if not hidden]
-    files = [p for p in found if is_data(p) and p.name not in FILES_TO_IGNORE]
+    files = [p for p in found if is_data(p, form) and p.name not in FILES_TO_IGNORE]
     if not files and any(p.suffix.lower() in IMAGES for p in found):
         return _read_images(key, given, path, found, reading)
     if not files:

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from gradacc_hf.data.files import JSONS, TABLES, Form, open_text, suffix_of
 from gradacc_hf.data.tables import records
+from gradacc_hf.data.tagged_text import first_lines
 
 _KEY = "gradacc"
 
@@ -49,9 +50,11 @@ def _lines(path: Path, rows: int, form: Form) -> list[int] | None:
     """Return the line of each row, from 1. None if the file has no lines, or others than were read."""
     suffix, lines = suffix_of(path), []
     try:
-        if suffix in TABLES and form.separator:
+        if not form.layout and suffix in TABLES and form.separator:
             with open_text(path, form.encoding, newline="") as file:
                 lines = [line for line, _ in records(file, form.separator)][1:]
+        elif form.layout:
+            lines = first_lines(path, form)
         elif suffix in JSONS and not form.rows_key:
             with open_text(path, form.encoding) as file:
                 lines = [number for number, line in enumerate(file, start=1) if line.strip()]

@@ -99,13 +99,17 @@ class Recipe:
         raise TypeError(f"{type(self).__name__} has no data sets: define datasets()")
 
     def rows(
-        self, label_column: str | None = None, convert: Convert | None = None
+        self,
+        label_column: str | None = None,
+        convert: Convert | None = None,
+        word_columns: tuple[str, str] | None = None,
     ) -> tuple[Dataset, Dataset]:
         """Read the training and validation rows that `data.train` and `data.validation` name.
 
         Args:
             label_column: If rows are held out, the first row of every label in it stays in training.
             convert: Converts rows from the format of a file, before rows are held out.
+            word_columns: The columns of tokens and tags. With them, text files with a token a line are read.
         """
         data = self.data
         splits = load_data(
@@ -116,7 +120,7 @@ class Recipe:
             config_name=data.config_name,
             label_column=label_column,
             convert=convert,
-            form=Form(data.separator, data.encoding, data.rows_key, data.sheet),
+            form=Form(data.separator, data.encoding, data.rows_key, data.sheet, word_columns=word_columns),
         )
         self.validation_source, self.held_out = splits.source, splits.held_out
         self.reading.begin(splits.reading)
