@@ -30,12 +30,13 @@ from gradacc_hf import embedded
 from gradacc_hf.data.columns import file_rows
 from gradacc_hf.data.files import ALLOWED, TAGGED, Form, is_data
 from gradacc_hf.data.mixed import joined, mixed_columns
-from gradacc_hf.data.places import record_files
+from gradacc_hf.data.places import folders, record_files
 from gradacc_hf.data.readers import CSV, cause_of, quiet, read_file, read_splits, reading_errors, splits_in
 from gradacc_hf.data.reading import FileRows, Reading, Source, counted
 from gradacc_hf.errors import listed, refuse
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first that exists is used
+METADATA, FILE_NAME = "metadata", "file_name"  # as `datasets` names a table of images and the column of paths
 IMAGES = set(ImageFolder.EXTENSIONS)
 Convert = Callable[[Dataset], tuple[Dataset, str | None]]
 """Rows as a file has them → rows as a task takes them, and the format for the plan, or None."""
@@ -270,6 +271,8 @@ def _read_folder(
     if (script := path / f"{path.resolve().name}.py").is_file():
         refuse(key, f"found {script}, which makes the data and is not executed", "name the data files")
     about = _card(path, key)
+    if not (config_name or about) and {p.stem for p in files} == {METADATA} and any(map(_is_image, found)):
+        return _read_images_of_table(path, given, key, found, files, reading, form)
     if config_name or about:
         where = [os.path.abspath(path)] + ([config_name] if config_name else [])  # "csv" is a builder's name
         with reading_errors(key, files):
@@ -393,6 +396,36 @@ def _read_images(key: str, given: str, folder: Path, found: Sequence[Path], read
     others = (p for p in found if p.suffix.lower() not in IMAGES and p.name not in FILES_TO_IGNORE)
     reading.note_not_read([(p, "not an image") for p in others])
     return Source(given, splits)
+
+
+def _read_images_of_table(
+    folder: Path,
+    given: str,
+    key: str,
+    found: Sequence[Path],
+    tables: Sequence[Path],
+    reading: Reading,
+    form: Form,
+) -> Source:
+    """Return the rows of tables that name images, as metadata.csv. Paths start at the table's folder."""
+    splits, rows_of, named = {}, {}, {p.resolve() for p in tables}
+    for split, of_split in files_of_splits(folder, tables).items():
+        splits[split], rows_of[split] = _read_files(of_split, key, reading, form)
+        if FILE_NAME not in splits[split].column_names:
+            what = (
+                f"{listed(of_split)} has no column {FILE_NAME!r}; found {listed(splits[split].column_names)}"
+            )
+            refuse(key, what, "name the images in it")
+        rows = zip(folders(splits[split]), splits[split][FILE_NAME], strict=True)
+        named |= {(at / name).resolve() for at, name in rows if at is not None and name}
+    left = [p for p in found if p.resolve() not in named and p.name not in FILES_TO_IGNORE]
+    no_row = f"in no row of {listed(tables)}"
+    reading.note_not_read([(p, no_row if _is_image(p) else "not an image") for p in left])
+    return Source(given, splits, rows_of)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGES
 
 
 def _by_name(loaded: Any) -> dict[str, Dataset]:

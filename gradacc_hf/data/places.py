@@ -24,6 +24,13 @@ def record_files(rows: Dataset, files: Sequence[tuple[Path, int, Form]]) -> None
     rows.info.download_checksums = {_KEY: list(files)}
 
 
+def folders(rows: Dataset) -> list[Path | None]:
+    """Return the folder of the file of each row, in the order of the files; None where it is not known."""
+    files = (rows.info.download_checksums or {}).get(_KEY, [])
+    found = [path.parent for path, number, _ in files for _ in range(number)]
+    return found if len(found) == len(rows) else [None] * len(rows)
+
+
 def places(rows: Dataset, numbers: Iterable[Any], split: str = "training") -> list[str]:
     """Return the place of each row, by its number from 0.
 

@@ -2,9 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 from recipe_runs import load_recipe, make_recipe, write_rows
 
 from gradacc_hf.errors import InputError
@@ -71,6 +73,29 @@ def test_questions(form, row, learned, tiny_bert, tmp_path):
     assert len(train) == 3
     span = train[0]["input_ids"][train[0]["start_positions"] : train[0]["end_positions"] + 1]
     assert recipe.tokenizer.decode(span) == ("[CLS]" if learned == "no answer" else learned.lower())
+
+
+@pytest.mark.parametrize(("form", "files", "learned"), table("Images"))
+def test_images(form, files, learned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in files.split(" "):
+        name, _, content = file.partition(":")
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        if content:
+            Path(name).write_text(content.replace("\\n", "\n"))
+        else:
+            Image.new("RGB", (8, 8)).save(name)
+    if learned.count("/") == 1:  # a second class, which a model needs
+        Image.new("RGB", (8, 8)).save("pets/0.png")
+        table = next(path for path in Path().rglob("*.*") if path.suffix in (".csv", ".jsonl"))
+        lines = table.read_text().splitlines()
+        table.write_text("\n".join([*lines, lines[-1].replace("1.png", "0.png").replace("cat", "none")]))
+    recipe = load_recipe("image_classification").ImageClassification
+    given = next((name for name in ("pets.csv",) if Path(name).exists()), "pets")
+    recipe, train = read(recipe, given, "embedded:tiny_vit")
+    names = recipe.target.names
+    found = sorted(f"{Path(row['image']['path']).name}/{names[row['labels']]}" for row in train)
+    assert [one for one in found if "none" not in one] == learned.split()
 
 
 def test_a_broken_label_is_one_line_with_the_line_of_the_file(tiny_bert, tmp_path, monkeypatch):
