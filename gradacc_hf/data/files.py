@@ -39,6 +39,7 @@ TAGGED = (".conll", ".conllu", ".txt", ".tsv", ".iob", ".iob2", ".bio")
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSED = (*OPENERS, ".zst")  # of text files
 ALLOWED = f"{listed(BUILDERS)} (text also in {listed(COMPRESSED)})"
+COLUMNS = "the name of each column"  # the place of the rows in a JSON object of columns
 UTF8 = "utf-8-sig"  # skips a byte order mark
 
 BLOCK = 1 << 20
@@ -50,7 +51,7 @@ _MARKS = (  # UTF-32 first: its mark begins with the mark of UTF-16
 )
 _CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюяёіїєґў"
 _PAGES = {  # code page → letters that its languages use; of equal pages, the first is taken
-    "cp1252": "àâäáãåæçèéêëìíîïñòóôõöøùúûüßœ",
+    "cp1252": "àâäáãåæçèéêëìíîïñòóôõöøùúûüßœµ",
     "cp1250": "áâäăąćčçďéęëěíîĺľłńňóôöőŕřśšşťţúůüűýźżžß",
     "cp1254": "âçğıîöşûü",
     "cp1255": "אבגדהוזחטיךכלםמןנסעףפץצקרשת",
@@ -61,7 +62,7 @@ _PAGES = {  # code page → letters that its languages use; of equal pages, the 
 }
 _LATIN = {"cp1252", "cp1250", "cp1254"}
 _LAST = "ςךםןףץ"  # letters that only end a word
-_SIGNS = "€‚„…‘’“”–—•™«»°§¿¡£©®½²·\xa0"
+_SIGNS = "€„…‘’“”–—•™«»°§¿¡£©®½²±×·\xa0"
 _WORD = re.compile(rb"[A-Za-z]*[\x80-\xff][A-Za-z\x80-\xff]*")
 
 
@@ -73,6 +74,7 @@ class Form:
     encoding: of a text file, as Python names it.
     rows_key: the key of the rows in a JSON file of one object.
     sheet: of an Excel file.
+    quotes: "as text" if the quotes of a table are part of its texts.
     without: columns of a Parquet file whose type `datasets` does not have.
     word_columns: the columns of tokens and of tags, by name or number, in a text file with a token on a line.
     layout: what such a file's columns are.
@@ -82,6 +84,7 @@ class Form:
     encoding: str | None = None
     rows_key: str | None = None
     sheet: str | None = None
+    quotes: str | None = None
     without: str | None = None
     word_columns: tuple[str, str] | None = None
     layout: str | None = None
@@ -92,8 +95,9 @@ class Form:
         shown = {
             "separator": names.get(self.separator or ",", self.separator) if self.separator != "," else None,
             "encoding": self.encoding if self.encoding != UTF8 else None,
-            "rows under": self.rows_key and repr(self.rows_key),
+            "rows under": self.rows_key if self.rows_key in (None, COLUMNS) else repr(self.rows_key),
             "sheet": self.sheet,
+            "quotes": self.quotes,
             "without": self.without,
         }
         found = [f"{name} {value}" for name, value in shown.items() if value]
@@ -159,7 +163,7 @@ def find_encoding(path: Path, key: str) -> str:
     if found := next((name for mark, name in _MARKS if start.startswith(mark)), None):
         return found
     zeros = [start[odd::2].count(0) for odd in (0, 1)]  # of ASCII in UTF-16, every second byte is 0
-    if min(zeros) == 0 and 40 * max(zeros) > len(start):
+    if min(zeros) == 0 and max(zeros) > max(2, len(start) // 40):
         return "utf-16-le" if zeros[1] else "utf-16-be"
     if (fault := encoding_fault(path, "utf-8")) is None:
         return UTF8

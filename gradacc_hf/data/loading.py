@@ -1,7 +1,7 @@
 """Load the user's data from a file, a folder (also of images) or a Hub name, as training and validation rows.
 
-The library `datasets` reads the files. This module holds out validation rows if there are none, and raises an
-InputError of one line for a file that cannot be read. The recipe tokenises texts.
+`readers.py` reads each file. This module finds the files and their splits, and holds out validation rows if
+there are none. The recipe tokenises texts.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from huggingface_hub import DatasetCard
 from gradacc_hf import embedded
 from gradacc_hf.data.columns import file_rows
 from gradacc_hf.data.files import ALLOWED, TAGGED, Form, is_data
+from gradacc_hf.data.looks_like import looks_like
 from gradacc_hf.data.mixed import joined, mixed_columns
 from gradacc_hf.data.places import folders, record_files
 from gradacc_hf.data.readers import CSV, cause_of, quiet, read_file, read_splits, reading_errors, splits_in
@@ -143,7 +144,11 @@ def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | Non
     shuffled = rows.shuffle(seed=seed, keep_in_memory=True)
     drawn = np.flatnonzero(~kept[file_rows(shuffled)])[:number]
     if not 0 < fraction < 1 or not len(drawn) or number >= len(rows):
-        found = f"{fraction:g} of {len(rows):,} rows leaves nothing to train on or to hold out"
+        found = f"{fraction:g} of {counted(len(rows), 'row')} leaves nothing to train on or to hold out"
+        if name := looks_like(rows.column_names):
+            found += f" (it looks like {name})"
+        elif len(rows) == 1:
+            found += f" (it has {listed(rows.column_names)})"
         refuse("data.validation_fraction", found, "between 0 and 1, or set data.validation")
     left = np.setdiff1d(np.arange(len(rows)), drawn)
     return shuffled.select(left), shuffled.select(drawn)
@@ -215,11 +220,12 @@ def _files_of(name: str, key: str, reading: Reading, form: Form) -> list[Path]:
         return [path]
     if not glob.has_magic(name):
         refuse(key, f"no file {name!r}", _hint(path))
-    found = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
-    files = [p for p in found if is_data(p, form)]
+    found = [*map(Path, sorted(glob.glob(str(path), recursive=True)))]
+    files = [p for p in found if p.is_file() and is_data(p, form)]
     if not files:
         refuse(key, f"no data file matches {name!r}", f"allowed: {ALLOWED}")
-    reading.note_not_read([(p, f"allowed: {ALLOWED}") for p in found if p not in files])
+    others = [p for p in found if p not in files]
+    reading.note_not_read([(p, "a folder" if p.is_dir() else f"allowed: {ALLOWED}") for p in others])
     return files
 
 
@@ -326,8 +332,8 @@ def _note_not_read(
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file is hidden or in a hidden folder, so that `datasets` does not read it."""
-    return any(part.startswith((".", "__")) for part in path.parts)
+    """Whether a file is hidden, in a hidden folder, or the mark of an open Excel file."""
+    return any(part.startswith((".", "__", "~$")) for part in path.parts)
 
 
 def files_of_splits(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:

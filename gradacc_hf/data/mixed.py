@@ -120,8 +120,10 @@ def parse_json(text: str) -> Any:
     return json.loads(text, parse_constant=_constant, parse_int=_integer)
 
 
-def lists_of_object(path: Path, encoding: str | None = None) -> tuple[list[str], dict[str, list[Any]]] | None:
-    """Return the keys of the object that a JSON file consists of, and the lists of objects in it.
+def lists_of_object(
+    path: Path, encoding: str | None = None
+) -> tuple[dict[str, Any], dict[str, list[Any]]] | None:
+    """Return the object that a JSON file consists of, and the lists of objects in it, by key.
 
     None for a list, for JSON lines, and for a file that is not JSON. Only an object is read whole.
     """
@@ -140,7 +142,16 @@ def lists_of_object(path: Path, encoding: str | None = None) -> tuple[list[str],
         for key, value in found.items()
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
     }
-    return [*found], lists
+    return found, lists
+
+
+def rows_of_columns(found: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the rows of an object of columns, as `DataFrame.to_json` writes it; None for other objects."""
+    columns = [column if isinstance(column, dict) else {} for column in found.values()]
+    index = [*map(str, range(len(columns[0])))] if columns else []
+    if not index or any([*column] != index for column in columns):
+        return None
+    return [{name: column[row] for name, column in zip(found, columns, strict=True)} for row in index]
 
 
 def is_json(text: str) -> bool:
@@ -236,7 +247,7 @@ def joined(files: Sequence[tuple[Path, Dataset]]) -> tuple[Dataset, dict[str, st
     """Return the rows of several files, and two kinds of lines, by column.
 
     A line of the first kind is about a column that not all files have. A line of the second kind is about a
-    column that is left out: it has class ids in one file, and other values in another.
+    column with class ids in one file, and other values in another. Such a column is left out.
     """
     if len(files) == 1:
         return files[0][1], {}, {}

@@ -6,6 +6,7 @@ counted only for a message.
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ _KEY = "gradacc"
 
 def record_files(rows: Dataset, files: Sequence[tuple[Path, int, Form]]) -> None:
     """Record the files of all rows, in their order, with the number of rows and the form of each."""
-    rows.info.download_checksums = {_KEY: list(files)}
+    found = [[str(path), number, asdict(form)] for path, number, form in files]  # `save_to_disk` writes it
+    rows.info.download_checksums = {_KEY: found}
 
 
 def folders(rows: Dataset) -> list[Path | None]:
     """Return the folder of the file of each row, in the order of the files; None where it is not known."""
     files = (rows.info.download_checksums or {}).get(_KEY, [])
-    found = [path.parent for path, number, _ in files for _ in range(number)]
+    found = [Path(path).parent for path, number, _ in files for _ in range(number)]
     return found if len(found) == len(rows) else [None] * len(rows)
 
 
@@ -47,7 +49,7 @@ def places(rows: Dataset, numbers: Iterable[Any], split: str = "training") -> li
             continue
         path, count, form = files[index]
         if index not in lines:
-            lines[index] = _lines(path, count, form)
+            lines[index] = _lines(Path(path), count, Form(**form))
         row, of_file = number - (ends[index] - count), lines[index]
         found.append(f"{path} row {row + 1:,}" if of_file is None else f"{path} line {of_file[row]:,}")
     return found
@@ -57,11 +59,13 @@ def _lines(path: Path, rows: int, form: Form) -> list[int] | None:
     """Return the line of each row, from 1. None if the file has no lines, or others than were read."""
     suffix, lines = suffix_of(path), []
     try:
-        if not form.layout and suffix in TABLES and form.separator:
-            with open_text(path, form.encoding, newline="") as file:
-                lines = [line for line, _ in records(file, form.separator)][1:]
-        elif form.layout:
+        if suffix == ".xlsx":
+            return [*range(2, rows + 2)]  # as Excel numbers the rows: the first is the header
+        if form.layout:
             lines = first_lines(path, form)
+        elif suffix in TABLES and form.separator:
+            with open_text(path, form.encoding, newline="") as file:
+                lines = [line for line, _ in records(file, form)][1:]
         elif suffix in JSONS and not form.rows_key:
             with open_text(path, form.encoding) as file:
                 lines = [number for number, line in enumerate(file, start=1) if line.strip()]

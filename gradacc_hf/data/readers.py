@@ -1,11 +1,11 @@
 """Read one data file: its form is found in it, and `datasets` reads the rows as far as it goes."""
 
+import codecs
 import contextlib
+import csv
 import glob
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +14,18 @@ from typing import Any
 import datasets
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 from datasets.data_files import SPLIT_KEYWORDS
+from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.json.json import JsonConfig
 from datasets.table import CastError
 
 from gradacc_hf.config.schema import SEPARATORS
 from gradacc_hf.data.files import (
     BUILDERS,
+    COLUMNS,
     JSONS,
     TABLES,
     TEXTS,
@@ -42,16 +45,17 @@ from gradacc_hf.data.mixed import (
     lists_of_object,
     read_mixed_json,
     rows_as_dataset,
+    rows_of_columns,
     with_columns_of_file,
 )
-from gradacc_hf.data.tables import find_separator, table_fault
+from gradacc_hf.data.tables import find_separator, quotes_are_text, table_fault
 from gradacc_hf.data.tagged_text import read_tagged
 from gradacc_hf.errors import InputError, listed, refuse
 
+pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are texts, not nulls
 
 _NO_ROWS = ("corresponds to no data", "No columns to parse", "BatchSize must be")  # errors of the builders
-_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # also of a compressed file
 
 
 def read_file(path: Path, key: str, given: Form | None = None) -> tuple[Dataset, Form]:
@@ -81,7 +85,7 @@ def read_splits(path: Path, key: str, given: Form | None = None) -> dict[str, tu
             rows, layout = read_tagged(path, key, form)
             found = {"train": (rows, replace(form, layout=layout))}
         elif suffix in TABLES:
-            found = {"train": (_read_table(path, key, form), form)}
+            found = {"train": _read_table(path, key, form)}
         elif suffix in JSONS:
             found = _read_json(path, key, form)
         elif suffix == ".xlsx":
@@ -103,7 +107,7 @@ def _form(path: Path, key: str, given: Form, is_tags: bool = False) -> Form:
             if not file.read(1):
                 refuse(key, f"{path} is empty", "give at least one row")
         if is_tags or suffix in TEXTS:
-            form = replace(form, encoding=given.encoding or find_encoding(path, key))
+            form = replace(form, encoding=_encoding(given.encoding) or find_encoding(path, key))
         if is_tags:
             separator = SEPARATORS.get(given.separator or "", given.separator)
             return replace(form, separator=separator, word_columns=given.word_columns)
@@ -113,7 +117,9 @@ def _form(path: Path, key: str, given: Form, is_tags: bool = False) -> Form:
             form = replace(form, separator=found or find_separator(path, form.encoding))
     except UnicodeDecodeError:
         _refuse_encoding(path, key, form)
-    except _DAMAGED as error:
+    except InputError:
+        raise
+    except Exception as error:  # libraries for compressed files have errors of several kinds
         found = getattr(error, "strerror", None) or cause_of(error)
         refuse(key, f"cannot read {path}: {found}", "give a file that you can read")
     if suffix in JSONS:
@@ -121,13 +127,15 @@ def _form(path: Path, key: str, given: Form, is_tags: bool = False) -> Form:
     return replace(form, sheet=given.sheet) if suffix == ".xlsx" else form
 
 
+def _encoding(given: str | None) -> str | None:
+    return UTF8 if given and codecs.lookup(given).name in ("utf-8", UTF8) else given
+
+
 def _refuse_encoding(path: Path, key: str, form: Form) -> None:
-    encoding = form.encoding or "utf-8"
+    encoding = "UTF-8" if form.encoding in (None, UTF8) else form.encoding
     if fault := encoding_fault(path, encoding):
-        shown = "UTF-8" if encoding == UTF8 else encoding
-        refuse(
-            key, f"{path} is not {shown}: {fault}", "save it as UTF-8, or set data.encoding to its encoding"
-        )
+        cure = "save it as UTF-8, or set data.encoding to its encoding"
+        refuse(key, f"{path} is not {encoding}: {fault}", cure)
 
 
 def _load(builder: str, path: Path, **options: Any) -> Dataset:
@@ -141,7 +149,7 @@ def _read_arrow(path: Path, form: Form) -> tuple[Dataset, Form]:
     try:
         return _load(builder, path), form
     except Exception:
-        schema = pq.read_schema(path) if builder == "parquet" else []
+        schema: Any = pq.read_schema(path) if builder == "parquet" else []
         if not (odd := [column.name for column in schema if not _has_feature(column)]):
             raise
         read = pa.schema([column for column in schema if column.name not in odd], schema.metadata)
@@ -156,8 +164,30 @@ def _has_feature(column: pa.Field) -> bool:
         return False
 
 
-def _read_table(path: Path, key: str, form: Form) -> Dataset:
+def _read_table(path: Path, key: str, form: Form) -> tuple[Dataset, Form]:
+    """Return the rows of a table. Quotes that are part of the texts do not merge lines into a value."""
+    try:
+        rows = _load_table(path, key, form)
+    except (pd.errors.ParserError, DatasetGenerationError):
+        if not quotes_are_text(path, form):
+            raise
+    else:
+        if not (_has_merged(rows, form) and quotes_are_text(path, form)):
+            return rows, form
+    form = replace(form, quotes="as text")
+    return _load_table(path, key, form), form
+
+
+def _has_merged(rows: Dataset, form: Form) -> bool:
+    """Whether a value has both the separator and a line end."""
+    signs = (form.separator, "\n")
+    found = (pc.and_(*(pc.match_substring(column, sign) for sign in signs)) for column in rows.data.columns)
+    return any(pc.any(of_column).as_py() for of_column in found)
+
+
+def _load_table(path: Path, key: str, form: Form) -> Dataset:
     options = {**CSV, "sep": form.separator, "encoding": form.encoding if form.encoding != UTF8 else None}
+    options["quoting"] = csv.QUOTE_NONE if form.quotes else csv.QUOTE_MINIMAL
     first = pd.read_csv(path, nrows=1, dtype=str, **options)
     if not isinstance(first.index, pd.RangeIndex):
         cure = "give every column a name; one column of texts: --data.separator none"
@@ -191,14 +221,14 @@ def _lists(path: Path, key: str, form: Form) -> dict[str, tuple[str, list[Any]]]
     whole = lists_of_object(path, form.encoding)
     if whole is None:
         return None
-    keys, lists = whole
+    found, lists = whole
     if (name := form.rows_key) is not None:
         if name not in lists:
-            found = f"{path} has no list of objects under {name!r}; found the keys {listed(keys)}"
-            refuse("data.rows_key", found, f"allowed: {listed(lists) or 'null'}")
+            keys = f"{path} has no list of objects under {name!r}; found the keys {listed(found)}"
+            refuse("data.rows_key", keys, f"allowed: {listed(lists) or 'null'}")
         return {"train": (name, lists[name])}
     if not lists:
-        return None
+        return {"train": (COLUMNS, rows)} if (rows := rows_of_columns(found)) else None
     if len(lists) == 1:
         return {"train": next(iter(lists.items()))}
     splits = {name: splits_in(name) for name in lists}

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import IO
 
 from gradacc_hf.config.schema import SEPARATORS
-from gradacc_hf.data.files import Form, open_text
+from gradacc_hf.data.files import Form, open_text, suffix_of
 
 _SAMPLE = 1 << 18  # characters, from which the separator is found
 _RECORDS = 1_000
 
 
-def records(file: IO[str], separator: str) -> Iterator[tuple[int, list[str]]]:
+def records(file: IO[str], form: Form) -> Iterator[tuple[int, list[str]]]:
     """Yield the line, from 1, and the values of each record. Blank lines are left out."""
     csv.field_size_limit(sys.maxsize)
-    reader, line = csv.reader(file, delimiter=separator), 1
+    quoting = csv.QUOTE_NONE if form.quotes else csv.QUOTE_MINIMAL
+    reader, line = csv.reader(file, delimiter=form.separator or ",", quoting=quoting), 1
     for values in reader:
         if len(values) > 1 or (values and values[0].strip()):
             yield line, values
@@ -32,10 +33,13 @@ def find_separator(path: Path, encoding: str) -> str:
     """
     with open_text(path, encoding, newline="") as file:
         sample = file.read(_SAMPLE)
-    first = "\t" if ".tsv" in path.suffixes else ","
+    first = "\t" if suffix_of(path) == ".tsv" else ","
     scores, widths = {}, {}
     for separator in dict.fromkeys((first, *SEPARATORS.values())):
-        rows = [values for _, values in islice(records(io.StringIO(sample, newline=""), separator), _RECORDS)]
+        rows = [
+            values
+            for _, values in islice(records(io.StringIO(sample, newline=""), Form(separator)), _RECORDS)
+        ]
         if len(sample) == _SAMPLE and 2 < len(rows) < _RECORDS:
             rows.pop()  # it may be incomplete
         header, *others = rows or [[]]
@@ -69,3 +73,21 @@ def table_fault(path: Path, form: Form) -> str | None:
             if len(values) > width:
                 return f"line {line:,}: {len(values)} values for {width} column{'s' * (width != 1)}"
             line = reader.line_num + 1
+
+
+def quotes_are_text(path: Path, form: Form) -> bool:
+    """Whether the quotes of a table are part of its texts.
+
+    Each line has as many separators as the header, and a quote closes within a value. A quote may also stay
+    open in a table of tabs, which is often written without quoting.
+    """
+    separator = form.separator or ","
+    with open_text(path, form.encoding, newline="") as file:
+        numbers = {line.count(separator) for line in file if line.strip()}
+        file.seek(0)
+        try:
+            for _ in csv.reader(file, delimiter=separator, strict=True):
+                pass
+        except csv.Error as error:
+            return len(numbers) == 1 and (separator == "\t" or "end of data" not in str(error))
+    return False

@@ -506,6 +506,10 @@ def test_a_recipe_s_default_of_the_wrong_type_is_refused():
         ("data.validation_fraction", "0"),
         ("data.validation_fraction", "1"),
         ("data.max_length", "0"),
+        ("data.separator", "ab"),
+        ("data.separator", "a"),
+        ("data.encoding", "utf-9"),
+        ("data.encoding", "base64"),
         ("batch.effective", "0"),
         ("optim.lr", "0"),
         ("optim.lr", "-1"),
@@ -535,6 +539,24 @@ def test_an_impossible_value_is_refused_wherever_it_is_from(key, value):
     assert line(*TRAIN, f"--{key}", value).startswith(f"--{key}: found ")
     section, name = key.split(".")
     assert line_of_file(f"{section}: {{{name}: {value}}}", *TRAIN).startswith(f"{key} in a.yaml: found ")
+
+
+def test_a_separator_and_an_encoding_are_characters_or_names():
+    found = line(*TRAIN, "--data.separator", "::")
+    characters = "one character, or comma, semicolon, tab, pipe or none"
+    assert found == f"--data.separator: found '::', allowed is {characters}"
+    found = line(*TRAIN, "--data.encoding", "utf-9")
+    encodings = "an encoding of Python, such as utf-8, utf-16, latin-1, cp1252 or shift_jis"
+    assert found == f"--data.encoding: found 'utf-9', allowed is {encodings}"
+    for separator in ("^", "\t", "\\t", "tab", "none"):
+        assert read_command_line([*TRAIN, "--data.separator", separator]).data.separator == separator
+
+
+def test_several_files_are_a_list_or_one_text():
+    write("a.yaml", "data: {train: [a.csv, b.csv]}")
+    assert read_command_line(["--config", "a.yaml"]).data.train == "a.csv,b.csv"
+    words = ["--data.train", "a.csv,b.csv", "--data.validation", "v/*.csv"]
+    assert read_command_line(words).data.validation == "v/*.csv"
 
 
 def test_values_at_the_edge_of_the_possible_are_accepted():

@@ -97,6 +97,24 @@ def test_a_data_set_of_which_no_row_is_left_is_refused(on_bad_row):
         check_rows(rows_of(1, 2, number=2), is_bad, key="k", on_bad_row=on_bad_row)
 
 
+def test_where_all_rows_are_bad_the_format_that_they_look_like_is_named():
+    chats = [[{"role": "user", "content": "hi"}]]
+    for columns, name in (
+        ({"instruction": ["a", "b"], "output": ["c", "d"]}, "Alpaca"),
+        ({"chat": chats * 2}, "chats in column 'chat'"),
+    ):
+        rows = Dataset.from_dict({**columns, "bad": [True, True]})
+        with pytest.raises(InputError) as caught:
+            check_rows(rows, is_bad, key="k")
+        cure = "correct it, or leave such rows out: --data.on_bad_row skip"
+        more = f"(all 2 rows are bad; they look like {name})"
+        assert str(caught.value) == f"k: training row 1: it is bad {more}; {cure}"
+        with pytest.raises(InputError) as caught:
+            check_rows(rows, is_bad, key="k", on_bad_row="skip")
+        more = f"they look like {name} (training row 1: it is bad, …)"
+        assert str(caught.value) == f"k: none of the 2 training rows can be used; {more}; give others"
+
+
 def test_selected_rows_take_new_columns_and_are_told_apart():
     rows = rows_of()
     some, others = select_rows(rows, [2, 3, 4]), select_rows(rows, [3, 4, 5])

@@ -24,6 +24,7 @@ from gradacc_hf.data.places import places
 from gradacc_hf.data.tables import find_separator
 from gradacc_hf.errors import InputError
 
+README = (Path(__file__).parents[2] / "recipes" / "README.md").read_text()
 ROWS = [
     {"text": "a, b; c", "label": "x"},
     {"text": 'say "hi"', "label": "NA"},
@@ -31,6 +32,7 @@ ROWS = [
     {"text": "null", "label": "1e3"},
     {"text": "über 2020-01-01", "label": "True"},
 ]
+FORMATS = README.split("## Formats")[1].split("\n##")[0]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
@@ -103,6 +105,18 @@ def test_one_column_of_texts_with_commas_is_one_column():
     assert load("a.csv") == (rows, ["a.csv: 3 rows, training (separator none)"])
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [['"hello there', "b", 'say" now'], ['say "hi"', '"open', "c"]],
+    ids=["two quotes", "an open quote"],
+)
+def test_quotes_that_are_text_merge_no_lines(texts):
+    rows = [{"text": text, "label": "x"} for text in texts]
+    Path("a.tsv").write_text("text\tlabel\n" + "".join(f"{text}\tx\n" for text in texts))
+    assert load("a.tsv") == (rows, ["a.tsv: 3 rows, training (separator tab, quotes as text)"])
+    assert places(load_data("a.tsv", "a.tsv", validation_fraction=0.1, seed=0).train, [2]) == ["a.tsv line 4"]
+
+
 def test_the_settings_overrule_what_is_found():
     Path("a.csv").write_bytes("text,more;label\na,b;õ\n".encode("cp1250", "replace").replace(b"?", b"\xf5"))
     assert load("a.csv", separator="semicolon", encoding="cp1250")[0] == [{"text,more": "a,b", "label": "ő"}]
@@ -111,7 +125,7 @@ def test_the_settings_overrule_what_is_found():
         [{"text,more;label": "a,b;õ"}],
         ["a.csv: 1 row, training (separator tab, encoding latin-1)"],
     )
-    line = "a.csv is not utf-8: line 2, byte 20; save it as UTF-8, or set data.encoding to its encoding"
+    line = "a.csv is not UTF-8: line 2, byte 20; save it as UTF-8, or set data.encoding to its encoding"
     assert refusal(load, "a.csv", encoding="utf-8") == f"data.train: {line}"
 
 
@@ -193,6 +207,12 @@ def test_a_damaged_compressed_file_is_one_line():
     assert refusal(load, "a.csv.gz").startswith(
         "data.train: cannot read a.csv.gz: Compressed file ended before"
     )
+    if find_spec("zstandard"):
+        Path("a.jsonl.zst").write_bytes(b"no frame of zstandard")
+        assert refusal(load, "a.jsonl.zst").startswith("data.train: cannot read a.jsonl.zst: zstd ")
+    if find_spec("openpyxl"):
+        Path("a.xlsx").write_bytes(b"no workbook")
+        assert refusal(load, "a.xlsx").startswith("data.train: a.xlsx cannot be read: ")
     Path("a.jsonl.gz").write_text(JSONL)
     assert refusal(load, "a.jsonl.gz").startswith("data.train: cannot read a.jsonl.gz: Not a gzipped file")
 
@@ -215,6 +235,11 @@ def test_a_damaged_compressed_file_is_one_line():
 def test_json_in_every_layout_is_read(name, text, stated):
     Path(name).write_text(text, encoding="utf-8", newline="")
     assert load(name) == (ROWS, [f"{name}: 5 rows, training{stated}"])
+
+
+def test_a_data_frame_as_json_is_read():
+    pd.DataFrame(ROWS).to_json("a.json")
+    assert load("a.json") == (ROWS, ["a.json: 5 rows, training (rows under the name of each column)"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
@@ -294,6 +319,8 @@ def test_a_sheet_of_an_excel_file_is_read():
         pd.DataFrame(ROWS).to_excel(book, sheet_name="first one", index=False)
         pd.DataFrame(others).to_excel(book, sheet_name="other", index=False)
     assert load("a.xlsx") == (ROWS, ["a.xlsx: 5 rows, training (sheet 'first one', the first of 2)"])
+    splits = load_data("a.xlsx", "a.xlsx", validation_fraction=0.1, seed=0)
+    assert places(splits.train, [0, 4]) == ["a.xlsx line 2", "a.xlsx line 6"]
     found = [{"text": "1", "label": "2.5"}, {"text": "NA", "label": None}]
     assert load("a.xlsx", sheet="other") == (found, ["a.xlsx: 2 rows, training (sheet 'other')"])
     assert (
@@ -307,6 +334,19 @@ def test_without_openpyxl_an_excel_file_is_refused():
     assert "pip install openpyxl" in refusal(load, "a.xlsx")
 
 
+def test_every_example_of_the_page_of_formats_is_read():
+    rows = [line.split(" | ") for line in FORMATS.split("\n") if line.startswith("| `.")]
+    examples = [(cells[0].strip("|` "), cells[1].strip("`")) for cells in rows if "good" in cells[1]]
+    assert len(examples) == 7
+    for number, (suffix, text) in enumerate(examples):
+        name = f"{number}{suffix}"
+        Path(name).write_text(text.replace("⏎", "\n").replace("→", "\t") + "\n")
+        assert load_data(name, name, validation_fraction=0.1, seed=0).train.to_list() == [
+            {"text": "good; fine", "label": "yes"}
+        ], name
+    assert all(f"`{suffix}`" in FORMATS for suffix in (*files.BUILDERS, *files.COMPRESSED))
+
+
 # Several files
 
 
@@ -316,6 +356,7 @@ def test_several_files_are_one_data_set_in_their_order():
         Path(f"s/{number}.jsonl").write_text(json.dumps(ROWS[number]) + "\n")
     pd.DataFrame(ROWS[3:]).to_csv("b.csv", index=False, sep=";")
     Path("s/notes.md").touch()
+    Path("s/older").mkdir()
     stated = [*(f"s/{number}.jsonl: 1 row, training" for number in range(3))]
     assert load("s/*.jsonl") == (ROWS[:3], stated)
     assert load("s/*") == (ROWS[:3], stated)
@@ -323,7 +364,8 @@ def test_several_files_are_one_data_set_in_their_order():
     assert load(["b.csv", "s/0.jsonl"])[0] == [*ROWS[3:], ROWS[0]]
     splits = load_data("s/*", "b.csv", validation_fraction=0.1, seed=0)
     kinds = f"allowed: {files.ALLOWED}"
-    assert splits.reading.lines()[-1] == ("not read", f"s/notes.md: {kinds}")
+    notes = [("not read", f"s/notes.md: {kinds}"), ("not read", "s/older: a folder")]
+    assert splits.reading.lines()[-2:] == notes
     assert refusal(load, "s/*.txt") == f"data.train: no data file matches 's/*.txt'; {kinds}"
     assert refusal(load, "b.csv, c.csv") == "data.train: no file 'c.csv'; did you mean 'b.csv'?"
     Path("a,b.jsonl").write_text(JSONL)
@@ -373,6 +415,7 @@ def test_a_row_is_named_by_its_line_in_its_file():
         "c.json row 1",
     ]
     assert places(shuffled, range(6)) == expected
+    splits.train.save_to_disk("saved")
     Path("b.jsonl").write_text("{}\n")  # no longer the file that was read
     assert places(shuffled, [3, 4]) == ["b.jsonl row 1", "b.jsonl row 2"]
     assert places(Dataset.from_list(ROWS), [6], "validation") == ["validation row 7"]

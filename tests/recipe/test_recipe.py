@@ -539,11 +539,25 @@ def test_a_model_without_tokenizer_is_refused(refused, mine, damaged):
     assert "model.name: damaged has no tokenizer" in refused(data__train=mine, model__name=model)
 
 
-def test_a_data_file_that_is_not_utf8_is_refused(refused):
-    Path("latin.csv").write_bytes("text,label\ncafé,a\ntea,b\n".encode("latin-1"))
-    line = refused(data__train="latin.csv")
-    assert "latin.csv is not UTF-8: line 2" in line
-    assert "iconv -f latin1 -t utf8 latin.csv" in line
+def test_a_data_file_whose_encoding_is_not_found_is_refused(refused):
+    Path("japanese.csv").write_bytes("text,label\nお茶,a\ntea,b\n".encode("shift_jis"))
+    line = refused(data__train="japanese.csv")
+    assert "japanese.csv is not UTF-8: line 2" in line
+    assert "set data.encoding to its encoding, such as cp1252 or shift_jis" in line
+
+
+def test_the_plan_states_the_separator_and_the_encoding_of_a_file(start, mine):
+    rows = Path(mine).read_text().replace(",", ";") + "café;spam\n"
+    Path("latin.csv").write_bytes(rows.encode("latin-1"))
+    outcome = start(data__train="latin.csv", check=True)
+    assert outcome.code == 0, outcome.err
+    assert (
+        "read                  latin.csv: 41 rows, training (separator ;, encoding cp1252)\n" in outcome.out
+    )
+    outcome = start(data__train="latin.csv", data__encoding="iso8859-15", data__separator=";", check=True)
+    assert (
+        "read                  latin.csv: 41 rows, training (separator ;, encoding iso8859-15)" in outcome.out
+    )
 
 
 def test_an_unknown_tracker_is_refused_with_those_that_are_known(refused, mine):
@@ -588,12 +602,12 @@ def test_more_tokens_than_the_model_has_positions_are_refused(refused, mine):
     ("flags", "named"),
     [
         ({"optim__lrr": 1}, "did you mean --optim.lr?"),
-        ({"data__train": "latin.csv"}, "latin.csv is not UTF-8"),
+        ({"data__train": "japanese.csv"}, "japanese.csv is not UTF-8"),
         ({"model__name": "damaged"}, "damaged/model.safetensors is not a complete safetensors file"),
     ],
 )
 def test_a_process_of_its_own_ends_with_2_and_one_line(tiny_bert, mine, damaged, flags, named):
-    Path("latin.csv").write_bytes("text,label\ncafé,a\ntea,b\n".encode("latin-1"))
+    Path("japanese.csv").write_bytes("text,label\nお茶,a\ntea,b\n".encode("shift_jis"))
     damaged("model.safetensors", lambda content: content[:-1])
     before = snapshot()
     words = arguments(tiny_bert, {"data__train": mine, **flags})
