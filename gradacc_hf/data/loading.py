@@ -201,7 +201,9 @@ def _hint(absent: Path) -> str:
     siblings = [p.name for p in absent.parent.iterdir()] if absent.parent.is_dir() else []
     close = get_close_matches(absent.name, siblings, n=1)
     return (
-        f"did you mean {str(absent.parent / close[0])!r}?" if close else f"give a {ALLOWED} file, or a folder"
+        f"did you mean {str(absent.parent / close[0])!r}?"
+        if close
+        else f"give a folder, or a file: {ALLOWED}"
     )
 
 
@@ -218,15 +220,21 @@ def _files_of(name: str, key: str, reading: Reading, form: Form) -> list[Path]:
     if path.is_file():
         _check_suffix(path, key, form)
         return [path]
+    if path.is_dir():
+        refuse(key, f"{name!r} is a folder", f"name its files, such as {Path(name) / '*'}")
     if not glob.has_magic(name):
         refuse(key, f"no file {name!r}", _hint(path))
     found = [*map(Path, sorted(glob.glob(str(path), recursive=True)))]
-    files = [p for p in found if p.is_file() and is_data(p, form)]
+    files = [p for p in found if p.is_file() and is_data(p, form) and not is_hidden(Path(p.name))]
     if not files:
         refuse(key, f"no data file matches {name!r}", f"allowed: {ALLOWED}")
     others = [p for p in found if p not in files]
-    reading.note_not_read([(p, "a folder" if p.is_dir() else f"allowed: {ALLOWED}") for p in others])
+    reading.note_not_read([(p, _why_not_read(p)) for p in others])
     return files
+
+
+def _why_not_read(path: Path) -> str:
+    return "a folder" if path.is_dir() else "a hidden file" if is_data(path) else f"allowed: {ALLOWED}"
 
 
 def _read_files(

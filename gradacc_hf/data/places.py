@@ -29,7 +29,7 @@ def record_files(rows: Dataset, files: Sequence[tuple[Path, int, Form]]) -> None
 def folders(rows: Dataset) -> list[Path | None]:
     """Return the folder of the file of each row, in the order of the files; None where it is not known."""
     files = (rows.info.download_checksums or {}).get(_KEY, [])
-    found = [Path(path).parent for path, number, _ in files for _ in range(number)]
+    found: list[Path | None] = [Path(path).parent for path, number, _ in files for _ in range(number)]
     return found if len(found) == len(rows) else [None] * len(rows)
 
 

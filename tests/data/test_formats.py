@@ -368,6 +368,9 @@ def test_several_files_are_one_data_set_in_their_order():
     assert splits.reading.lines()[-2:] == notes
     assert refusal(load, "s/*.txt") == f"data.train: no data file matches 's/*.txt'; {kinds}"
     assert refusal(load, "b.csv, c.csv") == "data.train: no file 'c.csv'; did you mean 'b.csv'?"
+    assert refusal(load, "b.csv, s") == "data.train: 's' is a folder; name its files, such as s/*"
+    Path("s/~$book.xlsx").touch()
+    assert load("s/*") == (ROWS[:3], stated)
     Path("a,b.jsonl").write_text(JSONL)
     assert load("a,b.jsonl")[0] == ROWS
 
