@@ -12,6 +12,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from conftest import ROOT
+from recipe_runs import load_recipe as load_task
 
 from gradacc_hf import embedded
 from gradacc_hf.accumulation.loss_items import IGNORED, model_loss
@@ -151,6 +152,18 @@ def test_the_threshold_is_found_on_validation_rows_saved_and_used(make, tmp_path
             (answer,) = recipe.answer(recipe.load(tmp_path / "saved").eval(), ask)
             assert bool(answer["answer"]) == is_answer == (answer["answer_start"] is not None)
             assert 0 < answer["score"] < 1
+
+
+@pytest.mark.parametrize("lora", [(), ("--model.lora.rank", 2)])
+def test_a_run_saves_the_threshold_with_both_models(start, lora):
+    write("a.jsonl", without_answer(make_rows(), 2))
+    settings = ["--data.train", "a.jsonl", "--data.doc_stride", 8, "--train.max_windows", 2, *lora]
+    outcome = start(load_task("question_answering").QuestionAnswering, *settings, "--output.dir", "out")
+    assert outcome.code == 0, outcome.err
+    threshold = json.loads(Path("out/summary.json").read_text())["eval"]["no_answer_threshold"]
+    for folder in ("best", "last"):
+        config = json.loads(Path(f"out/{folder}/{'model_config' if lora else 'config'}.json").read_text())
+        assert config["no_answer_threshold"] == threshold
 
 
 ONE = [{"text": "Ada", "answer_start": 7}]
