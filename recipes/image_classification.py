@@ -2,11 +2,12 @@
 
     ./launch.sh recipes/image_classification.py --config configs/image_classification_offline.yaml
 
-Your own images: `--data.train FOLDER`, with a folder for each class in it; or a file with a column of paths.
+Your own images: `--data.train FOLDER`, with a folder for each class in it or with a metadata.csv;
+or a file with a column of paths.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import with_column
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
-from gradacc_hf.tasks.images import image_problem, images_of, random_cut, read_image, undecoded
+from gradacc_hf.tasks.images import as_images, image_problem, images_of, random_cut, read_image, undecoded
 from gradacc_hf.tasks.targets import SingleLabel, answers
 
 
@@ -32,7 +33,7 @@ class ImageClassification(Recipe):
     class Data(DataConfig):
         image_column: str = "image"
         """Column of the image, or of its file path.
-        A relative path starts at the current folder."""
+        A relative path starts at the folder of the table, or else at the current folder."""
         label_column: str = "label"
         """Column of the label: strings or integers.
         In a folder of images, the labels are the names of the class folders."""
@@ -49,7 +50,8 @@ class ImageClassification(Recipe):
 
     def datasets(self):
         data = self.data
-        train, validation = (undecoded(rows, data.image_column) for rows in self.rows(data.label_column))
+        rows = self.rows(data.label_column, partial(as_images, column=data.image_column))
+        train, validation = (undecoded(of_split, data.image_column) for of_split in rows)
         self.reading.use([data.image_column, data.label_column])
         self.target = SingleLabel(train, validation, data.label_column)
         problem = image_problem(data.image_column)

@@ -1,19 +1,21 @@
-"""Answer a question with a span of a text (extractive, as in SQuAD 1.1).
+"""Answer a question with a span of a text, or with no answer (extractive, as in SQuAD 1.1 and 2.0).
 
     ./launch.sh recipes/question_answering.py --config configs/question_answering_offline.yaml --budget auto
 
 Your own: `--data.train my.jsonl`, rows with `question`, `context` and `answers`:
-{"text": ["a span of the context"], "answer_start": [41]}, in characters. A context longer than
-`data.max_length` is split into overlapping parts. Training uses the parts with the answer; the best span of
-all parts is the model's answer.
+{"text": ["a span of the context"], "answer_start": [41]}, in characters; or SQuAD's files as published. A
+context longer than `data.max_length` is split into overlapping parts. Training uses the parts with the
+answer; the best span of all parts is the model's answer. With questions without an answer, training uses
+all parts. A threshold, found on validation rows, decides between the span and no answer.
 """
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import ClassVar
 
+import numpy as np
 import torch
 from transformers import AutoModelForQuestionAnswering
 
@@ -24,17 +26,21 @@ from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.spans import (
+    above_no_answer,
     add_positions,
+    answers_or_none,
     best_of_rows,
     best_spans,
     check_tokenizer,
     context_logits,
     find_answer,
     in_parts,
+    point_at_no_answer,
     row_problem,
     unused,
     with_held,
 )
+from gradacc_hf.tasks.squad import as_questions, has_no_answer, no_answer_note
 
 
 def features(rows, numbers, question, context, answers, **settings):
@@ -50,6 +56,7 @@ class QuestionAnswering(Recipe):
     model_class = AutoModelForQuestionAnswering
     padding_side = "right"  # the left would move the answers' positions
     pipeline_tag = "question-answering"
+    no_answer = False  # whether the data have questions without an answer
     example: ClassVar = {"question": "What is it?", "context": "def total(items):\n    return sum(items)"}
 
     @dataclass
@@ -78,8 +85,8 @@ class QuestionAnswering(Recipe):
 
     def datasets(self):
         check_tokenizer(self.tokenizer, self.config.model.name)
-        rows = self.rows()
-        self.reading.use(self.columns.values())
+        rows = self.rows(convert=partial(as_questions, **self.columns))
+        self.reading.use([*self.columns.values(), "id"])
         for name, column in self.columns.items():
             for dataset in rows:
                 require_column(dataset, column, f"data.{name}_column")
@@ -89,8 +96,12 @@ class QuestionAnswering(Recipe):
         kept = self.check_rows(*marked, self.problem_of_parts, "data.train")
         if sum(map(len, kept)) < sum(map(len, rows)):
             parts = [self.tokenize(dataset) for dataset in kept]
-        (train, validation), self.validation_rows = parts, kept[1]
         self.reading.note_parts(kept, parts, f"parts, by data.max_length {self.data.max_length}")
+        if line := no_answer_note(kept, self.columns["answers"]):
+            self.reading.note("no answer", line)
+            settings = {"fn_kwargs": {"tokenizer": self.tokenizer}}
+            parts, self.no_answer = [of_rows.map(point_at_no_answer, **settings) for of_rows in parts], True
+        (train, validation), self.validation_rows = parts, kept[1]
         train = train.filter(lambda start: start != IGNORED, input_columns="start_positions")
         for line in unused(kept[0][self.columns["answers"]], len(parts[0]) - len(train)):
             self.reading.note("ignored", line)
@@ -100,13 +111,15 @@ class QuestionAnswering(Recipe):
     def problem(self, row):
         """Return the problem of a row, or None."""
         question, context, answers = (row[column] for column in self.columns.values())
-        return row_problem(question, context, answers or {}, **self.settings)
+        answers = None if has_no_answer(answers) else answers or {}
+        found = row_problem(question, context, answers, **self.settings)
+        return f"{found} (question {row['id']})" if found and row.get("id") else found
 
     def problem_of_parts(self, row):
         """Return the problem of a row whose answer no part holds, or None."""
         limits = f"data.max_length is {self.data.max_length}, data.doc_stride {self.data.doc_stride}"
         found = f"no part of its context holds its whole answer: {limits} (raise it)"
-        return None if row["is_held"] else found
+        return None if row["is_held"] or has_no_answer(row[self.columns["answers"]]) else found
 
     def tokenize(self, dataset):
         settings = {"fn_kwargs": {**self.columns, **self.settings}, "remove_columns": dataset.column_names}
@@ -124,36 +137,56 @@ class QuestionAnswering(Recipe):
         return int((batch["start_positions"] != IGNORED).sum())
 
     def loss(self, outputs, batch):
-        starts, ends = context_logits(outputs, batch["input_ids"], self.tokenizer)
+        starts, ends = context_logits(outputs, batch["input_ids"], self.tokenizer, self.no_answer)
         of_starts = torch.nn.functional.cross_entropy(starts, batch["start_positions"], ignore_index=IGNORED)
         of_ends = torch.nn.functional.cross_entropy(ends, batch["end_positions"], ignore_index=IGNORED)
         return (of_starts + of_ends) / 2
 
     def predict(self, outputs, batch):
-        logits = context_logits(outputs, batch["input_ids"], self.tokenizer)
-        return best_spans(*logits, self.data.max_answer_length), batch["start_positions"].tolist()
+        inputs = batch["input_ids"], self.tokenizer
+        spans = best_spans(*context_logits(outputs, *inputs), self.data.max_answer_length)
+        spans = above_no_answer(spans, outputs, *inputs) if self.no_answer else spans
+        return spans, batch["start_positions"].tolist()
+
+    def validate(self, model, windows, accelerator):
+        """Return the metrics. The threshold of "no answer" is saved in the model's config."""
+        scores = super().validate(model, windows, accelerator)
+        if self.no_answer:
+            accelerator.unwrap_model(model).config.no_answer_threshold = scores["no_answer_threshold"]
+        return scores
 
     def metrics(self, predictions, references):
         questions, contexts, answers = (self.validation_rows[name] for name in self.columns.values())
-        best = best_of_rows(predictions, self.parts["row"], self.parts["offsets"])
-        found = [contexts[row][start:end] for row, (_, start, end) in sorted(best.items())]
+        of_rows = best_of_rows(predictions, self.parts["row"], self.parts["offsets"])
+        best = [span for _, span in sorted(of_rows.items())]
+        found = [context[start:end] for context, (_, start, end) in zip(contexts, best, strict=True)]
+        threshold = {}
+        if self.no_answer:
+            margins = np.array([margin for margin, _, _ in best])
+            found, threshold["no_answer_threshold"] = answers_or_none(margins, found, self.right())
         self.samples[:] = [
-            {"question": question, "answer": span, "reference": right["text"][0]}
+            {"question": question, "answer": span, "reference": next(iter(right["text"]), "")}
             for question, span, right in islice(zip(questions, found, answers, strict=True), 5)
         ]
-        return self.score(found)
+        return self.score(found) | threshold
+
+    def right(self):
+        """Return the right answers of each validation row."""
+        return [answers["text"] for answers in self.validation_rows[self.columns["answers"]]]
 
     def score(self, found):
         """Return exact match and F1 of an answer to each validation row."""
         from gradacc_hf.metrics import load  # slow to import, so not before it is needed
 
-        right = [answers["text"] for answers in self.validation_rows[self.columns["answers"]]]
-        return load("squad").compute(predictions=found, references=right)
+        metric = load("squad_v2" if self.no_answer else "squad")
+        return metric.compute(predictions=found, references=self.right())
 
     def baseline(self, train, validation):
-        """Return the scores of the first sentence of the context, given as the answer."""
+        """Return the scores of a constant answer: the context's first sentence or, if better, no answer."""
         contexts = self.validation_rows[self.columns["context"]]
-        return self.score([re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0] for text in contexts])
+        first = [re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0] for text in contexts]
+        answers = [first, [""] * len(first)] if self.no_answer else [first]
+        return max(map(self.score, answers), key=lambda scores: scores["f1"])
 
     def answer(self, model, inputs):
         """Return the answer to each question, with its start in the context and its probability."""

@@ -5,6 +5,7 @@
 Your own texts: `--data.train my.csv --data.text_column text --data.label_column label`.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,11 @@ from transformers import AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import problems_of_tokens, require_texts, text_problem, texts_of
+from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
+from gradacc_hf.tasks.label_lists import LabelLists
 from gradacc_hf.tasks.targets import TARGETS, answers, class_weights
 from gradacc_hf.utils.modeling import is_decoder
 
@@ -49,6 +52,12 @@ class TextClassification(Recipe):
         A string or an integer; a list of them for multi_label; a number for regression."""
         problem: Literal["single_label", "multi_label", "regression"] = "single_label"
         """A class, several labels or a number."""
+        label_columns: str | list[str] | None = None
+        """Columns of one label each, such as a,b,c.
+        For multi_label. A row has 0 or 1 in each, or false or true."""
+        label_separator: str | None = None
+        """Separator of labels in a text, such as ;.
+        For multi_label. null: found in the training rows, and stated in the plan."""
         class_weights: str = "none"
         """Class weights: none, balanced or a=5,b=1.
         They weigh examples in the loss. balanced: 1 / the frequency of a class. a, b: names of classes."""
@@ -61,11 +70,18 @@ class TextClassification(Recipe):
                 has_classes or self.class_weights == "none",
                 "none, except for single_label",
             )
+            for name in ("label_columns", "label_separator"):
+                is_possible = self.problem == "multi_label" or getattr(self, name) is None
+                yield name, is_possible, "null, except with data.problem multi_label"
 
     def datasets(self):
         data, columns = self.data, self.text_columns()
-        train, validation = self.rows(None if data.problem == "regression" else data.label_column)
-        self.reading.use([*columns, data.label_column])
+        of_labels = data.label_columns or []
+        of_labels = re.split(r"\s*,\s*", of_labels) if isinstance(of_labels, str) else of_labels
+        convert = LabelLists(data.label_column, of_labels, data.label_separator)
+        label_column = None if data.problem == "regression" else data.label_column
+        train, validation = self.rows(label_column, convert if data.problem == "multi_label" else None)
+        self.reading.use([*columns, data.label_column, FAULT])
         for split in (train, validation):
             for column, key in columns.items():
                 require_texts(split, column, key)

@@ -2,12 +2,14 @@
 
     ./launch.sh recipes/token_classification.py --config configs/token_classification_offline.yaml
 
-Your own rows: `--data.train my.jsonl`, such as {"tokens": ["Ada", "sang"], "tags": ["B-PER", "O"]}.
+Your own rows: `--data.train my.jsonl`, such as {"tokens": ["Ada", "sang"], "tags": ["B-PER", "O"]}. Also
+CoNLL files, and character spans of texts (recipes/README.md, "Formats").
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar
 
@@ -17,20 +19,34 @@ from transformers import AutoModelForTokenClassification
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import class_names, file_rows, labels_as_text, require_fast
+from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.errors import refuse
 from gradacc_hf.metrics.sequence_labelling import is_scheme
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.recipe.labels import match_labels
 from gradacc_hf.run import run
-from gradacc_hf.tasks.tags import check_tokens_and_tags, entities, ignored_note, row_problem, tag_names
+from gradacc_hf.tasks.tags import (
+    OF_SPANS,
+    as_tokens,
+    check_tokens_and_tags,
+    entities,
+    ignored_note,
+    row_problem,
+    split_words,
+    tag_names,
+)
 
 
 def features(rows, tokenizer, columns, names, ids, max_length, in_training):
     """Return the inputs of the model: the first word piece of a token has the tag, the others have −100."""
     tokens, tags = (rows[column] for column in columns)
     pairs = zip(tokens, tags, strict=True)
-    problems = [row_problem(*pair, ids, names, in_training) or "" for pair in pairs]
+    faults = rows[FAULT] if FAULT in rows else [None] * len(tokens)
+    problems = [
+        fault or row_problem(*pair, ids, names, in_training) or ""
+        for fault, pair in zip(faults, pairs, strict=True)
+    ]
     tags = [labels_as_text(row, names) for row in tags]
     tokens = [[] if problem else row for problem, row in zip(problems, tokens, strict=True)]
     settings = {"truncation": True, "max_length": max_length, "return_token_type_ids": False}
@@ -58,22 +74,26 @@ class TokenClassification(Recipe):
     padding_side = "right"
     pipeline_tag = "token-classification"
     example = "import os ; print ( os . getcwd ( ) )"
+    of_spans = False  # whether the data are character spans of texts
     tokenizer_settings: ClassVar = {"add_prefix_space": True}  # where spaces are part of word pieces
 
     @dataclass
     class Data(DataConfig):
         tokens_column: str = "tokens"
         """Column of the tokens.
-        Each row has a list of strings."""
+        Each row has a list of strings. In a CoNLL file: the name or the number, from 1, of the column."""
         tags_column: str = "tags"
         """Column of the tags, one for each token.
-        Each row has a list of strings, whole numbers or class ids."""
+        Each row has a list of strings, whole numbers or class ids. In a CoNLL file: as for tokens_column."""
 
     def datasets(self):
         data = self.data
         require_fast(self.tokenizer, self.config.model.name)
-        splits = self.rows(data.tags_column)
-        self.reading.use([data.tokens_column, data.tags_column])
+        columns = (data.tokens_column, data.tags_column)
+        convert = partial(as_tokens, tokens_column=columns[0], tags_column=columns[1])
+        splits = self.rows(data.tags_column, convert, word_columns=columns)
+        self.of_spans = any(line.startswith(OF_SPANS) for line in self.reading.notes.get("format", ()))
+        self.reading.use([*columns, FAULT])
         for dataset in splits:
             check_tokens_and_tags(dataset, data.tokens_column, data.tags_column)
         key = None if class_names(splits[0], data.tags_column) else "data.tags_column"
@@ -117,20 +137,30 @@ class TokenClassification(Recipe):
         scores |= load("accuracy").compute(**tokens)
         return scores | {"token_f1": load("f1").compute(**tokens)["f1"]}
 
+    def model(self):
+        """Return the model. After training on character spans, a config states how a text is split."""
+        model = super().model()
+        if self.of_spans:
+            model.config.tokens_are_words = True
+        return model
+
     def answer(self, model, inputs):
-        """Return the tags of tokens, and the entities. A text is split into tokens at white space."""
-        answers = []
+        """Return the tags of tokens, and the entities.
+
+        A text is split into tokens at white space, or into words if the training rows were character spans.
+        """
+        answers, column = [], self.data.tokens_column
         for given in inputs:
-            tokens = given.get(self.data.tokens_column) if isinstance(given, Mapping) else given
+            tokens, places = given.get(column, given.get("text")) if isinstance(given, Mapping) else given, []
+            if isinstance(tokens, str) and getattr(model.config, "tokens_are_words", False):
+                places = split_words(tokens)
+                tokens = [tokens[start:end] for start, end in places]
             tokens = tokens.split() if isinstance(tokens, str) else tokens
-            if (
-                not tokens
-                or not isinstance(tokens, list)
-                or not all(isinstance(token, str) for token in tokens)
-            ):
-                refuse("input", f"found {given!r}", f'a text, or {{"{self.data.tokens_column}": ["a", "b"]}}')
+            is_list = bool(tokens) and isinstance(tokens, list)
+            if not is_list or not all(isinstance(token, str) for token in tokens):
+                refuse("input", f"found {given!r}", f'a text, or {{"{column}": ["a", "b"]}}')
             tags = self.tag(model, tokens)
-            answers.append({"tokens": tokens, "tags": tags, "entities": entities(tokens, tags)})
+            answers.append({"tokens": tokens, "tags": tags, "entities": entities(tokens, tags, places)})
         return answers
 
     def tag(self, model, tokens):

@@ -6,7 +6,7 @@ Rows are counted from 1 as in the user's file, also after a shuffle. `loading.py
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from datasets import ClassLabel, Dataset, Features, Json, LargeList, List, Value
+from datasets import ClassLabel, Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable, concat_tables
 
@@ -286,6 +286,21 @@ def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
         indices_table=dataset._indices,
         fingerprint=Hasher.hash((dataset._fingerprint, name, whole.tobytes())),
     )
+
+
+def replace_columns(
+    rows: Dataset, removed: Collection[str], added: Mapping[str, tuple[Sequence[Any], Any]]
+) -> Dataset:
+    """Return rows, in the order of the file, with columns removed, and others added or replaced.
+
+    `added` has the values and the feature of each column by name.
+    """
+    values = {name: of_column for name, (of_column, _) in added.items()}
+    found = Dataset.from_dict(values, Features({name: feature for name, (_, feature) in added.items()}))
+    rest = rows.remove_columns([name for name in rows.column_names if name in removed or name in added])
+    found = concatenate_datasets([rest, found], axis=1) if rest.column_names else found
+    found.info.download_checksums = rows.info.download_checksums  # the files of the rows
+    return found
 
 
 def list_lengths(dataset: Dataset | Sequence[Any], column: str) -> np.ndarray:

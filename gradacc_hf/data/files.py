@@ -32,6 +32,10 @@ BUILDERS = {
 """Suffix of a data file → the builder of `datasets` that reads it."""
 TABLES, JSONS = (".csv", ".tsv"), (".json", ".jsonl")
 TEXTS = TABLES + JSONS
+FAULT = "__fault"
+"""Column with the reason why a row that was converted cannot be used, or null."""
+TAGGED = (".conll", ".conllu", ".txt", ".tsv", ".iob", ".iob2", ".bio")
+"""Suffixes of text files with a token and its tags on a line (`tagged_text.py`)."""
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSED = (*OPENERS, ".zst")  # of text files
 ALLOWED = f"{listed(BUILDERS)} (text also in {listed(COMPRESSED)})"
@@ -72,6 +76,8 @@ class Form:
     sheet: of an Excel file.
     quotes: "as text" if the quotes of a table are part of its texts.
     without: columns of a Parquet file whose type `datasets` does not have.
+    word_columns: the columns of tokens and of tags, by name or number, in a text file with a token on a line.
+    layout: what such a file's columns are.
     """
 
     separator: str | None = None
@@ -80,6 +86,8 @@ class Form:
     sheet: str | None = None
     quotes: str | None = None
     without: str | None = None
+    word_columns: tuple[str, str] | None = None
+    layout: str | None = None
 
     def __str__(self) -> str:
         """Return the line of a plan: all but the defaults, which are commas and UTF-8."""
@@ -92,7 +100,8 @@ class Form:
             "quotes": self.quotes,
             "without": self.without,
         }
-        return ", ".join(f"{name} {value}" for name, value in shown.items() if value)
+        found = [f"{name} {value}" for name, value in shown.items() if value]
+        return ", ".join([self.layout, *found] if self.layout else found)
 
     def or_else(self, found: "Form") -> "Form":
         """Return this form, with what was found in a file where nothing is stated."""
@@ -104,9 +113,19 @@ def suffix_of(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
-def is_data(path: Path) -> bool:
-    """Whether the name of a file ends in the suffix of a data file. Compressed files hold text."""
+def is_data(path: Path, form: Form | None = None) -> bool:
+    """Whether the name of a file ends in the suffix of a data file. Compressed files hold text.
+
+    With `form.word_columns`, text files with a token on a line are data, too.
+    """
+    if form is not None and form.word_columns and is_tagged(path):
+        return True
     return suffix_of(path) in (TEXTS if path.suffix.lower() in COMPRESSED else BUILDERS)
+
+
+def is_tagged(path: Path) -> bool:
+    """Whether the name of a file ends in the suffix of a text file with tags."""
+    return suffix_of(path) in TAGGED and not path.name.upper().startswith(("README", "LICENSE"))
 
 
 def open_bytes(path: Path) -> IO[bytes]:

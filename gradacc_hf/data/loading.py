@@ -9,7 +9,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,16 +28,20 @@ from huggingface_hub import DatasetCard
 
 from gradacc_hf import embedded
 from gradacc_hf.data.columns import file_rows
-from gradacc_hf.data.files import ALLOWED, Form, is_data
+from gradacc_hf.data.files import ALLOWED, TAGGED, Form, is_data
 from gradacc_hf.data.looks_like import looks_like
 from gradacc_hf.data.mixed import joined, mixed_columns
-from gradacc_hf.data.places import record_files
+from gradacc_hf.data.places import folders, record_files
 from gradacc_hf.data.readers import CSV, cause_of, quiet, read_file, read_splits, reading_errors, splits_in
 from gradacc_hf.data.reading import FileRows, Reading, Source, counted
 from gradacc_hf.errors import listed, refuse
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first that exists is used
+METADATA, FILE_NAME = "metadata", "file_name"  # as `datasets` names a table of images and the column of paths
 IMAGES = set(ImageFolder.EXTENSIONS)
+Convert = Callable[[Dataset], tuple[Dataset, str | None]]
+"""Rows as a file has them → rows as a task takes them, and the format for the plan, or None."""
+
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}.*")  # SPLIT-00000-of-00001.parquet, as on the Hub
 
 
@@ -60,6 +64,7 @@ def load_data(
     seed: int,
     config_name: str | None = None,
     label_column: str | None = None,
+    convert: Convert | None = None,
     form: Form | None = None,
 ) -> Splits:
     """Read training and validation rows.
@@ -74,6 +79,7 @@ def load_data(
         seed: Draws these rows, and nothing else does.
         config_name: The configuration of a data set on the Hub, or of a folder in the Hub's layout.
         label_column: The first row of every label in this column is not held out.
+        convert: Converts training and validation rows, before rows are held out.
         form: What is stated about the files. The rest is found in them.
 
     Raises:
@@ -86,7 +92,7 @@ def load_data(
     splits = found.splits
     if "train" not in splits:
         refuse("data.train", f"{train!r} has no train split; found {listed(splits)}", "name the file itself")
-    rows, used = splits["train"], {"train"}
+    rows, used = _converted(splits["train"], convert, reading), {"train"}
     reading.use_split(found, "train", "training")
     held_out, source = False, f"validation: {validation}"
     if validation is None:
@@ -94,7 +100,8 @@ def load_data(
     else:
         name = validation if validation in splits and not Path(validation).exists() else None
     if name is not None:
-        held, source = splits[name], f"validation: the {name} split of {train}"
+        held = _converted(splits[name], convert, reading)
+        source = f"validation: the {name} split of {train}"
         used.add(name)
         reading.use_split(found, name, "validation")
     elif validation is None:
@@ -106,7 +113,7 @@ def load_data(
         found = _read(validation, "data.validation", config_name, reading, form)
         names = (split for split in (*VALIDATION_SPLITS, "train") if split in found.splits)
         used = {name := next(names, next(iter(found.splits)))}
-        held = found.splits[name]
+        held = _converted(found.splits[name], convert, reading)
         reading.use_split(found, name, "validation")
     reading.leave_splits(found, used)
     for key, given, split in (("data.train", train, rows), ("data.validation", validation or train, held)):
@@ -116,6 +123,13 @@ def load_data(
         reading.merged.setdefault(name, []).append(line)
     reading.columns = [*dict.fromkeys((*rows.column_names, *held.column_names))]
     return Splits(rows, held, held_out, source, reading)
+
+
+def _converted(rows: Dataset, convert: Convert | None, reading: Reading) -> Dataset:
+    rows, found = convert(rows) if convert else (rows, None)
+    if found:
+        reading.note("format", found)
+    return rows
 
 
 def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | None) -> tuple[Dataset, Dataset]:
@@ -151,7 +165,7 @@ def _read(given: str, key: str, config_name: str | None, reading: Reading, form:
     if path.is_dir() and given:
         return _read_saved(path, given, key) or _read_folder(path, given, key, config_name, reading, form)
     if path.is_file():
-        _check_suffix(path, key)
+        _check_suffix(path, key, form)
         found = read_splits(path, key, form)
         source = Source(given, {split: rows for split, (rows, _) in found.items()})
         for split, (rows, of_file) in found.items():
@@ -159,11 +173,11 @@ def _read(given: str, key: str, config_name: str | None, reading: Reading, form:
             source.files[split] = [FileRows(str(path), len(rows), form=str(of_file))]
         return source
     if "," in given or glob.has_magic(given):
-        files = [file for name in given.split(",") for file in _files_of(name.strip(), key, reading)]
+        files = [file for name in given.split(",") for file in _files_of(name.strip(), key, reading, form)]
         rows, of_files = _read_files(files, key, reading, form)
         return Source(given, {"train": rows}, {"train": of_files})
     hint = _hint(path)
-    if is_data(path) or given.count("/") > 1 or given[:1] in "./~":
+    if is_data(path, form) or given.count("/") > 1 or given[:1] in "./~":
         refuse(key, f"no file or folder {given!r}", hint)
     if given in _PACKAGED_DATASETS_MODULES:  # `datasets` would read all files in the current folder
         refuse(key, f"{given!r} is a kind of file", hint)
@@ -193,24 +207,25 @@ def _hint(absent: Path) -> str:
     )
 
 
-def _check_suffix(path: Path, key: str) -> None:
-    if not is_data(path):
+def _check_suffix(path: Path, key: str, form: Form) -> None:
+    if not is_data(path, form):
         suffixes = "".join(path.suffixes[-2:]).lower()
-        refuse(key, f"{str(path)!r} is a {suffixes or 'file without extension'}", f"allowed: {ALLOWED}")
+        allowed = f"{listed(TAGGED)}, {ALLOWED}" if form.word_columns else ALLOWED
+        refuse(key, f"{str(path)!r} is a {suffixes or 'file without extension'}", f"allowed: {allowed}")
 
 
-def _files_of(name: str, key: str, reading: Reading) -> list[Path]:
+def _files_of(name: str, key: str, reading: Reading, form: Form) -> list[Path]:
     """Return the file of this name, or the data files that match it as a pattern, sorted."""
     path = Path(name).expanduser()
     if path.is_file():
-        _check_suffix(path, key)
+        _check_suffix(path, key, form)
         return [path]
     if path.is_dir():
         refuse(key, f"{name!r} is a folder", f"name its files, such as {Path(name) / '*'}")
     if not glob.has_magic(name):
         refuse(key, f"no file {name!r}", _hint(path))
     found = [*map(Path, sorted(glob.glob(str(path), recursive=True)))]
-    files = [p for p in found if p.is_file() and is_data(p) and not is_hidden(Path(p.name))]
+    files = [p for p in found if p.is_file() and is_data(p, form) and not is_hidden(Path(p.name))]
     if not files:
         refuse(key, f"no data file matches {name!r}", f"allowed: {ALLOWED}")
     others = [p for p in found if p not in files]
@@ -261,7 +276,7 @@ def _read_folder(
     """Return the splits of a folder. Every file with data is read, or noted as not read."""
     there = [(p, is_hidden(p.relative_to(path))) for p in sorted(path.rglob("*")) if not p.is_dir()]
     found = [p for p, hidden in there if not hidden]
-    files = [p for p in found if is_data(p) and p.name not in FILES_TO_IGNORE]
+    files = [p for p in found if is_data(p, form) and p.name not in FILES_TO_IGNORE]
     if not files and any(p.suffix.lower() in IMAGES for p in found):
         return _read_images(key, given, path, found, reading)
     if not files:
@@ -270,6 +285,8 @@ def _read_folder(
     if (script := path / f"{path.resolve().name}.py").is_file():
         refuse(key, f"found {script}, which makes the data and is not executed", "name the data files")
     about = _card(path, key)
+    if not (config_name or about) and {p.stem for p in files} == {METADATA} and any(map(_is_image, found)):
+        return _read_images_of_table(path, given, key, found, files, reading, form)
     if config_name or about:
         where = [os.path.abspath(path)] + ([config_name] if config_name else [])  # "csv" is a builder's name
         with reading_errors(key, files):
@@ -393,6 +410,36 @@ def _read_images(key: str, given: str, folder: Path, found: Sequence[Path], read
     others = (p for p in found if p.suffix.lower() not in IMAGES and p.name not in FILES_TO_IGNORE)
     reading.note_not_read([(p, "not an image") for p in others])
     return Source(given, splits)
+
+
+def _read_images_of_table(
+    folder: Path,
+    given: str,
+    key: str,
+    found: Sequence[Path],
+    tables: Sequence[Path],
+    reading: Reading,
+    form: Form,
+) -> Source:
+    """Return the rows of tables that name images, as metadata.csv. Paths start at the table's folder."""
+    splits, rows_of, named = {}, {}, {p.resolve() for p in tables}
+    for split, of_split in files_of_splits(folder, tables).items():
+        splits[split], rows_of[split] = _read_files(of_split, key, reading, form)
+        if FILE_NAME not in splits[split].column_names:
+            what = (
+                f"{listed(of_split)} has no column {FILE_NAME!r}; found {listed(splits[split].column_names)}"
+            )
+            refuse(key, what, "name the images in it")
+        rows = zip(folders(splits[split]), splits[split][FILE_NAME], strict=True)
+        named |= {(at / name).resolve() for at, name in rows if at is not None and name}
+    left = [p for p in found if p.resolve() not in named and p.name not in FILES_TO_IGNORE]
+    no_row = f"in no row of {listed(tables)}"
+    reading.note_not_read([(p, no_row if _is_image(p) else "not an image") for p in left])
+    return Source(given, splits, rows_of)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGES
 
 
 def _by_name(loaded: Any) -> dict[str, Dataset]:

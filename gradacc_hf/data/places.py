@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from gradacc_hf.data.files import JSONS, TABLES, Form, open_text, suffix_of
 from gradacc_hf.data.tables import records
+from gradacc_hf.data.tagged_text import first_lines
 
 _KEY = "gradacc"
 
@@ -23,6 +24,13 @@ def record_files(rows: Dataset, files: Sequence[tuple[Path, int, Form]]) -> None
     """Record the files of all rows, in their order, with the number of rows and the form of each."""
     found = [[str(path), number, asdict(form)] for path, number, form in files]  # `save_to_disk` writes it
     rows.info.download_checksums = {_KEY: found}
+
+
+def folders(rows: Dataset) -> list[Path | None]:
+    """Return the folder of the file of each row, in the order of the files; None where it is not known."""
+    files = (rows.info.download_checksums or {}).get(_KEY, [])
+    found: list[Path | None] = [Path(path).parent for path, number, _ in files for _ in range(number)]
+    return found if len(found) == len(rows) else [None] * len(rows)
 
 
 def places(rows: Dataset, numbers: Iterable[Any], split: str = "training") -> list[str]:
@@ -53,7 +61,9 @@ def _lines(path: Path, rows: int, form: Form) -> list[int] | None:
     try:
         if suffix == ".xlsx":
             return [*range(2, rows + 2)]  # as Excel numbers the rows: the first is the header
-        if suffix in TABLES and form.separator:
+        if form.layout:
+            lines = first_lines(path, form)
+        elif suffix in TABLES and form.separator:
             with open_text(path, form.encoding, newline="") as file:
                 lines = [line for line, _ in records(file, form)][1:]
         elif suffix in JSONS and not form.rows_key:

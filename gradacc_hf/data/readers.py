@@ -33,6 +33,7 @@ from gradacc_hf.data.files import (
     Form,
     encoding_fault,
     find_encoding,
+    is_tagged,
     open_bytes,
     open_text,
     require_library,
@@ -48,6 +49,7 @@ from gradacc_hf.data.mixed import (
     with_columns_of_file,
 )
 from gradacc_hf.data.tables import find_separator, quotes_are_text, table_fault
+from gradacc_hf.data.tagged_text import read_tagged
 from gradacc_hf.errors import InputError, listed, refuse
 
 pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
@@ -75,10 +77,14 @@ def read_splits(path: Path, key: str, given: Form | None = None) -> dict[str, tu
         key: The setting that messages name.
         given: What settings state about the form.
     """
-    form = _form(path, key, given or Form())
+    is_tags = given is not None and given.word_columns is not None and is_tagged(path)
+    form = _form(path, key, given or Form(), is_tags)
     with reading_errors(key, [path], form):
         suffix = suffix_of(path)
-        if suffix in TABLES:
+        if is_tags:
+            rows, layout = read_tagged(path, key, form)
+            found = {"train": (rows, replace(form, layout=layout))}
+        elif suffix in TABLES:
             found = {"train": _read_table(path, key, form)}
         elif suffix in JSONS:
             found = _read_json(path, key, form)
@@ -92,7 +98,7 @@ def read_splits(path: Path, key: str, given: Form | None = None) -> dict[str, tu
     return found
 
 
-def _form(path: Path, key: str, given: Form) -> Form:
+def _form(path: Path, key: str, given: Form, is_tags: bool = False) -> Form:
     """Return the form of a file. Only the settings that are for such files count."""
     suffix, form = suffix_of(path), Form()
     require_library(path, key)
@@ -100,8 +106,11 @@ def _form(path: Path, key: str, given: Form) -> Form:
         with open_bytes(path) as file:
             if not file.read(1):
                 refuse(key, f"{path} is empty", "give at least one row")
-        if suffix in TEXTS:
+        if is_tags or suffix in TEXTS:
             form = replace(form, encoding=_encoding(given.encoding) or find_encoding(path, key))
+        if is_tags:
+            separator = SEPARATORS.get(given.separator or "", given.separator)
+            return replace(form, separator=separator, word_columns=given.word_columns)
         if suffix in TABLES:
             assert form.encoding is not None
             found = SEPARATORS.get(given.separator or "", given.separator)

@@ -16,7 +16,7 @@ from .multi_label import MultiLabelMetric
 from .regression import MeanSquaredError, Pearson, Spearman
 from .retrieval import Retrieval
 from .sequence_labelling import Seqeval
-from .texts import Rouge, SacreBleu, Squad
+from .texts import Rouge, SacreBleu, Squad, SquadV2
 
 METRICS: dict[str, type[evaluate.Metric]] = {
     "accuracy": Accuracy,
@@ -31,6 +31,7 @@ METRICS: dict[str, type[evaluate.Metric]] = {
     "seqeval": Seqeval,
     "spearmanr": Spearman,
     "squad": Squad,
+    "squad_v2": SquadV2,
 }
 
 __all__ = ["METRICS", "load"]

@@ -6,6 +6,7 @@ They are `evaluate.Metric`s: SQuAD's own definition, and ROUGE and BLEU by rouge
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -24,6 +25,7 @@ Args:
 
 class _TextMetric(InMemoryMetric):
     reference_urls: tuple[str, ...] = ()
+    may_be_empty = False  # whether a row may have no right text
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -38,7 +40,9 @@ class _TextMetric(InMemoryMetric):
     def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
         """Keep a batch until `compute`. Raise InputError unless each row has a text and a list of texts."""
         of_texts = all(isinstance(text, str) for text in predictions)
-        of_lists = all(isinstance(row, list | tuple) and len(row) for row in references)
+        of_lists = all(
+            isinstance(row, list | tuple) and (len(row) or self.may_be_empty) for row in references
+        )
         if not len(predictions) or not of_texts or not of_lists:
             raise InputError(
                 "predictions and references: allowed are texts, at least one, and for each a list of one "
@@ -57,14 +61,45 @@ class Squad(_TextMetric):
     reference_urls = ("https://rajpurkar.github.io/SQuAD-explorer/",)
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        pairs = [
-            (_words(prediction), [_words(text) for text in texts])
-            for prediction, texts in zip(predictions, references, strict=True)
-        ]
-        return {
-            "exact_match": float(np.mean([max(words == right for right in texts) for words, texts in pairs])),
-            "f1": float(np.mean([max(_overlap(words, right) for right in texts) for words, texts in pairs])),
-        }
+        exact, f1 = answer_scores(predictions, references)
+        return {"exact_match": float(exact.mean()), "f1": float(f1.mean())}
+
+
+class SquadV2(_TextMetric):
+    """`exact_match` and `f1`, 0 to 1, as SQuAD 2.0 defines them, also of each kind of question.
+
+    A question without an answer has no right text; the right prediction is "" (Rajpurkar et al. 2018).
+    `no_answer_f1` is the share of these questions that get "". It equals the accuracy on them.
+    `has_answer_exact_match` and `has_answer_f1` are of the other questions. A kind that is absent has no
+    figure.
+    """
+
+    reference_urls = ("https://rajpurkar.github.io/SQuAD-explorer/",)
+    may_be_empty = True
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        exact, f1 = answer_scores(predictions, references)
+        scores = {"exact_match": exact, "f1": f1}
+        empty = np.array([not any(map(_words, texts)) for texts in references])
+        if empty.any():
+            scores["no_answer_f1"] = f1[empty]
+        if not empty.all():
+            scores["has_answer_exact_match"], scores["has_answer_f1"] = exact[~empty], f1[~empty]
+        return {name: float(of_rows.mean()) for name, of_rows in scores.items()}
+
+
+def answer_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Any:
+    """Return the exact match and the F1 of each row as two arrays. The best right text of a row counts.
+
+    A row without right texts has no answer, and the right prediction is "".
+    """
+    exact, f1 = [], []
+    for prediction, texts in zip(predictions, references, strict=True):
+        words, rights = _words(prediction), [_words(text) for text in texts] or [[]]
+        rights = [right for right in rights if right] or rights[:1]
+        exact.append(max(words == right for right in rights))
+        f1.append(max(_overlap(words, right) for right in rights))
+    return np.array(exact, float), np.array(f1, float)
 
 
 def _words(answer: str) -> list[str]:

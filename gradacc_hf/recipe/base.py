@@ -28,7 +28,7 @@ from gradacc_hf.config.schema import Config, DataConfig
 from gradacc_hf.data.bad_rows import Problem, check_rows
 from gradacc_hf.data.columns import file_rows
 from gradacc_hf.data.files import Form
-from gradacc_hf.data.loading import load_data
+from gradacc_hf.data.loading import Convert, load_data
 from gradacc_hf.data.reading import LOST, Reading, truncation_note
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
@@ -98,10 +98,18 @@ class Recipe:
         """Return training and validation examples, tokenised, with `labels`."""
         raise TypeError(f"{type(self).__name__} has no data sets: define datasets()")
 
-    def rows(self, label_column: str | None = None) -> tuple[Dataset, Dataset]:
+    def rows(
+        self,
+        label_column: str | None = None,
+        convert: Convert | None = None,
+        word_columns: tuple[str, str] | None = None,
+    ) -> tuple[Dataset, Dataset]:
         """Read the training and validation rows that `data.train` and `data.validation` name.
 
-        If validation rows are held out, the first row of every label in `label_column` stays in training.
+        Args:
+            label_column: If rows are held out, the first row of every label in it stays in training.
+            convert: Converts rows from the format of a file, before rows are held out.
+            word_columns: The columns of tokens and tags. With them, text files with a token a line are read.
         """
         data = self.data
         splits = load_data(
@@ -111,7 +119,8 @@ class Recipe:
             seed=self.config.train.seed,
             config_name=data.config_name,
             label_column=label_column,
-            form=Form(data.separator, data.encoding, data.rows_key, data.sheet),
+            convert=convert,
+            form=Form(data.separator, data.encoding, data.rows_key, data.sheet, word_columns=word_columns),
         )
         self.validation_source, self.held_out = splits.source, splits.held_out
         self.reading.begin(splits.reading)

@@ -6,6 +6,7 @@ processor converts the pixels.
 
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,51 @@ from PIL import Image as pillow
 from PIL import UnidentifiedImageError
 from transformers.image_utils import load_image
 
-from gradacc_hf.data.columns import require_column
+from gradacc_hf.data.columns import replace_columns, require_column
+from gradacc_hf.data.loading import FILE_NAME
+from gradacc_hf.data.places import folders
 from gradacc_hf.errors import one_line, refuse
 
 Picture = pillow.Image
+PATHS = (FILE_NAME, "path", "file", "filename", "image_path", "filepath", "image_file_name")
+"""Usual names of columns of the paths of images."""
 
 
 def undecoded(dataset: Dataset, column: str, key: str = "data.image_column") -> Dataset:
     """Return the data set with images as bytes or paths. Raise InputError if the column holds neither."""
     require_column(dataset, column, key)
     feature = dataset.features[column]
-    is_path = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-    if not isinstance(feature, Image) and not is_path:
+    if not isinstance(feature, Image) and not _has_paths(dataset, column):
         found = getattr(feature, "dtype", None) or type(feature).__name__
         refuse(key, f"column {column!r} holds {found}", "name a column of images, or of paths of image files")
     return dataset.cast_column(column, Image(decode=False))
+
+
+def as_images(rows: Dataset, column: str) -> tuple[Dataset, str | None]:
+    """Return rows with the paths of images that exist in `column`, and where relative paths start.
+
+    A path starts at the folder of the table, or else at the current folder. Rows that hold images stay as
+    they are. Without `column`, a column with a usual name of paths is taken.
+    """
+    names = [name for name in (column, *PATHS) if name in rows.column_names]
+    if not names or not _has_paths(rows, names[0]):
+        return rows, None
+    bases: Counter[str] = Counter()
+    paths = []
+    for path, folder in zip(rows[names[0]], folders(rows), strict=True):
+        is_relative = bool(path) and not Path(path).is_absolute()
+        own = is_relative and folder is not None and (folder / path).is_file()
+        paths.append(str(folder / path) if own and folder is not None else path)
+        if own or (is_relative and Path(path).is_file()):
+            bases["the folder of the table" if own else "the current folder"] += 1
+    where = " and ".join(f"{number:,} relative to {base}" for base, number in bases.items())
+    found = f"paths in {names[0]!r}" + f", {where}" * bool(where)
+    return replace_columns(rows, names[:1], {column: (paths, Value("string"))}), found
+
+
+def _has_paths(rows: Dataset, column: str) -> bool:
+    feature = rows.features[column]
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def read_image(image: Mapping[str, Any]) -> Picture:
@@ -56,7 +87,7 @@ def image_problem(column: str) -> Callable[[Mapping[str, Any]], str | None]:
             unknown = isinstance(error, UnidentifiedImageError)
             why = "it is not an image" if unknown else getattr(error, "strerror", None) or one_line(error)
             if isinstance(error, FileNotFoundError) and not Path(image["path"]).is_absolute():
-                why += f" (paths are relative to the current folder, {Path.cwd()})"
+                why += f" (a path starts at the folder of its table, or at the current folder, {Path.cwd()})"
             name = image["path"] or f"of {len(image['bytes']):,} bytes"
             return f"image {name} cannot be read: {why}"
         return None

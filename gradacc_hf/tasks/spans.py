@@ -58,11 +58,11 @@ def in_parts(
 def add_positions(parts: Any, answers: Sequence[Mapping[str, Any]]) -> None:
     """Add `start_positions` and `end_positions`: the first and last token of each row's first answer.
 
-    Both are IGNORED in a part that does not hold the whole answer.
+    Both are IGNORED in a part that does not hold the whole answer, and for a row without an answer.
     """
     held, reach = [], {}  # the answer's tokens in each part; their range in the text, over all parts
     for part, (row, offsets) in enumerate(zip(parts["row"], parts["offsets"], strict=True)):
-        text, start = answers[row]["text"][0], answers[row]["answer_start"][0]
+        text, start = next(zip(answers[row]["text"], answers[row]["answer_start"], strict=False), ("", -1))
         first, last = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
         begins, ends = np.array(offsets).T
         of_context = np.array([sequence == 1 for sequence in parts.sequence_ids(part)])
@@ -97,13 +97,32 @@ def with_held(rows: Dataset, parts: Dataset) -> Dataset:
     return with_column(rows, "is_held", np.isin(np.arange(len(rows)), row[start != IGNORED]))
 
 
+def no_answer_tokens(input_ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    """Return the position of the token of "no answer" in each row (batch, length): [CLS], or else 0."""
+    mark = -1 if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    return (input_ids == mark).int().argmax(1)
+
+
+def point_at_no_answer(part: Mapping[str, Any], tokenizer: Any) -> dict[str, int]:
+    """Return the positions of a part. Without the whole answer in it, both are the token of "no answer"."""
+    names = ("start_positions", "end_positions")
+    if part[names[0]] != IGNORED:
+        return {name: part[name] for name in names}
+    return dict.fromkeys(names, int(no_answer_tokens(torch.tensor([part["input_ids"]]), tokenizer)))
+
+
 def context_logits(
-    outputs: Any, input_ids: torch.Tensor, tokenizer: Any
+    outputs: Any, input_ids: torch.Tensor, tokenizer: Any, no_answer: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return start and end logits (batch, length), −∞ outside the context, so that softmaxes skip padding."""
+    """Return start and end logits (batch, length), −∞ outside the context, so that softmaxes skip padding.
+
+    With `no_answer`, the token of "no answer" keeps its logits, too.
+    """
     no_words = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}  # padding, separators
     outside = torch.isin(input_ids, torch.tensor(sorted(no_words), device=input_ids.device))
     outside |= (input_ids == tokenizer.sep_token_id).cumsum(1) == 0  # the question
+    if no_answer:
+        outside = outside.scatter(1, no_answer_tokens(input_ids, tokenizer)[:, None], False)
     starts, ends = (
         logits.masked_fill(outside, -torch.inf) for logits in (outputs.start_logits, outputs.end_logits)
     )
@@ -124,6 +143,53 @@ def best_spans(
     )
     best, at = sums.flatten(1).max(1)
     return list(zip(best.tolist(), (at // length).tolist(), (at % length).tolist(), strict=True))
+
+
+def above_no_answer(
+    spans: Sequence[tuple[float, int, int]], outputs: Any, input_ids: torch.Tensor, tokenizer: Any
+) -> list[tuple[float, int, int]]:
+    """Return spans with the sum of logits less the sum of logits of "no answer" in the same part."""
+    at = no_answer_tokens(input_ids, tokenizer)[:, None]
+    sums = (outputs.start_logits + outputs.end_logits).gather(1, at)[:, 0].tolist()
+    return [(total - none, first, last) for (total, first, last), none in zip(spans, sums, strict=True)]
+
+
+def answers_or_none(
+    margins: np.ndarray, found: Sequence[str], right: Sequence[Sequence[str]]
+) -> tuple[list[str], float]:
+    """Return the answers with "" where the margin is below a threshold, and the threshold with the best F1.
+
+    Args:
+        margins: For each row, the logits of the best span less the logits of "no answer".
+        found: The text of the best span of each row.
+        right: The right answers of each row; none for a question without an answer.
+    """
+    from gradacc_hf.metrics.texts import answer_scores  # slow to import, so not before it is needed
+
+    f1 = [answer_scores(texts, right)[1] for texts in (found, [""] * len(found))]
+    threshold = find_threshold(margins, *f1)
+    return [
+        text if margin >= threshold else "" for text, margin in zip(found, margins, strict=True)
+    ], threshold
+
+
+def find_threshold(margins: np.ndarray, with_span: np.ndarray, without: np.ndarray) -> float:
+    """Return the threshold with the best mean F1. Rows with a margin at or above it are answered.
+
+    Of equally good thresholds, the nearest to 0 is returned.
+
+    Args:
+        margins: For each row, the logits of the best span less the logits of "no answer".
+        with_span: The F1 of the span as the answer of the row.
+        without: The F1 of "no answer" as the answer of the row.
+    """
+    order = np.argsort(-margins, kind="stable")
+    gains = np.concatenate([[0.0], np.cumsum((with_span - without)[order])])  # by the number of answered rows
+    bounds = np.concatenate([[margins.max() + 1], margins[order], [margins.min() - 1]])
+    cuts = np.flatnonzero(np.r_[True, bounds[1:-2] > bounds[2:-1], True])  # rows with equal margins are alike
+    best = cuts[np.isclose(gains[cuts], gains[cuts].max())]
+    thresholds = (bounds[best] + bounds[best + 1]) / 2
+    return float(thresholds[np.abs(thresholds).argmin()])
 
 
 def best_of_rows(
@@ -150,14 +216,29 @@ def find_answer(
 ) -> dict[str, Any]:
     """Return the answer to one question, its start in the context, and its probability.
 
-    `settings` go to `in_parts`.
+    The answer is "" without a start where the model's config has a `no_answer_threshold` and no span reaches
+    it. `settings` go to `in_parts`.
     """
     parts = in_parts([question], [context], tokenizer, **settings)
-    offsets, rows = parts.pop("offsets"), parts.pop("row")
+    offsets, _ = parts.pop("offsets"), parts.pop("row")
     batch = tokenizer.pad(parts, return_tensors="pt").to(model.device)
-    starts, ends = context_logits(model(**batch), batch["input_ids"], tokenizer)
-    [(total, begin, end)] = best_of_rows(best_spans(starts, ends, max_answer_length), rows, offsets).values()
-    score = math.exp(total - starts.logsumexp((0, 1)) - ends.logsumexp((0, 1)))
+    outputs, ids = model(**batch), batch["input_ids"]
+    threshold = getattr(model.config, "no_answer_threshold", None)
+    spans = best_spans(*context_logits(outputs, ids, tokenizer), max_answer_length)
+    starts, ends = context_logits(outputs, ids, tokenizer, threshold is not None)
+    if threshold is None:
+        total, part = max((total, part) for part, (total, _, _) in enumerate(spans))
+        score = math.exp(total - starts.logsumexp((0, 1)) - ends.logsumexp((0, 1)))
+    else:  # each part has its own probability of "no answer"
+        spans = above_no_answer(spans, outputs, ids, tokenizer)
+        margin, part = max((margin, part) for part, (margin, _, _) in enumerate(spans))
+        at = no_answer_tokens(ids, tokenizer)[part]
+        none = float(starts[part].log_softmax(0)[at] + ends[part].log_softmax(0)[at])
+        if margin < threshold:
+            return {"answer": "", "answer_start": None, "score": math.exp(none)}
+        score = math.exp(none + margin)
+    _, first, last = spans[part]
+    begin, end = offsets[part][first][0], offsets[part][last][1]
     return {"answer": context[begin:end], "answer_start": begin, "score": score}
 
 

@@ -27,6 +27,7 @@ from gradacc_hf.data.columns import (
     require_column,
     with_label,
 )
+from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.places import places
 from gradacc_hf.errors import listed, refuse
 from gradacc_hf.recipe.labels import SHOWN, Labels, match_labels
@@ -156,12 +157,17 @@ class MultiLabel(Target):
         for split in (train, validation):
             if not is_list(feature := split.features[column]):
                 found = getattr(feature, "dtype", None) or type(feature).__name__
-                cure = f'write lists (JSONL: {{"{column}": ["a", "b"]}}), or set data.problem to single_label'
+                cure = (
+                    f'write lists (JSONL: {{"{column}": ["a", "b"]}}) or separate labels (a;b), or set '
+                    "data.problem to single_label"
+                )
                 refuse(KEY, f"column {column!r} holds {found}, not lists of labels", cure)
         self.one_hot = _width_of_one_hot(train, column)
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
         labels = row[self.column]
+        if row.get(FAULT):
+            return row[FAULT]
         if labels is not None and None in labels:
             return f"column {self.column!r} has an empty label among {len(labels)}"
         if labels is not None and isinstance(self.feature.feature, ClassLabel) and -1 in labels:

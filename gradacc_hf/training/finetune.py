@@ -285,7 +285,10 @@ def finish(end: End, evaluator: "Evaluator") -> None:
         log.say(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
     if end != "stopped by a signal":
         evaluator.saver.save(evaluator.model, "last")
+        config = evaluator.model_config()
         evaluator.evaluate_at_end(log.last_window)
+        if evaluator.model_config() != config:  # such as the threshold of an answer
+            evaluator.saver.save(evaluator.model, "last")
 
 
 def write_summary(
@@ -460,6 +463,10 @@ class Evaluator:
         if window not in self.evaluations.windows:
             self.evaluate(window)
         return window != total and self.evaluations.is_out_of_patience
+
+    def model_config(self) -> str:
+        """Return the model's config as text. An evaluation may change it."""
+        return repr(getattr(self.saver.accelerator.unwrap_model(self.model), "config", None))
 
     def evaluate_at_end(self, window: int) -> None:
         """Evaluate after the last window, unless it has been evaluated."""

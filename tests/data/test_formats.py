@@ -32,7 +32,7 @@ ROWS = [
     {"text": "null", "label": "1e3"},
     {"text": "über 2020-01-01", "label": "True"},
 ]
-FORMATS = README.split("## Formats")[1].split("\n## ")[0]
+FORMATS = README.split("## Formats")[1].split("\n##")[0]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 

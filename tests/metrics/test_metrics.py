@@ -195,6 +195,25 @@ TEXTS = ["The cat, sat!", "a dog", "nothing"]
 SEVERAL = [["cat sat", "sat"], ["the dog ran"], ["something else", "nothing at all", "Nothing."]]
 
 
+def test_squad_v2_gives_the_figures_of_its_definition_by_kind_of_question():
+    rows = [
+        ("", []),
+        ("tea", []),
+        ("The cold tea!", ["a", "cold tea"]),
+        ("tea", ["cold tea"]),
+        ("", ["tea"]),
+    ]
+    predictions, references = zip(*rows, strict=True)
+    squad = metrics.load("squad_v2")
+    found = squad.compute(predictions=predictions, references=references)
+    assert found == pytest.approx({
+        "exact_match": 2 / 5, "f1": (1 + 0 + 1 + 2 / 3 + 0) / 5, "no_answer_f1": 1 / 2,
+        "has_answer_exact_match": 1 / 3, "has_answer_f1": 5 / 9,
+    })  # fmt: skip
+    assert squad.compute(predictions=[""], references=[["the"]])["no_answer_f1"] == 1  # as in its script
+    assert squad.compute(predictions=["a"], references=[["b"]]).keys() & {"no_answer_f1"} == set()
+
+
 def test_squad_takes_the_best_reference_and_ignores_case_articles_and_punctuation():
     squad = metrics.load("squad")
     found = squad.compute(predictions=TEXTS, references=SEVERAL)

@@ -250,6 +250,78 @@ def test_a_file_may_name_images_by_their_paths(start, folder):
     assert "36 to train on, 4 to validate" in out
 
 
+def make_table(suffix, columns=("file_name", "label"), number=20):
+    """A folder of images with a table in it, as `datasets` reads it."""
+    rows = []
+    for i in range(number):
+        draw(f"pets/{i}.png", 40 + 8 * i, i)
+        rows.append(dict(zip(columns, (f"{i}.png", "even" if i % 2 == 0 else "odd"), strict=True)))
+    frame = pd.DataFrame(rows)
+    path = Path(f"pets/metadata{suffix}")
+    frame.to_csv(path, index=False) if suffix == ".csv" else frame.to_json(path, orient="records", lines=True)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_folder_with_a_metadata_file_is_read_by_it(suffix):
+    make_table(suffix)
+    draw("pets/more.png", 40)
+    Path("pets/notes.pdf").write_text("x")
+    recipe = recipe_of(data__train="pets")
+    rows = [row for split in recipe.datasets() for row in split]
+    found = {Path(row["image"]["path"]): recipe.target.names[row["labels"]] for row in rows}
+    assert found == {Path(f"pets/{i}.png"): "odd" if i % 2 else "even" for i in range(20)}
+    assert recipe.reading.notes["format"] == ["paths in 'file_name', 20 relative to the folder of the table"]
+    assert recipe.reading.notes["not read"] == [
+        f"pets/more.png: in no row of pets/metadata{suffix}",
+        "pets/notes.pdf: not an image",
+    ]
+
+
+def test_metadata_in_folders_named_for_splits_makes_splits():
+    make_table(".csv")
+    Path("set").mkdir()
+    Path("pets").rename("set/train")
+    make_table(".csv", number=4)
+    Path("pets").rename("set/test")
+    train, validation = recipe_of(data__train="set").datasets()
+    assert (len(train), len(validation)) == (20, 4)
+
+
+def test_a_missing_image_of_a_metadata_file_is_one_line_and_so_is_a_missing_column(refused):
+    make_table(".csv")
+    Path("pets/3.png").unlink()
+    line = refused(data__train="pets")
+    assert "data.image_column: pets/metadata.csv line 5: image 3.png cannot be read: No such file" in line
+    assert "(a path starts at the folder of its table, or at the current folder, " in line
+    make_table(".csv", columns=("name", "label"))
+    assert "pets/metadata.csv has no column 'file_name'; found name, label; name" in refused(
+        data__train="pets"
+    )
+
+
+def test_a_path_starts_at_the_folder_of_the_table_first_and_the_plan_states_which(start, folder):
+    rows = [("a/1.png", "x"), ("b/2.png", "y"), ("a/3.png", "x"), ("a/4.png", "y")]
+    for at, _ in rows[:3]:
+        draw(f"tables/{at}" if at.startswith("a") else at, 90)
+    draw("a/1.png", 90)  # the one beside the table counts
+    draw("a/4.png", 90)
+    pd.DataFrame(rows, columns=["path", "label"]).to_csv("tables/t.csv", index=False)
+    settings = {"data__train": "tables/t.csv", "data__validation": "tables/t.csv", "batch__effective": 2}
+    train, _ = recipe_of(**settings).datasets()
+    assert [row["image"]["path"] for row in train] == [
+        "tables/a/1.png",
+        "b/2.png",
+        "tables/a/3.png",
+        "a/4.png",
+    ]
+    _, out, _ = start(**settings, check="true")
+    assert (
+        "paths in 'path', 2 relative to the folder of the table and 2 relative to the current folder"
+        in " ".join(out.split())
+    )
+
+
 # Bad input
 
 

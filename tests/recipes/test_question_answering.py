@@ -12,6 +12,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from conftest import ROOT
+from recipe_runs import load_recipe as load_task
 
 from gradacc_hf import embedded
 from gradacc_hf.accumulation.loss_items import IGNORED, model_loss
@@ -25,6 +26,14 @@ from gradacc_hf.verification.exactness import verify
 
 OFFLINE = ROOT / "configs/question_answering_offline.yaml"
 WORDS = ["tea", "garden", "letter", "morning", "prize", "cash", "winner", "click", "river", "stone"]
+
+
+GOOD_CONTEXT = "It was Ada who did."
+GOOD = {
+    "question": "Who?",
+    "context": GOOD_CONTEXT,
+    "answers": {"text": ["Ada"], "answer_start": [7]},
+}
 
 
 def make_rows(number=40, seed=0):
@@ -51,6 +60,14 @@ def make_rows(number=40, seed=0):
 def write(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def without_answer(rows, every=3):
+    """The rows; every third has no answer."""
+    return [
+        row | {"answers": {"text": [], "answer_start": []}} if i % every == 0 else row
+        for i, row in enumerate(rows)
+    ]
 
 
 @pytest.fixture
@@ -86,6 +103,123 @@ def test_the_loss_is_exact_and_the_heads_own_is_not(make):
     own = verify(model, windows, model_loss, trainer=False)
     assert own.loop.error > 100 * EXACT
     assert any("padding" in reason.what for reason in own.reasons)
+
+
+def test_questions_without_an_answer_are_exact(make):
+    recipe, *data = make(without_answer(make_rows()))
+    assert recipe.no_answer
+    assert IGNORED not in data[0]["start_positions"]
+    assert {start for start, row in zip(data[0]["start_positions"], data[0], strict=True)} > {0}
+    found = verify(make_model(recipe), windows_of(recipe, *data), recipe.loss, num_windows=2)
+    assert found.exact, found.verdict
+    assert found.loop.error <= EXACT
+    assert min(found.accumulation_steps) > 3
+
+
+def test_the_loss_of_no_answer_is_at_the_first_token(make):
+    """Computed by hand: a softmax over [CLS] and the context, of all rows at once."""
+    recipe, train, _ = make(without_answer(make_rows()))
+    batch = recipe.collate([row for row in train if row["start_positions"] == 0][:5])
+    outputs = make_model(recipe).eval()(**batch)
+    expected = 0
+    for row, ids in enumerate(batch["input_ids"].tolist()):
+        separators = [at for at, token in enumerate(ids) if token == recipe.tokenizer.sep_token_id]
+        inside = [0, *range(separators[0] + 1, separators[1])]
+        for logits in (outputs.start_logits, outputs.end_logits):
+            expected -= logits[row, inside].log_softmax(0)[0] / 10
+    torch.testing.assert_close(recipe.loss(outputs, batch), expected)
+
+
+def test_the_threshold_is_found_on_validation_rows_saved_and_used(make, tmp_path):
+    rows = [GOOD, GOOD | {"question": "Why?", "answers": {"text": [], "answer_start": []}}] * 8
+    recipe, train, validation = make(rows)
+    places = zip(validation["start_positions"], validation["end_positions"], strict=True)
+    spans = [(2.0 if last else 1.0, first or 4, last or 5) for first, last in places]
+    scores = recipe.metrics(spans, None)
+    assert scores.pop("no_answer_threshold") == 1.5
+    kinds = ["exact_match", "f1", "no_answer_f1", "has_answer_exact_match", "has_answer_f1"]
+    assert scores == dict.fromkeys(kinds, 1.0)
+    assert [one["answer"] for one in recipe.samples[:2]] == ["Ada", ""]
+    assert recipe.baseline(train, validation)["no_answer_f1"] == 1
+    model, windows = make_model(recipe).eval(), windows_of(recipe, train, validation)
+    with torch.no_grad():
+        found = recipe.validate(model, windows, Accelerator(cpu=True))["no_answer_threshold"]
+        assert model.config.no_answer_threshold == found
+        ask = [{"question": GOOD["question"], "context": GOOD["context"]}]
+        for threshold, is_answer in ((1e4, False), (-1e4, True)):
+            model.config.no_answer_threshold = threshold
+            model.save_pretrained(tmp_path / "saved")
+            (answer,) = recipe.answer(recipe.load(tmp_path / "saved").eval(), ask)
+            assert bool(answer["answer"]) == is_answer == (answer["answer_start"] is not None)
+            assert 0 < answer["score"] < 1
+
+
+@pytest.mark.parametrize("lora", [(), ("--model.lora.rank", 2)])
+def test_a_run_saves_the_threshold_with_both_models(start, lora):
+    write("a.jsonl", without_answer(make_rows(), 2))
+    settings = ["--data.train", "a.jsonl", "--data.doc_stride", 8, "--train.max_windows", 2, *lora]
+    outcome = start(load_task("question_answering").QuestionAnswering, *settings, "--output.dir", "out")
+    assert outcome.code == 0, outcome.err
+    threshold = json.loads(Path("out/summary.json").read_text())["eval"]["no_answer_threshold"]
+    for folder in ("best", "last"):
+        config = json.loads(Path(f"out/{folder}/{'model_config' if lora else 'config'}.json").read_text())
+        assert config["no_answer_threshold"] == threshold
+
+
+ONE = [{"text": "Ada", "answer_start": 7}]
+ARTICLE = {
+    "title": "Ada",
+    "paragraphs": [
+        {
+            "context": GOOD_CONTEXT,
+            "qas": [
+                {"id": "q1", "question": "Who?", "answers": ONE, "is_impossible": False},
+                {"id": "q2", "question": "Why?", "answers": [], "is_impossible": True},
+            ],
+        }
+    ],
+}  # fmt: skip
+FLAT = {"question": "Who?", "context": GOOD_CONTEXT}
+FORMS = {
+    "SQuAD as published: 2 articles, 4 questions": [ARTICLE],
+    "SQuAD rows, column 'is_impossible'": [
+        FLAT | {"answers": {"text": ["Ada"], "answer_start": [7]}, "is_impossible": False},
+        FLAT | {"answers": {"text": ["Ada"], "answer_start": [7]}, "is_impossible": True},
+    ],
+    "SQuAD rows with lists of answers in 'answers'": [FLAT | {"answers": ONE}, FLAT | {"answers": []}],
+    "SQuAD rows with 'answers' as text": [FLAT | {"answers": json.dumps(ONE)}, FLAT | {"answers": "[]"}],
+    "SQuAD rows with columns 'text' and 'answer_start'": [
+        FLAT | {"text": "Ada", "answer_start": 7}, FLAT | {"text": None, "answer_start": None}
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_squad_gives_the_same_rows(make, form):
+    recipe, train, _ = make(FORMS[form] * 2)
+    assert recipe.reading.notes["format"] == [form]
+    assert recipe.reading.notes["no answer"] == [
+        "2 of 4 training rows and 2 of 4 validation rows; validation rows give the threshold"
+    ]
+    spans = list(zip(train["start_positions"], train["end_positions"], strict=True))
+    texts = [
+        recipe.tokenizer.decode(ids[first : last + 1])
+        for ids, (first, last) in zip(train["input_ids"], spans, strict=True)
+    ]
+    assert texts == ["ada", "[CLS]"] * 2
+
+
+def test_a_published_file_with_a_single_article_is_split_by_questions(make):
+    recipe, *_ = make([ARTICLE])
+    recipe = recipe.with_config(with_settings(recipe.config, {"data.validation": None}))
+    train, validation = recipe.datasets()
+    assert len(train) == len(validation) == 1
+    broken = {"title": "a", "paragraphs": [{"context": GOOD_CONTEXT, "qas": None}]}
+    with pytest.raises(InputError, match=r"data.train: article 2, paragraph 1 has no list 'qas'"):
+        make([ARTICLE, broken])
+    wrong = json.loads(json.dumps(ARTICLE).replace('"answer_start": 7', '"answer_start": 8'))
+    with pytest.raises(InputError, match=r"row 3: its context has 'da ' at 8, not .* 'Ada' \(question q1\)"):
+        make([ARTICLE, wrong])
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
@@ -157,15 +291,9 @@ def test_items_are_examples_with_an_answer(make):
     assert recipe.num_items(batch) == inside == (batch["end_positions"] != IGNORED).sum() < len(validation)
 
 
-GOOD = {
-    "question": "Who?",
-    "context": "It was Ada who did.",
-    "answers": {"text": ["Ada"], "answer_start": [7]},
-}
 BAD = {
     "its question is empty": {"question": " "},
     "its context is empty": {"context": ""},
-    "it has no answer": {"answers": {"text": [], "answer_start": []}},
     "one of its answers is empty": {"answers": {"text": [""], "answer_start": [7]}},
     "its answer 'Ada' at 17 is outside its context of 19 characters": {
         "answers": {"text": ["Ada"], "answer_start": [17]}

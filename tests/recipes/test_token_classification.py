@@ -1,6 +1,7 @@
 """recipes/token_classification.py, and the identifiers that it learns offline."""
 
 import ast
+import json
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,62 @@ def test_the_hub_config_names_what_loads_without_code_of_its_own():
     recipe = make_recipe(TokenClassification, "--config", ROOT / "configs" / "token_classification.yaml")
     assert (recipe.data.train, recipe.data.tags_column) == ("lhoestq/conll2003", "ner_tags")
     assert not recipe.config.model.trust_remote_code
+
+
+SPAN = {"text": "Ada's machine in London.", "label": [[0, 3, "PER"], [17, 23, "LOC"]]}
+
+
+def test_character_spans_are_learned_and_answers_have_characters(tiny_bert, tmp_path, monkeypatch):
+    file = write_rows(tmp_path / "a.jsonl", [SPAN, {"text": "Rome", "label": [[0, 4, "LOC"]]}] * 10)
+    recipe = make_recipe(TokenClassification, "--data.train", file, "--model.name", tiny_bert)
+    recipe.datasets()
+    assert recipe.reading.notes["format"] == ["character spans in 'label' of 'text'"]
+    assert recipe.labels.names == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+    make_model(recipe).save_pretrained(tmp_path / "saved")
+    model = recipe.load(tmp_path / "saved").eval()
+    right = ["B-PER", "O", "O", "O", "O", "B-LOC", "O"]
+    monkeypatch.setattr(TokenClassification, "tag", lambda self, model, tokens: right[: len(tokens)])
+    (answer,) = recipe.answer(model, [{"text": SPAN["text"]}])
+    assert answer["tokens"] == ["Ada", "'", "s", "machine", "in", "London", "."]
+    assert [[*one["characters"], one["type"]] for one in answer["entities"]] == SPAN["label"]
+    model.config.tokens_are_words = False
+    assert recipe.answer(model, ["Ada's machine"])[0]["entities"] == [
+        {"type": "PER", "tokens": ["Ada's"], "start": 0}
+    ]
+
+
+CONLL = "Ada B-PER\nsang O\n\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        (
+            "a.txt",
+            CONLL * 9 + "Bo\nsang O\n\n" + CONLL,
+            "a.txt line 28: line 28 has 1 column, other lines have 2",
+        ),
+        (
+            "a.jsonl",
+            f"{json.dumps(SPAN)}\n" * 9 + json.dumps({"text": "Ada", "label": [[0, 2, "PER"]]}) + "\n",
+            "a.jsonl line 10: entity 'Ad' at 0 begins or ends within a word",
+        ),
+    ],
+)
+def test_a_broken_line_of_a_format_is_one_line_and_may_be_skipped(
+    name, content, line, tiny_bert, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(content)
+    settings = ["--data.train", name, "--model.name", tiny_bert]
+    with pytest.raises(InputError) as caught:
+        make_recipe(TokenClassification, *settings).datasets()
+    assert str(caught.value) == (
+        f"data.tags_column: {line}; correct it, or leave such rows out: --data.on_bad_row skip"
+    )
+    recipe = make_recipe(TokenClassification, *settings, "--data.on_bad_row", "skip")
+    assert sum(map(len, recipe.datasets())) == 10 - (name == "a.jsonl")
+    assert recipe.skipped_rows == [line]
 
 
 def test_parts_of_speech_are_no_entities(tiny_bert, tmp_path):
