@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.data.columns import require_fast
 from gradacc_hf.data.reading import Reading, counted
-from gradacc_hf.errors import InputError, one_line
+from gradacc_hf.errors import InputError, listed, one_line
 
 Messages = Sequence[Mapping[str, Any]]
 Tokens = dict[str, Any]
@@ -83,7 +83,8 @@ def chat_problem(messages: Any, tools: Any = None, learned_from: int = 0) -> str
         if weight is not None and train is not None and bool(weight) != train:
             return f"message {turn} has weight {weight!r} and train {train!r}; one of them is enough"
     if not any(message["role"] == "assistant" for message in messages):
-        return "it has no assistant turn, so nothing to learn"
+        roles = listed(dict.fromkeys(message["role"] for message in messages))
+        return f"it has no assistant turn, so nothing to learn; found the roles {roles}"
     own = [message for message in messages[learned_from:] if message["role"] == "assistant"]
     if not any(map(is_learned, own)):
         which = "all its assistant turns" if not learned_from else "all assistant turns that could be learned"
@@ -378,7 +379,9 @@ def note_chats(reading: Reading, tokenizer: Any, rows: Iterable[Mapping[str, Any
         reading.note("ignored", f"weight or train of {counted(others, 'message')} of other roles")
     if unwritten:
         found = counted(unwritten, "assistant turn")
-        reading.note("ignored", f"reasoning of {found}: the chat template writes that of other turns only")
+        reading.note(
+            "ignored", f"reasoning of {found}: the chat template writes reasoning in other turns only"
+        )
     if nulls:
         reading.note("ignored", f"arguments that are null, in {counted(nulls, 'call')}")
     for key, number in unused.items():
@@ -445,8 +448,8 @@ def _span_between_marks(
 ) -> tuple[int, int] | None:
     """Return the span of an assistant's turn in the text of a chat whose template changes earlier text.
 
-    Templates that leave out earlier reasoning do so. A mark in place of the content of this turn, or of the
-    turn before, finds the text after it, which earlier text does not change. None: it cannot be found.
+    Templates that leave out earlier reasoning do so. A mark replaces the content of this turn, or of the turn
+    before. Earlier text does not change the text after the mark. None: the span cannot be found.
     """
 
     def between_marks(places: Sequence[int], chat: Messages, **options: Any) -> list[str] | None:

@@ -68,7 +68,7 @@ class Format:
 
     @property
     def learned(self) -> str:
-        """What is learned of a row."""
+        """The learned part of a row, for the plan."""
         if self.name == "prompt":
             turns = "the last assistant turn of " if self.learn == "last" else "the assistant turns of "
             rejected = "; rejected is not used" if self.columns[1] == "chosen" else ""
@@ -110,12 +110,12 @@ class Format:
         return chat_problem(**found) if self.is_chat else None
 
 
-def find_format(splits: Sequence[Dataset], wanted: str, learn: str, has_template: bool) -> Format:
+def find_format(splits: Sequence[Dataset], name: str, learn: str, has_template: bool) -> Format:
     """Return the format of training and validation rows.
 
     Args:
         splits: Training and validation rows.
-        wanted: The value of `data.format`; "auto" takes the first format that the columns allow.
+        name: The value of `data.format`; "auto" takes the first format that the columns allow.
         learn: The value of `data.learn`.
         has_template: Whether the model has a chat template. Without one, plain text is before Alpaca.
 
@@ -123,23 +123,23 @@ def find_format(splits: Sequence[Dataset], wanted: str, learn: str, has_template
         InputError: If the columns or the rows are of no such format. It names the format that they look like.
     """
     first, found = _sample(splits[0]), _formats(splits, learn, has_template)
-    possible = [form for form in found if wanted in ("auto", form.name)]
+    possible = [form for form in found if name in ("auto", form.name)]
     if not possible and found:
         refuse(
             "data.format",
-            f"found {wanted}, and the rows are {found[0]}",
+            f"found {name}, and the rows are {found[0]}",
             f"set it to auto or {found[0].name}",
         )
     if not possible:
-        alike = next((line for name in splits[0].column_names if (line := _looks_like(name, first))), ALLOWED)
+        alike = next(filter(None, (_looks_like(column, first) for column in splits[0].column_names)), ALLOWED)
         columns = " and ".join(dict.fromkeys(listed(split.column_names) for split in splits))
         raise InputError(f"data.train: found the columns {columns}; {alike}")
     form = possible[0]
-    for split, name in product(splits, form.texts):
-        require_texts(split, name, "data.train")
+    for split, column in product(splits, form.texts):
+        require_texts(split, column, "data.train")
     if all(map(form.problem, first)):
         for other in (other for other in found if other != form and not all(map(other.problem, first))):
-            what = f"its rows are not {form} ({form.problem(first[0])}), and look like {other}"
+            what = f"its rows cannot be read as {form}: {form.problem(first[0])}. They look like {other}"
             refuse("data.train", what, f"set data.format to {other.name}")
     return form
 
@@ -148,7 +148,7 @@ def note_format(reading: Reading, form: Format, splits: Sequence[Dataset], has_t
     """Note the format with the other formats that the columns allow, and what is learned."""
     others = [one for one in _formats(splits, form.learn, has_template) if one.name != form.name]
     reads = [f"--data.format {one.name} reads {one} instead" for one in others]
-    reading.note("format", "; ".join([str(form), *(reads or ["data.format sets another"])]))
+    reading.note("format", "; ".join([str(form), *(reads or ["data.format overrules it"])]))
     reading.note("learned", form.learned)
 
 
@@ -214,7 +214,7 @@ def _looks_like(column: str, rows: Sequence[Row]) -> str | None:
 
 
 def _as_list(value: Any) -> list[Any] | None:
-    """Return a list, which may be written as JSON (in a CSV file); None if it is no list."""
+    """Return a list, which may be written as JSON (in a CSV file); None for other values."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -26,9 +26,8 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        inputs: Lists of messages, rows with `messages` or of ShareGPT or Alpaca (a last message of the
-            assistant is left out), rows with a `prompt`, or texts. A text is a user's message if the model
-            has a chat template, else a prompt.
+        inputs: Lists of messages, rows of chats (a last message of the assistant is left out), rows with a
+            `prompt`, or texts. A text is a user's message if the model has a chat template, else a prompt.
         max_new_tokens: The longest answer.
 
     Raises:
