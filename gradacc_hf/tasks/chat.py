@@ -172,11 +172,16 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
         )
     require_fast(tokenizer, name)
     roles = ("user", "assistant", "user", "assistant")
-    chat = [{"role": role, "content": content} for role, content in zip(roles, "ABCD", strict=True)]
+    chat = [{"role": role, "content": f"xq{place}"} for place, role in enumerate(roles)]
     try:
         for turns_kept in (2, 4):
             if not any(assistant_tokens(tokenizer, chat[:turns_kept])[1]):
                 raise ValueError("it marks none")
+            text, spans = write_chat(tokenizer, chat[:turns_kept], None)
+            marked = "".join(text[start:stop] for start, stop in spans)
+            for message in chat[:turns_kept]:
+                if (message["role"] == "assistant") != (message["content"] in marked):
+                    raise ValueError(f"it marks {marked!r} of {text!r}")
     except (ValueError, jinja2.TemplateError) as error:
         raise InputError(
             f"model.name: the chat template of {name} does not determine which tokens are the assistant's "

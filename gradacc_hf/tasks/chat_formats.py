@@ -5,7 +5,7 @@ A text is {prompt, completion}. `chat.py` tokenises both.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -136,7 +136,8 @@ def find_format(splits: Sequence[Dataset], name: str, learn: str, has_template: 
         raise InputError(f"data.train: found the columns {columns}; {alike}")
     form = possible[0]
     for split, column in product(splits, form.texts):
-        require_texts(split, column, "data.train")
+        if column in split.column_names:
+            require_texts(split, column, "data.train")
     if all(map(form.problem, first)):
         for other in (other for other in found if other != form and not all(map(other.problem, first))):
             what = f"its rows cannot be read as {form}: {form.problem(first[0])}. They look like {other}"
@@ -160,7 +161,9 @@ def as_input(given: Any) -> Any:
     """
     if not isinstance(given, Mapping) or {"messages", "prompt"} & {*given}:
         return given
-    for form in (form for form in _formats_of([*given, "output"], [given], "all", True) if form.is_chat):
+    for form in (
+        form for form in _formats_of({*given, "output"}, {*given}, [given], "all", True) if form.is_chat
+    ):
         found = form.read({**given, "output": given.get("output") or "?"})
         return {"messages": found["messages"], "tools": found["tools"]}
     return given
@@ -168,25 +171,27 @@ def as_input(given: Any) -> Any:
 
 def _formats(splits: Sequence[Dataset], learn: str, has_template: bool) -> list[Format]:
     """Return the formats that the columns of all splits allow, the preferred one first."""
-    columns = [name for name in splits[0].column_names if all(name in split.column_names for split in splits)]
-    return list(_formats_of(columns, _sample(splits[0]), learn, has_template))
+    columns = set.intersection(*({*split.column_names} for split in splits))
+    optional = {name for split in splits for name in split.column_names}
+    return list(_formats_of(columns, optional, _sample(splits[0]), learn, has_template))
 
 
 def _formats_of(
-    columns: Sequence[str], first: Sequence[Row], learn: str, has_template: bool
+    columns: Set[str], optional: Set[str], first: Sequence[Row], learn: str, has_template: bool
 ) -> Iterator[Format]:
+    """Yield the formats that these columns allow. A format also reads optional columns."""
     for name in (name for name in CHATS if name in columns):
-        keys, more = _keys(name, first), [other for other in ("system", "tools") if other in columns]
+        keys, more = _keys(name, first), [other for other in ("system", "tools") if other in optional]
         if "from" in keys or (name != "messages" and "role" not in keys):
             yield Format("sharegpt", (name, *more), learn=learn)
         else:
             yield Format("messages", (name, *(other for other in more if other == "tools")), learn=learn)
-    pairs = [pair for pair in (("prompt", "completion"), ("prompt", "chosen")) if {*pair} <= {*columns}]
+    pairs = [pair for pair in (("prompt", "completion"), ("prompt", "chosen")) if {*pair} <= columns]
     for pair in pairs[:1]:
         is_chat = any(isinstance(row[name], list) for row, name in product(first, pair))
         yield Format("prompt", pair, is_chat, learn)
-    alpaca = [Format("alpaca", tuple(name for name in ALPACA if name in columns), learn=learn)]
-    alpaca *= {"instruction", "output"} <= {*columns}
+    alpaca = [Format("alpaca", tuple(name for name in ALPACA if name in columns | optional), learn=learn)]
+    alpaca *= {"instruction", "output"} <= columns
     text = [Format("text", ("text",), is_chat=False, learn=learn)] * ("text" in columns)
     yield from alpaca + text if has_template else text + alpaca
 
@@ -302,7 +307,9 @@ def _read_alpaca(row: Row, form: Format) -> dict[str, Any]:
         if not text.strip():
             raise ValueError(f"column {name!r} is empty")
     messages = [_said("system", system)] if (system := _text(row, "system")).strip() else []
-    for place, turns in enumerate(row.get("history") or ()):
+    if (history := _as_list(row.get("history") or [])) is None:
+        raise ValueError(f"column 'history': {row['history']!r:.40} is not a list of [instruction, output]")
+    for place, turns in enumerate(history):
         if not (isinstance(turns, list) and [*map(type, turns)] == [str, str]):
             raise ValueError(f"history[{place}]: {turns!r:.40} is not [instruction, output]")
         messages += [_said("user", turns[0]), _said("assistant", turns[1])]

@@ -161,6 +161,14 @@ def test_a_chat_that_the_assistant_begins_is_learned_too():
         (FORGETFUL, "it changes earlier text after turn 2"),
         (None, "has no chat template; name an instruct model"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}{{ nonsense() }}", "nonsense"),
+        (
+            "{% generation %}{% for m in messages %}{{ m.content }} {% endfor %}{% endgeneration %}",
+            "it marks",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}.{% endgeneration %}",
+            "it marks",
+        ),
     ],
 )
 def test_a_template_that_does_not_tell_is_refused_in_one_line(template, named):

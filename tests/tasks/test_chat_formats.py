@@ -267,6 +267,11 @@ TALK = [of("human", "Hi"), of("gpt", "Yo")]
             "history[0]: ['a'] is not [instruction, output]",
         ),
         (
+            ROWS["alpaca"][0],
+            {"instruction": "x", "output": "y", "history": "a"},
+            "column 'history': 'a' is not a list of [instruction, output]",
+        ),
+        (
             ROWS["a preference"][0],
             {"prompt": [ASKED], "chosen": None},
             "column 'chosen': None is not text or messages",
@@ -337,6 +342,13 @@ def test_a_format_that_does_not_fit_is_one_line_with_the_likely_one(row, wanted,
         form_of([row] * 3, wanted)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+def test_a_column_that_only_one_split_has_is_used():
+    training = Dataset.from_list([{"instruction": "Add one.", "input": "3", "output": "4"}])
+    form = find_format((training, training.remove_columns("input")), "auto", "all", True)
+    assert form.columns == ("instruction", "input", "output")
+    assert form.read(training[0])["messages"][0] == said("user", "Add one.\n3")
 
 
 def test_rows_of_every_chat_format_are_inputs_to_answer():
