@@ -23,7 +23,7 @@ from rich.table import Table
 
 from gradacc_hf.accumulation.loss_items import as_window_loss
 from gradacc_hf.accumulation.reference import EXACT
-from gradacc_hf.comparison.compare import ComparedRuns, compare, ratios
+from gradacc_hf.comparison.compare import ComparedRuns, compare, cpu_ratios, ratios
 from gradacc_hf.comparison.worker import CONTENDERS, USUAL, micro_batch_size, window_size
 from gradacc_hf.errors import InputError, listed
 from gradacc_hf.recipe.base import Recipe
@@ -180,12 +180,15 @@ def print_comparison(found: dict[str, ComparedRuns | str], console: Console) -> 
             console.print(f"{CONTENDERS[name]} was not compared: {reason}")
     for name, other in ran.items():
         if name != "ours" and "ours" in ran:
-            times = ratios(ran["ours"], other)
-            pairs = f"median of {len(times)} pairs of runs, {min(times):.1f}–{max(times):.1f}"
+            times, cpu_times = ratios(ran["ours"], other), cpu_ratios(ran["ours"], other)
+            pairs = f"median of {len(times)} pairs of runs, {min(times):.2f}–{max(times):.2f}"
             console.print(
-                f"{ran['ours'].name} trains {median(times):.1f} × as many examples per second as "
+                f"{ran['ours'].name} trains {median(times):.2f} × as many examples per second as "
                 f"{other.name} ({pairs if len(times) > 1 else '1 pair of runs'})"
             )
+            if cpu_times:
+                spread = f" ({min(cpu_times):.2f}–{max(cpu_times):.2f})" * (len(cpu_times) > 1)
+                console.print(f"  per second of CPU time: {median(cpu_times):.2f} ×{spread}")
 
 
 def _error(contender: ComparedRuns) -> str:

@@ -31,6 +31,7 @@ class ComparedRuns:
     examples_per_second: tuple[float, ...]
     tokens_per_second: tuple[float, ...]
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]  # empty on a GPU
     padding: float  # median
     training_memory_bytes: tuple[int, ...]  # peak of training, above the memory before
     losses: tuple[float, ...]  # of the last window
@@ -121,6 +122,7 @@ def read_compared_runs(folder: Path) -> ComparedRuns:
         examples_per_second=tuple(s["examples"] / s["seconds"] for s in summaries),
         tokens_per_second=tuple(s["tokens_per_second"] for s in summaries),
         seconds=tuple(s["seconds"] for s in summaries),
+        cpu_seconds=tuple(s["cpu_seconds"] for s in summaries if s.get("cpu_seconds")),
         padding=median(s["padding"] for s in summaries),
         training_memory_bytes=tuple(s["training_memory_bytes"] for s in summaries),
         losses=tuple(history[-1]["loss"] for history in histories),
@@ -131,3 +133,8 @@ def read_compared_runs(folder: Path) -> ComparedRuns:
 def ratios(ours: ComparedRuns, other: ComparedRuns) -> list[float]:
     """Return the ratio of examples per second for each repeat."""
     return [a / b for a, b in zip(ours.examples_per_second, other.examples_per_second, strict=True)]
+
+
+def cpu_ratios(ours: ComparedRuns, other: ComparedRuns) -> list[float]:
+    """Return the ratio of examples per second of CPU time for each repeat; [] on a GPU."""
+    return [b / a for a, b in zip(ours.cpu_seconds, other.cpu_seconds, strict=True)]

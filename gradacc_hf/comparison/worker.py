@@ -291,6 +291,7 @@ def train_timed(run: WorkerRun, name: str, folder: Path) -> None:
         "padded_tokens": padded,
         "padding": 1 - tokens / padded,
         "seconds": ran.seconds,
+        "cpu_seconds": ran.cpu_seconds if device.type == "cpu" else None,
         "tokens_per_second": tokens / ran.seconds,
         "peak_memory_bytes": peak_memory_bytes(device),
         "training_memory_bytes": max(0, peak - before),

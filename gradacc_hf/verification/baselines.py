@@ -30,17 +30,31 @@ class EpochResult:
 
     seconds: float
     """Time from the start of the first window to the end of the last window."""
+    cpu_seconds: float
+    """CPU time of all threads of the process in this time. Other programs hardly change it."""
     losses: list[float]
     """One loss per window."""
+
+
+class _Stopwatch:
+    """Measures the time since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter(), time.process_time()
+
+    def result(self, losses: list[float]) -> EpochResult:
+        """Return the time until now, with these losses."""
+        seconds, cpu_seconds = self._started
+        return EpochResult(time.perf_counter() - seconds, time.process_time() - cpu_seconds, losses)
 
 
 def run_windows(model: Any, optimizer: Any, windows: WindowLoader, **more: Any) -> EpochResult:
     """Train with the loop of `training/loop.py`; `more` are arguments of `train`."""
     accumulate_in_float32(model, optimizer)
     model, optimizer = windows.accelerator.prepare(model, optimizer)
-    started = time.perf_counter()
+    watch = _Stopwatch()
     records = train(model, optimizer, windows, accelerator=windows.accelerator, **more)
-    return EpochResult(time.perf_counter() - started, [record.loss for record in records])
+    return watch.result([record.loss for record in records])
 
 
 def run_at_once(
@@ -55,7 +69,7 @@ def run_at_once(
 ) -> EpochResult:
     """Train with each window as one large batch, in plain PyTorch."""
     model, losses = accelerator.prepare(model), []
-    started = time.perf_counter()
+    watch = _Stopwatch()
     for batch in windows:
         model.train()
         with accelerator.autocast():
@@ -67,7 +81,7 @@ def run_at_once(
             scheduler.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return EpochResult(time.perf_counter() - started, losses)
+    return watch.result(losses)
 
 
 def run_accelerate(
@@ -84,7 +98,7 @@ def run_accelerate(
     accelerator = Accelerator(gradient_accumulation_steps=steps, **accelerator_arguments)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     losses, of_window = [], []
-    started = time.perf_counter()
+    watch = _Stopwatch()
     model.train()
     for batch in loader:
         with accelerator.accumulate(model):
@@ -99,20 +113,20 @@ def run_accelerate(
             if scheduler is not None:
                 scheduler.step()
             optimizer.zero_grad()
-    return EpochResult(time.perf_counter() - started, losses)
+    return watch.result(losses)
 
 
-class _Stopwatch(TrainerCallback):
+class _TrainerStopwatch(TrainerCallback):
     """Measure from the first window to the last, without the 0.3 s of Trainer's set-up."""
 
     def __init__(self):
-        self.seconds, self.losses = 0.0, []
+        self.losses: list[float] = []
 
     def on_train_begin(self, args, state, control, **_):
-        self.seconds -= time.perf_counter()
+        self.watch = _Stopwatch()
 
     def on_train_end(self, args, state, control, **_):
-        self.seconds += time.perf_counter()
+        self.result = self.watch.result(self.losses)
 
     def on_log(self, args, state, control, logs=None, **_):
         self.losses += [logs["loss"]] if logs and "loss" in logs else []
@@ -179,9 +193,9 @@ def run_trainer(
         trainer = kind(model, settings, collate, **given)
         trainer.custom_loss = compute_loss  # type: ignore[attr-defined]
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(watch := _Stopwatch())
+        trainer.add_callback(watch := _TrainerStopwatch())
         trainer.train()
-    return EpochResult(watch.seconds, watch.losses)
+    return watch.result
 
 
 @torch.no_grad()

@@ -126,12 +126,13 @@ def test_a_run_leaves_what_a_report_reads(runs):
             [len(e["input_ids"]) for e in micro_batch] for micro_batch in seen[name][0]
         ]
         assert summary["training_memory_bytes"] >= 0
+        assert summary["cpu_seconds"] > 0
         assert (run / "config.yaml").exists()
 
 
 def test_ratios_are_of_runs_that_ran_next_to_each_other():
     def contender(*speeds):
-        return ComparedRuns("", (), speeds, speeds, speeds, 0.0, (), (), {})
+        return ComparedRuns("", (), speeds, speeds, speeds, speeds, 0.0, (), (), {})
 
     assert ratios(contender(8.0, 2.0), contender(2.0, 1.0)) == [4.0, 2.0]
 
@@ -144,6 +145,7 @@ def test_the_table_names_all_and_says_why_one_is_missing(runs):
     text = console.export_text()
     assert "at once was not compared: does not fit in memory" in text
     assert text.count("× as many examples per second as") == 7
+    assert text.count("per second of CPU time: ") == 7
     assert [line.split()[0] for line in text.splitlines() if " exact " in line] == [
         "ExactTrainer",
         "ExactTrainer,",
