@@ -45,13 +45,14 @@ def messages_problem(messages: Any) -> str | None:
     for turn, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f"message {turn} is not {{role, content}}"
-        content = message.get("content")
-        if problem := next(
-            filter(None, map(_part_problem, content if isinstance(content, list) else ())), None
-        ):
-            return f"message {turn} ({message['role']}) has {problem}"
-        if not isinstance(content, str) and not content and not _calls(message):
-            return f"message {turn} ({message['role']}) has no text as its content"
+        name, content = f"message {turn} ({message['role']})", message.get("content")
+        if not isinstance(content, str | list | None):
+            return f"{name} has no text as its content: {content!r:.40}"
+        if content in (None, []) and not _calls(message):
+            return f"{name} has no text as its content"
+        for part in content if isinstance(content, list) else ():
+            if problem := _part_problem(part):
+                return f"{name} has {problem}"
     return None
 
 
@@ -181,7 +182,7 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
             marked = "".join(text[start:stop] for start, stop in spans)
             for message in chat[:turns_kept]:
                 if (message["role"] == "assistant") != (message["content"] in marked):
-                    raise ValueError(f"it marks {marked!r} of {text!r}")
+                    raise ValueError(f"where the answers are xq1 and xq3, it marks {marked!r:.80}")
     except (ValueError, jinja2.TemplateError) as error:
         raise InputError(
             f"model.name: the chat template of {name} does not determine which tokens are the assistant's "

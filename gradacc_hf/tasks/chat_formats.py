@@ -58,9 +58,8 @@ class Format:
 
     def __str__(self) -> str:
         if self.name in ("messages", "sharegpt"):
-            title, keys = ("ShareGPT", "from, value")
-            if self.name == "messages":
-                title, keys = "OpenAI messages", "role, content"
+            of_messages, of_sharegpt = ("OpenAI messages", "role, content"), ("ShareGPT", "from, value")
+            title, keys = of_messages if self.name == "messages" else of_sharegpt
             return f"{title} ({'; '.join([f'{self.columns[0]}: {keys}', *self.columns[1:]])})"
         if self.name == "prompt":
             return f"{self.columns[0]} and {self.columns[1]}, {'chats' if self.is_chat else 'plain text'}"
@@ -135,6 +134,8 @@ def find_format(splits: Sequence[Dataset], name: str, learn: str, has_template: 
         columns = " and ".join(dict.fromkeys(listed(split.column_names) for split in splits))
         raise InputError(f"data.train: found the columns {columns}; {alike}")
     form = possible[0]
+    if learn == "last" and not form.is_chat:
+        refuse("data.learn", f"found last, and the rows are {form}, without turns", "set it to all")
     for split, column in product(splits, form.texts):
         if column in split.column_names:
             require_texts(split, column, "data.train")

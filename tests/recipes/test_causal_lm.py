@@ -163,11 +163,11 @@ def test_a_chat_that_the_assistant_begins_is_learned_too():
         ("{% for m in messages %}{{ m.content }}{% endfor %}{{ nonsense() }}", "nonsense"),
         (
             "{% generation %}{% for m in messages %}{{ m.content }} {% endfor %}{% endgeneration %}",
-            "it marks",
+            "it marks 'xq0 xq1 '",
         ),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}.{% endgeneration %}",
-            "it marks",
+            "it marks '.'",
         ),
     ],
 )

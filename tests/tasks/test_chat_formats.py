@@ -258,6 +258,11 @@ TALK = [of("human", "Hi"), of("gpt", "Yo")]
             "message 1 (user) has a part of type 'image_url' in its content; allowed: text",
         ),
         (ROWS["messages"][0], {"messages": [said("user", ["Hi"])]}, "message 1 (user) has a part of 'Hi'"),
+        (
+            ROWS["messages"][0],
+            {"messages": [said("user", {"a": 1})]},
+            "message 1 (user) has no text as its content: {'a': 1}",
+        ),
         (ROWS["alpaca"][0], {"instruction": " ", "output": "x"}, "column 'instruction' is empty"),
         (ROWS["alpaca"][0], {"instruction": "x", "output": None}, "column 'output' is empty"),
         (ROWS["alpaca"][0], {"instruction": "x", "output": 3}, "column 'output': 3 is not text"),
@@ -342,6 +347,13 @@ def test_a_format_that_does_not_fit_is_one_line_with_the_likely_one(row, wanted,
         form_of([row] * 3, wanted)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+def test_texts_have_no_last_turn():
+    with pytest.raises(
+        InputError, match=r"^data\.learn: found last, and the rows are plain text \(text\), without"
+    ):
+        form_of({"text": "tea"}, learn="last")
 
 
 def test_a_column_that_only_one_split_has_is_used():
