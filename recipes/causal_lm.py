@@ -3,39 +3,39 @@
     ./launch.sh recipes/causal_lm.py --config configs/causal_lm_offline.yaml --budget auto
 
 Your own: a JSONL file with `messages` (a list of {role, content}), or with `prompt` and `completion`, or with
-`text`. The loss covers the assistant's turns of a chat, completions, and all of a plain text. A chat may have
-`tools`; turns with `weight` 0 or `train` false are not learned.
+`text`. ShareGPT, Alpaca, and `prompt` with `chosen` are read, too: recipes/README.md, "Chats". The loss
+covers the assistant's turns of a chat, completions, and all of a plain text. A chat may have `tools`; turns
+with `weight` 0 or `train` false are not learned.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 from transformers import AutoModelForCausalLM
 
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
-from gradacc_hf.data.columns import file_rows, require_texts
-from gradacc_hf.errors import InputError, listed
+from gradacc_hf.data.columns import file_rows
+from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks import chat
+from gradacc_hf.tasks.chat_formats import find_format, note_format
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.packing import check_packing, pack
 from gradacc_hf.tasks.prompts import answer_prompts, answer_samples
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss
 from gradacc_hf.training.loop import evaluate
 
-MESSAGES, PROMPTS, TEXTS = ("messages",), ("prompt", "completion"), ("text",)  # the columns of a row
 
-
-def features(row, tokenizer, kind, max_length):
+def features(row, tokenizer, form, max_length):
     """Return the tokens of a row, and as `labels` the tokens that the loss covers."""
-    if kind == MESSAGES:
-        return chat.tokenize_chat(tokenizer, row["messages"], max_length, row.get("tools"))
-    prompt = row["prompt"] if kind == PROMPTS else ""
-    return chat.tokenize_completion(tokenizer, prompt, row[kind[-1]], max_length)
+    row = form.read(row)
+    tokenize = chat.tokenize_chat if form.is_chat else chat.tokenize_completion
+    return tokenize(tokenizer, **row, max_length=max_length)
 
 
 class CausalLM(Recipe):
@@ -57,6 +57,12 @@ class CausalLM(Recipe):
         packing: bool = False
         """Pack examples instead of padding them.
         The examples of a micro-batch form one row. None attends to another."""
+        format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text"] = "auto"
+        """Format of the rows; auto finds it.
+        The plan names the format, and others that the columns allow. prompt: with completion or chosen."""
+        learn: Literal["all", "last"] = "all"
+        """Assistant turns to learn: all, or the last.
+        Turns with weight 0 or train false are not learned in any case."""
         samples: int = 4
         """Validation prompts to answer for the report.
         They are answered after each evaluation. 0: none."""
@@ -70,40 +76,25 @@ class CausalLM(Recipe):
 
     def datasets(self):
         rows = self.rows()
-        self.kind = self.find_kind(rows)
-        self.of_chats = self.kind == MESSAGES
+        has_template = bool(self.tokenizer.chat_template)
+        self.form = find_format(rows, self.data.format, self.data.learn, has_template)
+        self.of_chats = self.form.is_chat
         if self.of_chats:
             chat.check_chat_template(self.tokenizer, self.config.model.name)
-        self.reading.use([*self.kind, "tools"] if self.of_chats else self.kind)
-        rows = self.check_rows(*rows, self.problem, "data.train")
+        note_format(self.reading, self.form, rows, has_template)
+        self.reading.use([*self.form.columns, "tools"] if self.of_chats else self.form.columns)
+        rows = self.check_rows(*rows, self.form.problem, "data.train")
         tokens = [dataset.map(features, fn_kwargs=self.settings) for dataset in rows]
         numbers = [file_rows(dataset) for dataset in rows]
         tokens = self.check_rows(*tokens, chat.tokens_problem, "data.train", numbers)
-        train, self.validation = self.note_truncated(tokens)
+        train, validation = self.note_truncated(tokens)
+        self.validation = validation
         if self.of_chats:
             names = [n for n in train.column_names if n not in ("input_ids", "labels")]
-            chats = (dataset.select_columns(names) for dataset in (train, self.validation))
+            chats = (map(self.form.read, dataset.select_columns(names)) for dataset in (train, validation))
             chat.note_chats(self.reading, self.tokenizer, chain(*chats))
         names = ["input_ids", "labels"]
-        return train.select_columns(names), self.validation.select_columns(names)
-
-    def problem(self, row):
-        """Return the problem of a row before it is tokenised, or None."""
-        if self.kind == MESSAGES:
-            return chat.chat_problem(row["messages"], row.get("tools"))
-        odd = next((name for name in self.kind if not isinstance(row[name], str)), None)
-        return None if odd is None else f"column {odd!r}: {row[odd]!r:.40} is not text"
-
-    def find_kind(self, rows):
-        """Return the kind of rows that both data sets hold: chats, prompts with completions, or texts."""
-        kinds = (MESSAGES, PROMPTS, TEXTS)
-        for kind in kinds:
-            if all(set(kind) <= set(dataset.column_names) for dataset in rows):
-                for dataset, column in product(rows, () if kind == MESSAGES else kind):
-                    require_texts(dataset, column, "data.train")
-                return kind
-        found, allowed = listed(rows[0].column_names), "; or ".join(" and ".join(kind) for kind in kinds)
-        raise InputError(f"data.train: found the columns {found}; allowed: {allowed}; rename yours")
+        return train.select_columns(names), validation.select_columns(names)
 
     @cached_property
     def tokenizer(self):
@@ -117,7 +108,7 @@ class CausalLM(Recipe):
     @property
     def settings(self):
         """The arguments of `features`."""
-        return {"tokenizer": self.tokenizer, "kind": self.kind, "max_length": self.data.max_length}
+        return {"tokenizer": self.tokenizer, "form": self.form, "max_length": self.data.max_length}
 
     def model(self):
         model = super().model()
@@ -142,9 +133,8 @@ class CausalLM(Recipe):
 
     def validate(self, model, windows, accelerator):
         found = evaluate(model, windows, accelerator=accelerator, compute_loss=self.loss, predict=None)
-        if self.kind != TEXTS:
-            settings = self.tokenizer, self.validation, self.data.samples, self.data.sample_tokens
-            self.samples[:] = answer_samples(accelerator.unwrap_model(model), *settings)
+        rows, settings = map(self.form.read, self.validation), (self.data.samples, self.data.sample_tokens)
+        self.samples[:] = answer_samples(accelerator.unwrap_model(model), self.tokenizer, rows, *settings)
         return {"loss": found.loss, "perplexity": perplexity(found.loss)}
 
     def answer(self, model, inputs):

@@ -77,6 +77,8 @@ def test_every_block_runs_or_says_why_not():
             assert block.file == ROOT / "gradacc_hf/README.md"
         if block.language == "diff":  # which tests/test_readme.py checks
             assert block.file == README
+        if block.language == "jsonl":  # data, which tests/tasks/test_format_examples.py reads
+            assert block.file == ROOT / "recipes/README.md"
 
 
 def names(folder, text):

@@ -3,7 +3,7 @@
 A chat is a list of messages, {role, content}, as in transformers. The chat template renders it as one text.
 The assistant's turns are found by the template's own marks ({% generation %}) or, without marks, by rendering
 the chat up to each turn. The loss covers every assistant turn, with the token that ends it and with its tool
-calls, except turns with `weight` 0 or `train` false.
+calls, except turns with `weight` 0 or `train` false. `chat_formats.py` makes chats of the rows of a file.
 """
 
 import copy
@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -20,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.data.columns import require_fast
 from gradacc_hf.data.reading import Reading, counted
-from gradacc_hf.errors import InputError, one_line
+from gradacc_hf.errors import InputError, listed, one_line
 
 Messages = Sequence[Mapping[str, Any]]
 Tokens = dict[str, Any]
@@ -31,6 +32,8 @@ whole assistant turns.
 """
 CALLS = ("tool_calls", "function_call")
 LEARNED_BY = ("weight", "train")  # keys of a message that decide whether it is learned
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message with the assistant's reasoning
+MARK = "\ue000"  # a character for private use: no text has it
 TRIED = 20  # messages with a key for which the template is tried
 NO_TOKENS = {"input_ids": [], "labels": [], "lost_tokens": 0, "lost_labels": 0, "lost_turns": 0}
 
@@ -42,13 +45,30 @@ def messages_problem(messages: Any) -> str | None:
     for turn, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f"message {turn} is not {{role, content}}"
-        if not isinstance(message.get("content"), str) and not _calls(message):
-            return f"message {turn} ({message['role']}) has no text as its content"
+        name, content = f"message {turn} ({message['role']})", message.get("content")
+        if not isinstance(content, str | list | None):
+            return f"{name} has no text as its content: {content!r:.40}"
+        if content in (None, []) and not _calls(message):
+            return f"{name} has no text as its content"
+        for part in content if isinstance(content, list) else ():
+            if problem := _part_problem(part):
+                return f"{name} has {problem}"
     return None
 
 
-def chat_problem(messages: Any, tools: Any = None) -> str | None:
-    """Return the problem of a row's messages and tools, or None."""
+def _part_problem(part: Any) -> str | None:
+    """Return the problem of a part of a content, or None."""
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return None
+    found = f"type {part['type']!r:.40}" if isinstance(part, dict) and "type" in part else f"{part!r:.40}"
+    return f'a part of {found} in its content; allowed: text, {{"type": "text", "text": …}}'
+
+
+def chat_problem(messages: Any, tools: Any = None, learned_from: int = 0) -> str | None:
+    """Return the problem of a row's messages and tools, or None.
+
+    The assistant's turns from message `learned_from` on are learned.
+    """
     if problem := messages_problem(messages):
         return problem
     try:
@@ -64,9 +84,15 @@ def chat_problem(messages: Any, tools: Any = None) -> str | None:
         if weight is not None and train is not None and bool(weight) != train:
             return f"message {turn} has weight {weight!r} and train {train!r}; one of them is enough"
     if not any(message["role"] == "assistant" for message in messages):
-        return "it has no assistant turn, so nothing to learn"
-    if not any(message["role"] == "assistant" and is_learned(message) for message in messages):
-        return "all its assistant turns have weight 0 or train false, so there is nothing to learn"
+        roles = listed(dict.fromkeys(message["role"] for message in messages))
+        return f"it has no assistant turn, so nothing to learn; found the roles {roles}"
+    own = [message for message in messages[learned_from:] if message["role"] == "assistant"]
+    if not any(map(is_learned, own)):
+        which = "all its assistant turns" if not learned_from else "all assistant turns that could be learned"
+        found = (
+            f"{which} have weight 0 or train false" if own else "it has no assistant turn after its prompt"
+        )
+        return f"{found}, so there is nothing to learn"
     return None
 
 
@@ -87,18 +113,30 @@ def as_tools(tools: Any) -> list[Any] | None:
     return without_nulls(found) or None
 
 
-def for_template(messages: Messages) -> list[dict[str, Any]]:
+def for_template(messages: Messages, tokenizer: Any = None) -> list[dict[str, Any]]:
     """Return messages as templates expect them.
 
-    Parquet fills absent keys with null, so keys with null are left out. Arguments of calls are objects.
+    Parquet fills absent keys with null, so keys with null are left out. Arguments of calls are objects. Parts
+    of a content become one text. Reasoning has the key that the template of the tokenizer reads.
     """
     prepared = []
+    reads = _reasoning_key(str(getattr(tokenizer, "chat_template", None)))
     for message in messages:
         kept = {k: without_nulls(v) for k, v in message.items() if v is not None and k not in LEARNED_BY}
         for call in (call for call in _calls(kept) if "arguments" in call):
             call["arguments"] = without_nulls(_as_object(call["arguments"]))
-        prepared.append({**kept, "content": kept.get("content", "")})
+        if isinstance(content := kept.get("content", ""), list):
+            content = "\n".join(part["text"] for part in content)
+        if reads and reads not in kept and (name := next((name for name in REASONING if name in kept), None)):
+            kept[reads] = kept.pop(name)
+        prepared.append({**kept, "content": content})
     return prepared
+
+
+@cache
+def _reasoning_key(template: str) -> str | None:
+    """Return the first key of REASONING that a template reads, as m.thinking or m['thinking']."""
+    return next((name for name in REASONING if re.search(rf"[.'\"]{name}\b", template)), None)
 
 
 def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -135,11 +173,16 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
         )
     require_fast(tokenizer, name)
     roles = ("user", "assistant", "user", "assistant")
-    chat = [{"role": role, "content": content} for role, content in zip(roles, "ABCD", strict=True)]
+    chat = [{"role": role, "content": f"xq{place}"} for place, role in enumerate(roles)]
     try:
         for turns_kept in (2, 4):
             if not any(assistant_tokens(tokenizer, chat[:turns_kept])[1]):
                 raise ValueError("it marks none")
+            text, spans = write_chat(tokenizer, chat[:turns_kept], None)
+            marked = "".join(text[start:stop] for start, stop in spans)
+            for message in chat[:turns_kept]:
+                if (message["role"] == "assistant") != (message["content"] in marked):
+                    raise ValueError(f"where the answers are xq1 and xq3, it marks {marked!r:.80}")
     except (ValueError, jinja2.TemplateError) as error:
         raise InputError(
             f"model.name: the chat template of {name} does not determine which tokens are the assistant's "
@@ -147,21 +190,27 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
         ) from error
 
 
-def tokenize_chat(tokenizer: Any, messages: Messages, max_length: int, tools: Any = None) -> Tokens:
+def tokenize_chat(
+    tokenizer: Any, messages: Messages, max_length: int, tools: Any = None, learned_from: int = 0
+) -> Tokens:
     """Return the first `max_length` tokens of a chat, with labels for the assistant's tokens.
 
-    A chat that raises an error in the template, or that the template does not write, has no tokens and a
-    `problem`.
+    The assistant's turns from message `learned_from` on have labels. A chat that raises an error in the
+    template, or that the template does not write, has no tokens and a `problem`.
     """
-    learns = [is_learned(message) for message in messages if message["role"] == "assistant"]
+    learns = [
+        is_learned(message) and turn >= learned_from
+        for turn, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
     try:
-        tools, messages = as_tools(tools), for_template(messages)
+        tools, messages = as_tools(tools), for_template(messages, tokenizer)
         text, spans = write_chat(tokenizer, messages, tools)
         if problem := _unwritten(tokenizer, messages, tools, text, spans):
             return {**NO_TOKENS, "problem": problem}
         if not all(learns) and len(spans) != len(learns):
             raise ValueError(
-                f"it marks {len(spans)} of {len(learns)} assistant turns, and some have weight 0"
+                f"it marks {len(spans)} of {len(learns)} assistant turns, and some are not learned"
             )
         ids, places = _tokens_of(tokenizer, text, spans, ends=not _is_marked(tokenizer, tools))
     except (ValueError, TypeError, jinja2.TemplateError) as error:
@@ -302,14 +351,15 @@ def _changes(
 
 def note_chats(reading: Reading, tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> None:
     """Note what the loss or the template ignores in chats: turns, weights, keys of messages, and tools."""
-    unlearned, others, tools_unused, nulls = 0, 0, 0, 0
+    unlearned, earlier, others, unwritten, tools_unused, nulls = 0, 0, 0, 0, 0, 0
     unused: Counter[str] = Counter()
     written: dict[str, bool] = {}  # key of messages, or tools as text: whether the template writes it
     for row in rows:
-        messages, tools = for_template(row["messages"]), as_tools(row.get("tools"))
+        messages, tools = for_template(row["messages"], tokenizer), as_tools(row.get("tools"))
         for turn, (given, message) in enumerate(zip(row["messages"], messages, strict=True)):
             own = given["role"] == "assistant"
             unlearned += own and not is_learned(given)
+            earlier += own and is_learned(given) and turn < row.get("learned_from", 0)
             calls = [_as_object(call.get("arguments")) for call in _calls(given)]
             nulls += sum(isinstance(one, dict) and None in one.values() for one in calls)
             others += not own and any(given.get(key) for key in LEARNED_BY)
@@ -317,6 +367,9 @@ def note_chats(reading: Reading, tokenizer: Any, rows: Iterable[Mapping[str, Any
                 if key not in written or (not written[key] and unused[key] < TRIED):
                     written[key] = _writes_key(tokenizer, messages, tools, turn, key)
                 unused[key] += 1
+        if reasonings := [text for message in messages if (text := _reasoning(message, written))]:
+            text = _write_or_none(tokenizer, messages, tools) or ""
+            unwritten += sum(reasoning not in text for reasoning in reasonings)
         if tools:
             name = json.dumps(tools, sort_keys=True)
             if name not in written:
@@ -326,8 +379,15 @@ def note_chats(reading: Reading, tokenizer: Any, rows: Iterable[Mapping[str, Any
             tools_unused += not written[name]
     if unlearned:
         reading.note("not learned", f"{counted(unlearned, 'assistant turn')}, of weight 0 or train false")
+    if earlier:
+        reading.note("not learned", f"{counted(earlier, 'assistant turn')}, before the turns to learn")
     if others:
         reading.note("ignored", f"weight or train of {counted(others, 'message')} of other roles")
+    if unwritten:
+        found = counted(unwritten, "assistant turn")
+        reading.note(
+            "ignored", f"reasoning of {found}: the chat template writes reasoning in other turns only"
+        )
     if nulls:
         reading.note("ignored", f"arguments that are null, in {counted(nulls, 'call')}")
     for key, number in unused.items():
@@ -339,6 +399,17 @@ def note_chats(reading: Reading, tokenizer: Any, rows: Iterable[Mapping[str, Any
         reading.note(
             "ignored", f"tools of {counted(tools_unused, 'row')}: the chat template does not write them"
         )
+
+
+def _reasoning(message: Mapping[str, Any], written: Mapping[str, bool]) -> str:
+    """Return the reasoning in an assistant's content, or under a key that the template writes."""
+    own = (
+        message[key].strip() for key in REASONING if written.get(key) and isinstance(message.get(key), str)
+    )
+    begun, _, rest = message["content"].partition("<think>")
+    inside, closed, _ = rest.partition("</think>")
+    is_own = message["role"] == "assistant" and not begun.strip() and closed
+    return next(own, "") or (inside.strip() if is_own else "")
 
 
 def _writes_key(tokenizer: Any, messages: Messages, tools: Any, turn: int, key: str) -> bool:
@@ -369,10 +440,46 @@ def _assistant_spans(tokenizer: Any, messages: Messages, tools: Any, text: str) 
                 asked = _write(tokenizer, user, tools, add_generation_prompt=True)
                 opening = asked.removeprefix(_write(tokenizer, user, tools))
                 before = until[: until.find(opening) + len(opening)] if opening in until else asked
-            if not (text.startswith(until) and until.startswith(before)):
+            if text.startswith(until) and until.startswith(before):
+                spans.append((len(before), len(until)))
+            elif span := _span_between_marks(tokenizer, messages, tools, turn, text):
+                spans.append(span)
+            else:
                 raise ValueError(f"it changes earlier text after turn {turn + 1}")
-            spans.append((len(before), len(until)))
     return spans
+
+
+def _span_between_marks(
+    tokenizer: Any, messages: Messages, tools: Any, turn: int, text: str
+) -> tuple[int, int] | None:
+    """Return the span of an assistant's turn in the text of a chat whose template changes earlier text.
+
+    Templates that leave out earlier reasoning do so. A mark replaces the content of this turn, or of the turn
+    before. Earlier text does not change the text after the mark. None: the span cannot be found.
+    """
+
+    def between_marks(places: Sequence[int], chat: Messages, **options: Any) -> list[str] | None:
+        marked = [{**m, "content": MARK} if place in places else m for place, m in enumerate(chat)]
+        parts = _write(tokenizer, marked, tools, **options).split(MARK)
+        return parts[1:] if len(parts) == len(places) + 1 else None
+
+    if not turn or MARK in text:
+        return None
+    opening = between_marks([turn - 1], messages[:turn], add_generation_prompt=True)
+    closing = between_marks([turn], messages[: turn + 1])
+    from_before, from_turn = between_marks([turn - 1], messages), between_marks([turn], messages)
+    if not (opening and closing and from_before and from_turn):
+        return None
+    [begin], [end], [first], [last] = opening, closing, from_before, from_turn
+    if not first.startswith(begin):  # this turn is without reasoning, with which the prompt ends
+        header = between_marks([turn - 1, turn], messages)
+        if not header or not begin.startswith(header[0]) or not first.startswith(header[0]):
+            return None
+        begin = header[0]
+    rest = last.removeprefix(end)
+    start, stop = len(text) - len(first) + len(begin), len(text) - len(rest)
+    is_found = text.endswith(first) and text.endswith(rest) and last.startswith(end)
+    return (start, stop) if is_found and start <= stop else None
 
 
 def _write(tokenizer: Any, messages: Messages, tools: Any, **options: Any) -> str:

@@ -1,15 +1,16 @@
 """Greedy answers of a causal language model to chats or prompts."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import jinja2
 import torch
-from datasets import Dataset
 
 from gradacc_hf.errors import one_line, refuse
 from gradacc_hf.tasks.chat import as_tools, for_template, is_learned, messages_problem, tokenize_prompt
+from gradacc_hf.tasks.chat_formats import as_input
 
 PROMPTS_PER_BATCH = 8  # prompts answered at once
 CURE = 'give a text, or a row with "messages" or "prompt"'
@@ -25,9 +26,8 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        inputs: Lists of messages, rows with `messages` (a last message of the assistant is left out), rows
-            with
-            a `prompt`, or texts. A text is a user's message if the model has a chat template, else a prompt.
+        inputs: Lists of messages, rows of chats (a last message of the assistant is left out), rows with a
+            `prompt`, or texts. A text is a user's message if the model has a chat template, else a prompt.
         max_new_tokens: The longest answer.
 
     Raises:
@@ -63,7 +63,7 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
 
 
 def answer_samples(
-    model: Any, tokenizer: Any, rows: Dataset, number: int, max_new_tokens: int
+    model: Any, tokenizer: Any, rows: Iterable[Mapping[str, Any]], number: int, max_new_tokens: int
 ) -> list[dict[str, str]]:
     """Answer the prompts of the first rows; in a chat, the messages before the last turn that is learned.
 
@@ -71,11 +71,10 @@ def answer_samples(
     `reference` of the row. Rows without a prompt are left out.
     """
     prompts, shown = [], []
-    first: Any = rows.select(range(min(number, len(rows))))
-    for row in first:
+    for row in islice(rows, number):
         if given := row.get("messages"):
             learned = [turn for turn, m in enumerate(given) if m["role"] == "assistant" and is_learned(m)]
-            messages, last = for_template(given), learned[-1]
+            messages, last = for_template(given, tokenizer), learned[-1]
             if last:
                 prompts.append({"messages": messages[:last], "tools": row.get("tools")})
                 shown.append(tuple(map(as_shown, messages[last - 1 : last + 1])))
@@ -97,6 +96,10 @@ def _ends(model: Any) -> Sequence[int]:
 def _tokens(tokenizer: Any, given: Any, name: str) -> list[int]:
     if isinstance(given, str):
         given = [{"role": "user", "content": given}] if tokenizer.chat_template else {"prompt": given}
+    try:
+        given = as_input(given)
+    except ValueError as error:
+        refuse(name, str(error), CURE)
     row = given if isinstance(given, Mapping) else {"messages": given} if isinstance(given, list) else {}
     if "messages" in row:
         text = _written(tokenizer, row, row is given, name)
@@ -125,6 +128,6 @@ def _written(tokenizer: Any, row: Mapping[str, Any], is_row: bool, name: str) ->
         refuse(name, "it has no message but the assistant's", CURE)
     try:
         options = {"tools": as_tools(row.get("tools")), "add_generation_prompt": True}
-        return tokenizer.apply_chat_template(for_template(messages), tokenize=False, **options)
+        return tokenizer.apply_chat_template(for_template(messages, tokenizer), tokenize=False, **options)
     except (ValueError, TypeError, jinja2.TemplateError) as error:
         refuse(name, f"the chat template refuses it: {one_line(error)}", "give another chat")

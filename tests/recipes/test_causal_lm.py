@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from chat_templates import CHATML, byte_tokenizer
 from conftest import ROOT
 from recipe_runs import run_recipe
 
@@ -33,10 +34,6 @@ from gradacc_hf.training.loop import logits_and_labels
 from gradacc_hf.verification.tiny_models import build_head
 
 RECIPE = ROOT / "recipes" / "causal_lm.py"
-CHATML = (
-    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 MARKED = (
     "{% for m in messages %}<s>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
     "{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}\n{% endfor %}"
@@ -56,24 +53,6 @@ def load_recipe():
 
 
 CausalLM = load_recipe()
-
-
-def byte_tokenizer(template=CHATML):
-    """A token a byte, so that every boundary is one of tokens, and <s>, </s>, <pad>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        chat_template=template,
-        model_max_length=512,
-    )
 
 
 def llama(**changes):
@@ -182,6 +161,14 @@ def test_a_chat_that_the_assistant_begins_is_learned_too():
         (FORGETFUL, "it changes earlier text after turn 2"),
         (None, "has no chat template; name an instruct model"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}{{ nonsense() }}", "nonsense"),
+        (
+            "{% generation %}{% for m in messages %}{{ m.content }} {% endfor %}{% endgeneration %}",
+            "it marks 'xq0 xq1 '",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}.{% endgeneration %}",
+            "it marks '.'",
+        ),
     ],
 )
 def test_a_template_that_does_not_tell_is_refused_in_one_line(template, named):
@@ -731,6 +718,27 @@ def test_chats_prompts_and_texts_train_and_are_answered(start, rows):
         assert "<b>more</b>" not in page
 
 
+def test_sharegpt_and_alpaca_are_stated_in_the_plan_and_a_broken_row_is_named(start):
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}] * 2
+    rows = [{"conversations": talk[: 2 + 2 * (i % 2)], "id": i} for i in range(20)]
+    code, out, err = start(data__train=write("a.jsonl", rows), data__learn="last", check=True)
+    assert code == 0, err
+    assert "format                ShareGPT (conversations: from, value); data.format overrules it" in out
+    assert "learned               the last assistant turn" in out
+    assert "not learned           10 assistant turns, before the turns to learn" in out
+    assert "ignored               1 column that nothing uses: id" in out
+    rows[6] = {"conversations": [*talk, {"from": "narrator", "value": "So."}]}
+    code, _, err = start(data__train=write("a.jsonl", rows), check=True)
+    assert (code, err.count("\n")) == (2, 1)
+    assert " 7: conversations[4]: 'from' is 'narrator'; allowed: human, user, gpt" in err
+    rows = [
+        {"instruction": "Add one.", "input": str(i), "output": str(i + 1), "text": "x"} for i in range(20)
+    ]
+    code, out, err = start(data__train=write("a.jsonl", rows), check=True)
+    assert code == 0, err
+    assert "Alpaca (instruction, input, output); --data.format text reads plain text (text) instead" in out
+
+
 def test_the_same_run_packed_lean_or_neither(start):
     write("a.jsonl", chats())
     losses = {}
@@ -857,6 +865,9 @@ def test_answers_are_what_generate_gives_alone(tiny):
     answers = answer_prompts(model, tokenizer, inputs, 6)
     for given, answer in zip(inputs, answers, strict=True):
         assert answer_prompts(model, tokenizer, [given], 6) == [answer]
+    shared = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
+    alpaca = {"instruction": "x"}
+    assert answer_prompts(model, tokenizer, [shared, alpaca], 6) == [answers[3]] * 2
 
 
 @pytest.mark.parametrize(
