@@ -50,7 +50,7 @@ def make_sample(batch: Mapping[str, Any], pad_token_id: int | None) -> dict[str,
 def with_gaps_in_labels(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return a sample in which every second labelled token of a row has no label.
 
-    If all tokens had labels, the tokens before a label would be the tokens with a label, and the loss would
+    If all tokens had labels, tokens before a label and tokens with a label would be the same. The loss would
     read almost all of them.
     """
     labels, mask = sample.get("labels"), sample["attention_mask"]
