@@ -50,8 +50,8 @@ def make_sample(batch: Mapping[str, Any], pad_token_id: int | None) -> dict[str,
 def with_gaps_in_labels(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return a sample in which every second labelled token of a row has no label.
 
-    If all tokens had labels, nothing would tell tokens before a label from tokens with one, or keys from
-    queries.
+    If all tokens had labels, tokens before a label and tokens with a label would be the same. The loss would
+    read almost all of them.
     """
     labels, mask = sample.get("labels"), sample["attention_mask"]
     if not isinstance(labels, torch.Tensor) or labels.shape != mask.shape or labels.is_floating_point():
