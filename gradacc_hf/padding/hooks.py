@@ -435,7 +435,7 @@ def _recomputes_hooks(model: torch.nn.Module, by_group: bool) -> bool:
 
 
 def _module_state(module: torch.nn.Module) -> list[tuple]:
-    """Return the name, the class and the number of hooks of each part of a module, and whether it is patched."""
+    """Return the name, the class, whether it is patched, and the number of hooks of each part of a module."""
     return [
         (name, type(part), "forward" in vars(part), len(part._forward_hooks), len(part._forward_pre_hooks))
         for name, part in module.named_modules()
