@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -157,8 +158,10 @@ class _Tracer(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation. If a mask decides the shape, the share `selected` of the mask counts as true."""
+        """Run an operation. If a fake mask decides the shape, the share `selected` of it counts as true."""
         packet = func._overloadpacket
+        if not any(is_fake(tensor) for tensor in tree_leaves(args)):  # the values are known
+            return func(*args, **kwargs)
         if packet is _ATEN.nonzero:
             found = math.ceil(self.selected * args[0].numel())
             return args[0].new_empty((found, args[0].ndim), dtype=torch.int64)

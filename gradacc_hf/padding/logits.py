@@ -191,9 +191,10 @@ def deferred(head: Any, tokens_per_chunk: int) -> Iterator[LogitReads]:
             head.forward = own
 
     before = head.register_forward_pre_hook(note, prepend=True)
-    # Other hooks of the head get its input as output. FSDP2 needs a tensor.
+    # Other hooks of the head run here and again in the loss. They get a view of the right shape, as FSDP2
+    # needs a tensor.
     handle = head.register_forward_hook(defer)
-    head.forward = lambda hidden: hidden
+    head.forward = lambda hidden: hidden[..., :1].expand(*hidden.shape[:-1], head.out_features)
     try:
         yield reading
     finally:

@@ -471,7 +471,7 @@ def test_gradacc_plan_has_the_same_lines_and_refuses_the_same_tokens():
     rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(TEXTS)]
     recipe = recipe_for("text_classification", rows)
     found = make_plan(recipe, data=recipe.datasets()).model_notes
-    assert {*found} - {"dropout"} == {"labels", "padding side", "tokenizer"}
+    assert {*found} - {"dropout"} == {"labels", "padding in layers", "padding side", "tokenizer"}
     recipe = recipe_for("text_classification", [*rows, {"text": "new", "label": "a"}])
     with pytest.raises(InputError, match="the token 'new', id 44"):
         make_plan(recipe)
