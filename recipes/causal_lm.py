@@ -19,22 +19,24 @@ from transformers import AutoModelForCausalLM
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import file_rows
+from gradacc_hf.data.sources import carried
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks import chat
-from gradacc_hf.tasks.chat_formats import find_format, note_format
+from gradacc_hf.tasks.chat_formats import MixedFormat, find_format, note_format
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.packing import check_packing, pack
 from gradacc_hf.tasks.prompts import answer_prompts, answer_samples
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss
 from gradacc_hf.training.loop import evaluate
+from gradacc_hf.training.run_log import by_source
 
 
 def features(row, tokenizer, form, max_length):
     """Return the tokens of a row, and as `labels` the tokens that the loss covers."""
+    tokenize = chat.tokenize_chat if form.of(row).is_chat else chat.tokenize_completion
     row = form.read(row)
-    tokenize = chat.tokenize_chat if form.is_chat else chat.tokenize_completion
     return tokenize(tokenizer, **row, max_length=max_length)
 
 
@@ -77,11 +79,10 @@ class CausalLM(Recipe):
     def datasets(self):
         rows = self.rows()
         has_template = bool(self.tokenizer.chat_template)
-        self.form = find_format(rows, self.data.format, self.data.learn, has_template)
+        self.form = self.find_forms(rows, has_template)
         self.of_chats = self.form.is_chat
         if self.of_chats:
             chat.check_chat_template(self.tokenizer, self.config.model.name)
-        note_format(self.reading, self.form, rows, has_template)
         self.reading.use([*self.form.columns, "tools"] if self.of_chats else self.form.columns)
         rows = self.check_rows(*rows, self.form.problem, "data.train")
         tokens = [dataset.map(features, fn_kwargs=self.settings) for dataset in rows]
@@ -91,10 +92,22 @@ class CausalLM(Recipe):
         self.validation = validation
         if self.of_chats:
             names = [n for n in train.column_names if n not in ("input_ids", "labels")]
-            chats = (map(self.form.read, dataset.select_columns(names)) for dataset in (train, validation))
-            chat.note_chats(self.reading, self.tokenizer, chain(*chats))
-        names = ["input_ids", "labels"]
-        return train.select_columns(names), validation.select_columns(names)
+            rows = chain(*(dataset.select_columns(names) for dataset in (train, validation)))
+            found = (self.form.read(row) for row in rows if self.form.of(row).is_chat)
+            chat.note_chats(self.reading, self.tokenizer, found)
+        return tuple(
+            dataset.select_columns(["input_ids", "labels", *carried(dataset)])
+            for dataset in (train, validation)
+        )
+
+    def find_forms(self, rows, has_template):
+        """Return the format of the rows, or the formats of the sources of a mixture."""
+        forms = []
+        for number, of_source in enumerate(self.rows_of_sources(rows)):
+            name = self.setting_of_source(number, "format")
+            forms.append(find_format(of_source, name, self.data.learn, has_template))
+            note_format(self.reading, forms[-1], of_source, has_template)
+        return MixedFormat(tuple(forms)) if len(forms) > 1 else forms[0]
 
     @cached_property
     def tokenizer(self):
@@ -132,10 +145,12 @@ class CausalLM(Recipe):
         return "nothing" if self.data.packing else "micro_batch"
 
     def validate(self, model, windows, accelerator):
-        found = evaluate(model, windows, accelerator=accelerator, compute_loss=self.loss, predict=None)
+        options = {"accelerator": accelerator, "compute_loss": self.loss, "predict": None}
+        found = evaluate(model, windows, sources=self.validation_sources, **options)
         rows, settings = map(self.form.read, self.validation), (self.data.samples, self.data.sample_tokens)
         self.samples[:] = answer_samples(accelerator.unwrap_model(model), self.tokenizer, rows, *settings)
-        return {"loss": found.loss, "perplexity": perplexity(found.loss)}
+        scores = {"loss": found.loss, "perplexity": perplexity(found.loss)}
+        return scores | by_source("loss", found.source_losses)
 
     def answer(self, model, inputs):
         """Return the greedy answers to chats, prompts or texts."""

@@ -23,6 +23,7 @@ from gradacc_hf.accumulation.gradient_cache import (
 )
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import file_rows, list_lengths, require_column, texts_of
+from gradacc_hf.data.sources import CARRIED
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
@@ -86,7 +87,8 @@ class Contrastive(Recipe):
 
     def tokenize(self, dataset):
         settings = {"columns": self.columns, "max_length": self.data.max_length, "tokenizer": self.tokenizer}
-        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
+        removed = [name for name in dataset.column_names if name not in CARRIED]
+        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=removed)
 
     def problem(self, row):
         for column, name in self.columns.items():

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import with_column
+from gradacc_hf.data.sources import carried
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.images import as_images, image_problem, images_of, random_cut, read_image, undecoded
@@ -63,7 +64,7 @@ class ImageClassification(Recipe):
 
     def examples(self, rows, augment):
         """Return the examples: paths or bytes of images, which `transform` decodes, and labels."""
-        rows = rows.select_columns([self.data.image_column, "label"])
+        rows = rows.select_columns([self.data.image_column, "label", *carried(rows)])
         rows = rows.rename_columns({self.data.image_column: "image", "label": "labels"})
         return with_column(rows, "augment", np.full(len(rows), augment))
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForMaskedLM, pipeline
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import require_column, texts_of
+from gradacc_hf.data.sources import CARRIED
 from gradacc_hf.errors import refuse
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
@@ -26,7 +27,9 @@ def chunks(rows, tokenizer, text_column, max_length):
     """Return the inputs of the model: each text split into chunks of at most max_length tokens."""
     settings = {"truncation": True, "max_length": max_length, "return_overflowing_tokens": True}
     tokens = tokenizer(rows[text_column], return_token_type_ids=False, **settings)
-    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    of_chunks = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    texts = tokens["overflow_to_sample_mapping"]
+    return of_chunks | {name: [rows[name][text] for text in texts] for name in CARRIED if name in rows}
 
 
 class MaskedLM(Recipe):

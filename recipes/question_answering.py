@@ -22,6 +22,7 @@ from transformers import AutoModelForQuestionAnswering
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import require_column
+from gradacc_hf.data.sources import CARRIED
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
@@ -47,7 +48,8 @@ def features(rows, numbers, question, context, answers, **settings):
     """Return the inputs of the model, and for each example the row and the positions of the tokens."""
     parts = in_parts(rows[question], rows[context], **settings)
     add_positions(parts, rows[answers])
-    return {**parts, "row": [numbers[row] for row in parts["row"]]}
+    kept = {name: [rows[name][row] for row in parts["row"]] for name in CARRIED if name in rows}
+    return {**parts, **kept, "row": [numbers[row] for row in parts["row"]]}
 
 
 class QuestionAnswering(Recipe):
@@ -154,6 +156,10 @@ class QuestionAnswering(Recipe):
         if self.no_answer:
             accelerator.unwrap_model(model).config.no_answer_threshold = scores["no_answer_threshold"]
         return scores
+
+    def source_metrics(self, found):
+        """Return no metrics: the parts of a context are scored together, for all rows."""
+        return {}
 
     def metrics(self, predictions, references):
         questions, contexts, answers = (self.validation_rows[name] for name in self.columns.values())

@@ -24,6 +24,7 @@ from gradacc_hf.tasks.generate import check_target_length, generate
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss
 from gradacc_hf.training.loop import evaluate
+from gradacc_hf.training.run_log import by_source
 
 
 def features(rows, tokenizer, columns, prefix, max_length, max_target_length, start):
@@ -133,12 +134,14 @@ class Seq2Seq(EncoderDecoder):
 
     def validate(self, model, windows, accelerator):
         """Return the loss of all rows, and the scores of the texts that are written for the first rows."""
-        loss = evaluate(model, windows, accelerator=accelerator, compute_loss=self.loss, predict=None).loss
+        settings = {"accelerator": accelerator, "compute_loss": self.loss, "predict": None}
+        found = evaluate(model, windows, sources=self.validation_sources, **settings)
         written = generate(model, windows, accelerator, len(self.shown), self.tokenizer, **self.search)
         source, target = (self.shown[column] for column in self.columns)
         rows = islice(zip(source, written, target, strict=True), 5)
         self.samples[:] = [dict(zip(("input", "output", "reference"), row, strict=True)) for row in rows]
-        return {"loss": loss, "perplexity": perplexity(loss), **self.metrics(written, target)}
+        scores = {"loss": found.loss, "perplexity": perplexity(found.loss), **self.metrics(written, target)}
+        return scores | by_source("loss", found.source_losses)
 
     @property
     def search(self):

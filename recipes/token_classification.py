@@ -21,6 +21,7 @@ from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import class_names, file_rows, labels_as_text, require_fast
 from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import tokens_lost
+from gradacc_hf.data.sources import CARRIED
 from gradacc_hf.errors import refuse
 from gradacc_hf.metrics.sequence_labelling import is_scheme
 from gradacc_hf.recipe import Recipe
@@ -113,7 +114,8 @@ class TokenClassification(Recipe):
         settings["names"] = class_names(dataset, data.tags_column)
         settings["ids"] = self.labels.ids
         settings["tokenizer"] = self.tokenizer
-        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
+        removed = [name for name in dataset.column_names if name not in CARRIED]
+        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=removed)
 
     def model_overrides(self):
         return self.labels.model_overrides()

@@ -18,7 +18,9 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
+from gradacc_hf.accumulation.example_losses import ExampleItems
 from gradacc_hf.accumulation.loss_items import CountItems, CountSeveral
+from gradacc_hf.accumulation.mixture import Sources
 from gradacc_hf.accumulation.padding_layout import (
     GROUPS_ON_CPU,
     PaddingLayout,
@@ -57,6 +59,7 @@ class MicroBatch:
         num_items: Terms of the mean loss; their sum, if there are several losses.
         items: Terms of each of several losses by name. Not empty also for an idle micro-batch.
         layouts: Positions of the real tokens by the name of the mask, or "labels", without padding.
+        examples: Items of each example, if examples have weights or sources.
     """
 
     batch: Mapping[str, Any]
@@ -64,6 +67,7 @@ class MicroBatch:
     num_items: float
     items: Mapping[str, float] = field(default_factory=dict)
     layouts: Mapping[str, PaddingLayout] = field(default_factory=dict)
+    examples: ExampleItems | None = None
 
     def on_device(self, accelerator: Accelerator) -> "MicroBatch":
         """Return a copy with the batch on the device of the accelerator."""
@@ -179,6 +183,8 @@ class LocalWindows(Dataset):
     layout_cost: Cost = GROUPS_ON_CPU
     revision: int = 0
     compare_at: tuple[int, int] | None = None
+    sources: Sources | None = None
+    weights: np.ndarray | None = None
 
     def resplit(self, bound: Bound, cost: Cost) -> None:
         """Split later windows under another bound or cost model."""
@@ -435,13 +441,27 @@ class LocalWindows(Dataset):
             )
         each = self.count_items.each(batch) if isinstance(self.count_items, CountSeveral) else {}
         num_items = (sum(each.values()) if each else float(self.count_items(batch))) if counts else 0.0
+        by_example = self._items_of_examples(batch, indices) if counts and not each else None
+        if self.weights is not None and by_example is not None:
+            num_items = float(by_example.items.sum())
         if not 0 <= num_items < float("inf"):
             raise ValueError(
                 f"num_items returned {num_items} for examples {indices.tolist()}; "
                 "it must be 0 or more, and finite"
             )
         layouts = layouts_of(batch, self.layout_cost) if self.padding_free or self.pad_to == "nothing" else {}
-        return MicroBatch(batch, indices if counts else indices[:0], num_items, each, layouts)
+        return MicroBatch(batch, indices if counts else indices[:0], num_items, each, layouts, by_example)
+
+    def _items_of_examples(self, batch: Mapping[str, Any], indices: np.ndarray) -> ExampleItems | None:
+        """Return the items of each example; None without weights and sources."""
+        if self.weights is None and self.sources is None:
+            return None
+        weights = np.ones(len(indices)) if self.weights is None else self.weights[indices]
+        sources = np.zeros(len(indices), np.int32)
+        if self.sources is not None:
+            sources = self.sources.of_examples[indices]
+        lengths = self.tokens[indices].sum(1) if self.pad_to == "nothing" else None
+        return ExampleItems.of(batch, self.count_items, weights, sources, lengths)
 
     def find_example_with_items(self, split: Split) -> MicroBatch | None:
         """Return the shortest example of the window that has items when collated alone."""

@@ -39,6 +39,7 @@ from gradacc_hf.accumulation.loader_state import (
     sizes_of,
     upgrade_state,
 )
+from gradacc_hf.accumulation.mixture import MixedPlan, Sources
 from gradacc_hf.accumulation.noise_scale import NoiseScale
 from gradacc_hf.accumulation.padding_layout import GROUPS_ON_CPU, GROUPS_ON_GPU
 from gradacc_hf.accumulation.reference import as_number
@@ -51,7 +52,9 @@ from gradacc_hf.accumulation.validation import (
     check_arguments,
     check_padding_free,
     check_sizes,
+    check_sources,
     check_stream,
+    check_weights,
     refuse_engine,
 )
 from gradacc_hf.accumulation.window import Window
@@ -105,6 +108,12 @@ class WindowLoader:
             `pad_to`.
         noise_every: Measure the gradient noise scale every `noise_every` windows, starting with the first of
             each epoch; 0 disables it. The loop must call `record_gradient_norm` for each window.
+        sources: The name of each example's source, for the loss of each source (`Window.source_losses`).
+        shares: The share of each source by name, as numbers in any scale. Every window then holds these
+            shares, to the nearest example. A source without further examples starts again. An epoch has as
+            many windows as all examples fill. Not for streams.
+        weights: The weight of each example in the loss, 0 or more. The loss is the mean over items, each with
+            the weight of the example. The loss functions of torch are replaced while the loop body runs.
 
     Raises:
         ValueError: An argument cannot work. The message is one line.
@@ -153,11 +162,15 @@ class WindowLoader:
         buffer_size: int | None = None,
         padding_free: bool = False,
         noise_every: int = 0,
+        sources: Sequence[str] | None = None,
+        shares: Mapping[str, float | str] | None = None,
+        weights: Sequence[float] | np.ndarray | None = None,
     ):
         refuse_engine(accelerator)
         check_stream(dataset, lengths, num_workers, buffer_size)
         check_arguments(dataset, effective_batch_size, collate_fn, pad_to, pad_to_multiple_of)
         check_sizes(bound, max_tokens, micro_batch_size, noise_every)
+        check_sources(dataset, sources, shares, weights)
         if padding_free:
             check_padding_free(pad_to)
         self.accelerator, self.num_workers = accelerator, num_workers
@@ -175,17 +188,21 @@ class WindowLoader:
         self._budget = sizes_of(bound)  # as given; `bound` may be lowered later
         self._device = device_name(accelerator)
         self._trial_bound: Bound | None = None
+        count_items = items.resolve(num_items)
+        found = None if sources is None else Sources.of(sources, shares, len(dataset))
         if is_stream(dataset):
             size = int(buffer_size or BUFFER_SIZE)
             plan = Stream(dataset, effective_batch_size, seed, shuffle, drop_last, size, measure)
             plan.check, dataset, tokens = self._check_lengths, plan, plan.tokens
         else:
             plan = WindowPlan(len(dataset), effective_batch_size, seed, shuffle, drop_last)
+            if found is not None and found.shares is not None:
+                plan = MixedPlan(found, effective_batch_size, seed, shuffle, drop_last)
             tokens = measure(dataset)
         self._windows = LocalWindows(
             dataset=dataset,
             collate_fn=collate_fn,
-            count_items=items.resolve(num_items),
+            count_items=count_items,
             tokens=tokens,
             pad_to=pad_to if isinstance(pad_to, str) else int(pad_to),
             bound=bound,
@@ -199,6 +216,8 @@ class WindowLoader:
             noise_every=noise_every,
             padding_free=padding_free,
             layout_cost=GROUPS_ON_GPU if accelerator.device.type == "cuda" else GROUPS_ON_CPU,
+            sources=found,
+            weights=None if weights is None else check_weights(weights, len(dataset), count_items),
         )
         if isinstance(tokens, np.ndarray):
             self._check_lengths(tokens)
@@ -285,6 +304,16 @@ class WindowLoader:
         return self._windows.padding_free
 
     @property
+    def sources(self) -> Sources | None:
+        """The sources of the examples, if they were given."""
+        return self._windows.sources
+
+    @property
+    def weighs_examples(self) -> bool:
+        """Whether examples have weights in the loss."""
+        return self._windows.weights is not None
+
+    @property
     def noise_every(self) -> int:
         """Windows from one measurement of the gradient noise scale to the next; 0 measures none."""
         return self._windows.noise_every
@@ -360,8 +389,9 @@ class WindowLoader:
                 yield micro_batch, micro_batch.batch_on_device(self.accelerator)
 
     def collated(self, indices: Sequence[int] | np.ndarray, pad_to: int | None = None) -> MicroBatch:
-        """Collate examples of the current epoch into one batch on the device."""
-        return self._windows.collate(np.asarray(indices), self.epoch, pad_to).on_device(self.accelerator)
+        """Collate examples of the current epoch into one batch on the device, without their weights."""
+        windows = replace(self._windows, weights=None)
+        return windows.collate(np.asarray(indices), self.epoch, pad_to).on_device(self.accelerator)
 
     def examples(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
         """Return examples of the current epoch, not collated."""
@@ -370,15 +400,15 @@ class WindowLoader:
     def sample(self, most: int = 16, bounds: int = 1) -> tuple[list[MicroBatch], MicroBatch, int | None]:
         """Return different examples of the first windows, each alone, and all together, to test a loss.
 
-        The examples have labels, item counts and lengths that are as different as possible. The third value
-        is the length to which they are padded, or None for the longest.
+        The examples have labels, item counts and lengths that are as different as possible, and no weights.
+        The third value is the length to which they are padded, or None for the longest.
 
         Args:
             most: Largest number of examples. It is lower if more would exceed the bounds.
             bounds: Micro-batches that fit into memory at once: several, if no gradients are computed.
         """
         self.plan.ahead(self.epoch, self.window, 1)  # a stream reads the next window and keeps it
-        windows = self._windows.apart(epoch=0, window=0)
+        windows = replace(self._windows.apart(epoch=0, window=0), weights=None)
         alone, pad_to = read_alone(windows)
         if not alone:
             raise ValueError("no example of the data set has an item: every label is ignored")
@@ -393,7 +423,7 @@ class WindowLoader:
     # Other loaders of the same windows
 
     def copy(self, num_windows: int) -> "WindowLoader":
-        """Return a copy at the same position, to test a model. It measures no noise.
+        """Return a copy at the same position, to test a model, without weights of examples and noise scale.
 
         If each of the next `num_windows` windows would be one micro-batch, the copy splits finer.
         """
@@ -402,7 +432,7 @@ class WindowLoader:
         if all(max(map(len, split.processes)) == 1 for split in splits):
             bound = Bound(micro_batch_size=max(1, min(len(split.indices) for split in splits) // 3))
         other = self.with_bound(bound, noise_every=0)
-        other._windows = other._windows.apart(self.epoch, self.window)
+        other._windows = replace(other._windows.apart(self.epoch, self.window), weights=None)
         if isinstance(other.plan, Stream):
             other.plan.keeps = True
         return other

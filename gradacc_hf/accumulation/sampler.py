@@ -71,9 +71,7 @@ class WindowPlan:
             raise ValueError(
                 "the state is from a stream, but the data set has a length: load a state of the same data"
             )
-        plan = WindowPlan(
-            self.num_examples, self.effective_batch_size, state["seed"], self.shuffle, self.drop_last
-        )
+        plan = self._anew(state["seed"])
         epoch, window = state["epoch"], state["window"]
         if not 0 <= window < plan.num_windows(epoch):
             raise ValueError(
@@ -110,9 +108,11 @@ class WindowPlan:
 
     def resized(self, epoch: int, window: int) -> "WindowPlan":
         """Return this plan after a change of sizes from this window on."""
-        return WindowPlan(
-            self.num_examples, self.effective_batch_size, self.seed, self.shuffle, self.drop_last
-        )
+        return self._anew(self.seed)
+
+    def _anew(self, seed: int) -> "WindowPlan":
+        """Return a plan with the same settings, and with sizes and orders that are not yet computed."""
+        return WindowPlan(self.num_examples, self.effective_batch_size, seed, self.shuffle, self.drop_last)
 
     def dropped(self, epoch: int) -> int:
         """Return the number of examples that `drop_last` leaves out of this epoch."""

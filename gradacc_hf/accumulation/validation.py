@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from gradacc_hf.accumulation.loss_items import CountItems, CountSeveral
 from gradacc_hf.accumulation.streaming import is_stream
 from gradacc_hf.errors import GradaccError, InputError, one_line
 from gradacc_hf.utils.hardware import refuse_place
@@ -123,6 +124,29 @@ def check_sizes(bound: Any, max_tokens: Any, micro_batch_size: Any, noise_every:
         raise ValueError(f"noise_every is {noise_every}; allowed: 1 window or more, or 0 for never")
     if bound is not None and (max_tokens, micro_batch_size) != (None, None):
         raise ValueError("set bound=, max_tokens or micro_batch_size: only one of the three")
+
+
+def check_sources(dataset: Any, sources: Any, shares: Any, weights: Any) -> None:
+    """Raise ValueError for shares without sources, and for either of them or weights with a stream."""
+    if shares is not None and sources is None:
+        raise ValueError("shares needs sources=, the name of each example's source")
+    given = [name for name, value in (("sources", sources), ("weights", weights)) if value is not None]
+    if given and is_stream(dataset):
+        raise ValueError(f"{given[0]}= is for data with a length, not for a stream: leave it out")
+
+
+def check_weights(weights: Any, num_examples: int, count_items: CountItems) -> np.ndarray:
+    """Return the weights of examples. Raise ValueError for weights that the loss cannot have."""
+    found = np.asarray(weights, np.float64)
+    if found.shape != (num_examples,):
+        raise ValueError(
+            f"weights has shape {found.shape}: give a number for each of {num_examples} examples"
+        )
+    if wrong := np.flatnonzero(~np.isfinite(found) | (found < 0)).tolist():
+        raise ValueError(f"the weight of example {wrong[0]} is {found[wrong[0]]}: allowed are 0 or more")
+    if isinstance(count_items, CountSeveral):
+        raise ValueError("weights= is for one loss, and num_items gives several: leave one of the two out")
+    return found
 
 
 def check_stream(dataset: Any, lengths: Any, num_workers: int, buffer_size: Any) -> None:

@@ -4,7 +4,8 @@ With these weights, every split gives the gradient of the whole window at once. 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,9 @@ from gradacc_hf.accumulation.accelerate_state import (
     zero_prepared_gradients,
 )
 from gradacc_hf.accumulation.collation import LocalSplit, MicroBatch
+from gradacc_hf.accumulation.example_losses import ExampleLosses
 from gradacc_hf.accumulation.loss_items import Loss, losses_by_name
+from gradacc_hf.accumulation.mixture import Sources
 from gradacc_hf.accumulation.noise_probe import NoiseProbe
 from gradacc_hf.accumulation.noise_scale import SmallBatch
 from gradacc_hf.accumulation.oom_exchange import OomExchange
@@ -37,6 +40,16 @@ class WindowSource(Protocol):
 
     accelerator: Accelerator
     whole_gradients: bool
+
+    @property
+    def sources(self) -> Sources | None:
+        """The sources of the examples."""
+        ...
+
+    @property
+    def weighs_examples(self) -> bool:
+        """Whether examples have weights in the loss."""
+        ...
 
     def begin_pass(self) -> bool:
         """Record the start of a pass. Return whether an earlier pass was left before the end."""
@@ -110,6 +123,8 @@ class Window:
         self._loss_here: Any = 0.0
         self._loss: Any = None
         self._latest_losses: list[torch.Tensor] = []  # argument of the latest `weigh`
+        self._examples: ExampleLosses | None = None  # of the current micro-batch
+        self._of_sources: Any = None  # (2, sources): sum of losses and items, over all processes at the end
 
     def __len__(self) -> int:
         """Return the accumulation steps of this process in this window."""
@@ -119,8 +134,9 @@ class Window:
         accelerator, checks_calls = self.accelerator, torch.is_grad_enabled()
         if self._source.begin_pass():
             zero_prepared_gradients(accelerator)  # from the pass that was left before the step
-        earlier = self._loss, self._weighed, self.small
+        earlier = self._loss, self._weighed, self.small, self._of_sources
         self._loss, self._loss_here, self._weighed, self.small = None, 0.0, set(), None
+        self._of_sources = None
         measured = min(max(1, self.split.plan.noise_micro_batches), len(self))
         probe = NoiseProbe(accelerator, self.split.noise_size, sum(map(self._share, range(measured))))
         # With FSDP, accumulating without synchronising holds unsharded gradients on every process.
@@ -131,7 +147,8 @@ class Window:
                     self._begin_micro_batch(position)
                     steps.begin(position)
                     self._rng.enter(position)
-                    yield self.micro_batches[position].batch_on_device(accelerator)
+                    with self._examples_apart(position) as batch:
+                        yield batch
                     if checks_calls and (entries := steps.count_entries(position)) != 1:
                         raise self._not_accumulated(position, entries)
                     if position == measured - 1 and self._weighed:
@@ -140,7 +157,7 @@ class Window:
         finally:
             self._position = self._pass_position = None
             if not (checks_calls or self._weighed):  # a pass that only reads keeps the earlier loss
-                self._loss, self._weighed, self.small = earlier
+                self._loss, self._weighed, self.small, self._of_sources = earlier
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Iterate the micro-batches of this process to read them, before, inside or after a training pass.
@@ -203,6 +220,8 @@ class Window:
             part = part * torch.where(part.detach().isfinite(), 1.0, math.nan)
             self._loss_here = self._loss_here + part.detach() * share
             weighed = weighed + part * (share * divided_by)
+        if self._examples is not None:
+            self._examples.record(self._latest_losses[0], checks=position == 0)
         self._weighed.add(position)
         return weighed
 
@@ -218,6 +237,22 @@ class Window:
                 "window.loss after the last micro-batch"
             )
         return float(self._loss)
+
+    @property
+    def source_losses(self) -> Mapping[str, float]:
+        """The exact mean loss over the items of each source in the window, over all processes, by name.
+
+        It is NaN for a source without items here. Empty without sources, and for a loss that is not a mean
+        from a loss function of torch.
+        """
+        sources = self._source.sources
+        if sources is None or self._of_sources is None or not self.done:
+            return {}
+        losses, items = np.asarray(self._of_sources.tolist())
+        if not (np.isfinite(losses).any() and items.any()):
+            return {}
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return dict(zip(sources.names, (losses / items).tolist(), strict=True))
 
     @property
     def accelerator(self) -> Accelerator:
@@ -321,6 +356,27 @@ class Window:
 
     # One pass
 
+    @contextmanager
+    def _examples_apart(self, position: int) -> Iterator[dict[str, Any]]:
+        """Yield the batch on the device. In the block, losses have the weights of the examples."""
+        micro_batch = self.micro_batches[position]
+        batch, found = micro_batch.batch_on_device(self.accelerator), micro_batch.examples
+        if found is None:
+            yield batch
+            return
+        number = len(self._source.sources.names) if self._source.sources else 1
+        self._examples = ExampleLosses(found, batch, number, self._source.weighs_examples)
+        try:
+            with self._examples.active():
+                yield batch
+            if len(micro_batch.indices):
+                losses = self._examples.parts * micro_batch.num_items
+                items = np.bincount(found.sources, found.items, number)
+                sums = torch.stack([losses, torch.from_numpy(items).to(losses)])
+                self._of_sources = sums if self._of_sources is None else self._of_sources + sums
+        finally:
+            self._examples = None
+
     def _share(self, position: int) -> float:
         return self.micro_batches[position].num_items / self.num_items
 
@@ -347,7 +403,14 @@ class Window:
         if self.accelerator.num_processes > 1:
             here = torch.as_tensor(loss, dtype=torch.float32, device=self.accelerator.device)
             sums = torch.stack([here, *here.new_tensor([*probe.sums, missing, early_steps[1]])])
-            loss, *small, missing_anywhere, early_anywhere = self.accelerator.reduce(sums, reduction="sum")
+            if (sources := self._source.sources) is not None:
+                own = self._of_sources
+                own = here.new_zeros((2, len(sources.names))) if own is None else own
+                sums = torch.cat([sums, own.flatten()])
+            sums = self.accelerator.reduce(sums, reduction="sum")
+            if sources is not None:
+                sums, self._of_sources = sums[: -own.numel()], sums[-own.numel() :].view(own.shape)
+            loss, *small, missing_anywhere, early_anywhere = sums
         self.small = probe.result(small)
         if missing_anywhere and checks_calls:
             raise self._not_weighed()

@@ -25,7 +25,7 @@ from gradacc_hf.accumulation.loss_items import as_window_loss
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.comparison.compare import ComparedRuns, compare, cpu_ratios, ratios
 from gradacc_hf.comparison.worker import CONTENDERS, USUAL, micro_batch_size, window_size
-from gradacc_hf.errors import InputError, listed
+from gradacc_hf.errors import InputError, listed, refuse
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.folder import next_folder
@@ -123,6 +123,9 @@ def _checked_sizes(recipe: Recipe, num_windows: int) -> tuple[int, int]:
             f"recipe: the loss of {type(recipe).__name__} is of all examples of a window together, which the "
             "other contenders cannot accumulate. Use gradacc bench contrastive instead"
         )
+    if recipe.config.data.weight_column is not None:
+        found = "found weights of rows, which the other contenders do not have"
+        refuse("data.weight_column", found, "set it to null")
     recipe, training, validation = load_data(recipe)
     windows, _ = make_windows(recipe, training, validation, Accelerator())
     size = window_size(recipe)

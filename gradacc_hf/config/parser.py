@@ -378,6 +378,8 @@ def _allowed(hint: Any) -> str:
         return " or ".join(", ".join(map(str, choices)).rsplit(", ", 1))
     if kind is dict:
         return "numbers by number: {0: 32, 500: 64}"
+    if kind is list and get_origin(choices[0]) is dict:
+        return "a list of sources: [{source: a.jsonl, weight: 3}]"
     if kind is list:
         shown = {int: "a list of numbers: [17, 3]", float: "a list of numbers: [0.9, 0.95]"}
         return shown.get(choices[0], 'a list: ["a", "b"]')

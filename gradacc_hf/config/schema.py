@@ -10,7 +10,7 @@ The text under a field is its help. The first line is complete in itself: `help.
 import codecs
 import re
 from collections.abc import Mapping
-from dataclasses import FrozenInstanceError, dataclass, field, replace
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -33,10 +33,11 @@ class DataConfig:
 
     _is_frozen = False
 
-    train: str | list[str] = ""
+    train: str | list[str] | list[dict[str, str]] = ""
     """Training data: files or Hub name.
     A CSV, JSONL or Parquet file, others (recipes/README.md), or a folder. Several: a list, names with commas
-    between them, or a pattern such as shards/*.jsonl. embedded:NAME needs no download."""
+    between them, or a pattern such as shards/*.jsonl. embedded:NAME needs no download. A mixture: a list such
+    as [{source: a.jsonl, weight: 3}, {source: b.jsonl, weight: 1}] (recipes/README.md, "Mixtures")."""
     validation: str | list[str] | None = None
     """Validation data; without it, rows of train.
     Without it: the validation split of train, or else a share of the training rows."""
@@ -64,13 +65,17 @@ class DataConfig:
     leave_out: list[int] = field(default_factory=list)
     """Training examples to leave out, by number: [17].
     Messages name the numbers. All other examples stay in their windows, so that --resume can continue."""
+    weight_column: str | None = None
+    """Column with the weight of each row in the loss.
+    Numbers of 0 or more. The loss is the mean over items, each with the weight of the row."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Bad rows: stop (error) or leave out (skip).
     A row is bad if the task cannot use it. Skipped rows are counted and reported."""
 
     def __post_init__(self) -> None:
         for name in ("train", "validation"):
-            if isinstance(value := getattr(self, name), list):
+            value = getattr(self, name)
+            if isinstance(value, list) and all(isinstance(one, str) for one in value):
                 object.__setattr__(self, name, ",".join(value))
         object.__setattr__(self, "_is_frozen", True)
 
@@ -79,9 +84,23 @@ class DataConfig:
             raise FrozenInstanceError(f"cannot assign to field {name!r}: use with_settings()")
         super().__setattr__(name, value)
 
+    def of_source(self) -> list[str]:
+        """Return the settings that a source of a mixture may have for itself."""
+        columns = [item.name for item in fields(self) if item.name.endswith("_column")]
+        own = ["config_name", "separator", "encoding", "rows_key", "sheet", *columns]
+        return own + ["format"] * hasattr(self, "format")
+
     def rules(self) -> Rules:
         sources = "a CSV, JSONL or Parquet file, a folder, a Hub name, or embedded:NAME"
-        yield "train", self.train != "", sources
+        yield "train", self.train not in ("", []), sources
+        if isinstance(self.train, list):
+            known = ["source", "weight", "name", "validation", *self.of_source()]
+            allowed = f"mappings with source, and any of {', '.join(known[1:])}"
+            yield "train", all("source" in one and {*one} <= {*known} for one in self.train), allowed
+            shares = [_positive(one.get("weight", "1")) for one in self.train]
+            yield "train", all(shares), "a weight above 0 for each source"
+            names = [one.get("name", one.get("source")) for one in self.train]
+            yield "train", len({*names}) == len(names), "a different name for each source"
         separators = "one character, or comma, semicolon, tab, pipe or none"
         yield "separator", self.separator is None or _is_separator(self.separator), separators
         encodings = "an encoding of Python, such as utf-8, utf-16, latin-1, cp1252 or shift_jis"
@@ -311,6 +330,13 @@ def with_settings(settings: SettingsT, changes: Mapping[str, Any]) -> SettingsT:
             own[name] = value
     sections = {name: with_settings(getattr(settings, name), inner) for name, inner in of_sections.items()}
     return replace(settings, **own, **sections)  # type: ignore[type-var]
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
 
 
 def _is_separator(text: str) -> bool:

@@ -26,6 +26,16 @@ def record_files(rows: Dataset, files: Sequence[tuple[Path, int, Form]]) -> None
     rows.info.download_checksums = {_KEY: found}
 
 
+def join_files(rows: Dataset, parts: Sequence[tuple[str, Dataset]]) -> None:
+    """Record the files of rows that consist of other rows, each with a name for rows of unknown files."""
+    found = []
+    for name, part in parts:
+        unknown = [[name, len(part), asdict(Form())]]
+        files = (part.info.download_checksums or {}).get(_KEY, unknown)
+        found += files if sum(number for _, number, _ in files) == len(part) else unknown
+    rows.info.download_checksums = {_KEY: found}
+
+
 def folders(rows: Dataset) -> list[Path | None]:
     """Return the folder of the file of each row, in the order of the files; None where it is not known."""
     files = (rows.info.download_checksums or {}).get(_KEY, [])

@@ -327,12 +327,14 @@ class DeferredLogits:
         label_smoothing: float = 0.0,
     ) -> torch.Tensor | None:
         """Return the loss from the labelled positions, or None if this needs more."""
-        if weight is not None or size_average is not None or reduce is not None or reduction == "none":
+        if weight is not None or size_average is not None or reduce is not None:
             return None
         if target.shape != self._positions.shape or target.ndim != 1 or target.is_floating_point():
             return None
+        if reduction == "none" and is_fake(self._hidden):
+            return None
         self._reading.at_labels = True
-        hidden, most = self._hidden.flatten(0, -2), self._reading.tokens_per_chunk
+        hidden, most, size = self._hidden.flatten(0, -2), self._reading.tokens_per_chunk, len(target)
         if is_fake(hidden):
             # Labels without values (`memory/estimator.py`): all count, and two chunks stand for all chunks.
             chosen, count = self._positions[: 2 * most], len(target)
@@ -343,12 +345,16 @@ class DeferredLogits:
             labelled = labelled if count else labelled.new_zeros(min(1, len(target)))  # its loss is 0
             chosen, target = self._positions[labelled], target[labelled]
         parts = list(zip(hidden[chosen].split(most), target.split(most), strict=True))
-        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        options["reduction"] = "none" if reduction == "none" else "sum"
         recompute = [True] * (len(parts) - 1) + [False]  # the backward pass starts with the last part
         losses = [
             _loss_of_rows(self._head, self._changes, *part, options, again)
             for part, again in zip(parts, recompute, strict=True)
         ]
+        if reduction == "none":
+            of_labelled = torch.cat(losses)
+            return of_labelled.new_zeros(size).index_put((labelled,), of_labelled)
         total = torch.stack(losses).sum()
         return total / count if reduction == "mean" else total
 
@@ -377,12 +383,12 @@ def _loss_of_rows(
     options: dict[str, Any],
     recompute: bool,
 ) -> torch.Tensor:
-    """Return the sum of the losses of some rows. `recompute` drops the logits until the backward pass."""
+    """Return the losses of some rows, or their sum. `recompute` drops the logits until the backward pass."""
 
     def loss(rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits = _logits(head, changes, rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return cross_entropy(logits, target, reduction="sum", **options)
+        return cross_entropy(logits, target, **options)
 
     if not recompute:
         return loss(rows, target)

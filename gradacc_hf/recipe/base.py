@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -26,15 +27,29 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import CountItems, model_loss
 from gradacc_hf.config.schema import Config, DataConfig
 from gradacc_hf.data.bad_rows import Problem, check_rows
-from gradacc_hf.data.columns import file_rows
+from gradacc_hf.data.columns import file_rows, select_rows
 from gradacc_hf.data.files import Form
-from gradacc_hf.data.loading import Convert, load_data
+from gradacc_hf.data.loading import Convert, Splits, load_data
 from gradacc_hf.data.reading import LOST, Reading, truncation_note
+from gradacc_hf.data.sources import (
+    CARRIED,
+    OF_READERS,
+    SOURCE,
+    WEIGHT,
+    carried,
+    join_sources,
+    mixture_note,
+    no_examples,
+    renamed,
+    source_name,
+    weighed,
+)
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
 from gradacc_hf.recipe.labels import Labels, labels_of_config, parameters_of_labels, renew
-from gradacc_hf.training.loop import Rows, evaluate, logits_and_labels
+from gradacc_hf.training.loop import Evaluation, Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
+from gradacc_hf.training.run_log import by_source
 from gradacc_hf.utils.files import MODEL_CONFIG
 
 
@@ -66,6 +81,12 @@ class Recipe:
     validation_source: str = "validation"
     held_out = False  # whether the validation rows are a share of the training file
     of_chats = False  # whether inputs are chats
+    sources: Sequence[str] | None = None  # of each training example in a mixture
+    shares: Mapping[str, str] | None = None  # weight of each source by name
+    example_weights: np.ndarray | None = None  # of each training example, if data.weight_column is set
+    validation_sources: Sequence[str] | None = None  # of each validation example in a mixture
+    source_columns: Sequence[Sequence[str]] = ()  # columns of the rows of each source
+    has_validation_by_source = False
 
     def __init__(self, config: Config):
         self.config = config
@@ -111,8 +132,28 @@ class Recipe:
             convert: Converts rows from the format of a file, before rows are held out.
             word_columns: The columns of tokens and tags. With them, text files with a token a line are read.
         """
-        data = self.data
-        splits = load_data(
+        if isinstance(self.data.train, list):
+            splits = self._mixture(label_column, convert, word_columns)
+        else:
+            splits = self._load(self.data, label_column, convert, word_columns)
+        self.validation_source, self.held_out = splits.source, splits.held_out
+        self.reading.begin(splits.reading)
+        train = splits.train
+        if (column := self.data.weight_column) is not None:
+            train, left_out = weighed(train, column, self.data.on_bad_row)
+            self.skipped_rows += left_out
+            self.reading.columns = [name for name in self.reading.columns if name != column]
+        return train, splits.validation
+
+    def _load(
+        self,
+        data: Any,
+        label_column: str | None,
+        convert: Convert | None,
+        word_columns: tuple[str, str] | None,
+    ) -> Splits:
+        """Read the rows that the settings `data` name."""
+        return load_data(
             data.train,
             data.validation,
             validation_fraction=data.validation_fraction,
@@ -122,9 +163,72 @@ class Recipe:
             convert=convert,
             form=Form(data.separator, data.encoding, data.rows_key, data.sheet, word_columns=word_columns),
         )
-        self.validation_source, self.held_out = splits.source, splits.held_out
-        self.reading.begin(splits.reading)
-        return splits.train, splits.validation
+
+    def _mixture(
+        self, label_column: str | None, convert: Convert | None, word_columns: tuple[str, str] | None
+    ) -> Splits:
+        """Read the rows of all sources of a mixture."""
+        found = []
+        for source in self.data.train:
+            own = {key: value for key, value in source.items() if key in (*OF_READERS, "validation")}
+            columns = {key: value for key, value in source.items() if key.endswith("_column")}
+            renames = {value: getattr(self.data, key) for key, value in columns.items()}
+            if None in renames.values():
+                key = next(key for key, value in columns.items() if renames[value] is None)
+                refuse("data.train", f"{source['source']} has {key}, and data.{key} is null", "set both")
+            named = {wanted: given for given, wanted in renames.items()}
+            words: Any = word_columns and tuple(named.get(column, column) for column in word_columns)
+            converts = renamed(renames, "data.train", convert) if renames else convert
+            data = replace(self.data, train=source["source"], **own)
+            found.append(self._load(data, label_column, converts, words))
+        names = [source_name(source) for source in self.data.train]
+        splits, self.source_columns, self.has_validation_by_source = join_sources(names, found)
+        return splits
+
+    def rows_of_sources(self, splits: Sequence[Dataset]) -> list[list[Dataset]]:
+        """Return training and validation rows by source, with the columns of the source."""
+        if not self.source_columns:
+            return [list(splits)]
+        found = []
+        for number, columns in enumerate(self.source_columns):
+            chosen = [np.flatnonzero(np.asarray(rows[SOURCE]) == number).tolist() for rows in splits]
+            pairs = [(rows, part) for rows, part in zip(splits, chosen, strict=True) if part]
+            found.append([select_rows(rows, part).select_columns([*columns]) for rows, part in pairs])
+        return found
+
+    def setting_of_source(self, number: int, key: str) -> Any:
+        """Return a setting of `data` for a source of a mixture, or for all data."""
+        given = self.data.train[number] if isinstance(self.data.train, list) else {}
+        return given.get(key, getattr(self.data, key))
+
+    def read_examples(self) -> tuple[Dataset, Dataset]:
+        """Return the examples of `datasets()`. Weights and sources of rows become attributes of the recipe.
+
+        Raise InputError for a recipe that does not keep them.
+        """
+        train, validation = self.datasets()
+        data, is_mixture = self.data, isinstance(self.data.train, list)
+        for key, wanted, column in (
+            ("data.train", is_mixture, SOURCE),
+            ("data.weight_column", data.weight_column is not None, WEIGHT),
+        ):
+            if wanted and column not in train.column_names:
+                found = f"{type(self).__name__} does not keep the column {column!r} of rows"
+                refuse(key, found, "keep it in datasets(), or give one source without weights")
+        if data.weight_column is not None:
+            self.example_weights = np.asarray(train[WEIGHT], np.float64)
+        if is_mixture:
+            names = np.array([source_name(source) for source in data.train], object)
+            counts = np.bincount(train[SOURCE], minlength=len(names)).tolist()
+            no_examples(names.tolist(), counts)
+            self.sources = names[np.asarray(train[SOURCE])].tolist()
+            weights = [str(source.get("weight", 1)) for source in data.train]
+            self.shares = dict(zip(names.tolist(), weights, strict=True))
+            for line in mixture_note(names.tolist(), counts, self.shares):
+                self.reading.note("mixture", line)
+            if self.has_validation_by_source:
+                self.validation_sources = names[np.asarray(validation[SOURCE])].tolist()
+        return train.remove_columns(carried(train)), validation.remove_columns(carried(validation))
 
     def check_rows(
         self,
@@ -188,7 +292,7 @@ class Recipe:
                 features,
                 batched=True,
                 fn_kwargs=settings,
-                remove_columns=[column for column in dataset.column_names if column not in keep],
+                remove_columns=[c for c in dataset.column_names if c not in (*keep, *CARRIED)],
             )
             for dataset in splits
         ]
@@ -224,10 +328,20 @@ class Recipe:
         self, model: torch.nn.Module, windows: WindowLoader, accelerator: Accelerator
     ) -> dict[str, float]:
         """Return the loss of a prepared model, and the `metrics` of all predictions."""
-        found = evaluate(
-            model, windows, accelerator=accelerator, compute_loss=self.loss, predict=self.predict
-        )
-        return {"loss": found.loss, **self.metrics(found.predictions, found.references)}
+        settings = {"accelerator": accelerator, "compute_loss": self.loss, "predict": self.predict}
+        found = evaluate(model, windows, sources=self.validation_sources, **settings)
+        scores = {"loss": found.loss, **self.metrics(found.predictions, found.references)}
+        return scores | by_source("loss", found.source_losses) | self.source_metrics(found)
+
+    def source_metrics(self, found: Evaluation) -> dict[str, float]:
+        """Return the `metrics` of the rows of each source, by metric and source: "accuracy/chats"."""
+        scores: dict[str, float] = {}
+        for name in found.source_losses:
+            rows = [row for row, source in enumerate(self.validation_sources or ()) if source == name]
+            pairs = [[values[row] for row in rows] for values in (found.predictions, found.references)]
+            for metric, value in self.metrics(*pairs).items():
+                scores |= by_source(metric, {name: value})
+        return scores
 
     def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """Return one answer of a saved model to each input: a text, or a row as in a data file."""

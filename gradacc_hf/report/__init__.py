@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -147,9 +148,15 @@ def _title(runs: Sequence[RecordedRun]) -> str:
     return redact(os.path.basename(os.path.commonpath([run.folder.resolve() for run in runs]))) or "runs"
 
 
+def _named(value: Any) -> str:
+    """Return a model, a data set, or the sources of a mixture as text."""
+    sources = value if isinstance(value, list) else [value]
+    return ", ".join(str(one.get("source")) if isinstance(one, dict) else str(one) for one in sources)
+
+
 def _subtitle(runs: Sequence[RecordedRun]) -> str:
     """Return the model, the data, and the number of runs."""
     settings = (("model", "name"), ("data", "train"))
-    values = [[str(v) for run in runs if (v := run.setting(*setting))] for setting in settings]
+    values = [[_named(v) for run in runs if (v := run.setting(*setting))] for setting in settings]
     what = " on ".join(words.in_words(list(dict.fromkeys(names))) for names in values if names)
     return " · ".join(filter(None, [what, f"{len(runs)} run{'s' * (len(runs) != 1)}"]))

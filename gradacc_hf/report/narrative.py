@@ -112,8 +112,13 @@ def _final(contender: RunGroup, name: str) -> str:
 
 
 def metric_name(name: str) -> str:
-    """Return the name of a metric; the loss of an evaluation is the validation loss."""
-    return "validation loss" if name == "loss" else name
+    """Return the name of a metric; the loss of an evaluation is the validation loss.
+
+    A metric of a source is named by both: "accuracy, chats" for "accuracy/chats".
+    """
+    metric, has_source, source = name.partition("/")
+    metric = "validation loss" if metric == "loss" else metric
+    return f"{metric}, {source}" if has_source else metric
 
 
 def _verified(run: RecordedRun) -> Markup:

@@ -41,6 +41,7 @@ def curves_of(found: Sequence[RunGroup]) -> list[Figure]:
         )
         notes += ["The axis is logarithmic."] * log
         figures.append(Figure("Loss", plots.curves("loss", "loss", losses, log=log), " ".join(notes)))
+    figures += _source_losses_of(found)
     if errors := _by_window(found, "gradient_error"):
         has_zero = any(bool(np.any(line.least <= 0)) for line in errors)
         note = f"An error of 0 is drawn at {words.error(plots.FLOOR)}." if has_zero else ""
@@ -49,17 +50,43 @@ def curves_of(found: Sequence[RunGroup]) -> list[Figure]:
     return figures + _evaluations_of(found)
 
 
+def _source_losses_of(found: Sequence[RunGroup]) -> list[Figure]:
+    """Return the training loss of each source by window, for one contender that is trained on a mixture."""
+    runs = found[0].runs if len(found) == 1 else ()
+    names = [*dict.fromkeys(name for run in runs for row in run.rows for name in row.source_losses)]
+    if not names:
+        return []
+    lines = [
+        plots.curve(
+            look,
+            [[(row.window, row.source_losses.get(name, math.nan)) for row in run.rows] for run in runs],
+            _windows_a_point(found),
+        )
+        for look, name in enumerate(names)
+    ]
+    drawn = plots.curves("sources", "loss", lines, labels=names)
+    return [Figure("Loss by source", drawn, "The mean over the items of each source in a window.")]
+
+
 def _evaluations_of(found: Sequence[RunGroup]) -> list[Figure]:
     """Return every metric by window, if a run was evaluated more than once."""
     if all(len(run.evaluations) < 2 for contender in found for run in contender.runs):
         return []
     figures = []
-    for i, name in enumerate([*metric_names(found), "loss"]):
+    known = [*metric_names(found), "loss"]
+    alone = len(found) == 1  # then a picture has the lines of a metric for each source
+    for i, name in enumerate(known):
+        if alone and name.partition("/")[0] in known and "/" in name:
+            continue
+        parts = [name, *(part for part in known if alone and part.startswith(f"{name}/"))]
+        drawn_of = [(contender, part) for contender in found for part in parts]
         lines = [
-            plots.curve(look, [[(e["window"], e.get(name, math.nan)) for e in r.evaluations] for r in c.runs])
-            for look, c in enumerate(found)
+            plots.curve(look, [[(e["window"], e.get(part, math.nan)) for e in r.evaluations] for r in c.runs])
+            for look, (c, part) in enumerate(drawn_of)
         ]
-        drawn = plots.curves(f"evaluation{i}", name, [line for line in lines if line.known])
+        labels = ["all", *(part.partition("/")[2] for part in parts[1:])] if len(parts) > 1 else ()
+        shown = lines if labels else [line for line in lines if line.known]
+        drawn = plots.curves(f"evaluation{i}", name, shown, labels=labels)
         figures.append(Figure(words.metric_name(name).capitalize(), drawn, "On the validation examples."))
     return figures
 

@@ -318,7 +318,11 @@ def _read_rows(path: Path) -> tuple[list[HistoryRow], list[str]]:
                 "one is allowed in each line; fix or delete it",
             )
         try:
+            by_source = row.pop("source_losses", None) or {}
+            if not isinstance(by_source, dict):
+                raise ValueError(f"found {by_source!r}")
             values: Any = {field.name: number(row.get(field.name)) for field in fields(WindowRecord)}
+            values["source_losses"] = {name: number(loss) for name, loss in by_source.items()}
             if not math.isfinite(values["window"]):
                 values["window"] = position
             if "gradient_error" in row:

@@ -34,7 +34,10 @@ def figures_table(found: Sequence[RunGroup]) -> tuple[list[str], list[tuple[str,
     """Return the titles of the columns, and the label and cells of each contender, without empty columns."""
     metrics = metric_names(found)
     columns: list[tuple[str, Callable[[RecordedRun], float | None], Callable[[float], str]]] = [
-        *((name, lambda run, name=name: run.metrics("eval").get(name), words.metric) for name in metrics),
+        *(
+            (words.metric_name(name), lambda run, name=name: run.metrics("eval").get(name), words.metric)
+            for name in metrics
+        ),
         ("validation loss", lambda run: run.metrics("eval").get("loss"), words.metric),
         ("loss, last window", lambda run: run.loss if run.rows else None, words.metric),
         ("gradient error, worst", lambda run: run.gradient_error, words.error),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -145,6 +145,16 @@ def what_must_stay(config: Config, training: Dataset, validation: Dataset) -> di
     for key in ("data.leave_out", "train.on_nonfinite", "data.train", "data.validation"):
         del same[key]  # the first two affect later windows only
     return same | {"data.train": fingerprint(training), "data.validation": fingerprint(validation)}
+
+
+def fingerprint_of_mixture(
+    sources: Sequence[str] | None, shares: Mapping[str, str] | None, weights: np.ndarray | None
+) -> dict[str, str]:
+    """Return a checksum of the sources and weights of the training examples; nothing without them."""
+    if sources is None and weights is None:
+        return {}
+    found = [sources and [*sources], dict(shares or {}), None if weights is None else weights.tolist()]
+    return {"data.mixture": f"sha256:{hashlib.sha256(json.dumps(found).encode()).hexdigest()}"}
 
 
 def check_same_settings(config: Config, run: Path) -> None:

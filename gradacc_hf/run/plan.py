@@ -106,13 +106,13 @@ def make_plan(
         tflops: speed of one device, in 10¹² floating-point operations per second.
         price: price of one device per hour.
         with_levers: whether to search for settings that save memory, if the run does not fit.
-        data: the result of an earlier `recipe.datasets()`; by default the data are read.
+        data: the result of an earlier `recipe.read_examples()`; by default the data are read.
 
     Raises:
         InputError: if no step of the model can be traced.
     """
     recipe = recipe.weightless()
-    training, validation = data or recipe.datasets()
+    training, validation = data or recipe.read_examples()
     recipe = fit_to_model(recipe)
     empty = recipe.empty_model()
     check_vocabulary(recipe, empty, (training, validation))

@@ -27,7 +27,12 @@ from gradacc_hf.hub.model_card import RunCard, facts, refresh_cards
 from gradacc_hf.hub.push import push
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.ending import result_lines, training_lines
-from gradacc_hf.run.fingerprint import check_same_settings, duplicates_note, what_must_stay
+from gradacc_hf.run.fingerprint import (
+    check_same_settings,
+    duplicates_note,
+    fingerprint_of_mixture,
+    what_must_stay,
+)
 from gradacc_hf.run.folder import open_output
 from gradacc_hf.run.overview import PlannedSteps, print_head, print_plan
 from gradacc_hf.run.padding import choose_padding
@@ -229,7 +234,8 @@ def _load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelera
         recipe, training, validation = load_data(recipe_class(config))
     found: list[dict[str, Any]] = [{}]
     if accelerator.is_main_process:
-        found = [what_must_stay(config, training, validation)]
+        mixed = fingerprint_of_mixture(recipe.sources, recipe.shares, recipe.example_weights)
+        found = [what_must_stay(config, training, validation) | mixed]
         if text := duplicates_note(training, validation, "truncated" in recipe.reading.notes):
             recipe.reading.note("duplicates", text)
     return Task(recipe, training, validation, broadcast_object_list(found)[0])

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, LoggerType, set_seed
 from datasets import Dataset
 
-from gradacc_hf.accumulation.batch_schedule import GrowingBatch
+from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch
 from gradacc_hf.accumulation.lengths import measure_lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import as_window_loss
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_WANTED, NOISE_EVERY
-from gradacc_hf.accumulation.sampler import WindowPlan
+from gradacc_hf.accumulation.sampler import EffectiveBatchSize, WindowPlan
 from gradacc_hf.accumulation.splitting import Bound
 from gradacc_hf.accumulation.streaming import Stream
 from gradacc_hf.config.batch_size import check_can_measure, effective_batch_size
@@ -88,7 +89,7 @@ def load_data(recipe: Recipe) -> tuple[Recipe, Dataset, Dataset]:
         The training examples.
         The validation examples.
     """
-    training, validation = recipe.datasets()
+    training, validation = recipe.read_examples()
     return fit_to_model(recipe), training, validation
 
 
@@ -133,9 +134,15 @@ def make_windows(
         "num_workers": config.budget.num_workers,
     }
     plan = WindowPlan(len(training), sizes, config.train.seed, shuffle=True, drop_last=config.batch.drop_last)
+    if recipe.example_weights is not None and as_window_loss(recipe.loss) is not None:
+        found = f"the loss of {type(recipe).__name__} is over all rows of a window together"
+        refuse("data.weight_column", found, "set it to null")
     windows = WindowLoader(
         training,
         sizes,
+        sources=recipe.sources,
+        shares=recipe.shares,
+        weights=recipe.example_weights,
         noise_every=noise_every(config, plan) if measures else 0,
         lengths=lengths,
         drop_last=config.batch.drop_last,
@@ -143,11 +150,21 @@ def make_windows(
         whole_gradients=config.budget.whole_gradients,
         **shared,
     )
-    size, lengths = min(512, len(validation)), recipe.lengths(validation)
+    size: EffectiveBatchSize = min(512, len(validation))
+    if recipe.validation_sources is not None:
+        size = sizes_of_one_source(recipe.validation_sources, size)
+    lengths = recipe.lengths(validation)
     if windows.bound.max_bytes is not None:  # a prediction for training, which excludes generation
         most = tokens_per_micro_batch(config.budget, accelerator.device.type)
         shared["bound"] = replace(windows.bound, max_tokens=most)
     return windows, WindowLoader(validation, size, lengths=lengths, shuffle=False, **shared)
+
+
+def sizes_of_one_source(sources: Sequence[str], most: int) -> ScheduledBatch:
+    """Return sizes of windows, each of at most `most` examples of one source. Examples are in their order."""
+    of_sources = [len([*rows]) for _, rows in groupby(sources)]
+    found = [min(most, rows - start) for rows in of_sources for start in range(0, rows, most)]
+    return ScheduledBatch(dict(enumerate(found)))
 
 
 def noise_every(config: Config, plan: WindowPlan) -> int:

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from gradacc_hf.data.columns import require_texts
 from gradacc_hf.data.reading import Reading
+from gradacc_hf.data.sources import SOURCE
 from gradacc_hf.errors import InputError, listed, refuse
 from gradacc_hf.tasks.chat import as_tools, chat_problem
 
@@ -84,6 +85,10 @@ class Format:
         chats = self.name in ("messages", "sharegpt") or (self.is_chat and self.name == "prompt")
         return () if chats else [name for name in self.columns if name != "history"]
 
+    def of(self, row: Row) -> "Format":
+        """Return the format of a row."""
+        return self
+
     def read(self, row: Row) -> dict[str, Any]:
         """Return a row as a chat or as a text.
 
@@ -107,6 +112,35 @@ class Format:
         except ValueError as error:
             return str(error)
         return chat_problem(**found) if self.is_chat else None
+
+
+@dataclass(frozen=True)
+class MixedFormat:
+    """The format of each source of a mixture."""
+
+    forms: tuple[Format, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the formats read."""
+        return tuple(dict.fromkeys(name for form in self.forms for name in form.columns))
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a source has chats."""
+        return any(form.is_chat for form in self.forms)
+
+    def of(self, row: Row) -> Format:
+        """Return the format of a row."""
+        return self.forms[row[SOURCE]]
+
+    def read(self, row: Row) -> dict[str, Any]:
+        """Return a row as a chat or as a text, like `Format.read`."""
+        return self.of(row).read(row)
+
+    def problem(self, row: Row) -> str | None:
+        """Return the problem of a row, or None."""
+        return self.of(row).problem(row)
 
 
 def find_format(splits: Sequence[Dataset], name: str, learn: str, has_template: bool) -> Format:

@@ -7,7 +7,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
@@ -220,6 +220,7 @@ def _record(
         noise_measured=windows.noise.measured,
         noise_low=noise_low,
         noise_high=noise_high,
+        source_losses=window.source_losses,
     )
 
 
@@ -242,11 +243,13 @@ class Evaluation:
         loss: Mean over all items. NaN for a loss over a whole window, such as a contrastive loss.
         predictions: One per example, in the order of the data set.
         references: One per example, in the same order.
+        source_losses: Mean over the items of each source, by name. Empty without sources.
     """
 
     loss: float
     predictions: list[Any]
     references: list[Any]
+    source_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -257,6 +260,7 @@ def evaluate(
     accelerator: Accelerator,
     compute_loss: ComputeLoss = model_loss,
     predict: Predict | None = logits_and_labels,
+    sources: Sequence[str] | None = None,
 ) -> Evaluation:
     """Run a prepared model over all data of `windows`, without dropout. The accumulation state is unchanged.
 
@@ -267,6 +271,7 @@ def evaluate(
         compute_loss: The loss; by default the loss of the model. A `WindowLoss` gives NaN, as it has no loss
             per micro-batch.
         predict: (outputs, batch) → predictions and references by row; None computes only the loss.
+        sources: The source of each example, for the loss of each. A micro-batch must be of one source.
 
     Returns:
         The loss, predictions and references, the same in all processes.
@@ -282,34 +287,57 @@ def evaluate(
     training = model.training
     model.eval()
     rows: list[tuple[int, Any, Any]] = []
-    here: dict[str, list[float]] = {}  # by loss: sum, items
+    here: dict[tuple[str, str], list[float]] = {}  # by source and loss: sum, items
     for micro_batch, batch in windows.micro_batches():
         with name_bad_index(model):
             outputs = model(**batch)
         if micro_batch.num_items and as_window_loss(compute_loss) is None:
             loss = compute_loss(outputs, batch)
             losses = losses_by_name(loss, micro_batch.items, "evaluate()")
+            source = _source_of(micro_batch.indices, sources)
             for name, items in (micro_batch.items or {"": micro_batch.num_items}).items():
                 if items:
-                    sums = here.setdefault(name, [0.0, 0.0])
+                    sums = here.setdefault((source, name), [0.0, 0.0])
                     sums[0] += float(losses[name]) * items
                     sums[1] += items
         if predict and len(micro_batch.indices):  # an idle micro-batch has none; it runs only for collectives
             rows += zip(micro_batch.indices.tolist(), *predict(outputs, batch), strict=True)
     model.train(training)
     sums = gather_object([here])
+    known = dict.fromkeys(sources or ())
     everything = {index: (prediction, reference) for index, prediction, reference in gather_object(rows)}
     return Evaluation(
-        loss=_mean_loss(sums),
+        loss=_mean_loss(sums, None),
         predictions=[everything[index][0] for index in sorted(everything)],
         references=[everything[index][1] for index in sorted(everything)],
+        source_losses={name: _mean_loss(sums, name) for name in known},
     )
 
 
-def _mean_loss(sums: Sequence[Mapping[str, Sequence[float]]]) -> float:
-    """Return the mean of each loss over all processes, added; NaN without items."""
+def _source_of(indices: np.ndarray, sources: Sequence[str] | None) -> str:
+    """Return the source of all examples of a micro-batch. Raise ValueError if they have several."""
+    found = {sources[index] for index in indices.tolist()} if sources is not None else {""}
+    if len(found) > 1:
+        raise ValueError(f"a micro-batch has examples of {sorted(found)}: let every window have one source")
+    return found.pop()
+
+
+def _mean_loss(sums: Sequence[Mapping[tuple[str, str], Sequence[float]]], source: str | None) -> float:
+    """Return the mean of each loss over all processes, added; NaN without items.
+
+    Args:
+        sums: Of each process, by source and loss: the sum of the losses, and items.
+        source: The source, or None for all.
+    """
     means = []
-    for name in dict.fromkeys(name for of_process in sums for name in of_process):
-        parts = [of_process[name] for of_process in sums if name in of_process]
+    for name in dict.fromkeys(name for of_process in sums for _, name in of_process):
+        parts = [
+            part
+            for of_process in sums
+            for (of_source, of_loss), part in of_process.items()
+            if of_loss == name and source in (None, of_source)
+        ]
+        if not parts:
+            continue
         means.append(sum(loss for loss, _ in parts) / sum(items for _, items in parts))
     return sum(means) if means else math.nan

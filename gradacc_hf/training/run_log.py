@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class WindowRecord:
         update_ratio: ‖step‖ / ‖weights‖ of a sample of the weights; NaN where it is not measured.
         noise_low, noise_high: The bounds of the noise scale, with the confidence of
             `accumulation.noise_scale.CONFIDENCE`. An infinite bound is null in JSON.
+        source_losses: The mean over the items of each source in the window, by name. Not in JSON if empty.
     """
 
     window: int
@@ -96,6 +97,7 @@ class WindowRecord:
     update_ratio: float = math.nan
     noise_low: float = math.nan
     noise_high: float = math.nan
+    source_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 class RunLog:
@@ -166,9 +168,9 @@ class RunLog:
         if self._history is not None:
             self._history.write(_row(record))
             self._history.flush()
+        tracked = {key: row[key] for key in TRACKED} | by_source("loss", row["source_losses"])
         self.accelerator.log(
-            {f"train/{key}": row[key] for key in TRACKED if row[key] is not None},
-            record.window,
+            {f"train/{key}": value for key, value in tracked.items() if value is not None}, record.window
         )
         examples_per_second, tokens_per_second = (
             record.examples / record.seconds,
@@ -180,10 +182,9 @@ class RunLog:
         every = 10 ** (len(str(record.window)) - 1) if total is None else max(1, total // 10)
         if not self.console.is_terminal and (record.window % every == 0 or record.window == 1):
             of = "" if total is None else f"/{total}"
-            self.console.print(
-                f"window {record.window}{of} · loss {record.loss:.4f} · {speed}",
-                soft_wrap=True,
-            )
+            parts = ", ".join(f"{name} {loss:.4f}" for name, loss in record.source_losses.items())
+            loss = f"loss {record.loss:.4f}{f' ({parts})' if parts else ''}"
+            self.console.print(f"window {record.window}{of} · {loss} · {speed}", soft_wrap=True)
 
     def expect(self, total_windows: int | None) -> None:
         """Set the number of windows of the whole run; None if unknown."""
@@ -249,13 +250,25 @@ def read_history(path: Path, windows: int) -> list[WindowRecord]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
-            row: Any = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+            row = json.loads(line, object_hook=_with_nan)
             records.append(WindowRecord(**row))
     return [record for record in records if record.window <= windows]
 
 
+def _with_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in values.items()}
+
+
 def _row(record: WindowRecord) -> str:
-    return json.dumps(finite(asdict(record))) + "\n"
+    row = finite(asdict(record))
+    if not row["source_losses"]:
+        del row["source_losses"]
+    return json.dumps(row) + "\n"
+
+
+def by_source(metric: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a metric for each source, by metric and source: "loss/chats"."""
+    return {f"{metric}/{name}": value for name, value in values.items()}
 
 
 def describe(metrics: Mapping[str, float]) -> str:

@@ -1,0 +1,222 @@
+"""Mixtures and weights of rows from a config, as a user of a recipe meets them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from chat_templates import byte_tokenizer
+from recipe_runs import load_recipe, make_recipe, summary
+
+from gradacc_hf.errors import InputError
+from gradacc_hf.verification.tiny_models import build_head
+
+TextClassification = load_recipe("text_classification").TextClassification
+CausalLM = load_recipe("causal_lm").CausalLM
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Two sources of texts: 60 reviews, and 25 tweets with other columns and weights."""
+    monkeypatch.chdir(tmp_path)
+    reviews = [
+        {
+            "text": f"review {i} is {['bad', 'good'][i % 2]}",
+            "label": ["no", "yes"][i % 2],
+            "w": 1 + i % 3,
+        }
+        for i in range(60)
+    ]
+    tweets = [{"body": f"tweet {i}", "topic": ["no", "yes"][i % 2], "w": i % 2} for i in range(25)]
+    first, second = write(tmp_path / "reviews.jsonl", reviews), write(tmp_path / "tweets.jsonl", tweets)
+    columns = {"text_column": "body", "label_column": "topic"}
+    sources = [{"source": first, "weight": 3}, {"source": second, "name": "short", **columns}]
+    return write_config(tmp_path, {"data": {"train": sources}})
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """A Llama of bytes with a chat template, as a folder."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    build_head("causal_lm", "llama").model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return {"model": {"name": str(folder)}}
+
+
+def write_config(folder, settings):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_mixture_trains_and_resumes_bit_for_bit_with_losses_by_source(start, config, tmp_path):
+    flags = ["--config", config, "--batch.effective", 8, "--train.epochs", 2, "--train.eval_every", 5]
+    flags += ["--checkpoint.every", 7, "--checkpoint.keep", 9, "--budget.max_tokens", 60]
+    outcome = start(TextClassification, *flags, "--output.dir", "run")
+    assert outcome.code == 0, outcome.err
+    plan = outcome.out.partition("windows  ")[0]
+    assert (
+        "mixture               reviews: 54 examples, 75.0% of every window, each 1.07 times an epoch" in plan
+    )
+    assert "mixture               short: 23 examples, 25.0% of every window, each 0.84 times an epoch" in plan
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 20
+    for row in rows:
+        assert row["source_losses"].keys() == {"reviews", "short"}
+        found = row["source_losses"]
+        assert (6 * found["reviews"] + 2 * found["short"]) / 8 == pytest.approx(row["loss"], rel=1e-5)
+    assert "(reviews " in outcome.out
+    end = summary(tmp_path / "run")["eval"]
+    assert {"loss/reviews", "loss/short", "accuracy/reviews", "accuracy/short"} <= end.keys()
+    assert (6 * end["loss/reviews"] + 2 * end["loss/short"]) / 8 == pytest.approx(end["loss"], rel=1e-5)
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "Loss by source" in page
+    assert "validation loss, short" in page
+
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for folder in (tmp_path / "again/checkpoints").iterdir():
+        if not folder.name.endswith("7"):
+            shutil.rmtree(folder)
+    (tmp_path / "again/summary.json").unlink()
+    outcome = start(TextClassification, *flags, "--output.dir", "again", "--resume", "auto")
+    assert outcome.code == 0, outcome.err
+    without = {"seconds", "update_ratio"}
+    for one, other in zip(rows, rows_of(tmp_path / "again"), strict=True):
+        assert {k: v for k, v in one.items() if k not in without} == {
+            k: v for k, v in other.items() if k not in without
+        }
+
+    sources = yaml.safe_load(config.read_text())["data"]["train"]
+    sources[0]["weight"] = 2
+    write_config(tmp_path, {"data": {"train": sources}})
+    shutil.rmtree(tmp_path / "run/last")
+    (tmp_path / "run/summary.json").unlink()
+    outcome = start(TextClassification, *flags, "--output.dir", "run", "--resume", "auto")
+    assert outcome.code == 2
+    assert "data.mixture" in outcome.err
+
+
+def test_rows_have_weights_and_a_bad_weight_is_named_by_its_line(start, config, tmp_path):
+    flags = ["--config", config, "--batch.effective", 8, "--data.weight_column", "w"]
+    outcome = start(TextClassification, *flags, "--output.dir", "run")
+    assert outcome.code == 0, outcome.err
+    for row in rows_of(tmp_path / "run"):
+        assert row["examples"] == 8
+        assert row["items"] != 8
+    rows = [json.loads(line) for line in (tmp_path / "tweets.jsonl").read_text().splitlines()]
+    for wrong in (-1, "NaN", None, "much", True):
+        rows[2]["w"] = wrong
+        write(tmp_path / "tweets.jsonl", rows)
+        outcome = start(TextClassification, *flags, "--output.dir", "other")
+        assert outcome.code == 2
+        assert "data.weight_column" in outcome.err
+        assert "tweets.jsonl line 3" in outcome.err or "held out" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([{"weight": 3}], "mappings with source"),
+        ([{"source": "a.jsonl", "wieght": 3}], "mappings with source, and any of weight, name"),
+        ([{"source": "a.jsonl", "weight": 0}], "a weight above 0 for each source"),
+        ([{"source": "a.jsonl", "weight": "much"}], "a weight above 0 for each source"),
+        ([{"source": "a.jsonl"}, {"source": "a.jsonl"}], "a different name for each source"),
+        ([], "a CSV, JSONL or Parquet file"),
+        ([{"source": "absent.jsonl"}], "no file or folder 'absent.jsonl'"),
+    ],
+)
+def test_sources_that_cannot_be_read_are_refused(start, config, tmp_path, sources, message):
+    write_config(tmp_path, {"data": {"train": sources}})
+    outcome = start(TextClassification, "--config", config)
+    assert outcome.code == 2
+    assert message in outcome.err
+
+
+def test_each_source_of_chats_has_a_format_of_its_own(tiny_llama, tmp_path):
+    chats = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"A{i}"}]}
+        for i in range(20)
+    ]
+    texts = [{"text": f"one {i}", "instruction": "Say", "output": f"B{i}"} for i in range(20)]
+    sources = [
+        {"source": write(tmp_path / "chats.jsonl", chats)},
+        {"source": write(tmp_path / "alpaca.jsonl", texts), "format": "alpaca"},
+        {"source": write(tmp_path / "plain.jsonl", texts), "format": "text"},
+    ]
+    recipe = make_recipe(
+        CausalLM, "--config", write_config(tmp_path, {"data": {"train": sources}} | tiny_llama)
+    )
+    train, validation = recipe.read_examples()
+    assert (len(train), len(validation)) == (54, 6)
+    assert train.column_names == ["input_ids", "labels"]
+    assert recipe.sources == ["chats"] * 18 + ["alpaca"] * 18 + ["plain"] * 18
+    assert recipe.validation_sources == ["chats"] * 2 + ["alpaca"] * 2 + ["plain"] * 2
+    learned = [
+        recipe.tokenizer.decode([token for token in row if token != -100]).strip() for row in train["labels"]
+    ]
+    assert all(
+        ("AB"[i // 18] in text) if i < 36 else text.startswith("one") for i, text in enumerate(learned)
+    )
+
+
+RECIPES = {
+    "token_classification": lambda i: {"tokens": ["Ada", f"sang{i}"], "tags": ["B-PER", "O"]},
+    "masked_lm": lambda i: {"text": f"a text {i} of several words " * (1 + i % 9)},
+    "seq2seq": lambda i: {"source": f"in {i}", "target": f"out {i}"},
+    "question_answering": lambda i: {
+        "question": "Who?",
+        "context": f"It was Ada {i}. " + "Nothing else. " * (i % 9),
+        "answers": {"text": ["Ada"], "answer_start": [7]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_keeps_the_sources_and_weights_of_rows(name, tiny_bert, tmp_path):
+    module = load_recipe(name)
+    recipe_class = next(
+        value
+        for value in vars(module).values()
+        if getattr(value, "__module__", "") == name and hasattr(value, "Data")
+    )
+    rows = [{**RECIPES[name](i), "w": i} for i in range(12)]
+    files = [write(tmp_path / f"{part}.jsonl", rows) for part in "ab"]
+    sources = [{"source": file, "validation": file} for file in files]
+    settings = {"data": {"train": sources, "weight_column": "w", "max_length": 24}}
+    settings["model"] = {"name": str(tiny_bert)}
+    settings["data"] |= {"doc_stride": 4} if name == "question_answering" else {}
+    recipe = make_recipe(recipe_class, "--config", write_config(tmp_path, settings))
+    train, validation = recipe.read_examples()
+    assert recipe.sources == sorted(recipe.sources)
+    assert {*recipe.sources} == {*recipe.validation_sources} == {"a", "b"}
+    assert len(recipe.sources) == len(train) == len(recipe.example_weights)
+    assert len(validation) == len(recipe.validation_sources)
+    assert {*recipe.example_weights.tolist()} == {*map(float, range(12))}
+    half = len(train) // 2
+    assert np.array_equal(recipe.example_weights[:half], recipe.example_weights[half:])
+    assert not {"_source", "_weight"} & {*train.column_names, *validation.column_names}
+
+
+def test_a_recipe_that_does_not_keep_them_is_refused(tiny_llama, tmp_path):
+    class Forgetful(CausalLM):
+        def datasets(self):
+            return tuple(rows.select_columns(["input_ids", "labels"]) for rows in super().datasets())
+
+    file = write(tmp_path / "a.jsonl", [{"text": f"some {i}", "w": 1} for i in range(9)])
+    for data, key in (
+        ({"train": [{"source": file}]}, "data.train"),
+        ({"train": file, "weight_column": "w"}, "data.weight_column"),
+    ):
+        recipe = make_recipe(Forgetful, "--config", write_config(tmp_path, {"data": data} | tiny_llama))
+        with pytest.raises(InputError, match=f"{key}: Forgetful does not keep the column"):
+            recipe.read_examples()
