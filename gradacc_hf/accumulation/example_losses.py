@@ -58,8 +58,7 @@ class ExampleItems:
         }
         if not split:
             raise ValueError(
-                f"the batch of {number} examples has no tensor with a row for each, so that examples cannot "
-                "have weights or sources: collate each example to a row"
+                f"the batch of {number} examples has no tensor with a row for each: weights need one"
             )
         items = np.empty(number)
         for example, end in enumerate(np.cumsum(sizes)):
@@ -120,9 +119,8 @@ class ExampleLosses:
         if not self._means:
             if self.weighs:
                 raise InputError(
-                    "example weights: the loss was computed without cross_entropy, mse_loss or "
-                    "binary_cross_entropy_with_logits of torch, so that examples cannot be weighed: remove "
-                    "the weights, or compute the loss with one of these functions"
+                    "example weights: the loss was computed without cross_entropy, mse_loss and "
+                    "binary_cross_entropy_with_logits of torch. Use one of these, or remove the weights"
                 )
             return
         parts = torch.stack(self._means).mean(0)
@@ -131,8 +129,8 @@ class ExampleLosses:
         if self.weighs and checks and bool(mean.isfinite() & found.isfinite() & ~is_mean):
             raise InputError(
                 f"example weights: the loss is {float(found):.6g}, but the weighted mean over items is "
-                f"{float(mean):.6g}, so that the weights do not reach it: remove the weights, or compute the "
-                "loss as a mean with cross_entropy, mse_loss or binary_cross_entropy_with_logits of torch"
+                f"{float(mean):.6g}, so that the weights do not reach it. Return the mean of one of torch's "
+                "loss functions, or remove the weights"
             )
         self.parts = torch.where(is_mean, parts, math.nan)
 

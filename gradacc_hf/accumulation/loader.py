@@ -757,9 +757,8 @@ class WindowLoader:
 
     def _count_empty(self, split: Split, empty_micro_batches: int, window_is_empty: bool) -> None:
         if empty_micro_batches and not self.empty_micro_batches:
-            logger.warning(
-                "some micro-batches have no item (every label is ignored): they are skipped and counted"
-            )
+            why = "every label is ignored" + " or has weight 0" * self.weighs_examples
+            logger.warning(f"some micro-batches have no item ({why}): they are skipped and counted")
         if window_is_empty and not self.empty_windows:
             logger.warning(
                 f"window {split.window} of epoch {split.epoch} has no item: it is skipped and counted"

@@ -174,8 +174,7 @@ class MixedPlan(WindowPlan):
 def _signs(position: int, step: int, whole: int) -> tuple[int, ...]:
     """Return the characteristic string of algorithm PF from the next window on.
 
-    A sign tells whether the lag reaches a whole example (0), exceeds it (1) or not (−1). The string ends
-    where it is reached.
+    A sign is 0 if the lag reaches a whole example, 1 if it exceeds one, and else −1. The string ends at 0.
     """
     found: list[int] = []
     while len(found) < SIGNS and (not found or found[-1]):

@@ -11,6 +11,7 @@ import codecs
 import re
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -84,6 +85,11 @@ class DataConfig:
             raise FrozenInstanceError(f"cannot assign to field {name!r}: use with_settings()")
         super().__setattr__(name, value)
 
+    @property
+    def mixture(self) -> list[dict[str, str]]:
+        """The sources of a mixture; empty for a single source."""
+        return [one for one in self.train if isinstance(one, dict)] if isinstance(self.train, list) else []
+
     def of_source(self) -> list[str]:
         """Return the settings that a source of a mixture may have for itself."""
         columns = [item.name for item in fields(self) if item.name.endswith("_column")]
@@ -91,15 +97,15 @@ class DataConfig:
         return own + ["format"] * hasattr(self, "format")
 
     def rules(self) -> Rules:
-        sources = "a CSV, JSONL or Parquet file, a folder, a Hub name, or embedded:NAME"
-        yield "train", self.train not in ("", []), sources
-        if isinstance(self.train, list):
+        files = "a CSV, JSONL or Parquet file, a folder, a Hub name, or embedded:NAME"
+        yield "train", self.train not in ("", []), files
+        if sources := self.mixture:
             known = ["source", "weight", "name", "validation", *self.of_source()]
             allowed = f"mappings with source, and any of {', '.join(known[1:])}"
-            yield "train", all("source" in one and {*one} <= {*known} for one in self.train), allowed
-            shares = [_positive(one.get("weight", "1")) for one in self.train]
+            yield "train", all("source" in one and {*one} <= {*known} for one in sources), allowed
+            shares = [_positive(one.get("weight", "1")) for one in sources]
             yield "train", all(shares), "a weight above 0 for each source"
-            names = [one.get("name", one.get("source")) for one in self.train]
+            names = [source_name(one) for one in sources]
             yield "train", len({*names}) == len(names), "a different name for each source"
         separators = "one character, or comma, semicolon, tab, pipe or none"
         yield "separator", self.separator is None or _is_separator(self.separator), separators
@@ -330,6 +336,12 @@ def with_settings(settings: SettingsT, changes: Mapping[str, Any]) -> SettingsT:
             own[name] = value
     sections = {name: with_settings(getattr(settings, name), inner) for name, inner in of_sections.items()}
     return replace(settings, **own, **sections)  # type: ignore[type-var]
+
+
+def source_name(source: Mapping[str, str]) -> str:
+    """Return the name of a source in a mixture: its `name`, or else its file without suffixes."""
+    given = source.get("source", "")
+    return source.get("name") or Path(given).name.partition(".")[0] or given
 
 
 def _positive(text: str) -> bool:

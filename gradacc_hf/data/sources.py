@@ -26,11 +26,6 @@ OF_READERS = ("config_name", "separator", "encoding", "rows_key", "sheet")
 """Settings of `data` that a source may have for itself, beside `validation`, `format` and columns."""
 
 
-def source_name(source: Mapping[str, str]) -> str:
-    """Return the name of a source: its `name`, or else its file without suffixes."""
-    return source.get("name") or Path(source["source"]).name.partition(".")[0] or source["source"]
-
-
 def renamed(renames: Mapping[str, str], key: str, convert: Convert | None) -> Convert:
     """Return a conversion that gives columns of a source the names of the recipe's settings first.
 

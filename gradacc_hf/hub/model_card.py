@@ -70,7 +70,7 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
     upstream, licence = origin(given)
     on_hub = upstream or (given if _is_hub_name(given) else None)
     source = recipe.validation_source.removeprefix("validation: ")
-    train = data.train if isinstance(data.train, str) else ", ".join(one["source"] for one in data.train)
+    train = ", ".join(one["source"] for one in data.mixture) or str(data.train)
     for name in (str(data.validation or train), train):
         if source.endswith(name):
             source = source.removesuffix(name) + _public(name)

@@ -25,7 +25,7 @@ from gradacc_hf.accumulation.collation import PadTo, Transform
 from gradacc_hf.accumulation.lengths import Lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import CountItems, model_loss
-from gradacc_hf.config.schema import Config, DataConfig
+from gradacc_hf.config.schema import Config, DataConfig, source_name
 from gradacc_hf.data.bad_rows import Problem, check_rows
 from gradacc_hf.data.columns import file_rows, select_rows
 from gradacc_hf.data.files import Form
@@ -41,7 +41,6 @@ from gradacc_hf.data.sources import (
     mixture_note,
     no_examples,
     renamed,
-    source_name,
     weighed,
 )
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
@@ -132,7 +131,7 @@ class Recipe:
             convert: Converts rows from the format of a file, before rows are held out.
             word_columns: The columns of tokens and tags. With them, text files with a token a line are read.
         """
-        if isinstance(self.data.train, list):
+        if self.data.mixture:
             splits = self._mixture(label_column, convert, word_columns)
         else:
             splits = self._load(self.data, label_column, convert, word_columns)
@@ -169,7 +168,7 @@ class Recipe:
     ) -> Splits:
         """Read the rows of all sources of a mixture."""
         found = []
-        for source in self.data.train:
+        for source in self.data.mixture:
             own = {key: value for key, value in source.items() if key in (*OF_READERS, "validation")}
             columns = {key: value for key, value in source.items() if key.endswith("_column")}
             renames = {value: getattr(self.data, key) for key, value in columns.items()}
@@ -181,7 +180,7 @@ class Recipe:
             converts = renamed(renames, "data.train", convert) if renames else convert
             data = replace(self.data, train=source["source"], **own)
             found.append(self._load(data, label_column, converts, words))
-        names = [source_name(source) for source in self.data.train]
+        names = [source_name(source) for source in self.data.mixture]
         splits, self.source_columns, self.has_validation_by_source = join_sources(names, found)
         return splits
 
@@ -198,7 +197,7 @@ class Recipe:
 
     def setting_of_source(self, number: int, key: str) -> Any:
         """Return a setting of `data` for a source of a mixture, or for all data."""
-        given = self.data.train[number] if isinstance(self.data.train, list) else {}
+        given = self.data.mixture[number] if self.data.mixture else {}
         return given.get(key, getattr(self.data, key))
 
     def read_examples(self) -> tuple[Dataset, Dataset]:
@@ -207,7 +206,7 @@ class Recipe:
         Raise InputError for a recipe that does not keep them.
         """
         train, validation = self.datasets()
-        data, is_mixture = self.data, isinstance(self.data.train, list)
+        data, is_mixture = self.data, bool(self.data.mixture)
         for key, wanted, column in (
             ("data.train", is_mixture, SOURCE),
             ("data.weight_column", data.weight_column is not None, WEIGHT),
@@ -218,11 +217,11 @@ class Recipe:
         if data.weight_column is not None:
             self.example_weights = np.asarray(train[WEIGHT], np.float64)
         if is_mixture:
-            names = np.array([source_name(source) for source in data.train], object)
+            names = np.array([source_name(source) for source in data.mixture], object)
             counts = np.bincount(train[SOURCE], minlength=len(names)).tolist()
             no_examples(names.tolist(), counts)
             self.sources = names[np.asarray(train[SOURCE])].tolist()
-            weights = [str(source.get("weight", 1)) for source in data.train]
+            weights = [str(source.get("weight", 1)) for source in data.mixture]
             self.shares = dict(zip(names.tolist(), weights, strict=True))
             for line in mixture_note(names.tolist(), counts, self.shares):
                 self.reading.note("mixture", line)

@@ -33,11 +33,18 @@ from gradacc_hf import (
     accumulate_in_float32,
     evaluate,
     fine_tune,
+    remove_padding,
 )
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch
 from gradacc_hf.accumulation.gradient_cache import COLUMNS, ContrastiveLoss, Embedder
 from gradacc_hf.accumulation.loss_items import model_loss
-from gradacc_hf.accumulation.reference import RecordGradients, norm, relative_error, whole_window_gradient
+from gradacc_hf.accumulation.reference import (
+    RecordGradients,
+    norm,
+    read_gradient,
+    relative_error,
+    whole_window_gradient,
+)
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.masked_head import at_labels, head_at_labels
 from gradacc_hf.tasks.packing import pack
@@ -730,6 +737,54 @@ def several_losses(engine):
     return {"error": max(errors), "loss_error": max(loss_errors), "same_windows": True}
 
 
+def mixture(engine, lean=False, **split):
+    """Windows of two sources with weights: the worst error against one example after the other."""
+    accelerator, (head, untouched) = accelerator_for(engine), [build_head("causal_lm", "llama") for _ in "ab"]
+    examples, weights = head.examples(LENGTHS), np.arange(len(LENGTHS)) % 4 / 2
+    sources = ["chats"] * 15 + ["alpaca"] * (len(LENGTHS) - 15)
+    if lean:
+        make_lean(head.model, True)
+        remove_padding(head.model, head.collate(examples[:4]))
+        split["padding_free"] = True
+    windows = WindowLoader(
+        examples,
+        7,
+        accelerator=accelerator,
+        collate_fn=head.collate,
+        num_items=head.num_items,
+        weights=weights,
+        sources=sources,
+        shares={"chats": 2, "alpaca": 1},
+        **split,
+    )
+    preflight_check(head.model, windows)
+    model, optimizer = accelerator.prepare(head.model, RecordGradients(head.model))
+    records = train(model, optimizer, windows, accelerator=accelerator)
+    indices = [windows.plan.indices(0, record.window - 1).tolist() for record in records]
+    errors, loss_errors = [], []
+    for record, window, gradient in zip(records, indices, optimizer.optimizer.gradients, strict=True):
+        untouched.model.zero_grad()
+        parts = {"chats": [0.0, 0.0], "alpaca": [0.0, 0.0]}
+        for index in window:
+            batch = untouched.collate([examples[index]])
+            items = windows.count_items(batch) * weights[index]
+            parts[sources[index]][0] += untouched.model(**batch).loss * items
+            parts[sources[index]][1] += items
+        losses, items = zip(*parts.values(), strict=True)
+        whole = sum(losses) / sum(items)
+        whole.backward()
+        errors.append(relative_error(gradient, read_gradient(untouched.model)))
+        pairs = [(record.loss, whole)]
+        pairs += [(record.source_losses[name], loss / items) for name, (loss, items) in parts.items()]
+        loss_errors += [abs(found / float(exact.detach()) - 1) for found, exact in pairs]
+    return {
+        "error": max(errors),
+        "loss_error": max(loss_errors),
+        "indices": indices,
+        "same_windows": all(seen == indices for seen in gather_object([indices])),
+    }
+
+
 def count_of(name, batch):
     return int((batch[name] != -100).sum())
 
@@ -813,6 +868,8 @@ CASES = {
     "stream": stream,
     "other_data": other_data,
     "several_losses": several_losses,
+    "mixture": lambda engine: mixture(engine, max_tokens=90),
+    "mixture_lean_without_padding": lambda engine: mixture(engine, lean=True, max_tokens=90),
     "contrastive": lambda engine: contrastive(engine, max_tokens=160),
     "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),
     "masked_at_random": masked_at_random,
