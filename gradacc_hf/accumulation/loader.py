@@ -39,7 +39,7 @@ from gradacc_hf.accumulation.loader_state import (
     sizes_of,
     upgrade_state,
 )
-from gradacc_hf.accumulation.mixture import MixedPlan, Sources
+from gradacc_hf.accumulation.mixture import Sources, plan_of
 from gradacc_hf.accumulation.noise_scale import NoiseScale
 from gradacc_hf.accumulation.padding_layout import GROUPS_ON_CPU, GROUPS_ON_GPU
 from gradacc_hf.accumulation.reference import as_number
@@ -54,7 +54,6 @@ from gradacc_hf.accumulation.validation import (
     check_sizes,
     check_sources,
     check_stream,
-    check_weights,
     refuse_engine,
 )
 from gradacc_hf.accumulation.window import Window
@@ -170,11 +169,10 @@ class WindowLoader:
         check_stream(dataset, lengths, num_workers, buffer_size)
         check_arguments(dataset, effective_batch_size, collate_fn, pad_to, pad_to_multiple_of)
         check_sizes(bound, max_tokens, micro_batch_size, noise_every)
-        check_sources(dataset, sources, shares, weights)
+        checked_weights = check_sources(dataset, sources, shares, weights, num_items)
         if padding_free:
             check_padding_free(pad_to)
-        self.accelerator, self.num_workers = accelerator, num_workers
-        self.whole_gradients = whole_gradients
+        self.accelerator, self.num_workers, self.whole_gradients = accelerator, num_workers, whole_gradients
         self.seed, self.epoch, self.window = seed, 0, 0
         self.empty_micro_batches = self.empty_windows = self.replays = 0
         self.seconds_to_collate = 0.0
@@ -185,24 +183,20 @@ class WindowLoader:
         self._completed_costs = (0.0,) * accelerator.num_processes
         bound = bound or Bound(max_tokens, micro_batch_size)
         measure = partial(measure_lengths, lengths=lengths, bounds=bound.micro_batch_size is None)
-        self._budget = sizes_of(bound)  # as given; `bound` may be lowered later
-        self._device = device_name(accelerator)
+        self._budget, self._device = sizes_of(bound), device_name(accelerator)  # `bound` may be lowered later
         self._trial_bound: Bound | None = None
-        count_items = items.resolve(num_items)
-        found = None if sources is None else Sources.of(sources, shares, len(dataset))
+        found = Sources.of(sources, shares, len(dataset)) if sources is not None else None
         if is_stream(dataset):
             size = int(buffer_size or BUFFER_SIZE)
             plan = Stream(dataset, effective_batch_size, seed, shuffle, drop_last, size, measure)
             plan.check, dataset, tokens = self._check_lengths, plan, plan.tokens
         else:
-            plan = WindowPlan(len(dataset), effective_batch_size, seed, shuffle, drop_last)
-            if found is not None and found.shares is not None:
-                plan = MixedPlan(found, effective_batch_size, seed, shuffle, drop_last)
+            plan = plan_of(found, len(dataset), effective_batch_size, seed, shuffle, drop_last)
             tokens = measure(dataset)
         self._windows = LocalWindows(
             dataset=dataset,
             collate_fn=collate_fn,
-            count_items=count_items,
+            count_items=items.resolve(num_items),
             tokens=tokens,
             pad_to=pad_to if isinstance(pad_to, str) else int(pad_to),
             bound=bound,
@@ -217,7 +211,7 @@ class WindowLoader:
             padding_free=padding_free,
             layout_cost=GROUPS_ON_GPU if accelerator.device.type == "cuda" else GROUPS_ON_CPU,
             sources=found,
-            weights=None if weights is None else check_weights(weights, len(dataset), count_items),
+            weights=checked_weights,
         )
         if isinstance(tokens, np.ndarray):
             self._check_lengths(tokens)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
+from typing import Any
 
 import numpy as np
 
@@ -169,6 +170,13 @@ class MixedPlan(WindowPlan):
             lags[source] -= whole
         self._lags = lags
         return np.array(counts, np.int64)
+
+
+def plan_of(sources: Sources | None, num_examples: int, *settings: Any) -> WindowPlan:
+    """Return the plan of a mixture, or of examples without shares of sources."""
+    if sources is None or sources.shares is None:
+        return WindowPlan(num_examples, *settings)
+    return MixedPlan(sources, *settings)
 
 
 def _signs(position: int, step: int, whole: int) -> tuple[int, ...]:

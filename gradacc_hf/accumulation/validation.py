@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from gradacc_hf.accumulation.loss_items import CountItems, CountSeveral
 from gradacc_hf.accumulation.streaming import is_stream
 from gradacc_hf.errors import GradaccError, InputError, one_line
 from gradacc_hf.utils.hardware import refuse_place
@@ -126,25 +125,25 @@ def check_sizes(bound: Any, max_tokens: Any, micro_batch_size: Any, noise_every:
         raise ValueError("set bound=, max_tokens or micro_batch_size: only one of the three")
 
 
-def check_sources(dataset: Any, sources: Any, shares: Any, weights: Any) -> None:
-    """Raise ValueError for shares without sources, and for either of them or weights with a stream."""
+def check_sources(
+    dataset: Any, sources: Any, shares: Any, weights: Any, num_items: Any = None
+) -> np.ndarray | None:
+    """Return the weights of examples, or None. Raise ValueError for weights and shares that cannot work."""
     if shares is not None and sources is None:
         raise ValueError("shares needs sources=, the name of each example's source")
     given = [name for name, value in (("sources", sources), ("weights", weights)) if value is not None]
     if given and is_stream(dataset):
         raise ValueError(f"{given[0]}= is for data with a length, not for a stream: leave it out")
-
-
-def check_weights(weights: Any, num_examples: int, count_items: CountItems) -> np.ndarray:
-    """Return the weights of examples. Raise ValueError for weights that the loss cannot have."""
+    if weights is None:
+        return None
     found = np.asarray(weights, np.float64)
-    if found.shape != (num_examples,):
+    if found.shape != (len(dataset),):
         raise ValueError(
-            f"weights has shape {found.shape}: give a number for each of {num_examples} examples"
+            f"weights has shape {found.shape}: give a number for each of {len(dataset)} examples"
         )
     if wrong := np.flatnonzero(~np.isfinite(found) | (found < 0)).tolist():
         raise ValueError(f"the weight of example {wrong[0]} is {found[wrong[0]]}: allowed are 0 or more")
-    if isinstance(count_items, CountSeveral):
+    if isinstance(num_items, Mapping):
         raise ValueError("weights= is for one loss, and num_items gives several: leave one of the two out")
     return found
 
