@@ -77,7 +77,7 @@ def test_every_block_runs_or_says_why_not():
             assert block.file == ROOT / "gradacc_hf/README.md"
         if block.language == "diff":  # which tests/test_readme.py checks
             assert block.file == README
-        if block.language == "jsonl":  # data, which tests/tasks/test_format_examples.py reads
+        if block.language in ("jsonl", "yaml"):  # which test_format_examples.py and test_mixtures.py read
             assert block.file == ROOT / "recipes/README.md"
 
 

@@ -31,6 +31,8 @@ from gradacc_hf.utils.paths import BUNDLE_ROOTS
 TRAIN = ["--data.train", "embedded:modules"]
 BUDGETS = sorted((ROOT / "configs" / "budgets").glob("*.yaml"))
 
+MIXTURE = " or a list of sources: [{source: a.jsonl, weight: 3}]"
+
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
@@ -401,7 +403,7 @@ def test_a_flag_without_its_value_is_refused():
     assert line(*TRAIN, "--optim.lr") == "--optim.lr: found no value, allowed is a number"
     assert (
         line("--data.train", "--check")
-        == '--data.train: found no value, allowed is text or a list: ["a", "b"]'
+        == '--data.train: found no value, allowed is text or a list: ["a", "b"]' + MIXTURE
     )
     assert line("--config") == "--config: found no value, allowed is text"
     assert line("--budget", "--check") == "--budget: found no value, allowed is text"
@@ -456,7 +458,7 @@ SIZES = "an integer or numbers by number: {0: 32, 500: 64} or noise_scale"
         ("train.best_direction", "up", "min or max"),
         ("model.freeze", "bias", 'a list: ["a", "b"]'),
         ("model.dropout", "much", "a number or null"),
-        ("data.train", "{a: b.csv}", 'text or a list: ["a", "b"]'),
+        ("data.train", "{a: b.csv}", 'text or a list: ["a", "b"]' + MIXTURE),
         ("output.dir", "''", "text or null"),
     ],
 )
@@ -479,7 +481,7 @@ def test_a_list_that_is_not_yaml_is_refused():
 def test_an_unquoted_no_is_explained():
     assert line_of_file("data: {train: no}") == (
         "data.train in a.yaml: found false (YAML reads yes, no, on and off as true or false, unless quoted), "
-        'allowed is text or a list: ["a", "b"]'
+        'allowed is text or a list: ["a", "b"]' + MIXTURE
     )
 
 

@@ -16,7 +16,7 @@ GUIDES = (
     *sorted((ROOT / "recipes").rglob("*.md")),
     *sorted((ROOT / "configs").rglob("*.md")),
 )
-LANGUAGES = {"sh", "console", "python", "diff", "jsonl", ""}
+LANGUAGES = {"sh", "console", "python", "diff", "jsonl", "yaml", ""}
 
 FENCE = re.compile(
     r"(?:^<!-- (?P<note>[^\n]*) -->\n)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from chat_templates import byte_tokenizer
+from guides import blocks
 from recipe_runs import load_recipe, make_recipe, summary
 
 from gradacc_hf.errors import InputError
@@ -140,6 +141,19 @@ def test_sources_that_cannot_be_read_are_refused(start, config, tmp_path, source
     outcome = start(TextClassification, "--config", config)
     assert outcome.code == 2
     assert message in outcome.err
+
+
+def test_the_example_of_the_guide_is_read(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [example] = blocks("yaml")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    write(tmp_path / "chats.jsonl", [{"messages": turns}] * 20)
+    (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "Say", "output": "B"}] * 10))
+    config = write_config(tmp_path, yaml.safe_load(example.text) | tiny_llama)
+    recipe = make_recipe(CausalLM, "--config", config)
+    recipe.read_examples()
+    assert recipe.sources == ["chats"] * 18 + ["alpaca"] * 9
+    assert recipe.shares == {"chats": "3", "alpaca": "1"}
 
 
 def test_each_source_of_chats_has_a_format_of_its_own(tiny_llama, tmp_path):

@@ -125,7 +125,7 @@ def test_history_has_one_row_a_window_with_the_fields_that_everything_reads(tmp_
     summary = run(*set_up(), epochs=2, output_dir=tmp_path / "new" / "folder")
     rows = history(tmp_path / "new" / "folder")
     assert [list(row) for row in rows] == [ROW] * 10
-    assert [field.name for field in fields(WindowRecord)] == ROW
+    assert [field.name for field in fields(WindowRecord)] == [*ROW, "source_losses"]
     assert [row["window"] for row in rows] == list(range(1, 11))
     assert [row["epoch"] for row in rows] == [0] * 5 + [1] * 5
     assert all(row["examples"] == row["items"] == 10 and row["seconds"] > 0 for row in rows)
