@@ -39,6 +39,7 @@ from gradacc_hf.report.tables import (
     dynamics_table,
     figures_table,
     plan_table,
+    sources_table,
 )
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.redaction import redact
@@ -107,6 +108,7 @@ def render(runs: Sequence[RecordedRun]) -> str:
         titles=titles,
         table=table,
         baseline=baseline_row(found, titles),
+        sources=sources_table(found),
         keys=_keys(found, "table"),
         legend=[
             (contender.label, key) for contender, key in zip(found, _keys(found, "legend"), strict=False)

@@ -90,6 +90,7 @@ def _exactness(measured: Sequence[RunGroup]) -> Markup:
 def _metrics(found: Sequence[RunGroup]) -> Markup:
     """Return the final metrics and the baseline: all metrics of one contender, or one metric of several."""
     names = list(dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval")))
+    names = [name for name in names if name.partition("/")[0] not in names or "/" not in name]
     if not names:
         return Markup("No evaluation is recorded.")
     names.sort(key=lambda name: name == "loss")  # last
@@ -112,13 +113,8 @@ def _final(contender: RunGroup, name: str) -> str:
 
 
 def metric_name(name: str) -> str:
-    """Return the name of a metric; the loss of an evaluation is the validation loss.
-
-    A metric of a source is named by both: "accuracy, chats" for "accuracy/chats".
-    """
-    metric, has_source, source = name.partition("/")
-    metric = "validation loss" if metric == "loss" else metric
-    return f"{metric}, {source}" if has_source else metric
+    """Return the name of a metric; the loss of an evaluation is the validation loss."""
+    return "validation loss" if name == "loss" else name
 
 
 def _verified(run: RecordedRun) -> Markup:

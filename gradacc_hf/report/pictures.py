@@ -15,7 +15,7 @@ from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.report import narrative as words
 from gradacc_hf.report import plots
 from gradacc_hf.report.runs import HistoryRow, RunGroup
-from gradacc_hf.report.tables import first_baseline, memory_figure, metric_names
+from gradacc_hf.report.tables import first_baseline, memory_figure, metric_names, source_metrics
 
 BEYOND = 10.0  # times the largest noise scale, or as much below the smallest: the end of the picture
 UNBOUNDED = 1e99  # examples; the upper bound of an interval without one
@@ -73,18 +73,15 @@ def _evaluations_of(found: Sequence[RunGroup]) -> list[Figure]:
     if all(len(run.evaluations) < 2 for contender in found for run in contender.runs):
         return []
     figures = []
-    known = [*metric_names(found), "loss"]
-    alone = len(found) == 1  # then a picture has the lines of a metric for each source
-    for i, name in enumerate(known):
-        if alone and name.partition("/")[0] in known and "/" in name:
-            continue
-        parts = [name, *(part for part in known if alone and part.startswith(f"{name}/"))]
+    of_sources = source_metrics(found) if len(found) == 1 else {}
+    for i, name in enumerate([*metric_names(found), "loss"]):
+        parts = [name, *(part for part, (metric, _) in of_sources.items() if metric == name)]
         drawn_of = [(contender, part) for contender in found for part in parts]
         lines = [
             plots.curve(look, [[(e["window"], e.get(part, math.nan)) for e in r.evaluations] for r in c.runs])
             for look, (c, part) in enumerate(drawn_of)
         ]
-        labels = ["all", *(part.partition("/")[2] for part in parts[1:])] if len(parts) > 1 else ()
+        labels = ["all", *(of_sources[part][1] for part in parts[1:])] if len(parts) > 1 else ()
         shown = lines if labels else [line for line in lines if line.known]
         drawn = plots.curves(f"evaluation{i}", name, shown, labels=labels)
         figures.append(Figure(words.metric_name(name).capitalize(), drawn, "On the validation examples."))

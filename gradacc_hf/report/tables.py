@@ -34,10 +34,7 @@ def figures_table(found: Sequence[RunGroup]) -> tuple[list[str], list[tuple[str,
     """Return the titles of the columns, and the label and cells of each contender, without empty columns."""
     metrics = metric_names(found)
     columns: list[tuple[str, Callable[[RecordedRun], float | None], Callable[[float], str]]] = [
-        *(
-            (words.metric_name(name), lambda run, name=name: run.metrics("eval").get(name), words.metric)
-            for name in metrics
-        ),
+        *((name, lambda run, name=name: run.metrics("eval").get(name), words.metric) for name in metrics),
         ("validation loss", lambda run: run.metrics("eval").get("loss"), words.metric),
         ("loss, last window", lambda run: run.loss if run.rows else None, words.metric),
         ("gradient error, worst", lambda run: run.gradient_error, words.error),
@@ -61,8 +58,32 @@ def figures_table(found: Sequence[RunGroup]) -> tuple[list[str], list[tuple[str,
 
 
 def metric_names(found: Sequence[RunGroup]) -> list[str]:
+    """Return the metrics of all evaluations, without the loss and the metrics of a source."""
     names = dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval"))
-    return [name for name in names if name != "loss"]
+    return [name for name in names if name != "loss" and name not in source_metrics(found)]
+
+
+def source_metrics(found: Sequence[RunGroup]) -> dict[str, tuple[str, str]]:
+    """Return the metrics of the sources of a mixture, each with metric and source: "accuracy/chats"."""
+    names = dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval"))
+    pairs = {name: tuple(name.split("/", 1)) for name in names if "/" in name}
+    return {name: pair for name, pair in pairs.items() if pair[0] in names}
+
+
+def sources_table(found: Sequence[RunGroup]) -> tuple[list[str], list[tuple[str, list[TableCell]]]]:
+    """Return the titles of the columns, and a row of final metrics for each source and contender."""
+    pairs = source_metrics(found).values()
+    metrics = [*dict.fromkeys(metric for metric, _ in pairs)]
+    metrics.sort(key=lambda metric: metric == "loss")  # last
+    rows = []
+    for source in dict.fromkeys(source for _, source in pairs):
+        for contender in found:
+            label = source if len(found) == 1 else f"{source}, {contender.label}"
+            figures = [
+                lambda run, name=f"{metric}/{source}": run.metrics("eval").get(name) for metric in metrics
+            ]
+            rows.append((label, [_cell("", contender, figure, words.metric) for figure in figures]))
+    return [words.metric_name(metric) for metric in metrics], rows
 
 
 def _cell(

@@ -82,7 +82,8 @@ def test_a_mixture_trains_and_resumes_bit_for_bit_with_losses_by_source(start, c
     assert (6 * end["loss/reviews"] + 2 * end["loss/short"]) / 8 == pytest.approx(end["loss"], rel=1e-5)
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     assert "Loss by source" in page
-    assert "validation loss, short" in page
+    assert '<th scope="row">short</th>' in page
+    assert "accuracy/short" not in page
 
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     for folder in (tmp_path / "again/checkpoints").iterdir():
