@@ -66,8 +66,10 @@ def metric_names(found: Sequence[RunGroup]) -> list[str]:
 def source_metrics(found: Sequence[RunGroup]) -> dict[str, tuple[str, str]]:
     """Return the metrics of the sources of a mixture, each with metric and source: "accuracy/chats"."""
     names = dict.fromkeys(name for c in found for run in c.runs for name in run.metrics("eval"))
-    pairs = {name: tuple(name.split("/", 1)) for name in names if "/" in name}
-    return {name: pair for name, pair in pairs.items() if pair[0] in names}
+    parts = {name: name.partition("/") for name in names}
+    return {
+        name: (metric, source) for name, (metric, _, source) in parts.items() if source and metric in names
+    }
 
 
 def sources_table(found: Sequence[RunGroup]) -> tuple[list[str], list[tuple[str, list[TableCell]]]]:

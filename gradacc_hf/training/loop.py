@@ -318,7 +318,7 @@ def _source_of(indices: np.ndarray, sources: Sequence[str] | None) -> str:
     """Return the source of all examples of a micro-batch. Raise ValueError if they have several."""
     if sources is None:
         return ""
-    found = {sources[index] for index in indices.tolist()}
+    found = {str(sources[index]) for index in indices.tolist()}
     if len(found) > 1:
         raise ValueError(f"a micro-batch has examples of {sorted(found)}: let every window have one source")
     return found.pop()
