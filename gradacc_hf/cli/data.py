@@ -14,7 +14,7 @@ from rich.text import Text
 from gradacc_hf.data.reading import SPLITS, counted
 from gradacc_hf.errors import GradaccError, InputError, listed, refuse
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.decoded import DecodedExample, Piece
+from gradacc_hf.run.decoded import Piece
 from gradacc_hf.run.inspection import Inspection, LengthSummary, inspect_data
 from gradacc_hf.run.runner import quieten_libraries
 from gradacc_hf.utils.commands import Parser

@@ -74,7 +74,7 @@ class DecodedExample:
     def as_json(self) -> dict[str, Any]:
         """Return the example for `gradacc data --json`."""
         texts = {part.name or "text": part.text for part in self.texts}
-        return {"number": self.number, "tokens": self.tokens, **texts, "learned": self.learned}
+        return {"number": self.number, "tokens": self.tokens, "texts": texts, "learned": self.learned}
 
 
 def label_names(recipe: Recipe) -> list[str] | None:
@@ -84,6 +84,11 @@ def label_names(recipe: Recipe) -> list[str] | None:
     if names is None or overrides.get("problem_type") == "regression":
         return None
     return [names[number] for number in sorted(names)]
+
+
+def is_encoder_decoder(recipe: Recipe) -> bool:
+    """Whether the model reads one text and writes another."""
+    return bool(getattr(recipe.model_config(), "is_encoder_decoder", False))
 
 
 def decode_example(
@@ -120,8 +125,7 @@ def decode_example(
 
 def _writes(recipe: Recipe, example: Mapping[str, Any]) -> bool:
     """Whether the model writes the labels, and does not read them."""
-    is_list = isinstance(example.get("labels"), list)
-    return is_list and getattr(recipe.model_config(), "is_encoder_decoder", False)
+    return isinstance(example.get("labels"), list) and is_encoder_decoder(recipe)
 
 
 def _labels(recipe: Recipe, example: Mapping[str, Any]) -> list[str]:

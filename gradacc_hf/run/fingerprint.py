@@ -69,7 +69,7 @@ def duplicates_note(training: Dataset, validation: Dataset, truncated: bool = Fa
 
 
 def shared_examples(training: Dataset, validation: Dataset) -> list[tuple[int, int]]:
-    """Return each validation example that shares its inputs with training examples, and the first of these."""
+    """Return each validation example that shares inputs with training examples, and the first of these."""
     names = _input_columns(training)
     if not names or not {*names} <= {*validation.column_names}:
         return []

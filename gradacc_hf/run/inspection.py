@@ -26,6 +26,7 @@ from gradacc_hf.run.decoded import (
     DecodedExample,
     answer_tokens,
     decode_example,
+    is_encoder_decoder,
     label_names,
 )
 from gradacc_hf.run.fingerprint import repeated_examples, shared_examples
@@ -128,14 +129,18 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
     first = range(min(number, len(splits[shown])))
     reading = recipe.reading
     return Inspection(
-        lines=data_lines(recipe, len(splits[0]), len(splits[1])),
+        lines=data_lines(recipe, len(splits[0]), len(splits[1]))
+        + ([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
         format=reading.notes.get("format", []),
         files=reading.files,
         rows=dict(zip(SPLITS, map(len, splits), strict=True)),
         columns=_columns(recipe),
         kind_of_labels=kind_of_labels(recipe, splits[0]),
         labels={name: count_labels(recipe, rows) for name, rows in zip(SPLITS, splits, strict=True)},
-        lengths=dict(zip(SPLITS, map(_lengths, splits, windows), strict=True)),
+        lengths={
+            name: _lengths(recipe, rows, loader)
+            for name, rows, loader in zip(SPLITS, splits, windows, strict=True)
+        },
         truncated=reading.truncated,
         duplicates=_duplicates(recipe, splits, windows),
         split=split,
@@ -155,13 +160,17 @@ def _columns(recipe: Recipe) -> dict[str, str | None]:
     return {name: settings.get(name, "") if used is None or name in used else None for name in columns}
 
 
-def _lengths(dataset: Dataset, windows: WindowLoader) -> dict[str, LengthSummary]:
-    """Return the lengths of each input. The inputs of encoder-decoders are the source and the target."""
-    names = [name.removesuffix(f"_{TOKENS}") for name in dataset.column_names if name.endswith(f"_{TOKENS}")]
+def _lengths(recipe: Recipe, dataset: Dataset, windows: WindowLoader) -> dict[str, LengthSummary]:
+    """Return the lengths of each input."""
     columns = windows.tokens.T
+    names = [name.removesuffix(f"_{TOKENS}") for name in dataset.column_names if name.endswith(f"_{TOKENS}")]
     if len(names) != len(columns):
-        names = ["tokens"] if len(columns) == 1 else ["source", "target"]
-    return dict(zip(names, map(summarise, columns), strict=False))
+        names = [f"input {number}" for number in range(1, len(columns) + 1)]
+    if len(columns) == 1:
+        names = ["tokens"]
+    elif len(columns) == 2 and is_encoder_decoder(recipe):
+        names = ["source", "target"]
+    return dict(zip(names, map(summarise, columns), strict=True))
 
 
 def summarise(lengths: np.ndarray) -> LengthSummary:
@@ -184,7 +193,7 @@ def kind_of_labels(recipe: Recipe, dataset: Dataset) -> str:
     names, feature = label_names(recipe), dataset.features.get("labels")
     if "start_positions" in dataset.features:
         return "answers"
-    if feature is None or (is_list(feature) and getattr(recipe.model_config(), "is_encoder_decoder", False)):
+    if feature is None or (is_list(feature) and is_encoder_decoder(recipe)):
         return ""
     if not is_list(feature):
         return "numbers" if names is None else "classes"
