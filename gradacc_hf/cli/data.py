@@ -137,8 +137,8 @@ def show_lengths(found: Inspection, console: Console) -> None:
         shares = {
             split: number / max(1, truncation.of_rows[split]) for split, number in truncation.rows.items()
         }
-        of_rows = " and ".join(f"{share:.1%} of the {split} rows" for split, share in shares.items() if share)
-        _line(console, "truncated", f"{truncation}: {of_rows}")
+        of_rows = listed(f"{share:.1%} of the {split} rows" for split, share in shares.items() if share)
+        _line(console, "truncated", f"{truncation} ({of_rows})")
     if not found.truncated:
         _line(console, "truncated", "nothing")
 
@@ -186,13 +186,15 @@ def show_labels(found: Inspection, console: Console) -> None:
 
 def show_duplicates(found: Inspection, console: Console) -> None:
     """Print the number of examples with the same inputs, with one of them."""
+    if not any(equal.number for equal in found.duplicates.values()):
+        _line(console, "duplicates", "none, in a split or in both")
     for name, equal in found.duplicates.items():
+        if not equal.number:
+            continue
         split = "validation" if name == "both" else name
         of_all = f"{equal.number:,} of {counted(found.rows[split], f'{split} example')}"
         same = "have the inputs of a training example" if name == "both" else "repeat an earlier example"
         line = f"{of_all} {same}"
-        if equal.text is not None:
-            text = " ".join(equal.text.split())
-            short = text if len(text) <= LONGEST_DUPLICATE else f"{text[:LONGEST_DUPLICATE]} …"
-            line += f", such as {equal.first:,} = {equal.other:,}: {short}"
-        _line(console, "duplicates", line)
+        text = " ".join((equal.text or "").split())
+        short = text if len(text) <= LONGEST_DUPLICATE else f"{text[:LONGEST_DUPLICATE]} …"
+        _line(console, "duplicates", f"{line}, such as {equal.first:,} = {equal.other:,}: {short}")

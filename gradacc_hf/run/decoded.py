@@ -91,6 +91,26 @@ def is_encoder_decoder(recipe: Recipe) -> bool:
     return bool(getattr(recipe.model_config(), "is_encoder_decoder", False))
 
 
+def kind_of_labels(recipe: Recipe, example: Mapping[str, Any]) -> str:
+    """Return the kind of an example's labels; "" if it has none.
+
+    classes: a class. sets: any number of classes. numbers: a number. tags: a class for tokens. tokens: tokens
+    that are learned where they are. targets: tokens to write. answers: an answer or none.
+    """
+    labels, names = example.get("labels"), label_names(recipe)
+    if "start_positions" in example:
+        return "answers"
+    if labels is None:
+        return ""
+    if not isinstance(labels, list):
+        return "numbers" if names is None else "classes"
+    if not all(isinstance(label, int) for label in labels):
+        return "" if names is None else "sets"
+    if names is not None:
+        return "tags"
+    return "targets" if is_encoder_decoder(recipe) else "tokens"
+
+
 def decode_example(
     recipe: Recipe, number: int, example: Mapping[str, Any], raw: Mapping[str, Any], tokens: Sequence[int]
 ) -> DecodedExample:
@@ -116,30 +136,23 @@ def decode_example(
         if name == "positive":
             pieces = [Piece(pieces[0].text, pieces[0].text)]
         texts.append(DecodedText(name, pieces, len(ids)))
-    if columns == [TOKENS] and _writes(recipe, example):
+    if columns == [TOKENS] and kind_of_labels(recipe, example) == "targets":
         written = _decode(recipe, example["labels"])
         target = DecodedText("target", [Piece(written, written)], len(example["labels"]))
         texts = [DecodedText("source", texts[0].pieces, texts[0].tokens), target]
     return DecodedExample(number, texts, _labels(recipe, example))
 
 
-def _writes(recipe: Recipe, example: Mapping[str, Any]) -> bool:
-    """Whether the model writes the labels, and does not read them."""
-    return isinstance(example.get("labels"), list) and is_encoder_decoder(recipe)
-
-
 def _labels(recipe: Recipe, example: Mapping[str, Any]) -> list[str]:
     """Return the names of the classes, or the number, of an example as a whole."""
-    labels, names = example.get("labels"), label_names(recipe)
-    if "start_positions" in example and not answer_tokens(recipe, example):
+    names, kind = label_names(recipe) or [], kind_of_labels(recipe, example)
+    if kind == "answers" and not answer_tokens(recipe, example):
         return [NO_ANSWER]
-    if labels is None:
-        return []
-    if isinstance(labels, list):  # numbers for all classes; labels of tokens are integers
-        on = np.asarray(labels) > 0
-        is_multi_label = names is not None and all(isinstance(label, float) for label in labels)
-        return [name for name, is_on in zip(names or (), on, strict=False) if is_on] if is_multi_label else []
-    return [names[int(labels)] if names else f"{labels:g}"]
+    if kind == "sets":
+        return [name for name, label in zip(names, example["labels"], strict=True) if label > 0]
+    if kind == "classes":
+        return [names[int(example["labels"])]]
+    return [f"{example['labels']:g}"] if kind == "numbers" else []
 
 
 def answer_tokens(recipe: Recipe, example: Mapping[str, Any]) -> range:
@@ -152,24 +165,26 @@ def answer_tokens(recipe: Recipe, example: Mapping[str, Any]) -> range:
 
 def _pieces(recipe: Recipe, example: Mapping[str, Any], ids: Sequence[int]) -> Iterator[Piece]:
     """Yield the pieces of a text."""
-    labels, texts = example.get("labels"), token_texts(recipe.tokenizer, ids)
-    if "start_positions" in example:
+    texts, kind = token_texts(recipe.tokenizer, ids), kind_of_labels(recipe, example)
+    labels = example["labels"] if kind in ("tags", "tokens") else []
+    if kind == "answers":
         answer = answer_tokens(recipe, example)
         for is_answer, run in groupby(range(len(ids)), key=answer.__contains__):
             text = "".join(texts[token] for token in run)
             yield from _apart(text, text.strip()) if is_answer else [Piece(text)]
-    elif not isinstance(labels, list) or len(labels) != len(ids) or _writes(recipe, example):
+    elif len(labels) != len(ids):
         yield Piece("".join(texts))
-    elif (names := label_names(recipe)) is not None:
-        yield from _tagged(texts, labels, names, [token in recipe.tokenizer.all_special_ids for token in ids])
+    elif kind == "tags":
+        special, names = set(recipe.tokenizer.all_special_ids), label_names(recipe) or []
+        yield from _tagged(texts, labels, names, [token in special for token in ids])
     elif any(label not in (IGNORED, token) for label, token in zip(labels, ids, strict=True)):
         for text, label, token in zip(texts, labels, ids, strict=True):
             right = "" if label == IGNORED else _decode(recipe, [label]).strip()
             yield from _apart(text, right, f"→{right}" * (label != token)) if right else [Piece(text)]
     else:
-        for label, run in groupby(zip(texts, labels, strict=True), key=lambda pair: pair[1] == IGNORED):
+        for is_ignored, run in groupby(zip(texts, labels, strict=True), lambda pair: pair[1] == IGNORED):
             text = "".join(text for text, _ in run)
-            yield Piece(text, None if label else text)
+            yield Piece(text, None if is_ignored else text)
 
 
 def _tagged(

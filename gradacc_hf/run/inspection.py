@@ -27,6 +27,7 @@ from gradacc_hf.run.decoded import (
     answer_tokens,
     decode_example,
     is_encoder_decoder,
+    kind_of_labels,
     label_names,
 )
 from gradacc_hf.run.fingerprint import repeated_examples, shared_examples
@@ -111,7 +112,7 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
 
     Args:
         recipe: the recipe, which is not changed.
-        number: examples to show.
+        number: examples to show, evenly spaced.
         split: the split of these examples.
 
     Raises:
@@ -119,23 +120,24 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
     """
     recipe = recipe.weightless()
     check_settings(type(recipe), recipe.config)
-    recipe, *splits = load_data(recipe)
+    recipe, training, validation = load_data(recipe)
     one_each = Bound(micro_batch_size=1)
-    windows = make_windows(recipe, splits[0], splits[1], Accelerator(cpu=True), one_each)
+    windows = make_windows(recipe, training, validation, Accelerator(cpu=True), one_each)
     with torch.device("meta"):
         empty = recipe.empty_model()
-    check_inputs(recipe, empty, splits[0], splits[1])
-    shown = SPLITS.index(split)
-    first = range(min(number, len(splits[shown])))
+    check_inputs(recipe, empty, training, validation)
+    splits, shown = (training, validation), SPLITS.index(split)
+    of_all = len(splits[shown])
+    spread = [of_all * place // number for place in range(number)] if number < of_all else range(of_all)
     reading = recipe.reading
     return Inspection(
-        lines=data_lines(recipe, len(splits[0]), len(splits[1]))
+        lines=data_lines(recipe, len(training), len(validation))
         + ([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
         format=reading.notes.get("format", []),
         files=reading.files,
         rows=dict(zip(SPLITS, map(len, splits), strict=True)),
         columns=_columns(recipe),
-        kind_of_labels=kind_of_labels(recipe, splits[0]),
+        kind_of_labels=kind_of_labels(recipe, training[0]),
         labels={name: count_labels(recipe, rows) for name, rows in zip(SPLITS, splits, strict=True)},
         lengths={
             name: _lengths(recipe, rows, loader)
@@ -144,7 +146,7 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
         truncated=reading.truncated,
         duplicates=_duplicates(recipe, splits, windows),
         split=split,
-        examples=list(_decoded(recipe, splits[shown], windows[shown], first)),
+        examples=list(_decoded(recipe, splits[shown], windows[shown], spread)),
     )
 
 
@@ -184,31 +186,12 @@ def summarise(lengths: np.ndarray) -> LengthSummary:
     )
 
 
-def kind_of_labels(recipe: Recipe, dataset: Dataset) -> str:
-    """Return the kind of the labels that `count_labels` counts; "" if there is nothing to count.
-
-    classes: a class for each example. sets: any number of classes. numbers: a number. tags: a class for
-    tokens. tokens: the tokens of a language model. answers: an answer or none.
-    """
-    names, feature = label_names(recipe), dataset.features.get("labels")
-    if "start_positions" in dataset.features:
-        return "answers"
-    if feature is None or (is_list(feature) and is_encoder_decoder(recipe)):
-        return ""
-    if not is_list(feature):
-        return "numbers" if names is None else "classes"
-    is_integer = getattr(feature.feature, "dtype", "").startswith("int")
-    if names is None:
-        return "tokens" if is_integer else ""
-    return "tags" if is_integer else "sets"
-
-
 def count_labels(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     """Return the number of examples, or of tokens, with each label; of numbers, their range."""
-    kind, names = kind_of_labels(recipe, dataset), label_names(recipe) or []
+    kind, names = kind_of_labels(recipe, dataset[0]), label_names(recipe) or []
     if kind == "answers":
         return _count_answers(recipe, dataset)
-    if not kind:
+    if kind in ("", "targets"):
         return {}
     columns = list(_label_columns(dataset))
     if kind == "numbers":
