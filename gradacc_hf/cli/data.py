@@ -20,8 +20,8 @@ from gradacc_hf.run.runner import quieten_libraries
 from gradacc_hf.utils.commands import Parser
 
 SHOWN_LABELS = 12
-LONGEST_PIECE, LONGEST_TEXT, LONGEST_DUPLICATE = 400, 1500, 100  # characters that are shown
-LEARNED, MARK = "bold black on green", "green"
+LONGEST_PIECE, LONGEST_TEXT, LONGEST_DUPLICATE = 800, 1600, 100  # characters that are shown
+LEARNED, MARK = "black on bright_green", "green"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -67,7 +67,7 @@ def show(found: Inspection, console: Console) -> None:
             _line(console, name, text)
     used = {name: setting for name, setting in found.columns.items() if setting is not None}
     columns = listed(f"{name} ({setting})" if setting else name for name, setting in used.items())
-    _line(console, "columns", f"{columns or 'none'}{', used' * bool(used)}")
+    _line(console, "columns", columns or "none is used")
     show_examples(found, console)
     show_lengths(found, console)
     show_labels(found, console)
@@ -81,20 +81,20 @@ def _line(console: Console, name: str, text: str) -> None:
 def show_examples(found: Inspection, console: Console) -> None:
     """Print examples, with the learned parts in colour, or in «» without colours."""
     colour = console.is_terminal and not console.no_color
-    key = Text(" learned ", LEARNED) if colour else Text("«learned»")
+    key = _marked(Text(", "), [Piece("learned", "learned")], colour)
     for example in found.examples:
-        line = f"\n{found.split} example {example.number:,} of {found.rows[found.split]:,}"
-        console.print(
-            Text(line, "bold").append(f", {counted(example.tokens, 'token')}  ", "not bold"), end=""
-        )
-        console.print(key)
-        for part in example.texts:
-            text = Text(f"{part.name}: ", "bold") if part.name else Text()
-            console.print(Padding(_marked(text, part.pieces, colour), (0, 0, 0, 2)))
+        line = Text().append(f"\n{found.split} example {example.number:,}", "bold")
+        line.append(f" of {found.rows[found.split]:,}, {counted(example.tokens, 'token')}")
+        console.print(line.append_text(key))
+        key = Text()  # once
+        texts = [(part.name, part.pieces) for part in example.texts]
         if example.labels:
-            labels = [Piece(label, label) for label in example.labels]
-            spaced = [piece for label in labels for piece in (Piece(" "), label)]
-            console.print(Padding(_marked(Text("label:", "bold"), spaced, colour), (0, 0, 0, 2)))
+            spaced = [(Piece(" " * bool(i)), Piece(label, label)) for i, label in enumerate(example.labels)]
+            texts.append(("label", [piece for both in spaced for piece in both]))
+        for name, pieces in texts:
+            text = _marked(Text().append(f"{name}: " if name else "", "bold"), pieces, colour)
+            text.rstrip()  # a chat ends with a line end
+            console.print(Padding(text, (0, 0, 0, 2), expand=False))
     console.print()
 
 
@@ -108,7 +108,7 @@ def _marked(text: Text, pieces: Iterable[Piece], colour: bool) -> Text:
         shown = _visible(piece.text)
         if len(shown) > LONGEST_PIECE:
             half = LONGEST_PIECE // 2
-            shown = f"{shown[:half]} … {shown[-half:]}"
+            shown = f"{shown[:half].rstrip()} … {shown[-half:].lstrip()}"
         left -= len(shown)
         if piece.learned is None:
             text.append(shown)
@@ -179,7 +179,7 @@ def show_labels(found: Inspection, console: Console) -> None:
         numbers = [(found.labels[split].get(name, 0), max(1, of_all[split])) for split in SPLITS]
         cells = [cell for number, of_split in numbers for cell in (f"{number:,}", f"{number / of_split:.1%}")]
         table.add_row(Text(_visible(name)), *cells)
-    if more := len(names) - SHOWN_LABELS:
+    if (more := len(names) - SHOWN_LABELS) > 0:
         table.add_row(f"{more:,} more", *[""] * 4)
     console.print(table)
 

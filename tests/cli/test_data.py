@@ -33,7 +33,7 @@ def test_a_file_of_each_kind_of_the_page_of_formats_is_read_as_it_states(capsys)
     section = (ROOT / "recipes/README.md").read_text().partition("\n## Formats\n")[2].partition("\n### ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `.")]
     examples = [(row[0].strip("`"), row[1].strip("`")) for row in rows if "good" in row[1]]
-    model = byte_model("model")
+    model, forms = byte_model("model"), {}
     for number, (suffix, text) in enumerate(examples):
         file = Path(f"{number}{suffix}")
         file.write_text(text.replace("⏎", "\n").replace("→", "\t") + "\n")
@@ -42,9 +42,9 @@ def test_a_file_of_each_kind_of_the_page_of_formats_is_read_as_it_states(capsys)
         assert found["rows"] == {"training": 1, "validation": 1}
         assert found["columns"] == {"text": "", "label": None}
         assert learned(found) == ["good; fine</s>"]
-        forms = {one["form"] for one in found["files"] if one["use"]}
-        assert forms <= {"", "separator ;", "rows under 'data'", "rows under 'train'", "rows under 'test'"}
-    assert number == 6
+        forms[suffix, number] = found["files"][0]["form"]
+    rows_under = ["rows under 'data'", "rows under 'train'"]
+    assert [*forms.values()] == ["", "separator ;", "separator tab", "", "", *rows_under]
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,21 @@ def test_a_file_of_each_kind_of_the_page_of_formats_is_read_as_it_states(capsys)
         (
             "seq2seq",
             {"source": "a b", "target": "c"},
-            ["--data.max_target_length", 8],
+            [
+                "--data.max_target_length",
+                8,
+                "--data.source_column",
+                "source",
+                "--data.target_column",
+                "target",
+            ],
             {"source": "[CLS] a b [SEP]", "target": "c [SEP]"},
             ["c [SEP]"],
         ),
         (
             "contrastive",
-            {"anchor": "a", "positive": "b", "bad": "c"},
-            ["--data.negative_column", "bad", "--batch.effective", 2],
+            {"anchor": "a", "positive": "b", "negative": "c"},
+            [f"--data.{name}_column={name}" for name in ("anchor", "positive", "negative")],
             {"anchor": "[CLS] a [SEP]", "positive": "[CLS] b [SEP]", "negative": "[CLS] c [SEP]"},
             ["[CLS] b [SEP]"],
         ),
@@ -76,7 +83,7 @@ def test_a_file_of_each_kind_of_the_page_of_formats_is_read_as_it_states(capsys)
 def test_an_example_is_shown_as_the_model_receives_it(recipe, row, flags, texts, right, tiny_bert, capsys):
     file = write_rows("a.jsonl", [row] * 2)
     own = ["--model.name", tiny_bert, "--data.max_length", 32, *flags]
-    found = inspected(capsys, recipe, *for_both(file, *own), "--examples", 1)
+    found = inspected(capsys, recipe, *for_both(file, *own, window=2), "--examples", 1)
     [example] = found["examples"]
     assert (example["texts"], example["learned"]) == (texts, right)
     assert example["tokens"] == sum(len(text.split()) for text in texts.values())
@@ -87,7 +94,8 @@ def test_an_example_is_shown_as_the_model_receives_it(recipe, row, flags, texts,
 
 def test_masked_tokens_are_those_of_the_first_epoch(tiny_bert, capsys):
     file = write_rows("a.jsonl", [{"text": "ada sang in the hall of the town " * 3}] * 2)
-    flags = for_both(file, "--model.name", tiny_bert, "--data.max_length", 32, "--data.masked", 0.5)
+    flags = for_both(file, "--model.name", tiny_bert, "--data.max_length", 32, "--data.text_column", "text")
+    flags += ["--data.masked", 0.5]
     [example] = inspected(capsys, "masked_lm", *flags, "--examples", 1, "--split", "validation")["examples"]
     assert example["split"] == "validation"
     assert 5 < len(example["learned"]) < 25
@@ -142,14 +150,15 @@ def test_learned_text_is_in_colour_on_a_terminal_and_in_marks_elsewhere(tiny_ber
     assert "label: «a»" in plain
     assert "\x1b" not in plain
     assert "[ b ]" in plain
-    assert "columns               text (data.text_column), label (data.label_column), used" in plain
+    assert "columns               text (data.text_column), label (data.label_column)\n" in plain
+    assert "more" not in plain
     assert "ignored               1 column that nothing uses: id" in plain
     assert re.search(r"validation lengths +median \d+, 95 % up to \d+, longest \d+ tokens", plain)
     assert re.search(r" a +5 +50.0% +5 +50.0%", plain)
     assert "10 of 10 validation examples have the inputs of a training example" in plain
     colour = shown(flags, force_terminal=True, color_system="standard")
     assert "«" not in colour
-    assert re.search(r"label:\x1b\[0m \x1b\[[\d;]*42ma\x1b\[0m", colour)
+    assert re.search(r"label: \x1b\[0m\x1b\[[\d;]*102ma\x1b\[0m", colour)
     monkeypatch.setenv("NO_COLOR", "1")
     assert "label: «a»" in re.sub(r"\x1b\[[\d;]*m", "", shown(flags, force_terminal=True))
 

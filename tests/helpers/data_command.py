@@ -17,9 +17,9 @@ def inspected(capsys, name, *flags):
     return json.loads(capsys.readouterr().out)
 
 
-def for_both(path, *flags):
-    """The flags that read a file as training and as validation data, with windows of one example."""
-    return ["--data.train", path, "--data.validation", path, "--batch.effective", 1, *flags]
+def for_both(path, *flags, window=1):
+    """The flags that read a file as training and as validation data, with windows of few examples."""
+    return ["--data.train", path, "--data.validation", path, "--batch.effective", window, *flags]
 
 
 def byte_model(folder):
