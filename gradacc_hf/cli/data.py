@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.examples < 0:
         refuse("--examples", f"found {arguments.examples}", "allowed: 0 or more")
     quieten_libraries()
-    split = {"train": "training"}.get(arguments.split, arguments.split)
+    split = "training" if arguments.split == "train" else "validation"
     try:
         recipe = load_recipe(["--config", arguments.config, "--budget", arguments.budget, *settings])
         found = inspect_data(recipe, arguments.examples, split)
@@ -99,7 +99,7 @@ def show_examples(found: Inspection, console: Console) -> None:
 
 
 def _marked(text: Text, pieces: Iterable[Piece], colour: bool) -> Text:
-    """Append pieces to a text. The middle of long pieces, and the end of a long text, are left out."""
+    """Append parts to a text. The middle of a long part, and the end of a long text, are left out."""
     left = LONGEST_TEXT
     for piece in pieces:
         if left <= 0:

@@ -78,7 +78,7 @@ class DecodedExample:
 
 
 def label_names(recipe: Recipe) -> list[str] | None:
-    """Return the names of the labels by id; None if labels are no classes. Call it after `datasets()`."""
+    """Return the names of the labels by id; None if labels are not classes. Call it after `datasets()`."""
     overrides = recipe.model_overrides()
     names = overrides.get("id2label")
     if names is None or overrides.get("problem_type") == "regression":
@@ -164,7 +164,7 @@ def answer_tokens(recipe: Recipe, example: Mapping[str, Any]) -> range:
 
 
 def _pieces(recipe: Recipe, example: Mapping[str, Any], ids: Sequence[int]) -> Iterator[Piece]:
-    """Yield the pieces of a text."""
+    """Yield the parts of a text, the learned ones apart."""
     texts, kind = token_texts(recipe.tokenizer, ids), kind_of_labels(recipe, example)
     labels = example["labels"] if kind in ("tags", "tokens") else []
     if kind == "answers":
@@ -235,8 +235,9 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def _input(name: str, raw: Any, seen: Any) -> str:
     """Return a line about an input that has no tokens; "" for labels and flags."""
-    if isinstance(raw, Mapping) and {"bytes", "path"} <= {*raw}:
+    if isinstance(raw, dict) and {"bytes", "path"} <= {*raw}:
         image = read_image(raw)
         return f"{Path(raw['path']).name if raw['path'] else name}, {image.width} × {image.height} pixels"
-    shape = np.shape(raw if seen is None else seen)
+    values: Any = raw if seen is None else seen
+    shape = np.shape(values)
     return f"{name}: {' × '.join(map(str, shape))} numbers" if shape and name != "labels" else ""

@@ -219,7 +219,7 @@ def _label_columns(dataset: Dataset) -> Iterator[np.ndarray]:
 
 def _count_answers(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     """Return the number of examples with and without an answer."""
-    examples = dataset.select_columns([TOKENS, "start_positions", "end_positions"])
+    examples: Any = dataset.select_columns([TOKENS, "start_positions", "end_positions"])
     number = sum(bool(answer_tokens(recipe, example)) for example in examples)
     without = len(dataset) - number
     return {"answer": number, **({NO_ANSWER: without} if without else {})}

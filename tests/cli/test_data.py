@@ -135,7 +135,7 @@ def test_lengths_labels_columns_and_duplicates_are_counted(tiny_bert, capsys):
 
 
 def shown(flags, **settings):
-    """What a terminal shows."""
+    """Return what a terminal shows."""
     recipe = load_from_flags(["--config", CONFIG, "--budget", "cpu", *map(str, flags)])
     file = io.StringIO()
     data.show(inspect_data(recipe), Console(file=file, highlight=False, width=100, **settings))

@@ -10,7 +10,7 @@ from gradacc_hf.cli import data
 
 
 def inspected(capsys, name, *flags):
-    """What `gradacc data` states about these settings of configs/NAME_offline.yaml."""
+    """Return what `gradacc data` states about these settings of configs/NAME_offline.yaml."""
     config = ROOT / "configs" / f"{name}_offline.yaml"
     capsys.readouterr()
     data.main([str(word) for word in ("--config", config, "--budget", "cpu", "--json", *flags)])

@@ -36,7 +36,7 @@ def read(recipe, path, tiny_bert, *flags):
 
 
 def first_part(tokenizer, token):
-    """The part of a token that has the label: the first word piece with the pieces that continue it."""
+    """The part of a token that has the label: its first word piece, and the next ones without a space."""
     return tokenizer.decode(tokenizer(token, add_special_tokens=False)["input_ids"]).split()[0]
 
 
