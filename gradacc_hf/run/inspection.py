@@ -237,7 +237,9 @@ def _duplicates(
     ):
         found[name] = EqualExamples(len(pairs))
         if pairs:
-            [example] = _decoded(recipe, splits[split], windows[split], pairs[0][:1])
+            first, dataset = pairs[0][0], splits[split]
+            row = dataset[first]  # without masks, which differ
+            example = decode_example(recipe, first, row, row, windows[split].tokens[first])
             text = " | ".join(part.text for part in example.texts)
             found[name] = EqualExamples(len(pairs), *pairs[0], text)
     return found

@@ -96,7 +96,9 @@ def test_masked_tokens_are_those_of_the_first_epoch(tiny_bert, capsys):
     file = write_rows("a.jsonl", [{"text": "ada sang in the hall of the town " * 3}] * 2)
     flags = for_both(file, "--model.name", tiny_bert, "--data.max_length", 32, "--data.text_column", "text")
     flags += ["--data.masked", 0.5]
-    [example] = inspected(capsys, "masked_lm", *flags, "--examples", 1, "--split", "validation")["examples"]
+    found = inspected(capsys, "masked_lm", *flags, "--examples", 1, "--split", "validation")
+    assert "[MASK]" not in found["duplicates"]["both"]["text"]
+    [example] = found["examples"]
     assert example["split"] == "validation"
     assert 5 < len(example["learned"]) < 25
     assert 3 < example["texts"]["text"].count("[MASK]") <= len(example["learned"])
