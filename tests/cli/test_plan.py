@@ -84,6 +84,8 @@ def test_the_text_shows_every_part_and_the_bound(bare, capsys):
         "total",
         "2,048 padded tokens",
         "It fits.",
+        "rows.jsonl: 60 rows, training",
+        "6 of 60 training rows, held out by seed 0",
     ):
         assert said in text
 
