@@ -11,6 +11,7 @@
 #   ./launch.sh lessons [NAME]       small programs on accumulation
 #   ./launch.sh play                 show the loop on a page in the browser
 #   ./launch.sh compare [ARGUMENTS]  compare Trainer and gradacc
+#   ./launch.sh data [ARGUMENTS]     show the data of a run before it
 #   ./launch.sh plan [ARGUMENTS]     predict memory and time of a run
 #   ./launch.sh COMMAND [ARGUMENTS]  verify, doctor, predict, report, bench, ls,
 #                                    cp: see COMMAND --help
@@ -74,7 +75,7 @@ while [[ $# -gt 0 ]]; do
           usage
           exit 0
           ;;
-        test | lessons | play | compare | plan | verify | doctor | predict | report | bench | ls | cp)
+        test | lessons | play | compare | data | plan | verify | doctor | predict | report | bench | ls | cp)
           [[ -z $own_flag ]] || die "$own_flag is allowed only with a recipe; found the command $1"
           action=$1
           shift

@@ -173,6 +173,7 @@ def test_a_plain_install_has_what_it_needs_and_no_more(plain):
 @pytest.mark.parametrize(
     ("arguments", "needs", "extra"),
     [
+        (["data", "--config", "x.yaml"], "gradacc data needs datasets, evaluate, ", "recipes"),
         (["plan", "--config", "x.yaml"], "gradacc plan needs datasets, evaluate, ", "recipes"),
         (["verify", "--config", "x.yaml"], "gradacc verify needs datasets, evaluate, ", "recipes"),
         (["report", "runs"], "gradacc report needs matplotlib, ", "report"),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import cross_entropy, normalize
 
 from gradacc_hf.accumulation.window import Window
@@ -71,8 +72,11 @@ def _also_right(
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
     """Return which candidates are right for the anchors of `rows`, and which anchors for their positives.
 
-    The right one of the row itself is not included. None if no text occurs twice.
+    The right one of the row itself is not included. None if no text occurs twice, or if the texts are fake
+    tensors, which have no numbers (`memory/estimator.py`).
     """
+    if is_fake(texts):
+        return None, None
     different, texts = torch.unique(texts, return_inverse=True)
     if len(different) == texts.numel():
         return None, None

@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": ("gradacc_hf.cli.verify", "check that accumulation is exact for a model and its data"),
     "compare": ("gradacc_hf.comparison.cli", "train in several ways, and compare exactness and speed"),
     "doctor": ("gradacc_hf.doctor.script", "find faults in a training script's accumulation"),
+    "data": ("gradacc_hf.cli.data", "show the data that a run uses, as the model receives them"),
     "plan": ("gradacc_hf.cli.plan", "predict memory, steps and cost of a run, without a GPU"),
     "play": ("gradacc_hf.play.command", "show the loop on a web page, micro-batch by micro-batch"),
     "bench": ("gradacc_hf.bench.cli", "measure the figures in the guides"),
@@ -30,6 +31,7 @@ COMMANDS = {
 EXTRAS = {
     "bench": ("recipes", "report"),
     "compare": ("recipes", "report"),
+    "data": ("recipes",),
     "plan": ("recipes",),
     "predict": ("recipes",),
     "report": ("report",),

@@ -104,8 +104,8 @@ def show(plan: Plan, console: Console) -> None:
     lines[f"on {max(2, plan.processes)} processes"] = ", ".join(
         f"{size / GIB:.2f} GiB each with {name}" for name, size in plan.processes_change.items()
     )
-    for name, value in lines.items():
-        console.print(f"{name:<22}{value}", soft_wrap=True)
+    for name, value in (*plan.data_lines, *lines.items()):  # names of files may look like markup
+        console.print(f"{name:<22}{value}", soft_wrap=True, markup=False, emoji=False)
     if plan.fits:
         console.print("It fits.", style="green")
         return

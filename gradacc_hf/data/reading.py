@@ -51,6 +51,27 @@ class FileRows:
         return f"{self.name}: {counted(self.rows, 'row')}{', ' * bool(self.use)}{self.use}{found}"
 
 
+@dataclass(frozen=True)
+class Truncation:
+    """The rows that a setting truncated, and the things that they lost.
+
+    setting: the setting, with its value.
+    rows: the truncated rows of each split.
+    of_rows: all rows of each split.
+    lost: the number of lost things by name, such as "tokens".
+    """
+
+    setting: str
+    rows: dict[str, int]
+    of_rows: dict[str, int]
+    lost: dict[str, int]
+
+    def __str__(self) -> str:
+        where = " and ".join(counted(n, f"{split} row") for split, n in self.rows.items() if n)
+        what = ", ".join(f"{number:,} {what}" for what, number in self.lost.items() if number)
+        return f"{where} lost {what}, by {self.setting}"
+
+
 @dataclass
 class Reading:
     """The record of what a recipe read.
@@ -58,6 +79,8 @@ class Reading:
     files: the files, in the order in which they were read.
     notes: lines about rows and columns that were changed or left out, by the name of the line.
     columns: the columns of all files.
+    used: the columns that the recipe uses; None if it does not state them.
+    truncated: the truncated rows.
     merged: lines about columns that differ from file to file, or from row to row.
     refused: columns that are left out, with the setting, the reason and the cure.
     """
@@ -65,6 +88,8 @@ class Reading:
     files: list[FileRows] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
+    used: list[str] | None = None
+    truncated: list[Truncation] = field(default_factory=list)
     merged: dict[str, list[str]] = field(default_factory=dict)
     refused: dict[str, tuple[str, str, str]] = field(default_factory=dict)
 
@@ -98,13 +123,14 @@ class Reading:
             self.note("not read", f"{found}: {why}")
 
     def use(self, columns: Iterable[str]) -> None:
-        """Note the columns that nothing uses, and where used columns differ.
+        """Record the columns that are used. Note the others, and where used columns differ.
 
         A column inside another, such as translation.de, uses both. Raise InputError for a refused column.
         """
         used = {name.partition(".")[0] for name in columns} | {*columns}
         for name in used & self.refused.keys():
             refuse(*self.refused[name])
+        self.used = [name for name in self.columns if name in used]
         if unused := [name for name in self.columns if name not in used]:
             self.note("ignored", f"{counted(len(unused), 'column')} that nothing uses: {listed(unused)}")
         for line in (line for name, lines in self.merged.items() if name in used for line in lines):
@@ -166,8 +192,8 @@ def tokens_lost(
     return lost
 
 
-def truncation_note(splits: Sequence[Dataset], columns: Mapping[str, str], setting: str) -> str | None:
-    """Return a line about the rows that were truncated, or None if there are none.
+def find_truncation(splits: Sequence[Dataset], columns: Mapping[str, str], setting: str) -> Truncation | None:
+    """Return the rows that were truncated, or None if there are none.
 
     Args:
         splits: Training and validation rows.
@@ -179,7 +205,9 @@ def truncation_note(splits: Sequence[Dataset], columns: Mapping[str, str], setti
     rows = [int((of_split > 0).sum()) for of_split in lost[next(iter(columns))]]
     if not any(rows):
         return None
-    where = " and ".join(f"{counted(n, f'{split} row')}" for n, split in zip(rows, SPLITS, strict=True) if n)
-    sums = {what: sum(int(one.sum()) for one in lost[name]) for name, what in columns.items()}
-    what = ", ".join(f"{number:,} {what}" for what, number in sums.items() if number)
-    return f"{where} lost {what}, by {setting}"
+    return Truncation(
+        setting,
+        rows=dict(zip(SPLITS, rows, strict=True)),
+        of_rows=dict(zip(SPLITS, map(len, splits), strict=True)),
+        lost={what: sum(int(one.sum()) for one in lost[name]) for name, what in columns.items()},
+    )

@@ -30,7 +30,7 @@ from gradacc_hf.data.bad_rows import Problem, check_rows
 from gradacc_hf.data.columns import file_rows, select_rows
 from gradacc_hf.data.files import Form
 from gradacc_hf.data.loading import Convert, Splits, load_data
-from gradacc_hf.data.reading import LOST, Reading, truncation_note
+from gradacc_hf.data.reading import LOST, Reading, find_truncation
 from gradacc_hf.data.sources import (
     CARRIED,
     OF_READERS,
@@ -314,8 +314,9 @@ class Recipe:
         """
         names = {name: what for name, what in lost.items() if name in splits[0].column_names}
         value = getattr(self.data, setting.removeprefix("data."))
-        if names and (text := truncation_note(splits, names, f"{setting} {value}")):
-            self.reading.note("truncated", text)
+        if names and (found := find_truncation(splits, names, f"{setting} {value}")):
+            self.reading.truncated.append(found)
+            self.reading.note("truncated", str(found))
         train, validation = (dataset.remove_columns([*names]) for dataset in splits)
         return train, validation
 

@@ -61,18 +61,47 @@ def duplicates_note(training: Dataset, validation: Dataset, truncated: bool = Fa
         validation: Validation examples.
         truncated: Whether inputs were truncated, so that rows that differ in the file may have equal inputs.
     """
-    names = [name for name in training.column_names if name not in TARGETS]
-    if not names or not {*names} <= {*validation.column_names}:
-        return None
-    train, other = (split.select_columns(names) for split in (training, validation))
-    of_train, of_other = _sketches(train), _sketches(other)
-    known = set(_keys(train.select(np.flatnonzero(np.isin(of_train, of_other)))))
-    number = sum(key in known for key in _keys(other.select(np.flatnonzero(np.isin(of_other, of_train)))))
-    if not number:
+    if not (number := len(shared_examples(training, validation))):
         return None
     some = "all" if number == len(validation) else f"{number:,} of"
     after = ", compared after truncation" * truncated
     return f"{some} {counted(len(validation), 'validation example')} are also training examples{after}"
+
+
+def shared_examples(training: Dataset, validation: Dataset) -> list[tuple[int, int]]:
+    """Return each validation example that shares inputs with training examples, and the first of these."""
+    names = _input_columns(training)
+    if not names or not {*names} <= {*validation.column_names}:
+        return []
+    train, other = (split.select_columns(names) for split in (training, validation))
+    of_train, of_other = _sketches(train), _sketches(other)
+    rows, other_rows = (
+        np.flatnonzero(np.isin(*both)) for both in ((of_train, of_other), (of_other, of_train))
+    )
+    first: dict[bytes, int] = {}
+    for row, key in zip(rows.tolist(), _keys(train.select(rows)), strict=True):
+        first.setdefault(key, row)
+    keys = zip(other_rows.tolist(), _keys(other.select(other_rows)), strict=True)
+    return [(row, first[key]) for row, key in keys if key in first]
+
+
+def repeated_examples(dataset: Dataset) -> list[tuple[int, int]]:
+    """Return each example that shares its inputs with an earlier example, and the first of these."""
+    if not (names := _input_columns(dataset)):
+        return []
+    inputs = dataset.select_columns(names)
+    _, place, counts = np.unique(_sketches(inputs), return_inverse=True, return_counts=True)
+    rows = np.flatnonzero(counts[place] > 1)
+    first: dict[bytes, int] = {}
+    pairs = [
+        (row, first.setdefault(key, row))
+        for row, key in zip(rows.tolist(), _keys(inputs.select(rows)), strict=True)
+    ]
+    return [(row, earlier) for row, earlier in pairs if row != earlier]
+
+
+def _input_columns(dataset: Dataset) -> list[str]:
+    return [name for name in dataset.column_names if name not in TARGETS]
 
 
 def _sketches(dataset: Dataset) -> np.ndarray:

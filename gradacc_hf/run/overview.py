@@ -60,10 +60,7 @@ def print_plan(
         ("model", f"{config.model.name}, {_parameters(recipe, empty)}"),
         *((name, note) for name, note in recipe.model_notes.items() if name not in LATER),
         *([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
-        ("examples", f"{plan.num_examples:,} to train on, {num_validation:,} to validate"),
-        *recipe.reading.lines(),
-        ("validation", recipe.validation_source.removeprefix("validation: ")),
-        *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),
+        *data_lines(recipe, plan.num_examples, num_validation),
         ("effective batch size", _size(plan.effective_batch_size, num_windows)),
         (
             "windows",
@@ -85,6 +82,16 @@ def print_plan(
     for name, value in rows:
         accelerator.print(f"{name:<22}{value}")
     return steps
+
+
+def data_lines(recipe: Recipe, num_training: int, num_validation: int) -> list[tuple[str, str]]:
+    """Return (name, text) of the lines of a plan about the data, after a call of `datasets()`."""
+    return [
+        ("examples", f"{num_training:,} to train on, {num_validation:,} to validate"),
+        *recipe.reading.lines(),
+        ("validation", recipe.validation_source.removeprefix("validation: ")),
+        *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),
+    ]
 
 
 def print_head(recipe: Recipe, accelerator: Accelerator) -> None:

@@ -24,6 +24,7 @@ from gradacc_hf.recipe.budget import fit_to_model
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.memory_advice import Lever, levers
 from gradacc_hf.run.memory_bound import longest_example, recipe_memory, usable_memory
+from gradacc_hf.run.overview import data_lines
 from gradacc_hf.run.padding import plan_padding
 from gradacc_hf.run.setup import check_vocabulary, make_model, make_windows, total_windows
 
@@ -68,6 +69,7 @@ class Plan:
     levers: list[Lever]
     model_notes: dict[str, str]  # what the recipe changes of the model, and where the labels come from
     padding_free: bool  # whether micro-batches are planned without padding
+    data_lines: list[tuple[str, str]]  # name and text of each line about the data
 
 
 def rate_of(run: Path) -> float:
@@ -161,6 +163,7 @@ def make_plan(
         else [],
         model_notes={name: note for name, note in recipe.model_notes.items() if name != "head"},
         padding_free=windows.padding_free,
+        data_lines=data_lines(recipe, len(training), len(validation)),
     )
 
 

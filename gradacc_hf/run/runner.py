@@ -45,8 +45,7 @@ from gradacc_hf.run.resolve import (
 )
 from gradacc_hf.run.setup import (
     check_best_metric,
-    check_max_length,
-    check_vocabulary,
+    check_inputs,
     load_data,
     make_accelerator,
     make_model,
@@ -248,8 +247,7 @@ def plan_run(task: Task, accelerator: Accelerator) -> RunPlan:
     if windows.bound.max_bytes is not None and accelerator.device.type == "cpu":
         release_freed_memory_at_once()  # the predicted bytes assume it
     empty = recipe.empty_model()
-    check_max_length(recipe, empty, task.training)
-    check_vocabulary(recipe, empty, (task.training, task.validation))
+    check_inputs(recipe, empty, task.training, task.validation)
     num_windows = total_windows(recipe.config, windows)
     tried = tries_sizes(recipe.config.budget, num_windows)
     steps = print_plan(recipe, windows, empty, num_windows, len(task.validation), tried)

@@ -216,6 +216,12 @@ def make_model(recipe: Recipe) -> Any:
     return model
 
 
+def check_inputs(recipe: Recipe, model: Any, training: Dataset, validation: Dataset) -> None:
+    """Raise InputError for tokens, or a data.max_length, that the model cannot take."""
+    check_max_length(recipe, model, training)
+    check_vocabulary(recipe, model, (training, validation))
+
+
 def check_max_length(recipe: Recipe, model: Any, training: Dataset) -> None:
     """Raise InputError if data.max_length exceeds the positions of the model, or leaves no room for text."""
     if not any(name.endswith("input_ids") for name in training.column_names):

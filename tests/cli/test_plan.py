@@ -64,6 +64,17 @@ def test_a_plan_needs_no_weights_and_its_parts_add_up(bare, capsys):
     assert found["processes_change"]["FSDP2"] != found["processes_change"]["DDP"]
 
 
+def test_the_step_of_a_loss_over_the_whole_window_is_traced(bare, capsys, tmp_path):
+    """With equal texts, which the loss leaves out of the negatives."""
+    rows = [{"anchor": f"row {i % 7}", "positive": f"answer {i % 7}"} for i in range(60)]
+    bare[bare.index("--data.train") + 1] = str(write_rows(tmp_path / "pairs.jsonl", rows))
+    data = ["--data.anchor_column", "anchor", "--data.positive_column", "positive"]
+    config = CONFIG.replace("text_classification", "contrastive")
+    found = json.loads(plan(capsys, "--config", config, "--budget", "cpu", *bare, *data, "--json"))
+    assert found["fits"]
+    assert sum(found["parts"].values()) > 0
+
+
 def test_the_text_shows_every_part_and_the_bound(bare, capsys):
     text = plan(capsys, "--config", CONFIG, "--budget", "cpu", *bare)
     for said in (
@@ -73,6 +84,8 @@ def test_the_text_shows_every_part_and_the_bound(bare, capsys):
         "total",
         "2,048 padded tokens",
         "It fits.",
+        "rows.jsonl: 60 rows, training",
+        "6 of 60 training rows, held out by seed 0",
     ):
         assert said in text
 

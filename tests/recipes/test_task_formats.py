@@ -1,17 +1,21 @@
-"""Every example of `recipes/README.md`, section "Formats", is read, and what is learned is what it states."""
+"""Every example of `recipes/README.md`, section "Formats", is read as it states, with what is learned."""
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import ROOT
+from data_command import for_both, inspected
 from PIL import Image
 from recipe_runs import load_recipe, make_recipe, write_rows
 
 from gradacc_hf.errors import InputError
 
 README = (ROOT / "recipes/README.md").read_text()
+SHORT = ["--data.max_length", 64]  # the positions of the tiny model
 
 
 def table(title):
@@ -31,52 +35,56 @@ def read(recipe, path, tiny_bert, *flags):
     return recipe, recipe.datasets()[0]
 
 
-def decoded(recipe, example):
-    """The labelled tokens of an example: its first word pieces, with the tags."""
-    pieces = recipe.tokenizer.convert_ids_to_tokens(example["input_ids"])
-    pairs = [pair for pair in zip(pieces, example["labels"], strict=True) if pair[1] != -100]
-    return " ".join(f"{piece}/{recipe.labels.names[label]}" for piece, label in pairs)
+def first_part(tokenizer, token):
+    """The part of a token that has the label: its first word piece, and the next ones without a space."""
+    return tokenizer.decode(tokenizer(token, add_special_tokens=False)["input_ids"]).split()[0]
 
 
 @pytest.mark.parametrize(("form", "example", "learned"), table("Token classification"))
-def test_tags(form, example, learned, tiny_bert, tmp_path):
+def test_tags(form, example, learned, tiny_bert, tmp_path, capsys):
     suffixes = re.findall(r"`(\.\w+)`", form) or [".jsonl"]
     is_text = suffixes != [".jsonl"]
     content = example.replace("\\n", "\n").replace("\\t", "\t")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
+    pairs = [pair.rpartition("/") for pair in learned.split()]
     for suffix in suffixes:
         path = tmp_path / f"a{suffix}"
         path.write_text(content if is_text else f"{content}\n" * 2)
-        recipe, train = read(load_recipe("token_classification").TokenClassification, path, tiny_bert)
-        pairs = [pair.rpartition("/") for pair in learned.split()]
-        pieces = [f"{recipe.tokenizer.tokenize(token)[0]}/{tag}" for token, _, tag in pairs]
-        assert [decoded(recipe, example) for example in train] == [" ".join(pieces)] * (1 if is_text else 2)
-        assert (recipe.reading.notes.get("format") or is_text) or form == "tokens and tags"
+        found = inspected(capsys, "token_classification", *for_both(path, "--model.name", tiny_bert, *SHORT))
+        number = 1 if is_text else 2
+        assert found["rows"] == {"training": number, "validation": number}
+        expected = [f"{first_part(tokenizer, token)}/{tag}" for token, _, tag in pairs]
+        assert [example["learned"] for example in found["examples"]] == [expected] * number
+        counts = Counter(tag for *_, tag in pairs)
+        assert {tag: n / number for tag, n in found["labels"]["training"].items() if n} == counts
+        assert found["format"] or is_text or form == "tokens and tags"
 
 
 @pytest.mark.parametrize(("form", "example", "learned"), table("Multi-label"))
-def test_several_labels(form, example, learned, tiny_bert, tmp_path):
+def test_several_labels(form, example, learned, tiny_bert, tmp_path, capsys):
     path = tmp_path / ("a.csv" if ".csv" in form else "a.jsonl")
     path.write_text(example.replace("\\n", "\n"))
     flags = [word for flag in re.findall(r"`(--[^`]+)`", form) for word in flag.split()]
-    recipe = load_recipe("text_classification").TextClassification
-    recipe, train = read(recipe, path, tiny_bert, "--data.problem", "multi_label", *flags)
-    names = recipe.target.labels.names
-    assert [name for name, is_on in zip(names, train[0]["labels"], strict=True) if is_on] == learned.split()
-    assert bool(recipe.reading.notes.get("format")) == (".csv" in form)
+    flags += ["--model.name", tiny_bert, *SHORT, "--data.problem", "multi_label"]
+    found = inspected(capsys, "text_classification", *for_both(path, *flags))
+    assert found["examples"][0]["learned"] == learned.split()
+    assert {*learned.split()} <= {name for name, number in found["labels"]["training"].items() if number}
+    assert bool(found["format"]) == (".csv" in form)
 
 
 @pytest.mark.parametrize(("form", "row", "learned"), table("Question answering"))
-def test_questions(form, row, learned, tiny_bert, tmp_path):
+def test_questions(form, row, learned, tiny_bert, tmp_path, capsys):
     path = write_rows(tmp_path / "a.jsonl", [json.loads(row)] * 3)
-    recipe = load_recipe("question_answering").QuestionAnswering
-    recipe, train = read(recipe, path, tiny_bert, "--data.max_length", 48, "--data.doc_stride", 8)
-    assert len(train) == 3
-    span = train[0]["input_ids"][train[0]["start_positions"] : train[0]["end_positions"] + 1]
-    assert recipe.tokenizer.decode(span) == ("[CLS]" if learned == "no answer" else learned.lower())
+    flags = ["--model.name", tiny_bert, "--data.max_length", 48, "--data.doc_stride", 8]
+    found = inspected(capsys, "question_answering", *for_both(path, *flags))
+    assert found["rows"] == {"training": 3, "validation": 3}
+    assert [example["learned"] for example in found["examples"]] == [[learned.lower()]] * 3
+    assert found["labels"]["training"]["no answer" if learned == "no answer" else "answer"] == 3
+    assert bool(found["format"]) == (form not in ("as above", "no answer"))
 
 
 @pytest.mark.parametrize(("form", "files", "learned"), table("Images"))
-def test_images(form, files, learned, tmp_path, monkeypatch):
+def test_images(form, files, learned, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for file in files.split(" "):
         name, _, content = file.partition(":")
@@ -90,12 +98,15 @@ def test_images(form, files, learned, tmp_path, monkeypatch):
         table = next(path for path in Path().rglob("*.*") if path.suffix in (".csv", ".jsonl"))
         lines = table.read_text().splitlines()
         table.write_text("\n".join([*lines, lines[-1].replace("1.png", "0.png").replace("cat", "none")]))
-    recipe = load_recipe("image_classification").ImageClassification
     given = next((name for name in ("pets.csv",) if Path(name).exists()), "pets")
-    recipe, train = read(recipe, given, "embedded:tiny_vit")
-    names = recipe.target.names
-    found = sorted(f"{Path(row['image']['path']).name}/{names[row['labels']]}" for row in train)
-    assert [one for one in found if "none" not in one] == learned.split()
+    found = inspected(capsys, "image_classification", *for_both(given))
+    assert {example["texts"]["text"].partition(", ")[2] for example in found["examples"]} == {"8 × 8 pixels"}
+    named = [
+        f"{example['texts']['text'].partition(',')[0]}/{'/'.join(example['learned'])}"
+        for example in found["examples"]
+    ]
+    assert sorted(one for one in named if "none" not in one) == learned.split()
+    assert found["rows"]["training"] == len(named) == 2
 
 
 def test_a_broken_label_is_one_line_with_the_line_of_the_file(tiny_bert, tmp_path, monkeypatch):

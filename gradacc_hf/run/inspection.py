@@ -1,0 +1,253 @@
+"""The data that a run of a recipe uses, for `gradacc data`: counts, lengths, labels, duplicates and examples.
+
+The data are read and checked by the functions of a run, so that both refuse the same data with the same line.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import pyarrow.compute
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.accumulation.splitting import Bound
+from gradacc_hf.data.columns import is_list
+from gradacc_hf.data.files import FAULT
+from gradacc_hf.data.reading import SPLITS, FileRows, Truncation
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run.decoded import (
+    NO_ANSWER,
+    TOKENS,
+    DecodedExample,
+    answer_tokens,
+    decode_example,
+    is_encoder_decoder,
+    kind_of_labels,
+    label_names,
+)
+from gradacc_hf.run.fingerprint import repeated_examples, shared_examples
+from gradacc_hf.run.overview import data_lines
+from gradacc_hf.run.resolve import check_settings
+from gradacc_hf.run.setup import check_inputs, load_data, make_windows
+
+pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
+BINS = 10  # of a histogram
+LEARNED, NOT_LEARNED = "learned tokens", "other tokens"
+
+
+@dataclass(frozen=True)
+class LengthSummary:
+    """Lengths of one input, in tokens, over the examples of a split.
+
+    histogram: (shortest, longest, number of examples) of each bin.
+    """
+
+    min: int
+    median: float
+    p95: float
+    max: int
+    histogram: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class EqualExamples:
+    """Examples with the same inputs as another: repeated in a split, or shared by both splits.
+
+    number: these examples.
+    first: the first of them; None if there is none.
+    other: the example with the same inputs: an earlier one, or the training example.
+    text: the text of both.
+    """
+
+    number: int
+    first: int | None = None
+    other: int | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The data of a run.
+
+    lines: name and text of each line of the plan about the data.
+    format: the formats that were found.
+    files: the files with their rows.
+    rows: examples by split.
+    columns: column → the setting that names it; "" if no setting does, None if nothing uses the column.
+    kind_of_labels: as `kind_of_labels` returns it.
+    labels: by split, as `count_labels` returns them.
+    lengths: by split and input.
+    truncated: the truncated rows.
+    duplicates: by "training", "validation" and "both".
+    split: the split of the examples that are shown.
+    examples: examples as the model receives them.
+    """
+
+    lines: list[tuple[str, str]]
+    format: list[str]
+    files: list[FileRows]
+    rows: dict[str, int]
+    columns: dict[str, str | None]
+    kind_of_labels: str
+    labels: dict[str, dict[str, float]]
+    lengths: dict[str, dict[str, LengthSummary]]
+    truncated: list[Truncation]
+    duplicates: dict[str, EqualExamples]
+    split: str
+    examples: list[DecodedExample]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        of_examples = [{"split": self.split, **example.as_json()} for example in self.examples]
+        return {**asdict(self), "examples": of_examples}
+
+
+def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> Inspection:
+    """Return the data that a run of this recipe uses. No weights are loaded.
+
+    Args:
+        recipe: the recipe, which is not changed.
+        number: examples to show, evenly spaced.
+        split: the split of these examples.
+
+    Raises:
+        InputError: as a run does, for data or settings that it refuses.
+    """
+    recipe = recipe.weightless()
+    check_settings(type(recipe), recipe.config)
+    recipe, training, validation = load_data(recipe)
+    one_each = Bound(micro_batch_size=1)
+    windows = make_windows(recipe, training, validation, Accelerator(cpu=True), one_each)
+    with torch.device("meta"):
+        empty = recipe.empty_model()
+    check_inputs(recipe, empty, training, validation)
+    splits, shown = (training, validation), SPLITS.index(split)
+    of_all = len(splits[shown])
+    spread = [of_all * place // number for place in range(number)] if number < of_all else range(of_all)
+    reading = recipe.reading
+    return Inspection(
+        lines=data_lines(recipe, len(training), len(validation))
+        + ([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
+        format=reading.notes.get("format", []),
+        files=reading.files,
+        rows=dict(zip(SPLITS, map(len, splits), strict=True)),
+        columns=_columns(recipe),
+        kind_of_labels=kind_of_labels(recipe, training[0]),
+        labels={name: count_labels(recipe, rows) for name, rows in zip(SPLITS, splits, strict=True)},
+        lengths={
+            name: _lengths(recipe, rows, loader)
+            for name, rows, loader in zip(SPLITS, splits, windows, strict=True)
+        },
+        truncated=reading.truncated,
+        duplicates=_duplicates(recipe, splits, windows),
+        split=split,
+        examples=list(_decoded(recipe, splits[shown], windows[shown], spread)),
+    )
+
+
+def _columns(recipe: Recipe) -> dict[str, str | None]:
+    """Return each column with its setting."""
+    settings = {
+        name: f"data.{field.name}"
+        for field in fields(recipe.data)
+        if field.name.endswith("_column") and isinstance(value := getattr(recipe.data, field.name), str)
+        for name in (value, value.partition(".")[0])
+    }
+    columns, used = (name for name in recipe.reading.columns if name != FAULT), recipe.reading.used
+    return {name: settings.get(name, "") if used is None or name in used else None for name in columns}
+
+
+def _lengths(recipe: Recipe, dataset: Dataset, windows: WindowLoader) -> dict[str, LengthSummary]:
+    """Return the lengths of each input."""
+    columns = windows.tokens.T
+    names = [name.removesuffix(f"_{TOKENS}") for name in dataset.column_names if name.endswith(f"_{TOKENS}")]
+    if len(names) != len(columns):
+        names = [f"input {number}" for number in range(1, len(columns) + 1)]
+    if len(columns) == 1:
+        names = ["tokens"]
+    elif len(columns) == 2 and is_encoder_decoder(recipe):
+        names = ["source", "target"]
+    return dict(zip(names, map(summarise, columns), strict=True))
+
+
+def summarise(lengths: np.ndarray) -> LengthSummary:
+    """Return the summary of lengths, with bins of equal width."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(high - low + 1) // BINS))
+    counts = np.bincount((lengths - low) // width)
+    bins = [(low + width * i, min(high, low + width * (i + 1) - 1), int(n)) for i, n in enumerate(counts)]
+    return LengthSummary(
+        low, float(np.median(lengths)), float(np.percentile(lengths, 95)), high, histogram=bins
+    )
+
+
+def count_labels(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
+    """Return the number of examples, or of tokens, with each label; of numbers, their range."""
+    kind, names = kind_of_labels(recipe, dataset[0]), label_names(recipe) or []
+    if kind == "answers":
+        return _count_answers(recipe, dataset)
+    if kind in ("", "targets"):
+        return {}
+    columns = list(_label_columns(dataset))
+    if kind == "numbers":
+        values = np.concatenate(columns)
+        ranges = {"min": values.min(), "median": np.median(values), "max": values.max()}
+        return {name: float(value) for name, value in ranges.items()}
+    if kind == "sets":
+        counts = sum((column.reshape(-1, len(names)) > 0).sum(0) for column in columns)
+    else:
+        learned = [column[column != IGNORED] for column in columns]
+        if kind == "tokens":
+            number = sum(map(len, learned))
+            return {LEARNED: number, NOT_LEARNED: sum(map(len, columns)) - number}
+        counts = sum(np.bincount(column, minlength=len(names)) for column in learned)
+    return dict(zip(names, np.asarray(counts).tolist(), strict=True))
+
+
+def _label_columns(dataset: Dataset) -> Iterator[np.ndarray]:
+    """Yield the labels of some thousand examples each, without the borders of lists."""
+    tables: Any = dataset.select_columns("labels").with_format("arrow").iter(batch_size=10_000)
+    for table in tables:
+        values = table["labels"].combine_chunks()
+        yield np.asarray(pc.list_flatten(values) if is_list(dataset.features["labels"]) else values)
+
+
+def _count_answers(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
+    """Return the number of examples with and without an answer."""
+    examples: Any = dataset.select_columns([TOKENS, "start_positions", "end_positions"])
+    number = sum(bool(answer_tokens(recipe, example)) for example in examples)
+    without = len(dataset) - number
+    return {"answer": number, **({NO_ANSWER: without} if without else {})}
+
+
+def _duplicates(
+    recipe: Recipe, splits: Sequence[Dataset], windows: Sequence[WindowLoader]
+) -> dict[str, EqualExamples]:
+    """Return the repeated examples of each split, and the validation examples that are in both."""
+    found = {}
+    for name, pairs, split in (
+        ("training", repeated_examples(splits[0]), 0),
+        ("validation", repeated_examples(splits[1]), 1),
+        ("both", shared_examples(splits[0], splits[1]), 1),
+    ):
+        found[name] = EqualExamples(len(pairs))
+        if pairs:
+            first, dataset = pairs[0][0], splits[split]
+            row = dataset[first]  # without masks, which differ
+            example = decode_example(recipe, first, row, row, windows[split].tokens[first])
+            text = " | ".join(part.text for part in example.texts)
+            found[name] = EqualExamples(len(pairs), *pairs[0], text)
+    return found
+
+
+def _decoded(
+    recipe: Recipe, dataset: Dataset, windows: WindowLoader, numbers: Sequence[int]
+) -> Iterator[DecodedExample]:
+    examples: list[Mapping[str, Any]] = windows.examples(numbers)
+    for number, example in zip(numbers, examples, strict=True):
+        yield decode_example(recipe, number, example, dataset[number], windows.tokens[number])
