@@ -293,6 +293,11 @@ class WindowLoader:
         self._windows.count_items = count
 
     @property
+    def limit(self) -> str:
+        """The bound for a message, after the words "at most"."""
+        return self.bound.text("tokens" if self.padding_free else "padded tokens")
+
+    @property
     def padding_free(self) -> bool:
         """Whether windows are split for a model that computes no padding."""
         return self._windows.padding_free

@@ -83,10 +83,13 @@ class Bound:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
 
     def __str__(self) -> str:
-        """Return the bound for a message, after the words "at most"."""
+        return self.text()
+
+    def text(self, tokens_are: str = "padded tokens") -> str:
+        """Return the bound for a message, after the words "at most". Without padding, tokens are "tokens"."""
         if self.micro_batch_size is not None:
             return f"{self.micro_batch_size} examples"
-        tokens = f"{self.max_tokens:,} padded tokens" if self.max_tokens is not None else ""
+        tokens = f"{self.max_tokens:,} {tokens_are}" if self.max_tokens is not None else ""
         memory = f"{self.max_bytes / 2**20:,.0f} MiB (predicted)" if self.max_bytes is not None else ""
         return " and ".join(filter(None, (tokens, memory)))
 

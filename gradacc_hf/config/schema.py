@@ -261,7 +261,8 @@ class BudgetConfig:
     auto: where the model allows it."""
     padding_free: Literal["auto", "on", "off"] = "auto"
     """Compute the layers without padding.
-    auto: where that is exact, as checked on the model, and saves work."""
+    auto: where that is exact, as checked on the model, and saves work. on: as auto, but the run is refused
+    where padding is kept. off: never."""
     num_workers: int = 0
     """Processes that collate micro-batches (0: the training process itself)."""
 

@@ -119,7 +119,7 @@ def _how(windows: WindowLoader) -> dict[str, Any]:
     return {
         "precision": precision,
         "processes": accelerator.num_processes,
-        "micro_batches": str(windows.bound),
+        "micro_batches": windows.limit,
     }
 
 

@@ -32,7 +32,7 @@ from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT, Gradient, full_float32, relative_error
 from gradacc_hf.errors import LogitsNeededError, one_line
 from gradacc_hf.utils.attributes import Attributes
-from gradacc_hf.utils.modeling import uncompiled, without_autocast, without_dropout
+from gradacc_hf.utils.modeling import preserve_problem_type, uncompiled, without_autocast, without_dropout
 from gradacc_hf.utils.rng import preserve_rng_state
 
 TOKENS_PER_CHUNK = 256  # logits in memory at a time; 50 MB in float32 with a vocabulary of 49,152
@@ -418,6 +418,8 @@ def check_logits(model: Any) -> None:
         LogitsNeededError: They differ, or the loss reads other logits than labelled ones.
     """
     head = model.get_output_embeddings()
+    if head is None:
+        raise _needed(model, "it has no vocabulary head")
     if not hasattr(head, "out_features"):
         raise _needed(model, f"its head is not a linear layer ({type(head).__name__})")
     with _prepared(model, head.weight.device):
@@ -458,6 +460,7 @@ def _prepared(model: Any, device: torch.device) -> Iterator[None]:
         stack.enter_context(without_autocast(model))
         for module in model.modules():
             stack.callback(Attributes(module).restore)
+        stack.enter_context(preserve_problem_type(model))
         stack.enter_context(torch.enable_grad())
         yield
 

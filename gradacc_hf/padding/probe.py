@@ -30,6 +30,7 @@ from gradacc_hf.padding.sample import is_row_of_examples, make_sample, packed_ro
 from gradacc_hf.utils.attributes import Attributes
 from gradacc_hf.utils.modeling import (
     BufferSnapshot,
+    preserve_problem_type,
     small_instead_of_zero,
     smallest_parameters,
     uncompiled,
@@ -134,6 +135,7 @@ class Probe:
             stack.enter_context(torch.autocast(self.sample["attention_mask"].device.type, enabled=False))
             stack.enter_context(_without_gradients(model))
             stack.enter_context(without_dropout(model, training=True))
+            stack.enter_context(preserve_problem_type(model))
             model.train()  # with BatchNorm, whose statistics include padding
             stack.enter_context(uncompiled(model))
             stack.enter_context(without_autocast(model))

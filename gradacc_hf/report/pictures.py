@@ -244,7 +244,7 @@ def sizes_of(found: Sequence[RunGroup]) -> list[Figure]:
         labels = [f"{size:,}" + " (kept)" * (size == tuning["max_tokens"]) for size in sizes]
         if trials:
             drawn = plots.dots(f"sizes{look}", "µs per token, without padding", labels, values, None)
-            note = "Rows: most padded tokens of a micro-batch. A mark is one of the first windows of the run."
+            note = "Rows: most tokens of a micro-batch. A mark is one of the first windows of the run."
             title = contender.label if len(found) > 1 else "Time by micro-batch size"
             figures.append(Figure(title, drawn, note))
     return figures

@@ -243,7 +243,7 @@ def _why_other_steps(run: RecordedRun) -> str:
     trials = (run.summary.get("tuning") or {}).get("trials")
     if trials:
         kept = run.summary["tuning"].get("max_tokens")
-        then = f", then kept {kept:,} padded tokens" if kept else ""
+        then = f", then kept {kept:,} tokens" if kept else ""
         return f"the first {len(trials)} windows tried micro-batch sizes{then}"
     if run.padding == 0:
         return "the plan is from a sample of windows with padding, and the run computes none"

@@ -10,9 +10,11 @@ from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.sampler import EffectiveBatchSize
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run.padding import plan_padding
 from gradacc_hf.training.optimizer import choose_trained
 from gradacc_hf.utils.hardware import describe_device
 
+ASSUMED = ", if the check of the model passes"
 LATER = ("head", "padding in layers")
 """Notes on the model that need its weights. `print_head` prints them."""
 
@@ -51,7 +53,9 @@ def print_plan(
     of_all = sum(plan.num_windows(epoch) for epoch in range(epochs))
     some = f" of {of_all:,}" if of_all > num_windows else ""  # train.max_windows
     at_most = "at most " * isinstance(plan.effective_batch_size, GrowingBatch)
-    sample = windows.spread_splits(100, end=num_windows)
+    planned = windows.with_bound(windows.bound)
+    plan_padding(recipe, empty, planned)
+    sample = planned.spread_splits(100, end=num_windows)
     counts = [max(map(len, split.processes)) for split in sample]
     steps = PlannedSteps(min(counts), sum(counts) / len(counts), max(counts))
     padding = 1 - sum(split.tokens for split in sample) / sum(split.padded_tokens for split in sample)
@@ -68,13 +72,13 @@ def print_plan(
         ),
         (
             "micro-batches",
-            f"at most {windows.bound}" + "; the first windows try smaller sizes" * tries_sizes,
+            f"at most {planned.limit}" + "; the first windows try smaller sizes" * tries_sizes,
         ),
         (
             "accumulation steps",
             f"{steps} (min / mean / max)" + "; more with smaller micro-batches" * tries_sizes,
         ),
-        ("padding", f"{padding:.1%} of the tokens"),
+        ("padding", f"{padding:.1%} of the tokens" + ASSUMED * planned.padding_free),
         *([("budget", f"auto: {describe_device()}")] if config.budget_file == "auto" else []),
         ("precision", {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)),
         ("processes", f"{accelerator.num_processes} on {accelerator.device.type}"),

@@ -81,16 +81,21 @@ def plan_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
         recipe: The recipe.
         model: The model without weights.
         windows: The training windows of the plan.
+
+    Raises:
+        InputError: `budget.padding_free` is on, and padding is kept.
     """
     setting = recipe.config.budget.padding_free
     if setting == "off" or recipe.pad_to == "nothing":
         return
     why = _why_kept(recipe, model, windows, setting)
+    if why and setting == "on":
+        refuse("budget.padding_free", "found on", f"{why}; allowed: auto or off")
     if not why and not _runs_by_group(recipe, model, windows):
-        why = "attention of its own"
+        why = "the attention of this model has no groups"
     if not why:
         windows.without_padding()
-    note = f"planned: {why}" if why else "none in the layers, if the check of the model passes in the run"
+    note = f"kept: {why}" if why else "none in the layers, if the check of the model passes in the run"
     recipe.model_notes["padding in layers"] = note
 
 

@@ -152,7 +152,7 @@ def make_plan(
         fits=parts.total <= memory,
         longest=longest,
         longest_bytes=alone,
-        bound=str(bound),
+        bound=windows.limit,
         why=why,
         steps=steps,
         processes_change=_on_processes(max(2, processes), found, config, windows, largest),

@@ -150,7 +150,7 @@ class Tuning:
                 self._begin(fit)
             else:
                 windows.end_trials(tuned=False)
-                self.said = f"micro-batches: at most {windows.bound}, as memory ran out; no others are tried"
+                self.said = f"micro-batches: at most {windows.limit}, as memory ran out; no others are tried"
             return
         seconds = broadcast_object_list([seconds])[0]
         split = windows.split(windows.epoch, windows.window - 1)
@@ -211,7 +211,7 @@ class Tuning:
             if size != best
         )
         self.said = (
-            f"micro-batches: at most {best:,} padded tokens from the next window on, the fastest size tried "
+            f"micro-batches: at most {self.windows.limit} from the next window on, the fastest size tried "
             f"({others})"
         )
 

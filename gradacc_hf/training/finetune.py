@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -138,7 +137,7 @@ def fine_tune(
         InputError: model, optimizer or windows cannot be trained, or `summary` has a reserved key.
         NonFiniteError: as for `train`. A checkpoint after the previous window is saved first.
     """
-    more, first_window = check_summary(summary or {}), tokens_of_next_window(windows)
+    more, first_window = check_summary(summary or {}), split_of_next_window(windows)
     model, optimizer = prepare(model, optimizer, scheduler, windows, compute_loss)
     saver = ModelSaver(accelerator, output_dir, save_with, write_model)
     checkpointer = open_checkpoints(checkpoints, saver, model, optimizer, scheduler, windows)
@@ -198,11 +197,12 @@ def check_summary(more: Mapping[str, Any]) -> Mapping[str, Any]:
     return more
 
 
-def tokens_of_next_window(windows: WindowLoader) -> np.ndarray:
-    """Return the tokens of each example of the next window: (examples, columns). Refuse a DataLoader."""
+def split_of_next_window(windows: WindowLoader) -> list[list[int]]:
+    """Return the tokens of each example of the next window, by micro-batch. Refuse a DataLoader."""
     check_windows(windows)
     place = windows.state_dict()
-    return windows.tokens[windows.plan.indices(place["epoch"], place["window"])]
+    tokens = windows.tokens[windows.plan.indices(place["epoch"], place["window"])]
+    return [of_micro_batch.sum(1).tolist() for of_micro_batch in windows.split_lengths(tokens)]
 
 
 def open_checkpoints(
@@ -296,14 +296,14 @@ def write_summary(
     windows: WindowLoader,
     evaluations: "EvaluationLog",
     tuning: Tuning | None,
-    first_window: np.ndarray,
+    first_window: list[list[int]],
     end: End,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the summary of a run. Write it unless a signal stopped the run.
 
     Args:
-        first_window: the tokens of the examples of the first window.
+        first_window: the tokens of the examples of the first window, by micro-batch.
         more: further entries.
     """
     stopped = end == "stopped by a signal"
@@ -313,8 +313,8 @@ def write_summary(
         "eval": evaluations.latest,
         "best": evaluations.best,
         "evaluations": evaluations.rows,
-        "first_window": [tokens.sum(1).tolist() for tokens in windows.split_lengths(first_window)],
-        "micro_batches": str(windows.bound),
+        "first_window": first_window,
+        "micro_batches": windows.limit,
         "replays": windows.replays,
         "tuning": tuning.to_json() if tuning is not None else None,
         "empty_windows": windows.empty_windows,

@@ -63,6 +63,18 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def preserve_problem_type(model: torch.nn.Module) -> Iterator[None]:
+    """Restore `config.problem_type` after the block. transformers sets it in a forward with labels."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    before = [(config, config.problem_type) for config in configs if hasattr(config, "problem_type")]
+    try:
+        yield
+    finally:
+        for config, problem_type in before:
+            config.problem_type = problem_type
+
+
+@contextmanager
 def without_autocast(model: Any) -> Iterator[None]:
     """Run a model without the autocast that Accelerate adds to the forward, in the block."""
     original, wrapped = (vars(model).get(name) for name in ("_original_forward", "forward"))

@@ -82,7 +82,7 @@ def test_the_text_shows_every_part_and_the_bound(bare, capsys):
         "optimizer states",
         "workspace",
         "total",
-        "2,048 padded tokens",
+        "2,048 tokens",
         "It fits.",
         "rows.jsonl: 60 rows, training",
         "6 of 60 training rows, held out by seed 0",
@@ -123,7 +123,7 @@ def test_a_plan_leaves_the_recipe_as_it_was(bare):
 def test_a_bound_of_ones_own_is_kept(bare, capsys):
     words = ["--config", CONFIG, *bare, "--json", "--budget", "cpu"]
     found = json.loads(plan(capsys, *words, "--budget.max_tokens", 64))
-    assert (found["bound"], found["why"]) == ("64 padded tokens", "set by budget.max_tokens")
+    assert (found["bound"], found["why"]) == ("64 tokens", "set by budget.max_tokens")
     assert found["steps"]["accumulation_steps"][2] > 1
 
 
@@ -141,7 +141,14 @@ def test_a_plan_states_that_it_assumes_no_padding_and_predicts_such_micro_batche
     assert " × at most " in text
     assert "padding in layers" not in plan(capsys, *words, "--budget.padding_free", "off")
     text = plan(capsys, *words, "--budget.padding_free", "auto")
-    assert "padding in layers     planned: removing it would save" in text
+    assert "padding in layers     kept: removing it would save" in text
+
+
+def test_a_plan_refuses_what_the_run_refuses(capsys):
+    config = CONFIG.replace("text_classification", "image_classification")
+    plan(capsys, "--config", config, "--budget.padding_free", "auto")
+    with pytest.raises(InputError, match=r"budget\.padding_free: found on; the inputs have no attention mask"):
+        plan_command.main(["--config", config, "--budget.padding_free", "on"])
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def with_another_loss():
     [
         (with_another_loss, r"LlamaForCausalLM needs all logits: its loss reads all logits \(logsumexp\)"),
         (lambda: build_head("masked_lm", "mobilebert").model, "not the cross-entropy of the outputs"),
-        (lambda: build_head("sequence_classification", "bert").model, "its head is not a linear layer"),
+        (lambda: build_head("sequence_classification", "bert").model, "it has no vocabulary head"),
         (lambda: torch.nn.Linear(2, 2), "Linear is not a model of transformers"),
     ],
 )

@@ -311,6 +311,14 @@ def test_restoring_leaves_nothing_behind():
     assert traces(removed) == traces(padded)
 
 
+def test_the_check_leaves_the_problem_type_to_the_first_forward():
+    """transformers sets it from the labels. A model that is trained on other labels would keep it."""
+    _, model, batch = make("sequence_classification", "bert", remove=False)
+    model.config.problem_type = None
+    gradacc_hf.remove_padding(model, batch)
+    assert model.config.problem_type is None
+
+
 def traces(model):
     """Return what `remove_padding` might leave in a model."""
     return [

@@ -288,7 +288,7 @@ def test_accumulation_steps_other_than_planned_come_with_the_reason(real, tmp_pa
     tuned = table("a", planned_accumulation_steps=planned, tuning={"max_tokens": 256, "trials": [trial] * 9})
     assert tuned["accumulation steps: min / mean / max"] == "2 / 4.7 / 14"
     assert tuned["accumulation steps as planned"] == (
-        "2 / 3.3 / 4 the first 9 windows tried micro-batch sizes, then kept 256 padded tokens"
+        "2 / 3.3 / 4 the first 9 windows tried micro-batch sizes, then kept 256 tokens"
     )
     split_finer = table("b", planned_accumulation_steps=planned, replays=1)
     assert "memory ran out" in split_finer["accumulation steps as planned"]

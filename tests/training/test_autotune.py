@@ -100,6 +100,7 @@ def test_a_run_that_tries_sizes_trains_the_same(tuned):
     assert windows.bound.max_tokens in tried
     assert summary["micro_batches"] == f"{windows.bound.max_tokens:,} padded tokens"
     assert untouched["tuning"] is None
+    assert summary["first_window"] == untouched["first_window"]  # split as it ran, before other sizes
 
 
 def test_the_choice_is_kept_where_a_run_goes_on(tuned):
