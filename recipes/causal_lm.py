@@ -96,6 +96,15 @@ class CausalLM(Recipe):
         names = ["input_ids", "labels"]
         return train.select_columns(names), validation.select_columns(names)
 
+    def row_problem(self, row):
+        return self.form.problem(row)
+
+    def examples_of(self, rows):
+        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        found = [features(row, **self.settings) for row in rows]
+        columns = {name: [row[name] for row in found] for name in found[0]}
+        return {**columns, "problem": [chat.tokens_problem(row) or "" for row in found]}
+
     @cached_property
     def tokenizer(self):
         tokenizer = super().tokenizer

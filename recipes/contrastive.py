@@ -85,8 +85,18 @@ class Contrastive(Recipe):
         return splits
 
     def tokenize(self, dataset):
-        settings = {"columns": self.columns, "max_length": self.data.max_length, "tokenizer": self.tokenizer}
-        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
+        columns = dataset.column_names
+        return dataset.map(features, batched=True, fn_kwargs=self.settings, remove_columns=columns)
+
+    @property
+    def settings(self):
+        """The arguments of `features`."""
+        return {"columns": self.columns, "max_length": self.data.max_length, "tokenizer": self.tokenizer}
+
+    def examples_of(self, rows):
+        found = features(rows, **self.settings)
+        examples = (dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True))
+        return {**found, "problem": [self.problem(example) or "" for example in examples]}
 
     def problem(self, row):
         for column, name in self.columns.items():

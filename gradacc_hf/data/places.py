@@ -17,13 +17,18 @@ from gradacc_hf.data.files import JSONS, TABLES, Form, open_text, suffix_of
 from gradacc_hf.data.tables import records
 from gradacc_hf.data.tagged_text import first_lines
 
-_KEY = "gradacc"
+_KEY, _PLACES = "gradacc", "gradacc places"
 
 
 def record_files(rows: Dataset, files: Sequence[tuple[Path, int, Form]]) -> None:
     """Record the files of all rows, in their order, with the number of rows and the form of each."""
     found = [[str(path), number, asdict(form)] for path, number, form in files]  # `save_to_disk` writes it
     rows.info.download_checksums = {_KEY: found}
+
+
+def record_places(rows: Dataset, names: Sequence[str]) -> None:
+    """Record the place of each row, of rows that are a part of a file."""
+    rows.info.download_checksums = {_PLACES: [*names]}
 
 
 def folders(rows: Dataset) -> list[Path | None]:
@@ -38,7 +43,10 @@ def places(rows: Dataset, numbers: Iterable[Any], split: str = "training") -> li
 
     It is the file and the line, or else the row of the file, or else "training row 3".
     """
-    files = (rows.info.download_checksums or {}).get(_KEY, [])
+    recorded = rows.info.download_checksums or {}
+    if _PLACES in recorded:
+        return [recorded[_PLACES][int(number)] for number in numbers]
+    files = recorded.get(_KEY, [])
     ends = [*accumulate(number for _, number, _ in files)]
     lines: dict[int, list[int] | None] = {}
     found = []

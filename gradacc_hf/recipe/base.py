@@ -33,6 +33,7 @@ from gradacc_hf.data.reading import LOST, Reading, truncation_note
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
 from gradacc_hf.recipe.labels import Labels, labels_of_config, parameters_of_labels, renew
+from gradacc_hf.recipe.streaming import ExampleStream, OpenRows, open_rows
 from gradacc_hf.training.loop import Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
 from gradacc_hf.utils.files import MODEL_CONFIG
@@ -72,6 +73,7 @@ class Recipe:
         self.data: Any = config.data  # with the recipe's own fields
         self.skipped_rows: list[str] = []  # one line for each row, of both data sets
         self.reading = Reading()  # the files, and what was changed or left out
+        self.opened: OpenRows | None = None  # the training rows, with data.streaming
         self.samples: list[dict[str, str]] = []  # the model's answers to a few rows, for the report
         self.new_parameters: set[str] | None = None  # parameters without saved weights; None: all
         self.model_notes: dict[str, str] = {}  # for the plan: each change of the user's model, by name
@@ -95,7 +97,10 @@ class Recipe:
         return other
 
     def datasets(self) -> tuple[Dataset, Dataset]:
-        """Return training and validation examples, tokenised, with `labels`."""
+        """Return training and validation examples, tokenised, with `labels`.
+
+        With `data.streaming`, they are made of the first rows, and `stream` makes the examples of all rows.
+        """
         raise TypeError(f"{type(self).__name__} has no data sets: define datasets()")
 
     def rows(
@@ -106,12 +111,20 @@ class Recipe:
     ) -> tuple[Dataset, Dataset]:
         """Read the training and validation rows that `data.train` and `data.validation` name.
 
+        With `data.streaming`, they are the first rows of a stream.
+
         Args:
             label_column: If rows are held out, the first row of every label in it stays in training.
             convert: Converts rows from the format of a file, before rows are held out.
             word_columns: The columns of tokens and tags. With them, text files with a token a line are read.
         """
         data = self.data
+        if data.streaming:
+            if type(self).examples_of is Recipe.examples_of:
+                refuse("data.streaming", f"{type(self).__name__} needs all rows at once", "set it to false")
+            self.reading.begin(Reading())
+            self.opened, train, validation = open_rows(self, convert)
+            return train, validation
         splits = load_data(
             data.train,
             data.validation,
@@ -125,6 +138,25 @@ class Recipe:
         self.validation_source, self.held_out = splits.source, splits.held_out
         self.reading.begin(splits.reading)
         return splits.train, splits.validation
+
+    def stream(self, sample: Dataset) -> ExampleStream | None:
+        """Return the examples of all training rows, with the columns of a sample; None for data read whole.
+
+        Call it after `datasets`.
+        """
+        return None if self.opened is None else ExampleStream(self, sample.column_names)
+
+    def row_problem(self, row: Mapping[str, Any]) -> str | None:
+        """Return the problem of a row of a stream, which is then not among `examples_of`, or None."""
+        return None
+
+    def examples_of(self, rows: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
+        """Return the examples of a batch of rows of a stream, by column.
+
+        They equal the examples of `datasets`, which is called before. A column `problem` has the problem of
+        each row, or "". Columns with "lost" in the name are above 0 for truncated rows.
+        """
+        raise NotImplementedError
 
     def check_rows(
         self,
