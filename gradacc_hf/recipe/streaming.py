@@ -32,6 +32,7 @@ logger = get_logger(__name__)
 
 SAMPLE = 1000  # rows for the plan, and at least two windows
 SHOWN = 10  # skipped rows in summary.json
+NOTHING_READ = {"rows": 0, "truncated": 0, "count": 0, "first": []}
 CURE = "correct it, or leave such rows out: --data.on_bad_row skip"
 
 
@@ -215,21 +216,23 @@ class ExampleStream:
         keep: Columns of an example.
 
     Attributes:
-        read: The rows read so far in an epoch, and those of them that were skipped and truncated.
+        read: The number of rows read in an epoch, of truncated ones, and the count of skipped ones with
+            lines about the first. Of several readings, the furthest.
     """
 
     def __init__(self, recipe: "Recipe", keep: Sequence[str]):
         assert recipe.opened is not None
         self.opened, self.workers = recipe.opened, recipe.config.budget.num_workers
         self.ahead, self.stops = recipe.data.buffer_size, recipe.data.on_bad_row == "error"
-        self.read: dict[str, Any] = {"rows": 0, "skipped": 0, "truncated": 0, "first_skipped": []}
+        self.read: dict[str, Any] = {**NOTHING_READ}
         self._make = MakeExamples(recipe, self.opened, tuple(keep))
-        self._place = {"rows": self.opened.start, "examples": 0, "counts": [0, 0, 0]}
+        self._place: dict[str, Any] = {}
+        self.load_state_dict({"rows": self.opened.start, "examples": 0, "counts": NOTHING_READ})
 
     def apart(self) -> "ExampleStream":
         """Return a copy with a separate position, the beginning. Both share `read`."""
         other = copy.copy(self)
-        other._place = {"rows": self.opened.start, "examples": 0, "counts": [0, 0, 0]}
+        other.load_state_dict({"rows": self.opened.start, "examples": 0, "counts": NOTHING_READ})
         return other
 
     def state_dict(self) -> dict[str, Any]:
@@ -267,20 +270,20 @@ class ExampleStream:
         )
         yield from loader
 
-    def _count(self, made: Made, counts: Sequence[int]) -> list[int]:
+    def _count(self, made: Made, counts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the counts after a chunk. Raise InputError for the first bad row unless it is skipped."""
         if made.bad and self.stops:
             raise InputError(f"data.train: {made.bad[0]}; {CURE}")
-        counts = [
-            before + of_chunk
-            for before, of_chunk in zip(counts, (made.rows, len(made.bad), made.truncated), strict=True)
-        ]
-        if counts[0] > self.read["rows"]:
-            if made.bad and not self.read["skipped"]:
-                logger.warning(f"{made.bad[0]}: the row is skipped, and further ones are counted")
-            self.read |= dict(zip(("rows", "skipped", "truncated"), counts, strict=True))
-            first = self.read["first_skipped"]
-            first += made.bad[: max(0, SHOWN - len(first))]
+        counts = {
+            "rows": counts["rows"] + made.rows,
+            "truncated": counts["truncated"] + made.truncated,
+            "count": counts["count"] + len(made.bad),
+            "first": [*counts["first"], *made.bad][:SHOWN],
+        }
+        if counts["rows"] > self.read["rows"]:
+            if made.bad and not self.read["count"]:
+                logger.warning(f"{made.bad[0]}: the row is skipped, and later bad rows are counted")
+            self.read.update(counts)
         return counts
 
 
