@@ -153,8 +153,9 @@ class Recipe:
     def examples_of(self, rows: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
         """Return the examples of a batch of rows of a stream, by column.
 
-        They equal the examples of `datasets`, which is called before. A column `problem` has the problem of
-        each row, or "". Columns with "lost" in the name are above 0 for truncated rows.
+        They equal the examples of `datasets`, which is called before. Further columns are optional: `problem`
+        is the problem of each row, or "". Columns with "lost" in the name are above 0 for truncated rows. `row`
+        is the number of the row of each example, if a row has several.
         """
         raise NotImplementedError
 

@@ -19,6 +19,7 @@ from gradacc_hf.config.schema import Config
 from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.loading import VALIDATION_SPLITS, Convert
 from gradacc_hf.data.mixed import rows_as_dataset
+from gradacc_hf.data.readers import quiet
 from gradacc_hf.data.reading import counted
 from gradacc_hf.data.streams import ROWS, Chunk, Position, RowStream, open_streams
 from gradacc_hf.errors import InputError, listed, refuse
@@ -184,7 +185,8 @@ class MakeExamples(torch.utils.data.Dataset):
         return Made(chunk.start, examples, lines, len(read), truncated)
 
     def _converted(self, found: Sequence[tuple[str, Any]], convert: Convert) -> list[tuple[str, Any]]:
-        converted, _ = convert(rows_as_dataset([row for _, row in found]))
+        with quiet():
+            converted, _ = convert(rows_as_dataset([row for _, row in found]))
         places = [place for place, _ in found]
         if len(converted) != len(places):  # rows with several examples
             places = [f"{places[0]} to {places[-1]}, example {at + 1}" for at in range(len(converted))]
@@ -196,16 +198,16 @@ class MakeExamples(torch.utils.data.Dataset):
         """Return the examples of rows, and the number of truncated rows. Add bad rows to `bad`."""
         names = dict.fromkeys(name for _, row in found for name in row)
         made = dict(self.recipe.examples_of({name: [row.get(name) for _, row in found] for name in names}))
-        problems = made.pop("problem", None)
-        lost = [made[name] for name in made if "lost" in name]
+        problems = made.pop("problem", [""] * len(found))
+        bad.update({place: p for (place, _), p in zip(found, problems, strict=True) if p})
         columns = zip(*(made[name] for name in self.keep), strict=True)
         examples = [dict(zip(self.keep, values, strict=True)) for values in columns]
-        if problems:
-            bad.update({place: p for (place, _), p in zip(found, problems, strict=True) if p})
-            good = [not problem for problem in problems]
-            examples = [example for example, is_good in zip(examples, good, strict=True) if is_good]
-            lost = [[n for n, is_good in zip(of, good, strict=True) if is_good] for of in lost]
-        return examples, sum(any(of_row) for of_row in zip(*lost, strict=True)) if lost else 0
+        if any(problems):
+            rows = made.get("row", range(len(found)))
+            examples = [example for row, example in zip(rows, examples, strict=True) if not problems[row]]
+        lost = [made[name] for name in made if "lost" in name]
+        rows_lost = zip(problems, *lost, strict=True) if lost else ()
+        return examples, sum(not problem and any(of_row) for problem, *of_row in rows_lost)
 
 
 class ExampleStream:
