@@ -115,10 +115,10 @@ class QuestionAnswering(Recipe):
 
     def examples_of(self, rows):
         parts = features(rows, range(len(rows[self.columns["question"]])), **self.columns, **self.settings)
-        held = {row for row, start in zip(parts["row"], parts["start_positions"], strict=True) if start != IGNORED}
-        given = enumerate(rows[self.columns["answers"]])
-        found = [self.problem_of_parts({self.columns["answers"]: of, "is_held": row in held}) for row, of in given]
-        names = ("start_positions", "end_positions")
+        starts, answers = zip(parts["row"], parts["start_positions"], strict=True), self.columns["answers"]
+        held = {row for row, start in starts if start != IGNORED}
+        given = ({answers: of_row, "is_held": row in held} for row, of_row in enumerate(rows[answers]))
+        found, names = [*map(self.problem_of_parts, given)], ("start_positions", "end_positions")
         if self.no_answer:
             marked = (dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True))
             points = [point_at_no_answer(part, self.tokenizer) for part in marked]

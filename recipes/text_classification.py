@@ -60,7 +60,7 @@ class TextClassification(Recipe):
         For multi_label. null: found in the training rows, and stated in the plan."""
         labels: str | list[str] | None = None
         """All label names in their order, such as a,b.
-        null: found in the training rows. data.streaming needs them, unless the file has them as class names."""
+        null: found in the training rows. data.streaming needs them, unless the file has class names."""
         class_weights: str = "none"
         """Class weights: none, balanced or a=5,b=1.
         They weigh examples in the loss. balanced: 1 / the frequency of a class. a, b: names of classes."""

@@ -87,7 +87,7 @@ class TokenClassification(Recipe):
         Each row has a list of strings, whole numbers or class ids. In a CoNLL file: as for tokens_column."""
         labels: str | list[str] | None = None
         """All tags in their order, such as O,B-PER,I-PER.
-        null: found in the training rows. data.streaming needs them, unless the file has them as class names."""
+        null: found in the training rows. data.streaming needs them, unless the file has class names."""
 
     def datasets(self):
         data = self.data

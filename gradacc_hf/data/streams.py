@@ -18,7 +18,16 @@ import datasets
 from datasets import Dataset, Features, IterableDataset
 
 from gradacc_hf.accumulation.streaming import of_its_own
-from gradacc_hf.data.files import BLOCK, COMPRESSED, JSONS, UTF8, is_data, open_bytes, require_library, suffix_of
+from gradacc_hf.data.files import (
+    BLOCK,
+    COMPRESSED,
+    JSONS,
+    UTF8,
+    is_data,
+    open_bytes,
+    require_library,
+    suffix_of,
+)
 from gradacc_hf.data.loading import files_of_splits, is_hidden, named_files
 from gradacc_hf.data.mixed import parse_json, rows_as_dataset
 from gradacc_hf.data.places import record_places
@@ -108,9 +117,9 @@ def _skip(file: IO[bytes], number: int, can_seek: bool) -> None:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A Parquet file or a split on the Hub, which `datasets` reads. A place is its state, and the rows before.
+    """A Parquet file or a split on the Hub, which `datasets` reads.
 
-    `datasets` reads a shard from its beginning, so row groups of Parquet files become shards.
+    A place is a state of the data set, and the number of rows before. `datasets` reads a shard from its beginning, so row groups of Parquet files become shards.
     """
 
     name: str
@@ -196,7 +205,9 @@ def open_streams(
     elif given.startswith("embedded:"):
         refuse(key, f"{given!r} cannot be streamed", f"data.streaming reads {ALLOWED}; or set it to false")
     elif _names_files(path, given):
-        of_splits = {"train": [p for name in given.split(",") for p in named_files(name.strip(), key, reading)]}
+        of_splits = {
+            "train": [p for name in given.split(",") for p in named_files(name.strip(), key, reading)]
+        }
     else:
         return _on_hub(given, key, config_name)
     open_one = partial(_open, key=key, encoding=encoding or UTF8)

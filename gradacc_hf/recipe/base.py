@@ -154,8 +154,8 @@ class Recipe:
         """Return the examples of a batch of rows of a stream, by column.
 
         They equal the examples of `datasets`, which is called before. Further columns are optional: `problem`
-        is the problem of each row, or "". Columns with "lost" in the name are above 0 for truncated rows. `row`
-        is the number of the row of each example, if a row has several.
+        is the problem of each row, or "". Columns with "lost" in the name are above 0 for truncated rows.
+        `row` is the number of the row of each example, if a row has several.
         """
         raise NotImplementedError
 

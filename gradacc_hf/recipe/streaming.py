@@ -146,7 +146,7 @@ def _note(recipe: "Recipe", rows: RowStream, sampled: int) -> None:
     note("stream", f"{names}{of if sizes else ''}; rows unknown, shuffled in blocks of {buffer:,} examples")
     note(
         "stream",
-        f"this plan is of the first {counted(sampled, 'training row')}; later rows are checked as they are read",
+        f"the plan is of the first {counted(sampled, 'training row')}; later ones are checked while read",
     )
 
 

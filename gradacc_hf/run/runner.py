@@ -255,7 +255,10 @@ def plan_run(task: Task, accelerator: Accelerator) -> RunPlan:
 
 
 def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> tuple[RunPlan, TrainingParts]:
-    """Load the model, and make the optimizer and the schedule. The windows of a stream replace the sample's."""
+    """Load the model, and make the optimizer and the schedule.
+
+    The windows of a stream replace the windows of its sample.
+    """
     recipe = task.recipe
     optim = recipe.config.optim
     model = make_model(recipe)
