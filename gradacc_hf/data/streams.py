@@ -119,7 +119,8 @@ def _skip(file: IO[bytes], number: int, can_seek: bool) -> None:
 class Streamed:
     """A Parquet file or a split on the Hub, which `datasets` reads.
 
-    A place is a state of the data set, and the number of rows before. `datasets` reads a shard from its beginning, so row groups of Parquet files become shards.
+    A place is a state of the data set, and the number of rows before. `datasets` reads a shard from its
+    beginning, so that row groups of Parquet files become shards.
     """
 
     name: str
@@ -148,11 +149,11 @@ class RowStream:
 
     sources: Sequence[JsonLines | Streamed]
 
-    def chunks(self, start: Position, size: int = ROWS) -> Iterator[Chunk]:
-        """Yield the rows from a position on, in chunks of at most `size`. Empty chunks are left out."""
+    def chunks(self, start: Position, size: int | None = None) -> Iterator[Chunk]:
+        """Yield the rows from a position on, in chunks of at most `size`, by default `ROWS`. None is empty."""
         first, place = start.get("source", 0), {k: v for k, v in start.items() if k != "source"}
         for number in range(first, len(self.sources)):
-            for chunk in self.sources[number].chunks(place, size):
+            for chunk in self.sources[number].chunks(place, size or ROWS):
                 ends = {name: {"source": number, **getattr(chunk, name)} for name in ("start", "stop")}
                 if chunk.content:
                     yield replace(chunk, **ends)
