@@ -190,7 +190,7 @@ def print_stream(result: StreamResult, console: Console) -> None:
         table.add_row(f"{mark.rows:,}", f"{mark.seconds:,.0f}", *sizes)
     console.print(table)
     console.print(
-        f"{result.rows:,} rows, {result.file_bytes / 1e9:.2f} GB: {result.rows_per_second:,.0f} rows a second. "
+        f"{result.rows:,} rows, {result.file_bytes / 1e9:.2f} GB: {result.rows_per_second:,.0f} a second. "
         f"Memory from a tenth of the rows to the end: {result.growth / 2**20:+,.0f} MiB."
     )
     table = Table("data", "waiting", "examples per second", box=SIMPLE)

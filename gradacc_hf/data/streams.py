@@ -150,7 +150,7 @@ class RowStream:
     sources: Sequence[JsonLines | Streamed]
 
     def chunks(self, start: Position, size: int | None = None) -> Iterator[Chunk]:
-        """Yield the rows from a position on, in chunks of at most `size`, by default `ROWS`. None is empty."""
+        """Yield the rows from a position on, in chunks of at most `size`, by default `ROWS`."""
         first, place = start.get("source", 0), {k: v for k, v in start.items() if k != "source"}
         for number in range(first, len(self.sources)):
             for chunk in self.sources[number].chunks(place, size or ROWS):

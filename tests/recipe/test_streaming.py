@@ -137,7 +137,7 @@ def test_bad_rows_are_skipped_and_counted(tiny_bert, monkeypatch, caplog):
     assert stream.read["truncated"] == sum(len(text.split()) > 30 for text in WORDS[2:])
     assert len(caplog.messages) == 1
     assert "rows.jsonl line 41: column 'text' is empty: the row is skipped" in caplog.text
-    [*stream.apart()]
+    list(stream.apart())
     assert stream.read["rows"] == 62
 
 
@@ -146,7 +146,7 @@ def test_the_first_bad_row_ends_the_stream_with_its_line(tiny_bert, monkeypatch)
     recipe = bad_rows_recipe(tiny_bert)
     stream = recipe.stream(recipe.datasets()[0])
     with pytest.raises(InputError) as raised:
-        [*stream]
+        list(stream)
     assert str(raised.value) == (
         "data.train: rows.jsonl line 41: column 'text' is empty; correct it, or leave such rows out: "
         "--data.on_bad_row skip"
@@ -206,7 +206,7 @@ def same(one, other):
 
 
 def test_a_run_on_a_stream_is_the_run_on_the_file_also_after_a_stop(start):
-    """Bit for bit, with dropout: a buffer that holds the stream, smaller buffers, and workers after the stop."""
+    """Bit for bit, with dropout: a buffer of the whole stream, a smaller one, and a worker after the stop."""
     write_rows("rows.jsonl", LABELLED)
     write_rows("v.jsonl", LABELLED[:10])
     length = ["--train.epochs", 2, "--train.max_windows", 14]
@@ -273,7 +273,9 @@ def test_another_file_cannot_be_resumed(start, monkeypatch):
 def test_settings_that_need_all_rows_are_refused_in_one_line(start, changes, line):
     write_rows("rows.jsonl", LABELLED)
     write_rows("v.jsonl", LABELLED[:10])
-    outcome = start(TextClassification, *with_defaults(changes, dict([*zip(STREAMED[::2], STREAMED[1::2])])))
+    outcome = start(
+        TextClassification, *with_defaults(changes, {"--data.streaming": "true", "--train.max_windows": 6})
+    )
     assert outcome.code == 2, outcome.out
     assert outcome.err.count("\n") == 1
     assert line in outcome.err
@@ -295,7 +297,7 @@ def test_without_a_number_of_windows_a_run_reads_to_the_end_and_its_plan_says_th
     assert outcome.code == 0, outcome.err
     assert "windows               as many as the stream has, over 1 epoch" in outcome.out
     assert summary("run")["windows"] == 8
-    assert "the rows of a stream and 10 validation examples" in open("run/last/README.md").read()
+    assert "the rows of a stream and 10 validation examples" in Path("run/last/README.md").read_text()
 
 
 def test_gradacc_plan_is_of_the_first_rows(tiny_bert, capsys):
