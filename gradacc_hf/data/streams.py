@@ -120,7 +120,7 @@ class Streamed:
     """A Parquet file or a split on the Hub, which `datasets` reads.
 
     A place is a state of the data set, and the number of rows before. `datasets` reads a shard from its
-    beginning, so that row groups of Parquet files become shards.
+    beginning, so that row groups of Parquet files become shards. It begins two of them earlier at most.
     """
 
     name: str

@@ -22,7 +22,7 @@ def json_lines(rows):
 
 
 def write_json_lines(folder):
-    (folder / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b"\n" + json_lines(ROWS[:20]))
+    (folder / "a.jsonl").write_bytes(codecs.BOM_UTF8 + json_lines(ROWS[:1]) + b"\n" + json_lines(ROWS[1:20]))
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(ROWS[20:])))
     return f"{folder / 'a.jsonl'}, {folder / 'b.jsonl.gz'}"
 
@@ -47,8 +47,9 @@ def test_reading_goes_on_at_every_position_with_rows_and_places(tmp_path, write)
     chunks = list(opened(given).chunks({}, 7))
     found = rows_of(chunks)
     assert [row for _, row, _ in found] == ROWS
-    first, unit = ("a.jsonl", "line 2") if write is write_json_lines else ("a.parquet", "row 1")
+    first, unit = ("a.jsonl", "line 1") if write is write_json_lines else ("a.parquet", "row 1")
     assert found[0][0] == f"{tmp_path / first} {unit}"
+    assert found[1][0].endswith(("line 3", "row 2"))
     assert found[20][0].endswith(("b.jsonl.gz line 1", "b.parquet row 1"))
     done = 0
     for chunk in chunks:
@@ -62,7 +63,7 @@ def test_reading_goes_on_at_every_position_with_rows_and_places(tmp_path, write)
 
 
 def test_what_is_before_the_position_is_not_read_again(tmp_path):
-    """It is overwritten: lines with no JSON, and a row group without its bytes."""
+    """It is overwritten, but for two row groups before the position, which `datasets` skips."""
     lines = tmp_path / "a.jsonl"
     lines.write_bytes(json_lines(ROWS))
     chunks = list(opened(lines).chunks({}, 10))
@@ -72,7 +73,7 @@ def test_what_is_before_the_position_is_not_read_again(tmp_path):
     table = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS), table, row_group_size=10)
     chunks = list(opened(table).chunks({}, 10))
-    group = pq.ParquetFile(table).metadata.row_group(2)
+    group = pq.ParquetFile(table).metadata.row_group(0)
     end = group.column(1).data_page_offset + group.column(1).total_compressed_size
     content = table.read_bytes()
     table.write_bytes(content[:4] + b"\xff" * (end - 50 - 4) + content[end - 50 :])

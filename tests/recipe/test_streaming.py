@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from accelerate import Accelerator
 from chat_templates import byte_tokenizer
 from conftest import ROOT
 from datasets import ClassLabel, Dataset, Features, Value
@@ -18,6 +19,7 @@ from gradacc_hf.cli.plan import main as plan
 from gradacc_hf.data import streams
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import streaming
+from gradacc_hf.run.runner import load_task
 
 TextClassification = load_recipe("text_classification").TextClassification
 __all__ = ["tiny_bert"]
@@ -27,7 +29,7 @@ TEXTS = [{"text": text} for text in WORDS]
 LABELLED = [{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(WORDS)]
 BAD = [{"text": "  ", "label": "a"}, {"text": None, "label": "b"}, {"text": "word", "label": "c"}]
 LISTS = [{"text": text, "label": ["a", "b"][: number % 3]} for number, text in enumerate(WORDS)]
-SEPARATED = [{**row, "label": ";".join(row["label"])} for row in LISTS]
+SEPARATED = [{**row, "label": ";".join(row["label"]) or "b"} for row in LISTS]
 NUMBERS = [{"text": text, "label": number / 7} for number, text in enumerate(WORDS)]
 PAIRS = [{"anchor": text, "positive": f"to {text}"} for text in WORDS]
 NESTED = [{"pair": {"de": text, "en": f"to {text}"}} for text in WORDS]
@@ -59,7 +61,7 @@ CASES = {
     "no answers": ("question_answering", "QuestionAnswering", UNANSWERED, ["--data.doc_stride", "8"]),
     "pairs": ("contrastive", "Contrastive", PAIRS, []),
     "texts": ("causal_lm", "CausalLM", TEXTS, []),
-    "chats": ("causal_lm", "CausalLM", CHATS, ["--data.max_length", "60"]),
+    "chats": ("causal_lm", "CausalLM", CHATS, []),
     "inner columns": (
         *("seq2seq", "Seq2Seq", NESTED),
         ["--data.source_column", "pair.de", "--data.target_column", "pair.en"],
@@ -76,8 +78,8 @@ def small_chunks(monkeypatch, tmp_path):
 @pytest.fixture
 def chat_model(tiny_bert, tmp_path):
     """A model's config with a tokenizer that has a chat template, as a folder."""
+    shutil.copytree(tiny_bert, tmp_path / "chat")
     byte_tokenizer().save_pretrained(tmp_path / "chat")
-    transformers.AutoConfig.from_pretrained(tiny_bert).save_pretrained(tmp_path / "chat")
     return tmp_path / "chat"
 
 
@@ -86,7 +88,12 @@ def test_a_stream_gives_the_examples_of_the_file(tiny_bert, chat_model, case):
     name, class_name, rows, settings = CASES[case]
     recipe_class = getattr(load_recipe(name), class_name)
     path, other = write_rows("rows.jsonl", rows), write_rows("other.jsonl", rows[:10])
-    words = ["--model.name", chat_model if case == "chats" else tiny_bert, "--data.max_length", "24"]
+    words = [
+        "--model.name",
+        chat_model if case == "chats" else tiny_bert,
+        "--data.max_length",
+        60 if case == "chats" else 24,
+    ]
     words += ["--data.train", path, "--data.validation", other, *settings]
     whole, validation = make_recipe(recipe_class, *words).datasets()
     recipe = make_recipe(recipe_class, *words, *STREAMED)
@@ -124,6 +131,7 @@ def bad_rows_recipe(tiny_bert, *settings):
 
 
 def test_bad_rows_are_skipped_and_counted(tiny_bert, monkeypatch, caplog):
+    Accelerator(cpu=True)  # its process logs
     monkeypatch.setattr(streaming, "SAMPLE", 8)
     recipe = bad_rows_recipe(tiny_bert, "--data.on_bad_row", "skip", "--data.max_length", 32)
     stream = recipe.stream(recipe.datasets()[0])
@@ -175,15 +183,11 @@ def test_examples_go_on_at_every_position(tiny_bert, workers):
 
 
 class ToldToStop(TextClassification):
-    """Label a text, until it is told to stop."""
+    """Label a text, until it is told to stop at the first evaluation."""
 
-    windows = 0
-
-    def loss(self, outputs, batch):
-        ToldToStop.windows += torch.is_grad_enabled()
-        if ToldToStop.windows == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().loss(outputs, batch)
+    def validate(self, model, windows, accelerator):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().validate(model, windows, accelerator)
 
 
 @pytest.fixture
@@ -191,7 +195,12 @@ def start(tiny_bert, capfd):
     def start(recipe_class, *arguments):
         small = {"--model.name": tiny_bert, "--data.max_length": 32, "--batch.effective": 8}
         small |= {"--data.train": "rows.jsonl", "--data.validation": "v.jsonl", "--optim.lr": 1e-3}
-        small |= {"--output.tracker": "none", "--data.labels": "a,b", "--budget.micro_batch_size": 8}
+        small |= {
+            "--output.tracker": "none",
+            "--data.labels": "a,b",
+            "--budget.micro_batch_size": 8,
+            "--train.eval_every": 4,
+        }
         return run_recipe(recipe_class, with_defaults(arguments, small), capfd)
 
     return start
@@ -205,6 +214,7 @@ def same(one, other):
     return all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
 
 
+@pytest.mark.slow
 def test_a_run_on_a_stream_is_the_run_on_the_file_also_after_a_stop(start):
     """Bit for bit, with dropout: a buffer of the whole stream, a smaller one, and a worker after the stop."""
     write_rows("rows.jsonl", LABELLED)
@@ -214,44 +224,51 @@ def test_a_run_on_a_stream_is_the_run_on_the_file_also_after_a_stop(start):
     assert start(TextClassification, *length, "--output.dir", "whole").code == 0
     outcome = start(TextClassification, *streamed, "--output.dir", "buffered")
     assert outcome.code == 0, outcome.err
-    assert "rows of a stream to train on, 10 to validate" in outcome.out
-    assert "the plan is of the first 60 training rows" in outcome.out
     assert "60 rows read in an epoch, 0 of them skipped and " in outcome.out
+    assert "the rows of a stream and 10 validation examples" in Path("buffered/last/README.md").read_text()
     assert same("whole", "buffered")
 
     streamed += ["--data.buffer_size", 9]
     assert start(TextClassification, *streamed, "--output.dir", "undisturbed").code == 0
     assert not same("whole", "undisturbed")
-    ToldToStop.windows = 0
-    outcome = start(ToldToStop, *streamed, "--output.dir", "stopped")
-    assert "stopped after window 4 of 14" in outcome.out, outcome.err
-    outcome = start(
-        TextClassification,
-        *streamed,
-        "--output.dir",
-        "stopped",
-        "--resume",
-        "auto",
-        "--budget.num_workers",
-        1,
-    )
+    streamed += ["--output.dir", "stopped"]
+    outcome = start(ToldToStop, *streamed)
+    assert "stopped after window 5 of 14" in outcome.out, outcome.err
+    streamed += ["--resume", "auto", "--budget.num_workers", 1]
+    write_rows("rows.jsonl", [*LABELLED, LABELLED[0]])
+    outcome = start(TextClassification, *streamed)
+    assert outcome.code == 2
+    write_rows("rows.jsonl", LABELLED)
+    outcome = start(TextClassification, *streamed)
     assert outcome.code == 0, outcome.err
     assert summary("stopped")["windows"] == 14
     assert same("undisturbed", "stopped")
     assert summary("stopped")["skipped_rows"]["rows"] == 60
 
 
-def test_another_file_cannot_be_resumed(start, monkeypatch):
+def test_another_file_is_refused_by_the_bytes_of_its_end(tiny_bert, monkeypatch):
+    """Its first rows, which are compared, too, are the same."""
     monkeypatch.setattr(streaming, "SAMPLE", 8)
+    words = ["--model.name", tiny_bert, "--data.train", "rows.jsonl", "--data.validation_rows", 5, *STREAMED]
+    words += ["--data.labels", "a,b", "--batch.effective", 4, "--output.dir", "run"]
+    same = []
+    for rows in (LABELLED, [*LABELLED, LABELLED[0]]):
+        write_rows("rows.jsonl", rows)
+        config = make_recipe(TextClassification, *words).config
+        same.append(load_task(TextClassification, config, Accelerator(cpu=True)).same)
+    assert {key for key in same[0] if same[0][key] != same[1][key]} == {"data.train (bytes of the files)"}
+
+
+def test_without_a_number_of_windows_the_plan_of_a_run_says_that_it_is_unknown(start):
     write_rows("rows.jsonl", LABELLED)
     write_rows("v.jsonl", LABELLED[:10])
-    words = ["--data.streaming", "true", "--train.max_windows", 7, "--output.dir", "stopped"]
-    ToldToStop.windows = 0
-    assert "stopped after window 4" in start(ToldToStop, *words).out
-    write_rows("rows.jsonl", [*LABELLED, LABELLED[0]])
-    outcome = start(TextClassification, *words, "--resume", "auto")
-    assert outcome.code == 2
-    assert outcome.err.startswith("error: data.train (bytes of the files): found {'rows.jsonl': ")
+    outcome = start(
+        TextClassification, "--data.streaming", "true", "--optim.scheduler", "constant", "--check"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "rows of a stream to train on, 10 to validate" in outcome.out
+    assert "the plan is of the first 60 training rows" in outcome.out
+    assert "windows               as many as the stream has, over 1 epoch" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -287,17 +304,6 @@ def test_a_recipe_that_needs_all_rows_refuses_a_stream(tiny_bert):
     recipe = make_recipe(recipe_class, "--model.name", tiny_bert, "--data.train", "rows.jsonl", *STREAMED)
     with pytest.raises(InputError, match=r"data\.streaming: ImageClassification needs all rows at once"):
         recipe.datasets()
-
-
-def test_without_a_number_of_windows_a_run_reads_to_the_end_and_its_plan_says_that_it_is_unknown(start):
-    write_rows("rows.jsonl", LABELLED)
-    write_rows("v.jsonl", LABELLED[:10])
-    words = ["--data.streaming", "true", "--optim.scheduler", "constant", "--output.dir", "run"]
-    outcome = start(TextClassification, *words)
-    assert outcome.code == 0, outcome.err
-    assert "windows               as many as the stream has, over 1 epoch" in outcome.out
-    assert summary("run")["windows"] == 8
-    assert "the rows of a stream and 10 validation examples" in Path("run/last/README.md").read_text()
 
 
 def test_gradacc_plan_is_of_the_first_rows(tiny_bert, capsys):
