@@ -65,7 +65,7 @@ class Waiting:
 class StreamResult:
     """Memory over a stream, and waiting times.
 
-    `growth` is the resident bytes of all processes at the end, less those after a tenth of the rows.
+    `growth` is the most resident bytes of all processes after a tenth of the rows, less those at a tenth.
     """
 
     rows: int
@@ -97,13 +97,13 @@ def measure_stream(
     with written(4 * windows * TRAINED_WINDOW, LONGEST["trained"]) as file:
         for name in progress([name for _ in range(repeats) for name in kinds]):
             found[name].append(train_on(file, windows, kinds[name]))
-    after = next(mark for mark in marks if mark.rows >= rows / 10)
+    later = [sum_of(mark) for mark in marks if mark.rows >= rows / 10]
     return StreamResult(
         rows=rows,
         file_bytes=file_bytes,
         workers=workers,
         marks=marks,
-        growth=sum_of(marks[-1]) - sum_of(after),
+        growth=max(later) - later[0],
         rows_per_second=rows / marks[-1].seconds,
         waiting=tuple(
             Waiting(name, median(share for share, _ in turns), median(speed for _, speed in turns))
@@ -191,7 +191,7 @@ def print_stream(result: StreamResult, console: Console) -> None:
     console.print(table)
     console.print(
         f"{result.rows:,} rows, {result.file_bytes / 1e9:.2f} GB: {result.rows_per_second:,.0f} a second. "
-        f"Memory from a tenth of the rows to the end: {result.growth / 2**20:+,.0f} MiB."
+        f"Growth of the memory after a tenth of the rows: at most {result.growth / 2**20:,.0f} MiB."
     )
     table = Table("data", "waiting", "examples per second", box=SIMPLE)
     for row in result.waiting:

@@ -92,7 +92,7 @@ def test_a_stream_gives_the_examples_of_the_file(tiny_bert, chat_model, case):
         "--model.name",
         chat_model if case == "chats" else tiny_bert,
         "--data.max_length",
-        60 if case == "chats" else 24,
+        300 if case == "chats" else 24,
     ]
     words += ["--data.train", path, "--data.validation", other, *settings]
     whole, validation = make_recipe(recipe_class, *words).datasets()
@@ -306,6 +306,7 @@ def test_a_recipe_that_needs_all_rows_refuses_a_stream(tiny_bert):
         recipe.datasets()
 
 
+@pytest.mark.slow
 def test_gradacc_plan_is_of_the_first_rows(tiny_bert, capsys):
     write_rows("rows.jsonl", LABELLED)
     Path("c.yaml").write_text(f"recipe: {ROOT / 'recipes/text_classification.py'}\n")
