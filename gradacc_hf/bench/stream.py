@@ -1,6 +1,6 @@
 """`gradacc bench stream`: the memory of reading a large stream, and the time that training waits for it.
 
-The first part writes a file of JSON lines and reads it once, as a recipe with `data.streaming` does: rows are
+The first part writes a file of JSON lines and reads it once, as a recipe with `data.streaming` does. Rows are
 tokenised, shuffled, split into windows and collated. The second part trains on data read whole, and on a
 stream that is tokenised in worker processes, or in the training process.
 """
@@ -83,8 +83,8 @@ def measure_stream(
 ) -> StreamResult:
     """Read a stream of `rows` rows, and train `windows` windows on each kind of data, `repeats` times."""
     if (free := shutil.disk_usage(".").free) < ROOM * BYTES_PER_ROW * rows:
-        found = f"found {rows:,}, about {BYTES_PER_ROW * rows / 1e9:.1f} GB in this folder"
-        refuse("--rows", found, f"{free / 1e9:.1f} GB are free: choose fewer, or another folder")
+        needed = f"found {rows:,}, about {BYTES_PER_ROW * rows / 1e9:.1f} GB in this folder"
+        refuse("--rows", needed, f"{free / 1e9:.1f} GB are free: choose fewer, or another folder")
     with written(rows, LONGEST["read"]) as file:
         file_bytes = file.stat().st_size
         marks = tuple(read_all(file, rows, workers))

@@ -173,7 +173,9 @@ class RowStream:
     def as_dataset(self, rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> Dataset:
         """Return rows of this stream as a data set. Messages name the places."""
         features = self.sources[0].features
-        dataset = rows_as_dataset(rows) if features is None else Dataset.from_list([*rows], features)
+        dataset = (
+            rows_as_dataset(rows) if features is None else Dataset.from_list([*map(dict, rows)], features)
+        )
         record_places(dataset, places)
         return dataset
 

@@ -58,7 +58,7 @@ def open_rows(recipe: "Recipe", convert: Convert | None) -> tuple[OpenRows, Data
     """Open the training rows, and return them with the sample and the validation rows.
 
     Validation rows are the first `data.validation_rows` of `data.validation`, or else of the validation split
-    of `data.train`, or else of the training rows, which then start after them.
+    of `data.train`. Without either, they are the first training rows, and training starts after them.
 
     Raises:
         InputError: For settings that need all rows, and for rows that cannot be read.
@@ -75,7 +75,7 @@ def open_rows(recipe: "Recipe", convert: Convert | None) -> tuple[OpenRows, Data
     if of_train:
         others, source = rows, f"of the training rows, which start with row {number + 1:,}"
     elif data.validation is None or data.validation in splits:
-        name = data.validation or name
+        name = str(data.validation or name)
         others, source = splits[name], f"of the {name} split of {data.train}"
     else:
         found = open_streams(data.validation, "data.validation", **shared)

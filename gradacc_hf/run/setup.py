@@ -171,11 +171,16 @@ def stream_windows(recipe: Recipe, training: Dataset, planned: WindowLoader) -> 
         training: the sample of the training examples.
         planned: the windows of the sample, whose micro-batches have the same limit.
     """
-    config, per_example = recipe.config, recipe.lengths([training[0]])
+    config = recipe.config
+
+    def lengths(example: Any) -> Any:
+        found: Any = recipe.lengths([example])
+        return found[0]
+
     return WindowLoader(
         recipe.stream(training),
         effective_batch_size(config.batch, len(training)),
-        lengths=None if per_example is None else lambda example: recipe.lengths([example])[0],
+        lengths=None if recipe.lengths([training[0]]) is None else lengths,
         buffer_size=config.data.buffer_size,
         bound=planned.bound,
         cost=planned.cost,

@@ -69,7 +69,7 @@ class Target(ABC):
         """Return the targets of labels without a problem, as `encode` makes them. Call it after `encode`."""
 
     def _unknown(self, texts: Sequence[str]) -> str | None:
-        """Return the problem of labels of which one is not among the given names, or None."""
+        """Return the problem of labels, if names are given and one label has another, or None."""
         odd = next((text for text in texts if self.given and text not in self.given), None)
         return None if odd is None else f"label {odd!r} is not in data.labels ({listed(self.given[:SHOWN])})"
 
@@ -296,7 +296,10 @@ class MultiLabel(Target):
 class Regression(Target):
     """A number for each row. Labels are numbers, or strings of numbers."""
 
-    are_known = True  # one number, without a name
+    @property
+    def are_known(self) -> bool:
+        """Whether the names are known: always, as one number has no name."""
+        return True
 
     def __init__(self, train: Dataset, validation: Dataset, column: str, given: Sequence[str] = ()):
         """Raise InputError if a data set has no such column of numbers."""

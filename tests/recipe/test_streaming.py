@@ -183,7 +183,7 @@ def test_examples_go_on_at_every_position(tiny_bert, workers):
 
 
 class ToldToStop(TextClassification):
-    """Label a text, until it is told to stop at the first evaluation."""
+    """Label a text, until a signal stops it at the first evaluation."""
 
     def validate(self, model, windows, accelerator):
         os.kill(os.getpid(), signal.SIGTERM)
