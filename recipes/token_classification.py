@@ -86,7 +86,7 @@ class TokenClassification(Recipe):
         """Column of the tags, one for each token.
         Each row has a list of strings, whole numbers or class ids. In a CoNLL file: as for tokens_column."""
         labels: str | list[str] | None = None
-        """All tags in their order, such as O,B-PER,I-PER.
+        """All tags in order, such as O,B-PER,I-PER.
         null: found in the training rows. data.streaming needs them, unless the file has class names."""
 
     def datasets(self):
