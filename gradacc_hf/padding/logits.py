@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -191,10 +192,11 @@ def deferred(head: Any, tokens_per_chunk: int) -> Iterator[LogitReads]:
             head.forward = own
 
     before = head.register_forward_pre_hook(note, prepend=True)
-    # Other hooks of the head run here and again in the loss. They get a view of the right shape, as FSDP2
-    # needs a tensor.
+    # Other hooks of the head run here and again in the loss. They get a view of the right shape. FSDP2's
+    # hooks need the input itself, as its gradient gathers the weights.
+    is_sharded, size = isinstance(head, FSDPModule), (head.out_features,)
     handle = head.register_forward_hook(defer)
-    head.forward = lambda hidden: hidden[..., :1].expand(*hidden.shape[:-1], head.out_features)
+    head.forward = lambda hidden: hidden if is_sharded else hidden[..., :1].expand(hidden.shape[:-1] + size)
     try:
         yield reading
     finally:
