@@ -109,6 +109,15 @@ class CausalLM(Recipe):
             note_format(self.reading, forms[-1], of_source, has_template)
         return MixedFormat(tuple(forms)) if len(forms) > 1 else forms[0]
 
+    def row_problem(self, row):
+        return self.form.problem(row)
+
+    def examples_of(self, rows):
+        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        found = [features(row, **self.settings) for row in rows]
+        columns = {name: [row[name] for row in found] for name in found[0]}
+        return {**columns, "problem": [chat.tokens_problem(row) or "" for row in found]}
+
     @cached_property
     def tokenizer(self):
         tokenizer = super().tokenizer

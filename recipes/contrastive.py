@@ -86,9 +86,18 @@ class Contrastive(Recipe):
         return splits
 
     def tokenize(self, dataset):
-        settings = {"columns": self.columns, "max_length": self.data.max_length, "tokenizer": self.tokenizer}
         removed = [name for name in dataset.column_names if name not in CARRIED]
-        return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=removed)
+        return dataset.map(features, batched=True, fn_kwargs=self.settings, remove_columns=removed)
+
+    @property
+    def settings(self):
+        """The arguments of `features`."""
+        return {"columns": self.columns, "max_length": self.data.max_length, "tokenizer": self.tokenizer}
+
+    def examples_of(self, rows):
+        found = features(rows, **self.settings)
+        examples = (dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True))
+        return {**found, "problem": [self.problem(example) or "" for example in examples]}
 
     def problem(self, row):
         for column, name in self.columns.items():

@@ -70,6 +70,12 @@ class MaskedLM(Recipe):
         self.reading.note_parts(rows, splits, f"chunks, by data.max_length {data.max_length}")
         return tuple(splits)
 
+    def row_problem(self, row):
+        return self.problem(row)
+
+    def examples_of(self, rows):
+        return chunks(rows, **self.settings)
+
     def problem(self, row):
         text = row[self.data.text_column]
         if not isinstance(text, str | None):
@@ -77,10 +83,18 @@ class MaskedLM(Recipe):
         return None if text and text.strip() else "the text is empty"
 
     def tokenize(self, dataset):
+        columns = dataset.column_names
+        return dataset.map(chunks, batched=True, fn_kwargs=self.settings, remove_columns=columns)
+
+    @property
+    def settings(self):
+        """The arguments of `chunks`."""
         data = self.data
-        settings = {"text_column": data.text_column, "max_length": data.max_length}
-        settings["tokenizer"] = self.tokenizer
-        return dataset.map(chunks, batched=True, fn_kwargs=settings, remove_columns=dataset.column_names)
+        return {
+            "tokenizer": self.tokenizer,
+            "text_column": data.text_column,
+            "max_length": data.max_length,
+        }
 
     @cached_property
     def ordinary(self):

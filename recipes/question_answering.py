@@ -110,6 +110,25 @@ class QuestionAnswering(Recipe):
         self.parts = validation.select_columns(["row", "offsets"])
         return tuple(dataset.remove_columns(["row", "offsets"]) for dataset in (train, validation))
 
+    def row_problem(self, row):
+        if not self.no_answer and has_no_answer(row[self.columns["answers"]]):
+            return "it has no answer, and the first rows, which decide, all have one"
+        return self.problem(row)
+
+    def examples_of(self, rows):
+        parts = features(rows, range(len(rows[self.columns["question"]])), **self.columns, **self.settings)
+        starts, answers = zip(parts["row"], parts["start_positions"], strict=True), self.columns["answers"]
+        held = {row for row, start in starts if start != IGNORED}
+        given = ({answers: of_row, "is_held": row in held} for row, of_row in enumerate(rows[answers]))
+        found, names = [*map(self.problem_of_parts, given)], ("start_positions", "end_positions")
+        if self.no_answer:
+            marked = (dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True))
+            points = [point_at_no_answer(part, self.tokenizer) for part in marked]
+            parts |= {name: [point[name] for point in points] for name in names}
+        used = [part for part, start in enumerate(parts[names[0]]) if start != IGNORED]
+        columns = {name: [values[part] for part in used] for name, values in parts.items()}
+        return {**columns, "problem": [problem or "" for problem in found]}
+
     def problem(self, row):
         """Return the problem of a row, or None."""
         question, context, answers = (row[column] for column in self.columns.values())

@@ -47,6 +47,13 @@ def features(rows, tokenizer, columns, prefix, max_length, max_target_length, st
     return {"input_ids": read["input_ids"], "labels": labels, "problem": problems, **lost}
 
 
+def inner(row, name):
+    """Return the value of a column, or of a column inside another, such as translation.de."""
+    for part in [name] if name in row else name.split("."):
+        row = (row or {}).get(part)
+    return row
+
+
 class Seq2Seq(EncoderDecoder):
     """Write a text for a text."""
 
@@ -101,12 +108,20 @@ class Seq2Seq(EncoderDecoder):
         rows = self.check_rows(*rows, text_problem(self.columns), "data.train")
         settings = {"max_length": data.max_length, "max_target_length": data.max_target_length}
         settings |= {"columns": self.columns, "prefix": data.prefix or "", "start": start}
+        self.settings = {**settings, "tokenizer": self.tokenizer}
         splits = self.map_rows(rows, features, "data.train", keep=self.columns, **settings)
         splits = self.note_truncated(splits, {"lost_source": "source tokens"})
         limit = "data.max_target_length"
         train, validation = self.note_truncated(splits, {"lost_target": "labelled tokens"}, limit)
         self.shown = validation.select(range(min(data.generate_rows or len(validation), len(validation))))
         return train.remove_columns(self.columns), validation.remove_columns(self.columns)
+
+    def row_problem(self, row):
+        row.update({name: inner(row, name) for name in self.columns})
+        return text_problem(self.columns)(row)
+
+    def examples_of(self, rows):
+        return features(rows, **self.settings)
 
     def model(self):
         model = super().model()

@@ -5,7 +5,6 @@
 Your own texts: `--data.train my.csv --data.text_column text --data.label_column label`.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +13,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.data.columns import problems_of_tokens, require_texts, text_problem, texts_of
+from gradacc_hf.data.columns import as_list, problems_of_tokens, require_texts, text_problem, texts_of
 from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import tokens_lost
+from gradacc_hf.errors import refuse
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.label_lists import LabelLists
@@ -58,6 +58,9 @@ class TextClassification(Recipe):
         label_separator: str | None = None
         """Separator of labels in a text, such as ;.
         For multi_label. null: found in the training rows, and stated in the plan."""
+        labels: str | list[str] | None = None
+        """All label names in their order, such as a,b.
+        null: found in the training rows. data.streaming needs them, unless the file has class names."""
         class_weights: str = "none"
         """Class weights: none, balanced or a=5,b=1.
         They weigh examples in the loss. balanced: 1 / the frequency of a class. a, b: names of classes."""
@@ -70,22 +73,24 @@ class TextClassification(Recipe):
                 has_classes or self.class_weights == "none",
                 "none, except for single_label",
             )
+            not_balanced = not (self.streaming and self.class_weights == "balanced")
+            yield "class_weights", not_balanced, "none or a=5,b=1 with data.streaming, which counts no rows"
             for name in ("label_columns", "label_separator"):
                 is_possible = self.problem == "multi_label" or getattr(self, name) is None
                 yield name, is_possible, "null, except with data.problem multi_label"
 
     def datasets(self):
         data, columns = self.data, self.text_columns()
-        of_labels = data.label_columns or []
-        of_labels = re.split(r"\s*,\s*", of_labels) if isinstance(of_labels, str) else of_labels
-        convert = LabelLists(data.label_column, of_labels, data.label_separator)
+        convert = LabelLists(data.label_column, as_list(data.label_columns), data.label_separator)
         label_column = None if data.problem == "regression" else data.label_column
         train, validation = self.rows(label_column, convert if data.problem == "multi_label" else None)
         self.reading.use([*columns, data.label_column, FAULT])
         for split in (train, validation):
             for column, key in columns.items():
                 require_texts(split, column, key)
-        self.target = TARGETS[data.problem](train, validation, data.label_column)
+        self.target = TARGETS[data.problem](train, validation, data.label_column, as_list(data.labels))
+        if data.streaming and not self.target.are_known:
+            refuse("data.labels", "found null, and a stream shows no label before its row", "list all labels")
         train, validation = self.check_rows(train, validation, text_problem(columns), "data.text_column")
         train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
         train, validation = self.target.encode(train, validation, self.may_skip, self.own_labels)
@@ -94,6 +99,13 @@ class TextClassification(Recipe):
         self.notes_pad_id()
         settings = {"columns": list(columns), "max_length": data.max_length}
         return self.map_rows((train, validation), features, "data.text_column", **settings)
+
+    def row_problem(self, row):
+        return text_problem(self.text_columns())(row) or self.target.problem(row)
+
+    def examples_of(self, rows):
+        rows = {**rows, "label": self.target.ids(rows[self.data.label_column])}
+        return features(rows, self.tokenizer, list(self.text_columns()), self.data.max_length)
 
     @property
     def example(self):

@@ -18,7 +18,7 @@ from transformers import AutoModelForTokenClassification
 
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
-from gradacc_hf.data.columns import class_names, file_rows, labels_as_text, require_fast
+from gradacc_hf.data.columns import as_list, class_names, file_rows, labels_as_text, require_fast
 from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.data.sources import CARRIED
@@ -86,6 +86,9 @@ class TokenClassification(Recipe):
         tags_column: str = "tags"
         """Column of the tags, one for each token.
         Each row has a list of strings, whole numbers or class ids. In a CoNLL file: as for tokens_column."""
+        labels: str | list[str] | None = None
+        """All tags in order, such as O,B-PER,I-PER.
+        null: found in the training rows. data.streaming needs them, unless the file has class names."""
 
     def datasets(self):
         data = self.data
@@ -97,8 +100,11 @@ class TokenClassification(Recipe):
         self.reading.use([*columns, FAULT])
         for dataset in splits:
             check_tokens_and_tags(dataset, data.tokens_column, data.tags_column)
-        key = None if class_names(splits[0], data.tags_column) else "data.tags_column"
-        self.labels = match_labels(tag_names(splits[0], data.tags_column), self.own_labels, key)
+        self.class_names, given = class_names(splits[0], data.tags_column), as_list(data.labels)
+        if data.streaming and not (self.class_names or given):
+            refuse("data.labels", "found null, and a stream shows no tag before its row", "list all tags")
+        key = None if self.class_names or given else "data.tags_column"
+        self.labels = match_labels(given or tag_names(splits[0], data.tags_column), self.own_labels, key)
         self.note_labels(self.labels)
         if text := ignored_note(splits, data.tags_column):
             self.reading.note("ignored", text)
@@ -107,13 +113,22 @@ class TokenClassification(Recipe):
         found = self.check_rows(train, validation, problem, "data.tags_column", numbers)
         return tuple(dataset.remove_columns("problem") for dataset in self.note_truncated(found))
 
-    def tokenize(self, dataset, in_training):
+    def examples_of(self, rows):
+        return features(rows, names=self.class_names, **self.settings(in_training=True))
+
+    def settings(self, in_training):
+        """Return the arguments of `features`, without the names of class ids."""
         data = self.data
         settings = {"columns": (data.tokens_column, data.tags_column), "max_length": data.max_length}
-        settings["in_training"] = in_training
-        settings["names"] = class_names(dataset, data.tags_column)
-        settings["ids"] = self.labels.ids
-        settings["tokenizer"] = self.tokenizer
+        return settings | {
+            "in_training": in_training,
+            "ids": self.labels.ids,
+            "tokenizer": self.tokenizer,
+        }
+
+    def tokenize(self, dataset, in_training):
+        settings = self.settings(in_training)
+        settings["names"] = class_names(dataset, self.data.tags_column)
         removed = [name for name in dataset.column_names if name not in CARRIED]
         return dataset.map(features, batched=True, fn_kwargs=settings, remove_columns=removed)
 

@@ -366,7 +366,7 @@ class _Reader:
     """
 
     def __init__(self, dataset: Any, epoch: int, at: int, mark: Any):
-        self._dataset, self._can_mark = _of_its_own(dataset)
+        self._dataset, self._can_mark = of_its_own(dataset)
         if hasattr(self._dataset, "set_epoch"):
             self._dataset.set_epoch(epoch)
         if mark is not None:
@@ -398,12 +398,16 @@ class _Reader:
         self._next = next(self._examples, END)
 
 
-def _of_its_own(dataset: Any) -> tuple[Any, bool]:
+def of_its_own(dataset: Any) -> tuple[Any, bool]:
     """Return a data set with a separate position, and whether its `state_dict()` is exact.
+
+    A data set with `apart()` returns such a copy itself.
 
     Data sets of `datasets` that derive from each other, such as `take` and `skip` of one, store positions in
     shared objects. This function copies the objects. A shuffle buffer of `datasets` has no exact state.
     """
+    if hasattr(dataset, "apart"):
+        return dataset.apart(), True
     module = sys.modules.get("datasets.iterable_dataset")  # without import, as datasets may be missing
     if module is None or not isinstance(dataset, module.IterableDataset):
         return dataset, False

@@ -31,6 +31,7 @@ from gradacc_hf.bench.predicted_memory import cases_with, compare_memory, print_
 from gradacc_hf.bench.progress import Progress, progress_bar
 from gradacc_hf.bench.schedules import measure_schedules, print_schedules
 from gradacc_hf.bench.sentence_transformers import measure_contrastive, print_contrastive
+from gradacc_hf.bench.stream import measure_stream, print_stream
 from gradacc_hf.bench.throughput import measure_speed, print_speed
 from gradacc_hf.bench.ui_latency import measure_page, print_page
 from gradacc_hf.bench.window_profile import measure_profile, print_profile
@@ -197,6 +198,19 @@ BENCHMARKS = {
         lambda given, progress: measure_monitoring(given.repeats, progress),
         print_monitoring,
         (_number("--repeats", 12, "turns"),),
+    ),
+    "stream": Benchmark(
+        "memory of reading a large stream, and the time that training waits for it",
+        lambda given, progress: measure_stream(
+            given.rows, given.workers, given.windows, given.repeats, progress
+        ),
+        print_stream,
+        (
+            _number("--rows", 10_000_000, "rows of the stream, which are written into this folder"),
+            _number("--workers", 1, "processes that tokenise"),
+            _number("--windows", 24, "windows to time"),
+            _number("--repeats", 3, "turns"),
+        ),
     ),
     "gpu": Benchmark(
         "speed and memory with and without padding on a GPU, within a time limit",

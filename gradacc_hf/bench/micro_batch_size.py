@@ -126,7 +126,7 @@ def _measure(num_windows: int, settings: Sequence[str]) -> dict[str, Any]:
 
     bound, cost, sizes = windows.bound, windows.cost, sizes_to_try(windows)
     beyond = [4 * sizes[0], 2 * sizes[0]] if bound.max_bytes is None else []  # larger than the run may choose
-    epochs, in_all = recipe.config.train.epochs, total_windows(recipe.config, windows)
+    epochs, in_all = recipe.config.train.epochs, total_windows(recipe.config, windows) or 0
     tuning = Tuning.of(windows, in_all)
     if tuning is None:
         raise InputError("no size to try: there are too few windows, or all sizes give the same split")

@@ -85,20 +85,25 @@ def show(plan: Plan, console: Console) -> None:
     table.add_row("total", f"{begin / GIB:.2f}", Bar(scale, 0, begin, width=40, color=style), style=style)
     console.print(table)
     least, mean, most = plan.steps.accumulation_steps
+    windows, total = "an unknown number", "unknown"
+    if plan.steps.windows is not None:
+        windows = f"{plan.steps.windows:,}"
+        total = f"{plan.steps.flops_per_window * plan.steps.windows / 1e15:,.2f} PFLOP"
     lines = {
         **plan.model_notes,
         "largest micro-batch": f"{rows} × {'at most ' * plan.padding_free}{_listed(lengths)} tokens",
         "micro-batch limit": f"{plan.bound} ({plan.why})",
         "accumulation steps": f"{least} / {mean:.1f} / {most} (min / mean / max)",
         "padding": f"{plan.steps.padding:.1%} of the tokens",
-        "windows": f"{plan.steps.windows:,} in {plan.steps.epochs} epoch{'s' * (plan.steps.epochs > 1)}",
-        "operations": f"{plan.steps.flops_per_window / 1e12:,.2f} TFLOP per window, "
-        f"{plan.steps.flops_per_window * plan.steps.windows / 1e15:,.2f} PFLOP in total",
+        "windows": f"{windows} in {plan.steps.epochs} epoch{'s' * (plan.steps.epochs > 1)}",
+        "operations": f"{plan.steps.flops_per_window / 1e12:,.2f} TFLOP per window, {total} in total",
     }
     if plan.seconds is not None:
         lines["time"] = f"{timedelta(seconds=round(plan.seconds))}" + (
             f", cost {plan.price:,.2f}" if plan.price is not None else ""
         )
+    elif plan.steps.windows is None:
+        lines["time"] = "not estimated: the number of windows is unknown (set train.max_windows)"
     else:
         lines["time"] = "not estimated: give --tflops or --rate-of (and --price for the cost)"
     lines[f"on {max(2, plan.processes)} processes"] = ", ".join(

@@ -63,6 +63,15 @@ class DataConfig:
     max_length: int = 256
     """Most tokens of an example.
     A longer one is truncated; masked_lm and question_answering split it into several."""
+    streaming: bool = False
+    """Read training rows while training, not all before.
+    For JSON lines, Parquet and Hub names larger than the memory. The number of rows is unknown."""
+    buffer_size: int = 1000
+    """Examples of a stream that are shuffled together.
+    With data.streaming."""
+    validation_rows: int = 1000
+    """Validation rows with data.streaming: the first ones.
+    Without data.validation, they are the first rows of train, and training starts after them."""
     leave_out: list[int] = field(default_factory=list)
     """Training examples to leave out, by number: [17].
     Messages name the numbers. All other examples stay in their windows, so that --resume can continue."""
@@ -113,6 +122,10 @@ class DataConfig:
         yield "encoding", self.encoding is None or _is_encoding(self.encoding), encodings
         yield "validation_fraction", 0 < self.validation_fraction < 1, "a number above 0 and below 1"
         yield "max_length", self.max_length >= 1, "1 token or more"
+        for name in ("buffer_size", "validation_rows"):
+            size, default = getattr(self, name), getattr(DataConfig, name)
+            yield name, size >= 1, "1 or more"
+            yield name, self.streaming or size == default, f"{default}, its default, without data.streaming"
 
 
 @dataclass(frozen=True)
@@ -264,7 +277,8 @@ class BudgetConfig:
     auto: where that is exact, as checked on the model, and saves work. on: as auto, but the run is refused
     where padding is kept. off: never."""
     num_workers: int = 0
-    """Processes that collate micro-batches (0: the training process itself)."""
+    """Processes that collate micro-batches (0: the training process itself).
+    With data.streaming, they tokenise the stream while the model trains."""
 
     def rules(self) -> Rules:
         tokens, examples = self.max_tokens, self.micro_batch_size

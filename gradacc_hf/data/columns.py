@@ -63,6 +63,11 @@ def text_problem(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str | 
     return problem
 
 
+def as_list(names: str | Sequence[str] | None) -> list[str]:
+    """Return names in a list, or in a text with commas between them, as a list; empty for None."""
+    return re.split(r"\s*,\s*", names.strip()) if isinstance(names, str) else list(names or ())
+
+
 def require_fast(tokenizer: Any, name: str) -> None:
     """Raise InputError unless the tokenizer of the model `name` returns the positions of tokens in a text."""
     if not tokenizer.is_fast:
@@ -109,6 +114,7 @@ def encode_labels(
     label_column: str,
     key: str = "data.label_column",
     skipped: list[str] | None = None,
+    names: Sequence[str] = (),
 ) -> tuple[Dataset, Dataset, list[str]]:
     """Replace the label column by `label`, class ids 0..K−1 (int64), and return the K names in that order.
 
@@ -122,6 +128,7 @@ def encode_labels(
         key: The setting that messages name.
         skipped: Receives a line about each validation row whose label is not in training; these rows are left
             out. None: such a row is an error.
+        names: The names in their order, if they are known. No training row has another label.
 
     Raises:
         InputError: For a row without label, a single class, numbers with a fraction, or an unknown validation
@@ -131,7 +138,7 @@ def encode_labels(
         require_column(split, label_column, key)
     texts, other = _label_texts(train, label_column, key), _label_texts(validation, label_column, key)
     present, feature = pc.unique(texts).to_pylist(), train.features[label_column]
-    if len(present) < 2:
+    if len(present) < 2 and not names:
         refuse(key, f"one class only, {present[0]!r}, in the training rows", "at least two")
     bare: dict[str, str] = {}
     for label in present:
@@ -139,7 +146,8 @@ def encode_labels(
             refuse(
                 key, f"labels {other_label!r} and {label!r} differ in white space only", "write them alike"
             )
-    names = list(feature.names) if isinstance(feature, ClassLabel) else in_order(present)
+    of_data = list(feature.names) if isinstance(feature, ClassLabel) else in_order(present)
+    names = list(names) or of_data
     known = pa.array(names, pa.large_string())
     ids, other_ids = pc.index_in(texts, known), pc.index_in(other, known)
     if other_ids.null_count:

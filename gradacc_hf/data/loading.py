@@ -173,7 +173,7 @@ def _read(given: str, key: str, config_name: str | None, reading: Reading, form:
             source.files[split] = [FileRows(str(path), len(rows), form=str(of_file))]
         return source
     if "," in given or glob.has_magic(given):
-        files = [file for name in given.split(",") for file in _files_of(name.strip(), key, reading, form)]
+        files = [file for name in given.split(",") for file in named_files(name.strip(), key, reading, form)]
         rows, of_files = _read_files(files, key, reading, form)
         return Source(given, {"train": rows}, {"train": of_files})
     hint = _hint(path)
@@ -214,7 +214,7 @@ def _check_suffix(path: Path, key: str, form: Form) -> None:
         refuse(key, f"{str(path)!r} is a {suffixes or 'file without extension'}", f"allowed: {allowed}")
 
 
-def _files_of(name: str, key: str, reading: Reading, form: Form) -> list[Path]:
+def named_files(name: str, key: str, reading: Reading, form: Form = Form()) -> list[Path]:
     """Return the file of this name, or the data files that match it as a pattern, sorted."""
     path = Path(name).expanduser()
     if path.is_file():

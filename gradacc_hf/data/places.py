@@ -17,7 +17,7 @@ from gradacc_hf.data.files import JSONS, TABLES, Form, open_text, suffix_of
 from gradacc_hf.data.tables import records
 from gradacc_hf.data.tagged_text import first_lines
 
-_KEY = "gradacc"
+_KEY, _PLACES = "gradacc", "gradacc places"
 
 
 def record_files(rows: Dataset, files: Sequence[tuple[Path, int, Form]]) -> None:
@@ -36,6 +36,11 @@ def join_files(rows: Dataset, parts: Sequence[tuple[str, Dataset]]) -> None:
     rows.info.download_checksums = {_KEY: found}
 
 
+def record_places(rows: Dataset, names: Sequence[str]) -> None:
+    """Record the place of each row, of rows that are a part of a file."""
+    rows.info.download_checksums = {_PLACES: [*names]}
+
+
 def folders(rows: Dataset) -> list[Path | None]:
     """Return the folder of the file of each row, in the order of the files; None where it is not known."""
     files = (rows.info.download_checksums or {}).get(_KEY, [])
@@ -48,7 +53,10 @@ def places(rows: Dataset, numbers: Iterable[Any], split: str = "training") -> li
 
     It is the file and the line, or else the row of the file, or else "training row 3".
     """
-    files = (rows.info.download_checksums or {}).get(_KEY, [])
+    recorded = rows.info.download_checksums or {}
+    if _PLACES in recorded:
+        return [recorded[_PLACES][int(number)] for number in numbers]
+    files = recorded.get(_KEY, [])
     ends = [*accumulate(number for _, number, _ in files)]
     lines: dict[int, list[int] | None] = {}
     found = []

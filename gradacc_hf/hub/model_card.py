@@ -56,7 +56,7 @@ class Facts:
     data: str
     data_about: str  # one line about embedded data
     dataset: str | None  # the name on the Hub
-    training_examples: int
+    training_examples: int | None  # None: the rows of a stream
     validation_examples: int
     validation: str  # the source of the validation examples
     max_length: int | None  # most tokens of an example; None for examples that are not tokens
@@ -84,7 +84,7 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
         data=_public(train) + (f", {data.config_name}" if data.config_name else ""),
         data_about=_embedded_about(train),
         dataset=train if _is_hub_name(train) else None,
-        training_examples=len(training),
+        training_examples=len(training) if recipe.opened is None else None,
         validation_examples=len(validation),
         validation=source,
         max_length=data.max_length if _is_tokenised(training) else None,

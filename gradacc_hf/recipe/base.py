@@ -46,6 +46,7 @@ from gradacc_hf.data.sources import (
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
 from gradacc_hf.recipe.labels import Labels, labels_of_config, parameters_of_labels, renew
+from gradacc_hf.recipe.streaming import ExampleStream, OpenRows, open_rows
 from gradacc_hf.training.loop import Evaluation, Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
 from gradacc_hf.training.run_log import by_source
@@ -92,6 +93,7 @@ class Recipe:
         self.data: Any = config.data  # with the recipe's own fields
         self.skipped_rows: list[str] = []  # one line for each row, of both data sets
         self.reading = Reading()  # the files, and what was changed or left out
+        self.opened: OpenRows | None = None  # the training rows, with data.streaming
         self.samples: list[dict[str, str]] = []  # the model's answers to a few rows, for the report
         self.new_parameters: set[str] | None = None  # parameters without saved weights; None: all
         self.model_notes: dict[str, str] = {}  # for the plan: each change of the user's model, by name
@@ -115,7 +117,10 @@ class Recipe:
         return other
 
     def datasets(self) -> tuple[Dataset, Dataset]:
-        """Return training and validation examples, tokenised, with `labels`."""
+        """Return training and validation examples, tokenised, with `labels`.
+
+        With `data.streaming`, they are made of the first rows, and `stream` makes the examples of all rows.
+        """
         raise TypeError(f"{type(self).__name__} has no data sets: define datasets()")
 
     def rows(
@@ -126,11 +131,25 @@ class Recipe:
     ) -> tuple[Dataset, Dataset]:
         """Read the training and validation rows that `data.train` and `data.validation` name.
 
+        With `data.streaming`, they are the first rows of a stream.
+
         Args:
             label_column: If rows are held out, the first row of every label in it stays in training.
             convert: Converts rows from the format of a file, before rows are held out.
             word_columns: The columns of tokens and tags. With them, text files with a token a line are read.
         """
+        if self.data.streaming:
+            if type(self).examples_of is Recipe.examples_of:
+                refuse("data.streaming", f"{type(self).__name__} needs all rows at once", "set it to false")
+            if self.data.mixture:
+                refuse("data.train", "found a mixture with data.streaming", "set data.streaming to false")
+            if self.data.weight_column is not None:
+                refuse(
+                    "data.weight_column", "found with data.streaming", "set one of the two to null or false"
+                )
+            self.reading.begin(Reading())
+            self.opened, train, validation = open_rows(self, convert)
+            return train, validation
         if self.data.mixture:
             splits = self._mixture(label_column, convert, word_columns)
         else:
@@ -228,6 +247,26 @@ class Recipe:
             if self.has_validation_by_source:
                 self.validation_sources = names[np.asarray(validation[SOURCE])].tolist()
         return train.remove_columns(carried(train)), validation.remove_columns(carried(validation))
+
+    def stream(self, sample: Dataset) -> ExampleStream | None:
+        """Return the examples of all training rows, with the columns of a sample; None for data read whole.
+
+        Call it after `datasets`.
+        """
+        return None if self.opened is None else ExampleStream(self, sample.column_names)
+
+    def row_problem(self, row: Mapping[str, Any]) -> str | None:
+        """Return the problem of a row of a stream, which is then not among `examples_of`, or None."""
+        return None
+
+    def examples_of(self, rows: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
+        """Return the examples of a batch of rows of a stream, by column.
+
+        They equal the examples of `datasets`, which is called before. Further columns are optional: `problem`
+        is the problem of each row, or "". Columns with "lost" in the name are above 0 for truncated rows.
+        `row` is the number of the row of each example, if a row has several.
+        """
+        raise NotImplementedError
 
     def check_rows(
         self,

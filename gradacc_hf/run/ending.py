@@ -47,6 +47,14 @@ def training_lines(summary: Mapping[str, Any], windows: WindowLoader) -> list[st
         f"{summary['padding']:.0%} of the tokens were padding"
     )
     lines = [_row("trained", trained)]
+    if "rows" in (read := summary["skipped_rows"]):  # of a stream
+        lines.append(
+            _row(
+                "stream",
+                f"{counted(read['rows'], 'row')} read in an epoch, {read['count']:,} of them skipped and "
+                f"{read['truncated']:,} truncated",
+            )
+        )
     if skipped := summary["skipped_windows"]:
         lines.append(
             _row("skipped", f"{counted(skipped, 'window')} took no step: loss or gradient not finite")

@@ -1,5 +1,6 @@
 """The table that a run prints before it loads a model: data, windows, micro-batches and budget."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch, ScheduledBatch
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.sampler import EffectiveBatchSize
+from gradacc_hf.config.schema import Config
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.padding import plan_padding
 from gradacc_hf.training.optimizer import choose_trained
@@ -34,7 +36,7 @@ def print_plan(
     recipe: Recipe,
     windows: WindowLoader,
     empty: torch.nn.Module,
-    num_windows: int,
+    num_windows: int | None,
     num_validation: int,
     tries_sizes: bool,
 ) -> PlannedSteps:
@@ -44,15 +46,11 @@ def print_plan(
         recipe: the recipe, after a call of `datasets()`.
         windows: the loader of the training windows.
         empty: the model without weights.
-        num_windows: windows of the whole run.
+        num_windows: windows of the whole run; None if unknown.
         num_validation: validation examples.
         tries_sizes: whether the first windows try several micro-batch sizes.
     """
     config, plan, accelerator = recipe.config, windows.plan, windows.accelerator
-    epochs = config.train.epochs
-    of_all = sum(plan.num_windows(epoch) for epoch in range(epochs))
-    some = f" of {of_all:,}" if of_all > num_windows else ""  # train.max_windows
-    at_most = "at most " * isinstance(plan.effective_batch_size, GrowingBatch)
     planned = windows.with_bound(windows.bound)
     plan_padding(recipe, empty, planned)
     sample = planned.spread_splits(100, end=num_windows)
@@ -66,10 +64,7 @@ def print_plan(
         *([("tokens", recipe.tokens_are)] if recipe.tokens_are else []),
         *data_lines(recipe, plan.num_examples, num_validation),
         ("effective batch size", _size(plan.effective_batch_size, num_windows)),
-        (
-            "windows",
-            f"{at_most}{num_windows:,}{some}, over {epochs} epoch{'s' * (epochs > 1)}",
-        ),
+        ("windows", _windows(config, windows, num_windows)),
         (
             "micro-batches",
             f"at most {planned.limit}" + "; the first windows try smaller sizes" * tries_sizes,
@@ -90,8 +85,9 @@ def print_plan(
 
 def data_lines(recipe: Recipe, num_training: int, num_validation: int) -> list[tuple[str, str]]:
     """Return (name, text) of the lines of a plan about the data, after a call of `datasets()`."""
+    examples = f"{num_training:,}" if recipe.opened is None else "rows of a stream"
     return [
-        ("examples", f"{num_training:,} to train on, {num_validation:,} to validate"),
+        ("examples", f"{examples} to train on, {num_validation:,} to validate"),
         *recipe.reading.lines(),
         ("validation", recipe.validation_source.removeprefix("validation: ")),
         *([("left out", _left_out(recipe.skipped_rows))] if recipe.skipped_rows else []),
@@ -105,10 +101,22 @@ def print_head(recipe: Recipe, accelerator: Accelerator) -> None:
             accelerator.print(f"{name:<22}{note}")
 
 
-def _size(effective: EffectiveBatchSize, num_windows: int) -> str:
+def _windows(config: Config, windows: WindowLoader, num_windows: int | None) -> str:
+    """Return the number of windows of a run, as text."""
+    epochs, plan = config.train.epochs, windows.plan
+    over = f"over {epochs} epoch{'s' * (epochs > 1)}"
+    if config.data.streaming:
+        return f"{f'at most {num_windows:,}' if num_windows else 'as many as the stream has'}, {over}"
+    of_all = sum(plan.num_windows(epoch) for epoch in range(epochs))
+    some = f" of {of_all:,}" if of_all > (num_windows or 0) else ""  # train.max_windows
+    at_most = "at most " * isinstance(plan.effective_batch_size, GrowingBatch)
+    return f"{at_most}{num_windows:,}{some}, {over}"
+
+
+def _size(effective: EffectiveBatchSize, num_windows: int | None) -> str:
     if not callable(effective):
         return f"{effective} examples a window"
-    late = isinstance(effective, ScheduledBatch) and max(effective.sizes) >= num_windows
+    late = isinstance(effective, ScheduledBatch) and max(effective.sizes) >= (num_windows or math.inf)
     return f"{effective}{f' (the run ends after {num_windows})' * late}"
 
 

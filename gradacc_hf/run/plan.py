@@ -37,7 +37,7 @@ SAMPLED_WINDOWS = 200  # windows of the first epoch that are split, evenly space
 class Steps:
     """The split of the windows, from a sample of the first epoch."""
 
-    windows: int
+    windows: int | None  # None: unknown, of a stream
     epochs: int
     accumulation_steps: tuple[int, float, int]  # min, mean, max over windows, of the process with most
     padding: float  # share of the tokens
@@ -139,7 +139,9 @@ def make_plan(
     longest = windows.tokens[longest_example(windows.tokens)].tolist()
     alone = per_process.bytes(1, longest)
     room = {"found": found, "available": memory, "processes": processes}
-    seconds = steps.flops_per_window * steps.windows / (tflops * 1e12 * processes) if tflops else None
+    seconds = None
+    if tflops and steps.windows is not None:
+        seconds = steps.flops_per_window * steps.windows / (tflops * 1e12 * processes)
     return Plan(
         model=config.model.name,
         parameters=found.total_parameters,
@@ -161,7 +163,8 @@ def make_plan(
         levers=levers(recipe, training, windows.tokens, make_model, device == "cuda", **room)
         if with_levers and alone > memory
         else [],
-        model_notes={name: note for name, note in recipe.model_notes.items() if name != "head"},
+        model_notes={name: note for name, note in recipe.model_notes.items() if name != "head"}
+        | {name: "; ".join(lines) for name, lines in recipe.reading.notes.items() if name == "stream"},
         padding_free=windows.padding_free,
         data_lines=data_lines(recipe, len(training), len(validation)),
     )

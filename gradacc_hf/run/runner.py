@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.streaming import Stream
 from gradacc_hf.config.schema import Config, OutputConfig
 from gradacc_hf.data.columns import integers_as_text
 from gradacc_hf.errors import InputError, NonFiniteError, OutOfMemoryWhileSyncingError, one_line
@@ -50,6 +51,7 @@ from gradacc_hf.run.setup import (
     make_accelerator,
     make_model,
     make_windows,
+    stream_windows,
     total_windows,
     tries_sizes,
 )
@@ -121,7 +123,7 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         print_head(task.recipe, accelerator)
         accelerator.print("check: this would run")
         return
-    parts = build(task, plan, accelerator)
+    plan, parts = build(task, plan, accelerator)
     print_head(task.recipe, accelerator)
     with open_output(config, accelerator, checkpoint.window if checkpoint else 0) as folder:
         commands = commands_of(folder, config.output, argv, resumed, accelerator.num_processes)
@@ -156,13 +158,13 @@ class RunPlan:
     """The windows of a run.
 
     windows, validation_windows: the loaders.
-    num_windows: windows of the whole run.
+    num_windows: windows of the whole run; for a stream the most, or None if unknown.
     accumulation_steps: of the windows as they are split before training.
     """
 
     windows: WindowLoader
     validation_windows: WindowLoader
-    num_windows: int
+    num_windows: int | None
     accumulation_steps: PlannedSteps
 
 
@@ -235,7 +237,9 @@ def _load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelera
     if accelerator.is_main_process:
         mixed = fingerprint_of_mixture(recipe.sources, recipe.shares, recipe.example_weights)
         found = [what_must_stay(config, training, validation) | mixed]
-        if text := duplicates_note(training, validation, "truncated" in recipe.reading.notes):
+        if recipe.opened is not None:
+            found[0]["data.train (bytes of the files)"] = recipe.opened.rows.sizes()
+        elif text := duplicates_note(training, validation, "truncated" in recipe.reading.notes):
             recipe.reading.note("duplicates", text)
     return Task(recipe, training, validation, broadcast_object_list(found)[0])
 
@@ -254,16 +258,21 @@ def plan_run(task: Task, accelerator: Accelerator) -> RunPlan:
     return RunPlan(windows, validation_windows, num_windows, steps)
 
 
-def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> TrainingParts:
-    """Load the model, and make the optimizer and the schedule."""
+def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> tuple[RunPlan, TrainingParts]:
+    """Load the model, and make the optimizer and the schedule.
+
+    The windows of a stream replace the windows of its sample.
+    """
     recipe = task.recipe
     optim = recipe.config.optim
     model = make_model(recipe)
     choose_padding(recipe, model, plan.windows)
+    if recipe.opened is not None:
+        plan = replace(plan, windows=stream_windows(recipe, task.training, plan.windows))
     optimizer = make_optimizer(model, optim, accelerator.mixed_precision)
     scheduler = make_scheduler(optimizer, optim, plan.windows, plan.num_windows)
     card = RunCard(recipe, facts(recipe, task.training, task.validation), plan.windows)
-    return TrainingParts(model, optimizer, scheduler, card)
+    return plan, TrainingParts(model, optimizer, scheduler, card)
 
 
 def train(
@@ -307,7 +316,7 @@ def train(
                 "seed": config.train.seed,
                 "command": commands.again,
                 "resumed_after": checkpoint.window if checkpoint is not None else None,
-                "skipped_rows": {"count": len(recipe.skipped_rows), "first": recipe.skipped_rows[:10]},
+                "skipped_rows": skipped_rows(recipe, plan.windows),
                 "reading": recipe.reading.summary(),
                 "samples": recipe.samples,
                 "tokens_are": recipe.tokens_are,
@@ -322,6 +331,13 @@ def train(
         )
         line = f"{error}; to continue from the last checkpoint: {commands.resume}{finer}"
         raise type(error)(line, *error.args[1:]) from None
+
+
+def skipped_rows(recipe: Recipe, windows: WindowLoader) -> dict[str, Any]:
+    """Return the count of rows that were left out. A stream counts training rows while it is read."""
+    if isinstance(windows.plan, Stream):
+        return windows.plan.dataset.read  # type: ignore[attr-defined]
+    return {"count": len(recipe.skipped_rows), "first": recipe.skipped_rows[:10]}
 
 
 def validate(
@@ -350,7 +366,8 @@ def tell_stopped(window: int, config: Config, plan: RunPlan, folder: Path, comma
     accelerator = plan.windows.accelerator
     if accelerator.is_main_process:
         write_whole(folder / MARKER, f"cd {shlex.quote(os.getcwd())} && {commands.resume}\n")
-    of_all = f"{window} of {total_windows(config, plan.windows)}"  # fewer than planned if windows grew
+    total = total_windows(config, plan.windows)  # fewer than planned if windows grew
+    of_all = f"{window} of {total}" if total else str(window)
     accelerator.print(f"stopped after window {of_all}, which is saved; to continue: {commands.resume}")
 
 

@@ -116,23 +116,16 @@ def make_windows(
         measures = False  # the gradient of a single micro-batch is never available
     if isinstance(sizes, GrowingBatch):
         check_can_measure(sizes, measures, accelerator.num_processes)
-    if wrong := [index for index in config.data.leave_out if not 0 <= index < len(training)]:
+    wrong = [index for index in config.data.leave_out if not 0 <= index < len(training)]
+    if wrong and recipe.opened is None:
         raise InputError(
             f"data.leave_out: found {wrong[0]}; allowed: 0 to {len(training) - 1}, training examples"
         )
     by_length = config.budget.micro_batch_size is None
     lengths = measure_lengths(training, recipe.lengths(training), bounds=by_length)
-    shared: dict[str, Any] = {
-        "accelerator": accelerator,
-        "collate_fn": recipe.collate,
-        "num_items": recipe.num_items,
-        "pad_to": recipe.pad_to,
-        "pad_to_multiple_of": config.budget.pad_to_multiple_of,
-        "transform": recipe.transform,
-        "seed": config.train.seed,
-        "bound": bound or choose_bound(recipe, training, lengths, make_model, accelerator),
-        "num_workers": config.budget.num_workers,
-    }
+    shared = _settings(recipe, accelerator)
+    shared["bound"] = bound or choose_bound(recipe, training, lengths, make_model, accelerator)
+    shared["num_workers"] = config.budget.num_workers
     plan = WindowPlan(len(training), sizes, config.train.seed, shuffle=True, drop_last=config.batch.drop_last)
     if recipe.example_weights is not None and as_window_loss(recipe.loss) is not None:
         found = f"the loss of {type(recipe).__name__} is over all rows of a window together"
@@ -145,9 +138,7 @@ def make_windows(
         weights=recipe.example_weights,
         noise_every=noise_every(config, plan) if measures else 0,
         lengths=lengths,
-        drop_last=config.batch.drop_last,
-        leave_out=config.data.leave_out,
-        whole_gradients=config.budget.whole_gradients,
+        **_training_settings(config),
         **shared,
     )
     size: EffectiveBatchSize = min(512, len(validation))
@@ -167,6 +158,56 @@ def sizes_of_one_source(sources: Sequence[str], most: int) -> ScheduledBatch:
     return ScheduledBatch(dict(enumerate(found)))
 
 
+def _settings(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """Return the arguments that all loaders of a run share."""
+    return {
+        "accelerator": accelerator,
+        "collate_fn": recipe.collate,
+        "num_items": recipe.num_items,
+        "pad_to": recipe.pad_to,
+        "pad_to_multiple_of": recipe.config.budget.pad_to_multiple_of,
+        "transform": recipe.transform,
+        "seed": recipe.config.train.seed,
+    }
+
+
+def _training_settings(config: Config) -> dict[str, Any]:
+    """Return the arguments of a loader of training windows only."""
+    return {
+        "drop_last": config.batch.drop_last,
+        "leave_out": config.data.leave_out,
+        "whole_gradients": config.budget.whole_gradients,
+    }
+
+
+def stream_windows(recipe: Recipe, training: Dataset, planned: WindowLoader) -> WindowLoader:
+    """Return the loader of all examples of a stream.
+
+    Args:
+        recipe: as `load_data` returns it.
+        training: the sample of the training examples.
+        planned: the windows of the sample, whose micro-batches have the same limit.
+    """
+    config = recipe.config
+
+    def lengths(example: Any) -> Any:
+        found: Any = recipe.lengths([example])
+        return found[0]
+
+    return WindowLoader(
+        recipe.stream(training),
+        effective_batch_size(config.batch, len(training)),
+        lengths=None if recipe.lengths([training[0]]) is None else lengths,
+        buffer_size=config.data.buffer_size,
+        bound=planned.bound,
+        cost=planned.cost,
+        noise_every=planned.noise_every,
+        padding_free=planned.padding_free,
+        **_training_settings(config),
+        **_settings(recipe, planned.accelerator),
+    )
+
+
 def noise_every(config: Config, plan: WindowPlan) -> int:
     """Return the windows between measurements of the gradient noise scale; 0 for none.
 
@@ -177,26 +218,29 @@ def noise_every(config: Config, plan: WindowPlan) -> int:
         return config.train.noise_every
     if config.batch.effective == "noise_scale":
         return NOISE_EVERY
-    return min(NOISE_EVERY, max(1, math.ceil(_total(config, plan) / MEASUREMENTS_WANTED)))
+    total = _total(config, plan)
+    return min(NOISE_EVERY, max(1, math.ceil(total / MEASUREMENTS_WANTED))) if total else NOISE_EVERY
 
 
-def total_windows(config: Config, windows: WindowLoader) -> int:
-    """Return the number of windows of the whole run."""
+def total_windows(config: Config, windows: WindowLoader) -> int | None:
+    """Return the number of windows of the whole run. For a stream: the most windows, or None if unknown."""
     return _total(config, windows.plan)
 
 
-def _total(config: Config, plan: WindowPlan | Stream) -> int:
+def _total(config: Config, plan: WindowPlan | Stream) -> int | None:
+    if config.data.streaming:
+        return config.train.max_windows
     total = sum(plan.num_windows(epoch) for epoch in range(config.train.epochs))
     return min(total, config.train.max_windows or total)
 
 
-def tries_sizes(budget: BudgetConfig, num_windows: int) -> bool:
-    """Whether a run of so many windows tries several micro-batch sizes.
+def tries_sizes(budget: BudgetConfig, num_windows: int | None) -> bool:
+    """Whether a run of so many windows (None: unknown) tries several micro-batch sizes.
 
     A run of a compiled model does not, because the first windows are slow at any size.
     """
     is_free = budget.max_tokens == "auto" and budget.micro_batch_size is None and not budget.compile
-    return is_free and num_windows >= WINDOWS_NEEDED
+    return is_free and (num_windows is None or num_windows >= WINDOWS_NEEDED)
 
 
 def make_model(recipe: Recipe) -> Any:

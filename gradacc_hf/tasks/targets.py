@@ -38,11 +38,11 @@ KEY = "data.label_column"
 class Target(ABC):
     """The labels of a task. `encode` replaces the column by `label`, with numbers, and finds the names."""
 
-    def __init__(self, train: Dataset, validation: Dataset, column: str):
-        """Raise InputError if a data set has no such column."""
+    def __init__(self, train: Dataset, validation: Dataset, column: str, given: Sequence[str] = ()):
+        """Raise InputError if a data set has no such column. The label names may be `given`, in order."""
         for split in (train, validation):
             require_column(split, column, KEY)
-        self.column, self.feature = column, train.features[column]
+        self.column, self.feature, self.given = column, train.features[column], list(given)
         self.labels = Labels([], {})
 
     @property
@@ -58,6 +58,20 @@ class Target(ABC):
         if isinstance(self.feature, ClassLabel) and label == -1:
             return f"column {self.column!r} is −1, a label that is withheld"
         return None
+
+    @property
+    def are_known(self) -> bool:
+        """Whether the label names are known without reading all rows."""
+        return bool(self.given)
+
+    @abstractmethod
+    def ids(self, labels: Sequence[Any]) -> list[Any]:
+        """Return the targets of labels without a problem, as `encode` makes them. Call it after `encode`."""
+
+    def _unknown(self, texts: Sequence[str]) -> str | None:
+        """Return the problem of labels, if names are given and one label has another, or None."""
+        odd = next((text for text in texts if self.given and text not in self.given), None)
+        return None if odd is None else f"label {odd!r} is not in data.labels ({listed(self.given[:SHOWN])})"
 
     @abstractmethod
     def encode(
@@ -108,7 +122,21 @@ class SingleLabel(Target):
         """Return the problem of a row's label, or None. −100 marks a row without a label."""
         if str(row[self.column]) in (str(IGNORED), f"{IGNORED}.0"):
             return f"column {self.column!r} is −100, so it has no label"
-        return super().problem(row)
+        return super().problem(row) or self._unknown([self._text(row[self.column])])
+
+    @property
+    def are_known(self) -> bool:
+        """Whether the names are given, or in the file as a ClassLabel."""
+        return super().are_known or isinstance(self.feature, ClassLabel)
+
+    def _text(self, label: Any) -> str:
+        if isinstance(self.feature, ClassLabel):
+            return self.feature.names[label]
+        return f"{label:.0f}" if isinstance(label, float) and label.is_integer() else str(label)
+
+    def ids(self, labels: Sequence[Any]) -> list[int]:
+        """Return the class ids."""
+        return [self.labels.ids[self._text(label)] for label in labels]
 
     def encode(
         self,
@@ -117,8 +145,9 @@ class SingleLabel(Target):
         skipped: list[str] | None = None,
         own: Sequence[str] | None = None,
     ) -> tuple[Dataset, Dataset]:
-        train, validation, found = encode_labels(train, validation, self.column, skipped=skipped)
-        self.labels = match_labels(found, own, None if isinstance(self.feature, ClassLabel) else KEY)
+        settings = {"skipped": skipped, "names": self.given}
+        train, validation, found = encode_labels(train, validation, self.column, **settings)
+        self.labels = match_labels(found, own, None if self.are_known else KEY)
         ids = np.array([self.labels.ids[name] for name in found])
         if (ids != np.arange(len(found))).any():
             train, validation = (
@@ -151,9 +180,9 @@ class MultiLabel(Target):
     Rows of equal length with only 0 and 1 (false and true) are one-hot: one number for each label.
     """
 
-    def __init__(self, train: Dataset, validation: Dataset, column: str):
+    def __init__(self, train: Dataset, validation: Dataset, column: str, given: Sequence[str] = ()):
         """Raise InputError if a data set has no such column of lists."""
-        super().__init__(train, validation, column)
+        super().__init__(train, validation, column, given)
         for split in (train, validation):
             if not is_list(feature := split.features[column]):
                 found = getattr(feature, "dtype", None) or type(feature).__name__
@@ -178,7 +207,21 @@ class MultiLabel(Target):
             return (
                 f"column {self.column!r} is {labels}: the training rows have {self.one_hot} numbers, 0 or 1"
             )
-        return super().problem(row)
+        names = getattr(self.feature.feature, "names", None)
+        unknown = None if self.one_hot else self._unknown(labels_as_text(labels, names))
+        return super().problem(row) or unknown
+
+    @property
+    def are_known(self) -> bool:
+        """Whether the names are given, or in the file as class ids, or numbers of one-hot rows."""
+        return super().are_known or bool(self.one_hot) or isinstance(self.feature.feature, ClassLabel)
+
+    def ids(self, labels: Sequence[Any]) -> list[list[float]]:
+        """Return 1 for each label of a row, and 0 for all others."""
+        if self.one_hot:
+            return np.array(labels, np.float32).tolist()
+        names = getattr(self.feature.feature, "names", None)
+        return self._targets([labels_as_text(of_row, names) for of_row in labels]).tolist()
 
     def encode(
         self,
@@ -189,7 +232,7 @@ class MultiLabel(Target):
     ) -> tuple[Dataset, Dataset]:
         if self.one_hot:
             return self._encode_one_hot(train, own), self._encode_one_hot(validation, own)
-        known = class_names(train, self.column)
+        known: Any = self.given or class_names(train, self.column)
         if known is None:
             known = sorted({label for labels in train[self.column] for label in labels})
         found = [str(label) for label in known]
@@ -216,10 +259,13 @@ class MultiLabel(Target):
         return [labels_as_text(labels, names) for labels in dataset[self.column]]
 
     def _encode(self, dataset: Dataset) -> Dataset:
-        targets = np.zeros((len(dataset), len(self.names)), np.float32)
-        for row, labels in enumerate(self._texts(dataset)):
+        return with_label(dataset, self.column, self._targets(self._texts(dataset)))
+
+    def _targets(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
+        targets = np.zeros((len(texts), len(self.names)), np.float32)
+        for row, labels in enumerate(texts):
             targets[row, [self.labels.ids[label] for label in labels]] = 1
-        return with_label(dataset, self.column, targets)
+        return targets
 
     def _encode_one_hot(self, dataset: Dataset, own: Sequence[str] | None) -> Dataset:
         note = f"rows of {self.one_hot} numbers, 0 or 1, are one-hot: one for each label"
@@ -250,7 +296,12 @@ class MultiLabel(Target):
 class Regression(Target):
     """A number for each row. Labels are numbers, or strings of numbers."""
 
-    def __init__(self, train: Dataset, validation: Dataset, column: str):
+    @property
+    def are_known(self) -> bool:
+        """Whether the names are known: always, as one number has no name."""
+        return True
+
+    def __init__(self, train: Dataset, validation: Dataset, column: str, given: Sequence[str] = ()):
         """Raise InputError if a data set has no such column of numbers."""
         super().__init__(train, validation, column)
         for split in (train, validation):
@@ -268,6 +319,10 @@ class Regression(Target):
         if found is None and not math.isfinite(_number(row[self.column])):
             found = f"column {self.column!r}: {row[self.column]!r} is not a number"
         return found
+
+    def ids(self, labels: Sequence[Any]) -> list[float]:
+        """Return the numbers."""
+        return np.array([*map(_number, labels)], np.float32).tolist()
 
     def encode(
         self,

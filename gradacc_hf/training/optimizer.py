@@ -78,16 +78,17 @@ def check_optimizer(optim: OptimConfig) -> None:
 
 
 def make_scheduler(
-    optimizer: Optimizer, optim: OptimConfig, windows: WindowLoader, total_windows: int
+    optimizer: Optimizer, optim: OptimConfig, windows: WindowLoader, total_windows: int | None
 ) -> LRScheduler:
     """Return the learning rate schedule of a whole run. Step it once per window.
 
     If the size of windows changes, warmup and decay follow the number of examples so far, not of windows.
+    None for `total_windows`, which is unknown for a stream, needs a constant schedule without warmup.
     `optim.lr_scaling` scales the learning rate by the size of the next window.
     """
     plan: Any = windows.plan  # for data of known length
-    by_examples = callable(plan.effective_batch_size)
-    total = plan.examples_of(total_windows) if by_examples else total_windows
+    by_examples = callable(plan.effective_batch_size) and hasattr(plan, "examples_of")
+    total = plan.examples_of(total_windows) if by_examples else total_windows or 1
     name = {"constant": "constant_with_warmup"}.get(optim.scheduler, optim.scheduler)
     warmup = math.ceil(total * optim.warmup_ratio)
     scheduler: Any = transformers.get_scheduler(name, optimizer, warmup, total)

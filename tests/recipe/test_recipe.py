@@ -16,7 +16,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from conftest import ROOT
-from recipe_runs import summary
+from recipe_runs import summary, write_rows
 from safetensors.torch import load_file
 from text_classification_runs import arguments, history, make_rows, write
 
@@ -342,18 +342,23 @@ def test_the_run_is_the_same_on_any_micro_batch_size_and_number_of_processes(sta
     for size in sizes:
         assert start(**flags, budget__micro_batch_size=size, output__dir=f"one-{size}").code == 0
     runs = [{**flags, "budget__micro_batch_size": size, "output__dir": f"two-{size}"} for size in sizes]
+    streamed = {**flags, "data__train": write_rows("a.jsonl", make_rows(400)), "data__streaming": "true"}
+    streamed |= {"data__labels": "ham,spam", "data__validation_rows": 40, "data__buffer_size": 100}
+    streamed |= {"train__max_windows": 6, "budget__micro_batch_size": 7, "output__dir": "one-stream"}
+    assert start(**streamed).code == 0
+    runs.append({**streamed, "budget__num_workers": 1, "output__dir": "two-stream"})
     two = launched(tiny_bert, 2, runs)
     assert two.returncode == 0, two.stderr
-    first = history("one-1")
-    assert len(first) == 6
-    for name in ("one-7", "one-64", "two-1", "two-7", "two-64"):
-        other = history(name)
+    for name in ("one-7", "one-64", "two-1", "two-7", "two-64", "two-stream"):
+        same_as = "one-stream" if name == "two-stream" else "one-1"
+        first, other = history(same_as), history(name)
+        assert len(first) == 6
         assert summary(name)["processes"] == (2 if name.startswith("two") else 1)
         for key in ("window", "epoch", "examples", "items", "tokens", "lr"):
             assert [row[key] for row in other] == [row[key] for row in first]
         for key in ("loss", "grad_norm"):
             assert [row[key] for row in other] == pytest.approx([row[key] for row in first], rel=1e-5)
-        assert summary(name)["eval"]["loss"] == pytest.approx(summary("one-1")["eval"]["loss"], rel=1e-5)
+        assert summary(name)["eval"]["loss"] == pytest.approx(summary(same_as)["eval"]["loss"], rel=1e-5)
     steps = {name: history(name)[0]["accumulation_steps"] for name in ("one-1", "one-7", "one-64", "two-1")}
     assert steps["one-1"] == 64 > steps["one-7"] >= 10 > steps["one-64"]
     assert 32 <= steps["two-1"] <= 1.05 * 32  # equal costs, not equal counts
