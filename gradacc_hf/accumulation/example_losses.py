@@ -191,11 +191,14 @@ class ExampleLosses:
                 return numbers.repeat_interleave(torch.from_numpy(self.lengths).to(target.device))
         else:
             labels = self.batch.get("labels")
-            if isinstance(labels, torch.Tensor) and labels.ndim == 2 and elements != labels.numel():
-                chosen = labels != IGNORED  # a loss of the labelled tokens only
-                if elements == int(chosen.sum()) and torch.equal(target, labels[chosen]):
+            of_tokens = isinstance(labels, torch.Tensor) and labels.ndim == 2
+            for own in (labels, labels[:, 1:]) if of_tokens else ():  # causal models shift labels
+                if elements == own.numel():
+                    return numbers.repeat_interleave(elements // number)
+                chosen = own != IGNORED  # a loss of the labelled tokens only
+                if elements == int(chosen.sum()) and torch.equal(target, own[chosen]):
                     return chosen.nonzero()[:, 0]
-            if elements % number == 0:
+            if not of_tokens and elements % number == 0:
                 return numbers.repeat_interleave(elements // number)
         if self.weighs:
             raise InputError(

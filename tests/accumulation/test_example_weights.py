@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from gradacc_hf import InputError, WindowLoader, remove_padding, train
+from gradacc_hf.accumulation.loss_items import IGNORED, model_loss
 from gradacc_hf.accumulation.reference import EXACT, RecordGradients, read_gradient, relative_error
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.packing import pack
@@ -27,7 +28,7 @@ def weighted_gradient(head, examples, indices, count_items):
     return read_gradient(head.model), float(loss.detach())
 
 
-def check_windows(head, untouched, split, sources=None, collate=None):
+def check_windows(head, untouched, split, sources=None, collate=None, compute_loss=model_loss):
     accelerator, examples = Accelerator(cpu=True), untouched.examples(LENGTHS)
     windows = WindowLoader(
         examples,
@@ -39,10 +40,10 @@ def check_windows(head, untouched, split, sources=None, collate=None):
         **split,
         **(sources or {}),
     )
-    preflight_check(head.model, windows)
+    preflight_check(head.model, windows, compute_loss)
     recorder = RecordGradients(head.model)
     model, optimizer = accelerator.prepare(head.model, recorder)
-    records = train(model, optimizer, windows, accelerator=accelerator)
+    records = train(model, optimizer, windows, accelerator=accelerator, compute_loss=compute_loss)
     assert len(records) == 3
     for record, gradient in zip(records, recorder.gradients, strict=True):
         indices = windows.plan.indices(0, record.window - 1)
@@ -86,6 +87,19 @@ def test_packed_with_few_logits():
     head, untouched = (build_head("causal_lm", "llama") for _ in range(2))
     make_lean(head.model, True)
     check_windows(head, untouched, {"max_tokens": 90, "pad_to": "nothing"}, collate=pack)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_loss_of_the_labelled_tokens_after_the_first(size):
+    """Their number may be a multiple of the examples."""
+
+    def loss_of_labelled(outputs, batch):
+        labels = batch["labels"][:, 1:]
+        chosen = labels != IGNORED
+        return torch.nn.functional.cross_entropy(outputs.logits[:, :-1][chosen], labels[chosen])
+
+    heads = [build_head("causal_lm", "llama") for _ in range(2)]
+    check_windows(*heads, {"micro_batch_size": size}, compute_loss=loss_of_labelled)
 
 
 def test_with_sources():
