@@ -163,8 +163,7 @@ def make_plan(
         levers=levers(recipe, training, windows.tokens, make_model, device == "cuda", **room)
         if with_levers and alone > memory
         else [],
-        model_notes={name: note for name, note in recipe.model_notes.items() if name != "head"}
-        | {name: "; ".join(lines) for name, lines in recipe.reading.notes.items() if name == "stream"},
+        model_notes={name: note for name, note in recipe.model_notes.items() if name != "head"},
         padding_free=windows.padding_free,
         data_lines=data_lines(recipe, len(training), len(validation)),
     )

@@ -129,7 +129,7 @@ def test_rows_have_weights_and_a_bad_weight_is_named_by_its_line(start, config, 
     ("sources", "message"),
     [
         ([{"weight": 3}], "mappings with source"),
-        ([{"source": "a.jsonl", "wieght": 3}], "mappings with source, and any of weight, name"),
+        ([{"source": "a.jsonl", "shares": 3}], "mappings with source, and any of weight, name"),
         ([{"source": "a.jsonl", "weight": 0}], "a weight above 0 for each source"),
         ([{"source": "a.jsonl", "weight": "much"}], "a weight above 0 for each source"),
         ([{"source": "a.jsonl"}, {"source": "b/a.csv"}], "a different name for each source"),
