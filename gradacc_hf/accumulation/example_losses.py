@@ -6,7 +6,7 @@ return the weighted mean.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -190,9 +190,10 @@ class ExampleLosses:
             if elements == int(self.lengths.sum()):
                 return numbers.repeat_interleave(torch.from_numpy(self.lengths).to(target.device))
         else:
-            labels = self.batch.get("labels")
+            labels: Any = self.batch.get("labels")
             of_tokens = isinstance(labels, torch.Tensor) and labels.ndim == 2
-            for own in (labels, labels[:, 1:]) if of_tokens else ():  # causal models shift labels
+            either: Sequence[torch.Tensor] = (labels, labels[:, 1:]) if of_tokens else ()
+            for own in either:  # causal models shift labels
                 if elements == own.numel():
                     return numbers.repeat_interleave(elements // number)
                 chosen = own != IGNORED  # a loss of the labelled tokens only
