@@ -47,7 +47,7 @@ def training_lines(summary: Mapping[str, Any], windows: WindowLoader) -> list[st
         f"{summary['padding']:.0%} of the tokens were padding"
     )
     lines = [_row("trained", trained)]
-    if "rows" in (read := summary["skipped_rows"]):  # of a stream
+    if "rows" in (read := summary.get("skipped_rows", {})):  # of a stream
         lines.append(
             _row(
                 "stream",
