@@ -178,8 +178,6 @@ def test_the_first_letter_beyond_ascii_may_be_late():
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", [".csv", ".jsonl"])
 def test_compressed_text_is_read(suffix, kind):
-    if suffix == ".zst":
-        pytest.importorskip("zstandard")
     pd.DataFrame(ROWS).to_csv("b.csv", index=False, sep=";", encoding="cp1252")
     content = Path("b.csv").read_bytes() if kind == ".csv" else JSONL.encode()
     name = f"a{kind}{suffix}"
@@ -313,7 +311,6 @@ def test_arrow_files_and_saved_data_sets_are_read():
 
 
 def test_a_sheet_of_an_excel_file_is_read():
-    pytest.importorskip("openpyxl")
     others = [{"text": 1, "label": 2.5}, {"text": "NA", "label": None}]
     with pd.ExcelWriter("a.xlsx") as book:
         pd.DataFrame(ROWS).to_excel(book, sheet_name="first one", index=False)
@@ -328,8 +325,8 @@ def test_a_sheet_of_an_excel_file_is_read():
     )
 
 
-@pytest.mark.skipif(find_spec("openpyxl") is not None, reason="openpyxl is installed")
-def test_without_openpyxl_an_excel_file_is_refused():
+def test_without_openpyxl_an_excel_file_is_refused(monkeypatch):
+    monkeypatch.setattr(files, "find_spec", lambda library: None)
     Path("a.xlsx").touch()
     assert "pip install openpyxl" in refusal(load, "a.xlsx")
 
