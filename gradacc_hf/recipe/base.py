@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -25,27 +24,17 @@ from gradacc_hf.accumulation.collation import PadTo, Transform
 from gradacc_hf.accumulation.lengths import Lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import CountItems, model_loss
-from gradacc_hf.config.schema import Config, DataConfig, source_name
+from gradacc_hf.config.schema import Config, DataConfig
 from gradacc_hf.data.bad_rows import Problem, check_rows
 from gradacc_hf.data.columns import file_rows, select_rows
 from gradacc_hf.data.files import Form
 from gradacc_hf.data.loading import Convert, Splits, load_data
 from gradacc_hf.data.reading import LOST, Reading, find_truncation
-from gradacc_hf.data.sources import (
-    CARRIED,
-    OF_READERS,
-    SOURCE,
-    WEIGHT,
-    carried,
-    join_sources,
-    mixture_note,
-    no_examples,
-    renamed,
-    weighed,
-)
+from gradacc_hf.data.sources import CARRIED, SOURCE, weighed
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
 from gradacc_hf.recipe.labels import Labels, labels_of_config, parameters_of_labels, renew
+from gradacc_hf.recipe.mixture import read_mixture, take_sources_and_weights
 from gradacc_hf.recipe.streaming import ExampleStream, OpenRows, open_rows
 from gradacc_hf.training.loop import Evaluation, Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
@@ -141,19 +130,13 @@ class Recipe:
         if self.data.streaming:
             if type(self).examples_of is Recipe.examples_of:
                 refuse("data.streaming", f"{type(self).__name__} needs all rows at once", "set it to false")
-            if self.data.mixture:
-                refuse("data.train", "found a mixture with data.streaming", "set data.streaming to false")
-            if self.data.weight_column is not None:
-                refuse(
-                    "data.weight_column", "found with data.streaming", "set one of the two to null or false"
-                )
             self.reading.begin(Reading())
             self.opened, train, validation = open_rows(self, convert)
             return train, validation
         if self.data.mixture:
-            splits = self._mixture(label_column, convert, word_columns)
+            splits = read_mixture(self, label_column, convert, word_columns)
         else:
-            splits = self._load(self.data, label_column, convert, word_columns)
+            splits = self.load_rows(self.data, label_column, convert, word_columns)
         self.validation_source, self.held_out = splits.source, splits.held_out
         self.reading.begin(splits.reading)
         train = splits.train
@@ -163,7 +146,7 @@ class Recipe:
             self.reading.columns = [name for name in self.reading.columns if name != column]
         return train, splits.validation
 
-    def _load(
+    def load_rows(
         self,
         data: Any,
         label_column: str | None,
@@ -181,27 +164,6 @@ class Recipe:
             convert=convert,
             form=Form(data.separator, data.encoding, data.rows_key, data.sheet, word_columns=word_columns),
         )
-
-    def _mixture(
-        self, label_column: str | None, convert: Convert | None, word_columns: tuple[str, str] | None
-    ) -> Splits:
-        """Read the rows of all sources of a mixture."""
-        found = []
-        for source in self.data.mixture:
-            own = {key: value for key, value in source.items() if key in (*OF_READERS, "validation")}
-            columns = {key: value for key, value in source.items() if key.endswith("_column")}
-            renames = {value: getattr(self.data, key) for key, value in columns.items()}
-            if None in renames.values():
-                key = next(key for key, value in columns.items() if renames[value] is None)
-                refuse("data.train", f"{source['source']} has {key}, and data.{key} is null", "set both")
-            named = {wanted: given for given, wanted in renames.items()}
-            words: Any = word_columns and tuple(named.get(column, column) for column in word_columns)
-            converts = renamed(renames, "data.train", convert) if renames else convert
-            data = replace(self.data, train=source["source"], **own)
-            found.append(self._load(data, label_column, converts, words))
-        names = [source_name(source) for source in self.data.mixture]
-        splits, self.source_columns, self.has_validation_by_source = join_sources(names, found)
-        return splits
 
     def rows_of_sources(self, splits: Sequence[Dataset]) -> list[list[Dataset]]:
         """Return training and validation rows by source, with the columns of the source."""
@@ -224,29 +186,7 @@ class Recipe:
 
         Raise InputError for a recipe that does not keep them.
         """
-        train, validation = self.datasets()
-        data, is_mixture = self.data, bool(self.data.mixture)
-        for key, wanted, column in (
-            ("data.train", is_mixture, SOURCE),
-            ("data.weight_column", data.weight_column is not None, WEIGHT),
-        ):
-            if wanted and column not in train.column_names:
-                found = f"{type(self).__name__} does not keep the column {column!r} of rows"
-                refuse(key, found, "keep it in datasets(), or give one source without weights")
-        if data.weight_column is not None:
-            self.example_weights = np.asarray(train[WEIGHT], np.float64)
-        if is_mixture:
-            names = np.array([source_name(source) for source in data.mixture], object)
-            counts = np.bincount(train[SOURCE], minlength=len(names)).tolist()
-            no_examples(names.tolist(), counts)
-            self.sources = names[np.asarray(train[SOURCE])].tolist()
-            weights = [str(source.get("weight", 1)) for source in data.mixture]
-            self.shares = dict(zip(names.tolist(), weights, strict=True))
-            for line in mixture_note(names.tolist(), counts, self.shares):
-                self.reading.note("mixture", line)
-            if self.has_validation_by_source:
-                self.validation_sources = names[np.asarray(validation[SOURCE])].tolist()
-        return train.remove_columns(carried(train)), validation.remove_columns(carried(validation))
+        return take_sources_and_weights(self, *self.datasets())
 
     def stream(self, sample: Dataset) -> ExampleStream | None:
         """Return the examples of all training rows, with the columns of a sample; None for data read whole.

@@ -92,8 +92,13 @@ def open_rows(recipe: "Recipe", convert: Convert | None) -> tuple[OpenRows, Data
 
 
 def check_settings(recipe: "Recipe") -> None:
-    """Raise InputError for settings that need the number of rows."""
+    """Raise InputError for settings that need all rows, or the number of rows."""
     config = recipe.config
+    if recipe.data.mixture:
+        refuse("data.train", "found a mixture with data.streaming", "set data.streaming to false")
+    if recipe.data.weight_column is not None:
+        cure = "set one of the two to null or false"
+        refuse("data.weight_column", "found with data.streaming", cure)
     decays = config.optim.scheduler != "constant" or config.optim.warmup_ratio > 0
     cure = "or set optim.scheduler constant and optim.warmup_ratio 0"
     if decays and config.train.max_windows is None:
