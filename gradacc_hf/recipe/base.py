@@ -38,7 +38,7 @@ from gradacc_hf.recipe.mixture import read_mixture, take_sources_and_weights
 from gradacc_hf.recipe.streaming import ExampleStream, OpenRows, open_rows
 from gradacc_hf.training.loop import Evaluation, Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
-from gradacc_hf.training.run_log import by_source
+from gradacc_hf.training.run_log import by_source, metrics_by_source
 from gradacc_hf.utils.files import MODEL_CONFIG
 
 
@@ -314,13 +314,11 @@ class Recipe:
 
     def source_metrics(self, found: Evaluation) -> dict[str, float]:
         """Return the `metrics` of the rows of each source, by metric and source: "accuracy/chats"."""
-        scores: dict[str, float] = {}
-        for name in found.source_losses:
-            rows = [row for row, source in enumerate(self.validation_sources or ()) if source == name]
-            pairs = [[values[row] for row in rows] for values in (found.predictions, found.references)]
-            for metric, value in self.metrics(*pairs).items():
-                scores |= by_source(metric, {name: value})
-        return scores
+        pairs = found.predictions, found.references
+        return metrics_by_source(
+            self.validation_sources or (),
+            lambda rows: self.metrics(*([values[row] for row in rows] for values in pairs)),
+        )
 
     def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """Return one answer of a saved model to each input: a text, or a row as in a data file."""
