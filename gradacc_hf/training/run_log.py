@@ -204,7 +204,15 @@ class RunLog:
         """Record the metrics of an evaluation that ran after the latest window."""
         window = self.last_window
         self.accelerator.log({f"eval/{key}": value for key, value in metrics.items()}, window)
-        self.console.print(f"after window {window}: {describe(metrics)}", soft_wrap=True)
+        of_sources: dict[str, dict[str, float]] = {}
+        for name, value in metrics.items():
+            metric, _, source = name.partition("/")
+            is_of_source = bool(source) and metric in metrics
+            own = of_sources.setdefault(source if is_of_source else "", {})
+            own[metric if is_of_source else name] = value
+        for source, values in of_sources.items():
+            head = f"  {source}" if source else f"after window {window}"
+            self.console.print(f"{head}: {describe(values)}", soft_wrap=True)
 
     def summary(self, more: Mapping[str, Any], *, write: bool = True) -> dict[str, Any]:
         """Return the figures of the run.
