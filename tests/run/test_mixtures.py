@@ -80,6 +80,8 @@ def test_a_mixture_trains_and_resumes_bit_for_bit_with_losses_by_source(start, c
         found = row["source_losses"]
         assert (6 * found["reviews"] + 2 * found["short"]) / 8 == pytest.approx(row["loss"], rel=1e-5)
     assert "(reviews " in outcome.out
+    assert "\n  reviews: loss " in outcome.out
+    assert len(summary(tmp_path / "run")["first_window"]) == rows[0]["accumulation_steps"] > 1
     end = summary(tmp_path / "run")["eval"]
     assert {"loss/reviews", "loss/short", "accuracy/reviews", "accuracy/short"} <= end.keys()
     assert (6 * end["loss/reviews"] + 2 * end["loss/short"]) / 8 == pytest.approx(end["loss"], rel=1e-5)
