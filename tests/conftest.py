@@ -15,7 +15,21 @@ from gradacc_hf.training.lora import installed_mismatch
 ROOT = Path(__file__).parents[1]
 """The root of the repository."""
 
+LONGEST = (
+    "test_packaging",
+    "distributed/test_distributed",
+    "test_guides",
+    "hub/test_model_card",
+    "test_launch",
+)
+"""Files that take the longest, which start first: a file that starts last runs beside idle processes."""
+
 pytest_plugins = ["recipe_runs"]
+
+
+def pytest_collection_modifyitems(items):
+    first = {ROOT / f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
 
 
 @pytest.fixture(autouse=True)

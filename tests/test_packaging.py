@@ -20,6 +20,8 @@ from guides import check_absolute
 
 from gradacc_hf.bench.ui_latency import served
 
+pytestmark = pytest.mark.packaging
+
 LOOP = """
 import sys
 import torch
