@@ -53,7 +53,7 @@ class Environment:
     def __init__(self, folder):
         self.bin, self.home = folder / "bin", folder.parent / f"{folder.name}-home"
         self.home.mkdir()
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
 
     def run(self, program, *arguments, check=True, cwd=None):
         kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
@@ -69,7 +69,8 @@ class Environment:
 
     def install(self, *what):
         """Install the tested versions, without bytecode: most modules are never imported."""
-        self.run("python", "-m", "pip", "install", "--no-compile", "-c", ROOT / "constraints.txt", *what)
+        pip = ("-m", "pip", "--python", self.bin / "python", "install", "--no-compile")
+        self.run(sys.executable, *pip, "-c", ROOT / "constraints.txt", *what)
 
     def has(self, module):
         found = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
