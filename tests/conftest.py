@@ -46,8 +46,7 @@ def pytest_runtest_makereport(item, call):
     Only failures that contain the message about these versions are skipped.
     """
     report = yield
-    mismatch = installed_mismatch()
-    if report.failed and mismatch and mismatch in report.longreprtext:
+    if report.failed and (mismatch := installed_mismatch()) and mismatch in report.longreprtext:
         path, line, _ = item.location
         report.outcome, report.longrepr = "skipped", (path, (line or 0) + 1, mismatch)
     return report
