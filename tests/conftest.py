@@ -1,5 +1,6 @@
 """Settings of all tests: no Hub, one thread, a new Accelerate state for each test."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -30,6 +31,12 @@ pytest_plugins = ["recipe_runs"]
 def pytest_collection_modifyitems(items):
     first = {ROOT / f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path, len(first)))
+
+
+def pytest_collection_finish():
+    """Leave modules out of garbage collections: each end of a Trainer collects, and looks at all objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
