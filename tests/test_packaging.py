@@ -47,6 +47,9 @@ print(gradacc_hf.__file__)
 """
 
 
+NOT_KEPT = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")  # a module is compiled once
+
+
 class Environment:
     """A new virtual environment. Programs run in an empty folder."""
 
@@ -56,7 +59,7 @@ class Environment:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
 
     def run(self, program, *arguments, check=True, cwd=None):
-        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        kept = {key: value for key, value in os.environ.items() if key not in NOT_KEPT}
         done = subprocess.run(
             [self.bin / program, *map(str, arguments)],
             cwd=cwd or self.home,
@@ -242,7 +245,8 @@ def test_a_space_lists_what_it_needs(tmp_path):
     environment = Environment(tmp_path / "venv")
     environment.install("-r", space / "requirements.txt")
     assert not environment.has("tyro")
-    alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment.run("python", "-c", "import gradio, gradacc_hf.play.preload", cwd=space)  # compiles modules
+    alone = {key: value for key, value in os.environ.items() if key not in NOT_KEPT}
     python = str(environment.bin / "python")
     with (
         served([python, "app.py"], cwd=space, env=alone) as (address, _),
