@@ -1,5 +1,6 @@
 """Settings of all tests: no Hub, one thread, a new Accelerate state for each test."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,7 +16,27 @@ from gradacc_hf.training.lora import installed_mismatch
 ROOT = Path(__file__).parents[1]
 """The root of the repository."""
 
+LONGEST = (
+    "test_packaging",
+    "distributed/test_distributed",
+    "test_guides",
+    "hub/test_model_card",
+    "test_launch",
+)
+"""Files that take the longest, which start first: a file that starts last runs beside idle processes."""
+
 pytest_plugins = ["recipe_runs"]
+
+
+def pytest_collection_modifyitems(items):
+    first = {ROOT / f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
+
+
+def pytest_collection_finish():
+    """Leave modules out of garbage collections: each end of a Trainer collects, and looks at all objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +53,7 @@ def pytest_runtest_makereport(item, call):
     Only failures that contain the message about these versions are skipped.
     """
     report = yield
-    mismatch = installed_mismatch()
-    if report.failed and mismatch and mismatch in report.longreprtext:
+    if report.failed and (mismatch := installed_mismatch()) and mismatch in report.longreprtext:
         path, line, _ = item.location
         report.outcome, report.longrepr = "skipped", (path, (line or 0) + 1, mismatch)
     return report

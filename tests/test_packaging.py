@@ -20,6 +20,8 @@ from guides import check_absolute
 
 from gradacc_hf.bench.ui_latency import served
 
+pytestmark = pytest.mark.packaging
+
 LOOP = """
 import sys
 import torch
@@ -45,16 +47,19 @@ print(gradacc_hf.__file__)
 """
 
 
+NOT_KEPT = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")  # a module is compiled once
+
+
 class Environment:
     """A new virtual environment. Programs run in an empty folder."""
 
     def __init__(self, folder):
         self.bin, self.home = folder / "bin", folder.parent / f"{folder.name}-home"
         self.home.mkdir()
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
 
     def run(self, program, *arguments, check=True, cwd=None):
-        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        kept = {key: value for key, value in os.environ.items() if key not in NOT_KEPT}
         done = subprocess.run(
             [self.bin / program, *map(str, arguments)],
             cwd=cwd or self.home,
@@ -67,7 +72,8 @@ class Environment:
 
     def install(self, *what):
         """Install the tested versions, without bytecode: most modules are never imported."""
-        self.run("python", "-m", "pip", "install", "--no-compile", "-c", ROOT / "constraints.txt", *what)
+        pip = ("-m", "pip", "--python", self.bin / "python", "install", "--no-compile")
+        self.run(sys.executable, *pip, "-c", ROOT / "constraints.txt", *what)
 
     def has(self, module):
         found = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
@@ -239,7 +245,8 @@ def test_a_space_lists_what_it_needs(tmp_path):
     environment = Environment(tmp_path / "venv")
     environment.install("-r", space / "requirements.txt")
     assert not environment.has("tyro")
-    alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment.run("python", "-c", "import gradio, gradacc_hf.play.preload", cwd=space)  # compiles modules
+    alone = {key: value for key, value in os.environ.items() if key not in NOT_KEPT}
     python = str(environment.bin / "python")
     with (
         served([python, "app.py"], cwd=space, env=alone) as (address, _),

@@ -5,10 +5,13 @@ import itertools
 import json
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
 
 import pytest
+from accelerate.utils.other import get_free_port
 from conftest import ROOT
 
 from gradacc_hf.accumulation.reference import EXACT
@@ -16,37 +19,66 @@ from gradacc_hf.accumulation.reference import EXACT
 WORKER = ROOT / "tests/helpers/distributed_worker.py"
 
 
-@functools.cache
-def launch(num_processes, engine, *cases, fails=False, **variables):
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(num_processes),
-        str(WORKER),
-        engine,
-        *cases,
-    ]
-    environment = {
-        **os.environ,
-        **variables,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=280, env=environment
-    )
-    if fails:
-        assert done.returncode == 1
-        return done.stderr
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
-    return {row.pop("case"): row for row in rows}
+SECONDS_OF_A_LAUNCH = 280
+
+
+class Ranks:
+    """Servers of `distributed_worker.py`, one for each rank, with a hash seed each as torchrun has them.
+
+    A launch runs in forks of the servers, so that modules are imported once and not in each launch.
+    """
+
+    def __init__(self, folder):
+        self._servers, self._folder, self._launches = [], folder, itertools.count()
+
+    def launch(self, num_processes, engine, *cases, fails=False, **variables):
+        """Run cases on that many processes, with the environment variables that torchrun sets."""
+        servers = [self._server(rank) for rank in range(num_processes)]
+        name, outputs = f"launch-{next(self._launches)}", []
+        variables |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+        for rank, server in enumerate(servers):
+            outputs.append(self._folder / f"{name}-rank-{rank}")
+            own = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            print(json.dumps([own, str(outputs[-1]), [engine, *cases]]), file=server.stdin, flush=True)
+        ended = [self._exit_code(server, outputs) for server in servers]
+        if fails:
+            assert set(ended) == {1}
+            return "".join(output.read_text() for output in outputs)
+        assert set(ended) == {0}, "".join(output.read_text()[-4000:] for output in outputs)
+        lines = outputs[0].read_text().splitlines()
+        rows = [json.loads(line) for line in lines if line.startswith('{"case"')]
+        return {row.pop("case"): row for row in rows}
+
+    def _server(self, rank):
+        if rank == len(self._servers):
+            environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+            environment |= {"HF_HUB_OFFLINE": "1"}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            command = [sys.executable, WORKER, "serve"]
+            self._servers.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
+        return self._servers[rank]
+
+    def _exit_code(self, server, outputs):
+        ready, _, _ = select.select([server.stdout], [], [], SECONDS_OF_A_LAUNCH)
+        assert ready, "".join(output.read_text()[-4000:] for output in outputs)
+        return int(server.stdout.readline())
+
+    def close(self):
+        for server in self._servers:
+            os.killpg(server.pid, signal.SIGKILL)  # and forks that wait for each other
+            server.communicate()
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield functools.cache(ranks.launch)
+    ranks.close()
 
 
 @pytest.fixture(scope="module", params=[*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
-def ddp(request):
+def ddp(request, launch):
     return request.param, launch(request.param, "ddp")
 
 
@@ -160,7 +192,7 @@ def test_predictions_come_back_once_each_in_order(ddp):
     assert "the fastest" in found["sizes"]["said"]
 
 
-def test_the_windows_hold_the_same_examples_on_any_number_of_processes(ddp):
+def test_the_windows_hold_the_same_examples_on_any_number_of_processes(ddp, launch):
     _, found = ddp
     for name, row in launch(1, "ddp").items():
         assert found[name].get("indices") == row.get("indices"), name
@@ -216,11 +248,10 @@ def test_other_data_or_another_order_stops_all_processes_in_the_first_window(ddp
                 assert windows <= (1 if name.startswith("stream changed") else 0), name
 
 
-def test_a_fine_tuning_does_not_depend_on_the_number_of_processes(ddp):
+def test_a_fine_tuning_does_not_depend_on_the_number_of_processes(ddp, launch):
     _, found = ddp
-    assert found["evaluation"]["loss"] == pytest.approx(
-        launch(1, "ddp", "evaluation")["evaluation"]["loss"], rel=1e-5
-    )
+    loss = launch(1, "ddp")["evaluation"]["loss"]
+    assert found["evaluation"]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_accelerates_own_suite_of_accumulate_passes_beside_our_windows_which_do_as_it_asks(ddp):
@@ -233,7 +264,7 @@ def test_accelerates_own_suite_of_accumulate_passes_beside_our_windows_which_do_
         assert all(before) if num_processes == 1 else not any(before)
 
 
-def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes():
+def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes(launch):
     cases = [
         "unequal",
         "streamed",
@@ -257,7 +288,7 @@ def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes():
     assert found["evaluation"]["each_once"] == [True] * 6
 
 
-def test_a_run_stops_on_one_number_of_processes_and_goes_on_on_another_sharded_or_not(tmp_path):
+def test_a_run_stops_on_one_number_of_processes_and_goes_on_on_another_sharded_or_not(tmp_path, launch):
     undisturbed = launch(1, "ddp", "goes_on", RUN=str(tmp_path / "whole"), STOP="99")["goes_on"]
     assert undisturbed["stopped_after"] is None
     assert undisturbed["examples"] == 2 * 23
@@ -271,7 +302,7 @@ def test_a_run_stops_on_one_number_of_processes_and_goes_on_on_another_sharded_o
 
 
 @pytest.mark.slow
-def test_out_of_memory_under_fsdp_ends_the_run_in_a_line_and_it_goes_on_cut_finer(tmp_path):
+def test_out_of_memory_under_fsdp_ends_the_run_in_a_line_and_it_goes_on_cut_finer(tmp_path, launch):
     run = {"RUN": str(tmp_path), "STOP": "99", "SHORT": "5"}
     said = launch(2, "fsdp2", "goes_on", fails=True, **run)
     assert re.search(

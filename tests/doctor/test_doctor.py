@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader
 
 from gradacc_hf import DoctorCallback, ExactTrainer, WindowLoader, diagnose
+from gradacc_hf.cli import main as cli
 from gradacc_hf.doctor.script import every_loop
 from gradacc_hf.training.loop import train
 from gradacc_hf.verification.tiny_models import build_head
@@ -671,11 +672,17 @@ def test_a_script_is_run_as_it_is_and_diagnosed(tmp_path):
         ([], "the following arguments are required: script"),
     ],
 )
-def test_a_bad_command_line_is_one_line(tmp_path, words, said):
-    ran = run_doctor(tmp_path, *words)
-    assert ran.returncode == 2
-    assert said in ran.stderr
-    assert ran.stderr.count("\n") == 1
+def test_a_bad_command_line_is_one_line(tmp_path, words, said, monkeypatch, capsys):
+    (tmp_path / "SCRIPT").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gradacc", "doctor", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
 
 
 BESIDE = """

@@ -1,5 +1,4 @@
-"""Run by torchrun from test_distributed.py: each case on all processes, its findings from process 0 as one
-line of JSON.
+"""Run by test_distributed.py: each case on all processes, its findings from process 0 as one line of JSON.
 
 torchrun --nproc_per_node 2 tests/helpers/distributed_worker.py ddp    (or fsdp2)
 """
@@ -889,9 +888,29 @@ CASES = {
     "exact_trainer_late_label": exact_trainer_late_label,
 }
 
+
+def serve():
+    """Return the command line of each launch in a fork of this process, which has imported all modules.
+
+    A launch is a line of the input, in JSON: environment variables, the file for the output, and the command
+    line. This process prints the exit code of the fork.
+    """
+    for line in sys.stdin:
+        variables, output, words = json.loads(line)
+        if fork := os.fork():
+            print(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]), flush=True)
+            continue
+        os.environ.update(variables)
+        with open(output, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        return words
+    sys.exit()
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    engine, *chosen = sys.argv[1:]
+    engine, *chosen = serve() if sys.argv[1:] == ["serve"] else sys.argv[1:]
     for name in chosen or [name for name in CASES if name not in ("goes_on", "sharded_gradients")]:
         found = CASES[name](engine)
         if Accelerator(cpu=True).is_main_process:

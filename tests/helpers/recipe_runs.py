@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,15 @@ def run_recipe(recipe_class, arguments, capfd):
     except SystemExit as end:
         code = end.code
     return Outcome(code, *capfd.readouterr())
+
+
+def run_file(path, *arguments):
+    """Run a recipe file as `python FILE` does, in this process. Raise SystemExit if it ends with an error."""
+    reset_accelerate()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        patch.setattr(sys, "path", [str(Path(path).resolve().parent), *sys.path])
+        runpy.run_path(str(path), run_name="__main__")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import yaml
 from conftest import ROOT
 from datasets import Dataset
 from huggingface_hub import ModelCard, constants
+from recipe_runs import run_file
 
 from gradacc_hf.cli import verify as verify_command
 from gradacc_hf.errors import InputError
@@ -76,8 +77,7 @@ def finished(mine, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     flags = {"model.name": mine / "bert", "data.train": mine / "confidential.jsonl", "output.dir": folder}
     flags |= {"data.max_length": 16, "batch.effective": 16, "output.tracker": "none", "train.eval_every": 2}
-    command = [sys.executable, RECIPE, *(f"--{key}={value}" for key, value in flags.items())]
-    subprocess.run([*command, "--train.max_windows=3"], check=True, capture_output=True)
+    run_file(RECIPE, *(f"--{key}={value}" for key, value in flags.items()), "--train.max_windows=3")
     return folder
 
 

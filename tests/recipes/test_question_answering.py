@@ -3,8 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import transformers
 from accelerate import Accelerator
 from conftest import ROOT
 from recipe_runs import load_recipe as load_task
+from recipe_runs import run_file
 
 from gradacc_hf import embedded
 from gradacc_hf.accumulation.loss_items import IGNORED, model_loss
@@ -407,13 +406,12 @@ def test_the_embedded_questions_are_answered_by_spans_and_never_move():
     assert embedded.load("questions")[0][:] == train[:]
 
 
-def test_the_offline_config_trains_and_its_model_answers(tmp_path):
+def test_the_offline_config_trains_and_its_model_answers(tmp_path, monkeypatch):
     """Two windows through the command line; the saved model is loaded again, by hand and by the recipe."""
     settings = ["--config", str(OFFLINE), "--data.train", write(tmp_path / "a.jsonl", make_rows(60))]
-    command = [sys.executable, ROOT / "recipes/question_answering.py", *settings, "--output.dir", "out"]
-    command += ["--train.max_windows", "2", "--output.tracker", "none"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    here = ["--output.dir", "out", "--train.max_windows", "2", "--output.tracker", "none"]
+    run_file(ROOT / "recipes/question_answering.py", *settings, *here)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["eval"].keys() == {"window", "loss", "exact_match", "f1"}
     assert summary["baseline"].keys() == {"exact_match", "f1"}

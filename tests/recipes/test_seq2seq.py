@@ -13,6 +13,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from conftest import ROOT
+from recipe_runs import run_file
 
 import gradacc_hf
 from gradacc_hf import embedded
@@ -275,15 +276,13 @@ def test_a_model_that_cannot_write_is_refused(make, tmp_path):
         make(make_rows(), folder)
 
 
-def test_the_offline_config_trains_and_its_model_writes(models, tmp_path):
+def test_the_offline_config_trains_and_its_model_writes(models, tmp_path, monkeypatch):
     """Two windows through the command line; the saved model is loaded again, by hand and by the recipe."""
     settings = ["--config", str(OFFLINE), "--data.train", write(tmp_path / "a.jsonl", make_rows(60))]
     settings += ["--data.source_column", "source", "--data.target_column", "target"]
-    command = [sys.executable, ROOT / "recipes/seq2seq.py", *settings, "--output.dir", "out"]
-    command += ["--model.name", models["bert"], "--train.max_windows", "2", "--output.tracker", "none"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "FutureWarning" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    here = ["--output.dir", "out", "--train.max_windows", "2", "--output.tracker", "none"]
+    run_file(ROOT / "recipes/seq2seq.py", *settings, "--model.name", models["bert"], *here)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     metrics = {"perplexity", "rouge1", "rouge2", "rougeL", "bleu"}
     assert summary["eval"].keys() == {"window", "loss", *metrics}

@@ -1,9 +1,9 @@
 """`gradacc predict`: a saved run on texts, files and standard input; and what it refuses."""
 
+import contextlib
 import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 import transformers
 import yaml
 from conftest import ROOT
+from recipe_runs import run_file
 
 from gradacc_hf.cli import main as cli
 from gradacc_hf.embedded import minilm_path
@@ -43,8 +44,8 @@ def run(tmp_path_factory):
         "batch.effective": 16,
         "output.dir": "run",
     }
-    command = [sys.executable, "mine.py", *(f"--{key}={value}" for key, value in flags.items())]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    with contextlib.chdir(folder):
+        run_file("mine.py", *(f"--{key}={value}" for key, value in flags.items()))
     shutil.rmtree(folder / "bert")  # a saved run stands on its own
     return folder / "run"
 
@@ -132,23 +133,14 @@ def test_the_last_model_answers_when_it_is_asked(gradacc, run, tmp_path):
     assert "this run saved no model" in gradacc("predict", other, "tea")[2]
 
 
-def test_the_config_of_a_run_runs_it_again(run, tmp_path):
+def test_the_config_of_a_run_runs_it_again(run, tmp_path, monkeypatch, capfd):
     """With the recipe file that really ran, though no config named it."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["recipe"] == str(run.parent / "mine.py")
-    command = [
-        sys.executable,
-        config["recipe"],
-        "--config",
-        run / "config.yaml",
-        "--output.dir",
-        tmp_path / "b",
-    ]
-    done = subprocess.run(
-        [*command, "--model.name", run / "last", "--check"], cwd=run.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "check: this would run" in done.stdout
+    monkeypatch.chdir(run.parent)
+    again = ["--config", run / "config.yaml", "--output.dir", tmp_path / "b", "--model.name", run / "last"]
+    run_file(config["recipe"], *again, "--check")
+    assert "check: this would run" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

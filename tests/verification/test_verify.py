@@ -443,8 +443,9 @@ OFFLINE = bundle_root() / "configs/text_classification_offline.yaml"
 SMALL = ("--config", OFFLINE, "--batch.effective", 8, "--data.max_length", 16, "--budget.micro_batch_size", 3)
 
 
-def test_the_command_line_verifies_a_config(monkeypatch, capsys):
-    code, out, _ = verify_command(monkeypatch, capsys, *SMALL, "--json", "--windows", 1)
+def test_the_command_line_verifies_a_config(monkeypatch, capsys, tiny_bert):
+    words = [*SMALL, "--model.name", tiny_bert, "--json", "--windows", 1]
+    code, out, _ = verify_command(monkeypatch, capsys, *words)
     result = json.loads(out)
     assert code == 0
     assert result["exact"]
@@ -454,11 +455,11 @@ def test_the_command_line_verifies_a_config(monkeypatch, capsys):
     assert (result["windows"], result["windows_read"]) == (len(result["accumulation_steps"]), 8)
 
 
-def test_the_command_line_exits_with_1_where_it_is_not_exact(monkeypatch, capsys, tmp_path):
+def test_the_command_line_exits_with_1_where_it_is_not_exact(monkeypatch, capsys, tmp_path, tiny_bert):
     (tmp_path / "wrong.py").write_text(WRONG.format(bundle_root() / "recipes/text_classification.py"))
     text = OFFLINE.read_text().replace("../recipes/text_classification.py", "wrong.py")
     (tmp_path / "wrong.yaml").write_text(text)
-    wrong = ["--config", tmp_path / "wrong.yaml", *SMALL[2:], "--windows", 1]
+    wrong = ["--config", tmp_path / "wrong.yaml", *SMALL[2:], "--windows", 1, "--model.name", tiny_bert]
     code, out, _ = verify_command(monkeypatch, capsys, *wrong)
     assert code == 1
     assert "num_items='labels' makes it exact" in " ".join(out.split())
