@@ -41,7 +41,7 @@ from gradacc_hf.tasks.spans import (
     unused,
     with_held,
 )
-from gradacc_hf.tasks.squad import as_questions, has_no_answer, no_answer_note
+from gradacc_hf.tasks.squad import TITLE, as_questions, has_no_answer, no_answer_note
 
 
 def features(rows, numbers, question, context, answers, **settings):
@@ -87,8 +87,9 @@ class QuestionAnswering(Recipe):
 
     def datasets(self):
         check_tokenizer(self.tokenizer, self.config.model.name)
-        rows = self.rows(convert=partial(as_questions, **self.columns))
-        self.reading.use([*self.columns.values(), "id"])
+        together = (TITLE, self.data.context_column)
+        rows = self.rows(convert=partial(as_questions, **self.columns), together=together)
+        self.reading.use([*self.columns.values(), "id", *([TITLE] if self.held_out else [])])
         for name, column in self.columns.items():
             for dataset in rows:
                 require_column(dataset, column, f"data.{name}_column")

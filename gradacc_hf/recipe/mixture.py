@@ -1,5 +1,6 @@
 """The rows of a mixture, and the sources and weights of its examples, for a recipe."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ def read_mixture(
     label_column: str | None,
     convert: Convert | None,
     word_columns: tuple[str, str] | None,
+    together: Sequence[str],
 ) -> Splits:
     """Read the rows of all sources of a mixture, with the arguments of `Recipe.rows`."""
     found = []
@@ -43,7 +45,7 @@ def read_mixture(
         words: Any = word_columns and tuple(named.get(column, column) for column in word_columns)
         converts = renamed(renames, "data.train", convert) if renames else convert
         data = replace(recipe.data, train=source["source"], **own)
-        found.append(recipe.load_rows(data, label_column, converts, words))
+        found.append(recipe.load_rows(data, label_column, converts, words, together))
     names = [source_name(source) for source in recipe.data.mixture]
     splits, recipe.source_columns, recipe.has_validation_by_source = join_sources(names, found)
     return splits
