@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.data.columns import as_list, problems_of_tokens, require_texts, text_problem, texts_of
+from gradacc_hf.data.columns import as_list, given_labels, problems_of_tokens, require_texts, text_problem, texts_of
 from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.errors import refuse
@@ -88,7 +88,7 @@ class TextClassification(Recipe):
         for split in (train, validation):
             for column, key in columns.items():
                 require_texts(split, column, key)
-        self.target = TARGETS[data.problem](train, validation, data.label_column, as_list(data.labels))
+        self.target = TARGETS[data.problem](train, validation, data.label_column, given_labels(data.labels))
         if data.streaming and not self.target.are_known:
             refuse("data.labels", "found null, and a stream shows no label before its row", "list all labels")
         train, validation = self.check_rows(train, validation, text_problem(columns), "data.text_column")
