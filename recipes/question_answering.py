@@ -89,7 +89,7 @@ class QuestionAnswering(Recipe):
         check_tokenizer(self.tokenizer, self.config.model.name)
         together = (TITLE, self.data.context_column)
         rows = self.rows(convert=partial(as_questions, **self.columns), together=together)
-        self.reading.use([*self.columns.values(), "id", *([TITLE] if self.held_out else [])])
+        self.reading.use([*self.columns.values(), "id"])
         for name, column in self.columns.items():
             for dataset in rows:
                 require_column(dataset, column, f"data.{name}_column")

@@ -109,10 +109,10 @@ def load_data(
         reading.use_split(found, name, "validation")
     elif validation is None:
         held_out, number_of_rows = True, len(rows)
-        column, groups = _groups(rows, together, validation_fraction)
+        reading.kept_together, groups = _groups(rows, together, validation_fraction)
         rows, held = _hold_out(rows, validation_fraction, seed, label_column, groups)
         source = f"validation: {len(held):,} of {number_of_rows:,} training rows, held out by seed {seed}"
-        source += f", all rows of a {column} together" if column else ""
+        source += f", all rows of a {reading.kept_together} together" if reading.kept_together else ""
     else:
         reading.leave_splits(found, used)
         found = _read(validation, "data.validation", config_name, reading, form)

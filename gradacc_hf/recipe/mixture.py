@@ -43,7 +43,8 @@ def read_mixture(
             refuse("data.train", f"{source['source']} has {key}, and data.{key} is null", "set both")
         named = {wanted: given for given, wanted in renames.items()}
         words: Any = word_columns and tuple(named.get(column, column) for column in word_columns)
-        converts = renamed(renames, "data.train", convert) if renames else convert
+        keys = {value: f"{key} of {source['source']}" for key, value in columns.items()}
+        converts = renamed(renames, keys, convert) if renames else convert
         data = replace(recipe.data, train=source["source"], **own)
         found.append(recipe.load_rows(data, label_column, converts, words, together))
     names = [source_name(source) for source in recipe.data.mixture]

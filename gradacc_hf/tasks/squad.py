@@ -128,8 +128,9 @@ def _as_columns(answers: Any, text: str = "text") -> dict[str, Any]:
         return unknown
     answers = [one for one in answers if one.get(text) or one.get("answer_start") not in (None, "")]
     try:
-        starts = [int(str(one.get("answer_start"))) for one in answers]
+        starts = [float(str(one.get("answer_start"))) for one in answers]  # 7.0 in a column with empty cells
     except ValueError:
         return unknown
     texts = [one.get(text) for one in answers]
-    return {"text": texts, "answer_start": starts} if all(isinstance(one, str) for one in texts) else unknown
+    is_valid = all(map(float.is_integer, starts)) and all(isinstance(one, str) for one in texts)
+    return {"text": texts, "answer_start": [*map(int, starts)]} if is_valid else unknown

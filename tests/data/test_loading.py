@@ -225,7 +225,7 @@ def test_utf8_across_the_end_of_a_block_is_accepted(tmp_path):
     [
         ("a.csv", "text,label\na,1\nb,2,3\n", "a.csv line 3: 3 values for 2 columns; correct it"),
         ("a.csv", 'text,label\na,1\n"b,2\n', "a.csv line 3: a quote opens and does not close"),
-        ("a.csv", "text,label\na,1,x\nb,2,y\n", "more fields than the header"),
+        ("a.csv", "text,label\na,1,x\nb,2,y\n", "a.csv line 2: 3 values for 2 columns; correct it, or"),
         ("a.jsonl", '{"text": "a"}\n{"text": }\n', "a.jsonl line 2, column 10: Expecting value"),
         ("a.jsonl", '"a"\n"b"\n', "a.jsonl line 1: not an object"),
         ("a.json", '[{"text": "a"},\n{"text": "b"', "a.json line 2: Expecting"),
@@ -240,7 +240,7 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, name, content, found,
     bad = bad.rename(bad.with_name(f"validation{bad.suffix}"))
     write(tmp_path / "set" / f"train{bad.suffix}", ROWS)
     message = refusal(load, tmp_path / "set")
-    assert "more fields" in found or str(bad) in message, "also in a folder"
+    assert str(bad) in message, "also in a folder"
     assert "ailed to" not in capfd.readouterr().err
 
 
