@@ -158,12 +158,12 @@ class ExampleLosses:
             if examples is None:
                 self._means.append(torch.full_like(self.parts, math.nan))
                 return own(input, target, reduction=reduction, **options)
-            items = torch.ones_like(losses)
+            items = torch.ones_like(losses, dtype=torch.float32)
             if name == "cross_entropy" and not target.is_floating_point():
                 is_item = target != ignore_index
-                items = is_item.to(losses.dtype)
+                items = is_item.float()
                 if weight is not None:
-                    items = items * weight.to(losses.dtype)[torch.where(is_item, target, 0)]
+                    items = items * weight[torch.where(is_item, target, 0)]
             return self._reduced(losses, items, examples, reduction)
 
         vars(loss)["replaces"] = own
@@ -172,15 +172,18 @@ class ExampleLosses:
     def _reduced(
         self, losses: torch.Tensor, items: torch.Tensor, examples: torch.Tensor, reduction: str
     ) -> torch.Tensor:
-        """Return the weighted mean or sum of losses, and record the part of each source in the mean."""
-        weights = self.weights[examples].view_as(losses).to(losses.dtype)
+        """Return the weighted mean or sum of losses, and record the part of each source in the mean.
+
+        Sums are in float32 at least: 16 bits cannot count the items of a micro-batch.
+        """
+        weights = self.weights[examples].view_as(losses)
         weighed = torch.where(weights > 0, losses * weights, 0)
         num_items = (weights * items).sum()
         by_source = losses.new_zeros(self.num_sources, dtype=torch.float32)
         by_source.index_add_(0, self.sources[examples], weighed.detach().reshape(-1).float())
         self._means.append(by_source / num_items)
         total = weighed.sum()
-        return total / num_items if reduction == "mean" else total
+        return (total / num_items if reduction == "mean" else total).to(losses.dtype)
 
     def _examples_of(self, target: torch.Tensor) -> torch.Tensor | None:
         """Return the example of each element of a flattened target (elements,); None if it is not known."""
