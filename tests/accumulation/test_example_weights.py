@@ -135,6 +135,23 @@ def test_a_window_without_weight_is_skipped_and_counted():
     assert (record.examples, record.items) == (2, 2)
 
 
+def test_the_loss_of_the_recipe_counts_beside_the_loss_of_the_model():
+    """As in question answering, where the model and the recipe compute a loss for starts and for ends."""
+    head, weights = build_head("sequence_classification", "bert"), [1, 3]
+    examples = head.examples([5, 7])
+
+    def losses(outputs, batch, **options):
+        calls = (torch.nn.functional.cross_entropy(outputs.logits * n, batch["labels"], **options) for n in (3, 8))
+        return sum(calls) / 2
+
+    batch = head.collate(examples)
+    found = losses(head.model(**batch), batch, reduction="none").tolist()
+    windows = windows_of(head, examples, weights)
+    model, optimizer = windows.accelerator.prepare(head.model, RecordGradients(head.model))
+    [record] = train(model, optimizer, windows, accelerator=windows.accelerator, compute_loss=losses)
+    assert record.loss == pytest.approx(np.average(found, weights=weights), rel=1e-5)
+
+
 def test_sums_of_losses_of_16_bits_are_in_32_bits():
     """The sum of these losses, 30 each, is above the largest number of float16."""
     logits = torch.tensor([30.0, 0.0], dtype=torch.float16).repeat(2, 4_000, 1).requires_grad_()
