@@ -5,6 +5,7 @@ The recipe prepares a sample, the first rows, as it prepares any file. `open_row
 processes.
 """
 
+import atexit
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -281,7 +282,17 @@ class ExampleStream:
             generator=torch.Generator(),  # without it, a seed would be drawn from the generator of dropout
             **options,
         )
-        yield from loader
+        examples: Any = iter(loader)
+        if not self.workers:
+            yield from examples
+            return
+        # Workers ignore the signal with which Python ends them at its exit, and Python would wait for them.
+        atexit.register(examples._shutdown_workers)
+        try:
+            yield from examples
+        finally:
+            atexit.unregister(examples._shutdown_workers)
+            examples._shutdown_workers()
 
     def _count(self, made: Made, counts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the counts after a chunk. Raise InputError for the first bad row unless it is skipped."""
