@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.data.columns import as_list, given_labels, problems_of_tokens, require_texts, text_problem, texts_of
+from gradacc_hf.data.columns import as_list, problems_of_tokens, require_texts, text_problem, texts_of
 from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.errors import refuse
 from gradacc_hf.recipe import Recipe
+from gradacc_hf.recipe.labels import given_labels
 from gradacc_hf.run import run
 from gradacc_hf.tasks.label_lists import LabelLists
 from gradacc_hf.tasks.targets import TARGETS, answers, class_weights

@@ -18,14 +18,14 @@ from transformers import AutoModelForTokenClassification
 
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
-from gradacc_hf.data.columns import class_names, file_rows, given_labels, labels_as_text, require_fast
+from gradacc_hf.data.columns import class_names, file_rows, labels_as_text, require_fast
 from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.data.sources import CARRIED
 from gradacc_hf.errors import refuse
 from gradacc_hf.metrics.sequence_labelling import is_scheme
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.recipe.labels import match_labels
+from gradacc_hf.recipe.labels import given_labels, match_labels
 from gradacc_hf.run import run
 from gradacc_hf.tasks.tags import (
     OF_SPANS,

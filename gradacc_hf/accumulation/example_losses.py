@@ -136,9 +136,10 @@ class ExampleLosses:
         self.parts = torch.where(is_mean, parts, math.nan)
 
     def _parts_of(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the parts of the sources in the mean of the last calls, of as many as are closest to the loss.
+        """Return the parts of the sources in the mean of the last calls.
 
-        Before a recipe computes the loss from the outputs, many models compute a loss of their own.
+        The number of calls is the one whose mean is closest to the loss. Many models compute a loss, too,
+        before a recipe computes the loss from the outputs.
         """
         latest = torch.stack(self._means[::-1]).cumsum(0)
         latest = latest / torch.arange(1, len(latest) + 1, device=latest.device)[:, None]

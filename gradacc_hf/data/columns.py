@@ -68,14 +68,6 @@ def as_list(names: str | Sequence[str] | None) -> list[str]:
     return re.split(r"\s*,\s*", names.strip()) if isinstance(names, str) else list(names or ())
 
 
-def given_labels(names: str | Sequence[str] | None) -> list[str]:
-    """Return the names in data.labels as a list. Raise InputError for a name that is there twice."""
-    found = as_list(names)
-    if len({*found}) < len(found):
-        refuse("data.labels", f"found {listed(found)}", "name each label once")
-    return found
-
-
 def require_fast(tokenizer: Any, name: str) -> None:
     """Raise InputError unless the tokenizer of the model `name` returns the positions of tokens in a text."""
     if not tokenizer.is_fast:

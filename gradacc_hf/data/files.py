@@ -155,7 +155,7 @@ def open_text(path: Path, encoding: str | None = None, newline: str = "\n") -> I
 
 
 def require_text(path: Path, key: str) -> None:
-    """Raise InputError if a file with the suffix of a text file is empty, or begins as a file of another kind."""
+    """Raise InputError if a text file is empty, or begins as a file of another kind."""
     with open_bytes(path) as file:
         start = file.read(16)
     if not start:

@@ -362,7 +362,8 @@ def _note_not_read(
         if hidden or p.name in FILES_TO_IGNORE:
             why = "a hidden file" if hidden else "a description, not data"
         elif has_data:
-            why = f"no single split in its name, unlike in {listed(of_splits)}; to use it, set data.validation to it"
+            why = f"no single split in its name, unlike in {listed(of_splits)}"
+            why += "; to use it, set data.validation to it"
         if p.resolve() not in read and p.suffix != ".md" and (has_data or not hidden):
             left.append((p, why))
     left += [(p, "a link to a folder") for p in folder.rglob("*") if p.is_symlink() and p.is_dir()]

@@ -108,7 +108,8 @@ def find_layout(path: Path, key: str, form: Form) -> Layout:
         kind, names = "CoNLL-2003", _OF_2003
     else:
         kind, names = f"{width} columns", ()
-    begins = [line for (_, before), (_, line) in pairwise([(0, ""), *lines]) if not before.strip() and line.strip()]
+    pairs = pairwise(["", *(line for _, line in lines)])
+    begins = [line for before, line in pairs if line.strip() and not before.strip()]
     comments = sum(bool(_COMMENT.match(line)) and len(line.split(separator)) == width for line in begins)
     return Layout(kind, separator, width, names, header, first, 2 * comments > len(begins))
 

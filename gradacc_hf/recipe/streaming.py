@@ -136,8 +136,8 @@ def _head(
     if not found:
         names = listed(one.name for one in rows.sources[:3])
         if start:
-            cure = "set data.validation, or data.validation_rows to fewer"
-            refuse(key, f"{names}: no rows after the first {recipe.data.validation_rows:,}, which are held out", cure)
+            found = f"{names}: no rows after the first {recipe.data.validation_rows:,}, the validation rows"
+            refuse(key, found, "set data.validation, or data.validation_rows to fewer")
         refuse(key, f"{names}: no rows", "give at least two")
     return rows.as_dataset(found, places), stop
 

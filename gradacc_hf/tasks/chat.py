@@ -48,9 +48,8 @@ def messages_problem(messages: Any) -> str | None:
     for turn, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f"message {turn} is not {{role, content}}"
-        if role := OTHER_NAMES.get(message["role"].lower()):
-            if message["role"] != role:
-                return f"message {turn} has the role {message['role']!r}, which is {role!r} here"
+        if (role := OTHER_NAMES.get(message["role"].lower())) and message["role"] != role:
+            return f"message {turn} has the role {message['role']!r}, which is {role!r} here"
         name, content = f"message {turn} ({message['role']})", message.get("content")
         if not isinstance(content, str | list | None):
             return f"{name} has no text as its content: {content!r:.40}"
@@ -101,7 +100,7 @@ def chat_problem(messages: Any, tools: Any = None, learned_from: int = 0) -> str
         return f"{found}, so there is nothing to learn"
     for turn, message in enumerate(messages[learned_from:], learned_from + 1):
         if message["role"] == "assistant" and is_learned(message) and _is_empty(message):
-            return f"message {turn} (assistant) is empty, so it teaches to say nothing; weight 0 leaves it out"
+            return f"message {turn} (assistant) is empty, and would be learned; weight 0 leaves it out"
     return None
 
 

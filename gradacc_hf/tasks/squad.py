@@ -36,7 +36,12 @@ def as_questions(
         if not found:
             refuse("data.train", "articles without a question", "give at least one")
         of_answers = {"text": List(Value("string")), "answer_start": List(Value("int64"))}
-        types = {"id": Value("string"), TITLE: Value("string"), question: Value("string"), context: Value("string")}
+        types = {
+            "id": Value("string"),
+            TITLE: Value("string"),
+            question: Value("string"),
+            context: Value("string"),
+        }
         features = Features({**types, answers: of_answers})
         how = f"SQuAD as published: {counted(len(rows), 'article')}, {counted(len(found), 'question')}"
         return Dataset.from_list(found, features), how

@@ -272,7 +272,9 @@ class MultiLabel(Target):
         note = f"rows of {self.one_hot} numbers, 0 or 1, are one-hot: one for each label"
         names = [str(number) for number in range(self.one_hot)]
         if self.given and len(self.given) != self.one_hot:
-            refuse("data.labels", f"{len(self.given)} names for rows of {self.one_hot} numbers", "one for each")
+            refuse(
+                "data.labels", f"{len(self.given)} names for rows of {self.one_hot} numbers", "one for each"
+            )
         if own is not None and len(own) == self.one_hot:
             names, note = list(own), f"{note}, in the order of the model's own: {listed(own)}"
         elif own is not None:

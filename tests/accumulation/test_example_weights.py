@@ -141,7 +141,9 @@ def test_the_loss_of_the_recipe_counts_beside_the_loss_of_the_model():
     examples = head.examples([5, 7])
 
     def losses(outputs, batch, **options):
-        calls = (torch.nn.functional.cross_entropy(outputs.logits * n, batch["labels"], **options) for n in (3, 8))
+        calls = (
+            torch.nn.functional.cross_entropy(outputs.logits * n, batch["labels"], **options) for n in (3, 8)
+        )
         return sum(calls) / 2
 
     batch = head.collate(examples)

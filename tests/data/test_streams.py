@@ -138,12 +138,15 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(tmp_path, monkeypatch, n
 def test_a_damaged_file_is_named_with_the_line_before(tmp_path):
     whole = gzip.compress(random.Random(0).randbytes(200_000).hex("\n", 20).encode())
     path = tmp_path / "a.jsonl.gz"
-    for content, place in ((whole[:-90_000], r"after line \d,\d+: it cannot be"), (whole[:8], "it cannot be")):
+    for content, place in (
+        (whole[:-90_000], r"after line \d,\d+: it cannot be"),
+        (whole[:8], "it cannot be"),
+    ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=f"{path}: {place} read: Compressed file ended before"):
             list(opened(path).chunks({}))
     path = path.rename(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match="it begins as a .gz file; rename it to a.jsonl.gz"):
+    with pytest.raises(InputError, match=r"it begins as a .gz file; rename it to a.jsonl.gz"):
         opened(path)
 
 

@@ -152,7 +152,7 @@ def test_columns_of_a_source_may_change_places_and_a_missing_one_is_named():
     assert [*convert(rows)[0]] == [{"label": "no", "text": "good", "body": "x"}]
     convert = renamed({"body": "text"}, {"body": ""}, None)
     assert [*convert(rows)[0]] == [{"label": "good", "text": "x"}]
-    with pytest.raises(InputError, match="text_column of a.csv: no column 'bodi'.* did you mean 'body'"):
+    with pytest.raises(InputError, match=r"text_column of a.csv: no column 'bodi'.* did you mean 'body'"):
         renamed({"bodi": "text"}, {"bodi": "text_column of a.csv"}, None)(rows)
 
 

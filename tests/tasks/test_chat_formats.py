@@ -266,7 +266,7 @@ TALK = [of("human", "Hi"), of("gpt", "Yo")]
         (
             {"conversations": [*TALK, of("human", "?"), {**of("gpt", ""), "weight": 0}]},
             {"conversations": [*TALK, of("human", "?"), of("gpt", " ")]},
-            "message 4 (assistant) is empty, so it teaches to say nothing; weight 0 leaves it out",
+            "message 4 (assistant) is empty, and would be learned; weight 0 leaves it out",
         ),
         (
             ROWS["messages"][0],

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from recipe_runs import run_recipe
 
 from gradacc_hf import verify
-from gradacc_hf.data.columns import given_labels
 from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.labels import given_labels
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.tasks.targets import TARGETS
@@ -361,5 +361,5 @@ def test_given_names_are_those_of_one_hot_rows_in_their_order():
     assert encoded(["c", "b", "a"], ["a", "b", "c"]) == (["a", "b", "c"], [[0, 0, 1], [1, 1, 0]])
     with pytest.raises(InputError, match="2 names for rows of 3 numbers"):
         encoded(["a", "b"])
-    with pytest.raises(InputError, match="data.labels: found a, b, a; name each label once"):
+    with pytest.raises(InputError, match=r"data\.labels: found a, b, a; name each label once"):
         given_labels("a,b,a")
