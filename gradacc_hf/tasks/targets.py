@@ -449,8 +449,9 @@ def _width_of_one_hot(train: Dataset, column: str) -> int:
         return width  # rows of another form are bad rows
     if "int" not in element.dtype or (repeats is not None and len({*map(len, rows)}) == 1):
         odd = next((labels for labels in rows if {*labels} - {0, 1}), rows[0])
-        found = f"column {column!r} has rows such as {odd}"
-        refuse(KEY, f"{found}, which are neither one-hot nor labels", cure)
+        repeats = repeats if "int" in element.dtype else None
+        found = f"column {column!r} has rows such as {repeats or odd}, which are neither one-hot nor labels"
+        refuse(KEY, found + ": a number is there twice" * bool(repeats), cure)
     return 0
 
 

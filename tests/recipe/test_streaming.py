@@ -184,6 +184,21 @@ def test_examples_go_on_at_every_position(tiny_bert, workers):
         assert [*resumed] == examples[done:]
 
 
+def test_the_plan_states_the_size_and_no_column_that_was_converted(tiny_bert):
+    spans = [{"text": "Ada sang", "entities": [[0, 3, "X"]]}] * 30
+    recipe_class = load_recipe("token_classification").TokenClassification
+    words = ["--model.name", tiny_bert, "--data.train", write_rows("rows.jsonl", spans), *STREAMED]
+    words += ["--data.max_length", 16, "--data.labels", "O,B-X,I-X", "--data.validation_rows"]
+    recipe = make_recipe(recipe_class, *words, 5)
+    recipe.datasets()
+    assert "rows.jsonl (1.41 KiB)" in recipe.reading.notes["stream"][0]
+    assert "ignored" not in recipe.reading.notes
+    with pytest.raises(
+        InputError, match="no rows after the first 30, the validation rows; set data.validation"
+    ):
+        make_recipe(recipe_class, *words, 30).datasets()
+
+
 def test_a_process_ends_while_its_workers_still_read(tiny_bert):
     write_rows("rows.jsonl", LABELLED)
     words = ["--model.name", tiny_bert, "--data.train", "rows.jsonl", "--data.max_length", 32, *STREAMED]
