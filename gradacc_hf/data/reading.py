@@ -130,7 +130,7 @@ class Reading:
         A column inside another, such as translation.de, uses both. Raise InputError for a refused column.
         """
         used = {name.partition(".")[0] for name in columns} | {*columns}
-        used |= {self.kept_together} & {*self.columns}
+        used |= {name for name in self.columns if name == self.kept_together}
         for name in used & self.refused.keys():
             refuse(*self.refused[name])
         self.used = [name for name in self.columns if name in used]

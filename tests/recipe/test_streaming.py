@@ -194,7 +194,7 @@ def test_the_plan_states_the_size_and_no_column_that_was_converted(tiny_bert):
     assert "rows.jsonl (1.41 KiB)" in recipe.reading.notes["stream"][0]
     assert "ignored" not in recipe.reading.notes
     with pytest.raises(
-        InputError, match="no rows after the first 30, the validation rows; set data.validation"
+        InputError, match=r"no rows after the first 30, the validation rows; set data.validation"
     ):
         make_recipe(recipe_class, *words, 30).datasets()
 
