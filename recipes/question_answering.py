@@ -41,7 +41,7 @@ from gradacc_hf.tasks.spans import (
     unused,
     with_held,
 )
-from gradacc_hf.tasks.squad import as_questions, has_no_answer, no_answer_note
+from gradacc_hf.tasks.squad import TITLE, as_questions, has_no_answer, no_answer_note
 from gradacc_hf.training.run_log import metrics_by_source
 
 
@@ -88,7 +88,8 @@ class QuestionAnswering(Recipe):
 
     def datasets(self):
         check_tokenizer(self.tokenizer, self.config.model.name)
-        rows = self.rows(convert=partial(as_questions, **self.columns))
+        together = (TITLE, self.data.context_column)
+        rows = self.rows(convert=partial(as_questions, **self.columns), together=together)
         self.reading.use([*self.columns.values(), "id"])
         for name, column in self.columns.items():
             for dataset in rows:

@@ -18,6 +18,7 @@ from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.errors import refuse
 from gradacc_hf.recipe import Recipe
+from gradacc_hf.recipe.labels import given_labels
 from gradacc_hf.run import run
 from gradacc_hf.tasks.label_lists import LabelLists
 from gradacc_hf.tasks.targets import TARGETS, answers, class_weights
@@ -88,7 +89,7 @@ class TextClassification(Recipe):
         for split in (train, validation):
             for column, key in columns.items():
                 require_texts(split, column, key)
-        self.target = TARGETS[data.problem](train, validation, data.label_column, as_list(data.labels))
+        self.target = TARGETS[data.problem](train, validation, data.label_column, given_labels(data.labels))
         if data.streaming and not self.target.are_known:
             refuse("data.labels", "found null, and a stream shows no label before its row", "list all labels")
         train, validation = self.check_rows(train, validation, text_problem(columns), "data.text_column")

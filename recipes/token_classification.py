@@ -18,14 +18,14 @@ from transformers import AutoModelForTokenClassification
 
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
-from gradacc_hf.data.columns import as_list, class_names, file_rows, labels_as_text, require_fast
+from gradacc_hf.data.columns import class_names, file_rows, labels_as_text, require_fast
 from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.data.sources import CARRIED
 from gradacc_hf.errors import refuse
 from gradacc_hf.metrics.sequence_labelling import is_scheme
 from gradacc_hf.recipe import Recipe
-from gradacc_hf.recipe.labels import match_labels
+from gradacc_hf.recipe.labels import given_labels, match_labels
 from gradacc_hf.run import run
 from gradacc_hf.tasks.tags import (
     OF_SPANS,
@@ -100,7 +100,7 @@ class TokenClassification(Recipe):
         self.reading.use([*columns, FAULT])
         for dataset in splits:
             check_tokens_and_tags(dataset, data.tokens_column, data.tags_column)
-        self.class_names, given = class_names(splits[0], data.tags_column), as_list(data.labels)
+        self.class_names, given = class_names(splits[0], data.tags_column), given_labels(data.labels)
         if data.streaming and not (self.class_names or given):
             refuse("data.labels", "found null, and a stream shows no tag before its row", "list all tags")
         key = None if self.class_names or given else "data.tags_column"

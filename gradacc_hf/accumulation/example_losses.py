@@ -123,8 +123,9 @@ class ExampleLosses:
                     "binary_cross_entropy_with_logits of torch. Use one of these, or remove the weights"
                 )
             return
-        parts = torch.stack(self._means).mean(0)
-        found, mean = loss.detach().reshape(()).float(), parts.sum()
+        found = loss.detach().reshape(()).float()
+        parts = self._parts_of(found)
+        mean = parts.sum()
         is_mean = (found - mean).abs() <= TOLERANCE * mean.abs()
         if self.weighs and checks and bool(mean.isfinite() & found.isfinite() & ~is_mean):
             raise InputError(
@@ -133,6 +134,16 @@ class ExampleLosses:
                 "loss functions, or remove the weights"
             )
         self.parts = torch.where(is_mean, parts, math.nan)
+
+    def _parts_of(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the parts of the sources in the mean of the last calls.
+
+        The number of calls is the one whose mean is closest to the loss. Many models compute a loss, too,
+        before a recipe computes the loss from the outputs.
+        """
+        latest = torch.stack(self._means[::-1]).cumsum(0)
+        latest = latest / torch.arange(1, len(latest) + 1, device=latest.device)[:, None]
+        return latest[(latest.sum(1) - loss).abs().nan_to_num(math.inf).argmin()]
 
     def _replacement(self, name: str, own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def loss(
@@ -158,12 +169,12 @@ class ExampleLosses:
             if examples is None:
                 self._means.append(torch.full_like(self.parts, math.nan))
                 return own(input, target, reduction=reduction, **options)
-            items = torch.ones_like(losses)
+            items = torch.ones_like(losses, dtype=torch.float32)
             if name == "cross_entropy" and not target.is_floating_point():
                 is_item = target != ignore_index
-                items = is_item.to(losses.dtype)
+                items = is_item.float()
                 if weight is not None:
-                    items = items * weight.to(losses.dtype)[torch.where(is_item, target, 0)]
+                    items = items * weight[torch.where(is_item, target, 0)]
             return self._reduced(losses, items, examples, reduction)
 
         vars(loss)["replaces"] = own
@@ -172,15 +183,18 @@ class ExampleLosses:
     def _reduced(
         self, losses: torch.Tensor, items: torch.Tensor, examples: torch.Tensor, reduction: str
     ) -> torch.Tensor:
-        """Return the weighted mean or sum of losses, and record the part of each source in the mean."""
-        weights = self.weights[examples].view_as(losses).to(losses.dtype)
+        """Return the weighted mean or sum of losses, and record the part of each source in the mean.
+
+        Sums are in float32 at least: 16 bits cannot count the items of a micro-batch.
+        """
+        weights = self.weights[examples].view_as(losses)
         weighed = torch.where(weights > 0, losses * weights, 0)
         num_items = (weights * items).sum()
         by_source = losses.new_zeros(self.num_sources, dtype=torch.float32)
         by_source.index_add_(0, self.sources[examples], weighed.detach().reshape(-1).float())
         self._means.append(by_source / num_items)
         total = weighed.sum()
-        return total / num_items if reduction == "mean" else total
+        return (total / num_items if reduction == "mean" else total).to(losses.dtype)
 
     def _examples_of(self, target: torch.Tensor) -> torch.Tensor | None:
         """Return the example of each element of a flattened target (elements,); None if it is not known."""

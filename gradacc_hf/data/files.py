@@ -43,6 +43,15 @@ COLUMNS = "the name of each column"  # the place of the rows in a JSON object of
 UTF8 = "utf-8-sig"  # skips a byte order mark
 
 BLOCK = 1 << 20
+_BEGINNINGS = {
+    b"\x1f\x8b": ".gz",
+    b"BZh91AY&SY": ".bz2",
+    b"\xfd7zXZ\x00": ".xz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PK\x03\x04": ".xlsx",
+    b"PAR1\x15": ".parquet",
+}
+"""First bytes of files that are not text, and their suffix."""
 _MARKS = (  # UTF-32 first: its mark begins with the mark of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -143,6 +152,17 @@ def open_text(path: Path, encoding: str | None = None, newline: str = "\n") -> I
     """Open a text file, decompressed, with its line ends unchanged. `newline` is as in `open`."""
     with open_bytes(path) as file, TextIOWrapper(file, encoding or UTF8, newline=newline) as text:
         yield text
+
+
+def require_text(path: Path, key: str) -> None:
+    """Raise InputError if a text file is empty, or begins as a file of another kind."""
+    with open_bytes(path) as file:
+        start = file.read(16)
+    if not start:
+        refuse(key, f"{path} is empty", "give at least one row")
+    if kind := next((suffix for first, suffix in _BEGINNINGS.items() if start.startswith(first)), None):
+        name = path.name + kind if kind in COMPRESSED else path.with_suffix(kind).name
+        refuse(key, f"{path} is not text: it begins as a {kind} file", f"rename it to {name}")
 
 
 def require_library(path: Path, key: str) -> None:

@@ -66,6 +66,7 @@ def load_data(
     label_column: str | None = None,
     convert: Convert | None = None,
     form: Form | None = None,
+    together: Sequence[str] = (),
 ) -> Splits:
     """Read training and validation rows.
 
@@ -81,6 +82,8 @@ def load_data(
         label_column: The first row of every label in this column is not held out.
         convert: Converts training and validation rows, before rows are held out.
         form: What is stated about the files. The rest is found in them.
+        together: Columns such as ("title", "context"). Rows with equal values are held out together, by the
+            first column that has enough different values.
 
     Raises:
         InputError: For files or names that cannot be read, and for data sets without rows.
@@ -106,8 +109,10 @@ def load_data(
         reading.use_split(found, name, "validation")
     elif validation is None:
         held_out, number_of_rows = True, len(rows)
-        rows, held = _hold_out(rows, validation_fraction, seed, label_column)
+        reading.kept_together, groups = _groups(rows, together, validation_fraction)
+        rows, held = _hold_out(rows, validation_fraction, seed, label_column, groups)
         source = f"validation: {len(held):,} of {number_of_rows:,} training rows, held out by seed {seed}"
+        source += f", all rows of a {reading.kept_together} together" if reading.kept_together else ""
     else:
         reading.leave_splits(found, used)
         found = _read(validation, "data.validation", config_name, reading, form)
@@ -132,8 +137,29 @@ def _converted(rows: Dataset, convert: Convert | None, reading: Reading) -> Data
     return rows
 
 
-def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | None) -> tuple[Dataset, Dataset]:
-    """Return the remaining rows, and a `fraction` drawn by `seed`. The first row of each label remains."""
+def _groups(rows: Dataset, together: Sequence[str], fraction: float) -> tuple[str | None, np.ndarray]:
+    """Return a column, and the group of each row by its values; None and a group for each row without one.
+
+    The column is the first with values for two groups of validation rows, or else the last with two values.
+    """
+    found: tuple[str | None, np.ndarray] = (None, np.arange(len(rows)))
+    for column in (name for name in together if name in rows.column_names):
+        numbers: dict[str, int] = {}
+        groups = np.array([numbers.setdefault(str(value), len(numbers)) for value in rows[column]])
+        if len(numbers) > 1:
+            found = column, groups
+        if len(numbers) * fraction >= 2:
+            break
+    return found
+
+
+def _hold_out(
+    rows: Dataset, fraction: float, seed: int, label_column: str | None, groups: np.ndarray
+) -> tuple[Dataset, Dataset]:
+    """Return the remaining rows, and whole groups drawn by `seed` that have a `fraction` of the rows.
+
+    The first row of each label remains.
+    """
     number, kept = max(1, round(len(rows) * fraction)), np.zeros(len(rows), bool)
     if label_column in rows.column_names:
         first: dict[str, int] = {}
@@ -142,8 +168,12 @@ def _hold_out(rows: Dataset, fraction: float, seed: int, label_column: str | Non
                 first.setdefault(str(label), row)
         kept[list(first.values())] = True
     shuffled = rows.shuffle(seed=seed, keep_in_memory=True)
-    drawn = np.flatnonzero(~kept[file_rows(shuffled)])[:number]
-    if not 0 < fraction < 1 or not len(drawn) or number >= len(rows):
+    order = file_rows(shuffled)
+    free = groups[order[~kept[order]]]
+    turns = free[np.sort(np.unique(free, return_index=True)[1])]  # each group at its first row
+    enough = np.searchsorted(np.cumsum(np.bincount(groups)[turns]), number) + 1
+    drawn = np.flatnonzero(np.isin(groups[order], turns[:enough]))
+    if not 0 < fraction < 1 or not len(drawn) or max(number, len(drawn)) >= len(rows):
         found = f"{fraction:g} of {counted(len(rows), 'row')} leaves nothing to train on or to hold out"
         if name := looks_like(rows.column_names):
             found += f" (it looks like {name})"
@@ -332,7 +362,8 @@ def _note_not_read(
         if hidden or p.name in FILES_TO_IGNORE:
             why = "a hidden file" if hidden else "a description, not data"
         elif has_data:
-            why = f"no split in its name, unlike in {listed(of_splits)}; to use it, set data.validation to it"
+            why = f"no single split in its name, unlike in {listed(of_splits)}"
+            why += "; to use it, set data.validation to it"
         if p.resolve() not in read and p.suffix != ".md" and (has_data or not hidden):
             left.append((p, why))
     left += [(p, "a link to a folder") for p in folder.rglob("*") if p.is_symlink() and p.is_dir()]
@@ -348,17 +379,23 @@ def files_of_splits(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]
     """Return the files of each split, named as `datasets` names them, in any case: Test.csv.
 
     The first of these names that any file has decides: data/SPLIT-00000-of-00001, a folder such as train/, a
-    file such as train_1.csv. Without any, all files are training files.
+    file such as train_1.csv. Without any, all files are training files. The innermost folder counts. A name
+    with the words of several splits, such as train_test.csv, names none.
     """
     places: list[list[list[str]]] = [[], [], []]  # by rule, by file: splits
     for path in (p.relative_to(folder) for p in files):
         shard = _SHARD.fullmatch(path.name) if path.parent == Path("data") else None
         places[0].append([shard[1]] if shard else [])
-        places[1].append([split for part in path.parent.parts for split in splits_in(part)])
-        places[2].append(splits_in(path.name))
+        places[1].append(next(filter(None, map(_named_split, reversed(path.parent.parts))), []))
+        places[2].append(_named_split(path.name))
     splits = next((place for place in places if any(place)), [["train"]] * len(files))
     names = dict.fromkeys(name for of_file in splits for name in of_file)
     return {name: [p for p, of_file in zip(files, splits, strict=True) if name in of_file] for name in names}
+
+
+def _named_split(name: str) -> list[str]:
+    found = splits_in(name)
+    return found if len(found) == 1 else []
 
 
 def _card(folder: Path, key: str) -> dict[str, Any]:

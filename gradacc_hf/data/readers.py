@@ -34,9 +34,9 @@ from gradacc_hf.data.files import (
     encoding_fault,
     find_encoding,
     is_tagged,
-    open_bytes,
     open_text,
     require_library,
+    require_text,
     suffix_of,
 )
 from gradacc_hf.data.mixed import (
@@ -103,10 +103,10 @@ def _form(path: Path, key: str, given: Form, is_tags: bool = False) -> Form:
     suffix, form = suffix_of(path), Form()
     require_library(path, key)
     try:
-        with open_bytes(path) as file:
-            if not file.read(1):
-                refuse(key, f"{path} is empty", "give at least one row")
+        if not path.stat().st_size:
+            refuse(key, f"{path} is empty", "give at least one row")
         if is_tags or suffix in TEXTS:
+            require_text(path, key)
             form = replace(form, encoding=_encoding(given.encoding) or find_encoding(path, key))
         if is_tags:
             separator = SEPARATORS.get(given.separator or "", given.separator)
@@ -190,8 +190,9 @@ def _load_table(path: Path, key: str, form: Form) -> Dataset:
     options["quoting"] = csv.QUOTE_NONE if form.quotes else csv.QUOTE_MINIMAL
     first = pd.read_csv(path, nrows=1, dtype=str, **options)
     if not isinstance(first.index, pd.RangeIndex):
-        cure = "give every column a name; one column of texts: --data.separator none"
-        refuse(key, f"{path}: rows have more fields than the header", cure)
+        found = table_fault(path, form) or "has rows with more fields than the header"
+        cure = "correct it, or give every column a name; one column of texts: --data.separator none"
+        refuse(key, f"{path} {found}", cure)
     return _load("csv", path, features=Features(dict.fromkeys(first.columns, Value("string"))), **options)
 
 

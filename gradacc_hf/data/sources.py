@@ -27,20 +27,21 @@ OF_READERS = ("config_name", "separator", "encoding", "rows_key", "sheet")
 """Settings of `data` that a source may have for itself, beside `validation`, `format` and columns."""
 
 
-def renamed(renames: Mapping[str, str], key: str, convert: Convert | None) -> Convert:
+def renamed(renames: Mapping[str, str], keys: Mapping[str, str], convert: Convert | None) -> Convert:
     """Return a conversion that gives columns of a source the names of the recipe's settings first.
 
     Args:
         renames: The column of the recipe by column of the source.
-        key: The setting that messages name.
+        keys: The setting of each column of the source, which messages name.
         convert: The conversion of the recipe.
     """
 
     def convert_renamed(rows: Dataset) -> tuple[Dataset, str | None]:
-        for own, wanted in renames.items():
-            require_column(rows, own, key)
-            rows = rows.remove_columns([wanted]) if wanted in rows.column_names else rows
-            rows = rows.rename_column(own, wanted)
+        for own in renames:
+            require_column(rows, own, keys[own])
+        replaced = {*renames.values()} - {*renames}
+        rows = rows.remove_columns([name for name in rows.column_names if name in replaced])
+        rows = rows.rename_columns(dict(renames))
         return convert(rows) if convert else (rows, None)
 
     return convert_renamed
@@ -65,6 +66,7 @@ def join_sources(names: Sequence[str], found: Sequence[Splits]) -> tuple[Splits,
         for name, lines in splits.reading.merged.items():
             reading.merged.setdefault(name, []).extend(lines)
         reading.refused |= splits.reading.refused
+        reading.kept_together = splits.reading.kept_together or reading.kept_together
     shared = len({splits.source for splits in found}) == 1 and not any(splits.held_out for splits in found)
     if shared:  # in the format of the first source
         validation = with_column(found[0].validation, SOURCE, np.zeros(len(found[0].validation), np.int64))

@@ -26,6 +26,7 @@ from gradacc_hf.data.files import (
     is_data,
     open_bytes,
     require_library,
+    require_text,
     suffix_of,
 )
 from gradacc_hf.data.loading import files_of_splits, is_hidden, named_files
@@ -36,6 +37,7 @@ from gradacc_hf.data.reading import Reading
 from gradacc_hf.errors import listed, refuse
 
 ROWS = 256  # of a chunk, which one process tokenises at once
+BATCH_ROWS = 1_000  # that `datasets` reads of a Parquet file at once
 STREAMED = (*JSONS, ".parquet")
 ALLOWED = f"JSON lines (also in {listed(COMPRESSED)}), Parquet, or a name on the Hub"
 Position = Mapping[str, Any]
@@ -98,13 +100,22 @@ class JsonLines:
         offset, line = place.get("offset", 0), place.get("line", 0)
         with open_bytes(self.path) as opened:
             file: Any = opened if hasattr(opened, "peek") else io.BufferedReader(opened)  # type: ignore[type-var]
-            _skip(file, offset, can_seek=self.path.suffix.lower() not in COMPRESSED)
-            while lines := list(islice(file, size)):
+            can_seek = self.path.suffix.lower() not in COMPRESSED
+            _skip(file, offset, can_seek)
+            while lines := _next_lines(file, size, f"{self.path}: after line {line:,}"):
                 start = {"offset": offset, "line": line}
                 numbers = [number for number, text in enumerate(lines, line + 1) if text.strip()]
                 offset, line = offset + sum(map(len, lines)), line + len(lines)
                 content, stop = [text for text in lines if text.strip()], {"offset": offset, "line": line}
                 yield Chunk(content, self.name, numbers, start, stop, self.encoding)
+
+
+def _next_lines(file: IO[bytes], number: int, place: str) -> list[bytes]:
+    """Return the next lines of a file. Raise InputError for a damaged file."""
+    try:
+        return list(islice(file, number))
+    except Exception as error:  # libraries for compressed files have errors of several kinds
+        refuse(place, f"it cannot be read: {cause_of(error)}", "give a file that you can read")
 
 
 def _skip(file: IO[bytes], number: int, can_seek: bool) -> None:
@@ -227,12 +238,16 @@ def _open(path: Path, key: str, encoding: str) -> JsonLines | Streamed:
     if suffix_of(path) not in STREAMED:
         refuse(key, f"{path} cannot be streamed", f"data.streaming reads {ALLOWED}; or set it to false")
     require_library(path, key)
-    if suffix_of(path) == ".parquet":
-        return Streamed(str(path), _load(key, "parquet", data_files={"train": str(path)})["train"])
+    if suffix_of(path) == ".parquet":  # the default of batch_size refuses an empty file
+        options = {"data_files": {"train": str(path)}, "batch_size": BATCH_ROWS}
+        return Streamed(str(path), _load(key, "parquet", **options)["train"])
     if "\n".encode(encoding) != b"\n" and encoding != UTF8:
         refuse("data.encoding", f"found {encoding}, whose lines cannot be found by a byte", "use UTF-8")
     with open_bytes(path) as file:
-        start = file.read(4).removeprefix(codecs.BOM_UTF8).lstrip()
+        [line, *_] = _next_lines(file, 1, str(path)) or [b""]
+    start = line[:4].removeprefix(codecs.BOM_UTF8).lstrip()
+    if line:
+        require_text(path, key)
     if start[:1] == b"[":
         refuse(key, f"{path} is one list, which is read whole", "write one object a line (JSON lines)")
     return JsonLines(path, encoding)

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from datasets import Dataset, Features, List, Value
@@ -22,6 +22,7 @@ TAGS = ("tags", "tag", "ner_tags", "ner", "labels", "label", "upos", "pos")
 _UNIVERSAL = ("ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")  # CoNLL-U
 _OF_2003 = ("word", "pos", "chunk", "ner")
 _DOCUMENT = "-DOCSTART-"
+_COMMENT = re.compile(r"#\s")
 _SAMPLE = 1_000  # lines
 
 
@@ -35,6 +36,7 @@ class Layout:
     names: the names of the columns; none if they are not known.
     has_header: whether the first line with columns has their names.
     first: the number of the first line with columns.
+    has_comments: whether most sentences begin with a comment, such as "# id 3", of as many fields as columns.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class Layout:
     names: tuple[str, ...]
     has_header: bool
     first: int
+    has_comments: bool = False
 
     @property
     def is_universal(self) -> bool:
@@ -105,7 +108,10 @@ def find_layout(path: Path, key: str, form: Form) -> Layout:
         kind, names = "CoNLL-2003", _OF_2003
     else:
         kind, names = f"{width} columns", ()
-    return Layout(kind, separator, width, names, header, first)
+    pairs = pairwise(["", *(line for _, line in lines)])
+    begins = [line for before, line in pairs if line.strip() and not before.strip()]
+    comments = sum(bool(_COMMENT.match(line)) and len(line.split(separator)) == width for line in begins)
+    return Layout(kind, separator, width, names, header, first, 2 * comments > len(begins))
 
 
 def sentences(path: Path, form: Form, layout: Layout) -> Iterator[list[tuple[int, list[str]]]]:
@@ -122,6 +128,8 @@ def sentences(path: Path, form: Form, layout: Layout) -> Iterator[list[tuple[int
                 continue
             elif line.startswith("#") and (layout.is_universal or len(fields) != layout.width):
                 continue  # a comment
+            elif layout.has_comments and not sentence and _COMMENT.match(line):
+                continue
             elif layout.is_universal and re.fullmatch(r"\d+[-.]\d+", fields[0]):
                 continue  # a range of tokens, or an empty node
             else:

@@ -117,6 +117,7 @@ class Recipe:
         label_column: str | None = None,
         convert: Convert | None = None,
         word_columns: tuple[str, str] | None = None,
+        together: Sequence[str] = (),
     ) -> tuple[Dataset, Dataset]:
         """Read the training and validation rows that `data.train` and `data.validation` name.
 
@@ -126,6 +127,7 @@ class Recipe:
             label_column: If rows are held out, the first row of every label in it stays in training.
             convert: Converts rows from the format of a file, before rows are held out.
             word_columns: The columns of tokens and tags. With them, text files with a token a line are read.
+            together: Columns whose equal values keep rows together when rows are held out.
         """
         if self.data.streaming:
             if type(self).examples_of is Recipe.examples_of:
@@ -134,9 +136,9 @@ class Recipe:
             self.opened, train, validation = open_rows(self, convert)
             return train, validation
         if self.data.mixture:
-            splits = read_mixture(self, label_column, convert, word_columns)
+            splits = read_mixture(self, label_column, convert, word_columns, together)
         else:
-            splits = self.load_rows(self.data, label_column, convert, word_columns)
+            splits = self.load_rows(self.data, label_column, convert, word_columns, together)
         self.validation_source, self.held_out = splits.source, splits.held_out
         self.reading.begin(splits.reading)
         train = splits.train
@@ -152,6 +154,7 @@ class Recipe:
         label_column: str | None,
         convert: Convert | None,
         word_columns: tuple[str, str] | None,
+        together: Sequence[str],
     ) -> Splits:
         """Read the rows that the settings `data` name."""
         return load_data(
@@ -163,6 +166,7 @@ class Recipe:
             label_column=label_column,
             convert=convert,
             form=Form(data.separator, data.encoding, data.rows_key, data.sheet, word_columns=word_columns),
+            together=together,
         )
 
     def rows_of_sources(self, splits: Sequence[Dataset]) -> list[list[Dataset]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.data.columns import as_list
 from gradacc_hf.errors import listed, refuse
 
 SHOWN = 6  # label names of a message
@@ -49,6 +50,14 @@ class Labels:
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: i for i, name in enumerate(self.names)},
         }
+
+
+def given_labels(names: str | Sequence[str] | None) -> list[str]:
+    """Return the names in data.labels as a list. Raise InputError for a name that is there twice."""
+    found = as_list(names)
+    if len({*found}) < len(found):
+        refuse("data.labels", f"found {listed(found)}", "name each label once")
+    return found
 
 
 def match_labels(found: Sequence[str], own: Sequence[str] | None, key: str | None = None) -> Labels:

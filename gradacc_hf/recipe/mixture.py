@@ -1,5 +1,6 @@
 """The rows of a mixture, and the sources and weights of its examples, for a recipe."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ def read_mixture(
     label_column: str | None,
     convert: Convert | None,
     word_columns: tuple[str, str] | None,
+    together: Sequence[str],
 ) -> Splits:
     """Read the rows of all sources of a mixture, with the arguments of `Recipe.rows`."""
     found = []
@@ -41,9 +43,10 @@ def read_mixture(
             refuse("data.train", f"{source['source']} has {key}, and data.{key} is null", "set both")
         named = {wanted: given for given, wanted in renames.items()}
         words: Any = word_columns and tuple(named.get(column, column) for column in word_columns)
-        converts = renamed(renames, "data.train", convert) if renames else convert
+        keys = {value: f"{key} of {source['source']}" for key, value in columns.items()}
+        converts = renamed(renames, keys, convert) if renames else convert
         data = replace(recipe.data, train=source["source"], **own)
-        found.append(recipe.load_rows(data, label_column, converts, words))
+        found.append(recipe.load_rows(data, label_column, converts, words, together))
     names = [source_name(source) for source in recipe.data.mixture]
     splits, recipe.source_columns, recipe.has_validation_by_source = join_sources(names, found)
     return splits

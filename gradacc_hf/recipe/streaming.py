@@ -5,6 +5,7 @@ The recipe prepares a sample, the first rows, as it prepares any file. `open_row
 processes.
 """
 
+import atexit
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from datasets.utils.py_utils import size_str
 from torch.utils.data import DataLoader
 
 from gradacc_hf.config.schema import Config
@@ -86,9 +88,10 @@ def open_rows(recipe: "Recipe", convert: Convert | None) -> tuple[OpenRows, Data
     sample, _ = _head(recipe, rows, sample_size(recipe.config), start, "data.train")
     recipe.validation_source = f"validation: the first {len(validation):,} {source}"
     _note(recipe, rows, len(sample))
-    recipe.reading.columns = [*dict.fromkeys((*sample.column_names, *validation.column_names))]
     opened = OpenRows(rows, start, convert, sample.column_names)
-    return opened, _converted(recipe, sample, convert), _converted(recipe, validation, convert)
+    sample, validation = (_converted(recipe, part, convert) for part in (sample, validation))
+    recipe.reading.columns = [*dict.fromkeys((*sample.column_names, *validation.column_names))]
+    return opened, sample, validation
 
 
 def check_settings(recipe: "Recipe") -> None:
@@ -131,7 +134,11 @@ def _head(
         else:
             recipe.skipped_rows.append(f"{place}: {problem}")
     if not found:
-        refuse(key, f"{listed(one.name for one in rows.sources[:3])}: no rows", "give at least two")
+        names = listed(one.name for one in rows.sources[:3])
+        if start:
+            found = f"{names}: no rows after the first {recipe.data.validation_rows:,}, the validation rows"
+            refuse(key, found, "set data.validation, or data.validation_rows to fewer")
+        refuse(key, f"{names}: no rows", "give at least two")
     return rows.as_dataset(found, places), stop
 
 
@@ -145,7 +152,7 @@ def _converted(recipe: "Recipe", rows: Dataset, convert: Convert | None) -> Data
 def _note(recipe: "Recipe", rows: RowStream, sampled: int) -> None:
     sizes = rows.sizes()
     names = listed(source.name for source in rows.sources[:3]) + ", …" * (len(rows.sources) > 3)
-    size = f", {sum(sizes.values()) / 1e9:,.2f} GB" if sizes else ""
+    size = f", {size_str(sum(sizes.values()))}" if sizes else ""
     of = f" ({len(rows.sources):,} files{size})" if len(rows.sources) > 1 else f" ({size.removeprefix(', ')})"
     note, buffer = recipe.reading.note, recipe.data.buffer_size
     note("stream", f"{names}{of if sizes else ''}; rows unknown, shuffled in blocks of {buffer:,} examples")
@@ -275,7 +282,17 @@ class ExampleStream:
             generator=torch.Generator(),  # without it, a seed would be drawn from the generator of dropout
             **options,
         )
-        yield from loader
+        examples: Any = iter(loader)
+        if not self.workers:
+            yield from examples
+            return
+        # Workers ignore the signal with which Python ends them at its exit, and Python would wait for them.
+        atexit.register(examples._shutdown_workers)
+        try:
+            yield from examples
+        finally:
+            atexit.unregister(examples._shutdown_workers)
+            examples._shutdown_workers()
 
     def _count(self, made: Made, counts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the counts after a chunk. Raise InputError for the first bad row unless it is skipped."""

@@ -32,6 +32,9 @@ whole assistant turns.
 """
 CALLS = ("tool_calls", "function_call")
 LEARNED_BY = ("weight", "train")  # keys of a message that decide whether it is learned
+OTHER_NAMES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"}
+OTHER_NAMES |= {"assistant": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
+"""Names of roles, in lower case, and the role in a chat."""
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message with the assistant's reasoning
 MARK = "\ue000"  # a character for private use: no text has it
 TRIED = 20  # messages with a key for which the template is tried
@@ -45,6 +48,8 @@ def messages_problem(messages: Any) -> str | None:
     for turn, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f"message {turn} is not {{role, content}}"
+        if (role := OTHER_NAMES.get(message["role"].lower())) and message["role"] != role:
+            return f"message {turn} has the role {message['role']!r}, which is {role!r} here"
         name, content = f"message {turn} ({message['role']})", message.get("content")
         if not isinstance(content, str | list | None):
             return f"{name} has no text as its content: {content!r:.40}"
@@ -93,7 +98,18 @@ def chat_problem(messages: Any, tools: Any = None, learned_from: int = 0) -> str
             f"{which} have weight 0 or train false" if own else "it has no assistant turn after its prompt"
         )
         return f"{found}, so there is nothing to learn"
+    for turn, message in enumerate(messages[learned_from:], learned_from + 1):
+        if message["role"] == "assistant" and is_learned(message) and _is_empty(message):
+            return f"message {turn} (assistant) is empty, and would be learned; weight 0 leaves it out"
     return None
+
+
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    """Whether a message has no text, no reasoning and no call."""
+    content = message.get("content")
+    texts = [part["text"] for part in content] if isinstance(content, list) else [content]
+    texts += [message.get(name) for name in REASONING]
+    return not _calls(message) and not any(str(text or "").strip() for text in texts)
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:

@@ -16,23 +16,11 @@ from gradacc_hf.data.columns import require_texts
 from gradacc_hf.data.reading import Reading
 from gradacc_hf.data.sources import SOURCE
 from gradacc_hf.errors import InputError, listed, refuse
-from gradacc_hf.tasks.chat import as_tools, chat_problem
+from gradacc_hf.tasks.chat import OTHER_NAMES, as_tools, chat_problem
 
 Row = Mapping[str, Any]
 CHATS = ("messages", "conversations", "conversation")  # columns with a list of messages
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
+ROLES = {**OTHER_NAMES, "tool": "tool", "observation": "tool", "function_call": "assistant"}
 """`from` in a message of ShareGPT, and the role in a chat."""
 ALPACA = ("instruction", "input", "output", "system", "history")
 SAMPLED = 20  # rows that are read to find the format

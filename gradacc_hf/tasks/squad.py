@@ -11,6 +11,8 @@ from gradacc_hf.data.reading import SPLITS, counted
 from gradacc_hf.errors import refuse
 
 IMPOSSIBLE = "is_impossible"
+TITLE = "title"
+"""Column of the article that a row is from. Rows of an article are held out together."""
 ANSWER_TEXTS = ("answer_text", "answer", "text")
 """Columns of the text of an answer in rows with a column `answer_start`."""
 
@@ -34,7 +36,12 @@ def as_questions(
         if not found:
             refuse("data.train", "articles without a question", "give at least one")
         of_answers = {"text": List(Value("string")), "answer_start": List(Value("int64"))}
-        types = {"id": Value("string"), question: Value("string"), context: Value("string")}
+        types = {
+            "id": Value("string"),
+            TITLE: Value("string"),
+            question: Value("string"),
+            context: Value("string"),
+        }
         features = Features({**types, answers: of_answers})
         how = f"SQuAD as published: {counted(len(rows), 'article')}, {counted(len(found), 'question')}"
         return Dataset.from_list(found, features), how
@@ -80,6 +87,7 @@ def no_answer_note(splits: Sequence[Dataset], answers: str) -> str | None:
 def _published(rows: Dataset, question: str, context: str, answers: str) -> Iterator[dict[str, Any]]:
     for number, article in enumerate(rows, start=1):
         assert isinstance(article, dict)
+        title = _text(article.get(TITLE)) or f"article {number}"
         for place, paragraph in enumerate(_objects(article["paragraphs"]), start=1):
             if not isinstance(paragraph.get("qas"), list):
                 found = f"article {number:,}, paragraph {place:,} has no list 'qas'"
@@ -88,7 +96,7 @@ def _published(rows: Dataset, question: str, context: str, answers: str) -> Iter
                 impossible = _is_true(one.get(IMPOSSIBLE))
                 given = NO_ANSWER if impossible else _as_columns(one.get("answers"))
                 texts = {question: _text(one.get("question")), context: _text(paragraph.get("context"))}
-                yield {"id": str(one.get("id", "")), **texts, answers: given}
+                yield {"id": str(one.get("id", "")), TITLE: title, **texts, answers: given}
 
 
 def _objects(found: Any) -> list[dict[str, Any]]:
@@ -125,8 +133,9 @@ def _as_columns(answers: Any, text: str = "text") -> dict[str, Any]:
         return unknown
     answers = [one for one in answers if one.get(text) or one.get("answer_start") not in (None, "")]
     try:
-        starts = [int(str(one.get("answer_start"))) for one in answers]
+        starts = [float(str(one.get("answer_start"))) for one in answers]  # 7.0 in a column with empty cells
     except ValueError:
         return unknown
     texts = [one.get(text) for one in answers]
-    return {"text": texts, "answer_start": starts} if all(isinstance(one, str) for one in texts) else unknown
+    is_valid = all(map(float.is_integer, starts)) and all(isinstance(one, str) for one in texts)
+    return {"text": texts, "answer_start": [*map(int, starts)]} if is_valid else unknown

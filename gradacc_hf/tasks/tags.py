@@ -180,9 +180,16 @@ def tag_names(train: Dataset, tags_column: str) -> list[str]:
         if any(name.startswith("I-") and name[2:] in begun for name in names):
             names = [name for name in names if is_scheme([name])]  # rows with other tags are bad rows
     if len(names) < 2:
-        found = f"{len(names)} different tags in the training rows"
+        found = f"{len(names)} different tags in the training rows{_first_fault(train)}"
         refuse("data.tags_column", found, "allowed: two or more")
     return names
+
+
+def _first_fault(rows: Dataset) -> str:
+    """Return the first row that could not be converted, in brackets; "" without one."""
+    faults = zip(file_rows(rows).tolist(), rows[FAULT] if FAULT in rows.column_names else (), strict=False)
+    number, fault = min((pair for pair in faults if pair[1]), default=(0, ""))
+    return f" ({places(rows, [number])[0]}: {fault})" if fault else ""
 
 
 def entities(

@@ -53,7 +53,7 @@ class Target(ABC):
     def problem(self, row: Mapping[str, Any]) -> str | None:
         """Return the problem of a row's label, or None, for `check_rows`."""
         label = row[self.column]
-        if label is None:
+        if label is None or label != label:  # NaN
             return f"column {self.column!r} is empty"
         if isinstance(self.feature, ClassLabel) and label == -1:
             return f"column {self.column!r} is −1, a label that is withheld"
@@ -130,8 +130,9 @@ class SingleLabel(Target):
         return super().are_known or isinstance(self.feature, ClassLabel)
 
     def _text(self, label: Any) -> str:
-        if isinstance(self.feature, ClassLabel):
-            return self.feature.names[label]
+        names = self.feature.names if isinstance(self.feature, ClassLabel) else ()
+        if names and label in range(len(names)):  # labels of validation rows may be text
+            return names[label]
         return f"{label:.0f}" if isinstance(label, float) and label.is_integer() else str(label)
 
     def ids(self, labels: Sequence[Any]) -> list[int]:
@@ -197,7 +198,7 @@ class MultiLabel(Target):
         labels = row[self.column]
         if row.get(FAULT):
             return row[FAULT]
-        if labels is not None and None in labels:
+        if any(label is None or not str(label).strip() for label in labels or ()):
             return f"column {self.column!r} has an empty label among {len(labels)}"
         if labels is not None and isinstance(self.feature.feature, ClassLabel) and -1 in labels:
             return f"column {self.column!r} has −1, a label that is withheld, among {len(labels)}"
@@ -219,7 +220,7 @@ class MultiLabel(Target):
     def ids(self, labels: Sequence[Any]) -> list[list[float]]:
         """Return 1 for each label of a row, and 0 for all others."""
         if self.one_hot:
-            return np.array(labels, np.float32).tolist()
+            return self._placed(labels).tolist()
         names = getattr(self.feature.feature, "names", None)
         return self._targets([labels_as_text(of_row, names) for of_row in labels]).tolist()
 
@@ -270,12 +271,24 @@ class MultiLabel(Target):
     def _encode_one_hot(self, dataset: Dataset, own: Sequence[str] | None) -> Dataset:
         note = f"rows of {self.one_hot} numbers, 0 or 1, are one-hot: one for each label"
         names = [str(number) for number in range(self.one_hot)]
+        if self.given and len(self.given) != self.one_hot:
+            refuse(
+                "data.labels", f"{len(self.given)} names for rows of {self.one_hot} numbers", "one for each"
+            )
         if own is not None and len(own) == self.one_hot:
             names, note = list(own), f"{note}, in the order of the model's own: {listed(own)}"
         elif own is not None:
             note += f"; the model has {len(own)} labels of its own ({listed(own[:SHOWN])})"
         self.labels = Labels(names, {name: number for number, name in enumerate(names)}, note)
-        return with_label(dataset, self.column, np.array(dataset[self.column][:], np.float32))
+        if self.given:
+            self.labels = match_labels(self.given, own)
+        return with_label(dataset, self.column, self._placed(dataset[self.column][:]))
+
+    def _placed(self, rows: Sequence[Sequence[Any]]) -> np.ndarray:
+        """Return one-hot rows in the order of the model's labels."""
+        found = np.zeros((len(rows), len(self.names)), np.float32)
+        found[:, [*self.labels.ids.values()]] = rows
+        return found
 
     def model_overrides(self) -> dict[str, Any]:
         return {**self.labels.model_overrides(), "problem_type": "multi_label_classification"}
@@ -436,8 +449,9 @@ def _width_of_one_hot(train: Dataset, column: str) -> int:
         return width  # rows of another form are bad rows
     if "int" not in element.dtype or (repeats is not None and len({*map(len, rows)}) == 1):
         odd = next((labels for labels in rows if {*labels} - {0, 1}), rows[0])
-        found = f"column {column!r} has rows such as {odd}"
-        refuse(KEY, f"{found}, which are neither one-hot nor labels", cure)
+        repeats = repeats if "int" in element.dtype else None
+        found = f"column {column!r} has rows such as {repeats or odd}, which are neither one-hot nor labels"
+        refuse(KEY, found + ": a number is there twice" * bool(repeats), cure)
     return 0
 
 

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from gradacc_hf import InputError, WindowLoader, remove_padding, train
+from gradacc_hf.accumulation.example_losses import ExampleItems, ExampleLosses
 from gradacc_hf.accumulation.loss_items import IGNORED, model_loss
 from gradacc_hf.accumulation.reference import EXACT, RecordGradients, read_gradient, relative_error
 from gradacc_hf.tasks.lean_loss import make_lean
@@ -132,6 +133,39 @@ def test_a_window_without_weight_is_skipped_and_counted():
     [record] = train(model, optimizer, windows, accelerator=windows.accelerator)
     assert windows.empty_windows == 1
     assert (record.examples, record.items) == (2, 2)
+
+
+def test_the_loss_of_the_recipe_counts_beside_the_loss_of_the_model():
+    """As in question answering, where the model and the recipe compute a loss for starts and for ends."""
+    head, weights = build_head("sequence_classification", "bert"), [1, 3]
+    examples = head.examples([5, 7])
+
+    def losses(outputs, batch, **options):
+        calls = (
+            torch.nn.functional.cross_entropy(outputs.logits * n, batch["labels"], **options) for n in (3, 8)
+        )
+        return sum(calls) / 2
+
+    batch = head.collate(examples)
+    found = losses(head.model(**batch), batch, reduction="none").tolist()
+    windows = windows_of(head, examples, weights)
+    model, optimizer = windows.accelerator.prepare(head.model, RecordGradients(head.model))
+    [record] = train(model, optimizer, windows, accelerator=windows.accelerator, compute_loss=losses)
+    assert record.loss == pytest.approx(np.average(found, weights=weights), rel=1e-5)
+
+
+def test_sums_of_losses_of_16_bits_are_in_32_bits():
+    """The sum of these losses, 30 each, is above the largest number of float16."""
+    logits = torch.tensor([30.0, 0.0], dtype=torch.float16).repeat(2, 4_000, 1).requires_grad_()
+    batch = {"labels": torch.ones(2, 4_000, dtype=torch.int64)}
+    items = ExampleItems.of(batch, lambda own: own["labels"].numel(), np.array([1, 3]), np.zeros(2), None)
+    losses = ExampleLosses(items, batch, num_sources=1, weighs=True)
+    with losses.active():
+        loss = torch.nn.functional.cross_entropy(logits.view(-1, 2), batch["labels"].view(-1))
+    losses.record(loss, checks=True)
+    assert (float(loss), float(losses.parts)) == (30, 30)
+    loss.backward()
+    assert torch.isfinite(logits.grad).all()
 
 
 def negative_log_likelihood(outputs, batch):

@@ -374,7 +374,7 @@ def test_several_files_are_one_data_set_in_their_order():
 
 OBJECTS = "one JSON object a line, or one list of objects"
 FIELDS = "correct it, or set data.separator"
-HEADER = "give every column a name; one column of texts: --data.separator none"
+HEADER = "correct it, or give every column a name; one column of texts: --data.separator none"
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,8 @@ HEADER = "give every column a name; one column of texts: --data.separator none"
             'text,label\n"a\nb",x\n\n"c,y\n',
             f"a.csv line 5: a quote opens and does not close; {FIELDS}",
         ),
-        ("a.csv", "text\na,b\nc,d\n", f"a.csv: rows have more fields than the header; {HEADER}"),
+        ("a.csv", "text\na,b\nc,d\n", f"a.csv line 2: 2 values for 1 column; {HEADER}"),
+        ("a.csv", "PK\x03\x04", "a.csv is not text: it begins as a .xlsx file; rename it to a.xlsx"),
         ("a.jsonl", '{"a": "b"}\n\n{"a": b}\n', f"a.jsonl line 3, column 7: Expecting value; {OBJECTS}"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', f"a.jsonl line 2: not an object; {OBJECTS}"),
         ("a.json", '[{"a": "b"},\n {"a"}]', f"a.json line 2: Expecting ':' delimiter; {OBJECTS}"),

@@ -65,7 +65,8 @@ def test_every_file_of_a_folder_that_is_not_read_is_named():
         ("not read", f"set/more.docx: allowed: {ALLOWED}"),
         (
             "not read",
-            "set/my_heldout.csv: no split in its name, unlike in train; to use it, set data.validation to it",
+            "set/my_heldout.csv: no single split in its name, unlike in train; "
+            "to use it, set data.validation to it",
         ),
     ]
 

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import json
+import random
 from itertools import chain
 from pathlib import Path
 
@@ -23,13 +24,15 @@ def json_lines(rows):
 
 def write_json_lines(folder):
     (folder / "a.jsonl").write_bytes(codecs.BOM_UTF8 + json_lines(ROWS[:1]) + b"\n" + json_lines(ROWS[1:20]))
+    (folder / "aa.jsonl").touch()
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(ROWS[20:])))
-    return f"{folder / 'a.jsonl'}, {folder / 'b.jsonl.gz'}"
+    return str(folder)
 
 
 def write_parquet(folder):
-    for name, rows in (("a", ROWS[:20]), ("b", ROWS[20:])):
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet", row_group_size=8)
+    table = pa.Table.from_pylist(ROWS)
+    for name, rows in (("a", table[:20]), ("aa", table[:0]), ("b", table[20:])):
+        pq.write_table(rows, folder / f"{name}.parquet", row_group_size=8)
     return str(folder)
 
 
@@ -130,6 +133,21 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(tmp_path, monkeypatch, n
     assert str(raised.value).startswith("data.train: ")
     assert line in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_file_is_named_with_the_line_before(tmp_path):
+    whole = gzip.compress(random.Random(0).randbytes(200_000).hex("\n", 20).encode())
+    path = tmp_path / "a.jsonl.gz"
+    for content, place in (
+        (whole[:-90_000], r"after line \d,\d+: it cannot be"),
+        (whole[:8], "it cannot be"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{path}: {place} read: Compressed file ended before"):
+            list(opened(path).chunks({}))
+    path = path.rename(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match=r"it begins as a .gz file; rename it to a.jsonl.gz"):
+        opened(path)
 
 
 def test_an_encoding_without_line_ends_of_one_byte_is_refused(tmp_path):

@@ -62,6 +62,14 @@ def test_a_token_may_be_a_number_sign_or_hold_spaces(tmp_path):
     assert rows_of(read(tmp_path / "a.tsv")) == [(["Ada"], ["PER"]), (["New York", "#"], ["LOC", "O"])]
 
 
+def test_comments_with_as_many_fields_as_columns_are_comments(tmp_path):
+    row = "robert _ _ B-PER\n# _ _ O\n"
+    (tmp_path / "a.conll").write_text(f"# id 5239d808\tdomain=en\n{row}\n# id cdf9c1cf\tdomain=en\n{row}")
+    assert rows_of(read(tmp_path / "a.conll")) == [(["robert", "#"], ["B-PER", "O"])] * 2
+    (tmp_path / "a.conll").write_text(f"# _ _ O\n{row}\n{row}")
+    assert rows_of(read(tmp_path / "a.conll"))[0] == (["#", "robert", "#"], ["O", "B-PER", "O"])
+
+
 def test_a_broken_line_is_a_fault_of_the_sentence_with_the_line(tmp_path):
     path = tmp_path / "a.conll"
     path.write_text(DOCUMENT + "\nsolo X\n\nno tag B-NP \n\n")

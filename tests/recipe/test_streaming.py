@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,37 @@ def test_examples_go_on_at_every_position(tiny_bert, workers):
         resumed = stream.apart()
         resumed.load_state_dict(states[done - 1])
         assert [*resumed] == examples[done:]
+
+
+def test_the_plan_states_the_size_and_no_column_that_was_converted(tiny_bert):
+    spans = [{"text": "Ada sang", "entities": [[0, 3, "X"]]}] * 30
+    recipe_class = load_recipe("token_classification").TokenClassification
+    words = ["--model.name", tiny_bert, "--data.train", write_rows("rows.jsonl", spans), *STREAMED]
+    words += ["--data.max_length", 16, "--data.labels", "O,B-X,I-X", "--data.validation_rows"]
+    recipe = make_recipe(recipe_class, *words, 5)
+    recipe.datasets()
+    assert "rows.jsonl (1.41 KiB)" in recipe.reading.notes["stream"][0]
+    assert "ignored" not in recipe.reading.notes
+    with pytest.raises(
+        InputError, match=r"no rows after the first 30, the validation rows; set data.validation"
+    ):
+        make_recipe(recipe_class, *words, 30).datasets()
+
+
+def test_a_process_ends_while_its_workers_still_read(tiny_bert):
+    write_rows("rows.jsonl", LABELLED)
+    words = ["--model.name", tiny_bert, "--data.train", "rows.jsonl", "--data.max_length", 32, *STREAMED]
+    words += ["--data.validation_rows", 5, "--data.labels", "a,b", "--budget.num_workers", 1]
+    program = f"""
+from recipe_runs import load_recipe, make_recipe
+recipe = make_recipe(load_recipe("text_classification").TextClassification, *{[*map(str, words)]})
+held = iter(recipe.stream(recipe.datasets()[0]))
+print(len(next(held)))
+"""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/helpers")))
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=100)
+    assert (ended.returncode, ended.stdout) == (0, b"3\n"), ended.stderr
 
 
 class ToldToStop(TextClassification):

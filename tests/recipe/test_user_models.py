@@ -283,7 +283,7 @@ NOT_ONE_HOT = {
         r"line 31: column 'label' is \[0, 1\]: .*3 numbers",
     ),
     "soft labels": ([[0.5, 1.0], [0.5, 1.0]] * 15, r"rows such as \[0.5, 1.0\], which are neither one-hot"),
-    "ratings": ([[2, 2, 1], [1, 3, 3]] * 15, r"rows such as \[[12], [23], [13]\], which are neither one-hot"),
+    "ratings": ([[2, 3, 1], [1, 3, 3]] * 15, r"rows such as \[1, 3, 3\], .*: a number is there twice"),
     "one column": ([[0], [1]] * 15, r"every row of column 'label' is \[0\] or \[1\]"),
     "-100": ([["a", "b"], ["-100", "a"]] * 15, "has −100, the mark of a missing label"),
 }

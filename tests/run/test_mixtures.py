@@ -9,9 +9,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from chat_templates import byte_tokenizer
+from datasets import Dataset
 from guides import blocks
 from recipe_runs import load_recipe, make_recipe, summary
 
+from gradacc_hf.data.sources import renamed
 from gradacc_hf.errors import InputError
 from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.verification.tiny_models import build_head
@@ -147,6 +149,16 @@ def test_sources_that_cannot_be_read_are_refused(start, config, tmp_path, source
     outcome = start(TextClassification, "--config", config)
     assert outcome.code == 2
     assert message in outcome.err
+
+
+def test_columns_of_a_source_may_change_places_and_a_missing_one_is_named():
+    rows = Dataset.from_dict({"text": ["no"], "label": ["good"], "body": ["x"]})
+    convert = renamed({"text": "label", "label": "text"}, {"text": "", "label": ""}, None)
+    assert [*convert(rows)[0]] == [{"label": "no", "text": "good", "body": "x"}]
+    convert = renamed({"body": "text"}, {"body": ""}, None)
+    assert [*convert(rows)[0]] == [{"label": "good", "text": "x"}]
+    with pytest.raises(InputError, match=r"text_column of a.csv: no column 'bodi'.* did you mean 'body'"):
+        renamed({"bodi": "text"}, {"bodi": "text_column of a.csv"}, None)(rows)
 
 
 def test_the_example_of_the_guide_is_read(tiny_llama, tmp_path, monkeypatch):

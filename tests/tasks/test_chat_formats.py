@@ -260,6 +260,16 @@ TALK = [of("human", "Hi"), of("gpt", "Yo")]
         (ROWS["messages"][0], {"messages": [said("user", ["Hi"])]}, "message 1 (user) has a part of 'Hi'"),
         (
             ROWS["messages"][0],
+            {"messages": [ASKED, said("Assistant", "4")]},
+            "message 2 has the role 'Assistant', which is 'assistant' here",
+        ),
+        (
+            {"conversations": [*TALK, of("human", "?"), {**of("gpt", ""), "weight": 0}]},
+            {"conversations": [*TALK, of("human", "?"), of("gpt", " ")]},
+            "message 4 (assistant) is empty, and would be learned; weight 0 leaves it out",
+        ),
+        (
+            ROWS["messages"][0],
             {"messages": [said("user", {"a": 1})]},
             "message 1 (user) has no text as its content: {'a': 1}",
         ),

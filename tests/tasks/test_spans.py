@@ -44,3 +44,9 @@ def test_answers_below_the_threshold_are_empty():
 def test_answers_as_text_of_another_form_are_left_to_the_check_of_the_rows(answers):
     rows = Dataset.from_list([{"question": "q", "context": "c", "answers": answers}])
     assert as_questions(rows)[0][0]["answers"] == {"text": None, "answer_start": None}
+
+
+def test_a_start_may_have_the_decimals_of_a_column_with_empty_cells():
+    columns = {"question": ["who?", "why?"], "context": ["it was Ada"] * 2, "text": ["Ada", None]}
+    rows, _ = as_questions(Dataset.from_dict({**columns, "answer_start": ["7.0", None]}))
+    assert rows["answers"][:] == [{"text": ["Ada"], "answer_start": [7]}, {"text": [], "answer_start": []}]

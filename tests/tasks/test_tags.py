@@ -3,7 +3,9 @@
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from gradacc_hf.tasks.tags import as_tokens, spans_to_tags, split_words
+from gradacc_hf.data.files import FAULT
+from gradacc_hf.errors import InputError
+from gradacc_hf.tasks.tags import as_tokens, spans_to_tags, split_words, tag_names
 
 TEXT = "Ada Byron's machine, in London."
 
@@ -70,3 +72,11 @@ def test_rows_of_tokens_and_tags_stay_as_they_are_beside_spans():
         [{"tokens": ["a"], "tags": ["O"], "text": "a", "spans": [{"start": 0, "end": 1, "label": "X"}]}]
     )
     assert as_tokens(rows, "tokens", "tags") == (rows, None)
+
+
+def test_broken_rows_are_named_where_they_leave_too_few_tags():
+    features = Features({"tags": List(Value("string")), FAULT: Value("string")})
+    faults = [None, "line 5 has 1 column", "line 9 has no tag"]
+    rows = Dataset.from_dict({"tags": [["O"], [], []], FAULT: faults}, features)
+    with pytest.raises(InputError, match=r"1 different tags .*\(training row 2: line 5 has 1 column\)"):
+        tag_names(rows, "tags")

@@ -13,6 +13,7 @@ from recipe_runs import run_recipe
 
 from gradacc_hf import verify
 from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.labels import given_labels
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.tasks.targets import TARGETS
@@ -229,6 +230,7 @@ def test_class_weights_are_for_classes(refused, settings):
         (NUMBER, {"score": "nan"}, "a.jsonl line 7: column 'score': 'nan' is not a number"),
         (MULTI, {"topics": None}, "data.label_column: a.jsonl line 7: column 'topics' is empty"),
         (MULTI, {"topics": ["food", None]}, "line 7: column 'topics' has an empty label among 2"),
+        (MULTI, {"topics": ["food", " "]}, "line 7: column 'topics' has an empty label among 2"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_or_left_out(start, refused, settings, change, found):
@@ -329,3 +331,35 @@ def test_a_label_that_only_validation_has_is_refused(refused):
     line = refused({**MULTI, "data.validation": "b.jsonl", "batch.effective": 1})
     assert "label 'music' of b.jsonl line 2 is in no training row" in line
     assert "--data.on_bad_row skip" in line
+
+
+def test_class_ids_in_training_and_text_in_validation_are_compared_by_name():
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    train = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features)
+    other = datasets.Dataset.from_dict({"text": ["c", "d"], "label": ["no", "1"]})
+    target = TARGETS["single_label"](train, other, "label")
+    assert [target.problem(row) for row in (*train, *other, {"label": float("nan")})] == [
+        *[None] * 4,
+        "column 'label' is empty",
+    ]
+    with pytest.raises(InputError, match="label '1' of validation row 2 is in no training row"):
+        target.encode(train, other)
+
+
+def test_given_names_are_those_of_one_hot_rows_in_their_order():
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "topics": [[1, 0, 0], [0, 1, 1]]})
+
+    def encoded(names, own=None):
+        target = TARGETS["multi_label"](rows, rows, "topics", names)
+        found = target.encode(rows, rows, own=own)[0]["label"][:]
+        assert target.ids(rows["topics"][:]) == found
+        return target.names, found
+
+    assert encoded(["c", "b", "a"]) == (["c", "b", "a"], [[1, 0, 0], [0, 1, 1]])
+    assert encoded(["c", "b", "a"], ["a", "b", "c"]) == (["a", "b", "c"], [[0, 0, 1], [1, 1, 0]])
+    with pytest.raises(InputError, match="2 names for rows of 3 numbers"):
+        encoded(["a", "b"])
+    with pytest.raises(InputError, match=r"data\.labels: found a, b, a; name each label once"):
+        given_labels("a,b,a")
