@@ -25,7 +25,7 @@ from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import file_rows, list_lengths, require_column, texts_of
 from gradacc_hf.data.sources import CARRIED
 from gradacc_hf.errors import InputError
-from gradacc_hf.recipe import Recipe
+from gradacc_hf.recipe import Recipe, ScoredRows
 from gradacc_hf.run import run
 from gradacc_hf.tasks.search import chance, features, nearest, note_equal_texts, sample
 from gradacc_hf.training.loop import evaluate
@@ -146,6 +146,7 @@ class Contrastive(Recipe):
         )
         embeddings, texts = torch.from_numpy(np.stack(found.predictions)), torch.tensor(found.references)
         ids, right = search_positives(embeddings, texts, HITS)
+        self.scored = ScoredRows(ids, right, self.metrics)
         rows = range(min(8, len(ids)))
         self.samples[:] = [sample(*windows.examples([i, ids[i][0]]), ids[i], right[i]) for i in rows]
         return {"loss": self.loss.value(embeddings, texts), **self.metrics(ids, right)}

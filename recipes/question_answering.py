@@ -24,7 +24,7 @@ from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import require_column
 from gradacc_hf.data.sources import CARRIED
 from gradacc_hf.errors import InputError
-from gradacc_hf.recipe import Recipe
+from gradacc_hf.recipe import Recipe, ScoredRows
 from gradacc_hf.run import run
 from gradacc_hf.tasks.spans import (
     above_no_answer,
@@ -193,6 +193,7 @@ class QuestionAnswering(Recipe):
             {"question": question, "answer": span, "reference": next(iter(right["text"]), "")}
             for question, span, right in islice(zip(questions, found, answers, strict=True), 5)
         ]
+        self.scored = ScoredRows(found, self.right(), self.compute)
         return self.score(found) | threshold
 
     def right(self):
@@ -201,10 +202,14 @@ class QuestionAnswering(Recipe):
 
     def score(self, found):
         """Return exact match and F1 of an answer to each validation row."""
+        return self.compute(found, self.right())
+
+    def compute(self, found, right):
+        """Return exact match and F1 of answers, from the right answers to each."""
         from gradacc_hf.metrics import load  # slow to import, so not before it is needed
 
         metric = load("squad_v2" if self.no_answer else "squad")
-        return metric.compute(predictions=found, references=self.right())
+        return metric.compute(predictions=found, references=right)
 
     def baseline(self, train, validation):
         """Return the scores of a constant answer: the context's first sentence or, if better, no answer."""

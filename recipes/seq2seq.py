@@ -18,6 +18,7 @@ from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import list_lengths, require_texts, text_problem, texts_of
 from gradacc_hf.data.reading import tokens_lost
+from gradacc_hf.recipe import ScoredRows
 from gradacc_hf.run import run
 from gradacc_hf.tasks.encoder_decoder import EncoderDecoder
 from gradacc_hf.tasks.generate import check_target_length, generate
@@ -153,6 +154,7 @@ class Seq2Seq(EncoderDecoder):
         found = evaluate(model, windows, sources=self.validation_sources, **settings)
         written = generate(model, windows, accelerator, len(self.shown), self.tokenizer, **self.search)
         source, target = (self.shown[column] for column in self.columns)
+        self.scored = ScoredRows(written, target, self.metrics)
         rows = islice(zip(source, written, target, strict=True), 5)
         self.samples[:] = [dict(zip(("input", "output", "reference"), row, strict=True)) for row in rows]
         scores = {"loss": found.loss, "perplexity": perplexity(found.loss), **self.metrics(written, target)}

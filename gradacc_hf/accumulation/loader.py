@@ -134,6 +134,8 @@ class WindowLoader:
         replays: Number of windows that were run again because memory ran out.
         seconds_to_collate: Seconds that the loop waited for the latest window.
         tuned: Whether the bound and the cost model come from trials (`training/autotune.py`).
+        example_losses: For each example, the sum of the losses and the number of items (examples, 2), which
+            `evaluate` adds; None: they are not recorded.
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class WindowLoader:
         self.empty_micro_batches = self.empty_windows = self.replays = 0
         self.seconds_to_collate = 0.0
         self.noise, self.tuned = NoiseScale(), False
+        self.example_losses: np.ndarray | None = None
         self._is_started = self._has_stepped = self._pass_is_open = False
         self._warned_too_large = self._warned_dropped = False
         self._compares_rows = accelerator.num_processes > 1

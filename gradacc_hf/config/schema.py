@@ -42,6 +42,9 @@ class DataConfig:
     validation: str | list[str] | None = None
     """Validation data; without it, rows of train.
     Without it: the validation split of train, or else a share of the training rows."""
+    validation_split: str | None = None
+    """Split of validation to use, such as test.
+    null: the first of validation, valid, val, dev, test and train that it has."""
     validation_fraction: float = 0.1
     """Share of train held out for validation.
     Between 0 and 1. It is used only where there is no validation set."""

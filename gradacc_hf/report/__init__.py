@@ -39,6 +39,7 @@ from gradacc_hf.report.tables import (
     dynamics_table,
     figures_table,
     plan_table,
+    scored_tables,
     sources_table,
 )
 from gradacc_hf.utils.files import write_whole
@@ -123,6 +124,7 @@ def render(runs: Sequence[RecordedRun]) -> str:
         bars=bars_of(found),
         sizes=sizes_of(found),
         windows=windows_of(found),
+        scored=scored_tables(runs),
         samples=[(run.name, run.samples) for run in runs if run.samples],
         plan=plan_table(found),
         readings=distinct(runs, lambda run: run.reading),

@@ -35,6 +35,22 @@ class HistoryRow(WindowRecord):
 
 
 @dataclass(frozen=True)
+class ScoredData:
+    """An evaluation by `gradacc evaluate`, of a file in evaluations/.
+
+    name: the name of the file.
+    metrics: name → value, low, high, baseline; NaN where one is not known.
+    """
+
+    name: str
+    model: str
+    data: str
+    examples: int
+    metrics: Mapping[str, Mapping[str, float]]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RecordedRun:
     """One run, as read from its folder."""
 
@@ -46,6 +62,7 @@ class RecordedRun:
     config: Mapping[str, Any]  # config.yaml; empty if there is none
     notes: tuple[str, ...]  # problems with the files
     verification: str | None = None  # the verdict of verify.json
+    scored: tuple[ScoredData, ...] = ()  # by gradacc evaluate
 
     @property
     def seed(self) -> Any:
@@ -284,7 +301,28 @@ def _read_run(folder: Path, name: str) -> RecordedRun:
         config=_read_config(folder / "config.yaml"),
         notes=tuple(notes),
         verification=_read_verdict(folder / "verify.json"),
+        scored=tuple(map(_read_scored, sorted((folder / "evaluations").glob("*.json"), key=_natural))),
     )
+
+
+def _read_scored(path: Path) -> ScoredData:
+    """Return an evaluation by `gradacc evaluate`. Raise InputError for any other file."""
+    try:
+        found = redact(json.loads(_read_text(path)))
+        parts = ("value", "low", "high", "baseline")
+        return ScoredData(
+            name=path.stem,
+            model=str(found["model"]),
+            data=str(found["data"]),
+            examples=int(found["examples"]),
+            metrics={
+                str(name): {part: number(metric[part]) for part in parts}
+                for name, metric in found["metrics"].items()
+            },
+            notes=tuple(map(str, found["notes"])),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        refuse(str(path), f"found no evaluation ({one_line(error)})", "remove it, or evaluate again")
 
 
 def _read_verdict(path: Path) -> str | None:

@@ -123,6 +123,29 @@ def memory_figure(found: Sequence[RunGroup]) -> tuple[str, Callable[[RecordedRun
     return title, lambda run: run.summary.get(key)
 
 
+def scored_tables(runs: Sequence[RecordedRun]) -> list[tuple[str, list[list[str]], tuple[str, ...]]]:
+    """Return the evaluations by `gradacc evaluate`: title, rows of metrics, notes."""
+    found = []
+    for run, scored in ((owner, one) for owner in runs for one in owner.scored):
+        title = f"{scored.name}: {scored.model} model on {scored.data}, {scored.examples:,} examples"
+        rows = [
+            [
+                name,
+                words.metric(metric["value"]),
+                _between(metric["low"], metric["high"]),
+                words.metric(metric["baseline"]) if math.isfinite(metric["baseline"]) else "–",
+            ]
+            for name, metric in scored.metrics.items()
+        ]
+        found.append((f"{run.name}, {title}" if len(runs) > 1 else title, rows, scored.notes))
+    return found
+
+
+def _between(low: float, high: float) -> str:
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"{words.metric(low)} to {words.metric(high)}" if known else "–"
+
+
 def baseline_row(found: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
     """Return a row of the table: the metrics of a baseline that ignores the input. Empty without any."""
     baseline: Mapping[str, float] = first_baseline(found)

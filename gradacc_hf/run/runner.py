@@ -319,6 +319,7 @@ def train(
                 "skipped_rows": skipped_rows(recipe, plan.windows),
                 "reading": recipe.reading.summary(),
                 "samples": recipe.samples,
+                "details": recipe.details,
                 "tokens_are": recipe.tokens_are,
                 "card": asdict(parts.card.facts),
             },
