@@ -107,6 +107,16 @@ class ExampleLosses:
             for name, own in before.items():
                 setattr(functional, name, own)
 
+    @property
+    def calls(self) -> int:
+        """The number of calls of loss functions so far."""
+        return len(self._means)
+
+    def forget_first(self, calls: int) -> None:
+        """Forget the first calls if there were more: a model computes a loss that a recipe does not use."""
+        if self.calls > calls:
+            del self._means[:calls]
+
     def record(self, loss: torch.Tensor, checks: bool) -> None:
         """Record the mean loss of the micro-batch, and find the part of each source in it.
 

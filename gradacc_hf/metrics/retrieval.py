@@ -67,6 +67,7 @@ class Retrieval(InMemoryMetric):
             )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
+        """Keep a batch until `compute`. A reference may be a whole number or a list."""
         right = [np.atleast_1d(row).tolist() for row in references]
         super().add_batch(predictions=np.asarray(predictions).tolist(), references=right, **more)
 

@@ -334,7 +334,7 @@ class Recipe:
 
         def texts_of(rows: Sequence[int]) -> list[str]:
             tokens = [example["input_ids"] for example in windows.examples(rows)] if len(rows) else []
-            return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
 
         return texts_of
 

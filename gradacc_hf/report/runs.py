@@ -10,7 +10,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ class ScoredData:
     examples: int
     metrics: Mapping[str, Mapping[str, float]]
     notes: tuple[str, ...] = ()
+    headline: str = "loss"
+    details: tuple[dict[str, Any], ...] = ()
+    samples: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,11 @@ class RecordedRun:
     def samples(self) -> list[dict[str, str]]:
         """Outputs of the model for a few rows: name to text, the same names in each. Often empty."""
         return self.summary.get("samples") or []
+
+    @property
+    def details(self) -> list[dict[str, Any]]:
+        """Tables about the final evaluation, as `tasks/details.py` makes them. Often empty."""
+        return self.summary.get("details") or []
 
     @property
     def reading(self) -> str:
@@ -305,6 +313,12 @@ def _read_run(folder: Path, name: str) -> RecordedRun:
     )
 
 
+def _checked(value: Any, is_right: Callable[[Any], bool]) -> tuple[Any, ...]:
+    if not is_right(value or []):
+        raise ValueError("tables or samples of another form")
+    return tuple(value or ())
+
+
 def _read_scored(path: Path) -> ScoredData:
     """Return an evaluation by `gradacc evaluate`. Raise InputError for any other file."""
     try:
@@ -320,6 +334,9 @@ def _read_scored(path: Path) -> ScoredData:
                 for name, metric in found["metrics"].items()
             },
             notes=tuple(map(str, found["notes"])),
+            headline=str(found["headline"]),
+            details=_checked(found.get("details"), _are_details),
+            samples=_checked(found.get("samples"), _are_samples),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         refuse(str(path), f"found no evaluation ({one_line(error)})", "remove it, or evaluate again")
@@ -403,6 +420,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
             refuse(f"{path}, {key}", one_line(wrong), "a number or null is allowed")
     if not _are_samples(summary.get("samples") or []):
         refuse(f"{path}, samples", "found something else", "a list of objects, name to text, is allowed")
+    if not _are_details(summary.get("details") or []):
+        refuse(f"{path}, details", "found something else", "what a run writes, or null, is allowed")
     if not _is_window(summary.get("first_window") or []):
         refuse(f"{path}, first_window", "found something else", "[[tokens of each example, …], …] is allowed")
     if not _is_reading(summary.get("reading"), summary.get("skipped_rows")):
@@ -446,6 +465,19 @@ def _is_window(value: Any) -> bool:
         and lengths
         and all(isinstance(length, int | float) and length >= 0 for length in lengths)
         for lengths in value
+    )
+
+
+def _are_details(value: Any) -> bool:
+    """Whether the value is a list of tables with a title, columns and rows of texts and numbers."""
+    return isinstance(value, list) and all(
+        isinstance(one, dict)
+        and all(isinstance(one.get(key), str) for key in ("title", "kind", "note"))
+        and isinstance(columns := one.get("columns"), list)
+        and isinstance(one.get("rows"), list)
+        and all(isinstance(row, list) and len(row) == len(columns) for row in one["rows"])
+        and all(isinstance(cell, str | int | float | None) for row in (columns, *one["rows"]) for cell in row)
+        for one in value
     )
 
 

@@ -298,8 +298,11 @@ def evaluate(
         with apart.active() if apart is not None else nullcontext():
             with name_bad_index(model):
                 outputs = model(**batch)
+            of_model = apart.calls if apart is not None else 0
             has_loss = micro_batch.num_items and as_window_loss(compute_loss) is None
             loss = compute_loss(outputs, batch) if has_loss else None
+            if apart is not None:
+                apart.forget_first(of_model)
         if loss is not None:
             _add_example_losses(windows, micro_batch, apart, loss)
             losses = losses_by_name(loss, micro_batch.items, "evaluate()")

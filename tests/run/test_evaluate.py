@@ -145,6 +145,7 @@ def test_the_metrics_are_those_that_the_run_recorded_on_the_same_rows(task, trai
     for name, metric in found["metrics"].items():
         assert metric["baseline"] == pytest.approx(baseline.get(name))
         if task != "contrastive" or name != "loss":  # that loss is of all rows together
+            assert metric["low"] is not None, (name, found["notes"])
             assert metric["low"] <= metric["value"] <= metric["high"], name
     assert json.loads(Path(run, "evaluations", "validation-1.json").read_text()) == found
 
