@@ -148,7 +148,8 @@ class Contrastive(Recipe):
         ids, right = search_positives(embeddings, texts, HITS)
         self.scored = ScoredRows(ids, right, self.metrics)
         rows = range(min(8, len(ids)))
-        self.samples[:] = [sample(*windows.examples([i, ids[i][0]]), ids[i], right[i]) for i in rows]
+        shown = [(windows.examples([i, *ids[i][:3]]), ids[i], right[i]) for i in rows]
+        self.samples[:] = [sample(pair, found, *hits) for (pair, *found), *hits in shown]
         return {"loss": self.loss.value(embeddings, texts), **self.metrics(ids, right)}
 
     def metrics(self, predictions, references):

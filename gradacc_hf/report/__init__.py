@@ -106,7 +106,7 @@ def render(runs: Sequence[RecordedRun]) -> str:
         subtitle=_subtitle(runs),
         date=time.strftime("%Y-%m-%d %H:%M"),
         verdict=words.verdict(found),
-        notes=[(run.name, note) for run in runs for note in run.notes],
+        notes=[(run.name, note) for run in runs for note in (*run.notes, run.small_set) if note],
         titles=titles,
         table=table,
         baseline=baseline_row(found, titles),

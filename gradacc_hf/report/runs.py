@@ -20,11 +20,13 @@ import yaml
 from gradacc_hf.errors import one_line, refuse
 from gradacc_hf.training.run_log import WindowRecord
 from gradacc_hf.utils.redaction import redact
+from gradacc_hf.utils.sample_size import small_set_note
 
 NUMBER_KEYS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
 NUMBER_KEYS += ("training_memory_bytes", "effective_batch_size", "processes")
 FIRST_CONTENDERS = ("gradacc", "ours")  # labels of `gradacc compare`; the latter by version 0.1
 OBJECT_KEYS = ("eval", "best", "baseline", "accumulation_steps", "planned_accumulation_steps", "versions")
+OBJECT_KEYS += ("card",)
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,26 @@ class RecordedRun:
         """All evaluations in order: the metrics, and "window", the number of windows before."""
         found = self.summary.get("evaluations") or []
         return [{k: number(v) for k, v in one.items()} for one in found if isinstance(one, dict)]
+
+    @property
+    def before_training(self) -> dict[str, float]:
+        """The metrics of the model before training; empty if it was not evaluated."""
+        first = next((row for row in self.evaluations if row.get("window") == 0), {})
+        return {name: value for name, value in first.items() if name != "window"}
+
+    @property
+    def small_set(self) -> str | None:
+        """A line if the validation set is too small for the final metrics, or None."""
+        metric, examples = self.setting("train", "best_metric") or "loss", self.num_validation
+        value = self.metrics("eval").get(metric, math.nan)
+        baseline = self.metrics("baseline").get(metric, self.before_training.get(metric))
+        return small_set_note(metric, value, examples, baseline) if examples else None
+
+    @property
+    def num_validation(self) -> int:
+        """The number of validation examples; 0 if it is unknown."""
+        found = (self.summary.get("card") or {}).get("validation_examples")
+        return found if isinstance(found, int) else 0
 
     @property
     def samples(self) -> list[dict[str, str]]:

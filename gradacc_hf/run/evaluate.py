@@ -25,6 +25,7 @@ from gradacc_hf.run.predict import load_model
 from gradacc_hf.run.setup import check_inputs, load_data, make_accelerator, make_validation_windows
 from gradacc_hf.training.run_log import finite, versions
 from gradacc_hf.utils.files import write_new
+from gradacc_hf.utils.sample_size import small_set_note
 
 FOLDER = "evaluations"
 ALL_ROWS = 10**9
@@ -116,6 +117,9 @@ def evaluate_run(
     notes = [] if data is None and split is None else _notes_of_data(recipe, training, validation)
     if data is None and split is None:
         notes += _other_than_recorded(run, which, scores)
+    headline = recipe.config.train.best_metric
+    if headline in metrics and (small := _small_set(headline, metrics[headline], len(validation))):
+        notes.append(small)
     missing = [name for name in metrics if name not in bounds]
     if missing:
         notes.append(f"no interval of {', '.join(missing)}: it is not known by row")
@@ -124,7 +128,7 @@ def evaluate_run(
         data=_described(recipe, data, split),
         examples=len(validation),
         metrics=metrics,
-        headline=recipe.config.train.best_metric,
+        headline=headline,
         notes=notes,
         details=recipe.details,
         samples=recipe.samples,
@@ -132,6 +136,11 @@ def evaluate_run(
         precision=recipe.config.budget.precision,
         versions=versions(),
     )
+
+
+def _small_set(name: str, metric: ScoredMetric, examples: int) -> str | None:
+    width = None if metric.low is None or metric.high is None else metric.high - metric.low
+    return small_set_note(name, metric.value, examples, metric.baseline, width)
 
 
 def on_data(recipe: Recipe, data: str | None, split: str | None) -> Recipe:
