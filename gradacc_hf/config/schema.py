@@ -177,8 +177,10 @@ class TrainConfig:
     max_windows: int | None = None
     """Optimizer steps (windows) after which to stop.
     It holds for any number of epochs."""
-    eval_every: int = 0
-    """Windows between evaluations (0: only at the end)."""
+    eval_every: int | float | Literal["epoch"] | None = None
+    """Windows between evaluations, epoch, or a share of an epoch such as 0.25.
+    0: only at the end. null: every epoch if epochs is above 1, or else only at the end. There is always an
+    evaluation at the end of the run, and with epoch or a share at the end of each epoch."""
     eval_on_start: bool = False
     """Also evaluate before the first window."""
     seed: int = 0
@@ -198,10 +200,21 @@ class TrainConfig:
     best_direction: Literal["min", "max"] = "min"
     """min or max: the best value of best_metric."""
 
+    @property
+    def eval_interval(self) -> "int | float | Literal['epoch']":
+        """The value of `eval_every`, or else the default for this number of epochs."""
+        return ("epoch" if self.epochs > 1 else 0) if self.eval_every is None else self.eval_every
+
     def rules(self) -> Rules:
+        every = self.eval_every
         yield "epochs", self.epochs >= 1, "1 or more"
         yield "max_windows", self.max_windows is None or self.max_windows >= 1, "1 window or more, or null"
-        yield "eval_every", self.eval_every >= 0, "0 windows (only at the end) or more"
+        shares = "0 windows (only at the end) or more, epoch, a share of an epoch such as 0.25, or null"
+        yield (
+            "eval_every",
+            0 < every < 1 if isinstance(every, float) else every in (None, "epoch") or every >= 0,
+            shares,
+        )
         yield "seed", 0 <= self.seed < 2**32, "an integer from 0 to 4294967295"
         yield "noise_every", (self.noise_every or 0) >= 0, "null, 0 windows (off) or more"
         yield "early_stopping", self.early_stopping >= 0, "0 evaluations (off) or more"

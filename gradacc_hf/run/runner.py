@@ -302,7 +302,7 @@ def train(
             validate=partial(
                 validate, recipe=recipe, windows=plan.validation_windows, card=parts.card, folder=folder
             ),
-            eval_every=config.train.eval_every,
+            eval_every=config.train.eval_interval,
             eval_on_start=config.train.eval_on_start,
             on_nonfinite=config.train.on_nonfinite,
             best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),

@@ -35,10 +35,8 @@ def small_set_note(
     if width is None:
         width = width_of_share(metric, value, examples)
     if examples < LEAST_EXAMPLES:
-        return (
-            f"{examples:,} validation example{'s' * (examples != 1)}: fewer than {LEAST_EXAMPLES} are too few "
-            "for reliable figures"
-        )
+        plural = "s" * (examples != 1)
+        return f"{examples:,} example{plural}: fewer than {LEAST_EXAMPLES} are too few for reliable figures"
     if width is None or baseline is None or not math.isfinite(width + value + baseline):
         return None
     gain = abs(value - baseline)
