@@ -147,6 +147,11 @@ def test_the_metrics_are_those_that_the_run_recorded_on_the_same_rows(task, trai
         if task != "contrastive" or name != "loss":  # that loss is of all rows together
             assert metric["low"] is not None, (name, found["notes"])
             assert metric["low"] <= metric["value"] <= metric["high"], name
+    titles = [table["title"] for table in found["details"]]
+    assert ("Entities" in titles) == (task == "token_classification")
+    assert ("Confusion matrix" in titles) == task.endswith("_classification")
+    if task == "causal_lm":
+        assert {sample["system"] for sample in found["samples"]} == {"Be brief."}
     assert json.loads(Path(run, "evaluations", "validation-1.json").read_text()) == found
 
 
