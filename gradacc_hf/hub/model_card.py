@@ -29,6 +29,7 @@ from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.training.run_log import versions
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.redaction import redact
+from gradacc_hf.utils.sample_size import small_set_note
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 UNKNOWN = "unknown"  # a licence, as the Hub spells it
@@ -200,6 +201,7 @@ def make_card(
                 "scores": {metric: value for metric, value in scores.items() if metric != "window"},
                 "baseline": _numbers(summary.get("baseline")),
                 "window": scores.get("window"),
+                "small_set": _small_set(scores, config, summary, known["validation_examples"]),
                 "run": summary,
                 "config": config,
                 "verification": verification,
@@ -252,6 +254,15 @@ def _is_hub_name(given: str) -> bool:
 def _public(given: str) -> str:
     """Return `data.train` for a card, without names of local files, which may be private."""
     return given if _is_hub_name(given) or given.startswith("embedded:") else "local files"
+
+
+def _small_set(
+    scores: Mapping[str, float], config: Mapping[str, Any], summary: Mapping[str, Any], examples: int
+) -> str | None:
+    """Return a line if the validation set is too small for the metrics, or None."""
+    metric = config["train"]["best_metric"]
+    baseline = _numbers(summary.get("baseline")).get(metric)
+    return small_set_note(metric, scores[metric], examples, baseline) if metric in scores else None
 
 
 def _public_evaluation(data: str) -> str:
