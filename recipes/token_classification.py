@@ -159,7 +159,7 @@ class TokenClassification(Recipe):
         """Return tables of the entities and of the tags of tokens."""
         names, pairs = np.array(self.labels.names), (predictions, references)
         tags = [[names[row].tolist() for row in rows] for rows in pairs]
-        of_tags = class_tables(self.labels.names, *map(np.concatenate, pairs))
+        of_tags = class_tables(self.labels.names, *map(np.concatenate, pairs), of_tokens=True)
         return (entity_tables(*tags) if is_scheme(self.labels.names) else []) + of_tags
 
     def model(self):

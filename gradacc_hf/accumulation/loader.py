@@ -138,6 +138,8 @@ class WindowLoader:
             `evaluate` adds; None: they are not recorded.
     """
 
+    example_losses: np.ndarray | None = None
+
     def __init__(
         self,
         dataset: Sequence[Any] | Any,
@@ -179,7 +181,6 @@ class WindowLoader:
         self.empty_micro_batches = self.empty_windows = self.replays = 0
         self.seconds_to_collate = 0.0
         self.noise, self.tuned = NoiseScale(), False
-        self.example_losses: np.ndarray | None = None
         self._is_started = self._has_stepped = self._pass_is_open = False
         self._warned_too_large = self._warned_dropped = False
         self._compares_rows = accelerator.num_processes > 1

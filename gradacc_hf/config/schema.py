@@ -178,9 +178,9 @@ class TrainConfig:
     """Optimizer steps (windows) after which to stop.
     It holds for any number of epochs."""
     eval_every: int | float | Literal["epoch"] | None = None
-    """Windows between evaluations, epoch, or a share of an epoch such as 0.25.
-    0: only at the end. null: every epoch if epochs is above 1, or else only at the end. There is always an
-    evaluation at the end of the run, and with epoch or a share at the end of each epoch."""
+    """Windows between evaluations, or epoch, or 0.25.
+    epoch: after each epoch. 0.25: after each quarter of an epoch, or another share below 1. 0: only at the
+    end. null: epoch if epochs is above 1, or else 0. The end of a run is always evaluated."""
     eval_on_start: bool = False
     """Also evaluate before the first window."""
     seed: int = 0

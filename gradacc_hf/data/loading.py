@@ -126,13 +126,13 @@ def load_data(
     return Splits(rows, held, held_out, source, reading)
 
 
-def choose_split(splits: Collection[str], validation: str, wanted: str | None) -> str:
-    """Return the split of `data.validation` that is used: the wanted one, or else the first that it has."""
-    if wanted not in (None, *splits):
-        found = f"{validation!r} has no split {wanted!r}"
+def choose_split(splits: Collection[str], validation: str, named: str | None) -> str:
+    """Return the split of `data.validation` that is used: the named one, or else the first that it has."""
+    if named not in (None, *splits):
+        found = f"{validation!r} has no split {named!r}"
         refuse("data.validation_split", found, f"allowed: {listed(splits)}")
     names = (split for split in (*VALIDATION_SPLITS, "train") if split in splits)
-    return wanted or next(names, next(iter(splits)))
+    return named or next(names, next(iter(splits)))
 
 
 def _converted(rows: Dataset, convert: Convert | None, reading: Reading) -> Dataset:

@@ -1,8 +1,8 @@
 """Intervals of metrics by the percentile bootstrap over rows.
 
 A resample draws as many rows as there are, with replacement, and the metrics are computed of each resample.
-The 95 % interval of a metric reaches from the 2.5th to the 97.5th percentile of these values (Efron and
-Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13). SciPy draws the resamples.
+The 95 % interval of a metric reaches from the 2.5th to the 97.5th percentile of these values. Source: Efron
+and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. SciPy draws the resamples.
 
 The interval covers the choice of the rows. It does not cover the seed of the training.
 """

@@ -109,7 +109,7 @@ def _check_early_stopping(config: Config) -> None:
         raise InputError(
             f"train.early_stopping: found {config.train.early_stopping} with train.eval_every "
             f"{'null' if config.train.eval_every is None else 0}, which evaluates at the end only: set "
-            "train.eval_every to epoch, a share or 1 or more, or train.early_stopping to 0"
+            "train.eval_every to epoch, or train.early_stopping to 0"
         )
 
 

@@ -34,7 +34,11 @@ def table(
 
 
 def class_tables(
-    names: Sequence[str], predicted: np.ndarray, true: np.ndarray, in_training: Sequence[int] | None = None
+    names: Sequence[str],
+    predicted: np.ndarray,
+    true: np.ndarray,
+    in_training: Sequence[int] | None = None,
+    of_tokens: bool = False,
 ) -> list[Table]:
     """Return a table of the classes, and their confusions.
 
@@ -42,13 +46,15 @@ def class_tables(
         names: names of the classes, by id.
         predicted, true: class ids, (rows,).
         in_training: training rows of each class, if they are known.
+        of_tokens: whether the classes are tags of tokens.
     """
+    title, support = ("Tags", "validation tokens") if of_tokens else ("Classes", "validation rows")
     size = len(names)
     matrix = np.bincount(true * size + predicted, minlength=size * size).reshape(size, size)
     right, found, there = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
-    tables = [_scores_table("Classes", names, right, found, there, "validation rows", in_training)]
+    tables = [_scores_table(title, names, right, found, there, support, in_training)]
     if size <= MOST_CLASSES:
-        note = "A row is a true class, a column a predicted one. The shade is the share of the row."
+        note = "Rows: true. Columns: predicted. The shade is the share of the row."
         rows = [[name, *counts] for name, counts in zip(names, matrix.tolist(), strict=True)]
         return [*tables, table("Confusion matrix", ["true", *names], rows, "matrix", note)]
     wrong = matrix - np.diag(right)

@@ -126,8 +126,7 @@ def fine_tune(
         max_grad_norm: norm at which the gradient of a window is clipped; 0 does not clip.
         compute_loss: (outputs, batch) → the mean loss over the items of a micro-batch.
         validate: prepared model → metrics. It is also called after the last window.
-        eval_every: windows between evaluations; "epoch"; or a share of an epoch, a float such as 0.25. 0
-            evaluates only at the end.
+        eval_every: windows between evaluations, "epoch", or a share of an epoch; 0: only at the end.
         eval_on_start: whether to evaluate before the first window, too.
         best: the criterion for the best evaluation and for early stopping.
         on_nonfinite: action for a loss or gradient that is not finite, as for `train`.
@@ -154,8 +153,7 @@ def fine_tune(
     tuning = Tuning.of(windows, length.known and length.known - done) if tune else None
     signals = StopSignals(accelerator) if checkpointer is not None else nullcontext()
     with RunLog(accelerator, length.known, saver.folder, done) as log, signals as stop:
-        schedule = EvaluationSchedule(eval_every, windows)
-        evaluator = Evaluator(model, validate, schedule, evaluations, log, saver)
+        evaluator = Evaluator(model, validate, EvaluationTimes(eval_every, windows), evaluations, log, saver)
         if eval_on_start and not done:
             evaluator.evaluate(0)
         records = iter_windows(
@@ -443,7 +441,7 @@ class ModelSaver:
 
 
 @dataclass(frozen=True)
-class EvaluationSchedule:
+class EvaluationTimes:
     """The windows after which the model is evaluated.
 
     every: windows between evaluations (0: never); "epoch": after each epoch; or a share of an epoch, as a
@@ -481,7 +479,7 @@ class Evaluator:
 
     model: torch.nn.Module  # prepared
     validate: Validate | None
-    schedule: EvaluationSchedule
+    times: EvaluationTimes
     evaluations: EvaluationLog
     log: RunLog
     saver: ModelSaver
@@ -500,7 +498,7 @@ class Evaluator:
 
     def gives_up_after(self, window: int, total: float) -> bool:
         """Evaluate after this window, if it is due. Return whether the run stops early."""
-        if self.validate is None or not self.schedule.is_due(window):
+        if self.validate is None or not self.times.is_due(window):
             return False
         if window not in self.evaluations.windows:
             self.evaluate(window)

@@ -334,7 +334,7 @@ def _losses_apart(
     if windows.example_losses is None or micro_batch.items or not number:
         return None
     lengths = windows.lengths[micro_batch.indices] if windows.pad_to == "nothing" else None
-    each = np.ones(number), np.arange(number)  # every example is a source of its own
+    each = np.ones(number), np.arange(number)  # every example is a separate source
     found = ExampleItems.of(micro_batch.batch, windows.count_items, *each, lengths)
     return ExampleLosses(found, batch, number, weighs=False)
 
@@ -342,7 +342,7 @@ def _losses_apart(
 def _add_example_losses(
     windows: WindowLoader, micro_batch: MicroBatch, apart: ExampleLosses | None, loss: Any
 ) -> None:
-    """Add the losses and items of a micro-batch to `example_losses`; NaN where they cannot be told apart."""
+    """Add the losses and items of a micro-batch to `example_losses`; NaN where they are not known."""
     if apart is None or windows.example_losses is None:
         return
     if isinstance(loss, torch.Tensor):

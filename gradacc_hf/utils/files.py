@@ -106,7 +106,7 @@ def write_whole(path: Path, text: str) -> None:
 def write_new(paths: Iterable[Path], text: str) -> Path:
     """Write a text file atomically under the first of these paths that is free, and return the path.
 
-    Several processes may write at once: each gets a path of its own.
+    Several processes may write at once: each gets a separate path.
     """
     for path in paths:
         unfinished = path.with_name(f".{path.name}.unfinished")

@@ -1,6 +1,6 @@
 """Whether a validation set is large enough for its figures.
 
-A note is due in two cases: the set has fewer than `LEAST_EXAMPLES`, or the 95 % interval of the headline
+A note is due in two cases. The set has fewer than `LEAST_EXAMPLES`. Or the 95 % interval of the headline
 metric is wider than the distance from the baseline.
 """
 
@@ -42,7 +42,5 @@ def small_set_note(
     gain = abs(value - baseline)
     if width <= gain:
         return None
-    return (
-        f"the 95 % interval of {metric} on {examples:,} examples is {width:.4f} wide, and the distance from "
-        f"the baseline is {gain:.4f}: more validation examples are needed to tell them apart"
-    )
+    interval = f"the 95 % interval of {metric} is {width:.4f} wide, and the baseline is {gain:.4f} away"
+    return f"{interval}: evaluate more than {examples:,} examples"
