@@ -25,11 +25,10 @@ from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import file_rows, list_lengths, require_column, texts_of
 from gradacc_hf.data.sources import CARRIED
 from gradacc_hf.errors import InputError
-from gradacc_hf.recipe import Recipe
+from gradacc_hf.recipe import Recipe, ScoredRows
 from gradacc_hf.run import run
 from gradacc_hf.tasks.search import chance, features, nearest, note_equal_texts, sample
 from gradacc_hf.training.loop import evaluate
-from gradacc_hf.training.run_log import metrics_by_source
 
 HITS = 10  # candidates per query in an evaluation
 
@@ -147,13 +146,12 @@ class Contrastive(Recipe):
         )
         embeddings, texts = torch.from_numpy(np.stack(found.predictions)), torch.tensor(found.references)
         ids, right = search_positives(embeddings, texts, HITS)
+        self.scored = ScoredRows(ids, right, self.metrics)
         rows = range(min(8, len(ids)))
-        self.samples[:] = [sample(*windows.examples([i, ids[i][0]]), ids[i], right[i]) for i in rows]
-        of_sources = metrics_by_source(
-            self.validation_sources or (),
-            lambda rows: self.metrics([ids[row] for row in rows], [right[row] for row in rows]),
-        )
-        return {"loss": self.loss.value(embeddings, texts), **self.metrics(ids, right), **of_sources}
+        shown = [(windows.examples([i, *ids[i][:3]]), ids[i], right[i]) for i in rows]
+        self.samples[:] = [sample(pair, found, *hits) for (pair, *found), *hits in shown]
+        scores = {"loss": self.loss.value(embeddings, texts), **self.metrics(ids, right)}
+        return scores | self.scored.by_source(self.validation_sources or ())
 
     def metrics(self, predictions, references):
         from gradacc_hf.metrics import load  # slow to import, so not before it is needed

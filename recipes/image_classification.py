@@ -60,7 +60,8 @@ class ImageClassification(Recipe):
         train, validation = self.check_rows(train, validation, problem, "data.image_column")
         train, validation = self.target.encode(train, validation, self.may_skip, self.own_labels)
         self.note_labels(self.target.labels)
-        return self.examples(train, augment=True), self.examples(validation, augment=False)
+        self.validation = self.examples(validation, augment=False)
+        return self.examples(train, augment=True), self.validation
 
     def examples(self, rows, augment):
         """Return the examples: paths or bytes of images, which `transform` decodes, and labels."""
@@ -117,6 +118,15 @@ class ImageClassification(Recipe):
 
     def metrics(self, predictions, references):
         return self.target.metrics(np.stack(predictions), np.stack(references))
+
+    def describe(self, predictions, references, windows):
+        logits_and_labels = np.stack(predictions), np.stack(references)
+        return self.target.describe(*logits_and_labels, self.images_shown, "image")
+
+    def images_shown(self, rows):
+        """Return the files of validation images, or else their numbers in the data set."""
+        images = self.validation.select(rows)["image"]
+        return [image["path"] or f"number {row}" for row, image in zip(rows, images, strict=True)]
 
     def baseline(self, train, validation):
         """Return the scores of the most frequent training label, given as the answer to every image."""

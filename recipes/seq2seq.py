@@ -19,13 +19,14 @@ from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import list_lengths, require_texts, text_problem, texts_of
 from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.data.sources import first_of_each
+from gradacc_hf.recipe import ScoredRows
 from gradacc_hf.run import run
 from gradacc_hf.tasks.encoder_decoder import EncoderDecoder
 from gradacc_hf.tasks.generate import check_target_length, generate
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss, with_perplexity
 from gradacc_hf.training.loop import evaluate
-from gradacc_hf.training.run_log import by_source, metrics_by_source
+from gradacc_hf.training.run_log import by_source
 
 
 def features(rows, tokenizer, columns, prefix, max_length, max_target_length, start):
@@ -155,15 +156,12 @@ class Seq2Seq(EncoderDecoder):
         found = evaluate(model, windows, sources=self.validation_sources, **settings)
         written = generate(model, windows, accelerator, self.shown_rows, self.tokenizer, **self.search)
         source, target = (self.shown[column] for column in self.columns)
+        self.scored = ScoredRows(written, target, self.metrics)
         rows = islice(zip(source, written, target, strict=True), 5)
         self.samples[:] = [dict(zip(("input", "output", "reference"), row, strict=True)) for row in rows]
         scores = with_perplexity({"loss": found.loss} | by_source("loss", found.source_losses))
         sources = [self.validation_sources[row] for row in self.shown_rows if self.validation_sources]
-
-        def metrics_of(rows):
-            return self.metrics(*([texts[row] for row in rows] for texts in (written, target)))
-
-        return scores | self.metrics(written, target) | metrics_by_source(sources, metrics_of)
+        return scores | self.metrics(written, target) | self.scored.by_source(sources)
 
     @property
     def search(self):

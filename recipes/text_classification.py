@@ -157,6 +157,9 @@ class TextClassification(Recipe):
     def metrics(self, predictions, references):
         return self.target.metrics(np.stack(predictions), np.stack(references))
 
+    def describe(self, predictions, references, windows):
+        return self.target.describe(np.stack(predictions), np.stack(references), self.texts(windows))
+
     def baseline(self, train, validation):
         """Return the scores of a constant answer: the most frequent label or set of labels, or the mean."""
         return self.target.baseline(train["labels"], validation["labels"])

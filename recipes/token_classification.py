@@ -27,6 +27,7 @@ from gradacc_hf.metrics.sequence_labelling import is_scheme
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.recipe.labels import given_labels, match_labels
 from gradacc_hf.run import run
+from gradacc_hf.tasks.details import class_tables, entity_tables
 from gradacc_hf.tasks.tags import (
     OF_SPANS,
     as_tokens,
@@ -153,6 +154,13 @@ class TokenClassification(Recipe):
         tokens = {"predictions": np.concatenate(predictions), "references": np.concatenate(references)}
         scores |= load("accuracy").compute(**tokens)
         return scores | {"token_f1": load("f1").compute(**tokens)["f1"]}
+
+    def describe(self, predictions, references, windows):
+        """Return tables of the entities and of the tags of tokens."""
+        names, pairs = np.array(self.labels.names), (predictions, references)
+        tags = [[names[row].tolist() for row in rows] for rows in pairs]
+        of_tags = class_tables(self.labels.names, *map(np.concatenate, pairs), of_tokens=True)
+        return (entity_tables(*tags) if is_scheme(self.labels.names) else []) + of_tags
 
     def model(self):
         """Return the model. After training on character spans, a config states how a text is split."""

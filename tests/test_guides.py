@@ -27,6 +27,7 @@ from recipe_runs import load_recipe
 from transformers import TrainingArguments
 
 import gradacc_hf
+from gradacc_hf import embedded
 from gradacc_hf.bench.ui_latency import served
 from gradacc_hf.cli import main as cli
 from gradacc_hf.config.schema import Config
@@ -128,6 +129,8 @@ def workplace(tmp_path_factory, venv):
     rows = [f"{text},{'yes' if i % 3 else 'no'}" for i, text in enumerate(texts)]
     (folder / "mine.csv").write_text("\n".join(["body,topic", *rows]))
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:3]))
+    labelled = embedded.docstring_modules()[1].select(range(40))
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     question = {"question": "Who sang?", "context": "Ada sang."}
     (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
     Image.new("L", (8, 8)).save(folder / "digit.png")

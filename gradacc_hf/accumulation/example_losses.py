@@ -78,12 +78,13 @@ class ExampleLosses:
         weighs: Whether a loss that cannot be weighed is an error. Otherwise it only has no parts by source.
 
     Attributes:
+        items: The weighted items of each example (examples,).
         parts: The part of each source in the mean loss, which is their sum (sources,). NaN if not known.
     """
 
     def __init__(self, found: ExampleItems, batch: Mapping[str, Any], num_sources: int, weighs: bool):
         self.batch, self.lengths, self.num_sources = batch, found.lengths, num_sources
-        self.weighs = weighs
+        self.weighs, self.items = weighs, found.items
         tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
         device = tensors[0].device
         self.weights = torch.from_numpy(found.weights.astype(np.float32)).to(device)
@@ -105,6 +106,16 @@ class ExampleLosses:
         finally:
             for name, own in before.items():
                 setattr(functional, name, own)
+
+    @property
+    def calls(self) -> int:
+        """The number of calls of loss functions so far."""
+        return len(self._means)
+
+    def forget_first(self, calls: int) -> None:
+        """Forget the first calls if there were more: a model computes a loss that a recipe does not use."""
+        if self.calls > calls:
+            del self._means[:calls]
 
     def record(self, loss: torch.Tensor, checks: bool) -> None:
         """Record the mean loss of the micro-batch, and find the part of each source in it.

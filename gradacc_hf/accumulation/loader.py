@@ -134,7 +134,11 @@ class WindowLoader:
         replays: Number of windows that were run again because memory ran out.
         seconds_to_collate: Seconds that the loop waited for the latest window.
         tuned: Whether the bound and the cost model come from trials (`training/autotune.py`).
+        example_losses: For each example, the sum of the losses and the number of items (examples, 2), which
+            `evaluate` adds; None: they are not recorded.
     """
+
+    example_losses: np.ndarray | None = None
 
     def __init__(
         self,

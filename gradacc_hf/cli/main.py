@@ -25,6 +25,10 @@ COMMANDS = {
     "play": ("gradacc_hf.play.command", "show the loop on a web page, micro-batch by micro-batch"),
     "bench": ("gradacc_hf.bench.cli", "measure the figures in the guides"),
     "predict": ("gradacc_hf.cli.predict", "predict on new input with a saved run"),
+    "evaluate": (
+        "gradacc_hf.cli.evaluate",
+        "compute metrics of a saved run on labelled data",
+    ),
 }
 """Command → the module whose `main` gets the remaining arguments, and one line of help."""
 
@@ -32,6 +36,7 @@ EXTRAS = {
     "bench": ("recipes", "report"),
     "compare": ("recipes", "report"),
     "data": ("recipes",),
+    "evaluate": ("recipes",),
     "plan": ("recipes",),
     "predict": ("recipes",),
     "report": ("report",),

@@ -42,6 +42,9 @@ class DataConfig:
     validation: str | list[str] | None = None
     """Validation data; without it, rows of train.
     Without it: the validation split of train, or else a share of the training rows."""
+    validation_split: str | None = None
+    """Split of validation to use, such as test.
+    null: the first of validation, valid, val, dev, test and train that it has."""
     validation_fraction: float = 0.1
     """Share of train held out for validation.
     Between 0 and 1. It is used only where there is no validation set."""
@@ -174,8 +177,10 @@ class TrainConfig:
     max_windows: int | None = None
     """Optimizer steps (windows) after which to stop.
     It holds for any number of epochs."""
-    eval_every: int = 0
-    """Windows between evaluations (0: only at the end)."""
+    eval_every: int | float | Literal["epoch"] | None = None
+    """Windows between evaluations, or epoch, or 0.25.
+    epoch: after each epoch. 0.25: after each quarter of an epoch, or another share below 1. 0: only at the
+    end. null: epoch if epochs is above 1, or else 0. The end of a run is always evaluated."""
     eval_on_start: bool = False
     """Also evaluate before the first window."""
     seed: int = 0
@@ -195,10 +200,21 @@ class TrainConfig:
     best_direction: Literal["min", "max"] = "min"
     """min or max: the best value of best_metric."""
 
+    @property
+    def eval_interval(self) -> "int | float | Literal['epoch']":
+        """The value of `eval_every`, or else the default for this number of epochs."""
+        return ("epoch" if self.epochs > 1 else 0) if self.eval_every is None else self.eval_every
+
     def rules(self) -> Rules:
+        every = self.eval_every
         yield "epochs", self.epochs >= 1, "1 or more"
         yield "max_windows", self.max_windows is None or self.max_windows >= 1, "1 window or more, or null"
-        yield "eval_every", self.eval_every >= 0, "0 windows (only at the end) or more"
+        shares = "0 windows (only at the end) or more, epoch, a share of an epoch such as 0.25, or null"
+        yield (
+            "eval_every",
+            0 < every < 1 if isinstance(every, float) else every in (None, "epoch") or every >= 0,
+            shares,
+        )
         yield "seed", 0 <= self.seed < 2**32, "an integer from 0 to 4294967295"
         yield "noise_every", (self.noise_every or 0) >= 0, "null, 0 windows (off) or more"
         yield "early_stopping", self.early_stopping >= 0, "0 evaluations (off) or more"

@@ -9,7 +9,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -62,6 +62,7 @@ def load_data(
     *,
     validation_fraction: float,
     seed: int,
+    validation_split: str | None = None,
     config_name: str | None = None,
     label_column: str | None = None,
     convert: Convert | None = None,
@@ -78,6 +79,7 @@ def load_data(
             `train` has, or else held-out training rows.
         validation_fraction: The share of the rows to hold out (at least 1 row).
         seed: Draws these rows, and nothing else does.
+        validation_split: The split of `validation`; by default the first of VALIDATION_SPLITS, or else train.
         config_name: The configuration of a data set on the Hub, or of a folder in the Hub's layout.
         label_column: The first row of every label in this column is not held out.
         convert: Converts training and validation rows, before rows are held out.
@@ -116,8 +118,7 @@ def load_data(
     else:
         reading.leave_splits(found, used)
         found = _read(validation, "data.validation", config_name, reading, form)
-        names = (split for split in (*VALIDATION_SPLITS, "train") if split in found.splits)
-        used = {name := next(names, next(iter(found.splits)))}
+        used = {name := choose_split(found.splits, validation, validation_split)}
         held = _converted(found.splits[name], convert, reading)
         reading.use_split(found, name, "validation")
     reading.leave_splits(found, used)
@@ -128,6 +129,15 @@ def load_data(
         reading.merged.setdefault(name, []).append(line)
     reading.columns = [*dict.fromkeys((*rows.column_names, *held.column_names))]
     return Splits(rows, held, held_out, source, reading)
+
+
+def choose_split(splits: Collection[str], validation: str, named: str | None) -> str:
+    """Return the split of `data.validation` that is used: the named one, or else the first that it has."""
+    if named not in (None, *splits):
+        found = f"{validation!r} has no split {named!r}"
+        refuse("data.validation_split", found, f"allowed: {listed(splits)}")
+    names = (split for split in (*VALIDATION_SPLITS, "train") if split in splits)
+    return named or next(names, next(iter(splits)))
 
 
 def _converted(rows: Dataset, convert: Convert | None, reading: Reading) -> Dataset:

@@ -9,7 +9,7 @@ text that looks like a secret is hidden.
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,7 @@ from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.training.run_log import versions
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.redaction import redact
+from gradacc_hf.utils.sample_size import small_set_note
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 UNKNOWN = "unknown"  # a licence, as the Hub spells it
@@ -129,10 +130,13 @@ def refresh_cards(run: Path) -> list[Path]:
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     file = run / "verify.json"
     verification = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    files = sorted((run / "evaluations").glob("*.json"), key=lambda file: file.stat().st_mtime)
+    evaluations = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     written = []
     for folder, metrics in ((run / "best", summary["best"]), (run / "last", summary["eval"])):
         if folder.is_dir():
-            card = make_card(folder, config, summary, metrics, verification)
+            of_model = [evaluation for evaluation in evaluations if evaluation["model"] == folder.name]
+            card = make_card(folder, config, summary, metrics, verification, of_model)
             written.append(folder / "README.md")
             write_whole(written[-1], str(card))
     return written
@@ -144,6 +148,7 @@ def make_card(
     summary: Mapping[str, Any],
     metrics: Mapping[str, float] | None,
     verification: Mapping[str, Any] | None = None,
+    evaluations: Sequence[Mapping[str, Any]] = (),
 ) -> ModelCard:
     """Return the card of the model in a folder.
 
@@ -153,6 +158,7 @@ def make_card(
         summary: The content of summary.json, or the part of it that is known during a run.
         metrics: The metrics of this model; None if it was not evaluated.
         verification: The content of verify.json.
+        evaluations: The content of files in evaluations/, of this model.
     """
     known, scores = redact(summary["card"]), _numbers(metrics)
     licence = Licence(**known["licence"])
@@ -195,9 +201,11 @@ def make_card(
                 "scores": {metric: value for metric, value in scores.items() if metric != "window"},
                 "baseline": _numbers(summary.get("baseline")),
                 "window": scores.get("window"),
+                "small_set": _small_set(scores, config, summary, known["validation_examples"]),
                 "run": summary,
                 "config": config,
                 "verification": verification,
+                "evaluations": [{**one, "data": _public_evaluation(one["data"])} for one in evaluations],
                 "settings": yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=1000),
             }
         ),
@@ -246,6 +254,21 @@ def _is_hub_name(given: str) -> bool:
 def _public(given: str) -> str:
     """Return `data.train` for a card, without names of local files, which may be private."""
     return given if _is_hub_name(given) or given.startswith("embedded:") else "local files"
+
+
+def _small_set(
+    scores: Mapping[str, float], config: Mapping[str, Any], summary: Mapping[str, Any], examples: int
+) -> str | None:
+    """Return a line if the validation set is too small for the metrics, or None."""
+    metric = config["train"]["best_metric"]
+    baseline = _numbers(summary.get("baseline")).get(metric)
+    return small_set_note(metric, scores[metric], examples, baseline) if metric in scores else None
+
+
+def _public_evaluation(data: str) -> str:
+    """Return the data of an evaluation for a card, without names of local files."""
+    given, comma, split = data.partition(", split ")
+    return data if " " in given else _public(given) + comma + split
 
 
 def _embedded_about(given: str) -> str:

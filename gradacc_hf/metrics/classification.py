@@ -32,8 +32,8 @@ class _ClassificationMetric(InMemoryMetric):
             reference_urls=["https://scikit-learn.org/stable/modules/model_evaluation.html"],
         )
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
-        """Keep a batch until `compute`. Raise InputError for floats, which evaluate would truncate."""
+    def check(self, predictions: Any, references: Any) -> None:
+        """Raise InputError for floats, which evaluate would truncate."""
         for name, values in (("predictions", predictions), ("references", references)):
             array = np.asarray(values)
             if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iub":
@@ -41,7 +41,6 @@ class _ClassificationMetric(InMemoryMetric):
                     f"{name}: found {array.dtype} of shape {array.shape}; allowed are class ids, whole "
                     "numbers of shape (rows,), at least one: take the argmax of the logits first"
                 )
-        super().add_batch(predictions=predictions, references=references, **more)
 
 
 class Accuracy(_ClassificationMetric):

@@ -34,8 +34,8 @@ class MultiLabelMetric(InMemoryMetric):
             reference_urls=["https://scikit-learn.org/stable/modules/model_evaluation.html"],
         )
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
-        """Keep a batch until `compute`. Raise InputError unless it has 0 or 1 for each row and label."""
+    def check(self, predictions: Any, references: Any) -> None:
+        """Raise InputError unless it has 0 or 1 for each row and label."""
         for name, values in (("predictions", predictions), ("references", references)):
             array = np.asarray(values)
             if array.ndim != 2 or array.size == 0 or not np.isin(array, (0, 1)).all():
@@ -43,7 +43,6 @@ class MultiLabelMetric(InMemoryMetric):
                     f"{name}: found {array.dtype} of shape {array.shape}; allowed are 0 and 1 of shape "
                     "(rows, labels), at least one row: compare the logits with 0 first"
                 )
-        super().add_batch(predictions=predictions, references=references, **more)
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         predictions, references = np.asarray(predictions), np.asarray(references)

@@ -28,8 +28,8 @@ class _RegressionMetric(InMemoryMetric):
             reference_urls=["https://docs.scipy.org/doc/scipy/reference/stats.html"],
         )
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
-        """Keep a batch until `compute`. Raise InputError unless it has one number per row."""
+    def check(self, predictions: Any, references: Any) -> None:
+        """Raise InputError unless it has one number per row."""
         for name, values in (("predictions", predictions), ("references", references)):
             array = np.asarray(values)
             if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iuf":
@@ -37,7 +37,6 @@ class _RegressionMetric(InMemoryMetric):
                     f"{name}: found {array.dtype} of shape {array.shape}; allowed are numbers of shape "
                     "(rows,), at least one: take the only column of the logits first"
                 )
-        super().add_batch(predictions=predictions, references=references, **more)
 
 
 class Pearson(_RegressionMetric):
@@ -48,6 +47,7 @@ class Pearson(_RegressionMetric):
     """
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        predictions, references = _as_float64(predictions, references)
         if _is_undefined(predictions) or _is_undefined(references):
             return {"pearsonr": 0.0}
         found: Any = scipy.stats.pearsonr(predictions, references)
@@ -58,6 +58,7 @@ class Spearman(_RegressionMetric):
     """The correlation of the ranks of predicted and true numbers, −1 to 1; 0 if it is undefined."""
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        predictions, references = _as_float64(predictions, references)
         if _is_undefined(predictions) or _is_undefined(references):
             return {"spearmanr": 0.0}
         found: Any = scipy.stats.spearmanr(predictions, references)
@@ -68,15 +69,19 @@ class MeanSquaredError(_RegressionMetric):
     """The mean of the squared differences, from 0; NaN if a prediction is NaN."""
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"mse": float(np.square(np.subtract(predictions, references)).mean())}
+        predictions, references = _as_float64(predictions, references)
+        return {"mse": float(np.square(predictions - references).mean())}
 
 
-def _is_undefined(numbers: Any) -> bool:
+def _as_float64(*rows: Any) -> list[np.ndarray]:
+    return [np.asarray(numbers, np.float64) for numbers in rows]
+
+
+def _is_undefined(numbers: np.ndarray) -> bool:
     """Whether a correlation with these numbers is undefined: they are constant to rounding, or not finite.
 
     SciPy warns of constant numbers by the same test.
     """
-    numbers = np.asarray(numbers, np.float64)
     if not np.isfinite(numbers).all():
         return True
     spread = np.linalg.norm(numbers - numbers.mean())

@@ -57,16 +57,19 @@ class Retrieval(InMemoryMetric):
             features=datasets.Features({"predictions": datasets.List(ids), "references": datasets.List(ids)}),
         )
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
-        """Keep a batch until `compute`. Raise InputError unless it is a table of ids."""
+    def check(self, predictions: Any, references: Any) -> None:
+        """Raise InputError unless it is a table of ids."""
         array = np.asarray(predictions)
         if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu" or array.shape[1] > MAX_RANK:
             raise InputError(
                 f"predictions: found {array.dtype} of shape {array.shape}; allowed are ids of candidates, "
                 f"whole numbers of shape (rows, at most {MAX_RANK}), at least one row"
             )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
+        """Keep a batch until `compute`. A reference may be a whole number or a list."""
         right = [np.atleast_1d(row).tolist() for row in references]
-        super().add_batch(predictions=array.tolist(), references=right, **more)
+        super().add_batch(predictions=np.asarray(predictions).tolist(), references=right, **more)
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         hits = np.array([np.isin(found, right) for found, right in zip(predictions, references, strict=True)])

@@ -7,6 +7,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import datasets
@@ -15,6 +16,9 @@ import numpy as np
 
 from gradacc_hf.errors import InputError
 from gradacc_hf.metrics.in_memory import InMemoryMetric
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+ROWS_KEPT = 2**15  # rows whose scores are kept, as a bootstrap scores a row a thousand times
 
 _INPUTS = """
 Args:
@@ -37,8 +41,8 @@ class _TextMetric(InMemoryMetric):
             reference_urls=list(self.reference_urls),
         )
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
-        """Keep a batch until `compute`. Raise InputError unless each row has a text and a list of texts."""
+    def check(self, predictions: Any, references: Any) -> None:
+        """Raise InputError unless each row has a text and a list of texts."""
         of_texts = all(isinstance(text, str) for text in predictions)
         of_lists = all(
             isinstance(row, list | tuple) and (len(row) or self.may_be_empty) for row in references
@@ -48,7 +52,6 @@ class _TextMetric(InMemoryMetric):
                 "predictions and references: allowed are texts, at least one, and for each a list of one "
                 'text or more: predictions=["a"], references=[["a", "b"]]'
             )
-        super().add_batch(predictions=predictions, references=references, **more)
 
 
 class Squad(_TextMetric):
@@ -93,13 +96,16 @@ def answer_scores(predictions: Sequence[str], references: Sequence[Sequence[str]
 
     A row without right texts has no answer, and the right prediction is "".
     """
-    exact, f1 = [], []
-    for prediction, texts in zip(predictions, references, strict=True):
-        words, rights = _words(prediction), [_words(text) for text in texts] or [[]]
-        rights = [right for right in rights if right] or rights[:1]
-        exact.append(max(words == right for right in rights))
-        f1.append(max(_overlap(words, right) for right in rights))
+    pairs = zip(predictions, references, strict=True)
+    exact, f1 = zip(*(_answer_scores_of_row(text, tuple(texts)) for text, texts in pairs), strict=True)
     return np.array(exact, float), np.array(f1, float)
+
+
+@lru_cache(ROWS_KEPT)
+def _answer_scores_of_row(prediction: str, texts: tuple[str, ...]) -> tuple[bool, float]:
+    words, rights = _words(prediction), [_words(text) for text in texts] or [[]]
+    rights = [right for right in rights if right] or rights[:1]
+    return max(words == right for right in rights), max(_overlap(words, right) for right in rights)
 
 
 def _words(answer: str) -> list[str]:
@@ -123,12 +129,23 @@ class Rouge(_TextMetric):
     reference_urls = ("https://aclanthology.org/W04-1013/",)
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        from rouge_score.rouge_scorer import RougeScorer  # loads nltk
+        pairs = zip(predictions, references, strict=True)
+        means = np.mean([_rouge_of_row(text, tuple(texts)) for text, texts in pairs], axis=0)
+        return dict(zip(ROUGE, means.tolist(), strict=True))
 
-        kinds = ["rouge1", "rouge2", "rougeL"]
-        scorer = RougeScorer(kinds, use_stemmer=True)
-        rows = [scorer.score_multi(texts, text) for text, texts in zip(predictions, references, strict=True)]
-        return {kind: float(np.mean([row[kind].fmeasure for row in rows])) for kind in kinds}
+
+@lru_cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # loads nltk
+
+    return RougeScorer([*ROUGE], use_stemmer=True)
+
+
+@lru_cache(ROWS_KEPT)
+def _rouge_of_row(text: str, right: tuple[str, ...]) -> tuple[float, ...]:
+    """Return the F of each kind in `ROUGE`."""
+    scores = _rouge_scorer().score_multi(right, text)
+    return tuple(scores[kind].fmeasure for kind in ROUGE)
 
 
 class SacreBleu(_TextMetric):
@@ -137,8 +154,18 @@ class SacreBleu(_TextMetric):
     reference_urls = ("https://aclanthology.org/W18-6319/",)
 
     def _compute(self, predictions: Any, references: Any, tokenize: Any = None) -> dict[str, float]:
-        from sacrebleu import corpus_bleu
+        from sacrebleu.metrics import BLEU
 
-        most = max(map(len, references))  # sacrebleu takes a list of first references, one of second, …
-        columns: Any = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
-        return {"bleu": float(corpus_bleu(predictions, columns, tokenize=tokenize).score)}
+        pairs = zip(predictions, references, strict=True)
+        rows = [_bleu_counts_of_row(text, tuple(texts), tokenize) for text, texts in pairs]
+        counts, totals, *lengths = (np.sum(column, axis=0).tolist() for column in zip(*rows, strict=True))
+        return {"bleu": float(BLEU.compute_bleu(counts, totals, *lengths, smooth_method="exp").score)}
+
+
+@lru_cache(ROWS_KEPT)
+def _bleu_counts_of_row(text: str, right: tuple[str, ...], tokenize: Any) -> tuple[Any, ...]:
+    """Return the counts of n-grams that are right, of all n-grams, and both lengths."""
+    from sacrebleu import corpus_bleu
+
+    score = corpus_bleu([text], [[one] for one in right], tokenize=tokenize)
+    return score.counts, score.totals, score.sys_len, score.ref_len

@@ -35,10 +35,11 @@ from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
 from gradacc_hf.recipe.labels import Labels, labels_of_config, parameters_of_labels, renew
 from gradacc_hf.recipe.mixture import read_mixture, take_sources_and_weights
+from gradacc_hf.recipe.scoring import ScoredRows
 from gradacc_hf.recipe.streaming import ExampleStream, OpenRows, open_rows
-from gradacc_hf.training.loop import Evaluation, Rows, evaluate, logits_and_labels
+from gradacc_hf.training.loop import Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
-from gradacc_hf.training.run_log import by_source, metrics_by_source
+from gradacc_hf.training.run_log import by_source
 from gradacc_hf.utils.files import MODEL_CONFIG
 
 
@@ -84,6 +85,8 @@ class Recipe:
         self.reading = Reading()  # the files, and what was changed or left out
         self.opened: OpenRows | None = None  # the training rows, with data.streaming
         self.samples: list[dict[str, str]] = []  # the model's answers to a few rows, for the report
+        self.details: list[dict[str, Any]] = []  # tables about the latest evaluation, for the report
+        self.scored: ScoredRows | None = None  # of the latest evaluation, for the intervals of metrics
         self.new_parameters: set[str] | None = None  # parameters without saved weights; None: all
         self.model_notes: dict[str, str] = {}  # for the plan: each change of the user's model, by name
         self.own_padding_side: str | None = None  # of the tokenizer, before `padding_side`
@@ -162,6 +165,7 @@ class Recipe:
             data.validation,
             validation_fraction=data.validation_fraction,
             seed=self.config.train.seed,
+            validation_split=data.validation_split,
             config_name=data.config_name,
             label_column=label_column,
             convert=convert,
@@ -313,16 +317,34 @@ class Recipe:
         """Return the loss of a prepared model, and the `metrics` of all predictions."""
         settings = {"accelerator": accelerator, "compute_loss": self.loss, "predict": self.predict}
         found = evaluate(model, windows, sources=self.validation_sources, **settings)
+        self.scored = ScoredRows(found.predictions, found.references, self.metrics)
         scores = {"loss": found.loss, **self.metrics(found.predictions, found.references)}
-        return scores | by_source("loss", found.source_losses) | self.source_metrics(found)
+        self.details[:] = self.describe(found.predictions, found.references, windows)
+        return scores | by_source("loss", found.source_losses) | self.source_metrics()
 
-    def source_metrics(self, found: Evaluation) -> dict[str, float]:
-        """Return the `metrics` of the rows of each source, by metric and source: "accuracy/chats"."""
-        pairs = found.predictions, found.references
-        return metrics_by_source(
-            self.validation_sources or (),
-            lambda rows: self.metrics(*([values[row] for row in rows] for values in pairs)),
-        )
+    def describe(
+        self, predictions: Sequence[Any], references: Sequence[Any], windows: WindowLoader
+    ) -> list[dict[str, Any]]:
+        """Return tables about an evaluation for the report, as `tasks/details.py` makes them.
+
+        Args:
+            predictions, references: As for `metrics`.
+            windows: The loader of the examples, for the inputs of some.
+        """
+        return []
+
+    def texts(self, windows: WindowLoader) -> Callable[[Sequence[int]], list[str]]:
+        """Return a function: numbers of examples → their texts, as the model receives them."""
+
+        def texts_of(rows: Sequence[int]) -> list[str]:
+            tokens = [example["input_ids"] for example in windows.examples(rows)] if len(rows) else []
+            return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+
+        return texts_of
+
+    def source_metrics(self) -> dict[str, float]:
+        """Return the metrics of the rows of each source in the latest evaluation: "accuracy/chats"."""
+        return self.scored.by_source(self.validation_sources or ()) if self.scored else {}
 
     def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """Return one answer of a saved model to each input: a text, or a row as in a data file."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from gradacc_hf.config.schema import Config
 from gradacc_hf.data.files import FAULT
-from gradacc_hf.data.loading import VALIDATION_SPLITS, Convert
+from gradacc_hf.data.loading import VALIDATION_SPLITS, Convert, choose_split
 from gradacc_hf.data.mixed import rows_as_dataset
 from gradacc_hf.data.readers import quiet
 from gradacc_hf.data.reading import counted
@@ -81,7 +81,7 @@ def open_rows(recipe: "Recipe", convert: Convert | None) -> tuple[OpenRows, Data
         others, source = splits[name], f"of the {name} split of {data.train}"
     else:
         found = open_streams(data.validation, "data.validation", **shared)
-        name = next((split for split in (*VALIDATION_SPLITS, "train") if split in found), next(iter(found)))
+        name = choose_split(found, data.validation, data.validation_split)
         others, source = found[name], f"of {data.validation}"
     validation, after = _head(recipe, others, number, {}, "data.train" if of_train else "data.validation")
     start = after if of_train else start

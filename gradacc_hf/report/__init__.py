@@ -35,10 +35,12 @@ from gradacc_hf.report.runs import RecordedRun, RunGroup, contenders, read_runs
 from gradacc_hf.report.tables import (
     baseline_row,
     configurations,
+    details_of,
     distinct,
     dynamics_table,
     figures_table,
     plan_table,
+    scored_sections,
     sources_table,
 )
 from gradacc_hf.utils.files import write_whole
@@ -109,7 +111,7 @@ def render(runs: Sequence[RecordedRun]) -> str:
         subtitle=_subtitle(runs),
         date=time.strftime("%Y-%m-%d %H:%M"),
         verdict=words.verdict(found),
-        notes=[(run.name, note) for run in runs for note in run.notes],
+        notes=[(run.name, note) for run in runs for note in (*run.notes, run.small_set) if note],
         titles=titles,
         table=table,
         baseline=baseline_row(found, titles),
@@ -128,6 +130,8 @@ def render(runs: Sequence[RecordedRun]) -> str:
         bars=bars_of(found),
         sizes=sizes_of(found),
         windows=windows_of(found),
+        scored=scored_sections(runs),
+        details=[(run.name, details_of(run.details)) for run in runs if run.details],
         samples=[(run.name, run.samples) for run in runs if run.samples],
         plan=plan_table(found),
         readings=distinct(runs, lambda run: run.reading),

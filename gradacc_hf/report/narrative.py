@@ -6,7 +6,7 @@ Names of contenders are bold, so that the end of a name such as "Trainer, by len
 import math
 import shlex
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,8 @@ def _metrics(found: Sequence[RunGroup]) -> Markup:
         return Markup("No evaluation is recorded.")
     names.sort(key=lambda name: name == "loss")  # last
     baseline = next((b for c in found for run in c.runs if (b := run.metrics("baseline"))), {})
-    against = {name: f" (baseline {metric(value)})" for name, value in baseline.items()}
+    before = next((b for c in found for run in c.runs if (b := run.before_training)), {})
+    against = {name: _against(name, baseline, before) for name in names}
     if len(found) == 1:
         each = [f"{metric_name(name)} {_final(found[0], name)}{against.get(name, '')}" for name in names]
         return Markup("Final {}.").format(in_words(each))
@@ -104,6 +105,13 @@ def _metrics(found: Sequence[RunGroup]) -> Markup:
     with_it = [c for c in found if any(chief in run.metrics("eval") for run in c.runs)]
     each = [Markup("{} {}").format(_names([contender]), _final(contender, chief)) for contender in with_it]
     return Markup("Final {}: {}{}.").format(metric_name(chief), in_words(each), against.get(chief, ""))
+
+
+def _against(name: str, baseline: Mapping[str, float], before: Mapping[str, float]) -> str:
+    """Return what a metric is compared with: the model before training, if it was evaluated, and baseline."""
+    parts = [f"before training {metric(before[name])}"] if name in before else []
+    parts += [f"baseline {metric(baseline[name])}"] if name in baseline else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _final(contender: RunGroup, name: str) -> str:
@@ -142,9 +150,21 @@ def _speed(found: Sequence[RunGroup]) -> Markup | None:
             parts.append(part.rstrip())
     if not parts:
         return None
+    others_data = [other for other in others if speed_ratios(first, other) and _data(other) != _data(first)]
     pairs = len(first.runs) if all(_paired(first, other) for other in others) else 1
     medians = f" (medians of {pairs} pairs of runs)" if pairs > 1 else ""
-    return Markup("Per second, {} trains {}{}.").format(_names([first]), in_words(parts), medians)
+    found = Markup("Per second, {} trains {}{}.").format(_names([first]), in_words(parts), medians)
+    if others_data:
+        verb = "has" if len(others_data) == 1 else "have"
+        note = " {} {} other data, so that these speeds cannot be compared: examples differ in length."
+        found += Markup(note).format(_names(others_data), verb)
+    return found
+
+
+def _data(contender: RunGroup) -> set[str]:
+    """Return the training data of the runs of a contender, with the settings that change the examples."""
+    keys = ("train", "config_name", "max_length", "max_target_length", "packing")
+    return {repr([run.setting("data", key) for key in keys]) for run in contender.runs}
 
 
 def _paired(first: RunGroup, other: RunGroup) -> bool:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ import yaml
 from gradacc_hf.errors import one_line, refuse
 from gradacc_hf.training.run_log import WindowRecord
 from gradacc_hf.utils.redaction import redact
+from gradacc_hf.utils.sample_size import small_set_note
 
 NUMBER_KEYS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
 NUMBER_KEYS += ("training_memory_bytes", "effective_batch_size", "processes")
 FIRST_CONTENDERS = ("gradacc", "ours")  # labels of `gradacc compare`; the latter by version 0.1
 OBJECT_KEYS = ("eval", "best", "baseline", "accumulation_steps", "planned_accumulation_steps", "versions")
+OBJECT_KEYS += ("card",)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,25 @@ class HistoryRow(WindowRecord):
     """A row of history.jsonl. A missing or null value is NaN."""
 
     gradient_error: float | None = None  # against the whole window; None if not measured
+
+
+@dataclass(frozen=True)
+class ScoredData:
+    """An evaluation by `gradacc evaluate`, of a file in evaluations/.
+
+    name: the name of the file.
+    metrics: name → value, low, high, baseline; NaN where one is not known.
+    """
+
+    name: str
+    model: str
+    data: str
+    examples: int
+    metrics: Mapping[str, Mapping[str, float]]
+    notes: tuple[str, ...] = ()
+    headline: str = "loss"
+    details: tuple[dict[str, Any], ...] = ()
+    samples: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,7 @@ class RecordedRun:
     config: Mapping[str, Any]  # config.yaml; empty if there is none
     notes: tuple[str, ...]  # problems with the files
     verification: str | None = None  # the verdict of verify.json
+    scored: tuple[ScoredData, ...] = ()  # by gradacc evaluate
 
     @property
     def seed(self) -> Any:
@@ -155,9 +177,34 @@ class RecordedRun:
         return [{k: number(v) for k, v in one.items()} for one in found if isinstance(one, dict)]
 
     @property
+    def before_training(self) -> dict[str, float]:
+        """The metrics of the model before training; empty if it was not evaluated."""
+        first = next((row for row in self.evaluations if row.get("window") == 0), {})
+        return {name: value for name, value in first.items() if name != "window"}
+
+    @property
+    def small_set(self) -> str | None:
+        """A line if the validation set is too small for the final metrics, or None."""
+        metric, examples = self.setting("train", "best_metric") or "loss", self.num_validation
+        value = self.metrics("eval").get(metric, math.nan)
+        baseline = self.metrics("baseline").get(metric, self.before_training.get(metric))
+        return small_set_note(metric, value, examples, baseline) if examples else None
+
+    @property
+    def num_validation(self) -> int:
+        """The number of validation examples; 0 if it is unknown."""
+        found = (self.summary.get("card") or {}).get("validation_examples")
+        return found if isinstance(found, int) else 0
+
+    @property
     def samples(self) -> list[dict[str, str]]:
         """Outputs of the model for a few rows: name to text, the same names in each. Often empty."""
         return self.summary.get("samples") or []
+
+    @property
+    def details(self) -> list[dict[str, Any]]:
+        """Tables about the final evaluation, as `tasks/details.py` makes them. Often empty."""
+        return self.summary.get("details") or []
 
     @property
     def reading(self) -> str:
@@ -284,7 +331,37 @@ def _read_run(folder: Path, name: str) -> RecordedRun:
         config=_read_config(folder / "config.yaml"),
         notes=tuple(notes),
         verification=_read_verdict(folder / "verify.json"),
+        scored=tuple(map(_read_scored, sorted((folder / "evaluations").glob("*.json"), key=_natural))),
     )
+
+
+def _checked(value: Any, is_right: Callable[[Any], bool]) -> tuple[Any, ...]:
+    if not is_right(value or []):
+        raise ValueError("tables or samples of another form")
+    return tuple(value or ())
+
+
+def _read_scored(path: Path) -> ScoredData:
+    """Return an evaluation by `gradacc evaluate`. Raise InputError for any other file."""
+    try:
+        found = redact(json.loads(_read_text(path)))
+        parts = ("value", "low", "high", "baseline")
+        return ScoredData(
+            name=path.stem,
+            model=str(found["model"]),
+            data=str(found["data"]),
+            examples=int(found["examples"]),
+            metrics={
+                str(name): {part: number(metric[part]) for part in parts}
+                for name, metric in found["metrics"].items()
+            },
+            notes=tuple(map(str, found["notes"])),
+            headline=str(found["headline"]),
+            details=_checked(found.get("details"), _are_details),
+            samples=_checked(found.get("samples"), _are_samples),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        refuse(str(path), f"found no evaluation ({one_line(error)})", "remove it, or evaluate again")
 
 
 def _read_verdict(path: Path) -> str | None:
@@ -365,6 +442,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
             refuse(f"{path}, {key}", one_line(wrong), "a number or null is allowed")
     if not _are_samples(summary.get("samples") or []):
         refuse(f"{path}, samples", "found something else", "a list of objects, name to text, is allowed")
+    if not _are_details(summary.get("details") or []):
+        refuse(f"{path}, details", "found something else", "what a run writes, or null, is allowed")
     if not _is_window(summary.get("first_window") or []):
         refuse(f"{path}, first_window", "found something else", "[[tokens of each example, …], …] is allowed")
     if not _is_reading(summary.get("reading"), summary.get("skipped_rows")):
@@ -408,6 +487,19 @@ def _is_window(value: Any) -> bool:
         and lengths
         and all(isinstance(length, int | float) and length >= 0 for length in lengths)
         for lengths in value
+    )
+
+
+def _are_details(value: Any) -> bool:
+    """Whether the value is a list of tables with a title, columns and rows of texts and numbers."""
+    return isinstance(value, list) and all(
+        isinstance(one, dict)
+        and all(isinstance(one.get(key), str) for key in ("title", "kind", "note"))
+        and isinstance(columns := one.get("columns"), list)
+        and isinstance(one.get("rows"), list)
+        and all(isinstance(row, list) and len(row) == len(columns) for row in one["rows"])
+        and all(isinstance(cell, str | int | float | None) for row in (columns, *one["rows"]) for cell in row)
+        for one in value
     )
 
 

@@ -123,6 +123,95 @@ def memory_figure(found: Sequence[RunGroup]) -> tuple[str, Callable[[RecordedRun
     return title, lambda run: run.summary.get(key)
 
 
+@dataclass(frozen=True)
+class DetailCell:
+    """A cell of a table about an evaluation. `shade` is a percentage; None for a cell without a shade."""
+
+    text: str
+    shade: int | None = None
+
+
+@dataclass(frozen=True)
+class DetailTable:
+    """A table about an evaluation: of classes, confusions, entities, or mistakes.
+
+    kind: "table", "matrix" or "texts".
+    """
+
+    title: str
+    kind: str
+    columns: list[str]
+    rows: list[list[DetailCell]]
+    note: str
+
+
+@dataclass(frozen=True)
+class ScoredSection:
+    """An evaluation by `gradacc evaluate`, for the page."""
+
+    title: str
+    rows: list[list[str]]
+    notes: tuple[str, ...]
+    details: list[DetailTable]
+    samples: tuple[dict[str, str], ...]
+
+
+def details_of(found: Sequence[Mapping[str, Any]]) -> list[DetailTable]:
+    """Return tables about an evaluation with formatted cells."""
+    return [
+        DetailTable(
+            one["title"],
+            one["kind"],
+            one["columns"],
+            [_detail_row(row, one["kind"] == "matrix") for row in one["rows"]],
+            one["note"],
+        )
+        for one in found
+    ]
+
+
+def _detail_row(row: Sequence[Any], is_matrix: bool) -> list[DetailCell]:
+    name, *cells = row
+    total = sum(cell for cell in cells if isinstance(cell, int)) if is_matrix else 0
+    return [
+        DetailCell(str(name)),
+        *(
+            DetailCell(_shown(cell), round(100 * cell / total) if total and isinstance(cell, int) else None)
+            for cell in cells
+        ),
+    ]
+
+
+def _shown(cell: Any) -> str:
+    if cell is None:
+        return "–"
+    return f"{cell:.3f}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def scored_sections(runs: Sequence[RecordedRun]) -> list[ScoredSection]:
+    """Return the evaluations by `gradacc evaluate`."""
+    found = []
+    for run, scored in ((owner, one) for owner in runs for one in owner.scored):
+        title = f"{scored.name}: {scored.model} model on {scored.data}, {scored.examples:,} examples"
+        rows = [
+            [
+                name,
+                words.metric(metric["value"]),
+                _between(metric["low"], metric["high"]),
+                words.metric(metric["baseline"]) if math.isfinite(metric["baseline"]) else "–",
+            ]
+            for name, metric in scored.metrics.items()
+        ]
+        title = f"{run.name}, {title}" if len(runs) > 1 else title
+        found.append(ScoredSection(title, rows, scored.notes, details_of(scored.details), scored.samples))
+    return found
+
+
+def _between(low: float, high: float) -> str:
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"{words.metric(low)} to {words.metric(high)}" if known else "–"
+
+
 def baseline_row(found: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
     """Return a row of the table: the metrics of a baseline that ignores the input. Empty without any."""
     baseline: Mapping[str, float] = first_baseline(found)

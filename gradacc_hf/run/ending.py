@@ -37,6 +37,8 @@ METRICS_IN_WORDS = {
     "rougeL": "longest common subsequence with the reference text, from 0 to 1",
     "spearmanr": "rank correlation with the true values, 1 is perfect",
 }
+OF_LANGUAGE_MODELS = ("loss", "perplexity")
+"""Metrics whose comparison is always the model before training, if it was evaluated."""
 
 
 def training_lines(summary: Mapping[str, Any], windows: WindowLoader) -> list[str]:
@@ -97,17 +99,22 @@ def _after(summary: Mapping[str, Any]) -> str:
 
 
 def _result(train: TrainConfig, summary: Mapping[str, Any], num_validation: int) -> str:
-    """Return the metric of the best evaluation in words, against the baseline or the untrained model."""
+    """Return the metric of the best evaluation in words, against the baseline or the untrained model.
+
+    Of the two, the better one is the comparison.
+    """
     best, baseline = summary["best"], summary["baseline"] or {}
     if not best:
         return "no evaluation"
     metric, sign = train.best_metric, -1 if train.best_direction == "min" else 1
     value, others, against = best[metric], None, ""
     first = next((row for row in summary["evaluations"] if not row["window"]), None)
-    if metric in baseline:
+    before = None if first is None else first.get(metric)
+    is_stronger = before is not None and (metric not in baseline or sign * before > sign * baseline[metric])
+    if first is not None and (is_stronger or metric not in baseline or metric in OF_LANGUAGE_MODELS):
+        others, against = before, "the model before training"
+    elif metric in baseline:
         others, against = baseline[metric], "a baseline that ignores the input"
-    elif first is not None:
-        others, against = first.get(metric), "the model before training"
     name = "validation loss" if metric == "loss" else metric.replace("_", " ")
     described = f" ({METRICS_IN_WORDS[metric]})" if metric in METRICS_IN_WORDS else ""
     text = f"{name} {_number(value)}{described} on {counted(num_validation, 'validation example')}"

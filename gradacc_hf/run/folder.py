@@ -39,6 +39,8 @@ RUN_FILES = (
     FOLDER,
     MARKER,
     LOCK,
+    "samples_before.json",
+    "evaluations",  # by `gradacc evaluate`, after the run
     "verify.json",  # by `gradacc verify --run`, after the run
 )
 

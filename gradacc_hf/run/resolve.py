@@ -8,7 +8,11 @@ All that a run prints, saves or fingerprints comes from this config. After the d
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from gradacc_hf.config.batch_size import check_sizes
 from gradacc_hf.config.budget import fit_to_machine
@@ -21,6 +25,9 @@ from gradacc_hf.recipe.loading import check_lean_loss
 from gradacc_hf.run.folder import check_output, ended, folder_to_resume
 from gradacc_hf.training.lora import check_four_bit, check_peft
 from gradacc_hf.training.optimizer import check_optimizer
+
+CHANGED_DEFAULTS = {"train.eval_every": 0}
+"""Setting → the default that it had in earlier versions, if that changes what a run computes."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ def check_settings(recipe_class: type[Recipe], config: Config) -> None:
     """Raise InputError for settings that exclude each other, or that this machine does not support."""
     _check_dtype(config)
     _check_early_stopping(config)
+    _check_eval_every(config)
     check_sizes(config)
     check_lean_loss(recipe_class, config)
     if config.model.lora.rank:
@@ -78,11 +86,11 @@ def resolve_output(config: Config, resumed: ResumedRun | None) -> Config:
     Raises:
         InputError: for a folder or a repository that this user cannot write.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     if resumed is None:
         check_output(config)
     else:
-        changes["output.dir"] = str(resumed.folder)
+        changes = {"output.dir": str(resumed.folder), **recorded_defaults(config, resumed.folder)}
     if config.output.push_to_hub is not None:
         changes["output.push_to_hub"] = check_push(config.output.push_to_hub)
     return with_settings(config, changes)
@@ -97,11 +105,39 @@ def _file_of(recipe_class: type[Recipe]) -> str | None:
 
 
 def _check_early_stopping(config: Config) -> None:
-    if config.train.early_stopping and not config.train.eval_every:
+    if config.train.early_stopping and not config.train.eval_interval:
         raise InputError(
-            f"train.early_stopping: found {config.train.early_stopping} with train.eval_every 0, which "
-            "evaluates at the end only: set train.eval_every to 1 or more, or train.early_stopping to 0"
+            f"train.early_stopping: found {config.train.early_stopping} with train.eval_every "
+            f"{'null' if config.train.eval_every is None else 0}, which evaluates at the end only: set "
+            "train.eval_every to epoch, or train.early_stopping to 0"
         )
+
+
+def _check_eval_every(config: Config) -> None:
+    if config.data.streaming and isinstance(config.train.eval_every, float):
+        raise InputError(
+            f"train.eval_every: found {config.train.eval_every}, and the length of an epoch of a stream is "
+            "unknown; allowed with data.streaming: epoch, or a number of windows"
+        )
+
+
+def recorded_defaults(config: Config, run: Path) -> dict[str, Any]:
+    """Return the recorded values of settings whose default has changed since the run began.
+
+    A setting keeps its recorded value if that was the default, and the setting has the default of today.
+
+    Args:
+        config: the settings with which the run is resumed.
+        run: the folder of the run.
+    """
+    recorded = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+    found = {}
+    for key, before in CHANGED_DEFAULTS.items():
+        section, _, name = key.partition(".")
+        had = (recorded.get(section) or {}).get(name, before)
+        if attrgetter(key)(config) == attrgetter(key)(Config()) and had == before:
+            found[key] = before
+    return found
 
 
 def _check_dtype(config: Config) -> None:

@@ -44,6 +44,7 @@ from gradacc_hf.run.resolve import (
     resolve_config,
     resolve_output,
 )
+from gradacc_hf.run.samples import keep_before, with_before
 from gradacc_hf.run.setup import (
     check_best_metric,
     check_inputs,
@@ -298,8 +299,10 @@ def train(
             max_windows=config.train.max_windows,
             max_grad_norm=config.optim.max_grad_norm,
             compute_loss=recipe.loss,
-            validate=partial(validate, recipe=recipe, windows=plan.validation_windows, card=parts.card),
-            eval_every=config.train.eval_every,
+            validate=partial(
+                validate, recipe=recipe, windows=plan.validation_windows, card=parts.card, folder=folder
+            ),
+            eval_every=config.train.eval_interval,
             eval_on_start=config.train.eval_on_start,
             on_nonfinite=config.train.on_nonfinite,
             best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
@@ -319,6 +322,7 @@ def train(
                 "skipped_rows": skipped_rows(recipe, plan.windows),
                 "reading": recipe.reading.summary(),
                 "samples": recipe.samples,
+                "details": recipe.details,
                 "tokens_are": recipe.tokens_are,
                 "card": asdict(parts.card.facts),
             },
@@ -341,11 +345,20 @@ def skipped_rows(recipe: Recipe, windows: WindowLoader) -> dict[str, Any]:
 
 
 def validate(
-    model: torch.nn.Module, recipe: Recipe, windows: WindowLoader, card: RunCard
+    model: torch.nn.Module, recipe: Recipe, windows: WindowLoader, card: RunCard, folder: Path
 ) -> dict[str, float]:
-    """Return the validation metrics of a prepared model, and record them in the card."""
+    """Return the validation metrics of a prepared model, and record them in the card.
+
+    The samples get the answers of the model before training, if it was evaluated then.
+    """
     with uncompiled(model):
-        return card.evaluated(recipe.validate(model, windows, windows.accelerator))
+        metrics = card.evaluated(recipe.validate(model, windows, windows.accelerator))
+    if windows.accelerator.is_main_process:
+        if card.windows.next_position == (0, 0):
+            keep_before(folder, recipe.samples)
+        else:
+            recipe.samples[:] = with_before(folder, recipe.samples)
+    return metrics
 
 
 def tell_nothing_to_resume(resumed: ResumedRun, accelerator: Accelerator) -> None:

@@ -141,14 +141,36 @@ def make_windows(
         **_training_settings(config),
         **shared,
     )
-    size: EffectiveBatchSize = min(512, len(validation))
-    if recipe.validation_sources is not None:
-        size = sizes_of_one_source(recipe.validation_sources, size)
-    lengths = recipe.lengths(validation)
-    if windows.bound.max_bytes is not None:  # a prediction for training, which excludes generation
+    bound = windows.bound
+    if bound.max_bytes is not None:  # a prediction for training, which excludes generation
         most = tokens_per_micro_batch(config.budget, accelerator.device.type)
-        shared["bound"] = replace(windows.bound, max_tokens=most)
-    return windows, WindowLoader(validation, size, lengths=lengths, shuffle=False, **shared)
+        bound = replace(bound, max_tokens=most)
+    return windows, make_validation_windows(recipe, validation, accelerator, bound)
+
+
+def make_validation_windows(
+    recipe: Recipe, validation: Dataset, accelerator: Accelerator, bound: Bound | None = None
+) -> WindowLoader:
+    """Return the loader of the validation examples, in the data set's order.
+
+    Args:
+        recipe, validation: as `load_data` returns them.
+        accelerator: the Accelerator.
+        bound: the limit of a micro-batch; by default the limit of the budget, without a prediction.
+    """
+    budget, sources = recipe.config.budget, recipe.validation_sources
+    if bound is None:
+        bound = Bound(tokens_per_micro_batch(budget, accelerator.device.type), budget.micro_batch_size)
+    size: EffectiveBatchSize = min(512, len(validation))
+    return WindowLoader(
+        validation,
+        size if sources is None else sizes_of_one_source(sources, size),
+        lengths=recipe.lengths(validation),
+        shuffle=False,
+        bound=bound,
+        num_workers=budget.num_workers,
+        **_settings(recipe, accelerator),
+    )
 
 
 def sizes_of_one_source(sources: Sequence[str], most: int) -> ScheduledBatch:

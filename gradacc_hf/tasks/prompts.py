@@ -68,9 +68,10 @@ def answer_samples(
     """Answer the prompts of the first rows; in a chat, the messages before the last turn that is learned.
 
     Return for each row the `prompt` (in a chat, the last message before that turn), the `answer` and the
-    `reference` of the row. Rows without a prompt are left out.
+    `reference` of the row. If a chat has a system message, each has the `system` message of the row. Rows
+    without a prompt are left out.
     """
-    prompts, shown = [], []
+    prompts, shown, systems = [], [], []
     for row in islice(rows, number):
         if given := row.get("messages"):
             learned = [turn for turn, m in enumerate(given) if m["role"] == "assistant" and is_learned(m)]
@@ -78,14 +79,17 @@ def answer_samples(
             if last:
                 prompts.append({"messages": messages[:last], "tools": row.get("tools")})
                 shown.append(tuple(map(as_shown, messages[last - 1 : last + 1])))
+                systems.append(as_shown(messages[0]) if messages[0]["role"] == "system" else "")
         elif row["prompt"]:
             prompts.append({"prompt": row["prompt"]})
             shown.append((row["prompt"], row["completion"]))
+            systems.append("")
     answers = answer_prompts(model, tokenizer, prompts, max_new_tokens)
-    return [
-        {"prompt": prompt, "answer": answer, "reference": reference}
-        for (prompt, reference), answer in zip(shown, answers, strict=True)
+    found = [
+        {"system": system, "prompt": prompt, "answer": answer, "reference": reference}
+        for system, (prompt, reference), answer in zip(systems, shown, answers, strict=True)
     ]
+    return found if any(systems) else [{key: row[key] for key in row if key != "system"} for row in found]
 
 
 def _ends(model: Any) -> Sequence[int]:

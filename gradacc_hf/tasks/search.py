@@ -54,15 +54,22 @@ def chance(pairs: Dataset) -> dict[str, float]:
 
 
 def sample(
-    pair: Mapping[str, Any], first: Mapping[str, Any], ids: Sequence[int], right: Sequence[int]
+    pair: Mapping[str, Any], found: Sequence[Mapping[str, Any]], ids: Sequence[int], right: Sequence[int]
 ) -> dict[str, str]:
-    """Return a search for the report: the anchor, the pair found first, and the rank of the right one."""
+    """Return a search for the report: the anchor, the nearest texts, and the rank of the right one.
+
+    Args:
+        pair: The pair of the anchor.
+        found: The pairs whose texts are the nearest, the nearest first.
+        ids: The numbers of all pairs that were found, the nearest first.
+        right: The numbers of the right pairs.
+    """
     rank = next((str(rank) for rank, row in enumerate(ids, 1) if row in right), f"beyond {len(ids)}")
-    return {
-        "anchor": pair["anchor_text"],
-        "found first": first["positive_text"],
-        "rank of the right one": rank,
+    texts = {
+        f"found {name}": other["positive_text"] + " ✓" * (row in right)
+        for name, other, row in zip(("first", "second", "third"), found, ids, strict=False)
     }
+    return {"anchor": pair["anchor_text"], **texts, "rank of the right one": rank}
 
 
 def nearest(

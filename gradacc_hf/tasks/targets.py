@@ -31,6 +31,15 @@ from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.places import places
 from gradacc_hf.errors import listed, refuse
 from gradacc_hf.recipe.labels import SHOWN, Labels, match_labels
+from gradacc_hf.tasks.details import (
+    Table,
+    Texts,
+    class_mistakes,
+    class_tables,
+    label_mistakes,
+    label_tables,
+    largest_errors,
+)
 
 KEY = "data.label_column"
 
@@ -44,6 +53,7 @@ class Target(ABC):
             require_column(split, column, KEY)
         self.column, self.feature, self.given = column, train.features[column], list(given)
         self.labels = Labels([], {})
+        self.in_training: list[int] | None = None  # training rows of each label
 
     @property
     def names(self) -> list[str]:
@@ -109,6 +119,18 @@ class Target(ABC):
     def constant(self, labels: np.ndarray) -> np.ndarray:
         """Return the logits (outputs,) of the best constant answer to these labels."""
 
+    def describe(
+        self, logits: np.ndarray, labels: np.ndarray, texts: Texts, what: str = "text"
+    ) -> list[Table]:
+        """Return tables about predictions for the report. Shapes are as in `loss`.
+
+        Args:
+            logits, labels: predictions and targets.
+            texts: numbers of rows → what the rows show.
+            what: the name of what they show.
+        """
+        return []
+
     def baseline(self, train: Sequence[Any], validation: Sequence[Any]) -> dict[str, float]:
         """Return the metrics, on validation labels, of the best constant answer to the training labels."""
         answer = self.constant(np.asarray(train))
@@ -155,6 +177,7 @@ class SingleLabel(Target):
                 with_label(dataset, "label", ids[np.asarray(dataset["label"])])
                 for dataset in (train, validation)
             )
+        self.in_training = np.bincount(train["label"], minlength=len(self.names)).tolist()
         return train, validation
 
     def model_overrides(self) -> dict[str, Any]:
@@ -169,6 +192,14 @@ class SingleLabel(Target):
 
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return _scores(("accuracy", "f1", "matthews_correlation"), logits.argmax(-1), labels)
+
+    def describe(
+        self, logits: np.ndarray, labels: np.ndarray, texts: Texts, what: str = "text"
+    ) -> list[Table]:
+        probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities /= probabilities.sum(-1, keepdims=True)
+        tables = class_tables(self.names, logits.argmax(-1), labels, self.in_training)
+        return tables + class_mistakes(self.names, probabilities, labels, texts, what)
 
     def constant(self, labels: np.ndarray) -> np.ndarray:
         majority = Counter(labels.tolist()).most_common(1)[0][0]
@@ -300,6 +331,12 @@ class MultiLabel(Target):
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return _scores(("multi_label",), (logits > 0).astype(int), labels.astype(int))
 
+    def describe(
+        self, logits: np.ndarray, labels: np.ndarray, texts: Texts, what: str = "text"
+    ) -> list[Table]:
+        tables = label_tables(self.names, (logits > 0).astype(int), labels.astype(int), self.in_training)
+        return tables + label_mistakes(self.names, logits, labels, texts)
+
     def constant(self, labels: np.ndarray) -> np.ndarray:
         """Return logits of the most frequent set of labels."""
         majority = Counter(map(tuple, labels.tolist())).most_common(1)[0][0]
@@ -364,6 +401,11 @@ class Regression(Target):
 
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return _scores(("pearsonr", "spearmanr", "mse"), logits[:, 0], labels)
+
+    def describe(
+        self, logits: np.ndarray, labels: np.ndarray, texts: Texts, what: str = "text"
+    ) -> list[Table]:
+        return largest_errors(logits[:, 0], labels, texts)
 
     def constant(self, labels: np.ndarray) -> np.ndarray:
         return labels.mean(keepdims=True)

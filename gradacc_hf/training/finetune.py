@@ -24,6 +24,7 @@ from gradacc_hf.accumulation.accelerate_state import check_unprepared
 from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, model_loss
+from gradacc_hf.accumulation.streaming import Stream
 from gradacc_hf.accumulation.validation import check_windows
 from gradacc_hf.errors import InputError, NonFiniteError
 from gradacc_hf.training.autotune import Tuning
@@ -44,6 +45,9 @@ from gradacc_hf.utils.signals import StopSignals
 Validate = Callable[[torch.nn.Module], Mapping[str, float]]
 """Prepared model → metrics."""
 
+ROUNDING = 1e-6
+"""Windows by which a share of an epoch may be off, as a product of floating-point numbers."""
+
 SUMMARY_KEYS = (
     "stopped_after",
     "eval",
@@ -58,6 +62,9 @@ SUMMARY_KEYS = (
     "effective_batch_size",
 )
 """Keys of a summary that `write_summary` sets."""
+
+EvalEvery = int | float | Literal["epoch"]
+"""Windows between evaluations; a share of an epoch, as a float; or every epoch."""
 
 End = Literal["trained", "stopped by a signal", "out of patience"]
 """The reason why training ended."""
@@ -98,7 +105,7 @@ def fine_tune(
     max_grad_norm: float = 1.0,
     compute_loss: ComputeLoss = model_loss,
     validate: Validate | None = None,
-    eval_every: int = 0,
+    eval_every: EvalEvery = 0,
     eval_on_start: bool = False,
     best: Best = Best(),
     on_nonfinite: Literal["stop", "skip"] = "stop",
@@ -119,7 +126,7 @@ def fine_tune(
         max_grad_norm: norm at which the gradient of a window is clipped; 0 does not clip.
         compute_loss: (outputs, batch) → the mean loss over the items of a micro-batch.
         validate: prepared model → metrics. It is also called after the last window.
-        eval_every: windows between evaluations; 0 evaluates only at the end.
+        eval_every: windows between evaluations, "epoch", or a share of an epoch; 0: only at the end.
         eval_on_start: whether to evaluate before the first window, too.
         best: the criterion for the best evaluation and for early stopping.
         on_nonfinite: action for a loss or gradient that is not finite, as for `train`.
@@ -146,7 +153,7 @@ def fine_tune(
     tuning = Tuning.of(windows, length.known and length.known - done) if tune else None
     signals = StopSignals(accelerator) if checkpointer is not None else nullcontext()
     with RunLog(accelerator, length.known, saver.folder, done) as log, signals as stop:
-        evaluator = Evaluator(model, validate, eval_every, evaluations, log, saver)
+        evaluator = Evaluator(model, validate, EvaluationTimes(eval_every, windows), evaluations, log, saver)
         if eval_on_start and not done:
             evaluator.evaluate(0)
         records = iter_windows(
@@ -434,12 +441,45 @@ class ModelSaver:
 
 
 @dataclass(frozen=True)
+class EvaluationTimes:
+    """The windows after which the model is evaluated.
+
+    every: windows between evaluations (0: never); "epoch": after each epoch; or a share of an epoch, as a
+        float: after each such part, and after each epoch.
+    windows: the training windows.
+    """
+
+    every: EvalEvery
+    windows: WindowLoader
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, float) and not 0 < self.every < 1:
+            raise InputError(f"eval_every: found {self.every}; allowed: windows, 'epoch', or a share below 1")
+        if isinstance(self.every, float) and isinstance(self.windows.plan, Stream):
+            raise InputError(
+                f"eval_every: found {self.every}; allowed for a stream, whose epochs have no known length: "
+                "windows, or 'epoch'"
+            )
+
+    def is_due(self, window: int) -> bool:
+        """Whether an evaluation is due after this window of the run, which is the latest of `windows`."""
+        if isinstance(self.every, int):
+            return self.every > 0 and window % self.every == 0
+        epoch, done = self.windows.next_position
+        if not done or self.every == "epoch":
+            return not done
+        part = float(self.every) * self.windows.plan.num_windows(epoch)
+        before, now = ((count + ROUNDING) // part for count in (done - 1, done))
+        return now > before
+
+
+@dataclass(frozen=True)
 class Evaluator:
-    """Evaluate the model every `every` windows (0: only when called), and save the best model."""
+    """Evaluate the model when it is due, and save the best model."""
 
     model: torch.nn.Module  # prepared
     validate: Validate | None
-    every: int
+    times: EvaluationTimes
     evaluations: EvaluationLog
     log: RunLog
     saver: ModelSaver
@@ -458,7 +498,7 @@ class Evaluator:
 
     def gives_up_after(self, window: int, total: float) -> bool:
         """Evaluate after this window, if it is due. Return whether the run stops early."""
-        if self.validate is None or not self.every or window % self.every:
+        if self.validate is None or not self.times.is_due(window):
             return False
         if window not in self.evaluations.windows:
             self.evaluate(window)

@@ -7,6 +7,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from accelerate.utils import DistributedType, gather_object
 
 from gradacc_hf.accumulation.accelerate_state import check_prepared, check_prepared_model
 from gradacc_hf.accumulation.batch_schedule import counts_examples
+from gradacc_hf.accumulation.collation import MicroBatch
+from gradacc_hf.accumulation.example_losses import ExampleItems, ExampleLosses
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import (
     ComputeLoss,
@@ -273,6 +276,8 @@ def evaluate(
         predict: (outputs, batch) → predictions and references by row; None computes only the loss.
         sources: The source of each example, for the loss of each. A micro-batch must be of one source.
 
+    Losses of examples are added to `windows.example_losses`, if that is an array.
+
     Returns:
         The loss, predictions and references, the same in all processes.
 
@@ -289,10 +294,17 @@ def evaluate(
     rows: list[tuple[int, Any, Any]] = []
     here: dict[tuple[str, str], list[float]] = {}  # by source and loss: sum, items
     for micro_batch, batch in windows.micro_batches():
-        with name_bad_index(model):
-            outputs = model(**batch)
-        if micro_batch.num_items and as_window_loss(compute_loss) is None:
-            loss = compute_loss(outputs, batch)
+        apart = _losses_apart(windows, micro_batch, batch)
+        with apart.active() if apart is not None else nullcontext():
+            with name_bad_index(model):
+                outputs = model(**batch)
+            of_model = apart.calls if apart is not None else 0
+            has_loss = micro_batch.num_items and as_window_loss(compute_loss) is None
+            loss = compute_loss(outputs, batch) if has_loss else None
+            if apart is not None:
+                apart.forget_first(of_model)
+        if loss is not None:
+            _add_example_losses(windows, micro_batch, apart, loss)
             losses = losses_by_name(loss, micro_batch.items, "evaluate()")
             source = _source_of(micro_batch.indices, sources)
             for name, items in (micro_batch.items or {"": micro_batch.num_items}).items():
@@ -312,6 +324,31 @@ def evaluate(
         references=[everything[index][1] for index in sorted(everything)],
         source_losses={name: _mean_loss(sums, name) for name in known},
     )
+
+
+def _losses_apart(
+    windows: WindowLoader, micro_batch: MicroBatch, batch: Mapping[str, Any]
+) -> ExampleLosses | None:
+    """Return what finds the loss of each example of a micro-batch; None if the loader records none."""
+    number = len(micro_batch.indices)
+    if windows.example_losses is None or micro_batch.items or not number:
+        return None
+    lengths = windows.lengths[micro_batch.indices] if windows.pad_to == "nothing" else None
+    each = np.ones(number), np.arange(number)  # every example is a separate source
+    found = ExampleItems.of(micro_batch.batch, windows.count_items, *each, lengths)
+    return ExampleLosses(found, batch, number, weighs=False)
+
+
+def _add_example_losses(
+    windows: WindowLoader, micro_batch: MicroBatch, apart: ExampleLosses | None, loss: Any
+) -> None:
+    """Add the losses and items of a micro-batch to `example_losses`; NaN where they are not known."""
+    if apart is None or windows.example_losses is None:
+        return
+    if isinstance(loss, torch.Tensor):
+        apart.record(loss, checks=True)
+    windows.example_losses[micro_batch.indices, 0] += apart.parts.cpu().numpy() * micro_batch.num_items
+    windows.example_losses[micro_batch.indices, 1] += apart.items
 
 
 def _source_of(indices: np.ndarray, sources: Sequence[str] | None) -> str:

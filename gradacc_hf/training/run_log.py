@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -277,25 +277,6 @@ def _row(record: WindowRecord) -> str:
 def by_source(metric: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a metric for each source, by metric and source: "loss/chats"."""
     return {f"{metric}/{name}": value for name, value in values.items()}
-
-
-def metrics_by_source(
-    sources: Sequence[str], metrics_of: Callable[[list[int]], Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return metrics of the rows of each source, by metric and source: "accuracy/chats".
-
-    Args:
-        sources: The source of each row.
-        metrics_of: Returns the metrics of rows, given their numbers.
-    """
-    rows_of: dict[str, list[int]] = {}
-    for row, source in enumerate(sources):
-        rows_of.setdefault(source, []).append(row)
-    scores: dict[str, Any] = {}
-    for source, rows in rows_of.items():
-        for metric, value in metrics_of(rows).items():
-            scores |= by_source(metric, {source: value})
-    return scores
 
 
 def describe(metrics: Mapping[str, float]) -> str:

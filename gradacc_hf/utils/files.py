@@ -7,7 +7,7 @@ folder takes two renames. If a run is killed between them, the next write first 
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,29 @@ def write_whole(path: Path, text: str) -> None:
     flush(unfinished)
     unfinished.replace(path)
     flush(path.parent)
+
+
+def write_new(paths: Iterable[Path], text: str) -> Path:
+    """Write a text file atomically under the first of these paths that is free, and return the path.
+
+    Several processes may write at once: each gets a separate path.
+    """
+    for path in paths:
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        try:
+            file = unfinished.open("x", encoding="utf-8")
+        except FileExistsError:  # another process is writing this file
+            continue
+        with file:
+            if not os.path.lexists(path):
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                unfinished.replace(path)
+                flush(path.parent)
+                return path
+        unfinished.unlink()
+    raise FileExistsError("all paths are taken")
 
 
 def flush(path: Path) -> None:

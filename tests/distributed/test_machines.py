@@ -20,6 +20,7 @@ venv, texts = launch_fixtures.venv, launch_fixtures.texts
 WINDOWS = 400  # more than any of these runs gets to
 SMALL = ("--batch.effective", 16, "--model.freeze", "[bert.*]", "--output.tracker", "none")
 SMALL += ("--budget.max_tokens", 256, "--checkpoint.every", 5, "--train.epochs", 200)
+SMALL += ("--train.eval_every", 0)
 MEASUREMENTS_NEEDED = 120  # seconds
 
 

@@ -702,7 +702,8 @@ def test_chats_prompts_and_texts_train_and_are_answered(start, rows):
     code, _, err = start(data__train=write("a.jsonl", rows), train__epochs=3, train__eval_on_start=True)
     assert code == 0, err
     found = summary()
-    before, after = found["evaluations"]
+    assert [row["window"] for row in found["evaluations"]] == [0, 5, 10, 15]  # each epoch
+    before, *_, after = found["evaluations"]
     assert after["perplexity"] < before["perplexity"]
     assert after["perplexity"] == pytest.approx(math.exp(after["loss"]))
     assert found["baseline"].keys() == {"perplexity"}
@@ -710,7 +711,8 @@ def test_chats_prompts_and_texts_train_and_are_answered(start, rows):
         assert found["samples"] == []
         return
     assert len(found["samples"]) == 4
-    assert all(sample.keys() == {"prompt", "answer", "reference"} for sample in found["samples"])
+    keys = ["prompt", "before training", "answer", "reference"]
+    assert all([*sample] == keys for sample in found["samples"])
     page = Path("out/report.html").read_text()
     assert "<h2>Samples</h2>" in page
     if "messages" in rows[0]:

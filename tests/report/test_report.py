@@ -23,6 +23,7 @@ from gradacc_hf.report.pictures import curves_of, noise_curve, windows_of
 from gradacc_hf.report.runs import contenders
 from gradacc_hf.report.tables import configurations
 from gradacc_hf.utils.redaction import redact
+from gradacc_hf.utils.sample_size import small_set_note
 from gradacc_hf.verification.tiny_models import build_head
 
 LENGTHS = [3, 20, 7, 31, 12, 5, 9, 26] * 4
@@ -566,3 +567,53 @@ def test_runs_and_repeats_come_in_natural_order(real, tmp_path):
     for name in ("seed_10", "seed_2", "b", "aa"):
         repeat(real, tmp_path / name)
     assert [run.name for run in read_runs([tmp_path])] == ["aa", "b", "seed_2", "seed_10"]
+
+
+CONFUSION = {"title": "Confusion matrix", "kind": "matrix", "note": "A row is a true class."}
+CONFUSION |= {"columns": ["true", "ham", "spam"], "rows": [["ham", 30, 10], ["spam", 1, 2]]}
+MISTAKES = {"title": "Most confident mistakes", "kind": "texts", "note": ""}
+MISTAKES |= {"columns": ["text", "label", "predicted"], "rows": [["<b>tea</b>", "ham", "spam"]]}
+
+
+def test_predictions_and_evaluations_are_shown_and_small_sets_are_noted(real, tmp_path):
+    card = {"validation_examples": 43}
+    run = repeat(real, tmp_path / "run", details=[CONFUSION, MISTAKES], card=card)
+    found = {
+        "model": "best",
+        "data": "test.csv",
+        "examples": 900,
+        "headline": "accuracy",
+        "notes": ["a note"],
+    }
+    found["metrics"] = {"accuracy": {"value": 0.8, "low": 0.75, "high": 0.85, "baseline": 0.5}}
+    (run / "evaluations").mkdir()
+    (run / "evaluations/test-1.json").write_text(json.dumps(found))
+    html = write_report([run]).read_text(encoding="utf-8")
+    assert '<td style="--shade: 75%">30</td>' in html
+    assert "&lt;b&gt;tea&lt;/b&gt;" in html
+    assert "test-1: best model on test.csv, 900 examples" in html
+    assert "<td>0.7500 to 0.8500</td>" in html
+    assert "43 examples: fewer than 100 are too few for reliable figures" in html
+    (run / "evaluations/test-1.json").write_text("{}")
+    with pytest.raises(InputError, match=r"test-1.json: found no evaluation"):
+        write_report([run])
+
+
+def test_speeds_on_different_data_have_a_note(real, tmp_path):
+    runs = [repeat(real, tmp_path / name, contender=name) for name in ("a", "b")]
+    for run, data in zip(runs, ("tweets.csv", "books.csv"), strict=True):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, "data": {"train": data}}))
+    said = " ".join(map(str, verdict(contenders(read_runs(runs))).sentences))
+    assert "<b>b</b> has other data, so that these speeds cannot be compared" in said
+    (runs[1] / "config.yaml").write_text((runs[0] / "config.yaml").read_text())
+    assert "other data" not in " ".join(map(str, verdict(contenders(read_runs(runs))).sentences))
+
+
+def test_a_set_of_examples_is_too_small_if_the_interval_exceeds_the_gain():
+    assert small_set_note("accuracy", 0.75, 99) is not None
+    assert small_set_note("accuracy", 0.75, 100, baseline=0.5) is None  # ±0.085, and a gain of 0.25
+    assert small_set_note("accuracy", 0.75, 100, baseline=0.7) is not None
+    assert small_set_note("accuracy", 0.75, 10_000, baseline=0.7) is None
+    assert small_set_note("f1", 0.75, 10_000, baseline=0.7, width=0.06) is not None
+    assert small_set_note("f1", 0.75, 10_000, baseline=0.7) is None  # the width is not known

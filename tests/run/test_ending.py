@@ -66,6 +66,19 @@ def test_without_a_baseline_the_untrained_model_is_the_comparison():
     assert diverged.endswith("better than the model before training: not finite")
 
 
+def test_of_the_untrained_model_and_the_baseline_the_better_one_is_the_comparison():
+    before = {"window": 0, "loss": 3.0, "accuracy": 0.6}
+    found = lines(evaluations=[before, RESULTS])["result"]
+    assert found.endswith("better than the model before training: 0.6000")
+    found = lines(evaluations=[{**before, "accuracy": 0.1}, RESULTS])["result"]
+    assert found.endswith("better than a baseline that ignores the input: 0.5000")
+    # a chat model is always compared with the untrained model
+    train = TrainConfig(best_metric="perplexity", best_direction="min")
+    both = [{"window": 0, "perplexity": 900.0}, {"window": 3, "perplexity": 20.0}]
+    found = lines(baseline={"perplexity": 500.0}, evaluations=both, best=both[1], train=train)["result"]
+    assert found.endswith("better than the model before training: 900.0000")
+
+
 def test_small_figures_keep_two_digits():
     train = TrainConfig(best_metric="loss", best_direction="min")
     found = lines(best={**RESULTS, "loss": 1e-5}, baseline={"loss": 2e-5}, train=train)["result"]

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -16,6 +17,7 @@ from recipe_runs import load_recipe, summary, write_rows
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.data.columns import integers_as_text
 from gradacc_hf.run.fingerprint import fingerprint
+from gradacc_hf.run.resolve import recorded_defaults
 
 TextClassification = load_recipe("text_classification").TextClassification
 STOP = 5  # the window in which the first run is told to stop
@@ -134,6 +136,23 @@ def test_a_run_that_has_ended_is_not_gone_on_with_other_settings(start, refused,
     assert start(TextClassification, *settings, "--resume", "auto").code == 0
     line = refused(TextClassification, *settings, "--resume", "auto", "--train.max_windows", 20)
     assert "train.max_windows: found 20, and run has ended with None" in line
+
+
+def test_a_setting_whose_default_has_changed_keeps_its_recorded_value(tmp_path):
+    """A run of three epochs that was recorded with eval_every 0, the default of its time."""
+    recorded = Path(__file__).parents[1] / "compatibility/run_0_1_0/stopped/config.yaml"
+    of_its_time = recorded.read_text(encoding="utf-8").replace("eval_every: 3", "eval_every: 0")
+    (tmp_path / "config.yaml").write_text(of_its_time)
+
+    def kept(*flags):
+        return recorded_defaults(read_command_line(["--data.train", "rows.jsonl", *flags]), tmp_path)
+
+    assert kept() == {"train.eval_every": 0}
+    assert kept("--train.eval_every", "0.25") == {}  # refused by its key, as before
+    (tmp_path / "config.yaml").write_text(of_its_time.replace("eval_every: 0", "eval_every: null"))
+    assert kept() == {}
+    (tmp_path / "config.yaml").write_text(of_its_time.replace("  eval_every: 0\n", ""))
+    assert kept() == {"train.eval_every": 0}
 
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(stopped, refused, tmp_path):

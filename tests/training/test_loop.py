@@ -377,6 +377,10 @@ def test_a_run_that_ends_anyway_is_not_said_to_have_stopped_early(capsys):
         (3, 7, [3, 6, 7]),
         (20, 4, [4]),
         (1, 2, [1, 2]),
+        ("epoch", None, [5, 10]),
+        ("epoch", 7, [5, 7]),
+        (0.4, None, [2, 4, 5, 7, 9, 10]),
+        (0.25, 8, [2, 3, 4, 5, 7, 8]),
     ],
 )
 def test_evaluations_come_every_so_many_windows_and_once_at_the_end(
