@@ -25,12 +25,14 @@ COMMANDS = {
     "play": ("gradacc_hf.play.command", "show the loop on a web page, micro-batch by micro-batch"),
     "bench": ("gradacc_hf.bench.cli", "measure the figures in the guides"),
     "predict": ("gradacc_hf.cli.predict", "predict on new input with a saved run"),
+    "continue": ("gradacc_hf.cli.continuation", "train a run that has ended further, from its last state"),
 }
 """Command → the module whose `main` gets the remaining arguments, and one line of help."""
 
 EXTRAS = {
     "bench": ("recipes", "report"),
     "compare": ("recipes", "report"),
+    "continue": ("recipes",),
     "data": ("recipes",),
     "plan": ("recipes",),
     "predict": ("recipes",),

@@ -61,6 +61,12 @@ def read_command_line(
     """
     flags = _read_flags(argv)
     settings = _Settings(Config(model=model(), data=data()))
+    if "continue" in flags:
+        if "resume" in flags:
+            raise InputError("--continue and --resume exclude each other: give one of the two")
+        settings.values["continues"] = flags["resume"] = _typed(flags.pop("continue"), str, "--continue")
+        if flags["resume"] == "auto":
+            raise InputError("--continue: found auto, allowed is the folder of a run")
     if "resume" in flags:
         resume = settings.values["resume"] = _typed(flags.pop("resume"), str, "--resume")
         if resume != "auto":  # a run has its settings in its folder
@@ -206,7 +212,7 @@ class _Settings:
         else:
             section, names, close = "", self.inside(""), []
         if not section and source.prefix:
-            names += ["check", "config", "help", "resume"]
+            names += ["check", "config", "continue", "help", "resume"]
             close = close or difflib.get_close_matches(key, names, 1)
         if not source.section:  # the right name in the wrong section, or in none
             namesakes = [other for other in self.hints if other.endswith(f".{name}")]
