@@ -25,6 +25,7 @@ COMMANDS = {
     "play": ("gradacc_hf.play.command", "show the loop on a web page, micro-batch by micro-batch"),
     "bench": ("gradacc_hf.bench.cli", "measure the figures in the guides"),
     "predict": ("gradacc_hf.cli.predict", "predict on new input with a saved run"),
+    "merge": ("gradacc_hf.cli.merge", "write the adapters of a run into a whole model"),
     "continue": ("gradacc_hf.cli.continuation", "train a run that has ended further, from its last state"),
 }
 """Command → the module whose `main` gets the remaining arguments, and one line of help."""
@@ -34,6 +35,7 @@ EXTRAS = {
     "compare": ("recipes", "report"),
     "continue": ("recipes",),
     "data": ("recipes",),
+    "merge": ("recipes",),
     "plan": ("recipes",),
     "predict": ("recipes",),
     "report": ("report",),

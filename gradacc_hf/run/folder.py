@@ -38,6 +38,7 @@ RUN_FILES = (
     "report.html",
     FOLDER,
     "continued.json",  # by `gradacc continue`
+    "merged",  # by `gradacc merge`
     MARKER,
     LOCK,
     "verify.json",  # by `gradacc verify --run`, after the run

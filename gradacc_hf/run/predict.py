@@ -28,17 +28,25 @@ Input = tuple[str, Any]
 """The source of an input, for messages ("a.csv, line 2"), and the input: a text, or a row as a mapping."""
 
 
-def load_model(recipe: Recipe, run: Path, which: str = "best") -> Any:
-    """Return the "best" or the "last" model of a run in evaluation mode, on the GPU if there is one."""
+def folder_of(run: Path, which: str) -> Path:
+    """Return the folder of the "best" or the "last" model of a run. Raises InputError if there is none."""
     folder = run / which
     if not folder.is_dir():
         there = listed(f"--model {name}" for name in ("best", "last") if (run / name).is_dir())
         cure = f"choose {there}" if there else "this run saved no model; continue it with --resume"
         refuse(str(run), f"found no {which}/ in it", cure)
+    return folder
+
+
+def load_model(recipe: Recipe, run: Path, which: str = "best") -> Any:
+    """Return the "best" or the "last" model of a run in evaluation mode, on the GPU if there is one."""
+    folder = folder_of(run, which)
     device = find_device().kind
     refuse_place(device)
     model = recipe.load(folder)
-    recipe.model_path = str(folder)  # the tokenizer or processor was saved beside the model
+    recipe.model_path = recipe.processor_path = str(
+        folder
+    )  # the tokenizer or processor was saved beside the model
     return model.to(device).eval()
 
 
