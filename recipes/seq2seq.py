@@ -20,7 +20,7 @@ from gradacc_hf.data.columns import list_lengths, require_texts, text_problem, t
 from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.run import run
 from gradacc_hf.tasks.encoder_decoder import EncoderDecoder
-from gradacc_hf.tasks.generate import check_target_length, generate
+from gradacc_hf.tasks.generate import check_target_length, cut_off, generate
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss
 from gradacc_hf.training.loop import evaluate
@@ -61,6 +61,7 @@ class Seq2Seq(EncoderDecoder):
     padding_side = "right"
     example = "def add(a, b):\n    return a + b"
     lean_loss = True
+    writes_texts = True
 
     @dataclass
     class Data(DataConfig):
@@ -185,9 +186,13 @@ class Seq2Seq(EncoderDecoder):
         texts = [(self.data.prefix or "") + text for text in texts]
         settings = {"truncation": True, "max_length": self.data.max_length, "padding": True}
         tokens = self.tokenizer(texts, **settings, return_token_type_ids=False, return_tensors="pt")
-        written = model.generate(**tokens.to(model.device), **self.search)
+        longest = self.generation.max_new_tokens or self.data.max_target_length
+        options = {**self.search, **self.generation.options, "max_new_tokens": longest}
+        written = model.generate(**tokens.to(model.device), **options)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [{"output": text.strip()} for text in texts]
+        cut = cut_off(model, written, longest)
+        rows = [{"output": text.strip()} for text in texts]
+        return [{**row, "cut_off": True} if is_cut else row for row, is_cut in zip(rows, cut, strict=True)]
 
 
 if __name__ == "__main__":

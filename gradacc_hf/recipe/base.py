@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,25 @@ from gradacc_hf.training.run_log import by_source
 from gradacc_hf.utils.files import MODEL_CONFIG
 
 
+@dataclass(frozen=True)
+class Generation:
+    """How `gradacc predict` lets a model write.
+
+    max_new_tokens: the longest answer; None for the setting of the recipe.
+    temperature: divisor of the logits of a sample; 0 always takes the likeliest token.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of transformers' `generate`, without a length."""
+        if not self.temperature:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+
+
 class Recipe:
     """A task: data → features → model → metrics. The first line of its docstring heads `--help`.
 
@@ -75,6 +95,8 @@ class Recipe:
     transform: Transform | None = None  # the random part of an example: masking, cropping, augmentation
     tokens_are: str | None = None  # the unit of inputs other than texts: "patches of 16 × 16 pixels"
     lean_loss: ClassVar[bool] = False  # whether model() reads budget.lean_loss
+    writes_texts: ClassVar[bool] = False  # whether `answer` reads `generation`
+    generation = Generation()  # set by `gradacc predict`
     validation_source: str = "validation"
     held_out = False  # whether the validation rows are a share of the training file
     of_chats = False  # whether inputs are chats
@@ -332,7 +354,10 @@ class Recipe:
         return scores
 
     def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
-        """Return one answer of a saved model to each input: a text, or a row as in a data file."""
+        """Return one answer of a saved model to each input: a text, or a row as in a data file.
+
+        An answer that ends only at `generation.max_new_tokens` has `cut_off`: True.
+        """
         raise InputError(f"{type(self).__name__} has no answers to inputs: define answer() in the recipe")
 
     def processors(self) -> list[Any]:

@@ -66,7 +66,7 @@ from gradacc_hf.utils.files import write_pretrained, write_whole
 from gradacc_hf.utils.hardware import say, set_up_allocator
 from gradacc_hf.utils.memory import release_freed_memory_at_once
 from gradacc_hf.utils.modeling import uncompiled
-from gradacc_hf.utils.redaction import redact
+from gradacc_hf.utils.redaction import redact, without_tokens
 from gradacc_hf.utils.signals import MARKER, end_with_launcher, lost_contact
 
 
@@ -267,7 +267,7 @@ def _load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelera
     found: list[dict[str, Any]] = [{}]
     if accelerator.is_main_process:
         mixed = fingerprint_of_mixture(recipe.sources, recipe.shares, recipe.example_weights)
-        found = [what_must_stay(config, training, validation) | mixed]
+        found = [without_tokens(what_must_stay(config, training, validation)) | mixed]
         if recipe.opened is not None:
             found[0]["data.train (bytes of the files)"] = recipe.opened.rows.sizes()
         elif text := duplicates_note(training, validation, "truncated" in recipe.reading.notes):

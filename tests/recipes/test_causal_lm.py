@@ -870,6 +870,30 @@ def test_answers_are_what_generate_gives_alone(tiny):
     assert answer_prompts(model, tokenizer, [shared, alpaca], 6) == [answers[3]] * 2
 
 
+def test_an_answer_says_whether_it_was_cut_off_and_may_be_sampled(tiny):
+    from gradacc_hf.recipe.base import Generation
+    from gradacc_hf.tasks.prompts import write_answers
+
+    model, tokenizer = llama(), transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.eos_token, model.generation_config.eos_token_id = None, None
+    [greedy] = write_answers(model, tokenizer, [{"prompt": "a b"}], 6)
+    assert greedy.cut_off
+    sampled = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        options = Generation(temperature=9.0).options
+        sampled.append(write_answers(model, tokenizer, [{"prompt": "a b"}] * 3, 6, **options))
+    assert sampled[0] == sampled[1]
+    assert len({greedy, *sampled[0]}) > 2
+    ids = tokenizer("a b", return_tensors="pt").input_ids
+    written = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[
+        0, ids.shape[1] :
+    ].tolist()
+    model.generation_config.eos_token_id = written[2]
+    [ended] = write_answers(model, tokenizer, [{"prompt": "a b"}], 6)
+    assert not ended.cut_off
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

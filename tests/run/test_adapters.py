@@ -1,4 +1,4 @@
-"""What follows a run with adapters: a new run from it, and `gradacc merge`. Also a new run from a whole model."""
+"""What follows a run with adapters: a new run from it, and `gradacc merge`. A new run from a whole model, too."""
 
 import json
 import shutil
