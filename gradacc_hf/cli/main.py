@@ -26,6 +26,7 @@ COMMANDS = {
     "bench": ("gradacc_hf.bench.cli", "measure the figures in the guides"),
     "predict": ("gradacc_hf.cli.predict", "predict on new input with a saved run"),
     "merge": ("gradacc_hf.cli.merge", "write the adapters of a run into a whole model"),
+    "export": ("gradacc_hf.cli.export", "write the model of a run for another library"),
     "continue": ("gradacc_hf.cli.continuation", "train a run that has ended further, from its last state"),
 }
 """Command → the module whose `main` gets the remaining arguments, and one line of help."""
@@ -35,6 +36,7 @@ EXTRAS = {
     "compare": ("recipes", "report"),
     "continue": ("recipes",),
     "data": ("recipes",),
+    "export": ("recipes",),
     "merge": ("recipes",),
     "plan": ("recipes",),
     "predict": ("recipes",),

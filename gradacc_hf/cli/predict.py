@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="write the predictions to this file. While it is incomplete, its name is FILE.unfinished, and each "
-        "line in it is whole",
+        help="write the predictions to this file. While it is incomplete, its name is FILE.unfinished, and "
+        "each line in it is whole",
     )
     parser.add_argument(
         "--batch_size",
@@ -118,9 +118,10 @@ def _write(output: Path, answers: Iterable[dict[str, Any]]) -> None:
     unfinished, written = _unfinished(output), 0
     try:
         with unfinished.open("x", encoding="utf-8") as file:
-            for written, answer in enumerate(answers, start=1):
+            for answer in answers:
                 file.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 file.flush()
+                written += 1
         flush(unfinished)
         unfinished.rename(output)
     except OSError as error:

@@ -39,6 +39,8 @@ RUN_FILES = (
     FOLDER,
     "continued.json",  # by `gradacc continue`
     "merged",  # by `gradacc merge`
+    "onnx",  # by `gradacc export`
+    "sentence-transformers",
     MARKER,
     LOCK,
     "verify.json",  # by `gradacc verify --run`, after the run

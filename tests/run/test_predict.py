@@ -135,7 +135,8 @@ def test_answers_go_to_a_file_that_has_its_name_once_it_is_complete(gradacc, pre
     assert "b.jsonl, line 41: no 'body' among text; " in err
     assert err.endswith("; the first 32 answers are in c.jsonl.unfinished\n")
     assert sorted(path.name for path in Path().iterdir()) == ["a.jsonl", "b.jsonl", "c.jsonl.unfinished"]
-    assert [json.loads(line)["line"] for line in Path("c.jsonl.unfinished").open()] == [*range(1, 33)]
+    lines = Path("c.jsonl.unfinished").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in lines] == [*range(1, 33)]
     assert "c.jsonl.unfinished exists, of a prediction that was stopped" in gradacc(*words)[2]
     assert "writes no text; leave it out" in gradacc("predict", run, "tea", "--temperature", "1")[2]
     assert (

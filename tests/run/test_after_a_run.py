@@ -1,4 +1,4 @@
-"""What follows a run with adapters: a new run from it, and `gradacc merge`. A new run from a whole model, too."""
+"""What follows a run: a new run from its model, `gradacc merge` and `gradacc export`."""
 
 import json
 import shutil
@@ -17,6 +17,7 @@ from gradacc_hf.cli import main as cli
 from gradacc_hf.run.runner import run
 
 TextClassification = load_recipe("text_classification").TextClassification
+Contrastive = load_recipe("contrastive").Contrastive
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,10 @@ def runs(flags, tiny_bert, tmp_path_factory):
         words = ["--model.name", str(tiny_bert), "--output.dir", str(folder / name)]
         run(TextClassification, [*flags, *words, *more])
         reset_accelerate()
+    pairs = [{"anchor": f"number {i}", "positive": f"after number {i - 1}"} for i in range(40)]
+    words = ["--data.train", write_rows(folder / "pairs.jsonl", pairs), "--output.dir", folder / "search"]
+    run(Contrastive, [*flags[2:], "--model.name", str(tiny_bert), *map(str, words)])
+    reset_accelerate()
     return folder
 
 
@@ -131,3 +136,53 @@ def test_a_merge_that_would_answer_otherwise_writes_nothing(here, gradacc, monke
     assert "lora/merged was not written, as its outputs are not the outputs of lora/best: largest" in err
     assert "allowed with model.dtype float32 is 0.0001" in err
     assert not [path for path in Path("lora").iterdir() if "merged" in path.name]
+
+
+def test_a_search_model_is_exported_as_a_sentence_transformer(here, gradacc):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    code, out, err = gradacc("export", "search", "--to", "sentence-transformers")
+    assert (code, err) == (0, "")
+    assert out.startswith("search/sentence-transformers: largest difference ")
+    model = sentence_transformers.SentenceTransformer("search/sentence-transformers", device="cpu")
+    assert (model.max_seq_length, model[2]._get_name()) == (32, "Normalize")
+    assert model.encode(["number 3", "a"]).shape == (2, 32)
+    assert "it exists; move it, or use it" in gradacc("export", "search", "--to", "sentence-transformers")[2]
+
+
+@pytest.mark.parametrize("name", ["lora", "search"])
+def test_onnx_answers_any_number_of_rows_and_tokens_as_the_run(name, here, gradacc):
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    if name == "lora":
+        assert (
+            "it has adapters, which are not merged; gradacc merge lora"
+            in gradacc("export", name, "--to=onnx")[2]
+        )
+        assert gradacc("merge", name)[0] == 0
+    code, out, err = gradacc("export", name, "--to", "onnx")
+    assert (code, err) == (0, "")
+    assert f"{name}/onnx: largest difference " in out
+    session = onnxruntime.InferenceSession(f"{name}/onnx/model.onnx", providers=["CPUExecutionProvider"])
+    tokenizer = AutoTokenizer.from_pretrained(f"{name}/onnx")
+    inputs = [value.name for value in session.get_inputs()]
+    for texts in (["some 3 words"], ["some 4 words", "a", "b and c"]):
+        batch = tokenizer(texts, padding=True, return_tensors="np")
+        [found] = session.run(None, {key: batch[key] for key in inputs})
+        assert found.shape == (len(texts), 2 if name == "lora" else 32)
+
+
+def test_other_exports_are_refused_in_one_line(here, gradacc):
+    for words, said in (
+        (
+            ["whole", "--to", "gguf"],
+            "--to: no library on PyPI writes gguf from a transformers model; convert_hf",
+        ),
+        (["whole", "--to", "sentence-transformers"], "found sentence-transformers for a run of TextClassif"),
+        (["whole", "--to", "pdf"], "invalid choice: 'pdf'"),
+        (["gone", "--to", "onnx"], "gone: found no such folder"),
+    ):
+        code, _, err = gradacc("export", *words)
+        assert (code, err.count("\n")) == (2, 1)
+        assert said in err
