@@ -17,9 +17,9 @@ def main(argv: Sequence[str]) -> None:
     """Run the command. Raises InputError."""
     parser = Parser(
         prog="gradacc export",
-        description="Write the model of a run for another library, to a folder of that name in the run, "
-        "after a comparison of outputs on ten rows of the data. onnx: for tasks whose answer is one forward pass. "
-        "sentence-transformers: for contrastive. gguf: refused, with the name of the program that writes it.",
+        description="Write the model of a run for another library, to a folder of that name in the run. "
+        "Outputs are compared with the run's on ten rows of the data. onnx: where an answer is one forward "
+        "pass. sentence-transformers: for contrastive. gguf: refused, with the program that writes it.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, such as runs/NAME-1")
     parser.add_argument("--to", choices=FORMATS, required=True, help="the format")

@@ -82,7 +82,7 @@ class _TextEmbedder(torch.nn.Module):
         self.embedder, self.config = embedder, embedder.config
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"embedding": self.embedder._embed(input_ids, attention_mask)}
+        return {"sentence_embedding": self.embedder._embed(input_ids, attention_mask)}
 
 
 def _writer(recipe: Recipe, to: str, source: Path) -> Callable[..., Apply]:
