@@ -1,6 +1,7 @@
 """What follows a run: a new run from its model, `gradacc merge` and `gradacc export`."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -136,6 +137,21 @@ def test_a_merge_that_would_answer_otherwise_writes_nothing(here, gradacc, monke
     assert "lora/merged was not written, as its outputs are not the outputs of lora/best: largest" in err
     assert "allowed with model.dtype float32 is 0.0001" in err
     assert not [path for path in Path("lora").iterdir() if "merged" in path.name]
+
+
+def test_a_card_of_a_search_model_or_of_adapters_runs_as_it_stands(here, gradacc, monkeypatch, capsys):
+    pytest.importorskip("sentence_transformers")
+    for run, said in (("search", r"tensor\(\[\[-?0\.\d+"), ("lora", r"'label': '(even|odd)', 'score': 0\.\d+")):
+        monkeypatch.chdir(here / run / "best")
+        snippet = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1]
+        exec(snippet, {})
+        assert re.search(said, capsys.readouterr().out)
+
+
+def test_all_files_of_a_run_have_one_mode(here):
+    for run in ("lora", "whole", "search"):
+        modes = {path.stat().st_mode for path in Path(run).rglob("*") if path.is_file()}
+        assert len(modes) == 1
 
 
 def test_a_search_model_is_exported_as_a_sentence_transformer(here, gradacc):
