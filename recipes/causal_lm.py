@@ -25,6 +25,7 @@ from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks import chat
 from gradacc_hf.tasks.chat_formats import MixedFormat, find_format, note_format
+from gradacc_hf.tasks.generate import as_answer
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.packing import check_packing, pack
 from gradacc_hf.tasks.prompts import answer_samples, write_answers
@@ -167,7 +168,7 @@ class CausalLM(Recipe):
         longest = self.generation.max_new_tokens or self.data.sample_tokens
         options = {"batch_size": len(inputs), **self.generation.options}
         answers = write_answers(model, self.tokenizer, inputs, longest, **options)
-        return [{"answer": text, **({"cut_off": True} if cut_off else {})} for text, cut_off in answers]
+        return [as_answer("answer", text, is_truncated) for text, is_truncated in answers]
 
     def baseline(self, train, validation):
         """Return the perplexity of the frequencies that tokens have in the training labels."""

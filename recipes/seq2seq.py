@@ -20,7 +20,7 @@ from gradacc_hf.data.columns import list_lengths, require_texts, text_problem, t
 from gradacc_hf.data.reading import tokens_lost
 from gradacc_hf.run import run
 from gradacc_hf.tasks.encoder_decoder import EncoderDecoder
-from gradacc_hf.tasks.generate import check_target_length, cut_off, generate
+from gradacc_hf.tasks.generate import as_answer, check_target_length, generate, truncated
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss
 from gradacc_hf.training.loop import evaluate
@@ -190,9 +190,8 @@ class Seq2Seq(EncoderDecoder):
         options = {**self.search, **self.generation.options, "max_new_tokens": longest}
         written = model.generate(**tokens.to(model.device), **options)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        cut = cut_off(model, written, longest)
-        rows = [{"output": text.strip()} for text in texts]
-        return [{**row, "cut_off": True} if is_cut else row for row, is_cut in zip(rows, cut, strict=True)]
+        cut = truncated(model, written, longest)
+        return [as_answer("output", text, is_cut) for text, is_cut in zip(texts, cut, strict=True)]
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ The run continues in its folder: one history, one report. Give the length as a n
 The other settings stay as they were, except:
 
   --optim.lr, --optim.scheduler, --optim.warmup_ratio
-                            a new schedule over the further windows; without them
-                            the recorded schedule is stretched over the longer run
+                            a new schedule over the further windows.
+                            Without them, the recorded schedule is stretched.
   --optim.max_grad_norm, --train.eval_every, --train.early_stopping
   --budget.KEY, --checkpoint.KEY, --output.tracker, --output.push_to_hub
 

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         "--max_new_tokens",
         type=_at_least_one,
         metavar="N",
-        help="tokens after which an answer is cut off, and has cut_off: true (default: the run's setting)",
+        help="tokens after which an answer is truncated, and has truncated: true (default: the run's setting)",
     )
     parser.add_argument(
         "--temperature",
@@ -92,23 +92,23 @@ def main(argv: Sequence[str]) -> None:
     quiet = not sys.stderr.isatty() or (arguments.output is None and sys.stdout.isatty())
     bar = {"total": len(arguments.texts) or None, "console": Console(stderr=True), "transient": True}
     answers = predict(recipe, model, inputs, arguments.batch_size)
-    cut = [0, 0]  # answers that were cut off, all answers
-    counted = _count_cut_off(track(answers, "predict", disable=quiet, **bar), cut)
+    counts = [0, 0]  # truncated answers, all answers
+    counted = _count_truncated(track(answers, "predict", disable=quiet, **bar), counts)
     if arguments.output is not None:
         _write(arguments.output, counted)
     else:
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # JSON is UTF-8 in any locale
         for answer in counted:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
-    if cut[0]:
-        said = f"{cut[0]:,} of {cut[1]:,} answers were cut off (cut_off); longer ones: --max_new_tokens N"
+    if counts[0]:
+        said = f"{counts[0]:,} of {counts[1]:,} answers were truncated; for longer ones: --max_new_tokens N"
         print(said, file=sys.stderr)
 
 
-def _count_cut_off(answers: Iterable[dict[str, Any]], counts: list[int]) -> Iterator[dict[str, Any]]:
-    """Yield the answers, and count those that were cut off, and all."""
+def _count_truncated(answers: Iterable[dict[str, Any]], counts: list[int]) -> Iterator[dict[str, Any]]:
+    """Yield the answers. Count the truncated answers, and all answers."""
     for answer in answers:
-        counts[0] += bool(answer.get("cut_off"))
+        counts[0] += bool(answer.get("truncated"))
         counts[1] += 1
         yield answer
 

@@ -61,7 +61,7 @@ class EarlierRun:
 
     @property
     def origin(self) -> str:
-        """The name of the model that the first of all earlier runs started from."""
+        """The name of the model that the oldest of the earlier runs started from."""
         name = self._settings["model"]["name"]
         before = EarlierRun.of(name)
         return name if before is None else before.origin

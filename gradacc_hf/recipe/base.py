@@ -53,7 +53,7 @@ from gradacc_hf.utils.files import MODEL_CONFIG
 
 @dataclass(frozen=True)
 class Generation:
-    """How `gradacc predict` lets a model write.
+    """The settings with which `gradacc predict` lets a model write.
 
     max_new_tokens: the longest answer; None for the setting of the recipe.
     temperature: divisor of the logits of a sample; 0 always takes the likeliest token.
@@ -356,7 +356,7 @@ class Recipe:
     def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """Return one answer of a saved model to each input: a text, or a row as in a data file.
 
-        An answer that ends only at `generation.max_new_tokens` has `cut_off`: True.
+        An answer that ends only at `generation.max_new_tokens` has `truncated`: True.
         """
         raise InputError(f"{type(self).__name__} has no answers to inputs: define answer() in the recipe")
 

@@ -4,8 +4,8 @@ A run keeps its last state in `checkpoints/`. A continuation is a resumed run wi
 `train.max_windows`. `continued.json` in the folder of the run lists the continuations, so that a continuation
 that was stopped can be resumed.
 
-Without a setting of the schedule, the recorded schedule is stretched over the longer run: the learning rate
-of each further window is the rate that a run of this length has there. With one of `SCHEDULE`, a new schedule
+Without a setting of the schedule, the recorded schedule is stretched over the longer run. The learning rate of
+each further window is then the rate that a run of this length has there. With one of `SCHEDULE`, a new schedule
 runs over the further windows alone.
 """
 
@@ -34,7 +34,7 @@ FILE = "continued.json"
 LENGTHS = ("train.epochs", "train.max_windows")
 SCHEDULE = ("optim.lr", "optim.scheduler", "optim.warmup_ratio")
 FREE = (*LENGTHS, *SCHEDULE, "train.eval_every", "train.early_stopping", "optim.max_grad_norm")
-"""Settings that a continuation may change, beside those that a resumed run may change."""
+"""Settings that a continuation may change, beside the settings that a resumed run may change."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ def _sum(flag: str, total: int, value: str) -> str:
 
 
 def begin(run: Path, has_ended: bool, checkpoint: Checkpoint | None, argv: Sequence[str]) -> Continuations:
-    """Return the continuations of a run with the one that begins now, without its settings.
+    """Return the continuations of a run, with a new one that has no settings yet.
 
     Raises:
-        InputError: for a run that has not ended, or whose last state is gone.
+        InputError: for a run that has not ended, or without its last state.
     """
     if not has_ended:
         cure = f"resume it first: --resume {run}"

@@ -20,7 +20,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the outputs of two models are apart.
+    """The difference of the outputs of two models.
 
     largest: the largest difference of two outputs.
     scale: the largest absolute output of the run's model.
@@ -65,7 +65,7 @@ def outputs_of(model: Any, batch: Mapping[str, Any], device: str) -> list[torch.
 
 
 def difference(one: list[torch.Tensor], other: list[torch.Tensor], rows: int) -> Difference:
-    """Return how far the outputs `other` are from the outputs `one` of the run's model."""
+    """Return the difference of the outputs `other` from the outputs `one` of the run's model."""
     pairs = list(zip(one, other, strict=True))
     largest = max(float((a - b).abs().max()) for a, b in pairs)
     return Difference(largest, max(float(a.abs().max()) for a, _ in pairs), rows)

@@ -43,7 +43,7 @@ class Input(NamedTuple):
 
     @property
     def names(self) -> dict[str, Any]:
-        """What an answer keeps of its input: the line, and an id."""
+        """The line and the id of the input, which the answer keeps."""
         found = {} if self.line is None else {"line": self.line}
         row = self.given if isinstance(self.given, Mapping) else {}
         return found | next(({name: row[name]} for name in IDS if name in row), {})

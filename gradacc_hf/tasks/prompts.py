@@ -17,10 +17,10 @@ CURE = 'give a text, or a row with "messages" or "prompt"'
 
 
 class Answer(NamedTuple):
-    """A text that a model wrote, and whether it ended only because it reached the longest length."""
+    """A text that a model wrote, and whether it ended only at the longest length."""
 
     text: str
-    cut_off: bool
+    is_truncated: bool
 
 
 def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_tokens: int) -> list[str]:

@@ -141,7 +141,10 @@ def test_a_merge_that_would_answer_otherwise_writes_nothing(here, gradacc, monke
 
 def test_a_card_of_a_search_model_or_of_adapters_runs_as_it_stands(here, gradacc, monkeypatch, capsys):
     pytest.importorskip("sentence_transformers")
-    for run, said in (("search", r"tensor\(\[\[-?0\.\d+"), ("lora", r"'label': '(even|odd)', 'score': 0\.\d+")):
+    for run, said in (
+        ("search", r"tensor\(\[\[-?0\.\d+"),
+        ("lora", r"'label': '(even|odd)', 'score': 0\.\d+"),
+    ):
         monkeypatch.chdir(here / run / "best")
         snippet = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1]
         exec(snippet, {})
