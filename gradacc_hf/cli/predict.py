@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> None:
         "--max_new_tokens",
         type=_at_least_one,
         metavar="N",
-        help="tokens after which an answer is truncated, and has truncated: true (default: the run's setting)",
+        help="longest answer, in tokens; a longer one is truncated, and has truncated: true (default: the "
+        "setting of the run)",
     )
     parser.add_argument(
         "--temperature",

@@ -4,9 +4,9 @@ A run keeps its last state in `checkpoints/`. A continuation is a resumed run wi
 `train.max_windows`. `continued.json` in the folder of the run lists the continuations, so that a continuation
 that was stopped can be resumed.
 
-Without a setting of the schedule, the recorded schedule is stretched over the longer run. The learning rate of
-each further window is then the rate that a run of this length has there. With one of `SCHEDULE`, a new schedule
-runs over the further windows alone.
+Without a setting of the schedule, the recorded schedule is stretched over the longer run. The learning rate
+of each further window is then the rate that a run of this length has there. With one of `SCHEDULE`, a new
+schedule runs over the further windows alone.
 """
 
 import json

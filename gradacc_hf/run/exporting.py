@@ -135,7 +135,7 @@ def _write_onnx(
     recipe: Recipe, module: Any, source: Path, batch: Mapping[str, torch.Tensor], folder: Path
 ) -> Apply:
     """Write model.onnx for any number of rows and tokens, the config and the tokenizer or processor."""
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-not-found]  # of an extra
 
     names = {0: "rows", 1: "tokens"}
     shapes = {name: {0: "rows"} if name == "pixel_values" else names for name in batch}

@@ -141,19 +141,19 @@ def test_a_merge_that_would_answer_otherwise_writes_nothing(here, gradacc, monke
 
 def test_a_card_of_a_search_model_or_of_adapters_runs_as_it_stands(here, gradacc, monkeypatch, capsys):
     pytest.importorskip("sentence_transformers")
-    for run, said in (
+    for name, said in (
         ("search", r"tensor\(\[\[-?0\.\d+"),
         ("lora", r"'label': '(even|odd)', 'score': 0\.\d+"),
     ):
-        monkeypatch.chdir(here / run / "best")
+        monkeypatch.chdir(here / name / "best")
         snippet = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1]
         exec(snippet, {})
         assert re.search(said, capsys.readouterr().out)
 
 
 def test_all_files_of_a_run_have_one_mode(here):
-    for run in ("lora", "whole", "search"):
-        modes = {path.stat().st_mode for path in Path(run).rglob("*") if path.is_file()}
+    for name in ("lora", "whole", "search"):
+        modes = {path.stat().st_mode for path in Path(name).rglob("*") if path.is_file()}
         assert len(modes) == 1
 
 
