@@ -24,6 +24,44 @@ from gradacc_hf.utils.files import flush
 
 def main(argv: Sequence[str]) -> None:
     """Run the command. Raises InputError."""
+    arguments = _make_parser().parse_args(argv)
+    if bool(arguments.texts) == bool(arguments.input):
+        raise InputError("predict: give texts, or --input FILE (- for standard input), but not both")
+    if arguments.output is not None and arguments.output.exists():
+        raise InputError(f"--output: {arguments.output} exists; give another name, or move the file")
+    if arguments.output is not None and (left := _unfinished(arguments.output)).exists():
+        raise InputError(f"--output: {left} exists, of a prediction that was stopped; move or remove it")
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        raise InputError(f"--output: no folder {arguments.output.parent}; create it, or give another")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    inputs = number_texts(arguments.texts) if arguments.texts else read_inputs(arguments.input)
+    recipe = open_run(arguments.run, arguments.trust_remote_code)
+    for flag in ("max_new_tokens", "temperature"):
+        if getattr(arguments, flag) is not None and not recipe.writes_texts:
+            raise InputError(f"--{flag}: {type(recipe).__name__} writes no text; leave it out")
+    recipe.generation = Generation(arguments.max_new_tokens, arguments.temperature or 0.0)
+    set_seed(recipe.config.train.seed)  # of samples
+    model = load_model(recipe, arguments.run, arguments.model)
+    # A bar would mix with predictions on the terminal, so it is shown only if they go elsewhere.
+    quiet = not sys.stderr.isatty() or (arguments.output is None and sys.stdout.isatty())
+    bar = {"total": len(arguments.texts) or None, "console": Console(stderr=True), "transient": True}
+    answers = predict(recipe, model, inputs, arguments.batch_size)
+    counts = [0, 0]  # truncated answers, all answers
+    counted = _count_truncated(track(answers, "predict", disable=quiet, **bar), counts)
+    if arguments.output is not None:
+        _write(arguments.output, counted)
+    else:
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # JSON is UTF-8 in any locale
+        for answer in counted:
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
+    if counts[0]:
+        said = f"{counts[0]:,} of {counts[1]:,} answers were truncated; for longer ones: --max_new_tokens N"
+        print(said, file=sys.stderr)
+
+
+def _make_parser() -> Parser:
     parser = Parser(
         prog="gradacc predict",
         description="Predict on new input with the model of a saved run. Prints one JSON object per line, in "
@@ -69,41 +107,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--model", choices=("best", "last"), default="best", help="the saved model (default: %(default)s)"
     )
-    arguments = parser.parse_args(argv)
-    if bool(arguments.texts) == bool(arguments.input):
-        raise InputError("predict: give texts, or --input FILE (- for standard input), but not both")
-    if arguments.output is not None and arguments.output.exists():
-        raise InputError(f"--output: {arguments.output} exists; give another name, or move the file")
-    if arguments.output is not None and (left := _unfinished(arguments.output)).exists():
-        raise InputError(f"--output: {left} exists, of a prediction that was stopped; move or remove it")
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        raise InputError(f"--output: no folder {arguments.output.parent}; create it, or give another")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
-    inputs = number_texts(arguments.texts) if arguments.texts else read_inputs(arguments.input)
-    recipe = open_run(arguments.run, arguments.trust_remote_code)
-    for flag in ("max_new_tokens", "temperature"):
-        if getattr(arguments, flag) is not None and not recipe.writes_texts:
-            raise InputError(f"--{flag}: {type(recipe).__name__} writes no text; leave it out")
-    recipe.generation = Generation(arguments.max_new_tokens, arguments.temperature or 0.0)
-    set_seed(recipe.config.train.seed)  # of samples
-    model = load_model(recipe, arguments.run, arguments.model)
-    # A bar would mix with predictions on the terminal, so it is shown only if they go elsewhere.
-    quiet = not sys.stderr.isatty() or (arguments.output is None and sys.stdout.isatty())
-    bar = {"total": len(arguments.texts) or None, "console": Console(stderr=True), "transient": True}
-    answers = predict(recipe, model, inputs, arguments.batch_size)
-    counts = [0, 0]  # truncated answers, all answers
-    counted = _count_truncated(track(answers, "predict", disable=quiet, **bar), counts)
-    if arguments.output is not None:
-        _write(arguments.output, counted)
-    else:
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # JSON is UTF-8 in any locale
-        for answer in counted:
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
-    if counts[0]:
-        said = f"{counts[0]:,} of {counts[1]:,} answers were truncated; for longer ones: --max_new_tokens N"
-        print(said, file=sys.stderr)
+    return parser
 
 
 def _count_truncated(answers: Iterable[dict[str, Any]], counts: list[int]) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ PROMPTS_PER_BATCH = 8  # prompts answered at once
 CURE = 'give a text, or a row with "messages" or "prompt"'
 
 
-class Answer(NamedTuple):
+class WrittenText(NamedTuple):
     """A text that a model wrote, and whether it ended only at the longest length."""
 
     text: str
@@ -36,7 +36,7 @@ def write_answers(
     max_new_tokens: int,
     batch_size: int = PROMPTS_PER_BATCH,
     **options: Any,
-) -> list[Answer]:
+) -> list[WrittenText]:
     """Return one answer for each input, with dropout off.
 
     If the model has too few positions, an answer gets at most half of them, and a prompt loses its start.
@@ -63,7 +63,7 @@ def write_answers(
     ends = {tokenizer.eos_token_id, *_ends(model)} - {None}
     training = model.training
     model.eval()
-    answers = list[Answer]()
+    answers = list[WrittenText]()
     for start in range(0, len(prompts), batch_size):
         rows = prompts[start : start + batch_size]
         width = max(map(len, rows))
@@ -81,7 +81,7 @@ def write_answers(
         new = written[:, width:]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         cut = [len(row) >= max_new_tokens and ends.isdisjoint(row) for row in new.tolist()]
-        answers += [Answer(text.strip(), is_cut) for text, is_cut in zip(texts, cut, strict=True)]
+        answers += [WrittenText(text.strip(), is_cut) for text, is_cut in zip(texts, cut, strict=True)]
     model.train(training)
     return answers
 

@@ -167,10 +167,7 @@ def fine_tune(
         )
         saving = CheckpointSaving(checkpointer, stop, log, evaluations) if checkpointer and stop else None
         end = train_windows(records, done, log, length, evaluator, ratio, tuning, saving)
-        random = rng_states(accelerator.device)
-        finish(end, evaluator)
-        if saving is not None and end != "stopped by a signal":
-            saving.save_at_end(random)
+        finish(end, evaluator, saving)
     return write_summary(log, windows, evaluations, tuning, first_window, end, more)
 
 
@@ -284,8 +281,9 @@ def train_windows(
     return "trained"
 
 
-def finish(end: End, evaluator: "Evaluator") -> None:
-    """Save the last model and evaluate it, unless a signal stopped the run."""
+def finish(end: End, evaluator: "Evaluator", saving: "CheckpointSaving | None") -> None:
+    """Save the last model and evaluate it, and save the last state, unless a signal stopped the run."""
+    random = rng_states(evaluator.saver.accelerator.device)
     log, best = evaluator.log, evaluator.evaluations.criterion
     if end == "out of patience":
         log.say(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
@@ -295,6 +293,8 @@ def finish(end: End, evaluator: "Evaluator") -> None:
         evaluator.evaluate_at_end(log.last_window)
         if evaluator.model_config() != config:  # such as the threshold of an answer
             evaluator.saver.save(evaluator.model, "last")
+        if saving is not None:
+            saving.save_at_end(random)
 
 
 def write_summary(
