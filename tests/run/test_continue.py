@@ -36,7 +36,8 @@ def flags(tiny_bert, tmp_path_factory):
         "--data.max_length",
         32,
     ]
-    return [*words, "--optim.scheduler", "constant", "--output.tracker", "none"]
+    words += ["--optim.scheduler", "constant", "--train.noise_every", 1]
+    return [*words, "--output.tracker", "none"]
 
 
 @pytest.fixture(scope="module")
