@@ -13,7 +13,9 @@
 #   ./launch.sh compare [ARGUMENTS]  compare Trainer and gradacc
 #   ./launch.sh data [ARGUMENTS]     show the data of a run before it
 #   ./launch.sh plan [ARGUMENTS]     predict memory and time of a run
-#   ./launch.sh COMMAND [ARGUMENTS]  verify, doctor, predict, evaluate, report,
+#   ./launch.sh continue RUN --train.epochs +2
+#                                    train a run that has ended further
+#   ./launch.sh COMMAND [ARGUMENTS]  verify, doctor, predict, evaluate, merge, export, report,
 #                                    bench, ls, cp: see COMMAND --help
 #   ./launch.sh test [ARGUMENTS]     run the tests; the arguments go to pytest
 #   ./launch.sh help                 print this text
@@ -75,7 +77,7 @@ while [[ $# -gt 0 ]]; do
           usage
           exit 0
           ;;
-        test | lessons | play | compare | data | plan | verify | doctor | predict | evaluate | report | bench | ls | cp)
+        test | lessons | play | compare | data | plan | verify | doctor | predict | evaluate | continue | merge | export | report | bench | ls | cp)
           [[ -z $own_flag ]] || die "$own_flag is allowed only with a recipe; found the command $1"
           action=$1
           shift

@@ -25,9 +25,10 @@ from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks import chat
 from gradacc_hf.tasks.chat_formats import MixedFormat, find_format, note_format
+from gradacc_hf.tasks.generate import as_answer
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.packing import check_packing, pack
-from gradacc_hf.tasks.prompts import answer_prompts, answer_samples
+from gradacc_hf.tasks.prompts import answer_samples, write_answers
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss, with_perplexity
 from gradacc_hf.training.loop import evaluate
 from gradacc_hf.training.run_log import by_source
@@ -50,6 +51,7 @@ class CausalLM(Recipe):
     example = "Write a Python function that adds two numbers."
     num_items = "next_token"
     lean_loss = True
+    writes_texts = True
 
     @dataclass
     class Data(DataConfig):
@@ -161,9 +163,11 @@ class CausalLM(Recipe):
         return with_perplexity({"loss": found.loss} | by_source("loss", found.source_losses))
 
     def answer(self, model, inputs):
-        """Return the greedy answers to chats, prompts or texts."""
-        answers = answer_prompts(model, self.tokenizer, inputs, self.data.sample_tokens)
-        return [{"answer": answer} for answer in answers]
+        """Return the answers to chats, prompts or texts."""
+        longest = self.generation.max_new_tokens or self.data.sample_tokens
+        options = {"batch_size": len(inputs), **self.generation.options}
+        answers = write_answers(model, self.tokenizer, inputs, longest, **options)
+        return [as_answer("answer", text, is_truncated) for text, is_truncated in answers]
 
     def baseline(self, train, validation):
         """Return the perplexity of the frequencies that tokens have in the training labels."""

@@ -85,7 +85,7 @@ class ImageClassification(Recipe):
     @cached_property
     def processor(self):
         with self.loading_errors("image processor"):
-            return AutoImageProcessor.from_pretrained(self.model_path, **self.source_options())
+            return AutoImageProcessor.from_pretrained(self.processor_path, **self.source_options())
 
     def processors(self):
         return [self.processor]

@@ -22,7 +22,7 @@ from gradacc_hf.data.sources import first_of_each
 from gradacc_hf.recipe import ScoredRows
 from gradacc_hf.run import run
 from gradacc_hf.tasks.encoder_decoder import EncoderDecoder
-from gradacc_hf.tasks.generate import check_target_length, generate
+from gradacc_hf.tasks.generate import as_answer, check_target_length, generate, truncated
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss, with_perplexity
 from gradacc_hf.training.loop import evaluate
@@ -63,6 +63,7 @@ class Seq2Seq(EncoderDecoder):
     padding_side = "right"
     example = "def add(a, b):\n    return a + b"
     lean_loss = True
+    writes_texts = True
 
     @dataclass
     class Data(DataConfig):
@@ -190,9 +191,12 @@ class Seq2Seq(EncoderDecoder):
         texts = [(self.data.prefix or "") + text for text in texts]
         settings = {"truncation": True, "max_length": self.data.max_length, "padding": True}
         tokens = self.tokenizer(texts, **settings, return_token_type_ids=False, return_tensors="pt")
-        written = model.generate(**tokens.to(model.device), **self.search)
+        longest = self.generation.max_new_tokens or self.data.max_target_length
+        options = {**self.search, **self.generation.options, "max_new_tokens": longest}
+        written = model.generate(**tokens.to(model.device), **options)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [{"output": text.strip()} for text in texts]
+        cut = truncated(model, written, longest)
+        return [as_answer("output", text, is_cut) for text, is_cut in zip(texts, cut, strict=True)]
 
 
 if __name__ == "__main__":

@@ -29,14 +29,20 @@ COMMANDS = {
         "gradacc_hf.cli.evaluate",
         "compute metrics of a saved run on labelled data",
     ),
+    "merge": ("gradacc_hf.cli.merge", "write the adapters of a run into a whole model"),
+    "export": ("gradacc_hf.cli.export", "write the model of a run for another library"),
+    "continue": ("gradacc_hf.cli.continuation", "train a run that has ended further, from its last state"),
 }
 """Command → the module whose `main` gets the remaining arguments, and one line of help."""
 
 EXTRAS = {
     "bench": ("recipes", "report"),
     "compare": ("recipes", "report"),
+    "continue": ("recipes",),
     "data": ("recipes",),
     "evaluate": ("recipes",),
+    "export": ("recipes",),
+    "merge": ("recipes",),
     "plan": ("recipes",),
     "predict": ("recipes",),
     "report": ("report",),

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 import yaml
 
+from gradacc_hf.config.earlier_run import EarlierRun
 from gradacc_hf.config.help import print_all_settings, print_help
 from gradacc_hf.config.schema import (
     FLAGS_ONLY,
@@ -61,6 +62,12 @@ def read_command_line(
     """
     flags = _read_flags(argv)
     settings = _Settings(Config(model=model(), data=data()))
+    if "continue" in flags:
+        if "resume" in flags:
+            raise InputError("--continue and --resume exclude each other: give one of the two")
+        settings.values["continues"] = flags["resume"] = _typed(flags.pop("continue"), str, "--continue")
+        if flags["resume"] == "auto":
+            raise InputError("--continue: found auto, allowed is the folder of a run")
     if "resume" in flags:
         resume = settings.values["resume"] = _typed(flags.pop("resume"), str, "--resume")
         if resume != "auto":  # a run has its settings in its folder
@@ -79,6 +86,7 @@ def read_command_line(
     settings.values["check"] = _typed(flags.pop("check", False), bool, "--check")
     help_wanted = _typed(flags.pop("help", False), bool | Literal["all"], "--help")
     settings.update(flags, _Source(prefix="--"))
+    _adopt_adapters(settings)
 
     config = settings.config()
     if help_wanted:
@@ -101,6 +109,20 @@ def _send_nowhere(settings: "_Settings", file: str, flags: Mapping[str, Any]) ->
                     f"output.{name}: the value in {file} is ignored on resume: give the flag again",
                     file=sys.stderr,
                 )
+
+
+def _adopt_adapters(settings: "_Settings") -> None:
+    """Take the settings of the adapters that a run starts from. Raise `InputError` for others."""
+    run = EarlierRun.of(settings["model.name"])
+    if run is None or not run.has_adapters:
+        return
+    for name, value in run.adapter_settings.items():
+        key = f"model.lora.{name}"
+        if settings[key] not in (value, attrgetter(key)(settings.defaults)):
+            found = f"found {_shown(settings[key])}, and the adapters of {run.folder} have {_shown(value)}"
+            cure = f"leave it out, or merge them (gradacc merge {run.folder}) and name {run.folder}/merged"
+            raise InputError(f"{settings.names[key]}: {found}; {cure}")
+        settings.values[key] = value
 
 
 def recipe_file(argv: Sequence[str]) -> str:
@@ -206,7 +228,7 @@ class _Settings:
         else:
             section, names, close = "", self.inside(""), []
         if not section and source.prefix:
-            names += ["check", "config", "help", "resume"]
+            names += ["check", "config", "continue", "help", "resume"]
             close = close or difflib.get_close_matches(key, names, 1)
         if not source.section:  # the right name in the wrong section, or in none
             namesakes = [other for other in self.hints if other.endswith(f".{name}")]

@@ -226,13 +226,16 @@ class CheckpointConfig:
 
     every: int = 100
     """Windows between checkpoints.
-    0: one checkpoint, when a signal stops the run (SIGTERM, Ctrl-C)."""
+    0: only when a signal stops the run (SIGTERM, Ctrl-C), and at the end."""
     keep: int = 2
     """Newest checkpoints to keep.
     The checkpoint of the best evaluation is kept too."""
+    at_end: bool = True
+    """Also save one at the end, for gradacc continue.
+    It holds the trained weights and the states of the optimizer."""
 
     def rules(self) -> Rules:
-        yield "every", self.every >= 0, "0 windows (only when a signal stops the run) or more"
+        yield "every", self.every >= 0, "0 windows (only when a signal stops the run, and at the end) or more"
         yield "keep", self.keep >= 1, "1 checkpoint or more"
 
 
@@ -313,7 +316,7 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. Files hold `recipe` and the sections; the first four are flags only."""
+    """All settings of a run. Files hold `recipe` and the sections; the first five are flags only."""
 
     config: str | None = None
     """YAML file of what is trained."""
@@ -328,6 +331,9 @@ class Config:
     It continues from the newest checkpoint.
     auto: the run in --output.dir, or else the latest run of this config unless it has ended.
     A new run starts where there is none."""
+    continues: Annotated[str | None, tyro.conf.arg(name="continue")] = None
+    """Train a run that has ended further: its folder.
+    With --train.epochs +2 or --train.max_windows +100, as gradacc continue does."""
     recipe: str | None = None
     """Recipe file.
     A relative path starts at the folder of the config file, or else at the recipes of gradacc."""
@@ -341,7 +347,7 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
 
-FLAGS_ONLY = ("config", "budget_file", "check", "resume")
+FLAGS_ONLY = ("config", "budget_file", "check", "resume", "continues")
 
 
 SettingsT = TypeVar("SettingsT")

@@ -67,7 +67,7 @@ class Facts:
 def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
     """Return the facts of a run. The licence is read from the base model's card, if it has one."""
     config = recipe.config
-    given, data = config.model.name, config.data
+    data, given = config.data, config.model.name if recipe.earlier is None else recipe.earlier.origin
     upstream, licence = origin(given)
     on_hub = upstream or (given if _is_hub_name(given) else None)
     source = recipe.validation_source.removeprefix("validation: ")
@@ -223,7 +223,7 @@ def _numbers(values: Mapping[str, Any] | None) -> dict[str, float]:
 def _base_model_text(recipe: Recipe) -> str:
     if recipe.from_scratch:
         return "random weights"
-    given = recipe.config.model.name
+    given = recipe.config.model.name if recipe.earlier is None else recipe.earlier.origin
     return given if given.startswith("embedded:") else "a local folder"
 
 

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from gradacc_hf.config.earlier_run import EarlierRun
 from gradacc_hf.embedded import origin
 from gradacc_hf.errors import one_line, refuse
 from gradacc_hf.utils.redaction import redact
@@ -79,6 +80,8 @@ def public_adapter_config(folder: Path, run: Path) -> bytes | None:
     if not Path(base).is_absolute():
         return None
     given = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["name"]
+    if (earlier := EarlierRun.of(given)) is not None:
+        given = earlier.origin
     is_local = given.startswith("embedded:") or Path(given).expanduser().is_dir()
     settings["base_model_name_or_path"] = origin(given)[0] or (Path(base).name if is_local else given)
     return json.dumps(settings, indent=2).encode()

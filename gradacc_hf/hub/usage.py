@@ -1,4 +1,4 @@
-"""The lines of Python in a model card, which use the model with transformers alone."""
+"""The shortest lines of Python that use a model, for its card."""
 
 import json
 from typing import Any
@@ -16,27 +16,33 @@ USES = {
 found = model(**tokens)
 start, end = found.start_logits.argmax(), found.end_logits.argmax()
 print(tokenizer.decode(tokens.input_ids[0, start : end + 1]))""",
-    "sentence-similarity": """tokens = tokenizer([{example}, "a text"], padding=True, return_tensors="pt")
-mask = tokens.attention_mask.unsqueeze(-1)
-means = (model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
-print(cosine_similarity(means[:1], means[1:]))""",
 }
 """The Hub's name of a task for which transformers has no pipeline → code with the tokenizer and the model."""
+SEARCH = """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({folder})
+embeddings = model.encode([{example}, "a text"])
+print(model.similarity(embeddings[:1], embeddings[1:]))"""
 
 
 def snippet(recipe: Any, name: str) -> str:
     """Return a complete Python program; `name` is the folder or Hub name of a model or of adapters."""
     task, loader, lora = recipe.pipeline_tag, recipe.model_class.__name__, recipe.config.model.lora
     example, folder, imports, lines = recipe.example, _python(name), [loader], []
-    options = ""
-    if lora.rank and not lora.merge:  # needs peft; the config beside the adapters has the labels
+    if task == "sentence-similarity":
+        return SEARCH.format(folder=folder, example=_python(example))
+    options, tokenizer = "", ""
+    is_adapter = lora.rank and not lora.merge
+    if is_adapter and task == "text-generation":  # a pipeline loads the base model, too
+        tokenizer = f", tokenizer={folder}"
+    elif is_adapter:  # needs peft; the config beside the adapters has the labels
         imports.insert(0, "AutoConfig")
         lines.append(f'config = AutoConfig.from_pretrained({folder}, _configuration_file="{MODEL_CONFIG}")')
         options = ", config=config"
     lines.append(f"model = {loader}.from_pretrained({folder}{options})")
     if task in SUPPORTED_TASKS:
         if not options:
-            imports, lines = [], [f'model = pipeline("{task}", model={folder})']
+            imports, lines = [], [f'model = pipeline("{task}", model={folder}{tokenizer})']
         else:
             lines.append(f'model = pipeline("{task}", model=model, tokenizer={folder})')
         imports.append("pipeline")
@@ -48,8 +54,7 @@ def snippet(recipe: Any, name: str) -> str:
         rows = example if isinstance(example, dict) else {}
         shown = {"example": _python(example), **{key: _python(value) for key, value in rows.items()}}
         lines += [USES[task].format_map(shown)] if task in USES else []
-    more = "from torch.nn.functional import cosine_similarity\n" * (task == "sentence-similarity")
-    return f"{more}from transformers import {', '.join(imports)}\n\n" + "\n".join(lines)
+    return f"from transformers import {', '.join(imports)}\n\n" + "\n".join(lines)
 
 
 def _python(value: Any) -> str:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from gradacc_hf.accumulation.collation import PadTo, Transform
 from gradacc_hf.accumulation.lengths import Lengths
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import CountItems, model_loss
+from gradacc_hf.config.earlier_run import EarlierRun
 from gradacc_hf.config.schema import Config, DataConfig
 from gradacc_hf.data.bad_rows import Problem, check_rows
 from gradacc_hf.data.columns import file_rows, select_rows
@@ -38,9 +40,35 @@ from gradacc_hf.recipe.mixture import read_mixture, take_sources_and_weights
 from gradacc_hf.recipe.scoring import ScoredRows
 from gradacc_hf.recipe.streaming import ExampleStream, OpenRows, open_rows
 from gradacc_hf.training.loop import Rows, evaluate, logits_and_labels
-from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, installed_mismatch, pretrained
+from gradacc_hf.training.lora import (
+    check_four_bit,
+    check_peft,
+    four_bit,
+    installed_mismatch,
+    load_adapter_weights,
+    pretrained,
+)
 from gradacc_hf.training.run_log import by_source
 from gradacc_hf.utils.files import MODEL_CONFIG
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The settings with which `gradacc predict` lets a model write.
+
+    max_new_tokens: the longest answer; None for the setting of the recipe.
+    temperature: divisor of the logits of a sample; 0 always takes the likeliest token.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of transformers' `generate`, without a length."""
+        if not self.temperature:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
 
 
 class Recipe:
@@ -68,6 +96,8 @@ class Recipe:
     transform: Transform | None = None  # the random part of an example: masking, cropping, augmentation
     tokens_are: str | None = None  # the unit of inputs other than texts: "patches of 16 × 16 pixels"
     lean_loss: ClassVar[bool] = False  # whether model() reads budget.lean_loss
+    writes_texts: ClassVar[bool] = False  # whether `answer` reads `generation`
+    generation = Generation()  # set by `gradacc predict`
     validation_source: str = "validation"
     held_out = False  # whether the validation rows are a share of the training file
     of_chats = False  # whether inputs are chats
@@ -93,6 +123,7 @@ class Recipe:
         self.has_new_labels = False  # whether the model has labels, and the data have others
         self.without_weights = False  # set by weightless()
         self._own_tokenizing: tuple[Any, Any] = None, None  # truncation and padding in the tokenizer's file
+        self.earlier = EarlierRun.of(config.model.name)  # the run that this one starts from
         self._saved_config: Any = None  # the config beside a loaded adapter, with the task's settings
 
     def with_config(self, config: Config) -> Self:
@@ -347,7 +378,10 @@ class Recipe:
         return self.scored.by_source(self.validation_sources or ()) if self.scored else {}
 
     def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
-        """Return one answer of a saved model to each input: a text, or a row as in a data file."""
+        """Return one answer of a saved model to each input: a text, or a row as in a data file.
+
+        An answer that ends only at `generation.max_new_tokens` has `truncated`: True.
+        """
         raise InputError(f"{type(self).__name__} has no answers to inputs: define answer() in the recipe")
 
     def processors(self) -> list[Any]:
@@ -402,14 +436,28 @@ class Recipe:
     @cached_property
     def model_path(self) -> str:
         """The folder or Hub name that the model and its tokenizer are loaded from."""
-        return resolve_model(self.config.model.name, weights=not self.without_weights)
+        name = self.config.model.name
+        if self.earlier is not None:
+            if not self.earlier.model.is_dir():
+                refuse("model.name", f"found no {self.earlier.model.name}/ in {name}", "name another model")
+            name = self.earlier.base if self.earlier.has_adapters else str(self.earlier.model)
+            self.model_notes["start"] = f"best model of {self.earlier.folder}"
+            if self.earlier.has_adapters:
+                self.model_notes["start"] = f"adapters of {self.earlier.folder} on {name}, trained further"
+        return resolve_model(name, weights=not self.without_weights)
+
+    @cached_property
+    def processor_path(self) -> str:
+        """The folder or Hub name that the tokenizer or processor is loaded from."""
+        has_adapters = self.earlier is not None and self.earlier.has_adapters
+        return str(self.earlier.model) if has_adapters and self.earlier else self.model_path
 
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         with self.loading_errors("tokenizer"):
             settings = {**self.source_options(), **self.tokenizer_settings}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, **settings)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.processor_path, **settings)
         # Without tokenizer files, transformers makes a tokenizer of special tokens only.
         if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
             raise InputError(
@@ -434,7 +482,7 @@ class Recipe:
         """Note each setting of the recipe that changes the tokenizer, and save no other."""
         from transformers.models.auto.tokenization_auto import get_tokenizer_config  # slow to import
 
-        saved = get_tokenizer_config(self.model_path, **self.source_options())
+        saved = get_tokenizer_config(self.processor_path, **self.source_options())
         for name, value in self.tokenizer_settings.items():
             was = saved.get(name, "no value")
             if was == value:
@@ -470,7 +518,16 @@ class Recipe:
     def own_config(self) -> Any:
         """The config of `model.name` as it was saved."""
         with self.loading_errors("config"):
-            return transformers.AutoConfig.from_pretrained(self.model_path, **self.source_options())
+            return self._earlier_config() or transformers.AutoConfig.from_pretrained(
+                self.model_path, **self.source_options()
+            )
+
+    def _earlier_config(self, **changes: Any) -> Any:
+        """Return the config beside the adapters that training starts from, with changes; None without."""
+        if self.earlier is None or not self.earlier.has_adapters:
+            return None
+        file = self.earlier.model / MODEL_CONFIG
+        return transformers.AutoConfig.from_pretrained(file, **self._trust(), **changes)
 
     @property
     def own_labels(self) -> list[str] | None:
@@ -485,6 +542,10 @@ class Recipe:
         The head of a model is new if the labels are.
         """
         self.has_new_labels = labels.are_new
+        if labels.are_new and self.earlier is not None and self.earlier.has_adapters:
+            run = self.earlier.folder
+            found = f"the data have other labels than {run}, whose head is saved with its adapters"
+            refuse("model.name", found, f"gradacc merge {run}, and start from {run}/merged")
         if labels.note is not None:
             self.model_notes["labels"] = labels.note
         was, now = getattr(self.own_config, "problem_type", None), self.model_overrides().get("problem_type")
@@ -495,7 +556,9 @@ class Recipe:
         """Return the model's config, with the task's settings and `model.dropout`."""
         if self._saved_config is not None:
             return self._saved_config
-        config = self.base_config()
+        with self.loading_errors("config"):
+            config = self._earlier_config(**self.model_overrides())
+        config = config or self.base_config()
         dropout, saved = self.config.model.dropout, getattr(config, "dtype", None)
         if saved not in (None, self.dtype) and not self.from_scratch:
             was, now = (str(dtype).removeprefix("torch.") for dtype in (saved, self.dtype))
@@ -543,6 +606,15 @@ class Recipe:
         with self.loading_errors("adapters", folder):
             pretrained(model).load_adapter(str(folder))
         return model
+
+    def load_earlier_adapters(self, model: Any) -> None:
+        """Load the adapters that training starts from into a model with adapters, if there are any."""
+        if self.earlier is None or not self.earlier.has_adapters or self.without_weights:
+            return
+        with self.loading_errors("adapters", self.earlier.model):
+            load_adapter_weights(model, self.earlier.model)
+        if self.model_notes.get("head", "").startswith("new"):
+            self.model_notes["head"] = f"kept: saved with the adapters of {self.earlier.folder}"
 
     def check_model(self) -> None:
         """Raise InputError if the weights do not fit the config. Only names and sizes are read."""

@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
@@ -37,6 +37,10 @@ RUN_FILES = (
     "logs",
     "report.html",
     FOLDER,
+    "continued.json",  # by `gradacc continue`
+    "merged",  # by `gradacc merge`
+    "onnx",  # by `gradacc export`
+    "sentence-transformers",
     MARKER,
     LOCK,
     "samples_before.json",
@@ -55,7 +59,8 @@ def folder_to_resume(config: Config) -> Path | None:
     if config.resume != "auto":
         folder = Path(config.resume)
         if not _is_run(folder):
-            refuse("--resume", f"found {folder}, which holds no run", "give the folder of a run, or auto")
+            flag, others = ("--continue", "") if config.continues else ("--resume", ", or auto")
+            refuse(flag, f"found {folder}, which holds no run", f"give the folder of a run{others}")
     elif config.output.dir:
         folder = Path(config.output.dir)
     else:
@@ -118,13 +123,19 @@ def refuse_links(folder: Path, key: str) -> None:
 
 
 @contextmanager
-def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0) -> Iterator[Path]:
+def open_output(
+    config: Config,
+    accelerator: Accelerator,
+    windows_done: int = 0,
+    first: Callable[[Path], None] | None = None,
+) -> Iterator[Path]:
     """Make the folder of the run with its config, and lock it inside this block. Call it on every process.
 
     Args:
         config: the settings of the run, which are written as config.yaml.
         accelerator: the main process makes the folder; the trackers write there.
         windows_done: windows of a run that continues. If there are any, its files stay.
+        first: what the main process does in the folder before it writes config.yaml.
 
     Raises:
         InputError: for a folder that cannot be made, or that another run is writing into.
@@ -142,6 +153,8 @@ def open_output(config: Config, accelerator: Accelerator, windows_done: int = 0)
             if not windows_done:
                 _remove_run(folder)
             (folder / MARKER).unlink(missing_ok=True)
+            if first is not None:
+                first(folder)
             write_whole(folder / "config.yaml", settings(config))
         if accelerator.log_with:
             accelerator.project_configuration = ProjectConfiguration(str(folder), str(folder))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,41 +22,92 @@ from gradacc_hf.training.run_log import finite
 from gradacc_hf.utils.hardware import find_device, refuse_place
 
 INPUTS_PER_BATCH = 32
+PROMPTS_PER_BATCH = 8  # for recipes that write texts
+SORTED_BATCHES = 8  # micro-batches whose inputs are sorted by length together
+IDS = ("id", "_id", "idx", "guid", "qid", "uid")
+"""Columns of an input row that an answer keeps: the first of them that the row has."""
 INPUT_SUFFIXES = (".jsonl", ".csv", ".txt")
 
-Input = tuple[str, Any]
-"""The source of an input, for messages ("a.csv, line 2"), and the input: a text, or a row as a mapping."""
+
+class Input(NamedTuple):
+    """An input of a prediction.
+
+    where: the source, for messages ("a.csv, line 2").
+    given: a text, or a row as a mapping.
+    line: the line of a file, from 1; None for a text of the command line.
+    """
+
+    where: str
+    given: Any
+    line: int | None = None
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """The line and the id of the input, which the answer keeps."""
+        found = {} if self.line is None else {"line": self.line}
+        row = self.given if isinstance(self.given, Mapping) else {}
+        return found | next(({name: row[name]} for name in IDS if name in row), {})
 
 
-def load_model(recipe: Recipe, run: Path, which: str = "best") -> Any:
-    """Return the "best" or the "last" model of a run in evaluation mode, on the GPU if there is one."""
+def folder_of(run: Path, which: str) -> Path:
+    """Return the folder of the "best" or the "last" model of a run. Raises InputError if there is none."""
     folder = run / which
     if not folder.is_dir():
         there = listed(f"--model {name}" for name in ("best", "last") if (run / name).is_dir())
         cure = f"choose {there}" if there else "this run saved no model; continue it with --resume"
         refuse(str(run), f"found no {which}/ in it", cure)
+    return folder
+
+
+def load_model(recipe: Recipe, run: Path, which: str = "best") -> Any:
+    """Return the "best" or the "last" model of a run in evaluation mode, on the GPU if there is one."""
+    folder = folder_of(run, which)
     device = find_device().kind
     refuse_place(device)
     model = recipe.load(folder)
-    recipe.model_path = str(folder)  # the tokenizer or processor was saved beside the model
+    recipe.model_path = recipe.processor_path = str(
+        folder
+    )  # the tokenizer or processor was saved beside the model
     return model.to(device).eval()
 
 
-def predict(recipe: Recipe, model: Any, inputs: Iterable[Input]) -> Iterator[dict[str, Any]]:
-    """Yield the answers to the inputs, in order. Raises InputError that names the invalid input."""
+def predict(
+    recipe: Recipe, model: Any, inputs: Iterable[Input], batch_size: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the answers to the inputs, in order, as soon as they are known.
+
+    Inputs of similar length are answered together. Raises InputError that names the invalid input.
+
+    Args:
+        recipe: the recipe of the run.
+        model: the saved model.
+        inputs: the inputs; plain tuples of a source and an input, too.
+        batch_size: inputs that are answered at once; by default 32, and 8 where the model writes texts.
+    """
+    size = batch_size or (PROMPTS_PER_BATCH if recipe.writes_texts else INPUTS_PER_BATCH)
     rest = iter(inputs)
-    while together := list(islice(rest, INPUTS_PER_BATCH)):
-        try:
-            answers = _answer(recipe, model, [one for _, one in together])
-        except InputError:
-            for where, one in together:  # find the invalid input
-                try:
-                    _answer(recipe, model, [one])
-                except InputError as error:
-                    problem = re.sub(r"^input(?: 1)?: ", "", one_line(error))  # the number within the batch
-                    raise InputError(f"{where}: {problem}") from None
-            raise
-        yield from map(finite, answers)
+    while together := [Input(*one) for one in islice(rest, size * SORTED_BATCHES)]:
+        order = sorted(range(len(together)), key=lambda place: len(str(together[place].given)))
+        answers = dict[int, dict[str, Any]]()
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            found = _answer_all(recipe, model, [together[place] for place in places])
+            answers |= zip(places, found, strict=True)
+        for place, one in enumerate(together):
+            yield finite({**one.names, **answers[place]})
+
+
+def _answer_all(recipe: Recipe, model: Any, inputs: Sequence[Input]) -> list[dict[str, Any]]:
+    try:
+        return _answer(recipe, model, [one.given for one in inputs])
+    except InputError:
+        for one in sorted(inputs, key=lambda one: one.line or 0):  # find the first invalid input
+            try:
+                _answer(recipe, model, [one.given])
+            except InputError as error:
+                problem = re.sub(r"^input(?: 1)?: ", "", one_line(error))  # the number within the batch
+                raise InputError(f"{one.where}: {problem}") from None
+        raise
 
 
 @torch.inference_mode()
@@ -68,7 +119,7 @@ def _answer(recipe: Recipe, model: Any, inputs: Sequence[Any]) -> list[dict[str,
 def number_texts(texts: Sequence[str]) -> Iterator[Input]:
     """Yield the texts of a command line as inputs, with the sources "text 1", "text 2"."""
     for number, text in enumerate(texts, start=1):
-        yield f"text {number:,}", text
+        yield Input(f"text {number:,}", text)
 
 
 def read_inputs(source: str) -> Iterator[Input]:
@@ -105,7 +156,7 @@ def _checked(numbered: Iterator[tuple[int, Any]], source: str) -> Iterator[Input
     try:
         for line, one in numbered:
             count += 1
-            yield f"{source}, line {line:,}", one
+            yield Input(f"{source}, line {line:,}", one, line)
     except UnicodeDecodeError:
         refuse(f"{source}, after line {line:,}", "found bytes that are not UTF-8", "save it as UTF-8")
     except OSError as error:

@@ -21,12 +21,14 @@ from datasets import Dataset, disable_progress_bars
 
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.streaming import Stream
-from gradacc_hf.config.schema import Config, OutputConfig
+from gradacc_hf.config.schema import Config, OutputConfig, with_settings
 from gradacc_hf.data.columns import integers_as_text
 from gradacc_hf.errors import InputError, NonFiniteError, OutOfMemoryWhileSyncingError, one_line
 from gradacc_hf.hub.model_card import RunCard, facts, refresh_cards
 from gradacc_hf.hub.push import push
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run import continuation
+from gradacc_hf.run.continuation import Continuations
 from gradacc_hf.run.ending import result_lines, training_lines
 from gradacc_hf.run.fingerprint import (
     check_same_settings,
@@ -65,7 +67,7 @@ from gradacc_hf.utils.files import write_pretrained, write_whole
 from gradacc_hf.utils.hardware import say, set_up_allocator
 from gradacc_hf.utils.memory import release_freed_memory_at_once
 from gradacc_hf.utils.modeling import uncompiled
-from gradacc_hf.utils.redaction import redact
+from gradacc_hf.utils.redaction import redact, without_tokens
 from gradacc_hf.utils.signals import MARKER, end_with_launcher, lost_contact
 
 
@@ -99,6 +101,7 @@ def run(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> None:
 
 def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     set_up_process()
+    argv = continuation.with_absolute_lengths(argv)
     config, lines = resolve_config(recipe_class, argv)
     for line in lines:
         say(line)
@@ -108,14 +111,16 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     quieten_libraries()
     accelerator = make_accelerator(config)
     check_same_view(resumed)
-    if resumed is not None and resumed.has_ended:
+    if resumed is not None and resumed.has_ended and config.continues is None:
         check_same_settings(config, resumed.folder)
         tell_nothing_to_resume(resumed, accelerator)
         return
-    checkpoint = None if resumed is None else newest_checkpoint(resumed.folder, accelerator)
+    checkpoint, continued = find_state(resumed, config, accelerator, argv)
     task = load_task(recipe_class, config, accelerator, checkpoint)
+    if config.continues is not None:
+        task, continued = lengthen(task, continued, argv)
     config = task.recipe.config
-    plan = plan_run(task, accelerator)
+    plan = plan_run(task, accelerator, continued)
     tell_resumed(resumed, checkpoint, accelerator)
     baseline = task.recipe.baseline(task.training, task.validation)
     check_best_metric(config, baseline)
@@ -126,8 +131,9 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
         return
     plan, parts = build(task, plan, accelerator)
     print_head(task.recipe, accelerator)
-    with open_output(config, accelerator, checkpoint.window if checkpoint else 0) as folder:
-        commands = commands_of(folder, config.output, argv, resumed, accelerator.num_processes)
+    first = partial(continuation.write_continuation, continuations=continued) if config.continues else None
+    with open_output(config, accelerator, checkpoint.window if checkpoint else 0, first) as folder:
+        commands = commands_of(folder, config, argv, resumed, accelerator.num_processes, continued)
         summary = train(task, plan, parts, folder, checkpoint, baseline, commands)
         accelerator.end_training()
         if summary["stopped_after"] is not None:
@@ -161,12 +167,14 @@ class RunPlan:
     windows, validation_windows: the loaders.
     num_windows: windows of the whole run; for a stream the most, or None if unknown.
     accumulation_steps: of the windows as they are split before training.
+    continued: the continuations of the run.
     """
 
     windows: WindowLoader
     validation_windows: WindowLoader
     num_windows: int | None
     accumulation_steps: PlannedSteps
+    continued: Continuations
 
 
 @dataclass(frozen=True)
@@ -211,6 +219,29 @@ def check_same_view(resumed: ResumedRun | None) -> None:
         )
 
 
+def find_state(
+    resumed: ResumedRun | None, config: Config, accelerator: Accelerator, argv: Sequence[str]
+) -> tuple[Checkpoint | None, Continuations]:
+    """Return the checkpoint that a run starts from, and the continuations of the run."""
+    if resumed is None:
+        return None, Continuations()
+    checkpoint = newest_checkpoint(resumed.folder, accelerator)
+    if config.continues is not None:
+        continued = continuation.begin(resumed.folder, resumed.has_ended, checkpoint, argv)
+    else:
+        continued = continuation.read_continuations(resumed.folder)
+    return checkpoint and continuation.with_free_settings(checkpoint, continued), continued
+
+
+def lengthen(task: "Task", continued: Continuations, argv: Sequence[str]) -> tuple["Task", Continuations]:
+    """Return the task of a continuation, with enough epochs, and the continuation with its settings."""
+    recipe, same = task.recipe, task.same
+    epochs = continuation.epochs_that_suffice(recipe.config, len(task.training), argv)
+    same = {**same, "train.epochs": epochs}
+    recipe = recipe.with_config(with_settings(recipe.config, {"train.epochs": epochs}))
+    return replace(task, recipe=recipe, same=same), continuation.with_settings_of(continued, same)
+
+
 def load_task(
     recipe_class: type[Recipe], config: Config, accelerator: Accelerator, checkpoint: Checkpoint | None = None
 ) -> Task:
@@ -237,7 +268,7 @@ def _load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelera
     found: list[dict[str, Any]] = [{}]
     if accelerator.is_main_process:
         mixed = fingerprint_of_mixture(recipe.sources, recipe.shares, recipe.example_weights)
-        found = [what_must_stay(config, training, validation) | mixed]
+        found = [without_tokens(what_must_stay(config, training, validation)) | mixed]
         if recipe.opened is not None:
             found[0]["data.train (bytes of the files)"] = recipe.opened.rows.sizes()
         elif text := duplicates_note(training, validation, "truncated" in recipe.reading.notes):
@@ -245,7 +276,7 @@ def _load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelera
     return Task(recipe, training, validation, broadcast_object_list(found)[0])
 
 
-def plan_run(task: Task, accelerator: Accelerator) -> RunPlan:
+def plan_run(task: Task, accelerator: Accelerator, continued: Continuations) -> RunPlan:
     """Split the data into windows, and print the plan of the run before anything takes long."""
     recipe = task.recipe
     windows, validation_windows = make_windows(recipe, task.training, task.validation, accelerator)
@@ -254,9 +285,14 @@ def plan_run(task: Task, accelerator: Accelerator) -> RunPlan:
     empty = recipe.empty_model()
     check_inputs(recipe, empty, task.training, task.validation)
     num_windows = total_windows(recipe.config, windows)
+    if recipe.config.continues is not None:
+        continuation.check_longer(continued, num_windows)
     tried = tries_sizes(recipe.config.budget, num_windows)
     steps = print_plan(recipe, windows, empty, num_windows, len(task.validation), tried)
-    return RunPlan(windows, validation_windows, num_windows, steps)
+    if continued.parts:
+        for name, text in continuation.lines_of(recipe.config, continued, windows, num_windows):
+            accelerator.print(f"{name:<22}{text}")
+    return RunPlan(windows, validation_windows, num_windows, steps, continued)
 
 
 def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> tuple[RunPlan, TrainingParts]:
@@ -271,7 +307,8 @@ def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> tuple[RunPlan,
     if recipe.opened is not None:
         plan = replace(plan, windows=stream_windows(recipe, task.training, plan.windows))
     optimizer = make_optimizer(model, optim, accelerator.mixed_precision)
-    scheduler = make_scheduler(optimizer, optim, plan.windows, plan.num_windows)
+    start = plan.continued.schedule_after
+    scheduler = make_scheduler(optimizer, optim, plan.windows, plan.num_windows, start)
     card = RunCard(recipe, facts(recipe, task.training, task.validation), plan.windows)
     return plan, TrainingParts(model, optimizer, scheduler, card)
 
@@ -305,11 +342,21 @@ def train(
             eval_every=config.train.eval_interval,
             eval_on_start=config.train.eval_on_start,
             on_nonfinite=config.train.on_nonfinite,
-            best=Best(config.train.best_metric, config.train.best_direction, config.train.early_stopping),
+            best=Best(
+                config.train.best_metric,
+                config.train.best_direction,
+                config.train.early_stopping,
+                patient_after=plan.continued.after,
+            ),
             tune=tries_sizes(config.budget, plan.num_windows),
             output_dir=folder,
             checkpoints=Checkpoints(
-                config.checkpoint.every, config.checkpoint.keep, task.same, asdict(config.budget), checkpoint
+                config.checkpoint.every,
+                config.checkpoint.keep,
+                task.same,
+                asdict(config.budget),
+                checkpoint,
+                config.checkpoint.at_end,
             ),
             save_with=[*recipe.processors(), parts.card],
             write_model=write_merged if config.model.lora.merge else write_pretrained,
@@ -319,6 +366,7 @@ def train(
                 "seed": config.train.seed,
                 "command": commands.again,
                 "resumed_after": checkpoint.window if checkpoint is not None else None,
+                "continued_after": [part.after for part in plan.continued.parts],
                 "skipped_rows": skipped_rows(recipe, plan.windows),
                 "reading": recipe.reading.summary(),
                 "samples": recipe.samples,
@@ -409,14 +457,22 @@ def write_cards_and_report(folder: Path) -> Path | None:
 
 
 def commands_of(
-    folder: Path, output: OutputConfig, argv: Sequence[str], resumed: ResumedRun | None, processes: int
+    folder: Path,
+    config: Config,
+    argv: Sequence[str],
+    resumed: ResumedRun | None,
+    processes: int,
+    continued: Continuations,
 ) -> Commands:
     """Return the command lines that repeat a run and that continue it."""
     again = argv
     if resumed is not None:  # a command with --resume does not start a run from the beginning
         again = ["--config", str(folder / "config.yaml"), "--output.dir", f"{folder}-again"]
-    resume = ["--resume", str(folder), *_destination_flags(output)]
-    return Commands(_command(again, processes), _command(resume, processes))
+    resume = ["--resume", str(folder), *_destination_flags(config.output)]
+    # `gradacc continue` is another program than the recipe
+    program = config.recipe if config.continues and config.recipe else sys.argv[0]
+    repeat = continued.commands(folder) if continued.parts else _command(program, again, processes)
+    return Commands(repeat, _command(program, resume, processes))
 
 
 def _destination_flags(output: OutputConfig) -> list[str]:
@@ -427,9 +483,9 @@ def _destination_flags(output: OutputConfig) -> list[str]:
     )
 
 
-def _command(words: Sequence[str], processes: int) -> str:
-    """Return the command that runs this file with these words in this folder, without secrets."""
-    program = redact(shlex.join([sys.argv[0], *words]))
+def _command(recipe: str, words: Sequence[str], processes: int) -> str:
+    """Return the command that runs a recipe with these words in this folder, without secrets."""
+    program = redact(shlex.join([recipe, *words]))
     if launcher := os.environ.get("GRADACC_LAUNCHER"):
         return f"{launcher} {program} --processes {processes}"
     return f"{'python' if processes == 1 else f'accelerate launch --num_processes {processes}'} {program}"

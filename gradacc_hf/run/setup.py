@@ -275,6 +275,7 @@ def make_model(recipe: Recipe) -> Any:
     set_seed(config.train.seed)
     model = recipe.model()
     choose_trained(model, recipe.config.model, recipe.new_parameters)
+    recipe.load_earlier_adapters(model)
     if config.budget.gradient_checkpointing:
         checkpoint_activations(model)
     if config.budget.compile:

@@ -22,6 +22,19 @@ def check_target_length(config: Any, length: int, name: str) -> None:
         refuse("data.max_target_length", f"found {length}", allowed)
 
 
+def truncated(model: Any, written: torch.Tensor, max_new_tokens: int) -> list[bool]:
+    """Return whether each text of an encoder-decoder ends only at `max_new_tokens`, after the start token."""
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends])}
+    return [len(row) > max_new_tokens and ends.isdisjoint(row[1:]) for row in written.tolist()]
+
+
+def as_answer(key: str, text: str, is_truncated: bool) -> dict[str, Any]:
+    """Return a written text as an answer, with `truncated` if the text ends only at the longest length."""
+    answer: dict[str, Any] = {key: text.strip()}
+    return answer | {"truncated": True} if is_truncated else answer
+
+
 @torch.no_grad()
 def generate(
     model: torch.nn.Module,

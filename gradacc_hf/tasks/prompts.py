@@ -1,9 +1,9 @@
-"""Greedy answers of a causal language model to chats or prompts."""
+"""Answers of a causal language model to chats or prompts."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import torch
@@ -16,8 +16,27 @@ PROMPTS_PER_BATCH = 8  # prompts answered at once
 CURE = 'give a text, or a row with "messages" or "prompt"'
 
 
-@torch.no_grad()
+class WrittenText(NamedTuple):
+    """A text that a model wrote, and whether it ended only at the longest length."""
+
+    text: str
+    is_truncated: bool
+
+
 def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_tokens: int) -> list[str]:
+    """Return the texts of the greedy answers to prompts, as `write_answers` does."""
+    return [text for text, _ in write_answers(model, tokenizer, inputs, max_new_tokens)]
+
+
+@torch.no_grad()
+def write_answers(
+    model: Any,
+    tokenizer: Any,
+    inputs: Sequence[Any],
+    max_new_tokens: int,
+    batch_size: int = PROMPTS_PER_BATCH,
+    **options: Any,
+) -> list[WrittenText]:
     """Return one answer for each input, with dropout off.
 
     If the model has too few positions, an answer gets at most half of them, and a prompt loses its start.
@@ -29,6 +48,8 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
         inputs: Lists of messages, rows of chats (a last message of the assistant is left out), rows with a
             `prompt`, or texts. A text is a user's message if the model has a chat template, else a prompt.
         max_new_tokens: The longest answer.
+        batch_size: Prompts that are answered at once.
+        options: Options of the model's `generate`; by default a greedy search.
 
     Raises:
         InputError: With the number of the first input that cannot be answered.
@@ -42,9 +63,9 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
     ends = {tokenizer.eos_token_id, *_ends(model)} - {None}
     training = model.training
     model.eval()
-    answers = []
-    for start in range(0, len(prompts), PROMPTS_PER_BATCH):
-        rows = prompts[start : start + PROMPTS_PER_BATCH]
+    answers = list[WrittenText]()
+    for start in range(0, len(prompts), batch_size):
+        rows = prompts[start : start + batch_size]
         width = max(map(len, rows))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
@@ -53,13 +74,16 @@ def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_to
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             eos_token_id=sorted(ends) or None,
             pad_token_id=pad,
+            **({"do_sample": False} | options),
         )
-        answers += tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
+        new = written[:, width:]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        cut = [len(row) >= max_new_tokens and ends.isdisjoint(row) for row in new.tolist()]
+        answers += [WrittenText(text.strip(), is_cut) for text, is_cut in zip(texts, cut, strict=True)]
     model.train(training)
-    return [answer.strip() for answer in answers]
+    return answers
 
 
 def answer_samples(

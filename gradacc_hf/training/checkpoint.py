@@ -66,6 +66,11 @@ class Checkpoint:
         """The window after which the checkpoint was saved, counted over the run from 1."""
         return self.about["window"]
 
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the run had ended, and its last evaluation is in the checkpoint."""
+        return self.about.get("at_end", False)
+
 
 @dataclass(frozen=True)
 class Checkpoints:
@@ -78,6 +83,7 @@ class Checkpoints:
         budget: Settings that determine the split; by default the bound of the loader. If they equal the
             checkpoint's, the split into micro-batches is the same. Otherwise results agree up to rounding.
         resume_from: The checkpoint to resume from; None starts from the beginning.
+        at_end: Whether to save a checkpoint at the end of the run, too, from which the run can continue.
     """
 
     every: int = 100
@@ -85,6 +91,7 @@ class Checkpoints:
     same: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
     resume_from: Checkpoint | None = None
+    at_end: bool = False
 
 
 def newest_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
@@ -202,13 +209,16 @@ class Checkpointer:
         self.model: torch.nn.Module = accelerator.unwrap_model(model)
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
 
-    def save(self, window: int, best_window: float | None, progress: Mapping[str, Any]) -> str | None:
+    def save(
+        self, window: int, best_window: float | None, progress: Mapping[str, Any], at_end: bool = False
+    ) -> str | None:
         """Save a checkpoint. If that fails (a full disk), earlier checkpoints are unchanged.
 
         Args:
             window: the window of the run after which the checkpoint is saved.
             best_window: the window after which the best evaluation was; None without one.
             progress: plain numbers that `load` returns.
+            at_end: whether the run has ended.
 
         Returns:
             The error in one line; None if there was none.
@@ -217,6 +227,7 @@ class Checkpointer:
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         about = {
             "window": window,
+            "at_end": at_end,
             "processes": self.accelerator.num_processes,
             "same": dict(self.settings.same),
             "budget": self.budget,
@@ -250,13 +261,13 @@ class Checkpointer:
         for _, index, name, tensor in of_optimizer:
             states.setdefault(index, {})[name] = tensor
         self.optimizer.load_state_dict({"state": states, "param_groups": self._groups(numbers["groups"])})
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(numbers["scheduler"])
         if self.accelerator.scaler is not None and numbers["scaler"]:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
         # On other hardware or with another budget, the split and the tuned size of the run do not apply.
         same_budget = about["budget"] == self.budget and about["device"] == device_name(self.accelerator)
         self.windows.load_state_dict(numbers["windows"], same_budget=same_budget)
+        if self.scheduler is not None:  # after the windows, whose position may determine the rate
+            self.scheduler.load_state_dict(numbers["scheduler"])
         process = self.accelerator.process_index
         if about["processes"] == self.accelerator.num_processes:
             set_rng_states(read_plain(folder / f"random-{process}.pt"), self.accelerator.device)

@@ -40,6 +40,7 @@ from gradacc_hf.training.preflight import (
 from gradacc_hf.training.run_log import FIGURES, RunLog, WindowRecord
 from gradacc_hf.training.update_ratio import UpdateRatio
 from gradacc_hf.utils.files import WriteModel, save_model, write_pretrained
+from gradacc_hf.utils.rng import rng_states, set_rng_states
 from gradacc_hf.utils.signals import StopSignals
 
 Validate = Callable[[torch.nn.Module], Mapping[str, float]]
@@ -78,11 +79,13 @@ class Best:
         metric: the metric to compare.
         direction: "min" if the lowest value is the best, "max" if the highest is.
         patience: the run stops after this many evaluations in a row without improvement; 0 is off.
+        patient_after: evaluations after this window count towards `patience`, for a run that continues.
     """
 
     metric: str = "loss"
     direction: Literal["min", "max"] = "min"
     patience: int = 0
+    patient_after: int = 0
 
     def improves(self, history: Sequence[Mapping[str, float]]) -> bool:
         """Whether the latest evaluation is better than all earlier ones. Any number is better than NaN."""
@@ -171,7 +174,7 @@ def fine_tune(
         )
         saving = CheckpointSaving(checkpointer, stop, log, evaluations) if checkpointer and stop else None
         end = train_windows(records, done, log, length, evaluator, ratio, tuning, saving)
-        finish(end, evaluator)
+        finish(end, evaluator, saving)
     return write_summary(log, windows, evaluations, tuning, first_window, end, more)
 
 
@@ -285,8 +288,9 @@ def train_windows(
     return "trained"
 
 
-def finish(end: End, evaluator: "Evaluator") -> None:
-    """Save the last model and evaluate it, unless a signal stopped the run."""
+def finish(end: End, evaluator: "Evaluator", saving: "CheckpointSaving | None") -> None:
+    """Save the last model and evaluate it, and save the last state, unless a signal stopped the run."""
+    random = rng_states(evaluator.saver.accelerator.device)
     log, best = evaluator.log, evaluator.evaluations.criterion
     if end == "out of patience":
         log.say(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
@@ -296,6 +300,8 @@ def finish(end: End, evaluator: "Evaluator") -> None:
         evaluator.evaluate_at_end(log.last_window)
         if evaluator.model_config() != config:  # such as the threshold of an answer
             evaluator.saver.save(evaluator.model, "last")
+        if saving is not None:
+            saving.save_at_end(random)
 
 
 def write_summary(
@@ -416,8 +422,11 @@ class EvaluationLog:
     @property
     def is_out_of_patience(self) -> bool:
         """Whether `patience` evaluations in a row brought no improvement."""
-        patience, best = self.criterion.patience, self._best
-        return patience > 0 and best is not None and len(self.rows) - best > patience
+        patience, best = self.criterion.patience, self.best
+        if not patience or best is None:
+            return False
+        since = max(best["window"], self.criterion.patient_after)
+        return sum(window > since for window in self.windows) >= patience
 
 
 @dataclass(frozen=True)
@@ -530,10 +539,21 @@ class CheckpointSaving:
             self.save()
         return is_asked and window < total
 
-    def save(self) -> None:
+    def save_at_end(self, random: Mapping[str, Any]) -> None:
+        """Save the last state of the run, if the settings ask for it.
+
+        Args:
+            random: the random number generators after the last window. The last evaluation may have used
+                them, which a longer run would not do here.
+        """
+        if self.checkpointer.settings.at_end and self.log.records:
+            set_rng_states(random, self.checkpointer.accelerator.device)
+            self.save(at_end=True)
+
+    def save(self, at_end: bool = False) -> None:
         """Save a checkpoint after the latest window. Print a line if that fails."""
         self.log.keep()
         best, window = self.evaluations.best, self.log.last_window
         best_window = None if best is None else best["window"]
-        if problem := self.checkpointer.save(window, best_window, self.evaluations.progress()):
+        if problem := self.checkpointer.save(window, best_window, self.evaluations.progress(), at_end):
             self.log.say(f"no checkpoint after window {window}: {problem}")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from packaging.version import Version
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.integrations import peft as peft_integration
 
@@ -141,6 +142,22 @@ def _targets(model: Any, patterns: list[str], new_modules: Collection[str]) -> l
             raise InputError(f"model.lora.targets: {pattern!r} matches no linear layer; the model has {some}")
         chosen |= matching
     return sorted(chosen)
+
+
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """Load saved adapters, and the modules saved with them, into a model with adapters of the same settings.
+
+    Raises:
+        ValueError: the folder has other weights than the model trains.
+    """
+    from peft.utils import set_peft_model_state_dict
+
+    saved = load_file(folder / "adapter_model.safetensors")
+    plain = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
+    found = set_peft_model_state_dict(pretrained(model), plain, ADAPTER)
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    if found.unexpected_keys or len(saved) != trained:
+        raise ValueError(f"they are {len(saved)} tensors, and {trained} are trained here")
 
 
 def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:

@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -77,33 +77,86 @@ def check_optimizer(optim: OptimConfig) -> None:
         refuse("optim.name", "adamw_8bit needs bitsandbytes", "pip install bitsandbytes, or use adafactor")
 
 
+class Schedule(LambdaLR):
+    """A learning rate that follows from the settings and the number of steps.
+
+    Args:
+        optimizer: the optimizer.
+        factor: the number of steps → the factor of the learning rate.
+        by_examples: whether the factor depends on the examples so far. `counts_examples` reads it: a window
+            without a step advances the schedule, too.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float], by_examples: bool):
+        self.by_examples = by_examples
+        super().__init__(optimizer, factor)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the number of steps. The rate is the rate of the present settings."""
+        bases = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = bases
+        self._last_lr = [
+            base * factor(self.last_epoch) for base, factor in zip(bases, self.lr_lambdas, strict=True)
+        ]
+        for group, base, rate in zip(self.optimizer.param_groups, bases, self._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = base, rate
+
+
 def make_scheduler(
-    optimizer: Optimizer, optim: OptimConfig, windows: WindowLoader, total_windows: int | None
+    optimizer: Optimizer,
+    optim: OptimConfig,
+    windows: WindowLoader,
+    total_windows: int | None,
+    start: int = 0,
 ) -> LRScheduler:
     """Return the learning rate schedule of a whole run. Step it once per window.
 
     If the size of windows changes, warmup and decay follow the number of examples so far, not of windows.
     None for `total_windows`, which is unknown for a stream, needs a constant schedule without warmup.
     `optim.lr_scaling` scales the learning rate by the size of the next window.
+
+    Args:
+        optimizer: the optimizer.
+        optim: the settings.
+        windows: the loader of the training windows.
+        total_windows: windows of the whole run.
+        start: windows of the run before the schedule begins.
     """
     plan: Any = windows.plan  # for data of known length
     by_examples = callable(plan.effective_batch_size) and hasattr(plan, "examples_of")
-    total = plan.examples_of(total_windows) if by_examples else total_windows or 1
-    name = {"constant": "constant_with_warmup"}.get(optim.scheduler, optim.scheduler)
-    warmup = math.ceil(total * optim.warmup_ratio)
-    scheduler: Any = transformers.get_scheduler(name, optimizer, warmup, total)
-    shape = scheduler.lr_lambdas[0]
+    count = plan.examples_of if by_examples else int
+    before = count(start)
+    shape = _shape(optim, (count(total_windows or 1) - before))
 
     def factor(windows_done: int) -> float:
         plan: Any = windows.plan
         coming = windows.next_position
         done = plan.examples_before(*coming) if by_examples else windows_done
-        return shape(done) * lr_factor(optim.lr_scaling, plan.size_asked(*coming), optim.lr_reference_batch)
+        size = plan.size_asked(*coming)
+        return shape(done - before) * lr_factor(optim.lr_scaling, size, optim.lr_reference_batch)
 
-    made = LambdaLR(optimizer, factor)
-    # `counts_examples` reads this: a window without a step advances the schedule, too.
-    made.by_examples = by_examples  # type: ignore[attr-defined]
-    return made
+    return Schedule(optimizer, factor, by_examples)
+
+
+def learning_rate(optim: OptimConfig, window: int, total_windows: int | None, start: int = 0) -> float:
+    """Return the learning rate of a window (from 1) of a run whose windows have one size.
+
+    Args:
+        optim: the settings.
+        window: the window.
+        total_windows: windows of the whole run; None for a stream.
+        start: windows of the run before the schedule begins.
+    """
+    return optim.lr * _shape(optim, (total_windows or start + 1) - start)(window - 1 - start)
+
+
+def _shape(optim: OptimConfig, total: int) -> Callable[[int], float]:
+    """Return the factor of the learning rate by the windows, or the examples, before a window."""
+    name = {"constant": "constant_with_warmup"}.get(optim.scheduler, optim.scheduler)
+    some = SGD([torch.zeros(1)], lr=1.0)
+    scheduler: Any = transformers.get_scheduler(name, some, math.ceil(total * optim.warmup_ratio), total)
+    return scheduler.lr_lambdas[0]
 
 
 def frozen_parameters(names: Sequence[str], patterns: Sequence[str]) -> set[str]:

@@ -62,13 +62,19 @@ def save_model(
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to fill. It replaces `folder` when the block ends without an error."""
+    """Yield a folder to fill. It replaces `folder` when the block ends without an error.
+
+    All files get the mode that the umask gives.
+    """
     unfinished, old = folder.with_name(f".{folder.name}.unfinished"), folder.with_name(f".{folder.name}.old")
     _tidy(folder, unfinished, old)  # remains of a killed run
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        mode = unfinished.stat().st_mode & 0o666  # safetensors writes for the owner alone
         for path in sorted(unfinished.rglob("*")):
+            if path.is_file():
+                path.chmod(mode)
             flush(path)
         put_in_place(unfinished, folder)
     finally:

@@ -40,7 +40,7 @@ def flags_of(section: Any, prefix: str = "--") -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from flags_of(value, f"{prefix}{field.name}.")
         else:
-            yield prefix + ("budget" if field.name == "budget_file" else field.name)
+            yield prefix + {"budget_file": "budget", "continues": "continue"}.get(field.name, field.name)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from chat_templates import CHATML, byte_tokenizer
 from conftest import ROOT
 from recipe_runs import run_recipe
+from safetensors.torch import load_file
 
 from gradacc_hf import WindowLoader, embedded
 from gradacc_hf.accumulation.loss_items import IGNORED
@@ -689,6 +690,20 @@ def summary():
     return json.loads(Path("out/summary.json").read_text())
 
 
+def test_the_card_of_adapters_runs_as_it_stands_and_has_the_adapters(start, monkeypatch):
+    flags = {"model__lora__rank": 2, "train__max_windows": 1}
+    assert start(data__train=write("a.jsonl", chats()), **flags)[0] == 0
+    monkeypatch.chdir("out/best")
+    snippet, space = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1], {}
+    exec(snippet, space)
+    assert len([line for line in snippet.splitlines() if line]) == 3
+    saved = load_file("adapter_model.safetensors")
+    loaded = dict(space["model"].model.named_parameters())
+    for name, tensor in saved.items():
+        place = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
+        assert torch.equal(loaded[place], tensor)
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -870,6 +885,30 @@ def test_answers_are_what_generate_gives_alone(tiny):
     shared = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
     alpaca = {"instruction": "x"}
     assert answer_prompts(model, tokenizer, [shared, alpaca], 6) == [answers[3]] * 2
+
+
+def test_an_answer_says_whether_it_is_truncated_and_may_be_sampled(tiny):
+    from gradacc_hf.recipe.base import Generation
+    from gradacc_hf.tasks.prompts import write_answers
+
+    model, tokenizer = llama(), transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.eos_token, model.generation_config.eos_token_id = None, None
+    [greedy] = write_answers(model, tokenizer, [{"prompt": "a b"}], 6)
+    assert greedy.is_truncated
+    sampled = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        options = Generation(temperature=9.0).options
+        sampled.append(write_answers(model, tokenizer, [{"prompt": "a b"}] * 3, 6, **options))
+    assert sampled[0] == sampled[1]
+    assert len({greedy, *sampled[0]}) > 2
+    ids = tokenizer("a b", return_tensors="pt").input_ids
+    written = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[
+        0, ids.shape[1] :
+    ].tolist()
+    model.generation_config.eos_token_id = written[2]
+    [ended] = write_answers(model, tokenizer, [{"prompt": "a b"}], 6)
+    assert not ended.is_truncated
 
 
 @pytest.mark.parametrize(

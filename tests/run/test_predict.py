@@ -112,14 +112,37 @@ def test_every_kind_of_input_gives_the_same_answers_in_its_order(predict):
         )
 
 
-def test_answers_go_to_a_file_whole_or_not_at_all(gradacc, predict, run):
+def test_answers_have_the_line_and_the_id_of_their_row(predict):
+    Path("a.jsonl").write_text('{"body": "tea tea tea", "id": "x7"}\n\n{"body": "cash", "id": 3}\n')
+    answers = predict("--input", "a.jsonl", "--batch_size", "1")
+    assert [(answer["line"], answer["id"]) for answer in answers] == [(1, "x7"), (3, 3)]
+    Path("b.csv").write_text('guid,body\n1,"two\nlines"\n2,tea\n')
+    assert [(answer["line"], answer["guid"]) for answer in predict("--input", "b.csv")] == [
+        (3, "1"),
+        (4, "2"),
+    ]
+    assert "line" not in predict("tea")[0]
+
+
+def test_answers_go_to_a_file_that_has_its_name_once_it_is_complete(gradacc, predict, run):
     expected = predict(*TEXTS)
     assert gradacc("predict", run, *TEXTS, "--output", "a.jsonl") == (0, "", "")
     assert [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()] == expected
     assert gradacc("predict", run, "tea", "--output", "a.jsonl")[0] == 2
     Path("b.jsonl").write_text('{"body": "tea"}\n' * 40 + '{"text": "tea"}\n')
-    assert gradacc("predict", run, "--input", "b.jsonl", "--output", "c.jsonl")[0] == 2
-    assert sorted(path.name for path in Path().iterdir()) == ["a.jsonl", "b.jsonl"]
+    words = ["predict", run, "--input", "b.jsonl", "--output", "c.jsonl", "--batch_size", 4]
+    code, _, err = gradacc(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "b.jsonl, line 41: no 'body' among text; " in err
+    assert err.endswith("; the first 32 answers are in c.jsonl.unfinished\n")
+    assert sorted(path.name for path in Path().iterdir()) == ["a.jsonl", "b.jsonl", "c.jsonl.unfinished"]
+    lines = Path("c.jsonl.unfinished").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in lines] == [*range(1, 33)]
+    assert "c.jsonl.unfinished exists, of a prediction that was stopped" in gradacc(*words)[2]
+    assert "writes no text; leave it out" in gradacc("predict", run, "tea", "--temperature", "1")[2]
+    assert (
+        "--batch_size: found '0'; allowed: 1 or more" in gradacc("predict", run, "tea", "--batch_size", 0)[2]
+    )
 
 
 def test_the_last_model_answers_when_it_is_asked(gradacc, run, tmp_path):

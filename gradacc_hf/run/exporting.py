@@ -1,0 +1,186 @@
+"""`gradacc export`: write the model of a run for another library, and check it against the run's own outputs.
+
+| to | library | tasks |
+|---|---|---|
+| onnx | torch.onnx; checked with ONNX Runtime | all whose answer is one forward pass |
+| sentence-transformers | sentence-transformers | search |
+
+A model that writes texts needs a cache between its forward passes, which torch.onnx does not write.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from gradacc_hf.accumulation.gradient_cache import Embedder
+from gradacc_hf.config.earlier_run import ADAPTER_CONFIG
+from gradacc_hf.config.schema import with_settings
+from gradacc_hf.errors import InputError, refuse
+from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run.outputs import TOLERANCES, Difference, batch_of_rows, difference, outputs_of
+from gradacc_hf.run.predict import folder_of
+from gradacc_hf.utils.extras import require
+from gradacc_hf.utils.files import whole_folder
+
+ROWS = 10  # of the validation data, whose outputs are compared
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+LARGEST_FILE = 2**31 - 2**20  # bytes of weights beside which one ONNX file can hold the rest
+FORMATS = ("onnx", "sentence-transformers", "gguf")
+
+
+def export(recipe: Recipe, run: Path, to: str, which: str = "best") -> tuple[Path, Difference]:
+    """Write the model of a run to the folder `to` in the run, and compare outputs on rows of the data.
+
+    Args:
+        recipe: the recipe of the run.
+        run: the folder of the run.
+        to: one of `FORMATS`.
+        which: the saved model, "best" or "last". The merged model stands for adapters.
+
+    Returns:
+        The folder, and the largest difference.
+
+    Raises:
+        InputError: the task has no such export, the folder exists, or outputs differ too much. Nothing is
+            written.
+    """
+    source, folder = folder_of(run, which), run / to
+    write = _writer(recipe, to, source)
+    if folder.exists():
+        refuse(str(folder), "it exists", "move it, or use it")
+    if (source / ADAPTER_CONFIG).is_file():
+        source = run / "merged"
+        if not source.is_dir():
+            refuse(str(run), "it has adapters, which are not merged", f"gradacc merge {run}")
+    recipe = recipe.with_config(with_settings(recipe.config, {"budget.compile": False}))
+    batch = _inputs(batch_of_rows(recipe, ROWS))
+    model = recipe.load(source).float().eval()
+    recipe.model_path = recipe.processor_path = str(source)
+    module = _TextEmbedder(model) if isinstance(model, Embedder) else model
+    with whole_folder(folder) as unfinished:
+        apply = write(recipe, module, source, batch, unfinished)
+        found = _largest_difference(module, apply, batch)
+        allowed = TOLERANCES[torch.float32]
+        if not found.relative <= allowed:
+            text = f"{folder} was not written, as its outputs are not the outputs of {source}: {found}"
+            raise InputError(f"{text}; allowed is {allowed}")
+    return folder, found
+
+
+Apply = Callable[[Mapping[str, torch.Tensor]], list[torch.Tensor]]
+"""Inputs → the outputs of what was written."""
+
+
+class _TextEmbedder(torch.nn.Module):
+    """Embed texts: the forward pass of an `Embedder` for one column."""
+
+    def __init__(self, embedder: Embedder):
+        super().__init__()
+        self.embedder, self.config = embedder, embedder.config
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"sentence_embedding": self.embedder._embed(input_ids, attention_mask)}
+
+
+def _writer(recipe: Recipe, to: str, source: Path) -> Callable[..., Apply]:
+    """Return the function that writes a format. Raise InputError for a task without this format."""
+    task = type(recipe).__name__
+    if to == "gguf":
+        cure = f"convert_hf_to_gguf.py of llama.cpp converts {source}, or merged/ for adapters"
+        refuse("--to", "no library on PyPI writes gguf from a transformers model", cure)
+    if to == "onnx" and recipe.writes_texts:
+        _refuse_task(to, task, "a model that writes texts needs its cache, which torch.onnx does not write")
+    if to == "sentence-transformers" and recipe.pipeline_tag != "sentence-similarity":
+        _refuse_task(to, task, "only contrastive trains a model that embeds texts")
+    require(f"gradacc export --to {to}", "export", *PACKAGES[to])
+    return {"onnx": _write_onnx, "sentence-transformers": _write_sentence_transformer}[to]
+
+
+PACKAGES = {
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "sentence-transformers": ("sentence-transformers",),
+}
+
+
+def _refuse_task(to: str, task: str, why: str) -> NoReturn:
+    refuse("--to", f"found {to} for a run of {task}", why)
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the inputs of a batch, without labels; of pairs of texts, the anchors."""
+    plain = {name.removeprefix("anchor_"): tensor for name, tensor in batch.items()}
+    return {name: plain[name] for name in INPUTS if name in plain}
+
+
+def _largest_difference(module: Any, apply: Apply, batch: Mapping[str, torch.Tensor]) -> Difference:
+    """Compare the outputs for all rows in one batch, and for each row alone without padding."""
+    rows = len(next(iter(batch.values())))
+    parts = [dict(batch), *(_row(batch, row) for row in range(rows))]
+    found = [difference(outputs_of(module, part, "cpu"), apply(part), rows) for part in parts]
+    return max(found, key=lambda one: one.relative)
+
+
+def _row(batch: Mapping[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+    if "attention_mask" not in one:
+        return one
+    is_token = one["attention_mask"][0].bool()
+    return {name: tensor[:, is_token] for name, tensor in one.items()}
+
+
+def _write_onnx(
+    recipe: Recipe, module: Any, source: Path, batch: Mapping[str, torch.Tensor], folder: Path
+) -> Apply:
+    """Write model.onnx for any number of rows and tokens, the config and the tokenizer or processor."""
+    import onnxruntime  # type: ignore[import-not-found]  # of an extra
+
+    names = {0: "rows", 1: "tokens"}
+    shapes = {name: {0: "rows"} if name == "pixel_values" else names for name in batch}
+    with torch.no_grad():
+        outputs = [name for name, x in module(**batch).items() if isinstance(x, torch.Tensor)]
+    size = sum(tensor.nbytes for tensor in module.state_dict().values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.onnx, about names of axes and its own deprecations
+        torch.onnx.export(
+            module,
+            (),
+            str(folder / "model.onnx"),
+            kwargs=dict(batch),
+            dynamic_shapes=shapes,
+            input_names=list(batch),
+            output_names=outputs,
+            dynamo=True,
+            external_data=size > LARGEST_FILE,
+            verbose=False,
+        )
+    module.config.save_pretrained(folder)
+    for processor in recipe.processors():
+        processor.save_pretrained(folder)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+
+    def apply(inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        found = session.run(outputs, {name: tensor.numpy() for name, tensor in inputs.items()})
+        return [torch.from_numpy(array) for array in found]
+
+    return apply
+
+
+def _write_sentence_transformer(
+    recipe: Recipe, module: Any, source: Path, batch: Mapping[str, torch.Tensor], folder: Path
+) -> Apply:
+    """Write a SentenceTransformer with the length of the run."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(source), device="cpu")
+    model.max_seq_length = recipe.config.data.max_length
+    model.save_pretrained(str(folder), create_model_card=False)
+    written = SentenceTransformer(str(folder), device="cpu").eval()
+
+    def apply(inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [written(dict(inputs))["sentence_embedding"]]
+
+    return apply
