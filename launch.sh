@@ -276,7 +276,7 @@ launcher=$!
 signal=
 pass_on() {
   signal=$1
-  pkill -TERM -P "$launcher" || kill -TERM -- -"$launcher" 2>/dev/null || true
+  pkill "-$signal" -P "$launcher" || kill -TERM -- -"$launcher" 2>/dev/null || true
 }
 trap 'pass_on 15' TERM
 trap 'pass_on 2' INT

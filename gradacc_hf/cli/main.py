@@ -25,6 +25,7 @@ COMMANDS = {
     "play": ("gradacc_hf.play.command", "show the loop on a web page, micro-batch by micro-batch"),
     "bench": ("gradacc_hf.bench.cli", "measure the figures in the guides"),
     "predict": ("gradacc_hf.cli.predict", "predict on new input with a saved run"),
+    "runs": ("gradacc_hf.cli.runs", "list runs, finished or resumable"),
 }
 """Command → the module whose `main` gets the remaining arguments, and one line of help."""
 
@@ -35,6 +36,7 @@ EXTRAS = {
     "plan": ("recipes",),
     "predict": ("recipes",),
     "report": ("report",),
+    "runs": ("recipes",),
     "verify": ("recipes",),
 }
 """Command → extras to require. `gradacc play` checks for Gradio itself, because it can draw without it."""
@@ -76,7 +78,7 @@ def _run() -> None:
     else:
         from gradacc_hf.report import write_report  # late: it loads matplotlib
 
-        print(write_report(arguments.runs, arguments.output))
+        print(f"wrote {write_report(arguments.runs, arguments.output)}")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -100,7 +102,8 @@ def _make_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE.html",
-        help="the page to write (default: report.html in the run's folder; for several runs, in this folder)",
+        help="a new page (default: report.html in the folder; for several folders, the first free of "
+        "report.html, report-2.html, … here)",
     )
     return parser
 
