@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -25,21 +26,47 @@ COMMANDS = {
     "play": ("gradacc_hf.play.command", "show the loop on a web page, micro-batch by micro-batch"),
     "bench": ("gradacc_hf.bench.cli", "measure the figures in the guides"),
     "predict": ("gradacc_hf.cli.predict", "predict on new input with a saved run"),
+    "sweep": ("gradacc_hf.sweep.cli", "train several settings and seeds, and compare them"),
     "runs": ("gradacc_hf.cli.runs", "list runs, finished or resumable"),
+    "completion": ("gradacc_hf.cli.completion", "print the completion script of a shell"),
 }
 """Command → the module whose `main` gets the remaining arguments, and one line of help."""
 
 EXTRAS = {
     "bench": ("recipes", "report"),
     "compare": ("recipes", "report"),
+    "completion": ("recipes", "report"),
     "data": ("recipes",),
     "plan": ("recipes",),
     "predict": ("recipes",),
     "report": ("report",),
     "runs": ("recipes",),
+    "sweep": ("recipes", "report"),
     "verify": ("recipes",),
 }
 """Command → extras to require. `gradacc play` checks for Gradio itself, because it can draw without it."""
+
+OFFLINE = "configs/text_classification_offline.yaml"
+NEEDS = {
+    "bench": ("the name of a benchmark", "gradacc bench exactness"),
+    "compare": ("--config FILE", f"gradacc compare --config {OFFLINE}"),
+    "completion": ("the name of a shell", "gradacc completion bash"),
+    "cp": ("a recipe and a folder", "gradacc cp text_classification ."),
+    "data": ("--config FILE", f"gradacc data --config {OFFLINE}"),
+    "doctor": ("a Python file that trains", "gradacc doctor train.py"),
+    "plan": ("--config FILE", f"gradacc plan --config {OFFLINE} --budget gpu_8gb"),
+    "predict": (
+        "the folder of a run, and texts or --input FILE",
+        "gradacc predict runs/text_classification_offline-1 'A text.'",
+    ),
+    "report": ("the folder of a run", "gradacc report runs/text_classification_offline-1"),
+    "sweep": (
+        "--config FILE and a setting with several values",
+        f"gradacc sweep --config {OFFLINE} --optim.lr 1e-4,5e-4",
+    ),
+    "verify": ("--config FILE or --run RUN", f"gradacc verify --config {OFFLINE}"),
+}
+"""Command → the arguments that it needs, and an example."""
 
 
 def main() -> None:
@@ -57,7 +84,14 @@ def main() -> None:
 
 def _run() -> None:
     """Parse the command line and run the command. Slow imports happen only in the chosen command."""
-    parser = _make_parser()
+    parser = make_parser()
+    words = sys.argv[1:]
+    if not words:
+        parser.print_help(sys.stderr)
+        sys.exit(InputError.exit_code)
+    if len(words) == 1 and words[0] in NEEDS:
+        needs, example = NEEDS[words[0]]
+        raise InputError(f"gradacc {words[0]} needs {needs}; for example: {example}")
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command not in COMMANDS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -72,7 +106,7 @@ def _run() -> None:
         for name in recipes():
             print(name, *(f"configs/{path.name}" for path in configs(name)), sep="  ")
     elif arguments.command == "cp":
-        copy_recipe(arguments.name, arguments.folder)
+        copy_recipe(arguments.recipe, arguments.folder)
     elif arguments.command == "lessons":
         show_lessons(arguments.name, arguments.plot)
     else:
@@ -81,19 +115,22 @@ def _run() -> None:
         print(f"wrote {write_report(arguments.runs, arguments.output)}")
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser(parsers: Mapping[str, Parser] | None = None) -> argparse.ArgumentParser:
+    """Return the parser of `gradacc`, with the parsers of some commands by name."""
+    parsers = parsers or {}
     parser = Parser(prog="gradacc", description="Exact gradient accumulation for fine-tuning.")
     parser.add_argument("--version", action="version", version=f"gradacc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list the recipes and their configs")
     copy = commands.add_parser("cp", help="copy a recipe and its configs to a folder, for editing")
-    copy.add_argument("name", help="a recipe from `gradacc ls`, or lessons/NAME")
+    copy.add_argument("recipe", help="a recipe from `gradacc ls`, or lessons/NAME")
     copy.add_argument("folder", type=Path, help="the folder in which recipes/ and configs/ are created")
     lesson = commands.add_parser("lessons", help="list the lessons, or run one")
     lesson.add_argument("name", nargs="?", help="the lesson to run; by default, all lessons are listed")
     lesson.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the lesson's result to this file")
     for name, (_, question) in COMMANDS.items():
-        commands.add_parser(name, help=question, add_help=False)
+        parents = [parsers[name]] if name in parsers else []
+        commands.add_parser(name, help=question, add_help=False, parents=parents)
     report = commands.add_parser("report", help="write an HTML page that compares runs")
     report.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or a folder that holds runs"

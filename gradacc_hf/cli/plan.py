@@ -22,7 +22,9 @@ from gradacc_hf.utils.commands import Parser
 
 NAMES = {"optimizer": "optimizer states", "activations": "activations or step", "loss": "logits and loss"}
 """Part of the memory → its name in the table, if they differ."""
-PREDICTION_ERROR = "38 of 39 measured steps were within 10 % or 64 MiB of the prediction (gradacc bench memory)"
+PREDICTION_ERROR = (
+    "38 of 39 measured steps were within 10 % or 64 MiB of the prediction (gradacc bench memory)"
+)
 """From gradacc_hf/bench/README.md: 17 + 5 steps on a CPU, 17 on an H100."""
 
 
@@ -146,12 +148,12 @@ def _explanations(plan: Plan) -> list[tuple[str, str]]:
     return [
         (
             NAMES["activations"],
-            "what layers keep for the backward pass, or the temporary tensors of the optimizer's step if larger",
+            "what layers keep for the backward pass, or temporary tensors of the optimizer's step if larger",
         ),
         (
             "workspace",
-            f"{WORKSPACE_BYTES / 2**20:.0f} MiB for {libraries}, and {FRAGMENTED_SHARE:.0%} of activations and loss for "
-            "gaps between blocks of memory",
+            f"{WORKSPACE_BYTES / 2**20:.0f} MiB for {libraries}, and {FRAGMENTED_SHARE:.0%} of activations and "
+            "loss for gaps between blocks of memory",
         ),
         ("margin", f"{margin}; {PREDICTION_ERROR}"),
     ]

@@ -65,7 +65,9 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     given = make_parser().parse_args(argv)
     if not given.folder.is_dir():
-        refuse(str(given.folder), "found no such folder", "give a folder that holds runs: gradacc runs FOLDER")
+        refuse(
+            str(given.folder), "found no such folder", "give a folder that holds runs: gradacc runs FOLDER"
+        )
     runs = list_runs(given.folder)
     if given.json:
         print(json.dumps([asdict(run) for run in runs], indent=2))

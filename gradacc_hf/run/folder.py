@@ -175,7 +175,12 @@ def _make_and_lock(config: Config) -> tuple["FolderLock | None", Any, bool, Any]
         in_use = "another run writes into it: wait until that run ends, stop it, or give a new folder"
         return None, None, False, f"{folder}: {in_use}"
     except OSError as error:
-        return None, None, False, f"{config.output.dir} cannot be made ({error.strerror}); give a folder elsewhere"
+        return (
+            None,
+            None,
+            False,
+            f"{config.output.dir} cannot be made ({error.strerror}); give a folder elsewhere",
+        )
 
 
 def _remove_run(folder: Path) -> None:

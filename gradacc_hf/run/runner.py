@@ -284,7 +284,7 @@ def train(
     baseline: dict[str, float] | None,
     commands: Commands,
 ) -> dict[str, Any]:
-    """Fine-tune the model, and return the summary. An error names the command that continues or repeats it."""
+    """Fine-tune the model, and return the summary. An error names the command that continues or repeats."""
     recipe, config = task.recipe, task.recipe.config
     set_seed(config.train.seed, device_specific=True)  # dropout differs by process
     try:

@@ -83,7 +83,7 @@ def test_the_table_fits_the_terminal(folder, width, capfd):
 
 def test_a_folder_without_runs_is_said(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="runs: found no such folder; .* gradacc runs FOLDER"):
+    with pytest.raises(InputError, match=r"runs: found no such folder; .* gradacc runs FOLDER"):
         command.main([])
     command.main(["."])
     assert capfd.readouterr().out == "no runs in .\n"

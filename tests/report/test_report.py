@@ -491,7 +491,7 @@ def test_the_report_of_a_folder_is_written_again_and_nothing_else_is_replaced(re
     page = write_report([run])
     page.write_text(page.read_text().replace("Figures", "Old"))
     assert "Figures" in write_report([run]).read_text()
-    with pytest.raises(InputError, match="--output: .*report.html exists; give another name"):
+    with pytest.raises(InputError, match=r"--output: .*report\.html exists; give another name"):
         write_report([run], page)
     page.write_text("<html>mine, not gradacc-hf's</html>")
     with pytest.raises(InputError, match="exists and is not a report of gradacc"):
