@@ -152,8 +152,8 @@ def _explanations(plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "workspace",
-            f"{WORKSPACE_BYTES / 2**20:.0f} MiB for {libraries}, and {FRAGMENTED_SHARE:.0%} of activations and "
-            "loss for gaps between blocks of memory",
+            f"{WORKSPACE_BYTES / 2**20:.0f} MiB for {libraries}, and {FRAGMENTED_SHARE:.0%} of activations "
+            "and loss for gaps between blocks of memory",
         ),
         ("margin", f"{margin}; {PREDICTION_ERROR}"),
     ]

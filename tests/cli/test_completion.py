@@ -23,11 +23,13 @@ CASES = {
     "gradacc plan --config configs/text_m": ["configs/text_multi_label.yaml"],
 }
 BASH = """
-source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_gradacc; printf '%s\\n' "${COMPREPLY[@]}"
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_gradacc; printf '%s\\n' "${COMPREPLY[@]}"
 """
 FISH = 'source $argv[1]; complete --do-complete "$argv[2]" | cut -f 1'
 ZSH = """
-fpath=("$1" $fpath); autoload -U compinit; compinit -u -D; autoload +X _gradacc; print -r -- $_comps[gradacc]
+fpath=("$1" $fpath); autoload -U compinit; compinit -u -D
+autoload +X _gradacc; print -r -- $_comps[gradacc]
 """
 
 
