@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "play": ("gradacc_hf.play.command", "show the loop on a web page, micro-batch by micro-batch"),
     "bench": ("gradacc_hf.bench.cli", "measure the figures in the guides"),
     "predict": ("gradacc_hf.cli.predict", "predict on new input with a saved run"),
+    "new": ("gradacc_hf.cli.new", "write a recipe of your own, with configs and a test"),
     "sweep": ("gradacc_hf.sweep.cli", "train several settings and seeds, and compare them"),
     "runs": ("gradacc_hf.cli.runs", "list runs, finished or resumable"),
     "completion": ("gradacc_hf.cli.completion", "print the completion script of a shell"),
@@ -54,6 +55,7 @@ NEEDS = {
     "cp": ("a recipe and a folder", "gradacc cp text_classification ."),
     "data": ("--config FILE", f"gradacc data --config {OFFLINE}"),
     "doctor": ("a Python file that trains", "gradacc doctor train.py"),
+    "new": ("a name and --like RECIPE", "gradacc new my_task --like text_classification"),
     "plan": ("--config FILE", f"gradacc plan --config {OFFLINE} --budget gpu_8gb"),
     "predict": (
         "the folder of a run, and texts or --input FILE",
@@ -178,19 +180,34 @@ def copy_recipe(name: str, folder: Path) -> None:
         path: folder / path.relative_to(bundle_root())
         for path in (bundle_root() / "recipes" / f"{name}.py", *configs(name))
     }
-    existing = [str(target) for target in copies.values() if os.path.lexists(target)]
-    if existing:
-        raise InputError(
-            f"nothing was copied, because these files exist: {', '.join(existing)}; give another folder, or "
-            "move them"
-        )
+    refuse_existing([*copies.values()], "copied")
     for source, target in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
         print(target)
     script, *settings = copies.values()
-    if settings:
-        named = {config.stem: config for config in settings}
-        config = named.get(f"{name}_offline") or named.get(name) or settings[-1]
-        command = ["accelerate", "launch", str(script), "--config", str(config), "--budget", "auto"]
-        print(f"run it: {shlex.join(command)}")
+    offline = next((config for config in settings if config.stem == f"{name}_offline"), None)
+    for line in next_commands(script, offline):
+        print(line)
+
+
+def refuse_existing(targets: Sequence[Path], done: str) -> None:
+    """Raise InputError if one of the files exists. `done` is what would happen to them."""
+    if existing := [str(target) for target in targets if os.path.lexists(target)]:
+        raise InputError(
+            f"nothing was {done}, because these files exist: {', '.join(existing)}; give another folder, or "
+            "move them"
+        )
+
+
+def next_commands(script: Path, offline: Path | None) -> list[str]:
+    """Return lines with commands for a recipe and its offline config. None of them needs a network."""
+    if offline is None:
+        return [f"run it: {shlex.join(['python', str(script)])}"]
+    config = ["--config", str(offline)]
+    commands = {
+        "look at the data": ["gradacc", "data", *config],
+        "try it": ["python", str(script), *config, "--train.max_windows", "4"],
+        "run it": ["accelerate", "launch", str(script), *config, "--budget", "auto"],
+    }
+    return [f"{what}: {shlex.join(command)}" for what, command in commands.items()]

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from gradacc_hf.data.sources import CARRIED, SOURCE, weighed
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
 from gradacc_hf.recipe.labels import Labels, labels_of_config, parameters_of_labels, renew
+from gradacc_hf.recipe.labels_per import find_labels_per, labels_per
 from gradacc_hf.recipe.mixture import read_mixture, take_sources_and_weights
 from gradacc_hf.recipe.streaming import ExampleStream, OpenRows, open_rows
 from gradacc_hf.training.loop import Evaluation, Rows, evaluate, logits_and_labels
@@ -63,6 +64,7 @@ class Recipe:
     pipeline_tag: ClassVar[str | None] = None  # the Hub's name of the task: "text-classification"
     example: ClassVar[Any] = "A text."  # an input for the example code of the model card; or None
     num_items: str | CountItems = "labels"
+    labels_per: Literal["token", "example"] | None = None  # of lists of integers; None: by their lengths
     pad_to: PadTo = "micro_batch"  # "window" if padding changes the loss
     transform: Transform | None = None  # the random part of an example: masking, cropping, augmentation
     tokens_are: str | None = None  # the unit of inputs other than texts: "patches of 16 × 16 pixels"
@@ -186,7 +188,10 @@ class Recipe:
 
         Raise InputError for a recipe that does not keep them.
         """
-        return take_sources_and_weights(self, *self.datasets())
+        training, validation = take_sources_and_weights(self, *self.datasets())
+        if self.labels_per is None and type(self).collate is Recipe.collate:
+            self.labels_per = find_labels_per(training)
+        return training, validation
 
     def stream(self, sample: Dataset) -> ExampleStream | None:
         """Return the examples of all training rows, with the columns of a sample; None for data read whole.
@@ -365,11 +370,15 @@ class Recipe:
         return logits_and_labels(outputs, batch)
 
     def collate(self, examples: Sequence[Mapping[str, Any]], pad_to: int | None = None) -> dict[str, Any]:
-        """Return examples as a batch, padded to the longest or to `pad_to` tokens."""
+        """Return examples as a batch, padded to the longest or to `pad_to` tokens.
+
+        Labels that are lists of integers are one label per token, padded with −100, or the same number of
+        labels for each example, such as of two questions about a text. `labels_per` states which; without it,
+        the lengths do. Raises InputError for lists that are neither.
+        """
         settings = {"padding": "longest" if pad_to is None else "max_length", "max_length": pad_to}
         settings["pad_to_multiple_of"] = self.config.budget.pad_to_multiple_of if pad_to is None else None
-        labels = np.asarray(examples[0].get("labels", 0))
-        if labels.ndim and labels.dtype.kind == "i":  # one label per token: padded with −100
+        if (self.labels_per or labels_per(examples)) == "token":
             return dict(
                 transformers.DataCollatorForTokenClassification(self.tokenizer, **settings)(list(examples))
             )

@@ -218,14 +218,18 @@ def spread(name: str, xlabel: str, ylabel: str, series: Sequence[Series], log: b
         axes = figure.subplots()
         if log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(numticks=8))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+            axes.xaxis.set_minor_locator(NullLocator())
         for position, one in enumerate(series):
             look = _look(position)
+            places = _side_by_side(one.places, position - (len(series) - 1) / 2, series, log)
             means = [float(np.mean(values)) for values in one.values]
             around = [[mean - min(v), max(v) - mean] for mean, v in zip(means, one.values, strict=True)]
             line = look["linestyle"] if one.is_line else "none"
-            axes.errorbar(one.places, means, np.array(around).T, color=look["color"], marker=look["marker"],
+            axes.errorbar(places, means, np.array(around).T, color=look["color"], marker=look["marker"],
                           linestyle=line, capsize=3, label=one.label)  # fmt: skip
-            pairs = [(x, v) for x, values in zip(one.places, one.values, strict=True) for v in values]
+            pairs = [(x, v) for x, values in zip(places, one.values, strict=True) for v in values]
             axes.plot(*zip(*pairs, strict=True), "_", color=look["color"], alpha=0.6)
         places = sorted({place for one in series for place in one.places})
         if ticks is not None:
@@ -234,10 +238,18 @@ def spread(name: str, xlabel: str, ylabel: str, series: Sequence[Series], log: b
             axes.set_xticks(places, [_short(place) for place in places])
             axes.xaxis.set_minor_locator(NullLocator())
         if len(series) > 1:
-            axes.legend()
+            figure.legend(loc="outside upper left", ncols=2)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.margins(x=0.08)
         return _svg(name, figure, f"{ylabel} by {xlabel}")
+
+
+def _side_by_side(places: Sequence[float], offset: float, series: Sequence[Series], log: bool) -> list[float]:
+    """Return the places, moved by a small share of the axis. The bars of several series then stand apart."""
+    scale = np.log if log else np.asarray
+    every = scale([place for one in series for place in one.places])
+    moved = scale([*places]) + offset * 0.02 * (every.max() - every.min())
+    return [*map(float, np.exp(moved) if log else moved)]
 
 
 def window_picture(

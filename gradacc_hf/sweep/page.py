@@ -38,6 +38,7 @@ def write_page(folder: Path, results: Sequence[TrialResult], metric: str, best: 
         lstrip_blocks=True,
     )
     names = [*results[0].point] if results else []
+    has_seeds = any(len(result.values) > 1 for result in results)
     page = environment.get_template("page.html.j2").render(
         generator=f"gradacc-hf {version('gradacc-hf')}",
         title=redact(folder.name),
@@ -45,6 +46,7 @@ def write_page(folder: Path, results: Sequence[TrialResult], metric: str, best: 
         metric=metric_name(metric),
         names=[redact(name) for name in names],
         rows=[_row(result, folder) for result in results],
+        caption="mean over seeds; bars from the lowest to the highest seed" if has_seeds else "one seed",
         plots=plots_of(results, metric),
         command=redact(command),
     )

@@ -17,7 +17,8 @@ from rich.console import Console
 from gradacc_hf.cli.runs import list_runs
 from gradacc_hf.errors import InputError
 from gradacc_hf.sweep.cli import Sweep, best_line, main, open_folder, show_results, train_all, windows_of
-from gradacc_hf.sweep.page import write_page
+from gradacc_hf.sweep.page import plots_of, write_page
+from gradacc_hf.sweep.runs import TrialResult
 from gradacc_hf.sweep.space import Range, Space, folder_name, split, split_settings
 
 TextClassification = load_recipe("text_classification").TextClassification
@@ -166,11 +167,26 @@ def test_a_run_that_fails_is_a_row_and_a_first_run_that_fails_ends_the_sweep(fla
     results = InProcess(capfd).train(Sweep(flags, space, [0], None, "accuracy", "max"), folder)
     assert [bool(result.problem) for result in results] == [False, True]
     assert "batch.effective: found 999" in results[1].problem
-    with pytest.raises(InputError, match="batch.effective: found 999"):
-        space = Space({"batch.effective": ["999", "8"]})
-        InProcess(capfd).train(
-            Sweep(flags, space, [0], None, "accuracy", "max"), open_folder(None, None, flags)
-        )
+    space = Space({"batch.effective": ["999", "8"]})
+    sweep, folder = Sweep(flags, space, [0], None, "accuracy", "max"), open_folder(None, None, flags)
+    with pytest.raises(InputError, match=r"batch\.effective: found 999"):
+        InProcess(capfd).train(sweep, folder)
+
+
+@pytest.mark.parametrize(
+    ("points", "num_plots"),
+    [
+        ([{"optim.lr": f"1e-{i}"} for i in range(2, 12)], 1),
+        ([{"optim.lr": f"1e-{i}", "optim.name": name} for i in (3, 4) for name in ("adamw", "sgd")], 1),
+        ([{"optim.lr": f"1e-{i}", "batch.effective": str(i)} for i in range(2, 12)], 2),
+    ],
+)
+def test_a_grid_is_one_plot_and_a_search_has_a_plot_for_each_setting(points, num_plots):
+    results = [TrialResult(point, (), (0.5, 0.6), 1.0) for point in points]
+    plots = plots_of(results, "accuracy")
+    assert len(plots) == num_plots
+    assert "accuracy" in plots[0]
+    assert not any("mathdefault" in plot for plot in plots), "numbers, not formulas"
 
 
 def test_optuna_chooses_points_of_a_range_and_chooses_the_same_again():
