@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE, CONFIG, HUB_CONFIG = (
     ROOT / file for file in ("recipes/{name}.py", "configs/{name}_offline.yaml", "configs/{name}.yaml")
 )
-SMALL = ["--batch.effective", "8"]
+SMALL = ["--batch.effective", "8", "--data.validation_fraction", "0.02"]
 
 
 def test_the_settings_of_both_configs_are_valid():
@@ -71,8 +71,8 @@ def make_parser() -> Parser:
     """Return the parser of the command."""
     parser = Parser(
         prog="gradacc new",
-        description="Write a recipe of your own with the code of an existing one: recipes/NAME.py, "
-        "configs/NAME_offline.yaml (no network), configs/NAME.yaml (data and model of the Hub), and "
+        description="Write a recipe of your own with the code of an existing one. The files are "
+        "recipes/NAME.py, configs/NAME_offline.yaml for embedded data, configs/NAME.yaml for the Hub, and "
         "tests/test_NAME.py. All of them work as they are.",
     )
     parser.add_argument("name", metavar="NAME", help="the name of the recipe, such as my_task")

@@ -314,7 +314,9 @@ class Recipe:
         """Return the loss of a prepared model, and the `metrics` of all predictions."""
         settings = {"accelerator": accelerator, "compute_loss": self.loss, "predict": self.predict}
         found = evaluate(model, windows, sources=self.validation_sources, **settings)
-        scores = {"loss": found.loss, **self.metrics(found.predictions, found.references)}
+        metrics = self.metrics(found.predictions, found.references)
+        plain = {n: value.item() if isinstance(value, np.generic) else value for n, value in metrics.items()}
+        scores = {"loss": found.loss, **plain}  # no numbers of numpy, which JSON and YAML do not have
         return scores | by_source("loss", found.source_losses) | self.source_metrics(found)
 
     def source_metrics(self, found: Evaluation) -> dict[str, float]:
@@ -372,9 +374,9 @@ class Recipe:
     def collate(self, examples: Sequence[Mapping[str, Any]], pad_to: int | None = None) -> dict[str, Any]:
         """Return examples as a batch, padded to the longest or to `pad_to` tokens.
 
-        Labels that are lists of integers are one label per token, padded with −100, or the same number of
-        labels for each example, such as of two questions about a text. `labels_per` states which; without it,
-        the lengths do. Raises InputError for lists that are neither.
+        Labels that are lists of integers are one label per token, which is padded with −100. Or they are the
+        same number of labels for each example, such as of two questions about a text. `labels_per` states
+        which; without it, the lengths do. Raises InputError for lists that are neither.
         """
         settings = {"padding": "longest" if pad_to is None else "max_length", "max_length": pad_to}
         settings["pad_to_multiple_of"] = self.config.budget.pad_to_multiple_of if pad_to is None else None

@@ -32,7 +32,7 @@ from gradacc_hf.errors import InputError, refuse
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import recipe_class_of
 from gradacc_hf.report.narrative import metric_name
-from gradacc_hf.run.folder import has_trained, next_folder
+from gradacc_hf.run.folder import has_trained
 from gradacc_hf.run.resolve import check_settings
 from gradacc_hf.run.setup import load_data, make_windows, total_windows
 from gradacc_hf.sweep.page import figures, write_page
@@ -47,12 +47,11 @@ from gradacc_hf.sweep.runs import (
 )
 from gradacc_hf.sweep.search import check_optuna, next_point
 from gradacc_hf.sweep.space import Point, Space, split_settings
+from gradacc_hf.sweep.state import STATE, open_folder, read_points, write_points
 from gradacc_hf.utils.commands import Parser
-from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.redaction import redact, without_tokens
 from gradacc_hf.utils.verbosity import silence_libraries
 
-STATE = "sweep.json"
 INPUT_ERROR = InputError.exit_code
 Start = Callable[[Sequence[str], Path, Callable[[], Any]], int]
 """Arguments of the recipe, file for its output, function to call while it trains → exit code."""
@@ -107,6 +106,7 @@ def main(argv: Sequence[str]) -> None:
     command = [*flags, *words]
     folder = open_folder(given.output, given.resume, command)
     console.print(f"{'folder':<22}{folder}", soft_wrap=True, markup=False)
+    is_new = [path.name for path in folder.iterdir()] == [STATE]
     processes = Processes(str(config.recipe))
     again = f"gradacc sweep {shlex.join(without_tokens([*argv]))}"
     try:
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
                 sweep, folder, processes.start, lambda: processes.stopped_by is not None, progress
             )
     except BaseException:
-        if not any(has_trained(run.parent) for run in folder.rglob("config.yaml")):
+        if is_new and not any(has_trained(run.parent) for run in folder.rglob("config.yaml")):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     results = sorted({run.folders: run for run in results}.values(), key=sweep.order)
@@ -232,60 +232,18 @@ def show_plan(sweep: Sweep, windows: Sequence[int | None], console: Console) -> 
         console.print(f"{name:<22}{text}", soft_wrap=True, markup=False)
 
 
-def open_folder(output: Path | None, resume: str | None, command: Sequence[str]) -> Path:
-    """Return the folder of the sweep: a new one, or the folder of a sweep with the same command.
-
-    Raises InputError for a folder that exists, and for a sweep with another command.
-    """
-    command = without_tokens([*command])
-    if resume == "auto":
-        found = [
-            path
-            for path in Path("runs").glob(f"sweep-*/{STATE}")
-            if _state(path.parent)["command"] == command
-        ]
-        if found:
-            return max(found, key=lambda path: path.stat().st_mtime).parent
-    elif resume is not None:
-        if not (Path(resume) / STATE).is_file():
-            refuse("--resume", f"found {resume}, which holds no sweep", "give the folder of a sweep, or auto")
-        before = _state(Path(resume))["command"]
-        if before != command:
-            refuse(
-                "--resume", f"{resume} is a sweep with other settings", f"its settings: {shlex.join(before)}"
-            )
-        return Path(resume)
-    if output is not None and output.exists():
-        refuse("--output", f"{output} exists", "give a new folder, or --resume to continue that sweep")
-    folder = output or next_folder("sweep")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / STATE, json.dumps({"command": command, "points": []}, indent=2) + "\n")
-    return folder
-
-
-def _state(folder: Path) -> dict[str, Any]:
-    """Return the command and the points of a sweep."""
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if isinstance(state["command"], list) and isinstance(state["points"], list):
-            return state
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    refuse(str(folder / STATE), "found no sweep in it", "start the sweep again, in another folder")
-
-
 def points_of(sweep: Sweep, folder: Path, results: Sequence[TrialResult]) -> Iterator[Point]:
     """Yield the points of a sweep. `results` grows while they are tried, and optuna reads it."""
     if sweep.trials is None:
         yield from sweep.space.grid()
         return
-    state = _state(folder)
+    points = read_points(folder, sweep.space)
     for index in range(sweep.trials):
-        if index == len(state["points"]):
+        if index == len(points):
             pairs = [(result.point, result.mean) for result in results]
-            state["points"].append(next_point(sweep.space, pairs, sweep.direction, sweep.seeds[0]))
-            write_whole(folder / STATE, json.dumps(state, indent=2) + "\n")
-        yield state["points"][index]
+            points.append(next_point(sweep.space, pairs, sweep.direction, sweep.seeds[0]))
+            write_points(folder, points)
+        yield points[index]
 
 
 def train_all(
@@ -388,7 +346,7 @@ def best_line(sweep: Sweep, results: Sequence[TrialResult]) -> str:
         second = others[0]
         overlap = max(min(best.values), min(second.values)) <= min(max(best.values), max(second.values))
         if overlap:
-            text += "; the ranges of the two best overlap, so these seeds do not tell them apart"
+            text += "; the ranges of the two best overlap, so these seeds do not distinguish them"
     elif others:
         text += "; one seed does not show how much of it is chance: --seeds 3"
     return text

@@ -1,4 +1,4 @@
-"""The runs of a sweep: ordinary runs of the recipe, each in a process and a folder of its own.
+"""The runs of a sweep: ordinary runs of the recipe, each in its own process and folder.
 
 A sweep that continues trains the runs without a summary, each from its last checkpoint.
 """

@@ -48,7 +48,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """What varies: `choices` are lists of values, `ranges` are numbers between two ends."""
+    """The settings that vary: `choices` are lists of values, `ranges` are numbers between two ends."""
 
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ranges: Mapping[str, Range] = field(default_factory=dict)

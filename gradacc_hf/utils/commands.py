@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises InputError where argparse prints its usage and exits."""
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse the arguments, unless `parser_of` asks for the parser."""
+        """Parse the arguments, unless `parser_of` needs the parser alone."""
         if _only_the_parser.get():
             raise _ParserReached(self)
         return super().parse_known_args(*args, **kwargs)

@@ -17,7 +17,7 @@ from gradacc_hf.errors import InputError
 
 @pytest.fixture
 def folder(start, tmp_path):
-    """A folder with a real run in a folder of its own."""
+    """A folder that holds a real run two levels below."""
     rows = write_rows("rows.jsonl", [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(40)])
     settings = ["--data.train", rows, "--train.max_windows", 2, "--output.dir", "runs/group/a-10"]
     settings += ["--train.best_metric", "accuracy", "--train.best_direction", "max"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from recipe_runs import load_recipe, make_recipe, summary, write_rows
 from transformers import AutoModelForSequenceClassification
@@ -65,7 +66,9 @@ def test_two_labels_per_text_work_and_are_exact(start, tiny_bert):
     recipe = make_recipe(TwoQuestions, "--data.train", data, "--model.name", tiny_bert, "--model.dropout", 0)
     training, _ = recipe.read_examples()
     assert recipe.labels_per == "example"
-    windows = WindowLoader(training, 16, micro_batch_size=3, collate_fn=recipe.collate)
+    windows = WindowLoader(
+        training, 16, micro_batch_size=3, collate_fn=recipe.collate, accelerator=Accelerator(cpu=True)
+    )
     assert verify(recipe.model(), windows, recipe.loss).exact
 
 

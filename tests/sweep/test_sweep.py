@@ -16,10 +16,11 @@ from rich.console import Console
 
 from gradacc_hf.cli.runs import list_runs
 from gradacc_hf.errors import InputError
-from gradacc_hf.sweep.cli import Sweep, best_line, main, open_folder, show_results, train_all, windows_of
+from gradacc_hf.sweep.cli import Sweep, best_line, main, show_results, train_all, windows_of
 from gradacc_hf.sweep.page import plots_of, write_page
 from gradacc_hf.sweep.runs import TrialResult
 from gradacc_hf.sweep.space import Range, Space, folder_name, split, split_settings
+from gradacc_hf.sweep.state import open_folder, read_points, write_points
 
 TextClassification = load_recipe("text_classification").TextClassification
 CONFIG = str(ROOT / "configs/text_classification_offline.yaml")
@@ -80,6 +81,20 @@ def test_different_points_have_different_folders():
     points = [{"model.name": name} for name in ("a/b", "a-b", "x" * 200 + "1", "x" * 200 + "2")]
     assert len({folder_name(point) for point in points}) == len(points)
     assert folder_name({"optim.lr": "1e-05", "batch.effective": "16"}) == "lr-1e-05_effective-16"
+
+
+@pytest.mark.parametrize(
+    "point",
+    [{"optim.lr": "1e-3", "output.push_to_hub": "x"}, {"optim.lr": "1"}, {"optim.lr": "1e-3 --x"}, {}, "x"],
+)
+def test_a_point_of_a_folder_that_is_not_in_the_space_is_refused(tmp_path, point):
+    folder = open_folder(tmp_path / "sweep", None, [])
+    space = Space({}, {"optim.lr": Range(1e-4, 1e-2, False)})
+    write_points(folder, [{"optim.lr": "1e-3"}])
+    assert read_points(folder, space) == [{"optim.lr": "1e-3"}]
+    write_points(folder, [point])
+    with pytest.raises(InputError, match="start the sweep again, in another folder"):
+        read_points(folder, space)
 
 
 class InProcess:
