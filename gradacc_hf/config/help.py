@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import tyro
 
-from gradacc_hf.config.schema import Config, DataConfig
+from gradacc_hf.config.schema import FLAGS_ONLY, Config, DataConfig
 
 COLUMNS = 80
 
@@ -78,6 +78,17 @@ def common_settings(data: type[DataConfig]) -> dict[str, tuple[str, ...]]:
     shared = {field.name for field in dataclasses.fields(DataConfig)}
     own = tuple(f"data.{field.name}" for field in dataclasses.fields(data) if field.name not in shared)
     return {**COMMON, "Data": COMMON["Data"] + own}
+
+
+def every_setting(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield (flag without `--`, type, first line of the help) of each setting of a config."""
+    hints, lines = get_type_hints(type(section)), first_lines(type(section))
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from every_setting(value, f"{prefix}{field.name}.")
+        elif prefix or field.name not in FLAGS_ONLY:
+            yield prefix + field.name, hints[field.name], lines.get(field.name, "")
 
 
 def print_help(config: Config, description: str = "") -> None:

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from gradacc_hf.data.sources import CARRIED, SOURCE, weighed
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
 from gradacc_hf.recipe.labels import Labels, labels_of_config, parameters_of_labels, renew
+from gradacc_hf.recipe.labels_per import find_labels_per, labels_per
 from gradacc_hf.recipe.mixture import read_mixture, take_sources_and_weights
 from gradacc_hf.recipe.scoring import ScoredRows
 from gradacc_hf.recipe.streaming import ExampleStream, OpenRows, open_rows
@@ -92,6 +93,7 @@ class Recipe:
     pipeline_tag: ClassVar[str | None] = None  # the Hub's name of the task: "text-classification"
     example: ClassVar[Any] = "A text."  # an input for the example code of the model card; or None
     num_items: str | CountItems = "labels"
+    labels_per: Literal["token", "example"] | None = None  # of lists of integers; None: by their lengths
     pad_to: PadTo = "micro_batch"  # "window" if padding changes the loss
     transform: Transform | None = None  # the random part of an example: masking, cropping, augmentation
     tokens_are: str | None = None  # the unit of inputs other than texts: "patches of 16 × 16 pixels"
@@ -225,7 +227,10 @@ class Recipe:
 
         Raise InputError for a recipe that does not keep them.
         """
-        return take_sources_and_weights(self, *self.datasets())
+        training, validation = take_sources_and_weights(self, *self.datasets())
+        if self.labels_per is None and type(self).collate is Recipe.collate:
+            self.labels_per = find_labels_per(training)
+        return training, validation
 
     def stream(self, sample: Dataset) -> ExampleStream | None:
         """Return the examples of all training rows, with the columns of a sample; None for data read whole.
@@ -349,7 +354,9 @@ class Recipe:
         settings = {"accelerator": accelerator, "compute_loss": self.loss, "predict": self.predict}
         found = evaluate(model, windows, sources=self.validation_sources, **settings)
         self.scored = ScoredRows(found.predictions, found.references, self.metrics)
-        scores = {"loss": found.loss, **self.metrics(found.predictions, found.references)}
+        metrics = self.metrics(found.predictions, found.references)
+        plain = {n: value.item() if isinstance(value, np.generic) else value for n, value in metrics.items()}
+        scores = {"loss": found.loss, **plain}  # no numbers of numpy, which JSON and YAML do not have
         self.details[:] = self.describe(found.predictions, found.references, windows)
         return scores | by_source("loss", found.source_losses) | self.source_metrics()
 
@@ -423,11 +430,15 @@ class Recipe:
         return logits_and_labels(outputs, batch)
 
     def collate(self, examples: Sequence[Mapping[str, Any]], pad_to: int | None = None) -> dict[str, Any]:
-        """Return examples as a batch, padded to the longest or to `pad_to` tokens."""
+        """Return examples as a batch, padded to the longest or to `pad_to` tokens.
+
+        Labels that are lists of integers are one label per token, which is padded with −100. Or they are the
+        same number of labels for each example, such as of two questions about a text. `labels_per` states
+        which; without it, the lengths do. Raises InputError for lists that are neither.
+        """
         settings = {"padding": "longest" if pad_to is None else "max_length", "max_length": pad_to}
         settings["pad_to_multiple_of"] = self.config.budget.pad_to_multiple_of if pad_to is None else None
-        labels = np.asarray(examples[0].get("labels", 0))
-        if labels.ndim and labels.dtype.kind == "i":  # one label per token: padded with −100
+        if (self.labels_per or labels_per(examples)) == "token":
             return dict(
                 transformers.DataCollatorForTokenClassification(self.tokenizer, **settings)(list(examples))
             )

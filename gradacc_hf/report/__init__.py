@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +53,23 @@ GENERATOR = '<meta name="generator" content="gradacc-hf '
 
 
 def write_report(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:
-    """Write the report of the runs in these folders.
+    """Write the report of the runs in these folders. Only the report.html inside a single folder is replaced.
 
     Args:
         folders: folders of runs, or folders that hold runs.
-        output: an HTML file. By default it is report.html in the folder. For several folders it is in the
-            current folder.
+        output: a new HTML file. By default it is report.html in the folder. For several folders it is the
+            first free of report.html, report-2.html, … in the current folder.
 
     Returns:
         The path of the report.
 
     Raises:
-        InputError: if there is no run, a file is broken, or `output` exists and is not a report.
+        InputError: if there is no run, a file is broken, or `output` exists.
     """
     folders = [Path(folder) for folder in folders]
-    home = folders[0] if len(folders) == 1 else Path()
-    target = home / "report.html" if output is None else Path(output)
+    if output is not None and os.path.lexists(output):
+        refuse("--output", f"{output} exists", "give another name, or move it")
+    target = Path(output) if output is not None else _default_output(folders)
     runs = read_runs(folders)
     _check_output(target)
     page = render(runs)
@@ -81,6 +83,14 @@ def write_report(folders: Sequence[Path | str], output: Path | str | None = None
 def verdict_of(folders: Sequence[Path | str]) -> words.Verdict:
     """Return the verdict of the report of the runs in these folders, without writing the report."""
     return words.verdict(contenders(read_runs([Path(folder) for folder in folders])))
+
+
+def _default_output(folders: Sequence[Path]) -> Path:
+    """Return report.html in a single folder, or the first free name in the current folder for several."""
+    if len(folders) == 1:
+        return folders[0] / "report.html"
+    names = chain(["report.html"], (f"report-{number}.html" for number in count(2)))
+    return next(Path(name) for name in names if not os.path.lexists(name))
 
 
 def _check_output(target: Path) -> None:

@@ -192,6 +192,66 @@ def _rows(name: str, xlabel: str, labels: Sequence[str], repeats: Sequence[Seque
         return _svg(name, figure, f"{xlabel}, by contender")
 
 
+@dataclass(frozen=True)
+class Series:
+    """Values of several seeds at some places of an axis. They are joined by a line if `is_line`."""
+
+    label: str
+    places: Sequence[float]
+    values: Sequence[Sequence[float]]
+    is_line: bool = True
+
+
+def spread(name: str, xlabel: str, ylabel: str, series: Sequence[Series], log: bool,
+           ticks: Sequence[str] | None) -> Markup:  # fmt: skip
+    """Draw the mean of the values at each place, a bar from their minimum to their maximum, and each value.
+
+    Args:
+        name: prefix of the ids in the SVG.
+        xlabel, ylabel: names of the axes.
+        series: the values; several series have a legend.
+        log: whether the axis of the places is logarithmic.
+        ticks: names of the places 0, 1, …; None for numbers.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES, 3.2), layout="constrained")
+        axes = figure.subplots()
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(numticks=8))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+            axes.xaxis.set_minor_locator(NullLocator())
+        for position, one in enumerate(series):
+            look = _look(position)
+            places = _side_by_side(one.places, position - (len(series) - 1) / 2, series, log)
+            means = [float(np.mean(values)) for values in one.values]
+            around = [[mean - min(v), max(v) - mean] for mean, v in zip(means, one.values, strict=True)]
+            line = look["linestyle"] if one.is_line else "none"
+            axes.errorbar(places, means, np.array(around).T, color=look["color"], marker=look["marker"],
+                          linestyle=line, capsize=3, label=one.label)  # fmt: skip
+            pairs = [(x, v) for x, values in zip(places, one.values, strict=True) for v in values]
+            axes.plot(*zip(*pairs, strict=True), "_", color=look["color"], alpha=0.6)
+        places = sorted({place for one in series for place in one.places})
+        if ticks is not None:
+            axes.set_xticks(range(len(ticks)), [_wrapped(tick) for tick in ticks])
+        elif len(places) <= 8:
+            axes.set_xticks(places, [_short(place) for place in places])
+            axes.xaxis.set_minor_locator(NullLocator())
+        if len(series) > 1:
+            figure.legend(loc="outside upper left", ncols=2)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.margins(x=0.08)
+        return _svg(name, figure, f"{ylabel} by {xlabel}")
+
+
+def _side_by_side(places: Sequence[float], offset: float, series: Sequence[Series], log: bool) -> list[float]:
+    """Return the places, moved by a small share of the axis. The bars of several series then stand apart."""
+    scale = np.log if log else np.asarray
+    every = scale([place for one in series for place in one.places])
+    moved = scale([*places]) + offset * 0.02 * (every.max() - every.min())
+    return [*map(float, np.exp(moved) if log else moved)]
+
+
 def window_picture(
     name: str,
     look: int,

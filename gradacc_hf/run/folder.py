@@ -131,6 +131,8 @@ def open_output(
 ) -> Iterator[Path]:
     """Make the folder of the run with its config, and lock it inside this block. Call it on every process.
 
+    A new folder is removed if the block raises an exception before the first window is trained.
+
     Args:
         config: the settings of the run, which are written as config.yaml.
         accelerator: the main process makes the folder; the trackers write there.
@@ -142,10 +144,10 @@ def open_output(
     """
     accelerator.wait_for_everyone()  # another process may still read a model of the overwritten run
     lock = None
-    chosen: list[Any] = [None, None]
+    chosen: list[Any] = [None, False, None]
     if accelerator.is_main_process:
         lock, *chosen = _make_and_lock(config)
-    folder, problem = broadcast_object_list(chosen)
+    folder, is_new, problem = broadcast_object_list(chosen)
     try:
         if problem is not None:
             raise InputError(f"output.dir: {problem}")
@@ -161,23 +163,39 @@ def open_output(
             purged = {"tensorboard": {"purge_step": windows_done + 1}} if windows_done else {}
             accelerator.init_trackers("logs", init_kwargs=purged)
         yield folder
+    except BaseException:
+        if accelerator.is_main_process and is_new and not has_trained(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         if lock is not None:
             lock.release()
 
 
-def _make_and_lock(config: Config) -> tuple["FolderLock | None", Any, Any]:
-    """Return (lock, folder, None), or (None, None, problem) if there is a problem."""
+def has_trained(run: Path) -> bool:
+    """Whether the run in this folder has trained a window."""
+    history = run / HISTORY
+    return any((run / FOLDER).glob("window-*")) or (history.is_file() and history.stat().st_size > 0)
+
+
+def _make_and_lock(config: Config) -> tuple["FolderLock | None", Any, bool, Any]:
+    """Return (lock, folder, whether it is new, None); with a problem (None, None, False, problem)."""
     try:
+        is_new = not config.output.dir or not Path(config.output.dir).exists()
         folder = Path(config.output.dir) if config.output.dir else next_folder(_name(config))
         folder.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(folder)
         if lock.acquire():
-            return lock, folder, None
+            return lock, folder, is_new, None
         in_use = "another run writes into it: wait until that run ends, stop it, or give a new folder"
-        return None, None, f"{folder}: {in_use}"
+        return None, None, False, f"{folder}: {in_use}"
     except OSError as error:
-        return None, None, f"{config.output.dir} cannot be made ({error.strerror}); give a folder elsewhere"
+        return (
+            None,
+            None,
+            False,
+            f"{config.output.dir} cannot be made ({error.strerror}); give a folder elsewhere",
+        )
 
 
 def _remove_run(folder: Path) -> None:

@@ -113,6 +113,11 @@ def _choices(recipe: Recipe, on_gpu: bool) -> Iterator[Settings]:
         yield {"model.lora.rank": 16, **half}
     elif config.model.lora.rank and config.model.dtype == "float32":
         yield half
+    if on_gpu and not (recipe.from_scratch or config.model.load_in_4bit or config.model.freeze):
+        if config.model.lora.rank and not config.model.lora.merge:
+            yield {"model.load_in_4bit": True}
+        elif not config.model.lora.rank:
+            yield {"model.lora.rank": 16, "model.load_in_4bit": True}
     if config.data.max_length > 1:
         yield {"data.max_length": config.data.max_length // 2}
 

@@ -38,6 +38,7 @@ class Steps:
     """The split of the windows, from a sample of the first epoch."""
 
     windows: int | None  # None: unknown, of a stream
+    windows_of_epochs: int | None  # without train.max_windows; None: unknown
     epochs: int
     accumulation_steps: tuple[int, float, int]  # min, mean, max over windows, of the process with most
     padding: float  # share of the tokens
@@ -222,6 +223,7 @@ def _steps(recipe: Recipe, windows: WindowLoader, found: StepEstimate) -> tuple[
     )
     planned = Steps(
         windows=total_windows(recipe.config, windows),
+        windows_of_epochs=windows.plan.count_windows(range(recipe.config.train.epochs)),
         epochs=recipe.config.train.epochs,
         accumulation_steps=(min(steps), sum(steps) / len(steps), max(steps)),
         padding=1 - tokens / padded,

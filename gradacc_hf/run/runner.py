@@ -36,7 +36,7 @@ from gradacc_hf.run.fingerprint import (
     fingerprint_of_mixture,
     what_must_stay,
 )
-from gradacc_hf.run.folder import open_output
+from gradacc_hf.run.folder import has_trained, open_output
 from gradacc_hf.run.overview import PlannedSteps, print_head, print_plan
 from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.resolve import (
@@ -322,7 +322,7 @@ def train(
     baseline: dict[str, float] | None,
     commands: Commands,
 ) -> dict[str, Any]:
-    """Fine-tune the model, and return the summary. An error names the command that resumes the run."""
+    """Fine-tune the model, and return the summary. An error names the command that continues or repeats."""
     recipe, config = task.recipe, task.recipe.config
     set_seed(config.train.seed, device_specific=True)  # dropout differs by process
     try:
@@ -376,12 +376,15 @@ def train(
             },
         )
     except (NonFiniteError, OutOfMemoryWhileSyncingError) as error:
+        go_on = f"to start again: {commands.again}"  # the folder is removed
+        if has_trained(folder):
+            go_on = f"to continue from the last checkpoint: {commands.resume}"
         finer = (
             f" --budget.max_tokens {error.max_tokens}"
             if isinstance(error, OutOfMemoryWhileSyncingError)
             else ""
         )
-        line = f"{error}; to continue from the last checkpoint: {commands.resume}{finer}"
+        line = f"{error}; {go_on}{finer}"
         raise type(error)(line, *error.args[1:]) from None
 
 

@@ -1,5 +1,6 @@
 """`gradacc ls` and `gradacc cp`."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -53,6 +54,25 @@ def test_cp_says_how_the_copy_is_run(tmp_path, capsys, name):
     assert command[:2] == ["accelerate", "launch"]
     assert all(Path(file).is_file() for file in (command[2], command[4]))
     assert Path(command[4]).stem == f"{name}_offline"
+
+
+def test_cp_ends_with_commands_of_the_task_that_need_no_network(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.copy_recipe("image_classification", Path())
+    commands = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [command.split()[:2] for command in commands] == [
+        ["gradacc", "data"],
+        ["python", "recipes/image_classification.py"],
+        ["accelerate", "launch"],
+    ]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    for command in commands[:2]:
+        subprocess.run(command, shell=True, check=True, env=environment, capture_output=True)
+    assert Path("runs/image_classification_offline-1/summary.json").is_file()
 
 
 def test_a_copied_lesson_runs(tmp_path):

@@ -181,6 +181,14 @@ def test_the_command_runs_contenders_in_turns_and_leaves_a_report(settings, tmp_
         (["--contenders", "ours,hers"], "--contenders: found 'ours,hers'; allowed: some of at_once, trainer"),
         (["--contenders", "ours,ours"], "each once"),
         (["--batch.size", "3"], "batch.size"),
+        (
+            ["--output.dir=x"],
+            "--output.dir: found a setting that gradacc compare ignores; name the folder with",
+        ),
+        (
+            ["--train.eval_every", "3"],
+            "--train.eval_every: found a setting that gradacc compare ignores; remove",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_run(settings, tmp_path, monkeypatch, more, message):

@@ -54,18 +54,20 @@ def left_behind(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_launch_sh_passes_a_signal_on_waits_for_the_save_and_leaves_no_process_behind(
     venv,
     texts,
     tmp_path,
     processes,
+    number,
 ):
     running = launcher(venv, run := tmp_path / "run", texts, "--processes", processes)
     until_windows(run, 7, running)
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(number)
     printed, _ = running.communicate(timeout=MEASUREMENTS_NEEDED)
-    assert running.returncode == 128 + signal.SIGTERM, printed
+    assert running.returncode == 128 + number, printed
+    assert f"{number.name}: stopping after this window" in printed
     stopped = len(history(run))
     assert f"stopped after window {stopped} of {WINDOWS}, which is saved; to continue: " in printed
     command = (run / "TO_BE_RESUMED").read_text()

@@ -487,25 +487,28 @@ def test_configurations_are_shown_once_and_then_where_they_differ(compared, real
     assert configurations(read_runs([tmp_path]))[1:] == [("b", "same as a, except\ntrain.seed: 7")]
 
 
-def test_a_report_is_overwritten_and_nothing_else_is(real, tmp_path):
-    output = tmp_path / "page.html"
-    write_report([real], output)
-    output.write_text(output.read_text().replace("Figures", "Old"))
-    write_report([real], output)
-    assert "Figures" in output.read_text()
-    output.write_text("<html>mine, not gradacc-hf's</html>")
+def test_the_report_of_a_folder_is_written_again_and_nothing_else_is_replaced(real, tmp_path):
+    run = repeat(real, tmp_path / "run")
+    page = write_report([run])
+    page.write_text(page.read_text().replace("Figures", "Old"))
+    assert "Figures" in write_report([run]).read_text()
+    with pytest.raises(InputError, match=r"--output: .*report\.html exists; give another name"):
+        write_report([run], page)
+    page.write_text("<html>mine, not gradacc-hf's</html>")
     with pytest.raises(InputError, match="exists and is not a report of gradacc"):
-        write_report([real], output)
-    assert output.read_text() == "<html>mine, not gradacc-hf's</html>"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html"]
+        write_report([run])
+    assert page.read_text() == "<html>mine, not gradacc-hf's</html>"
 
 
-def test_by_default_it_goes_into_the_folder_or_with_several_into_the_current_one(real, tmp_path, monkeypatch):
+def test_the_report_of_several_folders_has_a_new_name_in_the_current_folder(real, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a, _ = repeat(real, tmp_path / "a/run"), repeat(real, tmp_path / "b/run")
     assert write_report([a]) == a / "report.html"
     assert write_report(["a", "b", a]).resolve() == tmp_path / "report.html"
     assert list(Page(tmp_path / "report.html").figures()) == ["a/run", "b/run", "baseline"], "each once"
+    (tmp_path / "report.html").write_text("mine")
+    assert [str(write_report(["a", "b"])) for _ in range(2)] == ["report-2.html", "report-3.html"]
+    assert (tmp_path / "report.html").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -559,7 +562,7 @@ def test_the_command_prints_where_the_report_is(real, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["gradacc", "report", "run"])
     cli.main()
-    assert capsys.readouterr().out == f"{Path('run/report.html')}\n"
+    assert capsys.readouterr().out == f"wrote {Path('run/report.html')}\n"
     assert (folder / "report.html").is_file()
 
 
