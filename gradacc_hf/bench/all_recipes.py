@@ -21,7 +21,7 @@ from gradacc_hf.bench.offline import check_names, offline_configs
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.recipe.loading import open_run
-from gradacc_hf.run.predict import load_model, predict
+from gradacc_hf.run.predict import Input, load_model, predict
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.paths import bundle_root
 
@@ -76,7 +76,7 @@ def _run(name: str, config: Path, windows: int | None) -> OfflineRun:
         recipe = open_run(run)
         metric = recipe.config.train.best_metric
         takes_text = recipe.pipeline_tag != "image-classification"
-        inputs = [("the recipe's example", recipe.example)] if takes_text else []
+        inputs = [Input("the recipe's example", recipe.example)] if takes_text else []
         answer = next(predict(recipe, load_model(recipe, run), inputs), None)
         return OfflineRun(
             recipe=name,
