@@ -29,7 +29,7 @@ from gradacc_hf.tasks.generate import as_answer
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.packing import check_packing, pack
 from gradacc_hf.tasks.prompts import answer_samples, write_answers
-from gradacc_hf.tasks.unigram import perplexity, unigram_loss
+from gradacc_hf.tasks.unigram import perplexity, unigram_loss, with_perplexity
 from gradacc_hf.training.loop import evaluate
 from gradacc_hf.training.run_log import by_source
 
@@ -160,8 +160,7 @@ class CausalLM(Recipe):
         found = evaluate(model, windows, sources=self.validation_sources, **options)
         rows, settings = map(self.form.read, self.validation), (self.data.samples, self.data.sample_tokens)
         self.samples[:] = answer_samples(accelerator.unwrap_model(model), self.tokenizer, rows, *settings)
-        scores = {"loss": found.loss, "perplexity": perplexity(found.loss)}
-        return scores | by_source("loss", found.source_losses)
+        return with_perplexity({"loss": found.loss} | by_source("loss", found.source_losses))
 
     def answer(self, model, inputs):
         """Return the answers to chats, prompts or texts."""

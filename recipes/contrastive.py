@@ -29,6 +29,7 @@ from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.search import chance, features, nearest, note_equal_texts, sample
 from gradacc_hf.training.loop import evaluate
+from gradacc_hf.training.run_log import metrics_by_source
 
 HITS = 10  # candidates per query in an evaluation
 
@@ -148,7 +149,11 @@ class Contrastive(Recipe):
         ids, right = search_positives(embeddings, texts, HITS)
         rows = range(min(8, len(ids)))
         self.samples[:] = [sample(*windows.examples([i, ids[i][0]]), ids[i], right[i]) for i in rows]
-        return {"loss": self.loss.value(embeddings, texts), **self.metrics(ids, right)}
+        of_sources = metrics_by_source(
+            self.validation_sources or (),
+            lambda rows: self.metrics([ids[row] for row in rows], [right[row] for row in rows]),
+        )
+        return {"loss": self.loss.value(embeddings, texts), **self.metrics(ids, right), **of_sources}
 
     def metrics(self, predictions, references):
         from gradacc_hf.metrics import load  # slow to import, so not before it is needed

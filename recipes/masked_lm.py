@@ -21,6 +21,7 @@ from gradacc_hf.errors import refuse
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks.masked_head import at_labels, head_at_labels
+from gradacc_hf.tasks.unigram import with_perplexity
 
 
 def chunks(rows, tokenizer, text_column, max_length):
@@ -138,8 +139,7 @@ class MaskedLM(Recipe):
 
     def validate(self, model, windows, accelerator):
         """Return the metrics and the perplexity. Every evaluation uses the masks of epoch 0."""
-        scores = super().validate(model, windows, accelerator)
-        return {**scores, "perplexity": float(np.exp(scores["loss"]))}
+        return with_perplexity(super().validate(model, windows, accelerator))
 
     def metrics(self, predictions, references):
         from gradacc_hf.metrics import load  # slow to import, so not before it is needed

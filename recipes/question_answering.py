@@ -42,6 +42,7 @@ from gradacc_hf.tasks.spans import (
     with_held,
 )
 from gradacc_hf.tasks.squad import as_questions, has_no_answer, no_answer_note
+from gradacc_hf.training.run_log import metrics_by_source
 
 
 def features(rows, numbers, question, context, answers, **settings):
@@ -177,8 +178,12 @@ class QuestionAnswering(Recipe):
         return scores
 
     def source_metrics(self, found):
-        """Return no metrics: the parts of a context are scored together, for all rows."""
-        return {}
+        """Return the metrics of the questions of each source; the parts of a context are one question."""
+        if self.validation_sources is None:
+            return {}
+        sources = dict(zip(self.parts["row"], self.validation_sources, strict=True))
+        of_rows = [source for _, source in sorted(sources.items())]
+        return metrics_by_source(of_rows, lambda rows: self.score(self.found, rows))
 
     def metrics(self, predictions, references):
         questions, contexts, answers = (self.validation_rows[name] for name in self.columns.values())
@@ -193,18 +198,21 @@ class QuestionAnswering(Recipe):
             {"question": question, "answer": span, "reference": next(iter(right["text"]), "")}
             for question, span, right in islice(zip(questions, found, answers, strict=True), 5)
         ]
+        self.found = found
         return self.score(found) | threshold
 
     def right(self):
         """Return the right answers of each validation row."""
         return [answers["text"] for answers in self.validation_rows[self.columns["answers"]]]
 
-    def score(self, found):
-        """Return exact match and F1 of an answer to each validation row."""
+    def score(self, found, rows=None):
+        """Return exact match and F1 of an answer to each validation row, over `rows` (None: all)."""
         from gradacc_hf.metrics import load  # slow to import, so not before it is needed
 
-        metric = load("squad_v2" if self.no_answer else "squad")
-        return metric.compute(predictions=found, references=self.right())
+        metric, right = load("squad_v2" if self.no_answer else "squad"), self.right()
+        rows = range(len(found)) if rows is None else rows
+        pairs = {"predictions": [found[row] for row in rows], "references": [right[row] for row in rows]}
+        return metric.compute(**pairs)
 
     def baseline(self, train, validation):
         """Return the scores of a constant answer: the context's first sentence or, if better, no answer."""

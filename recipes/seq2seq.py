@@ -18,13 +18,14 @@ from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import list_lengths, require_texts, text_problem, texts_of
 from gradacc_hf.data.reading import tokens_lost
+from gradacc_hf.data.sources import first_of_each
 from gradacc_hf.run import run
 from gradacc_hf.tasks.encoder_decoder import EncoderDecoder
 from gradacc_hf.tasks.generate import as_answer, check_target_length, generate, truncated
 from gradacc_hf.tasks.lean_loss import make_lean
-from gradacc_hf.tasks.unigram import perplexity, unigram_loss
+from gradacc_hf.tasks.unigram import perplexity, unigram_loss, with_perplexity
 from gradacc_hf.training.loop import evaluate
-from gradacc_hf.training.run_log import by_source
+from gradacc_hf.training.run_log import by_source, metrics_by_source
 
 
 def features(rows, tokenizer, columns, prefix, max_length, max_target_length, start):
@@ -78,7 +79,7 @@ class Seq2Seq(EncoderDecoder):
         Also the most tokens that the model writes."""
         generate_rows: int | None = 200
         """Validation rows to write texts for.
-        The first ones; null: all. The loss is computed on all rows."""
+        The first ones, as many of each source; null: all. The loss is computed on all rows."""
         num_beams: int = 1
         """Beams of the search (1: greedy)."""
 
@@ -114,7 +115,8 @@ class Seq2Seq(EncoderDecoder):
         splits = self.note_truncated(splits, {"lost_source": "source tokens"})
         limit = "data.max_target_length"
         train, validation = self.note_truncated(splits, {"lost_target": "labelled tokens"}, limit)
-        self.shown = validation.select(range(min(data.generate_rows or len(validation), len(validation))))
+        self.shown_rows = first_of_each(validation, data.generate_rows)
+        self.shown = validation.select(self.shown_rows)
         return train.remove_columns(self.columns), validation.remove_columns(self.columns)
 
     def row_problem(self, row):
@@ -152,12 +154,17 @@ class Seq2Seq(EncoderDecoder):
         """Return the loss of all rows, and the scores of the texts that are written for the first rows."""
         settings = {"accelerator": accelerator, "compute_loss": self.loss, "predict": None}
         found = evaluate(model, windows, sources=self.validation_sources, **settings)
-        written = generate(model, windows, accelerator, len(self.shown), self.tokenizer, **self.search)
+        written = generate(model, windows, accelerator, self.shown_rows, self.tokenizer, **self.search)
         source, target = (self.shown[column] for column in self.columns)
         rows = islice(zip(source, written, target, strict=True), 5)
         self.samples[:] = [dict(zip(("input", "output", "reference"), row, strict=True)) for row in rows]
-        scores = {"loss": found.loss, "perplexity": perplexity(found.loss), **self.metrics(written, target)}
-        return scores | by_source("loss", found.source_losses)
+        scores = with_perplexity({"loss": found.loss} | by_source("loss", found.source_losses))
+        sources = [self.validation_sources[row] for row in self.shown_rows if self.validation_sources]
+
+        def metrics_of(rows):
+            return self.metrics(*([texts[row] for row in rows] for texts in (written, target)))
+
+        return scores | self.metrics(written, target) | metrics_by_source(sources, metrics_of)
 
     @property
     def search(self):

@@ -37,6 +37,7 @@ WORDS = ("read", "write", "list", "item", "return", "value", "file", "line", "nu
 MARKS = 20  # measurements of memory over the stream
 WINDOW = 512  # examples of a window that is only read
 TRAINED_WINDOW = 32
+TRAINED_BLOCK = 256  # examples of a shuffle block; 24 windows read four blocks
 LONGEST = {"read": 12, "trained": 120}  # words of a text
 ROOM = 1.5  # times the size of the file that must be free
 BYTES_PER_ROW = 80
@@ -88,10 +89,11 @@ def measure_stream(
     with written(rows, LONGEST["read"]) as file:
         file_bytes = file.stat().st_size
         marks = tuple(read_all(file, rows, workers))
+    block = ["--data.buffer_size", str(TRAINED_BLOCK)]
     kinds = {
         "read whole": ["--budget.num_workers", "0"],
-        f"stream, {workers} worker{'s' * (workers > 1)}": streamed(workers),
-        "stream, no worker": streamed(0),
+        f"stream, {workers} worker{'s' * (workers > 1)}": [*streamed(workers), *block],
+        "stream, no worker": [*streamed(0), *block],
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     with written(4 * windows * TRAINED_WINDOW, LONGEST["trained"]) as file:

@@ -66,8 +66,10 @@ def main(argv: Sequence[str]) -> None:
     else:
         print_comparison(found, console)
     if any(isinstance(runs, ComparedRuns) for runs in found.values()):
-        from gradacc_hf.report import write_report  # late: it loads matplotlib
+        from gradacc_hf.report import verdict_of, write_report  # late: it loads matplotlib
 
+        verdict = verdict_of([folder])
+        console.print(f"{verdict.sentences[0].striptags()} {verdict.measure}", markup=False)
         console.print(f"report: {write_report([folder])}")
     sys.exit(1 if any(isinstance(runs, str) for runs in found.values()) else 0)
 

@@ -4,6 +4,7 @@ Each source is read as if it were alone. The rows of all sources become one data
 source in column `SOURCE`. A recipe keeps the columns of `CARRIED`, so that examples have them, too.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,17 @@ def _joined(names: Sequence[str], parts: Sequence[Dataset], reading: Reading) ->
     rows = with_column(rows, SOURCE, np.repeat(np.arange(len(parts)), sizes))
     kept = [file_rows(part) + start for part, start in zip(parts, starts, strict=True)]
     return select_rows(rows, np.concatenate(kept).tolist())
+
+
+def first_of_each(rows: Dataset, number: int | None) -> list[int]:
+    """Return the numbers of the first rows, `number` in all (None: every row), as many of each source."""
+    sources = rows[SOURCE] if SOURCE in rows.column_names else [0] * len(rows)
+    seen = Counter[int]()
+    turns = []
+    for row, source in enumerate(sources):
+        turns.append((seen[source], row))
+        seen[source] += 1
+    return sorted(row for _, row in sorted(turns)[:number])
 
 
 def weighed(rows: Dataset, column: str, on_bad_row: Any) -> tuple[Dataset, list[str]]:

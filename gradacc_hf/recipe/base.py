@@ -47,7 +47,7 @@ from gradacc_hf.training.lora import (
     load_adapter_weights,
     pretrained,
 )
-from gradacc_hf.training.run_log import by_source
+from gradacc_hf.training.run_log import by_source, metrics_by_source
 from gradacc_hf.utils.files import MODEL_CONFIG
 
 
@@ -345,13 +345,11 @@ class Recipe:
 
     def source_metrics(self, found: Evaluation) -> dict[str, float]:
         """Return the `metrics` of the rows of each source, by metric and source: "accuracy/chats"."""
-        scores: dict[str, float] = {}
-        for name in found.source_losses:
-            rows = [row for row, source in enumerate(self.validation_sources or ()) if source == name]
-            pairs = [[values[row] for row in rows] for values in (found.predictions, found.references)]
-            for metric, value in self.metrics(*pairs).items():
-                scores |= by_source(metric, {name: value})
-        return scores
+        pairs = found.predictions, found.references
+        return metrics_by_source(
+            self.validation_sources or (),
+            lambda rows: self.metrics(*([values[row] for row in rows] for values in pairs)),
+        )
 
     def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """Return one answer of a saved model to each input: a text, or a row as in a data file.

@@ -76,6 +76,11 @@ def write_report(folders: Sequence[Path | str], output: Path | str | None = None
     return target
 
 
+def verdict_of(folders: Sequence[Path | str]) -> words.Verdict:
+    """Return the verdict of the report of the runs in these folders, without writing the report."""
+    return words.verdict(contenders(read_runs([Path(folder) for folder in folders])))
+
+
 def _check_output(target: Path) -> None:
     """Raise InputError for a file that is not a report, and for a link that came with a run."""
     unfinished = target.with_name(f".{target.name}.unfinished")  # as `write_whole` names it

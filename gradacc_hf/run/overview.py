@@ -71,7 +71,8 @@ def print_plan(
         ),
         (
             "accumulation steps",
-            f"{steps} (min / mean / max)" + "; more with smaller micro-batches" * tries_sizes,
+            f"{steps} (min / mean / max){_noise(planned)}"
+            + "; more with smaller micro-batches" * tries_sizes,
         ),
         ("padding", f"{padding:.1%} of the tokens" + ASSUMED * planned.padding_free),
         *([("budget", f"auto: {describe_device()}")] if config.budget_file == "auto" else []),
@@ -111,6 +112,13 @@ def _windows(config: Config, windows: WindowLoader, num_windows: int | None) -> 
     some = f" of {of_all:,}" if of_all > (num_windows or 0) else ""  # train.max_windows
     at_most = "at most " * isinstance(plan.effective_batch_size, GrowingBatch)
     return f"{at_most}{num_windows:,}{some}, {over}"
+
+
+def _noise(windows: WindowLoader) -> str:
+    """Return which windows have two micro-batches or more to measure the gradient noise scale, as text."""
+    every = windows.noise_every
+    where = f"one window of {every}" if every > 1 else "every window"
+    return f"; at least 2 in {where}, to measure the noise scale" if every else ""
 
 
 def _size(effective: EffectiveBatchSize, num_windows: int | None) -> str:

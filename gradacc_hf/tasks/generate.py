@@ -1,8 +1,10 @@
-"""Generate texts for the first rows of a data set, distributed over all processes."""
+"""Generate texts for rows of a data set, distributed over all processes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
@@ -38,11 +40,11 @@ def generate(
     model: torch.nn.Module,
     windows: WindowLoader,
     accelerator: Accelerator,
-    rows: int,
+    rows: Sequence[int],
     tokenizer: Any,
     **settings: Any,
 ) -> list[str]:
-    """Return the texts that a prepared encoder-decoder writes for examples 0 to `rows` − 1, in this order.
+    """Return the texts that a prepared encoder-decoder writes for the examples `rows`, in this order.
 
     It runs micro-batches of the loader's bound, without `labels`. `settings` go to the model's `generate`.
     """
@@ -50,14 +52,14 @@ def generate(
     module: Any = model if sharded else accelerator.unwrap_model(model)
     training = module.training
     module.eval()
-    processes = split_window(
-        bounding_lengths(windows.tokens[:rows]), windows.bound, 1 if sharded else accelerator.num_processes
-    )
+    examples, number = np.array(rows), 1 if sharded else accelerator.num_processes
+    processes = split_window(bounding_lengths(windows.tokens[examples]), windows.bound, number)
     written: list[tuple[int, list[int]]] = []
-    for indices in processes[0 if sharded else accelerator.process_index]:
+    for places in processes[0 if sharded else accelerator.process_index]:
+        indices = examples[places]
         batch = {name: x for name, x in windows.collated(indices).batch.items() if name != "labels"}
         written += zip(indices.tolist(), module.generate(**batch, **settings).tolist(), strict=True)
     module.train(training)
     everything = dict(gather_object(written))
-    texts = tokenizer.batch_decode([everything[row] for row in range(rows)], skip_special_tokens=True)
+    texts = tokenizer.batch_decode([everything[row] for row in rows], skip_special_tokens=True)
     return [text.strip() for text in texts]

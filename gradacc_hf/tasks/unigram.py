@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 def unigram_loss(train: Iterable[int], validation: Iterable[int], vocabulary: int) -> float:
@@ -18,3 +18,10 @@ def unigram_loss(train: Iterable[int], validation: Iterable[int], vocabulary: in
 def perplexity(loss: float) -> float:
     """Return the perplexity for a mean loss in nats: e to the loss, at most e⁷⁰⁰."""
     return math.exp(min(loss, 700))
+
+
+def with_perplexity(scores: Mapping[str, float]) -> dict[str, float]:
+    """Return scores with a perplexity for each loss: of all rows, and of each source ("loss/chats")."""
+    losses = {name: value for name, value in scores.items() if name.partition("/")[0] == "loss"}
+    found = {name.replace("loss", "perplexity", 1): perplexity(value) for name, value in losses.items()}
+    return {**scores, **found}

@@ -204,8 +204,8 @@ def split_of_next_window(windows: WindowLoader) -> list[list[int]]:
     """Return the tokens of each example of the next window, by micro-batch. Refuse a DataLoader."""
     check_windows(windows)
     place = windows.state_dict()
-    tokens = windows.tokens[windows.plan.indices(place["epoch"], place["window"])]
-    return [of_micro_batch.sum(1).tolist() for of_micro_batch in windows.split_lengths(tokens)]
+    split = windows.split(place["epoch"], place["window"])
+    return [windows.tokens[indices].sum(1).tolist() for process in split.processes for indices in process]
 
 
 def open_checkpoints(

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,15 @@ class RunLog:
         """Record the metrics of an evaluation that ran after the latest window."""
         window = self.last_window
         self.accelerator.log({f"eval/{key}": value for key, value in metrics.items()}, window)
-        self.console.print(f"after window {window}: {describe(metrics)}", soft_wrap=True)
+        of_sources: dict[str, dict[str, float]] = {}
+        for name, value in metrics.items():
+            metric, _, source = name.partition("/")
+            is_of_source = bool(source) and metric in metrics
+            own = of_sources.setdefault(source if is_of_source else "", {})
+            own[metric if is_of_source else name] = value
+        for source, values in of_sources.items():
+            head = f"  {source}" if source else f"after window {window}"
+            self.console.print(f"{head}: {describe(values)}", soft_wrap=True)
 
     def summary(self, more: Mapping[str, Any], *, write: bool = True) -> dict[str, Any]:
         """Return the figures of the run.
@@ -269,6 +277,25 @@ def _row(record: WindowRecord) -> str:
 def by_source(metric: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a metric for each source, by metric and source: "loss/chats"."""
     return {f"{metric}/{name}": value for name, value in values.items()}
+
+
+def metrics_by_source(
+    sources: Sequence[str], metrics_of: Callable[[list[int]], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return metrics of the rows of each source, by metric and source: "accuracy/chats".
+
+    Args:
+        sources: The source of each row.
+        metrics_of: Returns the metrics of rows, given their numbers.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for row, source in enumerate(sources):
+        rows_of.setdefault(source, []).append(row)
+    scores: dict[str, Any] = {}
+    for source, rows in rows_of.items():
+        for metric, value in metrics_of(rows).items():
+            scores |= by_source(metric, {source: value})
+    return scores
 
 
 def describe(metrics: Mapping[str, float]) -> str:

@@ -5,12 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from accelerate import Accelerator
 from chat_templates import byte_tokenizer
 from guides import blocks
 from recipe_runs import load_recipe, make_recipe, summary
 
 from gradacc_hf.errors import InputError
+from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.verification.tiny_models import build_head
 
 TextClassification = load_recipe("text_classification").TextClassification
@@ -77,6 +80,8 @@ def test_a_mixture_trains_and_resumes_bit_for_bit_with_losses_by_source(start, c
         found = row["source_losses"]
         assert (6 * found["reviews"] + 2 * found["short"]) / 8 == pytest.approx(row["loss"], rel=1e-5)
     assert "(reviews " in outcome.out
+    assert "\n  reviews: loss " in outcome.out
+    assert len(summary(tmp_path / "run")["first_window"]) == rows[0]["accumulation_steps"] > 1
     end = summary(tmp_path / "run")["eval"]
     assert {"loss/reviews", "loss/short", "accuracy/reviews", "accuracy/short"} <= end.keys()
     assert (6 * end["loss/reviews"] + 2 * end["loss/short"]) / 8 == pytest.approx(end["loss"], rel=1e-5)
@@ -196,21 +201,25 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_keeps_the_sources_and_weights_of_rows(name, tiny_bert, tmp_path):
+def recipe_class(name):
+    """Return the class of a recipe, by the name of its file."""
     module = load_recipe(name)
-    recipe_class = next(
+    return next(
         value
         for value in vars(module).values()
         if getattr(value, "__module__", "") == name and hasattr(value, "Data")
     )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_keeps_the_sources_and_weights_of_rows(name, tiny_bert, tmp_path):
     rows = [{**RECIPES[name](i), "w": i} for i in range(12)]
     files = [write(tmp_path / f"{part}.jsonl", rows) for part in "ab"]
     sources = [{"source": file, "validation": file} for file in files]
     settings = {"data": {"train": sources, "weight_column": "w", "max_length": 24}}
     settings["model"] = {"name": str(tiny_bert)}
     settings["data"] |= {"doc_stride": 4} if name == "question_answering" else {}
-    recipe = make_recipe(recipe_class, "--config", write_config(tmp_path, settings))
+    recipe = make_recipe(recipe_class(name), "--config", write_config(tmp_path, settings))
     train, validation = recipe.read_examples()
     assert recipe.sources == sorted(recipe.sources)
     assert {*recipe.sources} == {*recipe.validation_sources} == {"a", "b"}
@@ -220,6 +229,37 @@ def test_every_recipe_keeps_the_sources_and_weights_of_rows(name, tiny_bert, tmp
     half = len(train) // 2
     assert np.array_equal(recipe.example_weights[:half], recipe.example_weights[half:])
     assert not {"_source", "_weight"} & {*train.column_names, *validation.column_names}
+
+
+@pytest.mark.parametrize("name", ["seq2seq", "question_answering", "contrastive"])
+def test_metrics_of_a_source_equal_those_of_the_source_alone(name, tiny_bert, tmp_path):
+    row_of = RECIPES.get(name, lambda i: {"anchor": f"call {i}", "positive": f"returns {i}"})
+    sources = []
+    for part, numbers in {"a": range(9), "b": range(9, 14)}.items():
+        file = write(tmp_path / f"{part}.jsonl", map(row_of, numbers))
+        sources.append({"source": file, "validation": file})
+    data = {"max_length": 24} | ({"doc_stride": 4} if name == "question_answering" else {})
+
+    def validate(train, **more):
+        settings = {"data": {**data, **more, "train": train}, "batch": {"effective": 4}}
+        settings["model"] = {"name": str(tiny_bert)}
+        recipe = make_recipe(recipe_class(name), "--config", write_config(tmp_path, settings))
+        accelerator = Accelerator(cpu=True)
+        _, windows = make_windows(recipe, *recipe.read_examples(), accelerator)
+        torch.manual_seed(0)
+        return recipe.validate(accelerator.prepare(make_model(recipe)), windows, accelerator)
+
+    each = {"generate_rows": 3, "max_target_length": 8} if name == "seq2seq" else {}
+    found = validate(sources, **each | ({"generate_rows": 6} if each else {}))
+    if name == "contrastive":  # the positives of all sources are searched
+        of_sources = (9 * found["mrr_at_10/a"] + 5 * found["mrr_at_10/b"]) / 14
+        assert found["mrr_at_10"] == pytest.approx(of_sources)
+        return
+    for part, source in zip("ab", sources, strict=True):
+        alone = validate([source], **each)
+        of_part = {key.removesuffix(f"/{part}"): value for key, value in found.items() if key.endswith(part)}
+        assert len(of_part) > 1
+        assert of_part == pytest.approx({key: value for key, value in alone.items() if "/" not in key})
 
 
 def test_a_recipe_that_does_not_keep_them_is_refused(tiny_llama, tmp_path):
