@@ -139,7 +139,7 @@ def test_a_merge_that_would_answer_otherwise_writes_nothing(here, gradacc, monke
     assert not [path for path in Path("lora").iterdir() if "merged" in path.name]
 
 
-def test_a_card_of_a_search_model_or_of_adapters_runs_as_it_stands(here, gradacc, monkeypatch, capsys):
+def test_a_card_of_a_search_model_or_of_adapters_runs_as_it_stands(here, monkeypatch, capfd):
     pytest.importorskip("sentence_transformers")
     for name, said in (
         ("search", r"tensor\(\[\[-?0\.\d+"),
@@ -148,7 +148,7 @@ def test_a_card_of_a_search_model_or_of_adapters_runs_as_it_stands(here, gradacc
         monkeypatch.chdir(here / name / "best")
         snippet = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1]
         exec(snippet, {})
-        assert re.search(said, capsys.readouterr().out)
+        assert re.search(said, capfd.readouterr().out)
 
 
 def test_all_files_of_a_run_have_one_mode(here):
