@@ -209,10 +209,8 @@ class TrainConfig:
         every = self.eval_every
         yield "epochs", self.epochs >= 1, "1 or more"
         yield "max_windows", self.max_windows is None or self.max_windows >= 1, "1 window or more, or null"
-        is_share, is_number = (
-            isinstance(every, float) and 0 < every < 1,
-            isinstance(every, int) and every >= 0,
-        )
+        is_share = isinstance(every, float) and 0 < every < 1
+        is_number = isinstance(every, int) and every >= 0
         allowed = "0 windows (only at the end) or more, epoch, a share of an epoch such as 0.25, or null"
         yield "eval_every", every in (None, "epoch") or is_share or is_number, allowed
         yield "seed", 0 <= self.seed < 2**32, "an integer from 0 to 4294967295"
