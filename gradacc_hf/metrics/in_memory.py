@@ -17,8 +17,13 @@ class InMemoryMetric(evaluate.Metric):
 
     def compute(self, *, predictions: Any = None, references: Any = None, **settings: Any) -> Any:
         """Return the metric of all rows. Rows that are given here, and not by `add_batch`, are not copied."""
-        given = predictions is not None and references is not None and self.writer is None
-        if not given or not self.keep_in_memory or len(predictions) != len(references):
+        if (
+            predictions is None
+            or references is None
+            or self.writer is not None  # some rows were added before
+            or not self.keep_in_memory
+            or len(predictions) != len(references)
+        ):
             return super().compute(predictions=predictions, references=references, **settings)
         self.check(predictions, references)
         return self._compute(predictions=predictions, references=references, **settings)

@@ -154,7 +154,7 @@ class SacreBleu(_TextMetric):
     reference_urls = ("https://aclanthology.org/W18-6319/",)
 
     def _compute(self, predictions: Any, references: Any, tokenize: Any = None) -> dict[str, float]:
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
 
         pairs = zip(predictions, references, strict=True)
         rows = [_bleu_counts_of_row(text, tuple(texts), tokenize) for text, texts in pairs]

@@ -153,12 +153,12 @@ def _speed(found: Sequence[RunGroup]) -> Markup | None:
     others_data = [other for other in others if speed_ratios(first, other) and _data(other) != _data(first)]
     pairs = len(first.runs) if all(_paired(first, other) for other in others) else 1
     medians = f" (medians of {pairs} pairs of runs)" if pairs > 1 else ""
-    found = Markup("Per second, {} trains {}{}.").format(_names([first]), in_words(parts), medians)
+    sentence = Markup("Per second, {} trains {}{}.").format(_names([first]), in_words(parts), medians)
     if others_data:
         verb = "has" if len(others_data) == 1 else "have"
         note = " {} {} other data, so that these speeds cannot be compared: examples differ in length."
-        found += Markup(note).format(_names(others_data), verb)
-    return found
+        sentence += Markup(note).format(_names(others_data), verb)
+    return sentence
 
 
 def _data(contender: RunGroup) -> set[str]:
