@@ -101,8 +101,8 @@ def label_tables(
 ) -> list[Table]:
     """Return a table of the labels of rows with any number of labels: 0 or 1, (rows, labels)."""
     right = (predicted * true).sum(0)
-    counts = predicted.sum(0), true.sum(0)
-    return [_scores_table("Labels", names, right, *counts, "validation rows", in_training)]
+    found, there = predicted.sum(0), true.sum(0)
+    return [_scores_table("Labels", names, right, found, there, "validation rows", in_training)]
 
 
 def entity_tables(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[Table]:
@@ -117,8 +117,8 @@ def entity_tables(predictions: Sequence[Sequence[str]], references: Sequence[Seq
     names = sorted({*found, *true})
     if not names:
         return []
-    hits, predicted_ones, true_ones = ([counts[name] for name in names] for counts in (right, found, true))
-    return [_scores_table("Entities", names, hits, predicted_ones, true_ones, "validation entities")]
+    hits, predicted, there = ([counts[name] for name in names] for counts in (right, found, true))
+    return [_scores_table("Entities", names, hits, predicted, there, "validation entities")]
 
 
 def class_mistakes(
@@ -141,7 +141,7 @@ def class_mistakes(
             shortened(text),
             names[int(true[row])],
             names[int(predicted[row])],
-            f"{probabilities[row, predicted[row]]:.0%}",
+            f"{probabilities[row].max():.0%}",
         ]
         for row, text in zip(worst, texts(worst), strict=True)
     ]

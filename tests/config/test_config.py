@@ -527,6 +527,7 @@ def test_a_recipe_s_default_of_the_wrong_type_is_refused():
         ("train.epochs", "0"),
         ("train.max_windows", "0"),
         ("train.eval_every", "-1"),
+        ("train.eval_every", "1.5"),
         ("train.seed", "-1"),
         ("train.seed", "4294967296"),
         ("train.early_stopping", "-1"),
