@@ -4,7 +4,6 @@ Any file may be half-written, and any folder may be someone else's. A broken fil
 The command starts without torch.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -179,6 +178,8 @@ def _sources(data: Any) -> str:
 
 def _is_locked(lock: Path) -> bool:
     """Whether a process writes into the folder of this lock."""
+    import fcntl  # not on Windows
+
     try:
         with lock.open("r+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
