@@ -26,10 +26,7 @@ COMMANDS = {
     "play": ("gradacc_hf.play.command", "show the loop on a web page, micro-batch by micro-batch"),
     "bench": ("gradacc_hf.bench.cli", "measure the figures in the guides"),
     "predict": ("gradacc_hf.cli.predict", "predict on new input with a saved run"),
-    "evaluate": (
-        "gradacc_hf.cli.evaluate",
-        "compute metrics of a saved run on labelled data",
-    ),
+    "evaluate": ("gradacc_hf.cli.evaluate", "compute metrics of a saved run on labelled data"),
     "merge": ("gradacc_hf.cli.merge", "write the adapters of a run into a whole model"),
     "export": ("gradacc_hf.cli.export", "write the model of a run for another library"),
     "continue": ("gradacc_hf.cli.continuation", "train a run that has ended further, from its last state"),
@@ -63,9 +60,19 @@ NEEDS = {
     "bench": ("the name of a benchmark", "gradacc bench exactness"),
     "compare": ("--config FILE", f"gradacc compare --config {OFFLINE}"),
     "completion": ("the name of a shell", "gradacc completion bash"),
+    "continue": (
+        "the folder of a run and a length",
+        "gradacc continue runs/text_classification_offline-1 --train.epochs +1",
+    ),
     "cp": ("a recipe and a folder", "gradacc cp text_classification ."),
     "data": ("--config FILE", f"gradacc data --config {OFFLINE}"),
     "doctor": ("a Python file that trains", "gradacc doctor train.py"),
+    "evaluate": ("the folder of a run", "gradacc evaluate runs/text_classification_offline-1"),
+    "export": (
+        "the folder of a run and --to FORMAT",
+        "gradacc export runs/text_classification_offline-1 --to onnx",
+    ),
+    "merge": ("the folder of a run with adapters", "gradacc merge runs/causal_lm_offline-1"),
     "new": ("a name and --like RECIPE", "gradacc new my_task --like text_classification"),
     "plan": ("--config FILE", f"gradacc plan --config {OFFLINE} --budget gpu_8gb"),
     "predict": (
