@@ -20,7 +20,9 @@ LONGEST = (
     "test_packaging",
     "distributed/test_distributed",
     "test_guides",
-    "hub/test_model_card",
+    "recipe/test_recipe",
+    "play/test_play",
+    "hf_trainer/test_trainer",
     "test_launch",
 )
 """Files that take the longest, which start first: a file that starts last runs beside idle processes."""
