@@ -83,6 +83,7 @@ class Reading:
     truncated: the truncated rows.
     merged: lines about columns that differ from file to file, or from row to row.
     refused: columns that are left out, with the setting, the reason and the cure.
+    weight_column: the column of the weights of rows; None without one.
     """
 
     files: list[FileRows] = field(default_factory=list)
@@ -92,6 +93,7 @@ class Reading:
     truncated: list[Truncation] = field(default_factory=list)
     merged: dict[str, list[str]] = field(default_factory=dict)
     refused: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    weight_column: str | None = None
 
     def begin(self, other: "Reading") -> None:
         """Become a copy of another record."""
@@ -127,7 +129,7 @@ class Reading:
 
         A column inside another, such as translation.de, uses both. Raise InputError for a refused column.
         """
-        used = {name.partition(".")[0] for name in columns} | {*columns}
+        used = {name.partition(".")[0] for name in columns} | {*columns, self.weight_column}
         for name in used & self.refused.keys():
             refuse(*self.refused[name])
         self.used = [name for name in self.columns if name in used]

@@ -129,6 +129,13 @@ def weighed(rows: Dataset, column: str, on_bad_row: Any) -> tuple[Dataset, list[
     return with_column(rows, WEIGHT, numbers), lines
 
 
+def weights_note(column: str, weights: np.ndarray) -> str:
+    """Return a line about the weights of examples: their number, range and mean, and the weights of 0."""
+    low, mean, high = weights.min(), weights.mean(), weights.max()
+    none = f", {int((weights == 0).sum()):,} of weight 0" if low == 0 else ""
+    return f"{column}: {counted(len(weights), 'example')}, {low:g} to {high:g}, mean {mean:.3g}{none}"
+
+
 def _number(value: Any) -> float:
     """Return a number, or the number that a text stands for; −1 for any other value."""
     try:

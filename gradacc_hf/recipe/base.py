@@ -143,7 +143,7 @@ class Recipe:
         if (column := self.data.weight_column) is not None:
             train, left_out = weighed(train, column, self.data.on_bad_row)
             self.skipped_rows += left_out
-            self.reading.columns = [name for name in self.reading.columns if name != column]
+            self.reading.weight_column = column
         return train, splits.validation
 
     def load_rows(

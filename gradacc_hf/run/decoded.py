@@ -54,11 +54,13 @@ class DecodedExample:
     number: the number of the example in the data set, from 0, as in `data.leave_out`.
     texts: the texts, or one line about other inputs, such as an image.
     labels: the names of the classes, or the number, that the example as a whole has.
+    weight: the weight in the loss; None without `data.weight_column`.
     """
 
     number: int
     texts: list[DecodedText]
     labels: list[str]
+    weight: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -74,7 +76,8 @@ class DecodedExample:
     def as_json(self) -> dict[str, Any]:
         """Return the example for `gradacc data --json`."""
         texts = {part.name or "text": part.text for part in self.texts}
-        return {"number": self.number, "tokens": self.tokens, "texts": texts, "learned": self.learned}
+        found = {"number": self.number, "tokens": self.tokens, "texts": texts, "learned": self.learned}
+        return found | {"weight": self.weight}
 
 
 def label_names(recipe: Recipe) -> list[str] | None:

@@ -4,7 +4,7 @@ The data are read and checked by the functions of a run, so that both refuse the
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
         truncated=reading.truncated,
         duplicates=_duplicates(recipe, splits, windows),
         split=split,
-        examples=list(_decoded(recipe, splits[shown], windows[shown], spread)),
+        examples=list(_decoded(recipe, splits[shown], windows[shown], spread, split)),
     )
 
 
@@ -246,8 +246,10 @@ def _duplicates(
 
 
 def _decoded(
-    recipe: Recipe, dataset: Dataset, windows: WindowLoader, numbers: Sequence[int]
+    recipe: Recipe, dataset: Dataset, windows: WindowLoader, numbers: Sequence[int], split: str
 ) -> Iterator[DecodedExample]:
+    weights = recipe.example_weights if split == "training" else None
     examples: list[Mapping[str, Any]] = windows.examples(numbers)
     for number, example in zip(numbers, examples, strict=True):
-        yield decode_example(recipe, number, example, dataset[number], windows.tokens[number])
+        found = decode_example(recipe, number, example, dataset[number], windows.tokens[number])
+        yield replace(found, weight=None if weights is None else float(weights[number]))

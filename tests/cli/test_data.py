@@ -136,6 +136,22 @@ def test_lengths_labels_columns_and_duplicates_are_counted(tiny_bert, capsys):
     assert [found["duplicates"][name]["number"] for name in ("validation", "both")] == [1, 3]
 
 
+def test_weights_of_rows_are_stated_and_shown_at_each_example(tiny_bert, capsys):
+    file = write_rows("a.jsonl", [{**row, "w": i % 4 / 2} for i, row in enumerate(TEXTS)])
+    own = ["--model.name", tiny_bert, "--data.max_length", 32, "--data.weight_column", "w"]
+    flags = for_both(file, *own)
+    found = inspected(capsys, "text_classification", *flags, "--examples", 10)
+    assert ["weights", "w: 10 examples, 0 to 1.5, mean 0.65, 3 of weight 0"] in found["lines"]
+    assert found["columns"]["w"] == "data.weight_column"
+    assert [example["weight"] for example in found["examples"]] == [i % 4 / 2 for i in range(10)]
+    found = inspected(capsys, "text_classification", *flags, "--split", "validation")
+    assert found["examples"][1]["weight"] is None
+    text = shown(flags)
+    assert "tokens, weight 0, «learned»" in text
+    assert "w (data.weight_column)" in text
+    assert "ignored               1 column that nothing uses: id\n" in text
+
+
 def shown(flags, **settings):
     """Return what a terminal shows."""
     recipe = load_from_flags(["--config", CONFIG, "--budget", "cpu", *map(str, flags)])

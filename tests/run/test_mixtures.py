@@ -118,6 +118,8 @@ def test_rows_have_weights_and_a_bad_weight_is_named_by_its_line(start, config, 
     for row in rows_of(tmp_path / "run"):
         assert row["examples"] == 8
         assert row["items"] != 8
+    assert "weights               w: 77 examples, 0 to 3, mean 1." in outcome.out
+    assert "ignored" not in outcome.out
     rows = [json.loads(line) for line in (tmp_path / "tweets.jsonl").read_text().splitlines()]
     for wrong in (-1, "NaN", None, "much", True):
         rows[2]["w"] = wrong
