@@ -33,7 +33,7 @@ from gradacc_hf.run.decoded import (
 from gradacc_hf.run.fingerprint import repeated_examples, shared_examples
 from gradacc_hf.run.overview import data_lines
 from gradacc_hf.run.resolve import check_settings
-from gradacc_hf.run.setup import check_inputs, load_data, make_windows
+from gradacc_hf.run.setup import check_best_metric, check_inputs, load_data, make_windows
 
 pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 BINS = 10  # of a histogram
@@ -121,6 +121,7 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
     recipe = recipe.weightless()
     check_settings(type(recipe), recipe.config)
     recipe, training, validation = load_data(recipe)
+    check_best_metric(recipe.config, recipe.baseline(training, validation))
     one_each = Bound(micro_batch_size=1)
     windows = make_windows(recipe, training, validation, Accelerator(cpu=True), one_each)
     with torch.device("meta"):

@@ -114,10 +114,10 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     checkpoint = None if resumed is None else newest_checkpoint(resumed.folder, accelerator)
     task = load_task(recipe_class, config, accelerator, checkpoint)
     config = task.recipe.config
-    plan = plan_run(task, accelerator)
-    tell_resumed(resumed, checkpoint, accelerator)
     baseline = task.recipe.baseline(task.training, task.validation)
     check_best_metric(config, baseline)
+    plan = plan_run(task, accelerator)
+    tell_resumed(resumed, checkpoint, accelerator)
     if config.check:
         task.recipe.check_model()
         print_head(task.recipe, accelerator)

@@ -190,17 +190,18 @@ def test_learned_text_is_in_colour_on_a_terminal_and_in_marks_elsewhere(tiny_ber
         (TEXTS, ["--data.max_length", "600"]),
         (TEXTS, ["--batch.effective", "600"]),
         (TEXTS, ["--optim.lrr", "1"]),
+        (TEXTS, ["--data.problem", "multi_label"]),
     ],
-    ids=["column", "row", "file", "positions", "windows", "setting"],
+    ids=["column", "row", "file", "positions", "windows", "setting", "metric"],
 )
-def test_it_refuses_with_the_line_of_a_run_and_exit_code_1(rows, flags, tiny_bert, refused):
+def test_it_refuses_with_the_line_of_a_run_and_exit_code_1(rows, flags, tiny_bert, start):
     small = ["--data.train", write_rows("a.jsonl", rows), "--model.name", tiny_bert, *flags]
     config = ["--config", CONFIG, "--budget", "cpu", "--data.max_length", "32", "--batch.effective", "4"]
     words = [*config, *map(str, small)]
-    line = refused(load_recipe("text_classification").TextClassification, *words, "--output.tracker", "none")
+    outcome = start(load_recipe("text_classification").TextClassification, *words, "--output.tracker", "none")
     with pytest.raises(GradaccError) as caught:
         data.main(words)
-    assert f"error: {caught.value}\n" == line
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", f"error: {caught.value}\n")
     assert caught.value.exit_code == 1
 
 
