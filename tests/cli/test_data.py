@@ -53,7 +53,7 @@ def test_a_file_of_each_kind_of_the_page_of_formats_is_read_as_it_states(capsys)
         (
             "text_classification",
             {"text": "ada sang", "label": 2.5},
-            ["--data.problem", "regression"],
+            ["--data.problem", "regression", "--train.best_metric", "mse"],
             {"text": "[CLS] ada sang [SEP]"},
             ["2.5"],
         ),

@@ -66,6 +66,7 @@ def test_several_labels(form, example, learned, tiny_bert, tmp_path, capsys):
     path.write_text(example.replace("\\n", "\n"))
     flags = [word for flag in re.findall(r"`(--[^`]+)`", form) for word in flag.split()]
     flags += ["--model.name", tiny_bert, *SHORT, "--data.problem", "multi_label"]
+    flags += ["--train.best_metric", "f1_micro"]
     found = inspected(capsys, "text_classification", *for_both(path, *flags))
     assert found["examples"][0]["learned"] == learned.split()
     assert {*learned.split()} <= {name for name, number in found["labels"]["training"].items() if number}
