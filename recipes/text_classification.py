@@ -84,7 +84,9 @@ class TextClassification(Recipe):
         convert = LabelLists(data.label_column, as_list(data.label_columns), data.label_separator)
         label_column = None if data.problem == "regression" else data.label_column
         train, validation = self.rows(label_column, convert if data.problem == "multi_label" else None)
-        self.reading.use([*columns, data.label_column, FAULT])
+        label_columns = as_list(data.label_columns) or [data.label_column]
+        self.reading.make_column(data.label_column, label_columns)
+        self.reading.use([*columns, *label_columns, FAULT])
         for split in (train, validation):
             for column, key in columns.items():
                 require_texts(split, column, key)

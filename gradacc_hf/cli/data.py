@@ -2,7 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from rich.bar import Bar
 from rich.box import SIMPLE
@@ -65,13 +67,21 @@ def show(found: Inspection, console: Console) -> None:
     for name, text in found.lines:
         if name != "truncated":  # follows with the lengths
             _line(console, name, text)
-    used = {name: setting for name, setting in found.columns.items() if setting is not None}
-    columns = listed(f"{name} ({setting})" if setting else name for name, setting in used.items())
-    _line(console, "columns", columns or "none is used")
+    for source, columns in (found.columns_of_sources or {"": found.columns}).items():
+        _line(console, "columns", f"{source}: {_used(columns)}" if source else _used(columns))
     show_examples(found, console)
     show_lengths(found, console)
     show_labels(found, console)
     show_duplicates(found, console)
+
+
+def _used(columns: Mapping[str, str | None]) -> str:
+    """Return the used columns as text, each group with its setting."""
+    used = [(name, setting) for name, setting in columns.items() if setting is not None]
+    groups = (
+        (listed(name for name, _ in group), setting) for setting, group in groupby(used, key=itemgetter(1))
+    )
+    return listed(f"{names} ({setting})" if setting else names for names, setting in groups) or "none is used"
 
 
 def _line(console: Console, name: str, text: str) -> None:

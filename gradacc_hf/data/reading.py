@@ -84,6 +84,7 @@ class Reading:
     merged: lines about columns that differ from file to file, or from row to row.
     refused: columns that are left out, with the setting, the reason and the cure.
     weight_column: the column of the weights of rows; None without one.
+    of_sources: the columns of each source of a mixture.
     """
 
     files: list[FileRows] = field(default_factory=list)
@@ -94,6 +95,7 @@ class Reading:
     merged: dict[str, list[str]] = field(default_factory=dict)
     refused: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     weight_column: str | None = None
+    of_sources: dict[str, list[str]] = field(default_factory=dict)
 
     def begin(self, other: "Reading") -> None:
         """Become a copy of another record."""
@@ -133,10 +135,19 @@ class Reading:
         for name in used & self.refused.keys():
             refuse(*self.refused[name])
         self.used = [name for name in self.columns if name in used]
-        if unused := [name for name in self.columns if name not in used]:
-            self.note("ignored", f"{counted(len(unused), 'column')} that nothing uses: {listed(unused)}")
+        for source, names in (self.of_sources or {"": self.columns}).items():
+            if unused := [name for name in names if name not in used]:
+                line = f"{counted(len(unused), 'column')} that nothing uses: {listed(unused)}"
+                self.note("ignored", f"{source}: {line}" if source else line)
         for line in (line for name, lines in self.merged.items() if name in used for line in lines):
             self.note("merged", line)
+
+    def make_column(self, column: str, parts: Sequence[str]) -> None:
+        """Record the columns of the files of which a column was made, in place of that column."""
+        for names in (self.columns, *self.of_sources.values()):
+            if column in names:
+                place = names.index(column)
+                names[place : place + 1] = parts
 
     def note_parts(self, rows: Sequence[Dataset], parts: Sequence[Dataset], what: str) -> None:
         """Note the splits whose rows became several examples: "chunks"."""

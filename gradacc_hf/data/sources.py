@@ -75,6 +75,7 @@ def join_sources(names: Sequence[str], found: Sequence[Splits]) -> tuple[Splits,
     train = _joined(names, [splits.train for splits in found], reading)
     every = dict.fromkeys((*train.column_names, *validation.column_names))
     reading.columns = [name for name in every if name != SOURCE]
+    reading.of_sources = {name: [*splits.reading.columns] for name, splits in zip(names, found, strict=True)}
     source = found[0].source if shared else f"validation: {text}"
     columns = [splits.train.column_names for splits in found]
     return Splits(train, validation, False, source, reading), columns, not shared

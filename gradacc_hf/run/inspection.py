@@ -16,7 +16,7 @@ from datasets import Dataset
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.splitting import Bound
-from gradacc_hf.data.columns import is_list
+from gradacc_hf.data.columns import as_list, is_list
 from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import SPLITS, FileRows, Truncation
 from gradacc_hf.recipe.base import Recipe
@@ -79,6 +79,7 @@ class Inspection:
     files: the files with their rows.
     rows: examples by split.
     columns: column → the setting that names it; "" if no setting does, None if nothing uses the column.
+    columns_of_sources: the same for each source of a mixture, with the columns as the source names them.
     kind_of_labels: as `kind_of_labels` returns it.
     labels: by split, as `count_labels` returns them.
     lengths: by split and input.
@@ -93,6 +94,7 @@ class Inspection:
     files: list[FileRows]
     rows: dict[str, int]
     columns: dict[str, str | None]
+    columns_of_sources: dict[str, dict[str, str | None]]
     kind_of_labels: str
     labels: dict[str, dict[str, float]]
     lengths: dict[str, dict[str, LengthSummary]]
@@ -137,7 +139,11 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
         format=reading.notes.get("format", []),
         files=reading.files,
         rows=dict(zip(SPLITS, map(len, splits), strict=True)),
-        columns=_columns(recipe),
+        columns=_columns(recipe, reading.columns),
+        columns_of_sources={
+            source: _columns(recipe, names, given)
+            for (source, names), given in zip(reading.of_sources.items(), recipe.data.mixture, strict=False)
+        },
         kind_of_labels=kind_of_labels(recipe, training[0]),
         labels={name: count_labels(recipe, rows) for name, rows in zip(SPLITS, splits, strict=True)},
         lengths={
@@ -151,16 +157,25 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
     )
 
 
-def _columns(recipe: Recipe) -> dict[str, str | None]:
-    """Return each column with its setting."""
-    settings = {
-        name: f"data.{field.name}"
-        for field in fields(recipe.data)
-        if field.name.endswith("_column") and isinstance(value := getattr(recipe.data, field.name), str)
-        for name in (value, value.partition(".")[0])
+def _columns(
+    recipe: Recipe, columns: Sequence[str], source: Mapping[str, Any] | None = None
+) -> dict[str, str | None]:
+    """Return each column with its setting. A source of a mixture may name columns of its own."""
+    settings, own = {}, {}
+    for key in (field.name for field in fields(recipe.data)):
+        value = getattr(recipe.data, key)
+        if key.endswith("_columns") and isinstance(value, str | list):
+            settings |= dict.fromkeys(as_list(value), f"data.{key}")
+        elif key.endswith("_column") and isinstance(value, str):
+            settings |= dict.fromkeys((value.partition(".")[0], value), f"data.{key}")
+            if source and key in source:
+                settings[value], own[value] = key, source[key]
+    used = recipe.reading.used
+    return {
+        own.get(name, name): settings.get(name, "") if used is None or name in used else None
+        for name in columns
+        if name != FAULT
     }
-    columns, used = (name for name in recipe.reading.columns if name != FAULT), recipe.reading.used
-    return {name: settings.get(name, "") if used is None or name in used else None for name in columns}
 
 
 def _lengths(recipe: Recipe, dataset: Dataset, windows: WindowLoader) -> dict[str, LengthSummary]:

@@ -1,11 +1,13 @@
 """`gradacc data` shows what a run uses: read as a run reads it, and refused where a run refuses it."""
 
 import io
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT
 from data_command import byte_model, for_both, inspected
 from recipe_runs import load_recipe, write_rows
@@ -152,9 +154,34 @@ def test_weights_of_rows_are_stated_and_shown_at_each_example(tiny_bert, capsys)
     assert "ignored               1 column that nothing uses: id\n" in text
 
 
-def shown(flags, **settings):
+def test_columns_are_named_as_the_file_or_the_source_names_them(tiny_bert, capsys):
+    own = ["--model.name", tiny_bert, "--data.max_length", 32]
+    rows = [{"text": f"row {i}", "news": i % 2, "food": 1, "id": i} for i in range(10)]
+    flags = [*for_both(write_rows("a.jsonl", rows), *own), "--data.problem", "multi_label"]
+    flags += ["--data.label_columns", "news,food", "--train.best_metric", "f1_micro"]
+    assert "columns               text (data.text_column), news, food (data.label_columns)\n" in shown(flags)
+
+    body = [{"body": f"row {i}", "kind": "ab"[i % 2], "w": i} for i in range(10)]
+    sources = [
+        {"source": str(write_rows("texts.jsonl", TEXTS))},
+        {"source": str(write_rows("chat.jsonl", body)), "text_column": "body", "label_column": "kind"},
+    ]
+    settings = {"recipe": str(ROOT / "recipes/text_classification.py"), "data": {"train": sources}}
+    Path("mix.yaml").write_text(yaml.safe_dump(settings))
+    flags = [*own, "--batch.effective", 4]
+    text = shown(flags, "mix.yaml")
+    assert "ignored               texts: 1 column that nothing uses: id\n" in text
+    assert "ignored               chat: 1 column that nothing uses: w\n" in text
+    assert "columns               texts: text (data.text_column), label (data.label_column)\n" in text
+    assert "columns               chat: body (text_column), kind (label_column)\n" in text
+    data.main(["--config", "mix.yaml", "--budget", "cpu", "--json", *map(str, flags)])
+    found = json.loads(capsys.readouterr().out)["columns_of_sources"]
+    assert found["chat"] == {"body": "text_column", "kind": "label_column", "w": None}
+
+
+def shown(flags, config=CONFIG, **settings):
     """Return what a terminal shows."""
-    recipe = load_from_flags(["--config", CONFIG, "--budget", "cpu", *map(str, flags)])
+    recipe = load_from_flags(["--config", config, "--budget", "cpu", *map(str, flags)])
     file = io.StringIO()
     data.show(inspect_data(recipe), Console(file=file, highlight=False, width=100, **settings))
     return file.getvalue()
