@@ -60,6 +60,8 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(found.as_json(), indent=2))
     else:
         show(found, Console(highlight=False))
+    if found.refused:
+        raise GradaccError(found.refused)  # exit code 1
 
 
 def show(found: Inspection, console: Console) -> None:

@@ -16,9 +16,12 @@ from datasets import Dataset
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.splitting import Bound
+from gradacc_hf.config.batch_size import effective_batch_size
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.data.columns import as_list, is_list
 from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import SPLITS, FileRows, Truncation
+from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.decoded import (
     NO_ANSWER,
@@ -87,6 +90,7 @@ class Inspection:
     duplicates: by "training", "validation" and "both".
     split: the split of the examples that are shown.
     examples: examples as the model receives them.
+    refused: the line with which a run refuses these data; None if it does not.
     """
 
     lines: list[tuple[str, str]]
@@ -102,6 +106,7 @@ class Inspection:
     duplicates: dict[str, EqualExamples]
     split: str
     examples: list[DecodedExample]
+    refused: str | None
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -118,13 +123,19 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
         split: the split of these examples.
 
     Raises:
-        InputError: as a run does, for data or settings that it refuses.
+        InputError: as a run does, for data or settings that it refuses. For windows that need more examples
+            than there are, the line is `refused` of the inspection.
     """
     recipe = recipe.weightless()
     check_settings(type(recipe), recipe.config)
     recipe, training, validation = load_data(recipe)
     check_best_metric(recipe.config, recipe.baseline(training, validation))
-    one_each = Bound(micro_batch_size=1)
+    refused, one_each = None, Bound(micro_batch_size=1)
+    try:
+        effective_batch_size(recipe.config.batch, len(training))
+    except InputError as error:  # the examples are shown in one window
+        refused = str(error)
+        recipe = recipe.with_config(with_settings(recipe.config, {"batch.effective": len(training)}))
     windows = make_windows(recipe, training, validation, Accelerator(cpu=True), one_each)
     with torch.device("meta"):
         empty = recipe.empty_model()
@@ -154,6 +165,7 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
         duplicates=_duplicates(recipe, splits, windows),
         split=split,
         examples=list(_decoded(recipe, splits[shown], windows[shown], spread, split)),
+        refused=refused,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from data_command import byte_model, for_both, inspected
-from recipe_runs import load_recipe, write_rows
+from recipe_runs import load_recipe, with_defaults, write_rows
 from rich.console import Console
 
 from gradacc_hf.cli import data
@@ -221,15 +221,17 @@ def test_learned_text_is_in_colour_on_a_terminal_and_in_marks_elsewhere(tiny_ber
     ],
     ids=["column", "row", "file", "positions", "windows", "setting", "metric"],
 )
-def test_it_refuses_with_the_line_of_a_run_and_exit_code_1(rows, flags, tiny_bert, start):
-    small = ["--data.train", write_rows("a.jsonl", rows), "--model.name", tiny_bert, *flags]
-    config = ["--config", CONFIG, "--budget", "cpu", "--data.max_length", "32", "--batch.effective", "4"]
-    words = [*config, *map(str, small)]
+def test_it_refuses_with_the_line_of_a_run_and_exit_code_1(rows, flags, tiny_bert, start, capfd):
+    small = {"--config": CONFIG, "--budget": "cpu", "--data.max_length": 32, "--batch.effective": 4}
+    small |= {"--data.train": write_rows("a.jsonl", rows), "--model.name": tiny_bert}
+    words = [str(word) for word in with_defaults(flags, small)]
     outcome = start(load_recipe("text_classification").TextClassification, *words, "--output.tracker", "none")
     with pytest.raises(GradaccError) as caught:
         data.main(words)
     assert (outcome.code, outcome.out, outcome.err) == (2, "", f"error: {caught.value}\n")
     assert caught.value.exit_code == 1
+    assert "given twice" not in outcome.err
+    assert ("of eight [SEP]" in capfd.readouterr().out) == ("--batch.effective" in flags)
 
 
 def test_it_writes_nothing(tiny_bert, capsys):
