@@ -98,6 +98,7 @@ def show_examples(found: Inspection, console: Console) -> None:
         line = Text().append(f"\n{found.split} example {example.number:,}", "bold")
         line.append(f" of {found.rows[found.split]:,}, {counted(example.tokens, 'token')}")
         line.append("" if example.weight is None else f", weight {example.weight:g}")
+        line.append("" if example.source is None else f", source {_visible(example.source)}")
         console.print(line.append_text(key))
         key = Text()  # once
         texts = [(part.name, part.pieces) for part in example.texts]

@@ -55,12 +55,14 @@ class DecodedExample:
     texts: the texts, or one line about other inputs, such as an image.
     labels: the names of the classes, or the number, that the example as a whole has.
     weight: the weight in the loss; None without `data.weight_column`.
+    source: the source in a mixture; None for data of one source.
     """
 
     number: int
     texts: list[DecodedText]
     labels: list[str]
     weight: float | None = None
+    source: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -77,7 +79,7 @@ class DecodedExample:
         """Return the example for `gradacc data --json`."""
         texts = {part.name or "text": part.text for part in self.texts}
         found = {"number": self.number, "tokens": self.tokens, "texts": texts, "learned": self.learned}
-        return found | {"weight": self.weight}
+        return found | {"weight": self.weight, "source": self.source}
 
 
 def label_names(recipe: Recipe) -> list[str] | None:

@@ -119,7 +119,7 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
 
     Args:
         recipe: the recipe, which is not changed.
-        number: examples to show, evenly spaced.
+        number: examples to show: of each class and source, as far as the number goes, else evenly spaced.
         split: the split of these examples.
 
     Raises:
@@ -141,8 +141,8 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
         empty = recipe.empty_model()
     check_inputs(recipe, empty, training, validation)
     splits, shown = (training, validation), SPLITS.index(split)
-    of_all = len(splits[shown])
-    spread = [of_all * place // number for place in range(number)] if number < of_all else range(of_all)
+    sources = (recipe.sources, recipe.validation_sources)[shown]
+    numbers = choose_examples(_kinds(recipe, splits[shown], sources), number)
     reading = recipe.reading
     return Inspection(
         lines=data_lines(recipe, len(training), len(validation))
@@ -164,9 +164,46 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
         truncated=reading.truncated,
         duplicates=_duplicates(recipe, splits, windows),
         split=split,
-        examples=list(_decoded(recipe, splits[shown], windows[shown], spread, split)),
+        examples=list(_decoded(recipe, splits[shown], windows[shown], numbers, sources, split)),
         refused=refused,
     )
+
+
+def _kinds(recipe: Recipe, dataset: Dataset, sources: Sequence[str] | None) -> list[tuple[Any, ...]]:
+    """Return the source and the classes of each example. Only these decide which examples are shown."""
+    kind = kind_of_labels(recipe, dataset[0])
+    classes: Any = [()] * len(dataset)
+    if kind == "answers":
+        classes = [(answer,) for answer in _have_answers(recipe, dataset)]
+    elif kind == "classes":
+        classes = [(label,) for label in dataset["labels"][:]]
+    elif kind == "sets":
+        classes = [np.flatnonzero(np.asarray(labels) > 0) for labels in dataset["labels"][:]]
+    names = [("source", source) for source in sources] if sources else [None] * len(dataset)
+    return [(name, *of_example) for name, of_example in zip(names, classes, strict=True)]
+
+
+def choose_examples(kinds: Sequence[tuple[Any, ...]], number: int) -> list[int]:
+    """Return the numbers of examples that are evenly spaced, or of kinds that the others do not have.
+
+    Args:
+        kinds: What each example shows, such as its source and its class.
+        number: The number of examples to choose.
+    """
+    if number >= len(kinds):
+        return [*range(len(kinds))]
+    groups = {kind: place for place, kind in enumerate(dict.fromkeys(kinds))}
+    of_examples = np.array([groups[kind] for kind in kinds])
+    is_free, seen, chosen = np.ones(len(kinds), bool), set(), []
+    for place in range(number):
+        new = np.array([len({*kind} - seen) for kind in groups])[of_examples]
+        best = np.flatnonzero(is_free & (new == new[is_free].max()))
+        after = np.searchsorted(best, len(kinds) * place // number)
+        example = int(best[after % len(best)])
+        chosen.append(example)
+        is_free[example] = False
+        seen |= {*kinds[example]}
+    return sorted(chosen)
 
 
 def _columns(
@@ -247,10 +284,14 @@ def _label_columns(dataset: Dataset) -> Iterator[np.ndarray]:
 
 def _count_answers(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     """Return the number of examples with and without an answer."""
-    examples: Any = dataset.select_columns([TOKENS, "start_positions", "end_positions"])
-    number = sum(bool(answer_tokens(recipe, example)) for example in examples)
+    number = sum(_have_answers(recipe, dataset))
     without = len(dataset) - number
     return {"answer": number, **({NO_ANSWER: without} if without else {})}
+
+
+def _have_answers(recipe: Recipe, dataset: Dataset) -> list[bool]:
+    examples: Any = dataset.select_columns([TOKENS, "start_positions", "end_positions"])
+    return [bool(answer_tokens(recipe, example)) for example in examples]
 
 
 def _duplicates(
@@ -274,10 +315,16 @@ def _duplicates(
 
 
 def _decoded(
-    recipe: Recipe, dataset: Dataset, windows: WindowLoader, numbers: Sequence[int], split: str
+    recipe: Recipe,
+    dataset: Dataset,
+    windows: WindowLoader,
+    numbers: Sequence[int],
+    sources: Sequence[str] | None,
+    split: str,
 ) -> Iterator[DecodedExample]:
     weights = recipe.example_weights if split == "training" else None
     examples: list[Mapping[str, Any]] = windows.examples(numbers)
     for number, example in zip(numbers, examples, strict=True):
         found = decode_example(recipe, number, example, dataset[number], windows.tokens[number])
-        yield replace(found, weight=None if weights is None else float(weights[number]))
+        weight = None if weights is None else float(weights[number])
+        yield replace(found, weight=weight, source=sources[number] if sources else None)

@@ -16,7 +16,7 @@ from rich.console import Console
 from gradacc_hf.cli import data
 from gradacc_hf.errors import GradaccError, InputError
 from gradacc_hf.recipe.loading import load_recipe as load_from_flags
-from gradacc_hf.run.inspection import inspect_data
+from gradacc_hf.run.inspection import choose_examples, inspect_data
 
 CONFIG = str(ROOT / "configs/text_classification_offline.yaml")
 TEXTS = [{"text": f"row {i % 8} of eight", "label": "ab"[i % 2], "id": i} for i in range(10)]
@@ -177,6 +177,22 @@ def test_columns_are_named_as_the_file_or_the_source_names_them(tiny_bert, capsy
     data.main(["--config", "mix.yaml", "--budget", "cpu", "--json", *map(str, flags)])
     found = json.loads(capsys.readouterr().out)["columns_of_sources"]
     assert found["chat"] == {"body": "text_column", "kind": "label_column", "w": None}
+    assert {"source texts", "source chat"} <= {*re.findall("source \\w+", text)}
+    assert {"a", "b"} <= {*re.findall("label: «(.)»", text)}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "number", "chosen"),
+    [
+        ([("a",)] * 10, 3, [0, 3, 6]),
+        ([("a",)] * 9 + [("b",)], 2, [0, 9]),
+        ([("a", 0)] * 6 + [("a", 1)] * 2 + [("b", 0), ("b", 1)], 2, [0, 9]),
+        ([("a", 0)] * 6 + [("a", 1)] * 2 + [("b", 0), ("b", 1)], 3, [0, 6, 9]),
+        ([("a", 1, 2), ("a", 1), ("a",)], 9, [0, 1, 2]),
+    ],
+)
+def test_examples_of_each_source_and_class_are_chosen_first(kinds, number, chosen):
+    assert choose_examples(kinds, number) == chosen
 
 
 def shown(flags, config=CONFIG, **settings):
