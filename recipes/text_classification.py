@@ -114,6 +114,10 @@ class TextClassification(Recipe):
         text = "Wait until all pending tasks of the event loop are done."
         return text if self.data.text_pair_column is None else {"text": text, "text_pair": text}
 
+    def example_of(self, row):
+        texts = [row[column] for column in self.text_columns()]
+        return texts[0] if len(texts) == 1 else dict(zip(("text", "text_pair"), texts, strict=True))
+
     def text_columns(self):
         """Return the column of the text, or both of a pair, each with the name of its setting."""
         columns = {self.data.text_column: "data.text_column"}

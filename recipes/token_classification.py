@@ -161,6 +161,9 @@ class TokenClassification(Recipe):
             model.config.tokens_are_words = True
         return model
 
+    def example_of(self, row):
+        return " ".join(row[self.data.tokens_column])
+
     def answer(self, model, inputs):
         """Return the tags of tokens, and the entities.
 

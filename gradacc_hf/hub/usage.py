@@ -3,9 +3,13 @@
 import json
 from typing import Any
 
+from datasets import Image
 from transformers.pipelines import SUPPORTED_TASKS
 
 from gradacc_hf.utils.files import MODEL_CONFIG
+from gradacc_hf.utils.redaction import redact
+
+LENGTH, LONGEST = 60, 400  # characters of an example: wanted, and at most
 
 GENERATE = """tokens = tokenizer({example}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0], skip_special_tokens=True))"""
@@ -24,10 +28,37 @@ print(cosine_similarity(means[:1], means[1:]))""",
 """The Hub's name of a task for which transformers has no pipeline → code with the tokenizer and the model."""
 
 
+def example_input(recipe: Any) -> Any:
+    """Return an input for the model: a short validation row without secrets, or else `recipe.example`."""
+    if (rows := recipe.validation_rows_read) is None:
+        return recipe.example
+    for column, feature in rows.features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(column, Image(decode=False))
+    found = (redact(_example(recipe, row)) for row in rows)
+    usable = [example for example in found if 0 < _length(example) <= LONGEST]
+    return min(usable, key=lambda example: abs(_length(example) - LENGTH), default=recipe.example)
+
+
+def _example(recipe: Any, row: Any) -> Any:
+    try:
+        return recipe.example_of(row)
+    except (AttributeError, KeyError, TypeError, ValueError):  # a bad row, which the run skipped
+        return None
+
+
+def _length(example: Any) -> int:
+    """Return the characters of an input: a text, or several. 0 if an input is none that a shell can take."""
+    texts = [*example.values()] if isinstance(example, dict) else [example]
+    is_usable = all(isinstance(text, str) and text.strip() and text[0] != "-" for text in texts)
+    return sum(map(len, texts)) if is_usable else 0
+
+
 def snippet(recipe: Any, name: str) -> str:
     """Return a complete Python program; `name` is the folder or Hub name of a model or of adapters."""
     task, loader, lora = recipe.pipeline_tag, recipe.model_class.__name__, recipe.config.model.lora
-    example, folder, imports, lines = recipe.example, _python(name), [loader], []
+    example = recipe.example if task == "image-classification" else example_input(recipe)  # no path of yours
+    folder, imports, lines = _python(name), [loader], []
     options = ""
     if lora.rank and not lora.merge:  # needs peft; the config beside the adapters has the labels
         imports.insert(0, "AutoConfig")

@@ -41,6 +41,8 @@ from gradacc_hf.training.lora import check_four_bit, check_peft, four_bit, insta
 from gradacc_hf.training.run_log import by_source, metrics_by_source
 from gradacc_hf.utils.files import MODEL_CONFIG
 
+ROWS_READ = 50  # from which the example for the model card is chosen
+
 
 class Recipe:
     """A task: data → features → model → metrics. The first line of its docstring heads `--help`.
@@ -76,6 +78,7 @@ class Recipe:
     validation_sources: Sequence[str] | None = None  # of each validation example in a mixture
     source_columns: Sequence[Sequence[str]] = ()  # columns of the rows of each source
     has_validation_by_source = False
+    validation_rows_read: Dataset | None = None  # the first, before they become examples
 
     def __init__(self, config: Config):
         self.config = config
@@ -132,6 +135,7 @@ class Recipe:
                 refuse("data.streaming", f"{type(self).__name__} needs all rows at once", "set it to false")
             self.reading.begin(Reading())
             self.opened, train, validation = open_rows(self, convert)
+            self.validation_rows_read = _first(validation)
             return train, validation
         if self.data.mixture:
             splits = read_mixture(self, label_column, convert, word_columns)
@@ -139,6 +143,7 @@ class Recipe:
             splits = self.load_rows(self.data, label_column, convert, word_columns)
         self.validation_source, self.held_out = splits.source, splits.held_out
         self.reading.begin(splits.reading)
+        self.validation_rows_read = _first(splits.validation)
         train = splits.train
         if (column := self.data.weight_column) is not None:
             train, left_out = weighed(train, column, self.data.on_bad_row)
@@ -323,6 +328,10 @@ class Recipe:
     def answer(self, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """Return one answer of a saved model to each input: a text, or a row as in a data file."""
         raise InputError(f"{type(self).__name__} has no answers to inputs: define answer() in the recipe")
+
+    def example_of(self, row: Mapping[str, Any]) -> Any:
+        """Return the input of `answer` in a row of data, in the form of `example`; None if it has none."""
+        return row.get(getattr(self.data, "text_column", ""))
 
     def processors(self) -> list[Any]:
         """Return the objects that prepare inputs and are saved beside the model: the tokenizer.
@@ -622,6 +631,10 @@ class Recipe:
     # The names in recipes of version 0.1.0:
     _loading = loading_errors
     _source = source_options
+
+
+def _first(rows: Dataset) -> Dataset:
+    return rows.select(range(min(ROWS_READ, len(rows))))
 
 
 def _has_word_starts(tokenizer: Any) -> bool:

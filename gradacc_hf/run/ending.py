@@ -14,6 +14,7 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
 from gradacc_hf.config.schema import TrainConfig
 from gradacc_hf.data.reading import counted
+from gradacc_hf.hub.usage import example_input
 from gradacc_hf.recipe.base import Recipe
 
 COLUMN = 22  # characters of a line's name, as in the plan that a run prints at its start
@@ -132,9 +133,10 @@ def _next(recipe: Recipe, folder: Path) -> str:
     if type(recipe).answer is Recipe.answer or recipe.example is None:
         return f"{program} verify --run {run}"
     trust = " --trust_remote_code" if recipe.config.model.trust_remote_code else ""
-    if isinstance(recipe.example, str):
-        return f"{program} predict {run}{trust} {shlex.quote(recipe.example)}"
-    columns = {key: getattr(recipe.data, f"{key}_column", None) or key for key in recipe.example}
-    row = {columns[key]: value for key, value in recipe.example.items()}
+    example = example_input(recipe)
+    if isinstance(example, str):
+        return f"{program} predict {run}{trust} {shlex.quote(example)}"
+    columns = {key: getattr(recipe.data, f"{key}_column", None) or key for key in example}
+    row = {columns[key]: value for key, value in example.items()}
     text = shlex.quote(json.dumps(row, ensure_ascii=False))
     return f"printf '%s' {text} | {program} predict {run}{trust} --input -"  # echo may change backslashes

@@ -13,6 +13,7 @@ from guides import blocks
 from recipe_runs import load_recipe, make_recipe, summary
 
 from gradacc_hf.errors import InputError
+from gradacc_hf.hub.usage import example_input
 from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.verification.tiny_models import build_head
 
@@ -180,6 +181,7 @@ def test_each_source_of_chats_has_a_format_of_its_own(tiny_llama, tmp_path):
     assert (len(train), len(validation)) == (54, 6)
     assert train.column_names == ["input_ids", "labels"]
     assert recipe.sources == ["chats"] * 18 + ["alpaca"] * 18 + ["plain"] * 18
+    assert example_input(recipe).startswith("one ")
     assert recipe.validation_sources == ["chats"] * 2 + ["alpaca"] * 2 + ["plain"] * 2
     learned = [
         recipe.tokenizer.decode([token for token in row if token != -100]).strip() for row in train["labels"]
@@ -198,6 +200,14 @@ RECIPES = {
         "context": f"It was Ada {i}. " + "Nothing else. " * (i % 9),
         "answers": {"text": ["Ada"], "answer_start": [7]},
     },
+}
+
+
+EXAMPLES = {
+    "token_classification": "Ada sang10",
+    "masked_lm": "a text 10 of several words [MASK] text 10 of several words",
+    "seq2seq": "in 10",
+    "question_answering": {"question": "Who?", "context": "It was Ada 3. " + "Nothing else. " * 3},
 }
 
 
@@ -229,6 +239,7 @@ def test_every_recipe_keeps_the_sources_and_weights_of_rows(name, tiny_bert, tmp
     half = len(train) // 2
     assert np.array_equal(recipe.example_weights[:half], recipe.example_weights[half:])
     assert not {"_source", "_weight"} & {*train.column_names, *validation.column_names}
+    assert example_input(recipe) == EXAMPLES[name]
 
 
 @pytest.mark.parametrize("name", ["seq2seq", "question_answering", "contrastive"])
