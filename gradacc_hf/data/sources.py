@@ -116,7 +116,8 @@ def weighed(rows: Dataset, column: str, on_bad_row: Any) -> tuple[Dataset, list[
     require_column(rows, column, "data.weight_column")
 
     def problem(row: Mapping[str, Any]) -> str | None:
-        found = f"column {column!r} is {row[column]!r}: allowed are 0 or more"
+        value = "empty" if row[column] in (None, "") else repr(row[column])
+        found = f"column {column!r} is {value}: allowed are 0 or more"
         return None if _number(row[column]) >= 0 else found
 
     weights = rows.select_columns(column)

@@ -129,6 +129,7 @@ def test_rows_have_weights_and_a_bad_weight_is_named_by_its_line(start, config, 
         assert outcome.code == 2
         assert "data.weight_column" in outcome.err
         assert "tweets.jsonl line 3" in outcome.err or "held out" in outcome.err
+        assert f"column 'w' is {'empty' if wrong is None else repr(wrong)}: allowed are" in outcome.err
 
 
 @pytest.mark.parametrize(
