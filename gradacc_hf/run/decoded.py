@@ -242,7 +242,8 @@ def _input(name: str, raw: Any, seen: Any) -> str:
     """Return a line about an input that has no tokens; "" for labels and flags."""
     if isinstance(raw, dict) and {"bytes", "path"} <= {*raw}:
         image = read_image(raw)
-        return f"{Path(raw['path']).name if raw['path'] else name}, {image.width} × {image.height} pixels"
+        file = "/".join(Path(raw["path"]).parts[-2:]) if raw["path"] else name  # with the folder of a class
+        return f"{file}, {image.width} × {image.height} pixels"
     values: Any = raw if seen is None else seen
     shape = np.shape(values)
     return f"{name}: {' × '.join(map(str, shape))} numbers" if shape and name != "labels" else ""

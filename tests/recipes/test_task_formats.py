@@ -108,9 +108,12 @@ def test_images(form, files, learned, tmp_path, monkeypatch, capsys):
     found = inspected(capsys, "image_classification", *for_both(given))
     assert {example["texts"]["text"].partition(", ")[2] for example in found["examples"]} == {"8 × 8 pixels"}
     named = [
-        f"{example['texts']['text'].partition(',')[0]}/{'/'.join(example['learned'])}"
+        f"{Path(example['texts']['text'].partition(',')[0]).name}/{'/'.join(example['learned'])}"
         for example in found["examples"]
     ]
+    is_of_folders = not any(name.endswith((".csv", ".jsonl")) for name in map(str, Path().rglob("*.*")))
+    assert (found["format"] == ["images in a folder for each class"]) == is_of_folders
+    assert any("cat/1.png," in example["texts"]["text"] for example in found["examples"]) == is_of_folders
     assert sorted(one for one in named if "none" not in one) == learned.split()
     assert found["rows"]["training"] == len(named) == 2
 
