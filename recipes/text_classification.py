@@ -92,7 +92,8 @@ class TextClassification(Recipe):
                 require_texts(split, column, key)
         self.target = TARGETS[data.problem](train, validation, data.label_column, as_list(data.labels))
         if data.streaming and not self.target.are_known:
-            refuse("data.labels", "found null, and a stream shows no label before its row", "list all labels")
+            found = "found null, and a stream shows no label before its row"
+            refuse("data.labels", found, "list all labels, such as --data.labels a,b")
         train, validation = self.check_rows(train, validation, text_problem(columns), "data.text_column")
         train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
         train, validation = self.target.encode(train, validation, self.may_skip, self.own_labels)

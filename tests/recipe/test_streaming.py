@@ -279,6 +279,11 @@ def test_without_a_number_of_windows_the_plan_of_a_run_says_that_it_is_unknown(s
             "train.max_windows: found null, and the number of windows of a stream",
         ),
         (["--data.labels", "null"], "data.labels: found null, and a stream shows no label before its row"),
+        (["--data.labels", "null"], "list all labels, such as --data.labels a,b"),
+        (
+            ["--data.streaming", "false", "--data.validation_rows", "9"],
+            "data.validation_fraction is the share",
+        ),
         (["--data.class_weights", "balanced"], "none or a=5,b=1 with data.streaming"),
         (["--batch.effective", "{0: 4, 2: 8}"], "batch.effective: found {0: 4, 2: 8}, and the learning rate"),
         (
