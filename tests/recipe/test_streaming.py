@@ -266,7 +266,7 @@ def test_without_a_number_of_windows_the_plan_of_a_run_says_that_it_is_unknown(s
         TextClassification, "--data.streaming", "true", "--optim.scheduler", "constant", "--check"
     )
     assert outcome.code == 0, outcome.err
-    assert "rows of a stream to train on, 10 to validate" in outcome.out
+    assert "as many as the stream has to train on, 10 to validate" in outcome.out
     assert "the plan is of the first 60 training rows" in outcome.out
     assert "windows               as many as the stream has, over 1 epoch" in outcome.out
 
