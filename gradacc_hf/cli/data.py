@@ -114,7 +114,7 @@ def show_examples(found: Inspection, console: Console) -> None:
 
 def _marked(text: Text, pieces: Iterable[Piece], colour: bool) -> Text:
     """Append parts to a text. The middle of a long part, and the end of a long text, are left out."""
-    left = LONGEST_TEXT
+    left, after_mark = LONGEST_TEXT, False
     for piece in pieces:
         if left <= 0:
             text.append(" …", "dim")
@@ -124,6 +124,8 @@ def _marked(text: Text, pieces: Iterable[Piece], colour: bool) -> Text:
             half = LONGEST_PIECE // 2
             shown = f"{shown[:half].rstrip()} … {shown[-half:].lstrip()}"
         left -= len(shown)
+        text.append(" " * (after_mark and piece.learned is not None))
+        after_mark = bool(piece.mark)
         if piece.learned is None:
             text.append(shown)
         elif colour:

@@ -195,6 +195,14 @@ def test_examples_of_each_source_and_class_are_chosen_first(kinds, number, chose
     assert choose_examples(kinds, number) == chosen
 
 
+def test_a_tag_ends_with_a_space_before_the_next_tag(tiny_bert):
+    Path("a.conll").write_text("Ada B-PER\nsang O\n. O\n\n" * 2)
+    settings = {"recipe": str(ROOT / "recipes/token_classification.py"), "model": {"name": str(tiny_bert)}}
+    Path("tags.yaml").write_text(yaml.safe_dump(settings))
+    text = shown(for_both("a.conll", "--data.max_length", 32), "tags.yaml")
+    assert "[CLS] «ada/B-PER» «sang/O» «./O» [SEP]" in text
+
+
 def shown(flags, config=CONFIG, **settings):
     """Return what a terminal shows."""
     recipe = load_from_flags(["--config", config, "--budget", "cpu", *map(str, flags)])
