@@ -143,7 +143,7 @@ class Reading:
             self.note("merged", line)
 
     def make_column(self, column: str, parts: Sequence[str]) -> None:
-        """Record the columns of the files of which a column was made, in place of that column."""
+        """Record that a column was made of `parts`, which are the columns in the file."""
         for names in (self.columns, *self.of_sources.values()):
             if column in names:
                 place = names.index(column)

@@ -9,7 +9,7 @@ from transformers.pipelines import SUPPORTED_TASKS
 from gradacc_hf.utils.files import MODEL_CONFIG
 from gradacc_hf.utils.redaction import redact
 
-LENGTH, LONGEST = 60, 400  # characters of an example: wanted, and at most
+LENGTH, LONGEST = 60, 400  # characters of an example: the preferred number, and the most
 
 GENERATE = """tokens = tokenizer({example}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0], skip_special_tokens=True))"""
@@ -57,7 +57,8 @@ def _length(example: Any) -> int:
 def snippet(recipe: Any, name: str) -> str:
     """Return a complete Python program; `name` is the folder or Hub name of a model or of adapters."""
     task, loader, lora = recipe.pipeline_tag, recipe.model_class.__name__, recipe.config.model.lora
-    example = recipe.example if task == "image-classification" else example_input(recipe)  # no path of yours
+    # A reader of the card does not have the files of this machine.
+    example = recipe.example if task == "image-classification" else example_input(recipe)
     folder, imports, lines = _python(name), [loader], []
     options = ""
     if lora.rank and not lora.merge:  # needs peft; the config beside the adapters has the labels
