@@ -162,6 +162,14 @@ class CausalLM(Recipe):
         self.samples[:] = answer_samples(accelerator.unwrap_model(model), self.tokenizer, rows, *settings)
         return with_perplexity({"loss": found.loss} | by_source("loss", found.source_losses))
 
+    def example_of(self, row):
+        """Return the first message of the user, the prompt, or the first words of a text."""
+        row = self.form.read(row)
+        asked = [turn["content"] for turn in row.get("messages") or () if turn["role"] == "user"]
+        if asked:
+            return asked[0]
+        return row.get("prompt") or " ".join(row.get("completion", "").split()[:8])
+
     def answer(self, model, inputs):
         """Return the answers to chats, prompts or texts."""
         longest = self.generation.max_new_tokens or self.data.sample_tokens

@@ -162,6 +162,9 @@ class Contrastive(Recipe):
         """Return the expected scores of a random order of all different positives of the validation rows."""
         return chance(validation)
 
+    def example_of(self, row):
+        return row[self.data.anchor_column]
+
     def answer(self, model, inputs):
         """Return the five validation texts nearest to each text, or to each row's anchor."""
         settings = self.tokenizer, self.data.max_length

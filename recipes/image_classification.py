@@ -132,6 +132,9 @@ class ImageClassification(Recipe):
         """Return the scores of the most frequent training label, given as the answer to every image."""
         return self.target.baseline(train["labels"], validation["labels"])
 
+    def example_of(self, row):
+        return row[self.data.image_column]["path"]  # None for an image that is in no file
+
     def answer(self, model, inputs):
         pixels = self.pixels(images_of(inputs, self.data.image_column))
         with torch.no_grad():

@@ -159,6 +159,12 @@ class MaskedLM(Recipe):
         ids = (pc.list_flatten(table["input_ids"]).to_numpy() for table in tables)
         return sum(np.bincount(some, minlength=len(self.tokenizer)) for some in ids) * self.ordinary
 
+    def example_of(self, row):
+        """Return the text of a row, with a mask in place of the word in the middle."""
+        words = row[self.data.text_column].split()
+        words[len(words) // 2 : len(words) // 2 + 1] = [self.tokenizer.mask_token]
+        return " ".join(words)
+
     def answer(self, model, inputs):
         """Return the likeliest tokens for each mask in a text, with probabilities."""
         tokenizer, settings = self.tokenizer, {"truncation": True, "max_length": self.data.max_length}

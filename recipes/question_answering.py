@@ -223,6 +223,9 @@ class QuestionAnswering(Recipe):
         answers = [first, [""] * len(first)] if self.no_answer else [first]
         return max(map(self.score, answers), key=lambda scores: scores["f1"])
 
+    def example_of(self, row):
+        return {"question": row[self.data.question_column], "context": row[self.data.context_column]}
+
     def answer(self, model, inputs):
         """Return the answer to each question, with its start in the context and its probability."""
         found = []

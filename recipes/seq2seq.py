@@ -185,6 +185,9 @@ class Seq2Seq(EncoderDecoder):
         first = [end.split(text.strip(), maxsplit=1)[0] for text in self.shown[source]]
         return {"perplexity": of_tokens, **self.metrics(first, self.shown[target])}
 
+    def example_of(self, row):
+        return inner(row, self.data.source_column)
+
     def answer(self, model, inputs):
         """Return the text written for each input: a text, or a row with a source."""
         [texts] = texts_of(inputs, [self.data.source_column])

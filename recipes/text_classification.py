@@ -85,13 +85,16 @@ class TextClassification(Recipe):
         convert = LabelLists(data.label_column, as_list(data.label_columns), data.label_separator)
         label_column = None if data.problem == "regression" else data.label_column
         train, validation = self.rows(label_column, convert if data.problem == "multi_label" else None)
-        self.reading.use([*columns, data.label_column, FAULT])
+        label_columns = as_list(data.label_columns) or [data.label_column]
+        self.reading.make_column(data.label_column, label_columns)
+        self.reading.use([*columns, *label_columns, FAULT])
         for split in (train, validation):
             for column, key in columns.items():
                 require_texts(split, column, key)
         self.target = TARGETS[data.problem](train, validation, data.label_column, given_labels(data.labels))
         if data.streaming and not self.target.are_known:
-            refuse("data.labels", "found null, and a stream shows no label before its row", "list all labels")
+            found = "found null, and a stream shows no label before its row"
+            refuse("data.labels", found, "list all labels, such as --data.labels a,b")
         train, validation = self.check_rows(train, validation, text_problem(columns), "data.text_column")
         train, validation = self.check_rows(train, validation, self.target.problem, "data.label_column")
         train, validation = self.target.encode(train, validation, self.may_skip, self.own_labels)
@@ -112,6 +115,10 @@ class TextClassification(Recipe):
     def example(self):
         text = "Wait until all pending tasks of the event loop are done."
         return text if self.data.text_pair_column is None else {"text": text, "text_pair": text}
+
+    def example_of(self, row):
+        texts = [row[column] for column in self.text_columns()]
+        return texts[0] if len(texts) == 1 else dict(zip(("text", "text_pair"), texts, strict=True))
 
     def text_columns(self):
         """Return the column of the text, or both of a pair, each with the name of its setting."""

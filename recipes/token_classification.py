@@ -103,7 +103,8 @@ class TokenClassification(Recipe):
             check_tokens_and_tags(dataset, data.tokens_column, data.tags_column)
         self.class_names, given = class_names(splits[0], data.tags_column), given_labels(data.labels)
         if data.streaming and not (self.class_names or given):
-            refuse("data.labels", "found null, and a stream shows no tag before its row", "list all tags")
+            found = "found null, and a stream shows no tag before its row"
+            refuse("data.labels", found, "list all tags, such as --data.labels O,B-PER,I-PER")
         key = None if self.class_names or given else "data.tags_column"
         self.labels = match_labels(given or tag_names(splits[0], data.tags_column), self.own_labels, key)
         self.note_labels(self.labels)
@@ -168,6 +169,9 @@ class TokenClassification(Recipe):
         if self.of_spans:
             model.config.tokens_are_words = True
         return model
+
+    def example_of(self, row):
+        return " ".join(row[self.data.tokens_column])
 
     def answer(self, model, inputs):
         """Return the tags of tokens, and the entities.

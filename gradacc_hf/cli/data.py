@@ -2,7 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from rich.bar import Bar
 from rich.box import SIMPLE
@@ -58,6 +60,8 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(found.as_json(), indent=2))
     else:
         show(found, Console(highlight=False))
+    if found.refused:
+        raise GradaccError(found.refused)  # exit code 1
 
 
 def show(found: Inspection, console: Console) -> None:
@@ -65,13 +69,21 @@ def show(found: Inspection, console: Console) -> None:
     for name, text in found.lines:
         if name != "truncated":  # follows with the lengths
             _line(console, name, text)
-    used = {name: setting for name, setting in found.columns.items() if setting is not None}
-    columns = listed(f"{name} ({setting})" if setting else name for name, setting in used.items())
-    _line(console, "columns", columns or "none is used")
+    for source, columns in (found.columns_of_sources or {"": found.columns}).items():
+        _line(console, "columns", f"{source}: {_used(columns)}" if source else _used(columns))
     show_examples(found, console)
     show_lengths(found, console)
     show_labels(found, console)
     show_duplicates(found, console)
+
+
+def _used(columns: Mapping[str, str | None]) -> str:
+    """Return the used columns as text, each group with its setting."""
+    used = [(name, setting) for name, setting in columns.items() if setting is not None]
+    groups = (
+        (listed(name for name, _ in group), setting) for setting, group in groupby(used, key=itemgetter(1))
+    )
+    return listed(f"{names} ({setting})" if setting else names for names, setting in groups) or "none is used"
 
 
 def _line(console: Console, name: str, text: str) -> None:
@@ -85,6 +97,8 @@ def show_examples(found: Inspection, console: Console) -> None:
     for example in found.examples:
         line = Text().append(f"\n{found.split} example {example.number:,}", "bold")
         line.append(f" of {found.rows[found.split]:,}, {counted(example.tokens, 'token')}")
+        line.append("" if example.weight is None else f", weight {example.weight:g}")
+        line.append("" if example.source is None else f", source {_visible(example.source)}")
         console.print(line.append_text(key))
         key = Text()  # once
         texts = [(part.name, part.pieces) for part in example.texts]
@@ -100,7 +114,7 @@ def show_examples(found: Inspection, console: Console) -> None:
 
 def _marked(text: Text, pieces: Iterable[Piece], colour: bool) -> Text:
     """Append parts to a text. The middle of a long part, and the end of a long text, are left out."""
-    left = LONGEST_TEXT
+    left, after_mark = LONGEST_TEXT, False
     for piece in pieces:
         if left <= 0:
             text.append(" …", "dim")
@@ -110,6 +124,8 @@ def _marked(text: Text, pieces: Iterable[Piece], colour: bool) -> Text:
             half = LONGEST_PIECE // 2
             shown = f"{shown[:half].rstrip()} … {shown[-half:].lstrip()}"
         left -= len(shown)
+        text.append(" " * (after_mark and piece.learned is not None))
+        after_mark = bool(piece.mark)
         if piece.learned is None:
             text.append(shown)
         elif colour:

@@ -125,10 +125,12 @@ class DataConfig:
         yield "encoding", self.encoding is None or _is_encoding(self.encoding), encodings
         yield "validation_fraction", 0 < self.validation_fraction < 1, "a number above 0 and below 1"
         yield "max_length", self.max_length >= 1, "1 token or more"
-        for name in ("buffer_size", "validation_rows"):
+        other = "; data.validation_fraction is the share of the rows to hold out"
+        for name, cure in (("buffer_size", ""), ("validation_rows", other)):
             size, default = getattr(self, name), getattr(DataConfig, name)
             yield name, size >= 1, "1 or more"
-            yield name, self.streaming or size == default, f"{default}, its default, without data.streaming"
+            only = f"{default}, its default, without data.streaming{cure}"
+            yield name, self.streaming or size == default, only
 
 
 @dataclass(frozen=True)

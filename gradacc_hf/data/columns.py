@@ -20,7 +20,7 @@ from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable, concat_tables
 
 from gradacc_hf.data.looks_like import looks_like
-from gradacc_hf.data.places import places
+from gradacc_hf.data.places import other_sheets, places
 from gradacc_hf.errors import listed, refuse
 
 pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
@@ -34,6 +34,8 @@ def require_column(dataset: Dataset, column: str, key: str) -> None:
         hint = f"did you mean {close[0]!r}?" if close else f"set {key} to one of them"
         name = looks_like(dataset.column_names)
         found = f"no column {column!r}; found {listed(dataset.column_names)}"
+        if others := other_sheets(dataset):
+            hint += f", or set data.sheet to a sheet that was not read: {others}"
         refuse(key, found + f" (it looks like {name})" * bool(name), hint)
 
 

@@ -83,6 +83,7 @@ class Form:
     encoding: of a text file, as Python names it.
     rows_key: the key of the rows in a JSON file of one object.
     sheet: of an Excel file.
+    other_sheets: of the file, if no setting names the sheet.
     quotes: "as text" if the quotes of a table are part of its texts.
     without: columns of a Parquet file whose type `datasets` does not have.
     word_columns: the columns of tokens and of tags, by name or number, in a text file with a token on a line.
@@ -93,6 +94,7 @@ class Form:
     encoding: str | None = None
     rows_key: str | None = None
     sheet: str | None = None
+    other_sheets: str | None = None
     quotes: str | None = None
     without: str | None = None
     word_columns: tuple[str, str] | None = None
@@ -106,6 +108,7 @@ class Form:
             "encoding": self.encoding if self.encoding != UTF8 else None,
             "rows under": self.rows_key if self.rows_key in (None, COLUMNS) else repr(self.rows_key),
             "sheet": self.sheet,
+            "other sheets:": self.other_sheets,
             "quotes": self.quotes,
             "without": self.without,
         }

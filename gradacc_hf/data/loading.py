@@ -451,6 +451,8 @@ def _read_images(key: str, given: str, folder: Path, found: Sequence[Path], read
     except Exception as error:
         cure = "put the images of each label in a separate folder"
         refuse(key, f"the images in {str(folder)!r} cannot be read: {cause_of(error)}", cure)
+    if any("label" in rows.column_names for rows in splits.values()):
+        reading.note("format", "images in a folder for each class")
     images = sum(p.suffix.lower() in IMAGES for p in found)
     if left := images - sum(map(len, splits.values())):
         reading.note("not read", f"{counted(left, 'image')} of {folder} in no split: {listed(splits)}")

@@ -48,6 +48,12 @@ def folders(rows: Dataset) -> list[Path | None]:
     return found if len(found) == len(rows) else [None] * len(rows)
 
 
+def other_sheets(rows: Dataset) -> str | None:
+    """Return the sheets of an Excel file that were not read; None without any."""
+    files = (rows.info.download_checksums or {}).get(_KEY, [])
+    return next((form["other_sheets"] for _, _, form in files if form.get("other_sheets")), None)
+
+
 def places(rows: Dataset, numbers: Iterable[Any], split: str = "training") -> list[str]:
     """Return the place of each row, by its number from 0.
 

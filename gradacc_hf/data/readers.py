@@ -6,6 +6,7 @@ import csv
 import glob
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -251,10 +252,14 @@ def _read_excel(path: Path, key: str, form: Form) -> tuple[Dataset, Form]:
         if name not in names:
             refuse("data.sheet", f"{path} has no sheet {name!r}", f"allowed: {listed(names)}")
         frame = pd.read_excel(book, sheet_name=name, dtype=str, **CSV)
+    others = [other for other in names if other != name]
+    if frame.empty and others:
+        found = f"{path}: sheet {name!r} has no rows; other sheets: {listed(others)}"
+        refuse(key, found, f"to read another: --data.sheet {shlex.quote(others[0])}")
     frame.columns = frame.columns.map(str)
     features = Features(dict.fromkeys(frame.columns, Value("string")))
-    shown = f"{name!r}, the first of {len(names)}" if len(names) > 1 and not form.sheet else repr(name)
-    return Dataset.from_pandas(frame, features, preserve_index=False), replace(form, sheet=shown)
+    form = replace(form, sheet=repr(name), other_sheets=None if form.sheet else listed(others) or None)
+    return Dataset.from_pandas(frame, features, preserve_index=False), form
 
 
 def splits_in(name: str) -> list[str]:

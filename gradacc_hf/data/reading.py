@@ -84,6 +84,8 @@ class Reading:
     merged: lines about columns that differ from file to file, or from row to row.
     refused: columns that are left out, with the setting, the reason and the cure.
     kept_together: the column whose equal values kept rows together when rows were held out; None without one.
+    weight_column: the column of the weights of rows; None without one.
+    of_sources: the columns of each source of a mixture.
     """
 
     files: list[FileRows] = field(default_factory=list)
@@ -94,6 +96,8 @@ class Reading:
     merged: dict[str, list[str]] = field(default_factory=dict)
     refused: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     kept_together: str | None = None
+    weight_column: str | None = None
+    of_sources: dict[str, list[str]] = field(default_factory=dict)
 
     def begin(self, other: "Reading") -> None:
         """Become a copy of another record."""
@@ -129,15 +133,24 @@ class Reading:
 
         A column inside another, such as translation.de, uses both. Raise InputError for a refused column.
         """
-        used = {name.partition(".")[0] for name in columns} | {*columns}
+        used = {name.partition(".")[0] for name in columns} | {*columns, self.weight_column}
         used |= {name for name in self.columns if name == self.kept_together}
         for name in used & self.refused.keys():
             refuse(*self.refused[name])
         self.used = [name for name in self.columns if name in used]
-        if unused := [name for name in self.columns if name not in used]:
-            self.note("ignored", f"{counted(len(unused), 'column')} that nothing uses: {listed(unused)}")
+        for source, names in (self.of_sources or {"": self.columns}).items():
+            if unused := [name for name in names if name not in used]:
+                line = f"{counted(len(unused), 'column')} that nothing uses: {listed(unused)}"
+                self.note("ignored", f"{source}: {line}" if source else line)
         for line in (line for name, lines in self.merged.items() if name in used for line in lines):
             self.note("merged", line)
+
+    def make_column(self, column: str, parts: Sequence[str]) -> None:
+        """Record that a column was made of `parts`, which are the columns in the file."""
+        for names in (self.columns, *self.of_sources.values()):
+            if column in names:
+                place = names.index(column)
+                names[place : place + 1] = parts
 
     def note_parts(self, rows: Sequence[Dataset], parts: Sequence[Dataset], what: str) -> None:
         """Note the splits whose rows became several examples: "chunks"."""

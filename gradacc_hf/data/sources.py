@@ -77,6 +77,7 @@ def join_sources(names: Sequence[str], found: Sequence[Splits]) -> tuple[Splits,
     train = _joined(names, [splits.train for splits in found], reading)
     every = dict.fromkeys((*train.column_names, *validation.column_names))
     reading.columns = [name for name in every if name != SOURCE]
+    reading.of_sources = {name: [*splits.reading.columns] for name, splits in zip(names, found, strict=True)}
     source = found[0].source if shared else f"validation: {text}"
     columns = [splits.train.column_names for splits in found]
     return Splits(train, validation, False, source, reading), columns, not shared
@@ -117,7 +118,8 @@ def weighed(rows: Dataset, column: str, on_bad_row: Any) -> tuple[Dataset, list[
     require_column(rows, column, "data.weight_column")
 
     def problem(row: Mapping[str, Any]) -> str | None:
-        found = f"column {column!r} is {row[column]!r}: allowed are 0 or more"
+        value = "empty" if row[column] in (None, "") else repr(row[column])
+        found = f"column {column!r} is {value}: allowed are 0 or more"
         return None if _number(row[column]) >= 0 else found
 
     weights = rows.select_columns(column)
@@ -129,6 +131,13 @@ def weighed(rows: Dataset, column: str, on_bad_row: Any) -> tuple[Dataset, list[
         found = f"all {counted(len(rows), 'row')} have the weight 0"
         refuse("data.weight_column", found, "one must be above 0")
     return with_column(rows, WEIGHT, numbers), lines
+
+
+def weights_note(column: str, weights: np.ndarray) -> str:
+    """Return a line about the weights of examples: their number, range and mean, and the weights of 0."""
+    low, mean, high = weights.min(), weights.mean(), weights.max()
+    none = f", {int((weights == 0).sum()):,} of weight 0" if low == 0 else ""
+    return f"{column}: {counted(len(weights), 'example')}, {low:g} to {high:g}, mean {mean:.3g}{none}"
 
 
 def _number(value: Any) -> float:

@@ -217,7 +217,11 @@ def open_streams(
             refuse(key, f"no file in {given!r} can be streamed", f"data.streaming reads {ALLOWED}")
         of_splits = files_of_splits(path, files)
     elif given.startswith("embedded:"):
-        refuse(key, f"{given!r} cannot be streamed", f"data.streaming reads {ALLOWED}; or set it to false")
+        refuse(
+            key,
+            f"{given!r} cannot be streamed",
+            f"data.streaming reads {ALLOWED}; or set data.streaming to false",
+        )
     elif _names_files(path, given):
         of_splits = {
             "train": [p for name in given.split(",") for p in named_files(name.strip(), key, reading)]
@@ -236,7 +240,11 @@ def _names_files(path: Path, given: str) -> bool:
 
 def _open(path: Path, key: str, encoding: str) -> JsonLines | Streamed:
     if suffix_of(path) not in STREAMED:
-        refuse(key, f"{path} cannot be streamed", f"data.streaming reads {ALLOWED}; or set it to false")
+        refuse(
+            key,
+            f"{path} cannot be streamed",
+            f"data.streaming reads {ALLOWED}; or set data.streaming to false",
+        )
     require_library(path, key)
     if suffix_of(path) == ".parquet":  # the default of batch_size refuses an empty file
         options = {"data_files": {"train": str(path)}, "batch_size": BATCH_ROWS}

@@ -52,6 +52,8 @@ from gradacc_hf.training.lora import (
 from gradacc_hf.training.run_log import by_source
 from gradacc_hf.utils.files import MODEL_CONFIG
 
+ROWS_READ = 50  # from which the example for the model card is chosen
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -109,6 +111,7 @@ class Recipe:
     validation_sources: Sequence[str] | None = None  # of each validation example in a mixture
     source_columns: Sequence[Sequence[str]] = ()  # columns of the rows of each source
     has_validation_by_source = False
+    validation_rows_read: Dataset | None = None  # the first, before they become examples
 
     def __init__(self, config: Config):
         self.config = config
@@ -170,6 +173,7 @@ class Recipe:
                 refuse("data.streaming", f"{type(self).__name__} needs all rows at once", "set it to false")
             self.reading.begin(Reading())
             self.opened, train, validation = open_rows(self, convert)
+            self.validation_rows_read = _first(validation)
             return train, validation
         if self.data.mixture:
             splits = read_mixture(self, label_column, convert, word_columns, together)
@@ -177,11 +181,12 @@ class Recipe:
             splits = self.load_rows(self.data, label_column, convert, word_columns, together)
         self.validation_source, self.held_out = splits.source, splits.held_out
         self.reading.begin(splits.reading)
+        self.validation_rows_read = _first(splits.validation)
         train = splits.train
         if (column := self.data.weight_column) is not None:
             train, left_out = weighed(train, column, self.data.on_bad_row)
             self.skipped_rows += left_out
-            self.reading.columns = [name for name in self.reading.columns if name != column]
+            self.reading.weight_column = column
         return train, splits.validation
 
     def load_rows(
@@ -390,6 +395,10 @@ class Recipe:
         An answer that ends only at `generation.max_new_tokens` has `truncated`: True.
         """
         raise InputError(f"{type(self).__name__} has no answers to inputs: define answer() in the recipe")
+
+    def example_of(self, row: Mapping[str, Any]) -> Any:
+        """Return the input of `answer` in a row of data, in the form of `example`; None if it has none."""
+        return row.get(getattr(self.data, "text_column", ""))
 
     def processors(self) -> list[Any]:
         """Return the objects that prepare inputs and are saved beside the model: the tokenizer.
@@ -731,6 +740,10 @@ class Recipe:
     # The names in recipes of version 0.1.0:
     _loading = loading_errors
     _source = source_options
+
+
+def _first(rows: Dataset) -> Dataset:
+    return rows.select(range(min(ROWS_READ, len(rows))))
 
 
 def _has_word_starts(tokenizer: Any) -> bool:

@@ -18,6 +18,7 @@ from gradacc_hf.data.sources import (
     mixture_note,
     no_examples,
     renamed,
+    weights_note,
 )
 from gradacc_hf.errors import refuse
 
@@ -69,6 +70,7 @@ def take_sources_and_weights(
             refuse(key, found, "keep it in datasets(), or give one source without weights")
     if data.weight_column is not None:
         recipe.example_weights = np.asarray(train[WEIGHT], np.float64)
+        recipe.reading.note("weights", weights_note(data.weight_column, recipe.example_weights))
     if is_mixture:
         names = np.array([source_name(source) for source in data.mixture], object)
         counts = np.bincount(train[SOURCE], minlength=len(names)).tolist()

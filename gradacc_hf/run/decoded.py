@@ -54,11 +54,15 @@ class DecodedExample:
     number: the number of the example in the data set, from 0, as in `data.leave_out`.
     texts: the texts, or one line about other inputs, such as an image.
     labels: the names of the classes, or the number, that the example as a whole has.
+    weight: the weight in the loss; None without `data.weight_column`.
+    source: the source in a mixture; None for data of one source.
     """
 
     number: int
     texts: list[DecodedText]
     labels: list[str]
+    weight: float | None = None
+    source: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -74,7 +78,8 @@ class DecodedExample:
     def as_json(self) -> dict[str, Any]:
         """Return the example for `gradacc data --json`."""
         texts = {part.name or "text": part.text for part in self.texts}
-        return {"number": self.number, "tokens": self.tokens, "texts": texts, "learned": self.learned}
+        found = {"number": self.number, "tokens": self.tokens, "texts": texts, "learned": self.learned}
+        return found | {"weight": self.weight, "source": self.source}
 
 
 def label_names(recipe: Recipe) -> list[str] | None:
@@ -237,7 +242,8 @@ def _input(name: str, raw: Any, seen: Any) -> str:
     """Return a line about an input that has no tokens; "" for labels and flags."""
     if isinstance(raw, dict) and {"bytes", "path"} <= {*raw}:
         image = read_image(raw)
-        return f"{Path(raw['path']).name if raw['path'] else name}, {image.width} × {image.height} pixels"
+        file = "/".join(Path(raw["path"]).parts[-2:]) if raw["path"] else name  # with the folder of a class
+        return f"{file}, {image.width} × {image.height} pixels"
     values: Any = raw if seen is None else seen
     shape = np.shape(values)
     return f"{name}: {' × '.join(map(str, shape))} numbers" if shape and name != "labels" else ""

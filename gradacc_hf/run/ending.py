@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import Image
+
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
 from gradacc_hf.config.schema import TrainConfig
 from gradacc_hf.data.reading import counted
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.utils.redaction import redact
 
+LENGTH, LONGEST = 60, 400  # characters of an example: the preferred number, and the most
 COLUMN = 22  # characters of a line's name, as in the plan that a run prints at its start
 METRICS_IN_WORDS = {
     "accuracy": "share of correct predictions",
@@ -139,9 +143,36 @@ def _next(recipe: Recipe, folder: Path) -> str:
     if type(recipe).answer is Recipe.answer or recipe.example is None:
         return f"{program} verify --run {run}"
     trust = " --trust_remote_code" if recipe.config.model.trust_remote_code else ""
-    if isinstance(recipe.example, str):
-        return f"{program} predict {run}{trust} {shlex.quote(recipe.example)}"
-    columns = {key: getattr(recipe.data, f"{key}_column", None) or key for key in recipe.example}
-    row = {columns[key]: value for key, value in recipe.example.items()}
+    example = example_input(recipe)
+    if isinstance(example, str):
+        return f"{program} predict {run}{trust} {shlex.quote(example)}"
+    columns = {key: getattr(recipe.data, f"{key}_column", None) or key for key in example}
+    row = {columns[key]: value for key, value in example.items()}
     text = shlex.quote(json.dumps(row, ensure_ascii=False))
     return f"printf '%s' {text} | {program} predict {run}{trust} --input -"  # echo may change backslashes
+
+
+def example_input(recipe: Any) -> Any:
+    """Return an input for the model: a short validation row without secrets, or else `recipe.example`."""
+    if (rows := recipe.validation_rows_read) is None:
+        return recipe.example
+    for column, feature in rows.features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(column, Image(decode=False))
+    found = (redact(_example(recipe, row)) for row in rows)
+    usable = [example for example in found if 0 < _length(example) <= LONGEST]
+    return min(usable, key=lambda example: abs(_length(example) - LENGTH), default=recipe.example)
+
+
+def _example(recipe: Any, row: Any) -> Any:
+    try:
+        return recipe.example_of(row)
+    except (AttributeError, KeyError, TypeError, ValueError):  # a bad row, which the run skipped
+        return None
+
+
+def _length(example: Any) -> int:
+    """Return the characters of an input: a text, or several. 0 if an input is none that a shell can take."""
+    texts = [*example.values()] if isinstance(example, dict) else [example]
+    is_usable = all(isinstance(text, str) and text.strip() and text[0] != "-" for text in texts)
+    return sum(map(len, texts)) if is_usable else 0

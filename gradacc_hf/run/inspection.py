@@ -4,7 +4,7 @@ The data are read and checked by the functions of a run, so that both refuse the
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,12 @@ from datasets import Dataset
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.splitting import Bound
-from gradacc_hf.data.columns import is_list
+from gradacc_hf.config.batch_size import effective_batch_size
+from gradacc_hf.config.schema import with_settings
+from gradacc_hf.data.columns import as_list, is_list
 from gradacc_hf.data.files import FAULT
 from gradacc_hf.data.reading import SPLITS, FileRows, Truncation
+from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.decoded import (
     NO_ANSWER,
@@ -33,7 +36,7 @@ from gradacc_hf.run.decoded import (
 from gradacc_hf.run.fingerprint import repeated_examples, shared_examples
 from gradacc_hf.run.overview import data_lines
 from gradacc_hf.run.resolve import check_settings
-from gradacc_hf.run.setup import check_inputs, load_data, make_windows
+from gradacc_hf.run.setup import check_best_metric, check_inputs, load_data, make_windows
 
 pc: Any = pyarrow.compute  # the functions are made at import, so type checkers do not know them
 BINS = 10  # of a histogram
@@ -79,6 +82,7 @@ class Inspection:
     files: the files with their rows.
     rows: examples by split.
     columns: column → the setting that names it; "" if no setting does, None if nothing uses the column.
+    columns_of_sources: the same for each source of a mixture, with the columns as the source names them.
     kind_of_labels: as `kind_of_labels` returns it.
     labels: by split, as `count_labels` returns them.
     lengths: by split and input.
@@ -86,6 +90,7 @@ class Inspection:
     duplicates: by "training", "validation" and "both".
     split: the split of the examples that are shown.
     examples: examples as the model receives them.
+    refused: the line with which a run refuses these data; None if it does not.
     """
 
     lines: list[tuple[str, str]]
@@ -93,6 +98,7 @@ class Inspection:
     files: list[FileRows]
     rows: dict[str, int]
     columns: dict[str, str | None]
+    columns_of_sources: dict[str, dict[str, str | None]]
     kind_of_labels: str
     labels: dict[str, dict[str, float]]
     lengths: dict[str, dict[str, LengthSummary]]
@@ -100,6 +106,7 @@ class Inspection:
     duplicates: dict[str, EqualExamples]
     split: str
     examples: list[DecodedExample]
+    refused: str | None
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -112,23 +119,30 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
 
     Args:
         recipe: the recipe, which is not changed.
-        number: examples to show, evenly spaced.
+        number: examples to show: of each class and source, as far as the number goes, else evenly spaced.
         split: the split of these examples.
 
     Raises:
-        InputError: as a run does, for data or settings that it refuses.
+        InputError: as a run does, for data or settings that it refuses. For windows that need more examples
+            than there are, the line is `refused` of the inspection.
     """
     recipe = recipe.weightless()
     check_settings(type(recipe), recipe.config)
     recipe, training, validation = load_data(recipe)
-    one_each = Bound(micro_batch_size=1)
+    check_best_metric(recipe.config, recipe.baseline(training, validation))
+    refused, one_each = None, Bound(micro_batch_size=1)
+    try:
+        effective_batch_size(recipe.config.batch, len(training))
+    except InputError as error:  # the examples are shown in one window
+        refused = str(error)
+        recipe = recipe.with_config(with_settings(recipe.config, {"batch.effective": len(training)}))
     windows = make_windows(recipe, training, validation, Accelerator(cpu=True), one_each)
     with torch.device("meta"):
         empty = recipe.empty_model()
     check_inputs(recipe, empty, training, validation)
     splits, shown = (training, validation), SPLITS.index(split)
-    of_all = len(splits[shown])
-    spread = [of_all * place // number for place in range(number)] if number < of_all else range(of_all)
+    sources = (recipe.sources, recipe.validation_sources)[shown]
+    numbers = choose_examples(_kinds(recipe, splits[shown], sources), number)
     reading = recipe.reading
     return Inspection(
         lines=data_lines(recipe, len(training), len(validation))
@@ -136,7 +150,11 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
         format=reading.notes.get("format", []),
         files=reading.files,
         rows=dict(zip(SPLITS, map(len, splits), strict=True)),
-        columns=_columns(recipe),
+        columns=_columns(recipe, reading.columns),
+        columns_of_sources={
+            source: _columns(recipe, names, given)
+            for (source, names), given in zip(reading.of_sources.items(), recipe.data.mixture, strict=False)
+        },
         kind_of_labels=kind_of_labels(recipe, training[0]),
         labels={name: count_labels(recipe, rows) for name, rows in zip(SPLITS, splits, strict=True)},
         lengths={
@@ -146,20 +164,67 @@ def inspect_data(recipe: Recipe, number: int = 3, split: str = "training") -> In
         truncated=reading.truncated,
         duplicates=_duplicates(recipe, splits, windows),
         split=split,
-        examples=list(_decoded(recipe, splits[shown], windows[shown], spread)),
+        examples=list(_decoded(recipe, splits[shown], windows[shown], numbers, sources, split)),
+        refused=refused,
     )
 
 
-def _columns(recipe: Recipe) -> dict[str, str | None]:
-    """Return each column with its setting."""
-    settings = {
-        name: f"data.{field.name}"
-        for field in fields(recipe.data)
-        if field.name.endswith("_column") and isinstance(value := getattr(recipe.data, field.name), str)
-        for name in (value, value.partition(".")[0])
+def _kinds(recipe: Recipe, dataset: Dataset, sources: Sequence[str] | None) -> list[tuple[Any, ...]]:
+    """Return the source and the classes of each example. Only these decide which examples are shown."""
+    kind = kind_of_labels(recipe, dataset[0])
+    classes: Any = [()] * len(dataset)
+    if kind == "answers":
+        classes = [(answer,) for answer in _have_answers(recipe, dataset)]
+    elif kind == "classes":
+        classes = [(label,) for label in dataset["labels"][:]]
+    elif kind == "sets":
+        classes = [np.flatnonzero(np.asarray(labels) > 0) for labels in dataset["labels"][:]]
+    names = [("source", source) for source in sources] if sources else [None] * len(dataset)
+    return [(name, *of_example) for name, of_example in zip(names, classes, strict=True)]
+
+
+def choose_examples(kinds: Sequence[tuple[Any, ...]], number: int) -> list[int]:
+    """Return the numbers of examples that are evenly spaced, or of kinds that the others do not have.
+
+    Args:
+        kinds: What each example shows, such as its source and its class.
+        number: The number of examples to choose.
+    """
+    if number >= len(kinds):
+        return [*range(len(kinds))]
+    groups = {kind: place for place, kind in enumerate(dict.fromkeys(kinds))}
+    of_examples = np.array([groups[kind] for kind in kinds])
+    is_free, seen, chosen = np.ones(len(kinds), bool), set(), []
+    for place in range(number):
+        new = np.array([len({*kind} - seen) for kind in groups])[of_examples]
+        best = np.flatnonzero(is_free & (new == new[is_free].max()))
+        after = np.searchsorted(best, len(kinds) * place // number)
+        example = int(best[after % len(best)])
+        chosen.append(example)
+        is_free[example] = False
+        seen |= {*kinds[example]}
+    return sorted(chosen)
+
+
+def _columns(
+    recipe: Recipe, columns: Sequence[str], source: Mapping[str, Any] | None = None
+) -> dict[str, str | None]:
+    """Return each column with its setting. A source of a mixture may name columns of its own."""
+    settings, own = {}, {}
+    for key in (field.name for field in fields(recipe.data)):
+        value = getattr(recipe.data, key)
+        if key.endswith("_columns") and isinstance(value, str | list):
+            settings |= dict.fromkeys(as_list(value), f"data.{key}")
+        elif key.endswith("_column") and isinstance(value, str):
+            settings |= dict.fromkeys((value.partition(".")[0], value), f"data.{key}")
+            if source and key in source:
+                settings[value], own[value] = key, source[key]
+    used = recipe.reading.used
+    return {
+        own.get(name, name): settings.get(name, "") if used is None or name in used else None
+        for name in columns
+        if name != FAULT
     }
-    columns, used = (name for name in recipe.reading.columns if name != FAULT), recipe.reading.used
-    return {name: settings.get(name, "") if used is None or name in used else None for name in columns}
 
 
 def _lengths(recipe: Recipe, dataset: Dataset, windows: WindowLoader) -> dict[str, LengthSummary]:
@@ -219,10 +284,14 @@ def _label_columns(dataset: Dataset) -> Iterator[np.ndarray]:
 
 def _count_answers(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     """Return the number of examples with and without an answer."""
-    examples: Any = dataset.select_columns([TOKENS, "start_positions", "end_positions"])
-    number = sum(bool(answer_tokens(recipe, example)) for example in examples)
+    number = sum(_have_answers(recipe, dataset))
     without = len(dataset) - number
     return {"answer": number, **({NO_ANSWER: without} if without else {})}
+
+
+def _have_answers(recipe: Recipe, dataset: Dataset) -> list[bool]:
+    examples: Any = dataset.select_columns([TOKENS, "start_positions", "end_positions"])
+    return [bool(answer_tokens(recipe, example)) for example in examples]
 
 
 def _duplicates(
@@ -246,8 +315,16 @@ def _duplicates(
 
 
 def _decoded(
-    recipe: Recipe, dataset: Dataset, windows: WindowLoader, numbers: Sequence[int]
+    recipe: Recipe,
+    dataset: Dataset,
+    windows: WindowLoader,
+    numbers: Sequence[int],
+    sources: Sequence[str] | None,
+    split: str,
 ) -> Iterator[DecodedExample]:
+    weights = recipe.example_weights if split == "training" else None
     examples: list[Mapping[str, Any]] = windows.examples(numbers)
     for number, example in zip(numbers, examples, strict=True):
-        yield decode_example(recipe, number, example, dataset[number], windows.tokens[number])
+        found = decode_example(recipe, number, example, dataset[number], windows.tokens[number])
+        weight = None if weights is None else float(weights[number])
+        yield replace(found, weight=weight, source=sources[number] if sources else None)

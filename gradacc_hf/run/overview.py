@@ -86,7 +86,7 @@ def print_plan(
 
 def data_lines(recipe: Recipe, num_training: int, num_validation: int) -> list[tuple[str, str]]:
     """Return (name, text) of the lines of a plan about the data, after a call of `datasets()`."""
-    examples = f"{num_training:,}" if recipe.opened is None else "rows of a stream"
+    examples = f"{num_training:,}" if recipe.opened is None else "as many as the stream has"
     return [
         ("examples", f"{examples} to train on, {num_validation:,} to validate"),
         *recipe.reading.lines(),

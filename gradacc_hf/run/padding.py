@@ -60,8 +60,9 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
     windows.without_padding()
     if recipe.config.train.noise_every is None and recipe.config.batch.effective != "noise_scale":
         _measure_noise_more_often(windows)
-    steps = f"{_steps(windows):.1f} accumulation steps instead of {before:.1f}"
-    recipe.model_notes["padding in layers"] = f"none in the layers: {steps}{unread}"
+    now, before = f"{_steps(windows):.1f}", f"{before:.1f}"
+    steps = f": {now} accumulation steps instead of {before}" * (now != before)
+    recipe.model_notes["padding in layers"] = f"none in the layers{steps}{unread}"
 
 
 def _measure_noise_more_often(windows: WindowLoader) -> None:

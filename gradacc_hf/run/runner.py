@@ -120,10 +120,10 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     if config.continues is not None:
         task, continued = lengthen(task, continued, argv)
     config = task.recipe.config
-    plan = plan_run(task, accelerator, continued)
-    tell_resumed(resumed, checkpoint, accelerator)
     baseline = task.recipe.baseline(task.training, task.validation)
     check_best_metric(config, baseline)
+    plan = plan_run(task, accelerator, continued)
+    tell_resumed(resumed, checkpoint, accelerator)
     if config.check:
         task.recipe.check_model()
         print_head(task.recipe, accelerator)

@@ -285,10 +285,11 @@ def _problem(
     """
     if len(items) < 2 or not np.isfinite(sample.together):  # the loop names losses that are not finite
         return ""
-    cure = "set num_items ('next_token' if the head shifts its labels)"
+    cure = "set num_items, of the loader or the recipe ('next_token' if the head shifts its labels)"
+    in_case = f"If the loss of your model is not a mean over its items, {cure}"
     if not sample.is_usable:
         why = "the loss of an example alone is not finite" if sample.together else "the loss is 0"
-        return f"{CANNOT_TELL}: {why}. If not, {cure}"
+        return f"{CANNOT_TELL}: {why}. {in_case}"
     spread = float(np.nanstd(sample.alone)) / abs(sample.together)
     if not sample.fits(items) and sample.deviation(items) > min(SMALL, 1e-5 * spread):
         pad = "If padding changes the loss, pad a window to one length (pad_to='window'). "
@@ -305,8 +306,8 @@ def _problem(
     for label in sorted(different) if not why else ():
         weighted = items + [counted[label] for counted in labels]
         if not sample.separates(items, weighted):
-            why = f"a weight of label {label} would not show"
-    return why and f"{CANNOT_TELL}: {why}. If not, {cure}"
+            why = f"the first examples do not show whether label id {label} has a class weight"
+    return why and f"{CANNOT_TELL}: {why}. {in_case}"
 
 
 def expect_unused_parameters(

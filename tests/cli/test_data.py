@@ -1,20 +1,22 @@
 """`gradacc data` shows what a run uses: read as a run reads it, and refused where a run refuses it."""
 
 import io
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT
 from data_command import byte_model, for_both, inspected
-from recipe_runs import load_recipe, write_rows
+from recipe_runs import load_recipe, with_defaults, write_rows
 from rich.console import Console
 
 from gradacc_hf.cli import data
 from gradacc_hf.errors import GradaccError, InputError
 from gradacc_hf.recipe.loading import load_recipe as load_from_flags
-from gradacc_hf.run.inspection import inspect_data
+from gradacc_hf.run.inspection import choose_examples, inspect_data
 
 CONFIG = str(ROOT / "configs/text_classification_offline.yaml")
 TEXTS = [{"text": f"row {i % 8} of eight", "label": "ab"[i % 2], "id": i} for i in range(10)]
@@ -53,7 +55,7 @@ def test_a_file_of_each_kind_of_the_page_of_formats_is_read_as_it_states(capsys)
         (
             "text_classification",
             {"text": "ada sang", "label": 2.5},
-            ["--data.problem", "regression"],
+            ["--data.problem", "regression", "--train.best_metric", "mse"],
             {"text": "[CLS] ada sang [SEP]"},
             ["2.5"],
         ),
@@ -136,9 +138,74 @@ def test_lengths_labels_columns_and_duplicates_are_counted(tiny_bert, capsys):
     assert [found["duplicates"][name]["number"] for name in ("validation", "both")] == [1, 3]
 
 
-def shown(flags, **settings):
+def test_weights_of_rows_are_stated_and_shown_at_each_example(tiny_bert, capsys):
+    file = write_rows("a.jsonl", [{**row, "w": i % 4 / 2} for i, row in enumerate(TEXTS)])
+    own = ["--model.name", tiny_bert, "--data.max_length", 32, "--data.weight_column", "w"]
+    flags = for_both(file, *own)
+    found = inspected(capsys, "text_classification", *flags, "--examples", 10)
+    assert ["weights", "w: 10 examples, 0 to 1.5, mean 0.65, 3 of weight 0"] in found["lines"]
+    assert found["columns"]["w"] == "data.weight_column"
+    assert [example["weight"] for example in found["examples"]] == [i % 4 / 2 for i in range(10)]
+    found = inspected(capsys, "text_classification", *flags, "--split", "validation")
+    assert found["examples"][1]["weight"] is None
+    text = shown(flags)
+    assert "tokens, weight 0, «learned»" in text
+    assert "w (data.weight_column)" in text
+    assert "ignored               1 column that nothing uses: id\n" in text
+
+
+def test_columns_are_named_as_the_file_or_the_source_names_them(tiny_bert, capsys):
+    own = ["--model.name", tiny_bert, "--data.max_length", 32]
+    rows = [{"text": f"row {i}", "news": i % 2, "food": 1, "id": i} for i in range(10)]
+    flags = [*for_both(write_rows("a.jsonl", rows), *own), "--data.problem", "multi_label"]
+    flags += ["--data.label_columns", "news,food", "--train.best_metric", "f1_micro"]
+    assert "columns               text (data.text_column), news, food (data.label_columns)\n" in shown(flags)
+
+    body = [{"body": f"row {i}", "kind": "ab"[i % 2], "w": i} for i in range(10)]
+    sources = [
+        {"source": str(write_rows("texts.jsonl", TEXTS))},
+        {"source": str(write_rows("chat.jsonl", body)), "text_column": "body", "label_column": "kind"},
+    ]
+    settings = {"recipe": str(ROOT / "recipes/text_classification.py"), "data": {"train": sources}}
+    Path("mix.yaml").write_text(yaml.safe_dump(settings))
+    flags = [*own, "--batch.effective", 4]
+    text = shown(flags, "mix.yaml")
+    assert "ignored               texts: 1 column that nothing uses: id\n" in text
+    assert "ignored               chat: 1 column that nothing uses: w\n" in text
+    assert "columns               texts: text (data.text_column), label (data.label_column)\n" in text
+    assert "columns               chat: body (text_column), kind (label_column)\n" in text
+    data.main(["--config", "mix.yaml", "--budget", "cpu", "--json", *map(str, flags)])
+    found = json.loads(capsys.readouterr().out)["columns_of_sources"]
+    assert found["chat"] == {"body": "text_column", "kind": "label_column", "w": None}
+    assert {"source texts", "source chat"} <= {*re.findall("source \\w+", text)}
+    assert {"a", "b"} <= {*re.findall("label: «(.)»", text)}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "number", "chosen"),
+    [
+        ([("a",)] * 10, 3, [0, 3, 6]),
+        ([("a",)] * 9 + [("b",)], 2, [0, 9]),
+        ([("a", 0)] * 6 + [("a", 1)] * 2 + [("b", 0), ("b", 1)], 2, [0, 9]),
+        ([("a", 0)] * 6 + [("a", 1)] * 2 + [("b", 0), ("b", 1)], 3, [0, 6, 9]),
+        ([("a", 1, 2), ("a", 1), ("a",)], 9, [0, 1, 2]),
+    ],
+)
+def test_examples_of_each_source_and_class_are_chosen_first(kinds, number, chosen):
+    assert choose_examples(kinds, number) == chosen
+
+
+def test_a_tag_ends_with_a_space_before_the_next_tag(tiny_bert):
+    Path("a.conll").write_text("Ada B-PER\nsang O\n. O\n\n" * 2)
+    settings = {"recipe": str(ROOT / "recipes/token_classification.py"), "model": {"name": str(tiny_bert)}}
+    Path("tags.yaml").write_text(yaml.safe_dump(settings))
+    text = shown(for_both("a.conll", "--data.max_length", 32), "tags.yaml")
+    assert "[CLS] «ada/B-PER» «sang/O» «./O» [SEP]" in text
+
+
+def shown(flags, config=CONFIG, **settings):
     """Return what a terminal shows."""
-    recipe = load_from_flags(["--config", CONFIG, "--budget", "cpu", *map(str, flags)])
+    recipe = load_from_flags(["--config", config, "--budget", "cpu", *map(str, flags)])
     file = io.StringIO()
     data.show(inspect_data(recipe), Console(file=file, highlight=False, width=100, **settings))
     return file.getvalue()
@@ -174,18 +241,21 @@ def test_learned_text_is_in_colour_on_a_terminal_and_in_marks_elsewhere(tiny_ber
         (TEXTS, ["--data.max_length", "600"]),
         (TEXTS, ["--batch.effective", "600"]),
         (TEXTS, ["--optim.lrr", "1"]),
+        (TEXTS, ["--data.problem", "multi_label"]),
     ],
-    ids=["column", "row", "file", "positions", "windows", "setting"],
+    ids=["column", "row", "file", "positions", "windows", "setting", "metric"],
 )
-def test_it_refuses_with_the_line_of_a_run_and_exit_code_1(rows, flags, tiny_bert, refused):
-    small = ["--data.train", write_rows("a.jsonl", rows), "--model.name", tiny_bert, *flags]
-    config = ["--config", CONFIG, "--budget", "cpu", "--data.max_length", "32", "--batch.effective", "4"]
-    words = [*config, *map(str, small)]
-    line = refused(load_recipe("text_classification").TextClassification, *words, "--output.tracker", "none")
+def test_it_refuses_with_the_line_of_a_run_and_exit_code_1(rows, flags, tiny_bert, start, capfd):
+    small = {"--config": CONFIG, "--budget": "cpu", "--data.max_length": 32, "--batch.effective": 4}
+    small |= {"--data.train": write_rows("a.jsonl", rows), "--model.name": tiny_bert}
+    words = [str(word) for word in with_defaults(flags, small)]
+    outcome = start(load_recipe("text_classification").TextClassification, *words, "--output.tracker", "none")
     with pytest.raises(GradaccError) as caught:
         data.main(words)
-    assert f"error: {caught.value}\n" == line
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", f"error: {caught.value}\n")
     assert caught.value.exit_code == 1
+    assert "given twice" not in outcome.err
+    assert ("of eight [SEP]" in capfd.readouterr().out) == ("--batch.effective" in flags)
 
 
 def test_it_writes_nothing(tiny_bert, capsys):

@@ -312,13 +312,26 @@ def test_a_sheet_of_an_excel_file_is_read():
     with pd.ExcelWriter("a.xlsx") as book:
         pd.DataFrame(ROWS).to_excel(book, sheet_name="first one", index=False)
         pd.DataFrame(others).to_excel(book, sheet_name="other", index=False)
-    assert load("a.xlsx") == (ROWS, ["a.xlsx: 5 rows, training (sheet 'first one', the first of 2)"])
+    assert load("a.xlsx") == (ROWS, ["a.xlsx: 5 rows, training (sheet 'first one', other sheets: other)"])
     splits = load_data("a.xlsx", "a.xlsx", validation_fraction=0.1, seed=0)
     assert places(splits.train, [0, 4]) == ["a.xlsx line 2", "a.xlsx line 6"]
     found = [{"text": "1", "label": "2.5"}, {"text": "NA", "label": None}]
     assert load("a.xlsx", sheet="other") == (found, ["a.xlsx: 2 rows, training (sheet 'other')"])
     assert (
         refusal(load, "a.xlsx", sheet="x") == "data.sheet: a.xlsx has no sheet 'x'; allowed: first one, other"
+    )
+    with pytest.raises(InputError) as caught:
+        require_column(splits.train, "body", "data.text_column")
+    assert str(caught.value).endswith("one of them, or set data.sheet to a sheet that was not read: other")
+
+
+def test_an_empty_sheet_is_named_with_the_others():
+    with pd.ExcelWriter("a.xlsx") as book:
+        pd.DataFrame({"notes": []}).to_excel(book, sheet_name="Notes", index=False)
+        pd.DataFrame(ROWS).to_excel(book, sheet_name="the data", index=False)
+    assert refusal(load, "a.xlsx") == (
+        "data.train: a.xlsx: sheet 'Notes' has no rows; other sheets: the data; "
+        "to read another: --data.sheet 'the data'"
     )
 
 

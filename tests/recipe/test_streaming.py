@@ -299,7 +299,7 @@ def test_without_a_number_of_windows_the_plan_of_a_run_says_that_it_is_unknown(s
         TextClassification, "--data.streaming", "true", "--optim.scheduler", "constant", "--check"
     )
     assert outcome.code == 0, outcome.err
-    assert "rows of a stream to train on, 10 to validate" in outcome.out
+    assert "as many as the stream has to train on, 10 to validate" in outcome.out
     assert "the plan is of the first 60 training rows" in outcome.out
     assert "windows               as many as the stream has, over 1 epoch" in outcome.out
 
@@ -312,6 +312,11 @@ def test_without_a_number_of_windows_the_plan_of_a_run_says_that_it_is_unknown(s
             "train.max_windows: found null, and the number of windows of a stream",
         ),
         (["--data.labels", "null"], "data.labels: found null, and a stream shows no label before its row"),
+        (["--data.labels", "null"], "list all labels, such as --data.labels a,b"),
+        (
+            ["--data.streaming", "false", "--data.validation_rows", "9"],
+            "data.validation_fraction is the share",
+        ),
         (["--data.class_weights", "balanced"], "none or a=5,b=1 with data.streaming"),
         (["--batch.effective", "{0: 4, 2: 8}"], "batch.effective: found {0: 4, 2: 8}, and the learning rate"),
         (

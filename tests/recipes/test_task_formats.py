@@ -35,6 +35,11 @@ def read(recipe, path, tiny_bert, *flags):
     return recipe, recipe.datasets()[0]
 
 
+def flags_in(form):
+    """The flags that a line of the page gives."""
+    return [word for flag in re.findall(r"`(--[^`]+)`", form) for word in flag.split()]
+
+
 def first_part(tokenizer, token):
     """The part of a token that has the label: its first word piece, and the next ones without a space."""
     return tokenizer.decode(tokenizer(token, add_special_tokens=False)["input_ids"]).split()[0]
@@ -47,10 +52,11 @@ def test_tags(form, example, learned, tiny_bert, tmp_path, capsys):
     content = example.replace("\\n", "\n").replace("\\t", "\t")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
     pairs = [pair.rpartition("/") for pair in learned.split()]
+    flags = ["--model.name", tiny_bert, *SHORT, *flags_in(form)]
     for suffix in suffixes:
         path = tmp_path / f"a{suffix}"
         path.write_text(content if is_text else f"{content}\n" * 2)
-        found = inspected(capsys, "token_classification", *for_both(path, "--model.name", tiny_bert, *SHORT))
+        found = inspected(capsys, "token_classification", *for_both(path, *flags))
         number = 1 if is_text else 2
         assert found["rows"] == {"training": number, "validation": number}
         expected = [f"{first_part(tokenizer, token)}/{tag}" for token, _, tag in pairs]
@@ -64,8 +70,8 @@ def test_tags(form, example, learned, tiny_bert, tmp_path, capsys):
 def test_several_labels(form, example, learned, tiny_bert, tmp_path, capsys):
     path = tmp_path / ("a.csv" if ".csv" in form else "a.jsonl")
     path.write_text(example.replace("\\n", "\n"))
-    flags = [word for flag in re.findall(r"`(--[^`]+)`", form) for word in flag.split()]
-    flags += ["--model.name", tiny_bert, *SHORT, "--data.problem", "multi_label"]
+    flags = [*flags_in(form), "--model.name", tiny_bert, *SHORT, "--data.problem", "multi_label"]
+    flags += ["--train.best_metric", "f1_micro"]
     found = inspected(capsys, "text_classification", *for_both(path, *flags))
     assert found["examples"][0]["learned"] == learned.split()
     assert {*learned.split()} <= {name for name, number in found["labels"]["training"].items() if number}
@@ -102,9 +108,12 @@ def test_images(form, files, learned, tmp_path, monkeypatch, capsys):
     found = inspected(capsys, "image_classification", *for_both(given))
     assert {example["texts"]["text"].partition(", ")[2] for example in found["examples"]} == {"8 × 8 pixels"}
     named = [
-        f"{example['texts']['text'].partition(',')[0]}/{'/'.join(example['learned'])}"
+        f"{Path(example['texts']['text'].partition(',')[0]).name}/{'/'.join(example['learned'])}"
         for example in found["examples"]
     ]
+    is_of_folders = not any(name.endswith((".csv", ".jsonl")) for name in map(str, Path().rglob("*.*")))
+    assert (found["format"] == ["images in a folder for each class"]) == is_of_folders
+    assert any("cat/1.png," in example["texts"]["text"] for example in found["examples"]) == is_of_folders
     assert sorted(one for one in named if "none" not in one) == learned.split()
     assert found["rows"]["training"] == len(named) == 2
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from recipe_runs import load_recipe
 
 from gradacc_hf.config.schema import TrainConfig
@@ -15,13 +16,14 @@ FOLDER = Path("runs/my run")
 RESULTS = {"window": 30, "loss": 1.2, "accuracy": 0.75}
 
 
-def lines(recipe=None, report=FOLDER / "report.html", train=None, columns=None, **summary):
+def lines(recipe=None, report=FOLDER / "report.html", train=None, columns=None, rows=None, **summary):
     """The three lines for a recipe and a summary, by their names."""
     train = train or TrainConfig(best_metric="accuracy", best_direction="max")
     recipe = recipe or load_recipe("text_classification").TextClassification
     made = object.__new__(recipe)
     made.config = SimpleNamespace(train=train, model=SimpleNamespace(trust_remote_code=False))
     made.data = SimpleNamespace(text_column="text", text_pair_column=None, **columns or {})
+    made.validation_rows_read = rows and Dataset.from_list(rows)
     summary = {
         "baseline": {"accuracy": 0.5},
         "best": RESULTS,
@@ -101,6 +103,10 @@ def test_the_next_command_predicts_an_example_of_the_task(monkeypatch):
     answering = lines(load_recipe("question_answering").QuestionAnswering, columns=columns)["next"]
     assert answering.startswith("printf '%s' '{\"asked\": ")
     assert answering.endswith("| gradacc predict 'runs/my run' --input -")
+    rows = [
+        {"text": text} for text in (None, "ok", "--help me with it", "my token=abc123 and this", "long " * 99)
+    ]
+    assert lines(rows=rows)["next"] == "gradacc predict 'runs/my run' 'my token=[hidden] and this'"
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert " -m gradacc_hf predict 'runs/my run' " in lines()["next"]
     monkeypatch.setenv("GRADACC_COMMAND", "./launch.sh")

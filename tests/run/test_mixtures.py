@@ -15,6 +15,7 @@ from recipe_runs import load_recipe, make_recipe, summary
 
 from gradacc_hf.data.sources import renamed
 from gradacc_hf.errors import InputError
+from gradacc_hf.run.ending import example_input
 from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.verification.tiny_models import build_head
 
@@ -122,6 +123,8 @@ def test_rows_have_weights_and_a_bad_weight_is_named_by_its_line(start, config, 
     for row in rows_of(tmp_path / "run"):
         assert row["examples"] == 8
         assert row["items"] != 8
+    assert "weights               w: 77 examples, 0 to 3, mean 1." in outcome.out
+    assert "ignored" not in outcome.out
     rows = [json.loads(line) for line in (tmp_path / "tweets.jsonl").read_text().splitlines()]
     for wrong in (-1, "NaN", None, "much", True):
         rows[2]["w"] = wrong
@@ -130,6 +133,7 @@ def test_rows_have_weights_and_a_bad_weight_is_named_by_its_line(start, config, 
         assert outcome.code == 2
         assert "data.weight_column" in outcome.err
         assert "tweets.jsonl line 3" in outcome.err or "held out" in outcome.err
+        assert f"column 'w' is {'empty' if wrong is None else repr(wrong)}: allowed are" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -192,6 +196,7 @@ def test_each_source_of_chats_has_a_format_of_its_own(tiny_llama, tmp_path):
     assert (len(train), len(validation)) == (54, 6)
     assert train.column_names == ["input_ids", "labels"]
     assert recipe.sources == ["chats"] * 18 + ["alpaca"] * 18 + ["plain"] * 18
+    assert example_input(recipe).startswith("one ")
     assert recipe.validation_sources == ["chats"] * 2 + ["alpaca"] * 2 + ["plain"] * 2
     learned = [
         recipe.tokenizer.decode([token for token in row if token != -100]).strip() for row in train["labels"]
@@ -210,6 +215,14 @@ RECIPES = {
         "context": f"It was Ada {i}. " + "Nothing else. " * (i % 9),
         "answers": {"text": ["Ada"], "answer_start": [7]},
     },
+}
+
+
+EXAMPLES = {
+    "token_classification": "Ada sang10",
+    "masked_lm": "a text 10 of several words [MASK] text 10 of several words",
+    "seq2seq": "in 10",
+    "question_answering": {"question": "Who?", "context": "It was Ada 3. " + "Nothing else. " * 3},
 }
 
 
@@ -241,6 +254,7 @@ def test_every_recipe_keeps_the_sources_and_weights_of_rows(name, tiny_bert, tmp
     half = len(train) // 2
     assert np.array_equal(recipe.example_weights[:half], recipe.example_weights[half:])
     assert not {"_source", "_weight"} & {*train.column_names, *validation.column_names}
+    assert example_input(recipe) == EXAMPLES[name]
 
 
 @pytest.mark.parametrize("name", ["seq2seq", "question_answering", "contrastive"])
