@@ -25,7 +25,7 @@ class RngReplay:
         else:
             self._states.append(random_state(self._device))
 
-    def rewind(self) -> None:
-        """Restore the state of the first micro-batch, if one has been recorded."""
+    def rewind(self, position: int = 0) -> None:
+        """Restore the state before a micro-batch, if it has been recorded."""
         if self._states:
-            set_random_state(self._states[0], self._device)
+            set_random_state(self._states[position], self._device)

@@ -153,6 +153,8 @@ class Window:
                         raise self._not_accumulated(position, entries)
                     if position == measured - 1 and self._weighed:
                         probe.measure()
+            if self.split.ends_idle:  # a resumed run has other idle micro-batches, and the same dropout
+                self._rng.rewind(len(self) - 1)
             self._end_pass(probe, steps.early_steps, checks_calls)
         finally:
             self._position = self._pass_position = None

@@ -286,6 +286,17 @@ def test_a_window_that_is_read_meets_the_dropout_of_one_that_is_not(when):
     assert len(model.looked) == 8
 
 
+def test_an_idle_micro_batch_changes_no_later_dropout():
+    """Which windows end with one differs after a resume."""
+
+    def add_idle(window, model):
+        window.split = window.split.with_idle_end(window._source.idle_micro_batch(window.split))
+
+    (plain, losses), (model, again) = train_noisy(), train_noisy("before", add_idle)
+    assert (len(plain.masks), len(model.masks)) == (8, 10)
+    assert again == losses
+
+
 @pytest.mark.parametrize("when", ["before", "inside", "after"])
 def test_a_reading_that_is_left_early_changes_no_dropout_either(when):
     open_iterators = []
