@@ -40,18 +40,20 @@ def generate(
     model: torch.nn.Module,
     windows: WindowLoader,
     accelerator: Accelerator,
-    rows: Sequence[int],
+    rows: Sequence[int] | int,
     tokenizer: Any,
     **settings: Any,
 ) -> list[str]:
     """Return the texts that a prepared encoder-decoder writes for the examples `rows`, in this order.
 
-    It runs micro-batches of the loader's bound, without `labels`. `settings` go to the model's `generate`.
+    A number of rows stands for the first ones. The micro-batches have the loader's bound, and no `labels`.
+    `settings` go to the model's `generate`.
     """
     sharded = accelerator.distributed_type == DistributedType.FSDP  # a forward is collective: all rows
     module: Any = model if sharded else accelerator.unwrap_model(model)
     training = module.training
     module.eval()
+    rows = range(rows) if isinstance(rows, int) else rows
     examples, number = np.array(rows), 1 if sharded else accelerator.num_processes
     processes = split_window(bounding_lengths(windows.tokens[examples]), windows.bound, number)
     written: list[tuple[int, list[int]]] = []

@@ -261,9 +261,12 @@ def train_noisy(when=None, look=read):
     ]
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
     losses = []
-    for window in WindowLoader(data, 8, accelerator=accelerator, micro_batch_size=2):
+    windows = WindowLoader(data, 8, accelerator=accelerator, micro_batch_size=2)
+    for window in windows:
         if when == "before":
             look(window, model)
+        if when == "idle at the end":
+            window.split = window.split.with_idle_end(windows.idle_micro_batch(window.split))
         for position, batch in enumerate(window):
             with accelerator.accumulate(model):
                 if when == "inside" and position == 1:
@@ -288,11 +291,7 @@ def test_a_window_that_is_read_meets_the_dropout_of_one_that_is_not(when):
 
 def test_an_idle_micro_batch_changes_no_later_dropout():
     """Which windows end with one differs after a resume."""
-
-    def add_idle(window, model):
-        window.split = window.split.with_idle_end(window._source.idle_micro_batch(window.split))
-
-    (plain, losses), (model, again) = train_noisy(), train_noisy("before", add_idle)
+    (plain, losses), (model, again) = train_noisy(), train_noisy("idle at the end")
     assert (len(plain.masks), len(model.masks)) == (8, 10)
     assert again == losses
 

@@ -669,7 +669,7 @@ def test_a_script_is_run_as_it_is_and_diagnosed(tmp_path):
         (["nowhere.py"], "doctor: no file nowhere.py; give the Python file that trains"),
         (["--windows", "0", "SCRIPT"], "--windows: found 0; allowed: 1 or more"),
         (["--accumulation-steps", "0", "SCRIPT"], "--accumulation-steps: found 0; allowed: 1 or more"),
-        ([], "the following arguments are required: script"),
+        ([], "gradacc doctor needs a Python file that trains"),
     ],
 )
 def test_a_bad_command_line_is_one_line(tmp_path, words, said, monkeypatch, capsys):

@@ -33,5 +33,5 @@ def test_the_nearest_candidates_come_first():
 
 def test_a_sample_names_the_rank_of_the_first_right_pair():
     pair, first = {"anchor_text": "a"}, {"positive_text": "x"}
-    assert sample(pair, first, [4, 2, 7], [7, 2])["rank of the right one"] == "2"
-    assert sample(pair, first, [4, 2, 7], [1])["rank of the right one"] == "beyond 3"
+    assert sample(pair, [first], [4, 2, 7], [7, 2])["rank of the right one"] == "2"
+    assert sample(pair, [first], [4, 2, 7], [1])["rank of the right one"] == "beyond 3"

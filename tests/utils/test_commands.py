@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 WAITING = """
+import signal
 import time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes of a shell ignore it
 from gradacc_hf.utils.commands import command
 with command():
     print("ready", flush=True)

@@ -469,7 +469,7 @@ def test_the_command_line_exits_with_1_where_it_is_not_exact(monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments --config --run --all-heads is required (see gradacc verify --help)"),
+        ([], "gradacc verify needs --config FILE or --run RUN; for example: "),
         (["--all-heads", "--optim.lr", "1"], "unrecognized arguments: --optim.lr 1"),
         ([*SMALL, "--model.freeze", '["nothing"]'], "model.freeze: "),
         (
