@@ -48,6 +48,7 @@ class CausalLM(Recipe):
     padding_side = "right"
     saves_padding_side = False  # a text is continued after padding on the left
     pipeline_tag = "text-generation"
+    baseline_is = "the frequencies of tokens"
     example = "Write a Python function that adds two numbers."
     num_items = "next_token"
     lean_loss = True

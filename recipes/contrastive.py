@@ -39,6 +39,7 @@ class Contrastive(Recipe):
     model_class = AutoModel
     padding_side = "right"
     pipeline_tag = "sentence-similarity"
+    baseline_is = "a random order"
     example = "Return the number of items in the list."
 
     @dataclass

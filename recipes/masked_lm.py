@@ -39,6 +39,7 @@ class MaskedLM(Recipe):
     model_class = AutoModelForMaskedLM
     padding_side = "right"
     pipeline_tag = "fill-mask"
+    baseline_is = "the frequencies of tokens"
     example = "Return the [MASK] of the list."
 
     @dataclass

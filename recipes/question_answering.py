@@ -58,6 +58,7 @@ class QuestionAnswering(Recipe):
     model_class = AutoModelForQuestionAnswering
     padding_side = "right"  # the left would move the answers' positions
     pipeline_tag = "question-answering"
+    baseline_is = "the first sentence of each context, or no answer"
     no_answer = False  # whether the data have questions without an answer
     example: ClassVar = {"question": "What is it?", "context": "def total(items):\n    return sum(items)"}
 

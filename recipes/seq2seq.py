@@ -62,6 +62,7 @@ class Seq2Seq(EncoderDecoder):
     model_class = AutoModelForSeq2SeqLM
     padding_side = "right"
     example = "def add(a, b):\n    return a + b"
+    baseline_is = "the frequencies of tokens, and the first sentence of each source"
     lean_loss = True
     writes_texts = True
 

@@ -75,6 +75,7 @@ class TokenClassification(Recipe):
     model_class = AutoModelForTokenClassification
     padding_side = "right"
     pipeline_tag = "token-classification"
+    baseline_is = "each token's most frequent tag"
     example = "import os ; print ( os . getcwd ( ) )"
     of_spans = False  # whether the data are character spans of texts
     tokenizer_settings: ClassVar = {"add_prefix_space": True}  # where spaces are part of word pieces

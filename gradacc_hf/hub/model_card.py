@@ -62,6 +62,7 @@ class Facts:
     validation: str  # the source of the validation examples
     max_length: int | None  # most tokens of an example; None for examples that are not tokens
     usage: str  # lines of Python
+    baseline_is: str = "a baseline that ignores the input"
 
 
 def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
@@ -90,6 +91,7 @@ def facts(recipe: Recipe, training: Dataset, validation: Dataset) -> Facts:
         validation=source,
         max_length=data.max_length if _is_tokenised(training) else None,
         usage=snippet(recipe, config.output.push_to_hub or "."),
+        baseline_is=recipe.baseline_is,
     )
 
 

@@ -99,6 +99,7 @@ class Recipe:
     pad_to: PadTo = "micro_batch"  # "window" if padding changes the loss
     transform: Transform | None = None  # the random part of an example: masking, cropping, augmentation
     tokens_are: str | None = None  # the unit of inputs other than texts: "patches of 16 × 16 pixels"
+    baseline_is: ClassVar[str] = "a baseline that ignores the input"  # `baseline`, in words
     lean_loss: ClassVar[bool] = False  # whether model() reads budget.lean_loss
     writes_texts: ClassVar[bool] = False  # whether `answer` reads `generation`
     generation = Generation()  # set by `gradacc predict`

@@ -14,7 +14,6 @@ from datasets import Image
 
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
-from gradacc_hf.config.schema import TrainConfig
 from gradacc_hf.data.reading import counted
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.utils.redaction import redact
@@ -87,7 +86,7 @@ def result_lines(
     saved = f"{folder}: model in best/{_after(summary)}, last weights in last/"
     saved += f"; report: {report}" if report is not None else "; no report"
     return [
-        _row("result", _result(recipe.config.train, summary, num_validation)),
+        _row("result", _result(recipe, summary, num_validation)),
         _row("saved", saved),
         _row("next", _next(recipe, folder)),
     ]
@@ -102,11 +101,12 @@ def _after(summary: Mapping[str, Any]) -> str:
     return f" (after window {best['window']:,})" if best and best != summary["eval"] else ""
 
 
-def _result(train: TrainConfig, summary: Mapping[str, Any], num_validation: int) -> str:
+def _result(recipe: Recipe, summary: Mapping[str, Any], num_validation: int) -> str:
     """Return the metric of the best evaluation in words, against the baseline or the untrained model.
 
     Of the two, the better one is the comparison.
     """
+    train = recipe.config.train
     best, baseline = summary["best"], summary["baseline"] or {}
     if not best:
         return "no evaluation"
@@ -118,7 +118,7 @@ def _result(train: TrainConfig, summary: Mapping[str, Any], num_validation: int)
     if first is not None and (is_stronger or metric not in baseline or metric in OF_LANGUAGE_MODELS):
         others, against = before, "the model before training"
     elif metric in baseline:
-        others, against = baseline[metric], "a baseline that ignores the input"
+        others, against = baseline[metric], recipe.baseline_is
     name = "validation loss" if metric == "loss" else metric.replace("_", " ")
     described = f" ({METRICS_IN_WORDS[metric]})" if metric in METRICS_IN_WORDS else ""
     text = f"{name} {_number(value)}{described} on {counted(num_validation, 'validation example')}"
