@@ -17,7 +17,7 @@ from gradacc_hf.training.lora import write_merged
 from gradacc_hf.utils.files import whole_folder
 from gradacc_hf.utils.hardware import find_device
 
-ROWS = 8  # of the validation data, whose outputs are compared
+ROWS = 10  # of the validation data, whose outputs are compared
 WHOLE = {
     "model.load_in_4bit": False,  # 4-bit weights cannot hold the sum
     "budget.lean_loss": False,  # which computes no logits
