@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
-from datasets import disable_progress_bars
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
@@ -18,6 +16,7 @@ from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.evaluate import RunEvaluation, evaluate_run, name_of, write_evaluation
 from gradacc_hf.run.folder import refuse_links
 from gradacc_hf.utils.commands import Parser
+from gradacc_hf.utils.verbosity import silence_libraries
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,10 +39,9 @@ def main(argv: Sequence[str]) -> None:
         metavar="NAME",
         help="the split of --data, such as test; without --data, of the run's training data",
     )
-    which = parser.add_mutually_exclusive_group()
-    which.set_defaults(model="best")
-    for name, text in (("best", "the best model (default)"), ("last", "the last weights")):
-        which.add_argument(f"--{name}", dest="model", action="store_const", const=name, help=text)
+    parser.add_argument(
+        "--model", choices=("best", "last"), default="best", help="the saved model (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code from the model's repository"
@@ -51,9 +49,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("gradacc evaluate runs in one process; start it without a launcher")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
+    silence_libraries()
     recipe = open_run(arguments.run, arguments.trust_remote_code)
     refuse_links(arguments.run.resolve(), "RUN")
     errors = Console(stderr=True)

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
-from datasets import disable_progress_bars
-
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.folder import refuse_links
 from gradacc_hf.run.merging import merge
 from gradacc_hf.utils.commands import Parser
+from gradacc_hf.utils.verbosity import silence_libraries
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,9 +26,7 @@ def main(argv: Sequence[str]) -> None:
         "--trust_remote_code", action="store_true", help="run Python code from the model's repository"
     )
     arguments = parser.parse_args(argv)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
+    silence_libraries()
     recipe = open_run(arguments.run, arguments.trust_remote_code)
     refuse_links(arguments.run, "merge")
     folder, found = merge(recipe, arguments.run, arguments.model)

@@ -7,8 +7,6 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-import transformers
-from datasets import disable_progress_bars
 from rich.bar import Bar
 from rich.box import SIMPLE
 from rich.console import Console
@@ -19,6 +17,7 @@ from gradacc_hf.memory.estimator import FRAGMENTED_SHARE, WORKSPACE_BYTES
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.plan import GIB, Plan, make_plan, rate_of
 from gradacc_hf.utils.commands import Parser
+from gradacc_hf.utils.verbosity import silence_libraries
 
 NAMES = {"optimizer": "optimizer states", "activations": "activations or step", "loss": "logits and loss"}
 """Part of the memory → its name in the table, if they differ."""
@@ -58,9 +57,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--tflops and --rate-of both give the rate; give only one of them")
     if arguments.price is not None and arguments.tflops is None and arguments.rate_of is None:
         raise InputError("--price needs --tflops or --rate-of, to estimate the run time")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
+    silence_libraries()
     recipe = load_recipe(["--config", arguments.config, "--budget", arguments.budget, *settings])
     tflops = rate_of(arguments.rate_of) if arguments.rate_of is not None else arguments.tflops
     found = make_plan(recipe, arguments.processes, tflops, arguments.price)

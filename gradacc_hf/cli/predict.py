@@ -8,9 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
 from accelerate.utils import set_seed
-from datasets import disable_progress_bars
 from rich.console import Console
 from rich.progress import track
 
@@ -20,6 +18,7 @@ from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.predict import load_model, number_texts, predict, read_inputs
 from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.files import flush
+from gradacc_hf.utils.verbosity import silence_libraries
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,9 +32,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"--output: {left} exists, of a prediction that was stopped; move or remove it")
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise InputError(f"--output: no folder {arguments.output.parent}; create it, or give another")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
+    silence_libraries()
     inputs = number_texts(arguments.texts) if arguments.texts else read_inputs(arguments.input)
     recipe = open_run(arguments.run, arguments.trust_remote_code)
     for flag in ("max_new_tokens", "temperature"):

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import transformers
 from accelerate import Accelerator
-from datasets import disable_progress_bars
 from rich.console import Console
 from rich.progress import Progress
 
@@ -26,6 +24,7 @@ from gradacc_hf.run.setup import check_vocabulary, load_data, make_model, make_w
 from gradacc_hf.training.run_log import finite
 from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.files import write_whole
+from gradacc_hf.utils.verbosity import silence_libraries
 from gradacc_hf.verification import all_heads as conformance
 from gradacc_hf.verification.exactness import verify
 from gradacc_hf.verification.table import print_verification
@@ -60,9 +59,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments, settings = parser.parse_known_args(argv)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
+    silence_libraries()
     if arguments.all_heads:
         if settings:
             parser.error(f"unrecognized arguments: {' '.join(settings)}")

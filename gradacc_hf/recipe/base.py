@@ -51,6 +51,7 @@ from gradacc_hf.training.lora import (
 )
 from gradacc_hf.training.run_log import by_source
 from gradacc_hf.utils.files import MODEL_CONFIG
+from gradacc_hf.utils.modeling import set_dropout
 
 ROWS_READ = 50  # from which the example for the model card is chosen
 
@@ -776,21 +777,3 @@ def _of_the_task(model: Any) -> set[str]:
     head = model.get_output_embeddings()
     known = {*model.base_model.parameters(), *(head.parameters() if head is not None else ())}
     return {name for name, parameter in model.named_parameters() if parameter not in known}
-
-
-def set_dropout(config: Any, probability: float) -> dict[str, float]:
-    """Set every dropout probability of a model's config, but dropout of whole layers or paths only to 0.
-
-    Return the earlier value of each that changes, by name.
-    """
-    changed: dict[str, float] = {}
-    for name, value in vars(config).items():
-        if hasattr(value, "to_dict"):
-            changed |= set_dropout(value, probability)
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        of_layers = "layerdrop" in name or "drop_path" in name
-        if numeric and ("drop" in name) and (probability == 0 or not of_layers):
-            if value != probability:
-                changed[name] = value
-            setattr(config, name, probability)
-    return changed

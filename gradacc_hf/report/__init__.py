@@ -104,18 +104,23 @@ def _check_output(target: Path) -> None:
         refuse("--output", f"{target} exists and is not a report of gradacc", "give another name, or move it")
 
 
-def render(runs: Sequence[RecordedRun]) -> str:
-    """Return the page as HTML."""
-    found = contenders(runs)
+def page_template(folder: Path) -> jinja2.Template:
+    """Return the template page.html.j2 in a folder. Values are escaped, and a missing one is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template("page.html.j2")
+
+
+def render(runs: Sequence[RecordedRun]) -> str:
+    """Return the page as HTML."""
+    found = contenders(runs)
     titles, table = figures_table(found)
-    return environment.get_template("page.html.j2").render(
+    return page_template(Path(__file__).parent).render(
         generator=f"gradacc-hf {version('gradacc-hf')}",
         title=_title(runs),
         subtitle=_subtitle(runs),

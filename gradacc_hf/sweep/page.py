@@ -5,10 +5,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from gradacc_hf.report import plots
+from gradacc_hf.report import page_template, plots
 from gradacc_hf.report.narrative import metric as shown
 from gradacc_hf.report.narrative import metric_name
 from gradacc_hf.report.plots import Series
@@ -30,16 +29,9 @@ def write_page(folder: Path, results: Sequence[TrialResult], metric: str, best: 
         best: the line about the best settings.
         command: the command line of the sweep.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     names = [*results[0].point] if results else []
     has_seeds = any(len(result.values) > 1 for result in results)
-    page = environment.get_template("page.html.j2").render(
+    page = page_template(Path(__file__).parent).render(
         generator=f"gradacc-hf {version('gradacc-hf')}",
         title=redact(folder.name),
         best=redact(best),

@@ -47,6 +47,24 @@ def disable_dropout(model: torch.nn.Module) -> list[tuple[Any, str, float]]:
     return removed
 
 
+def set_dropout(config: Any, probability: float) -> dict[str, float]:
+    """Set every dropout probability of a model's config, but dropout of whole layers or paths only to 0.
+
+    Return the earlier value of each that changes, by name.
+    """
+    changed: dict[str, float] = {}
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            changed |= set_dropout(value, probability)
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        of_layers = "layerdrop" in name or "drop_path" in name
+        if numeric and ("drop" in name) and (probability == 0 or not of_layers):
+            if value != probability:
+                changed[name] = value
+            setattr(config, name, probability)
+    return changed
+
+
 def is_compiled(model: torch.nn.Module) -> bool:
     """Whether any part of a model is compiled. A copy of a compiled model is not."""
     return any(module._compiled_call_impl is not None for module in model.modules())

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-pytest.importorskip("shtab")
+pytest.importorskip("shtab", reason="needs the extra completion")
 
 from conftest import ROOT
 

@@ -13,6 +13,7 @@ import transformers
 from conftest import ROOT
 
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
+from gradacc_hf.cli import main as cli
 from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.run.runner import run
@@ -122,3 +123,21 @@ def write_rows(path, rows):
 def summary(folder):
     """What a run left in figures."""
     return json.loads(Path(folder, "summary.json").read_text())
+
+
+@pytest.fixture
+def gradacc(monkeypatch, capfd):
+    """The command line in this process: its exit code, output and errors."""
+
+    def gradacc(*words):
+        monkeypatch.setattr(sys, "argv", ["gradacc", *map(str, words)])
+        capfd.readouterr()
+        reset_accelerate()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capfd.readouterr()
+
+    return gradacc

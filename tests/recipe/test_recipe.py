@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from text_classification_runs import arguments, history, make_rows, write
 
 from gradacc_hf.accumulation.accelerate_state import forget_prepared_optimizers
-from gradacc_hf.recipe.base import set_dropout
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.settings import OptimConfig
+from gradacc_hf.utils.modeling import set_dropout
 
 RECIPE = ROOT / "recipes" / "text_classification.py"
 ENVIRONMENT = dict(os.environ)  # before any Accelerator in this process has added to it

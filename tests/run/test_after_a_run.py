@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
-from gradacc_hf.cli import main as cli
 from gradacc_hf.run.runner import run
 
 TextClassification = load_recipe("text_classification").TextClassification
@@ -51,24 +49,6 @@ def here(runs, tmp_path, monkeypatch):
     """The current folder, with copies of the runs."""
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
-
-
-@pytest.fixture
-def gradacc(monkeypatch, capfd):
-    """The command line in this process: its exit code, output and errors."""
-
-    def gradacc(*words):
-        monkeypatch.setattr(sys, "argv", ["gradacc", *map(str, words)])
-        capfd.readouterr()
-        reset_accelerate()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return gradacc
 
 
 @pytest.mark.parametrize("name", ["whole", "lora"])
@@ -140,7 +120,7 @@ def test_a_merge_that_would_answer_otherwise_writes_nothing(here, gradacc, monke
 
 
 def test_a_card_of_a_search_model_or_of_adapters_runs_as_it_stands(here, monkeypatch, capfd):
-    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("sentence_transformers", reason="needs the extra export")
     for name, said in (
         ("search", r"tensor\(\[\[-?0\.\d+"),
         ("lora", r"'label': '(even|odd)', 'score': 0\.\d+"),
@@ -158,7 +138,7 @@ def test_all_files_of_a_run_have_one_mode(here):
 
 
 def test_a_search_model_is_exported_as_a_sentence_transformer(here, gradacc):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs the extra export")
     code, out, err = gradacc("export", "search", "--to", "sentence-transformers")
     assert (code, err) == (0, "")
     assert out.startswith("search/sentence-transformers: largest difference ")
@@ -171,7 +151,7 @@ def test_a_search_model_is_exported_as_a_sentence_transformer(here, gradacc):
 @pytest.mark.parametrize("name", ["lora", "search"])
 def test_onnx_answers_any_number_of_rows_and_tokens_as_the_run(name, here, gradacc):
     for package in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(package)
+        pytest.importorskip(package, reason="needs the extra export")
     import onnxruntime
 
     if name == "lora":

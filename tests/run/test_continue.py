@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import yaml
 from recipe_runs import load_recipe, run_recipe, summary, write_rows
 
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
-from gradacc_hf.cli import main as cli
 from gradacc_hf.run.runner import run
 
 TextClassification = load_recipe("text_classification").TextClassification
@@ -54,24 +52,6 @@ def folder(one_epoch, tmp_path, monkeypatch):
     """A copy of the run, as "run" in the current folder."""
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(one_epoch, tmp_path / "run").relative_to(tmp_path)
-
-
-@pytest.fixture
-def gradacc(monkeypatch, capfd):
-    """The command line in this process: its exit code, output and errors."""
-
-    def gradacc(*words):
-        monkeypatch.setattr(sys, "argv", ["gradacc", *map(str, words)])
-        capfd.readouterr()
-        reset_accelerate()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return gradacc
 
 
 @pytest.fixture

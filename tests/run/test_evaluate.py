@@ -1,9 +1,8 @@
 """`gradacc evaluate`: the metrics of a saved run, with intervals, on its own data and on others."""
 
-import io
 import json
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import transformers
 from chat_templates import CHATML, byte_tokenizer
 from recipe_runs import load_recipe, run_recipe, summary, write_rows
 
-from gradacc_hf.cli import main as cli
 from gradacc_hf.run.evaluate import name_of
 
 FLAGS = {"--model.dropout": 0, "--data.max_length": 32, "--batch.effective": 16, "--optim.lr": 3e-3}
@@ -114,21 +112,9 @@ def train(tiny_bert, tiny_llama, capfd, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def evaluate(capfd, monkeypatch):
-    """The command line in this process: its exit code, output and errors."""
-
-    def evaluate(*words):
-        monkeypatch.setattr(sys, "argv", ["gradacc", "evaluate", *map(str, words)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return evaluate
+def evaluate(gradacc):
+    """`gradacc evaluate` in this process: its exit code, output and errors."""
+    return partial(gradacc, "evaluate")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -171,7 +157,7 @@ def test_other_data_are_read_by_the_recipe_and_nothing_is_overwritten(train, eva
     # the labels of the run, not of the file, which has one of the two only
     spam = [row for row in rows if row["label"] == "spam"]
     write_rows("spam.jsonl", spam)
-    found = json.loads(evaluate(run, "--data", "spam.jsonl", "--json", "--last")[1])
+    found = json.loads(evaluate(run, "--data", "spam.jsonl", "--json", "--model", "last")[1])
     model = transformers.AutoModelForSequenceClassification.from_pretrained(run / "last").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "last")
     batch = tokenizer([row["text"] for row in spam], padding=True, return_tensors="pt")

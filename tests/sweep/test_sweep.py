@@ -205,7 +205,7 @@ def test_a_grid_is_one_plot_and_a_search_has_a_plot_for_each_setting(points, num
 
 
 def test_optuna_chooses_points_of_a_range_and_chooses_the_same_again():
-    pytest.importorskip("optuna")
+    pytest.importorskip("optuna", reason="needs the extra sweep")
     from gradacc_hf.sweep.search import next_point
 
     space = Space({"optim.name": ["adamw", "sgd"]}, {"optim.lr": Range(1e-6, 1e-2, False)})
