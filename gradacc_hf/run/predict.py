@@ -193,17 +193,22 @@ def _objects(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _rows(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(lines, strict=True)
+    """Yield rows with the line on which each begins, as the messages about data name it."""
+    reader = csv.reader(lines, strict=True)
+    header, line = None, 1
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                found = f"found {'more' if None in row else 'fewer'} fields than the header has"
-                raise _BrokenLineError(
-                    reader.line_num, found, "quote fields that hold a comma or a line break"
-                )
-            yield reader.line_num, row
+        for values in reader:
+            if values and header is None:
+                header = values
+            elif values and header is not None:
+                if len(values) != len(header):
+                    found = f"found {'more' if len(values) > len(header) else 'fewer'} fields"
+                    cure = "quote fields that hold a comma or a line break"
+                    raise _BrokenLineError(line, f"{found} than the header has", cure)
+                yield line, dict(zip(header, values, strict=True))
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise _BrokenLineError(reader.reader.line_num, str(error), "correct it, or leave it out") from None
+        raise _BrokenLineError(line, str(error), "correct it, or leave it out") from None
 
 
 def _either(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:

@@ -118,7 +118,7 @@ def test_answers_have_the_line_and_the_id_of_their_row(predict):
     assert [(answer["line"], answer["id"]) for answer in answers] == [(1, "x7"), (3, 3)]
     Path("b.csv").write_text('guid,body\n1,"two\nlines"\n2,tea\n')
     assert [(answer["line"], answer["guid"]) for answer in predict("--input", "b.csv")] == [
-        (3, "1"),
+        (2, "1"),  # the line on which the row begins
         (4, "2"),
     ]
     assert "line" not in predict("tea")[0]
