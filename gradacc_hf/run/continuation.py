@@ -101,8 +101,9 @@ def with_absolute_lengths(argv: Sequence[str]) -> list[str]:
     if run is None or not (run / "config.yaml").is_file():
         return [*argv]
     had = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
-    done = len(read_history(run / HISTORY, 10**12))
-    totals = {"--train.epochs": had["epochs"], "--train.max_windows": done}
+    rows = read_history(run / HISTORY, 10**12)
+    done, begun = len(rows), rows[-1].epoch + 1 if rows else 0
+    totals = {"--train.epochs": min(had["epochs"], begun), "--train.max_windows": done}
     given = [flag for flag, _ in words if flag in totals]
     if not given:
         found = f"{run} has ended after {done} windows, and no length is given"
