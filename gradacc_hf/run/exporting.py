@@ -20,6 +20,7 @@ from gradacc_hf.config.earlier_run import ADAPTER_CONFIG
 from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError, refuse
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run.merging import WHOLE
 from gradacc_hf.run.outputs import TOLERANCES, Difference, batch_of_rows, difference, outputs_of
 from gradacc_hf.run.predict import folder_of
 from gradacc_hf.utils.extras import require
@@ -44,19 +45,22 @@ def export(recipe: Recipe, run: Path, to: str, which: str = "best") -> tuple[Pat
         The folder, and the largest difference.
 
     Raises:
-        InputError: the task has no such export, the folder exists, or outputs differ too much. Nothing is
-            written.
+        InputError: the task has no such export, the folder exists, outputs differ too much, or the merged
+            model is of other adapters. Nothing is written.
     """
     source, folder = folder_of(run, which), run / to
     write = _writer(recipe, to, source)
     if folder.exists():
         refuse(str(folder), "it exists", "move it, or use it")
-    if (source / ADAPTER_CONFIG).is_file():
-        source = run / "merged"
-        if not source.is_dir():
-            refuse(str(run), "it has adapters, which are not merged", f"gradacc merge {run}")
-    recipe = recipe.with_config(with_settings(recipe.config, {"budget.compile": False}))
-    batch = _inputs(batch_of_rows(recipe, ROWS))
+    has_adapters, merged = (source / ADAPTER_CONFIG).is_file(), run / "merged"
+    if has_adapters and not merged.is_dir():
+        refuse(str(run), "it has adapters, which are not merged", f"gradacc merge {run}")
+    recipe = recipe.with_config(with_settings(recipe.config, WHOLE))
+    rows = batch_of_rows(recipe, ROWS)
+    if has_adapters:
+        _check_merged(recipe, merged, source, rows)
+        source = merged
+    batch = _inputs(rows)
     model = recipe.load(source).float().eval()
     recipe.model_path = recipe.processor_path = str(source)
     module = _TextEmbedder(model) if isinstance(model, Embedder) else model
@@ -83,6 +87,15 @@ class _TextEmbedder(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"sentence_embedding": self.embedder._embed(input_ids, attention_mask)}
+
+
+def _check_merged(recipe: Recipe, merged: Path, adapters: Path, rows: Mapping[str, Any]) -> None:
+    """Raise InputError if the merged model is not of these adapters, as after `gradacc continue`."""
+    of_adapters, of_merged = (outputs_of(recipe.load(folder), rows, "cpu") for folder in (adapters, merged))
+    found = difference(of_adapters, of_merged, len(of_adapters[0]))
+    if not found.relative <= TOLERANCES[recipe.dtype]:
+        cure = f"move it, and run gradacc merge {merged.parent} --model {adapters.name}"
+        refuse(str(merged), f"its outputs are not the outputs of {adapters} ({found})", cure)
 
 
 def _writer(recipe: Recipe, to: str, source: Path) -> Callable[..., Apply]:

@@ -160,6 +160,11 @@ def test_onnx_answers_any_number_of_rows_and_tokens_as_the_run(name, here, grada
             in gradacc("export", name, "--to=onnx")[2]
         )
         assert gradacc("merge", name)[0] == 0
+        adapters = Path("lora/last/adapter_model.safetensors")
+        save_file({k: v * 2 for k, v in load_file(adapters).items()}, adapters, {"format": "pt"})
+        code, _, err = gradacc("export", name, "--to", "onnx", "--model", "last")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "lora/merged: its outputs are not the outputs of lora/last (largest difference" in err
     code, out, err = gradacc("export", name, "--to", "onnx")
     assert (code, err) == (0, "")
     assert f"{name}/onnx: largest difference " in out
