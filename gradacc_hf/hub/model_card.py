@@ -137,7 +137,8 @@ def refresh_cards(run: Path) -> list[Path]:
     written = []
     for folder, metrics in ((run / "best", summary["best"]), (run / "last", summary["eval"])):
         if folder.is_dir():
-            of_model = [evaluation for evaluation in evaluations if evaluation["model"] == folder.name]
+            model = folder.name, (metrics or {}).get("window")  # a run that continues saves other models
+            of_model = [one for one in evaluations if (one["model"], one.get("window")) == model]
             card = make_card(folder, config, summary, metrics, verification, of_model)
             written.append(folder / "README.md")
             write_whole(written[-1], str(card))

@@ -41,11 +41,13 @@ class ScoredData:
     """An evaluation by `gradacc evaluate`, of a file in evaluations/.
 
     name: the name of the file.
+    window: the window after which the model was saved; None if the run had not ended.
     metrics: name → value, low, high, baseline; NaN where one is not known.
     """
 
     name: str
     model: str
+    window: int | None
     data: str
     examples: int
     metrics: Mapping[str, Mapping[str, float]]
@@ -349,6 +351,7 @@ def _read_scored(path: Path) -> ScoredData:
         return ScoredData(
             name=path.stem,
             model=str(found["model"]),
+            window=None if found.get("window") is None else int(found["window"]),
             data=str(found["data"]),
             examples=int(found["examples"]),
             metrics={

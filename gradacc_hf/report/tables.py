@@ -192,7 +192,8 @@ def scored_sections(runs: Sequence[RecordedRun]) -> list[ScoredSection]:
     """Return the evaluations by `gradacc evaluate`."""
     found = []
     for run, scored in ((owner, one) for owner in runs for one in owner.scored):
-        title = f"{scored.name}: {scored.model} model on {scored.data}, {scored.examples:,} examples"
+        after = "" if scored.window is None else f" after window {scored.window:,}"
+        title = f"{scored.name}: {scored.model} model{after} on {scored.data}, {scored.examples:,} examples"
         rows = [
             [
                 name,

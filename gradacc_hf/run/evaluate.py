@@ -51,6 +51,7 @@ class RunEvaluation:
     """The evaluation of a model of a run.
 
     model: "best" or "last".
+    window: the window after which the model was saved; None if the run has not ended.
     data: what was evaluated: "the run's validation data", or files or a Hub name, with the split.
     examples: the number of examples.
     metrics: by name.
@@ -60,6 +61,7 @@ class RunEvaluation:
     """
 
     model: str
+    window: int | None
     data: str
     examples: int
     metrics: dict[str, ScoredMetric]
@@ -114,9 +116,11 @@ def evaluate_run(
         name: ScoredMetric(value, *bounds.get(name, (None, None)), baseline.get(name))
         for name, value in scores.items()
     }
-    notes = [] if data is None and split is None else _notes_of_data(recipe, training, validation)
+    recorded = _recorded(run, which)
     if data is None and split is None:
-        notes += _other_than_recorded(run, which, scores)
+        notes = _other_than_recorded(recorded, scores)
+    else:
+        notes = _notes_of_data(recipe, training, validation)
     headline = recipe.config.train.best_metric
     if headline in metrics and (small := _small_set(headline, metrics[headline], len(validation))):
         notes.append(small)
@@ -125,6 +129,7 @@ def evaluate_run(
         notes.append(f"no interval of {', '.join(missing)}: it is not known by row")
     return RunEvaluation(
         model=which,
+        window=recorded.get("window"),
         data=_described(recipe, data, split),
         examples=len(validation),
         metrics=metrics,
@@ -217,12 +222,16 @@ def _notes_of_data(recipe: Recipe, training: Any, validation: Any) -> list[str]:
     return notes
 
 
-def _other_than_recorded(run: Path, which: str, scores: Mapping[str, float]) -> list[str]:
-    """Return a line if a metric differs from the metric that the run recorded for the same model."""
+def _recorded(run: Path, which: str) -> dict[str, Any]:
+    """Return the metrics that an ended run recorded for a model, and the model's window; else nothing."""
     file = run / "summary.json"
     if not file.is_file():
-        return []
-    recorded = json.loads(file.read_text(encoding="utf-8")).get({"best": "best", "last": "eval"}[which]) or {}
+        return {}
+    return json.loads(file.read_text(encoding="utf-8")).get({"best": "best", "last": "eval"}[which]) or {}
+
+
+def _other_than_recorded(recorded: Mapping[str, Any], scores: Mapping[str, float]) -> list[str]:
+    """Return a line if a metric differs from the metric that the run recorded for the same model."""
     for name, value in scores.items():
         before = recorded.get(name, value)
         if before is not None and not math.isclose(value, before, rel_tol=SAME_RECORDED, abs_tol=1e-6):

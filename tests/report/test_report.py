@@ -583,6 +583,7 @@ def test_predictions_and_evaluations_are_shown_and_small_sets_are_noted(real, tm
     run = repeat(real, tmp_path / "run", details=[CONFUSION, MISTAKES], card=card)
     found = {
         "model": "best",
+        "window": 7,
         "data": "test.csv",
         "examples": 900,
         "headline": "accuracy",
@@ -594,7 +595,7 @@ def test_predictions_and_evaluations_are_shown_and_small_sets_are_noted(real, tm
     html = write_report([run]).read_text(encoding="utf-8")
     assert '<td style="--shade: 75%">30</td>' in html
     assert "&lt;b&gt;tea&lt;/b&gt;" in html
-    assert "test-1: best model on test.csv, 900 examples" in html
+    assert "test-1: best model after window 7 on test.csv, 900 examples" in html
     assert "<td>0.7500 to 0.8500</td>" in html
     assert "43 examples: fewer than 100 are too few for reliable figures" in html
     (run / "evaluations/test-1.json").write_text("{}")
