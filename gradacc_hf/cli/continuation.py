@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, such as runs/NAME-1")
+    if {"-h", "--help"} & {*argv}:
+        parser.parse_args(["--help"])
     arguments, settings = parser.parse_args(argv[:1]), argv[1:]
     open_run(arguments.run)  # no code that came with a run is executed
     recipe = recipe_class_of(["--config", str(arguments.run / "config.yaml")])

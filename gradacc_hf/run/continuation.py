@@ -100,6 +100,9 @@ def with_absolute_lengths(argv: Sequence[str]) -> list[str]:
     run = next((Path(value) for flag, value in words if flag == "--continue" and value), None)
     if run is None or not (run / "config.yaml").is_file():
         return [*argv]
+    for flag, _ in words:
+        if flag in ("--output.dir", "--output.overwrite"):
+            refuse(flag, f"{run} is continued in its folder", "leave it out")
     had = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
     rows = read_history(run / HISTORY, 10**12)
     done, begun = len(rows), rows[-1].epoch + 1 if rows else 0
@@ -196,7 +199,7 @@ def check_longer(continuations: Continuations, num_windows: int | None) -> None:
     done = continuations.after
     if num_windows is not None and num_windows <= done:
         found = f"the run would have {num_windows} windows, and it has ended after {done}"
-        refuse("--train.epochs", found, "give more: --train.epochs +1, or --train.max_windows +100")
+        refuse("--continue", found, "give more: --train.epochs +1, or --train.max_windows +100")
 
 
 def lines_of(

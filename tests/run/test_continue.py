@@ -142,6 +142,10 @@ def test_what_cannot_be_continued_is_refused_in_one_line(folder, gradacc, tmp_pa
         (["run", "--train.epochs", "+x"], "--train.epochs: found '+x'; allowed: a total such as 3, or a"),
         (["run", "--train.epochs", "1"], "the run would have 5 windows, and it has ended after 5; give more"),
         (["run", "--train.epochs", "+1", "--batch.effective", "8"], "batch.effective: found 8, but the run"),
+        (
+            ["run", "--train.epochs", "+1", "--output.dir", "a"],
+            "--output.dir: run is continued in its folder",
+        ),
         (["bare", "--train.epochs", "+1"], "does not hold the state after the last window, 5; start a new"),
         (["half", "--train.epochs", "+1"], "half has not ended; resume it first: --resume half"),
         (["gone", "--train.epochs", "+1"], "gone: found no such folder"),
@@ -149,4 +153,6 @@ def test_what_cannot_be_continued_is_refused_in_one_line(folder, gradacc, tmp_pa
         code, _, err = gradacc("continue", *words)
         assert (code, err.count("\n"), err[:7]) == (2, 1, "error: "), err
         assert said in err
+    code, out, _ = gradacc("continue", "run", "--help")
+    assert (code, out[:6]) == (0, "usage:")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
