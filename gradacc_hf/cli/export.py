@@ -34,6 +34,6 @@ def main(argv: Sequence[str]) -> None:
     silence_libraries()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     recipe = open_run(arguments.run, arguments.trust_remote_code)
-    refuse_links(arguments.run, "export")
+    refuse_links(arguments.run.resolve(), "RUN")
     folder, found = export(recipe, arguments.run, arguments.to, arguments.model)
     print(f"{folder}: {found}")

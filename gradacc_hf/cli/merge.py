@@ -28,6 +28,6 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     silence_libraries()
     recipe = open_run(arguments.run, arguments.trust_remote_code)
-    refuse_links(arguments.run, "merge")
+    refuse_links(arguments.run.resolve(), "RUN")
     folder, found = merge(recipe, arguments.run, arguments.model)
     print(f"{folder}: {found}")

@@ -463,7 +463,7 @@ class Recipe:
             if not self.earlier.model.is_dir():
                 refuse("model.name", f"found no {self.earlier.model.name}/ in {name}", "name another model")
             name = self.earlier.base if self.earlier.has_adapters else str(self.earlier.model)
-            self.model_notes["start"] = f"best model of {self.earlier.folder}"
+            self.model_notes["start"] = f"{self.earlier.model.name} model of {self.earlier.folder}"
             if self.earlier.has_adapters:
                 self.model_notes["start"] = f"adapters of {self.earlier.folder} on {name}, trained further"
         return resolve_model(name, weights=not self.without_weights)
