@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from gradacc_hf.config.schema import with_settings
 from gradacc_hf.data.reading import counted
 from gradacc_hf.errors import InputError, listed
 from gradacc_hf.recipe.loading import open_run
@@ -42,6 +43,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--model", choices=("best", "last"), default="best", help="the saved model (default: %(default)s)"
     )
+    parser.add_argument(
+        "--data.on_bad_row",
+        dest="on_bad_row",
+        choices=("error", "skip"),
+        help="skip leaves out rows that the task cannot use (default: as in the run)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code from the model's repository"
@@ -52,6 +59,9 @@ def main(argv: Sequence[str]) -> None:
     silence_libraries()
     recipe = open_run(arguments.run, arguments.trust_remote_code)
     refuse_links(arguments.run.resolve(), "RUN")
+    if arguments.on_bad_row is not None:
+        changes = {"data.on_bad_row": arguments.on_bad_row}
+        recipe = recipe.with_config(with_settings(recipe.config, changes))
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("evaluate", total=None)

@@ -538,10 +538,12 @@ class Recipe:
 
     @cached_property
     def own_config(self) -> Any:
-        """The config of `model.name` as it was saved."""
+        """The config of `model.name`, or of loaded adapters, as it was saved."""
         with self.loading_errors("config"):
-            return self._earlier_config() or transformers.AutoConfig.from_pretrained(
-                self.model_path, **self.source_options()
+            return (
+                self._saved_config
+                or self._earlier_config()
+                or transformers.AutoConfig.from_pretrained(self.model_path, **self.source_options())
             )
 
     def _earlier_config(self, **changes: Any) -> Any:

@@ -16,10 +16,12 @@ import numpy as np
 
 from gradacc_hf.config.schema import with_settings
 from gradacc_hf.data.reading import counted
+from gradacc_hf.errors import listed, refuse
 from gradacc_hf.hub.model_card import refresh_cards
 from gradacc_hf.metrics.intervals import RESAMPLES, Interval, intervals, mean_interval
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import on_this_machine
+from gradacc_hf.run.decoded import label_names
 from gradacc_hf.run.fingerprint import duplicates_note
 from gradacc_hf.run.predict import load_model
 from gradacc_hf.run.setup import check_inputs, load_data, make_accelerator, make_validation_windows
@@ -105,6 +107,7 @@ def evaluate_run(
     accelerator = make_accelerator(recipe.config)
     model = load_model(recipe, run, which)
     recipe, training, validation = load_data(recipe)
+    _check_labels(recipe, model)
     check_inputs(recipe, model, training, validation)
     windows = make_validation_windows(recipe, validation, accelerator)
     windows.example_losses = np.zeros((len(validation), 2))
@@ -126,7 +129,8 @@ def evaluate_run(
         notes.append(small)
     missing = [name for name in metrics if name not in bounds]
     if missing:
-        notes.append(f"no interval of {', '.join(missing)}: it is not known by row")
+        why = "it is not known by row" if len(validation) > 1 else "one example has none"
+        notes.append(f"no interval of {', '.join(missing)}: {why}")
     return RunEvaluation(
         model=which,
         window=recorded.get("window"),
@@ -164,6 +168,15 @@ def on_data(recipe: Recipe, data: str | None, split: str | None) -> Recipe:
         sources = [{key: one[key] for key in one if key != "validation"} for one in recipe.data.mixture]
         changes["data.train"] = sources
     return recipe.with_config(with_settings(recipe.config, changes))
+
+
+def _check_labels(recipe: Recipe, model: Any) -> None:
+    """Raise InputError if the training data have other labels than the model."""
+    labels, of_model = label_names(recipe), getattr(model.config, "id2label", {})
+    own = [of_model[number] for number in sorted(of_model)]
+    if labels not in (None, own):
+        found = f"found the labels {listed(labels or ())}, and the model has {listed(own)}"
+        refuse("data.train", found, "set the training data back to the data of the run")
 
 
 def find_intervals(

@@ -61,6 +61,8 @@ def test_a_new_run_starts_from_the_best_model_of_a_run(name, here, flags, tiny_b
     assert summary("new")["eval"]["loss"] != pytest.approx(best["loss"], abs=1e-4)
     if name == "whole":
         assert "start                 best model of whole\n" in outcome.out
+        plan = run_recipe(TextClassification, [*flags, "--model.name", "whole/last", "--check"], capfd)
+        assert "start                 last model of whole\n" in plan.out
         return
     assert f"start                 adapters of lora on {tiny_bert}, trained further\n" in outcome.out
     assert "head                  kept: saved with the adapters of lora\n" in outcome.out
@@ -70,6 +72,15 @@ def test_a_new_run_starts_from_the_best_model_of_a_run(name, here, flags, tiny_b
     assert f"adapters of new on {tiny_bert}" in plan.out
     code, out, _ = gradacc("predict", "new", "some 2 words")
     assert (code, json.loads(out)["label"] in ("even", "odd")) == (0, True)
+
+
+def test_adapters_are_evaluated_with_the_labels_of_their_model(here, gradacc):
+    file = Path("lora/best/model_config.json")
+    labels = {"id2label": {"0": "odd", "1": "even"}, "label2id": {"odd": 0, "even": 1}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **labels}))
+    code, out, _ = gradacc("evaluate", "lora", "--json")
+    recorded = summary("lora")["best"]["accuracy"]  # the data alone have the order even, odd
+    assert (code, json.loads(out)["metrics"]["accuracy"]["value"]) == (0, pytest.approx(1 - recorded))
 
 
 def test_other_adapters_or_labels_than_the_run_has_are_refused(here, flags, capfd):
@@ -97,8 +108,9 @@ def test_merged_weights_answer_as_the_adapters_and_need_no_peft(here, gradacc):
     assert whole.config.id2label == {0: "even", 1: "odd"}
     card = Path("lora/merged/README.md").read_text()
     assert 'pipeline("text-classification", model=".")' in card
-    code, _, err = gradacc("merge", "lora")
-    assert (code, err) == (2, "error: lora/merged: it exists; move it, or use it\n")
+    Path("link").symlink_to("lora")
+    code, _, err = gradacc("merge", "link")
+    assert (code, err) == (2, "error: link/merged: it exists; move it, or use it\n")
 
 
 def test_a_merge_that_would_answer_otherwise_writes_nothing(here, gradacc, monkeypatch):

@@ -175,6 +175,11 @@ def test_other_data_are_read_by_the_recipe_and_nothing_is_overwritten(train, eva
     assert found["metrics"]["accuracy"]["value"] == pytest.approx(right)
     # what cannot be evaluated is refused in one line, and leaves no file
     write_rows("odd.jsonl", [*spam, {"text": "tea", "label": "eggs"}])
+    write_rows("two.jsonl", [{"text": "tea", "label": "eggs"}, spam[0]])
+    out = " ".join(evaluate(run, "--data", "two.jsonl", "--data.on_bad_row", "skip")[1].split())
+    assert "two.jsonl: 1 example " in out
+    assert "note: 1 row of data.train and the data left out, the first: label 'eggs' of two.jsonl" in out
+    assert "no interval of loss, accuracy, f1, matthews_correlation: one example has none" in out
     before = sorted(run.rglob("*"))
     for words, said in (
         (["--data", "odd.jsonl"], "'eggs'"),
@@ -184,6 +189,11 @@ def test_other_data_are_read_by_the_recipe_and_nothing_is_overwritten(train, eva
         code, out, err = evaluate(run, *words)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert said in err
+    write_rows("train.jsonl", [{**row, "label": f"no {row['label']}"} for row in labelled(96, seed=0)])
+    write_rows("test.jsonl", [{"text": "tea", "label": "no ham"}])
+    code, _, err = evaluate(run, "--data", "test.jsonl")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: data.train: found the labels no ham, no spam, and the model has ham, spam;")
     assert sorted(run.rglob("*")) == before
     shutil.rmtree(run / "best")
     assert evaluate(run)[0] == 2
