@@ -1,13 +1,17 @@
 """`gradacc continue`: a run that has ended is trained further, exactly from its last state."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import yaml
+from conftest import ROOT
 from recipe_runs import load_recipe, run_recipe, summary, write_rows
 
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
@@ -99,6 +103,22 @@ def test_one_epoch_and_one_more_are_two_epochs_to_the_bit(folder, lengthened, fl
     assert str(flags[1]) in first
     assert parts[0] == "gradacc continue parts --train.max_windows 7"
     assert parts[1] == "gradacc continue parts --train.max_windows 10 --optim.scheduler constant"
+
+
+@pytest.mark.slow  # three launches
+def test_two_processes_continue_to_the_bit(flags, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    launch += [ROOT / "configs/accelerate/cpu_2.yaml"]
+    recipe = [ROOT / "recipes/text_classification.py", *flags]
+    for words in (
+        [*recipe, "--train.epochs", 2, "--output.dir", "two"],
+        [*recipe, "--output.dir", "parts"],
+        ["-m", "gradacc_hf", "continue", "parts", "--train.epochs", "+1"],
+    ):
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        subprocess.run([*map(str, [*launch, *words])], cwd=tmp_path, env=environment, check=True, timeout=300)
+    assert summary(tmp_path / "parts")["processes"] == 2
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "two"))
 
 
 def test_the_schedule_is_stretched_or_new_as_the_plan_says(folder, lengthened):
