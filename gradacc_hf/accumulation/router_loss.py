@@ -27,6 +27,7 @@ from accelerate.utils import DistributedType, extract_model_from_parallel
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from gradacc_hf.accumulation.padding_layout import target_mask
 from gradacc_hf.accumulation.rng_replay import RngReplay
 from gradacc_hf.accumulation.window import Window
 from gradacc_hf.errors import InputError, LoopError
@@ -317,13 +318,20 @@ class RouterLoss:
         self._rng.enter(self._begun)
         self._begun += 1
 
-    def loss(self, formula: Formula, training: bool, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the loss for a call of a function of transformers."""
+    def loss(
+        self, formula: Formula, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """Return the loss for a call of a function of transformers in the forward of `module`."""
         call, self._call = self._call, self._call + 1
         given = args[0] if args else next(iter(kwargs.values()))
-        if self._is_off or not training or given is None or not len(given):  # no layer has experts
+        if self._is_off or not module.training or given is None or not len(given):  # no layer has experts
             return torch.zeros(())
         sums = formula.sums(*args, **kwargs)
+        if torch.is_grad_enabled() and not sums.requires_grad and _recomputes(module):
+            raise InputError(
+                "with gradient checkpointing, routers get no gradient if use_reentrant is True: pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
         if self._collected is not None:
             self._collected.append((formula, sums))
             return sums.new_zeros(())
@@ -337,6 +345,10 @@ class RouterLoss:
     def is_first_pass(self) -> bool:
         """Whether the current forward belongs to the first pass."""
         return self._collected is not None
+
+
+def _recomputes(model: torch.nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _all_reduce(total: Tensor) -> Tensor:
@@ -365,7 +377,13 @@ class _Enter:
         if not module.training:
             return args, kwargs
         kwargs = {**kwargs, "output_router_logits": True}
-        if self.router_loss.is_first_pass and "logits_to_keep" in signature(module.forward).parameters:
+        names, labels = signature(module.forward).parameters, kwargs.get("labels")
+        has_targets = any(
+            kwargs.get(f"decoder_{name}") is not None for name in ("input_ids", "attention_mask")
+        )
+        if "decoder_attention_mask" in names and labels is not None and not has_targets:
+            kwargs["decoder_attention_mask"] = target_mask(labels)  # else routers count padding
+        if self.router_loss.is_first_pass and "logits_to_keep" in names:
             kwargs.pop("labels", None)  # the pass needs no logits
             kwargs["logits_to_keep"] = 1
         return args, kwargs
@@ -478,7 +496,7 @@ def _asking(function: Callable[..., Any], formula: Formula) -> Callable[..., Any
         current = _CURRENT.get()
         if current is None:
             return function(*args, **kwargs)
-        return current[0].loss(formula, current[1].training, args, kwargs)
+        return current[0].loss(formula, current[1], args, kwargs)
 
     router_loss._gradacc_formula = formula  # type: ignore[attr-defined]
     return router_loss

@@ -23,11 +23,9 @@ from gradacc_hf.accumulation.reference import (
     relative_error,
     whole_window_gradient,
 )
-from gradacc_hf.accumulation.router_loss import router_functions
-from gradacc_hf.errors import HeadUnavailableError
 from gradacc_hf.utils.modeling import checkpoint_activations
 from gradacc_hf.verification.all_heads import LENGTHS
-from gradacc_hf.verification.tiny_models import build_head, model_types
+from gradacc_hf.verification.tiny_models import build_head
 
 HEADS = [
     ("causal_lm", "mixtral"),
@@ -66,14 +64,15 @@ def whole(head, pad_to=None):
 @pytest.mark.parametrize(("kind", "model_type"), HEADS)
 def test_the_gradient_and_the_loss_are_those_of_the_whole_window(kind, model_type):
     head, _ = with_router_loss(kind, model_type)
-    # The router loss of a decoder counts padding.
-    split = {"max_tokens": 90} if kind == "causal_lm" else {"micro_batch_size": 5, "pad_to": "window"}
+    split = {"max_tokens": 200 if kind == "seq2seq_lm" else 90}
+    if model_type == "switch_transformers":  # its router loss counts padding
+        split = {"micro_batch_size": 5, "pad_to": "window"}
     windows = loader(head, **split)
     gradient, loss = whole(head, next(iter(windows.copy(1))).pad_to)
     recorder = RecordGradients(head.model)
     model, optimizer = windows.accelerator.prepare(head.model, recorder)
     [record] = train(model, optimizer, windows, accelerator=windows.accelerator)
-    assert record.accumulation_steps >= 4
+    assert record.accumulation_steps >= 3
     assert relative_error(recorder.gradients[0], gradient) < EXACT
     assert record.loss == pytest.approx(loss, rel=1e-6)
 
@@ -120,6 +119,13 @@ def test_a_plain_loop_with_dropout_is_exact_with_and_without_checkpointing(check
     assert relative_error(accumulated(0), gradient) < EXACT
 
 
+def test_reentrant_checkpointing_is_refused_as_it_would_give_routers_no_gradient():
+    head, _ = with_router_loss()
+    head.model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(InputError, match="'use_reentrant': False"):
+        head.model(**head.collate(head.examples(LENGTHS[:2])))
+
+
 def test_a_loop_that_leaves_out_or_confuses_the_first_pass_is_told_so():
     head, router_loss = with_router_loss()
     examples = head.examples(LENGTHS)
@@ -162,25 +168,3 @@ def test_models_without_a_known_router_loss_are_refused():
         router_loss_over_window(build_head("causal_lm", "llama").model)
     with pytest.raises(InputError, match="the formula of this router loss is unknown"):
         router_loss_over_window(build_head("causal_lm", "doge").model)
-
-
-@pytest.mark.slow
-def test_every_mixture_of_experts_of_the_table_is_exact():
-    heads, wrong = 0, []
-    for kind in ("causal_lm", "seq2seq_lm"):
-        for model_type in model_types(kind):
-            try:
-                head = build_head(kind, model_type)
-            except HeadUnavailableError:
-                continue
-            if not any(map(router_functions, head.model.modules())) or model_type == "doge":
-                continue
-            head, _ = with_router_loss(kind, model_type)
-            found = verify(head.model, loader(head, micro_batch_size=5, pad_to="window"))
-            heads += 1
-            trainer = found.exact_trainer.error if found.exact_trainer else found.trainer_failed
-            print(f"{kind} {model_type}: loop {found.loop.error:.0e}, ExactTrainer {trainer}")
-            if not (found.exact and found.exact_trainer and found.exact_trainer.exact):
-                wrong.append((model_type, found.verdict, found.trainer_failed))
-    assert heads >= 28
-    assert not wrong

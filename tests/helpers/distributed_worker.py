@@ -666,7 +666,9 @@ def exact_trainer(engine, kind, model_type, average=True, router_loss=False):
             windows.append([window])
     errors, losses = [], [row["loss"] for row in trainer.state.log_history if "loss" in row]
     evaluated = next(row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row)
+    untouched.model.eval()  # where the router loss is left out
     loss_errors = [abs(evaluated / float(untouched.model(**untouched.collate(examples[:1])).loss) - 1)]
+    untouched.model.train()
     for parts, gradient, loss in zip(windows, recorder.gradients, losses, strict=True):
         wholes = [whole_window_gradient(untouched.model, untouched.collate(part)) for part in parts]
         mean = {name: sum(whole[name] for whole in wholes) / len(wholes) for name in wholes[0]}
