@@ -101,6 +101,7 @@ if TYPE_CHECKING:
     from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
     from gradacc_hf.accumulation.loader import WindowLoader
     from gradacc_hf.accumulation.oom import retry_on_oom
+    from gradacc_hf.accumulation.router_loss import router_loss_over_window
     from gradacc_hf.accumulation.splitting import Bound
     from gradacc_hf.accumulation.window import Window
     from gradacc_hf.doctor import Diagnosis, diagnose

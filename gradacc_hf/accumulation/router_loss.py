@@ -3,8 +3,8 @@
 transformers balances the experts of one forward: the loss multiplies the tokens per expert by the mean
 probability per expert. A product of two means is not a mean over items, so micro-batches balance themselves
 and not the window. Every router loss is a function of sums over tokens, so two passes are exact. The first
-adds up the sums of all micro-batches and processes, without a graph, and takes the derivative of the loss
-with respect to each sum. In the second, the loss of a micro-batch is its sums times these derivatives. Only
+adds up the sums of all micro-batches and processes, without a graph. It takes the derivative of the loss with
+respect to each sum. In the second, the loss of a micro-batch is its sums times these derivatives. Only
 the outputs of the routers are read, so that gradient checkpointing of the layers changes nothing.
 
 Sources: Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6; Zoph et al. 2022, arXiv 2202.08906, equation 5
@@ -175,8 +175,8 @@ class _FirstPass:
         first = self.here[position][call]
         if float((sums.detach() - first).norm() / first.norm()) > SUMS_RTOL:
             raise LoopError(
-                f"the routers choose other experts for micro-batch {position + 1} than when look_ahead read "
-                "it: give look_ahead the micro-batches that the loop trains on, in the same order"
+                f"the routers choose other experts for micro-batch {position + 1} than in look_ahead: give "
+                "it the micro-batches that the loop trains on, in the same order"
             )
         through = (self.derivatives[call] @ sums) / weight
         return self.losses[call] + (through - through.detach())
@@ -483,8 +483,9 @@ def _formula_of(function: Callable[..., Any], name: str) -> Formula:
     formula = _FORMULAS.get(parameters)
     if formula is None:
         raise InputError(f"{name}({', '.join(parameters)}): the formula of this router loss is unknown")
-    example = formula.example()
-    expected, found = float(function(**example)), float(formula.loss(formula.sums(**example)))
+    with torch.device("cpu"), torch.no_grad():
+        example = formula.example()
+        expected, found = float(function(**example)), float(formula.loss(formula.sums(**example)))
     if not abs(found - expected) <= 1e-5 * abs(expected):
         raise InputError(f"{name} gives {expected:.6g} where the known formula gives {found:.6g}")
     return formula

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from gradacc_hf.accumulation.loss_items import CountItems
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.probe_rows import Rows, on_host
-from gradacc_hf.accumulation.router_loss import router_loss_of
+from gradacc_hf.accumulation.router_loss import RouterLoss, router_loss_of
 from gradacc_hf.hf_trainer.item_counts import count_examples
 from gradacc_hf.hf_trainer.loss_probe import LossProbe
 from gradacc_hf.hf_trainer.loss_questions import Answer
@@ -117,7 +117,7 @@ class ExactTrainerMixin(_Base):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if (router_loss := router_loss_of(self.model)) is not None:
+            if (router_loss := self._router_loss) is not None:
                 router_loss.forget()
 
     def _new_probe(self) -> LossProbe:
@@ -167,14 +167,16 @@ class ExactTrainerMixin(_Base):
         self._look_ahead(micro_batches, items)
         return micro_batches, num_items_of_trainer
 
+    @property
+    def _router_loss(self) -> RouterLoss | None:
+        return None if self.model is None else router_loss_of(self.model)
+
     def _look_ahead(self, micro_batches: Sequence[Mapping[str, Any]], items: Sequence[float]) -> None:
         """Run the first pass of the router loss, if `router_loss_over_window` is on for the model."""
-        router_loss = router_loss_of(self.model)
-        if router_loss is None:
+        router_loss, model, kind = self._router_loss, self.model_wrapped, self._probe.kind
+        if router_loss is None or model is None or kind is None:
             return
-        assert self._probe.kind is not None
-        is_sum, model = self._probe.kind.is_sum, self.model_wrapped
-        weights = [self._processes * (bool(n) if is_sum else n / self._total) for n in items]
+        weights = [self._processes * (bool(n) if kind.is_sum else n / self._total) for n in items]
         model.train()
         with self.compute_loss_context_manager():
             router_loss.look_ahead(model, map(self._prepare_inputs, map(dict, micro_batches)), weights)

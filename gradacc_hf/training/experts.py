@@ -30,12 +30,19 @@ def set_router_loss(model: torch.nn.Module, setting: Literal["window", "micro_ba
         return "none, as model.router_loss sets"
     times = ", ".join(f"{name} {factor:g}" for name, factor in factors.items())
     if setting == "micro_batch":
+        for head in heads:
+            head.register_forward_pre_hook(_only_in_training, with_kwargs=True)
         return f"over each micro-batch, not exact; {times}"
     try:
         router_loss_over_window(model)
     except InputError as error:
         return f"none: {error}"
     return f"over the window, by one more forward pass; {times}"
+
+
+def _only_in_training(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Leave the router loss out of evaluations, and of `generate`, where transformers fails with a cache."""
+    return args, kwargs if module.training else kwargs | {"output_router_logits": False}
 
 
 def counts_padding(config: Any) -> bool:

@@ -131,7 +131,7 @@ def test_a_loop_that_leaves_out_or_confuses_the_first_pass_is_told_so():
     examples = head.examples(LENGTHS)
     batches = [head.collate(examples[:8]), head.collate(examples[8:])]
     router_loss.look_ahead(head.model, batches)
-    with pytest.raises(LoopError, match="micro-batches that the loop trains on, in the same order"):
+    with pytest.raises(LoopError, match="the micro-batches that the loop trains on, in the same order"):
         head.model(**batches[1])
     router_loss.look_ahead(head.model, batches)
     for batch in batches:
