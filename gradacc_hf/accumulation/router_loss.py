@@ -429,9 +429,10 @@ def router_loss_over_window(model: torch.nn.Module) -> RouterLoss:
         _replace_functions(head)
     router_loss = RouterLoss()
     for head in heads:
-        enter = _Enter(router_loss)
+        enter: Any = _Enter(router_loss)
         head.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-        head.register_forward_hook(_Leave(enter), always_call=True)
+        leave: Any = _Leave(enter)
+        head.register_forward_hook(leave, always_call=True)
     return router_loss
 
 
