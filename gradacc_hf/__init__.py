@@ -47,6 +47,7 @@ __all__ = [
     "restore_logits",
     "restore_padding",
     "retry_on_oom",
+    "router_loss_over_window",
     "skip_unlabelled_logits",
     "train",
     "verify",
@@ -87,6 +88,7 @@ _LAZY = {
     "restore_logits": "padding.logits",
     "restore_padding": "padding.removal",
     "retry_on_oom": "accumulation.oom",
+    "router_loss_over_window": "accumulation.router_loss",
     "skip_unlabelled_logits": "padding.logits",
     "train": "training.loop",
     "verify": "verification.exactness",
@@ -99,6 +101,7 @@ if TYPE_CHECKING:
     from gradacc_hf.accumulation.gradient_cache import ContrastiveLoss
     from gradacc_hf.accumulation.loader import WindowLoader
     from gradacc_hf.accumulation.oom import retry_on_oom
+    from gradacc_hf.accumulation.router_loss import router_loss_over_window
     from gradacc_hf.accumulation.splitting import Bound
     from gradacc_hf.accumulation.window import Window
     from gradacc_hf.doctor import Diagnosis, diagnose

@@ -25,6 +25,7 @@ from gradacc_hf.tasks.encoder_decoder import EncoderDecoder
 from gradacc_hf.tasks.generate import as_answer, check_target_length, generate, truncated
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.unigram import perplexity, unigram_loss, with_perplexity
+from gradacc_hf.training.experts import counts_padding
 from gradacc_hf.training.loop import evaluate
 from gradacc_hf.training.run_log import by_source
 
@@ -127,6 +128,11 @@ class Seq2Seq(EncoderDecoder):
 
     def examples_of(self, rows):
         return features(rows, **self.settings)
+
+    @property
+    def pad_to(self):
+        over_window = self.config.model.router_loss == "window"
+        return "window" if over_window and counts_padding(self.own_config) else "micro_batch"
 
     def model(self):
         model = super().model()

@@ -49,6 +49,7 @@ PUBLIC = [
     "restore_logits",
     "restore_padding",
     "retry_on_oom",
+    "router_loss_over_window",
     "skip_unlabelled_logits",
     "train",
     "verify",

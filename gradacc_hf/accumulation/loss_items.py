@@ -92,12 +92,6 @@ def as_window_loss(compute_loss: ComputeLoss) -> WindowLoss | None:
     return compute_loss if isinstance(compute_loss, WindowLoss) else None
 
 
-def look_ahead(compute_loss: ComputeLoss, model: torch.nn.Module, window: "Window") -> None:
-    """Call `look_ahead` of a `WindowLoss`. Do nothing for any other loss."""
-    if (window_loss := as_window_loss(compute_loss)) is not None:
-        window_loss.look_ahead(model, window)
-
-
 def model_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """Return the loss that the model computed from the labels in the batch.
 

@@ -20,6 +20,7 @@ from gradacc_hf.bench.budgets import measure_budgets, print_budgets
 from gradacc_hf.bench.cpu_speed import measure_cpu_settings, print_cpu_settings
 from gradacc_hf.bench.crash_recovery import measure_damages, measure_kills, print_damages, print_kills
 from gradacc_hf.bench.exactness import HEADS, measure_exactness, print_exactness
+from gradacc_hf.bench.experts import measure_experts, print_experts
 from gradacc_hf.bench.gpu import FULL, TINY, measure_gpu, print_gpu
 from gradacc_hf.bench.lean_memory import measure_lean_loss, print_lean_loss
 from gradacc_hf.bench.micro_batch_size import measure_micro_batch_sizes, print_micro_batch_sizes
@@ -74,6 +75,12 @@ BENCHMARKS = {
         "errors of accumulated gradients, for each way to train",
         lambda given, progress: measure_exactness(HEADS, progress),
         print_exactness,
+    ),
+    "experts": Benchmark(
+        "errors of gradients of mixtures of experts, by the router loss, and its cost",
+        lambda given, progress: measure_experts(given.only, given.repeats, progress),
+        print_experts,
+        (_names("only these model types"), _number("--repeats", 5, "turns to time")),
     ),
     "speed": Benchmark(
         "time of the loop, compared with dense micro-batches and without a loop",

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from gradacc_hf.accumulation.loss_items import CountItems
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.probe_rows import Rows, on_host
+from gradacc_hf.accumulation.router_loss import RouterLoss, router_loss_of
 from gradacc_hf.hf_trainer.item_counts import count_examples
 from gradacc_hf.hf_trainer.loss_probe import LossProbe
 from gradacc_hf.hf_trainer.loss_questions import Answer
@@ -113,7 +114,11 @@ class ExactTrainerMixin(_Base):
             The `TrainOutput` of Trainer.
         """
         self._probe, self._reported, self._losses = self._new_probe(), set(), None
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if (router_loss := self._router_loss) is not None:
+                router_loss.forget()
 
     def _new_probe(self) -> LossProbe:
         names = getattr(self, "label_names", None) or ()
@@ -157,8 +162,24 @@ class ExactTrainerMixin(_Base):
         # Without a known end of the epoch, Trainer steps only after the expected number of micro-batches.
         missing = num_batches - len(micro_batches)
         micro_batches += missing * micro_batches[-1:]
-        self._items_of_micro_batches = deque(items + missing * [0.0])
+        items += missing * [0.0]
+        self._items_of_micro_batches = deque(items)
+        self._look_ahead(micro_batches, items)
         return micro_batches, num_items_of_trainer
+
+    @property
+    def _router_loss(self) -> RouterLoss | None:
+        return None if self.model is None else router_loss_of(self.model)
+
+    def _look_ahead(self, micro_batches: Sequence[Mapping[str, Any]], items: Sequence[float]) -> None:
+        """Run the first pass of the router loss, if `router_loss_over_window` is on for the model."""
+        router_loss, model, kind = self._router_loss, self.model_wrapped, self._probe.kind
+        if router_loss is None or model is None or kind is None:
+            return
+        weights = [self._processes * (bool(n) if kind.is_sum else n / self._total) for n in items]
+        model.train()
+        with self.compute_loss_context_manager():
+            router_loss.look_ahead(model, map(self._prepare_inputs, map(dict, micro_batches)), weights)
 
     def _replace_without_items(self, micro_batches: list[Any], items: list[float]) -> None:
         """Replace micro-batches of weight 0 whose mean over no items may be NaN, as NaN / infinity is NaN."""

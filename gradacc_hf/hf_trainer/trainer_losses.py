@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType, broadcast, extract_model_from_para
 from gradacc_hf.accumulation.loss_modes import MODES, LossMode, find_mode
 from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.accumulation.reference import full_float32, in_dtype_of
+from gradacc_hf.accumulation.router_loss import without_router_loss
 from gradacc_hf.utils.attributes import Attributes
 from gradacc_hf.utils.modeling import (
     BufferSnapshot,
@@ -84,7 +85,8 @@ class TrainerLosses:
         try:
             self.trainer.log = lambda *_, **__: None
             autocast = nullcontext() if self._is_sharded else without_autocast(self.model)
-            with autocast, uncompiled(self.model), preserve_rng_state(), full_float32(), torch.no_grad():
+            off = without_router_loss(self.model)
+            with autocast, off, uncompiled(self.model), preserve_rng_state(), full_float32(), torch.no_grad():
                 if self._mode is None:
                     self._mode, self._changes = find_mode(
                         self.model,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loss_items import IGNORED
@@ -156,7 +157,7 @@ def estimate(
             _with_layers(whole, {n: LAYERS_TRACED + (n == more) for n in layers}) for more in (None, *layers)
         ]
         selected = max(_learned(point.batch) for point in points)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), _ExpertsInAnyFormat():
             traced = _trace(few, layers, points, exponents, compute_loss, settings, selected)
     except Exception as error:  # a user's model may raise anything
         raise NotTraceableError(f"{type(error).__name__}: {one_line(error)[:200]}") from error
@@ -200,6 +201,18 @@ def estimate(
 def _constant(number: int, terms: int) -> np.ndarray:
     """Return a polynomial of this many terms that is the same number at every size: the first term."""
     return np.array([number, *[0] * (terms - 1)], dtype=np.float64)
+
+
+class _ExpertsInAnyFormat(TorchFunctionMode):
+    """Trace the matrix products of experts in any number format, which torch traces in bf16 only."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm") and "offs" in kwargs:
+            return torch.ops.transformers.grouped_mm_fallback(*args[:2], kwargs["offs"])
+        return func(*args, **kwargs)
 
 
 def _trace(

@@ -33,6 +33,7 @@ from gradacc_hf.accumulation.padding_layout import (
     target_mask,
     unpack,
 )
+from gradacc_hf.accumulation.router_loss import adds_router_loss
 from gradacc_hf.errors import PaddingNotRemovableError
 from gradacc_hf.padding.attention import CURRENT, PackedForward
 
@@ -208,6 +209,8 @@ class EnterForward(Hook):
             return False
         names = {"use_cache"} if self.stack.caches and not module.training else set()
         names |= {name for name in (*vars(module.config), *given) if name.startswith("output_")}
+        if adds_router_loss():  # it counts tokens of any shape
+            names.discard("output_router_logits")
         wanted = {name: given.get(name) for name in names | {"use_cache"}}
         wanted |= {name: getattr(module.config, name, False) for name in names if wanted[name] is None}
         return not any(value is True for value in wanted.values())

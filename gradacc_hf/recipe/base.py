@@ -40,6 +40,7 @@ from gradacc_hf.recipe.labels_per import find_labels_per, labels_per
 from gradacc_hf.recipe.mixture import read_mixture, take_sources_and_weights
 from gradacc_hf.recipe.scoring import ScoredRows
 from gradacc_hf.recipe.streaming import ExampleStream, OpenRows, open_rows
+from gradacc_hf.training.experts import set_router_loss
 from gradacc_hf.training.loop import Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import (
     check_four_bit,
@@ -604,12 +605,21 @@ class Recipe:
     def empty_model(self) -> Any:
         """Return the model without weights, to count and name parameters."""
         if self.config.model.lora.rank:  # the trained parameters depend on the saved weights
-            return self.load_pretrained(device_map="meta")
+            return self._with_router_loss(self.load_pretrained(device_map="meta"))
         with self.loading_errors("config"), torch.device("meta"):
-            return self.model_class.from_config(self.model_config(), **self._trust())
+            return self._with_router_loss(self.model_class.from_config(self.model_config(), **self._trust()))
 
     def model(self) -> Any:
         """Return the model to fine-tune. A recipe that makes another one sets `new_parameters`."""
+        return self._with_router_loss(self._loaded())
+
+    def _with_router_loss(self, model: Any) -> Any:
+        """Apply `model.router_loss` to a model, and return it."""
+        if note := set_router_loss(model, self.config.model.router_loss):
+            self.model_notes["router loss"] = note
+        return model
+
+    def _loaded(self) -> Any:
         whole = self._saved_config is not None or self.without_weights
         if not self.config.model.load_in_4bit or whole:
             return self.load_pretrained()

@@ -22,11 +22,11 @@ from gradacc_hf.accumulation.batch_schedule import counts_examples
 from gradacc_hf.accumulation.collation import MicroBatch
 from gradacc_hf.accumulation.example_losses import ExampleItems, ExampleLosses
 from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.look_ahead import look_ahead
 from gradacc_hf.accumulation.loss_items import (
     ComputeLoss,
     as_window_loss,
     logits_of,
-    look_ahead,
     losses_by_name,
     model_loss,
 )

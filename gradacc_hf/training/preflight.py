@@ -31,6 +31,7 @@ from gradacc_hf.accumulation.loss_modes import find_mode
 from gradacc_hf.accumulation.loss_samples import LossSample
 from gradacc_hf.accumulation.probe_rows import row_of
 from gradacc_hf.accumulation.reference import full_float32, in_dtype_of
+from gradacc_hf.accumulation.router_loss import without_router_loss
 from gradacc_hf.accumulation.sample_examples import count_labels
 from gradacc_hf.accumulation.sampler import WindowPlan
 from gradacc_hf.errors import InputError
@@ -189,7 +190,7 @@ def preflight_check(
     training = model.training
     model.to(accelerator.device)
     try:
-        with uncompiled(model), preserve_rng_state(), full_float32():
+        with uncompiled(model), without_router_loss(model), preserve_rng_state(), full_float32():
             notice_inseparable_loss(model, windows, compute_loss)
             model.eval()
             expect_unused_parameters(model, windows, compute_loss, accelerator)

@@ -62,6 +62,10 @@ class ModelConfig:
     load_in_4bit: bool = False
     """Base model in 4 bits below the adapters (QLoRA).
     Needs bitsandbytes and a CUDA GPU."""
+    router_loss: Literal["window", "micro_batch", "none"] = "window"
+    """Router loss of a mixture of experts: window, micro_batch or none.
+    window balances the experts over the whole window, exactly, by one more forward pass.
+    micro_batch is transformers' own, which depends on the split. The model's config has its factor."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def rules(self) -> Rules:

@@ -24,6 +24,7 @@ from gradacc_hf.accumulation.loss_items import (
 )
 from gradacc_hf.accumulation.probe_rows import row_of
 from gradacc_hf.accumulation.reference import in_dtype_of
+from gradacc_hf.accumulation.router_loss import router_loss_of, without_router_loss
 from gradacc_hf.errors import listed
 from gradacc_hf.utils.modeling import BATCH_NORMS
 
@@ -63,12 +64,13 @@ def why_not_exact(
     if reason := _drops_examples(windows, indices, pad_to):
         return (reason,)
     probe = _Probe(model, windows, compute_loss, indices, pad_to)
-    reason = (
-        _batch_norm(model)
-        or _random(probe)
-        or _not_finite(probe)
-        or (_no_mean_over_the_items(probe) if as_window_loss(compute_loss) is None else None)
-    )
+    with without_router_loss(model):
+        reason = (
+            _batch_norm(model)
+            or _random(probe)
+            or _not_finite(probe)
+            or (_no_mean_over_the_items(probe) if as_window_loss(compute_loss) is None else None)
+        )
     return (reason,) if reason else ()
 
 
@@ -288,14 +290,16 @@ def _router_loss(probe: _Probe) -> Reason | None:
 
 
 def _routers(probe: _Probe) -> list[Any]:
-    """Return the configs of the model and its parts that add a router loss."""
+    """Return the configs of the model and its parts that add a router loss per micro-batch."""
+    if router_loss_of(probe.model) is not None:
+        return []
     configs: list[Any] = [getattr(module, "config", None) for module in probe.model.modules()]
     return [config for config in configs if getattr(config, "output_router_logits", False)]
 
 
 ROUTER_LOSS = Reason(
     "the router loss of the mixture of experts is computed per micro-batch and is not a mean over items",
-    "set config.output_router_logits = False; with the router loss, no accumulation is exact",
+    "call gradacc_hf.router_loss_over_window(model), or set config.output_router_logits = False",
 )
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from gradacc_hf.accumulation.loader import WindowLoader
+from gradacc_hf.accumulation.look_ahead import look_ahead
 from gradacc_hf.accumulation.loss_items import (
     COUNTS,
     ComputeLoss,
     CountItems,
     as_window_loss,
-    look_ahead,
     model_loss,
 )
 from gradacc_hf.accumulation.oom import out_of_memory

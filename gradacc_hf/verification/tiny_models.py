@@ -108,6 +108,9 @@ _BY_MODEL_TYPE: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},  # num_heads × head_dim = 2 × hidden size
     "mobilebert": {"initializer_range": 0.05},  # there is no normalisation to limit activations
     "xmod": {"default_language": "en_XX"},
+    # One of two layers has experts. At a lower capacity, they drop tokens by the rest of the batch.
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 4096},
+    "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
 }
 _INPUTS = {"input_ids", "input_values", "input_features"}  # tokens, samples or a spectrogram, a spectrogram
 

@@ -15,6 +15,7 @@ from gradacc_hf.accumulation.batch_schedule import ScheduledBatch
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.bench import cli
 from gradacc_hf.bench.exactness import CONTENDERS, measure_exactness, print_exactness
+from gradacc_hf.bench.experts import measure_experts, print_experts
 from gradacc_hf.bench.offline import MAX_TOKENS, offline_recipe
 from gradacc_hf.bench.schedules import TASKS, examples_until, schedule_flags
 from gradacc_hf.bench.sentence_transformers import measure_contrastive, print_contrastive
@@ -218,3 +219,14 @@ def test_each_schedule_that_is_compared_is_one_that_a_run_takes_and_sees_as_many
             assert (4 * first, 2 * second) == (third, third)
             assert later * first == (last - later) * second == 800
         assert 6 <= 2400 / (config.train.eval_every * config.batch.least) <= 18
+
+
+def test_router_losses_over_windows_are_exact_and_those_of_micro_batches_are_not(capsys):
+    result = measure_experts(["mixtral"], repeats=1)
+    print_experts(result, Console())
+    [head] = result.heads
+    assert head.micro_batch > 100 * EXACT
+    assert max(head.window, head.checkpointed, head.exact_trainer) < EXACT
+    assert "1 of 1 heads are exact" in capsys.readouterr().out
+    with pytest.raises(InputError, match="llama has no router loss"):
+        measure_experts(["llama"], repeats=1)

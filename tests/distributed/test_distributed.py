@@ -85,7 +85,7 @@ def ddp(request, launch):
 def test_every_case_is_exact_on_1_2_and_3_processes(ddp):
     _, found = ddp
     exact = {name: row for name, row in found.items() if "error" in row}
-    assert len(exact) == 22
+    assert len(exact) == 24
     for name, row in exact.items():
         assert row["error"] < EXACT, name
         assert row["loss_error"] < 1e-5, name
@@ -272,6 +272,7 @@ def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes(launch):
         "fewer_examples_than_processes",
         "clipped",
         "packed_and_lean",
+        "router_loss",
         "evaluation",
     ]
     contrastive = ["contrastive", "contrastive_fewer_pairs_than_processes"]

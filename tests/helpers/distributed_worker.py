@@ -33,6 +33,7 @@ from gradacc_hf import (
     evaluate,
     fine_tune,
     remove_padding,
+    router_loss_over_window,
 )
 from gradacc_hf.accumulation.batch_schedule import GrowingBatch
 from gradacc_hf.accumulation.gradient_cache import COLUMNS, ContrastiveLoss, Embedder
@@ -92,6 +93,7 @@ def gradients(
     packed_and_lean=False,
     masked_only=False,
     streamed=False,
+    router_loss=False,
     **split,
 ):
     """One epoch of `train`: the worst error against the whole window at once, and what the processes saw."""
@@ -100,6 +102,9 @@ def gradients(
     for model in (head.model, untouched.model) if lora else ():
         torch.manual_seed(0)
         add_lora(model, LoraConfig(rank=4), {"classifier.weight", "classifier.bias"})
+    for model in (head.model, untouched.model) if router_loss else ():
+        model.router_aux_loss_coef = 0.5
+        router_loss_over_window(model)
     collate, compute_loss, examples = head.collate, model_loss, head.examples(lengths)
     if packed_and_lean:
         make_lean(head.model, True)
@@ -637,9 +642,12 @@ def of_trainer(**more):
     )
 
 
-def exact_trainer(engine, kind, model_type, average=True):
+def exact_trainer(engine, kind, model_type, average=True, router_loss=False):
     """Two windows of ExactTrainer: errors against each whole window, or the mean of the processes' parts."""
     head, untouched = build_head(kind, model_type), build_head(kind, model_type)
+    for model in (head.model, untouched.model) if router_loss else ():
+        model.router_aux_loss_coef = 0.5
+        router_loss_over_window(model)
     examples = head.examples([*LENGTHS, 9])
     more = {"max_grad_norm": 0, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
     arguments = of_trainer(max_steps=2, average_tokens_across_devices=average, **more)
@@ -658,7 +666,9 @@ def exact_trainer(engine, kind, model_type, average=True):
             windows.append([window])
     errors, losses = [], [row["loss"] for row in trainer.state.log_history if "loss" in row]
     evaluated = next(row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row)
+    untouched.model.eval()  # where the router loss is left out
     loss_errors = [abs(evaluated / float(untouched.model(**untouched.collate(examples[:1])).loss) - 1)]
+    untouched.model.train()
     for parts, gradient, loss in zip(windows, recorder.gradients, losses, strict=True):
         wholes = [whole_window_gradient(untouched.model, untouched.collate(part)) for part in parts]
         mean = {name: sum(whole[name] for whole in wholes) / len(wholes) for name in wholes[0]}
@@ -871,6 +881,7 @@ CASES = {
     "mixture_lean_without_padding": lambda engine: mixture(engine, lean=True, max_tokens=90),
     "contrastive": lambda engine: contrastive(engine, max_tokens=160),
     "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),
+    "router_loss": lambda engine: gradients(engine, "causal_lm", "mixtral", router_loss=True, max_tokens=64),
     "masked_at_random": masked_at_random,
     "out_of_memory": out_of_memory,
     "calls_left_out": calls_left_out,
@@ -884,6 +895,9 @@ CASES = {
     # last, as TrainingArguments makes an Accelerate state of its own
     "exact_trainer_means": lambda engine: exact_trainer(engine, "token_classification", "bert"),
     "exact_trainer_sums": lambda engine: exact_trainer(engine, "causal_lm", "gpt2"),
+    "exact_trainer_router_loss": lambda engine: exact_trainer(
+        engine, "causal_lm", "mixtral", router_loss=True
+    ),
     "exact_trainer_each_its_own": lambda engine: exact_trainer(engine, "causal_lm", "gpt2", average=False),
     "exact_trainer_late_label": exact_trainer_late_label,
 }

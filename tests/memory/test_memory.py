@@ -186,6 +186,18 @@ def test_dropout_makes_attention_quadratic_on_a_cpu_and_not_on_a_gpu():
     assert cpu.activations > 3 * gpu.activations
 
 
+def test_experts_are_traced_in_float32_and_take_memory_for_the_tokens_of_each_choice():
+    def build(chosen):
+        sizes = SIZES | {"intermediate_size": 512, "num_key_value_heads": 4}
+        more = {"num_local_experts": 4, "num_experts_per_tok": chosen, "vocab_size": 300}
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **more))
+
+    one, four = (
+        predict_at(partial(build, chosen), 8, (128,)).memory.parts(8, 128).activations for chosen in (1, 4)
+    )
+    assert four > 2 * one
+
+
 def test_a_model_that_cannot_be_traced_says_so_in_a_line():
     class Asks(torch.nn.Linear):
         def forward(self, input_ids, **_):
