@@ -194,6 +194,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped_and_ends_in_a_table_and_a
     assert line.startswith("--optim.lr 3e-3 --batch.effective 8: accuracy ")
     page = write_page(folder, results, "accuracy", line, "gradacc sweep").read_text()
     assert page.count("<svg") == 1
+    assert "<b>Best:</b> --optim.lr 3e-3 --batch.effective 8: accuracy" in page
     assert "lr-3e-3_effective-8/seed-1/report.html" in page
     for width in (80, 120):
         capfd.readouterr()
