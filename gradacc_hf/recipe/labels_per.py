@@ -41,11 +41,11 @@ def find_labels_per(dataset: Dataset) -> Literal["token", "example"] | None:
 
 
 def note_on_tokens(dataset: Dataset) -> str | None:
-    """Return a line for the plan if labels that are taken for tokens may be several labels per example."""
+    """Return a line for the plan if labels of tokens could also be several labels per example."""
     sizes = {*_sizes(dataset, "labels")}
     if len(sizes) != 1:
         return None
-    found = f"taken for {min(sizes)} tokens, as every example has this many"
+    found = f"treated as labels of {min(sizes)} tokens, as every example has this many"
     return f"{found}; labels_per in the recipe overrules it"
 
 

@@ -85,13 +85,13 @@ def test_the_lengths_decide_what_labels_are_for(labels, tokens, wanted):
     assert find_labels_per(Dataset.from_dict({"labels": labels, "input_ids": tokens})) == wanted
 
 
-def test_two_labels_for_two_tokens_in_every_text_are_taken_for_tokens_with_a_word(tiny_bert):
+def test_two_labels_for_two_tokens_in_every_text_are_stated_in_the_plan(tiny_bert):
     texts = [{"text": "", "first": i % 2, "second": 0} for i in range(60)]  # [CLS] [SEP]
     words = ["--data.train", write_rows("rows.jsonl", texts), "--model.name", tiny_bert]
     recipe = make_recipe(TwoQuestions, *words)
     recipe.read_examples()
     assert recipe.labels_per == "token"
-    assert "taken for 2 tokens, as every example has this many" in recipe.model_notes["labels per token"]
+    assert "treated as labels of 2 tokens, as every example has this many" in recipe.model_notes["labels per token"]
     recipe = make_recipe(TwoQuestions, "--data.train", write_rows("rows.jsonl", rows()), *words[2:])
     recipe.read_examples()
     assert recipe.model_notes == {}
