@@ -85,7 +85,8 @@ def test_the_lengths_decide_what_labels_are_for(labels, tokens, wanted):
     assert find_labels_per(Dataset.from_dict({"labels": labels, "input_ids": tokens})) == wanted
 
 
-def test_two_labels_for_two_tokens_in_every_text_are_stated_in_the_plan(tiny_bert):
+def test_two_labels_for_two_tokens_in_every_text_are_stated_in_the_plan(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     texts = [{"text": "", "first": i % 2, "second": 0} for i in range(60)]  # [CLS] [SEP]
     words = ["--data.train", write_rows("rows.jsonl", texts), "--model.name", tiny_bert]
     recipe = make_recipe(TwoQuestions, *words)
