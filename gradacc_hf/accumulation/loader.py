@@ -89,6 +89,8 @@ class WindowLoader:
             number are exact.
         pad_to_multiple_of: Declares that the collate function pads to a multiple of this many tokens, like
             the same argument of transformers' collators. Planned sizes include it.
+        columns_padded_together: Declares that the collate function pads all columns of `lengths` to one length,
+            such as both answers of a preference pair.
         shuffle: Whether to draw the order of epoch e from (seed, e). Otherwise the order is the data set's.
         drop_last: Whether to leave out a partial last window.
         seed: Seed of the order and of `transform`.
@@ -154,6 +156,7 @@ class WindowLoader:
         lengths: Lengths = None,
         pad_to: PadTo = "micro_batch",
         pad_to_multiple_of: int | None = None,
+        columns_padded_together: bool = False,
         shuffle: bool = True,
         drop_last: bool = False,
         seed: int = 0,
@@ -210,6 +213,7 @@ class WindowLoader:
             num_processes=accelerator.num_processes,
             process=accelerator.process_index,
             pad_to_multiple_of=pad_to_multiple_of or 1,
+            columns_padded_together=columns_padded_together,
             leave_out=leave_out,
             noise_every=noise_every,
             padding_free=padding_free,

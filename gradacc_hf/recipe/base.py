@@ -98,6 +98,7 @@ class Recipe:
     num_items: str | CountItems = "labels"
     labels_per: Literal["token", "example"] | None = None  # of lists of integers; None: by their lengths
     pad_to: PadTo = "micro_batch"  # "window" if padding changes the loss
+    columns_padded_together: bool = False  # whether the columns of `lengths` have one padded length
     transform: Transform | None = None  # the random part of an example: masking, cropping, augmentation
     tokens_are: str | None = None  # the unit of inputs other than texts: "patches of 16 × 16 pixels"
     baseline_is: ClassVar[str] = "a baseline that ignores the input"  # `baseline`, in words
@@ -353,6 +354,17 @@ class Recipe:
     def lengths(self, dataset: Dataset | Sequence[Any]) -> Lengths:
         """Return the tokens of each example, as `WindowLoader` takes them; None counts `input_ids`."""
         return None
+
+    def before_training(
+        self, model: torch.nn.Module, datasets: Sequence[Dataset], accelerator: Accelerator
+    ) -> None:
+        """Compute what the loss needs of the model from which training starts, in all processes.
+
+        Args:
+            model: The model, before Accelerate wraps it.
+            datasets: Training and validation examples.
+            accelerator: The Accelerator of the run.
+        """
 
     def validate(
         self, model: torch.nn.Module, windows: WindowLoader, accelerator: Accelerator

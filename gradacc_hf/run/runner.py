@@ -304,6 +304,7 @@ def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> tuple[RunPlan,
     optim = recipe.config.optim
     model = make_model(recipe)
     choose_padding(recipe, model, plan.windows)
+    recipe.before_training(model, (task.training, task.validation), accelerator)
     if recipe.opened is not None:
         plan = replace(plan, windows=stream_windows(recipe, task.training, plan.windows))
     optimizer = make_optimizer(model, optim, accelerator.mixed_precision)
