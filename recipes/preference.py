@@ -307,11 +307,14 @@ class Preference(Recipe):
         prefixes = ("", "kl_") if self.of_answers else ("chosen_", "rejected_")
         return [(example[f"{prefix}input_ids"], example[f"{prefix}labels"]) for prefix in prefixes]
 
-    def know_references(self, dataset, accelerator):
+    def know_references(self, windows, accelerator):
         """Compute the reference log-probabilities of other data than the run's, with the model it started from."""
-        if self.needs_reference and self.references.missing(self.answers_of(dataset)):
+        if not self.needs_reference:
+            return
+        examples = windows.examples(np.arange(windows.plan.num_examples))
+        if self.references.missing(self.answers_of(examples)):
             started_from = type(self)(self.config)
-            self.before_training(make_model(started_from), [dataset], accelerator)
+            self.before_training(make_model(started_from), [examples], accelerator)
 
     def predict(self, outputs, batch):
         scores = scores_of(outputs)
@@ -325,7 +328,7 @@ class Preference(Recipe):
         return pair_metrics(self.loss, predictions)
 
     def validate(self, model, windows, accelerator):
-        self.know_references(windows.dataset, accelerator)
+        self.know_references(windows, accelerator)
         scores = super().validate(model, windows, accelerator)
         if self.writes_texts:
             rows = (row for row in self.validation if row.get("label", True))

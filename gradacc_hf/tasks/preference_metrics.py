@@ -23,6 +23,9 @@ from scipy.stats import rankdata
 
 from gradacc_hf.tasks.preference_losses import KtoLoss, PairLoss
 
+ROUNDING = 1e-6
+"""Relative difference of rewards that counts as equal: before training, all rewards are 0, to rounding."""
+
 
 def pair_metrics(loss: PairLoss, rows: Sequence[Any]) -> dict[str, float]:
     """Return the loss and the metrics of pairs.
@@ -34,9 +37,10 @@ def pair_metrics(loss: PairLoss, rows: Sequence[Any]) -> dict[str, float]:
     scores, reference, tokens = torch.from_numpy(np.stack(rows).astype(np.float64)).unbind(2)
     reward = loss.reward(scores, reference, tokens)
     margin = reward[:, 0] - reward[:, 1]
+    is_equal = margin.abs() <= ROUNDING * (reward.abs() + loss.beta * scores.abs()).sum(1)
     found = {
         "loss": float(loss.mean(scores, reference, tokens)),
-        "accuracy": float((margin > 0).double().mean() + (margin == 0).double().mean() / 2),
+        "accuracy": float(torch.where(is_equal, 0.5, (margin > 0).double()).mean()),
         "margin": float(margin.mean()),
     }
     what = "score" if loss.name == "reward" else "logprob"
