@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 import transformers
 from chat_templates import byte_tokenizer
-from conftest import ROOT
 
 from gradacc_hf.accumulation.reference import RecordGradients, relative_error, whole_window_gradient
 from gradacc_hf.recipe.loading import load_recipe
@@ -14,6 +13,7 @@ from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.setup import make_model, make_windows
 from gradacc_hf.training.loop import train
 
+ROOT = Path(__file__).parents[2]
 LOSSES = {
     "dpo": ["--data.label_smoothing", "0.1"],
     "hinge": ["--data.loss", "dpo", "--data.variant", "hinge", "--data.beta", "0.3"],
@@ -91,9 +91,11 @@ def exactness(settings, accelerator, **split):
     truths = [whole_window_gradient(untouched, batch, recipe.loss) for batch in batches]
     losses = [float(recipe.loss(untouched(**batch), batch).detach()) for batch in batches]
     model, optimizer = accelerator.prepare(trained, RecordGradients(trained))
+    recorder = optimizer.optimizer
+    recorder.model = accelerator.unwrap_model(model)
     options = {"accelerator": accelerator, "compute_loss": recipe.loss, "max_windows": 2}
     records = train(model, optimizer, windows, **options)
-    gradients = optimizer.optimizer.gradients
+    gradients = recorder.gradients
     found = {
         "error": max(map(relative_error, gradients, truths)),
         "loss_error": max(abs(r.loss / loss - 1) for r, loss in zip(records, losses, strict=True)),
