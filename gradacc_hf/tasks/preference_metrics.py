@@ -24,7 +24,7 @@ from scipy.stats import rankdata
 from gradacc_hf.tasks.preference_losses import KtoLoss, PairLoss
 
 ROUNDING = 1e-6
-"""Relative difference of rewards that counts as equal: before training, all rewards are 0, to rounding."""
+"""Relative difference of a score and a reference that is rounding: before training, all rewards are 0."""
 
 
 def pair_metrics(loss: PairLoss, rows: Sequence[Any]) -> dict[str, float]:
@@ -34,13 +34,12 @@ def pair_metrics(loss: PairLoss, rows: Sequence[Any]) -> dict[str, float]:
         loss: The loss of the run.
         rows: Score, reference and number of tokens of the chosen and the rejected answer (pairs, 2, 3).
     """
-    scores, reference, tokens = torch.from_numpy(np.stack(rows).astype(np.float64)).unbind(2)
+    scores, reference, tokens = _columns(rows)
     reward = loss.reward(scores, reference, tokens)
     margin = reward[:, 0] - reward[:, 1]
-    is_equal = margin.abs() <= ROUNDING * (reward.abs() + loss.beta * scores.abs()).sum(1)
     found = {
         "loss": float(loss.mean(scores, reference, tokens)),
-        "accuracy": float(torch.where(is_equal, 0.5, (margin > 0).double()).mean()),
+        "accuracy": float((margin.sign().mean() + 1) / 2),
         "margin": float(margin.mean()),
     }
     what = "score" if loss.name == "reward" else "logprob"
@@ -58,7 +57,7 @@ def answer_metrics(loss: KtoLoss, rows: Sequence[Any], desirable: Sequence[Any])
             (answers, 2, 3).
         desirable: 1 or 0 for each answer.
     """
-    scores, reference, _ = torch.from_numpy(np.stack(rows).astype(np.float64)).unbind(2)
+    scores, reference, _ = _columns(rows)
     good = torch.tensor(np.asarray(desirable, dtype=np.float64))
     point = loss.reference_point(scores[:, 1], reference[:, 1])
     ratios = scores[:, 0] - reference[:, 0]
@@ -71,6 +70,13 @@ def answer_metrics(loss: KtoLoss, rows: Sequence[Any], desirable: Sequence[Any])
     found["margin"] = float(reward[chosen].mean() - reward[rejected].mean())
     found["chosen_logprob"] = float(scores[chosen, 0].mean())
     return found | {"rejected_logprob": float(scores[rejected, 0].mean())}
+
+
+def _columns(rows: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return scores, references and numbers of tokens. A reference that differs by rounding is the score."""
+    scores, reference, tokens = torch.from_numpy(np.stack(rows).astype(np.float64)).unbind(2)
+    is_equal = (scores - reference).abs() <= ROUNDING * scores.abs()
+    return scores, torch.where(is_equal, scores, reference), tokens
 
 
 def ranked_above(values: np.ndarray, others: np.ndarray) -> float:
