@@ -2,9 +2,9 @@
 
     ./launch.sh recipes/preference.py --config configs/preference_offline.yaml --budget auto
 
-Your own: a JSONL file with `prompt`, `chosen` and `rejected` (texts, or lists of messages), or with `chosen`
-and `rejected` that begin with the same messages. For KTO: `prompt`, `completion` and `label` (true or false),
-or pairs, of which each answer is then an example. `--data.loss` names the loss: recipes/README.md,
+Your own: a JSONL file with `prompt`, `chosen` and `rejected`, each a text or a list of messages. Without
+`prompt`, both answers begin with the same messages. For KTO: `prompt`, `completion` and `label` (true or
+false), or pairs, which become two examples each. `--data.loss` names the loss: recipes/README.md,
 "Preferences". The loss covers the answers alone.
 
 DPO and KTO compare the model with the model from which training starts. Its log-probabilities are computed
@@ -13,6 +13,7 @@ once, before the first window, and cached.
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -74,7 +75,7 @@ def features(row, tokenizer, forms, max_length):
 
 
 def single_answers(rows, max_length):
-    """Return each answer of a batch of rows as an example, with the answer of the previous row for KTO's KL."""
+    """Return each answer of a batch of rows as an example, with the answer of the previous row for the KL."""
     names = [name for name in PAIR if f"{name}_labels" in rows]
     kept = [name for name in rows if not name.startswith(("chosen_", "rejected_", "previous_", "label"))]
     found = {name: [] for name in ("input_ids", "labels", "kl_input_ids", "kl_labels", "desirable", *kept)}
@@ -141,10 +142,18 @@ class Preference(Recipe):
         def rules(self):
             yield from super().rules()
             smooths = self.loss == "simpo" or (self.loss == "dpo" and self.variant == "sigmoid")
-            yield "variant", self.loss == "dpo" or self.variant == "sigmoid", "sigmoid, except with data.loss dpo"
+            yield (
+                "variant",
+                self.loss == "dpo" or self.variant == "sigmoid",
+                "sigmoid, except with data.loss dpo",
+            )
             yield "beta", self.beta > 0, "a number above 0, such as 0.1"
             yield "label_smoothing", 0 <= self.label_smoothing < 0.5, "0 or more, and below 0.5"
-            yield "label_smoothing", smooths or not self.label_smoothing, "0, except with simpo and dpo sigmoid"
+            yield (
+                "label_smoothing",
+                smooths or not self.label_smoothing,
+                "0, except with simpo and dpo sigmoid",
+            )
             for name in ("desirable_weight", "undesirable_weight"):
                 yield name, getattr(self, name) > 0, "a number above 0"
             yield "samples", self.samples >= 0, "0 prompts or more"
@@ -177,7 +186,9 @@ class Preference(Recipe):
         numbers = [file_rows(dataset) for dataset in rows]
         tokens = self.check_rows(*tokens, chat.tokens_problem, "data.train", numbers)
         names = ["answers"] if "rejected_lost" not in tokens[0].column_names else PAIR
-        splits = self.note_truncated(tokens, {f"{c}_lost": f"tokens of {n}" for c, n in zip(PAIR, names, strict=False)})
+        splits = self.note_truncated(
+            tokens, {f"{c}_lost": f"tokens of {n}" for c, n in zip(PAIR, names, strict=False)}
+        )
         self.validation = splits[1]
         self.note_settings(splits)
         return tuple(map(self.examples, splits))
@@ -186,7 +197,9 @@ class Preference(Recipe):
         """Note what chats leave out, and where the reference comes from."""
         if self.of_chats:
             rows = (row for split in splits for row in split if self.forms.of(row).is_chat)
-            chat.note_chats(self.reading, self.tokenizer, (one for row in rows for one in self.forms.of(row).read(row)))
+            chat.note_chats(
+                self.reading, self.tokenizer, (one for row in rows for one in self.forms.of(row).read(row))
+            )
         if self.needs_reference:
             where = "the model from which training starts, computed before the first window, cached in"
             self.model_notes["reference"] = f"{where} {cache_folder()}"
@@ -204,7 +217,9 @@ class Preference(Recipe):
         previous = rows.select([len(rows) - 1, *range(len(rows) - 1)]).select_columns(columns)
         previous = previous.rename_columns({name: f"previous_{name}" for name in columns})
         label = ["label"] if "label" in rows.column_names else []
-        both = concatenate_datasets([rows.select_columns([*columns, *label, *carried(rows)]), previous], axis=1)
+        both = concatenate_datasets(
+            [rows.select_columns([*columns, *label, *carried(rows)]), previous], axis=1
+        )
         options = {"batched": True, "fn_kwargs": {"max_length": self.data.max_length}}
         return both.map(single_answers, remove_columns=both.column_names, **options)
 
@@ -228,10 +243,12 @@ class Preference(Recipe):
         """Return the tokens of each answer with its prompt; of a pair, the longer one is the second."""
         if self.of_answers:
             return list_lengths(dataset, "input_ids")
-        return np.sort(np.stack([list_lengths(dataset, f"{name}_input_ids") for name in PAIR], axis=1), axis=1)
+        return np.sort(
+            np.stack([list_lengths(dataset, f"{name}_input_ids") for name in PAIR], axis=1), axis=1
+        )
 
     def collate(self, examples, pad_to=None):
-        """Return a batch: the rows of pairs, chosen before rejected; or answers, and answers to other prompts."""
+        """Return a batch: pairs, chosen before rejected; or answers, and answers to other prompts."""
         answers = [self.answers_in(example) for example in examples]
         if self.of_answers:
             batch = self.pad([pair[0] for pair in answers])
@@ -277,9 +294,9 @@ class Preference(Recipe):
         return model
 
     def load(self, folder):
-        whole = not (folder / "adapter_config.json").exists()
         model = super().load(folder)
-        return self.with_scores(model) if whole else model
+        has_adapters = (Path(folder) / "adapter_config.json").exists()
+        return model if has_adapters else self.with_scores(model)  # with adapters, `model` did it
 
     def check_model(self):
         super().check_model()
@@ -295,6 +312,7 @@ class Preference(Recipe):
             return
         answers = (answer for dataset in datasets for answer in self.answers_of(dataset))
         tokens = tokens_per_micro_batch(self.config.budget, accelerator.device.type)
+        tokens = tokens or self.config.budget.micro_batch_size * self.data.max_length
         self.references.compute(model, answers, accelerator, tokens, self.tokenizer.pad_token_id)
 
     def answers_of(self, dataset):
@@ -308,7 +326,7 @@ class Preference(Recipe):
         return [(example[f"{prefix}input_ids"], example[f"{prefix}labels"]) for prefix in prefixes]
 
     def know_references(self, windows, accelerator):
-        """Compute the reference log-probabilities of other data than the run's, with the model it started from."""
+        """Compute the reference log-probabilities of other data, with the model that training began with."""
         if not self.needs_reference:
             return
         examples = windows.examples(np.arange(windows.plan.num_examples))
@@ -344,7 +362,9 @@ class Preference(Recipe):
     def answer_lengths(self, examples):
         """Return the tokens of the chosen and of the rejected answers of examples."""
         if not self.of_answers:
-            lengths = {name: [sum(i != IGNORED for i in row) for row in examples[f"{name}_labels"]] for name in PAIR}
+            lengths = {
+                name: [sum(i != IGNORED for i in row) for row in examples[f"{name}_labels"]] for name in PAIR
+            }
             return {**{name: np.array(found) for name, found in lengths.items()}, "paired": np.array(True)}
         lengths = np.array([sum(i != IGNORED for i in row) for row in examples["labels"]])
         good = np.array(examples["desirable"], dtype=bool)
@@ -369,7 +389,9 @@ class Preference(Recipe):
         """Return the scores of texts, chats, and rows with a prompt and answers."""
         found = [answers_to_score(given, f"input {number:,}") for number, given in enumerate(inputs, start=1)]
         tokens = []
-        for number, answer in ((n, answer) for n, answers in enumerate(found, 1) for answer in answers.values()):
+        for number, answer in (
+            (n, answer) for n, answers in enumerate(found, 1) for answer in answers.values()
+        ):
             tokenize = chat.tokenize_chat if "messages" in answer else chat.tokenize_completion
             one = tokenize(self.tokenizer, **answer, max_length=self.data.max_length)
             if one["problem"]:

@@ -194,16 +194,17 @@ class PreferenceTask:
     def ours(self, changes: bool, num_windows: int) -> tuple[list[float], Gradient, float, int]:
         """Train with gradacc. Return losses, the first gradient, seconds, and the peak memory."""
         model = make_model(self.recipe)
-        options = {"accelerator": self.accelerator}
         loaded = self.training.select(range(self.size * num_windows))
-        windows, _ = make_windows(self.recipe, loaded, self.validation, **options)
+        windows, _ = make_windows(self.recipe, loaded, self.validation, self.accelerator)
         choose_padding(self.recipe, model, windows)
         before, started = reset_peak_memory(self.accelerator.device), time.perf_counter()
         self.recipe.before_training(model, [loaded], self.accelerator)
         gradients: list[Gradient] = []
         optimizer = self._optimizer(model, changes, gradients)
         model, optimizer = self.accelerator.prepare(model, optimizer)
-        records = train(model, optimizer, windows, compute_loss=self.recipe.loss, **options)
+        records = train(
+            model, optimizer, windows, accelerator=self.accelerator, compute_loss=self.recipe.loss
+        )
         seconds = time.perf_counter() - started
         memory = max(0, peak_memory(self.accelerator.device) - before)
         return [record.loss for record in records], gradients[0] if gradients else {}, seconds, memory
@@ -228,7 +229,9 @@ class PreferenceTask:
         optimizer = self._optimizer(model, changes, gradients)
         rows = self.training.select(range(self.size * num_windows))
         with tempfile.TemporaryDirectory() as folder:
-            trainer = _trainer(self.recipe, model, reference, _for_trl(rows), optimizer, folder, size, self.size)
+            trainer = _trainer(
+                self.recipe, model, reference, _for_trl(rows), optimizer, folder, size, self.size
+            )
             before, started = reset_peak_memory(self.accelerator.device), time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - started
@@ -255,6 +258,7 @@ def _for_trl(examples: Dataset) -> Dataset:
         return ids[:start], ids[start:]
 
     rows = []
+    row: Any
     for row in examples:
         if "desirable" in row:
             prompt, answer = parts(row["input_ids"], row["labels"])
@@ -284,8 +288,8 @@ def _trainer(
     size: int,
     window: int,
 ) -> Any:
-    """Return TRL's trainer for the loss of a recipe. Its rows are tokens already, in the order of the windows."""
-    import trl
+    """Return TRL's trainer for the loss of a recipe. The rows are tokens, in the order of the windows."""
+    import trl  # type: ignore[import-not-found]
 
     name = {"dpo": "DPO", "kto": "KTO", "reward": "Reward"}[recipe.data.loss]
     trainer_class, config_class = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
@@ -347,7 +351,7 @@ def run_contender(
 
 def _errors(task: PreferenceTask) -> dict[str, Any]:
     """Return how far loss and gradient of the first window are from TRL's whole batch."""
-    import trl
+    import trl  # type: ignore[import-not-found]
 
     found = {}
     for name, size in (("whole", task.size), ("accumulated", task.micro_batch_size)):
@@ -376,10 +380,11 @@ def print_preference(result: PreferenceResult, console: Console) -> None:
         table.add_column(header, justify="right")
     for loss, contenders in result.contenders.items():
         for key, runs in contenders.items():
+            mark = "" if runs.gradient_error <= EXACT else " !"
             table.add_row(
                 f"{loss}: {CONTENDERS[key]}",
-                f"{runs.gradient_error:.0e}{'' if runs.gradient_error <= EXACT else ' !'}" if key != "whole" else "",
-                f"{runs.loss_error:.0e}" if key != "whole" else "",
+                "" if key == "whole" else f"{runs.gradient_error:.0e}{mark}",
+                "" if key == "whole" else f"{runs.loss_error:.0e}",
                 f"{median(runs.examples_per_second):.2f}",
                 f"{median(runs.memory_bytes) / 2**20:,.0f}",
             )

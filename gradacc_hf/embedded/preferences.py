@@ -1,4 +1,4 @@
-"""Pairs of summaries of functions: the right one, and the summary of another function, of about the same length."""
+"""Pairs of summaries of functions: the right one, and one of another function, of about the same length."""
 
 from datasets import Dataset
 
@@ -13,8 +13,8 @@ def preferences() -> tuple[Dataset, Dataset]:
     """Return (train, validation) of `prompt`, `chosen` and `rejected`: texts.
 
     The prompt is the signature of a function up to its docstring. The chosen answer is the summary of the
-    function. The rejected answer is the summary of another function: summaries next to each other in length are
-    rejected for each other, so the length tells nothing.
+    function. The rejected answer is the summary of another function. Summaries next to each other in length
+    are rejected for each other, so that no choice by length is better than chance.
     """
     train, validation = documented_functions()
     return _pairs(train, TRAINING_ROWS), _pairs(validation, VALIDATION_ROWS)

@@ -95,7 +95,10 @@ def _joined(rows: Mapping[str, Any], others: Mapping[str, Any], pad: int) -> dic
     width = max(batch["input_ids"].shape[1] for batch in (rows, others))
     found = {}
     for name, filler in zip(ROWS, (pad, 0, IGNORED), strict=True):
-        parts = [torch.nn.functional.pad(b[name], (0, width - b[name].shape[1]), value=filler) for b in (rows, others)]
+        parts = [
+            torch.nn.functional.pad(b[name], (0, width - b[name].shape[1]), value=filler)
+            for b in (rows, others)
+        ]
         found[name] = torch.cat(parts)
     return found
 

@@ -9,7 +9,6 @@
 A chat is {messages, tools, learned_from}, a text {prompt, completion}, as in `chat_formats.py`.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from gradacc_hf.tasks.chat_formats import Format
 
 Row = Mapping[str, Any]
 PAIR = ("chosen", "rejected")
-ANSWERS_OF = {False: PAIR, True: ("completion",)}
+ANSWERS_OF: dict[bool, tuple[str, ...]] = {False: PAIR, True: ("completion",)}
 """Whether an example is one answer with a label → the columns of its answers."""
 
 
@@ -77,7 +76,9 @@ class PreferenceFormat:
                 raise ValueError(f"column {name!r}: {row[name]!r:.40} is not {what}")
         shared = _shared(*answers)
         if shared == 0:
-            raise ValueError("its chosen and its rejected answer share no prompt, and it has no column 'prompt'")
+            raise ValueError(
+                "its chosen and its rejected answer share no prompt, and it has no column 'prompt'"
+            )
         if self.is_chat:
             common = {"tools": row.get("tools"), "learned_from": shared}
             return [{"messages": answer, **common} for answer in answers]
@@ -110,15 +111,15 @@ class MixedPreferences:
 
     def of(self, row: Row) -> PreferenceFormat:
         """Return the format of a row."""
-        return self.forms[row[SOURCE]] if len(self.forms) > 1 else self.forms[0]
+        return self.forms[row[SOURCE] if len(self.forms) > 1 else 0]
 
 
 def answers_to_score(given: Any, name: str) -> dict[str, dict[str, Any]]:
     """Return the chats or texts of an input of a reward model, by the name of the score.
 
     Args:
-        given: A text, a list of messages, or a row: `messages`; or `completion`, or `chosen` and `rejected`, with
-            `prompt` or without it.
+        given: A text, a list of messages, or a row: `messages`; or `completion`, or `chosen` and `rejected`,
+            with `prompt` or without it.
         name: The name of the input, for an error.
 
     Raises:
@@ -164,13 +165,13 @@ def find_format(splits: Sequence[Dataset], wants_single: bool) -> PreferenceForm
     if not is_single and not {*PAIR} <= columns:
         if {"completion", "label"} <= columns:
             raise InputError(
-                f"data.train: found the columns {found}, answers without pairs; allowed: --data.loss kto, or the "
-                "columns chosen and rejected"
+                f"data.train: found the columns {found}, answers without pairs; allowed: --data.loss kto, or "
+                "the columns chosen and rejected"
             )
         single = ", or prompt, completion and label" if wants_single else ""
         raise InputError(
-            f"data.train: found the columns {found}; allowed: chosen and rejected, with or without prompt{single}; "
-            "rename yours"
+            f"data.train: found the columns {found}; allowed: chosen and rejected, with or without prompt"
+            f"{single}; rename yours"
         )
     if is_single and "prompt" not in columns:
         raise InputError(
@@ -197,16 +198,19 @@ def labels_as_bools(rows: Dataset) -> Dataset:
 def _shared(one: Any, other: Any) -> int:
     """Return the number of messages, or of characters, with which two answers begin alike.
 
-    Texts are cut before the space of the first word that differs. As in TRL, that space is in the answers.
+    The prompt of texts ends before the space of the first word that differs. As in TRL, that space is in the
+    answers.
     """
     if isinstance(one, str):
-        prefix = os.path.commonprefix([one, other])
-        found = re.search(r"\s*\S*$", prefix)
+        found = re.search(r"\s*\S*$", one[: _equal(one, other)])
         return found.start() if found else 0
-    number = 0
-    while number < min(len(one), len(other)) and _said(one[number]) == _said(other[number]):
-        number += 1
-    return number
+    return _equal([*map(_said, one)], [*map(_said, other)])
+
+
+def _equal(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return the number of elements with which two sequences begin alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _said(message: Any) -> Any:

@@ -1,19 +1,25 @@
 """Losses of preferences: DPO, IPO, ORPO, SimPO, Bradley-Terry and KTO.
 
-| `data.loss` | an example | loss | source |
-|---|---|---|---|
-| `dpo` | a pair | −log σ(β(r_w − r_l)) | Rafailov et al. 2023, arXiv 2305.18290, equation 7 |
-| `dpo`, `label_smoothing` ε | a pair | −(1−ε) log σ(β(r_w − r_l)) − ε log σ(−β(r_w − r_l)) | Mitchell 2023 (cDPO) |
-| `dpo`, `variant: hinge` | a pair | max(0, 1 − β(r_w − r_l)) | Zhao et al. 2023, arXiv 2305.10425 |
-| `dpo`, `variant: ipo` | a pair | (r_w/n_w − r_l/n_l − 1/(2β))² | Azar et al. 2023, arXiv 2310.12036, equation 17 |
-| `orpo` | a pair | −p_w/n_w − β log σ(log odds(y_w) − log odds(y_l)) | Hong et al. 2024, arXiv 2403.07691 |
-| `simpo` | a pair | −log σ(β p_w/n_w − β p_l/n_l − γ) | Meng et al. 2024, arXiv 2405.14734, equation 6 |
-| `reward` | a pair | −log σ(s_w − s_l) | Bradley & Terry 1952; Ouyang et al. 2022, arXiv 2203.02155 |
-| `kto` | an answer | λ_D (1 − σ(β(r − z))) or λ_U (1 − σ(β(z − r))) | Ethayarajh et al. 2024, arXiv 2402.01306 |
+| `data.loss` | an example | loss |
+|---|---|---|
+| `dpo` | a pair | −log σ(β(r_w − r_l)) |
+| `dpo`, `label_smoothing` ε | a pair | −(1−ε) log σ(β(r_w − r_l)) − ε log σ(−β(r_w − r_l)) |
+| `dpo`, `variant: hinge` | a pair | max(0, 1 − β(r_w − r_l)) |
+| `dpo`, `variant: ipo` | a pair | (r_w/n_w − r_l/n_l − 1/(2β))² |
+| `orpo` | a pair | −p_w/n_w − β log σ(log odds(y_w) − log odds(y_l)) |
+| `simpo` | a pair | −log σ(β p_w/n_w − β p_l/n_l − γ) |
+| `reward` | a pair | −log σ(s_w − s_l) |
+| `kto` | an answer | λ_D (1 − σ(β(r − z))) or λ_U (1 − σ(β(z − r))) |
 
 w is the chosen answer and l the rejected one. p is the log-probability of an answer: a sum over tokens. n is
-the number of tokens of the answer. r is p minus the reference log-probability, s a score. odds(y) is P/(1−P)
-of P = exp(p/n). z is the mean of r over answers to other prompts, at least 0.
+the number of tokens of the answer. r is p minus the reference log-probability, s a score. odds(y) is
+P/(1−P) of P = exp(p/n). z is the mean of r over answers to other prompts, at least 0.
+
+Sources: DPO: Rafailov et al. 2023, arXiv 2305.18290, equation 7. Label smoothing: Mitchell 2023, "A note on
+DPO with noisy preferences". Hinge: Zhao et al. 2023, arXiv 2305.10425. IPO: Azar et al. 2023, arXiv
+2310.12036, equation 17. ORPO: Hong et al. 2024, arXiv 2403.07691. SimPO: Meng et al. 2024, arXiv 2405.14734, equation 6.
+Reward: Bradley & Terry 1952; Ouyang et al. 2022, arXiv 2203.02155. KTO: Ethayarajh et al. 2024, arXiv
+2402.01306, equation 7.
 
 IPO divides by n, as TRL does. All losses are means over the examples of a window.
 """

@@ -4,14 +4,15 @@
 |---|---|
 | `accuracy` | share of pairs whose chosen answer has the higher reward; equal rewards count half |
 | `margin` | mean reward of chosen answers minus mean reward of rejected answers |
-| `chosen_logprob`, `rejected_logprob` | mean log-probability of an answer (`chosen_score`: of a reward model) |
+| `chosen_logprob`, `rejected_logprob` | mean log-probability of an answer |
+| `chosen_score`, `rejected_score` | mean score of a reward model |
 | `kl` | estimate of KL(model ‖ reference) |
 
 With KTO, a pair is any desirable answer with any undesirable one.
 
-The estimate of KL is the mean of log π(y|x) − log π_ref(y|x) over answers of the data, in place of samples of
-the model (k1 of Schulman 2020). It may be negative. With KTO, y are answers to other prompts, and the estimate
-is at least 0, as in the loss.
+The estimate of KL is k1 of Schulman 2020: the mean of log π(y|x) − log π_ref(y|x). Answers of the data take
+the place of samples of the model, so that the mean may be negative. With KTO, y are answers to other prompts,
+and the estimate is at least 0, as in the loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ def pair_metrics(loss: PairLoss, rows: Sequence[Any]) -> dict[str, float]:
 
 
 def answer_metrics(loss: KtoLoss, rows: Sequence[Any], desirable: Sequence[Any]) -> dict[str, float]:
-    """Return the loss and the metrics of answers, of which some are desirable.
+    """Return the loss and the metrics of desirable and undesirable answers.
 
     Args:
         loss: The loss of the run.
@@ -80,7 +81,7 @@ def _columns(rows: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def ranked_above(values: np.ndarray, others: np.ndarray) -> float:
-    """Return the share of pairs of a value and another in which the value is higher; equal ones count half."""
+    """Return the share of pairs in which the value exceeds the other; equal ones count half."""
     ranks = rankdata(np.concatenate([values, others]))[: len(values)]
     above = ranks.sum() - len(values) * (len(values) + 1) / 2
     return float(above / (len(values) * len(others)))

@@ -69,7 +69,9 @@ class References:
         max_tokens: int,
         pad_token_id: int,
     ) -> None:
-        """Read the values of answers from the cache, and compute and cache the others. Call it in all processes.
+        """Read the values of answers from the cache, and compute and cache the others.
+
+        Call it in all processes.
 
         Args:
             model: The model from which training starts, with `score_rows`. It moves to the device.
@@ -145,8 +147,8 @@ def _on_device(model: Any, accelerator: Accelerator) -> Any:
         if not out_of_memory(error):
             raise
         raise InputError(
-            "data.loss: the reference log-probabilities need the whole model on one device, which does not "
-            "fit; allowed: orpo or simpo, which have no reference, or a smaller model"
+            "data.loss: found a model that does not fit on one device, as reference log-probabilities need; "
+            "allowed: orpo or simpo, or a smaller model"
         ) from error
 
 
@@ -157,7 +159,9 @@ def fingerprint(model: torch.nn.Module, accelerator: Accelerator) -> str:
     if not any(tensor.any() for tensor in added):
         state = {name.replace(".base_layer.", "."): t for name, t in state.items() if ".lora_" not in name}
     config: Any = model.config
-    digest = hashlib.sha256(f"{type(model).__name__} {accelerator.mixed_precision} {config.model_type}".encode())
+    digest = hashlib.sha256(
+        f"{type(model).__name__} {accelerator.mixed_precision} {config.model_type}".encode()
+    )
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -21,8 +21,8 @@ from accelerate import Accelerator
 from accelerate.test_utils.scripts import test_sync
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from datasets import Dataset
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from preference_pairs import LOSSES, exactness, write_pairs
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import BertConfig, BertModel, PrinterCallback, TrainingArguments
 
 from gradacc_hf import (

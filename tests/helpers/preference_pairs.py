@@ -24,7 +24,7 @@ LOSSES = {
     "reward": ["--data.loss", "reward"],
 }
 """Name → settings of the loss."""
-WORDS = "red green blue a of the sky sea grass one two three".split()
+WORDS = ["red", "green", "blue", "a", "of", "the", "sky", "sea", "grass", "one", "two", "three"]
 
 
 def pairs(number=26):
@@ -44,7 +44,7 @@ def pairs(number=26):
 
 
 def write_pairs(folder):
-    """Write the pairs and a tiny Llama with a token a byte into a folder. Return the settings that name them."""
+    """Write the pairs and a tiny Llama with a token a byte into a folder, and return their settings."""
     folder = Path(folder)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs()))
     torch.manual_seed(0)
