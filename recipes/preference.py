@@ -315,6 +315,12 @@ class Preference(Recipe):
         tokens = tokens or self.config.budget.micro_batch_size * self.data.max_length
         self.references.compute(model, answers, accelerator, tokens, self.tokenizer.pad_token_id)
 
+    def write_run_files(self, folder):
+        self.references.write(folder)
+
+    def read_run_files(self, folder):
+        self.references.read(folder)
+
     def answers_of(self, dataset):
         """Yield the token ids and labels of all answers."""
         for example in dataset:

@@ -366,6 +366,12 @@ class Recipe:
             accelerator: The Accelerator of the run.
         """
 
+    def write_run_files(self, folder: Path) -> None:
+        """Write what a resumed run or an evaluation needs of `before_training`. The main process calls it."""
+
+    def read_run_files(self, folder: Path) -> None:
+        """Read what `write_run_files` wrote into the folder of a run, if it is there."""
+
     def validate(
         self, model: torch.nn.Module, windows: WindowLoader, accelerator: Accelerator
     ) -> dict[str, float]:

@@ -104,6 +104,7 @@ def evaluate_run(
     model = load_model(recipe, run, which)
     recipe, training, validation = load_data(recipe)
     check_inputs(recipe, model, training, validation)
+    recipe.read_run_files(run)
     windows = make_validation_windows(recipe, validation, accelerator)
     windows.example_losses = np.zeros((len(validation), 2))
     model = accelerator.prepare_model(model, evaluation_mode=True)

@@ -17,9 +17,9 @@ P/(1−P) of P = exp(p/n). z is the mean of r over answers to other prompts, at 
 
 Sources: DPO: Rafailov et al. 2023, arXiv 2305.18290, equation 7. Label smoothing: Mitchell 2023, "A note on
 DPO with noisy preferences". Hinge: Zhao et al. 2023, arXiv 2305.10425. IPO: Azar et al. 2023, arXiv
-2310.12036, equation 17. ORPO: Hong et al. 2024, arXiv 2403.07691. SimPO: Meng et al. 2024, arXiv 2405.14734, equation 6.
-Reward: Bradley & Terry 1952; Ouyang et al. 2022, arXiv 2203.02155. KTO: Ethayarajh et al. 2024, arXiv
-2402.01306, equation 7.
+2310.12036, equation 17. ORPO: Hong et al. 2024, arXiv 2403.07691. SimPO: Meng et al. 2024, arXiv 2405.14734,
+equation 6. Reward: Bradley & Terry 1952; Ouyang et al. 2022, arXiv 2203.02155. KTO: Ethayarajh et al. 2024,
+arXiv 2402.01306, equation 7.
 
 IPO divides by n, as TRL does. All losses are means over the examples of a window.
 """

@@ -1,11 +1,9 @@
 """Reference log-probabilities: of the answers, under the model from which training starts.
 
 They are computed once, before the first window, by the model that is then trained. No second model is in
-memory. They are cached by content: a hash of the token ids, in a file for each model. Runs that resume and
-other runs with the same model and answers read them from there.
-
-The micro-batches depend on the answers alone, and not on the number of processes. Computed again on the same
-device, the values are therefore the same.
+memory. They are cached by content: a hash of the token ids, in a file for each model. Other runs with the same
+model and answers read them from there. A run also keeps the values that it uses in its folder, so that it
+resumes with the same ones.
 """
 
 import hashlib
@@ -34,6 +32,8 @@ from gradacc_hf.utils.memory import release_memory
 from gradacc_hf.utils.modeling import without_dropout
 from gradacc_hf.utils.rng import preserve_rng_state
 
+FILE = "references.safetensors"
+"""The file in the folder of a run."""
 KEY_BYTES = 16  # of a hash of token ids
 Answer = tuple[Sequence[int], Sequence[int]]
 """Token ids, and as labels the ids that count, else −100."""
@@ -55,6 +55,15 @@ class References:
 
     def __getitem__(self, answer: Answer) -> float:
         return self._values.get(key_of(answer), float("nan"))
+
+    def read(self, folder: Path) -> None:
+        """Add the values in the folder of a run, if it has any."""
+        self._values |= read(folder / FILE)
+
+    def write(self, folder: Path) -> None:
+        """Write all values into the folder of a run, if there are any."""
+        if self._values:
+            write(folder / FILE, self._values)
 
     def missing(self, answers: Iterable[Answer]) -> dict[bytes, Answer]:
         """Return the answers without a value, each once."""
@@ -105,7 +114,9 @@ class References:
         new = dict(gather_object(rows))
         self._values |= new
         if accelerator.is_main_process:
-            write(file, read(file) | new)  # another run may have written since
+            with suppress(OSError):  # the cache is optional
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write(file, read(file) | new)  # another run may have written since
 
 
 def split(answers: Mapping[bytes, Answer], max_tokens: int) -> list[list[bytes]]:
@@ -187,15 +198,13 @@ def read(file: Path) -> dict[bytes, float]:
 
 
 def write(file: Path, values: Mapping[bytes, float]) -> None:
-    """Write values to a file, completely or not at all. The cache is optional, so no error is raised."""
+    """Write values to a file, completely or not at all."""
     keys = np.frombuffer(b"".join(values), np.uint8).reshape(-1, KEY_BYTES)
     tensors = {"keys": keys.copy(), "values": np.array([*values.values()], np.float64)}
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, unfinished)
-            flush(unfinished)
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    try:
+        save_file(tensors, unfinished)
+        flush(unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
