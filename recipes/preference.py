@@ -17,86 +17,33 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from datasets import concatenate_datasets
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
 from gradacc_hf.config.schema import tokens_per_micro_batch
-from gradacc_hf.data.columns import file_rows, list_lengths
-from gradacc_hf.data.sources import carried
-from gradacc_hf.errors import refuse
+from gradacc_hf.data.columns import file_rows
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.run.setup import make_model
 from gradacc_hf.tasks import chat
-from gradacc_hf.tasks.answer_scores import (
-    KL_ROWS,
-    REFERENCE,
-    ROWS,
-    TOKENS,
-    check_scores,
-    rows_of,
-    score_rows,
-    scores_of,
-)
+from gradacc_hf.tasks.answer_scores import REFERENCE, TOKENS, check_scores, rows_of, score_rows, scores_of
 from gradacc_hf.tasks.generate import as_answer
 from gradacc_hf.tasks.lean_loss import make_lean
-from gradacc_hf.tasks.preference_formats import (
-    MixedPreferences,
-    answers_to_score,
-    find_format,
-    labels_as_bools,
+from gradacc_hf.tasks.preference_examples import (
+    answer_lengths,
+    answers_in,
+    collate,
+    examples_of,
+    features,
+    lengths_of,
+    padded_rows,
+    tokens_to_score,
 )
+from gradacc_hf.tasks.preference_formats import PAIR, MixedPreferences, find_format, labels_as_bools
 from gradacc_hf.tasks.preference_losses import KtoLoss, PairLoss
 from gradacc_hf.tasks.preference_metrics import accuracy_of_length, answer_metrics, pair_metrics
 from gradacc_hf.tasks.prompts import answer_samples, write_answers
 from gradacc_hf.tasks.references import References, cache_folder
-
-PAIR = ("chosen", "rejected")
-
-
-def features(row, tokenizer, forms, max_length):
-    """Return the tokens of each answer of a row with its prompt, and as `labels` the tokens of the answer."""
-    form = forms.of(row)
-    tokenize = chat.tokenize_chat if form.is_chat else chat.tokenize_completion
-    found, problem = {}, ""
-    for name, answer in zip(PAIR, form.read(row), strict=False):
-        tokens = tokenize(tokenizer, **answer, max_length=max_length)
-        found |= {f"{name}_{key}": tokens[key] for key in ("input_ids", "labels")}
-        found[f"{name}_lost"] = tokens["lost_tokens"]
-        problem = problem or (f"{name}: {tokens['problem']}" if tokens["problem"] else "")
-    if "rejected_labels" in found and not problem:
-        same = all(found[f"chosen_{key}"] == found[f"rejected_{key}"] for key in ("input_ids", "labels"))
-        problem = f"its answers are equal within data.max_length {max_length}" if same else ""
-    return {**found, "problem": problem}
-
-
-def single_answers(rows, max_length):
-    """Return each answer of a batch of rows as an example, with the answer of the previous row for the KL."""
-    names = [name for name in PAIR if f"{name}_labels" in rows]
-    kept = [name for name in rows if not name.startswith(("chosen_", "rejected_", "previous_", "label"))]
-    found = {name: [] for name in ("input_ids", "labels", "kl_input_ids", "kl_labels", "desirable", *kept)}
-    for number in range(len(rows["chosen_labels"])):
-        for name in names:
-            row = {key: rows[f"{name}_{key}"][number] for key in ("input_ids", "labels")}
-            other = {key: rows[f"previous_{name}_{key}"][number] for key in ("input_ids", "labels")}
-            (start, _), (begins, ends) = map(answer_span, (row["labels"], other["labels"]))
-            answer = other["input_ids"][begins:ends], other["labels"][begins:ends]
-            found["kl_input_ids"].append([*row["input_ids"][:start], *answer[0]][:max_length])
-            found["kl_labels"].append([*[IGNORED] * start, *answer[1]][:max_length])
-            found["desirable"].append(rows["label"][number] if "label" in rows else name == "chosen")
-            for key, value in [*row.items(), *((key, rows[key][number]) for key in kept)]:
-                found[key].append(value)
-    return found
-
-
-def answer_span(labels):
-    """Return the first token of an answer, and the last token + 1."""
-    places = [place for place, label in enumerate(labels) if label != IGNORED]
-    return places[0], places[-1] + 1
 
 
 class Preference(Recipe):
@@ -142,18 +89,12 @@ class Preference(Recipe):
         def rules(self):
             yield from super().rules()
             smooths = self.loss == "simpo" or (self.loss == "dpo" and self.variant == "sigmoid")
-            yield (
-                "variant",
-                self.loss == "dpo" or self.variant == "sigmoid",
-                "sigmoid, except with data.loss dpo",
-            )
+            is_possible = self.loss == "dpo" or self.variant == "sigmoid"
+            yield "variant", is_possible, "sigmoid, except with data.loss dpo"
             yield "beta", self.beta > 0, "a number above 0, such as 0.1"
             yield "label_smoothing", 0 <= self.label_smoothing < 0.5, "0 or more, and below 0.5"
-            yield (
-                "label_smoothing",
-                smooths or not self.label_smoothing,
-                "0, except with simpo and dpo sigmoid",
-            )
+            is_possible = smooths or not self.label_smoothing
+            yield "label_smoothing", is_possible, "0, except with simpo and dpo sigmoid"
             for name in ("desirable_weight", "undesirable_weight"):
                 yield name, getattr(self, name) > 0, "a number above 0"
             yield "samples", self.samples >= 0, "0 prompts or more"
@@ -185,21 +126,17 @@ class Preference(Recipe):
         tokens = [dataset.map(features, fn_kwargs=self.settings) for dataset in rows]
         numbers = [file_rows(dataset) for dataset in rows]
         tokens = self.check_rows(*tokens, chat.tokens_problem, "data.train", numbers)
-        names = ["answers"] if "rejected_lost" not in tokens[0].column_names else PAIR
-        splits = self.note_truncated(
-            tokens, {f"{c}_lost": f"tokens of {n}" for c, n in zip(PAIR, names, strict=False)}
-        )
+        splits = self.note_truncated(tokens, {f"{name}_lost": f"tokens of {name}" for name in PAIR})
         self.validation = splits[1]
         self.note_settings(splits)
-        return tuple(map(self.examples, splits))
+        return tuple(examples_of(split, self.of_answers, self.data.max_length) for split in splits)
 
     def note_settings(self, splits):
         """Note what chats leave out, and where the reference comes from."""
         if self.of_chats:
             rows = (row for split in splits for row in split if self.forms.of(row).is_chat)
-            chat.note_chats(
-                self.reading, self.tokenizer, (one for row in rows for one in self.forms.of(row).read(row))
-            )
+            chats = (one for row in rows for one in self.forms.of(row).read(row))
+            chat.note_chats(self.reading, self.tokenizer, chats)
         if self.needs_reference:
             where = "the model from which training starts, computed before the first window, cached in"
             self.model_notes["reference"] = f"{where} {cache_folder()}"
@@ -208,20 +145,6 @@ class Preference(Recipe):
     def needs_reference(self):
         """Whether the loss compares the model with a reference."""
         return self.data.loss in ("dpo", "kto")
-
-    def examples(self, rows):
-        """Return the examples of tokenised rows."""
-        columns = [name for name in rows.column_names if name.endswith(("_input_ids", "_labels"))]
-        if not self.of_answers:
-            return rows.select_columns([*columns, *carried(rows)])
-        previous = rows.select([len(rows) - 1, *range(len(rows) - 1)]).select_columns(columns)
-        previous = previous.rename_columns({name: f"previous_{name}" for name in columns})
-        label = ["label"] if "label" in rows.column_names else []
-        both = concatenate_datasets(
-            [rows.select_columns([*columns, *label, *carried(rows)]), previous], axis=1
-        )
-        options = {"batched": True, "fn_kwargs": {"max_length": self.data.max_length}}
-        return both.map(single_answers, remove_columns=both.column_names, **options)
 
     @cached_property
     def tokenizer(self):
@@ -240,37 +163,12 @@ class Preference(Recipe):
         return not self.of_answers
 
     def lengths(self, dataset):
-        """Return the tokens of each answer with its prompt; of a pair, the longer one is the second."""
-        if self.of_answers:
-            return list_lengths(dataset, "input_ids")
-        return np.sort(
-            np.stack([list_lengths(dataset, f"{name}_input_ids") for name in PAIR], axis=1), axis=1
-        )
+        return lengths_of(dataset, self.of_answers)
 
     def collate(self, examples, pad_to=None):
-        """Return a batch: pairs, chosen before rejected; or answers, and answers to other prompts."""
-        answers = [self.answers_in(example) for example in examples]
-        if self.of_answers:
-            batch = self.pad([pair[0] for pair in answers])
-            batch |= zip(KL_ROWS, self.pad([pair[1] for pair in answers]).values(), strict=True)
-            batch["desirable"] = torch.tensor([float(example["desirable"]) for example in examples])
-        else:
-            batch = self.pad([answer for pair in answers for answer in pair])
-        reference = self.references if self.needs_reference else None
-        values = [[reference[answer] if reference else 0.0 for answer in pair] for pair in answers]
-        tokens = [[sum(i != IGNORED for i in labels[1:]) for _, labels in pair] for pair in answers]
-        return batch | {REFERENCE: torch.tensor(values), TOKENS: torch.tensor(tokens)}
-
-    def pad(self, answers):
-        """Return answers as the rows of a batch."""
-        ids, labels = ([torch.tensor(part) for part in parts] for parts in zip(*answers, strict=True))
-        width = -max(map(len, ids)) % (self.config.budget.pad_to_multiple_of or 1)
-        columns = ids, [torch.ones_like(row) for row in ids], labels
-        fillers = self.tokenizer.pad_token_id, 0, IGNORED
-        return {
-            name: torch.nn.functional.pad(pad_sequence(rows, True, filler), (0, width), value=filler)
-            for name, rows, filler in zip(ROWS, columns, fillers, strict=True)
-        }
+        references = self.references if self.needs_reference else None
+        multiple = self.config.budget.pad_to_multiple_of or 1
+        return collate(examples, self.of_answers, references, self.tokenizer.pad_token_id, multiple)
 
     def num_items(self, batch):
         """Return the number of examples."""
@@ -324,12 +222,7 @@ class Preference(Recipe):
     def answers_of(self, dataset):
         """Yield the token ids and labels of all answers."""
         for example in dataset:
-            yield from self.answers_in(example)
-
-    def answers_in(self, example):
-        """Return the token ids and labels of both answers of an example; for KTO, the second is of its KL."""
-        prefixes = ("", "kl_") if self.of_answers else ("chosen_", "rejected_")
-        return [(example[f"{prefix}input_ids"], example[f"{prefix}labels"]) for prefix in prefixes]
+            yield from answers_in(example, self.of_answers)
 
     def know_references(self, windows, accelerator):
         """Compute the reference log-probabilities of other data, with the model that training began with."""
@@ -363,18 +256,8 @@ class Preference(Recipe):
 
     def baseline(self, train, validation):
         """Return the accuracy of chance, or of a choice by length, and no margin."""
-        return {"accuracy": accuracy_of_length(*map(self.answer_lengths, (train, validation))), "margin": 0.0}
-
-    def answer_lengths(self, examples):
-        """Return the tokens of the chosen and of the rejected answers of examples."""
-        if not self.of_answers:
-            lengths = {
-                name: [sum(i != IGNORED for i in row) for row in examples[f"{name}_labels"]] for name in PAIR
-            }
-            return {**{name: np.array(found) for name, found in lengths.items()}, "paired": np.array(True)}
-        lengths = np.array([sum(i != IGNORED for i in row) for row in examples["labels"]])
-        good = np.array(examples["desirable"], dtype=bool)
-        return {"chosen": lengths[good], "rejected": lengths[~good]}
+        lengths = [answer_lengths(examples, self.of_answers) for examples in (train, validation)]
+        return {"accuracy": accuracy_of_length(*lengths), "margin": 0.0}
 
     def example_of(self, row):
         """Return the first message of the user, or the prompt."""
@@ -393,19 +276,12 @@ class Preference(Recipe):
 
     def scores(self, model, inputs):
         """Return the scores of texts, chats, and rows with a prompt and answers."""
-        found = [answers_to_score(given, f"input {number:,}") for number, given in enumerate(inputs, start=1)]
-        tokens = []
-        for number, answer in (
-            (n, answer) for n, answers in enumerate(found, 1) for answer in answers.values()
-        ):
-            tokenize = chat.tokenize_chat if "messages" in answer else chat.tokenize_completion
-            one = tokenize(self.tokenizer, **answer, max_length=self.data.max_length)
-            if one["problem"]:
-                refuse(f"input {number:,}", one["problem"], "give another")
-            tokens.append((one["input_ids"], one["labels"]))
-        batch = {name: value.to(model.device) for name, value in self.pad(tokens).items()}
-        scores = iter(scores_of(model(**batch)).tolist())
-        return [{name: next(scores) for name in answers} for answers in found]
+        found = tokens_to_score(inputs, self.tokenizer, self.data.max_length)
+        answers = [answer for each in found for answer in each.values()]
+        rows = padded_rows(answers, self.tokenizer.pad_token_id)
+        rows = {name: part.to(model.device) for name, part in rows.items()}
+        scores = iter(scores_of(model(**rows)).tolist())
+        return [{name: next(scores) for name in each} for each in found]
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ For each loss, three contenders train on the same pairs, tokens, weights and win
 | TRL, accumulated | micro-batches of `micro_batch_size` examples, in the order of the window |
 | gradacc | micro-batches of the config's budget, without padding in the layers |
 
-Gradients are of the first window, after a change of the weights: the model differs from the reference, as in
-the middle of a run. Speed and memory are of separate processes, in turns. The time includes the reference
+Gradients are of the first window. The reference has smaller weights than the model, so that both differ, as
+in the middle of a run. Speed and memory are of separate processes, in turns. The time includes the reference
 log-probabilities, which TRL computes with a second model in every step.
 """
 
@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,7 +55,7 @@ from gradacc_hf.utils.verbosity import silence_libraries
 LOSSES = ("dpo", "kto", "reward")
 CONTENDERS = {"whole": "TRL, whole batch", "accumulated": "TRL, accumulated", "ours": "gradacc"}
 SHRUNK = 0.98
-"""Factor of all matrices after the reference is known."""
+"""Factor of all matrices of the reference, where gradients are compared."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,8 @@ class PreferenceTask:
         windows, _ = make_windows(self.recipe, loaded, self.validation, self.accelerator)
         choose_padding(self.recipe, model, windows)
         before, started = reset_peak_memory(self.accelerator.device), time.perf_counter()
-        self.recipe.before_training(model, [loaded], self.accelerator)
+        with _shrunk(model) if changes else nullcontext():
+            self.recipe.before_training(model, [loaded], self.accelerator)
         gradients: list[Gradient] = []
         optimizer = self._optimizer(model, changes, gradients)
         model, optimizer = self.accelerator.prepare(model, optimizer)
@@ -210,13 +212,9 @@ class PreferenceTask:
         return [record.loss for record in records], gradients[0] if gradients else {}, seconds, memory
 
     def _optimizer(self, model: Any, changes: bool, gradients: list[Gradient]) -> torch.optim.Optimizer:
-        """Return AdamW; with `changes`, an optimizer that stores gradients, and shrunk weights."""
+        """Return AdamW; with `changes`, an optimizer that stores gradients."""
         if not changes:
             return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.ndim > 1:
-                    weight.mul_(SHRUNK)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         optimizer.register_step_pre_hook(lambda *_: gradients.append(read_gradient(model)))
         return optimizer
@@ -224,7 +222,8 @@ class PreferenceTask:
     def of_trl(self, changes: bool, num_windows: int, size: int) -> tuple[list[float], Gradient, float, int]:
         """Train with TRL, in micro-batches of `size` examples. Return as `ours` does."""
         model = self.plain_model()
-        reference = copy.deepcopy(model).eval() if self.recipe.data.loss != "reward" else None
+        with _shrunk(model) if changes else nullcontext():
+            reference = copy.deepcopy(model).eval() if self.recipe.data.loss != "reward" else None
         gradients: list[Gradient] = []
         optimizer = self._optimizer(model, changes, gradients)
         rows = self.training.select(range(self.size * num_windows))
@@ -248,6 +247,19 @@ class PreferenceTask:
         model.load_state_dict(ours.state_dict())
         model.config.pad_token_id = self.recipe.tokenizer.pad_token_id
         return model
+
+
+@contextmanager
+def _shrunk(model: Any) -> Iterator[None]:
+    """Make the matrices of a model smaller in the block."""
+    kept = [(weight, weight.detach().clone()) for weight in model.parameters() if weight.ndim > 1]
+    with torch.no_grad():
+        for weight, _ in kept:
+            weight.mul_(SHRUNK)
+    yield
+    with torch.no_grad():
+        for weight, before in kept:
+            weight.copy_(before)
 
 
 def _for_trl(examples: Dataset) -> Dataset:

@@ -1,9 +1,9 @@
 """Reference log-probabilities: of the answers, under the model from which training starts.
 
 They are computed once, before the first window, by the model that is then trained. No second model is in
-memory. They are cached by content: a hash of the token ids, in a file for each model. Other runs with the same
-model and answers read them from there. A run also keeps the values that it uses in its folder, so that it
-resumes with the same ones.
+memory. They are cached by content: a hash of the token ids, in a file for each model. Other runs with the
+same model and answers read them from there. A run also keeps the values that it uses in its folder, so that
+it resumes with the same ones.
 """
 
 import hashlib
