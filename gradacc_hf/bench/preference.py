@@ -38,7 +38,6 @@ from rich.table import Table
 from torch.utils.data import SequentialSampler
 
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
-from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT, Gradient, read_gradient, relative_error
 from gradacc_hf.bench.progress import Progress
 from gradacc_hf.comparison.worker import peak_memory, reset_peak_memory
@@ -47,6 +46,8 @@ from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe
 from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.setup import load_data, make_model, make_windows
+from gradacc_hf.tasks.preference_examples import answer_span
+from gradacc_hf.tasks.preference_formats import PAIR
 from gradacc_hf.training.loop import train
 from gradacc_hf.training.run_log import measured_with
 from gradacc_hf.utils.paths import bundle_root
@@ -229,7 +230,14 @@ class PreferenceTask:
         rows = self.training.select(range(self.size * num_windows))
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(
-                self.recipe, model, reference, _for_trl(rows), optimizer, folder, size, self.size
+                self.recipe,
+                model,
+                reference,
+                _for_trl(rows, self.recipe.data.loss),
+                optimizer,
+                folder,
+                size,
+                self.size,
             )
             before, started = reset_peak_memory(self.accelerator.device), time.perf_counter()
             trainer.train()
@@ -262,31 +270,30 @@ def _shrunk(model: Any) -> Iterator[None]:
             weight.copy_(before)
 
 
-def _for_trl(examples: Dataset) -> Dataset:
-    """Return examples of the recipe with the columns that TRL's collate functions read."""
+def _for_trl(examples: Dataset, loss: str) -> Dataset:
+    """Return examples of the recipe with the columns that TRL's collate functions read.
 
-    def parts(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-        start = next(place for place, label in enumerate(labels) if label != IGNORED)
-        return ids[:start], ids[start:]
+    TRL counts all tokens after the prompt, so tokens after the last label are left out.
+    """
 
-    rows = []
+    def parts(row: Any, prefix: str) -> tuple[list[int], list[int]]:
+        ids, (start, end) = row[f"{prefix}input_ids"], answer_span(row[f"{prefix}labels"])
+        return ids[:start], ids[start:end]
+
+    rows: list[dict[str, Any]] = []
     row: Any
     for row in examples:
-        if "desirable" in row:
-            prompt, answer = parts(row["input_ids"], row["labels"])
-            _, other = parts(row["kl_input_ids"], row["kl_labels"])
+        if loss == "reward":
+            rows.append({f"{name}_ids": row[f"{name}_input_ids"] for name in PAIR})
+        elif loss == "kto":
+            (prompt, answer), (_, other) = parts(row, ""), parts(row, "kl_")
+            label = bool(row["desirable"])
             rows.append(
-                {
-                    "prompt_ids": prompt,
-                    "completion_ids": answer,
-                    "KL_completion_ids": other,
-                    "label": bool(row["desirable"]),
-                }
+                {"prompt_ids": prompt, "completion_ids": answer, "KL_completion_ids": other, "label": label}
             )
-            continue
-        prompt, chosen = parts(row["chosen_input_ids"], row["chosen_labels"])
-        _, rejected = parts(row["rejected_input_ids"], row["rejected_labels"])
-        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+        else:
+            (prompt, chosen), (_, rejected) = parts(row, "chosen_"), parts(row, "rejected_")
+            rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     return Dataset.from_list(rows)
 
 
@@ -305,11 +312,6 @@ def _trainer(
 
     name = {"dpo": "DPO", "kto": "KTO", "reward": "Reward"}[recipe.data.loss]
     trainer_class, config_class = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
-    if name == "Reward":  # its collate function reads whole sequences
-        rows = rows.map(
-            lambda row: {key: row["prompt_ids"] + row[key] for key in ("chosen_ids", "rejected_ids")},
-            remove_columns="prompt_ids",
-        )
 
     class WithTokens(trainer_class):  # type: ignore[misc, valid-type]
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:

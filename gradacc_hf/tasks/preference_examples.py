@@ -68,7 +68,7 @@ def _single_answers(rows: Any, max_length: int) -> dict[str, list[Any]]:
         for name in names:
             ids, labels = (rows[f"{name}_{part}"][number] for part in PARTS)
             other_ids, other_labels = (rows[f"previous_{name}_{part}"][number] for part in PARTS)
-            (start, _), (begins, ends) = _span(labels), _span(other_labels)
+            (start, _), (begins, ends) = answer_span(labels), answer_span(other_labels)
             values = {
                 "input_ids": ids,
                 "labels": labels,
@@ -82,7 +82,7 @@ def _single_answers(rows: Any, max_length: int) -> dict[str, list[Any]]:
     return found
 
 
-def _span(labels: Sequence[int]) -> tuple[int, int]:
+def answer_span(labels: Sequence[int]) -> tuple[int, int]:
     """Return the first token of an answer, and the last token + 1."""
     places = [place for place, label in enumerate(labels) if label != IGNORED]
     return places[0], places[-1] + 1
