@@ -11,7 +11,6 @@ with `weight` 0 or `train` false are not learned.
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Literal
 
 from transformers import AutoModelForCausalLM
@@ -20,7 +19,6 @@ from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.config import DataConfig
 from gradacc_hf.data.columns import file_rows
 from gradacc_hf.data.sources import carried
-from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.tasks import chat
@@ -124,10 +122,7 @@ class CausalLM(Recipe):
     @cached_property
     def tokenizer(self):
         tokenizer = super().tokenizer
-        if template := self.data.chat_template:
-            if not Path(template).is_file():
-                raise InputError(f"data.chat_template: no file {template!r}; give one, or null")
-            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        chat.use_template(tokenizer, self.data.chat_template)
         return tokenizer
 
     @property

@@ -34,8 +34,8 @@ from gradacc_hf.accumulation.splitting import (
     Bound,
     Cost,
     bounding_lengths,
+    padded_alone,
     padded_size,
-    rounded_up,
     split_window,
     split_without_padding,
 )
@@ -177,6 +177,7 @@ class LocalWindows(Dataset):
     process: int
     transform: Transform | None = None
     pad_to_multiple_of: int = 1
+    columns_padded_together: bool = False
     leave_out: Collection[int] = ()
     noise_every: int = 0
     padding_free: bool = False
@@ -320,7 +321,7 @@ class LocalWindows(Dataset):
 
     def padded(self, tokens: np.ndarray) -> np.ndarray:
         """Return tokens (examples, columns) rounded up to the padded length of an example alone."""
-        return tokens if self.pad_to_multiple_of == 1 else rounded_up(tokens, self.pad_to_multiple_of)
+        return padded_alone(tokens, self.pad_to_multiple_of, self.columns_padded_together)
 
     def too_large(self, tokens: np.ndarray, first: int = 0) -> str | None:
         """Return a line with the number of examples that alone exceed the bound; None if there are none.

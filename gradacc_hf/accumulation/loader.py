@@ -89,6 +89,8 @@ class WindowLoader:
             number are exact.
         pad_to_multiple_of: Declares that the collate function pads to a multiple of this many tokens, like
             the same argument of transformers' collators. Planned sizes include it.
+        columns_padded_together: Declares that the collate function pads all columns of `lengths` to one
+            length, such as both answers of a preference pair.
         shuffle: Whether to draw the order of epoch e from (seed, e). Otherwise the order is the data set's.
         drop_last: Whether to leave out a partial last window.
         seed: Seed of the order and of `transform`.
@@ -139,6 +141,7 @@ class WindowLoader:
     """
 
     example_losses: np.ndarray | None = None
+    _trial_bound: Bound | None = None
 
     def __init__(
         self,
@@ -154,6 +157,7 @@ class WindowLoader:
         lengths: Lengths = None,
         pad_to: PadTo = "micro_batch",
         pad_to_multiple_of: int | None = None,
+        columns_padded_together: bool = False,
         shuffle: bool = True,
         drop_last: bool = False,
         seed: int = 0,
@@ -177,9 +181,8 @@ class WindowLoader:
         if padding_free:
             check_padding_free(pad_to)
         self.accelerator, self.num_workers, self.whole_gradients = accelerator, num_workers, whole_gradients
-        self.seed, self.epoch, self.window = seed, 0, 0
+        self.seed, self.epoch, self.window, self.seconds_to_collate = seed, 0, 0, 0.0
         self.empty_micro_batches = self.empty_windows = self.replays = 0
-        self.seconds_to_collate = 0.0
         self.noise, self.tuned = NoiseScale(), False
         self._is_started = self._has_stepped = self._pass_is_open = False
         self._warned_too_large = self._warned_dropped = False
@@ -188,7 +191,6 @@ class WindowLoader:
         bound = bound or Bound(max_tokens, micro_batch_size)
         measure = partial(measure_lengths, lengths=lengths, bounds=bound.micro_batch_size is None)
         self._budget, self._device = sizes_of(bound), device_name(accelerator)  # `bound` may be lowered later
-        self._trial_bound: Bound | None = None
         found = Sources.of(sources, shares, len(dataset)) if sources is not None else None
         if is_stream(dataset):
             size = int(buffer_size or BUFFER_SIZE)
@@ -210,6 +212,7 @@ class WindowLoader:
             num_processes=accelerator.num_processes,
             process=accelerator.process_index,
             pad_to_multiple_of=pad_to_multiple_of or 1,
+            columns_padded_together=columns_padded_together,
             leave_out=leave_out,
             noise_every=noise_every,
             padding_free=padding_free,

@@ -363,6 +363,13 @@ def padded_size(tokens: np.ndarray) -> int:
     return len(tokens) * int(tokens.max(0).sum())
 
 
-def rounded_up(tokens: np.ndarray, multiple: int) -> np.ndarray:
-    """Return numbers of tokens, each rounded up to a multiple."""
-    return -(-tokens // multiple) * multiple
+def padded_alone(tokens: np.ndarray, multiple: int, together: bool = False) -> np.ndarray:
+    """Return the padded lengths of an example alone, from tokens (examples, columns).
+
+    Args:
+        tokens: Tokens of the examples.
+        multiple: Lengths are rounded up to a multiple of it.
+        together: Whether all columns of an example have the length of the longest.
+    """
+    padded = tokens if multiple == 1 else -(-tokens // multiple) * multiple
+    return np.repeat(padded.max(1, keepdims=True), padded.shape[1], axis=1) if together else padded

@@ -11,6 +11,7 @@
 | memory | `predicted_memory.py` | predicted and measured memory of a step |
 | budgets | `budgets.py` | memory of each recipe under each budget file |
 | contrastive | `sentence_transformers.py` | the gradient cache, compared with sentence-transformers |
+| preference | `preference.py` | the losses of preferences, compared with TRL |
 | recipes | `all_recipes.py` | metric, baseline and time of each recipe |
 | sizes | `micro_batch_size.py` | the micro-batch size that a run finds, compared with fixed sizes |
 | cpu | `cpu_speed.py` | threads, malloc, padding, bf16 and compilation on a CPU |

@@ -29,6 +29,7 @@ from gradacc_hf.bench.offline import offline_recipe
 from gradacc_hf.bench.oom import measure_memory_limits, print_memory_limits
 from gradacc_hf.bench.planning import measure_planning, print_planning
 from gradacc_hf.bench.predicted_memory import cases_with, compare_memory, print_memory
+from gradacc_hf.bench.preference import LOSSES, measure_preference, print_preference
 from gradacc_hf.bench.progress import Progress, progress_bar
 from gradacc_hf.bench.schedules import measure_schedules, print_schedules
 from gradacc_hf.bench.sentence_transformers import measure_contrastive, print_contrastive
@@ -132,6 +133,19 @@ BENCHMARKS = {
             _number("--windows", 4, "windows per run"),
             _number("--repeats", 3, "runs of each contender"),
             _number("--max-tokens", 2048, "padded tokens of a micro-batch"),
+        ),
+    ),
+    "preference": Benchmark(
+        "the losses of preferences, compared with TRL",
+        lambda given, progress: measure_preference(
+            (), given.only, given.windows, given.repeats, given.micro_batch_size, progress
+        ),
+        print_preference,
+        (
+            _names(f"only these losses, of {', '.join(LOSSES)}", "LOSS"),
+            _number("--windows", 2, "windows per run"),
+            _number("--repeats", 3, "runs of each contender"),
+            _number("--micro-batch-size", 4, "examples of an accumulated micro-batch of TRL"),
         ),
     ),
     "recipes": Benchmark(

@@ -34,7 +34,7 @@ from gradacc_hf.accumulation.reference import (
     relative_error,
     whole_window_gradient,
 )
-from gradacc_hf.accumulation.splitting import padded_size, rounded_up
+from gradacc_hf.accumulation.splitting import padded_alone, padded_size
 from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import GradaccError, InputError, OutOfMemoryError, one_line
 from gradacc_hf.padding.attention import with_padding
@@ -122,6 +122,7 @@ class WorkerRun:
         """Return a new model on the device, the optimizer and the scheduler."""
         config, recipe = self.recipe.config, self.recipe
         model = make_model(recipe).to(self.accelerator.device)
+        recipe.before_training(model, (self.training, self.validation), self.accelerator)
         optimizer = make_optimizer(model, config.optim, self.accelerator.mixed_precision)
         return (
             model,
@@ -198,7 +199,9 @@ class WorkerRun:
             pad_to = int(max(map(np.max, window)))
         multiple = self.recipe.config.budget.pad_to_multiple_of or 1
         padded = (
-            rounded_up(tokens, multiple) if pad_to is None else np.full_like(tokens, pad_to)
+            padded_alone(tokens, multiple, self.recipe.columns_padded_together)
+            if pad_to is None
+            else np.full_like(tokens, pad_to)
             for tokens in window
         )
         return sum(map(padded_size, padded))

@@ -34,6 +34,7 @@ DATASETS = {
     "functions": "stdlib:documented_functions",
     "identifiers": "identifiers:identifiers",
     "instructions": "instructions:instructions",
+    "preferences": "preferences:preferences",
     "questions": "questions:docstring_questions",
 }
 """embedded:NAME of `data.train` → the function that returns (train, validation), as module:function."""

@@ -99,6 +99,10 @@ class Recipe:
     num_items: str | CountItems = "labels"
     labels_per: Literal["token", "example"] | None = None  # of lists of integers; None: by their lengths
     pad_to: PadTo = "micro_batch"  # "window" if padding changes the loss
+    columns_padded_together: bool = False  # whether the columns of `lengths` have one padded length
+    has_router_loss: ClassVar[bool] = (
+        True  # whether the loss of a mixture of experts includes its router loss
+    )
     transform: Transform | None = None  # the random part of an example: masking, cropping, augmentation
     tokens_are: str | None = None  # the unit of inputs other than texts: "patches of 16 × 16 pixels"
     baseline_is: ClassVar[str] = "a baseline that ignores the input"  # `baseline`, in words
@@ -356,6 +360,23 @@ class Recipe:
     def lengths(self, dataset: Dataset | Sequence[Any]) -> Lengths:
         """Return the tokens of each example, as `WindowLoader` takes them; None counts `input_ids`."""
         return None
+
+    def before_training(
+        self, model: torch.nn.Module, datasets: Sequence[Dataset], accelerator: Accelerator
+    ) -> None:
+        """Compute what the loss needs of the model from which training starts, in all processes.
+
+        Args:
+            model: The model, before Accelerate wraps it.
+            datasets: Training and validation examples.
+            accelerator: The Accelerator of the run.
+        """
+
+    def write_run_files(self, folder: Path) -> None:
+        """Write what a resumed run or an evaluation needs of `before_training`. The main process calls it."""
+
+    def read_run_files(self, folder: Path) -> None:
+        """Read what `write_run_files` wrote into the folder of a run, if it is there."""
 
     def validate(
         self, model: torch.nn.Module, windows: WindowLoader, accelerator: Accelerator
@@ -617,7 +638,8 @@ class Recipe:
 
     def _with_router_loss(self, model: Any) -> Any:
         """Apply `model.router_loss` to a model, and return it."""
-        if note := set_router_loss(model, self.config.model.router_loss):
+        setting = self.config.model.router_loss if self.has_router_loss else "none"
+        if note := set_router_loss(model, setting):
             self.model_notes["router loss"] = note
         return model
 

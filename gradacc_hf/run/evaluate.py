@@ -109,6 +109,7 @@ def evaluate_run(
     recipe, training, validation = load_data(recipe)
     _check_labels(recipe, model)
     check_inputs(recipe, model, training, validation)
+    recipe.read_run_files(run)
     windows = make_validation_windows(recipe, validation, accelerator)
     windows.example_losses = np.zeros((len(validation), 2))
     model = accelerator.prepare_model(model, evaluation_mode=True)

@@ -44,6 +44,7 @@ RUN_FILES = (
     MARKER,
     LOCK,
     "samples_before.json",
+    "references.safetensors",  # of the recipe preference
     "evaluations",  # by `gradacc evaluate`, after the run
     "verify.json",  # by `gradacc verify --run`, after the run
 )

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 
-from gradacc_hf.accumulation.splitting import Bound, rounded_up
+from gradacc_hf.accumulation.splitting import Bound, padded_alone
 from gradacc_hf.config.schema import BudgetConfig, detect_budget, parse_bytes, tokens_per_micro_batch
 from gradacc_hf.errors import NotTraceableError
 from gradacc_hf.memory.estimator import ROWS_MULTIPLE, Point, StepEstimate, StepSettings, estimate, terms_of
@@ -66,7 +66,8 @@ def recipe_memory(
     try:
         with preserve_rng_state():
             choose = _longest if only_longest else _points
-            padded = rounded_up(lengths, recipe.config.budget.pad_to_multiple_of or 1)
+            multiple = recipe.config.budget.pad_to_multiple_of or 1
+            padded = padded_alone(lengths, multiple, recipe.columns_padded_together)
             points, exponents = choose(weightless, dataset, padded)
     except (ValueError, KeyError, TypeError) as error:
         raise NotTraceableError(f"the examples cannot be collated: {error}") from error

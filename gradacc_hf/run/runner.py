@@ -119,6 +119,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     task = load_task(recipe_class, config, accelerator, checkpoint)
     if config.continues is not None:
         task, continued = lengthen(task, continued, argv)
+    if checkpoint is not None and resumed is not None:
+        task.recipe.read_run_files(resumed.folder)
     config = task.recipe.config
     baseline = task.recipe.baseline(task.training, task.validation)
     check_best_metric(config, baseline)
@@ -133,6 +135,8 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     print_head(task.recipe, accelerator)
     first = partial(continuation.write_continuation, continuations=continued) if config.continues else None
     with open_output(config, accelerator, checkpoint.window if checkpoint else 0, first) as folder:
+        if accelerator.is_main_process:
+            task.recipe.write_run_files(folder)
         commands = commands_of(folder, config, argv, resumed, accelerator.num_processes, continued)
         summary = train(task, plan, parts, folder, checkpoint, baseline, commands)
         accelerator.end_training()
@@ -304,6 +308,7 @@ def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> tuple[RunPlan,
     optim = recipe.config.optim
     model = make_model(recipe)
     choose_padding(recipe, model, plan.windows)
+    recipe.before_training(model, (task.training, task.validation), accelerator)
     if recipe.opened is not None:
         plan = replace(plan, windows=stream_windows(recipe, task.training, plan.windows))
     optimizer = make_optimizer(model, optim, accelerator.mixed_precision)

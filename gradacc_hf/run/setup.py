@@ -188,6 +188,7 @@ def _settings(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
         "num_items": recipe.num_items,
         "pad_to": recipe.pad_to,
         "pad_to_multiple_of": recipe.config.budget.pad_to_multiple_of,
+        "columns_padded_together": recipe.columns_padded_together,
         "transform": recipe.transform,
         "seed": recipe.config.train.seed,
     }

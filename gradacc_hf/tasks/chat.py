@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -204,6 +205,15 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
             f"model.name: the chat template of {name} does not determine which tokens are the assistant's "
             f"({one_line(error)}); put {{% generation %}} marks around them, in a file for data.chat_template"
         ) from error
+
+
+def use_template(tokenizer: Any, file: str | None) -> None:
+    """Give a tokenizer the chat template in the file that `data.chat_template` names, if it names one."""
+    if file is None:
+        return
+    if not Path(file).is_file():
+        raise InputError(f"data.chat_template: no file {file!r}; give one, or null")
+    tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
 
 
 def tokenize_chat(

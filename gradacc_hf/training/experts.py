@@ -27,7 +27,7 @@ def set_router_loss(model: torch.nn.Module, setting: Literal["window", "micro_ba
     for head in heads:
         head.config.output_router_logits = setting == "micro_batch"
     if setting == "none":
-        return "none, as model.router_loss sets"
+        return "none"
     times = ", ".join(f"{name} {factor:g}" for name, factor in factors.items())
     if setting == "micro_batch":
         for head in heads:

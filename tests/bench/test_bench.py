@@ -3,12 +3,14 @@
 import json
 import math
 from dataclasses import asdict
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from datasets import Dataset
+from preference_pairs import write_pairs as write_preferences
 from rich.console import Console
 
 from gradacc_hf.accumulation.batch_schedule import ScheduledBatch
@@ -17,6 +19,7 @@ from gradacc_hf.bench import cli
 from gradacc_hf.bench.exactness import CONTENDERS, measure_exactness, print_exactness
 from gradacc_hf.bench.experts import measure_experts, print_experts
 from gradacc_hf.bench.offline import MAX_TOKENS, offline_recipe
+from gradacc_hf.bench.preference import LOSSES, measure_preference, print_preference
 from gradacc_hf.bench.schedules import TASKS, examples_until, schedule_flags
 from gradacc_hf.bench.sentence_transformers import measure_contrastive, print_contrastive
 from gradacc_hf.bench.throughput import measure_speed, print_speed
@@ -230,3 +233,26 @@ def test_router_losses_over_windows_are_exact_and_those_of_micro_batches_are_not
     assert "1 of 1 heads are exact" in capsys.readouterr().out
     with pytest.raises(InputError, match="llama has no router loss"):
         measure_experts(["llama"], repeats=1)
+
+
+def test_trl_is_named_where_it_is_absent(monkeypatch, capsys):
+    monkeypatch.setattr("gradacc_hf.bench.preference.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["preference"])
+    assert caught.value.code == 2
+    message = "bench preference: TRL is not installed: pip install trl==1.16.0"
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_preferences_have_the_loss_and_the_gradient_of_trl(tmp_path, console, loss):
+    settings = write_preferences(tmp_path)[2:]
+    flags = [f"{name}={value}" for name, value in zip(settings[::2], settings[1::2], strict=True)]
+    flags = [flag for flag in flags if not flag.startswith("--model.lora")]
+    result = measure_preference(flags, [loss], num_windows=1, repeats=1)
+    ours, accumulated = (result.contenders[loss][name] for name in ("ours", "accumulated"))
+    assert ours.gradient_error <= EXACT < accumulated.gradient_error  # of 4, 4 and 3 examples
+    assert ours.loss_error <= 1e-5
+    print_preference(result, console)
+    assert f"{loss}: gradacc" in console.export_text()

@@ -85,7 +85,7 @@ def ddp(request, launch):
 def test_every_case_is_exact_on_1_2_and_3_processes(ddp):
     _, found = ddp
     exact = {name: row for name, row in found.items() if "error" in row}
-    assert len(exact) == 24
+    assert len(exact) == 25
     for name, row in exact.items():
         assert row["error"] < EXACT, name
         assert row["loss_error"] < 1e-5, name

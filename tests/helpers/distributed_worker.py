@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.test_utils.scripts import test_sync
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from datasets import Dataset
+from preference_pairs import LOSSES, exactness, write_pairs
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import BertConfig, BertModel, PrinterCallback, TrainingArguments
 
@@ -850,6 +851,22 @@ def contrastive(engine, size=22, **split):
     return {"error": max(errors), "loss_error": max(loss_errors), "same_windows": True, "planned": steps}
 
 
+def preference(engine):
+    """Windows of every loss of preferences: the worst error against each window at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = write_pairs(folder)
+        found = {}
+        for name, flags in LOSSES.items():
+            accelerator = accelerator_for(engine)
+            found[name], _, _ = exactness([*settings, *flags], accelerator, max_tokens=300)
+    return {
+        "error": max(one["error"] for one in found.values()),
+        "loss_error": max(one["loss_error"] for one in found.values()),
+        "same_windows": True,
+        "by_loss": found,
+    }
+
+
 CASES = {
     "unequal": lambda engine: gradients(engine, max_tokens=64),
     "next_token": lambda engine: gradients(engine, "causal_lm", "gpt2", max_tokens=64),
@@ -882,6 +899,7 @@ CASES = {
     "contrastive": lambda engine: contrastive(engine, max_tokens=160),
     "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),
     "router_loss": lambda engine: gradients(engine, "causal_lm", "mixtral", router_loss=True, max_tokens=64),
+    "preference": preference,
     "masked_at_random": masked_at_random,
     "out_of_memory": out_of_memory,
     "calls_left_out": calls_left_out,

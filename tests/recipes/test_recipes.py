@@ -39,8 +39,9 @@ QUICK = ("contrastive", "image_classification", "text_classification")
 )
 def test_a_recipe_is_exact_with_adapters_and_checkpointing(config):
     recipe = recipe_of(config, *CHECKPOINTING, *([] if config == FROM_SCRATCH else LORA))
-    windows, _ = make_windows(recipe, *recipe.datasets(), Accelerator(cpu=True))
-    found = verify(make_model(recipe), windows, recipe.loss, num_windows=1, trainer=False)
+    windows, _ = make_windows(recipe, *(datasets := recipe.datasets()), accelerator := Accelerator(cpu=True))
+    recipe.before_training(model := make_model(recipe), datasets, accelerator)
+    found = verify(model, windows, recipe.loss, num_windows=1, trainer=False)
     assert found.exact, found.verdict
     assert found.accumulation_steps[0] > 1
 
