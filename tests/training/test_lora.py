@@ -124,6 +124,47 @@ def test_adapters_come_back_on_their_base_or_merged_without_peft(kind, model_typ
     same(PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(**batch), model(**batch))
 
 
+@pytest.mark.parametrize(("kind", "model_type"), [("sequence_classification", "bert"), ("causal_lm", "gpt2")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dora": True},
+        {"rslora": True, "dora": True},
+        {"init": "pissa"},
+        {"init": "pissa", "dora": True, "alpha": 3},
+    ],
+    ids=["dora", "rslora", "pissa", "pissa and dora"],
+)
+def test_adapters_of_every_kind_come_back_too(kind, model_type, settings, tmp_path):
+    """GPT-2 has transposed weights. All adapted outputs differ from the outputs of the base model."""
+    plain = build_head(kind, model_type).model.eval()
+    batch = build_head(kind, model_type).collate(build_head(kind, model_type).examples([9, 12, 9]))
+    head, new = adapted(kind, model_type, **settings)
+    model = head.model.eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name or "lora_A" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+    assert (model(**batch).logits - plain(**batch).logits).abs().max() > 0.01
+    accelerator = Accelerator(cpu=True)
+    save_model(model, tmp_path / "merged", accelerator, write=write_merged)
+    same(type(model).from_pretrained(tmp_path / "merged")(**batch), model(**batch))
+    save_model(model, tmp_path / "adapter", accelerator)
+    same(PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(**batch), model(**batch))
+    saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert saved["init_lora_weights"] is True
+    assert saved["r"] == (8 if "init" in settings else 4)
+
+
+def test_pissa_and_dora_start_at_the_outputs_of_the_base_model():
+    head = build_head("causal_lm", "gpt2")
+    batch = head.collate(head.examples([9, 12]))
+    expected = head.model.eval()(**batch)
+    add_lora(head.model, LoraConfig(rank=4, init="pissa", dora=True), set())
+    same(head.model.eval()(**batch), expected)
+    assert all(p.abs().sum() > 0 for name, p in head.model.named_parameters() if "lora_" in name)
+
+
 def same(outputs, expected):
     for name in ("logits", "start_logits", "end_logits"):
         if name in expected:
