@@ -100,9 +100,11 @@ def _choices(recipe: Recipe, on_gpu: bool) -> Iterator[Settings]:
     half = {"model.dtype": "bfloat16", "budget.precision": "bf16"}
     if not config.budget.gradient_checkpointing:
         yield {"budget.gradient_checkpointing": True}
+    if on_gpu and not config.budget.offload_activations:
+        yield {"budget.gradient_checkpointing": True, "budget.offload_activations": True}
     if config.budget.precision == "fp32":
         yield {"budget.precision": "bf16"}
-    if config.optim.name in ("adam", "adamw"):
+    if config.optim.name in ("adam", "adamw", "muon", "schedule_free_adamw"):
         yield {"optim.name": "adafactor"}
         if on_gpu:
             yield {"optim.name": "adamw_8bit"}

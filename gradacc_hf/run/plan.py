@@ -122,6 +122,8 @@ def make_plan(
     config, is_cpu = recipe.config, Path(recipe.config.budget_file or "").stem == "cpu"
     given = usable_memory(config.budget, on_gpu=not is_cpu)
     device = "cpu" if is_cpu or given is None else "cuda"
+    if device == "cpu" and config.budget.offload_activations:
+        refuse("budget.offload_activations", "found true, and the plan is for a CPU", "set it to false")
     memory = given or psutil.virtual_memory().total
     windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True), Bound(micro_batch_size=1))
     try:
