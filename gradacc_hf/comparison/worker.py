@@ -44,8 +44,8 @@ from gradacc_hf.run.folder import settings
 from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
-from gradacc_hf.training.schedule_free import keep_averaged_weights
 from gradacc_hf.training.run_log import finite, peak_memory_bytes, versions
+from gradacc_hf.training.schedule_free import keep_averaged_weights
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.memory import release_memory
 from gradacc_hf.utils.modeling import disable_dropout, uncompiled

@@ -1,8 +1,8 @@
 """A run that `model.name` names: the new run starts from its best model.
 
 A whole model is trained as any other model in a folder. Adapters are trained further: the base model is the
-base of the earlier run, and rank, alpha, targets and kind are the adapters'. `gradacc merge RUN` writes a whole
-model to start from, `RUN/merged`.
+base of the earlier run, and rank, alpha, targets and kind are the adapters'. `gradacc merge RUN` writes a
+whole model to start from, `RUN/merged`.
 """
 
 import json

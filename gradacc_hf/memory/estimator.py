@@ -346,8 +346,9 @@ def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settin
     """Return the bytes of the optimizer's states for these weights of a model.
 
     One step runs on small stand-ins, whose sides are distinct primes. The primes in the shape of a state show
-    which sides of the weight the state has. Two optimizers are computed instead. The 8-bit optimizer runs only
-    on GPUs: it has two states, in 32 bits for embeddings and small weights. Muon depends on where a weight is.
+    which sides of the weight the state has. Two optimizers are computed instead. The 8-bit optimizer runs
+    only on GPUs: it has two states, in 32 bits for embeddings and small weights. Muon depends on the place of
+    a weight in the model.
     """
     if settings.optim.name == "adamw_8bit":
         embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -378,8 +379,8 @@ def _step_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], setting
     """Return the bytes that the optimizer's step holds in addition to the states.
 
     A fused step holds nothing. Otherwise the step holds one copy of all weights on a GPU, and two copies of
-    the largest weight on a CPU. schedulefree always holds one copy of all weights. Muon updates one matrix after
-    the other: it holds the update, and in bf16 two versions of it and two squares of its smaller side.
+    the largest weight on a CPU. schedulefree always holds one copy of all weights. Muon updates one matrix
+    after the other: it holds the update, and in bf16 two versions of it and two squares of its smaller side.
     """
     name = settings.optim.name
     if name == "muon":

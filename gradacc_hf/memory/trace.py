@@ -344,14 +344,11 @@ class _OnHost(torch.autograd.graph.saved_tensors_hooks):
 def _offloading() -> Iterator[None]:
     """Let transformers offload the inputs of checkpointed layers (`budget.offload_activations`)."""
     own = getattr(modeling_utils, "save_on_cpu", None)  # absent before transformers 5.23
-    setattr(modeling_utils, "save_on_cpu", _OnHost)
+    modeling_utils.save_on_cpu = _OnHost  # type: ignore[assignment]
     try:
         yield
     finally:
-        if own is None:
-            delattr(modeling_utils, "save_on_cpu")
-        else:
-            setattr(modeling_utils, "save_on_cpu", own)
+        modeling_utils.save_on_cpu = own  # type: ignore[assignment]
 
 
 def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -71,7 +71,7 @@ def make_optimizer(
 
 def _schedule_free_adamw(groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
     """Return AdamW of the library schedulefree, ready to train."""
-    require("optim.name schedule_free_adamw", "schedule_free")
+    require("optim.name schedule_free_adamw", "schedulefree", "schedulefree")
     from schedulefree import AdamWScheduleFree  # late: an extra
 
     optimizer = AdamWScheduleFree(groups, **settings)
@@ -110,7 +110,7 @@ def check_optimizer(optim: OptimConfig, rank: int = 0) -> None:
         if not hasattr(torch.optim, "Muon"):
             refuse("optim.name", f"torch {torch.__version__} has no Muon", "install torch 2.9 or newer")
     if optim.name == "schedule_free_adamw":
-        require("optim.name schedule_free_adamw", "schedule_free")
+        require("optim.name schedule_free_adamw", "schedulefree", "schedulefree")
     if optim.name != "adamw_8bit":
         return
     if not torch.cuda.is_available():

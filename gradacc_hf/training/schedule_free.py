@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-AVERAGES = "train_mode"  # schedulefree's key in each group of parameters: whether the weights are for training
+AVERAGES = (
+    "train_mode"  # schedulefree's key in each group of parameters: whether the weights are for training
+)
 
 
 @contextmanager

@@ -155,7 +155,7 @@ class OptimConfig:
 
     @property
     def is_constant(self) -> bool:
-        """Whether the learning rate is the same in all windows, so that the length of the run can be unknown."""
+        """Whether all windows have one learning rate, so that the length of the run can be unknown."""
         return self.scheduler in CONSTANT and not self.warmup_ratio
 
     def rules(self) -> Rules:
@@ -170,7 +170,11 @@ class OptimConfig:
         share, wsd = 0 <= self.decay_ratio <= 1, self.scheduler == "wsd"
         yield "decay_ratio", share, "a share of the windows from 0 to 1"
         default = OptimConfig.decay_ratio
-        yield "decay_ratio", wsd or self.decay_ratio == default, f"{default}, its default, without scheduler wsd"
+        yield (
+            "decay_ratio",
+            wsd or self.decay_ratio == default,
+            f"{default}, its default, without scheduler wsd",
+        )
         fits = self.warmup_ratio + self.decay_ratio <= 1
         yield "decay_ratio", fits or not wsd, f"at most 1 − optim.warmup_ratio ({self.warmup_ratio})"
         yield "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "a share of lr from 0 to 1"

@@ -139,7 +139,7 @@ def test_adapters_of_every_kind_come_back_too(kind, model_type, settings, tmp_pa
     """GPT-2 has transposed weights. All adapted outputs differ from the outputs of the base model."""
     plain = build_head(kind, model_type).model.eval()
     batch = build_head(kind, model_type).collate(build_head(kind, model_type).examples([9, 12, 9]))
-    head, new = adapted(kind, model_type, **settings)
+    head, _ = adapted(kind, model_type, **settings)
     model = head.model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -182,6 +182,16 @@ def test_an_optimizer_gets_the_trained_parameters_and_decays_the_adapters(optimi
     assert all(value == (0 if name.endswith("bias") else 0.1) for name, value in decay.items())
 
 
+def test_matrices_b_learn_faster_by_the_ratio_and_nothing_else_does():
+    model = adapted()[0].model
+    groups = make_optimizer(model, OptimConfig(lr=1e-4), plus_lr_ratio=16.0).param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in groups for p in group["params"]}
+    assert rates.keys() == trained(model)
+    assert groups[0]["lr"] == 1e-4  # which histories show
+    assert all(rate == (16e-4 if ".lora_B." in name else 1e-4) for name, rate in rates.items())
+
+
 def test_adapters_of_bf16_weights_are_float32():
     head = build_head("causal_lm", "llama")
     add_lora(head.model.bfloat16(), LoraConfig(rank=4), set())
@@ -216,6 +226,7 @@ def test_what_cannot_be_adapted_is_refused_in_one_line():
 
 
 RANK = {"model__lora__rank": 8}
+PISSA = {**RANK, "model__lora__init": "pissa"}
 FOUR_BIT = {**RANK, "model__load_in_4bit": True}
 
 
@@ -226,6 +237,17 @@ FOUR_BIT = {**RANK, "model__load_in_4bit": True}
         ({"model__lora__alpha": 0}, r"--model.lora.alpha: found 0, allowed is 1 or more, or null"),
         ({"model__lora__dropout": 1}, r"--model.lora.dropout: found 1.0, allowed is a probability .*"),
         ({"model__lora__merge": True}, r"--model.lora.merge: found true, .*: set model.lora.rank"),
+        ({"model__lora__dora": True}, r"--model.lora.dora: found true, .*: set model.lora.rank"),
+        ({"model__lora__init": "pissa"}, r"--model.lora.init: .* default without adapters: .*rank"),
+        ({**RANK, "model__lora__plus_lr_ratio": 0.5}, r"--model.lora.plus_lr_ratio: .* 1 \(off\) or more"),
+        (
+            {**PISSA, "model__lora__rslora": True},
+            r"--model.lora.rslora: .* false with model.lora.init pissa.*",
+        ),
+        ({**PISSA, "model__lora__dropout": 0.1}, r"--model.lora.dropout: .* 0 with model.lora.init pissa.*"),
+        ({**PISSA, "model__load_in_4bit": True}, r"--model.load_in_4bit: .* false with model.lora.init.*"),
+        ({**PISSA, "model__dtype": "bfloat16"}, r"--model.dtype: .* float32 with model.lora.init pissa.*"),
+        ({**RANK, "optim__name": "muon"}, r"optim.name: found muon with adapters, .* model.lora.rank 0"),
         ({"model__lora__targets": "[query]"}, r"--model.lora.targets: .*: set model.lora.rank"),
         ({"model__load_in_4bit": True}, r"--model.load_in_4bit: found true, .*: set model.lora.rank"),
         ({**FOUR_BIT, "model__lora__merge": True}, r"--model.load_in_4bit: .* false with model.lora.merge.*"),
