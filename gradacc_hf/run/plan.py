@@ -27,6 +27,7 @@ from gradacc_hf.run.memory_bound import longest_example, recipe_memory, usable_m
 from gradacc_hf.run.overview import data_lines
 from gradacc_hf.run.padding import plan_padding
 from gradacc_hf.run.setup import check_vocabulary, make_model, make_windows, total_windows
+from gradacc_hf.training.optimizer import check_optimizer_of_adapters
 
 GIB = 2**30
 Shape = tuple[tuple[int, ...], ...]  # (rows, columns): tokens of each row of a micro-batch
@@ -114,6 +115,7 @@ def make_plan(
     Raises:
         InputError: if no step of the model can be traced.
     """
+    check_optimizer_of_adapters(recipe.config.optim, recipe.config.model.lora.rank)
     recipe = recipe.weightless()
     training, validation = data or recipe.read_examples()
     recipe = fit_to_model(recipe)

@@ -103,12 +103,9 @@ def check_optimizer(optim: OptimConfig, rank: int = 0) -> None:
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if optim.name in ("adamw_8bit", "muon") and sharded:
         refuse("optim.name", f"found {optim.name} with FSDP, which cannot shard it", others)
-    if optim.name == "muon":
-        if rank:
-            found = "found muon with adapters, whose low-rank matrices it is not made for"
-            refuse("optim.name", found, f"{others}; or model.lora.rank 0")
-        if not hasattr(torch.optim, "Muon"):
-            refuse("optim.name", f"torch {torch.__version__} has no Muon", "install torch 2.9 or newer")
+    check_optimizer_of_adapters(optim, rank)
+    if optim.name == "muon" and not hasattr(torch.optim, "Muon"):
+        refuse("optim.name", f"torch {torch.__version__} has no Muon", "install torch 2.9 or newer")
     if optim.name == "schedule_free_adamw":
         require("optim.name schedule_free_adamw", "schedulefree", "schedulefree")
     if optim.name != "adamw_8bit":
@@ -117,6 +114,13 @@ def check_optimizer(optim: OptimConfig, rank: int = 0) -> None:
         refuse("optim.name", "found adamw_8bit without a CUDA GPU", others)
     if find_spec("bitsandbytes") is None:
         refuse("optim.name", "adamw_8bit needs bitsandbytes", "pip install bitsandbytes, or use adafactor")
+
+
+def check_optimizer_of_adapters(optim: OptimConfig, rank: int) -> None:
+    """Raise InputError if the optimizer cannot train adapters of this rank, on any machine."""
+    if optim.name == "muon" and rank:
+        found = "found muon with adapters, whose low-rank matrices it is not made for"
+        refuse("optim.name", found, "use adamw, or model.lora.rank 0")
 
 
 class Schedule(LambdaLR):
