@@ -215,6 +215,7 @@ case $action in
   completion) extras=recipes,report,offline,completion ;;
   *) extras=recipes,report,offline ;;
 esac
+[[ " ${arguments[*]:-} " != *schedule_free_adamw* || $extras == dev ]] || extras+=,schedulefree
 if [[ -n $is_active ]]; then
   echo "using the active virtual environment $venv, which has gradacc-hf" >&2
   needed=

@@ -273,9 +273,11 @@ class Embedder(torch.nn.Module):
             found.append(self._embed(tokens["input_ids"], tokens["attention_mask"]))
         return torch.cat(found).cpu()
 
-    def gradient_checkpointing_enable(self, settings: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, settings: dict[str, Any] | None = None, offload: bool = False
+    ) -> None:
         """Enable gradient checkpointing in the encoder, with the settings of `checkpoint_activations`."""
-        checkpoint_activations(self.encoder)
+        checkpoint_activations(self.encoder, offload)
 
     def save_pretrained(
         self, folder: Path | str, state_dict: Mapping[str, torch.Tensor] | None = None

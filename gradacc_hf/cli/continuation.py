@@ -12,7 +12,7 @@ EPILOG = """
 The run continues in its folder: one history, one report. Give the length as a number to add or as a total.
 The other settings stay as they were, except:
 
-  --optim.lr, --optim.scheduler, --optim.warmup_ratio
+  --optim.lr, --optim.scheduler, --optim.warmup_ratio, --optim.decay_ratio, --optim.min_lr_ratio
                             a new schedule over the further windows.
                             Without them, the recorded schedule is stretched.
   --optim.max_grad_norm, --train.eval_every, --train.early_stopping

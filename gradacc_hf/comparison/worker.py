@@ -45,6 +45,7 @@ from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.setup import load_data, make_accelerator, make_model, make_windows, total_windows
 from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
 from gradacc_hf.training.run_log import finite, peak_memory_bytes, versions
+from gradacc_hf.training.schedule_free import keep_averaged_weights
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.memory import release_memory
 from gradacc_hf.utils.modeling import disable_dropout, uncompiled
@@ -123,7 +124,9 @@ class WorkerRun:
         config, recipe = self.recipe.config, self.recipe
         model = make_model(recipe).to(self.accelerator.device)
         recipe.before_training(model, (self.training, self.validation), self.accelerator)
-        optimizer = make_optimizer(model, config.optim, self.accelerator.mixed_precision)
+        optimizer = make_optimizer(
+            model, config.optim, self.accelerator.mixed_precision, config.model.lora.plus_lr_ratio
+        )
         return (
             model,
             optimizer,
@@ -259,6 +262,7 @@ def train_timed(run: WorkerRun, name: str, folder: Path) -> None:
     before = reset_peak_memory(device)
     ran = run.train(name, model, optimizer, scheduler, config.optim.max_grad_norm)
     peak = peak_memory(device)
+    keep_averaged_weights(optimizer)
     _, validation = run.loaders()
     prepared = run.accelerator.prepare(model) if name not in LOOPS else model
     with uncompiled(prepared):

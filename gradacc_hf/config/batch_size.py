@@ -40,8 +40,7 @@ def check_sizes(config: Config) -> None:
         return
     if config.train.noise_every == 0:
         raise InputError("train.noise_every: found 0 with batch.effective noise_scale; allowed: 1 or more")
-    ends = config.optim.scheduler != "constant" or config.optim.warmup_ratio > 0
-    if config.train.max_windows is not None and ends:
+    if config.train.max_windows is not None and not config.optim.is_constant:
         raise InputError(
             "train.max_windows: found "
             f"{config.train.max_windows} with batch.effective noise_scale. The number of examples, on "

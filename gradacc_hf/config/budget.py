@@ -41,12 +41,18 @@ def adapt_budget(budget: BudgetConfig, device: Device) -> tuple[BudgetConfig, li
     """Return the budget that the device can provide, and a line about each changed key.
 
     Raises:
-        InputError: For `cpu_offload` without FSDP2, as the run might not fit without it.
+        InputError: For `cpu_offload` without FSDP2 and `offload_activations` without a GPU, as the run might
+            not fit without it.
     """
     if budget.cpu_offload and not device.fsdp2:
         raise InputError(
             "budget.cpu_offload: found true without FSDP2; allowed is false, or true on GPUs with "
             "accelerate launch --use_fsdp --fsdp_version 2"
+        )
+    if budget.offload_activations and device.kind != "cuda":
+        raise InputError(
+            "budget.offload_activations: found true without a CUDA GPU, where activations are in main memory "
+            "anyway; allowed is false"
         )
     lines = []
     for key, value, why in _beyond(budget, device):

@@ -1,8 +1,8 @@
 """A run that `model.name` names: the new run starts from its best model.
 
 A whole model is trained as any other model in a folder. Adapters are trained further: the base model is the
-base of the earlier run, and rank, alpha and targets are the adapters'. `gradacc merge RUN` writes a whole
-model to start from, `RUN/merged`.
+base of the earlier run, and rank, alpha, targets and kind are the adapters'. `gradacc merge RUN` writes a
+whole model to start from, `RUN/merged`.
 """
 
 import json
@@ -14,6 +14,8 @@ import yaml
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_SETTINGS = ("rank", "alpha", "targets")
+NEW_ADAPTER_SETTINGS = {"dora": False, "rslora": False, "init": "default"}
+"""Further settings, with their values in runs of 0.1.0, which do not record them."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,12 @@ class EarlierRun:
     def adapter_settings(self) -> dict[str, Any]:
         """The settings of `model.lora` that the adapters were made with."""
         lora = self._settings["model"]["lora"]
-        return {name: lora[name] for name in ADAPTER_SETTINGS}
+        found = {name: lora[name] for name in ADAPTER_SETTINGS}
+        found |= {name: lora.get(name, value) for name, value in NEW_ADAPTER_SETTINGS.items()}
+        if found["init"] == "pissa":  # saved as plain adapters of twice the rank, with the same scale
+            found |= {"init": "default", "rank": 2 * found["rank"]}
+            found["alpha"] = None if found["alpha"] is None else 2 * found["alpha"]
+        return found
 
     @property
     def base(self) -> str:

@@ -273,6 +273,10 @@ class BudgetConfig:
     gradient_checkpointing: bool = False
     """Recompute activations to save memory.
     The backward pass computes the activations a second time, which takes longer."""
+    offload_activations: bool = False
+    """Hold what gradient checkpointing keeps in main memory, not on the GPU.
+    For long examples. Each layer then copies its input to the host and back, which takes longer. Needs
+    gradient_checkpointing, a CUDA GPU and transformers 5.23 or newer."""
     compile: bool = False
     """Compile the layers with torch.compile.
     The run starts later and is then faster."""
@@ -309,6 +313,8 @@ class BudgetConfig:
         yield "max_tokens", tokens == "auto" or tokens >= 1, too_few
         yield "micro_batch_size", examples is None or examples >= 1, "1 example or more, or null"
         yield "micro_batch_size", examples is None or tokens == "auto", one_of_two
+        only = "false without budget.gradient_checkpointing: set it to true"
+        yield "offload_activations", self.gradient_checkpointing or not self.offload_activations, only
         multiple = self.pad_to_multiple_of
         yield "pad_to_multiple_of", multiple is None or multiple >= 1, "1 token or more (8, say), or null"
         yield "num_workers", self.num_workers >= 0, "0 processes or more"

@@ -27,6 +27,7 @@ from gradacc_hf.errors import NotTraceableError, one_line
 from gradacc_hf.memory import extrapolate
 from gradacc_hf.memory.trace import ATTENTION, LAYERS, LOSS, Trace, trace
 from gradacc_hf.training.lora import FOUR_BIT_DTYPES
+from gradacc_hf.training.muon import hidden_matrices
 from gradacc_hf.training.optimizer import make_optimizer
 from gradacc_hf.training.settings import OptimConfig
 
@@ -38,6 +39,7 @@ ROWS_MULTIPLE = 16  # of the rows of a traced batch, so that a share of the posi
 PRIMES = (3, 5, 7, 11, 13, 17)  # sides of the stand-ins of `_state_bytes`
 EIGHT_BITS = 1 + 4 / 256  # bytes of a number in bitsandbytes' 8-bit states: 256 numbers share a scale
 QUANTIZED_FROM = 4096  # elements of the smallest weight whose states bitsandbytes keeps in 8 bits
+MUON_BYTES = 12  # of a step of Muon, for each number of the largest matrix
 BYTES_PER_4BIT_WEIGHT = 0.516  # scales included: 0.127 bits a weight (QLoRA, section 3)
 
 
@@ -165,7 +167,7 @@ def estimate(
     parameters = list(whole.named_parameters())
     trained = [p for name, p in parameters if _in_few(name, layers) in used]
     optimizers = {
-        name: (_state_bytes(whole, trained, other), _step_bytes(trained, other))
+        name: (_state_bytes(whole, trained, other), _step_bytes(whole, trained, other))
         for name in (settings.optim.name, *LEAN_OPTIMIZERS)
         for other in [replace(settings, optim=replace(settings.optim, name=name))]
     }
@@ -344,14 +346,20 @@ def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settin
     """Return the bytes of the optimizer's states for these weights of a model.
 
     One step runs on small stand-ins, whose sides are distinct primes. The primes in the shape of a state show
-    which sides of the weight the state has. The 8-bit optimizer runs only on GPUs and is computed instead: it
-    has two states, in 32 bits for embeddings and small weights.
+    which sides of the weight the state has. Two optimizers are computed instead. The 8-bit optimizer runs
+    only on GPUs: it has two states, in 32 bits for embeddings and small weights. Muon depends on the place of
+    a weight in the model.
     """
     if settings.optim.name == "adamw_8bit":
         embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
         whole = [w for w in weights if w in embeddings or w.numel() < QUANTIZED_FROM]
         numbers, in_32_bits = (sum(w.numel() for w in some) for some in (weights, whole))
         return round(2 * (4 * in_32_bits + EIGHT_BITS * (numbers - in_32_bits)))
+    if settings.optim.name == "muon":  # one momentum for each matrix
+        matrices = {id(w) for w in hidden_matrices(model)}
+        of_muon, others = ([w for w in weights if (id(w) in matrices) == part] for part in (True, False))
+        adamw = replace(settings, optim=replace(settings.optim, name="adamw"))
+        return tensor_bytes(of_muon) + _state_bytes(model, others, adamw)
     kinds = {(w.ndim, w.dtype) for w in weights}
     stand_ins = {kind: torch.nn.Parameter(torch.ones(PRIMES[: kind[0]], dtype=kind[1])) for kind in kinds}
     for stand_in in stand_ins.values():
@@ -367,13 +375,18 @@ def _state_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settin
     return total
 
 
-def _step_bytes(weights: Sequence[torch.Tensor], settings: StepSettings) -> int:
+def _step_bytes(model: torch.nn.Module, weights: Sequence[torch.Tensor], settings: StepSettings) -> int:
     """Return the bytes that the optimizer's step holds in addition to the states.
 
     A fused step holds nothing. Otherwise the step holds one copy of all weights on a GPU, and two copies of
-    the largest weight on a CPU.
+    the largest weight on a CPU. schedulefree always holds one copy of all weights. Muon updates one matrix
+    after the other: it holds the update, and in bf16 two versions of it and two squares of its smaller side.
     """
     name = settings.optim.name
+    if name == "muon":
+        return MUON_BYTES * max((w.numel() for w in hidden_matrices(model)), default=0)
+    if name == "schedule_free_adamw":
+        return sum(w.numel() * w.itemsize for w in weights)
     fused = name == "adamw_8bit" or (
         name != "adafactor" and not (settings.on_gpu and settings.precision == "fp16")
     )

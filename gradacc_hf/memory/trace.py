@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import modeling_utils
 
 from gradacc_hf.accumulation.loss_items import total_loss
 from gradacc_hf.padding.removal import layers_by_owner
@@ -95,7 +96,7 @@ def trace(
 
     phases = []
     on_device = _as_on_gpu() if on_gpu else nullcontext()
-    with _labelling(model, tracer), tracer, on_device, _labelling_attention(tracer):
+    with _labelling(model, tracer), tracer, on_device, _labelling_attention(tracer), _offloading():
         loss = weighed_loss(forward(**batch))
         phases.append(tracer.take())
         loss.backward()
@@ -327,6 +328,27 @@ def _as_on_gpu() -> Iterator[None]:
     finally:
         for name, function in own.items():
             setattr(F, name, function)
+
+
+class _OnHost(torch.autograd.graph.saved_tensors_hooks):
+    """Stands for torch's `save_on_cpu`: what is saved takes no memory until the backward pass."""
+
+    def __init__(self, pin_memory: bool = False, device_type: str = "cuda") -> None:
+        super().__init__(
+            lambda tensor: (tensor.size(), tensor.dtype),
+            lambda packed: torch.empty(packed[0], dtype=packed[1], device="cpu"),
+        )
+
+
+@contextmanager
+def _offloading() -> Iterator[None]:
+    """Let transformers offload the inputs of checkpointed layers (`budget.offload_activations`)."""
+    own = getattr(modeling_utils, "save_on_cpu", None)  # absent before transformers 5.23
+    modeling_utils.save_on_cpu = _OnHost  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        modeling_utils.save_on_cpu = own  # type: ignore[assignment]
 
 
 def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -102,7 +102,7 @@ def check_settings(recipe: "Recipe") -> None:
     if recipe.data.weight_column is not None:
         cure = "set one of the two to null or false"
         refuse("data.weight_column", "found with data.streaming", cure)
-    decays = config.optim.scheduler != "constant" or config.optim.warmup_ratio > 0
+    decays = not config.optim.is_constant
     cure = "or set optim.scheduler constant and optim.warmup_ratio 0"
     if decays and config.train.max_windows is None:
         found = f"found null, and the number of windows of a stream, which {config.optim.scheduler} needs, "

@@ -32,7 +32,13 @@ from gradacc_hf.utils.redaction import redact
 
 FILE = "continued.json"
 LENGTHS = ("train.epochs", "train.max_windows")
-SCHEDULE = ("optim.lr", "optim.scheduler", "optim.warmup_ratio")
+SCHEDULE = (
+    "optim.lr",
+    "optim.scheduler",
+    "optim.warmup_ratio",
+    "optim.decay_ratio",
+    "optim.min_lr_ratio",
+)
 FREE = (*LENGTHS, *SCHEDULE, "train.eval_every", "train.early_stopping", "optim.max_grad_norm")
 """Settings that a continuation may change, beside the settings that a resumed run may change."""
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError, NotTraceableError
-from gradacc_hf.memory.estimator import StepEstimate
+from gradacc_hf.memory.estimator import LEAN_OPTIMIZERS, StepEstimate
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.memory_bound import longest_example, recipe_memory
 
@@ -61,15 +61,16 @@ def levers(
     def take(settings: Settings) -> int | None:
         if shorter := settings.get("data.max_length"):
             return needs(found, np.minimum(longest, shorter))
-        estimate = found
-        traced = {key: value for key, value in settings.items() if key != "optim.name"}
+        estimate, name = found, settings.get("optim.name")
+        is_known = name in LEAN_OPTIMIZERS  # each estimate has their states
+        traced = {key: value for key, value in settings.items() if key != "optim.name" or not is_known}
         try:
             if traced:
                 other = recipe.with_config(with_settings(recipe.config, traced))
                 estimate = recipe_memory(other, dataset, lengths, make_model, on_gpu, only_longest=True)
         except (InputError, NotTraceableError):  # this model does not support the setting
             return None
-        if name := settings.get("optim.name"):
+        if is_known:
             estimate = estimate.with_optimizer(name)
         return needs(estimate, longest)
 
@@ -97,27 +98,31 @@ def levers(
 def _choices(recipe: Recipe, on_gpu: bool) -> Iterator[Settings]:
     """Yield the settings that this recipe supports and that are not set yet."""
     config = recipe.config
+    pissa = config.model.lora.init == "pissa"  # it needs full weights
+    adapters = {"model.lora.rank": 16} | ({"optim.name": "adamw"} if config.optim.name == "muon" else {})
     half = {"model.dtype": "bfloat16", "budget.precision": "bf16"}
     if not config.budget.gradient_checkpointing:
         yield {"budget.gradient_checkpointing": True}
+    if on_gpu and not config.budget.offload_activations:
+        yield {"budget.gradient_checkpointing": True, "budget.offload_activations": True}
     if config.budget.precision == "fp32":
         yield {"budget.precision": "bf16"}
-    if config.optim.name in ("adam", "adamw"):
+    if config.optim.name in ("adam", "adamw", "muon", "schedule_free_adamw"):
         yield {"optim.name": "adafactor"}
         if on_gpu:
             yield {"optim.name": "adamw_8bit"}
     if recipe.lean_loss and config.budget.lean_loss is False:
         yield {"budget.lean_loss": "auto"}
     if not config.model.lora.rank and not recipe.from_scratch and not config.model.freeze:
-        yield {"model.lora.rank": 16}
-        yield {"model.lora.rank": 16, **half}
-    elif config.model.lora.rank and config.model.dtype == "float32":
+        yield adapters
+        yield {**adapters, **half}
+    elif config.model.lora.rank and config.model.dtype == "float32" and not pissa:
         yield half
     if on_gpu and not (recipe.from_scratch or config.model.load_in_4bit or config.model.freeze):
-        if config.model.lora.rank and not config.model.lora.merge:
+        if config.model.lora.rank and not (config.model.lora.merge or pissa):
             yield {"model.load_in_4bit": True}
         elif not config.model.lora.rank:
-            yield {"model.lora.rank": 16, "model.load_in_4bit": True}
+            yield {**adapters, "model.load_in_4bit": True}
     if config.data.max_length > 1:
         yield {"data.max_length": config.data.max_length // 2}
 

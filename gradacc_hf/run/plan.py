@@ -27,6 +27,7 @@ from gradacc_hf.run.memory_bound import longest_example, recipe_memory, usable_m
 from gradacc_hf.run.overview import data_lines
 from gradacc_hf.run.padding import plan_padding
 from gradacc_hf.run.setup import check_vocabulary, make_model, make_windows, total_windows
+from gradacc_hf.training.optimizer import check_optimizer_of_adapters
 
 GIB = 2**30
 Shape = tuple[tuple[int, ...], ...]  # (rows, columns): tokens of each row of a micro-batch
@@ -114,6 +115,7 @@ def make_plan(
     Raises:
         InputError: if no step of the model can be traced.
     """
+    check_optimizer_of_adapters(recipe.config.optim, recipe.config.model.lora.rank)
     recipe = recipe.weightless()
     training, validation = data or recipe.read_examples()
     recipe = fit_to_model(recipe)
@@ -122,6 +124,8 @@ def make_plan(
     config, is_cpu = recipe.config, Path(recipe.config.budget_file or "").stem == "cpu"
     given = usable_memory(config.budget, on_gpu=not is_cpu)
     device = "cpu" if is_cpu or given is None else "cuda"
+    if device == "cpu" and config.budget.offload_activations:
+        refuse("budget.offload_activations", "found true, and the plan is for a CPU", "set it to false")
     memory = given or psutil.virtual_memory().total
     windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True), Bound(micro_batch_size=1))
     try:

@@ -71,7 +71,7 @@ def check_settings(recipe_class: type[Recipe], config: Config) -> None:
     if config.model.lora.rank:
         check_peft()
     check_four_bit(config.model)
-    check_optimizer(config.optim)
+    check_optimizer(config.optim, config.model.lora.rank)
 
 
 def find_run_to_resume(config: Config) -> ResumedRun | None:

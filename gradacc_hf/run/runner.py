@@ -311,7 +311,9 @@ def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> tuple[RunPlan,
     recipe.before_training(model, (task.training, task.validation), accelerator)
     if recipe.opened is not None:
         plan = replace(plan, windows=stream_windows(recipe, task.training, plan.windows))
-    optimizer = make_optimizer(model, optim, accelerator.mixed_precision)
+    optimizer = make_optimizer(
+        model, optim, accelerator.mixed_precision, recipe.config.model.lora.plus_lr_ratio
+    )
     start = plan.continued.schedule_after
     scheduler = make_scheduler(optimizer, optim, plan.windows, plan.num_windows, start)
     card = RunCard(recipe, facts(recipe, task.training, task.validation), plan.windows)

@@ -278,7 +278,7 @@ def make_model(recipe: Recipe) -> Any:
     choose_trained(model, recipe.config.model, recipe.new_parameters)
     recipe.load_earlier_adapters(model)
     if config.budget.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, config.budget.offload_activations)
     if config.budget.compile:
         compile_layers(model)
     return model

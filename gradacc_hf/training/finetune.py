@@ -38,6 +38,7 @@ from gradacc_hf.training.preflight import (
     warn_of_untrained,
 )
 from gradacc_hf.training.run_log import FIGURES, RunLog, WindowRecord
+from gradacc_hf.training.schedule_free import averaged_weights, keep_averaged_weights
 from gradacc_hf.training.update_ratio import UpdateRatio
 from gradacc_hf.utils.files import WriteModel, save_model, write_pretrained
 from gradacc_hf.utils.rng import rng_states, set_rng_states
@@ -156,7 +157,8 @@ def fine_tune(
     tuning = Tuning.of(windows, length.known and length.known - done) if tune else None
     signals = StopSignals(accelerator) if checkpointer is not None else nullcontext()
     with RunLog(accelerator, length.known, saver.folder, done) as log, signals as stop:
-        evaluator = Evaluator(model, validate, EvaluationTimes(eval_every, windows), evaluations, log, saver)
+        times = EvaluationTimes(eval_every, windows)
+        evaluator = Evaluator(model, optimizer, validate, times, evaluations, log, saver)
         if eval_on_start and not done:
             evaluator.evaluate(0)
         records = iter_windows(
@@ -175,6 +177,7 @@ def fine_tune(
         saving = CheckpointSaving(checkpointer, stop, log, evaluations) if checkpointer and stop else None
         end = train_windows(records, done, log, length, evaluator, ratio, tuning, saving)
         finish(end, evaluator, saving)
+    keep_averaged_weights(optimizer)
     return write_summary(log, windows, evaluations, tuning, first_window, end, more)
 
 
@@ -295,11 +298,12 @@ def finish(end: End, evaluator: "Evaluator", saving: "CheckpointSaving | None") 
     if end == "out of patience":
         log.say(f"stopped early: {best.metric} has not improved in {best.patience} evaluations")
     if end != "stopped by a signal":
-        evaluator.saver.save(evaluator.model, "last")
-        config = evaluator.model_config()
-        evaluator.evaluate_at_end(log.last_window)
-        if evaluator.model_config() != config:  # such as the threshold of an answer
+        with averaged_weights(evaluator.optimizer):
             evaluator.saver.save(evaluator.model, "last")
+            config = evaluator.model_config()
+            evaluator.evaluate_at_end(log.last_window)
+            if evaluator.model_config() != config:  # such as the threshold of an answer
+                evaluator.saver.save(evaluator.model, "last")
         if saving is not None:
             saving.save_at_end(random)
 
@@ -487,6 +491,7 @@ class Evaluator:
     """Evaluate the model when it is due, and save the best model."""
 
     model: torch.nn.Module  # prepared
+    optimizer: torch.optim.Optimizer  # prepared
     validate: Validate | None
     times: EvaluationTimes
     evaluations: EvaluationLog
@@ -497,13 +502,15 @@ class Evaluator:
         """Evaluate the model after this window. Do nothing without `validate`."""
         if self.validate is None:
             return
-        metrics = broadcast_object_list([self.validate(self.model)])[0]  # the same decisions in all processes
-        metric = self.evaluations.criterion.metric
-        if metric not in metrics:
-            raise ValueError(f"best: no metric {metric!r}; validate returned {', '.join(metrics)}")
-        self.log.evaluation(metrics)
-        if self.evaluations.add(window, metrics):
-            self.saver.save(self.model, "best")
+        with averaged_weights(self.optimizer):
+            found = self.validate(self.model)
+            metrics = broadcast_object_list([found])[0]  # the same decisions in all processes
+            metric = self.evaluations.criterion.metric
+            if metric not in metrics:
+                raise ValueError(f"best: no metric {metric!r}; validate returned {', '.join(metrics)}")
+            self.log.evaluation(metrics)
+            if self.evaluations.add(window, metrics):
+                self.saver.save(self.model, "best")
 
     def gives_up_after(self, window: int, total: float) -> bool:
         """Evaluate after this window, if it is due. Return whether the run stops early."""

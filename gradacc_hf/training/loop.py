@@ -166,6 +166,7 @@ def iter_windows(
         for window in windows:  # one window is one optimizer step
             number = next(numbers)
             model.train()
+            optimizer.train()  # type: ignore[attr-defined]  # Accelerate's; for a schedule-free one
             while not window.done:  # again, split finer, if memory runs out
                 with retry_on_oom(window, model, optimizer), name_bad_index(model):
                     look_ahead(compute_loss, model, window)  # only for a loss over the whole window

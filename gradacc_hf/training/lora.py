@@ -24,8 +24,8 @@ from transformers.integrations import peft as peft_integration
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.training.settings import LoraConfig, ModelConfig
 from gradacc_hf.utils.extras import require
+from gradacc_hf.utils.pissa import ADAPTER, keep_initial_adapters
 
-ADAPTER = "default"  # peft's name for a single adapter
 TESTED_PAIR = ("5.23.0", "0.21.2")  # transformers and peft, as in constraints.txt
 FOUR_BIT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -35,7 +35,7 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
 
     Args:
         model: the model, changed in place.
-        settings: rank, scale and target layers of the adapters.
+        settings: rank, scale, target layers and kind of the adapters.
         new_parameters: names of parameters without pretrained weights; None if unknown. Their modules are
             trained in full and saved with the adapters.
 
@@ -56,12 +56,16 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
         )
     new_parameters = [name for name in new_parameters if model.get_parameter(name).requires_grad]
     new_modules = _new_modules(model, new_parameters)
+    decomposes = settings.init == "pissa" and model.device.type != "meta"  # a plan has no weights
     adapters = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or 2 * settings.rank,
         lora_dropout=settings.dropout,
         target_modules=_targets(model, settings.targets, new_modules),
         modules_to_save=new_modules or None,
+        use_dora=settings.dora,
+        use_rslora=settings.rslora,
+        init_lora_weights="pissa" if decomposes else True,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     adapters.auto_mapping = {  # the AutoPeftModel… classes of peft need it to find the class
@@ -74,6 +78,8 @@ def add_lora(model: Any, settings: LoraConfig, new_parameters: Collection[str] |
     except ValueError as error:
         raise InputError(f"model.lora: peft cannot adapt this model: {one_line(error)[:200]}") from error
     cast_adapter_dtype(model, ADAPTER)
+    if settings.init == "pissa":
+        keep_initial_adapters(model)
     if os.path.isdir(path := str(adapters.base_model_name_or_path)):
         adapters.base_model_name_or_path = os.path.abspath(path)
 
@@ -180,7 +186,14 @@ def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
             delta = layer.scaling[ADAPTER] * (up @ down)
             weight = state[f"{prefix}.base_layer.weight"].cpu()
             delta = delta.T if layer.fan_in_fan_out else delta
-            merged[f"{prefix}.base_layer.weight"] = weight + delta.to(weight)
+            lengths = state.get(f"{prefix}.lora_magnitude_vector.{ADAPTER}.weight")
+            if lengths is None:
+                total = weight + delta.to(weight)
+            else:  # DoRA: rows of these lengths; of a transposed weight, columns
+                total, row = weight.float() + delta, 0 if layer.fan_in_fan_out else 1
+                lengths = lengths.cpu().float().unsqueeze(row)
+                total = (lengths * total / total.norm(dim=row, keepdim=True)).to(weight)
+            merged[f"{prefix}.base_layer.weight"] = total
     of_peft = (".lora_", ".original_module.")
     kept = {name: tensor for name, tensor in merged.items() if not any(part in name for part in of_peft)}
     inner = pretrained(model)

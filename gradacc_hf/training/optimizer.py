@@ -16,10 +16,14 @@ from gradacc_hf.accumulation.batch_schedule import lr_factor
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.errors import InputError, refuse
 from gradacc_hf.training.lora import add_lora
+from gradacc_hf.training.muon import MuonWithAdamW, hidden_matrices
 from gradacc_hf.training.settings import ModelConfig, OptimConfig
+from gradacc_hf.utils.extras import require
 
 
-def make_optimizer(model: torch.nn.Module, optim: OptimConfig, precision: str = "no") -> Optimizer:
+def make_optimizer(
+    model: torch.nn.Module, optim: OptimConfig, precision: str = "no", plus_lr_ratio: float = 1.0
+) -> Optimizer:
     """Return the optimizer of these settings.
 
     Parameters with fewer than two dimensions, such as biases and norms, have no weight decay. The optimizer
@@ -30,13 +34,19 @@ def make_optimizer(model: torch.nn.Module, optim: OptimConfig, precision: str = 
         model: the model, with its trained parameters chosen.
         optim: the settings.
         precision: the mixed precision of the Accelerator.
+        plus_lr_ratio: learning rate of the matrices B of adapters, relative to `optim.lr`.
     """
     fused = precision != "fp16"
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    raised = {id(p) for name, p in model.named_parameters() if plus_lr_ratio != 1 and ".lora_B." in name}
+    matrices = {id(p) for p in hidden_matrices(model)} if optim.name == "muon" else set()
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if p.ndim >= 2 and id(p) not in raised | matrices]},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in raised], "lr": optim.lr * plus_lr_ratio},
     ]
+    groups = [{"weight_decay": optim.weight_decay, **group} for group in groups]
+    groups = [*groups[:2], *(group for group in groups[2:] if group["params"])]
     betas = (optim.betas[0], optim.betas[1])
     match optim.name:
         case "adamw":
@@ -49,6 +59,24 @@ def make_optimizer(model: torch.nn.Module, optim: OptimConfig, precision: str = 
             return SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=fused)
         case "adafactor":
             return Adafactor(groups, lr=optim.lr)
+        case "muon":
+            hidden = {"params": [p for p in trained if id(p) in matrices], "weight_decay": optim.weight_decay}
+            if not matrices:
+                refuse("optim.name", "found muon, and no matrix of a hidden layer is trained", "use adamw")
+            others = [group for group in groups if group["params"]]
+            return MuonWithAdamW([hidden], others, optim.lr, betas=betas, eps=optim.eps, fused=fused)
+        case "schedule_free_adamw":
+            return _schedule_free_adamw(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+
+
+def _schedule_free_adamw(groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
+    """Return AdamW of the library schedulefree, ready to train."""
+    require("optim.name schedule_free_adamw", "schedulefree", "schedulefree")
+    from schedulefree import AdamWScheduleFree  # late: an extra
+
+    optimizer = AdamWScheduleFree(groups, **settings)
+    optimizer.train()
+    return optimizer
 
 
 def _adamw_8bit(model: torch.nn.Module, groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
@@ -64,17 +92,35 @@ def _adamw_8bit(model: torch.nn.Module, groups: list[dict[str, Any]], **settings
     return AdamW8bit(groups, **settings)
 
 
-def check_optimizer(optim: OptimConfig) -> None:
-    """Raise InputError if the optimizer `optim.name` cannot run here."""
+def check_optimizer(optim: OptimConfig, rank: int = 0) -> None:
+    """Raise InputError if the optimizer `optim.name` cannot run here.
+
+    Args:
+        optim: the settings.
+        rank: the rank of adapters; 0 without.
+    """
+    others = "allowed here: adamw, adam, sgd, adafactor"
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if optim.name in ("adamw_8bit", "muon") and sharded:
+        refuse("optim.name", f"found {optim.name} with FSDP, which cannot shard it", others)
+    check_optimizer_of_adapters(optim, rank)
+    if optim.name == "muon" and not hasattr(torch.optim, "Muon"):
+        refuse("optim.name", f"torch {torch.__version__} has no Muon", "install torch 2.9 or newer")
+    if optim.name == "schedule_free_adamw":
+        require("optim.name schedule_free_adamw", "schedulefree", "schedulefree")
     if optim.name != "adamw_8bit":
         return
-    others = "allowed here: adamw, adam, sgd, adafactor"
     if not torch.cuda.is_available():
         refuse("optim.name", "found adamw_8bit without a CUDA GPU", others)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        refuse("optim.name", "found adamw_8bit with FSDP, which cannot shard it", others)
     if find_spec("bitsandbytes") is None:
         refuse("optim.name", "adamw_8bit needs bitsandbytes", "pip install bitsandbytes, or use adafactor")
+
+
+def check_optimizer_of_adapters(optim: OptimConfig, rank: int) -> None:
+    """Raise InputError if the optimizer cannot train adapters of this rank, on any machine."""
+    if optim.name == "muon" and rank:
+        found = "found muon with adapters, whose low-rank matrices it is not made for"
+        refuse("optim.name", found, "use adamw, or model.lora.rank 0")
 
 
 class Schedule(LambdaLR):
@@ -153,9 +199,16 @@ def learning_rate(optim: OptimConfig, window: int, total_windows: int | None, st
 
 def _shape(optim: OptimConfig, total: int) -> Callable[[int], float]:
     """Return the factor of the learning rate by the windows, or the examples, before a window."""
-    name = {"constant": "constant_with_warmup"}.get(optim.scheduler, optim.scheduler)
-    some = SGD([torch.zeros(1)], lr=1.0)
-    scheduler: Any = transformers.get_scheduler(name, some, math.ceil(total * optim.warmup_ratio), total)
+    name, more = optim.scheduler, dict[str, Any]()
+    if name == "constant":
+        name = "constant_with_warmup"
+    elif name == "wsd":  # 1-sqrt decays best in Hägele et al. 2024, https://arxiv.org/abs/2405.18392
+        name, more = "warmup_stable_decay", {"num_decay_steps": math.ceil(total * optim.decay_ratio)}
+        more |= {"decay_type": "1-sqrt", "min_lr_ratio": optim.min_lr_ratio}
+    elif name == "cosine" and optim.min_lr_ratio:
+        name, more = "cosine_with_min_lr", {"min_lr_rate": optim.min_lr_ratio}
+    some, warmup = SGD([torch.zeros(1)], lr=1.0), math.ceil(total * optim.warmup_ratio)
+    scheduler: Any = transformers.get_scheduler(name, some, warmup, total, more)
     return scheduler.lr_lambdas[0]
 
 

@@ -16,6 +16,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from gradacc_hf.utils.pissa import describe_plain_adapters, has_initial_adapters, plain_adapters
+
 WriteModel = Callable[[Any, Path, Mapping[str, torch.Tensor]], None]
 MODEL_CONFIG = "model_config.json"
 
@@ -35,8 +37,11 @@ def write_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor]
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / "model.safetensors")
         return
-    model.save_pretrained(folder, state_dict=state)
-    if (folder / "adapter_config.json").exists():
+    has_first = has_initial_adapters(model)
+    model.save_pretrained(folder, state_dict=plain_adapters(model, state) if has_first else state)
+    if (config := folder / "adapter_config.json").exists():
+        if has_first:
+            describe_plain_adapters(config)
         model.config.to_json_file(folder / MODEL_CONFIG)
 
 

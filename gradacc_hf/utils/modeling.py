@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from gradacc_hf.errors import refuse
 from gradacc_hf.utils.rng import preserve_rng_state
 
 BATCH_NORMS = torch.nn.modules.batchnorm._BatchNorm
@@ -25,10 +27,19 @@ DROPOUTS = (
 )
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Recompute the activations of a model in the backward pass (`budget.gradient_checkpointing`)."""
+def checkpoint_activations(model: Any, offload: bool = False) -> None:
+    """Recompute the activations of a model in the backward pass (`budget.gradient_checkpointing`).
+
+    Args:
+        model: the model, changed in place.
+        offload: whether the inputs of the layers, which are kept, are in main memory.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.23
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if offload and not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"):
+        found = f"found true with transformers {transformers.__version__}"
+        refuse("budget.offload_activations", found, "allowed is false, or transformers 5.23 and newer")
+    more = {"offload": True} if offload else {}
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False}, **more)
 
 
 def disable_dropout(model: torch.nn.Module) -> list[tuple[Any, str, float]]:

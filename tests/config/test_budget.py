@@ -21,14 +21,16 @@ from torch._dynamo.utils import counters
 from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error
 from gradacc_hf.bench import cpu_speed
 from gradacc_hf.config.budget import adapt_budget, export_cpu_offload, fit_to_machine
+from gradacc_hf.config.parser import read_command_line
 from gradacc_hf.config.schema import BudgetConfig, Config
-from gradacc_hf.errors import InputError
+from gradacc_hf.errors import InputError, MissingExtraError
 from gradacc_hf.recipe.budget import fit_to_model
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.setup import load_data, make_model, make_windows
 from gradacc_hf.training.compile import compile_layers
 from gradacc_hf.training.optimizer import check_optimizer
 from gradacc_hf.training.settings import OptimConfig
+from gradacc_hf.utils import extras
 from gradacc_hf.utils.hardware import ALLOCATOR_NAMES, Device, find_device, set_up_allocator
 from gradacc_hf.utils.modeling import checkpoint_activations, is_compiled
 from gradacc_hf.verification.exactness import verify
@@ -112,6 +114,27 @@ def test_offload_is_refused_without_fsdp2_as_a_run_would_not_fit(monkeypatch):
     assert (config.budget.cpu_offload, lines) == (True, [])
     export_cpu_offload(config.budget)
     assert type(FullyShardedDataParallelPlugin().cpu_offload).__name__ == "CPUOffloadPolicy"
+
+
+def test_activations_are_offloaded_from_a_gpu_only_and_with_checkpointing():
+    budget = BudgetConfig(gradient_checkpointing=True, offload_activations=True)
+    assert adapt_budget(budget, Device("cuda")) == (budget, [])
+    with pytest.raises(InputError, match=r"^budget\.offload_activations: found true without a CUDA GPU"):
+        adapt_budget(budget, Device("cpu"))
+    flags = ["--data.train", "a.csv", "--budget.offload_activations", "true"]
+    with pytest.raises(InputError, match=r"offload_activations: .* false without budget.gradient_checkpoint"):
+        read_command_line(flags)
+
+
+def test_an_optimizer_that_is_not_here_is_refused_with_what_to_install(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")  # as in an old torch
+    with pytest.raises(InputError, match=r"^optim\.name: torch .* has no Muon; install torch 2\.9 or newer$"):
+        check_optimizer(OptimConfig(name="muon"))
+    monkeypatch.setattr(extras, "is_installed", lambda distribution: False)
+    with pytest.raises(
+        MissingExtraError, match=r"schedulefree, not installed here: .*gradacc-hf\[schedulefree\]"
+    ):
+        check_optimizer(OptimConfig(name="schedule_free_adamw", scheduler="constant"))
 
 
 def test_an_8_bit_optimizer_is_refused_without_a_gpu_as_another_would_be_another_run():

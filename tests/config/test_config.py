@@ -326,8 +326,8 @@ def test_the_same_key_in_one_section_twice_is_refused():
 def test_an_unknown_key_names_the_closest_and_all_of_its_section():
     assert line_of_file("optim: {lrr: 1}") == (
         "unknown key optim.lrr in a.yaml: did you mean optim.lr? "
-        "(optim has: betas, eps, lr, lr_reference_batch, lr_scaling, max_grad_norm, momentum, name, "
-        "scheduler, warmup_ratio, weight_decay)"
+        "(optim has: betas, decay_ratio, eps, lr, lr_reference_batch, lr_scaling, max_grad_norm, "
+        "min_lr_ratio, momentum, name, scheduler, warmup_ratio, weight_decay)"
     )
 
 
@@ -449,8 +449,8 @@ SIZES = "an integer or numbers by number: {0: 32, 500: 64} or noise_scale"
         ("optim.betas", "0.9", "a list of numbers: [0.9, 0.95]"),
         ("optim.betas", "[0.9, x]", "a list of numbers: [0.9, 0.95]"),
         ("optim.betas", "[0.9, .inf]", "a list of numbers: [0.9, 0.95]"),
-        ("optim.name", "lion", "adamw, adamw_8bit, adam, sgd or adafactor"),
-        ("optim.scheduler", "step", "linear, cosine or constant"),
+        ("optim.name", "lion", "adamw, adamw_8bit, adam, sgd, adafactor, muon or schedule_free_adamw"),
+        ("optim.scheduler", "step", "linear, cosine, wsd, constant or constant_with_warmup"),
         ("budget.precision", "fp8", "fp32, bf16 or fp16"),
         ("budget.max_tokens", "some", "an integer or auto"),
         ("budget.max_tokens", "true", "an integer or auto"),

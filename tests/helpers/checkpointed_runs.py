@@ -9,6 +9,8 @@ from training_runs import LENGTHS, history
 from gradacc_hf import WindowLoader, evaluate, fine_tune
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
+from gradacc_hf.training.optimizer import make_optimizer, make_scheduler
+from gradacc_hf.training.settings import OptimConfig
 from gradacc_hf.verification.tiny_models import build_head
 
 OPTIMIZERS = {
@@ -19,9 +21,21 @@ OPTIMIZERS = {
 
 
 def run(
-    folder, resume=None, optimizer="adamw", make=None, accelerator=None, every=1, keep=99, epochs=2, **more
+    folder,
+    resume=None,
+    optimizer="adamw",
+    make=None,
+    accelerator=None,
+    every=1,
+    keep=99,
+    epochs=2,
+    plus_lr_ratio=1.0,
+    **more,
 ):
-    """Train a tiny BERT with dropout for two epochs of 5 windows, with an evaluation every 3 windows."""
+    """Train a tiny BERT with dropout for two epochs of 5 windows, with an evaluation every 3 windows.
+
+    `optimizer` is a name in OPTIMIZERS, or an OptimConfig with its schedule.
+    """
     reset_accelerate()
     accelerator = accelerator() if accelerator else Accelerator(cpu=True)
     torch.manual_seed(7)
@@ -33,8 +47,12 @@ def run(
     windows = WindowLoader(
         head.examples(LENGTHS), 10, accelerator=accelerator, collate_fn=head.collate, max_tokens=64
     )
-    chosen = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
-    scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 1 / (1 + step))
+    if isinstance(optimizer, OptimConfig):
+        chosen = make_optimizer(model, optimizer, plus_lr_ratio=plus_lr_ratio)
+        scheduler = make_scheduler(chosen, optimizer, windows, 5 * epochs)
+    else:
+        chosen = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 1 / (1 + step))
     if resume is not None:
         resume = newest_checkpoint(resume, accelerator)
     settings = {

@@ -14,7 +14,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from gradacc_hf.accumulation.loss_items import IGNORED, model_loss
 from gradacc_hf.accumulation.splitting import Bound
-from gradacc_hf.errors import NotTraceableError
+from gradacc_hf.errors import InputError, NotTraceableError
 from gradacc_hf.memory import estimator as estimating
 from gradacc_hf.memory.estimator import Point, StepSettings, estimate, terms_of
 from gradacc_hf.padding.removal import remove_padding
@@ -137,8 +137,10 @@ def test_states_in_8_bits_are_a_quarter_but_of_embeddings():
     assert found.memory.optimizer == pytest.approx(8 * (embeddings + small) + 2 * others, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "muon", "schedule_free_adamw"])
 def test_the_states_of_an_optimizer_are_those_that_it_makes(name):
+    if name == "schedule_free_adamw":
+        pytest.importorskip("schedulefree", reason="needs the extra schedulefree")
     model = llama(layers=2)
     settings = StepSettings(OptimConfig(name=name))
     optimizer = make_optimizer(model, settings.optim)
@@ -147,6 +149,41 @@ def test_the_states_of_an_optimizer_are_those_that_it_makes(name):
     optimizer.step()
     made = sum(estimating.tensor_bytes(state.values()) for state in optimizer.state.values())
     assert predict_at(lambda: llama(layers=2), 2, (8,), settings).memory.optimizer == made
+
+
+def test_offloaded_inputs_of_layers_take_no_memory_of_a_gpu():
+    def build(offload):
+        model = llama(layers=8)
+        checkpoint_activations(model, offload)
+        return model
+
+    if not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"):
+        with pytest.raises(InputError, match=r"offload_activations: found true with transformers 5\..*5\.23"):
+            build(True)
+        return
+    kept, offloaded = (
+        predict_at(partial(build, offload), 4, (512,), StepSettings(on_gpu=True)).memory.parts(4, 512)
+        for offload in (False, True)
+    )
+    of_one_layer = 4 * 512 * SIZES["hidden_size"] * 4
+    assert kept.activations - offloaded.activations == 7 * of_one_layer  # one is needed at the peak
+    assert (kept.loss, kept.parameters) == (offloaded.loss, offloaded.parameters)
+
+
+def test_matrices_of_pissa_are_counted_twice_and_lengths_of_dora_once():
+    def build(**settings):
+        config = transformers.LlamaConfig(**SIZES, vocab_size=300)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        add_lora(model, LoraConfig(rank=4, **settings), [])
+        return model
+
+    plain, pissa, dora = (
+        predict_at(partial(build, **more), 1, (8,)) for more in ({}, {"init": "pissa"}, {"dora": True})
+    )
+    assert pissa.memory.parameters - plain.memory.parameters == 4 * plain.trained_parameters
+    assert pissa.memory.optimizer == plain.memory.optimizer
+    rows = sum(m.out_features for name, m in build().named_modules() if name.endswith("base_layer"))
+    assert dora.trained_parameters - plain.trained_parameters == rows
 
 
 def test_gradients_of_bf16_weights_are_float32_and_frozen_ones_have_none():

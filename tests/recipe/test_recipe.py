@@ -136,15 +136,22 @@ def test_dropout_of_whole_layers_is_only_ever_switched_off():
     assert (config.dropout, config.encoder_layerdrop) == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor", "muon", "schedule_free_adamw"])
 def test_every_optimizer_lowers_the_loss(start, name):
     lr = {"sgd": 0.1}.get(name, 3e-3)
+    more = {}
+    if name == "schedule_free_adamw":
+        pytest.importorskip("schedulefree", reason="needs the extra schedulefree")
+        outcome = start(data__train=write("a.csv", make_rows(66)), optim__name=name)
+        assert outcome.err.startswith("error: --optim.scheduler: found linear, ")
+        more = {"optim__scheduler": "constant"}
     start(
         data__train=write("a.csv", make_rows(66)),
         optim__name=name,
         optim__lr=lr,
         train__epochs=4,
         output__dir="out",
+        **more,
     )
     losses = [row["loss"] for row in history("out")]
     assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
@@ -156,21 +163,25 @@ def test_every_optimizer_lowers_the_loss(start, name):
         ("linear", [1, 0.75, 0.5, 0.25]),
         ("cosine", [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]),
         ("constant", [1, 1, 1, 1]),
+        ("wsd", [1, 1, 1, 1 - 0.9 * 0.5**0.5]),
     ],
 )
 def test_the_learning_rate_follows_its_schedule_by_window(start, scheduler, after_warmup):
+    wsd = {"optim__decay_ratio": 0.25, "optim__min_lr_ratio": 0.1} if scheduler == "wsd" else {}
     flags = {
+        **wsd,
         "optim__scheduler": scheduler,
         "optim__warmup_ratio": 0.5,
         "train__max_windows": 8,
         "train__epochs": 3,
     }
     start(data__train=write("a.csv", make_rows(66)), **flags, output__dir="out")
-    expected = [1e-3 * share for share in (0, 0.25, 0.5, 0.75, *after_warmup)]
+    warmup = (0.1, 0.325, 0.55, 0.775) if wsd else (0, 0.25, 0.5, 0.75)
+    expected = [1e-3 * share for share in (*warmup, *after_warmup)]
     assert [row["lr"] for row in history("out")] == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
 def test_optimizers_are_fused_but_for_fp16_whose_overflows_would_go_unseen(tiny_bert, optimizer):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert)
     accelerator = Accelerator(cpu=True)

@@ -19,6 +19,7 @@ from gradacc_hf.run.runner import run
 
 TextClassification = load_recipe("text_classification").TextClassification
 Contrastive = load_recipe("contrastive").Contrastive
+PISSA = ["--model.lora.rank", "4", "--model.lora.init", "pissa", "--model.lora.dora", "true"]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,14 @@ def flags(tiny_bert, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(flags, tiny_bert, tmp_path_factory):
-    """A folder with a run of adapters, "lora", and a run of a whole model, "whole"."""
+    """A folder with runs of adapters, "lora" and "pissa", and a run of a whole model, "whole"."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, more in (("lora", ["--model.lora.rank", "4", "--model.lora.alpha", "6"]), ("whole", [])):
+    kinds = {
+        "lora": ["--model.lora.rank", "4", "--model.lora.alpha", "6"],
+        "pissa": [*PISSA, "--model.lora.plus_lr_ratio", "2", "--optim.lr", "1e-3"],
+        "whole": [],
+    }
+    for name, more in kinds.items():
         words = ["--model.name", str(tiny_bert), "--output.dir", str(folder / name)]
         run(TextClassification, [*flags, *words, *more])
         reset_accelerate()
@@ -53,7 +59,7 @@ def here(runs, tmp_path, monkeypatch):
     return shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
 
 
-@pytest.mark.parametrize("name", ["whole", "lora"])
+@pytest.mark.parametrize("name", ["whole", "lora", "pissa"])
 def test_a_new_run_starts_from_the_best_model_of_a_run(name, here, flags, tiny_bert, gradacc, capfd):
     new = ["--model.name", name, "--output.dir", "new", "--train.eval_on_start", "true"]
     outcome = run_recipe(TextClassification, [*flags, *new], capfd)
@@ -66,10 +72,11 @@ def test_a_new_run_starts_from_the_best_model_of_a_run(name, here, flags, tiny_b
         plan = run_recipe(TextClassification, [*flags, "--model.name", "whole/last", "--check"], capfd)
         assert "start                 last model of whole\n" in plan.out
         return
-    assert f"start                 adapters of lora on {tiny_bert}, trained further\n" in outcome.out
-    assert "head                  kept: saved with the adapters of lora\n" in outcome.out
+    assert f"start                 adapters of {name} on {tiny_bert}, trained further\n" in outcome.out
+    assert f"head                  kept: saved with the adapters of {name}\n" in outcome.out
     saved = json.loads(Path("new/best/adapter_config.json").read_text())
-    assert [saved["base_model_name_or_path"], saved["r"], saved["lora_alpha"]] == [str(tiny_bert), 4, 6]
+    found = [saved[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "use_dora")]
+    assert found == [str(tiny_bert), *([4, 6, False] if name == "lora" else [8, 16, True])]
     plan = run_recipe(TextClassification, [*flags, "--model.name", "new", "--check"], capfd)
     assert f"adapters of new on {tiny_bert}" in plan.out
     code, out, _ = gradacc("predict", "new", "some 2 words")
@@ -97,10 +104,11 @@ def test_other_adapters_or_labels_than_the_run_has_are_refused(here, flags, capf
 
 
 def test_merged_weights_answer_as_the_adapters_and_need_no_peft(here, gradacc):
-    code, out, err = gradacc("merge", "lora")
-    assert (code, err) == (0, "")
-    assert out.startswith("lora/merged: largest difference ")
-    assert " on 8 rows of the data, " in out
+    for name in ("pissa", "lora"):
+        code, out, err = gradacc("merge", name)
+        assert (code, err) == (0, "")
+        assert out.startswith(f"{name}/merged: largest difference ")
+        assert " on 8 rows of the data, " in out
     tokenizer = AutoTokenizer.from_pretrained("lora/merged")
     batch = tokenizer(["some 1 words", "some 22 words"], return_tensors="pt", padding=True)
     whole = AutoModelForSequenceClassification.from_pretrained("lora/merged").eval()

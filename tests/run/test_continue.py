@@ -126,8 +126,12 @@ def test_the_schedule_is_stretched_or_new_as_the_plan_says(folder, lengthened):
     assert "linear, new from window 6; learning rate 0.01 at window 6, 0.002 at window 10" in out
     out = lengthened("run", "--train.epochs", "+1")
     assert "linear, stretched over windows 6 to 15; learning rate 0.005 at window 11, 0.001 at" in out
+    wsd = ["--optim.scheduler", "wsd", "--optim.decay_ratio", 0.4, "--optim.min_lr_ratio", 0.5]
+    out = lengthened("run", "--train.epochs", "+1", *wsd, "--optim.lr", 4e-3)
+    assert "wsd, new from window 16; learning rate 0.004 at window 16, 0.00259 at window 20" in out
     rate = [row["lr"] for row in history("run")]
-    assert rate[4:6] + rate[9:11] + rate[14:] == pytest.approx([1e-3, 1e-2, 2e-3, 5e-3, 1e-3])
+    assert rate[4:6] + rate[9:11] + rate[14:15] == pytest.approx([1e-3, 1e-2, 2e-3, 5e-3, 1e-3])
+    assert rate[15:] == pytest.approx([4e-3, 4e-3, 4e-3, 4e-3, 4e-3 - 2e-3 * 0.5**0.5])
 
 
 def test_a_continuation_that_was_killed_is_resumed_with_its_own_schedule(folder, lengthened, capfd):

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from checkpointed_runs import cut_back, history_without_seconds, run, same_weights
 from datasets import IterableDataset
 from safetensors import safe_open
+from safetensors.torch import load_file
 from training_runs import LENGTHS, fp16_accelerator
 
 from gradacc_hf import Best, InputError, WindowLoader, fine_tune
@@ -24,7 +25,7 @@ from gradacc_hf.accumulation.splitting import Bound, Cost
 from gradacc_hf.bench.crash_recovery import DAMAGES
 from gradacc_hf.training.checkpoint import Checkpointer, Checkpoints, check_same, newest_checkpoint
 from gradacc_hf.training.lora import add_lora
-from gradacc_hf.training.settings import LoraConfig
+from gradacc_hf.training.settings import LoraConfig, OptimConfig
 from gradacc_hf.verification.tiny_models import build_head
 
 
@@ -57,6 +58,15 @@ def with_adapters(model):
     return model
 
 
+def with_principal_adapters(model):
+    settings = LoraConfig(rank=4, init="pissa", dora=True)
+    add_lora(model, settings, {"classifier.weight", "classifier.bias"})
+    return model
+
+
+SCHEDULE_FREE = OptimConfig("schedule_free_adamw", 1e-3, scheduler="constant", warmup_ratio=0.2)
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -65,14 +75,59 @@ def with_adapters(model):
         {"make": in_bf16},
         {"make": with_adapters},
         {"accelerator": lambda: fp16_accelerator(init_scale=2.0**40)},  # the first window overflows
+        {"optimizer": OptimConfig("muon", 1e-3, scheduler="wsd", decay_ratio=0.4, min_lr_ratio=0.1)},
+        {"optimizer": SCHEDULE_FREE},
+        {
+            "optimizer": OptimConfig(lr=1e-3, scheduler="cosine", min_lr_ratio=0.1),
+            "make": with_principal_adapters,
+            "plus_lr_ratio": 4.0,
+        },
     ],
-    ids=["sgd", "adafactor", "bf16 weights", "adapters", "fp16"],
+    ids=[
+        "sgd",
+        "adafactor",
+        "bf16 weights",
+        "adapters",
+        "fp16",
+        "muon, wsd",
+        "schedule-free",
+        "pissa, cosine",
+    ],
 )
 def test_so_it_is_with_other_optimizers_weights_and_precisions(tmp_path, how):
+    if how.get("optimizer") is SCHEDULE_FREE:
+        pytest.importorskip("schedulefree", reason="needs the extra schedulefree")
     model, _ = run(tmp_path / "whole", **how)
     again, _ = run(killed := cut_back(tmp_path / "whole", tmp_path / "run", 4), resume=killed, **how)
     assert same_weights(model, again)
     assert history_without_seconds(killed) == history_without_seconds(tmp_path / "whole")
+    for name in ("best", "last"):
+        files = [next((f / name).glob("*model.safetensors")) for f in (killed, tmp_path / "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_the_average_of_schedule_free_weights_is_evaluated_and_saved_and_trains_nothing(tmp_path):
+    pytest.importorskip("schedulefree", reason="needs the extra schedulefree")
+    measured = []
+
+    def validate(model):
+        measured.append(model.classifier.weight.detach().clone())
+        return {"loss": 1.0}
+
+    model, _ = run(tmp_path / "evaluated", optimizer=SCHEDULE_FREE, epochs=1, validate=validate)
+    run(tmp_path / "not", optimizer=SCHEDULE_FREE, epochs=1, validate=None)
+    histories = [history_without_seconds(tmp_path / name) for name in ("evaluated", "not")]
+    assert histories[0] == histories[1]
+    [file] = (tmp_path / "evaluated/checkpoints/window-00000005").glob("*.safetensors")
+    state = load_file(file)
+    names = [name for name, p in model.named_parameters() if p.ndim >= 2]  # the first group of the optimizer
+    index, name = names.index("classifier.weight"), "classifier.weight"
+    trained, z = state[f"model.{name}"], state[f"optimizer.{index}.z"]
+    average = trained.lerp(z, 1 - 1 / SCHEDULE_FREE.betas[0])
+    assert not torch.allclose(average, trained, rtol=0, atol=1e-5)
+    for found in (measured[-1], load_file(tmp_path / "evaluated/last/model.safetensors")[name]):
+        assert torch.equal(found, average)
+    assert torch.equal(model.get_parameter(name), average)
 
 
 def test_of_a_model_with_adapters_a_checkpoint_has_what_is_trained_alone(tmp_path):

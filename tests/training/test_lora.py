@@ -124,6 +124,47 @@ def test_adapters_come_back_on_their_base_or_merged_without_peft(kind, model_typ
     same(PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(**batch), model(**batch))
 
 
+@pytest.mark.parametrize(("kind", "model_type"), [("sequence_classification", "bert"), ("causal_lm", "gpt2")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dora": True},
+        {"rslora": True, "dora": True},
+        {"init": "pissa"},
+        {"init": "pissa", "dora": True, "alpha": 3},
+    ],
+    ids=["dora", "rslora", "pissa", "pissa and dora"],
+)
+def test_adapters_of_every_kind_come_back_too(kind, model_type, settings, tmp_path):
+    """GPT-2 has transposed weights. All adapted outputs differ from the outputs of the base model."""
+    plain = build_head(kind, model_type).model.eval()
+    batch = build_head(kind, model_type).collate(build_head(kind, model_type).examples([9, 12, 9]))
+    head, _ = adapted(kind, model_type, **settings)
+    model = head.model.eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name or "lora_A" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+    assert (model(**batch).logits - plain(**batch).logits).abs().max() > 0.01
+    accelerator = Accelerator(cpu=True)
+    save_model(model, tmp_path / "merged", accelerator, write=write_merged)
+    same(type(model).from_pretrained(tmp_path / "merged")(**batch), model(**batch))
+    save_model(model, tmp_path / "adapter", accelerator)
+    same(PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(**batch), model(**batch))
+    saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert saved["init_lora_weights"] is True
+    assert saved["r"] == (8 if "init" in settings else 4)
+
+
+def test_pissa_and_dora_start_at_the_outputs_of_the_base_model():
+    head = build_head("causal_lm", "gpt2")
+    batch = head.collate(head.examples([9, 12]))
+    expected = head.model.eval()(**batch)
+    add_lora(head.model, LoraConfig(rank=4, init="pissa", dora=True), set())
+    same(head.model.eval()(**batch), expected)
+    assert all(p.abs().sum() > 0 for name, p in head.model.named_parameters() if "lora_" in name)
+
+
 def same(outputs, expected):
     for name in ("logits", "start_logits", "end_logits"):
         if name in expected:
@@ -139,6 +180,16 @@ def test_an_optimizer_gets_the_trained_parameters_and_decays_the_adapters(optimi
     decay = {names[p]: group["weight_decay"] for group in groups for p in group["params"]}
     assert decay.keys() == trained(model)
     assert all(value == (0 if name.endswith("bias") else 0.1) for name, value in decay.items())
+
+
+def test_matrices_b_learn_faster_by_the_ratio_and_nothing_else_does():
+    model = adapted()[0].model
+    groups = make_optimizer(model, OptimConfig(lr=1e-4), plus_lr_ratio=16.0).param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in groups for p in group["params"]}
+    assert rates.keys() == trained(model)
+    assert groups[0]["lr"] == 1e-4  # which histories show
+    assert all(rate == (16e-4 if ".lora_B." in name else 1e-4) for name, rate in rates.items())
 
 
 def test_adapters_of_bf16_weights_are_float32():
@@ -175,6 +226,7 @@ def test_what_cannot_be_adapted_is_refused_in_one_line():
 
 
 RANK = {"model__lora__rank": 8}
+PISSA = {**RANK, "model__lora__init": "pissa"}
 FOUR_BIT = {**RANK, "model__load_in_4bit": True}
 
 
@@ -185,6 +237,17 @@ FOUR_BIT = {**RANK, "model__load_in_4bit": True}
         ({"model__lora__alpha": 0}, r"--model.lora.alpha: found 0, allowed is 1 or more, or null"),
         ({"model__lora__dropout": 1}, r"--model.lora.dropout: found 1.0, allowed is a probability .*"),
         ({"model__lora__merge": True}, r"--model.lora.merge: found true, .*: set model.lora.rank"),
+        ({"model__lora__dora": True}, r"--model.lora.dora: found true, .*: set model.lora.rank"),
+        ({"model__lora__init": "pissa"}, r"--model.lora.init: .* default without adapters: .*rank"),
+        ({**RANK, "model__lora__plus_lr_ratio": 0.5}, r"--model.lora.plus_lr_ratio: .* 1 \(off\) or more"),
+        (
+            {**PISSA, "model__lora__rslora": True},
+            r"--model.lora.rslora: .* false with model.lora.init pissa.*",
+        ),
+        ({**PISSA, "model__lora__dropout": 0.1}, r"--model.lora.dropout: .* 0 with model.lora.init pissa.*"),
+        ({**PISSA, "model__load_in_4bit": True}, r"--model.load_in_4bit: .* false with model.lora.init.*"),
+        ({**PISSA, "model__dtype": "bfloat16"}, r"--model.dtype: .* float32 with model.lora.init pissa.*"),
+        ({**RANK, "optim__name": "muon"}, r"optim.name: found muon with adapters, .* model.lora.rank 0"),
         ({"model__lora__targets": "[query]"}, r"--model.lora.targets: .*: set model.lora.rank"),
         ({"model__load_in_4bit": True}, r"--model.load_in_4bit: found true, .*: set model.lora.rank"),
         ({**FOUR_BIT, "model__lora__merge": True}, r"--model.load_in_4bit: .* false with model.lora.merge.*"),
