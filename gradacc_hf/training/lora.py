@@ -23,8 +23,8 @@ from transformers.integrations import peft as peft_integration
 
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.training.settings import LoraConfig, ModelConfig
+from gradacc_hf.utils.adapters import ADAPTER, keep_initial_adapters
 from gradacc_hf.utils.extras import require
-from gradacc_hf.utils.pissa import ADAPTER, keep_initial_adapters
 
 TESTED_PAIR = ("5.23.0", "0.21.2")  # transformers and peft, as in constraints.txt
 FOUR_BIT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -16,7 +16,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from gradacc_hf.utils.pissa import describe_plain_adapters, has_initial_adapters, plain_adapters
+from gradacc_hf.utils.adapters import (
+    ADAPTER_CONFIG,
+    complete_adapters,
+    has_initial_adapters,
+    plain_adapters,
+)
 
 WriteModel = Callable[[Any, Path, Mapping[str, torch.Tensor]], None]
 MODEL_CONFIG = "model_config.json"
@@ -39,9 +44,8 @@ def write_pretrained(model: Any, folder: Path, state: Mapping[str, torch.Tensor]
         return
     has_first = has_initial_adapters(model)
     model.save_pretrained(folder, state_dict=plain_adapters(model, state) if has_first else state)
-    if (config := folder / "adapter_config.json").exists():
-        if has_first:
-            describe_plain_adapters(config)
+    if (folder / ADAPTER_CONFIG).exists():
+        complete_adapters(folder, are_plain=has_first)
         model.config.to_json_file(folder / MODEL_CONFIG)
 
 

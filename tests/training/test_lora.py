@@ -150,7 +150,10 @@ def test_adapters_of_every_kind_come_back_too(kind, model_type, settings, tmp_pa
     save_model(model, tmp_path / "merged", accelerator, write=write_merged)
     same(type(model).from_pretrained(tmp_path / "merged")(**batch), model(**batch))
     save_model(model, tmp_path / "adapter", accelerator)
-    same(PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(**batch), model(**batch))
+    by_transformers = build_head(kind, model_type).model
+    by_transformers.load_adapter(str(tmp_path / "adapter"))
+    for loaded in (PeftModel.from_pretrained(plain, tmp_path / "adapter"), by_transformers):
+        same(loaded.eval()(**batch), model(**batch))
     saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert saved["init_lora_weights"] is True
     assert saved["r"] == (8 if "init" in settings else 4)

@@ -1,10 +1,12 @@
-"""Adapters that start at the largest singular values of the weights (PiSSA), and how they are saved.
+"""Files of adapters that peft and transformers load with the base model as it is.
 
-peft splits each adapted weight W into adapters B₀A₀ and a frozen rest, W − B₀A₀. The trained adapters BA are
-for that rest. They are saved as plain adapters for W itself, BA − B₀A₀ = [B, B₀] [A; −A₀], of twice the rank.
-Any program loads these with the base model as it is, without another decomposition.
+**PiSSA.** peft splits each adapted weight W into adapters B₀A₀ and a frozen rest, W − B₀A₀. The trained
+adapters BA are for that rest. They are saved as plain adapters for W itself, BA − B₀A₀ = [B, B₀] [A; −A₀], of
+twice the rank. No program needs another decomposition to load them. Source: Meng et al. 2024,
+https://arxiv.org/abs/2404.02948, section 3; peft has the same conversion for its own models.
 
-Source: Meng et al. 2024, https://arxiv.org/abs/2404.02948, section 3; peft saves them the same way.
+**DoRA.** peft names the trained lengths `…lora_magnitude_vector`. transformers 5.23 leaves these out with a
+warning when it loads adapters, and peft also loads `…lora_magnitude_vector.weight`.
 """
 
 import json
@@ -13,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 ADAPTER = "default"  # peft's name for a single adapter
+ADAPTER_CONFIG = "adapter_config.json"
+LENGTHS = "lora_magnitude_vector"
 PARTS = ("lora_A", "lora_B")
 
 
@@ -51,8 +56,19 @@ def plain_adapters(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) ->
     return found
 
 
-def describe_plain_adapters(config: Path) -> None:
-    """Change a written adapter_config.json to plain adapters of twice the rank with the same scale."""
+def complete_adapters(folder: Path, are_plain: bool) -> None:
+    """Change written adapters so that every program loads all of them.
+
+    Args:
+        folder: the folder with the config and the weights of the adapters.
+        are_plain: whether the weights are those of `plain_adapters`.
+    """
+    config, file = folder / ADAPTER_CONFIG, folder / "adapter_model.safetensors"
     values: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-    values |= {"r": 2 * values["r"], "lora_alpha": 2 * values["lora_alpha"], "init_lora_weights": True}
-    config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+    if are_plain:  # the scale, alpha / rank, stays
+        values |= {"r": 2 * values["r"], "lora_alpha": 2 * values["lora_alpha"], "init_lora_weights": True}
+        config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+    if values.get("use_dora"):
+        saved = load_file(file)
+        named = {f"{name}.weight" if name.endswith(LENGTHS) else name: t for name, t in saved.items()}
+        save_file(named, file, {"format": "pt"})
