@@ -51,6 +51,7 @@ class MicroBatchMemory:
         layers: The part of `activations` that `remove_padding` computes without padding; None for no part.
         attention: The part of `activations` that it computes by groups of examples, padded to the longest of
             the group; None for no part.
+        unsharded: The bytes among `parameters` that FSDP2 does not divide, of a teacher.
         group_cost: Cost of a group in pairs of tokens (`padding_layout.py`).
     """
 
@@ -187,7 +188,7 @@ class MicroBatchMemory:
             return replace(self, gradients=2 * self.gradients)
         return replace(
             self,
-            parameters=self.parameters // processes + 2 * largest_layer,
+            parameters=(self.parameters - self.unsharded) // processes + self.unsharded + 2 * largest_layer,
             gradients=self.gradients if whole_gradients else self.gradients // processes + largest_layer,
             optimizer=self.optimizer // processes,
         )

@@ -81,7 +81,8 @@ def trace(
     tracer = _Tracer(selected)
     for tensor in tree_leaves([list(model.parameters()), [p.grad for p in model.parameters()]]):
         tracer.ignore(tensor)
-    for tensor in model.buffers():
+    teacher = getattr(distillation_of(model), "teacher", None)
+    for tensor in (*model.buffers(), *tensors_of(teacher)):
         tracer.ignore(tensor)
     for tensor in tree_leaves(dict(batch)):
         tracer.count(tensor)

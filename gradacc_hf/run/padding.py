@@ -109,7 +109,7 @@ def _runs_by_group(recipe: Recipe, model: Any, windows: WindowLoader) -> bool:
 def _remove(recipe: Recipe, model: Any, windows: WindowLoader) -> str:
     """Remove padding, or return why it is kept."""
     part, batch = recipe.padded_part(model, windows.sample()[1].batch)
-    compute_loss = None if as_window_loss(recipe.loss) is not None else recipe.loss
+    compute_loss = None if as_window_loss(recipe.loss) is not None else recipe.compute_loss
     try:
         if windows.accelerator.distributed_type == DistributedType.FSDP:  # the whole model may not fit
             batch = send_to_device(batch, part.device)

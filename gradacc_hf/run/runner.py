@@ -335,7 +335,7 @@ def train(
             epochs=config.train.epochs,
             max_windows=config.train.max_windows,
             max_grad_norm=config.optim.max_grad_norm,
-            compute_loss=recipe.loss,
+            compute_loss=recipe.compute_loss,
             validate=partial(
                 validate, recipe=recipe, windows=plan.validation_windows, card=parts.card, folder=folder
             ),

@@ -201,6 +201,8 @@ def run_trainer(
 @torch.no_grad()
 def custom_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -> ComputeLoss | None:
     """Return `compute_loss`, or None if it equals the loss of the model, which Trainer uses by default."""
+    if isinstance(compute_loss, Distillation):  # in evaluation mode, it is the loss of the model
+        return compute_loss
     training = model.training
     model.eval()
     outputs = model(**batch)
