@@ -51,8 +51,8 @@ class MicroBatchMemory:
         layers: The part of `activations` that `remove_padding` computes without padding; None for no part.
         attention: The part of `activations` that it computes by groups of examples, padded to the longest of
             the group; None for no part.
-        unsharded: The bytes among `parameters` that FSDP2 does not divide, of a teacher.
         group_cost: Cost of a group in pairs of tokens (`padding_layout.py`).
+        unsharded: The bytes among `parameters` that FSDP2 does not divide, of a teacher.
     """
 
     parameters: int
@@ -66,6 +66,7 @@ class MicroBatchMemory:
     layers: np.ndarray | None = None
     attention: np.ndarray | None = None
     group_cost: float = 0.0
+    unsharded: int = 0
 
     @property
     def resident(self) -> int:

@@ -21,6 +21,7 @@ from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, CountItems, model_loss, total_loss
 from gradacc_hf.hf_trainer.trainer import ExactTrainer
+from gradacc_hf.training.distillation import Distillation
 from gradacc_hf.training.loop import train
 
 
