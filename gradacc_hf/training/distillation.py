@@ -110,6 +110,8 @@ class Distillation:
         if next(self.teacher.parameters()).device != weight.device:
             self.teacher.to(weight.device)
         given = {name: value for name, value in inputs.items() if name in self._inputs and name != "labels"}
+        if "use_cache" in self._inputs:  # with a cache, no padding is removed
+            given["use_cache"] = False
         head = self.teacher.get_output_embeddings()
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
