@@ -69,8 +69,8 @@ def trace(
 ) -> Trace:
     """Trace one step of a fake model, inside the fake mode that created it.
 
-    The weights, buffers and existing gradients of the model are not counted, nor the weights of a teacher; the
-    batch is.
+    The weights, buffers and existing gradients of the model are not counted, nor the weights of a teacher.
+    The batch is.
 
     Args:
         model: the fake model; it may have gradients.

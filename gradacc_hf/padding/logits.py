@@ -129,7 +129,7 @@ def install(model: Any) -> None:
 
 
 def add_row_loss(model: torch.nn.Module, row_loss: Callable[[], RowLoss | None]) -> None:
-    """Change the loss of each labelled position, in a model that skips logits; leave other models as they are.
+    """Change the loss of each labelled position in a model that skips logits. Other models stay as they are.
 
     Args:
         model: The model.
@@ -186,9 +186,7 @@ class LogitReads:
 
 
 @contextmanager
-def deferred(
-    head: Any, tokens_per_chunk: int, row_loss: RowLoss | None = None
-) -> Iterator[LogitReads]:
+def deferred(head: Any, tokens_per_chunk: int, row_loss: RowLoss | None = None) -> Iterator[LogitReads]:
     """Defer the next call of a head inside this block. Yield how the logits are read."""
     reading = LogitReads(tokens_per_chunk, row_loss)
     own = vars(head).get("forward")  # Accelerate's, if the model is spread over devices

@@ -448,7 +448,7 @@ class Recipe:
     def item_logits(
         self, logits: torch.Tensor, batch: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits of each item of the loss (items, classes), and the weight of each item or None."""
+        """Return the logits of each item (items, classes), and the weight of each item, or None."""
         labels = batch["labels"]
         if self.num_items == "next_token":
             logits, labels = logits[..., :-1, :], labels[..., 1:]
@@ -461,7 +461,7 @@ class Recipe:
 
     @cached_property
     def distillation(self) -> Distillation:
-        """The loss with the teacher. Call it after `read_examples`: the labels decide the order of outputs."""
+        """The loss with the teacher. Call it after `read_examples`, which decides the order of labels."""
         return make_distillation(self)
 
     def padded_part(self, model: Any, batch: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:

@@ -66,6 +66,9 @@ class Teacher:
         if student.data.weight_column is not None:
             found = f"found {student.data.weight_column!r} with model.teacher"
             refuse("data.weight_column", found, "set one of the two to null")
+        if getattr(student.data, "problem", None) == "regression":
+            refuse("data.problem", "found regression with model.teacher, and a number has no classes",
+                   "single_label or multi_label, or model.teacher null")  # fmt: skip
         with _naming_teacher():
             tokenizer, own = self.recipe.tokenizer, student.tokenizer
         if tokenizer.get_vocab() != own.get_vocab() or any(
@@ -143,8 +146,7 @@ def fingerprint_of_teacher(teacher: Any) -> str:
     for name, tensor in sorted(teacher.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().flatten()
-        some = flat[:: max(1, flat.numel() // SAMPLED)]
-        digest.update(some.to("cpu", torch.float64 if some.is_floating_point() else some.dtype).numpy().tobytes())
+        digest.update(flat[:: max(1, flat.numel() // SAMPLED)].cpu().double().numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -163,8 +165,8 @@ def _weights(recipe: "Recipe") -> Any:
         )
     if missing := sorted(info["missing_keys"]):
         raise InputError(
-            f"model.name: {recipe.config.model.name} has no saved weights for {missing[0]}; name a model that "
-            "was fine-tuned for this task"
+            f"model.name: {recipe.config.model.name} has no saved weights for {missing[0]}; name a model "
+            "that was fine-tuned for this task"
         )
     return model
 

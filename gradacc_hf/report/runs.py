@@ -25,7 +25,15 @@ from gradacc_hf.utils.sample_size import small_set_note
 NUMBER_KEYS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
 NUMBER_KEYS += ("training_memory_bytes", "effective_batch_size", "processes")
 FIRST_CONTENDERS = ("gradacc", "ours")  # labels of `gradacc compare`; the latter by version 0.1
-OBJECT_KEYS = ("eval", "best", "baseline", "teacher", "accumulation_steps", "planned_accumulation_steps", "versions")
+OBJECT_KEYS = (
+    "eval",
+    "best",
+    "baseline",
+    "teacher",
+    "accumulation_steps",
+    "planned_accumulation_steps",
+    "versions",
+)
 OBJECT_KEYS += ("card",)
 
 

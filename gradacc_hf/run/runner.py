@@ -181,7 +181,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """The model, the optimizer and its schedule, the card beside the saved model, and facts of the teacher."""
+    """The model, the optimizer, the schedule, the card beside the saved model, and the facts of a teacher."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer

@@ -1,6 +1,6 @@
 """Distillation: a student learns from the outputs of a teacher on the same micro-batches.
 
-The loss is (1 − w) · task loss + w · T² · KL(teacher ‖ student), with both distributions at temperature T. The
+The loss is (1 − w) · task loss + w · T² · KL(teacher ‖ student), both distributions at temperature T. The
 divergence is a mean over the items of the task loss, so every split gives the gradient of the whole window.
 The teacher runs without gradients, before the student's forward, in the student's autocast. In evaluation
 mode the loss is the task loss alone.

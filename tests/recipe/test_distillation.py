@@ -1,6 +1,7 @@
 """Distillation in recipes: exact for every split, and refused with a teacher that does not fit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,20 @@ import torch
 import transformers
 from accelerate import Accelerator
 from chat_templates import byte_tokenizer
+from checkpointed_runs import cut_back
 from recipe_runs import load_recipe, make_recipe, run_recipe, summary, write_rows
 from torch.nn import functional
 
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error
-from gradacc_hf.cli import main as cli
 from gradacc_hf.config.schema import with_settings
 from gradacc_hf.embedded import minilm_path
-from gradacc_hf.errors import InputError
 from gradacc_hf.padding.logits import DeferredLogits
 from gradacc_hf.run.padding import choose_padding
+from gradacc_hf.run.plan import make_plan
+from gradacc_hf.run.runner import run
 from gradacc_hf.run.setup import load_data, make_model, make_windows
-from gradacc_hf.training.distillation import Distillation
-from gradacc_hf.training.loop import evaluate
 
 CLASSES = {
     name: getattr(load_recipe(name), class_name)
@@ -76,7 +76,7 @@ def models(tmp_path_factory):
     llama(folder / "of_llama", 3, seed=4)
     llama(folder / "of_more", 1, seed=4, vocabulary=300)
     texts = [draw.choice(words, 1 + i % 12).tolist() for i in range(24)]
-    labels = [{"text": " ".join(t), "label": LABELS[i % 3]} for i, t in enumerate(texts)]
+    labels = [{"text": " ".join(t), "label": LABELS[i % 3], "n": i} for i, t in enumerate(texts)]
     write_rows(folder / "texts.jsonl", labels)
     tags = [{"tokens": t, "tags": [TAGS[i % 3] for i, _ in enumerate(t)]} for t in texts]
     write_rows(folder / "tags.jsonl", tags)
@@ -92,6 +92,7 @@ USES = {
     "text_classification": ("student", "of_texts", "texts.jsonl"),
     "token_classification": ("student", "of_tags", "tags.jsonl"),
     "causal_lm": ("llama", "of_llama", "answers.jsonl"),
+    "masked_lm": ("student", "of_texts", "texts.jsonl"),
 }
 
 
@@ -211,3 +212,142 @@ def test_the_gradient_is_that_of_the_formula_over_the_whole_window(models, case,
     assert relative_error(read_gradient(model), expected) <= EXACT
     assert window.loss == pytest.approx(loss, rel=1e-5)
     assert not computed  # the lean loss never has the logits of all positions, of neither model
+
+
+REFUSED = {
+    "no labels": ("text_classification", {"model__teacher": "student"}, "has no labels of its own"),
+    "other labels": (
+        "text_classification",
+        {"model__teacher": "of_others"},
+        "has the labels a, b, c, and",
+    ),
+    "no folder": ("text_classification", {"model__teacher": "nowhere"}, "is no folder here"),
+    "other tokens": ("text_classification", {"model__teacher": "of_llama"}, "the tokenizer of"),
+    "other vocabulary": ("causal_lm", {"model__teacher": "of_more"}, "has 300 outputs"),
+    "other recipe": ("masked_lm", {"model__name": "student"}, "MaskedLM learns from no teacher"),
+    "no classes": (
+        "text_classification",
+        {"data__problem": "regression", "data__label_column": "n"},
+        "no classes",
+    ),
+    "weight": ("text_classification", {"model__teacher_weight": "0"}, "model.teacher_weight"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_teacher_that_does_not_fit_is_refused_in_one_line(models, case, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kind, changes, said = REFUSED[case]
+    names = ("model__teacher", "model__name")
+    changes = {key: models / value if key in names else value for key, value in changes.items()}
+    outcome = run_recipe(CLASSES[kind], [*flags(models, kind, **changes), "--check"], capfd)
+    assert outcome.code == 2, outcome.out
+    assert said in outcome.err
+    assert outcome.err.startswith(("error: model.teacher", "error: --model.teacher", "error: data.problem"))
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def trained(models, tmp_path_factory):
+    """The folder of a run of two windows with a teacher."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        reset_accelerate()
+        words = flags(models, "text_classification", output__dir="out")
+        run(CLASSES["text_classification"], [*words, "--checkpoint.every", "1", "--optim.lr", "1e-3"])
+    return folder / "out"
+
+
+def test_a_run_states_the_teacher_and_saves_the_student_alone(trained, models):
+    found = summary(trained)["teacher"]
+    assert found["name"] == str(models / "of_texts")
+    assert (found["temperature"], found["weight"]) == (TEMPERATURE, WEIGHT)
+    rows = [json.loads(line) for line in (models / "texts.jsonl").read_text().splitlines()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "of_texts")
+    teacher = transformers.AutoModelForSequenceClassification.from_pretrained(models / "of_texts")
+    tokens = tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        answers = teacher(**tokens).logits.argmax(-1).tolist()
+    right = [teacher.config.id2label[a] == row["label"] for a, row in zip(answers, rows, strict=True)]
+    assert found["metrics"]["accuracy"] == pytest.approx(np.mean(right))
+    page = (trained / "report.html").read_text()
+    assert ">teacher<" in page
+    assert f"{found['metrics']['accuracy']:.4f}" in page
+    card = (trained / "best" / "README.md").read_text()
+    assert f"a local model, {found['parameters']:,} parameters; temperature 3.0, 0.7 of the loss" in card
+    assert str(models) not in card
+    for saved in (trained / "best", trained / "last"):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(saved)
+        assert model.config.num_hidden_layers == 2
+    [state] = (trained / "checkpoints").glob("window-*2")
+    weights = sum(path.stat().st_size for path in state.glob("*.safetensors"))
+    one = (trained / "last" / "model.safetensors").stat().st_size
+    assert weights == pytest.approx(3 * one, rel=0.01)  # weights and two states of AdamW, of the student
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in Path(folder, "history.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_not_resumed_with_another_teacher(trained, models, tmp_path, monkeypatch, capfd):
+    """Neither with another name, nor with other weights in the same folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models, tmp_path / "models")
+    begun = cut_back(trained, tmp_path / "out", 1)
+    lines = (begun / "history.jsonl").read_text()
+
+    def resume(**changes):
+        words = flags(models, "text_classification", output__dir="out", **changes)
+        more = ["--checkpoint.every", "1", "--optim.lr", "1e-3", "--resume", "out"]
+        return run_recipe(CLASSES["text_classification"], [*words, *more], capfd)
+
+    refused = resume(model__teacher=models / "of_others")
+    assert refused.code == 2
+    assert refused.err.startswith("error: model.teacher: ")
+    teacher = models / "of_texts"
+    before = (teacher / "model.safetensors").read_bytes()
+    bert(teacher, transformers.BertForSequenceClassification, LABELS[::-1], layers=3, seed=9)
+    try:
+        changed = resume()
+    finally:
+        (teacher / "model.safetensors").write_bytes(before)
+    assert changed.code == 2
+    assert "model.teacher (weights): the content has changed" in changed.err
+    assert (begun / "history.jsonl").read_text() == lines
+    done = resume()
+    assert done.code == 0, done.err
+    assert losses(begun) == losses(trained)
+    assert summary(begun)["eval"] == summary(trained)["eval"]
+
+
+def test_the_commands_after_a_run_need_the_teacher_only_to_train(trained, models, gradacc, tmp_path):
+    copied = shutil.copytree(trained, tmp_path / "out")
+    code, out, err = gradacc("verify", "--run", copied, "--json")
+    assert code == 0, err
+    assert json.loads(out)["exact"]
+    gone = shutil.move(models / "of_texts", models / "elsewhere")
+    try:
+        assert gradacc("predict", copied, "tea garden")[0] == 0
+        code, out, err = gradacc("evaluate", copied, "--json")
+        assert code == 0, err
+        found = json.loads(out)["metrics"]["accuracy"]["value"]
+        assert found == pytest.approx(summary(copied)["best"]["accuracy"])
+        assert gradacc("continue", copied, "--train.epochs", "+1")[0] == 2
+    finally:
+        shutil.move(gone, models / "of_texts")
+    code, out, err = gradacc("continue", copied, "--train.epochs", "+1")
+    assert code == 0, err
+    assert summary(copied)["windows"] == 4
+
+
+def test_the_plan_counts_the_teacher(models):
+    recipe, *_ = parts(models, "text_classification")
+    without = recipe.with_config(with_settings(recipe.config, {"model.teacher": None}))
+    plans = [make_plan(each, with_levers=False) for each in (recipe, without)]
+    teacher = sum(p.numel() for p in recipe.distillation.teacher.parameters())
+    assert plans[0].parts.parameters - plans[1].parts.parameters == 4 * teacher
+    assert plans[0].trained == plans[1].trained
+    assert plans[0].steps.flops_per_window > plans[1].steps.flops_per_window * 1.2
+    assert "model.teacher" not in plans[0].model_notes.get("teacher", "")
+    assert "at temperature 3" in plans[0].model_notes["teacher"]
