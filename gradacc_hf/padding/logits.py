@@ -418,7 +418,8 @@ def _loss_of_rows(
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if row_loss is None:
             return cross_entropy(logits, target, **options)
-        losses = cross_entropy(logits, target, **options | {"reduction": "none"})
+        apart: dict[str, Any] = {**options, "reduction": "none"}
+        losses = cross_entropy(logits, target, **apart)
         losses = row_loss(losses, logits, positions) * (target != options["ignore_index"])
         return losses if options["reduction"] == "none" else losses.sum()
 

@@ -16,7 +16,7 @@ from gradacc_hf.report import narrative as words
 from gradacc_hf.report.runs import RecordedRun, RunGroup, number
 
 SHARES = ("accuracy", "f1", "precision", "recall", "token_f1")
-"""Metrics from 0 to 1 of which a report states the share that a student keeps of the teacher's."""
+"""Metrics from 0 to 1. A report states the share of the teacher's metric that a student keeps."""
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,8 @@ def teacher_facts(recipe: Recipe, windows: WindowLoader) -> dict[str, Any] | Non
 
 def share_kept(metric: str, direction: str, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> float:
     """Return the student's share of the teacher's metric; NaN if it is unknown, or lower is better."""
-    values = [scores.get(metric) for scores in (student, teacher)]
-    if direction != "max" or any(value is None or not math.isfinite(value) for value in values):
-        return math.nan
-    return values[0] / values[1] if values[1] > 0 else math.nan
+    own, of_teacher = (float(scores.get(metric) or math.nan) for scores in (student, teacher))
+    return own / of_teacher if direction == "max" and of_teacher > 0 else math.nan
 
 
 def teacher_line(summary: Mapping[str, Any], metric: str, direction: str) -> str | None:

@@ -1,12 +1,13 @@
 """Distillation: a student learns from the outputs of a teacher on the same micro-batches.
 
-The loss is (1 − w) · task loss + w · T² · KL(teacher ‖ student), both distributions at temperature T. The
-divergence is a mean over the items of the task loss, so every split gives the gradient of the whole window.
-The teacher runs without gradients, before the student's forward, in the student's autocast. In evaluation
-mode the loss is the task loss alone.
+Loss: (1 − w) · task loss + w · T² · KL(teacher ‖ student), with both distributions at temperature T.
 
-Where the student computes few logits at a time (`padding/logits.py`), the divergence is a part of the loss of
-each chunk, and the teacher computes the logits of that chunk only.
+The divergence is a mean over the items of the task loss. So every split gives the gradient of the whole
+window. The teacher runs without gradients, before the student's forward, in the student's autocast. In
+evaluation mode, the loss is the task loss alone.
+
+A language model may compute few logits at a time (`padding/logits.py`). The divergence is then a part of the
+loss of each chunk, and the teacher computes the logits of that chunk only.
 
 Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
 """
@@ -46,8 +47,8 @@ def divergence(
     Args:
         student, teacher: Logits (items, classes).
         temperature: T, the divisor of both logits.
-        several: Whether the classes are labels of which any number holds. The result is then the mean over
-            labels of the divergence between two yes-or-no distributions.
+        several: Whether any number of the classes holds. The result is then a mean over the classes, of the
+            divergence of the distribution between yes and no.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(dtype) / temperature, teacher.to(dtype) / temperature
@@ -86,7 +87,7 @@ class Distillation:
         self.teacher = teacher.eval().requires_grad_(False)
         self.task_loss, self.items = task_loss, items
         self.temperature, self.weight, self.several = temperature, weight, several
-        self._answer: Any = None  # the teacher's logits of the current micro-batch
+        self._logits: Any = None  # the teacher's logits of the current micro-batch
         self._inputs = inspect.signature(teacher.forward).parameters
 
     def __deepcopy__(self, memo: dict) -> "Distillation":
@@ -101,9 +102,9 @@ class Distillation:
         student.forward = MethodType(_forward_of(type(student)), student)
         add_row_loss(student, self.row_loss)
 
-    def ask(self, student: Any, inputs: Mapping[str, Any]) -> None:
+    def run_teacher(self, student: Any, inputs: Mapping[str, Any]) -> None:
         """Compute the teacher's logits for the inputs of a student."""
-        self._answer = None
+        self._logits = None
         if not student.training or inputs.get("labels") is None:
             return
         weight = next(student.parameters())
@@ -119,15 +120,15 @@ class Distillation:
                 stack.enter_context(weights_held_in(self.teacher, weight.dtype))
             if skips_logits(student) and hasattr(head, "out_features"):
                 stack.enter_context(deferred(head, TOKENS_PER_CHUNK))
-            self._answer = self.teacher(**given).logits
+            self._logits = self.teacher(**given).logits
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> Loss:
-        loss, answer = self.task_loss(outputs, batch), self._answer
-        self._answer = None
-        if answer is None:  # in evaluation mode, or `row_loss` has added the divergence
+        loss, taught = self.task_loss(outputs, batch), self._logits
+        self._logits = None
+        if taught is None:  # in evaluation mode, or `row_loss` has added the divergence
             return loss
         assert isinstance(loss, torch.Tensor)
-        (student, weights), (teacher, _) = (self.items(logits, batch) for logits in (outputs.logits, answer))
+        (student, weights), (teacher, _) = (self.items(logits, batch) for logits in (outputs.logits, taught))
         parts = divergence(student, teacher, self.temperature, self.several)
         weights = torch.ones_like(parts) if weights is None else weights.to(parts)
         mean = (parts * weights).sum() / weights.sum().clamp(min=torch.finfo(parts.dtype).tiny)
@@ -135,14 +136,14 @@ class Distillation:
 
     def row_loss(self) -> RowLoss | None:
         """Return the loss of rows of the current micro-batch, for `add_row_loss`; None without a teacher."""
-        answer, self._answer = self._answer, None
-        if answer is None:
+        taught, self._logits = self._logits, None
+        if taught is None:
             return None
 
         def loss(losses: torch.Tensor, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
-                is_deferred = isinstance(answer, DeferredLogits)
-                teacher = answer.at(positions) if is_deferred else answer.flatten(0, -2)[positions]
+                is_deferred = isinstance(taught, DeferredLogits)
+                teacher = taught.at(positions) if is_deferred else taught.flatten(0, -2)[positions]
             parts = divergence(logits, teacher, self.temperature)
             return (1 - self.weight) * losses + self.weight * parts
 
@@ -157,14 +158,14 @@ def distillation_of(model: torch.nn.Module) -> Distillation | None:
 
 @cache
 def _forward_of(model_class: type) -> Any:
-    """Return a forward that asks the teacher first. The signature stays, as Trainer and generate read it."""
+    """Return a forward that runs the teacher first. The signature stays, as Trainer and generate read it."""
 
     @wraps(model_class.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
         distillation, own = vars(self)[_TAUGHT]
         if args and self.training:
             raise InputError("model.teacher: the student takes keyword arguments only, as in model(**batch)")
-        distillation.ask(self, inputs)
+        distillation.run_teacher(self, inputs)
         return own(*args, **inputs)
 
     return forward
