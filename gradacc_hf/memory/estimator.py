@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
-from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.accumulation.loss_items import IGNORED, ComputeLoss
 from gradacc_hf.accumulation.memory_model import MicroBatchMemory
 from gradacc_hf.accumulation.padding_layout import GROUPS_ON_CPU, GROUPS_ON_GPU
 from gradacc_hf.errors import NotTraceableError, one_line
@@ -132,7 +132,7 @@ def estimate(
     build: Callable[[], torch.nn.Module],
     points: Sequence[Point],
     exponents: np.ndarray,
-    compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
+    compute_loss: ComputeLoss,
     settings: StepSettings,
 ) -> StepEstimate:
     """Trace steps at a few sizes, and return the estimate for any size.
@@ -225,7 +225,7 @@ def _trace(
     layers: Mapping[str, int],
     points: Sequence[Point],
     exponents: np.ndarray,
-    compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
+    compute_loss: ComputeLoss,
     settings: StepSettings,
     selected: float,
 ) -> tuple[np.ndarray, np.ndarray, set[str]]:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from gradacc_hf.accumulation.loss_items import total_loss
+from gradacc_hf.accumulation.loss_items import ComputeLoss, total_loss
 from gradacc_hf.padding.removal import layers_by_owner
 from gradacc_hf.training.distillation import distillation_of
 
@@ -61,7 +61,7 @@ class Trace:
 def trace(
     model: torch.nn.Module,
     batch: Mapping[str, Any],
-    compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
+    compute_loss: ComputeLoss,
     *,
     precision: str = "fp32",
     on_gpu: bool = False,

@@ -369,8 +369,8 @@ class DeferredLogits:
             count = len(labelled)
             labelled = labelled if count else labelled.new_zeros(min(1, len(target)))  # its loss is 0
             chosen, target = self._positions[labelled], target[labelled]
-        columns = (hidden[chosen], target, chosen)
-        parts = list(zip(*(column.split(most) for column in columns), strict=True))
+        rows = hidden[chosen].split(most)
+        parts = list(zip(rows, target.split(most), chosen.split(most), strict=True))
         options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
         options["reduction"] = "none" if reduction == "none" else "sum"
         recompute = [True] * (len(parts) - 1) + [False]  # the backward pass starts with the last part
