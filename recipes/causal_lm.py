@@ -50,6 +50,7 @@ class CausalLM(Recipe):
     example = "Write a Python function that adds two numbers."
     num_items = "next_token"
     lean_loss = True
+    takes_teacher = True
     writes_texts = True
 
     @dataclass

@@ -41,6 +41,7 @@ class TextClassification(Recipe):
 
     model_class = AutoModelForSequenceClassification
     pipeline_tag = "text-classification"
+    takes_teacher = True
 
     @dataclass
     class Data(DataConfig):
@@ -160,6 +161,16 @@ class TextClassification(Recipe):
     def loss(self, outputs, batch):
         weights = () if self.class_weights is None else (self.class_weights,)
         return self.target.loss(outputs.logits, batch["labels"], *weights)
+
+    @property
+    def labels_are_several(self):
+        """Whether a text has any number of labels."""
+        return self.data.problem == "multi_label"
+
+    def item_logits(self, logits, batch):
+        """Return the logits of the examples, and their weights in the loss."""
+        weights = self.class_weights
+        return logits, None if weights is None else weights.to(logits.device)[batch["labels"]]
 
     def metrics(self, predictions, references):
         return self.target.metrics(np.stack(predictions), np.stack(references))

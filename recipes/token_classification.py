@@ -75,6 +75,7 @@ class TokenClassification(Recipe):
     model_class = AutoModelForTokenClassification
     padding_side = "right"
     pipeline_tag = "token-classification"
+    takes_teacher = True
     baseline_is = "each token's most frequent tag"
     example = "import os ; print ( os . getcwd ( ) )"
     of_spans = False  # whether the data are character spans of texts

@@ -52,6 +52,7 @@ class MicroBatchMemory:
         attention: The part of `activations` that it computes by groups of examples, padded to the longest of
             the group; None for no part.
         group_cost: Cost of a group in pairs of tokens (`padding_layout.py`).
+        unsharded: The bytes among `parameters` that FSDP2 does not divide, of a teacher.
     """
 
     parameters: int
@@ -65,6 +66,7 @@ class MicroBatchMemory:
     layers: np.ndarray | None = None
     attention: np.ndarray | None = None
     group_cost: float = 0.0
+    unsharded: int = 0
 
     @property
     def resident(self) -> int:
@@ -187,7 +189,7 @@ class MicroBatchMemory:
             return replace(self, gradients=2 * self.gradients)
         return replace(
             self,
-            parameters=self.parameters // processes + 2 * largest_layer,
+            parameters=(self.parameters - self.unsharded) // processes + self.unsharded + 2 * largest_layer,
             gradients=self.gradients if whole_gradients else self.gradients // processes + largest_layer,
             optimizer=self.optimizer // processes,
         )

@@ -19,6 +19,7 @@ from gradacc_hf.bench.balance import measure_balance, print_balance
 from gradacc_hf.bench.budgets import measure_budgets, print_budgets
 from gradacc_hf.bench.cpu_speed import measure_cpu_settings, print_cpu_settings
 from gradacc_hf.bench.crash_recovery import measure_damages, measure_kills, print_damages, print_kills
+from gradacc_hf.bench.distillation import measure_distillation, print_distillation
 from gradacc_hf.bench.exactness import HEADS, measure_exactness, print_exactness
 from gradacc_hf.bench.experts import measure_experts, print_experts
 from gradacc_hf.bench.gpu import FULL, TINY, measure_gpu, print_gpu
@@ -76,6 +77,20 @@ BENCHMARKS = {
         "errors of accumulated gradients, for each way to train",
         lambda given, progress: measure_exactness(HEADS, progress),
         print_exactness,
+    ),
+    "distillation": Benchmark(
+        "accuracy of a student of two layers, with a teacher and without",
+        lambda given, progress: measure_distillation(
+            given.seeds, given.epochs, given.temperature, given.weight, given.windows, progress
+        ),
+        print_distillation,
+        (
+            _number("--seeds", 3, "seeds of each student"),
+            _number("--epochs", 2, "epochs of each student"),
+            ("--temperature", {"type": float, "default": 2.0, "help": "model.teacher_temperature"}),
+            ("--weight", {"type": float, "default": 0.5, "help": "model.teacher_weight"}),
+            ("--windows", {"type": _positive, "help": "windows per run (default: all)"}),
+        ),
     ),
     "experts": Benchmark(
         "errors of gradients of mixtures of experts, by the router loss, and its cost",

@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
     model = make_model(recipe)
     choose_padding(recipe, model, windows)
     recipe.before_training(model, [training], accelerator)
-    result = verify(model, windows, recipe.loss, num_windows=arguments.windows)
+    result = verify(model, windows, recipe.compute_loss, num_windows=arguments.windows)
     as_json = finite({**asdict(result), "exact": result.exact, "verdict": result.verdict})
     as_json = json.dumps(as_json, indent=2)
     written = _write(arguments.run, as_json) if arguments.run is not None else []

@@ -139,7 +139,7 @@ class WorkerRun:
         shared: dict[str, Any] = {"scheduler": scheduler, "max_grad_norm": max_grad_norm}
         if name in LOOPS:
             windows, _ = self.loaders()
-            shared["compute_loss"] = recipe.loss
+            shared["compute_loss"] = recipe.compute_loss
             if name == "ours":
                 choose_padding(recipe, model, windows)
             self.padding_free = windows.padding_free
@@ -151,7 +151,7 @@ class WorkerRun:
                 return run_windows(model, optimizer, windows, max_windows=self.num_windows, **shared)
             batches = (self._whole(windows, t) for t in range(self.num_windows))
             return run_at_once(model, optimizer, batches, accelerator=self.accelerator, **shared)
-        loss = custom_loss(model, self.collated([self.examples[0]], model.device), recipe.loss)
+        loss = custom_loss(model, self.collated([self.examples[0]], model.device), recipe.compute_loss)
         precision, on_cpu = self.accelerator.mixed_precision, self.accelerator.device.type == "cpu"
         if name == "accelerate":
             loader: Any = DataLoader(self.examples, self.size, collate_fn=self._collate)  # type: ignore[arg-type]
@@ -336,7 +336,7 @@ def measure_errors(run: WorkerRun, name: str, folder: Path) -> None:
         examples = [example for micro_batch in window for example in micro_batch]
         batch = run.collated(examples, model.device)
         with exit_if_out_of_memory(0), with_padding():  # if the window does not fit, no error is measured
-            whole = whole_window_gradient(model, batch, recipe.loss)
+            whole = whole_window_gradient(model, batch, recipe.compute_loss)
         found.append(relative_error(gradient, whole))
         for parameter_name, parameter in model.named_parameters():
             if parameter.requires_grad:

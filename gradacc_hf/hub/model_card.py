@@ -199,6 +199,7 @@ def make_card(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         **redact(
             {
+                "teacher": _teacher(summary),
                 "name": name,
                 "facts": known,
                 "scores": {metric: value for metric, value in scores.items() if metric != "window"},
@@ -221,6 +222,17 @@ def _numbers(values: Mapping[str, Any] | None) -> dict[str, float]:
         for name, value in (values or {}).items()
         if isinstance(value, int | float) and math.isfinite(value)
     }
+
+
+def _teacher(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the facts of the teacher, without names of local files; None without one."""
+    if not (found := summary.get("teacher")):
+        return None
+    return {**found, "name": _public_model(found["name"]), "metrics": _numbers(found["metrics"])}
+
+
+def _public_model(given: str) -> str:
+    return given if given.startswith("embedded:") or _is_hub_name(given) else "a local model"
 
 
 def _base_model_text(recipe: Recipe) -> str:

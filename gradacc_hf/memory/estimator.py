@@ -20,12 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
-from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.accumulation.loss_items import IGNORED, ComputeLoss
 from gradacc_hf.accumulation.memory_model import MicroBatchMemory
 from gradacc_hf.accumulation.padding_layout import GROUPS_ON_CPU, GROUPS_ON_GPU
 from gradacc_hf.errors import NotTraceableError, one_line
 from gradacc_hf.memory import extrapolate
 from gradacc_hf.memory.trace import ATTENTION, LAYERS, LOSS, Trace, trace
+from gradacc_hf.training.distillation import distillation_of
 from gradacc_hf.training.lora import FOUR_BIT_DTYPES
 from gradacc_hf.training.muon import hidden_matrices
 from gradacc_hf.training.optimizer import make_optimizer
@@ -133,7 +134,7 @@ def estimate(
     build: Callable[[], torch.nn.Module],
     points: Sequence[Point],
     exponents: np.ndarray,
-    compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
+    compute_loss: ComputeLoss,
     settings: StepSettings,
 ) -> StepEstimate:
     """Trace steps at a few sizes, and return the estimate for any size.
@@ -175,9 +176,12 @@ def estimate(
     nothing = _constant(0, len(exponents))
     if not found[..., ATTENTION].any():  # eager attention, in the layers
         found[..., [LAYERS, ATTENTION]] = found[..., [ATTENTION, LAYERS]]
+    distillation = distillation_of(whole)
+    teacher = 0 if distillation is None else tensor_bytes(distillation.teacher.state_dict().values())
     activations = np.vstack([found[..., :LOSS].sum(axis=2), _constant(step, len(exponents))])
     memory = MicroBatchMemory(
         parameters=tensor_bytes([*(p for _, p in parameters), *whole.buffers()])
+        + teacher
         - (_saved_by_four_bit(whole) if settings.four_bit else 0),
         gradients=sum(p.numel() * _gradient_dtype(p).itemsize for p in trained),
         optimizer=states,
@@ -189,6 +193,7 @@ def estimate(
         group_cost=(GROUPS_ON_GPU if settings.on_gpu else GROUPS_ON_CPU).fixed,
         workspace=WORKSPACE_BYTES,
         workspace_share=FRAGMENTED_SHARE,
+        unsharded=teacher,
     )
     return StepEstimate(
         memory=memory,
@@ -222,7 +227,7 @@ def _trace(
     layers: Mapping[str, int],
     points: Sequence[Point],
     exponents: np.ndarray,
-    compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
+    compute_loss: ComputeLoss,
     settings: StepSettings,
     selected: float,
 ) -> tuple[np.ndarray, np.ndarray, set[str]]:
@@ -235,6 +240,8 @@ def _trace(
     ]
     few, *longer_ones = models
     _make_fake(few)
+    if (distillation := distillation_of(few)) is not None:  # the models share it
+        _make_fake(distillation.teacher)
 
     def run(model: torch.nn.Module, point: int) -> Trace:
         how = {"precision": settings.precision, "on_gpu": settings.on_gpu}
@@ -310,7 +317,8 @@ def _make_fake(model: torch.nn.Module) -> None:
                     made[id(tensor)] = tensor, _fake(tensor)
                 if tensor is not None:
                     tensors[name] = made[id(tensor)][1]
-    accumulate_in_float32(model, torch.optim.SGD(model.parameters(), lr=1.0))  # it never steps
+    if trained := [p for p in model.parameters() if p.requires_grad]:  # a teacher has none
+        accumulate_in_float32(model, torch.optim.SGD(trained, lr=1.0))  # it never steps
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:

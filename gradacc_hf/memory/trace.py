@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import modeling_utils
 
-from gradacc_hf.accumulation.loss_items import total_loss
+from gradacc_hf.accumulation.loss_items import ComputeLoss, total_loss
 from gradacc_hf.padding.removal import layers_by_owner
+from gradacc_hf.training.distillation import distillation_of
 
 REST, LAYERS, ATTENTION, LOSS = range(4)  # labels of transient tensors; embeddings belong to the rest
 LABELS = 4
@@ -61,7 +62,7 @@ class Trace:
 def trace(
     model: torch.nn.Module,
     batch: Mapping[str, Any],
-    compute_loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
+    compute_loss: ComputeLoss,
     *,
     precision: str = "fp32",
     on_gpu: bool = False,
@@ -69,7 +70,8 @@ def trace(
 ) -> Trace:
     """Trace one step of a fake model, inside the fake mode that created it.
 
-    The weights, buffers and existing gradients of the model are not counted; the batch is.
+    The weights, buffers and existing gradients of the model are not counted, nor the weights of a teacher.
+    The batch is.
 
     Args:
         model: the fake model; it may have gradients.
@@ -82,7 +84,9 @@ def trace(
     tracer = _Tracer(selected)
     for tensor in tree_leaves([list(model.parameters()), [p.grad for p in model.parameters()]]):
         tracer.ignore(tensor)
-    for tensor in model.buffers():
+    distillation = distillation_of(model)
+    teacher = [] if distillation is None else [*distillation.teacher.state_dict(keep_vars=True).values()]
+    for tensor in (*model.buffers(), *teacher):
         tracer.ignore(tensor)
     for tensor in tree_leaves(dict(batch)):
         tracer.count(tensor)

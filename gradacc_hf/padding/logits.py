@@ -37,6 +37,9 @@ from gradacc_hf.utils.rng import preserve_rng_state
 
 TOKENS_PER_CHUNK = 256  # logits in memory at a time; 50 MB in float32 with a vocabulary of 49,152
 ROUNDING = 2e-2  # relative error that 16 bits allow
+RowLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(losses, logits, positions) → losses, of some positions: (rows,), (rows, vocabulary) and (rows,). Positions
+are of the flattened batch."""
 _FORWARDS = "_gradacc_forwards"
 
 # Functions by the name without underscores. `to` and the like take no tensor of another shape.
@@ -115,6 +118,7 @@ class _Forwards:
     new: Any
     is_of_class: bool
     skips: bool = True
+    row_loss: Callable[[], RowLoss | None] | None = None
 
 
 def install(model: Any) -> None:
@@ -122,6 +126,17 @@ def install(model: Any) -> None:
     own, new = model.forward, MethodType(_forward_of(type(model)), model)
     vars(model)[_FORWARDS] = _Forwards(own, new, "forward" not in vars(model))  # bound to a deep copy, too
     model.forward = new
+
+
+def add_row_loss(model: torch.nn.Module, row_loss: Callable[[], RowLoss | None]) -> None:
+    """Change the loss of each labelled position in a model that skips logits. Other models stay as they are.
+
+    Args:
+        model: The model.
+        row_loss: Called once a forward. Returns a function of losses, logits and positions, or None.
+    """
+    if skips_logits(model):
+        vars(model)[_FORWARDS] = replace(vars(model)[_FORWARDS], row_loss=row_loss)
 
 
 @cache
@@ -136,7 +151,8 @@ def _forward_of(model_class: type) -> Any:
         forwards = vars(self)[_FORWARDS]
         if inputs.get("labels") is None or not forwards.skips:
             return forwards.own(*args, **inputs)
-        with deferred(self.get_output_embeddings(), TOKENS_PER_CHUNK):
+        row_loss = forwards.row_loss and forwards.row_loss()
+        with deferred(self.get_output_embeddings(), TOKENS_PER_CHUNK, row_loss):
             outputs = forwards.own(*args, **inputs)
         return _without_logits(outputs)
 
@@ -158,19 +174,21 @@ class LogitReads:
 
     Attributes:
         tokens_per_chunk: Positions whose logits are computed at once.
+        row_loss: Changes the loss of each labelled position.
         at_labels: Whether a loss read only labelled positions.
         others: Functions that read all logits.
     """
 
     tokens_per_chunk: int
+    row_loss: RowLoss | None = None
     at_labels: bool = False
     others: list[str] = field(default_factory=list)
 
 
 @contextmanager
-def deferred(head: Any, tokens_per_chunk: int) -> Iterator[LogitReads]:
+def deferred(head: Any, tokens_per_chunk: int, row_loss: RowLoss | None = None) -> Iterator[LogitReads]:
     """Defer the next call of a head inside this block. Yield how the logits are read."""
-    reading = LogitReads(tokens_per_chunk)
+    reading = LogitReads(tokens_per_chunk, row_loss)
     own = vars(head).get("forward")  # Accelerate's, if the model is spread over devices
 
     inputs: list[torch.Tensor] = []
@@ -312,6 +330,11 @@ class DeferredLogits:
             positions = positions.reshape(sizes[:-1])
         return DeferredLogits(self._head, self._hidden, positions, self._changes, self._reading)
 
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the logits at some flattened positions (rows, vocabulary)."""
+        rows = self._hidden.flatten(0, -2).index_select(0, self._positions.flatten()[positions])
+        return _logits(self._head, self._changes, rows)
+
     def _computed(self, reader: str) -> torch.Tensor:
         """Return all logits, for a function of this name."""
         self._reading.others.append(reader)
@@ -346,12 +369,13 @@ class DeferredLogits:
             count = len(labelled)
             labelled = labelled if count else labelled.new_zeros(min(1, len(target)))  # its loss is 0
             chosen, target = self._positions[labelled], target[labelled]
-        parts = list(zip(hidden[chosen].split(most), target.split(most), strict=True))
+        rows = hidden[chosen].split(most)
+        parts = list(zip(rows, target.split(most), chosen.split(most), strict=True))
         options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
         options["reduction"] = "none" if reduction == "none" else "sum"
         recompute = [True] * (len(parts) - 1) + [False]  # the backward pass starts with the last part
         losses = [
-            _loss_of_rows(self._head, self._changes, *part, options, again)
+            _loss_of_rows(self._head, self._changes, *part, options, again, self._reading.row_loss)
             for part, again in zip(parts, recompute, strict=True)
         ]
         if reduction == "none":
@@ -382,15 +406,22 @@ def _loss_of_rows(
     changes: tuple[Callable, ...],
     rows: torch.Tensor,
     target: torch.Tensor,
+    positions: torch.Tensor,
     options: dict[str, Any],
     recompute: bool,
+    row_loss: RowLoss | None = None,
 ) -> torch.Tensor:
     """Return the losses of some rows, or their sum. `recompute` drops the logits until the backward pass."""
 
     def loss(rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits = _logits(head, changes, rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return cross_entropy(logits, target, **options)
+        if row_loss is None:
+            return cross_entropy(logits, target, **options)
+        apart: dict[str, Any] = {**options, "reduction": "none"}
+        losses = cross_entropy(logits, target, **apart)
+        losses = row_loss(losses, logits, positions) * (target != options["ignore_index"])
+        return losses if options["reduction"] == "none" else losses.sum()
 
     if not recompute:
         return loss(rows, target)

@@ -24,7 +24,7 @@ from datasets import Dataset
 from gradacc_hf.accumulation.collation import PadTo, Transform
 from gradacc_hf.accumulation.lengths import Lengths
 from gradacc_hf.accumulation.loader import WindowLoader
-from gradacc_hf.accumulation.loss_items import CountItems, model_loss
+from gradacc_hf.accumulation.loss_items import IGNORED, ComputeLoss, CountItems, model_loss
 from gradacc_hf.config.earlier_run import EarlierRun
 from gradacc_hf.config.schema import Config, DataConfig
 from gradacc_hf.data.bad_rows import Problem, check_rows
@@ -40,6 +40,8 @@ from gradacc_hf.recipe.labels_per import find_labels_per, labels_per, note_on_to
 from gradacc_hf.recipe.mixture import read_mixture, take_sources_and_weights
 from gradacc_hf.recipe.scoring import ScoredRows
 from gradacc_hf.recipe.streaming import ExampleStream, OpenRows, open_rows
+from gradacc_hf.recipe.teacher import Teacher, make_distillation
+from gradacc_hf.training.distillation import Distillation
 from gradacc_hf.training.experts import set_router_loss
 from gradacc_hf.training.loop import Rows, evaluate, logits_and_labels
 from gradacc_hf.training.lora import (
@@ -108,6 +110,8 @@ class Recipe:
     baseline_is: ClassVar[str] = "a baseline that ignores the input"  # `baseline`, in words
     lean_loss: ClassVar[bool] = False  # whether model() reads budget.lean_loss
     writes_texts: ClassVar[bool] = False  # whether `answer` reads `generation`
+    takes_teacher: ClassVar[bool] = False  # whether `item_logits` suits the loss, for `model.teacher`
+    labels_are_several = False  # whether any number of an example's labels holds
     generation = Generation()  # set by `gradacc predict`
     validation_source: str = "validation"
     held_out = False  # whether the validation rows are a share of the training file
@@ -148,7 +152,8 @@ class Recipe:
         """Return a copy of this recipe whose `model()` is made from the config, without saved weights."""
         other = copy.copy(self)
         other.without_weights = True
-        vars(other).pop("model_path", None)  # it may have been computed for a model with weights
+        for name in ("model_path", "teacher", "distillation"):  # computed for a model with weights
+            vars(other).pop(name, None)
         return other
 
     def datasets(self) -> tuple[Dataset, Dataset]:
@@ -244,6 +249,8 @@ class Recipe:
             self.labels_per = find_labels_per(training)
             if self.labels_per == "token" and (note := note_on_tokens(training)):
                 self.model_notes["labels per token"] = note
+        if self.config.model.teacher is not None:
+            self.model_notes["teacher"] = self.teacher.check(self)
         return training, validation
 
     def stream(self, sample: Dataset) -> ExampleStream | None:
@@ -455,6 +462,30 @@ class Recipe:
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return the mean loss over the items of a micro-batch."""
         return model_loss(outputs, batch)
+
+    @property
+    def compute_loss(self) -> ComputeLoss:
+        """The loss of training: `loss`, or with `model.teacher` the loss of the distillation."""
+        return self.loss if self.config.model.teacher is None else self.distillation
+
+    def item_logits(
+        self, logits: torch.Tensor, batch: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits of each item (items, classes), and the weight of each item, or None."""
+        labels = batch["labels"]
+        if self.num_items == "next_token":
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        return (logits, None) if labels.ndim == logits.ndim else (logits[labels != IGNORED], None)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher that `model.teacher` names."""
+        return Teacher(self)
+
+    @cached_property
+    def distillation(self) -> Distillation:
+        """The loss with the teacher. Call it after `read_examples`, which decides the order of labels."""
+        return make_distillation(self)
 
     def padded_part(self, model: Any, batch: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         """Return the model whose layers compute padding, and its inputs: a part of the recipe's model."""

@@ -43,6 +43,7 @@ from gradacc_hf.report.tables import (
     plan_table,
     scored_sections,
     sources_table,
+    teacher_rows,
 )
 from gradacc_hf.utils.files import write_whole
 from gradacc_hf.utils.redaction import redact
@@ -130,6 +131,7 @@ def render(runs: Sequence[RecordedRun]) -> str:
         titles=titles,
         table=table,
         baseline=baseline_row(found, titles),
+        teacher=teacher_rows(found, titles) if len(found) == 1 else [],
         sources=sources_table(found),
         keys=_keys(found, "table"),
         legend=[

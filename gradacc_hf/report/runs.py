@@ -25,7 +25,15 @@ from gradacc_hf.utils.sample_size import small_set_note
 NUMBER_KEYS = ("windows", "examples", "items", "tokens", "padded_tokens", "seconds", "peak_memory_bytes")
 NUMBER_KEYS += ("training_memory_bytes", "effective_batch_size", "processes")
 FIRST_CONTENDERS = ("gradacc", "ours")  # labels of `gradacc compare`; the latter by version 0.1
-OBJECT_KEYS = ("eval", "best", "baseline", "accumulation_steps", "planned_accumulation_steps", "versions")
+OBJECT_KEYS = (
+    "eval",
+    "best",
+    "baseline",
+    "teacher",
+    "accumulation_steps",
+    "planned_accumulation_steps",
+    "versions",
+)
 OBJECT_KEYS += ("card",)
 
 
@@ -207,6 +215,11 @@ class RecordedRun:
     def details(self) -> list[dict[str, Any]]:
         """Tables about the final evaluation, as `tasks/details.py` makes them. Often empty."""
         return self.summary.get("details") or []
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """The teacher of a distillation: name, temperature, weight and metrics. Empty without one."""
+        return self.summary.get("teacher") or {}
 
     @property
     def reading(self) -> str:

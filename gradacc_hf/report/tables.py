@@ -15,6 +15,9 @@ from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.report import narrative as words
 from gradacc_hf.report.runs import RecordedRun, RunGroup, number
 
+SHARES = ("accuracy", "f1", "precision", "recall", "token_f1")
+"""Metrics from 0 to 1. A report states the share of the teacher's metric that a student keeps."""
+
 
 @dataclass(frozen=True)
 class TableCell:
@@ -220,6 +223,25 @@ def baseline_row(found: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
     return cells if any(cells) else []
 
 
+def teacher_rows(found: Sequence[RunGroup], titles: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return rows of the table: the metrics of the teacher, and the share of each that the model keeps.
+
+    A metric that is better where it is lower has no share. Empty without a teacher.
+    """
+    runs = [run for contender in found for run in contender.runs if run.teacher]
+    if not runs:
+        return []
+    of_teacher = {name: number(value) for name, value in (runs[0].teacher.get("metrics") or {}).items()}
+    of_teacher["validation loss"] = of_teacher.get("loss", math.nan)
+    student, shares = runs[0].metrics("eval"), {}
+    for name in titles:
+        teacher, own = of_teacher.get(name, math.nan), student.get(name, math.nan)
+        if name in SHARES and teacher > 0 and math.isfinite(own):
+            shares[name] = f"{own / teacher:.1%}"
+    cells = [words.metric(of_teacher[name]) if name in of_teacher else "" for name in titles]
+    return [("teacher", cells), ("share of the teacher's", [shares.get(name, "") for name in titles])]
+
+
 def first_baseline(found: Sequence[RunGroup]) -> dict[str, float]:
     return next((b for contender in found for run in contender.runs if (b := run.metrics("baseline"))), {})
 
@@ -238,6 +260,8 @@ def plan_table(found: Sequence[RunGroup]) -> list[tuple[str, list[TableCell]]]:
             _all(lambda run: run.summary.get("precision")),
         ),
         ("tokens are", _all(lambda run: run.summary.get("tokens_are"))),
+        ("teacher", _all(lambda run: run.teacher.get("name"))),
+        ("temperature and weight of the teacher", _all(_teaching)),
         ("tokens", _of_runs(lambda run: run.total("tokens"))),
         ("tokens with padding", _of_runs(lambda run: run.total("padded_tokens"))),
         ("padding", _of_runs(lambda run: run.padding, words.percent)),
@@ -299,6 +323,10 @@ def _skipped(run: RecordedRun) -> int | None:
 def _effective_batch_size(run: RecordedRun) -> float | None:
     size = run.summary.get("effective_batch_size") or run.setting("batch", "effective")
     return size if isinstance(size, int | float) else None
+
+
+def _teaching(run: RecordedRun) -> str | None:
+    return f"{run.teacher['temperature']}, {run.teacher['weight']}" if run.teacher else None
 
 
 def _noise_scale(contender: RunGroup) -> TableCell:

@@ -16,6 +16,7 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
 from gradacc_hf.data.reading import counted
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.run.teacher import teacher_line
 from gradacc_hf.utils.redaction import redact
 
 LENGTH, LONGEST = 60, 400  # characters of an example: the preferred number, and the most
@@ -74,7 +75,7 @@ def training_lines(summary: Mapping[str, Any], windows: WindowLoader) -> list[st
 def result_lines(
     recipe: Recipe, summary: Mapping[str, Any], num_validation: int, folder: Path, report: Path | None
 ) -> list[str]:
-    """Return three lines: how good the model is and against what, where it is saved, the next command.
+    """Return lines: how good the model is and against what, also a teacher; where it is saved; what is next.
 
     Args:
         recipe: the recipe of the run.
@@ -85,8 +86,11 @@ def result_lines(
     """
     saved = f"{folder}: model in best/{_after(summary)}, last weights in last/"
     saved += f"; report: {report}" if report is not None else "; no report"
+    train = recipe.config.train
+    of_teacher = teacher_line(summary, train.best_metric, train.best_direction)
     return [
         _row("result", _result(recipe, summary, num_validation)),
+        *([_row("teacher", of_teacher)] if of_teacher else []),
         _row("saved", saved),
         _row("next", _next(recipe, folder)),
     ]

@@ -158,7 +158,7 @@ def on_data(recipe: Recipe, data: str | None, split: str | None) -> Recipe:
 
     A mixture has the new data as the validation data of every source.
     """
-    changes: dict[str, Any] = {"output.tracker": "none", "budget.num_workers": 0}
+    changes: dict[str, Any] = {"output.tracker": "none", "budget.num_workers": 0, "model.teacher": None}
     if data is None and split is None:
         return recipe.with_config(with_settings(recipe.config, changes))
     given = {"data.validation": data, "data.validation_split": split}

@@ -84,7 +84,7 @@ def recipe_memory(
             file=stderr,
         )
     with preserve_rng_state():
-        found = estimate(lambda: make_model(weightless), points, exponents, weightless.loss, settings)
+        found = estimate(lambda: make_model(weightless), points, exponents, weightless.compute_loss, settings)
     if not can_be_kept:
         return found
     with suppress(OSError):  # the cache is optional
@@ -214,6 +214,7 @@ def _key(recipe: Recipe, points: list[Point], settings: StepSettings) -> str:
     decides = {
         "format": CACHE_FORMAT,
         "model": recipe.model_config().to_dict(),
+        "teacher": recipe.config.model.teacher and recipe.teacher.config.to_dict(),
         "settings": {**asdict(config.model), **asdict(config.data)},
         "optimizer": asdict(settings.optim),
         "budget": {k: v for k, v in asdict(config.budget).items() if k not in STEP_INDEPENDENT_KEYS},

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import DistributedType, send_to_device
 
 from gradacc_hf.accumulation.loader import WindowLoader
@@ -52,6 +53,7 @@ def choose_padding(recipe: Recipe, model: Any, windows: WindowLoader) -> None:
     if recipe.pad_to == "nothing":
         recipe.model_notes["padding in layers"] = "none: packed examples, each with attention of its own"
         return
+    _remove_from_teacher(recipe, windows)
     unread = "; the last layer ends with the tokens that the loss reads" * skips_unread(model)
     if not is_grouped(model):
         recipe.model_notes["padding in layers"] = f"none in the layers, except in attention{unread}"
@@ -109,7 +111,7 @@ def _runs_by_group(recipe: Recipe, model: Any, windows: WindowLoader) -> bool:
 def _remove(recipe: Recipe, model: Any, windows: WindowLoader) -> str:
     """Remove padding, or return why it is kept."""
     part, batch = recipe.padded_part(model, windows.sample()[1].batch)
-    compute_loss = None if as_window_loss(recipe.loss) is not None else recipe.loss
+    compute_loss = None if as_window_loss(recipe.loss) is not None else recipe.compute_loss
     try:
         if windows.accelerator.distributed_type == DistributedType.FSDP:  # the whole model may not fit
             batch = send_to_device(batch, part.device)
@@ -124,6 +126,27 @@ def _remove(recipe: Recipe, model: Any, windows: WindowLoader) -> str:
         release_memory()
         return "memory runs out in the check"
     return ""
+
+
+def _remove_from_teacher(recipe: Recipe, windows: WindowLoader) -> None:
+    """Remove padding from the teacher, if there is one and its model allows it."""
+    if recipe.config.model.teacher is None or recipe.pad_to == "nothing":
+        return
+    teacher, accelerator = recipe.distillation.teacher, windows.accelerator
+    parameters = [*teacher.parameters()]
+    if sum(map(torch.numel, parameters)) > MOST_PARAMETERS:
+        return
+    teacher.to(accelerator.device).requires_grad_(True)  # the check compares gradients
+    try:
+        remove_padding_in_all(teacher, windows.sample()[1].batch, accelerator)
+    except (PaddingNotRemovableError, InputError):
+        recipe.model_notes["teacher's padding"] = "kept"
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        release_memory()
+    finally:
+        teacher.requires_grad_(False)
 
 
 def _why_kept(recipe: Recipe, model: Any, windows: WindowLoader, setting: str) -> str:

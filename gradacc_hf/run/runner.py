@@ -27,6 +27,7 @@ from gradacc_hf.errors import InputError, NonFiniteError, OutOfMemoryWhileSyncin
 from gradacc_hf.hub.model_card import RunCard, facts, refresh_cards
 from gradacc_hf.hub.push import push
 from gradacc_hf.recipe.base import Recipe
+from gradacc_hf.recipe.teacher import fingerprint_of_teacher
 from gradacc_hf.run import continuation
 from gradacc_hf.run.continuation import Continuations
 from gradacc_hf.run.ending import result_lines, training_lines
@@ -58,6 +59,7 @@ from gradacc_hf.run.setup import (
     total_windows,
     tries_sizes,
 )
+from gradacc_hf.run.teacher import teacher_facts
 from gradacc_hf.training.checkpoint import Checkpoint, Checkpoints, check_same, newest_checkpoint
 from gradacc_hf.training.finetune import Best, fine_tune
 from gradacc_hf.training.lora import write_merged
@@ -183,12 +185,13 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """The model, the optimizer and its schedule, and the card that is saved beside the model."""
+    """The model, the optimizer, the schedule, the card beside the saved model, and the facts of a teacher."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Any
     card: RunCard
+    teacher: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,8 @@ def _load_task(recipe_class: type[Recipe], config: Config, accelerator: Accelera
     if accelerator.is_main_process:
         mixed = fingerprint_of_mixture(recipe.sources, recipe.shares, recipe.example_weights)
         found = [without_tokens(what_must_stay(config, training, validation)) | mixed]
+        if config.model.teacher is not None:
+            found[0]["model.teacher (weights)"] = fingerprint_of_teacher(recipe.distillation.teacher)
         if recipe.opened is not None:
             found[0]["data.train (bytes of the files)"] = recipe.opened.rows.sizes()
         elif text := duplicates_note(training, validation, "truncated" in recipe.reading.notes):
@@ -317,7 +322,8 @@ def build(task: Task, plan: RunPlan, accelerator: Accelerator) -> tuple[RunPlan,
     start = plan.continued.schedule_after
     scheduler = make_scheduler(optimizer, optim, plan.windows, plan.num_windows, start)
     card = RunCard(recipe, facts(recipe, task.training, task.validation), plan.windows)
-    return plan, TrainingParts(model, optimizer, scheduler, card)
+    teacher = teacher_facts(recipe, plan.validation_windows)
+    return plan, TrainingParts(model, optimizer, scheduler, card, teacher)
 
 
 def train(
@@ -342,7 +348,7 @@ def train(
             epochs=config.train.epochs,
             max_windows=config.train.max_windows,
             max_grad_norm=config.optim.max_grad_norm,
-            compute_loss=recipe.loss,
+            compute_loss=recipe.compute_loss,
             validate=partial(
                 validate, recipe=recipe, windows=plan.validation_windows, card=parts.card, folder=folder
             ),
@@ -369,6 +375,7 @@ def train(
             write_model=write_merged if config.model.lora.merge else write_pretrained,
             summary={
                 "baseline": baseline,
+                "teacher": parts.teacher,
                 "planned_accumulation_steps": plan.accumulation_steps._asdict(),
                 "seed": config.train.seed,
                 "command": commands.again,

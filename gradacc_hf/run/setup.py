@@ -281,6 +281,8 @@ def make_model(recipe: Recipe) -> Any:
         checkpoint_activations(model, config.budget.offload_activations)
     if config.budget.compile:
         compile_layers(model)
+    if config.model.teacher is not None:
+        recipe.distillation.attach(model)
     return model
 
 

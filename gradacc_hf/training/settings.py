@@ -93,6 +93,16 @@ class ModelConfig:
     """Router loss of a mixture of experts: window, micro_batch or none.
     window balances the experts over the whole window, exactly, by one more forward pass.
     micro_batch is transformers' own, which depends on the split. The model's config has its factor."""
+    teacher: str | None = None
+    """Teacher of a distillation: Hub name, folder, embedded:NAME or a run.
+    The model also learns the outputs of the teacher, which has the same tokens and the same labels. For
+    text_classification, token_classification and causal_lm."""
+    teacher_temperature: float = 2.0
+    """Divisor of the logits of both models in the teacher's part.
+    Higher: the student learns more of what the teacher finds unlikely."""
+    teacher_weight: float = 0.5
+    """Share of the teacher's part in the loss, up to 1.
+    The loss is (1 − share) · task loss + share · temperature² · KL(teacher ‖ student)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def rules(self) -> Rules:
@@ -111,6 +121,8 @@ class ModelConfig:
         decomposed = "false with model.lora.init pissa, which decomposes full weights"
         yield "load_in_4bit", not (pissa and self.load_in_4bit), decomposed
         yield "dropout", self.dropout is None or 0 <= self.dropout <= 1, "a probability from 0 to 1, or null"
+        yield "teacher_temperature", self.teacher_temperature > 0, "a number above 0, such as 2"
+        yield "teacher_weight", 0 < self.teacher_weight <= 1, "a share above 0, up to 1"
 
 
 @dataclass(frozen=True)

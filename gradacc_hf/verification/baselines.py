@@ -21,6 +21,7 @@ from gradacc_hf.accumulation.fp32_accumulation import accumulate_in_float32
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.loss_items import ComputeLoss, CountItems, model_loss, total_loss
 from gradacc_hf.hf_trainer.trainer import ExactTrainer
+from gradacc_hf.training.distillation import Distillation
 from gradacc_hf.training.loop import train
 
 
@@ -201,6 +202,8 @@ def run_trainer(
 @torch.no_grad()
 def custom_loss(model: torch.nn.Module, batch: Any, compute_loss: ComputeLoss) -> ComputeLoss | None:
     """Return `compute_loss`, or None if it equals the loss of the model, which Trainer uses by default."""
+    if isinstance(compute_loss, Distillation):  # in evaluation mode, it is the loss of the model
+        return compute_loss
     training = model.training
     model.eval()
     outputs = model(**batch)

@@ -85,7 +85,7 @@ def ddp(request, launch):
 def test_every_case_is_exact_on_1_2_and_3_processes(ddp):
     _, found = ddp
     exact = {name: row for name, row in found.items() if "error" in row}
-    assert len(exact) == 25
+    assert len(exact) == 26
     for name, row in exact.items():
         assert row["error"] < EXACT, name
         assert row["loss_error"] < 1e-5, name
@@ -273,6 +273,7 @@ def test_fsdp2_is_exact_with_equal_accumulation_steps_on_all_processes(launch):
         "clipped",
         "packed_and_lean",
         "router_loss",
+        "taught",
         "evaluation",
     ]
     contrastive = ["contrastive", "contrastive_fewer_pairs_than_processes"]

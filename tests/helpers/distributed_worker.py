@@ -51,6 +51,7 @@ from gradacc_hf.tasks.masked_head import at_labels, head_at_labels
 from gradacc_hf.tasks.packing import pack
 from gradacc_hf.training.autotune import Tuning, sizes_to_try
 from gradacc_hf.training.checkpoint import Checkpoints, newest_checkpoint
+from gradacc_hf.training.distillation import Distillation
 from gradacc_hf.training.loop import iter_windows, train
 from gradacc_hf.training.lora import add_lora
 from gradacc_hf.training.preflight import preflight_check
@@ -95,6 +96,7 @@ def gradients(
     masked_only=False,
     streamed=False,
     router_loss=False,
+    taught=False,
     **split,
 ):
     """One epoch of `train`: the worst error against the whole window at once, and what the processes saw."""
@@ -107,6 +109,10 @@ def gradients(
         model.router_aux_loss_coef = 0.5
         router_loss_over_window(model)
     collate, compute_loss, examples = head.collate, model_loss, head.examples(lengths)
+    of_whole = model_loss
+    if taught:
+        make_lean(head.model, True)
+        compute_loss, of_whole = (with_teacher(each.model) for each in (head, untouched))
     if packed_and_lean:
         make_lean(head.model, True)
         collate, split["pad_to"] = pack, "nothing"
@@ -142,14 +148,15 @@ def gradients(
     errors, loss_errors = [], []
     for record, window, gradient in zip(records, indices, recorder.gradients, strict=True):
         batch = untouched.collate([examples[i] for i in window])
-        whole = whole_window_gradient(untouched.model, batch)
+        whole = whole_window_gradient(untouched.model, batch, of_whole)
         if max_grad_norm:
             norm = torch.stack([g.norm() for g in whole.values()]).norm()
             assert norm > max_grad_norm
             assert abs(record.grad_norm / float(norm) - 1) < 1e-5
             whole = {name: g * (max_grad_norm / (norm + 1e-6)) for name, g in whole.items()}
         errors.append(relative_error(gradient, whole))
-        loss_errors.append(abs(record.loss / float(untouched.model(**batch).loss) - 1))
+        loss = of_whole(untouched.model(**batch), batch).detach()
+        loss_errors.append(abs(record.loss / float(loss) - 1))
     return {
         "error": max(errors),
         "loss_error": max(loss_errors),
@@ -159,6 +166,21 @@ def gradients(
         "same_windows": all(seen == indices for seen in gather_object([indices])),
         "looks_for_unused": accelerator.ddp_handler is not None,
     }
+
+
+def with_teacher(student):
+    """Attach a teacher with other weights to a causal language model, and return the loss."""
+    teacher = build_head("causal_lm", "llama").model
+    torch.manual_seed(5)
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+
+    def items(logits, batch):
+        return logits[:, :-1][batch["labels"][:, 1:] != -100], None
+
+    distillation = Distillation(teacher, model_loss, items, temperature=2.0, weight=0.7)
+    distillation.attach(student)
+    return distillation
 
 
 def noise(engine):
@@ -900,6 +922,7 @@ CASES = {
     "contrastive_fewer_pairs_than_processes": lambda engine: contrastive(engine, size=2, max_tokens=160),
     "router_loss": lambda engine: gradients(engine, "causal_lm", "mixtral", router_loss=True, max_tokens=64),
     "preference": preference,
+    "taught": lambda engine: gradients(engine, "causal_lm", "llama", taught=True, max_tokens=64),
     "masked_at_random": masked_at_random,
     "out_of_memory": out_of_memory,
     "calls_left_out": calls_left_out,
