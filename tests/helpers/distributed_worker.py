@@ -19,7 +19,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.test_utils.scripts import test_sync
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    gather_object,
+)
 from datasets import Dataset
 from preference_pairs import LOSSES, exactness, write_pairs
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -876,11 +881,14 @@ def contrastive(engine, size=22, **split):
 def preference(engine):
     """Windows of every loss of preferences: the worst error against each window at once."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = write_pairs(folder)
+        # `save_pretrained` writes in the main process only.
+        is_first = accelerator_for(engine).is_main_process
+        [settings] = broadcast_object_list([write_pairs(folder) if is_first else None])
         found = {}
         for name, flags in LOSSES.items():
             accelerator = accelerator_for(engine)
             found[name], _, _ = exactness([*settings, *flags], accelerator, max_tokens=300)
+        accelerator.wait_for_everyone()  # before the folder is removed
     return {
         "error": max(one["error"] for one in found.values()),
         "loss_error": max(one["loss_error"] for one in found.values()),
