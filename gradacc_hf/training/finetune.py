@@ -137,8 +137,7 @@ def fine_tune(
         tune: whether to find the fastest micro-batch size on the first windows (`autotune.py`).
         output_dir: folder for history.jsonl, summary.json, and the models in best/ and last/.
         checkpoints: settings of the checkpoints in `output_dir`. SIGTERM and SIGINT save one, too.
-        save_with: objects to save beside a model, such as a tokenizer.
-        write_model: function that writes a model.
+        save_with, write_model: objects to save beside a model, such as a tokenizer; the function that writes.
         summary: further entries of the summary.
 
     Returns:
@@ -177,7 +176,6 @@ def fine_tune(
         saving = CheckpointSaving(checkpointer, stop, log, evaluations) if checkpointer and stop else None
         end = train_windows(records, done, log, length, evaluator, ratio, tuning, saving)
         finish(end, evaluator, saving)
-    keep_averaged_weights(optimizer)
     return write_summary(log, windows, evaluations, tuning, first_window, end, more)
 
 
@@ -306,6 +304,7 @@ def finish(end: End, evaluator: "Evaluator", saving: "CheckpointSaving | None") 
                 evaluator.saver.save(evaluator.model, "last")
         if saving is not None:
             saving.save_at_end(random)
+    keep_averaged_weights(evaluator.optimizer)
 
 
 def write_summary(

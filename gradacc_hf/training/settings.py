@@ -130,7 +130,8 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     name: OptimizerName = "adamw"
-    """adamw, adamw_8bit, adam, sgd, adafactor, muon or schedule_free_adamw.
+    """The optimizer, such as adamw.
+    adamw, adamw_8bit, adam, sgd, adafactor, muon or schedule_free_adamw.
     adamw_8bit holds the states of AdamW in 8 bits, and needs bitsandbytes and a CUDA GPU.
     adafactor holds one number per row and column of a weight. Both take less memory.
     muon trains the matrices of hidden layers with Muon, and the other weights with adamw.

@@ -61,7 +61,7 @@ def complete_adapters(folder: Path, are_plain: bool) -> None:
 
     Args:
         folder: the folder with the config and the weights of the adapters.
-        are_plain: whether the weights are those of `plain_adapters`.
+        are_plain: whether `plain_adapters` made the weights.
     """
     config, file = folder / ADAPTER_CONFIG, folder / "adapter_model.safetensors"
     values: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))

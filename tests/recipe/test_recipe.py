@@ -143,7 +143,7 @@ def test_every_optimizer_lowers_the_loss(start, name):
     if name == "schedule_free_adamw":
         pytest.importorskip("schedulefree", reason="needs the extra schedulefree")
         outcome = start(data__train=write("a.csv", make_rows(66)), optim__name=name)
-        assert outcome.err.startswith("error: --optim.scheduler: found linear, ")
+        assert outcome.err.startswith("error: --optim.scheduler (not set): found 'linear', ")
         more = {"optim__scheduler": "constant"}
     start(
         data__train=write("a.csv", make_rows(66)),
@@ -181,7 +181,7 @@ def test_the_learning_rate_follows_its_schedule_by_window(start, scheduler, afte
     assert [row["lr"] for row in history("out")] == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_optimizers_are_fused_but_for_fp16_whose_overflows_would_go_unseen(tiny_bert, optimizer):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert)
     accelerator = Accelerator(cpu=True)

@@ -38,7 +38,7 @@ def runs(flags, tiny_bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     kinds = {
         "lora": ["--model.lora.rank", "4", "--model.lora.alpha", "6"],
-        "pissa": [*PISSA, "--model.lora.plus_lr_ratio", "2", "--optim.lr", "1e-3"],
+        "pissa": [*PISSA, "--model.lora.plus_lr_ratio", "2"],
         "whole": [],
     }
     for name, more in kinds.items():
