@@ -373,6 +373,7 @@ def train(
                 "details": recipe.details,
                 "tokens_are": recipe.tokens_are,
                 "card": asdict(parts.card.facts),
+                "of_chats": recipe.of_chats,
             },
         )
     except (NonFiniteError, OutOfMemoryWhileSyncingError) as error:
