@@ -138,8 +138,9 @@ def refresh_cards(run: Path) -> list[Path]:
     for folder, metrics in ((run / "best", summary["best"]), (run / "last", summary["eval"])):
         if folder.is_dir():
             model = folder.name, (metrics or {}).get("window")  # a run that continues saves other models
-            of_model = [one for one in evaluations if (one["model"], one.get("window")) == model]
-            card = make_card(folder, config, summary, metrics, verification, of_model)
+            of_model = (one for one in evaluations if (one["model"], one.get("window")) == model)
+            newest = {one["data"]: one for one in of_model}
+            card = make_card(folder, config, summary, metrics, verification, [*newest.values()])
             written.append(folder / "README.md")
             write_whole(written[-1], str(card))
     return written
