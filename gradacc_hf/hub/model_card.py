@@ -203,6 +203,7 @@ def make_card(
                 "name": name,
                 "facts": known,
                 "scores": {metric: value for metric, value in scores.items() if metric != "window"},
+                "before": _numbers(_before_training(summary)),
                 "baseline": _numbers(summary.get("baseline")),
                 "window": scores.get("window"),
                 "small_set": _small_set(scores, config, summary, known["validation_examples"]),
@@ -214,6 +215,11 @@ def make_card(
             }
         ),
     )
+
+
+def _before_training(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the metrics of the model before training; None if it was not evaluated, or the run goes on."""
+    return next((row for row in summary.get("evaluations", ()) if row.get("window") == 0), None)
 
 
 def _numbers(values: Mapping[str, Any] | None) -> dict[str, float]:
