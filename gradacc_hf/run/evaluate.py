@@ -58,6 +58,7 @@ class RunEvaluation:
     examples: the number of examples.
     metrics: by name.
     headline: the metric that the run ranks evaluations by.
+    baseline_is: the baseline in words.
     notes: lines about the data and the intervals.
     details, samples: tables and answers for the report.
     """
@@ -68,6 +69,7 @@ class RunEvaluation:
     examples: int
     metrics: dict[str, ScoredMetric]
     headline: str
+    baseline_is: str
     notes: list[str] = field(default_factory=list)
     details: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
@@ -138,6 +140,7 @@ def evaluate_run(
         examples=len(validation),
         metrics=metrics,
         headline=headline,
+        baseline_is=recipe.baseline_is,
         notes=notes,
         details=recipe.details,
         samples=recipe.samples,

@@ -151,6 +151,7 @@ def test_other_data_are_read_by_the_recipe_and_nothing_is_overwritten(train, eva
         code, out, err = evaluate(run, "--data", "test.csv")
         assert (code, err) == (0, "")
         assert "test.csv: 130 examples" in out
+        assert "\nbaseline column: a baseline that ignores the input\n" in out
         assert f"evaluations/test-{number}.json" in out
     card = (run / "best" / "README.md").read_text()
     assert "local files, 130 examples" in card  # a card has no names of local files
