@@ -14,7 +14,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.bench.offline import offline_recipe
-from gradacc_hf.run.outputs import batch_of_rows
+from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.loading import open_run
+from gradacc_hf.run.outputs import Difference, batch_of_rows
 from gradacc_hf.run.runner import run
 
 TextClassification = load_recipe("text_classification").TextClassification
@@ -160,6 +162,12 @@ def test_a_search_model_is_exported_as_a_sentence_transformer(here, gradacc):
     assert (model.max_seq_length, type(model[2]).__name__) == (32, "Normalize")
     assert model.encode(["number 3", "a"]).shape == (2, 32)
     assert "it exists; move it, or use it" in gradacc("export", "search", "--to", "sentence-transformers")[2]
+
+
+def test_a_row_without_its_column_is_refused_before_the_collection_is_embedded(here):
+    recipe = open_run(Path("search"))
+    with pytest.raises(InputError, match="no 'anchor' among text; give texts as anchor"):
+        recipe.answer(None, [{"text": "number 3"}])  # without a model, which would embed it
 
 
 @pytest.mark.parametrize("name", ["lora", "search"])
