@@ -203,7 +203,11 @@ def test_other_exports_are_refused_in_one_line(here, gradacc):
     for words, said in (
         (
             ["whole", "--to", "gguf"],
-            "--to: no library on PyPI writes gguf from a transformers model; convert_hf",
+            "writes gguf from a transformers model; convert_hf_to_gguf.py of llama.cpp converts whole/best\n",
+        ),
+        (
+            ["lora", "--to", "gguf"],
+            "run gradacc merge lora; then convert_hf_to_gguf.py of llama.cpp converts lora/merged\n",
         ),
         (["whole", "--to", "sentence-transformers"], "found sentence-transformers for a run of TextClassif"),
         (["whole", "--to", "pdf"], "invalid choice: 'pdf'"),
