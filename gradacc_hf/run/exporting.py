@@ -20,9 +20,10 @@ from gradacc_hf.config.earlier_run import ADAPTER_CONFIG
 from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError, refuse
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.run.merging import WHOLE
+from gradacc_hf.run.merging import MODEL_FLAGS, WHOLE
 from gradacc_hf.run.outputs import TOLERANCES, Difference, batch_of_rows, difference, outputs_of
 from gradacc_hf.run.predict import folder_of
+from gradacc_hf.run.source_weights import refuse_existing, write_source
 from gradacc_hf.utils.extras import require
 from gradacc_hf.utils.files import whole_folder
 
@@ -70,6 +71,7 @@ def export(recipe: Recipe, run: Path, to: str, which: str = "best") -> tuple[Pat
         if not found.relative <= allowed:
             text = f"{folder} was not written, as its outputs are not the outputs of {source}: {found}"
             raise InputError(f"{text}; allowed is {allowed}")
+        write_source(unfinished, run, which)
     return folder, found
 
 

@@ -117,6 +117,15 @@ def test_merged_weights_answer_as_the_adapters_and_need_no_peft(here, gradacc):
     assert (code, err) == (2, "error: link/merged: it exists; move it, or use it\n")
 
 
+    weights = Path("lora/best/adapter_model.safetensors")  # new, as after `gradacc continue`
+    save_file({k: v * 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    code, _, err = gradacc("merge", "lora")
+    found = f"it holds the best model after window {summary('lora')['best']['window']}"
+    cure = "move it, and run gradacc merge lora again"
+    assert (code, err) == (
+        2,
+        f"error: lora/merged: {found}, and lora/best has other weights; {cure}\n",
+    )
 def test_a_merge_that_would_answer_otherwise_writes_nothing(here, gradacc, monkeypatch):
     assert "it holds a whole model; there is nothing to merge" in gradacc("merge", "whole")[2]
     from gradacc_hf.run import merging
@@ -161,13 +170,12 @@ def test_a_search_model_is_exported_as_a_sentence_transformer(here, gradacc):
     model = sentence_transformers.SentenceTransformer("search/sentence-transformers", device="cpu")
     assert (model.max_seq_length, type(model[2]).__name__) == (32, "Normalize")
     assert model.encode(["number 3", "a"]).shape == (2, 32)
-    assert "it exists; move it, or use it" in gradacc("export", "search", "--to", "sentence-transformers")[2]
-
-
-def test_a_row_without_its_column_is_refused_before_the_collection_is_embedded(here):
-    recipe = open_run(Path("search"))
-    with pytest.raises(InputError, match="no 'anchor' among text; give texts as anchor"):
-        recipe.answer(None, [{"text": "number 3"}])  # without a model, which would embed it
+    words = ("export", "search", "--to", "sentence-transformers")
+    assert "it exists; move it, or use it" in gradacc(*words)[2]
+    weights = Path("search/last/model.safetensors")
+    save_file({k: v * 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    err = gradacc(*words, "--model", "last")[2]
+    assert "and search/last has other weights; move it, and run gradacc export search --to sente" in err
 
 
 @pytest.mark.parametrize("name", ["lora", "search"])
