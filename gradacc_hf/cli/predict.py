@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import track
 
+from gradacc_hf.data.reading import counted as number_of
 from gradacc_hf.errors import InputError, refuse
 from gradacc_hf.recipe.base import Generation
 from gradacc_hf.recipe.loading import open_run
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
     counted = _count_truncated(track(answers, "predict", disable=quiet, **bar), counts)
     if arguments.output is not None:
         _write(arguments.output, counted)
+        print(f"wrote {number_of(counts[1], 'answer')} to {arguments.output}")
     else:
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # JSON is UTF-8 in any locale
         for answer in counted:
@@ -96,7 +98,8 @@ def _make_parser() -> Parser:
         "--temperature",
         type=_temperature,
         metavar="T",
-        help="sample answers from the probabilities of the logits / T (default: 0, the likeliest token)",
+        help="sample answers from the probabilities of the logits / T, with train.seed of the run: the same "
+        "command repeats them (default: 0, the likeliest token)",
     )
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code from the model's repository"

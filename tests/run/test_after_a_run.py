@@ -103,6 +103,8 @@ def test_merged_weights_answer_as_the_adapters_and_need_no_peft(here, gradacc):
     assert (code, err) == (0, "")
     assert out.startswith("lora/merged: largest difference ")
     assert " on 8 rows of the data, " in out
+    line = 'next: transformers.AutoModelForSequenceClassification.from_pretrained("lora/merged")'
+    assert out.splitlines()[1:] == [line]
     tokenizer = AutoTokenizer.from_pretrained("lora/merged")
     batch = tokenizer(["some 1 words", "some 22 words"], return_tensors="pt", padding=True)
     whole = AutoModelForSequenceClassification.from_pretrained("lora/merged").eval()
@@ -173,6 +175,8 @@ def test_a_search_model_is_exported_as_a_sentence_transformer(here, gradacc):
     words = ("export", "search", "--to", "sentence-transformers")
     assert "it exists; move it, or use it" in gradacc(*words)[2]
     weights = Path("search/last/model.safetensors")
+    line = 'next: sentence_transformers.SentenceTransformer("search/sentence-transformers")'
+    assert out.splitlines()[1:] == [line]
     save_file({k: v * 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
     err = gradacc(*words, "--model", "last")[2]
     assert "and search/last has other weights; move it, and run gradacc export search --to sente" in err
@@ -204,6 +208,7 @@ def test_onnx_answers_any_number_of_rows_and_tokens_as_the_run(name, here, grada
     for texts in (["some 3 words"], ["some 4 words", "a", "b and c"]):
         batch = tokenizer(texts, padding=True, return_tensors="np")
         [found] = session.run(None, {key: batch[key] for key in inputs})
+    assert out.endswith(f'next: onnxruntime.InferenceSession("{name}/onnx/model.onnx")\n')
         assert found.shape == (len(texts), 2 if name == "lora" else 32)
 
 

@@ -126,7 +126,11 @@ def test_answers_have_the_line_and_the_id_of_their_row(predict):
 
 def test_answers_go_to_a_file_that_has_its_name_once_it_is_complete(gradacc, predict, run):
     expected = predict(*TEXTS)
-    assert gradacc("predict", run, *TEXTS, "--output", "a.jsonl") == (0, "", "")
+    assert gradacc("predict", run, *TEXTS, "--output", "a.jsonl") == (
+        0,
+        f"wrote {len(TEXTS)} answers to a.jsonl\n",
+        "",
+    )
     assert [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()] == expected
     assert gradacc("predict", run, "tea", "--output", "a.jsonl")[0] == 2
     Path("b.jsonl").write_text('{"body": "tea"}\n' * 40 + '{"text": "tea"}\n')
