@@ -14,7 +14,7 @@ from rich.progress import track
 
 from gradacc_hf.data.reading import counted as number_of
 from gradacc_hf.errors import InputError, refuse
-from gradacc_hf.recipe.base import Generation
+from gradacc_hf.recipe.base import Generation, Recipe
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.predict import load_model, number_texts, predict, read_inputs
 from gradacc_hf.utils.commands import Parser
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     recipe = open_run(arguments.run, arguments.trust_remote_code)
     for flag in ("max_new_tokens", "temperature"):
         if getattr(arguments, flag) is not None and not recipe.writes_texts:
-            raise InputError(f"--{flag}: {type(recipe).__name__} writes no text; leave it out")
+            raise InputError(f"--{flag}: {_name(recipe)} writes no text; leave it out")
     recipe.generation = Generation(arguments.max_new_tokens, arguments.temperature or 0.0)
     set_seed(recipe.config.train.seed)  # of samples
     model = load_model(recipe, arguments.run, arguments.model)
@@ -58,6 +58,11 @@ def main(argv: Sequence[str]) -> None:
     if counts[0]:
         said = f"{counts[0]:,} of {counts[1]:,} answers were truncated; for longer ones: --max_new_tokens N"
         print(said, file=sys.stderr)
+
+
+def _name(recipe: Recipe) -> str:
+    """Return the name of a recipe's file, such as text_classification."""
+    return Path(recipe.config.recipe or type(recipe).__name__).stem
 
 
 def _make_parser() -> Parser:

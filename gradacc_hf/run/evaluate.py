@@ -131,7 +131,7 @@ def evaluate_run(
         notes.append(small)
     missing = [name for name in metrics if name not in bounds]
     if missing:
-        why = "it is not known by row" if len(validation) > 1 else "one example has none"
+        why = "not computed row by row" if len(validation) > 1 else "one example has none"
         notes.append(f"no interval of {', '.join(missing)}: {why}")
     return RunEvaluation(
         model=which,

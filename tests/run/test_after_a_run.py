@@ -117,8 +117,6 @@ def test_merged_weights_answer_as_the_adapters_and_need_no_peft(here, gradacc):
     Path("link").symlink_to("lora")
     code, _, err = gradacc("merge", "link")
     assert (code, err) == (2, "error: link/merged: it exists; move it, or use it\n")
-
-
     weights = Path("lora/best/adapter_model.safetensors")  # new, as after `gradacc continue`
     save_file({k: v * 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
     code, _, err = gradacc("merge", "lora")
@@ -128,6 +126,8 @@ def test_merged_weights_answer_as_the_adapters_and_need_no_peft(here, gradacc):
         2,
         f"error: lora/merged: {found}, and lora/best has other weights; {cure}\n",
     )
+
+
 def test_a_merge_that_would_answer_otherwise_writes_nothing(here, gradacc, monkeypatch):
     assert "it holds a whole model; there is nothing to merge" in gradacc("merge", "whole")[2]
     from gradacc_hf.run import merging
@@ -164,19 +164,25 @@ def test_all_files_of_a_run_have_one_mode(here):
         assert len(modes) == 1
 
 
+def test_a_row_without_its_column_is_refused_before_the_collection_is_embedded(here):
+    recipe = open_run(Path("search"))
+    with pytest.raises(InputError, match="no 'anchor' among text; give texts as anchor"):
+        recipe.answer(None, [{"text": "number 3"}])  # without a model, which would embed it
+
+
 def test_a_search_model_is_exported_as_a_sentence_transformer(here, gradacc):
     sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs the extra export")
     code, out, err = gradacc("export", "search", "--to", "sentence-transformers")
     assert (code, err) == (0, "")
     assert out.startswith("search/sentence-transformers: largest difference ")
+    line = 'next: sentence_transformers.SentenceTransformer("search/sentence-transformers")'
+    assert out.splitlines()[1:] == [line]
     model = sentence_transformers.SentenceTransformer("search/sentence-transformers", device="cpu")
     assert (model.max_seq_length, type(model[2]).__name__) == (32, "Normalize")
     assert model.encode(["number 3", "a"]).shape == (2, 32)
     words = ("export", "search", "--to", "sentence-transformers")
     assert "it exists; move it, or use it" in gradacc(*words)[2]
     weights = Path("search/last/model.safetensors")
-    line = 'next: sentence_transformers.SentenceTransformer("search/sentence-transformers")'
-    assert out.splitlines()[1:] == [line]
     save_file({k: v * 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
     err = gradacc(*words, "--model", "last")[2]
     assert "and search/last has other weights; move it, and run gradacc export search --to sente" in err
@@ -202,13 +208,13 @@ def test_onnx_answers_any_number_of_rows_and_tokens_as_the_run(name, here, grada
     code, out, err = gradacc("export", name, "--to", "onnx")
     assert (code, err) == (0, "")
     assert f"{name}/onnx: largest difference " in out
+    assert out.endswith(f'next: onnxruntime.InferenceSession("{name}/onnx/model.onnx")\n')
     session = onnxruntime.InferenceSession(f"{name}/onnx/model.onnx", providers=["CPUExecutionProvider"])
     tokenizer = AutoTokenizer.from_pretrained(f"{name}/onnx")
     inputs = [value.name for value in session.get_inputs()]
     for texts in (["some 3 words"], ["some 4 words", "a", "b and c"]):
         batch = tokenizer(texts, padding=True, return_tensors="np")
         [found] = session.run(None, {key: batch[key] for key in inputs})
-    assert out.endswith(f'next: onnxruntime.InferenceSession("{name}/onnx/model.onnx")\n')
         assert found.shape == (len(texts), 2 if name == "lora" else 32)
 
 
@@ -235,4 +241,5 @@ def test_rows_of_very_different_lengths_are_compared_in_one_batch():
     batch = batch_of_rows(offline_recipe(), 10)
     mask = batch["attention_mask"].sum(1)
     assert len(mask) == len(batch["labels"]) == 10
+    assert " on 1 row of the data, " in str(Difference(largest=0.1, scale=1.0, rows=1))
     assert mask.max() > 5 * mask.min()
