@@ -48,12 +48,12 @@ def write_answers(
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        inputs: Lists of messages, rows of chats (a last message of the assistant is left out), rows with a
-            `prompt` (a text or messages), or texts.
+        inputs: Lists of messages, rows of chats, rows with a `prompt` (a text or messages), or texts. A last
+            message of the assistant in a row is left out.
         max_new_tokens: The longest answer.
         batch_size: Prompts that are answered at once.
-        of_chats: Whether a text, also as a `prompt`, is a user's message and not plain text; None: it is if
-            the model has a chat template.
+        of_chats: Whether a text, also as a `prompt`, is a user's message and not plain text. With None, it
+            is if the model has a chat template.
         options: Options of the model's `generate`; by default a greedy search.
 
     Raises:
