@@ -170,7 +170,7 @@ class CausalLM(Recipe):
     def answer(self, model, inputs):
         """Return the answers to chats, prompts or texts."""
         longest = self.generation.max_new_tokens or self.data.sample_tokens
-        options = {"batch_size": len(inputs), **self.generation.options}
+        options = {"batch_size": len(inputs), "of_chats": self.of_chats, **self.generation.options}
         answers = write_answers(model, self.tokenizer, inputs, longest, **options)
         return [as_answer("answer", text, is_truncated) for text, is_truncated in answers]
 

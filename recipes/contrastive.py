@@ -169,10 +169,11 @@ class Contrastive(Recipe):
     def answer(self, model, inputs):
         """Return the five validation texts nearest to each text, or to each row's anchor."""
         settings = self.tokenizer, self.data.max_length
+        [texts] = texts_of(inputs, [self.data.anchor_column])
         if self.searched is None:  # once for all inputs
             candidates = [*dict.fromkeys(self.datasets()[1]["positive_text"])]
             self.searched = candidates, model.embed(candidates, *settings)
-        [texts], (candidates, embedded) = texts_of(inputs, [self.data.anchor_column]), self.searched
+        candidates, embedded = self.searched
         return nearest(texts, model.embed(texts, *settings), candidates, embedded)
 
 

@@ -95,5 +95,7 @@ def print_evaluation(evaluation: RunEvaluation, console: Console) -> None:
         baseline = "–" if metric.baseline is None else f"{metric.baseline:.4f}"
         table.add_row(name, f"{metric.value:.4f}", interval, baseline)
     console.print(table)
+    if any(metric.baseline is not None for metric in evaluation.metrics.values()):
+        console.print(f"baseline column: {evaluation.baseline_is}", markup=False)
     for note in evaluation.notes:
         console.print(f"note: {note}", markup=False)

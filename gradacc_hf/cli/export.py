@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from gradacc_hf.hub.usage import loading_line
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.exporting import FORMATS, export
 from gradacc_hf.run.folder import refuse_links
@@ -37,3 +38,5 @@ def main(argv: Sequence[str]) -> None:
     refuse_links(arguments.run.resolve(), "RUN")
     folder, found = export(recipe, arguments.run, arguments.to, arguments.model)
     print(f"{folder}: {found}")
+    of_onnx = f'onnxruntime.InferenceSession("{folder / "model.onnx"}")'
+    print(f"next: {of_onnx if arguments.to == 'onnx' else loading_line(recipe, str(folder))}")

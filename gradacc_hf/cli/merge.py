@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from gradacc_hf.hub.usage import loading_line
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.folder import refuse_links
 from gradacc_hf.run.merging import merge
@@ -31,3 +32,4 @@ def main(argv: Sequence[str]) -> None:
     refuse_links(arguments.run.resolve(), "RUN")
     folder, found = merge(recipe, arguments.run, arguments.model)
     print(f"{folder}: {found}")
+    print(f"next: {loading_line(recipe, str(folder))}")

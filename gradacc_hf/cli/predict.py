@@ -12,8 +12,9 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import track
 
+from gradacc_hf.data.reading import counted as number_of
 from gradacc_hf.errors import InputError, refuse
-from gradacc_hf.recipe.base import Generation
+from gradacc_hf.recipe.base import Generation, Recipe
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.predict import load_model, number_texts, predict, read_inputs
 from gradacc_hf.utils.commands import Parser
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     recipe = open_run(arguments.run, arguments.trust_remote_code)
     for flag in ("max_new_tokens", "temperature"):
         if getattr(arguments, flag) is not None and not recipe.writes_texts:
-            raise InputError(f"--{flag}: {type(recipe).__name__} writes no text; leave it out")
+            raise InputError(f"--{flag}: {_name(recipe)} writes no text; leave it out")
     recipe.generation = Generation(arguments.max_new_tokens, arguments.temperature or 0.0)
     set_seed(recipe.config.train.seed)  # of samples
     model = load_model(recipe, arguments.run, arguments.model)
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
     counted = _count_truncated(track(answers, "predict", disable=quiet, **bar), counts)
     if arguments.output is not None:
         _write(arguments.output, counted)
+        print(f"wrote {number_of(counts[1], 'answer')} to {arguments.output}")
     else:
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # JSON is UTF-8 in any locale
         for answer in counted:
@@ -56,6 +58,11 @@ def main(argv: Sequence[str]) -> None:
     if counts[0]:
         said = f"{counts[0]:,} of {counts[1]:,} answers were truncated; for longer ones: --max_new_tokens N"
         print(said, file=sys.stderr)
+
+
+def _name(recipe: Recipe) -> str:
+    """Return the name of a recipe's file, such as text_classification."""
+    return Path(recipe.config.recipe or type(recipe).__name__).stem
 
 
 def _make_parser() -> Parser:
@@ -96,7 +103,8 @@ def _make_parser() -> Parser:
         "--temperature",
         type=_temperature,
         metavar="T",
-        help="sample answers from the probabilities of the logits / T (default: 0, the likeliest token)",
+        help="sample answers from the probabilities of the logits / T, with train.seed of the run: the same "
+        "command repeats them (default: 0, the likeliest token)",
     )
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code from the model's repository"

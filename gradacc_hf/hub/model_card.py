@@ -138,8 +138,9 @@ def refresh_cards(run: Path) -> list[Path]:
     for folder, metrics in ((run / "best", summary["best"]), (run / "last", summary["eval"])):
         if folder.is_dir():
             model = folder.name, (metrics or {}).get("window")  # a run that continues saves other models
-            of_model = [one for one in evaluations if (one["model"], one.get("window")) == model]
-            card = make_card(folder, config, summary, metrics, verification, of_model)
+            of_model = (one for one in evaluations if (one["model"], one.get("window")) == model)
+            newest = {one["data"]: one for one in of_model}
+            card = make_card(folder, config, summary, metrics, verification, [*newest.values()])
             written.append(folder / "README.md")
             write_whole(written[-1], str(card))
     return written
@@ -203,6 +204,7 @@ def make_card(
                 "name": name,
                 "facts": known,
                 "scores": {metric: value for metric, value in scores.items() if metric != "window"},
+                "before": _numbers(_before_training(summary)),
                 "baseline": _numbers(summary.get("baseline")),
                 "window": scores.get("window"),
                 "small_set": _small_set(scores, config, summary, known["validation_examples"]),
@@ -214,6 +216,11 @@ def make_card(
             }
         ),
     )
+
+
+def _before_training(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the metrics of the model before training; None if it was not evaluated, or the run has not ended."""
+    return next((row for row in summary.get("evaluations", ()) if row.get("window") == 0), None)
 
 
 def _numbers(values: Mapping[str, Any] | None) -> dict[str, float]:

@@ -25,6 +25,13 @@ embeddings = model.encode([{example}, "a text"])
 print(model.similarity(embeddings[:1], embeddings[1:]))"""
 
 
+def loading_line(recipe: Any, folder: str) -> str:
+    """Return one line of Python that loads a whole model from a folder of a run."""
+    if recipe.pipeline_tag == "sentence-similarity":
+        return f"sentence_transformers.SentenceTransformer({_python(folder)})"
+    return f"transformers.{recipe.model_class.__name__}.from_pretrained({_python(folder)})"
+
+
 def snippet(recipe: Any, name: str) -> str:
     """Return a complete Python program; `name` is the folder or Hub name of a model or of adapters."""
     task, loader, lora = recipe.pipeline_tag, recipe.model_class.__name__, recipe.config.model.lora

@@ -115,7 +115,7 @@ class Recipe:
     generation = Generation()  # set by `gradacc predict`
     validation_source: str = "validation"
     held_out = False  # whether the validation rows are a share of the training file
-    of_chats = False  # whether inputs are chats
+    of_chats: bool | None = False  # whether inputs are chats; None: unknown
     sources: Sequence[str] | None = None  # of each training example in a mixture
     shares: Mapping[str, str] | None = None  # weight of each source by name
     example_weights: np.ndarray | None = None  # of each training example, if data.weight_column is set

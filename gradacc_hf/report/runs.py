@@ -10,7 +10,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -346,8 +346,13 @@ def _read_run(folder: Path, name: str) -> RecordedRun:
         config=_read_config(folder / "config.yaml"),
         notes=tuple(notes),
         verification=_read_verdict(folder / "verify.json"),
-        scored=tuple(map(_read_scored, sorted((folder / "evaluations").glob("*.json"), key=_natural))),
+        scored=_newest(map(_read_scored, sorted((folder / "evaluations").glob("*.json"), key=_natural))),
     )
+
+
+def _newest(scored: Iterable[ScoredData]) -> tuple[ScoredData, ...]:
+    """Return the last evaluation of each model after a window on the same data."""
+    return tuple({(one.data, one.model, one.window): one for one in scored}.values())
 
 
 def _checked(value: Any, is_right: Callable[[Any], bool]) -> tuple[Any, ...]:

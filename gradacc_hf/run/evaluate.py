@@ -58,6 +58,7 @@ class RunEvaluation:
     examples: the number of examples.
     metrics: by name.
     headline: the metric that the run ranks evaluations by.
+    baseline_is: the baseline in words.
     notes: lines about the data and the intervals.
     details, samples: tables and answers for the report.
     """
@@ -68,6 +69,7 @@ class RunEvaluation:
     examples: int
     metrics: dict[str, ScoredMetric]
     headline: str
+    baseline_is: str
     notes: list[str] = field(default_factory=list)
     details: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
@@ -130,7 +132,7 @@ def evaluate_run(
         notes.append(small)
     missing = [name for name in metrics if name not in bounds]
     if missing:
-        why = "it is not known by row" if len(validation) > 1 else "one example has none"
+        why = "not computed row by row" if len(validation) > 1 else "one example has none"
         notes.append(f"no interval of {', '.join(missing)}: {why}")
     return RunEvaluation(
         model=which,
@@ -139,6 +141,7 @@ def evaluate_run(
         examples=len(validation),
         metrics=metrics,
         headline=headline,
+        baseline_is=recipe.baseline_is,
         notes=notes,
         details=recipe.details,
         samples=recipe.samples,

@@ -20,9 +20,10 @@ from gradacc_hf.config.earlier_run import ADAPTER_CONFIG
 from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError, refuse
 from gradacc_hf.recipe.base import Recipe
-from gradacc_hf.run.merging import WHOLE
+from gradacc_hf.run.merging import MODEL_FLAGS, WHOLE
 from gradacc_hf.run.outputs import TOLERANCES, Difference, batch_of_rows, difference, outputs_of
 from gradacc_hf.run.predict import folder_of
+from gradacc_hf.run.source_weights import refuse_existing, write_source
 from gradacc_hf.utils.extras import require
 from gradacc_hf.utils.files import whole_folder
 
@@ -49,9 +50,8 @@ def export(recipe: Recipe, run: Path, to: str, which: str = "best") -> tuple[Pat
             model is of other adapters. Nothing is written.
     """
     source, folder = folder_of(run, which), run / to
-    write = _writer(recipe, to, source)
-    if folder.exists():
-        refuse(str(folder), "it exists", "move it, or use it")
+    write = _writer(recipe, to, run, source)
+    refuse_existing(folder, run, which, f"gradacc export {run} --to {to}{MODEL_FLAGS[which]}")
     has_adapters, merged = (source / ADAPTER_CONFIG).is_file(), run / "merged"
     if has_adapters and not merged.is_dir():
         refuse(str(run), "it has adapters, which are not merged", f"gradacc merge {run}")
@@ -71,6 +71,7 @@ def export(recipe: Recipe, run: Path, to: str, which: str = "best") -> tuple[Pat
         if not found.relative <= allowed:
             text = f"{folder} was not written, as its outputs are not the outputs of {source}: {found}"
             raise InputError(f"{text}; allowed is {allowed}")
+        write_source(unfinished, run, which)
     return folder, found
 
 
@@ -98,11 +99,13 @@ def _check_merged(recipe: Recipe, merged: Path, adapters: Path, rows: Mapping[st
         refuse(str(merged), f"its outputs are not the outputs of {adapters} ({found})", cure)
 
 
-def _writer(recipe: Recipe, to: str, source: Path) -> Callable[..., Apply]:
+def _writer(recipe: Recipe, to: str, run: Path, source: Path) -> Callable[..., Apply]:
     """Return the function that writes a format. Raise InputError for a task without this format."""
     task = type(recipe).__name__
     if to == "gguf":
-        cure = f"convert_hf_to_gguf.py of llama.cpp converts {source}, or merged/ for adapters"
+        has_adapters, merged = (source / ADAPTER_CONFIG).is_file(), run / "merged"
+        first = f"run gradacc merge {run}; then " if has_adapters and not merged.is_dir() else ""
+        cure = f"{first}convert_hf_to_gguf.py of llama.cpp converts {merged if has_adapters else source}"
         refuse("--to", "no library on PyPI writes gguf from a transformers model", cure)
     if to == "onnx" and recipe.writes_texts:
         _refuse_task(to, task, "a model that writes texts needs its cache, which torch.onnx does not write")

@@ -13,6 +13,7 @@ from gradacc_hf.hub.usage import snippet
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.outputs import TOLERANCES, Difference, batch_of_rows, difference, outputs_of
 from gradacc_hf.run.predict import folder_of
+from gradacc_hf.run.source_weights import refuse_existing, write_source
 from gradacc_hf.training.lora import write_merged
 from gradacc_hf.utils.files import whole_folder
 from gradacc_hf.utils.hardware import find_device
@@ -23,6 +24,8 @@ WHOLE = {
     "budget.lean_loss": False,  # which computes no logits
     "budget.compile": False,
 }
+
+MODEL_FLAGS = {"best": "", "last": " --model last"}
 
 
 def merge(recipe: Recipe, run: Path, which: str = "best") -> tuple[Path, Difference]:
@@ -43,8 +46,7 @@ def merge(recipe: Recipe, run: Path, which: str = "best") -> tuple[Path, Differe
     folder, merged = folder_of(run, which), run / "merged"
     if not (folder / ADAPTER_CONFIG).is_file():
         refuse(str(folder), "it holds a whole model", f"there is nothing to merge: use {folder}")
-    if merged.exists():
-        refuse(str(merged), "it exists", "move it, or use it")
+    refuse_existing(merged, run, which, f"gradacc merge {run}{MODEL_FLAGS[which]}")
     recipe = recipe.with_config(with_settings(recipe.config, WHOLE))
     batch, device = batch_of_rows(recipe, ROWS), find_device().kind
     model = recipe.load(folder)
@@ -61,6 +63,7 @@ def merge(recipe: Recipe, run: Path, which: str = "best") -> tuple[Path, Differe
         if not found.relative <= allowed:
             text = f"{merged} was not written, as its outputs are not the outputs of {folder}: {found}"
             raise InputError(f"{text}; allowed with model.dtype {recipe.config.model.dtype} is {allowed}")
+        write_source(unfinished, run, which)
     return merged, found
 
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from gradacc_hf.accumulation.splitting import Bound
+from gradacc_hf.data.reading import counted
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.setup import load_data, make_windows
 
@@ -38,7 +39,7 @@ class Difference:
 
     def __str__(self) -> str:
         share = f"{self.relative:.1e} of the largest output"
-        return f"largest difference {self.largest:.1e} on {self.rows} rows of the data, {share}"
+        return f"largest difference {self.largest:.1e} on {counted(self.rows, 'row')} of the data, {share}"
 
 
 def batch_of_rows(recipe: Recipe, rows: int) -> dict[str, Any]:

@@ -95,10 +95,16 @@ def data_lines(recipe: Recipe, num_training: int, num_validation: int) -> list[t
     ]
 
 
-def print_head(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Print whether the head is new or kept, and whether padding is removed, of a loaded model."""
+def print_head(recipe: Recipe, accelerator: Accelerator, windows_done: int = 0) -> None:
+    """Print whether the head is new or kept, and whether padding is removed, of a loaded model.
+
+    The head of a run that continues after `windows_done` windows is in its checkpoint.
+    """
+    notes = dict(recipe.model_notes)
+    if windows_done and "head" in notes:
+        notes["head"] = f"kept: the head of this run after window {windows_done:,}"
     for name in LATER:
-        if note := recipe.model_notes.get(name):
+        if note := notes.get(name):
             accelerator.print(f"{name:<22}{note}")
 
 

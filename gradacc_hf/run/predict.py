@@ -68,7 +68,16 @@ def load_model(recipe: Recipe, run: Path, which: str = "best") -> Any:
     recipe.model_path = recipe.processor_path = str(
         folder
     )  # the tokenizer or processor was saved beside the model
+    recipe.of_chats = _of_chats(run)
     return model.to(device).eval()
+
+
+def _of_chats(run: Path) -> bool | None:
+    """Return whether a run was trained on chats; None if it has not ended, or does not state it."""
+    try:
+        return json.loads((run / "summary.json").read_text(encoding="utf-8")).get("of_chats")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def predict(

@@ -128,15 +128,16 @@ def _run(recipe_class: type[Recipe], argv: list[str]) -> None:
     check_best_metric(config, baseline)
     plan = plan_run(task, accelerator, continued)
     tell_resumed(resumed, checkpoint, accelerator)
+    windows_done = checkpoint.window if checkpoint else 0
     if config.check:
         task.recipe.check_model()
-        print_head(task.recipe, accelerator)
+        print_head(task.recipe, accelerator, windows_done)
         accelerator.print("check: this would run")
         return
     plan, parts = build(task, plan, accelerator)
-    print_head(task.recipe, accelerator)
+    print_head(task.recipe, accelerator, windows_done)
     first = partial(continuation.write_continuation, continuations=continued) if config.continues else None
-    with open_output(config, accelerator, checkpoint.window if checkpoint else 0, first) as folder:
+    with open_output(config, accelerator, windows_done, first) as folder:
         if accelerator.is_main_process:
             task.recipe.write_run_files(folder)
         commands = commands_of(folder, config, argv, resumed, accelerator.num_processes, continued)
@@ -386,6 +387,7 @@ def train(
                 "samples": recipe.samples,
                 "details": recipe.details,
                 "tokens_are": recipe.tokens_are,
+                "of_chats": recipe.of_chats,
                 "card": asdict(parts.card.facts),
             },
         )

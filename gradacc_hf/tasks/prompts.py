@@ -23,9 +23,11 @@ class WrittenText(NamedTuple):
     is_truncated: bool
 
 
-def answer_prompts(model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_tokens: int) -> list[str]:
+def answer_prompts(
+    model: Any, tokenizer: Any, inputs: Sequence[Any], max_new_tokens: int, of_chats: bool | None = None
+) -> list[str]:
     """Return the texts of the greedy answers to prompts, as `write_answers` does."""
-    return [text for text, _ in write_answers(model, tokenizer, inputs, max_new_tokens)]
+    return [text for text, _ in write_answers(model, tokenizer, inputs, max_new_tokens, of_chats=of_chats)]
 
 
 @torch.no_grad()
@@ -35,6 +37,7 @@ def write_answers(
     inputs: Sequence[Any],
     max_new_tokens: int,
     batch_size: int = PROMPTS_PER_BATCH,
+    of_chats: bool | None = None,
     **options: Any,
 ) -> list[WrittenText]:
     """Return one answer for each input, with dropout off.
@@ -45,16 +48,20 @@ def write_answers(
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        inputs: Lists of messages, rows of chats (a last message of the assistant is left out), rows with a
-            `prompt`, or texts. A text is a user's message if the model has a chat template, else a prompt.
+        inputs: Lists of messages, rows of chats, rows with a `prompt` (a text or messages), or texts. A last
+            message of the assistant in a row is left out.
         max_new_tokens: The longest answer.
         batch_size: Prompts that are answered at once.
+        of_chats: Whether a text, also as a `prompt`, is a user's message and not plain text. With None, it
+            is if the model has a chat template.
         options: Options of the model's `generate`; by default a greedy search.
 
     Raises:
         InputError: With the number of the first input that cannot be answered.
     """
-    prompts = [_tokens(tokenizer, given, f"input {number:,}") for number, given in enumerate(inputs, start=1)]
+    of_chats = bool(tokenizer.chat_template) if of_chats is None else of_chats
+    named = ((given, f"input {number:,}") for number, given in enumerate(inputs, start=1))
+    prompts = [_tokens(tokenizer, given, name, of_chats) for given, name in named]
     config = model.config.get_text_config(decoder=True)
     limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 0
     positions = int(min(limit for limit in limits if limit > 0))  # XLNet has −1: no limit
@@ -108,7 +115,7 @@ def answer_samples(
             prompts.append({"prompt": row["prompt"]})
             shown.append((row["prompt"], row["completion"]))
             systems.append("")
-    answers = answer_prompts(model, tokenizer, prompts, max_new_tokens)
+    answers = answer_prompts(model, tokenizer, prompts, max_new_tokens, of_chats=False)
     found = [
         {"system": system, "prompt": prompt, "answer": answer, "reference": reference}
         for system, (prompt, reference), answer in zip(systems, shown, answers, strict=True)
@@ -121,18 +128,22 @@ def _ends(model: Any) -> Sequence[int]:
     return found if isinstance(found, list) else [found]
 
 
-def _tokens(tokenizer: Any, given: Any, name: str) -> list[int]:
+def _tokens(tokenizer: Any, given: Any, name: str, of_chats: bool) -> list[int]:
     if isinstance(given, str):
-        given = [{"role": "user", "content": given}] if tokenizer.chat_template else {"prompt": given}
+        given = [{"role": "user", "content": given}] if of_chats else {"prompt": given}
     try:
         given = as_input(given)
     except ValueError as error:
         refuse(name, str(error), CURE)
     row = given if isinstance(given, Mapping) else {"messages": given} if isinstance(given, list) else {}
+    prompt = row.get("prompt")
+    if "messages" not in row and prompt and isinstance(prompt, str | list if of_chats else list):
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        row = {"messages": messages, "tools": row.get("tools")}
     if "messages" in row:
         text = _written(tokenizer, row, row is given, name)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not isinstance(prompt := row.get("prompt"), str):
+    if not isinstance(prompt, str):
         refuse(name, f"found {given!r:.80}", CURE)
     return tokenize_prompt(tokenizer, prompt) or refuse(name, "its prompt is empty", "give one")
 

@@ -124,6 +124,18 @@ def test_the_cards_of_a_run_say_what_it_did(run):
         assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)[1])["optim"]["lr"] == 2e-5
 
 
+def test_a_card_has_the_metrics_before_training_where_they_are_known(run):
+    summary = json.loads((run / "summary.json").read_text())
+    summary["evaluations"].insert(0, {"window": 0, "accuracy": 0.25})
+    (run / "summary.json").write_text(json.dumps(summary))
+    refresh_cards(run)
+    text = load(run / "best").text
+    assert "| metric | this model | before training | baseline |" in text
+    accuracy, baseline = (summary[name]["accuracy"] for name in ("best", "baseline"))
+    assert f"| accuracy | {accuracy:.4f} | 0.2500 | {baseline:.4f} |" in text
+    assert re.search(r"^\| loss \| \d+\.\d{4} \| – \| – \|$", text, re.MULTILINE)
+
+
 def test_no_card_names_a_file_a_folder_or_a_user_of_this_machine(run, mine):
     for folder in ("best", "last"):
         text = (run / folder / "README.md").read_text()

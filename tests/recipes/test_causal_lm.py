@@ -887,19 +887,35 @@ def test_answers_are_what_generate_gives_alone(tiny):
     assert answer_prompts(model, tokenizer, [shared, alpaca], 6) == [answers[3]] * 2
 
 
+def test_a_prompt_of_a_row_is_read_as_the_same_text_and_as_in_training(start, gradacc):
+    code, _, err = start(data__train=write("a.jsonl", chats(20)), train__max_windows=1)
+    assert code == 0, err
+    asked = "say 3"
+    rows = [{"prompt": asked}, {"prompt": [user(asked)]}, {"messages": [user(asked)]}, asked]
+    given, found = write("in.jsonl", rows), summary()
+    for of_chats in (True, False):  # as of a run that was trained on plain text
+        assert found["of_chats"] is True
+        Path("out/summary.json").write_text(json.dumps({**found, "of_chats": of_chats}))
+        code, out, err = gradacc("predict", "out", "--input", given)
+        assert code == 0, err
+        prompt, turns, chat, text = (json.loads(line)["answer"] for line in out.splitlines())
+        assert (prompt == text, turns == chat) == (True, True)
+        assert (prompt == chat) is of_chats
+
+
 def test_an_answer_says_whether_it_is_truncated_and_may_be_sampled(tiny):
     from gradacc_hf.recipe.base import Generation
     from gradacc_hf.tasks.prompts import write_answers
 
     model, tokenizer = llama(), transformers.AutoTokenizer.from_pretrained(tiny)
     tokenizer.eos_token, model.generation_config.eos_token_id = None, None
-    [greedy] = write_answers(model, tokenizer, [{"prompt": "a b"}], 6)
+    [greedy] = write_answers(model, tokenizer, [{"prompt": "a b"}], 6, of_chats=False)
     assert greedy.is_truncated
     sampled = []
     for _ in range(2):
         torch.manual_seed(0)
         options = Generation(temperature=9.0).options
-        sampled.append(write_answers(model, tokenizer, [{"prompt": "a b"}] * 3, 6, **options))
+        sampled.append(write_answers(model, tokenizer, [{"prompt": "a b"}] * 3, 6, of_chats=False, **options))
     assert sampled[0] == sampled[1]
     assert len({greedy, *sampled[0]}) > 2
     ids = tokenizer("a b", return_tensors="pt").input_ids
@@ -907,7 +923,7 @@ def test_an_answer_says_whether_it_is_truncated_and_may_be_sampled(tiny):
         0, ids.shape[1] :
     ].tolist()
     model.generation_config.eos_token_id = written[2]
-    [ended] = write_answers(model, tokenizer, [{"prompt": "a b"}], 6)
+    [ended] = write_answers(model, tokenizer, [{"prompt": "a b"}], 6, of_chats=False)
     assert not ended.is_truncated
 
 

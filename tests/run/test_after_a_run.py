@@ -14,7 +14,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.bench.offline import offline_recipe
-from gradacc_hf.run.outputs import batch_of_rows
+from gradacc_hf.errors import InputError
+from gradacc_hf.recipe.loading import open_run
+from gradacc_hf.run.outputs import Difference, batch_of_rows
 from gradacc_hf.run.runner import run
 
 TextClassification = load_recipe("text_classification").TextClassification
@@ -109,6 +111,8 @@ def test_merged_weights_answer_as_the_adapters_and_need_no_peft(here, gradacc):
         assert (code, err) == (0, "")
         assert out.startswith(f"{name}/merged: largest difference ")
         assert " on 8 rows of the data, " in out
+    line = 'next: transformers.AutoModelForSequenceClassification.from_pretrained("lora/merged")'
+    assert out.splitlines()[1:] == [line]
     tokenizer = AutoTokenizer.from_pretrained("lora/merged")
     batch = tokenizer(["some 1 words", "some 22 words"], return_tensors="pt", padding=True)
     whole = AutoModelForSequenceClassification.from_pretrained("lora/merged").eval()
@@ -121,6 +125,15 @@ def test_merged_weights_answer_as_the_adapters_and_need_no_peft(here, gradacc):
     Path("link").symlink_to("lora")
     code, _, err = gradacc("merge", "link")
     assert (code, err) == (2, "error: link/merged: it exists; move it, or use it\n")
+    weights = Path("lora/best/adapter_model.safetensors")  # new, as after `gradacc continue`
+    save_file({k: v * 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    code, _, err = gradacc("merge", "lora")
+    found = f"it holds the best model after window {summary('lora')['best']['window']}"
+    cure = "move it, and run gradacc merge lora again"
+    assert (code, err) == (
+        2,
+        f"error: lora/merged: {found}, and lora/best has other weights; {cure}\n",
+    )
 
 
 def test_a_merge_that_would_answer_otherwise_writes_nothing(here, gradacc, monkeypatch):
@@ -159,15 +172,28 @@ def test_all_files_of_a_run_have_one_mode(here):
         assert len(modes) == 1
 
 
+def test_a_row_without_its_column_is_refused_before_the_collection_is_embedded(here):
+    recipe = open_run(Path("search"))
+    with pytest.raises(InputError, match="no 'anchor' among text; give texts as anchor"):
+        recipe.answer(None, [{"text": "number 3"}])  # without a model, which would embed it
+
+
 def test_a_search_model_is_exported_as_a_sentence_transformer(here, gradacc):
     sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs the extra export")
     code, out, err = gradacc("export", "search", "--to", "sentence-transformers")
     assert (code, err) == (0, "")
     assert out.startswith("search/sentence-transformers: largest difference ")
+    line = 'next: sentence_transformers.SentenceTransformer("search/sentence-transformers")'
+    assert out.splitlines()[1:] == [line]
     model = sentence_transformers.SentenceTransformer("search/sentence-transformers", device="cpu")
     assert (model.max_seq_length, type(model[2]).__name__) == (32, "Normalize")
     assert model.encode(["number 3", "a"]).shape == (2, 32)
-    assert "it exists; move it, or use it" in gradacc("export", "search", "--to", "sentence-transformers")[2]
+    words = ("export", "search", "--to", "sentence-transformers")
+    assert "it exists; move it, or use it" in gradacc(*words)[2]
+    weights = Path("search/last/model.safetensors")
+    save_file({k: v * 2 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    err = gradacc(*words, "--model", "last")[2]
+    assert "and search/last has other weights; move it, and run gradacc export search --to sente" in err
 
 
 @pytest.mark.parametrize("name", ["lora", "search"])
@@ -190,6 +216,7 @@ def test_onnx_answers_any_number_of_rows_and_tokens_as_the_run(name, here, grada
     code, out, err = gradacc("export", name, "--to", "onnx")
     assert (code, err) == (0, "")
     assert f"{name}/onnx: largest difference " in out
+    assert out.endswith(f'next: onnxruntime.InferenceSession("{name}/onnx/model.onnx")\n')
     session = onnxruntime.InferenceSession(f"{name}/onnx/model.onnx", providers=["CPUExecutionProvider"])
     tokenizer = AutoTokenizer.from_pretrained(f"{name}/onnx")
     inputs = [value.name for value in session.get_inputs()]
@@ -203,7 +230,11 @@ def test_other_exports_are_refused_in_one_line(here, gradacc):
     for words, said in (
         (
             ["whole", "--to", "gguf"],
-            "--to: no library on PyPI writes gguf from a transformers model; convert_hf",
+            "writes gguf from a transformers model; convert_hf_to_gguf.py of llama.cpp converts whole/best\n",
+        ),
+        (
+            ["lora", "--to", "gguf"],
+            "run gradacc merge lora; then convert_hf_to_gguf.py of llama.cpp converts lora/merged\n",
         ),
         (["whole", "--to", "sentence-transformers"], "found sentence-transformers for a run of TextClassif"),
         (["whole", "--to", "pdf"], "invalid choice: 'pdf'"),
@@ -218,4 +249,5 @@ def test_rows_of_very_different_lengths_are_compared_in_one_batch():
     batch = batch_of_rows(offline_recipe(), 10)
     mask = batch["attention_mask"].sum(1)
     assert len(mask) == len(batch["labels"]) == 10
+    assert " on 1 row of the data, " in str(Difference(largest=0.1, scale=1.0, rows=1))
     assert mask.max() > 5 * mask.min()

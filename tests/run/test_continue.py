@@ -90,6 +90,7 @@ def test_one_epoch_and_one_more_are_two_epochs_to_the_bit(folder, lengthened, fl
     assert run_recipe(TextClassification, [*flags, *two], capfd).code == 0
     out = lengthened("run", "--train.epochs", "+1")
     assert f"continue              windows {WINDOWS + 1} to {2 * WINDOWS}\n" in out
+    assert f"\nhead                  kept: the head of this run after window {WINDOWS}\n" in out
     lengthened("parts", "--train.max_windows", "+2")
     lengthened("parts", "--train.max_windows", "+3", "--optim.scheduler", "constant")
     assert not same(weights("run"), before)

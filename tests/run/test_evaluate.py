@@ -13,6 +13,7 @@ from chat_templates import CHATML, byte_tokenizer
 from recipe_runs import load_recipe, run_recipe, summary, write_rows
 
 from gradacc_hf.hub.model_card import refresh_cards
+from gradacc_hf.report.runs import read_runs
 from gradacc_hf.run.evaluate import name_of
 
 FLAGS = {"--model.dropout": 0, "--data.max_length": 32, "--batch.effective": 16, "--optim.lr": 3e-3}
@@ -150,18 +151,21 @@ def test_other_data_are_read_by_the_recipe_and_nothing_is_overwritten(train, eva
         code, out, err = evaluate(run, "--data", "test.csv")
         assert (code, err) == (0, "")
         assert "test.csv: 130 examples" in out
+        assert "\nbaseline column: a baseline that ignores the input\n" in out
         assert f"evaluations/test-{number}.json" in out
     card = (run / "best" / "README.md").read_text()
     assert "local files, 130 examples" in card  # a card has no names of local files
     assert "test.csv" not in card
     assert "test.csv" in (run / "report.html").read_text()
-    assert card.count("by `gradacc evaluate`") == 2
+    assert card.count("by `gradacc evaluate`") == 1  # of two alike, the newer
+    assert [one.name for one in read_runs([run])[0].scored] == ["test-2"]
     file = run / "evaluations/test-1.json"
     found = json.loads(file.read_text())
     assert found["window"] == summary(run)["best"]["window"]
-    file.write_text(json.dumps({**found, "window": 1}))  # as of a run that was continued since
-    refresh_cards(run)
-    assert (run / "best" / "README.md").read_text().count("by `gradacc evaluate`") == 1
+    for data, window, shown in (("other", found["window"], 2), ("other", 1, 1)):  # 1: as before continuing
+        file.write_text(json.dumps({**found, "data": data, "window": window}))
+        refresh_cards(run)
+        assert (run / "best" / "README.md").read_text().count("by `gradacc evaluate`") == shown
     # the labels of the run, not of the file, which has one of the two only
     spam = [row for row in rows if row["label"] == "spam"]
     write_rows("spam.jsonl", spam)

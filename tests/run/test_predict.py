@@ -126,7 +126,11 @@ def test_answers_have_the_line_and_the_id_of_their_row(predict):
 
 def test_answers_go_to_a_file_that_has_its_name_once_it_is_complete(gradacc, predict, run):
     expected = predict(*TEXTS)
-    assert gradacc("predict", run, *TEXTS, "--output", "a.jsonl") == (0, "", "")
+    assert gradacc("predict", run, *TEXTS, "--output", "a.jsonl") == (
+        0,
+        f"wrote {len(TEXTS)} answers to a.jsonl\n",
+        "",
+    )
     assert [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()] == expected
     assert gradacc("predict", run, "tea", "--output", "a.jsonl")[0] == 2
     Path("b.jsonl").write_text('{"body": "tea"}\n' * 40 + '{"text": "tea"}\n')
@@ -139,7 +143,8 @@ def test_answers_go_to_a_file_that_has_its_name_once_it_is_complete(gradacc, pre
     lines = Path("c.jsonl.unfinished").read_text().splitlines()
     assert [json.loads(line)["line"] for line in lines] == [*range(1, 33)]
     assert "c.jsonl.unfinished exists, of a prediction that was stopped" in gradacc(*words)[2]
-    assert "writes no text; leave it out" in gradacc("predict", run, "tea", "--temperature", "1")[2]
+    _, _, err = gradacc("predict", run, "tea", "--temperature", "1")
+    assert err == "error: --temperature: mine writes no text; leave it out\n"
     assert (
         "--batch_size: found '0'; allowed: 1 or more" in gradacc("predict", run, "tea", "--batch_size", 0)[2]
     )
