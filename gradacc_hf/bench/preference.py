@@ -8,7 +8,7 @@ For each loss, three contenders train on the same pairs, tokens, weights and win
 | TRL, accumulated | micro-batches of `micro_batch_size` examples, in the order of the window |
 | gradacc | micro-batches of the config's budget, without padding in the layers |
 
-Gradients are of the first window. The reference has smaller weights than the model, so that both differ, as
+Gradients are of the first window. The model has smaller weights than the reference, so that both differ, as
 in the middle of a run. Speed and memory are of separate processes, in turns. The time includes the reference
 log-probabilities, which TRL computes with a second model in every step.
 """
@@ -21,8 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +58,7 @@ each is about 1e-5 from float64."""
 LOSSES = ("dpo", "kto", "reward")
 CONTENDERS = {"whole": "TRL, whole batch", "accumulated": "TRL, accumulated", "ours": "gradacc"}
 SHRUNK = 0.9
-"""Factor of all matrices of the reference, where gradients are compared."""
+"""Factor of all matrices of the model after the reference is known, where gradients are compared."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +202,7 @@ class PreferenceTask:
         windows, _ = make_windows(self.recipe, loaded, self.validation, self.accelerator)
         choose_padding(self.recipe, model, windows)
         before, started = reset_peak_memory(self.accelerator.device), time.perf_counter()
-        with _shrunk(model) if changes else nullcontext():
-            self.recipe.before_training(model, [loaded], self.accelerator)
+        self.recipe.before_training(model, [loaded], self.accelerator)
         gradients: list[Gradient] = []
         optimizer = self._optimizer(model, changes, gradients)
         model, optimizer = self.accelerator.prepare(model, optimizer)
@@ -216,9 +214,13 @@ class PreferenceTask:
         return [record.loss for record in records], gradients[0] if gradients else {}, seconds, memory
 
     def _optimizer(self, model: Any, changes: bool, gradients: list[Gradient]) -> torch.optim.Optimizer:
-        """Return AdamW; with `changes`, an optimizer that stores gradients."""
+        """Return AdamW; with `changes`, an optimizer that stores gradients, and shrink the weights."""
         if not changes:
             return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim > 1:
+                    weight.mul_(SHRUNK)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         optimizer.register_step_pre_hook(lambda *_: gradients.append(read_gradient(model)))
         return optimizer
@@ -226,8 +228,7 @@ class PreferenceTask:
     def of_trl(self, changes: bool, num_windows: int, size: int) -> tuple[list[float], Gradient, float, int]:
         """Train with TRL, in micro-batches of `size` examples. Return as `ours` does."""
         model = self.plain_model()
-        with _shrunk(model) if changes else nullcontext():
-            reference = copy.deepcopy(model).eval() if self.recipe.data.loss != "reward" else None
+        reference = copy.deepcopy(model).eval() if self.recipe.data.loss != "reward" else None
         gradients: list[Gradient] = []
         optimizer = self._optimizer(model, changes, gradients)
         rows = self.training.select(range(self.size * num_windows))
@@ -258,19 +259,6 @@ class PreferenceTask:
         model.load_state_dict(ours.state_dict())
         model.config.pad_token_id = self.recipe.tokenizer.pad_token_id
         return model
-
-
-@contextmanager
-def _shrunk(model: Any) -> Iterator[None]:
-    """Make the matrices of a model smaller in the block."""
-    kept = [(weight, weight.detach().clone()) for weight in model.parameters() if weight.ndim > 1]
-    with torch.no_grad():
-        for weight, _ in kept:
-            weight.mul_(SHRUNK)
-    yield
-    with torch.no_grad():
-        for weight, before in kept:
-            weight.copy_(before)
 
 
 def _for_trl(examples: Dataset, loss: str) -> Dataset:
