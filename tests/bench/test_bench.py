@@ -14,6 +14,7 @@ from rich.console import Console
 from gradacc_hf.accumulation.batch_schedule import ScheduledBatch
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.bench import cli
+from gradacc_hf.bench.distillation import measure_distillation, print_distillation
 from gradacc_hf.bench.exactness import CONTENDERS, measure_exactness, print_exactness
 from gradacc_hf.bench.experts import measure_experts, print_experts
 from gradacc_hf.bench.offline import MAX_TOKENS, offline_recipe
@@ -230,3 +231,13 @@ def test_router_losses_over_windows_are_exact_and_those_of_micro_batches_are_not
     assert "1 of 1 heads are exact" in capsys.readouterr().out
     with pytest.raises(InputError, match="llama has no router loss"):
         measure_experts(["llama"], repeats=1)
+
+
+@pytest.mark.slow
+def test_a_student_is_trained_with_a_teacher_and_without(capsys):
+    result = measure_distillation(seeds=1, epochs=1, temperature=2, weight=0.5, windows=1)
+    [teacher], [alone], [taught] = (result.of(name) for name in ("teacher", "alone", "with a teacher"))
+    assert alone.parameters == taught.parameters < teacher.parameters
+    assert alone.accuracy != taught.accuracy
+    print_distillation(result, Console())
+    assert f"by seed: {taught.accuracy - alone.accuracy:+.3f}" in capsys.readouterr().out
