@@ -16,6 +16,7 @@ from rich.console import Console
 from gradacc_hf.accumulation.batch_schedule import ScheduledBatch
 from gradacc_hf.accumulation.reference import EXACT
 from gradacc_hf.bench import cli
+from gradacc_hf.bench.distillation import measure_distillation, print_distillation
 from gradacc_hf.bench.exactness import CONTENDERS, measure_exactness, print_exactness
 from gradacc_hf.bench.experts import measure_experts, print_experts
 from gradacc_hf.bench.offline import MAX_TOKENS, offline_recipe
@@ -256,3 +257,13 @@ def test_preferences_have_the_loss_and_the_gradient_of_trl(tmp_path, console, lo
     assert ours.loss_error <= 1e-5
     print_preference(result, console)
     assert f"{loss}: gradacc" in console.export_text()
+
+
+@pytest.mark.slow
+def test_a_student_is_trained_with_a_teacher_and_without(capsys):
+    result = measure_distillation(seeds=1, epochs=1, temperature=2, weight=0.5, windows=1)
+    [teacher], [alone], [taught] = (result.of(name) for name in ("teacher", "alone", "with a teacher"))
+    assert alone.parameters == taught.parameters < teacher.parameters
+    assert alone.accuracy != taught.accuracy
+    print_distillation(result, Console())
+    assert f"by seed: {taught.accuracy - alone.accuracy:+.3f}" in capsys.readouterr().out
