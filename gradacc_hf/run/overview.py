@@ -117,7 +117,7 @@ def _windows(config: Config, windows: WindowLoader, num_windows: int | None) -> 
 def _noise(windows: WindowLoader) -> str:
     """Return which windows have two micro-batches or more to measure the gradient noise scale, as text."""
     every = windows.noise_every
-    where = f"one window of {every}" if every > 1 else "every window"
+    where = f"one of every {every} windows" if every > 1 else "every window"
     return f"; at least 2 in {where}, to measure the noise scale" if every else ""
 
 
