@@ -13,7 +13,8 @@ from gradacc_hf.accumulation.sampler import EffectiveBatchSize
 from gradacc_hf.config.schema import Config
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.padding import plan_padding
-from gradacc_hf.training.optimizer import choose_trained
+from gradacc_hf.training.optimizer import choose_trained, learning_rate
+from gradacc_hf.training.settings import OptimConfig
 from gradacc_hf.utils.hardware import describe_device
 
 ASSUMED = ", if the check of the model passes"
@@ -100,6 +101,15 @@ def print_head(recipe: Recipe, accelerator: Accelerator) -> None:
     for name in LATER:
         if note := recipe.model_notes.get(name):
             accelerator.print(f"{name:<22}{note}")
+
+
+def rate_note(optim: OptimConfig, num_windows: int | None, start: int = 0) -> str:
+    """Return a line if the learning rate is 0 in all windows from `start` on, as in one window of warmup."""
+    coming = range(start + 1, (num_windows or 0) + 1)
+    if not coming or any(learning_rate(optim, window, num_windows, start) for window in coming):
+        return ""
+    found = f"0 in every window, as optim.warmup_ratio {optim.warmup_ratio:g} begins at 0: nothing is learned"
+    return f"{found}; set --optim.warmup_ratio 0, or train more windows"
 
 
 def _windows(config: Config, windows: WindowLoader, num_windows: int | None) -> str:
