@@ -431,9 +431,8 @@ class Recipe:
         """Return the task's settings in the model's config. Call it after `datasets`."""
         return {}
 
-    def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Return the mean loss over the items of a micro-batch."""
-        return model_loss(outputs, batch)
+    loss = staticmethod(model_loss)
+    """Return the mean loss over the items of a micro-batch, of (outputs, batch): the model's own."""
 
     def padded_part(self, model: Any, batch: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         """Return the model whose layers compute padding, and its inputs: a part of the recipe's model."""
