@@ -134,7 +134,9 @@ version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 venv=${VENV:-$here/.venv}
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 is_active=
-if [[ -z ${VENV:-}${PYTHON:-} && -n $active && ! $active -ef $venv ]] && has_package "$active" 2>/dev/null; then
+own_stamp=$active/.gradacc-installed # this script made or keeps the environment up to date
+if [[ -z ${VENV:-}${PYTHON:-} && -n $active && ! ($active -ef $venv && -f $own_stamp) ]] &&
+  has_package "$active" 2>/dev/null; then
   is_active=yes
   venv=$active
 fi

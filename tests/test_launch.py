@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,7 +206,25 @@ def test_an_active_environment_that_has_the_package_is_used(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "text_classification" in done.stdout
     used = f"using the active virtual environment {sys.prefix}, which has gradacc-hf\n"
-    assert done.stderr == ("" if Path(sys.prefix) == ROOT / ".venv" else used)
+    is_kept_by_it = Path(sys.prefix) == ROOT / ".venv" and (ROOT / ".venv/.gradacc-installed").is_file()
+    assert done.stderr == ("" if is_kept_by_it else used)
+
+
+def test_an_active_environment_in_the_clone_that_pip_made_is_used(tmp_path):
+    """It is .venv, but has no stamp of launch.sh, so that nothing is installed into it."""
+    shutil.copy(ROOT / "launch.sh", tmp_path)
+    (tmp_path / ".venv").mkdir()
+    for part in ("bin", "lib", "pyvenv.cfg"):
+        (tmp_path / ".venv" / part).symlink_to(Path(sys.prefix) / part)
+    done = subprocess.run(
+        ["./launch.sh", "ls"],
+        cwd=tmp_path,
+        env=without("VENV", "PYTHON", VIRTUAL_ENV=str(tmp_path / ".venv"), PIP_DRY_RUN="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"using the active virtual environment {tmp_path}/.venv, which has gradacc-hf\n"
 
 
 @pytest.fixture(scope="module")

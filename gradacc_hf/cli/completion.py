@@ -18,6 +18,10 @@ from gradacc_hf.utils.commands import Parser, parser_of
 from gradacc_hf.utils.extras import require
 
 SHELLS = ("bash", "zsh", "fish")
+BASH_FILE = "~/.local/share/bash-completion/completions/gradacc"
+"""A file that bash finds by itself."""
+SHTAB_FILE = "~/.local/share/bash_completion/gradacc"
+"""The file that shtab names in its script for bash."""
 FILES = ("config", "input")  # arguments that are files
 NAMES_OF_RECIPES = ("recipe", "like")
 
@@ -27,15 +31,20 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(
         prog="gradacc completion",
         description="Print a script that completes commands, flags and settings of gradacc.",
-        epilog="Write it where the shell finds it. bash: ~/.local/share/bash-completion/completions/gradacc; "
+        epilog=f"Write it where the shell finds it. bash: {BASH_FILE}; "
         "zsh: _gradacc in a folder of $fpath; fish: ~/.config/fish/completions/gradacc.fish.",
     )
     parser.add_argument("shell", choices=SHELLS, help="the shell")
     given = parser.parse_args(argv)
     require("gradacc completion", "completion", "shtab")
+    print(script_of(whole_parser(), given.shell))
+
+
+def script_of(parser: argparse.ArgumentParser, shell: str) -> str:
+    """Return the script of a shell for a parser."""
     import shtab  # of an extra
 
-    print(shtab.complete(whole_parser(), given.shell))
+    return shtab.complete(parser, shell).replace(SHTAB_FILE, BASH_FILE)
 
 
 def whole_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,9 @@
 """`gradacc new NAME --like RECIPE`: a recipe of one's own, with two configs and a test that passes."""
 
 import keyword
+import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import packages_distributions
@@ -62,7 +64,17 @@ def main(argv: Sequence[str]) -> None:
     script, offline, _, test = targets
     for line in next_commands(script, offline):
         print(line)
-    print(f"test it: python -m pytest {test}")
+    print(how_to_test(given.folder, test))
+
+
+def how_to_test(folder: Path, test: Path) -> str:
+    """Return a line with the command that runs a test. In a clone of gradacc, its settings of pytest hold."""
+    here = folder.resolve()
+    for root in (here, *here.parents):
+        if (root / "launch.sh").is_file() and (root / "gradacc_hf").is_dir():
+            launcher = os.path.join(os.path.relpath(root), "launch.sh")
+            return f"test it: {shlex.join([launcher, 'test', str(test.resolve().relative_to(root))])}"
+    return f"test it, with pytest installed: {shlex.join(['python', '-m', 'pytest', str(test)])}"
 
 
 def make_parser() -> Parser:

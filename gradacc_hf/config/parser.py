@@ -9,10 +9,12 @@ A number in a file stays text until the type of its field is known. So `0123` in
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import os
 import re
 import reprlib
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,8 +122,10 @@ def _adopt_adapters(settings: "_Settings") -> None:
         key = f"model.lora.{name}"
         if settings[key] not in (value, attrgetter(key)(settings.defaults)):
             found = f"found {_shown(settings[key])}, and the adapters of {run.folder} have {_shown(value)}"
-            cure = f"leave it out, or merge them (gradacc merge {run.folder}) and name {run.folder}/merged"
-            raise InputError(f"{settings.names[key]}: {found}; {cure}")
+            name, text = settings.names[key], json.dumps(value) if isinstance(value, list) else str(value)
+            same = "leave it out" if name.startswith("--") else f"give --{key} {shlex.quote(text)}"
+            cure = f"{same}, or merge them (gradacc merge {run.folder}) and name {run.folder}/merged"
+            raise InputError(f"{name}: {found}; {cure}")
         settings.values[key] = value
 
 

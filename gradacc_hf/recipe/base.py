@@ -459,9 +459,8 @@ class Recipe:
         """Return the task's settings in the model's config. Call it after `datasets`."""
         return {}
 
-    def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Return the mean loss over the items of a micro-batch."""
-        return model_loss(outputs, batch)
+    loss = staticmethod(model_loss)
+    """Return the mean loss over the items of a micro-batch, of (outputs, batch): the model's own."""
 
     @property
     def compute_loss(self) -> ComputeLoss:

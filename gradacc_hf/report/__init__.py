@@ -35,6 +35,7 @@ from gradacc_hf.report.pictures import (
 from gradacc_hf.report.runs import RecordedRun, RunGroup, contenders, read_runs
 from gradacc_hf.report.tables import (
     baseline_row,
+    before_rows,
     configurations,
     details_of,
     distinct,
@@ -130,6 +131,7 @@ def render(runs: Sequence[RecordedRun]) -> str:
         notes=[(run.name, note) for run in runs for note in (*run.notes, run.small_set) if note],
         titles=titles,
         table=table,
+        before=before_rows(found, titles),
         baseline=baseline_row(found, titles),
         teacher=teacher_rows(found, titles) if len(found) == 1 else [],
         sources=sources_table(found),

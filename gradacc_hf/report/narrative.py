@@ -125,6 +125,12 @@ def metric_name(name: str) -> str:
     return "validation loss" if name == "loss" else name
 
 
+def metric_title(name: str) -> str:
+    """Return the name of a metric as a title: "Recall at 1"."""
+    metric, slash, source = metric_name(name).partition("/")
+    return metric[:1].upper() + metric[1:].replace("_", " ") + slash + source
+
+
 def _verified(run: RecordedRun) -> Markup:
     """Return the verdict of `gradacc verify --run` on the model and data of a run."""
     found = Markup("<b>{}</b>, by <code>gradacc verify</code> before training: {}")
@@ -138,33 +144,48 @@ def _not_measured(found: Sequence[RunGroup]) -> Markup:
     return Markup(text).format(which, command)
 
 
+DATA_SETTINGS = ("train", "config_name", "max_length", "max_target_length", "packing")
+"""Settings of `data` that change the lengths of examples."""
+
+
 def _speed(found: Sequence[RunGroup]) -> Markup | None:
-    """Return the speed of the first contender over the speed of each other, in examples per second."""
+    """Return the speed of the first contender over the speed of each other, in examples per second.
+
+    Where the examples differ, the sentence states the setting instead of a ratio.
+    """
     first, *others = found
-    parts = []
+    parts: list[Markup] = []
+    apart: dict[Markup, list[RunGroup]] = {}  # differences → the contenders that have them
     for other in others:
-        if ratios := speed_ratios(first, other):
-            times, _, around = spread(ratios, lambda ratio: f"{ratio:.1f}").partition(" ")
-            as_many = "as" if parts else "as many examples as"
-            part = Markup("{}{}× {} {} {}").format(times, SPACE, as_many, _names([other]), around)
-            parts.append(part.rstrip())
-    if not parts:
-        return None
-    others_data = [other for other in others if speed_ratios(first, other) and _data(other) != _data(first)]
-    pairs = len(first.runs) if all(_paired(first, other) for other in others) else 1
-    medians = f" (medians of {pairs} pairs of runs)" if pairs > 1 else ""
-    sentence = Markup("Per second, {} trains {}{}.").format(_names([first]), in_words(parts), medians)
-    if others_data:
-        verb = "has" if len(others_data) == 1 else "have"
-        note = " {} {} other data, so that these speeds cannot be compared: examples differ in length."
-        sentence += Markup(note).format(_names(others_data), verb)
-    return sentence
+        if not (ratios := speed_ratios(first, other)):
+            continue
+        if differences := _data_differences(first, other):
+            apart.setdefault(in_words(differences), []).append(other)
+            continue
+        times, _, around = spread(ratios, lambda ratio: f"{ratio:.1f}").partition(" ")
+        as_many = "as" if parts else "as many examples as"
+        part = Markup("{}{}× {} {} {}").format(times, SPACE, as_many, _names([other]), around)
+        parts.append(part.rstrip())
+    note = Markup("The speeds of {} and {} cannot be compared, as their examples differ: {}.")
+    sentences = [note.format(_names([first]), _names(others), how) for how, others in apart.items()]
+    if parts:
+        pairs = len(first.runs) if all(_paired(first, other) for other in others) else 1
+        medians = f" (medians of {pairs} pairs of runs)" if pairs > 1 else ""
+        sentence = Markup("Per second, {} trains {}{}.").format(_names([first]), in_words(parts), medians)
+        sentences.insert(0, sentence)
+    return Markup(" ").join(sentences) if sentences else None
 
 
-def _data(contender: RunGroup) -> set[str]:
-    """Return the training data of the runs of a contender, with the settings that change the examples."""
-    keys = ("train", "config_name", "max_length", "max_target_length", "packing")
-    return {repr([run.setting("data", key) for key in keys]) for run in contender.runs}
+def _data_differences(first: RunGroup, other: RunGroup) -> list[str]:
+    """Return the settings that change the examples and differ: "data.max_length is 128 and 64"."""
+    found = []
+    for key in DATA_SETTINGS:
+        mine, theirs = ([run.setting("data", key) for run in group.runs] for group in (first, other))
+        if {*map(repr, mine)} != {*map(repr, theirs)}:
+            values = [*mine, *theirs]
+            is_short = len(mine) == len(theirs) == 1 and not any(isinstance(v, list | dict) for v in values)
+            found.append(f"data.{key} " + (f"is {mine[0]} and {theirs[0]}" if is_short else "differs"))
+    return found
 
 
 def _paired(first: RunGroup, other: RunGroup) -> bool:

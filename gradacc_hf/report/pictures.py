@@ -84,7 +84,7 @@ def _evaluations_of(found: Sequence[RunGroup]) -> list[Figure]:
         labels = ["all", *(of_sources[part][1] for part in parts[1:])] if len(parts) > 1 else ()
         shown = lines if labels else [line for line in lines if line.known]
         drawn = plots.curves(f"evaluation{i}", name, shown, labels=labels)
-        figures.append(Figure(words.metric_name(name).capitalize(), drawn, "On the validation examples."))
+        figures.append(Figure(words.metric_title(name), drawn, "On the validation examples."))
     return figures
 
 
@@ -203,12 +203,11 @@ def metrics_of(found: Sequence[RunGroup]) -> list[Figure]:
     baseline = first_baseline(found)
     figures = []
     for i, name in enumerate([*metric_names(found), "loss"]):
-        title = words.metric_name(name)
         values = [words.finite([run.metrics("eval").get(name) for run in c.runs]) for c in found]
         if any(values):
             labels = [contender.label for contender in found]
-            drawn = plots.dots(f"metric{i}", title, labels, values, baseline.get(name))
-            figures.append(Figure(title.capitalize() if name == "loss" else title, drawn))
+            drawn = plots.dots(f"metric{i}", words.metric_name(name), labels, values, baseline.get(name))
+            figures.append(Figure(words.metric_title(name), drawn))
     return figures
 
 

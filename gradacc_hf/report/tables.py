@@ -216,6 +216,28 @@ def _between(low: float, high: float) -> str:
     return f"{words.metric(low)} to {words.metric(high)}" if known else "–"
 
 
+def before_rows(found: Sequence[RunGroup], titles: Sequence[str]) -> list[tuple[str, list[TableCell]]]:
+    """Return rows of the table: the metrics before training, once if all contenders began alike.
+
+    Empty if no model was evaluated before training.
+    """
+    rows: dict[tuple[TableCell, ...], list[str]] = {}
+    for contender in found:
+        before = [
+            {words.metric_name(name): value for name, value in run.before_training.items()}
+            for run in contender.runs
+        ]
+        values = [words.finite([metrics.get(title) for metrics in before]) for title in titles]
+        cells = tuple(_spread(known, words.metric) if known else TableCell("") for known in values)
+        if any(values):
+            rows.setdefault(cells, []).append(contender.label)
+    of_all = any(len(labels) == len(found) for labels in rows.values())
+    return [
+        ("before training" if of_all else f"{', '.join(labels)} before training", [*cells])
+        for cells, labels in rows.items()
+    ]
+
+
 def baseline_row(found: Sequence[RunGroup], titles: Sequence[str]) -> list[str]:
     """Return a row of the table: the metrics of a baseline that ignores the input. Empty without any."""
     baseline: Mapping[str, float] = first_baseline(found)

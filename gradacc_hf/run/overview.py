@@ -13,7 +13,8 @@ from gradacc_hf.accumulation.sampler import EffectiveBatchSize
 from gradacc_hf.config.schema import Config
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.padding import plan_padding
-from gradacc_hf.training.optimizer import choose_trained
+from gradacc_hf.training.optimizer import choose_trained, learning_rate
+from gradacc_hf.training.settings import OptimConfig
 from gradacc_hf.utils.hardware import describe_device
 
 ASSUMED = ", if the check of the model passes"
@@ -108,6 +109,15 @@ def print_head(recipe: Recipe, accelerator: Accelerator, windows_done: int = 0) 
             accelerator.print(f"{name:<22}{note}")
 
 
+def rate_note(optim: OptimConfig, num_windows: int | None, start: int = 0) -> str:
+    """Return a line if the learning rate is 0 in all windows from `start` on, as in one window of warmup."""
+    coming = range(start + 1, (num_windows or 0) + 1)
+    if not coming or any(learning_rate(optim, window, num_windows, start) for window in coming):
+        return ""
+    found = f"0 in every window, as optim.warmup_ratio {optim.warmup_ratio:g} begins at 0: nothing is learned"
+    return f"{found}; set --optim.warmup_ratio 0, or train more windows"
+
+
 def _windows(config: Config, windows: WindowLoader, num_windows: int | None) -> str:
     """Return the number of windows of a run, as text."""
     epochs, plan = config.train.epochs, windows.plan
@@ -123,7 +133,7 @@ def _windows(config: Config, windows: WindowLoader, num_windows: int | None) -> 
 def _noise(windows: WindowLoader) -> str:
     """Return which windows have two micro-batches or more to measure the gradient noise scale, as text."""
     every = windows.noise_every
-    where = f"one window of {every}" if every > 1 else "every window"
+    where = f"one of every {every} windows" if every > 1 else "every window"
     return f"; at least 2 in {where}, to measure the noise scale" if every else ""
 
 

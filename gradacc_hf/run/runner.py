@@ -38,7 +38,7 @@ from gradacc_hf.run.fingerprint import (
     what_must_stay,
 )
 from gradacc_hf.run.folder import has_trained, open_output
-from gradacc_hf.run.overview import PlannedSteps, print_head, print_plan
+from gradacc_hf.run.overview import PlannedSteps, print_head, print_plan, rate_note
 from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.resolve import (
     ResumedRun,
@@ -299,6 +299,8 @@ def plan_run(task: Task, accelerator: Accelerator, continued: Continuations) -> 
         continuation.check_longer(continued, num_windows)
     tried = tries_sizes(recipe.config.budget, num_windows)
     steps = print_plan(recipe, windows, empty, num_windows, len(task.validation), tried)
+    if note := rate_note(recipe.config.optim, num_windows, continued.schedule_after):
+        accelerator.print(f"{'learning rate':<22}{note}")
     if continued.parts:
         for name, text in continuation.lines_of(recipe.config, continued, windows, num_windows):
             accelerator.print(f"{name:<22}{text}")

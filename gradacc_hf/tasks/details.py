@@ -48,7 +48,7 @@ def class_tables(
         in_training: training rows of each class, if they are known.
         of_tokens: whether the classes are tags of tokens.
     """
-    title, support = ("Tags", "validation tokens") if of_tokens else ("Classes", "validation rows")
+    title, support = ("Tags", "tokens") if of_tokens else ("Classes", "rows")
     size = len(names)
     matrix = np.bincount(true * size + predicted, minlength=size * size).reshape(size, size)
     right, found, there = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
@@ -102,7 +102,7 @@ def label_tables(
     """Return a table of the labels of rows with any number of labels: 0 or 1, (rows, labels)."""
     right = (predicted * true).sum(0)
     found, there = predicted.sum(0), true.sum(0)
-    return [_scores_table("Labels", names, right, found, there, "validation rows", in_training)]
+    return [_scores_table("Labels", names, right, found, there, "rows", in_training)]
 
 
 def entity_tables(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[Table]:
@@ -118,7 +118,7 @@ def entity_tables(predictions: Sequence[Sequence[str]], references: Sequence[Seq
     if not names:
         return []
     hits, predicted, there = ([counts[name] for name in names] for counts in (right, found, true))
-    return [_scores_table("Entities", names, hits, predicted, there, "validation entities")]
+    return [_scores_table("Entities", names, hits, predicted, there, "entities")]
 
 
 def class_mistakes(
@@ -141,7 +141,7 @@ def class_mistakes(
             shortened(text),
             names[int(true[row])],
             names[int(predicted[row])],
-            f"{probabilities[row].max():.0%}",
+            float(probabilities[row].max()),
         ]
         for row, text in zip(worst, texts(worst), strict=True)
     ]
@@ -170,7 +170,7 @@ def largest_errors(predicted: np.ndarray, true: np.ndarray, texts: Texts) -> lis
     return [table("Largest errors", ["text", "true", "predicted"], rows, "texts")]
 
 
-def _mistakes(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Table]:
+def _mistakes(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Table]:
     return [table("Most confident mistakes", columns, rows, "texts")] if rows else []
 
 

@@ -241,7 +241,8 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
             stack.callback(Attributes(module).restore)
         mode, changes = find_mode(model, loss_after, is_half)
         stack.enter_context(mode.of(model))
-        measured, labels = losses(), count_labels(alone)
+        measured = losses()
+        asked = [] if compute_loss is model_loss and _is_of_transformers(model) else count_labels(alone)
         for name in measured[0]:
             *counts, at_once, again = (
                 each.items[name] if name else each.num_items for each in (*alone, together, repeated)
@@ -252,15 +253,22 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
                 continue
             sample = sample_of(measured, name)
             if sample.decides(items):
-                problem = _problem(sample, items, labels, lambda name=name: is_padding_out(name))
+                problem = _problem(sample, items, asked, lambda name=name: is_padding_out(name))
             else:  # such as a head of zeros
                 with small_instead_of_zero(model):
                     sample = sample_of(losses(), name)
-                    problem = _problem(sample, items, labels, lambda name=name: is_padding_out(name))
+                    problem = _problem(sample, items, asked, lambda name=name: is_padding_out(name))
             if problem:
                 logger.warning(f"{name}: {problem}" if name else problem)
     if doubt := _doubt(model, changes):
         logger.warning(f"cannot tell whether accumulation is exact: {doubt}")
+
+
+def _is_of_transformers(model: torch.nn.Module) -> bool:
+    """Whether transformers defines the model, or the model under adapters: its losses weigh no labels."""
+    whole: Any = getattr(model, "_orig_mod", model)  # compiled
+    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    return type(base).__module__.startswith("transformers.")
 
 
 def _doubt(model: torch.nn.Module, changes: bool) -> str:
@@ -281,7 +289,7 @@ def _problem(
     Args:
         sample: Losses of examples alone and together.
         items: Items of each example (examples,).
-        labels: How often each label occurs in each example.
+        labels: How often each label occurs in each example; empty if no label can have a weight.
         is_padding_out: Returns whether padding does not change the loss.
     """
     if len(items) < 2 or not np.isfinite(sample.together):  # the loop names losses that are not finite

@@ -126,7 +126,7 @@ class RunLog:
             TextColumn("window"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]:.4f} · {task.fields[speed]}"),
+            TextColumn("loss {task.fields[figures]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -147,7 +147,7 @@ class RunLog:
                 self._history = path.open("a", encoding="utf-8")
         self._progress.start()
         self._task = self._progress.add_task(
-            "", total=self.total_windows, completed=self.windows_done, loss=math.nan, speed=""
+            "", total=self.total_windows, completed=self.windows_done, figures="–"
         )
         return self
 
@@ -177,7 +177,8 @@ class RunLog:
             record.tokens / record.seconds,
         )
         speed = f"{examples_per_second:.1f} examples/s · {tokens_per_second:,.0f} tokens/s"
-        self._progress.update(self._task, completed=record.window, loss=record.loss, speed=speed)
+        figures = f"{record.loss:.4f} · {speed}"
+        self._progress.update(self._task, completed=record.window, figures=figures)
         total = self.total_windows  # if it is unknown, lines appear at 1, 2, … 10, 20, … 100, 200, …
         every = 10 ** (len(str(record.window)) - 1) if total is None else max(1, total // 10)
         if not self.console.is_terminal and (record.window % every == 0 or record.window == 1):

@@ -43,4 +43,6 @@ def small_set_note(
     if width <= gain:
         return None
     interval = f"the 95 % interval of {metric} is {width:.4f} wide, and the baseline is {gain:.4f} away"
+    if 2 * gain <= width:  # the interval holds the baseline
+        return f"{interval}: {examples:,} examples show no difference"
     return f"{interval}: evaluate more than {examples:,} examples"

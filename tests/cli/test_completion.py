@@ -1,5 +1,6 @@
 """`gradacc completion`: real shells complete commands, flags, settings, values and files."""
 
+import re
 import shutil
 import subprocess
 
@@ -36,11 +37,9 @@ autoload +X _gradacc; print -r -- $_comps[gradacc]
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
     """The scripts of all shells, as files."""
-    import shtab
-
     folder, parser = tmp_path_factory.mktemp("scripts"), completion.whole_parser()
     for shell in completion.SHELLS:
-        (folder / shell).write_text(shtab.complete(parser, shell))
+        (folder / shell).write_text(completion.script_of(parser, shell))
     return folder
 
 
@@ -56,6 +55,11 @@ def test_bash_completes(scripts, line):
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
+def test_script_and_guide_name_the_same_file(scripts):
+    for text in ((scripts / "bash").read_text(), (ROOT / "recipes/README.md").read_text()):
+        assert set(re.findall(r"~/\.local\S*/gradacc", text)) == {completion.BASH_FILE}
+
+
 @pytest.mark.parametrize("line", CASES)
 def test_fish_completes(scripts, line):
     assert output("fish", "-c", FISH, scripts / "fish", line) == CASES[line]

@@ -27,7 +27,7 @@ def test_every_recipe_can_be_the_beginning_of_a_new_one(tmp_path, capsys, like):
     assert written == [*map(str, files)]
     assert look.endswith(f"gradacc data --config {files[1]}")
     assert run == f"run it: accelerate launch {files[0]} --config {files[1]} --budget auto"
-    assert test.endswith(str(files[3]))
+    assert test == f"test it, with pytest installed: python -m pytest {files[3]}"
     for file in files[:3]:
         assert f"{like}.py" not in file.read_text()
         assert "launch.sh" not in file.read_text()
@@ -68,6 +68,16 @@ def test_what_cannot_be_written_is_one_line(tmp_path, name, like, message):
         main([name, "--like", like, "--folder", str(tmp_path)])
     assert message in str(refused.value)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(("folder", "inside"), [(".", ""), ("mine", "mine/")])
+def test_in_a_clone_the_launcher_runs_the_test(tmp_path, capsys, monkeypatch, folder, inside):
+    (tmp_path / "gradacc_hf").mkdir()
+    (tmp_path / "launch.sh").touch()
+    monkeypatch.chdir(tmp_path)
+    main(["my_task", "--like", "seq2seq", "--folder", folder])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"test it: ./launch.sh test {inside}tests/test_my_task.py"
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -18,7 +18,7 @@ from gradacc_hf import WindowLoader, fine_tune
 from gradacc_hf.cli import main as cli
 from gradacc_hf.errors import InputError
 from gradacc_hf.report import read_runs, write_report
-from gradacc_hf.report.narrative import noise, speed_ratios, verdict
+from gradacc_hf.report.narrative import metric_title, noise, speed_ratios, verdict
 from gradacc_hf.report.pictures import curves_of, noise_curve, windows_of
 from gradacc_hf.report.runs import contenders
 from gradacc_hf.report.tables import configurations
@@ -225,7 +225,7 @@ def test_the_verdict_says_who_is_exact_who_is_off_by_how_much_and_who_is_faster(
 def test_the_page_has_its_sections_and_only_those_that_have_something_in_them(compared, page):
     expected = (
         "Figures, Curves, Loss, Gradient error, Learning rate, Gradient norm, "
-        "Batch size, Weight change per step, Final metrics, accuracy, "
+        "Batch size, Weight change per step, Final metrics, Accuracy, "
     )
     expected += (
         "Validation loss, Speed and memory, Speed, Memory to train, One window, Plan, How to run it again"
@@ -418,6 +418,26 @@ def test_metrics_are_a_curve_where_a_run_was_evaluated_more_than_once(real, tmp_
     assert "Accuracy" not in page.titles
 
 
+def test_metrics_have_titles_of_words_and_a_row_before_training(real, tmp_path):
+    evaluations = [
+        {"window": 0, "loss": 2.0, "recall_at_1": 0.25},
+        {"window": 4, "loss": 1.5, "recall_at_1": 0.5},
+    ]
+    run = repeat(real, tmp_path / "run", evaluations=evaluations, eval=evaluations[-1])
+    page = Page(write_report([run]))
+    assert {"Recall at 1", "Validation loss"} <= {*page.titles}
+    before = page.figures()["before training"]
+    assert (before["recall_at_1"], before["validation loss"], before["examples/s"]) == (
+        "0.2500",
+        "2.0000",
+        "",
+    )
+    assert metric_title("recall_at_1/my_chats") == "Recall at 1/my_chats"
+    both = [run, repeat(run, tmp_path / "again", contender="again")]
+    before = Page(write_report(both, tmp_path / "both.html")).figures()["before training"]
+    assert before["recall_at_1"] == "0.2500"
+
+
 def test_many_windows_share_the_points_of_a_curve(real, tmp_path):
     repeat(real, tmp_path / "run", windows=3000)
     row = json.loads((real / "history.jsonl").read_text().splitlines()[0])
@@ -597,7 +617,7 @@ def test_predictions_and_evaluations_are_shown_and_small_sets_are_noted(real, tm
     assert "&lt;b&gt;tea&lt;/b&gt;" in html
     assert "test-1: best model after window 7 on test.csv, 900 examples" in html
     assert "<td>0.7500 to 0.8500</td>" in html
-    assert "43 examples: fewer than 100 are too few for reliable figures" in html
+    assert "<b>run</b>: 43 examples: fewer than 100 are too few for reliable figures" in html
     (run / "evaluations/test-1.json").write_text("{}")
     with pytest.raises(InputError, match=r"test-1.json: found no evaluation"):
         write_report([run])
@@ -605,19 +625,29 @@ def test_predictions_and_evaluations_are_shown_and_small_sets_are_noted(real, tm
 
 def test_speeds_on_different_data_have_a_note(real, tmp_path):
     runs = [repeat(real, tmp_path / name, contender=name) for name in ("a", "b")]
-    for run, data in zip(runs, ("tweets.csv", "books.csv"), strict=True):
+    for run, length in zip(runs, (128, 64), strict=True):
         config = yaml.safe_load((run / "config.yaml").read_text())
-        (run / "config.yaml").write_text(yaml.safe_dump({**config, "data": {"train": data}}))
+        data = {"train": "tweets.csv", "max_length": length}
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, "data": data}))
     said = " ".join(map(str, verdict(contenders(read_runs(runs))).sentences))
-    assert "<b>b</b> has other data, so that these speeds cannot be compared" in said
+    assert (
+        "<b>a</b> and <b>b</b> cannot be compared, as their examples differ: data.max_length is 128 and 64."
+        in said
+    )
+    assert "×" not in said
     (runs[1] / "config.yaml").write_text((runs[0] / "config.yaml").read_text())
-    assert "other data" not in " ".join(map(str, verdict(contenders(read_runs(runs))).sentences))
+    said = " ".join(map(str, verdict(contenders(read_runs(runs))).sentences))
+    assert "cannot be compared" not in said
+    assert "× as many examples as <b>b</b>" in said
 
 
 def test_a_set_of_examples_is_too_small_if_the_interval_exceeds_the_gain():
     assert small_set_note("accuracy", 0.75, 99) is not None
     assert small_set_note("accuracy", 0.75, 100, baseline=0.5) is None  # ±0.085, and a gain of 0.25
-    assert small_set_note("accuracy", 0.75, 100, baseline=0.7) is not None
+    at_baseline = small_set_note("accuracy", 0.75, 100, baseline=0.7)
+    assert at_baseline.endswith(": 100 examples show no difference")
+    near_it = small_set_note("accuracy", 0.75, 100, baseline=0.65)
+    assert near_it.endswith(": evaluate more than 100 examples")
     assert small_set_note("accuracy", 0.75, 10_000, baseline=0.7) is None
     assert small_set_note("f1", 0.75, 10_000, baseline=0.7, width=0.06) is not None
     assert small_set_note("f1", 0.75, 10_000, baseline=0.7) is None  # the width is not known

@@ -17,7 +17,9 @@ from gradacc_hf.bench.offline import offline_recipe
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe.loading import open_run
 from gradacc_hf.run.outputs import Difference, batch_of_rows
+from gradacc_hf.run.overview import rate_note
 from gradacc_hf.run.runner import run
+from gradacc_hf.training.settings import OptimConfig
 
 TextClassification = load_recipe("text_classification").TextClassification
 Contrastive = load_recipe("contrastive").Contrastive
@@ -71,8 +73,10 @@ def test_a_new_run_starts_from_the_best_model_of_a_run(name, here, flags, tiny_b
     assert summary("new")["eval"]["loss"] != pytest.approx(best["loss"], abs=1e-4)
     if name == "whole":
         assert "start                 best model of whole\n" in outcome.out
-        plan = run_recipe(TextClassification, [*flags, "--model.name", "whole/last", "--check"], capfd)
+        new = ["--model.name", "whole/last", "--optim.warmup_ratio", "0.1", "--train.max_windows", "1"]
+        plan = run_recipe(TextClassification, [*flags, *new, "--check"], capfd)
         assert "start                 last model of whole\n" in plan.out
+        assert "learning rate         0 in every window, as optim.warmup_ratio 0.1 begins at 0" in plan.out
         return
     assert f"start                 adapters of {name} on {tiny_bert}, trained further\n" in outcome.out
     assert f"head                  kept: saved with the adapters of {name}\n" in outcome.out
@@ -83,6 +87,13 @@ def test_a_new_run_starts_from_the_best_model_of_a_run(name, here, flags, tiny_b
     assert f"adapters of new on {tiny_bert}" in plan.out
     code, out, _ = gradacc("predict", "new", "some 2 words")
     assert (code, json.loads(out)["label"] in ("even", "odd")) == (0, True)
+
+
+def test_a_plan_warns_of_windows_that_all_have_the_learning_rate_0():
+    warmup = OptimConfig(warmup_ratio=0.1)
+    assert [bool(rate_note(warmup, windows, start)) for windows, start in ((1, 0), (4, 3))] == [True, True]
+    assert [rate_note(warmup, windows, start) for windows, start in ((2, 0), (4, 2), (None, 0))] == [""] * 3
+    assert rate_note(OptimConfig(), 1) == ""
 
 
 def test_adapters_are_evaluated_with_the_labels_of_their_model(here, gradacc):
@@ -99,6 +110,12 @@ def test_other_adapters_or_labels_than_the_run_has_are_refused(here, flags, capf
     outcome = run_recipe(TextClassification, [*flags, *lora, "--model.lora.rank", 8], capfd)
     assert (
         "--model.lora.rank: found 8, and the adapters of lora have 4; leave it out, or merge" in outcome.err
+    )
+    Path("config.yaml").write_text("model: {lora: {rank: 8}}")
+    outcome = run_recipe(TextClassification, [*flags, *lora, "--config", "config.yaml"], capfd)
+    assert (
+        "lora.rank in config.yaml: found 8, and the adapters of lora have 4; give --model.lora.rank 4, or"
+        in (outcome.err)
     )
     other = write_rows("other.jsonl", [{"text": f"{i} words", "label": "abc"[i % 3]} for i in range(60)])
     outcome = run_recipe(TextClassification, [*flags, *lora, f"--data.train={other}"][2:], capfd)

@@ -21,7 +21,7 @@ def test_scores_of_classes_are_those_of_scikit_learn():
     names, true, predicted = ["a", "b", "c"], RNG.integers(0, 3, 90), RNG.integers(0, 3, 90)
     classes, matrix = class_tables(names, predicted, true, in_training=[5, 6, 7])
     expected = precision_recall_fscore_support(true, predicted)
-    for name, values in zip(("precision", "recall", "F1", "validation rows"), expected, strict=True):
+    for name, values in zip(("precision", "recall", "F1", "rows"), expected, strict=True):
         assert column(classes, name) == pytest.approx(dict(zip(names, values.tolist(), strict=True)))
     assert column(classes, "training rows") == {"a": 5, "b": 6, "c": 7}
     assert [row[1:] for row in matrix["rows"]] == confusion_matrix(true, predicted).tolist()
@@ -41,7 +41,7 @@ def test_scores_of_entities_are_those_of_seqeval():
     expected = classification_report(rows[1], rows[0], output_dict=True, zero_division=0)
     for kind in ("A", "B"):
         assert column(table, "F1")[kind] == pytest.approx(expected[kind]["f1-score"])
-        assert column(table, "validation entities")[kind] == expected[kind]["support"]
+        assert column(table, "entities")[kind] == expected[kind]["support"]
 
 
 def test_the_most_confident_mistakes_come_first():
@@ -50,9 +50,9 @@ def test_the_most_confident_mistakes_come_first():
         ["ham", "spam"], probabilities, np.array([1, 1, 1, 0]), lambda rows: map(str, rows)
     )
     assert shown[0]["rows"] == [
-        ["2", "spam", "ham", "80%"],
-        ["3", "ham", "spam", "70%"],
-        ["0", "spam", "ham", "60%"],
+        ["2", "spam", "ham", 0.8],
+        ["3", "ham", "spam", 0.7],
+        ["0", "spam", "ham", 0.6],
     ]
     assert class_mistakes(["ham", "spam"], probabilities[:1], np.array([0]), lambda rows: []) == []
     logits, true = np.array([[3.0, -1.0], [0.5, -4.0], [2.0, 2.0]]), np.array([[1, 0], [0, 1], [1, 1]])

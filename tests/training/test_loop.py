@@ -23,7 +23,7 @@ from gradacc_hf import Best, WindowLoader, evaluate, train
 from gradacc_hf.errors import InputError
 from gradacc_hf.training.finetune import SUMMARY_KEYS, EvaluationLog
 from gradacc_hf.training.preflight import preflight_check
-from gradacc_hf.training.run_log import FIGURES, WindowRecord
+from gradacc_hf.training.run_log import FIGURES, RunLog, WindowRecord
 from gradacc_hf.utils.files import save_model, whole_folder, write_whole
 from gradacc_hf.verification.tiny_models import build_head
 
@@ -609,3 +609,16 @@ def test_every_key_that_a_run_writes_into_its_summary_is_reserved():
     for key in ("windows", "seconds"):
         with pytest.raises(InputError, match=f"^summary: found the key '{key}'"):
             run(*set_up(), max_windows=1, summary={key: 1})
+
+
+def test_the_progress_bar_has_no_loss_before_the_first_window(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    with RunLog(Accelerator(cpu=True), 3) as log:
+        log._progress.refresh()
+        before = capsys.readouterr().out
+        values = {field.name: 1 for field in fields(WindowRecord)} | {"source_losses": {}}
+        log.window(WindowRecord(**{**values, "loss": 0.25}))
+    assert "loss – " in before
+    assert "nan" not in before
+    assert "loss 0.2500 · 1.0 examples/s · 1 tokens/s" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import default_collate
 
 from gradacc_hf import ExactTrainer, InputError, WindowLoader, evaluate, fine_tune, train, verify
@@ -571,6 +572,25 @@ def test_small_micro_batches_hide_no_ignored_label(size, caplog):
             caplog.clear()
             preflight_check(Pixels(), WindowLoader(examples, 8, seed=seed, **settings))
             assert bool(caplog.text) == (num_items == "labels"), seed
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_nothing_is_asked_about_labels_of_a_model_of_transformers(lora, caplog):
+    """Its own loss weighs no labels. All labels are 1, so that a weight would not show."""
+    head = build_head("sequence_classification", "bert")
+    examples = [{**example, "labels": 1} for example in head.examples([3, 9, 5, 7] * 4)]
+    model = get_peft_model(head.model, LoraConfig(target_modules=["query"])) if lora else head.model
+    settings = {"accelerator": Accelerator(cpu=True), "collate_fn": head.collate, "micro_batch_size": 4}
+    windows = WindowLoader(examples, 8, **settings)
+    preflight_check(model, windows, loss_like_the_model_s)
+    assert "all labels of the first examples are 1" in caplog.text
+    caplog.clear()
+    preflight_check(model, windows)
+    assert caplog.text == ""
+
+
+def loss_like_the_model_s(outputs, batch):
+    return model_loss(outputs, batch)
 
 
 @pytest.mark.parametrize("seed", range(5))
