@@ -219,7 +219,7 @@ def make_card(
 
 
 def _before_training(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the metrics of the model before training; None without them, or before the end of the run."""
+    """Return the metrics of the model before training; None if they were not computed."""
     return next((row for row in summary.get("evaluations", ()) if row.get("window") == 0), None)
 
 
