@@ -120,9 +120,9 @@ def test_a_python_block_runs_as_it_stands(block, tmp_path, monkeypatch):
 def workplace(tmp_path_factory, venv):
     """Return a folder that looks like the repository, with a user's data, and the environment of commands."""
     folder = tmp_path_factory.mktemp("repository")
-    for name in ("launch.sh", "pyproject.toml", "constraints.txt", "README.md", "gradacc_hf", "tests"):
+    for name in ("launch.sh", "pyproject.toml", "constraints.txt", "README.md", "gradacc_hf"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("recipes", "configs"):
+    for name in ("recipes", "configs", "tests"):
         shutil.copytree(ROOT / name, folder / name)
     (folder / "copies").mkdir()
     texts = [f"{'good' if i % 3 else 'bad'} words {'and more ' * (i % 11)}" for i in range(60)]

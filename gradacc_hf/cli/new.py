@@ -69,11 +69,11 @@ def main(argv: Sequence[str]) -> None:
 
 def how_to_test(folder: Path, test: Path) -> str:
     """Return a line with the command that runs a test. In a clone of gradacc, its settings of pytest hold."""
-    here = folder.resolve()
+    here = Path(os.path.abspath(folder))  # a folder of links, such as tests, stays below it
     for root in (here, *here.parents):
         if (root / "launch.sh").is_file() and (root / "gradacc_hf").is_dir():
             launcher = os.path.join(os.path.relpath(root), "launch.sh")
-            return f"test it: {shlex.join([launcher, 'test', str(test.resolve().relative_to(root))])}"
+            return f"test it: {shlex.join([launcher, 'test', os.path.relpath(test, root)])}"
     return f"test it, with pytest installed: {shlex.join(['python', '-m', 'pytest', str(test)])}"
 
 
