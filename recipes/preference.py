@@ -72,7 +72,7 @@ class Preference(Recipe):
         gamma: float = 0.5
         """Margin of simpo."""
         label_smoothing: float = 0.0
-        """Share of pairs that may be the wrong way round.
+        """Share of pairs that may be reversed.
         For simpo, and for dpo with variant sigmoid."""
         desirable_weight: float = 1.0
         """Weight of desirable answers in kto."""

@@ -230,6 +230,11 @@ def find_unused_parameters(accelerator: Accelerator) -> None:
     accelerator.ddp_handler = handler
 
 
+def forget_model(accelerator: Accelerator, model: Any) -> None:
+    """Leave a prepared model out of checkpoints of an Accelerator."""
+    accelerator._models.remove(model)
+
+
 def requested_steps() -> int | None:
     """Return the accumulation steps that are set in Accelerate; None without Accelerate."""
     return GradientState().num_steps if GradientState._shared_state else None

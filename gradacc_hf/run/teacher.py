@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 
+from gradacc_hf.accumulation.accelerate_state import forget_model
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.config.schema import with_settings
 from gradacc_hf.recipe.base import Recipe
@@ -33,7 +34,7 @@ def teacher_facts(recipe: Recipe, windows: WindowLoader) -> dict[str, Any] | Non
         try:
             metrics = evaluated.validate(prepared, windows, accelerator)
         finally:
-            accelerator._models.remove(prepared)  # else checkpoints have it
+            forget_model(accelerator, prepared)
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     return {
         "name": settings.teacher,

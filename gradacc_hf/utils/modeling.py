@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
-import transformers
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -35,8 +35,8 @@ def checkpoint_activations(model: Any, offload: bool = False) -> None:
         offload: whether the inputs of the layers, which are kept, are in main memory.
     """
     enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.23
-    if offload and not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"):
-        found = f"found true with transformers {transformers.__version__}"
+    if offload and enable is None:
+        found = f"found true with transformers {version('transformers')}"
         refuse("budget.offload_activations", found, "allowed is false, or transformers 5.23 and newer")
     more = {"offload": True} if offload else {}
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False}, **more)

@@ -19,7 +19,7 @@ CASES = {
     "gradacc cp text_c": ["text_classification"],
     "gradacc bench exa": ["exactness"],
     "gradacc plan --optim.lr_": ["--optim.lr_reference_batch", "--optim.lr_scaling"],
-    "gradacc data --data.label_s": ["--data.label_separator"],
+    "gradacc data --data.label_se": ["--data.label_separator"],
     "gradacc plan --optim.lr 1e-4 --budget.precision b": ["bf16"],
     "gradacc plan --config configs/text_m": ["configs/text_multi_label.yaml"],
 }

@@ -615,7 +615,6 @@ def test_the_progress_bar_has_no_loss_before_the_first_window(monkeypatch, capsy
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
     monkeypatch.setenv("COLUMNS", "200")
     with RunLog(Accelerator(cpu=True), 3) as log:
-        log._progress.refresh()
         before = capsys.readouterr().out
         values = {field.name: 1 for field in fields(WindowRecord)} | {"source_losses": {}}
         log.window(WindowRecord(**{**values, "loss": 0.25}))
