@@ -177,14 +177,14 @@ def _speed(found: Sequence[RunGroup]) -> Markup | None:
 
 
 def _data_differences(first: RunGroup, other: RunGroup) -> list[str]:
-    """Return the settings that change the examples and differ: "data.max_length is 128 and 64"."""
+    """Return the settings that change the examples and differ: "data.max_length 128 against 64"."""
     found = []
     for key in DATA_SETTINGS:
         mine, theirs = ([run.setting("data", key) for run in group.runs] for group in (first, other))
         if {*map(repr, mine)} != {*map(repr, theirs)}:
             values = [*mine, *theirs]
             is_short = len(mine) == len(theirs) == 1 and not any(isinstance(v, list | dict) for v in values)
-            found.append(f"data.{key} " + (f"is {mine[0]} and {theirs[0]}" if is_short else "differs"))
+            found.append(f"data.{key} {mine[0]} against {theirs[0]}" if is_short else f"another data.{key}")
     return found
 
 

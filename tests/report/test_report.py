@@ -631,7 +631,7 @@ def test_speeds_on_different_data_have_a_note(real, tmp_path):
         (run / "config.yaml").write_text(yaml.safe_dump({**config, "data": data}))
     said = " ".join(map(str, verdict(contenders(read_runs(runs))).sentences))
     assert (
-        "<b>a</b> and <b>b</b> cannot be compared, as their examples differ: data.max_length is 128 and 64."
+        "<b>a</b> and <b>b</b> cannot be compared, as their examples differ: data.max_length 128 against 64."
         in said
     )
     assert "×" not in said
