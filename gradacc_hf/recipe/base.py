@@ -33,7 +33,7 @@ from gradacc_hf.data.files import Form
 from gradacc_hf.data.loading import Convert, Splits, load_data
 from gradacc_hf.data.reading import LOST, Reading, find_truncation
 from gradacc_hf.data.sources import CARRIED, SOURCE, weighed
-from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
+from gradacc_hf.embedded import FROM_SCRATCH, cure_of_misfit, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
 from gradacc_hf.recipe.labels import Labels, labels_of_config, parameters_of_labels, renew
 from gradacc_hf.recipe.labels_per import find_labels_per, labels_per, note_on_tokens
@@ -742,7 +742,7 @@ class Recipe:
             if tensor.startswith(prefix):  # a head may have another size, for other labels
                 sizes = f"{tensor} is {list(found)}, and {list(expected)} in config.json"
                 raise InputError(
-                    f"model.name: the weights of {name} do not fit: {sizes}; copy or save both again"
+                    f"model.name: the weights of {name} do not fit: {sizes}; {cure_of_misfit(name)}"
                 )
         unknown = [tensor.removeprefix(prefix) for tensor in info["unexpected_keys"]]
         for tensor in info["missing_keys"]:  # transformers initialises these at random

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from gradacc_hf.accumulation.noise_scale import CONFIDENCE, MEASUREMENTS_NEEDED
 from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.errors import listed
 from gradacc_hf.report import narrative as words
 from gradacc_hf.report import plots
 from gradacc_hf.report.runs import HistoryRow, RunGroup
@@ -92,7 +93,11 @@ def small_curves_of(found: Sequence[RunGroup]) -> list[Figure]:
     """Return learning rate and gradient norm by window."""
     figures = []
     if rates := _by_window(found, "lr"):
-        figures.append(Figure("Learning rate", plots.curves("lr", "learning rate", rates, small=True)))
+        runs = [run for contender in found for run in contender.runs]
+        ends = sorted({window for run in runs for window in run.summary.get("continued_after", ())})
+        shown = listed(f"{window:,}" for window in ends)
+        note = f"Continued after window{'s' * (len(ends) > 1)} {shown}." if ends else ""
+        figures.append(Figure("Learning rate", plots.curves("lr", "learning rate", rates, small=True), note))
     if norms := _by_window(found, "grad_norm"):
         drawn = plots.curves("norm", "gradient norm", norms, small=True, log=_far_apart(norms))
         figures.append(Figure("Gradient norm", drawn, "Before clipping."))
@@ -103,7 +108,7 @@ def dynamics_of(found: Sequence[RunGroup]) -> list[Figure]:
     """Return the noise scale, the effective batch size if it changes, and the weight change per step."""
     figures = _noise_of(found)
     sizes = _by_window(found, "examples")
-    if any(np.ptp(line.middle[:-1]) > 0 for line in sizes if len(line.middle) > 2):
+    if any(_changes(line.middle) for line in sizes if len(line.middle) > 2):
         drawn = plots.curves("size", "examples", sizes, small=True)
         figures.append(Figure("Effective batch size", drawn, "Examples of each window."))
     if ratios := _by_window(found, "update_ratio"):
@@ -111,6 +116,13 @@ def dynamics_of(found: Sequence[RunGroup]) -> list[Figure]:
         note = "Norm of the weight change divided by the norm of the weights, on a sample of the weights."
         figures.append(Figure("Weight change per step", drawn, note))
     return figures
+
+
+def _changes(sizes: np.ndarray) -> bool:
+    """Whether the sizes of windows change. The short last window of an epoch does not count."""
+    before, inner, after = sizes[:-2], sizes[1:-1], sizes[2:]
+    is_short = (inner < before) & (inner < after)
+    return bool(np.ptp([sizes[0], *inner[~is_short]]) > 0)
 
 
 def _noise_of(found: Sequence[RunGroup]) -> list[Figure]:

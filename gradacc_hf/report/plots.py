@@ -235,7 +235,7 @@ def spread(name: str, xlabel: str, ylabel: str, series: Sequence[Series], log: b
         if ticks is not None:
             axes.set_xticks(range(len(ticks)), [_wrapped(tick) for tick in ticks])
         elif len(places) <= 8:
-            axes.set_xticks(places, [_short(place) for place in places])
+            axes.set_xticks(places, [_short(place, digits=3) for place in places])
             axes.xaxis.set_minor_locator(NullLocator())
         if len(series) > 1:
             figure.legend(loc="outside upper left", ncols=2)
@@ -350,12 +350,12 @@ def _wrapped(label: str) -> str:
     return "\n".join(textwrap.wrap(label, 18, max_lines=2, placeholder=" …") or [label])
 
 
-def _short(value: float) -> str:
-    """Return "0.5", "20" or "1e-5"."""
+def _short(value: float, digits: int = 1) -> str:
+    """Return "0.5", "20" or "1e-5"; with 3 digits, "2.61e-4"."""
     if 1e-3 <= value < 1e4:
         return f"{value:g}"
-    mantissa, exponent = f"{value:.0e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _svg(name: str, figure: Figure, says: str) -> Markup:

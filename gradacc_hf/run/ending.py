@@ -15,9 +15,11 @@ from datasets import Image
 from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
 from gradacc_hf.data.reading import counted
+from gradacc_hf.errors import listed
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.teacher import teacher_line
 from gradacc_hf.utils.redaction import redact
+from gradacc_hf.utils.sample_size import small_set_note
 
 LENGTH, LONGEST = 60, 400  # characters of an example: the preferred number, and the most
 COLUMN = 22  # characters of a line's name, as in the plan that a run prints at its start
@@ -88,12 +90,28 @@ def result_lines(
     saved += f"; report: {report}" if report is not None else "; no report"
     train = recipe.config.train
     of_teacher = teacher_line(summary, train.best_metric, train.best_direction)
+    earlier = _earlier_evaluations(summary, folder)
     return [
         _row("result", _result(recipe, summary, num_validation)),
         *([_row("teacher", of_teacher)] if of_teacher else []),
+        *([_row("evaluations", earlier)] if earlier else []),
         _row("saved", saved),
         _row("next", _next(recipe, folder)),
     ]
+
+
+def _earlier_evaluations(summary: Mapping[str, Any], folder: Path) -> str | None:
+    """Return a line if the evaluations of a run that continued are of earlier models, or None."""
+    files = (folder / "evaluations").glob("*.json")
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    now = {name: (summary[key] or {}).get("window") for name, key in (("best", "best"), ("last", "eval"))}
+    of_now = [(one["data"], one.get("window") == now.get(one["model"])) for one in found]
+    earlier = {data for data, is_now in of_now if not is_now} - {data for data, is_now in of_now if is_now}
+    if not earlier:
+        return None
+    return (
+        f"of an earlier model on {listed(sorted(earlier))}; of this model: gradacc evaluate {folder} --data …"
+    )
 
 
 def _row(name: str, text: str) -> str:
@@ -129,7 +147,9 @@ def _result(recipe: Recipe, summary: Mapping[str, Any], num_validation: int) -> 
     if not against:
         return f"{text}; to compare with the model before training: --train.eval_on_start true"
     is_better = value is not None and (others is None or sign * value > sign * others)
-    return f"{text}; {'better' if is_better else 'no better'} than {against}: {_number(others)}"
+    text = f"{text}; {'better' if is_better else 'no better'} than {against}: {_number(others)}"
+    note = None if value is None else small_set_note(metric, value, num_validation, others)
+    return f"{text}. {note[0].upper()}{note[1:]}" if note else text
 
 
 def _number(value: float | None) -> str:

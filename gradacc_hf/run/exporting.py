@@ -19,6 +19,8 @@ from gradacc_hf.accumulation.gradient_cache import Embedder
 from gradacc_hf.config.earlier_run import ADAPTER_CONFIG
 from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError, refuse
+from gradacc_hf.hub.model_card import write_card
+from gradacc_hf.hub.usage import onnx_snippet, snippet
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.merging import MODEL_FLAGS, WHOLE
 from gradacc_hf.run.outputs import TOLERANCES, Difference, batch_of_rows, difference, outputs_of
@@ -71,6 +73,8 @@ def export(recipe: Recipe, run: Path, to: str, which: str = "best") -> tuple[Pat
         if not found.relative <= allowed:
             text = f"{folder} was not written, as its outputs are not the outputs of {source}: {found}"
             raise InputError(f"{text}; allowed is {allowed}")
+        usage = onnx_snippet(recipe) if to == "onnx" else snippet(recipe, ".")
+        write_card(recipe, run, which, unfinished, usage, library=to)
         write_source(unfinished, run, which)
     return folder, found
 
@@ -174,6 +178,8 @@ def _write_onnx(
         )
     module.config.save_pretrained(folder)
     for processor in recipe.processors():
+        if hasattr(processor, "init_kwargs"):  # a tokenizer: what it returns is what the model takes
+            processor.model_input_names = processor.init_kwargs["model_input_names"] = list(batch)
         processor.save_pretrained(folder)
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 

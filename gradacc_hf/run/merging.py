@@ -1,14 +1,11 @@
 """`gradacc merge`: add the adapters of a run to the weights of the base model, and check the result."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from gradacc_hf.config.earlier_run import ADAPTER_CONFIG
 from gradacc_hf.config.schema import with_settings
 from gradacc_hf.errors import InputError, refuse
-from gradacc_hf.hub.model_card import make_card
+from gradacc_hf.hub.model_card import write_card
 from gradacc_hf.hub.usage import snippet
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.outputs import TOLERANCES, Difference, batch_of_rows, difference, outputs_of
@@ -57,7 +54,8 @@ def merge(recipe: Recipe, run: Path, which: str = "best") -> tuple[Path, Differe
         write_merged(model, unfinished, model.state_dict())
         for processor in recipe.processors():
             processor.save_pretrained(unfinished)
-        _write_card(recipe, run, which, unfinished)
+        whole = recipe.with_config(with_settings(recipe.config, {"model.lora.merge": True}))
+        write_card(recipe, run, which, unfinished, snippet(whole, "."))
         found = difference(before, outputs_of(recipe.load(unfinished), batch, device), rows)
         allowed = TOLERANCES[recipe.dtype]
         if not found.relative <= allowed:
@@ -65,14 +63,3 @@ def merge(recipe: Recipe, run: Path, which: str = "best") -> tuple[Path, Differe
             raise InputError(f"{text}; allowed with model.dtype {recipe.config.model.dtype} is {allowed}")
         write_source(unfinished, run, which)
     return merged, found
-
-
-def _write_card(recipe: Recipe, run: Path, which: str, folder: Path) -> None:
-    """Write the card of the merged model, if the run has ended."""
-    if not (run / "summary.json").is_file():
-        return
-    summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    whole = recipe.with_config(with_settings(recipe.config, {"model.lora.merge": True}))
-    summary["card"]["usage"] = snippet(whole, ".")
-    metrics = summary["best" if which == "best" else "eval"]
-    make_card(folder, asdict(recipe.config), summary, metrics).save(folder / "README.md")

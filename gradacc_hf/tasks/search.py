@@ -66,7 +66,7 @@ def sample(
     """
     rank = next((str(rank) for rank, row in enumerate(ids, 1) if row in right), f"beyond {len(ids)}")
     texts = {
-        f"found {name}": other["positive_text"] + " ✓" * (row in right)
+        f"found {name}": "✓ " * (row in right) + other["positive_text"]
         for name, other, row in zip(("first", "second", "third"), found, ids, strict=False)
     }
     return {"anchor": pair["anchor_text"], **texts, "rank of the right one": rank}

@@ -1004,6 +1004,7 @@ def test_without_its_package_smollm2_is_a_tiny_llama_and_says_so(tmp_path, monke
     assert model.num_parameters() < 3e6
     before = {path.name: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
     assert embedded.resolve_model("embedded:smollm2") == folder
+    assert "tiny substitute. For the real one: pip install" in embedded.cure_of_misfit("embedded:smollm2")
     assert {path.name: path.stat().st_mtime_ns for path in Path(folder).iterdir()} == before
 
 

@@ -19,7 +19,7 @@ from gradacc_hf.cli import main as cli
 from gradacc_hf.errors import InputError
 from gradacc_hf.report import read_runs, write_report
 from gradacc_hf.report.narrative import metric_title, noise, speed_ratios, verdict
-from gradacc_hf.report.pictures import curves_of, noise_curve, windows_of
+from gradacc_hf.report.pictures import curves_of, dynamics_of, noise_curve, small_curves_of, windows_of
 from gradacc_hf.report.runs import contenders
 from gradacc_hf.report.tables import configurations
 from gradacc_hf.utils.redaction import redact
@@ -651,3 +651,16 @@ def test_a_set_of_examples_is_too_small_if_the_interval_exceeds_the_gain():
     assert small_set_note("accuracy", 0.75, 10_000, baseline=0.7) is None
     assert small_set_note("f1", 0.75, 10_000, baseline=0.7, width=0.06) is not None
     assert small_set_note("f1", 0.75, 10_000, baseline=0.7) is None  # the width is not known
+
+
+@pytest.mark.parametrize(
+    ("sizes", "has_picture"), [([64, 64, 60, 64, 64, 60], False), ([32, 32, 10, 64, 64, 20], True)]
+)
+def test_the_short_last_window_of_an_epoch_is_no_change_of_the_batch_size(sizes, has_picture, tmp_path):
+    rows = [{"window": w, "loss": 1.0, "lr": 0.1, "examples": size} for w, size in enumerate(sizes, 1)]
+    (tmp_path / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = contenders(read_runs([tmp_path]))
+    assert ("Effective batch size" in [figure.title for figure in dynamics_of(found)]) == has_picture
+    [run] = found[0].runs
+    run.summary["continued_after"] = [1, 3]
+    assert small_curves_of(found)[0].note == "Continued after windows 1, 3."

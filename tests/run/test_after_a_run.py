@@ -171,16 +171,24 @@ def test_a_merge_that_would_answer_otherwise_writes_nothing(here, gradacc, monke
     assert not [path for path in Path("lora").iterdir() if "merged" in path.name]
 
 
+def run_card(folder, monkeypatch, capfd):
+    """Run the lines of a card in the folder of the model, and return what they print."""
+    card = (folder / "README.md").read_text()
+    assert "Run these lines in the folder of this file." in card
+    assert card.endswith("\n")
+    monkeypatch.chdir(folder)
+    capfd.readouterr()
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
+    return capfd.readouterr().out
+
+
 def test_a_card_of_a_search_model_or_of_adapters_runs_as_it_stands(here, monkeypatch, capfd):
     pytest.importorskip("sentence_transformers", reason="needs the extra export")
     for name, said in (
         ("search", r"tensor\(\[\[-?0\.\d+"),
         ("lora", r"'label': '(even|odd)', 'score': 0\.\d+"),
     ):
-        monkeypatch.chdir(here / name / "best")
-        snippet = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1]
-        exec(snippet, {})
-        assert re.search(said, capfd.readouterr().out)
+        assert re.search(said, run_card(here / name / "best", monkeypatch, capfd))
 
 
 def test_all_files_of_a_run_have_one_mode(here):
@@ -205,6 +213,7 @@ def test_a_search_model_is_exported_as_a_sentence_transformer(here, gradacc):
     model = sentence_transformers.SentenceTransformer("search/sentence-transformers", device="cpu")
     assert (model.max_seq_length, type(model[2]).__name__) == (32, "Normalize")
     assert model.encode(["number 3", "a"]).shape == (2, 32)
+    assert "library_name: sentence-transformers" in Path("search/sentence-transformers/README.md").read_text()
     words = ("export", "search", "--to", "sentence-transformers")
     assert "it exists; move it, or use it" in gradacc(*words)[2]
     weights = Path("search/last/model.safetensors")
@@ -214,7 +223,7 @@ def test_a_search_model_is_exported_as_a_sentence_transformer(here, gradacc):
 
 
 @pytest.mark.parametrize("name", ["lora", "search"])
-def test_onnx_answers_any_number_of_rows_and_tokens_as_the_run(name, here, gradacc):
+def test_onnx_answers_any_number_of_rows_and_tokens_as_the_run(name, here, gradacc, monkeypatch, capfd):
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="needs the extra export")
     import onnxruntime
@@ -233,14 +242,16 @@ def test_onnx_answers_any_number_of_rows_and_tokens_as_the_run(name, here, grada
     code, out, err = gradacc("export", name, "--to", "onnx")
     assert (code, err) == (0, "")
     assert f"{name}/onnx: largest difference " in out
-    assert out.endswith(f'next: onnxruntime.InferenceSession("{name}/onnx/model.onnx")\n')
+    assert out.endswith(f"next: the lines of Python in {name}/onnx/README.md\n")
     session = onnxruntime.InferenceSession(f"{name}/onnx/model.onnx", providers=["CPUExecutionProvider"])
     tokenizer = AutoTokenizer.from_pretrained(f"{name}/onnx")
     inputs = [value.name for value in session.get_inputs()]
     for texts in (["some 3 words"], ["some 4 words", "a", "b and c"]):
         batch = tokenizer(texts, padding=True, return_tensors="np")
-        [found] = session.run(None, {key: batch[key] for key in inputs})
+        assert [*batch] == inputs
+        [found] = session.run(None, dict(batch))
         assert found.shape == (len(texts), 2 if name == "lora" else 32)
+    assert len(run_card(here / name / "onnx", monkeypatch, capfd)) >= 2
 
 
 def test_other_exports_are_refused_in_one_line(here, gradacc):

@@ -1,5 +1,6 @@
 """The last lines of a run: how good the model is, where it is saved, and the next command."""
 
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ FOLDER = Path("runs/my run")
 RESULTS = {"window": 30, "loss": 1.2, "accuracy": 0.75}
 
 
-def lines(recipe=None, report=FOLDER / "report.html", train=None, columns=None, rows=None, **summary):
-    """The three lines for a recipe and a summary, by their names."""
+def lines(recipe=None, report=FOLDER / "report.html", train=None, columns=None, rows=None, folder=FOLDER,
+          number=3, **summary):  # fmt: skip
+    """The lines for a recipe and a summary, by their names."""
     train = train or TrainConfig(best_metric="accuracy", best_direction="max")
     recipe = recipe or load_recipe("text_classification").TextClassification
     made = object.__new__(recipe)
@@ -31,8 +33,8 @@ def lines(recipe=None, report=FOLDER / "report.html", train=None, columns=None, 
         "evaluations": [RESULTS],
         **summary,
     }
-    found = result_lines(made, summary, 429, FOLDER, report)
-    assert len(found) == 3
+    found = result_lines(made, summary, 429, folder, report)
+    assert len(found) == number
     return {line[:22].strip(): line[22:] for line in found}
 
 
@@ -50,7 +52,23 @@ def test_the_result_is_the_metric_in_words_against_the_baseline():
         "that ignores the input: 0.5000"
     )
     worse = lines(baseline={"accuracy": 0.75})["result"]
-    assert worse.endswith("no better than a baseline that ignores the input: 0.7500")
+    assert worse.endswith(
+        "no better than a baseline that ignores the input: 0.7500. The 95 % interval of accuracy is 0.0820 "
+        "wide, and the baseline is 0.0000 away: 429 examples show no difference"
+    )
+
+
+def test_evaluations_of_an_earlier_model_are_named(tmp_path):
+    (tmp_path / "evaluations").mkdir()
+    for number, data in enumerate(("a.csv", "b.csv")):
+        found = {"model": "best", "window": 24, "data": data}
+        (tmp_path / f"evaluations/{number}.json").write_text(json.dumps(found))
+    said = lines(folder=tmp_path, number=4)["evaluations"]
+    assert said == f"of an earlier model on a.csv, b.csv; of this model: gradacc evaluate {tmp_path} --data …"
+    for number, data in enumerate(("a.csv", "b.csv"), 2):
+        found = {"model": "best", "window": RESULTS["window"], "data": data}
+        (tmp_path / f"evaluations/{number}.json").write_text(json.dumps(found))
+    assert "evaluations" not in lines(folder=tmp_path)
 
 
 def test_without_a_baseline_the_untrained_model_is_the_comparison():

@@ -245,6 +245,11 @@ def test_a_grid_is_one_plot_and_a_search_has_a_plot_for_each_setting(points, num
     assert not any("mathdefault" in plot for plot in plots), "numbers, not formulas"
 
 
+def test_the_axis_of_a_search_has_the_values_that_were_tried():
+    results = [TrialResult({"optim.lr": lr}, (), (0.5,), 1.0) for lr in ("0.000261", "0.000354")]
+    assert all(tick in plots_of(results, "accuracy")[0] for tick in ("2.61e-4", "3.54e-4"))
+
+
 def test_optuna_chooses_points_of_a_range_and_chooses_the_same_again():
     pytest.importorskip("optuna", reason="needs the extra sweep")
     from gradacc_hf.sweep.search import next_point
