@@ -234,8 +234,9 @@ def test_router_losses_over_windows_are_exact_and_those_of_micro_batches_are_not
 
 
 @pytest.mark.slow
-def test_a_student_is_trained_with_a_teacher_and_without(capsys):
-    result = measure_distillation(seeds=1, epochs=1, temperature=2, weight=0.5, windows=1)
+def test_a_student_is_trained_with_a_teacher_and_without(capsys, tmp_path):
+    settings = {"temperature": 2, "weight": 0.5, "folder": tmp_path}
+    result = measure_distillation(seeds=1, epochs=1, windows=1, **settings)
     [teacher], [alone], [taught] = (result.of(name) for name in ("teacher", "alone", "with a teacher"))
     assert alone.parameters == taught.parameters < teacher.parameters
     assert alone.accuracy != taught.accuracy
