@@ -6,9 +6,8 @@ A recipe has its own command line: `gradacc_hf.run.run`.
 import argparse
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -194,28 +193,41 @@ def copy_recipe(name: str, folder: Path) -> None:
     """
     if name not in recipes() and name not in [f"lessons/{lesson}" for lesson in lessons.names()]:
         raise InputError(f"no recipe {name!r}; allowed: {', '.join(recipes())}, and lessons/NAME")
-    copies = {
-        path: folder / path.relative_to(bundle_root())
-        for path in (bundle_root() / "recipes" / f"{name}.py", *configs(name))
-    }
-    refuse_existing([*copies.values()], "copied")
-    for source, target in copies.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-        print(target)
-    script, *settings = copies.values()
+    files = (bundle_root() / "recipes" / f"{name}.py", *configs(name))
+    copies = {folder / file.relative_to(bundle_root()): file.read_text(encoding="utf-8") for file in files}
+    write_files(copies, "copied")
+    script, *settings = copies
     offline = next((config for config in settings if config.stem == f"{name}_offline"), None)
     for line in next_commands(script, offline):
         print(line)
 
 
-def refuse_existing(targets: Sequence[Path], done: str) -> None:
-    """Raise InputError if one of the files exists. `done` is what would happen to them."""
-    if existing := [str(target) for target in targets if os.path.lexists(target)]:
+def write_files(files: Mapping[Path, str], done: str) -> None:
+    """Write and print new text files, or write none of them. `done` is what happens to them: "copied".
+
+    Raises InputError if one of the files exists or cannot be written.
+    """
+    if existing := [str(file) for file in files if os.path.lexists(file)]:
         raise InputError(
             f"nothing was {done}, because these files exist: {', '.join(existing)}; give another folder, or "
             "move them"
         )
+    opened: list[Path] = []
+    try:
+        for file, text in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("x", encoding="utf-8") as output:
+                opened.append(file)
+                output.write(text)
+    except OSError as error:
+        for file in opened:
+            file.unlink()
+        raise InputError(
+            f"nothing was {done}, because {error.filename or file} cannot be written ({error.strerror}); "
+            "give another folder"
+        ) from None
+    for file in files:
+        print(file)
 
 
 def next_commands(script: Path, offline: Path | None) -> list[str]:

@@ -2,10 +2,12 @@
 
 import keyword
 import re
+import sys
 from collections.abc import Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
-from gradacc_hf.cli.main import configs, next_commands, recipes, refuse_existing
+from gradacc_hf.cli.main import configs, next_commands, recipes, write_files
 from gradacc_hf.errors import InputError, listed, refuse
 from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.paths import bundle_root
@@ -56,11 +58,7 @@ def main(argv: Sequence[str]) -> None:
         refuse("--like", f"found {given.like!r}", f"allowed: {listed(allowed)}{cure}")
     files = files_of(given.name, given.like)
     targets = {given.folder / path: text for path, text in files.items()}
-    refuse_existing([*targets], "written")
-    for target, text in targets.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-        print(target)
+    write_files(targets, "written")
     script, offline, _, test = targets
     for line in next_commands(script, offline):
         print(line)
@@ -94,6 +92,9 @@ def files_of(name: str, like: str) -> dict[Path, str]:
     if not is_name or name in recipes():
         taken = "the name of a recipe of gradacc" if name in recipes() else "no name of a module"
         refuse("NAME", f"found {name!r}, {taken}", "allowed: small letters, digits and _, such as my_task")
+    if name in sys.stdlib_module_names or name in packages_distributions():
+        found = f"found {name!r}, the name of an installed module, which recipes/{name}.py would hide"
+        refuse("NAME", found, "give another name, such as my_task")
     source = (bundle_root() / "recipes" / f"{like}.py").read_text(encoding="utf-8")
     (old_class,) = re.findall(r"^    run\((\w+)\)$", source, re.MULTILINE)
     new_class = "".join(part.capitalize() for part in name.split("_"))

@@ -1,6 +1,7 @@
 """`gradacc plan`: memory, steps and cost of a run, without a GPU."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     arguments, settings = parser.parse_known_args(argv)
     for name in ("processes", "tflops", "price"):
         value = getattr(arguments, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             refuse(f"--{name}", f"found {value:g}", "allowed: a number above 0")
     if arguments.tflops is not None and arguments.rate_of is not None:
         raise InputError("--tflops and --rate-of both give the rate; give only one of them")

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -37,6 +38,7 @@ class ListedRun:
 
     run: the folder.
     recipe: the name of the recipe.
+    script: the recipe's file.
     model, data: as in the config.
     metric: the metric that ranks evaluations.
     best: the best value of `metric`.
@@ -49,6 +51,7 @@ class ListedRun:
 
     run: str
     recipe: str | None
+    script: str | None
     model: str | None
     data: str | None
     metric: str | None
@@ -91,13 +94,22 @@ def make_parser() -> Parser:
 
 
 def list_runs(folder: Path) -> list[ListedRun]:
-    """Return the runs in a folder and below, in natural order. Links and hidden folders are left out."""
+    """Return the runs in a folder and below, in natural order. Links and hidden folders are left out.
+
+    Folders that cannot be read are named on stderr.
+    """
     found = []
-    for place, below, files in os.walk(folder):
-        below[:] = [name for name in below if not name.startswith(".") and name not in NOT_BELOW]
-        if (run := _read(Path(place), {*files})) is not None:
+    for place, below, files in os.walk(folder, onerror=_print_unreadable):
+        run = _read(Path(place), {*files})
+        left_out = NOT_BELOW if run else set()
+        below[:] = [name for name in below if not name.startswith(".") and name not in left_out]
+        if run:
             found.append(run)
     return sorted(found, key=lambda run: _natural(run.run))
+
+
+def _print_unreadable(error: OSError) -> None:
+    print(_printable(f"{error.filename}: cannot be read ({error.strerror})"), file=sys.stderr)
 
 
 def _read(folder: Path, files: set[str]) -> ListedRun | None:
@@ -110,10 +122,10 @@ def _read(folder: Path, files: set[str]) -> ListedRun | None:
     if not (has_config or rows or "windows" in summary):
         return None
     train, model, data = (_section(config, name) for name in ("train", "model", "data"))
-    metric = str(train.get("best_metric") or "loss")
+    metric = _text(train.get("best_metric")) or "loss"
     best = _number(_section(summary, "best").get(metric))
     seconds = [_number(row.get("seconds")) for row in rows]
-    recipe = config.get("recipe")
+    recipe, name = _text(config.get("recipe")), _text(model.get("name"))
     batch = _section(config, "batch").get("effective", summary.get("effective_batch_size"))
     if "windows" in summary:
         state = "finished"
@@ -123,12 +135,13 @@ def _read(folder: Path, files: set[str]) -> ListedRun | None:
         state = "resumable" if has_config and "summary.json" not in files else "unfinished"
     return ListedRun(
         run=redact(str(folder)),
-        recipe=Path(recipe).stem if isinstance(recipe, str) else None,
-        model=redact(str(model["name"])) if model.get("name") else None,
-        data=redact(_sources(data["train"])) if data.get("train") else None,
+        recipe=Path(recipe).stem if recipe else None,
+        script=redact(recipe) if recipe else None,
+        model=redact(name) if name else None,
+        data=redact(_sources(data.get("train"))) or None,
         metric=metric if best is not None else None,
         best=best,
-        effective_batch=batch if isinstance(batch, int | float | str | dict) else None,
+        effective_batch=_batch_setting(batch),
         windows=int(_number(summary.get("windows")) or len(rows)),
         seconds=_number(summary.get("seconds")) or math.fsum(s for s in seconds if s) or None,
         state=state,
@@ -170,10 +183,28 @@ def _number(value: Any) -> float | None:
     return float(value) if is_number and math.isfinite(value) else None
 
 
+def _text(value: Any) -> str | None:
+    """Return a text without control characters; None for anything else, such as a list that YAML repeats."""
+    return _printable(value) if isinstance(value, str) and value else None
+
+
+def _printable(text: str) -> str:
+    """Return a text without control characters, which would reach the terminal."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
 def _sources(data: Any) -> str:
     """Return the training data as text: a name, or the sources of a mixture."""
     sources = data if isinstance(data, list) else [data]
-    return ", ".join(str(one.get("source")) if isinstance(one, dict) else str(one) for one in sources)
+    names = [_text(one.get("source") if isinstance(one, dict) else one) for one in sources]
+    return ", ".join(name for name in names if name)
+
+
+def _batch_setting(value: Any) -> Any:
+    """Return an effective batch size, a schedule of sizes by window, or the text "noise_scale"."""
+    if isinstance(value, dict):
+        return {key: size for key, size in value.items() if isinstance(key, int) and isinstance(size, int)}
+    return value if isinstance(value, int | float) else _text(value)
 
 
 def _is_locked(lock: Path) -> bool:
@@ -201,7 +232,8 @@ def show(runs: Sequence[ListedRun], folder: Path, console: Console) -> None:
     else:
         for run in runs:
             console.print(Text.assemble((_name(run, folder), "bold"), "  ", _state(run)), soft_wrap=True)
-            console.print(f"  {', '.join(map(_short, (run.recipe, run.model, run.data)))}", markup=False)
+            what = ", ".join(map(_short, (run.recipe, run.model, run.data)))
+            console.print(f"  {what}", markup=False, emoji=False)
             trained = f"{run.windows:,} window{'s' * (run.windows != 1)}"
             trained += f" in {_seconds(run)} s" * (run.seconds is not None)
             parts = [_best(run)] * (run.best is not None) + [f"batch {_batch(run)}", trained]
@@ -209,9 +241,18 @@ def show(runs: Sequence[ListedRun], folder: Path, console: Console) -> None:
             if run.note:
                 console.print(Text(f"  {run.note}", "yellow"))
     if waiting := [run for run in runs if run.state == "resumable"]:
-        recipe = f"recipes/{waiting[-1].recipe or 'RECIPE'}.py"
-        command = f"python {recipe} --resume {shlex.quote(waiting[-1].run)}"
-        console.print(f"to continue a resumable run: {command}", soft_wrap=True, markup=False)
+        run = waiting[-1]
+        command = shlex.join(["python", _script(run), "--resume", run.run])
+        console.print(_printable(f"to continue a resumable run: {command}"), soft_wrap=True, markup=False)
+
+
+def _script(run: ListedRun) -> str:
+    """Return the file of a run's recipe, unless it came with the run: a foreign file is not to be run."""
+    place, folder = Path(run.script or ""), Path(run.run).resolve()
+    if not place.is_absolute() or place.resolve().is_relative_to(folder):
+        return f"recipes/{run.recipe or 'RECIPE'}.py"
+    here = Path.cwd()
+    return str(place.relative_to(here) if place.is_relative_to(here) else place)
 
 
 def _show_table(runs: Sequence[ListedRun], folder: Path, console: Console) -> None:
@@ -235,7 +276,7 @@ def _show_table(runs: Sequence[ListedRun], folder: Path, console: Console) -> No
 def _name(run: ListedRun, folder: Path) -> str:
     """Return the folder of a run, relative to the folder that is listed."""
     name = os.path.relpath(run.run, folder)
-    return Path(run.run).resolve().name if name == "." else name
+    return _printable(Path(run.run).resolve().name if name == "." else name)
 
 
 def _state(run: ListedRun) -> Text:

@@ -29,7 +29,7 @@ from gradacc_hf.comparison.worker import CONTENDERS, USUAL, micro_batch_size, wi
 from gradacc_hf.errors import InputError, listed, refuse
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.recipe.loading import load_recipe
-from gradacc_hf.run.folder import next_folder
+from gradacc_hf.run.folder import new_folder
 from gradacc_hf.run.setup import load_data, make_windows
 from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.redaction import redact
@@ -38,6 +38,7 @@ from gradacc_hf.utils.verbosity import silence_libraries
 IGNORED_SECTIONS = ("checkpoint", "output")
 IGNORED = (
     "check",
+    "continue",
     "resume",
     "train.best_direction",
     "train.best_metric",
@@ -63,9 +64,7 @@ def main(argv: Sequence[str]) -> None:
     settings = ["--config", given.config, "--budget", given.budget, *more_settings]
     recipe = load_recipe(settings)
     size, rows = _checked_sizes(recipe, given.windows)
-    folder = given.output or next_folder("compare")
-    if given.output and folder.exists():
-        raise InputError(f"--output: {folder} exists; give a new folder")
+    folder = new_folder("compare", given.output)
     console = Console(highlight=False, stderr=given.json)
     console.print(
         f"{given.windows} window{'s' * (given.windows > 1)} of {size} examples, {given.repeats} "

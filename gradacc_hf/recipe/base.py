@@ -36,7 +36,7 @@ from gradacc_hf.data.sources import CARRIED, SOURCE, weighed
 from gradacc_hf.embedded import FROM_SCRATCH, resolve_model
 from gradacc_hf.errors import InputError, one_line, refuse
 from gradacc_hf.recipe.labels import Labels, labels_of_config, parameters_of_labels, renew
-from gradacc_hf.recipe.labels_per import find_labels_per, labels_per
+from gradacc_hf.recipe.labels_per import find_labels_per, labels_per, note_on_tokens
 from gradacc_hf.recipe.mixture import read_mixture, take_sources_and_weights
 from gradacc_hf.recipe.scoring import ScoredRows
 from gradacc_hf.recipe.streaming import ExampleStream, OpenRows, open_rows
@@ -243,6 +243,8 @@ class Recipe:
         training, validation = take_sources_and_weights(self, *self.datasets())
         if self.labels_per is None and type(self).collate is Recipe.collate:
             self.labels_per = find_labels_per(training)
+            if self.labels_per == "token" and (note := note_on_tokens(training)):
+                self.model_notes["labels per token"] = note
         if self.config.model.teacher is not None:
             self.model_notes["teacher"] = self.teacher.check(self)
         return training, validation

@@ -27,19 +27,32 @@ def labels_per(examples: Sequence[Mapping[str, Any]]) -> Literal["token", "examp
 def find_labels_per(dataset: Dataset) -> Literal["token", "example"] | None:
     """Return what the integer labels of a data set are for; None for labels of any other kind.
 
-    Raises InputError for lists of labels that fit neither.
+    Raises InputError for lists of labels that fit neither, and for an example without labels.
     """
     if not isinstance(dataset, Dataset) or not {"labels", "input_ids"} <= {*dataset.column_names}:
         return None
     kind = dataset.features["labels"]
     if not is_list(kind) or not getattr(kind.feature, "dtype", "").startswith("int"):
         return None
-    sizes: dict[str, list[int]] = {"labels": [], "input_ids": []}
-    tables: Any = dataset.select_columns([*sizes]).with_format("arrow").iter(batch_size=10_000)
-    for table in tables:
-        for name, found in sizes.items():
-            found += pc.list_value_length(table[name]).to_pylist()
-    return _decide(sizes["labels"], sizes["input_ids"]) if sizes["labels"] else None
+    labels, tokens = (_sizes(dataset, name) for name in ("labels", "input_ids"))
+    if None in labels:
+        refuse("labels", f"example {labels.index(None)} has none", "give it labels, or leave it out")
+    return _decide(labels, tokens) if labels else None
+
+
+def note_on_tokens(dataset: Dataset) -> str | None:
+    """Return a line for the plan if labels of tokens could also be several labels per example."""
+    sizes = {*_sizes(dataset, "labels")}
+    if len(sizes) != 1:
+        return None
+    found = f"treated as labels of {min(sizes)} tokens, as every example has this many"
+    return f"{found}; labels_per in the recipe overrules it"
+
+
+def _sizes(dataset: Dataset, name: str) -> list[Any]:
+    """Return the length of the list in each row of a column; None for a row without one."""
+    tables: Any = dataset.select_columns([name]).with_format("arrow").iter(batch_size=10_000)
+    return [size for table in tables for size in pc.list_value_length(table[name]).to_pylist()]
 
 
 def _decide(labels: Sequence[int], tokens: Sequence[int]) -> Literal["token", "example"]:

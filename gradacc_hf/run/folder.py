@@ -261,3 +261,20 @@ def next_folder(name: str) -> Path:
             return folder
         except FileExistsError:
             number += 1
+
+
+def new_folder(name: str, output: Path | None) -> Path:
+    """Make a new folder for several runs: `output`, or else the next free numbered folder under runs/.
+
+    Raises InputError for a folder that exists or cannot be made.
+    """
+    try:
+        if output is None:
+            return next_folder(name)
+        output.mkdir(parents=True)
+        return output
+    except FileExistsError:
+        refuse("--output", f"{output or 'runs'} exists", "give a new folder")
+    except OSError as error:
+        problem = f"{output or 'runs'} cannot be made ({error.strerror})"
+        refuse("--output", problem, "give a folder elsewhere")

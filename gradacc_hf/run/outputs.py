@@ -45,10 +45,9 @@ def batch_of_rows(recipe: Recipe, rows: int) -> dict[str, Any]:
     """Return a batch of the first validation rows of a run, on the host."""
     recipe, training, validation = load_data(recipe)
     validation = validation.select(range(min(rows, len(validation))))
-    bound = Bound(micro_batch_size=max(rows, 1))
-    _, windows = make_windows(recipe, training, validation, Accelerator(cpu=True), bound)
-    [micro_batch] = windows.collate_window(0, 0)
-    return dict(micro_batch.batch)
+    one_each = Bound(micro_batch_size=1)
+    _, windows = make_windows(recipe, training, validation, Accelerator(cpu=True), one_each)
+    return dict(windows.collated(range(len(validation))).batch)
 
 
 @torch.inference_mode()

@@ -47,7 +47,7 @@ from gradacc_hf.sweep.runs import (
 )
 from gradacc_hf.sweep.search import check_optuna, next_point
 from gradacc_hf.sweep.space import Point, Space, split_settings
-from gradacc_hf.sweep.state import STATE, open_folder, read_points, write_points
+from gradacc_hf.sweep.state import STATE, locked, open_folder, read_points, settings_of, write_points
 from gradacc_hf.utils.commands import Parser
 from gradacc_hf.utils.redaction import redact, without_tokens
 from gradacc_hf.utils.verbosity import silence_libraries
@@ -104,13 +104,13 @@ def main(argv: Sequence[str]) -> None:
     console = Console(highlight=False, stderr=given.json)
     show_plan(sweep, windows_of(sweep, recipe_class), console)
     command = [*flags, *words]
-    folder = open_folder(given.output, given.resume, command)
+    folder = open_folder(given.output, given.resume, command, settings_of(config))
     console.print(f"{'folder':<22}{folder}", soft_wrap=True, markup=False)
     is_new = [path.name for path in folder.iterdir()] == [STATE]
     processes = Processes(str(config.recipe))
-    again = f"gradacc sweep {shlex.join(without_tokens([*argv]))}"
+    again = f"gradacc sweep {shlex.join(without_tokens(without_resume(argv)))}"
     try:
-        with processes.receiving_signals(), _progress(sweep, console) as progress:
+        with locked(folder), processes.receiving_signals(), _progress(sweep, console) as progress:
             results = train_all(
                 sweep, folder, processes.start, lambda: processes.stopped_by is not None, progress
             )
@@ -128,10 +128,20 @@ def main(argv: Sequence[str]) -> None:
     if (number := processes.stopped_by) and any(
         not summary_of(run) for one in results for run in one.folders
     ):
-        without = again.partition(" --resume")[0]
-        console.print(f"to continue: {without} --resume {folder}", soft_wrap=True, markup=False)
+        resume = shlex.quote(str(folder))
+        console.print(f"to continue: {again} --resume {resume}", soft_wrap=True, markup=False)
         sys.exit(128 + number)
     sys.exit(1 if any(result.problem for result in results) else 0)
+
+
+def without_resume(argv: Sequence[str]) -> list[str]:
+    """Return a command line without `--resume FOLDER`."""
+    before = ["", *argv][: len(argv)]
+    return [
+        word
+        for word, last in zip(argv, before, strict=True)
+        if "--resume" not in (last, word.partition("=")[0])
+    ]
 
 
 def make_parser() -> Parser:
@@ -221,10 +231,11 @@ def show_plan(sweep: Sweep, windows: Sequence[int | None], console: Console) -> 
         if len(sweep.seeds) > 1
         else "1 seed"
     )
+    points = f"{sweep.num_points} point{'s' * (sweep.num_points > 1)}"
     better = "smallest" if sweep.direction == "min" else "largest"
     lines = [
         *sweep.space.lines(),
-        ("runs", f"{runs}: {sweep.num_points} points, {how}, with {seeds}"),
+        ("runs", f"{runs}: {points}, {how}, with {seeds}"),
         ("windows", f"{of_each} in each run"),
         ("best", f"the {better} {metric_name(sweep.metric)}, as the mean over seeds"),
     ]
@@ -274,6 +285,8 @@ def train_all(
             on_wait = on_run(redact(what), run)
             if summary_of(run):
                 continue
+            if is_stopped():
+                return [*results, read_result(point, folders, sweep.metric)]
             run.parent.mkdir(parents=True, exist_ok=True)
             log = run.parent / f"{run.name}.log"
             code = start([*sweep.flags, *flags_of(point, seed, run)], log, on_wait)
@@ -294,7 +307,7 @@ def train_all(
 def _progress(sweep: Sweep, console: Console) -> Iterator[Callable[[str, Path], Callable[[], Any]]]:
     """Show a bar with the windows of the run, or lines if stderr is not a terminal."""
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(), TextColumn("left")
-    texts = TextColumn("{task.description}"), *columns, TimeRemainingColumn()
+    texts = TextColumn("{task.description}", markup=False), *columns, TimeRemainingColumn()
     with Progress(*texts, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=sweep.num_points * len(sweep.seeds), completed=-1)
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -69,8 +69,10 @@ def read_result(point: Point, folders: tuple[Path, ...], metric: str, problem: s
 
 def summary_of(folder: Path) -> Mapping[str, Any]:
     """Return the summary of a run that has ended; empty for any other folder."""
-    file = folder / "summary.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    with suppress(OSError, ValueError):  # no summary, or a damaged one
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return summary if isinstance(summary, dict) else {}
+    return {}
 
 
 def last_error(log: Path) -> str:

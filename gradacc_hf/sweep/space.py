@@ -18,7 +18,8 @@ from gradacc_hf.errors import InputError, refuse
 
 Point = Mapping[str, str]  # setting → value, as on a command line
 SEED = "train.seed"
-OF_THE_SWEEP = ("check", "help", "output.dir", "output.overwrite", "output.push_to_hub", "resume")
+OF_THE_RANKING = ("train.best_metric", "train.best_direction")
+OF_THE_SWEEP = ("check", "continue", "help", "output.dir", "output.overwrite", "output.push_to_hub", "resume")
 LOG_FROM_RATIO = 10  # a range with a larger ratio of its ends is searched by the logarithm
 NUMBER = r"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?"
 NAME_LENGTH = 100  # characters of a folder
@@ -101,7 +102,7 @@ def split_settings(words: Sequence[str], types: Mapping[str, Any]) -> tuple[list
         elif ends := _range(key, value, kind):
             ranges[key] = ends
         elif len(values) > 1 and not _has_commas(key, kind):
-            if len({*values}) < len(values):
+            if len({one if number(one) is None else number(one) for one in values}) < len(values):
                 refuse(f"--{key}", f"found {value}", "give each value once")
             choices[key] = values
         else:
@@ -110,6 +111,9 @@ def split_settings(words: Sequence[str], types: Mapping[str, Any]) -> tuple[list
         raise InputError(
             f"--{SEED}: found several values; give --seeds, the number of seeds, and one first seed"
         )
+    for name in OF_THE_RANKING:
+        if name in choices:
+            refuse(f"--{name}", "found several values", "give one: all runs are ranked by it")
     return shared, Space(choices, ranges)
 
 

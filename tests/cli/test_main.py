@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gradacc_hf.cli import main as cli
+from gradacc_hf.errors import InputError
 
 
 def gradacc(*arguments):
@@ -90,6 +91,13 @@ def test_cp_overwrites_nothing(tmp_path):
     assert "nothing was copied, because these files exist: " in done.stderr
     assert mine.read_text() == "mine"
     assert not (tmp_path / "configs").exists()
+
+
+def test_a_copy_that_cannot_be_written_leaves_no_file(tmp_path):
+    (tmp_path / "configs").touch()
+    with pytest.raises(InputError, match=r"^nothing was copied, because .*configs.* cannot be written"):
+        cli.copy_recipe("text_classification", tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["configs"]
 
 
 @pytest.mark.parametrize("name", ["nonsense", "../secrets"])

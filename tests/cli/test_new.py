@@ -57,6 +57,8 @@ def test_the_test_of_a_new_recipe_passes(tmp_path, like):
         ("class", "seq2seq", "NAME: found 'class', no name of a module"),
         ("seq2seq", "seq2seq", "NAME: found 'seq2seq', the name of a recipe of gradacc"),
         ("recipe", "causal_lm", "the class Recipe is already used in recipes/causal_lm.py"),
+        ("random", "seq2seq", "NAME: found 'random', the name of an installed module"),
+        ("a" * 300, "seq2seq", "nothing was written, because "),
         ("my_task", "nonsense", "--like: found 'nonsense'; allowed: causal_lm"),
         ("my_task", "minimal", "gradacc cp minimal FOLDER copies it"),
     ],
@@ -65,7 +67,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path, name, like, message):
     with pytest.raises(InputError) as refused:
         main([name, "--like", like, "--folder", str(tmp_path)])
     assert message in str(refused.value)
-    assert [*tmp_path.iterdir()] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_nothing_is_overwritten(tmp_path):

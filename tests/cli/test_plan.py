@@ -161,6 +161,7 @@ def test_a_plan_refuses_what_the_run_refuses(capsys):
     [
         (["--processes", "0"], "--processes: found 0; allowed: a number above 0"),
         (["--tflops", "-1"], "--tflops: found -1"),
+        (["--tflops", "nan"], "--tflops: found nan; allowed: a number above 0"),
         (["--price", "2"], "--price needs --tflops or --rate-of, to estimate the run time"),
         (["--budget.memory", "8"], "--budget.memory: found '8'"),
         (["--optim.lrr", "8"], "unknown key --optim.lrr"),

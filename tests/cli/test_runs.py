@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -56,6 +57,37 @@ def test_broken_and_foreign_folders_are_listed_or_left_out_but_refuse_nothing(fo
     assert list(states.items()) == list(wanted.items())
     assert "config.yaml: " in found["group/broken"].note
     assert "summary.json: " in found["group/broken"].note
+
+
+def test_foreign_texts_reach_the_terminal_neither_as_commands_nor_a_million_times(tmp_path, capfd):
+    (tmp_path / "a/logs/b").mkdir(parents=True)
+    levels = "".join(f"{two}: &{two} [{', '.join([f'*{one}'] * 9)}]\n" for one, two in pairwise("abcdefghij"))
+    own = 'batch: {effective: 8}\noptim: {}\ntrain: {}\nmodel: {name: "\\e[31m:smile:"}\n'
+    own += f"recipe: {tmp_path}/a/evil.py\n"
+    (tmp_path / "a/config.yaml").write_text(f"{own}a: &a [x]\n{levels}data: {{train: *j}}")
+    command.show(list_runs(tmp_path), tmp_path, Console(width=80, highlight=False))
+    printed = capfd.readouterr().out
+    assert "–, �[31m:smile:, –" in printed.replace("evil", "–", 1)
+    assert f"to continue a resumable run: python recipes/evil.py --resume {tmp_path}/a\n" in printed
+
+
+def test_every_folder_of_runs_is_listed_whatever_its_name_and_the_command_names_the_recipe(
+    folder, capfd, monkeypatch
+):
+    (folder / "group").rename(folder / "logs")
+    (folder / "logs/a-10/summary.json").unlink()
+    monkeypatch.chdir(folder)
+    command.main(["."])
+    printed = capfd.readouterr().out
+    script = load_recipe("text_classification").__file__
+    assert "logs/a-10  resumable" in printed
+    assert printed.endswith(f"python {script} --resume logs/a-10\n")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, capfd):
+    (tmp_path / "file").touch()  # root may read every folder
+    assert list_runs(tmp_path / "file") == []
+    assert capfd.readouterr().err == f"{tmp_path}/file: cannot be read (Not a directory)\n"
 
 
 def test_a_run_that_another_process_writes_is_running(folder):

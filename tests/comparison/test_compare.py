@@ -185,6 +185,11 @@ def test_the_command_runs_contenders_in_turns_and_leaves_a_report(settings, tmp_
             ["--output.dir=x"],
             "--output.dir: found a setting that gradacc compare ignores; name the folder with",
         ),
+        (["--continue", "run"], "--continue: found a setting that gradacc compare ignores; remove it"),
+        (
+            ["--windows", "1", "--output", "file/x"],
+            r"--output: file/x cannot be made \(Not a directory\); give a folder",
+        ),
         (
             ["--train.eval_every", "3"],
             "--train.eval_every: found a setting that gradacc compare ignores; remove",
@@ -193,9 +198,10 @@ def test_the_command_runs_contenders_in_turns_and_leaves_a_report(settings, tmp_
 )
 def test_bad_input_is_refused_before_anything_is_run(settings, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     with pytest.raises(InputError, match=message):
         cli.main([*settings, *more])
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_folder_that_is_there_is_refused(settings, tmp_path):

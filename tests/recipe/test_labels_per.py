@@ -85,6 +85,26 @@ def test_the_lengths_decide_what_labels_are_for(labels, tokens, wanted):
     assert find_labels_per(Dataset.from_dict({"labels": labels, "input_ids": tokens})) == wanted
 
 
+def test_two_labels_for_two_tokens_in_every_text_are_stated_in_the_plan(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [{"text": "", "first": i % 2, "second": 0} for i in range(60)]  # [CLS] [SEP]
+    words = ["--data.train", write_rows("rows.jsonl", texts), "--model.name", tiny_bert]
+    recipe = make_recipe(TwoQuestions, *words)
+    recipe.read_examples()
+    assert recipe.labels_per == "token"
+    note = recipe.model_notes["labels per token"]
+    assert note.startswith("treated as labels of 2 tokens, as every example has this many")
+    recipe = make_recipe(TwoQuestions, "--data.train", write_rows("rows.jsonl", rows()), *words[2:])
+    recipe.read_examples()
+    assert recipe.model_notes == {}
+
+
+def test_an_example_without_labels_is_one_line():
+    examples = Dataset.from_dict({"labels": [[0, 1], None], "input_ids": [[5, 6], [5, 6, 7]]})
+    with pytest.raises(InputError, match=r"^labels: example 1 has none; give it labels, or leave it out$"):
+        find_labels_per(examples)
+
+
 def test_a_micro_batch_alone_does_not_decide(tiny_bert):
     """Texts of three tokens with three labels each, in a data set with other texts."""
     recipe = make_recipe(TextClassification, "--data.train", "x.csv", "--model.name", tiny_bert)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
+from gradacc_hf.bench.offline import offline_recipe
+from gradacc_hf.run.outputs import batch_of_rows
 from gradacc_hf.run.runner import run
 
 TextClassification = load_recipe("text_classification").TextClassification
@@ -202,3 +204,10 @@ def test_other_exports_are_refused_in_one_line(here, gradacc):
         code, _, err = gradacc("export", *words)
         assert (code, err.count("\n")) == (2, 1)
         assert said in err
+
+
+def test_rows_of_very_different_lengths_are_compared_in_one_batch():
+    batch = batch_of_rows(offline_recipe(), 10)
+    mask = batch["attention_mask"].sum(1)
+    assert len(mask) == len(batch["labels"]) == 10
+    assert mask.max() > 5 * mask.min()

@@ -15,12 +15,13 @@ from recipe_runs import load_recipe, run_recipe, with_defaults, write_rows
 from rich.console import Console
 
 from gradacc_hf.cli.runs import list_runs
+from gradacc_hf.config.schema import BudgetConfig, Config, TrainConfig
 from gradacc_hf.errors import InputError
-from gradacc_hf.sweep.cli import Sweep, best_line, main, show_results, train_all, windows_of
+from gradacc_hf.sweep.cli import Sweep, best_line, main, show_results, train_all, windows_of, without_resume
 from gradacc_hf.sweep.page import plots_of, write_page
 from gradacc_hf.sweep.runs import TrialResult
 from gradacc_hf.sweep.space import Range, Space, folder_name, split, split_settings
-from gradacc_hf.sweep.state import open_folder, read_points, write_points
+from gradacc_hf.sweep.state import locked, open_folder, read_points, settings_of, write_points
 
 TextClassification = load_recipe("text_classification").TextClassification
 CONFIG = str(ROOT / "configs/text_classification_offline.yaml")
@@ -63,6 +64,9 @@ def test_commas_inside_brackets_separate_nothing():
         ("--optim.lr 1e-6..1e-4", "--optim.lr: found a range, which needs --trials N"),
         ("", "gradacc sweep: no setting has several values"),
         ("--optim.lr 1e-5,3e-5 --trials 0", "--trials: found 0; allowed: 1 or more"),
+        ("--optim.lr 1e-3,1.0e-3", "--optim.lr: found 1e-3,1.0e-3; give each value once"),
+        ("--train.best_metric accuracy,loss", "--train.best_metric: found several values; give one"),
+        ("--continue run --optim.lr 1,2", "--continue: found a setting of a single run"),
         ("--optim.lrr 1e-5,3e-5", "unknown key --optim.lrr"),
         ("--optim.lr 1e-5,x", "--optim.lr: found 'x'"),
         ("--batch.effective 4,9999999", "batch.effective: found 9999999"),
@@ -88,13 +92,38 @@ def test_different_points_have_different_folders():
     [{"optim.lr": "1e-3", "output.push_to_hub": "x"}, {"optim.lr": "1"}, {"optim.lr": "1e-3 --x"}, {}, "x"],
 )
 def test_a_point_of_a_folder_that_is_not_in_the_space_is_refused(tmp_path, point):
-    folder = open_folder(tmp_path / "sweep", None, [])
+    folder = open_folder(tmp_path / "sweep", None, [], {})
     space = Space({}, {"optim.lr": Range(1e-4, 1e-2, False)})
     write_points(folder, [{"optim.lr": "1e-3"}])
     assert read_points(folder, space) == [{"optim.lr": "1e-3"}]
     write_points(folder, [point])
     with pytest.raises(InputError, match="start the sweep again, in another folder"):
         read_points(folder, space)
+
+
+def test_a_sweep_is_resumed_with_the_same_settings_by_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [settings_of(Config(train=TrainConfig(epochs=epochs))) for epochs in (0, 1, 2)]
+    folder = open_folder(None, None, ["--x"], settings[1])
+    with pytest.raises(InputError, match=r"other settings; its settings: --train\.epochs 1$"):
+        open_folder(None, str(folder), ["--x"], settings[2])
+    with pytest.raises(InputError, match=r"other settings; its settings: --x$"):
+        open_folder(None, str(folder), ["--y"], settings[1])
+    assert open_folder(None, "auto", ["--x"], settings[2]) != folder
+    other = settings_of(Config(budget=BudgetConfig(memory="1GiB")))
+    assert open_folder(None, "auto", ["--x"], other) == folder
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^--output: file/x cannot be made \(Not a directory\)"):
+        open_folder(Path("file/x"), None, [], {})
+    script = "import fcntl, time; file = open('.lock', 'a'); fcntl.lockf(file, fcntl.LOCK_EX);"
+    command = [sys.executable, "-c", f"{script} print(flush=True); time.sleep(60)"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=f"another sweep trains in {folder}"), locked(folder):
+            pass
+        other.kill()
+    with locked(folder):
+        pass
 
 
 class InProcess:
@@ -143,16 +172,14 @@ def flags(tiny_bert, tmp_path, monkeypatch):
 def test_an_interrupted_sweep_goes_on_where_it_stopped_and_ends_in_a_table_and_a_plot(flags, capfd):
     space = Space({"optim.lr": ["1e-9", "3e-3"], "batch.effective": ["8"]})
     sweep = Sweep(flags, space, range(2), None, "accuracy", "max")
-    folder = open_folder(None, None, flags)
+    folder = open_folder(None, None, flags, {})
     assert folder == Path("runs/sweep-1")
     assert windows_of(sweep, TextClassification) == [10, 10]
     stopped = InProcess(capfd, stop_at=2)
     stopped.train(sweep, folder)
     states = {run.run.removeprefix(f"{folder}/"): run.state for run in list_runs(folder)}
     assert states == {"lr-1e-9_effective-8/seed-0": "finished", "lr-1e-9_effective-8/seed-1": "resumable"}
-    assert open_folder(None, "auto", flags) == open_folder(None, str(folder), flags) == folder
-    with pytest.raises(InputError, match="is a sweep with other settings"):
-        open_folder(None, str(folder), [*flags, "--optim.lr", "1"])
+    assert open_folder(None, "auto", flags, {}) == open_folder(None, str(folder), flags, {}) == folder
 
     resumed = InProcess(capfd)
     results = sorted(resumed.train(sweep, folder), key=sweep.order)
@@ -167,6 +194,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped_and_ends_in_a_table_and_a
     assert line.startswith("--optim.lr 3e-3 --batch.effective 8: accuracy ")
     page = write_page(folder, results, "accuracy", line, "gradacc sweep").read_text()
     assert page.count("<svg") == 1
+    assert "<b>Best:</b> --optim.lr 3e-3 --batch.effective 8: accuracy" in page
     assert "lr-3e-3_effective-8/seed-1/report.html" in page
     for width in (80, 120):
         capfd.readouterr()
@@ -176,14 +204,27 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped_and_ends_in_a_table_and_a
         assert "2 of 2" in printed
 
 
+@pytest.mark.parametrize(
+    "words", ["--resume auto --trials 2", "--trials 2 --resume=x", "--trials 2 --resume x"]
+)
+def test_the_line_that_continues_keeps_the_other_flags(words):
+    assert without_resume(words.split()) == ["--trials", "2"]
+
+
+def test_a_signal_between_two_runs_starts_no_further_run(tmp_path):
+    sweep = Sweep([], Space({"optim.lr": ["1", "2"]}), [0], None, "loss", "min")
+    (result,) = train_all(sweep, tmp_path, pytest.fail, lambda: True, lambda what, run: lambda: None)
+    assert result.values == ()
+
+
 def test_a_run_that_fails_is_a_row_and_a_first_run_that_fails_ends_the_sweep(flags, capfd):
-    folder = open_folder(None, None, flags)
+    folder = open_folder(None, None, flags, {})
     space = Space({"batch.effective": ["8", "999"]})
     results = InProcess(capfd).train(Sweep(flags, space, [0], None, "accuracy", "max"), folder)
     assert [bool(result.problem) for result in results] == [False, True]
     assert "batch.effective: found 999" in results[1].problem
     space = Space({"batch.effective": ["999", "8"]})
-    sweep, folder = Sweep(flags, space, [0], None, "accuracy", "max"), open_folder(None, None, flags)
+    sweep, folder = Sweep(flags, space, [0], None, "accuracy", "max"), open_folder(None, None, flags, {})
     with pytest.raises(InputError, match=r"batch\.effective: found 999"):
         InProcess(capfd).train(sweep, folder)
 
