@@ -260,8 +260,9 @@ def test_preferences_have_the_loss_and_the_gradient_of_trl(tmp_path, console, lo
 
 
 @pytest.mark.slow
-def test_a_student_is_trained_with_a_teacher_and_without(capsys):
-    result = measure_distillation(seeds=1, epochs=1, temperature=2, weight=0.5, windows=1)
+def test_a_student_is_trained_with_a_teacher_and_without(capsys, tmp_path):
+    settings = {"temperature": 2, "weight": 0.5, "folder": tmp_path}
+    result = measure_distillation(seeds=1, epochs=1, windows=1, **settings)
     [teacher], [alone], [taught] = (result.of(name) for name in ("teacher", "alone", "with a teacher"))
     assert alone.parameters == taught.parameters < teacher.parameters
     assert alone.accuracy != taught.accuracy
