@@ -73,7 +73,7 @@ def measure_distillation(
 ) -> DistillationResult:
     """Train the teacher, and students with this many seeds and epochs, for at most `windows` windows each.
 
-    The runs are written into a folder. Runs that have ended there are not repeated.
+    The runs are written into a folder. Runs that have ended there with the same settings are not repeated.
     """
     teacher, student = folder / "teacher", folder / "student"
     if not student.is_dir():
@@ -104,18 +104,15 @@ def few_layers(folder: Path) -> None:
 
 def _run(run: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the summary of a run of the offline config."""
-    summary = run / "summary.json"
-    if summary.is_file():
-        return json.loads(summary.read_text(encoding="utf-8"))
     words = [f"--{key}={value}" for key, value in settings.items()]
     root = bundle_root()
     command = [sys.executable, str(root / "recipes/text_classification.py")]
     command += ["--config", str(root / "configs/text_classification_offline.yaml"), "--output.dir", str(run)]
-    command += ["--output.tracker", "none", "--train.noise_every", "0", *words]
+    command += ["--output.tracker", "none", "--train.noise_every", "0", "--resume", "auto", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"{run.name}: {one_line(ValueError(done.stderr))[-300:]}")
-    return json.loads(summary.read_text(encoding="utf-8"))
+    return json.loads((run / "summary.json").read_text(encoding="utf-8"))
 
 
 def _parameters(run: Path) -> int:
