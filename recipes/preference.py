@@ -11,8 +11,9 @@ DPO and KTO compare the model with the model from which training starts. Its log
 once, before the first window, and cached.
 """
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,7 @@ from gradacc_hf.run.setup import make_model
 from gradacc_hf.tasks import chat
 from gradacc_hf.tasks.answer_scores import REFERENCE, TOKENS, check_scores, rows_of, score_rows, scores_of
 from gradacc_hf.tasks.generate import as_answer
+from gradacc_hf.tasks.kl import EXAMPLES, mean_kl
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.preference_examples import (
     answer_lengths,
@@ -44,6 +46,7 @@ from gradacc_hf.tasks.preference_losses import KtoLoss, PairLoss
 from gradacc_hf.tasks.preference_metrics import accuracy_of_length, answer_metrics, pair_metrics
 from gradacc_hf.tasks.prompts import answer_samples, write_answers
 from gradacc_hf.tasks.references import References, cache_folder
+from gradacc_hf.utils.rng import preserve_rng_state
 
 
 class Preference(Recipe):
@@ -66,10 +69,10 @@ class Preference(Recipe):
         kto learns from single answers with a label. reward trains a classifier that scores texts."""
         variant: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
         """The variant of dpo."""
-        beta: float = 0.1
-        """Factor of the rewards.
+        beta: float | None = None
+        """Factor of the rewards. Default: 2 with simpo, else 0.1.
         The larger it is, the less the model departs from the reference. orpo: weight of the odds ratio."""
-        gamma: float = 0.5
+        gamma: float = 1.0
         """Margin of simpo."""
         label_smoothing: float = 0.0
         """Share of pairs that may be reversed.
@@ -92,7 +95,7 @@ class Preference(Recipe):
             smooths = self.loss == "simpo" or (self.loss == "dpo" and self.variant == "sigmoid")
             is_possible = self.loss == "dpo" or self.variant == "sigmoid"
             yield "variant", is_possible, "sigmoid, except with data.loss dpo"
-            yield "beta", self.beta > 0, "a number above 0, such as 0.1"
+            yield "beta", self.beta is None or self.beta > 0, "a number above 0, such as 0.1"
             yield "label_smoothing", 0 <= self.label_smoothing < 0.5, "0 or more, and below 0.5"
             is_possible = smooths or not self.label_smoothing
             yield "label_smoothing", is_possible, "0, except with simpo and dpo sigmoid"
@@ -105,9 +108,10 @@ class Preference(Recipe):
         super().__init__(config)
         data = self.data
         self.of_answers, self.of_rewards = data.loss == "kto", data.loss == "reward"
-        self.loss = PairLoss(data.loss, data.variant, data.beta, data.gamma, data.label_smoothing)
+        beta = data.beta or (2.0 if data.loss == "simpo" else 0.1)
+        self.loss = PairLoss(data.loss, data.variant, beta, data.gamma, data.label_smoothing)
         if self.of_answers:
-            self.loss = KtoLoss(data.beta, data.desirable_weight, data.undesirable_weight)
+            self.loss = KtoLoss(beta, data.desirable_weight, data.undesirable_weight)
         if self.of_rewards:
             self.model_class, self.pipeline_tag = AutoModelForSequenceClassification, "text-classification"
             self.writes_texts = False
@@ -231,8 +235,25 @@ class Preference(Recipe):
             return
         examples = windows.examples(np.arange(windows.plan.num_examples))
         if self.references.missing(self.answers_of(examples)):
-            started_from = type(self)(self.config)
-            self.before_training(make_model(started_from), [examples], accelerator)
+            self.before_training(self.started_from(), [examples], accelerator)
+
+    def started_from(self):
+        """Return the model from which training starts."""
+        with preserve_rng_state():
+            return make_model(type(self)(self.config))
+
+    def kl(self, model, windows, accelerator):
+        """Return KL(model ‖ reference), a mean over the answer tokens of some examples."""
+        chosen = np.unique(np.linspace(0, windows.plan.num_examples - 1, EXAMPLES).astype(int))
+        pairs = [answers_in(example, self.of_answers) for example in windows.examples(chosen)]
+        answers = [answer for pair in pairs for answer in pair[: 1 if self.of_answers else 2]]
+        inner = accelerator.unwrap_model(model)
+        from_new_adapters = not (self.earlier and self.earlier.has_adapters)
+        from_new_adapters &= self.config.model.lora.init == "default"
+        if hasattr(inner, "disable_adapter") and from_new_adapters:
+            return mean_kl(inner, partial(without_adapters, inner), answers, accelerator)
+        reference = self.started_from().to(accelerator.device).eval()
+        return mean_kl(inner, partial(nullcontext, reference), answers, accelerator)
 
     def predict(self, outputs, batch):
         scores = scores_of(outputs)
@@ -248,6 +269,8 @@ class Preference(Recipe):
     def validate(self, model, windows, accelerator):
         self.know_references(windows, accelerator)
         scores = super().validate(model, windows, accelerator)
+        if self.needs_reference:
+            scores["kl"] = self.kl(model, windows, accelerator)
         if self.writes_texts:
             rows = (row for row in self.validation if row.get("label", True))
             rows = (self.forms.of(row).read(row)[0] for row in rows)
@@ -283,6 +306,13 @@ class Preference(Recipe):
         rows = {name: part.to(model.device) for name, part in rows.items()}
         scores = iter(scores_of(model(**rows)).tolist())
         return [{name: next(scores) for name in each} for each in found]
+
+
+@contextmanager
+def without_adapters(model):
+    """Yield a model whose adapters have no effect."""
+    with model.disable_adapter():
+        yield model
 
 
 if __name__ == "__main__":

@@ -81,7 +81,13 @@ BENCHMARKS = {
     "distillation": Benchmark(
         "accuracy of a student of two layers, with a teacher and without",
         lambda given, progress: measure_distillation(
-            given.seeds, given.epochs, given.temperature, given.weight, given.windows, progress
+            given.seeds,
+            given.epochs,
+            given.temperature,
+            given.weight,
+            given.output or next_folder("distillation"),
+            given.windows,
+            progress,
         ),
         print_distillation,
         (
@@ -90,6 +96,7 @@ BENCHMARKS = {
             ("--temperature", {"type": float, "default": 2.0, "help": "model.teacher_temperature"}),
             ("--weight", {"type": float, "default": 0.5, "help": "model.teacher_weight"}),
             ("--windows", {"type": _positive, "help": "windows per run (default: all)"}),
+            ("--output", {"type": Path, "help": "folder of the runs; existing runs are not repeated"}),
         ),
     ),
     "experts": Benchmark(

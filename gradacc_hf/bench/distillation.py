@@ -9,7 +9,6 @@ import json
 import math
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,26 +67,30 @@ def measure_distillation(
     epochs: int,
     temperature: float,
     weight: float,
+    folder: Path,
     windows: int | None = None,
     progress: Progress = iter,
 ) -> DistillationResult:
-    """Train the teacher, and students with this many seeds and epochs, for at most `windows` windows each."""
-    with tempfile.TemporaryDirectory() as folder:
-        teacher, student = Path(folder) / "teacher", Path(folder) / "student"
+    """Train the teacher, and students with this many seeds and epochs, for at most `windows` windows each.
+
+    The runs are written into a folder. Runs that have ended there with the same settings are not repeated.
+    """
+    teacher, student = folder / "teacher", folder / "student"
+    if not student.is_dir():
         few_layers(student)
-        teaching = {"model.teacher": teacher, "model.teacher_temperature": temperature}
-        teaching["model.teacher_weight"] = weight
-        names: dict[str, dict[str, Any]] = {"alone": {}, "with a teacher": teaching}
-        plans = [("teacher", 0, {}), *((name, seed, names[name]) for seed in range(seeds) for name in names)]
-        runs, examples = [], 0
-        for name, seed, settings in progress(plans):
-            run = teacher if name == "teacher" else Path(folder) / f"{name.split()[0]}-{seed}"
-            own = {"model.name": student, "train.epochs": epochs} if name != "teacher" else {}
-            limit = {} if windows is None else {"train.max_windows": windows}
-            found = _run(run, {**own, **limit, **settings, "train.seed": seed})
-            examples = found["card"]["validation_examples"]
-            speed = found["examples"] / found["seconds"]
-            runs.append(DistilledRun(name, seed, _parameters(run), found["best"]["accuracy"], speed))
+    teaching = {"model.teacher": teacher, "model.teacher_temperature": temperature}
+    teaching["model.teacher_weight"] = weight
+    names: dict[str, dict[str, Any]] = {"alone": {}, "with a teacher": teaching}
+    plans = [("teacher", 0, {}), *((name, seed, names[name]) for seed in range(seeds) for name in names)]
+    runs, examples = [], 0
+    for name, seed, settings in progress(plans):
+        run = teacher if name == "teacher" else folder / f"{name.split()[0]}-{seed}"
+        own = {"model.name": student, "train.epochs": epochs} if name != "teacher" else {}
+        limit = {} if windows is None else {"train.max_windows": windows}
+        found = _run(run, {**own, **limit, **settings, "train.seed": seed})
+        examples = found["card"]["validation_examples"]
+        speed = found["examples"] / found["seconds"]
+        runs.append(DistilledRun(name, seed, _parameters(run), found["best"]["accuracy"], speed))
     return DistillationResult(tuple(runs), examples, temperature, weight, measured_with("cpu"))
 
 
@@ -105,7 +108,7 @@ def _run(run: Path, settings: dict[str, Any]) -> dict[str, Any]:
     root = bundle_root()
     command = [sys.executable, str(root / "recipes/text_classification.py")]
     command += ["--config", str(root / "configs/text_classification_offline.yaml"), "--output.dir", str(run)]
-    command += ["--output.tracker", "none", "--train.noise_every", "0", *words]
+    command += ["--output.tracker", "none", "--train.noise_every", "0", "--resume", "auto", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"{run.name}: {one_line(ValueError(done.stderr))[-300:]}")

@@ -326,7 +326,7 @@ def _trainer(
         report_to="none",
         disable_tqdm=True,
         max_length=None,
-        **({} if name == "Reward" else {"beta": recipe.data.beta}),
+        **({} if name == "Reward" else {"beta": recipe.loss.beta}),
     )
     more = {} if reference is None else {"ref_model": reference}
     return WithTokens(

@@ -30,7 +30,9 @@ METRICS_IN_WORDS = {
     "f1": "harmonic mean of precision and recall",
     "f1_macro": "harmonic mean of precision and recall, averaged over labels",
     "f1_micro": "harmonic mean of precision and recall, over all labels together",
+    "kl": "KL from the reference per answer token, 0 is no change",
     "loss": "mean loss, lower is better",
+    "margin": "mean reward of better answers, minus that of worse ones",
     "matthews_correlation": "correlation with the true labels, 1 is perfect and 0 is chance",
     "mrr_at_10": "mean of 1 / rank of the right result among the first 10, 1 is perfect",
     "mse": "mean squared error, lower is better",
@@ -185,7 +187,7 @@ def example_input(recipe: Any) -> Any:
             rows = rows.cast_column(column, Image(decode=False))
     found = (redact(_example(recipe, row)) for row in rows)
     usable = [example for example in found if 0 < _length(example) <= LONGEST]
-    return min(usable, key=lambda example: abs(_length(example) - LENGTH), default=recipe.example)
+    return min(usable, key=_order, default=recipe.example)
 
 
 def _example(recipe: Any, row: Any) -> Any:
@@ -193,6 +195,12 @@ def _example(recipe: Any, row: Any) -> Any:
         return recipe.example_of(row)
     except (AttributeError, KeyError, TypeError, ValueError):  # a bad row, which the run skipped
         return None
+
+
+def _order(example: Any) -> tuple[bool, int]:
+    """Return what to sort inputs by: one line first, then the difference to the preferred length."""
+    is_one_line = "\\n" not in json.dumps(example)
+    return not is_one_line, abs(_length(example) - LENGTH)
 
 
 def _length(example: Any) -> int:

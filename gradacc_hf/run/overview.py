@@ -149,8 +149,8 @@ def _parameters(recipe: Recipe, model: torch.nn.Module) -> str:
     total = sum(parameter.numel() for parameter in model.parameters())
     choose_trained(model, recipe.config.model, recipe.new_parameters)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if rank := recipe.config.model.lora.rank:
-        return f"{total:,} parameters, {trained:,} trained (LoRA rank {rank})"
+    if recipe.config.model.lora.rank:
+        return f"{total:,} parameters, {trained:,} trained ({recipe.config.model.lora})"
     frozen = f", {total - trained:,} of them frozen" if trained < total else ""
     return f"{total:,} parameters{frozen}" + (", from scratch" if recipe.from_scratch else "")
 

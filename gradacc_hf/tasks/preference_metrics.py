@@ -6,13 +6,11 @@
 | `margin` | mean reward of chosen answers minus mean reward of rejected answers |
 | `chosen_logprob`, `rejected_logprob` | mean log-probability of an answer |
 | `chosen_score`, `rejected_score` | mean score of a reward model |
-| `kl` | estimate of KL(model ‖ reference) |
+| `reference_point` | z of KTO: mean log π − log π_ref of answers to other prompts, at least 0 |
+
+`kl` is in `kl.py`.
 
 With KTO, a pair is any desirable answer with any undesirable one.
-
-The estimate of KL is k1 of Schulman 2020: the mean of log π(y|x) − log π_ref(y|x). Answers of the data take
-the place of samples of the model, so that the mean may be negative. With KTO, y are answers to other prompts,
-and the estimate is at least 0, as in the loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +44,7 @@ def pair_metrics(loss: PairLoss, rows: Sequence[Any]) -> dict[str, float]:
     what = "score" if loss.name == "reward" else "logprob"
     for name, value in zip(("chosen", "rejected"), scores.mean(0).tolist(), strict=True):
         found[f"{name}_{what}"] = value
-    return found | ({"kl": float((scores - reference).mean())} if loss.name == "dpo" else {})
+    return found
 
 
 def answer_metrics(loss: KtoLoss, rows: Sequence[Any], desirable: Sequence[Any]) -> dict[str, float]:
@@ -62,7 +60,7 @@ def answer_metrics(loss: KtoLoss, rows: Sequence[Any], desirable: Sequence[Any])
     good = torch.tensor(np.asarray(desirable, dtype=np.float64))
     point = loss.reference_point(scores[:, 1], reference[:, 1])
     ratios = scores[:, 0] - reference[:, 0]
-    found = {"loss": float(loss.mean(ratios, good, point)), "kl": float(point)}
+    found = {"loss": float(loss.mean(ratios, good, point)), "reference_point": float(point)}
     if not 0 < good.sum() < len(good):  # answers of one kind have no pairs
         return found | dict.fromkeys(("accuracy", "margin"), float("nan"))
     chosen, rejected = good == 1, good == 0

@@ -47,6 +47,11 @@ class LoraConfig:
     merge: bool = False
     """Save a plain model with the adapters added to the weights, instead of the adapters alone."""
 
+    def __str__(self) -> str:
+        name = f"{'DoRA' if self.dora else 'LoRA'} rank {self.rank}"
+        given = {"rsLoRA": self.rslora, "LoRA+": self.plus_lr_ratio > 1, "PiSSA": self.init == "pissa"}
+        return ", ".join([name, *(kind for kind, is_on in given.items() if is_on)])
+
     def rules(self) -> Rules:
         off = self.rank == 0
         yield "rank", self.rank >= 0, "0 (off) or more; 8 and 16 are usual"

@@ -260,10 +260,16 @@ def test_preferences_have_the_loss_and_the_gradient_of_trl(tmp_path, console, lo
 
 
 @pytest.mark.slow
-def test_a_student_is_trained_with_a_teacher_and_without(capsys):
-    result = measure_distillation(seeds=1, epochs=1, temperature=2, weight=0.5, windows=1)
+def test_a_student_is_trained_with_a_teacher_and_without(capsys, tmp_path):
+    settings = {"temperature": 2, "weight": 0.5, "folder": tmp_path}
+    result = measure_distillation(seeds=1, epochs=1, windows=2, **settings)  # warmup: the first has lr 0
     [teacher], [alone], [taught] = (result.of(name) for name in ("teacher", "alone", "with a teacher"))
     assert alone.parameters == taught.parameters < teacher.parameters
-    assert alone.accuracy != taught.accuracy
+    files = (tmp_path / f"{name}-0/summary.json" for name in ("alone", "with"))
+    of_alone, of_taught = (json.loads(file.read_text()) for file in files)
+    assert of_alone["teacher"] is None
+    assert of_taught["teacher"]["metrics"]["accuracy"] == teacher.accuracy
+    assert (of_alone["best"]["accuracy"], of_taught["best"]["accuracy"]) == (alone.accuracy, taught.accuracy)
+    assert of_alone["best"]["loss"] != of_taught["best"]["loss"]
     print_distillation(result, Console())
     assert f"by seed: {taught.accuracy - alone.accuracy:+.3f}" in capsys.readouterr().out

@@ -115,7 +115,9 @@ def test_a_resumed_run_has_the_same_bits_also_without_the_cached_references(star
     flags = ["--checkpoint.every", "1", "--checkpoint.keep", "9", "--train.epochs", "2"]
     outcome = start("--output.dir", "whole", *flags)
     assert "reference             the model from which training starts" in outcome.out
-    assert summary("whole")["eval"]["loss"] < summary("whole")["evaluations"][0]["loss"]
+    before, after = summary("whole")["evaluations"][0], summary("whole")["eval"]
+    assert after["loss"] < before["loss"]
+    assert before["kl"] == 0 < after["kl"]
     assert {"prompt", "answer", "before training", "reference"} <= summary("whole")["samples"][0].keys()
     cut_back(Path("whole"), Path("cut"), 2)
     shutil.rmtree(folder / "cache/gradacc_hf")

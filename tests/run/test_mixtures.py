@@ -209,7 +209,7 @@ def test_each_source_of_chats_has_a_format_of_its_own(tiny_llama, tmp_path):
 RECIPES = {
     "token_classification": lambda i: {"tokens": ["Ada", f"sang{i}"], "tags": ["B-PER", "O"]},
     "masked_lm": lambda i: {"text": f"a text {i} of several words " * (1 + i % 9)},
-    "seq2seq": lambda i: {"source": f"in {i}", "target": f"out {i}"},
+    "seq2seq": lambda i: {"source": f"in {i}" if i % 2 else f"in {i},\n of two lines", "target": f"out {i}"},
     "question_answering": lambda i: {
         "question": "Who?",
         "context": f"It was Ada {i}. " + "Nothing else. " * (i % 9),
@@ -221,7 +221,7 @@ RECIPES = {
 EXAMPLES = {
     "token_classification": "Ada sang10",
     "masked_lm": "a text 10 of several words [MASK] text 10 of several words",
-    "seq2seq": "in 10",
+    "seq2seq": "in 11",
     "question_answering": {"question": "Who?", "context": "It was Ada 3. " + "Nothing else. " * 3},
 }
 

@@ -1,6 +1,7 @@
 """Losses, formats, references and metrics of preferences."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from gradacc_hf.errors import InputError
 from gradacc_hf.tasks import references
 from gradacc_hf.tasks.answer_scores import log_probabilities, score_rows, scores_of
 from gradacc_hf.tasks.chat import tokenize_chat, tokenize_completion
+from gradacc_hf.tasks.kl import mean_kl
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.preference_formats import answers_to_score, find_format
 from gradacc_hf.tasks.preference_losses import KtoLoss, PairLoss, log_one_minus_exp
@@ -272,7 +274,6 @@ def test_metrics_of_pairs():
     assert margins.tolist() == [2.0, -0.25, 0.75]
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["margin"] == pytest.approx(margins.mean())
-    assert found["kl"] == pytest.approx((SCORES - REFERENCE).mean())
     untrained = np.stack([SCORES, SCORES * (1 + 1e-7), TOKENS], axis=2)
     assert pair_metrics(PairLoss("dpo"), untrained)["accuracy"] == 0.5
 
@@ -284,9 +285,30 @@ def test_metrics_of_single_answers_compare_any_desirable_with_any_undesirable_on
     rows[:, 0, 1], rows[:, 1, 1] = -10, -2.5
     found = answer_metrics(KtoLoss(), rows, desirable)
     assert found["accuracy"] == 3 / 4
-    assert found["kl"] == 0.5
+    assert found["reference_point"] == 0.5
     assert found["margin"] == pytest.approx(0.1 * (2.0 - 0.5))
     assert math.isnan(answer_metrics(KtoLoss(), rows, [1, 1, 1, 1])["accuracy"])
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_kl_is_over_the_whole_vocabulary_at_the_tokens_of_answers(llama, lean):
+    torch.manual_seed(0)
+    model, reference = (LlamaForCausalLM(llama.config) for _ in range(2))
+    if lean:
+        make_lean(model)
+    score_rows(model, None)
+    answers = [([5, 6, 7, 8, 9], [IGNORED, IGNORED, 7, IGNORED, 9]), ([3, 4, 5], [IGNORED, 4, 5])]
+    expected = []
+    with torch.no_grad():
+        for ids, labels in answers:
+            ours, theirs = (each(torch.tensor([ids])).logits[0].softmax(1) for each in (model, reference))
+            of_token = (ours * (ours / theirs).log()).sum(1)
+            expected += [of_token[place - 1] for place, label in enumerate(labels) if label != IGNORED]
+    found = mean_kl(model.train(), lambda: nullcontext(reference), answers, Accelerator(cpu=True))
+    assert len(expected) == 4
+    assert found == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
+    assert model.training
+    assert mean_kl(model, lambda: nullcontext(model), answers, Accelerator(cpu=True)) == 0
 
 
 def test_the_baseline_by_length_learns_its_direction_from_training_pairs():

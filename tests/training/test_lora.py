@@ -159,6 +159,12 @@ def test_adapters_of_every_kind_come_back_too(kind, model_type, settings, tmp_pa
     assert saved["r"] == (8 if "init" in settings else 4)
 
 
+def test_adapters_are_named_by_their_kind():
+    assert str(LoraConfig(rank=8)) == "LoRA rank 8"
+    every = LoraConfig(rank=8, dora=True, rslora=True, plus_lr_ratio=4, init="pissa")
+    assert str(every) == "DoRA rank 8, rsLoRA, LoRA+, PiSSA"
+
+
 def test_pissa_and_dora_start_at_the_outputs_of_the_base_model():
     head = build_head("causal_lm", "gpt2")
     batch = head.collate(head.examples([9, 12]))

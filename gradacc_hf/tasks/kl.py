@@ -1,0 +1,65 @@
+"""KL from the reference, a metric of preferences: over the whole vocabulary, at the tokens of answers.
+
+KL(model ‖ reference) = Σ_v π(v) (log π(v) − log π_ref(v)) at each token of an answer, given the tokens before
+it. It is never negative. An estimate from the log-probabilities of given answers may be, because the model
+did not write them.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import kl_div
+
+from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.tasks.references import Answer
+from gradacc_hf.training.lora import pretrained
+from gradacc_hf.utils.modeling import without_dropout
+
+EXAMPLES = 16
+"""Validation examples whose answers are measured, spread evenly over the data."""
+
+
+@torch.no_grad()
+def mean_kl(
+    model: Any,
+    reference: Callable[[], AbstractContextManager[Any]],
+    answers: Sequence[Answer],
+    accelerator: Accelerator,
+) -> float:
+    """Return KL(model ‖ reference) in nats, a mean over the tokens of all answers. Call it in all processes.
+
+    Args:
+        model: A causal language model, on the device.
+        reference: Returns a context with the reference. It may be the model without its adapters.
+        answers: Token ids and labels of prompts with answers.
+        accelerator: The Accelerator of the run. It splits the answers over the processes.
+    """
+    ours, step = accelerator.process_index, accelerator.num_processes
+    sums = torch.zeros(2, device=accelerator.device)
+    with without_dropout(model, training=False), accelerator.autocast():
+        for number in range(ours, -(-len(answers) // step) * step, step):  # as many forwards in each process
+            answer = answers[number % len(answers)]
+            of_model = _log_probabilities(model, answer, accelerator.device)
+            with reference() as other:
+                of_reference = _log_probabilities(other, answer, accelerator.device)
+            if number < len(answers):
+                each = kl_div(of_reference, of_model, log_target=True, reduction="none").sum(1)
+                sums += torch.stack([each.sum(), each.new_tensor(len(each))])
+    total, tokens = accelerator.reduce(sums, reduction="sum").tolist()
+    return total / tokens
+
+
+def _log_probabilities(model: Any, answer: Answer, device: torch.device) -> torch.Tensor:
+    """Return the log-probabilities of the vocabulary at the labelled tokens (tokens, vocabulary)."""
+    ids, labels = (torch.tensor(part, device=device) for part in answer)
+    places = (labels[1:] != IGNORED).nonzero()[:, 0]
+    first, keeps = 0, {}
+    if "logits_to_keep" in inspect.signature(pretrained(model).forward).parameters:
+        first = int(places[0])
+        keeps = {"logits_to_keep": len(ids) - first}
+    logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], **keeps).logits[0]
+    return logits[places - first].float().log_softmax(1)
