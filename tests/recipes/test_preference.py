@@ -51,6 +51,7 @@ def start(settings, capfd):
     def start(*words):
         outcome = run_recipe(Preference, merged(settings, SMALL, words), capfd)
         assert outcome.code == 0, outcome.err
+        assert "cannot tell" not in outcome.err
         return outcome
 
     return start

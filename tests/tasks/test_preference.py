@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.data.sources import SOURCE
 from gradacc_hf.errors import InputError
-from gradacc_hf.tasks import references
+from gradacc_hf.tasks import kl, references
 from gradacc_hf.tasks.answer_scores import log_probabilities, score_rows, scores_of
 from gradacc_hf.tasks.chat import tokenize_chat, tokenize_completion
 from gradacc_hf.tasks.kl import mean_kl
@@ -324,7 +324,8 @@ def test_metrics_of_single_answers_compare_any_desirable_with_any_undesirable_on
 
 
 @pytest.mark.parametrize("lean", [True, False])
-def test_kl_is_over_the_whole_vocabulary_at_the_tokens_of_answers(llama, lean):
+def test_kl_is_over_the_whole_vocabulary_at_the_tokens_of_answers(llama, lean, monkeypatch):
+    monkeypatch.setattr(kl, "TOKENS_AT_ONCE", 1)
     torch.manual_seed(0)
     model, reference = (LlamaForCausalLM(llama.config) for _ in range(2))
     if lean:
