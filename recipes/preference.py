@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from gradacc_hf.config import DataConfig
 from gradacc_hf.config.schema import tokens_per_micro_batch
 from gradacc_hf.data.columns import file_rows
+from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.run.setup import make_model
@@ -47,6 +48,7 @@ from gradacc_hf.tasks.preference_metrics import accuracy_of_length, answer_metri
 from gradacc_hf.tasks.prompts import answer_samples, write_answers
 from gradacc_hf.tasks.references import References, cache_folder
 from gradacc_hf.training.lora import has_adapters, without_adapters
+from gradacc_hf.utils.hardware import say
 from gradacc_hf.utils.rng import preserve_rng_state
 
 
@@ -244,7 +246,7 @@ class Preference(Recipe):
             return make_model(type(self)(self.config))
 
     def kl(self, model, windows, accelerator):
-        """Return KL(model ‖ reference), a mean over the answer tokens of some examples."""
+        """Return `kl`, a mean over the answer tokens of some examples, if the reference is there."""
         chosen = np.unique(np.linspace(0, windows.plan.num_examples - 1, EXAMPLES).astype(int))
         pairs = [answers_in(example, self.of_answers) for example in windows.examples(chosen)]
         answers = [answer for pair in pairs for answer in pair[: 1 if self.of_answers else 2]]
@@ -252,9 +254,13 @@ class Preference(Recipe):
         from_new_adapters = not (self.earlier and self.earlier.has_adapters)
         from_new_adapters &= self.config.model.lora.init == "default"
         if has_adapters(inner) and from_new_adapters:
-            return mean_kl(inner, partial(without_adapters, inner), answers, accelerator)
-        reference = self.started_from().to(accelerator.device).eval()
-        return mean_kl(inner, partial(nullcontext, reference), answers, accelerator)
+            return {"kl": mean_kl(inner, partial(without_adapters, inner), answers, accelerator)}
+        try:
+            reference = self.started_from().to(accelerator.device).eval()
+        except InputError as error:  # an evaluation after the run
+            say(f"kl is left out, as the model from which training started is not there: {error}")
+            return {}
+        return {"kl": mean_kl(inner, partial(nullcontext, reference), answers, accelerator)}
 
     def predict(self, outputs, batch):
         scores = scores_of(outputs)
@@ -271,7 +277,7 @@ class Preference(Recipe):
         self.know_references(windows, accelerator)
         scores = super().validate(model, windows, accelerator)
         if self.needs_reference:
-            scores["kl"] = self.kl(model, windows, accelerator)
+            scores |= self.kl(model, windows, accelerator)
         if self.writes_texts:
             rows = (row for row in self.validation if row["desirable"])
             rows = (self.forms.of(row).read(row)[0] for row in rows)

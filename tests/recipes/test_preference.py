@@ -173,6 +173,19 @@ def test_training_from_adapters_compares_with_the_model_that_they_are(start):
     assert begin["chosen_logprob"] == pytest.approx(summary("first")["best"]["chosen_logprob"], rel=1e-4)
 
 
+def test_a_run_is_evaluated_on_its_own_data_without_the_model_that_it_started_from(start, settings, gradacc):
+    model = settings[settings.index("--model.name") + 1]
+    shutil.copytree(model, "model")
+    start("--output.dir", "run", "--model.name", "model", "--model.lora.rank", "0")
+    assert summary("run")["eval"]["kl"] > 0
+    shutil.rmtree("model")
+    code, out, err = gradacc("evaluate", "run", "--json")
+    assert code == 0, err
+    assert "kl is left out, as the model from which training started is not there" in err
+    assert '"kl"' not in out
+    assert '"margin"' in out
+
+
 def test_a_run_answers_is_evaluated_on_other_data_verified_and_merged(start, gradacc):
     start("--output.dir", "run", "--optim.lr", "0.01")
     write_rows("other.jsonl", [{**row, "prompt": [{"role": "user", "content": "new"}]} for row in pairs(6)])
