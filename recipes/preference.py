@@ -11,7 +11,7 @@ DPO and KTO compare the model with the model from which training starts. Its log
 once, before the first window, and cached.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from gradacc_hf.config import DataConfig
 from gradacc_hf.config.schema import tokens_per_micro_batch
 from gradacc_hf.data.columns import file_rows
+from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.run.setup import make_model
@@ -41,11 +42,13 @@ from gradacc_hf.tasks.preference_examples import (
     padded_rows,
     tokens_to_score,
 )
-from gradacc_hf.tasks.preference_formats import PAIR, MixedPreferences, find_format, labels_as_bools
+from gradacc_hf.tasks.preference_formats import PAIR, MixedPreferences, find_format
 from gradacc_hf.tasks.preference_losses import KtoLoss, PairLoss
 from gradacc_hf.tasks.preference_metrics import accuracy_of_length, answer_metrics, pair_metrics
 from gradacc_hf.tasks.prompts import answer_samples, write_answers
 from gradacc_hf.tasks.references import References, cache_folder
+from gradacc_hf.training.lora import has_adapters, without_adapters
+from gradacc_hf.utils.hardware import say
 from gradacc_hf.utils.rng import preserve_rng_state
 
 
@@ -118,7 +121,7 @@ class Preference(Recipe):
         self.references = References()
 
     def datasets(self):
-        rows = [labels_as_bools(split) for split in self.rows()]
+        rows = self.rows()
         forms = [find_format(of_source, self.of_answers) for of_source in self.rows_of_sources(rows)]
         self.forms = MixedPreferences(tuple(forms))
         self.of_chats = any(form.is_chat for form in forms)
@@ -243,17 +246,21 @@ class Preference(Recipe):
             return make_model(type(self)(self.config))
 
     def kl(self, model, windows, accelerator):
-        """Return KL(model ‖ reference), a mean over the answer tokens of some examples."""
+        """Return `kl`, a mean over the answer tokens of some examples, if the reference is there."""
         chosen = np.unique(np.linspace(0, windows.plan.num_examples - 1, EXAMPLES).astype(int))
         pairs = [answers_in(example, self.of_answers) for example in windows.examples(chosen)]
         answers = [answer for pair in pairs for answer in pair[: 1 if self.of_answers else 2]]
         inner = accelerator.unwrap_model(model)
         from_new_adapters = not (self.earlier and self.earlier.has_adapters)
         from_new_adapters &= self.config.model.lora.init == "default"
-        if hasattr(inner, "disable_adapter") and from_new_adapters:
-            return mean_kl(inner, partial(without_adapters, inner), answers, accelerator)
-        reference = self.started_from().to(accelerator.device).eval()
-        return mean_kl(inner, partial(nullcontext, reference), answers, accelerator)
+        if has_adapters(inner) and from_new_adapters:
+            return {"kl": mean_kl(inner, partial(without_adapters, inner), answers, accelerator)}
+        try:
+            reference = self.started_from().to(accelerator.device).eval()
+        except InputError as error:  # an evaluation after the run
+            say(f"kl is left out, as the model from which training started is not there: {error}")
+            return {}
+        return {"kl": mean_kl(inner, partial(nullcontext, reference), answers, accelerator)}
 
     def predict(self, outputs, batch):
         scores = scores_of(outputs)
@@ -270,9 +277,9 @@ class Preference(Recipe):
         self.know_references(windows, accelerator)
         scores = super().validate(model, windows, accelerator)
         if self.needs_reference:
-            scores["kl"] = self.kl(model, windows, accelerator)
+            scores |= self.kl(model, windows, accelerator)
         if self.writes_texts:
-            rows = (row for row in self.validation if row.get("label", True))
+            rows = (row for row in self.validation if row["desirable"])
             rows = (self.forms.of(row).read(row)[0] for row in rows)
             settings = self.data.samples, self.data.sample_tokens
             self.samples[:] = answer_samples(accelerator.unwrap_model(model), self.tokenizer, rows, *settings)
@@ -306,13 +313,6 @@ class Preference(Recipe):
         rows = {name: part.to(model.device) for name, part in rows.items()}
         scores = iter(scores_of(model(**rows)).tolist())
         return [{name: next(scores) for name in each} for each in found]
-
-
-@contextmanager
-def without_adapters(model):
-    """Yield a model whose adapters have no effect."""
-    with model.disable_adapter():
-        yield model
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import DatasetCard
 
 from gradacc_hf import embedded
-from gradacc_hf.data.columns import file_rows
+from gradacc_hf.data.columns import file_rows, key_by_code
 from gradacc_hf.data.files import ALLOWED, TAGGED, Form, is_data
 from gradacc_hf.data.looks_like import looks_like
 from gradacc_hf.data.mixed import joined, mixed_columns
@@ -141,6 +141,7 @@ def choose_split(splits: Collection[str], validation: str, named: str | None) ->
 
 
 def _converted(rows: Dataset, convert: Convert | None, reading: Reading) -> Dataset:
+    rows = key_by_code(rows)
     rows, found = convert(rows) if convert else (rows, None)
     if found:
         reading.note("format", found)

@@ -4,6 +4,7 @@
 """
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from gradacc_hf.accumulation.loss_items import IGNORED, ComputeLoss, CountItems,
 from gradacc_hf.config.earlier_run import EarlierRun
 from gradacc_hf.config.schema import Config, DataConfig
 from gradacc_hf.data.bad_rows import Problem, check_rows
-from gradacc_hf.data.columns import file_rows, select_rows
+from gradacc_hf.data.columns import file_rows, key_by_code, select_rows
 from gradacc_hf.data.files import Form
 from gradacc_hf.data.loading import Convert, Splits, load_data
 from gradacc_hf.data.reading import LOST, Reading, find_truncation
@@ -193,13 +194,20 @@ class Recipe:
             splits = self.load_rows(self.data, label_column, convert, word_columns, together)
         self.validation_source, self.held_out = splits.source, splits.held_out
         self.reading.begin(splits.reading)
-        self.validation_rows_read = _first(splits.validation)
-        train = splits.train
+        train, validation = (key_by_code(rows, *self._file()) for rows in (splits.train, splits.validation))
+        self.validation_rows_read = _first(validation)
         if (column := self.data.weight_column) is not None:
             train, left_out = weighed(train, column, self.data.on_bad_row)
             self.skipped_rows += left_out
             self.reading.weight_column = column
-        return train, splits.validation
+        return train, validation
+
+    def _file(self) -> list[Path]:
+        """Return the file of the recipe; none for a recipe in a notebook."""
+        try:
+            return [Path(inspect.getfile(type(self)))]
+        except (OSError, TypeError):
+            return []
 
     def load_rows(
         self,

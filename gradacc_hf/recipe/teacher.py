@@ -15,6 +15,7 @@ from gradacc_hf.errors import InputError, listed, refuse
 from gradacc_hf.recipe.labels import SHOWN, labels_of_config, match_labels, parameters_of_labels
 from gradacc_hf.training.distillation import Distillation
 from gradacc_hf.training.settings import LoraConfig
+from gradacc_hf.utils.modeling import num_positions
 
 if TYPE_CHECKING:
     from gradacc_hf.recipe.base import Recipe
@@ -118,12 +119,19 @@ class Teacher:
                 model = changed.load(folder)
             else:
                 model = _weights(recipe)
+        limit, longest = num_positions(model), student.config.data.max_length
+        if 0 < limit < longest:
+            found = f"{self.name} has {limit:,} positions, and data.max_length is {longest:,}"
+            refuse(
+                "model.teacher", found, f"set data.max_length to {limit:,} or less, or name another teacher"
+            )
         model.config.pad_token_id = getattr(student.tokenizer, "pad_token_id", None)
         if "id2label" in (overrides := student.model_overrides()):
             order = self.order(student)
             if order != sorted(order) and not recipe.without_weights:
                 _reorder(recipe.model_class, model, order)
             model.config.id2label, model.config.label2id = overrides["id2label"], overrides["label2id"]
+            model.config.problem_type = overrides.get("problem_type")  # of the loss, which is the student's
         return model.to(recipe.dtype).eval().requires_grad_(False)
 
 

@@ -8,6 +8,7 @@
 A model that writes texts needs a cache between its forward passes, which torch.onnx does not write.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -157,6 +158,8 @@ def _write_onnx(
     """Write model.onnx for any number of rows and tokens, the config and the tokenizer or processor."""
     import onnxruntime  # type: ignore[import-not-found]  # of an extra
 
+    config = copy.deepcopy(module.config)
+    module.config.use_cache = False  # torch.onnx writes no cache, and one pass needs none
     names = {0: "rows", 1: "tokens"}
     shapes = {name: {0: "rows"} if name == "pixel_values" else names for name in batch}
     with torch.no_grad():
@@ -176,7 +179,7 @@ def _write_onnx(
             external_data=size > LARGEST_FILE,
             verbose=False,
         )
-    module.config.save_pretrained(folder)
+    config.save_pretrained(folder)
     for processor in recipe.processors():
         if hasattr(processor, "init_kwargs"):  # a tokenizer: what it returns is what the model takes
             processor.model_input_names = processor.init_kwargs["model_input_names"] = list(batch)

@@ -21,6 +21,8 @@ from gradacc_hf.utils.modeling import without_dropout
 
 EXAMPLES = 16
 """Validation examples whose answers are measured, spread evenly over the data."""
+TOKENS_AT_ONCE = 64
+"""Tokens whose distributions are in float32 at once."""
 
 
 @torch.no_grad()
@@ -43,18 +45,18 @@ def mean_kl(
     with without_dropout(model, training=False), accelerator.autocast():
         for number in range(ours, -(-len(answers) // step) * step, step):  # as many forwards in each process
             answer = answers[number % len(answers)]
-            of_model = _log_probabilities(model, answer, accelerator.device)
+            of_model = _logits(model, answer, accelerator.device)
             with reference() as other:
-                of_reference = _log_probabilities(other, answer, accelerator.device)
+                of_reference = _logits(other, answer, accelerator.device)
             if number < len(answers):
-                each = kl_div(of_reference, of_model, log_target=True, reduction="none").sum(1)
+                each = _of_tokens(of_model, of_reference)
                 sums += torch.stack([each.sum(), each.new_tensor(len(each))])
     total, tokens = accelerator.reduce(sums, reduction="sum").tolist()
     return total / tokens
 
 
-def _log_probabilities(model: Any, answer: Answer, device: torch.device) -> torch.Tensor:
-    """Return the log-probabilities of the vocabulary at the labelled tokens (tokens, vocabulary)."""
+def _logits(model: Any, answer: Answer, device: torch.device) -> torch.Tensor:
+    """Return the logits of the vocabulary at the labelled tokens (tokens, vocabulary)."""
     ids, labels = (torch.tensor(part, device=device) for part in answer)
     places = (labels[1:] != IGNORED).nonzero()[:, 0]
     first, keeps = 0, {}
@@ -62,4 +64,13 @@ def _log_probabilities(model: Any, answer: Answer, device: torch.device) -> torc
         first = int(places[0])
         keeps = {"logits_to_keep": len(ids) - first}
     logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], **keeps).logits[0]
-    return logits[places - first].float().log_softmax(1)
+    return logits[places - first]
+
+
+def _of_tokens(of_model: torch.Tensor, of_reference: torch.Tensor) -> torch.Tensor:
+    """Return KL(model ‖ reference) at each token (tokens,), from logits (tokens, vocabulary)."""
+    found = []
+    for parts in zip(of_model.split(TOKENS_AT_ONCE), of_reference.split(TOKENS_AT_ONCE), strict=True):
+        model, reference = (part.float().log_softmax(1) for part in parts)
+        found.append(kl_div(reference, model, log_target=True, reduction="none").sum(1))
+    return torch.cat(found)

@@ -20,19 +20,24 @@ from gradacc_hf.data.sources import carried
 from gradacc_hf.errors import refuse
 from gradacc_hf.tasks import chat
 from gradacc_hf.tasks.answer_scores import KL_ROWS, REFERENCE, ROWS, TOKENS
-from gradacc_hf.tasks.preference_formats import PAIR, MixedPreferences, answers_to_score
+from gradacc_hf.tasks.preference_formats import PAIR, MixedPreferences, answers_to_score, is_desirable
 from gradacc_hf.tasks.references import Answer, References
 
 PARTS = ("input_ids", "labels")
+OF_ROWS = ("desirable", "is_single")
 PREFIXES = {False: ("chosen_", "rejected_"), True: ("", "kl_")}
 """Whether an example is a single answer → the beginnings of the columns of both of its answers."""
 
 
 def features(row: Any, tokenizer: Any, forms: MixedPreferences, max_length: int) -> dict[str, Any]:
-    """Return the tokens of each answer of a row, the tokens that truncation removed, and the problem."""
+    """Return the tokens of each answer of a row, the tokens that truncation removed, and the problem.
+
+    `desirable` is whether the first answer is. Beside pairs of other sources, a single answer comes twice.
+    """
     form = forms.of(row)
     tokenize = chat.tokenize_chat if form.is_chat else chat.tokenize_completion
-    found: dict[str, Any] = {"problem": ""}
+    desirable = not form.is_single or bool(is_desirable(row["label"]))
+    found: dict[str, Any] = {"problem": "", "desirable": desirable, "is_single": form.is_single}
     for name, answer in zip(PAIR, form.read(row), strict=False):
         tokens = tokenize(tokenizer, **answer, max_length=max_length)
         found |= {f"{name}_{part}": tokens[part] for part in PARTS}
@@ -42,6 +47,8 @@ def features(row: Any, tokenizer: Any, forms: MixedPreferences, max_length: int)
     is_equal = all(found[f"chosen_{part}"] == found.get(f"rejected_{part}") for part in PARTS)
     if is_equal and not found["problem"]:
         found["problem"] = f"its answers are equal within data.max_length {max_length}"
+    if form.is_single and forms.have_pairs:
+        found |= {f"rejected_{part}": found[f"chosen_{part}"] for part in PARTS} | {"rejected_lost": 0}
     return found
 
 
@@ -52,8 +59,8 @@ def examples_of(rows: Dataset, single: bool, max_length: int) -> Dataset:
         return rows.select_columns([*columns, *carried(rows)])
     previous = rows.select([len(rows) - 1, *range(len(rows) - 1)]).select_columns(columns)
     previous = previous.rename_columns({name: f"previous_{name}" for name in columns})
-    label = ["label"] if "label" in rows.column_names else []
-    both = concatenate_datasets([rows.select_columns([*columns, *label, *carried(rows)]), previous], axis=1)
+    kept = [*columns, *OF_ROWS, *carried(rows)]
+    both = concatenate_datasets([rows.select_columns(kept), previous], axis=1)
     settings = {"max_length": max_length}
     return both.map(_single_answers, batched=True, fn_kwargs=settings, remove_columns=both.column_names)
 
@@ -61,11 +68,11 @@ def examples_of(rows: Dataset, single: bool, max_length: int) -> Dataset:
 def _single_answers(rows: Any, max_length: int) -> dict[str, list[Any]]:
     """Return each answer of a batch of rows as an example, with the answer of the previous row for the KL."""
     names = [name for name in PAIR if f"{name}_labels" in rows]
-    kept = [name for name in rows if not name.startswith(("chosen_", "rejected_", "previous_", "label"))]
+    kept = [name for name in rows if not name.startswith(("chosen_", "rejected_", "previous_", *OF_ROWS))]
     new = ("input_ids", "labels", "kl_input_ids", "kl_labels", "desirable")
     found: dict[str, list[Any]] = {name: [] for name in (*new, *kept)}
     for number in range(len(rows["chosen_labels"])):
-        for name in names:
+        for name in names[: 1 if rows["is_single"][number] else 2]:
             ids, labels = (rows[f"{name}_{part}"][number] for part in PARTS)
             other_ids, other_labels = (rows[f"previous_{name}_{part}"][number] for part in PARTS)
             (start, _), (begins, ends) = answer_span(labels), answer_span(other_labels)
@@ -74,7 +81,7 @@ def _single_answers(rows: Any, max_length: int) -> dict[str, list[Any]]:
                 "labels": labels,
                 "kl_input_ids": [*ids[:start], *other_ids[begins:ends]][:max_length],
                 "kl_labels": [*[IGNORED] * start, *other_labels[begins:ends]][:max_length],
-                "desirable": rows["label"][number] if "label" in rows else name == "chosen",
+                "desirable": name == "chosen" and rows["desirable"][number],
                 **{key: rows[key][number] for key in kept},
             }
             for key, value in values.items():

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, Value
+from datasets import Dataset
 
 from gradacc_hf.data.sources import SOURCE
 from gradacc_hf.errors import InputError, listed, refuse
@@ -25,6 +25,7 @@ Row = Mapping[str, Any]
 PAIR = ("chosen", "rejected")
 ANSWERS_OF: dict[bool, tuple[str, ...]] = {False: PAIR, True: ("completion",)}
 """Whether an example is one answer with a label → the columns of its answers."""
+LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class PreferenceFormat:
 
     def problem(self, row: Row) -> str | None:
         """Return the problem of a row, or None."""
-        if self.is_single and not isinstance(row["label"], bool):
+        if self.is_single and is_desirable(row["label"]) is None:
             return f"its label is {row['label']!r:.40}; allowed: true or false"
         try:
             answers = self.read(row)
@@ -108,6 +109,11 @@ class MixedPreferences:
     """The format of each source of a mixture."""
 
     forms: tuple[PreferenceFormat, ...]
+
+    @property
+    def have_pairs(self) -> bool:
+        """Whether a source has pairs."""
+        return not all(form.is_single for form in self.forms)
 
     def of(self, row: Row) -> PreferenceFormat:
         """Return the format of a row."""
@@ -187,12 +193,9 @@ def _some(rows: Dataset) -> list[Row]:
     return [rows[place] for place in range(0, len(rows), max(1, len(rows) // 20))]
 
 
-def labels_as_bools(rows: Dataset) -> Dataset:
-    """Return rows whose labels 0 and 1 are false and true."""
-    kind = rows.features.get("label")
-    if isinstance(kind, Value) and kind.dtype.startswith(("int", "uint")) and {*rows["label"]} <= {0, 1}:
-        return rows.cast_column("label", Value("bool"))
-    return rows
+def is_desirable(label: Any) -> bool | None:
+    """Return whether a label is true or 1, and not false or 0; None for any other. It may be a text."""
+    return LABELS.get(str(label).strip().lower().removesuffix(".0"))
 
 
 def _shared(one: Any, other: Any) -> int:
@@ -202,7 +205,7 @@ def _shared(one: Any, other: Any) -> int:
     answers.
     """
     if isinstance(one, str):
-        found = re.search(r"\s*\S*$", one[: _equal(one, other)])
+        found = re.search(r"\s*\S*\Z", one[: _equal(one, other)])
         return found.start() if found else 0
     return _equal([*map(_said, one)], [*map(_said, other)])
 

@@ -26,7 +26,7 @@ IPO divides by n, as TRL does. All losses are means over the examples of a windo
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import DistributedType
@@ -56,6 +56,7 @@ class PairLoss:
     beta: float = 0.1
     gamma: float = 0.5
     label_smoothing: float = 0.0
+    weighs_labels: ClassVar[bool] = False  # read by the preflight check: token ids have no class weights
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
         scores = scores_of(outputs)

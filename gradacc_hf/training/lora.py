@@ -9,7 +9,8 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; in 4 bits: Dettmers et
 import fnmatch
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,13 +123,13 @@ def _new_modules(model: Any, new_parameters: Collection[str]) -> list[str]:
     return [name for name in parents if all(id(p) in new for p in model.get_submodule(name).parameters())]
 
 
-def _targets(model: Any, patterns: list[str], new_modules: Collection[str]) -> list[str] | None:
-    """Return the names of the modules that get an adapter; None to use peft's choice for this model type."""
+def _targets(model: Any, patterns: list[str], new_modules: Collection[str]) -> list[str]:
+    """Return the names of the modules that get an adapter; by default peft's choice for this model type."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOSEN
     from transformers.pytorch_utils import Conv1D
 
     if not patterns and model.config.model_type in CHOSEN:
-        return None
+        return [*CHOSEN[model.config.model_type]]  # without them, peft finds none in a mixtral
     body, head = model.base_model, model.get_output_embeddings()
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is body)
     linear = [
@@ -164,6 +165,33 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     trained = sum(parameter.requires_grad for parameter in model.parameters())
     if found.unexpected_keys or len(saved) != trained:
         raise ValueError(f"they are {len(saved)} tensors, and {trained} are trained here")
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether a model has adapters of peft."""
+    return bool(_of_adapters(model))
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[Any]:
+    """Yield the model while its adapters, and the modules that are trained with them, have no effect."""
+    parts = _of_adapters(model)
+    try:
+        for part in parts:
+            part.enable_adapters(False)
+        yield model
+    finally:
+        for part in parts:  # `enable_adapters` of transformers leaves out the modules
+            part.enable_adapters(True)
+
+
+def _of_adapters(model: torch.nn.Module) -> list[Any]:
+    if find_spec("peft") is None:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    return [part for part in model.modules() if isinstance(part, BaseTunerLayer | ModulesToSaveWrapper)]
 
 
 def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:

@@ -242,7 +242,9 @@ def notice_inseparable_loss(model: torch.nn.Module, windows: WindowLoader, compu
         mode, changes = find_mode(model, loss_after, is_half)
         stack.enter_context(mode.of(model))
         measured = losses()
-        asked = [] if compute_loss is model_loss and _is_of_transformers(model) else count_labels(alone)
+        has_no_weights = compute_loss is model_loss and _is_of_transformers(model)
+        has_no_weights |= not getattr(compute_loss, "weighs_labels", True)
+        asked = [] if has_no_weights else count_labels(alone)
         for name in measured[0]:
             *counts, at_once, again = (
                 each.items[name] if name else each.num_items for each in (*alone, together, repeated)

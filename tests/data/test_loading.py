@@ -13,8 +13,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from gradacc_hf import embedded
+from gradacc_hf.data import columns, readers
 from gradacc_hf.data import loading as data
-from gradacc_hf.data import readers
 from gradacc_hf.data.columns import encode_labels, require_column, require_texts
 from gradacc_hf.data.files import encoding_fault
 from gradacc_hf.data.loading import load_data
@@ -382,3 +382,17 @@ def test_the_offline_switch_is_put_back():
     before = datasets.config.HF_HUB_OFFLINE
     refusal(load, "org/none")
     assert before == datasets.config.HF_HUB_OFFLINE
+
+
+def test_rows_that_another_version_prepared_are_prepared_again(tmp_path, monkeypatch):
+    """`datasets` hashes an imported function by its name, so that its cache knows no change of the code."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def prepared():
+        return load_data(str(file), validation_fraction=0.1, seed=0).train.map(dict)
+
+    first = prepared()._fingerprint
+    assert prepared()._fingerprint == first  # from the cache
+    monkeypatch.setattr(columns, "_code_of_package", lambda: b"another version")
+    assert prepared()._fingerprint != first

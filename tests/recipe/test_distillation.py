@@ -24,6 +24,7 @@ from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.plan import make_plan
 from gradacc_hf.run.runner import run
 from gradacc_hf.run.setup import load_data, make_model, make_windows
+from gradacc_hf.run.teacher import teacher_facts
 
 CLASSES = {
     name: getattr(load_recipe(name), class_name)
@@ -39,13 +40,14 @@ SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 TAGS, LABELS = ("O", "B-X", "I-X"), ("ham", "spam", "other")
 
 
-def bert(folder, kind, labels=None, layers=2, seed=0):
+def bert(folder, kind, labels=None, layers=2, seed=0, positions=64, **more):
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path())
     names = {} if labels is None else {"id2label": dict(enumerate(labels))}
     names |= {"label2id": {label: i for i, label in enumerate(labels or ())}} if labels else {}
     config = transformers.BertConfig(
-        vocab_size=len(tokenizer), num_hidden_layers=layers, max_position_embeddings=64,
+        vocab_size=len(tokenizer), num_hidden_layers=layers, max_position_embeddings=positions,
         initializer_range=0.2, hidden_dropout_prob=0, attention_probs_dropout_prob=0, **SIZES, **names,
+        **more,
     )  # fmt: skip
     torch.manual_seed(seed)
     kind(config).save_pretrained(folder)
@@ -72,6 +74,9 @@ def models(tmp_path_factory):
     bert(folder / "of_texts", transformers.BertForSequenceClassification, LABELS[::-1], layers=3, seed=1)
     bert(folder / "of_tags", transformers.BertForTokenClassification, TAGS[::-1], layers=3, seed=2)
     bert(folder / "of_others", transformers.BertForSequenceClassification, ("a", "b", "c"))
+    kind = transformers.BertForSequenceClassification
+    bert(folder / "of_few_positions", kind, LABELS, layers=1, positions=32)
+    bert(folder / "of_several", kind, LABELS, layers=1, problem_type="multi_label_classification")
     llama(folder / "llama", 2, seed=3)
     llama(folder / "of_llama", 3, seed=4)
     llama(folder / "of_more", 1, seed=4, vocabulary=300)
@@ -243,6 +248,11 @@ REFUSED = {
         "no classes",
     ),
     "weight": ("text_classification", {"model__teacher_weight": "0"}, "model.teacher_weight"),
+    "positions": (
+        "text_classification",
+        {"model__teacher": "of_few_positions"},
+        "has 32 positions, and data.max_length is 48",
+    ),
 }
 
 
@@ -296,6 +306,11 @@ def test_a_run_states_the_teacher_and_saves_the_student_alone(trained, models):
     weights = sum(path.stat().st_size for path in state.glob("*.safetensors"))
     one = (trained / "last" / "model.safetensors").stat().st_size
     assert weights == pytest.approx(3 * one, rel=0.01)  # weights and two states of AdamW, of the student
+
+
+def test_a_teacher_of_several_labels_is_measured_on_the_problem_of_the_student(models):
+    recipe, _, others, _ = parts(models, "text_classification", model__teacher=models / "of_several")
+    assert 0 <= teacher_facts(recipe, others)["metrics"]["accuracy"] <= 1
 
 
 def losses(folder):

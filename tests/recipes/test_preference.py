@@ -11,10 +11,13 @@ from checkpointed_runs import cut_back
 from preference_pairs import LOSSES, exactness, pairs, write_pairs
 from recipe_runs import load_recipe, make_recipe, run_recipe, summary, write_rows
 from safetensors.torch import load_file
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, softplus
 
+from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.accumulation.loss_items import IGNORED
-from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.accumulation.reference import EXACT, RecordGradients, read_gradient, relative_error
+from gradacc_hf.run.setup import make_model, make_windows
+from gradacc_hf.training.loop import train
 
 Preference = load_recipe("preference").Preference
 SMALL = ["--budget.max_tokens", "400", "--data.sample_tokens", "3", "--data.samples", "2"]
@@ -48,6 +51,7 @@ def start(settings, capfd):
     def start(*words):
         outcome = run_recipe(Preference, merged(settings, SMALL, words), capfd)
         assert outcome.code == 0, outcome.err
+        assert "cannot tell" not in outcome.err
         return outcome
 
     return start
@@ -107,11 +111,41 @@ def test_both_answers_of_a_pair_count_as_padded_to_the_longer(settings):
     assert batch["reference"].isnan().all()  # until they are computed
 
 
+def test_weights_of_rows_weigh_pairs(settings, folder):
+    write_rows(folder / "weighed.jsonl", [{**row, "weight": n % 3} for n, row in enumerate(pairs())])
+    words = ["--data.train", str(folder / "weighed.jsonl"), "--data.weight_column", "weight"]
+    reset_accelerate()
+    recipe = make_recipe(Preference, *merged(settings, words, ["--budget.micro_batch_size", "3"]))
+    training, validation = recipe.read_examples()
+    accelerator = Accelerator(cpu=True)
+    windows, _ = make_windows(recipe, training, validation, accelerator)
+    model, reference = make_model(recipe), make_model(recipe)
+    recipe.before_training(reference, [training], accelerator)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.8)
+    chosen = windows.plan.indices(0, 0)
+    batch = recipe.collate(windows.examples(chosen))
+    scores = model(**batch).loss.view(-1, 2) - batch["reference"]
+    each = softplus(-0.1 * (scores[:, 0] - scores[:, 1]))
+    share = torch.tensor(recipe.example_weights[chosen]).float()
+    wanted = (share * each).sum() / share.sum()
+    wanted.backward()
+    expected = read_gradient(model)
+    model.zero_grad()
+    recorder = RecordGradients(model)
+    prepared = accelerator.prepare(model, recorder)
+    options = {"accelerator": accelerator, "compute_loss": recipe.loss, "max_windows": 1}
+    [record] = train(*prepared, windows, **options)
+    assert record.loss == pytest.approx(float(wanted), rel=1e-5)
+    assert relative_error(recorder.gradients[0], expected) < EXACT
+
+
 def weights(run):
     return load_file(Path(run) / "last/adapter_model.safetensors")
 
 
-def test_a_resumed_run_has_the_same_bits_also_without_the_cached_references(start, folder):
+def test_a_resumed_run_has_the_same_bits_also_without_the_cached_references(start, folder, monkeypatch):
+    monkeypatch.delattr(Preference, "started_from")  # new adapters need no second model
     flags = ["--checkpoint.every", "1", "--checkpoint.keep", "9", "--train.epochs", "2"]
     outcome = start("--output.dir", "whole", *flags)
     assert "reference             the model from which training starts" in outcome.out
@@ -137,6 +171,19 @@ def test_training_from_adapters_compares_with_the_model_that_they_are(start):
     assert begin["kl"] == pytest.approx(0, abs=1e-4)
     assert begin["accuracy"] == 0.5
     assert begin["chosen_logprob"] == pytest.approx(summary("first")["best"]["chosen_logprob"], rel=1e-4)
+
+
+def test_a_run_is_evaluated_on_its_own_data_without_the_model_that_it_started_from(start, settings, gradacc):
+    model = settings[settings.index("--model.name") + 1]
+    shutil.copytree(model, "model")
+    start("--output.dir", "run", "--model.name", "model", "--model.lora.rank", "0")
+    assert summary("run")["eval"]["kl"] > 0
+    shutil.rmtree("model")
+    code, out, err = gradacc("evaluate", "run", "--json")
+    assert code == 0, err
+    assert "kl is left out, as the model from which training started is not there" in err
+    assert '"kl"' not in out
+    assert '"margin"' in out
 
 
 def test_a_run_answers_is_evaluated_on_other_data_verified_and_merged(start, gradacc):

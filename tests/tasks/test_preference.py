@@ -13,13 +13,15 @@ from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.data.sources import SOURCE
 from gradacc_hf.errors import InputError
-from gradacc_hf.tasks import references
+from gradacc_hf.tasks import kl, references
 from gradacc_hf.tasks.answer_scores import log_probabilities, score_rows, scores_of
 from gradacc_hf.tasks.chat import tokenize_chat, tokenize_completion
 from gradacc_hf.tasks.kl import mean_kl
 from gradacc_hf.tasks.lean_loss import make_lean
-from gradacc_hf.tasks.preference_formats import answers_to_score, find_format
+from gradacc_hf.tasks.preference_examples import examples_of, features
+from gradacc_hf.tasks.preference_formats import MixedPreferences, answers_to_score, find_format
 from gradacc_hf.tasks.preference_losses import KtoLoss, PairLoss, log_one_minus_exp
 from gradacc_hf.tasks.preference_metrics import accuracy_of_length, answer_metrics, pair_metrics
 from gradacc_hf.tasks.references import References
@@ -154,7 +156,14 @@ MULTI = [*said("user", "a"), *said("assistant", "b"), *said("user", "c")]
             False,
             [" yes</s>", " you</s>"],
         ),
+        (  # a line end before the answers
+            {"chosen": "### Question:\nyes", "rejected": "### Question:\nno"},
+            False,
+            ["\nyes</s>", "\nno</s>"],
+        ),
         ({"prompt": "q", "completion": "a", "label": True}, True, ["a</s>"]),
+        ({"prompt": "q", "completion": "a", "label": "False"}, True, ["a</s>"]),  # of a CSV file
+        ({"prompt": "q", "completion": "a", "label": 1.0}, True, ["a</s>"]),
         (
             {"prompt": said("user", "q"), "completion": said("assistant", "a"), "label": False},
             True,
@@ -171,6 +180,30 @@ def test_every_format_is_read_and_answers_alone_are_learned(row, single, answers
     tokenize = tokenize_chat if form.is_chat else tokenize_completion
     found = [tokenize(tokenizer, **each, max_length=99)["labels"] for each in form.read(row)]
     assert [tokenizer.decode([i for i in labels if i != IGNORED]) for labels in found] == answers
+
+
+def test_single_answers_and_pairs_are_examples_of_kto_together():
+    pair = {
+        "prompt": "p",
+        "chosen": "good",
+        "rejected": "bad",
+        "label": "0",
+    }  # the label is of something else
+    single = {"prompt": "q", "completion": "fine", "label": "true"}
+    rows = [
+        pair | {"completion": None},
+        single | dict.fromkeys(("chosen", "rejected")),
+        single | {"label": "0"},
+    ]
+    rows = Dataset.from_list([row | {SOURCE: int(row is not rows[0])} for row in rows])
+    forms = MixedPreferences(tuple(find_format([Dataset.from_list([row])], True) for row in (pair, single)))
+    given = {"tokenizer": byte_tokenizer(), "forms": forms, "max_length": 99}
+    found = examples_of(rows.map(features, fn_kwargs=given), True, 99)
+    answers = [byte_tokenizer().decode(row["input_ids"]).removesuffix("</s>")[1:] for row in found]
+    assert answers == ["good", "bad", "fine", "fine"]
+    assert found["desirable"] == [True, False, True, False]
+    others = [byte_tokenizer().decode(row["kl_input_ids"]).removesuffix("</s>")[1:] for row in found]
+    assert others == ["fine", "fine", "good", "fine"]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +324,8 @@ def test_metrics_of_single_answers_compare_any_desirable_with_any_undesirable_on
 
 
 @pytest.mark.parametrize("lean", [True, False])
-def test_kl_is_over_the_whole_vocabulary_at_the_tokens_of_answers(llama, lean):
+def test_kl_is_over_the_whole_vocabulary_at_the_tokens_of_answers(llama, lean, monkeypatch):
+    monkeypatch.setattr(kl, "TOKENS_AT_ONCE", 1)
     torch.manual_seed(0)
     model, reference = (LlamaForCausalLM(llama.config) for _ in range(2))
     if lean:

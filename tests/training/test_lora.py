@@ -28,6 +28,7 @@ from gradacc_hf.training.lora import (
     four_bit,
     installed_mismatch,
     peft_mismatch,
+    without_adapters,
     write_merged,
 )
 from gradacc_hf.training.optimizer import choose_trained, make_optimizer
@@ -179,6 +180,27 @@ def same(outputs, expected):
         if name in expected:
             torch.testing.assert_close(outputs[name], expected[name], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs.loss, expected.loss)
+
+
+def test_without_its_adapters_a_model_is_the_base_model_and_then_as_before():
+    head, _ = adapted(dora=True)
+    batch, base = head.collate(head.examples([5, 9])), build_head("sequence_classification", "bert").model
+    disable_dropout(head.model), disable_dropout(base)
+    trained = [name for name, parameter in head.model.named_parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        head.model.classifier.modules_to_save["default"].weight.mul_(2)
+        before = head.model(**batch).logits
+        with without_adapters(head.model) as inner:
+            assert torch.equal(inner(**batch).logits, base(**batch).logits)
+        assert torch.equal(head.model(**batch).logits, before)
+    assert not torch.equal(before, base(**batch).logits)
+    assert trained == [name for name, p in head.model.named_parameters() if p.requires_grad]
+
+
+def test_a_mixtral_gets_the_adapters_that_peft_chooses():
+    head, _ = adapted("causal_lm", "mixtral")
+    layers = {name.split(".lora_")[0] for name, p in head.model.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "adafactor"])

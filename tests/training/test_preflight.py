@@ -465,13 +465,13 @@ class LabelWeights(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(logits, labels, self.weight)}
 
 
-def line_about(model, labels, caplog, **arguments):
+def line_about(model, labels, caplog, loss=model_loss, **arguments):
     generator = torch.Generator().manual_seed(0)
     examples = [{"x": torch.randn(5, generator=generator), "labels": torch.tensor(label)} for label in labels]
     accelerator = Accelerator(cpu=True)
     before = copy.deepcopy(model.state_dict())
     windows = WindowLoader(examples, 16, accelerator=accelerator, micro_batch_size=4, **arguments)
-    preflight_check(model, windows)
+    preflight_check(model, windows, loss)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return caplog.text
 
@@ -498,6 +498,16 @@ def test_one_label_alone_cannot_tell(caplog):
         "cannot tell whether the loss is a mean over its items: all labels of the first examples are 1"
         in said
     )
+
+
+def test_a_loss_that_weighs_no_labels_is_not_doubted_for_them(caplog):
+    def loss(outputs, batch):
+        return outputs["loss"]
+
+    assert "all labels of the first examples are 1" in line_about(LabelWeights(), [1] * 40, caplog, loss)
+    caplog.clear()
+    loss.weighs_labels = False  # as of preferences
+    assert line_about(LabelWeights(), [1] * 40, caplog, loss) == ""
 
 
 def test_losses_that_are_all_alike_cannot_tell(caplog):
