@@ -11,7 +11,7 @@ DPO and KTO compare the model with the model from which training starts. Its log
 once, before the first window, and cached.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from gradacc_hf.tasks.preference_losses import KtoLoss, PairLoss
 from gradacc_hf.tasks.preference_metrics import accuracy_of_length, answer_metrics, pair_metrics
 from gradacc_hf.tasks.prompts import answer_samples, write_answers
 from gradacc_hf.tasks.references import References, cache_folder
+from gradacc_hf.utils.adapters import has_adapters, without_adapters
 from gradacc_hf.utils.rng import preserve_rng_state
 
 
@@ -250,7 +251,7 @@ class Preference(Recipe):
         inner = accelerator.unwrap_model(model)
         from_new_adapters = not (self.earlier and self.earlier.has_adapters)
         from_new_adapters &= self.config.model.lora.init == "default"
-        if hasattr(inner, "disable_adapter") and from_new_adapters:
+        if from_new_adapters and has_adapters(inner):
             return mean_kl(inner, partial(without_adapters, inner), answers, accelerator)
         reference = self.started_from().to(accelerator.device).eval()
         return mean_kl(inner, partial(nullcontext, reference), answers, accelerator)
@@ -306,13 +307,6 @@ class Preference(Recipe):
         rows = {name: part.to(model.device) for name, part in rows.items()}
         scores = iter(scores_of(model(**rows)).tolist())
         return [{name: next(scores) for name in each} for each in found]
-
-
-@contextmanager
-def without_adapters(model):
-    """Yield a model whose adapters have no effect."""
-    with model.disable_adapter():
-        yield model
 
 
 if __name__ == "__main__":

@@ -113,6 +113,8 @@ class Distillation:
         given = {name: value for name, value in inputs.items() if name in self._inputs and name != "labels"}
         if "use_cache" in self._inputs:  # with a cache, no padding is removed
             given["use_cache"] = False
+        if "output_router_logits" in self._inputs:  # the router loss is of the student's experts alone
+            given["output_router_logits"] = False
         head = self.teacher.get_output_embeddings()
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
