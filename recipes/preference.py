@@ -273,7 +273,7 @@ class Preference(Recipe):
         if self.needs_reference:
             scores["kl"] = self.kl(model, windows, accelerator)
         if self.writes_texts:
-            rows = (row for row in self.validation if row.get("label", True))
+            rows = (row for row in self.validation if not self.forms.of(row).is_single or row["label"])
             rows = (self.forms.of(row).read(row)[0] for row in rows)
             settings = self.data.samples, self.data.sample_tokens
             self.samples[:] = answer_samples(accelerator.unwrap_model(model), self.tokenizer, rows, *settings)

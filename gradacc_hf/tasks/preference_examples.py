@@ -39,6 +39,8 @@ def features(row: Any, tokenizer: Any, forms: MixedPreferences, max_length: int)
         found[f"{name}_lost"] = tokens["lost_tokens"]
         if tokens["problem"] and not found["problem"]:
             found["problem"] = f"{name}: {tokens['problem']}"
+    if form.is_single and not forms.are_single:
+        found |= {"rejected_input_ids": [], "rejected_labels": [], "rejected_lost": 0}
     is_equal = all(found[f"chosen_{part}"] == found.get(f"rejected_{part}") for part in PARTS)
     if is_equal and not found["problem"]:
         found["problem"] = f"its answers are equal within data.max_length {max_length}"
@@ -77,21 +79,26 @@ def rows_of_other_prompts(rows: Dataset) -> list[int]:
 
 def _single_answers(rows: Any, max_length: int) -> dict[str, list[Any]]:
     """Return each answer of a batch of rows as an example, with an answer to another prompt for the KL."""
-    names = [name for name in PAIR if f"{name}_labels" in rows]
     kept = [name for name in rows if not name.startswith(("chosen_", "rejected_", "previous_", "label"))]
     new = ("input_ids", "labels", "kl_input_ids", "kl_labels", "desirable")
     found: dict[str, list[Any]] = {name: [] for name in (*new, *kept)}
+
+    def answers(prefix: str, number: int) -> dict[str, list[Any]]:
+        given = {n: [rows[f"{prefix}{n}_{part}"][number] for part in PARTS] for n in names}
+        return {name: parts for name, parts in given.items() if parts[1]}
+
+    names = [name for name in PAIR if f"{name}_labels" in rows]
     for number in range(len(rows["chosen_labels"])):
-        for name in names:
-            ids, labels = (rows[f"{name}_{part}"][number] for part in PARTS)
-            other_ids, other_labels = (rows[f"previous_{name}_{part}"][number] for part in PARTS)
+        own, previous = answers("", number), answers("previous_", number)
+        for name, (ids, labels) in own.items():
+            other_ids, other_labels = previous.get(name, previous["chosen"])
             (start, _), (begins, ends) = answer_span(labels), answer_span(other_labels)
             values = {
                 "input_ids": ids,
                 "labels": labels,
                 "kl_input_ids": [*ids[:start], *other_ids[begins:ends]][:max_length],
                 "kl_labels": [*[IGNORED] * start, *other_labels[begins:ends]][:max_length],
-                "desirable": rows["label"][number] if "label" in rows else name == "chosen",
+                "desirable": name == "chosen" if len(own) > 1 else rows["label"][number],
                 **{key: rows[key][number] for key in kept},
             }
             for key, value in values.items():

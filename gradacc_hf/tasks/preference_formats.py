@@ -109,6 +109,11 @@ class MixedPreferences:
 
     forms: tuple[PreferenceFormat, ...]
 
+    @property
+    def are_single(self) -> bool:
+        """Whether every row is one answer with a label."""
+        return all(form.is_single for form in self.forms)
+
     def of(self, row: Row) -> PreferenceFormat:
         """Return the format of a row."""
         return self.forms[row[SOURCE] if len(self.forms) > 1 else 0]
@@ -190,7 +195,8 @@ def _some(rows: Dataset) -> list[Row]:
 def labels_as_bools(rows: Dataset) -> Dataset:
     """Return rows whose labels 0 and 1 are false and true."""
     kind = rows.features.get("label")
-    if isinstance(kind, Value) and kind.dtype.startswith(("int", "uint")) and {*rows["label"]} <= {0, 1}:
+    is_number = isinstance(kind, Value) and kind.dtype.startswith(("int", "uint"))
+    if is_number and {*rows["label"]} <= {0, 1, None}:  # None: a pair in a mixture
         return rows.cast_column("label", Value("bool"))
     return rows
 
