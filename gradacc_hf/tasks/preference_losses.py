@@ -54,7 +54,7 @@ class PairLoss:
     name: str
     variant: str = "sigmoid"
     beta: float = 0.1
-    gamma: float = 0.5
+    gamma: float = 1.0
     label_smoothing: float = 0.0
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
