@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -14,7 +13,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
 
 from gradacc_hf.accumulation.loss_items import IGNORED
-from gradacc_hf.accumulation.reference import EXACT
+from gradacc_hf.accumulation.reference import EXACT, RecordGradients, read_gradient, relative_error
+from gradacc_hf.run.setup import make_model, make_windows
+from gradacc_hf.training.loop import train
 
 Preference = load_recipe("preference").Preference
 SMALL = ["--budget.max_tokens", "400", "--data.sample_tokens", "3", "--data.samples", "2"]
@@ -111,7 +112,8 @@ def weights(run):
     return load_file(Path(run) / "last/adapter_model.safetensors")
 
 
-def test_a_resumed_run_has_the_same_bits_also_without_the_cached_references(start, folder):
+def test_a_resumed_run_has_the_same_bits_also_without_the_cached_references(start, folder, monkeypatch):
+    monkeypatch.delattr(Preference, "started_from")  # with new adapters, no second model is loaded
     flags = ["--checkpoint.every", "1", "--checkpoint.keep", "9", "--train.epochs", "2"]
     outcome = start("--output.dir", "whole", *flags)
     assert "reference             the model from which training starts" in outcome.out
@@ -174,6 +176,11 @@ def test_a_reward_model_scores_texts_and_rows(start, gradacc):
             ["--data.loss", "kto", "--data.label_smoothing", "0.1"],
             "data.label_smoothing: found 0.1, allowed is 0",
         ),
+        (["--data.gamma", "2"], "data.gamma: found 2.0, allowed is 1, except with data.loss simpo"),
+        (
+            ["--data.loss", "orpo", "--data.weight_column", "w"],
+            "data.weight_column: found 'w', allowed is null",
+        ),
         (["--data.beta", "0"], "data.beta: found 0.0, allowed is a number above 0"),
         (["--data.streaming", "true"], "data.streaming: Preference needs all rows at once"),
         (["--data.max_length", "20"], "chosen: the text to learn begins at token"),
@@ -187,10 +194,27 @@ def test_settings_that_cannot_work_are_refused_in_one_line(settings, capfd, word
     assert outcome.err.count("\n") == 1
 
 
-def test_weights_of_rows_reach_the_loss_of_pairs(settings):
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "reward"])
+def test_weights_of_rows_reach_the_loss_of_pairs(settings, loss):
+    """The gradient of a window is that of the weighted mean, from each pair by itself."""
     rows = [{**row, "w": float(number % 3)} for number, row in enumerate(pairs())]
     write_rows("weighed.jsonl", rows)
-    flags = ["--data.train", "weighed.jsonl", "--data.weight_column", "w"]
-    recipe = make_recipe(Preference, *merged(settings, flags))
-    recipe.read_examples()
-    assert np.unique(recipe.example_weights).tolist() == [0.0, 1.0, 2.0]
+    flags = ["--data.train", "weighed.jsonl", "--data.weight_column", "w", "--budget.micro_batch_size", "3"]
+    recipe = make_recipe(Preference, *merged(settings, LOSSES[loss], flags))
+    training, validation = recipe.read_examples()
+    accelerator = Accelerator(cpu=True)
+    windows, _ = make_windows(recipe, training, validation, accelerator)
+    trained, alone = make_model(recipe), make_model(recipe)
+    recipe.before_training(trained, [training, validation], accelerator)
+    indices, total = windows.plan.indices(0, 0), 0.0
+    weights = recipe.example_weights[indices]
+    assert set(weights) == {0.0, 1.0, 2.0}
+    for index, weight in zip(indices, weights, strict=True):
+        batch = recipe.collate(windows.examples([index]))
+        total = total + weight * recipe.loss(alone(**batch), batch)
+    (total / weights.sum()).backward()
+    model, optimizer = accelerator.prepare(trained, RecordGradients(trained))
+    options = {"accelerator": accelerator, "compute_loss": recipe.loss, "max_windows": 1}
+    [record] = train(model, optimizer, windows, **options)
+    assert relative_error(optimizer.optimizer.gradients[0], read_gradient(alone)) < EXACT
+    assert record.loss == pytest.approx(float(total / weights.sum()), rel=1e-5)

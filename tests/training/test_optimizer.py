@@ -80,6 +80,14 @@ def test_muon_without_a_matrix_to_train_is_refused():
         make_optimizer(model, MUON)
 
 
+@pytest.mark.parametrize("total", [3, 5, 9])
+def test_warmup_and_decay_of_all_windows_reach_the_full_rate(total):
+    wsd = OptimConfig(lr=1.0, scheduler="wsd", warmup_ratio=0.5, decay_ratio=0.5)
+    rates = [learning_rate(wsd, window, total) for window in range(1, total + 2)]
+    assert max(rates) == rates[-(-total // 2)] == 1  # both parts are rounded up to whole windows
+    assert rates[-1] == 0
+
+
 def test_a_floor_is_where_cosine_ends_and_the_long_name_of_constant_is_the_same():
     cosine = OptimConfig(lr=1.0, scheduler="cosine", min_lr_ratio=0.1, warmup_ratio=0.5)
     rates = [learning_rate(cosine, window, 8) for window in (1, 3, 5, 7, 9)]
