@@ -65,7 +65,7 @@ def rows_of_other_prompts(rows: Dataset) -> list[int]:
 
     If all rows have one prompt, return the row before each row.
     """
-    columns = rows.select_columns(["chosen_input_ids", "chosen_labels"])
+    columns: Any = rows.select_columns(["chosen_input_ids", "chosen_labels"])
     prompts = [tuple(row["chosen_input_ids"][: answer_span(row["chosen_labels"])[0]]) for row in columns]
     first = next((row for row in range(len(prompts)) if prompts[row] != prompts[row - 1]), None)
     if first is None:

@@ -1,7 +1,8 @@
 """Distillation: a student learns from the outputs of a teacher on the same micro-batches.
 
-Loss: (1 − w) · task loss + w · T² · KL(teacher ‖ student), with both distributions at temperature T. The
-router loss of a mixture of experts is added with the factor of the model, without 1 − w.
+Loss: (1 − w) · task loss + w · T² · KL(teacher ‖ student), with both distributions at temperature T.
+
+The router loss of a mixture of experts is added with the factor of the model, without 1 − w.
 
 The divergence is a mean over the items of the task loss. So every split gives the gradient of the whole
 window. The teacher runs without gradients, before the student's forward, in the student's autocast. In

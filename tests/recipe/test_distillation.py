@@ -25,6 +25,7 @@ from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.plan import make_plan
 from gradacc_hf.run.runner import run
 from gradacc_hf.run.setup import load_data, make_model, make_windows
+from gradacc_hf.run.teacher import share_kept
 
 CLASSES = {
     name: getattr(load_recipe(name), class_name)
@@ -269,6 +270,13 @@ def test_a_teacher_in_bf16_teaches_a_student_in_float32_with_few_logits_at_a_tim
         batch = windows.collated(range(3), None).batch
         losses.append(float(recipe.compute_loss(model(**batch), batch)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_student_with_a_metric_of_0_keeps_nothing_of_the_teacher():
+    scores = {"accuracy": 0.0}, {"accuracy": 0.5}
+    assert share_kept("accuracy", "max", *scores) == 0
+    assert np.isnan(share_kept("accuracy", "max", *scores[::-1]))
+    assert np.isnan(share_kept("f1", "max", *scores))
 
 
 REFUSED = {
