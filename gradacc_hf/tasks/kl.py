@@ -49,7 +49,8 @@ def mean_kl(
             if number < len(answers):
                 each = kl_div(of_reference, of_model, log_target=True, reduction="none").sum(1)
                 sums += torch.stack([each.sum(), each.new_tensor(len(each))])
-    total, tokens = accelerator.reduce(sums, reduction="sum").tolist()
+    of_all: Any = accelerator.reduce(sums, reduction="sum")
+    total, tokens = of_all.tolist()
     return total / tokens
 
 
