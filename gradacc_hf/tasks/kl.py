@@ -51,7 +51,7 @@ def mean_kl(
                 sums += torch.stack([each.sum(), each.new_tensor(len(each))])
     of_all: Any = accelerator.reduce(sums, reduction="sum")
     total, tokens = of_all.tolist()
-    return total / tokens
+    return max(total / tokens, 0.0)  # below 0 by rounding, for equal models
 
 
 def _log_probabilities(model: Any, answer: Answer, device: torch.device) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from torch.nn.functional import log_softmax
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT, RecordGradients, read_gradient, relative_error
 from gradacc_hf.run.setup import make_model, make_windows
-from gradacc_hf.training.loop import train
+from gradacc_hf.training.loop import evaluate, train
 
 Preference = load_recipe("preference").Preference
 SMALL = ["--budget.max_tokens", "400", "--data.sample_tokens", "3", "--data.samples", "2"]
@@ -83,6 +84,25 @@ def check_kto(recipe, model, batch):
     wanted = (weights * (1 - torch.sigmoid(0.1 * sign * (ratios[0] - point)))).mean()
     found = recipe.loss(model.requires_grad_(True)(**batch), batch)
     assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_kto_is_evaluated_after_a_window_that_was_left(settings):
+    recipe = make_recipe(Preference, *settings, "--data.loss", "kto", "--budget.micro_batch_size", "3")
+    training, validation = recipe.read_examples()
+    accelerator = Accelerator(cpu=True)
+    windows, others = make_windows(recipe, training, validation, accelerator)
+    model = make_model(recipe)
+    recipe.before_training(model, [training, validation], accelerator)
+    model = accelerator.prepare(model)
+    options = {"accelerator": accelerator, "compute_loss": recipe.loss, "predict": recipe.predict}
+    before = evaluate(model, others, **options).predictions
+    for window in windows:
+        recipe.loss.look_ahead(model, window)
+        for batch in window:
+            recipe.loss(model(**batch), batch)
+            break
+        break
+    assert np.array_equal(evaluate(model, others, **options).predictions, before)
 
 
 def test_an_example_of_kto_has_an_answer_to_another_prompt_of_the_same_kind(settings):

@@ -1,5 +1,7 @@
 """Muon with AdamW: which weights each part trains, as one optimizer with the same numbers as two."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -50,6 +52,24 @@ def steps(model, optimizers, factors, load_after=None):
                 optimizer.load_state_dict(optimizer.state_dict())
             optimizer.step()
             schedule.step()
+
+
+def test_a_copy_of_muon_with_adamw_steps_by_itself():
+    model = build_head("causal_lm", "llama").model
+    optimizer = make_optimizer(model, MUON)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    for each in (optimizer, copied):
+        for group in each.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+    copied.step()
+    assert not torch.equal(copied_model.lm_head.weight, model.lm_head.weight)
+    optimizer.step()
+    for parameter, other in zip(model.parameters(), copied_model.parameters(), strict=True):
+        assert torch.equal(parameter, other)
 
 
 @pytest.mark.parametrize("load_after", [None, 2])
