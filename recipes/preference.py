@@ -73,7 +73,8 @@ class Preference(Recipe):
         """The variant of dpo."""
         beta: float | None = None
         """Factor of the rewards.
-        Default: 2 with simpo, else 0.1. The larger it is, the less the model departs from the reference. orpo: weight of the odds ratio."""
+        Default: 2 with simpo, else 0.1. The larger it is, the less the model departs from the reference.
+        orpo: weight of the odds ratio."""
         gamma: float = 1.0
         """Margin of simpo."""
         label_smoothing: float = 0.0

@@ -262,6 +262,24 @@ def test_the_router_loss_is_of_the_student_alone_with_the_factor_of_the_model(mo
     assert window.loss == pytest.approx(loss + float(router_loss), rel=1e-5)
 
 
+def test_a_teacher_teaches_a_mixture_with_few_logits_at_a_time(models):
+    reset_accelerate()
+    budget = {"budget__micro_batch_size": 5, "budget__lean_loss": "true", "budget__padding_free": "off"}
+    recipe = make_recipe(CLASSES["causal_lm"], *flags(models, "causal_lm", **budget))
+    recipe, training, validation = load_data(recipe)
+    recipe.sources, recipe.shares = ["a", "b"] * 12, {"a": "1", "b": "1"}
+    windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True))
+    model, window = make_model(recipe).train(), next(iter(windows))
+    for batch in window:
+        with window.accelerator.accumulate(model):
+            window.accelerator.backward(window.weigh(recipe.compute_loss(model(**batch), batch)))
+    expected, loss = of_formula(recipe, window, windows)
+    assert relative_error(read_gradient(model), expected) <= EXACT
+    assert window.loss == pytest.approx(loss, rel=1e-5)
+    least, most = sorted(window.source_losses.values())
+    assert least < loss < most
+
+
 def test_a_teacher_in_bf16_teaches_a_student_in_float32_with_few_logits_at_a_time(models):
     losses = []
     for lean in ("true", "false"):
